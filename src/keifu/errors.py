@@ -1,0 +1,17 @@
+"""Errors that a person can put right; knows nothing of what went wrong elsewhere."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """One sentence with the value seen and what to do; the command line prints it and exits with status 1."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that does not exist: it gives the nearest known one, and all of them when they are few."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=1, cutoff=0.5) or get_close_matches(name.lower(), names, n=1, cutoff=0.3)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    listing = f" Known: {', '.join(names)}." if len(names) <= 30 else f" There are {len(names)} known ones."
+    return UserError(f"There is no {kind} {name!r}.{guess}{listing}")
