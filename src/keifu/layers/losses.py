@@ -1,0 +1,34 @@
+"""Losses as sums over elements, and their weights; knows no model and no loop.
+
+Axes: `...` any leading axes, vocab = classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+IGNORED = -100  # the target of a position that does not count
+
+
+def cross_entropy(
+    logits: Float[Tensor, "*batch vocab"],
+    targets: Int[Tensor, "*batch"],
+    mask: Bool[Tensor, "*batch"] | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Sum over positions of -log p(target), in nats, computed in float32.
+
+    `mask` is True where a position counts; targets equal to -100 never count. `label_smoothing` mixes the target with
+    the uniform distribution (Szegedy et al., 2016, section 7). `z_loss` adds z_loss · log²Z per position, Z being the
+    softmax's normaliser (PaLM, section 5).
+    """
+    logits, targets = logits.flatten(0, -2).float(), targets.flatten()
+    if mask is not None:
+        targets = targets.masked_fill(~mask.flatten(), IGNORED)
+    total = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED, label_smoothing=label_smoothing)
+    if z_loss:
+        log_z = logits.logsumexp(-1)
+        total = total + z_loss * (log_z.square() * (targets != IGNORED)).sum()
+    return total
