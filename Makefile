@@ -1,0 +1,35 @@
+# demo, test and check; each first makes its own .venv where that is missing or older than pyproject.toml.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/.run-time
+	@$(BIN)/keifu demo
+
+test: .venv/.development
+	@$(BIN)/python -m pytest
+
+check: .venv/.development
+	@$(BIN)/ruff check src tests $(wildcard benchmarks)
+	@$(BIN)/basedpyright
+
+.venv/.run-time: pyproject.toml | .venv/bin/pip
+	@echo "Installing keifu into .venv: a minute or two, once."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/.development: pyproject.toml | .venv/bin/pip
+	@echo "Installing keifu and its development tools into .venv: a few minutes, once."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[development]'
+	@touch $@ .venv/.run-time
+
+.venv/bin/pip:
+	@test -n "$(PYTHON)" || { echo "keifu needs Python 3.11 or newer, and none was found: install one, or name it with make PYTHON=/path/to/python3." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "keifu needs Python 3.11 or newer, and $(PYTHON) is not: name another with make PYTHON=/path/to/python3." >&2; exit 1; }
+	@$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv

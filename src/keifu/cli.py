@@ -1,0 +1,74 @@
+"""The command line: finds the verb, turns its words into options, and every error into one sentence; knows no verb's work."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from keifu.errors import unknown
+
+VERBS = {  # each is a file of that name in keifu/commands
+    "train": "train a model by a recipe; without a recipe, list them",
+    "generate": "continue a text with a model",
+    "chat": "talk with a model in the terminal",
+    "convert": "write a model as a Hugging Face directory or as GGUF",
+    "inspect": "the load report: every tensor of a model, and the settings in use",
+    "data": "list, fetch and check training data",
+    "models": "every published size, parameters counted beside the paper's figure",
+    "demo": "train a small model, then talk with a published one",
+}
+USAGE = "Usage: keifu VERB [OPTIONS]      keifu VERB --help tells a verb's options"
+
+
+def help_text() -> str:
+    """What `keifu --help` prints."""
+    width = max(map(len, VERBS))
+    return "\n".join([USAGE, "", *(f"  {verb:{width}}  {line}" for verb, line in VERBS.items())])
+
+
+def parse(arguments: Sequence[str]) -> Callable[[], None]:
+    """The work that the arguments ask for, not yet begun; an unknown verb or option is a `UserError`."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return lambda: print(help_text())
+    verb, *rest = arguments
+    if verb in ("-V", "--version"):
+        return lambda: print(f"keifu {import_module('keifu').__version__}")
+    if verb not in VERBS:
+        raise unknown("verb", verb, VERBS)
+    return import_module(f"keifu.commands.{verb}").parse(rest)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `keifu`: exits with 0, 1 after an error, 2 where the command line is wrong, 130 after Ctrl-C."""
+    try:
+        _work(sys.argv[1:] if arguments is None else arguments)
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `keifu models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "Stopped.", 130)
+
+
+def _work(arguments: Sequence[str]) -> None:
+    """Parses, then runs; each of the two has its own exit status."""
+    status = 2
+    try:
+        run = parse(arguments)
+        status = 1
+        run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        from keifu.commands.failures import explain
+
+        sentence = explain(error)
+        if sentence is None or os.environ.get("KEIFU_DEBUG") == "1":
+            raise
+        _fail(sentence, status)
+
+
+def _fail(sentence: str, status: int) -> NoReturn:
+    print(sentence, file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,48 @@
+"""What went wrong, as one sentence for a person; knows the kinds of error, and no verb."""
+
+import re
+
+from keifu.errors import UserError
+
+
+def explain(error: Exception) -> str | None:
+    """One sentence without line breaks, or None where the error is a fault of keifu's own and its traceback is wanted."""
+    match error:
+        case UserError():
+            text = str(error)
+        case ValueError():
+            text = f"{error or type(error).__name__} (KEIFU_DEBUG=1 shows where.)"
+        case ModuleNotFoundError(name=str(name)) if not name.startswith("keifu"):
+            text = f"This needs the Python package {name!r}, which is not installed."
+        case OSError():
+            text = _system(error)
+        case MemoryError() | RuntimeError():
+            text = _memory(error)
+        case _:
+            text = None
+    return text and re.sub(r"\s+", " ", text).strip()
+
+
+def _system(error: OSError) -> str:
+    """The operating system's complaint with the file it is about."""
+    reason = error.strerror or str(error) or type(error).__name__
+    place = f": {error.filename}" if error.filename else ""
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"There is no file {str(error.filename)!r}."
+    return f"{reason}{place}."
+
+
+def _memory(error: Exception) -> str | None:
+    """Out of memory, from Python, from PyTorch on a CPU or from PyTorch on an accelerator; None for anything else."""
+    said = str(error)
+    if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory|not enough memory", said):
+        return None
+    asked = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGT]iB))", said)
+    amount = f": {_readable(asked[1])} more were asked for" if asked else ""
+    return f"There is not enough memory{amount}; lower the batch, the context length or the model's size."
+
+
+def _readable(amount: str) -> str:
+    if not amount.endswith("bytes"):
+        return amount
+    return f"{int(amount.split()[0]) / 2**20:,.0f} MiB"

@@ -1,0 +1,139 @@
+"""A dataclass's fields as a verb's options, and what is wrong with them as one sentence; knows no verb."""
+
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+import tyro
+
+from keifu.errors import UserError, unknown
+
+Options = TypeVar("Options")
+Model = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="MODEL", help="A run, a Hugging Face directory or hub id, a .gguf file, or a catalogue name."),
+]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How a model continues a text: what `generate` and `chat` have in common (see keifu.generation.sampling)."""
+
+    max_tokens: int = 256
+    """Write at most this many tokens."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the most probable token."""
+    top_k: int | None = None
+    """Draw from the k most probable tokens only."""
+    top_p: float | None = None
+    """Draw from the most probable tokens that together have this probability."""
+    min_p: float | None = None
+    """Draw from tokens at least this probable relative to the most probable one."""
+    repetition_penalty: float = 1.0
+    """Above 1, makes tokens that stand in the text already less probable."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token written already."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of each token as often as it was written."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Stop before this text; may be given several times."""
+    seed: int | None = None
+    """The same seed draws the same tokens."""
+
+
+def parser(kind: type[Options], run: Callable[[Options], None], program: str) -> Callable[[Sequence[str]], Callable]:
+    """A verb's `parse`: from its words to the work they ask for, not yet begun."""
+
+    def parsed(arguments: Sequence[str]) -> Callable[[], None]:
+        options = parse(kind, arguments, program)
+        return lambda: run(options)
+
+    return parsed
+
+
+def parse(kind: type[Options], arguments: Sequence[str], program: str, description: str | None = None) -> Options:
+    """The options of dataclass `kind` from words; wrong words are a `UserError`, and `--help` prints and exits."""
+    try:
+        with redirect_stderr(io.StringIO()):
+            options, extra = _read(kind, arguments, program, description)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise _complaint(kind, arguments, program) from None
+    if extra:
+        raise _unrecognised(kind, extra, program)
+    return options
+
+
+def _read(kind: type[Options], arguments: Sequence[str], program: str, description: str | None = None):
+    return tyro.cli(
+        kind,
+        prog=program,
+        description=description,
+        args=list(arguments),
+        return_unknown_args=True,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+@contextmanager
+def _wide() -> Iterator[io.StringIO]:
+    """Collects what is printed, on lines that no terminal's width breaks."""
+    columns, printed = os.environ.get("COLUMNS"), io.StringIO()
+    os.environ["COLUMNS"] = "10000"
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed):
+            yield printed
+    except SystemExit:
+        pass
+    finally:
+        del os.environ["COLUMNS"]
+        os.environ |= {"COLUMNS": columns} if columns else {}
+
+
+def flags(kind: type) -> list[str]:
+    """Every `--flag` that the dataclass gives."""
+    with _wide() as printed:
+        _read(kind, ["--help"], "keifu")
+    return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", printed.getvalue())))
+
+
+def _unrecognised(kind: type, words: Sequence[str], program: str) -> UserError:
+    word = words[0].partition("=")[0]
+    if word.startswith("-"):
+        return unknown("option", word, flags(kind))
+    return UserError(
+        f"{program} has no use for {word!r}: put a text that has spaces in quotation marks, or see {program} --help."
+    )
+
+
+def _complaint(kind: type, arguments: Sequence[str], program: str) -> UserError:
+    """What tyro prints in a box, as a sentence; an option that does not exist comes first."""
+    known = {flag.replace("_", "-") for flag in flags(kind)}
+    given = [word.partition("=")[0] for word in arguments if re.match(r"--[a-zA-Z]", word)]
+    strange = [word for word in given if word.replace("_", "-") not in known]
+    if strange:
+        return _unrecognised(kind, strange, program)
+    with _wide() as printed:
+        _read(kind, arguments, program)
+    lines = [line.strip("│").rstrip() for line in printed.getvalue().splitlines() if line.startswith("│")]
+    end = next((i for i, line in enumerate(lines) if "──" in line), len(lines))
+    return UserError(_sentence(lines[:end], program))
+
+
+def _sentence(lines: Sequence[str], program: str) -> str:
+    text = re.sub(r"\s+", " ", " ".join(lines)).strip().rstrip(".")
+    if text.startswith("Missing from"):
+        needed = [line.split()[0] for line in lines if re.match(r" {5}\S", line)]
+        return f"{program} needs {' and '.join(needed)}: see {program} --help."
+    if match := re.fullmatch(r"Error parsing (\S+): (.*)", text):
+        place, problem = match.groups()
+        problem = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"a whole number is needed, not \1", problem)
+        problem = re.sub(r"could not convert string to float: (.*)", r"a number is needed, not \1", problem)
+        return f"{place}: {problem}." if place.startswith("-") or place.isupper() else f"{problem}."
+    return f"{text[:1].upper()}{text[1:]}."
