@@ -32,3 +32,39 @@ def cross_entropy(
         log_z = logits.logsumexp(-1)
         total = total + z_loss * (log_z.square() * (targets != IGNORED)).sum()
     return total
+
+
+def categorical_cross_entropy(
+    logits: Float[Tensor, "batch classes"], targets: Float[Tensor, "batch classes"]
+) -> Float[Tensor, ""]:
+    """Sum over rows of -Σ target · log softmax(logits), in nats; each row of targets is a distribution (one-hot)."""
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def binary_cross_entropy(
+    logits: Float[Tensor, "batch outputs"], targets: Float[Tensor, "batch outputs"]
+) -> Float[Tensor, ""]:
+    """Sum over rows of the mean over outputs of -t log σ(logit) - (1 - t) log(1 - σ(logit)), in nats."""
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1).sum()
+
+
+def mean_squared_error(
+    outputs: Float[Tensor, "batch outputs"], targets: Float[Tensor, "batch outputs"]
+) -> Float[Tensor, ""]:
+    """Sum over rows of the mean over outputs of (output - target)²."""
+    return (outputs - targets).square().mean(-1).sum()
+
+
+def mean_absolute_error(
+    outputs: Float[Tensor, "batch outputs"], targets: Float[Tensor, "batch outputs"]
+) -> Float[Tensor, ""]:
+    """Sum over rows of the mean over outputs of |output - target|."""
+    return (outputs - targets).abs().mean(-1).sum()
+
+
+LOSSES = {  # of the rows of a network's outputs; divide by the number of rows for the mean
+    "cross_entropy": categorical_cross_entropy,
+    "binary_cross_entropy": binary_cross_entropy,
+    "mean_squared_error": mean_squared_error,
+    "mean_absolute_error": mean_absolute_error,
+}

@@ -1,0 +1,77 @@
+"""Activation functions by name, each acting on every number alone; knows no layer and no model."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+Activation = Callable[[Tensor], Tensor]
+
+STEP_HAS_NO_GRADIENT = (
+    "A network of step units cannot learn by gradient: the step's derivative is zero everywhere, so no error reaches "
+    "the weights before it; choose another activation, such as sigmoid or relu, or train one step neuron by the "
+    "perceptron rule (keifu train perceptron)."
+)
+
+
+class Step(torch.autograd.Function):
+    """1 where x ≥ 0, else 0; a backward pass through it is an error, not a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x >= 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise ValueError(STEP_HAS_NO_GRADIENT)
+
+
+def step(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """1 where x ≥ 0, else 0: the threshold unit of McCulloch and Pitts (1943) and Rosenblatt (1958).
+
+    Raises ValueError, saying why, when a gradient is asked for.
+    """
+    return Step.apply(x)
+
+
+def identity(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x itself: a linear unit."""
+    return x
+
+
+def quick_gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x · σ(1.702 x): the approximation of GELU that OpenAI's CLIP was trained with (Hendrycks and Gimpel, 2016)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "step": step,
+    "identity": identity,
+    "sigmoid": torch.sigmoid,  # Rumelhart, Hinton and Williams (1986)
+    "tanh": torch.tanh,
+    "ramp": F.relu,
+    "relu": F.relu,  # Nair and Hinton (2010)
+    "leaky_relu": F.leaky_relu,  # slope 0.01 below zero: Maas et al. (2013)
+    "elu": F.elu,  # Clevert et al. (2015)
+    "softplus": F.softplus,  # Dugas et al. (2000)
+    "gelu": F.gelu,  # x · Φ(x) with the normal distribution's own Φ: Hendrycks and Gimpel (2016); BERT
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-1, GPT-2
+    "quick_gelu": quick_gelu,
+    "silu": F.silu,  # Elfwing et al. (2017); LLaMA
+    "swish": F.silu,  # the same under Ramachandran et al.'s name (2017)
+    "mish": F.mish,  # Misra (2019)
+}
+
+
+def activation(name: str) -> Activation:
+    """The activation function of that name; an unknown name is a ValueError with the nearest known one."""
+    if name not in ACTIVATIONS:
+        near = get_close_matches(name.lower(), ACTIVATIONS, n=1, cutoff=0.3)
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"There is no activation {name!r}.{guess} Known: {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]

@@ -1,0 +1,89 @@
+"""Activations and the simple losses against torch's modules, transformers' table and their formulas."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from keifu.layers.activations import ACTIVATIONS, activation
+from keifu.layers.losses import LOSSES
+
+X = torch.cat([torch.linspace(-12, 12, 97), torch.tensor([0.0, -0.0, 1e-4, -1e-4, 60.0, -60.0])])
+MODULES = {
+    "identity": nn.Identity(),
+    "sigmoid": nn.Sigmoid(),
+    "tanh": nn.Tanh(),
+    "ramp": nn.ReLU(),
+    "relu": nn.ReLU(),
+    "leaky_relu": nn.LeakyReLU(),
+    "elu": nn.ELU(),
+    "softplus": nn.Softplus(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU(),
+    "swish": nn.SiLU(),
+    "mish": nn.Mish(),
+}
+PUBLISHED = {  # ours: the name in the config.json of published models
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "swish",
+    "relu": "relu",
+    "leaky_relu": "leaky_relu",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+    "mish": "mish",
+}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_torch_gives_the_same_numbers(name):
+    assert torch.equal(activation(name)(X), MODULES[name](X))
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_transformers_gives_the_same_numbers(name):
+    from transformers.activations import ACT2FN
+
+    assert torch.equal(activation(name)(X), ACT2FN[PUBLISHED[name]](X))
+
+
+def test_gpt2s_own_formula_is_the_tanh_form():
+    from transformers.activations import ACT2FN
+
+    torch.testing.assert_close(activation("gelu_tanh")(X), ACT2FN["gelu_new"](X), rtol=1e-5, atol=1e-6)
+
+
+def test_every_activation_is_checked_against_something_and_keeps_the_dtype():
+    assert set(MODULES) | set(PUBLISHED) | {"step"} == set(ACTIVATIONS)
+    assert all(f(X.to(torch.bfloat16)).dtype == torch.bfloat16 for f in ACTIVATIONS.values())
+
+
+def test_the_step_is_one_at_zero_and_refuses_a_gradient():
+    x = torch.tensor([-1.0, -1e-30, -0.0, 0.0, 2.0], requires_grad=True)
+    y = activation("step")(x)
+    assert y.tolist() == [0, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match="derivative is zero everywhere"):
+        y.sum().backward()
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="no activation 'gelu_tan'. Did you mean 'gelu_tanh'"):
+        activation("gelu_tan")
+
+
+def test_losses_are_the_row_sums_of_their_formulas():
+    outputs, targets = torch.tensor([[0.2, -1.0, 3.0], [0.0, 0.0, 0.0]]), torch.eye(3)[[2, 0]]
+    p = torch.softmax(outputs, -1)
+    expected = {
+        "cross_entropy": -math.log(p[0, 2]) - math.log(p[1, 0]),
+        "binary_cross_entropy": float(
+            nn.BCELoss(reduction="sum")(torch.sigmoid(outputs), targets) / 3
+        ),
+        "mean_squared_error": (0.04 + 1 + 4 + 1) / 3,
+        "mean_absolute_error": (0.2 + 1 + 2 + 1) / 3,
+    }
+    assert {name: float(loss(outputs, targets)) for name, loss in LOSSES.items()} == pytest.approx(expected, rel=1e-5)
