@@ -1,0 +1,270 @@
+"""The rules that keep the tree small and in order, read off its syntax; each is shown to be able to fail."""
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src"
+PARTS = {  # each part, and those it may import; a part may also import what those may
+    "layers": {"torch only"},
+    "models": {"layers"},
+    "data": {"floor"},
+    "training": {"layers", "data"},
+    "generation": {"layers", "data"},
+    "alignment": {"training", "generation"},
+    "evaluation": {"training", "generation"},
+    "checkpoints": {"models", "data"},
+    "recipes": {"models", "checkpoints", "training", "generation", "alignment", "evaluation"},
+    "serving": {"generation", "checkpoints"},
+    "commands": {"recipes", "serving"},
+    "cli": {"commands"},
+    "keifu": {"cli"},
+    "floor": set(),
+}
+FLOOR = {"errors", "files"}
+
+
+@dataclass(eq=False)
+class File:
+    """A source file: its module's name, its text, and that text parsed."""
+
+    module: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        """Its syntax, parsed once."""
+        return ast.parse(self.text)
+
+    @property
+    def part(self) -> str:
+        """The part of keifu it belongs to: `keifu.data.text` to data, the package's own file to keifu."""
+        return part_of(self.module)
+
+
+def part_of(module: str) -> str:
+    first = (module.split(".") + ["keifu"])[1]
+    return "floor" if first in FLOOR else first
+
+
+def source() -> list[File]:
+    names = {path: ".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in sorted(SOURCE.rglob("*.py"))}
+    return [File(name.removesuffix(".__init__"), path.read_text(encoding="utf-8")) for path, name in names.items()]
+
+
+def imports(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """Every module that these nodes import; of `from a import b` both a and a.b, since b may be a module."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are written in full"
+            yield from [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+
+
+def may_import(part: str) -> set[str]:
+    below = PARTS[part] & PARTS.keys()
+    return {part, *below, *(lower for one in below for lower in may_import(one))}
+
+
+def wrong_directions(files: list[File]) -> list[str]:
+    """Imports of a part that does not lie below, lazy ones included, and anything but torch in layers."""
+    wrong = []
+    for file in files:
+        allowed = may_import(file.part) | ({"floor"} if file.part != "layers" else set())
+        for name in imports(ast.walk(file.tree)):
+            if name == "keifu" or (name.startswith("keifu.") and part_of(name) not in allowed):
+                wrong.append(f"{file.module} imports {name}")
+            if file.part == "layers" and name.split(".")[0] in ("numpy", "transformers", "tokenizers", "safetensors"):
+                wrong.append(f"{file.module} imports {name}")
+    return wrong
+
+
+def cycles(files: list[File]) -> list[str]:
+    """Files that, by imports at the head of modules, come back to themselves."""
+    modules = {file.module for file in files}
+    edges = {file.module: set(imports(iter(file.tree.body))) & modules - {file.module} for file in files}
+    reached = {module: set(targets) for module, targets in edges.items()}
+    for _ in modules:
+        reached = {m: targets.union(*(reached[t] for t in targets)) for m, targets in reached.items()}
+    return [module for module, targets in reached.items() if module in targets]
+
+
+def functions(files: list[File]) -> dict[str, int]:
+    """Lines of every function from its `def` to its end, by module and name."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [(file, node) for file in files for node in ast.walk(file.tree) if isinstance(node, kinds)]
+    return {f"{f.module}.{n.name}:{n.lineno}": (n.end_lineno or n.lineno) - n.lineno + 1 for f, n in found}
+
+
+def long_files(files: list[File]) -> list[str]:
+    counts = {file.module: len(file.text.splitlines()) for file in files}
+    return [f"{module}: {lines} lines" for module, lines in counts.items() if lines > 300]
+
+
+def long_functions(files: list[File]) -> list[str]:
+    return [f"{name}: {lines} lines" for name, lines in functions(files).items() if lines > 40]
+
+
+def median_function(files: list[File]) -> float:
+    return median(functions(files).values())
+
+
+def repeated_lines(files: list[File], window: int = 6) -> tuple[float, list[str]]:
+    """The fraction of lines inside a run of `window` that stands elsewhere too, and where; blank ones,
+    comments and imports do not count."""
+    seen: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
+    total = 0
+    for file in files:
+        numbered = [(n, re.sub(r"\s+", " ", line).strip()) for n, line in enumerate(file.text.splitlines(), 1)]
+        kept = [(n, line) for n, line in numbered if line and not re.match(r"#|import |from \S+ import ", line)]
+        total += len(kept)
+        for start in range(len(kept) - window + 1):
+            run = kept[start : start + window]
+            seen[tuple(line for _, line in run)] += [(file.module, n) for n, _ in run]
+    places = {place for at in seen.values() if len(at) > window for place in at}
+    return len(places) / max(total, 1), sorted(f"{module}:{line}" for module, line in places)
+
+
+def model_kinds(files: list[File]) -> tuple[set[str], set[str]]:
+    """What code could ask for a model's kind by: the classes of model files, and the names of families."""
+    own = [file for file in files if re.fullmatch(r"keifu\.models\.[a-z]\w*", file.module)]
+    nodes = [node for file in own for node in ast.walk(file.tree)]
+    classes = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+    tables = [n.value for n in nodes if isinstance(n, ast.Assign) and names_in(n.targets[0]) == {"MODEL_TYPES"}]
+    published = {key for table in tables for key in texts_in(table)}
+    return classes | {"DecoderLM"}, {file.module.split(".")[-1] for file in own} | published
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Identifiers and attributes inside an expression."""
+    inside = list(ast.walk(node))
+    return {n.id for n in inside if isinstance(n, ast.Name)} | {n.attr for n in inside if isinstance(n, ast.Attribute)}
+
+
+def texts_in(node: ast.AST) -> set[str]:
+    return {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+
+def asks_for_kind(node: ast.AST, classes: set[str], kinds: set[str]) -> bool:
+    """Whether an expression compares or tests the kind of a model: its class, its `model_type`, its family's name."""
+    fields = {"model_type", "architectures", "family"}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
+        return bool(names_in(node.args[1]) & classes)
+    if isinstance(node, ast.Compare):
+        of_type = "type" in names_in(node) and names_in(node) & classes
+        return bool(of_type or (names_in(node) | texts_in(node)) & fields or texts_in(node) & kinds)
+    if isinstance(node, ast.Match):
+        patterns = [case.pattern for case in node.cases]
+        named = any(names_in(pattern) & classes or texts_in(pattern) & kinds for pattern in patterns)
+        return named or bool((names_in(node.subject) | texts_in(node.subject)) & fields)
+    return False
+
+
+def branches_on_kind(files: list[File]) -> list[str]:
+    """Places outside checkpoints/ that ask which model they have.
+
+    A model's file may read and write the dialects of its own published config: there, `to_published` and functions that
+    take a `json` are free.
+    """
+    classes, kinds = model_kinds(files)
+    wrong = []
+    for file in (file for file in files if file.part != "checkpoints"):
+        own = [n for n in file.tree.body if isinstance(n, ast.FunctionDef) and file.part == "models"]
+        translators = [n for n in own if n.name == "to_published" or "json" in {a.arg for a in n.args.args}]
+        free = {id(inner) for translator in translators for inner in ast.walk(translator)}
+        found = [n for n in ast.walk(file.tree) if id(n) not in free and asks_for_kind(n, classes, kinds)]
+        wrong += [f"{file.module}:{node.lineno}" for node in found]
+    return wrong
+
+
+def unpickling(files: list[File]) -> list[str]:
+    """Uses of pickle, of what unpickles for others, and of torch.save and torch.load."""
+    wrong = []
+    for file in files:
+        modules = {name.split(".")[0] for name in imports(ast.walk(file.tree))}
+        wrong += [f"{file.module} imports {name}" for name in modules & {"pickle", "dill", "joblib", "shelve"}]
+        calls = {ast.unparse(node) for node in ast.walk(file.tree) if isinstance(node, ast.Attribute)}
+        wrong += [f"{file.module} uses {name}" for name in calls & {"torch.load", "torch.save"}]
+    return wrong
+
+
+def without_docstring(files: list[File]) -> list[str]:
+    return [file.module for file in files if file.text.strip() and not ast.get_docstring(file.tree)]
+
+
+def too_long_median(files: list[File]) -> list[str]:
+    return [f"median function: {median_function(files)} lines"] if median_function(files) > 10 else []
+
+
+def too_much_repeated(files: list[File]) -> list[str]:
+    share, places = repeated_lines(files)
+    return [f"{share:.1%} of the lines are repeated: {', '.join(places)}"] if share > 0.03 else []
+
+
+def function(lines: int) -> str:
+    return "def long():\n" + "    pass\n" * (lines - 1)
+
+
+BAD = {  # for each rule the smallest tree that breaks it
+    wrong_directions: [File("keifu.layers.a", "def f():\n    from keifu.models import gpt2")],
+    cycles: [File("keifu.data.a", "import keifu.data.b"), File("keifu.data.b", "from keifu.data import a")],
+    long_files: [File("keifu.a", "\n" * 301)],
+    long_functions: [File("keifu.a", function(41))],
+    too_long_median: [File("keifu.a", function(11))],
+    too_much_repeated: [File("keifu.a", "".join(f"x{i} = {i}\n" for i in range(6)) * 2)],
+    branches_on_kind: [File("keifu.models.zebra", "class Zebra: ..."), File("keifu.data.a", "x = isinstance(y, Zebra)")],
+    unpickling: [File("keifu.a", "import torch\ntorch.load(path)")],
+    without_docstring: [File("keifu.a", "x = 1")],
+}
+
+
+@pytest.mark.parametrize("rule", BAD, ids=lambda rule: rule.__name__)
+def test_tree_keeps_the_rule(rule) -> None:
+    assert rule(source()) == []
+
+
+@pytest.mark.parametrize("rule", BAD, ids=lambda rule: rule.__name__)
+def test_rule_can_fail(rule) -> None:
+    assert len(rule(BAD[rule])) >= 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "if config.model_type == 'x': pass",
+        "y = 1 if config['model_type'] in ('x',) else 2",
+        "y = name == 'zebra'",
+        "y = type(model) is Zebra",
+        "y = isinstance(model, (int, zebra.Zebra))",
+        "match kind:\n    case 'zebra': pass",
+        "match model:\n    case Zebra(): pass",
+    ],
+)
+def test_each_way_to_ask_for_a_kind_is_seen(line: str) -> None:
+    zebra = File("keifu.models.zebra", "class Zebra: ...")
+    assert branches_on_kind([zebra, File("keifu.training.a", line)]) == ["keifu.training.a:1"]
+    assert branches_on_kind([zebra, File("keifu.checkpoints.a", line)]) == []
+
+
+def test_a_model_may_read_its_own_published_config_and_no_more() -> None:
+    zebra = "class Zebra: ...\ndef {}: return {}['model_type'] == 'zebra'"
+    assert branches_on_kind([File("keifu.models.zebra", zebra.format("from_published(json)", "json"))]) == []
+    assert branches_on_kind([File("keifu.models.zebra", zebra.format("build(config)", "config"))]) != []
+    assert branches_on_kind([File("keifu.training.a", zebra.format("from_published(json)", "json"))]) != []
+
+
+def test_one_file_a_part() -> None:
+    assert {file.part for file in source()} <= PARTS.keys()
+
+
+@pytest.mark.parametrize("name", ["keifu.recipes", "keifu.training.loop", "keifu.serving", "keifu.checkpoints"])
+def test_data_imports_nothing_above(name: str) -> None:
+    assert wrong_directions([File("keifu.data.a", f"import {name}")]) == [f"keifu.data.a imports {name}"]
