@@ -1,0 +1,52 @@
+"""How attention and feed-forward are put around the residual stream; knows not what kind of either it holds.
+
+Axes: batch, length, dim. Whatever else is given to a block goes to its attention.
+"""
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Stream = Float[Tensor, "batch length dim"]
+
+
+class PreNorm(nn.Module):
+    """x + attention(norm(x)), then x + feedforward(norm(x)): GPT-2 and all since (Radford et al., 2019)."""
+
+    def __init__(self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float = 0.0):
+        super().__init__()
+        self.attention, self.feedforward = attention, feedforward
+        self.attention_norm, self.feedforward_norm = norms
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Stream, **context: Any) -> Stream:
+        x = x + self.dropout(self.attention(self.attention_norm(x), **context))
+        return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
+
+
+class PostNorm(nn.Module):
+    """norm(x + attention(x)), then norm(x + feedforward(x)): the Transformer of 2017, GPT-1, BERT."""
+
+    def __init__(self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float = 0.0):
+        super().__init__()
+        self.attention, self.feedforward = attention, feedforward
+        self.attention_norm, self.feedforward_norm = norms
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Stream, **context: Any) -> Stream:
+        x = self.attention_norm(x + self.dropout(self.attention(x, **context)))
+        return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
+
+
+class Parallel(nn.Module):
+    """x + attention(norm(x)) + feedforward(norm(x)), one norm for both: GPT-J, PaLM (Chowdhery et al., 2022)."""
+
+    def __init__(self, attention: nn.Module, feedforward: nn.Module, norm: nn.Module, dropout: float = 0.0):
+        super().__init__()
+        self.attention, self.feedforward, self.norm = attention, feedforward, norm
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Stream, **context: Any) -> Stream:
+        normed = self.norm(x)
+        return x + self.dropout(self.attention(normed, **context)) + self.dropout(self.feedforward(normed))

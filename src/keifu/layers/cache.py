@@ -1,0 +1,71 @@
+"""Keys and values of the tokens seen so far, in memory taken once; knows nothing of who attends to them.
+
+Axes: batch, heads = heads of keys and values, length = tokens, head_dim.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+KeysValues = tuple[Float[Tensor, "batch heads seen head_dim"], Float[Tensor, "batch heads seen head_dim"]]
+
+
+class KeyValueCache:
+    """Room for `capacity` tokens; `append` writes the new ones behind the old and returns views of all."""
+
+    def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, like: Tensor):
+        self.keys = like.new_empty(batch, heads, capacity, head_dim)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(
+        self, keys: Float[Tensor, "batch heads length head_dim"], values: Float[Tensor, "batch heads length head_dim"]
+    ) -> KeysValues:
+        """All keys and values seen, the given ones last. More than the capacity is a `ValueError`."""
+        end, capacity = self.length + keys.shape[2], self.keys.shape[2]
+        if end > capacity:
+            raise ValueError(f"The cache has room for {capacity} tokens and was given {end}; make a larger one.")
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class WindowCache:
+    """Keeps what a sliding window still sees: the last `window` - 1 tokens and the new ones.
+
+    The buffer has twice the room of the window; when it is full the part still needed moves to the front, so that a
+    token costs a constant amount of copying on average.
+    """
+
+    def __init__(self, batch: int, heads: int, window: int, head_dim: int, like: Tensor):
+        self.keys = like.new_empty(batch, heads, 2 * window, head_dim)
+        self.values = torch.empty_like(self.keys)
+        self.window, self.length, self.used = window, 0, 0
+
+    def append(
+        self, keys: Float[Tensor, "batch heads length head_dim"], values: Float[Tensor, "batch heads length head_dim"]
+    ) -> KeysValues:
+        """The keys and values that the given tokens may see, oldest first, the given ones last."""
+        new, keep = keys.shape[2], min(self.used, self.window - 1)
+        self.length += new
+        if keep + new > self.keys.shape[2]:  # a long prompt: attend to it as it is, keep only its end
+            joined = self._joined(keep, keys, values)
+            self.used = self.window - 1
+            self.keys[:, :, : self.used], self.values[:, :, : self.used] = (x[:, :, x.shape[2] - self.used :] for x in joined)
+            return joined
+        if self.used + new > self.keys.shape[2]:
+            for buffer in (self.keys, self.values):
+                buffer[:, :, :keep] = buffer[:, :, self.used - keep : self.used].clone()
+            self.used = keep
+        end, start = self.used + new, self.used - keep if self.used > keep else 0
+        self.keys[:, :, self.used : end], self.values[:, :, self.used : end] = keys, values
+        self.used = end
+        return self.keys[:, :, start:end], self.values[:, :, start:end]
+
+    def _joined(self, keep: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        old = slice(self.used - keep, self.used)
+        return torch.cat([self.keys[:, :, old], keys], 2), torch.cat([self.values[:, :, old], values], 2)
+
+
+Cache = KeyValueCache | WindowCache

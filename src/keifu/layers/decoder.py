@@ -1,0 +1,82 @@
+"""A causal language model made of the parts it is given; knows not which model that makes.
+
+Axes: batch, length = tokens, dim, vocab.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.layers.attention import CausalMask
+from keifu.layers.cache import Cache
+from keifu.layers.positions import LearnedPositions, Rotary
+
+Hidden = Float[Tensor, "batch length dim"]
+
+
+class DecoderLM(nn.Module):
+    """Embedding, blocks, norm, head. `head=None` ties the head to the embedding; `config` is what it was built from."""
+
+    def __init__(
+        self,
+        embedding: nn.Embedding,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module,
+        positions: LearnedPositions | None = None,
+        rotary: Rotary | None = None,
+        head: nn.Module | None = None,
+        dropout: float = 0.0,
+        config: Any = None,
+    ):
+        super().__init__()
+        self.embedding, self.blocks, self.norm = embedding, nn.ModuleList(blocks), norm
+        self.positions, self.rotary, self.head = positions, rotary, head
+        self.dropout = nn.Dropout(dropout)
+        self.config = config
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        caches: Sequence[Cache] | None = None,
+        padding: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch length vocab"]:
+        """Logits of the token after each. `caches` hold earlier tokens; `padding` counts each row's left padding."""
+        return self.logits(self.hidden(tokens, caches, padding))
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        caches: Sequence[Cache] | None = None,
+        padding: Int[Tensor, " batch"] | None = None,
+    ) -> Hidden:
+        """The last hidden states, after the last norm; positions count from each row's first real token."""
+        start, length = caches[0].length if caches else 0, tokens.shape[1]
+        positions = torch.arange(start, start + length, device=tokens.device)
+        if padding is not None:
+            positions = (positions - padding[:, None]).clamp(min=0)
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions(self._within(positions, start + length))
+        x = self.dropout(x)
+        context = {"mask": CausalMask(start, length, padding), "rotation": self.rotary(positions) if self.rotary else None}
+        for i, block in enumerate(self.blocks):
+            x = block(x, **context, cache=caches[i] if caches else None)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
+        """The head alone, so that a prompt's last position can be had without the others."""
+        return self.head(hidden) if self.head is not None else F.linear(hidden, self.embedding.weight)
+
+    def new_caches(self, batch: int, capacity: int) -> list[Cache]:
+        """Empty caches, one a block, for `capacity` tokens (padding included) in `batch` rows."""
+        return [block.attention.new_cache(batch, capacity, self.embedding.weight) for block in self.blocks]
+
+    def _within(self, positions: Tensor, length: int) -> Tensor:
+        room = self.positions.num_embeddings if self.positions else length
+        if length > room and int(positions.max()) >= room:
+            raise ValueError(f"{length} tokens do not fit the {room} positions that this model has learned; shorten them.")
+        return positions

@@ -1,0 +1,42 @@
+"""What a block does to each token alone; knows no model and no other token.
+
+Axes: batch, length, dim; hidden = the wide middle.
+"""
+
+from functools import partial
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keifu.layers.activations import Activation
+from keifu.layers.linear import JoinedLinear
+
+
+class FeedForward(nn.Module):
+    """down(activation(up(x))) (Vaswani et al., 2017, section 3.3)."""
+
+    def __init__(self, dim: int, hidden_dim: int, activation: Activation, bias: bool = True):
+        super().__init__()
+        self.up, self.down = nn.Linear(dim, hidden_dim, bias), nn.Linear(hidden_dim, dim, bias)
+        self.activation = activation
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return self.down(self.activation(self.up(x)))
+
+
+class GatedFeedForward(nn.Module):
+    """down(activation(gate(x)) · up(x)) (Shazeer, 2020: GLU variants); gate and up are one product."""
+
+    def __init__(self, dim: int, hidden_dim: int, activation: Activation, bias: bool = False):
+        super().__init__()
+        self.gate_up = JoinedLinear(dim, (hidden_dim, hidden_dim), bias)
+        self.down = nn.Linear(hidden_dim, dim, bias)
+        self.activation = activation
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(self.activation(gate) * up)
+
+
+SwiGLU = partial(GatedFeedForward, activation=F.silu)

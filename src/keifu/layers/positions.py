@@ -1,0 +1,146 @@
+"""How a token's place is told: learned vectors, sinusoids, rotations of queries and keys; knows no model.
+
+Axes: batch, length = tokens, heads, head_dim; pairs = head_dim / 2.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class LearnedPositions(nn.Embedding):
+    """One learned vector a place, added to the token's (Gehring et al., 2017; GPT and BERT use it)."""
+
+    def __init__(self, context_length: int, dim: int):
+        super().__init__(context_length, dim)
+
+
+def sinusoids(positions: Int[Tensor, "*batch"], dim: int, interleaved: bool = True) -> Float[Tensor, "*batch dim"]:
+    """sin and cos of position / 10000^(2i/dim) (Vaswani et al., 2017, section 3.5), float32.
+
+    The paper interleaves sin and cos; tensor2tensor and Marian put all sines first (`interleaved=False`).
+    """
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
+    angles = positions[..., None].float() * 10_000.0**-exponents
+    both = torch.stack([angles.sin(), angles.cos()], -1 if interleaved else -2)
+    return both.flatten(-2)[..., :dim]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained length: `kind` is linear, dynamic, llama3 or yarn.
+
+    linear: all frequencies / factor (Chen et al., 2023). dynamic: the base grows with the sequence ("NTK-aware").
+    llama3: long waves / factor, short ones kept, smooth between (Llama 3.1). yarn: the same idea counted in
+    rotations, plus a temperature on the attention (Peng et al., 2023).
+    """
+
+    kind: str
+    factor: float
+    original_context_length: int
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn: rotations over the original length above which a frequency is kept
+    beta_slow: float = 1.0  # and below which it is divided by the factor
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "dynamic", "llama3", "yarn"):
+            raise ValueError(f"There is no rotary scaling {self.kind!r}. Known: dynamic, linear, llama3, yarn.")
+
+    def magnitude(self) -> float:
+        """The factor on cos and sin (yarn, section 3.4); 1 for the others."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
+        return self._mscale(1.0)
+
+    def _mscale(self, scale: float) -> float:
+        return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0
+
+    def apply(self, frequencies: Float[Tensor, " pairs"], theta: float) -> Float[Tensor, " pairs"]:
+        """The stretched frequencies (dynamic: see `Rotary`, since they depend on the length of the sequence)."""
+        if self.kind == "linear":
+            return frequencies / self.factor
+        if self.kind == "llama3":
+            return self._llama3(frequencies)
+        return self._yarn(frequencies, theta) if self.kind == "yarn" else frequencies
+
+    def _llama3(self, frequencies: Tensor) -> Tensor:
+        rotations = self.original_context_length * frequencies / (2 * math.pi)
+        keep = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return torch.lerp(frequencies / self.factor, frequencies, keep.clamp(0, 1))
+
+    def _yarn(self, frequencies: Tensor, theta: float) -> Tensor:
+        dim = 2 * len(frequencies)
+
+        def pair_that_rotates(times: float) -> float:
+            return dim * math.log(self.original_context_length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = pair_that_rotates(self.beta_fast), pair_that_rotates(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        pairs = torch.arange(dim // 2, dtype=torch.float32, device=frequencies.device)
+        divide = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+        return torch.lerp(frequencies, frequencies / self.factor, divide)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The cosines and sines of some positions, to be applied to any heads at these positions."""
+
+    cos: Float[Tensor, "... length pairs"]
+    sin: Float[Tensor, "... length pairs"]
+    interleaved: bool
+
+    def apply(self, x: Float[Tensor, "batch length heads head_dim"]) -> Float[Tensor, "batch length heads head_dim"]:
+        """Turns every pair of numbers by its angle; the pairs are (0, 1), (2, 3), ... or (0, half), (1, half + 1), ..."""
+        cos, sin = self.cos.unsqueeze(-2).to(x.dtype), self.sin.unsqueeze(-2).to(x.dtype)
+        if self.interleaved:
+            a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+            return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Rotary(nn.Module):
+    """Rotary positions (RoFormer, Su et al., 2021): pair i of a head turns by position · theta^(-2i/head_dim).
+
+    `interleaved` pairs neighbours (the paper, Meta's files, GGUF, Cohere); the default pairs the two halves (Hugging
+    Face's LLaMA). Frequencies are made in float32 whatever the model's type is.
+    """
+
+    def __init__(self, head_dim: int, theta: float = 10_000.0, scaling: RopeScaling | None = None, interleaved: bool = False):
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"Rotary positions turn pairs, so head_dim must be even; it is {head_dim}.")
+        self.head_dim, self.theta, self.scaling, self.interleaved = head_dim, theta, scaling, interleaved
+
+    def forward(self, positions: Int[Tensor, "*batch length"]) -> Rotation:
+        frequencies = self._frequencies(positions)
+        angles = positions[..., None].float() * frequencies
+        size = self.scaling.magnitude() if self.scaling else 1.0
+        return Rotation(angles.cos() * size, angles.sin() * size, self.interleaved)
+
+    def _frequencies(self, positions: Tensor) -> Float[Tensor, " pairs"]:
+        theta = self.theta
+        if self.scaling and self.scaling.kind == "dynamic":
+            theta = self._dynamic_theta(self.scaling, int(positions.max()) + 1)
+        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
+        frequencies = 1.0 / theta**exponents
+        return self.scaling.apply(frequencies, theta) if self.scaling else frequencies
+
+    def _dynamic_theta(self, scaling: RopeScaling, length: int) -> float:
+        trained = scaling.original_context_length
+        growth = scaling.factor * max(length, trained) / trained - (scaling.factor - 1)
+        return self.theta * growth ** (self.head_dim / (self.head_dim - 2))

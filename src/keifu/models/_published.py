@@ -1,0 +1,84 @@
+"""Rotary settings and activation names as Hugging Face's config.json writes them; knows no model's layers."""
+
+from typing import Any
+
+from keifu.layers.activations import ACTIVATIONS
+from keifu.layers.positions import RopeScaling
+
+# theirs -> ours, where the names differ
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_python": "gelu",
+    "swish": "silu",
+    "linear": "identity",
+}
+
+# ours -> theirs, for what a scaling may say beside its kind and factor
+_FIELDS = {
+    "original_context_length": "original_max_position_embeddings",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "truncate": "truncate",
+}
+_WRITTEN = {
+    "linear": (),
+    "dynamic": (),
+    "llama3": ("original_context_length", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        "original_context_length", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
+    ),
+}  # fmt: skip
+
+
+def activation_name(published: str) -> str:
+    """Our name of an activation that transformers calls `published`; an unknown one is a `ValueError`."""
+    name = _ACTIVATIONS.get(published, published)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"The activation {published!r} is not supported. Known: {', '.join(sorted(ACTIVATIONS))}.")
+    return name
+
+
+def published_activation(name: str) -> str:
+    """The name that transformers has for one of our activations."""
+    return {"gelu_tanh": "gelu_new", "identity": "linear"}.get(name, name)
+
+
+def read_rope(json: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """The base and the scaling. `rope_parameters` (transformers 5) goes before `rope_scaling` with `rope_theta`."""
+    rope = json.get("rope_parameters") or json.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", json.get("rope_theta", 10_000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", json.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor {rope.get('partial_rotary_factor')} is not supported: all of a head turns.")
+    if kind == "default":
+        return float(theta), None
+    context = json["max_position_embeddings"]
+    given = {ours: rope[theirs] for ours, theirs in _FIELDS.items() if rope.get(theirs) is not None}
+    original = json.get("original_max_position_embeddings", context)
+    given = {"original_context_length": original} | given
+    if kind == "dynamic":  # published code stretches from the configured length, whatever else is written
+        given["original_context_length"] = context
+    factor = rope["factor"] if rope.get("factor") is not None else context / given["original_context_length"]
+    return float(theta), RopeScaling(kind, float(factor), **given)
+
+
+def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """Both spellings, so that transformers 4 and 5, vLLM and llama.cpp's converter read the same."""
+    if scaling is None:
+        new = {"rope_type": "default"}
+    else:
+        fields = {_FIELDS[ours]: value for ours, value in vars(scaling).items() if ours in _WRITTEN[scaling.kind]}
+        new = {"rope_type": scaling.kind, "factor": scaling.factor}
+        new |= {theirs: value for theirs, value in fields.items() if value is not None}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": None if scaling is None else new,
+        "rope_parameters": new | {"rope_theta": theta},
+    }

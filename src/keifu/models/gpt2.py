@@ -1,0 +1,122 @@
+"""GPT-2 (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners"): GPT-1 with the norms moved to
+the front of each block and one more at the end, residual weights scaled at the start, and prompts instead of
+fine-tuning. This file knows nothing of training, text or files.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from keifu.layers.activations import activation
+from keifu.layers.attention import Attention
+from keifu.layers.blocks import PreNorm
+from keifu.layers.decoder import DecoderLM
+from keifu.layers.feedforward import FeedForward
+from keifu.layers.initialisation import normal_, scale_residual_
+from keifu.layers.positions import LearnedPositions
+from keifu.models._published import activation_name, published_activation
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the smallest published size. `dropout` 0.1 is the released configuration's."""
+
+    vocab_size: int = 50_257
+    context_length: int = 1024
+    dim: int = 768
+    hidden_dim: int = 3072
+    n_layers: int = 12
+    n_heads: int = 12
+    norm_eps: float = 1e-5
+    activation: str = "gelu_tanh"
+    dropout: float = 0.1
+    bias: bool = True  # without biases is nanoGPT's variant; no published weights have it
+    tied: bool = True
+
+
+# The paper's table 2 prints 117, 345, 762 and 1542 million; the released weights count 124, 355, 774 and 1558.
+SIZES = {
+    "gpt2": Config(),
+    "gpt2-medium": Config(dim=1024, hidden_dim=4096, n_layers=24, n_heads=16),
+    "gpt2-large": Config(dim=1280, hidden_dim=5120, n_layers=36, n_heads=20),
+    "gpt2-xl": Config(dim=1600, hidden_dim=6400, n_layers=48, n_heads=25),
+}
+PAPER_PARAMETERS = {"gpt2": 117e6, "gpt2-medium": 345e6, "gpt2-large": 762e6, "gpt2-xl": 1542e6}
+
+
+def build(config: Config) -> DecoderLM:
+    """A model with the paper's initialisation; positions are drawn with half the deviation, as the released code does."""
+    norm = partial(nn.LayerNorm, config.dim, config.norm_eps, bias=config.bias)
+    blocks = [
+        PreNorm(
+            Attention(config.dim, config.n_heads, bias=config.bias, dropout=config.dropout),
+            FeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=config.bias),
+            (norm(), norm()),
+            config.dropout,
+        )
+        for _ in range(config.n_layers)
+    ]
+    embedding, positions = nn.Embedding(config.vocab_size, config.dim), LearnedPositions(config.context_length, config.dim)
+    head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+    model = DecoderLM(embedding, blocks, norm(), positions=positions, head=head, dropout=config.dropout, config=config)
+    normal_(model, std=0.02)
+    nn.init.normal_(positions.weight, std=0.01)
+    scale_residual_(model, config.n_layers)
+    return model
+
+
+WEIGHT_NAMES = {
+    "embedding": "transformer.wte",
+    "positions": "transformer.wpe",
+    "blocks.*.attention_norm": "transformer.h.*.ln_1",
+    "blocks.*.attention.qkv": "transformer.h.*.attn.c_attn.T",
+    "blocks.*.attention.out": "transformer.h.*.attn.c_proj.T",
+    "blocks.*.feedforward_norm": "transformer.h.*.ln_2",
+    "blocks.*.feedforward.up": "transformer.h.*.mlp.c_fc.T",
+    "blocks.*.feedforward.down": "transformer.h.*.mlp.c_proj.T",
+    "norm": "transformer.ln_f",
+    "head": "lm_head",
+}
+PREFIX = "transformer."  # OpenAI's own files have the same names without it
+NOT_WEIGHTS = ("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias")  # old files keep the causal mask
+MODEL_TYPES = {"gpt2": "GPT2LMHeadModel"}
+UNSUPPORTED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of a Hugging Face config.json of model_type gpt2."""
+    return Config(
+        vocab_size=json["vocab_size"],
+        context_length=json["n_positions"],
+        dim=json["n_embd"],
+        hidden_dim=json.get("n_inner") or 4 * json["n_embd"],
+        n_layers=json["n_layer"],
+        n_heads=json["n_head"],
+        norm_eps=json.get("layer_norm_epsilon", 1e-5),
+        activation=activation_name(json.get("activation_function", "gelu_new")),
+        dropout=json.get("resid_pdrop", 0.1),
+        tied=json.get("tie_word_embeddings", True),
+    )
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that transformers reads."""
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_ctx": config.context_length,
+        "n_embd": config.dim,
+        "n_inner": config.hidden_dim,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": published_activation(config.activation),
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "tie_word_embeddings": config.tied,
+    }

@@ -1,0 +1,232 @@
+"""LLaMA (Touvron et al., 2023) and the heirs whose layers are the same: LLaMA 2 and 3, SmolLM2, TinyLlama, Mistral
+(sliding window), Qwen2 (biased q, k, v). New against GPT-2: RMSNorm, SwiGLU, rotary positions, no biases.
+
+This file knows nothing of training, text or files.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from keifu.layers.activations import activation
+from keifu.layers.attention import Attention
+from keifu.layers.blocks import PreNorm
+from keifu.layers.decoder import DecoderLM
+from keifu.layers.feedforward import GatedFeedForward
+from keifu.layers.initialisation import normal_, scale_residual_
+from keifu.layers.normalisation import RMSNorm
+from keifu.layers.positions import RopeScaling, Rotary
+from keifu.models._published import activation_name, published_activation, read_rope, write_rope
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are LLaMA-7B. `hidden_dim` is printed in no paper: 256 · ceil(8/3 · dim / 256) in LLaMA 1."""
+
+    vocab_size: int = 32_000
+    context_length: int = 2048
+    dim: int = 4096
+    hidden_dim: int = 11_008
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # as many as n_heads
+    head_dim: int | None = None  # dim / n_heads
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    activation: str = "silu"
+    sliding_window: int | None = None  # Mistral: each token sees this many, itself included
+    first_window_layer: int = 0  # Qwen2: layers below it see everything
+    qkv_bias: bool = False
+    out_bias: bool = False
+    feedforward_bias: bool = False
+    tied: bool = False
+    dropout: float = 0.0
+
+
+def _llama3(**sizes: Any) -> Config:
+    sizes = {"vocab_size": 128_256, "context_length": 8192, "n_kv_heads": 8, "norm_eps": 1e-5, "rope_theta": 500_000.0} | sizes
+    return Config(**sizes)
+
+
+def _qwen2(dim: int, hidden_dim: int, n_layers: int, n_heads: int, n_kv_heads: int, tied: bool, vocab_size: int) -> Config:
+    shape = {"dim": dim, "hidden_dim": hidden_dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
+    return Config(**shape, vocab_size=vocab_size, context_length=32_768, rope_theta=1e6, qkv_bias=True, tied=tied)
+
+
+def _smollm2(dim: int, hidden_dim: int, n_layers: int, n_heads: int, n_kv_heads: int, rope_theta: float) -> Config:
+    shape = {"dim": dim, "hidden_dim": hidden_dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
+    return Config(**shape, vocab_size=49_152, context_length=8192, norm_eps=1e-5, rope_theta=rope_theta, tied=True)
+
+
+_LLAMA31 = RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+_LLAMA32 = RopeScaling("llama3", 32.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+
+SIZES = {
+    "llama-7b": Config(),
+    "llama-13b": Config(dim=5120, hidden_dim=13_824, n_layers=40, n_heads=40),
+    "llama-33b": Config(dim=6656, hidden_dim=17_920, n_layers=60, n_heads=52),
+    "llama-65b": Config(dim=8192, hidden_dim=22_016, n_layers=80, n_heads=64),
+    "llama2-7b": Config(context_length=4096, norm_eps=1e-5),
+    "llama2-13b": Config(context_length=4096, norm_eps=1e-5, dim=5120, hidden_dim=13_824, n_layers=40, n_heads=40),
+    "llama2-70b": Config(
+        context_length=4096, norm_eps=1e-5, dim=8192, hidden_dim=28_672, n_layers=80, n_heads=64, n_kv_heads=8
+    ),
+    "llama3-8b": _llama3(hidden_dim=14_336),
+    "llama3-70b": _llama3(dim=8192, hidden_dim=28_672, n_layers=80, n_heads=64),
+    "llama3.1-8b": _llama3(hidden_dim=14_336, context_length=131_072, rope_scaling=_LLAMA31),
+    "llama3.1-70b": _llama3(
+        dim=8192, hidden_dim=28_672, n_layers=80, n_heads=64, context_length=131_072, rope_scaling=_LLAMA31
+    ),
+    "llama3.1-405b": _llama3(
+        dim=16_384, hidden_dim=53_248, n_layers=126, n_heads=128, context_length=131_072, rope_scaling=_LLAMA31
+    ),
+    "llama3.2-1b": _llama3(
+        dim=2048, hidden_dim=8192, n_layers=16, head_dim=64, context_length=131_072, rope_scaling=_LLAMA32, tied=True
+    ),
+    "llama3.2-3b": _llama3(
+        dim=3072, hidden_dim=8192, n_layers=28, n_heads=24, context_length=131_072, rope_scaling=_LLAMA32, tied=True
+    ),
+    "tinyllama-1.1b": Config(dim=2048, hidden_dim=5632, n_layers=22, n_kv_heads=4, norm_eps=1e-5),
+    "smollm2-135m": _smollm2(576, 1536, 30, 9, 3, 100_000.0),
+    "smollm2-360m": _smollm2(960, 2560, 32, 15, 5, 100_000.0),
+    "smollm2-1.7b": _smollm2(2048, 8192, 24, 32, 32, 130_000.0),
+    "mistral-7b": Config(
+        context_length=32_768, hidden_dim=14_336, n_kv_heads=8, norm_eps=1e-5, sliding_window=4096
+    ),
+    "qwen2-0.5b": _qwen2(896, 4864, 24, 14, 2, True, 151_936),
+    "qwen2-1.5b": _qwen2(1536, 8960, 28, 12, 2, True, 151_936),
+    "qwen2-7b": _qwen2(3584, 18_944, 28, 28, 4, False, 152_064),
+    "qwen2-72b": _qwen2(8192, 29_568, 80, 64, 8, False, 152_064),
+}
+PAPER_PARAMETERS = {
+    "llama-7b": 6.7e9, "llama-13b": 13.0e9, "llama-33b": 32.5e9, "llama-65b": 65.2e9,
+    "llama2-7b": 7e9, "llama2-13b": 13e9, "llama2-70b": 70e9,
+    "llama3-8b": 8e9, "llama3-70b": 70e9, "llama3.1-8b": 8e9, "llama3.1-70b": 70e9, "llama3.1-405b": 405e9,
+    "llama3.2-1b": 1.23e9, "llama3.2-3b": 3.21e9, "tinyllama-1.1b": 1.1e9,
+    "smollm2-135m": 135e6, "smollm2-360m": 360e6, "smollm2-1.7b": 1.7e9, "mistral-7b": 7.3e9,
+    "qwen2-0.5b": 0.49e9, "qwen2-1.5b": 1.54e9, "qwen2-7b": 7.61e9, "qwen2-72b": 72.71e9,
+}  # fmt: skip
+
+
+def build(config: Config) -> DecoderLM:
+    """A model drawn from N(0, 0.02²) with scaled residual writers, as GPT-2: the LLaMA papers do not print theirs."""
+    blocks = [_block(config, layer) for layer in range(config.n_layers)]
+    rotary = Rotary(config.head_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling)
+    head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+    embedding, norm = nn.Embedding(config.vocab_size, config.dim), RMSNorm(config.dim, config.norm_eps)
+    model = DecoderLM(embedding, blocks, norm, rotary=rotary, head=head, dropout=config.dropout, config=config)
+    normal_(model, std=0.02)
+    scale_residual_(model, config.n_layers)
+    return model
+
+
+def _block(config: Config, layer: int) -> PreNorm:
+    attention = Attention(
+        config.dim,
+        config.n_heads,
+        config.n_kv_heads,
+        config.head_dim,
+        bias=config.qkv_bias,
+        out_bias=config.out_bias,
+        window=config.sliding_window if layer >= config.first_window_layer else None,
+        dropout=config.dropout,
+    )
+    feedforward = GatedFeedForward(
+        config.dim, config.hidden_dim, activation(config.activation), bias=config.feedforward_bias
+    )
+    norms = RMSNorm(config.dim, config.norm_eps), RMSNorm(config.dim, config.norm_eps)
+    return PreNorm(attention, feedforward, norms, config.dropout)
+
+
+WEIGHT_NAMES = {
+    "embedding": "model.embed_tokens",
+    "blocks.*.attention_norm": "model.layers.*.input_layernorm",
+    "blocks.*.attention.qkv": "model.layers.*.self_attn.[q,k,v]_proj",
+    "blocks.*.attention.out": "model.layers.*.self_attn.o_proj",
+    "blocks.*.feedforward_norm": "model.layers.*.post_attention_layernorm",
+    "blocks.*.feedforward.gate_up": "model.layers.*.mlp.[gate,up]_proj",
+    "blocks.*.feedforward.down": "model.layers.*.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+PREFIX = ""
+NOT_WEIGHTS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old files keep the rotary frequencies
+MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+UNSUPPORTED: dict[str, Any] = {}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of a Hugging Face config.json of model_type llama, mistral or qwen2."""
+    theta, scaling = read_rope(json)
+    window, first_window_layer = _read_window(json)
+    biased = json.get("attention_bias", False)
+    return Config(
+        vocab_size=json["vocab_size"],
+        context_length=json["max_position_embeddings"],
+        dim=json["hidden_size"],
+        hidden_dim=json["intermediate_size"],
+        n_layers=json["num_hidden_layers"],
+        n_heads=json["num_attention_heads"],
+        n_kv_heads=json.get("num_key_value_heads", 8 if json["model_type"] == "mistral" else None),
+        head_dim=json.get("head_dim"),
+        norm_eps=json.get("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        activation=activation_name(json.get("hidden_act", "silu")),
+        sliding_window=window,
+        first_window_layer=first_window_layer,
+        qkv_bias=biased or json["model_type"] == "qwen2",
+        out_bias=biased,
+        feedforward_bias=json.get("mlp_bias", False),
+        tied=json.get("tie_word_embeddings", False),
+        dropout=json.get("attention_dropout") or 0.0,
+    )
+
+
+def _read_window(json: dict[str, Any]) -> tuple[int | None, int]:
+    """The window and the first layer that has it. Qwen2 says both in several ways; Mistral means all layers."""
+    if not json.get("use_sliding_window", json["model_type"] == "mistral"):
+        return None, 0
+    kinds, default = json.get("layer_types"), 0 if json["model_type"] == "mistral" else 28
+    first = json.get("max_window_layers", default)
+    if kinds:
+        first = kinds.index("sliding_attention") if "sliding_attention" in kinds else len(kinds)
+        if kinds != ["full_attention"] * first + ["sliding_attention"] * (len(kinds) - first):
+            raise ValueError(f"layer_types {kinds} mixes windows in an order that is not supported: full ones come first.")
+    window = json.get("sliding_window", 4096)
+    return (window, first) if window and first < json["num_hidden_layers"] else (None, 0)
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that transformers, vLLM and llama.cpp's converter read."""
+    kind = "llama"
+    if config.sliding_window:
+        kind = "mistral"
+    if config.qkv_bias and not config.out_bias:
+        kind = "qwen2"
+    json = {
+        "model_type": kind,
+        "architectures": [MODEL_TYPES[kind]],
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads or config.n_heads,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": published_activation(config.activation),
+        "attention_dropout": config.dropout,
+        "tie_word_embeddings": config.tied,
+        **write_rope(config.rope_theta, config.rope_scaling),
+    }
+    if config.head_dim is not None:
+        json["head_dim"] = config.head_dim
+    if kind == "llama":
+        return json | {"attention_bias": config.out_bias, "mlp_bias": config.feedforward_bias}
+    if kind == "mistral":
+        return json | {"sliding_window": config.sliding_window}
+    window = {"sliding_window": config.sliding_window, "max_window_layers": config.first_window_layer}
+    return json | window | {"use_sliding_window": config.sliding_window is not None}
