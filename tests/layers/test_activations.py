@@ -80,9 +80,7 @@ def test_losses_are_the_row_sums_of_their_formulas():
     p = torch.softmax(outputs, -1)
     expected = {
         "cross_entropy": -math.log(p[0, 2]) - math.log(p[1, 0]),
-        "binary_cross_entropy": float(
-            nn.BCELoss(reduction="sum")(torch.sigmoid(outputs), targets) / 3
-        ),
+        "binary_cross_entropy": float(nn.BCELoss(reduction="sum")(torch.sigmoid(outputs), targets) / 3),
         "mean_squared_error": (0.04 + 1 + 4 + 1) / 3,
         "mean_absolute_error": (0.2 + 1 + 2 + 1) / 3,
     }

@@ -1,0 +1,198 @@
+"""The perceptron (Rosenblatt, 1958): one step neuron that learns from its mistakes; knows no file and no picture.
+
+What was new: McCulloch and Pitts' threshold neuron (1943) computed, but its weights were set by hand. Rosenblatt gave
+it a rule that finds them: w ← w + η (t - y) x, b ← b + η (t - y), applied only where the output y is not the target t.
+A step has no gradient; the rule needs none. If a plane parts the two classes, the rule finds one after at most (R/γ)²
+corrections (Novikoff, 1962); if none does (XOR), it never ends, so that is decided beforehand, with a proof in hand.
+
+Axes: rows = examples, dim = inputs. A signed row is ±(x, 1): the bias is the weight of a constant 1, and the sign is
+that of the class, so that a separator is a vector whose product with every signed row is positive.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.layers.activations import step
+
+LARGEST_PROOF = 40  # rows; beyond it the exact arithmetic of `exact_mixture` would take minutes
+
+
+@dataclass(frozen=True)
+class Config:
+    """`dim`: number of inputs."""
+
+    dim: int = 2
+
+
+class Perceptron(nn.Module):
+    """Output 1 where Σ w x + b ≥ 0, else 0 (the tie is a 1), in float64; weights and bias start at zero."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.zeros(config.dim, dtype=torch.float64), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)
+
+    @property
+    def threshold(self) -> float:
+        """What Σ w x must reach for an output of 1: -b."""
+        return -float(self.bias)
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
+        return step(x @ self.weight + self.bias)
+
+    def correct(self, x: Float[Tensor, "dim"], target: float, rate: float = 1.0) -> None:
+        """The perceptron rule on one row; it changes nothing where the output is right already."""
+        error = rate * (target - self(x))
+        self.weight += error * x
+        self.bias += error
+
+
+def build(config: Config) -> Perceptron:
+    """A neuron with all weights zero, as Novikoff's bound asks."""
+    return Perceptron(config)
+
+
+def learn(
+    neuron: Perceptron, x: Float[Tensor, "rows dim"], targets: Float[Tensor, "rows"], rate: float = 1.0
+) -> Iterator[int]:
+    """Shows the rows in turn, round and round, and corrects each mistake; yields the row of each correction.
+
+    It ends when every row is right: never, where the classes cannot be parted by a plane.
+    """
+    place = 0
+    while len(wrong := (neuron(x) != targets).nonzero().flatten()):
+        later = wrong[wrong >= place]
+        row = int(later[0] if len(later) else wrong[0])
+        neuron.correct(x[row], float(targets[row]), rate)
+        place = row + 1
+        yield row
+
+
+@dataclass(frozen=True)
+class Separation:
+    """Whether a plane parts two classes, and the proof of it.
+
+    `mixture` [rows]: weights ≥ 0 with sum 1 of the mixture of signed rows that lies nearest to zero. `separator`
+    [dim + 1]: weights, then bias, of the plane with the widest margin; None where none was found. `margin`: γ, its
+    smallest distance to a signed row; without a separator, a distance that no separator's margin exceeds. `radius`: R,
+    the length of the longest signed row. `exact`: the answer is proved, whatever rounding does. A separator is proved
+    by its products, further from zero than their rounding error. That there is none is proved by a mixture that is
+    zero in rational arithmetic (Gordan, 1873).
+    """
+
+    mixture: Float[Tensor, "rows"]
+    separator: Float[Tensor, "dim1"] | None
+    margin: float
+    radius: float
+    exact: bool
+
+    @property
+    def bound(self) -> float:
+        """Novikoff's: the most corrections that the rule can make from zero weights, (R/γ)²."""
+        return (self.radius / self.margin) ** 2 if self.margin else float("inf")
+
+
+def separate(x: Float[Tensor, "rows dim"], targets: Float[Tensor, "rows"]) -> Separation:
+    """Decides whether a plane parts the rows with target 1 from those with target 0, and finds the widest margin.
+
+    The separator with the widest margin is the point nearest to zero in the convex hull of the signed rows; there is
+    none exactly when that hull holds zero. (Parting with ≥ on one side is parting with > on both: rows are finite, so
+    the plane can be shifted a little.)
+    """
+    signed = signed_rows(x, targets)
+    radius = float(signed.norm(dim=1).max())
+    mixture = nearest_mixture(signed)
+    nearest = mixture @ signed
+    length = float(nearest.norm())
+    products = signed @ nearest
+    rounding = 2 * signed.shape[1] * torch.finfo(torch.float64).eps * radius * length
+    if float(products.min()) > rounding:
+        return Separation(mixture, nearest, (float(products.min()) - rounding) / length, radius, True)
+    support = mixture.nonzero().flatten()
+    proof = exact_mixture(signed[support].tolist()) if len(support) <= LARGEST_PROOF else None
+    if proof is None:
+        return Separation(mixture, None, length + rounding / radius, radius, False)
+    mixture[support] = torch.tensor([float(share) for share in proof], dtype=torch.float64)
+    return Separation(mixture, None, 0.0, radius, True)
+
+
+def signed_rows(x: Float[Tensor, "rows dim"], targets: Float[Tensor, "rows"]) -> Float[Tensor, "rows dim1"]:
+    """(x, 1) where the target is 1, -(x, 1) where it is 0, in float64."""
+    lifted = torch.cat([x.double(), x.new_ones(len(x), 1, dtype=torch.float64)], 1)
+    return lifted * (2 * targets.double() - 1)[:, None]
+
+
+def nearest_mixture(points: Float[Tensor, "rows dim1"]) -> Float[Tensor, "rows"]:
+    """Weights of the convex mixture of points that lies nearest to zero (Wolfe, 1976: finite, with no step size).
+
+    It keeps a few affinely independent points; each turn takes in the point furthest towards zero as seen from the
+    present mixture, until none is nearer than rounding can tell.
+    """
+    radius, eps = float(points.norm(dim=1).max()), torch.finfo(torch.float64).eps
+    support = points.norm(dim=1).argmin()[None]
+    weights, length = points.new_ones(1), float("inf")
+    while True:
+        nearest = weights @ points[support]
+        products, previous, length = points @ nearest, length, float(nearest.norm())
+        entering = products.argmin()
+        gain = length**2 - float(products[entering])
+        if length <= eps * radius or length >= previous or gain <= 8 * eps * radius * length or entering in support:
+            break
+        best = support, weights
+        support, weights = absorb(
+            points, torch.cat([support, entering[None]]), torch.cat([weights, weights.new_zeros(1)])
+        )
+    if length >= previous:  # rounding made the last turn worse
+        support, weights = best
+    return points.new_zeros(len(points)).index_put_((support,), weights)
+
+
+def absorb(
+    points: Float[Tensor, "rows dim1"], support: Int[Tensor, "few"], weights: Float[Tensor, "few"]
+) -> tuple[Int[Tensor, "fewer"], Float[Tensor, "fewer"]]:
+    """The mixture of the support nearest to zero, and its support: Wolfe's inner loop, which drops points as it goes."""
+    while True:
+        target = affine_weights(points[support])
+        falling = target <= 0
+        if not falling.any():
+            return support, target
+        reach = torch.where(falling, weights / (weights - target).clamp_min(1e-300), torch.inf)
+        leaving = reach.argmin()
+        weights = weights + reach[leaving].clamp_max(1.0) * (target - weights)
+        kept = (weights > 0) & (torch.arange(len(weights)) != leaving)
+        support, weights = support[kept], weights[kept] / weights[kept].sum()
+
+
+def affine_weights(points: Float[Tensor, "few dim1"]) -> Float[Tensor, "few"]:
+    """Weights with sum 1, of any sign, of the point nearest to zero in the flat through the points."""
+    first, rest = points[0], points[1:]
+    others = torch.linalg.lstsq((rest - first).T, -first[:, None], driver="gelsd").solution.flatten()
+    return torch.cat([1 - others.sum(dim=0, keepdim=True), others])
+
+
+def exact_mixture(points: list[list[float]]) -> list[Fraction] | None:
+    """Weights ≥ 0 with sum 1 whose mixture of the points is zero in rational arithmetic, or None.
+
+    The points must be affinely independent, so that there is at most one answer: Gauss' elimination finds it.
+    """
+    size = len(points)
+    rows = [[Fraction(point[axis]) for point in points] + [Fraction(0)] for axis in range(len(points[0]))]
+    rows.append([Fraction(1)] * (size + 1))
+    for column in range(size):
+        pivot = next((i for i in range(column, len(rows)) if rows[i][column]), None)
+        if pivot is None:
+            return None
+        rows[column], rows[pivot] = rows[pivot], rows[column]
+        rows[column] = [value / rows[column][column] for value in rows[column]]
+        for i, row in enumerate(rows):
+            if i != column and (factor := row[column]):
+                rows[i] = [value - factor * unit for value, unit in zip(row, rows[column], strict=True)]
+    shares = [row[size] for row in rows[:size]]
+    solved = all(row[size] == 0 for row in rows[size:])
+    return shares if solved and min(shares) >= 0 else None
