@@ -60,13 +60,17 @@ def read_rope(json: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return float(theta), None
     context = json["max_position_embeddings"]
-    given = {ours: rope[theirs] for ours, theirs in _FIELDS.items() if rope.get(theirs) is not None}
+    given = {ours: _number(ours, rope[theirs]) for ours, theirs in _FIELDS.items() if rope.get(theirs) is not None}
     original = json.get("original_max_position_embeddings", context)
     given = {"original_context_length": original} | given
     if kind == "dynamic":  # published code stretches from the configured length, whatever else is written
         given["original_context_length"] = context
     factor = rope["factor"] if rope.get("factor") is not None else context / given["original_context_length"]
     return float(theta), RopeScaling(kind, float(factor), **given)
+
+
+def _number(name: str, value: Any) -> Any:
+    return value if name in ("original_context_length", "truncate") else float(value)
 
 
 def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:

@@ -94,9 +94,9 @@ def from_published(json: dict[str, Any]) -> Config:
         hidden_dim=json.get("n_inner") or 4 * json["n_embd"],
         n_layers=json["n_layer"],
         n_heads=json["n_head"],
-        norm_eps=json.get("layer_norm_epsilon", 1e-5),
+        norm_eps=float(json.get("layer_norm_epsilon", 1e-5)),
         activation=activation_name(json.get("activation_function", "gelu_new")),
-        dropout=json.get("resid_pdrop", 0.1),
+        dropout=float(json.get("resid_pdrop", 0.1)),
         tied=json.get("tie_word_embeddings", True),
     )
 

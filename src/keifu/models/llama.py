@@ -171,7 +171,7 @@ def from_published(json: dict[str, Any]) -> Config:
         n_heads=json["num_attention_heads"],
         n_kv_heads=json.get("num_key_value_heads", 8 if json["model_type"] == "mistral" else None),
         head_dim=json.get("head_dim"),
-        norm_eps=json.get("rms_norm_eps", 1e-6),
+        norm_eps=float(json.get("rms_norm_eps", 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
         activation=activation_name(json.get("hidden_act", "silu")),
@@ -181,7 +181,7 @@ def from_published(json: dict[str, Any]) -> Config:
         out_bias=biased,
         feedforward_bias=json.get("mlp_bias", False),
         tied=json.get("tie_word_embeddings", False),
-        dropout=json.get("attention_dropout") or 0.0,
+        dropout=float(json.get("attention_dropout") or 0.0),
     )
 
 

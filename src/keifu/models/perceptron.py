@@ -156,7 +156,7 @@ def nearest_mixture(points: Float[Tensor, "rows dim1"]) -> Float[Tensor, "rows"]
 def absorb(
     points: Float[Tensor, "rows dim1"], support: Int[Tensor, "few"], weights: Float[Tensor, "few"]
 ) -> tuple[Int[Tensor, "fewer"], Float[Tensor, "fewer"]]:
-    """The mixture of the support nearest to zero, and its support: Wolfe's inner loop, which drops points as it goes."""
+    """The mixture of the support nearest to zero, and its support: Wolfe's inner loop; it drops points as it goes."""
     while True:
         target = affine_weights(points[support])
         falling = target <= 0
