@@ -1,6 +1,6 @@
 # demo, test and check; each first makes its own .venv where that is missing or older than pyproject.toml.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 
 .PHONY: demo test check clean
@@ -27,8 +27,8 @@ check: .venv/.development
 	@touch $@ .venv/.run-time
 
 .venv/bin/pip:
-	@test -n "$(PYTHON)" || { echo "keifu needs Python 3.11 or newer, and none was found: install one, or name it with make PYTHON=/path/to/python3." >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "keifu needs Python 3.11 or newer, and $(PYTHON) is not: name another with make PYTHON=/path/to/python3." >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "keifu needs Python 3.11 or newer with venv, and none was found: install one, or name it with make PYTHON=/path/to/python3." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "keifu needs Python 3.11 or newer with venv, and $(PYTHON) is not that: name another with make PYTHON=/path/to/python3." >&2; exit 1; }
 	@$(PYTHON) -m venv .venv
 
 clean:

@@ -220,7 +220,7 @@ BAD = {  # for each rule the smallest tree that breaks it
     long_functions: [File("keifu.a", function(41))],
     too_long_median: [File("keifu.a", function(11))],
     too_much_repeated: [File("keifu.a", "".join(f"x{i} = {i}\n" for i in range(6)) * 2)],
-    branches_on_kind: [File("keifu.models.zebra", "class Zebra: ..."), File("keifu.data.a", "x = isinstance(y, Zebra)")],
+    branches_on_kind: [File("keifu.models.zebra", "class Zebra: ..."), File("keifu.data.a", "isinstance(y, Zebra)")],
     unpickling: [File("keifu.a", "import torch\ntorch.load(path)")],
     without_docstring: [File("keifu.a", "x = 1")],
 }

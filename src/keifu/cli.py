@@ -1,4 +1,4 @@
-"""The command line: finds the verb, turns its words into options, and every error into one sentence; knows no verb's work."""
+"""The command line: finds the verb and turns every error into one sentence; knows no verb's options or work."""
 
 import os
 import sys

@@ -6,12 +6,12 @@ from keifu.errors import UserError
 
 
 def explain(error: Exception) -> str | None:
-    """One sentence without line breaks, or None where the error is a fault of keifu's own and its traceback is wanted."""
+    """One sentence without line breaks; None where the error is keifu's own fault, and its traceback is wanted."""
     match error:
         case UserError():
             text = str(error)
         case ValueError():
-            text = f"{error or type(error).__name__} (KEIFU_DEBUG=1 shows where.)"
+            text = f"{str(error) or type(error).__name__} (KEIFU_DEBUG=1 shows where.)"
         case ModuleNotFoundError(name=str(name)) if not name.startswith("keifu"):
             text = f"This needs the Python package {name!r}, which is not installed."
         case OSError():
@@ -34,10 +34,10 @@ def _system(error: OSError) -> str:
 
 def _memory(error: Exception) -> str | None:
     """Out of memory, from Python, from PyTorch on a CPU or from PyTorch on an accelerator; None for anything else."""
-    said = str(error)
-    if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory|not enough memory", said):
+    known = re.search("out of memory|can't allocate memory|not enough memory", str(error))
+    if not known and not isinstance(error, MemoryError):
         return None
-    asked = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGT]iB))", said)
+    asked = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGT]iB))", str(error))
     amount = f": {_readable(asked[1])} more were asked for" if asked else ""
     return f"There is not enough memory{amount}; lower the batch, the context length or the model's size."
 

@@ -16,7 +16,7 @@ Options = TypeVar("Options")
 Model = Annotated[
     str,
     tyro.conf.Positional,
-    tyro.conf.arg(metavar="MODEL", help="A run, a Hugging Face directory or hub id, a .gguf file, or a catalogue name."),
+    tyro.conf.arg(metavar="MODEL", help="A run, a Hugging Face directory or hub id, a .gguf file or a catalogue name."),
 ]
 
 
@@ -121,19 +121,29 @@ def _complaint(kind: type, arguments: Sequence[str], program: str) -> UserError:
         return _unrecognised(kind, strange, program)
     with _wide() as printed:
         _read(kind, arguments, program)
-    lines = [line.strip("│").rstrip() for line in printed.getvalue().splitlines() if line.startswith("│")]
-    end = next((i for i, line in enumerate(lines) if "──" in line), len(lines))
-    return UserError(_sentence(lines[:end], program))
+    return UserError(_sentence(_content(printed.getvalue()), program))
+
+
+def _content(box: str) -> list[str]:
+    """The lines between the first two rules of a box, which has a frame where the terminal can show one."""
+    parts: list[list[str]] = [[]]
+    for line in box.splitlines():
+        if line.startswith("╭") or re.fullmatch(r"\W*(-{5,}|─{5,})\W*", line):
+            parts.append([])
+        else:
+            parts[-1].append(line.strip("│ \t\n") and line.strip("│").rstrip())
+    return [line for line in parts[1] if line]
 
 
 def _sentence(lines: Sequence[str], program: str) -> str:
     text = re.sub(r"\s+", " ", " ".join(lines)).strip().rstrip(".")
     if text.startswith("Missing from"):
-        needed = [line.split()[0] for line in lines if re.match(r" {5}\S", line)]
+        margin = min(len(line) - len(line.lstrip()) for line in lines[1:])
+        needed = [line.split()[0] for line in lines[1:] if line[margin] != " "]
         return f"{program} needs {' and '.join(needed)}: see {program} --help."
     if match := re.fullmatch(r"Error parsing (\S+): (.*)", text):
         place, problem = match.groups()
-        problem = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"a whole number is needed, not \1", problem)
-        problem = re.sub(r"could not convert string to float: (.*)", r"a number is needed, not \1", problem)
+        problem = re.sub(r"invalid literal for int\(\) with base 10:", "a whole number is needed, not", problem)
+        problem = problem.replace("could not convert string to float:", "a number is needed, not")
         return f"{place}: {problem}." if place.startswith("-") or place.isupper() else f"{problem}."
     return f"{text[:1].upper()}{text[1:]}."
