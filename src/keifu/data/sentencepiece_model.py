@@ -1,0 +1,206 @@
+"""SentencePiece's `.model` files (Kudo and Richardson, 2018), rebuilt as a `tokenizers` object; needs no protobuf library.
+
+The file is a protocol buffer message; only the few fields that encoding and decoding depend on are read. What is
+built encodes as SentencePiece itself does, with one difference that is wanted: a special token is one only where
+control text is allowed, and the text after it begins with the space that each text begins with.
+"""
+
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from keifu.errors import UserError
+
+SPACE = "▁"  # U+2581, which stands for a space in pieces
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of piece, in the file and in GGUF
+UNIGRAM, BPE = 1, 2  # kinds of model
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One entry of the vocabulary; its id is its place."""
+
+    text: str
+    score: float
+    kind: int = NORMAL
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How text becomes pieces. The defaults are those of SentencePiece's BPE as LLaMA uses it."""
+
+    model: int = BPE
+    unknown_id: int = 0
+    byte_fallback: bool = True
+    dummy_prefix: bool = True  # each text begins with a space
+    single_spaces: bool = False  # spaces at the ends go, and runs of them become one
+    escape_spaces: bool = True  # a space becomes U+2581
+    character_map: bytes = b""  # SentencePiece's compiled table of replacements, such as NFKC
+
+
+@dataclass
+class Model:
+    """A file's content: the pieces, how to use them, and the special tokens' roles as in tokenizer_config.json."""
+
+    pieces: list[Piece]
+    settings: Settings
+    special: dict[str, str] = field(default_factory=dict)
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[place]
+        value |= (byte & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 0x80:
+            return value, place
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of one message: number and value (whole numbers as such, everything else as bytes)."""
+    place = 0
+    while place < len(data):
+        key, place = _varint(data, place)
+        match key & 7:
+            case 0:
+                value, place = _varint(data, place)
+            case 1 | 5 as width:
+                size = 8 if width == 1 else 4
+                value, place = data[place : place + size], place + size
+            case 2:
+                size, place = _varint(data, place)
+                value, place = data[place : place + size], place + size
+            case other:
+                raise ValueError(f"wire type {other}")
+        if place > len(data):
+            raise IndexError("the message ends early")
+        yield key >> 3, value
+
+
+def _piece(message: bytes) -> Piece:
+    given = dict(_fields(message))
+    score = struct.unpack("<f", given[2])[0] if 2 in given else 0.0
+    return Piece(given[1].decode(), score, given.get(3, NORMAL))
+
+
+def _roles(trainer: dict[int, int | bytes]) -> dict[str, int]:
+    """The ids of the special tokens; -1, written as a 64-bit number, says that there is none."""
+    defaults = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2), "pad_token": (43, -1)}
+    ids = {role: int(trainer.get(number, default)) for role, (number, default) in defaults.items()}
+    return {role: place for role, place in ids.items() if 0 <= place < 1 << 31}
+
+
+def parse(data: bytes, name: str) -> Model:
+    """Reads a `.model` file's bytes. A file that is something else, or torn, is a `UserError` with its name."""
+    try:
+        top = list(_fields(data))
+        pieces = [_piece(value) for number, value in top if number == 1 and isinstance(value, bytes)]
+        messages = {number: dict(_fields(value)) for number, value in top if number in (2, 3) and isinstance(value, bytes)}
+    except (IndexError, KeyError, ValueError, AttributeError, TypeError) as error:
+        hint = " It looks like tiktoken's list of tokens: give the tokenizer.json instead." if _is_tiktoken(data) else ""
+        raise UserError(f"{name} is not a SentencePiece model, or it is torn ({error}).{hint}") from error
+    trainer, normalizer = messages.get(2, {}), messages.get(3, {})
+    kind = int(trainer.get(3, UNIGRAM))
+    if kind not in (UNIGRAM, BPE) or not pieces or trainer.get(24):
+        what = {3: "a word model", 4: "a character model"}.get(kind, "one that puts spaces at the ends of words")
+        raise UserError(f"{name} is {what if pieces else 'empty'}; keifu reads SentencePiece's BPE and Unigram models.")
+    roles = _roles(trainer)
+    settings = Settings(
+        model=kind,
+        unknown_id=roles.get("unk_token", 0),
+        byte_fallback=bool(trainer.get(35, False)),
+        dummy_prefix=bool(normalizer.get(3, True)),
+        single_spaces=bool(normalizer.get(4, True)),
+        escape_spaces=bool(normalizer.get(5, True)),
+        character_map=bytes(normalizer.get(2, b"")),
+    )
+    return Model(pieces, settings, {role: pieces[place].text for role, place in roles.items() if place < len(pieces)})
+
+
+def _is_tiktoken(data: bytes) -> bool:
+    return re.match(rb"[A-Za-z0-9+/=]+ \d+\n", data) is not None
+
+
+def merges_by_score(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+    """The merges that SentencePiece's BPE makes: of all adjacent pieces that join to a piece, the highest score first."""
+    mergeable = {piece.text: (-piece.score, place) for place, piece in enumerate(pieces) if piece.kind == NORMAL}
+    ranked = [
+        (mergeable[text], text[:cut], text[cut:])
+        for text in mergeable
+        for cut in range(1, len(text))
+        if text[:cut] in mergeable and text[cut:] in mergeable
+    ]
+    return [(left, right) for _, left, right in sorted(ranked)]
+
+
+def backend_from_pieces(pieces: Sequence[Piece], settings: Settings) -> tokenizers.Tokenizer:
+    """A `tokenizers` object that encodes and decodes as SentencePiece does with these pieces."""
+    texts: dict[str, int] = {}
+    for place, piece in enumerate(pieces):
+        if texts.setdefault(piece.text, place) != place:
+            raise UserError(f"The vocabulary has {piece.text!r} twice, with the ids {texts[piece.text]} and {place}.")
+    unknown_piece = pieces[settings.unknown_id].text
+    own = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
+    if settings.model == BPE:
+        fallback, whole = settings.byte_fallback, bool(own)
+        merges = merges_by_score(pieces)
+        model = models.BPE(
+            texts, merges, unk_token=unknown_piece, fuse_unk=True, byte_fallback=fallback, ignore_merges=whole
+        )
+    else:
+        model = models.Unigram(_scored(pieces), settings.unknown_id, settings.byte_fallback)
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(_normalizers(settings))
+    if own:  # SentencePiece takes these whole, before anything else
+        pattern = "|".join(map(re.escape, sorted(own, key=len, reverse=True)))
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    backend.decoder = decoder(settings.byte_fallback, settings.dummy_prefix)
+    backend.add_special_tokens(
+        [AddedToken(p.text, normalized=False, special=True) for p in pieces if p.kind in (CONTROL, UNKNOWN)]
+    )
+    return backend
+
+
+def _scored(pieces: Sequence[Piece]) -> list[tuple[str, float]]:
+    """Pieces with their scores, where only normal ones can win: text that spells a byte token must stay text."""
+    lowest = min(piece.score for piece in pieces) - 100
+    return [(piece.text, lowest if piece.kind == BYTE else piece.score) for piece in pieces]
+
+
+def _normalizers(settings: Settings) -> list[normalizers.Normalizer]:
+    """SentencePiece's own order: the table, spaces at the ends and runs of them, the first space, its escape."""
+    steps: list[normalizers.Normalizer] = []
+    if settings.character_map:
+        steps.append(normalizers.Precompiled(settings.character_map))
+    if settings.single_spaces:
+        steps.append(normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(tokenizers.Regex(r" {2,}"), " "))
+    space = SPACE if settings.escape_spaces else " "
+    if settings.dummy_prefix:
+        steps.append(normalizers.Prepend(space))
+    if settings.escape_spaces:
+        steps.append(normalizers.Replace(" ", SPACE))
+    return steps
+
+
+def decoder(byte_fallback: bool, dummy_prefix: bool) -> decoders.Decoder:
+    """Pieces to text: spaces for U+2581, bytes for byte pieces, and no space at the start if encoding put one there."""
+    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " ")]
+    if byte_fallback:
+        steps.append(decoders.ByteFallback())
+    steps.append(decoders.Fuse())
+    if dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    return decoders.Sequence(steps)
+
+
+def around_text(bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> processors.TemplateProcessing:
+    """What puts a BOS before a text and an EOS after it, where these are given as token and id."""
+    before, after = ([f"{t[0]}:0"] if t else [] for t in (bos, eos))
+    given = [token for token in (bos, eos) if token]
+    return processors.TemplateProcessing(single=[*before, "$A:0", *after], special_tokens=given)

@@ -1,0 +1,187 @@
+"""The tokenizer that the whole of keifu speaks to: text to ids and back; knows no file format but tokenizer.json's own.
+
+It wraps a `tokenizers.Tokenizer` and adds what a language model needs around it: which ids begin, end and pad a text,
+the chat template, a stream decoder, and the rule that text cannot spell control tokens.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from keifu.data.special_tokens import Shield, unused_characters
+from keifu.data.streaming import Decoding, StreamDecoder, decoding
+from keifu.errors import UserError, unknown
+from keifu.files import write_atomic
+
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    backend: the rules, vocabulary and added tokens. Its truncation and padding are switched off: nothing is cut.
+    special: the token that has each role, of `ROLES`: {"bos_token": "<s>", ...}.
+    stop_ids: ids that end an answer besides the end-of-text token, such as the end of a turn.
+    chat_template: the Jinja template that turns messages into a prompt, if there is one.
+    max_length: the longest text, in tokens, that the model's makers foresaw, if they said so.
+
+    A vocabulary in which two tokens share an id, or an id has no token, is a `UserError` that names it.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special: Mapping[str, str] | None = None,
+        stop_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+        max_length: int | None = None,
+    ):
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.special = {role: token for role, token in (special or {}).items() if token is not None}
+        self.chat_template = chat_template
+        self.max_length = max_length
+        self.vocab_size = _checked_size(backend.get_vocab(with_added_tokens=True))
+        self.bos_id, self.eos_id, self.pad_id = (self._role(f"{role}_token") for role in ("bos", "eos", "pad"))
+        ends = {self.eos_id} - {None}
+        self.stop_ids: frozenset[int] = frozenset(ends | set(stop_ids))
+
+    def encode(self, text: str, special: bool = False, allow_special: bool = False) -> list[int]:
+        """The ids of a text.
+
+        special: add the tokens that the tokenizer itself puts around a text (a BOS, [CLS] and [SEP]).
+        allow_special: let text such as "<|im_end|>" stand for the special token; without it that is text like any other.
+        A character that the vocabulary cannot spell is a `UserError` when it has no unknown token either.
+        """
+        return self.encode_batch([text], special, allow_special)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], special: bool = False, allow_special: bool = False
+    ) -> list[list[int]]:
+        """The ids of each text, in parallel over the texts; the arguments are those of `encode`."""
+        backend = self.backend if allow_special else self._shield.backend
+        try:
+            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special)
+        except Exception as error:  # `tokenizers` raises bare Exceptions and, for surrogates, TypeErrors
+            raise self._unencodable(texts, error) from error
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of these ids; bytes that make no character, and ids that no token has, become U+FFFD."""
+        return self.stream(skip_special).whole(ids)
+
+    def stream(self, skip_special: bool = True) -> StreamDecoder:
+        """A decoder for ids that come one at a time; it never gives half a character."""
+        return StreamDecoder(self._decoding, self.backend.id_to_token, self.special_ids if skip_special else frozenset())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for in the middle of a text; they need not be whole characters."""
+        token = self.backend.id_to_token(token_id) if token_id >= 0 else None
+        if token is None:
+            raise UserError(f"There is no token with the id {token_id}: the ids go from 0 to {self.vocab_size - 1}.")
+        return self._decoding.piece(token, False)
+
+    def token_id(self, token: str) -> int:
+        """The id of the token that is spelled so in the vocabulary; the nearest one is named when there is none."""
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise unknown("token", token, self.backend.get_vocab())
+        return found
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The conversation as the chat template writes it; `variables` (`tools`, ...) are handed to the template."""
+        from keifu.data.chat import render
+
+        return render(self.chat_template, messages, add_generation_prompt, {**self.special, **variables})
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """The ids of a conversation: a list of {"role": ..., "content": ...}, laid out by the chat template.
+
+        Only the template writes control tokens: the same text inside a message stays text. The template writes the BOS
+        if there is one, so none is added. What the template refuses is a `UserError` that names its line.
+        """
+        marks = unused_characters([self.chat_template, messages, variables])
+        messages, variables = self._shield.mark([dict(message) for message in messages], marks), self._shield.mark(variables, marks)
+        rendered = self._shield.name(self.chat_text(messages, add_generation_prompt, **variables), marks)
+        return self.encode(rendered)
+
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """The same tokenizer with this chat template."""
+        return Tokenizer(self.backend, self.special, self.stop_ids, template, self.max_length)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.backend, self.special, self.stop_ids, self.chat_template, self.max_length)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers' AutoTokenizer reads."""
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
+        config |= {"clean_up_tokenization_spaces": False}
+        if self.max_length is not None:
+            config["model_max_length"] = self.max_length
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        directory = Path(directory)
+        write_atomic(directory / "tokenizer.json", self.backend.to_str(pretty=True))
+        write_atomic(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hexadecimal hash of everything that encoding depends on: equal fingerprints give equal ids."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of all special tokens, which `decode` leaves out."""
+        return frozenset(n for n, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    def description(self) -> dict[str, Any]:
+        """The whole of tokenizer.json: model, vocabulary, rules and added tokens."""
+        return json.loads(self.backend.to_str())
+
+    @cached_property
+    def _shield(self) -> Shield:
+        return Shield(self.backend)
+
+    @cached_property
+    def _decoding(self) -> Decoding:
+        decoder = self.backend.decoder
+        return decoding(None if decoder is None else json.loads(decoder.__getstate__()))
+
+    def _role(self, role: str) -> int | None:
+        token = self.special.get(role)
+        return None if token is None else self.token_id(token)
+
+    def _unencodable(self, texts: Sequence[str], error: Exception) -> UserError:
+        vocabulary = self.backend.get_vocab()
+        for text in texts:
+            for place, character in enumerate(text):
+                what = f"The character {character!r} (U+{ord(character):04X}, at place {place})"
+                if "\ud800" <= character <= "\udfff":
+                    return UserError(f"{what} is half a surrogate pair, not text: read the text as UTF-8.")
+                if character not in vocabulary and "UNK" in str(error):
+                    size = f"this tokenizer's vocabulary of {self.vocab_size}"
+                    return UserError(f"{what} is not in {size}: leave it out, or train the tokenizer on text that has it.")
+        return UserError(f"The text could not be encoded: {error}.")
+
+
+def _checked_size(vocabulary: Mapping[str, int]) -> int:
+    """The number of tokens, once it is sure that the ids are 0, 1, 2, ... with one token each."""
+    by_id: dict[int, str] = {}
+    for token, number in vocabulary.items():
+        if number in by_id:
+            raise UserError(f"The vocabulary gives the id {number} to two tokens, {by_id[number]!r} and {token!r}.")
+        by_id[number] = token
+    if not by_id:
+        raise UserError("The tokenizer's vocabulary is empty.")
+    hole = next((number for number in range(len(by_id)) if number not in by_id), None)
+    if hole is not None:
+        raise UserError(f"The vocabulary has {len(by_id)} tokens up to id {max(by_id)}, but none with the id {hole}.")
+    return len(by_id)

@@ -1,0 +1,35 @@
+"""Every tokenizer in one place: loaded from any published form, trained, or out of and into a GGUF file.
+
+It knows which reader a path needs; what the files hold is known below it.
+"""
+
+from pathlib import Path
+
+from keifu.data.gguf_tokenizer import gguf_tokenizer, read_gguf_fields, to_gguf_fields
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.data.tokenizer_formats import READERS, finish, reader, settings_beside
+from keifu.data.tokenizer_training import KINDS, train_tokenizer
+from keifu.errors import UserError
+
+__all__ = ["KINDS", "Tokenizer", "gguf_tokenizer", "load_tokenizer", "to_gguf_fields", "train_tokenizer"]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a directory, or in a single file with whatever stands beside it.
+
+    A directory may hold tokenizer.json, a SentencePiece tokenizer.model, GPT-2's vocab.json with merges.txt (or
+    encoder.json with vocab.bpe), or BERT's vocab.txt; the first of these counts. A file may be any of those, or a GGUF.
+    What cannot be read is a `UserError` that says why.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"There is no tokenizer at {path}: give a directory or a file that exists.")
+    if path.suffix == ".gguf":
+        return gguf_tokenizer(read_gguf_fields(path))
+    if path.is_dir():
+        name = next((name for name in READERS if (path / name).exists()), None)
+        if name is None:
+            raise UserError(f"The directory {path} holds no tokenizer: none of {', '.join(READERS)}.")
+        path = path / name
+    config = settings_beside(path.parent)
+    return finish(reader(path)(path, config), path.parent, config)
