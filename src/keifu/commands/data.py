@@ -1,0 +1,47 @@
+"""`keifu data`: lists, fetches and checks training data; knows no data set by name."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from keifu.commands import flags, tables
+from keifu.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """List the catalogue; get an entry of it into the cache; check a text before training on it."""
+
+    action: Annotated[
+        tyro.conf.Positional[Literal["list", "get", "check"]],
+        tyro.conf.arg(help="list, get NAME, or check NAME, which may be a file or a folder too."),
+    ] = "list"
+    name: Annotated[
+        tyro.conf.Positional[str | None],
+        tyro.conf.arg(metavar="[NAME]", help="A catalogue name; to check, also a .txt, .jsonl or .parquet file or a folder."),
+    ] = None
+
+
+def run(options: Options) -> None:
+    """Does one of the three."""
+    if options.action == "list":
+        _list()
+    elif options.name is None:
+        raise UserError(f"keifu data {options.action} needs a name: keifu data list shows those of the catalogue.")
+    elif options.action == "get":
+        from keifu.data.catalogue import fetch
+
+        print(fetch(options.name))
+    else:
+        _check(options.name)
+
+
+def _list() -> None:
+    from keifu.data.catalogue import rows
+
+    columns = ("name", "kind", "download", "fetched", "licence", "about", "attribution")
+    tables.show(columns, [[row[column] for column in columns] for row in rows()])
+
+
+parse = flags.parser(Options, run, "keifu data")
