@@ -15,11 +15,11 @@ class Options:
 
     action: Annotated[
         tyro.conf.Positional[Literal["list", "get", "check"]],
-        tyro.conf.arg(help="list, get NAME, or check NAME, which may be a file or a folder too."),
+        tyro.conf.arg(help="What to do; check reports encoding errors, duplicates and lengths."),
     ] = "list"
     name: Annotated[
         tyro.conf.Positional[str | None],
-        tyro.conf.arg(metavar="[NAME]", help="A catalogue name; to check, also a .txt, .jsonl or .parquet file or a folder."),
+        tyro.conf.arg(metavar="[NAME]", help="A catalogue name; check also takes a file or a folder of text."),
     ] = None
 
 

@@ -29,6 +29,10 @@ class Config:
     dim: int = 2
 
 
+SIZES: dict[str, Config] = {}  # the paper gives a rule, not a size
+PAPER_PARAMETERS: dict[str, float] = {}
+
+
 class Perceptron(nn.Module):
     """Output 1 where Σ w x + b ≥ 0, else 0 (the tie is a 1), in float64; weights and bias start at zero."""
 
