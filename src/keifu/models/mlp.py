@@ -1,0 +1,128 @@
+"""The multi-layer network (Rumelhart, Hinton and Williams, 1986, "Learning representations by back-propagating
+errors"): layers of units between input and output, all trained by the gradient of one error. It knows no data.
+
+What was new: the step is replaced by a smooth unit (the paper's is the sigmoid), so that the chain rule carries the
+error of the outputs back through every layer and the hidden units find features of their own. What one neuron cannot
+do, XOR, two layers learn.
+
+Axes: batch, dim = inputs, classes = outputs.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.layers.activations import Activation, activation
+
+
+@dataclass(frozen=True)
+class Config:
+    """`hidden_dims` is the width of each hidden layer, `output` the activation of the last one.
+
+    `classes` names the outputs, where they have names. `dropout` is the share of hidden units left out of a step.
+    """
+
+    dim: int = 2
+    hidden_dims: tuple[int, ...] = (8,)
+    n_outputs: int = 2
+    activation: str = "sigmoid"
+    output: str = "identity"
+    dropout: float = 0.0
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        widths = (self.dim, *self.hidden_dims, self.n_outputs)
+        if min(widths) < 1:
+            raise ValueError(f"Every layer of a network needs at least one unit, and the widths are {widths}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is a share from 0 up to below 1, and it is {self.dropout}.")
+        if self.classes and len(self.classes) != self.n_outputs:
+            raise ValueError(f"There are {self.n_outputs} outputs and {len(self.classes)} names for them.")
+
+
+SIZES = {"mlp-symmetry": Config(dim=6, hidden_dims=(2,), n_outputs=1, output="sigmoid")}  # the paper's figure 1
+PAPER_PARAMETERS: dict[str, float] = {}  # the paper counts units, not weights
+
+
+class MLP(nn.Module):
+    """output(W … activation(W x' + b) … + b) with x' = (x - mean) / scale.
+
+    `mean` and `scale` [dim] belong to the data that the network learned from and are saved with it: 0 and 1 unless set.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        widths = (config.dim, *config.hidden_dims, config.n_outputs)
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
+        self.activation, self.output = activation(config.activation), activation(config.output)
+        self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("mean", torch.zeros(config.dim))
+        self.register_buffer("scale", torch.ones(config.dim))
+
+    def forward(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
+        x = (x - self.mean) / self.scale
+        for layer in self.layers[:-1]:
+            x = self.dropout(self.activation(layer(x)))
+        return self.output(self.layers[-1](x))
+
+    @torch.inference_mode()
+    def predict(self, x: Float[Tensor, "batch dim"]) -> Int[Tensor, "batch"]:
+        """The class with the largest output."""
+        return self(x).argmax(-1)
+
+
+def build(config: Config) -> MLP:
+    """A network whose weights differ ("to break symmetry") and neither swell nor shrink what passes through them."""
+    model = MLP(config)
+    gain = 1.0  # the inputs are taken to have variance 1
+    for layer in model.layers:
+        nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.in_features))
+        nn.init.zeros_(layer.bias)
+        gain = forward_gain(model.activation)
+    return model
+
+
+def forward_gain(function: Activation) -> float:
+    """1/√E[f(z)²] for a standard normal z: weights with this gain give the next layer sums of variance 1 again.
+
+    It is He et al.'s √2 (2015) for the ramp, and their argument for any other activation.
+    """
+    z = torch.linspace(-8, 8, 4001, dtype=torch.float64, device="cpu")  # a number, wherever the network is built
+    density = torch.exp(-z.square() / 2)
+    return float((density.sum() / (density * function(z).square()).sum()).sqrt())
+
+
+WEIGHT_NAMES = {"layers.*": "layers.*", "mean": "mean", "scale": "scale"}  # no other program has such a format
+MODEL_TYPES = {"keifu_mlp": "MLP"}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of a config.json of model_type keifu_mlp."""
+    labels = json["id2label"]
+    return Config(
+        dim=json["dim"],
+        hidden_dims=tuple(json["hidden_dims"]),
+        n_outputs=json["n_outputs"],
+        activation=json["activation"],
+        output=json["output"],
+        dropout=json["dropout"],
+        classes=tuple(labels[str(index)] for index in range(len(labels))),
+    )
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that `from_published` reads; the names of the classes stand where transformers puts them."""
+    fields = {name: value for name, value in vars(config).items() if name != "classes"}
+    labels = {"id2label": {str(index): name for index, name in enumerate(config.classes)}}
+    return {
+        "model_type": "keifu_mlp",
+        "architectures": ["MLP"],
+        **fields,
+        "hidden_dims": [*config.hidden_dims],
+        **labels,
+    }
