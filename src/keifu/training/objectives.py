@@ -1,0 +1,21 @@
+"""What a model is trained to do, as functions of a model and a batch; they know no loop and no particular model.
+
+Axes: batch, length = tokens; each function gives sums over the elements that count.
+"""
+
+from torch import nn
+
+from keifu.layers.losses import IGNORED, cross_entropy
+from keifu.training.protocols import Batch, Outcome
+
+
+def causal(model: nn.Module, batch: Batch) -> Outcome:
+    """Next-token prediction: -log p of each token of batch["tokens"] [batch, length + 1] given those before it.
+
+    Where batch["mask"] [batch, length + 1] is there, only tokens for which it is True are predicted.
+    """
+    inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+    if "mask" in batch:
+        targets = targets.masked_fill(~batch["mask"][:, 1:], IGNORED)
+    total = cross_entropy(model(inputs), targets)
+    return Outcome(total, (targets != IGNORED).sum() if "mask" in batch else targets.numel())

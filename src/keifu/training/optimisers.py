@@ -1,0 +1,126 @@
+"""Which parameters are updated how; knows kinds of layers, no model and no loop.
+
+AdamW (Loshchilov and Hutter, 2019) is torch's, fused. Muon (Jordan et al., 2024) is torch's too: it orthogonalises the
+update of each hidden matrix, and AdamW updates everything else. A joined matrix is several for Muon, one for each part,
+since the singular vectors of queries, keys and values have nothing to do with each other.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from keifu.layers.linear import JoinedLinear
+from keifu.training.schedules import ratio
+from keifu.training.settings import Settings
+
+
+def hidden_matrices(model: nn.Module) -> dict[str, tuple[nn.Parameter, tuple[int, ...]]]:
+    """The weights of linear layers inside numbered layers (`blocks.3...`), each with the rows of its parts.
+
+    Embeddings and heads lie outside; they, biases and gains are no business of Muon's.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    hidden = {n: m for n, m in linears.items() if any(piece.isdigit() for piece in n.split(".")) and m.weight.requires_grad}
+    parts = {n: m.parts if isinstance(m, JoinedLinear) else (m.out_features,) for n, m in hidden.items()}
+    return {f"{name}.weight": (module.weight, parts[name]) for name, module in hidden.items()}
+
+
+class Partwise:
+    """Torch's Muon over the parts of matrices: each part is a view of its rows in the matrix and in its gradient."""
+
+    def __init__(self, matrices: dict[str, tuple[nn.Parameter, tuple[int, ...]]], settings: Settings):
+        self.matrices = list(matrices.values())
+        with torch.no_grad():
+            parts = [(f"{n}.{i}", nn.Parameter(p)) for n, (w, rows) in matrices.items() for i, p in enumerate(w.split(rows))]
+        self.parts = [part for _, part in parts]
+        self.optimizer = Muon(
+            parts, lr=settings.matrix_rate, weight_decay=settings.weight_decay, momentum=settings.momentum
+        )
+
+    def attach(self) -> None:
+        """Gives each part its rows of the gradient, without a copy."""
+        gradients = [g for weight, rows in self.matrices for g in self._gradients(weight, rows)]
+        for part, gradient in zip(self.parts, gradients, strict=True):
+            part.grad = gradient
+
+    @staticmethod
+    def _gradients(weight: Tensor, rows: tuple[int, ...]) -> tuple[Tensor | None, ...]:
+        return (None,) * len(rows) if weight.grad is None else weight.grad.split(rows)
+
+
+class Optimisers:
+    """Everything that a step updates; its rates follow the schedule."""
+
+    def __init__(self, model: nn.Module, settings: Settings):
+        self.settings = settings
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = hidden_matrices(model) if settings.optimizer == "muon" else {}
+        self.muon = Partwise(matrices, settings) if matrices else None
+        adam = _adamw({n: p for n, p in self.parameters.items() if n not in matrices}, settings)
+        self.all: dict[str, Optimizer] = {"adamw": adam} | ({"muon": self.muon.optimizer} if self.muon else {})
+
+    def rate(self, step: int) -> float:
+        """The share of the highest rate that update number `step` (from 0) is made with."""
+        s = self.settings
+        return ratio(s.schedule, step, s.steps, s.warmup, s.final_ratio)
+
+    def step(self, ratio: float) -> None:
+        """Updates the weights by their gradients, which are then dropped."""
+        for optimizer, highest in self._with_rates():
+            for group in optimizer.param_groups:
+                group["lr"] = highest * ratio
+        if self.muon:
+            self.muon.attach()
+        for optimizer in self.all.values():
+            optimizer.step()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Frees the gradients, also where a step was abandoned."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        if self.muon:
+            self.muon.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the optimizers keep, by optimizer, parameter and name."""
+        return {
+            f"{kind}.{name}.{key}": tensor
+            for kind, optimizer in self.all.items()
+            for name, parameter in _named(optimizer)
+            for key, tensor in optimizer.state[parameter].items()
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes up what `state` gave."""
+        for key, tensor in state.items():
+            kind, _, rest = key.partition(".")
+            name, _, field = rest.rpartition(".")
+            parameter = dict(_named(self.all[kind]))[name]
+            place = "cpu" if field == "step" and parameter.device.type == "cpu" else parameter.device
+            self.all[kind].state[parameter][field] = tensor.to(place, copy=True)
+
+    def forget(self) -> None:
+        """Starts as if no step had been made."""
+        for optimizer in self.all.values():
+            optimizer.state.clear()
+
+    def _with_rates(self) -> Iterator[tuple[Optimizer, float]]:
+        rates = {"adamw": self.settings.learning_rate, "muon": self.settings.matrix_rate}
+        return ((optimizer, rates[kind]) for kind, optimizer in self.all.items())
+
+
+def _adamw(named: dict[str, nn.Parameter], settings: Settings) -> AdamW:
+    """Weight decay for tensors of two or more axes, embeddings among them, as GPT-2's and LLaMA's trainers have it;
+    none for biases and gains, which have one axis."""
+    decayed = [(name, p) for name, p in named.items() if p.dim() > 1]
+    others = [(name, p) for name, p in named.items() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+
+
+def _named(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+    return [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)]

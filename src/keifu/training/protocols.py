@@ -1,0 +1,63 @@
+"""What the loop asks of data and objectives; knows neither's content.
+
+A batch is a dict of tensors whose first axis is rows. An objective turns a model and a batch into sums over elements
+(tokens, pictures, rows of a table), so that a batch may be split anywhere without changing the loss.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from torch import Tensor, nn
+
+Batch: TypeAlias = dict[str, Tensor]
+
+
+class Outcome(NamedTuple):
+    """Sums over the elements of a batch: the loss in nats, the number of elements, and further figures."""
+
+    total: Tensor
+    weight: Tensor | float
+    figures: dict[str, Tensor] = {}
+
+
+Objective: TypeAlias = Callable[[nn.Module, Batch], Outcome]
+Sample: TypeAlias = Callable[[int], str | bytes]  # from the number of steps done: a text, or a picture as PNG
+Save: TypeAlias = Callable[[Path], None]  # writes the model into the run's folder
+
+
+class Data(Protocol):
+    """Batches as a function of the seed and the step alone, and a validation set that is always the same."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data do; resuming with another one is an error."""
+        ...
+
+    def batch(self, step: int) -> Batch:
+        """The whole batch of a step; the loop splits it by rows."""
+        ...
+
+    def validation(self) -> Iterable[Batch]:
+        """Batches for the validation loss; empty where there are none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives, what it is about, and how it starts.
+
+    `options` is what decides the result beside the settings (the model's config, the data's options): it is compared on
+    resuming. `about` is shown in the report: title, paper, command, data (a list of dicts), and whatever else. `unit`
+    names the elements that the objective counts. `bytes_per_unit` turns the loss into bits per byte.
+    """
+
+    directory: Path
+    resume: bool = False
+    replace: bool = False  # start over although the folder holds a run: its state, metrics and samples are removed
+    options: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = "tokens"
+    bytes_per_unit: float | None = None
+    how_to_resume: str = "train again with Run(directory, resume=True)"

@@ -1,0 +1,34 @@
+"""The learning rate over a run, as a share of its highest value; knows no optimizer."""
+
+import math
+
+
+def constant(progress: float, final_ratio: float) -> float:
+    """Always the highest rate."""
+    return 1.0
+
+
+def linear(progress: float, final_ratio: float) -> float:
+    """A straight line from 1 to `final_ratio`."""
+    return 1.0 - (1.0 - final_ratio) * progress
+
+
+def cosine(progress: float, final_ratio: float) -> float:
+    """Half a cosine from 1 to `final_ratio` (Loshchilov and Hutter, 2017, equation 5, without restarts)."""
+    return final_ratio + (1.0 - final_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+DECAYS = {"constant": constant, "linear": linear, "cosine": cosine}
+
+
+def ratio(schedule: str, step: int, steps: int, warmup: int, final_ratio: float) -> float:
+    """The share of the highest rate at which update number `step` (from 0) is made.
+
+    It rises linearly over the first `warmup` updates, the last of which has the highest rate. inverse_sqrt then falls
+    as √(warmup / (step + 1)) (Vaswani et al., 2017, section 5.3), whatever `steps` and `final_ratio` are.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "inverse_sqrt":
+        return math.sqrt(max(warmup, 1) / (step + 1))
+    return DECAYS[schedule](min(1.0, (step - warmup) / max(1, steps - 1 - warmup)), final_ratio)

@@ -1,0 +1,128 @@
+"""What a run of the training loop can be told, checked before anything starts; knows no model and no data."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from keifu.errors import UserError, unknown
+
+Optimizer = Literal["adamw", "muon"]
+Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+# What a resumed run may change: how long, how often, and how a batch is split, never what a step computes.
+ADJUSTABLE = frozenset(
+    "steps micro_batch compile log_every evaluate_every sample_every save_every keep tensorboard wandb".split()
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How any model is trained."""
+
+    steps: int = 1000
+    """Updates of the weights."""
+    batch_size: int = 32
+    """Rows in a step."""
+    micro_batch: int | None = None
+    """Rows computed at a time; fewer need less memory and change no loss. Unset: as many as fit in memory."""
+    optimizer: Optimizer = "adamw"
+    """muon: Muon for hidden matrices, AdamW for everything else."""
+    learning_rate: float = 3e-4
+    """The highest rate of AdamW."""
+    matrix_rate: float = 0.02
+    """The highest rate of Muon."""
+    schedule: Schedule = "cosine"
+    """How the rate falls after the warm-up."""
+    warmup: int = 0
+    """Steps in which the rate rises from 0."""
+    final_ratio: float = 0.1
+    """The last rate as a share of the highest one (linear and cosine)."""
+    weight_decay: float = 0.1
+    """Applied to matrices and embeddings; never to biases and gains."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the mean and of the square of the gradient."""
+    momentum: float = 0.95
+    """Muon's."""
+    clip: float = 1.0
+    """The largest norm of the whole gradient; 0 does not clip."""
+    precision: Precision = "auto"
+    """Of matrix products; auto: bfloat16 where the hardware has it. Weights stay in float32."""
+    compile: bool = False
+    """Compile the objective and the model with torch.compile."""
+    seed: int = 0
+    """Of dropout; recipes use it for the weights and the order of the data too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: int = 250
+    """Steps between validation losses; 0: only at the end."""
+    sample_every: int = 0
+    """Steps between samples; 0: only at the end."""
+    save_every: int = 500
+    """Steps between saved states; 0: only at the end."""
+    keep: int = 2
+    """Saved states that are kept; with 2 or more, a damaged one loses no more than the steps since the one before."""
+    tensorboard: bool = False
+    """Write TensorBoard events too."""
+    wandb: bool = False
+    """Log to Weights & Biases too."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("optimizer", Optimizer), ("schedule", Schedule), ("precision", Precision)):
+            if vars(self)[name] not in get_args(kind):
+                raise unknown(name, str(vars(self)[name]), get_args(kind))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name, least in LEAST.items():
+            value = vars(self)[name]
+            if value is not None and not value >= least:
+                raise UserError(f"{name} must be at least {least}, and it is {value}.")
+        if not (0 <= self.final_ratio <= 1 and all(0 <= x < 1 for x in (*self.betas, self.momentum))):
+            raise UserError("final_ratio lies in [0, 1], and betas and momentum in [0, 1): see the settings given.")
+        if self.warmup > self.steps:
+            raise UserError(f"A warm-up of {self.warmup} steps does not fit a run of {self.steps}; make it shorter.")
+
+
+LEAST = {
+    **dict.fromkeys(("steps", "batch_size", "micro_batch", "log_every", "keep"), 1),
+    **dict.fromkeys(("evaluate_every", "sample_every", "save_every", "warmup", "seed"), 0),
+    **dict.fromkeys(("learning_rate", "matrix_rate", "weight_decay", "clip"), 0.0),
+}
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested options as one level, `model.n_layers` for example, with tuples as the lists that JSON makes of them."""
+    if isinstance(value, Mapping):
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}" if prefix else key).items()}
+    return {prefix: list(value) if isinstance(value, tuple) else value}
+
+
+def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two flat mappings, as `name 1 → 2`."""
+    missing = "(unset)"
+    pairs = {name: (then.get(name, missing), now.get(name, missing)) for name in {**then, **now}}
+    return [f"{name} {a} → {b}" for name, (a, b) in pairs.items() if a != b]
+
+
+def check_resumed(then: Mapping[str, Any], settings: Settings, options: Mapping[str, Any], fingerprint: str) -> list[str]:
+    """What a resumed run changes and may change; a `UserError` names everything that it may not change.
+
+    `then` is what `described` gave when the state was saved.
+    """
+    now = described(settings, options, fingerprint)
+    if then["data"] != now["data"]:
+        raise UserError(
+            f"The data are not those of the run that is resumed (fingerprint {then['data']} → {now['data']}); "
+            "resume with the same data, or start a new run."
+        )
+    split = [{k: v for k, v in x["settings"].items() if k not in ADJUSTABLE} | flat(x["options"]) for x in (then, now)]
+    if changed := compare(*split):
+        raise UserError(
+            f"A resumed run keeps its settings, and these differ: {', '.join(changed)}; "
+            f"put them back, or start a new run. What may change: {', '.join(sorted(ADJUSTABLE))}."
+        )
+    return compare(then["settings"], now["settings"])
+
+
+def described(settings: Settings, options: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
+    """What decides a run's result, as JSON can hold it."""
+    return {"settings": flat(asdict(settings)), "options": flat(options), "data": fingerprint}

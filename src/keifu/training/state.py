@@ -1,0 +1,110 @@
+"""What resuming needs, on disk: tensors, and a JSON file that says what they are; knows no model and no loop.
+
+A state is `state/step-N.safetensors` and `state/step-N.json`. The JSON file holds the tensors' SHA-256 and is written
+last, so a state without it was never finished. Randomness is not stored: each step draws from a seed of its own.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.files import replacing, sha256, write_atomic
+
+FOLDER = "state"
+
+
+@dataclass(frozen=True)
+class State:
+    """A state that was read: the steps done, the facts stored with it and its tensors."""
+
+    step: int
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def save(directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> str:
+    """Writes a state into a run's folder, removes all but the last `keep`, and gives the hash of the tensors.
+
+    Until the new one is whole on disk the earlier ones stay, so a full disk or a crash loses nothing. States of later
+    steps are removed too: they are damaged ones that this run could not be resumed from.
+    """
+    tensor_file, facts_file = _files(directory, step)
+    with replacing(tensor_file) as temporary:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
+        digest = sha256(temporary)
+    write_atomic(facts_file, json.dumps({"step": step, "sha256": digest, **facts}, indent=1, ensure_ascii=False))
+    written = steps(directory)
+    for old in {*written[:-keep], *(other for other in written if other > step)} - {step}:
+        remove(directory, old)
+    return digest
+
+
+def latest(directory: Path) -> tuple[State, list[str]]:
+    """The newest whole state of a run, and a sentence for each newer one that is damaged; an error if there is none."""
+    complaints = []
+    for step in reversed(steps(directory)):
+        try:
+            state = _read(directory, step)
+        except UserError as error:
+            complaints.append(str(error))
+            continue
+        return state, [f"{text} Going on from the one before, of step {step}." for text in complaints]
+    damaged = f" {' '.join(complaints)}" if complaints else ""
+    raise UserError(f"There is no state to resume from in {directory / FOLDER}.{damaged} Start without resuming.")
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps whose states were written to the end, in order."""
+    found = (path.stem.removeprefix("step-") for path in (directory / FOLDER).glob("step-*.json"))
+    return sorted(int(step) for step in found if step.isdigit())
+
+
+def remove(directory: Path, step: int) -> None:
+    """Removes a state, the JSON file first, so that what a crash leaves is not taken for one."""
+    for path in reversed(_files(directory, step)):
+        path.unlink(missing_ok=True)
+
+
+def of_model(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under `model.`, those with several names once."""
+    seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    named = model.state_dict()
+    once = {name for name, t in named.items() if seen.setdefault((t.data_ptr(), tuple(t.shape)), name) == name}
+    return {f"model.{name}": tensor for name, tensor in named.items() if name in once}
+
+
+def into_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies a state's tensors into the model; every missing, extra or misshapen one is named in a `UserError`."""
+    ours, theirs = of_model(model), {name: t for name, t in tensors.items() if name.startswith("model.")}
+    shapes = [{name: tuple(tensor.shape) for name, tensor in side.items()} for side in (theirs, ours)]
+    wrong = [f"{n}: {shapes[0].get(n, 'none')} saved, {shapes[1].get(n, 'none')} in the model" for n in {**ours, **theirs}]
+    wrong = [text for text, n in zip(wrong, {**ours, **theirs}, strict=True) if shapes[0].get(n) != shapes[1].get(n)]
+    if wrong:
+        raise UserError(f"The state does not fit the model: {'; '.join(wrong)}. Resume with the model of that run.")
+    for name, tensor in ours.items():
+        tensor.copy_(theirs[name])
+
+
+def _files(directory: Path, step: int) -> tuple[Path, Path]:
+    stem = directory / FOLDER / f"step-{step:08d}"
+    return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+
+
+def _read(directory: Path, step: int) -> State:
+    tensor_file, facts_file = _files(directory, step)
+    try:
+        facts = json.loads(facts_file.read_text(encoding="utf-8"))
+        whole = tensor_file.exists() and sha256(tensor_file) == facts["sha256"]
+        tensors = load_file(tensor_file) if whole else {}
+    except (ValueError, KeyError, SafetensorError):
+        raise UserError(f"{facts_file} is damaged.") from None
+    if not whole:
+        raise UserError(f"{tensor_file} is {'damaged: its hash is not the one stored' if tensor_file.exists() else 'missing'}.")
+    return State(step, facts, tensors)
