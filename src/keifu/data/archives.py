@@ -68,6 +68,19 @@ def alone(path: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def room_for(what: str) -> Iterator[None]:
+    """Turns a full disk inside the block into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != 28:  # ENOSPC
+            raise
+        raise UserError(
+            f"The disk is full: {what} was not written and nothing is left of it; free some space."
+        ) from error
+
+
 def fetch(archive: Archive) -> Path:
     """The folder with an archive's wanted members, fetched if it is not there yet.
 
@@ -156,16 +169,12 @@ def _failure(archive: Archive, log: str) -> UserError:
 def _extract(archive: Archive, file: Path, into: Path) -> None:
     """Writes the wanted members; names come from our own table, so that none can lead outside `into`."""
     missing = {pattern for pattern, _ in archive.members}
-    try:
+    with room_for(archive.file):
         for name, content in _contents(file):
             for pattern, target in archive.members:
                 if fnmatchcase(name, pattern):
                     _write(into / (target + PurePosixPath(name).name if target.endswith("/") else target), content)
                     missing.discard(pattern)
-    except OSError as error:
-        if error.errno == 28:  # ENOSPC
-            raise UserError(f"The disk is full: {archive.file} was not unpacked; free some space.") from error
-        raise
     if missing:
         raise UserError(f"{archive.file} has no member {', '.join(sorted(missing))}: nothing was kept.")
 
