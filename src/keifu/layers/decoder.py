@@ -28,7 +28,7 @@ class DecoderLM(nn.Module):
         norm: nn.Module,
         positions: LearnedPositions | None = None,
         rotary: Rotary | None = None,
-        head: nn.Module | None = None,
+        head: nn.Linear | None = None,
         dropout: float = 0.0,
         config: Any = None,
     ):
@@ -70,6 +70,11 @@ class DecoderLM(nn.Module):
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
         """The head alone, so that a prompt's last position can be had without the others."""
         return self.head(hidden) if self.head is not None else F.linear(hidden, self.embedding.weight)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+        """The matrix of the head, for losses that do not want all logits at once."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def new_caches(self, batch: int, capacity: int) -> list[Cache]:
         """Empty caches, one a block, for `capacity` tokens (padding included) in `batch` rows."""

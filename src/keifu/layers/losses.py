@@ -3,12 +3,15 @@
 Axes: `...` any leading axes, vocab = classes.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 IGNORED = -100  # the target of a position that does not count
+_LOGITS_AT_A_TIME = 2**26  # 256 MiB of float32 probabilities
 
 
 def cross_entropy(
@@ -32,6 +35,71 @@ def cross_entropy(
         log_z = logits.logsumexp(-1)
         total = total + z_loss * (log_z.square() * (targets != IGNORED)).sum()
     return total
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "*batch dim"],
+    weight: Float[Tensor, "vocab dim"],
+    targets: Int[Tensor, "*batch"],
+    mask: Bool[Tensor, "*batch"] | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Float[Tensor, ""]:
+    """`cross_entropy(hidden @ weight.T, ...)` with its gradient made on the way, so that few logits exist at a time.
+
+    Where autocast is on, the products are in its type; probabilities are in float32 either way.
+    """
+    targets = targets.flatten()
+    if mask is not None:
+        targets = targets.masked_fill(~mask.flatten(), IGNORED)
+    device = hidden.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets, label_smoothing, z_loss, kind)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Makes the gradients while the logits of some rows are at hand, so that they are never all kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, kind: torch.dtype
+    ) -> Tensor:
+        low, matrix = hidden.to(kind), weight.to(kind)
+        d_hidden, d_weight, total = torch.empty_like(low), None, hidden.new_zeros((), dtype=torch.float32)
+        rows = max(1, _LOGITS_AT_A_TIME // weight.shape[0])
+        for start in range(0, len(low), rows):
+            part = slice(start, start + rows)
+            loss, d_logits = _loss_and_gradient(low[part] @ matrix.T, targets[part], label_smoothing, z_loss)
+            total += loss
+            torch.mm(d_logits, matrix, out=d_hidden[part])
+            product = d_logits.T @ low[part]
+            d_weight = product.to(weight.dtype) if d_weight is None else d_weight.add_(product)
+        ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * upstream[0], d_weight * upstream[0], None, None, None, None
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
+    """The summed loss of these rows and its gradient by the logits, in their type; see `cross_entropy` for the terms."""
+    counts, right = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
+    gradient = torch.softmax(logits, -1, dtype=torch.float32)
+    highest, at = logits.max(-1, keepdim=True)
+    log_z = highest.float() - gradient.gather(-1, at).log()  # the highest probability is never 0
+    loss = log_z - (1 - label_smoothing) * logits.gather(-1, right).float()
+    if z_loss:
+        loss = loss + z_loss * log_z.square()
+        gradient *= 1 + 2 * z_loss * log_z
+    if label_smoothing:
+        loss = loss - label_smoothing * logits.mean(-1, keepdim=True, dtype=torch.float32)
+        gradient -= label_smoothing / logits.shape[-1]
+    gradient.scatter_add_(-1, right, torch.full_like(loss, label_smoothing - 1))
+    if not counts.all():
+        gradient *= counts
+    return (loss * counts).sum(), gradient.to(logits.dtype)
 
 
 def categorical_cross_entropy(

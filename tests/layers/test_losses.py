@@ -1,0 +1,70 @@
+"""Losses against torch's own formulas, term by term and with their gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from keifu.layers import losses
+
+
+def reference(logits, targets, label_smoothing, z_loss):
+    total = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum", label_smoothing=label_smoothing)
+    return total + z_loss * (logits.logsumexp(-1) ** 2)[targets != -100].sum()
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(2, 11, 7, requires_grad=True), torch.randn(29, 7, requires_grad=True)
+    targets = torch.randint(0, 29, (2, 11))
+    targets[0, 3:5] = -100
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("at_a_time", [29 * 4, 2**26])
+def test_linear_cross_entropy_equals_the_loss_of_the_logits(case, label_smoothing, z_loss, at_a_time, monkeypatch):
+    hidden, weight, targets = case
+    monkeypatch.setattr(losses, "_LOGITS_AT_A_TIME", at_a_time)
+    ours = losses.linear_cross_entropy(hidden, weight, targets, label_smoothing=label_smoothing, z_loss=z_loss)
+    theirs = reference((hidden @ weight.T).flatten(0, 1), targets.flatten(), label_smoothing, z_loss)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
+    got = torch.autograd.grad(ours * 0.5, (hidden, weight))
+    expected = torch.autograd.grad(theirs * 0.5, (hidden, weight))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_is_the_same_as_ignored_targets(case):
+    hidden, weight, targets = case
+    mask = torch.rand(2, 11) < 0.5
+    masked = losses.linear_cross_entropy(hidden, weight, targets, mask)
+    ignored = losses.cross_entropy(hidden @ weight.T, targets.masked_fill(~mask, -100))
+    by_mask = losses.cross_entropy(hidden @ weight.T, targets, mask)
+    torch.testing.assert_close(masked, ignored)
+    torch.testing.assert_close(by_mask, ignored)
+
+
+def test_cross_entropy_terms(case):
+    hidden, weight, targets = case
+    logits = hidden @ weight.T
+    ours = losses.cross_entropy(logits, targets, label_smoothing=0.2, z_loss=0.03)
+    torch.testing.assert_close(ours, reference(logits.flatten(0, 1), targets.flatten(), 0.2, 0.03))
+
+
+def test_nothing_counts_gives_zero_and_no_nan(case):
+    hidden, weight, targets = case
+    loss = losses.linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), label_smoothing=0.1, z_loss=0.1)
+    gradient = torch.autograd.grad(loss, hidden)[0]
+    assert loss.item() == 0 and gradient.abs().max().item() == 0
+
+
+def test_autocast_keeps_the_probabilities_in_float32():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32), torch.randn(1000, 32)
+    targets = torch.randint(0, 1000, (64,))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = losses.linear_cross_entropy(hidden, weight, targets)
+    exact = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    assert ours.dtype == torch.float32
+    assert abs(ours - exact) / exact < 2e-3
