@@ -1,5 +1,6 @@
 """`keifu data`: lists, fetches and checks training data; knows no data set by name."""
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -21,6 +22,12 @@ class Options:
         tyro.conf.Positional[str | None],
         tyro.conf.arg(metavar="[NAME]", help="A catalogue name; check also takes a file or a folder of text."),
     ] = None
+    tokenizer: str = "gpt2-bpe"
+    """What check counts tokens with: a catalogue name, or a tokenizer's file or folder."""
+    field: str = "text"
+    """Where a record of .jsonl or .parquet has its text."""
+    json: bool = False
+    """Print the report of check as JSON."""
 
 
 def run(options: Options) -> None:
@@ -34,7 +41,7 @@ def run(options: Options) -> None:
 
         print(fetch(options.name))
     else:
-        _check(options.name)
+        _check(options.name, options)
 
 
 def _list() -> None:
@@ -42,6 +49,16 @@ def _list() -> None:
 
     columns = ("name", "kind", "download", "fetched", "licence", "about", "attribution")
     tables.show(columns, [[row[column] for column in columns] for row in rows()])
+
+
+def _check(source: str, options: Options) -> None:
+    from keifu.data.catalogue import CATALOGUE, fetch
+    from keifu.data.preflight import check
+    from keifu.data.tokenizers import load_tokenizer
+
+    place = fetch(options.tokenizer) if options.tokenizer in CATALOGUE else options.tokenizer
+    report = check(source, load_tokenizer(place), options.field)
+    print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
 
 
 parse = flags.parser(Options, run, "keifu data")

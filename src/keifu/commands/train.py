@@ -1,6 +1,7 @@
 """`keifu train`: finds a recipe by its name and makes its fields options; knows no recipe and no loop."""
 
 import ast
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import field, make_dataclass
 from importlib import import_module
@@ -43,7 +44,8 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str) -> Callable[
         ("out", Annotated[Path, tyro.conf.arg(help="Folder of the run.")], field(default=Path("runs") / name)),
         ("resume", Annotated[bool, tyro.conf.arg(help="Go on with the run that stands in that folder.")], False),
     ]
-    options = flags.parse(make_dataclass("Train", fields, frozen=True), arguments, program, module.__doc__)
+    about = re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", module.__doc__)  # tyro keeps the line breaks of paragraphs alone
+    options = flags.parse(make_dataclass("Train", fields, frozen=True), arguments, program, about)
     return lambda: module.run(options.recipe, options.out, options.resume)
 
 
