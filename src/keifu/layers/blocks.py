@@ -14,7 +14,9 @@ Stream = Float[Tensor, "batch length dim"]
 class PreNorm(nn.Module):
     """x + attention(norm(x)), then x + feedforward(norm(x)): GPT-2 and all since (Radford et al., 2019)."""
 
-    def __init__(self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float = 0.0):
+    def __init__(
+        self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float = 0.0
+    ):
         super().__init__()
         self.attention, self.feedforward = attention, feedforward
         self.attention_norm, self.feedforward_norm = norms
@@ -28,7 +30,9 @@ class PreNorm(nn.Module):
 class PostNorm(nn.Module):
     """norm(x + attention(x)), then norm(x + feedforward(x)): the Transformer of 2017, GPT-1, BERT."""
 
-    def __init__(self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float = 0.0):
+    def __init__(
+        self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float = 0.0
+    ):
         super().__init__()
         self.attention, self.feedforward = attention, feedforward
         self.attention_norm, self.feedforward_norm = norms

@@ -4,7 +4,7 @@ Axes: batch, heads = heads of keys and values, length = tokens, head_dim.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 KeysValues = tuple[Float[Tensor, "batch heads seen head_dim"], Float[Tensor, "batch heads seen head_dim"]]
@@ -30,6 +30,27 @@ class KeyValueCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    @property
+    def earliest(self) -> int:
+        """The smallest length that `rollback` can go back to."""
+        return 0
+
+    def rollback(self, length: int) -> None:
+        """Forgets all tokens but the first `length`."""
+        _check_rollback(length, self.earliest, self.length)
+        self.length = length
+
+    def reserve(self, capacity: int) -> None:
+        """Makes room for `capacity` tokens in all, if there is less; what is held stays."""
+        if capacity > self.keys.shape[2]:
+            self.keys, self.values = (_moved(x[:, :, : self.length], capacity) for x in (self.keys, self.values))
+
+    def select(self, rows: Int[Tensor, " kept"], start: int = 0) -> None:
+        """Keeps only these rows of the batch, without their first `start` tokens, which must be padding."""
+        capacity, held = self.keys.shape[2] - start, slice(start, self.length)
+        self.keys, self.values = (_moved(x[:, :, held][rows], capacity) for x in (self.keys, self.values))
+        self.length -= start
+
 
 class WindowCache:
     """Keeps what a sliding window still sees: the last `window` - 1 tokens and the new ones.
@@ -52,7 +73,9 @@ class WindowCache:
         if keep + new > self.keys.shape[2]:  # a long prompt: attend to it as it is, keep only its end
             joined = self._joined(keep, keys, values)
             self.used = self.window - 1
-            self.keys[:, :, : self.used], self.values[:, :, : self.used] = (x[:, :, x.shape[2] - self.used :] for x in joined)
+            self.keys[:, :, : self.used], self.values[:, :, : self.used] = (
+                x[:, :, x.shape[2] - self.used :] for x in joined
+            )
             return joined
         if self.used + new > self.keys.shape[2]:
             for buffer in (self.keys, self.values):
@@ -63,9 +86,46 @@ class WindowCache:
         self.used = end
         return self.keys[:, :, start:end], self.values[:, :, start:end]
 
+    @property
+    def earliest(self) -> int:
+        """The smallest length that `rollback` can go back to: there the window must still be whole."""
+        dropped = self.length - self.used
+        return dropped + self.window - 1 if dropped else 0
+
+    def rollback(self, length: int) -> None:
+        """Forgets all tokens but the first `length`; `ValueError` below `earliest`."""
+        _check_rollback(length, self.earliest, self.length)
+        self.used -= self.length - length
+        self.length = length
+
+    def reserve(self, capacity: int) -> None:
+        """There is room for any number of tokens already."""
+
+    def select(self, rows: Int[Tensor, " kept"], start: int = 0) -> None:
+        """Keeps only these rows of the batch, without their first `start` tokens, which must be padding."""
+        kept = min(self.used, self.length - start)
+        held = slice(self.used - kept, self.used)
+        self.keys, self.values = (_moved(x[:, :, held][rows], 2 * self.window) for x in (self.keys, self.values))
+        self.length, self.used = self.length - start, kept
+
     def _joined(self, keep: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         old = slice(self.used - keep, self.used)
         return torch.cat([self.keys[:, :, old], keys], 2), torch.cat([self.values[:, :, old], values], 2)
+
+
+def _moved(held: Float[Tensor, "batch heads length head_dim"], capacity: int) -> Tensor:
+    """A new buffer with room for `capacity` tokens that begins with the ones held."""
+    batch, heads, length, head_dim = held.shape
+    buffer = held.new_empty(batch, heads, capacity, head_dim)
+    buffer[:, :, :length] = held
+    return buffer
+
+
+def _check_rollback(length: int, earliest: int, latest: int) -> None:
+    if not earliest <= length <= latest:
+        raise ValueError(
+            f"The cache can go back to between {earliest} and {latest} tokens, not to {length}: fill a new one."
+        )
 
 
 Cache = KeyValueCache | WindowCache

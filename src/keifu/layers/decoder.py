@@ -62,7 +62,10 @@ class DecoderLM(nn.Module):
         if self.positions is not None:
             x = x + self.positions(self._within(positions, start + length))
         x = self.dropout(x)
-        context = {"mask": CausalMask(start, length, padding), "rotation": self.rotary(positions) if self.rotary else None}
+        context = {
+            "mask": CausalMask(start, length, padding),
+            "rotation": self.rotary(positions) if self.rotary else None,
+        }
         for i, block in enumerate(self.blocks):
             x = block(x, **context, cache=caches[i] if caches else None)
         return self.norm(x)
@@ -83,5 +86,7 @@ class DecoderLM(nn.Module):
     def _within(self, positions: Tensor, length: int) -> Tensor:
         room = self.positions.num_embeddings if self.positions else length
         if length > room and int(positions.max()) >= room:
-            raise ValueError(f"{length} tokens do not fit the {room} positions that this model has learned; shorten them.")
+            raise ValueError(
+                f"{length} tokens do not fit the {room} positions that this model has learned; shorten them."
+            )
         return positions

@@ -62,7 +62,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, kind: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        label_smoothing: float,
+        z_loss: float,
+        kind: torch.dtype,
     ) -> Tensor:
         low, matrix = hidden.to(kind), weight.to(kind)
         d_hidden, d_weight, total = torch.empty_like(low), None, hidden.new_zeros((), dtype=torch.float32)
@@ -84,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
-    """The summed loss of these rows and its gradient by the logits, in their type; see `cross_entropy` for the terms."""
+    """The summed loss of these rows and its gradient by the logits, in their type (terms: see `cross_entropy`)."""
     counts, right = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
     gradient = torch.softmax(logits, -1, dtype=torch.float32)
     highest, at = logits.max(-1, keepdim=True)

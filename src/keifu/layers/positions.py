@@ -104,7 +104,7 @@ class Rotation:
     interleaved: bool
 
     def apply(self, x: Float[Tensor, "batch length heads head_dim"]) -> Float[Tensor, "batch length heads head_dim"]:
-        """Turns every pair of numbers by its angle; the pairs are (0, 1), (2, 3), ... or (0, half), (1, half + 1), ..."""
+        """Turns every pair of numbers by its angle; pairs are (0, 1), (2, 3), ... or (0, half), (1, half + 1), ..."""
         cos, sin = self.cos.unsqueeze(-2).to(x.dtype), self.sin.unsqueeze(-2).to(x.dtype)
         if self.interleaved:
             a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -120,7 +120,9 @@ class Rotary(nn.Module):
     Face's LLaMA). Frequencies are made in float32 whatever the model's type is.
     """
 
-    def __init__(self, head_dim: int, theta: float = 10_000.0, scaling: RopeScaling | None = None, interleaved: bool = False):
+    def __init__(
+        self, head_dim: int, theta: float = 10_000.0, scaling: RopeScaling | None = None, interleaved: bool = False
+    ):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"Rotary positions turn pairs, so head_dim must be even; it is {head_dim}.")

@@ -56,7 +56,9 @@ def read_rope(json: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     theta = rope.get("rope_theta", json.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", json.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor {rope.get('partial_rotary_factor')} is not supported: all of a head turns.")
+        raise ValueError(
+            f"partial_rotary_factor {rope.get('partial_rotary_factor')} is not supported: a whole head turns."
+        )
     if kind == "default":
         return float(theta), None
     context = json["max_position_embeddings"]

@@ -47,7 +47,7 @@ PAPER_PARAMETERS = {"gpt2": 117e6, "gpt2-medium": 345e6, "gpt2-large": 762e6, "g
 
 
 def build(config: Config) -> DecoderLM:
-    """A model with the paper's initialisation; positions are drawn with half the deviation, as the released code does."""
+    """A model with the paper's initialisation; positions have half the deviation, as in the released code."""
     norm = partial(nn.LayerNorm, config.dim, config.norm_eps, bias=config.bias)
     blocks = [
         PreNorm(
@@ -58,7 +58,10 @@ def build(config: Config) -> DecoderLM:
         )
         for _ in range(config.n_layers)
     ]
-    embedding, positions = nn.Embedding(config.vocab_size, config.dim), LearnedPositions(config.context_length, config.dim)
+    embedding, positions = (
+        nn.Embedding(config.vocab_size, config.dim),
+        LearnedPositions(config.context_length, config.dim),
+    )
     head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
     model = DecoderLM(embedding, blocks, norm(), positions=positions, head=head, dropout=config.dropout, config=config)
     normal_(model, std=0.02)

@@ -46,11 +46,19 @@ class Config:
 
 
 def _llama3(**sizes: Any) -> Config:
-    sizes = {"vocab_size": 128_256, "context_length": 8192, "n_kv_heads": 8, "norm_eps": 1e-5, "rope_theta": 500_000.0} | sizes
+    sizes = {
+        "vocab_size": 128_256,
+        "context_length": 8192,
+        "n_kv_heads": 8,
+        "norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+    } | sizes
     return Config(**sizes)
 
 
-def _qwen2(dim: int, hidden_dim: int, n_layers: int, n_heads: int, n_kv_heads: int, tied: bool, vocab_size: int) -> Config:
+def _qwen2(
+    dim: int, hidden_dim: int, n_layers: int, n_heads: int, n_kv_heads: int, tied: bool, vocab_size: int
+) -> Config:
     shape = {"dim": dim, "hidden_dim": hidden_dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
     return Config(**shape, vocab_size=vocab_size, context_length=32_768, rope_theta=1e6, qkv_bias=True, tied=tied)
 
@@ -92,9 +100,7 @@ SIZES = {
     "smollm2-135m": _smollm2(576, 1536, 30, 9, 3, 100_000.0),
     "smollm2-360m": _smollm2(960, 2560, 32, 15, 5, 100_000.0),
     "smollm2-1.7b": _smollm2(2048, 8192, 24, 32, 32, 130_000.0),
-    "mistral-7b": Config(
-        context_length=32_768, hidden_dim=14_336, n_kv_heads=8, norm_eps=1e-5, sliding_window=4096
-    ),
+    "mistral-7b": Config(context_length=32_768, hidden_dim=14_336, n_kv_heads=8, norm_eps=1e-5, sliding_window=4096),
     "qwen2-0.5b": _qwen2(896, 4864, 24, 14, 2, True, 151_936),
     "qwen2-1.5b": _qwen2(1536, 8960, 28, 12, 2, True, 151_936),
     "qwen2-7b": _qwen2(3584, 18_944, 28, 28, 4, False, 152_064),
@@ -194,7 +200,9 @@ def _read_window(json: dict[str, Any]) -> tuple[int | None, int]:
     if kinds:
         first = kinds.index("sliding_attention") if "sliding_attention" in kinds else len(kinds)
         if kinds != ["full_attention"] * first + ["sliding_attention"] * (len(kinds) - first):
-            raise ValueError(f"layer_types {kinds} mixes windows in an order that is not supported: full ones come first.")
+            raise ValueError(
+                f"layer_types {kinds} mixes windows in an order that is not supported: full ones come first."
+            )
     window = json.get("sliding_window", 4096)
     return (window, first) if window and first < json["num_hidden_layers"] else (None, 0)
 

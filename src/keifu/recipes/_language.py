@@ -1,0 +1,120 @@
+"""What the recipes for causal language models have in common: text, tokenizer, one call of the loop; knows no model."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keifu import checkpoints
+from keifu.data import catalogue
+from keifu.data.archives import cache
+from keifu.data.packed import PackedText
+from keifu.data.sources import content_hash, documents, in_catalogue
+from keifu.data.text import Shards, prepare
+from keifu.data.tokenizers import KINDS, Tokenizer, load_tokenizer, train_tokenizer
+from keifu.generation.generate import generate
+from keifu.layers.decoder import DecoderLM
+from keifu.training.loop import Summary, train
+from keifu.training.objectives import causal
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+
+VALIDATION_TOKENS = 100_000
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a language model learns from."""
+
+    data: str = "english"
+    """A catalogue name (keifu data list), a .txt, .jsonl or .parquet file, or a folder of them."""
+    tokenizer: str = "bpe"
+    """bpe, unigram, wordpiece or characters to learn one from the data; or a catalogue name, a file or a directory."""
+    vocab_size: int = 8192
+    """Tokens of a learned tokenizer."""
+    held_out: float = 0.05
+    """Share of the text that is kept for validation."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A text made ready: its tokens on disk, and the tokenizer that made them."""
+
+    text: Text
+    tokenizer: Tokenizer
+    shards: Shards
+
+
+def ready(text: Text) -> Task:
+    """Fetches, learns the tokenizer and tokenises, each once: what was made before is found again."""
+    tokenizer = _tokenizer(text)
+    return Task(text, tokenizer, prepare(text.data, tokenizer, held_out=text.held_out))
+
+
+def _tokenizer(text: Text) -> Tokenizer:
+    if text.tokenizer not in KINDS:
+        known = in_catalogue(text.tokenizer)
+        return load_tokenizer(catalogue.fetch(text.tokenizer) if known else Path(text.tokenizer))
+    name = f"{text.tokenizer}-{text.vocab_size}-{content_hash(text.data)[:16]}"
+    directory = cache() / "tokenizers" / name
+    if not (directory / "tokenizer_config.json").exists():  # the last file that is written
+        print(f"Learning a {text.tokenizer} tokenizer of {text.vocab_size} tokens from {text.data} ...", flush=True)
+        train_tokenizer(text.tokenizer, _pieces(text.data), text.vocab_size).save(directory)
+    return load_tokenizer(directory)
+
+
+def _pieces(source: str) -> Iterator[str]:
+    """Documents in pieces, so that one long document is counted on all cores."""
+    for document in documents(source):
+        yield from (document[start : start + 100_000] for start in range(0, len(document), 100_000))
+
+
+def pretrain(
+    name: str,
+    task: Task,
+    build: Callable[[Any], DecoderLM],
+    config: Any,
+    settings: Settings,
+    out: Path,
+    resume: bool,
+    prompt: str = "",
+    about: dict[str, Any] | None = None,
+) -> Summary:
+    """Trains a causal model on a text into a run folder. The vocabulary is the tokenizer's, whatever config says."""
+    config = replace(config, vocab_size=task.tokenizer.vocab_size)
+    torch.manual_seed(settings.seed)
+    model = build(config)
+    data = PackedText(task.shards, config.context_length, settings.batch_size, settings.seed, VALIDATION_TOKENS)
+    run = Run(
+        directory=out,
+        resume=resume,
+        options={"model": asdict(config), "text": asdict(task.text)},
+        about={"title": name, "parameters": sum(p.numel() for p in model.parameters())} | _source(task) | (about or {}),
+        bytes_per_unit=task.shards.bytes_per_token,
+        how_to_resume=f"keifu train {name} --out {out} --resume, with the options of this run",
+    )
+
+    def sample(step: int) -> str:
+        return generate(model, task.tokenizer, prompt or "\n", max_tokens=100, temperature=0.8, seed=step)
+
+    def save(directory: Path) -> None:
+        checkpoints.save(model, task.tokenizer, directory)
+
+    return train(model, causal, data, settings, run, sample=sample, save=save)
+
+
+def _source(task: Task) -> dict[str, Any]:
+    index, data = task.shards.index, task.text.data
+    facts = {
+        "source": data,
+        "fingerprint": task.shards.fingerprint,
+        "training tokens": index["training"]["tokens"],
+        "validation tokens": index["validation"]["tokens"],
+        "bytes per token": round(task.shards.bytes_per_token, 3),
+    }
+    if in_catalogue(data):
+        row = next(row for row in catalogue.rows() if row["name"] == data)
+        facts |= {"licence": row["licence"], "attribution": row["attribution"]}
+    return {"data": [facts]}
