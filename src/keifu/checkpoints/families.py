@@ -1,0 +1,155 @@
+"""Every model that keifu knows, by the model_type of its config.json: the one place that lists them; knows no files.
+
+A new model costs a line in `FAMILIES`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from keifu.checkpoints.names import Table
+from keifu.checkpoints.own import check_types, from_json, to_json
+from keifu.errors import UserError, unknown
+from keifu.models import gpt2, llama, mlp, perceptron
+
+# What any published config may say that changes the numbers and is not implemented; absent or equal to this is fine.
+UNSUPPORTED: Mapping[str, Any] = {"quantization_config": None}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model_type: how its config is read and written, and how its weights are called.
+
+    `module` is the model's file; `prefix` may be missing from all names of a file; `not_weights` are names that old
+    files hold beside the weights; `unsupported` are settings and the value of each that is implemented.
+    """
+
+    module: Any
+    model_type: str
+    architecture: str
+    read: Callable[[dict[str, Any]], Any]
+    write: Callable[[Any], dict[str, Any]]
+    names: Table
+    prefix: str = ""
+    not_weights: tuple[str, ...] = ()
+    unsupported: Mapping[str, Any] = field(default_factory=dict)
+    writes_text: bool = True
+
+    @property
+    def tied_by_name(self) -> bool:
+        """Whether the model has a head that may be the embedding: its Config has `tied` then."""
+        return self.names is not None and "head" in self.names
+
+
+def _published(module: Any) -> list[Family]:
+    """One family for each model_type of a file whose model others know too, and one for what only keifu can build."""
+    shared = {
+        "module": module,
+        "names": module.WEIGHT_NAMES,
+        "prefix": module.PREFIX,
+        "not_weights": module.NOT_WEIGHTS,
+        "unsupported": module.UNSUPPORTED,
+    }
+    known = [
+        Family(model_type=kind, architecture=name, read=module.from_published, write=module.to_published, **shared)
+        for kind, name in module.MODEL_TYPES.items()
+    ]
+    return [*known, replace(_own(module), **shared, writes_text=True)]
+
+
+def _own(module: Any) -> Family:
+    """A family in keifu's own terms: every field of the Config under its own name, every weight under its own."""
+    kind = f"keifu_{_name(module)}"
+    read, write = partial(from_json, module.Config), partial(_write_own, kind)
+    return Family(module, kind, "keifu", read, write, names=None, writes_text=False)
+
+
+def _write_own(kind: str, config: Any) -> dict[str, Any]:
+    return {"model_type": kind, "architectures": ["keifu"], **to_json(config)}
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
+_MLP = Family(mlp, "keifu_mlp", "MLP", mlp.from_published, mlp.to_published, mlp.WEIGHT_NAMES, writes_text=False)
+_ALL = [*_published(gpt2), *_published(llama), _MLP, _own(perceptron)]
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+
+
+class _Published(dict[str, Any]):
+    """A config.json: a field that is asked for and not there is an error that names it."""
+
+    def __init__(self, content: Mapping[str, Any], where: str):
+        super().__init__(content)
+        self.where = where
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.where} has no field {key!r}, which a {self['model_type']!r} model needs.")
+
+
+def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
+    """The family and the Config that a config.json describes; `where` names the file in errors.
+
+    An unknown model_type, a setting that is not implemented, a field that is missing or has a wrong value: `UserError`.
+    """
+    kind = json.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{where} has no model_type, so nothing says which model it is.")
+    if kind not in FAMILIES:
+        raise unknown("model family (model_type)", kind, FAMILIES)
+    family = FAMILIES[kind]
+    for name, fine in {**UNSUPPORTED, **family.unsupported}.items():
+        if json.get(name) is not None and json[name] != fine:
+            raise UserError(f"{where} sets {name} to {json[name]!r}, which keifu does not implement; only {fine!r} is.")
+    try:
+        config = family.read(_Published(json, where))
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} cannot be read as a {kind!r} model: {error}") from error
+    check_types(config, where)
+    return family, config
+
+
+def describe(config: Any) -> tuple[Family, dict[str, Any]]:
+    """The family of a built model's Config and its config.json.
+
+    That is a published model_type where one says all that the Config says, else keifu's own.
+    """
+    family = family_of(config)
+    if family.names is not None:
+        json = family.write(config)
+        found = FAMILIES[json["model_type"]]
+        if _same(config, found.read(json)):
+            return found, json
+    family = FAMILIES[f"keifu_{_name(family.module)}"]
+    return family, family.write(config)
+
+
+def family_of(config: Any) -> Family:
+    """The first family whose Config class this is."""
+    for family in FAMILIES.values():
+        if isinstance(config, family.module.Config):
+            return family
+    raise UserError(f"{type(config).__module__}.{type(config).__name__} is the Config of no model that can be saved.")
+
+
+def _same(config: Any, back: Any) -> bool:
+    """Whether `back` says the same; None stands for a default that a published config spells out."""
+    return all(value is None or value == vars(back)[name] for name, value in vars(config).items())
+
+
+def build(family: Family, config: Any, where: str) -> nn.Module:
+    """The model on the meta device, without memory; sizes that do not fit each other are a `UserError`."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return family.module.build(config)
+    except ValueError as error:
+        raise UserError(f"{where} describes a model that cannot be built: {error}") from error

@@ -1,0 +1,182 @@
+"""What GGUF's metadata say of a model, and our Config for it, both ways; knows no bytes.
+
+An architecture is GGUF's word for the program that runs the model in llama.cpp. What that program fixes (an activation,
+say) is no field of the file: it is here, and a Config that differs cannot be written.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from keifu.checkpoints.families import FAMILIES, Family
+from keifu.checkpoints.gguf_rope import read_scaling, write_scaling
+from keifu.errors import UserError, unknown
+
+SIZES = {  # GGUF's words, after the architecture's name, and ours
+    "context_length": "context_length",
+    "embedding_length": "dim",
+    "feed_forward_length": "hidden_dim",
+    "block_count": "n_layers",
+    "attention.head_count": "n_heads",
+}
+REFUSED = ("expert_count", "attention.clamp_kqv", "attention.scale", "logit_scale", "residual_scale", "embedding_scale")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`fields` are GGUF's words and ours beyond `SIZES`; `fixed` is what llama.cpp takes for granted.
+
+    `optional` are switches of the Config, each with a tensor that is there exactly when it is on. `interleaved`: q and
+    k are stored with neighbouring rotary pairs. `rotary`: it has rotary positions.
+    """
+
+    model_type: str
+    names: Mapping[str, str]
+    fields: Mapping[str, str]
+    fixed: Mapping[str, Any]
+    optional: Mapping[str, str] = field(default_factory=dict)
+    interleaved: bool = False
+    rotary: bool = False
+
+    @property
+    def family(self) -> Family:
+        """The family of the models that it runs."""
+        return FAMILIES[self.model_type]
+
+
+_BLOCKS = {
+    "embedding": "token_embd",
+    "blocks.*.attention_norm": "blk.*.attn_norm",
+    "blocks.*.attention.out": "blk.*.attn_output",
+    "blocks.*.feedforward_norm": "blk.*.ffn_norm",
+    "blocks.*.feedforward.down": "blk.*.ffn_down",
+    "norm": "output_norm",
+    "head": "output",
+}
+_GPT2 = {
+    "positions": "position_embd",
+    "blocks.*.attention.qkv": "blk.*.attn_qkv",
+    "blocks.*.feedforward.up": "blk.*.ffn_up",
+}
+_LLAMA = {"blocks.*.attention.qkv": "blk.*.attn_[q,k,v]", "blocks.*.feedforward.gate_up": "blk.*.ffn_[gate,up]"}
+_ROTARY = {
+    "attention.head_count_kv": "n_kv_heads",
+    "attention.layer_norm_rms_epsilon": "norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "rope.freq_base": "rope_theta",
+}
+_BIASES = {
+    "qkv_bias": "blk.0.attn_q.bias",
+    "out_bias": "blk.0.attn_output.bias",
+    "feedforward_bias": "blk.0.ffn_down.bias",
+}
+_PLAIN = {"activation": "silu", "first_window_layer": 0, "dropout": 0.0}
+ARCHITECTURES = {  # in the order in which one is sought for a Config
+    "gpt2": Architecture(
+        "gpt2", _BLOCKS | _GPT2, {"attention.layer_norm_epsilon": "norm_eps"},
+        {"activation": "gelu_tanh", "bias": True, "dropout": 0.0},
+    ),
+    "qwen2": Architecture(
+        "qwen2", _BLOCKS | _LLAMA, _ROTARY, _PLAIN | {"qkv_bias": True, "out_bias": False, "feedforward_bias": False},
+        rotary=True,
+    ),
+    "llama": Architecture(
+        "llama", _BLOCKS | _LLAMA, _ROTARY, _PLAIN, _BIASES, interleaved=True, rotary=True
+    ),
+}  # fmt: skip
+
+
+def read_config(
+    fields: Mapping[str, Any], tensors: Mapping[str, Any], freqs: Tensor | None, where: str
+) -> tuple[str, Any]:
+    """The architecture's name and the Config of a file's metadata.
+
+    tensors: names of all tensors, and the shape of each. freqs: the tensor rope_freqs.weight, where there is one.
+    """
+    name = fields.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise unknown("GGUF architecture that keifu reads called", str(name), ARCHITECTURES)
+    architecture = ARCHITECTURES[name]
+    own = {key.removeprefix(f"{name}."): _same_everywhere(key, value, where) for key, value in fields.items()}
+    refused = [f"{name}.{key}" for key in REFUSED if own.get(key)]
+    if refused:
+        raise UserError(f"{where} sets {', '.join(refused)}, which keifu does not implement.")
+    missing = [f"{name}.{key}" for key in SIZES if key not in own]
+    if missing or "token_embd.weight" not in tensors:
+        lacking = missing or ["the tensor token_embd.weight"]
+        raise UserError(f"{where} lacks {', '.join(lacking)}, so the model's size is not known.")
+    values = {ours: own[key] for key, ours in (SIZES | architecture.fields).items() if key in own}
+    values |= dict(architecture.fixed) | {switch: tensor in tensors for switch, tensor in architecture.optional.items()}
+    values |= {"vocab_size": tensors["token_embd.weight"][0], "tied": "output.weight" not in tensors}
+    if architecture.rotary:
+        values |= _read_rotary(own, values, freqs, where)
+    return name, architecture.family.module.Config(**values)
+
+
+def _same_everywhere(key: str, value: Any, where: str) -> Any:
+    """The one value of a setting, which may be given layer by layer, without the noise of float32."""
+    if isinstance(value, list) and value and key.partition(".")[0] in ARCHITECTURES:
+        if len(set(value)) > 1:
+            raise UserError(f"{where} has another {key} in each layer ({value[:4]}), which keifu does not implement.")
+        value = value[0]
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _read_rotary(own: Mapping[str, Any], values: Mapping[str, Any], freqs: Tensor | None, where: str) -> dict[str, Any]:
+    usual = values["dim"] // values["n_heads"]
+    size = own.get("attention.key_length", usual)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if own.get(key, size) != size:
+            raise UserError(f"{where} has {key} {own[key]} beside heads of {size}; keifu turns whole heads.")
+    theta = float(values.get("rope_theta", 10_000.0))
+    scaling = read_scaling(own, theta, values["context_length"], freqs, where)
+    return {"head_dim": None if size == usual else size, "rope_theta": theta, "rope_scaling": scaling}
+
+
+def architecture_for(config: Any) -> tuple[str, Architecture]:
+    """The architecture of llama.cpp that runs a model of this Config; none is a `UserError` that names the settings."""
+    values, reasons = vars(config), []
+    for name, architecture in ARCHITECTURES.items():
+        if not isinstance(config, architecture.family.module.Config):
+            continue
+        wrong = [key for key, fine in architecture.fixed.items() if key != "dropout" and values[key] != fine]
+        if not wrong:
+            return name, architecture
+        reasons.append(f"{name} needs " + ", ".join(f"{key}={architecture.fixed[key]!r}" for key in wrong))
+    if not reasons:
+        raise UserError(f"llama.cpp runs no model of {type(config).__module__}; it can be written as a directory (hf).")
+    raise UserError(f"llama.cpp runs no such model: {'; '.join(reasons)}. Write it as a directory (hf) instead.")
+
+
+def write_config(config: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """The architecture's name, the metadata without the tokenizer, and the tensors that are settings.
+
+    A model with a sliding window, which llama.cpp's program ignores, is given the window as its context: within it the
+    two agree.
+    """
+    name, architecture = architecture_for(config)
+    values, tensors = vars(config), {}
+    found = {key: values[ours] for key, ours in (SIZES | architecture.fields).items() if values[ours] is not None}
+    found |= {"vocab_size": config.vocab_size}
+    if architecture.rotary:
+        size = head_dim(config)
+        found |= {"attention.head_count_kv": config.n_kv_heads or config.n_heads, "rope.dimension_count": size}
+        found |= {"attention.key_length": size, "attention.value_length": size}
+        found["context_length"] = min(config.context_length, config.sliding_window or config.context_length)
+        more, tensors = write_scaling(config.rope_scaling, config.rope_theta, size)
+        found |= more
+    return name, {f"{name}.{key}": value for key, value in found.items()}, tensors
+
+
+def head_dim(config: Any) -> int:
+    """The size of a rotary head."""
+    return config.head_dim or config.dim // config.n_heads
+
+
+def turned_head(architecture: Architecture, config: Any) -> int | None:
+    """The size of the heads whose rows GGUF stores in another order than we; None if it does not."""
+    return head_dim(config) if architecture.interleaved else None
+

@@ -1,0 +1,49 @@
+"""From what a user types to a file or folder on this machine: a path, a catalogue name, a hub id; it opens none."""
+
+import re
+from pathlib import Path
+
+from keifu.errors import UserError, unknown
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")  # of a repository's files
+
+
+def locate(name: str | Path) -> Path:
+    """The file or folder of a model: a path that exists, a catalogue name, or a hub id "owner/name" (downloaded once).
+
+    A name that is none of these is a `UserError` with the nearest known one.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    from keifu.data.catalogue import CATALOGUE, fetch
+
+    text = str(name)
+    if text in CATALOGUE:
+        kind = CATALOGUE[text].kind
+        if kind != "weights":
+            raise UserError(f"{text!r} is {kind} in the catalogue, not a model.")
+        return fetch(text)
+    models = [one for one, entry in CATALOGUE.items() if entry.kind == "weights"]
+    if path.parent.is_dir() and text != path.name:  # in a folder that exists: a slip in the path, not a hub id
+        raise unknown("file or folder", text, [str(path.parent / one.name) for one in path.parent.iterdir()])
+    if HUB_ID.fullmatch(text) and path.suffix != ".gguf":
+        return download(text)
+    raise unknown("model", text, [*models, *(one.name for one in path.parent.iterdir() if one.is_dir())])
+
+
+def download(name: str) -> Path:
+    """The folder of a model on the hub, downloaded unless it is in the hub's own cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*WANTED]))
+    except RepositoryNotFoundError as error:
+        raise UserError(f"There is no folder {name!r} here, and the hub has no such model for everyone.") from error
+    except (OSError, ValueError) as error:
+        reason = re.split(r"(?<=[.:])\s", str(error).strip())[0].rstrip(".:")
+        raise UserError(
+            f"There is no folder {name!r} here, and from the hub it could not be fetched: {reason}."
+        ) from error

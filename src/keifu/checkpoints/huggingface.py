@@ -1,0 +1,121 @@
+"""Reading Hugging Face directories: config.json and safetensors, whole or in shards; knows no model.
+
+Nothing is ever unpickled: a directory with PyTorch's own .bin files is refused with a sentence.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keifu.checkpoints.families import Family, read_config
+from keifu.checkpoints.source import Source, Stored
+from keifu.errors import UserError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def open_directory(path: Path) -> Source:
+    """The model in a directory, its weights memory-mapped and not yet read."""
+    where = path / "config.json"
+    if not where.exists():
+        raise UserError(f"{path} is no model: it holds no config.json{_nearest('config.json', path)}.")
+    family, config = read_config(read_json(where), str(where))
+    files = weight_files(path)
+    opened = {file: _open(file) for file in files}
+    owner = {name: file for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118 (no dict)
+    stored = {name: _stored(opened[file].get_slice(name)) for name, file in owner.items()}
+
+    def read(name: str) -> Tensor:
+        return opened[owner[name]].get_tensor(name)
+
+    return Source(path, "Hugging Face", family, config, stored, read, _tokenizer(path, family), family.names)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; anything else is a `UserError` with the place."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__} where a JSON object is needed.")
+    return content
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory; a missing one, or weights of another kind alone, is a `UserError`."""
+    if (path / WEIGHTS).exists():
+        return [path / WEIGHTS]
+    if (path / INDEX).exists():
+        index = read_json(path / INDEX).get("weight_map")
+        if not isinstance(index, dict):
+            raise UserError(f"{path / INDEX} has no weight_map, so it names no shards.")
+        files = sorted({path / name for name in index.values()})
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise UserError(f"{path} lacks {len(missing)} of its {len(files)} shards: {', '.join(missing[:10])}.")
+        return files
+    pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
+    if pickled:
+        raise pickled_only(path, pickled)
+    raise UserError(f"{path} holds no {WEIGHTS}{_nearest(WEIGHTS, path)}.")
+
+
+def pickled_only(path: Path, names: Sequence[str]) -> UserError:
+    """The error for weights that only unpickling would read: that runs whatever program is inside."""
+    return UserError(
+        f"{path} has its weights in {', '.join(names[:3])} alone, which keifu never unpickles, since that can run any "
+        "program; if you trust its makers, let transformers convert it: "
+        "AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(OUT, safe_serialization=True)."
+    )
+
+
+def _nearest(name: str, path: Path) -> str:
+    near = get_close_matches(name, [file.name for file in path.iterdir()], n=1, cutoff=0.7)
+    return f", but it does hold {near[0]}" if near else ""
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or corrupt: {_sizes(path) or f'{error}.'}") from error
+
+
+def _sizes(path: Path) -> str:
+    """How many bytes a safetensors file has and how many its header promises; empty where the header tells nothing."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        if size < 8 + header:
+            return f"it has {size:,} bytes, and by its first eight the header alone has {header:,}."
+        try:
+            tensors = json.loads(file.read(header))
+            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+            end = 8 + header + max(ends)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return ""
+    return f"it has {size:,} bytes, and its header promises {end:,}." if end != size else ""
+
+
+def _stored(piece: Any) -> Stored:
+    kind = piece.get_dtype()
+    return Stored(tuple(piece.get_shape()), kind, DTYPES.get(kind))
+
+
+def _tokenizer(path: Path, family: Family) -> Callable[[], Any]:
+    def read() -> Any:
+        from keifu.data.tokenizers import load_tokenizer
+
+        return load_tokenizer(path) if family.writes_text else None
+
+    return read

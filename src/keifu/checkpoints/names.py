@@ -1,0 +1,113 @@
+"""The language of WEIGHT_NAMES: which tensors of a published file make which parameter of a model; knows no file.
+
+A table says ours -> theirs. Either side is the name of a module, whose `.weight` and `.bias` carry over, or of one
+tensor. `*` is a layer's number; `[a,b,c]` are several of theirs that lie one above the other in one of ours; a `.T` at
+the end says that matrices are stored transposed. Instead of a table, None says that both sides have the same names.
+
+Axes: rows = a matrix's outputs, columns = its inputs; a bias has rows alone.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from keifu.layers.linear import JoinedLinear
+
+Table = Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class Link:
+    """One tensor of the model and those of the file that make it.
+
+    `shape` is ours, `rows` how many of them each of theirs gives. `turned` is for each of theirs the size of a rotary
+    head whose two halves are stored interleaved (GGUF's LLaMA), or 0.
+    """
+
+    ours: str
+    shape: tuple[int, ...]
+    theirs: tuple[str, ...]
+    rows: tuple[int, ...]
+    transposed: bool = False
+    turned: tuple[int, ...] = ()
+
+    def stored_shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each of theirs as it stands in the file."""
+        shapes = [(rows, *self.shape[1:]) if self.shape else () for rows in self.rows]
+        return [shape[::-1] for shape in shapes] if self.transposed else shapes
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Ours, made of theirs. It is theirs itself, without a copy, where nothing has to be done."""
+        parts = [halves(part, size) for part, size in zip(map(self._turn, tensors), self._heads(), strict=True)]
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Theirs, taken out of ours."""
+        parts = tensor.split(list(self.rows)) if len(self.rows) > 1 else [tensor]
+        turned = [pairs(part, size) for part, size in zip(parts, self._heads(), strict=True)]
+        return [self._turn(part).contiguous() for part in turned]
+
+    def _turn(self, tensor: Tensor) -> Tensor:
+        return tensor.T if self.transposed else tensor
+
+    def _heads(self) -> tuple[int, ...]:
+        return self.turned or (0,) * len(self.theirs)
+
+
+def halves(rows: Tensor, head_dim: int) -> Tensor:
+    """From rows whose rotary pairs are neighbours to rows that pair (0, half), (1, half + 1), ... in each head."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2) if head_dim else rows
+
+
+def pairs(rows: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `halves`."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2) if head_dim else rows
+
+
+def links(model: nn.Module, table: Table) -> list[Link]:
+    """A link for every tensor of the model, in the model's order. One that the table does not name is an error."""
+    modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
+    return [_link(name, tuple(tensor.shape), modules, table) for name, tensor in state.items()]
+
+
+def _link(ours: str, shape: tuple[int, ...], modules: Mapping[str, nn.Module], table: Table) -> Link:
+    pattern = ours if table is None else _their_pattern(ours, table)
+    transposed = pattern.endswith(".T")
+    theirs = _alternatives(pattern.removesuffix(".T"))
+    rows = (shape[0] if shape else 1,)
+    module = modules[ours.rpartition(".")[0]]
+    if len(theirs) > 1:
+        if not isinstance(module, JoinedLinear) or len(module.parts) != len(theirs):
+            raise ValueError(f"{ours} is no joined matrix of {len(theirs)} parts, but the table gives it {theirs}.")
+        rows = module.parts
+    return Link(ours, shape, theirs, rows, transposed and len(shape) == 2)
+
+
+def _their_pattern(ours: str, table: Mapping[str, str]) -> str:
+    """Their name of one of our tensors, with the numbers of layers filled in and alternatives and `.T` still there."""
+    numbers = re.findall(r"(?<![^.])\d+(?![^.])", ours)
+    general = re.sub(r"(?<![^.])\d+(?![^.])", "*", ours)
+    module, _, leaf = general.rpartition(".")
+    if general in table:
+        pattern, mark = table[general], ""
+    elif module in table:
+        pattern, mark = table[module].removesuffix(".T"), ".T" if table[module].endswith(".T") else ""
+        pattern += f".{leaf}"
+    else:
+        raise ValueError(f"The table of weight names has no entry for {ours}.")
+    for number in numbers:
+        pattern = pattern.replace("*", number, 1)
+    return pattern + mark
+
+
+def _alternatives(pattern: str) -> tuple[str, ...]:
+    found = re.search(r"\[([^]]*)\]", pattern)
+    return tuple(pattern.replace(found[0], one) for one in found[1].split(",")) if found else (pattern,)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name is one of the patterns, in which `*` is a layer's number."""
+    return any(re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) for pattern in patterns)

@@ -1,0 +1,86 @@
+"""Loading, inspecting and converting a model wherever it is; knows the formats by name and no model."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from keifu.checkpoints.gguf_saving import save_gguf
+from keifu.checkpoints.gguf_source import open_gguf
+from keifu.checkpoints.hub import locate
+from keifu.checkpoints.huggingface import INDEX, PICKLED, WEIGHTS, open_directory, pickled_only
+from keifu.checkpoints.report import Report, report
+from keifu.checkpoints.saving import save
+from keifu.checkpoints.source import Plan, Source, check_tokenizer, plan
+from keifu.errors import UserError, unknown
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load(name: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
+    """A model with its weights, ready for evaluation on the CPU, and its tokenizer.
+
+    name: a run of keifu or another Hugging Face directory, a .gguf file, a catalogue name such as "smollm2", or a hub
+    id "owner/name". dtype: as stored where None, but float32 for float16, whose products are very slow on a CPU. The
+    tokenizer is None for models that write no text.
+
+    Weights that need no change stay memory-mapped. A file that is torn, a tensor that is missing, extra or misshapen, a
+    setting that is not implemented, a tokenizer that does not fit: each is a `UserError` that names it.
+    """
+    found = _plan(name, dtype)
+    tokenizer = found.source.tokenizer()
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, found.source.config.vocab_size)
+    return found.fill(), tokenizer
+
+
+def load_model(name: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model alone (see `load`), for weights without a tokenizer beside them."""
+    return _plan(name, dtype).fill()
+
+
+def inspect(name: str | Path, dtype: torch.dtype | None = None) -> Report:
+    """What `load` would do: every tensor, what makes it, and the settings in use; no weight is read for it."""
+    return report(_plan(name, dtype))
+
+
+def convert(name: str | Path, out: str | Path, to: Literal["hf", "gguf"], dtype: str | None = None) -> None:
+    """Writes a model in another format: "hf", a Hugging Face directory, or "gguf", one file for llama.cpp.
+
+    dtype: f32, f16, bf16 or, for gguf, q8_0; None keeps the type that holds the stored numbers exactly.
+    """
+    if to not in ("hf", "gguf"):
+        raise unknown("format", to, ["hf", "gguf"])
+    if dtype is not None and dtype not in (*DTYPES, "q8_0"):
+        raise unknown("number format", dtype, [*DTYPES, "q8_0"])
+    if to == "hf" and dtype == "q8_0":
+        raise UserError("A Hugging Face directory cannot hold q8_0; write it as gguf, or choose f32, f16 or bf16.")
+    found = _plan(name, None)
+    held = found.exact if dtype is None or to == "gguf" else DTYPES[dtype]
+    tokenizer = found.source.tokenizer()
+    model = _plan(name, held).fill()
+    if to == "hf":
+        save(model, tokenizer, out)
+    else:
+        save_gguf(model, tokenizer, Path(out), dtype)
+
+
+def _plan(name: str | Path, dtype: torch.dtype | None) -> Plan:
+    return plan(open_source(locate(name)), dtype)
+
+
+def open_source(path: Path) -> Source:
+    """A model's file or folder, opened; what is neither is a `UserError`."""
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1 and not (path / "config.json").exists():
+            return open_gguf(ggufs[0])
+        return open_directory(path)
+    if path.name in (WEIGHTS, INDEX, "config.json"):
+        return open_directory(path.parent)
+    if path.suffix in PICKLED:
+        raise pickled_only(path.parent, [path.name])
+    if path.suffix != ".gguf":
+        raise UserError(f"{path} is no model: give a folder with config.json and model.safetensors, or a .gguf file.")
+    return open_gguf(path)

@@ -1,0 +1,133 @@
+"""Writing Hugging Face directories that transformers and vLLM load as they are; knows no model.
+
+Everything is written beside the old files first and renamed at the end, so that a crash or a full disk leaves the old
+checkpoint whole.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from keifu.checkpoints.families import describe
+from keifu.checkpoints.huggingface import INDEX, WEIGHTS
+from keifu.checkpoints.names import Link, links
+from keifu.checkpoints.source import check_tokenizer, name_of
+from keifu.errors import UserError
+
+STAGE = ".saving-"
+ROLES = ("bos", "eos", "pad")
+
+
+def save(model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_bytes: float = 5e9) -> None:
+    """Writes a model and its tokenizer as a Hugging Face directory.
+
+    It holds config.json, generation_config.json, the tokenizer's files, and model.safetensors or, where the weights
+    have more than `max_shard_bytes`, shards of at most that size with an index. A tensor that two parts of the model
+    share is written once. tokenizer: None for a model that writes no text. Other files in the directory stay.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file, and a model is written as a folder: give another name.")
+    own: Any = model.config
+    family, config = describe(own)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, own.vocab_size)
+    stage = directory / f"{STAGE}{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob(f"{STAGE}*"):  # left by a crash
+            shutil.rmtree(old, ignore_errors=True)
+        stage.mkdir()
+        weights = _write_weights(model, links(model, family.names), stage, max_shard_bytes)
+        _write_texts(config, name_of(next(model.parameters()).dtype), tokenizer, stage)
+        _move(stage, directory, weights)
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            raise UserError(f"The disk is full: {directory} keeps what it held; free some space.") from error
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def published_tensors(model: nn.Module, found: Sequence[Link]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the file by its published name, on the CPU, in the model's order."""
+    state = model.state_dict()
+    for link in found:
+        yield from zip(link.theirs, link.split(state[link.ours].detach().cpu()), strict=True)
+
+
+def shards(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
+    """The tensors in order, in as few groups of at most `limit` bytes as that order allows; one too large is alone."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def _write_weights(model: nn.Module, found: Sequence[Link], stage: Path, limit: float) -> list[str]:
+    """Writes the weights and gives the names of their files, the index among them."""
+    state = model.state_dict()
+    each = {name: state[link.ours].nbytes * rows // sum(link.rows)
+            for link in found for name, rows in zip(link.theirs, link.rows, strict=True)}  # fmt: skip
+    groups = shards(each, limit)
+    names = [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+    names = names if len(groups) > 1 else [WEIGHTS]
+    tensors = published_tensors(model, found)
+    for name, group in zip(names, groups, strict=True):
+        _save_file({key: tensor for key, tensor in (next(tensors) for _ in group)}, stage / name)
+    if len(groups) == 1:
+        return names
+    owner = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+    _write_json(stage / INDEX, {"metadata": {"total_size": sum(each.values())}, "weight_map": owner})
+    return [*names, INDEX]
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its text carries the system's error number
+        number = 28 if "os error 28" in str(error) else 5
+        raise OSError(number, str(error), str(path)) from error
+
+
+def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path) -> None:
+    ids: dict[str, Any] = {f"{role}_token_id": None for role in ROLES}
+    if tokenizer is not None:
+        tokenizer.save(stage)
+        ids = dict(zip(ids, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
+        given = {key: value for key, value in ids.items() if value is not None}
+        ends = sorted(tokenizer.stop_ids)
+        given |= {"eos_token_id": ends} if len(ends) > 1 else {}
+        _write_json(stage / "generation_config.json", given)
+    _write_json(stage / "config.json", config | {"dtype": dtype, "torch_dtype": dtype} | ids)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _move(stage: Path, directory: Path, weights: Sequence[str]) -> None:
+    """Syncs every new file, then renames them in: weights first, config.json last; then old weights go."""
+    names = (file.name for file in stage.iterdir())
+    new = sorted(names, key=lambda name: (name == "config.json", name not in weights, name == INDEX))
+    for name in new:
+        with (stage / name).open("rb+") as file:
+            os.fsync(file.fileno())
+    for name in new:
+        (stage / name).replace(directory / name)
+    for old in (*directory.glob("model-*-of-*.safetensors"), directory / WEIGHTS, directory / INDEX):
+        if old.name not in weights:
+            old.unlink(missing_ok=True)
