@@ -1,0 +1,26 @@
+"""`keifu inspect`: the load report of a model; knows no format and no family."""
+
+import json
+from dataclasses import dataclass
+
+from keifu.commands import flags
+
+
+@dataclass(frozen=True)
+class Options:
+    """What loading a model does: every tensor, what makes it, and the settings in use. No weight is read for it."""
+
+    model: flags.Model
+    json: bool = False
+    """Print it as JSON."""
+
+
+def run(options: Options) -> None:
+    """Prints the report."""
+    from keifu.checkpoints import inspect
+
+    report = inspect(options.model)
+    print(json.dumps(report.as_dict(), indent=2, default=str) if options.json else report)
+
+
+parse = flags.parser(Options, run, "keifu inspect")
