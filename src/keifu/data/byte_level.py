@@ -25,7 +25,7 @@ _SLASHES = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN = f"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*" + r"|\p{N}" + _SLASHES
 GPT4O = f"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTION}|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTION}" + r"|\p{N}{1,3}" + _SLASHES
 
-# Each cut is a list of patterns, the next one cutting the pieces of the one before; the first name of a row is canonical.
+# Each cut is a list of patterns, each cutting the pieces of the one before; the first name of a row is canonical.
 _ROWS: list[tuple[str, list[str]]] = [
     ("gpt-2 mpt olmo jais trillion granite-docling phi-2 roberta-bpe", [GPT2]),
     ("smollm starcoder refact command-r codeshell exaone minerva-7b", [r"\p{N}", GPT2]),
@@ -73,7 +73,7 @@ def _shape(cutter: pre_tokenizers.PreTokenizer) -> str:
 def byte_level_backend(
     vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]], cut: str = "gpt-2"
 ) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer from its vocabulary (spelled in the byte alphabet) and its merges, first ones first."""
+    """A byte-level BPE tokenizer from its vocabulary (spelled in the byte alphabet) and its merges, in order."""
     whole_words = CUTS.get(cut, [""])[0] in WHOLE_WORDS
     backend = tokenizers.Tokenizer(models.BPE(dict(vocabulary), list(merges), ignore_merges=whole_words))
     backend.pre_tokenizer = pre_tokenizer(cut)

@@ -28,7 +28,7 @@ CHATML = """\
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the assistant wrote, for training; here it changes nothing."""
+    """`{% generation %}...{% endgeneration %}` marks the assistant's words, for training; it changes no text."""
 
     tags = {"generation"}
 
@@ -66,7 +66,8 @@ def compiled(template: str) -> Template:
     try:
         return environment.from_string(template)
     except TemplateSyntaxError as error:
-        raise UserError(f"The chat template cannot be read, at its line {error.lineno}: {error.message}.") from error
+        reason = str(error.message).rstrip(".")
+        raise UserError(f"The chat template cannot be read, at its line {error.lineno}: {reason}.") from error
 
 
 def render(
@@ -88,7 +89,7 @@ def render(
         )
     plain = [_plain(message, place) for place, message in enumerate(messages)]
     if not plain:
-        raise UserError("There is no message to render: give at least one, such as {'role': 'user', 'content': 'Hello'}.")
+        raise UserError("There is no message to render: give at least one, like {'role': 'user', 'content': 'Hello'}.")
     given = {"tools": None, "documents": None, **variables}
     ready = compiled(template)
     try:

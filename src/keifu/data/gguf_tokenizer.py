@@ -3,6 +3,8 @@
 It knows two of GGUF's kinds: "gpt2", byte-level BPE by merges, and "llama", SentencePiece's BPE by scores.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,16 @@ from keifu.data.sentencepiece_model import (
     USER_DEFINED,
     Piece,
     Settings,
-    around_text,
     backend_from_pieces,
     merges_by_score,
 )
+from keifu.data.special_tokens import put_around_text
 from keifu.data.streaming import byte_value
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 
 ROLE_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+Made = tuple[tokenizers.Tokenizer, bool]  # a backend, and whether its kind puts a BOS before texts if nothing is said
 ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # for files that name none
 
 
@@ -52,19 +55,16 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     kind = _needed(fields, "model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
-        raise UserError(f"The GGUF's tokenizer.ggml.model is {kind!r}; keifu reads {' and '.join(map(repr, builders))}.")
+        known = " and ".join(map(repr, builders))
+        raise UserError(f"The GGUF's tokenizer.ggml.model is {kind!r}; keifu reads {known}.")
     tokens = [str(token) for token in _needed(fields, "tokens")]
     kinds = list(fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens))
     if len(kinds) != len(tokens):
         raise UserError(f"The GGUF has {len(tokens)} tokens but {len(kinds)} entries in tokenizer.ggml.token_type.")
     backend, adds_bos = builders[kind](fields, tokens, kinds)
     special = _roles(fields, tokens)
-    around = []
-    for role, default in (("bos", adds_bos), ("eos", False)):
-        token = special.get(f"{role}_token")
-        wanted = fields.get(f"tokenizer.ggml.add_{role}_token", default)
-        around.append((token, backend.token_to_id(token)) if token is not None and wanted else None)
-    backend.post_processor = around_text(*around)
+    begins, ends = (fields.get(f"tokenizer.ggml.add_{role}_token") for role in ("bos", "eos"))
+    put_around_text(backend, special, bool(adds_bos if begins is None else begins), bool(ends))
     template = fields.get("tokenizer.chat_template")
     return Tokenizer(backend, special, _ends_of_turn(fields, tokens, template), template)
 
@@ -75,7 +75,7 @@ def _needed(fields: Mapping[str, Any], name: str) -> Any:
     return fields[f"tokenizer.ggml.{name}"]
 
 
-def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int]) -> tuple[tokenizers.Tokenizer, bool]:
+def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int]) -> Made:
     vocabulary: dict[str, int] = {}
     for number, token in enumerate(tokens):
         if vocabulary.setdefault(token, number) != number:
@@ -89,9 +89,7 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[in
     return backend, CUTS[cut][0] in WHOLE_WORDS
 
 
-def _sentencepiece(
-    fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int]
-) -> tuple[tokenizers.Tokenizer, bool]:
+def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int]) -> Made:
     scores = _needed(fields, "scores")
     pieces = [Piece(*entry) for entry in zip(tokens, map(float, scores), map(int, kinds), strict=True)]
     settings = Settings(
@@ -116,7 +114,8 @@ def _roles(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
 
 def _ends_of_turn(fields: Mapping[str, Any], tokens: list[str], template: str | None) -> set[int]:
     """The tokens that end an answer: those the file names, else those of the usual names that its template writes."""
-    named = {fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")} - {None}
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom")]
+    named = {int(fields[key]) for key in keys if fields.get(key) is not None}
     return named or {tokens.index(end) for end in ENDS_OF_TURN if end in (template or "") and end in tokens}
 
 
@@ -182,15 +181,16 @@ def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[
     scores = [made.get(token, 0.0 if token in added else -float(len(merges) + n)) for n, token in enumerate(tokens)]
     mergeable = [Piece(*entry) for entry in zip(tokens, scores, kinds, strict=True) if entry[0] not in added]
     prefix = _space_prefix(described)
-    if prefix is None or set(merges_by_score(mergeable)) != set(merges):
-        raise UserError("This BPE's rules are not SentencePiece's (spaces as U+2581, merges by score): GGUF cannot hold it.")
+    if prefix is None:
+        steps = json.dumps([described["normalizer"], described["pre_tokenizer"]])[:200]
+        raise UserError(f"A GGUF can only say that spaces become U+2581; this tokenizer prepares text with {steps}.")
+    if set(merges_by_score(mergeable)) != set(merges):
+        raise UserError("This BPE's merges do not follow from one score for each token, so a GGUF cannot hold it.")
     return {"model": "llama", "pre": "default", "scores": scores, "token_type": kinds, "add_space_prefix": prefix}
 
 
 def _own_tokens(pre_tokenizer: Mapping[str, Any], tokens: Sequence[str]) -> set[str]:
     """The user-defined pieces, which the pre-tokenizer cuts out of the text whole."""
-    import re
-
     if pre_tokenizer.get("type") != "Split":
         return set()
     pattern = re.compile(pre_tokenizer["pattern"]["Regex"])
@@ -203,7 +203,8 @@ def _space_prefix(described: Mapping[str, Any]) -> bool | None:
     if normalizer is None and cutter is not None and cutter["type"] == "Metaspace" and not cutter.get("split", True):
         return cutter.get("prepend_scheme", "always") != "never"
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    escape, prepend = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}, {"type": "Prepend", "prepend": SPACE}
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
     if cutter is not None and cutter["type"] != "Split":
         return None
     return True if steps == [prepend, escape] else False if steps == [escape] else None

@@ -1,8 +1,10 @@
-"""SentencePiece's `.model` files (Kudo and Richardson, 2018), rebuilt as a `tokenizers` object; needs no protobuf library.
+"""SentencePiece's `.model` files (Kudo and Richardson, 2018), rebuilt as `tokenizers` objects; knows no other format.
 
 The file is a protocol buffer message; only the few fields that encoding and decoding depend on are read. What is
 built encodes as SentencePiece itself does, with one difference that is wanted: a special token is one only where
-control text is allowed, and the text after it begins with the space that each text begins with.
+control text is allowed, and the text after it begins with the space that each text begins with. Where a model has a
+table of replacements (NFKC), the `tokenizers` library applies it to whole grapheme clusters: rare combining marks and
+"\r\n" then come out otherwise. The models of LLaMA's and Mistral's kind have no such table.
 """
 
 import re
@@ -11,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from keifu.errors import UserError
 
@@ -84,8 +86,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 def _piece(message: bytes) -> Piece:
     given = dict(_fields(message))
-    score = struct.unpack("<f", given[2])[0] if 2 in given else 0.0
-    return Piece(given[1].decode(), score, given.get(3, NORMAL))
+    (score,) = struct.unpack("<f", bytes(given.get(2, bytes(4))))
+    return Piece(bytes(given[1]).decode(), score, int(given.get(3, NORMAL)))
 
 
 def _roles(trainer: dict[int, int | bytes]) -> dict[str, int]:
@@ -100,10 +102,13 @@ def parse(data: bytes, name: str) -> Model:
     try:
         top = list(_fields(data))
         pieces = [_piece(value) for number, value in top if number == 1 and isinstance(value, bytes)]
-        messages = {number: dict(_fields(value)) for number, value in top if number in (2, 3) and isinstance(value, bytes)}
+        messages = {n: dict(_fields(value)) for n, value in top if n in (2, 3) and isinstance(value, bytes)}
     except (IndexError, KeyError, ValueError, AttributeError, TypeError) as error:
-        hint = " It looks like tiktoken's list of tokens: give the tokenizer.json instead." if _is_tiktoken(data) else ""
-        raise UserError(f"{name} is not a SentencePiece model, or it is torn ({error}).{hint}") from error
+        what = f"{name} is not a SentencePiece model, or it is torn ({error})"
+        hint = (
+            "; it looks like tiktoken's list of tokens: give the tokenizer.json instead" if _is_tiktoken(data) else ""
+        )
+        raise UserError(f"{what}{hint}.") from error
     trainer, normalizer = messages.get(2, {}), messages.get(3, {})
     kind = int(trainer.get(3, UNIGRAM))
     if kind not in (UNIGRAM, BPE) or not pieces or trainer.get(24):
@@ -127,7 +132,7 @@ def _is_tiktoken(data: bytes) -> bool:
 
 
 def merges_by_score(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-    """The merges that SentencePiece's BPE makes: of all adjacent pieces that join to a piece, the highest score first."""
+    """The merges that SentencePiece's BPE makes: of the adjacent pieces that join to one, the highest score first."""
     mergeable = {piece.text: (-piece.score, place) for place, piece in enumerate(pieces) if piece.kind == NORMAL}
     ranked = [
         (mergeable[text], text[:cut], text[cut:])
@@ -153,12 +158,14 @@ def backend_from_pieces(pieces: Sequence[Piece], settings: Settings) -> tokenize
             texts, merges, unk_token=unknown_piece, fuse_unk=True, byte_fallback=fallback, ignore_merges=whole
         )
     else:
-        model = models.Unigram(_scored(pieces), settings.unknown_id, settings.byte_fallback)
+        model = models.Unigram([(p.text, p.score) for p in pieces], settings.unknown_id, settings.byte_fallback)
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.Sequence(_normalizers(settings))
-    if own:  # SentencePiece takes these whole, before anything else
-        pattern = "|".join(map(re.escape, sorted(own, key=len, reverse=True)))
-        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    cuts = [_whole(own)] if own else []
+    if settings.model == UNIGRAM and settings.byte_fallback:
+        cuts.append(no_byte_names())
+    if cuts:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(cuts) if len(cuts) > 1 else cuts[0]
     backend.decoder = decoder(settings.byte_fallback, settings.dummy_prefix)
     backend.add_special_tokens(
         [AddedToken(p.text, normalized=False, special=True) for p in pieces if p.kind in (CONTROL, UNKNOWN)]
@@ -166,10 +173,15 @@ def backend_from_pieces(pieces: Sequence[Piece], settings: Settings) -> tokenize
     return backend
 
 
-def _scored(pieces: Sequence[Piece]) -> list[tuple[str, float]]:
-    """Pieces with their scores, where only normal ones can win: text that spells a byte token must stay text."""
-    lowest = min(piece.score for piece in pieces) - 100
-    return [(piece.text, lowest if piece.kind == BYTE else piece.score) for piece in pieces]
+def _whole(own: Sequence[str]) -> pre_tokenizers.PreTokenizer:
+    """Cuts the user-defined pieces out of the text, the longest first, as SentencePiece does before anything else."""
+    pattern = "|".join(map(re.escape, sorted(own, key=len, reverse=True)))
+    return pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+
+
+def no_byte_names() -> pre_tokenizers.PreTokenizer:
+    """Cuts text such as "<0x41>" after its "<", since a Unigram model would take it for the byte token."""
+    return pre_tokenizers.Split(tokenizers.Regex(r"<(?=0x[0-9A-F]{2}>)"), "merged_with_previous")
 
 
 def _normalizers(settings: Settings) -> list[normalizers.Normalizer]:
@@ -197,10 +209,3 @@ def decoder(byte_fallback: bool, dummy_prefix: bool) -> decoders.Decoder:
     if dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     return decoders.Sequence(steps)
-
-
-def around_text(bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> processors.TemplateProcessing:
-    """What puts a BOS before a text and an EOS after it, where these are given as token and id."""
-    before, after = ([f"{t[0]}:0"] if t else [] for t in (bos, eos))
-    given = [token for token in (bos, eos) if token]
-    return processors.TemplateProcessing(single=[*before, "$A:0", *after], special_tokens=given)

@@ -1,16 +1,18 @@
 """Keeping control tokens out of the reach of text: a twin of a tokenizer in which no text spells a special token.
 
-A special token such as `<|im_end|>` ends a turn. Text that merely contains those characters must not: so text is encoded
-by a twin of the tokenizer that has the same ids and rules, but whose special tokens bear names that nobody can guess.
-Whoever may write control tokens (a chat template) asks for those names.
+A special token such as `<|im_end|>` ends a turn. Text that merely contains those characters must not: so text is
+encoded by a twin of the tokenizer that has the same ids and rules, but whose special tokens bear names that nobody can
+guess. Whoever may write control tokens (a chat template) asks for those names.
 """
 
 import json
 import re
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
+from tokenizers import processors
 
 OPENING, CLOSING = "\U000f0000", "\U000f0001"  # around a secret name: private-use characters, which no rule rewrites
 
@@ -55,6 +57,14 @@ class Shield:
     @property
     def _special(self) -> re.Pattern[str]:
         return re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "(?!)")
+
+
+def put_around_text(backend: tokenizers.Tokenizer, special: Mapping[str, str], bos: bool, eos: bool) -> None:
+    """Makes the tokenizer itself put its BOS before a text or its EOS after it, where it has such tokens."""
+    tokens = [special[role] if role in special and on else "" for role, on in (("bos_token", bos), ("eos_token", eos))]
+    single = " ".join(f"{token}:0" if token else "" for token in (tokens[0], "$A", tokens[1])).strip()
+    given = [(token, backend.token_to_id(token)) for token in dict.fromkeys(tokens) if token]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=given)
 
 
 def unused_characters(value: Any) -> str:

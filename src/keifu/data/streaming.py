@@ -51,7 +51,7 @@ codecs.register_error("keifu.each-byte", _each_byte)
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens become bytes. `piece(token, first)` is one token's bytes; `first` says that no token came before it."""
+    """How tokens become bytes. `piece(token, first)` is one token's bytes; `first` says that none came before it."""
 
     piece: Callable[[str, bool], bytes]
     strip: int = 0  # how many spaces the whole text loses at its start (the space that encoding put there)

@@ -49,21 +49,19 @@ class Tokenizer:
         self.max_length = max_length
         self.vocab_size = _checked_size(backend.get_vocab(with_added_tokens=True))
         self.bos_id, self.eos_id, self.pad_id = (self._role(f"{role}_token") for role in ("bos", "eos", "pad"))
-        ends = {self.eos_id} - {None}
-        self.stop_ids: frozenset[int] = frozenset(ends | set(stop_ids))
+        ends = [] if self.eos_id is None else [self.eos_id]
+        self.stop_ids = frozenset([*ends, *stop_ids])
 
     def encode(self, text: str, special: bool = False, allow_special: bool = False) -> list[int]:
         """The ids of a text.
 
         special: add the tokens that the tokenizer itself puts around a text (a BOS, [CLS] and [SEP]).
-        allow_special: let text such as "<|im_end|>" stand for the special token; without it that is text like any other.
+        allow_special: let text such as "<|im_end|>" stand for the special token; without it, it is plain text.
         A character that the vocabulary cannot spell is a `UserError` when it has no unknown token either.
         """
         return self.encode_batch([text], special, allow_special)[0]
 
-    def encode_batch(
-        self, texts: Sequence[str], special: bool = False, allow_special: bool = False
-    ) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
         """The ids of each text, in parallel over the texts; the arguments are those of `encode`."""
         backend = self.backend if allow_special else self._shield.backend
         try:
@@ -78,7 +76,8 @@ class Tokenizer:
 
     def stream(self, skip_special: bool = True) -> StreamDecoder:
         """A decoder for ids that come one at a time; it never gives half a character."""
-        return StreamDecoder(self._decoding, self.backend.id_to_token, self.special_ids if skip_special else frozenset())
+        skipped = self.special_ids if skip_special else frozenset()
+        return StreamDecoder(self._decoding, self.backend.id_to_token, skipped)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for in the middle of a text; they need not be whole characters."""
@@ -94,7 +93,9 @@ class Tokenizer:
             raise unknown("token", token, self.backend.get_vocab())
         return found
 
-    def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
         """The conversation as the chat template writes it; `variables` (`tools`, ...) are handed to the template."""
         from keifu.data.chat import render
 
@@ -109,9 +110,9 @@ class Tokenizer:
         if there is one, so none is added. What the template refuses is a `UserError` that names its line.
         """
         marks = unused_characters([self.chat_template, messages, variables])
-        messages, variables = self._shield.mark([dict(message) for message in messages], marks), self._shield.mark(variables, marks)
-        rendered = self._shield.name(self.chat_text(messages, add_generation_prompt, **variables), marks)
-        return self.encode(rendered)
+        marked = self._shield.mark([dict(message) for message in messages], marks)
+        text = self.chat_text(marked, add_generation_prompt, **self._shield.mark(variables, marks))
+        return self.encode(self._shield.name(text, marks))
 
     def with_chat_template(self, template: str) -> "Tokenizer":
         """The same tokenizer with this chat template."""
@@ -120,22 +121,39 @@ class Tokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.backend, self.special, self.stop_ids, self.chat_template, self.max_length)
 
+    def generation_config(self) -> dict[str, Any]:
+        """What generation_config.json should say of this tokenizer: the ids that begin, end and pad a text."""
+        ends = sorted(self.stop_ids)
+        ids = {"bos_token_id": self.bos_id, "pad_token_id": self.pad_id} | ({"eos_token_id": ends} if ends else {})
+        return {name: value for name, value in ids.items() if value is not None}
+
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers' AutoTokenizer reads."""
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, for transformers' AutoTokenizer.
+
+        The ids that end an answer belong in generation_config.json, which goes with the model: see `generation_config`.
+        """
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
         config |= {"clean_up_tokenization_spaces": False}
         if self.max_length is not None:
             config["model_max_length"] = self.max_length
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
         directory = Path(directory)
+        template = directory / "chat_template.jinja"
+        if self.chat_template is None:
+            template.unlink(missing_ok=True)  # an older one would overrule
+        else:
+            config["chat_template"] = self.chat_template
+            write_atomic(template, self.chat_template)
         write_atomic(directory / "tokenizer.json", self.backend.to_str(pretty=True))
         write_atomic(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hexadecimal hash of everything that encoding depends on: equal fingerprints give equal ids."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+        """A hexadecimal hash of everything that encoding depends on: equal fingerprints give equal ids.
+
+        Scores are rounded in it: the `tokenizers` library reads back their last digit inexactly.
+        """
+        rounded = json.loads(self.backend.to_str(), parse_float=lambda digits: round(float(digits), 6))
+        return hashlib.sha256(json.dumps(rounded).encode()).hexdigest()
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -168,7 +186,9 @@ class Tokenizer:
                     return UserError(f"{what} is half a surrogate pair, not text: read the text as UTF-8.")
                 if character not in vocabulary and "UNK" in str(error):
                     size = f"this tokenizer's vocabulary of {self.vocab_size}"
-                    return UserError(f"{what} is not in {size}: leave it out, or train the tokenizer on text that has it.")
+                    return UserError(
+                        f"{what} is not in {size}: leave it out, or train a tokenizer on text that has it."
+                    )
         return UserError(f"The text could not be encoded: {error}.")
 
 

@@ -13,7 +13,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from keifu.data.byte_level import byte_level_backend
-from keifu.data.sentencepiece_model import around_text, backend_from_pieces, parse
+from keifu.data.sentencepiece_model import backend_from_pieces, parse
+from keifu.data.special_tokens import put_around_text
 from keifu.data.tokenizer_core import ROLES, Tokenizer
 from keifu.errors import UserError
 
@@ -89,10 +90,10 @@ def _wordpiece_vocabulary(path: Path, config: Mapping[str, Any]) -> Read:
     for number, line in enumerate(lines):
         token = line.strip("\r")
         if vocabulary.setdefault(token, number) != number:
-            raise UserError(f"{path} has the token {token!r} twice, in the lines {vocabulary[token] + 1} and {number + 1}.")
-    missing = BERT_ROLES["unk_token"] not in vocabulary
-    if missing:
-        raise UserError(f"{path} has no [UNK], so it is not a WordPiece vocabulary: tokens of BERT's stand one a line.")
+            lines_seen = f"the lines {vocabulary[token] + 1} and {number + 1}"
+            raise UserError(f"{path} has the token {token!r} twice, in {lines_seen}.")
+    if BERT_ROLES["unk_token"] not in vocabulary:
+        raise UserError(f"{path} has no [UNK], so it is not a WordPiece vocabulary, which has a token on each line.")
     lowercase = bool(config.get("do_lower_case", True))
     accents = config.get("strip_accents")
     return wordpiece_backend(vocabulary, lowercase, accents, bool(config.get("tokenize_chinese_chars", True)))
@@ -121,10 +122,7 @@ def wordpiece_backend(
 def _sentencepiece(path: Path, config: Mapping[str, Any]) -> Read:
     model = parse(path.read_bytes(), str(path))
     backend = backend_from_pieces(model.pieces, model.settings)
-    begins, ends = config.get("add_bos_token", True), config.get("add_eos_token", False)
-    bos, eos = (model.special.get(role) for role in ("bos_token", "eos_token"))
-    around = [(t, backend.token_to_id(t)) if t and wanted else None for t, wanted in ((bos, begins), (eos, ends))]
-    backend.post_processor = around_text(*around)
+    put_around_text(backend, model.special, bos=True, eos=False)
     return backend, model.special
 
 
@@ -160,15 +158,15 @@ def settings_beside(directory: Path) -> dict[str, Any]:
 
 
 def finish(read: Read, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer with all that stands beside its file: roles, chat template, ids that end an answer, longest text."""
+    """The tokenizer with all that stands beside its file: roles, chat template, ids that end an answer, length."""
     backend, roles = read
     named = {role: _content(config[role]) for role in ROLES if role in config}
     special = roles | named
     flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     new = [token for token in dict.fromkeys(special.values()) if token not in flagged]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
-    if "add_bos_token" in config or "add_eos_token" in config:
-        _add_around(backend, special, config)
+    if "add_bos_token" in config or "add_eos_token" in config:  # these overrule tokenizer.json, in transformers too
+        put_around_text(backend, special, bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
     length = config.get("model_max_length")
     limit = int(length) if isinstance(length, int | float) and length < 1e9 else None  # 1e30 stands for "none said"
     return Tokenizer(backend, special, stop_ids(directory), chat_template(directory, config), limit)
@@ -176,15 +174,6 @@ def finish(read: Read, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
 
 def _content(token: Any) -> str:
     return token["content"] if isinstance(token, dict) else token
-
-
-def _add_around(backend: tokenizers.Tokenizer, special: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """Obeys add_bos_token and add_eos_token, which overrule the rules of tokenizer.json in transformers too."""
-    around = []
-    for switch, role in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
-        token = special.get(role)
-        around.append((token, backend.token_to_id(token)) if token and config.get(switch) else None)
-    backend.post_processor = around_text(*around)
 
 
 def stop_ids(directory: Path) -> set[int]:

@@ -16,9 +16,10 @@ from keifu.data.sentencepiece_model import (
     UNKNOWN,
     Piece,
     Settings,
-    around_text,
     backend_from_pieces,
+    no_byte_names,
 )
+from keifu.data.special_tokens import put_around_text
 from keifu.data.streaming import byte_alphabet
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.data.tokenizer_formats import BERT_ROLES, wordpiece_backend
@@ -40,7 +41,8 @@ class _Wanted:
     def at_least(self, kind: str, needed: int, why: str) -> None:
         """Refuses a size below what the kind needs for any text."""
         if self.vocab_size < needed:
-            raise UserError(f"vocab_size={self.vocab_size} is too small: {kind} needs at least {needed} tokens ({why}).")
+            what = f"vocab_size={self.vocab_size} is too small"
+            raise UserError(f"{what}: {kind} needs at least {needed} tokens ({why}).")
 
 
 class _Counted:
@@ -150,14 +152,16 @@ def _unigram(texts: _Counted, wanted: _Wanted) -> Made:
     pieces += [Piece(token, score) for token, score in learned]
     whole = backend_from_pieces(pieces, Settings(model=UNIGRAM))
     _prepare_unigram(whole)
-    whole.post_processor = around_text(("<s>", 1), None)
-    return whole, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    put_around_text(whole, roles, bos=True, eos=False)
+    return whole, roles
 
 
 def _prepare_unigram(backend: tokenizers.Tokenizer) -> None:
     """NFKC, a space before each text, and pieces that never go over the start of a word; no word segmenter."""
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend(SPACE)])
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=True)
+    words = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, no_byte_names()])
 
 
 def _characters(texts: _Counted, wanted: _Wanted) -> Made:

@@ -15,15 +15,13 @@ __all__ = ["KINDS", "Tokenizer", "gguf_tokenizer", "load_tokenizer", "to_gguf_fi
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a directory, or in a single file with whatever stands beside it.
+    """The tokenizer in a directory, in a single file with whatever stands beside it, or of a name in the catalogue.
 
     A directory may hold tokenizer.json, a SentencePiece tokenizer.model, GPT-2's vocab.json with merges.txt (or
     encoder.json with vocab.bpe), or BERT's vocab.txt; the first of these counts. A file may be any of those, or a GGUF.
     What cannot be read is a `UserError` that says why.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"There is no tokenizer at {path}: give a directory or a file that exists.")
+    path = _found(path)
     if path.suffix == ".gguf":
         return gguf_tokenizer(read_gguf_fields(path))
     if path.is_dir():
@@ -33,3 +31,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = path / name
     config = settings_beside(path.parent)
     return finish(reader(path)(path, config), path.parent, config)
+
+
+def _found(path: str | Path) -> Path:
+    if Path(path).exists():
+        return Path(path)
+    from keifu.data.catalogue import CATALOGUE, fetch
+
+    names = [name for name, entry in CATALOGUE.items() if entry.kind in ("tokenizer", "weights")]
+    if str(path) in names:
+        return fetch(str(path))
+    raise UserError(f"There is no tokenizer at {path}: give a directory, a file, or one of {', '.join(names)}.")
