@@ -18,11 +18,20 @@ from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import IO
+from typing import Protocol, runtime_checkable
 
 from keifu import files
 from keifu.data.progress import Advance, counting
 from keifu.errors import UserError
+
+
+@runtime_checkable
+class Content(Protocol):
+    """What a member of either kind of archive is read by."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The next bytes, all the rest unless a size is given."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Archive:
     """A package's file: its hash in hexadecimal SHA-256, its size in bytes, and what is taken out of it.
 
     `members` are pairs of a member's name, or a pattern, and the path it gets; a path that ends with `/` is a folder.
+    The first pattern that fits a member counts.
     """
 
     package: str
@@ -175,11 +185,12 @@ def _extract(archive: Archive, file: Path, into: Path) -> None:
                 if fnmatchcase(name, pattern):
                     _write(into / (target + PurePosixPath(name).name if target.endswith("/") else target), content)
                     missing.discard(pattern)
+                    break
     if missing:
         raise UserError(f"{archive.file} has no member {', '.join(sorted(missing))}: nothing was kept.")
 
 
-def _contents(file: Path) -> Iterator[tuple[str, IO[bytes]]]:
+def _contents(file: Path) -> Iterator[tuple[str, Content]]:
     """Name and content of each plain file in a wheel or a source archive, one after the other."""
     if file.suffix == ".whl":
         with zipfile.ZipFile(file) as archive:
@@ -194,7 +205,7 @@ def _contents(file: Path) -> Iterator[tuple[str, IO[bytes]]]:
                     yield member.name, content
 
 
-def _write(path: Path, content: IO[bytes]) -> None:
+def _write(path: Path, content: Content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         shutil.copyfileobj(content, file, 1 << 20)

@@ -49,6 +49,7 @@ def _lines(label: str, total: int | None, unit: str) -> Iterator[Advance]:
 
 def _amount(reached: int, total: int | None, unit: str) -> str:
     """Both numbers with one prefix: `1.2 of 4.5 MB`."""
-    scale, prefix = (1e6, "M") if max(reached, total or 0) >= 1e6 else (1e3, "k")
+    largest = max(reached, total or 0)
+    scale, prefix = (1e6, "M") if largest >= 1e6 else (1e3, "k") if largest >= 1e3 else (1, "")
     of = f" of {total / scale:.1f}" if total else ""
-    return f"{reached / scale:.1f}{of} {prefix}{unit if unit == 'B' else ' ' + unit}"
+    return f"{reached / scale:.1f}{of} {prefix}{unit if unit == 'B' else ' ' + unit}".replace("  ", " ")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -156,6 +157,7 @@ def _make(source: str | Path, tokenizer: TextTokenizer, folder: Path, facts: dic
         _need_both(totals, source)
         index = {**facts, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "separator": separator, **totals}
         (new / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # there only when it was damaged
         new.replace(folder)
 
 

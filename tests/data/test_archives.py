@@ -1,0 +1,143 @@
+"""Fetching: through pip itself, from a folder or a server on this machine, so that no network is needed."""
+
+import hashlib
+import io
+import tarfile
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from keifu.data import archives
+from keifu.data.archives import Archive, fetch
+from keifu.errors import UserError
+
+CONTENT = "ことば\n"
+METADATA = "Metadata-Version: 2.1\nName: words\nVersion: 1.0\n"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch, tmp_path: Path) -> None:
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+
+
+def wheel(folder: Path, members=("words/data/a.txt", "words/data/b.txt", "words/code.py")) -> Archive:
+    file = folder / "words-1.0-py3-none-any.whl"
+    folder.mkdir(exist_ok=True, parents=True)
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in members:
+            archive.writestr(name, CONTENT)
+        archive.writestr("words-1.0.dist-info/METADATA", METADATA)
+        archive.writestr("words-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("words-1.0.dist-info/RECORD", "")
+    return pinned(file, (("words/data/a.txt", "first.txt"), ("words/data/*.txt", "texts/")))
+
+
+def source_archive(folder: Path, script: str) -> Archive:
+    file = folder / "words-1.0.tar.gz"
+    folder.mkdir(exist_ok=True, parents=True)
+    with tarfile.open(file, "w:gz") as archive:
+        for name, content in (("PKG-INFO", METADATA), ("setup.py", script), ("data/a.txt", CONTENT)):
+            member = tarfile.TarInfo(f"words-1.0/{name}")
+            member.size = len(content.encode())
+            archive.addfile(member, io.BytesIO(content.encode()))
+    return pinned(file, (("words-1.0/data/a.txt", "first.txt"),))
+
+
+def pinned(file: Path, members: tuple[tuple[str, str], ...]) -> Archive:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return Archive("words", "1.0", file.name, file.stat().st_size, digest, members)
+
+
+def left(cache: Path) -> list[str]:
+    return [path.name for path in cache.iterdir() if path.suffix != ".lock"]
+
+
+def test_pip_fetches_and_only_the_wanted_members_are_kept(tmp_path: Path, monkeypatch, capfd) -> None:
+    archive = wheel(tmp_path / "links")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    folder = fetch(archive)
+    found = {str(path.relative_to(folder)): path.read_text("utf-8") for path in folder.rglob("*.*")}
+    assert found == {"texts/b.txt": CONTENT, "first.txt": CONTENT}
+    assert left(tmp_path / "cache") == [folder.name]
+    assert "words 1.0: done" in capfd.readouterr().err
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    assert fetch(archive) == folder  # a second time nothing is asked of pip
+    assert capfd.readouterr().err == ""
+
+
+def test_a_wrong_hash_names_both_and_keeps_nothing(tmp_path: Path, monkeypatch) -> None:
+    archive = wheel(tmp_path / "links")
+    other = Archive(archive.package, archive.version, archive.file, archive.size, "0" * 64, archive.members)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    with pytest.raises(UserError, match=f"{archive.sha256}, but {'0' * 64} was expected"):
+        fetch(other)
+    assert left(tmp_path / "cache") == []
+
+
+def test_without_a_network_the_ways_out_are_named_and_one_of_them_works(tmp_path: Path) -> None:
+    archive = wheel(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="pip download words==1.0.*no file.*Check the network") as caught:
+        fetch(archive)
+    given = tmp_path / "cache" / "archives"
+    assert str(given) in str(caught.value) and left(tmp_path / "cache") == []
+    given.mkdir()
+    (tmp_path / "elsewhere" / archive.file).rename(given / archive.file)
+    assert (fetch(archive) / "first.txt").read_text("utf-8") == CONTENT
+
+
+def test_a_source_archive_is_fetched_without_running_its_build_script(tmp_path: Path, monkeypatch) -> None:
+    ran = tmp_path / "ran"
+    archive = source_archive(tmp_path / "index" / "words", f"open({str(ran)!r}, 'w')\nraise SystemExit('no build')")
+    monkeypatch.delenv("PIP_NO_INDEX")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "index"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}")
+    try:
+        folder = fetch(archive)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (folder / "first.txt").read_text("utf-8") == CONTENT and not ran.exists()
+
+
+def test_no_member_leads_out_of_the_folder(tmp_path: Path) -> None:
+    archive = wheel(tmp_path / "cache" / "archives", members=("words/data/../../../../evil.txt", "words/data/a.txt"))
+    folder = fetch(archive)
+    assert not list(tmp_path.glob("evil.txt")) and (folder / "texts" / "evil.txt").is_file()
+
+
+def test_a_missing_member_is_named(tmp_path: Path) -> None:
+    archive = wheel(tmp_path / "cache" / "archives", members=("words/data/b.txt",))
+    with pytest.raises(UserError, match="has no member words/data/a.txt"):
+        fetch(archive)
+    assert left(tmp_path / "cache") == ["archives"]
+
+
+def test_several_at_once_fetch_once(tmp_path: Path, monkeypatch) -> None:
+    archive = wheel(tmp_path / "cache" / "archives")
+    extract, calls = archives._extract, []
+    monkeypatch.setattr(archives, "_extract", lambda *given: (calls.append(given), extract(*given)))
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(fetch, [archive] * 4))
+    assert len(folders) == len(calls) == 1
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch) -> None:
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    archive = wheel(tmp_path / "cache" / "archives")
+    monkeypatch.setattr(archives, "_write", full)
+    with pytest.raises(UserError, match="disk is full: words-1.0-py3-none-any.whl"):
+        fetch(archive)
+    assert left(tmp_path / "cache") == ["archives"]

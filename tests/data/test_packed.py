@@ -1,0 +1,115 @@
+"""Windows: each once an epoch, the same for a step whatever came before, and every held-out token predicted once."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from keifu.data.packed import PackedText
+from keifu.data.text import Shards
+from keifu.errors import UserError
+
+
+def shards(training: int, validation: int = 50) -> Shards:
+    """Ids that tell their own place."""
+    index = {"fingerprint": "f", "source": "numbers", "validation": {"tokens": validation, "bytes": 4 * validation}}
+    return Shards(Path(), np.arange(training, dtype="<u2"), np.arange(validation, dtype="<u2"), index)
+
+
+@pytest.mark.parametrize(
+    ("length", "context", "batch"), [(1000, 16, 4), (1000, 7, 5), (40, 16, 3), (17, 16, 2), (500, 1, 9)]
+)
+def test_an_epoch_takes_every_window_once(length: int, context: int, batch: int) -> None:
+    data = PackedText(shards(length), context, batch, seed=3)
+    steps = range(3 * data.windows_per_epoch)  # so many batches are a whole number of epochs
+    rows = torch.cat([data.batch(step)["tokens"] for step in steps])
+    assert rows.shape == (len(steps) * batch, context + 1) and rows.dtype == torch.int64
+    assert torch.equal(rows, rows[:, :1] + torch.arange(context + 1))  # each is a run of the text
+    for first in range(0, len(rows), data.windows_per_epoch):
+        starts = sorted(rows[first : first + data.windows_per_epoch, 0].tolist())
+        assert np.all(np.diff(starts) == context)
+        assert starts[0] < context and starts[-1] + 2 * context + 1 > length - context
+
+
+def test_offsets_change_and_no_place_is_left_out() -> None:
+    data = PackedText(shards(200), 8, 10)
+    starts = Counter(int(row[0]) % 8 for step in range(300) for row in data.batch(step)["tokens"])
+    assert set(starts) == set(range(8))
+    seen = {token for step in range(300) for token in data.batch(step)["tokens"].flatten().tolist()}
+    assert seen == set(range(200))
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone() -> None:
+    source = shards(1000)
+    one, other = PackedText(source, 16, 4, seed=1), PackedText(source, 16, 4, seed=1)
+    in_order = [one.batch(step)["tokens"] for step in range(60)]
+    assert all(torch.equal(other.batch(step)["tokens"], in_order[step]) for step in (59, 3, 31, 0, 15))
+    assert not torch.equal(PackedText(source, 16, 4, seed=2).batch(0)["tokens"], in_order[0])
+    assert not torch.equal(in_order[0], in_order[1])
+
+
+def test_going_on_at_a_late_step_reads_nothing_of_the_steps_before(monkeypatch) -> None:
+    data = PackedText(shards(1000), 16, 4)
+    drawn = []
+    monkeypatch.setattr(
+        np.random, "default_rng", lambda seed, draw=np.random.default_rng: (drawn.append(seed), draw(seed))[1]
+    )
+    data.batch(10**9)
+    assert len(drawn) == 1
+
+
+def test_a_batch_may_span_epochs() -> None:
+    data = PackedText(shards(40), 16, 5)  # fewer windows than rows
+    rows = data.batch(0)["tokens"]
+    assert data.windows_per_epoch < 5 == len(rows)
+
+
+def test_rows_do_not_depend_on_how_many_stand_in_a_batch() -> None:
+    source = shards(1000)
+    small, large = PackedText(source, 16, 3), PackedText(source, 16, 6)
+    assert torch.equal(torch.cat([small.batch(4)["tokens"], small.batch(5)["tokens"]]), large.batch(2)["tokens"])
+
+
+def test_validation_is_always_the_same_and_predicts_each_token_once() -> None:
+    data = PackedText(shards(100, 50), 8, 4)
+    first, second = ([batch["tokens"] for batch in data.validation()] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and [len(b) for b in first] == [4, 2]
+    targets = torch.cat(first)[:, 1:].flatten().tolist()
+    assert targets == list(range(1, 49))
+
+
+def test_validation_can_be_limited_to_windows_spread_evenly() -> None:
+    starts = [
+        row[0].item()
+        for b in PackedText(shards(100, 161), 8, 4, validation_tokens=40).validation()
+        for row in b["tokens"]
+    ]
+    assert starts == [0, 32, 64, 96, 128]
+    assert len(list(PackedText(shards(100, 161), 8, 4, validation_tokens=1).validation())) == 1
+
+
+def test_the_fingerprint_names_what_the_order_depends_on() -> None:
+    source = shards(100)
+    prints = [PackedText(source, *given).fingerprint for given in [(8, 4, 0), (9, 4, 0), (8, 5, 0), (8, 4, 1)]]
+    assert len(set(prints)) == 4 and all(each.startswith("f-context") for each in prints)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ((shards(16), 16, 4), "numbers has 16 tokens, but a context of 16 needs at least 17"),
+        ((shards(100, 16), 16, 4), "held-out part of numbers has 16 tokens"),
+        ((shards(100), 0, 4), "context_length is 0"),
+        ((shards(100), 8, 0), "batch_size is 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(given: tuple, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        PackedText(*given)
+
+
+def test_steps_are_counted_from_zero() -> None:
+    with pytest.raises(UserError, match="step is -1"):
+        PackedText(shards(100), 8, 4).batch(-1)

@@ -1,0 +1,141 @@
+"""Documents out of files and folders: every format, long ones in pieces, and every fault named with its place."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from keifu.data import sources
+from keifu.data.sources import content_hash, documents, pieces
+from keifu.errors import UserError
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_a_text_file_is_one_document_with_unix_line_ends_and_no_mark(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\n\r\ntwo\n")
+    assert list(documents(file)) == list(documents(str(file))) == ["one\n\ntwo\n"]
+
+
+def test_end_of_text_lines_part_documents(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "one\n<|endoftext|>\nsays <|endoftext|> inside\n<|endoftext|>\n")
+    assert list(documents(file)) == ["one\n", "says <|endoftext|> inside\n"]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_long_document_comes_in_pieces_that_begin_with_text(tmp_path: Path, monkeypatch, suffix: str) -> None:
+    monkeypatch.setattr(sources, "LIMIT", 100)
+    text = "".join(f"line {number}\n\n\n" for number in range(200))
+    file = write(tmp_path / f"a.{suffix}", text if suffix == "txt" else json.dumps({"text": text}))
+    parts = list(pieces(file))
+    assert len(parts) > 10 and [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert all(100 <= len(part.text) < 130 and part.text.startswith("line") for part in parts[:-1])
+    assert "".join(part.text for part in parts) == text == next(documents(file))
+
+
+def test_json_lines_with_another_field_and_blank_lines(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", '{"body": "日本"}\n\n{"body": "two\\nlines", "n": 1}\n')
+    assert list(documents(file, "body")) == ["日本", "two\nlines"]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["one", "二", None], "n": [1, 2, 3]}), file)
+    problems: list[str] = []
+    assert [piece.text for piece in pieces(file, problem=problems.append)] == ["one", "二"]
+    assert problems == [f"{file}, row 3: the field 'text' is NoneType, not text."]
+    with pytest.raises(UserError, match="row 1: there is no field 'body'; it has 'text', 'n'"):
+        list(documents(file, "body"))
+    with pytest.raises(UserError, match="is no Parquet file"):
+        list(documents(write(tmp_path / "bad.parquet", b"PAR1 not really")))
+
+
+def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(UserError, match=re.escape("pip install 'keifu[parquet]'")):
+        list(documents(write(tmp_path / "a.parquet", "x")))
+
+
+def test_a_folder_is_read_in_order_without_what_is_hidden_or_no_text(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.md", "a/c.jsonl", ".hidden/d.txt", "e.png"):
+        write(tmp_path / name, json.dumps({"text": name}))
+    assert list(documents(tmp_path)) == ["a/c.jsonl", '{"text": "a/z.md"}', '{"text": "b.txt"}']
+
+
+def test_a_pattern_takes_files_of_any_kind(tmp_path: Path) -> None:
+    write(tmp_path / "x" / "b.py", "b")
+    write(tmp_path / "a.py", "a")
+    assert list(documents(f"{tmp_path}/**/*.py")) == ["a", "b"]
+
+
+def test_the_hash_follows_content_not_place(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one" / "a.txt", "same"), write(tmp_path / "two" / "b.txt", "same")
+    assert content_hash(one) == content_hash(two) == content_hash(tmp_path / "one")
+    assert content_hash(write(tmp_path / "c.txt", "other")) != content_hash(one)
+    assert content_hash("sotu") != content_hash("recipes")
+
+
+def test_a_catalogue_name_wins_over_a_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "python-code", "mine")
+    assert next(documents("python-code")) != "mine"
+    assert list(documents("./python-code")) == ["mine"]
+
+
+FAULTS = {
+    "no utf-8": ("a.txt", b"good\nba\xffd\n", "a.txt, line 2: 0xFF at byte 3 of the line is not UTF-8"),
+    "cut character": ("a.txt", "good\n日本".encode()[:-1], "a.txt, line 2: 0xE6 0x9C at byte 4 of the line"),
+    "binary": ("a.txt", b"\x7fELF\0\0", "a.txt is binary, not text: byte 4 is zero"),
+    "utf-16": ("a.txt", "text".encode("utf-16"), "a.txt is UTF-16: convert it"),
+    "empty": ("a.txt", b"", "There is no text in .*a.txt: it is empty"),
+    "blank": ("a.txt", b" \n\n", "There is no text in .*a.txt: it is empty"),
+    "no field": (
+        "a.jsonl",
+        b'{"text": "x"}\n{"body": "y"}',
+        "a.jsonl, line 2: there is no field 'text'; it has 'body'",
+    ),
+    "no text": ("a.jsonl", b'{"text": 3}\n', "a.jsonl, line 1: the field 'text' is int, not text"),
+    "no json": ("a.jsonl", b'{"text": "x"}\n{"te', r"a.jsonl, line 2: this is no JSON \(Unterminated string"),
+    "no object": ("a.jsonl", b"[1]\n", "a.jsonl, line 1: this is list, not an object"),
+    "surrogate": ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl, line 1: the field 'text' holds half of a surrogate"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named_with_their_place(tmp_path: Path, fault: str) -> None:
+    name, content, sentence = FAULTS[fault]
+    with pytest.raises(UserError, match=sentence):
+        list(documents(write(tmp_path / name, content)))
+
+
+def test_reading_can_go_on_after_a_fault(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", b"ba\xffd\nge\xfe\n")
+    write(tmp_path / "b.jsonl", '{"text": "one"}\n{\n{"text": "two"}')
+    problems: list[str] = []
+    texts = [piece.text for piece in pieces(tmp_path, problem=problems.append)]
+    assert texts == ["ba\ufffdd\nge\ufffd\n", "one", "two"]
+    assert len(problems) == 3
+
+
+def test_no_such_file_names_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path / "shakespeare.txt", "x")
+    with pytest.raises(UserError, match=f"Did you mean '{tmp_path}/shakespeare.txt'"):
+        list(documents(tmp_path / "shakespear.txt"))
+    with pytest.raises(UserError, match="no file, folder or catalogue entry 'stou'. Did you mean 'sotu'"):
+        list(documents("stou"))
+
+
+def test_a_folder_without_text_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is empty"):
+        list(documents(tmp_path))
+    write(tmp_path / "a.py", "x")
+    with pytest.raises(UserError, match=re.escape(f"holds .py: name them with a pattern such as {tmp_path}/**/*.py")):
+        list(documents(tmp_path))

@@ -1,0 +1,164 @@
+"""Shards: the right ids in the right part, found again, made anew when anything changed, and never half."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from keifu.data import text
+from keifu.data.text import TextTokenizer, prepare
+from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.errors import UserError
+
+END = 256
+
+
+class Bytes:
+    """A tokenizer whose ids are bytes; it counts how often it is used."""
+
+    vocab_size, bos_id, fingerprint = END + 1, None, "bytes"
+
+    def __init__(self, eos_id: int | None = END):
+        self.eos_id = eos_id
+        self.calls = 0
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        self.calls += 1
+        return [list(text.encode()) for text in texts]
+
+
+def folder_of(tmp_path: Path, documents: list[str]) -> Path:
+    lines = "\n".join(json.dumps({"text": each}) for each in documents)
+    (tmp_path / "texts.jsonl").write_text(lines)
+    return tmp_path / "texts.jsonl"
+
+
+def split(ids: np.ndarray) -> list[str]:
+    return "".join("|" if byte == END else chr(byte) for byte in ids).split("|")
+
+
+def test_one_file_is_split_by_characters_as_nanogpt_does(tmp_path: Path) -> None:
+    content = "".join(chr(0x3042 + n % 50) + "\n" * (n % 7 == 0) for n in range(1003))
+    (tmp_path / "a.txt").write_text(content, "utf-8")
+    shards = prepare(tmp_path / "a.txt", Bytes(), tmp_path / "cache", held_out=0.1)
+    cut = int(len(content) * 0.9)
+    assert bytes(shards.tokens.astype(np.uint8)).decode() == content[:cut]
+    assert bytes(shards.validation.astype(np.uint8)).decode() == content[cut:]
+    assert shards.bytes_per_token == 1 and shards.tokens.dtype == np.uint16
+    assert isinstance(shards.tokens, np.memmap)
+
+
+def test_a_few_documents_keep_their_ends_across_the_cut(tmp_path: Path) -> None:
+    source = folder_of(tmp_path, ["aaaa", "", "bbbb", " \n", "cccccccc"])
+    shards = prepare(source, Bytes(), tmp_path / "cache", held_out=0.25)
+    assert shards.tokens.tolist() == [*b"aaaa", END, *b"bbbb", END, *b"cccc"]
+    assert shards.validation.tolist() == [*b"cccc"]
+    assert shards.index["training"] == {"tokens": 14, "bytes": 12, "documents": 2}
+    assert shards.index["validation"] == {"tokens": 4, "bytes": 4, "documents": 1}
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.03])
+def test_of_many_documents_whole_ones_are_held_out_all_along(tmp_path: Path, share: float) -> None:
+    source = folder_of(tmp_path, [f"document {number}" for number in range(1000)])
+    shards = prepare(source, Bytes(), tmp_path / "cache", held_out=share)
+    train, held = ([int(each.split()[1]) for each in split(part)] for part in (shards.tokens, shards.validation))
+    assert sorted(train + held) == list(range(1000)) and train == sorted(train)
+    assert abs(len(held) - 1000 * share) <= 1 and np.diff(held).max() < 2 / share
+    other = prepare(source, Bytes(), tmp_path / "cache", held_out=share, seed=1)
+    assert other.validation.tolist() != shards.validation.tolist()
+
+
+def test_pieces_of_a_long_document_stay_together(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(text.sources, "LIMIT", 10)
+    monkeypatch.setattr(text, "CHUNK", 50)
+    source = folder_of(tmp_path, [f"{number:03}\n" * 20 for number in range(120)])
+    shards = prepare(source, Bytes(), tmp_path / "cache", held_out=0.1)
+    for part in (shards.tokens, shards.validation):
+        assert all(each == each[:4] * 20 for each in split(part))
+
+
+def test_found_again_while_nothing_has_changed(tmp_path: Path) -> None:
+    source, tokenizer = folder_of(tmp_path, ["one two three", "four"]), Bytes()
+    first = prepare(source, tokenizer, tmp_path / "cache")
+    calls = tokenizer.calls
+    assert prepare(source, tokenizer, tmp_path / "cache").fingerprint == first.fingerprint and tokenizer.calls == calls
+    others = [prepare(source, tokenizer, tmp_path / "cache", held_out=0.2)]
+    tokenizer.fingerprint = "another"
+    others.append(prepare(source, tokenizer, tmp_path / "cache"))
+    folder_of(tmp_path, ["one two three", "five"])
+    others.append(prepare(source, tokenizer, tmp_path / "cache"))
+    assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
+    source = folder_of(tmp_path, ["one two three", "four"])
+    first = prepare(source, Bytes(), tmp_path / "cache")
+    expected = first.tokens.tolist()
+    (first.directory / "training.bin").write_bytes(b"1")
+    assert prepare(source, Bytes(), tmp_path / "cache").tokens.tolist() == expected
+
+
+def test_nothing_is_left_of_a_run_that_breaks_off(tmp_path: Path, monkeypatch) -> None:
+    source = folder_of(tmp_path, ["one two three", "four"])
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(text, "_write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, Bytes(), tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(text, "_write", full)
+    with pytest.raises(UserError, match="The disk is full"):
+        prepare(folder_of(tmp_path, ["one two three"]), Bytes(), tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
+    tokenizer = Bytes(eos_id=70_000)
+    tokenizer.vocab_size = 70_001
+    shards = prepare(folder_of(tmp_path, ["a", "b", "cc"]), tokenizer, tmp_path / "cache", held_out=0.5)
+    assert shards.tokens.dtype == np.uint32 and shards.tokens.tolist() == [97, 70_000, 98]
+
+
+def test_without_an_end_of_text_token_it_is_said(tmp_path: Path, capfd) -> None:
+    shards = prepare(folder_of(tmp_path, ["aa", "bb", "cccc"]), Bytes(eos_id=None), tmp_path / "cache", held_out=0.5)
+    assert shards.tokens.tolist() == [*b"aabb"]
+    assert "no end-of-text token" in capfd.readouterr().err
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("にほんご" * 100, "utf-8")
+    characters = train_tokenizer("characters", ["にほんご"], 20)
+    by_byte = prepare(tmp_path / "a.txt", Bytes(), tmp_path / "cache")
+    by_character = prepare(tmp_path / "a.txt", characters, tmp_path / "cache")
+    assert by_character.bytes_per_token == 3
+    assert by_byte.bits_per_byte(8 * math.log(2)) == pytest.approx(8) == by_character.bits_per_byte(24 * math.log(2))
+
+
+def test_our_own_tokenizer_fits_and_its_ids_come_back(tmp_path: Path) -> None:
+    documents = [f"The number {number} 番。\n" for number in range(200)]
+    tokenizer = train_tokenizer("bpe", documents, 400)
+    assert isinstance(tokenizer, Tokenizer) and isinstance(tokenizer, TextTokenizer)
+    shards = prepare(folder_of(tmp_path, documents), tokenizer, tmp_path / "cache")
+    held = tokenizer.decode(shards.validation.tolist())
+    assert len(held.splitlines()) == 10 and set(held.splitlines(keepends=True)) <= set(documents)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, -1.0])
+def test_an_impossible_share_is_refused(tmp_path: Path, share: float) -> None:
+    with pytest.raises(UserError, match=f"held_out is {share}"):
+        prepare(folder_of(tmp_path, ["a"]), Bytes(), tmp_path / "cache", held_out=share)
+
+
+def test_a_text_too_short_to_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 1 tokens: too short"):
+        prepare(folder_of(tmp_path, ["a"]), Bytes(), tmp_path / "cache")
