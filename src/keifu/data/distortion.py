@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 @dataclass(frozen=True)
 class Distortion:
-    """How far pictures are moved, turned, sized and bent; each value is the largest, or for `bend` the usual, change."""
+    """How far pictures are moved, turned, sized and bent: each is the largest change, for `bend` the usual one."""
 
     shift: float = 1.5  # pixels, along each axis
     turn: float = 12.0  # degrees

@@ -31,14 +31,6 @@ class Split:
         return {"inputs": self.inputs, "targets": self.targets}
 
 
-def held_out(split: Split, rows: int, seed: int = 0) -> tuple[Split, Split]:
-    """The split without `rows` of it, drawn by the seed, and those rows."""
-    order = torch.randperm(len(split), generator=Generator().manual_seed(seed))
-    parts = order[rows:].sort().values, order[:rows].sort().values
-    kept, held = (Split(split.inputs[part], split.targets[part]) for part in parts)
-    return kept, held
-
-
 class Examples:
     """The training loop's data: every epoch shows every training row once, in an order of its own.
 
