@@ -1,0 +1,50 @@
+"""Side-by-side timing: every contender runs once in each round, so that a machine that slows down slows all of them."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from keifu.training.precision import processor_name
+
+
+def machine() -> str:
+    """The line that stands above every table."""
+    return f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, work in contenders.items():
+            start = time.perf_counter()
+            work()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def table(seconds: Mapping[str, list[float]], amount: float, unit: str, base: str, notes: Mapping[str, str]) -> str:
+    """Medians, and ratios to `base` taken round by round, as Markdown."""
+    lines = [f"| | {unit}/s | ratio to {base} (min to max) | |", "|---|---:|---:|---|"]
+    for name, own in seconds.items():
+        ratios = [b / a for a, b in zip(own, seconds[base], strict=True)]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(f"| {name} | {amount / statistics.median(own):.1f} | {ratio} | {notes.get(name, '')} |")
+    return "\n".join(lines)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second at which the cores read memory: products of matrices too large for any cache with one vector."""
+    matrices = [torch.randn(8192, 4096) for _ in range(8)]  # 1 GiB
+    vector = torch.randn(4096)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        for matrix in matrices:
+            torch.mv(matrix, vector)
+        best = min(best, time.perf_counter() - start)
+    return sum(matrix.nbytes for matrix in matrices) / best

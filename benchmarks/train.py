@@ -1,0 +1,123 @@
+"""Tokens a second of training GPT-2 124M (batch 4, length 256), beside transformers and nanoGPT.
+
+python benchmarks/train.py [--dtype float32|bfloat16] [--nanogpt FOLDER] [--compile] [--rounds 5]
+
+One contender a line: each makes the same AdamW steps (clipping at 1.0) on the same tokens from the same weights, and
+the losses of all are printed. `--nanogpt` names a clone of nanoGPT; it is run as shipped, and with fused AdamW.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+import transformers
+from _rounds import interleaved, machine, table
+
+from keifu.models import gpt2
+from keifu.training.objectives import causal
+from keifu.training.optimisers import Optimisers
+from keifu.training.peak import count_flops, matmul_peak
+from keifu.training.settings import Settings
+from keifu.training.step import Stepper, compiled
+
+BATCH, LENGTH = 4, 256
+CPU = torch.device("cpu")
+
+
+def tokens(step: int) -> torch.Tensor:
+    """The rows of a step: the same for every contender."""
+    return torch.randint(0, 50_257, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+
+
+def keifu(dtype: torch.dtype, compile: bool, losses: list[float]) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model = gpt2.build(gpt2.Config(dropout=0.0)).train()
+    settings = Settings(steps=100_000, batch_size=BATCH, learning_rate=6e-4, betas=(0.9, 0.95))
+    optimisers = Optimisers(model, settings)
+    objective = compiled(causal, CPU) if compile else causal
+    stepper = Stepper(model, objective, causal, optimisers, CPU, dtype, BATCH, 1.0, 0)
+
+    def step() -> None:
+        gradient = stepper.gradient(len(losses), {"tokens": tokens(len(losses))}, lambda: False)
+        assert gradient
+        optimisers.step(1.0)
+        losses.append(gradient.sums.means()["loss"])
+
+    return step
+
+
+def peer(model: torch.nn.Module, loss_of: Callable, dtype: torch.dtype, fused: bool, losses: list) -> Callable[[], None]:
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=fused)
+
+    def step() -> None:
+        rows = tokens(len(losses))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = loss_of(model, rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+
+    return step
+
+
+def theirs(dtype: torch.dtype, losses: list[float]) -> Callable[[], None]:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = transformers.GPT2LMHeadModel(config).train()
+    return peer(model, lambda m, rows: m(rows, labels=rows).loss, dtype, True, losses)
+
+
+def nanogpt(folder: str, dtype: torch.dtype, compile: bool, fused: bool, losses: list[float]) -> Callable[[], None]:
+    sys.path.insert(0, folder)
+    from model import GPT, GPTConfig  # nanoGPT's model.py
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=1024, vocab_size=50_257, dropout=0.0, bias=True)).train()
+    run = torch.compile(model) if compile else model
+    return peer(run, lambda m, rows: m(rows[:, :-1], rows[:, 1:])[1], dtype, fused, losses)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--nanogpt")
+    parser.add_argument("--compile", action="store_true", help="compiled contenders too: minutes to start")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    losses: dict[str, list[float]] = {}
+
+    def contender(name: str, make: Callable[..., Callable[[], None]], *arguments: object) -> tuple[str, Callable[[], None]]:
+        losses[name] = []
+        return name, make(*arguments, losses[name])
+
+    contenders = [contender("transformers", theirs, dtype), contender("keifu", keifu, dtype, False)]
+    if options.nanogpt:
+        contenders.append(contender("nanoGPT, float32 as shipped", nanogpt, options.nanogpt, torch.float32, False, False))
+        contenders.append(contender(f"nanoGPT, {options.dtype}", nanogpt, options.nanogpt, dtype, False, True))
+    if options.compile:
+        contenders.append(contender("keifu compiled", keifu, dtype, True))
+        if options.nanogpt:
+            contenders.append(contender(f"nanoGPT compiled, {options.dtype}", nanogpt, options.nanogpt, dtype, True, True))
+    seconds = interleaved(dict(contenders), options.rounds)
+    model = gpt2.build(gpt2.Config(dropout=0.0))
+    flops = count_flops(lambda: causal(model, {"tokens": tokens(0)}).total.backward())
+    peak = matmul_peak(CPU, dtype)
+    notes = {
+        name: f"{flops / statistics.median(own) / peak:.0%} of the peak, last loss {losses[name][-1]:.3f}"
+        for name, own in seconds.items()
+    }
+    print(f"{machine()}; GPT-2 124M, batch {BATCH}, length {LENGTH}, {options.dtype}, {options.rounds} rounds")
+    print(f"A step needs {flops / 1e12:.2f} TFLOP; the matmul peak measured here is {peak / 1e9:.0f} GFLOP/s.\n")
+    print(table(seconds, BATCH * LENGTH, "tokens", "transformers", notes))
+
+
+if __name__ == "__main__":
+    main()
