@@ -1,0 +1,84 @@
+"""A conversation: its history, laid out by the tokenizer's chat template, and the model's answers; knows no terminal."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.engine import Model, capacity, decode
+from keifu.generation.requests import Request, check_tokens
+from keifu.generation.sampling import sampling_from
+from keifu.layers.cache import Cache
+
+MAX_TOKENS = 1024  # of an answer, unless another number is asked for
+
+
+class Conversation:
+    """A talk with a model. `messages` is the history: {"role": "system" | "user" | "assistant", "content": text}, ...
+
+    system: what the model is told before the talk; None leaves it to the template, which may have a text of its own.
+    finish_reason: why the last answer ended, as in `Piece`; None while it goes on or if it was interrupted.
+
+    The keys and values of earlier turns are kept: where the new layout begins with the same tokens, only the rest is
+    read again.
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, system: str | None = None):
+        self.model, self.tokenizer, self.system = model, tokenizer, system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything but the system prompt."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.finish_reason: str | None = None
+        self._caches: list[Cache] | None = None
+        self._held: list[int] = []  # the tokens whose keys and values the caches hold
+
+    def reply(self, text: str, **sampling: Any) -> Iterator[str]:
+        """Answers a message, in pieces of text; both then belong to the history.
+
+        sampling: as for `generate`, but max_tokens is 1024. An answer that is interrupted stays as far as it came; if
+        nothing came, the message is forgotten too. A conversation that no longer fits the context is a `UserError`, raised
+        at once; nothing is dropped from it.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = self.tokenizer.render_chat(messages)
+        context = self.model.config.context_length
+        if len(prompt) >= context:
+            raise UserError(
+                f"The conversation has {len(prompt)} tokens with this message, but this model's context is {context} and "
+                "must hold the answer too: write a shorter message, or start afresh with /reset."
+            )
+        check_tokens([prompt], self.model.config.vocab_size)
+        settings = sampling_from({"max_tokens": MAX_TOKENS, **sampling})
+        return self._answer(Request(0, prompt, settings, self.tokenizer, context), messages)
+
+    def _answer(self, request: Request, messages: list[dict[str, str]]) -> Iterator[str]:
+        """Writes the answer; whatever ends it, the history and the caches afterwards tell the same."""
+        caches, held = self._reused(request)
+        self._caches, self.finish_reason, answer = None, None, ""
+        try:
+            for piece in decode(self.model, [request], caches, held):
+                answer, self.finish_reason = answer + piece.text, piece.finish_reason
+                if piece.text:
+                    yield piece.text
+        finally:
+            if answer or self.finish_reason:
+                self.messages = [*messages, {"role": "assistant", "content": answer}]
+            lengths = {cache.length for cache in caches}
+            if len(lengths) == 1:  # not if the model was interrupted between two layers
+                self._caches, self._held = caches, [*request.prompt, *request.tokens][: lengths.pop()]
+
+    def _reused(self, request: Request) -> tuple[list[Cache], int]:
+        """Caches with room for the request, and how many tokens of its prompt they hold."""
+        room = capacity([request])
+        if self._caches is not None:
+            pairs = enumerate(zip(self._held, request.prompt, strict=False))
+            same = next((i for i, (old, new) in pairs if old != new), min(len(self._held), len(request.prompt)))
+            same = min(same, len(request.prompt) - 1)  # the last token is always read, for its logits
+            if same >= max(cache.earliest for cache in self._caches):
+                for cache in self._caches:
+                    cache.rollback(same)
+                    cache.reserve(room)
+                return self._caches, same
+        return self.model.new_caches(1, room), 0

@@ -1,0 +1,120 @@
+"""Text from prompts in one call: as a stream, as strings, or with all that is known about it; knows no model.
+
+A seed belongs to a request: the same prompt, settings and seed give the same text alone or among others.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.engine import Model, capacity, decode
+from keifu.generation.requests import Piece, Request, check_tokens, prompt_tokens
+from keifu.generation.sampling import Sampling, sampling_from
+
+Prompts = Sequence[str | Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished text.
+
+    text: what the model wrote, without the stop token or stop string that ended it.
+    tokens: all that were drawn, the stop token or those of the stop string included.
+    log_probabilities, sampled_log_probabilities: one a token, as in `Piece`; None if not asked for.
+    finish_reason: "stop", "length" or "context", as in `Piece`.
+    seed: with it the same text comes again.
+    prompt_tokens: the length of the prompt.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    seed: int
+    prompt_tokens: int
+    log_probabilities: list[float] | None = None
+    sampled_log_probabilities: list[float] | None = None
+
+
+def stream(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    samplings: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (it is frozen)
+) -> Iterator[Piece]:
+    """The pieces of all texts as they are written, a token of each text in turn.
+
+    prompts: texts, or lists of token ids. samplings: one for all, or one for each.
+    What cannot be is a `UserError` at once, before the first piece. Ends of texts are told by `finish_reason`.
+    """
+    each = _one_each(samplings, len(prompts))
+    tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    check_tokens(tokens, model.config.vocab_size)
+    context = model.config.context_length
+    requests = [Request(i, *pair, tokenizer, context) for i, pair in enumerate(zip(tokens, each, strict=True))]
+    if not requests:
+        return iter(())
+    return decode(model, requests, model.new_caches(len(requests), capacity(requests)))
+
+
+def generate_batch(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    samplings: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (it is frozen)
+    batch_size: int = 32,
+) -> list[Completion]:
+    """The completion of every prompt, in their order; `batch_size` of similar length are written at a time."""
+    each = [sampling.seeded() for sampling in _one_each(samplings, len(prompts))]
+    tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    done: dict[int, Completion] = {}
+    for start in range(0, len(order), batch_size):
+        group = order[start : start + batch_size]
+        pieces: list[list[Piece]] = [[] for _ in group]
+        for piece in stream(model, tokenizer, [tokens[i] for i in group], [each[i] for i in group]):
+            pieces[piece.index].append(piece)
+        done |= {i: completion(p, each[i].seed or 0, len(tokens[i])) for i, p in zip(group, pieces, strict=True)}
+    return [done[i] for i in range(len(tokens))]
+
+
+def completion(pieces: Sequence[Piece], seed: int, prompt_length: int) -> Completion:
+    """All pieces of one text, put together."""
+    return Completion(
+        "".join(piece.text for piece in pieces),
+        [piece.token for piece in pieces],
+        pieces[-1].finish_reason or "",
+        seed,
+        prompt_length,
+        [p.log_probability for p in pieces if p.log_probability is not None] or None,
+        [p.sampled_log_probability for p in pieces if p.sampled_log_probability is not None] or None,
+    )
+
+
+@overload
+def generate(model: Model, tokenizer: Tokenizer, prompt: str, **sampling: Any) -> str: ...
+@overload
+def generate(model: Model, tokenizer: Tokenizer, prompt: list[str], **sampling: Any) -> list[str]: ...
+def generate(model: Model, tokenizer: Tokenizer, prompt: str | list[str], **sampling: Any) -> str | list[str]:
+    """What the model writes after the prompt (without the prompt), or after each of several.
+
+    sampling: any of max_tokens=256, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
+    presence_penalty=0.0, frequency_penalty=0.0, stop=(), seed=None; `Sampling` tells what they mean. The defaults draw
+    from the model's own distribution; temperature=0 always takes the likeliest token.
+
+    A prompt longer than the context, and a setting that is unknown or out of its range, are `UserError`s. With one seed
+    for several prompts each gets what it would get alone, so equal prompts get equal texts.
+    """
+    settings = sampling_from(sampling)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    texts = [done.text for done in generate_batch(model, tokenizer, prompts, settings)]
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def _one_each(samplings: Sampling | Sequence[Sampling], n: int) -> list[Sampling]:
+    """As many settings as prompts."""
+    each = [samplings] * n if isinstance(samplings, Sampling) else list(samplings)
+    if len(each) != n:
+        raise UserError(f"There are {n} prompts and {len(each)} samplings: give one for all, or one for each.")
+    return each

@@ -1,0 +1,78 @@
+"""From a model's logits to those of the distribution that is sampled from; knows no model and no request.
+
+Every function is pure, takes one parameter per row, and works on all rows at once. Settings act in this order, which is
+transformers': repetition penalty; presence and frequency penalty (as OpenAI and vLLM place them); temperature; top-k;
+top-p; min-p. Each sees what the one before it left. Equally likely tokens are kept or removed together, so that the
+result does not depend on how a sort breaks ties.
+
+Axes: rows = independent distributions, vocab. A parameter has one value for each row, or one for all.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Logits = Float[Tensor, "rows vocab"]
+Parameter = Float[Tensor, " #rows"]
+
+
+def repetition_penalty(logits: Logits, seen: Bool[Tensor, "rows vocab"], penalty: Parameter) -> Logits:
+    """Makes tokens that were seen less likely: positive logits / penalty, negative ones · penalty (CTRL, section 4.1)."""
+    factor = torch.where(logits < 0, penalty[:, None], 1 / penalty[:, None])
+    return torch.where(seen, logits * factor, logits)
+
+
+def presence_penalty(logits: Logits, counts: Float[Tensor, "rows vocab"], penalty: Parameter) -> Logits:
+    """Takes the penalty off the logit of every token that the output holds."""
+    return logits - penalty[:, None] * (counts > 0)
+
+
+def frequency_penalty(logits: Logits, counts: Float[Tensor, "rows vocab"], penalty: Parameter) -> Logits:
+    """Takes the penalty off the logit of every token as many times as the output holds it."""
+    return logits - penalty[:, None] * counts
+
+
+def temperature(logits: Logits, t: Parameter) -> Logits:
+    """Logits / t: below 1 likely tokens become likelier still."""
+    return logits / t[:, None]
+
+
+def top_k(logits: Logits, k: Int[Tensor, " #rows"]) -> Logits:
+    """-inf for all but the k likeliest tokens and their equals (Fan et al., 2018); k = 0 keeps all."""
+    vocab = logits.shape[1]
+    last = torch.where(k > 0, k.clamp(max=vocab), vocab) - 1
+    smallest = _descending(logits).gather(1, last.expand(len(logits))[:, None])
+    return logits.masked_fill(logits < smallest, -torch.inf)
+
+
+def top_p(logits: Logits, p: Parameter) -> Logits:
+    """-inf for all but the smallest set of likeliest tokens whose mass is at least p (Holtzman et al., 2020)."""
+    values = _descending(logits)
+    mass = values.softmax(-1).cumsum(-1, dtype=torch.float64)
+    last = (mass < p[:, None]).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1)
+    return logits.masked_fill((logits < values.gather(1, last)) & (p[:, None] < 1), -torch.inf)
+
+
+def min_p(logits: Logits, fraction: Parameter) -> Logits:
+    """-inf for tokens less than `fraction` times as likely as the likeliest (Nguyen et al., 2024)."""
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + fraction[:, None].log(), -torch.inf)
+
+
+def likeliest(logits: Logits) -> Logits:
+    """-inf for all but one likeliest token: what greedy choice samples from."""
+    best = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.argmax(-1, keepdim=True), True)
+    return logits.masked_fill(~best, -torch.inf)
+
+
+def log_probability(logits: Logits, tokens: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """ln of the probability that softmax(logits) gives each row's token."""
+    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _descending(logits: Logits) -> Logits:
+    """Each row's values, largest first. On a CPU NumPy's vectorised sort takes a twentieth of the time of torch's, which
+    carries indices along."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(np.sort(logits.detach().numpy(), axis=-1)).flip(-1)
+    return logits.sort(-1, descending=True).values
