@@ -141,3 +141,26 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match="disk is full: words-1.0-py3-none-any.whl"):
         fetch(archive)
     assert left(tmp_path / "cache") == ["archives"]
+
+
+@pytest.mark.parametrize(
+    ("log", "sentence"),
+    [
+        ("/x/python: No module named pip", "has no pip, which fetches data: install it"),
+        ("", "pip said nothing. Check"),
+        ("ERROR: No matching distribution.\nERROR: more", "no file: No matching distribution. Check"),
+        (
+            "WARNING: Retrying (Retry(total=1)) after connection broken by 'NewConnectionError('<pip.Connection object "
+            "at 0x7f>: Failed to establish a new connection: [Errno -2] Name not known')': /simple/words/",
+            r"no file: no connection, Failed to establish a new connection: \[Errno -2\] Name not known. Check",
+        ),
+        (
+            "WARNING: Retrying (Retry(total=1)) after connection broken by "
+            "'ConnectTimeoutError(<pip.Connection object at 0x7f>, 'timed out. (connect timeout=15)')': /simple/words/",
+            r"no file: no connection, timed out. \(connect timeout=15\). Check",
+        ),
+    ],
+)
+def test_what_pip_complains_of_is_handed_on_in_short(tmp_path: Path, log: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        raise archives._failure(wheel(tmp_path), log)

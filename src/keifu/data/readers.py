@@ -78,7 +78,9 @@ def python_files(folder: Path) -> Iterator[str]:
         inside = file.relative_to(folder).parts
         if not {"test", "tests", "idle_test", "site-packages", "dist-packages"} & set(inside):
             with tokenize.open(file) as source:
-                yield source.read()
+                text = source.read()
+            if text.strip():  # many __init__.py are empty
+                yield text
 
 
 def as_document(conversation: Conversation) -> str:
