@@ -25,12 +25,16 @@ def locate(name: str | Path) -> Path:
         if kind != "weights":
             raise UserError(f"{text!r} is {kind} in the catalogue, not a model.")
         return fetch(text)
-    models = [one for one, entry in CATALOGUE.items() if entry.kind == "weights"]
-    if path.parent.is_dir() and text != path.name:  # in a folder that exists: a slip in the path, not a hub id
-        raise unknown("file or folder", text, [str(path.parent / one.name) for one in path.parent.iterdir()])
-    if HUB_ID.fullmatch(text) and path.suffix != ".gguf":
+    weights = [one for one, entry in CATALOGUE.items() if entry.kind == "weights"]
+    inside = path.parent != Path()
+    if HUB_ID.fullmatch(text) and not path.parent.is_dir() and path.suffix != ".gguf":
         return download(text)
-    raise unknown("model", text, [*models, *(one.name for one in path.parent.iterdir() if one.is_dir())])
+    beside = [str(path.parent / one.name) for one in path.parent.glob("*") if _may_be_model(one)]
+    raise unknown("model", text, beside if inside else [*weights, *beside])
+
+
+def _may_be_model(path: Path) -> bool:
+    return path.suffix == ".gguf" or (path / "config.json").exists()
 
 
 def download(name: str) -> Path:
@@ -43,7 +47,7 @@ def download(name: str) -> Path:
     except RepositoryNotFoundError as error:
         raise UserError(f"There is no folder {name!r} here, and the hub has no such model for everyone.") from error
     except (OSError, ValueError) as error:
-        reason = re.split(r"(?<=[.:])\s", str(error).strip())[0].rstrip(".:")
+        reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
         raise UserError(
             f"There is no folder {name!r} here, and from the hub it could not be fetched: {reason}."
         ) from error

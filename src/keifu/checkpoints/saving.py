@@ -23,7 +23,7 @@ STAGE = ".saving-"
 ROLES = ("bos", "eos", "pad")
 
 
-def save(model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_bytes: float = 5e9) -> None:
+def save(model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_bytes: int | float = 5e9) -> None:
     """Writes a model and its tokenizer as a Hugging Face directory.
 
     It holds config.json, generation_config.json, the tokenizer's files, and model.safetensors or, where the weights
@@ -61,7 +61,7 @@ def published_tensors(model: nn.Module, found: Sequence[Link]) -> Iterator[tuple
         yield from zip(link.theirs, link.split(state[link.ours].detach().cpu()), strict=True)
 
 
-def shards(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
+def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
     """The tensors in order, in as few groups of at most `limit` bytes as that order allows; one too large is alone."""
     groups: list[list[str]] = [[]]
     filled = 0
@@ -74,7 +74,7 @@ def shards(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
     return groups
 
 
-def _write_weights(model: nn.Module, found: Sequence[Link], stage: Path, limit: float) -> list[str]:
+def _write_weights(model: nn.Module, found: Sequence[Link], stage: Path, limit: int | float) -> list[str]:
     """Writes the weights and gives the names of their files, the index among them."""
     state = model.state_dict()
     each = {name: state[link.ours].nbytes * rows // sum(link.rows)

@@ -157,7 +157,7 @@ WEIGHT_NAMES = {
     "norm": "model.norm",
     "head": "lm_head",
 }
-PREFIX = ""
+PREFIX = "model."  # files of the model without its head have the same names without it
 NOT_WEIGHTS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old files keep the rotary frequencies
 MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 UNSUPPORTED: dict[str, Any] = {}

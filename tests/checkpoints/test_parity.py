@@ -1,0 +1,227 @@
+"""Every model with a published counterpart gives transformers' logits from transformers' files, and back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from keifu import checkpoints
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 24, "intermediate_size": 42, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def llama(**changes):
+    return transformers.LlamaConfig(**SIZES | changes)
+
+
+def rope(kind: str, **settings):
+    """LLaMA with 32 places and a rotary scaling; the test's 61 tokens go beyond."""
+    parameters = {"rope_type": kind, "rope_theta": 10_000.0, **settings}
+    return llama(head_dim=16, max_position_embeddings=32, rope_parameters=parameters)
+
+
+CASES = {
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=97, n_positions=64, n_embd=20, n_layer=3, n_head=5),
+    "gpt2-wide-exact-gelu": lambda: transformers.GPT2Config(
+        vocab_size=97, n_positions=64, n_embd=20, n_layer=2, n_head=5, n_inner=33, activation_function="gelu"
+    ),
+    "gpt2-untied": lambda: transformers.GPT2Config(
+        vocab_size=97, n_positions=64, n_embd=20, n_layer=2, n_head=5, layer_norm_epsilon=0.1, tie_word_embeddings=False
+    ),
+    "llama1": lambda: llama(num_key_value_heads=4, rms_norm_eps=1e-6),
+    "llama2-grouped": lambda: llama(rms_norm_eps=1e-5),
+    "llama3": lambda: rope(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+    ),
+    "smollm2-tied": lambda: llama(
+        hidden_size=36, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True
+    ),
+    "tinyllama-multi-query": lambda: llama(num_key_value_heads=1),
+    "llama-biased-odd-heads": lambda: llama(attention_bias=True, mlp_bias=True, head_dim=10, hidden_act="gelu"),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=7),
+    "mistral-without-window": lambda: transformers.MistralConfig(**SIZES, sliding_window=None, head_dim=8),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES),
+    "qwen2-tied": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen2-window": lambda: transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "linear": lambda: rope("linear", factor=2.5),
+    "dynamic": lambda: rope("dynamic", factor=3.0),
+    "yarn": lambda: rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    "yarn-every-setting": lambda: rope(
+        "yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=1.2, beta_fast=20,
+        beta_slow=2, truncate=False,
+    ),
+    "yarn-attention-factor": lambda: rope(
+        "yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=0.8
+    ),
+}  # fmt: skip
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return bool((ours - theirs).abs().max() <= 1e-5 * theirs.abs().max())
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_logits_both_ways(case, published, weights, tmp_path) -> None:
+    reference = published(CASES[case]())
+    reference.save_pretrained(tmp_path / "theirs")
+    model = checkpoints.load_model(tmp_path / "theirs")
+    length = 61
+    tokens = torch.randint(0, 97, (2, length))
+    expected = reference(tokens).logits
+    assert expected.std() > 0.1
+    got = model(tokens)
+    assert close(got, expected)
+
+    checkpoints.save(model, None, tmp_path / "ours")
+    saved, original = weights(tmp_path / "ours"), weights(tmp_path / "theirs")
+    assert saved.keys() == original.keys()
+    assert all(saved[n].dtype == original[n].dtype and torch.equal(saved[n], original[n]) for n in original)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    assert torch.equal(again(tokens).logits, expected)
+
+    if case != "dynamic":  # whose angles for the first tokens depend on how many follow
+        caches = model.new_caches(2, length)
+        pieces = [model(tokens[:, :11], caches), *(model(tokens[:, i : i + 1], caches) for i in range(11, length))]
+        assert close(torch.cat(pieces, 1), expected)
+        short = tokens[1:, : length - 6]
+        padded = torch.cat([tokens[:1], torch.cat([torch.zeros(1, 6, dtype=torch.long), short], 1)])
+        in_batch = model(padded, None, torch.tensor([0, 6]))
+        assert close(in_batch[0], expected[0])
+        assert close(in_batch[1, 6:], reference(short).logits[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [9_000, 40_000])
+def test_shards_both_ways(limit, published, weights, tmp_path) -> None:
+    reference = published(llama())
+    reference.save_pretrained(tmp_path / "theirs", max_shard_size=limit)
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    model = checkpoints.load_model(tmp_path / "theirs")
+    checkpoints.save(model, None, tmp_path / "ours", max_shard_bytes=limit)
+    files = sorted((tmp_path / "ours").glob("*.safetensors"))
+    assert len(files) > 1
+    for tensors in map(weights_of, files):
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= limit
+    tokens = torch.randint(0, 97, (1, 9))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    assert torch.equal(again(tokens).logits, reference(tokens).logits)
+    assert torch.equal(checkpoints.load_model(tmp_path / "ours")(tokens), model(tokens))
+
+    checkpoints.save(model, None, tmp_path / "ours")  # now whole: no shard may stay behind
+    assert [file.name for file in (tmp_path / "ours").glob("model*")] == ["model.safetensors"]
+
+
+def weights_of(file) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def rewrite(directory, change) -> None:
+    """Rewrites a directory's weights by a function of the dictionary of tensors."""
+    path = directory / "model.safetensors"
+    save_file(change(weights_of(path)), path, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def test_gpt2_as_openai_wrote_it(published, weights, tmp_path) -> None:
+    """No prefix, and the causal masks among the weights."""
+    reference = published(CASES["gpt2"]())
+    reference.save_pretrained(tmp_path / "theirs")
+
+    def openai(tensors):
+        masks = {f"h.{n}.attn.bias": torch.ones(64, 64).tril()[None, None] for n in range(3)}
+        masks |= {f"h.{n}.attn.masked_bias": torch.tensor(-1e4) for n in range(3)}
+        return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()} | masks
+
+    rewrite(tmp_path / "theirs", openai)
+    model = checkpoints.load_model(tmp_path / "theirs")
+    tokens = torch.randint(0, 97, (2, 30))
+    assert close(model(tokens), reference(tokens).logits)
+    skipped = checkpoints.inspect(tmp_path / "theirs").skipped
+    assert sorted(skipped) == sorted(f"h.{n}.attn.{kind}" for n in range(3) for kind in ("bias", "masked_bias"))
+    checkpoints.save(model, None, tmp_path / "ours")
+    saved, original = weights(tmp_path / "ours"), weights(tmp_path / "theirs")
+    assert {name.removeprefix("transformer.") for name in saved} == original.keys() - set(skipped)
+    assert all(torch.equal(tensor, original[name.removeprefix("transformer.")]) for name, tensor in saved.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["gpt2", "smollm2-tied", "qwen2-tied"])
+def test_tied_file_that_holds_the_head_too(case, published, tmp_path) -> None:
+    reference = published(CASES[case]())
+    reference.save_pretrained(tmp_path)
+    embedding = reference.get_input_embeddings().weight.clone()
+    tokens = torch.randint(0, 97, (1, 12))
+
+    rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": embedding.clone()})
+    model = checkpoints.load_model(tmp_path)
+    assert model.head is None and close(model(tokens), reference(tokens).logits)
+    assert checkpoints.inspect(tmp_path).skipped == ["lm_head.weight"]
+
+    rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": embedding + 0.5})
+    model = checkpoints.load_model(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert model.head is not None and close(model(tokens), theirs(tokens).logits)
+    assert any("they are kept apart" in note for note in checkpoints.inspect(tmp_path).notes)
+
+    stored = weights_of(tmp_path / "model.safetensors")
+    name = next(name for name in stored if name.endswith(("wte.weight", "embed_tokens.weight")))
+    rewrite(tmp_path, lambda t: {k: v for k, v in t.items() if k != name} | {"lm_head.weight": embedding.clone()})
+    assert close(checkpoints.load_model(tmp_path)(tokens), reference(tokens).logits)
+
+
+@torch.no_grad()
+def test_base_model_without_its_prefix(published, tmp_path) -> None:
+    reference = published(CASES["smollm2-tied"]())
+    reference.model.save_pretrained(tmp_path)
+    assert "embed_tokens.weight" in weights_of(tmp_path / "model.safetensors")
+    tokens = torch.randint(0, 97, (1, 12))
+    assert close(checkpoints.load_model(tmp_path)(tokens), reference(tokens).logits)
+
+
+@pytest.mark.parametrize(("stored", "held"), [("bfloat16", "bfloat16"), ("float16", "float32"), ("float64", "float64")])
+def test_types_of_numbers(stored, held, published, weights, tmp_path) -> None:
+    published(llama()).to(vars(torch)[stored]).save_pretrained(tmp_path / "theirs")
+    assert next(checkpoints.load_model(tmp_path / "theirs").parameters()).dtype == vars(torch)[held]
+    model = checkpoints.load_model(tmp_path / "theirs", dtype=vars(torch)[stored])
+    checkpoints.save(model, None, tmp_path / "ours")
+    saved, original = weights(tmp_path / "ours"), weights(tmp_path / "theirs")
+    assert all(saved[n].dtype == original[n].dtype and torch.equal(saved[n], original[n]) for n in original)
+    assert json.loads((tmp_path / "ours/config.json").read_text())["dtype"] == stored
+
+
+def test_mixed_types_are_held_in_one_that_loses_nothing(published, weights, tmp_path) -> None:
+    published(llama()).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: {k: v if v.ndim == 1 else v.bfloat16() for k, v in tensors.items()})
+    model = checkpoints.load_model(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.norm.weight, weights(tmp_path)["model.norm.weight"])
+    assert any("cast to float32" in row.done for row in checkpoints.inspect(tmp_path).rows)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells where files are mapped")
+def test_weights_are_not_copied(published, tmp_path) -> None:
+    """What needs no change lies in the file's own memory map."""
+    published(llama()).save_pretrained(tmp_path)
+    model = checkpoints.load_model(tmp_path)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line.split()[0].split("-") for line in lines if str(tmp_path) in line]
+    spans = [(int(start, 16), int(end, 16)) for start, end in mapped]
+
+    def in_file(tensor):
+        return any(start <= tensor.data_ptr() < end for start, end in spans)
+
+    block = model.blocks[0]
+    assert in_file(model.embedding.weight) and in_file(block.feedforward.down.weight)
+    assert not in_file(block.attention.qkv.weight)  # joined of three
+    assert not model.training and not any(parameter.is_meta for parameter in model.parameters())
