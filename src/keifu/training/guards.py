@@ -12,6 +12,7 @@ from keifu.training.progress import size
 
 ALLOCATION = re.compile(r"out of memory|can't allocate memory|not enough memory|DefaultCPUAllocator")
 ASKED = re.compile(r"(?:allocate:?|allocating) *([\d.]+) *(bytes|[KMGT]i?B)?")
+NOT_AGAIN = "it did not happen again when the step was repeated"
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -65,7 +66,7 @@ def first_not_finite(model: nn.Module, work: Callable[[], Tensor]) -> str:
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None and not finite(parameter.grad):
                     found.append(f"the gradient of {name} holds {_bad(parameter.grad)}")
-    return found[0] if found else "it did not happen again when the step was repeated"
+    return found[0] if found else NOT_AGAIN
 
 
 @contextmanager

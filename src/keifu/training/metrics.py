@@ -4,8 +4,8 @@ import errno
 import json
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from types import ModuleType, TracebackType
+from typing import Any, Protocol, Self
 
 from keifu.errors import UserError
 from keifu.files import write_atomic
@@ -28,13 +28,14 @@ class Sink(Protocol):
 class Metrics:
     """Appends to metrics.jsonl and to the sinks; a reader always sees whole lines.
 
-    When the disk is full, lines wait in memory until there is room: `waiting` counts them.
+    Lines of steps after `step`, from before a run was resumed, are dropped. When the disk is full, lines wait in memory
+    until there is room. Used as a context.
     """
 
-    def __init__(self, directory: Path, sinks: list[Sink], resumed_step: int | None = None):
+    def __init__(self, directory: Path, sinks: list[Sink], step: int):
         self.path, self.sinks = directory / FILE, sinks
-        lines = [] if resumed_step is None else [line for line in read(directory) if line["step"] <= resumed_step]
-        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        self.before = [line for line in read(directory) if line["step"] <= step]
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.before))
         self.file = self.path.open("ab", buffering=0)
         self.pending = b""
 
@@ -51,13 +52,19 @@ class Metrics:
                 raise
             self.file.truncate(whole)
 
-    @property
-    def waiting(self) -> bool:
-        """Whether lines could not be written yet."""
-        return bool(self.pending)
+    def latest(self) -> dict[str, float]:
+        """The latest value of every figure from before the run was resumed."""
+        return {name: value for line in self.before for name, value in line.items() if name != "step"}
 
-    def close(self) -> None:
-        """Closes the file and the sinks."""
+    @property
+    def validated(self) -> int | None:
+        """The step of the last validation from before the run was resumed."""
+        return max((line["step"] for line in self.before if "validation_loss" in line), default=None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.file.close()
         for sink in self.sinks:
             sink.close()

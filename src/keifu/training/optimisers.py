@@ -5,8 +5,6 @@ update of each hidden matrix, and AdamW updates everything else. A joined matrix
 since the singular vectors of queries, keys and values have nothing to do with each other.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
@@ -61,16 +59,22 @@ class Optimisers:
         adam = _adamw({n: p for n, p in self.parameters.items() if n not in matrices}, settings)
         self.all: dict[str, Optimizer] = {"adamw": adam} | ({"muon": self.muon.optimizer} if self.muon else {})
 
-    def rate(self, step: int) -> float:
-        """The share of the highest rate that update number `step` (from 0) is made with."""
+    def rates(self, step: int) -> dict[str, float]:
+        """The rates that update number `step` (from 0) is made with, under the settings' names."""
         s = self.settings
-        return ratio(s.schedule, step, s.steps, s.warmup, s.final_ratio)
+        share = ratio(s.schedule, step, s.steps, s.warmup, s.final_ratio)
+        rates = {"learning_rate": share * s.learning_rate}
+        return rates | ({"matrix_rate": share * s.matrix_rate} if self.muon else {})
 
-    def step(self, ratio: float) -> None:
-        """Updates the weights by their gradients, which are then dropped."""
-        for optimizer, highest in self._with_rates():
-            for group in optimizer.param_groups:
-                group["lr"] = highest * ratio
+    def step(self, step: int) -> None:
+        """Makes update number `step` from the gradients, which are then dropped."""
+        self.update(self.rates(step))
+
+    def update(self, rates: dict[str, float]) -> None:
+        """An update with these rates; with the rate 0 no weight changes."""
+        for kind, rate in zip(self.all, rates.values(), strict=True):
+            for group in self.all[kind].param_groups:
+                group["lr"] = rate
         if self.muon:
             self.muon.attach()
         for optimizer in self.all.values():
@@ -106,10 +110,6 @@ class Optimisers:
         """Starts as if no step had been made."""
         for optimizer in self.all.values():
             optimizer.state.clear()
-
-    def _with_rates(self) -> Iterator[tuple[Optimizer, float]]:
-        rates = {"adamw": self.settings.learning_rate, "muon": self.settings.matrix_rate}
-        return ((optimizer, rates[kind]) for kind, optimizer in self.all.items())
 
 
 def _adamw(named: dict[str, nn.Parameter], settings: Settings) -> AdamW:

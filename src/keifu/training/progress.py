@@ -15,13 +15,13 @@ PLAIN_SECONDS = 10.0  # between plain lines
 class Display:
     """Shows how far a run is; used as a context. Notes stand above the bar and stay."""
 
-    def __init__(self, total: int, done: int, unit: str):
+    def __init__(self, total: int, unit: str):
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self.total, self.done, self.unit = total, done, unit
+        self.total, self.done, self.unit = total, 0, unit
         self.last_line = 0.0
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn("{task.description}"))
         self.live = Progress(*columns, console=self.console, refresh_per_second=4) if self.console.is_terminal else None
-        self.task = self.live.add_task("", total=total, completed=done) if self.live else None
+        self.task = self.live.add_task("", total=total) if self.live else None
 
     def __enter__(self) -> Self:
         if self.live:

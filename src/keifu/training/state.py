@@ -4,6 +4,7 @@ A state is `state/step-N.safetensors` and `state/step-N.json`. The JSON file hol
 last, so a state without it was never finished. Randomness is not stored: each step draws from a seed of its own.
 """
 
+import errno
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ def save(directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mappi
     """
     tensor_file, facts_file = _files(directory, step)
     with replacing(tensor_file) as temporary:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
+        _write(tensors, temporary)
         digest = sha256(temporary)
     write_atomic(facts_file, json.dumps({"step": step, "sha256": digest, **facts}, indent=1, ensure_ascii=False))
     written = steps(directory)
@@ -90,6 +91,15 @@ def into_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise UserError(f"The state does not fit the model: {'; '.join(wrong)}. Resume with the model of that run.")
     for name, tensor in ours.items():
         tensor.copy_(theirs[name])
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        if "os error 28" in str(error):  # the package tells a full disk in its own words
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+        raise
 
 
 def _files(directory: Path, step: int) -> tuple[Path, Path]:

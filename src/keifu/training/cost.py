@@ -1,0 +1,187 @@
+"""What a run will cost, measured on a few rows before it starts: memory, time, operations; knows no model.
+
+Memory of a step = parameters + gradients + what the optimizer keeps + activations, of which some are fixed and some
+grow with the rows computed at a time.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from keifu.errors import UserError
+from keifu.training import machine, peak
+from keifu.training.optimisers import Optimisers
+from keifu.training.precision import autocast
+from keifu.training.progress import clock, count, size
+from keifu.training.protocols import Batch, Objective
+
+SAFETY = 0.8  # the share of the free memory that a run plans with
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes, seconds and FLOPs of a run. `row_bytes` grows with the rows computed at a time, `fixed_bytes` does not."""
+
+    parameters: int
+    parameter_bytes: int
+    optimizer_bytes: int
+    fixed_bytes: int
+    row_bytes: int
+    available: int
+    micro_batch: int
+    step_seconds: float
+    flops_per_unit: float
+    units_per_step: float
+
+    @property
+    def total_bytes(self) -> int:
+        """The largest amount of memory that a step takes; the gradients are as large as the parameters."""
+        return 2 * self.parameter_bytes + self.optimizer_bytes + self.activation_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """What is kept between the forward and the backward pass, and what a pass needs for a moment."""
+        return self.fixed_bytes + self.row_bytes * self.micro_batch
+
+    def sentence(self, steps: int, unit: str) -> str:
+        """What is said before a run starts."""
+        parts = f"{size(2 * self.parameter_bytes)} parameters and gradients, {size(self.optimizer_bytes)} optimizer, "
+        return (
+            f"{count(self.parameters)} parameters; {steps:,} steps of {self.units_per_step:,.0f} {unit}, "
+            f"{count(steps * self.units_per_step)} in all: about {clock(steps * self.step_seconds)} and "
+            f"{size(self.total_bytes)} of memory ({parts}{size(self.activation_bytes)} activations), "
+            f"of {size(self.available)} that are free."
+        )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How to try a step: the parts of a run that it needs."""
+
+    model: nn.Module
+    objective: Objective
+    optimisers: Optimisers
+    device: torch.device
+    dtype: torch.dtype
+
+    def forward(self, batch: Batch) -> tuple[Tensor, float]:
+        """The loss of a batch and its number of elements."""
+        with autocast(self.device, self.dtype):
+            outcome = self.objective(self.model, batch)
+        return outcome.total, float(outcome.weight)
+
+    def backward(self, batch: Batch) -> None:
+        """A forward and a backward pass."""
+        self.forward(batch)[0].backward()
+
+    def activations(self, batch: Batch) -> tuple[int, int]:
+        """Bytes kept for the backward pass, parameters not counted, and of those the largest single tensor."""
+        known = {p.untyped_storage().data_ptr() for p in [*self.model.parameters(), *self.model.buffers()]}
+        kept: dict[int, tuple[int, Tensor]] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.forward(batch)
+        sizes = [n for n, _ in kept.values()]
+        return sum(sizes), max(sizes, default=0)
+
+
+def estimate(probe: Probe, batch: Batch, micro_batch: int | None, advice: str) -> Cost:
+    """Measures a run on rows of its first batch. Weights, buffers and random numbers are as before afterwards.
+
+    Without `micro_batch`, as many rows are computed at a time as 80% of the free memory holds. A run for which not even
+    one row fits is a `UserError`, with the amounts and the advice.
+    """
+    rows = len(next(iter(batch.values())))
+    with _unchanged(probe):
+        fixed, per_row = _linear(probe, batch, rows)
+        parameter_bytes = sum(p.nbytes for p in probe.optimisers.parameters.values())
+        optimizer_bytes, update_seconds = _optimizer(probe)
+        available = machine.available(probe.device)
+        base = 2 * parameter_bytes + optimizer_bytes + fixed - sum(p.nbytes for p in probe.model.parameters())
+        fitting = int((SAFETY * available - base) / max(1, per_row))
+        if fitting < 1:
+            needed = f"one row at a time needs about {size(base + per_row)} of memory, and {size(available)} are free"
+            raise UserError(f"The run does not fit: {needed}; {advice}.")
+        chosen = min(micro_batch or _even(rows, fitting), rows)
+        seconds, units, flops = _timed(probe, batch, chosen)
+    return Cost(
+        parameters=sum(p.numel() for p in probe.model.parameters()),
+        parameter_bytes=parameter_bytes,
+        optimizer_bytes=optimizer_bytes,
+        fixed_bytes=fixed,
+        row_bytes=per_row,
+        available=available,
+        micro_batch=chosen,
+        step_seconds=seconds * rows / chosen + update_seconds,
+        flops_per_unit=flops / max(units, 1),
+        units_per_step=units * rows / chosen,
+    )
+
+
+def head(batch: Batch, rows: int) -> Batch:
+    """The first rows of a batch."""
+    return {name: tensor[:rows] for name, tensor in batch.items()}
+
+
+def _even(rows: int, fitting: int) -> int:
+    """The rows of a batch in as few equal parts as fit."""
+    parts = -(-rows // min(rows, fitting))
+    return -(-rows // parts)
+
+
+def _linear(probe: Probe, batch: Batch, rows: int) -> tuple[int, int]:
+    """Activations as a fixed part and a part for each row, from passes over one and two rows.
+
+    Twice the largest tensor is added for what a backward pass holds for a moment: a gradient and what it is made of.
+    """
+    one, two = (kept + 2 * largest for kept, largest in (probe.activations(head(batch, n)) for n in (1, min(2, rows))))
+    per_row = two - one if rows > 1 else one
+    return max(0, one - per_row), per_row
+
+
+def _optimizer(probe: Probe) -> tuple[int, float]:
+    """What the optimizers keep and how long they take, by a step with the rate 0, which is forgotten again."""
+
+    def step() -> None:
+        for parameter in probe.optimisers.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        probe.optimisers.update(dict.fromkeys(probe.optimisers.all, 0.0))
+
+    step()
+    kept = sum(tensor.nbytes for tensor in probe.optimisers.state().values())
+    seconds = peak.seconds(step, probe.device)
+    probe.optimisers.forget()
+    return kept, seconds
+
+
+def _timed(probe: Probe, batch: Batch, rows: int) -> tuple[float, float, int]:
+    """Seconds, elements and FLOPs of a pass forward and backward over some rows."""
+    part = head(batch, rows)
+    flops = peak.count_flops(lambda: probe.backward(part))  # also the pass that warms up
+    with torch.no_grad():
+        units = probe.forward(part)[1]
+    return peak.seconds(lambda: probe.backward(part), probe.device), units, flops
+
+
+@contextmanager
+def _unchanged(probe: Probe) -> Iterator[None]:
+    """Puts buffers, gradients and random numbers back."""
+    buffers = [(buffer, buffer.clone()) for buffer in probe.model.buffers()]
+    devices: list[torch.device] = [probe.device] if probe.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    probe.optimisers.drop_gradients()
+
+

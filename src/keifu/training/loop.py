@@ -1,0 +1,238 @@
+"""The one training loop: steps, what happens between them, and how a run ends, stops and goes on; knows no model.
+
+What a batch is, data say; what a loss is, the objective says. Everything random in a step is a function of the seed and
+the step, so a run that was stopped and resumed gives the same bits as one that never was.
+"""
+
+import dataclasses
+import math
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import nn
+
+from keifu.errors import UserError
+from keifu.training import folder, guards, metrics, state
+from keifu.training.interrupt import Stopped, StopRequest
+from keifu.training.pace import Pace, TimeLeft
+from keifu.training.peak import matmul_peak
+from keifu.training.progress import Display, clock
+from keifu.training.protocols import Batch, Data, Objective, Run, Sample, Save
+from keifu.training.report import REPORT, write_report
+from keifu.training.settings import Settings, described
+from keifu.training.start import ADVICE, Started, start, tensors
+from keifu.training.step import Gradient, on_device
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run reached: its steps, its seconds of training, and the last figures (see metrics.jsonl)."""
+
+    directory: Path
+    steps: int
+    seconds: float
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def train(
+    model: nn.Module,
+    objective: Objective,
+    data: Data,
+    settings: Settings,
+    run: Run,
+    sample: Sample | None = None,
+    save: Save | None = None,
+) -> Summary:
+    """Trains a model, on the device where its parameters are, and leaves a run's folder.
+
+    `sample` is called with the number of steps done and gives a text or a PNG picture; `save` writes the model into the
+    folder. Ctrl-C raises `Stopped` after the state is saved. A number that is not finite, or too little memory, is a
+    `UserError`, raised before the step is made and after the state before it is saved.
+    """
+    folder.claim(run)
+    facts = described(settings, run.options, data.fingerprint)
+    sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, facts)
+    with Display(settings.steps, run.unit) as display, StopRequest(display.note) as stop:
+        started = start(model, objective, data, settings, run, display.note)
+        with metrics.Metrics(run.directory, sinks, started.progressed.step) as lines:
+            loop = _Loop(started, data, settings, run, sample, save, display, lines, lambda: stop.wanted)
+            loop.go()
+            return loop.finish()
+
+
+@dataclass
+class _Loop:
+    """A run between its start and its end."""
+
+    started: Started
+    data: Data
+    settings: Settings
+    run: Run
+    sample: Sample | None
+    save: Save | None
+    display: Display
+    lines: metrics.Metrics
+    stop: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        self.stepper, self.at = self.started.stepper, self.started.progressed
+        self.pace, self.left = Pace(self.at.seconds), TimeLeft(self.at.step, self.settings.steps)
+        self.peak = matmul_peak(self.stepper.device, self.stepper.dtype)
+        self.figures, self.validated, self.gradient_norm = self.lines.latest(), self.lines.validated, math.nan
+        self.saved = self.at.step if self.run.resume else -1
+        self.facts = described(self.settings, self.run.options, self.data.fingerprint)
+        self._write_recipe({})
+
+    def go(self) -> None:
+        """Makes all steps that are left."""
+        self.stepper.model.train()
+        batch = self._batch(self.at.step)
+        while self.at.step < self.settings.steps:
+            gradient = None if self.stop() else self._gradient(batch)
+            if gradient is None:
+                self._stopped()
+            following = self._batch(self.at.step + 1)  # made while a GPU still computes
+            if not guards.finite(gradient.norm + gradient.sums.total):
+                self._not_finite(batch)
+            self.started.optimisers.step(self.at.step)
+            self._count(gradient)
+            self._between()
+            batch = following
+
+    def finish(self) -> Summary:
+        """The last validation, sample and state, the model and the report."""
+        if self.validated != self.at.step:
+            self._evaluate()
+            self._sample()
+        self._save_state()
+        self._leave({"finished": True})
+        self.display.note(f"Done: {self.at.step:,} steps in {clock(self.at.seconds)}. See {self.run.directory / REPORT}.")
+        return Summary(self.run.directory, self.at.step, self.at.seconds, self.figures)
+
+    def _batch(self, step: int) -> Batch:
+        return on_device(self.data.batch(min(step, self.settings.steps - 1)), self.stepper.device)
+
+    def _gradient(self, batch: Batch) -> Gradient | None:
+        try:
+            with guards.memory(ADVICE):
+                return self.stepper.gradient(self.at.step, batch, self.stop)
+        except guards.OutOfMemory as error:
+            raise guards.OutOfMemory(self._refuse(str(error))) from error
+
+    def _count(self, gradient: Gradient) -> None:
+        at = self.at
+        at.step += 1
+        at.sums = gradient.sums if at.sums is None else at.sums + gradient.sums
+        self.gradient_norm = gradient.norm
+        self.display.advance(at.step)
+
+    def _between(self) -> None:
+        """What is due after a step; training's clock stands still meanwhile."""
+        s, last = self.settings, self.at.step == self.settings.steps
+        if last or self.at.step % s.log_every == 0:
+            self._log()
+        with self.pace.paused():
+            if self._due(s.evaluate_every):
+                self._evaluate()
+            if self._due(s.sample_every):
+                self._sample()
+            if self._due(s.save_every):
+                self._try_to_save()
+
+    def _due(self, every: int) -> bool:
+        """Whether something that happens `every` so many steps happens now; the end has a time of its own."""
+        return bool(every) and self.at.step % every == 0 and self.at.step < self.settings.steps
+
+    def _log(self) -> None:
+        """A line of metrics from the sums since the last one; here, and only here, a GPU is waited for."""
+        at = self.at
+        assert at.sums is not None
+        units, means = float(at.sums.weight), at.sums.means()
+        rate = units / self.pace.lap()
+        at.seconds, at.sums = self.pace.seconds, None
+        figures = {
+            **means,
+            **self.started.optimisers.rates(at.step - 1),
+            "gradient_norm": float(self.gradient_norm),
+            f"{self.run.unit}_per_second": rate,
+            "flops_utilisation": rate * self.started.cost.flops_per_unit / self.peak,
+            "seconds": at.seconds,
+        }
+        self._record(figures)
+        self.display.show({**figures, "seconds_left": self.left.seconds(at.step)})
+        if warning := at.divergence.watch(means["loss"]):
+            self.display.note(f"Step {at.step:,}: {warning}")
+
+    def _evaluate(self) -> None:
+        """The validation figures, and bits per byte where the data say how many bytes an element has."""
+        means = self.stepper.validation(self.data.validation())
+        figures = {f"validation_{name}": value for name, value in means.items()}
+        if means and self.run.bytes_per_unit:
+            figures["bits_per_byte"] = means["loss"] / math.log(2) / self.run.bytes_per_unit
+        if figures:
+            self._record(figures)
+            self.display.note(f"step {self.at.step:,}  " + "  ".join(f"{n.replace('_', ' ')} {v:.4g}" for n, v in figures.items()))
+        self.validated = self.at.step
+
+    def _record(self, figures: dict[str, float]) -> None:
+        self.figures |= figures
+        self.lines.write(self.at.step, figures)
+
+    def _sample(self) -> None:
+        if self.sample is None:
+            return
+        self.stepper.model.eval()
+        sample = self.sample(self.at.step)
+        self.stepper.model.train()
+        folder.write_sample(self.run.directory, self.at.step, sample)
+        if isinstance(sample, str):
+            self.display.note(textwrap.indent(sample, "  | "))
+
+    def _save_state(self) -> None:
+        if self.saved != self.at.step:
+            facts = {"described": self.facts, "resolved": self.started.resolved(), **self.at.facts()}
+            state.save(self.run.directory, self.at.step, tensors(self.started), facts, self.settings.keep)
+            self.saved = self.at.step
+
+    def _try_to_save(self) -> None:
+        """A state that cannot be written does not stop a run that is well: it is said, and tried again when next due."""
+        try:
+            self._save_state()
+        except (OSError, UserError) as error:
+            self.display.note(f"The state of step {self.at.step:,} was not saved: {error} Training goes on.")
+
+    def _stopped(self) -> NoReturn:
+        self._save_state()
+        self._leave({"finished": False})
+        raise Stopped(f"Stopped after step {self.at.step:,}; the state is saved. To go on: {self.run.how_to_resume}.")
+
+    def _not_finite(self, batch: Batch) -> NoReturn:
+        with self.pace.paused():
+            reason = self.stepper.explain(self.at.step, batch)
+        advice = "A lower learning rate, a longer warm-up, a smaller clip or float32 helps."
+        raise guards.NotFinite(self._refuse(f"The gradient or the loss is not finite: {reason}. {advice}"))
+
+    def _refuse(self, text: str) -> str:
+        """Saves the state before a step that cannot be made, and says so."""
+        self.started.optimisers.drop_gradients()
+        self._save_state()
+        where = f"the state before it is saved. To go on: {self.run.how_to_resume}."
+        return f"Step {self.at.step + 1:,} was not made. {text} Nothing is lost: {where}"
+
+    def _leave(self, outcome: dict[str, Any]) -> None:
+        """The model, what came out of the run, and the report."""
+        if self.save:
+            self.stepper.model.eval()
+            self.save(self.run.directory)
+        figures = {"steps": self.at.step, "figures": self.figures}
+        self._write_recipe({**outcome, **figures, "hashes": folder.hashes(self.run.directory)})
+        write_report(self.run.directory)
+
+    def _write_recipe(self, outcome: dict[str, Any]) -> None:
+        device = {"device": folder.device_name(self.stepper.device), "flops_per_second": self.peak}
+        cost = dataclasses.asdict(self.started.cost)
+        facts = {"settings": self.facts["settings"], "resolved": self.started.resolved() | device, "cost": cost}
+        folder.write_recipe(self.run, {**facts, "data_fingerprint": self.facts["data"], "unit": self.run.unit, **outcome})

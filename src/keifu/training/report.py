@@ -1,0 +1,150 @@
+"""A run's folder as one offline page, report.html; knows the folder's files, no model and no loop."""
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from keifu.files import write_atomic
+from keifu.training import metrics
+from keifu.training.charts import Curve, chart
+from keifu.training.folder import RECIPE, SAMPLES
+from keifu.training.progress import clock, count, size
+
+REPORT = "report.html"
+SECTIONED = {"title", "paper", "command", "expected", "data", "options", "settings", "versions", "hashes", "figures", "cost"}
+SECTIONED |= {"resolved", "unit", "finished", "steps", "data_fingerprint"}
+
+
+def write_report(directory: Path) -> Path:
+    """Writes report.html from recipe.json, metrics.jsonl, samples/ and the pictures in a run's folder."""
+    recipe = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
+    lines = metrics.read(directory)
+    body = [
+        _head(recipe),
+        _key_figures(recipe),
+        _section("Curves", f'<div class="charts">{"".join(_charts(lines, recipe["unit"]))}</div>'),
+        *_samples(directory),
+        _section("Settings", _pairs(recipe["settings"] | recipe["options"])),
+        _section("Data", _data(recipe)),
+        _section("Computed with", _pairs(_machine(recipe))),
+        _section("Files (SHA-256)", _pairs(recipe.get("hashes", {}), code=True)),
+    ]
+    page = _page(recipe["title"], "\n".join(part for part in body if part))
+    write_atomic(directory / REPORT, page)
+    return directory / REPORT
+
+
+def _page(title: str, body: str) -> str:
+    style = (resources.files(__package__) / "report.css").read_text(encoding="utf-8")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>\n{style}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _head(recipe: Mapping[str, Any]) -> str:
+    state = "" if recipe.get("finished") else f' <span class="soft">stopped at step {recipe.get("steps", 0):,}</span>'
+    texts = [recipe[name] for name in ("paper", "expected") if recipe.get(name)]
+    extra = [f"{name.replace('_', ' ')}: {value}" for name, value in recipe.items() if name not in SECTIONED]
+    command = f"<p><code>{escape(recipe['command'])}</code></p>" if recipe.get("command") else ""
+    paragraphs = "".join(f'<p class="soft">{escape(str(text))}</p>' for text in [*texts, *extra])
+    return f"<h1>{escape(recipe['title'])}{state}</h1>{paragraphs}{command}"
+
+
+def _key_figures(recipe: Mapping[str, Any]) -> str:
+    figures, unit = recipe.get("figures", {}), recipe["unit"]
+    words = {
+        "validation_loss": ("validation loss", "{:.4g}".format),
+        "bits_per_byte": ("bits per byte", "{:.4g}".format),
+        "loss": ("training loss", "{:.4g}".format),
+        "seconds": ("of training", clock),
+        f"{unit}_per_second": (f"{unit} per second", "{:,.0f}".format),
+        "flops_utilisation": ("of the matmul peak", "{:.0%}".format),
+    }
+    others = {n: (n.replace("_", " "), "{:.4g}".format) for n in figures if n.startswith("validation_")}
+    shown = [(text(figures[name]), label) for name, (label, text) in (words | {**others, **words}).items() if name in figures]
+    shown += [(count(recipe["cost"]["parameters"]), "parameters"), (f"{recipe.get('steps', 0):,}", "steps")]
+    return f'<div class="figures">{"".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in shown)}</div>'
+
+
+def _charts(lines: Sequence[Mapping[str, float]], unit: str) -> list[str]:
+    def curve(field: str, name: str = "", marked: bool = False) -> Curve:
+        return Curve(name or field, [(line["step"], line[field]) for line in lines if field in line], marked)
+
+    names = sorted({name for line in lines for name in line if name.startswith("validation_")} - {"validation_loss"})
+    pairs = [(name.removeprefix("validation_"), name) for name in names]
+    rates = [curve("learning_rate", "AdamW"), curve("matrix_rate", "Muon")]
+    return [
+        chart("Loss", "loss", [curve("loss", "training"), curve("validation_loss", "validation", True)]),
+        *(chart(a.capitalize(), a, [curve(a, "training"), curve(b, "validation", True)]) for a, b in pairs),
+        chart("Bits per byte of the validation text", "bits per byte", [curve("bits_per_byte", marked=True)]),
+        chart("Learning rate", "rate", rates, from_zero=True),
+        chart("Norm of the gradient, before clipping", "norm", [curve("gradient_norm")], from_zero=True),
+        chart("Speed", f"{unit} per second", [curve(f"{unit}_per_second")], from_zero=True),
+    ]
+
+
+def _samples(directory: Path) -> Iterable[str]:
+    """Texts by step, the last one open, and pictures: those sampled and those beside the report."""
+    texts = sorted((directory / SAMPLES).glob("*.txt"))
+    if texts:
+        yield _section("Samples", "".join(_text(path, path == texts[-1]) for path in texts))
+    pictures = [*sorted((directory / SAMPLES).glob("*.png")), *sorted(directory.glob("*.png"))]
+    if pictures:
+        yield _section("Pictures", f'<div class="pictures">{"".join(map(_picture, pictures))}</div>')
+
+
+def _text(path: Path, is_open: bool) -> str:
+    text = escape(path.read_text(encoding="utf-8"))
+    return f"<details{' open' if is_open else ''}><summary>{_when(path)}</summary><pre>{text}</pre></details>"
+
+
+def _picture(path: Path) -> str:
+    content = base64.b64encode(path.read_bytes()).decode()
+    name = _when(path)
+    return f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/png;base64,{content}"></figure>'
+
+
+def _when(path: Path) -> str:
+    """`step-00000100` as step 100; another name as it is."""
+    kind, _, number = path.stem.partition("-")
+    return f"step {int(number):,}" if kind == "step" and number.isdigit() else escape(path.stem.replace("_", " "))
+
+
+def _data(recipe: Mapping[str, Any]) -> str:
+    rows = recipe.get("data") or []
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    cells = ["".join(f"<td>{escape(str(row.get(name, '')))}</td>" for name in columns) for row in rows]
+    table = f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>" if rows else ""
+    return f'{table}<p class="soft">Fingerprint <code>{escape(recipe["data_fingerprint"])}</code></p>'
+
+
+def _machine(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    cost, resolved = recipe["cost"], recipe["resolved"]
+    memory = 2 * cost["parameter_bytes"] + cost["optimizer_bytes"] + cost["fixed_bytes"]
+    memory += cost["row_bytes"] * cost["micro_batch"]
+    measured = {
+        "matmul peak": f"{count(resolved['flops_per_second'])}FLOP/s in {resolved['precision']}",
+        "memory, estimated": f"{size(memory)} of {size(cost['available'])}",
+        "rows at a time": resolved["micro_batch"],
+    }
+    return {"device": resolved["device"], **measured, **recipe["versions"]}
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{title}</h2>\n{content}" if content else ""
+
+
+def _pairs(values: Mapping[str, Any], code: bool = False) -> str:
+    def shown(value: Any) -> str:
+        text = escape("unset" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        return f"<code>{text}</code>" if code else text
+
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{shown(value)}</td></tr>" for name, value in values.items())
+    return f'<table class="pairs">{rows}</table>' if rows else ""

@@ -1,0 +1,107 @@
+"""What a run needs before its first step: the resumed state, the optimizers, the measured cost; knows no model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keifu.training import cost, guards, state
+from keifu.training.optimisers import Optimisers
+from keifu.training.precision import resolve
+from keifu.training.protocols import Data, Objective, Run
+from keifu.training.settings import Settings, check_resumed
+from keifu.training.step import Stepper, Sums, compiled, on_device
+
+ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the model's size"
+
+
+@dataclass
+class Progressed:
+    """What changes from step to step beside the model and the optimizers, and is part of a state."""
+
+    step: int
+    seconds: float
+    sums: Sums | None
+    divergence: guards.Divergence
+
+    def facts(self) -> dict[str, Any]:
+        """The part that JSON holds."""
+        return {"seconds": self.seconds, "divergence": self.divergence.facts()}
+
+
+@dataclass(frozen=True)
+class Started:
+    """Everything in place for the next step."""
+
+    stepper: Stepper
+    optimisers: Optimisers
+    cost: cost.Cost
+    progressed: Progressed
+
+    def resolved(self) -> dict[str, Any]:
+        """What the settings left open, as it was decided; a resumed run keeps to it."""
+        return {"micro_batch": self.stepper.micro_batch, "precision": str(self.stepper.dtype).removeprefix("torch.")}
+
+
+def start(
+    model: nn.Module, objective: Objective, data: Data, settings: Settings, run: Run, tell: Callable[[str], None]
+) -> Started:
+    """Loads the state where the run is resumed, measures the cost, and says both."""
+    found = _resumed(run, settings, data, tell) if run.resume else None
+    resolved = found.facts["resolved"] if found else {}
+    device = next(model.parameters()).device
+    wanted = resolved.get("precision", settings.precision) if settings.precision == "auto" else settings.precision
+    dtype = resolve(wanted, device)
+    optimisers = Optimisers(model, settings)
+    probe = cost.Probe(model, objective, optimisers, device, dtype)
+    batch = on_device(data.batch(found.step if found else 0), device)
+    with guards.memory(ADVICE):
+        measured = cost.estimate(probe, batch, settings.micro_batch or resolved.get("micro_batch"), ADVICE)
+    if found:
+        _take_up(model, optimisers, found.tensors)
+    running = compiled(objective, device) if settings.compile else objective
+    stepper = Stepper(
+        model, running, objective, optimisers, device, dtype, measured.micro_batch, settings.clip, settings.seed
+    )
+    tell(measured.sentence(settings.steps - (found.step if found else 0), run.unit))
+    return Started(stepper, optimisers, measured, _progressed(found, device))
+
+
+def _resumed(run: Run, settings: Settings, data: Data, tell: Callable[[str], None]) -> state.State:
+    found, complaints = state.latest(run.directory)
+    for text in complaints:
+        tell(text)
+    changes = check_resumed(found.facts["described"], settings, run.options, data.fingerprint)
+    tell(f"Going on from step {found.step:,}" + (f"; changed: {', '.join(changes)}." if changes else "."))
+    return found
+
+
+@torch.no_grad()
+def _take_up(model: nn.Module, optimisers: Optimisers, tensors: dict[str, Tensor]) -> None:
+    state.into_model(model, tensors)
+    optimisers.load(_under("optimisers.", tensors))
+
+
+def _progressed(found: state.State | None, device: torch.device) -> Progressed:
+    if found is None:
+        return Progressed(0, 0.0, None, guards.Divergence())
+    sums = _under("sums.", found.tensors)
+    facts = found.facts
+    taken = Sums.from_tensors(sums, device) if sums else None
+    return Progressed(found.step, facts["seconds"], taken, guards.Divergence(**facts["divergence"]))
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def tensors(started: Started) -> dict[str, Tensor]:
+    """Every tensor of a state: the model's, the optimizers', and the sums since the last line of metrics."""
+    sums = started.progressed.sums
+    return {
+        **state.of_model(started.stepper.model),
+        **{f"optimisers.{name}": tensor for name, tensor in started.optimisers.state().items()},
+        **{f"sums.{name}": tensor for name, tensor in (sums.tensors() if sums else {}).items()},
+    }

@@ -1,0 +1,155 @@
+"""One update of a model by one batch, and the validation loss; knows no schedule, no file and no model."""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.training import guards
+from keifu.training.optimisers import Optimisers
+from keifu.training.precision import autocast
+from keifu.training.protocols import Batch, Objective, Outcome
+
+
+@dataclass
+class Sums:
+    """Running sums over elements, left on the device until they are read."""
+
+    total: Tensor
+    weight: Tensor
+    figures: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> "Sums":
+        """The sums of one part of a batch, without their gradients."""
+        total = outcome.total.detach()
+        figures = {name: torch.as_tensor(value).detach() for name, value in outcome.figures.items()}
+        return cls(total, torch.as_tensor(outcome.weight, dtype=torch.float32, device=total.device), figures)
+
+    def __add__(self, other: "Sums") -> "Sums":
+        figures = {name: value + other.figures[name] for name, value in self.figures.items()}
+        return Sums(self.total + other.total, self.weight + other.weight, figures)
+
+    def means(self) -> dict[str, float]:
+        """The loss and the figures for each element; waits for the device."""
+        weight = float(self.weight) or 1.0
+        return {"loss": float(self.total) / weight, **{name: float(v) / weight for name, v in self.figures.items()}}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `from_tensors` takes."""
+        return {"total": self.total, "weight": self.weight} | {f"figures.{n}": v for n, v in self.figures.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> "Sums":
+        """Sums that were saved."""
+        placed = {name: tensor.to(device) for name, tensor in tensors.items()}
+        total, weight = placed.pop("total"), placed.pop("weight")
+        return cls(total, weight, {name.removeprefix("figures."): value for name, value in placed.items()})
+
+
+class Gradient(NamedTuple):
+    """What a batch gave: its sums, and the norm of its mean gradient before clipping."""
+
+    sums: Sums
+    norm: Tensor
+
+
+@dataclass
+class Stepper:
+    """Computes gradients: of the mean over a whole batch, however it is split.
+
+    `plain` is the objective before compilation, for the search for a number that is not finite.
+    """
+
+    model: nn.Module
+    objective: Objective
+    plain: Objective
+    optimisers: Optimisers
+    device: torch.device
+    dtype: torch.dtype
+    micro_batch: int
+    clip: float
+    seed: int
+
+    def gradient(self, step: int, batch: Batch, stop: Callable[[], bool]) -> Gradient | None:
+        """The gradient of a batch, clipped, in the parameters' `grad`; None where `stop` said so between two parts.
+
+        Randomness is a function of the seed and the step, so that a resumed run draws the same.
+        """
+        torch.manual_seed(self._seed(step))
+        sums: Sums | None = None
+        for part in split(batch, self.micro_batch):
+            if stop():
+                self.optimisers.drop_gradients()
+                return None
+            outcome = self._forward(part, self.objective)
+            outcome.total.backward()
+            sums = Sums.of(outcome) if sums is None else sums + Sums.of(outcome)
+        if sums is None:
+            raise UserError(f"The batch of step {step} has no rows; look at the data.")
+        return Gradient(sums, self._scale(sums.weight))
+
+    def explain(self, step: int, batch: Batch) -> str:
+        """Which layer made the first number of a step that is not finite, by computing the step again."""
+        self.optimisers.drop_gradients()
+        torch.manual_seed(self._seed(step))
+        texts = []
+        for part in split(batch, self.micro_batch):
+            texts.append(guards.first_not_finite(self.model, lambda part=part: self._forward(part, self.plain).total))
+            if texts[-1] != guards.NOT_AGAIN:
+                break
+        self.optimisers.drop_gradients()
+        return texts[-1]
+
+    @torch.no_grad()
+    def validation(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Means over all elements of the batches, the model in evaluation mode; empty where there are no batches."""
+        self.model.eval()
+        sums: Sums | None = None
+        for batch in batches:
+            for part in split(on_device(batch, self.device), self.micro_batch):
+                new = Sums.of(self._forward(part, self.objective))
+                sums = new if sums is None else sums + new
+        self.model.train()
+        return sums.means() if sums else {}
+
+    def _forward(self, part: Batch, objective: Objective) -> Outcome:
+        with autocast(self.device, self.dtype):
+            return objective(self.model, part)
+
+    def _scale(self, weight: Tensor) -> Tensor:
+        """Turns the gradient of the sum into that of the mean and clips it, in one pass; gives the norm before."""
+        gradients = [p.grad for p in self.optimisers.parameters.values() if p.grad is not None]
+        weight = torch.where(weight > 0, weight, 1.0)
+        norm = torch.nn.utils.get_total_norm(gradients) / weight
+        share = (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else 1.0
+        torch._foreach_mul_(gradients, share / weight)
+        return norm
+
+    def _seed(self, step: int) -> int:
+        return (self.seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**63
+
+
+def split(batch: Batch, rows: int) -> Iterator[Batch]:
+    """A batch in parts of at most `rows` rows."""
+    total = len(next(iter(batch.values())))
+    for start in range(0, total, rows):
+        yield {name: tensor[start : start + rows] for name, tensor in batch.items()}
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch moved to a device; to a GPU without waiting for the copy."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def compiled(objective: Objective, device: torch.device) -> Objective:
+    """The objective, and with it the model that it is given, through torch.compile."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        raise UserError("compile=True needs a C++ compiler, and none was found; install g++ or clang++, or leave it out.")
+    return torch.compile(objective)
