@@ -132,13 +132,22 @@ def test_several_at_once_fetch_once(tmp_path: Path, monkeypatch) -> None:
     assert len(folders) == len(calls) == 1
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    archive = wheel(tmp_path / "cache" / "archives")
+    rest = tmp_path / "cache" / f".{archive.folder}-abc" / "work"
+    rest.mkdir(parents=True)
+    assert left(tmp_path / "cache") != ["archives"]
+    folder = fetch(archive)
+    assert sorted(left(tmp_path / "cache")) == ["archives", folder.name]
+
+
 def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch) -> None:
     def full(*_) -> None:
         raise OSError(28, "No space left on device")
 
     archive = wheel(tmp_path / "cache" / "archives")
     monkeypatch.setattr(archives, "_write", full)
-    with pytest.raises(UserError, match="disk is full: words-1.0-py3-none-any.whl"):
+    with pytest.raises(UserError, match="disk is full: nothing of words-1.0-"):
         fetch(archive)
     assert left(tmp_path / "cache") == ["archives"]
 

