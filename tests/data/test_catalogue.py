@@ -78,7 +78,7 @@ def _fetched(monkeypatch, tmp_path: Path) -> None:
     contents = {
         "sotu": ("1790-b.txt", "Second\n"), "wiki-summaries": ("", json.dumps({"X": article})),
         "recipes": ("", json.dumps({"Cookbook:Tea": recipe})), "chitchat": ("", json.dumps(chats)),
-        "tatoeba-en": ("", TATOEBA), "chatterbot": ("a.yml", "\ufeffconversations:\n- - more?\n  - no\n- alone - x\n"),
+        "tatoeba-en": ("", TATOEBA), "chatterbot": ("a.yml", "\ufeffconversations:\n- - more?\n  - no\n- alone - x\n- - more?\n  - no\n"),
     }  # fmt: skip
     for name, (file, content) in contents.items():
         path = tmp_path / CATALOGUE[name].archive.folder / CATALOGUE[name].member / file

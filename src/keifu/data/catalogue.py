@@ -162,11 +162,11 @@ CATALOGUE: dict[str, Entry] = {
         CHITCHAT, "dataset.json", "conversations", readers.chats,
     ),
     "chatterbot": Entry(
-        "text", "about 2,000 short English questions and answers by subject", "BSD-3-Clause",
+        "text", "898 short English questions and answers", "BSD-3-Clause",
         "Gunther Cox, chatterbot-corpus", CHATTERBOT, "english", "conversations", readers.dialogues,
     ),
     "chatterbot-japanese": Entry(
-        "text", "about 570 short Japanese questions and answers by subject", "BSD-3-Clause",
+        "text", "566 short Japanese questions and answers", "BSD-3-Clause",
         "Gunther Cox, chatterbot-corpus", CHATTERBOT, "japanese", "conversations", readers.dialogues,
     ),
     "python-code": Entry(

@@ -61,14 +61,17 @@ def chats(file: Path, turns: int = 4) -> Iterator[Conversation]:
 
 
 def dialogues(folder: Path) -> Iterator[Conversation]:
-    """The conversations of ChatterBot's YAML files, without those of one turn."""
+    """The distinct conversations of ChatterBot's YAML files (some stand there 100 times), without those of one turn."""
     import yaml
+
+    seen = set()
 
     for file in sorted(folder.glob("*.yml")):
         # The base loader leaves everything a string: "no" is an answer here, not a truth value.
         content = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
         for conversation in content["conversations"]:
-            if isinstance(conversation, list) and len(conversation) > 1:
+            if isinstance(conversation, list) and len(conversation) > 1 and tuple(conversation) not in seen:
+                seen.add(tuple(conversation))
                 yield _taking_turns(turn.strip() for turn in conversation)
 
 
