@@ -19,6 +19,7 @@ TATOEBA = """1\tはい。\tYes.\t-\tJa.\t-\t-\t-\t-
 2\tうん。\tYes.\t-\t-\t-\t-\t-\t-
 3\t雨だ。\t-\t-\tEs regnet.\t-\t-\t-\tsomebody
 """
+DIALOGUES = "\ufeffconversations:\n- - more?\n  - no\n- alone - x\n- - more?\n  - no\n"
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -78,7 +79,7 @@ def _fetched(monkeypatch, tmp_path: Path) -> None:
     contents = {
         "sotu": ("1790-b.txt", "Second\n"), "wiki-summaries": ("", json.dumps({"X": article})),
         "recipes": ("", json.dumps({"Cookbook:Tea": recipe})), "chitchat": ("", json.dumps(chats)),
-        "tatoeba-en": ("", TATOEBA), "chatterbot": ("a.yml", "\ufeffconversations:\n- - more?\n  - no\n- alone - x\n- - more?\n  - no\n"),
+        "tatoeba-en": ("", TATOEBA), "chatterbot": ("a.yml", DIALOGUES),
     }  # fmt: skip
     for name, (file, content) in contents.items():
         path = tmp_path / CATALOGUE[name].archive.folder / CATALOGUE[name].member / file
