@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from keifu.errors import UserError, unknown
+from keifu.generation.sampling import Sampling
 
 Options = TypeVar("Options")
 Model = Annotated[
@@ -21,29 +22,11 @@ Model = Annotated[
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """How a model continues a text: what `generate` and `chat` have in common (see keifu.generation.sampling)."""
+class Continuation(Sampling):
+    """How a model continues a text. `--stop` may be given several times; log-probabilities are for each verb to ask."""
 
-    max_tokens: int = 256
-    """Write at most this many tokens."""
-    temperature: float = 0.8
-    """Divides the logits; 0 always takes the most probable token."""
-    top_k: int | None = None
-    """Draw from the k most probable tokens only."""
-    top_p: float | None = None
-    """Draw from the most probable tokens that together have this probability."""
-    min_p: float | None = None
-    """Draw from tokens at least this probable relative to the most probable one."""
-    repetition_penalty: float = 1.0
-    """Above 1, makes tokens that stand in the text already less probable."""
-    presence_penalty: float = 0.0
-    """Subtracted once from the logit of each token written already."""
-    frequency_penalty: float = 0.0
-    """Subtracted from the logit of each token as often as it was written."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Stop before this text; may be given several times."""
-    seed: int | None = None
-    """The same seed draws the same tokens."""
+    log_probabilities: tyro.conf.Suppress[bool] = False
 
 
 def parser(kind: type[Options], run: Callable[[Options], None], program: str) -> Callable[[Sequence[str]], Callable]:
