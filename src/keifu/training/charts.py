@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 480, 260
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 16, 42
+LEFT, RIGHT, TOP, BOTTOM = 68, 14, 16, 42
 POINTS = 400  # more are averaged: a screen shows no more
 
 Point = tuple[float, float]
@@ -22,17 +22,18 @@ class Curve:
 
 
 def chart(title: str, y_label: str, curves: Iterable[Curve], x_label: str = "step", from_zero: bool = False) -> str:
-    """An SVG figure of curves that share both axes; curves without a finite point are left out, and so is an empty chart."""
+    """An SVG figure of curves that share their axes. Without a finite point there is none."""
     shown = [Curve(c.name, _averaged(_finite(c.points)), c.marked) for c in curves]
     shown = [curve for curve in shown if curve.points]
     if not shown:
         return ""
-    xs, ys = (_ticks([p[axis] for c in shown for p in c.points], zero) for axis, zero in ((0, False), (1, from_zero)))
+    xs, ys = (_ticks([p[axis] for c in shown for p in c.points], zero) for axis, zero in ((0, True), (1, from_zero)))
     frame = _Frame(xs, ys)
     body = [*frame.axes(x_label, y_label), *(frame.curve(number, c) for number, c in enumerate(shown))]
     legend = "".join(f'<span class="key c{n}">{escape(c.name)}</span>' for n, c in enumerate(shown))
+    names = legend if len(shown) > 1 else ""
     return (
-        f'<figure><figcaption>{escape(title)} <span class="legend">{legend if len(shown) > 1 else ""}</span></figcaption>'
+        f'<figure><figcaption>{escape(title)} <span class="legend">{names}</span></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg></figure>'
     )
 
@@ -68,10 +69,11 @@ class _Frame:
         places = [(self.x(x), self.y(y)) for x, y in curve.points]
         line = f'<polyline class="line c{number}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
         marks = zip(places, curve.points, strict=True) if curve.marked or len(places) == 1 else ()
-        dots = [
-            f'<circle class="c{number}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"><title>{escape(curve.name)} {v:.5g} at {at:,.0f}</title></circle>'
-            for (x, y), (at, v) in marks
-        ]
+        dots = (
+            f'<circle class="c{number}" cx="{x:.1f}" cy="{y:.1f}" r="3.2">'
+            f"<title>{escape(curve.name)} {value:.5g} at {at:,.0f}</title></circle>"
+            for (x, y), (at, value) in marks
+        )
         return line + "".join(dots)
 
 
@@ -103,6 +105,9 @@ def _steps(least: float) -> Iterable[float]:
 
 
 def _number(value: float) -> str:
-    if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
-        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
+    if value and abs(value) < 1e-3:
+        return f"{value:.3g}".replace("e-0", "e-")
+    for scale, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= scale:
+            return f"{value / min(scale, 1e3 if letter == 'k' else scale):.4g} {letter}"
     return f"{value:,.10g}"

@@ -183,5 +183,3 @@ def _unchanged(probe: Probe) -> Iterator[None]:
     for buffer, before in buffers:
         buffer.copy_(before)
     probe.optimisers.drop_gradients()
-
-

@@ -58,9 +58,12 @@ def versions() -> dict[str, str]:
     """What the run was computed by."""
     here = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
     programs = {name: here[name] for name in PACKAGES if name in here}
-    return {"python": platform.python_version(), **programs, "system": platform.platform(), "processor": processor_name()}
+    machine = {"system": platform.platform(), "processor": processor_name()}
+    return {"python": platform.python_version(), **programs, **machine}
 
 
 def device_name(device: torch.device) -> str:
     """The device as a person knows it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"

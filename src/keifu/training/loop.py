@@ -109,7 +109,8 @@ class _Loop:
             self._sample()
         self._save_state()
         self._leave({"finished": True})
-        self.display.note(f"Done: {self.at.step:,} steps in {clock(self.at.seconds)}. See {self.run.directory / REPORT}.")
+        report = self.run.directory / REPORT
+        self.display.note(f"Done: {self.at.step:,} steps in {clock(self.at.seconds)}. See {report}.")
         return Summary(self.run.directory, self.at.step, self.at.seconds, self.figures)
 
     def _batch(self, step: int) -> Batch:
@@ -174,7 +175,8 @@ class _Loop:
             figures["bits_per_byte"] = means["loss"] / math.log(2) / self.run.bytes_per_unit
         if figures:
             self._record(figures)
-            self.display.note(f"step {self.at.step:,}  " + "  ".join(f"{n.replace('_', ' ')} {v:.4g}" for n, v in figures.items()))
+            words = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+            self.display.note(f"step {self.at.step:,}  {'  '.join(words)}")
         self.validated = self.at.step
 
     def _record(self, figures: dict[str, float]) -> None:
@@ -198,7 +200,7 @@ class _Loop:
             self.saved = self.at.step
 
     def _try_to_save(self) -> None:
-        """A state that cannot be written does not stop a run that is well: it is said, and tried again when next due."""
+        """A state that cannot be written does not stop a run that is well: it is said, and tried when next due."""
         try:
             self._save_state()
         except (OSError, UserError) as error:
@@ -235,4 +237,5 @@ class _Loop:
         device = {"device": folder.device_name(self.stepper.device), "flops_per_second": self.peak}
         cost = dataclasses.asdict(self.started.cost)
         facts = {"settings": self.facts["settings"], "resolved": self.started.resolved() | device, "cost": cost}
-        folder.write_recipe(self.run, {**facts, "data_fingerprint": self.facts["data"], "unit": self.run.unit, **outcome})
+        facts |= {"data_fingerprint": self.facts["data"], "unit": self.run.unit}
+        folder.write_recipe(self.run, facts | outcome)

@@ -120,4 +120,5 @@ def _package(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError:
-        raise UserError(f"{name}=True needs the package {name}: pip install 'keifu[logging]', or leave it out.") from None
+        advice = "pip install 'keifu[logging]', or leave it out"
+        raise UserError(f"{name}=True needs the Python package {name}: {advice}.") from None

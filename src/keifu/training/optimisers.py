@@ -14,13 +14,14 @@ from keifu.training.schedules import ratio
 from keifu.training.settings import Settings
 
 
-def hidden_matrices(model: nn.Module) -> dict[str, tuple[nn.Parameter, tuple[int, ...]]]:
+def hidden_matrices(model: nn.Module) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
     """The weights of linear layers inside numbered layers (`blocks.3...`), each with the rows of its parts.
 
     Embeddings and heads lie outside; they, biases and gains are no business of Muon's.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    hidden = {n: m for n, m in linears.items() if any(piece.isdigit() for piece in n.split(".")) and m.weight.requires_grad}
+    numbered = {name: module for name, module in linears.items() if any(piece.isdigit() for piece in name.split("."))}
+    hidden = {name: module for name, module in numbered.items() if module.weight.requires_grad}
     parts = {n: m.parts if isinstance(m, JoinedLinear) else (m.out_features,) for n, m in hidden.items()}
     return {f"{name}.weight": (module.weight, parts[name]) for name, module in hidden.items()}
 
@@ -28,10 +29,11 @@ def hidden_matrices(model: nn.Module) -> dict[str, tuple[nn.Parameter, tuple[int
 class Partwise:
     """Torch's Muon over the parts of matrices: each part is a view of its rows in the matrix and in its gradient."""
 
-    def __init__(self, matrices: dict[str, tuple[nn.Parameter, tuple[int, ...]]], settings: Settings):
+    def __init__(self, matrices: dict[str, tuple[Tensor, tuple[int, ...]]], settings: Settings):
         self.matrices = list(matrices.values())
         with torch.no_grad():
-            parts = [(f"{n}.{i}", nn.Parameter(p)) for n, (w, rows) in matrices.items() for i, p in enumerate(w.split(rows))]
+            views = ((f"{n}.{i}", part) for n, (w, rows) in matrices.items() for i, part in enumerate(w.split(rows)))
+            parts = [(name, nn.Parameter(part)) for name, part in views]
         self.parts = [part for _, part in parts]
         self.optimizer = Muon(
             parts, lr=settings.matrix_rate, weight_decay=settings.weight_decay, momentum=settings.momentum
@@ -57,7 +59,9 @@ class Optimisers:
         matrices = hidden_matrices(model) if settings.optimizer == "muon" else {}
         self.muon = Partwise(matrices, settings) if matrices else None
         adam = _adamw({n: p for n, p in self.parameters.items() if n not in matrices}, settings)
-        self.all: dict[str, Optimizer] = {"adamw": adam} | ({"muon": self.muon.optimizer} if self.muon else {})
+        self.all: dict[str, Optimizer] = {"adamw": adam}
+        if self.muon:
+            self.all["muon"] = self.muon.optimizer
 
     def rates(self, step: int) -> dict[str, float]:
         """The rates that update number `step` (from 0) is made with, under the settings' names."""
@@ -123,4 +127,5 @@ def _adamw(named: dict[str, nn.Parameter], settings: Settings) -> AdamW:
 
 
 def _named(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
-    return [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)]
+    groups = optimizer.param_groups
+    return [pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)]

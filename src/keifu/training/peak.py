@@ -54,9 +54,9 @@ def count_flops(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *args, **kwargs) -> int:
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-def _attention_backward(gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args, **kwargs) -> int:
+def _attention_backward(gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
     return 2 * sdpa_flop_count(query, key, value)

@@ -19,7 +19,8 @@ class Display:
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.total, self.done, self.unit = total, 0, unit
         self.last_line = 0.0
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn("{task.description}"))
+        figures = TextColumn("{task.description}")
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), figures)
         self.live = Progress(*columns, console=self.console, refresh_per_second=4) if self.console.is_terminal else None
         self.task = self.live.add_task("", total=total) if self.live else None
 

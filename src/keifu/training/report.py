@@ -13,10 +13,13 @@ from keifu.training import metrics
 from keifu.training.charts import Curve, chart
 from keifu.training.folder import RECIPE, SAMPLES
 from keifu.training.progress import clock, count, size
+from keifu.training.settings import flat
 
 REPORT = "report.html"
-SECTIONED = {"title", "paper", "command", "expected", "data", "options", "settings", "versions", "hashes", "figures", "cost"}
-SECTIONED |= {"resolved", "unit", "finished", "steps", "data_fingerprint"}
+SECTIONED = frozenset(  # the fields of recipe.json with a place of their own on the page
+    ["title", "paper", "command", "expected", "data", "options", "settings", "versions", "hashes", "figures", "cost"]
+    + ["resolved", "unit", "finished", "steps", "data_fingerprint"]
+)
 
 
 def write_report(directory: Path) -> Path:
@@ -28,10 +31,11 @@ def write_report(directory: Path) -> Path:
         _key_figures(recipe),
         _section("Curves", f'<div class="charts">{"".join(_charts(lines, recipe["unit"]))}</div>'),
         *_samples(directory),
-        _section("Settings", _pairs(recipe["settings"] | recipe["options"])),
+        _section("Settings", _pairs(recipe["settings"])),
+        _section("Model and options", _pairs(flat(recipe["options"]))),
         _section("Data", _data(recipe)),
         _section("Computed with", _pairs(_machine(recipe))),
-        _section("Files (SHA-256)", _pairs(recipe.get("hashes", {}), code=True)),
+        _section("Files, by their SHA-256", _pairs(recipe.get("hashes", {}), code=True)),
     ]
     page = _page(recipe["title"], "\n".join(part for part in body if part))
     write_atomic(directory / REPORT, page)
@@ -39,7 +43,7 @@ def write_report(directory: Path) -> Path:
 
 
 def _page(title: str, body: str) -> str:
-    style = (resources.files(__package__) / "report.css").read_text(encoding="utf-8")
+    style = (resources.files("keifu.training") / "report.css").read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -67,9 +71,11 @@ def _key_figures(recipe: Mapping[str, Any]) -> str:
         "flops_utilisation": ("of the matmul peak", "{:.0%}".format),
     }
     others = {n: (n.replace("_", " "), "{:.4g}".format) for n in figures if n.startswith("validation_")}
-    shown = [(text(figures[name]), label) for name, (label, text) in (words | {**others, **words}).items() if name in figures]
+    words |= {name: entry for name, entry in others.items() if name not in words}
+    shown = [(text(figures[name]), label) for name, (label, text) in words.items() if name in figures]
     shown += [(count(recipe["cost"]["parameters"]), "parameters"), (f"{recipe.get('steps', 0):,}", "steps")]
-    return f'<div class="figures">{"".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in shown)}</div>'
+    cards = (f"<div><b>{value}</b><span>{label}</span></div>" for value, label in shown)
+    return f'<div class="figures">{"".join(cards)}</div>'
 
 
 def _charts(lines: Sequence[Mapping[str, float]], unit: str) -> list[str]:
@@ -142,9 +148,14 @@ def _section(title: str, content: str) -> str:
 
 
 def _pairs(values: Mapping[str, Any], code: bool = False) -> str:
-    def shown(value: Any) -> str:
-        text = escape("unset" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-        return f"<code>{text}</code>" if code else text
+    cell = "<code>{}</code>" if code else "{}"
+    shown = ((escape(name), cell.format(escape(_words(value)))) for name, value in values.items())
+    rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in shown)
+    return f'<div class="columns"><table class="pairs">{rows}</table></div>' if rows else ""
 
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{shown(value)}</td></tr>" for name, value in values.items())
-    return f'<table class="pairs">{rows}</table>' if rows else ""
+
+def _words(value: Any) -> str:
+    """A setting as a person writes it."""
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
+    return {None: "unset", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)

@@ -12,7 +12,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 # What a resumed run may change: how long, how often, and how a batch is split, never what a step computes.
 ADJUSTABLE = frozenset(
-    "steps micro_batch compile log_every evaluate_every sample_every save_every keep tensorboard wandb".split()
+    ["steps", "micro_batch", "compile", "log_every", "evaluate_every", "sample_every", "save_every", "keep"]
+    + ["tensorboard", "wandb"]
 )
 
 
@@ -92,7 +93,8 @@ LEAST = {
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested options as one level, `model.n_layers` for example, with tuples as the lists that JSON makes of them."""
     if isinstance(value, Mapping):
-        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}" if prefix else key).items()}
+        inside = (flat(inner, f"{prefix}.{key}" if prefix else key) for key, inner in value.items())
+        return {name: inner for part in inside for name, inner in part.items()}
     return {prefix: list(value) if isinstance(value, tuple) else value}
 
 
@@ -103,12 +105,11 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{name} {a} → {b}" for name, (a, b) in pairs.items() if a != b]
 
 
-def check_resumed(then: Mapping[str, Any], settings: Settings, options: Mapping[str, Any], fingerprint: str) -> list[str]:
+def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What a resumed run changes and may change; a `UserError` names everything that it may not change.
 
-    `then` is what `described` gave when the state was saved.
+    Both are what `described` gives: `then` when the state was saved.
     """
-    now = described(settings, options, fingerprint)
     if then["data"] != now["data"]:
         raise UserError(
             f"The data are not those of the run that is resumed (fingerprint {then['data']} → {now['data']}); "

@@ -11,7 +11,7 @@ from keifu.training import cost, guards, state
 from keifu.training.optimisers import Optimisers
 from keifu.training.precision import resolve
 from keifu.training.protocols import Data, Objective, Run
-from keifu.training.settings import Settings, check_resumed
+from keifu.training.settings import Settings, check_resumed, described
 from keifu.training.step import Stepper, Sums, compiled, on_device
 
 ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the model's size"
@@ -73,7 +73,7 @@ def _resumed(run: Run, settings: Settings, data: Data, tell: Callable[[str], Non
     found, complaints = state.latest(run.directory)
     for text in complaints:
         tell(text)
-    changes = check_resumed(found.facts["described"], settings, run.options, data.fingerprint)
+    changes = check_resumed(found.facts["described"], described(settings, run.options, data.fingerprint))
     tell(f"Going on from step {found.step:,}" + (f"; changed: {', '.join(changes)}." if changes else "."))
     return found
 

@@ -84,9 +84,9 @@ def of_model(model: nn.Module) -> dict[str, Tensor]:
 def into_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies a state's tensors into the model; every missing, extra or misshapen one is named in a `UserError`."""
     ours, theirs = of_model(model), {name: t for name, t in tensors.items() if name.startswith("model.")}
-    shapes = [{name: tuple(tensor.shape) for name, tensor in side.items()} for side in (theirs, ours)]
-    wrong = [f"{n}: {shapes[0].get(n, 'none')} saved, {shapes[1].get(n, 'none')} in the model" for n in {**ours, **theirs}]
-    wrong = [text for text, n in zip(wrong, {**ours, **theirs}, strict=True) if shapes[0].get(n) != shapes[1].get(n)]
+    saved, built = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (theirs, ours))
+    pairs = {name.removeprefix("model."): (saved.get(name), built.get(name)) for name in {**ours, **theirs}}
+    wrong = [f"{name}: {a or 'none'} saved, {b or 'none'} in the model" for name, (a, b) in pairs.items() if a != b]
     if wrong:
         raise UserError(f"The state does not fit the model: {'; '.join(wrong)}. Resume with the model of that run.")
     for name, tensor in ours.items():
@@ -116,5 +116,6 @@ def _read(directory: Path, step: int) -> State:
     except (ValueError, KeyError, SafetensorError):
         raise UserError(f"{facts_file} is damaged.") from None
     if not whole:
-        raise UserError(f"{tensor_file} is {'damaged: its hash is not the one stored' if tensor_file.exists() else 'missing'}.")
+        what = "damaged: its hash is not the one stored" if tensor_file.exists() else "missing"
+        raise UserError(f"{tensor_file} is {what}.")
     return State(step, facts, tensors)

@@ -127,7 +127,7 @@ class Stepper:
         weight = torch.where(weight > 0, weight, 1.0)
         norm = torch.nn.utils.get_total_norm(gradients) / weight
         share = (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else 1.0
-        torch._foreach_mul_(gradients, share / weight)
+        torch._foreach_mul_(gradients, share / weight)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
     def _seed(self, step: int) -> int:
@@ -151,5 +151,6 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 def compiled(objective: Objective, device: torch.device) -> Objective:
     """The objective, and with it the model that it is given, through torch.compile."""
     if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-        raise UserError("compile=True needs a C++ compiler, and none was found; install g++ or clang++, or leave it out.")
+        advice = "install g++ or clang++, or leave it out"
+        raise UserError(f"compile=True needs a C++ compiler, and none was found; {advice}.")
     return torch.compile(objective)
