@@ -3,7 +3,6 @@
 It knows two of GGUF's kinds: "gpt2", byte-level BPE by merges, and "llama", SentencePiece's BPE by scores.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -160,8 +159,8 @@ def _byte_level_fields(tokenizer: Tokenizer, described: dict[str, Any]) -> dict[
     cut = cut_of(tokenizer.backend)
     normalizer = described["normalizer"]
     if cut is None or (normalizer is not None and not (cut == "qwen2" and normalizer == {"type": "NFC"})):
-        rules = described["pre_tokenizer"] if cut is None else normalizer
-        raise UserError(f"GGUF has no name for this tokenizer's way of preparing text: {str(rules)[:200]}.")
+        rules = ", ".join(_kinds(normalizer) + _kinds(described["pre_tokenizer"])) or "none"
+        raise UserError(f"GGUF has no name for this tokenizer's way of preparing text ({rules}).")
     merges = [" ".join(pair) for pair in described["model"]["merges"]]
     return {"model": "gpt2", "pre": cut, "merges": merges, "add_space_prefix": False}
 
@@ -182,11 +181,17 @@ def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[
     mergeable = [Piece(*entry) for entry in zip(tokens, scores, kinds, strict=True) if entry[0] not in added]
     prefix = _space_prefix(described)
     if prefix is None:
-        steps = json.dumps([described["normalizer"], described["pre_tokenizer"]])[:200]
-        raise UserError(f"A GGUF can only say that spaces become U+2581; this tokenizer prepares text with {steps}.")
+        rules = ", ".join(_kinds(described["normalizer"]) + _kinds(described["pre_tokenizer"]))
+        raise UserError(f"A GGUF can only say that spaces become U+2581; this tokenizer prepares text with {rules}.")
     if set(merges_by_score(mergeable)) != set(merges):
         raise UserError("This BPE's merges do not follow from one score for each token, so a GGUF cannot hold it.")
     return {"model": "llama", "pre": "default", "scores": scores, "token_type": kinds, "add_space_prefix": prefix}
+
+
+def _kinds(steps: Mapping[str, Any] | None) -> list[str]:
+    """The names of a normalizer's or pre-tokenizer's steps."""
+    parts = [] if steps is None else steps.get("normalizers", steps.get("pretokenizers", [steps]))
+    return [step["type"] for step in parts]
 
 
 def _own_tokens(pre_tokenizer: Mapping[str, Any], tokens: Sequence[str]) -> set[str]:

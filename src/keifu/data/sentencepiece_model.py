@@ -103,17 +103,15 @@ def parse(data: bytes, name: str) -> Model:
         top = list(_fields(data))
         pieces = [_piece(value) for number, value in top if number == 1 and isinstance(value, bytes)]
         messages = {n: dict(_fields(value)) for n, value in top if n in (2, 3) and isinstance(value, bytes)}
-    except (IndexError, KeyError, ValueError, AttributeError, TypeError) as error:
-        what = f"{name} is not a SentencePiece model, or it is torn ({error})"
-        hint = (
-            "; it looks like tiktoken's list of tokens: give the tokenizer.json instead" if _is_tiktoken(data) else ""
-        )
-        raise UserError(f"{what}{hint}.") from error
+    except (IndexError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{name} is not a SentencePiece model, or it is torn ({error}).{_hint(data)}") from error
     trainer, normalizer = messages.get(2, {}), messages.get(3, {})
+    if not pieces:
+        raise UserError(f"{name} is not a SentencePiece model: it holds no pieces.{_hint(data)}")
     kind = int(trainer.get(3, UNIGRAM))
-    if kind not in (UNIGRAM, BPE) or not pieces or trainer.get(24):
+    if kind not in (UNIGRAM, BPE) or trainer.get(24):
         what = {3: "a word model", 4: "a character model"}.get(kind, "one that puts spaces at the ends of words")
-        raise UserError(f"{name} is {what if pieces else 'empty'}; keifu reads SentencePiece's BPE and Unigram models.")
+        raise UserError(f"{name} is {what}; keifu reads SentencePiece's BPE and Unigram models.")
     roles = _roles(trainer)
     settings = Settings(
         model=kind,
@@ -127,8 +125,9 @@ def parse(data: bytes, name: str) -> Model:
     return Model(pieces, settings, {role: pieces[place].text for role, place in roles.items() if place < len(pieces)})
 
 
-def _is_tiktoken(data: bytes) -> bool:
-    return re.match(rb"[A-Za-z0-9+/=]+ \d+\n", data) is not None
+def _hint(data: bytes) -> str:
+    tiktoken = re.match(rb"[A-Za-z0-9+/=]+ \d+\n", data)
+    return " It looks like tiktoken's list of tokens: give the tokenizer.json instead." if tiktoken else ""
 
 
 def merges_by_score(pieces: Sequence[Piece]) -> list[tuple[str, str]]:

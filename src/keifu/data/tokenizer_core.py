@@ -121,16 +121,10 @@ class Tokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.backend, self.special, self.stop_ids, self.chat_template, self.max_length)
 
-    def generation_config(self) -> dict[str, Any]:
-        """What generation_config.json should say of this tokenizer: the ids that begin, end and pad a text."""
-        ends = sorted(self.stop_ids)
-        ids = {"bos_token_id": self.bos_id, "pad_token_id": self.pad_id} | ({"eos_token_id": ends} if ends else {})
-        return {name: value for name, value in ids.items() if value is not None}
-
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, for transformers' AutoTokenizer.
 
-        The ids that end an answer belong in generation_config.json, which goes with the model: see `generation_config`.
+        `stop_ids` belong in generation_config.json, which is written with the model.
         """
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
         config |= {"clean_up_tokenization_spaces": False}

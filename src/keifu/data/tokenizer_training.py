@@ -46,16 +46,18 @@ class _Wanted:
 
 
 class _Counted:
-    """The texts that are not empty, handed on one by one and counted."""
+    """The texts that are not empty, handed on one by one and counted, with all their characters."""
 
     def __init__(self, texts: Iterable[str]):
         self._texts = texts
         self.count = 0
+        self.characters: set[str] = set()
 
     def __iter__(self) -> Iterator[str]:
         for text in self._texts:
             if text:
                 self.count += 1
+                self.characters.update(text)
                 yield text
 
     def check(self) -> None:
@@ -82,7 +84,9 @@ def train_tokenizer(
     split_digits: bpe only: every digit is a word of its own, so that numbers are spelled digit by digit.
     lowercase: wordpiece only: text is put in lower case and loses its accents, as in "uncased" BERT.
 
-    Texts that are all empty, and a `vocab_size` too small for the kind and the texts, are `UserError`s.
+    The same texts give the same tokenizer for bpe and characters; for wordpiece and unigram, tokens that come out even
+    may be chosen or numbered otherwise the next time (the `tokenizers` library goes through its counts in no fixed
+    order). Texts that are all empty, and a `vocab_size` too small for the kind and the texts, are `UserError`s.
     """
     if kind not in KINDS:
         raise unknown("kind of tokenizer", kind, KINDS)
@@ -140,12 +144,18 @@ def _wordpiece(texts: _Counted, wanted: _Wanted) -> Made:
 
 def _unigram(texts: _Counted, wanted: _Wanted) -> Made:
     specials = ["<unk>", "<s>", "</s>", *wanted.special_tokens]
-    wanted.at_least("unigram", len(specials) + 257, f"{len(specials)} special, 256 bytes and the characters")
+    reserved = len(specials) + 256
+    wanted.at_least("unigram", reserved + 1, f"{len(specials)} special, 256 bytes and the characters")
     backend = tokenizers.Tokenizer(models.Unigram())
     _prepare_unigram(backend)
     size = wanted.vocab_size - 256
     trainer = trainers.UnigramTrainer(vocab_size=size, show_progress=False, special_tokens=specials, unk_token="<unk>")
-    _learn(backend, texts, trainer)
+    try:
+        _learn(backend, texts, trainer)
+    except UserError as error:
+        if "not large enough" in str(error):  # the trainer must keep every character
+            wanted.at_least("unigram", reserved + len(texts.characters), "special, bytes and all the characters")
+        raise
     learned = json.loads(backend.to_str())["model"]["vocab"][len(specials) :]
     pieces = [Piece(token, 0.0, UNKNOWN if token == "<unk>" else CONTROL) for token in specials]
     pieces += [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
@@ -165,11 +175,10 @@ def _prepare_unigram(backend: tokenizers.Tokenizer) -> None:
 
 
 def _characters(texts: _Counted, wanted: _Wanted) -> Made:
-    seen: set[str] = set()
-    for text in texts:
-        seen.update(text)
+    for _ in texts:
+        continue
     texts.check()
-    vocabulary = {token: number for number, token in enumerate([*wanted.special_tokens, *sorted(seen)])}
+    vocabulary = {token: number for number, token in enumerate([*wanted.special_tokens, *sorted(texts.characters)])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))
     backend.pre_tokenizer = pre_tokenizers.FixedLength(1)
     backend.decoder = decoders.Fuse()
