@@ -204,6 +204,6 @@ def test_names_that_are_nothing(sound, monkeypatch, tmp_path) -> None:
     refuses("smolm2", "no model 'smolm2'", "Did you mean 'smollm2'?")
     refuses(sound.parent / (sound.name[:-1] + "x"), "Did you mean", sound.name)
     refuses("sotu", "not a model")
-    refuses("someone/some-model", "someone/some-model", "from the hub it could not be fetched")
+    refuses("someone/some-model", "someone/some-model", "the hub does not answer")
     refuses("model.gguf", "no model 'model.gguf'")
-    refuses("/nowhere/at/all", "no model '/nowhere/at/all'")
+    refuses("/nowhere/at/all", "There is no file or folder '/nowhere/at/all'.")

@@ -8,6 +8,7 @@ Axes: pairs = half of a rotary head.
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,22 +84,34 @@ def _llama3(freqs: Divisors, theta: float, context: int, where: str) -> RopeScal
 
 
 def _candidates(freqs: Divisors, theta: float, context: int) -> Iterator[RopeScaling]:
-    """The published settings first, then those that two divisors between 1 and the largest determine.
+    """The published settings first, then those that the divisors themselves determine.
 
-    Between them the kept share of a frequency f is (length · f / 2π - low) / (high - low). That leaves one number
-    free: low is 1, as published.
+    The share of a frequency f that is kept is a line, (length · f / 2π - low) / (high - low), cut at 0 and 1. A line
+    fixes the three settings but for a common factor: low is taken as 1, as published, if that makes the others round.
     """
     factor = float(freqs.max())
-    yield RopeScaling("llama3", factor, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
-    yield RopeScaling("llama3", factor, context, low_freq_factor=1.0, high_freq_factor=4.0)
+    make = partial(RopeScaling, "llama3", factor)
+    for length in (8192, context):
+        yield make(length, low_freq_factor=1.0, high_freq_factor=4.0)
     frequencies = theta ** -(torch.arange(len(freqs), dtype=torch.float64) / len(freqs))
-    between = ((freqs > 1.0001) & (freqs < factor * 0.9999)).nonzero().flatten()
-    if len(between) < 2:
+    kept = ((1 / freqs.double() - 1 / factor) / (1 - 1 / factor)).clamp(0, 1)
+    if not 0 < int((kept > 0).sum()) < len(kept):
         return
-    kept = (1 / freqs.double() - 1 / factor) / (1 - 1 / factor)
-    first, last = int(between[0]), int(between[-1])
-    slope = float((kept[first] - kept[last]) / (frequencies[first] - frequencies[last]))
-    offset = float(kept[first]) - slope * float(frequencies[first])
-    high = 1 - 1 / offset
-    length = round(2 * math.pi * slope * (high - 1))
-    yield RopeScaling("llama3", factor, length, low_freq_factor=1.0, high_freq_factor=round(high, 4))
+    slope, offset = _line(frequencies.tolist(), [round(value, 7) for value in kept.tolist()])
+    length = max(1, round(2 * math.pi * slope / -offset))
+    yield make(length, low_freq_factor=1.0, high_freq_factor=round(1 - 1 / offset, 3))
+    span = length / (2 * math.pi * slope)
+    yield make(length, low_freq_factor=-offset * span, high_freq_factor=(1 - offset) * span)
+
+
+def _line(frequencies: list[float], kept: list[float]) -> tuple[float, float]:
+    """Slope and offset of a line through all shares between 0 and 1 that is beyond 0 and 1 at the others."""
+    between = [n for n, share in enumerate(kept) if 0 < share < 1]
+    last = max(n for n, share in enumerate(kept) if share > 0)
+    if len(between) > 1:
+        slope = (kept[between[0]] - kept[last]) / (frequencies[between[0]] - frequencies[last])
+    else:
+        slope = kept[last] / (frequencies[last] - frequencies[last + 1])
+        if between and last:
+            slope = max(slope, (1 - kept[last]) / (frequencies[last - 1] - frequencies[last]))
+    return slope, kept[last] - slope * frequencies[last]

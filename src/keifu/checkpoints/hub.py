@@ -26,11 +26,11 @@ def locate(name: str | Path) -> Path:
             raise UserError(f"{text!r} is {kind} in the catalogue, not a model.")
         return fetch(text)
     weights = [one for one, entry in CATALOGUE.items() if entry.kind == "weights"]
-    inside = path.parent != Path()
     if HUB_ID.fullmatch(text) and not path.parent.is_dir() and path.suffix != ".gguf":
         return download(text)
     beside = [str(path.parent / one.name) for one in path.parent.glob("*") if _may_be_model(one)]
-    raise unknown("model", text, beside if inside else [*weights, *beside])
+    known = beside if path.parent != Path() else [*weights, *beside]
+    raise unknown("model", text, known) if known else UserError(f"There is no file or folder {text!r}.")
 
 
 def _may_be_model(path: Path) -> bool:
@@ -40,14 +40,15 @@ def _may_be_model(path: Path) -> bool:
 def download(name: str) -> Path:
     """The folder of a model on the hub, downloaded unless it is in the hub's own cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
+    here = f"There is no folder {name!r} here, and"
     try:
         return Path(snapshot_download(name, allow_patterns=[*WANTED]))
     except RepositoryNotFoundError as error:
-        raise UserError(f"There is no folder {name!r} here, and the hub has no such model for everyone.") from error
+        raise UserError(f"{here} the hub has no such model for everyone.") from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(f"{here} the hub does not answer, nor is it in the hub's cache on this machine.") from error
     except (OSError, ValueError) as error:
         reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
-        raise UserError(
-            f"There is no folder {name!r} here, and from the hub it could not be fetched: {reason}."
-        ) from error
+        raise UserError(f"{here} from the hub it could not be fetched: {reason}.") from error

@@ -1,0 +1,313 @@
+"""GGUF in and out: every number, every setting; torn files; SmolLM2 as transformers reads it."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from keifu import checkpoints
+from keifu.checkpoints.gguf_file import open_file
+from keifu.checkpoints.gguf_rope import FREQS, divisors, read_scaling
+from keifu.errors import UserError
+from keifu.layers.positions import RopeScaling
+from keifu.models import gpt2, llama, mlp
+
+SMALL = {"vocab_size": 320, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "context_length": 64}
+
+
+def scaled(kind: str, **changes) -> llama.Config:
+    scaling = RopeScaling(kind, **{"factor": 4.0, "original_context_length": 16} | changes)
+    return llama.Config(**SMALL, n_kv_heads=2, head_dim=16, norm_eps=1e-5, rope_scaling=scaling)
+
+
+CONFIGS = {
+    "gpt2": gpt2.Config(**SMALL, dropout=0.0),
+    "gpt2-untied": gpt2.Config(**SMALL, dropout=0.0, tied=False, norm_eps=1e-3),
+    "llama": llama.Config(**SMALL, n_kv_heads=4),
+    "llama-grouped-tied": llama.Config(**SMALL, n_kv_heads=2, norm_eps=1e-5, rope_theta=1e6, tied=True),
+    "llama-wide-heads": llama.Config(**SMALL, n_kv_heads=1, head_dim=10),
+    "llama-biased": llama.Config(**SMALL, n_kv_heads=2, qkv_bias=True, out_bias=True, feedforward_bias=True),
+    "qwen2": llama.Config(**SMALL, n_kv_heads=2, qkv_bias=True, tied=True),
+    "window-of-all": llama.Config(**SMALL, n_kv_heads=2, sliding_window=64),
+    "linear": scaled("linear", original_context_length=64),
+    "yarn": scaled("yarn"),
+    "yarn-attention-factor": scaled("yarn", attention_factor=0.8),
+    "llama3": scaled("llama3", factor=32.0, original_context_length=8192),
+}
+
+
+def random(config) -> torch.nn.Module:
+    module = gpt2 if isinstance(config, gpt2.Config) else llama
+    model = module.build(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * 0.1
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_written_and_read_again_is_the_same(name, tmp_path) -> None:
+    model = random(CONFIGS[name])
+    checkpoints.save_gguf(model, None, tmp_path / "model.gguf")
+    again = checkpoints.load_model(tmp_path / "model.gguf")
+    changes = {"attention_factor": pytest.approx(0.8)} if name == "yarn-attention-factor" else {}
+    expected = vars(model.config.rope_scaling) | changes if changes else None
+    assert again.config == model.config if expected is None else vars(again.config.rope_scaling) == expected
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
+    tokens = torch.randint(0, 320, (1, 50))
+    with torch.no_grad():
+        assert torch.allclose(model(tokens), again(tokens), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+def test_each_format_is_what_its_name_says(dtype, tmp_path) -> None:
+    model = random(CONFIGS["gpt2"])
+    path = tmp_path / "model.gguf"
+    checkpoints.save_gguf(model, None, path, dtype)
+    reader = gguf.GGUFReader(path)  # the reference
+    for tensor in reader.tensors:
+        vector = len(tensor.shape) == 1 or tensor.name == "position_embd.weight"
+        assert tensor.tensor_type.name == ("F32" if vector else dtype.upper())
+    assert reader.fields["general.file_type"].contents() == {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}[dtype]
+    again = checkpoints.load_model(path)
+    error = {"f32": 0, "f16": 1e-3, "bf16": 1e-2, "q8_0": 2e-2}[dtype]
+    for key, tensor in model.state_dict().items():
+        assert (again.state_dict()[key] - tensor).abs().max() <= error * tensor.abs().max(), key
+
+
+def test_rows_that_are_no_blocks_stay_exact(tmp_path) -> None:
+    model = random(gpt2.Config(**SMALL | {"dim": 20, "hidden_dim": 64}, dropout=0.0))
+    checkpoints.save_gguf(model, None, tmp_path / "model.gguf", "q8_0")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert kinds["token_embd.weight"] == "F32" and kinds["blk.0.ffn_down.weight"] == "Q8_0"
+
+
+KINDS = [kind for kind in gguf.GGMLQuantizationType if kind.name not in ("I8", "I16", "I32", "I64", "F64")]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_type_is_read_as_the_gguf_package_reads_it(kind, tmp_path) -> None:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (5, 3, 2 * size), np.uint8)
+    raw &= np.uint8(0x3F)  # so that no float is infinite
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("odd", raw[0, :1, :size], raw_dtype=kind)  # one block alone
+    writer.add_tensor("x", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = open_file(tmp_path / "x.gguf")
+    reference = next(tensor for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors if tensor.name == "x")
+    try:
+        expected = gguf.dequantize(reference.data, kind)
+    except NotImplementedError:
+        assert file.stored()["x"].dtype is None
+        return
+    got = file.read("x")
+    assert file.stored()["x"].dtype == got.dtype and got.shape == file.stored()["x"].shape == (5, 3, 2 * block)
+    assert np.array_equal(got.float().numpy(), expected, equal_nan=True) and file.read("odd").shape == (1, block)
+
+
+VALUES = st.one_of(
+    st.text(max_size=9), st.booleans(), st.integers(0, 2**32 - 1), st.floats(width=32, allow_nan=False),
+    st.lists(st.text(max_size=5), min_size=1, max_size=4), st.lists(st.integers(-9, 9), min_size=1, max_size=4),
+    st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=4),
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.text("abc.", min_size=1, max_size=8), VALUES, max_size=6))
+@settings(max_examples=40, deadline=None)
+def test_metadata_are_read_as_the_gguf_package_reads_them(tmp_path_factory, fields) -> None:
+    path = tmp_path_factory.mktemp("fields") / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in fields.items():
+        kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    reference = {k: f.contents() for k, f in gguf.GGUFReader(path).fields.items() if not k.startswith("GGUF.")}
+    assert dict(open_file(path).fields) == reference == {"general.architecture": "llama"} | fields
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "model.gguf"
+    checkpoints.save_gguf(random(CONFIGS["llama"]), None, path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.001, 0.004, 0.5, 0.9999])
+def test_truncated_anywhere(whole, share, tmp_path) -> None:
+    path = tmp_path / "torn.gguf"
+    kept = int(len(whole) * share)
+    path.write_bytes(whole[:kept])
+    with pytest.raises(UserError, match="truncated or corrupt|no GGUF file") as caught:
+        checkpoints.load_model(path)
+    assert str(path) in str(caught.value) and (kept < 4 or f"{kept:,} bytes" in str(caught.value))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_damaged_headers_never_end_in_anything_but_a_sentence(whole, seed, tmp_path) -> None:
+    generator = np.random.default_rng(seed)
+    damaged = bytearray(whole)
+    for place in generator.integers(0, 3000, 6):
+        damaged[place] = generator.integers(0, 256)
+    (tmp_path / "x.gguf").write_bytes(damaged)
+    try:
+        checkpoints.load_model(tmp_path / "x.gguf")  # some damage is to a weight or a name nobody asks for
+    except UserError as error:
+        assert len(str(error)) > 20
+
+
+def rewrite(path, changes=None, tensors=None) -> None:
+    """Copies a GGUF file with other fields and tensors (None drops one)."""
+    reader = gguf.GGUFReader(path)
+    fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")} | (changes or {})
+    writer = gguf.GGUFWriter(path.with_suffix(".new"), fields.pop("general.architecture"))
+    for key, value in fields.items():
+        if value is not None:
+            kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+            writer.add_key_value(key, value, kind)
+    held = {tensor.name: np.array(tensor.data) for tensor in reader.tensors} | (tensors or {})
+    for name, data in held.items():
+        if data is not None:
+            writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "text"),
+    [
+        ({"general.architecture": "lama"}, {}, "Did you mean 'llama'"),
+        ({"llama.block_count": None}, {}, "lacks llama.block_count"),
+        ({"llama.expert_count": 8}, {}, "llama.expert_count"),
+        ({"llama.rope.dimension_count": 4}, {}, "rope.dimension_count 4 beside heads of 8"),
+        ({"llama.rope.scaling.type": "longrope"}, {}, "'longrope'"),
+        ({"llama.attention.head_count": 5}, {}, "n_heads"),
+        ({"llama.attention.head_count_kv": [4, 2]}, {}, "another llama.attention.head_count_kv in each layer"),
+        ({"split.count": 3}, {}, "one of 3 parts"),
+        ({}, {"blk.1.attn_q.weight": None}, "1 missing (blk.1.attn_q.weight)"),
+        ({}, {"blk.1.attn_sinks.weight": np.zeros(4, np.float32)}, "1 not part of the model (blk.1.attn_sinks.weight)"),
+        ({}, {"output_norm.weight": np.zeros(5, np.float32)}, "output_norm.weight is [5] where the config asks"),
+        ({}, {"token_embd.weight": None}, "lacks the tensor token_embd.weight"),
+        ({}, {FREQS: np.array([1, 3, 2, 7], np.float32)}, "no formula"),
+    ],
+)
+def test_files_that_are_not_what_they_say(whole, changes, tensors, text, tmp_path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(whole)
+    rewrite(path)
+    checkpoints.load_model(path)
+    rewrite(path, changes, tensors)
+    with pytest.raises(UserError) as caught:
+        checkpoints.load_model(path)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (gpt2.Config(**SMALL, activation="relu"), "gpt2 needs activation='gelu_tanh'"),
+        (gpt2.Config(**SMALL, bias=False), "gpt2 needs bias=True"),
+        (llama.Config(**SMALL, activation="gelu"), "llama needs activation='silu'"),
+        (scaled("dynamic"), "dynamic"),
+        (scaled("yarn", beta_fast=20.0), "beta_fast"),
+        (mlp.Config(), "keifu.models.mlp"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_not_written(config, text, tmp_path) -> None:
+    module = {gpt2.Config: gpt2, llama.Config: llama, mlp.Config: mlp}[type(config)]
+    with pytest.raises(UserError, match="hf") as caught:
+        checkpoints.save_gguf(module.build(config), None, tmp_path / "x.gguf")
+    assert text in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_window_becomes_the_context(tmp_path) -> None:
+    """llama.cpp sees everything: within one window that is the same."""
+    checkpoints.save_gguf(random(llama.Config(**SMALL, sliding_window=9)), None, tmp_path / "x.gguf")
+    config = checkpoints.load_model(tmp_path / "x.gguf").config
+    assert (config.context_length, config.sliding_window) == (9, 9)
+
+
+@given(
+    factor=st.floats(1.5, 64, width=32), length=st.integers(16, 9000), low=st.floats(0.5, 2), ratio=st.floats(1.01, 9),
+    head_dim=st.sampled_from([8, 16, 64, 128]),
+)  # fmt: skip
+@example(factor=8.0, length=777, low=1.0, ratio=4.0, head_dim=64)
+@settings(max_examples=100, deadline=None)
+def test_llama3_settings_are_found_from_their_divisors_alone(factor, length, low, ratio, head_dim) -> None:
+    scaling = RopeScaling("llama3", factor, length, low_freq_factor=low, high_freq_factor=low * ratio)
+    freqs = divisors(scaling, 500_000.0, head_dim)
+    assume(1 < freqs.max() == factor and freqs.min() < factor)
+    found = read_scaling({}, 500_000.0, 4096, freqs, "x.gguf")
+    assert found is not None and torch.allclose(divisors(found, 500_000.0, head_dim), freqs, rtol=1e-5)
+    if (length, low, ratio) == (777, 1.0, 4.0):
+        assert found == scaling
+
+
+def test_tokenizer_travels_with_the_model(tokenizer, tmp_path) -> None:
+    model = random(CONFIGS["llama-grouped-tied"])
+    checkpoints.save_gguf(model, tokenizer, tmp_path / "x.gguf")
+    again, same = checkpoints.load(tmp_path / "x.gguf")
+    text = "The capital of Japan is 東京 🙂\n\n  x"
+    assert same.encode(text) == tokenizer.encode(text) and same.decode(same.encode(text)) == text
+    assert same.vocab_size == again.config.vocab_size == 320 > tokenizer.vocab_size
+    assert (same.bos_id, same.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+
+
+@pytest.mark.parametrize(("to", "dtype"), [("hf", None), ("hf", "bf16"), ("gguf", None), ("gguf", "q8_0")])
+def test_convert(to, dtype, tokenizer, tmp_path) -> None:
+    model = random(CONFIGS["qwen2"]).half()
+    checkpoints.save(model, tokenizer, tmp_path / "source")
+    out = tmp_path / ("out.gguf" if to == "gguf" else "out")
+    checkpoints.convert(tmp_path / "source", out, to, dtype)
+    held = {None: torch.float16, "bf16": torch.bfloat16, "q8_0": torch.float32}[dtype]
+    again = checkpoints.load_model(out, held)
+    error = {None: 0, "bf16": 1e-2, "q8_0": 2e-2}[dtype]
+    for key, tensor in model.state_dict().items():
+        assert (again.state_dict()[key].float() - tensor.float()).abs().max() <= error * tensor.float().abs().max()
+    if to == "gguf" and dtype is None:
+        kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(out).tensors}
+        assert kinds["blk.0.attn_q.weight"] == "F16" and kinds["blk.0.attn_q.bias"] == "F32"
+
+
+def test_convert_says_what_it_cannot(tmp_path) -> None:
+    checkpoints.save(random(CONFIGS["llama"]), None, tmp_path / "source")
+    wrong = [("hf", "q8_0", "cannot hold q8_0"), ("gguf", "q4", "'q4'"), ("hf", "q8", "Did you mean 'q8_0'")]
+    for to, dtype, text in wrong:
+        with pytest.raises(UserError, match=text):
+            checkpoints.convert(tmp_path / "source", tmp_path / "out", to, dtype)
+
+
+def test_smollm2_equals_transformers_reading_of_the_same_file(smollm2) -> None:
+    import transformers
+
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    model, tokenizer = checkpoints.load(smollm2)
+    tokens = torch.tensor([tokenizer.encode("The quick brown fox jumps over the lazy dog. 日本語のテスト")])
+    with torch.no_grad():
+        expected = reference(tokens).logits
+        assert (model(tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_smollm2_answers(smollm2) -> None:
+    model, tokenizer = checkpoints.load("smollm2")
+    ids = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}])
+    answer: list[int] = []
+    caches, new = model.new_caches(1, len(ids) + 12), torch.tensor([ids])
+    with torch.inference_mode():
+        while len(answer) < 12 and (token := int(model(new, caches)[0, -1].argmax())) not in tokenizer.stop_ids:
+            answer.append(token)
+            new = torch.tensor([[token]])
+    assert "Paris" in tokenizer.decode(answer)

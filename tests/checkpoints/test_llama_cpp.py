@@ -1,0 +1,93 @@
+"""llama.cpp loads the GGUF files that keifu writes and picks the same tokens; without llama-cpp-python, left out."""
+
+import pytest
+import torch
+
+from keifu import checkpoints
+from keifu.data.chat import CHATML
+from keifu.layers.positions import RopeScaling
+from keifu.models import gpt2, llama
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+
+SMALL = {"vocab_size": 320, "dim": 64, "hidden_dim": 96, "n_layers": 3, "n_heads": 4, "context_length": 128}
+SCALINGS = {
+    "linear": RopeScaling("linear", 2.5, 128),
+    "yarn": RopeScaling("yarn", 4.0, 16, attention_factor=1.1),
+    "llama3": RopeScaling("llama3", 8.0, 24),
+}
+CONFIGS = {
+    "gpt2": gpt2.Config(**SMALL, dropout=0.0),
+    "gpt2-untied": gpt2.Config(**SMALL, dropout=0.0, tied=False),
+    "llama": llama.Config(**SMALL, n_kv_heads=2, norm_eps=1e-5),
+    "llama-tied-multi-query": llama.Config(**SMALL, n_kv_heads=1, tied=True, rope_theta=1e5),
+    "llama-biased": llama.Config(**SMALL, n_kv_heads=2, qkv_bias=True, out_bias=True, feedforward_bias=True),
+    "llama-wide-heads": llama.Config(**SMALL, n_kv_heads=2, head_dim=32),
+    "qwen2": llama.Config(**SMALL, n_kv_heads=2, qkv_bias=True, tied=True),
+    **{name: llama.Config(**SMALL, n_kv_heads=2, rope_scaling=scaling) for name, scaling in SCALINGS.items()},
+}
+
+
+def random(config) -> torch.nn.Module:
+    model = (gpt2 if isinstance(config, gpt2.Config) else llama).build(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * 0.15
+    return model
+
+
+def greedy(model, tokens: list[int], count: int) -> list[int]:
+    for _ in range(count):
+        tokens = [*tokens, int(model(torch.tensor([tokens]))[0, -1].argmax())]
+    return tokens
+
+
+def run(path, tokens: list[int], count: int):
+    """llama.cpp's logits [tokens, vocab] for a prompt, and the prompt continued greedily."""
+    engine = llama_cpp.Llama(str(path), n_ctx=128, logits_all=True, verbose=False, n_threads=2)
+    engine.eval(tokens)
+    logits = torch.from_numpy(engine.scores[: len(tokens)].copy())
+    for _ in range(count):
+        tokens = [*tokens, int(engine.scores[len(tokens) - 1].argmax())]
+        engine.eval(tokens[-1:])
+    return engine, logits, tokens
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@torch.no_grad()
+def test_same_logits_and_greedy_tokens(kind, tokenizer, tmp_path) -> None:
+    model = random(CONFIGS[kind])
+    checkpoints.save_gguf(model, tokenizer.with_chat_template(CHATML), tmp_path / "x.gguf")
+    text = "The capital of Japan is 東京 🙂 and x = 1"
+    tokens = tokenizer.encode(text)
+    engine, logits, continued = run(tmp_path / "x.gguf", tokens, 24)
+    assert engine.tokenize(text.encode(), add_bos=False) == tokens
+    assert engine.detokenize(tokens).decode() == text
+    assert engine.metadata["tokenizer.chat_template"] == CHATML
+    expected = model(torch.tensor([tokens]))[0]
+    assert (logits - expected).abs().max() <= 2e-3 * expected.abs().max()  # llama.cpp's GELU and softmax use tables
+    assert continued == greedy(model, tokens, 24)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
+@torch.no_grad()
+def test_other_number_formats(dtype, tokenizer, tmp_path) -> None:
+    model = random(CONFIGS["llama"])
+    checkpoints.save_gguf(model, tokenizer, tmp_path / "x.gguf", dtype)
+    rounded = checkpoints.load_model(tmp_path / "x.gguf", torch.float32)
+    tokens = tokenizer.encode("def f(x):\n    return x")
+    _, logits, _ = run(tmp_path / "x.gguf", tokens, 0)
+    expected = rounded(torch.tensor([tokens]))[0]
+    assert (logits - expected).abs().max() <= 3e-2 * expected.abs().max()  # llama.cpp rounds what it multiplies, too
+
+
+@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
+@torch.no_grad()
+def test_smollm2_written_again(dtype, smollm2, tmp_path) -> None:
+    checkpoints.convert(smollm2, tmp_path / "smollm2.gguf", "gguf", dtype)
+    model, tokenizer = checkpoints.load(tmp_path / "smollm2.gguf")
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    tokens = tokenizer.render_chat(messages)
+    engine, _, continued = run(tmp_path / "smollm2.gguf", tokens, 8)
+    assert continued == greedy(model, tokens, 8) and "Paris" in tokenizer.decode(continued[len(tokens) :])
+    assert engine.tokenize(tokenizer.chat_text(messages).encode(), add_bos=False, special=True) == tokens
