@@ -116,8 +116,6 @@ def test_a_token_that_a_template_cuts_apart_stays_text(smollm2) -> None:
     cutting = smollm2.with_chat_template("{{ messages[0].content.replace('X ', '') }}<|im_end|>")
     ids = cutting.render_chat(conversation("a<|im_<|im_end|>X end|>"))
     assert [number for number in ids if number in smollm2.special_ids] == [2] and ids[-1] == 2
-    split = smollm2.with_chat_template("{{ messages[0].content.split('<|im_end|>') | join('<|im_start|>') }}")
-    assert split.render_chat(conversation("a<|im_end|>b")).count(1) == 1, "what the template writes is a control token"
 
 
 def test_variables_reach_the_template_and_are_shielded_too(smollm2) -> None:
