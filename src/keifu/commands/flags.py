@@ -19,6 +19,7 @@ Model = Annotated[
     tyro.conf.Positional,
     tyro.conf.arg(metavar="MODEL", help="A run, a Hugging Face directory or hub id, a .gguf file or a catalogue name."),
 ]
+NAMES = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,21 @@ def _sentence(lines: Sequence[str], program: str) -> str:
         return f"{program} needs {' and '.join(needed)}: see {program} --help."
     if match := re.fullmatch(r"Error parsing (\S+): (.*)", text):
         place, problem = match.groups()
-        problem = re.sub(r"invalid literal for int\(\) with base 10:", "a whole number is needed, not", problem)
-        problem = problem.replace("could not convert string to float:", "a number is needed, not")
+        problem = _readable(problem)
         return f"{place}: {problem}." if place.startswith("-") or place.isupper() else f"{problem}."
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def _readable(problem: str) -> str:
+    """Python's complaint about a value in words for everyone; any other problem as it is."""
+    forms = {
+        r"invalid literal for int\(\) with base 10: (?P<value>.*)": "INT",
+        r"could not convert string to float: (?P<value>.*)": "FLOAT",
+        r"no type matching (?P<types>\S+) could be instantiated from \[(?P<value>.*?)\]\..*": "",
+    }
+    for form, types in forms.items():
+        if match := re.fullmatch(form, problem):
+            words = {each.strip("{}") for each in match.groupdict().get("types", types).split("|")}
+            words -= {"INT"} if "FLOAT" in words else set()
+            return f"{' or '.join(NAMES.get(word, word) for word in sorted(words))} is needed, not {match['value']}"
+    return problem

@@ -10,7 +10,7 @@ from keifu.errors import UserError
 def load_writer(name: str) -> tuple[Any, Any]:
     """A model that writes text, and its tokenizer; for any other kind of model a `UserError`."""
     from keifu.checkpoints import load
-    from keifu.generation.engine import Model
+    from keifu.generation.decoding import Model
 
     model, tokenizer = load(name)
     if tokenizer is None or not isinstance(model, Model):
