@@ -76,6 +76,8 @@ def write(fields: dict[str, Any], path: Path) -> Path:
                 writer.add_bool(key, value)
             case int():
                 writer.add_uint32(key, value)
+            case float():
+                writer.add_float32(key, value)
             case str():
                 writer.add_string(key, value)
             case _:
@@ -201,3 +203,18 @@ def test_tokenizers_that_gguf_cannot_hold_say_why(corpus) -> None:
     odd.backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel()])
     with pytest.raises(UserError, match=r"no name for this tokenizer's way .*\(Punctuation, ByteLevel\)"):
         to_gguf_fields(odd)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "sentencepiece-32k", "bpe"])
+def test_llama_cpp_encodes_alike(name, smollm2, corpus, texts, tmp_path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    bpe = train_tokenizer("bpe", corpus, 600, split_digits=True)
+    ours = {"smollm2": smollm2, "bpe": bpe}.get(name) or load_tokenizer(name)
+    needed = dict.fromkeys(["context_length", "embedding_length", "block_count", "feed_forward_length"], 64)
+    needed |= {"attention.head_count": 4, "vocab_size": ours.vocab_size}
+    model = {f"llama.{key}": value for key, value in needed.items()}
+    path = write(to_gguf_fields(ours) | model | {"llama.attention.layer_norm_rms_epsilon": 1e-5}, tmp_path / "x.gguf")
+    reference = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    for text in [*texts, "\n\n  12345 and\r\n 3.14", "a</s>b<|im_end|>"]:
+        assert ours.encode(text) == reference.tokenize(text.encode(), add_bos=False, special=False), text
+        assert ours.encode(text, special=True) == reference.tokenize(text.encode(), add_bos=True, special=False)
