@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,9 +53,8 @@ def converse(conversation: "Conversation", lines: Iterator[str], sampling: dict[
 
 
 def _answer(conversation: "Conversation", line: str, sampling: dict[str, Any]) -> None:
-    with closing(conversation.reply(line, **sampling)) as pieces:
-        for piece in pieces:
-            print(piece, end="", flush=True)
+    for piece in conversation.reply(line, **sampling):
+        print(piece, end="", flush=True)
     print(flush=True)
     if conversation.finish_reason in ("length", "context"):
         limit = {"length": "--max-tokens", "context": "the model's context, which is full"}[conversation.finish_reason]

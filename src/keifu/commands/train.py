@@ -44,7 +44,7 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str) -> Callable[
         ("out", Annotated[Path, tyro.conf.arg(help="Folder of the run.")], field(default=Path("runs") / name)),
         ("resume", Annotated[bool, tyro.conf.arg(help="Go on with the run that stands in that folder.")], False),
     ]
-    about = re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", module.__doc__)  # tyro keeps the line breaks of paragraphs alone
+    about = re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", module.__doc__ or "")  # tyro keeps the line breaks of paragraphs alone
     options = flags.parse(make_dataclass("Train", fields, frozen=True), arguments, program, about)
     return lambda: module.run(options.recipe, options.out, options.resume)
 
