@@ -47,8 +47,9 @@ def run(options: Options) -> None:
 def _list() -> None:
     from keifu.data.catalogue import rows
 
-    columns = ("name", "kind", "download", "fetched", "licence", "about", "attribution")
-    tables.show(columns, [[row[column] for column in columns] for row in rows()])
+    plain = ("name", "kind", "download", "fetched", "about")
+    cells = [[*(row[column] for column in plain), f"{row['licence']}; {row['attribution']}"] for row in rows()]
+    tables.show((*plain, "licence; whom to name"), cells)
 
 
 def _check(source: str, options: Options) -> None:
