@@ -37,8 +37,10 @@ def random(config) -> torch.nn.Module:
 
 
 def greedy(model, tokens: list[int], count: int) -> list[int]:
+    caches, new = model.new_caches(1, len(tokens) + count), tokens
     for _ in range(count):
-        tokens = [*tokens, int(model(torch.tensor([tokens]))[0, -1].argmax())]
+        new = [int(model(torch.tensor([new]), caches)[0, -1].argmax())]
+        tokens = tokens + new
     return tokens
 
 
@@ -88,6 +90,13 @@ def test_smollm2_written_again(dtype, smollm2, tmp_path) -> None:
     model, tokenizer = checkpoints.load(tmp_path / "smollm2.gguf")
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     tokens = tokenizer.render_chat(messages)
-    engine, _, continued = run(tmp_path / "smollm2.gguf", tokens, 8)
-    assert continued == greedy(model, tokens, 8) and "Paris" in tokenizer.decode(continued[len(tokens) :])
+    ours = greedy(model, tokens, 8)
+    assert "Paris" in tokenizer.decode(ours[len(tokens) :])
+    engine, logits, _ = run(tmp_path / "smollm2.gguf", ours, 0)
     assert engine.tokenize(tokenizer.chat_text(messages).encode(), add_bos=False, special=True) == tokens
+    expected = model(torch.tensor([ours]))[0]
+    rounding = {"f32": 2e-3, "q8_0": 6e-2}[dtype] * expected.abs().max()  # with q8_0 llama.cpp rounds activations too
+    assert (logits - expected).abs().max() <= rounding
+    for place in range(len(tokens) - 1, len(ours) - 1):
+        first, second = expected[place].topk(2).values
+        assert first - second < rounding or int(logits[place].argmax()) == ours[place + 1]

@@ -158,7 +158,7 @@ def open_file(path: Path) -> GGUFFile:
     infos = [_info(cursor) for _ in range(n_tensors)]
     alignment = fields.get("general.alignment", 32)
     start = -(-cursor.at // alignment) * alignment
-    places = {name: _place(path, name, start, *rest) for name, *rest in infos}
+    places = {name: _place(path, name, shape, kind, start + offset) for name, shape, kind, offset in infos}
     end = max((place.start + place.size for place in places.values()), default=start)
     if end > size:
         raise truncated(path, end, size)
@@ -171,7 +171,7 @@ def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, cursor.number("I"), cursor.number("Q")
 
 
-def _place(path: Path, name: str, start: int, shape: tuple[int, ...], kind: int, offset: int) -> Place:
+def _place(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int) -> Place:
     from gguf import GGMLQuantizationType
 
     if kind not in list(GGMLQuantizationType):
@@ -180,4 +180,4 @@ def _place(path: Path, name: str, start: int, shape: tuple[int, ...], kind: int,
     block, size = _block(known)
     if not shape or shape[-1] % block:
         raise UserError(f"{path} stores {name} {list(shape)} as {known}, whose rows come in blocks of {block}.")
-    return Place(shape, known, start + offset, math.prod(shape) * size // block)
+    return Place(shape, known, start, math.prod(shape) * size // block)

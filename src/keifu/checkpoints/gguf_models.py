@@ -35,7 +35,7 @@ class Architecture:
 
     model_type: str
     names: Mapping[str, str]
-    fields: Mapping[str, str]
+    fields: dict[str, str]
     fixed: Mapping[str, Any]
     optional: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False

@@ -41,8 +41,8 @@ def read_scaling(
         return RopeScaling("linear", factor, context)
     size = float(own.get("rope.scaling.attn_factor", 1.0))
     attention_factor = None if size == 1.0 else size * (1 + 0.1 * math.log(factor))
-    betas = {key: float(own.get(f"rope.scaling.yarn_{key}", usual)) for key, usual in YARN.items()}
-    return RopeScaling("yarn", factor, original, attention_factor=attention_factor, **betas)
+    fast, slow = (float(own.get(f"rope.scaling.yarn_{key}", usual)) for key, usual in YARN.items())
+    return RopeScaling("yarn", factor, original, beta_fast=fast, beta_slow=slow, attention_factor=attention_factor)
 
 
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp has these built in for LLaMA and Qwen2

@@ -104,8 +104,9 @@ def _write(
 
 def tensor_kind(name: str, shape: tuple[int, ...], kind: str) -> str:
     """The number format of one tensor in a file whose matrices are of this kind."""
-    exact = len(shape) < 2 or name.startswith(ALWAYS_EXACT)
-    return "F32" if exact or (kind == "Q8_0" and shape[-1] % BLOCK) else kind
+    if len(shape) == 1 or name.startswith(ALWAYS_EXACT):
+        return "F32"
+    return "F32" if kind == "Q8_0" and shape[-1] % BLOCK else kind
 
 
 def packed(tensor: Tensor, kind: str) -> np.ndarray:
