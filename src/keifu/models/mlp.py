@@ -54,6 +54,9 @@ class MLP(nn.Module):
     `mean` and `scale` [dim] belong to the data that the network learned from and are saved with it: 0 and 1 unless set.
     """
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -81,6 +84,7 @@ def build(config: Config) -> MLP:
     model = MLP(config)
     gain = 1.0  # the inputs are taken to have variance 1
     for layer in model.layers:
+        assert isinstance(layer, nn.Linear)
         nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.in_features))
         nn.init.zeros_(layer.bias)
         gain = forward_gain(model.activation)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,7 @@ from keifu.data import toy
 from keifu.data.tables import Table, standardisation
 from keifu.errors import UserError
 from keifu.evaluation import boundaries
-from keifu.files import write_atomic
+from keifu.evaluation.page import write_page
 from keifu.models import perceptron
 from keifu.models.perceptron import Config, Perceptron, Separation
 
@@ -75,10 +76,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     table, targets = lesson.table, lesson.table.targets.double()
     found = perceptron.separate(lesson.seen, targets)
     if found.separator is None:
-        if found.exact and len(table.columns) == 2:
-            title = f"{Path(recipe.data).stem}: no line parts the classes"
-            write_atomic(out / "boundary.png", boundaries.crossing(points(table), found.mixture, title))
-        raise UserError(refusal(recipe, table, found))
+        refuse(recipe, table, found, out)
     print(
         f"{recipe.data}: {len(targets)} rows; widest margin γ = {found.margin:.4g}, longest row R = {found.radius:.4g}."
     )
@@ -90,12 +88,25 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
             f"After {updates} corrections {wrong} of {len(targets)} rows are still wrong, and the bound is (R/γ)² = "
             f"{found.bound:,.0f}: allow more with --max-updates."
         )
-    print(f"Learned after {updates} corrections; Novikoff's bound is (R/γ)² = {found.bound:,.1f}.")
-    print(f"The output is {table.classes[1]} where {formula(plane, table.columns)}, else {table.classes[0]}.")
     checkpoints.save(neuron, None, out)
-    if len(table.columns) == 2:
-        write_atomic(out / "boundary.png", draw(lesson, stages))
-        print(f"{out / 'boundary.png'} shows how it learned.")
+    text = (
+        f"Learned after {updates} corrections; Novikoff's bound is (R/γ)² = {found.bound:,.1f}.\n"
+        f"The output is {table.classes[1]} where {formula(plane, table.columns)}, else {table.classes[0]}."
+    )
+    facts = {"corrections": updates, "bound": found.bound, "margin γ": found.margin, "longest row R": found.radius}
+    pictures = {"boundary": draw(lesson, stages)} if len(table.columns) == 2 else {}
+    write_page(out, f"A perceptron learns {Path(recipe.data).stem}", text, facts | vars(recipe), pictures)
+    print(f"{text}\nThe neuron is in {out}; report.html there shows how it learned.")
+
+
+def refuse(recipe: Recipe, table: Table, found: Separation, out: Path) -> NoReturn:
+    """Raises the error that says why no plane parts the classes, and draws the reason where there are two columns."""
+    text = refusal(recipe, table, found)
+    if found.exact and len(table.columns) == 2:
+        title = f"{Path(recipe.data).stem}: no line parts the classes"
+        picture = boundaries.crossing(points(table), found.mixture, title)
+        write_page(out, title, text, vars(recipe), {"boundary": picture})
+    raise UserError(text)
 
 
 def prepare(recipe: Recipe) -> Lesson:
