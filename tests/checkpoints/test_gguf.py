@@ -254,6 +254,25 @@ def test_llama3_settings_are_found_from_their_divisors_alone(factor, length, low
         assert found == scaling
 
 
+def test_a_full_disk_keeps_the_old_file(whole, tmp_path, monkeypatch) -> None:
+    def full(*args):
+        raise OSError("16384 requested and 10000 written")
+
+    path = tmp_path / "x.gguf"
+    path.write_bytes(whole)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(UserError, match="disk is full"):
+        checkpoints.save_gguf(random(CONFIGS["llama"]), None, path)
+    assert path.read_bytes() == whole and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_gguf_by_any_name_in_a_folder_of_its_own(whole, tmp_path) -> None:
+    (tmp_path / "model.bin.part").write_bytes(whole)
+    checkpoints.load_model(tmp_path / "model.bin.part")
+    (tmp_path / "x.gguf").write_bytes(whole)
+    checkpoints.load_model(tmp_path)
+
+
 def test_tokenizer_travels_with_the_model(tokenizer, tmp_path) -> None:
     model = random(CONFIGS["llama-grouped-tied"])
     checkpoints.save_gguf(model, tokenizer, tmp_path / "x.gguf")

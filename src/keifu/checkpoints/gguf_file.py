@@ -23,6 +23,7 @@ from keifu.errors import UserError
 # GGUF's numbers for the types of values, and struct's letters for them
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+MAGIC = b"GGUF"
 BLOCKS = 1024  # blocks of a quantised tensor that are read at once
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -135,6 +136,12 @@ class _Cursor:
         return start
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def truncated(path: Path, needed: int, size: int) -> UserError:
     """The error for a file that ends too soon."""
     return UserError(f"{path} is truncated or corrupt: it has {size:,} bytes and would need at least {needed:,}.")
@@ -143,13 +150,12 @@ def truncated(path: Path, needed: int, size: int) -> UserError:
 def open_file(path: Path) -> GGUFFile:
     """A GGUF file's header. What is no GGUF, of an unknown version, or torn, is a `UserError`."""
     size = path.stat().st_size
+    if not is_gguf(path):
+        raise UserError(f"{path} is no GGUF file: it does not begin with the letters GGUF.")
     with path.open("rb") as file:
-        magic = file.read(4)
-        if magic != b"GGUF":
-            raise UserError(f"{path} is no GGUF file: it begins with {magic!r}, not with b'GGUF'.")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     cursor = _Cursor(path, data)
-    cursor.advance(4)
+    cursor.advance(len(MAGIC))
     version = cursor.number("I")
     if version not in (2, 3):
         raise UserError(f"{path} is GGUF of version {version}; keifu reads 2 and 3 with little-endian numbers.")

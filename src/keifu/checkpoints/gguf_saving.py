@@ -1,5 +1,6 @@
 """Writing GGUF files that llama.cpp loads; knows no architecture and no tokenizer from within."""
 
+import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,12 @@ def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = 
         **_vocabulary(tokenizer, config.vocab_size),
     }
     with replacing(path) as temporary:
-        _write(temporary, name, fields, settings, model.state_dict(), found, kind)
+        try:
+            _write(temporary, name, fields, settings, model.state_dict(), found, kind)
+        except OSError as error:
+            if error.errno is None:  # numpy's words for a disk that took only part of an array
+                raise OSError(errno.ENOSPC, str(error), str(path)) from error
+            raise
 
 
 def _kind(dtype: str | None, own: torch.dtype) -> str:

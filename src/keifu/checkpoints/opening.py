@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from keifu.checkpoints.gguf_file import is_gguf
 from keifu.checkpoints.gguf_saving import save_gguf
 from keifu.checkpoints.gguf_source import open_gguf
 from keifu.checkpoints.hub import locate
@@ -81,6 +82,6 @@ def open_source(path: Path) -> Source:
         return open_directory(path.parent)
     if path.suffix in PICKLED:
         raise pickled_only(path.parent, [path.name])
-    if path.suffix != ".gguf":
-        raise UserError(f"{path} is no model: give a folder with config.json and model.safetensors, or a .gguf file.")
-    return open_gguf(path)
+    if path.suffix == ".gguf" or is_gguf(path):
+        return open_gguf(path)
+    raise UserError(f"{path} is no model: give a folder with config.json and model.safetensors, or a .gguf file.")

@@ -4,6 +4,7 @@ Everything is written beside the old files first and renamed at the end, so that
 checkpoint whole.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -47,7 +48,7 @@ def save(model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_byte
         _write_texts(config, name_of(next(model.parameters()).dtype), tokenizer, stage)
         _move(stage, directory, weights)
     except OSError as error:
-        if error.errno == 28:  # ENOSPC
+        if error.errno == errno.ENOSPC:
             raise UserError(f"The disk is full: {directory} keeps what it held; free some space.") from error
         raise
     finally:
@@ -99,7 +100,7 @@ def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # its text carries the system's error number
-        number = 28 if "os error 28" in str(error) else 5
+        number = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
         raise OSError(number, str(error), str(path)) from error
 
 

@@ -1,0 +1,101 @@
+"""config.json as the makers published it, older spellings too, is read as the size of that name."""
+
+import pytest
+import transformers
+
+from keifu.checkpoints.families import FAMILIES, describe, read_config
+from keifu.models import gpt2, llama
+
+COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
+LLAMA3_ROPE = {
+    "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}  # fmt: skip
+PUBLISHED = {
+    "gpt2-medium": {
+        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+        "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 1024, "n_head": 16, "n_layer": 24,
+        "n_positions": 1024, "n_special": 0, "predict_special_tokens": True, "resid_pdrop": 0.1,
+        "summary_activation": None, "task_specific_params": {"text-generation": {"do_sample": True}},
+        "vocab_size": 50257,
+    },
+    "llama-7b": {
+        **COMMON, "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
+        "max_position_embeddings": 2048, "num_attention_heads": 32, "num_hidden_layers": 32, "pad_token_id": 0,
+        "rms_norm_eps": 1e-06, "tie_word_embeddings": False, "vocab_size": 32000,
+    },
+    "llama2-70b": {
+        **COMMON, "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+        "max_position_embeddings": 4096, "num_attention_heads": 64, "num_hidden_layers": 80, "num_key_value_heads": 8,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "llama3.1-8b": {
+        **COMMON, "model_type": "llama", "attention_bias": False, "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0,
+        "vocab_size": 128256,
+    },
+    "llama3.2-1b": {
+        **COMMON, "model_type": "llama", "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192,
+        "max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_scaling": LLAMA3_ROPE | {"factor": 32.0},
+        "rope_theta": 500000.0, "tie_word_embeddings": True, "vocab_size": 128256,
+    },
+    "tinyllama-1.1b": {
+        **COMMON, "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632,
+        "max_position_embeddings": 2048, "num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0, "vocab_size": 32000,
+    },
+    "smollm2-135m": {
+        **COMMON, "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "is_llama_config": True,
+        "max_position_embeddings": 8192, "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+        "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_theta": 100000, "tie_word_embeddings": True,
+        "vocab_size": 49152,
+    },
+    "mistral-7b": {
+        **COMMON, "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 32000,
+    },
+    "qwen2-0.5b": {
+        **COMMON, "model_type": "qwen2", "attention_dropout": 0.0, "hidden_size": 896, "intermediate_size": 4864,
+        "max_position_embeddings": 32768, "max_window_layers": 24, "num_attention_heads": 14, "num_hidden_layers": 24,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_config_is_the_size_of_that_name(name) -> None:
+    family, config = read_config(PUBLISHED[name], "config.json")
+    assert family.model_type == PUBLISHED[name]["model_type"]
+    expected = (gpt2.SIZES | llama.SIZES)[name]
+    assert describe(config) == describe(expected)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_we_write_means_the_same_to_transformers(name) -> None:
+    """Every field that the published file has and transformers keeps has the same value read from ours."""
+    kind = PUBLISHED[name]["model_type"]
+    theirs = transformers.AutoConfig.for_model(**PUBLISHED[name]).to_dict()
+    ours = transformers.AutoConfig.for_model(**describe(read_config(PUBLISHED[name], "config.json")[1])[1]).to_dict()
+    indifferent = {"dtype", "torch_dtype", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
+    indifferent |= {"task_specific_params", "predict_special_tokens", "n_special", "n_ctx", "summary_activation"}
+    indifferent |= {"is_llama_config", "rope_interleaved", "n_inner", "max_window_layers", "sliding_window"} - (
+        {"sliding_window"} if kind == "mistral" else set()
+    )
+    keys = (theirs.keys() & PUBLISHED[name].keys()) - indifferent | {"rope_parameters"} & theirs.keys()
+    assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}
+
+
+@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.names])
+def test_every_size_is_written_and_read_again(kind) -> None:
+    module = FAMILIES[kind].module
+    for name, config in module.SIZES.items():
+        family, json = describe(config)
+        again, back = read_config(json, "config.json")
+        assert again == family and describe(back) == (family, json), name
+        assert not json["model_type"].startswith("keifu_") or kind == "keifu_mlp", name
