@@ -5,7 +5,7 @@ Axes: batch, length = tokens; each function gives sums over the elements that co
 
 from torch import nn
 
-from keifu.layers.losses import IGNORED, cross_entropy
+from keifu.layers.losses import IGNORED, linear_cross_entropy
 from keifu.training.protocols import Batch, Outcome
 
 
@@ -17,5 +17,5 @@ def causal(model: nn.Module, batch: Batch) -> Outcome:
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     if "mask" in batch:
         targets = targets.masked_fill(~batch["mask"][:, 1:], IGNORED)
-    total = cross_entropy(model(inputs), targets)
+    total = linear_cross_entropy(model.hidden(inputs), model.head_weight, targets)
     return Outcome(total, (targets != IGNORED).sum() if "mask" in batch else targets.numel())
