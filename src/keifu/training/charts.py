@@ -9,7 +9,7 @@ WIDTH, HEIGHT = 480, 260
 LEFT, RIGHT, TOP, BOTTOM = 68, 14, 16, 42
 POINTS = 400  # more are averaged: a screen shows no more
 
-Point = tuple[float, float]
+Point = tuple[float | int, float | int]
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ class _Frame:
         return line + "".join(dots)
 
 
-def _finite(points: Sequence[Point]) -> list[Point]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+def _finite(points: Sequence[Point]) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
-def _averaged(points: list[Point]) -> list[Point]:
+def _averaged(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     size = -(-len(points) // POINTS) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
@@ -100,7 +100,7 @@ def _ticks(values: list[float], from_zero: bool) -> list[float]:
 
 
 def _steps(least: float) -> Iterable[float]:
-    power = 10 ** math.floor(math.log10(least))
+    power = 10.0 ** math.floor(math.log10(least))
     return (m * power for m in (1, 2, 5, 10) if m * power >= least * (1 - 1e-9))
 
 

@@ -56,10 +56,17 @@ def hashes(directory: Path) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """What the run was computed by."""
-    here = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
-    programs = {name: here[name] for name in PACKAGES if name in here}
+    programs = {name: version for name in PACKAGES if (version := _version(name))}
     machine = {"system": platform.platform(), "processor": processor_name()}
     return {"python": platform.python_version(), **programs, **machine}
+
+
+def _version(package: str) -> str | None:
+    """None where the package is used from its source, without having been installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def device_name(device: torch.device) -> str:

@@ -5,7 +5,7 @@ import json
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 from keifu.errors import UserError
 from keifu.files import write_atomic
@@ -13,6 +13,7 @@ from keifu.files import write_atomic
 FILE = "metrics.jsonl"
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where figures go beside the file."""
 
@@ -61,7 +62,7 @@ class Metrics:
         """The step of the last validation from before the run was resumed."""
         return max((line["step"] for line in self.before if "validation_loss" in line), default=None)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -3,7 +3,7 @@
 import sys
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,7 +24,7 @@ class Display:
         self.live = Progress(*columns, console=self.console, refresh_per_second=4) if self.console.is_terminal else None
         self.task = self.live.add_task("", total=total) if self.live else None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Display":
         if self.live:
             self.live.start()
         return self
@@ -39,7 +39,7 @@ class Display:
         if self.live and self.task is not None:
             self.live.update(self.task, completed=done)
 
-    def show(self, figures: dict[str, float]) -> None:
+    def show(self, figures: dict[str, Any]) -> None:
         """The latest figures; in a pipe at most one line in ten seconds."""
         text = described(figures, self.unit)
         if self.live and self.task is not None:
@@ -64,7 +64,7 @@ def described(figures: dict[str, Any], unit: str) -> str:
     return "  ".join(write(figures[name]) for name, write in words.items() if name in figures)
 
 
-def clock(seconds: float) -> str:
+def clock(seconds: float | int) -> str:
     """A duration as a person says it: 42 s, 3:07 min, 2:30 h, 3 d 4 h."""
     whole = round(seconds)
     if whole < 100:
@@ -77,7 +77,7 @@ def clock(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes // 60 % 24} h"
 
 
-def size(n_bytes: float) -> str:
+def size(n_bytes: float | int) -> str:
     """An amount of memory with three digits: 512 MB, 1.25 GB (powers of 1000)."""
     value, unit = float(n_bytes), "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
@@ -87,7 +87,7 @@ def size(n_bytes: float) -> str:
     return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
 
 
-def count(number: float) -> str:
+def count(number: float | int) -> str:
     """A number with three digits: 950, 1.31 M, 7 B."""
     for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= scale:

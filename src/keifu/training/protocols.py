@@ -7,7 +7,7 @@ A batch is a dict of tensors whose first axis is rows. An objective turns a mode
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ Sample: TypeAlias = Callable[[int], str | bytes]  # from the number of steps don
 Save: TypeAlias = Callable[[Path], None]  # writes the model into the run's folder
 
 
+@runtime_checkable
 class Data(Protocol):
     """Batches as a function of the seed and the step alone, and a validation set that is always the same."""
 

@@ -78,7 +78,7 @@ def _key_figures(recipe: Mapping[str, Any]) -> str:
     return f'<div class="figures">{"".join(cards)}</div>'
 
 
-def _charts(lines: Sequence[Mapping[str, float]], unit: str) -> list[str]:
+def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
     def curve(field: str, name: str = "", marked: bool = False) -> Curve:
         return Curve(name or field, [(line["step"], line[field]) for line in lines if field in line], marked)
 

@@ -1,0 +1,236 @@
+"""Promise 3: a run that was killed, stopped or torn and resumed ends with the bits of one that never was."""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_toys import Sequences, objective, run, settings, toy, train_slowly
+
+from keifu.errors import UserError
+from keifu.training import metrics, state
+from keifu.training.interrupt import Stopped
+from keifu.training.loop import train
+
+TIMES = ("seconds", "tokens_per_second", "flops_utilisation")
+
+
+PROCESSES = get_context("forkserver")  # forks from a process that has imported torch and computed nothing
+PROCESSES.set_forkserver_preload(["training_toys"])
+
+
+def child(directory: Path, optimizer: str) -> BaseProcess:
+    """A slow run of 40 steps in a process of its own, resumed where a state is there."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the process that forks, which does not get it otherwise
+    process = PROCESSES.Process(target=train_slowly, args=(directory, optimizer, directory.with_suffix(".said")))
+    process.start()
+    return process
+
+
+def said(directory: Path) -> str:
+    return directory.with_suffix(".said").read_text()
+
+
+def wait_for_step(process: BaseProcess, directory: Path, step: int) -> None:
+    """Until a state of that step or a later one is there."""
+    while process.is_alive() and not any(done >= step for done in state.steps(directory)):
+        time.sleep(0.005)
+
+
+def final(directory: Path) -> dict[str, torch.Tensor]:
+    found, _ = state.latest(directory)
+    return found.tensors
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def lines(directory: Path) -> list[dict]:
+    """Metrics without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(directory)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(tmp_path: Path, optimizer: str) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    reference = child(whole, optimizer)
+    for step in (3, 17):  # two kills: some time after a state, wherever the process is then
+        process = child(killed, optimizer)
+        wait_for_step(process, killed, step)
+        time.sleep(random.random() * 0.06)
+        process.kill()
+        process.join()
+    child(killed, optimizer).join()
+    reference.join()
+    assert said(killed).count("Going on from step") == 2
+    assert state.steps(killed)[-1] == state.steps(whole)[-1] == 40
+    assert same(final(killed), final(whole))
+    assert lines(killed) == lines(whole)
+
+
+def test_ctrl_c_saves_the_state_and_says_how_to_resume(tmp_path: Path) -> None:
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    process, reference = child(stopped, "adamw"), child(whole, "adamw")
+    wait_for_step(process, stopped, 3)
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join()
+    step = state.steps(stopped)[-1]
+    assert process.exitcode and "once more stops at once" in said(stopped)
+    assert f"stopped at step {step}" in (stopped / "report.html").read_text()
+    child(stopped, "adamw").join()
+    reference.join()
+    assert same(final(stopped), final(whole))
+
+
+class Interrupting(Sequences):
+    """Sends this process a signal while a batch is made."""
+
+    def __init__(self, at: int, number: signal.Signals, times: int = 1):
+        super().__init__()
+        self.at, self.number, self.times = at, number, times
+
+    def batch(self, step: int):
+        if step == self.at:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+        return super().batch(step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_stops_between_steps(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match="Stopped after step 5; the state is saved"):
+        train(toy(), objective, Interrupting(5, number), settings(), run(tmp_path))
+    assert state.steps(tmp_path)[-1] == 5
+    assert signal.getsignal(number) is before
+
+
+def test_the_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(toy(), objective, Interrupting(5, signal.SIGINT, times=2), settings(), run(tmp_path))
+    assert not isinstance(stop.value, Stopped)
+    assert state.steps(tmp_path)[-1] == 3
+
+
+def finished(directory: Path) -> Path:
+    train(toy(), objective, Sequences(), settings(), run(directory))
+    return directory
+
+
+def test_resuming_in_the_middle_drops_later_lines_of_metrics(tmp_path: Path) -> None:
+    whole = finished(tmp_path / "whole")
+    (torn := finished(tmp_path / "torn") / "state/step-00000012.json").unlink()
+    summary = train(toy(3), objective, Sequences(), settings(), run(tmp_path / "torn", resume=True))
+    assert torn.exists() and summary.steps == 12
+    assert same(final(tmp_path / "torn"), final(whole))
+    assert lines(tmp_path / "torn") == lines(whole)
+
+
+def test_a_torn_state_is_named_and_the_one_before_is_used(tmp_path: Path, capsys) -> None:
+    finished(tmp_path)
+    file = tmp_path / "state/step-00000012.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    train(toy(3), objective, Sequences(), settings(), run(tmp_path, resume=True))
+    said = capsys.readouterr().err
+    assert "step-00000012.safetensors is damaged" in said and "Going on from the one before, of step 9" in said
+    assert load_file(file).keys() == final(tmp_path).keys()
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"step": 9}'])
+def test_without_a_whole_state_every_damaged_one_is_named(tmp_path: Path, damage: bytes) -> None:
+    finished(tmp_path)
+    for file in (tmp_path / "state").glob("*.json"):
+        file.write_bytes(damage)
+    with pytest.raises(UserError, match="no state to resume from.*step-00000012.json is damaged.*step-00000009.json"):
+        train(toy(), objective, Sequences(), settings(), run(tmp_path, resume=True))
+
+
+def test_a_truncated_state_is_damaged(tmp_path: Path) -> None:
+    finished(tmp_path)
+    file = tmp_path / "state/step-00000012.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert state.latest(tmp_path)[0].step == 9
+
+
+def test_changed_settings_and_options_are_named_with_both_values(tmp_path: Path) -> None:
+    train(toy(), objective, Sequences(), settings(), run(tmp_path, options={"model": {"dim": 8}}))
+    again = run(tmp_path, resume=True, options={"model": {"dim": 9}})
+    with pytest.raises(UserError, match=r"learning_rate 0.01 → 0.02, betas .*0.99\], model.dim 8 → 9"):
+        train(toy(), objective, Sequences(), settings(learning_rate=0.02, betas=(0.9, 0.99)), again)
+
+
+def test_changed_data_are_an_error(tmp_path: Path) -> None:
+    finished(tmp_path)
+    other = Sequences()
+    other.fingerprint = "other"
+    with pytest.raises(UserError, match="counting → other"):
+        train(toy(), objective, other, settings(), run(tmp_path, resume=True))
+
+
+def test_steps_and_the_split_may_change_and_it_is_said(tmp_path: Path, capsys) -> None:
+    finished(tmp_path)
+    summary = train(
+        toy(), objective, Sequences(), settings(steps=15, micro_batch=2), run(tmp_path, resume=True)
+    )
+    assert summary.steps == 15
+    assert "Going on from step 12; changed: steps 12 → 15, micro_batch 6 → 2." in capsys.readouterr().err
+
+
+def test_another_model_is_named_tensor_by_tensor(tmp_path: Path) -> None:
+    finished(tmp_path)
+    other = toy()
+    other.head = torch.nn.Linear(8, 12, bias=False)
+    both = r"head.weight: \(11, 8\) saved, \(12, 8\) in the model; head.bias: \(11,\) saved, none in the model"
+    with pytest.raises(UserError, match=both):
+        train(other, objective, Sequences(), settings(), run(tmp_path, resume=True))
+
+
+def test_a_new_run_does_not_write_over_another(tmp_path: Path) -> None:
+    finished(tmp_path)
+    with pytest.raises(UserError, match="already holds a run, saved at step 12: go on with it \\(do it again\\)"):
+        train(toy(), objective, Sequences(), settings(), run(tmp_path))
+    train(toy(), objective, Sequences(), settings(steps=4), run(tmp_path, replace=True))
+    assert state.steps(tmp_path) == [3, 4]
+
+
+def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no state to resume from"):
+        train(toy(), objective, Sequences(), settings(), run(tmp_path, resume=True))
+
+
+def test_a_finished_run_resumed_changes_nothing(tmp_path: Path) -> None:
+    finished(tmp_path)
+    before, said = final(tmp_path), lines(tmp_path)
+    summary = train(toy(5), objective, Sequences(), settings(), run(tmp_path, resume=True))
+    assert same(final(tmp_path), before) and lines(tmp_path) == said
+    assert summary.figures["validation_loss"] == said[-1]["validation_loss"]
+
+
+def test_two_names_of_one_tensor_are_saved_once(tmp_path: Path) -> None:
+    model = toy()
+    model.head.weight = model.embedding.weight
+    tensors = state.of_model(model)
+    assert "model.embedding.weight" in tensors and "model.head.weight" not in tensors
+    state.save(tmp_path, 1, tensors, {}, keep=1)
+    other = toy(4)
+    other.head.weight = other.embedding.weight
+    with torch.no_grad():
+        state.into_model(other, state.latest(tmp_path)[0].tensors)
+    assert torch.equal(other.head.weight, model.embedding.weight)
+
+
+def test_facts_of_a_state_are_json(tmp_path: Path) -> None:
+    finished(tmp_path)
+    facts = json.loads((tmp_path / "state/step-00000012.json").read_text())
+    assert facts["described"]["settings"]["steps"] == 12 and facts["resolved"]["precision"] == "float32"

@@ -1,0 +1,96 @@
+"""A small model with dropout and numbered layers, its data, and a run of it: what the tests of training share."""
+
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch._dynamo  # optimizers import it when they are made, which takes seconds: here it is done once
+from torch import Tensor, nn
+
+from keifu.layers.linear import JoinedLinear
+from keifu.training import state
+from keifu.training.loop import train
+from keifu.training.protocols import Batch, Outcome, Run
+from keifu.training.settings import Settings
+
+
+class Toy(nn.Module):
+    """Two hidden layers, one of them joined, between an embedding and a head."""
+
+    def __init__(self, dropout: float = 0.2):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList([JoinedLinear(8, (6, 10)), nn.Linear(16, 8)])
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 11)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        x = self.embedding(tokens)
+        x = x + self.layers[1](self.dropout(self.layers[0](x).tanh()))
+        return self.head(self.norm(x))
+
+
+class Sequences:
+    """Counting modulo 11 from a random start, with a few errors."""
+
+    fingerprint = "counting"
+
+    def __init__(self, rows: int = 6, length: int = 5):
+        self.rows, self.length = rows, length
+
+    def batch(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        start = torch.randint(11, (self.rows, 1), generator=generator)
+        noise = (torch.rand(self.rows, self.length + 1, generator=generator) < 0.1).long()
+        return {"tokens": (start + torch.arange(self.length + 1) + noise) % 11}
+
+    def validation(self) -> Iterable[Batch]:
+        return [self.batch(10**6)]
+
+
+def objective(model: nn.Module, batch: Batch) -> Outcome:
+    """Next-token cross-entropy, and how many were right."""
+    tokens = batch["tokens"]
+    logits, targets = model(tokens[:, :-1]), tokens[:, 1:]
+    total = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return Outcome(total, targets.numel(), {"accuracy": (logits.argmax(-1) == targets).sum()})
+
+
+def toy(seed: int = 0, dropout: float = 0.2) -> Toy:
+    torch.manual_seed(seed)
+    return Toy(dropout)
+
+
+def settings(**changed) -> Settings:
+    standard = dict(steps=12, batch_size=6, micro_batch=6, learning_rate=1e-2, warmup=3, precision="float32")
+    return Settings(**standard | dict(log_every=2, evaluate_every=4, save_every=3) | changed)
+
+
+def run(directory: Path, **changed) -> Run:
+    return Run(directory, about={"title": "A toy"}, bytes_per_unit=1.5, how_to_resume="do it again", **changed)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Its parameters; buffers count calls that a test need not repeat."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+class Slow(Sequences):
+    """Takes its time, so that there is time to be killed in."""
+
+    def batch(self, step: int) -> Batch:
+        time.sleep(0.02)
+        return super().batch(step)
+
+
+def train_slowly(directory: Path, optimizer: str, said: Path) -> None:
+    """A run of 40 steps for a process of its own, resumed where a state is there; `said` takes its standard error."""
+    torch.set_num_threads(1)
+    with said.open("a") as sys.stderr:
+        out = run(directory, resume=bool(state.steps(directory)))
+        train(toy(), objective, Slow(), settings(steps=40, micro_batch=4, optimizer=optimizer), out)
