@@ -48,7 +48,9 @@ def keifu(dtype: torch.dtype, compile: bool, losses: list[float]) -> Callable[[]
     return step
 
 
-def peer(model: torch.nn.Module, loss_of: Callable, dtype: torch.dtype, fused: bool, losses: list) -> Callable[[], None]:
+def peer(
+    model: torch.nn.Module, loss_of: Callable, dtype: torch.dtype, fused: bool, losses: list
+) -> Callable[[], None]:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -94,18 +96,24 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     losses: dict[str, list[float]] = {}
 
-    def contender(name: str, make: Callable[..., Callable[[], None]], *arguments: object) -> tuple[str, Callable[[], None]]:
+    def contender(
+        name: str, make: Callable[..., Callable[[], None]], *arguments: object
+    ) -> tuple[str, Callable[[], None]]:
         losses[name] = []
         return name, make(*arguments, losses[name])
 
     contenders = [contender("transformers", theirs, dtype), contender("keifu", keifu, dtype, False)]
     if options.nanogpt:
-        contenders.append(contender("nanoGPT, float32 as shipped", nanogpt, options.nanogpt, torch.float32, False, False))
+        contenders.append(
+            contender("nanoGPT, float32 as shipped", nanogpt, options.nanogpt, torch.float32, False, False)
+        )
         contenders.append(contender(f"nanoGPT, {options.dtype}", nanogpt, options.nanogpt, dtype, False, True))
     if options.compile:
         contenders.append(contender("keifu compiled", keifu, dtype, True))
         if options.nanogpt:
-            contenders.append(contender(f"nanoGPT compiled, {options.dtype}", nanogpt, options.nanogpt, dtype, True, True))
+            contenders.append(
+                contender(f"nanoGPT compiled, {options.dtype}", nanogpt, options.nanogpt, dtype, True, True)
+            )
     seconds = interleaved(dict(contenders), options.rounds)
     model = gpt2.build(gpt2.Config(dropout=0.0))
     flops = count_flops(lambda: causal(model, {"tokens": tokens(0)}).total.backward())

@@ -1,0 +1,118 @@
+"""Seconds until nanoGPT's loss on its own example for a CPU, one change after another, and nanoGPT itself.
+
+python benchmarks/characters.py input.txt [--target 1.886] [--nanogpt FOLDER] [--only LAST]
+
+The text is tiny Shakespeare (1,115,394 characters), its last tenth held out. Every line of the table keeps the changes
+of the lines above it. The loss is that of the whole held-out text, in nats a character; the time is that of the
+training steps alone, and the loss is taken every 25 of them. `--nanogpt` names a clone of nanoGPT, whose train.py is run
+as its README says for a laptop, with 2,000 steps.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from _rounds import machine
+
+from keifu.data.packed import PackedText
+from keifu.models import gpt2, llama
+from keifu.recipes._language import Text, ready
+from keifu.recipes.characters import WAYS
+from keifu.training.objectives import causal
+from keifu.training.optimisers import Optimisers
+from keifu.training.precision import resolve
+from keifu.training.settings import Settings
+from keifu.training.step import Stepper
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One line of the table."""
+
+    name: str
+    build: Any
+    config: Any
+    settings: Settings
+
+
+def ladder() -> list[Way]:
+    """From nanoGPT's settings to ours, one change a line."""
+    _, nano, nano_settings = WAYS["nanogpt"]
+    build, ours, settings = WAYS["keifu"]
+    adamw = replace(nano_settings, batch_size=settings.batch_size, learning_rate=3e-3, warmup=20)
+    return [
+        Way("nanoGPT's model and settings", gpt2.build, nano, nano_settings),
+        Way("48 rows a step, rate 3e-3", gpt2.build, nano, adamw),
+        Way("LLaMA's block", llama.build, ours, adamw),
+        Way("Muon for hidden matrices", build, ours, replace(settings, steps=2000, precision="float32")),
+        Way("bfloat16 products where there are any", build, ours, replace(settings, steps=2000)),
+        Way("rates that fall to 0 in 1,000 steps", build, ours, settings),
+    ]
+
+
+def measure(way: Way, source: str, target: float) -> str:
+    """Trains one way and gives its line: steps and seconds to the target, and where it ends."""
+    task = ready(Text(source, "characters", 65_536, held_out=0.1))
+    config = replace(way.config, vocab_size=task.tokenizer.vocab_size)
+    torch.manual_seed(0)
+    model = way.build(config).train()
+    settings, optimisers = way.settings, Optimisers(model, way.settings)
+    dtype = resolve(settings.precision, CPU)
+    stepper = Stepper(model, causal, causal, optimisers, CPU, dtype, settings.batch_size, settings.clip, 0)
+    data = PackedText(task.shards, config.context_length, settings.batch_size)
+    judge = PackedText(task.shards, config.context_length, 256)
+    seconds, reached, loss = 0.0, "not reached", float("nan")
+    for step in range(settings.steps):
+        start = time.perf_counter()
+        stepper.gradient(step, data.batch(step), lambda: False)
+        optimisers.step(optimisers.rate(step))
+        seconds += time.perf_counter() - start
+        if (step + 1) % 25 == 0:
+            loss = stepper.validation(judge.validation())["loss"]
+            if loss <= target and reached == "not reached":
+                reached = f"{step + 1} steps, {seconds:.1f} s"
+    return f"| {way.name} | {reached} | {loss:.3f} after {settings.steps} steps, {seconds:.1f} s |"
+
+
+def nanogpt(folder: Path, source: Path) -> str:
+    """nanoGPT's own train.py with the settings of its README for a laptop; its time includes its few evaluations."""
+    data = folder / "data" / "shakespeare_char"
+    shutil.copy(source, data / "input.txt")
+    subprocess.run([sys.executable, "prepare.py"], cwd=data, check=True, capture_output=True)
+    flags = (
+        "--device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12 --n_layer=4"
+    )
+    more = "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --eval_interval=1000"
+    command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *flags.split(), *more.split()]
+    start = time.perf_counter()
+    printed = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    seconds = time.perf_counter() - start
+    loss = re.findall(r"val loss ([\d.]+)", printed)[-1]
+    return f"| nanoGPT's train.py | {seconds:.1f} s | {loss} after 2000 steps (its estimate: 20 random batches) |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--target", type=float, default=1.886)
+    parser.add_argument("--nanogpt", type=Path)
+    parser.add_argument("--only", type=int, default=0, help="the last so many lines of the ladder")
+    options = parser.parse_args()
+    print(f"{machine()}; target {options.target}\n\n| | to the target | end |\n|---|---|---|", flush=True)
+    if options.nanogpt:
+        print(nanogpt(options.nanogpt, options.text), flush=True)
+    for way in ladder()[-options.only :]:
+        print(measure(way, str(options.text), options.target), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""keifu's multi-layer network beside scikit-learn's MLPClassifier: same digits, same split, same size, several seeds.
+
+    python benchmarks/mlp.py --hidden 64 32
+
+Both learn 4,000 MNIST digits and are asked for the other 1,000. keifu runs as `keifu train mlp --data mnist --hidden
+...` does, through the training loop with its log, validation and state; scikit-learn runs with its own defaults. Runs
+alternate, so that a busy machine slows both. Needs scikit-learn (development dependencies).
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.neural_network import MLPClassifier
+
+from keifu import checkpoints
+from keifu.data.subjects import Subject
+from keifu.recipes import mlp
+
+
+def ours(learned: Subject, hidden: tuple[int, ...], seed: int) -> tuple[float, float]:
+    """Held-out accuracy and seconds of one run."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        mlp.run(mlp.Recipe("mnist", hidden=hidden, seed=seed), out, resume=False)
+        seconds = time.perf_counter() - start
+        model = checkpoints.load_model(out)
+    assert isinstance(model, mlp.MLP)
+    return mlp.accuracy(model, learned.held), seconds
+
+
+def theirs(learned: Subject, hidden: tuple[int, ...], seed: int) -> tuple[float, float]:
+    """The same of scikit-learn's."""
+    start = time.perf_counter()
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        model = MLPClassifier(hidden, random_state=seed)
+        model.fit(learned.training.inputs.numpy(), learned.training.targets.numpy())
+    seconds = time.perf_counter() - start
+    return float(model.score(learned.held.inputs.numpy(), learned.held.targets.numpy())), seconds
+
+
+def main() -> None:
+    """Prints each pair of runs, then means and the ratio of median times."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512, 256])
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    hidden = tuple(options.hidden)
+    learned = mlp.learnable(mlp.Recipe("mnist"))
+    runs = {"keifu": [], "scikit-learn": []}
+    for seed in range(options.seeds):
+        runs["keifu"].append(ours(learned, hidden, seed))
+        runs["scikit-learn"].append(theirs(learned, hidden, seed))
+        print(
+            f"seed {seed}:", "  ".join(f"{name} {run[-1][0]:.1%} in {run[-1][1]:.1f} s" for name, run in runs.items())
+        )
+    print(f"hidden {hidden}, {options.seeds} seeds, {torch.get_num_threads()} threads")
+    for name, run in runs.items():
+        accuracies, seconds = zip(*run, strict=True)
+        mean = statistics.mean(accuracies)
+        print(f"{name:14}{mean:.2%} held-out accuracy ({min(accuracies):.1%} to {max(accuracies):.1%}), "
+              f"median {statistics.median(seconds):.1f} s")  # fmt: skip
+    medians = [statistics.median(seconds for _, seconds in run) for run in runs.values()]
+    print(f"time keifu / scikit-learn: {medians[0] / medians[1]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
