@@ -1,4 +1,4 @@
-"""keifu's Python interface: load, save, generate; everything is imported at first use, so `import keifu` costs nothing."""
+"""keifu's Python interface: load, save and generate, each imported at first use, so that `import keifu` is free."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

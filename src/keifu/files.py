@@ -25,7 +25,9 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         if error.errno == 28:  # ENOSPC
-            raise UserError(f"The disk is full: {path} was not written and its old content is kept; free some space.") from error
+            raise UserError(
+                f"The disk is full: {path} was not written and its old content is kept; free some space."
+            ) from error
         raise
     except BaseException:
         temporary.unlink(missing_ok=True)

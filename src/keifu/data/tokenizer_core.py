@@ -140,12 +140,16 @@ class Tokenizer:
         write_atomic(directory / "tokenizer.json", self.backend.to_str(pretty=True))
         write_atomic(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A hexadecimal hash of everything that encoding depends on: equal fingerprints give equal ids.
 
         Scores are rounded in it: the `tokenizers` library reads back their last digit inexactly.
         """
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
         rounded = json.loads(self.backend.to_str(), parse_float=lambda digits: round(float(digits), 6))
         return hashlib.sha256(json.dumps(rounded).encode()).hexdigest()
 
