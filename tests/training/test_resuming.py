@@ -180,9 +180,7 @@ def test_changed_data_are_an_error(tmp_path: Path) -> None:
 
 def test_steps_and_the_split_may_change_and_it_is_said(tmp_path: Path, capsys) -> None:
     finished(tmp_path)
-    summary = train(
-        toy(), objective, Sequences(), settings(steps=15, micro_batch=2), run(tmp_path, resume=True)
-    )
+    summary = train(toy(), objective, Sequences(), settings(steps=15, micro_batch=2), run(tmp_path, resume=True))
     assert summary.steps == 15
     assert "Going on from step 12; changed: steps 12 → 15, micro_batch 6 → 2." in capsys.readouterr().err
 

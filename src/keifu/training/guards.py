@@ -1,6 +1,7 @@
 """What went wrong in a step, said so that a person can act; knows kinds of failure, no loop and no model."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -77,7 +78,9 @@ def _watched(model: nn.Module, found: list[str]) -> Iterator[None]:
         handles.append(module.register_forward_hook(_looking(found, "output", name or "the model")))
         handles.append(module.register_full_backward_pre_hook(_looking_back(found, name or "the model")))
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Full backward hook is firing")  # for modules without a gradient's input
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,8 @@ the step, so a run that was stopped and resumed gives the same bits as one that 
 import dataclasses
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -117,9 +118,15 @@ class _Loop:
         return on_device(self.data.batch(min(step, self.settings.steps - 1)), self.stepper.device)
 
     def _gradient(self, batch: Batch) -> Gradient | None:
+        with self._memory():
+            return self.stepper.gradient(self.at.step, batch, self.stop)
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """What happens here leaves the weights alone, so their state is saved where it does not fit in memory."""
         try:
             with guards.memory(ADVICE):
-                return self.stepper.gradient(self.at.step, batch, self.stop)
+                yield
         except guards.OutOfMemory as error:
             raise guards.OutOfMemory(self._refuse(str(error))) from error
 
@@ -169,7 +176,8 @@ class _Loop:
 
     def _evaluate(self) -> None:
         """The validation figures, and bits per byte where the data say how many bytes an element has."""
-        means = self.stepper.validation(self.data.validation())
+        with self._memory():
+            means = self.stepper.validation(self.data.validation())
         figures = {f"validation_{name}": value for name, value in means.items()}
         if means and self.run.bytes_per_unit:
             figures["bits_per_byte"] = means["loss"] / math.log(2) / self.run.bytes_per_unit
@@ -187,7 +195,8 @@ class _Loop:
         if self.sample is None:
             return
         self.stepper.model.eval()
-        sample = self.sample(self.at.step)
+        with self._memory():
+            sample = self.sample(self.at.step)
         self.stepper.model.train()
         folder.write_sample(self.run.directory, self.at.step, sample)
         if isinstance(sample, str):
@@ -215,14 +224,13 @@ class _Loop:
         with self.pace.paused():
             reason = self.stepper.explain(self.at.step, batch)
         advice = "A lower learning rate, a longer warm-up, a smaller clip or float32 helps."
-        raise guards.NotFinite(self._refuse(f"The gradient or the loss is not finite: {reason}. {advice}"))
+        raise guards.NotFinite(self._refuse(f"In the next step {reason}. {advice}"))
 
     def _refuse(self, text: str) -> str:
-        """Saves the state before a step that cannot be made, and says so."""
+        """Saves the state of the last whole step, and says so."""
         self.started.optimisers.drop_gradients()
         self._save_state()
-        where = f"the state before it is saved. To go on: {self.run.how_to_resume}."
-        return f"Step {self.at.step + 1:,} was not made. {text} Nothing is lost: {where}"
+        return f"Stopped after step {self.at.step:,}, whose state is saved. {text} To go on: {self.run.how_to_resume}."
 
     def _leave(self, outcome: dict[str, Any]) -> None:
         """The model, what came out of the run, and the report."""

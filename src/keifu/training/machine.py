@@ -13,7 +13,7 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min([_machine(), *_container()])
+    return min([_machine(), *container()])
 
 
 def _machine() -> int:
@@ -26,7 +26,7 @@ def _machine() -> int:
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _container(groups: Path = GROUPS) -> list[int]:
+def container(groups: Path = GROUPS) -> list[int]:
     """What control groups leave, for each of version 2 and 1 that limits; caches that can be dropped count as free."""
     places = (
         (groups / "memory.max", groups / "memory.current", groups / "memory.stat", "inactive_file"),

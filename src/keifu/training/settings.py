@@ -69,25 +69,33 @@ class Settings:
     """Log to Weights & Biases too."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("optimizer", Optimizer), ("schedule", Schedule), ("precision", Precision)):
-            if vars(self)[name] not in get_args(kind):
-                raise unknown(name, str(vars(self)[name]), get_args(kind))
+        for name in CHOICES:
+            check_choice(name, vars(self)[name])
         object.__setattr__(self, "betas", tuple(self.betas))
         for name, least in LEAST.items():
             value = vars(self)[name]
             if value is not None and not value >= least:
                 raise UserError(f"{name} must be at least {least}, and it is {value}.")
-        if not (0 <= self.final_ratio <= 1 and all(0 <= x < 1 for x in (*self.betas, self.momentum))):
-            raise UserError("final_ratio lies in [0, 1], and betas and momentum in [0, 1): see the settings given.")
+        shares = {"final_ratio": [self.final_ratio], "betas": self.betas, "momentum": [self.momentum]}
+        for name, values in shares.items():
+            if not all(0 <= value < 1 or (value == 1 and name == "final_ratio") for value in values):
+                raise UserError(f"{name} must lie between 0 and 1, and it is {vars(self)[name]}.")
         if self.warmup > self.steps:
             raise UserError(f"A warm-up of {self.warmup} steps does not fit a run of {self.steps}; make it shorter.")
 
 
+CHOICES = {"optimizer": get_args(Optimizer), "schedule": get_args(Schedule), "precision": get_args(Precision)}
 LEAST = {
     **dict.fromkeys(("steps", "batch_size", "micro_batch", "log_every", "keep"), 1),
     **dict.fromkeys(("evaluate_every", "sample_every", "save_every", "warmup", "seed"), 0),
     **dict.fromkeys(("learning_rate", "matrix_rate", "weight_decay", "clip"), 0.0),
 }
+
+
+def check_choice(setting: str, value: str) -> None:
+    """A `UserError` with the nearest known value, where a setting has a few values and this is none of them."""
+    if value not in CHOICES[setting]:
+        raise unknown(setting, value, CHOICES[setting])
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -38,7 +38,7 @@ def save(directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mappi
     """
     tensor_file, facts_file = _files(directory, step)
     with replacing(tensor_file) as temporary:
-        _write(tensors, temporary)
+        write(tensors, temporary)
         digest = sha256(temporary)
     write_atomic(facts_file, json.dumps({"step": step, "sha256": digest, **facts}, indent=1, ensure_ascii=False))
     written = steps(directory)
@@ -93,7 +93,8 @@ def into_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         tensor.copy_(theirs[name])
 
 
-def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+def write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Tensors as safetensors; a full disk is an `OSError` as everywhere else."""
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:

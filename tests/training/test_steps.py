@@ -1,0 +1,210 @@
+"""A step: its gradient does not depend on the split, rates follow their formulas, each weight has its optimizer."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from training_toys import Sequences, objective, run, settings, toy, weights
+
+from keifu.errors import UserError
+from keifu.layers.linear import JoinedLinear
+from keifu.models import llama
+from keifu.training import objectives
+from keifu.training.loop import train
+from keifu.training.optimisers import Optimisers, hidden_matrices
+from keifu.training.protocols import Outcome
+from keifu.training.schedules import ratio
+from keifu.training.settings import Settings, check_choice
+from keifu.training.step import Stepper, compiled, split
+
+CPU = torch.device("cpu")
+
+
+def stepper(model: nn.Module, rows: int, clip: float = 0.0, aim=objective, **changed) -> Stepper:
+    optimisers = Optimisers(model, settings(**changed))
+    return Stepper(model, aim, aim, optimisers, CPU, torch.float32, rows, clip, seed=1)
+
+
+def masked(model: nn.Module, batch: dict) -> Outcome:
+    """A loss whose rows have different weights: of row i, the first i tokens count."""
+    tokens = batch["tokens"]
+    counts = torch.arange(5) < batch["lengths"][:, None]
+    targets = tokens[:, 1:].masked_fill(~counts, -100)
+    total = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), targets.flatten(), reduction="sum")
+    return Outcome(total, counts.sum())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+def test_the_gradient_does_not_depend_on_the_split(rows: int) -> None:
+    batch = Sequences().batch(0) | {"lengths": torch.tensor([5, 1, 0, 4, 2, 3])}
+    whole, parts = toy(dropout=0.0), toy(dropout=0.0)
+    expected = stepper(whole, 6, aim=masked).gradient(0, batch, lambda: False)
+    got = stepper(parts, rows, aim=masked).gradient(0, batch, lambda: False)
+    assert expected and got
+    assert got.sums.means()["loss"] == pytest.approx(expected.sums.means()["loss"], abs=1e-6)
+    assert float(got.norm) == pytest.approx(float(expected.norm), rel=1e-5)
+    for name, parameter in parts.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole.get_parameter(name).grad, atol=1e-6, rtol=0)
+
+
+def test_the_gradient_is_that_of_the_mean_loss() -> None:
+    model, batch = toy(dropout=0.0), Sequences().batch(0)
+    stepper(model, 2).gradient(0, batch, lambda: False)
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    outcome = objective(model, batch)
+    (outcome.total / outcome.weight).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("clip", "norm"), [(0.01, 0.01), (100.0, None), (0.0, None)])
+def test_clipping_bounds_the_norm_and_reports_the_one_before(clip: float, norm: float | None) -> None:
+    model = toy(dropout=0.0)
+    gradient = stepper(model, 3, clip=clip).gradient(0, Sequences().batch(0), lambda: False)
+    assert gradient is not None
+    after = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert float(after) == pytest.approx(float(gradient.norm) if norm is None else norm, rel=1e-3)
+    assert float(gradient.norm) > 0.02
+
+
+def test_dropout_is_drawn_from_the_seed_and_the_step() -> None:
+    model, batch = toy(dropout=0.5), Sequences().batch(0)
+    losses = [stepper(model, 6).gradient(step, batch, lambda: False) for step in (0, 1, 0)]
+    first, second, again = (gradient.sums.total.item() for gradient in losses if gradient)
+    assert first == again != second
+
+
+def test_a_stop_between_two_parts_leaves_nothing() -> None:
+    model, asked = toy(), iter([False, True])
+    assert stepper(model, 2).gradient(0, Sequences().batch(0), lambda: next(asked)) is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_batch_without_rows_is_an_error() -> None:
+    with pytest.raises(UserError, match="batch of step 3 has no rows"):
+        stepper(toy(), 2).gradient(3, {"tokens": torch.zeros(0, 6, dtype=torch.long)}, lambda: False)
+
+
+def test_splitting_keeps_every_row_in_order() -> None:
+    parts = [part["tokens"] for part in split(Sequences().batch(0), 4)]
+    assert [len(part) for part in parts] == [4, 2]
+    assert torch.equal(torch.cat(parts), Sequences().batch(0)["tokens"])
+
+
+def test_causal_is_the_mean_of_the_next_tokens_loss() -> None:
+    config = llama.Config(vocab_size=13, context_length=8, dim=16, hidden_dim=24, n_layers=1, n_heads=2, n_kv_heads=2)
+    model, tokens = llama.build(config), torch.randint(13, (3, 7))
+    outcome = objectives.causal(model, {"tokens": tokens})
+    probabilities = model(tokens[:, :-1]).log_softmax(-1)
+    expected = -probabilities.gather(-1, tokens[:, 1:, None]).sum()
+    torch.testing.assert_close(outcome.total, expected)
+    assert outcome.weight == 18
+    mask = torch.arange(7).expand(3, 7) >= torch.tensor([[2], [4], [6]])
+    outcome = objectives.causal(model, {"tokens": tokens, "mask": mask})
+    counted = probabilities.gather(-1, tokens[:, 1:, None]).squeeze(-1) * mask[:, 1:]
+    torch.testing.assert_close(outcome.total, -counted.sum())
+    assert outcome.weight == 5 + 3 + 1
+
+
+def test_schedules_follow_their_formulas() -> None:
+    def rates(schedule: str, final_ratio: float = 0.1) -> list[float]:
+        return [ratio(schedule, step, 100, 10, final_ratio) for step in range(100)]
+
+    for schedule in ("constant", "linear", "cosine", "inverse_sqrt"):
+        assert rates(schedule)[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates("constant")[10:] == [1.0] * 90
+    assert rates("linear")[10] == 1.0 and rates("linear")[99] == pytest.approx(0.1)
+    assert rates("linear")[50] == pytest.approx(1 - 0.9 * 40 / 89)
+    assert rates("cosine")[99] == pytest.approx(0.1)
+    assert rates("cosine")[50] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 40 / 89)))
+    assert rates("inverse_sqrt")[39] == pytest.approx(0.5)
+    assert ratio("cosine", 0, 1, 0, 0.1) == 1.0  # a run of one step
+
+
+def test_weight_decay_is_for_matrices_and_embeddings_only() -> None:
+    groups = Optimisers(toy(), settings(weight_decay=0.3)).all["adamw"].param_groups
+    decays = {name: group["weight_decay"] for group in groups for name in group["param_names"]}
+    assert decays["embedding.weight"] == decays["layers.0.weight"] == decays["head.weight"] == 0.3
+    assert decays["layers.0.bias"] == decays["norm.weight"] == decays["norm.bias"] == 0.0
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
+    model = toy()
+    assert set(hidden_matrices(model)) == {"layers.0.weight", "layers.1.weight"}
+    optimisers = Optimisers(model, settings(optimizer="muon"))
+    names = {kind: {n for g in o.param_groups for n in g["param_names"]} for kind, o in optimisers.all.items()}
+    assert names["muon"] == {"layers.0.weight.0", "layers.0.weight.1", "layers.1.weight.0"}
+    assert "layers.0.bias" in names["adamw"] and "head.weight" in names["adamw"]
+    assert not names["adamw"] & {"layers.0.weight", "layers.1.weight"}
+
+
+def test_muon_treats_a_joined_matrix_as_its_parts() -> None:
+    torch.manual_seed(0)
+    joined = nn.ModuleList([JoinedLinear(8, (6, 10), bias=False), nn.Linear(8, 8, bias=True)])
+    alone = nn.ModuleList([nn.Linear(8, 6, bias=False), nn.Linear(8, 10, bias=False), nn.Linear(8, 8, bias=True)])
+    with torch.no_grad():
+        for part, rows in zip(alone, joined[0].weight.split((6, 10)), strict=False):
+            part.weight.copy_(rows)
+        alone[2].load_state_dict(joined[1].state_dict())
+    x = torch.randn(5, 8)
+    for model in (joined, alone):
+        optimisers = Optimisers(model, settings(optimizer="muon", warmup=0))
+        for step in range(3):
+            outputs = torch.cat([layer(x) for layer in model], -1)
+            outputs.square().sum().backward()
+            optimisers.step(step)
+    torch.testing.assert_close(joined[0].weight, torch.cat([alone[0].weight, alone[1].weight]))
+
+
+def test_a_frozen_parameter_is_left_alone(tmp_path: Path) -> None:
+    model = toy()
+    model.embedding.weight.requires_grad_(False)
+    before = weights(model)
+    train(model, objective, Sequences(), settings(optimizer="muon", steps=3), run(tmp_path))
+    after = weights(model)
+    assert torch.equal(before["embedding.weight"], after["embedding.weight"])
+    assert all(not torch.equal(before[name], after[name]) for name in before if name != "embedding.weight")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_toy_is_learned(tmp_path: Path, optimizer: str) -> None:
+    model = toy(dropout=0.0)
+    changed = settings(steps=120, optimizer=optimizer, learning_rate=2e-2, evaluate_every=0, save_every=0)
+    summary = train(model, objective, Sequences(rows=16), changed, run(tmp_path))
+    assert summary.figures["validation_loss"] < 1.0
+    assert summary.figures["validation_accuracy"] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("steps", 0, "steps must be at least 1, and it is 0"),
+        ("micro_batch", 0, "micro_batch must be at least 1"),
+        ("learning_rate", float("nan"), "learning_rate must be at least 0.0, and it is nan"),
+        ("clip", -1.0, "clip must be at least 0.0"),
+        ("final_ratio", 2.0, "final_ratio must lie between 0 and 1, and it is 2.0"),
+        ("betas", (0.9, 1.0), r"betas must lie .* it is \(0.9, 1.0\)"),
+        ("warmup", 2000, "A warm-up of 2000 steps does not fit a run of 1000"),
+    ],
+)
+def test_impossible_settings_are_named(field: str, value: object, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Settings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "near"),
+    [("optimizer", "adam", "adamw"), ("schedule", "cosinus", "cosine"), ("precision", "bf16", "bfloat16")],
+)
+def test_an_unknown_choice_answers_with_the_nearest(setting: str, value: str, near: str) -> None:
+    with pytest.raises(UserError, match=rf"There is no {setting} '{value}'. Did you mean '{near}'\?"):
+        check_choice(setting, value)
+
+
+def test_without_a_compiler_compile_says_so(monkeypatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="needs a C.. compiler"):
+        compiled(objective, CPU)
