@@ -4,7 +4,7 @@ import errno
 import json
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 from keifu.errors import UserError
@@ -117,7 +117,7 @@ def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, 
     return wanted
 
 
-def _package(name: str) -> ModuleType:
+def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:

@@ -1,0 +1,261 @@
+"""What a run leaves and shows: metrics, recipe, samples, the report, the cost said before, and the progress."""
+
+import io
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from training_toys import Sequences, objective, run, settings, toy, weights
+
+from keifu.errors import UserError
+from keifu.files import sha256
+from keifu.models import gpt2
+from keifu.training import cost, metrics, objectives, peak, precision, progress
+from keifu.training.charts import Curve, chart
+from keifu.training.loop import train
+from keifu.training.optimisers import Optimisers
+
+CPU = torch.device("cpu")
+
+
+def picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(file, "png")
+    return file.getvalue()
+
+
+def sample(step: int) -> str | bytes:
+    return f"<b>step {step}</b> & 日本語" if step < 12 else picture()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A finished run with texts, pictures, data and a title that HTML must escape."""
+    directory = tmp_path_factory.mktemp("run")
+    about = {"title": "Counting <fast>", "paper": "Nobody (2026)", "command": "keifu train toy"}
+    about |= {"data": [{"name": "counting", "licence": "CC0", "attribution": "J. Doe & co"}]}
+    where = run(directory, options={"model": {"dim": 8, "tied": False}})
+    where = type(where)(**vars(where) | {"about": about})
+
+    def save(place: Path) -> None:
+        (place / "model.safetensors").write_bytes(b"weights")
+
+    train(toy(), objective, Sequences(), settings(sample_every=4), where, sample, save)
+    return directory
+
+
+def test_metrics_have_every_figure(folder: Path) -> None:
+    lines = metrics.read(folder)
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == [2, 4, 6, 8, 10, 12]
+    names = {"step", "loss", "accuracy", "learning_rate", "gradient_norm", "tokens_per_second"}
+    assert names | {"flops_utilisation", "seconds"} == training[0].keys()
+    validation = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in validation] == [4, 8, 12]
+    for line in validation:
+        assert line["bits_per_byte"] == pytest.approx(line["validation_loss"] / math.log(2) / 1.5)
+
+
+def test_the_loss_is_the_mean_over_the_steps_since_the_last_line(tmp_path: Path) -> None:
+    every, second = tmp_path / "every", tmp_path / "second"
+    for directory, log_every in ((every, 1), (second, 2)):
+        train(toy(), objective, Sequences(), settings(log_every=log_every), run(directory))
+    single = [line["loss"] for line in metrics.read(every) if "loss" in line]
+    double = [line["loss"] for line in metrics.read(second) if "loss" in line]
+    assert double == pytest.approx([(a + b) / 2 for a, b in zip(single[::2], single[1::2], strict=True)], rel=1e-5)
+
+
+def test_the_recipe_has_everything_resolved(folder: Path) -> None:
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert recipe["settings"]["steps"] == 12 and recipe["options"]["model"]["dim"] == 8
+    assert recipe["data_fingerprint"] == "counting" and recipe["finished"] is True
+    assert recipe["resolved"]["micro_batch"] == 6 and recipe["versions"]["torch"] == torch.__version__
+    assert recipe["hashes"]["model.safetensors"] == sha256(folder / "model.safetensors")
+    assert "state/step-00000012.safetensors" in recipe["hashes"]
+
+
+def test_samples_are_kept_by_step(folder: Path) -> None:
+    assert (folder / "samples/step-00000004.txt").read_text() == "<b>step 4</b> & 日本語"
+    assert (folder / "samples/step-00000012.png").read_bytes() == picture()
+
+
+def test_the_report_shows_all_and_needs_nothing_from_outside(folder: Path) -> None:
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|<script|<link", page)
+    for text in (
+        "Counting &lt;fast&gt;",
+        "&lt;b&gt;step 4&lt;/b&gt; &amp; 日本語",
+        "J. Doe &amp; co",
+        "CC0",
+        "Nobody (2026)",
+    ):
+        assert text in page
+    assert page.count("<svg") == 6 and page.count("data:image/png;base64,") == 1
+    assert "validation" in page and "prefers-color-scheme: dark" in page and "model.dim" in page
+    assert sha256(folder / "model.safetensors") in page
+
+
+def test_a_chart_keeps_its_points_inside_and_drops_what_is_not_finite() -> None:
+    svg = chart("t", "y", [Curve("a", [(10, 1.0), (20, float("nan")), (30, 5.0)], marked=True), Curve("b", [])])
+    places = [tuple(map(float, pair.split(","))) for pair in re.findall(r'points="([^"]*)"', svg)[0].split()]
+    assert len(places) == 2 and svg.count("<circle") == 2
+    assert all(0 < x < 480 and 0 < y < 260 for x, y in places) and places[0][1] > places[1][1]
+    assert chart("t", "y", [Curve("a", [(1, float("inf"))])]) == ""
+    assert "<circle" in chart("t", "y", [Curve("a", [(0, 0.0)])])  # one point, no range on either axis
+
+
+def test_many_points_are_averaged() -> None:
+    svg = chart("t", "y", [Curve("a", [(i, float(i % 2)) for i in range(10_000)])])
+    assert len(re.findall(r'points="([^"]*)"', svg)[0].split()) <= 400
+
+
+def test_a_missing_logger_is_said_before_training(tmp_path: Path, monkeypatch) -> None:
+    for name in ("tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(UserError, match=f"{name}=True needs the Python package {name}: pip install"):
+            train(toy(), objective, Sequences(), settings(**{name: True}), run(tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_loggers_get_every_figure(tmp_path: Path, monkeypatch) -> None:
+    got: list[tuple] = []
+
+    class Writer:
+        def __init__(self, directory: str):
+            got.append(("open", directory))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            got.append((name, value, step))
+
+        def close(self) -> None:
+            got.append(("closed",))
+
+    monkeypatch.setitem(sys.modules, "tensorboard", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    logged = SimpleNamespace(
+        log=lambda figures, step: got.append(("wandb", figures, step)), finish=lambda: got.append(("end",))
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: logged))
+    train(toy(), objective, Sequences(), settings(tensorboard=True, wandb=True), run(tmp_path))
+    line = metrics.read(tmp_path)[0]
+    assert ("open", str(tmp_path / "tensorboard")) in got and ("loss", line["loss"], 2) in got
+    assert ("wandb", {name: value for name, value in line.items() if name != "step"}, 2) in got
+    assert got[-2:] == [("closed",), ("end",)]
+
+
+def probe(model: torch.nn.Module, aim, optimizer: str = "adamw") -> cost.Probe:
+    return cost.Probe(model, aim, Optimisers(model, settings(optimizer=optimizer)), CPU, torch.float32)
+
+
+def language_model() -> tuple[torch.nn.Module, gpt2.Config]:
+    config = gpt2.Config(vocab_size=97, context_length=32, dim=48, hidden_dim=192, n_layers=3, n_heads=4, dropout=0.0)
+    return gpt2.build(config), config
+
+
+def test_operations_are_those_of_the_papers_formula() -> None:
+    model, config = language_model()
+    batch = {"tokens": torch.randint(97, (2, 33))}
+    counted = peak.count_flops(lambda: objectives.causal(model, batch).total.backward()) / 64
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "positions" not in name)
+    attention = 12 * config.n_layers * config.dim * 32  # heads times their width is the model's
+    assert counted == 6 * matrices + attention
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_estimate_changes_nothing(optimizer: str) -> None:
+    model = toy()
+    before, calls = weights(model), model.calls.clone()
+    random = torch.get_rng_state()
+    tried = probe(model, objective, optimizer)
+    cost.estimate(tried, Sequences().batch(0), None, "")
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(model).items())
+    assert torch.equal(model.calls, calls) and torch.equal(torch.get_rng_state(), random)
+    assert tried.optimisers.state() == {} and all(p.grad is None for p in model.parameters())
+
+
+def test_the_estimate_is_near_what_a_step_takes() -> None:
+    model, _ = language_model()
+    tokens = torch.randint(97, (16, 33))
+    tried = probe(model, objectives.causal)
+    estimate = cost.estimate(tried, {"tokens": tokens}, None, "")
+    assert estimate.micro_batch == 16 and estimate.units_per_step == 16 * 32
+    assert estimate.parameter_bytes == 4 * sum(p.numel() for p in model.parameters())
+    assert estimate.optimizer_bytes == pytest.approx(2 * estimate.parameter_bytes, rel=0.01)
+    kept, largest = tried.activations({"tokens": tokens})
+    assert kept <= estimate.activation_bytes <= 1.2 * (kept + 2 * largest)
+
+
+@pytest.mark.parametrize(("free", "rows"), [(1.0, 6), (0.75, 3), (0.45, 2)])
+def test_rows_at_a_time_are_what_fits_in_equal_parts(monkeypatch, free: float, rows: int) -> None:
+    batch = Sequences().batch(0)
+    needs = cost.estimate(probe(toy(), objective), batch, None, "")
+    fixed = needs.total_bytes - needs.parameter_bytes - needs.row_bytes * 6
+    available = int((fixed + 6 * needs.row_bytes * free) / 0.8) + 1
+    monkeypatch.setattr("keifu.training.machine.available", lambda device: available)
+    assert cost.estimate(probe(toy(), objective), batch, None, "").micro_batch == rows
+
+
+def test_the_cost_is_said_before_the_first_step(tmp_path: Path, capsys) -> None:
+    train(toy(), objective, Sequences(), settings(), run(tmp_path))
+    first, *others = capsys.readouterr().err.splitlines()
+    assert re.match(r"483 parameters; 12 steps of 30 tokens, 360 in all: about .* s and .* kB of memory \(", first)
+    assert any(line.startswith("step 4  validation loss") for line in others)
+    assert others[-1].startswith("Done: 12 steps in")
+
+
+def test_the_peak_is_a_plausible_speed() -> None:
+    assert 1e8 < peak.matmul_peak(CPU, torch.float32) < 1e15
+    assert peak.matmul_peak(CPU, torch.float32) == peak.matmul_peak(CPU, torch.float32)
+
+
+def test_bfloat16_is_used_where_the_processor_has_it(monkeypatch) -> None:
+    for flags, expected in (("avx512f avx512_bf16", torch.bfloat16), ("avx2 fma amx_bf16", torch.bfloat16)):
+        monkeypatch.setattr(precision, "processor", lambda field, flags=flags: flags)
+        assert precision.resolve("auto", CPU) == expected
+    monkeypatch.setattr(precision, "processor", lambda field: "avx2 avx512f")
+    assert precision.resolve("auto", CPU) == torch.float32
+    assert precision.resolve("bfloat16", CPU) == torch.bfloat16
+
+
+def test_bfloat16_steps_keep_the_weights_in_float32(tmp_path: Path) -> None:
+    model = toy()
+    seen = []
+    model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    train(model, objective, Sequences(), settings(precision="bfloat16", steps=2, warmup=0), run(tmp_path))
+    assert set(seen) == {torch.bfloat16}
+    assert {tensor.dtype for tensor in weights(model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.96, "10 s"), (99, "99 s"), (187, "3:07 min"), (9000, "2:30 h"), (280_000, "3 d 5 h")],
+)
+def test_durations_are_readable(seconds: float, text: str) -> None:
+    assert progress.clock(seconds) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(999, "999 bytes"), (1e3, "1 kB"), (1_234_567, "1.23 MB"), (5e12, "5 TB")])
+def test_amounts_are_readable(value: float, text: str) -> None:
+    assert progress.size(value) == text
+
+
+def test_a_terminal_gets_a_bar_and_a_pipe_plain_lines(monkeypatch) -> None:
+    for terminal in (True, False):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr("sys.stderr", stream)
+        monkeypatch.setenv("TERM", "xterm")
+        with progress.Display(20, "tokens") as display:
+            display.advance(10)
+            display.show({"loss": 2.5, "tokens_per_second": 1234.0, "flops_utilisation": 0.41, "seconds_left": 83.0})
+            display.note("a [note] that stays")
+        text = stream.getvalue()
+        assert "loss 2.5  1,234 tokens/s  41% of peak  83 s left" in text and "a [note] that stays" in text
+        assert ("\x1b[" in text) == terminal
+        assert ("step 10/20  loss" in text) == (not terminal)
