@@ -1,6 +1,8 @@
 """`keifu train perceptron` and `keifu train mlp`: what they learn, say, draw and refuse."""
 
+import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import keifu
 from keifu.cli import main
 from keifu.errors import UserError
 from keifu.evaluation import boundaries
-from keifu.recipes import perceptron
+from keifu.recipes import mlp, mlp_compare, perceptron
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -108,3 +110,112 @@ def test_the_stages_drawn_are_few_and_hold_both_ends():
     for count in (7, 8, 100, 5000):
         chosen = boundaries.spread(range(count))
         assert chosen[0] == 0 and chosen[-1] == count - 1 and len(chosen) == len(set(chosen)) <= 6
+
+
+@pytest.mark.parametrize(("activation", "seed"), [*(("relu", seed) for seed in range(5)), ("tanh", 5), ("sigmoid", 6)])
+def test_a_hidden_layer_solves_xor_from_every_seed(activation, seed, tmp_path):
+    pair = mlp.Recipe("xor", activation=activation, steps=100, seed=seed)
+    assert mlp_compare.learn(pair, mlp.learnable(pair), tmp_path).accuracy == 1.0
+
+
+@pytest.mark.parametrize("loss", sorted(mlp.LOSSES))
+def test_every_loss_learns_the_moons(loss, tmp_path):
+    pair = mlp.Recipe("moons", loss=loss, steps=100)
+    found = mlp_compare.learn(pair, mlp.learnable(pair), tmp_path)
+    assert found.accuracy >= 0.9
+    assert found.losses[-1][1] < 0.6 * found.losses[0][1]
+
+
+def test_a_run_is_a_model_a_report_and_pictures(tmp_path, capsys):
+    train("mlp", "--data", "moons", "--steps", 48, "--out", tmp_path)
+    assert float(re.search(r"Right: ([\d.]+)% of 80 held-out rows", capsys.readouterr().out)[1]) > 80
+    assert (tmp_path / "boundary.png").read_bytes().startswith(PNG)
+    assert len(list((tmp_path / "samples").glob("step-*.png"))) == 12
+    page = (tmp_path / "report.html").read_text()
+    assert "A multi-layer network learns moons" in page and page.count("data:image/png") == 13
+    assert "keifu train mlp --data moons --steps 48" in page
+
+
+def test_a_trained_network_keeps_its_scaling_and_the_names_of_its_classes(tmp_path):
+    rows = [f"{1000 + n % 7},{-5e-3 * n},{n % 2},{('low', 'mid', 'high')[n // 20]}" for n in range(60)]
+    path = csv(tmp_path / "levels.csv", rows, "a,b,c,level")
+    train("mlp", "--data", path, "--label", "level", "--hidden", 8, "--steps", 150, "--out", tmp_path / "run")
+    model, _ = keifu.load(tmp_path / "run")
+    assert model.config.classes == ("high", "low", "mid")
+    inputs = torch.tensor([[float(cell) for cell in row.split(",")[:3]] for row in rows])
+    names = [model.config.classes[place] for place in model.predict(inputs).tolist()]
+    assert sum(name == row.split(",")[3] for name, row in zip(names, rows, strict=True)) >= 57
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
+    recipe = mlp.Recipe("spirals", steps=40, dropout=0.2)
+
+    def network():
+        learned = mlp.learnable(recipe)
+        return learned, mlp.network(recipe, learned)
+
+    class Halt(Exception):
+        pass
+
+    def halting(step):
+        if step == 10:
+            raise Halt
+        return "going on"
+
+    def go(out, resume, sample):
+        learned, model = network()
+        data = mlp.Examples(learned.training, learned.held, 32, 0)
+        chosen = replace(mlp.settings(recipe), save_every=5, sample_every=10)
+        mlp.train(model, mlp.objective(recipe.loss), data, chosen, mlp.described(recipe, learned, out, resume), sample)
+        return torch.cat([weight.flatten() for weight in model.state_dict().values()])
+
+    whole = go(tmp_path / "whole", False, None)
+    with pytest.raises(Halt):
+        go(tmp_path / "cut", False, halting)
+    assert torch.equal(go(tmp_path / "cut", True, None), whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--activation", "step"), "step's derivative is zero everywhere"),
+        (("--activation", "rellu"), "Did you mean 'relu'"),
+        (("--loss", "mean_square"), "Did you mean 'mean_squared_error'"),
+        (("--data", "mnst"), "Did you mean 'mnist'"),
+        (("--augment",), "--augment distorts pictures, and 'xor' has none"),
+        (("--data", "mnist", "--label", "digit"), "the data are 'mnist': leave it out"),
+        (("--hidden", "4", "0"), "at least one unit"),
+        (("--dropout", "1.5"), "dropout is a share"),
+        (("--data", "moons", "--hiden", "4"), "--hidden"),
+    ],
+)
+def test_options_that_make_no_sense_are_answered_with_a_sentence(words, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train("mlp", "--out", tmp_path, *words)
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1
+    assert not (tmp_path / "recipe.json").exists()
+
+
+def test_the_comparison_gives_a_table_curves_and_boundaries(tmp_path, capsys):
+    words = ("--activations", "tanh", "relu", "--losses", "cross_entropy", "mean_absolute_error", "--steps", "60")
+    train("mlp-compare", "--data", "moons", *words, "--out", tmp_path)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[:3]]
+    assert rows[0][2:] == ["cross_entropy", "mean_absolute_error"] and [row[0] for row in rows[1:]] == ["tanh", "relu"]
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert [f"{100 * entry['accuracy']:.1f}%" for entry in found] == [rows[1][1], rows[2][1], rows[1][2], rows[2][2]]
+    assert min(entry["accuracy"] for entry in found) > 0.8
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(PNG) for name in ("curves", "boundaries"))
+
+
+@pytest.mark.slow
+def test_the_digits_reach_95_percent(tmp_path, capsys):
+    train("mlp", "--data", "mnist", "--out", tmp_path)
+    assert float(re.search(r"Right: ([\d.]+)% of 1,000 held-out", capsys.readouterr().out)[1]) >= 95
+
+
+def test_digits_are_learned_drawn_and_distorted(tmp_path, capsys):
+    """A short run on the real digits: far from done, and far beyond chance."""
+    train("mlp", "--data", "mnist", "--hidden", 64, "--steps", 48, "--augment", "--out", tmp_path)
+    assert float(re.search(r"Right: ([\d.]+)% of 1,000 held-out", capsys.readouterr().out)[1]) >= 75
+    assert (tmp_path / "samples" / "step-00000048.png").read_bytes().startswith(PNG)

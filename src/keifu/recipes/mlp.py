@@ -153,8 +153,8 @@ def settings(recipe: Recipe) -> Settings:
         warmup=options["steps"] // 20,
         betas=(0.9, 0.99),
         precision="float32",
-        evaluate_every=max(1, options["steps"] // 20),
-        sample_every=max(1, options["steps"] // (10 if recipe.data == "mnist" else 20)),
+        evaluate_every=max(1, options["steps"] // 12),
+        sample_every=max(1, options["steps"] // 12),
     )
 
 

@@ -92,7 +92,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
 
 def learn(pair: mlp.Recipe, subject: Subject, directory: Path) -> Result:
     """Trains one network of the comparison."""
-    settings = replace(mlp.settings(pair), sample_every=0, save_every=0)
+    settings = mlp.settings(pair)
+    settings = replace(settings, sample_every=0, save_every=0, evaluate_every=max(1, settings.steps // 30))
     model = mlp.network(pair, subject)
     data = Examples(subject.training, subject.held, settings.batch_size, settings.seed)
     about = {"title": f"{pair.activation} and {pair.loss} on {pair.data}"}
