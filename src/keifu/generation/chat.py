@@ -1,11 +1,14 @@
-"""A conversation: its history, laid out by the tokenizer's chat template, and the model's answers; knows no terminal."""
+"""A conversation: its history, laid out by the chat template, and the model's answers; knows no terminal."""
 
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.engine import Model, capacity, decode
+from keifu.generation.decoding import causal
+from keifu.generation.engine import capacity, write
 from keifu.generation.requests import Request, check_tokens
 from keifu.generation.sampling import sampling_from
 from keifu.layers.cache import Cache
@@ -23,8 +26,9 @@ class Conversation:
     read again.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, system: str | None = None):
-        self.model, self.tokenizer, self.system = model, tokenizer, system
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, system: str | None = None):
+        self.model, self.config = model, causal(model).config
+        self.tokenizer, self.system = tokenizer, system
         self.reset()
 
     def reset(self) -> None:
@@ -38,27 +42,27 @@ class Conversation:
         """Answers a message, in pieces of text; both then belong to the history.
 
         sampling: as for `generate`, but max_tokens is 1024. An answer that is interrupted stays as far as it came; if
-        nothing came, the message is forgotten too. A conversation that no longer fits the context is a `UserError`, raised
-        at once; nothing is dropped from it.
+        nothing came, the message is forgotten too. A conversation that no longer fits the context is a `UserError`,
+        raised at once; nothing is dropped from it.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self.tokenizer.render_chat(messages)
-        context = self.model.config.context_length
+        context = self.config.context_length
         if len(prompt) >= context:
             raise UserError(
-                f"The conversation has {len(prompt)} tokens with this message, but this model's context is {context} and "
-                "must hold the answer too: write a shorter message, or start afresh with /reset."
+                f"The conversation has {len(prompt)} tokens with this message, but this model's context is {context} "
+                "and must hold the answer too: write a shorter message, or start afresh with /reset."
             )
-        check_tokens([prompt], self.model.config.vocab_size)
+        check_tokens([prompt], self.config.vocab_size)
         settings = sampling_from({"max_tokens": MAX_TOKENS, **sampling})
         return self._answer(Request(0, prompt, settings, self.tokenizer, context), messages)
 
     def _answer(self, request: Request, messages: list[dict[str, str]]) -> Iterator[str]:
         """Writes the answer; whatever ends it, the history and the caches afterwards tell the same."""
-        caches, held = self._reused(request)
+        caches = self._reused(request)
         self._caches, self.finish_reason, answer = None, None, ""
         try:
-            for piece in decode(self.model, [request], caches, held):
+            for piece in write(self.model, [request], caches):
                 answer, self.finish_reason = answer + piece.text, piece.finish_reason
                 if piece.text:
                     yield piece.text
@@ -69,8 +73,8 @@ class Conversation:
             if len(lengths) == 1:  # not if the model was interrupted between two layers
                 self._caches, self._held = caches, [*request.prompt, *request.tokens][: lengths.pop()]
 
-    def _reused(self, request: Request) -> tuple[list[Cache], int]:
-        """Caches with room for the request, and how many tokens of its prompt they hold."""
+    def _reused(self, request: Request) -> list[Cache]:
+        """Caches with room for the request, which hold as much of its prompt as earlier turns have left."""
         room = capacity([request])
         if self._caches is not None:
             pairs = enumerate(zip(self._held, request.prompt, strict=False))
@@ -80,5 +84,5 @@ class Conversation:
                 for cache in self._caches:
                     cache.rollback(same)
                     cache.reserve(room)
-                return self._caches, same
-        return self.model.new_caches(1, room), 0
+                return self._caches
+        return causal(self.model).new_caches(1, room)

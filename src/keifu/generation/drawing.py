@@ -43,5 +43,5 @@ def _shifted(x: Int[Tensor, " rows"], bits: int) -> Int[Tensor, " rows"]:
 
 
 def _signed(constant: int) -> int:
-    """A constant of 64 bits as the signed number that int64 tensors hold; their products wrap round as unsigned ones."""
+    """A constant of 64 bits as the signed number that an int64 tensor holds; products wrap round all the same."""
     return constant - 2**64 if constant >= 2**63 else constant

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
+from torch import nn
+
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.engine import Model, capacity, decode
+from keifu.generation.decoding import causal
+from keifu.generation.engine import capacity, write
 from keifu.generation.requests import Piece, Request, check_tokens, prompt_tokens
 from keifu.generation.sampling import Sampling, sampling_from
 
@@ -38,7 +41,7 @@ class Completion:
 
 
 def stream(
-    model: Model,
+    model: nn.Module,
     tokenizer: Tokenizer,
     prompts: Prompts,
     samplings: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (it is frozen)
@@ -50,16 +53,17 @@ def stream(
     """
     each = _one_each(samplings, len(prompts))
     tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
-    check_tokens(tokens, model.config.vocab_size)
-    context = model.config.context_length
-    requests = [Request(i, *pair, tokenizer, context) for i, pair in enumerate(zip(tokens, each, strict=True))]
+    config = causal(model).config
+    check_tokens(tokens, config.vocab_size)
+    pairs = enumerate(zip(tokens, each, strict=True))
+    requests = [Request(i, *pair, tokenizer, config.context_length) for i, pair in pairs]
     if not requests:
         return iter(())
-    return decode(model, requests, model.new_caches(len(requests), capacity(requests)))
+    return write(model, requests, causal(model).new_caches(len(requests), capacity(requests)))
 
 
 def generate_batch(
-    model: Model,
+    model: nn.Module,
     tokenizer: Tokenizer,
     prompts: Prompts,
     samplings: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (it is frozen)
@@ -93,10 +97,10 @@ def completion(pieces: Sequence[Piece], seed: int, prompt_length: int) -> Comple
 
 
 @overload
-def generate(model: Model, tokenizer: Tokenizer, prompt: str, **sampling: Any) -> str: ...
+def generate(model: nn.Module, tokenizer: Tokenizer, prompt: str, **sampling: Any) -> str: ...
 @overload
-def generate(model: Model, tokenizer: Tokenizer, prompt: list[str], **sampling: Any) -> list[str]: ...
-def generate(model: Model, tokenizer: Tokenizer, prompt: str | list[str], **sampling: Any) -> str | list[str]:
+def generate(model: nn.Module, tokenizer: Tokenizer, prompt: list[str], **sampling: Any) -> list[str]: ...
+def generate(model: nn.Module, tokenizer: Tokenizer, prompt: str | list[str], **sampling: Any) -> str | list[str]:
     """What the model writes after the prompt (without the prompt), or after each of several.
 
     sampling: any of max_tokens=256, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,

@@ -18,7 +18,7 @@ Parameter = Float[Tensor, " #rows"]
 
 
 def repetition_penalty(logits: Logits, seen: Bool[Tensor, "rows vocab"], penalty: Parameter) -> Logits:
-    """Makes tokens that were seen less likely: positive logits / penalty, negative ones · penalty (CTRL, section 4.1)."""
+    """Positive logits of tokens that were seen / penalty, negative ones · penalty (CTRL, section 4.1)."""
     factor = torch.where(logits < 0, penalty[:, None], 1 / penalty[:, None])
     return torch.where(seen, logits * factor, logits)
 
@@ -71,8 +71,8 @@ def log_probability(logits: Logits, tokens: Int[Tensor, " rows"]) -> Float[Tenso
 
 
 def _descending(logits: Logits) -> Logits:
-    """Each row's values, largest first. On a CPU NumPy's vectorised sort takes a twentieth of the time of torch's, which
-    carries indices along."""
+    """Each row's values, largest first."""
+    # torch's sort carries indices along; on a CPU NumPy's, which does not, takes a twentieth of the time.
     if logits.device.type == "cpu":
         return torch.from_numpy(np.sort(logits.detach().numpy(), axis=-1)).flip(-1)
     return logits.sort(-1, descending=True).values

@@ -37,7 +37,9 @@ class Request:
     A prompt that is empty or leaves no room in the context is a `UserError`; nothing is ever cut.
     """
 
-    def __init__(self, index: int, prompt: Sequence[int], sampling: Sampling, tokenizer: Tokenizer, context_length: int):
+    def __init__(
+        self, index: int, prompt: Sequence[int], sampling: Sampling, tokenizer: Tokenizer, context_length: int
+    ):
         self.index, self.prompt, self.sampling = index, list(prompt), sampling.seeded()
         room = context_length - len(prompt)
         if not prompt:
@@ -73,7 +75,7 @@ class Request:
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """The ids of a prompt as the tokenizer begins a text; an empty one is the token that begins a text, if there is one.
+    """The ids of a prompt as the tokenizer begins a text; an empty one is the token that begins a text, if any.
 
     Text cannot spell control tokens; who wants them gives ids.
     """

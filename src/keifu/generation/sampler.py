@@ -5,6 +5,7 @@ Axes: rows = texts being written, vocab.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,9 +34,10 @@ class RowSettings:
         self.top_p = self._column([s.top_p for s in samplings], 1.0)
         self.min_p = self._column([s.min_p for s in samplings], 0.0)
 
-    def _column(self, values: list[float] | list[int], neutral: float | int) -> Tensor | None:
+    def _column(self, values: list[Any], neutral: float | int) -> Tensor | None:
         """One value a row; None when no row wants anything, so that the step costs nothing."""
-        return None if all(value == neutral for value in values) else torch.tensor(values, device=self.device)
+        kind = torch.float32 if isinstance(neutral, float) else torch.int64
+        return None if all(v == neutral for v in values) else torch.tensor(values, dtype=kind, device=self.device)
 
     def penalised(self, logits: processors.Logits, history: "History") -> processors.Logits:
         """The logits after the penalties: what greedy choice takes the largest of."""
@@ -95,12 +97,12 @@ class History:
         if self.counts is not None:
             self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.float32))
 
-    def before_each(self, tokens: Int[Tensor, " length"]) -> "History":
+    def before_each(self, tokens: Int[Tensor, " length"], vocab: int) -> "History":
         """The history of the one row before each of the tokens that follow, a row for each; this one then holds all."""
         if self.seen is None and self.counts is None:
             return self
-        new = torch.zeros(len(tokens), (self.seen if self.counts is None else self.counts).shape[1], device=tokens.device)
-        after = new.scatter_(1, tokens[:, None], 1.0).cumsum(0)
+        new = torch.zeros(len(tokens), vocab, device=tokens.device).scatter_(1, tokens[:, None], 1.0)
+        after = new.cumsum(0)
         before = after - new
         seen = None if self.seen is None else self.seen | (before > 0)
         counts = None if self.counts is None else self.counts + before

@@ -30,13 +30,13 @@ class Sampling:
     """
 
     max_tokens: int | None = 256
-    temperature: float = 1.0
+    temperature: float | int = 1.0
     top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    top_p: float | int = 1.0
+    min_p: float | int = 0.0
+    repetition_penalty: float | int = 1.0
+    presence_penalty: float | int = 0.0
+    frequency_penalty: float | int = 0.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
     log_probabilities: bool = False
@@ -44,7 +44,11 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, (holds, allowed) in _RANGES.items():
             value = vars(self)[name]
-            if not holds(value):
+            try:
+                fits = holds(value)
+            except TypeError:  # such as text where a number belongs
+                fits = False
+            if not fits:
                 raise UserError(f"{name} is {value!r}, which must be {allowed}.")
 
     def seeded(self) -> "Sampling":
@@ -52,17 +56,24 @@ class Sampling:
         return self if self.seed is not None else replace(self, seed=secrets.randbits(53))
 
 
+def _whole(n: Any) -> bool:
+    return isinstance(n, int)
+
+
 _RANGES = {
-    "max_tokens": (lambda n: n is None or n >= 1, "at least 1, or None for the whole context"),
+    "max_tokens": (lambda n: n is None or _whole(n) and n >= 1, "at least 1, or None for the whole context"),
     "temperature": (lambda t: 0 <= t < math.inf, "0 (always the likeliest token) or more"),
-    "top_k": (lambda k: k >= 0, "the number of tokens to choose from, or 0 for all"),
+    "top_k": (lambda k: _whole(k) and k >= 0, "the number of tokens to choose from, or 0 for all"),
     "top_p": (lambda p: 0 < p <= 1, "more than 0 and at most 1 (which keeps all tokens)"),
     "min_p": (lambda p: 0 <= p <= 1, "between 0 (which keeps all tokens) and 1"),
     "repetition_penalty": (lambda r: 0 < r < math.inf, "more than 0; 1 changes nothing"),
     "presence_penalty": (math.isfinite, "a finite number; 0 changes nothing"),
     "frequency_penalty": (math.isfinite, "a finite number; 0 changes nothing"),
     "stop": (all, "strings of at least one character"),
-    "seed": (lambda s: s is None or 0 <= s < 2**63, "a whole number from 0 to 2^63 - 1, or None for a fresh one"),
+    "seed": (
+        lambda s: s is None or _whole(s) and 0 <= s < 2**63,
+        "a whole number from 0 to 2^63 - 1, or None for a fresh one",
+    ),
 }
 
 

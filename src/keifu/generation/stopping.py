@@ -7,7 +7,7 @@ class StopText:
     """Passes text on as it comes, but holds back whatever may become a stop string.
 
     `found` tells that one has come. The text then ends where the first stop string to be complete begins; of several
-    that are complete at the same character, the one that begins first counts. So the text does not depend on the pieces.
+    that are complete at the same character, the one that begins first counts. So the pieces do not change the text.
     """
 
     def __init__(self, stops: Sequence[str]):

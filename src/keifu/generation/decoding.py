@@ -1,0 +1,127 @@
+"""The decode loop: prompts into caches, then one token a step for every text of a batch; knows no text and no model.
+
+Axes: batch = texts, length = tokens, vocab. Texts of different lengths begin with padding, so that all end together.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.generation.sampler import Choice, Sampler
+from keifu.generation.sampling import Sampling
+from keifu.layers.cache import Cache
+
+PREFILL_TOKENS = 4096  # of all rows together in one pass: enough to fill a matrix product, few enough for memory
+GREEDY = Sampling(temperature=0, seed=0)
+
+Tokens = Int[Tensor, "batch length"]
+Padding = Int[Tensor, " batch"] | None
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What a causal model offers to decoding; its `config` has `vocab_size` and `context_length`."""
+
+    config: Any
+
+    def hidden(self, tokens: Tokens, caches: Sequence[Cache] | None, padding: Padding) -> Tensor: ...
+
+    def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]: ...
+
+    def new_caches(self, batch: int, capacity: int) -> list[Cache]: ...
+
+
+def causal(model: nn.Module) -> Model:
+    """The same model, known to be one that can write; any other is a `UserError`."""
+    if not isinstance(model, Model):
+        raise UserError(f"A {type(model).__name__} cannot write text: load a causal language model, such as smollm2.")
+    return model
+
+
+def step(model: Model, tokens: Tokens, caches: Sequence[Cache], padding: Padding) -> Float[Tensor, "batch vocab"]:
+    """Logits, in float32, of the token after the last one.
+
+    Every pass that chooses a token is this call: a model whose `hidden` is compiled or whose layers are replaced needs
+    nothing more.
+    """
+    return model.logits(model.hidden(tokens, caches, padding)[:, -1]).float()
+
+
+def prefill(model: Model, tokens: Tokens, caches: Sequence[Cache], padding: Padding) -> Float[Tensor, "batch vocab"]:
+    """Takes prompts into the caches, some at a time so that memory stays bounded; the logits after the last token."""
+    *earlier, last = tokens.split(max(1, PREFILL_TOKENS // len(tokens)), 1)
+    for chunk in earlier:
+        model.hidden(chunk, caches, padding)
+    return step(model, last, caches, padding)
+
+
+def left_padded(texts: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[Tokens, Padding]:
+    """The texts as one tensor, with zeros before the shorter ones, and how many; None if all are equally long."""
+    longest = max(map(len, texts))
+    tokens = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts], device=device)
+    counts = [longest - len(text) for text in texts]
+    return tokens, torch.tensor(counts, device=device) if any(counts) else None
+
+
+class Batch:
+    """Texts that grow together, a token a step, each by its own settings (which must have a seed).
+
+    caches: with room for all; they may hold the beginning of the prompts already.
+    """
+
+    def __init__(
+        self, model: Model, tokens: Tokens, padding: Padding, samplings: Sequence[Sampling], caches: list[Cache]
+    ):
+        self.model, self.padding, self.caches = model, padding, caches
+        self._logits = prefill(model, tokens[:, caches[0].length :], caches, padding)
+        self._tokens: Tensor | None = None
+        self._sampler = Sampler(samplings, tokens, padding, self._logits.shape[1])
+
+    def advance(self) -> Choice:
+        """The next token of every text, after those of the last call."""
+        if self._tokens is not None:
+            self._logits = step(self.model, self._tokens, self.caches, self.padding)
+        choice = self._sampler.choose(self._logits)
+        self._tokens = choice.tokens[:, None]
+        return choice
+
+    def keep(self, rows: list[int]) -> None:
+        """Goes on with these texts only, and of the padding with what differs between them."""
+        index, start = torch.tensor(rows, device=self.caches[0].keys.device), 0
+        if self.padding is not None:
+            padding = self.padding[index]
+            start = int(padding.min())
+            self.padding = padding - start if int(padding.max()) > start else None
+        for cache in self.caches:
+            cache.select(index, start)
+        self._sampler.select(rows)
+        self._tokens = None if self._tokens is None else self._tokens[index]
+
+
+@torch.inference_mode()
+def decode(model: nn.Module, tokens: Tokens, n: int, sampling: Sampling = GREEDY) -> Int[Tensor, "batch n"]:
+    """The next `n` tokens of texts of equal length, whatever they are: no token stops one. Rows share the seed."""
+    length, context = tokens.shape[1], causal(model).config.context_length
+    if length + n > context:
+        raise UserError(f"{length} tokens and {n} more do not fit this model's context of {context}: ask for fewer.")
+    with evaluating(model):
+        caches = causal(model).new_caches(len(tokens), length + n - 1)
+        batch = Batch(causal(model), tokens, None, [sampling.seeded()] * len(tokens), caches)
+        return torch.stack([batch.advance().tokens for _ in range(n)], 1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

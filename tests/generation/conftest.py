@@ -1,0 +1,77 @@
+"""What the generation tests share: models with sharp random weights, a byte tokenizer, a model that says a script."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.layers.cache import KeyValueCache
+from keifu.models import gpt2, llama
+
+SIZE: dict[str, Any] = {"vocab_size": 261, "context_length": 67, "dim": 20, "hidden_dim": 36, "n_layers": 3}
+LLAMA = {**SIZE, "n_heads": 4, "head_dim": 6}
+TOYS: dict[str, Callable[[], nn.Module]] = {
+    "gpt2": lambda: gpt2.build(gpt2.Config(**SIZE, n_heads=5, dropout=0.3)),
+    "grouped": lambda: llama.build(llama.Config(**LLAMA, n_kv_heads=2)),
+    "window": lambda: llama.build(llama.Config(**LLAMA, n_kv_heads=2, sliding_window=5)),
+    "late window": lambda: llama.build(
+        llama.Config(**LLAMA, n_kv_heads=1, sliding_window=4, first_window_layer=1, qkv_bias=True, tied=True)
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable: None) -> None:
+    """Threads that wait for each other cost tiny models more than they give, and very much on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=TOYS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """Each toy in turn, with weights large enough that the next token depends on those before it."""
+    torch.manual_seed(3)
+    toy = TOYS[request.param]()
+    with torch.no_grad():
+        for parameter in toy.parameters():
+            parameter.mul_(12) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) * 0.2)
+    return toy.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Bytes and little more: 256 of them, four control tokens, and no template."""
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    trained = train_tokenizer("bpe", ["ab"], 260, special_tokens=control[1:])
+    return Tokenizer(trained.backend, {"bos_token": control[0], "eos_token": control[0]})
+
+
+class Script(nn.Module):
+    """Says these tokens, whatever it is asked; the prompt is `asked` tokens long."""
+
+    def __init__(self, tokens: list[int], asked: int = 1, vocab_size: int = 300, context_length: int = 1000):
+        super().__init__()
+        self.tokens, self.asked = torch.tensor(tokens), asked
+        self.config = SimpleNamespace(vocab_size=vocab_size, context_length=context_length)
+
+    def hidden(self, tokens: Tensor, caches: list[KeyValueCache], padding: Tensor | None) -> Tensor:
+        start = caches[0].length
+        caches[0].append(*[tokens.new_zeros(len(tokens), 1, tokens.shape[1], 1).float()] * 2)
+        places = torch.arange(start, start + tokens.shape[1]) - (0 if padding is None else padding[:, None])
+        return (places - self.asked + 1).expand(tokens.shape)[..., None].float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        places = hidden[..., 0].long().clamp(0, len(self.tokens) - 1)
+        return 50.0 * F.one_hot(self.tokens[places], self.config.vocab_size)
+
+    def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
+        return [KeyValueCache(batch, 1, capacity, 1, torch.zeros(1))]
+
+
+@pytest.fixture
+def script() -> type[Script]:
+    return Script

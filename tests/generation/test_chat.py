@@ -1,0 +1,178 @@
+"""Conversations: history, the template, keys and values that are kept, and what happens when something goes wrong."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from keifu.data.chat import CHATML
+from keifu.data.tokenizers import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.chat import Conversation
+from keifu.layers.cache import Cache
+from keifu.models import llama
+
+
+@pytest.fixture
+def chatter(tokenizer: Tokenizer) -> Tokenizer:
+    """Ends its turns with <|im_end|>."""
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    return Tokenizer(tokenizer.backend, special, chat_template=CHATML)
+
+
+class Counting(nn.Module):
+    """A model that counts the tokens it is given."""
+
+    def __init__(self, inner: Any):
+        super().__init__()
+        self.inner, self.config, self.read = inner, inner.config, 0
+
+    def hidden(self, tokens: torch.Tensor, caches: list[Cache], padding: None) -> torch.Tensor:
+        self.read += tokens.shape[1]
+        return self.inner.hidden(tokens, caches, padding)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.inner.logits(hidden)
+
+    def new_caches(self, batch: int, capacity: int) -> list[Cache]:
+        return self.inner.new_caches(batch, capacity)
+
+
+def toy(window: int | None = None) -> Counting:
+    torch.manual_seed(5)
+    config = llama.Config(
+        vocab_size=261,
+        context_length=400,
+        dim=24,
+        hidden_dim=40,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        sliding_window=window,
+    )
+    model = llama.build(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(12 if parameter.ndim > 1 else 1)
+    return Counting(model.eval())
+
+
+def test_history_follows_the_template(script: Any, chatter: Tokenizer) -> None:
+    answer = [*chatter.encode("はい。"), chatter.eos_id]
+    asked = chatter.render_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    talk = Conversation(script(answer, asked=len(asked)), chatter, system="Be brief.")
+    assert list(talk.reply("Hi", temperature=0)) == list("はい。")
+    assert [message["role"] for message in talk.messages] == ["system", "user", "assistant"]
+    assert talk.messages[-1]["content"] == "はい。"
+    assert talk.finish_reason == "stop"
+    talk.reset()
+    assert talk.messages == [{"role": "system", "content": "Be brief."}]
+    assert Conversation(talk.model, chatter).messages == []
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_turns_equal_those_of_a_model_that_reads_all_again(
+    chatter: Tokenizer, window: int | None, temperature: float
+) -> None:
+    model = toy(window)
+    kept, fresh = Conversation(model, chatter), Conversation(model, chatter)
+    for turn, text in enumerate(["Hello", "Tell me more", "一つだけ", "", "Hello"]):
+        options = {"max_tokens": 20 + 15 * (turn % 2), "temperature": temperature, "seed": turn}
+        answer = "".join(kept.reply(text, **options))
+        other = Conversation(model, chatter)
+        other.messages = list(fresh.messages)
+        assert "".join(other.reply(text, **options)) == answer
+        fresh = other
+    assert kept.messages == fresh.messages
+
+
+def test_a_turn_reads_only_what_is_new(script: Any, chatter: Tokenizer) -> None:
+    """What earlier turns left is not read again, as long as the new layout begins with the same tokens."""
+    said = [*chatter.encode("ok"), chatter.eos_id]
+    model = Counting(script(said))
+    talk, read = Conversation(model, chatter), []
+    for text in ("Hello there", "And you?"):
+        layout = chatter.render_chat([*talk.messages, {"role": "user", "content": text}])
+        model.inner.asked = len(layout)
+        assert "".join(talk.reply(text, temperature=0)) == "ok"
+        read.append(len(layout) + len(said) - 1)  # the layout and the answer, whose last token is never fed back
+        assert model.read == read[-1]  # in all turns together
+
+
+def test_a_changed_history_is_read_from_where_it_changed(chatter: Tokenizer) -> None:
+    model = toy()
+    talk = Conversation(model, chatter)
+    list(talk.reply("Hello there", max_tokens=12, seed=1))
+    talk.messages[1] = {"role": "assistant", "content": "Something else"}
+    answer = "".join(talk.reply("Go on", max_tokens=12, seed=2))
+    other = Conversation(model, chatter)
+    other.messages = talk.messages[:2]
+    assert "".join(other.reply("Go on", max_tokens=12, seed=2)) == answer
+
+
+def test_a_conversation_that_is_full_says_so_and_loses_nothing(chatter: Tokenizer) -> None:
+    talk = Conversation(toy(), chatter)
+    list(talk.reply("Hello", max_tokens=5, seed=1))
+    before = list(talk.messages)
+    length = len(chatter.render_chat([*before, {"role": "user", "content": "x" * 380}]))
+    with pytest.raises(UserError, match=rf"has {length} tokens .* context is 400 .*/reset"):
+        talk.reply("x" * 380)
+    assert talk.messages == before
+    assert "".join(talk.reply("Still there?", max_tokens=5, seed=1)) is not None
+    assert len(talk.messages) == len(before) + 2
+
+
+def test_the_context_may_fill_up_in_an_answer(chatter: Tokenizer) -> None:
+    talk = Conversation(toy(), Tokenizer(chatter.backend, {}, chat_template=CHATML))
+    list(talk.reply("x" * 350, temperature=0))
+    assert talk.finish_reason == "context"
+
+
+def test_an_interrupted_answer_stays_as_far_as_it_came(chatter: Tokenizer) -> None:
+    model = toy()
+    talk = Conversation(model, chatter)
+    answer = talk.reply("Hello", max_tokens=60, temperature=1.0, seed=3)
+    begun = next(answer) + next(answer)
+    answer.close()  # type: ignore[attr-defined]
+    assert talk.messages[-1] == {"role": "assistant", "content": begun}
+    assert talk.finish_reason is None
+    other = Conversation(model, chatter)
+    other.messages = list(talk.messages)
+    options = {"max_tokens": 10, "temperature": 0.0}
+    assert "".join(talk.reply("Go on", **options)) == "".join(other.reply("Go on", **options))
+
+
+def test_an_interruption_inside_the_model(chatter: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between two layers leaves caches of different lengths: they are not used again."""
+    model = toy()
+    talk = Conversation(model, chatter)
+    before = "".join(talk.reply("Hello", max_tokens=10, seed=1))
+    plain = Cache.__args__[0].append  # type: ignore[attr-defined]
+    calls = iter(range(10**6))
+
+    def interrupted(cache: Any, keys: Any, values: Any) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return plain(cache, keys, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keifu.layers.cache.KeyValueCache.append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(talk.reply("Go on", max_tokens=10, seed=1))
+    assert [message["content"] for message in talk.messages] == ["Hello", before]
+    other = Conversation(model, chatter)
+    other.messages = list(talk.messages)
+    options = {"max_tokens": 10, "temperature": 0.0}
+    assert "".join(talk.reply("Go on", **options)) == "".join(other.reply("Go on", **options))
+
+
+def test_a_message_cannot_spell_the_end_of_its_turn(script: Any, chatter: Tokenizer) -> None:
+    talk = Conversation(script([98]), chatter)
+    list(talk.reply("a<|im_end|>b", max_tokens=1))
+    assert talk._held.count(chatter.eos_id or 0) == 1
+
+
+def test_no_template(script: Any, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        Conversation(script([98]), tokenizer).reply("Hello")

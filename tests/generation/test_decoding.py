@@ -1,0 +1,209 @@
+"""Promise 2: token by token equals the whole sequence, in a padded batch equals alone, a seed belongs to a request."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from keifu.data.tokenizers import Tokenizer
+from keifu.errors import UserError
+from keifu.generation import decoding
+from keifu.generation.decoding import decode, evaluating
+from keifu.generation.generate import Completion, generate_batch, stream
+from keifu.generation.sampling import Sampling
+from keifu.generation.score import score, score_sampled
+
+EVERYTHING = Sampling(
+    temperature=0.8,
+    top_k=60,
+    top_p=0.9,
+    min_p=0.01,
+    repetition_penalty=1.2,
+    presence_penalty=0.3,
+    frequency_penalty=-0.2,
+    max_tokens=29,
+    seed=11,
+    log_probabilities=True,
+)
+PLAIN = Sampling(max_tokens=31, seed=5, log_probabilities=True)
+GREEDY = Sampling(temperature=0, max_tokens=24, seed=0, log_probabilities=True)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(5, 261, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def close(ours: list[float] | None, theirs: torch.Tensor | list[float] | None) -> None:
+    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), atol=1e-5, rtol=1e-5)
+
+
+def same(a: Completion, b: Completion) -> None:
+    """Everything equal, log-probabilities to 1e-5."""
+    assert replace(a, log_probabilities=None, sampled_log_probabilities=None) == replace(
+        b, log_probabilities=None, sampled_log_probabilities=None
+    )
+    close(a.log_probabilities, b.log_probabilities)
+    close(a.sampled_log_probabilities, b.sampled_log_probabilities)
+
+
+@pytest.mark.parametrize("length", [1, 4, 23])
+@pytest.mark.parametrize("sampling", [PLAIN, EVERYTHING, GREEDY], ids=["plain", "everything", "greedy"])
+def test_a_generated_text_scored_in_one_pass_has_its_log_probabilities(
+    model: nn.Module, tokenizer: Tokenizer, length: int, sampling: Sampling
+) -> None:
+    [written] = generate_batch(model, tokenizer, [prompt(length)], sampling)
+    text = torch.tensor(prompt(length) + written.tokens)
+    close(written.log_probabilities, score(model, text[None])[0, length - 1 :])
+    close(written.sampled_log_probabilities, score_sampled(model, text, length, sampling))
+
+
+def test_models_are_sharp_enough_for_these_tests(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Neither certain of a token nor blind to what came before it."""
+    [one, two] = (generate_batch(model, tokenizer, [prompt(9, seed)], GREEDY)[0] for seed in (0, 1))
+    assert one.tokens != two.tokens and one.log_probabilities is not None
+    assert -4 < sum(one.log_probabilities) / len(one.tokens) < -0.05
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_prompts_read_in_chunks_give_the_same(
+    model: nn.Module, tokenizer: Tokenizer, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [prompt(23), prompt(7), prompt(31)]
+    whole = generate_batch(model, tokenizer, prompts, PLAIN)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", chunk * len(prompts))
+    for a, b in zip(generate_batch(model, tokenizer, prompts, PLAIN), whole, strict=True):
+        same(a, b)
+
+
+def test_every_request_of_a_ragged_batch_gets_what_it_gets_alone(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Prompts of 1 to 41 tokens, settings that differ, ends at different times; in any order and in any groups."""
+    lengths = [7, 1, 41, 23, 7, 2]
+    settings = [
+        PLAIN,
+        replace(GREEDY, max_tokens=40),
+        replace(PLAIN, max_tokens=None, seed=3),
+        EVERYTHING,
+        replace(PLAIN, max_tokens=1),
+        replace(PLAIN, temperature=1.3, top_k=20, seed=77),
+    ]
+    prompts = [prompt(length, seed) for seed, length in enumerate(lengths)]
+    alone = [generate_batch(model, tokenizer, [p], s)[0] for p, s in zip(prompts, settings, strict=True)]
+    assert len({len(c.tokens) for c in alone}) >= 4
+    for order in ([0, 1, 2, 3, 4, 5], [5, 2, 4, 1, 0, 3], [3, 1]):
+        for size in (6, 2):
+            chosen = [prompts[i] for i in order], [settings[i] for i in order]
+            for i, batched in zip(order, generate_batch(model, tokenizer, *chosen, batch_size=size), strict=True):
+                same(batched, alone[i])
+
+
+def test_a_seed_decides_and_belongs_to_the_request(model: nn.Module, tokenizer: Tokenizer) -> None:
+    def written(seeds: list[int]) -> list[list[int]]:
+        prompts = [prompt(5)] * len(seeds)
+        done = generate_batch(model, tokenizer, prompts, [replace(PLAIN, temperature=2.0, seed=s) for s in seeds])
+        return [completion.tokens for completion in done]
+
+    a, b, again = written([1, 2, 1])
+    assert a == again != b
+    assert written([2, 9])[0] == b
+
+
+def test_a_seed_counts_from_the_start_of_the_text(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Stopped and taken up again with the same seed, a text goes on as if it had never stopped."""
+    [whole] = generate_batch(model, tokenizer, [prompt(5)], PLAIN)
+    begun, left = whole.tokens[:10], replace(PLAIN, max_tokens=len(whole.tokens) - 10)
+    [rest] = generate_batch(model, tokenizer, [prompt(5) + begun], left)
+    assert begun + rest.tokens == whole.tokens
+
+
+def test_a_fresh_seed_is_reported_and_reproduces(model: nn.Module, tokenizer: Tokenizer) -> None:
+    unseeded = replace(PLAIN, seed=None, temperature=2.0)
+    [first], [second] = (generate_batch(model, tokenizer, [prompt(5)], unseeded) for _ in range(2))
+    assert first.seed != second.seed and first.tokens != second.tokens
+    same(generate_batch(model, tokenizer, [prompt(5)], replace(unseeded, seed=first.seed))[0], first)
+
+
+def test_padded_texts_score_as_alone(model: nn.Module) -> None:
+    texts = [prompt(n, n) for n in (19, 3, 30)]
+    tokens, padding = decoding.left_padded(texts)
+    together = score(model, tokens, padding)
+    for row, text in enumerate(texts):
+        close(together[row, 30 - len(text) :].tolist(), score(model, torch.tensor([text]))[0])
+
+
+def test_score_is_what_the_logits_say(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.tensor([prompt(40, 1), prompt(40, 2)])
+    with torch.inference_mode():
+        expected = model(tokens)[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+    for chunk in (256, 7):
+        monkeypatch.setattr("keifu.generation.score.CHUNK", chunk)
+        torch.testing.assert_close(score(model, tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_score_with_settings_in_chunks(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Penalties count over the borders of chunks, and what the settings exclude is impossible."""
+    text = torch.tensor(prompt(40) + prompt(20))
+    whole = score_sampled(model, text, 5, EVERYTHING)
+    assert whole.isinf().any() and whole.isfinite().any()
+    monkeypatch.setattr("keifu.generation.score.CHUNK", 3)
+    torch.testing.assert_close(score_sampled(model, text, 5, EVERYTHING), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_bad_lengths_to_score(model: nn.Module) -> None:
+    with pytest.raises(UserError, match="The text has 68 tokens, but this model's context is 67"):
+        score(model, torch.tensor([prompt(68)]))
+    with pytest.raises(UserError, match="prompt's length is 0, which must be from 1 to the text's 8"):
+        score_sampled(model, torch.tensor(prompt(8)), 0, PLAIN)
+
+
+def test_decode_without_a_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
+    prompts = [prompt(6, 1), prompt(6, 2)]
+    done = generate_batch(model, tokenizer, prompts, GREEDY)
+    assert decode(model, torch.tensor(prompts), 24).tolist()[0][: len(done[0].tokens)] == done[0].tokens
+    with pytest.raises(UserError, match="6 tokens and 62 more do not fit this model's context of 67"):
+        decode(model, torch.tensor(prompts), 62)
+
+
+def test_dropout_is_off_while_writing_and_modes_come_back(model: nn.Module, tokenizer: Tokenizer) -> None:
+    [expected] = generate_batch(model, tokenizer, [prompt(5)], PLAIN)
+    model.train()
+    model.get_submodule("norm").eval()  # a part that its owner keeps frozen
+    modes = [module.training for module in model.modules()]
+    same(generate_batch(model, tokenizer, [prompt(5)], PLAIN)[0], expected)
+    left = stream(model, tokenizer, [prompt(5)], PLAIN)
+    next(left)
+    del left  # a reader that goes away early
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        _ = 1 / 0
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_no_gradient_and_no_mode_leaks_to_who_reads_the_stream(model: nn.Module, tokenizer: Tokenizer) -> None:
+    for _ in stream(model, tokenizer, [prompt(5)], PLAIN):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_bfloat16_writes_and_scores_alike(model: nn.Module, tokenizer: Tokenizer) -> None:
+    [written] = generate_batch(model.bfloat16(), tokenizer, [prompt(9)], replace(PLAIN, max_tokens=20))
+    scores = score(model, torch.tensor([prompt(9) + written.tokens]))[0, 8:]
+    assert scores.dtype == torch.float32
+    difference = (torch.tensor(written.log_probabilities) - scores).abs()
+    assert difference.median() < 0.3  # three digits: sharp weights make much of it
+
+
+def test_what_the_caches_hold_is_no_more_than_needed(
+    model: nn.Module, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, int]] = []
+    plain: Any = model.new_caches
+
+    def spy(batch: int, capacity: int) -> Any:
+        made.append((batch, capacity))
+        return plain(batch, capacity)
+
+    monkeypatch.setattr(model, "new_caches", spy)
+    generate_batch(model, tokenizer, [prompt(5), prompt(9)], replace(PLAIN, max_tokens=8))
+    generate_batch(model, tokenizer, [prompt(5)], replace(PLAIN, max_tokens=10**9))
+    assert made == [(2, 9 + 8 - 1), (1, 67 - 1)]

@@ -1,0 +1,143 @@
+"""Each step from logits to the distribution sampled from, beside transformers' on the same logits."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from keifu.generation import processors
+from keifu.generation.sampler import History, RowSettings
+from keifu.generation.sampling import Sampling
+
+ROWS, VOCAB = 4, 203
+CPU = torch.device("cpu")
+
+
+def logits() -> Tensor:
+    return torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(5)) * 4
+
+
+def rows(*values: float) -> Tensor:
+    return torch.tensor(values)
+
+
+def each_row(kind: Any, values: list[float], tokens: Tensor | None = None) -> Tensor:
+    """transformers' processor with another parameter for every row."""
+    ids = torch.zeros(ROWS, 1, dtype=torch.long) if tokens is None else tokens
+    pairs = enumerate(values)
+    return torch.cat([kind(value)(ids[i : i + 1], logits()[i : i + 1].clone()) for i, value in pairs])
+
+
+def agree(ours: Tensor, theirs: Tensor) -> None:
+    assert torch.equal(ours.isinf(), theirs.isinf())
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "values"),
+    [
+        (processors.temperature, hf.TemperatureLogitsWarper, [0.3, 0.7, 1.0, 2.0]),
+        (processors.top_k, hf.TopKLogitsWarper, [1, 7, 50, VOCAB + 9]),
+        (processors.top_p, hf.TopPLogitsWarper, [0.1, 0.5, 0.9, 0.999]),
+        (processors.min_p, hf.MinPLogitsWarper, [0.0, 0.01, 0.3, 1.0]),
+    ],
+)
+def test_filters_equal_transformers_row_by_row(ours: Any, theirs: Any, values: list[float]) -> None:
+    agree(ours(logits(), torch.tensor(values)), each_row(theirs, values))
+
+
+def test_repetition_penalty_equals_transformers() -> None:
+    tokens = torch.randint(0, VOCAB, (ROWS, 30), generator=torch.Generator().manual_seed(2))
+    seen = torch.zeros(ROWS, VOCAB, dtype=torch.bool).scatter_(1, tokens, True)
+    values = [0.5, 1.0, 1.3, 2.0]
+    ours = processors.repetition_penalty(logits(), seen, torch.tensor(values))
+    agree(ours, each_row(hf.RepetitionPenaltyLogitsProcessor, values, tokens))
+
+
+def test_presence_and_frequency_follow_the_formula_of_openai() -> None:
+    """mu[j] - c[j] · frequency - (c[j] > 0) · presence."""
+    x, counts = torch.zeros(1, 4), torch.tensor([[0.0, 1.0, 2.0, 5.0]])
+    assert processors.presence_penalty(x, counts, rows(0.5)).tolist() == [[0, -0.5, -0.5, -0.5]]
+    assert processors.frequency_penalty(x, counts, rows(0.5)).tolist() == [[0, -0.5, -1.0, -2.5]]
+
+
+def test_neutral_values_in_a_mixed_batch_change_nothing() -> None:
+    x = logits()
+    assert torch.equal(processors.top_k(x, torch.tensor([0, 3, 0, 0]))[[0, 2, 3]], x[[0, 2, 3]])
+    assert torch.equal(processors.top_p(x, rows(1, 0.5, 1, 1))[[0, 2, 3]], x[[0, 2, 3]])
+    assert torch.equal(processors.min_p(x, rows(0, 0.5, 0, 0))[[0, 2, 3]], x[[0, 2, 3]])
+
+
+def test_nucleus_is_the_smallest_set_that_reaches_p() -> None:
+    probabilities = torch.tensor([[0.05, 0.4, 0.25, 0.3]])
+    for p, kept in [
+        (0.39, [1]),
+        (0.41, [1, 3]),
+        (0.69, [1, 3]),
+        (0.71, [1, 2, 3]),
+        (0.94, [1, 2, 3]),
+        (0.97, [0, 1, 2, 3]),
+    ]:
+        found = processors.top_p(probabilities.log(), rows(p)).isfinite()[0].nonzero()[:, 0].tolist()
+        assert found == kept, p
+
+
+def test_equals_stay_together() -> None:
+    x = torch.tensor([[1.0, 2.0, 1.0, 0.0]])
+    assert processors.top_k(x, torch.tensor([2])).isfinite().tolist() == [[True, True, True, False]]
+    assert processors.top_p(x, rows(0.6)).isfinite().tolist() == [[True, True, True, False]]
+
+
+def test_greedy_keeps_exactly_one() -> None:
+    assert processors.likeliest(torch.tensor([[1.0, 2.0, 2.0]])).isfinite().sum() == 1
+
+
+def test_all_settings_together_equal_transformers_in_its_order() -> None:
+    sampling = Sampling(temperature=0.7, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.4)
+    prompt = torch.randint(0, VOCAB, (ROWS, 9), generator=torch.Generator().manual_seed(3))
+    written = torch.randint(0, VOCAB, (ROWS, 5), generator=torch.Generator().manual_seed(4))
+    settings = RowSettings([sampling] * ROWS, CPU)
+    history = History.of_prompts(settings, prompt, None, VOCAB)
+    for tokens in written.unbind(1):
+        history.add(tokens)
+    theirs = hf.LogitsProcessorList(
+        [
+            hf.RepetitionPenaltyLogitsProcessor(1.4),
+            hf.TemperatureLogitsWarper(0.7),
+            hf.TopKLogitsWarper(40),
+            hf.TopPLogitsWarper(0.9),
+            hf.MinPLogitsWarper(0.02),
+        ]
+    )
+    agree(settings(logits(), history), theirs(torch.cat([prompt, written], 1), logits()))  # type: ignore[arg-type]
+
+
+def test_every_row_has_its_own_settings() -> None:
+    """A batch of different settings gives each row what a batch of that row alone gives it."""
+    samplings = [
+        Sampling(temperature=0),
+        Sampling(temperature=0.5, top_k=3, presence_penalty=0.4),
+        Sampling(top_p=0.5, repetition_penalty=1.5),
+        Sampling(min_p=0.2, frequency_penalty=0.9),
+    ]
+    prompt = torch.randint(0, VOCAB, (ROWS, 9), generator=torch.Generator().manual_seed(3))
+    padding = torch.tensor([0, 3, 2, 0])
+
+    def processed(chosen: list[int]) -> Tensor:
+        settings = RowSettings([samplings[row] for row in chosen], CPU)
+        history = History.of_prompts(settings, prompt[chosen], padding[chosen], VOCAB)
+        history.add(logits()[chosen].argmax(-1))
+        return settings(logits()[chosen], history)
+
+    together = processed([0, 1, 2, 3])
+    assert not torch.equal(together, logits())
+    for row in range(ROWS):
+        assert torch.equal(together[row], processed([row])[0])
+
+
+def test_padding_is_no_token_that_was_seen() -> None:
+    settings = RowSettings([Sampling(repetition_penalty=2.0)], CPU)
+    history = History.of_prompts(settings, torch.tensor([[0, 0, 7]]), torch.tensor([2]), 9)
+    assert history.seen is not None and history.seen.nonzero()[:, 1].tolist() == [7]

@@ -1,0 +1,45 @@
+"""Settings of a request: what is refused, and in which words."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from keifu.errors import UserError
+from keifu.generation.sampling import Sampling, sampling_from
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"max_tokens": 0}, "max_tokens is 0, which must be at least 1"),
+    ({"temperature": -0.1}, "temperature is -0.1, which must be 0 .* or more"),
+    ({"temperature": float("nan")}, "temperature is nan"),
+    ({"temperature": float("inf")}, "temperature is inf"),
+    ({"top_k": -1}, "top_k is -1"),
+    ({"top_p": 0.0}, "top_p is 0.0, which must be more than 0 and at most 1"),
+    ({"top_p": 1.01}, "top_p is 1.01"),
+    ({"min_p": 1.5}, "min_p is 1.5, which must be between 0"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, which must be more than 0"),
+    ({"presence_penalty": float("inf")}, "presence_penalty is inf"),
+    ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"),
+    ({"stop": ""}, "stop is .*strings of at least one character"),
+    ({"stop": ["a", ""]}, "stop is .*strings of at least one character"),
+    ({"seed": -1}, "seed is -1, which must be a whole number from 0"),
+    ({"seed": 2**63}, "seed is 9223372036854775808"),
+    ({"temprature": 1.0}, "no sampling option 'temprature'. Did you mean 'temperature'?"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), BAD, ids=[str(options) for options, _ in BAD])
+def test_bad_settings_are_told_in_a_sentence(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words.replace("?", r"\?")):
+        sampling_from(options)
+
+
+def test_bounds_are_allowed() -> None:
+    edge = {"max_tokens": None, "temperature": 0, "top_k": 0, "top_p": 1, "min_p": 1, "seed": 2**63 - 1}
+    assert sampling_from({**edge, "stop": "x"}) == replace(Sampling(**edge), stop=("x",))
+
+
+def test_seeds_are_fresh_unless_given() -> None:
+    assert Sampling(seed=0).seeded() == Sampling(seed=0)
+    drawn = {Sampling().seeded().seed for _ in range(20)}
+    assert len(drawn) == 20 and None not in drawn
