@@ -12,7 +12,8 @@ from keifu.training.precision import processor_name
 
 def machine() -> str:
     """The line that stands above every table."""
-    return f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{processor_name()}, {torch.get_num_threads()} threads, {versions}"
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -4,8 +4,8 @@ python benchmarks/characters.py input.txt [--target 1.886] [--nanogpt FOLDER] [-
 
 The text is tiny Shakespeare (1,115,394 characters), its last tenth held out. Every line of the table keeps the changes
 of the lines above it. The loss is that of the whole held-out text, in nats a character; the time is that of the
-training steps alone, and the loss is taken every 25 of them. `--nanogpt` names a clone of nanoGPT, whose train.py is run
-as its README says for a laptop, with 2,000 steps.
+training steps alone, and the loss is taken every 25 of them. `--nanogpt` names a clone of nanoGPT, whose train.py is
+run as its README says for a laptop, with 2,000 steps.
 """
 
 import argparse

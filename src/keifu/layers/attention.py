@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from keifu.layers.cache import Cache, KeyValueCache, WindowCache
-from keifu.layers.linear import JoinedLinear
+from keifu.layers.linear import JoinedLinear, Linear
 from keifu.layers.positions import Rotation
 
 Visible = Bool[Tensor, "#batch 1 #length seen"] | Literal["causal"] | None
@@ -110,7 +110,7 @@ class Attention(nn.Module):
             raise ValueError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number or give head_dim.")
         inner, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         self.qkv = JoinedLinear(dim, (inner, kv, kv), bias)
-        self.out = nn.Linear(inner, dim, bias if out_bias is None else out_bias)
+        self.out = Linear(inner, dim, bias if out_bias is None else out_bias)
 
     def forward(
         self,
@@ -143,8 +143,8 @@ class CrossAttention(nn.Module):
         if dim % n_heads:
             raise ValueError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number.")
         self.n_heads, self.dropout = n_heads, dropout
-        self.q, self.kv = nn.Linear(dim, dim, bias), JoinedLinear(context_dim or dim, (dim, dim), bias)
-        self.out = nn.Linear(dim, dim, bias)
+        self.q, self.kv = Linear(dim, dim, bias), JoinedLinear(context_dim or dim, (dim, dim), bias)
+        self.out = Linear(dim, dim, bias)
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> tuple[Tensor, Tensor]:
         """Keys and values of a context, [batch, heads, seen, head_dim] each: made once, used at every step."""

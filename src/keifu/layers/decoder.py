@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.layers.attention import CausalMask
 from keifu.layers.cache import Cache
+from keifu.layers.linear import linear
 from keifu.layers.positions import LearnedPositions, Rotary
 
 Hidden = Float[Tensor, "batch length dim"]
@@ -72,7 +72,7 @@ class DecoderLM(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
         """The head alone, so that a prompt's last position can be had without the others."""
-        return self.head(hidden) if self.head is not None else F.linear(hidden, self.embedding.weight)
+        return self.head(hidden) if self.head is not None else linear(hidden, self.embedding.weight)
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab dim"]:
@@ -81,7 +81,8 @@ class DecoderLM(nn.Module):
 
     def new_caches(self, batch: int, capacity: int) -> list[Cache]:
         """Empty caches, one a block, for `capacity` tokens (padding included) in `batch` rows."""
-        return [block.attention.new_cache(batch, capacity, self.embedding.weight) for block in self.blocks]
+        blocks: list[Any] = list(self.blocks)
+        return [block.attention.new_cache(batch, capacity, self.embedding.weight) for block in blocks]
 
     def _within(self, positions: Tensor, length: int) -> Tensor:
         room = self.positions.num_embeddings if self.positions else length

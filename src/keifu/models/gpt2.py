@@ -15,6 +15,7 @@ from keifu.layers.blocks import PreNorm
 from keifu.layers.decoder import DecoderLM
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
+from keifu.layers.linear import Linear
 from keifu.layers.positions import LearnedPositions
 from keifu.models._published import activation_name, published_activation
 
@@ -62,7 +63,7 @@ def build(config: Config) -> DecoderLM:
         nn.Embedding(config.vocab_size, config.dim),
         LearnedPositions(config.context_length, config.dim),
     )
-    head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+    head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
     model = DecoderLM(embedding, blocks, norm(), positions=positions, head=head, dropout=config.dropout, config=config)
     normal_(model, std=0.02)
     nn.init.normal_(positions.weight, std=0.01)

@@ -15,6 +15,7 @@ from keifu.layers.blocks import PreNorm
 from keifu.layers.decoder import DecoderLM
 from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
+from keifu.layers.linear import Linear
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.positions import RopeScaling, Rotary
 from keifu.models._published import activation_name, published_activation, read_rope, write_rope
@@ -56,16 +57,12 @@ def _llama3(**sizes: Any) -> Config:
     return Config(**sizes)
 
 
-def _qwen2(
-    dim: int, hidden_dim: int, n_layers: int, n_heads: int, n_kv_heads: int, tied: bool, vocab_size: int
-) -> Config:
-    shape = {"dim": dim, "hidden_dim": hidden_dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
-    return Config(**shape, vocab_size=vocab_size, context_length=32_768, rope_theta=1e6, qkv_bias=True, tied=tied)
+def _qwen2(vocab_size: int = 151_936, **sizes: Any) -> Config:
+    return Config(vocab_size=vocab_size, context_length=32_768, rope_theta=1e6, qkv_bias=True, **sizes)
 
 
-def _smollm2(dim: int, hidden_dim: int, n_layers: int, n_heads: int, n_kv_heads: int, rope_theta: float) -> Config:
-    shape = {"dim": dim, "hidden_dim": hidden_dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
-    return Config(**shape, vocab_size=49_152, context_length=8192, norm_eps=1e-5, rope_theta=rope_theta, tied=True)
+def _smollm2(**sizes: Any) -> Config:
+    return Config(vocab_size=49_152, context_length=8192, norm_eps=1e-5, tied=True, **sizes)
 
 
 _LLAMA31 = RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -97,14 +94,14 @@ SIZES = {
         dim=3072, hidden_dim=8192, n_layers=28, n_heads=24, context_length=131_072, rope_scaling=_LLAMA32, tied=True
     ),
     "tinyllama-1.1b": Config(dim=2048, hidden_dim=5632, n_layers=22, n_kv_heads=4, norm_eps=1e-5),
-    "smollm2-135m": _smollm2(576, 1536, 30, 9, 3, 100_000.0),
-    "smollm2-360m": _smollm2(960, 2560, 32, 15, 5, 100_000.0),
-    "smollm2-1.7b": _smollm2(2048, 8192, 24, 32, 32, 130_000.0),
+    "smollm2-135m": _smollm2(dim=576, hidden_dim=1536, n_layers=30, n_heads=9, n_kv_heads=3, rope_theta=100_000.0),
+    "smollm2-360m": _smollm2(dim=960, hidden_dim=2560, n_layers=32, n_heads=15, n_kv_heads=5, rope_theta=100_000.0),
+    "smollm2-1.7b": _smollm2(dim=2048, hidden_dim=8192, n_layers=24, n_heads=32, n_kv_heads=32, rope_theta=130_000.0),
     "mistral-7b": Config(context_length=32_768, hidden_dim=14_336, n_kv_heads=8, norm_eps=1e-5, sliding_window=4096),
-    "qwen2-0.5b": _qwen2(896, 4864, 24, 14, 2, True, 151_936),
-    "qwen2-1.5b": _qwen2(1536, 8960, 28, 12, 2, True, 151_936),
-    "qwen2-7b": _qwen2(3584, 18_944, 28, 28, 4, False, 152_064),
-    "qwen2-72b": _qwen2(8192, 29_568, 80, 64, 8, False, 152_064),
+    "qwen2-0.5b": _qwen2(dim=896, hidden_dim=4864, n_layers=24, n_heads=14, n_kv_heads=2, tied=True),
+    "qwen2-1.5b": _qwen2(dim=1536, hidden_dim=8960, n_layers=28, n_heads=12, n_kv_heads=2, tied=True),
+    "qwen2-7b": _qwen2(dim=3584, hidden_dim=18_944, n_layers=28, n_heads=28, n_kv_heads=4, vocab_size=152_064),
+    "qwen2-72b": _qwen2(dim=8192, hidden_dim=29_568, n_layers=80, n_heads=64, n_kv_heads=8, vocab_size=152_064),
 }
 PAPER_PARAMETERS = {
     "llama-7b": 6.7e9, "llama-13b": 13.0e9, "llama-33b": 32.5e9, "llama-65b": 65.2e9,
@@ -120,7 +117,7 @@ def build(config: Config) -> DecoderLM:
     """A model drawn from N(0, 0.02²) with scaled residual writers, as GPT-2: the LLaMA papers do not print theirs."""
     blocks = [_block(config, layer) for layer in range(config.n_layers)]
     rotary = Rotary(config.head_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling)
-    head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+    head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
     embedding, norm = nn.Embedding(config.vocab_size, config.dim), RMSNorm(config.dim, config.norm_eps)
     model = DecoderLM(embedding, blocks, norm, rotary=rotary, head=head, dropout=config.dropout, config=config)
     normal_(model, std=0.02)

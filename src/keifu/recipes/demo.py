@@ -59,7 +59,7 @@ def _train(task: Task, config: llama.Config, settings: Settings, baseline: float
     bits = task.shards.bits_per_byte
     about = {"bigram baseline (nats a token)": round(baseline, 3)}
     summary = pretrain("demo", task, llama.build, config, settings, out, resume, "The President ", about)
-    loss = summary.validation_loss
+    loss = summary.figures["validation_loss"]
     print(f"   validation loss {loss:.3f} nats a token ({bits(loss):.3f} bits a byte)")
     print(f"   bigram baseline {baseline:.3f} nats a token ({bits(baseline):.3f} bits a byte)")
 

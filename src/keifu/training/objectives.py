@@ -3,27 +3,17 @@
 Axes: batch, length = tokens; each function gives sums over the elements that count.
 """
 
-from typing import Protocol, runtime_checkable
-
-from torch import Tensor
+from typing import Any
 
 from keifu.layers.losses import IGNORED, linear_cross_entropy
 from keifu.training.protocols import Batch, Outcome
 
 
-@runtime_checkable
-class CausalModel(Protocol):
-    """What a causal model offers to its loss."""
-
-    head_weight: Tensor
-
-    def hidden(self, tokens: Tensor) -> Tensor: ...
-
-
-def causal(model: CausalModel, batch: Batch) -> Outcome:
+def causal(model: Any, batch: Batch) -> Outcome:
     """Next-token prediction: -log p of each token of batch["tokens"] [batch, length + 1] given those before it.
 
-    Where batch["mask"] [batch, length + 1] is there, only tokens for which it is True are predicted.
+    The model offers `hidden(tokens)` and `head_weight`, so that never all logits exist. Where batch["mask"]
+    [batch, length + 1] is there, only tokens for which it is True are predicted.
     """
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     if "mask" in batch:
