@@ -307,21 +307,26 @@ def test_convert_says_what_it_cannot(tmp_path) -> None:
             checkpoints.convert(tmp_path / "source", tmp_path / "out", to, dtype)
 
 
-def test_smollm2_equals_transformers_reading_of_the_same_file(smollm2) -> None:
+@pytest.fixture(scope="module")
+def loaded(smollm2):
+    return checkpoints.load("smollm2")
+
+
+def test_smollm2_equals_transformers_reading_of_the_same_file(smollm2, loaded) -> None:
     import transformers
 
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32, attn_implementation="sdpa"
     )
-    model, tokenizer = checkpoints.load(smollm2)
+    model, tokenizer = loaded
     tokens = torch.tensor([tokenizer.encode("The quick brown fox jumps over the lazy dog. 日本語のテスト")])
     with torch.no_grad():
         expected = reference(tokens).logits
         assert (model(tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_smollm2_answers(smollm2) -> None:
-    model, tokenizer = checkpoints.load("smollm2")
+def test_smollm2_answers(loaded) -> None:
+    model, tokenizer = loaded
     ids = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}])
     answer: list[int] = []
     caches, new = model.new_caches(1, len(ids) + 12), torch.tensor([ids])

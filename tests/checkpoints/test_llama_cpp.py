@@ -83,6 +83,7 @@ def test_other_number_formats(dtype, tokenizer, tmp_path) -> None:
     assert (logits - expected).abs().max() <= 3e-2 * expected.abs().max()  # llama.cpp rounds what it multiplies, too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["f32", "q8_0"])
 @torch.no_grad()
 def test_smollm2_written_again(dtype, smollm2, tmp_path) -> None:

@@ -135,6 +135,8 @@ def test_config_that_is_no_json(folder) -> None:
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5"]),
         ({"rope_parameters": "linear"}, ["config.json cannot be read as a 'llama' model"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
+        ({"num_hidden_layers": 10**12}, ["111 tensors, too few for its config's 1000000000000 layers"]),
+        ({"hidden_size": 10**12, "head_dim": "absent"}, ["describes a model that cannot be built"]),
         ({"hidden_size": 28}, ["model.embed_tokens.weight is [97, 24] where the config asks for [97, 28]"]),
     ],
 )

@@ -134,6 +134,13 @@ def test_other_files_stay_and_a_crash_leaves_nothing_in_the_way(tokenizer, tmp_p
     assert (tmp_path / "metrics.jsonl").exists() and not list(tmp_path.glob(".saving*"))
 
 
+def test_nothing_of_an_older_tokenizer_stays(tokenizer, tmp_path) -> None:
+    checkpoints.save(MODELS["llama"](), tokenizer.with_chat_template("old {{ messages }}"), tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("older")
+    checkpoints.save(MODELS["llama"](), tokenizer, tmp_path)
+    assert checkpoints.load(tmp_path)[1].chat_template is None
+
+
 def test_a_file_in_the_place_of_the_folder(tmp_path) -> None:
     (tmp_path / "model").write_text("x")
     with pytest.raises(UserError, match="is a file"):

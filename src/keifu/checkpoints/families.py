@@ -30,7 +30,6 @@ class Family:
 
     module: Any
     model_type: str
-    architecture: str
     read: Callable[[dict[str, Any]], Any]
     write: Callable[[Any], dict[str, Any]]
     names: Table
@@ -55,8 +54,8 @@ def _published(module: Any) -> list[Family]:
         "unsupported": module.UNSUPPORTED,
     }
     known = [
-        Family(model_type=kind, architecture=name, read=module.from_published, write=module.to_published, **shared)
-        for kind, name in module.MODEL_TYPES.items()
+        Family(model_type=kind, read=module.from_published, write=module.to_published, **shared)
+        for kind in module.MODEL_TYPES
     ]
     return [*known, replace(_own(module), **shared, writes_text=True)]
 
@@ -65,7 +64,7 @@ def _own(module: Any) -> Family:
     """A family in keifu's own terms: every field of the Config under its own name, every weight under its own."""
     kind = f"keifu_{_name(module)}"
     read, write = partial(from_json, module.Config), partial(_write_own, kind)
-    return Family(module, kind, "keifu", read, write, names=None, writes_text=False)
+    return Family(module, kind, read, write, names=None, writes_text=False)
 
 
 def _write_own(kind: str, config: Any) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def _name(module: ModuleType) -> str:
     return module.__name__.rpartition(".")[2]
 
 
-_MLP = Family(mlp, "keifu_mlp", "MLP", mlp.from_published, mlp.to_published, mlp.WEIGHT_NAMES, writes_text=False)
+_MLP = Family(mlp, "keifu_mlp", mlp.from_published, mlp.to_published, mlp.WEIGHT_NAMES, writes_text=False)
 _ALL = [*_published(gpt2), *_published(llama), _MLP, _own(perceptron)]
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
@@ -151,5 +150,5 @@ def build(family: Family, config: Any, where: str) -> nn.Module:
     try:
         with torch.device("meta"):
             return family.module.build(config)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # PyTorch's own, where a size does not fit 64 bits
         raise UserError(f"{where} describes a model that cannot be built: {error}") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from keifu.errors import UserError, unknown
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")  # of a repository's files
+WANTED = ("*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 
 
 def locate(name: str | Path) -> Path:

@@ -22,6 +22,10 @@ from keifu.errors import UserError
 
 STAGE = ".saving-"
 ROLES = ("bos", "eos", "pad")
+TOKENIZER_FILES = (
+    "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "vocab.txt",
+)  # fmt: skip
 
 
 def save(model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_bytes: int | float = 5e9) -> None:
@@ -29,7 +33,8 @@ def save(model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_byte
 
     It holds config.json, generation_config.json, the tokenizer's files, and model.safetensors or, where the weights
     have more than `max_shard_bytes`, shards of at most that size with an index. A tensor that two parts of the model
-    share is written once. tokenizer: None for a model that writes no text. Other files in the directory stay.
+    share is written once. tokenizer: None for a model that writes no text. Other files in the directory stay. A Config
+    that no published model_type can say is written under keifu's own, which keifu alone loads.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -121,7 +126,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _move(stage: Path, directory: Path, weights: Sequence[str]) -> None:
-    """Syncs every new file, then renames them in: weights first, config.json last; then old weights go."""
+    """Syncs every new file, then renames them in: weights first, config.json last; then what is stale goes."""
     names = (file.name for file in stage.iterdir())
     new = sorted(names, key=lambda name: (name == "config.json", name not in weights, name == INDEX))
     for name in new:
@@ -129,6 +134,9 @@ def _move(stage: Path, directory: Path, weights: Sequence[str]) -> None:
             os.fsync(file.fileno())
     for name in new:
         (stage / name).replace(directory / name)
-    for old in (*directory.glob("model-*-of-*.safetensors"), directory / WEIGHTS, directory / INDEX):
-        if old.name not in weights:
+    stale = [*directory.glob("model-*-of-*.safetensors"), directory / WEIGHTS, directory / INDEX]
+    if "tokenizer.json" in new:  # what an older tokenizer left would be read beside it
+        stale += [directory / name for name in TOKENIZER_FILES]
+    for old in stale:
+        if old.name not in new:
             old.unlink(missing_ok=True)

@@ -83,6 +83,9 @@ def plan(source: Source, dtype: torch.dtype | None = None) -> Plan:
     slow on a CPU.
     """
     source, twice, notes = _settle_head(source)
+    layers = vars(source.config).get("n_layers", 0)
+    if layers > len(source.stored):  # building that many could take forever
+        raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {layers} layers.")
     model = build(source.family, source.config, str(source.path))
     found = [_as_stored(link, source) for link in turned(links(model, source.names), source.head_dim)]
     used = {name for link in found for name in link.theirs}
