@@ -132,7 +132,7 @@ def test_a_run_is_a_model_a_report_and_pictures(tmp_path, capsys):
     assert (tmp_path / "boundary.png").read_bytes().startswith(PNG)
     assert len(list((tmp_path / "samples").glob("step-*.png"))) == 12
     page = (tmp_path / "report.html").read_text()
-    assert "A multi-layer network learns moons" in page and page.count("data:image/png") == 13
+    assert "A multi-layer network learns “moons”" in page and page.count("data:image/png") == 13
     assert "keifu train mlp --data moons --steps 48" in page
 
 

@@ -15,11 +15,11 @@ def write_page(
     """Writes report.html in the style of the training loop's, and each picture as PNG beside it under its name."""
     for name, picture in pictures.items():
         write_atomic(directory / f"{name}.png", picture)
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in facts.items())
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(_words(value))}</td></tr>" for name, value in facts.items())
     figures = "".join(_figure(name, picture) for name, picture in pictures.items())
     body = f"<h1>{escape(title)}</h1>\n" + "".join(f"<p>{escape(line)}</p>\n" for line in text.splitlines())
     body += f"<pre>{escape(table)}</pre>\n" * bool(table) + figures
-    body += f'<h2>Settings</h2>\n<table class="pairs">{rows}</table>\n'
+    body += f'<h2>Figures and settings</h2>\n<table class="pairs">{rows}</table>\n'
     style = (resources.files("keifu.training") / "report.css").read_text(encoding="utf-8")
     page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
     page += f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>\n{style}</style></head>\n'
@@ -30,3 +30,10 @@ def _figure(name: str, picture: bytes) -> str:
     name, content = escape(name), base64.b64encode(picture).decode()
     image = f'<img alt="{name}" src="data:image/png;base64,{content}">'
     return f"<figure><figcaption>{name}</figcaption>{image}</figure>\n"
+
+
+def _words(value: object) -> str:
+    """A figure or a setting as a person writes it."""
+    if isinstance(value, tuple):
+        return ", ".join(map(_words, value))
+    return "unset" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -134,7 +134,7 @@ def described(recipe: Recipe, learned: Subject, out: Path, resume: bool) -> Run:
         resume=resume,
         options={name: vars(full)[name] for name in ("hidden", "activation", "loss", "dropout", "augment")},
         about={
-            "title": f"A multi-layer network learns {Path(recipe.data).stem}",
+            "title": f"A multi-layer network learns “{Path(recipe.data).stem}”",
             "paper": "Rumelhart, Hinton and Williams, Learning representations by back-propagating errors (1986)",
             "command": recipe.command(),
             "data": [data],

@@ -86,7 +86,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     if len(subject.columns) == 2:
         pictures["boundaries"] = comparison.boundaries(results, mlp.points(subject))
     text = "The same network learns the same rows from the same start, with each activation and each loss."
-    write_page(out, f"Activations and losses on {Path(recipe.data).stem}", text, vars(recipe), pictures, table)
+    write_page(out, f"Activations and losses on “{Path(recipe.data).stem}”", text, vars(recipe), pictures, table)
     print(f"The pictures are in {out / 'report.html'}.")
 
 

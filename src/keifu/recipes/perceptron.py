@@ -95,7 +95,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     )
     facts = {"corrections": updates, "bound": found.bound, "margin γ": found.margin, "longest row R": found.radius}
     pictures = {"boundary": draw(lesson, stages)} if len(table.columns) == 2 else {}
-    write_page(out, f"A perceptron learns {Path(recipe.data).stem}", text, facts | vars(recipe), pictures)
+    write_page(out, f"A perceptron learns “{Path(recipe.data).stem}”", text, facts | vars(recipe), pictures)
     print(f"{text}\nThe neuron is in {out}; report.html there shows how it learned.")
 
 

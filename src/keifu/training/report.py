@@ -112,8 +112,9 @@ def _text(path: Path, is_open: bool) -> str:
 
 def _picture(path: Path) -> str:
     content = base64.b64encode(path.read_bytes()).decode()
-    name = _when(path)
-    return f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/png;base64,{content}"></figure>'
+    name, wide = _when(path), "" if path.parent.name == SAMPLES else ' class="wide"'
+    image = f'<img alt="{name}" src="data:image/png;base64,{content}">'
+    return f"<figure{wide}><figcaption>{name}</figcaption>{image}</figure>"
 
 
 def _when(path: Path) -> str:
