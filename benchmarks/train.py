@@ -9,12 +9,14 @@ the losses of all are printed. `--nanogpt` names a clone of nanoGPT; it is run a
 import argparse
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 
 import torch
 import transformers
 from _rounds import interleaved, machine, table
 
+from keifu import checkpoints
 from keifu.models import gpt2
 from keifu.training.objectives import causal
 from keifu.training.optimisers import Optimisers
@@ -31,9 +33,17 @@ def tokens(step: int) -> torch.Tensor:
     return torch.randint(0, 50_257, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
 
 
-def keifu(dtype: torch.dtype, compile: bool, losses: list[float]) -> Callable[[], None]:
+def theirs_model() -> transformers.GPT2LMHeadModel:
+    """The weights that all contenders begin with."""
     torch.manual_seed(0)
-    model = gpt2.build(gpt2.Config(dropout=0.0)).train()
+    config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return transformers.GPT2LMHeadModel(config).train()
+
+
+def keifu(dtype: torch.dtype, compile: bool, losses: list[float]) -> Callable[[], None]:
+    with tempfile.TemporaryDirectory() as directory:
+        theirs_model().save_pretrained(directory)
+        model = checkpoints.load_model(directory).train()
     settings = Settings(steps=100_000, batch_size=BATCH, learning_rate=6e-4, betas=(0.9, 0.95))
     optimisers = Optimisers(model, settings)
     objective = compiled(causal, CPU) if compile else causal
@@ -70,20 +80,21 @@ def peer(
 
 
 def theirs(dtype: torch.dtype, losses: list[float]) -> Callable[[], None]:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    model = transformers.GPT2LMHeadModel(config).train()
-    return peer(model, lambda m, rows: m(rows, labels=rows).loss, dtype, True, losses)
+    return peer(theirs_model(), lambda m, rows: m(rows, labels=rows).loss, dtype, True, losses)
 
 
 def nanogpt(folder: str, dtype: torch.dtype, compile: bool, fused: bool, losses: list[float]) -> Callable[[], None]:
     sys.path.insert(0, folder)
     from model import GPT, GPTConfig  # nanoGPT's model.py
 
-    torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=1024, vocab_size=50_257, dropout=0.0, bias=True)).train()
+    given = theirs_model().state_dict()
+    for name, own in model.state_dict().items():  # the names are the same; Hugging Face's matrices are transposed
+        own.copy_(
+            given[name] if own.shape == given[name].shape and "h." not in name or own.dim() == 1 else given[name].T
+        )
     run = torch.compile(model) if compile else model
-    return peer(run, lambda m, rows: m(rows[:, :-1], rows[:, 1:])[1], dtype, fused, losses)
+    return peer(run, lambda m, rows: m(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())[1], dtype, fused, losses)
 
 
 def main() -> None:
