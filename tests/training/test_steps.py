@@ -13,6 +13,7 @@ from keifu.layers.linear import JoinedLinear
 from keifu.models import llama
 from keifu.training import objectives
 from keifu.training.loop import train
+from keifu.training.muon import StackedMuon, orthogonal
 from keifu.training.optimisers import Optimisers, hidden_matrices
 from keifu.training.protocols import Outcome
 from keifu.training.schedules import ratio
@@ -208,3 +209,26 @@ def test_without_a_compiler_compile_says_so(monkeypatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="needs a C.. compiler"):
         compiled(objective, CPU)
+
+
+def test_stacked_muon_is_torchs_muon(monkeypatch) -> None:
+    monkeypatch.setattr("keifu.training.muon.STACK", 100)  # two matrices of the smaller shapes
+    shapes = [(6, 8), (8, 6), (6, 8), (5, 5), (8, 6), (6, 8), (12, 10), (12, 10)]
+    start = [torch.randn(shape) for shape in shapes]
+    ours, theirs = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
+    rates = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+    for kind, matrices in ((StackedMuon, ours), (torch.optim.Muon, theirs)):
+        torch.manual_seed(1)
+        optimizer = kind(matrices, **rates)
+        for _ in range(3):
+            for matrix in matrices:
+                matrix.grad = torch.randn_like(matrix)
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # an update is 0.02 large, and made in bfloat16
+
+
+def test_orthogonal_brings_singular_values_near_one() -> None:
+    x = torch.randn(3, 24, 16)
+    values = torch.linalg.svdvals(orthogonal(x, (3.4445, -4.775, 2.0315), 5, 1e-7).float())
+    assert values.min() > 0.5 and values.max() < 1.3

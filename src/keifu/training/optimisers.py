@@ -1,15 +1,14 @@
 """Which parameters are updated how; knows kinds of layers, no model and no loop.
 
-AdamW (Loshchilov and Hutter, 2019) is torch's, fused. Muon (Jordan et al., 2024) is torch's too: it orthogonalises the
-update of each hidden matrix, and AdamW updates everything else. A joined matrix is several for Muon, one for each part,
-since the singular vectors of queries, keys and values have nothing to do with each other.
+AdamW (Loshchilov and Hutter, 2019) is torch's, fused. Muon (Jordan et al., 2024) updates hidden matrices, the parts of
+a joined one apart, and AdamW everything else.
 """
 
-import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from keifu.layers.linear import JoinedLinear
+from keifu.training.muon import PartwiseMuon
 from keifu.training.schedules import ratio
 from keifu.training.settings import Settings
 
@@ -26,30 +25,6 @@ def hidden_matrices(model: nn.Module) -> dict[str, tuple[Tensor, tuple[int, ...]
     return {f"{name}.weight": (module.weight, parts[name]) for name, module in hidden.items()}
 
 
-class Partwise:
-    """Torch's Muon over the parts of matrices: each part is a view of its rows in the matrix and in its gradient."""
-
-    def __init__(self, matrices: dict[str, tuple[Tensor, tuple[int, ...]]], settings: Settings):
-        self.matrices = list(matrices.values())
-        with torch.no_grad():
-            views = ((f"{n}.{i}", part) for n, (w, rows) in matrices.items() for i, part in enumerate(w.split(rows)))
-            parts = [(name, nn.Parameter(part)) for name, part in views]
-        self.parts = [part for _, part in parts]
-        self.optimizer = Muon(
-            parts, lr=settings.matrix_rate, weight_decay=settings.weight_decay, momentum=settings.momentum
-        )
-
-    def attach(self) -> None:
-        """Gives each part its rows of the gradient, without a copy."""
-        gradients = [g for weight, rows in self.matrices for g in self._gradients(weight, rows)]
-        for part, gradient in zip(self.parts, gradients, strict=True):
-            part.grad = gradient
-
-    @staticmethod
-    def _gradients(weight: Tensor, rows: tuple[int, ...]) -> tuple[Tensor | None, ...]:
-        return (None,) * len(rows) if weight.grad is None else weight.grad.split(rows)
-
-
 class Optimisers:
     """Everything that a step updates; its rates follow the schedule."""
 
@@ -57,7 +32,8 @@ class Optimisers:
         self.settings = settings
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = hidden_matrices(model) if settings.optimizer == "muon" else {}
-        self.muon = Partwise(matrices, settings) if matrices else None
+        muon = (settings.matrix_rate, settings.weight_decay, settings.momentum)
+        self.muon = PartwiseMuon(matrices, *muon) if matrices else None
         adam = _adamw({n: p for n, p in self.parameters.items() if n not in matrices}, settings)
         self.all: dict[str, Optimizer] = {"adamw": adam}
         if self.muon:
