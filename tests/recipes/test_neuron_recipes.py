@@ -44,7 +44,7 @@ def test_xor_is_refused_with_a_proof_and_the_recipe_to_use(tmp_path, capsys):
     said = capsys.readouterr().err
     assert stop.value.code == 1
     assert "not linearly separable" in said and "(0.5, 0.5)" in said and "keifu train mlp --data xor" in said
-    assert (tmp_path / "boundary.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "proof.png").read_bytes().startswith(PNG)
 
 
 def test_a_csv_file_is_learned_whatever_the_size_of_its_columns(tmp_path, capsys):

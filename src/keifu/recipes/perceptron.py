@@ -24,6 +24,7 @@ from keifu.data.tables import Table, standardisation
 from keifu.errors import UserError
 from keifu.evaluation import boundaries
 from keifu.evaluation.page import write_page
+from keifu.files import write_atomic
 from keifu.models import perceptron
 from keifu.models.perceptron import Config, Perceptron, Separation
 
@@ -104,8 +105,8 @@ def refuse(recipe: Recipe, table: Table, found: Separation, out: Path) -> NoRetu
     text = refusal(recipe, table, found)
     if found.exact and len(table.columns) == 2:
         title = f"{Path(recipe.data).stem}: no line parts the classes"
-        picture = boundaries.crossing(points(table), found.mixture, title)
-        write_page(out, title, text, vars(recipe), {"boundary": picture})
+        write_atomic(out / "proof.png", boundaries.crossing(points(table), found.mixture, title))
+        text += f" {out / 'proof.png'} shows it."
     raise UserError(text)
 
 
