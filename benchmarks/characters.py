@@ -74,7 +74,7 @@ def measure(way: Way, source: str, target: float) -> str:
     for step in range(settings.steps):
         start = time.perf_counter()
         stepper.gradient(step, data.batch(step), lambda: False)
-        optimisers.step(optimisers.rate(step))
+        optimisers.step(step)
         seconds += time.perf_counter() - start
         if (step + 1) % 25 == 0:
             loss = stepper.validation(judge.validation())["loss"]

@@ -52,7 +52,7 @@ def keifu(dtype: torch.dtype, compile: bool, losses: list[float]) -> Callable[[]
     def step() -> None:
         gradient = stepper.gradient(len(losses), {"tokens": tokens(len(losses))}, lambda: False)
         assert gradient
-        optimisers.step(1.0)
+        optimisers.step(len(losses))
         losses.append(gradient.sums.means()["loss"])
 
     return step

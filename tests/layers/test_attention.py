@@ -1,0 +1,67 @@
+"""Attention against its formula: groups, windows, masks, both ways of computing it, and impossible shapes."""
+
+import pytest
+import torch
+
+from keifu.layers import attention
+from keifu.layers.attention import Attention, CausalMask, CrossAttention, PaddingMask, attend
+
+
+def formula(q, k, v, allowed):
+    """softmax(q kᵀ / √d) v for each head, in a loop."""
+    heads = []
+    for h in range(q.shape[1]):
+        kv = h * k.shape[1] // q.shape[1]
+        scores = q[:, h] @ k[:, kv].mT / q.shape[-1] ** 0.5
+        heads.append(scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v[:, kv])
+    return torch.cat(heads, -1)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("length,seen", [(7, 7), (1, 9), (3, 9)])
+@pytest.mark.parametrize("window", [None, 2, 5])
+@pytest.mark.parametrize("written_out", [False, True])
+def test_attend_is_the_formula(kv_heads, length, seen, window, written_out, monkeypatch):
+    monkeypatch.setattr(attention, "_short", lambda q, k: written_out)
+    torch.manual_seed(1)
+    q = torch.randn(2, 6, length, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, kv_heads, seen, 4, dtype=torch.float64) for _ in range(2))
+    places, keys = torch.arange(seen - length, seen)[:, None], torch.arange(seen)
+    allowed = (keys <= places) & (keys > places - (window or seen))
+    visible = CausalMask(seen - length, length).visible(seen, window)
+    torch.testing.assert_close(attend(q, k, v, visible), formula(q, k, v, allowed))
+
+
+def test_the_written_out_way_has_the_same_gradient_in_bfloat16():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 33, 8).bfloat16().requires_grad_() for _ in range(3))
+    gradients = []
+    for inputs in ([q, k, v], [x.detach().float().requires_grad_() for x in (q, k, v)]):
+        attend(*inputs, "causal").float().square().sum().backward()
+        gradients.append([x.grad.float() for x in inputs])
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.05)
+
+
+def test_padding_is_not_seen_and_gives_no_nan():
+    torch.manual_seed(0)
+    layer, x = Attention(12, 3, n_kv_heads=1), torch.randn(2, 5, 12)
+    padded = layer(x, CausalMask(0, 5, torch.tensor([0, 2])))
+    alone = layer(x[1:, 2:], CausalMask(0, 3))
+    torch.testing.assert_close(padded[1:, 2:], alone)
+    assert padded.isfinite().all()
+
+
+def test_cross_attention_sees_real_tokens_only():
+    torch.manual_seed(0)
+    layer, x, context = CrossAttention(8, 2, context_dim=6), torch.randn(2, 3, 8), torch.randn(2, 5, 6)
+    real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    out = layer(x, layer.project(context), PaddingMask(real))
+    short = layer(x[1:], layer.project(context[1:, :3]), PaddingMask())
+    torch.testing.assert_close(out[1:], short)
+
+
+@pytest.mark.parametrize("arguments,named", [((10, 3), "n_heads (3)"), ((12, 6, 4), "n_kv_heads (4)")])
+def test_impossible_heads_are_named(arguments, named):
+    with pytest.raises(ValueError) as error:
+        Attention(*arguments)
+    assert named in str(error.value)
