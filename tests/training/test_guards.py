@@ -153,6 +153,19 @@ def test_a_full_disk_stops_no_run_and_the_last_state_stays(tmp_path: Path, monke
     assert "The state of step 6 was not saved: The disk is full" in capsys.readouterr().err
 
 
+def test_an_error_of_the_data_is_raised_after_the_state_is_saved(tmp_path: Path) -> None:
+    class Broken(Sequences):
+        def batch(self, step: int):
+            if step == 8:
+                raise RuntimeError("the shard is gone")
+            return super().batch(step)
+
+    with pytest.raises(RuntimeError, match="the shard is gone") as caught:
+        train(toy(), objective, Broken(), settings(), run(tmp_path))
+    assert state.steps(tmp_path)[-1] == 7
+    assert "To go on: do it again." in caught.value.__notes__[0]
+
+
 def test_a_full_disk_at_the_end_keeps_the_state_before(tmp_path: Path, monkeypatch) -> None:
     room = [True]
     full(monkeypatch, room)

@@ -115,20 +115,24 @@ class _Loop:
         return Summary(self.run.directory, self.at.step, self.at.seconds, self.figures)
 
     def _batch(self, step: int) -> Batch:
-        return on_device(self.data.batch(min(step, self.settings.steps - 1)), self.stepper.device)
+        with self._whole():
+            return on_device(self.data.batch(min(step, self.settings.steps - 1)), self.stepper.device)
 
     def _gradient(self, batch: Batch) -> Gradient | None:
-        with self._memory():
+        with self._whole():
             return self.stepper.gradient(self.at.step, batch, self.stop)
 
     @contextmanager
-    def _memory(self) -> Iterator[None]:
-        """What happens here leaves the weights alone, so their state is saved where it does not fit in memory."""
+    def _whole(self) -> Iterator[None]:
+        """What happens here leaves the weights alone: where it fails, their state is saved first."""
         try:
             with guards.memory(ADVICE):
                 yield
         except guards.OutOfMemory as error:
             raise guards.OutOfMemory(self._refuse(str(error))) from error
+        except Exception as error:
+            error.add_note(self._refuse("See above."))
+            raise
 
     def _count(self, gradient: Gradient) -> None:
         at = self.at
@@ -148,7 +152,8 @@ class _Loop:
             if self._due(s.sample_every):
                 self._sample()
             if self._due(s.save_every):
-                self._try_to_save()
+                with self._tolerating(f"The state of step {self.at.step:,}"):
+                    self._save_state()
 
     def _due(self, every: int) -> bool:
         """Whether something that happens `every` so many steps happens now; the end has a time of its own."""
@@ -176,7 +181,7 @@ class _Loop:
 
     def _evaluate(self) -> None:
         """The validation figures, and bits per byte where the data say how many bytes an element has."""
-        with self._memory():
+        with self._whole():
             means = self.stepper.validation(self.data.validation())
         figures = {f"validation_{name}": value for name, value in means.items()}
         if means and self.run.bytes_per_unit:
@@ -195,10 +200,11 @@ class _Loop:
         if self.sample is None:
             return
         self.stepper.model.eval()
-        with self._memory():
+        with self._whole():
             sample = self.sample(self.at.step)
         self.stepper.model.train()
-        folder.write_sample(self.run.directory, self.at.step, sample)
+        with self._tolerating(f"The sample of step {self.at.step:,}"):
+            folder.write_sample(self.run.directory, self.at.step, sample)
         if isinstance(sample, str):
             self.display.note(textwrap.indent(sample, "  | "))
 
@@ -208,12 +214,13 @@ class _Loop:
             state.save(self.run.directory, self.at.step, tensors(self.started), facts, self.settings.keep)
             self.saved = self.at.step
 
-    def _try_to_save(self) -> None:
-        """A state that cannot be written does not stop a run that is well: it is said, and tried when next due."""
+    @contextmanager
+    def _tolerating(self, what: str) -> Iterator[None]:
+        """A file that cannot be written does not stop a run that is well: it is said, and tried again when next due."""
         try:
-            self._save_state()
+            yield
         except (OSError, UserError) as error:
-            self.display.note(f"The state of step {self.at.step:,} was not saved: {error} Training goes on.")
+            self.display.note(f"{what} was not saved: {error} Training goes on.")
 
     def _stopped(self) -> NoReturn:
         self._save_state()
