@@ -153,6 +153,8 @@ def test_score_with_settings_in_chunks(model: nn.Module, monkeypatch: pytest.Mon
 def test_bad_lengths_to_score(model: nn.Module) -> None:
     with pytest.raises(UserError, match="The text has 68 tokens, but this model's context is 67"):
         score(model, torch.tensor([prompt(68)]))
+    assert score(model, torch.tensor([[7], [8]])).shape == (2, 0)
+    assert score_sampled(model, torch.tensor([7]), 1, PLAIN).shape == (0,)
     with pytest.raises(UserError, match="prompt's length is 0, which must be from 1 to the text's 8"):
         score_sampled(model, torch.tensor(prompt(8)), 0, PLAIN)
 

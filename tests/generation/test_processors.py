@@ -94,8 +94,10 @@ def test_greedy_keeps_exactly_one() -> None:
     assert processors.likeliest(torch.tensor([[1.0, 2.0, 2.0]])).isfinite().sum() == 1
 
 
-def test_all_settings_together_equal_transformers_in_its_order() -> None:
-    sampling = Sampling(temperature=0.7, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.4)
+@pytest.mark.parametrize("t", [0.7, 3.0])
+@pytest.mark.parametrize(("k", "p", "fraction"), [(40, 0.9, 0.02), (12, 0.8, 0.3), (30, 0.6, 0.5), (4, 0.7, 0.6)])
+def test_all_settings_together_equal_transformers_in_its_order(t: float, k: int, p: float, fraction: float) -> None:
+    sampling = Sampling(temperature=t, top_k=k, top_p=p, min_p=fraction, repetition_penalty=1.4)
     prompt = torch.randint(0, VOCAB, (ROWS, 9), generator=torch.Generator().manual_seed(3))
     written = torch.randint(0, VOCAB, (ROWS, 5), generator=torch.Generator().manual_seed(4))
     settings = RowSettings([sampling] * ROWS, CPU)
@@ -105,10 +107,10 @@ def test_all_settings_together_equal_transformers_in_its_order() -> None:
     theirs = hf.LogitsProcessorList(
         [
             hf.RepetitionPenaltyLogitsProcessor(1.4),
-            hf.TemperatureLogitsWarper(0.7),
-            hf.TopKLogitsWarper(40),
-            hf.TopPLogitsWarper(0.9),
-            hf.MinPLogitsWarper(0.02),
+            hf.TemperatureLogitsWarper(t),
+            hf.TopKLogitsWarper(k),
+            hf.TopPLogitsWarper(p),
+            hf.MinPLogitsWarper(fraction),
         ]
     )
     agree(settings(logits(), history), theirs(torch.cat([prompt, written], 1), logits()))  # type: ignore[arg-type]

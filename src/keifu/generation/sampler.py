@@ -24,8 +24,9 @@ class RowSettings:
 
     def __init__(self, samplings: Sequence[Sampling], device: torch.device):
         self.samplings, self.device = list(samplings), device
-        self.any_greedy = any(s.temperature == 0 for s in samplings)
-        self.all_greedy = all(s.temperature == 0 for s in samplings)
+        greedy = [s.temperature == 0 for s in samplings]
+        self.any_greedy, self.all_greedy = any(greedy), all(greedy)
+        self.greedy = torch.tensor(greedy, device=device)
         self.repetition = self._column([s.repetition_penalty for s in samplings], 1.0)
         self.presence = self._column([s.presence_penalty for s in samplings], 0.0)
         self.frequency = self._column([s.frequency_penalty for s in samplings], 0.0)
@@ -64,8 +65,7 @@ class RowSettings:
             logits = logits if parameter is None else step(logits, parameter)
         if best is None:
             return logits
-        greedy = torch.tensor([s.temperature == 0 for s in self.samplings], device=self.device)
-        return torch.where(greedy[:, None], best, logits)
+        return torch.where(self.greedy[:, None], best, logits)
 
 
 @dataclass

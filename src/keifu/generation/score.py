@@ -28,7 +28,7 @@ def score(
     """
     hidden, targets = _hidden(model, tokens, padding).flatten(0, 1), tokens[:, 1:].flatten()
     pairs = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    return torch.cat([log_probability(causal(model).logits(h).float(), t) for h, t in pairs]).view(len(tokens), -1)
+    return torch.cat([log_probability(causal(model).logits(h).float(), t) for h, t in pairs]).view(tokens[:, 1:].shape)
 
 
 @torch.inference_mode()
@@ -62,4 +62,4 @@ def _hidden(model: nn.Module, tokens: Tensor, padding: Tensor | None) -> Float[T
     if longest > context:
         raise UserError(f"The text has {longest} tokens, but this model's context is {context}: shorten it.")
     with evaluating(model):
-        return causal(model).hidden(tokens[:, :-1], None, padding)
+        return causal(model).hidden(tokens, None, padding)[:, :-1]
