@@ -77,10 +77,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             loss, d_logits = _loss_and_gradient(low[part] @ matrix.T, targets[part], label_smoothing, z_loss)
             total += loss
+            if not any(ctx.needs_input_grad):
+                continue
             torch.mm(d_logits, matrix, out=d_hidden[part])
             product = d_logits.T @ low[part]
             d_weight = product.to(weight.dtype) if d_weight is None else d_weight.add_(product)
-        ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight)
+        if d_weight is not None:
+            ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight)
         return total
 
     @staticmethod

@@ -25,8 +25,8 @@ WAYS: dict[str, tuple[Any, Any, Settings]] = {
             context_length=64, dim=128, hidden_dim=320, n_layers=4, n_heads=4, norm_eps=1e-5, tied=False
         ),
         Settings(
-            steps=1000, batch_size=48, optimizer="muon", learning_rate=5e-3, matrix_rate=0.02, warmup=20,
-            final_ratio=0.0, weight_decay=0.01, evaluate_every=100,
+            steps=400, batch_size=48, optimizer="muon", learning_rate=2e-2, matrix_rate=0.03, warmup=5,
+            final_ratio=0.0, weight_decay=0.01, evaluate_every=50,
         ),
     ),
     "nanogpt": (
@@ -49,7 +49,7 @@ class Recipe:
     recipe_of: Literal["keifu", "nanogpt"] = "keifu"
     """Whose model and settings."""
     steps: int | None = None
-    """Updates of the weights; unset: 1,000 for keifu, 2,000 for nanogpt."""
+    """Updates of the weights; unset: 400 for keifu, 2,000 for nanogpt."""
     seed: int = 0
     """Of the weights and the order of the data."""
 
