@@ -3,8 +3,9 @@
 python benchmarks/characters.py input.txt [--target 1.886] [--nanogpt FOLDER] [--only LAST]
 
 The text is tiny Shakespeare (1,115,394 characters), its last tenth held out. Every line of the table keeps the changes
-of the lines above it. The time is that of the training steps alone. The target is looked for every 25 steps on 25,600 held-out
-characters spread over them all; the loss at the end is that of the whole held-out text, in nats a character. `--nanogpt` names a clone of nanoGPT, whose train.py is
+of the lines above it. The time is that of the training steps alone. The target is looked for every 25 steps on 25,600
+held-out characters spread over them all; the loss at the end is that of the whole held-out text, in nats a character.
+`--nanogpt` names a clone of nanoGPT, whose train.py is
 run as its README says for a laptop, with 2,000 steps.
 """
 

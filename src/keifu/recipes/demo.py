@@ -7,7 +7,7 @@ Expected: a validation loss well below the bigram baseline that is printed besid
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keifu import checkpoints
@@ -28,14 +28,16 @@ class Recipe:
 
     data: str = "english"
     """The text to learn from."""
-    steps: int = 300
+    steps: int = 240
     """Updates of the weights."""
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Both parts, each with what it takes and what comes of it."""
     began = time.monotonic()
-    task, config, settings = gpt.prepared(gpt.Recipe(depth=4, data=recipe.data, steps=recipe.steps, vocab_size=4096))
+    dial = gpt.Recipe(depth=4, data=recipe.data, steps=recipe.steps, vocab_size=4096, context_length=256, batch_size=16)
+    task, config, settings = gpt.prepared(dial)
+    settings = replace(settings, evaluate_every=80, sample_every=120, save_every=0)
     baseline = _baseline(task)
     print(
         f"\n1. A LLaMA-type model of {gpt.parameters(config) / 1e6:.1f} M parameters learns {recipe.data}.", flush=True
