@@ -81,8 +81,12 @@ def pretrain(
     resume: bool,
     prompt: str = "",
     about: dict[str, Any] | None = None,
+    start_over: bool = False,
 ) -> Summary:
-    """Trains a causal model on a text into a run folder. The vocabulary is the tokenizer's, whatever config says."""
+    """Trains a causal model on a text into a run folder. The vocabulary is the tokenizer's, whatever config says.
+
+    `start_over` removes an earlier run in that folder, which is refused otherwise.
+    """
     config = replace(config, vocab_size=task.tokenizer.vocab_size)
     torch.manual_seed(settings.seed)
     model = build(config)
@@ -90,6 +94,7 @@ def pretrain(
     run = Run(
         directory=out,
         resume=resume,
+        replace=start_over,
         options={"model": asdict(config), "text": asdict(task.text)},
         about={"title": name, "parameters": sum(p.numel() for p in model.parameters())} | _source(task) | (about or {}),
         bytes_per_unit=task.shards.bytes_per_token,

@@ -60,7 +60,9 @@ def _baseline(task: Task) -> float:
 def _train(task: Task, config: llama.Config, settings: Settings, baseline: float, out: Path, resume: bool) -> None:
     bits = task.shards.bits_per_byte
     about = {"bigram baseline (nats a token)": round(baseline, 3)}
-    summary = pretrain("demo", task, llama.build, config, settings, out, resume, "The President ", about)
+    summary = pretrain(
+        "demo", task, llama.build, config, settings, out, resume, "The President ", about, start_over=not resume
+    )
     loss = summary.figures["validation_loss"]
     print(f"   validation loss {loss:.3f} nats a token ({bits(loss):.3f} bits a byte)")
     print(f"   bigram baseline {baseline:.3f} nats a token ({bits(baseline):.3f} bits a byte)")
