@@ -2,8 +2,8 @@
 
 Paper: D. Rumelhart, G. Hinton, R. Williams, "Learning representations by back-propagating errors", Nature 323 (1986).
 Command: keifu train mlp --data mnist
-Cost: XOR 2 seconds; the digits half a minute on 2 cores, a minute with --augment.
-Expected: XOR without a mistake; 95% of 1,000 held-out digits, 98% with --augment.
+Cost: on one core, XOR 2 seconds, the digits 10, and 30 with --augment, beside the start of the program.
+Expected: XOR without a mistake; 96% of 1,000 held-out digits (95.8 to 96.6 over three seeds), 98.4% with --augment.
 """
 
 import shlex
@@ -156,7 +156,7 @@ def settings(recipe: Recipe) -> Settings:
         betas=(0.9, 0.99),
         precision="float32",
         evaluate_every=max(1, options["steps"] // 12),
-        sample_every=max(1, options["steps"] // 12),
+        sample_every=max(1, options["steps"] // (4 if recipe.data == "mnist" else 12)),
     )
 
 
