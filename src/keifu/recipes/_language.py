@@ -102,7 +102,7 @@ def pretrain(
     )
 
     def sample(step: int) -> str:
-        return generate(model, task.tokenizer, prompt or "\n", max_tokens=100, temperature=0.8, seed=step)
+        return prompt + generate(model, task.tokenizer, prompt or "\n", max_tokens=100, temperature=0.8, seed=step)
 
     def save(directory: Path) -> None:
         checkpoints.save(model, task.tokenizer, directory)

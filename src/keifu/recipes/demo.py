@@ -19,7 +19,7 @@ from keifu.recipes import gpt
 from keifu.recipes._language import VALIDATION_TOKENS, Task, pretrain
 from keifu.training.settings import Settings
 
-QUESTIONS = ("What is the capital of France?", "What is the largest city in Japan?")
+QUESTIONS = ("What is the capital of France?", "What is the capital of Japan?")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Recipe:
 
     data: str = "english"
     """The text to learn from."""
-    steps: int = 240
+    steps: int = 360
     """Updates of the weights."""
 
 
@@ -37,7 +37,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     began = time.monotonic()
     dial = gpt.Recipe(depth=4, data=recipe.data, steps=recipe.steps, vocab_size=4096, context_length=256, batch_size=16)
     task, config, settings = gpt.prepared(dial)
-    settings = replace(settings, evaluate_every=80, sample_every=120, save_every=0)
+    settings = replace(settings, evaluate_every=90, sample_every=120, save_every=0)
     baseline = _baseline(task)
     print(
         f"\n1. A LLaMA-type model of {gpt.parameters(config) / 1e6:.1f} M parameters learns {recipe.data}.", flush=True
@@ -61,7 +61,7 @@ def _train(task: Task, config: llama.Config, settings: Settings, baseline: float
     bits = task.shards.bits_per_byte
     about = {"bigram baseline (nats a token)": round(baseline, 3)}
     summary = pretrain(
-        "demo", task, llama.build, config, settings, out, resume, "The President ", about, start_over=not resume
+        "demo", task, llama.build, config, settings, out, resume, "The President", about, start_over=not resume
     )
     loss = summary.figures["validation_loss"]
     print(f"   validation loss {loss:.3f} nats a token ({bits(loss):.3f} bits a byte)")

@@ -46,7 +46,7 @@ class Recipe:
     """Of the weights, the order of the data and the samples."""
     compile: bool = False
     """Compile with torch.compile: slower to start, faster after."""
-    prompt: str = "The "
+    prompt: str = "The"
     """What the samples begin with."""
 
 

@@ -30,7 +30,7 @@ class Recipe:
     """The vocabulary is the tokenizer's, whatever is given here."""
     training: Settings = PUBLISHED
     """How to learn it."""
-    prompt: str = "The "
+    prompt: str = "The"
     """What the samples begin with."""
 
 
