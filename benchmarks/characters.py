@@ -1,6 +1,6 @@
 """Seconds until nanoGPT's loss on its own example for a CPU, one change after another, and nanoGPT itself.
 
-python benchmarks/characters.py input.txt [--target 1.886] [--nanogpt FOLDER] [--only LAST]
+python benchmarks/characters.py input.txt [--target 1.886] [--nanogpt FOLDER] [--only LAST] [--picture PNG]
 
 The text is tiny Shakespeare (1,115,394 characters), its last tenth held out. Every line of the table keeps the changes
 of the lines above it. The time is that of the training steps alone. The target is looked for every 25 steps on 25,600
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 from _rounds import machine
 
@@ -61,8 +62,11 @@ def ladder() -> list[Way]:
     ]
 
 
-def measure(way: Way, source: str, target: float) -> str:
-    """Trains one way and gives its line: steps and seconds to the target, and where it ends."""
+Curve = list[tuple[float, float]]  # seconds, loss
+
+
+def measure(way: Way, source: str, target: float) -> tuple[str, Curve]:
+    """Trains one way and gives its line (steps and seconds to the target, and where it ends) and its curve."""
     task = ready(Text(source, "characters", 65_536, held_out=0.1))
     config = replace(way.config, vocab_size=task.tokenizer.vocab_size)
     torch.manual_seed(0)
@@ -74,6 +78,7 @@ def measure(way: Way, source: str, target: float) -> str:
     judge = PackedText(task.shards, config.context_length, 256, validation_tokens=25_600)
     whole = PackedText(task.shards, config.context_length, 256)
     seconds, reached, step = 0.0, "not reached", 0
+    curve: Curve = []
     for step in range(settings.steps):
         start = time.perf_counter()
         stepper.gradient(step, data.batch(step), lambda: False)
@@ -81,12 +86,25 @@ def measure(way: Way, source: str, target: float) -> str:
         seconds += time.perf_counter() - start
         if (step + 1) % 25 == 0:
             loss = stepper.validation(judge.validation())["loss"]
+            curve.append((seconds, loss))
             if loss <= target and reached == "not reached":
                 reached = f"{step + 1} steps, {seconds:.1f} s"
                 if settings.steps == 2000:  # what comes after is not asked of these lines
                     break
     loss = stepper.validation(whole.validation())["loss"]
-    return f"| {way.name} | {reached} | {loss:.3f} after {step + 1} steps, {seconds:.1f} s |"
+    return f"| {way.name} | {reached} | {loss:.3f} after {step + 1} steps, {seconds:.1f} s |", curve
+
+
+def draw(curves: dict[str, Curve], target: float, path: Path) -> None:
+    """Loss over seconds, a line for each way."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, curve in curves.items():
+        axes.plot(*zip(*curve, strict=True), label=name)
+    axes.axhline(target, color="grey", linestyle=":", label=f"nanoGPT's loss, {target}")
+    axes.set(xlabel="seconds of training", ylabel="held-out loss, nats a character", ylim=(None, 2.6), xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def nanogpt(folder: Path, source: Path) -> str:
@@ -112,12 +130,17 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=1.886)
     parser.add_argument("--nanogpt", type=Path)
     parser.add_argument("--only", type=int, default=0, help="the last so many lines of the ladder")
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     print(f"{machine()}; target {options.target}\n\n| | to the target | end |\n|---|---|---|", flush=True)
     if options.nanogpt:
         print(nanogpt(options.nanogpt, options.text), flush=True)
+    curves: dict[str, Curve] = {}
     for way in ladder()[-options.only :]:
-        print(measure(way, str(options.text), options.target), flush=True)
+        line, curves[way.name] = measure(way, str(options.text), options.target)
+        print(line, flush=True)
+    if options.picture:
+        draw(curves, options.target, options.picture)
 
 
 if __name__ == "__main__":
