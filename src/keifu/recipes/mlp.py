@@ -7,7 +7,8 @@ Expected: XOR without a mistake; 96% of 1,000 held-out digits (95.8 to 96.6 over
 """
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -109,16 +110,29 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         sample = boundary(learned, model, chosen.steps, out)
         if not resume:
             sample(0)
-    train(
-        model,
-        objective(recipe.loss),
-        Examples(learned.training, learned.held, chosen.batch_size, chosen.seed, distorted if recipe.augment else None),
-        chosen,
-        described(recipe, learned, out, resume),
-        sample=sample,
-        save=lambda directory: checkpoints.save(model, None, directory),
-    )
+    augment = distorted if recipe.augment else None
+    with one_thread():
+        train(
+            model,
+            objective(recipe.loss),
+            Examples(learned.training, learned.held, chosen.batch_size, chosen.seed, augment),
+            chosen,
+            described(recipe, learned, out, resume),
+            sample=sample,
+            save=lambda directory: checkpoints.save(model, None, directory),
+        )
     print(f"{verdict(learned, model)} The network is in {out}.")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Computes on one thread: products this small gain little from a second, and on a busy machine wait long for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def described(recipe: Recipe, learned: Subject, out: Path, resume: bool) -> Run:

@@ -73,7 +73,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     results = []
     with counting("networks", len(pairs), "networks") as advance:
         for number, pair in enumerate(pairs, 1):
-            with redirect_stderr(io.StringIO()):
+            with redirect_stderr(io.StringIO()), mlp.one_thread():
                 results.append(learn(pair, subject, out / f"{pair.activation}-{pair.loss}"))
             advance(number)
     table = comparison.table(results)
