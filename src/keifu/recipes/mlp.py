@@ -45,11 +45,11 @@ DIGITS: dict[str, Any] = {
     "hidden": (512, 256),
     "steps": 1200,
     "batch_size": 128,
-    "learning_rate": 4e-3,
-    "dropout": 0.2,
-    "weight_decay": 1.0,
+    "learning_rate": 2e-3,
+    "dropout": 0.3,
+    "weight_decay": 0.1,
 }
-AUGMENTED = DIGITS | {"steps": 2400, "learning_rate": 2e-3, "dropout": 0.1, "weight_decay": 0.1}
+AUGMENTED = DIGITS | {"steps": 2400, "dropout": 0.1}
 
 
 @dataclass(frozen=True)
