@@ -11,8 +11,8 @@ from torch import Tensor, nn
 Stream = Float[Tensor, "batch length dim"]
 
 
-class PreNorm(nn.Module):
-    """x + attention(norm(x)), then x + feedforward(norm(x)): GPT-2 and all since (Radford et al., 2019)."""
+class _TwoSublayers(nn.Module):
+    """Attention, then feed-forward, each with a norm of its own; where the norms stand is the subclass's."""
 
     def __init__(
         self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float = 0.0
@@ -21,22 +21,18 @@ class PreNorm(nn.Module):
         self.attention, self.feedforward = attention, feedforward
         self.attention_norm, self.feedforward_norm = norms
         self.dropout = nn.Dropout(dropout)
+
+
+class PreNorm(_TwoSublayers):
+    """x + attention(norm(x)), then x + feedforward(norm(x)): GPT-2 and all since (Radford et al., 2019)."""
 
     def forward(self, x: Stream, **context: Any) -> Stream:
         x = x + self.dropout(self.attention(self.attention_norm(x), **context))
         return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
 
 
-class PostNorm(nn.Module):
+class PostNorm(_TwoSublayers):
     """norm(x + attention(x)), then norm(x + feedforward(x)): the Transformer of 2017, GPT-1, BERT."""
-
-    def __init__(
-        self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float = 0.0
-    ):
-        super().__init__()
-        self.attention, self.feedforward = attention, feedforward
-        self.attention_norm, self.feedforward_norm = norms
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Stream, **context: Any) -> Stream:
         x = self.attention_norm(x + self.dropout(self.attention(x, **context)))
