@@ -10,16 +10,18 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from keifu.layers.band import Band, band
 from keifu.layers.cache import Cache, KeyValueCache, WindowCache
 from keifu.layers.linear import JoinedLinear, Linear
 from keifu.layers.positions import Rotation
 
-Visible = Bool[Tensor, "#batch 1 #length seen"] | Literal["causal"] | None
+Visible = Bool[Tensor, "#batch 1 #length seen"] | Band | Literal["causal"] | None
 
 
 @runtime_checkable
 class Mask(Protocol):
-    """What each query may see. `visible(seen, window)` is None for everything, "causal" for the plain triangle."""
+    """What each query may see. `visible(seen, window)` is None for everything, "causal" for the plain triangle, a `Band`
+    where more tokens than fit the window would make a square."""
 
     def visible(self, seen: int, window: int | None) -> Visible: ...
 
@@ -28,10 +30,18 @@ class CausalMask:
     """Each token sees itself and those before it, but no left padding; one object serves all layers of a pass.
 
     `start` tokens came in earlier passes, `length` are in this one; `padding` [batch] counts each row's padding.
+    The mask is made on `device`, or where the padding is.
     """
 
-    def __init__(self, start: int, length: int, padding: Int[Tensor, " batch"] | None = None):
+    def __init__(
+        self,
+        start: int,
+        length: int,
+        padding: Int[Tensor, " batch"] | None = None,
+        device: torch.device | None = None,
+    ):
         self.start, self.length, self.padding = start, length, padding
+        self.device = device if padding is None else padding.device
         self._made: dict[tuple[int, int | None], Visible] = {}
 
     def visible(self, seen: int, window: int | None) -> Visible:
@@ -43,10 +53,11 @@ class CausalMask:
     def _make(self, seen: int, window: int | None) -> Visible:
         if self.padding is None and window is None and (self.length == 1 or self.length == seen):
             return None if self.length == 1 else "causal"
-        device = None if self.padding is None else self.padding.device
+        if window is not None and self.length > window:
+            return band(self.start, self.length, seen, window, self.padding, self.device)
         end = self.start + self.length
-        queries = torch.arange(self.start, end, device=device)[:, None]
-        keys = torch.arange(end - seen, end, device=device)[None]
+        queries = torch.arange(self.start, end, device=self.device)[:, None]
+        keys = torch.arange(end - seen, end, device=self.device)[None]
         mask = keys <= queries
         if window is not None:
             mask &= keys > queries - window
@@ -71,17 +82,25 @@ def attend(
     v: Float[Tensor, "batch kv_heads seen head_dim"],
     visible: Visible = None,
     dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Float[Tensor, "batch length dim"]:
-    """softmax(q kᵀ / √head_dim) v, the heads joined; each head of keys serves heads / kv_heads neighbouring queries."""
+    """softmax(q kᵀ · scale) v, the heads joined; each head of keys serves heads / kv_heads neighbouring queries.
+
+    The scale is 1 / √head_dim where none is given.
+    """
     batch, heads, length, _ = q.shape
+    if isinstance(visible, Band):
+        return visible.join(attend(*visible.cut(q, k, v), dropout, scale), length)
     group = heads // k.shape[1]
     mask = visible if isinstance(visible, Tensor) else None
     if q.requires_grad and _short(q, k):
-        return _explicit(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), visible, dropout)
+        return _explicit(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), visible, dropout, scale)
     if group > 1 and length == 1:  # one new token: the group's queries become the rows of one small product
         q = q.reshape(batch, k.shape[1], group, -1)
         group = 1
-    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=visible == "causal", enable_gqa=group > 1)
+    y = F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal=visible == "causal", scale=scale, enable_gqa=group > 1
+    )
     return y.reshape(batch, heads, length, -1).transpose(1, 2).flatten(2)
 
 
@@ -92,9 +111,11 @@ def _short(q: Tensor, k: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and max(q.shape[2], k.shape[2]) <= 256
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float) -> Float[Tensor, "batch length dim"]:
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float, scale: float | None
+) -> Float[Tensor, "batch length dim"]:
     """The same as `attend`, written out, each head with its own keys."""
-    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if visible == "causal":
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if isinstance(visible, Tensor):
@@ -107,7 +128,8 @@ class Attention(nn.Module):
     """Self-attention (Vaswani et al., 2017, section 3.2): multi-head; grouped-query (Ainslie et al., 2023) with fewer
     `n_kv_heads` than `n_heads`; multi-query (Shazeer, 2019) with one. What may be seen is the mask's business.
 
-    `window` limits each query to the last `window` tokens, itself included (Mistral, Jiang et al., 2023).
+    `window` limits each query to the last `window` tokens, itself included (Mistral, Jiang et al., 2023); the cost then
+    grows with the window. `scale` is what the products are multiplied with, 1 / √head_dim where it is None.
     """
 
     def __init__(
@@ -120,10 +142,12 @@ class Attention(nn.Module):
         out_bias: bool | None = None,
         window: int | None = None,
         dropout: float = 0.0,
+        scale: float | None = None,
     ):
         super().__init__()
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
         self.head_dim, self.window, self.dropout = head_dim or dim // n_heads, window, dropout
+        self.scale = scale
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads ({n_kv_heads}) must divide n_heads ({n_heads}).")
         if head_dim is None and dim % n_heads:
@@ -146,7 +170,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         visible = mask.visible(k.shape[2], self.window)
-        return self.out(attend(q, k, v, visible, self.dropout if self.training else 0.0))
+        return self.out(attend(q, k, v, visible, self.dropout if self.training else 0.0, self.scale))
 
     def new_cache(self, batch: int, capacity: int, like: Tensor) -> Cache:
         """An empty cache for `capacity` tokens in all, of the type and on the device of `like`."""

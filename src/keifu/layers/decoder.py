@@ -63,7 +63,7 @@ class DecoderLM(nn.Module):
             x = x + self.positions(self._within(positions, start + length))
         x = self.dropout(x)
         context = {
-            "mask": CausalMask(start, length, padding),
+            "mask": CausalMask(start, length, padding, tokens.device),
             "rotation": self.rotary(positions) if self.rotary else None,
         }
         for i, block in enumerate(self.blocks):

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from keifu.layers.linear import JoinedLinear
+
 
 def normal_(model: nn.Module, std: float = 0.02) -> None:
     """All matrices and embeddings from N(0, std²), all biases 0; norms stay 1 and 0 (GPT-1, section 4.1)."""
@@ -17,3 +19,36 @@ def scale_residual_(model: nn.Module, n_layers: int) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.endswith((".attention.out", ".feedforward.down")):
             module.weight.data.div_((2 * n_layers) ** 0.5)
+
+
+def xavier_(model: nn.Module, embedding_std: float) -> None:
+    """Matrices uniform with variance 2 / (inputs + outputs), each part of a joined one by itself; biases 0.
+
+    (Glorot and Bengio, 2010.) Embeddings are drawn from N(0, embedding_std²).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=embedding_std)
+        if isinstance(module, nn.Linear):
+            parts = module.parts if isinstance(module, JoinedLinear) else (module.out_features,)
+            for part in module.weight.data.split(list(parts)):
+                nn.init.xavier_uniform_(part)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def fan_in_(model: nn.Module) -> None:
+    """Matrices from N(0, 1 / inputs), so that they keep the size of what they read, and embeddings from N(0, 1)."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+
+def truncated_normal_(model: nn.Module, std: float = 0.02) -> None:
+    """`normal_`, but no number beyond two deviations (the code released with BERT, Devlin et al., 2018)."""
+    normal_(model, std)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)

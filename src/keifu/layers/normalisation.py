@@ -1,4 +1,4 @@
-"""Normalisations that torch lacks or that need the published rounding; knows no model. (LayerNorm is torch's own.)"""
+"""Normalisations that torch lacks or that need the published rounding; knows no model. (LayerNorm alone is torch's.)"""
 
 import torch
 import torch.nn.functional as F
@@ -18,3 +18,15 @@ class RMSNorm(nn.Module):
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+
+
+class ScaledLayerNorm(nn.LayerNorm):
+    """LayerNorm without bias, times a number. As the last norm it scales the logits, since the head is linear: PaLM
+    divides them by √dim, because its head is the embedding, whose numbers are near 1 (Chowdhery et al., 2022)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, scale: float = 1.0):
+        super().__init__(dim, eps, bias=False)
+        self.scale = scale
+
+    def forward(self, input: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:  # noqa: A002
+        return super().forward(input) * self.scale
