@@ -51,6 +51,15 @@ def test_the_pages_show_commands() -> None:
     assert len(FOUND) >= 8
 
 
+RECIPES = sorted((ROOT / "src/keifu/recipes").glob("[!_]*.py"))
+SAID = [(p.stem, line) for p in RECIPES for line in re.findall(r"(?m)^Command: (keifu .*)$", p.read_text("utf-8"))]
+
+
+@pytest.mark.parametrize(("recipe", "command"), SAID)
+def test_the_command_that_a_recipe_names_is_one(recipe: str, command: str, capsys: pytest.CaptureFixture) -> None:
+    check(command)
+
+
 def test_every_recipe_that_a_recipe_names_exists() -> None:
     files = [path.read_text(encoding="utf-8") for path in (ROOT / "src/keifu/recipes").glob("*.py")]
     named = {name for text in files for name in re.findall(r"keifu train ([a-z][\w-]*)", text)}

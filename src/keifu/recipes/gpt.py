@@ -11,6 +11,7 @@ Expected: see docs/results.md.
 from dataclasses import dataclass
 from pathlib import Path
 
+from keifu.errors import UserError
 from keifu.models import llama
 from keifu.recipes._language import Task, Text, pretrain, ready
 from keifu.training.settings import Settings
@@ -49,11 +50,13 @@ class Recipe:
     prompt: str = "The"
     """What the samples begin with."""
 
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise UserError(f"depth must be at least 1, and it is {self.depth}.")
+
 
 def model_config(depth: int, vocab_size: int, context_length: int | None = None) -> llama.Config:
     """The model at one setting of the dial."""
-    if depth < 1:
-        raise ValueError(f"depth must be at least 1, and it is {depth}.")
     dim = HEAD_DIM * depth
     return llama.Config(
         vocab_size=vocab_size,

@@ -9,6 +9,9 @@ Expected: at the published size on WebText, about 3.1 nats a token; on other tex
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from keifu.models import gpt2
 from keifu.recipes._language import Text, pretrain, ready
@@ -24,11 +27,11 @@ PUBLISHED = Settings(
 class Recipe:
     """Options of the run."""
 
-    text: Text = Text(tokenizer="gpt2-bpe")
+    text: Annotated[Text, tyro.conf.arg(name="")] = Text(tokenizer="gpt2-bpe")
     """What to learn from; the default tokenizer is GPT-2's own."""
     model: gpt2.Config = gpt2.Config(dropout=0.0)
     """The vocabulary is the tokenizer's, whatever is given here."""
-    training: Settings = PUBLISHED
+    training: Annotated[Settings, tyro.conf.arg(name="")] = PUBLISHED
     """How to learn it."""
     prompt: str = "The"
     """What the samples begin with."""

@@ -9,6 +9,9 @@ Expected: the paper's figure 1: 7B passes 1.8 nats a token after about 0.5 T tok
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from keifu.models import llama
 from keifu.recipes._language import Text, pretrain, ready
@@ -24,11 +27,11 @@ PUBLISHED = Settings(
 class Recipe:
     """Options of the run."""
 
-    text: Text = Text(tokenizer="sentencepiece-32k")
+    text: Annotated[Text, tyro.conf.arg(name="")] = Text(tokenizer="sentencepiece-32k")
     """What to learn from; the default tokenizer is a SentencePiece BPE of 32,000 tokens with bytes, like LLaMA's."""
     model: llama.Config = llama.Config()
     """The vocabulary is the tokenizer's, whatever is given here."""
-    training: Settings = PUBLISHED
+    training: Annotated[Settings, tyro.conf.arg(name="")] = PUBLISHED
     """How to learn it."""
     prompt: str = "The"
     """What the samples begin with."""
