@@ -11,13 +11,17 @@ from typing import Any
 
 from torch import nn
 
+from keifu.checkpoints.dialects import Dialect
 from keifu.checkpoints.names import Table
 from keifu.checkpoints.own import check_types, from_json, to_json
 from keifu.errors import UserError, unknown
-from keifu.models import gpt2, llama, mlp, perceptron
+from keifu.models import bert, gpt1, gpt2, gpt3, llama, mlp, palm, perceptron, transformer
 
 # What any published config may say that changes the numbers and is not implemented; absent or equal to this is fine.
 UNSUPPORTED: Mapping[str, Any] = {"quantization_config": None}
+
+Aliases = Callable[[Any], Mapping[str, tuple[str, ...]]]
+_PLAIN = Dialect()
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,9 @@ class Family:
     """One model_type: how its config is read and written, and how its weights are called.
 
     `module` is the model's file; `prefix` may be missing from all names of a file; `not_weights` are names that old
-    files hold beside the weights; `unsupported` are settings and the value of each that is implemented.
+    files hold beside the weights; `unsupported` are settings and the value of each that is implemented. `aliases` gives,
+    for a Config, the other names that a file may have for a matrix which serves in several places. `dialect` is what some
+    files do besides.
     """
 
     module: Any
@@ -37,14 +43,22 @@ class Family:
     not_weights: tuple[str, ...] = ()
     unsupported: Mapping[str, Any] = field(default_factory=dict)
     writes_text: bool = True
+    aliases: Aliases | None = None
+    dialect: Dialect = _PLAIN
 
     @property
     def tied_by_name(self) -> bool:
         """Whether the model has a head that may be the embedding: its Config has `tied` then."""
         return self.names is not None and "head" in self.names
 
+    def table(self, json: Mapping[str, Any]) -> Table:
+        """The names of weights as files of this config.json have them."""
+        if self.names is None or not {*json.get("architectures", ())} & {*self.dialect.without_prefix}:
+            return self.names
+        return {ours: theirs.removeprefix(self.prefix) for ours, theirs in self.names.items()}
 
-def _published(module: Any) -> list[Family]:
+
+def _published(module: Any, aliases: Aliases | None = None, dialect: Dialect = _PLAIN) -> list[Family]:
     """One family for each model_type of a file whose model others know too, and one for what only keifu can build."""
     shared = {
         "module": module,
@@ -52,6 +66,8 @@ def _published(module: Any) -> list[Family]:
         "prefix": module.PREFIX,
         "not_weights": module.NOT_WEIGHTS,
         "unsupported": module.UNSUPPORTED,
+        "aliases": aliases,
+        "dialect": dialect,
     }
     known = [
         Family(model_type=kind, read=module.from_published, write=module.to_published, **shared)
@@ -76,7 +92,18 @@ def _name(module: ModuleType) -> str:
 
 
 _MLP = Family(mlp, "keifu_mlp", mlp.from_published, mlp.to_published, mlp.WEIGHT_NAMES, writes_text=False)
-_ALL = [*_published(gpt2), *_published(llama), _MLP, _own(perceptron)]
+_BERT = Dialect(bert.IN_FILE, bert.COPIES, bert.OLD_ENDINGS, bert.WITHOUT_PREFIX)
+_ALL = [
+    *_published(bert, dialect=_BERT),
+    *_published(gpt1),
+    *_published(gpt2),
+    *_published(gpt3),
+    *_published(palm),
+    *_published(llama),
+    *_published(transformer, transformer.aliases),
+    _MLP,
+    _own(perceptron),
+]
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 
@@ -124,7 +151,7 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
     if family.names is not None:
         json = family.write(config)
         found = FAMILIES[json["model_type"]]
-        if _same(config, found.read(json)):
+        if _same(config, family.read(json)):
             return found, json
     family = FAMILIES[f"keifu_{_name(family.module)}"]
     return family, family.write(config)

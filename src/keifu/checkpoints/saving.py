@@ -22,9 +22,10 @@ from keifu.errors import UserError
 
 STAGE = ".saving-"
 ROLES = ("bos", "eos", "pad")
+GENERATION = ("decoder_start_token_id", "forced_eos_token_id", "pad_token_id")  # said by an encoder-decoder's config
 TOKENIZER_FILES = (
     "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
-    "merges.txt", "vocab.txt",
+    "merges.txt", "vocab.txt", "source.spm", "target.spm", "target_vocab.json", "tokenizer.json",
 )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def save(model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_byte
         for old in directory.glob(f"{STAGE}*"):  # left by a crash
             shutil.rmtree(old, ignore_errors=True)
         stage.mkdir()
-        weights = _write_weights(model, links(model, family.names), stage, max_shard_bytes)
+        weights = _write_weights(model, links(model, family.table(config)), stage, max_shard_bytes)
         _write_texts(config, name_of(next(model.parameters()).dtype), tokenizer, stage)
         _move(stage, directory, weights)
     except OSError as error:
@@ -117,8 +118,9 @@ def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path
         given = {key: value for key, value in ids.items() if value is not None}
         ends = sorted(tokenizer.stop_ids)
         given |= {"eos_token_id": ends} if len(ends) > 1 else {}
+        given |= {key: config[key] for key in GENERATION if key in config}
         _write_json(stage / "generation_config.json", given)
-    _write_json(stage / "config.json", config | {"dtype": dtype, "torch_dtype": dtype} | ids)
+    _write_json(stage / "config.json", ids | config | {"dtype": dtype, "torch_dtype": dtype})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -135,7 +137,7 @@ def _move(stage: Path, directory: Path, weights: Sequence[str]) -> None:
     for name in new:
         (stage / name).replace(directory / name)
     stale = [*directory.glob("model-*-of-*.safetensors"), directory / WEIGHTS, directory / INDEX]
-    if "tokenizer.json" in new:  # what an older tokenizer left would be read beside it
+    if "tokenizer_config.json" in new:  # what an older tokenizer left would be read beside it
         stale += [directory / name for name in TOKENIZER_FILES]
     for old in stale:
         if old.name not in new:

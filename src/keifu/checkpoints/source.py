@@ -82,8 +82,10 @@ def plan(source: Source, dtype: torch.dtype | None = None) -> Plan:
     `dtype` None: the type that holds every stored number exactly, but float32 for float16, whose products are very
     slow on a CPU.
     """
-    source, twice, notes = _settle_head(source)
-    layers = vars(source.config).get("n_layers", 0)
+    source, twice, notes = _settle_aliases(source) if source.family.aliases else _settle_head(source)
+    source, copies = _settle_dialect(source)
+    twice = [*twice, *copies]
+    layers = max(vars(source.config).get(key) or 0 for key in ("n_layers", "n_decoder_layers"))
     if layers > len(source.stored):  # building that many could take forever
         raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {layers} layers.")
     model = build(source.family, source.config, str(source.path))
@@ -114,10 +116,43 @@ def _settle_head(source: Source) -> tuple[Source, Sequence[str], list[str]]:
     return replace(source, config=replace(source.config, tied=False)), (), [note]
 
 
+def _settle_aliases(source: Source) -> tuple[Source, Sequence[str], list[str]]:
+    """Finds each matrix that serves in several places under whichever of its names the file has it.
+
+    Gives also the names that are there twice, and notes. A head that differs from what it is tied to is kept apart.
+    """
+    assert source.names is not None and source.family.aliases is not None
+    names, twice, notes, tied = dict(source.names), list[str](), list[str](), source.config.tied
+    for ours, others in source.family.aliases(source.config).items():
+        there = [name for name in (names[ours], *others) if f"{name}.weight" in source.stored]
+        first = there[0] if there else names[ours]
+        for name in there[1:]:
+            if torch.equal(source.read(f"{first}.weight"), source.read(f"{name}.weight")):
+                twice.append(f"{name}.weight")
+            elif name == names["head"]:
+                tied = False
+                notes.append(f"The config ties {name} to {first}, but they differ: they are kept apart.")
+        if first != names[ours]:
+            notes.append(f"{names[ours]} is not in the file: {first}, which is the same matrix, is read for it.")
+        names[ours] = first
+    return replace(source, names=names, config=replace(source.config, tied=tied)), twice, notes
+
+
+def _settle_dialect(source: Source) -> tuple[Source, list[str]]:
+    """Gives the Config those parts that the file has anyway; and the tensors that repeat another."""
+    dialect, stored = source.family.dialect, source.stored
+    has = {field: True for field, name in dialect.in_file.items() if _own_prefix(name, source) in stored}
+    copies = {copy: _own_prefix(name, source) for copy, name in dialect.copies.items() if copy in stored}
+    same = [copy for copy, name in copies.items() if name in stored and torch.equal(*map(source.read, (copy, name)))]
+    return replace(source, config=replace(source.config, **has)), same
+
+
 def _own_prefix(name: str, source: Source) -> str:
     """A name as this file has it: without the family's prefix where no name of the file has that."""
     prefix = source.family.prefix
-    return name.removeprefix(prefix) if prefix and not any(n.startswith(prefix) for n in source.stored) else name
+    if prefix and not any(n.startswith(prefix) for n in source.stored):
+        name = name.removeprefix(prefix)
+    return source.family.dialect.spelled(name, source.stored)
 
 
 def _as_stored(link: Link, source: Source) -> Link:

@@ -1,0 +1,253 @@
+"""BERT (Devlin et al., 2018, "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding"): an
+encoder that sees both sides of every token, since it learns by filling in masked words instead of the next one, and by
+telling whether one sentence follows another; then it is fine-tuned. It knows nothing of training, text or files.
+
+Axes: batch, length = tokens, dim, vocab, labels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.layers.activations import activation
+from keifu.layers.attention import Attention, PaddingMask
+from keifu.layers.blocks import PostNorm
+from keifu.layers.feedforward import FeedForward
+from keifu.layers.initialisation import truncated_normal_
+from keifu.layers.linear import Linear, linear
+from keifu.layers.positions import LearnedPositions
+from keifu.models._published import activation_name, published_activation
+
+Tokens = Int[Tensor, "batch length"]
+Hidden = Float[Tensor, "batch length dim"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are BERT-base as it is pretrained. The last four fields say what stands on top of the encoder."""
+
+    vocab_size: int = 30_522
+    context_length: int = 512
+    dim: int = 768
+    hidden_dim: int = 3072
+    n_layers: int = 12
+    n_heads: int = 12
+    norm_eps: float = 1e-12
+    activation: str = "gelu"
+    dropout: float = 0.1
+    type_vocab_size: int = 2  # segments: sentence A and sentence B
+    pooled: bool = True
+    words: bool = True  # the head that fills in masked words
+    next_sentence: bool = True
+    labels: tuple[str, ...] = ()  # of classification; none: no such head
+
+
+# Printed are 110 M and 340 M, which leave out the heads of pretraining.
+SIZES = {
+    "bert-base": Config(),
+    "bert-large": Config(dim=1024, hidden_dim=4096, n_layers=24, n_heads=16),
+    "all-minilm-l6-v2": Config(dim=384, hidden_dim=1536, n_layers=6, words=False, next_sentence=False),
+}
+PAPER_PARAMETERS = {"bert-base": 110e6, "bert-large": 340e6, "all-minilm-l6-v2": 22.7e6}
+
+
+class WordHead(nn.Module):
+    """What turns a hidden state into one that looks like the embedding of the word that stood there."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.dense, self.activation = Linear(config.dim, config.dim), activation(config.activation)
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return self.norm(self.activation(self.dense(hidden)))
+
+
+class Bert(nn.Module):
+    """The encoder, and those heads that its config names; the others are None."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if (config.next_sentence or config.labels) and not config.pooled:
+            raise ValueError("A head for the next sentence or for labels reads the pooled state: set pooled to True.")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.positions = LearnedPositions(config.context_length, config.dim)
+        self.segments = nn.Embedding(config.type_vocab_size, config.dim)
+        self.norm, self.dropout = nn.LayerNorm(config.dim, config.norm_eps), nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.n_layers))
+        self.pooler = Linear(config.dim, config.dim) if config.pooled else None
+        self.word_head = WordHead(config) if config.words else None
+        self.next_head = Linear(config.dim, 2) if config.next_sentence else None
+        self.classifier = Linear(config.dim, len(config.labels)) if config.labels else None
+
+    def encode(
+        self, tokens: Tokens, segments: Tokens | None = None, mask: Bool[Tensor, "batch length"] | None = None
+    ) -> Hidden:
+        """Hidden states. `segments` are 0 for the first sentence and 1 for the second; `mask` is True on real tokens."""
+        length = tokens.shape[1]
+        if length > self.config.context_length:
+            room = f"the {self.config.context_length} positions that this model has learned"
+            raise ValueError(f"{length} tokens do not fit {room}; shorten the text.")
+        x = self.embedding(tokens) + self.positions(torch.arange(length, device=tokens.device))
+        x = x + self.segments(tokens.new_zeros(1, 1) if segments is None else segments)
+        x, visible = self.dropout(self.norm(x)), PaddingMask(mask)
+        for block in self.blocks:
+            x = block(x, mask=visible)
+        return x
+
+    forward = encode
+
+    def pool(self, hidden: Hidden) -> Float[Tensor, "batch dim"]:
+        """One vector a row: the hidden state of its first token, [CLS], through a layer with tanh."""
+        return torch.tanh(_there(self.pooler, "pooled state")(hidden[:, 0]))
+
+    def words(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
+        """Logits of the word at each position; the head's last matrix is the embedding."""
+        head = _there(self.word_head, "head for masked words")
+        return linear(head(hidden), self.embedding.weight, head.bias)
+
+    def next_sentence(self, pooled: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch 2"]:
+        """Logits of: the second sentence follows the first; it was taken from elsewhere."""
+        return _there(self.next_head, "head for the next sentence")(pooled)
+
+    def classify(
+        self, tokens: Tokens, segments: Tokens | None = None, mask: Bool[Tensor, "batch length"] | None = None
+    ) -> Float[Tensor, "batch labels"]:
+        """Logits of the config's labels for each row."""
+        head = _there(self.classifier, "labels to choose from; fine-tune it first")
+        return head(self.dropout(self.pool(self.encode(tokens, segments, mask))))
+
+
+def _there(head: Any, what: str) -> Any:
+    if head is None:
+        raise ValueError(f"This BERT has no {what}.")
+    return head
+
+
+def _block(config: Config) -> PostNorm:
+    attention = Attention(config.dim, config.n_heads, dropout=config.dropout)
+    feedforward = FeedForward(config.dim, config.hidden_dim, activation(config.activation))
+    norms = (nn.LayerNorm(config.dim, config.norm_eps), nn.LayerNorm(config.dim, config.norm_eps))
+    return PostNorm(attention, feedforward, norms, config.dropout)
+
+
+def build(config: Config) -> Bert:
+    """A model with the released code's initialisation."""
+    model = Bert(config)
+    truncated_normal_(model, std=0.02)
+    return model
+
+
+_LAYER = "bert.encoder.layer.*"
+WEIGHT_NAMES = {
+    "embedding": "bert.embeddings.word_embeddings",
+    "positions": "bert.embeddings.position_embeddings",
+    "segments": "bert.embeddings.token_type_embeddings",
+    "norm": "bert.embeddings.LayerNorm",
+    "blocks.*.attention.qkv": f"{_LAYER}.attention.self.[query,key,value]",
+    "blocks.*.attention.out": f"{_LAYER}.attention.output.dense",
+    "blocks.*.attention_norm": f"{_LAYER}.attention.output.LayerNorm",
+    "blocks.*.feedforward.up": f"{_LAYER}.intermediate.dense",
+    "blocks.*.feedforward.down": f"{_LAYER}.output.dense",
+    "blocks.*.feedforward_norm": f"{_LAYER}.output.LayerNorm",
+    "pooler": "bert.pooler.dense",
+    "word_head.dense": "cls.predictions.transform.dense",
+    "word_head.norm": "cls.predictions.transform.LayerNorm",
+    "word_head.bias": "cls.predictions.bias",
+    "next_head": "cls.seq_relationship",
+    "classifier": "classifier",
+}
+PREFIX = "bert."
+WITHOUT_PREFIX = ("BertModel",)  # the architecture whose files have no prefix
+NOT_WEIGHTS = ("bert.embeddings.position_ids",)
+OLD_ENDINGS = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}  # TensorFlow's names
+COPIES = {  # old files hold these beside the tensors that they repeat
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+# Heads of which files hold more than their architecture has (bert-base-uncased): the file decides.
+IN_FILE = {
+    "pooled": "bert.pooler.dense.weight",
+    "words": "cls.predictions.bias",
+    "next_sentence": "cls.seq_relationship.weight",
+}
+MODEL_TYPES = {"bert": "BertForPreTraining"}
+UNSUPPORTED = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "problem_type": "single_label_classification",
+}
+# architecture -> pooled, words, next_sentence, labels; a plain model's file says whether it is pooled
+ARCHITECTURES = {
+    "BertForPreTraining": (True, True, True, False),
+    "BertForMaskedLM": (False, True, False, False),
+    "BertForNextSentencePrediction": (True, False, True, False),
+    "BertForSequenceClassification": (True, False, False, True),
+    "BertModel": (False, False, False, False),
+}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of a Hugging Face config.json of model_type bert."""
+    architecture = (json.get("architectures") or ["BertModel"])[0]
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"the architecture {architecture!r} is not among {', '.join(ARCHITECTURES)}.")
+    pooled, words, next_sentence, labelled = ARCHITECTURES[architecture]
+    if words and not json.get("tie_word_embeddings", True):
+        raise ValueError("its head for words is not tied to the embedding (tie_word_embeddings is false).")
+    return Config(
+        vocab_size=json["vocab_size"],
+        context_length=json["max_position_embeddings"],
+        dim=json["hidden_size"],
+        hidden_dim=json["intermediate_size"],
+        n_layers=json["num_hidden_layers"],
+        n_heads=json["num_attention_heads"],
+        norm_eps=float(json.get("layer_norm_eps", 1e-12)),
+        activation=activation_name(json.get("hidden_act", "gelu")),
+        dropout=float(json.get("hidden_dropout_prob", 0.1)),
+        type_vocab_size=json.get("type_vocab_size", 2),
+        pooled=json.get("add_pooling_layer", pooled),
+        words=words,
+        next_sentence=next_sentence,
+        labels=_labels(json) if labelled else (),
+    )
+
+
+def _labels(json: dict[str, Any]) -> tuple[str, ...]:
+    count = json.get("num_labels", 2)
+    names = json.get("id2label") or {str(n): f"LABEL_{n}" for n in range(count)}
+    if len(names) == 1:
+        raise ValueError("it has a single label, so it gives a score (regression), and keifu classifies.")
+    return tuple(names[key] for key in sorted(names, key=int))
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that transformers reads."""
+    heads = (config.words, config.next_sentence, bool(config.labels))
+    named = {has[1:]: name for name, has in ARCHITECTURES.items()}
+    labels = {str(n): label for n, label in enumerate(config.labels)}
+    json = {
+        "model_type": "bert",
+        "architectures": [named.get(heads, "BertForPreTraining")],
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": published_activation(config.activation),
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "type_vocab_size": config.type_vocab_size,
+        "add_pooling_layer": config.pooled,
+        "tie_word_embeddings": True,
+    }
+    names = {"id2label": labels, "label2id": {label: n for n, label in enumerate(config.labels)}}
+    return json | (names if labels else {})
