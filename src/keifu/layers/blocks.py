@@ -39,6 +39,32 @@ class PostNorm(_TwoSublayers):
         return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
 
 
+class CrossPostNorm(PostNorm):
+    """`PostNorm` with a look at a source between its two sublayers: the decoder's block of the Transformer of 2017.
+
+    The rows of one source lie side by side and look at it together, as if they were one longer row.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        cross_attention: nn.Module,
+        feedforward: nn.Module,
+        norms: tuple[nn.Module, nn.Module, nn.Module],
+        dropout: float = 0.0,
+    ):
+        super().__init__(attention, feedforward, (norms[0], norms[2]), dropout)
+        self.cross_attention, self.cross_attention_norm = cross_attention, norms[1]
+
+    def forward(self, x: Stream, memory: tuple[Tensor, Tensor], memory_mask: Any, **context: Any) -> Stream:
+        """`memory`: keys and values of the sources, made by `cross_attention.project`."""
+        x = self.attention_norm(x + self.dropout(self.attention(x, **context)))
+        by_source = x.reshape(len(memory[0]), -1, x.shape[-1])
+        seen = self.cross_attention(by_source, memory, memory_mask).reshape(x.shape)
+        x = self.cross_attention_norm(x + self.dropout(seen))
+        return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
+
+
 class Parallel(nn.Module):
     """x + attention(norm(x)) + feedforward(norm(x)), one norm for both: GPT-J, PaLM (Chowdhery et al., 2022)."""
 

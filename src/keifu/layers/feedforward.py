@@ -14,15 +14,15 @@ from keifu.layers.linear import JoinedLinear, Linear
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x))) (Vaswani et al., 2017, section 3.3)."""
+    """down(activation(up(x))) (Vaswani et al., 2017, section 3.3); `dropout` acts between the two."""
 
-    def __init__(self, dim: int, hidden_dim: int, activation: Activation, bias: bool = True):
+    def __init__(self, dim: int, hidden_dim: int, activation: Activation, bias: bool = True, dropout: float = 0.0):
         super().__init__()
         self.up, self.down = Linear(dim, hidden_dim, bias), Linear(hidden_dim, dim, bias)
-        self.activation = activation
+        self.activation, self.dropout = activation, nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        return self.down(self.activation(self.up(x)))
+        return self.down(self.dropout(self.activation(self.up(x))))
 
 
 class GatedFeedForward(nn.Module):

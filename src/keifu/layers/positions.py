@@ -19,14 +19,38 @@ class LearnedPositions(nn.Embedding):
 
 
 def sinusoids(positions: Int[Tensor, "*batch"], dim: int, interleaved: bool = True) -> Float[Tensor, "*batch dim"]:
-    """sin and cos of position / 10000^(2i/dim) (Vaswani et al., 2017, section 3.5), float32.
+    """sin and cos of position / 10000^(2i/dim) (Vaswani et al., 2017, section 3.5), computed in float64, as float32.
 
     The paper interleaves sin and cos; tensor2tensor and Marian put all sines first (`interleaved=False`).
     """
-    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    angles = positions[..., None].float() * 10_000.0**-exponents
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
+    angles = positions[..., None].double() * 10_000.0**-exponents
     both = torch.stack([angles.sin(), angles.cos()], -1 if interleaved else -2)
-    return both.flatten(-2)[..., :dim]
+    return both.flatten(-2)[..., :dim].float()
+
+
+class SinusoidalPositions(nn.Module):
+    """`sinusoids` of the places of a text of at most `context_length` tokens; nothing is learned and nothing saved.
+
+    They are computed when they are first needed, so that a model built without memory has them too.
+    """
+
+    def __init__(self, context_length: int, dim: int, interleaved: bool = True):
+        super().__init__()
+        self.context_length, self.dim, self.interleaved = context_length, dim, interleaved
+        self._table: Tensor | None = None
+
+    def forward(self, start: int, length: int, like: Tensor) -> Float[Tensor, "length dim"]:
+        """Those of `length` places from `start` on, of the type and on the device of `like`."""
+        end = start + length
+        if end > self.context_length:
+            raise ValueError(f"{end} tokens do not fit the {self.context_length} that this model takes; shorten them.")
+        table = self._table
+        if table is None or (table.dtype, table.device) != (like.dtype, like.device):
+            with torch.inference_mode(False):  # made while generating, it must serve training too
+                places = torch.arange(self.context_length, device=like.device)
+                table = self._table = sinusoids(places, self.dim, self.interleaved).to(like.dtype)
+        return table[start:end]
 
 
 @dataclass(frozen=True)

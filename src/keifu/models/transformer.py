@@ -1,0 +1,214 @@
+"""The Transformer (Vaswani et al., 2017, "Attention Is All You Need"): a translator of attention and feed-forward
+layers alone, without recurrence, so that all places of a text are computed at once. Marian's models have its layers.
+
+The norms stand after each sublayer, as in the paper; the released tensor2tensor code has them before. Sines and cosines
+of the positions are in two halves, as in that code and in Marian; the paper interleaves them. The two orders make one
+model: all that differs is how the dimensions are numbered, which no layer minds. This file knows nothing of training,
+text or files.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from keifu.layers.activations import activation
+from keifu.layers.attention import Attention, CrossAttention
+from keifu.layers.blocks import CrossPostNorm, PostNorm
+from keifu.layers.encoder_decoder import EncoderDecoder
+from keifu.layers.feedforward import FeedForward
+from keifu.layers.initialisation import xavier_
+from keifu.layers.linear import Linear
+from keifu.layers.positions import SinusoidalPositions
+from keifu.models._published import activation_name, published_activation
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the paper's base model for English-German. The decoder is like the encoder where it is None.
+
+    A target begins with the token `start_id` and ends with `end_id`; `pad_id` fills shorter texts up. `shared`: one
+    matrix embeds both languages; `tied`: the target's is also the head; `scaled`: embeddings are multiplied by √dim.
+    """
+
+    vocab_size: int = 37_000
+    target_vocab_size: int | None = None  # of the target, where it is not that of the source
+    context_length: int = 512  # of either side; the paper sets no limit, Marian's models have this one
+    dim: int = 512
+    hidden_dim: int = 2048
+    decoder_hidden_dim: int | None = None
+    n_layers: int = 6
+    n_decoder_layers: int | None = None
+    n_heads: int = 8
+    n_decoder_heads: int | None = None
+    norm_eps: float = 1e-5
+    activation: str = "relu"
+    dropout: float = 0.1
+    attention_dropout: float = 0.0  # tensor2tensor and Marian can have these two; the paper does not
+    activation_dropout: float = 0.0
+    shared: bool = True
+    tied: bool = True
+    scaled: bool = True
+    interleaved: bool = False  # True: sines and cosines alternate, as the paper writes; then only keifu loads it
+    start_id: int = 1
+    end_id: int = 2
+    pad_id: int = 3
+
+
+SIZES = {
+    "transformer-base": Config(),
+    "transformer-big": Config(dim=1024, hidden_dim=4096, n_heads=16, dropout=0.3),  # 0.1 for English-French
+}
+PAPER_PARAMETERS = {"transformer-base": 65e6, "transformer-big": 213e6}  # table 3
+
+
+def build(config: Config) -> EncoderDecoder:
+    """Xavier's initialisation, as in tensor2tensor: the paper prints none; embeddings have variance 1 once scaled."""
+    sizes = config.vocab_size, config.target_vocab_size or config.vocab_size
+    if config.shared and sizes[0] != sizes[1]:
+        raise ValueError(f"A shared embedding needs one vocabulary, and there are {sizes[0]} and {sizes[1]} tokens.")
+    embeddings = [nn.Embedding(size, config.dim) for size in (sizes[:1] if config.shared else sizes)]
+    model = EncoderDecoder(
+        embeddings,
+        [_encoder_block(config) for _ in range(config.n_layers)],
+        [_decoder_block(config) for _ in range(config.n_decoder_layers or config.n_layers)],
+        SinusoidalPositions(config.context_length, config.dim, config.interleaved),
+        head=None if config.tied else Linear(config.dim, sizes[1], bias=False),
+        scale=config.dim**0.5 if config.scaled else 1.0,
+        dropout=config.dropout,
+        config=config,
+    )
+    xavier_(model, embedding_std=config.dim**-0.5)
+    return model
+
+
+def _encoder_block(config: Config) -> PostNorm:
+    attention = Attention(config.dim, config.n_heads, dropout=config.attention_dropout)
+    norms = nn.LayerNorm(config.dim, config.norm_eps), nn.LayerNorm(config.dim, config.norm_eps)
+    return PostNorm(attention, _feedforward(config, config.hidden_dim), norms, config.dropout)
+
+
+def _decoder_block(config: Config) -> CrossPostNorm:
+    heads, dropout = config.n_decoder_heads or config.n_heads, config.attention_dropout
+    norm = partial(nn.LayerNorm, config.dim, config.norm_eps)
+    return CrossPostNorm(
+        Attention(config.dim, heads, dropout=dropout),
+        CrossAttention(config.dim, heads, dropout=dropout),
+        _feedforward(config, config.decoder_hidden_dim or config.hidden_dim),
+        (norm(), norm(), norm()),
+        config.dropout,
+    )
+
+
+def _feedforward(config: Config, hidden_dim: int) -> FeedForward:
+    return FeedForward(config.dim, hidden_dim, activation(config.activation), dropout=config.activation_dropout)
+
+
+_BLOCK = {
+    "attention.qkv": "self_attn.[q,k,v]_proj",
+    "attention.out": "self_attn.out_proj",
+    "attention_norm": "self_attn_layer_norm",
+    "feedforward.up": "fc1",
+    "feedforward.down": "fc2",
+    "feedforward_norm": "final_layer_norm",
+}
+_CROSS = {
+    "cross_attention.q": "encoder_attn.q_proj",
+    "cross_attention.kv": "encoder_attn.[k,v]_proj",
+    "cross_attention.out": "encoder_attn.out_proj",
+    "cross_attention_norm": "encoder_attn_layer_norm",
+}
+WEIGHT_NAMES = {
+    "embedding": "model.shared",
+    "source_embedding": "model.encoder.embed_tokens",
+    "target_embedding": "model.decoder.embed_tokens",
+    **{f"encoder.*.{ours}": f"model.encoder.layers.*.{theirs}" for ours, theirs in _BLOCK.items()},
+    **{f"decoder.*.{ours}": f"model.decoder.layers.*.{theirs}" for ours, theirs in (_BLOCK | _CROSS).items()},
+    "head": "lm_head",
+    "logits_bias": "final_logits_bias",
+}
+PREFIX = ""
+NOT_WEIGHTS = (  # the sinusoids, and a shared embedding beside two that replace it
+    "model.encoder.embed_positions.weight",
+    "model.decoder.embed_positions.weight",
+    "model.shared.weight",
+)
+MODEL_TYPES = {"marian": "MarianMTModel"}
+UNSUPPORTED: dict[str, Any] = {
+    "normalize_before": False,
+    "normalize_embedding": False,
+    "add_final_layer_norm": False,
+    "static_position_embeddings": True,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+}
+
+
+def aliases(config: Config) -> dict[str, tuple[str, ...]]:
+    """Other names under which a file may hold a matrix that serves in several places, the likeliest first."""
+    if config.shared:
+        return {"embedding": ("model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head")}
+    heads = ("lm_head",) if config.tied else ()
+    return {"source_embedding": ("model.shared",), "target_embedding": (*heads, "model.shared")}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of a Hugging Face config.json of model_type marian."""
+    tied = json.get("tie_word_embeddings", True)
+    shared = json.get("share_encoder_decoder_embeddings", True) and tied  # untied, transformers shares nothing
+    target = json.get("decoder_vocab_size") or json["vocab_size"]
+    return Config(
+        vocab_size=json["vocab_size"],
+        target_vocab_size=target if not shared and target != json["vocab_size"] else None,
+        context_length=json["max_position_embeddings"],
+        dim=json["d_model"],
+        hidden_dim=json["encoder_ffn_dim"],
+        decoder_hidden_dim=json["decoder_ffn_dim"],
+        n_layers=json["encoder_layers"],
+        n_decoder_layers=json["decoder_layers"],
+        n_heads=json["encoder_attention_heads"],
+        n_decoder_heads=json["decoder_attention_heads"],
+        activation=activation_name(json.get("activation_function", "gelu")),
+        dropout=float(json.get("dropout", 0.1)),
+        attention_dropout=float(json.get("attention_dropout", 0.0)),
+        activation_dropout=float(json.get("activation_dropout", 0.0)),
+        shared=shared,
+        tied=tied,
+        scaled=json.get("scale_embedding", False),
+        start_id=json["decoder_start_token_id"],
+        end_id=json["eos_token_id"],
+        pad_id=json["pad_token_id"],
+    )
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that transformers reads."""
+    return {
+        "model_type": "marian",
+        "architectures": ["MarianMTModel"],
+        "is_encoder_decoder": True,
+        "vocab_size": config.vocab_size,
+        "decoder_vocab_size": config.target_vocab_size or config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "d_model": config.dim,
+        "encoder_ffn_dim": config.hidden_dim,
+        "decoder_ffn_dim": config.decoder_hidden_dim or config.hidden_dim,
+        "encoder_layers": config.n_layers,
+        "decoder_layers": config.n_decoder_layers or config.n_layers,
+        "encoder_attention_heads": config.n_heads,
+        "decoder_attention_heads": config.n_decoder_heads or config.n_heads,
+        "activation_function": published_activation(config.activation),
+        "dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
+        "activation_dropout": config.activation_dropout,
+        "share_encoder_decoder_embeddings": config.shared,
+        "tie_word_embeddings": config.tied,
+        "scale_embedding": config.scaled,
+        "static_position_embeddings": True,
+        "decoder_start_token_id": config.start_id,
+        "eos_token_id": config.end_id,
+        "forced_eos_token_id": config.end_id,
+        "pad_token_id": config.pad_id,
+        "bos_token_id": None,
+    }
