@@ -1,0 +1,195 @@
+"""The encoder-decoder with attention (Bahdanau, Cho and Bengio, 2014, "Neural Machine Translation by Jointly Learning
+to Align and Translate"), and the ones before it without (Cho et al., 2014; Sutskever et al., 2014). It knows nothing of
+training, text or files.
+
+What was new: the source is no longer squeezed into one vector. It stays as long as it is, one state for each token, read
+from both sides, and before each word the decoder weighs all of them anew and takes their mean: attention. The weights
+are a softmax of a small network's scores, so that aligning is learned together with translating.
+
+What the paper leaves open: which state and context stand in the output. Section 3.1 writes g(y_{i-1}, s_i, c_i), the
+appendix U_o s_{i-1} + V_o E y_{i-1} + C_o c_i (copies differ in the index of c). This file follows the appendix with
+c_i, the context that s_{i-1} chose, so that y_{i-1}, which is given to both, is not looked at through an old context.
+Biases, which the paper leaves out of its formulas, are in the recurrent layers, s_0 and the output's pairs. The reset
+gate stands where torch has it: see `keifu.layers.recurrent`.
+
+Axes: batch, length = tokens of the target, source_length, dim = a state, width = a source token's state, vocab.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.layers.initialisation import normal_
+from keifu.layers.linear import Linear, linear
+from keifu.layers.recurrent import ENCODERS
+from keifu.layers.recurrent_decoder import AttentiveDecoder, DecoderState, FixedContextDecoder, PlainDecoder, Steps
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are RNNsearch-50 (appendix A.2.3). `dim` is n, `embedding_dim` m, `maxout_dim` l, `attention_dim` n'.
+
+    encoder: "bidirectional", or "forward" as before this paper. context: what of the source the decoder has at a step,
+    "attention", "fixed" (Cho et al.: the encoder's last states at every step) or "none" (Sutskever et al.: only as its
+    first state). output: "maxout" of pairs, or "state", the new state itself. The ids are those of the tokens that
+    begin a target, end either side and fill up a row; `context_length` is what the training took.
+    """
+
+    vocab_size: int = 30_000
+    context_length: int = 50
+    dim: int = 1000
+    embedding_dim: int = 620
+    attention_dim: int = 1000
+    maxout_dim: int = 500
+    encoder: str = "bidirectional"
+    context: str = "attention"
+    output: str = "maxout"
+    head_bias: bool = False
+    dropout: float = 0.0
+    target_vocab_size: int | None = None  # as vocab_size
+    start_id: int = 0
+    end_id: int = 1
+    pad_id: int = 2
+
+    def __post_init__(self) -> None:
+        for field, known in (("encoder", ENCODERS), ("context", CONTEXTS), ("output", OUTPUTS)):
+            if (name := vars(self)[field]) not in known:
+                raise ValueError(f"There is no {field} {name!r}. Known: {', '.join(known)}.")
+
+
+class Maxout(nn.Module):
+    """The larger of each two sums of what is known before a word: the state, the word before, the context (A.2.2)."""
+
+    def __init__(self, config: Config, context_dim: int):
+        super().__init__()
+        self.dim = config.maxout_dim
+        self.pairs = Linear(config.dim + config.embedding_dim + context_dim, 2 * config.maxout_dim)
+
+    def forward(self, steps: Steps, embedded: Float[Tensor, "batch length m"]) -> Float[Tensor, "batch length l"]:
+        sums = self.pairs(torch.cat([steps.before, embedded, *steps.context], -1))
+        return sums.unflatten(-1, (-1, 2)).amax(-1)
+
+
+class LastState(nn.Module):
+    """The decoder's new state itself, which has read the word before (Sutskever et al., 2014)."""
+
+    def __init__(self, config: Config, context_dim: int):
+        super().__init__()
+        self.dim = config.dim
+
+    def forward(self, steps: Steps, embedded: Float[Tensor, "batch length m"]) -> Float[Tensor, "batch length dim"]:
+        return steps.after
+
+
+OUTPUTS = {"maxout": Maxout, "state": LastState}
+
+CONTEXTS: dict[str, Callable[[Config, int], nn.Module]] = {
+    "attention": lambda c, width: AttentiveDecoder(c.embedding_dim, c.dim, width, c.attention_dim),
+    "fixed": lambda c, width: FixedContextDecoder(c.embedding_dim, c.dim, width),
+    "none": lambda c, width: PlainDecoder(c.embedding_dim, c.dim),
+}
+
+_FORWARD_FIXED = {"encoder": "forward", "context": "fixed"}
+SIZES = {
+    "rnnsearch-50": Config(),
+    "rnnsearch-30": Config(context_length=30),
+    "rnnencdec-50": Config(**_FORWARD_FIXED),
+    "rnnencdec-30": Config(context_length=30, **_FORWARD_FIXED),
+}
+PAPER_PARAMETERS: dict[str, float] = {}  # the paper prints sizes of layers, no counts
+
+
+class Seq2Seq(nn.Module):
+    """Embeddings, encoder, decoder, output, head; which ones, the Config names."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        vocabularies = config.vocab_size, config.target_vocab_size or config.vocab_size
+        self.source_embedding, self.target_embedding = (nn.Embedding(n, config.embedding_dim) for n in vocabularies)
+        self.encoder = ENCODERS[config.encoder](config.embedding_dim, config.dim)
+        self.decoder: Any = CONTEXTS[config.context](config, self.encoder.width)
+        self.output: Any = OUTPUTS[config.output](config, self.decoder.context_dim)
+        self.head = Linear(self.output.dim, vocabularies[1], config.head_bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        source: Int[Tensor, "batch source_length"],
+        target: Int[Tensor, "batch length"],
+        source_mask: Bool[Tensor, "batch source_length"] | None = None,
+    ) -> Float[Tensor, "batch length vocab"]:
+        """Logits of the token after each of the target. `source_mask` is True on real tokens; padding is at the end."""
+        return self.logits(self.hidden(target, self.start(source, source_mask)))
+
+    def start(
+        self,
+        source: Int[Tensor, "batch source_length"],
+        source_mask: Bool[Tensor, "batch source_length"] | None = None,
+        capacity: int | None = None,
+    ) -> DecoderState:
+        """Reads the sources. With `capacity` the state takes up to that many tokens of each target, a few at a time;
+        without it a whole target is given at once and nothing of it is kept. A source without a token is a ValueError.
+        """
+        mask = torch.ones_like(source, dtype=torch.bool) if source_mask is None else source_mask
+        reading = self.encoder(self.dropout(self.source_embedding(source)), mask)
+        return DecoderState(*self.decoder.start(reading), capacity)
+
+    def hidden(self, target: Int[Tensor, "batch length"], state: DecoderState) -> Float[Tensor, "batch length hidden"]:
+        """What predicts the token after each. With a capacity, `target` are the new tokens alone."""
+        embedded = self.dropout(self.target_embedding(target))
+        return self.dropout(self.output(self._steps(embedded, state), embedded))
+
+    def alignment(
+        self,
+        source: Int[Tensor, "batch source_length"],
+        target: Int[Tensor, "batch length"],
+        source_mask: Bool[Tensor, "batch source_length"] | None = None,
+    ) -> Float[Tensor, "batch length source_length"]:
+        """How much of each source token is in the context that predicts the token after each of the target (figure 3).
+
+        A model without attention has none: a ValueError.
+        """
+        weights = self._steps(self.target_embedding(target), self.start(source, source_mask)).weights
+        if weights is None:
+            raise ValueError(f"A model whose context is {self.config.context!r} weighs no source tokens.")
+        return weights
+
+    def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
+        """The head alone."""
+        return linear(hidden, self.head.weight, self.head.bias)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab hidden"]:
+        """The matrix of the head, for losses that do not want all logits at once."""
+        return self.head.weight
+
+    @property
+    def head_bias(self) -> Float[Tensor, " vocab"] | None:
+        """What is added to the logits."""
+        return self.head.bias
+
+    def _steps(self, embedded: Float[Tensor, "batch length m"], state: DecoderState) -> Steps:
+        if len(embedded) != len(state.hidden):
+            raise ValueError(f"The state is for {len(state.hidden)} targets and was given tokens of {len(embedded)}.")
+        steps = self.decoder(embedded, state.memory, state.hidden)
+        state.advance(steps.after[:, -1], embedded.shape[1])
+        return steps
+
+
+def build(config: Config) -> Seq2Seq:
+    """A model with the paper's initialisation (appendix B.1): recurrent matrices orthogonal, W_a and U_a from
+    N(0, 0.001²), v_a and all biases 0, the rest from N(0, 0.01²)."""
+    model = Seq2Seq(config)
+    normal_(model, std=0.01)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".recurrent.weight"):
+            for matrix in parameter.detach().split(config.dim):
+                nn.init.orthogonal_(matrix)
+        elif ".attention." in name and parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.001)
+    return model
