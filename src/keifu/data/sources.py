@@ -118,11 +118,11 @@ def _all(source: str | Path, field: str, problem: Callable[[str], None]) -> Iter
 def _plain(path: Path, field: str, problem: Callable[[str], None]) -> Iterator[Piece]:
     if not path.stat().st_size:
         yield Piece("", True)
-    yield from _gathered(_lines(path, problem), MARK)
+    yield from _gathered(lines(path, problem), MARK)
 
 
 def _json_lines(path: Path, field: str, problem: Callable[[str], None]) -> Iterator[Piece]:
-    for number, line in enumerate(_lines(path, problem), 1):
+    for number, line in enumerate(lines(path, problem), 1):
         if line.strip():
             try:
                 record = json.loads(line)
@@ -167,7 +167,7 @@ def _field(record: Any, field: str, place: str, problem: Callable[[str], None]) 
         problem(f"{place}: there is no field {field!r}; it has {has or 'none'}: say which of them is the text.")
 
 
-def _lines(path: Path, problem: Callable[[str], None]) -> Iterator[str]:
+def lines(path: Path, problem: Callable[[str], None]) -> Iterator[str]:
     """Lines with "\\n" at their ends, whatever the file has; a byte order mark is dropped."""
     with path.open("rb") as file:
         start = file.read(8192)

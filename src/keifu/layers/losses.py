@@ -49,12 +49,28 @@ def linear_cross_entropy(
 
     Where autocast is on, the products are in its type; probabilities are in float32 either way.
     """
+    return smoothed_linear_cross_entropy(hidden, weight, None, targets, mask, label_smoothing, z_loss)[0]
+
+
+def smoothed_linear_cross_entropy(
+    hidden: Float[Tensor, "*batch dim"],
+    weight: Float[Tensor, "vocab dim"],
+    bias: Float[Tensor, " vocab"] | None,
+    targets: Int[Tensor, "*batch"],
+    mask: Bool[Tensor, "*batch"] | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The loss of `linear_cross_entropy`, of a head that may have a bias, and beside it the sum of -log p(target) alone.
+
+    The second has no gradient and costs nothing: runs with different smoothing are compared by it.
+    """
     targets = targets.flatten()
     if mask is not None:
         targets = targets.masked_fill(~mask.flatten(), IGNORED)
     device = hidden.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets, label_smoothing, z_loss, kind)
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, targets, label_smoothing, z_loss, kind)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -65,50 +81,59 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         label_smoothing: float,
         z_loss: float,
         kind: torch.dtype,
-    ) -> Tensor:
-        low, matrix = hidden.to(kind), weight.to(kind)
-        d_hidden, d_weight, total = torch.empty_like(low), None, hidden.new_zeros((), dtype=torch.float32)
+    ) -> tuple[Tensor, Tensor]:
+        low, matrix, added = hidden.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
+        d_hidden, d_weight = torch.empty_like(low), None
+        d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        total, plain = (hidden.new_zeros((), dtype=torch.float32) for _ in range(2))
         rows = max(1, _LOGITS_AT_A_TIME // weight.shape[0])
         for start in range(0, len(low), rows):
             part = slice(start, start + rows)
-            loss, d_logits = _loss_and_gradient(low[part] @ matrix.T, targets[part], label_smoothing, z_loss)
-            total += loss
+            logits = F.linear(low[part], matrix, added)
+            loss, nats, d_logits = _loss_and_gradient(logits, targets[part], label_smoothing, z_loss)
+            total, plain = total + loss, plain + nats
             if not any(ctx.needs_input_grad):
                 continue
             torch.mm(d_logits, matrix, out=d_hidden[part])
             product = d_logits.T @ low[part]
+            d_bias = None if d_bias is None else d_bias.add_(d_logits.sum(0, dtype=torch.float32))
             d_weight = product.to(weight.dtype) if d_weight is None else d_weight.add_(product)
         if d_weight is not None:
-            ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight)
-        return total
+            ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight, d_bias)
+        ctx.mark_non_differentiable(plain)
+        return total, plain
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * upstream[0], d_weight * upstream[0], None, None, None, None
+        d_hidden, d_weight, d_bias = (None if each is None else each * upstream[0] for each in ctx.saved_tensors)
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
-    """The summed loss of these rows and its gradient by the logits, in their type (terms: see `cross_entropy`)."""
+def _loss_and_gradient(
+    logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss of these rows, that of -log p alone, and the loss's gradient by the logits, in their type."""
     counts, right = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
     gradient = torch.softmax(logits, -1, dtype=torch.float32)
     highest, at = logits.max(-1, keepdim=True)
     log_z = highest.float() - gradient.gather(-1, at).log()  # the highest probability is never 0
-    loss = log_z - (1 - label_smoothing) * logits.gather(-1, right).float()
+    nats = loss = log_z - logits.gather(-1, right).float()
     if z_loss:
         loss = loss + z_loss * log_z.square()
         gradient *= 1 + 2 * z_loss * log_z
     if label_smoothing:
-        loss = loss - label_smoothing * logits.mean(-1, keepdim=True, dtype=torch.float32)
+        others = log_z - logits.mean(-1, keepdim=True, dtype=torch.float32)
+        loss = loss + label_smoothing * (others - nats)
         gradient -= label_smoothing / logits.shape[-1]
     gradient.scatter_add_(-1, right, torch.full_like(loss, label_smoothing - 1))
     if not counts.all():
         gradient *= counts
-    return (loss * counts).sum(), gradient.to(logits.dtype)
+    return (loss * counts).sum(), (nats * counts).sum(), gradient.to(logits.dtype)
 
 
 def categorical_cross_entropy(

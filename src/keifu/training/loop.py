@@ -46,18 +46,20 @@ def train(
     run: Run,
     sample: Sample | None = None,
     save: Save | None = None,
+    largest: Batch | None = None,
 ) -> Summary:
     """Trains a model, on the device where its parameters are, and leaves a run's folder.
 
     `sample` is called with the number of steps done and gives a text or a PNG picture; `save` writes the model into the
-    folder. Ctrl-C raises `Stopped` after the state is saved. A number that is not finite, or too little memory, is a
-    `UserError`, raised before the step is made and after the state before it is saved.
+    folder. Memory is measured on the first batch; where batches differ in shape, on `largest`. Ctrl-C raises `Stopped`
+    after the state is saved. A number that is not finite, or too little memory, is a `UserError`, raised before the step
+    is made and after the state before it is saved.
     """
     folder.claim(run)
     facts = described(settings, run.options, data.fingerprint)
     sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, facts)
     with Display(settings.steps, run.unit) as display, StopRequest(display.note) as stop:
-        started = start(model, objective, data, settings, run, display.note)
+        started = start(model, objective, data, settings, run, display.note, largest)
         with metrics.Metrics(run.directory, sinks, started.progressed.step) as lines:
             loop = _Loop(started, data, settings, run, sample, save, display, lines, lambda: stop.wanted)
             loop.go()

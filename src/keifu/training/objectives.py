@@ -5,7 +5,7 @@ Axes: batch, length = tokens; each function gives sums over the elements that co
 
 from typing import Any
 
-from keifu.layers.losses import IGNORED, linear_cross_entropy
+from keifu.layers.losses import IGNORED, cross_entropy, linear_cross_entropy, smoothed_linear_cross_entropy
 from keifu.training.protocols import Batch, Outcome
 
 
@@ -20,3 +20,30 @@ def causal(model: Any, batch: Batch) -> Outcome:
         targets = targets.masked_fill(~batch["mask"][:, 1:], IGNORED)
     total = linear_cross_entropy(model.hidden(inputs), model.head_weight, targets)
     return Outcome(total, (targets != IGNORED).sum() if "mask" in batch else targets.numel())
+
+
+def classification(model: Any, batch: Batch) -> Outcome:
+    """-log p of the label batch["targets"] [batch] of each row of batch["tokens"] [batch, length].
+
+    batch["mask"] [batch, length] is True on real tokens. The model offers `classify(tokens, segments, mask)`.
+    """
+    logits, targets = model.classify(batch["tokens"], None, batch["mask"]), batch["targets"]
+    return Outcome(cross_entropy(logits, targets), len(targets), {"accuracy": (logits.argmax(-1) == targets).sum()})
+
+
+def translation(model: Any, batch: Batch, label_smoothing: float = 0.0) -> Outcome:
+    """Prediction of each token of batch["target"] [batch, length + 1] after its first, given those before it and
+    batch["source"]; masks are True on real tokens.
+
+    The model offers `start`, `hidden`, `head_weight` and `head_bias`, so that never all logits exist. Label smoothing
+    (Szegedy et al., 2016) is for training mode alone, where the figure `nats` is the loss without it.
+    """
+    inputs, mask = batch["target"][:, :-1], batch["source_mask"]
+    targets = batch["target"][:, 1:].masked_fill(~batch["target_mask"][:, 1:], IGNORED)
+    whole = mask.device.type == "cpu" and bool(mask.all())  # a GPU would be waited for
+    hidden = model.hidden(inputs, model.start(batch["source"], None if whole else mask))
+    smoothing = label_smoothing if model.training else 0.0
+    total, nats = smoothed_linear_cross_entropy(
+        hidden, model.head_weight, model.head_bias, targets, label_smoothing=smoothing
+    )
+    return Outcome(total, (targets != IGNORED).sum(), {"nats": nats} if model.training else {})

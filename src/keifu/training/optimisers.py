@@ -1,11 +1,14 @@
 """Which parameters are updated how; knows kinds of layers, no model and no loop.
 
-AdamW (Loshchilov and Hutter, 2019) is torch's, fused. Muon (Jordan et al., 2024) updates hidden matrices, the parts of
-a joined one apart, and AdamW everything else.
+AdamW (Loshchilov and Hutter, 2019), fused, and Adadelta (Zeiler, 2012) are torch's. Muon (Jordan et al., 2024)
+updates hidden matrices, the parts of a joined one apart, and AdamW everything else.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adadelta, AdamW, Optimizer
 
 from keifu.layers.linear import JoinedLinear
 from keifu.training.muon import PartwiseMuon
@@ -34,8 +37,9 @@ class Optimisers:
         matrices = hidden_matrices(model) if settings.optimizer == "muon" else {}
         muon = (settings.matrix_rate, settings.weight_decay, settings.momentum)
         self.muon = PartwiseMuon(matrices, *muon) if matrices else None
-        adam = _adamw({n: p for n, p in self.parameters.items() if n not in matrices}, settings)
-        self.all: dict[str, Optimizer] = {"adamw": adam}
+        rest = _groups({n: p for n, p in self.parameters.items() if n not in matrices}, settings.weight_decay)
+        kind = "adadelta" if settings.optimizer == "adadelta" else "adamw"
+        self.all: dict[str, Optimizer] = {kind: KINDS[kind](rest, settings)}
         if self.muon:
             self.all["muon"] = self.muon.optimizer
 
@@ -83,7 +87,8 @@ class Optimisers:
             kind, _, rest = key.partition(".")
             name, _, field = rest.rpartition(".")
             parameter = dict(_named(self.all[kind]))[name]
-            place = "cpu" if field == "step" and parameter.device.type == "cpu" else parameter.device
+            counter = field == "step" and (parameter.device.type == "cpu" or kind == "adadelta")
+            place = "cpu" if counter else parameter.device
             self.all[kind].state[parameter][field] = tensor.to(place, copy=True)
 
     def forget(self) -> None:
@@ -92,14 +97,25 @@ class Optimisers:
             optimizer.state.clear()
 
 
-def _adamw(named: dict[str, nn.Parameter], settings: Settings) -> AdamW:
+def _groups(named: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for tensors of two or more axes, embeddings among them, as GPT-2's and LLaMA's trainers have it;
     none for biases and gains, which have one axis."""
     decayed = [(name, p) for name, p in named.items() if p.dim() > 1]
     others = [(name, p) for name, p in named.items() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _adamw(groups: list[dict[str, Any]], settings: Settings) -> AdamW:
+    return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
+
+
+def _adadelta(groups: list[dict[str, Any]], settings: Settings) -> Adadelta:
+    """Its weight decay is added to the gradient."""
+    return Adadelta(groups, lr=settings.learning_rate, rho=0.95, eps=1e-6)
+
+
+KINDS: dict[str, Callable[[list[dict[str, Any]], Settings], Optimizer]] = {"adamw": _adamw, "adadelta": _adadelta}
 
 
 def _named(optimizer: Optimizer) -> list[tuple[str, Tensor]]:

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from keifu.errors import UserError, unknown
 
-Optimizer = Literal["adamw", "muon"]
+Optimizer = Literal["adamw", "muon", "adadelta"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -26,11 +26,12 @@ class Settings:
     batch_size: int = 32
     """Rows in a step."""
     micro_batch: int | None = None
-    """Rows computed at a time; fewer need less memory and change no loss. Unset: as many as fit in memory."""
+    """Rows computed at a time; fewer need less memory and change no loss. Unset: as many as fit in memory. Where rows
+    differ in length, shorter ones go together in larger numbers."""
     optimizer: Optimizer = "adamw"
-    """muon: Muon for hidden matrices, AdamW for everything else."""
+    """muon: Muon for hidden matrices, AdamW for everything else. adadelta: Zeiler's (2012), ρ 0.95, ε 1e-6."""
     learning_rate: float = 3e-4
-    """The highest rate of AdamW."""
+    """The highest rate of AdamW; Adadelta's, which its paper has as 1."""
     matrix_rate: float = 0.02
     """The highest rate of Muon."""
     schedule: Schedule = "cosine"
@@ -43,6 +44,8 @@ class Settings:
     """Applied to matrices and embeddings; never to biases and gains."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of the mean and of the square of the gradient."""
+    epsilon: float = 1e-8
+    """AdamW's, added to the root of the mean square."""
     momentum: float = 0.95
     """Muon's."""
     clip: float = 1.0
@@ -88,7 +91,7 @@ CHOICES = {"optimizer": get_args(Optimizer), "schedule": get_args(Schedule), "pr
 LEAST = {
     **dict.fromkeys(("steps", "batch_size", "micro_batch", "log_every", "keep"), 1),
     **dict.fromkeys(("evaluate_every", "sample_every", "save_every", "warmup", "seed"), 0),
-    **dict.fromkeys(("learning_rate", "matrix_rate", "weight_decay", "clip"), 0.0),
+    **dict.fromkeys(("learning_rate", "matrix_rate", "weight_decay", "epsilon", "clip"), 0.0),
 }
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from keifu.training import cost, guards, state
 from keifu.training.optimisers import Optimisers
 from keifu.training.precision import resolve
-from keifu.training.protocols import Data, Objective, Run
+from keifu.training.protocols import Batch, Data, Objective, Run
 from keifu.training.settings import Settings, check_resumed, described
-from keifu.training.step import Stepper, Sums, compiled, on_device
+from keifu.training.step import Stepper, Sums, compiled, on_device, row_elements
 
 ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the model's size"
 
@@ -42,13 +42,20 @@ class Started:
 
     def resolved(self) -> dict[str, Any]:
         """What the settings left open, as it was decided; a resumed run keeps to it."""
-        return {"micro_batch": self.stepper.micro_batch, "precision": str(self.stepper.dtype).removeprefix("torch.")}
+        dtype = str(self.stepper.dtype).removeprefix("torch.")
+        return {"micro_batch": self.stepper.micro_batch, "row_elements": self.stepper.row_elements, "precision": dtype}
 
 
 def start(
-    model: nn.Module, objective: Objective, data: Data, settings: Settings, run: Run, tell: Callable[[str], None]
+    model: nn.Module,
+    objective: Objective,
+    data: Data,
+    settings: Settings,
+    run: Run,
+    tell: Callable[[str], None],
+    largest: Batch | None = None,
 ) -> Started:
-    """Loads the state where the run is resumed, measures the cost, and says both."""
+    """Loads the state where the run is resumed, measures the cost on the largest batch, and says both."""
     found = _resumed(run, settings, data, tell) if run.resume else None
     resolved = found.facts["resolved"] if found else {}
     device = next(model.parameters()).device
@@ -56,14 +63,16 @@ def start(
     dtype = resolve(wanted, device)
     optimisers = Optimisers(model, settings)
     probe = cost.Probe(model, objective, optimisers, device, dtype)
-    batch = on_device(data.batch(found.step if found else 0), device)
+    batch = on_device(data.batch(found.step if found else 0) if largest is None else largest, device)
+    rows = settings.micro_batch or resolved.get("micro_batch")
     with guards.memory(ADVICE):
-        measured = cost.estimate(probe, batch, settings.micro_batch or resolved.get("micro_batch"), ADVICE)
+        measured = cost.estimate(probe, batch, rows, ADVICE)
     if found:
         _take_up(model, optimisers, found.tensors)
     running = compiled(objective, device) if settings.compile else objective
+    rows, elements = rows or measured.micro_batch, resolved.get("row_elements", row_elements(batch))
     stepper = Stepper(
-        model, running, objective, optimisers, device, dtype, measured.micro_batch, settings.clip, settings.seed
+        model, running, objective, optimisers, device, dtype, rows, settings.clip, settings.seed, elements
     )
     tell(measured.sentence(settings.steps - (found.step if found else 0), run.unit))
     return Started(stepper, optimisers, measured, _progressed(found, device))

@@ -62,7 +62,9 @@ class Gradient(NamedTuple):
 class Stepper:
     """Computes gradients: of the mean over a whole batch, however it is split.
 
-    `plain` is the objective before compilation, for the search for a number that is not finite.
+    `plain` is the objective before compilation, for the search for a number that is not finite. `micro_batch` rows are
+    computed at a time; where `row_elements` is given, as many rows as have the elements of that many such rows, so that
+    more rows which are shorter stay together.
     """
 
     model: nn.Module
@@ -74,6 +76,7 @@ class Stepper:
     micro_batch: int
     clip: float
     seed: int
+    row_elements: int | None = None
 
     def gradient(self, step: int, batch: Batch, stop: Callable[[], bool]) -> Gradient | None:
         """The gradient of a batch, clipped, in the parameters' `grad`; None where `stop` said so between two parts.
@@ -82,7 +85,7 @@ class Stepper:
         """
         torch.manual_seed(self._seed(step))
         sums: Sums | None = None
-        for part in split(batch, self.micro_batch):
+        for part in self._parts(batch):
             if stop():
                 self.optimisers.drop_gradients()
                 return None
@@ -98,7 +101,7 @@ class Stepper:
         self.optimisers.drop_gradients()
         torch.manual_seed(self._seed(step))
         texts = []
-        for part in split(batch, self.micro_batch):
+        for part in self._parts(batch):
             texts.append(guards.first_not_finite(self.model, lambda part=part: self._forward(part, self.plain).total))
             if texts[-1] != guards.NOT_AGAIN:
                 break
@@ -111,11 +114,16 @@ class Stepper:
         self.model.eval()
         sums: Sums | None = None
         for batch in batches:
-            for part in split(on_device(batch, self.device), self.micro_batch):
+            for part in self._parts(on_device(batch, self.device)):
                 new = Sums.of(self._forward(part, self.objective))
                 sums = new if sums is None else sums + new
         self.model.train()
         return sums.means() if sums else {}
+
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        if self.row_elements is None:
+            return split(batch, self.micro_batch)
+        return split(batch, max(1, self.micro_batch * self.row_elements // max(1, row_elements(batch))))
 
     def _forward(self, part: Batch, objective: Objective) -> Outcome:
         with autocast(self.device, self.dtype):
@@ -132,6 +140,12 @@ class Stepper:
 
     def _seed(self, step: int) -> int:
         return (self.seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**63
+
+
+def row_elements(batch: Batch) -> int:
+    """Numbers in a row of a batch, all its tensors together."""
+    rows = max(1, len(next(iter(batch.values()))))
+    return sum(tensor.numel() for tensor in batch.values()) // rows
 
 
 def split(batch: Batch, rows: int) -> Iterator[Batch]:
