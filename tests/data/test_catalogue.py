@@ -14,6 +14,7 @@ NAMES = {
     "text": {"english", "sotu", "wiki-summaries", "recipes", "tatoeba-en", "tatoeba-ja-en", "chitchat"},
     "tokenizer": {"gpt2-bpe", "clip-bpe", "sentencepiece-32k"},
     "pictures": {"mnist"},
+    "font": {"japanese-font"},
 }
 TATOEBA = """1\tはい。\tYes.\t-\tJa.\t-\t-\t-\t-
 2\tうん。\tYes.\t-\t-\t-\t-\t-\t-
