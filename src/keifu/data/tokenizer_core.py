@@ -6,7 +6,8 @@ the chat template, a stream decoder, and the rule that text cannot spell control
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,17 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
         """The ids of each text, in parallel over the texts; the arguments are those of `encode`."""
         backend = self.backend if allow_special else self._shield.backend
-        try:
+        with self._explaining(texts):
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special)
+        return [encoding.ids for encoding in encodings]
+
+    @contextmanager
+    def _explaining(self, texts: Sequence[str]) -> Iterator[None]:
+        """Around the encoding of texts: what fails is a `UserError` that names the character."""
+        try:
+            yield
         except Exception as error:  # `tokenizers` raises bare Exceptions and, for surrogates, TypeErrors
             raise self._unencodable(texts, error) from error
-        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of these ids; bytes that make no character, and ids that no token has, become U+FFFD."""

@@ -19,6 +19,7 @@ from keifu.data.tokenizer_core import ROLES, Tokenizer
 from keifu.errors import UserError
 
 Read = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token of each role that the file itself names
+WORD_END, UNKNOWN = "</w>", "<unk>"  # of GPT-1
 BERT_ROLES = dict(zip(("unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
                       ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"), strict=True))  # fmt: skip
 
@@ -57,7 +58,7 @@ def check_ids(vocabulary: Mapping[str, int], path: Path) -> None:
 
 
 def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
-    """GPT-2's two files: vocab.json (or encoder.json) and beside it merges.txt (or vocab.bpe)."""
+    """GPT-1's and GPT-2's two files: vocab.json (or encoder.json) and beside it merges.txt (or vocab.bpe)."""
     vocabulary = read_json(path)
     if not isinstance(vocabulary, dict) or not vocabulary:
         raise UserError(f"{path} holds no vocabulary: it must be a JSON object from tokens to ids.")
@@ -71,11 +72,33 @@ def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
     unspelled = next((pair for pair in merges if not {*pair, "".join(pair)} <= vocabulary.keys()), None)
     if unspelled:
         raise UserError(f"{merges_path} merges {' and '.join(map(repr, unspelled))}, which {path.name} does not have.")
+    if any(token.endswith(WORD_END) for token in vocabulary):
+        return _word_ends(path, vocabulary, merges)
     backend = byte_level_backend(vocabulary, merges)
     if "<|endoftext|>" not in vocabulary:
         return backend, {}
     backend.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
     return backend, {role: "<|endoftext|>" for role in ("bos_token", "eos_token", "unk_token")}
+
+
+def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> Read:
+    """GPT-1's rules: BERT's words in lower case, then merges inside each word, whose last piece says that it ends one.
+
+    (Radford et al., 2018; Sennrich et al., 2016, for the mark.)
+    """
+    if UNKNOWN not in vocabulary:
+        raise UserError(
+            f"{path} marks the ends of words by {WORD_END} as GPT-1 does, but has no {UNKNOWN}, so its rules are others "
+            "that this file does not tell: use the tokenizer.json of the same model."
+        )
+    backend = tokenizers.Tokenizer(
+        models.BPE(dict(vocabulary), merges, unk_token=UNKNOWN, end_of_word_suffix=WORD_END)
+    )
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.BPEDecoder(suffix=WORD_END)
+    backend.add_special_tokens([AddedToken(UNKNOWN, special=True)])
+    return backend, {"unk_token": UNKNOWN}
 
 
 def _merge(line: str) -> tuple[str, str] | None:
@@ -160,16 +183,21 @@ def settings_beside(directory: Path) -> dict[str, Any]:
 def finish(read: Read, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer with all that stands beside its file: roles, chat template, ids that end an answer, length."""
     backend, roles = read
-    named = {role: _content(config[role]) for role in ROLES if role in config}
+    named, limit = roles_beside(config)
     special = roles | named
     flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     new = [token for token in dict.fromkeys(special.values()) if token not in flagged]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
     if "add_bos_token" in config or "add_eos_token" in config:  # these overrule tokenizer.json, in transformers too
         put_around_text(backend, special, bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
+    return Tokenizer(backend, special, stop_ids(directory), chat_template(directory, config), limit)
+
+
+def roles_beside(config: Mapping[str, Any]) -> tuple[dict[str, str], int | None]:
+    """The token of each role that tokenizer_config.json names, and the longest text that it foresees, if it says."""
     length = config.get("model_max_length")
     limit = int(length) if isinstance(length, int | float) and length < 1e9 else None  # 1e30 stands for "none said"
-    return Tokenizer(backend, special, stop_ids(directory), chat_template(directory, config), limit)
+    return {role: _content(config[role]) for role in ROLES if role in config}, limit
 
 
 def _content(token: Any) -> str:

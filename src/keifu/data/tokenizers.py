@@ -6,6 +6,7 @@ It knows which reader a path needs; what the files hold is known below it.
 from pathlib import Path
 
 from keifu.data.gguf_tokenizer import gguf_tokenizer, read_gguf_fields, to_gguf_fields
+from keifu.data.marian_tokenizer import SOURCE, read_marian
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.data.tokenizer_formats import READERS, finish, reader, settings_beside
 from keifu.data.tokenizer_training import KINDS, train_tokenizer
@@ -17,14 +18,16 @@ __all__ = ["KINDS", "Tokenizer", "gguf_tokenizer", "load_tokenizer", "to_gguf_fi
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a directory, in a single file with whatever stands beside it, or of a name in the catalogue.
 
-    A directory may hold tokenizer.json, a SentencePiece tokenizer.model, GPT-2's vocab.json with merges.txt (or
-    encoder.json with vocab.bpe), or BERT's vocab.txt; the first of these counts. A file may be any of those, or a GGUF.
+    A directory may hold tokenizer.json, a SentencePiece tokenizer.model, GPT-1's or GPT-2's vocab.json with merges.txt
+    (or encoder.json with vocab.bpe), or BERT's vocab.txt; the first of these counts. A file may be any of those, or a GGUF.
     What cannot be read is a `UserError` that says why.
     """
     path = _found(path)
     if path.suffix == ".gguf":
         return gguf_tokenizer(read_gguf_fields(path))
     if path.is_dir():
+        if (path / SOURCE).exists():
+            return read_marian(path, settings_beside(path))
         name = next((name for name in READERS if (path / name).exists()), None)
         if name is None:
             raise UserError(f"The directory {path} holds no tokenizer: none of {', '.join(READERS)}.")

@@ -1,0 +1,162 @@
+"""Marian's tokenizers as Hugging Face publishes them: two SentencePiece models cut text, a vocabulary numbers the pieces.
+
+It knows nothing of the model that translates. The source language is cut by source.spm, the target language by
+target.spm, and vocab.json gives the pieces of both their ids; with target_vocab.json each language has its own ids.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, models
+
+from keifu.data.sentencepiece_model import decoder
+from keifu.data.sentencepiece_pieces import Pieces
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.data.tokenizer_formats import check_ids, read_json, roles_beside, stop_ids
+from keifu.errors import UserError, unknown
+from keifu.files import write_atomic
+
+SOURCE, TARGET, VOCABULARY, TARGET_VOCABULARY = "source.spm", "target.spm", "vocab.json", "target_vocab.json"
+LANGUAGE = re.compile(r">>.*?<<", re.DOTALL)  # at the start of a text: which language a multilingual model is to write
+ROLES = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a Marian directory holds for its tokenizer; `target_vocabulary` is None where both sides share the ids."""
+
+    source: bytes
+    target: bytes
+    vocabulary: Mapping[str, int]
+    target_vocabulary: Mapping[str, int] | None = None
+    special: Mapping[str, str] | None = None  # of each role; Marian's usual ones where None
+    stop_ids: tuple[int, ...] = ()
+    max_length: int | None = None
+
+
+class MarianTokenizer(Tokenizer):
+    """A `Tokenizer` that encodes the source language and decodes the target language.
+
+    `encode(text, special=True)` ends with the end-of-sentence token, as the model expects of a source. Text of the
+    target language, for training, is encoded by `encode_target_batch`.
+    """
+
+    def __init__(self, files: Files):
+        self.files = files
+        self._sides = [Pieces(files.source, SOURCE), Pieces(files.target, TARGET)]
+        special = {**ROLES, **(files.special or {})}
+        vocabularies = [files.vocabulary, files.target_vocabulary or files.vocabulary]
+        for role, token in special.items():
+            if any(token not in vocabulary for vocabulary in vocabularies):
+                raise UserError(f"{VOCABULARY} has no {token!r}, which tokenizer_config.json names as its {role}.")
+        self._vocabularies = vocabularies
+        settings = self._sides[1 if files.target_vocabulary else 0].settings  # as transformers decodes, too
+        super().__init__(
+            _numbered_words(vocabularies[1], special, decoder(settings.byte_fallback, settings.dummy_prefix)),
+            special,
+            files.stop_ids,
+            max_length=files.max_length,
+        )
+        self.vocab_size = len(files.vocabulary)
+
+    def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
+        """The ids of each text of the source language; one may begin with `>>code<<`, the language to translate into."""
+        return self._encode(0, texts, special, allow_special)
+
+    def encode_target_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """The ids of each text of the target language; `special` puts the end-of-sentence token after it."""
+        return self._encode(1, texts, special, False)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of these ids of the target language, without spaces at its ends."""
+        return super().decode(ids, skip_special).strip()
+
+    @property
+    def language_codes(self) -> list[str]:
+        """The `>>code<<` tokens of a model that translates into several languages."""
+        return [token for token in self.files.vocabulary if LANGUAGE.fullmatch(token)]
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the SentencePiece models, the vocabulary and tokenizer_config.json, for transformers' AutoTokenizer."""
+        directory, files = Path(directory), self.files
+        config: dict[str, Any] = {"tokenizer_class": "MarianTokenizer", **self.special}
+        config |= {"separate_vocabs": files.target_vocabulary is not None, "clean_up_tokenization_spaces": False}
+        if self.max_length is not None:
+            config["model_max_length"] = self.max_length
+        written = {VOCABULARY: files.vocabulary, TARGET_VOCABULARY: files.target_vocabulary}
+        for name, vocabulary in written.items():
+            if vocabulary is not None:
+                write_atomic(directory / name, json.dumps(vocabulary, ensure_ascii=False, indent=2) + "\n")
+        write_atomic(directory / SOURCE, files.source)
+        write_atomic(directory / TARGET, files.target)
+        write_atomic(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MarianTokenizer, (self.files,)
+
+    @cached_property
+    def _hash(self) -> str:
+        digest = hashlib.sha256(self.files.source + self.files.target)
+        digest.update(json.dumps([*self._vocabularies, self.special], sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def _encode(self, side: int, texts: Sequence[str], special: bool, allow_special: bool) -> list[list[int]]:
+        vocabulary, end = self._vocabularies[side], [self.special["eos_token"]] if special else []
+        pattern = re.compile("(" + "|".join(map(re.escape, self.special.values())) + ")")
+        parts = [pattern.split(text) if allow_special else [text] for text in texts]
+        cut = iter(self._pieces(side, [part for text in parts for part in text[::2]]))
+        missing = vocabulary[self.special["unk_token"]]
+        rows = [[piece for n, part in enumerate(text) for piece in ([part] if n % 2 else next(cut))] for text in parts]
+        return [[vocabulary.get(piece, missing) for piece in [*row, *end]] for row in rows]
+
+    def _pieces(self, side: int, texts: Sequence[str]) -> list[list[str]]:
+        """The pieces of each text; a language's code at its start is one."""
+        codes = [LANGUAGE.match(text) for text in texts]
+        for code in codes:
+            if code and self.language_codes and code[0] not in self.files.vocabulary:
+                raise unknown("language code", code[0], self.language_codes)
+        rest = [text[code.end() :] if code else text for text, code in zip(texts, codes, strict=True)]
+        with self._explaining(rest):
+            cut = self._sides[side].cut(rest)
+        return [[*([code[0]] if code else []), *pieces] for code, pieces in zip(codes, cut, strict=True)]
+
+
+def _numbered_words(vocabulary: Mapping[str, int], special: Mapping[str, str], shown: Any) -> tokenizers.Tokenizer:
+    """A backend that only numbers and joins pieces: nothing is ever cut by it."""
+    backend = tokenizers.Tokenizer(models.WordLevel(dict(vocabulary), special["unk_token"]))
+    backend.decoder = shown
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
+    return backend
+
+
+def read_marian(directory: Path, config: Mapping[str, Any]) -> MarianTokenizer:
+    """The tokenizer of a directory that has a source.spm; a file that is missing is a `UserError`."""
+    separate = bool(config.get("separate_vocabs"))
+    needed = [SOURCE, TARGET, VOCABULARY, *([TARGET_VOCABULARY] if separate else [])]
+    missing = [name for name in needed if not (directory / name).exists()]
+    if missing:
+        raise UserError(f"{directory} has a Marian tokenizer without {' and '.join(missing)}.")
+    vocabularies = [read_json(directory / name) for name in needed[2:]]
+    for name, vocabulary in zip(needed[2:], vocabularies, strict=True):
+        if not isinstance(vocabulary, dict) or not vocabulary:
+            raise UserError(f"{directory / name} holds no vocabulary: it must be a JSON object from tokens to ids.")
+        check_ids(vocabulary, directory / name)
+    special, length = roles_beside(config)
+    return MarianTokenizer(
+        Files(
+            (directory / SOURCE).read_bytes(),
+            (directory / TARGET).read_bytes(),
+            vocabularies[0],
+            vocabularies[1] if separate else None,
+            {role: token for role, token in special.items() if role in ROLES},
+            tuple(sorted(stop_ids(directory))),
+            length,
+        )
+    )
