@@ -1,0 +1,112 @@
+"""`keifu evaluate`: finds the evaluation that fits a model and its data, and prints what it found; knows no figure."""
+
+import json
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from keifu.commands import flags, tables
+from keifu.errors import UserError, unknown
+
+TASKS = ("translation", "language_model")  # each is a file of that name in keifu/evaluation (see its task.py)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How good a model is, in figures.
+
+    A translator: BLEU and chrF on pairs (a catalogue name such as tatoeba-ja-en, a TSV file, or two files A,B). A
+    language model: perplexity and bits per byte on a text (a catalogue name, a file, a folder). Of a catalogue name the
+    part counts that keifu keeps from training.
+    """
+
+    model: flags.Model
+    on: str
+    """The data."""
+    limit: int | None = None
+    """At most so many pairs or windows of text."""
+    reverse: bool = False
+    """Swap the sides of the pairs: the second is the source."""
+    language: str | None = None
+    """The code of the language that is translated into, such as ja, where the data does not tell it."""
+    beam: int | None = None
+    """Translations held open at a time; unset: 4."""
+    alpha: float | None = None
+    """Exponent of the length penalty; unset: 0.6."""
+    batch_size: int | None = None
+    """How much is computed at a time: it changes no figure but the speed."""
+    by_length: bool = False
+    """Show the figures by the length of the source too."""
+    output: Path | None = None
+    """Write source, reference and translation of each pair to this file, parted by tabs."""
+    json: bool = False
+    """Print all as JSON."""
+
+
+def run(options: Options) -> None:
+    """Evaluates, and prints the figures, remarks and tables."""
+    from keifu.checkpoints import load
+    from keifu.evaluation.task import Asked
+    from keifu.files import write_atomic
+
+    model, tokenizer = load(options.model)
+    task = fitting(model, options.on)
+    asked = Asked(**{field.name: vars(options)[field.name] for field in fields(Asked)})
+    check_heeded(options, task)
+    found = task.evaluate(model, tokenizer, asked)
+    if options.output:
+        if found.items is None:
+            raise UserError(f"There is nothing to write to {options.output}: this evaluation has figures alone.")
+        rows = [found.items.columns, *found.items.rows]
+        write_atomic(options.output, "".join("\t".join(map(_cell, row)) + "\n" for row in rows))
+    _tell(found, options.json)
+
+
+def fitting(model: Any, on: str) -> Any:
+    """The task for such a model on such data; a model or data that no task is for is a `UserError`."""
+    tasks = [import_module(f"keifu.evaluation.{name}") for name in TASKS]
+    able = [task for task in tasks if task.takes(model)]
+    kind = type(model).__name__
+    if not able:
+        raise UserError(f"A {kind} cannot be evaluated yet; these can: {'; '.join(task.ABOUT for task in tasks)}.")
+    for task in able:
+        if task.accepts(on):
+            return task
+    for task in tasks:
+        if on in task.names():
+            raise UserError(f"{on} evaluates {task.ABOUT.partition(':')[0]}, and this is a {kind}: choose other data.")
+    raise unknown("task", on, [name for task in able for name in task.names()])
+
+
+def check_heeded(options: Options, task: Any) -> None:
+    """Refuses an option that the task would not heed."""
+    everyones = {"model", "on", "limit", "output", "json"}
+    for field in fields(options):
+        if field.name not in everyones | task.OPTIONS and vars(options)[field.name] != field.default:
+            flag = "--" + field.name.replace("_", "-")
+            raise UserError(f"{flag} has no meaning here, where {task.ABOUT.partition(':')[0]} is evaluated.")
+
+
+def _tell(found: Any, as_json: bool) -> None:
+    """The figures and what belongs to them, for people or as JSON."""
+    if as_json:
+        details = {
+            name: [dict(zip(each.columns, row, strict=True)) for row in each.rows]
+            for name, each in found.tables.items()
+        }
+        print(json.dumps({**found.figures, "notes": found.notes, **details}, ensure_ascii=False))
+        return
+    tables.show(("figure", "value"), [(name, str(value)) for name, value in found.figures.items()])
+    for name, each in found.tables.items():
+        print()
+        tables.show(each.columns, [tuple(map(str, row)) for row in each.rows], name)
+    for note in found.notes:
+        print(note)
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).split())
+
+
+parse = flags.parser(Options, run, "keifu evaluate")

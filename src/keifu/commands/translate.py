@@ -1,0 +1,100 @@
+"""`keifu translate`: an argument, a file or a pipe into another language, a line for a line; knows no model."""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from keifu.commands import flags
+from keifu.commands.language import decoded
+from keifu.errors import UserError
+
+EXAMPLE = 'keifu translate MODEL "This is a pen."'
+
+
+@dataclass(frozen=True)
+class Options:
+    """Translate. Every line is a text; its sentences are translated one by one and stand on one line again."""
+
+    model: flags.Model
+    text: Annotated[
+        tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]", help="The text to translate.")
+    ] = None
+    file: Path | None = None
+    """The file that has the text."""
+    beam: int = 4
+    """Translations held open at a time; 1 takes the likeliest token at each step."""
+    alpha: float = 0.6
+    """Exponent of the length penalty ((5 + length) / 6)^alpha: more gives longer translations."""
+    max_tokens: int | None = None
+    """Most tokens of a sentence's translation; unset: those of the sentence and 50 more."""
+    batch_size: int = 64
+    """Most sentences at a time: it changes the speed and no translation."""
+    json: bool = False
+    """Print a JSON object for each line: its sentences with their translations, scores and numbers of tokens."""
+
+
+def run(options: Options) -> None:
+    """Prints a line for each line."""
+    lines = lines_from(options.text, options.file)
+    model, tokenizer = load_translator(options.model)
+    from keifu.data.progress import counting
+    from keifu.generation.sentences import joined
+    from keifu.generation.translation import Translating, translate_texts
+
+    settings = Translating(options.beam, options.alpha, options.max_tokens, options.batch_size)
+    shown = options.file is not None and sys.stderr.isatty()
+    with counting("Translating", None, "sentences") if shown else nullcontext() as progress:
+        found = translate_texts(model, tokenizer, lines, settings, progress=progress)
+    for line, parts in zip(lines, found, strict=True):
+        text = joined(part.text for part in parts)
+        whole = {"source": line, "translation": text, "sentences": [asdict(part) for part in parts]}
+        print(json.dumps(whole, ensure_ascii=False) if options.json else text)
+    _warn(found)
+
+
+def lines_from(text: str | None, file: Path | None) -> list[str]:
+    """The lines of the argument, the file or standard input; bytes that are no UTF-8 are named by their line."""
+    if text is not None and file is not None:
+        raise UserError(f"There are two texts, the argument and {file}: give one of them.")
+    if text is not None:
+        return text.split("\n")
+    if file is None and sys.stdin.isatty():
+        raise UserError(f"There is no text: write it behind the model ({EXAMPLE}), pipe it in, or name its --file.")
+    data = file.read_bytes() if file else sys.stdin.buffer.read()
+    lines = data.removesuffix(b"\n").split(b"\n") if data else []
+    return [decoded(line, str(file or "standard input"), number) for number, line in enumerate(lines, 1)]
+
+
+def load_translator(name: str) -> tuple[Any, Any]:
+    """A model that translates, and its tokenizer; for any other kind a `UserError` that names the verb for it."""
+    from keifu.checkpoints import load
+    from keifu.generation.beam_decoders import Translator
+    from keifu.generation.decoding import Model
+
+    model, tokenizer = load(name)
+    if isinstance(model, Translator) and tokenizer is not None:
+        return model, tokenizer
+    kind = type(model).__name__
+    fit = "`keifu generate` continues a text with it" if isinstance(model, Model) else "choose an encoder-decoder"
+    raise UserError(f"{name} is a {kind}, which does not translate: {fit}.")
+
+
+def _warn(found: Sequence[Sequence[Any]]) -> None:
+    """Says on stderr what the translations alone would hide."""
+    cut = sorted({n for n, parts in enumerate(found, 1) for part in parts if not part.complete})
+    if cut:
+        shown = ", ".join(map(str, cut[:10])) + (", ..." if len(cut) > 10 else "")
+        print(f"The translation reached its limit of tokens before its end in line {shown}.", file=sys.stderr)
+    unknown = sum(part.unknown for parts in found for part in parts)
+    if unknown:
+        total = sum(part.source_tokens for parts in found for part in parts)
+        print(f"{unknown:,} of {total:,} tokens are unknown to the model's vocabulary.", file=sys.stderr)
+
+
+parse = flags.parser(Options, run, "keifu translate")

@@ -1,0 +1,59 @@
+"""What is asked of an evaluation and what comes of it; knows no task.
+
+A task is a file beside this one, and a line in commands/evaluate.py. It offers:
+
+ABOUT: what it measures, in a line. OPTIONS: the names of the fields of `Asked` that it heeds, beyond `on` and `limit`.
+takes(model) -> bool: whether it is for such a model. names() -> names of data it knows. accepts(on) -> bool: whether
+`on` is one of them, or a file. evaluate(model, tokenizer, asked) -> Outcome.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from keifu.errors import UserError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be evaluated, on what and how; a task heeds the fields that it names in its OPTIONS.
+
+    on: a catalogue name, a file or files. limit: at most so many of its items. trained_on: what the model's run says of
+    its data, where it is a run.
+    """
+
+    on: str
+    limit: int | None = None
+    reverse: bool = False
+    language: str | None = None
+    beam: int | None = None
+    alpha: float | None = None
+    batch_size: int | None = None
+    by_length: bool = False
+    trained_on: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit is {self.limit}, which must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under the names of their columns."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation found.
+
+    figures: each with its name. notes: sentences that a reader of the figures must know. tables: details, by name, that
+    were asked for. items: what the figures were computed from, one row an item, for a file.
+    """
+
+    figures: dict[str, float | int | str]
+    notes: tuple[str, ...] = ()
+    tables: dict[str, Table] = field(default_factory=dict)
+    items: Table | None = None

@@ -1,0 +1,96 @@
+"""How well a translator translates: BLEU and chrF on pairs that it has not seen; knows neither model nor language by
+name.
+
+Of a catalogue name the held-out test pairs count, which no training by keifu sees; of a file all pairs.
+"""
+
+import time
+from dataclasses import fields
+
+from torch import nn
+
+from keifu.data.pairs import Pairs, pair_names, read_pairs
+from keifu.data.progress import counting
+from keifu.data.splits import split
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.evaluation.bleu import WITHOUT_SPACES, Scorer, language_of
+from keifu.evaluation.task import Asked, Outcome, Table
+from keifu.generation.beam_decoders import Translator
+from keifu.generation.translation import Translating, Translation, translate_texts
+
+ABOUT = "a translator on pairs of sentences: BLEU and chrF"
+OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length"}
+
+
+def takes(model: nn.Module) -> bool:
+    """Whether it translates."""
+    return isinstance(model, Translator)
+
+
+def names() -> list[str]:
+    """The catalogue's pairs, in both directions."""
+    return list(pair_names())
+
+
+def accepts(on: str) -> bool:
+    """Whether `on` is one of them, or a file or two."""
+    from pathlib import Path
+
+    return on in names() or all(Path(part.strip()).expanduser().is_file() for part in on.split(","))
+
+
+def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> Outcome:
+    """Translates the sources, each whole as it stands, and scores all translations together."""
+    pairs, notes = test_pairs(asked)
+    sources, references = map(list, zip(*pairs.rows, strict=True))
+    scorer = Scorer(asked.language or pairs.languages[1] or language_of(references))
+    start = time.perf_counter()
+    found = _translated(model, tokenizer, sources, asked)
+    seconds = time.perf_counter() - start
+    texts = [each.text for each in found]
+    scores = scorer(texts, references)
+    figures = {
+        "BLEU": round(scores.bleu, 2),
+        "chrF": round(scores.chrf, 2),
+        "pairs": len(pairs),
+        "sentences/s": round(len(pairs) / seconds, 1),
+        "BLEU signature": scores.bleu_signature,
+        "chrF signature": scores.chrf_signature,
+    }
+    tables = {}
+    if asked.by_length:
+        spaced = (pairs.languages[0] or language_of(sources)) not in WITHOUT_SPACES
+        bins = scorer.by_length(sources, texts, references, spaced)
+        rows = [(length, n, round(part.bleu, 2), round(part.chrf, 2)) for length, n, part in bins]
+        tables["by length"] = Table(("source words" if spaced else "source characters", "pairs", "BLEU", "chrF"), rows)
+    items = Table(("source", "reference", "translation"), list(zip(sources, references, texts, strict=True)))
+    return Outcome(figures, (*notes, *_remarks(found), *filter(None, [scorer.note])), tables, items)
+
+
+def test_pairs(asked: Asked) -> tuple[Pairs, list[str]]:
+    """The pairs that count, and what is to be said about those that do not."""
+    pairs = read_pairs(asked.on, asked.reverse)
+    notes = [pairs.left_out] if pairs.left_out else []
+    rows = split(pairs).test if asked.on in pair_names() else pairs.rows
+    return Pairs(pairs.name, rows[: asked.limit], pairs.languages), notes
+
+
+def _translated(model: nn.Module, tokenizer: Tokenizer, sources: list[str], asked: Asked) -> list[Translation]:
+    """One translation a source: a pair is not parted into sentences, since its reference is not."""
+    given = {each.name: vars(asked)[each.name] for each in fields(Translating) if each.name in vars(asked)}
+    settings = Translating(**{name: value for name, value in given.items() if value is not None})
+    with counting("Translating", len(sources), "sentences") as progress:
+        found = translate_texts(model, tokenizer, sources, settings, lambda text: [text], progress)
+    return [each for [each] in found]
+
+
+def _remarks(found: list[Translation]) -> list[str]:
+    """What the figures alone would hide."""
+    cut, unknown = sum(not each.complete for each in found), sum(each.unknown for each in found)
+    notes = []
+    if cut:
+        notes.append(f"{cut:,} of {len(found):,} translations reached their limit of tokens and were not finished.")
+    if unknown:
+        share = unknown / sum(each.source_tokens for each in found)
+        notes.append(f"{unknown:,} tokens of the sources ({share:.2%}) are unknown to the model's vocabulary.")
+    return notes

@@ -1,0 +1,209 @@
+"""Beam search: the likeliest texts that a decoder writes, a token a step for all beams of all sources at once; knows no
+text and no model.
+
+A step is a tensor program: no loop over sources or beams. Ended texts lie in tensors too, and a source that is decided
+leaves the batch. Axes: sources, beams = open texts of a source, rows = sources · beams, in that order, vocab, longest.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.generation.beam_decoders import CausalDecoder, Decoder, device_of
+from keifu.generation.beam_texts import BestTexts, Hypothesis
+from keifu.generation.decoding import causal, evaluating
+
+Lengths = Float[Tensor, " #sources"]
+Scores = Float[Tensor, "sources beams"]
+CHUNK = 64  # logits whose largest is looked at first
+
+
+def paper_penalty(lengths: Lengths, alpha: float = 0.6) -> Lengths:
+    """((5 + |Y|) / 6)^alpha, which divides ln P(Y) (Wu et al., 2016, equation 14; the Transformer has alpha 0.6).
+
+    |Y| counts every token written, the end token too.
+    """
+    return ((5 + lengths) / 6) ** alpha
+
+
+def power_penalty(lengths: Lengths, exponent: float = 1.0) -> Lengths:
+    """|Y|^exponent, as transformers divides by; 1 is the mean of the tokens' log-probabilities, 0 their sum."""
+    return lengths**exponent
+
+
+def until_decided(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
+    """Goes on while an open text could still come among the wanted ones.
+
+    ln P only falls, so an open text can reach at most its ln P now over the largest penalty that is left: that of the
+    longest text, or of this one where the penalty falls with length. transformers: early_stopping="never".
+    """
+    return best_open / torch.maximum(now, last) > scores[:, -1]
+
+
+def until_unlikely(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
+    """Goes on while the best open text, were it to end now, would come among the kept ones. A longer one might yet have
+    done so: not exact, but soon over. transformers: early_stopping=False."""
+    return best_open / now > scores[:, -1]
+
+
+def until_full(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
+    """Goes on until as many texts have ended as there are beams. transformers: early_stopping=True."""
+    return scores[:, -1] == -torch.inf
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search.
+
+    beams: open texts of each source. wanted: texts returned for each, at most `beams`.
+    penalty: what ln P of a text is divided by, as a function of lengths; its values must be positive.
+    ends: the tokens that end a text. never: tokens that are never written, though they keep their probability.
+    goes_on: until when a source goes on: `until_decided`, `until_unlikely` or `until_full`. One beam is greedy choice,
+    which goes on until its likeliest token is an end.
+    """
+
+    ends: tuple[int, ...]
+    beams: int = 4
+    wanted: int = 1
+    penalty: Callable[[Lengths], Lengths] = partial(paper_penalty, alpha=0.6)
+    never: tuple[int, ...] = ()
+    goes_on: Callable[[Scores, Lengths, Lengths, Lengths], Bool[Tensor, " sources"]] = until_decided
+
+    def __post_init__(self) -> None:
+        if self.beams < 1:
+            raise UserError(f"The number of beams is {self.beams}, which must be at least 1.")
+        if not 1 <= self.wanted <= self.beams:
+            raise UserError(f"{self.wanted} texts are wanted of {self.beams} beams: ask for 1 to {self.beams}.")
+
+        if self.beams == 1:
+            object.__setattr__(self, "goes_on", until_full)
+
+    @property
+    def kept(self) -> int:
+        """How many ended texts of a source are kept: the exact rule looks at no more than are wanted."""
+        return self.wanted if self.goes_on is until_decided else self.beams
+
+
+@torch.inference_mode()
+def beam_search(decoder: Decoder, search: Search, limits: Sequence[int]) -> list[list[Hypothesis]]:
+    """The best texts of each source, best first; one that reaches its source's limit of tokens ends there.
+
+    Logits that are no numbers are a `UserError`.
+    """
+    logits = decoder.first()
+    beams = _Beams(search, limits, logits.device)
+    while True:
+        rows, tokens = beams.advance(logits)
+        if not len(rows):
+            return beams.best.texts(search.ends, search.wanted)
+        if len(rows) != len(logits) or not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+            decoder.select(rows)  # spared where every text continues its own row
+        logits = decoder.next(tokens)
+
+
+@torch.inference_mode()
+def continuations(
+    model: nn.Module, prompts: Sequence[Sequence[int]], search: Search, max_tokens: int
+) -> list[list[Hypothesis]]:
+    """The best continuations of each prompt by a causal model, best first; the prompts need not be equally long.
+
+    A prompt that is empty or leaves no room in the context is a `UserError`.
+    """
+    context = causal(model).config.context_length
+    for prompt in prompts:
+        if not 0 < len(prompt) < context:
+            raise UserError(f"A prompt has {len(prompt)} tokens, but it must have from 1 to {context - 1}.")
+    limits = [min(max_tokens, context - len(prompt)) for prompt in prompts]
+    with evaluating(model):
+        return beam_search(CausalDecoder(causal(model), prompts, max(limits), device_of(model)), search, limits)
+
+
+class _Beams:
+    """The open texts of all sources that go on, and the best ended ones of all."""
+
+    def __init__(self, search: Search, limits: Sequence[int], device: torch.device):
+        self.search, self.length = search, 0
+        self.sources = torch.arange(len(limits), device=device)  # those that go on, by their place in the batch
+        self.limits = torch.tensor(limits, device=device)
+        self.scores = torch.zeros(len(limits), 1, device=device)  # ln P; there is one open text at first, the empty one
+        self.tokens = torch.zeros(len(limits), 1, max(limits), dtype=torch.long, device=device)
+        self.best = BestTexts(len(limits), search.kept, max(limits), device)
+        self._ends = torch.tensor(search.ends, device=device)
+        self._never = torch.tensor(search.never, dtype=torch.long, device=device)
+
+    def advance(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
+        """One more token of every text: which row each open text continues, and with which token."""
+        beams, width = self.search.beams, self.scores.shape[1]
+        scores, origins, written = self._candidates(logits)
+        self.length += 1
+        texts = self.tokens.take_along_dim(origins[..., None], 1)
+        texts[:, :, self.length - 1] = written
+        ended = torch.isin(written, self._ends) | (self.limits <= self.length)[:, None]
+        done = scores[:, :beams].masked_fill(~ended[:, :beams], -torch.inf) / self._penalty(self.length)
+        self.best.add(self.sources, done, texts[:, :beams], self.length)
+        self.scores, picked = scores.masked_fill(ended, -torch.inf).topk(beams)
+        self.tokens = texts.take_along_dim(picked[..., None], 1)
+        rows = origins.gather(1, picked) + width * torch.arange(len(origins), device=origins.device)[:, None]
+        return self._leave(rows, written.gather(1, picked))
+
+    def _candidates(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Scores, Tensor, Tensor]:
+        """The best continuations of each source: ln P, the beam that each continues, and its token.
+
+        There are twice as many as beams (more with several end tokens), so that enough go on when the best all end.
+        """
+        sources, width = self.scores.shape
+        count = max(2, 1 + len(self._ends)) * self.search.beams
+        values, tokens = top(logits, min(count + len(self._never), logits.shape[1]))
+        values = values - logits.logsumexp(-1, keepdim=True)
+        values = values.masked_fill(torch.isin(tokens, self._never), -torch.inf) + self.scores.reshape(-1, 1)
+        each = tokens.shape[1]
+        values, tokens = values.view(sources, width * each), tokens.view(sources, width * each)
+        scores, places = values.topk(min(count, width * each))
+        if bool(scores[:, 0].isnan().any()):
+            raise UserError(
+                f"The model's logits after {self.length} tokens are not finite: its weights are damaged, or its type "
+                "is too narrow; load it in float32 or bfloat16."
+            )
+        lacking = count - scores.shape[1]  # a vocabulary smaller than the beams
+        if lacking:
+            scores = torch.nn.functional.pad(scores, (0, lacking), value=-torch.inf)
+            places = torch.nn.functional.pad(places, (0, lacking))
+        return scores, places // each, tokens.gather(1, places)
+
+    def _leave(self, rows: Int[Tensor, "sources beams"], tokens: Int[Tensor, "sources beams"]) -> tuple[Tensor, Tensor]:
+        """Drops the sources that need no further step; rows and tokens of the others."""
+        best_open = self.scores[:, 0]
+        now, last = self._penalty(self.length), self.search.penalty(self.limits.float())
+        going = self.search.goes_on(self.best.scores[self.sources], best_open, now, last) & (best_open > -torch.inf)
+        if not bool(going.all()):
+            self.sources, self.limits = self.sources[going], self.limits[going]
+            self.scores, self.tokens = self.scores[going], self.tokens[going]
+            rows, tokens = rows[going], tokens[going]
+        return rows.flatten(), tokens.flatten()
+
+    def _penalty(self, length: int) -> Float[Tensor, " one"]:
+        return self.search.penalty(torch.tensor([float(length)], device=self.scores.device))
+
+
+def top(logits: Float[Tensor, "rows vocab"], count: int) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"]]:
+    """Each row's `count` largest values and their places, as `topk`, but on a CPU in one pass over long rows.
+
+    The largest n numbers stand in the n chunks whose own largest are the largest: only these are looked into.
+    """
+    chunks = logits.shape[1] // CHUNK
+    if logits.device.type != "cpu" or chunks <= 2 * count:
+        values, places = logits.topk(count)
+        return values, places
+    body, rest = logits[:, : chunks * CHUNK].unflatten(1, (chunks, CHUNK)), logits[:, chunks * CHUNK :]
+    best = body.amax(-1).topk(count).indices[..., None]
+    within = torch.arange(CHUNK)
+    places = (best * CHUNK + within).flatten(1)
+    tail = torch.arange(chunks * CHUNK, logits.shape[1]).expand(len(logits), -1)
+    values = torch.cat([body.take_along_dim(best, 1).flatten(1), rest], 1)
+    found, at = values.topk(count)
+    return found, torch.cat([places, tail], 1).gather(1, at)
