@@ -108,8 +108,21 @@ class Bert(nn.Module):
 
     def words(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of the word at each position; the head's last matrix is the embedding."""
-        head = _there(self.word_head, "head for masked words")
-        return linear(head(hidden), self.embedding.weight, head.bias)
+        return linear(self.word_states(hidden), self.head_weight, self.head_bias)
+
+    def word_states(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """What `head_weight` and `head_bias` make logits of, for losses that do not want all logits at once."""
+        return _there(self.word_head, "head for masked words")(hidden)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+        """The matrix of the head for words."""
+        return self.embedding.weight
+
+    @property
+    def head_bias(self) -> Float[Tensor, " vocab"]:
+        """The bias of the head for words."""
+        return _there(self.word_head, "head for masked words").bias
 
     def next_sentence(self, pooled: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch 2"]:
         """Logits of: the second sentence follows the first; it was taken from elsewhere."""

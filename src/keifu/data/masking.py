@@ -1,0 +1,222 @@
+"""Masked words, and pairs of sentences of which half belong together: what BERT is pretrained on; it knows no model.
+
+Axes: row (of a batch), place = tokens of a row, masked = the places of a row that are to be filled in.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keifu.data.sentence_pairs import RowPlanner
+from keifu.data.sentence_shards import SentenceShards, Sentences
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.errors import UserError
+
+NOT_COUNTED = -100  # the target of a place in `places` that a row does not have
+VALIDATION = 20_181_011  # the seed of what is held out, so that runs of different seeds are compared on the same
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What a row is, and what of it is hidden (Devlin et al., 2018, section 3.1)."""
+
+    length: int = 128
+    """Tokens of a row, [CLS] and [SEP] included."""
+    share: float = 0.15
+    """Share of a row's tokens that are to be predicted: 80% of them become [MASK], 10% another token, 10% stay."""
+    most: int = 20
+    """The most that are predicted in a row; the released scripts have 20 for rows of 128."""
+    whole_words: bool = False
+    """Hide all pieces of a word or none."""
+    sentence_pairs: bool = True
+    """Rows are pairs of sentences of which half follow each other; without, rows are runs of sentences (RoBERTa)."""
+    short: float = 0.1
+    """Share of rows that are cut short."""
+
+    def __post_init__(self) -> None:
+        if self.length < 8 or self.most < 1 or not 0 < self.share < 1 or not 0 <= self.short <= 1:
+            raise UserError(
+                f"Masking needs length >= 8, most >= 1, share between 0 and 1 and short from 0 to 1; it has {self}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The ids of the special tokens, those that may stand for a masked one, and which tokens go on with a word."""
+
+    cls: int
+    sep: int
+    pad: int
+    mask: int
+    ordinary: np.ndarray
+    goes_on: np.ndarray
+
+    @cached_property
+    def is_ordinary(self) -> np.ndarray:
+        """For each id whether it is in `ordinary`."""
+        return np.isin(np.arange(len(self.goes_on)), self.ordinary)
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
+        """The tokenizer's own; one that lacks [CLS], [SEP], [PAD] or [MASK] is a `UserError`."""
+        roles = ("cls_token", "sep_token", "pad_token", "mask_token")
+        if missing := [role for role in roles if role not in tokenizer.special]:
+            raise UserError(f"The tokenizer has no {', '.join(missing)}: BERT needs one such as wordpiece or minilm's.")
+        ids = [tokenizer.token_id(tokenizer.special[role]) for role in roles]
+        ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), sorted(tokenizer.special_ids))
+        mark = tokenizer.description()["model"].get("continuing_subword_prefix") or ""
+        tokens = [tokenizer.backend.id_to_token(n) or "" for n in range(tokenizer.vocab_size)]
+        return cls(*ids, ordinary, np.array([bool(mark) and token.startswith(mark) for token in tokens]))
+
+
+class MaskedText:
+    """Training data of the loop: each epoch draws rows and masks anew, and a batch is a function of seed and step alone.
+
+    A batch has "tokens" [row, place] with what is hidden, "mask" (True on real tokens), "places" [row, masked] and their
+    "targets", -100 where a row has fewer; for sentence pairs also "segments" and "random_next" [row], 1 where the second
+    sentence is not the first one's. "word_weight" and "pair_weight" [row] say how many tokens of the whole batch there
+    are for each target and each pair, so that a batch can be split (see `keifu.training.masked`).
+    """
+
+    def __init__(
+        self,
+        shards: SentenceShards,
+        vocabulary: Vocabulary,
+        masking: Masking,
+        batch_size: int,
+        seed: int = 0,
+        validation_rows: int = 1024,
+    ):
+        if masking.whole_words and not vocabulary.goes_on.any():
+            raise UserError("whole_words needs a tokenizer that marks what goes on with a word, as wordpiece does.")
+        self.shards, self.vocabulary, self.masking = shards, vocabulary, masking
+        self.batch_size, self.seed, self.validation_rows = batch_size, seed, validation_rows
+        self._planner = self._planned(shards.training)
+        self._epoch = lru_cache(maxsize=2)(self._draw)
+        self.rows_per_epoch = len(self._planner.rows(np.random.default_rng([seed, 0]))[1])
+
+    @property
+    def fingerprint(self) -> str:
+        """The text's fingerprint and what else the batches depend on."""
+        options = "-".join(f"{name}{value}" for name, value in asdict(self.masking).items())
+        return f"{self.shards.fingerprint}-{options}-batch{self.batch_size}-seed{self.seed}"
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The batch of a step, counted from 0: the same in every process, whatever came before."""
+        positions = step * self.batch_size + np.arange(self.batch_size)
+        epochs, places = np.divmod(positions, self.rows_per_epoch)
+        parts = [[column[places[epochs == n]] for column in self._epoch(int(n))] for n in np.unique(epochs)]
+        bounds, elsewhere = (np.concatenate(column) for column in zip(*parts, strict=True))
+        random = np.random.default_rng([self.seed, step, 1])
+        return _weighted([self._made(self.shards.training, bounds, elsewhere, random)])[0]
+
+    def validation(self) -> Iterable[dict[str, Tensor]]:
+        """Held-out rows, spread evenly, with masks that are always the same; every row counts alike."""
+        return self._validation
+
+    @cached_property
+    def _validation(self) -> list[dict[str, Tensor]]:
+        random = np.random.default_rng(VALIDATION)
+        bounds, elsewhere = self._planned(self.shards.validation).rows(random)
+        count = min(len(bounds), self.validation_rows)
+        chosen = np.arange(count) * len(bounds) // count
+        parts = [chosen[start : start + self.batch_size] for start in range(0, count, self.batch_size)]
+        made = [self._made(self.shards.validation, bounds[part], elsewhere[part], random) for part in parts]
+        return _weighted(made)
+
+    def _planned(self, sentences: Sentences) -> RowPlanner:
+        masking = self.masking
+        return RowPlanner(sentences, masking.length - 2 - masking.sentence_pairs, masking.short, masking.sentence_pairs)
+
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch's rows in its own order. As many as in the first epoch: a few are left out, or come twice."""
+        random = np.random.default_rng([self.seed, epoch])
+        bounds, elsewhere = self._planner.rows(random)
+        order = np.resize(random.permutation(len(bounds)), self.rows_per_epoch)
+        return bounds[order], elsewhere[order]
+
+    def _made(
+        self, sentences: Sentences, bounds: np.ndarray, elsewhere: np.ndarray, random: np.random.Generator
+    ) -> dict[str, Tensor]:
+        pairs, v = self.masking.sentence_pairs, self.vocabulary
+        first, second = bounds[:, 1:2] - bounds[:, :1], bounds[:, 3:4] - bounds[:, 2:3]
+        total = first + second + 2 + pairs
+        place = np.arange(total.max())[None]
+        one = (place >= 1) & (place <= first)
+        two = (place >= first + 2) & (place < first + 2 + second)
+        index = np.where(one, bounds[:, :1] + place - 1, np.where(two, bounds[:, 2:3] + place - first - 2, 0))
+        tokens = np.where(one | two, sentences.tokens[index], np.where(place < total, v.sep, v.pad)).astype(np.int64)
+        tokens[:, 0] = v.cls
+        places, targets = self._hide(tokens, (one | two) & v.is_ordinary[tokens], total[:, 0], random)
+        batch = {"tokens": tokens, "mask": place < total, "places": places, "targets": targets}
+        if pairs:
+            batch |= {"segments": ((place >= first + 2) & (place < total)).astype(np.int64), "random_next": elsewhere}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _hide(
+        self, tokens: np.ndarray, words: np.ndarray, total: np.ndarray, random: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Hides some of the words in `tokens`, and gives their places and what stood there."""
+        masking, v = self.masking, self.vocabulary
+        wanted = np.clip(np.rint(masking.share * total), 1, masking.most).astype(np.int64)
+        if masking.whole_words:
+            chosen = whole_words(words, words & ~(v.goes_on[tokens] & np.roll(words, 1, 1)), wanted, random)
+        else:
+            chosen = single_tokens(words, wanted, random)
+        count = chosen.sum(1)
+        places = np.argsort(~chosen, axis=1, kind="stable")[:, : max(1, count.max())]
+        there = np.arange(places.shape[1]) < count[:, None]
+        targets = np.where(there, np.take_along_axis(tokens, places, 1), NOT_COUNTED)
+        tokens[chosen] = _instead(tokens[chosen], v, random)
+        return np.where(there, places, 0), targets
+
+
+def single_tokens(words: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Which places [row, place] are hidden: as many of a row's words as are wanted, or all where it has no more."""
+    scores = np.where(words, random.random(words.shape), 2.0)
+    ranks = np.argsort(np.argsort(scores, axis=1), axis=1)
+    return words & (ranks < wanted[:, None])
+
+
+def whole_words(
+    words: np.ndarray, starts: np.ndarray, wanted: np.ndarray, random: np.random.Generator
+) -> np.ndarray:
+    """The same, but all tokens of a word or none: words in a random order, but no word that would make it too many."""
+    numbers = np.where(words, np.cumsum(starts, axis=1), 0)
+    chosen = np.zeros_like(words)
+    for row, number in enumerate(numbers):
+        sizes, left = np.bincount(number), wanted[row]
+        for word in 1 + random.permutation(len(sizes) - 1):
+            if sizes[word] <= left:
+                chosen[row] |= number == word
+                left -= sizes[word]
+            if not left:
+                break
+    return chosen
+
+
+def _instead(tokens: np.ndarray, vocabulary: Vocabulary, random: np.random.Generator) -> np.ndarray:
+    """What stands in the place of hidden tokens: [MASK] for 80%, any ordinary token for 10%, themselves for 10%."""
+    draw, others = random.random(len(tokens)), random.choice(vocabulary.ordinary, len(tokens))
+    return np.where(draw < 0.8, vocabulary.mask, np.where(draw < 0.9, others, tokens))
+
+
+def _weighted(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The batches with how many of their tokens, all together, there are for each target and for each row."""
+    tokens = sum(int(batch["mask"].sum()) for batch in batches)
+    targets = sum(int((batch["targets"] != NOT_COUNTED).sum()) for batch in batches)
+    rows = sum(len(batch["tokens"]) for batch in batches)
+
+    def with_weights(batch: dict[str, Any]) -> dict[str, Tensor]:
+        own = len(batch["tokens"])
+        return batch | {
+            "word_weight": torch.full((own,), tokens / max(targets, 1)),
+            "pair_weight": torch.full((own,), tokens / rows),
+        }
+
+    return [with_weights(batch) for batch in batches]
