@@ -15,7 +15,7 @@ from keifu.checkpoints.dialects import Dialect
 from keifu.checkpoints.names import Table
 from keifu.checkpoints.own import check_types, from_json, to_json
 from keifu.errors import UserError, unknown
-from keifu.models import bert, gpt1, gpt2, gpt3, llama, mlp, palm, perceptron, transformer
+from keifu.models import bert, gpt1, gpt2, gpt3, llama, mlp, palm, perceptron, seq2seq, transformer
 
 # What any published config may say that changes the numbers and is not implemented; absent or equal to this is fine.
 UNSUPPORTED: Mapping[str, Any] = {"quantization_config": None}
@@ -103,6 +103,7 @@ _ALL = [
     *_published(transformer, transformer.aliases),
     _MLP,
     _own(perceptron),
+    replace(_own(seq2seq), writes_text=True),
 ]
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

@@ -1,7 +1,7 @@
 """A recurrent layer that looks back at a source before every step (Bahdanau et al., 2014); knows no model.
 
-score(s, h_j) = v · tanh(W_a s + U_a h_j), a softmax over j, and the context c = Σ α_j h_j; the state s is the one before
-the step. What needs no state is made once: U_a h_j, and W_c h_j, whose mean by α is the product W_c c that the step needs.
+score(s, h_j) = v · tanh(W_a s + U_a h_j), a softmax α over j, and the context c = Σ α_j h_j; the state s is the one
+before the step. What needs no state is made once: U_a h_j, and W_c h_j, whose mean by α is the W_c c that a step needs.
 
 Axes: batch, length = steps, seen = tokens of the source, dim = a state, gates = 3 dim, width = a source token's state,
 attention_dim.

@@ -2,9 +2,9 @@
 to Align and Translate"), and the ones before it without (Cho et al., 2014; Sutskever et al., 2014). It knows nothing of
 training, text or files.
 
-What was new: the source is no longer squeezed into one vector. It stays as long as it is, one state for each token, read
-from both sides, and before each word the decoder weighs all of them anew and takes their mean: attention. The weights
-are a softmax of a small network's scores, so that aligning is learned together with translating.
+What was new: the source is no longer squeezed into one vector. It stays as long as it is, one state for each token,
+read from both sides, and before each word the decoder weighs all of them anew and takes their mean: attention. The
+weights are a softmax of a small network's scores, so that aligning is learned together with translating.
 
 What the paper leaves open: which state and context stand in the output. Section 3.1 writes g(y_{i-1}, s_i, c_i), the
 appendix U_o s_{i-1} + V_o E y_{i-1} + C_o c_i (copies differ in the index of c). This file follows the appendix with
@@ -31,7 +31,7 @@ from keifu.layers.recurrent_decoder import AttentiveDecoder, DecoderState, Fixed
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are RNNsearch-50 (appendix A.2.3). `dim` is n, `embedding_dim` m, `maxout_dim` l, `attention_dim` n'.
+    """The defaults are RNNsearch-50 (section A.2.3). `dim` is n, `embedding_dim` m, `maxout_dim` l, `attention_dim` n'.
 
     encoder: "bidirectional", or "forward" as before this paper. context: what of the source the decoder has at a step,
     "attention", "fixed" (Cho et al.: the encoder's last states at every step) or "none" (Sutskever et al.: only as its
