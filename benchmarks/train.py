@@ -15,17 +15,14 @@ from collections.abc import Callable
 import torch
 import transformers
 from _rounds import interleaved, machine, table
+from _training import CPU, ours, peer
 
 from keifu import checkpoints
 from keifu.models import gpt2
 from keifu.training.objectives import causal
-from keifu.training.optimisers import Optimisers
 from keifu.training.peak import count_flops, matmul_peak
-from keifu.training.settings import Settings
-from keifu.training.step import Stepper, compiled
 
 BATCH, LENGTH = 4, 256
-CPU = torch.device("cpu")
 
 
 def tokens(step: int) -> torch.Tensor:
@@ -40,47 +37,19 @@ def theirs_model() -> transformers.GPT2LMHeadModel:
     return transformers.GPT2LMHeadModel(config).train()
 
 
+def batch(step: int) -> dict[str, torch.Tensor]:
+    return {"tokens": tokens(step)}
+
+
 def keifu(dtype: torch.dtype, compile: bool, losses: list[float]) -> Callable[[], None]:
     with tempfile.TemporaryDirectory() as directory:
         theirs_model().save_pretrained(directory)
         model = checkpoints.load_model(directory).train()
-    settings = Settings(steps=100_000, batch_size=BATCH, learning_rate=6e-4, betas=(0.9, 0.95))
-    optimisers = Optimisers(model, settings)
-    objective = compiled(causal, CPU) if compile else causal
-    stepper = Stepper(model, objective, causal, optimisers, CPU, dtype, BATCH, 1.0, 0)
-
-    def step() -> None:
-        gradient = stepper.gradient(len(losses), {"tokens": tokens(len(losses))}, lambda: False)
-        assert gradient
-        optimisers.step(len(losses))
-        losses.append(gradient.sums.means()["loss"])
-
-    return step
-
-
-def peer(
-    model: torch.nn.Module, loss_of: Callable, dtype: torch.dtype, fused: bool, losses: list
-) -> Callable[[], None]:
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=fused)
-
-    def step() -> None:
-        rows = tokens(len(losses))
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = loss_of(model, rows)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-
-    return step
+    return ours(model, causal, batch, dtype, compile, losses)
 
 
 def theirs(dtype: torch.dtype, losses: list[float]) -> Callable[[], None]:
-    return peer(theirs_model(), lambda m, rows: m(rows, labels=rows).loss, dtype, True, losses)
+    return peer(theirs_model(), lambda m, rows: m(rows, labels=rows).loss, tokens, dtype, True, losses)
 
 
 def nanogpt(folder: str, dtype: torch.dtype, compile: bool, fused: bool, losses: list[float]) -> Callable[[], None]:
@@ -94,7 +63,11 @@ def nanogpt(folder: str, dtype: torch.dtype, compile: bool, fused: bool, losses:
             given[name] if own.shape == given[name].shape and "h." not in name or own.dim() == 1 else given[name].T
         )
     run = torch.compile(model) if compile else model
-    return peer(run, lambda m, rows: m(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())[1], dtype, fused, losses)
+
+    def loss(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        return model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())[1]
+
+    return peer(run, loss, tokens, dtype, fused, losses)
 
 
 def main() -> None:

@@ -1,0 +1,65 @@
+"""Steps of training as contenders: keifu's, and those of any other model; each keeps the losses it sees."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from keifu.training.optimisers import Optimisers
+from keifu.training.protocols import Batch, Objective
+from keifu.training.settings import Settings
+from keifu.training.step import Stepper, compiled
+
+CPU = torch.device("cpu")
+RATE, BETAS, CLIP = 6e-4, (0.9, 0.95), 1.0
+
+
+def ours(
+    model: torch.nn.Module,
+    objective: Objective,
+    batch: Callable[[int], Batch],
+    dtype: torch.dtype,
+    compile: bool,
+    losses: list[float],
+) -> Callable[[], None]:
+    """A step of keifu's loop, without what happens between steps."""
+    rows = len(next(iter(batch(0).values())))
+    settings = Settings(steps=100_000, batch_size=rows, learning_rate=RATE, betas=BETAS)
+    optimisers = Optimisers(model, settings)
+    run = compiled(objective, CPU) if compile else objective
+    stepper = Stepper(model, run, objective, optimisers, CPU, dtype, rows, CLIP, 0)
+
+    def step() -> None:
+        gradient = stepper.gradient(len(losses), batch(len(losses)), lambda: False)
+        assert gradient
+        optimisers.step(len(losses))
+        losses.append(gradient.sums.means()["loss"])
+
+    return step
+
+
+def peer(
+    model: torch.nn.Module,
+    loss_of: Callable[[torch.nn.Module, Any], torch.Tensor],
+    batch: Callable[[int], Any],
+    dtype: torch.dtype,
+    fused: bool,
+    losses: list[float],
+) -> Callable[[], None]:
+    """The same step written as anyone would for another model."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, fused=fused)
+
+    def step() -> None:
+        rows = batch(len(losses))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = loss_of(model, rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+
+    return step

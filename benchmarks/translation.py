@@ -1,0 +1,135 @@
+"""What an idea bought in translation, from runs that were trained for the same time: by sentence length, over the time
+of training, and what attention looks at.
+
+python benchmarks/translation.py --run "with attention" runs/seq2seq --run "without" runs/none --on tatoeba-ja-en \
+    [--by-length PNG] [--over-time PNG] [--heads PNG --sentence TEXT] [--limit N]
+
+The pairs are the held-out test pairs of a catalogue name. `--over-time` translates the first N of its validation pairs
+(500 unless given) greedily with every state that a run kept (`keifu train ... --keep 100 --save-every N`).
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from _rounds import machine
+from safetensors.torch import load_file
+
+import keifu
+from keifu.data.pairs import read_pairs
+from keifu.data.splits import split
+from keifu.evaluation.attention import draw_maps, watched
+from keifu.evaluation.bleu import Scorer, language_of
+from keifu.evaluation.task import Asked
+from keifu.evaluation.translation import evaluate
+from keifu.generation.translation import translate
+from keifu.training.state import into_model
+
+Runs = list[tuple[str, Path]]
+
+
+def by_length(runs: Runs, on: str, reverse: bool, limit: int | None, picture: Path) -> None:
+    """Prints BLEU and chrF of each run, all and by the length of the source, and draws the latter."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for name, path in runs:
+        found = evaluate(*keifu.load(path), Asked(on, limit, reverse, by_length=True))
+        print(f"\n{name}: {found.figures}\n", flush=True)
+        table = found.tables["by length"]
+        print(f"| {' | '.join(table.columns)} |\n|{'---|' * len(table.columns)}")
+        for row in table.rows:
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
+        enough = [row for row in table.rows if row[1] >= 20]
+        for axes, column in ((left, 2), (right, 3)):
+            axes.plot([row[0] for row in enough], [row[column] for row in enough], marker="o", label=name)
+            axes.set(xlabel=f"length: {table.columns[0]}", ylabel=table.columns[column], ylim=(0, None))
+            axes.grid(alpha=0.3)
+    left.legend()
+    figure.savefig(picture, dpi=110)
+
+
+def over_time(runs: Runs, on: str, reverse: bool, n: int, picture: Path) -> None:
+    """Draws chrF of greedy translations and the validation loss over minutes of training."""
+    pairs = read_pairs(on, reverse)
+    sources, references = map(list, zip(*split(pairs).validation[:n], strict=True))
+    scorer = Scorer(pairs.languages[1] or language_of(references))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for name, path in runs:
+        model, tokenizer = keifu.load(path)
+        curve = []
+        for minutes, tensors in states(path):
+            with torch.no_grad():
+                into_model(model, tensors)
+            scores = scorer(translate(model, tokenizer, sources, beam=1), references)
+            curve.append((minutes, scores.chrf))
+            print(f"{name}: {minutes:.1f} min, BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}", flush=True)
+        left.plot(*zip(*curve, strict=True), marker="o", label=name)
+        right.plot(*zip(*losses(path), strict=True), label=name)
+    left.set(xlabel="minutes of training", ylabel=f"chrF of {n} greedy translations", ylim=(0, None))
+    right.set(xlabel="minutes of training", ylabel="validation loss, nats a token")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(picture, dpi=110)
+
+
+def states(run: Path) -> Iterable[tuple[float, dict[str, Any]]]:
+    """Minutes of training and the weights of every state that the run kept."""
+    for facts in sorted((run / "state").glob("step-*.json")):
+        yield json.loads(facts.read_text())["seconds"] / 60, load_file(facts.with_suffix(".safetensors"))
+
+
+def losses(run: Path) -> list[tuple[float, float]]:
+    """Minutes of training and validation losses from metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds, found = 0.0, []
+    for line in lines:
+        seconds = line.get("seconds", seconds)
+        if "validation_loss" in line:
+            found.append((seconds / 60, line["validation_loss"]))
+    return found
+
+
+def heads(path: Path, sentence: str, picture: Path) -> None:
+    """Draws every head that reads the source while a greedy translation of the sentence is written."""
+    model, tokenizer = keifu.load(path)
+    config = model.config
+    source = [*tokenizer.encode(sentence), config.end_id]
+    written = translate(model, tokenizer, [sentence], beam=1)[0]
+    target = [config.start_id, *tokenizer.encode(written)]
+    with torch.no_grad(), watched(model) as maps:
+        model(torch.tensor([source]), torch.tensor([target]))
+    cross = {name.replace("decoder.", "layer ").replace(".cross_attention", ""): each[0][0]
+             for name, each in maps.items() if "cross_attention" in name}  # fmt: skip
+    columns, rows = ([tokenizer.decode([t], skip_special=False) for t in ids] for ids in (source, target))
+    rows = [*rows[1:], "(end)"]  # a row is labelled with the token that it predicts
+    picture.write_bytes(draw_maps(cross, rows, columns, f"{sentence} → {written}"))
+    print(f"{sentence} → {written}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs=2, action="append", required=True, metavar=("NAME", "FOLDER"))
+    parser.add_argument("--on", default="tatoeba-ja-en")
+    parser.add_argument("--reverse", action="store_true")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--by-length", type=Path)
+    parser.add_argument("--over-time", type=Path)
+    parser.add_argument("--heads", type=Path)
+    parser.add_argument("--sentence", default="彼女は昨日、駅で古い友達に会いました。")
+    options = parser.parse_args()
+    runs = [(name, Path(folder)) for name, folder in options.run]
+    print(machine())
+    if options.by_length:
+        by_length(runs, options.on, options.reverse, options.limit, options.by_length)
+    if options.over_time:
+        over_time(runs, options.on, options.reverse, options.limit or 500, options.over_time)
+    if options.heads:
+        heads(runs[-1][1], options.sentence, options.heads)
+
+
+if __name__ == "__main__":
+    main()
