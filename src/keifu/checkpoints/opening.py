@@ -11,6 +11,7 @@ from keifu.checkpoints.gguf_saving import save_gguf
 from keifu.checkpoints.gguf_source import open_gguf
 from keifu.checkpoints.hub import locate
 from keifu.checkpoints.huggingface import INDEX, PICKLED, WEIGHTS, open_directory, pickled_only
+from keifu.checkpoints.npz import open_npz
 from keifu.checkpoints.report import Report, report
 from keifu.checkpoints.saving import save
 from keifu.checkpoints.source import Plan, Source, check_tokenizer, plan
@@ -84,4 +85,6 @@ def open_source(path: Path) -> Source:
         raise pickled_only(path.parent, [path.name])
     if path.suffix == ".gguf" or is_gguf(path):
         return open_gguf(path)
+    if path.suffix == ".npz":
+        return open_npz(path)
     raise UserError(f"{path} is no model: give a folder with config.json and model.safetensors, or a .gguf file.")

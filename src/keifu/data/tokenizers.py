@@ -10,6 +10,7 @@ from keifu.data.marian_tokenizer import SOURCE, read_marian
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.data.tokenizer_formats import READERS, finish, reader, settings_beside
 from keifu.data.tokenizer_training import KINDS, train_tokenizer
+from keifu.data.two_sided import TARGET, read_two_sided
 from keifu.errors import UserError
 
 __all__ = ["KINDS", "Tokenizer", "gguf_tokenizer", "load_tokenizer", "to_gguf_fields", "train_tokenizer"]
@@ -28,6 +29,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_dir():
         if (path / SOURCE).exists():
             return read_marian(path, settings_beside(path))
+        if (path / TARGET).exists():
+            return read_two_sided(path)
         name = next((name for name in READERS if (path / name).exists()), None)
         if name is None:
             raise UserError(f"The directory {path} holds no tokenizer: none of {', '.join(READERS)}.")

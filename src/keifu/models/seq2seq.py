@@ -99,7 +99,12 @@ SIZES = {
     "rnnsearch-30": Config(context_length=30),
     "rnnencdec-50": Config(**_FORWARD_FIXED),
     "rnnencdec-30": Config(context_length=30, **_FORWARD_FIXED),
-}
+    # Park and Kim (2019): a word's letters to its phonemes. The context is ours: the package takes words of any length.
+    "g2p-en": Config(
+        vocab_size=29, target_vocab_size=74, context_length=64, dim=256, embedding_dim=256, encoder="forward",
+        context="none", output="state", head_bias=True, start_id=3, end_id=2, pad_id=0,
+    ),
+}  # fmt: skip
 PAPER_PARAMETERS: dict[str, float] = {}  # the paper prints sizes of layers, no counts
 
 
