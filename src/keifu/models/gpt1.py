@@ -1,0 +1,122 @@
+"""GPT-1 (Radford et al., 2018, "Improving Language Understanding by Generative Pre-Training"): the Transformer's decoder
+alone, taught to write first and a task afterwards. New against the Transformer of 2017: no encoder and nothing to look
+across to, learned positions, GELU, and a head that is the embedding; the norms still stand after each sublayer.
+
+This file knows nothing of training, text or files.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from keifu.layers.activations import activation
+from keifu.layers.attention import Attention
+from keifu.layers.blocks import PostNorm
+from keifu.layers.decoder import DecoderLM
+from keifu.layers.feedforward import FeedForward
+from keifu.layers.initialisation import normal_
+from keifu.layers.linear import Linear
+from keifu.layers.positions import LearnedPositions
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the published model (section 4.1); its vocabulary is that of the released files."""
+
+    vocab_size: int = 40_478
+    context_length: int = 512
+    dim: int = 768
+    hidden_dim: int = 3072
+    n_layers: int = 12
+    n_heads: int = 12
+    norm_eps: float = 1e-5
+    activation: str = "gelu_tanh"  # of the released code; the paper says GELU
+    dropout: float = 0.1
+    tied: bool = True
+
+
+SIZES = {"gpt1": Config()}
+PAPER_PARAMETERS = {"gpt1": 117e6}  # not in its own paper; GPT-2's table 2 counts 117 million for "the original GPT"
+
+
+def build(config: Config) -> DecoderLM:
+    """A model drawn from N(0, 0.02²), positions too. There is no last norm: the last block ends in one."""
+    norm = partial(nn.LayerNorm, config.dim, config.norm_eps)
+    blocks = [
+        PostNorm(
+            Attention(config.dim, config.n_heads, dropout=config.dropout),
+            FeedForward(config.dim, config.hidden_dim, activation(config.activation)),
+            (norm(), norm()),
+            config.dropout,
+        )
+        for _ in range(config.n_layers)
+    ]
+    model = DecoderLM(
+        nn.Embedding(config.vocab_size, config.dim),
+        blocks,
+        nn.Identity(),
+        LearnedPositions(config.context_length, config.dim),
+        head=None if config.tied else Linear(config.dim, config.vocab_size, bias=False),
+        dropout=config.dropout,
+        config=config,
+    )
+    normal_(model, std=0.02)
+    return model
+
+
+WEIGHT_NAMES = {
+    "embedding": "transformer.tokens_embed",
+    "positions": "transformer.positions_embed",
+    "blocks.*.attention_norm": "transformer.h.*.ln_1",
+    "blocks.*.attention.qkv": "transformer.h.*.attn.c_attn.T",
+    "blocks.*.attention.out": "transformer.h.*.attn.c_proj.T",
+    "blocks.*.feedforward_norm": "transformer.h.*.ln_2",
+    "blocks.*.feedforward.up": "transformer.h.*.mlp.c_fc.T",
+    "blocks.*.feedforward.down": "transformer.h.*.mlp.c_proj.T",
+    "head": "lm_head",
+}
+PREFIX = "transformer."  # OpenAI's own files have the same names without it
+NOT_WEIGHTS = ("transformer.h.*.attn.bias", "transformer.position_ids")  # old files keep the mask and the numbers
+MODEL_TYPES = {"openai-gpt": "OpenAIGPTLMHeadModel"}
+UNSUPPORTED: dict[str, Any] = {}
+
+_ACTIVATIONS = {"gelu": "gelu_tanh", "swish": "silu", "silu": "silu", "relu": "relu"}  # what `afn` may say, and ours
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of a Hugging Face config.json of model_type openai-gpt."""
+    function = json.get("afn", "gelu")
+    if function not in _ACTIVATIONS:
+        raise ValueError(f"afn {function!r} is not supported. Known: {', '.join(_ACTIVATIONS)}.")
+    return Config(
+        vocab_size=json["vocab_size"],
+        context_length=json["n_positions"],
+        dim=json["n_embd"],
+        hidden_dim=4 * json["n_embd"],
+        n_layers=json["n_layer"],
+        n_heads=json["n_head"],
+        norm_eps=float(json.get("layer_norm_epsilon", 1e-5)),
+        activation=_ACTIVATIONS[function],
+        dropout=float(json.get("resid_pdrop", 0.1)),
+        tied=json.get("tie_word_embeddings", True),
+    )
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that transformers reads, which has no word for another `hidden_dim` than 4 · dim."""
+    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    return {
+        "model_type": "openai-gpt",
+        "architectures": list(MODEL_TYPES.values()),
+        "afn": names.get(config.activation, "gelu"),
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_embd": config.dim,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "layer_norm_epsilon": config.norm_eps,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        "tie_word_embeddings": config.tied,
+    }

@@ -1,0 +1,184 @@
+"""GPT-3 (Brown et al., 2020, "Language Models are Few-Shot Learners"): GPT-2 a hundred times as large, told its task by
+examples in the prompt. New in the model: every second layer sees only a band of the nearest tokens (section 2.1, after
+Child et al., 2019), so that its cost grows with the band and not with the square of the length.
+
+Where table 2.1 does not add up, this file keeps to d_model = n_heads · d_head: XL has 16 heads of 128 (printed: 24, which
+would make it 1.5 billion and not 1.3), 13B has dim 5120 (printed: 5140, which 40 heads do not divide). The band's width
+was not published: 256 is GPT-Neo's, whose weights were (Black et al., 2021; the same layers with attention unscaled and
+without biases on q, k and v). Nor were the pattern's start, dense here as there, and dropout: there is none here.
+
+This file knows nothing of training, text or files.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from keifu.layers.activations import activation
+from keifu.layers.attention import Attention
+from keifu.layers.blocks import PreNorm
+from keifu.layers.decoder import DecoderLM
+from keifu.layers.feedforward import FeedForward
+from keifu.layers.initialisation import normal_, scale_residual_
+from keifu.layers.linear import Linear
+from keifu.layers.positions import LearnedPositions
+from keifu.models import gpt2
+from keifu.models._published import activation_name, published_activation
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are GPT-3 Small. `band` None makes every layer dense, which is GPT-2."""
+
+    vocab_size: int = 50_257
+    context_length: int = 2048
+    dim: int = 768
+    hidden_dim: int = 3072
+    n_layers: int = 12
+    n_heads: int = 12
+    norm_eps: float = 1e-5
+    activation: str = "gelu_tanh"
+    dropout: float = 0.0
+    band: int | None = 256  # tokens that the layers 1, 3, 5, ... see, the token itself included
+    qkv_bias: bool = True
+    scaled_attention: bool = True  # by 1 / √(dim / n_heads); GPT-Neo has its products as they are
+    tied: bool = True
+
+
+def _size(n_layers: int, dim: int, n_heads: int, **changes: Any) -> Config:
+    return Config(n_layers=n_layers, dim=dim, hidden_dim=4 * dim, n_heads=n_heads, **changes)
+
+
+_neo = partial(_size, qkv_bias=False, scaled_attention=False)
+
+SIZES = {
+    "gpt3-small": _size(12, 768, 12),
+    "gpt3-medium": _size(24, 1024, 16),
+    "gpt3-large": _size(24, 1536, 16),
+    "gpt3-xl": _size(24, 2048, 16),
+    "gpt3-2.7b": _size(32, 2560, 32),
+    "gpt3-6.7b": _size(32, 4096, 32),
+    "gpt3-13b": _size(40, 5120, 40),
+    "gpt3-175b": _size(96, 12_288, 96),
+    "gpt-neo-125m": _neo(12, 768, 12),
+    "gpt-neo-1.3b": _neo(24, 2048, 16),
+    "gpt-neo-2.7b": _neo(32, 2560, 20),
+}
+PAPER_PARAMETERS = {
+    "gpt3-small": 125e6, "gpt3-medium": 350e6, "gpt3-large": 760e6, "gpt3-xl": 1.3e9, "gpt3-2.7b": 2.7e9,
+    "gpt3-6.7b": 6.7e9, "gpt3-13b": 13.0e9, "gpt3-175b": 175.0e9,
+    "gpt-neo-125m": 125e6, "gpt-neo-1.3b": 1.3e9, "gpt-neo-2.7b": 2.7e9,
+}  # fmt: skip
+
+
+def build(config: Config) -> DecoderLM:
+    """A model with GPT-2's initialisation, as the paper says."""
+    norm = partial(nn.LayerNorm, config.dim, config.norm_eps)
+    blocks = [
+        PreNorm(
+            _attention(config, banded=layer % 2 == 1),
+            FeedForward(config.dim, config.hidden_dim, activation(config.activation)),
+            (norm(), norm()),
+            config.dropout,
+        )
+        for layer in range(config.n_layers)
+    ]
+    positions = LearnedPositions(config.context_length, config.dim)
+    model = DecoderLM(
+        nn.Embedding(config.vocab_size, config.dim),
+        blocks,
+        norm(),
+        positions,
+        head=None if config.tied else Linear(config.dim, config.vocab_size, bias=False),
+        dropout=config.dropout,
+        config=config,
+    )
+    normal_(model, std=0.02)
+    nn.init.normal_(positions.weight, std=0.01)
+    scale_residual_(model, config.n_layers)
+    return model
+
+
+def _attention(config: Config, banded: bool) -> Attention:
+    window = config.band if banded else None
+    sizes = config.dim, config.n_heads
+    scale = None if config.scaled_attention else 1.0
+    return Attention(
+        *sizes, bias=config.qkv_bias, out_bias=True, window=window, dropout=config.dropout, scale=scale
+    )
+
+
+WEIGHT_NAMES = gpt2.WEIGHT_NAMES | {
+    "blocks.*.attention.qkv": "transformer.h.*.attn.attention.[q,k,v]_proj",
+    "blocks.*.attention.out": "transformer.h.*.attn.attention.out_proj",
+    "blocks.*.feedforward.up": "transformer.h.*.mlp.c_fc",
+    "blocks.*.feedforward.down": "transformer.h.*.mlp.c_proj",
+}
+PREFIX = gpt2.PREFIX
+NOT_WEIGHTS = ("transformer.h.*.attn.attention.bias", "transformer.h.*.attn.attention.masked_bias")  # causal masks
+MODEL_TYPES = {"gpt_neo": "GPTNeoForCausalLM"}
+UNSUPPORTED: dict[str, Any] = {}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of a config.json of model_type gpt_neo, or of gpt2, which says a dense one."""
+    if json["model_type"] == "gpt2":
+        fields = vars(gpt2.from_published(json)).items()
+        return Config(**{name: value for name, value in fields if name != "bias"}, band=None)
+    return Config(
+        vocab_size=json["vocab_size"],
+        context_length=json["max_position_embeddings"],
+        dim=json["hidden_size"],
+        hidden_dim=json.get("intermediate_size") or 4 * json["hidden_size"],
+        n_layers=json["num_layers"],
+        n_heads=json["num_heads"],
+        norm_eps=float(json.get("layer_norm_epsilon", 1e-5)),
+        activation=activation_name(json.get("activation_function", "gelu_new")),
+        dropout=float(json.get("resid_dropout", 0.0)),
+        band=_read_band(json),
+        qkv_bias=False,
+        scaled_attention=False,
+        tied=json.get("tie_word_embeddings", True),
+    )
+
+
+def _read_band(json: dict[str, Any]) -> int | None:
+    """The width of the band, from [[["global", "local"], 6]]: kinds of layers, and how often they repeat."""
+    layers = [kind for kinds, times in json["attention_types"] for kind in kinds * times]
+    if layers == ["global"] * json["num_layers"]:
+        return None
+    if layers != _kinds(json["num_layers"], True):
+        raise ValueError(
+            f"attention_types {json['attention_types']} is an order that is not supported: global layers alone are, "
+            f"or global and local ones in turn, {json['num_layers']} in all."
+        )
+    return json.get("window_size", 256)
+
+
+def _kinds(n_layers: int, banded: bool) -> list[str]:
+    return ["local" if banded and layer % 2 else "global" for layer in range(n_layers)]
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json of GPT-2 for a dense model with its attention, else of GPT-Neo, which has another attention."""
+    if config.band is None and config.qkv_bias and config.scaled_attention:
+        shared = vars(config).keys() & vars(gpt2.Config()).keys()
+        return gpt2.to_published(gpt2.Config(**{key: vars(config)[key] for key in shared}))
+    return {
+        "model_type": "gpt_neo",
+        "architectures": ["GPTNeoForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_layers": config.n_layers,
+        "num_heads": config.n_heads,
+        "attention_types": [[_kinds(config.n_layers, config.band is not None), 1]],
+        "window_size": config.band or 256,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": published_activation(config.activation),
+        **dict.fromkeys(("resid_dropout", "embed_dropout", "attention_dropout"), config.dropout),
+        "tie_word_embeddings": config.tied,
+    }

@@ -1,0 +1,145 @@
+"""PaLM (Chowdhery et al., 2022): attention and feed-forward side by side on one norm, so that their first products are
+one step; a single head of keys and values (multi-query), so that a cache is n_heads times smaller; SwiGLU, rotary
+positions, no biases anywhere, and a head that is the embedding, its logits divided by √dim.
+
+No PaLM weights were published. Cohere's Command-R has the same layer, and its files are read and written here. Rotary
+pairs are neighbours, as Cohere has them; the paper does not say. Nor does it print the norms' ε.
+
+This file knows nothing of training, text or files.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from keifu.layers.activations import activation
+from keifu.layers.attention import Attention
+from keifu.layers.blocks import Parallel
+from keifu.layers.decoder import DecoderLM
+from keifu.layers.feedforward import GatedFeedForward
+from keifu.layers.initialisation import fan_in_
+from keifu.layers.linear import Linear
+from keifu.layers.normalisation import ScaledLayerNorm
+from keifu.layers.positions import RopeScaling, Rotary
+from keifu.models._published import activation_name, published_activation, read_rope, write_rope
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are PaLM 8B (table 1). The attention is n_heads · head_dim wide, which need not be `dim`."""
+
+    vocab_size: int = 256_000
+    context_length: int = 2048
+    dim: int = 4096
+    hidden_dim: int = 16_384
+    n_layers: int = 32
+    n_heads: int = 16
+    n_kv_heads: int = 1
+    head_dim: int | None = 256  # None: dim / n_heads
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    activation: str = "silu"
+    logit_scale: float | None = None  # 1 / √dim
+    dropout: float = 0.0
+    tied: bool = True
+
+
+SIZES = {
+    "palm-8b": Config(),
+    "palm-62b": Config(dim=8192, hidden_dim=32_768, n_layers=64, n_heads=32),
+    "palm-540b": Config(dim=18_432, hidden_dim=73_728, n_layers=118, n_heads=48),
+}
+PAPER_PARAMETERS = {"palm-8b": 8.63e9, "palm-62b": 62.50e9, "palm-540b": 540.35e9}
+
+
+def build(config: Config) -> DecoderLM:
+    """A model with the paper's initialisation (section 5): kernels N(0, 1 / inputs), embeddings N(0, 1)."""
+    scale = config.dim**-0.5 if config.logit_scale is None else config.logit_scale
+    model = DecoderLM(
+        nn.Embedding(config.vocab_size, config.dim),
+        [_block(config) for _ in range(config.n_layers)],
+        ScaledLayerNorm(config.dim, config.norm_eps, scale),
+        rotary=Rotary(_head_dim(config), config.rope_theta, config.rope_scaling, interleaved=True),
+        head=None if config.tied else Linear(config.dim, config.vocab_size, bias=False),
+        dropout=config.dropout,
+        config=config,
+    )
+    fan_in_(model)
+    return model
+
+
+def _block(config: Config) -> Parallel:
+    sizes = config.n_heads, config.n_kv_heads, config.head_dim
+    attention = Attention(config.dim, *sizes, bias=False, dropout=config.dropout)
+    feedforward = GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation))
+    return Parallel(attention, feedforward, nn.LayerNorm(config.dim, config.norm_eps, bias=False), config.dropout)
+
+
+def _head_dim(config: Config) -> int:
+    return config.head_dim or config.dim // config.n_heads
+
+
+WEIGHT_NAMES = {
+    "embedding": "model.embed_tokens",
+    "blocks.*.norm": "model.layers.*.input_layernorm",
+    "blocks.*.attention.qkv": "model.layers.*.self_attn.[q,k,v]_proj",
+    "blocks.*.attention.out": "model.layers.*.self_attn.o_proj",
+    "blocks.*.feedforward.gate_up": "model.layers.*.mlp.[gate,up]_proj",
+    "blocks.*.feedforward.down": "model.layers.*.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+PREFIX = "model."
+NOT_WEIGHTS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old files keep the rotary frequencies
+MODEL_TYPES = {"cohere": "CohereForCausalLM"}
+UNSUPPORTED = {"attention_bias": False, "use_qk_norm": False}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of a Hugging Face config.json of model_type cohere."""
+    scale = json.get("logit_scale")
+    context_length = json["max_position_embeddings"]
+    theta, scaling = read_rope({"rope_theta": 500_000.0} | json)  # Cohere's own default
+    return Config(
+        vocab_size=json["vocab_size"],
+        context_length=context_length,
+        dim=json["hidden_size"],
+        hidden_dim=json["intermediate_size"],
+        n_layers=json["num_hidden_layers"],
+        n_heads=json["num_attention_heads"],
+        n_kv_heads=json.get("num_key_value_heads") or json["num_attention_heads"],
+        head_dim=json.get("head_dim"),
+        norm_eps=float(json.get("layer_norm_eps", 1e-5)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        activation=activation_name(json.get("hidden_act", "silu")),
+        logit_scale=0.0625 if scale is None else float(scale),
+        dropout=float(json.get("attention_dropout") or 0.0),
+        tied=json.get("tie_word_embeddings", True),
+    )
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that transformers reads; `head_dim`, where heads are not dim / n_heads wide, it takes as well."""
+    heads = {} if config.head_dim is None else {"head_dim": config.head_dim}
+    return heads | {
+        "model_type": "cohere",
+        "architectures": ["CohereForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": published_activation(config.activation),
+        "logit_scale": config.dim**-0.5 if config.logit_scale is None else config.logit_scale,
+        "attention_dropout": config.dropout,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "tie_word_embeddings": config.tied,
+        **write_rope(config.rope_theta, config.rope_scaling),
+    }
