@@ -211,4 +211,5 @@ def to_published(config: Config) -> dict[str, Any]:
         "forced_eos_token_id": config.end_id,
         "pad_token_id": config.pad_id,
         "bos_token_id": None,
+        "bad_words_ids": [[token] for token in sorted({config.start_id, config.pad_id} - {config.end_id})],
     }
