@@ -20,6 +20,17 @@ def llama(**changes):
     return transformers.LlamaConfig(**SIZES | changes)
 
 
+def neo(**changes):
+    """Layers global and local in turn; the window is much shorter than the test's 61 tokens."""
+    sizes = {"vocab_size": 97, "max_position_embeddings": 64, "hidden_size": 20, "num_layers": 3, "num_heads": 5}
+    kinds = [[["global", "local"], 1], [["global"], 1]]
+    return transformers.GPTNeoConfig(**sizes | {"attention_types": kinds, "window_size": 7} | changes)
+
+
+def cohere(**changes):
+    return transformers.CohereConfig(**SIZES | {"logit_scale": 0.3} | changes)
+
+
 def rope(kind: str, **settings):
     """LLaMA with 32 places and a rotary scaling; the test's 61 tokens go beyond."""
     parameters = {"rope_type": kind, "rope_theta": 10_000.0, **settings}
@@ -33,6 +44,22 @@ CASES = {
     ),
     "gpt2-untied": lambda: transformers.GPT2Config(
         vocab_size=97, n_positions=64, n_embd=20, n_layer=2, n_head=5, layer_norm_epsilon=0.1, tie_word_embeddings=False
+    ),
+    "gpt1": lambda: transformers.OpenAIGPTConfig(vocab_size=97, n_positions=64, n_embd=20, n_layer=3, n_head=5),
+    "gpt1-untied-silu": lambda: transformers.OpenAIGPTConfig(
+        vocab_size=97, n_positions=64, n_embd=20, n_layer=2, n_head=5, layer_norm_epsilon=0.1, afn="silu",
+        tie_word_embeddings=False,
+    ),
+    "gpt-neo": neo,
+    "gpt-neo-window-of-one": lambda: neo(window_size=1, intermediate_size=33, activation_function="gelu"),
+    "gpt-neo-all-global-untied": lambda: neo(
+        num_layers=2, attention_types=[[["global"], 2]], tie_word_embeddings=False
+    ),
+    "cohere-multi-query": lambda: cohere(num_key_value_heads=1),
+    "cohere-grouped-wide-heads": lambda: cohere(head_dim=10, layer_norm_eps=0.1, hidden_act="gelu"),
+    "cohere-multi-head-untied": lambda: cohere(num_key_value_heads=4, tie_word_embeddings=False),
+    "cohere-linear-rope": lambda: cohere(
+        rope_parameters={"rope_type": "linear", "rope_theta": 20_000.0, "factor": 2.5}
     ),
     "llama1": lambda: llama(num_key_value_heads=4, rms_norm_eps=1e-6),
     "llama2-grouped": lambda: llama(rms_norm_eps=1e-5),
