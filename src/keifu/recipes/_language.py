@@ -49,19 +49,21 @@ class Task:
 
 def ready(text: Text) -> Task:
     """Fetches, learns the tokenizer and tokenises, each once: what was made before is found again."""
-    tokenizer = _tokenizer(text)
+    tokenizer = tokenizer_of(text)
     return Task(text, tokenizer, prepare(text.data, tokenizer, held_out=text.held_out))
 
 
-def _tokenizer(text: Text) -> Tokenizer:
+def tokenizer_of(text: Text, **options: Any) -> Tokenizer:
+    """The tokenizer that a text names, or the one that it asks to be learned, with these options of learning."""
     if text.tokenizer not in KINDS:
         known = in_catalogue(text.tokenizer)
         return load_tokenizer(catalogue.fetch(text.tokenizer) if known else Path(text.tokenizer))
-    name = f"{text.tokenizer}-{text.vocab_size}-{content_hash(text.data)[:16]}"
+    given = "".join(f"-{option}" for option, value in options.items() if value)
+    name = f"{text.tokenizer}-{text.vocab_size}{given}-{content_hash(text.data)[:16]}"
     directory = cache() / "tokenizers" / name
     if not (directory / "tokenizer_config.json").exists():  # the last file that is written
         print(f"Learning a {text.tokenizer} tokenizer of {text.vocab_size} tokens from {text.data} ...", flush=True)
-        train_tokenizer(text.tokenizer, _pieces(text.data), text.vocab_size).save(directory)
+        train_tokenizer(text.tokenizer, _pieces(text.data), text.vocab_size, **options).save(directory)
     return load_tokenizer(directory)
 
 
@@ -119,7 +121,10 @@ def _source(task: Task) -> dict[str, Any]:
         "validation tokens": index["validation"]["tokens"],
         "bytes per token": round(task.shards.bytes_per_token, 3),
     }
-    if in_catalogue(data):
-        row = next(row for row in catalogue.rows() if row["name"] == data)
-        facts |= {"licence": row["licence"], "attribution": row["attribution"]}
-    return {"data": [facts]}
+    return {"data": [facts | whom_to_thank(data)]}
+
+
+def whom_to_thank(data: str) -> dict[str, str]:
+    """Licence and attribution of a catalogue entry; nothing for other data."""
+    found = [row for row in catalogue.rows() if row["name"] == data]
+    return {key: row[key] for row in found for key in ("licence", "attribution")}
