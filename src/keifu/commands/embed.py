@@ -1,0 +1,124 @@
+"""`keifu embed`: texts as vectors, and which of them are nearest to each other; knows no model."""
+
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from keifu.commands import flags, tables
+from keifu.commands.encoders import ids, load_encoder, texts_from
+from keifu.errors import UserError
+from keifu.files import write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXAMPLE = 'keifu embed minilm "A text" "Another one"'
+SILENT = 2000  # texts; more of them show how far the work has come
+FORMATS = (".npy", ".json")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Turn texts into vectors of length 1. Each argument is a text, or each line of a file or of what is piped in.
+
+    Without --out or --nearest, each text and its vector are printed as a line of JSON.
+    """
+
+    model: flags.Model
+    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[TEXT ...]", help="The texts.")] = ()
+    file: Path | None = None
+    """The file that has a text on each line."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",), metavar="PATH")] = None
+    """The .npy file (float32, a row a text) or .json file for the vectors."""
+    nearest: int | None = None
+    """Print so many of the most similar texts for each text, with their cosine similarity."""
+    among: Path | None = None
+    """The file whose lines are searched for the nearest; without it, the texts themselves are."""
+    cut: bool = False
+    """Keep the beginning of a text that is longer than the model takes."""
+    dtype: Literal["f32", "bf16"] | None = None
+    """Compute in this type; bf16 is faster where the processor has it, and exact to about 0.003."""
+    batch_size: int = 256
+    """Texts that go through the model together, at most."""
+
+
+def run(options: Options) -> None:
+    """Embeds, writes the vectors, prints the neighbours."""
+    _check(options)
+    texts = texts_from(options.texts, options.file, EXAMPLE)
+    among = texts_from((), options.among, EXAMPLE) if options.among else None
+    model, tokenizer = load_encoder(options.model, options.dtype)
+    vectors = _embedded(model, tokenizer, texts, options)
+    if options.out:
+        _write(options.out, texts, vectors)
+    if options.nearest is not None:
+        searched = None if among is None else _embedded(model, tokenizer, among, options)
+        _show_nearest(options.nearest, (texts, vectors), None if among is None else (among, searched))
+    if not options.out and options.nearest is None:
+        for text, vector in zip(texts, _numbers(vectors), strict=True):
+            print(json.dumps({"text": text, "vector": vector}, ensure_ascii=False))
+
+
+def _check(options: Options) -> None:
+    """What is wrong with the options, told before any work is done."""
+    if options.out and options.out.suffix not in FORMATS:
+        raise UserError(f"The vectors go into a .npy or a .json file, and {options.out} is neither.")
+    if options.among and options.nearest is None:
+        raise UserError(f"{options.among} would be searched, but nothing is: say how many with --nearest.")
+    for name, value in (("--nearest", options.nearest), ("--batch-size", options.batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, and it is {value}.")
+
+
+def _embedded(model: Any, tokenizer: Any, texts: Sequence[str], options: Options) -> "Tensor":
+    from keifu.data.progress import counting
+    from keifu.evaluation.embedding import embed_rows
+
+    rows, pad_id = ids(model, tokenizer, texts, options.cut), tokenizer.pad_id or 0
+    if len(texts) <= SILENT:
+        return embed_rows(model, rows, pad_id, options.batch_size)
+    with counting("Embedding", len(texts), "texts") as advance:
+        return embed_rows(model, rows, pad_id, options.batch_size, advance)
+
+
+def _write(path: Path, texts: Sequence[str], vectors: "Tensor") -> None:
+    if path.suffix == ".npy":
+        import numpy as np
+
+        content = io.BytesIO()
+        np.save(content, vectors.cpu().numpy(), allow_pickle=False)
+        write_atomic(path, content.getvalue())
+    else:
+        lines = [{"text": text, "vector": vector} for text, vector in zip(texts, _numbers(vectors), strict=True)]
+        write_atomic(path, json.dumps(lines, ensure_ascii=False) + "\n")
+    print(f"Wrote {len(texts):,} vectors of {vectors.shape[1]} numbers to {path}.", file=sys.stderr)
+
+
+def _numbers(vectors: "Tensor") -> list[list[float]]:
+    """Rounded to 8 decimals, which is what float32 holds of numbers of this size."""
+    import numpy as np
+
+    return np.round(vectors.cpu().double().numpy(), 8).tolist()
+
+
+def _show_nearest(count: int, queries: tuple[list[str], Any], among: tuple[list[str], Any] | None) -> None:
+    from keifu.evaluation.embedding import nearest
+
+    texts, vectors = queries
+    candidates, points = among or queries
+    similarity, places = nearest(vectors, points, count, themselves=among is None)
+    rows = [
+        [text if number == 0 else "", f"{value:.3f}", candidates[place]]
+        for text, values, found in zip(texts, similarity.tolist(), places.tolist(), strict=True)
+        for number, (value, place) in enumerate(zip(values, found, strict=True))
+    ]
+    tables.show(["text", "similarity", "nearest"], rows)
+
+
+parse = flags.parser(Options, run, "keifu embed")
