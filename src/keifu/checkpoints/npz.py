@@ -1,7 +1,7 @@
 """NumPy archives as models to be loaded: g2p-en's weights, which are published in no other form. It knows no other.
 
-The archive holds arrays alone; that they are a recurrent encoder-decoder without attention, and what its rows stand for,
-is known here. Nothing in it is ever unpickled.
+The archive holds arrays alone; that they are a recurrent encoder-decoder without attention, and what its rows stand
+for, is known here. Nothing in it is ever unpickled.
 """
 
 import zipfile
@@ -64,7 +64,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     other = [f"{name} as {array.dtype}" for name, array in arrays.items() if str(array.dtype) not in DTYPES]
     if other:
         raise UserError(
-            f"{path} stores {', '.join(other[:5])}, which keifu does not read; float32 and float64 it does."
+            f"{path} stores {', '.join(other[:5])}, which keifu does not read there, only float32 and float64."
         )
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 

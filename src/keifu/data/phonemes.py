@@ -1,7 +1,7 @@
 """English letters and the phonemes of American English, as the two sides of a tokenizer; it knows no model.
 
 The phonemes are ARPAbet's as the CMU Pronouncing Dictionary writes them: vowels carry their stress, 0, 1 or 2. Their
-order is alphabetical, which is that of g2p-en's weights (Park and Kim, 2019), and one vowel stands there unstressed too.
+order is alphabetical, which is that of g2p-en's weights (Park and Kim, 2019); one vowel is there unstressed too.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from keifu.data.special_tokens import put_around_text
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.data.two_sided import TwoSidedTokenizer
 
-VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split()
-CONSONANTS = "B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH".split()
+VOWELS = ["AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"]
+CONSONANTS = ["CH", "DH", "HH", "JH", "NG", "SH", "TH", "ZH", *"BDFGKLMNPRSTVWYZ"]
 PHONEMES = sorted([*CONSONANTS, "UW", *(vowel + stress for vowel in VOWELS for stress in "012")])
 PAD, UNKNOWN, END, START = "<pad>", "<unk>", "</s>", "<s>"
 
