@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from keifu.layers.losses import LOSSES
-from keifu.models import gpt2, llama, mlp, perceptron
+from keifu.models import gpt1, gpt2, gpt3, llama, mlp, palm, perceptron
 from keifu.training.objectives import causal
 from keifu.training.optimisers import Optimisers
 from keifu.training.settings import Settings
@@ -13,7 +13,10 @@ from keifu.training.step import Stepper
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 31, "context_length": 16, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
 LANGUAGE_MODELS = {
+    "gpt1": (gpt1, gpt1.Config(**SMALL, dropout=0.0)),
     "gpt2": (gpt2, gpt2.Config(**SMALL, dropout=0.0)),
+    "gpt3": (gpt3, gpt3.Config(**SMALL, band=4)),
+    "palm": (palm, palm.Config(**SMALL, head_dim=12)),
     "llama": (llama, llama.Config(**SMALL, n_kv_heads=2)),
     "mistral": (llama, llama.Config(**SMALL, n_kv_heads=1, sliding_window=5, tied=True)),
     "qwen2": (llama, llama.Config(**SMALL, qkv_bias=True)),

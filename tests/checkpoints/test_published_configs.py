@@ -4,7 +4,7 @@ import pytest
 import transformers
 
 from keifu.checkpoints.families import FAMILIES, describe, read_config
-from keifu.models import gpt2, llama
+from keifu.models import gpt1, gpt2, gpt3, llama, palm
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
 LLAMA3_ROPE = {
@@ -12,6 +12,25 @@ LLAMA3_ROPE = {
     "rope_type": "llama3",
 }  # fmt: skip
 PUBLISHED = {
+    "gpt1": {
+        "afn": "gelu", "architectures": ["OpenAIGPTLMHeadModel"], "attn_pdrop": 0.1, "embd_pdrop": 0.1,
+        "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "openai-gpt", "n_ctx": 512, "n_embd": 768,
+        "n_head": 12, "n_layer": 12, "n_positions": 512, "n_special": 0, "predict_special_tokens": True,
+        "resid_pdrop": 0.1, "summary_activation": None, "vocab_size": 40478,
+    },
+    "gpt-neo-1.3b": {
+        "activation_function": "gelu_new", "architectures": ["GPTNeoForCausalLM"], "attention_dropout": 0,
+        "attention_types": [[["global", "local"], 12]], "bos_token_id": 50256, "embed_dropout": 0,
+        "eos_token_id": 50256, "hidden_size": 2048, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+        "max_position_embeddings": 2048, "model_type": "gpt_neo", "num_heads": 16, "num_layers": 24,
+        "resid_dropout": 0, "vocab_size": 50257, "window_size": 256,
+    },
+    "command-r-v01": {
+        **COMMON, "model_type": "cohere", "attention_bias": False, "hidden_size": 8192, "intermediate_size": 22528,
+        "layer_norm_eps": 1e-05, "logit_scale": 0.0625, "max_position_embeddings": 8192, "num_attention_heads": 64,
+        "num_hidden_layers": 40, "num_key_value_heads": 64, "pad_token_id": 0, "rope_theta": 8000000.0,
+        "vocab_size": 256000,
+    },
     "gpt2-medium": {
         "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
         "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
@@ -72,7 +91,7 @@ PUBLISHED = {
 def test_config_is_the_size_of_that_name(name) -> None:
     family, config = read_config(PUBLISHED[name], "config.json")
     assert family.model_type == PUBLISHED[name]["model_type"]
-    expected = (gpt2.SIZES | llama.SIZES)[name]
+    expected = (gpt1.SIZES | gpt2.SIZES | gpt3.SIZES | palm.SIZES | llama.SIZES)[name]
     assert describe(config) == describe(expected)
 
 
@@ -98,4 +117,5 @@ def test_every_size_is_written_and_read_again(kind) -> None:
         family, json = describe(config)
         again, back = read_config(json, "config.json")
         assert again == family and describe(back) == (family, json), name
-        assert not json["model_type"].startswith("keifu_") or kind == "keifu_mlp", name
+        unpublished = kind == "keifu_mlp" or name.startswith("gpt3-")  # no file of others has GPT-3's band
+        assert json["model_type"].startswith("keifu_") == unpublished, name

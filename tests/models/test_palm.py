@@ -12,7 +12,7 @@ from keifu.training.objectives import causal
 SMALL = {"vocab_size": 31, "context_length": 16, "dim": 48, "hidden_dim": 80, "n_layers": 2, "n_heads": 3}
 
 
-@pytest.mark.parametrize("name", palm.SIZES)
+@pytest.mark.parametrize("name", ["palm-8b", "palm-62b", "palm-540b"])
 def test_sizes_count_what_the_paper_prints(name):
     with torch.device("meta"):
         model = palm.build(palm.SIZES[name])

@@ -146,19 +146,23 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def _read_band(json: dict[str, Any]) -> int | None:
     """The width of the band, from [[["global", "local"], 6]]: kinds of layers, and how often they repeat."""
-    layers = [kind for kinds, times in json["attention_types"] for kind in kinds * times]
-    if layers == ["global"] * json["num_layers"]:
+    written, n_layers = json["attention_types"], json["num_layers"]
+    layers = [kind for kinds, times in written for kind in kinds * times]
+    if layers == ["global"] * n_layers:
         return None
-    if layers != _kinds(json["num_layers"], True):
+    if layers != (["global", "local"] * n_layers)[:n_layers]:
         raise ValueError(
-            f"attention_types {json['attention_types']} is an order that is not supported: global layers alone are, "
-            f"or global and local ones in turn, {json['num_layers']} in all."
+            f"attention_types {written} is an order that is not supported: global layers alone are, or global and local "
+            f"ones in turn, {n_layers} in all."
         )
     return json.get("window_size", 256)
 
 
-def _kinds(n_layers: int, banded: bool) -> list[str]:
-    return ["local" if banded and layer % 2 else "global" for layer in range(n_layers)]
+def _attention_types(n_layers: int, banded: bool) -> list[list[Any]]:
+    """What `_read_band` reads."""
+    pairs = n_layers // 2 if banded else 0
+    written = [[["global", "local"], pairs], [["global"], n_layers - 2 * pairs]]
+    return [entry for entry in written if entry[1]]
 
 
 def to_published(config: Config) -> dict[str, Any]:
@@ -175,7 +179,7 @@ def to_published(config: Config) -> dict[str, Any]:
         "intermediate_size": config.hidden_dim,
         "num_layers": config.n_layers,
         "num_heads": config.n_heads,
-        "attention_types": [[_kinds(config.n_layers, config.band is not None), 1]],
+        "attention_types": _attention_types(config.n_layers, config.band is not None),
         "window_size": config.band or 256,
         "layer_norm_epsilon": config.norm_eps,
         "activation_function": published_activation(config.activation),

@@ -50,8 +50,12 @@ SIZES = {
     "palm-8b": Config(),
     "palm-62b": Config(dim=8192, hidden_dim=32_768, n_layers=64, n_heads=32),
     "palm-540b": Config(dim=18_432, hidden_dim=73_728, n_layers=118, n_heads=48),
-}
-PAPER_PARAMETERS = {"palm-8b": 8.63e9, "palm-62b": 62.50e9, "palm-540b": 540.35e9}
+    "command-r-v01": Config(
+        context_length=8192, dim=8192, hidden_dim=22_528, n_layers=40, n_heads=64, n_kv_heads=64, head_dim=None,
+        rope_theta=8e6, logit_scale=0.0625,
+    ),
+}  # fmt: skip
+PAPER_PARAMETERS = {"palm-8b": 8.63e9, "palm-62b": 62.50e9, "palm-540b": 540.35e9, "command-r-v01": 35e9}
 
 
 def build(config: Config) -> DecoderLM:
