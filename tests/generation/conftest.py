@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from keifu.data.tokenizers import Tokenizer, train_tokenizer
 from keifu.layers.cache import KeyValueCache
-from keifu.models import gpt2, llama
+from keifu.models import gpt1, gpt2, gpt3, llama, palm
 
 SIZE: dict[str, Any] = {"vocab_size": 261, "context_length": 67, "dim": 20, "hidden_dim": 36, "n_layers": 3}
 LLAMA = {**SIZE, "n_heads": 4, "head_dim": 6}
 TOYS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: gpt2.build(gpt2.Config(**SIZE, n_heads=5, dropout=0.3)),
+    "gpt1": lambda: gpt1.build(gpt1.Config(**SIZE, n_heads=5)),
+    "gpt3": lambda: gpt3.build(gpt3.Config(**SIZE, n_heads=5, band=6)),
+    "palm": lambda: palm.build(palm.Config(**LLAMA)),
     "grouped": lambda: llama.build(llama.Config(**LLAMA, n_kv_heads=2)),
     "window": lambda: llama.build(llama.Config(**LLAMA, n_kv_heads=2, sliding_window=5)),
     "late window": lambda: llama.build(
