@@ -108,7 +108,7 @@ def test_damaged_weights_are_told(model: nn.Module, tokenizer: Tokenizer) -> Non
 
 
 def test_a_model_that_does_not_write(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="A Linear cannot write text"):
+    with pytest.raises(UserError, match="writes no text: a Linear cannot"):
         generate(nn.Linear(2, 2), tokenizer, "abc")
 
 

@@ -10,11 +10,11 @@ from keifu.errors import UserError
 def load_writer(name: str) -> tuple[Any, Any]:
     """A model that writes text, and its tokenizer; for any other kind of model a `UserError`."""
     from keifu.checkpoints import load
-    from keifu.generation.decoding import Model
+    from keifu.generation.decoding import Model, writes_nothing
 
     model, tokenizer = load(name)
     if tokenizer is None or not isinstance(model, Model):
-        raise UserError(f"{name} is a {type(model).__name__}, which writes no text: choose a language model.")
+        raise UserError(f"{name} writes no text: {writes_nothing(model)}")
     return model, tokenizer
 
 

@@ -69,6 +69,14 @@ class Tokenizer:
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special)
         return [encoding.ids for encoding in encodings]
 
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """The ids of two texts as the tokenizer puts them together, [CLS] first [SEP] second [SEP], and the segment of
+        each id: 0 for what belongs to the first, 1 for the second. Text that spells a special token stays text.
+        """
+        with self._explaining([first, second]):
+            encoding = self._shield.backend.encode(first, second)
+        return encoding.ids, encoding.type_ids
+
     @contextmanager
     def _explaining(self, texts: Sequence[str]) -> Iterator[None]:
         """Around the encoding of texts: what fails is a `UserError` that names the character."""

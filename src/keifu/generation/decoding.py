@@ -36,10 +36,30 @@ class Model(Protocol):
     def new_caches(self, batch: int, capacity: int) -> list[Cache]: ...
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """What a model offers that sees both sides of every token, and so cannot go on with a text."""
+
+    def encode(self, tokens: Tokens, segments: Tokens | None, mask: Tensor | None) -> Tensor: ...
+
+    def pool(self, hidden: Tensor) -> Tensor: ...
+
+
+def writes_nothing(model: nn.Module) -> str:
+    """The sentence for a model that is asked to write and cannot: what it can do instead."""
+    name = type(model).__name__
+    if isinstance(model, Reader):
+        return (
+            f"a {name} reads both sides of a text and cannot write one: let it embed texts (keifu embed), classify them "
+            "(keifu classify) or fill in [MASK] (keifu.generation.filling.fill), or choose a language model, such as smollm2."
+        )
+    return f"a {name} cannot; choose a language model, such as smollm2."
+
+
 def causal(model: nn.Module) -> Model:
     """The same model, known to be one that can write; any other is a `UserError`."""
     if not isinstance(model, Model):
-        raise UserError(f"A {type(model).__name__} cannot write text: load a causal language model, such as smollm2.")
+        raise UserError(f"This model writes no text: {writes_nothing(model)}")
     return model
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from keifu import checkpoints
 from keifu.data.masking import MaskedText, Masking, Vocabulary
 from keifu.data.sentence_shards import SentenceShards, prepare_sentences
-from keifu.data.tokenizers import Tokenizer
+from keifu.data.tokenizers import KINDS, Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.encoding import encoder
 from keifu.generation.filling import fill
@@ -98,6 +98,8 @@ def _begin(recipe: Recipe) -> tuple[Any, Tokenizer]:
     pairs = recipe.masking.sentence_pairs
     torch.manual_seed(recipe.training.seed)
     if recipe.start is None:
+        if recipe.text.tokenizer in KINDS and recipe.text.tokenizer != "wordpiece":
+            raise UserError(f"BERT needs [CLS], [SEP] and [MASK], which {recipe.text.tokenizer} has not: learn wordpiece.")
         lower = recipe.lowercase and recipe.text.tokenizer == "wordpiece"
         tokenizer = tokenizer_of(recipe.text, **({"lowercase": True} if lower else {}))
         sizes = replace(recipe.model, vocab_size=tokenizer.vocab_size, labels=())
