@@ -58,7 +58,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            arrays = {name: np.asarray(archive[name]) for name in archive.files}  # what is no array comes as bytes
     except (ValueError, EOFError, OSError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no NumPy archive of plain numbers, or is torn: {error}") from error
     other = [f"{name} as {array.dtype}" for name, array in arrays.items() if str(array.dtype) not in DTYPES]
