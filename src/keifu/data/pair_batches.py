@@ -56,7 +56,7 @@ class Encoded:
         return Encoded(self.ids[places], _starts(lengths))
 
     def padded(self, rows: np.ndarray, special: Special, begins: bool) -> tuple[Tensor, Tensor]:
-        """The sentences of some rows with their end, and with the start where `begins`: ids and mask [row, position]."""
+        """The sentences of some rows with their end, and with the start where `begins`: ids, mask [row, position]."""
         lengths = self.lengths[rows] + 1 + begins
         columns = np.arange(lengths.max())
         mask = columns < lengths[:, None]
@@ -219,7 +219,8 @@ class PairData:
         """The batch of the first epoch with the most tokens, padding counted: what needs the most memory."""
         rows, _ = self._epoch(0)
         sizes, bounds = self.train.sizes()[rows], self.batching.bounds
-        padded = [(stop - start) * sizes[start:stop].max(0).sum() for start, stop in zip(bounds, bounds[1:], strict=False)]
+        ranges = zip(bounds, bounds[1:], strict=False)
+        padded = [(stop - start) * sizes[start:stop].max(0).sum() for start, stop in ranges]
         return self._batch(rows, int(np.argmax(padded)))
 
     def validation(self) -> Iterator[Batch]:

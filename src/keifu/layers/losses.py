@@ -61,7 +61,7 @@ def smoothed_linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The loss of `linear_cross_entropy`, of a head that may have a bias, and beside it the sum of -log p(target) alone.
+    """The loss of `linear_cross_entropy`, of a head that may have a bias, and beside it the sum of -log p(target).
 
     The second has no gradient and costs nothing: runs with different smoothing are compared by it.
     """

@@ -102,7 +102,7 @@ def estimate(probe: Probe, batch: Batch, micro_batch: int | None, advice: str) -
     one row fits is a `UserError`, with the amounts and the advice.
     """
     rows = len(next(iter(batch.values())))
-    with _unchanged(probe):
+    with unchanged(probe):
         fixed, per_row = _linear(probe, batch, rows)
         parameter_bytes = sum(p.nbytes for p in probe.optimisers.parameters.values())
         optimizer_bytes, update_seconds = _optimizer(probe)
@@ -174,7 +174,7 @@ def _timed(probe: Probe, batch: Batch, rows: int) -> tuple[float, float, int]:
 
 
 @contextmanager
-def _unchanged(probe: Probe) -> Iterator[None]:
+def unchanged(probe: Probe) -> Iterator[None]:
     """Puts buffers, gradients and random numbers back."""
     buffers = [(buffer, buffer.clone()) for buffer in probe.model.buffers()]
     devices: list[torch.device] = [probe.device] if probe.device.type == "cuda" else []

@@ -52,8 +52,8 @@ def train(
 
     `sample` is called with the number of steps done and gives a text or a PNG picture; `save` writes the model into the
     folder. Memory is measured on the first batch; where batches differ in shape, on `largest`. Ctrl-C raises `Stopped`
-    after the state is saved. A number that is not finite, or too little memory, is a `UserError`, raised before the step
-    is made and after the state before it is saved.
+    after the state is saved. A number that is not finite, or too little memory, is a `UserError`, raised before the
+    step is made and after the state before it is saved.
     """
     folder.claim(run)
     facts = described(settings, run.options, data.fingerprint)

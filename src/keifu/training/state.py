@@ -52,7 +52,7 @@ def latest(directory: Path) -> tuple[State, list[str]]:
     complaints = []
     for step in reversed(steps(directory)):
         try:
-            state = _read(directory, step)
+            state = read(directory, step)
         except UserError as error:
             complaints.append(str(error))
             continue
@@ -108,7 +108,8 @@ def _files(directory: Path, step: int) -> tuple[Path, Path]:
     return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
 
 
-def _read(directory: Path, step: int) -> State:
+def read(directory: Path, step: int) -> State:
+    """The state of a step; one that is damaged or torn is a `UserError` that names the file."""
     tensor_file, facts_file = _files(directory, step)
     try:
         facts = json.loads(facts_file.read_text(encoding="utf-8"))

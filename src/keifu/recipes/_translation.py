@@ -1,0 +1,242 @@
+"""What the recipes for translation have in common: pairs, tokenizer, batches, one call of the loop; knows no model."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from keifu import checkpoints
+from keifu.data import catalogue
+from keifu.data.archives import cache
+from keifu.data.coverage import coverage
+from keifu.data.pair_batches import Batching, EncodedPairs, PairData, Special, encode
+from keifu.data.pairs import Pair, Pairs, pair_names, read_pairs
+from keifu.data.sources import in_catalogue
+from keifu.data.special_tokens import put_around_text
+from keifu.data.splits import Split, split
+from keifu.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from keifu.errors import UserError
+from keifu.generation.translation import Translating, translate_texts
+from keifu.training.averaging import averaged
+from keifu.training.budget import steps_of, steps_within
+from keifu.training.loop import Summary, train
+from keifu.training.objectives import translation
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+
+LEARNED = "bpe", "unigram"  # kinds of tokenizer that have an end token and lose no character
+PAD = "<pad>"
+MINUTES = 45.0
+SAMPLES = 6
+FREE = {"steps", "micro_batch", "average", "model"}  # what a resumed run may change, and what the model's config says
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every recipe for translation can be told."""
+
+    data: str = "tatoeba-ja-en"
+    """A catalogue name (tatoeba-ja-en, tatoeba-en-ja), a TSV file, or two files A,B whose lines belong together."""
+    reverse: bool = False
+    """Swap the sides of the pairs: the second is the source."""
+    tokenizer: str = "bpe"
+    """bpe or unigram to learn one for both languages from the training pairs; or a catalogue name, file or folder."""
+    vocab_size: int = 8000
+    """Tokens of a learned tokenizer, both languages together."""
+    steps: int | None = None
+    """Updates of the weights."""
+    minutes: float | None = None
+    """Train for so long instead: the steps are fixed by the pace before the start. Unset, with no steps: 45."""
+    tokens_per_batch: int = 8000
+    """Source and target tokens in a step, padding counted."""
+    micro_batch: int | None = None
+    """Rows of the largest batch computed at a time; unset: as many as fit in memory."""
+    seed: int = 0
+    """Of the weights, the order of the data and dropout."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Pairs made ready: what they are, their three parts, and a tokenizer for both sides."""
+
+    pairs: Pairs
+    parts: Split
+    tokenizer: Tokenizer
+
+    @property
+    def special(self) -> Special:
+        """The ids around a sentence. A tokenizer without an end token is a `UserError`."""
+        start, end, pad = self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id
+        if end is None:
+            raise UserError("This tokenizer has no end token, so a translation could not end: take another.")
+        return Special(end if start is None else start, end, end if pad is None else pad)
+
+
+def ready(options: Options) -> Task:
+    """Reads and splits the pairs, and learns the tokenizer from the training part, once; says what was found."""
+    pairs = read_pairs(options.data, options.reverse)
+    parts = split(pairs)
+    tokenizer = _tokenizer(options, parts.train)
+    _say(pairs.left_out)
+    _say(parts.sentence())
+    for side, name in enumerate(("source", "target")):
+        _say(coverage(tokenizer, (pair[side] for pair in parts.train)).sentence(f"the {name} side"))
+    return Task(pairs, parts, tokenizer)
+
+
+def _say(sentence: str) -> None:
+    if sentence:
+        print(sentence, flush=True)
+
+
+def _tokenizer(options: Options, train: list[Pair]) -> Tokenizer:
+    kind = options.tokenizer
+    if kind not in LEARNED:
+        return load_tokenizer(catalogue.fetch(kind) if in_catalogue(kind) else Path(kind))
+    texts = sorted(side for pair in train for side in pair)  # one tokenizer for both directions
+    content = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    directory = cache() / "tokenizers" / f"pairs-{kind}-{options.vocab_size}-{content[:16]}"
+    if not (directory / "tokenizer_config.json").exists():  # the last file that is written
+        _say(f"Learning a {kind} tokenizer of {options.vocab_size} tokens from {options.data} ...")
+        learned = train_tokenizer(kind, texts, options.vocab_size, [PAD])
+        put_around_text(learned.backend, learned.special, bos=False, eos=True)  # sources end so, as Marian's do
+        Tokenizer(learned.backend, learned.special | {"pad_token": PAD}).save(directory)
+    return load_tokenizer(directory)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a recipe builds and trains its model.
+
+    settings: for a number of steps. batching: from the sizes of the rows. average: the model that is left is the mean
+    of the last so many saved states.
+    """
+
+    build: Callable[[Any], nn.Module]
+    config: Any
+    settings: Callable[[int], Settings]
+    batching: Callable[[np.ndarray], Batching]
+    smoothing: float = 0.0
+    average: int = 1
+
+
+def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> Summary:
+    """Trains an encoder-decoder on pairs into a run folder. The vocabulary and the ids that begin, end and pad a
+    sentence are the tokenizer's, whatever the config says."""
+    if options.steps and options.minutes:
+        raise UserError(f"--steps {options.steps} and --minutes {options.minutes:g} are two budgets: give one of them.")
+    task = ready(options)
+    start, end, pad = task.special
+    config = replace(plan.config, vocab_size=task.tokenizer.vocab_size, start_id=start, end_id=end, pad_id=pad)
+    torch.manual_seed(options.seed)
+    model = plan.build(config)
+    data = _data(options, task, config.context_length, plan.batching)
+    objective = partial(translation, label_smoothing=plan.smoothing)
+    chosen = {"micro_batch": options.micro_batch, "seed": options.seed, "keep": max(2, plan.average)}
+
+    def within(minutes: float) -> int:
+        return steps_within(minutes, model, objective, data, replace(plan.settings(1000), **chosen), data.largest())
+
+    def save(directory: Path) -> None:
+        with averaged(model, directory, plan.average):
+            checkpoints.save(model, task.tokenizer, directory)
+
+    settings = replace(plan.settings(_steps(options, within, out, resume)), **chosen)
+    run = _run(name, options, task, data, model, out, resume)
+    return train(model, objective, data, settings, run, _sampler(task, model), save, data.largest())
+
+
+def _data(options: Options, task: Task, context_length: int, batching: Callable[[np.ndarray], Batching]) -> PairData:
+    """Both parts as ids; what is too long for the model is left out, and said."""
+    train, validation = (_fitting(task, part, context_length) for part in (task.parts.train, task.parts.validation))
+    return PairData(
+        train, validation, task.special, batching(train.sizes()), options.seed, max(8000, options.tokens_per_batch)
+    )
+
+
+def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
+    source, target = (encode(task.tokenizer, [pair[side] for pair in rows]) for side in (0, 1))
+    found = EncodedPairs(source, target).fitting(context_length)
+    if found.left_out:
+        limit = f"{context_length} tokens, which is all that the model takes"
+        _say(f"{found.left_out:,} of {len(rows):,} pairs have a side longer than {limit}, and are left out.")
+    return found
+
+
+def _steps(options: Options, within: Callable[[float], int], out: Path, resume: bool) -> int:
+    """The steps that were asked for, or that fit the time; a resumed run keeps those that it was begun with."""
+    if options.steps:
+        return options.steps
+    if resume:
+        return steps_of(out)
+    minutes = MINUTES if options.minutes is None else options.minutes
+    _say(f"Trying the pace, to fit the training into {minutes:g} minutes ...")
+    return within(minutes)
+
+
+def every(steps: int, warmup: int) -> dict[str, int]:
+    """How often a run of so many steps is looked at and saved, and its warm-up, as `Settings` has them."""
+    return {
+        "steps": steps,
+        "warmup": min(warmup, max(1, steps // 5)),
+        "evaluate_every": max(1, steps // 20),
+        "sample_every": max(1, steps // 10),
+        "save_every": max(1, steps // 50),
+    }
+
+
+def _run(
+    name: str, options: Options, task: Task, data: PairData, model: nn.Module, out: Path, resume: bool
+) -> Run:
+    own: Any = model.config
+    told = {name: value for name, value in asdict(options).items() if name not in FREE}
+    texts = [target for _, target in task.parts.validation]
+    tokens = len(data.held_out.target.ids) + len(data.held_out)
+    return Run(
+        directory=out,
+        resume=resume,
+        options={"model": asdict(own), "recipe": told},
+        about={
+            "title": name,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "languages": task.pairs.languages,
+            "data": [_source(options, task, data)],
+        },
+        bytes_per_unit=sum(len(text.encode()) for text in texts) / tokens,
+        how_to_resume=f"keifu train {name} --out {out} --resume, with the options of this run",
+    )
+
+
+def _source(options: Options, task: Task, data: PairData) -> dict[str, Any]:
+    facts = {
+        "source": options.data + (", sides swapped" if options.reverse else ""),
+        "fingerprint": task.pairs.fingerprint,
+        "training pairs": len(data.train),
+        "validation pairs": len(data.held_out),
+        "test pairs": len(task.parts.test),
+        "steps an epoch": data.steps_per_epoch,
+    }
+    if options.data in pair_names():
+        entry = catalogue.CATALOGUE[pair_names()[options.data][0]]
+        facts |= {"licence": entry.licence, "attribution": entry.attribution}
+    return facts
+
+
+def _sampler(task: Task, model: nn.Module) -> Callable[[int], str]:
+    """Translates the first held-out sentences that the model takes, word for word the likeliest."""
+    room: Any = model.config
+    shown = [pair for pair in task.parts.validation if len(task.tokenizer.encode(pair[0])) < room.context_length]
+
+    def sample(step: int) -> str:
+        sources = [source for source, _ in shown[:SAMPLES]]
+        found = translate_texts(model, task.tokenizer, sources, Translating(beam=1), lambda text: [text])
+        rows = zip(shown, found, strict=False)
+        return "\n".join(f"{source}\n  = {target}\n  > {made.text}" for (source, target), [made] in rows)
+
+    return sample

@@ -1,0 +1,71 @@
+"""How many steps a run makes in a given time, tried before it starts; knows no model and no loop.
+
+The number is fixed then, and stored with the run, so that rates follow it and resuming stays bitwise.
+"""
+
+import json
+import time
+from itertools import count
+from pathlib import Path
+
+from torch import nn
+
+from keifu.errors import UserError
+from keifu.training import cost, folder, guards
+from keifu.training.optimisers import Optimisers
+from keifu.training.peak import synchronise
+from keifu.training.precision import resolve
+from keifu.training.protocols import Batch, Data, Objective
+from keifu.training.settings import Settings
+from keifu.training.start import ADVICE
+from keifu.training.step import Stepper, on_device, row_elements
+
+SHARE, LEAST_STEPS = 0.02, 8  # of the time that is tried, and the fewest steps
+
+
+def steps_within(
+    minutes: float, model: nn.Module, objective: Objective, data: Data, settings: Settings, largest: Batch
+) -> int:
+    """Steps that fit in so many minutes of training, by the mean of trial steps on the run's own first batches.
+
+    Validation, samples and saving come on top. The trial takes 2% of the time; the model is as before afterwards.
+    """
+    if not minutes > 0:
+        raise UserError(f"minutes must be above 0, and it is {minutes}.")
+    device = next(model.parameters()).device
+    optimisers = Optimisers(model, settings)
+    probe = cost.Probe(model, objective, optimisers, device, resolve(settings.precision, device))
+    batch = on_device(largest, device)
+    with cost.unchanged(probe), guards.memory(ADVICE):
+        rows = cost.estimate(probe, batch, settings.micro_batch, ADVICE).micro_batch
+        stepper = Stepper(
+            model, objective, objective, optimisers, device, probe.dtype, rows, settings.clip, settings.seed,
+            row_elements(batch),
+        )  # fmt: skip
+        seconds = _seconds_a_step(stepper, data, SHARE * 60 * minutes)
+        optimisers.forget()
+    return max(1, round(60 * minutes / seconds))
+
+
+def _seconds_a_step(stepper: Stepper, data: Data, budget: float) -> float:
+    """The mean of as many steps as the budget allows, after one that warms up; their rates are 0."""
+    for step in count():
+        if step == 1:
+            start = time.perf_counter()
+        stepper.gradient(step, on_device(data.batch(step), stepper.device), lambda: False)
+        stepper.optimisers.update(dict.fromkeys(stepper.optimisers.all, 0.0))
+        synchronise(stepper.device)
+        spent = time.perf_counter() - start if step else 0.0
+        if step >= LEAST_STEPS and spent > budget:
+            return spent / step
+    raise AssertionError("count() does not end")
+
+
+def steps_of(directory: Path) -> int:
+    """The number of steps that a run in this folder was begun with."""
+    try:
+        return json.loads((directory / folder.RECIPE).read_text(encoding="utf-8"))["settings"]["steps"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(
+            f"{directory / folder.RECIPE} does not say how many steps its run has: give --steps in place of --minutes."
+        ) from None
