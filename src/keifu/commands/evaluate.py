@@ -55,9 +55,7 @@ def run(options: Options) -> None:
     asked = Asked(**{field.name: vars(options)[field.name] for field in fields(Asked)})
     check_heeded(options, task)
     found = task.evaluate(model, tokenizer, asked)
-    if options.output:
-        if found.items is None:
-            raise UserError(f"There is nothing to write to {options.output}: this evaluation has figures alone.")
+    if options.output and found.items:
         rows = [found.items.columns, *found.items.rows]
         write_atomic(options.output, "".join("\t".join(map(_cell, row)) + "\n" for row in rows))
     _tell(found, options.json)
@@ -81,7 +79,7 @@ def fitting(model: Any, on: str) -> Any:
 
 def check_heeded(options: Options, task: Any) -> None:
     """Refuses an option that the task would not heed."""
-    everyones = {"model", "on", "limit", "output", "json"}
+    everyones = {"model", "on", "limit", "json"}
     for field in fields(options):
         if field.name not in everyones | task.OPTIONS and vars(options)[field.name] != field.default:
             flag = "--" + field.name.replace("_", "-")

@@ -2,9 +2,9 @@
 
 A task is a file beside this one, and a line in commands/evaluate.py. It offers:
 
-ABOUT: what it measures, in a line. OPTIONS: the names of the fields of `Asked` that it heeds, beyond `on` and `limit`.
-takes(model) -> bool: whether it is for such a model. names() -> names of data it knows. accepts(on) -> bool: whether
-`on` is one of them, or a file. evaluate(model, tokenizer, asked) -> Outcome.
+ABOUT: what it measures, in a line. OPTIONS: the options of `keifu evaluate` that it heeds beyond those that all do;
+"output" is one where it has `items`. takes(model) -> bool: whether it is for such a model. names() -> names of data
+that it knows. accepts(on) -> bool: whether `on` is one of them or a file. evaluate(model, tokenizer, asked) -> Outcome.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,7 @@ from keifu.errors import UserError
 class Asked:
     """What is to be evaluated, on what and how; a task heeds the fields that it names in its OPTIONS.
 
-    on: a catalogue name, a file or files. limit: at most so many of its items. trained_on: what the model's run says of
-    its data, where it is a run.
+    on: a catalogue name, a file or files. limit: at most so many of its items.
     """
 
     on: str
@@ -30,7 +29,6 @@ class Asked:
     alpha: float | None = None
     batch_size: int | None = None
     by_length: bool = False
-    trained_on: str | None = None
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

@@ -19,7 +19,7 @@ from keifu.generation.beam_decoders import Translator
 from keifu.generation.translation import Translating, Translation, translate_texts
 
 ABOUT = "a translator on pairs of sentences: BLEU and chrF"
-OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length"}
+OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length", "output"}
 
 
 def takes(model: nn.Module) -> bool:
@@ -64,7 +64,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> Outcome:
         rows = [(length, n, round(part.bleu, 2), round(part.chrf, 2)) for length, n, part in bins]
         tables["by length"] = Table(("source words" if spaced else "source characters", "pairs", "BLEU", "chrF"), rows)
     items = Table(("source", "reference", "translation"), list(zip(sources, references, texts, strict=True)))
-    return Outcome(figures, (*notes, *_remarks(found), *filter(None, [scorer.note])), tables, items)
+    return Outcome(figures, (*notes, *remarks(found), *filter(None, [scorer.note])), tables, items)
 
 
 def test_pairs(asked: Asked) -> tuple[Pairs, list[str]]:
@@ -84,7 +84,7 @@ def _translated(model: nn.Module, tokenizer: Tokenizer, sources: list[str], aske
     return [each for [each] in found]
 
 
-def _remarks(found: list[Translation]) -> list[str]:
+def remarks(found: list[Translation]) -> list[str]:
     """What the figures alone would hide."""
     cut, unknown = sum(not each.complete for each in found), sum(each.unknown for each in found)
     notes = []

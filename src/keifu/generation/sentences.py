@@ -9,6 +9,8 @@ OPENING, CLOSING = "「『（〈《【［｛“(", "」』）〉》】］｝”)
 FULL_WIDTH = "。！？｡"  # a sentence ends here whatever follows
 HALF_WIDTH = ".!?…"  # and here where a space follows
 QUOTES = "\"'»’"
+PARTICLES = tuple("とっをはがにのもでへやなだじ、")  # what goes on with the sentence after a Japanese quotation
+WORD = 60  # the longest word and the most spaces that are looked at
 SHORTENED = """mr mrs ms dr prof st sr jr vs no nos vol pp ed eds cf al fig figs gen col capt lt sgt rev hon approx dept
 est jan feb mar apr jun jul aug sep sept oct nov dec bzw ca vgl nr str mme mlle sra srta"""
 ABBREVIATIONS = frozenset(SHORTENED.split())  # a name or a number may follow; single letters are seen without them
@@ -44,36 +46,35 @@ def joined(parts: Iterable[str]) -> str:
 
 def _ends(text: str) -> list[int]:
     """The places behind which a new sentence begins."""
-    closed = _enclosed(text)
+    enclosed = _enclosed(text)
     ends, place = [], 0
     while place < len(text):
         last = text[place]
         place += 1
-        if last not in FULL_WIDTH + HALF_WIDTH or closed[place - 1]:
+        if last not in FULL_WIDTH + HALF_WIDTH:
             continue
         while place < len(text) and text[place] in FULL_WIDTH + HALF_WIDTH + QUOTES + CLOSING:
             last = text[place] if text[place] in FULL_WIDTH else last
             place += 1
-        if last in FULL_WIDTH or _begins_anew(text, place):
+        quotation = text[place - 1] in CLOSING and text[place : place + 1] in PARTICLES
+        if not enclosed[place] and not quotation and (last in FULL_WIDTH or _begins_anew(text, place)):
             ends.append(place)
     return ends
 
 
 def _begins_anew(text: str, place: int) -> bool:
     """Whether the half-width mark before `place` ends a sentence: a space follows, then no small letter."""
-    rest = text[place:].lstrip()
-    if not rest or not text[place].isspace():
+    before, rest = text[max(0, place - WORD) : place].split()[-1], text[place : place + WORD].lstrip()
+    if not rest or not text[place].isspace() or rest.lstrip(OPENING + QUOTES)[:1].islower():
         return False
-    if rest.lstrip(OPENING + QUOTES)[:1].islower():
-        return False
-    before = text[:place].split()[-1].strip(OPENING + CLOSING + QUOTES)
-    word = before.rstrip(".").rpartition(".")[2].lower()
-    shortens = before.endswith(".") and not before.endswith("..")
-    return not (shortens and (word in ABBREVIATIONS or (len(word) == 1 and word.isalpha())))
+    if not before.endswith(".") or before.endswith(".."):
+        return True
+    word = before.strip(OPENING + CLOSING + QUOTES).rstrip(".").rpartition(".")[2].lower()
+    return word not in ABBREVIATIONS and not (len(word) == 1 and word.isalpha())
 
 
 def _enclosed(text: str) -> list[bool]:
-    """For each character whether it stands within a pair of brackets or quotation marks that match."""
+    """For each character, and the end, whether it stands within brackets or quotation marks that match."""
     inside, opened = [False] * (len(text) + 1), []
     for place, character in enumerate(text):
         if character in OPENING:
@@ -85,4 +86,4 @@ def _enclosed(text: str) -> list[bool]:
                 if mark == wanted:
                     inside[start + 1 : place] = [True] * (place - start - 1)
                     break
-    return inside[: len(text)]
+    return inside

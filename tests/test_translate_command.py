@@ -1,0 +1,183 @@
+"""`keifu translate` and `keifu evaluate` on a model of a few thousand weights: a line in, a line out, and every mistake
+one sentence."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from keifu import checkpoints, cli
+from keifu.commands import evaluate, translate
+from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.errors import UserError
+from keifu.generation import generate
+from keifu.models import llama, perceptron, transformer
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz ABCI.,?!"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable: None) -> None:
+    """Threads that wait for each other cost tiny models more than they give, and very much on a busy machine."""
+    torch.set_num_threads(1)
+
+
+def tokenizer() -> Tokenizer:
+    trained = train_tokenizer("characters", [LETTERS], 64, special_tokens=["<pad>", "</s>"])
+    return Tokenizer(trained.backend, {"pad_token": "<pad>", "eos_token": "</s>"})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny translator of letters."""
+    torch.manual_seed(0)
+    letters = tokenizer()
+    ids = {"start_id": letters.pad_id, "end_id": letters.eos_id, "pad_id": letters.pad_id}
+    config = transformer.Config(
+        letters.vocab_size, context_length=24, dim=16, hidden_dim=24, n_layers=1, n_heads=2, **ids
+    )
+    folder = tmp_path_factory.mktemp("translator")
+    checkpoints.save(transformer.build(config), letters, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny language model."""
+    letters = tokenizer()
+    config = llama.Config(letters.vocab_size, context_length=24, dim=16, hidden_dim=24, n_layers=1, n_heads=2)
+    folder = tmp_path_factory.mktemp("writer")
+    checkpoints.save(llama.build(config), letters, folder)
+    return str(folder)
+
+
+def out(capsys: pytest.CaptureFixture, *words: str) -> str:
+    cli.main(words)
+    return capsys.readouterr().out
+
+
+def said(capsys: pytest.CaptureFixture, *words: str) -> str:
+    """The one sentence of a mistake."""
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_the_argument_a_file_and_a_pipe_give_the_same(
+    model: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a pen\r\n")
+    texts = [
+        out(capsys, "translate", model, "a pen"),
+        out(capsys, "translate", model, "--file", str(tmp_path / "a.txt")),
+    ]
+    pipe(monkeypatch, b"a pen")
+    texts.append(out(capsys, "translate", model))
+    assert len(set(texts)) == 1 and texts[0].endswith("\n") and texts[0].count("\n") == 1
+    loaded, letters = checkpoints.load(model)
+    from keifu.generation.translation import translate as function
+
+    assert function(loaded, letters, ["a pen"]) == [texts[0].removesuffix("\n")]
+
+
+def test_a_line_in_is_a_line_out(model: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["a pen", "", "It is. I am!", " ", "", "an"]
+    pipe(monkeypatch, "\n".join(lines).encode() + b"\n")
+    found = out(capsys, "translate", model).split("\n")
+    assert len(found) == 7 and found[1] == found[3] == found[4] == found[6] == "" and found[0]
+    for number in (0, 2, 5):
+        assert out(capsys, "translate", model, lines[number], "--batch-size", "1") == found[number] + "\n"
+    for data, written in ((b"", ""), (b"\n", "\n"), (b"\n\n", "\n\n")):
+        pipe(monkeypatch, data)
+        assert out(capsys, "translate", model) == written
+
+
+def test_json_has_each_sentence(model: str, capsys: pytest.CaptureFixture) -> None:
+    told = json.loads(out(capsys, "translate", model, "It is. I am!", "--json", "--max-tokens", "3", "--beam", "2"))
+    assert [part["source"] for part in told["sentences"]] == ["It is.", "I am!"]
+    assert all(part["tokens"] <= 3 and part["score"] < 0 for part in told["sentences"])
+    plain = out(capsys, "translate", model, "It is. I am!", "--max-tokens", "3", "--beam", "2")
+    assert plain == told["translation"] + "\n"
+
+
+def test_an_unfinished_translation_is_said(model: str, capsys: pytest.CaptureFixture) -> None:
+    cli.main(["translate", model, "a pen\n\nan", "--max-tokens", "1", "--alpha", "0"])
+    error = capsys.readouterr().err
+    assert error == "The translation reached its limit of tokens before its end in line 1, 3.\n"
+
+
+def test_mistakes_are_one_sentence(
+    model: str, writer: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "two texts, the argument and x.txt" in said(capsys, "translate", model, "a", "--file", "x.txt")
+    assert "Sentence 2 of text 1 has 31 tokens, but this model takes 24" in said(
+        capsys, "translate", model, "I am. " + "B" * 30
+    )
+    assert "beam is 0" in said(capsys, "translate", model, "a", "--beam", "0")
+    told = said(capsys, "translate", writer, "a")
+    assert "does not translate" in told and "keifu generate" in told
+    checkpoints.save(perceptron.build(perceptron.Config()), None, tmp_path)
+    assert "choose an encoder-decoder" in said(capsys, "translate", str(tmp_path), "a")
+    pipe(monkeypatch, b"a\n\xff\n")
+    assert "standard input is not UTF-8 text: line 2" in said(capsys, "translate", model)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    with pytest.raises(UserError, match="There is no text"):
+        translate.lines_from(None, None)
+
+
+def test_evaluate_prints_figures_and_writes_the_translations(
+    model: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    pairs, output = tmp_path / "pairs.tsv", tmp_path / "out.tsv"
+    pairs.write_text("I am.\tIt is.\na pen\tan egg\n")
+    words = ("evaluate", model, "--on", str(pairs), "--language", "en", "--by-length")
+    lines = dict(
+        line.split("\t", 1) for line in out(capsys, *words, "--output", str(output)).splitlines() if "\t" in line
+    )
+    assert lines["pairs"] == "2" and lines["BLEU signature"].startswith("nrefs:1|") and float(lines["chrF"]) >= 0
+    assert lines["source words"] == "pairs\tBLEU\tchrF" and lines["1-5"].startswith("2\t")
+    rows = [line.split("\t") for line in output.read_text().split("\n")]
+    assert rows[0] == ["source", "reference", "translation"] and rows[2][:2] == ["a pen", "an egg"] and rows[3] == [""]
+    assert rows[2][2] + "\n" == out(capsys, "translate", model, "a pen")
+    told = json.loads(out(capsys, *words, "--json"))
+    assert str(told["chrF"]) == lines["chrF"] and told["by length"][0]["pairs"] == 2
+
+
+def test_evaluate_measures_a_language_model_on_a_text(
+    writer: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a pen and an egg. " * 5)
+    told = json.loads(out(capsys, "evaluate", writer, "--on", str(text), "--json"))
+    assert told["tokens"] == 91 and told["bits per byte"] > 0 and "window of 24 tokens" in told["notes"][0]
+    assert "--by-length has no meaning" in said(capsys, "evaluate", writer, "--on", str(text), "--by-length")
+    assert "--output has no meaning" in said(capsys, "evaluate", writer, "--on", str(text), "--output", "x")
+    assert not generate.generate_batch(*checkpoints.load(writer), [])  # the model is still one that writes
+
+
+def test_data_that_does_not_fit_names_what_does(model: str, writer: str, capsys: pytest.CaptureFixture) -> None:
+    assert "Did you mean 'tatoeba-ja-en'?" in said(capsys, "evaluate", model, "--on", "tatoba-ja-en")
+    assert "evaluates a language model" in said(capsys, "evaluate", model, "--on", "sotu")
+    assert "evaluates a translator" in said(capsys, "evaluate", writer, "--on", "tatoeba-en-ja")
+    assert "limit is 0" in said(capsys, "evaluate", model, "--on", "tatoeba-ja-en", "--limit", "0")
+
+
+def test_every_task_offers_what_the_verb_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import import_module
+
+    known = {field for field in evaluate.Options.__dataclass_fields__}
+    for name in evaluate.TASKS:
+        task = import_module(f"keifu.evaluation.{name}")
+        assert known >= task.OPTIONS and task.ABOUT and task.names() and not task.accepts("no such thing")
+    with pytest.raises(UserError, match="cannot be evaluated yet"):
+        evaluate.fitting(torch.nn.Linear(1, 1), "sotu")
