@@ -162,7 +162,8 @@ def joint() -> Tokenizer:
 @torch.no_grad()
 def test_what_keifu_trains_translates_in_transformers(joint, tmp_path) -> None:
     ids = {"start_id": joint.bos_id, "end_id": joint.eos_id, "pad_id": joint.pad_id}
-    config = transformer.Config(joint.vocab_size, dim=24, hidden_dim=40, n_layers=2, n_heads=4, context_length=64, **ids)
+    sizes = {"dim": 24, "hidden_dim": 40, "n_layers": 2, "n_heads": 4, "context_length": 64}
+    config = transformer.Config(joint.vocab_size, **sizes, **ids)
     model = transformer.build(config).eval()
     checkpoints.save(model, joint, tmp_path)
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
@@ -170,7 +171,8 @@ def test_what_keifu_trains_translates_in_transformers(joint, tmp_path) -> None:
     batch = their_tokenizer(["The cat sat.", "猫は座った。犬も"], padding=True, return_tensors="pt")
     found = [row[mask].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)]
     assert found == joint.encode_batch(["The cat sat.", "猫は座った。犬も"], special=True)
-    assert found[0][-1] == joint.eos_id and their_tokenizer.decode(found[1], skip_special_tokens=True) == "猫は座った。犬も"
+    assert found[0][-1] == joint.eos_id
+    assert their_tokenizer.decode(found[1], skip_special_tokens=True) == "猫は座った。犬も"
     mask = batch.attention_mask.bool()
     expected = logits(theirs, batch.input_ids, TARGET[:2], mask)
     assert close(model(batch.input_ids, TARGET[:2], mask), expected)

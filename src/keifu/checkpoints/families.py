@@ -29,9 +29,9 @@ class Family:
     """One model_type: how its config is read and written, and how its weights are called.
 
     `module` is the model's file; `prefix` may be missing from all names of a file; `not_weights` are names that old
-    files hold beside the weights; `unsupported` are settings and the value of each that is implemented. `aliases` gives,
-    for a Config, the other names that a file may have for a matrix which serves in several places. `dialect` is what some
-    files do besides.
+    files hold beside the weights; `unsupported` are settings and the value of each that is implemented. `aliases`
+    gives, for a Config, the other names that a file may have for a matrix which serves in several places. `dialect` is
+    what some files do besides.
     """
 
     module: Any

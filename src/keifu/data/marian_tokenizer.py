@@ -1,4 +1,4 @@
-"""Marian's tokenizers as Hugging Face publishes them: two SentencePiece models cut text, a vocabulary numbers the pieces.
+"""Marian's tokenizers as Hugging Face has them: two SentencePiece models cut text, a vocabulary numbers the pieces.
 
 It knows nothing of the model that translates. The source language is cut by source.spm, the target language by
 target.spm, and vocab.json gives the pieces of both their ids; with target_vocab.json each language has its own ids.
@@ -67,7 +67,7 @@ class MarianTokenizer(Tokenizer):
         self.vocab_size = len(files.vocabulary)
 
     def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
-        """The ids of each text of the source language; one may begin with `>>code<<`, the language to translate into."""
+        """The ids of each text of the source language; one may begin with `>>code<<`, the language to write."""
         return self._encode(0, texts, special, allow_special)
 
     def encode_target_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
@@ -78,13 +78,13 @@ class MarianTokenizer(Tokenizer):
         """The text of these ids of the target language, without spaces at its ends."""
         return super().decode(ids, skip_special).strip()
 
-    @property
+    @cached_property
     def language_codes(self) -> list[str]:
         """The `>>code<<` tokens of a model that translates into several languages."""
         return [token for token in self.files.vocabulary if LANGUAGE.fullmatch(token)]
 
     def save(self, directory: str | Path) -> None:
-        """Writes the SentencePiece models, the vocabulary and tokenizer_config.json, for transformers' AutoTokenizer."""
+        """Writes the SentencePiece models, the vocabulary and tokenizer_config.json, for AutoTokenizer."""
         directory, files = Path(directory), self.files
         config: dict[str, Any] = {"tokenizer_class": "MarianTokenizer", **self.special}
         config |= {"separate_vocabs": files.target_vocabulary is not None, "clean_up_tokenization_spaces": False}
@@ -119,9 +119,9 @@ class MarianTokenizer(Tokenizer):
     def _pieces(self, side: int, texts: Sequence[str]) -> list[list[str]]:
         """The pieces of each text; a language's code at its start is one."""
         codes = [LANGUAGE.match(text) for text in texts]
-        for code in codes:
-            if code and self.language_codes and code[0] not in self.files.vocabulary:
-                raise unknown("language code", code[0], self.language_codes)
+        for code in (found[0] for found in codes if found and self.language_codes):  # where there are none, it is text
+            if " " not in code and code not in self.files.vocabulary:
+                raise unknown("language code", code, self.language_codes)
         rest = [text[code.end() :] if code else text for text, code in zip(texts, codes, strict=True)]
         with self._explaining(rest):
             cut = self._sides[side].cut(rest)

@@ -109,7 +109,7 @@ class EncoderDecoder(nn.Module):
         """Reads the sources. With `capacity` the state has room for that many tokens of each target, which then come a
         few at a time; without it a whole target is given at once and nothing of it is kept.
         """
-        x = self._embedded(self.source_embedding or self.embedding, source, 0)
+        x = self._embedded(self._of(self.source_embedding), source, 0)
         mask = PaddingMask(source_mask)
         for block in self.encoder:
             x = block(x, mask=mask)
@@ -124,7 +124,7 @@ class EncoderDecoder(nn.Module):
         if len(target) != state.rows:
             raise ValueError(f"The state is for {state.rows} targets and was given tokens of {len(target)}.")
         start = state.length
-        x = self._embedded(self.target_embedding or self.embedding, target, start)
+        x = self._embedded(self._of(self.target_embedding), target, start)
         mask = CausalMask(start, target.shape[1])
         for i, block in enumerate(self.decoder):
             cache = state.caches[i] if state.caches else None
@@ -138,13 +138,19 @@ class EncoderDecoder(nn.Module):
     @property
     def head_weight(self) -> Float[Tensor, "vocab dim"]:
         """The matrix of the head, for losses that do not want all logits at once."""
-        return (self.head or self.target_embedding or self.embedding).weight
+        return self._of(self.target_embedding).weight if self.head is None else self.head.weight
 
     @property
     def head_bias(self) -> Float[Tensor, " vocab"]:
         """What is added to the logits: fixed numbers, not learned; zeros unless a checkpoint says otherwise."""
         return self.logits_bias[0]
 
-    def _embedded(self, embedding: nn.Module, tokens: Tensor, start: int) -> Hidden:
+    def _of(self, own: nn.Embedding | None) -> nn.Embedding:
+        """A side's own embedding, or the shared one."""
+        embedding = self.embedding if own is None else own
+        assert embedding is not None
+        return embedding
+
+    def _embedded(self, embedding: nn.Embedding, tokens: Tensor, start: int) -> Hidden:
         x = embedding(tokens) * self.scale
         return self.dropout(x + self.positions(start, tokens.shape[1], x))
