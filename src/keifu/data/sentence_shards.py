@@ -125,7 +125,7 @@ def _parts(count: int) -> list[int]:
     """A document of so many sentences as several of about the same length."""
     number = math.ceil(count / PART)
     ends = [count * n // number for n in range(number + 1)]
-    return list(np.diff(ends))
+    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
 
 
 def _joined(parts: list[np.ndarray], kind: Any) -> np.ndarray:

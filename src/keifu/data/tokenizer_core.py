@@ -143,6 +143,8 @@ class Tokenizer:
         """
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
         config |= {"clean_up_tokenization_spaces": False}
+        if {"cls_token", "sep_token"} <= self.special.keys():  # BERT's kind, whose pairs have segments
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         if self.max_length is not None:
             config["model_max_length"] = self.max_length
         directory = Path(directory)
