@@ -160,22 +160,30 @@ def rewrite(directory, change) -> None:
 
 
 @torch.no_grad()
-def test_gpt2_as_openai_wrote_it(published, weights, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("case", "masks"),
+    [
+        ("gpt1", ["attn.bias"]),
+        ("gpt2", ["attn.bias", "attn.masked_bias"]),
+        ("gpt-neo", ["attn.attention.bias", "attn.attention.masked_bias"]),
+    ],
+)
+def test_gpts_as_their_makers_wrote_them(case, masks, published, weights, tmp_path) -> None:
     """No prefix, and the causal masks among the weights."""
-    reference = published(CASES["gpt2"]())
+    reference = published(CASES[case]())
     reference.save_pretrained(tmp_path / "theirs")
+    names = [f"h.{n}.{mask}" for n in range(3) for mask in masks]
 
-    def openai(tensors):
-        masks = {f"h.{n}.attn.bias": torch.ones(64, 64).tril()[None, None] for n in range(3)}
-        masks |= {f"h.{n}.attn.masked_bias": torch.tensor(-1e4) for n in range(3)}
-        return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()} | masks
+    def old(tensors):
+        causal = {n: torch.tensor(-1e4) if "masked" in n else torch.ones(64, 64).tril()[None, None] for n in names}
+        return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()} | causal
 
-    rewrite(tmp_path / "theirs", openai)
+    rewrite(tmp_path / "theirs", old)
     model = checkpoints.load_model(tmp_path / "theirs")
     tokens = torch.randint(0, 97, (2, 30))
     assert close(model(tokens), reference(tokens).logits)
     skipped = checkpoints.inspect(tmp_path / "theirs").skipped
-    assert sorted(skipped) == sorted(f"h.{n}.attn.{kind}" for n in range(3) for kind in ("bias", "masked_bias"))
+    assert sorted(skipped) == sorted(names)
     checkpoints.save(model, None, tmp_path / "ours")
     saved, original = weights(tmp_path / "ours"), weights(tmp_path / "theirs")
     assert {name.removeprefix("transformer.") for name in saved} == original.keys() - set(skipped)
@@ -183,7 +191,7 @@ def test_gpt2_as_openai_wrote_it(published, weights, tmp_path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["gpt2", "smollm2-tied", "qwen2-tied"])
+@pytest.mark.parametrize("case", ["gpt1", "gpt2", "cohere-multi-query", "smollm2-tied", "qwen2-tied"])
 def test_tied_file_that_holds_the_head_too(case, published, tmp_path) -> None:
     reference = published(CASES[case]())
     reference.save_pretrained(tmp_path)
@@ -202,7 +210,7 @@ def test_tied_file_that_holds_the_head_too(case, published, tmp_path) -> None:
     assert any("they are kept apart" in note for note in checkpoints.inspect(tmp_path).notes)
 
     stored = weights_of(tmp_path / "model.safetensors")
-    name = next(name for name in stored if name.endswith(("wte.weight", "embed_tokens.weight")))
+    name = next(name for name in stored if name.endswith(("wte.weight", "embed_tokens.weight", "tokens_embed.weight")))
     rewrite(tmp_path, lambda t: {k: v for k, v in t.items() if k != name} | {"lm_head.weight": embedding.clone()})
     assert close(checkpoints.load_model(tmp_path)(tokens), reference(tokens).logits)
 

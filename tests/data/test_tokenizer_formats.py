@@ -87,7 +87,9 @@ def test_saved_it_is_read_by_both(ours, theirs, tmp_path) -> None:
 
 def test_word_ends_by_other_rules_are_refused(folder, tmp_path) -> None:
     vocabulary = json.loads((folder / "vocab.json").read_text())
-    (tmp_path / "vocab.json").write_text(json.dumps({token.replace("<unk>", "<|end|>"): n for token, n in vocabulary.items()}))
+    (tmp_path / "vocab.json").write_text(
+        json.dumps({token.replace("<unk>", "<|end|>"): n for token, n in vocabulary.items()})
+    )
     (tmp_path / "merges.txt").write_text((folder / "merges.txt").read_text())
     with pytest.raises(UserError, match="marks the ends of words by </w> as GPT-1 does, but has no <unk>"):
         load_tokenizer(tmp_path)

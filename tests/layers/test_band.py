@@ -1,4 +1,4 @@
-"""Attention within a window, computed in blocks, is the masked form: outputs, gradients, padding, caches; never square."""
+"""Attention within a window, in blocks, is the masked form: outputs, gradients, padding, caches; never a square."""
 
 from itertools import pairwise
 

@@ -88,12 +88,10 @@ def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str
     """
     if UNKNOWN not in vocabulary:
         raise UserError(
-            f"{path} marks the ends of words by {WORD_END} as GPT-1 does, but has no {UNKNOWN}, so its rules are others "
-            "that this file does not tell: use the tokenizer.json of the same model."
+            f"{path} marks the ends of words by {WORD_END} as GPT-1 does, but has no {UNKNOWN}, so its rules are "
+            "others, which this file does not tell: use the tokenizer.json of the same model."
         )
-    backend = tokenizers.Tokenizer(
-        models.BPE(dict(vocabulary), merges, unk_token=UNKNOWN, end_of_word_suffix=WORD_END)
-    )
+    backend = tokenizers.Tokenizer(models.BPE(dict(vocabulary), merges, unk_token=UNKNOWN, end_of_word_suffix=WORD_END))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.BPEDecoder(suffix=WORD_END)

@@ -20,8 +20,8 @@ Visible = Bool[Tensor, "#batch 1 #length seen"] | Band | Literal["causal"] | Non
 
 @runtime_checkable
 class Mask(Protocol):
-    """What each query may see. `visible(seen, window)` is None for everything, "causal" for the plain triangle, a `Band`
-    where more tokens than fit the window would make a square."""
+    """What each query may see. `visible(seen, window)` is None for everything, "causal" for the plain triangle, and a
+    `Band` where there are more queries than the window is wide."""
 
     def visible(self, seen: int, window: int | None) -> Visible: ...
 

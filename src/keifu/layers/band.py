@@ -4,7 +4,8 @@ length; knows no model and no softmax.
 A block is as many queries as the window is wide. All that they may see lies among the block's own keys and those of the
 block before, so a block is a small attention of its own, and a long text is a batch of them.
 
-Axes: batch, length = queries, seen = keys, heads, window, both = 2 · window: two blocks of keys; folded = batch · blocks.
+Axes: batch, length = queries, seen = keys, heads, window = queries of a block, both = keys of two blocks,
+folded = batch · blocks.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""GPT-1 (Radford et al., 2018, "Improving Language Understanding by Generative Pre-Training"): the Transformer's decoder
-alone, taught to write first and a task afterwards. New against the Transformer of 2017: no encoder and nothing to look
-across to, learned positions, GELU, and a head that is the embedding; the norms still stand after each sublayer.
+"""GPT-1 (Radford et al., 2018, "Improving Language Understanding by Generative Pre-Training"): the decoder of the
+Transformer alone, taught to write first and a task afterwards. New against the Transformer of 2017: no encoder and
+nothing to look across to, learned positions, and GELU; the norms still stand after each sublayer.
 
 This file knows nothing of training, text or files.
 """

@@ -2,10 +2,10 @@
 examples in the prompt. New in the model: every second layer sees only a band of the nearest tokens (section 2.1, after
 Child et al., 2019), so that its cost grows with the band and not with the square of the length.
 
-Where table 2.1 does not add up, this file keeps to d_model = n_heads · d_head: XL has 16 heads of 128 (printed: 24, which
-would make it 1.5 billion and not 1.3), 13B has dim 5120 (printed: 5140, which 40 heads do not divide). The band's width
-was not published: 256 is GPT-Neo's, whose weights were (Black et al., 2021; the same layers with attention unscaled and
-without biases on q, k and v). Nor were the pattern's start, dense here as there, and dropout: there is none here.
+Where table 2.1 does not add up, this file keeps to d_model = n_heads · d_head: XL has 16 heads of 128 (printed: 24,
+which would make it 1.5 billion and not 1.3), 13B has dim 5120 (printed: 5140, which 40 heads do not divide). The band's
+width was not published: 256 is GPT-Neo's, whose weights were (Black et al., 2021; the same layers, with attention
+unscaled and no biases on q, k and v). Nor were the pattern's start, dense here as there, and dropout: here is none.
 
 This file knows nothing of training, text or files.
 """
@@ -103,11 +103,8 @@ def build(config: Config) -> DecoderLM:
 
 def _attention(config: Config, banded: bool) -> Attention:
     window = config.band if banded else None
-    sizes = config.dim, config.n_heads
-    scale = None if config.scaled_attention else 1.0
-    return Attention(
-        *sizes, bias=config.qkv_bias, out_bias=True, window=window, dropout=config.dropout, scale=scale
-    )
+    sizes, scale = (config.dim, config.n_heads), None if config.scaled_attention else 1.0
+    return Attention(*sizes, bias=config.qkv_bias, out_bias=True, window=window, dropout=config.dropout, scale=scale)
 
 
 WEIGHT_NAMES = gpt2.WEIGHT_NAMES | {
@@ -152,8 +149,8 @@ def _read_band(json: dict[str, Any]) -> int | None:
         return None
     if layers != (["global", "local"] * n_layers)[:n_layers]:
         raise ValueError(
-            f"attention_types {written} is an order that is not supported: global layers alone are, or global and local "
-            f"ones in turn, {n_layers} in all."
+            f"attention_types {written} is an order that is not supported: global layers alone are, or global and "
+            f"local ones in turn, {n_layers} in all."
         )
     return json.get("window_size", 256)
 
