@@ -1,0 +1,161 @@
+"""Pairs out of every source with every fault named; a split that leaks nothing, whatever the order and direction."""
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keifu.data import catalogue
+from keifu.data.pairs import Pairs, pair_names, read_pairs
+from keifu.data.splits import normalised, split
+from keifu.errors import UserError
+
+SENTENCES = st.text(st.sampled_from("ab AB.。！あア１1é ﾊﾟ"), min_size=1, max_size=6).filter(str.strip)
+PAIRS = st.lists(st.tuples(SENTENCES, SENTENCES), min_size=40, max_size=120)
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def test_a_table_is_two_columns(tmp_path: Path) -> None:
+    found = read_pairs(write(tmp_path / "a.tsv", "\ufeffいち\tone\r\nに \t two\n"))
+    assert found.rows == [("いち", "one"), ("に", "two")] and found.languages == ("", "")
+    assert read_pairs(tmp_path / "a.tsv", reverse=True).rows == [("one", "いち"), ("two", "に")]
+
+
+def test_two_files_lie_side_by_side_and_their_names_tell_the_languages(tmp_path: Path) -> None:
+    names = write(tmp_path / "a.ja", "いち\nに\n"), write(tmp_path / "b.en", "one\ntwo")
+    found = read_pairs(",".join(names))
+    assert found.rows == [("いち", "one"), ("に", "two")] and found.languages == ("ja", "en")
+    assert read_pairs(", ".join(names), reverse=True).languages == ("en", "ja")
+    write(tmp_path / "b.txt", "one\ntwo\n")
+    assert read_pairs(f"{names[0]},{tmp_path / 'b.txt'}").languages == ("ja", "")
+
+
+def test_the_catalogues_pairs_come_in_both_directions(monkeypatch) -> None:
+    monkeypatch.setattr(catalogue, "pairs", lambda name: iter([(" は ", "yes"), ("い", f"{name}")]))
+    forward, back = read_pairs("tatoeba-ja-en"), read_pairs("tatoeba-en-ja")
+    assert forward.rows == [("は", "yes"), ("い", "tatoeba-ja-en")] and forward.languages == ("ja", "en")
+    assert back.rows == forward.reversed().rows == read_pairs("tatoeba-ja-en", reverse=True).rows
+    assert back.languages == ("en", "ja") and read_pairs("tatoeba-en-ja", reverse=True).rows == forward.rows
+    assert {"tatoeba-ja-de", "tatoeba-de-ja"} <= pair_names().keys()
+
+
+def test_empty_sides_are_counted_and_left_out(tmp_path: Path) -> None:
+    found = read_pairs(write(tmp_path / "a.tsv", "a\tb\n \tc\nd\t\n\t\n"))
+    assert found.rows == [("a", "b")]
+    assert found.left_out == f"3 of 4 pairs of {tmp_path / 'a.tsv'} have an empty side and are left out."
+    assert read_pairs(write(tmp_path / "b.tsv", "a\tb\n")).left_out == ""
+    with pytest.raises(UserError, match="no pair whose two sides both have text; 2 pairs were read"):
+        read_pairs(write(tmp_path / "a.tsv", "a\t\n\tb\n"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a\tb\nno tab here\n", "line 2: there is no tab in 'no tab here'"),
+        ("a\tb\nid\tja\ten\n", r"line 2: there are 3 columns \('id', 'ja', 'en'\), and two are needed.*`cut -f 1,2`"),
+        ("source\tTarget\na\tb\n", "line 1: source and Target look like names of columns: remove that line"),
+        (b"a\tb\n\xff\tc\n", "line 2: 0xFF at byte 1 of the line is not UTF-8"),
+        ("a\tb\n\nc\td\n", "line 2: there is no tab in ''"),
+        ("", "no pair whose two sides both have text; 0 pairs were read"),
+    ],
+)
+def test_a_faulty_table_is_named_with_its_line(tmp_path: Path, content: str | bytes, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_pairs(write(tmp_path / "a.tsv", content))
+
+
+def test_files_of_unequal_length_are_named_with_the_line(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "a.ja", "1\n2\n3\n4\n5\n"), write(tmp_path / "b.en", "1\n2\n3\n")
+    for names in (f"{one},{other}", f"{other},{one}"):
+        with pytest.raises(UserError, match=r"b.en ends after line 3, and .*a.ja has 2 lines more: line 4 of one must"):
+            read_pairs(names)
+
+
+def test_a_file_of_bytes_in_a_pair_is_named_with_its_line(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "a.ja", b"ok\n\xe3\x81\n"), write(tmp_path / "b.en", "1\n2\n")
+    with pytest.raises(UserError, match=r"a.ja, line 2: 0xE3 0x81 at byte 1 of the line is not UTF-8"):
+        read_pairs(f"{one},{other}")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tatoeba-ja-fe", "no catalogue name, TSV file or pair of files 'tatoeba-ja-fe'. Did you mean 'tatoeba-ja-"),
+        ("here.tvs", "Did you mean '.*here.tsv'"),
+        ("here.tsv,there.en", "no catalogue name, TSV file or pair of files 'there.en'"),
+        ("a,b,c", "a,b,c names 3 files"),
+        (".", "is a folder: name the TSV file in it"),
+    ],
+)
+def test_an_unknown_source_answers_with_the_nearest(tmp_path: Path, monkeypatch, name: str, said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "here.tsv", "a\tb\n")
+    with pytest.raises(UserError, match=said):
+        read_pairs(name)
+
+
+def test_what_makes_no_other_sentence_is_taken_out() -> None:
+    assert normalised("  Don't, go! ") == normalised("dont go") == "dontgo"
+    assert normalised("ﾊﾟﾝ　を、食べる。") == normalised("パンを食べる") == "パンを食べる"
+    assert normalised("ＡＢＣ１２") == "abc12" and normalised("e\u0301") == normalised("É") == "é"
+    assert normalised("...") == "..." != normalised("!")
+    assert normalised("हिन्दी") != normalised("हनद")  # vowel signs are no punctuation
+
+
+@given(st.text(max_size=12))
+def test_normalising_twice_changes_nothing(text: str) -> None:
+    once = normalised(text)
+    assert normalised(once) == once
+
+
+@settings(max_examples=60, deadline=None)
+@given(PAIRS, st.integers(0, 3))
+def test_no_part_shares_a_sentence_with_another(pairs: list[tuple[str, str]], seed: int) -> None:
+    try:
+        found = split(Pairs("p", pairs), seed, held_out=3)
+    except UserError as error:
+        assert "cannot be parted" in str(error)
+        return
+    sides = [{normalised(side) for pair in part for side in pair} for part in (found.train, found.validation, found.test)]
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert 1 <= len(found.test) <= 3 and len(found.validation) <= 3
+    assert len(found.train) + len(found.validation) + len(found.test) + found.dropped == len(pairs)
+    tested = [normalised(side) for pair in found.test for side in set(map(normalised, pair))]
+    assert len(tested) == len(set(tested))  # no sentence is tested twice
+
+
+@settings(max_examples=40, deadline=None)
+@given(PAIRS, st.randoms(use_true_random=False))
+def test_neither_order_nor_direction_changes_the_split(pairs: list[tuple[str, str]], chance: random.Random) -> None:
+    try:
+        whole = split(pairs, held_out=4)
+    except UserError:
+        return
+    shuffled = list(pairs)
+    chance.shuffle(shuffled)
+    again = split([(b, a) for a, b in shuffled], held_out=4)
+    for one, other in ((whole.test, again.test), (whole.validation, again.validation)):
+        assert one == [(b, a) for a, b in other]
+    assert sorted(whole.train) == sorted((b, a) for a, b in again.train)
+
+
+def test_the_split_has_the_sizes_and_says_so() -> None:
+    rows = [(f"{n} ichi", f"{n} one") for n in range(500)] + [("0 ichi", "0 one"), ("0 Ichi!", "0 eins")]
+    found = split(Pairs("p", rows))
+    assert (len(found.validation), len(found.test)) == (50, 50)  # a tenth each, where a thousand would be more
+    assert len(found.train) == 402 - found.dropped and found.dropped in (1, 2, 3)
+    assert f"{len(found.train)} pairs for training, 50 for validation, 50 for testing" in found.sentence()
+    assert split(rows, seed=1).test != found.test and split(rows, held_out=7).test == found.test[:7]
+
+
+def test_what_cannot_be_parted_is_refused() -> None:
+    with pytest.raises(UserError, match="2 distinct pairs cannot be parted"):
+        split([("a", "b"), ("c", "d"), ("a", "b")])
+    with pytest.raises(UserError, match="30 distinct pairs cannot be parted .* give more pairs"):
+        split([("same", f"other {n}") for n in range(30)])
