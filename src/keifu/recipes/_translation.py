@@ -34,7 +34,7 @@ LEARNED = "bpe", "unigram"  # kinds of tokenizer that have an end token and lose
 PAD = "<pad>"
 MINUTES = 45.0
 SAMPLES = 6
-FREE = {"steps", "micro_batch", "average", "model"}  # what a resumed run may change, and what the model's config says
+FREE = {"steps", "micro_batch", "average", "keep", "model"}  # what a resumed run may change, or its config says
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Options:
     """Source and target tokens in a step, padding counted."""
     micro_batch: int | None = None
     """Rows of the largest batch computed at a time; unset: as many as fit in memory."""
+    keep: int = 2
+    """Saved states that are kept, 2% of the run apart."""
     seed: int = 0
     """Of the weights, the order of the data and dropout."""
 
@@ -138,7 +140,7 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
     model = plan.build(config)
     data = _data(options, task, config.context_length, plan.batching)
     objective = partial(translation, label_smoothing=plan.smoothing)
-    chosen = {"micro_batch": options.micro_batch, "seed": options.seed, "keep": max(2, plan.average)}
+    chosen = {"micro_batch": options.micro_batch, "seed": options.seed, "keep": max(options.keep, plan.average)}
 
     def within(minutes: float) -> int:
         return steps_within(minutes, model, objective, data, replace(plan.settings(1000), **chosen), data.largest())
@@ -191,9 +193,7 @@ def every(steps: int, warmup: int) -> dict[str, int]:
     }
 
 
-def _run(
-    name: str, options: Options, task: Task, data: PairData, model: nn.Module, out: Path, resume: bool
-) -> Run:
+def _run(name: str, options: Options, task: Task, data: PairData, model: nn.Module, out: Path, resume: bool) -> Run:
     own: Any = model.config
     told = {name: value for name, value in asdict(options).items() if name not in FREE}
     texts = [target for _, target in task.parts.validation]
