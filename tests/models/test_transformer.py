@@ -8,6 +8,7 @@ from torch import nn
 
 from keifu.checkpoints import load_model, save, save_gguf
 from keifu.commands.models import count
+from keifu.generation.decoding import causal
 from keifu.layers.linear import JoinedLinear
 from keifu.models import transformer
 from keifu.training.objectives import translation
@@ -186,6 +187,11 @@ def test_what_marian_cannot_say_is_saved_as_keifus_own(tmp_path):
     assert '"keifu_transformer"' in (tmp_path / "config.json").read_text()
     again = load_model(tmp_path)
     assert again.config == model.config and torch.equal(again(SOURCE, TARGET), model(SOURCE, TARGET))
+
+
+def test_a_request_to_continue_a_text_is_answered_with_what_it_does_instead():
+    with pytest.raises(ValueError, match="a EncoderDecoder turns one text into another .*: use keifu translate"):
+        causal(built())
 
 
 def test_gguf_is_refused_in_a_sentence(tmp_path):

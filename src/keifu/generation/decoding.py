@@ -45,6 +45,13 @@ class Reader(Protocol):
     def pool(self, hidden: Tensor) -> Tensor: ...
 
 
+@runtime_checkable
+class Answering(Protocol):
+    """What a model offers that reads a source before it writes: an encoder-decoder."""
+
+    def start(self, source: Tokens, source_mask: Tensor | None, capacity: int | None) -> Any: ...
+
+
 def writes_nothing(model: nn.Module) -> str:
     """The sentence for a model that is asked to write and cannot: what it can do instead."""
     name = type(model).__name__
@@ -53,6 +60,8 @@ def writes_nothing(model: nn.Module) -> str:
             f"a {name} reads both sides of a text and cannot write one: let it embed texts (keifu embed), classify them "
             "(keifu classify) or fill in [MASK] (keifu.generation.filling.fill), or choose a language model, such as smollm2."
         )
+    if isinstance(model, Answering):
+        return f"a {name} turns one text into another and does not go on with it: use keifu translate."
     return f"a {name} cannot; choose a language model, such as smollm2."
 
 
