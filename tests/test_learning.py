@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from keifu.layers.losses import LOSSES
-from keifu.models import gpt1, gpt2, gpt3, llama, mlp, palm, perceptron
-from keifu.training.objectives import causal
+from keifu.models import bert, gpt1, gpt2, gpt3, llama, mlp, palm, perceptron, seq2seq, transformer
+from keifu.training.masked import masked
+from keifu.training.objectives import causal, translation
 from keifu.training.optimisers import Optimisers
 from keifu.training.settings import Settings
 from keifu.training.step import Stepper
@@ -41,6 +42,58 @@ def test_a_language_model_learns_rows_by_heart(name, optimizer):
     assert losses[0] > 3.0  # nothing was known: log 31 is 3.43
     # The first token of a row cannot be known from anything before it, so a row's second token may stay open.
     assert losses[-1] < 0.35
+
+
+PAIRS = {"vocab_size": 31, "context_length": 16, "dim": 32}
+RECURRENT = {**PAIRS, "embedding_dim": 24, "attention_dim": 32, "maxout_dim": 32}
+TRANSLATORS = {
+    "seq2seq-attention": (seq2seq, seq2seq.Config(**RECURRENT)),
+    "seq2seq-fixed": (seq2seq, seq2seq.Config(**RECURRENT, context="fixed")),
+    "seq2seq-plain": (seq2seq, seq2seq.Config(**RECURRENT, encoder="forward", context="none", output="state")),
+    "transformer": (transformer, transformer.Config(**SMALL, dropout=0.0)),
+    "transformer-apart": (transformer, transformer.Config(**SMALL, dropout=0.0, shared=False, tied=False)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSLATORS)
+def test_an_encoder_decoder_learns_pairs_by_heart(name):
+    module, config = TRANSLATORS[name]
+    torch.manual_seed(0)
+    model = module.build(config).train()
+    settings = Settings(steps=150, batch_size=8, learning_rate=1e-2, weight_decay=0.0)
+    optimisers = Optimisers(model, settings)
+    stepper = Stepper(model, translation, translation, optimisers, CPU, torch.float32, 8, 1.0, 0)
+    lengths = torch.randint(2, 8, (2, 8, 1))
+    masks = [torch.arange(7) < lengths[0], torch.arange(9) < lengths[1] + 2]
+    batch = {"source": torch.randint(3, 31, (8, 7)), "target": torch.randint(3, 31, (8, 9))}
+    batch |= {"source_mask": masks[0], "target_mask": masks[1]}
+    losses = []
+    for step in range(settings.steps):
+        gradient = stepper.gradient(step, batch, lambda: False)
+        losses.append(gradient.sums.means()["loss"])
+        optimisers.step(step)
+    assert losses[0] > 3.0 and losses[-1] < 0.3
+
+
+def test_bert_learns_masked_words_and_neighbours_by_heart():
+    torch.manual_seed(0)
+    model = bert.build(bert.Config(**SMALL, dropout=0.0)).train()
+    settings = Settings(steps=150, batch_size=8, learning_rate=5e-3, weight_decay=0.0)
+    optimisers = Optimisers(model, settings)
+    stepper = Stepper(model, masked, masked, optimisers, CPU, torch.float32, 8, 1.0, 0)
+    tokens, places = torch.randint(1, 31, (8, 13)), torch.stack([torch.randperm(13)[:3] for _ in range(8)])
+    batch = {
+        "tokens": tokens.scatter(1, places, 0), "targets": tokens.gather(1, places), "places": places,
+        "segments": (torch.arange(13) > 6).long().expand(8, 13), "random_next": torch.randint(0, 2, (8,)),
+        "mask": torch.ones(8, 13, dtype=torch.bool), "word_weight": torch.full((8,), 104 / 24),
+        "pair_weight": torch.full((8,), 104 / 8),
+    }  # fmt: skip
+    losses = []
+    for step in range(settings.steps):
+        losses.append(stepper.gradient(step, batch, lambda: False).sums.means()["loss"])
+        optimisers.step(step)
+    assert losses[0] > 3.9  # nothing was known: log 31 + log 2 is 4.13
+    assert losses[-1] < 0.05
 
 
 def test_a_network_learns_a_table_by_heart():
