@@ -30,6 +30,11 @@ SMALL = bert.Config(context_length=16, dim=16, hidden_dim=32, n_layers=1, n_head
 FLAGS = ("--epochs", "10", "--learning-rate", "1e-2", "--batch-size", "8", "--cut", "12")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable: None) -> None:
+    torch.set_num_threads(1)  # products this small only wait for a second
+
+
 def table(folder: Path, rows: list[tuple[str, str]]) -> Path:
     path = folder / "rows.csv"
     with path.open("w", newline="") as file:
