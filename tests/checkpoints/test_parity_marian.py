@@ -123,6 +123,14 @@ def test_a_head_that_differs_is_kept_apart(tmp_path) -> None:
     assert torch.equal(checkpoints.load_model(tmp_path / "own")(SOURCE, TARGET), model(SOURCE, TARGET))
 
 
+def test_pickled_weights_name_what_converts_them(tmp_path) -> None:
+    """Most of opus-mt is published so."""
+    published().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"never unpickles.*MarianMTModel\.from_pretrained\(DIRECTORY\)"):
+        checkpoints.load(tmp_path)
+
+
 OPUS = {  # the config.json of Helsinki-NLP/opus-mt-en-de, as transformers 4 wrote it
     "_name_or_path": "", "_num_labels": 3, "activation_dropout": 0.0, "activation_function": "swish",
     "add_bias_logits": False, "add_final_layer_norm": False, "architectures": ["MarianMTModel"],

@@ -6,7 +6,7 @@ from pathlib import Path
 from keifu.errors import UserError, unknown
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-WANTED = ("*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+WANTED = ("*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.spm", "merges.txt", "vocab.txt")
 
 
 def locate(name: str | Path) -> Path:

@@ -70,10 +70,13 @@ def weight_files(path: Path) -> list[Path]:
 
 def pickled_only(path: Path, names: Sequence[str]) -> UserError:
     """The error for weights that only unpickling would read: that runs whatever program is inside."""
+    where = path / "config.json"
+    named = read_json(where).get("architectures") if where.exists() else None
+    reader = named[0] if isinstance(named, list) and named else "AutoModelForCausalLM"
     return UserError(
         f"{path} has its weights in {', '.join(names[:3])} alone, which keifu never unpickles, since that can run any "
         "program; if you trust its makers, let transformers convert it: "
-        "AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(OUT, safe_serialization=True)."
+        f"{reader}.from_pretrained(DIRECTORY).save_pretrained(OUT, safe_serialization=True)."
     )
 
 
