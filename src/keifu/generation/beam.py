@@ -159,7 +159,7 @@ class _Beams:
         sources, width = self.scores.shape
         count = max(2, 1 + len(self._ends)) * self.search.beams
         values, tokens = top(logits, min(count + len(self._never), logits.shape[1]))
-        values = values - logits.logsumexp(-1, keepdim=True)
+        values = values - log_total_(logits, values[:, :1])
         values = values.masked_fill(torch.isin(tokens, self._never), -torch.inf) + self.scores.reshape(-1, 1)
         each = tokens.shape[1]
         values, tokens = values.view(sources, width * each), tokens.view(sources, width * each)
@@ -188,6 +188,11 @@ class _Beams:
 
     def _penalty(self, length: int) -> Float[Tensor, " one"]:
         return self.search.penalty(torch.tensor([float(length)], device=self.scores.device))
+
+
+def log_total_(logits: Float[Tensor, "rows vocab"], largest: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
+    """ln Σ exp of each row, as `logsumexp`, in the memory of the logits, which are lost."""
+    return logits.sub_(largest).exp_().sum(-1, keepdim=True).log_() + largest
 
 
 def top(logits: Float[Tensor, "rows vocab"], count: int) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"]]:

@@ -19,7 +19,8 @@ Logits = Float[Tensor, "rows vocab"]
 
 @runtime_checkable
 class Decoder(Protocol):
-    """Texts that grow together. `first` gives one row for each source, `next` one for each row; in float32."""
+    """Texts that grow together. `first` gives one row of logits for each source, `next` one for each row: in
+    float32, and in memory that the caller may write over."""
 
     def first(self) -> Logits: ...
 

@@ -46,7 +46,16 @@ class KeyValueCache:
             self.keys, self.values = (_moved(x[:, :, : self.length], capacity) for x in (self.keys, self.values))
 
     def select(self, rows: Int[Tensor, " kept"], start: int = 0) -> None:
-        """Keeps only these rows of the batch, without their first `start` tokens, which must be padding."""
+        """Keeps only these rows of the batch, without their first `start` tokens, which must be padding.
+
+        As many rows or fewer stay in the memory that they have, and those that keep their place are not touched.
+        """
+        if not start and len(rows) <= len(self.keys):
+            moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+            for held in (self.keys[:, :, : self.length], self.values[:, :, : self.length]):
+                held[moved] = held[rows[moved]]
+            self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
+            return
         capacity, held = self.keys.shape[2] - start, slice(start, self.length)
         self.keys, self.values = (_moved(x[:, :, held][rows], capacity) for x in (self.keys, self.values))
         self.length -= start

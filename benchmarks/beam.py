@@ -1,0 +1,116 @@
+"""Sentences a second of beam search, beside transformers' generate on the same weights.
+
+python benchmarks/beam.py [--dim 512] [--layers 6] [--vocab 16000] [--beams 4] [--sentences 128] [--dtype float32]
+python benchmarks/beam.py --model runs/transformer --data tatoeba-ja-en     (a trained model, on its test sentences)
+
+The default has random weights that end no text: every sentence gets `--tokens` tokens. A trained model ends its texts.
+transformers gets its sentences in batches of `--batch-size`, once in the order given and once sorted by length.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from _rounds import interleaved, machine, table
+
+from keifu import checkpoints
+from keifu.data.lengths import padded
+from keifu.data.pairs import read_pairs
+from keifu.data.splits import split
+from keifu.generation.translation import Translating, search
+
+Sources = list[list[int]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"dim": 512, "layers": 6, "vocab": 16_000, "beams": 4, "sentences": 128, "tokens": 32}
+    for name, value in {**sizes, "batch-size": 64, "rounds": 5}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", default="tatoeba-ja-en")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = options.model or save_random(options, Path(directory))
+        theirs = hf.MarianMTModel.from_pretrained(folder).eval().to(getattr(torch, options.dtype))
+        ours: Any = checkpoints.load_model(folder).to(getattr(torch, options.dtype))
+    sources = trained_sources(options, folder) if options.model else random_sources(options)
+    settings = Translating(options.beams, 1.0, None if options.model else options.tokens, options.batch_size)
+    contenders = {
+        "transformers": lambda: generate(theirs, sources, options),
+        "transformers, sorted": lambda: generate(theirs, sorted(sources, key=len), options),
+        "keifu": lambda: search(ours, sources, settings),
+    }
+    same = [a == b.tokens for a, b in zip(contenders["transformers"](), contenders["keifu"](), strict=True)]
+    seconds = interleaved(contenders, options.rounds)
+    kind = options.model or f"dim {options.dim}, {options.layers} layers, vocabulary {options.vocab}, random weights"
+    how = f"{options.dtype}, {options.beams} beams, {len(sources)} sentences, {options.rounds} rounds"
+    print(f"{machine()}; {kind}, {how}")
+    print(f"Best texts that are equal: {sum(same)} of {len(same)}.\n")
+    print(table(seconds, len(sources), "sentences", "transformers", {}))
+
+
+def save_random(options: argparse.Namespace, directory: Path) -> Path:
+    """A Marian model that ends no text."""
+    last = options.vocab - 1
+    config = hf.MarianConfig(
+        vocab_size=options.vocab,
+        decoder_vocab_size=options.vocab,
+        d_model=options.dim,
+        encoder_layers=options.layers,
+        decoder_layers=options.layers,
+        encoder_attention_heads=max(1, options.dim // 64),
+        decoder_attention_heads=max(1, options.dim // 64),
+        encoder_ffn_dim=4 * options.dim,
+        decoder_ffn_dim=4 * options.dim,
+        max_position_embeddings=512,
+        pad_token_id=last,
+        decoder_start_token_id=last,
+        eos_token_id=0,
+        forced_eos_token_id=None,
+    )
+    model = hf.MarianMTModel(config)
+    model.final_logits_bias[0, 0] = -1e4
+    model.save_pretrained(directory)
+    return directory
+
+
+def random_sources(options: argparse.Namespace) -> Sources:
+    lengths = torch.randint(4, 30, (options.sentences,)).tolist()
+    return [[*torch.randint(1, options.vocab - 1, (length,)).tolist(), 0] for length in lengths]
+
+
+def trained_sources(options: argparse.Namespace, folder: Path) -> Sources:
+    """The first held-out test sentences as the model's tokenizer has them."""
+    model, tokenizer = checkpoints.load(folder)
+    config: Any = model.config
+    rows = split(read_pairs(options.data)).test[: options.sentences]
+    return [[*ids, config.end_id] for ids in tokenizer.encode_batch([source for source, _ in rows])]
+
+
+def generate(model: Any, sources: Sequence[list[int]], options: argparse.Namespace) -> list[list[int]]:
+    """transformers' best texts, by its own rule of when to stop, with the limit that keifu has."""
+    config, found = model.config, []
+    for start in range(0, len(sources), options.batch_size):
+        batch = sources[start : start + options.batch_size]
+        ids, mask = padded(batch, config.pad_token_id)
+        limit = ids.shape[1] + 50 if options.model else options.tokens
+        wanted = hf.GenerationConfig(
+            num_beams=options.beams, do_sample=False, max_new_tokens=limit, length_penalty=1.0, early_stopping=False,
+            eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
+            decoder_start_token_id=config.decoder_start_token_id, bad_words_ids=[[config.pad_token_id]],
+        )  # fmt: skip
+        mask = torch.ones_like(ids) if mask is None else mask.long()
+        texts = model.generate(ids, attention_mask=mask, generation_config=wanted)[:, 1:].tolist()
+        found += [text[: text.index(config.eos_token_id)] if config.eos_token_id in text else text for text in texts]
+    return found
+
+
+if __name__ == "__main__":
+    main()
