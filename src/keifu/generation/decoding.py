@@ -57,11 +57,11 @@ def writes_nothing(model: nn.Module) -> str:
     name = type(model).__name__
     if isinstance(model, Reader):
         return (
-            f"a {name} reads both sides of a text and cannot write one: let it embed texts (keifu embed), classify them "
-            "(keifu classify) or fill in [MASK] (keifu.generation.filling.fill), or choose a language model, such as smollm2."
+            f"a {name} reads both sides of a text and cannot go on with one; it can embed texts (keifu embed), "
+            "classify them (keifu classify) or fill in [MASK] (keifu.generation.filling.fill); smollm2 can write."
         )
     if isinstance(model, Answering):
-        return f"a {name} turns one text into another and does not go on with it: use keifu translate."
+        return "as an encoder-decoder, it turns one text into another and does not go on with it: use keifu translate."
     return f"a {name} cannot; choose a language model, such as smollm2."
 
 
