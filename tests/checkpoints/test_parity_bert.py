@@ -130,7 +130,7 @@ def configured(directory: Path, **changes: Any) -> None:
 
 @torch.no_grad()
 def test_a_file_as_google_released_it(tmp_path) -> None:
-    """As bert-base-uncased: TensorFlow's names of norms, copies of the embedding, all heads though its config names one."""
+    """As bert-base-uncased: TensorFlow's names of norms, copies of tensors, all heads though its config names one."""
     reference = made("pretraining")
     reference.save_pretrained(tmp_path)
 
@@ -223,7 +223,7 @@ def test_minilm_is_what_transformers_makes_of_it() -> None:
         pytest.skip(f"MiniLM cannot be had here: {error}")
     model, tokenizer = checkpoints.load("minilm")
     reference = transformers.AutoModel.from_pretrained(path).eval()
-    texts = ["The capital of France is Paris.", "Encoders read both ways, whereas decoders cannot see what comes.", "Hi"]
+    texts = ["The capital of France is Paris.", "Encoders read both ways; decoders cannot see what comes.", "Hi"]
     theirs = transformers.AutoTokenizer.from_pretrained(path)(texts, padding=True, return_tensors="pt")
     rows = [row[mask.bool()].tolist() for row, mask in zip(theirs.input_ids, theirs.attention_mask, strict=True)]
     assert tokenizer.encode_batch(texts, special=True) == rows

@@ -109,7 +109,7 @@ def test_shares_of_masked_random_and_kept(made: Made) -> None:
         target = batch["targets"][there]
         kinds += [int((now == MASK).sum()), int(((now != MASK) & (now != target)).sum()), int((now == target).sum())]
         hidden, words = hidden + int(there.sum()), words + int(batch["mask"].sum())
-        assert (target >= 5).all() and ((now == MASK) | (now >= 5)).all()  # special tokens are neither hidden nor put in
+        assert (target >= 5).all() and ((now == MASK) | (now >= 5)).all()  # nothing special
         changed = batch["tokens"] != restored(batch)
         assert int(changed.sum()) == int((now != target).sum())
     assert np.allclose(kinds / hidden, [0.8, 0.1, 0.1], atol=0.02)

@@ -15,7 +15,7 @@ from keifu.models import bert, gpt2
 
 @pytest.fixture(scope="module")
 def wordpiece() -> Tokenizer:
-    return train_tokenizer("wordpiece", ["the cat sat on the mat, and the dog ran after the cat"] * 3, 90, lowercase=True)
+    return train_tokenizer("wordpiece", ["the cat sat on the mat, the dog ran after the cat"] * 3, 90, lowercase=True)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from keifu.data.sentence_pairs import RowPlanner
-from keifu.data.sentence_shards import SentenceShards, Sentences
+from keifu.data.sentence_shards import Sentences, SentenceShards
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 
@@ -71,16 +71,24 @@ class Vocabulary:
         ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), sorted(tokenizer.special_ids))
         mark = tokenizer.description()["model"].get("continuing_subword_prefix") or ""
         tokens = [tokenizer.backend.id_to_token(n) or "" for n in range(tokenizer.vocab_size)]
-        return cls(*ids, ordinary, np.array([bool(mark) and token.startswith(mark) for token in tokens]))
+        return cls(
+            ids[0],
+            ids[1],
+            ids[2],
+            ids[3],
+            ordinary,
+            np.array([bool(mark) and token.startswith(mark) for token in tokens]),
+        )
 
 
 class MaskedText:
-    """Training data of the loop: each epoch draws rows and masks anew, and a batch is a function of seed and step alone.
+    """The loop's data: each epoch draws rows and masks anew, and a batch is a function of the seed and the step alone.
 
-    A batch has "tokens" [row, place] with what is hidden, "mask" (True on real tokens), "places" [row, masked] and their
-    "targets", -100 where a row has fewer; for sentence pairs also "segments" and "random_next" [row], 1 where the second
-    sentence is not the first one's. "word_weight" and "pair_weight" [row] say how many tokens of the whole batch there
-    are for each target and each pair, so that a batch can be split (see `keifu.training.masked`).
+    A batch has "tokens" [row, place] with words hidden in them, "mask" (True on real tokens), "places" [row, masked] of
+    what is hidden and "targets", what stood there, -100 where a row has fewer; for sentence pairs also "segments" and
+    "random_next" [row], 1 where the second sentence is not the first one's. "word_weight" and "pair_weight" [row] say
+    how many tokens of the whole batch there are for each target and each pair, so that a batch can be split (see
+    `keifu.training.masked`).
     """
 
     def __init__(
@@ -183,9 +191,7 @@ def single_tokens(words: np.ndarray, wanted: np.ndarray, random: np.random.Gener
     return words & (ranks < wanted[:, None])
 
 
-def whole_words(
-    words: np.ndarray, starts: np.ndarray, wanted: np.ndarray, random: np.random.Generator
-) -> np.ndarray:
+def whole_words(words: np.ndarray, starts: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """The same, but all tokens of a word or none: words in a random order, but no word that would make it too many."""
     numbers = np.where(words, np.cumsum(starts, axis=1), 0)
     chosen = np.zeros_like(words)

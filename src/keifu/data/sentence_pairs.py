@@ -28,7 +28,7 @@ class RowPlanner:
         self.room, self.short, self.pairs = room, short, pairs
         self.starts, self.documents = _no_longer_than(room, sentences)
         if pairs and len(self.documents) < 3:
-            raise UserError("Sentence pairs need two documents or more, so that half of them can come from another one.")
+            raise UserError("Sentence pairs need two documents or more: half of them come from another one.")
 
     def rows(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Bounds [row, 4], and for each row whether its second segment comes from elsewhere; documents in order."""

@@ -166,8 +166,9 @@ def _open(folder: Path) -> SentenceShards:
     from safetensors.torch import load_file
 
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    loaded = ({name: tensor.numpy() for name, tensor in load_file(folder / _file(part)).items()} for part in PARTS)
-    return SentenceShards(*(Sentences(**arrays) for arrays in loaded), index)
+    loaded = [load_file(folder / _file(part)) for part in PARTS]
+    training, held = (Sentences(**{name: tensor.numpy() for name, tensor in each.items()}) for each in loaded)
+    return SentenceShards(training, held, index)
 
 
 def _file(part: str) -> str:

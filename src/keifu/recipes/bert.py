@@ -99,7 +99,8 @@ def _begin(recipe: Recipe) -> tuple[Any, Tokenizer]:
     torch.manual_seed(recipe.training.seed)
     if recipe.start is None:
         if recipe.text.tokenizer in KINDS and recipe.text.tokenizer != "wordpiece":
-            raise UserError(f"BERT needs [CLS], [SEP] and [MASK], which {recipe.text.tokenizer} has not: learn wordpiece.")
+            kind = recipe.text.tokenizer
+            raise UserError(f"BERT needs [CLS], [SEP] and [MASK], which {kind} does not have: learn wordpiece.")
         lower = recipe.lowercase and recipe.text.tokenizer == "wordpiece"
         tokenizer = tokenizer_of(recipe.text, **({"lowercase": True} if lower else {}))
         sizes = replace(recipe.model, vocab_size=tokenizer.vocab_size, labels=())
