@@ -118,6 +118,29 @@ def test_of_a_catalogue_name_the_held_out_pairs_count(monkeypatch: pytest.Monkey
     assert backward.languages == ("en", "ja")
 
 
+def test_the_direction_is_the_models_where_its_run_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = Pairs("tatoeba-ja-en", [(f"文{n}。", f"Sentence {n}.") for n in range(60)], ("ja", "en"))
+    monkeypatch.setattr(translation, "read_pairs", lambda name, reverse: pairs.reversed() if reverse else pairs)
+    told = {
+        (("ja", "en"), False): (("ja", "en"), 0),
+        (("en", "ja"), False): (("en", "ja"), 1),  # swapped, and said
+        (("en", "ja"), True): (("en", "ja"), 0),
+        (("ja", "en"), True): (("en", "ja"), 1),  # as asked for, though it fits the model badly
+        (("en", "de"), False): (("ja", "en"), 1),
+        (("", ""), False): (("ja", "en"), 0),
+    }
+    for (trained, reverse), (languages, remarks) in told.items():
+        found, notes = translation.test_pairs(Asked("tatoeba-ja-en", reverse=reverse, languages=trained))
+        assert (found.languages, len(notes)) == (languages, remarks)
+        assert found.rows[0][0].startswith("文") == (languages[0] == "ja")
+
+
+def test_the_target_language_of_a_plain_file_is_the_models(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("Tom\tトム\n")
+    pairs, _ = translation.test_pairs(Asked(str(tmp_path / "a.tsv"), languages=("en", "ja")))
+    assert pairs.languages == ("en", "ja")
+
+
 def test_translations_that_were_cut_and_unknown_tokens_are_said() -> None:
     whole, cut = (Translation("ab", "c", -1.0, 1, complete, 10, unknown=3 * complete) for complete in (True, False))
     assert translation.remarks([cut, whole, cut]) == [

@@ -52,13 +52,21 @@ def run(options: Options) -> None:
 
     model, tokenizer = load(options.model)
     task = fitting(model, options.on)
-    asked = Asked(**{field.name: vars(options)[field.name] for field in fields(Asked)})
+    given = {field.name: vars(options)[field.name] for field in fields(Asked) if field.name in vars(options)}
+    asked = Asked(**given, languages=trained_languages(Path(options.model)))
     check_heeded(options, task)
     found = task.evaluate(model, tokenizer, asked)
     if options.output and found.items:
         rows = [found.items.columns, *found.items.rows]
         write_atomic(options.output, "".join("\t".join(map(_cell, row)) + "\n" for row in rows))
     _tell(found, options.json)
+
+
+def trained_languages(run: Path) -> tuple[str, str]:
+    """What a translator's run says that it translates from and into; two empty texts where nothing says so."""
+    recipe = run / "recipe.json"
+    told = json.loads(recipe.read_text(encoding="utf-8")).get("languages") if recipe.is_file() else None
+    return (told[0], told[1]) if told else ("", "")
 
 
 def fitting(model: Any, on: str) -> Any:

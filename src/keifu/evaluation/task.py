@@ -18,7 +18,8 @@ from keifu.errors import UserError
 class Asked:
     """What is to be evaluated, on what and how; a task heeds the fields that it names in its OPTIONS.
 
-    on: a catalogue name, a file or files. limit: at most so many of its items.
+    on: a catalogue name, a file or files. limit: at most so many of its items. languages: what the model was trained to
+    translate from and into, where its run says so.
     """
 
     on: str
@@ -29,6 +30,7 @@ class Asked:
     alpha: float | None = None
     batch_size: int | None = None
     by_length: bool = False
+    languages: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

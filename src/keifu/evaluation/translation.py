@@ -68,11 +68,19 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> Outcome:
 
 
 def test_pairs(asked: Asked) -> tuple[Pairs, list[str]]:
-    """The pairs that count, and what is to be said about those that do not."""
+    """The pairs that count, in the model's direction where that is known, and what is to be said about them."""
     pairs = read_pairs(asked.on, asked.reverse)
     notes = [pairs.left_out] if pairs.left_out else []
+    trained, known = asked.languages, all(asked.languages) and all(pairs.languages)
+    if known and pairs.languages == trained[::-1] and not asked.reverse:
+        pairs = pairs.reversed()
+        notes.append(f"The model translates from {trained[0]} into {trained[1]}: the sides of {asked.on} are swapped.")
+    elif known and pairs.languages != trained:
+        own, given = (" into ".join(each) for each in (trained, pairs.languages))
+        notes.append(f"The model was trained to translate from {own}, and these pairs are from {given}.")
     rows = split(pairs).test if asked.on in pair_names() else pairs.rows
-    return Pairs(pairs.name, rows[: asked.limit], pairs.languages), notes
+    languages = pairs.languages if any(pairs.languages) or asked.reverse else trained
+    return Pairs(pairs.name, rows[: asked.limit], languages), notes
 
 
 def _translated(model: nn.Module, tokenizer: Tokenizer, sources: list[str], asked: Asked) -> list[Translation]:
