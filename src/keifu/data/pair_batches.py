@@ -125,6 +125,7 @@ class Batching(Protocol):
     """How an epoch is cut: batch i holds order(random)[bounds[i] : bounds[i + 1]], the same bounds every epoch."""
 
     bounds: list[int]
+    name: str  # with all that the order depends on
 
     def order(self, random: np.random.Generator) -> np.ndarray:
         """All rows in an order of this epoch's own."""
@@ -144,6 +145,7 @@ class ByTokens:
         if (most := int(sizes.sum(1).max())) > tokens:
             raise UserError(f"A batch of {tokens} tokens cannot hold the longest pair, which has {most}: allow more.")
         self.keys = target * (2 * source.max() + 1) + np.where(target % 2, source, 2 * source.max() - source)
+        self.name = f"{tokens} tokens"
         self.bounds = _cuts(sizes[np.argsort(self.keys, kind="stable")].tolist(), tokens)
 
     def order(self, random: np.random.Generator) -> np.ndarray:
@@ -169,7 +171,7 @@ class ByRows:
     """
 
     def __init__(self, sizes: np.ndarray, rows: int = 80, pool: int = 1600):
-        self.lengths, self.pool = sizes.sum(1), pool
+        self.lengths, self.pool, self.name = sizes.sum(1), pool, f"{rows} rows of {pool}"
         self.bounds = [*range(0, len(sizes), rows), len(sizes)]
 
     def order(self, random: np.random.Generator) -> np.ndarray:
@@ -200,7 +202,7 @@ class PairData:
         """Of all ids, and of what else the batches depend on."""
         bounds = hashlib.sha256(repr((self.batching.bounds, self.special)).encode()).hexdigest()
         parts = self.train.fingerprint, self.held_out.fingerprint, bounds
-        return f"{'-'.join(part[:16] for part in parts)}-{type(self.batching).__name__}-seed{self.seed}"
+        return f"{'-'.join(part[:16] for part in parts)}, {self.batching.name}, seed {self.seed}"
 
     @property
     def steps_per_epoch(self) -> int:

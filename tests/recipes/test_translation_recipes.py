@@ -1,0 +1,138 @@
+"""Both recipes for translation, from the command line to a model that is loaded: by steps, by time, resumed."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from keifu import checkpoints
+from keifu.cli import parse
+from keifu.data.pairs import read_pairs
+from keifu.data.splits import split
+from keifu.errors import UserError
+from keifu.recipes import seq2seq, transformer
+from keifu.training import metrics, state
+
+WORDS = "red blue green one two three cat dog bird sees likes eats big small".split()
+COMMON = ["--vocab-size", "290", "--tokens-per-batch", "500", "--model.context-length", "24"]
+SIZES = {
+    "transformer": ["--model.dim", "32", "--model.hidden-dim", "64", "--model.n-layers", "1", "--model.n-heads", "2"],
+    "seq2seq": [w for n in ("dim", "embedding-dim", "attention-dim", "maxout-dim") for w in (f"--model.{n}", "32")],
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable: None) -> None:
+    """Models this small are faster without a second one."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch) -> Path:
+    """Rows of words and the same backwards."""
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+    chance = random.Random(0)
+    rows = {tuple(chance.choice(WORDS) for _ in range(chance.randint(2, 6))) for _ in range(300)}
+    lines = [f"{' '.join(row)}\t{' '.join(row[::-1])}\n" for row in sorted(rows)]
+    (tmp_path / "backwards.tsv").write_text("".join(lines))
+    return tmp_path / "backwards.tsv"
+
+
+def go(name: str, table: Path, out: str, *options: str) -> Path:
+    place = table.parent / out
+    parse(["train", name, "--data", str(table), "--out", str(place), *COMMON, *SIZES[name], *options])()
+    return place
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / f"state/step-{state.steps(directory)[-1]:08d}.safetensors")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_recipe_trains_and_its_run_loads_and_translates(name: str, table: Path, capsys) -> None:
+    out = go(name, table, "run", "--steps", "20")
+    said = capsys.readouterr().out
+    assert "pairs for training" in said and "Every character of the source side stands in the tokenizer's" in said
+    losses = [line["validation_loss"] for line in metrics.read(out) if "validation_loss" in line]
+    assert losses[-1] < losses[0] - 0.2
+    assert "nats" in metrics.read(out)[-2] or "nats" in metrics.read(out)[-1]
+    model, tokenizer = checkpoints.load(out)
+    assert model.config.vocab_size == tokenizer.vocab_size and tokenizer.pad_id not in (None, tokenizer.eos_id)
+    recipe = json.loads((out / "recipe.json").read_text())
+    facts = recipe["data"][0]
+    parts = split(read_pairs(table))
+    assert [facts[f"{part} pairs"] for part in ("training", "validation", "test")] == [
+        len(parts.train), len(parts.validation), len(parts.test)
+    ]  # fmt: skip
+    sample = (out / "samples/step-00000020.txt").read_text()
+    assert f"{parts.validation[0][0]}\n  = {parts.validation[0][1]}\n  > " in sample
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_recipe_resumed_is_bitwise_the_same(name: str, table: Path) -> None:
+    whole = go(name, table, "whole", "--steps", "8")
+    parts = go(name, table, "parts", "--steps", "8")
+    for step in state.steps(parts)[1:]:
+        state.remove(parts, step)
+    assert state.steps(parts)[-1] < 8
+    go(name, table, "parts", "--steps", "8", "--resume")
+    ours, theirs = tensors(parts), tensors(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_minutes_become_steps_that_a_resumed_run_keeps(table: Path, capsys) -> None:
+    out = go("transformer", table, "timed", "--minutes", "0.03")
+    recipe = json.loads((out / "recipe.json").read_text())
+    steps = recipe["settings"]["steps"]
+    assert steps == state.steps(out)[-1] and recipe["settings"]["warmup"] == max(1, steps // 5)
+    go("transformer", table, "timed", "--minutes", "0.03", "--resume")
+    assert state.steps(out)[-1] == steps
+    with pytest.raises(UserError, match=r"recipe.minutes 0.03 → 0.06"):
+        go("transformer", table, "timed", "--minutes", "0.06", "--resume")
+    with pytest.raises(UserError, match="--steps 5 and --minutes 1 are two budgets"):
+        go("transformer", table, "timed", "--minutes", "1", "--steps", "5")
+
+
+def test_the_papers_transformer_leaves_the_mean_of_its_last_states(table: Path) -> None:
+    out = go("transformer", table, "paper", "--recipe-of", "paper", "--steps", "4", "--average", "2", "--reverse")
+    files = [load_file(out / f"state/step-{step:08d}.safetensors") for step in state.steps(out)]
+    model, _ = checkpoints.load(out)
+    name = "encoder.0.feedforward.up.weight"
+    mean = (files[-1][f"model.{name}"].double() + files[-2][f"model.{name}"].double()) / 2
+    assert torch.equal(model.state_dict()[name], mean.float())
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert recipe["data"][0]["source"].endswith(", sides swapped") and recipe["settings"]["keep"] == 2
+
+
+def test_the_papers_settings_are_theirs() -> None:
+    recipe = transformer.Recipe(recipe_of="paper", model=transformer.transformer.Config())
+    long, short = (transformer.paper_settings(recipe, steps) for steps in (100_000, 1000))
+    assert (long.warmup, long.betas, long.epsilon, long.schedule) == (4000, (0.9, 0.98), 1e-9, "inverse_sqrt")
+    assert long.learning_rate == pytest.approx(512**-0.5 * 4000**-0.5)
+    assert short.learning_rate / 1000 == pytest.approx(long.learning_rate / 4000)  # the same rise
+    settings = seq2seq.paper_settings(seq2seq.Recipe(), 100)
+    assert (settings.optimizer, settings.clip, settings.learning_rate) == ("adadelta", 1.0, 1.0)
+
+
+def test_bahdanaus_recipe_and_the_network_without_attention(table: Path) -> None:
+    out = go("seq2seq", table, "none", "--attention", "none", "--recipe-of", "paper", "--steps", "3")
+    model, _ = checkpoints.load(out)
+    assert model.config.context == "fixed"
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert recipe["settings"]["optimizer"] == "adadelta" and "80 rows of 1600" in recipe["data_fingerprint"]
+
+
+def test_pairs_too_long_are_left_out_and_said(table: Path, capsys) -> None:
+    with table.open("a") as file:
+        file.write(f"{'cat ' * 60}\t{'dog ' * 60}\n")
+    go("transformer", table, "long", "--steps", "1")
+    said = capsys.readouterr().out
+    assert "have a side longer than 24 tokens, which is all that the model takes, and are left out" in said
+
+
+def test_a_tokenizer_that_cannot_end_a_text_or_does_not_exist_is_refused(table: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no tokenizer at bpee"):
+        go("transformer", table, "run", "--steps", "1", "--tokenizer", "bpee")
