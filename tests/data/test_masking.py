@@ -145,13 +145,25 @@ def test_whole_words_are_hidden_whole() -> None:
 
 def test_a_batch_is_a_function_of_seed_and_step_alone(made: Made) -> None:
     one, other = made(), made()
-    steps = [0, 1, one.rows_per_epoch // 16, 3 * one.rows_per_epoch // 16 + 1]
+    steps = [0, 1, one.steps_per_epoch, 3 * one.steps_per_epoch + 1]
     batches = [one.batch(step) for step in steps]
     for step, batch in reversed(list(zip(steps, batches, strict=True))):
         assert all(torch.equal(value, other.batch(step)[name]) for name, value in batch.items())
     assert not torch.equal(made(seed=2).batch(0)["targets"], batches[0]["targets"])
-    masks = [made(batch_size=one.rows_per_epoch).batch(epoch)["targets"].sum() for epoch in (0, 1)]
-    assert masks[0] != masks[1]  # the same rows are hidden otherwise in the next epoch
+    whole = made(batch_size=2000, short=0.0)  # more rows than there are: a batch is an epoch
+    assert whole.steps_per_epoch == 1
+    assert whole.batch(0)["targets"].sum() != whole.batch(1)["targets"].sum()
+
+
+def test_rows_of_a_batch_are_about_equally_long_and_none_is_lost(made: Made) -> None:
+    data = made(batch_size=8, sentence_pairs=False)
+    batches = [data.batch(step) for step in range(data.steps_per_epoch)]
+    padding = sum(int((~batch["mask"]).sum()) for batch in batches) / sum(batch["mask"].numel() for batch in batches)
+    assert padding < 0.1
+    widths = [batch["mask"].shape[1] for batch in batches]
+    assert widths != sorted(widths) and data.largest["mask"].shape == (8, max(widths))
+    rows = [tuple(row[row != PAD].tolist()) for batch in batches for row in restored(batch)]
+    assert len({*rows}) > 0.95 * len(rows) and len(rows) == 8 * data.steps_per_epoch
 
 
 def test_validation_is_the_same_whatever_the_seed_and_weighs_all_alike(made: Made) -> None:

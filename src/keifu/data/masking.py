@@ -18,6 +18,7 @@ from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 
 NOT_COUNTED = -100  # the target of a place in `places` that a row does not have
+POOL = 16  # batches whose rows are drawn together and then sorted by length
 VALIDATION = 20_181_011  # the seed of what is held out, so that runs of different seeds are compared on the same
 
 
@@ -106,7 +107,7 @@ class MaskedText:
         self.batch_size, self.seed, self.validation_rows = batch_size, seed, validation_rows
         self._planner = self._planned(shards.training)
         self._epoch = lru_cache(maxsize=2)(self._draw)
-        self.rows_per_epoch = len(self._planner.rows(np.random.default_rng([seed, 0]))[1])
+        self.steps_per_epoch = max(1, len(self._planner.rows(np.random.default_rng([seed, 0]))[1]) // batch_size)
 
     @property
     def fingerprint(self) -> str:
@@ -116,12 +117,18 @@ class MaskedText:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
-        positions = step * self.batch_size + np.arange(self.batch_size)
-        epochs, places = np.divmod(positions, self.rows_per_epoch)
-        parts = [[column[places[epochs == n]] for column in self._epoch(int(n))] for n in np.unique(epochs)]
-        bounds, elsewhere = (np.concatenate(column) for column in zip(*parts, strict=True))
+        epoch, place = divmod(step, self.steps_per_epoch)
+        bounds, elsewhere = (column[place] for column in self._epoch(epoch))
         random = np.random.default_rng([self.seed, step, 1])
         return _weighted([self._made(self.shards.training, bounds, elsewhere, random)])[0]
+
+    @property
+    def largest(self) -> dict[str, Tensor]:
+        """A batch of the longest rows, for measuring memory."""
+        bounds, elsewhere = (column.reshape(-1, *column.shape[2:]) for column in self._epoch(0))
+        longest = np.argsort(-_sizes(bounds), kind="stable")[: self.batch_size]
+        random = np.random.default_rng(self.seed)
+        return _weighted([self._made(self.shards.training, bounds[longest], elsewhere[longest], random)])[0]
 
     def validation(self) -> Iterable[dict[str, Tensor]]:
         """Held-out rows, spread evenly, with masks that are always the same; every row counts alike."""
@@ -142,10 +149,17 @@ class MaskedText:
         return RowPlanner(sentences, masking.length - 2 - masking.sentence_pairs, masking.short, masking.sentence_pairs)
 
     def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's rows in its own order. As many as in the first epoch: a few are left out, or come twice."""
+        """An epoch's rows as [step, row, ...]. As many as in the first epoch: a few are left out, or come twice.
+
+        Rows are in a random order, of which `POOL` batches at a time are sorted by length, and their batches come in a
+        random order: that leaves little padding and little order.
+        """
         random = np.random.default_rng([self.seed, epoch])
         bounds, elsewhere = self._planner.rows(random)
-        order = np.resize(random.permutation(len(bounds)), self.rows_per_epoch)
+        order = np.resize(random.permutation(len(bounds)), self.steps_per_epoch * self.batch_size)
+        pools = np.arange(len(order)) // (self.batch_size * POOL)
+        order = order[np.lexsort((_sizes(bounds)[order], pools))].reshape(-1, self.batch_size)
+        order = random.permutation(order)
         return bounds[order], elsewhere[order]
 
     def _made(
@@ -182,6 +196,11 @@ class MaskedText:
         targets = np.where(there, np.take_along_axis(tokens, places, 1), NOT_COUNTED)
         tokens[chosen] = _instead(tokens[chosen], v, random)
         return np.where(there, places, 0), targets
+
+
+def _sizes(bounds: np.ndarray) -> np.ndarray:
+    """How many tokens each row has, without the special ones."""
+    return (bounds[:, 1::2] - bounds[:, ::2]).sum(1)
 
 
 def single_tokens(words: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:

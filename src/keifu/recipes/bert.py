@@ -76,7 +76,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     summary = train(
         model, masked, data, training, Run(out, resume, options=options, about=about, how_to_resume=how),
         sample=lambda step: filled(model, tokenizer, recipe.gaps),
-        save=lambda directory: checkpoints.save(model, tokenizer, directory),
+        save=lambda directory: checkpoints.save(model, tokenizer, directory), largest=data.largest,
     )  # fmt: skip
     perplexity = math.exp(min(summary.figures["validation_word_loss"], 700.0))
     print(f"Held-out words: perplexity {perplexity:.2f}, {summary.figures['validation_word_accuracy']:.1%} right.")
