@@ -1,0 +1,86 @@
+"""Sentence embeddings a second of MiniLM, beside sentence-transformers and transformers on the same weights.
+
+python benchmarks/embeddings.py [--dtype float32 bfloat16] [--rounds 5] [--sentences 2000] [--summaries 300]
+
+Two sets of real texts: everyday sentences (Tatoeba, median 7 words) and summaries of Wikipedia articles (about 100
+tokens), spread evenly over the set and in its order. sentence-transformers runs as it comes, in its batches of 32 and
+sorted by length, but may read 512 tokens, so that it cuts nothing. transformers runs as the model's card says: batches
+of 32 in the order given, padded, the mean over the mask, normalised.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from _rounds import interleaved, machine, table
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from keifu import checkpoints
+from keifu.data import catalogue
+from keifu.evaluation.embedding import embed
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Contenders = dict[str, Callable[[], Tensor]]
+BASE = "sentence-transformers"
+
+
+def contenders(texts: list[str], dtype: torch.dtype) -> Contenders:
+    """What each does with the same texts, in the same type."""
+    path = str(catalogue.fetch("minilm"))
+    transformer = Transformer(path, max_seq_length=512, model_kwargs={"dtype": dtype})
+    packaged = SentenceTransformer(
+        modules=[transformer, Pooling(transformer.get_embedding_dimension()), Normalize()], device="cpu"
+    )
+    theirs, tokens = AutoModel.from_pretrained(path, dtype=dtype).eval(), AutoTokenizer.from_pretrained(path)
+    ours, tokenizer = checkpoints.load("minilm", dtype)
+
+    @torch.inference_mode()
+    def as_on_the_card() -> Tensor:
+        parts = []
+        for start in range(0, len(texts), 32):
+            batch = tokens(
+                texts[start : start + 32], padding=True, truncation=True, max_length=512, return_tensors="pt"
+            )
+            mask = batch["attention_mask"][..., None].to(dtype)
+            hidden = theirs(**batch).last_hidden_state
+            parts.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+        return torch.cat(parts)
+
+    return {
+        BASE: lambda: packaged.encode(texts, convert_to_tensor=True, show_progress_bar=False),
+        "transformers": as_on_the_card,
+        "keifu": lambda: embed(ours, tokenizer, texts),
+    }
+
+
+def spread(name: str, count: int) -> list[str]:
+    """So many texts of a catalogue entry, evenly spaced."""
+    documents = list(catalogue.documents(name))
+    return [documents[place * len(documents) // count] for place in range(count)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=[*DTYPES])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sentences", type=int, default=2000)
+    parser.add_argument("--summaries", type=int, default=300)
+    options = parser.parse_args()
+    print(f"{machine()}; all-MiniLM-L6-v2, {options.rounds} interleaved rounds, medians")
+    for source, count in (("tatoeba-en", options.sentences), ("wiki-summaries", options.summaries)):
+        texts = spread(source, count)
+        for name in options.dtype:
+            running = contenders(texts, DTYPES[name])
+            vectors = {who: work().float() for who, work in running.items()}
+            apart = float((vectors["keifu"] - vectors[BASE]).abs().max())
+            seconds = interleaved(running, options.rounds)
+            print(f"\n{source}, {count} texts, {name}; largest difference from {BASE} {apart:.1e}\n")
+            print(table(seconds, count, "texts", BASE, {}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
