@@ -93,7 +93,7 @@ CONTEXTS: dict[str, Callable[[Config, int], nn.Module]] = {
     "none": lambda c, width: PlainDecoder(c.embedding_dim, c.dim),
 }
 
-_FORWARD_FIXED = {"encoder": "forward", "context": "fixed"}
+_FORWARD_FIXED: dict[str, Any] = {"encoder": "forward", "context": "fixed"}
 SIZES = {
     "rnnsearch-50": Config(),
     "rnnsearch-30": Config(context_length=30),
@@ -142,7 +142,8 @@ class Seq2Seq(nn.Module):
         """
         mask = torch.ones_like(source, dtype=torch.bool) if source_mask is None else source_mask
         reading = self.encoder(self.dropout(self.source_embedding(source)), mask)
-        return DecoderState(*self.decoder.start(reading), capacity)
+        memory, hidden = self.decoder.start(reading)
+        return DecoderState(memory, hidden, capacity)
 
     def hidden(self, target: Int[Tensor, "batch length"], state: DecoderState) -> Float[Tensor, "batch length hidden"]:
         """What predicts the token after each. With a capacity, `target` are the new tokens alone."""
