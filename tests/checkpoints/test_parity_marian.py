@@ -121,6 +121,7 @@ def test_a_head_that_differs_is_kept_apart(tmp_path) -> None:
     assert any("they are kept apart" in note for note in checkpoints.inspect(tmp_path).notes)
     checkpoints.save(model, None, tmp_path / "own")
     assert torch.equal(checkpoints.load_model(tmp_path / "own")(SOURCE, TARGET), model(SOURCE, TARGET))
+    assert not any("kept apart" in note for note in checkpoints.inspect(tmp_path / "own").notes)
 
 
 def test_pickled_weights_name_what_converts_them(tmp_path) -> None:

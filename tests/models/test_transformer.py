@@ -190,7 +190,7 @@ def test_what_marian_cannot_say_is_saved_as_keifus_own(tmp_path):
 
 
 def test_a_request_to_continue_a_text_is_answered_with_what_it_does_instead():
-    with pytest.raises(ValueError, match="as an encoder-decoder, it turns one text into another .* use keifu translate"):
+    with pytest.raises(ValueError, match="an encoder-decoder, it turns one text into another .* use keifu translate"):
         causal(built())
 
 

@@ -60,7 +60,7 @@ SIZES = {
     "transformer-base": Config(),
     "transformer-big": Config(dim=1024, hidden_dim=4096, n_heads=16, dropout=0.3),  # 0.1 for English-French
 }
-PAPER_PARAMETERS = {"transformer-base": 65e6, "transformer-big": 213e6}  # table 3
+PAPER_PARAMETERS = {"transformer-base": 65e6, "transformer-big": 213e6}  # table 3, of "about 37000 tokens"
 
 
 def build(config: Config) -> EncoderDecoder:
@@ -147,9 +147,9 @@ UNSUPPORTED: dict[str, Any] = {
 
 def aliases(config: Config) -> dict[str, tuple[str, ...]]:
     """Other names under which a file may hold a matrix that serves in several places, the likeliest first."""
-    if config.shared:
-        return {"embedding": ("model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head")}
     heads = ("lm_head",) if config.tied else ()
+    if config.shared:
+        return {"embedding": ("model.encoder.embed_tokens", "model.decoder.embed_tokens", *heads)}
     return {"source_embedding": ("model.shared",), "target_embedding": (*heads, "model.shared")}
 
 
