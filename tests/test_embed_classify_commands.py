@@ -14,7 +14,7 @@ from keifu import checkpoints, cli
 from keifu.data.tokenizers import train_tokenizer
 from keifu.models import bert, llama
 
-WORDS = "the cat sat on a mat while seven dogs ran far away".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "dogs", "ran", "far", "away"]
 SMALL = bert.Config(context_length=16, dim=24, hidden_dim=40, n_layers=1, n_heads=3, words=False, next_sentence=False)
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -155,7 +155,9 @@ def test_a_table_with_labels_gives_figures_and_a_picture(
     models: dict[str, str], capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     texts = [" ".join(WORDS[n : n + 3]) for n in range(9)]
-    found = [json.loads(line)["label"] for line in out(capsys, "classify", models["labelled"], *texts, "--json").splitlines()]
+    found = [
+        json.loads(line)["label"] for line in out(capsys, "classify", models["labelled"], *texts, "--json").splitlines()
+    ]
     right = ["dogs", *found[1:]] if found[0] != "dogs" else ["cats", *found[1:]]
     table = tmp_path / "table.csv"
     table.write_text("kind,words\n" + "".join(f"{a},{b}\n" for a, b in zip(right, texts, strict=True)))

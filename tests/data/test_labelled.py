@@ -25,7 +25,10 @@ def written(path: Path, content: str | bytes) -> Path:
         ("a.csv", '\ufeffid,text,label\r\n1,"one, ""two""\r\nthree",x\r\n\r\n2,four,y\r\n'),
         ("a.csv", 'label;text\nx;"one, ""two""\nthree"\ny;four\n'),
         ("a.csv", 'label\ttext\nx\t"one, ""two""\nthree"\ny\tfour\n'),
-        ("a.jsonl", '{"text": "one, \\"two\\"\\nthree", "label": "x"}\n\n{"label": "y", "text": "four", "more": [1]}\n'),
+        (
+            "a.jsonl",
+            '{"text": "one, \\"two\\"\\nthree", "label": "x"}\n\n{"label": "y", "text": "four", "more": [1]}\n',
+        ),
     ],
 )
 def test_a_table_is_read_whatever_its_kind(name: str, content: str, tmp_path: Path) -> None:
@@ -80,7 +83,9 @@ def test_a_name_that_is_no_file_is_answered_with_the_nearest(tmp_path: Path) -> 
         read(tmp_path / "nowhere.csv")
 
 
-TABLE = Labelled("t", tuple(f"Text {n // 2}{'!' * (n % 2)}" for n in range(200)), tuple("abc"[n % 3] for n in range(200)))
+TABLE = Labelled(
+    "t", tuple(f"Text {n // 2}{'!' * (n % 2)}" for n in range(200)), tuple("abc"[n % 3] for n in range(200))
+)
 
 
 def test_the_held_out_rows_are_as_many_as_asked_and_share_no_text() -> None:

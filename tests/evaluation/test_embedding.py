@@ -15,7 +15,27 @@ from keifu.evaluation.embedding import embed, nearest
 from keifu.evaluation.encoding import encoded
 from keifu.models import bert, gpt2
 
-WORDS = "the cat sat on a mat while seven dogs ran far away from an old house by the sea".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "seven",
+    "dogs",
+    "ran",
+    "far",
+    "away",
+    "from",
+    "an",
+    "old",
+    "house",
+    "by",
+    "the",
+    "sea",
+]
 TEXTS = [" ".join(WORDS[start : start + length]) for start in range(5) for length in (1, 2, 3, 5, 8, 13)]
 SMALL = bert.Config(
     context_length=16, dim=24, hidden_dim=40, n_layers=2, n_heads=3, words=False, next_sentence=False
@@ -60,8 +80,17 @@ def test_a_batch_of_any_size_and_order_gives_what_each_text_gives_alone(tiny: tu
 def test_minilm_gives_what_transformers_gives(minilm: tuple[Any, Any]) -> None:
     transformers = pytest.importorskip("transformers")
     path = fetch("minilm")
-    theirs, tokens = transformers.AutoModel.from_pretrained(path).eval(), transformers.AutoTokenizer.from_pretrained(path)
-    texts = ["A cat.", "Stocks fell sharply as investors worried; naïve hopes of 3.5% faded.", "猫が好き", "x" * 40, "I"]
+    theirs, tokens = (
+        transformers.AutoModel.from_pretrained(path).eval(),
+        transformers.AutoTokenizer.from_pretrained(path),
+    )
+    texts = [
+        "A cat.",
+        "Stocks fell sharply as investors worried; naïve hopes of 3.5% faded.",
+        "猫が好き",
+        "x" * 40,
+        "I",
+    ]
     texts += [" ".join(WORDS[:length] * 3) for length in (1, 4, 7, 16)]
     read = tokens(texts, padding=True, truncation=True, max_length=512, return_tensors="pt")
     mask = read["attention_mask"]
@@ -73,7 +102,12 @@ def test_minilm_gives_what_transformers_gives(minilm: tuple[Any, Any]) -> None:
 
 
 def test_minilm_knows_what_is_alike(minilm: tuple[Any, Any]) -> None:
-    texts = ["A man is playing a guitar.", "Someone plays music on strings.", "The stock market fell.", "Shares lost value."]
+    texts = [
+        "A man is playing a guitar.",
+        "Someone plays music on strings.",
+        "The stock market fell.",
+        "Shares lost value.",
+    ]
     _, places = nearest(*[embed(*minilm, texts)] * 2, 1, themselves=True)
     assert places.flatten().tolist() == [1, 0, 3, 2]
 

@@ -19,7 +19,7 @@ from keifu.recipes import classifier
 from keifu.recipes.classifier import Recipe
 from keifu.training import state
 
-ANIMALS, THINGS = "cat dog horse cow".split(), "table lamp chair spoon".split()
+ANIMALS, THINGS = ["cat", "dog", "horse", "cow"], ["table", "lamp", "chair", "spoon"]
 ROWS = [
     (f"{a} and {b} number {n}", label)
     for label, words in (("animal", ANIMALS), ("thing", THINGS))
