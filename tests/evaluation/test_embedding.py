@@ -15,27 +15,8 @@ from keifu.evaluation.embedding import embed, nearest
 from keifu.evaluation.encoding import encoded
 from keifu.models import bert, gpt2
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "while",
-    "seven",
-    "dogs",
-    "ran",
-    "far",
-    "away",
-    "from",
-    "an",
-    "old",
-    "house",
-    "by",
-    "the",
-    "sea",
-]
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "dogs", "ran", "far", "away", "from", "an", "old"]
+WORDS += ["house", "by", "the", "sea"]
 TEXTS = [" ".join(WORDS[start : start + length]) for start in range(5) for length in (1, 2, 3, 5, 8, 13)]
 SMALL = bert.Config(
     context_length=16, dim=24, hidden_dim=40, n_layers=2, n_heads=3, words=False, next_sentence=False
