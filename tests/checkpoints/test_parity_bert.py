@@ -1,6 +1,7 @@
 """BERT with every head: transformers' outputs from transformers' files, and back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from keifu import checkpoints
+from keifu.checkpoints.families import describe, read_config
 from keifu.errors import UserError
 from keifu.models import bert
 
@@ -210,6 +212,22 @@ def test_what_no_architecture_has_is_saved_as_keifu_s_own(tmp_path) -> None:
     again = checkpoints.load_model(tmp_path)
     assert again.config == config
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_released_config_is_the_size_of_that_name() -> None:
+    released = {
+        "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": False,
+        "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 1024, "initializer_range": 0.02,
+        "intermediate_size": 4096, "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert",
+        "num_attention_heads": 16, "num_hidden_layers": 24, "pad_token_id": 0, "position_embedding_type": "absolute",
+        "type_vocab_size": 2, "use_cache": True, "vocab_size": 30522,
+    }  # fmt: skip
+    family, config = read_config(released, "config.json")
+    assert family.model_type == "bert" and config == replace(
+        bert.SIZES["bert-large"], pooled=False, next_sentence=False
+    )
+    for size in bert.SIZES.values():
+        assert describe(size)[0].model_type == "bert"
 
 
 @torch.no_grad()
