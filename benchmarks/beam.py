@@ -3,8 +3,9 @@
 python benchmarks/beam.py [--dim 512] [--layers 6] [--vocab 16000] [--beams 4] [--sentences 128] [--dtype float32]
 python benchmarks/beam.py --model runs/transformer --data tatoeba-ja-en     (a trained model, on its test sentences)
 
-The default has random weights that end no text: every sentence gets `--tokens` tokens. A trained model ends its texts.
-transformers gets its sentences in batches of `--batch-size`, once in the order given and once sorted by length.
+The default has random weights that end no text: every sentence gets `--tokens` tokens. A trained model ends its texts;
+then each side has its own length penalty and its own rule of when to stop. transformers gets its sentences in batches
+of `--batch-size`, once in the order given and once sorted by length.
 """
 
 import argparse
