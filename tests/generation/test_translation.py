@@ -15,7 +15,7 @@ from keifu.errors import UserError
 from keifu.generation import translation
 from keifu.generation.beam_decoders import Translator
 from keifu.generation.translation import Translating, translate, translate_texts
-from keifu.models import transformer
+from keifu.models import bert, gpt2, transformer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABC.?!。あいうえお<>"
 
@@ -146,5 +146,8 @@ def test_settings_out_of_range(echo: Echo, letters: Tokenizer) -> None:
 
 
 def test_another_kind_of_model_is_said() -> None:
-    with pytest.raises(UserError, match="A Linear does not translate"):
-        translation.translator(nn.Linear(1, 1))
+    sizes = {"vocab_size": 9, "dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 1, "context_length": 8}
+    told = {"keifu generate": gpt2.build(gpt2.Config(**sizes)), "keifu embed": bert.build(bert.Config(**sizes))}
+    for verb, model in {**told, "choose an encoder-decoder": nn.Linear(1, 1)}.items():
+        with pytest.raises(UserError, match=f"^This model does not translate: .*{verb}"):
+            translation.translator(model)

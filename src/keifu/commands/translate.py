@@ -74,15 +74,12 @@ def lines_from(text: str | None, file: Path | None) -> list[str]:
 def load_translator(name: str) -> tuple[Any, Any]:
     """A model that translates, and its tokenizer; for any other kind a `UserError` that names the verb for it."""
     from keifu.checkpoints import load
-    from keifu.generation.beam_decoders import Translator
-    from keifu.generation.decoding import Model
+    from keifu.generation.translation import does_not_translate, translates
 
     model, tokenizer = load(name)
-    if isinstance(model, Translator) and tokenizer is not None:
+    if translates(model) and tokenizer is not None:
         return model, tokenizer
-    kind = type(model).__name__
-    fit = "`keifu generate` continues a text with it" if isinstance(model, Model) else "choose an encoder-decoder"
-    raise UserError(f"{name} is a {kind}, which does not translate: {fit}.")
+    raise UserError(f"{name} does not translate: {does_not_translate(model)}")
 
 
 def _warn(found: Sequence[Sequence[Any]]) -> None:

@@ -15,8 +15,7 @@ from keifu.data.splits import split
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.evaluation.bleu import WITHOUT_SPACES, Scorer, language_of
 from keifu.evaluation.task import Asked, Outcome, Table
-from keifu.generation.beam_decoders import Translator
-from keifu.generation.translation import Translating, Translation, translate_texts
+from keifu.generation.translation import Translating, Translation, translate_texts, translates
 
 ABOUT = "a translator on pairs of sentences: BLEU and chrF"
 OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length", "output"}
@@ -24,7 +23,7 @@ OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length", "o
 
 def takes(model: nn.Module) -> bool:
     """Whether it translates."""
-    return isinstance(model, Translator)
+    return translates(model)
 
 
 def names() -> list[str]:

@@ -15,7 +15,7 @@ from keifu.errors import UserError
 from keifu.generation.beam import Search, beam_search, paper_penalty
 from keifu.generation.beam_decoders import SourceDecoder, Translator, device_of
 from keifu.generation.beam_texts import Hypothesis
-from keifu.generation.decoding import evaluating
+from keifu.generation.decoding import Model, Reader, evaluating
 from keifu.generation.sentences import joined, sentences
 
 PASS_TOKENS = 4096  # of the sources of a batch together, padding included
@@ -63,10 +63,27 @@ class Translation:
     unknown: int
 
 
+def translates(model: nn.Module) -> bool:
+    """Whether it is an encoder-decoder."""
+    return isinstance(model, Translator)
+
+
+def does_not_translate(model: nn.Module) -> str:
+    """The sentence for a model that is asked to translate and cannot: what it can do instead."""
+    name = type(model).__name__
+    if isinstance(model, Translator):
+        return f"this {name} has no tokenizer, so it cannot read a text."
+    if isinstance(model, Reader):
+        return f"a {name} can embed texts (keifu embed) or classify them (keifu classify)."
+    if isinstance(model, Model):
+        return f"a {name} can continue a text (keifu generate)."
+    return f"a {name} cannot; choose an encoder-decoder, such as keifu train transformer makes."
+
+
 def translator(model: nn.Module) -> Translator:
     """The same model, known to be one that translates; any other is a `UserError`."""
     if not isinstance(model, Translator):
-        raise UserError(f"A {type(model).__name__} does not translate: load an encoder-decoder.")
+        raise UserError(f"This model does not translate: {does_not_translate(model)}")
     return model
 
 

@@ -182,11 +182,11 @@ def _steps(options: Options, within: Callable[[float], int], out: Path, resume: 
     return within(minutes)
 
 
-def every(steps: int, warmup: int) -> dict[str, int]:
-    """How often a run of so many steps is looked at and saved, and its warm-up, as `Settings` has them."""
+def every(steps: int, warmup: int) -> dict[str, Any]:
+    """Steps and warm-up, and how often such a run is looked at and saved, as `Settings` has them."""
     return {
         "steps": steps,
-        "warmup": min(warmup, max(1, steps // 5)),
+        "warmup": warmup,
         "evaluate_every": max(1, steps // 20),
         "sample_every": max(1, steps // 10),
         "save_every": max(1, steps // 50),

@@ -49,7 +49,7 @@ class Recipe(Options):
 def settings(recipe: Recipe, steps: int) -> Settings:
     """How `keifu` trains for so many steps."""
     return Settings(
-        **every(steps, warmup=200), learning_rate=recipe.learning_rate, schedule="linear", final_ratio=0.0,
+        **every(steps, min(200, -(-steps // 5))), learning_rate=recipe.learning_rate, schedule="linear", final_ratio=0.0,
         weight_decay=0.01, betas=(0.9, 0.98),
     )  # fmt: skip
 
@@ -57,7 +57,7 @@ def settings(recipe: Recipe, steps: int) -> Settings:
 def paper_settings(recipe: Recipe, steps: int) -> Settings:
     """Appendix B.2."""
     return Settings(
-        **every(steps, 0) | {"warmup": 0}, optimizer="adadelta", learning_rate=1.0, schedule="constant",
+        **every(steps, 0), optimizer="adadelta", learning_rate=1.0, schedule="constant",
         weight_decay=0.0, clip=1.0,
     )  # fmt: skip
 

@@ -45,7 +45,7 @@ class Recipe(Options):
 def settings(recipe: Recipe, steps: int) -> Settings:
     """How `keifu` trains for so many steps."""
     return Settings(
-        **every(steps, warmup=400), optimizer="muon", learning_rate=recipe.learning_rate,
+        **every(steps, min(400, -(-steps // 5))), optimizer="muon", learning_rate=recipe.learning_rate,
         matrix_rate=recipe.matrix_rate, schedule="linear", final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.98),
     )  # fmt: skip
 
@@ -54,7 +54,7 @@ def paper_settings(recipe: Recipe, steps: int) -> Settings:
     """Section 5.3: the rate is d^-0.5 · min(step^-0.5, step · 4000^-1.5), of a shorter run its rising part alone."""
     warmup = min(PAPER_WARMUP, steps)
     return Settings(
-        **every(steps, warmup) | {"warmup": warmup}, learning_rate=recipe.model.dim**-0.5 * warmup * PAPER_WARMUP**-1.5,
+        **every(steps, warmup), learning_rate=recipe.model.dim**-0.5 * warmup * PAPER_WARMUP**-1.5,
         schedule="inverse_sqrt", weight_decay=0.0, betas=(0.9, 0.98), epsilon=1e-9, clip=0.0,
     )  # fmt: skip
 
