@@ -53,7 +53,7 @@ class Options:
     """Updates of the weights."""
     minutes: float | None = None
     """Train for so long instead: the steps are fixed by the pace before the start. Unset, with no steps: 45."""
-    tokens_per_batch: int = 8000
+    tokens_per_batch: int = 4000
     """Source and target tokens in a step, padding counted."""
     micro_batch: int | None = None
     """Rows of the largest batch computed at a time; unset: as many as fit in memory."""

@@ -28,7 +28,7 @@ class Recipe(Options):
     recipe_of: Literal["keifu", "paper"] = "keifu"
     """Whose way to train; the model is the one below either way."""
     model: transformer.Config = transformer.Config(
-        context_length=128, dim=256, hidden_dim=1024, n_layers=4, n_heads=4, dropout=0.1
+        context_length=128, dim=256, hidden_dim=1024, n_layers=3, n_heads=4, dropout=0.1
     )
     """The vocabulary is the tokenizer's, whatever is given here. The paper's base model: dim 512, hidden-dim 2048,
     n-layers 6, n-heads 8."""
