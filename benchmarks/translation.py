@@ -5,7 +5,7 @@ python benchmarks/translation.py --run "with attention" runs/seq2seq --run "with
     [--by-length PNG] [--over-time PNG] [--heads PNG --sentence TEXT] [--limit N]
 
 The pairs are the held-out test pairs of a catalogue name. `--over-time` translates the first N of its validation pairs
-(500 unless given) greedily with every state that a run kept (`keifu train ... --keep 100 --save-every N`).
+(500 unless given) greedily with every state that a run kept (`keifu train ... --keep 60`).
 """
 
 import argparse
