@@ -45,6 +45,18 @@ def test_a_mask_is_the_same_as_ignored_targets(case):
     torch.testing.assert_close(by_mask, ignored)
 
 
+def test_shares_are_what_each_position_counts(case):
+    hidden, weight, targets = case
+    shares = torch.rand(2, 11)
+    ours = losses.linear_cross_entropy(hidden, weight, targets, z_loss=0.1, shares=shares)
+    each = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    z = 0.1 * (hidden @ weight.T).logsumexp(-1).flatten() ** 2 * (targets != -100).flatten()
+    theirs = ((each + z) * shares.flatten()).sum()
+    torch.testing.assert_close(ours, theirs)
+    got = torch.autograd.grad(ours, (hidden, weight))
+    torch.testing.assert_close(got, torch.autograd.grad(theirs, (hidden, weight)), rtol=1e-5, atol=1e-6)
+
+
 def test_cross_entropy_terms(case):
     hidden, weight, targets = case
     logits = hidden @ weight.T

@@ -44,12 +44,14 @@ def linear_cross_entropy(
     mask: Bool[Tensor, "*batch"] | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    shares: Float[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """`cross_entropy(hidden @ weight.T, ...)` with its gradient made on the way, so that few logits exist at a time.
 
-    Where autocast is on, the products are in its type; probabilities are in float32 either way.
+    Where autocast is on, the products are in its type; probabilities are in float32 either way. `shares` are what each
+    position's loss is multiplied with, 1 where None.
     """
-    return smoothed_linear_cross_entropy(hidden, weight, None, targets, mask, label_smoothing, z_loss)[0]
+    return smoothed_linear_cross_entropy(hidden, weight, None, targets, mask, label_smoothing, z_loss, shares)[0]
 
 
 def smoothed_linear_cross_entropy(
@@ -60,6 +62,7 @@ def smoothed_linear_cross_entropy(
     mask: Bool[Tensor, "*batch"] | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    shares: Float[Tensor, "*batch"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The loss of `linear_cross_entropy`, of a head that may have a bias, and beside it the sum of -log p(target).
 
@@ -70,7 +73,10 @@ def smoothed_linear_cross_entropy(
         targets = targets.masked_fill(~mask.flatten(), IGNORED)
     device = hidden.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, targets, label_smoothing, z_loss, kind)
+    counts = targets != IGNORED if shares is None else shares.flatten() * (targets != IGNORED)
+    return _LinearCrossEntropy.apply(
+        hidden.flatten(0, -2), weight, bias, targets, counts, label_smoothing, z_loss, kind
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -83,6 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        counts: Tensor,
         label_smoothing: float,
         z_loss: float,
         kind: torch.dtype,
@@ -95,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(low), rows):
             part = slice(start, start + rows)
             logits = F.linear(low[part], matrix, added)
-            loss, nats, d_logits = _loss_and_gradient(logits, targets[part], label_smoothing, z_loss)
+            loss, nats, d_logits = _loss_and_gradient(logits, targets[part], counts[part], label_smoothing, z_loss)
             total, plain = total + loss, plain + nats
             if not any(ctx.needs_input_grad):
                 continue
@@ -111,14 +118,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = (None if each is None else each * upstream[0] for each in ctx.saved_tensors)
-        return d_hidden, d_weight, d_bias, None, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
 def _loss_and_gradient(
-    logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
+    logits: Tensor, targets: Tensor, counts: Tensor, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss of these rows, that of -log p alone, and the loss's gradient by the logits, in their type."""
-    counts, right = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
+    """The summed loss of these rows, that of -log p alone, and the loss's gradient by the logits, in their type.
+
+    `counts` is how much each row counts: yes and no, or a number.
+    """
+    counts, right = counts[:, None], targets.clamp(min=0)[:, None]
     gradient = torch.softmax(logits, -1, dtype=torch.float32)
     highest, at = logits.max(-1, keepdim=True)
     log_z = highest.float() - gradient.gather(-1, at).log()  # the highest probability is never 0
@@ -131,7 +141,7 @@ def _loss_and_gradient(
         loss = loss + label_smoothing * (others - nats)
         gradient -= label_smoothing / logits.shape[-1]
     gradient.scatter_add_(-1, right, torch.full_like(loss, label_smoothing - 1))
-    if not counts.all():
+    if counts.dtype != torch.bool or not counts.all():
         gradient *= counts
     return (loss * counts).sum(), (nats * counts).sum(), gradient.to(logits.dtype)
 
