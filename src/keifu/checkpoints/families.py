@@ -24,6 +24,10 @@ Aliases = Callable[[Any], Mapping[str, tuple[str, ...]]]
 _PLAIN = Dialect()
 
 
+def _tie(config: Any, tied: bool) -> Any:
+    return replace(config, tied=tied)
+
+
 @dataclass(frozen=True)
 class Family:
     """One model_type: how its config is read and written, and how its weights are called.
@@ -31,7 +35,8 @@ class Family:
     `module` is the model's file; `prefix` may be missing from all names of a file; `not_weights` are names that old
     files hold beside the weights; `unsupported` are settings and the value of each that is implemented. `aliases`
     gives, for a Config, the other names that a file may have for a matrix which serves in several places. `dialect` is
-    what some files do besides.
+    what some files do besides. `inside` is where the model has the decoder that `tied` speaks of, and `tie` the Config
+    with its head tied to the embedding, or not.
     """
 
     module: Any
@@ -45,11 +50,13 @@ class Family:
     writes_text: bool = True
     aliases: Aliases | None = None
     dialect: Dialect = _PLAIN
+    inside: str = ""
+    tie: Callable[[Any, bool], Any] = _tie
 
     @property
     def tied_by_name(self) -> bool:
         """Whether the model has a head that may be the embedding: its Config has `tied` then."""
-        return self.names is not None and "head" in self.names
+        return self.names is not None and f"{self.inside}head" in self.names
 
     def table(self, json: Mapping[str, Any]) -> Table:
         """The names of weights as files of this config.json have them."""
@@ -130,9 +137,7 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
     if kind not in FAMILIES:
         raise unknown("model family (model_type)", kind, FAMILIES)
     family = FAMILIES[kind]
-    for name, fine in {**UNSUPPORTED, **family.unsupported}.items():
-        if json.get(name) is not None and json[name] != fine:
-            raise UserError(f"{where} sets {name} to {json[name]!r}, which keifu does not implement; only {fine!r} is.")
+    check_settings(json, {**UNSUPPORTED, **family.unsupported}, where)
     try:
         config = family.read(_Published(json, where))
     except UserError:
@@ -141,6 +146,13 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
         raise UserError(f"{where} cannot be read as a {kind!r} model: {error}") from error
     check_types(config, where)
     return family, config
+
+
+def check_settings(json: Mapping[str, Any], implemented: Mapping[str, Any], where: str) -> None:
+    """Refuses a setting whose value is not the one that is implemented; an absent one is fine."""
+    for name, fine in implemented.items():
+        if json.get(name) is not None and json[name] != fine:
+            raise UserError(f"{where} sets {name} to {json[name]!r}, which keifu does not implement; only {fine!r} is.")
 
 
 def describe(config: Any) -> tuple[Family, dict[str, Any]]:

@@ -6,7 +6,10 @@ from pathlib import Path
 from keifu.errors import UserError, unknown
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-WANTED = ("*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.spm", "merges.txt", "vocab.txt")
+WANTED = (
+    "*.json", "model*.safetensors", "adapter_model.safetensors", "*.jinja", "tokenizer.model", "*.spm", "merges.txt",
+    "vocab.txt",
+)  # fmt: skip
 
 
 def locate(name: str | Path) -> Path:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keifu.checkpoints.families import Family, read_config
+from keifu.checkpoints.families import Family
 from keifu.checkpoints.source import Source, Stored
+from keifu.checkpoints.tasks import read_config
 from keifu.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from keifu.checkpoints.adapters import base_of, is_adapter, load_adapter
 from keifu.checkpoints.gguf_file import is_gguf
 from keifu.checkpoints.gguf_saving import save_gguf
 from keifu.checkpoints.gguf_source import open_gguf
@@ -15,7 +16,9 @@ from keifu.checkpoints.npz import open_npz
 from keifu.checkpoints.report import Report, report
 from keifu.checkpoints.saving import save
 from keifu.checkpoints.source import Plan, Source, check_tokenizer, plan
+from keifu.data.tokenizers import load_tokenizer
 from keifu.errors import UserError, unknown
+from keifu.layers.lora import merge
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -23,23 +26,33 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 def load(name: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
     """A model with its weights, ready for evaluation on the CPU, and its tokenizer.
 
-    name: a run of keifu or another Hugging Face directory, a .gguf file, a catalogue name such as "smollm2", or a hub
-    id "owner/name". dtype: as stored where None, but float32 for float16, whose products are very slow on a CPU. The
+    name: a run of keifu or another Hugging Face directory, a folder of PEFT's adapters (which are attached to their
+    base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name". dtype: as stored where None, but float32 for float16, whose products are very slow on a CPU. The
     tokenizer is None for models that write no text.
 
     Weights that need no change stay memory-mapped. A file that is torn, a tensor that is missing, extra or misshapen, a
     setting that is not implemented, a tokenizer that does not fit: each is a `UserError` that names it.
     """
-    found = _plan(name, dtype)
-    tokenizer = found.source.tokenizer()
+    path = locate(name)
+    if is_adapter(path):
+        model, tokenizer = load(base_of(path), dtype)
+        tokenizer = load_tokenizer(path) if (path / "tokenizer_config.json").exists() else tokenizer
+        model = load_adapter(model, path)
+    else:
+        found = plan(open_source(path), dtype)
+        tokenizer = found.source.tokenizer()
+        model = found.fill()
     if tokenizer is not None:
-        check_tokenizer(tokenizer, found.source.config.vocab_size)
-    return found.fill(), tokenizer
+        check_tokenizer(tokenizer, vars(model.config)["vocab_size"])
+    return model, tokenizer
 
 
 def load_model(name: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The model alone (see `load`), for weights without a tokenizer beside them."""
-    return _plan(name, dtype).fill()
+    path = locate(name)
+    if is_adapter(path):
+        return load_adapter(load_model(base_of(path), dtype), path)
+    return plan(open_source(path), dtype).fill()
 
 
 def inspect(name: str | Path, dtype: torch.dtype | None = None) -> Report:
@@ -58,14 +71,21 @@ def convert(name: str | Path, out: str | Path, to: Literal["hf", "gguf"], dtype:
         raise unknown("number format", dtype, [*DTYPES, "q8_0"])
     if to == "hf" and dtype == "q8_0":
         raise UserError("A Hugging Face directory cannot hold q8_0; write it as gguf, or choose f32, f16 or bf16.")
-    found = _plan(name, None)
-    held = found.exact if dtype is None or to == "gguf" else DTYPES[dtype]
-    tokenizer = found.source.tokenizer()
-    model = _plan(name, held).fill()
+    model, tokenizer = _to_convert(name, None if dtype is None or to == "gguf" else DTYPES[dtype])
     if to == "hf":
         save(model, tokenizer, out)
     else:
         save_gguf(model, tokenizer, Path(out), dtype)
+
+
+def _to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+    """The model as it is to be written, in the type that holds every stored number where none is given; adapters are
+    worked into it."""
+    if is_adapter(locate(name)):
+        model, tokenizer = load(name, dtype)
+        return merge(model), tokenizer
+    found = _plan(name, None)
+    return _plan(name, dtype or found.exact).fill(), found.source.tokenizer()
 
 
 def _plan(name: str | Path, dtype: torch.dtype | None) -> Plan:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from keifu.checkpoints.names import Link
-from keifu.checkpoints.source import Plan, name_of
+from keifu.checkpoints.source import Plan, name_of, settings
 
 PLAIN = ("F64", "F32", "F16", "BF16")  # types whose numbers stand in the file as they are
 FIRST = ("activation", "norm_eps", "rope_theta", "rope_scaling", "context_length", "sliding_window", "tied")
@@ -49,12 +49,12 @@ class Report:
 
 def report(plan: Plan) -> Report:
     """The report of a plan."""
-    source, config = plan.source, vars(plan.source.config)
-    settings = {key: config[key] for key in sorted(config, key=lambda key: key not in FIRST)}
+    source, config = plan.source, settings(plan.source.config)
+    ordered = {key: config[key] for key in sorted(config, key=lambda key: key not in FIRST)}
     rows = [_row(link, plan) for link in plan.links]
     parameters = sum(parameter.numel() for parameter in plan.model.parameters())
     family, path = source.family.model_type, str(source.path)
-    return Report(path, source.format, family, parameters, settings, rows, plan.skipped, plan.notes)
+    return Report(path, source.format, family, parameters, ordered, rows, plan.skipped, plan.notes)
 
 
 def _row(link: Link, plan: Plan) -> Row:

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from keifu.checkpoints.families import describe
 from keifu.checkpoints.huggingface import INDEX, WEIGHTS
 from keifu.checkpoints.names import Link, links
 from keifu.checkpoints.source import check_tokenizer, name_of
+from keifu.checkpoints.tasks import describe
 from keifu.errors import UserError
 
 STAGE = ".saving-"

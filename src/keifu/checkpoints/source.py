@@ -85,7 +85,7 @@ def plan(source: Source, dtype: torch.dtype | None = None) -> Plan:
     source, twice, notes = _settle_aliases(source) if source.family.aliases else _settle_head(source)
     source, copies = _settle_dialect(source)
     twice = [*twice, *copies]
-    layers = max(vars(source.config).get(key) or 0 for key in ("n_layers", "n_decoder_layers"))
+    layers = max(settings(source.config).get(key) or 0 for key in ("n_layers", "n_decoder_layers"))
     if layers > len(source.stored):  # building that many could take forever
         raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {layers} layers.")
     model = build(source.family, source.config, str(source.path))
@@ -100,20 +100,35 @@ def plan(source: Source, dtype: torch.dtype | None = None) -> Plan:
     return Plan(source, model, found, exact, held, skipped, [*source.notes, *notes, *_cast(exact, held)])
 
 
+def settings(config: Any) -> dict[str, Any]:
+    """The fields of a Config, and in place of a Config inside it that one's."""
+    inner = [value for name, value in vars(config).items() if name == "decoder"]
+    return {name: value for name, value in vars(config).items() if name != "decoder"} | {
+        name: value for one in inner for name, value in vars(one).items()
+    }
+
+
 def _settle_head(source: Source) -> tuple[Source, Sequence[str], list[str]]:
     """Decides whether a head that should be the embedding is; gives also the names that are there twice, and notes."""
-    if source.names is None or not source.family.tied_by_name or not source.config.tied:
+    family = source.family
+    if source.names is None or not family.tied_by_name:
         return source, (), []
-    head, embedding = (_own_prefix(f"{source.names[part]}.weight", source) for part in ("head", "embedding"))
+    ours = [f"{family.inside}{part}" for part in ("head", "embedding")]
+    head, embedding = (_own_prefix(f"{source.names[part]}.weight", source) for part in ours)
+    if not source.config.tied:
+        if head in source.stored or not family.inside:
+            return source, (), []
+        note = f"There is no {head}, since the task needs none: {embedding} is read for it."
+        return replace(source, config=family.tie(source.config, True)), (), [note]
     if head not in source.stored:
         return source, (), [f"The head is the embedding, {embedding}."]
     if embedding not in source.stored:
-        names = {**source.names, "embedding": source.names["head"]}
+        names = {**source.names, ours[1]: source.names[ours[0]]}
         return replace(source, names=names), (), [f"The embedding is the head, {head}: the file holds that one."]
     if source.stored[head] == source.stored[embedding] and torch.equal(source.read(head), source.read(embedding)):
         return source, (head,), [f"The head is the embedding: {head} equals {embedding}."]
     note = f"The config ties the head to the embedding, but {head} differs from {embedding}: they are kept apart."
-    return replace(source, config=replace(source.config, tied=False)), (), [note]
+    return replace(source, config=family.tie(source.config, False)), (), [note]
 
 
 def _settle_aliases(source: Source) -> tuple[Source, Sequence[str], list[str]]:

@@ -1,0 +1,161 @@
+"""Low-rank adapters on the linear layers of a built model (LoRA, Hu et al., 2021; DoRA, Liu et al., 2024); knows no
+model and no file.
+
+A layer's matrix W stays as it is; beside it stands B A · scale, of a low rank, and only that is trained. Where a joined
+matrix has parts (queries, keys and values), each has an adapter of its own or none. Axes: in, out, rank.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Low:
+    """How an adapter is made. The product B A is multiplied with alpha / rank, or alpha / √rank where `root` is set
+    (rsLoRA, Kalajdzievski, 2023). `dora`: each row's length is learned apart from its direction."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    dora: bool = False
+    root: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"The rank of an adapter must be at least 1, and it is {self.rank}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"The dropout of an adapter lies from 0 up to below 1, and it is {self.dropout}.")
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Rows start to start + rows of the linear layer that the model calls `module`; `label` is their published name."""
+
+    module: str
+    start: int
+    rows: int
+    label: str
+
+
+class Adapter(nn.Module):
+    """A [rank, in], B [out, rank] and, of DoRA, the length of each row. It changes nothing before it is trained."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], target: Target, low: Low):
+        super().__init__()
+        self.target, self.low = target, low
+        kept = {"dtype": torch.float32, "device": weight.device}  # also beside weights of half precision
+        self.a = nn.Parameter(torch.empty(low.rank, weight.shape[1], **kept))
+        self.b = nn.Parameter(torch.zeros(target.rows, low.rank, **kept))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.length = nn.Parameter(_lengths(weight.detach().float())) if low.dora else None
+
+    @property
+    def rows(self) -> slice:
+        """Which rows of the layer's matrix it acts on."""
+        return slice(self.target.start, self.target.start + self.target.rows)
+
+    def change(self) -> Float[Tensor, "out in"]:
+        """B A · scale."""
+        return self.b @ self.a * self.low.scale
+
+    def stretch(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"] | None:
+        """What DoRA multiplies each row of W + B A · scale with; its norm passes no gradient (section 4.3)."""
+        return None if self.length is None else self.length / _lengths((weight + self.change()).detach())
+
+
+def _lengths(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+    return torch.linalg.vector_norm(weight, dim=1)
+
+
+class Adapted(nn.Module):
+    """A linear layer with adapters beside it, in the layer's place; dropout acts on the adapters' inputs alone."""
+
+    def __init__(self, base: nn.Linear, adapters: Sequence[Adapter]):
+        super().__init__()
+        self.base, self.adapters = base, nn.ModuleList(adapters)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        y = self.base(x)
+        pieces = [self._piece(adapter, x, y) for adapter in self.parts]
+        if len(pieces) == 1 and pieces[0].shape == y.shape:
+            return pieces[0]
+        whole, at = [], 0
+        for adapter, piece in zip(self.parts, pieces, strict=True):
+            whole += [y[..., at : adapter.rows.start], piece]
+            at = adapter.rows.stop
+        return torch.cat([*whole, y[..., at:]], -1)
+
+    @property
+    def parts(self) -> list[Adapter]:
+        """The adapters, in the order of their rows."""
+        return [adapter for adapter in self.adapters if isinstance(adapter, Adapter)]
+
+    def _piece(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
+        """An adapter's rows of the output, adapted."""
+        low, own = adapter.low, y[..., adapter.rows]
+        inner = F.linear(F.dropout(x.to(adapter.a.dtype), low.dropout, self.training), adapter.a)
+        change = F.linear(inner, adapter.b * low.scale)
+        stretch = adapter.stretch(self.base.weight[adapter.rows].float())
+        if stretch is None:
+            return own + change.to(y.dtype)
+        bias = 0 if self.base.bias is None else self.base.bias[adapter.rows]
+        return ((own - bias + change) * stretch + bias).to(y.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The layer alone, its matrix changed as the adapters say."""
+        weight = self.base.weight.detach().clone()
+        for adapter in self.parts:
+            own = weight[adapter.rows].float()
+            stretch = adapter.stretch(own)
+            own = own + adapter.change()
+            weight[adapter.rows] = (own if stretch is None else own * stretch[:, None]).to(weight.dtype)
+        self.base.weight = nn.Parameter(weight, requires_grad=False)
+        return self.base
+
+
+def attach(model: nn.Module, targets: Mapping[Target, Low]) -> nn.Module:
+    """Puts adapters beside these layers, in place, and freezes everything else; gives the model back.
+
+    A model that has adapters already is a `ValueError`: merge them first.
+    """
+    if next(adapters(model), None) is not None:
+        raise ValueError("This model has adapters already: merge them first, or load it without them.")
+    if not targets:
+        raise ValueError("No layer was chosen for an adapter: name at least one.")
+    model.requires_grad_(False)
+    found: dict[str, list[Target]] = defaultdict(list)
+    for target in targets:
+        found[target.module].append(target)
+    for name, parts in found.items():
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        ordered = sorted(parts, key=lambda part: part.start)
+        made = [Adapter(base.weight[p.start : p.start + p.rows], p, targets[p]) for p in ordered]
+        model.set_submodule(name, Adapted(base, made))
+    return model
+
+
+def adapters(model: nn.Module) -> Iterator[Adapter]:
+    """Every adapter of a model, in the model's order."""
+    return (module for module in model.modules() if isinstance(module, Adapter))
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Works every adapter into the matrix beside it, in place; gives the model back, which has none afterwards."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Adapted):
+            model.set_submodule(name, module.merged())
+    return model
