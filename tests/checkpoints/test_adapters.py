@@ -20,27 +20,30 @@ from keifu.models import llama
 SIZES = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
 GPT2 = {"vocab_size": 67, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 32}
-CASES = {
-    "llama": (LlamaConfig(**SIZES, **HEADS), {"r": 3, "target_modules": ["q_proj", "v_proj"]}),
-    "llama, all": (LlamaConfig(**SIZES, **HEADS, tie_word_embeddings=True), {"r": 4, "target_modules": "all-linear"}),
-    "llama, one part and DoRA": (LlamaConfig(**SIZES, **HEADS), {"r": 2, "target_modules": ["k_proj", "up_proj", "down_proj"], "use_dora": True}),
-    "qwen2, biases and DoRA": (Qwen2Config(**SIZES, **HEADS), {"r": 5, "target_modules": ["q_proj", "k_proj", "o_proj"], "use_dora": True}),
-    "gpt2, joined": (GPT2Config(**GPT2), {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_rslora": True}),
-    "gpt2, DoRA": (GPT2Config(**GPT2), {"r": 4, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True}),
-    "cohere": (CohereConfig(**SIZES, **HEADS, tie_word_embeddings=True), {"r": 4, "target_modules": ["v_proj", "gate_proj"]}),
-    "patterns": (LlamaConfig(**SIZES, **HEADS), {"r": 4, "target_modules": ["q_proj", "v_proj", "o_proj"], "rank_pattern": {"v_proj": 2, "layers.1.self_attn.o_proj": 7}, "alpha_pattern": {"v_proj": 5}}),
-}  # fmt: skip
+LLAMA, TIED = LlamaConfig(**SIZES, **HEADS), LlamaConfig(**SIZES, **HEADS, tie_word_embeddings=True)
+PATTERNS = {"rank_pattern": {"v_proj": 2, "layers.1.self_attn.o_proj": 7}, "alpha_pattern": {"v_proj": 5}}
+CASES = {  # a base, the targets, and what else PEFT is told
+    "llama": (LLAMA, ["q_proj", "v_proj"], {"r": 3}),
+    "llama, all": (TIED, "all-linear", {"r": 4}),
+    "llama, one part and DoRA": (LLAMA, ["k_proj", "up_proj", "down_proj"], {"r": 2, "use_dora": True}),
+    "qwen2, biases and DoRA": (Qwen2Config(**SIZES, **HEADS), ["q_proj", "k_proj"], {"r": 5, "use_dora": True}),
+    "gpt2, joined": (GPT2Config(**GPT2), ["c_attn", "c_proj"], {"r": 4, "fan_in_fan_out": True, "use_rslora": True}),
+    "gpt2, DoRA": (GPT2Config(**GPT2), ["c_attn", "c_fc"], {"r": 4, "fan_in_fan_out": True, "use_dora": True}),
+    "cohere": (CohereConfig(**SIZES, **HEADS, tie_word_embeddings=True), ["v_proj", "gate_proj"], {"r": 4}),
+    "patterns": (LLAMA, ["q_proj", "v_proj", "o_proj"], {"r": 4, **PATTERNS}),
+}
 
 
 @pytest.fixture(scope="module", params=CASES)
 def theirs(request: Any, published: Any, tmp_path_factory: Any) -> tuple[Path, Path, Any]:
     """A base and an adapter as PEFT wrote them, and PEFT's model."""
-    config, options = CASES[request.param]
+    config, targets, options = CASES[request.param]
+    wanted = peft.LoraConfig(lora_alpha=6, task_type="CAUSAL_LM", target_modules=targets, **options)
     folder = tmp_path_factory.mktemp("peft")
     base = published(config)
     base.save_pretrained(folder / "base")
     torch.manual_seed(3)
-    model = peft.get_peft_model(base, peft.LoraConfig(lora_alpha=6, task_type="CAUSAL_LM", **options)).eval()
+    model = peft.get_peft_model(base, wanted).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -118,8 +121,8 @@ def test_dora_learns_as_peft_does(published: Any, tmp_path: Path) -> None:
     ours(tokens()).square().mean().backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     for place, adapter in enumerate(adapters(ours)):
-        for end, mine in {"lora_B.default.weight": adapter.b, "lora_magnitude_vector.default.weight": adapter.length}.items():
-            [expected] = [g for name, g in found.items() if f"layers.{place}." in name and name.endswith(end)]
+        for end, mine in {"lora_B": adapter.b, "lora_magnitude_vector": adapter.length}.items():
+            [expected] = [g for name, g in found.items() if f"layers.{place}." in name and f"{end}.default" in name]
             torch.testing.assert_close(mine.grad, expected, rtol=1e-4, atol=1e-6)
 
 

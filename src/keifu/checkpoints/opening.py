@@ -27,8 +27,8 @@ def load(name: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module,
     """A model with its weights, ready for evaluation on the CPU, and its tokenizer.
 
     name: a run of keifu or another Hugging Face directory, a folder of PEFT's adapters (which are attached to their
-    base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name". dtype: as stored where None, but float32 for float16, whose products are very slow on a CPU. The
-    tokenizer is None for models that write no text.
+    base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name". dtype: as stored where None, but
+    float32 for float16, whose products are very slow on a CPU. The tokenizer is None for models that write no text.
 
     Weights that need no change stay memory-mapped. A file that is torn, a tensor that is missing, extra or misshapen, a
     setting that is not implemented, a tokenizer that does not fit: each is a `UserError` that names it.

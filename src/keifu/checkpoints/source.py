@@ -102,10 +102,9 @@ def plan(source: Source, dtype: torch.dtype | None = None) -> Plan:
 
 def settings(config: Any) -> dict[str, Any]:
     """The fields of a Config, and in place of a Config inside it that one's."""
-    inner = [value for name, value in vars(config).items() if name == "decoder"]
-    return {name: value for name, value in vars(config).items() if name != "decoder"} | {
-        name: value for one in inner for name, value in vars(one).items()
-    }
+    fields = dict(vars(config))
+    inner = fields.pop("decoder", None)
+    return fields | (vars(inner) if inner else {})
 
 
 def _settle_head(source: Source) -> tuple[Source, Sequence[str], list[str]]:
