@@ -15,7 +15,22 @@ from keifu.checkpoints.dialects import Dialect
 from keifu.checkpoints.names import Table
 from keifu.checkpoints.own import check_types, from_json, to_json
 from keifu.errors import UserError, unknown
-from keifu.models import bert, gpt1, gpt2, gpt3, llama, mlp, palm, perceptron, seq2seq, transformer
+from keifu.models import (
+    _open_clip,
+    bert,
+    clip,
+    clip_image,
+    clip_text,
+    gpt1,
+    gpt2,
+    gpt3,
+    llama,
+    mlp,
+    palm,
+    perceptron,
+    seq2seq,
+    transformer,
+)
 
 # What any published config may say that changes the numbers and is not implemented; absent or equal to this is fine.
 UNSUPPORTED: Mapping[str, Any] = {"quantization_config": None}
@@ -36,7 +51,7 @@ class Family:
     files hold beside the weights; `unsupported` are settings and the value of each that is implemented. `aliases`
     gives, for a Config, the other names that a file may have for a matrix which serves in several places. `dialect` is
     what some files do besides. `inside` is where the model has the decoder that `tied` speaks of, and `tie` the Config
-    with its head tied to the embedding, or not.
+    with its head tied to the embedding, or not. `files` are the names of the config and of the weights in a directory.
     """
 
     module: Any
@@ -51,6 +66,7 @@ class Family:
     aliases: Aliases | None = None
     dialect: Dialect = _PLAIN
     inside: str = ""
+    files: tuple[str, str] = ("config.json", "model.safetensors")
     tie: Callable[[Any, bool], Any] = _tie
 
     @property
@@ -100,6 +116,15 @@ def _name(module: ModuleType) -> str:
 
 _MLP = Family(mlp, "keifu_mlp", mlp.from_published, mlp.to_published, mlp.WEIGHT_NAMES, writes_text=False)
 _BERT = Dialect(bert.IN_FILE, bert.COPIES, bert.OLD_ENDINGS, bert.WITHOUT_PREFIX)
+_TOWERS = [
+    _published(tower, dialect=Dialect(tower.IN_FILE, without_prefix=tower.WITHOUT_PREFIX))
+    for tower in (clip_text, clip_image)
+]
+_CLIP = [family for tower in (_published(clip), *_TOWERS) for family in tower]
+_OPEN_CLIP = replace(
+    _CLIP[0], model_type="open_clip", names=_open_clip.WEIGHT_NAMES, not_weights=_open_clip.NOT_WEIGHTS,
+    read=_open_clip.from_open_clip, write=_open_clip.to_open_clip, files=_open_clip.FILES,
+)  # fmt: skip
 _ALL = [
     *_published(bert, dialect=_BERT),
     *_published(gpt1),
@@ -110,6 +135,8 @@ _ALL = [
     *_published(transformer, transformer.aliases),
     _MLP,
     _own(perceptron),
+    *_CLIP,
+    _OPEN_CLIP,
     replace(_own(seq2seq), writes_text=True),
 ]
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
@@ -142,7 +169,7 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
         config = family.read(_Published(json, where))
     except UserError:
         raise
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{where} cannot be read as a {kind!r} model: {error}") from error
     check_types(config, where)
     return family, config
@@ -160,22 +187,17 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
 
     That is a published model_type where one says all that the Config says, else keifu's own.
     """
-    family = family_of(config)
-    if family.names is not None:
+    able = [family for family in FAMILIES.values() if isinstance(config, family.module.Config)]
+    if not able:
+        kind = f"{type(config).__module__}.{type(config).__name__}"
+        raise UserError(f"{kind} is the Config of no model that can be saved.")
+    for family in able:
         json = family.write(config)
         found = FAMILIES[json["model_type"]]
-        if _same(config, family.read(json)):
+        if family.names is not None and _same(config, found.read(json)):
             return found, json
-    family = FAMILIES[f"keifu_{_name(family.module)}"]
+    family = FAMILIES[f"keifu_{_name(able[0].module)}"]
     return family, family.write(config)
-
-
-def family_of(config: Any) -> Family:
-    """The first family whose Config class this is."""
-    for family in FAMILIES.values():
-        if isinstance(config, family.module.Config):
-            return family
-    raise UserError(f"{type(config).__module__}.{type(config).__name__} is the Config of no model that can be saved.")
 
 
 def _same(config: Any, back: Any) -> bool:

@@ -18,17 +18,20 @@ from keifu.checkpoints.tasks import read_config
 from keifu.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIGS = {"config.json": None, "open_clip_config.json": "open_clip"}  # and the model_type that is meant where it is so
+PREPROCESSOR = "preprocessor_config"  # of pictures: its file, and the field in which it comes with the config
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES |= {"I64": torch.int64}  # counters, such as a batch norm's
 
 
 def open_directory(path: Path) -> Source:
     """The model in a directory, its weights memory-mapped and not yet read."""
-    where = path / "config.json"
-    if not where.exists():
+    where = next((path / name for name in CONFIGS if (path / name).exists()), None)
+    if where is None:
         raise UserError(f"{path} is no model: it holds no config.json{_nearest('config.json', path)}.")
-    family, config = read_config(read_json(where), str(where))
-    files = weight_files(path)
+    family, config = read_config(_with_preprocessor(where), str(where))
+    files = weight_files(path, family.files[1])
     opened = {file: _open(file) for file in files}
     owner = {name: file for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118 (no dict)
     stored = {name: _stored(opened[file].get_slice(name)) for name, file in owner.items()}
@@ -37,6 +40,16 @@ def open_directory(path: Path) -> Source:
         return opened[owner[name]].get_tensor(name)
 
     return Source(path, "Hugging Face", family, config, stored, read, _tokenizer(path, family), family.names)
+
+
+def _with_preprocessor(where: Path) -> dict[str, Any]:
+    """A config, with what stands beside it about pictures."""
+    kind, json = CONFIGS[where.name], read_json(where)
+    json |= {"model_type": kind} if kind else {}
+    beside, whole = where.with_name(f"{PREPROCESSOR}.json"), where.with_name("processor_config.json")
+    if beside.exists():
+        return json | {PREPROCESSOR: read_json(beside)}
+    return json | {PREPROCESSOR: read_json(whole).get("image_processor") if whole.exists() else None}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,14 +63,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
     """The safetensors files of a directory; a missing one, or weights of another kind alone, is a `UserError`."""
-    if (path / WEIGHTS).exists():
-        return [path / WEIGHTS]
-    if (path / INDEX).exists():
-        index = read_json(path / INDEX).get("weight_map")
+    if (path / weights).exists():
+        return [path / weights]
+    listing = path / f"{weights}.index.json"
+    if listing.exists():
+        index = read_json(listing).get("weight_map")
         if not isinstance(index, dict):
-            raise UserError(f"{path / INDEX} has no weight_map, so it names no shards.")
+            raise UserError(f"{listing} has no weight_map, so it names no shards.")
         files = sorted({path / name for name in index.values()})
         missing = [file.name for file in files if not file.exists()]
         if missing:
@@ -66,7 +80,7 @@ def weight_files(path: Path) -> list[Path]:
     pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
     if pickled:
         raise pickled_only(path, pickled)
-    raise UserError(f"{path} holds no {WEIGHTS}{_nearest(WEIGHTS, path)}.")
+    raise UserError(f"{path} holds no {weights}{_nearest(weights, path)}.")
 
 
 def pickled_only(path: Path, names: Sequence[str]) -> UserError:

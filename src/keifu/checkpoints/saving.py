@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from keifu.checkpoints.huggingface import INDEX, WEIGHTS
+from keifu.checkpoints.huggingface import CONFIGS, INDEX, PREPROCESSOR, WEIGHTS
 from keifu.checkpoints.names import Link, links
 from keifu.checkpoints.source import check_tokenizer, name_of
 from keifu.checkpoints.tasks import describe
@@ -56,8 +56,9 @@ def save(model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_byte
         for old in directory.glob(f"{STAGE}*"):  # left by a crash
             shutil.rmtree(old, ignore_errors=True)
         stage.mkdir()
-        weights = _write_weights(model, links(model, family.table(config)), stage, max_shard_bytes)
-        _write_texts(config, name_of(next(model.parameters()).dtype), tokenizer, stage)
+        found = links(model, family.table(config))
+        weights = _write_weights(model, found, stage, family.files[1], max_shard_bytes)
+        _write_texts(config, name_of(next(model.parameters()).dtype), tokenizer, stage, family.files[0])
         _move(stage, directory, weights)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -87,22 +88,23 @@ def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
     return groups
 
 
-def _write_weights(model: nn.Module, found: Sequence[Link], stage: Path, limit: int | float) -> list[str]:
+def _write_weights(model: nn.Module, found: Sequence[Link], stage: Path, file: str, limit: int | float) -> list[str]:
     """Writes the weights and gives the names of their files, the index among them."""
     state = model.state_dict()
     each = {name: state[link.ours].nbytes * rows // sum(link.rows)
             for link in found for name, rows in zip(link.theirs, link.rows, strict=True)}  # fmt: skip
     groups = shards(each, limit)
-    names = [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
-    names = names if len(groups) > 1 else [WEIGHTS]
+    stem = file.removesuffix(".safetensors")
+    names = [f"{stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+    names = names if len(groups) > 1 else [file]
     tensors = published_tensors(model, found)
     for name, group in zip(names, groups, strict=True):
         _save_file({key: tensor for key, tensor in (next(tensors) for _ in group)}, stage / name)
     if len(groups) == 1:
         return names
     owner = {key: name for name, group in zip(names, groups, strict=True) for key in group}
-    _write_json(stage / INDEX, {"metadata": {"total_size": sum(each.values())}, "weight_map": owner})
-    return [*names, INDEX]
+    _write_json(stage / f"{file}.index.json", {"metadata": {"total_size": sum(each.values())}, "weight_map": owner})
+    return [*names, f"{file}.index.json"]
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
@@ -116,7 +118,7 @@ def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(number, str(error), str(path)) from error
 
 
-def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path) -> None:
+def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path, file: str) -> None:
     ids: dict[str, Any] = {f"{role}_token_id": None for role in ROLES}
     if tokenizer is not None:
         tokenizer.save(stage)
@@ -126,7 +128,10 @@ def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path
         given |= {"eos_token_id": ends} if len(ends) > 1 else {}
         given |= {key: config[key] for key in GENERATION if key in config}
         _write_json(stage / "generation_config.json", given)
-    _write_json(stage / "config.json", ids | config | {"dtype": dtype, "torch_dtype": dtype})
+    pictures = config.pop(PREPROCESSOR, None)
+    if pictures is not None:
+        _write_json(stage / f"{PREPROCESSOR}.json", pictures)
+    _write_json(stage / file, ids | config | {"dtype": dtype, "torch_dtype": dtype})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -136,13 +141,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _move(stage: Path, directory: Path, weights: Sequence[str]) -> None:
     """Syncs every new file, then renames them in: weights first, config.json last; then what is stale goes."""
     names = (file.name for file in stage.iterdir())
-    new = sorted(names, key=lambda name: (name == "config.json", name not in weights, name == INDEX))
+    new = sorted(names, key=lambda name: (name in CONFIGS, name not in weights, name.endswith(INDEX)))
     for name in new:
         with (stage / name).open("rb+") as file:
             os.fsync(file.fileno())
     for name in new:
         (stage / name).replace(directory / name)
     stale = [*directory.glob("model-*-of-*.safetensors"), directory / WEIGHTS, directory / INDEX]
+    stale += [directory / name for name in CONFIGS]
     if "tokenizer_config.json" in new:  # what an older tokenizer left would be read beside it
         stale += [directory / name for name in TOKENIZER_FILES]
     for old in stale:

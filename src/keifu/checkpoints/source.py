@@ -6,7 +6,7 @@ Axes: those of the stored tensors.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +73,8 @@ class Plan:
         return self.model.eval()
 
     def _tensor(self, link: Link) -> tuple[str, Tensor]:
-        return link.ours, link.join([self.source.read(name).to(self.dtype) for name in link.theirs])
+        tensors = (self.source.read(name) for name in link.theirs)
+        return link.ours, link.join([each.to(self.dtype if each.is_floating_point() else None) for each in tensors])
 
 
 def plan(source: Source, dtype: torch.dtype | None = None) -> Plan:
@@ -85,7 +86,8 @@ def plan(source: Source, dtype: torch.dtype | None = None) -> Plan:
     source, twice, notes = _settle_aliases(source) if source.family.aliases else _settle_head(source)
     source, copies = _settle_dialect(source)
     twice = [*twice, *copies]
-    layers = max(settings(source.config).get(key) or 0 for key in ("n_layers", "n_decoder_layers"))
+    parts = [settings(source.config), *(vars(part) for part in vars(source.config).values() if is_dataclass(part))]
+    layers = max(part.get(key) or 0 for part in parts for key in ("n_layers", "n_decoder_layers"))
     if layers > len(source.stored):  # building that many could take forever
         raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {layers} layers.")
     model = build(source.family, source.config, str(source.path))
@@ -206,7 +208,8 @@ def _exact(stored: Mapping[str, Stored], path: Path) -> torch.dtype:
     unread = [f"{name} as {tensor.kind}" for name, tensor in stored.items() if tensor.dtype is None]
     if unread:
         raise UserError(f"{path} stores {_some(unread)}, which keifu does not read; convert it to BF16 or F32.")
-    return reduce(torch.promote_types, {tensor.dtype for tensor in stored.values() if tensor.dtype is not None})
+    kinds = {tensor.dtype for tensor in stored.values() if tensor.dtype is not None}
+    return reduce(torch.promote_types, {kind for kind in kinds if kind.is_floating_point})
 
 
 def _cast(exact: torch.dtype, held: torch.dtype) -> list[str]:

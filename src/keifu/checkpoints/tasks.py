@@ -1,0 +1,123 @@
+"""Decoders with a task's head as files: transformers' class where one computes the same, else keifu's own form.
+
+`ForSequenceClassification` reads the last token of one sequence with a matrix that has no bias: classification and
+entailment are that. `DoubleHeadsModel` gives each answer a number: choice, for the two models that have it. No class
+adds two orders, and Cohere's has no head for labels: those are written under `keifu_finetuned`.
+It knows no model's layers; beside what the class needs, config.json tells the form and the special tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from keifu.checkpoints import families
+from keifu.checkpoints.families import Family, check_settings
+from keifu.checkpoints.own import check_types
+from keifu.errors import UserError
+from keifu.models import finetuned
+
+OWN = "keifu_finetuned"
+TASK = "keifu_task"  # the field of config.json with the form and the ids
+INSIDE = "decoder."
+LABELS, ANSWERS = "ForSequenceClassification", "DoubleHeadsModel"
+CLASSES = {
+    LABELS: ("OpenAIGPT", "GPT2", "GPTNeo", "Llama", "Mistral", "Qwen2"),
+    ANSWERS: ("OpenAIGPT", "GPT2"),
+}
+OF_FORM = {"classification": LABELS, "entailment": LABELS, "choice": ANSWERS}
+HEAD = {LABELS: "score", ANSWERS: "multiple_choice_head.summary"}
+UNSUPPORTED: dict[str, Mapping[str, Any]] = {
+    LABELS: {"problem_type": "single_label_classification"},
+    ANSWERS: {
+        "summary_type": "cls_index", "summary_use_proj": True, "summary_proj_to_labels": True,
+        "summary_activation": None, "summary_last_dropout": 0.0,
+    },
+}  # fmt: skip
+FIELDS = ("form", "start_id", "delimiter_id", "extract_id", "classifier_dropout")
+
+
+@dataclass(frozen=True)
+class _Module:
+    """What a family asks of a model's file."""
+
+    build: Any
+    Config: type = finetuned.Config
+    SIZES: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
+    """`families.read_config`, for decoders with a task's head too."""
+    if json.get("model_type") == OWN:
+        inner = _object(json, "decoder", where)
+        base, decoder = families.read_config(inner, f"{where}, decoder,")
+        return _family(base, None), _config(json, decoder, {}, where)
+    kind = _published(json)
+    base, config = families.read_config(json, where)
+    if not kind:
+        return base, config
+    check_settings(json, UNSUPPORTED[kind], where)
+    told = {"form": "classification", "labels": _labels(json, where)} if kind == LABELS else {"form": "choice"}
+    told |= {"classifier_dropout": json.get("summary_first_dropout", 0.1)}
+    return _family(base, kind), _config(json, config, told, where)
+
+
+def describe(config: Any) -> tuple[Family, dict[str, Any]]:
+    """`families.describe`, for decoders with a task's head too."""
+    if not isinstance(config, finetuned.Config):
+        return families.describe(config)
+    base, json = families.describe(config.decoder)
+    task = {name: vars(config)[name] for name in FIELDS}
+    kind = OF_FORM.get(config.form, "")
+    stem = json["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    if stem not in CLASSES.get(kind, ()):
+        own = {"model_type": OWN, "architectures": ["keifu"], "decoder": json}
+        return _family(base, None), own | {TASK: task | {"labels": list(config.labels)}}
+    numbers = {label: number for number, label in enumerate(config.labels)}
+    names = {"id2label": {str(number): label for label, number in numbers.items()}, "label2id": numbers}
+    told = names if kind == LABELS else {"summary_first_dropout": config.classifier_dropout}
+    return _family(base, kind), json | {"architectures": [stem + kind], TASK: task} | told
+
+
+def _published(json: Mapping[str, Any]) -> str:
+    """The kind of class that a config.json names, if it is one of those above."""
+    named = (json.get("architectures") or [""])[0]
+    return next((kind for kind, stems in CLASSES.items() if named in {stem + kind for stem in stems}), "")
+
+
+def _family(base: Family, kind: str | None) -> Family:
+    """The decoder's family, with a head of that kind; of no kind: keifu's own form, in keifu's own names."""
+    module = _Module(finetuned.builder(base.module.build))
+    changes: dict[str, Any] = {"module": module, "inside": INSIDE, "tie": _tie, "writes_text": True}
+    if kind is None or base.names is None:
+        return replace(base, **changes, model_type=OWN, names=None)
+    names = {f"{INSIDE}{ours}": theirs for ours, theirs in base.names.items()} | {"task_head.project": HEAD[kind]}
+    return replace(base, **changes, names=names)
+
+
+def _tie(config: finetuned.Config, tied: bool) -> finetuned.Config:
+    return replace(config, decoder=replace(config.decoder, tied=tied))
+
+
+def _config(json: Mapping[str, Any], decoder: Any, told: Mapping[str, Any], where: str) -> finetuned.Config:
+    """The Config of what the file's class says, and beyond it of the field `TASK`, where there is one."""
+    task = _object(json, TASK, where) if TASK in json or not told else {}
+    given = {name: value for name, value in {**told, **task}.items() if name in FIELDS}
+    try:
+        found = finetuned.Config(decoder, labels=tuple(told.get("labels", task.get("labels", ()))), **given)
+    except TypeError as error:
+        raise UserError(f"{where} cannot be read as a model for a task: {error}") from error
+    check_types(found, where)
+    return found
+
+
+def _object(json: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    if not isinstance(json.get(name), dict):
+        raise UserError(f"{where} needs an object in its field {name!r}, and it has {json.get(name)!r}.")
+    return json[name]
+
+
+def _labels(json: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    names = json.get("id2label") or {str(n): f"LABEL_{n}" for n in range(json.get("num_labels", 2))}
+    if len(names) < 2:
+        raise UserError(f"{where} has a single label, so it gives a score (regression), and keifu classifies.")
+    return tuple(names[key] for key in sorted(names, key=int))

@@ -1,0 +1,172 @@
+"""Any decoder with a head for a task on top: the second half of GPT-1 (Radford et al., 2018, sections 3.2 and 3.3).
+
+The decoder that learned to write is taken as it is; new are the rows of a few special tokens and one matrix, which
+reads the hidden state of a sequence's last token. It knows no text, no files, and not which decoder it holds.
+
+Axes: batch = examples, sequences = of one example, length = tokens, padded on the right, dim, answers = the logits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.layers.cache import Cache
+from keifu.layers.decoder import DecoderLM
+from keifu.layers.initialisation import normal_
+from keifu.layers.linear import Linear
+
+Tokens = Int[Tensor, "batch sequences length"]
+Mask = Bool[Tensor, "batch sequences length"]
+Extracted = Float[Tensor, "batch sequences dim"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """`decoder` is the decoder's own Config. `form` names how an example becomes sequences, so which head reads them.
+
+    labels: what a head for labels chooses from; none where an example's own answers are chosen from. The ids are those
+    of the tokens around and between the parts of a sequence; None where a text stands as the tokenizer makes it.
+    """
+
+    decoder: Any
+    form: str = "classification"
+    labels: tuple[str, ...] = ()
+    start_id: int | None = None
+    delimiter_id: int | None = None
+    extract_id: int | None = None
+    classifier_dropout: float = 0.1
+
+    @property
+    def vocab_size(self) -> int:
+        """The decoder's."""
+        return self.decoder.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """The decoder's."""
+        return self.decoder.context_length
+
+    @property
+    def tied(self) -> bool:
+        """Whether the decoder's head is its embedding."""
+        return self.decoder.tied
+
+
+class LabelHead(nn.Module):
+    """Logits of labels from the sum of an example's sequences; there are two where neither of two texts is the first
+    (similarity). Without a bias, as in the paper's equation 3."""
+
+    def __init__(self, dim: int, labels: int):
+        super().__init__()
+        self.project = Linear(dim, labels, bias=False)
+
+    def forward(self, extracted: Extracted, there: Bool[Tensor, "batch sequences"]) -> Float[Tensor, "batch answers"]:
+        return self.project(extracted.sum(1))
+
+
+class AnswerHead(nn.Module):
+    """A logit for each sequence, which ends in one of the answers; where an example has fewer, -inf for those missing.
+
+    The bias changes no probability: published weights have one.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.project = Linear(dim, 1)
+
+    def forward(self, extracted: Extracted, there: Bool[Tensor, "batch sequences"]) -> Float[Tensor, "batch answers"]:
+        return self.project(extracted).squeeze(-1).masked_fill(~there, -torch.inf)
+
+
+class Finetuned(nn.Module):
+    """A decoder and a task's head. It still writes: all that decoding asks of a causal model is the decoder's."""
+
+    def __init__(self, decoder: DecoderLM, head: nn.Module, config: Config):
+        super().__init__()
+        self.decoder, self.task_head, self.config = decoder, head, config
+        self.dropout = nn.Dropout(config.classifier_dropout)
+
+    def classify(self, tokens: Tokens, mask: Mask) -> Float[Tensor, "batch answers"]:
+        """Logits of the labels, or of an example's own answers; `mask` is True on real tokens, which come first."""
+        return self.judge(self.read(tokens), mask)
+
+    def read(self, tokens: Tokens) -> Float[Tensor, "batch sequences length dim"]:
+        """Hidden states; padding on the right is seen by no real token, since each looks to the left alone."""
+        return self.hidden(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+
+    def judge(self, hidden: Float[Tensor, "batch sequences length dim"], mask: Mask) -> Float[Tensor, "batch answers"]:
+        """The head's logits from each sequence's last real token."""
+        last = (mask.sum(-1) - 1).clamp(min=0)[..., None, None]
+        extracted = hidden.gather(2, last.expand(-1, -1, -1, hidden.shape[-1])).squeeze(2)
+        return self.task_head(self.dropout(extracted), mask.any(-1))
+
+    def forward(
+        self, tokens: Int[Tensor, "batch length"], caches: Sequence[Cache] | None = None,
+        padding: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch length vocab"]:  # fmt: skip
+        """The decoder's logits of the token after each."""
+        return self.decoder(tokens, caches, padding)
+
+    def hidden(
+        self, tokens: Int[Tensor, "batch length"], caches: Sequence[Cache] | None = None,
+        padding: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch length dim"]:  # fmt: skip
+        """The decoder's."""
+        return self.decoder.hidden(tokens, caches, padding)
+
+    def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
+        """The decoder's."""
+        return self.decoder.logits(hidden)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+        """The decoder's, for the loss of its words."""
+        return self.decoder.head_weight
+
+    def new_caches(self, batch: int, capacity: int) -> list[Cache]:
+        """The decoder's."""
+        return self.decoder.new_caches(batch, capacity)
+
+
+HEADS: dict[str, Callable[[int, int], nn.Module]] = {  # for each form, from the decoder's dim and the number of labels
+    "classification": LabelHead,
+    "entailment": LabelHead,
+    "similarity": LabelHead,
+    "choice": lambda dim, labels: AnswerHead(dim),
+}
+
+
+def finetuned(decoder: DecoderLM, config: Config) -> Finetuned:
+    """A decoder with a new head, drawn from N(0, 0.02²)."""
+    if config.form not in HEADS:
+        raise ValueError(f"There is no form {config.form!r}. Known: {', '.join(HEADS)}.")
+    head = HEADS[config.form](decoder.embedding.embedding_dim, len(config.labels))
+    normal_(head, std=0.02)
+    return Finetuned(decoder, head, config)
+
+
+def builder(build: Callable[[Any], DecoderLM]) -> Callable[[Config], Finetuned]:
+    """From what builds a decoder, what builds it with a head."""
+    return lambda config: finetuned(build(config.decoder), config)
+
+
+@torch.no_grad()
+def grow(decoder: DecoderLM, vocab_size: int, fresh: Sequence[int], std: float = 0.02) -> None:
+    """Gives a decoder rows for new tokens: at least `vocab_size` in all, those of `fresh` ids drawn from N(0, std²)."""
+    rows = _grown(decoder.embedding.weight, vocab_size, fresh, std)
+    decoder.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
+    if decoder.head is not None:
+        head = _grown(decoder.head.weight, vocab_size, fresh, std)
+        decoder.head = Linear(head.shape[1], len(head), bias=False, device="meta")
+        decoder.head.weight = nn.Parameter(head)
+    decoder.config = replace(decoder.config, vocab_size=len(rows))
+
+
+def _grown(rows: Tensor, size: int, fresh: Sequence[int], std: float) -> Tensor:
+    grown = torch.cat([rows, rows.new_zeros(max(0, size - len(rows)), rows.shape[1])]).clone()
+    grown[list(fresh)] = std * torch.randn(len(fresh), rows.shape[1]).to(rows)
+    return grown
