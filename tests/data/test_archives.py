@@ -6,6 +6,7 @@ import tarfile
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -114,6 +115,66 @@ def test_no_member_leads_out_of_the_folder(tmp_path: Path) -> None:
     archive = wheel(tmp_path / "cache" / "archives", members=("words/data/../../../../evil.txt", "words/data/a.txt"))
     folder = fetch(archive)
     assert not list(tmp_path.glob("evil.txt")) and (folder / "texts" / "evil.txt").is_file()
+
+
+def test_without_members_the_file_is_kept_whole(tmp_path: Path) -> None:
+    archive = replace(wheel(tmp_path / "cache" / "archives"), members=())
+    assert hashlib.sha256((fetch(archive) / archive.file).read_bytes()).hexdigest() == archive.sha256
+
+
+def debian_package(folder: Path, compression: str = "xz") -> Archive:
+    """As dpkg-deb writes one: an ar archive of a version, control files (here of an odd size) and the content."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode=f"w:{compression}") as archive:
+        member = tarfile.TarInfo("./usr/share/words/a.txt")
+        member.size = len(CONTENT.encode())
+        archive.addfile(member, io.BytesIO(CONTENT.encode()))
+    file = folder / "words_1.0_all.deb"
+    folder.mkdir(exist_ok=True, parents=True)
+    with file.open("wb") as package:
+        package.write(b"!<arch>\n")
+        members = ("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", content.getvalue())
+        for name, data in members:
+            header = f"{name:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n"
+            package.write(header.encode() + data + b"\n" * (len(data) % 2))
+    return pinned(file, (("./usr/share/words/*.txt", "texts/"),))
+
+
+@pytest.mark.parametrize("compression", ["xz", "gz"])
+def test_a_debian_package_is_read(tmp_path: Path, compression: str) -> None:
+    archive = debian_package(tmp_path / "cache" / "archives", compression)
+    assert (fetch(archive) / "texts" / "a.txt").read_text("utf-8") == CONTENT
+
+
+def test_without_a_debian_package_the_ways_out_are_named(tmp_path: Path, monkeypatch) -> None:
+    archive = debian_package(tmp_path / "elsewhere")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    with pytest.raises(UserError, match="this machine has no apt-get to fetch it with: fetch words_1.0_all.deb on"):
+        fetch(archive)
+    failing = programs / "apt-get"
+    failing.write_text("#!/bin/sh\necho 'E: Unable to locate package words' >&2\nexit 100\n")
+    failing.chmod(0o755)
+    with pytest.raises(UserError, match=r"gave no file: Unable to locate package words\. Run `apt-get update` and"):
+        fetch(archive)
+    failing.write_text(f"#!/bin/sh\n/bin/cp '{tmp_path}/elsewhere/{archive.file}' .\n")
+    assert (fetch(archive) / "texts" / "a.txt").is_file()
+
+
+def test_what_is_no_debian_package_is_a_sentence(tmp_path: Path) -> None:
+    archive = debian_package(tmp_path / "cache" / "archives")
+    file = tmp_path / "cache" / "archives" / archive.file
+    file.write_bytes(b"no package")
+    with pytest.raises(UserError, match="words_1.0_all.deb is no Debian package: it holds no data.tar"):
+        fetch(pinned(file, archive.members))
+
+
+def test_a_wheel_for_one_machine_is_asked_for_on_every_machine() -> None:
+    assert archives._platform("words-1.0-py3-none-any.whl") == archives._platform("words-1.0.tar.gz") == []
+    found = archives._platform("words-1.0-cp311-abi3-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl")
+    assert found == ["--implementation=cp", "--python-version=311", "--abi=abi3",
+                     "--platform=manylinux_2_24_x86_64", "--platform=manylinux_2_28_x86_64"]  # fmt: skip
 
 
 def test_a_missing_member_is_named(tmp_path: Path) -> None:

