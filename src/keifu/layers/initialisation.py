@@ -22,19 +22,27 @@ def scale_residual_(model: nn.Module, n_layers: int) -> None:
 
 
 def xavier_(model: nn.Module, embedding_std: float) -> None:
-    """Matrices uniform with variance 2 / (inputs + outputs), each part of a joined one by itself; biases 0.
+    """Matrices and kernels uniform with variance 2 / (inputs + outputs), each part of a joined one by itself; biases 0.
 
     (Glorot and Bengio, 2010.) Embeddings are drawn from N(0, embedding_std²).
     """
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=embedding_std)
-        if isinstance(module, nn.Linear):
-            parts = module.parts if isinstance(module, JoinedLinear) else (module.out_features,)
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            parts = module.parts if isinstance(module, JoinedLinear) else (len(module.weight),)
             for part in module.weight.data.split(list(parts)):
                 nn.init.xavier_uniform_(part)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def zero_(model: nn.Module, *endings: str) -> None:
+    """Zero for every weight and bias of the modules whose names end so: a block that ends in one begins as nothing."""
+    for name, module in model.named_modules():
+        if name.endswith(endings):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
 
 def fan_in_(model: nn.Module) -> None:
@@ -52,3 +60,13 @@ def truncated_normal_(model: nn.Module, std: float = 0.02) -> None:
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+
+
+def multihead_(model: nn.Module) -> None:
+    """Attention as torch.nn.MultiheadAttention begins it: q, k and v as one Glorot matrix, the other one as any Linear
+    layer, biases 0. What else there is stays as torch's layers are."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith((".attention.qkv", ".attention.out")):
+            if isinstance(module, JoinedLinear):
+                nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,133 @@
+"""What pictures pass through: residual blocks, changes of resolution, looks from pixel to pixel; knows no model.
+
+Axes: batch, channels, height, width; time_dim = the embedding of the noise level, through its activation already.
+Pictures lie in memory channels last, where convolutions are fastest and a row of pixels is a row of tokens for free.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keifu.layers.activations import Activation
+from keifu.layers.attention import Attention, PaddingMask
+from keifu.layers.linear import Linear
+
+Pixels = Float[Tensor, "batch channels height width"]
+Norm = Callable[[int], nn.Module]  # makes the norm for so many channels
+EVERYWHERE = PaddingMask()  # every pixel sees every other one
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x))) + time))), all divided by `scale` (Ho et al., 2020, appendix B).
+
+    `resample` changes the resolution of both branches before the first convolution (BigGAN's block; Dhariwal and
+    Nichol, 2021, section 3). Without `time_dim` there is no noise level (autoencoders). Where the channels change, a
+    1×1 convolution carries x over.
+    """
+
+    time_parts = 1
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        norm: Norm,
+        time_dim: int | None = None,
+        activation: Activation = F.silu,
+        dropout: float = 0.0,
+        resample: nn.Module | None = None,
+        scale: float = 1.0,
+    ):
+        super().__init__()
+        self.activation, self.resample, self.scale = activation, resample, scale
+        self.norm1, self.conv1 = norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.time = Linear(time_dim, self.time_parts * out_channels) if time_dim else None
+        self.norm2, self.conv2 = norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+
+    def forward(self, x: Pixels, time: Float[Tensor, "batch time_dim"] | None = None) -> Pixels:
+        hidden = self.activation(self.norm1(x))
+        if self.resample is not None:
+            x, hidden = self.resample(x), self.resample(hidden)
+        hidden = self.activation(self.conditioned(self.conv1(hidden), self._time(time)))
+        x = x if self.shortcut is None else self.shortcut(x)
+        x = x + self.conv2(self.dropout(hidden))
+        return x if self.scale == 1 else x / self.scale
+
+    def conditioned(self, hidden: Pixels, time: Tensor | None) -> Pixels:
+        """The second norm, of what the noise level is added to."""
+        return self.norm2(hidden if time is None else hidden + time)
+
+    def _time(self, time: Tensor | None) -> Float[Tensor, "batch time_channels 1 1"] | None:
+        return None if self.time is None else self.time(time)[:, :, None, None]
+
+
+class AdaptiveResidualBlock(ResidualBlock):
+    """The noise level scales and shifts what the second norm gives: (1 + scale) · norm(h) + shift, improved DDPM's
+    conditioning (Nichol and Dhariwal, 2021, section 3; named adaptive group normalisation in the next paper)."""
+
+    time_parts = 2
+
+    def conditioned(self, hidden: Pixels, time: Tensor | None) -> Pixels:
+        hidden = self.norm2(hidden)
+        if time is None:
+            return hidden
+        scale, shift = time.chunk(2, 1)
+        return torch.addcmul(shift, hidden, 1 + scale)
+
+
+class Downsample(nn.Module):
+    """Half the resolution by a 3×3 convolution with stride 2.
+
+    DDPM's code pads as TensorFlow does, a row below and a column to the right; `around` pads all four sides.
+    """
+
+    def __init__(self, channels: int, around: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if around else 0)
+
+    def forward(self, x: Pixels, time: Tensor | None = None) -> Pixels:
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: each pixel four times, then a 3×3 convolution (Ho et al., 2020, appendix B)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Pixels, time: Tensor | None = None) -> Pixels:
+        return self.conv(double(x))
+
+
+def double(x: Pixels) -> Pixels:
+    """Each pixel four times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class SpatialAttention(nn.Module):
+    """x + attention(norm(x)) between all pixels of a picture, divided by `scale` (Ho et al., 2020, appendix B).
+
+    With `head_dim` there are as many whole heads as fit into the channels; without it one, as in the paper, or
+    `n_heads` (Nichol and Dhariwal, 2021, have four). `norm` None: no norm.
+    """
+
+    def __init__(
+        self, channels: int, norm: Norm | None, n_heads: int = 1, head_dim: int | None = None, scale: float = 1.0
+    ):
+        super().__init__()
+        if head_dim is not None and head_dim > channels:
+            raise ValueError(f"A head of {head_dim} numbers does not fit into {channels} channels; make it smaller.")
+        self.norm, self.scale = nn.Identity() if norm is None else norm(channels), scale
+        self.attention = Attention(channels, n_heads if head_dim is None else channels // head_dim, head_dim=head_dim)
+
+    def forward(self, x: Pixels) -> Pixels:
+        pixels = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
+        seen = self.attention(pixels, EVERYWHERE).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        x = x + seen
+        return x if self.scale == 1 else x / self.scale

@@ -1,0 +1,57 @@
+"""How a network is told the noise level: sinusoids of the timestep, then two layers; knows no model and no schedule.
+
+Axes: batch, dim.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+
+from keifu.layers.linear import Linear
+
+
+def timestep_sinusoids(
+    timestep: Num[Tensor, " batch"], dim: int, frequency_shift: float = 1.0, cosine_first: bool = False
+) -> Float[Tensor, "batch dim"]:
+    """sin and cos of timestep / 10000^(i / (dim/2 - frequency_shift)), all sines first, in float32.
+
+    The defaults are DDPM's code (Ho et al., 2020); improved DDPM and Stable Diffusion have all cosines first and no
+    shift. Of an odd `dim` the last number is 0. The frequencies are computed in float32 as published code has them: at
+    timestep 1000 their rounding moves the angles by more than models agree to.
+    """
+    half = dim // 2
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timestep.device)
+    angles = timestep[:, None].float() * (exponents / (half - frequency_shift)).exp()
+    both = (angles.cos(), angles.sin()) if cosine_first else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(both, -1), (0, dim % 2))
+
+
+class TimestepSinusoids(nn.Module):
+    """`timestep_sinusoids` as a layer."""
+
+    def __init__(self, dim: int, frequency_shift: float = 1.0, cosine_first: bool = False):
+        super().__init__()
+        if dim // 2 == frequency_shift:
+            raise ValueError(f"{dim} channels are too few for sinusoids with the shift {frequency_shift}; widen them.")
+        self.dim, self.frequency_shift, self.cosine_first = dim, frequency_shift, cosine_first
+
+    def forward(self, timestep: Num[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
+        return timestep_sinusoids(timestep, self.dim, self.frequency_shift, self.cosine_first)
+
+
+class TimeEmbedding(nn.Module):
+    """linear2(swish(linear1(table(number)))): the number is a timestep, or another one that is told in the same way.
+
+    `table` turns it into `dim` numbers: sinusoids, or an `nn.Embedding` where they are learned.
+    """
+
+    def __init__(self, table: nn.Module, dim: int, time_dim: int):
+        super().__init__()
+        self.table = table
+        self.linear1, self.linear2 = Linear(dim, time_dim), Linear(time_dim, time_dim)
+
+    def forward(self, number: Num[Tensor, " batch"]) -> Float[Tensor, "batch time_dim"]:
+        return self.linear2(F.silu(self.linear1(self.table(number).to(self.linear1.weight.dtype))))
