@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from keifu.checkpoints import families
 from keifu.checkpoints.families import Family, check_settings
+from keifu.checkpoints.families import describe as describe_plain
+from keifu.checkpoints.families import read_config as read_plain
 from keifu.checkpoints.own import check_types
 from keifu.errors import UserError
 from keifu.models import finetuned
@@ -46,13 +47,13 @@ class _Module:
 
 
 def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
-    """`families.read_config`, for decoders with a task's head too."""
+    """`keifu.checkpoints.families.read_config`, for decoders with a task's head too."""
     if json.get("model_type") == OWN:
         inner = _object(json, "decoder", where)
-        base, decoder = families.read_config(inner, f"{where}, decoder,")
+        base, decoder = read_plain(inner, f"{where}, decoder,")
         return _family(base, None), _config(json, decoder, {}, where)
     kind = _published(json)
-    base, config = families.read_config(json, where)
+    base, config = read_plain(json, where)
     if not kind:
         return base, config
     check_settings(json, UNSUPPORTED[kind], where)
@@ -62,10 +63,10 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
 
 
 def describe(config: Any) -> tuple[Family, dict[str, Any]]:
-    """`families.describe`, for decoders with a task's head too."""
+    """`keifu.checkpoints.families.describe`, for decoders with a task's head too."""
     if not isinstance(config, finetuned.Config):
-        return families.describe(config)
-    base, json = families.describe(config.decoder)
+        return describe_plain(config)
+    base, json = describe_plain(config.decoder)
     task = {name: vars(config)[name] for name in FIELDS}
     kind = OF_FORM.get(config.form, "")
     stem = json["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
