@@ -2,6 +2,7 @@
 
 import re
 from datetime import datetime
+from itertools import groupby
 
 import pytest
 from hypothesis import given, settings
@@ -180,3 +181,61 @@ def test_no_template_and_no_messages(smollm2, corpus) -> None:
         smollm2.render_chat([])
     with pytest.raises(UserError, match="Message 1 is {'content': 'x'}: each must be like"):
         smollm2.render_chat([*conversation("x"), {"content": "x"}])
+
+
+MARKED = """\
+{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}<|im_start|>assistant
+{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}
+
+{% else %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+TALKS = [
+    conversation("Hello", "Hi there."),
+    conversation("2 + 2?", " 4\n", "And 東京 😀?", "It's 首都.\n\n  Yes. ", "Bye", "So <|im_end|>"),
+    [{"role": "system", "content": "Be brief."}, *conversation("x", "\n\ny", "", "z <s> </s>")],
+]
+
+
+def learned(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[str]:
+    """What of a conversation is learned, a text for each turn, special tokens shown."""
+    ids, mask = tokenizer.render_turns(messages)
+    runs = [[id for id, _ in run] for own, run in groupby(zip(ids, mask, strict=True), lambda pair: pair[1]) if own]
+    return [tokenizer.decode(run, skip_special=False) for run in runs]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("talk", TALKS[:2], ids=["short", "long"])
+def test_turns_are_what_a_model_writes(name: str, talk: list[dict[str, str]], chats) -> None:
+    """The ids are those of the conversation, and what is learned is what follows each question, to the turn's end."""
+    tokenizer, _ = chats[name]
+    ids, mask = tokenizer.render_turns(talk)
+    assert ids == tokenizer.render_chat(talk, add_generation_prompt=False) and len(mask) == len(ids)
+    answers = [message["content"].strip() for message in talk if message["role"] == "assistant"]
+    turns = learned(tokenizer, talk)
+    assert len(turns) == len(answers)
+    end = {"llama-3": "<|eot_id|>", "chatml": "<|im_end|>", "plain": "<|im_end|>"}.get(name, "</s>")
+    for turn, answer in zip(turns, answers, strict=True):
+        assert turn.endswith(end) and turn.removesuffix(end).strip() == answer
+
+
+@pytest.mark.parametrize("talk", TALKS, ids=["short", "long", "system"])
+@pytest.mark.parametrize("name", ["chatml", "plain", "llama-3"])
+def test_masks_of_a_template_that_marks_are_transformers(name: str, talk, chats, tmp_path) -> None:
+    tokenizer, _ = chats[name]
+    marked = tokenizer.with_chat_template(MARKED)
+    marked.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    plain = [{**message, "content": re.sub(r"<[^>]*>", "", message["content"])} for message in talk]
+    expected = theirs.apply_chat_template(plain, return_assistant_tokens_mask=True, return_dict=True)
+    ids, mask = marked.render_turns(plain)
+    assert ids == expected["input_ids"]
+    assert mask == [bool(each) for each in expected["assistant_masks"]]
+
+
+def test_a_template_that_rewrites_earlier_turns_must_mark(chats) -> None:
+    tokenizer, _ = chats["chatml"]
+    only_last = "{% for m in messages %}{{ m.role[0] }}{{ m.content if loop.last else '' }}<|im_end|>{% endfor %}"
+    with pytest.raises(UserError, match=r"once message 1 has been answered.*generation"):
+        tokenizer.with_chat_template(only_last).render_turns(TALKS[1])

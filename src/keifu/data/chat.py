@@ -1,7 +1,7 @@
 """Chat templates: messages to one text, in Jinja's sandbox, as transformers renders them; knows no token ids."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from types import TracebackType
@@ -27,14 +27,19 @@ CHATML = """\
 """
 
 
+TURN = ("turn_opening", "turn_closing")  # variables that stand around the assistant's words; unset, they are empty
+
+
 class _GenerationTag(Extension):
     """`{% generation %}...{% endgeneration %}` marks the assistant's words, for training; it changes no text."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        words = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        opening, closing = (nodes.Output([nodes.Name(name, "load")], lineno=line) for name in TURN)
+        return [opening, *words, closing]
 
 
 def _raise_exception(message: str) -> None:
@@ -114,3 +119,37 @@ def _template_line(trace: TracebackType | None) -> int:
             line = trace.tb_lineno
         trace = trace.tb_next
     return line
+
+
+def render_marked(
+    template: str | None,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    marks: str,
+    special: Iterable[str],
+) -> str:
+    """The text of a whole conversation in which `marks`, two characters, stand around each answer of the assistant.
+
+    Where the template itself says what that is, with `{% generation %}`, that counts. Otherwise it is what an answer
+    adds to the text that asks for it, but for blank space after a special token, which ends the turn. A template that
+    writes earlier turns otherwise later on is a `UserError` then.
+    """
+    ends = tuple(special)
+    whole = render(template, messages, False, {**variables, **dict(zip(TURN, marks, strict=True))})
+    if marks[0] in whole:
+        return whole
+    spans = []
+    for place, message in enumerate(messages):
+        if message["role"] == "assistant":
+            asked = render(template, messages[:place], True, variables)
+            answered = render(template, messages[: place + 1], False, variables)
+            if not (whole.startswith(answered) and answered.startswith(asked)):
+                raise UserError(
+                    f"This chat template writes a conversation otherwise once message {place} has been answered, so it "
+                    "cannot be told which words are the assistant's: mark them in it with {% generation %}."
+                )
+            turn = answered.rstrip()
+            spans.append((len(asked), len(turn if turn.endswith(ends) else answered)))
+    for start, end in reversed(spans):
+        whole = f"{whole[:start]}{marks[0]}{whole[start:end]}{marks[1]}{whole[end:]}"
+    return whole

@@ -67,11 +67,11 @@ def put_around_text(backend: tokenizers.Tokenizer, special: Mapping[str, str], b
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=given)
 
 
-def unused_characters(value: Any) -> str:
-    """Two private-use characters that no string of `value` contains, so that nobody can have put them there."""
+def unused_characters(value: Any, count: int = 2) -> str:
+    """Private-use characters that no string of `value` contains, so that nobody can have put them there."""
     seen = set(json.dumps(value, ensure_ascii=False, default=str))
     free = (chr(code) for code in range(0x100000, 0x10FFFD))
-    return "".join(character for character, _ in zip((c for c in free if c not in seen), range(2), strict=False))
+    return "".join(character for character, _ in zip((c for c in free if c not in seen), range(count), strict=False))
 
 
 def _renamed(original: tokenizers.Tokenizer, names: dict[str, str]) -> tokenizers.Tokenizer:

@@ -129,6 +129,20 @@ class Tokenizer:
         text = self.chat_text(marked, add_generation_prompt, **self._shield.mark(variables, marks))
         return self.encode(self._shield.name(text, marks))
 
+    def render_turns(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[list[int], list[bool]]:
+        """The ids of a whole conversation, and of each whether the assistant wrote it, as what it is to learn.
+
+        The token that ends its turn belongs to it, line breaks that the template puts after that do not.
+        """
+        from keifu.data.chat import render_marked
+        from keifu.data.turns import encode_turns
+
+        marks = unused_characters([self.chat_template, messages, variables], 4)
+        marked = self._shield.mark([dict(message) for message in messages], marks[:2])
+        given = {**self.special, **self._shield.mark(variables, marks[:2])}
+        text = render_marked(self.chat_template, marked, given, marks[2:], self._shield.names)
+        return encode_turns(self._shield.backend, self._shield.name(text, marks[:2]), marks[2:])
+
     def with_chat_template(self, template: str) -> "Tokenizer":
         """The same tokenizer with this chat template."""
         return Tokenizer(self.backend, self.special, self.stop_ids, template, self.max_length)

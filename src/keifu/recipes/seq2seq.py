@@ -49,8 +49,8 @@ class Recipe(Options):
 def settings(recipe: Recipe, steps: int) -> Settings:
     """How `keifu` trains for so many steps."""
     return Settings(
-        **every(steps, min(200, -(-steps // 5))), learning_rate=recipe.learning_rate, schedule="linear", final_ratio=0.0,
-        weight_decay=0.01, betas=(0.9, 0.98),
+        **every(steps, min(200, -(-steps // 5))), learning_rate=recipe.learning_rate, schedule="linear",
+        final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.98),
     )  # fmt: skip
 
 
