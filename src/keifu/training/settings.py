@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from keifu.errors import UserError, unknown
 
-Optimizer = Literal["adamw", "muon", "adadelta"]
+Optimizer = Literal["adamw", "muon", "adadelta", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -29,9 +29,10 @@ class Settings:
     """Rows computed at a time; fewer need less memory and change no loss. Unset: as many as fit in memory. Where rows
     differ in length, shorter ones go together in larger numbers."""
     optimizer: Optimizer = "adamw"
-    """muon: Muon for hidden matrices, AdamW for everything else. adadelta: Zeiler's (2012), ρ 0.95, ε 1e-6."""
+    """muon: Muon for hidden matrices, AdamW for everything else. adadelta: Zeiler's (2012), ρ 0.95, ε 1e-6.
+    adafactor: PaLM's (2022), without factoring, updates scaled by the size of each matrix."""
     learning_rate: float = 3e-4
-    """The highest rate of AdamW; Adadelta's, which its paper has as 1."""
+    """The highest rate of AdamW; Adadelta's, which its paper has as 1; Adafactor's, a share of each matrix's size."""
     matrix_rate: float = 0.02
     """The highest rate of Muon."""
     schedule: Schedule = "cosine"
@@ -41,9 +42,10 @@ class Settings:
     final_ratio: float = 0.1
     """The last rate as a share of the highest one (linear and cosine)."""
     weight_decay: float = 0.1
-    """Applied to matrices and embeddings; never to biases and gains."""
+    """Applied to matrices and embeddings, times the rate, or for adafactor its square (1 is PaLM's); never to biases
+    and gains."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay of the mean and of the square of the gradient."""
+    """AdamW's decay of the mean and of the square of the gradient; the first is Adafactor's too."""
     epsilon: float = 1e-8
     """AdamW's, added to the root of the mean square."""
     momentum: float = 0.95
