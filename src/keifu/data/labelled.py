@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,23 +54,29 @@ def read(source: str | Path, text: str = "text", label: str = "label") -> Labell
     text, label: the names of the two columns. A column that is not there, a row with another number of cells, an empty
     text or label: each is a `UserError` that says where.
     """
+    found = [(cell(where, cells, text), cell(where, cells, label)) for where, cells in table_rows(source)]
+    texts, labels = zip(*found, strict=True)
+    return Labelled(str(source), texts, labels)
+
+
+def table_rows(source: str | Path) -> list[Row]:
+    """The rows of such a table, with all their cells; none is a `UserError`."""
     path = Path(source)
     if str(source) in CATALOGUED and not path.exists():
-        rows = CATALOGUED[str(source)]()
+        rows = list(CATALOGUED[str(source)]())
     elif not path.exists() and not path.suffix:
         raise unknown("table of texts and labels (.csv, .tsv or .jsonl)", str(source), CATALOGUED)
     elif path.suffix not in READERS:
         raise UserError(f"{path} is no table that keifu reads: its name must end in {', '.join(READERS)}.")
     else:
-        rows = READERS[path.suffix](path)
-    found = [(_cell(where, cells, text), _cell(where, cells, label)) for where, cells in rows]
-    if not found:
+        rows = list(READERS[path.suffix](path))
+    if not rows:
         raise UserError(f"{source} has no rows: it needs texts with a label each.")
-    texts, labels = zip(*found, strict=True)
-    return Labelled(str(source), texts, labels)
+    return rows
 
 
-def _cell(where: str, cells: dict[str, Any], column: str) -> str:
+def cell(where: str, cells: dict[str, Any], column: str) -> str:
+    """The text in a column of a row; one that is not there, empty or not text is a `UserError` with the place."""
     if column not in cells:
         raise unknown(f"column (in {where})", column, cells)
     value = cells[column]
@@ -145,21 +151,27 @@ def key(text: str) -> str:
 
 
 def split(table: Labelled, held_out: int) -> tuple[Labelled, Labelled]:
-    """Rows to learn from, in the order of their keys, and at most `held_out` others to test on.
+    """Rows to learn from, in the order of their keys, and at most `held_out` others to test on (see `parted`)."""
+    training, held = parted([key(text) for text in table.texts], table.labels, held_out)
+    return table.chosen(training), table.chosen(held)
 
-    Which rows those are, only their texts decide: those with the smallest keys. Rows with the same text stay together,
-    so that none is on both sides, and a label that would only be held out is learned from instead.
+
+def parted(keys: Sequence[str], labels: Sequence[str], held_out: int) -> tuple[list[int], list[int]]:
+    """The places of rows to learn from, in the order of their keys, and of at most `held_out` others to test on.
+
+    Which rows those are, only their keys decide: those with the smallest. Rows with the same key stay together, so that
+    none is on both sides, and a label that would only be held out is learned from instead.
     """
-    if not 0 <= held_out < len(table):
-        raise UserError(f"{held_out} of {len(table)} rows cannot be held out: give a number between.")
+    if not 0 <= held_out < len(keys):
+        raise UserError(f"{held_out} of {len(keys)} rows cannot be held out: give a number between.")
     groups: dict[str, list[int]] = defaultdict(list)
-    for place, text in enumerate(table.texts):
-        groups[key(text)].append(place)
+    for place, each in enumerate(keys):
+        groups[each].append(place)
     held: list[int] = []
     training: list[int] = []
     for _, places in sorted(groups.items()):
         (held if len(held) + len(places) <= held_out else training).extend(places)
-    known = {table.labels[place] for place in training}
-    alone = {key(table.texts[place]) for place in held if table.labels[place] not in known}
-    training += [place for place in held if key(table.texts[place]) in alone]
-    return table.chosen(training), table.chosen(p for p in held if key(table.texts[p]) not in alone)
+    known = {labels[place] for place in training}
+    alone = {keys[place] for place in held if labels[place] not in known}
+    training += [place for place in held if keys[place] in alone]
+    return training, [place for place in held if keys[place] not in alone]

@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from keifu.data.lengths import Rows, padded, passes
@@ -34,9 +35,27 @@ class Encoded:
         """Tokens of each text."""
         return [len(row) for row in self.rows]
 
+    def batch(self, places: Sequence[int], pad_id: int) -> dict[str, Tensor]:
+        """Some of the rows: {"tokens": [batch, length], "mask": True on real tokens, "targets": [batch]}."""
+        tokens, mask = padded([self.rows[place] for place in places], pad_id)
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        return {"tokens": tokens, "mask": mask, "targets": self.right(places)}
+
+    def right(self, places: Sequence[int]) -> Int64[Tensor, " batch"]:
+        """The targets of some rows."""
+        return torch.tensor([self.targets[place] for place in places])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all ids and targets."""
+        digest = hashlib.sha256()
+        for row, target in zip(self.rows, self.targets, strict=True):
+            digest.update(np.array([len(row), target, *row]).tobytes())
+        return digest.hexdigest()
+
 
 class LabelledBatches:
-    """The training loop's data: {"tokens": [batch, length], "mask": True on real tokens, "targets": [batch]}.
+    """The training loop's data: batches as the rows make them (see `Encoded.batch`).
 
     Every epoch shows every row once. Rows are drawn, those of `POOL` batches are sorted by length, and the batches come
     in a random order: that leaves little padding and little order. The last batch of an epoch may be smaller.
@@ -53,40 +72,30 @@ class LabelledBatches:
         """Batches that show every row once."""
         return len(self.batching.bounds) - 1
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """A hash of all ids and targets, of the training rows and of the held-out ones."""
-        digest = hashlib.sha256()
-        for part in (self.training, self.held):
-            for row, target in zip(part.rows, part.targets, strict=True):
-                digest.update(np.array([len(row), target, *row]).tobytes())
-            digest.update(b"|")
-        return digest.hexdigest()
+        """Of the training rows and of the held-out ones."""
+        return f"{self.training.fingerprint}|{self.held.fingerprint}"
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
         order, batches = self._epoch(epoch)
         bounds, number = self.batching.bounds, batches[place]
-        return self._made(self.training, order[bounds[number] : bounds[number + 1]].tolist())
+        return self.training.batch(order[bounds[number] : bounds[number + 1]].tolist(), self.pad_id)
 
     def largest(self) -> dict[str, Tensor]:
         """The batch that needs the most memory, whether or not it is drawn: that of the longest rows."""
         longest = np.argsort(self.batching.lengths)[-self.batch_size :]
-        return self._made(self.training, longest.tolist())
+        return self.training.batch(longest.tolist(), self.pad_id)
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         """The held-out rows, always the same."""
         for places in passes(self.held.lengths, VALIDATION_TOKENS, rows=256):
-            yield self._made(self.held, places)
+            yield self.held.batch(places, self.pad_id)
 
     def _draw(self, epoch: int) -> tuple[np.ndarray, list[int]]:
         """An epoch's rows in its order, and its batches in theirs."""
         random = np.random.default_rng([self.seed, epoch])
         order = self.batching.order(random)
         return order, [*random.permutation(self.whole).tolist(), *range(self.whole, self.steps_per_epoch)]
-
-    def _made(self, part: Encoded, places: Sequence[int]) -> dict[str, Tensor]:
-        tokens, mask = padded([part.rows[place] for place in places], self.pad_id)
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        return {"tokens": tokens, "mask": mask, "targets": torch.tensor([part.targets[place] for place in places])}
