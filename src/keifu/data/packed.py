@@ -29,7 +29,7 @@ class PackedText:
     number, so that going on at a late step costs no more than beginning.
 
     validation_tokens: at most about so many held-out tokens are used, in windows spread evenly; all when None.
-    A text, or a held-out part, shorter than one window is a `UserError`.
+    A text, or a held-out part, shorter than one window is a `UserError`. `held_out` are those windows, [row, position].
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class PackedText:
                 raise UserError(f"{name} is {value}, but it must be at least 1.")
         self.shards, self.context_length, self.batch_size, self.seed = shards, context_length, batch_size, seed
         self._windows = _windows(shards.tokens, context_length, f"{shards.index['source']} has")
-        held_out = _windows(shards.validation, context_length, f"The held-out part of {shards.index['source']} has")
-        self._validation = _spread(held_out[::context_length], context_length, validation_tokens)
+        validation = _windows(shards.validation, context_length, f"The held-out part of {shards.index['source']} has")
+        self.held_out = _spread(validation[::context_length], context_length, validation_tokens)
         self._slack = min(context_length - 1, len(self._windows) - 1)  # offsets go from 0 to this
         self.windows_per_epoch = (len(self._windows) - 1 - self._slack) // context_length + 1
         self._epoch = lru_cache(maxsize=2)(self._draw)
@@ -60,15 +60,18 @@ class PackedText:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
         if step < 0:
             raise UserError(f"The step is {step}, but steps are counted from 0.")
-        positions = step * self.batch_size + np.arange(self.batch_size)
-        epochs, places = np.divmod(positions, self.windows_per_epoch)
+        return _tensors(self.windows(step * self.batch_size + np.arange(self.batch_size)))
+
+    def windows(self, numbers: np.ndarray) -> np.ndarray:
+        """The windows with these numbers, [row, position], counted over all epochs; the numbers ascend."""
+        epochs, places = np.divmod(numbers, self.windows_per_epoch)
         starts = np.concatenate([self._epoch(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
-        return _tensors(self._windows[starts])
+        return self._windows[starts]
 
     def validation(self) -> Iterator[dict[str, Int64[Tensor, "row position"]]]:
         """The held-out windows in batches, always the same; no token is predicted twice; the last may be smaller."""
-        for first in range(0, len(self._validation), self.batch_size):
-            yield _tensors(self._validation[first : first + self.batch_size])
+        for first in range(0, len(self.held_out), self.batch_size):
+            yield _tensors(self.held_out[first : first + self.batch_size])
 
     def _draw(self, epoch: int) -> np.ndarray:
         """Where each window of an epoch begins, in the epoch's order."""

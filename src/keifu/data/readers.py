@@ -38,12 +38,12 @@ def recipes(file: Path) -> Iterator[str]:
 
 def sentences(file: Path, language: str) -> Iterator[str]:
     """The distinct Tatoeba sentences of one language, in the order of their first appearance."""
-    yield from dict.fromkeys(row[language] for row in _tatoeba(file) if row[language] != "-")
+    yield from dict.fromkeys(row[language] for row in tatoeba(file) if row[language] != "-")
 
 
 def translations(file: Path, first: str, second: str) -> Iterator[tuple[str, str]]:
     """The Tatoeba sentences that exist in both languages; a sentence with several translations comes several times."""
-    for row in _tatoeba(file):
+    for row in tatoeba(file):
         if row[first] != "-" and row[second] != "-":
             yield row[first], row[second]
 
@@ -100,7 +100,7 @@ def _json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _tatoeba(file: Path) -> Iterator[dict[str, str]]:
+def tatoeba(file: Path) -> Iterator[dict[str, str]]:
     with file.open(encoding="utf-8", newline="\n") as lines:
         for line in lines:
             yield dict(zip(TATOEBA, line.rstrip("\n").split("\t"), strict=False))  # a last column names the recording

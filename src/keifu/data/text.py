@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -25,7 +25,7 @@ from keifu.data.sources import Piece, chunks, documents
 from keifu.errors import UserError
 from keifu.files import write_atomic
 
-__all__ = ["Shards", "TextTokenizer", "documents", "prepare"]
+__all__ = ["Shards", "TextTokenizer", "documents", "prepare", "prepare_parts"]
 
 FORMAT = 1  # goes up when the same source would give other ids than before
 MANY = 100  # documents, from which on whole ones are held out
@@ -103,6 +103,40 @@ def prepare(
         "format": FORMAT, "content": sources.content_hash(source), "tokenizer": tokenizer.fingerprint,
         "held_out": held_out, "seed": seed, "field": field,
     }  # fmt: skip
+    return _prepared(source, settings, tokenizer, cache_dir, lambda: _parted(source, settings))
+
+
+def prepare_parts(
+    name: str,
+    content: str,
+    parts: Callable[[], tuple[Iterable[str], Iterable[str]]],
+    tokenizer: TextTokenizer,
+    cache_dir: str | Path | None = None,
+) -> Shards:
+    """The same for documents of which it is known which are for training and which are held out.
+
+    name: what errors and the folder call them. content: changes whenever the documents do. parts: gives both; it is
+    called only where the ids must be made.
+    """
+
+    def parted() -> Parted:
+        whole = [Piece(text, True, part) for part, texts in enumerate(parts()) for text in texts]
+        return iter(whole), len(whole), sum(len(piece.text) for piece in whole)
+
+    settings = {"format": FORMAT, "content": content, "tokenizer": tokenizer.fingerprint, "parts": "given"}
+    return _prepared(name, settings, tokenizer, cache_dir, parted)
+
+
+Parted = tuple[Iterator[Piece], int, int]  # pieces with their parts, the number of documents and of characters
+
+
+def _prepared(
+    source: str | Path,
+    settings: dict[str, Any],
+    tokenizer: TextTokenizer,
+    cache_dir: str | Path | None,
+    parted: Callable[[], Parted],
+) -> Shards:
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     name = Path(source).stem.replace("*", "") or "text"
     folder = Path(cache_dir or cache() / "tokens") / f"{name}-{fingerprint[:16]}"
@@ -110,7 +144,7 @@ def prepare(
         with making(folder) as place:
             if not _whole(folder):
                 facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
-                _make(source, tokenizer, place / "new", facts)
+                _make(source, parted(), tokenizer, place / "new", facts)
                 shutil.rmtree(folder, ignore_errors=True)  # there only when it was damaged
                 (place / "new").rename(folder)
     return _open(folder)
@@ -134,13 +168,20 @@ def _open(folder: Path) -> Shards:
     return Shards(folder, tokens, validation, index)
 
 
-def _make(source: str | Path, tokenizer: TextTokenizer, folder: Path, facts: dict[str, Any]) -> None:
-    """Writes the ids of both parts and the index into a new folder."""
-    settings = facts["settings"]
+def _parted(source: str | Path, settings: dict[str, Any]) -> Parted:
+    """The documents of a source, each with the part that it falls to."""
     count, characters = _measure(sources.pieces(source, settings["field"]))
     pieces = _spoken(sources.pieces(source, settings["field"]))
     share, seed = settings["held_out"], settings["seed"]
     parted = _by_document(pieces, share, seed) if count >= MANY else _by_tail(pieces, int(characters * (1 - share)))
+    return parted, count, characters
+
+
+def _make(
+    source: str | Path, found: Parted, tokenizer: TextTokenizer, folder: Path, facts: dict[str, Any]
+) -> None:
+    """Writes the ids of both parts and the index into a new folder."""
+    parted, count, characters = found
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     separator = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
     if separator is None and count > 1:

@@ -1,0 +1,225 @@
+"""Named texts with weights, to be learned from together: read from a file, checked, tokenised; knows no model.
+
+A mixture is one of `MIXTURES`, or a YAML or JSON file:
+
+    sources:
+      english:  {data: wiki-summaries, weight: 0.5}
+      letters:  {data: letters/*.txt, weight: 0.2}
+      japanese: {data: tatoeba-ja, weight: 0.2}
+      parallel: {data: pairs.tsv, weight: 0.1, languages: [German, English]}
+
+`data` is a catalogue name, a file, a folder or a pattern (see `keifu.data.sources`; a path may begin at the mixture's
+folder); a Tatoeba language or pair (tatoeba-ja, tatoeba-en-de), whose held-out sentences are kept out of all the
+others (see `keifu.data.tatoeba`); "arithmetic", sums with their steps; or, where `languages` are given, pairs of
+sentences as `keifu.data.pairs` reads them. `field` is that of the text in .jsonl and .parquet files. The weights are
+shares of the tokens and must sum to 1, unless the file says `normalise: true`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from keifu.data import arithmetic, sources, tatoeba
+from keifu.data.pairs import pair_names, read_pairs
+from keifu.data.splits import split
+from keifu.data.text import Shards, TextTokenizer, prepare, prepare_parts
+from keifu.errors import UserError, unknown
+
+SUFFIXES = ".yaml", ".yml", ".json"
+HELD_OUT = 0.02  # share of each source that is kept for validation
+ARITHMETIC = "arithmetic"
+SUMS = 60_000  # problems of "arithmetic"
+Parts = Callable[[], tuple[Iterable[str], Iterable[str]]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text of a mixture; see the head of this file."""
+
+    name: str
+    data: str
+    weight: float | int
+    languages: tuple[str, ...] = ()
+    field: str = "text"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, int | float) or isinstance(self.weight, bool) or not 0 < self.weight < 1e9:
+            raise UserError(
+                f"The weight of the source {self.name!r} is {self.weight!r}, and it must be a number above 0: "
+                "correct it, or leave the source out."
+            )
+        object.__setattr__(self, "languages", tuple(self.languages))
+        if len(self.languages) not in (0, 2):
+            raise UserError(
+                f"The source {self.name!r} has {len(self.languages)} languages, and pairs have two: write "
+                "languages: [German, English], in the order of the file's columns."
+            )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources whose weights sum to 1; `name` is what it was asked for by."""
+
+    name: str
+    sources: tuple[Source, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise UserError(f"The mixture {self.name} has no sources: name at least one.")
+        total = sum(source.weight for source in self.sources)
+        if abs(total - 1) > 1e-6:
+            raise UserError(
+                f"The weights of the mixture {self.name} sum to {total:.6g}, and must sum to 1: change them, or write "
+                "`normalise: true` into its file, which divides each by the sum."
+            )
+
+
+def _sources(**given: tuple[str, float]) -> tuple[Source, ...]:
+    return tuple(Source(name.replace("_", "-"), data, weight) for name, (data, weight) in given.items())
+
+
+MIXTURES = {  # Tatoeba and arithmetic are small: their weights are about their size, so that little comes too often
+    "multilingual": _sources(
+        english=("wiki-summaries", 0.21), speeches=("sotu", 0.08), english_sentences=("tatoeba-en", 0.08),
+        japanese=("tatoeba-ja", 0.16), german=("tatoeba-de", 0.05), french=("tatoeba-fr", 0.05),
+        spanish=("tatoeba-es", 0.05), dutch=("tatoeba-nl", 0.01), japanese_english=("tatoeba-ja-en", 0.08),
+        german_english=("tatoeba-de-en", 0.04), french_english=("tatoeba-fr-en", 0.03),
+        spanish_english=("tatoeba-es-en", 0.03), code=("python-code", 0.08), arithmetic=(ARITHMETIC, 0.05),
+    ),
+}  # fmt: skip
+
+
+def is_mixture(given: str) -> bool:
+    """Whether a name is that of a mixture, or of a file of the kind that holds one."""
+    return given in MIXTURES or (Path(given).suffix.lower() in SUFFIXES and Path(given).is_file())
+
+
+def read_mixture(given: str) -> Mixture:
+    """The mixture of that name or in that file; what is wrong in it is a `UserError` that names the source."""
+    if given in MIXTURES:
+        return Mixture(given, MIXTURES[given])
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise unknown("mixture, and no file,", given, MIXTURES)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}.") from error
+    return _mixture(content, path)
+
+
+def _mixture(content: Any, path: Path) -> Mixture:
+    if not isinstance(content, dict) or not isinstance(content.get("sources"), dict):
+        raise UserError(f"{path} is no mixture: it needs `sources:`, and under it each source's name, data and weight.")
+    for key in content:
+        if key not in ("sources", "normalise"):
+            raise unknown(f"field of the mixture {path},", str(key), ("sources", "normalise"))
+    found = [_source(str(name), each, path) for name, each in content["sources"].items()]
+    total = sum(source.weight for source in found) if content.get("normalise") else 1.0
+    shares = (Source(s.name, s.data, s.weight / total, s.languages, s.field) for s in found)
+    return Mixture(str(path), tuple(shares))
+
+
+def _source(name: str, given: Any, path: Path) -> Source:
+    known = [field.name for field in fields(Source)][1:]
+    if not isinstance(given, Mapping):
+        raise UserError(f"{path}: the source {name!r} needs data and weight: {{data: wiki-summaries, weight: 1}}.")
+    for key in given:
+        if key not in known:
+            raise unknown(f"field of the source {name!r} in {path},", str(key), known)
+    for key in ("data", "weight"):
+        if key not in given:
+            raise UserError(f"{path}: the source {name!r} has no {key}; it needs data and weight.")
+    data = str(given["data"])
+    beside = not Path(data).expanduser().is_absolute() and [*path.parent.glob(data)]
+    return Source(name, **{**given, "data": str(path.parent / data) if beside else data})
+
+
+def prepare_mixture(mixture: Mixture, tokenizer: TextTokenizer, held_out: float = HELD_OUT) -> list[Shards]:
+    """The ids of each source, made once, with about that share held out."""
+    made = []
+    for source in mixture.sources:
+        with _named(source):
+            parts, content = _parts(source, held_out)
+            if parts is None:
+                made.append(prepare(source.data, tokenizer, held_out=held_out, field=source.field))
+            else:
+                made.append(prepare_parts(source.data, content, parts, tokenizer))
+    tatoeba.rows.cache_clear()  # it is large
+    return made
+
+
+def texts(mixture: Mixture, characters: int, held_out: float = HELD_OUT) -> Iterator[str]:
+    """The first documents of each source, of about so many characters in all, by the weights: for a tokenizer."""
+    for source in mixture.sources:
+        left = round(characters * source.weight)
+        with _named(source):
+            for document in _documents(source, held_out):
+                if left <= 0:
+                    break
+                yield from (document[start : start + 10_000] for start in range(0, min(len(document), left), 10_000))
+                left -= len(document)
+
+
+def content_hash(mixture: Mixture, held_out: float = HELD_OUT) -> str:
+    """Changes whenever a source's text or weight does."""
+    parts = []
+    for source in mixture.sources:
+        with _named(source):
+            made, content = _parts(source, held_out)
+            parts.append(f"{source.weight} {sources.content_hash(source.data) if made is None else content}")
+    return "\n".join(parts)
+
+
+def _documents(source: Source, held_out: float) -> Iterable[str]:
+    parts, _ = _parts(source, held_out)
+    return sources.documents(source.data, source.field) if parts is None else parts()[0]
+
+
+def _parts(source: Source, held_out: float) -> tuple[Parts | None, str]:
+    """What gives the two parts of a source, and a hash of them; no function where it is a plain text."""
+    if source.data in tatoeba.names():
+        return lambda: tatoeba.parts(source.data, held_out), tatoeba.identity(source.data, held_out)
+    if source.data == ARITHMETIC:
+        content = f"arithmetic {arithmetic.VERSION} {SUMS} {held_out}"
+        return lambda: arithmetic.documents(SUMS, held_out), content
+    if source.languages:
+        return _pairs(source, held_out)
+    if source.data in pair_names():
+        raise UserError(f"{source.data} holds pairs: give its languages, as in languages: [Japanese, English].")
+    known = sources.in_catalogue(source.data) or Path(source.data).expanduser().exists() or [*Path().glob(source.data)]
+    if not known and not Path(source.data).is_absolute():
+        raise unknown("file, folder, catalogue entry or other source", source.data, source_names())
+    return None, ""
+
+
+def _pairs(source: Source, held_out: float) -> tuple[Parts, str]:
+    pairs = read_pairs(source.data)
+
+    def parts() -> tuple[Iterable[str], Iterable[str]]:
+        found = split(pairs, held_out=max(1, round(held_out * len(pairs))))
+        made = (tatoeba.translations(rows, source.languages) for rows in (found.train, found.validation))
+        learned, kept = made
+        return learned, kept
+
+    return parts, f"{pairs.fingerprint} {source.languages} {held_out}"
+
+
+def source_names() -> list[str]:
+    """Every name that `data` may have."""
+    texts = [name for name, entry in sources.catalogue.CATALOGUE.items() if entry.gives]
+    return sorted({*chain(texts, tatoeba.names(), [ARITHMETIC])})
+
+
+@contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Errors say which source they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"The source {source.name!r}: {error}") from error
