@@ -21,6 +21,7 @@ from keifu.models import (
     clip,
     clip_image,
     clip_text,
+    ddpm,
     gpt1,
     gpt2,
     gpt3,
@@ -116,15 +117,12 @@ def _name(module: ModuleType) -> str:
 
 _MLP = Family(mlp, "keifu_mlp", mlp.from_published, mlp.to_published, mlp.WEIGHT_NAMES, writes_text=False)
 _BERT = Dialect(bert.IN_FILE, bert.COPIES, bert.OLD_ENDINGS, bert.WITHOUT_PREFIX)
-_TOWERS = [
-    _published(tower, dialect=Dialect(tower.IN_FILE, without_prefix=tower.WITHOUT_PREFIX))
-    for tower in (clip_text, clip_image)
-]
-_CLIP = [family for tower in (_published(clip), *_TOWERS) for family in tower]
+_CLIP, _OWN_CLIP = _published(clip)
 _OPEN_CLIP = replace(
-    _CLIP[0], model_type="open_clip", names=_open_clip.WEIGHT_NAMES, not_weights=_open_clip.NOT_WEIGHTS,
+    _CLIP, model_type="open_clip", names=_open_clip.WEIGHT_NAMES, not_weights=_open_clip.NOT_WEIGHTS,
     read=_open_clip.from_open_clip, write=_open_clip.to_open_clip, files=_open_clip.FILES,
 )  # fmt: skip
+_DDPM, _OWN_DDPM = _published(ddpm, dialect=Dialect(old_endings=ddpm.OLD_ENDINGS))
 _ALL = [
     *_published(bert, dialect=_BERT),
     *_published(gpt1),
@@ -135,8 +133,13 @@ _ALL = [
     *_published(transformer, transformer.aliases),
     _MLP,
     _own(perceptron),
-    *_CLIP,
+    replace(_DDPM, writes_text=False, files=ddpm.FILES),
+    replace(_OWN_DDPM, writes_text=False),
+    _CLIP,
     _OPEN_CLIP,
+    replace(_OWN_CLIP, names=_open_clip.WEIGHT_NAMES),  # which has names for a ResNet too
+    *_published(clip_text, dialect=Dialect(clip_text.IN_FILE, without_prefix=clip_text.WITHOUT_PREFIX)),
+    *_published(clip_image, dialect=Dialect(clip_image.IN_FILE, without_prefix=clip_image.WITHOUT_PREFIX)),
     replace(_own(seq2seq), writes_text=True),
 ]
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}

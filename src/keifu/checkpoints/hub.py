@@ -37,7 +37,7 @@ def locate(name: str | Path) -> Path:
 
 
 def _may_be_model(path: Path) -> bool:
-    return path.suffix == ".gguf" or (path / "config.json").exists()
+    return path.suffix == ".gguf" or any((path / name).exists() for name in ("config.json", "open_clip_config.json"))
 
 
 def download(name: str) -> Path:

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from keifu.checkpoints.adapters import base_of, is_adapter, load_adapter
+from keifu.checkpoints.diffusers import PIPELINE, is_diffusers, open_diffusers
 from keifu.checkpoints.gguf_file import is_gguf
 from keifu.checkpoints.gguf_saving import save_gguf
 from keifu.checkpoints.gguf_source import open_gguf
 from keifu.checkpoints.hub import locate
-from keifu.checkpoints.huggingface import INDEX, PICKLED, WEIGHTS, open_directory, pickled_only
+from keifu.checkpoints.huggingface import CONFIGS, INDEX, PICKLED, WEIGHTS, open_directory, pickled_only
 from keifu.checkpoints.npz import open_npz
 from keifu.checkpoints.report import Report, report
 from keifu.checkpoints.saving import save
@@ -43,7 +44,8 @@ def load(name: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module,
         tokenizer = found.source.tokenizer()
         model = found.fill()
     if tokenizer is not None:
-        check_tokenizer(tokenizer, vars(model.config)["vocab_size"])
+        own: Any = model.config
+        check_tokenizer(tokenizer, own.vocab_size)
     return model, tokenizer
 
 
@@ -96,11 +98,11 @@ def open_source(path: Path) -> Source:
     """A model's file or folder, opened; what is neither is a `UserError`."""
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1 and not (path / "config.json").exists():
+        if len(ggufs) == 1 and not any((path / name).exists() for name in CONFIGS):
             return open_gguf(ggufs[0])
-        return open_directory(path)
-    if path.name in (WEIGHTS, INDEX, "config.json"):
-        return open_directory(path.parent)
+        return open_diffusers(path) if is_diffusers(path) else open_directory(path)
+    if path.name in (WEIGHTS, INDEX, PIPELINE, *CONFIGS):
+        return open_source(path.parent)
     if path.suffix in PICKLED:
         raise pickled_only(path.parent, [path.name])
     if path.suffix == ".gguf" or is_gguf(path):

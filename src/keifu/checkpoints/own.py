@@ -28,7 +28,8 @@ def _value(hint: Any, value: Any) -> Any:
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if isinstance(value, dict):
         inner = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
-        return from_json(inner[0], value) if inner else value
+        fitting = [kind for kind in inner if {field.name for field in fields(kind)} == value.keys()] or inner
+        return from_json(fitting[0], value) if inner else value
     return tuple(value) if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds) else value
 
 
@@ -37,6 +38,8 @@ def check_types(config: Any, where: str) -> None:
     hints = get_type_hints(type(config))
     for field in fields(config):
         value, allowed = vars(config)[field.name], _plain(hints[field.name])
+        if is_dataclass(value):
+            check_types(value, where)
         if allowed and not _fits(value, allowed):
             names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
             raise UserError(f"{where} gives {value!r} for {field.name}, which must be {names}.")

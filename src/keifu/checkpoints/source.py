@@ -74,7 +74,7 @@ class Plan:
 
     def _tensor(self, link: Link) -> tuple[str, Tensor]:
         tensors = (self.source.read(name) for name in link.theirs)
-        return link.ours, link.join([each.to(self.dtype if each.is_floating_point() else None) for each in tensors])
+        return link.ours, link.join([x.to(self.dtype) if x.is_floating_point() else x for x in tensors])
 
 
 def plan(source: Source, dtype: torch.dtype | None = None) -> Plan:

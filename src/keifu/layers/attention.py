@@ -76,6 +76,17 @@ class PaddingMask:
         return self.mask
 
 
+class CausalPaddingMask:
+    """Each token sees itself and those before it that are real; `real` is True there."""
+
+    def __init__(self, real: Bool[Tensor, "batch length"]):
+        causal = torch.ones(2 * real.shape[1:], dtype=torch.bool, device=real.device).tril()
+        self.mask = ((real[:, None] & causal) | torch.eye(real.shape[1], dtype=torch.bool, device=real.device))[:, None]
+
+    def visible(self, seen: int, window: int | None) -> Visible:
+        return self.mask
+
+
 def attend(
     q: Float[Tensor, "batch heads length head_dim"],
     k: Float[Tensor, "batch kv_heads seen head_dim"],
