@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from keifu.layers.attention import CausalMask
 from keifu.layers.cache import Cache
+from keifu.layers.documents import DocumentMask, positions_in
 from keifu.layers.linear import linear
 from keifu.layers.positions import LearnedPositions, Rotary
 
@@ -52,18 +53,24 @@ class DecoderLM(nn.Module):
         tokens: Int[Tensor, "batch length"],
         caches: Sequence[Cache] | None = None,
         padding: Int[Tensor, " batch"] | None = None,
+        documents: Int[Tensor, "batch length"] | None = None,
     ) -> Hidden:
-        """The last hidden states, after the last norm; positions count from each row's first real token."""
+        """The last hidden states, after the last norm; positions count from each row's first real token.
+
+        `documents` numbers the document of each token where a row holds several: none sees or counts another's.
+        """
         start, length = caches[0].length if caches else 0, tokens.shape[1]
         positions = torch.arange(start, start + length, device=tokens.device)
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)
+        if documents is not None:
+            positions = positions_in(documents)
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(self._within(positions, start + length))
         x = self.dropout(x)
         context = {
-            "mask": CausalMask(start, length, padding, tokens.device),
+            "mask": CausalMask(start, length, padding, tokens.device) if documents is None else DocumentMask(documents),
             "rotation": self.rotary(positions) if self.rotary else None,
         }
         for i, block in enumerate(self.blocks):
