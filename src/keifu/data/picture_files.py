@@ -1,0 +1,115 @@
+"""One picture file into the form that all others have: RGB or grey, 8 bits, upright, on white; knows no data set.
+
+Colours are taken as they are stored: profiles are not applied.
+"""
+
+import io
+import warnings
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from keifu.errors import UserError
+
+Fit = Literal["crop", "pad", "stretch"]
+WHITE = (255, 255, 255)
+FIRST = "animated or of several pages: the first one counts"
+DEEP = "of 16 bits or more a channel: scaled to 8"
+PRINT = "in CMYK: turned into RGB"
+
+
+class Shot(NamedTuple):
+    """A picture of mode L (grey) or RGB, and what a reader should know of how it came about."""
+
+    image: Image.Image
+    remarks: tuple[str, ...] = ()
+
+
+def read_picture(file: Path | bytes, where: str = "") -> Shot:
+    """A picture from a file or from a file's bytes; `where` names it in errors, its path where that is known.
+
+    Transparent parts become white. Of an animation the first frame counts. Turned photographs are set upright as their
+    EXIF data say. CMYK becomes RGB. 16 bits a channel become 8, scaled: 65,535 is 255. What is no picture, is cut off
+    or has numbers that no rule turns into colours is a `UserError`.
+    """
+    where = where or str(file)
+    try:
+        with warnings.catch_warnings(), Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
+            warnings.simplefilter("ignore")
+            several = _several(image)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            found, remarks = _plain(upright, where)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{where} is not a picture, or of a kind that cannot be read.") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{where} has too many pixels to be read safely: make it smaller.") from error
+    except FileNotFoundError as error:
+        raise UserError(f"There is no picture {where}.") from error
+    except (OSError, SyntaxError, EOFError, ValueError) as error:
+        if isinstance(error, UserError | IsADirectoryError | PermissionError):
+            raise
+        raise UserError(f"{where} is damaged or cut off: {str(error).rstrip('.')}.") from error
+    return Shot(found, (FIRST,) * several + remarks)
+
+
+def fitted(image: Image.Image, size: int | None, channels: int | None, fit: Fit = "crop") -> np.ndarray:
+    """A picture as bytes [height, width, channels], square where a size is given; its own channels where None.
+
+    crop keeps the middle, pad adds white, stretch changes the proportions. Resampling is bicubic.
+    """
+    if channels is not None:
+        image = image.convert("L" if channels == 1 else "RGB")
+    if size is not None and image.size != (size, size):
+        how = Image.Resampling.BICUBIC
+        white = 255 if image.mode == "L" else WHITE
+        image = {
+            "crop": lambda: ImageOps.fit(image, (size, size), how),
+            "pad": lambda: ImageOps.pad(image, (size, size), how, color=white),
+            "stretch": lambda: image.resize((size, size), how),
+        }[fit]()
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """A picture with transparency as RGB on white; one that is grey stays grey."""
+    covered = image.convert("RGBA")
+    paper = Image.new("RGBA", image.size, (*WHITE, 255))
+    return Image.alpha_composite(paper, covered).convert("L" if image.mode in ("L", "LA", "La", "1") else "RGB")
+
+
+def _several(image: Image.Image) -> bool:
+    """Whether there is a second frame; the file then stands at the first one."""
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    finally:
+        image.seek(0)
+    return True
+
+
+def _plain(image: Image.Image, where: str) -> tuple[Image.Image, tuple[str, ...]]:
+    """The picture as L or RGB, with remarks."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _shallow(image, where), (DEEP,)
+    if image.has_transparency_data:
+        return on_white(image), ()
+    if image.mode in ("1", "L"):
+        return image.convert("L"), ()
+    return image.convert("RGB"), (PRINT,) * (image.mode == "CMYK")
+
+
+def _shallow(image: Image.Image, where: str) -> Image.Image:
+    """A grey picture of 16 bits, or of floating-point numbers from 0 to 1, in 8 bits."""
+    values = np.asarray(image).astype(np.float64)
+    top = 1.0 if image.mode == "F" else 65_535.0
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= top):  # not a number is refused too
+        raise UserError(
+            f"{where} holds numbers from {low:g} to {high:g}, which are no colours: scale them to 0 to {top:g}."
+        )
+    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
