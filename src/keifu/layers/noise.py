@@ -9,10 +9,10 @@ Axes: batch, `*shape` = whatever the picture has, steps = T of the schedule; tim
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,7 @@ from torch import Tensor
 Schedule = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 Target = Literal["noise", "picture", "velocity"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
-Spacing = Literal["leading", "trailing", "linspace"]
+Spacing = Literal["leading", "trailing", "linspace", "quadratic"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Noise:
             that the network predicts beside its target, with twice the channels (learned_range; Nichol and Dhariwal,
             2021, equation 15).
         clip: the largest number in a picture, to which predictions of it are clipped; None for no bound (latents).
-        threshold, threshold_max: clip each picture, in place of that, at this quantile of its own absolute numbers, which
-            lies between 1 and the maximum, and divide by it (dynamic thresholding, Saharia et al., 2022, section 2.3).
+        threshold, threshold_max: clip each picture, in place of that, at this quantile of its own absolute numbers,
+            held between 1 and the maximum, and divide by it (dynamic thresholding, Saharia et al., 2022, section 2.3).
         spacing, steps_offset: which timesteps a sampler visits, if nobody asks for others; see `noise_levels.py`.
         last_alpha_one: whether the last step ends at the clean picture (ᾱ = 1) or, as the released Stable Diffusion
             does, at the noise of timestep 0 (diffusers' `set_alpha_to_one`).
@@ -81,27 +81,38 @@ class Noise:
             raise ValueError(f"A threshold is a share of a picture's numbers, between 0 and 1, not {self.threshold}.")
 
     @cached_property
-    def alpha_bar(self) -> Float[Tensor, " steps"]:
-        """ᾱ: the share of the picture's variance that is left at each timestep, float64.
+    def beta(self) -> Float[Tensor, " steps"]:
+        """β of each timestep, float32 as published models' code has it: where β is 0.999, that rounding moves 1 - β by
+        more than two implementations may differ."""
+        betas = torch.tensor(self.betas, device="cpu") if self.betas else SCHEDULES[self.schedule](self)
+        return with_zero_terminal_snr(betas.float()) if self.zero_terminal_snr else betas.float()
 
-        β is rounded to float32 first, as the published models' code has it: where β is 0.999, the rounding moves 1 - β
-        by more than the models' own agreement.
+    @cached_property
+    def alpha_bar(self) -> Float[Tensor, " steps"]:
+        """ᾱ: the share of the picture's variance that is left at each timestep, float64."""
+        if not self.zero_terminal_snr:
+            return (1 - self.beta.double()).cumprod(0)
+        plain = replace(self, zero_terminal_snr=False).beta.double()
+        return (1 - with_zero_terminal_snr(plain)).cumprod(0)
+
+    @cached_property
+    def rounded_alpha_bar(self) -> Float[Tensor, " steps"]:
+        """ᾱ with the rounding of diffusers' float32 tables, float64: the levels that its samplers visit.
+
+        Of the little noise of the first timesteps, 1 - ᾱ, it has but four digits; paths agree only with the same four.
         """
-        given = torch.tensor(self.betas, dtype=torch.float64, device="cpu")
-        betas = given if self.betas else SCHEDULES[self.schedule](self)
-        alpha_bar = (1 - betas.float().double()).cumprod(0)
-        return with_zero_terminal_snr(alpha_bar) if self.zero_terminal_snr else alpha_bar
+        return (1 - self.beta).cumprod(0).double()
 
 
 def _linear(noise: Noise) -> Tensor:
     """Ho et al. (2020), section 4."""
-    return torch.linspace(noise.beta_start, noise.beta_end, noise.steps, dtype=torch.float64, device="cpu")
+    return torch.linspace(noise.beta_start, noise.beta_end, noise.steps, dtype=torch.float32, device="cpu")
 
 
 def _scaled_linear(noise: Noise) -> Tensor:
     """Linear in √β: Rombach et al. (2022), as released."""
     ends = noise.beta_start**0.5, noise.beta_end**0.5
-    return torch.linspace(*ends, noise.steps, dtype=torch.float64, device="cpu").square()
+    return torch.linspace(*ends, noise.steps, dtype=torch.float32, device="cpu").square()
 
 
 def _cosine(noise: Noise) -> Tensor:
@@ -113,7 +124,7 @@ def _cosine(noise: Noise) -> Tensor:
 
 def _sigmoid(noise: Noise) -> Tensor:
     """β a logistic curve from -6 to 6: GeoDiff (Xu et al., 2022), as released."""
-    curve = torch.linspace(-6, 6, noise.steps, dtype=torch.float64, device="cpu").sigmoid()
+    curve = torch.linspace(-6, 6, noise.steps, dtype=torch.float32, device="cpu").sigmoid()
     return curve * (noise.beta_end - noise.beta_start) + noise.beta_start
 
 
@@ -125,10 +136,12 @@ SCHEDULES: dict[str, Callable[[Noise], Tensor]] = {
 }
 
 
-def with_zero_terminal_snr(alpha_bar: Float[Tensor, " steps"]) -> Float[Tensor, " steps"]:
-    """√ᾱ shifted to end at 0 and scaled to begin where it did (Lin et al., 2023, algorithm 1)."""
-    root = alpha_bar.sqrt()
-    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+def with_zero_terminal_snr(betas: Float[Tensor, " steps"]) -> Float[Tensor, " steps"]:
+    """β of the schedule whose √ᾱ is shifted to end at 0 and scaled to begin where it did (Lin et al., 2023,
+    algorithm 1)."""
+    root = (1 - betas).cumprod(0).sqrt()
+    left = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+    return 1 - torch.cat([left[:1], left[1:] / left[:-1]])
 
 
 def at(table: Float[Tensor, " steps"], timestep: Int[Tensor, " batch"], x: Tensor) -> Tensor:
@@ -150,9 +163,9 @@ def add_noise(
 
 _NAMES = {
     "schedule": tuple(SCHEDULES),
-    "target": ("noise", "picture", "velocity"),
-    "variance": ("fixed_small", "fixed_large", "learned_range"),
-    "spacing": ("leading", "trailing", "linspace"),
+    "target": get_args(Target),
+    "variance": get_args(Variance),
+    "spacing": get_args(Spacing),
 }
 
 
