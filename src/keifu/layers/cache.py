@@ -3,6 +3,8 @@
 Axes: batch, heads = heads of keys and values, length = tokens, head_dim.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -45,6 +47,23 @@ class KeyValueCache:
         if capacity > self.keys.shape[2]:
             self.keys, self.values = (_moved(x[:, :, : self.length], capacity) for x in (self.keys, self.values))
 
+    def whole(self, batch: int, capacity: int) -> "KeyValueCache":
+        """An empty cache for `batch` rows of the same layer that forgets nothing: any length can be gone back to."""
+        return KeyValueCache(batch, self.keys.shape[1], capacity, self.keys.shape[3], self.keys)
+
+    def begin(self, beginning: "KeyValueCache", padding: Sequence[int]) -> None:
+        """Every row begins with what the one row of `beginning` holds, behind so much padding, and all end together.
+
+        What a row's padding leaves no room for is left out: the row goes on from an earlier token.
+        """
+        length = beginning.length
+        for row, front in enumerate(padding):
+            front = min(front, length)
+            for own, given in ((self.keys, beginning.keys), (self.values, beginning.values)):
+                own[row, :, :front] = 0.0  # nobody sees it, but nothing times NaN is NaN
+                own[row, :, front:length] = given[0, :, : length - front]
+        self.length = length
+
     def select(self, rows: Int[Tensor, " kept"], start: int = 0) -> None:
         """Keeps only these rows of the batch, without their first `start` tokens, which must be padding.
 
@@ -59,6 +78,22 @@ class KeyValueCache:
         capacity, held = self.keys.shape[2] - start, slice(start, self.length)
         self.keys, self.values = (_moved(x[:, :, held][rows], capacity) for x in (self.keys, self.values))
         self.length -= start
+
+
+class WholeWindowCache(KeyValueCache):
+    """Holds all tokens and shows what a sliding window sees: a `WindowCache` that can go back to any length."""
+
+    def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, like: Tensor, window: int):
+        super().__init__(batch, heads, capacity, head_dim, like)
+        self.window = window
+
+    def append(
+        self, keys: Float[Tensor, "batch heads length head_dim"], values: Float[Tensor, "batch heads length head_dim"]
+    ) -> KeysValues:
+        """The keys and values that the given tokens may see, oldest first, the given ones last."""
+        all_keys, all_values = super().append(keys, values)
+        first = max(0, self.length - keys.shape[2] - self.window + 1)
+        return all_keys[:, :, first:], all_values[:, :, first:]
 
 
 class WindowCache:
@@ -109,6 +144,10 @@ class WindowCache:
 
     def reserve(self, capacity: int) -> None:
         """There is room for any number of tokens already."""
+
+    def whole(self, batch: int, capacity: int) -> KeyValueCache:
+        """An empty cache for `batch` rows of the same layer that forgets nothing: any length can be gone back to."""
+        return WholeWindowCache(batch, self.keys.shape[1], capacity, self.keys.shape[3], self.keys, self.window)
 
     def select(self, rows: Int[Tensor, " kept"], start: int = 0) -> None:
         """Keeps only these rows of the batch, without their first `start` tokens, which must be padding."""
