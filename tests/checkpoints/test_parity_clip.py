@@ -203,3 +203,86 @@ def test_open_clip_both_ways(case, open_clip, tmp_path) -> None:
         assert close(transformer(tokens, pixels).logits_per_image, reference.get_logits(pixels, tokens)[0])
 
 
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"vision_cfg": OPEN_VIT | {"ls_init_value": 0.1}, "text_cfg": OPEN_TEXT}, "ls_init_value to 0.1"),
+    ({"vision_cfg": OPEN_VIT | {"timm_model_name": "x"}, "text_cfg": OPEN_TEXT}, "timm_model_name to 'x'"),
+    ({"vision_cfg": OPEN_VIT, "text_cfg": OPEN_TEXT | {"no_causal_mask": True}}, "no_causal_mask to True"),
+    ({"vision_cfg": OPEN_VIT, "text_cfg": OPEN_TEXT | {"pool_type": "last"}}, "pool_type is 'last'"),
+    ({"vision_cfg": OPEN_VIT, "text_cfg": OPEN_TEXT, "init_logit_bias": -10}, "init_logit_bias to -10"),
+    ({"vision_cfg": OPEN_VIT | {"image_size": [32, 48]}, "text_cfg": OPEN_TEXT}, "squares only"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "sentence"), REFUSED)
+def test_what_open_clip_has_beyond_is_refused_by_name(sizes, sentence) -> None:
+    with pytest.raises(UserError, match=sentence):
+        read_config({"model_type": "open_clip", "model_cfg": {"embed_dim": 17, **sizes}}, "open_clip_config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"architectures": ["CLIPForImageClassification"]}, "CLIPForImageClassification' is not CLIPModel"),
+        ({"text_config": {"eos_token_id": [1, 2]}}, "eos_token_id is \\[1, 2\\]"),
+        ({"vision_config": {"hidden_act": "swoosh"}}, "activation 'swoosh' is not supported"),
+        ({"vision_config": {"num_hidden_layers": 0}}, "gives 0 for n_layers, which must be at least 1"),
+        ({"preprocessor_config": {"do_resize": False}}, "sets do_resize to False"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(changes, sentence) -> None:
+    with pytest.raises(UserError, match=sentence):
+        read_config({"model_type": "clip", **changes}, "config.json")
+
+
+def test_published_configs_are_the_sizes_of_those_names() -> None:
+    """What transformers takes by default is ViT-B/32; old files say it twice, and the _dict counts."""
+    default = clip.SIZES["clip-vit-b32"]
+    newer = replace(default, text=replace(default.text, end_id=49_407))
+    assert read_config({"model_type": "clip"}, "config.json")[1] == newer
+    large = {
+        "model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 768,
+        "text_config": {"hidden_size": 1}, "vision_config": {"hidden_size": 1},
+        "text_config_dict": {
+            "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "eos_token_id": 2,
+        },
+        "vision_config_dict": {
+            "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24,
+            "patch_size": 14,
+        },
+    }  # fmt: skip
+    assert read_config(large, "config.json")[1] == clip.SIZES["clip-vit-l14"]
+    resnet = {
+        "embed_dim": 640, "quick_gelu": True,
+        "vision_cfg": {"image_size": 288, "layers": [4, 6, 10, 6], "width": 80, "patch_size": None},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 640, "heads": 10, "layers": 12},
+    }  # fmt: skip
+    assert read_config({"model_type": "open_clip", "model_cfg": resnet}, "x")[1] == clip.SIZES["clip-rn50x4"]
+    for name, size in clip.SIZES.items():
+        assert describe(size)[0].model_type == ("open_clip" if "rn" in name else "clip")
+    assert describe(clip_text.SIZES["stable-diffusion-text"])[0].model_type == "clip_text_model"
+
+
+def test_what_no_format_has_is_saved_as_keifu_s_own(tmp_path) -> None:
+    text = clip_text.Config(11, 8, 12, 24, 1, 3, activation="relu", attention_dropout=0.1, embedding_dim=6)
+    image = clip_image.ResNetConfig(32, 4, (1, 1, 1, 1), 2, 6)
+    model = clip.build(clip.Config(text, image, clip.Pixels(32, 32)))
+    checkpoints.save(model, None, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "keifu_clip"
+    again = checkpoints.load_model(tmp_path)
+    assert again.config == model.config
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_pictures_and_captions_of_the_wrong_size_are_errors() -> None:
+    text, image = clip_text.Config(11, 8, 12, 24, 1, 3), clip_image.Config(30, 7, 3, 12, 24, 1, 3)
+    model = clip.build(clip.Config(text, image))
+    with pytest.raises(ValueError, match="40 x 30 pixels: this network takes 30 x 30"):
+        model.encode_image(torch.zeros(1, 3, 30, 40))
+    with pytest.raises(ValueError, match="9 tokens does not fit the 8 positions"):
+        model.encode_text(torch.zeros(1, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match="one space"):
+        clip.build(clip.Config(replace(text, embedding_dim=3), image))

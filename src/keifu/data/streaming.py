@@ -7,7 +7,7 @@ long the text has grown, and can hold a character back until its last byte has c
 import codecs
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from keifu.errors import UserError
@@ -67,6 +67,10 @@ def _byte_level(token: str, first: bool) -> bytes:
         return token.encode()
 
 
+def _marked_byte_level(word_end: str, token: str, first: bool) -> bytes:
+    return _byte_level(token.removesuffix(word_end), first) + b" " * token.endswith(word_end)
+
+
 def _metaspace(space: str, drops_first: bool) -> Decoding:
     def piece(token: str, first: bool) -> bytes:
         return token.replace(space, "" if first and drops_first else " ").encode()
@@ -109,11 +113,16 @@ def _sequence(steps: list[dict[str, Any]]) -> Decoding:
     return Decoding(piece, strip=sum(s["start"] for s in strips), errors=errors)
 
 
-def decoding(decoder: dict[str, Any] | None) -> Decoding:
-    """Reads the `decoder` entry of a tokenizer.json. An entry of a kind that is not known is a `UserError`."""
+def decoding(decoder: dict[str, Any] | None, word_end: str = "") -> Decoding:
+    """Reads the `decoder` entry of a tokenizer.json. An entry of a kind that is not known is a `UserError`.
+
+    word_end: the mark of a word's last piece, where a byte-level vocabulary has one (CLIP).
+    """
     match decoder:
         case None:
             return Decoding(lambda token, first: (token if first else f" {token}").encode())
+        case {"type": "ByteLevel"} if word_end:
+            return Decoding(partial(_marked_byte_level, word_end), drops_last_space=True)
         case {"type": "ByteLevel"}:
             return Decoding(_byte_level)
         case {"type": "Fuse"}:

@@ -199,8 +199,9 @@ class Tokenizer:
 
     @cached_property
     def _decoding(self) -> Decoding:
-        decoder = self.backend.decoder
-        return decoding(None if decoder is None else json.loads(decoder.__getstate__()))
+        decoder, merging = self.backend.decoder, self.backend.model
+        word_end = merging.end_of_word_suffix if isinstance(merging, tokenizers.models.BPE) else None
+        return decoding(None if decoder is None else json.loads(decoder.__getstate__()), word_end or "")
 
     def _role(self, role: str) -> int | None:
         token = self.special.get(role)

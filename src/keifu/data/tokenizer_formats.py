@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from keifu.data import clip_tokenizer
 from keifu.data.byte_level import byte_level_backend
 from keifu.data.sentencepiece_model import backend_from_pieces, parse
 from keifu.data.special_tokens import put_around_text
@@ -82,10 +83,13 @@ def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
 
 
 def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> Read:
-    """GPT-1's rules: BERT's words in lower case, then merges inside each word, whose last piece says that it ends one.
+    """CLIP's rules where its two ends are there, else GPT-1's: BERT's words in lower case, then merges inside each one,
+    whose last piece says that it ends a word.
 
     (Radford et al., 2018; Sennrich et al., 2016, for the mark.)
     """
+    if {clip_tokenizer.START, clip_tokenizer.END} <= vocabulary.keys():
+        return clip_tokenizer.clip_backend(vocabulary, merges)
     if UNKNOWN not in vocabulary:
         raise UserError(
             f"{path} marks the ends of words by {WORD_END} as GPT-1 does, but has no {UNKNOWN}, so its rules are "
@@ -153,6 +157,7 @@ READERS: dict[str, Callable[[Path, Mapping[str, Any]], Read]] = {  # in the orde
     "vocab.json": _vocabulary_and_merges,
     "encoder.json": _vocabulary_and_merges,
     "vocab.txt": _wordpiece_vocabulary,
+    "bpe_simple_vocab_16e6.txt.gz": clip_tokenizer.clip_merges,
 }
 
 

@@ -19,10 +19,10 @@ __all__ = ["KINDS", "Tokenizer", "gguf_tokenizer", "load_tokenizer", "to_gguf_fi
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a directory, in a single file with whatever stands beside it, or of a name in the catalogue.
 
-    A directory may hold tokenizer.json, a SentencePiece tokenizer.model, GPT-1's or GPT-2's vocab.json with merges.txt
-    (or encoder.json with vocab.bpe), or BERT's vocab.txt; the first of these counts, but before all Marian's source.spm
-    with target.spm and vocab.json. A file may be any of those but Marian's, or a GGUF. What cannot be read is a
-    `UserError` that says why.
+    A directory may hold tokenizer.json, a SentencePiece tokenizer.model, GPT-1's, GPT-2's or CLIP's vocab.json with
+    merges.txt (or encoder.json with vocab.bpe), BERT's vocab.txt or OpenAI's file of CLIP's merges; the first of these
+    counts, but before all Marian's source.spm with target.spm and vocab.json. A file may be any of those but Marian's,
+    or a GGUF. What cannot be read is a `UserError` that says why.
     """
     path = _found(path)
     if path.suffix == ".gguf":

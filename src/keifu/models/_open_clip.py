@@ -17,13 +17,8 @@ _BLOCK = {
     "feedforward.up": "mlp.c_fc",
     "feedforward.down": "mlp.c_proj",
 }
-_STEM = {f"image.{ours}{n}": f"visual.{theirs}{n}" for n in (1, 2, 3) for ours, theirs in [("conv", "conv"), ("norm", "bn")]}
-_BOTTLENECK = {
-    **{f"conv{n}": f"conv{n}" for n in (1, 2, 3)},
-    **{f"norm{n}": f"bn{n}" for n in (1, 2, 3)},
-    "shortcut": "downsample.0",
-    "shortcut_norm": "downsample.1",
-}
+_CONVOLUTIONS = {f"{ours}{n}": f"{theirs}{n}" for n in (1, 2, 3) for ours, theirs in (("conv", "conv"), ("norm", "bn"))}
+_BOTTLENECK = {**_CONVOLUTIONS, "shortcut": "downsample.0", "shortcut_norm": "downsample.1"}
 WEIGHT_NAMES = {
     "text.embedding": "token_embedding",
     "text.positions.weight": "positional_embedding",
@@ -37,7 +32,7 @@ WEIGHT_NAMES = {
     **{f"image.blocks.*.{ours}": f"visual.transformer.resblocks.*.{theirs}" for ours, theirs in _BLOCK.items()},
     "image.norm": "visual.ln_post",
     "image.projection.weight": "visual.proj.T",
-    **_STEM,
+    **{f"image.{ours}": f"visual.{theirs}" for ours, theirs in _CONVOLUTIONS.items()},
     **{
         f"image.stages.layer{stage}.*.{ours}": f"visual.layer{stage}.*.{theirs}"
         for stage in (1, 2, 3, 4)
@@ -49,6 +44,7 @@ WEIGHT_NAMES = {
     "image.pool.out": "visual.attnpool.c_proj",
     "logit_scale": "logit_scale",
 }
+OPENAI = 49_408  # tokens: with another number, open_clip must be told to take the tokenizer of the directory
 FILES = "open_clip_config.json", "open_clip_model.safetensors"
 NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # the last three in OpenAI's archives
 
@@ -75,7 +71,8 @@ def from_open_clip(json: dict[str, Any]) -> clip.Config:
         raise ValueError(f"its text pool_type is {text['pool_type']!r}, and keifu implements argmax and eos.")
     embedding, quick = whole["embed_dim"], whole.get("quick_gelu", False)
     image = _image(vision, embedding, quick)
-    return clip.Config(_text(text, embedding, quick), image, _pixels(json.get("preprocess_cfg") or {}, image.image_size))
+    pixels = _pixels(json.get("preprocess_cfg") or {}, image.image_size)
+    return clip.Config(_text(text, embedding, quick), image, pixels)
 
 
 def _text(json: dict[str, Any], embedding: int, quick: bool) -> clip_text.Config:
@@ -129,6 +126,7 @@ def to_open_clip(config: clip.Config) -> dict[str, Any]:
     text, image, pixels = config.text, config.image, config.pixels
     quick = {text.activation, *([image.activation] if isinstance(image, clip_image.Config) else [])} == {"quick_gelu"}
     words = {"context_length": text.context_length, "vocab_size": text.vocab_size, "heads": text.n_heads}
+    words |= {} if text.vocab_size == OPENAI else {"hf_tokenizer_name": "the tokenizer beside this file"}
     end = {} if text.end_id is None else {"pool_type": "eos", "eos_id": text.end_id}
     seen: dict[str, Any] = {"image_size": image.image_size}
     if isinstance(image, clip_image.ResNetConfig):

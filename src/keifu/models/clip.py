@@ -111,9 +111,7 @@ class Clip(nn.Module):
 
 def build(config: Config) -> Clip:
     """A model with the released code's initialisation; similarities begin multiplied by 1 / 0.07."""
-    resnet = isinstance(config.image, clip_image.ResNetConfig)
-    image = clip_image.build_resnet(config.image) if resnet else clip_image.build(config.image)
-    return Clip(config, clip_text.build(config.text), image)
+    return Clip(config, clip_text.build(config.text), clip_image.BUILDERS[type(config.image)](config.image))
 
 
 WEIGHT_NAMES = {

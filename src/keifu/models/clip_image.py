@@ -88,7 +88,7 @@ class ResNet(nn.Module):
     def __init__(self, config: ResNetConfig):
         super().__init__()
         if len(config.layers) != 4 or config.image_size < 32:
-            raise ValueError(f"A ResNet has 4 stages and sees 32 pixels at least: {config.layers}, {config.image_size}.")
+            raise ValueError(f"A ResNet has 4 stages and sees 32 pixels: not {config.layers} and {config.image_size}.")
         self.config, width = config, config.width
         self.conv1, self.norm1 = nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2)
         self.conv2, self.norm2 = nn.Conv2d(width // 2, width // 2, 3, 1, 1, bias=False), nn.BatchNorm2d(width // 2)
@@ -134,6 +134,8 @@ def build_resnet(config: ResNetConfig) -> ResNet:
             nn.init.zeros_(module.norm3.weight)
     return model
 
+
+BUILDERS: dict[type, Any] = {Config: build, ResNetConfig: build_resnet}
 
 _EMBEDDINGS = "vision_model.embeddings"
 WEIGHT_NAMES = {

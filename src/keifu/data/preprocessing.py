@@ -1,0 +1,75 @@
+"""Pictures as a published network wants them: resized, cut, and normalised, to the bit; knows no network.
+
+The same numbers as transformers' CLIPImageProcessor with Pillow: resizing is Pillow's, to whole bytes; a byte becomes
+byte · (1/255) in float64, is rounded to float32, loses the mean and is divided by the deviation. OpenAI's own code
+divides by 255 in float32 and rounds halves otherwise when it cuts: that can differ in the last bit, or by one pixel.
+
+Axes: picture, channels, rows, columns.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from PIL import Image
+from torch import Tensor
+
+from keifu.errors import UserError
+
+FILTERS = {each.name.lower(): each for each in Image.Resampling}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The shorter side becomes `size` pixels by the filter `resample` (with `squash`, both sides do); of that the
+    middle, `crop` x `crop`, is kept, black where there is nothing; `mean` and `std` have a number for each channel, of
+    which there are 3 (red, green, blue) or 1 (grey).
+    """
+
+    size: int
+    crop: int
+    resample: str
+    squash: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def cut(self, image: Image.Image) -> UInt8[Tensor, "channels crop crop"]:
+        """One picture as bytes. What it makes of transparency and 16 bits, `picture_files` has decided before."""
+        image = image.convert("RGB" if len(self.mean) == 3 else "L")
+        width, height = self._resized(*image.size)
+        if image.size != (width, height):
+            image = image.resize((width, height), FILTERS[self.resample])
+        left, top = (width - self.crop) // 2, (height - self.crop) // 2
+        pixels = np.array(image.crop((left, top, left + self.crop, top + self.crop)))
+        return torch.from_numpy(pixels.reshape(self.crop, self.crop, -1).transpose(2, 0, 1).copy())
+
+    def normalised(
+        self, pixels: UInt8[Tensor, "picture channels rows columns"]
+    ) -> Float32[Tensor, "picture channels rows columns"]:
+        """Bytes as numbers, on the bytes' device."""
+        table, values = self._table.to(pixels.device), pixels.int()
+        return torch.stack([table[channel][values[:, channel]] for channel in range(len(table))], 1)
+
+    def __call__(self, images: Sequence[Image.Image]) -> Float32[Tensor, "picture channels crop crop"]:
+        """Several pictures, read in parallel."""
+        if not images:
+            raise UserError("There is no picture: give at least one.")
+        with ThreadPoolExecutor(torch.get_num_threads()) as workers:
+            return self.normalised(torch.stack(list(workers.map(self.cut, images))))
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after resizing; the longer side is rounded down."""
+        short, long = min(width, height), max(width, height)
+        longer = self.size if self.squash else int(self.size * long / short)
+        return (self.size, longer) if width <= height else (longer, self.size)
+
+    @cached_property
+    def _table(self) -> Float32[Tensor, "channels bytes"]:
+        """The number of each byte in each channel."""
+        values = (np.arange(256, dtype=np.float64) * 0.00392156862745098).astype(np.float32)
+        mean, std = (np.array(each, np.float32)[:, None] for each in (self.mean, self.std))
+        return torch.from_numpy((values - mean) / std)
