@@ -1,13 +1,13 @@
 """Pictures as tensors of bytes; knows no model.
 
-Axes: picture, row, column.
+Axes: picture, row, column; of pictures with colours: picture, channels, height, width.
 """
 
 import gzip
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from keifu.data import catalogue
@@ -42,3 +42,13 @@ def stratified(
     test = torch.zeros(len(labels), dtype=torch.bool)
     test[ordered[torch.arange(held_out) * len(labels) // held_out]] = True
     return shuffled[~test[shuffled]], shuffled[test[shuffled]]
+
+
+def signed(pictures: UInt8[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """Bytes as numbers from -1 to 1, float32: what networks that draw are trained on."""
+    return pictures.float() / 127.5 - 1
+
+
+def to_bytes(values: Float[Tensor, "*axes"]) -> UInt8[Tensor, "*axes"]:
+    """Numbers from -1 to 1 as the nearest bytes, so that `signed` is undone exactly; those outside are clipped."""
+    return ((values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
