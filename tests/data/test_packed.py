@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from keifu.data.growth import Growth, linear, stages
 from keifu.data.packed import PackedText
 from keifu.data.text import Shards
 from keifu.errors import UserError
@@ -70,6 +71,56 @@ def test_rows_do_not_depend_on_how_many_stand_in_a_batch() -> None:
     source = shards(1000)
     small, large = PackedText(source, 16, 3), PackedText(source, 16, 6)
     assert torch.equal(torch.cat([small.batch(4)["tokens"], small.batch(5)["tokens"]]), large.batch(2)["tokens"])
+
+
+@pytest.mark.parametrize(
+    "growth",
+    [stages([(2, 5), (3, 11)], 7), linear(1, 200, 9), linear(4, 3, 5), linear(2, 0, 3), stages([], 4)],
+    ids=str,
+)
+def test_a_batch_that_grows_takes_the_windows_in_the_same_order(growth: Growth) -> None:
+    source = shards(1000)
+    data, single = PackedText(source, 16, growth, seed=2), PackedText(source, 16, 1, seed=2)
+    steps = [data.batch(step)["tokens"] for step in range(60)]
+    assert [len(rows) for rows in steps] == [growth.at(step) for step in range(60)]
+    rows = torch.cat(steps)  # no row twice, none left out, over several epochs
+    assert len(rows) == growth.before(60) > data.windows_per_epoch
+    assert torch.equal(rows, torch.cat([single.batch(i)["tokens"] for i in range(len(rows))]))
+    late = PackedText(source, 16, growth, seed=2)
+    assert all(torch.equal(late.batch(step)["tokens"], steps[step]) for step in (59, 4, 5, 12))
+    assert len(data.largest()["tokens"]) == data.batch_size == max(growth.rows) == growth.at(10**9)
+
+
+@pytest.mark.parametrize(("first", "over", "last"), [(16, 40_000, 244), (1, 7, 9), (3, 50, 3), (2, 1000, 3)])
+def test_a_linear_ramp_grows_with_the_rows_seen(first: int, over: int, last: int) -> None:
+    growth, seen = linear(first, over, last), 0
+    for step in range(1000):
+        assert growth.before(step) == seen
+        assert growth.at(step) == min(last, first + (last - first) * seen // over)
+        seen += growth.at(step)
+
+
+def test_palms_batch_grows_where_its_paper_says() -> None:
+    growth = stages([(512, 50_000), (1024, 115_000)], 2048)
+    assert [growth.at(step) for step in (0, 49_999, 50_000, 114_999, 115_000, 254_999)] == [
+        512, 512, 1024, 1024, 2048, 2048
+    ]  # fmt: skip
+    assert growth.before(255_000) * 2048 == pytest.approx(780e9, rel=0.02)  # its tokens
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: stages([(2, 5), (3, 5)], 7), r"must ascend from above 0, and they are \(5, 5\)"),
+        (lambda: stages([(2, 0)], 7), r"must ascend from above 0, and they are \(0,\)"),
+        (lambda: stages([(0, 5)], 7), "batch_size is 0"),
+        (lambda: linear(8, 100, 7), "starts with 1 to 7, and here with 8"),
+        (lambda: linear(0, 100, 7), "starts with 1 to 7, and here with 0"),
+    ],
+)
+def test_a_growth_that_cannot_be_is_refused(make, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        make()
 
 
 def test_validation_is_always_the_same_and_predicts_each_token_once() -> None:

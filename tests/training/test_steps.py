@@ -10,8 +10,9 @@ from training_toys import Sequences, objective, run, settings, toy, weights
 
 from keifu.errors import UserError
 from keifu.layers.linear import JoinedLinear
-from keifu.models import llama
+from keifu.models import llama, palm
 from keifu.training import objectives
+from keifu.training.cost import Cost
 from keifu.training.loop import train
 from keifu.training.muon import StackedMuon, orthogonal
 from keifu.training.optimisers import Optimisers, hidden_matrices
@@ -110,6 +111,24 @@ def test_causal_is_the_mean_of_the_next_tokens_loss() -> None:
     assert outcome.weight == 5 + 3 + 1
 
 
+@pytest.mark.parametrize("mask", [False, True])
+def test_z_loss_is_in_the_loss_and_its_gradient_and_never_in_a_validation(mask: bool) -> None:
+    config = palm.Config(vocab_size=13, context_length=8, dim=16, hidden_dim=24, n_layers=1, n_heads=2, head_dim=8)
+    model, batch = palm.build(config), {"tokens": torch.randint(13, (3, 7))}
+    if mask:
+        batch["mask"] = torch.arange(7).expand(3, 7) >= torch.tensor([[2], [4], [6]])
+    plain = objectives.causal(model, batch)
+    outcome = objectives.causal(model.train(), batch, z_loss=0.3)
+    log_z = model(batch["tokens"][:, :-1]).logsumexp(-1)
+    written_out = plain.total + 0.3 * (log_z.square() * batch.get("mask", torch.ones(3, 7))[:, 1:]).sum()
+    torch.testing.assert_close(outcome.total, written_out)
+    assert plain.figures == {} and torch.equal(outcome.figures["nats"], plain.total.detach())
+    ours, theirs = (torch.autograd.grad(total, list(model.parameters())) for total in (outcome.total, written_out))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    judged = objectives.causal(model.eval(), batch, z_loss=0.3)
+    assert torch.equal(judged.total, plain.total) and judged.figures == {}
+
+
 def test_schedules_follow_their_formulas() -> None:
     def rates(schedule: str, final_ratio: float = 0.1) -> list[float]:
         return [ratio(schedule, step, 100, 10, final_ratio) for step in range(100)]
@@ -123,6 +142,43 @@ def test_schedules_follow_their_formulas() -> None:
     assert rates("cosine")[50] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 40 / 89)))
     assert rates("inverse_sqrt")[39] == pytest.approx(0.5)
     assert ratio("cosine", 0, 1, 0, 0.1) == 1.0  # a run of one step
+
+
+def test_palms_rate_is_held_and_falls_with_the_root_of_the_step() -> None:
+    palms = settings(steps=255_000, warmup=0, optimizer="adafactor", schedule="inverse_sqrt", hold=10_000)
+    optimisers = Optimisers(toy(), palms)
+    for step in (0, 9_999, 10_000, 39_999, 254_999):
+        rate = min(1e-2, 1 / math.sqrt(step + 1))
+        assert optimisers.rates(step)["learning_rate"] == pytest.approx(rate)
+    held = [ratio("linear", step, 100, 10, 0.1, hold=20) for step in range(100)]
+    assert held[9:30] == [1.0] * 21 and held[31] < 1 and held[99] == pytest.approx(0.1)
+
+
+def test_gpt3s_rate_follows_the_rows_while_the_batch_grows_and_then_stays() -> None:
+    changed = dict(steps=300, batch_size=10, batch_ramp=(1, 500), warmup=20, decay_steps=200, rate_by="rows")
+    growing = settings(**changed, learning_rate=1.0)
+    optimisers = Optimisers(toy(), growing)
+    seen = [growing.growth.before(step + 1) / 10 for step in range(300)]  # in steps of 10 rows
+    rates = [optimisers.rates(step)["learning_rate"] for step in range(300)]
+    assert rates[0] == pytest.approx(0.1 / 20)
+    for rate, steps in zip(rates, seen, strict=True):
+        if steps <= 20:
+            assert rate == pytest.approx(steps / 20)
+        elif steps >= 200:
+            assert rate == pytest.approx(0.1)
+        else:
+            assert rate == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * max(0, steps - 1 - 20) / (200 - 1 - 20))))
+    by_steps = Optimisers(toy(), settings(**changed | {"rate_by": "steps"}, learning_rate=1.0))
+    assert by_steps.rates(9)["learning_rate"] == pytest.approx(0.5)
+
+
+def test_what_a_growing_run_costs_counts_its_smaller_batches() -> None:
+    growing = settings(steps=20, batch_size=6, batch_stages=((2, 5), (3, 11)))
+    assert growing.whole_steps(20) == pytest.approx((5 * 2 + 6 * 3 + 9 * 6) / 6)
+    measured = Cost(1, 4, 8, 0, 1, 100, 6, step_seconds=1.0, flops_per_unit=1.0, units_per_step=30.0)
+    said = measured.sentence(20, "tokens", growing.whole_steps(20))
+    assert "20 steps of up to 30 tokens, 410 in all: about 14 s" in said
+    assert "20 steps of 30 tokens, 600 in all: about 20 s" in measured.sentence(20, "tokens", 20.0)
 
 
 def test_weight_decay_is_for_matrices_and_embeddings_only() -> None:
@@ -188,12 +244,21 @@ def test_the_toy_is_learned(tmp_path: Path, optimizer: str) -> None:
         ("clip", -1.0, "clip must be at least 0.0"),
         ("final_ratio", 2.0, "final_ratio must lie between 0 and 1, and it is 2.0"),
         ("betas", (0.9, 1.0), r"betas must lie .* it is \(0.9, 1.0\)"),
+        ("hold", -1, "hold must be at least 0"),
+        ("decay_steps", 0, "decay_steps must be at least 1"),
+        ("batch_stages", ((8, 5), (16, 4)), r"must ascend from above 0, and they are \(5, 4\)"),
+        ("batch_ramp", (33, 100), "starts with 1 to 32, and here with 33"),
         ("warmup", 2000, "A warm-up of 2000 steps does not fit a run of 1000"),
     ],
 )
 def test_impossible_settings_are_named(field: str, value: object, said: str) -> None:
     with pytest.raises(UserError, match=said):
         Settings(**{field: value})
+
+
+def test_a_batch_grows_in_one_way() -> None:
+    with pytest.raises(UserError, match="batch_stages and batch_ramp are two ways"):
+        Settings(batch_stages=((8, 5),), batch_ramp=(1, 100))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from jaxtyping import Int64
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
+from keifu.data.growth import Growth, stages
 from keifu.data.text import Shards
 from keifu.errors import UserError
 
@@ -25,20 +26,24 @@ class PackedText:
     replacement, as nanoGPT does, leaves 1 / e = 37% of the text unseen after one epoch's worth of steps; an offset that
     changes lets every token stand at every place of a window in time, as drawing does.
 
-    A batch is a function of the seed and the step alone. What an epoch needs is drawn from the seed and the epoch's
-    number, so that going on at a late step costs no more than beginning.
+    A batch is a function of the seed and the step alone, also where `batch_size` grows over the steps: windows are
+    counted through, and each batch takes those that follow the last one's. What an epoch needs is drawn from the seed
+    and the epoch's number, so that going on at a late step costs no more than beginning.
 
     validation_tokens: at most about so many held-out tokens are used, in windows spread evenly; all when None.
     A text, or a held-out part, shorter than one window is a `UserError`. `held_out` are those windows, [row, position].
     """
 
     def __init__(
-        self, shards: Shards, context_length: int, batch_size: int, seed: int = 0, validation_tokens: int | None = None
-    ):
-        for name, value in (("context_length", context_length), ("batch_size", batch_size)):
+        self, shards: Shards, context_length: int, batch_size: int | Growth, seed: int = 0,
+        validation_tokens: int | None = None,
+    ):  # fmt: skip
+        self.growth = batch_size if isinstance(batch_size, Growth) else stages((), batch_size)
+        self.batch_size = max(self.growth.rows)
+        for name, value in (("context_length", context_length), ("batch_size", self.batch_size)):
             if value < 1:
                 raise UserError(f"{name} is {value}, but it must be at least 1.")
-        self.shards, self.context_length, self.batch_size, self.seed = shards, context_length, batch_size, seed
+        self.shards, self.context_length, self.seed = shards, context_length, seed
         self._windows = _windows(shards.tokens, context_length, f"{shards.index['source']} has")
         validation = _windows(shards.validation, context_length, f"The held-out part of {shards.index['source']} has")
         self.held_out = _spread(validation[::context_length], context_length, validation_tokens)
@@ -49,18 +54,22 @@ class PackedText:
     @property
     def fingerprint(self) -> str:
         """The text's fingerprint and what else the batches depend on."""
-        return f"{self.shards.fingerprint}-context{self.context_length}-batch{self.batch_size}-seed{self.seed}"
+        return f"{self.shards.fingerprint}-context{self.context_length}-batch{self.growth}-seed{self.seed}"
 
     @property
     def steps_per_epoch(self) -> float:
-        """Batches after which every window was seen once."""
+        """Batches, the largest ones, after which every window was seen once."""
         return self.windows_per_epoch / self.batch_size
 
     def batch(self, step: int) -> dict[str, Int64[Tensor, "row position"]]:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
         if step < 0:
             raise UserError(f"The step is {step}, but steps are counted from 0.")
-        return _tensors(self.windows(step * self.batch_size + np.arange(self.batch_size)))
+        return _tensors(self.windows(self.growth.numbers(step)))
+
+    def largest(self) -> dict[str, Int64[Tensor, "row position"]]:
+        """The batch that needs the most memory."""
+        return self.batch(self.growth.largest)
 
     def windows(self, numbers: np.ndarray) -> np.ndarray:
         """The windows with these numbers, [row, position], counted over all epochs; the numbers ascend."""

@@ -92,7 +92,7 @@ def pretrain(
     config = replace(config, vocab_size=task.tokenizer.vocab_size)
     torch.manual_seed(settings.seed)
     model = build(config)
-    data = PackedText(task.shards, config.context_length, settings.batch_size, settings.seed, VALIDATION_TOKENS)
+    data = PackedText(task.shards, config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
     run = Run(
         directory=out,
         resume=resume,
@@ -109,7 +109,7 @@ def pretrain(
     def save(directory: Path) -> None:
         checkpoints.save(model, task.tokenizer, directory)
 
-    return train(model, causal, data, settings, run, sample=sample, save=save)
+    return train(model, causal, data, settings, run, sample, save, data.largest())
 
 
 def _source(task: Task) -> dict[str, Any]:

@@ -47,12 +47,13 @@ class Cost:
         """What is kept between the forward and the backward pass, and what a pass needs for a moment."""
         return self.fixed_bytes + self.row_bytes * self.micro_batch
 
-    def sentence(self, steps: int, unit: str) -> str:
-        """What is said before a run starts."""
+    def sentence(self, steps: int, unit: str, whole_steps: float) -> str:
+        """What is said before a run starts; its smaller batches are counted as shares of whole steps."""
+        up_to = "up to " if whole_steps < steps else ""
         parts = f"{size(2 * self.parameter_bytes)} parameters and gradients, {size(self.optimizer_bytes)} optimizer, "
         return (
-            f"{count(self.parameters)} parameters; {steps:,} steps of {self.units_per_step:,.0f} {unit}, "
-            f"{count(steps * self.units_per_step)} in all: about {clock(steps * self.step_seconds)} and "
+            f"{count(self.parameters)} parameters; {steps:,} steps of {up_to}{self.units_per_step:,.0f} {unit}, "
+            f"{count(whole_steps * self.units_per_step)} in all: about {clock(whole_steps * self.step_seconds)} and "
             f"{size(self.total_bytes)} of memory ({parts}{size(self.activation_bytes)} activations), "
             f"of {size(self.available)} that are free."
         )

@@ -5,21 +5,27 @@ Axes: batch, length = tokens; each function gives sums over the elements that co
 
 from typing import Any
 
-from keifu.layers.losses import IGNORED, cross_entropy, linear_cross_entropy, smoothed_linear_cross_entropy
+from keifu.layers.losses import IGNORED, cross_entropy, smoothed_linear_cross_entropy
 from keifu.training.protocols import Batch, Outcome
 
 
-def causal(model: Any, batch: Batch) -> Outcome:
+def causal(model: Any, batch: Batch, z_loss: float = 0.0) -> Outcome:
     """Next-token prediction: -log p of each token of batch["tokens"] [batch, length + 1] given those before it.
 
     The model offers `hidden(tokens)` and `head_weight`, so that never all logits exist. Where batch["mask"]
-    [batch, length + 1] is there, only tokens for which it is True are predicted.
+    [batch, length + 1] is there, only tokens for which it is True are predicted; where batch["documents"] is, none sees
+    another document of its row. `z_loss` · log²Z a token, Z being the
+    softmax's normaliser (PaLM, section 5), is for training mode alone, where the figure `nats` is the loss without it.
     """
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     if "mask" in batch:
         targets = targets.masked_fill(~batch["mask"][:, 1:], IGNORED)
-    total = linear_cross_entropy(model.hidden(inputs), model.head_weight, targets)
-    return Outcome(total, (targets != IGNORED).sum() if "mask" in batch else targets.numel())
+    z_loss = z_loss if model.training else 0.0
+    apart = {"documents": batch["documents"][:, :-1]} if "documents" in batch else {}
+    hidden = model.hidden(inputs, **apart)
+    total, nats = smoothed_linear_cross_entropy(hidden, model.head_weight, None, targets, z_loss=z_loss)
+    figures = {"nats": nats} if z_loss else {}
+    return Outcome(total, (targets != IGNORED).sum() if "mask" in batch else targets.numel(), figures)
 
 
 def classification(model: Any, batch: Batch) -> Outcome:

@@ -38,7 +38,8 @@ class Optimisers:
     def rates(self, step: int) -> dict[str, float]:
         """The rates that update number `step` (from 0) is made with, under the settings' names."""
         s = self.settings
-        share = ratio(s.schedule, step, s.steps, s.warmup, s.final_ratio)
+        end = s.counted(s.steps) if s.decay_steps is None else s.decay_steps
+        share = ratio(s.schedule, s.counted(step + 1) - 1, end, s.warmup, s.final_ratio, s.hold)
         rates = {"learning_rate": share * s.learning_rate}
         return rates | ({"matrix_rate": share * s.matrix_rate} if "muon" in self.all else {})
 

@@ -21,14 +21,19 @@ def cosine(progress: float, final_ratio: float) -> float:
 DECAYS = {"constant": constant, "linear": linear, "cosine": cosine}
 
 
-def ratio(schedule: str, step: int, steps: int, warmup: int, final_ratio: float) -> float:
+def ratio(
+    schedule: str, step: float | int, steps: float | int, warmup: int, final_ratio: float, hold: int = 0
+) -> float:
     """The share of the highest rate at which update number `step` (from 0) is made.
 
-    It rises linearly over the first `warmup` updates, the last of which has the highest rate. inverse_sqrt then falls
-    as √(warmup / (step + 1)) (Vaswani et al., 2017, section 5.3), whatever `steps` and `final_ratio` are.
+    It rises linearly over the first `warmup` updates, the last of which has the highest rate, and stays there for
+    `hold` more. inverse_sqrt then falls as √((warmup + hold) / (step + 1)), whatever `steps` and `final_ratio` are:
+    without a hold that of Vaswani et al. (2017, section 5.3), without a warm-up PaLM's. The others have fallen when
+    `steps` are over. A step is a fraction where rows are counted and batches grow.
     """
     if step < warmup:
-        return (step + 1) / warmup
+        return min(1.0, (step + 1) / warmup)
+    flat = warmup + hold
     if schedule == "inverse_sqrt":
-        return math.sqrt(max(warmup, 1) / (step + 1))
-    return DECAYS[schedule](min(1.0, (step - warmup) / max(1, steps - 1 - warmup)), final_ratio)
+        return min(1.0, math.sqrt(max(flat, 1) / (step + 1)))
+    return DECAYS[schedule](min(1.0, max(0.0, (step - flat) / max(1, steps - 1 - flat))), final_ratio)

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
+from keifu.data.growth import Growth, linear, stages
 from keifu.errors import UserError, unknown
 
 Optimizer = Literal["adamw", "muon", "adadelta", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
+RateBy = Literal["steps", "rows"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 # What a resumed run may change: how long, how often, and how a batch is split, never what a step computes.
@@ -25,6 +28,11 @@ class Settings:
     """Updates of the weights."""
     batch_size: int = 32
     """Rows in a step."""
+    batch_stages: tuple[tuple[int, int], ...] = ()
+    """Smaller batches at first, as pairs: rows, and the step up to which a step has them (PaLM: 512 50000 1024 115000).
+    """
+    batch_ramp: tuple[int, int] | None = None
+    """A batch that grows evenly instead (GPT-3): the rows of the first step, and after how many rows it is whole."""
     micro_batch: int | None = None
     """Rows computed at a time; fewer need less memory and change no loss. Unset: as many as fit in memory. Where rows
     differ in length, shorter ones go together in larger numbers."""
@@ -39,8 +47,15 @@ class Settings:
     """How the rate falls after the warm-up."""
     warmup: int = 0
     """Steps in which the rate rises from 0."""
+    hold: int = 0
+    """Steps after them in which it stays the highest (PaLM: 10,000, then inverse_sqrt)."""
     final_ratio: float = 0.1
     """The last rate as a share of the highest one (linear and cosine)."""
+    decay_steps: int | None = None
+    """Steps after which linear and cosine have fallen, and the rate stays; unset: all."""
+    rate_by: RateBy = "steps"
+    """What is counted for the rate. rows: a step counts as the share of batch_size that its batch has, so that rates
+    follow the tokens seen while the batch grows."""
     weight_decay: float = 0.1
     """Applied to matrices and embeddings, times the rate, or for adafactor its square (1 is PaLM's); never to biases
     and gains."""
@@ -87,12 +102,33 @@ class Settings:
                 raise UserError(f"{name} must lie between 0 and 1, and it is {vars(self)[name]}.")
         if self.warmup > self.steps:
             raise UserError(f"A warm-up of {self.warmup} steps does not fit a run of {self.steps}; make it shorter.")
+        _ = self.growth  # what cannot be is said at once
+
+    @cached_property
+    def growth(self) -> Growth:
+        """How many rows each step has."""
+        if self.batch_stages and self.batch_ramp:
+            raise UserError("batch_stages and batch_ramp are two ways to make the batch grow: give one of them.")
+        if self.batch_ramp:
+            return linear(*self.batch_ramp, self.batch_size)
+        return stages(self.batch_stages, self.batch_size)
+
+    def whole_steps(self, step: int) -> float:
+        """The steps before this one, each counted as the share of batch_size that its batch has."""
+        return self.growth.before(step) / self.batch_size
+
+    def counted(self, step: int) -> float | int:
+        """The steps before this one, as the rate counts them."""
+        return self.whole_steps(step) if self.rate_by == "rows" else step
 
 
-CHOICES = {"optimizer": get_args(Optimizer), "schedule": get_args(Schedule), "precision": get_args(Precision)}
+CHOICES = {
+    "optimizer": get_args(Optimizer), "schedule": get_args(Schedule), "rate_by": get_args(RateBy),
+    "precision": get_args(Precision),
+}  # fmt: skip
 LEAST = {
-    **dict.fromkeys(("steps", "batch_size", "micro_batch", "log_every", "keep"), 1),
-    **dict.fromkeys(("evaluate_every", "sample_every", "save_every", "warmup", "seed"), 0),
+    **dict.fromkeys(("steps", "batch_size", "micro_batch", "log_every", "keep", "decay_steps"), 1),
+    **dict.fromkeys(("evaluate_every", "sample_every", "save_every", "warmup", "hold", "seed"), 0),
     **dict.fromkeys(("learning_rate", "matrix_rate", "weight_decay", "epsilon", "clip"), 0.0),
 }
 
@@ -108,7 +144,11 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping):
         inside = (flat(inner, f"{prefix}.{key}" if prefix else key) for key, inner in value.items())
         return {name: inner for part in inside for name, inner in part.items()}
-    return {prefix: list(value) if isinstance(value, tuple) else value}
+    return {prefix: _listed(value)}
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(inner) for inner in value] if isinstance(value, tuple) else value
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -128,13 +168,17 @@ def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             f"The data are not those of the run that is resumed (fingerprint {then['data']} → {now['data']}); "
             "resume with the same data, or start a new run."
         )
-    split = [{k: v for k, v in x["settings"].items() if k not in ADJUSTABLE} | flat(x["options"]) for x in (then, now)]
+    before = flat(asdict(Settings())) | then["settings"]  # what a run does not name, older than that setting, was off
+    split = [
+        {name: value for name, value in chosen.items() if name not in ADJUSTABLE} | flat(options)
+        for chosen, options in ((before, then["options"]), (now["settings"], now["options"]))
+    ]
     if changed := compare(*split):
         raise UserError(
             f"A resumed run keeps its settings, and these differ: {', '.join(changed)}; "
             f"put them back, or start a new run. What may change: {', '.join(sorted(ADJUSTABLE))}."
         )
-    return compare(then["settings"], now["settings"])
+    return compare(before, now["settings"])
 
 
 def described(settings: Settings, options: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:

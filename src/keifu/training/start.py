@@ -74,7 +74,9 @@ def start(
     stepper = Stepper(
         model, running, objective, optimisers, device, dtype, rows, settings.clip, settings.seed, elements
     )
-    tell(measured.sentence(settings.steps - (found.step if found else 0), run.unit))
+    done = found.step if found else 0
+    whole_steps = settings.whole_steps(settings.steps) - settings.whole_steps(done)
+    tell(measured.sentence(settings.steps - done, run.unit, whole_steps))
     return Started(stepper, optimisers, measured, _progressed(found, device))
 
 
