@@ -31,7 +31,13 @@ def open_directory(path: Path) -> Source:
     if where is None:
         raise UserError(f"{path} is no model: it holds no config.json{_nearest('config.json', path)}.")
     family, config = read_config(_with_preprocessor(where), str(where))
-    files = weight_files(path, family.files[1])
+    return source_of(path, "Hugging Face", family, config, weight_files(path, family.files[1]))
+
+
+def source_of(
+    path: Path, layout: str, family: Family, config: Any, files: Sequence[Path], notes: tuple[str, ...] = ()
+) -> Source:
+    """A model of this config whose weights lie in these safetensors files."""
     opened = {file: _open(file) for file in files}
     owner = {name: file for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118 (no dict)
     stored = {name: _stored(opened[file].get_slice(name)) for name, file in owner.items()}
@@ -39,7 +45,8 @@ def open_directory(path: Path) -> Source:
     def read(name: str) -> Tensor:
         return opened[owner[name]].get_tensor(name)
 
-    return Source(path, "Hugging Face", family, config, stored, read, _tokenizer(path, family), family.names)
+    tokenizer = _tokenizer(path, family)
+    return Source(path, layout, family, config, stored, read, tokenizer, family.names, notes=notes)
 
 
 def _with_preprocessor(where: Path) -> dict[str, Any]:
@@ -86,11 +93,12 @@ def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
 def pickled_only(path: Path, names: Sequence[str]) -> UserError:
     """The error for weights that only unpickling would read: that runs whatever program is inside."""
     where = path / "config.json"
-    named = read_json(where).get("architectures") if where.exists() else None
-    reader = named[0] if isinstance(named, list) and named else "AutoModelForCausalLM"
+    json = read_json(where) if where.exists() else {}
+    named, library = json.get("architectures"), "diffusers" if "_class_name" in json else "transformers"
+    reader = json.get("_class_name") or (named[0] if isinstance(named, list) and named else "AutoModelForCausalLM")
     return UserError(
         f"{path} has its weights in {', '.join(names[:3])} alone, which keifu never unpickles, since that can run any "
-        "program; if you trust its makers, let transformers convert it: "
+        f"program; if you trust its makers, let {library} convert it: "
         f"{reader}.from_pretrained(DIRECTORY).save_pretrained(OUT, safe_serialization=True)."
     )
 

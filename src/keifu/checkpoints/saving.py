@@ -1,4 +1,4 @@
-"""Writing Hugging Face directories that transformers and vLLM load as they are; knows no model.
+"""Writing Hugging Face directories that transformers, vLLM or diffusers load as they are; knows no model.
 
 Everything is written beside the old files first and renamed at the end, so that a crash or a full disk leaves the old
 checkpoint whole.
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from keifu.checkpoints.diffusers import PIPELINE, is_part, pipeline_files
 from keifu.checkpoints.huggingface import CONFIGS, INDEX, PREPROCESSOR, WEIGHTS
 from keifu.checkpoints.names import Link, links
 from keifu.checkpoints.source import check_tokenizer, name_of
@@ -41,7 +42,8 @@ def save(model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_byte
     It holds config.json, generation_config.json, the tokenizer's files, and model.safetensors or, where the weights
     have more than `max_shard_bytes`, shards of at most that size with an index. A tensor that two parts of the model
     share is written once. tokenizer: None for a model that writes no text. Other files in the directory stay. A Config
-    that no published model_type can say is written under keifu's own, which keifu alone loads.
+    that no published model_type can say is written under keifu's own, which keifu alone loads. A network that draws is
+    written as diffusers' pipeline, in the folder `unet` beside its scheduler.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -57,9 +59,13 @@ def save(model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_byte
             shutil.rmtree(old, ignore_errors=True)
         stage.mkdir()
         found = links(model, family.table(config))
-        weights = _write_weights(model, found, stage, family.files[1], max_shard_bytes)
-        _write_texts(config, name_of(next(model.parameters()).dtype), tokenizer, stage, family.files[0])
-        _move(stage, directory, weights)
+        _write_weights(model, found, stage / family.files[1], max_shard_bytes)
+        if is_part(family):
+            for name, content in pipeline_files(config).items():
+                _write_json(stage / name, content)
+        else:
+            _write_texts(config, name_of(next(model.parameters()).dtype), tokenizer, stage, family.files[0])
+        _move(stage, directory)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"The disk is full: {directory} keeps what it held; free some space.") from error
@@ -88,23 +94,22 @@ def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
     return groups
 
 
-def _write_weights(model: nn.Module, found: Sequence[Link], stage: Path, file: str, limit: int | float) -> list[str]:
-    """Writes the weights and gives the names of their files, the index among them."""
+def _write_weights(model: nn.Module, found: Sequence[Link], file: Path, limit: int | float) -> None:
+    """Writes the weights as this file, or as shards of its name with their index."""
     state = model.state_dict()
     each = {name: state[link.ours].nbytes * rows // sum(link.rows)
             for link in found for name, rows in zip(link.theirs, link.rows, strict=True)}  # fmt: skip
     groups = shards(each, limit)
-    stem = file.removesuffix(".safetensors")
-    names = [f"{stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
-    names = names if len(groups) > 1 else [file]
+    names = [f"{file.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+    names = names if len(groups) > 1 else [file.name]
     tensors = published_tensors(model, found)
+    file.parent.mkdir(exist_ok=True)
     for name, group in zip(names, groups, strict=True):
-        _save_file({key: tensor for key, tensor in (next(tensors) for _ in group)}, stage / name)
-    if len(groups) == 1:
-        return names
-    owner = {key: name for name, group in zip(names, groups, strict=True) for key in group}
-    _write_json(stage / f"{file}.index.json", {"metadata": {"total_size": sum(each.values())}, "weight_map": owner})
-    return [*names, f"{file}.index.json"]
+        _save_file({key: tensor for key, tensor in (next(tensors) for _ in group)}, file.with_name(name))
+    if len(groups) > 1:
+        owner = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+        index = {"metadata": {"total_size": sum(each.values())}, "weight_map": owner}
+        _write_json(file.with_name(f"{file.name}.index.json"), index)
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
@@ -135,22 +140,25 @@ def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _move(stage: Path, directory: Path, weights: Sequence[str]) -> None:
-    """Syncs every new file, then renames them in: weights first, config.json last; then what is stale goes."""
-    names = (file.name for file in stage.iterdir())
-    new = sorted(names, key=lambda name: (name in CONFIGS, name not in weights, name.endswith(INDEX)))
+def _move(stage: Path, directory: Path) -> None:
+    """Syncs every new file, then renames them in: weights first, what says which model it is last; then what is stale
+    goes."""
+    named = {file.relative_to(stage): file for file in stage.rglob("*") if file.is_file()}
+    new = sorted(named, key=lambda name: (name.name in (*CONFIGS, PIPELINE), ".safetensors" not in name.name, name.name))
     for name in new:
-        with (stage / name).open("rb+") as file:
+        with named[name].open("rb+") as file:
             os.fsync(file.fileno())
     for name in new:
-        (stage / name).replace(directory / name)
-    stale = [*directory.glob("model-*-of-*.safetensors"), directory / WEIGHTS, directory / INDEX]
-    stale += [directory / name for name in CONFIGS]
-    if "tokenizer_config.json" in new:  # what an older tokenizer left would be read beside it
+        (directory / name).parent.mkdir(exist_ok=True)
+        named[name].replace(directory / name)
+    stale = [*directory.glob("model-*-of-*.safetensors"), *directory.glob("unet/diffusion_pytorch_model*.safetensors*")]
+    stale += [directory / name for name in (WEIGHTS, INDEX, PIPELINE, *CONFIGS)]
+    if Path("tokenizer_config.json") in new:  # what an older tokenizer left would be read beside it
         stale += [directory / name for name in TOKENIZER_FILES]
     for old in stale:
-        if old.name not in new:
+        if old.relative_to(directory) not in new:
             old.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from keifu.layers.attention import Attention, PaddingMask
 from keifu.layers.linear import Linear
 
 Pixels = Float[Tensor, "batch channels height width"]
+Resampled = Float[Tensor, "batch out_channels new_height new_width"]
 Norm = Callable[[int], nn.Module]  # makes the norm for so many channels
 EVERYWHERE = PaddingMask()  # every pixel sees every other one
 
@@ -49,7 +50,7 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
 
-    def forward(self, x: Pixels, time: Float[Tensor, "batch time_dim"] | None = None) -> Pixels:
+    def forward(self, x: Pixels, time: Float[Tensor, "batch time_dim"] | None = None) -> Resampled:
         hidden = self.activation(self.norm1(x))
         if self.resample is not None:
             x, hidden = self.resample(x), self.resample(hidden)
@@ -90,7 +91,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if around else 0)
 
-    def forward(self, x: Pixels, time: Tensor | None = None) -> Pixels:
+    def forward(self, x: Pixels, time: Tensor | None = None) -> Resampled:
         return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
@@ -101,13 +102,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Pixels, time: Tensor | None = None) -> Pixels:
-        return self.conv(double(x))
-
-
-def double(x: Pixels) -> Pixels:
-    """Each pixel four times."""
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    def forward(self, x: Pixels, time: Tensor | None = None) -> Resampled:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class SpatialAttention(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keifu.layers.convolution import Pixels
+from keifu.layers.convolution import Pixels, Resampled
 
 Time = Float[Tensor, "batch time_dim"]
 Residual = Callable[[int, int], nn.Module]  # makes a block from so many channels to so many
@@ -41,7 +41,7 @@ class Stage(nn.Module):
 class Down(Stage):
     """A stage of the way down: gives every state that the way up will see again, the last of them its result."""
 
-    def forward(self, x: Pixels, time: Time, **context: Any) -> list[Pixels]:
+    def forward(self, x: Pixels, time: Time, **context: Any) -> list[Tensor]:
         states = []
         for residual, attention in self.pairs():
             x = residual(x, time)
@@ -63,7 +63,7 @@ class Middle(Stage):
 class Up(Stage):
     """A stage of the way up: each residual block takes the newest of the `states` off the list and reads it too."""
 
-    def forward(self, x: Pixels, states: list[Pixels], time: Time, **context: Any) -> Pixels:
+    def forward(self, x: Pixels, states: list[Tensor], time: Time, **context: Any) -> Resampled:
         for residual, attention in self.pairs():
             x = residual(torch.cat([x, states.pop()], 1), time)
             x = x if attention is None else attention(x, **context)
@@ -87,9 +87,7 @@ class UNet(nn.Module):
         self.up, self.norm, self.last = nn.ModuleList(up), norm, last
         self.factor = 2 ** sum(stage.resample is not None for stage in down)
 
-    def forward(
-        self, x: Pixels, time: Time, **context: Any
-    ) -> Float[Tensor, "batch out_channels height width"]:
+    def forward(self, x: Pixels, time: Time, **context: Any) -> Float[Tensor, "batch out_channels height width"]:
         x = self.first(x).contiguous(memory_format=torch.channels_last)
         states = [x]
         for stage in self.down:

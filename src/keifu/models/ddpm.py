@@ -22,7 +22,7 @@ from keifu.layers.timesteps import TimeEmbedding, TimestepSinusoids
 from keifu.layers.unet import UNet
 from keifu.models._assembly import assembled, group_norm
 from keifu.models._schedulers import read_scheduler, write_scheduler
-from keifu.models._unet import IMPLEMENTED, UNET_NAMES, read_fields, told, write_fields, write_layout
+from keifu.models._unet import IMPLEMENTED, OLD_ENDINGS, UNET_NAMES, read_fields, told, write_fields, write_layout
 
 LARGE = Noise(variance="fixed_large")  # the paper's σ² = β for CIFAR-10
 
@@ -59,7 +59,7 @@ class Config:
     channels: int = 3
     out_channels: int | None = None
     dim: int = 128
-    multipliers: tuple[float, ...] = (1, 2, 2, 2)
+    multipliers: tuple[int | float, ...] = (1, 2, 2, 2)
     n_residual_blocks: int = 2
     attention: tuple[int, ...] = (1,)
     up_attention: tuple[int, ...] | None = None
@@ -224,6 +224,7 @@ WEIGHT_NAMES = {
     **{f"unet.{ours}": theirs for ours, theirs in UNET_NAMES.items()},
 }
 PREFIX = ""
+FILES = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")  # of a pipeline
 NOT_WEIGHTS = ()
 MODEL_TYPES = {"UNet2DModel": "DDPMPipeline"}
 UNSUPPORTED: dict[str, Any] = {}
