@@ -9,7 +9,7 @@ from typing import Any
 from keifu.commands import flags, tables
 from keifu.errors import UserError, unknown
 
-TASKS = ("translation", "language_model")  # each is a file of that name in keifu/evaluation (see its task.py)
+TASKS = ("translation", "mixture", "language_model")  # each is a file in keifu/evaluation (see its task.py)
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,9 @@ class Options:
     """How good a model is, in figures.
 
     A translator: BLEU and chrF on pairs (a catalogue name such as tatoeba-ja-en, a TSV file, or two files A,B). A
-    language model: perplexity and bits per byte on a text (a catalogue name, a file, a folder). Of a catalogue name the
-    part counts that keifu keeps from training.
+    language model: perplexity and bits per byte on a text (a catalogue name, a file, a folder), or on each text of a
+    mixture (multilingual, or a .yaml or .json file of one). Of a catalogue name and of a mixture the part counts that
+    keifu keeps from training.
     """
 
     model: flags.Model

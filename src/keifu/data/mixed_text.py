@@ -125,7 +125,7 @@ def held_out(shards: Shards, context_length: int, rows: int) -> np.ndarray:
 def batches(task: Task, windows: np.ndarray, size: int) -> list[Batch]:
     """The windows as rows, always the same, `size` of them at a time."""
     random, numbers = np.random.default_rng(VALIDATION), np.arange(len(windows))
-    whole = _tensors(task.rows(windows, numbers, random))
+    whole = _tensors(task.rows(windows.astype(np.int64), numbers, random))
     starts = range(0, len(windows), size)
     return [{name: tensor[start : start + size] for name, tensor in whole.items()} for start in starts]
 

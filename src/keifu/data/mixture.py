@@ -48,12 +48,8 @@ class Source:
     field: str = "text"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, int | float) or isinstance(self.weight, bool) or not 0 < self.weight < 1e9:
-            raise UserError(
-                f"The weight of the source {self.name!r} is {self.weight!r}, and it must be a number above 0: "
-                "correct it, or leave the source out."
-            )
-        object.__setattr__(self, "languages", tuple(self.languages))
+        if not 0 < self.weight < 1e9:
+            raise _no_weight(self.name, self.weight)
         if len(self.languages) not in (0, 2):
             raise UserError(
                 f"The source {self.name!r} has {len(self.languages)} languages, and pairs have two: write "
@@ -135,9 +131,21 @@ def _source(name: str, given: Any, path: Path) -> Source:
     for key in ("data", "weight"):
         if key not in given:
             raise UserError(f"{path}: the source {name!r} has no {key}; it needs data and weight.")
-    data = str(given["data"])
+    data, weight, languages = str(given["data"]), given["weight"], given.get("languages") or []
+    if not isinstance(weight, int | float) or isinstance(weight, bool):
+        raise _no_weight(name, weight)
+    if not isinstance(languages, list):
+        raise UserError(f"{path}: languages of the source {name!r} is {languages!r}: write [German, English].")
     beside = not Path(data).expanduser().is_absolute() and [*path.parent.glob(data)]
-    return Source(name, **{**given, "data": str(path.parent / data) if beside else data})
+    data = str(path.parent / data) if beside else data
+    return Source(name, data, weight, tuple(map(str, languages)), str(given.get("field", "text")))
+
+
+def _no_weight(name: str, weight: Any) -> UserError:
+    return UserError(
+        f"The weight of the source {name!r} is {weight!r}, and it must be a number above 0: correct it, or leave the "
+        "source out."
+    )
 
 
 def prepare_mixture(mixture: Mixture, tokenizer: TextTokenizer, held_out: float = HELD_OUT) -> list[Shards]:

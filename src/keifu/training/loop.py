@@ -190,7 +190,7 @@ class _Loop:
             figures["bits_per_byte"] = means["loss"] / math.log(2) / self.run.bytes_per_unit
         if figures:
             self._record(figures)
-            words = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+            words = (f"{n.replace('_', ' ')} {value:.4g}" for n, value in figures.items() if "/" not in n)
             self.display.note(f"step {self.at.step:,}  {'  '.join(words)}")
         self.validated = self.at.step
 

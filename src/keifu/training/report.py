@@ -30,6 +30,7 @@ def write_report(directory: Path) -> Path:
         _head(recipe),
         _key_figures(recipe),
         _section("Curves", f'<div class="charts">{"".join(_charts(lines, recipe["unit"]))}</div>'),
+        _section("By source", _by_source(recipe.get("figures", {}))),
         *_samples(directory),
         _section("Settings", _pairs(recipe["settings"])),
         _section("Model and options", _pairs(flat(recipe["options"]))),
@@ -70,7 +71,7 @@ def _key_figures(recipe: Mapping[str, Any]) -> str:
         f"{unit}_per_second": (f"{unit} per second", "{:,.0f}".format),
         "flops_utilisation": ("of the matmul peak", "{:.0%}".format),
     }
-    others = {n: (n.replace("_", " "), "{:.4g}".format) for n in figures if n.startswith("validation_")}
+    others = {n: (n.replace("_", " "), "{:.4g}".format) for n in figures if _is_plain(n)}
     words |= {name: entry for name, entry in others.items() if name not in words}
     shown = [(text(figures[name]), label) for name, (label, text) in words.items() if name in figures]
     shown += [(count(recipe["cost"]["parameters"]), "parameters"), (f"{recipe.get('steps', 0):,}", "steps")]
@@ -82,7 +83,7 @@ def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
     def curve(field: str, name: str = "", marked: bool = False) -> Curve:
         return Curve(name or field, [(line["step"], line[field]) for line in lines if field in line], marked)
 
-    names = sorted({name for line in lines for name in line if name.startswith("validation_")} - {"validation_loss"})
+    names = sorted({name for line in lines for name in line if _is_plain(name)} - {"validation_loss"})
     pairs = [(name.removeprefix("validation_"), name) for name in names]
     rates = [curve("learning_rate", "AdamW"), curve("matrix_rate", "Muon")]
     return [
@@ -93,6 +94,22 @@ def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
         chart("Norm of the gradient, before clipping", "norm", [curve("gradient_norm")], from_zero=True),
         chart("Speed", f"{unit} per second", [curve(f"{unit}_per_second")], from_zero=True),
     ]
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a figure is of the whole validation set; those of a part of it are called `part/figure`."""
+    return name.startswith("validation_") and "/" not in name
+
+
+def _by_source(figures: Mapping[str, float]) -> str:
+    """A table of the figures called `validation_part/figure`, a row for each part."""
+    found = {name.removeprefix("validation_"): value for name, value in figures.items() if "/" in name}
+    parts, columns = (list(dict.fromkeys(name.split("/")[place] for name in found)) for place in (0, 1))
+    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in ("source", *columns))
+    texts = {key: f"{value:.4g}" for key, value in found.items()}
+    cells = {part: "".join(f"<td>{texts.get(f'{part}/{each}', '')}</td>" for each in columns) for part in parts}
+    rows = "".join(f"<tr><td>{escape(part)}</td>{each}</tr>" for part, each in cells.items())
+    return f"<table><tr>{head}</tr>{rows}</table>" if found else ""
 
 
 def _samples(directory: Path) -> Iterable[str]:

@@ -1,0 +1,125 @@
+"""How well a language model foretells each text of a mixture, and fills it in where it learned to; knows no model by
+name."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from keifu.data.denoised_rows import Decoder, Denoising, HiddenTokens, LeftToRight, Task
+from keifu.data.denoising import MODES, SEQUENTIAL, Denoiser, Markers
+from keifu.data.mixed_text import batches, held_out
+from keifu.data.mixture import MIXTURES, is_mixture, prepare_mixture, read_mixture
+from keifu.data.progress import counting
+from keifu.data.text import Shards
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.errors import UserError
+from keifu.evaluation.task import Asked, Outcome, Table
+from keifu.generation.decoding import Model, causal
+from keifu.generation.score import score
+
+ABOUT = "a language model on a mixture of texts: bits per byte of each"
+OPTIONS = {"batch_size"}
+BATCH_SIZE = 8
+WINDOWS = 64  # of each source
+LONGEST = 1024  # tokens of a window, of models that take more
+
+
+@dataclass(frozen=True)
+class Found:
+    """The mean loss in nats over so many tokens."""
+
+    loss: float
+    tokens: int
+
+
+def takes(model: nn.Module) -> bool:
+    """Whether it gives the probability of a text."""
+    return isinstance(model, Model)
+
+
+def names() -> list[str]:
+    """The mixtures that have names."""
+    return list(MIXTURES)
+
+
+def accepts(on: str) -> bool:
+    """Whether `on` is one of them, or a file of that kind."""
+    return is_mixture(on)
+
+
+def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> Outcome:
+    """The losses on what is held out of each source."""
+    mixture = read_mixture(asked.on)
+    context = min(causal(model).config.context_length, LONGEST)
+    tasks = tasks_for(tokenizer, context)
+    every = prepare_mixture(mixture, tokenizer)
+    rows, bits = [], 0.0
+    with counting("Evaluating", len(every), "sources") as progress:
+        for number, (source, shards) in enumerate(zip(mixture.sources, every, strict=True), 1):
+            found = losses(model, shards, tasks, context, asked.limit or WINDOWS, asked.batch_size or BATCH_SIZE)
+            bits += source.weight * shards.bits_per_byte(found["loss"].loss)
+            rows.append(_row(source.name, source.weight, shards, found))
+            progress(number)
+    columns = "source", "weight", "bits per byte", "perplexity", "loss", "tokens", *list(tasks)[1:]
+    figures: dict[str, float | int | str] = {
+        "bits per byte, by the weights": round(bits, 4), "tokens": sum(row[5] for row in rows),
+    }  # fmt: skip
+    note = f"Windows of {context} tokens, each without what stands before it, of what keifu holds out."
+    return Outcome(figures, (note, *_about_hidden(tasks)), {"sources": Table(columns, rows)})
+
+
+def tasks_for(tokenizer: Tokenizer, context: int) -> dict[str, Task]:
+    """From left to right, "loss", after the token that begins a text; and, where the tokenizer has modes and sentinels
+    for it, "infilling": hidden tokens given both sides, of UL2's first R-denoiser."""
+    vocabulary = tokenizer.backend.get_vocab()
+    begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if not vocabulary.keys() >= {*MODES} or begin != vocabulary[SEQUENTIAL]:
+        return {"loss": LeftToRight(context - (begin is None), begin)}
+    markers = Markers.of(tokenizer, sum(token.startswith("<extra_id_") for token in vocabulary))
+    hidden = HiddenTokens(Denoising([Denoiser(MODES[0], 0.15, 3)], Decoder(markers, context)))
+    return {"loss": LeftToRight(context, begin), "infilling": hidden}
+
+
+def losses(
+    model: nn.Module, shards: Shards, tasks: dict[str, Task], context: int, rows: int, batch_size: int
+) -> dict[str, Found]:
+    """The loss of each task on at most so many held-out windows of `context` tokens."""
+    windows = held_out(shards, context, rows)
+    device, found = next(model.parameters()).device, {}
+    for name, task in tasks.items():
+        total, count = 0.0, 0
+        for batch in batches(task, windows[:, : task.width], batch_size):
+            tokens = batch["tokens"].to(device)
+            mask = batch["mask"][:, 1:].to(device) if "mask" in batch else torch.ones_like(tokens[:, 1:]).bool()
+            # The last token of a row is only predicted, so a row of context + 1 fits.
+            total -= float(_scores(model, tokens)[mask].double().sum())
+            count += int(mask.sum())
+        if not count:
+            raise UserError(f"{shards.index['source']} has no held-out token to predict: give more text.")
+        found[name] = Found(total / count, count)
+    return found
+
+
+@torch.inference_mode()
+def _scores(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """ln P of each token but the first."""
+    context = causal(model).config.context_length
+    if tokens.shape[1] <= context:
+        return score(model, tokens)
+    logits = causal(model).logits(causal(model).hidden(tokens[:, :-1], None, None)).float()
+    return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+
+
+def _row(name: str, weight: float, shards: Shards, found: dict[str, Found]) -> tuple:
+    left = found["loss"]
+    figures = round(shards.bits_per_byte(left.loss), 4), round(math.exp(min(left.loss, 700)), 2), round(left.loss, 4)
+    hidden = [round(each.loss, 4) for key, each in found.items() if key != "loss"]
+    return (name, round(weight, 4), *figures, left.tokens, *hidden)
+
+
+def _about_hidden(tasks: dict[str, Task]) -> list[str]:
+    if "infilling" not in tasks:
+        return []
+    return ["infilling: nats a hidden token, 15% of a text in spans of 3 on average, both sides given."]
