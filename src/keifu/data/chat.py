@@ -26,6 +26,17 @@ CHATML = """\
 {% endif -%}
 """
 
+# One for models without tokens of turns: their end-of-text token ends an answer.
+PLAIN = """\
+{%- for message in messages -%}
+{{ message['role'] | capitalize }}:
+{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' }}
+{% endfor -%}
+{%- if add_generation_prompt -%}
+Assistant:
+{% endif -%}
+"""
+
 
 TURN = ("turn_opening", "turn_closing")  # variables that stand around the assistant's words; unset, they are empty
 

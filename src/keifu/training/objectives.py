@@ -14,8 +14,8 @@ def causal(model: Any, batch: Batch, z_loss: float = 0.0) -> Outcome:
 
     The model offers `hidden(tokens)` and `head_weight`, so that never all logits exist. Where batch["mask"]
     [batch, length + 1] is there, only tokens for which it is True are predicted; where batch["documents"] is, none sees
-    another document of its row. `z_loss` · log²Z a token, Z being the
-    softmax's normaliser (PaLM, section 5), is for training mode alone, where the figure `nats` is the loss without it.
+    another document of its row. `z_loss` · log²Z a token, Z being the softmax's normaliser (PaLM, section 5), is for
+    training mode alone, where the figure `nats` is the loss without it.
     """
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     if "mask" in batch:

@@ -74,9 +74,10 @@ def remove(directory: Path, step: int) -> None:
 
 
 def of_model(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under `model.`, those with several names once."""
+    """Parameters and buffers under `model.`, those with several names once; frozen parameters are as they came."""
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
-    named = model.state_dict()
+    held = model.state_dict(keep_vars=True)
+    named = {n: t.detach() for n, t in held.items() if t.requires_grad or not isinstance(t, nn.Parameter)}
     once = {name for name, t in named.items() if seen.setdefault((t.data_ptr(), tuple(t.shape)), name) == name}
     return {f"model.{name}": tensor for name, tensor in named.items() if name in once}
 

@@ -1,0 +1,136 @@
+"""Supervised fine-tuning: answers that stop, adapters, packing that changes no loss, resuming to the bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import keifu
+from keifu import checkpoints
+from keifu.commands.train import parse
+from keifu.data.tokenizers import train_tokenizer
+from keifu.errors import UserError
+from keifu.generation.chat import Conversation
+from keifu.models import llama
+from keifu.recipes import sft
+from keifu.training.objectives import causal
+from keifu.training.state import steps
+
+TALKS = {"What is red?": "A colour.", "What is two?": "A number, 二.", "Who barks?": "The dog does.", "Hm": "Yes?"}
+CONFIG = {"context_length": 64, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable: None) -> None:
+    """Models this small are faster without a second one."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows nothing, with a tokenizer without a chat template."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer("bpe", [*TALKS, *TALKS.values(), "User: Assistant: System:"] * 3, 290)
+    torch.manual_seed(0)
+    checkpoints.save(llama.build(llama.Config(vocab_size=tokenizer.vocab_size, **CONFIG)), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions with answers, and one conversation of two turns."""
+    file = tmp_path_factory.mktemp("talks") / "talks.jsonl"
+    rows = [{"prompt": question, "response": answer} for question, answer in TALKS.items()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def go(base: Path, talks: Path, out: Path, *arguments: str) -> Path:
+    fixed = ["--model", str(base), "--data", str(talks), "--held-out", "0", "--batch-size", "2", "--out", str(out)]
+    parse(["sft", *fixed, *arguments])()
+    return out
+
+
+@pytest.fixture(scope="module")
+def taught(base: Path, talks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a whole model that learned the answers."""
+    torch.set_num_threads(1)
+    return go(base, talks, tmp_path_factory.mktemp("runs") / "taught", "--steps", "120", "--learning-rate", "0.01")
+
+
+def answered(folder: Path) -> dict[str, tuple[str, str | None]]:
+    model, tokenizer = keifu.load(folder)
+    found = {}
+    for question in TALKS:
+        talk = Conversation(model, tokenizer)
+        found[question] = "".join(talk.reply(question, temperature=0.0, max_tokens=30)), talk.finish_reason
+    return found
+
+
+RIGHT = {question: (answer, "stop") for question, answer in TALKS.items()}
+
+
+def test_a_whole_model_learns_the_answers_and_where_they_end(taught: Path) -> None:
+    assert answered(taught) == RIGHT
+    assert (taught / "report.html").exists() and "Assistant:" in (taught / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora.dora"]], ids=["LoRA", "DoRA"])
+def test_adapters_learn_other_answers_and_are_all_that_is_left(flags: list[str], taught: Path, tmp_path: Path) -> None:
+    others = dict(zip(TALKS, [*TALKS.values()][::-1], strict=True))
+    file = tmp_path / "others.jsonl"
+    file.write_text("".join(json.dumps({"prompt": q, "response": a}) + "\n" for q, a in others.items()))
+    before = load_file(taught / "model.safetensors")
+    out = go(taught, file, tmp_path / "run", "--steps", "80", "--learning-rate", "0.02", "--lora.rank", "8", *flags)
+    right = {question: (answer, "stop") for question, answer in others.items()}
+    assert answered(out) == right and answered(taught) == RIGHT
+    assert not (out / "model.safetensors").exists() and (out / "adapter_model.safetensors").exists()
+    state = load_file(max((out / "state").glob("*.safetensors")))
+    assert all(".adapters." in name for name in state if name.startswith("model."))
+    checkpoints.convert(out, tmp_path / "merged", "hf")
+    assert answered(tmp_path / "merged") == right
+    assert all(torch.equal(before[name], tensor) for name, tensor in load_file(taught / "model.safetensors").items())
+
+
+def test_packing_changes_no_loss(base: Path, talks: Path) -> None:
+    found = {}
+    for packed in (True, False):
+        task = sft.prepare(sft.Recipe(model=str(base), data=str(talks), held_out=0.0))
+        rows = task.training.kept
+        data = sft.PackedConversations(rows, [], 64, 4, 0, 0, packed)
+        assert len(data.rows) == (2 if packed else 4)
+        total, weight, _ = causal(task.model.train(), data.batch(0))
+        found[packed] = total.item(), float(weight)
+    assert found[True][1] == found[False][1]
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_resumed_to_the_bit(rank: str, base: Path, talks: Path, tmp_path: Path) -> None:
+    options = ["--lora.rank", rank, "--lora.dropout", "0.2", "--learning-rate", "0.01"]
+    whole = go(base, talks, tmp_path / "whole", "--steps", "6", *options)
+    part = go(base, talks, tmp_path / "part", "--steps", "6", *options)
+    for step in steps(part)[-1:]:  # as if it had been killed after the step before
+        for file in (part / "state").glob(f"step-{step:08d}.*"):
+            file.unlink()
+    go(base, talks, part, "--steps", "6", *options, "--resume")
+    first, second = (load_file(next(iter(sorted(run.glob("*.safetensors"))))) for run in (whole, part))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--template", "chatml"], "<|im_start|>"),
+        (["--context-length", "65"], "does not fit this model's context of 64"),
+        (["--context-length", "8"], "are longer than the 8 tokens of a row"),
+        (["--lora.rank", "2", "--lora.targets", "q_projj"], "q_proj"),
+        (["--limit", "1"], "at least 2"),
+        (["--held-out", "1.5"], "held_out is a share"),
+    ],
+)
+def test_bad_options(arguments: list[str], said: str, base: Path, talks: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said.replace("|", r"\|")):
+        go(base, talks, tmp_path / "run", *arguments)
