@@ -18,7 +18,10 @@ PLAIN = {
     "sample_size": 16, "block_out_channels": (16, 32), "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1, "norm_num_groups": 8,
 }  # fmt: skip
-PAPER = {"freq_shift": 1, "flip_sin_to_cos": False, "downsample_padding": 0, "attention_head_dim": None, "norm_eps": 1e-6}
+PAPER = {
+    "freq_shift": 1, "flip_sin_to_cos": False, "downsample_padding": 0, "attention_head_dim": None, "norm_eps": 1e-6,
+}  # fmt: skip
+ALONE = {"block_out_channels": (16,), "down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
 RESNETS = {
     "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
@@ -32,7 +35,7 @@ CASES = {
     "defaults": {},
     "the-paper's": PAPER,
     "four-levels-not-the-same-up-as-down": FOUR,
-    "one-level": {"block_out_channels": (16,), "down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",)},
+    "one-level": ALONE,
     "widths-that-are-no-multiples": {"block_out_channels": (24, 40), "attention_head_dim": 8},
     "odd-widths": {"block_out_channels": (15, 35), "norm_num_groups": 5, "attention_head_dim": 7},
     "heads-that-do-not-fill-the-channels": {"attention_head_dim": 5, "block_out_channels": (16, 24)},
@@ -153,7 +156,8 @@ def test_shards_both_ways(tmp_path) -> None:
 
 SCHEDULERS = {
     "DDPMScheduler": {},
-    "DDPMScheduler-cosine": {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_large", "clip_sample": False},
+    "DDPMScheduler-cosine": {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_large"},
+    "DDPMScheduler-unclipped": {"clip_sample": False, "variance_type": "learned_range"},
     "DDPMScheduler-sigmoid": {"beta_schedule": "sigmoid", "prediction_type": "sample", "clip_sample_range": 2.0},
     "DDPMScheduler-trained": {"trained_betas": [0.1, 0.2, 0.4], "num_train_timesteps": 3, "thresholding": True},
     "DDPMScheduler-velocity": {
@@ -244,7 +248,7 @@ def test_what_is_not_implemented_is_named(named, tmp_path) -> None:
 def test_a_pipeline_with_a_missing_part(tmp_path) -> None:
     diffusers.DDPMPipeline(unet=theirs(), scheduler=diffusers.DDPMScheduler()).save_pretrained(tmp_path)
     shutil.rmtree(tmp_path / "scheduler")
-    with pytest.raises(UserError, match=r"is a DDPMPipeline and lacks its scheduler \(scheduler/scheduler_config.json\)"):
+    with pytest.raises(UserError, match=r"a DDPMPipeline and lacks its scheduler \(scheduler/scheduler_config.json\)"):
         checkpoints.load(tmp_path)
     shutil.rmtree(tmp_path / "unet")
     with pytest.raises(UserError, match="lacks its unet .* and its scheduler"):

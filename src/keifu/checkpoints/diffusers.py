@@ -16,9 +16,8 @@ from keifu.errors import UserError, unknown
 PIPELINE, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler"
 # pipeline -> the file of each of its parts that says what it is
-PARTS = {
-    kind: {"unet": CONFIG, SCHEDULER: "scheduler_config.json"} for kind in ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-}
+_NETWORK = {"unet": CONFIG, SCHEDULER: "scheduler_config.json"}
+PARTS = {"DDPMPipeline": _NETWORK, "DDIMPipeline": _NETWORK, "PNDMPipeline": _NETWORK}
 VERSION = "0.30.0"  # of diffusers, whose layout this is
 
 

@@ -148,7 +148,8 @@ def _move(stage: Path, directory: Path) -> None:
     """Syncs every new file, then renames them in: weights first, what says which model it is last; then what is stale
     goes."""
     named = {file.relative_to(stage): file for file in stage.rglob("*") if file.is_file()}
-    new = sorted(named, key=lambda name: (name.name in (*CONFIGS, PIPELINE), ".safetensors" not in name.name, name.name))
+    last = (*CONFIGS, PIPELINE)
+    new = sorted(named, key=lambda name: (name.name in last, ".safetensors" not in name.name, name.name))
     for name in new:
         with named[name].open("rb+") as file:
             os.fsync(file.fileno())

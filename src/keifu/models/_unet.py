@@ -64,7 +64,7 @@ UNET_NAMES = {"first": "conv_in", "norm": "conv_norm_out", "last": "conv_out"} |
     for ours, (theirs, parts) in _STAGES.items()
     for part, name in parts.items()
 }
-OLD_ENDINGS = {  # diffusers before 0.15 called the parts of attention so
+OLD_ATTENTION = {  # diffusers before 0.15 called the parts of attention so
     f"{new}.{kind}": f"{old}.{kind}"
     for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items()
     for kind in ("weight", "bias")

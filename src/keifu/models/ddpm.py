@@ -22,7 +22,7 @@ from keifu.layers.timesteps import TimeEmbedding, TimestepSinusoids
 from keifu.layers.unet import UNet
 from keifu.models._assembly import assembled, group_norm
 from keifu.models._schedulers import read_scheduler, write_scheduler
-from keifu.models._unet import IMPLEMENTED, OLD_ENDINGS, UNET_NAMES, read_fields, told, write_fields, write_layout
+from keifu.models._unet import IMPLEMENTED, OLD_ATTENTION, UNET_NAMES, read_fields, told, write_fields, write_layout
 
 LARGE = Noise(variance="fixed_large")  # the paper's σ² = β for CIFAR-10
 
@@ -226,6 +226,7 @@ WEIGHT_NAMES = {
 PREFIX = ""
 FILES = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")  # of a pipeline
 NOT_WEIGHTS = ()
+OLD_ENDINGS = OLD_ATTENTION
 MODEL_TYPES = {"UNet2DModel": "DDPMPipeline"}
 UNSUPPORTED: dict[str, Any] = {}
 _LABELS: dict[Any, str | None] = {"class": None, "number": "timestep", "vector": "identity"}
