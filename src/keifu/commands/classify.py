@@ -1,22 +1,24 @@
 """`keifu classify`: a label for each text, or how many of a table's labels a model finds; knows no model."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from keifu.commands import flags, tables
-from keifu.commands.encoders import ids, load_encoder, texts_from
+from keifu.commands.encoders import texts_from
 from keifu.errors import UserError
 from keifu.files import write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from keifu.evaluation.classification import Confusion
+    from keifu.data.form_tables import Examples
+    from keifu.evaluation.judging import Judge
 
 EXAMPLE = 'keifu classify runs/classifier "A text"'
 NAMED = 5  # labels that an error names
@@ -24,9 +26,11 @@ NAMED = 5  # labels that an error names
 
 @dataclass(frozen=True)
 class Options:
-    """Give each text a label, or compare with the labels of a table. keifu train classifier makes the model for it.
+    """Give each text a label, or compare with the labels of a table. keifu train classifier and keifu train
+    gpt1-finetune make the model for it.
 
-    Each argument is a text, or each line of a file or of what is piped in.
+    Each argument is a text, or each line of a file or of what is piped in. Where the model reads several texts together
+    (premise and hypothesis, or a context and answers to it), a tab stands between any two.
     """
 
     model: flags.Model
@@ -37,6 +41,9 @@ class Options:
     """A .csv, .tsv or .jsonl table of texts with labels: print accuracy, macro F1 and the confusion matrix."""
     text: str = "text"
     """The table's column of texts."""
+    columns: tuple[str, ...] = ()
+    """The table's columns where the model reads several texts together; unset: premise hypothesis, or first second, or
+    context answers."""
     label: str = "label"
     """The table's column of labels."""
     picture: Path | None = None
@@ -57,39 +64,42 @@ def run(options: Options) -> None:
 
 
 def _predict(options: Options) -> None:
-    texts = texts_from(options.texts, options.file, EXAMPLE)
-    model, tokenizer = _load(options.model)
-    labels = model.config.labels
-    shares = _probabilities(model, tokenizer, texts, options.cut).tolist()
-    if options.json:
-        for text, row in zip(texts, shares, strict=True):
-            best = labels[row.index(max(row))]
-            told = {"text": text, "label": best, "probabilities": dict(zip(labels, row, strict=True))}
-            print(json.dumps(told, ensure_ascii=False))
-        return
-    lines = [_line(labels, row, text) for row, text in zip(shares, texts, strict=True)]
-    tables.show(["label", "probability", "next", "text"], lines)
+    from keifu.data.form_tables import examples_of
+
+    judge = _load(options.model)
+    examples = examples_of(texts_from(options.texts, options.file, EXAMPLE), judge.form)
+    shares = _probabilities(judge, examples, options.cut).tolist()
+    lines = []
+    for row, each in zip(examples.rows, shares, strict=True):
+        choices, text = judge.choices(row), "\t".join(row.texts)
+        if options.json:
+            best, named = choices[each.index(max(each))], dict(zip(choices, each, strict=False))
+            print(json.dumps({"text": text, "label": best, "probabilities": named}, ensure_ascii=False))
+        lines.append(_line(choices, each, " | ".join(row.texts[:1] if judge.form.answers else row.texts)))
+    if not options.json:
+        tables.show(["label", "probability", "next", "text"], lines)
 
 
 def _line(labels: Sequence[str], row: Sequence[float], text: str) -> list[str]:
     """A text's label and, after it, the next likely ones."""
-    order = sorted(range(len(row)), key=lambda place: -row[place])
+    order = sorted(range(len(labels)), key=lambda place: -row[place])
     others = ", ".join(f"{labels[place]} {row[place]:.3f}" for place in order[1:3])
     return [labels[order[0]], f"{row[order[0]]:.3f}", others, text]
 
 
 def _judge(options: Options) -> None:
-    from keifu.data.labelled import read
+    from keifu.data.form_tables import read_examples
 
-    table = read(options.on or "", options.text, options.label)
-    model, tokenizer = _load(options.model)
-    labels = model.config.labels
-    if unseen := [label for label in table.classes if label not in labels]:
+    judge = _load(options.model)
+    columns = options.columns or ((options.text,) if len(judge.form.columns) == 1 else ())
+    examples = read_examples(options.on or "", judge.form, columns, options.label)
+    unseen = [] if judge.form.answers else [label for label in examples.classes if label not in judge.labels]
+    if unseen:
         raise UserError(
-            f"{options.on} has labels that {options.model} never saw: {_some(unseen)}. It knows {_some(labels)}: "
+            f"{options.on} has labels that {options.model} never saw: {_some(unseen)}. It knows {_some(judge.labels)}: "
             "take those rows out, or train with them."
         )
-    confusion = _compared(labels, table.labels, _probabilities(model, tokenizer, table.texts, options.cut))
+    confusion = judge.compared(examples, _probabilities(judge, examples, options.cut))
     if options.picture:
         write_atomic(options.picture, confusion.picture())
     if options.json:
@@ -100,35 +110,26 @@ def _judge(options: Options) -> None:
     tables.show(*confusion.matrix())
 
 
-def _compared(labels: Sequence[str], right: Sequence[str], shares: "Tensor") -> "Confusion":
-    import torch
-
-    from keifu.evaluation.classification import Confusion
-
-    numbers = {label: number for number, label in enumerate(labels)}
-    return Confusion.of(torch.tensor([numbers[label] for label in right]), shares.argmax(-1).cpu(), labels)
-
-
 def _some(labels: Sequence[str]) -> str:
     rest = len(labels) - NAMED
     return ", ".join(map(repr, labels[:NAMED])) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _load(name: str) -> tuple[Any, Any]:
-    """A classifier and its tokenizer; for any other kind of model a `UserError`."""
-    model, tokenizer = load_encoder(name)
-    if not model.config.labels:
-        raise UserError(
-            f"{name} has no classification head: train one with keifu train classifier --model {name} --data TABLE, "
-            "and classify with that run."
-        )
-    return model, tokenizer
+def _load(name: str) -> "Judge":
+    """What chooses; for any other kind of model a `UserError`."""
+    from keifu.checkpoints import load
+    from keifu.evaluation.judging import judge
+
+    model, tokenizer = load(name)
+    return judge(model, tokenizer, name)
 
 
-def _probabilities(model: Any, tokenizer: Any, texts: Sequence[str], cut: bool) -> "Tensor":
-    from keifu.evaluation.classification import probabilities
-
-    return probabilities(model, ids(model, tokenizer, texts, cut), tokenizer.pad_id or 0)
+def _probabilities(judge: "Judge", examples: "Examples", cut: bool) -> "Tensor":
+    """Of each label or answer; that some examples were cut is said on stderr."""
+    rows, shortened = judge.read(examples, cut)
+    if shortened:
+        print(f"{shortened} of {len(examples)} texts were cut to the model's {judge.limit} tokens.", file=sys.stderr)
+    return judge.weigh(rows)
 
 
 parse = flags.parser(Options, run, "keifu classify")

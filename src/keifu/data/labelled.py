@@ -36,12 +36,17 @@ class Labelled:
     @property
     def classes(self) -> tuple[str, ...]:
         """Every label once, in order; numbers by their value."""
-        return tuple(sorted(set(self.labels), key=_by_value))
+        return sorted_labels(self.labels)
 
     def chosen(self, places: Iterable[int]) -> "Labelled":
         """Some of the rows."""
         places = list(places)
         return Labelled(self.source, tuple(self.texts[p] for p in places), tuple(self.labels[p] for p in places))
+
+
+def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Every label once, in order; numbers by their value."""
+    return tuple(sorted(set(labels), key=_by_value))
 
 
 def _by_value(label: str) -> tuple[bool, int, str]:
@@ -77,15 +82,20 @@ def table_rows(source: str | Path) -> list[Row]:
 
 def cell(where: str, cells: dict[str, Any], column: str) -> str:
     """The text in a column of a row; one that is not there, empty or not text is a `UserError` with the place."""
-    if column not in cells:
-        raise unknown(f"column (in {where})", column, cells)
-    value = cells[column]
+    value = content(where, cells, column)
     if isinstance(value, dict | list):
         raise UserError(f"{where}: the column {column!r} holds a {type(value).__name__} where text is needed.")
     written = "" if value is None else str(value).strip()
     if not written:
         raise UserError(f"{where}: the column {column!r} is empty; fill it in, or leave the row out.")
     return written
+
+
+def content(where: str, cells: dict[str, Any], column: str) -> Any:
+    """What a column of a row holds; an unknown column is a `UserError` with the nearest one."""
+    if column not in cells:
+        raise unknown(f"column (in {where})", column, cells)
+    return cells[column]
 
 
 def _csv(path: Path) -> Iterator[Row]:

@@ -18,13 +18,14 @@ from keifu.evaluation.boundaries import canvas, png
 from keifu.evaluation.encoding import Encoder, Mask, Tokens, encoder, in_passes
 
 
-def classifier(model: nn.Module) -> Encoder:
+def classifier(model: nn.Module, name: str = "") -> Encoder:
     """The same model, known to have labels; any other is a `UserError` that says how to make one."""
     reader = encoder(model)
     if not reader.config.labels:
+        who, option = (name, f" --model {name}") if name else (f"This {type(model).__name__}", "")
         raise UserError(
-            f"This {type(model).__name__} has no classification head: train one on texts with labels "
-            "(keifu train classifier --data TABLE), then classify with that run."
+            f"{who} has no classification head: train one with keifu train classifier{option} --data TABLE, and "
+            "classify with that run."
         )
     return reader
 
@@ -101,6 +102,14 @@ class Confusion:
             for label, values, count in zip(self.labels, figures, texts, strict=True)
         ]
         return ["label", "precision", "recall", "F1", "texts"], rows
+
+    def page(self) -> str:
+        """The verdict, and precision, recall and F1 of each label in columns of equal width."""
+        columns, rows = self.by_label()
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        lines = ([cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in (columns, *rows))
+        table = ["  ".join([cells[0].strip().ljust(widths[0]), *cells[1:]]) for cells in lines]
+        return "\n".join([self.verdict(), "", *table])
 
     def matrix(self) -> tuple[list[str], list[list[str]]]:
         """The counts as a table: its columns and its rows."""

@@ -17,7 +17,8 @@ from keifu.errors import UserError
 PASS_TOKENS = 4096  # in one pass: enough to fill a matrix product, few enough for a cache
 Tokens = Int[Tensor, "batch length"]
 Mask = Bool[Tensor, "batch length"] | None
-Work = Callable[[Tokens, Mask], Float[Tensor, "batch dim"]]
+Work = Callable[[Any, Any], Float[Tensor, "batch dim"]]  # of tokens and mask
+Pack = Callable[[Any, int], tuple[Tensor, Tensor | None]]
 Advance = Callable[[int], object]
 
 
@@ -75,11 +76,19 @@ def _cut(row: list[int], limit: int, tokenizer: Tokenizer) -> list[int]:
 
 
 def in_passes(
-    model: nn.Module, work: Work, rows: Rows, pad_id: int, batch_size: int, advance: Advance | None = None
+    model: nn.Module,
+    work: Work,
+    rows: Sequence[Any],
+    pad_id: int,
+    batch_size: int,
+    advance: Advance | None = None,
+    pack: Pack = padded,
+    size: Callable[[Any], int] = len,
 ) -> Float[Tensor, "texts dim"]:
     """What `work` gives for each row, in the order of the rows, the model in evaluation mode.
 
-    batch_size: the most rows in a pass. `advance` is told how many rows are done.
+    batch_size: the most rows in a pass. `advance` is told how many rows are done. `pack` makes tokens and mask of some
+    rows, and `size` tells how many tokens a row has.
     """
     if not rows:
         raise UserError("There is no text: give at least one.")
@@ -88,8 +97,8 @@ def in_passes(
     model.eval()
     try:
         with torch.inference_mode():
-            for places in passes([len(row) for row in rows], PASS_TOKENS, batch_size):
-                tokens, mask = padded([rows[place] for place in places], pad_id)
+            for places in passes([size(row) for row in rows], PASS_TOKENS, batch_size):
+                tokens, mask = pack([rows[place] for place in places], pad_id)
                 part = work(tokens.to(device), None if mask is None else mask.to(device)).float()
                 with torch.inference_mode(False):  # a tensor that also training can use
                     results = part.new_empty(len(rows), part.shape[1]) if results is None else results

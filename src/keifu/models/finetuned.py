@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from keifu.layers.cache import Cache
 from keifu.layers.decoder import DecoderLM
 from keifu.layers.initialisation import normal_
 from keifu.layers.linear import Linear
@@ -83,7 +82,7 @@ class AnswerHead(nn.Module):
 
 
 class Finetuned(nn.Module):
-    """A decoder and a task's head. It still writes: all that decoding asks of a causal model is the decoder's."""
+    """A decoder and a task's head."""
 
     def __init__(self, decoder: DecoderLM, head: nn.Module, config: Config):
         super().__init__()
@@ -92,11 +91,13 @@ class Finetuned(nn.Module):
 
     def classify(self, tokens: Tokens, mask: Mask) -> Float[Tensor, "batch answers"]:
         """Logits of the labels, or of an example's own answers; `mask` is True on real tokens, which come first."""
-        return self.judge(self.read(tokens), mask)
+        return self.judge(self.hidden(tokens), mask)
 
-    def read(self, tokens: Tokens) -> Float[Tensor, "batch sequences length dim"]:
+    forward = classify
+
+    def hidden(self, tokens: Tokens) -> Float[Tensor, "batch sequences length dim"]:
         """Hidden states; padding on the right is seen by no real token, since each looks to the left alone."""
-        return self.hidden(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+        return self.decoder.hidden(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
     def judge(self, hidden: Float[Tensor, "batch sequences length dim"], mask: Mask) -> Float[Tensor, "batch answers"]:
         """The head's logits from each sequence's last real token."""
@@ -104,32 +105,10 @@ class Finetuned(nn.Module):
         extracted = hidden.gather(2, last.expand(-1, -1, -1, hidden.shape[-1])).squeeze(2)
         return self.task_head(self.dropout(extracted), mask.any(-1))
 
-    def forward(
-        self, tokens: Int[Tensor, "batch length"], caches: Sequence[Cache] | None = None,
-        padding: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch length vocab"]:  # fmt: skip
-        """The decoder's logits of the token after each."""
-        return self.decoder(tokens, caches, padding)
-
-    def hidden(
-        self, tokens: Int[Tensor, "batch length"], caches: Sequence[Cache] | None = None,
-        padding: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch length dim"]:  # fmt: skip
-        """The decoder's."""
-        return self.decoder.hidden(tokens, caches, padding)
-
-    def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
-        """The decoder's."""
-        return self.decoder.logits(hidden)
-
     @property
     def head_weight(self) -> Float[Tensor, "vocab dim"]:
-        """The decoder's, for the loss of its words."""
+        """The matrix of the decoder's head, for the loss of its words."""
         return self.decoder.head_weight
-
-    def new_caches(self, batch: int, capacity: int) -> list[Cache]:
-        """The decoder's."""
-        return self.decoder.new_caches(batch, capacity)
 
 
 HEADS: dict[str, Callable[[int, int], nn.Module]] = {  # for each form, from the decoder's dim and the number of labels

@@ -153,7 +153,7 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
     def sample(step: int) -> str:
         confusion = judge(task)
         write_atomic(out / "confusion.png", confusion.picture())
-        return "\n".join([confusion.verdict(), "", *aligned(confusion)])
+        return confusion.page()
 
     return train(
         task.model,
@@ -171,14 +171,6 @@ def judge(task: Task) -> Confusion:
     """How the held-out texts are told apart."""
     given = probabilities(task.model, task.held.rows, task.tokenizer.pad_id or 0).argmax(-1)
     return Confusion.of(torch.tensor(task.held.targets), given.cpu(), task.labels)
-
-
-def aligned(confusion: Confusion) -> list[str]:
-    """Precision, recall and F1 of each label, in columns of equal width."""
-    columns, rows = confusion.by_label()
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    lines = ([cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in (columns, *rows))
-    return ["  ".join([cells[0].strip().ljust(widths[0]), *cells[1:]]) for cells in lines]
 
 
 def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
