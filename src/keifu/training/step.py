@@ -2,7 +2,8 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from keifu.training import guards
 from keifu.training.optimisers import Optimisers
 from keifu.training.precision import autocast
 from keifu.training.protocols import Batch, Objective, Outcome
+from keifu.training.whole import Whole, outcomes
 
 
 @dataclass
@@ -85,11 +87,10 @@ class Stepper:
         """
         torch.manual_seed(self._seed(step))
         sums: Sums | None = None
-        for part in self._parts(batch):
+        for outcome in self._outcomes(batch, self._seed(step)):
             if stop():
                 self.optimisers.drop_gradients()
                 return None
-            outcome = self._forward(part, self.objective)
             outcome.total.backward()
             sums = Sums.of(outcome) if sums is None else sums + Sums.of(outcome)
         if sums is None:
@@ -114,11 +115,20 @@ class Stepper:
         self.model.eval()
         sums: Sums | None = None
         for batch in batches:
-            for part in self._parts(on_device(batch, self.device)):
-                new = Sums.of(self._forward(part, self.objective))
+            for outcome in self._outcomes(on_device(batch, self.device)):
+                new = Sums.of(outcome)
                 sums = new if sums is None else sums + new
         self.model.train()
         return sums.means() if sums else {}
+
+    def _outcomes(self, batch: Batch, seed: int = 0) -> Iterator[Outcome]:
+        """Outcomes that add up to the whole batch, computed one after the other; `seed` is for a second pass."""
+        if isinstance(self.objective, Whole):
+            context = partial(autocast, self.device, self.dtype)
+            yield from outcomes(self.objective, self.model, list(self._parts(batch)), context, seed)
+        else:
+            for part in self._parts(batch):
+                yield self._forward(part, self.objective)
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         if self.row_elements is None:
@@ -167,4 +177,6 @@ def compiled(objective: Objective, device: torch.device) -> Objective:
     if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         advice = "install g++ or clang++, or leave it out"
         raise UserError(f"compile=True needs a C++ compiler, and none was found; {advice}.")
+    if isinstance(objective, Whole):
+        return replace(objective, rows=torch.compile(objective.rows))
     return torch.compile(objective)

@@ -1,0 +1,109 @@
+"""CLIP's loss: transformers' number, a gradient that no split changes, and a temperature that is learned and bounded."""
+
+import math
+
+import pytest
+import torch
+import transformers
+
+from keifu.models import clip, clip_image, clip_text
+from keifu.training.contrastive import contrastive
+from keifu.training.optimisers import Optimisers
+from keifu.training.settings import Settings
+from keifu.training.step import Stepper
+
+TEXT = clip_text.Config(31, 9, 16, 24, 1, 2, end_id=30, embedding_dim=8)
+IMAGE = clip_image.Config(12, 4, 3, 16, 24, 1, 2, embedding_dim=8)
+LOSS = contrastive(lambda pixels: pixels.float() / 255)
+
+
+def made(dropout: float = 0.0) -> clip.Clip:
+    torch.manual_seed(0)
+    text = clip_text.Config(**vars(TEXT) | {"attention_dropout": dropout})
+    return clip.build(clip.Config(text, IMAGE)).train()
+
+
+def batch(rows: int = 7) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 30, (rows, 6), generator=random)
+    tokens[:, -1] = 30
+    return {"pixels": torch.randint(0, 256, (rows, 3, 12, 12), generator=random).byte(), "tokens": tokens}
+
+
+def stepper(model: clip.Clip, rows: int, **changed) -> Stepper:
+    settings = Settings(clip=0.0, weight_decay=0.0, **changed)
+    return Stepper(model, LOSS, LOSS, Optimisers(model, settings), torch.device("cpu"), torch.float32, rows, 0.0, 1)
+
+
+def test_the_loss_is_transformers_loss() -> None:
+    model, given = made(), batch()
+    outcome = LOSS(model, given)
+    logits = model(given["pixels"].float() / 255, given["tokens"])
+
+    theirs = transformers.models.clip.modeling_clip.image_text_contrastive_loss(logits.T)
+    assert outcome.total.item() / 7 == pytest.approx(theirs.item(), abs=1e-6)
+    assert int(outcome.figures["captions_found"]) == int((logits.argmax(1) == torch.arange(7)).sum())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+def test_the_gradient_does_not_depend_on_the_split(rows: int, dropout: float) -> None:
+    """With dropout the masks differ by the split, so the two passes over a part are held to agree with each other."""
+    whole, parts = made(dropout), made(dropout)
+    expected = stepper(whole, 7 if dropout == 0 else rows).gradient(0, batch(), lambda: False)
+    got = stepper(parts, rows).gradient(0, batch(), lambda: False)
+    assert expected and got
+    if dropout == 0:
+        assert got.sums.means() == pytest.approx(expected.sums.means(), abs=1e-6)
+    for name, parameter in parts.named_parameters():
+        wanted = whole.get_parameter(name).grad
+        assert parameter.grad is not None and wanted is not None
+        assert (parameter.grad - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
+
+
+def test_both_passes_over_a_part_draw_the_same_dropout() -> None:
+    """The gradient is that of the loss which is told: a small step along it changes that loss as it says."""
+    model = made(0.5)
+    step = stepper(model, 3)
+    first = step.gradient(0, batch(), lambda: False)
+    assert first is not None
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    size, square = 1e-5, sum(float(g.square().sum()) for g in gradients.values())
+    with torch.no_grad():
+        for name, gradient in gradients.items():
+            model.get_parameter(name).sub_(size * gradient)
+    model.zero_grad()
+    second = step.gradient(0, batch(), lambda: False)
+    assert second is not None
+    change = second.sums.means()["loss"] - first.sums.means()["loss"]
+    assert change == pytest.approx(-size * square, rel=0.05)
+
+
+def test_validation_is_of_the_whole_batch_too() -> None:
+    model = made()
+    alone, split = (stepper(model, rows).validation([batch(), batch(5)]) for rows in (7, 2))
+    assert alone == pytest.approx(split, abs=1e-6)
+    assert alone["captions_found"] <= 1
+
+
+def test_the_temperature_stops_at_a_hundred() -> None:
+    model = made()
+    with torch.no_grad():
+        model.logit_scale.fill_(7.0)
+    outcome = LOSS(model, batch())
+    assert model.logit_scale.item() == pytest.approx(math.log(100))
+    outcome.total.backward()
+    assert model.logit_scale.grad is not None and float(model.logit_scale.grad) != 0  # it can come back
+
+
+def test_pairs_are_learned_by_heart() -> None:
+    model, given = made(), batch(12)
+    step = stepper(model, 5, steps=60, warmup=5, learning_rate=3e-3)
+    losses = []
+    for number in range(60):
+        found = step.gradient(number, given, lambda: False)
+        assert found is not None
+        losses.append(found.sums.means()["loss"])
+        step.optimisers.step(number)
+    assert losses[0] > 2.0 and losses[-1] < 0.1  # log 12 is 2.48
+    assert step.validation([given])["pictures_found"] == 1.0
