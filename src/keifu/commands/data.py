@@ -1,26 +1,38 @@
-"""`keifu data`: lists, fetches and checks training data; knows no data set by name."""
+"""`keifu data`: lists, fetches, checks and shows training data; knows no data set by name."""
 
 import json
+import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from keifu.commands import flags, tables
 from keifu.errors import UserError
 
+if TYPE_CHECKING:
+    from keifu.data.pictures import Pictures
+
 
 @dataclass(frozen=True)
 class Options:
-    """List the catalogue; get an entry of it into the cache; check a text before training on it."""
+    """List the catalogue; get an entry of it into the cache; check a text before training on it; show pictures."""
 
     action: Annotated[
-        tyro.conf.Positional[Literal["list", "get", "check"]],
-        tyro.conf.arg(help="What to do; check reports encoding errors, duplicates and lengths."),
+        tyro.conf.Positional[Literal["list", "get", "check", "show"]],
+        tyro.conf.arg(
+            help="What to do; check reports encoding errors, duplicates and lengths of text, show writes a contact sheet "
+            "of pictures and says how many there are."
+        ),
     ] = "list"
     name: Annotated[
         tyro.conf.Positional[str | None],
-        tyro.conf.arg(metavar="[NAME]", help="A catalogue name; check also takes a file or a folder of text."),
+        tyro.conf.arg(
+            metavar="[NAME]",
+            help="A catalogue name; check also takes a file or a folder of text, show a folder of pictures (with "
+            "metadata.jsonl, with a folder for each class, or neither) or WebDataset .tar shards.",
+        ),
     ] = None
     tokenizer: str = "gpt2-bpe"
     """What check counts tokens with: a catalogue name, or a tokenizer's file or folder."""
@@ -28,10 +40,26 @@ class Options:
     """Where a record of .jsonl or .parquet has its text."""
     json: bool = False
     """Print the report of check as JSON."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """The PNG file that show writes; unset, it writes none."""
+    count: int = 64
+    """Pictures on the sheet, spread evenly over the set."""
+    part: Literal["all", "train", "validation", "test"] = "all"
+    """Show only what is learned from, or what keifu holds out from it."""
+    language: str | None = None
+    """The language of the captions on the sheet, such as ja; unset, the first that there is."""
+    size: int | None = None
+    """The side in pixels that the pictures are brought to; unset, they must all have one size."""
+    channels: Literal[1, 3] | None = None
+    """1 for grey, 3 for colour; unset, as the first picture."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """How pictures that are not square are made so: their middle, white added, or changed proportions."""
+    leave_out: bool = False
+    """Leave out pictures that cannot be read or have no caption where others do, and say which."""
 
 
 def run(options: Options) -> None:
-    """Does one of the three."""
+    """Does one of the four."""
     if options.action == "list":
         _list()
     elif options.name is None:
@@ -40,6 +68,8 @@ def run(options: Options) -> None:
         from keifu.data.catalogue import fetch
 
         print(fetch(options.name))
+    elif options.action == "show":
+        _show(options.name, options)
     else:
         _check(options.name, options)
 
@@ -60,6 +90,38 @@ def _check(source: str, options: Options) -> None:
     place = fetch(options.tokenizer) if options.tokenizer in CATALOGUE else options.tokenizer
     report = check(source, load_tokenizer(place), options.field)
     print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
+
+
+def _show(source: str, options: Options) -> None:
+    """Says what there is and writes the sheet."""
+    from keifu.data.pictures import read_pictures, split
+
+    if options.count < 1:
+        raise UserError(f"count is {options.count}, but a sheet has at least 1 picture.")
+    pictures = read_pictures(source, options.size, options.channels, options.fit, options.leave_out)
+    parted = split(pictures)
+    print(pictures.sentence(), parted.sentence(), *pictures.notes, *pictures.faults, sep="\n")
+    if pictures.classes:
+        rows = [(name, f"{(pictures.labels == place).sum():,}") for place, name in enumerate(pictures.classes)]
+        tables.show(("class", "pictures"), rows)
+    if options.output:
+        shown = {"all": pictures, "train": parted.train, "validation": parted.validation, "test": parted.test}
+        _write_sheet(shown[options.part], options.output, options)
+
+
+def _write_sheet(pictures: "Pictures", output: Path, options: Options) -> None:
+    from keifu.data.grid import grid
+    from keifu.files import write_atomic
+
+    if not len(pictures):
+        raise UserError(f"There is nothing to show: no picture of {pictures.source} is for {options.part}.")
+    chosen = pictures.chosen(sorted({n * len(pictures) // options.count for n in range(options.count)}))
+    if options.language or chosen.captions:
+        captions = chosen.texts(options.language)
+    else:
+        captions = [chosen.classes[label] if label >= 0 else "" for label in chosen.labels]
+    write_atomic(output, grid(chosen.take(slice(None)), captions))
+    print(f"{len(chosen)} of {len(pictures):,} pictures are in {output}.", file=sys.stderr)
 
 
 parse = flags.parser(Options, run, "keifu data")

@@ -62,7 +62,7 @@ def files(source: str | Path) -> list[Path]:
         return sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
     if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if name.endswith(".tar")):
         return found
-    beside = [str(path.with_name(each.name)) for each in path.parent.glob("*")] if path.parent.is_dir() else []
+    beside = [str(path.with_name(each.name)) for each in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
     raise unknown("folder of pictures, .tar shard or catalogue entry", str(source), [*CATALOGUED, *beside])
 
 
