@@ -9,7 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from keifu.errors import UserError
 
-ZERO_ALLOWED = ("first_window_layer", "start_id", "end_id", "pad_id", "steps_offset")
+ZERO_ALLOWED = ("first_window_layer", "start_id", "end_id", "pad_id", "steps_offset", "n_classes")
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class Config:
         learned_times: rows of a learned table in their place.
         centered: whether pictures lie between -1 and 1; those between 0 and 1 are moved there first.
         label: what is told with a picture: one of `n_classes` classes, a number, or a vector of `time_dim` numbers.
-        n_classes: None for a network that is told nothing.
-        null_class: whether there is one class more, the last, that stands for none of them, as guidance needs it.
+        n_classes: 0 for a network that is told nothing.
+        null_class: whether there is one class more, number n_classes, that stands for none, as guidance needs it.
         classes: the names of the classes, where they have some.
         noise: what the network was trained to remove.
     """
@@ -83,7 +83,7 @@ class Config:
     learned_times: int | None = None
     centered: bool = True
     label: Literal["class", "number", "vector"] = "class"
-    n_classes: int | None = None
+    n_classes: int = 0
     null_class: bool = False
     classes: tuple[str, ...] = ()
     noise: Noise = LARGE
@@ -98,7 +98,7 @@ class Config:
             raise ValueError(f"There are {self.n_classes} classes and {len(self.classes)} names for them.")
         if self.label == "number" and self.learned_times:
             raise ValueError("A number beside the picture is told by sinusoids, and this model has learned times.")
-        if self.null_class and self.n_classes is None:
+        if self.null_class and not self.n_classes:
             raise ValueError("A null class stands beside others: give n_classes too.")
 
     @property
@@ -178,7 +178,7 @@ class DDPM(nn.Module):
     def _labels(self, count: int, device: torch.device) -> Tensor:
         if not self.config.null_class:
             raise UserError("This model draws one class or another: give a label.")
-        return torch.full((count,), self.config.n_classes or 0, device=device)
+        return torch.full((count,), self.config.n_classes, device=device)
 
 
 def build(config: Config) -> DDPM:
@@ -238,7 +238,7 @@ def from_published(json: dict[str, Any]) -> Config:
     Names that begin with "_" are keifu's own: diffusers passes over them.
     """
     size, shift, kind = json.get("sample_size"), told(json, "resnet_time_scale_shift"), told(json, "class_embed_type")
-    null_class, classes = json.get("_null_class", False), json.get("num_class_embeds")
+    null_class = json.get("_null_class", False)
     groups = json.get("norm_num_groups", 32) if shift == "default" else None
     return Config(
         size=tuple(size) if isinstance(size, list) else size,
@@ -251,7 +251,7 @@ def from_published(json: dict[str, Any]) -> Config:
         learned_times=json["num_train_timesteps"] if told(json, "time_embedding_type") == "learned" else None,
         centered=not json.get("center_input_sample", False),
         label=next(ours for ours, theirs in _LABELS.items() if theirs == kind),
-        n_classes=classes if classes is None else classes - null_class,
+        n_classes=(json.get("num_class_embeds") or 0) - null_class,
         null_class=null_class,
         classes=tuple(json.get("_classes", ())),
         noise=read_scheduler(json.get("scheduler") or {}),
@@ -262,7 +262,6 @@ def to_published(config: Config) -> dict[str, Any]:
     """What `from_published` reads, and diffusers with it."""
     up = config.attention if config.up_attention is None else config.up_attention
     own = {"_null_class": config.null_class, "_classes": [*config.classes]}
-    classes = None if config.n_classes is None else config.n_classes + config.null_class
     return {
         "model_type": "UNet2DModel",
         "sample_size": config.size,
@@ -278,7 +277,7 @@ def to_published(config: Config) -> dict[str, Any]:
         "act_fn": config.activation if config.activation in IMPLEMENTED["act_fn"] else "silu",
         "center_input_sample": not config.centered,
         "class_embed_type": _LABELS[config.label],
-        "num_class_embeds": classes,
+        "num_class_embeds": config.n_classes + config.null_class or None,
         **{name: value for name, value in own.items() if value},
         "scheduler": write_scheduler(config.noise),
     }
