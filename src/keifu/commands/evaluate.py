@@ -9,7 +9,7 @@ from typing import Any
 from keifu.commands import flags, tables
 from keifu.errors import UserError, unknown
 
-TASKS = ("translation", "mixture", "language_model")  # each is a file in keifu/evaluation (see its task.py)
+TASKS = ("translation", "few_shot", "mixture", "language_model")  # each is a file in keifu/evaluation (see its task.py)
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,24 @@ class Options:
 
     A translator: BLEU and chrF on pairs (a catalogue name such as tatoeba-ja-en, a TSV file, or two files A,B). A
     language model: perplexity and bits per byte on a text (a catalogue name, a file, a folder), or on each text of a
-    mixture (multilingual, or a .yaml or .json file of one). Of a catalogue name and of a mixture the part counts that
-    keifu keeps from training.
+    mixture (multilingual, or a .yaml or .json file of one); or accuracy on a task that it is told by examples in the
+    prompt (topics, titles, last-word, 2-digit-addition, ..., or a .yaml or .json file of one, as in docs/tasks.md). Of
+    a catalogue name and of a mixture the part counts that keifu keeps from training.
     """
 
     model: flags.Model
     on: str
     """The data."""
     limit: int | None = None
-    """At most so many pairs or windows of text."""
+    """At most so many pairs, windows of text or items of a task."""
+    shots: int | None = None
+    """Examples with their answers in the prompt of each item; unset: 0."""
+    by_shots: tuple[int, ...] = ()
+    """Several numbers of examples, such as 0 1 4 16, each for the same items."""
+    seed: int = 0
+    """What decides which examples are drawn."""
+    metric: str | None = None
+    """choice (the likeliest of a task's choices), exact (a written answer) or cloze; unset: the task's own."""
     reverse: bool = False
     """Swap the sides of the pairs: the second is the source."""
     language: str | None = None
@@ -40,7 +49,7 @@ class Options:
     by_length: bool = False
     """Show the figures by the length of the source too."""
     output: Path | None = None
-    """Write source, reference and translation of each pair to this file, parted by tabs."""
+    """Write each pair or item, and what the model made of it, to this file: .jsonl, or else columns parted by tabs."""
     json: bool = False
     """Print all as JSON."""
 
@@ -58,8 +67,8 @@ def run(options: Options) -> None:
     check_heeded(options, task)
     found = task.evaluate(model, tokenizer, asked)
     if options.output and found.items:
-        rows = [found.items.columns, *found.items.rows]
-        write_atomic(options.output, "".join("\t".join(map(_cell, row)) + "\n" for row in rows))
+        written = _objects if options.output.suffix == ".jsonl" else _columns
+        write_atomic(options.output, written(found.items))
     _tell(found, options.json)
 
 
@@ -110,6 +119,17 @@ def _tell(found: Any, as_json: bool) -> None:
         tables.show(each.columns, [tuple(map(str, row)) for row in each.rows], name)
     for note in found.notes:
         print(note)
+
+
+def _columns(items: Any) -> str:
+    """The rows under their names, parted by tabs."""
+    return "".join("\t".join(map(_cell, row)) + "\n" for row in [items.columns, *items.rows])
+
+
+def _objects(items: Any) -> str:
+    """The rows as JSON objects, in which line breaks are kept."""
+    rows = (dict(zip(items.columns, row, strict=True)) for row in items.rows)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _cell(value: Any) -> str:

@@ -30,6 +30,10 @@ class Asked:
     alpha: float | None = None
     batch_size: int | None = None
     by_length: bool = False
+    shots: int | None = None
+    by_shots: tuple[int, ...] = ()
+    seed: int = 0
+    metric: str | None = None
     languages: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
