@@ -147,7 +147,7 @@ def with_zero_terminal_snr(betas: Float[Tensor, " steps"]) -> Float[Tensor, " st
 def at(table: Float[Tensor, " steps"], timestep: Int[Tensor, " batch"], x: Tensor) -> Tensor:
     """The table's numbers at each row's timestep, shaped to be multiplied with x [batch, *shape]; at least float32."""
     kind = torch.promote_types(x.dtype, torch.float32)
-    picked = table[timestep.to(table.device)].to(x.device, kind)
+    picked = table.to(x.device, kind)[timestep]
     return picked.reshape(-1, *[1] * (x.ndim - 1))
 
 
