@@ -128,9 +128,9 @@ CHOICE = {"context": "Who?", "answers": ["I", "you"], "label": 0}
 @pytest.mark.parametrize(
     ("form", "rows", "columns", "sentence"),
     [
-        ("classification", [{"premise": "a", "hypothesis": "b", "label": 0}], (), "columns are those of the form entai"),
+        ("classification", [{"premise": "a", "hypothesis": "b", "label": 0}], (), "are those of the form entai"),
         ("entailment", [{"text": "a", "label": 0}], (), "has no 'premise' and no 'hypothesis': .* form classification"),
-        ("entailment", [{"premise": "a", "hypotesis": "b", "label": 0}], (), "t.jsonl, line 1.*Did you mean 'hypotesis'"),
+        ("entailment", [{"premise": "a", "hypotesis": "b", "label": 0}], (), "line 1.*Did you mean 'hypotesis'"),
         ("similarity", [CHOICE], (), "those of the form choice"),
         ("similarity", [CHOICE], ("context",), "similarity has 2 columns of text .first, second., not"),
         ("choice", [CHOICE], ("context",), "at least 2 columns"),

@@ -52,6 +52,13 @@ class Answering(Protocol):
     def start(self, source: Tokens, source_mask: Tensor | None, capacity: int | None) -> Any: ...
 
 
+@runtime_checkable
+class Choosing(Protocol):
+    """What a model offers that was fine-tuned to choose a label or an answer."""
+
+    def judge(self, hidden: Tensor, mask: Tensor) -> Tensor: ...
+
+
 def writes_nothing(model: nn.Module) -> str:
     """The sentence for a model that is asked to write and cannot: what it can do instead."""
     name = type(model).__name__
@@ -62,6 +69,8 @@ def writes_nothing(model: nn.Module) -> str:
         )
     if isinstance(model, Answering):
         return "as an encoder-decoder, it turns one text into another and does not go on with it: use keifu translate."
+    if isinstance(model, Choosing):
+        return "it was fine-tuned to choose a label or an answer: use keifu classify."
     return f"a {name} cannot; choose a language model, such as smollm2."
 
 

@@ -64,7 +64,7 @@ class LabelHead(nn.Module):
         self.project = Linear(dim, labels, bias=False)
 
     def forward(self, extracted: Extracted, there: Bool[Tensor, "batch sequences"]) -> Float[Tensor, "batch answers"]:
-        return self.project(extracted.sum(1))
+        return self.project((extracted * there[..., None]).sum(1))
 
 
 class AnswerHead(nn.Module):
