@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from keifu.data.clip_tokenizer import vocabulary_of
+from keifu.data.clip_tokenizer import learn, vocabulary_of
 from keifu.data.tokenizers import Tokenizer, load_tokenizer
 from keifu.errors import UserError
 
@@ -75,3 +75,15 @@ def test_ids_follow_from_the_merges() -> None:
     vocabulary = vocabulary_of([("a", "b</w>"), ("c", "ab</w>")])
     assert vocabulary["!"] == 0 and vocabulary["!</w>"] == 256 and vocabulary["cab</w>"] == 513
     assert vocabulary["<|endoftext|>"] == 515 == len(vocabulary) - 1
+
+
+def test_merges_are_learned_from_names() -> None:
+    names = ["grinning face", "face with tears", "waving hand", "にっこり笑う", "手を振る", "にっこり"] * 5
+    tokenizer = learn(names, 540)
+    assert 514 < tokenizer.vocab_size <= 540 and tokenizer.eos_id == tokenizer.vocab_size - 1
+    ids = tokenizer.encode("Grinning  FACE にっこり ß", special=True)
+    assert tokenizer.decode(ids) == "grinning face にっこり ß"
+    assert len(tokenizer.encode("face")) < len("face")
+    assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+    with pytest.raises(UserError, match="at least 514"):
+        learn(names, 500)

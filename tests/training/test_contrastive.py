@@ -1,4 +1,4 @@
-"""CLIP's loss: transformers' number, a gradient that no split changes, and a temperature that is learned and bounded."""
+"""CLIP's loss: transformers' number, a gradient that no split changes, a temperature that is learned and bounded."""
 
 import math
 
@@ -27,7 +27,7 @@ def batch(rows: int = 7) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, 30, (rows, 6), generator=random)
     tokens[:, -1] = 30
-    return {"pixels": torch.randint(0, 256, (rows, 3, 12, 12), generator=random).byte(), "tokens": tokens}
+    return {"pictures": torch.randint(0, 256, (rows, 3, 12, 12), generator=random).byte(), "tokens": tokens}
 
 
 def stepper(model: clip.Clip, rows: int, **changed) -> Stepper:
@@ -38,7 +38,7 @@ def stepper(model: clip.Clip, rows: int, **changed) -> Stepper:
 def test_the_loss_is_transformers_loss() -> None:
     model, given = made(), batch()
     outcome = LOSS(model, given)
-    logits = model(given["pixels"].float() / 255, given["tokens"])
+    logits = model(given["pictures"].float() / 255, given["tokens"])
 
     theirs = transformers.models.clip.modeling_clip.image_text_contrastive_loss(logits.T)
     assert outcome.total.item() / 7 == pytest.approx(theirs.item(), abs=1e-6)

@@ -1,19 +1,21 @@
 """CLIP's tokenizer (Radford et al., 2021): lower case, then merges of bytes inside words that end with a mark.
 
-It knows OpenAI's own file of merges; what transformers writes is a tokenizer.json like any other. The rules here are
+It knows OpenAI's own file of merges, and learns others; what transformers writes is a tokenizer.json like any other. The rules here are
 transformers'. OpenAI's code moreover repairs text with the package ftfy and reads HTML entities (&amp;) before, which
 changes no clean caption.
 """
 
 import gzip
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from keifu.data.streaming import byte_alphabet
+from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -56,3 +58,22 @@ def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
     letters = list(byte_alphabet())
     tokens = [*letters, *(letter + WORD_END for letter in letters), *map("".join, merges), START, END]
     return {token: number for number, token in enumerate(tokens)}
+
+
+def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer with CLIP's rules and at most `vocab_size` tokens, whose merges are learned from these texts.
+
+    514 tokens are there in any case: 256 bytes, 256 that end a word, and the two ends.
+    """
+    fixed = len(vocabulary_of([]))
+    if vocab_size < fixed:
+        raise UserError(f"vocab_size={vocab_size} is too small: CLIP's rules need at least {fixed} tokens.")
+    backend, _ = clip_backend(vocabulary_of([]), [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size + fixed, min_frequency=2, show_progress=False, end_of_word_suffix=WORD_END,
+        initial_alphabet=list(byte_alphabet()),
+    )  # fmt: skip
+    backend.train_from_iterator(texts, trainer)
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    pairs = [(left, right) for left, right in merges[: vocab_size - fixed]]
+    return Tokenizer(*clip_backend(vocabulary_of(pairs), pairs))

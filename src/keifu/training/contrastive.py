@@ -22,7 +22,7 @@ def contrastive(prepare: Callable[[Tensor], Tensor]) -> Whole:
     """The symmetric loss of CLIP (Radford et al., 2021, figure 3): the mean of two cross-entropies, of each picture's
     caption among all captions and of each caption's picture among all pictures.
 
-    A batch has "pixels", bytes that `prepare` turns into what the model sees, and "tokens" [batch, length]. Figures are
+    A batch has "pictures", bytes that `prepare` turns into what the model sees, and "tokens" [batch, length]. Figures are
     the shares of captions and of pictures that are found. The model offers `encode_image`, `encode_text`, `logits` and
     `logit_scale`, which is held at ln 100, as the released code holds it after each update.
     """
@@ -30,7 +30,7 @@ def contrastive(prepare: Callable[[Tensor], Tensor]) -> Whole:
 
 
 def _rows(prepare: Callable[[Tensor], Tensor], model: Any, batch: Batch) -> Rows:
-    return model.encode_image(prepare(batch["pixels"])), model.encode_text(batch["tokens"])
+    return model.encode_image(prepare(batch["pictures"])), model.encode_text(batch["tokens"])
 
 
 def _loss(model: Any, rows: Rows) -> Outcome:

@@ -1,0 +1,166 @@
+"""CLIP (Radford et al., 2021): pictures and their captions, in English and Japanese, learn to point the same way.
+
+Paper: "Learning Transferable Visual Models From Natural Language Supervision"; 400 million pairs, batches of 32,768,
+32 epochs, AdamW with weight decay 0.2 (not of gains and biases), rate 5e-4, betas 0.9 and 0.98, epsilon 1e-6 (ResNets:
+0.999 and 1e-8), 2,000 steps of warm-up, a cosine to 0, mixed precision. Here: small towers for drawings of 72 pixels,
+batches of 256, weight decay, betas, epsilon and the cosine as in the paper, and a learned tokenizer by CLIP's rules.
+Command: keifu train clip --data emoji --languages en ja
+Cost: printed before it starts; the default settings are meant for half an hour on 2 cores with bfloat16.
+Expected: see docs/results.md for retrieval by held-out names and in a held-out drawing style.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from keifu import checkpoints
+from keifu.data.augmentation import Augmentation
+from keifu.data.clip_tokenizer import learn
+from keifu.data.lengths import padded
+from keifu.data.picture_batches import PictureBatches, Tokens
+from keifu.data.pictures import Pictures, Split, read_pictures, split
+from keifu.data.tokenizers import Tokenizer, load_tokenizer
+from keifu.errors import UserError
+from keifu.evaluation.encoding import encoded
+from keifu.evaluation.retrieval import Recall, both_ways
+from keifu.evaluation.shared_space import embed_bytes, embed_texts, padding, preprocessing
+from keifu.models import clip, clip_image, clip_text
+from keifu.recipes._language import whom_to_thank
+from keifu.training.contrastive import contrastive
+from keifu.training.loop import Summary, train
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+
+LEARNED = "learned"
+ACTIVATION, EMBEDDING = "gelu", 192
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of the run."""
+
+    data: str = "emoji"
+    """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
+    languages: tuple[str, ...] = ("en", "ja")
+    """Codes of the captions to learn; each time one is drawn for a picture. A set in one unnamed language: und."""
+    tokenizer: str = LEARNED
+    """learned: CLIP's rules, with merges learned from the captions; or a catalogue name (clip-bpe), a file, a folder."""
+    vocab_size: int = 4096
+    """Tokens of a learned tokenizer, at most."""
+    truncate: bool = False
+    """Keep the beginning of a caption that is longer than the text tower takes; without it such a caption is an error."""
+    tower: Literal["vit", "resnet"] = "vit"
+    """What sees pictures."""
+    image: clip_image.Config = clip_image.Config(
+        image_size=72, patch_size=9, dim=192, hidden_dim=768, n_layers=6, n_heads=3, activation=ACTIVATION,
+        embedding_dim=EMBEDDING,
+    )  # fmt: skip
+    """The vision transformer."""
+    resnet: clip_image.ResNetConfig = clip_image.ResNetConfig(
+        image_size=72, width=16, layers=(1, 1, 2, 1), n_heads=8, embedding_dim=EMBEDDING
+    )
+    """The ResNet, with --tower resnet."""
+    text: clip_text.Config = clip_text.Config(
+        vocab_size=4096, context_length=32, dim=192, hidden_dim=768, n_layers=4, n_heads=3, activation=ACTIVATION,
+        embedding_dim=EMBEDDING,
+    )  # fmt: skip
+    """The text tower; its vocabulary and the end of a caption follow from the tokenizer."""
+    augmentation: Augmentation = Augmentation(
+        shift=4, crop=0.15, rotation=8.0, brightness=0.1, contrast=0.2, saturation=0.3
+    )
+    """How pictures are varied."""
+    training: Settings = field(
+        default_factory=lambda: Settings(
+            steps=1000, batch_size=256, learning_rate=1e-3, warmup=100, final_ratio=0.0, weight_decay=0.2,
+            betas=(0.9, 0.98), epsilon=1e-6, evaluate_every=100, sample_every=100, save_every=250,
+        )
+    )  # fmt: skip
+    """The training loop's settings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready: the model, its tokenizer, and the pictures in three parts."""
+
+    model: clip.Clip
+    tokenizer: Tokenizer
+    parts: Split
+    data: PictureBatches
+
+
+def prepare(recipe: Recipe) -> Task:
+    """Reads the pictures, holds some out, learns the tokenizer from the captions of the others, builds the model."""
+    seen = recipe.image if recipe.tower == "vit" else recipe.resnet
+    channels = recipe.image.channels if recipe.tower == "vit" else 3
+    parts = split(read_pictures(recipe.data, seen.image_size, 1 if channels == 1 else 3))
+    captions = [parts.train.texts(language) for language in recipe.languages]
+    tokenizer = _tokenizer(recipe, [text for texts in captions for text in texts])
+    torch.manual_seed(recipe.training.seed)
+    text = replace(recipe.text, vocab_size=tokenizer.vocab_size, end_id=tokenizer.eos_id)
+    pixels = clip.Pixels(seen.image_size, seen.image_size)
+    grey = {"mean": (0.5,), "std": (0.5,)} if channels == 1 else {}
+    model = clip.build(clip.Config(text, seen, replace(pixels, **grey)))
+    rows = [tokens(recipe, tokenizer, part) for part in (parts.train, parts.validation)]
+    settings = recipe.training
+    data = PictureBatches(
+        parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows
+    )
+    return Task(model, tokenizer, parts, data)
+
+
+def _tokenizer(recipe: Recipe, captions: Sequence[str]) -> Tokenizer:
+    if recipe.tokenizer == LEARNED:
+        return learn(captions, recipe.vocab_size)
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    if tokenizer.eos_id is None or tokenizer.eos_id not in tokenizer.encode("a", special=True):
+        raise UserError(f"{recipe.tokenizer} puts no end after a text, and CLIP reads a caption there: take clip-bpe.")
+    return tokenizer
+
+
+def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: Pictures) -> Tokens | None:
+    """The captions of some pictures as ids, padded to one length: [language, picture, length]; None without any."""
+    if not len(pictures):
+        return None
+    texts = [text for language in recipe.languages for text in pictures.texts(language)]
+    rows, cut = encoded(tokenizer, texts, recipe.text.context_length, recipe.truncate)
+    if cut:
+        print(f"{cut:,} of {len(texts):,} captions were cut to {recipe.text.context_length} tokens.", flush=True)
+    ids, _ = padded(rows, padding(tokenizer))
+    return ids.unflatten(0, (len(recipe.languages), len(pictures)))
+
+
+def found(task: Task, pictures: Pictures, languages: Sequence[str]) -> dict[str, tuple[Recall, Recall]]:
+    """How well captions of these pictures are found by them, and they by captions, by language."""
+    points = embed_bytes(task.model, (pictures.take(slice(n, n + 64)) for n in range(0, len(pictures), 64)))
+    texts = {code: embed_texts(task.model, task.tokenizer, pictures.texts(code), cut=True) for code in languages}
+    return {code: both_ways(points, each) for code, each in texts.items()}
+
+
+def told(task: Task, languages: Sequence[str]) -> str:
+    """Recall on the held-out pictures, a line for each language and direction."""
+    lines = []
+    for code, both in found(task, task.parts.validation, languages).items():
+        for what, each in zip(("captions by picture", "pictures by caption"), both, strict=True):
+            shares = "  ".join(f"R@{first} {share:.1%}" for first, share in each.shares.items())
+            lines.append(f"{code} {what}: {shares}  (of {len(task.parts.validation):,})")
+    return "\n".join(lines)
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+    """Trains, and tells how much of what is held out is found."""
+    task = prepare(recipe)
+    print(task.parts.train.source, "-", task.parts.sentence(), flush=True)
+    options = {name: value for name, value in asdict(recipe).items() if name != "training"}
+    facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint} | whom_to_thank(recipe.data)
+    about: dict[str, Any] = {"title": "clip", "data": [facts], "languages": list(recipe.languages)}
+    about |= {"parameters": sum(p.numel() for p in task.model.parameters())}
+    how = f"keifu train clip --out {out} --resume, with the options of this run"
+    sample = (lambda step: told(task, recipe.languages)) if len(task.parts.validation) else None
+    return train(
+        task.model, contrastive(preprocessing(task.model).normalised), task.data, recipe.training,
+        Run(out, resume, options=options, about=about, unit="pairs", how_to_resume=how), sample=sample,
+        save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
+    )  # fmt: skip
