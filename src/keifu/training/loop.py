@@ -183,7 +183,7 @@ class _Loop:
 
     def _evaluate(self) -> None:
         """The validation figures, and bits per byte where the data say how many bytes an element has."""
-        with self._whole():
+        with self._whole(), self.started.optimisers.averaged():
             means = self.stepper.validation(self.data.validation())
         figures = {f"validation_{name}": value for name, value in means.items()}
         if means and self.run.bytes_per_unit:
@@ -202,7 +202,7 @@ class _Loop:
         if self.sample is None:
             return
         self.stepper.model.eval()
-        with self._whole():
+        with self._whole(), self.started.optimisers.averaged():
             sample = self.sample(self.at.step)
         self.stepper.model.train()
         with self._tolerating(f"The sample of step {self.at.step:,}"):
@@ -245,7 +245,8 @@ class _Loop:
         """The model, what came out of the run, and the report."""
         if self.save:
             self.stepper.model.eval()
-            self.save(self.run.directory)
+            with self.started.optimisers.averaged():
+                self.save(self.run.directory)
         figures = {"steps": self.at.step, "figures": self.figures}
         self._write_recipe({**outcome, **figures, "hashes": folder.hashes(self.run.directory)})
         write_report(self.run.directory)

@@ -8,12 +8,14 @@ differ by 0.04 at most).
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Adadelta, AdamW, Optimizer
 
 from keifu.training.adafactor import Adafactor
+from keifu.training.averaging import MovingAverage
 from keifu.training.muon import StackedMuon
 from keifu.training.parts import Named, Partwise, hidden_matrices, learning
 from keifu.training.schedules import ratio
@@ -34,6 +36,7 @@ class Optimisers:
         self.all: dict[str, Optimizer] = {usual: KINDS[usual](rest, settings)} if rest else {}
         if self.partwise:
             self.all[kind] = self.partwise.optimizer
+        self.average = MovingAverage(self.parameters, settings.ema) if settings.ema else None
 
     def rates(self, step: int) -> dict[str, float]:
         """The rates that update number `step` (from 0) is made with, under the settings' names."""
@@ -56,7 +59,13 @@ class Optimisers:
             self.partwise.attach()
         for optimizer in self.all.values():
             optimizer.step()
+        if self.average:
+            self.average.update()
         self.drop_gradients()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A block in which the model has the moving average of its weights, where one is kept."""
+        return self.average.applied() if self.average else nullcontext()
 
     def drop_gradients(self) -> None:
         """Frees the gradients, also where a step was abandoned."""
@@ -66,8 +75,8 @@ class Optimisers:
             self.partwise.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the optimizers keep, by optimizer, parameter and name."""
-        return {
+        """Every tensor that the optimizers keep, by optimizer, parameter and name, and the moving average."""
+        return (self.average.state() if self.average else {}) | {
             f"{kind}.{name}.{key}": tensor
             for kind, optimizer in self.all.items()
             for name, parameter in _named(optimizer)
@@ -76,6 +85,7 @@ class Optimisers:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes up what `state` gave."""
+        state = self.average.take_up(state) if self.average else state
         for key, tensor in state.items():
             kind, _, rest = key.partition(".")
             name, _, field = rest.rpartition(".")
@@ -88,6 +98,8 @@ class Optimisers:
         """Starts as if no step had been made."""
         for optimizer in self.all.values():
             optimizer.state.clear()
+        if self.average:
+            self.average.restart()
 
 
 def _groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:

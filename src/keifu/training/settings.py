@@ -67,6 +67,9 @@ class Settings:
     """Muon's."""
     clip: float = 1.0
     """The largest norm of the whole gradient; 0 does not clip."""
+    ema: float = 0.0
+    """Keep a moving average of the weights with this decay (DDPM: 0.9999), lower in the first steps, and validate,
+    sample and save with it; 0 keeps none."""
     precision: Precision = "auto"
     """Of matrix products; auto: bfloat16 where the hardware has it. Weights stay in float32."""
     compile: bool = False
@@ -96,7 +99,7 @@ class Settings:
             value = vars(self)[name]
             if value is not None and not value >= least:
                 raise UserError(f"{name} must be at least {least}, and it is {value}.")
-        shares = {"final_ratio": [self.final_ratio], "betas": self.betas, "momentum": [self.momentum]}
+        shares = {"final_ratio": [self.final_ratio], "betas": self.betas, "momentum": [self.momentum], "ema": [self.ema]}
         for name, values in shares.items():
             if not all(0 <= value < 1 or (value == 1 and name == "final_ratio") for value in values):
                 raise UserError(f"{name} must lie between 0 and 1, and it is {vars(self)[name]}.")
