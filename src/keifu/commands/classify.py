@@ -1,4 +1,4 @@
-"""`keifu classify`: a label for each text, or how many of a table's labels a model finds; knows no model."""
+"""`keifu classify`: a label for each text or picture, or how many of a table's labels a model finds; knows no model."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from keifu.commands import flags, tables
+from keifu.commands import flags, tables, zero_shot
 from keifu.commands.encoders import texts_from
 from keifu.errors import UserError
 from keifu.files import write_atomic
@@ -27,7 +27,7 @@ NAMED = 5  # labels that an error names
 @dataclass(frozen=True)
 class Options:
     """Give each text a label, or compare with the labels of a table. keifu train classifier and keifu train
-    gpt1-finetune make the model for it.
+    gpt1-finetune make the model for it. A CLIP gives pictures any labels in words: picture.png --labels "a dog,a cat".
 
     Each argument is a text, or each line of a file or of what is piped in. Where the model reads several texts together
     (premise and hypothesis, or a context and answers to it), a tab stands between any two.
@@ -46,6 +46,11 @@ class Options:
     context answers."""
     label: str = "label"
     """The table's column of labels."""
+    labels: str | None = None
+    """For pictures: what they may show, between commas, or a .txt file with one on each line; with --on, in the order
+    of the classes, whose names are taken otherwise."""
+    template: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """For pictures: words around a label, such as "a photo of a {}."; given several times, their mean counts."""
     picture: Path | None = None
     """The PNG file for the table's confusion matrix."""
     cut: bool = False
@@ -60,6 +65,8 @@ def run(options: Options) -> None:
         raise UserError("--picture draws a table's confusion matrix: name the table with --on.")
     if options.on is not None and (options.texts or options.file):
         raise UserError(f"There are two sources of texts, {options.on} and those beside it: give one of them.")
+    if zero_shot.wanted(options):
+        return zero_shot.run(options)
     (_predict if options.on is None else _judge)(options)
 
 

@@ -1,4 +1,4 @@
-"""`keifu embed`: texts as vectors, and which of them are nearest to each other; knows no model."""
+"""`keifu embed`: texts and pictures as vectors, and which are nearest to each other; knows no model."""
 
 import io
 import json
@@ -12,6 +12,7 @@ import tyro
 
 from keifu.commands import flags, tables
 from keifu.commands.encoders import ids, load_encoder, texts_from
+from keifu.commands.seen import pictures_among, points
 from keifu.errors import UserError
 from keifu.files import write_atomic
 
@@ -27,6 +28,8 @@ FORMATS = (".npy", ".json")
 class Options:
     """Turn texts into vectors of length 1. Each argument is a text, or each line of a file or of what is piped in.
 
+    A CLIP sees pictures too: what is the name of a picture's file is taken as one.
+
     Without --out or --nearest, each text and its vector are printed as a line of JSON.
     """
 
@@ -39,8 +42,8 @@ class Options:
     nearest: int | None = None
     """Print so many of the most similar texts for each text, with their cosine similarity."""
     among: Path | None = None
-    """The file whose lines are searched for the nearest; without it, the texts themselves are."""
-    cut: bool = False
+    """The file whose lines are searched for the nearest, or a folder of pictures; without it, the texts themselves."""
+    cut: Annotated[bool, tyro.conf.arg(aliases=("--truncate",))] = False
     """Keep the beginning of a text that is longer than the model takes."""
     dtype: Literal["f32", "bf16"] | None = None
     """Compute in this type; bf16 is faster where the processor has it, and exact to about 0.003."""
@@ -52,7 +55,7 @@ def run(options: Options) -> None:
     """Embeds, writes the vectors, prints the neighbours."""
     _check(options)
     texts = texts_from(options.texts, options.file, EXAMPLE)
-    among = texts_from((), options.among, EXAMPLE) if options.among else None
+    among = (pictures_among(options.among) or texts_from((), options.among, EXAMPLE)) if options.among else None
     model, tokenizer = load_encoder(options.model, options.dtype)
     vectors = _embedded(model, tokenizer, texts, options)
     if options.out:
@@ -79,7 +82,10 @@ def _check(options: Options) -> None:
 def _embedded(model: Any, tokenizer: Any, texts: Sequence[str], options: Options) -> "Tensor":
     from keifu.data.progress import counting
     from keifu.evaluation.embedding import embed_rows
+    from keifu.evaluation.shared_space import TwoTowers
 
+    if isinstance(model, TwoTowers):
+        return points(model, tokenizer, texts, options.cut, options.batch_size)
     rows, pad_id = ids(model, tokenizer, texts, options.cut), tokenizer.pad_id or 0
     if len(texts) <= SILENT:
         return embed_rows(model, rows, pad_id, options.batch_size)

@@ -28,13 +28,14 @@ def texts_from(arguments: Sequence[str], file: Path | None, example: str) -> lis
 
 
 def load_encoder(name: str, dtype: str | None = None) -> tuple[Any, Any]:
-    """A model that reads in both directions, and its tokenizer; for any other kind of model a `UserError`."""
+    """A model that reads in both directions, or a CLIP, and its tokenizer; for any other kind a `UserError`."""
     from keifu.checkpoints import load
     from keifu.checkpoints.opening import DTYPES
     from keifu.evaluation.encoding import Encoder
+    from keifu.evaluation.shared_space import TwoTowers
 
     model, tokenizer = load(name, DTYPES[dtype] if dtype else None)
-    if tokenizer is None or not isinstance(model, Encoder):
+    if tokenizer is None or not isinstance(model, Encoder | TwoTowers):
         kind = type(model).__name__
         raise UserError(f"{name} is a {kind}, which gives no vectors for texts: choose an encoder, such as minilm.")
     return model, tokenizer

@@ -9,12 +9,14 @@ from typing import Any
 from keifu.commands import flags, tables
 from keifu.errors import UserError, unknown
 
-TASKS = ("translation", "few_shot", "mixture", "language_model")  # each is a file in keifu/evaluation (see its task.py)
+TASKS = ("translation", "retrieval", "few_shot", "mixture", "language_model")  # each is a file in keifu/evaluation (see its task.py)
 
 
 @dataclass(frozen=True)
 class Options:
     """How good a model is, in figures.
+
+    A CLIP: how well captions and pictures find each other (a catalogue name such as emoji, a folder, .tar shards).
 
     A translator: BLEU and chrF on pairs (a catalogue name such as tatoeba-ja-en, a TSV file, or two files A,B). A
     language model: perplexity and bits per byte on a text (a catalogue name, a file, a folder), or on each text of a

@@ -105,7 +105,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> Outcome:
         pictures.texts(asked.language)  # an unknown one is an error
     if asked.limit:
         pictures = pictures.chosen(range(min(asked.limit, len(pictures))))
-    points = embed_pictures(model, _images(asked.on, pictures, preprocessing(model).crop))
+    points = embed_pictures(model, images(asked.on, pictures, preprocessing(model).crop))
     figures: dict[str, float | int | str] = {"pictures": len(pictures)}
     rows = []
     for language in [asked.language] if asked.language else pictures.captions:
@@ -128,7 +128,7 @@ def chosen(on: str, size: int) -> Pictures:
     return pictures.chosen(test) if test else pictures
 
 
-def _images(on: str, pictures: Pictures, size: int) -> Iterator[Image.Image]:
+def images(on: str, pictures: Pictures, size: int) -> Iterator[Image.Image]:
     """The pictures in their order, as they lie in the source and not yet of the network's size."""
     wanted = {name: place for place, name in enumerate(pictures.names)}
     read: dict[int, Any] = {}
