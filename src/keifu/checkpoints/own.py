@@ -40,6 +40,7 @@ def check_types(config: Any, where: str) -> None:
         value, allowed = vars(config)[field.name], _plain(hints[field.name])
         if is_dataclass(value):
             check_types(value, where)
+            continue
         if allowed and not _fits(value, allowed):
             names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
             raise UserError(f"{where} gives {value!r} for {field.name}, which must be {names}.")

@@ -9,7 +9,8 @@ from typing import Any
 from keifu.commands import flags, tables
 from keifu.errors import UserError, unknown
 
-TASKS = ("translation", "retrieval", "few_shot", "mixture", "language_model")  # each is a file in keifu/evaluation (see its task.py)
+# Each is a file in keifu/evaluation (see its task.py).
+TASKS = ("translation", "retrieval", "few_shot", "mixture", "language_model")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`keifu classify` with a CLIP: labels in words for pictures it was never trained to tell apart; knows no model."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +88,8 @@ def _labels(given: str | None) -> list[str]:
     if given is None:
         raise UserError('A CLIP has no labels of its own: give some, such as --labels "a dog,a cat".')
     file = Path(given)
-    parts = file.read_text(encoding="utf-8").split("\n") if file.suffix == ".txt" and file.is_file() else given.split(",")
+    lines = file.suffix == ".txt" and file.is_file()
+    parts = file.read_text(encoding="utf-8").split("\n") if lines else given.split(",")
     labels = [part.strip() for part in parts if part.strip()]
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise UserError(f"The labels {given!r} are {len(set(labels))} different ones: give two at least, each once.")

@@ -1,8 +1,8 @@
 """CLIP's tokenizer (Radford et al., 2021): lower case, then merges of bytes inside words that end with a mark.
 
-It knows OpenAI's own file of merges, and learns others; what transformers writes is a tokenizer.json like any other. The rules here are
-transformers'. OpenAI's code moreover repairs text with the package ftfy and reads HTML entities (&amp;) before, which
-changes no clean caption.
+It knows OpenAI's own file of merges, and learns others; what transformers writes is a tokenizer.json like any other.
+The rules here are transformers'. OpenAI's code moreover repairs text with the package ftfy and reads HTML entities
+(&amp;) before, which changes no clean caption.
 """
 
 import gzip

@@ -17,6 +17,7 @@ from keifu.data.pictures import Pictures
 from keifu.errors import UserError
 
 Tokens = Int64[Tensor, "language picture length"]
+HeldTokens = Int64[Tensor, "language held_picture held_length"]
 
 
 class PictureBatches:
@@ -41,7 +42,7 @@ class PictureBatches:
         seed: int = 0,
         augmentation: Augmentation | None = None,
         training_tokens: Tokens | None = None,
-        held_tokens: Tokens | None = None,
+        held_tokens: HeldTokens | None = None,
     ):
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}, but it must be at least 1.")

@@ -114,7 +114,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> Outcome:
         figures |= captions.figures(f"{language} captions") | found.figures(f"{language} pictures")
         rows += _nearest(pictures, language, points, texts)
     table = Table(("picture", "language", "caption", "nearest caption", "similarity"), rows)
-    note = "captions: those found by pictures; pictures: those found by captions. Chance for R@1 is one in all pictures."
+    note = "captions: found by pictures; pictures: found by captions. Chance for R@1 is one in all of them."
     return Outcome(figures, (pictures.sentence(), note), items=table)
 
 

@@ -113,7 +113,7 @@ def label_points(
     3.1.4). A template without {} is a `UserError`."""
     for template in templates:
         if "{}" not in template:
-            raise UserError(f"The template {template!r} has no {{}}, where the label goes: such as 'a photo of a {{}}'.")
+            raise UserError(f"The template {template!r} has no {{}} for the label, as 'a photo of a {{}}' has.")
     texts = [template.replace("{}", label) for label in labels for template in templates]
     points = embed_texts(model, tokenizer, texts).unflatten(0, (len(labels), len(templates)))
     return F.normalize(points.mean(1), dim=-1)

@@ -124,22 +124,16 @@ def _pixels(json: dict[str, Any], image_size: int) -> Pixels:
 def to_open_clip(config: clip.Config) -> dict[str, Any]:
     """The open_clip_config.json."""
     text, image, pixels = config.text, config.image, config.pixels
-    quick = {text.activation, *([image.activation] if isinstance(image, clip_image.Config) else [])} == {"quick_gelu"}
+    quick = {text.activation, vars(image).get("activation", text.activation)} == {"quick_gelu"}
     words = {"context_length": text.context_length, "vocab_size": text.vocab_size, "heads": text.n_heads}
     words |= {} if text.vocab_size == OPENAI else {"hf_tokenizer_name": "the tokenizer beside this file"}
     end = {} if text.end_id is None else {"pool_type": "eos", "eos_id": text.end_id}
-    seen: dict[str, Any] = {"image_size": image.image_size}
-    if isinstance(image, clip_image.ResNetConfig):
-        seen |= {"layers": list(image.layers), "width": image.width, "patch_size": None}
-        seen |= {"head_width": image.width * 32 // image.n_heads}
-    else:
-        seen |= {"patch_size": image.patch_size, "head_width": image.dim // image.n_heads, **_widths(image)}
     return {
         "model_type": "open_clip",
         "model_cfg": {
             "embed_dim": text.embedding_dim,
             "quick_gelu": quick,
-            "vision_cfg": seen,
+            "vision_cfg": {"image_size": image.image_size} | _SEEN[type(image)](image),
             "text_cfg": words | _widths(text) | end,
         },
         "preprocess_cfg": {
@@ -158,3 +152,15 @@ def _widths(config: clip_text.Config | clip_image.Config) -> dict[str, Any]:
     exact = config.hidden_dim / config.dim
     ratio = exact if int(config.dim * exact) == config.hidden_dim else (config.hidden_dim + 0.5) / config.dim
     return {"width": config.dim, "layers": config.n_layers, "mlp_ratio": ratio, **norm, **act}
+
+
+def _seen_by_transformer(config: clip_image.Config) -> dict[str, Any]:
+    return {"patch_size": config.patch_size, "head_width": config.dim // config.n_heads, **_widths(config)}
+
+
+def _seen_by_resnet(config: clip_image.ResNetConfig) -> dict[str, Any]:
+    head = config.width * 32 // config.n_heads
+    return {"layers": list(config.layers), "width": config.width, "patch_size": None, "head_width": head}
+
+
+_SEEN: dict[type, Any] = {clip_image.Config: _seen_by_transformer, clip_image.ResNetConfig: _seen_by_resnet}

@@ -45,13 +45,13 @@ class Recipe:
     data: str = "emoji"
     """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
     languages: tuple[str, ...] = ("en", "ja")
-    """Codes of the captions to learn; each time one is drawn for a picture. A set in one unnamed language: und."""
+    """Codes of the captions to learn; each time one is drawn for a picture. und: of a set in one language."""
     tokenizer: str = LEARNED
-    """learned: CLIP's rules, with merges learned from the captions; or a catalogue name (clip-bpe), a file, a folder."""
+    """learned: CLIP's rules, with merges learned from the captions; or a catalogue name (clip-bpe), a file or folder."""
     vocab_size: int = 4096
     """Tokens of a learned tokenizer, at most."""
     truncate: bool = False
-    """Keep the beginning of a caption that is longer than the text tower takes; without it such a caption is an error."""
+    """Keep the beginning of a caption that is longer than the text tower takes; without it that is an error."""
     tower: Literal["vit", "resnet"] = "vit"
     """What sees pictures."""
     image: clip_image.Config = clip_image.Config(
@@ -88,7 +88,7 @@ class Task:
     model: clip.Clip
     tokenizer: Tokenizer
     parts: Split
-    data: PictureBatches
+    data: Any  # batches of pictures and captions
 
 
 def prepare(recipe: Recipe) -> Task:

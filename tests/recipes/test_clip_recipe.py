@@ -1,0 +1,105 @@
+"""The recipe for CLIP, on drawings of coloured shapes with names in two languages: it learns, and resumes bit for bit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from keifu import checkpoints
+from keifu.data.augmentation import Augmentation
+from keifu.errors import UserError
+from keifu.models import clip_image, clip_text
+from keifu.recipes import clip as recipe
+from keifu.training.settings import Settings
+
+COLOURS = {"red": ("赤", (220, 30, 30)), "green": ("緑", (30, 200, 30)), "blue": ("青", (30, 30, 220))}
+SHAPES = {"disc": "円", "bar": "棒"}
+SIZES = {"small": ("小", 4), "large": ("大", 11), "medium": ("中", 7)}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made of pictures goes into a folder of the tests."""
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rows = tmp_path_factory.mktemp("drawings"), []
+    for colour, (colour_ja, rgb) in COLOURS.items():
+        for shape, shape_ja in SHAPES.items():
+            for size, (size_ja, radius) in SIZES.items():
+                image = Image.new("RGB", (24, 24), "white")
+                height = radius if shape == "disc" else 2
+                box = (12 - radius, 12 - height, 12 + radius, 12 + height)
+                draw = ImageDraw.Draw(image)
+                (draw.ellipse if shape == "disc" else draw.rectangle)(box, fill=rgb)
+                name = f"{size}-{colour}-{shape}.png"
+                image.save(folder / name)
+                texts = {"text_en": f"a {size} {colour} {shape}", "text_ja": f"{size_ja}{colour_ja}{shape_ja}"}
+                rows.append({"file_name": name, **texts})
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    return folder
+
+
+def small(drawings: Path, **changes: object) -> recipe.Recipe:
+    image = clip_image.Config(24, 6, 3, 24, 48, 1, 2, embedding_dim=16)
+    text = clip_text.Config(600, 16, 24, 48, 1, 2, embedding_dim=16)
+    resnet = clip_image.ResNetConfig(32, 4, (1, 1, 1, 1), 2, 16)
+    settings = Settings(
+        steps=30, batch_size=8, learning_rate=3e-3, warmup=3, evaluate_every=15, sample_every=15, save_every=10,
+        precision="float32",
+    )  # fmt: skip
+    made = recipe.Recipe(
+        data=str(drawings), vocab_size=600, image=image, text=text, resnet=resnet, training=settings,
+        augmentation=Augmentation(shift=1),
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def test_it_learns_and_what_is_saved_loads(drawings, tmp_path) -> None:
+    summary = recipe.run(small(drawings), tmp_path, False)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5 and summary.figures["validation_captions_found"] >= 0
+    sample = next(iter(sorted((tmp_path / "samples").glob("*15*")))).read_text()
+    assert "en captions by picture: R@1" in sample and "ja pictures by caption: R@1" in sample
+    model, tokenizer = checkpoints.load(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "clip"
+    assert model.config.text.end_id == tokenizer.eos_id and model.config.pixels.crop == 24
+
+
+def test_a_resumed_run_has_the_same_bits(drawings, tmp_path) -> None:
+    for folder, all_at_once in (("whole", True), ("parts", False)):
+        settings = small(drawings).training
+        if not all_at_once:
+            first = replace(settings, steps=10, schedule="constant")
+            recipe.run(small(drawings, training=first), tmp_path / folder, False)
+        recipe.run(small(drawings, training=replace(settings, schedule="constant", steps=20)), tmp_path / folder,
+                   resume=not all_at_once)  # fmt: skip
+    whole, parts = (checkpoints.load_model(tmp_path / folder).state_dict() for folder in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_resnet_learns_by_parts_of_its_batch(drawings, tmp_path) -> None:
+    settings = replace(small(drawings).training, steps=3, micro_batch=3)
+    recipe.run(small(drawings, tower="resnet", training=settings), tmp_path, False)
+    assert (tmp_path / "open_clip_config.json").exists()
+    assert checkpoints.load_model(tmp_path).config.image.layers == (1, 1, 1, 1)
+
+
+def test_a_caption_that_is_too_long(drawings) -> None:
+    short = clip_text.Config(600, 5, 24, 48, 1, 2, embedding_dim=16)
+    with pytest.raises(UserError, match="tokens.*the model takes 5"):
+        recipe.prepare(small(drawings, text=short))
+    task = recipe.prepare(small(drawings, text=short, truncate=True))
+    tokens = task.data.batch(0)["tokens"]
+    assert tokens.shape[1] == 5 and (tokens == task.tokenizer.eos_id).any(1).all()
+
+
+def test_an_unknown_language(drawings) -> None:
+    with pytest.raises(UserError, match="'fr'.*Known: en, ja"):
+        recipe.prepare(small(drawings, languages=("en", "fr")))
