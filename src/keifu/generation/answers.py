@@ -69,12 +69,18 @@ def _pair(tokenizer: Tokenizer, front: list[int], prompt: list[int], whole: list
     tail = whole[len(prompt) :] or tokenizer.encode(answer)
     if not tail:
         raise UserError(f"The answer {answer!r} has no tokens, so it has no likelihood: give it text.")
-    if front or prompt:
-        return Pair((*front, *prompt), tuple(tail))
+    if prompt:
+        return Pair(tuple(prompt if front and prompt[: len(front)] == front else front + prompt), tuple(tail))
+    front = front or beginning(tokenizer)
+    return Pair(tuple(front), tuple(tail[1:] if tail[0] == front[-1] and len(tail) > 1 else tail))
+
+
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """The token that stands before a text where nothing else does: BOS, or else the one that ends a text before."""
     begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     if begin is None:
         raise UserError("A prompt is empty, and this tokenizer has no token that begins a text: give the prompt text.")
-    return Pair((begin,), tuple(tail[1:] if tail[0] == begin and len(tail) > 1 else tail))
+    return [begin]
 
 
 @dataclass
