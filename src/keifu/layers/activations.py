@@ -46,7 +46,9 @@ def identity(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 def quick_gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """x · σ(1.702 x): the approximation of GELU that OpenAI's CLIP was trained with (Hendrycks and Gimpel, 2016)."""
-    return x * torch.sigmoid(1.702 * x)
+    if torch.is_grad_enabled():
+        return x * torch.sigmoid(1.702 * x)
+    return x.mul(1.702).sigmoid_().mul_(x)  # the same bits without three copies of what is widest in a network
 
 
 ACTIVATIONS: dict[str, Activation] = {
