@@ -1,0 +1,170 @@
+"""CLIP learned from emoji and their names: what it finds among names, and in a drawing style, that it never saw.
+
+python benchmarks/clip_emoji.py [--run runs/clip] [--steps 1000] [--picture similarity.png]
+
+Without --run, the recipe `clip` is trained first with its own settings. Searched are the held-out tenth's testing half
+of Twemoji, whose names were never seen, the same names drawn by OpenMoji, and all other names drawn by OpenMoji, whose
+names were seen but not that style. Beside it stands a baseline that learns nothing but counts: a picture is its
+histogram of 64 colours, a name its bag of words (of letters for Japanese); a picture's words are those of the training
+pictures with the most similar colours, and a name's colours those of the training names with the most similar words.
+Groups are told zero-shot, by a few words for each.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from _rounds import machine
+from matplotlib import font_manager
+from sklearn.feature_extraction.text import TfidfVectorizer
+from torch import Tensor
+
+from keifu import checkpoints
+from keifu.data import catalogue
+from keifu.data.pictures import Pictures, read_pictures, split
+from keifu.evaluation.classification import Confusion
+from keifu.evaluation.retrieval import Recall, both_ways
+from keifu.evaluation.shared_space import embed_bytes, embed_texts, label_points, label_shares, preprocessing
+from keifu.recipes import clip as recipe
+
+LANGUAGES = {"en": "word", "ja": "char"}
+NEIGHBOURS = 5
+GROUPS = {
+    "Smileys & Emotion": ["face", "smiling face", "heart", "cat face"],
+    "People & Body": ["person", "man", "woman", "hand", "people"],
+    "Animals & Nature": ["animal", "bird", "fish", "plant", "flower", "tree"],
+    "Food & Drink": ["food", "fruit", "bread", "cake", "drink", "glass"],
+    "Travel & Places": ["building", "house", "car", "train", "mountain", "moon"],
+    "Activities": ["ball", "sport", "game", "medal", "party"],
+    "Objects": ["clothes", "book", "phone", "tool", "musical instrument", "box"],
+    "Symbols": ["arrow", "button", "sign", "symbol", "circle"],
+    "Flags": ["flag"],
+}
+
+
+def vectors(model: torch.nn.Module, pictures: Pictures) -> Tensor:
+    return embed_bytes(model, (pictures.take(slice(n, n + 64)) for n in range(0, len(pictures), 64)))
+
+
+def colours(pictures: Pictures) -> Tensor:
+    """Histograms of 4 x 4 x 4 colours [picture, 64], square roots of shares, so that their products are similarities
+    (Bhattacharyya's)."""
+    pixels = pictures.take(slice(0, len(pictures))).long() // 64
+    numbers = (pixels * torch.tensor([16, 4, 1])[:, None, None]).sum(1).flatten(1)
+    counts = torch.zeros(len(pictures), 64).scatter_add_(1, numbers, torch.ones(numbers.shape))
+    return (counts / numbers.shape[1]).sqrt()
+
+
+def nearest_mean(queries: Tensor, known: Tensor, values: Tensor) -> Tensor:
+    """For each query the mean value of its nearest neighbours, of length 1."""
+    places = (queries @ known.T).topk(NEIGHBOURS).indices
+    return torch.nn.functional.normalize(values[places].mean(1), dim=-1)
+
+
+def counted(train: Pictures, searched: Pictures, language: str) -> tuple[Recall, Recall]:
+    """The baseline of colours and words."""
+    spans = (1, 1) if LANGUAGES[language] == "word" else (1, 3)
+    words = TfidfVectorizer(analyzer=LANGUAGES[language], ngram_range=spans).fit(train.texts(language))
+    bags = [words.transform(part.texts(language)).toarray() for part in (train, searched)]
+    known, own = (torch.from_numpy(bag).float() for bag in bags)
+    seen, pixels = colours(train), colours(searched)
+    captions = both_ways(nearest_mean(pixels, seen, known), own)[0]
+    return captions, both_ways(pixels, nearest_mean(own, known, seen))[1]
+
+
+def line(name: str, language: str, both: tuple[Recall, Recall], count: int) -> str:
+    cells = [f"{share:.1%}" for each in both for share in each.shares.values()]
+    return f"| {name} | {language} | {count:,} | {' | '.join(cells)} |"
+
+
+def retrieval(task: recipe.Task, sets: dict[str, Pictures]) -> None:
+    """The table of recall, with the baseline under each row."""
+    heads = " | ".join(f"{what} R@{n}" for what in ("name by picture", "picture by name") for n in (1, 5, 10))
+    print(f"| | | among | {heads} |\n|---|---|---:|{'---:|' * 6}")
+    for name, pictures in sets.items():
+        points = vectors(task.model, pictures)
+        for language in LANGUAGES:
+            texts = embed_texts(task.model, task.tokenizer, pictures.texts(language), cut=True)
+            print(line(f"CLIP, {name}", language, both_ways(points, texts), len(pictures)))
+            print(line("colours and words", language, counted(task.parts.train, pictures, language), len(pictures)))
+    print(flush=True)
+
+
+def groups(task: recipe.Task, name: str, pictures: Pictures) -> None:
+    """Zero-shot accuracy over the groups that have words here."""
+    known = [place for place, label in enumerate(pictures.labels) if pictures.classes[label] in GROUPS]
+    pictures, labels = pictures.chosen(known), [*GROUPS]
+    points = torch.stack([label_points(task.model, task.tokenizer, words, ["{}"]).mean(0) for words in GROUPS.values()])
+    given = label_shares(task.model, vectors(task.model, pictures), torch.nn.functional.normalize(points, dim=-1))
+    right = torch.tensor([labels.index(pictures.classes[label]) for label in pictures.labels])
+    print(f"Groups, zero-shot, {name}: {Confusion.of(right, given.argmax(-1), labels).verdict()}", flush=True)
+
+
+def draw(task: recipe.Task, pictures: Pictures, path: Path, count: int = 12) -> None:
+    """Cosines of some held-out pictures and their names, in English and in Japanese."""
+    font_manager.fontManager.addfont(str(catalogue.fetch("japanese-font")))
+    plt.rcParams["font.family"] = ["DejaVu Sans", "IPAexGothic"]
+    some = pictures.distinct()
+    some = some.chosen(np.linspace(0, len(some) - 1, count).astype(int))
+    points, thumbnails = vectors(task.model, some), some.take(slice(0, count)).permute(0, 2, 3, 1).numpy()
+    figure, axes = plt.subplots(1, 2, figsize=(15, 8), layout="constrained")
+    for panel, language in zip(axes, LANGUAGES, strict=True):
+        texts = some.texts(language)
+        cosines = embed_texts(task.model, task.tokenizer, texts, cut=True) @ points.T
+        panel.imshow(cosines, cmap="viridis")
+        panel.set_yticks(range(count), texts)
+        panel.set_xticks([])
+        for place, thumbnail in enumerate(thumbnails):
+            panel.imshow(thumbnail, extent=(place - 0.45, place + 0.45, -0.6, -1.5), aspect="auto")
+            panel.text(place, place, f"{float(cosines[place, place]):.2f}", ha="center", va="center", color="white")
+        panel.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -1.6))
+        panel.set_aspect("equal")
+    figure.savefig(path, dpi=100)
+
+
+def ready(options: argparse.Namespace) -> recipe.Task:
+    """The trained model with the parts of its data; trained here where no run is given."""
+    wanted = recipe.Recipe()
+    wanted = replace(wanted, training=replace(wanted.training, steps=options.steps or wanted.training.steps))
+    if options.run is None:
+        start = time.perf_counter()
+        recipe.run(wanted, options.out, False)
+        print(f"Trained in {time.perf_counter() - start:.0f} s.", flush=True)
+    model, tokenizer = checkpoints.load(options.run or options.out, torch.float32)
+    parts = split(read_pictures(wanted.data, preprocessing(model).crop, 3))
+    return recipe.Task(model, tokenizer, parts, None)  # pyright: ignore[reportArgumentType]
+
+
+def shown(names: Sequence[str], size: int) -> Pictures:
+    return read_pictures("openmoji", size, 3).named(names)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, help="a run of the recipe; without it one is trained")
+    parser.add_argument("--out", type=Path, default=Path("runs/clip-emoji"), help="the folder of the run made here")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--picture", type=Path, help="a PNG file for the similarity matrix")
+    options = parser.parse_args()
+    task = ready(options)
+    size = preprocessing(task.model).crop
+    print(f"{machine()}; {task.parts.sentence()}\n")
+    sets = {
+        "unseen names": task.parts.test,
+        "unseen names in an unseen style": shown(task.parts.test.names, size),
+        "seen names in an unseen style": shown(task.parts.train.distinct().names, size),
+    }
+    retrieval(task, sets)
+    for name in ("unseen names", "unseen names in an unseen style"):
+        groups(task, name, sets[name])
+    if options.picture:
+        draw(task, task.parts.test, options.picture)
+
+
+if __name__ == "__main__":
+    main()
