@@ -110,7 +110,7 @@ def ready(recipe: Recipe, training: Examples, held: Examples) -> Task:
     """The task of these examples; all labels must be among those to learn from, two at least."""
     form, labels = training.form, training.classes
     if len(labels) < 2:
-        raise UserError(f"There is nothing to tell apart in {training.source}: every label is {labels[0]!r}.")
+        raise UserError(f"There is nothing to tell apart in {training.source}: every label is {', '.join(labels)!r}.")
     _check_labels(held, () if form.answers else labels)
     torch.manual_seed(recipe.seed)
     model, tokenizer = started(recipe, () if form.answers else labels)
@@ -120,13 +120,13 @@ def ready(recipe: Recipe, training: Examples, held: Examples) -> Task:
     config = model.config
     marks = marks_of(tokenizer, (config.start_id, config.delimiter_id, config.extract_id))
     numbers = {label: number for number, label in enumerate(labels)}
-    parts, cut = [], 0
-    for part in (training, held):
-        rows, shortened = lay_out(tokenizer, part, marks, recipe.cut or limit, recipe.cut is not None)
-        right = [int(row.label) if form.answers else numbers[row.label] for row in part.rows]
-        parts.append(FormRows(rows, right))
-        cut += shortened
-    return Task(model, tokenizer, form, *parts, held, cut)
+
+    def laid(part: Examples) -> tuple[FormRows, int]:
+        rows, cut = lay_out(tokenizer, part, marks, recipe.cut or limit, recipe.cut is not None)
+        return FormRows(rows, [int(row.label) if form.answers else numbers[row.label] for row in part.rows]), cut
+
+    (learned, cut), (asked, also_cut) = laid(training), laid(held)
+    return Task(model, tokenizer, form, learned, asked, held, cut + also_cut)
 
 
 def _check_labels(held: Examples, labels: tuple[str, ...]) -> None:
@@ -149,7 +149,8 @@ def started(recipe: Recipe, labels: tuple[str, ...]) -> tuple[finetuned.Finetune
     marked, ids = with_marks(tokenizer)
     fresh = [number for number in ids if number >= tokenizer.vocab_size]
     finetuned.grow(decoder, marked.vocab_size, fresh)
-    config = finetuned.Config(decoder.config, recipe.form, labels, *ids, recipe.classifier_dropout)
+    start, delimiter, extract = ids
+    config = finetuned.Config(decoder.config, recipe.form, labels, start, delimiter, extract, recipe.classifier_dropout)
     return finetuned.finetuned(decoder, config), marked
 
 
