@@ -100,10 +100,51 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = DoublingConv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Pixels, time: Tensor | None = None) -> Resampled:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x)
+
+
+class DoublingConv2d(nn.Conv2d):
+    """A 3×3 convolution over each pixel four times, by fewer products where that is faster.
+
+    A 3×3 window over pixels that come in fours sees 2×2 different ones, so four 2×2 kernels, one for each of a pixel's
+    four successors, do the same with 16 products in place of 36. On a CPU that pays from 256 pixels a picture on:
+    measured on 2 cores, 1.7 times as fast in both directions at 16×16 to 32×32 with 256 channels.
+    """
+
+    def forward(self, input: Pixels) -> Resampled:  # noqa: A002 (torch's name)
+        if input.device.type != "cpu" or input.shape[2] * input.shape[3] < FOURFOLD_FROM:
+            return super().forward(double(input))
+        bias = None if self.bias is None else self.bias.repeat(4)
+        return interleaved(F.conv2d(input, fourfold(self.weight), bias, padding=1))
+
+
+FOURFOLD_FROM = 256  # pixels of a picture
+
+
+def double(x: Pixels) -> Resampled:
+    """Each pixel four times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def fourfold(kernel: Float[Tensor, "out channels 3 3"]) -> Float[Tensor, "four_out channels 2 2"]:
+    """The four 2×2 kernels, one above the other: for the upper left successor, upper right, lower left, lower right."""
+    halves = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=kernel.dtype, device=kernel.device)
+    which = torch.einsum("prk,qsl->klpqrs", halves, halves).reshape(9, 16)
+    four = (kernel.flatten(2) @ which).unflatten(2, (2, 2, 2, 2))
+    return four.permute(2, 3, 0, 1, 4, 5).flatten(0, 2)
+
+
+def interleaved(four: Float[Tensor, "batch four_out padded_height padded_width"]) -> Resampled:
+    """The doubled picture from the four kernels' results, which have a row and a column more than the picture had."""
+    four = four.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = len(four), four.shape[1] // 4, four.shape[2] - 1, four.shape[3] - 1
+    row, column = 4 * channels * (width + 1), 4 * channels
+    strides = (row * (height + 1), row, row + 2 * channels, column, column + channels, 1)
+    y = four.as_strided((batch, height, 2, width, 2, channels), strides)
+    return y.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
 class SpatialAttention(nn.Module):

@@ -125,7 +125,7 @@ class DenoisingLoss:
     def _labels(self, model: Any, batch: Batch) -> Tensor | None:
         """The labels, those left out as the null class."""
         none = model.config.n_classes
-        if none is None or "labels" not in batch:
+        if not none or "labels" not in batch:
             return None
         if not model.config.null_class:
             return batch["labels"]
