@@ -26,8 +26,10 @@ import yaml
 
 from keifu.data import arithmetic, sources, tatoeba
 from keifu.data.pairs import pair_names, read_pairs
+from keifu.data.special_tokens import nothing_around_text
 from keifu.data.splits import split
-from keifu.data.text import Shards, TextTokenizer, prepare, prepare_parts
+from keifu.data.text import Shards, prepare, prepare_parts
+from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError, unknown
 
 SUFFIXES = ".yaml", ".yml", ".json"
@@ -148,8 +150,9 @@ def _no_weight(name: str, weight: Any) -> UserError:
     )
 
 
-def prepare_mixture(mixture: Mixture, tokenizer: TextTokenizer, held_out: float = HELD_OUT) -> list[Shards]:
-    """The ids of each source, made once, with about that share held out."""
+def prepare_mixture(mixture: Mixture, tokenizer: Tokenizer, held_out: float = HELD_OUT) -> list[Shards]:
+    """The ids of each source, made once, with about that share held out; what a tokenizer puts around texts is left."""
+    tokenizer = Tokenizer(nothing_around_text(tokenizer.backend), tokenizer.special)
     made = []
     for source in mixture.sources:
         with _named(source):

@@ -67,6 +67,12 @@ def put_around_text(backend: tokenizers.Tokenizer, special: Mapping[str, str], b
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=given)
 
 
+def nothing_around_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy of the tokenizer that puts no token around a text: a text by itself has the same ids in both."""
+    description = json.loads(backend.to_str())
+    return tokenizers.Tokenizer.from_str(json.dumps(description | {"post_processor": None}))
+
+
 def unused_characters(value: Any, count: int = 2) -> str:
     """Private-use characters that no string of `value` contains, so that nobody can have put them there."""
     seen = set(json.dumps(value, ensure_ascii=False, default=str))

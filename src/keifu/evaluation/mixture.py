@@ -16,13 +16,14 @@ from keifu.data.text import Shards
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.task import Asked, Outcome, Table
-from keifu.generation.decoding import Model, causal
-from keifu.generation.score import score
+from keifu.generation.decoding import Model, causal, evaluating
+from keifu.layers.losses import cross_entropy
 
 ABOUT = "a language model on a mixture of texts: bits per byte of each"
 OPTIONS = {"batch_size"}
 BATCH_SIZE = 8
 WINDOWS = 64  # of each source
+CHUNK = 1024  # tokens whose logits exist at the same time
 LONGEST = 1024  # tokens of a window, of models that take more
 
 
@@ -92,10 +93,9 @@ def losses(
         total, count = 0.0, 0
         for batch in batches(task, windows[:, : task.width], batch_size):
             tokens = batch["tokens"].to(device)
-            mask = batch["mask"][:, 1:].to(device) if "mask" in batch else torch.ones_like(tokens[:, 1:]).bool()
-            # The last token of a row is only predicted, so a row of context + 1 fits.
-            total -= float(_scores(model, tokens)[mask].double().sum())
-            count += int(mask.sum())
+            wanted = batch["mask"][:, 1:].to(device) if "mask" in batch else torch.ones_like(tokens[:, 1:]).bool()
+            total += _nats(model, tokens, wanted)
+            count += int(wanted.sum())
         if not count:
             raise UserError(f"{shards.index['source']} has no held-out token to predict: give more text.")
         found[name] = Found(total / count, count)
@@ -103,13 +103,13 @@ def losses(
 
 
 @torch.inference_mode()
-def _scores(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """ln P of each token but the first."""
-    context = causal(model).config.context_length
-    if tokens.shape[1] <= context:
-        return score(model, tokens)
-    logits = causal(model).logits(causal(model).hidden(tokens[:, :-1], None, None)).float()
-    return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+def _nats(model: nn.Module, tokens: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The sum of -ln P of the wanted ones of all tokens but the first; a row's last token is only predicted, so that
+    rows may have one more than the context."""
+    with evaluating(model):
+        hidden = causal(model).hidden(tokens[:, :-1], None, None)[wanted]
+    parts = zip(hidden.split(CHUNK), tokens[:, 1:][wanted].split(CHUNK), strict=True)
+    return sum(float(cross_entropy(causal(model).logits(states), targets)) for states, targets in parts)
 
 
 def _row(name: str, weight: float, shards: Shards, found: dict[str, Found]) -> tuple:
