@@ -38,7 +38,7 @@ def load(name: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module,
     if is_adapter(path):
         model, tokenizer = load(base_of(path), dtype)
         tokenizer = load_tokenizer(path) if (path / "tokenizer_config.json").exists() else tokenizer
-        model = load_adapter(model, path)
+        model = load_adapter(merge(model), path)
     else:
         found = plan(open_source(path), dtype)
         tokenizer = found.source.tokenizer()
@@ -53,7 +53,7 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The model alone (see `load`), for weights without a tokenizer beside them."""
     path = locate(name)
     if is_adapter(path):
-        return load_adapter(load_model(base_of(path), dtype), path)
+        return load_adapter(merge(load_model(base_of(path), dtype)), path)
     return plan(open_source(path), dtype).fill()
 
 

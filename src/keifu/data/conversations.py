@@ -54,18 +54,23 @@ def _answered(conversation: Conversation) -> Conversation:
 
 
 def _of_file(path: Path) -> Iterator[Conversation]:
+    for place, record in objects(path, "conversation"):
+        yield checked(_form(record, place)(record), place)
+
+
+def objects(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of a .jsonl or .json file, with its place for errors; `what` each is, in a word."""
     found = False
-    for place, record in _records(path):
+    for place, record in _records(path, what):
         found = True
         if not isinstance(record, dict):
-            raise UserError(f"{place}: this is {type(record).__name__}, where an object with a conversation is needed.")
-        yield checked(_form(record, place)(record), place)
+            raise UserError(f"{place}: this is {type(record).__name__}, where an object with a {what} is needed.")
+        yield place, record
     if not found:
-        raise UserError(f"There is no conversation in {path}: it is empty.")
+        raise UserError(f"There is no {what} in {path}: it is empty.")
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each object of a file with its place."""
+def _records(path: Path, what: str) -> Iterator[tuple[str, Any]]:
     text = lines(path, refuse)
     if path.suffix.lower() == ".json":
         try:
@@ -73,7 +78,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {error.lineno}: this is no JSON ({error.msg}).") from error
         if not isinstance(content, list):
-            raise UserError(f"{path} holds one {type(content).__name__}, where a list of conversations is needed.")
+            raise UserError(f"{path} holds one {type(content).__name__}, where a list of {what}s is needed.")
         yield from ((f"{path}, entry {number}", record) for number, record in enumerate(content, 1))
         return
     for number, line in enumerate(text, 1):
@@ -81,8 +86,8 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"{path}, line {number}", json.loads(line)
             except json.JSONDecodeError as error:
-                what = f"this is no JSON ({error.msg}, column {error.colno})"
-                raise UserError(f"{path}, line {number}: {what}.") from error
+                told = f"this is no JSON ({error.msg}, column {error.colno})"
+                raise UserError(f"{path}, line {number}: {told}.") from error
 
 
 def _form(record: Mapping[str, Any], place: str) -> Callable[[Mapping[str, Any]], Any]:

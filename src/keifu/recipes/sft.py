@@ -8,49 +8,26 @@ Cost: printed before it starts, measured on the machine.
 Expected: see docs/results.md.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from keifu import checkpoints
-from keifu.checkpoints.adapters import adapt, low, save_adapter
 from keifu.data import conversations
-from keifu.data.chat import CHATML, PLAIN
 from keifu.data.conversation_batches import Fitted, PackedConversations, TooLong, Turns, fitted
 from keifu.data.conversations import Conversation
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.chat import Conversation as Talk
-from keifu.generation.decoding import causal as causal_model
+from keifu.recipes._assistant import Lora, Template, held_out, leave, opened, row_length, to_train
 from keifu.recipes._language import whom_to_thank
 from keifu.training.loop import Summary, train
 from keifu.training.objectives import causal
 from keifu.training.protocols import Run
 from keifu.training.settings import Settings
 
-TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
 SAMPLES = 3
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters in place of the whole model."""
-
-    rank: int = 0
-    """Of each adapter; 0 trains the whole model."""
-    alpha: float = 16.0
-    """The adapter's product is multiplied with alpha / rank."""
-    targets: tuple[str, ...] = ("all-linear",)
-    """Ends of the names of layers as the model's files call them, such as q_proj v_proj; all-linear: every one."""
-    dropout: float = 0.0
-    """Of the adapters' inputs."""
-    dora: bool = False
-    """Learn the length of each row apart from its direction (Liu et al., 2024)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +41,7 @@ class Recipe:
     chitchat, chatterbot, summary-instructions, recipe-instructions, translation-instructions."""
     limit: int | None = None
     """At most so many conversations, spread over all."""
-    template: Literal["own", "plain", "chatml"] = "own"
+    template: Template = "own"
     """The chat template; own: the tokenizer's, or plain where it has none, which needs no token but the end of text."""
     context_length: int | None = None
     """Tokens of a row; unset: 1024, or all that the model takes where that is less."""
@@ -108,43 +85,12 @@ class Task:
 
 def prepare(recipe: Recipe) -> Task:
     """Loads the model, reads the conversations and renders them."""
-    model, tokenizer = checkpoints.load(recipe.model)
-    room = causal_model(model).config.context_length
-    if tokenizer is None:
-        raise UserError(f"{recipe.model} has no tokenizer, so it cannot read a conversation.")
-    length = recipe.context_length or min(1024, room)
-    if length > room:
-        raise UserError(f"A row of {length} tokens does not fit this model's context of {room}: choose a smaller one.")
-    tokenizer = templated(tokenizer, recipe.template)
+    model, tokenizer = opened(recipe.model, recipe.template)
+    length = row_length(model, recipe.context_length)
     training, held = split(chosen(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
-    rows = (fitted([Turns(*tokenizer.render_turns(each)) for each in part], length, recipe.too_long)
-            for part in (training, held))  # fmt: skip
-    torch.manual_seed(recipe.seed)
-    if recipe.lora.rank:
-        adapt(model, recipe.lora.targets, lora_of(recipe.lora))
-    else:
-        model = model.float()
-        for parameter in model.parameters():  # a file's memory map must stay as it is
-            parameter.data = parameter.data.clone()
-    return Task(model, tokenizer, *rows, held[:SAMPLES], length)
-
-
-def lora_of(chosen: Lora) -> Any:
-    """The adapters' settings, checked."""
-    return low(chosen.rank, chosen.alpha, chosen.dropout, chosen.dora)
-
-
-def templated(tokenizer: Tokenizer, template: str) -> Tokenizer:
-    """The tokenizer with the template that was chosen; one whose tokens it lacks is a `UserError`."""
-    if template == "own":
-        template = "plain"
-        if tokenizer.chat_template:
-            return tokenizer
-    if template == "plain" and tokenizer.eos_id is None:
-        raise UserError("This tokenizer has no end-of-text token, so no turn could end: take another model.")
-    if template == "chatml":
-        tokenizer.token_id("<|im_start|>"), tokenizer.token_id("<|im_end|>")
-    return tokenizer.with_chat_template(TEMPLATES[template])
+    rows = [[Turns(*tokenizer.render_turns(each)) for each in part] for part in (training, held)]
+    parts = (fitted(part, length, recipe.too_long) for part in rows)
+    return Task(to_train(model, recipe.lora, recipe.seed), tokenizer, *parts, held[:SAMPLES], length)
 
 
 def chosen(found: list[Conversation], limit: int | None) -> list[Conversation]:
@@ -156,13 +102,7 @@ def chosen(found: list[Conversation], limit: int | None) -> list[Conversation]:
 
 def split(found: Sequence[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
     """To learn from, and held out; by what they begin with, so that the same question is never on both sides."""
-    if not 0 <= share < 1:
-        raise UserError(f"held_out is a share from 0 up to below 1, and it is {share}.")
-    keys = [hashlib.sha256(each[0]["content"].strip().lower().encode()).digest() for each in found]
-    bound = sorted({*keys})[: round(share * len({*keys}))]
-    held = {*bound}
-    return ([each for key, each in zip(keys, found, strict=True) if key not in held],
-            [each for key, each in zip(keys, found, strict=True) if key in held])  # fmt: skip
+    return held_out(found, [each[0]["content"] for each in found], share)
 
 
 def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
@@ -189,13 +129,6 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
     rows = (task.training.kept, task.held.kept)
     data = PackedConversations(*rows, task.context_length, recipe.batch_size, recipe.seed, pad, recipe.packed)
 
-    def save(directory: Path) -> None:
-        if recipe.lora.rank:
-            save_adapter(task.model, directory, base_name(recipe.model))
-            task.tokenizer.save(directory)
-        else:
-            checkpoints.save(task.model, task.tokenizer, directory)
-
     return train(
         task.model,
         causal,
@@ -203,14 +136,9 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
         settings(recipe, data.steps_per_epoch),
         described(recipe, task, out, resume),
         sample=lambda step: answers(task),
-        save=save,
+        save=lambda directory: leave(task.model, task.tokenizer, directory, recipe.model),
         largest=data.largest(),
     )
-
-
-def base_name(model: str) -> str:
-    """Where the base of adapters is to be had: a path in full, or a name as it is."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def answers(task: Task) -> str:

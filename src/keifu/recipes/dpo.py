@@ -1,0 +1,202 @@
+"""Direct preference optimisation (Rafailov et al., 2023): a model learns which of two answers people prefer.
+
+Paper: "Direct Preference Optimization: Your Language Model is Secretly a Reward Model": β 0.1, batches of 64 pairs, a
+rate of 1e-6 and a warm-up of 150 steps there. What it began with is computed once, before the first step, so no second
+model stays in memory. `--loss ipo`, `robust` and `normalised` are its common variants.
+Command: keifu train dpo --model runs/sft --data preferences.jsonl
+Cost: printed before it starts, measured on the machine.
+Expected: see docs/results.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keifu.alignment.dpo import Loss, dpo, reference
+from keifu.data.conversation_batches import Turns
+from keifu.data.preference_batches import Pair, PreferencePairs, together
+from keifu.data.preferences import Ranked, read
+from keifu.data.progress import counting
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.errors import UserError
+from keifu.recipes._assistant import Lora, Template, held_out, leave, opened, row_length, to_train
+from keifu.training.loop import Summary, train
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of the run."""
+
+    model: str = "smollm2"
+    """What it begins with, best one that has learned to answer: a run, a directory, a catalogue name or a hub id."""
+    data: str = "preferences.jsonl"
+    """A .jsonl or .json file: prompt, chosen and rejected; or prompt and answers, the best first."""
+    template: Template = "own"
+    """The chat template; own: the tokenizer's, or plain where it has none."""
+    context_length: int | None = None
+    """Tokens of a prompt with its answer; unset: 1024, or all that the model takes where that is less."""
+    drop_long: bool = False
+    """Leave out what is longer; without it that is an error."""
+    held_out: float = 0.1
+    """Share of the prompts that is kept for validation, chosen by a hash of the text."""
+    loss: Loss = "dpo"
+    """dpo, robust (for labels that are wrong at times), ipo, or normalised by the answers' lengths."""
+    beta: float = 0.1
+    """How dear it is to leave the model that it began with; more keeps closer to it."""
+    label_smoothing: float = 0.0
+    """Share of the pairs that are taken to be labelled the wrong way round."""
+    lora: Lora = field(default_factory=Lora)
+    """Low-rank adapters."""
+    epochs: float = 1.0
+    """How often every pair is seen."""
+    steps: int | None = None
+    """Updates of the weights, in place of epochs."""
+    batch_size: int = 16
+    """Pairs in a step."""
+    micro_batch: int | None = None
+    """Pairs computed at a time; unset: as many as fit in memory."""
+    learning_rate: float | None = None
+    """AdamW's highest rate; unset: 1e-6, and 2e-5 for adapters."""
+    warmup: float = 0.1
+    """Share of the steps in which the rate rises from 0."""
+    seed: int = 0
+    """Of the adapters and the order of the pairs."""
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise UserError(f"beta must be more than 0, and it is {self.beta}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"label_smoothing lies from 0 up to below 0.5, and it is {self.label_smoothing}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready: the model, its tokenizer, the pairs, and how many were too long."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    data: PreferencePairs
+    dropped: int
+
+
+def prepare(recipe: Recipe) -> Task:
+    """Loads the model, reads the preferences, and notes how likely the model finds each answer before it learns."""
+    model, tokenizer = opened(recipe.model, recipe.template)
+    length = row_length(model, recipe.context_length)
+    found = list(read(recipe.data))
+    sides = held_out(found, [each.prompt[-1]["content"] for each in found], recipe.held_out)
+    training, held = ([*chain(*(pairs(tokenizer, each) for each in side))] for side in sides)
+    kept = [short for side in (training, held) for short in [fitting(side, length, recipe.drop_long)]]
+    dropped = len(training) + len(held) - sum(map(len, kept))
+    pad = tokenizer.pad_id or 0
+    references = tuple(begun(model, side, recipe.batch_size, pad) for side in kept)
+    model = to_train(model, recipe.lora, recipe.seed)
+    data = PreferencePairs(*kept, recipe.batch_size, recipe.seed, pad, references)  # pyright: ignore[reportArgumentType]
+    return Task(model, tokenizer, data, dropped)
+
+
+def pairs(tokenizer: Tokenizer, ranked: Ranked) -> list[Pair]:
+    """Every better answer with every worse one, as ids."""
+    turns = [answer(tokenizer, ranked, place) for place in range(len(ranked.answers))]
+    return [Pair(turns[better], turns[worse]) for better, worse in ranked.pairs()]
+
+
+def answer(tokenizer: Tokenizer, ranked: Ranked, place: int) -> Turns:
+    """A prompt with one of its answers; only that is learned, not what the assistant said before."""
+    said = {"role": "assistant", "content": ranked.answers[place]}
+    ids, own = tokenizer.render_turns([*ranked.prompt, said])
+    begins = max((i + 1 for i, (before, after) in enumerate(pairwise(own)) if after and not before), default=0)
+    return Turns(ids, [mine and i >= begins for i, mine in enumerate(own)])
+
+
+def fitting(found: Sequence[Pair], length: int, drop: bool) -> list[Pair]:
+    """The pairs that are not too long; others are an error unless they may be left out."""
+    short = [pair for pair in found if max(len(each.ids) for each in pair) <= length]
+    if len(short) < len(found) and not drop:
+        longest = max(len(each.ids) for pair in found for each in pair)
+        raise UserError(
+            f"{len(found) - len(short):,} of {len(found):,} pairs are longer than {length} tokens, the longest has "
+            f"{longest}: leave them out with --drop-long, or choose a longer --context-length."
+        )
+    return short
+
+
+def begun(model: nn.Module, found: Sequence[Pair], batch_size: int, pad_id: int) -> Tensor:
+    """How likely the model finds both answers of each pair, [pairs, 2]; similar lengths are computed together."""
+    order = sorted(range(len(found)), key=lambda place: max(len(each.ids) for each in found[place]))
+    values = torch.zeros(len(found), 2)
+    with counting("Reading the answers", len(found), "pairs") as progress:
+        for at in range(0, len(order), batch_size):
+            places = order[at : at + batch_size]
+            values[places] = reference(model, together([found[place] for place in places], pad_id))
+            progress(min(at + batch_size, len(order)))
+    return values
+
+
+def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
+    """The training loop's settings for so many steps an epoch."""
+    steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch))
+    return Settings(
+        steps=steps,
+        batch_size=recipe.batch_size,
+        micro_batch=recipe.micro_batch,
+        learning_rate=recipe.learning_rate or (2e-5 if recipe.lora.rank else 1e-6),
+        schedule="linear",
+        final_ratio=0.0,
+        warmup=round(recipe.warmup * steps),
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        precision="float32",  # differences of log-probabilities are small beside what bfloat16 rounds away
+        evaluate_every=max(1, steps // 5),
+        save_every=max(1, steps // 10),
+        seed=recipe.seed,
+    )
+
+
+def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
+    """Trains the task's model into a run folder."""
+    return train(
+        task.model,
+        dpo(recipe.loss, recipe.beta, recipe.label_smoothing),
+        task.data,
+        settings(recipe, task.data.steps_per_epoch),
+        described(recipe, task, out, resume),
+        save=lambda directory: leave(task.model, task.tokenizer, directory, recipe.model),
+        largest=task.data.largest(),
+    )
+
+
+def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+    """The run for the training loop: what decides its result beside the settings, and what its report says."""
+    counts = {"pairs to learn from": len(task.data.parts[0]), "pairs held out": len(task.data.parts[1])}
+    told: dict[str, Any] = {"loss": recipe.loss, "beta": recipe.beta, "label_smoothing": recipe.label_smoothing}
+    return Run(
+        directory=out,
+        resume=resume,
+        options=told | {"begins with": recipe.model, "lora": asdict(recipe.lora)},
+        about={
+            "title": f"{recipe.model} learns what is preferred in “{Path(recipe.data).stem}”",
+            "paper": "Rafailov et al., Direct Preference Optimization (2023)",
+            "data": [{"source": recipe.data, **counts, "too long, left out": task.dropped}],
+        },
+        unit="pairs",
+        how_to_resume=f"keifu train dpo --out {out} --resume, with the options of this run",
+    )
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Trains into `out`, which keifu chat reads afterwards."""
+    task = prepare(recipe)
+    if task.dropped:
+        print(f"{task.dropped:,} pairs are longer than a row and were left out.")
+    summary = learn(recipe, task, out, resume)
+    if (right := summary.figures.get("validation_accuracy")) is not None:
+        print(f"Of held-out pairs the better answer has the higher reward in {right:.1%}.")
+    print(f"The model is in {out}: keifu chat {out}.")

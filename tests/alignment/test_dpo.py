@@ -1,0 +1,180 @@
+"""DPO: its losses against TRL's and written out, its gradient, a run that learns a preference, bad files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from keifu import checkpoints
+from keifu.alignment.dpo import dpo, losses, reference, sequence_log_probabilities
+from keifu.commands.train import parse
+from keifu.data.preferences import Ranked, read
+from keifu.data.tokenizers import train_tokenizer
+from keifu.errors import UserError
+from keifu.models import llama
+from keifu.recipes import dpo as recipe
+from keifu.training import metrics
+
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+CONFIG = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable: None) -> None:
+    """Models this small are faster without a second one."""
+    torch.set_num_threads(1)
+
+
+def test_losses_written_out() -> None:
+    torch.manual_seed(1)
+    ratios, lengths = torch.randn(6, 2) * 5, torch.randint(1, 20, (6, 2)).float()
+    margin, mean = ratios[:, 0] - ratios[:, 1], (ratios / lengths)[:, 0] - (ratios / lengths)[:, 1]
+    beta = 0.3
+    expected = {  # as TRL's DPOTrainer computes sigmoid, ipo, sigmoid_norm and robust
+        "dpo": -F.logsigmoid(beta * margin),
+        "ipo": (mean - 1 / (2 * beta)) ** 2,
+        "normalised": -F.logsigmoid(beta * mean),
+    }
+    for loss, value in expected.items():
+        torch.testing.assert_close(losses(ratios, lengths, loss, beta), value, rtol=0, atol=1e-6)
+    smooth = -0.9 * F.logsigmoid(beta * margin) - 0.1 * F.logsigmoid(-beta * margin)
+    torch.testing.assert_close(losses(ratios, lengths, "dpo", beta, 0.1), smooth, rtol=0, atol=1e-6)
+    robust = (-0.9 * F.logsigmoid(beta * margin) + 0.1 * F.logsigmoid(-beta * margin)) / 0.8
+    torch.testing.assert_close(losses(ratios, lengths, "robust", beta, 0.1), robust, rtol=0, atol=1e-6)
+
+
+def batch(lengths: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Pairs with a prompt of three tokens, padded on the right."""
+    longest = max(map(max, lengths))
+    tokens = torch.randint(0, 29, (len(lengths), 2, longest), generator=torch.Generator().manual_seed(3))
+    places = torch.arange(longest)
+    mask = (places >= 3) & (places < torch.tensor(lengths)[..., None])
+    return {"tokens": tokens, "mask": mask, "reference": torch.zeros(len(lengths), 2)}
+
+
+def test_log_probabilities_and_gradient_are_those_of_all_logits() -> None:
+    torch.manual_seed(0)
+    model, given = llama.build(llama.Config(vocab_size=29, **CONFIG)), batch([(7, 5), (4, 11), (9, 9)])
+    found = sequence_log_probabilities(model, given)
+    tokens, mask = given["tokens"].flatten(0, 1), given["mask"].flatten(0, 1)
+    logs = model(tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    expected = (logs * mask[:, 1:]).sum(-1).view(-1, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reference(model.train(), given), expected, rtol=1e-5, atol=1e-5)
+    assert model.training
+    weights = [*model.parameters()]
+    ours, theirs = (torch.autograd.grad((x @ torch.tensor([1.0, -2.0])).sum(), weights) for x in (found, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    objective = dpo("dpo", 0.5)
+    rows = [{name: tensor[row : row + 1] for name, tensor in given.items()} for row in range(3)]
+    one, few = objective(model, given), [objective(model, row) for row in rows]
+    torch.testing.assert_close(one.total, torch.stack([each.total for each in few]).sum())
+    assert one.weight == 3 and {*one.figures} == {"accuracy", "reward_of_better", "reward_of_worse"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows nothing."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer("bpe", ["User: Assistant: one two three four five good bad"] * 9, 280)
+    torch.manual_seed(0)
+    checkpoints.save(llama.build(llama.Config(vocab_size=tokenizer.vocab_size, **CONFIG)), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """"good" is preferred, whatever is asked."""
+    file = tmp_path_factory.mktemp("preferences") / "preferences.jsonl"
+    words = ["one", "two", "three", "four", "five"]
+    rows = [{"prompt": f"{a} {b}", "chosen": f"good {b}", "rejected": f"bad {b}"} for a in words for b in words]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def go(base: Path, data: Path, out: Path, *arguments: str) -> Path:
+    fixed = ["--model", str(base), "--data", str(data), "--batch-size", "4", "--out", str(out)]
+    parse(["dpo", *fixed, *arguments])()
+    return out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--loss", "ipo", "--beta", "0.5"], ["--lora.rank", "4"]])
+def test_a_preference_is_learned_and_holds_for_new_prompts(
+    arguments: list[str], base: Path, preferences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = ["--steps", "30", "--learning-rate", "0.005", "--held-out", "0.2"]
+    out = go(base, preferences, tmp_path / "run", *fast, *arguments)
+    first = next(line for line in metrics.read(out) if "loss" in line)
+    last = [line for line in metrics.read(out) if "validation_accuracy" in line][-1]
+    assert last["validation_accuracy"] == 1.0 and last["validation_loss"] < first["loss"]
+    assert "in 100.0%" in capsys.readouterr().out
+    assert checkpoints.load(out)[1].chat_template
+
+
+def test_resumed_to_the_bit(base: Path, preferences: Path, tmp_path: Path) -> None:
+    fast = ["--steps", "4", "--learning-rate", "0.005"]
+    whole, part = (go(base, preferences, tmp_path / name, *fast) for name in ("whole", "part"))
+    for file in (part / "state").glob("step-00000004.*"):
+        file.unlink()
+    go(base, preferences, part, *fast, "--resume")
+    assert (whole / "model.safetensors").read_bytes() == (part / "model.safetensors").read_bytes()
+
+
+def test_only_the_last_answer_is_learned(base: Path) -> None:
+    _, tokenizer = recipe.opened(str(base), "own")
+    ranked = Ranked([*TALK, {"role": "user", "content": "two"}], ("one", "bad"), (1.0, 0.0))
+    ids, learned = recipe.answer(tokenizer, ranked, 0)
+    told = [id for id, mine in zip(ids, learned, strict=True) if mine]
+    assert tokenizer.decode(told, skip_special=False) == "one" + tokenizer.special["eos_token"]
+
+
+FORMS = {
+    "pair": ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, [("a", "b")]),
+    "messages": ({"prompt": [TALK[0]], "chosen": [{**TALK[1], "content": "a"}], "rejected": "b"}, [("a", "b")]),
+    "conversations": ({"chosen": TALK, "rejected": [TALK[0], {**TALK[1], "content": "b"}]}, [("Hello", "b")]),
+    "ranked": ({"prompt": "Hi", "answers": ["a", "b", "c"]}, [("a", "b"), ("a", "c"), ("b", "c")]),
+    "scored": ({"prompt": "Hi", "answers": ["a", "b", "c"], "scores": [1, 7, 1]}, [("b", "a"), ("b", "c")]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form: str, tmp_path: Path) -> None:
+    record, expected = FORMS[form]
+    (tmp_path / "p.jsonl").write_text(json.dumps(record))
+    [found] = read(tmp_path / "p.jsonl")
+    assert found.prompt == TALK[:1]
+    assert [(found.answers[better], found.answers[worse]) for better, worse in found.pairs()] == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"prompt": "Hi", "chosen": "a", "rejected": "a"}, "line 1: two answers are equal"),
+        ({"prompt": "Hi", "chosen": "", "rejected": "a"}, "line 1, chosen: an answer is a text"),
+        ({"prompt": "Hi", "answers": ["a"]}, "at least two"),
+        ({"prompt": "Hi", "answers": ["a", "b"], "scores": [1]}, "2 answers, so as many scores"),
+        ({"prompt": "Hi", "answers": ["a", "b"], "scores": [1, 1]}, "no answer is better"),
+        ({"chosen": TALK, "rejected": [{"role": "user", "content": "x"}, TALK[1]]}, "differ before their last"),
+        ({"question": "x"}, "prompt and chosen and rejected"),
+    ],
+)
+def test_faults(record: dict[str, object], said: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=said):
+        list(read(tmp_path / "p.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--beta", "0"], "beta must be more than 0"),
+        (["--label-smoothing", "0.5"], "below 0.5"),
+        (["--context-length", "6"], "pairs are longer than 6 tokens"),
+    ],
+)
+def test_bad_options(arguments: list[str], said: str, base: Path, preferences: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        go(base, preferences, tmp_path / "run", *arguments)
