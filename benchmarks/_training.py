@@ -1,12 +1,15 @@
 """Steps of training as contenders: keifu's, and those of any other model; each keeps the losses it sees."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from keifu.training.objectives import causal
 from keifu.training.optimisers import Optimisers
-from keifu.training.protocols import Batch, Objective
+from keifu.training.precision import resolve
+from keifu.training.protocols import Batch, Data, Objective
 from keifu.training.settings import Settings
 from keifu.training.step import Stepper, compiled
 
@@ -63,3 +66,26 @@ def peer(
         losses.append(loss.item())
 
     return step
+
+
+def learned(model: torch.nn.Module, data: Data, settings: Settings) -> float:
+    """Trains a causal model as keifu's loop does, without what happens between steps, and gives the seconds it took."""
+    optimisers, dtype = Optimisers(model, settings), resolve(settings.precision, CPU)
+    stepper = Stepper(model, causal, causal, optimisers, CPU, dtype, settings.batch_size, settings.clip, settings.seed)
+    start = time.perf_counter()
+    model.train()
+    for step in range(settings.steps):
+        stepper.gradient(step, data.batch(step), lambda: False)
+        optimisers.step(step)
+    model.eval()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def validation(model: torch.nn.Module, data: Data) -> float:
+    """Nats a token of a causal model on the data's held-out part, in float32."""
+    total = weight = 0.0
+    for batch in data.validation():
+        outcome = causal(model.eval(), batch)
+        total, weight = total + float(outcome.total), weight + float(outcome.weight)
+    return total / weight
