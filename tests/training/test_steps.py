@@ -181,6 +181,11 @@ def test_what_a_growing_run_costs_counts_its_smaller_batches() -> None:
     assert "20 steps of 30 tokens, 600 in all: about 20 s" in measured.sentence(20, "tokens", 20.0)
 
 
+def test_data_whose_batches_do_not_grow_are_not_said_to(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="begin with 2 rows, and these data with 6"):
+        train(toy(), objective, Sequences(), settings(batch_stages=((2, 5),)), run(tmp_path))
+
+
 def test_weight_decay_is_for_matrices_and_embeddings_only() -> None:
     groups = Optimisers(toy(), settings(weight_decay=0.3)).all["adamw"].param_groups
     decays = {name: group["weight_decay"] for group in groups for name in group["param_names"]}

@@ -114,28 +114,18 @@ def _bad(tensor: Tensor) -> str:
     return f"{' and '.join(kinds)} of {tensor.numel():,} values"
 
 
-class Divergence:
-    """Watches the loss: `watch` gives a warning when it stands far above where it was.
-
-    Far means by more than six times the usual deviation, and by half: a mean and a deviation that forget with 0.9 a
-    reading. It warns once, until the loss is back.
-    """
+class Running:
+    """A mean and a deviation of what is read, which forget with 0.9 a reading."""
 
     def __init__(self, mean: float = 0.0, variance: float = 0.0, readings: int = 0):
-        self.mean, self.variance, self.readings, self.warned = mean, variance, readings, False
+        self.mean, self.variance, self.readings = mean, variance, readings
 
-    def watch(self, loss: float) -> str | None:
-        """A sentence, where one is due."""
-        margin = max(6 * self.variance**0.5, 0.5 * abs(self.mean))
-        far = self.readings >= 5 and loss > self.mean + margin
-        warning = far and not self.warned
-        self.warned = far
-        text = f"The loss is {loss:.4g}, far above its running mean of {self.mean:.4g}: the run may be diverging; "
-        if not far:
-            self._take(loss)
-        return text + "a lower learning rate, a longer warm-up or a smaller clip helps." if warning else None
+    def far_below(self, loss: float, rise: float) -> bool:
+        """Whether a loss stands above the mean by six deviations, and by the share `rise` of the mean."""
+        return self.readings >= 5 and loss > self.mean + max(6 * self.variance**0.5, rise * abs(self.mean))
 
-    def _take(self, loss: float) -> None:
+    def take(self, loss: float) -> None:
+        """Takes a reading in."""
         share = max(0.1, 1 / (self.readings + 1))
         change = loss - self.mean
         self.mean += share * change
@@ -145,3 +135,20 @@ class Divergence:
     def facts(self) -> dict[str, float]:
         """What the constructor takes, for a state."""
         return {"mean": self.mean, "variance": self.variance, "readings": self.readings}
+
+
+class Divergence(Running):
+    """Watches the loss: `watch` gives a warning when it stands far above where it was, by half at least. It warns once,
+    until the loss is back."""
+
+    warned = False
+
+    def watch(self, loss: float) -> str | None:
+        """A sentence, where one is due."""
+        far = self.far_below(loss, 0.5)
+        warning = far and not self.warned
+        self.warned = far
+        text = f"The loss is {loss:.4g}, far above its running mean of {self.mean:.4g}: the run may be diverging; "
+        if not far:
+            self.take(loss)
+        return text + "a lower learning rate, a longer warm-up or a smaller clip helps." if warning else None

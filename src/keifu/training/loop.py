@@ -24,7 +24,7 @@ from keifu.training.progress import Display, clock
 from keifu.training.protocols import Batch, Data, Objective, Run, Sample, Save
 from keifu.training.report import REPORT, write_report
 from keifu.training.settings import Settings, described
-from keifu.training.start import ADVICE, Started, start, tensors
+from keifu.training.start import ADVICE, Started, go_back, start, tensors
 from keifu.training.step import Gradient, on_device
 
 
@@ -35,7 +35,7 @@ class Summary:
     directory: Path
     steps: int
     seconds: float
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float | int] = field(default_factory=dict)
 
 
 def train(
@@ -60,7 +60,8 @@ def train(
     sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, facts)
     with Display(settings.steps, run.unit) as display, StopRequest(display.note) as stop:
         started = start(model, objective, data, settings, run, display.note, largest)
-        with metrics.Metrics(run.directory, sinks, started.progressed.step) as lines:
+        at = started.progressed
+        with metrics.Metrics(run.directory, sinks, at.step, at.spikes.skipped) as lines:
             loop = _Loop(started, data, settings, run, sample, save, display, lines, lambda: stop.wanted)
             loop.go()
             return loop.finish()
@@ -92,6 +93,8 @@ class _Loop:
     def go(self) -> None:
         """Makes all steps that are left."""
         self.stepper.model.train()
+        if self.at.spikes.due(self.at.step):
+            self._save_state()
         batch = self._batch(self.at.step)
         while self.at.step < self.settings.steps:
             gradient = None if self.stop() else self._gradient(batch)
@@ -100,9 +103,13 @@ class _Loop:
             following = self._batch(self.at.step + 1)  # made while a GPU still computes
             if not guards.finite(gradient.norm + gradient.sums.total):
                 self._not_finite(batch)
-            self.started.optimisers.step(self.at.step)
-            self._count(gradient)
-            self._between()
+            if self.settings.spikes.rise and self.at.spikes.complete(gradient.sums.means()["loss"]):
+                self._rewind(gradient)
+                following = self._batch(self.at.step)
+            else:
+                self.started.optimisers.step(self.at.step)
+                self._count(gradient)
+                self._between()
             batch = following
 
     def finish(self) -> Summary:
@@ -118,7 +125,8 @@ class _Loop:
 
     def _batch(self, step: int) -> Batch:
         with self._whole():
-            return on_device(self.data.batch(min(step, self.settings.steps - 1)), self.stepper.device)
+            number = min(step, self.settings.steps - 1) + self.at.spikes.skipped
+            return on_device(self.data.batch(number), self.stepper.device)
 
     def _gradient(self, batch: Batch) -> Gradient | None:
         with self._whole():
@@ -143,6 +151,22 @@ class _Loop:
         self.gradient_norm = gradient.norm
         self.display.advance(at.step)
 
+    def _rewind(self, gradient: Gradient) -> None:
+        """Goes back to a state before a spike, past which batches are left out; the step is not made."""
+        spiked, loss = self.at.step, gradient.sums.means()["loss"]
+        with self.pace.paused():
+            try:
+                before = state.read(self.run.directory, self.at.spikes.target(spiked))
+                self.started = go_back(self.started, before, self.settings)
+            except UserError as error:
+                raise UserError(self._refuse(str(error))) from None
+            self.at = self.started.progressed
+            self._record({"rewound_from": spiked, "spike_loss": loss})
+            self.saved = -1
+            self._save_state()
+        self.display.advance(self.at.step)
+        self.display.note(f"Step {spiked:,}: {self.at.spikes.sentence(self.at.step, loss)}")
+
     def _between(self) -> None:
         """What is due after a step; training's clock stands still meanwhile."""
         s, last = self.settings, self.at.step == self.settings.steps
@@ -153,7 +177,7 @@ class _Loop:
                 self._evaluate()
             if self._due(s.sample_every):
                 self._sample()
-            if self._due(s.save_every):
+            if self._due(s.save_every) or (self.at.spikes.due(self.at.step) and not last):
                 with self._tolerating(f"The state of step {self.at.step:,}"):
                     self._save_state()
 
@@ -194,7 +218,9 @@ class _Loop:
             self.display.note(f"step {self.at.step:,}  {'  '.join(words)}")
         self.validated = self.at.step
 
-    def _record(self, figures: dict[str, float]) -> None:
+    def _record(self, figures: dict[str, float | int]) -> None:
+        skipped = self.at.spikes.skipped
+        figures = figures | ({"skipped": skipped} if skipped else {})
         self.figures |= figures
         self.lines.write(self.at.step, figures)
 
@@ -213,7 +239,9 @@ class _Loop:
     def _save_state(self) -> None:
         if self.saved != self.at.step:
             facts = {"described": self.facts, "resolved": self.started.resolved(), **self.at.facts()}
-            state.save(self.run.directory, self.at.step, tensors(self.started), facts, self.settings.keep)
+            rules = self.settings.spikes
+            reach = rules.reach if rules.rise else 0
+            state.save(self.run.directory, self.at.step, tensors(self.started), facts, self.settings.keep, reach)
             self.saved = self.at.step
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ FILE = "metrics.jsonl"
 class Sink(Protocol):
     """Where figures go beside the file."""
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
+    def write(self, step: int, figures: dict[str, float | int]) -> None:
         """Takes the figures of a step."""
         ...
 
@@ -29,18 +30,19 @@ class Sink(Protocol):
 class Metrics:
     """Appends to metrics.jsonl and to the sinks; a reader always sees whole lines.
 
-    Lines of steps after `step`, from before a run was resumed, are dropped. When the disk is full, lines wait in memory
-    until there is room. Used as a context.
+    Lines from before a run was resumed that are later than its state, of `step` steps and so many batches `skipped` in
+    rewinds, are dropped. When the disk is full, lines wait in memory until there is room. Used as a context.
     """
 
-    def __init__(self, directory: Path, sinks: list[Sink], step: int):
+    def __init__(self, directory: Path, sinks: list[Sink], step: int, skipped: int = 0):
         self.path, self.sinks = directory / FILE, sinks
-        self.before = [line for line in read(directory) if line["step"] <= step]
+        lines = read(directory)
+        self.before = [line for line in lines if (line.get("skipped", 0), line["step"]) <= (skipped, step)]
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.before))
         self.file = self.path.open("ab", buffering=0)
         self.pending = b""
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
+    def write(self, step: int, figures: dict[str, float | int]) -> None:
         """One line for a step."""
         self.pending += json.dumps({"step": step, **figures}).encode() + b"\n"
         for sink in self.sinks:
@@ -53,7 +55,7 @@ class Metrics:
                 raise
             self.file.truncate(whole)
 
-    def latest(self) -> dict[str, float]:
+    def latest(self) -> dict[str, float | int]:
         """The latest value of every figure from before the run was resumed."""
         return {name: value for line in self.before for name, value in line.items() if name != "step"}
 
@@ -78,6 +80,16 @@ def read(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def standing(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines without those of steps that a rewind has undone."""
+    kept: list[Mapping[str, Any]] = []
+    for line in lines:
+        if "rewound_from" in line:
+            kept = [earlier for earlier in kept if earlier["step"] <= line["step"]]
+        kept.append(line)
+    return kept
+
+
 class TensorBoard:
     """Events for TensorBoard in the folder `tensorboard` of the run."""
 
@@ -85,7 +97,7 @@ class TensorBoard:
         _package("tensorboard")
         self.writer = import_module("torch.utils.tensorboard").SummaryWriter(str(directory / "tensorboard"))
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
+    def write(self, step: int, figures: dict[str, float | int]) -> None:
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
 
@@ -100,7 +112,7 @@ class WeightsAndBiases:
         wandb = _package("wandb")
         self.run = wandb.init(project="keifu", name=directory.name, dir=str(directory), config=described)
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
+    def write(self, step: int, figures: dict[str, float | int]) -> None:
         self.run.log(figures, step=step)
 
     def close(self) -> None:

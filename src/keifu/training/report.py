@@ -80,14 +80,23 @@ def _key_figures(recipe: Mapping[str, Any]) -> str:
 
 
 def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
+    standing = metrics.standing(lines)
+    kept = {id(line) for line in standing}
+
     def curve(field: str, name: str = "", marked: bool = False) -> Curve:
-        return Curve(name or field, [(line["step"], line[field]) for line in lines if field in line], marked)
+        return Curve(name or field, [(line["step"], line[field]) for line in standing if field in line], marked)
+
+    undone = [(line["step"], line["loss"]) for line in lines if "loss" in line and id(line) not in kept]
 
     names = sorted({name for line in lines for name in line if _is_plain(name)} - {"validation_loss"})
     pairs = [(name.removeprefix("validation_"), name) for name in names]
     rates = [curve("learning_rate", "AdamW"), curve("matrix_rate", "Muon")]
     return [
-        chart("Loss", "loss", [curve("loss", "training"), curve("validation_loss", "validation", True)]),
+        chart(
+            "Loss",
+            "loss",
+            [curve("loss", "training"), curve("validation_loss", "validation", True), Curve("undone", undone)],
+        ),
         *(chart(a.capitalize(), a, [curve(a, "training"), curve(b, "validation", True)]) for a, b in pairs),
         chart("Bits per byte of the validation text", "bits per byte", [curve("bits_per_byte", marked=True)]),
         chart("Learning rate", "rate", rates, from_zero=True),

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from keifu.data.growth import Growth, linear, stages
 from keifu.errors import UserError, unknown
+from keifu.training.spikes import Rewinding
 
 Optimizer = Literal["adamw", "muon", "adadelta", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
@@ -70,6 +71,8 @@ class Settings:
     ema: float = 0.0
     """Keep a moving average of the weights with this decay (DDPM: 0.9999), lower in the first steps, and validate,
     sample and save with it; 0 keeps none."""
+    spikes: Rewinding = Rewinding()
+    """What is done where the loss spikes."""
     precision: Precision = "auto"
     """Of matrix products; auto: bfloat16 where the hardware has it. Weights stay in float32."""
     compile: bool = False
@@ -99,7 +102,12 @@ class Settings:
             value = vars(self)[name]
             if value is not None and not value >= least:
                 raise UserError(f"{name} must be at least {least}, and it is {value}.")
-        shares = {"final_ratio": [self.final_ratio], "betas": self.betas, "momentum": [self.momentum], "ema": [self.ema]}
+        shares = {
+            "final_ratio": [self.final_ratio],
+            "betas": self.betas,
+            "momentum": [self.momentum],
+            "ema": [self.ema],
+        }
         for name, values in shares.items():
             if not all(0 <= value < 1 or (value == 1 and name == "final_ratio") for value in values):
                 raise UserError(f"{name} must lie between 0 and 1, and it is {vars(self)[name]}.")

@@ -1,5 +1,6 @@
 """What a run needs before its first step: the resumed state, the optimizers, the measured cost; knows no model."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.training import cost, guards, state
 from keifu.training.optimisers import Optimisers
 from keifu.training.precision import resolve
 from keifu.training.protocols import Batch, Data, Objective, Run
 from keifu.training.settings import Settings, check_resumed, described
+from keifu.training.spikes import Spikes
 from keifu.training.step import Stepper, Sums, compiled, on_device, row_elements
 
 ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the model's size"
@@ -25,10 +28,11 @@ class Progressed:
     seconds: float
     sums: Sums | None
     divergence: guards.Divergence
+    spikes: Spikes
 
     def facts(self) -> dict[str, Any]:
         """The part that JSON holds."""
-        return {"seconds": self.seconds, "divergence": self.divergence.facts()}
+        return {"seconds": self.seconds, "divergence": self.divergence.facts(), "spikes": self.spikes.facts()}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def start(
     dtype = resolve(wanted, device)
     optimisers = Optimisers(model, settings)
     probe = cost.Probe(model, objective, optimisers, device, dtype)
+    _check_growth(settings, data)
     batch = on_device(data.batch(found.step if found else 0) if largest is None else largest, device)
     rows = settings.micro_batch or resolved.get("micro_batch")
     with guards.memory(ADVICE):
@@ -77,7 +82,17 @@ def start(
     done = found.step if found else 0
     whole_steps = settings.whole_steps(settings.steps) - settings.whole_steps(done)
     tell(measured.sentence(settings.steps - done, run.unit, whole_steps))
-    return Started(stepper, optimisers, measured, _progressed(found, device))
+    return Started(stepper, optimisers, measured, _progressed(found, settings, device))
+
+
+def _check_growth(settings: Settings, data: Data) -> None:
+    """Where the settings say that the batch grows, the data must have been told."""
+    growth = settings.growth
+    if len(growth.rows) > 1 and (rows := len(next(iter(data.batch(0).values())))) != growth.at(0):
+        raise UserError(
+            f"batch_stages or batch_ramp begin with {growth.at(0)} rows, and these data with {rows}: their batches do "
+            "not grow; leave the two out."
+        )
 
 
 def _resumed(run: Run, settings: Settings, data: Data, tell: Callable[[str], None]) -> state.State:
@@ -95,13 +110,27 @@ def _take_up(model: nn.Module, optimisers: Optimisers, tensors: dict[str, Tensor
     optimisers.load(_under("optimisers.", tensors))
 
 
-def _progressed(found: state.State | None, device: torch.device) -> Progressed:
+def _progressed(found: state.State | None, settings: Settings, device: torch.device) -> Progressed:
     if found is None:
-        return Progressed(0, 0.0, None, guards.Divergence())
+        return Progressed(0, 0.0, None, guards.Divergence(), Spikes(settings.spikes))
     sums = _under("sums.", found.tensors)
     facts = found.facts
     taken = Sums.from_tensors(sums, device) if sums else None
-    return Progressed(found.step, facts["seconds"], taken, guards.Divergence(**facts["divergence"]))
+    divergence = guards.Divergence(**facts["divergence"])
+    spikes = Spikes(settings.spikes, **facts.get("spikes", {}))
+    return Progressed(found.step, facts["seconds"], taken, divergence, spikes)
+
+
+def go_back(started: Started, found: state.State, settings: Settings) -> Started:
+    """The run at an earlier state of its own, from which other batches follow; its clock is not set back."""
+    stepper, now = started.stepper, started.progressed
+    then = _progressed(found, settings, stepper.device)
+    then.spikes = now.spikes.after(found.step, then.spikes.facts())
+    then.seconds = now.seconds
+    started.optimisers.drop_gradients()
+    started.optimisers.forget()
+    _take_up(stepper.model, started.optimisers, found.tensors)
+    return dataclasses.replace(started, progressed=then)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,8 +30,11 @@ class State:
     tensors: dict[str, Tensor]
 
 
-def save(directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> str:
-    """Writes a state into a run's folder, removes all but the last `keep`, and gives the hash of the tensors.
+def save(
+    directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int, reach: int = 0
+) -> str:
+    """Writes a state into a run's folder, removes all but the last `keep` and those less than `reach` steps older, and
+    gives the hash of the tensors.
 
     Until the new one is whole on disk the earlier ones stay, so a full disk or a crash loses nothing. States of later
     steps are removed too: they are damaged ones that this run could not be resumed from.
@@ -41,9 +44,11 @@ def save(directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mappi
         write(tensors, temporary)
         digest = sha256(temporary)
     write_atomic(facts_file, json.dumps({"step": step, "sha256": digest, **facts}, indent=1, ensure_ascii=False))
-    written = steps(directory)
-    for old in {*written[:-keep], *(other for other in written if other > step)} - {step}:
-        remove(directory, old)
+    written = [other for other in steps(directory) if other <= step]
+    oldest = written[-keep:][0] - reach
+    for other in steps(directory):
+        if other > step or other < oldest:
+            remove(directory, other)
     return digest
 
 
