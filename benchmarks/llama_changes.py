@@ -1,0 +1,159 @@
+"""What LLaMA's three changes bought: LayerNorm, GELU and learned positions of GPT-2, each changed alone, and all three.
+
+python benchmarks/llama_changes.py [--steps 400] [--seeds 0 1 2] [--only NAME ...] [--picture PNG]
+
+Every model is made here of the shared layers: 6 blocks of width 192 with 3 heads, GPT-2's order of norms, biases,
+initialisation and tied head. RMSNorm stands for LayerNorm; SwiGLU with a hidden width of 8/3 for GELU with one of 4, so
+that its three products cost what two did; rotary positions for learned ones. The FLOPs of a token are counted by torch
+and printed. All see the same windows of 128 tokens in the same order for the same number of steps, with AdamW and the
+same rates; seeds change weights and order. The loss is that of held-out text, and beyond the trained length that of
+tokens at places 128 to 255 and 256 to 511 of windows of 512: there the learned positions have rows that no step has
+touched. Means over the seeds, in brackets the lowest and the highest.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import matplotlib.pyplot as plt
+import torch
+from _rounds import machine
+from _training import learned
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from keifu.data.packed import PackedText
+from keifu.layers.activations import activation
+from keifu.layers.attention import Attention
+from keifu.layers.blocks import PreNorm
+from keifu.layers.decoder import DecoderLM
+from keifu.layers.feedforward import FeedForward, SwiGLU
+from keifu.layers.initialisation import normal_, scale_residual_
+from keifu.layers.normalisation import RMSNorm
+from keifu.layers.positions import LearnedPositions, Rotary
+from keifu.recipes._language import Task, Text, ready
+from keifu.training.settings import Settings
+
+DIM, LAYERS, HEADS = 192, 6, 3
+TRAINED, LONGEST = 128, 512  # tokens of a window in training, and of the windows that are looked at afterwards
+PARTS = {"trained length": (0, TRAINED), "128 to 255": (TRAINED, 256), "256 to 511": (256, LONGEST)}
+
+
+@dataclass(frozen=True)
+class Model:
+    """The three places in which GPT-2 and LLaMA differ here."""
+
+    norm: Callable[[], nn.Module] = partial(nn.LayerNorm, DIM)
+    feedforward: Callable[[], nn.Module] = partial(FeedForward, DIM, 4 * DIM, activation("gelu_tanh"))
+    learned_positions: Callable[[], LearnedPositions] | None = partial(LearnedPositions, LONGEST, DIM)
+    rotary: Callable[[], Rotary] | None = None
+
+    def build(self, vocab_size: int) -> DecoderLM:
+        """The model, with GPT-2's initialisation."""
+        blocks = [
+            PreNorm(Attention(DIM, HEADS), self.feedforward(), (self.norm(), self.norm())) for _ in range(LAYERS)
+        ]
+        places = self.learned_positions() if self.learned_positions else None
+        turning = self.rotary() if self.rotary else None
+        model = DecoderLM(nn.Embedding(vocab_size, DIM), blocks, self.norm(), places, turning)
+        normal_(model, std=0.02)
+        scale_residual_(model, LAYERS)
+        return model
+
+
+RMS = {"norm": partial(RMSNorm, DIM)}
+GATED = {"feedforward": partial(SwiGLU, DIM, 8 * DIM // 3, bias=True)}
+TURNED = {"learned_positions": None, "rotary": partial(Rotary, DIM // HEADS)}
+MODELS = {
+    "GPT-2": Model(),
+    "RMSNorm": Model(**RMS),
+    "SwiGLU": Model(**GATED),
+    "rotary": Model(**TURNED),
+    "all three": Model(**RMS, **GATED, **TURNED),
+}
+
+
+def flops(model: DecoderLM) -> float:
+    """Floating-point operations of a forward pass over the trained length, for each token."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, TRAINED, dtype=torch.int64))
+    return counter.get_total_flops() / TRAINED
+
+
+@torch.no_grad()
+def by_place(model: DecoderLM, rows: Tensor) -> Tensor:
+    """The mean held-out loss of a token at each place of a window, [LONGEST], in nats."""
+    total = torch.zeros(LONGEST)
+    for part in rows.split(16):
+        logits = model(part[:, :-1])
+        total += nn.functional.cross_entropy(logits.mT, part[:, 1:], reduction="none").sum(0)
+    return total / len(rows)
+
+
+def run(name: str, seed: int, task: Task, options: argparse.Namespace) -> tuple[Tensor, float]:
+    """Trains a model, and gives its loss by place and the seconds of training."""
+    settings = Settings(
+        steps=options.steps, batch_size=options.rows, learning_rate=options.rate, warmup=options.steps // 10,
+        final_ratio=0.0, weight_decay=0.1, seed=seed,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = MODELS[name].build(task.tokenizer.vocab_size)
+    seconds = learned(model, PackedText(task.shards, TRAINED, options.rows, seed), settings)
+    judge = PackedText(task.shards, LONGEST, 1, validation_tokens=options.held_out)
+    return by_place(model, torch.cat([batch["tokens"] for batch in judge.validation()])), seconds
+
+
+def spread(values: list[float]) -> str:
+    """Their mean, and in brackets the lowest and the highest."""
+    return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def draw(losses: dict[str, list[Tensor]], path: Path) -> None:
+    """Loss by place, smoothed over 16 places; the shade is the spread of the seeds."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, seeds in losses.items():
+        curves = torch.stack(seeds).unflatten(1, (-1, 16)).mean(2)
+        places = torch.arange(curves.shape[1]) * 16 + 8
+        axes.plot(places, curves.mean(0), label=name)
+        axes.fill_between(places, curves.min(0).values, curves.max(0).values, alpha=0.2)
+    axes.axvline(TRAINED, color="grey", linestyle=":", label="trained length")
+    axes.set(xlabel="place in the window", ylabel="held-out loss, nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=32, help="of 128 tokens in a step")
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--data", default="english")
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--held-out", type=int, default=100_000, help="tokens of the held-out loss")
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    task = ready(Text(options.data, vocab_size=options.vocab_size))
+    print(f"{machine()}; {options.steps} steps of {options.rows * TRAINED:,} tokens, seeds {options.seeds}\n")
+    print("| | parameters | MFLOP a token |" + "".join(f" {part} |" for part in PARTS) + " seconds a run |")
+    print("|---|---:|---:|" + "---:|" * (len(PARTS) + 1), flush=True)
+    losses: dict[str, list[Tensor]] = {}
+    for name in options.only:
+        model = MODELS[name].build(task.tokenizer.vocab_size)
+        found = [run(name, seed, task, options) for seed in options.seeds]
+        losses[name] = [curve for curve, _ in found]
+        figures = [spread([float(curve[a:b].mean()) for curve in losses[name]]) for a, b in PARTS.values()]
+        size, cost = sum(p.numel() for p in model.parameters()), flops(model) / 1e6
+        told = " | ".join([f"{size:,}", f"{cost:.2f}", *figures, f"{mean(seconds for _, seconds in found):.0f}"])
+        print(f"| {name} | {told} |", flush=True)
+    if options.picture:
+        draw(losses, options.picture)
+
+
+if __name__ == "__main__":
+    main()
