@@ -33,6 +33,7 @@ ABOUT = "a language model on a task told by examples in the prompt: accuracy wit
 OPTIONS = {"shots", "by_shots", "seed", "metric", "batch_size", "output"}
 SHARE = ("accuracy", "95% from", "95% to")
 ROW = ("shots", "prompt", "right", "given", "correct", "details")
+QUOTES = "\"'“”‘’"
 NUMBER = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 
@@ -103,7 +104,7 @@ def normal(text: str) -> str:
     """A written answer without what does not make it another one: NFKC, lower case, single spaces, no commas in
     numbers, no punctuation at its end and no quotation marks around it."""
     text = NUMBER.sub("", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
-    return text.strip("\"'“”‘’ ").rstrip(".,;:!? ")
+    return text.lstrip(f"{QUOTES} ").rstrip(f"{QUOTES} .,;:!?")
 
 
 @dataclass(frozen=True)
