@@ -201,6 +201,11 @@ def test_open_clip_both_ways(case, open_clip, tmp_path) -> None:
         checkpoints.save(model, None, ours)
         transformer = transformers.CLIPModel.from_pretrained(ours)
         assert close(transformer(tokens, pixels).logits_per_image, reference.get_logits(pixels, tokens)[0])
+        checkpoints.save(model, None, ours, kind="open_clip")
+        assert not (ours / "config.json").exists()
+        assert same_files(ours, theirs, "open_clip_model.safetensors")
+        again = open_clip.create_model(f"local-dir:{ours}").eval()
+        assert torch.equal(again.get_logits(pixels, tokens)[0], reference.get_logits(pixels, tokens)[0])
 
 
 
@@ -262,6 +267,12 @@ def test_published_configs_are_the_sizes_of_those_names() -> None:
     for name, size in clip.SIZES.items():
         assert describe(size)[0].model_type == ("open_clip" if "rn" in name else "clip")
     assert describe(clip_text.SIZES["stable-diffusion-text"])[0].model_type == "clip_text_model"
+
+
+def test_the_format_that_is_asked_for_must_have_the_model(tmp_path) -> None:
+    tower = clip_text.build(clip_text.Config(11, 8, 12, 24, 1, 3))
+    with pytest.raises(UserError, match="open_clip has no clip_text"):
+        checkpoints.save(tower, None, tmp_path, kind="open_clip")
 
 
 def test_what_no_format_has_is_saved_as_keifu_s_own(tmp_path) -> None:

@@ -3,6 +3,7 @@
 A new model costs a line in `FAMILIES`.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -201,6 +202,17 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
             return found, json
     family = FAMILIES[f"keifu_{_name(able[0].module)}"]
     return family, family.write(config)
+
+
+def described_as(config: Any, kind: str) -> tuple[Family, dict[str, Any]]:
+    """The family of that model_type and its config for a built model's; one that cannot say it all is a `UserError`."""
+    family = FAMILIES[kind]
+    if not isinstance(config, family.module.Config):
+        raise UserError(f"The format {kind} has no {_name(sys.modules[type(config).__module__])}: use hf.")
+    json = family.write(config)
+    if not _same(config, family.read(json)):
+        raise UserError(f"The format {kind} has no words for something in this model's config: use hf.")
+    return family, json
 
 
 def _same(config: Any, back: Any) -> bool:

@@ -62,20 +62,23 @@ def inspect(name: str | Path, dtype: torch.dtype | None = None) -> Report:
     return report(_plan(name, dtype))
 
 
-def convert(name: str | Path, out: str | Path, to: Literal["hf", "gguf"], dtype: str | None = None) -> None:
-    """Writes a model in another format: "hf", a Hugging Face directory, or "gguf", one file for llama.cpp.
+def convert(
+    name: str | Path, out: str | Path, to: Literal["hf", "gguf", "open_clip"], dtype: str | None = None
+) -> None:
+    """Writes a model in another format: "hf", a Hugging Face directory, "gguf", one file for llama.cpp, or for a CLIP
+    "open_clip", the directory that open_clip loads.
 
     dtype: f32, f16, bf16 or, for gguf, q8_0; None keeps the type that holds the stored numbers exactly.
     """
-    if to not in ("hf", "gguf"):
-        raise unknown("format", to, ["hf", "gguf"])
+    if to not in ("hf", "gguf", "open_clip"):
+        raise unknown("format", to, ["hf", "gguf", "open_clip"])
     if dtype is not None and dtype not in (*DTYPES, "q8_0"):
         raise unknown("number format", dtype, [*DTYPES, "q8_0"])
-    if to == "hf" and dtype == "q8_0":
+    if to != "gguf" and dtype == "q8_0":
         raise UserError("A Hugging Face directory cannot hold q8_0; write it as gguf, or choose f32, f16 or bf16.")
     model, tokenizer = _to_convert(name, None if dtype is None or to == "gguf" else DTYPES[dtype])
-    if to == "hf":
-        save(model, tokenizer, out)
+    if to != "gguf":
+        save(model, tokenizer, out, kind=None if to == "hf" else to)
     else:
         save_gguf(model, tokenizer, Path(out), dtype)
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from keifu.checkpoints.diffusers import PIPELINE, is_part, pipeline_files
+from keifu.checkpoints.families import described_as
 from keifu.checkpoints.huggingface import CONFIGS, INDEX, PREPROCESSOR, WEIGHTS
 from keifu.checkpoints.names import Link, links
 from keifu.checkpoints.source import check_tokenizer, name_of
@@ -36,20 +37,27 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def save(model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_bytes: int | float = 5e9) -> None:
+def save(
+    model: nn.Module,
+    tokenizer: Any,
+    directory: str | Path,
+    max_shard_bytes: int | float = 5e9,
+    kind: str | None = None,
+) -> None:
     """Writes a model and its tokenizer as a Hugging Face directory.
 
     It holds config.json, generation_config.json, the tokenizer's files, and model.safetensors or, where the weights
     have more than `max_shard_bytes`, shards of at most that size with an index. A tensor that two parts of the model
     share is written once. tokenizer: None for a model that writes no text. Other files in the directory stay. A Config
     that no published model_type can say is written under keifu's own, which keifu alone loads. A network that draws is
-    written as diffusers' pipeline, in the folder `unet` beside its scheduler.
+    written as diffusers' pipeline, in the folder `unet` beside its scheduler. kind: the model_type to write it as, where
+    it has several ("open_clip").
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, and a model is written as a folder: give another name.")
     own: Any = model.config
-    family, config = describe(own)
+    family, config = describe(own) if kind is None else described_as(own, kind)
     if tokenizer is not None:
         check_tokenizer(tokenizer, own.vocab_size)
     stage = directory / f"{STAGE}{os.getpid()}"

@@ -11,11 +11,12 @@ from keifu.commands import flags
 
 @dataclass(frozen=True)
 class Options:
-    """Write a model as a Hugging Face directory, which transformers loads, or as GGUF, which llama.cpp loads."""
+    """Write a model as a Hugging Face directory, which transformers loads, as GGUF, which llama.cpp loads, or a CLIP as
+    open_clip has it."""
 
     model: flags.Model
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="The folder or .gguf file to write.")]
-    to: Literal["hf", "gguf"]
+    to: Literal["hf", "gguf", "open_clip"]
     """The format."""
     dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None
     """Number format of the matrices, by default one that holds the stored numbers; q8_0 is for gguf alone."""

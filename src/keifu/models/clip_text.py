@@ -139,6 +139,7 @@ NOT_WEIGHTS = ("text_model.embeddings.position_ids",)
 MODEL_TYPES = {"clip_text_model": "CLIPTextModel"}
 UNSUPPORTED: dict[str, Any] = {}
 IN_FILE = {"projected": "text_projection.weight"}
+START = 49_406  # what transformers takes as the first token of a caption where a config does not say
 HIGHEST_ID = 2  # the eos_token_id of old files, by which transformers knows that the highest id is the end
 
 
@@ -181,6 +182,7 @@ def to_published(config: Config) -> dict[str, Any]:
         "max_position_embeddings": config.context_length,
         **tower_to_published(config),
         "eos_token_id": HIGHEST_ID if config.end_id is None else config.end_id,
+        **({} if config.vocab_size > START else {"bos_token_id": None}),
     }
 
 
