@@ -22,8 +22,8 @@ class Options:
     action: Annotated[
         tyro.conf.Positional[Literal["list", "get", "check", "show"]],
         tyro.conf.arg(
-            help="What to do; check reports encoding errors, duplicates and lengths of text, show writes a contact sheet "
-            "of pictures and says how many there are."
+            help="What to do; check reports encoding errors, duplicates and lengths of text; show counts pictures and "
+            "writes a contact sheet of them."
         ),
     ] = "list"
     name: Annotated[
