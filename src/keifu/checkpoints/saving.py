@@ -50,8 +50,8 @@ def save(
     have more than `max_shard_bytes`, shards of at most that size with an index. A tensor that two parts of the model
     share is written once. tokenizer: None for a model that writes no text. Other files in the directory stay. A Config
     that no published model_type can say is written under keifu's own, which keifu alone loads. A network that draws is
-    written as diffusers' pipeline, in the folder `unet` beside its scheduler. kind: the model_type to write it as, where
-    it has several ("open_clip").
+    written as diffusers' pipeline, in the folder `unet` beside its scheduler. kind: the model_type to write it as,
+    where it has several ("open_clip").
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():

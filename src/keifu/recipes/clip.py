@@ -95,6 +95,8 @@ def prepare(recipe: Recipe) -> Task:
     """Reads the pictures, holds some out, learns the tokenizer from the captions of the others, builds the model."""
     seen = recipe.image if recipe.tower == "vit" else recipe.resnet
     channels = recipe.image.channels if recipe.tower == "vit" else 3
+    if recipe.tower == "resnet" and seen.image_size < 64:  # its last batch norms would see one number a picture
+        raise UserError(f"A ResNet must see 64 pixels at least, and image_size is {seen.image_size}: make it larger.")
     parts = split(read_pictures(recipe.data, seen.image_size, 1 if channels == 1 else 3))
     captions = [parts.train.texts(language) for language in recipe.languages]
     tokenizer = _tokenizer(recipe, [text for texts in captions for text in texts])
