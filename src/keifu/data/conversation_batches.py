@@ -115,9 +115,13 @@ class PackedConversations:
         """Batches after which every row was seen once."""
         return len(self.rows) / self.batch_size
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of all ids and masks, and of what goes together."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
         digest = hashlib.sha256(f"{self.rows} {self.held_rows} {self.seed} {self.pad_id}".encode())
         for each in (*self.training, *self.held):
             digest.update(np.array([len(each.ids), *each.ids, *each.learned], dtype=np.int64).tobytes())

@@ -50,9 +50,13 @@ class PreferencePairs:
         """Batches after which every pair was seen once."""
         return len(self.parts[0]) / self.batch_size
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of all ids and masks."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
         digest = hashlib.sha256(f"{self.seed} {self.pad_id}".encode())
         for pair in (pair for part in self.parts for pair in part):
             for each in pair:

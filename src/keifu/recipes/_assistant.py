@@ -55,7 +55,7 @@ def templated(tokenizer: Tokenizer, template: Template) -> Tokenizer:
     if template == "own" and tokenizer.chat_template:
         return tokenizer
     if template == "chatml":
-        tokenizer.token_id("<|im_start|>"), tokenizer.token_id("<|im_end|>")
+        _ = [tokenizer.token_id(token) for token in ("<|im_start|>", "<|im_end|>")]
     elif tokenizer.eos_id is None:
         raise UserError("This tokenizer has no end-of-text token, so no turn could end: take another model.")
     return tokenizer.with_chat_template(TEMPLATES["plain" if template == "own" else template])

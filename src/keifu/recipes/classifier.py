@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from keifu import checkpoints
 from keifu.data.labelled import Labelled, read, split
@@ -72,7 +71,7 @@ class Recipe:
 class Task:
     """Everything made ready: a model with a head for the labels, its tokenizer, and the rows as ids."""
 
-    model: nn.Module
+    model: Any
     tokenizer: Tokenizer
     labels: tuple[str, ...]
     training: Encoded
@@ -92,19 +91,21 @@ def ready(recipe: Recipe, training: Labelled, held: Labelled) -> Task:
     """The task of these rows; all labels must be among those to learn from, two at least."""
     labels = training.classes
     if len(labels) < 2:
-        raise UserError(f"There is nothing to tell apart in {training.source}: every text is labelled {labels[0]!r}.")
+        alone = ", ".join(labels)
+        raise UserError(f"There is nothing to tell apart in {training.source}: its labels are {alone} alone.")
     torch.manual_seed(recipe.seed)
     model, tokenizer = started(recipe, labels, training.texts)
     limit = model.config.context_length
     if recipe.cut is not None and not 3 <= recipe.cut <= limit:
         raise UserError(f"cut keeps from 3 to {limit} tokens, as many as the model takes, and it is {recipe.cut}.")
     numbers = {label: number for number, label in enumerate(labels)}
-    parts, cut = [], 0
-    for part in (training, held):
+
+    def as_ids(part: Labelled) -> tuple[Encoded, int]:
         rows, shortened = encoded(tokenizer, part.texts, recipe.cut or limit, recipe.cut is not None)
-        parts.append(Encoded(rows, [numbers[label] for label in part.labels]))
-        cut += shortened
-    return Task(model, tokenizer, labels, *parts, cut)
+        return Encoded(rows, [numbers[label] for label in part.labels]), shortened
+
+    (learned, cut), (tested, cut_too) = as_ids(training), as_ids(held)
+    return Task(model, tokenizer, labels, learned, tested, cut + cut_too)
 
 
 def started(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...]) -> tuple[Any, Tokenizer]:
@@ -121,7 +122,8 @@ def started(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...]) -> 
         raise UserError(f"--size and --tokenizer are for a new model, and {recipe.model} is none: use --model scratch.")
     base, tokenizer = checkpoints.load(recipe.model, torch.float32)
     model = bert.build(replace(encoder(base).config, **heads))
-    fresh = set() if base.config.labels == labels else {"classifier.weight", "classifier.bias"}
+    own: Any = base.config
+    fresh = set() if own.labels == labels else {"classifier.weight", "classifier.bias"}
     weights = {name: tensor for name, tensor in base.state_dict().items() if name not in fresh}
     model.load_state_dict({name: weights[name] for name in model.state_dict() if name in weights}, strict=False)
     return model, tokenizer

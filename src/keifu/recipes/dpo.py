@@ -93,13 +93,14 @@ def prepare(recipe: Recipe) -> Task:
     found = list(read(recipe.data))
     sides = held_out(found, [each.prompt[-1]["content"] for each in found], recipe.held_out)
     training, held = ([*chain(*(pairs(tokenizer, each) for each in side))] for side in sides)
-    kept = [short for side in (training, held) for short in [fitting(side, length, recipe.drop_long)]]
-    dropped = len(training) + len(held) - sum(map(len, kept))
+    learned, tested = (fitting(side, length, recipe.drop_long) for side in (training, held))
+    dropped = len(training) + len(held) - len(learned) - len(tested)
     pad = tokenizer.pad_id or 0
-    references = tuple(begun(model, side, recipe.batch_size, pad) for side in kept)
+    references = begun(model, learned, recipe.batch_size, pad), begun(model, tested, recipe.batch_size, pad)
     model = to_train(model, recipe.lora, recipe.seed)
-    data = PreferencePairs(*kept, recipe.batch_size, recipe.seed, pad, references)  # pyright: ignore[reportArgumentType]
-    return Task(model, tokenizer, data, dropped)
+    return Task(
+        model, tokenizer, PreferencePairs(learned, tested, recipe.batch_size, recipe.seed, pad, references), dropped
+    )
 
 
 def pairs(tokenizer: Tokenizer, ranked: Ranked) -> list[Pair]:

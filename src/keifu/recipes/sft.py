@@ -88,9 +88,11 @@ def prepare(recipe: Recipe) -> Task:
     model, tokenizer = opened(recipe.model, recipe.template)
     length = row_length(model, recipe.context_length)
     training, held = split(chosen(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
-    rows = [[Turns(*tokenizer.render_turns(each)) for each in part] for part in (training, held)]
-    parts = (fitted(part, length, recipe.too_long) for part in rows)
-    return Task(to_train(model, recipe.lora, recipe.seed), tokenizer, *parts, held[:SAMPLES], length)
+    learned, tested = (
+        fitted([Turns(*tokenizer.render_turns(each)) for each in part], length, recipe.too_long)
+        for part in (training, held)
+    )
+    return Task(to_train(model, recipe.lora, recipe.seed), tokenizer, learned, tested, held[:SAMPLES], length)
 
 
 def chosen(found: list[Conversation], limit: int | None) -> list[Conversation]:
