@@ -35,7 +35,6 @@ from keifu.training.protocols import Run
 from keifu.training.settings import Settings
 
 LEAST_CUT = 8  # tokens: room for the special ones and something between them
-WARMUP = 0.002  # of the steps
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,9 @@ class Recipe:
     micro_batch: int | None = None
     """Examples computed at a time; unset: as many as fit in memory."""
     learning_rate: float = 6.25e-5
-    """AdamW's highest rate."""
+    """AdamW's highest rate; models smaller than GPT-1 take a higher one."""
+    warmup: float = 0.002
+    """Share of the steps in which the rate rises from 0."""
     weight_decay: float = 0.01
     """How strongly AdamW pulls matrices towards zero."""
     classifier_dropout: float = 0.1
@@ -77,9 +78,9 @@ class Recipe:
     """Of the new weights, the order of the examples and dropout."""
 
     def __post_init__(self) -> None:
-        for name, value, below in (("held_out", self.held_out, 1), ("classifier_dropout", self.classifier_dropout, 1)):
-            if not 0 <= value < below:
-                raise UserError(f"{name} is a share from 0 up to below 1, and it is {value}.")
+        for name in ("held_out", "warmup", "classifier_dropout"):
+            if not 0 <= vars(self)[name] < 1:
+                raise UserError(f"{name} is a share from 0 up to below 1, and it is {vars(self)[name]}.")
         if self.lm_weight < 0:
             raise UserError(f"lm_weight must be at least 0, and it is {self.lm_weight}.")
 
@@ -163,7 +164,7 @@ def settings(recipe: Recipe, steps_per_epoch: int) -> Settings:
         micro_batch=recipe.micro_batch,
         learning_rate=recipe.learning_rate,
         schedule="linear",
-        warmup=round(WARMUP * steps),
+        warmup=round(recipe.warmup * steps),
         final_ratio=0.0,
         weight_decay=recipe.weight_decay,
         betas=(0.9, 0.999),

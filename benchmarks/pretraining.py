@@ -1,0 +1,202 @@
+"""What generative pretraining bought: the topics of Wikipedia summaries, told by a GPT-1 that wrote before, or did not.
+
+python benchmarks/pretraining.py [--minutes 12] [--labels 100 1000 9033] [--epochs 2] [--tokens 64] [--picture PNG]
+
+10,033 summaries with 12 topics, 1,000 of them held out by a hash of their text (the split of benchmarks/topics.py). A
+GPT-1 of 4 blocks and width 256 is pretrained by `keifu train gpt1`'s way for so many minutes on the catalogue's English
+text, from which the held-out summaries are taken out; its tokenizer is learned from the rest too. Then `keifu train
+gpt1-finetune` teaches it the topics, with the auxiliary loss and without, and so it teaches the same model with random
+weights, for as many steps. All read the first 64 tokens of a summary, and see 9,033 of them twice, 1,000 five times and
+100 twelve times. Random weights get a higher rate than pretrained ones. Seconds are those of fine-tuning and of reading
+the held-out texts; accuracies are means over the seeds.
+"""
+
+import argparse
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+import matplotlib.pyplot as plt
+import torch
+from _rounds import machine
+
+from keifu import checkpoints
+from keifu.data import catalogue
+from keifu.data.form_tables import Examples, read_examples
+from keifu.data.forms import form_of
+from keifu.data.labelled import key
+from keifu.data.packed import PackedText
+from keifu.data.text import prepare_parts
+from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.evaluation.classification import Confusion
+from keifu.models import gpt1
+from keifu.recipes import gpt1 as writing
+from keifu.recipes import gpt1_finetune as telling
+from keifu.recipes._language import VALIDATION_TOKENS, Task, Text, pretrain
+from keifu.training.budget import steps_within
+from keifu.training.objectives import causal
+
+HELD_OUT, ALL = 1000, 9033
+VALIDATION = 0x400  # of 2^16 keys: one document in 64 is for the loss of pretraining
+MODEL = replace(writing.SMALL, context_length=128)
+DROPOUT = 0.1  # in fine-tuning, as in the paper
+WARMUP = 0.1  # of the steps: random weights in this order of norms need one, and there are few steps
+
+
+@dataclass(frozen=True)
+class Way:
+    """A line of the table: from which weights, and what the auxiliary loss counts."""
+
+    title: str
+    pretrained: bool
+    lm_weight: float
+
+
+WAYS = {
+    "scratch": Way("random weights", False, 0.0),
+    "scratch-lm": Way("random weights, auxiliary loss", False, 0.5),
+    "tuned": Way("pretrained", True, 0.0),
+    "tuned-lm": Way("pretrained, auxiliary loss", True, 0.5),
+}
+
+
+def texts(names: list[str], held: Examples) -> Iterator[str]:
+    """The catalogue's documents but for the held-out summaries, whatever their case and signs."""
+    hidden = {key(row.texts[0]) for row in held.rows}
+    for name in names:
+        yield from (text for text in catalogue.documents(name) if key(text) not in hidden)
+
+
+def prepared(options: argparse.Namespace, held: Examples) -> Task:
+    """The text to pretrain on, its tokenizer, and its ids."""
+    parts = {part for name in options.texts for part in (catalogue.entry(name).parts or (name,))}
+    names = sorted(parts)
+    print(f"Learning a tokenizer from {', '.join(names)} ...", flush=True)
+    tokenizer = train_tokenizer("bpe", texts(names, held), options.vocab_size)
+
+    def both() -> tuple[list[str], list[str]]:
+        sides: tuple[list[str], list[str]] = [], []
+        for text in texts(names, held):
+            sides[int(key(text)[:4], 16) < VALIDATION].append(text)
+        return sides
+
+    content = hashlib.sha256(repr((names, sorted(key(row.texts[0]) for row in held.rows))).encode()).hexdigest()
+    return Task(Text("+".join(names)), tokenizer, prepare_parts("pretraining", content, both, tokenizer))
+
+
+def pretrained(options: argparse.Namespace, task: Task, out: Path) -> None:
+    """Trains for so many minutes, and leaves the model in a folder."""
+    recipe = writing.Recipe(model=MODEL, batch_size=32, seed=options.seeds[0])
+    config = replace(MODEL, vocab_size=task.tokenizer.vocab_size)
+    data = PackedText(task.shards, config.context_length, 32, options.seeds[0], VALIDATION_TOKENS)
+    torch.manual_seed(0)
+    trial = replace(writing.chosen(recipe, 10**7), steps=1000)
+    steps = steps_within(options.minutes, gpt1.build(config), causal, data, trial, data.batch(0))
+    settings = writing.chosen(replace(recipe, steps=steps), 0)
+    summary = pretrain("gpt1", task, gpt1.build, MODEL, settings, out, resume=False, start_over=True, prompt="The")
+    seen = steps * 32 * config.context_length
+    loss, bits = summary.figures["validation_loss"], summary.figures["bits_per_byte"]
+    passes = seen / len(task.shards.tokens)
+    print(f"Pretrained: {steps:,} steps, {seen / 1e6:.1f} M tokens ({passes:.2f} passes) in {summary.seconds:.0f} s; ")
+    print(f"{loss:.3f} nats a token, {bits:.3f} bits a byte, on text that was kept apart.\n", flush=True)
+
+
+def with_dropout(folder: Path, out: Path, tokenizer: Tokenizer | None = None) -> str:
+    """The model of a folder, or a new one of the same shape where a tokenizer is given, with fine-tuning's dropout."""
+    if tokenizer is None:
+        weights, words = checkpoints.load(folder)
+        model = gpt1.build(replace(weights.config, dropout=DROPOUT))
+        model.load_state_dict(weights.state_dict())
+    else:
+        words = tokenizer
+        model = gpt1.build(replace(MODEL, vocab_size=tokenizer.vocab_size, dropout=DROPOUT))
+    checkpoints.save(model, words, out)
+    return str(out)
+
+
+def tuned(way: Way, base: str, training: Examples, held: Examples, seed: int, options: argparse.Namespace) -> Confusion:
+    """A run of the recipe; fewer labels are seen more often, for otherwise there would be few steps."""
+    epochs = max(1, round(options.epochs * (ALL / len(training)) ** 0.4))
+    recipe = telling.Recipe(
+        model=base, cut=options.tokens, epochs=epochs, seed=seed, lm_weight=way.lm_weight, warmup=WARMUP,
+        learning_rate=options.rate if way.pretrained else options.scratch_rate,
+    )  # fmt: skip
+    task = telling.ready(recipe, training, held)
+    with tempfile.TemporaryDirectory() as directory:
+        telling.learn(recipe, replace(task, held=replace(task.held, rows=[], targets=[])), Path(directory))
+    return telling.judged(task)
+
+
+def draw(accuracies: dict[str, dict[int, float]], majority: float, path: Path) -> None:
+    """Held-out accuracy by the number of labels, a line for each way."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in accuracies.items():
+        style = "-" if WAYS[name].lm_weight else "--"
+        colour = "tab:blue" if WAYS[name].pretrained else "tab:orange"
+        axes.plot([*points], [*points.values()], style, color=colour, marker="o", label=WAYS[name].title)
+    axes.axhline(majority, color="grey", linestyle=":", label="always the most frequent topic")
+    axes.set(xscale="log", xlabel="labelled summaries", ylabel="accuracy on 1,000 held-out summaries", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=12.0, help="of pretraining")
+    parser.add_argument("--texts", nargs="+", default=["english"], help="of the catalogue")
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--only", choices=WAYS, nargs="+", default=[*WAYS])
+    parser.add_argument("--labels", type=int, nargs="+", default=[100, 1000, ALL])
+    parser.add_argument("--held-out", type=int, default=HELD_OUT)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=64, help="of a summary that are read")
+    parser.add_argument("--rate", type=float, default=5e-4, help="the highest one of fine-tuning")
+    parser.add_argument("--scratch-rate", type=float, default=1e-3, help="the same where weights begin at random")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--run", type=Path, help="keep the pretrained model in this folder, or take the one there")
+    parser.add_argument("--picture", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    training, held = read_examples("wiki-summaries", form_of("classification")).split(options.held_out)
+    print(f"{machine()}; {len(held)} held-out summaries\n", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        run = options.run or Path(folder) / "pretrained"
+        if not (run / "config.json").exists():
+            pretrained(options, prepared(options, held), run)
+        tokenizer = checkpoints.load(run)[1]
+        bases = {
+            True: with_dropout(run, Path(folder) / "written"),
+            False: with_dropout(run, Path(folder) / "random", tokenizer),
+        }
+        compare(options, bases, training, held)
+
+
+def compare(options: argparse.Namespace, bases: dict[bool, str], training: Examples, held: Examples) -> None:
+    """Prints the table, and draws it."""
+    print("| | labels | accuracy | macro F1 | seconds |\n|---|---:|---:|---:|---:|", flush=True)
+    accuracies: dict[str, dict[int, float]] = {name: {} for name in options.only}
+    share = 0.0
+    for name in options.only:
+        way = WAYS[name]
+        for count in options.labels:
+            some, start = training.chosen(range(min(count, len(training)))), time.perf_counter()
+            found = [tuned(way, bases[way.pretrained], some, held, seed, options) for seed in options.seeds]
+            seconds = (time.perf_counter() - start) / len(found)
+            share, accuracies[name][count] = found[0].majority[1], mean(each.accuracy for each in found)
+            figures = f"{accuracies[name][count]:.1%} | {mean(each.macro_f1 for each in found):.3f} | {seconds:.0f}"
+            print(f"| {way.title} | {count:,} | {figures} |", flush=True)
+    print(f"\nAlways the most frequent topic: {share:.1%}.")
+    if options.picture:
+        draw(accuracies, share, options.picture)
+
+
+if __name__ == "__main__":
+    main()
