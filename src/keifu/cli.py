@@ -14,6 +14,7 @@ VERBS = {  # each is a file of that name in keifu/commands
     "chat": "talk with a model in the terminal",
     "embed": "texts and pictures as vectors, and which are nearest to each other",
     "classify": "a label for each text, or for each picture by a CLIP",
+    "draw": "pictures by a model that removes noise, and a picture once more, bit for bit",
     "translate": "translate a text, line for line, with an encoder-decoder",
     "evaluate": "how good a model is: BLEU and chrF, perplexity",
     "convert": "write a model as a Hugging Face directory or as GGUF",

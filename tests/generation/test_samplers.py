@@ -32,6 +32,11 @@ DIFFERENT = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # products this small wait for a second thread longer than they take
+
+
 def network(x: Tensor, timestep: Tensor, kernel: Tensor = KERNEL) -> Tensor:
     """A fixed random function of x and the timestep, smooth and of the size of noise."""
     phase = timestep.to(x.dtype).reshape(-1, 1, 1, 1) / 300

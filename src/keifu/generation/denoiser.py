@@ -20,11 +20,11 @@ Network: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # from x and the timest
 
 @runtime_checkable
 class DenoisingConfig(Protocol):
-    """What is asked of a denoising model's config: its pictures' height and width, channels and number of labels."""
+    """What is asked of a denoising model's config: its pictures' height and width, channels and labels."""
 
     @property
-    def size(self) -> int:
-        """Height and width that it was trained with."""
+    def size(self) -> int | tuple[int, int] | None:
+        """Height and width that it was trained with, one number for both; None where nothing says so."""
         ...
 
     @property
@@ -34,7 +34,17 @@ class DenoisingConfig(Protocol):
 
     @property
     def n_classes(self) -> int:
-        """Labels that it knows; 0 for a model without. The number itself, as a label, stands for none."""
+        """Labels that it knows; 0 for a model without."""
+        ...
+
+    @property
+    def null_class(self) -> bool:
+        """Whether the label `n_classes` stands for none, as guidance needs it."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels' names, where they have some."""
         ...
 
 
@@ -63,6 +73,10 @@ class Denoising(Protocol):
         label: Int[Tensor, " batch"] | None = None,
     ) -> Tensor:
         """Its prediction."""
+        ...
+
+    def check_size(self, channels: int, height: int, width: int) -> None:
+        """Refuses pictures that do not fit the network, with the nearest size that does, in a `UserError`."""
         ...
 
 

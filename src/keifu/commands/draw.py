@@ -1,0 +1,263 @@
+"""`keifu draw`: pictures from a model that removes noise, and a picture once more; knows no model and no sampler."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from keifu.commands import flags
+from keifu.errors import UserError
+from keifu.files import write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from keifu.generation.picture_record import Record
+    from keifu.generation.samplers import Drawn
+
+Name = Literal[
+    "ddpm", "ddim", "euler", "euler-ancestral", "heun", "lms", "plms", "dpm++-2m", "dpm++-2m-sde", "unipc"
+]  # those of generation/sampler_table.py, which tests compare; importing it takes seconds
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw pictures with a model that was trained to remove noise.
+
+    Each file says how it was drawn; `keifu draw --again FILE` draws it once more, bit for bit.
+
+    Samplers: ddpm is the original chain, random, all of the model's steps; ddim needs 50 and is random only with --eta;
+    euler, heun (two evaluations a step) and lms follow the same path as plainer solvers; plms is what Stable Diffusion
+    began with; dpm++-2m and unipc need 10 to 25 steps; euler-ancestral and dpm++-2m-sde add fresh noise at each step.
+    """
+
+    model: Annotated[
+        tyro.conf.Positional[str | None],
+        tyro.conf.arg(metavar="MODEL", help="A run, a diffusers directory or hub id, or a catalogue name."),
+    ] = None
+    text: Annotated[
+        tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]", help="What to draw, for models that read.")
+    ] = None
+    out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",), metavar="PATH")] = None
+    """The PNG file; of several pictures it is a sheet of all, beside PATH-1.png, PATH-2.png and so on. Unset:
+    picture-SEED.png."""
+    sampler: Name = "ddim"
+    """How the noise is removed."""
+    steps: int | None = None
+    """Steps from noise to picture; unset, as many as are usual with the sampler."""
+    seed: int | None = None
+    """The same seed gives the same picture; of several, each has a seed one higher. Unset: a fresh one."""
+    count: int = 1
+    """Pictures."""
+    label: str | None = None
+    """The class to draw, by name or number."""
+    guidance: float = 1.0
+    """How far towards the label: 1 is what the model says, more is nearer to it and less varied."""
+    guidance_rescale: float = 0.0
+    """How much of the contrast that guidance adds is taken back, up to 1."""
+    size: str | None = None
+    """Pixels of a side, or WIDTHxHEIGHT; unset, those that the model was trained with."""
+    eta: float = 0.0
+    """ddim's share of fresh noise: 0 for none, 1 for ddpm's."""
+    spacing: Literal["leading", "trailing", "linspace", "quadratic"] | None = None
+    """Which of the training's timesteps are visited; unset, as the model says."""
+    karras: bool = False
+    """Noise levels that crowd where there is little noise."""
+    batch_size: int = 16
+    """Pictures that are drawn together, at most."""
+    dtype: Literal["f32", "bf16"] | None = None
+    """Compute in this type; bf16 is faster where the processor has it, and pictures change a little."""
+    strip: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Write the first picture's way out of the noise too, as a sheet."""
+    again: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """A PNG file that keifu drew: draw it once more, with its settings, and say whether each bit is the same."""
+
+
+def run(options: Options) -> None:
+    """Draws, writes the files and names them."""
+    if options.again:
+        _again(options, options.again)
+        return
+    if options.model is None:
+        raise UserError("There is no model: name one (keifu draw MODEL), or a picture with --again.")
+    if options.count < 1 or options.batch_size < 1:
+        raise UserError(f"--count is {options.count} and --batch-size {options.batch_size}: both must be at least 1.")
+    record, model = _begun(options, options.model)
+    states: list[Drawn] = []
+    pictures = _drawn(model, record, states if options.strip else None)
+    out = options.out or Path(f"picture-{record.drawing.seed}.png")
+    for path, number in _files(out, record.count):
+        chosen = pictures if number is None else pictures[number : number + 1]
+        write_atomic(path, _png(chosen, replace(record, number=number)))
+        print(path)
+    if options.strip:
+        write_atomic(options.strip, _strip(states))
+        print(options.strip)
+
+
+def _begun(options: Options, name: str) -> "tuple[Record, Any]":
+    """The record of what will be drawn, everything in it resolved, and the model."""
+    from keifu.generation.picture_record import Record, fingerprint
+    from keifu.generation.pictures import Drawing, label_number
+
+    model = _load(name, options.dtype)
+    if options.text is not None:
+        raise UserError(f"{name} reads no text, so {options.text!r} means nothing to it: leave it out (see --label).")
+    chosen = {each.name: vars(options)[each.name] for each in fields(Drawing)}
+    chosen["label"] = None if options.label is None else label_number(model, options.label)
+    wanted = Drawing(**{**chosen, "size": _size(options.size)}).resolved(model)
+    place = str(Path(name).resolve()) if Path(name).exists() else name
+    batch_size = min(options.batch_size, options.count)
+    number = 0 if options.count == 1 else None
+    return Record(place, fingerprint(model), wanted, options.count, batch_size, number, options.dtype), model
+
+
+def _load(name: str, dtype: str | None) -> Any:
+    from keifu.checkpoints.opening import DTYPES, load_model
+    from keifu.generation.pictures import denoising
+
+    return denoising(load_model(name, DTYPES[dtype] if dtype else None))
+
+
+def _size(given: str | None) -> tuple[int, int] | None:
+    """Height and width of `64` or `64x48`, whose first number is the width."""
+    if given is None:
+        return None
+    sides = given.lower().split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise UserError(f"--size is {given!r}, which must be pixels of a side (64) or WIDTHxHEIGHT (64x48).")
+    return int(sides[-1]), int(sides[0])
+
+
+def _drawn(model: Any, record: "Record", states: "list[Drawn] | None" = None) -> "Tensor":
+    """The pictures of all the record's batches, behind a progress bar; the first batch's states go where asked."""
+    import torch
+
+    from keifu.data.progress import counting
+    from keifu.generation.pictures import draw
+
+    batches, steps, done = record.seeds(), record.drawing.steps or 0, 0
+    with counting("Drawing", steps * len(batches), "steps") as advance:
+
+        def watch(state: "Drawn") -> None:
+            nonlocal done
+            done += 1
+            advance(done)
+            if states is not None and done <= steps:
+                states.append(state)
+
+        return torch.cat([draw(model, record.drawing, seeds, watch) for seeds in batches])
+
+
+def _files(out: Path, count: int) -> list[tuple[Path, int | None]]:
+    """Where each picture goes, and the sheet of all where there are several."""
+    if count == 1:
+        return [(out, 0)]
+    numbered = [(out.with_stem(f"{out.stem}-{number + 1}"), number) for number in range(count)]
+    return [(out, None), *numbered]
+
+
+def _png(pictures: "Tensor", record: "Record") -> bytes:
+    """A picture, or the sheet of all where the record is of none of them, with the record."""
+    from keifu.data.grid import png, sheet
+
+    return png(sheet(pictures) if record.number is None else _image(pictures[0]), record.texts())
+
+
+def _image(picture: "Tensor") -> Any:
+    from PIL import Image
+
+    kinds = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+    if len(picture) not in kinds:
+        raise UserError(f"A picture of {len(picture)} channels cannot be written as PNG; the model draws no pictures.")
+    return Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).contiguous().numpy(), kinds[len(picture)])
+
+
+def _strip(states: "Sequence[Drawn]") -> bytes:
+    from keifu.data.grid import grid
+    from keifu.generation.strips import denoising_strip
+
+    pictures, captions, columns = denoising_strip(states)
+    return grid(pictures, captions, columns)
+
+
+def _again(options: Options, path: Path) -> None:
+    """A picture drawn once more by its own record; that it differs is said, with the likely reason."""
+    from keifu.generation.picture_record import read_record
+
+    given = [name for name, value in vars(options).items() if value != vars(Options())[name]]
+    if more := [f"--{name.replace('_', '-')}" for name in given if name not in ("model", "out", "again")]:
+        raise UserError(f"--again takes every setting from {path}: leave out {' and '.join(more)}.")
+    record = read_record(path)
+    model = _same_model(options.model or record.model, record, path)
+    with _threads(record.threads):
+        pictures = _drawn(model, record)
+    out = options.out or path.with_stem(f"{path.stem}-again")
+    if record.number is not None:
+        pictures = pictures[record.number % record.batch_size :][:1]
+    write_atomic(out, _png(pictures, record))
+    print(out)
+    if difference := _difference(path, out):
+        raise UserError(f"{out} is not {path} bit for bit: {difference} {_changed(record)}")
+    print(f"{out} is {path}, bit for bit.", file=sys.stderr)
+
+
+def _same_model(name: str, record: "Record", path: Path) -> Any:
+    """The model that drew a picture; another one, by the fingerprint of its weights, is a `UserError`."""
+    from keifu.generation.picture_record import fingerprint
+
+    try:
+        model = _load(name, record.dtype)
+    except UserError as error:
+        raise UserError(f"{path} was drawn by {name}, which cannot be loaded; name its model. {error}") from None
+    if (found := fingerprint(model)) != record.weights:
+        raise UserError(
+            f"{name} is not the model that drew {path}: the fingerprint of its weights is {found[:12]}, and it was "
+            f"{record.weights[:12]}. Was it trained on, or replaced? Name the right one before --again."
+        )
+    return model
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """As many threads as once: how a product is split decides its last digits."""
+    import torch
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
+
+
+def _difference(before: Path, after: Path) -> str:
+    """In how many numbers two pictures differ and how far; empty where they are the same."""
+    import numpy as np
+    from PIL import Image
+
+    old, new = (np.asarray(Image.open(path)).astype(int) for path in (before, after))
+    if old.shape != new.shape:
+        return f"it has {new.shape} numbers and not {old.shape}."
+    apart = np.abs(old - new)
+    return (
+        f"{(apart > 0).sum():,} of {apart.size:,} numbers differ, by {apart.max()} of 255 at most."
+        if apart.any()
+        else ""
+    )
+
+
+def _changed(record: "Record") -> str:
+    """What is not as it was when a picture was drawn."""
+    from keifu.generation.picture_record import versions
+
+    now = versions()
+    changed = [f"{name} {old} → {now.get(name)}" for name, old in record.versions.items() if now.get(name) != old]
+    return f"Since then: {', '.join(changed)}." if changed else "The versions are the same; is it another processor?"
+
+
+parse = flags.parser(Options, run, "keifu draw")

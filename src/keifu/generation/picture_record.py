@@ -1,0 +1,101 @@
+"""What a PNG says of how it was drawn, so that it can be drawn again bit for bit; knows no kind of network."""
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+
+from keifu import __version__
+from keifu.errors import UserError
+from keifu.generation.pictures import Drawing
+
+CHUNK = "keifu"
+
+
+def versions() -> dict[str, str]:
+    """The programs that a picture's bits depend on."""
+    return {"keifu": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that decides a picture.
+
+    model: where its weights were. weights: their `fingerprint`. drawing: its settings, with the first picture's seed.
+    count, batch_size: pictures that were asked for, and how many were drawn at a time; each has a seed one higher than
+    the one before. number: which of them it is, from 0; None for a sheet of all. threads: over which products were
+    split.
+    """
+
+    model: str
+    weights: str
+    drawing: Drawing
+    count: int = 1
+    batch_size: int = 1
+    number: int | None = 0
+    dtype: str | None = None
+    device: str = "cpu"
+    threads: int = field(default_factory=torch.get_num_threads)
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def seeds(self) -> list[list[int]]:
+        """The seeds of each batch that this picture, or sheet, needs."""
+        first = self.drawing.seed or 0
+        each = [first + number for number in range(self.count)]
+        batches = [each[start : start + self.batch_size] for start in range(0, self.count, self.batch_size)]
+        return batches if self.number is None else [batches[self.number // self.batch_size]]
+
+    def texts(self) -> dict[str, str]:
+        """The text chunks of its PNG file: all as JSON, and a sentence for people."""
+        wanted = self.drawing
+        seed = (wanted.seed or 0) + (self.number or 0)
+        sentence = f"Drawn by {self.model}, {wanted.sampler}, {wanted.steps} steps, seed {seed}"
+        told = json.dumps(asdict(self), ensure_ascii=False)
+        return {CHUNK: told, "Software": f"keifu {__version__}", "Description": sentence}
+
+
+def read_record(path: Path) -> Record:
+    """The record in a PNG file; a file that has none, or one that is damaged, is a `UserError`."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            told = image.info.get(CHUNK)
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is no picture.") from None
+    except (OSError, SyntaxError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"There is no picture {path}.") from None
+        raise UserError(f"{path} is damaged: {error}.") from None
+    if told is None:
+        raise UserError(f"{path} does not say how it was drawn: it was not drawn by keifu, or was saved anew since.")
+    try:
+        return _record(json.loads(told))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"What {path} says of how it was drawn cannot be read ({error}): another keifu wrote it."
+        ) from error
+
+
+def _record(json: dict[str, Any]) -> Record:
+    wanted = dict(json["drawing"])
+    wanted["size"] = tuple(wanted["size"])
+    missing = {each.name for each in fields(Record)} - json.keys()
+    if missing:
+        raise KeyError(", ".join(sorted(missing)))
+    return Record(**{**json, "drawing": Drawing(**wanted)})
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A SHA-256 of every tensor's name, type, shape and bytes, and of the config: equal for models that draw alike."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"|{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,146 @@
+"""Pictures from noise in one call, or step by step: what a request for pictures may ask; knows no kind of network.
+
+A seed belongs to a picture: with the same settings and seed it comes alone or among others, but for the last digits of
+products that are computed for several pictures at once. Axes: batch, channels, height, width.
+"""
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from keifu.data.images import to_bytes
+from keifu.errors import UserError, unknown
+from keifu.generation.denoiser import Denoising, of_label
+from keifu.generation.sampler_table import Route, route, sampler
+from keifu.generation.samplers import Drawn
+from keifu.generation.seeds import Seeds
+from keifu.layers.noise import Spacing
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The settings of a picture.
+
+    Attributes:
+        sampler: a name in `SAMPLERS`.
+        steps: None for as many as are usual with the sampler.
+        seed: the same seed gives the same picture; None draws a fresh one.
+        label: the class to draw, by number; None for any.
+        guidance: how far to go from the prediction without the label through that with it; 1 is that with it.
+        guidance_rescale: how much of the contrast that guidance adds is taken back (Lin et al., 2023: 0.7).
+        size: height and width in pixels; None for those that the model was trained with.
+        spacing, karras, eta: of the path, see `noise_levels.py`, and DDIM's share of fresh noise.
+    """
+
+    sampler: str = "ddim"
+    steps: int | None = None
+    seed: int | None = None
+    label: int | None = None
+    guidance: float = 1.0
+    guidance_rescale: float = 0.0
+    size: tuple[int, int] | None = None
+    spacing: Spacing | None = None
+    karras: bool = False
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        sampler(self.sampler)
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"A picture takes at least 1 step, not {self.steps}.")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UserError(f"The seed is {self.seed}, which must be a whole number from 0 to 2^63 - 1.")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise UserError(f"guidance_rescale is a share between 0 and 1, not {self.guidance_rescale}.")
+
+    def route(self, model: Denoising) -> Route:
+        """The sampler, ready for the model's noise."""
+        return route(model.noise, self.sampler, self.steps, self.spacing, self.karras, self.eta)
+
+    def resolved(self, model: Denoising) -> "Drawing":
+        """The same with everything said that was left open, and checked against the model."""
+        steps, size = len(self.route(model).path.strides), self.size or trained_size(model)
+        check_label(model, self.label, self.guidance)
+        model.check_size(model.config.channels, *size)
+        seed = secrets.randbits(32) if self.seed is None else self.seed
+        return replace(self, steps=steps, size=size, seed=seed, spacing=self.spacing or model.noise.spacing)
+
+
+def denoising(model: nn.Module) -> Denoising:
+    """The model as one that removes noise; any other is a `UserError`."""
+    if not isinstance(model, Denoising):
+        raise UserError(f"A {type(model).__name__} draws no pictures: choose a model that was trained to remove noise.")
+    return model
+
+
+def trained_size(model: Denoising) -> tuple[int, int]:
+    """Height and width of the pictures that a model was trained with."""
+    size = model.config.size
+    if size is None:
+        raise UserError("The model does not say how large its pictures are: give their size.")
+    return (size, size) if isinstance(size, int) else size
+
+
+def check_label(model: Denoising, label: int | None, guidance: float) -> None:
+    """Refuses a label or guidance that the model cannot have."""
+    classes, none = model.config.n_classes, model.config.null_class
+    if label is not None and not classes:
+        raise UserError("This model draws no classes, and it was given a label: leave it out.")
+    if label is not None and not 0 <= label < classes:
+        raise UserError(f"The label is {label}, but this model's classes are 0 to {classes - 1}.")
+    if label is None and classes and not none:
+        raise UserError(f"This model draws one of {classes} classes: give a label.")
+    if guidance != 1 and label is None:
+        raise UserError(f"Guidance ({guidance:g}) leads towards a label, and there is none: give one.")
+    if guidance != 1 and not none:
+        raise UserError("This model was trained with labels alone, and guidance needs what it draws without one.")
+
+
+def label_number(model: Denoising, name: str) -> int:
+    """A class by its name, or by its number."""
+    if name in model.config.classes:
+        return model.config.classes.index(name)
+    if name.isdigit():
+        return int(name)
+    raise unknown("class of this model", name, model.config.classes or [str(n) for n in range(model.config.n_classes)])
+
+
+@torch.inference_mode()
+def drawing(model: Denoising, wanted: Drawing, seeds: Sequence[int]) -> Iterator[Drawn]:
+    """x and the predicted pictures after each step, for a picture of each seed, on the model's device."""
+    chosen = wanted.route(model)
+    device = next(cast(Any, model).parameters()).device
+    shape = len(seeds), model.config.channels, *(wanted.size or trained_size(model))
+    label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)
+    network = of_label(model, label, wanted.guidance, wanted.guidance_rescale)
+    random = Seeds(seeds)
+    x = random(torch.empty(shape, device=device)) * chosen.path.start
+    yield from chosen.walk(chosen.denoiser(network), x, chosen.path, random)
+
+
+def draw(
+    model: nn.Module, wanted: Drawing, seeds: Sequence[int], watch: Callable[[Drawn], object] = lambda state: None
+) -> UInt8[Tensor, "batch channels height width"]:
+    """A finished picture of each seed, as bytes on the CPU; `watch` is given what each step leads to.
+
+    A picture that is not finite, as of damaged weights, is a `UserError`.
+    """
+    x = torch.empty(0)
+    for state in drawing(denoising(model), wanted, seeds):
+        watch(state)
+        x = state.x
+    return finished(x)
+
+
+def finished(x: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:
+    """Numbers from -1 to 1 as bytes, unless one is no number."""
+    if not bool(x.isfinite().all()):
+        raise UserError(
+            "The picture has numbers that are not finite: the weights are damaged, or their type is too narrow for "
+            "them; try float32."
+        )
+    return to_bytes(x).cpu()

@@ -1,0 +1,161 @@
+"""keifu draw on a model of a few thousand weights: files, what they say, and the same picture again."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from keifu import checkpoints, cli
+from keifu.commands import draw
+from keifu.generation.sampler_table import SAMPLERS
+from keifu.layers.noise import Noise
+from keifu.models import ddpm
+
+SMALL = ddpm.Config(
+    size=8, channels=3, dim=8, multipliers=(1, 2), n_residual_blocks=1, attention=(1,), norm_groups=4, middle_groups=4,
+    dropout=0.0, n_classes=3, null_class=True, classes=("cat", "dog", "bird"), noise=Noise(steps=20, beta_end=0.3),
+)  # fmt: skip
+
+
+def build(folder: Path, config: ddpm.Config = SMALL, seed: int = 0) -> str:
+    """A folder with a tiny model whose last layer is not zero, as it would be in a fresh one."""
+    torch.manual_seed(seed)
+    model = ddpm.build(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    checkpoints.save(model, None, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)  # products this small wait for a second thread longer than they take
+    monkeypatch.chdir(tmp_path)
+
+
+def run(capsys: pytest.CaptureFixture, *words: str) -> list[str]:
+    cli.main(["draw", *words])
+    return capsys.readouterr().out.split()
+
+
+def refused(capsys: pytest.CaptureFixture, *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["draw", *words])
+    assert stop.value.code
+    return capsys.readouterr().err
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_and_draws_again(model: str, sampler: str, capsys: pytest.CaptureFixture) -> None:
+    assert run(capsys, model, "--sampler", sampler, "--steps", "4", "--seed", "5", "-o", "a.png") == ["a.png"]
+    assert run(capsys, "--again", "a.png") == ["a-again.png"]
+    assert np.array_equal(pixels("a.png"), pixels("a-again.png")) and pixels("a.png").shape == (8, 8, 3)
+    assert Image.open("a.png").text == Image.open("a-again.png").text
+    told = json.loads(Image.open("a.png").text["keifu"])
+    assert told["drawing"]["sampler"] == sampler and told["drawing"]["steps"] == 4 and told["drawing"]["seed"] == 5
+
+
+def test_the_command_knows_the_samplers_that_there_are() -> None:
+    assert draw.Name.__args__ == tuple(SAMPLERS)
+
+
+def test_several_pictures_are_a_sheet_and_files_of_their_own(model: str, capsys: pytest.CaptureFixture) -> None:
+    options = ("--steps", "3", "--seed", "7", "--eta", "1", "--label", "dog", "--guidance", "2")
+    written = run(capsys, model, "--count", "5", "--batch-size", "2", *options, "-o", "many.png")
+    assert written == ["many.png", *(f"many-{number}.png" for number in range(1, 6))]
+    assert len({pixels(path).tobytes() for path in written}) == 6
+    for path in ("many.png", "many-4.png"):
+        again = run(capsys, "--again", path)[0]
+        assert np.array_equal(pixels(path), pixels(again))
+    alone = run(capsys, model, *options[:3], "10", *options[4:])  # the fourth picture's seed
+    assert alone == ["picture-10.png"]
+    assert np.abs(pixels(alone[0]).astype(int) - pixels("many-4.png")).max() <= 1
+
+
+def test_a_fresh_seed_is_in_the_name_and_a_size_is_width_by_height(model: str, capsys: pytest.CaptureFixture) -> None:
+    first, second = (run(capsys, model, "--steps", "1", "--size", "12x10")[0] for _ in range(2))
+    assert re.fullmatch(r"picture-\d+\.png", first) and first != second
+    assert Image.open(first).size == (12, 10)
+
+
+def test_another_model_is_refused_by_its_fingerprint(model: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    other = build(tmp_path / "other", seed=1)
+    run(capsys, model, "--steps", "2", "--seed", "1", "-o", "a.png")
+    assert "not the model that drew a.png" in refused(capsys, other, "--again", "a.png")
+    changed = build(tmp_path / "changed", replace(SMALL, noise=Noise(steps=20, beta_end=0.2)))
+    assert "not the model" in refused(capsys, changed, "--again", "a.png")
+    moved = build(tmp_path / "moved")  # the same weights elsewhere
+    assert run(capsys, moved, "--again", "a.png", "-o", "b.png") == ["b.png"]
+
+
+def test_a_picture_that_was_changed_is_said_to_differ(model: str, capsys: pytest.CaptureFixture) -> None:
+    run(capsys, model, "--steps", "2", "--seed", "1", "-o", "a.png")
+    image, facts = Image.open("a.png"), PngInfo()
+    for name, text in image.text.items():
+        facts.add_itxt(name, text)
+    image.putpixel((0, 0), (1, 2, 3))
+    image.save("a.png", pnginfo=facts)
+    assert "is not a.png bit for bit: " in refused(capsys, "--again", "a.png")
+    image.save("bare.png")
+    assert "does not say how it was drawn" in refused(capsys, "--again", "bare.png")
+    Path("torn.png").write_bytes(Path("a.png").read_bytes()[:60])
+    assert "torn.png" in refused(capsys, "--again", "torn.png")
+    Path("text.png").write_text("no picture")
+    assert "text.png is no picture" in refused(capsys, "--again", "text.png")
+    assert "There is no picture none.png" in refused(capsys, "--again", "none.png")
+    assert "leave out --steps" in refused(capsys, "--again", "a.png", "--steps", "3")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--label", "cow"], "bird, cat, dog"),
+        (["--label", "3"], "0 to 2"),
+        (["--guidance", "2"], "Guidance (2)"),
+        (["--steps", "21"], "1 to 20"),
+        (["--steps", "0"], "at least 1"),
+        (["--sampler", "dpm"], "dpm++-2m"),
+        (["--sampler", "euler", "--eta", "0.5"], "euler has none"),
+        (["--eta", "2"], "between 0 and 1"),
+        (["--karras"], "Karras"),
+        (["--size", "9"], "8 x 8"),
+        (["--size", "axb"], "WIDTHxHEIGHT"),
+        (["--count", "0"], "at least 1"),
+        (["a red heart"], "reads no text"),
+        (["--guidance-rescale", "1.5"], "between 0 and 1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(model: str, words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    assert said in refused(capsys, model, *words)
+
+
+def test_a_model_that_draws_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from keifu.models import gpt2
+
+    config = gpt2.Config(vocab_size=20, context_length=8, dim=8, n_layers=1, n_heads=2)
+    checkpoints.save(gpt2.build(config), None, tmp_path / "writer")
+    assert "draws no pictures" in refused(capsys, str(tmp_path / "writer"))
+    assert "There is no model" in refused(capsys)
+
+
+def test_grey_pictures_strips_and_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    grey = build(tmp_path / "grey", replace(SMALL, channels=1, n_classes=0, null_class=False, classes=()))
+    words = ("--steps", "4", "--seed", "1", "--dtype", "bf16", "--strip", "strip.png", "-o", "a.png")
+    assert run(capsys, grey, *words) == ["a.png", "strip.png"]
+    assert Image.open("a.png").mode == "L" and Image.open("strip.png").size[0] > 4 * 72
+    run(capsys, "--again", "a.png")
