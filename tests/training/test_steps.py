@@ -168,6 +168,8 @@ def test_gpt3s_rate_follows_the_rows_while_the_batch_grows_and_then_stays() -> N
             assert rate == pytest.approx(0.1)
         else:
             assert rate == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * max(0, steps - 1 - 20) / (200 - 1 - 20))))
+    without = settings(**changed | {"warmup": 0}, learning_rate=1.0)
+    assert Optimisers(toy(), without).rates(0)["learning_rate"] == 1.0
     by_steps = Optimisers(toy(), settings(**changed | {"rate_by": "steps"}, learning_rate=1.0))
     assert by_steps.rates(9)["learning_rate"] == pytest.approx(0.5)
 

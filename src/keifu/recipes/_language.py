@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,10 @@ class Task:
     shards: Shards
 
 
-def ready(text: Text) -> Task:
-    """Fetches, learns the tokenizer and tokenises, each once: what was made before is found again."""
-    tokenizer = tokenizer_of(text)
+def ready(text: Text, **options: Any) -> Task:
+    """Fetches, learns the tokenizer (with these options of learning) and tokenises, each once: what was made before is
+    found again."""
+    tokenizer = tokenizer_of(text, **options)
     return Task(text, tokenizer, prepare(text.data, tokenizer, held_out=text.held_out))
 
 
@@ -84,6 +86,7 @@ def pretrain(
     prompt: str = "",
     about: dict[str, Any] | None = None,
     start_over: bool = False,
+    z_loss: float = 0.0,
 ) -> Summary:
     """Trains a causal model on a text into a run folder. The vocabulary is the tokenizer's, whatever config says.
 
@@ -97,7 +100,7 @@ def pretrain(
         directory=out,
         resume=resume,
         replace=start_over,
-        options={"model": asdict(config), "text": asdict(task.text)},
+        options={"model": asdict(config), "text": asdict(task.text)} | ({"z_loss": z_loss} if z_loss else {}),
         about={"title": name, "parameters": sum(p.numel() for p in model.parameters())} | _source(task) | (about or {}),
         bytes_per_unit=task.shards.bytes_per_token,
         how_to_resume=f"keifu train {name} --out {out} --resume, with the options of this run",
@@ -109,7 +112,8 @@ def pretrain(
     def save(directory: Path) -> None:
         checkpoints.save(model, task.tokenizer, directory)
 
-    return train(model, causal, data, settings, run, sample, save, data.largest())
+    objective = partial(causal, z_loss=z_loss) if z_loss else causal
+    return train(model, objective, data, settings, run, sample, save, data.largest())
 
 
 def _source(task: Task) -> dict[str, Any]:

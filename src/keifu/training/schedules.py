@@ -31,7 +31,7 @@ def ratio(
     without a hold that of Vaswani et al. (2017, section 5.3), without a warm-up PaLM's. The others have fallen when
     `steps` are over. A step is a fraction where rows are counted and batches grow.
     """
-    if step < warmup:
+    if warmup and step < warmup:
         return min(1.0, (step + 1) / warmup)
     flat = warmup + hold
     if schedule == "inverse_sqrt":
