@@ -1,0 +1,159 @@
+"""Banded attention beside dense: time and memory of a layer by the length of the text, in prefill and cached decoding.
+
+python benchmarks/banded.py [--lengths 512 1024 2048 4096 8192] [--band 256] [--dim 768] [--heads 12] [--picture PNG]
+
+The layer is GPT-3 Small's attention with its projections (12 heads of 64; every second layer of GPT-3 is banded). Dense
+attention runs twice: fused, as torch has it, which never writes the square of scores down, and written out as in 2020.
+Prefill takes in the whole text; decoding one token with that many in the cache. Memory is what a process of its own
+holds at its peak beyond what it held before the pass (Linux says both), and the cache's bytes as they are allocated.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _rounds import interleaved, machine
+from torch import Tensor
+
+from keifu.layers.attention import Attention, CausalMask
+
+KINDS = ("dense, written out", "dense", "banded")
+STEPS = 32  # tokens that are decoded in a round
+
+
+def layer(kind: str, options: argparse.Namespace) -> Attention:
+    """The same weights for each kind."""
+    torch.manual_seed(0)
+    return Attention(options.dim, options.heads, window=options.band if kind == "banded" else None).eval()
+
+
+def written_out(attention: Attention, x: Tensor) -> Tensor:
+    """Dense attention with its square of scores."""
+    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.n_heads, -1)).permute(2, 0, 3, 1, 4)
+    future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(future, -torch.inf)
+    return attention.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def prefill(kind: str, length: int, options: argparse.Namespace) -> Callable[[], Tensor]:
+    """A whole text through the layer."""
+    attention, x = layer(kind, options), torch.randn(1, length, options.dim)
+    if kind == "dense, written out":
+        return lambda: written_out(attention, x)
+    return lambda: attention(x, CausalMask(0, length))
+
+
+def decoding(kind: str, length: int, options: argparse.Namespace) -> tuple[Callable[[], None], int]:
+    """Tokens one at a time behind `length` others, and the bytes of the cache that holds them."""
+    attention = layer(kind, options)
+    cache = attention.new_cache(1, length + STEPS, torch.empty(0))
+    attention(torch.randn(1, length, options.dim), CausalMask(0, length), cache=cache)
+    x = torch.randn(1, 1, options.dim)
+
+    def steps() -> None:
+        if cache.length > length and cache.earliest <= length:
+            cache.rollback(length)
+        for _ in range(STEPS):
+            attention(x, CausalMask(cache.length, 1), cache=cache)
+
+    return steps, cache.keys.nbytes + cache.values.nbytes
+
+
+def peak(kind: str, length: int, options: argparse.Namespace) -> float:
+    """MB that a pass takes at its peak, in a process of its own."""
+    own = [sys.executable, __file__, "--child", kind, "--lengths", str(length)]
+    sizes = [f"--{name}={vars(options)[name]}" for name in ("band", "dim", "heads")]
+    given_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed leaves the process at once
+    done = subprocess.run([*own, *sizes], capture_output=True, text=True, check=True, env=given_back)
+    return json.loads(done.stdout)
+
+
+def child(options: argparse.Namespace) -> None:
+    """Prints the MB that one pass adds at its peak."""
+    work = prefill(options.child, options.lengths[0], options)
+    prefill(options.child, 2 * options.band, options)()  # what is loaded at a first call
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = held("VmRSS")
+    work()
+    print(json.dumps(held("VmHWM") - before))
+
+
+def held(name: str) -> float:
+    """MB that the process holds now (VmRSS) or held at its peak (VmHWM)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def measured(length: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Milliseconds and MB of each kind."""
+    passes = {kind: prefill(kind, length, options) for kind in KINDS if kind != KINDS[0] or length <= options.square}
+    seconds = interleaved(passes, options.rounds)
+    found = {kind: {"ms": 1000 * statistics.median(each)} for kind, each in seconds.items()}
+    caches = {kind: decoding(kind, length, options) for kind in KINDS[1:]}
+    seconds = interleaved({kind: steps for kind, (steps, _) in caches.items()}, options.rounds)
+    for kind, each in seconds.items():
+        found[kind] |= {"token ms": 1000 * statistics.median(each) / STEPS, "cache MB": caches[kind][1] / 1e6}
+    for kind in found:
+        found[kind]["MB"] = peak(kind, length, options)
+    return found
+
+
+def draw(found: dict[int, dict[str, dict[str, float]]], options: argparse.Namespace) -> None:
+    """Four pictures, each kind a line over the length."""
+    import matplotlib.pyplot as plt
+
+    titles = {"ms": "prefill, ms", "MB": "prefill, MB at the peak", "token ms": "a token, ms", "cache MB": "cache, MB"}
+    figure, grid = plt.subplots(1, 4, figsize=(15, 3.7), layout="constrained")
+    for axes, (key, title) in zip(grid, titles.items(), strict=True):
+        for kind in KINDS:
+            points = [(length, each[kind][key]) for length, each in found.items() if key in each.get(kind, {})]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), marker="o", label=kind if kind != "banded" else f"band {options.band}"
+                )
+        axes.set(xscale="log", yscale="log", xlabel="tokens", title=title)
+        axes.set_xticks([*found], [f"{length:,}" for length in found], fontsize=8)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    grid[0].legend(fontsize=8)
+    figure.savefig(options.picture, dpi=110)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    for name, value in {"band": 256, "dim": 768, "heads": 12, "rounds": 5}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument(
+        "--square", type=int, default=8192, help="the longest text whose square of scores is written out"
+    )
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return child(options)
+    print(f"{machine()}; one layer, dim {options.dim}, {options.heads} heads, band {options.band}, float32")
+    print(f"Medians of {options.rounds} interleaved rounds.\n")
+    print("| tokens | | prefill, ms | banded is faster | peak, MB | a token, ms | cache, MB |")
+    print("|---:|---|---:|---:|---:|---:|---:|")
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for length in options.lengths:
+        found[length] = measured(length, options)
+        for kind, each in found[length].items():
+            ratio = each["ms"] / found[length]["banded"]["ms"]
+            rest = f"{each['token ms']:.3f} | {each['cache MB']:.1f}" if "cache MB" in each else " | "
+            print(f"| {length:,} | {kind} | {each['ms']:.1f} | {ratio:.1f} | {each['MB']:.0f} | {rest} |", flush=True)
+    if options.picture:
+        draw(found, options)
+
+
+if __name__ == "__main__":
+    main()
