@@ -68,17 +68,25 @@ def peer(
     return step
 
 
-def learned(model: torch.nn.Module, data: Data, settings: Settings) -> float:
-    """Trains a causal model as keifu's loop does, without what happens between steps, and gives the seconds it took."""
+def learned(
+    model: torch.nn.Module, data: Data, settings: Settings, between: Callable[[int], None] = lambda step: None
+) -> float:
+    """Trains a causal model as keifu's loop does, without what happens between steps, and gives the seconds it took.
+
+    `between` is called with the number of steps done, and its time is not counted.
+    """
     optimisers, dtype = Optimisers(model, settings), resolve(settings.precision, CPU)
     stepper = Stepper(model, causal, causal, optimisers, CPU, dtype, settings.batch_size, settings.clip, settings.seed)
-    start = time.perf_counter()
-    model.train()
+    seconds = 0.0
     for step in range(settings.steps):
+        start = time.perf_counter()
+        model.train()
         stepper.gradient(step, data.batch(step), lambda: False)
         optimisers.step(step)
+        seconds += time.perf_counter() - start
+        between(step + 1)
     model.eval()
-    return time.perf_counter() - start
+    return seconds
 
 
 @torch.no_grad()

@@ -1,0 +1,296 @@
+"""What PaLM's layer and its optimizer bought: time, memory of the cache, and loss at equal tokens.
+
+python benchmarks/palm.py [--part speed|learning] [--picture PNG]     (both parts: PNG-speed.png and PNG-learning.png)
+
+Speed: a training step of parallel and of serial layers of the same sizes (also of parallel layers whose first products
+are one matrix, the reason that the paper gives), and decoding one token behind 512 to 8,192 others with one head of
+keys and values, with a quarter of the heads and with all. Nothing is read from those tokens but their keys and values,
+so these are random. Contenders run in turn; ratios are taken round by round.
+
+Learning: models of PaLM's parts that see the same windows in the same order, the same seed behind their weights:
+serial or parallel, one head of keys and values or all; since a single head saves weights, also with a feed-forward that
+is wider by as many. Then PaLM's optimizer beside AdamW, each at several rates, on PaLM's layer: Adafactor without
+factoring, its rate held for a twenty-fifth of the run and then falling with the root of the step, with a decay of the
+rate's square and a batch of one size; AdamW with a cosine to a tenth. Losses are of held-out text, in nats a token.
+On 2 cores the first part takes about 5 minutes, the second about 25; --steps, --dim and --layers make it less.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from _rounds import interleaved, machine, table
+from _training import CPU, learned, ours, validation
+from torch import Tensor, nn
+
+from keifu.data.packed import PackedText
+from keifu.generation.decoding import step as decoding_step
+from keifu.layers.blocks import Parallel, PreNorm
+from keifu.layers.decoder import DecoderLM
+from keifu.layers.linear import JoinedLinear
+from keifu.models import palm
+from keifu.recipes._language import Task, Text, ready
+from keifu.training.objectives import causal
+from keifu.training.precision import resolve
+from keifu.training.settings import Settings
+
+TOKENS = 16  # decoded in a round
+
+
+class Serial(PreNorm):
+    """The same attention and feed-forward one after the other, each with a norm."""
+
+    def __init__(self, block: Parallel):
+        second = nn.LayerNorm(block.norm.normalized_shape, block.norm.eps, bias=False)
+        super().__init__(block.attention, block.feedforward, (block.norm, second))
+
+
+class Joined(nn.Module):
+    """A parallel block whose first products, for attention and feed-forward, are one."""
+
+    def __init__(self, block: Parallel):
+        super().__init__()
+        qkv, gate_up = block.attention.qkv, block.feedforward.gate_up
+        self.widths = qkv.out_features, gate_up.out_features
+        self.first = JoinedLinear(qkv.in_features, (*qkv.parts, *gate_up.parts), bias=False)
+        self.first.weight.data.copy_(torch.cat([qkv.weight, gate_up.weight]))
+        block.attention.qkv = block.feedforward.gate_up = nn.Identity()
+        self.attention, self.feedforward, self.norm = block.attention, block.feedforward, block.norm
+
+    def forward(self, x: Tensor, **context: object) -> Tensor:
+        qkv, gate_up = self.first(self.norm(x)).split(self.widths, -1)
+        return x + self.attention(qkv, **context) + self.feedforward(gate_up)
+
+
+BLOCKS: dict[str, Callable[[Parallel], nn.Module]] = {
+    "serial": Serial,
+    "parallel": lambda block: block,
+    "parallel, one first product": Joined,
+}
+
+
+def built(config: palm.Config, kind: str = "parallel", seed: int = 0) -> DecoderLM:
+    """PaLM, or the same with other blocks, from the same weights."""
+    torch.manual_seed(seed)
+    model = palm.build(config)
+    model.blocks = nn.ModuleList(BLOCKS[kind](block) for block in model.blocks)
+    return model
+
+
+def config_of(options: argparse.Namespace, dim: int, layers: int, vocab_size: int, **changes: int) -> palm.Config:
+    heads = dim // 64
+    sizes = {"dim": dim, "hidden_dim": 4 * dim, "n_layers": layers, "n_heads": heads, "head_dim": 64} | changes
+    return palm.Config(vocab_size=vocab_size, context_length=options.context, **sizes)
+
+
+def steps_timed(options: argparse.Namespace) -> str:
+    """The table of a training step, in the type that the machine is quickest with."""
+    config = config_of(options, options.wide, options.deep, 8192)
+    rows = torch.randint(8192, (options.rows, options.context + 1))
+    dtype, contenders = resolve("auto", CPU), {}
+    for kind in BLOCKS:
+        contenders[kind] = ours(built(config, kind), causal, lambda step: {"tokens": rows}, dtype, False, [])
+    seconds = interleaved(contenders, options.rounds)
+    size = sum(p.numel() for p in built(config).parameters()) / 1e6
+    head = f"A training step: {size:.0f} M parameters, {options.rows} rows of {options.context} tokens, {dtype}\n\n"
+    return head + table(seconds, rows[:, 1:].numel(), "tokens", "serial", {})
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Milliseconds a step, and megabytes of the cache, by the kind of attention."""
+
+    milliseconds: dict[str, float]
+    megabytes: dict[str, float]
+    ratios: dict[str, str]
+
+
+def stepping(model: DecoderLM, length: int, batch: int) -> tuple[Callable[[], None], float]:
+    """Some tokens, one after the other, behind `length` others; and the megabytes of the cache."""
+    caches = model.new_caches(batch, length + TOKENS)
+    for cache in caches:
+        like = cache.keys[:, :, :length]
+        cache.append(torch.randn_like(like), torch.randn_like(like))
+    token = torch.zeros(batch, 1, dtype=torch.int64)
+
+    def work() -> None:
+        for cache in caches:
+            cache.rollback(length)
+        for _ in range(TOKENS):
+            decoding_step(model, token, caches, None)
+
+    return work, sum(cache.keys.nbytes + cache.values.nbytes for cache in caches) / 1e6
+
+
+@torch.inference_mode()
+def decoded(length: int, batch: int, options: argparse.Namespace) -> Decoding:
+    """All kinds of attention behind so many tokens."""
+    heads, dtype = options.wide // 64, resolve("auto", CPU)
+    kinds = {f"{heads} heads": heads, f"{max(1, heads // 4)} heads": max(1, heads // 4), "1 head": 1}
+    work, megabytes = {}, {}
+    for name, kv in kinds.items():
+        model = built(config_of(options, options.wide, options.deep, 8192, n_kv_heads=kv)).eval().to(dtype)
+        work[name], megabytes[name] = stepping(model, length, batch)
+    seconds = interleaved(work, options.rounds)
+    base = seconds[f"{heads} heads"]
+    ratios = {n: statistics.median(b / a for a, b in zip(own, base, strict=True)) for n, own in seconds.items()}
+    milliseconds = {name: 1000 * statistics.median(own) / TOKENS for name, own in seconds.items()}
+    return Decoding(milliseconds, megabytes, {name: f"{ratio:.2f}" for name, ratio in ratios.items()})
+
+
+def speed(options: argparse.Namespace, picture: Path | None) -> None:
+    print(steps_timed(options) + "\n", flush=True)
+    print(f"Decoding with {options.deep} layers of width {options.wide}, heads of 64, by heads of keys and values\n")
+    print("| rows | tokens before | | ms a step | ratio to all heads | cache, MB |\n|---:|---:|---|---:|---:|---:|")
+    found: dict[int, dict[int, Decoding]] = {}
+    for batch in options.batches:
+        for length in options.lengths:
+            one = found.setdefault(batch, {})[length] = decoded(length, batch, options)
+            for name, took in one.milliseconds.items():
+                cells = f"{took:.2f} | {one.ratios[name]} | {one.megabytes[name]:.1f}"
+                print(f"| {batch} | {length:,} | {name} | {cells} |", flush=True)
+    if picture:
+        draw_speed(found, picture)
+
+
+def draw_speed(found: dict[int, dict[int, Decoding]], path: Path) -> None:
+    """Milliseconds a step by the tokens before it, a panel for each number of rows, and the caches of the last."""
+    figure, panels = plt.subplots(1, len(found) + 1, figsize=(4.2 * len(found) + 4.2, 4), layout="constrained")
+    last = list(found.values())[-1]
+    for axes, (rows, lengths) in zip(panels, found.items(), strict=False):
+        curves(axes, {length: one.milliseconds for length, one in lengths.items()})
+        axes.set(title=f"{rows} rows at once" if rows > 1 else "one row", ylabel="ms a step", ylim=(0, None))
+    curves(panels[-1], {length: one.megabytes for length, one in last.items()})
+    panels[-1].set(title=f"cache of {[*found][-1]} rows", ylabel="MB", yscale="log")
+    panels[0].legend(title="of keys and values", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def curves(axes: plt.Axes, values: dict[int, dict[str, float]]) -> None:
+    for name in next(iter(values.values())):
+        axes.plot([*values], [one[name] for one in values.values()], marker="o", label=name)
+    axes.set(xlabel="tokens before", xscale="log", xticks=[*values], xticklabels=[f"{each:,}" for each in values])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A line of the table: a model and how it learns."""
+
+    name: str
+    build: Callable[[int], DecoderLM]
+    settings: Settings
+
+
+def layers(options: argparse.Namespace, usual: Settings) -> list[Way]:
+    """PaLM's layer and its two changes undone, one at a time and both."""
+    config = partial(config_of, options, options.dim, options.layers)
+    heads = options.dim // 64
+    wider = 4 * options.dim + round(2 * (heads - 1) * 64 / 3)  # three matrices for the two that became small
+    one, many, wide = {}, {"n_kv_heads": heads}, {"hidden_dim": wider}
+    kinds = {
+        "parallel, 1 head of keys and values": ("parallel", one),
+        "serial, 1 head": ("serial", one),
+        f"parallel, {heads} heads": ("parallel", many),
+        f"serial, {heads} heads": ("serial", many),
+        "parallel, 1 head, wider feed-forward": ("parallel", wide),
+    }
+    return [Way(n, lambda v, k=k, c=c: built(config(v, **c), k, options.seed), usual) for n, (k, c) in kinds.items()]
+
+
+def optimizers(options: argparse.Namespace, usual: Settings) -> list[Way]:
+    """PaLM's optimizer and AdamW on PaLM's layer."""
+    config = partial(config_of, options, options.dim, options.layers)
+    held = max(1, round(10_000 / 255_000 * options.steps))
+    palms = replace(usual, optimizer="adafactor", schedule="inverse_sqrt", hold=held, warmup=0, weight_decay=1.0)
+    rates = [(f"Adafactor, {rate:g}", replace(palms, learning_rate=rate)) for rate in options.adafactor]
+    rates += [(f"AdamW, {rate:g}", replace(usual, learning_rate=rate)) for rate in options.adamw]
+    return [Way(name, lambda v: built(config(v), seed=options.seed), settings) for name, settings in rates]
+
+
+def learn(way: Way, task: Task, options: argparse.Namespace) -> tuple[str, dict[int, float]]:
+    """Trains, and gives the line of the table and the held-out loss by steps."""
+    model = way.build(task.tokenizer.vocab_size)
+    data = PackedText(task.shards, options.context, options.rows, options.seed, options.held_out)
+    losses: dict[int, float] = {}
+    every = max(1, options.steps // 10)
+
+    def between(step: int) -> None:
+        if step % every == 0 or step == options.steps:
+            losses[step] = validation(model, data)
+
+    seconds = learned(model, data, way.settings, between)
+    size, loss = sum(p.numel() for p in model.parameters()), losses[options.steps]
+    figures = f"{size:,} | {loss:.3f} | {task.shards.bits_per_byte(loss):.3f} | {1000 * seconds / options.steps:.0f}"
+    return f"| {way.name} | {figures} |", losses
+
+
+def learning(options: argparse.Namespace, picture: Path | None) -> None:
+    task = ready(Text(options.data, vocab_size=options.vocab_size))
+    usual = Settings(
+        steps=options.steps, batch_size=options.rows, learning_rate=options.rate, warmup=options.steps // 10,
+        final_ratio=0.1, seed=options.seed,
+    )  # fmt: skip
+    tokens = options.rows * options.context
+    print(f"\nLearning {options.data}: {options.steps} steps of {tokens:,} tokens, seed {options.seed}")
+    found: list[dict[str, dict[int, float]]] = []
+    for ways in (layers(options, usual), optimizers(options, usual)):
+        print("\n| | parameters | held-out loss | bits a byte | ms a step |\n|---|---:|---:|---:|---:|", flush=True)
+        found.append({})
+        for way in ways:
+            line, found[-1][way.name] = learn(way, task, options)
+            print(line, flush=True)
+    if picture:
+        draw_learning(found, tokens, picture)
+
+
+def draw_learning(found: list[dict[str, dict[int, float]]], tokens: int, path: Path) -> None:
+    """Held-out loss by tokens, a panel for each table."""
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
+    for axes, losses, title in zip(panels, found, ("the layer", "the optimizer"), strict=True):
+        for name, points in losses.items():
+            axes.plot([step * tokens / 1e6 for step in points], [*points.values()], marker=".", label=name)
+        axes.set(title=title, xlabel="million tokens", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    panels[0].set_ylabel("held-out loss, nats a token")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=("speed", "learning"), help="one of the two; both when it is left out")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows that are decoded at once")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--wide", type=int, default=512, help="width of the timed models, a multiple of 64")
+    parser.add_argument("--deep", type=int, default=6, help="layers of the timed models")
+    parser.add_argument("--steps", type=int, default=500, help="of each model that learns")
+    parser.add_argument("--rows", type=int, default=16, help="in a step")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--dim", type=int, default=256, help="width of the models that learn, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=2e-3, help="AdamW's, where layers are compared")
+    parser.add_argument("--adafactor", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2], help="rates to compare")
+    parser.add_argument("--adamw", type=float, nargs="+", default=[1e-3, 4e-3], help="rates to compare, beside --rate")
+    parser.add_argument("--data", default="english")
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--held-out", type=int, default=50_000, help="tokens of the held-out loss")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    print(f"{machine()}\n")
+    for part, work in {"speed": speed, "learning": learning}.items():
+        if options.part in (None, part):
+            path = options.picture
+            work(options, path.with_stem(f"{path.stem}-{part}") if path and not options.part else path)
+
+
+if __name__ == "__main__":
+    main()
