@@ -1,4 +1,4 @@
-"""The recipe for CLIP, on drawings of coloured shapes with names in two languages: it learns, and resumes bit for bit."""
+"""The recipe for CLIP, on drawings of coloured shapes with names in two languages: it learns, resumes bit for bit."""
 
 import json
 from dataclasses import replace
@@ -89,6 +89,14 @@ def test_a_resnet_learns_by_parts_of_its_batch(drawings, tmp_path) -> None:
     recipe.run(small(drawings, tower="resnet", training=settings), tmp_path, False)
     assert (tmp_path / "open_clip_config.json").exists()
     assert checkpoints.load_model(tmp_path).config.image.layers == (1, 1, 1, 1)
+
+
+def test_it_begins_with_a_clip_that_is_there(drawings, tmp_path) -> None:
+    settings = replace(small(drawings).training, steps=2, warmup=0)
+    recipe.run(small(drawings, training=settings), tmp_path, False)
+    again = recipe.prepare(small(drawings, start=str(tmp_path), vocab_size=5000))
+    assert again.model.config == checkpoints.load_model(tmp_path).config
+    assert all(map(torch.equal, again.model.parameters(), checkpoints.load_model(tmp_path).parameters()))
 
 
 def test_a_caption_that_is_too_long(drawings) -> None:

@@ -119,6 +119,7 @@ def _name(module: ModuleType) -> str:
 _MLP = Family(mlp, "keifu_mlp", mlp.from_published, mlp.to_published, mlp.WEIGHT_NAMES, writes_text=False)
 _BERT = Dialect(bert.IN_FILE, bert.COPIES, bert.OLD_ENDINGS, bert.WITHOUT_PREFIX)
 _CLIP, _OWN_CLIP = _published(clip)
+_SEEING = Dialect(clip_image.IN_FILE, without_prefix=clip_image.WITHOUT_PREFIX)
 _OPEN_CLIP = replace(
     _CLIP, model_type="open_clip", names=_open_clip.WEIGHT_NAMES, not_weights=_open_clip.NOT_WEIGHTS,
     read=_open_clip.from_open_clip, write=_open_clip.to_open_clip, files=_open_clip.FILES,
@@ -140,7 +141,7 @@ _ALL = [
     _OPEN_CLIP,
     replace(_OWN_CLIP, names=_open_clip.WEIGHT_NAMES),  # which has names for a ResNet too
     *_published(clip_text, dialect=Dialect(clip_text.IN_FILE, without_prefix=clip_text.WITHOUT_PREFIX)),
-    *_published(clip_image, dialect=Dialect(clip_image.IN_FILE, without_prefix=clip_image.WITHOUT_PREFIX)),
+    *(replace(family, writes_text=False) for family in _published(clip_image, dialect=_SEEING)),
     replace(_own(seq2seq), writes_text=True),
 ]
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}

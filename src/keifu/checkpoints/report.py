@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from keifu.checkpoints.names import Link
 from keifu.checkpoints.source import Plan, name_of, settings
 
-PLAIN = ("F64", "F32", "F16", "BF16")  # types whose numbers stand in the file as they are
+PLAIN = ("F64", "F32", "F16", "BF16", "I64")  # types whose numbers stand in the file as they are
 FIRST = ("activation", "norm_eps", "rope_theta", "rope_scaling", "context_length", "sliding_window", "tied")
 
 
@@ -60,15 +62,16 @@ def report(plan: Plan) -> Report:
 def _row(link: Link, plan: Plan) -> Row:
     stored = plan.source.stored
     kinds = ", ".join(dict.fromkeys(stored[one].kind for one in link.theirs))
+    dtype = torch.int64 if kinds == "I64" else plan.dtype
     steps = {
         "dequantised": any(stored[one].kind not in PLAIN for one in link.theirs),
         "joined": len(link.theirs) > 1,
         "transposed": link.transposed,
         "rotary pairs moved to halves": any(link.turned),
-        f"cast to {name_of(plan.dtype)}": any(stored[one].dtype != plan.dtype for one in link.theirs),
+        f"cast to {name_of(dtype)}": any(stored[one].dtype != dtype for one in link.theirs),
     }
     done = ", ".join(step for step, yes in steps.items() if yes)
-    return Row(link.ours, link.shape, name_of(plan.dtype), link.theirs, kinds, done)
+    return Row(link.ours, link.shape, name_of(dtype), link.theirs, kinds, done)
 
 
 def _aligned(rows: Sequence[Row]) -> list[str]:

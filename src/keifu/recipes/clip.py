@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from keifu import checkpoints
 from keifu.data.augmentation import Augmentation
@@ -26,7 +27,7 @@ from keifu.data.tokenizers import Tokenizer, load_tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.encoding import encoded
 from keifu.evaluation.retrieval import Recall, both_ways
-from keifu.evaluation.shared_space import embed_bytes, embed_texts, padding, preprocessing
+from keifu.evaluation.shared_space import embed_bytes, embed_texts, padding, preprocessing, two_towers
 from keifu.models import clip, clip_image, clip_text
 from keifu.recipes._language import whom_to_thank
 from keifu.training.contrastive import contrastive
@@ -47,11 +48,13 @@ class Recipe:
     languages: tuple[str, ...] = ("en", "ja")
     """Codes of the captions to learn; each time one is drawn for a picture. und: of a set in one language."""
     tokenizer: str = LEARNED
-    """learned: CLIP's rules, with merges learned from the captions; or a catalogue name (clip-bpe), a file or folder."""
+    """learned: CLIP's rules, merges learned from the captions; or a catalogue name (clip-bpe), a file, a folder."""
     vocab_size: int = 4096
     """Tokens of a learned tokenizer, at most."""
     truncate: bool = False
     """Keep the beginning of a caption that is longer than the text tower takes; without it that is an error."""
+    start: str | None = None
+    """Begin with this CLIP (a run, a folder, a hub id) and its tokenizer, in place of a new one; its sizes count."""
     tower: Literal["vit", "resnet"] = "vit"
     """What sees pictures."""
     image: clip_image.Config = clip_image.Config(
@@ -85,7 +88,7 @@ class Recipe:
 class Task:
     """Everything made ready: the model, its tokenizer, and the pictures in three parts."""
 
-    model: clip.Clip
+    model: nn.Module
     tokenizer: Tokenizer
     parts: Split
     data: Any  # batches of pictures and captions
@@ -93,19 +96,14 @@ class Task:
 
 def prepare(recipe: Recipe) -> Task:
     """Reads the pictures, holds some out, learns the tokenizer from the captions of the others, builds the model."""
-    seen = recipe.image if recipe.tower == "vit" else recipe.resnet
-    channels = recipe.image.channels if recipe.tower == "vit" else 3
-    if recipe.tower == "resnet" and seen.image_size < 64:  # its last batch norms would see one number a picture
-        raise UserError(f"A ResNet must see 64 pixels at least, and image_size is {seen.image_size}: make it larger.")
-    parts = split(read_pictures(recipe.data, seen.image_size, 1 if channels == 1 else 3))
-    captions = [parts.train.texts(language) for language in recipe.languages]
-    tokenizer = _tokenizer(recipe, [text for texts in captions for text in texts])
     torch.manual_seed(recipe.training.seed)
-    text = replace(recipe.text, vocab_size=tokenizer.vocab_size, end_id=tokenizer.eos_id)
-    pixels = clip.Pixels(seen.image_size, seen.image_size)
-    grey = {"mean": (0.5,), "std": (0.5,)} if channels == 1 else {}
-    model = clip.build(clip.Config(text, seen, replace(pixels, **grey)))
-    rows = [tokens(recipe, tokenizer, part) for part in (parts.train, parts.validation)]
+    loaded, given = checkpoints.load(recipe.start, torch.float32) if recipe.start else (None, None)
+    pixels = two_towers(loaded).config.pixels if loaded else _pixels(recipe)
+    parts = split(read_pictures(recipe.data, pixels.crop, 1 if len(pixels.mean) == 1 else 3))
+    tokenizer = given or _tokenizer(recipe, parts.train)
+    model: Any = loaded or _new(recipe, tokenizer, pixels)
+    limit = model.config.context_length
+    rows = [tokens(recipe, tokenizer, part, limit) for part in (parts.train, parts.validation)]
     settings = recipe.training
     data = PictureBatches(
         parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows
@@ -113,7 +111,24 @@ def prepare(recipe: Recipe) -> Task:
     return Task(model, tokenizer, parts, data)
 
 
-def _tokenizer(recipe: Recipe, captions: Sequence[str]) -> Tokenizer:
+def _pixels(recipe: Recipe) -> clip.Pixels:
+    """What pictures become for a new model."""
+    if recipe.tower == "resnet":
+        size = recipe.resnet.image_size
+        if size < 64:  # the last batch norms would see one number a picture
+            raise UserError(f"A ResNet must see 64 pixels at least, and image_size is {size}: make it larger.")
+        return clip.Pixels(size, size)
+    size, grey = recipe.image.image_size, recipe.image.channels == 1
+    return clip.Pixels(size, size, mean=(0.5,), std=(0.5,)) if grey else clip.Pixels(size, size)
+
+
+def _new(recipe: Recipe, tokenizer: Tokenizer, pixels: clip.Pixels) -> clip.Clip:
+    text = replace(recipe.text, vocab_size=tokenizer.vocab_size, end_id=tokenizer.eos_id)
+    return clip.build(clip.Config(text, recipe.image if recipe.tower == "vit" else recipe.resnet, pixels))
+
+
+def _tokenizer(recipe: Recipe, pictures: Pictures) -> Tokenizer:
+    captions = [text for language in recipe.languages for text in pictures.texts(language)]
     if recipe.tokenizer == LEARNED:
         return learn(captions, recipe.vocab_size)
     tokenizer = load_tokenizer(recipe.tokenizer)
@@ -122,14 +137,14 @@ def _tokenizer(recipe: Recipe, captions: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: Pictures) -> Tokens | None:
+def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: Pictures, limit: int) -> Tokens | None:
     """The captions of some pictures as ids, padded to one length: [language, picture, length]; None without any."""
     if not len(pictures):
         return None
     texts = [text for language in recipe.languages for text in pictures.texts(language)]
-    rows, cut = encoded(tokenizer, texts, recipe.text.context_length, recipe.truncate)
+    rows, cut = encoded(tokenizer, texts, limit, recipe.truncate)
     if cut:
-        print(f"{cut:,} of {len(texts):,} captions were cut to {recipe.text.context_length} tokens.", flush=True)
+        print(f"{cut:,} of {len(texts):,} captions were cut to {limit} tokens.", flush=True)
     ids, _ = padded(rows, padding(tokenizer))
     return ids.unflatten(0, (len(recipe.languages), len(pictures)))
 
