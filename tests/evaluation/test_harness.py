@@ -121,6 +121,7 @@ def test_a_task_from_files_has_the_scores_of_the_transformers_backend(both: tupl
 def test_likelihoods_are_those_of_the_transformers_backend(both: tuple[Any, Any]) -> None:
     asked = requests(
         ("", "Paris"), ("Q: What ", "is"), ("The end", " comes"), ("The en", "d comes"), ("<|endoftext|>The", " end"),
+        ("", "<|endoftext|>Paris"),
         (TEXT * 3, " Tokyo."), ("The end\n\n", "once"),
     )  # fmt: skip
     for ours, theirs in zip(*(each.loglikelihood(asked, disable_tqdm=True) for each in both), strict=True):

@@ -175,13 +175,13 @@ def test_an_answer_that_grows_into_its_prompt_is_encoded_apart(words: Tokenizer)
 
 
 def test_a_tokenizer_that_begins_a_text_does_so_before_a_prompt(words: Tokenizer, tokenizer: Tokenizer) -> None:
-    assert opening(words) == []
+    assert opening(words, ["", "the"]) == []
     from keifu.data.special_tokens import put_around_text
 
     other = train_tokenizer("bpe", ["the cat"], 260)
     put_around_text(other.backend, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, bos=True, eos=True)
     framed = Tokenizer(other.backend, {"bos_token": "<|endoftext|>"})
-    assert opening(framed) == [framed.bos_id]
+    assert opening(framed, ["the"]) == [framed.bos_id]
     [pair] = joined(framed, [("the", " cat")])
     assert pair.prompt[0] == framed.bos_id and framed.bos_id not in (*pair.prompt[1:], *pair.answer)
     with pytest.raises(UserError, match="A prompt is empty, and this tokenizer has no token that begins a text"):

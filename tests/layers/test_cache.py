@@ -89,3 +89,30 @@ def test_reserve_keeps_what_is_held_and_makes_room() -> None:
     window = make("window")
     window.reserve(1000)
     assert window.keys.shape[2] == 2 * WINDOW
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_whole_cache_shows_what_a_window_sees_and_goes_back_to_anything(window: int | None) -> None:
+    like = torch.zeros(1)
+    made = KeyValueCache(1, 2, 20, 3, like) if window is None else WindowCache(1, 2, window, 3, like)
+    cache, keys = made.whole(2, 20), torch.randn(2, 2, 20, 3)
+    for start, end in ((0, 7), (7, 8), (8, 13)):
+        shown, values = cache.append(keys[:, :, start:end], -keys[:, :, start:end])
+        first = 0 if window is None else max(0, start - window + 1)
+        assert torch.equal(shown, keys[:, :, first:end]) and torch.equal(values, -shown)
+    cache.rollback(2)
+    assert cache.earliest == 0 and torch.equal(cache.append(keys[:, :, 2:3], keys[:, :, 2:3])[0], keys[:, :, :3])
+
+
+def test_rows_begin_with_what_one_row_holds_behind_their_padding() -> None:
+    like = torch.zeros(1)
+    beginning, keys = KeyValueCache(1, 2, 5, 3, like), torch.randn(1, 2, 5, 3)
+    beginning.append(keys, -keys)
+    cache = KeyValueCache(4, 2, 9, 3, like)
+    cache.keys.fill_(torch.nan)
+    cache.begin(beginning, [0, 2, 5, 7])
+    assert cache.length == 5
+    for row, front in enumerate((0, 2, 5, 5)):
+        assert torch.equal(cache.keys[row, :, front:5], keys[0, :, : 5 - front])
+        assert torch.equal(cache.values[row, :, front:5], -keys[0, :, : 5 - front])
+        assert not cache.keys[row, :, :front].any()

@@ -17,7 +17,7 @@ from torch import nn
 from keifu.data.progress import counting
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.answers import Likelihood, Pair, beginning, joined, likelihoods, opening
+from keifu.generation.answers import Likelihood, Pair, beginning, joined, likelihoods, opened, opening
 from keifu.generation.decoding import causal
 from keifu.generation.prefix import complete
 from keifu.generation.sampling import Sampling
@@ -77,11 +77,11 @@ class KeifuLM(LM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """ln P of each whole text, in windows as long as the context that each begin with the last one's last token."""
         texts = [request.args[0] for request in requests]
-        front, [begin] = opening(self.tokenizer), beginning(self.tokenizer)
+        front, [begin] = opening(self.tokenizer, texts), beginning(self.tokenizer)
         windows: list[Pair] = []
         counts: list[int] = []
         for ids in self.tokenizer.encode_batch(texts, allow_special=True):
-            parts = get_rolling_token_windows([*front, *ids], begin, self.context, 1)
+            parts = get_rolling_token_windows(opened(front, ids), begin, self.context, 1)
             own = [Pair(tuple(a), tuple(b)) for a, b in map(make_disjoint_window, parts)]
             windows += own
             counts.append(len(own))
@@ -95,9 +95,10 @@ class KeifuLM(LM):
         """What the model writes after each context, up to one of the stop strings."""
         asked = [request.args for request in requests]
         settings = [_sampling(given, seed) for seed, (_, given) in enumerate(asked)]
-        front = opening(self.tokenizer)
-        ids = self.tokenizer.encode_batch([text for text, _ in asked], allow_special=True)
-        prompts = [self._room(front + own, each) for own, each in zip(ids, settings, strict=True)]
+        texts = [text for text, _ in asked]
+        front = opening(self.tokenizer, texts)
+        ids = self.tokenizer.encode_batch(texts, allow_special=True)
+        prompts = [self._room(opened(front, own), each) for own, each in zip(ids, settings, strict=True)]
         with counting("lm-eval, writing", len(prompts), "prompts") as progress:
             done = complete(self.model, self.tokenizer, prompts, settings, self.batch_size, progress)
         for args, each in zip(asked, done, strict=True):

@@ -5,7 +5,7 @@ another, each from where the prompt ended. Axes: batch = prompts of a pass, leng
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from keifu.generation.requests import check_tokens
 from keifu.generation.score import CHUNK
 
 Tokens = tuple[int, ...]
+ENCODED = 512  # texts whose tokens exist at the same time
 
 
 class Pair(NamedTuple):
@@ -44,9 +45,10 @@ class Likelihood:
         return float(sum(self.log_probabilities))
 
 
-def opening(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before a text: a BOS, or nothing."""
-    plain, whole = (tokenizer.encode("a", special=special) for special in (False, True))
+def opening(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
+    """What the tokenizer puts before a text: a BOS, or nothing; told by the first of these texts that is not empty."""
+    text = next(filter(None, texts), "")
+    plain, whole = (tokenizer.encode(text, special=special) for special in (False, True))
     return whole[: next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)]
 
 
@@ -59,20 +61,26 @@ def joined(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], allow_special
     apart. An empty prompt is the token that begins a text. An answer without tokens is a `UserError`.
     """
     parted = [(prompt.rstrip(), prompt[len(prompt.rstrip()) :] + answer) for prompt, answer in texts]
-    distinct = list(dict.fromkeys(text for prompt, answer in parted for text in (prompt, prompt + answer)))
-    ids = dict(zip(distinct, tokenizer.encode_batch(distinct, allow_special=allow_special), strict=True))
-    front = opening(tokenizer)
-    return [_pair(tokenizer, front, ids[prompt], ids[prompt + answer], answer) for prompt, answer in parted]
+    prompts = list(dict.fromkeys(prompt for prompt, _ in parted))
+    front = opening(tokenizer, [*prompts, *(answer for _, answer in parted)])
+    ids = dict(zip(prompts, tokenizer.encode_batch(prompts, allow_special=allow_special), strict=True))
+    begun = {prompt: tuple(opened(front, each) or beginning(tokenizer)) for prompt, each in ids.items()}
+    found = []
+    for start in range(0, len(parted), ENCODED):  # of whole texts only their ends are kept
+        some = parted[start : start + ENCODED]
+        wholes = tokenizer.encode_batch([prompt + answer for prompt, answer in some], allow_special=allow_special)
+        for (prompt, answer), whole in zip(some, wholes, strict=True):
+            tail = whole[len(ids[prompt]) :] or tokenizer.encode(answer)
+            if not tail:
+                raise UserError(f"The answer {answer!r} has no tokens, so it has no likelihood: give it text.")
+            twice = not ids[prompt] and len(tail) > 1 and tail[0] == begun[prompt][-1]
+            found.append(Pair(begun[prompt], tuple(tail[1:] if twice else tail)))
+    return found
 
 
-def _pair(tokenizer: Tokenizer, front: list[int], prompt: list[int], whole: list[int], answer: str) -> Pair:
-    tail = whole[len(prompt) :] or tokenizer.encode(answer)
-    if not tail:
-        raise UserError(f"The answer {answer!r} has no tokens, so it has no likelihood: give it text.")
-    if prompt:
-        return Pair(tuple(prompt if front and prompt[: len(front)] == front else front + prompt), tuple(tail))
-    front = front or beginning(tokenizer)
-    return Pair(tuple(front), tuple(tail[1:] if tail[0] == front[-1] and len(tail) > 1 else tail))
+def opened(front: list[int], ids: list[int]) -> list[int]:
+    """A text's tokens with what the tokenizer puts before it, unless the text spells that itself."""
+    return ids if front and ids[: len(front)] == front else front + ids
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
