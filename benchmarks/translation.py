@@ -104,7 +104,7 @@ def heads(path: Path, sentence: str, picture: Path) -> None:
         model(torch.tensor([source]), torch.tensor([target]))
     cross = {name.replace("decoder.", "layer ").replace(".cross_attention", ""): each[0][0]
              for name, each in maps.items() if "cross_attention" in name}  # fmt: skip
-    columns, rows = ([tokenizer.decode([t], skip_special=False) for t in ids] for ids in (source, target))
+    columns, rows = ([tokenizer.decode([t]).replace("\ufffd", "·") or "(end)" for t in ids] for ids in (source, target))
     rows = [*rows[1:], "(end)"]  # a row is labelled with the token that it predicts
     picture.write_bytes(draw_maps(cross, rows, columns, f"{sentence} → {written}"))
     print(f"{sentence} → {written}")
