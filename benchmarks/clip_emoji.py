@@ -102,7 +102,8 @@ def groups(task: recipe.Task, name: str, pictures: Pictures) -> None:
     points = torch.stack([label_points(task.model, task.tokenizer, words, ["{}"]).mean(0) for words in GROUPS.values()])
     given = label_shares(task.model, vectors(task.model, pictures), torch.nn.functional.normalize(points, dim=-1))
     right = torch.tensor([labels.index(pictures.classes[label]) for label in pictures.labels])
-    print(f"Groups, zero-shot, {name}: {Confusion.of(right, given.argmax(-1), labels).verdict()}", flush=True)
+    verdict = Confusion.of(right, given.argmax(-1), labels).verdict().replace("texts", "pictures")
+    print(f"Groups, zero-shot, {name}: {verdict}", flush=True)
 
 
 def draw(task: recipe.Task, pictures: Pictures, path: Path, count: int = 12) -> None:

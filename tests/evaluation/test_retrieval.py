@@ -125,6 +125,13 @@ def test_classify_and_embed_pictures(run, pictures, capsys) -> None:
     assert [sum(x * x for x in vector) for vector in vectors] == pytest.approx([1, 1], abs=1e-5)
 
 
+def test_the_languages_of_the_run_are_evaluated(run, pictures, capsys) -> None:
+    (run / "recipe.json").write_text('{"languages": ["und", "ja"]}')
+    words("evaluate", run, "--on", pictures, "--json")
+    assert "und captions R@1" in json.loads(capsys.readouterr().out)
+    (run / "recipe.json").unlink()
+
+
 def test_evaluate_tells_recall_for_each_language(run, pictures, capsys, tmp_path) -> None:
     words("evaluate", run, "--on", pictures, "--json", "--output", tmp_path / "items.tsv")
     told = json.loads(capsys.readouterr().out)
@@ -138,6 +145,7 @@ WRONG = [
     (["classify", "RUN", "PICTURES/small-red.png", "--labels", "red"], "give two at least"),
     (["classify", "RUN", "a text", "--labels", "a,b"], "'a text' is no picture's file"),
     (["classify", "RUN", "--on", "PICTURES", "--labels", "a,b"], "2 labels were given for the classes"),
+    (["classify", "RUN", "a text"], "tells pictures apart"),
     (["embed", "RUN", "word " * 40], "tokens; the model takes 12"),
     (["evaluate", "RUN", "--on", "PICTURES", "--language", "fr"], "no language of the captions"),
     (["evaluate", "RUN", "--on", "mnist.csv"], "There is no task 'mnist.csv'"),

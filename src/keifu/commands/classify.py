@@ -126,8 +126,11 @@ def _load(name: str) -> "Judge":
     """What chooses; for any other kind of model a `UserError`."""
     from keifu.checkpoints import load
     from keifu.evaluation.judging import judge
+    from keifu.evaluation.shared_space import TwoTowers
 
     model, tokenizer = load(name)
+    if isinstance(model, TwoTowers):
+        raise UserError(f'{name} tells pictures apart: keifu classify {name} picture.png --labels "a dog,a cat".')
     return judge(model, tokenizer, name)
 
 

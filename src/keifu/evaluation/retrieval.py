@@ -97,7 +97,8 @@ def accepts(on: str) -> bool:
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> Outcome:
-    """R@1, R@5 and R@10 in both directions, for each language of the captions."""
+    """R@1, R@5 and R@10 in both directions, for each language of the captions that the model has learned, where its run
+    says which, and else for each that there is."""
     pictures = chosen(asked.on, preprocessing(model).crop)
     if not pictures.captions:
         raise UserError(f"The pictures of {asked.on} have no captions to be found; add metadata.jsonl with text.")
@@ -108,7 +109,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> Outcome:
     points = embed_pictures(model, images(asked.on, pictures, preprocessing(model).crop))
     figures: dict[str, float | int | str] = {"pictures": len(pictures)}
     rows = []
-    for language in [asked.language] if asked.language else pictures.captions:
+    learned = [code for code in asked.languages if code in pictures.captions]
+    for language in [asked.language] if asked.language else learned or pictures.captions:
         texts = embed_texts(model, tokenizer, pictures.captions[language])
         captions, found = both_ways(points, texts)
         figures |= captions.figures(f"{language} captions") | found.figures(f"{language} pictures")

@@ -172,7 +172,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     print(task.parts.train.source, "-", task.parts.sentence(), flush=True)
     options = {name: value for name, value in asdict(recipe).items() if name != "training"}
     facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint} | whom_to_thank(recipe.data)
-    about: dict[str, Any] = {"title": "clip", "data": [facts], "languages": list(recipe.languages)}
+    about: dict[str, Any] = {"title": "clip", "data": [facts]}
+    about |= {"languages": list(recipe.languages)} if len(recipe.languages) == 2 else {}  # for keifu evaluate
     about |= {"parameters": sum(p.numel() for p in task.model.parameters())}
     how = f"keifu train clip --out {out} --resume, with the options of this run"
     sample = (lambda step: told(task, recipe.languages)) if len(task.parts.validation) else None
