@@ -34,7 +34,7 @@ class Recipe(Options):
     recipe_of: Literal["keifu", "paper"] = "keifu"
     """Whose way to train; the model is the one below either way."""
     model: seq2seq.Config = seq2seq.Config(
-        context_length=128, dim=512, embedding_dim=256, attention_dim=256, maxout_dim=256, dropout=0.1
+        context_length=128, dim=512, embedding_dim=256, attention_dim=256, maxout_dim=256, dropout=0.0
     )
     """The vocabulary is the tokenizer's, whatever is given here. The paper's sizes: dim 1000, embedding-dim 620,
     attention-dim 1000, maxout-dim 500, dropout 0."""
