@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from keifu import checkpoints
 from keifu.errors import UserError
+from keifu.generation.pictures import Drawing, drawing
 from keifu.layers.noise import Noise
 from keifu.models import ddpm
 
@@ -186,6 +187,26 @@ def test_noise_both_ways(case, tmp_path) -> None:
     written = [name for name in named if name in scheduler.config and name in again.config]
     assert {name: again.config[name] for name in written} == {name: scheduler.config[name] for name in written}
     assert checkpoints.load_model(tmp_path / "ours").noise == noise
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", [{}, {"variance": "fixed_large"}, {"target": "velocity", "schedule": "cosine"}])
+def test_a_saved_pipeline_draws_the_same_picture(changed, tmp_path) -> None:
+    noise = Noise(**{"steps": 12, "beta_end": 0.3, "variance": "fixed_small"} | changed)
+    config = ddpm.Config(size=8, dim=8, multipliers=(1, 2), attention=(1,), norm_groups=4, middle_groups=4, noise=noise)
+    model = ddpm.build(config).eval()
+    for parameter in model.parameters():
+        parameter += torch.randn_like(parameter) * 0.05
+    checkpoints.save(model, None, tmp_path)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = [3, 2**40]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    expected = pipeline(2, generators, num_inference_steps=12, output_type="pt", return_dict=False)[0]
+    for _ in range(2):  # the model itself, then the saved one
+        *_, last = drawing(model, Drawing(sampler="ddpm", steps=12), seeds)
+        torch.testing.assert_close((last.x / 2 + 0.5).clamp(0, 1), expected, rtol=0, atol=1e-5)
+        model = checkpoints.load_model(tmp_path)
 
 
 def test_what_the_paper_calls_its_networks() -> None:
