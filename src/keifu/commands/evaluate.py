@@ -10,14 +10,15 @@ from keifu.commands import flags, tables
 from keifu.errors import UserError, unknown
 
 # Each is a file in keifu/evaluation (see its task.py).
-TASKS = ("translation", "retrieval", "few_shot", "mixture", "language_model")
+TASKS = ("translation", "retrieval", "pictures", "few_shot", "mixture", "language_model")
 
 
 @dataclass(frozen=True)
 class Options:
     """How good a model is, in figures.
 
-    A CLIP: how well captions and pictures find each other (a catalogue name such as emoji, a folder, .tar shards).
+    A CLIP: how well captions and pictures find each other (a catalogue name such as emoji, a folder, .tar shards). A
+    model that draws: how near its pictures are to such a set, and whether they are copies from it.
 
     A translator: BLEU and chrF on pairs (a catalogue name such as tatoeba-ja-en, a TSV file, or two files A,B). A
     language model: perplexity and bits per byte on a text (a catalogue name, a file, a folder), or on each text of a
@@ -30,15 +31,19 @@ class Options:
     on: str
     """The data."""
     limit: int | None = None
-    """At most so many pairs, windows of text or items of a task."""
+    """At most so many pairs, windows of text or items of a task; pictures that are drawn (unset: 1000)."""
     shots: int | None = None
     """Examples with their answers in the prompt of each item; unset: 0."""
     by_shots: tuple[int, ...] = ()
     """Several numbers of examples, such as 0 1 4 16, each for the same items."""
     seed: int = 0
-    """What decides which examples are drawn."""
+    """What decides which examples are drawn; of pictures, the first one's seed."""
     metric: str | None = None
     """choice (the likeliest of a task's choices), exact (a written answer) or cloze; unset: the task's own."""
+    sampler: str | None = None
+    """How pictures are drawn; unset: ddim."""
+    steps: int | None = None
+    """Steps of the sampler; unset: as many as are usual with it."""
     reverse: bool = False
     """Swap the sides of the pairs: the second is the source."""
     language: str | None = None
@@ -52,7 +57,8 @@ class Options:
     by_length: bool = False
     """Show the figures by the length of the source too."""
     output: Path | None = None
-    """Write each pair or item, and what the model made of it, to this file: .jsonl, or else columns parted by tabs."""
+    """Write each pair or item, and what the model made of it, to this file: .jsonl, or else columns parted by tabs. Of
+    drawn pictures a .png shows some, each beside the nearest of the set by pixels and by features."""
     json: bool = False
     """Print all as JSON."""
 
@@ -69,7 +75,9 @@ def run(options: Options) -> None:
     asked = Asked(**given, languages=trained_languages(Path(options.model)))
     check_heeded(options, task)
     found = task.evaluate(model, tokenizer, asked)
-    if options.output and found.items:
+    if options.output and found.picture and options.output.suffix == ".png":
+        write_atomic(options.output, found.picture)
+    elif options.output and found.items:
         written = _objects if options.output.suffix == ".jsonl" else _columns
         write_atomic(options.output, written(found.items))
     _tell(found, options.json)

@@ -34,6 +34,8 @@ class Asked:
     by_shots: tuple[int, ...] = ()
     seed: int = 0
     metric: str | None = None
+    sampler: str | None = None
+    steps: int | None = None
     languages: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
@@ -54,10 +56,12 @@ class Outcome:
     """What an evaluation found.
 
     figures: each with its name. notes: sentences that a reader of the figures must know. tables: details, by name, that
-    were asked for. items: what the figures were computed from, one row an item, for a file.
+    were asked for. items: what the figures were computed from, one row an item, for a file. picture: a PNG that shows
+    some of them, for a file.
     """
 
     figures: dict[str, float | int | str]
     notes: tuple[str, ...] = ()
     tables: dict[str, Table] = field(default_factory=dict)
     items: Table | None = None
+    picture: bytes | None = None

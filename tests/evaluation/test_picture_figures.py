@@ -1,0 +1,136 @@
+"""The evaluation of a model that draws, on a tiny network and tiny pictures, through the command line."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from keifu import checkpoints, cli
+from keifu.data.pictures import Pictures
+from keifu.errors import UserError
+from keifu.evaluation import pictures as module
+from keifu.evaluation.picture_features import extractor
+from keifu.evaluation.pictures import compared, evaluate, side_by_side
+from keifu.evaluation.task import Asked
+from keifu.layers.noise import Noise
+from keifu.models import ddpm
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+from pictures_toys import folder, picture  # noqa: E402
+
+SIZE = 8
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+
+
+def toys(count: int, seed: int) -> Pictures:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
+    names = tuple(f"{seed}-{place}" for place in range(count))
+    none = np.full(count, -1)
+    return Pictures("toys", pixels, np.arange(count), names, {}, none, (), np.arange(count), ("",) * count, "f")
+
+
+def test_copies_are_found_out() -> None:
+    real, held = toys(60, 0), toys(20, 1)
+    copies = real.take(np.arange(30))
+    near, figures = compared(extractor(), copies, real, held)
+    assert near.by_pixels.tolist() == near.by_features.tolist() == list(range(30)) and near.differences.max() == 0
+    assert figures["share nearer than 99% of held-out pictures"] == 1
+    assert figures["median difference to the nearest real picture"] == 0
+    assert figures["precision"] == 1 and figures["median difference of held-out pictures"] > 50
+    _, figures = compared(extractor(), toys(30, 2).take(slice(None)), real, held)
+    assert figures["share nearer than 99% of held-out pictures"] <= 0.1
+
+
+def test_worse_pictures_have_larger_distances() -> None:
+    real = toys(60, 0)
+    noise = toys(40, 3).take(slice(None))
+    _, good = compared(extractor(), noise, real, None)
+    _, flat = compared(extractor(), torch.full_like(noise, 90), real, None)
+    for name in ("Fréchet distance", "kernel distance x 1000"):
+        assert flat[name] > 3 * abs(good[name])
+    assert flat["precision"] == 0 and not [name for name in flat if "held-out" in name]
+
+
+def test_the_sheet_shows_each_beside_its_nearest() -> None:
+    real = toys(10, 0)
+    drawn = real.take([7, 2])
+    near, _ = compared(extractor(), torch.cat([drawn, drawn]), real, None)
+    image = np.asarray(Image.open(io.BytesIO(side_by_side(drawn, real, near, 5))))
+    scale = 9  # 72 / 8: small pictures with captions are enlarged
+    cells = [image[4:76:scale, 4 + place * 76 : 76 + place * 76 : scale] for place in range(6)]
+    for place, cell in enumerate(cells):
+        assert np.array_equal(cell, drawn[place // 3].permute(1, 2, 0).numpy())
+
+
+class Remembering(nn.Module):
+    """A network that knows one picture for each class, and says so at every noise level."""
+
+    def __init__(self, pictures: Tensor, free: bool):
+        super().__init__()
+        self.pictures = nn.Parameter(pictures)
+        self.noise = Noise(target="picture")
+        self.config = SimpleNamespace(size=SIZE, channels=3, n_classes=len(pictures), null_class=free, classes=())
+
+    def forward(self, x: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.pictures[0].expand_as(x) if label is None else self.pictures[label]
+
+    def check_size(self, channels: int, height: int, width: int) -> None:
+        assert (channels, height, width) == (3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_a_model_that_must_be_told_a_class_draws_them_in_turn(free: bool, monkeypatch) -> None:
+    real = toys(40, 0)
+    monkeypatch.setattr(module, "read_pictures", lambda source, size, channels: real)
+    known = real.take([4, 9]).float() / 127.5 - 1
+    found = evaluate(Remembering(known, free), None, Asked("mnist", limit=6, steps=3, batch_size=2, seed=11))
+    assert [row[0] for row in found.items.rows] == list(range(11, 17))
+    nearest = [row[1] for row in found.items.rows]
+    assert len(set(nearest)) == (1 if free else 2) and nearest[0] == nearest[2] != (None if free else nearest[1])
+    assert "6 pictures by ddim in 3 steps, seeds 11 and on, beside" in found.notes[0]
+    assert "no FID and KID as papers print them" in found.notes[2]
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> str:
+    groups = {"norm_groups": 4, "middle_groups": 4}
+    config = ddpm.Config(size=SIZE, dim=8, multipliers=(1, 1), n_residual_blocks=1, attention=(), **groups)
+    path = tmp_path_factory.mktemp("ddpm")
+    checkpoints.save(ddpm.build(config), None, path)
+    return str(path)
+
+
+def test_through_the_command_line(network: str, tmp_path: Path, capsys) -> None:
+    colours = {f"{n}.png": picture((n * 9 % 256, n * 31 % 256, n * 57 % 256), (10, 10)) for n in range(40)}
+    source = str(folder(tmp_path / "set", colours))
+    words = ["evaluate", network, "--on", source, "--limit", "6", "--steps", "2", "--json"]
+    cli.main([*words, "--output", str(tmp_path / "sheet.png")])
+    told = json.loads(capsys.readouterr().out)
+    assert told["Fréchet distance"] > 0 and 0 <= told["precision"] <= 1
+    assert Image.open(tmp_path / "sheet.png").width > 500
+    cli.main([*words, "--output", str(tmp_path / "rows.tsv")])
+    header, *rows = (tmp_path / "rows.tsv").read_text().splitlines()
+    assert header.split("\t") == ["seed", "nearest by pixels", "difference", "nearest by features"] and len(rows) == 6
+    assert json.loads(capsys.readouterr().out) == told  # the same seeds, the same pictures
+
+
+def test_refusals(network: str, tmp_path: Path) -> None:
+    from keifu.checkpoints import load
+
+    model, _ = load(network)
+    with pytest.raises(UserError, match="There is no folder of pictures"):
+        evaluate(model, None, Asked("nowhere"))
+    with pytest.raises(UserError, match="sampler"):
+        evaluate(model, None, Asked(str(folder(tmp_path / "s", {"a.png": picture("red")})), sampler="ddin"))
