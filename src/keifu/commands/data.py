@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from keifu.commands import flags, tables
+from keifu.commands import flags, tables, turns
 from keifu.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Options:
         tyro.conf.Positional[Literal["list", "get", "check", "show"]],
         tyro.conf.arg(
             help="What to do; check reports encoding errors, duplicates and lengths of text; show counts pictures and "
-            "writes a contact sheet of them."
+            "writes a contact sheet of them, or prints conversations with what is learned of them in colour."
         ),
     ] = "list"
     name: Annotated[
@@ -31,19 +31,21 @@ class Options:
         tyro.conf.arg(
             metavar="[NAME]",
             help="A catalogue name; check also takes a file or a folder of text, show a folder of pictures (with "
-            "metadata.jsonl, with a folder for each class, or neither) or WebDataset .tar shards.",
+            "metadata.jsonl, with a folder for each class, or neither), WebDataset .tar shards, or a .jsonl file of "
+            "conversations.",
         ),
     ] = None
-    tokenizer: str = "gpt2-bpe"
-    """What check counts tokens with: a catalogue name, or a tokenizer's file or folder."""
+    tokenizer: str | None = None
+    """What check counts tokens with: a catalogue name, or a tokenizer's file or folder; unset: gpt2-bpe. For
+    conversations, the model whose chat template they are shown by; unset: smollm2."""
     field: str = "text"
     """Where a record of .jsonl or .parquet has its text."""
     json: bool = False
-    """Print the report of check as JSON."""
+    """Print the report of check, or conversations as ids, as JSON."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """The PNG file that show writes; unset, it writes none."""
     count: int = 64
-    """Pictures on the sheet, spread evenly over the set."""
+    """Pictures on the sheet, spread evenly over the set; or conversations, the first."""
     part: Literal["all", "train", "validation", "test"] = "all"
     """Show only what is learned from, or what keifu holds out from it."""
     language: str | None = None
@@ -87,7 +89,8 @@ def _check(source: str, options: Options) -> None:
     from keifu.data.preflight import check
     from keifu.data.tokenizers import load_tokenizer
 
-    place = fetch(options.tokenizer) if options.tokenizer in CATALOGUE else options.tokenizer
+    wanted = options.tokenizer or "gpt2-bpe"
+    place = fetch(wanted) if wanted in CATALOGUE else wanted
     report = check(source, load_tokenizer(place), options.field)
     print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
 
@@ -98,6 +101,9 @@ def _show(source: str, options: Options) -> None:
 
     if options.count < 1:
         raise UserError(f"count is {options.count}, but a sheet has at least 1 picture.")
+    if turns.holds_conversations(source):
+        turns.show(source, options.tokenizer or "smollm2", options.count, options.json)
+        return
     pictures = read_pictures(source, options.size, options.channels, options.fit, options.leave_out)
     parted = split(pictures)
     print(pictures.sentence(), parted.sentence(), *pictures.notes, *pictures.faults, sep="\n")
