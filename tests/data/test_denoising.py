@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keifu.data.denoised_rows import Decoder, Denoising, EncoderDecoder, HiddenTokens, LeftToRight
+from keifu.data.denoised_rows import Decoder, Denoising, EncoderDecoder, FromTheLeft, HiddenTokens, LeftToRight
 from keifu.data.denoising import MODES, Denoiser, Markers, corrupt, random_spans, special_tokens, ul2
 from keifu.data.tokenizers import train_tokenizer
 from keifu.errors import UserError
@@ -142,6 +142,18 @@ def test_hidden_tokens_alone_are_asked_for_without_the_marks() -> None:
     rows = HiddenTokens(task).rows(windows, np.arange(5), np.random.default_rng(1))
     chosen = rows["tokens"][rows["mask"]]
     assert chosen.max() < 100 and len(chosen) == 5 * Denoiser("[NLU]", 0.15, 3).counts(task.width)[0]
+
+
+def test_hidden_tokens_from_the_left_are_the_same_ones() -> None:
+    denoisers = [Denoiser("[NLU]", 0.15, 3), Denoiser("[NLG]", 0.5, 8)]
+    both, left = (Denoising(denoisers, form(MARKERS, 64)) for form in (Decoder, FromTheLeft))
+    windows, numbers = np.random.default_rng(0).integers(0, 100, (6, both.width)), np.arange(6)
+    hidden = HiddenTokens(both).rows(windows, numbers, np.random.default_rng(1))
+    read = left.rows(windows, numbers, np.random.default_rng(1))
+    assert np.array_equal(hidden["tokens"][hidden["mask"]], read["tokens"][read["mask"]])
+    for window, row, wanted in zip(windows.tolist(), read["tokens"], read["mask"], strict=True):
+        text = row[: len(wanted) - int(wanted[::-1].argmax())].tolist()  # a text ends with something hidden
+        assert any(window[i : i + len(text)] == text for i in range(len(window) - len(text) + 1))
 
 
 def test_left_to_right_predicts_the_same_tokens_with_a_mode_and_without() -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -85,9 +86,8 @@ def test_a_run_leaves_a_model_that_transformers_loads_and_figures_by_source(mixt
     assert found["bits per byte, by the weights"] == pytest.approx(mean, abs=2e-4)
 
 
-@pytest.mark.parametrize("objective", ["ul2", "causal"])
-def test_a_stopped_run_goes_on_with_the_same_bits(objective: str, mixture: Path, tmp_path: Path) -> None:
-    same = {"schedule": "constant", "objective": objective}
+def test_a_stopped_run_goes_on_with_the_same_bits(mixture: Path, tmp_path: Path) -> None:
+    same = {"schedule": "constant"}
     train(mixture, tmp_path / "whole", steps=6, **same)
     train(mixture, tmp_path / "parts", steps=3, **same)
     train(mixture, tmp_path / "parts", "--resume", steps=6, micro_batch=8, **same)
@@ -96,15 +96,19 @@ def test_a_stopped_run_goes_on_with_the_same_bits(objective: str, mixture: Path,
 
 
 def test_a_run_learns(mixture: Path, tmp_path: Path) -> None:
-    train(mixture, tmp_path, "--matrix-rate", "0.05", steps=60, log_every=1)
+    train(mixture, tmp_path, "--objective", "causal", "--matrix-rate", "0.05", steps=40, log_every=1)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses[0] > 5.5 and min(losses[-5:]) < 4.5
+    assert losses[0] > 5.5 and min(losses[-5:]) < 4.0
+    model, tokenizer = keifu.load(tmp_path)
+    assert tokenizer.special["bos_token"] == "<|endoftext|>"  # no mode is put before a text
+    assert keifu.generate(model, tokenizer, "The cat", max_tokens=3, temperature=0)
 
 
 def test_gaps_are_filled_where_they_stand(mixture: Path, tmp_path: Path) -> None:
     train(mixture, tmp_path, steps=1)
     model, tokenizer = keifu.load(tmp_path)
+    assert {tokenizer.token_id(mode) for mode in MODES} <= tokenizer.special_ids
     found = infill(model, tokenizer, "The ___ sees ___")
     assert len(found.spans) == 2 and found.text.startswith("The" + found.spans[0] + " sees")
     with pytest.raises(UserError, match="There is no gap"):
@@ -116,8 +120,6 @@ def test_gaps_are_filled_where_they_stand(mixture: Path, tmp_path: Path) -> None
 
 
 def test_what_was_written_is_shared_out_among_the_gaps() -> None:
-    import numpy as np
-
     sentinels = np.array([50, 51, 52])
     assert split_spans([1, 2, 51, 3, 52], sentinels) == [[1, 2], [3], []]
     assert split_spans([52, 4, 50, 5], sentinels) == [[], [], [4, 5]]  # one out of turn is passed over
@@ -136,9 +138,3 @@ def test_what_cannot_be_is_one_sentence(words, sentence, mixture: Path, tmp_path
     with pytest.raises(SystemExit):
         train(mixture, tmp_path, *words, steps=1)
     assert sentence in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_the_modes_are_special_tokens(mixture: Path, tmp_path: Path) -> None:
-    train(mixture, tmp_path, steps=1)
-    tokenizer = keifu.load(tmp_path)[1]
-    assert {tokenizer.token_id(mode) for mode in MODES} <= tokenizer.special_ids

@@ -146,6 +146,22 @@ class Decoder:
         return rows | {"mask": rows["mask"] & (np.arange(self.places) > cuts[:, None])}
 
 
+class FromTheLeft(Decoder):
+    """The texts of a decoder's rows as they were, for a model that reads from left to right: "mask" is True on the
+    hidden tokens of `HiddenTokens`, of which it knows only what stands before them."""
+
+    def rows(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool) -> Rows:
+        """The text again: what is kept of each run, and then what was hidden after it."""
+        marks = [np.isin(side, self.markers.sentinels) for side in (inputs, targets)]
+        runs = [2 * np.cumsum(marks[0], axis=1), 2 * np.cumsum(marks[1], axis=1) - 1]
+        kept, hidden = (side[~mark].reshape(len(side), -1) for side, mark in zip((inputs, targets), marks, strict=True))
+        keys = [run[~mark].reshape(len(run), -1) for run, mark in zip(runs, marks, strict=True)]
+        order = np.argsort(np.concatenate(keys, axis=1), axis=1, kind="stable")
+        text = np.take_along_axis(np.concatenate([kept, hidden], axis=1), order, axis=1)
+        mask = (order >= kept.shape[1]) & (text != self.markers.end)
+        return {"tokens": _wider(text, self.places), "mask": _wider(mask, self.places).astype(bool)}
+
+
 class EncoderDecoder:
     """Rows for an encoder-decoder that takes `context_length` tokens on each side.
 

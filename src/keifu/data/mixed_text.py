@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from keifu.data.denoised_rows import Rows, Task
+from keifu.data.growth import Growth, stages
 from keifu.data.packed import PackedText
 from keifu.data.shares import turns, which
 from keifu.data.text import Shards
@@ -43,7 +44,7 @@ class MixedText:
     """Training data out of several sources: after any number of rows each has its share of them (`keifu.data.shares`).
 
     Each source is cut into windows and read in epochs as by `PackedText`, a small one more often; a batch is a function
-    of the seed and the step alone. `task` makes rows of the windows.
+    of the seed and the step alone. `task` makes rows of the windows. `batch_size` may grow over the steps.
 
     `validation` gives batches for the loss of the task, of held-out windows by the same shares, and then for each check
     and each source some of its held-out windows. "figure" [row] is 0 for the former and else the place, counted from 1,
@@ -53,12 +54,11 @@ class MixedText:
     """
 
     def __init__(
-        self, sources: Sequence[Weighted], task: Task, context_length: int, batch_size: int, seed: int = 0,
+        self, sources: Sequence[Weighted], task: Task, context_length: int, batch_size: int | Growth, seed: int = 0,
         checks: Mapping[str, Check] | None = None, validation_rows: int = 256, check_rows: int = 32,
     ):  # fmt: skip
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}, but it must be at least 1.")
-        self.sources, self.task, self.batch_size, self.seed = sources, task, batch_size, seed
+        self.growth = batch_size if isinstance(batch_size, Growth) else stages((), batch_size)
+        self.sources, self.task, self.seed = sources, task, seed
         self.checks, self.context_length = checks or {}, context_length
         self.validation_rows, self.check_rows = validation_rows, check_rows
         self.weights = np.array([source.weight for source in sources])
@@ -70,24 +70,28 @@ class MixedText:
     def fingerprint(self) -> str:
         """Of all texts, their weights, and what else the batches depend on."""
         facts = [f"{s.name} {s.weight} {s.shards.fingerprint}" for s in self.sources]
-        facts += [self.task.name, f"{self.batch_size} {self.seed}"]
+        facts += [self.task.name, f"{self.growth} {self.seed}"]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
         if step < 0:
             raise UserError(f"The step is {step}, but steps are counted from 0.")
-        taken = turns(self.weights, step * self.batch_size, (step + 1) * self.batch_size)
-        windows = np.empty((self.batch_size, self.task.width), np.int64)
+        taken = turns(self.weights, self.growth.before(step), self.growth.before(step + 1))
+        windows = np.empty((len(taken.whose), self.task.width), np.int64)
         for place, packed in enumerate(self._packed):
             rows = np.flatnonzero(taken.whose == place)
             if len(rows):
                 windows[rows] = packed.windows(taken.numbers[rows])
         return _tensors(self.task.rows(windows, taken.numbers, np.random.default_rng([self.seed, step])))
 
+    def largest(self) -> Batch:
+        """A batch of the most rows."""
+        return self.batch(self.growth.largest)
+
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each source's windows come in so many steps; a whole number of times and a part."""
-        whose = np.ceil(steps * self.batch_size * self.weights)
+        whose = np.ceil(self.growth.before(steps) * self.weights)
         return {
             source.name: float(count) / packed.windows_per_epoch
             for source, count, packed in zip(self.sources, whose, self._packed, strict=True)
@@ -99,7 +103,7 @@ class MixedText:
         units = float(sum(elements(batch) for batch in self._own))
         for place, (check, source) in enumerate((c, s) for c in self.checks.values() for s in self.sources):
             windows = held_out(source.shards, self.context_length, self.check_rows)[:, : check.task.width]
-            made = batches(check.task, windows, self.batch_size)
+            made = batches(check.task, windows, max(self.growth.rows))
             factor = check.scale(source.shards) * units / sum(elements(batch) for batch in made)
             for batch in made:
                 yield batch | _marks(len(next(iter(batch.values()))), place + 1, factor)
@@ -113,7 +117,7 @@ class MixedText:
             rows = np.flatnonzero(whose == place)
             kept = packed.held_out
             windows[rows] = kept[np.arange(len(rows)) * max(1, len(kept) // max(1, len(rows))) % len(kept)]
-        made = batches(self.task, windows, self.batch_size)
+        made = batches(self.task, windows, max(self.growth.rows))
         return [batch | _marks(len(next(iter(batch.values()))), 0, 1.0) for batch in made]
 
 

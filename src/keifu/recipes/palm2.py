@@ -145,7 +145,7 @@ def learn(recipe: Recipe, found: Prepared, out: Path, resume: bool = False) -> S
     model = palm.build(config)
     task, checks = task_of(recipe, found.tokenizer)
     training = recipe.training
-    data = MixedText(found.sources, task, config.context_length, training.batch_size, training.seed, checks)
+    data = MixedText(found.sources, task, config.context_length, training.growth, training.seed, checks)
     objective = partial(measured, objective=denoising, names=data.figures)
     saved = begun_by_mode(found.tokenizer) if recipe.objective == "ul2" else found.tokenizer
     epochs = data.epochs(training.steps)
@@ -157,7 +157,7 @@ def learn(recipe: Recipe, found: Prepared, out: Path, resume: bool = False) -> S
         write_atomic(directory / "mixture.json", json.dumps({"sources": sources}, indent=1, ensure_ascii=False) + "\n")
 
     run = _run(recipe, found, epochs, model, out, resume)
-    return train(model, objective, data, training, run, _sampler(recipe, model, saved), save)
+    return train(model, objective, data, training, run, _sampler(recipe, model, saved), save, data.largest())
 
 
 def _kept(source: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def write_sample(directory: Path, step: int, sample: str | bytes) -> None:
 
 def hashes(directory: Path) -> dict[str, str]:
     """SHA-256 of every weight file and saved state of a run, by its name in the folder."""
-    files = sorted([*directory.glob("*.safetensors"), *(directory / state.FOLDER).glob("*.safetensors")])
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("*/*.safetensors")])
     return {path.relative_to(directory).as_posix(): sha256(path) for path in files}
 
 

@@ -83,7 +83,8 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.stepper, self.at = self.started.stepper, self.started.progressed
-        self.pace, self.left = Pace(self.at.seconds), TimeLeft(self.at.step, self.settings.steps)
+        whole = self.settings.whole_steps
+        self.pace, self.left = Pace(self.at.seconds), TimeLeft(whole(self.at.step), whole(self.settings.steps))
         self.peak = matmul_peak(self.stepper.device, self.stepper.dtype)
         self.figures, self.validated, self.gradient_norm = self.lines.latest(), self.lines.validated, math.nan
         self.saved = self.at.step if self.run.resume else -1
@@ -201,7 +202,7 @@ class _Loop:
             "seconds": at.seconds,
         }
         self._record(figures)
-        self.display.show({**figures, "seconds_left": self.left.seconds(at.step)})
+        self.display.show({**figures, "seconds_left": self.left.seconds(self.settings.whole_steps(at.step))})
         if warning := at.divergence.watch(means["loss"]):
             self.display.note(f"Step {at.step:,}: {warning}")
 

@@ -32,11 +32,11 @@ class Pace:
 
 
 class TimeLeft:
-    """How long the rest takes at the speed of all steps so far, everything counted."""
+    """How long the rest takes at the speed of all steps so far, everything counted; smaller steps are fractions."""
 
-    def __init__(self, first: int, total: int):
+    def __init__(self, first: float, total: float):
         self.first, self.total, self.start = first, total, time.perf_counter()
 
-    def seconds(self, done: int) -> float:
+    def seconds(self, done: float) -> float:
         """Seconds from now to the end."""
         return (time.perf_counter() - self.start) / max(1, done - self.first) * (self.total - done)

@@ -1,0 +1,167 @@
+"""What a mixture of objectives bought: UL2's denoisers beside plain left-to-right learning at equal tokens, by source.
+
+python benchmarks/mixture.py [--mixture multilingual] [--minutes 12 | --steps N] [--context 256] [--picture PNG]
+
+Two models of PaLM's block begin with the same weights and read as many rows of as many tokens from the same sources by
+the same weights. The steps are what --minutes of the plain model's training hold, tried before the start; the other
+takes as many. Then both are measured on the same held-out windows of every source: left to right, in bits a byte, and
+on hidden tokens, in nats a token. The plain model knows only what stands before a hidden token, for it can know no
+more; the other is given both sides of each gap. With --minutes 12 it takes about half an hour, beside fetching and
+tokenising the texts at the first time. --minutes 3 --dim 128 is a quick look.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from _rounds import machine
+
+from keifu import checkpoints
+from keifu.data.denoised_rows import Decoder, Denoising, FromTheLeft, HiddenTokens, LeftToRight, Task
+from keifu.data.denoising import SEQUENTIAL, Denoiser, Markers
+from keifu.data.mixed_text import MixedText, Weighted
+from keifu.data.mixture import read_mixture
+from keifu.evaluation.mixture import Found, losses
+from keifu.models import palm
+from keifu.recipes import palm2
+from keifu.recipes.palm2 import LEARNING, Prepared, Recipe, learn, prepared
+from keifu.training.budget import steps_within
+from keifu.training.denoising import denoising
+
+HIDDEN = {"a few words": Denoiser("[NLU]", 0.15, 3), "half of it": Denoiser("[NLG]", 0.5, 8)}
+MODELS = {"causal": "plain", "ul2": "UL2"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What both models reached on one source, by model and task; left to right in bits a byte, hidden in nats."""
+
+    source: Weighted
+    figures: dict[str, dict[str, float]]
+
+
+def recipe_of(options: argparse.Namespace, objective: str, steps: int) -> Recipe:
+    dim = options.dim
+    model = palm.Config(
+        context_length=options.context, dim=dim, hidden_dim=4 * dim, n_layers=options.layers, n_heads=dim // 64,
+        head_dim=64,
+    )  # fmt: skip
+    training = replace(
+        LEARNING, steps=steps, batch_size=options.batch, warmup=min(LEARNING.warmup, steps // 10), seed=options.seed,
+        evaluate_every=max(1, steps // 4), sample_every=0, save_every=0,
+    )  # fmt: skip
+    return Recipe(options.mixture, objective, vocab_size=options.vocab, model=model, training=training)
+
+
+def steps_for(options: argparse.Namespace, found: Prepared) -> int:
+    """The steps that were asked for, or that the plain model makes in the time."""
+    if options.steps:
+        return options.steps
+    recipe = recipe_of(options, "causal", 1000)
+    torch.manual_seed(options.seed)
+    model = palm.build(replace(recipe.model, vocab_size=found.tokenizer.vocab_size)).train()
+    task, _ = palm2.task_of(recipe, found.tokenizer)
+    data = MixedText(found.sources, task, options.context, options.batch, options.seed)
+    return steps_within(options.minutes, model, denoising, data, recipe.training, data.batch(0))
+
+
+def tasks(objective: str, markers: Markers, context: int) -> dict[str, Task]:
+    """The same tokens to predict for both models, each in the form that it knows."""
+    if objective == "causal":
+        hidden = {name: Denoising([each], FromTheLeft(markers, context)) for name, each in HIDDEN.items()}
+        return {"left to right": LeftToRight(context - 1), **hidden}
+    hidden = {name: HiddenTokens(Denoising([each], Decoder(markers, context))) for name, each in HIDDEN.items()}
+    return {"left to right": LeftToRight(context, markers.modes[SEQUENTIAL]), **hidden}
+
+
+def measure(models: dict[str, torch.nn.Module], found: Prepared, options: argparse.Namespace) -> list[Measured]:
+    """Every source by both models on all tasks."""
+    markers = Markers.of(found.tokenizer)
+    one = partial(losses, context=options.context, rows=options.windows, batch_size=options.batch)
+    measured = []
+    for source in found.sources:
+        reached: dict[str, dict[str, float]] = {}
+        counts = []
+        for objective, model in models.items():
+            each: dict[str, Found] = one(model, source.shards, tasks(objective, markers, options.context))
+            reached[objective] = {name: value.loss for name, value in each.items()}
+            reached[objective]["left to right"] = source.shards.bits_per_byte(each["left to right"].loss)
+            counts.append({name: value.tokens for name, value in each.items()})
+        assert counts[0] == counts[1], "both models predict the same tokens"
+        measured.append(Measured(source, reached))
+    return measured
+
+
+def title(name: str) -> str:
+    return f"{name} hidden" if name in HIDDEN else name
+
+
+def table(found: Sequence[Measured]) -> str:
+    """A row a source, and the means by the weights, as Markdown."""
+    names = ["left to right", *HIDDEN]
+    heads = [f"{title(name)}: {MODELS[objective]}" for name in names for objective in MODELS]
+    lines = ["| source | weight | " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * len(heads)]
+    columns = [[each.figures[objective][name] for each in found] for name in names for objective in MODELS]
+    for place, each in enumerate(found):
+        cells = " | ".join(f"{column[place]:.3f}" for column in columns)
+        lines.append(f"| {each.source.name} | {each.source.weight:.2f} | {cells} |")
+    means = (sum(e.source.weight * value for e, value in zip(found, column, strict=True)) for column in columns)
+    return "\n".join([*lines, "| by the weights | 1 | " + " | ".join(f"{mean:.3f}" for mean in means) + " |"])
+
+
+def draw(found: Sequence[Measured], path: Path) -> None:
+    """A panel for each task, a pair of bars for each source."""
+    names = ["left to right", *HIDDEN]
+    size = 11, 0.35 * len(found) + 1.5
+    figure, panels = plt.subplots(1, len(names), figsize=size, sharey=True, layout="constrained")
+    for axes, name in zip(panels, names, strict=True):
+        for shift, objective in ((0.2, "causal"), (-0.2, "ul2")):
+            values = [each.figures[objective][name] for each in reversed(found)]
+            axes.barh([n + shift for n in range(len(found))], values, height=0.38, label=MODELS[objective])
+        axes.set_title(title(name), fontsize=10)
+        axes.set_xlabel("bits a byte" if name not in HIDDEN else "nats a hidden token", fontsize=9)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(found)), [each.source.name for each in reversed(found)], fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mixture", default="multilingual")
+    parser.add_argument("--minutes", type=float, default=12.0, help="of training the plain model")
+    parser.add_argument("--steps", type=int, help="of each model, in place of --minutes")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32, help="rows in a step")
+    parser.add_argument("--dim", type=int, default=256, help="width, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--windows", type=int, default=64, help="held-out windows of each source, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--out", type=Path, help="keep the runs in this folder")
+    options = parser.parse_args()
+    found = prepared(read_mixture(options.mixture), options.vocab)
+    steps, models = steps_for(options, found), {}
+    with tempfile.TemporaryDirectory() as directory:
+        for objective in MODELS:
+            out = (options.out or Path(directory)) / objective
+            summary = learn(recipe_of(options, objective, steps), found, out)
+            models[objective] = checkpoints.load(str(out))[0]
+            print(f"{MODELS[objective]}: {steps:,} steps in {summary.seconds:.0f} s", flush=True)
+    positions = steps * options.batch * options.context
+    print(f"\n{machine()}; {positions / 1e6:.1f} M tokens read by each model, seed {options.seed}")
+    print("left to right: bits a byte; hidden tokens: nats a token\n")
+    measured = measure(models, found, options)
+    print(table(measured))
+    if options.picture:
+        draw(measured, options.picture)
+
+
+if __name__ == "__main__":
+    main()
