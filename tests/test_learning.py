@@ -3,8 +3,27 @@
 import pytest
 import torch
 
+from keifu.generation.pictures import Drawing, draw
 from keifu.layers.losses import LOSSES
-from keifu.models import bert, gpt1, gpt2, gpt3, llama, mlp, palm, perceptron, seq2seq, transformer
+from keifu.layers.noise import Noise
+from keifu.models import (
+    bert,
+    clip,
+    clip_image,
+    clip_text,
+    ddpm,
+    gpt1,
+    gpt2,
+    gpt3,
+    llama,
+    mlp,
+    palm,
+    perceptron,
+    seq2seq,
+    transformer,
+)
+from keifu.training.contrastive import contrastive
+from keifu.training.diffusion import DenoisingLoss, draws
 from keifu.training.masked import masked
 from keifu.training.objectives import causal, translation
 from keifu.training.optimisers import Optimisers
@@ -94,6 +113,72 @@ def test_bert_learns_masked_words_and_neighbours_by_heart():
         optimisers.step(step)
     assert losses[0] > 3.9  # nothing was known: log 31 + log 2 is 4.13
     assert losses[-1] < 0.05
+
+
+NETWORK = {
+    "size": 8, "channels": 1, "dim": 16, "n_residual_blocks": 1, "multipliers": (1, 2), "norm_groups": 4,
+    "middle_groups": 4,
+}  # fmt: skip
+DRAWING = {
+    "ddpm": ddpm.Config(**NETWORK, dropout=0.0),
+    "ddpm-improved": ddpm.Config(
+        **NETWORK, dropout=0.0, scale_shift=True, n_classes=2, null_class=True, residual_down=(0,), residual_up=(1,),
+        noise=Noise(schedule="cosine", variance="learned_range"),
+    ),
+    "ddpm-velocity": ddpm.Config(**NETWORK, dropout=0.0, noise=Noise(schedule="cosine", target="velocity")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_drawing_network_learns_two_pictures_by_heart(name):
+    """A bar that stands and one that lies: what is drawn is one of them, and of a class it is the right one."""
+    torch.set_num_threads(1)  # layers this small gain nothing from a second
+    torch.manual_seed(0)
+    config = DRAWING[name]
+    model = ddpm.build(config).train()
+    settings = Settings(steps=120, batch_size=32, learning_rate=1e-2, weight_decay=0.0, final_ratio=0.0)
+    optimisers, loss = Optimisers(model, settings), DenoisingLoss(config.noise, label_dropout=0.1)
+    stepper = Stepper(model, loss, loss, optimisers, CPU, torch.float32, 32, 1.0, 0)
+    bars = torch.full((2, 1, 8, 8), -1.0)
+    bars[0, 0, :, 3:5] = bars[1, 0, 3:5] = 1.0
+    labels, losses = torch.arange(32) % 2, []
+    for step in range(settings.steps):
+        batch = {"pictures": bars[labels], "labels": labels, "draws": draws(0, step, 32)}
+        batch = batch if config.n_classes else {name: batch[name] for name in ("pictures", "draws")}
+        losses.append(stepper.gradient(step, batch, lambda: False).sums.means()["loss"])
+        optimisers.step(step)
+    assert losses[0] > 0.7 and sum(losses[-20:]) < 20 * 0.12
+    model.eval()
+    for label in range(2) if config.n_classes else [None]:
+        drawn = draw(model, Drawing(steps=20, label=label), range(4))
+        apart = (drawn[:, None].float() / 127.5 - 1 - bars).abs().mean((2, 3, 4))
+        assert (apart.min(1).values < 0.2).all()
+        assert label is None or (apart.argmin(1) == label).all()
+
+
+TOWERS = {
+    "vit": clip_image.Config(16, 4, 3, 32, 64, 2, 4, embedding_dim=16),
+    "resnet": clip_image.ResNetConfig(64, 4, (1, 1, 1, 1), 2, 16),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_clip_learns_pairs_by_heart(name):
+    torch.manual_seed(0)
+    text, image = clip_text.Config(31, 8, 32, 64, 1, 4, end_id=30, embedding_dim=16), TOWERS[name]
+    model = clip.build(clip.Config(text, image)).train()
+    aim = contrastive(lambda pixels: pixels / 127.5 - 1)
+    optimisers = Optimisers(model, Settings(steps=60, batch_size=8, learning_rate=3e-3, weight_decay=0.0, warmup=5))
+    stepper = Stepper(model, aim, aim, optimisers, CPU, torch.float32, 8, 1.0, 0)
+    tokens = torch.cat([torch.randint(0, 30, (8, 6)), torch.full((8, 1), 30)], 1)
+    size = image.image_size
+    batch = {"pictures": torch.randint(0, 256, (8, 3, size, size)).byte(), "tokens": tokens}
+    losses = []
+    for step in range(60):
+        losses.append(stepper.gradient(step, batch, lambda: False).sums.means()["loss"])
+        optimisers.step(step)
+    assert losses[0] > 1.5  # nothing was known: log 8 is 2.08
+    assert losses[-1] < 0.1
 
 
 def test_a_network_learns_a_table_by_heart():
