@@ -1,0 +1,125 @@
+"""What each sampler makes of few steps: the kernel distance of drawn pictures to those that a run learned from.
+
+python benchmarks/samplers.py RUN --data emoji [--samplers ddim dpm++-2m ...] [--evaluations 5 10 20 50 100 1000]
+    [--pictures 512] [--distinct] [--batch-size 64] [--picture PNG]
+
+All samplers begin with the same noise, and the model of RUN draws as many pictures with each. What counts as work is an
+evaluation of the network: heun makes two a step, and plms one more than it has steps. Below the table stands what the
+held-out pictures reach, which no sampler can be asked to surpass. A model that knows classes draws each of them equally
+often. The features are named; figures by different ones cannot be compared.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from _rounds import machine
+from torch import Tensor
+
+from keifu.checkpoints.opening import load_model
+from keifu.data.pictures import read_pictures, split
+from keifu.data.progress import counting
+from keifu.evaluation.picture_distances import kernel_distance
+from keifu.evaluation.picture_features import Extractor, extractor
+from keifu.generation.pictures import Drawing, denoising, draw
+from keifu.generation.sampler_table import SAMPLERS
+
+ETAS = {"ddim, η = 1": ("ddim", 1.0)}  # rows beside the samplers' own
+
+
+def steps_for(sampler: str, evaluations: int) -> int:
+    """How many steps of a sampler so many evaluations pay for."""
+    return {"heun": (evaluations + 1) // 2, "plms": max(1, evaluations - 1)}.get(sampler, evaluations)
+
+
+def drawn(model, sampler: str, eta: float, steps: int, count: int, batch_size: int) -> Tensor:
+    """Pictures of the seeds from 0 on; classes take turns."""
+    classes = model.config.n_classes
+    parts = []
+    with counting(f"{sampler}, {steps} steps", count, "pictures") as advance:
+        for label in range(max(1, classes)):
+            seeds = range(label, count, max(1, classes))
+            for first in range(0, len(seeds), batch_size):
+                wanted = Drawing(sampler, steps, eta=eta, label=label if classes else None)
+                parts.append(draw(model, wanted, seeds[first : first + batch_size]))
+                advance(sum(map(len, parts)))
+    return torch.cat(parts)
+
+
+def measure(options: argparse.Namespace, model, extract: Extractor, real: Tensor) -> dict[str, dict[int, tuple]]:
+    """Kernel distance, its deviation and seconds a picture, by row and number of evaluations."""
+    rows = {name: (name, 0.0) for name in options.samplers} | (ETAS if "ddim" in options.samplers else {})
+    found: dict[str, dict[int, tuple]] = {name: {} for name in rows}
+    for evaluations in options.evaluations:
+        for name, (sampler, eta) in rows.items():
+            steps = steps_for(sampler, evaluations)
+            most = model.noise.steps - (sampler in ("dpm++-2m", "dpm++-2m-sde", "unipc"))
+            if steps > most:
+                continue
+            start = time.perf_counter()
+            pictures = drawn(model, sampler, eta, steps, options.pictures, options.batch_size)
+            seconds = (time.perf_counter() - start) / len(pictures)
+            distance = kernel_distance(real, extract(pictures))
+            found[name][evaluations] = distance.mean, distance.deviation, seconds
+            print(f"{name}, {evaluations} evaluations: {distance.mean:.5f}, {seconds:.3f} s a picture", flush=True)
+    return found
+
+
+def show(found: dict[str, dict[int, tuple]], evaluations: list[int], floor: float, features: str) -> None:
+    """The table in Markdown: 1000 times the kernel distance, and in brackets its deviation over subsets."""
+    print(f"{machine()}\n\n1000 · kernel distance ({features}) by evaluations of the network\n")
+    print(f"| | {' | '.join(map(str, evaluations))} |\n|---|{'---:|' * len(evaluations)}")
+    for name, row in found.items():
+        cells = [f"{1e3 * row[n][0]:.2f} ({1e3 * row[n][1]:.2f})" if n in row else "" for n in evaluations]
+        print(f"| {name} | {' | '.join(cells)} |")
+    print(f"\nHeld-out pictures: {1e3 * floor:.2f}")
+
+
+def plot(found: dict[str, dict[int, tuple]], floor: float, features: str, path: Path) -> None:
+    """Quality over work, both on logarithmic axes where the distances allow it."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, row in found.items():
+        axes.plot(list(row), [values[0] for values in row.values()], marker="o", markersize=3, label=name)
+    axes.axhline(floor, color="grey", linestyle=":", label="held-out pictures")
+    axes.set(xscale="log", yscale="symlog", xlabel="evaluations of the network", ylabel="kernel distance")
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set_title(features, fontsize=8)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=[*SAMPLERS])
+    parser.add_argument("--evaluations", nargs="+", type=int, default=[5, 10, 20, 50, 100])
+    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--distinct", action="store_true", help="as the run's --distinct")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--picture", type=Path, help="write a plot")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Draws, measures, prints and plots."""
+    options = arguments()
+    model = denoising(load_model(options.run))
+    size = model.config.size
+    side = size if isinstance(size, int) else None
+    pictures = read_pictures(options.data, side, 1 if model.config.channels == 1 else 3)
+    parts = split(pictures.distinct() if options.distinct else pictures)
+    extract = extractor()
+    real, *held = (extract(part.take(slice(None))) for part in (parts.train, parts.validation, parts.test))
+    floor = kernel_distance(real, torch.cat(held)).mean
+    found = measure(options, model, extract, real)
+    show(found, options.evaluations, floor, extract.name)
+    if options.picture:
+        plot(found, floor, extract.name, options.picture)
+
+
+if __name__ == "__main__":
+    main()
