@@ -136,7 +136,8 @@ def main() -> None:
         for name, own in seconds.items()
     }
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{machine()}; dim {size[0]}, {size[1]} + {size[1]} layers, {parameters:.1f} M, {ROWS} pairs, {options.dtype}")
+    shape = f"dim {size[0]}, {size[1]} + {size[1]} layers, {parameters:.1f} M, {ROWS} pairs"
+    print(f"{machine()}; {shape}, {options.dtype}")
     print(f"The matmul peak measured here is {peak / 1e9:.0f} GFLOP/s; padding counts as work, not as tokens.\n")
     amount = statistics.mean(counted(batch(step)) for step in range(options.rounds + 1))
     print(table(seconds, amount, "tokens", "transformers' Marian", notes))

@@ -122,7 +122,8 @@ def test_no_part_shares_a_sentence_with_another(pairs: list[tuple[str, str]], se
     except UserError as error:
         assert "cannot be parted" in str(error)
         return
-    sides = [{normalised(side) for pair in part for side in pair} for part in (found.train, found.validation, found.test)]
+    parts = found.train, found.validation, found.test
+    sides = [{normalised(side) for pair in part for side in pair} for part in parts]
     assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
     assert 1 <= len(found.test) <= 3 and len(found.validation) <= 3
     assert len(found.train) + len(found.validation) + len(found.test) + found.dropped == len(pairs)

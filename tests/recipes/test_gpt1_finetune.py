@@ -189,7 +189,8 @@ def test_any_decoder_gets_new_rows_and_keeps_its_weights(base: str, bases: dict[
     assert made.decoder.head_weight.shape == (made.config.vocab_size, 16)
 
 
-def test_transformers_reads_a_run_with_pairs_as_its_tokenizer_makes_them(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_transformers_reads_a_run_with_pairs(bases: dict[str, Path], tmp_path: Path) -> None:
+    """As its tokenizer makes them."""
     transformers = pytest.importorskip("transformers")
     table, run = tables(tmp_path, "entailment"), tmp_path / "run"
     train("--data", table, "--form", "entailment", "--model", bases["gpt1"], "--epochs", "1", "--out", run)
@@ -251,7 +252,7 @@ def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(
         ("classification", ("--held-out", "1"), "held_out is a share from 0 up to below 1"),
         ("classification", ("--lm-weight", "-1"), "lm_weight must be at least 0"),
         ("classification", ("--form", "poem"), "Invalid choice 'poem'"),
-        ("classification", ("--test", "other.jsonl"), "other.jsonl, line 2: nothing that is learned from has the label"),
+        ("classification", ("--test", "other.jsonl"), "line 2: nothing that is learned from has the label"),
         ("classification", ("--test", "long.jsonl"), "long.jsonl, line 1: this example has 61 tokens, and 24 is the"),
     ],
 )

@@ -23,9 +23,9 @@ from keifu.generation.prefix import complete
 from keifu.generation.sampling import Sampling
 
 try:
-    from lm_eval.api.model import LM
-    from lm_eval.api.registry import register_model
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as missing:
     raise UserError(f"lm-evaluation-harness is needed ({missing}): pip install 'keifu[evaluation]'.") from missing
 

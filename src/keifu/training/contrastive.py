@@ -22,9 +22,9 @@ def contrastive(prepare: Callable[[Tensor], Tensor]) -> Whole:
     """The symmetric loss of CLIP (Radford et al., 2021, figure 3): the mean of two cross-entropies, of each picture's
     caption among all captions and of each caption's picture among all pictures.
 
-    A batch has "pictures", bytes that `prepare` turns into what the model sees, and "tokens" [batch, length]. Figures are
-    the shares of captions and of pictures that are found. The model offers `encode_image`, `encode_text`, `logits` and
-    `logit_scale`, which is held at ln 100, as the released code holds it after each update.
+    A batch has "pictures", bytes that `prepare` turns into what the model sees, and "tokens" [batch, length]. Figures
+    are the shares of captions and of pictures that are found. The model offers `encode_image`, `encode_text`, `logits`
+    and `logit_scale`, which is held at ln 100, as the released code holds it after each update.
     """
     return Whole(partial(_rows, prepare), _loss)
 
