@@ -117,5 +117,5 @@ def test_every_size_is_written_and_read_again(kind) -> None:
         family, json = describe(config)
         again, back = read_config(json, "config.json")
         assert again == family and describe(back) == (family, json), name
-        unpublished = kind == "keifu_mlp" or name.startswith("gpt3-")  # no file of others has GPT-3's band
+        unpublished = kind == "keifu_mlp" or name.startswith(("gpt3-", "improved-ddpm"))  # a band, a learned variance
         assert json["model_type"].startswith("keifu_") == unpublished, name

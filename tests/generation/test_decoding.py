@@ -35,8 +35,8 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(5, 261, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def close(ours: list[float] | None, theirs: torch.Tensor | list[float] | None) -> None:
-    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), atol=1e-5, rtol=1e-5)
+def close(ours: list[float] | None, theirs: torch.Tensor | list[float] | None, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), atol=atol, rtol=1e-5)
 
 
 def same(a: Completion, b: Completion) -> None:
@@ -56,7 +56,8 @@ def test_a_generated_text_scored_in_one_pass_has_its_log_probabilities(
     [written] = generate_batch(model, tokenizer, [prompt(length)], sampling)
     text = torch.tensor(prompt(length) + written.tokens)
     close(written.log_probabilities, score(model, text[None])[0, length - 1 :])
-    close(written.sampled_log_probabilities, score_sampled(model, text, length, sampling))
+    # Penalties and a temperature below 1 widen logits of float32, and with them what rounding does.
+    close(written.sampled_log_probabilities, score_sampled(model, text, length, sampling), atol=5e-5)
 
 
 def test_models_are_sharp_enough_for_these_tests(model: nn.Module, tokenizer: Tokenizer) -> None:

@@ -217,8 +217,10 @@ def described_as(config: Any, kind: str) -> tuple[Family, dict[str, Any]]:
 
 
 def _same(config: Any, back: Any) -> bool:
-    """Whether `back` says the same; None stands for a default that a published config spells out."""
-    return all(value is None or value == vars(back)[name] for name, value in vars(config).items())
+    """Whether `back` says the same; None stands for a default that a published config spells out, and a field that the
+    other kind of Config has not for its default."""
+    said = {name: vars(back).get(name, getattr(type(config), name, None)) for name in vars(config)}
+    return all(value is None or value == said[name] for name, value in vars(config).items())
 
 
 def build(family: Family, config: Any, where: str) -> nn.Module:

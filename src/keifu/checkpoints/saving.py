@@ -38,7 +38,7 @@ TOKENIZER_FILES = (
 
 
 def save(
-    model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_bytes: float = 5e9, kind: str | None = None
+    model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_bytes: int | float = 5e9, kind: str | None = None
 ) -> None:
     """Writes a model and its tokenizer as a Hugging Face directory.
 
