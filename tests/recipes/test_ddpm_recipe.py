@@ -61,8 +61,8 @@ def test_whose_settings():
     assert (digits.size, digits.flip, digits.minutes, digits.steps) == (28, False, 25.0, None)
     assert ddpm.Recipe("mnist", steps=7).resolved().minutes is None
     assert ddpm.Recipe("emoji").resolved().flip and ddpm.Recipe("mnist", recipe_of="paper").resolved().size == 32
-    odd = ddpm.network(replace(digits, dim=24, multipliers=(1, 3)), 1, ())
-    assert odd.norm_groups == 2 and ddpm.ddpm.build(odd)
+    odd = ddpm.network(ddpm.Recipe("mnist", dim=24, multipliers=(1, 3)).resolved(), 1, ())
+    assert odd.norm_groups == 2 and odd.attention == (1,) and ddpm.ddpm.build(odd)
 
 
 def test_what_is_refused(folders, tmp_path, monkeypatch):

@@ -132,7 +132,7 @@ def neighbours(drawn: Bytes, features: Tensor, known: Pictures, known_features: 
 def side_by_side(drawn: Bytes, real: Pictures, near: Neighbours, seed: int) -> bytes:
     """A PNG: each of some drawn pictures, the nearest real one by pixels, and the nearest by features."""
     count = min(SHOWN, len(drawn))
-    one, other = near.by_pixels[:count].numpy(), near.by_features[:count].numpy()
+    one, other = near.by_pixels[:count].tolist(), near.by_features[:count].tolist()
     triples = torch.stack([drawn[:count], real.take(one), real.take(other)], 1)
     captions = [
         text

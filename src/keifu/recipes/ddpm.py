@@ -81,7 +81,7 @@ class Recipe:
     residual_blocks: int | None = None
     """A level, on the way down."""
     attention: tuple[int, ...] | None = None
-    """Levels that look from pixel to pixel, 0 the finest."""
+    """Levels that look from pixel to pixel, 0 the finest; of fewer levels than usual, the coarsest."""
     dropout: float | None = None
     """The share of hidden numbers that each step leaves out."""
     scale_shift: bool | None = None
@@ -128,6 +128,8 @@ class Recipe:
         small = self.recipe_of == "keifu" and self.data in DIGITS
         fitting = {"size": DIGIT_SIZE if small else SIZE, "flip": self.data not in DIGITS}
         fitting |= KEIFU if self.recipe_of == "keifu" else PAPER
+        coarsest = len(self.multipliers or fitting["multipliers"]) - 1
+        fitting["attention"] = tuple(sorted({min(level, coarsest) for level in fitting["attention"]}))
         fitting = {n: v for n, v in fitting.items() if not (n in ("steps", "minutes") and (self.steps or self.minutes))}
         return replace(self, **{name: value for name, value in fitting.items() if vars(self)[name] is None})
 
