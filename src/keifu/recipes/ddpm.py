@@ -112,6 +112,8 @@ class Recipe:
     """Decay of the moving average that is measured, drawn with and saved."""
     precision: Precision = "auto"
     """Of products; auto: bfloat16 where the hardware has it."""
+    keep: int = 2
+    """Saved states that are kept, a twentieth of the run apart, or 1,000 steps."""
     held_out: float = 0.05
     """Share of the pictures for validation, and as many for testing."""
     seed: int = 0
@@ -195,6 +197,7 @@ def settings(recipe: Recipe, steps: int) -> Settings:
         evaluate_every=often,
         sample_every=2 * often,
         save_every=min(often, 1000),
+        keep=recipe.keep,
         seed=recipe.seed,
     )
 
