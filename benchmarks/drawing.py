@@ -1,0 +1,102 @@
+"""How well a network draws over the time of its training: kernel distance of each saved state, and what it draws.
+
+python benchmarks/drawing.py RUN --data emoji [--distinct] [--pictures 256] [--steps 20] [--picture PNG] [--sheet PNG]
+
+RUN was trained with states that it kept (`keifu train ddpm ... --keep 50`); each draws the same seeds with its moving
+average by DPM-Solver++ (2M). Below the table stands what the held-out pictures reach. The features are named; figures
+by different ones cannot be compared. `--sheet` shows eight of the seeds, a row for each state.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from _rounds import machine
+from torch import Tensor, nn
+
+from keifu.checkpoints.opening import load_model
+from keifu.data.grid import grid
+from keifu.data.pictures import read_pictures, split
+from keifu.evaluation.picture_distances import kernel_distance
+from keifu.evaluation.picture_features import extractor
+from keifu.generation.pictures import Drawing, denoising, draw
+from keifu.training import state
+from keifu.training.averaging import MovingAverage
+
+SHOWN = 8  # pictures of a row
+
+
+@torch.no_grad()
+def states(run: Path, model: nn.Module) -> Iterator[tuple[int, float]]:
+    """The step and the minutes of training of every state that the run kept, with the model as it was then."""
+    for step in state.steps(run):
+        saved = state.read(run, step)
+        start = MovingAverage.PREFIX
+        averages = {f"model.{n.removeprefix(start)}": t for n, t in saved.tensors.items() if n.startswith(start)}
+        state.into_model(model, {n: t for n, t in saved.tensors.items() if n.startswith("model.")} | averages)
+        yield step, saved.facts["seconds"] / 60
+
+
+def measure(options: argparse.Namespace) -> tuple[list[tuple[int, float, float]], float, list[Tensor], str]:
+    """Step, minutes and kernel distance of each state, that of the held-out pictures, and some of what was drawn."""
+    model = load_model(options.run)
+    config = denoising(model).config
+    pictures = read_pictures(options.data, config.size, 1 if config.channels == 1 else 3)
+    parts = split(pictures.distinct() if options.distinct else pictures)
+    extract = extractor()
+    real, *held = (extract(part.take(slice(None))) for part in (parts.train, parts.validation, parts.test))
+    floor = kernel_distance(real, torch.cat(held)).mean
+    labels = range(config.n_classes) if config.n_classes else [None]
+    found, rows = [], []
+    for step, minutes in states(options.run, model):
+        drawn = torch.cat([
+            draw(model, Drawing("dpm++-2m", options.steps, label=label), range(first, min(first + 64, each)))
+            for label in labels
+            for each in [-(-options.pictures // len(labels))]
+            for first in range(0, each, 64)
+        ])  # fmt: skip
+        distance = kernel_distance(real, extract(drawn)).mean
+        found.append((step, minutes, distance))
+        rows.append(drawn[:: max(1, len(drawn) // SHOWN)][:SHOWN])
+        print(f"step {step:,}, {minutes:.1f} min: {1e3 * distance:.2f}", flush=True)
+    return found, floor, rows, extract.name
+
+
+def show(found: list[tuple[int, float, float]], floor: float, features: str, options: argparse.Namespace) -> None:
+    """The table in Markdown, and the plot."""
+    print(f"\n{machine()}\n\n| step | minutes | 1000 · kernel distance ({features}) |\n|---:|---:|---:|")
+    for step, minutes, distance in found:
+        print(f"| {step:,} | {minutes:.1f} | {1e3 * distance:.2f} |")
+    print(f"\nHeld-out pictures: {1e3 * floor:.2f}")
+    if options.picture:
+        figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
+        axes.plot([minutes for _, minutes, _ in found], [1e3 * distance for *_, distance in found], marker="o")
+        axes.axhline(1e3 * floor, color="grey", linestyle=":", label="held-out pictures")
+        axes.set(xlabel="minutes of training", ylabel="1000 · kernel distance", yscale="log")
+        axes.set_title(f"{options.run.name}: {features}", fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(options.picture, dpi=110)
+
+
+def main() -> None:
+    """Draws, measures, prints and plots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--distinct", action="store_true", help="as the run's --distinct")
+    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20, help="of the sampler")
+    parser.add_argument("--picture", type=Path, help="write a plot")
+    parser.add_argument("--sheet", type=Path, help="write what was drawn")
+    options = parser.parse_args()
+    found, floor, rows, features = measure(options)
+    show(found, floor, features, options)
+    if options.sheet:
+        options.sheet.write_bytes(grid(torch.cat(rows), columns=SHOWN))
+
+
+if __name__ == "__main__":
+    main()
