@@ -18,7 +18,8 @@ class Options:
     """How good a model is, in figures.
 
     A CLIP: how well captions and pictures find each other (a catalogue name such as emoji, a folder, .tar shards). A
-    model that draws: how near its pictures are to such a set, and whether they are copies from it.
+    model that draws: how near its pictures are to such a set, whether they are copies from it, how well it finds
+    pictures again in noise (PSNR, SSIM), and how many bits they cost it.
 
     A translator: BLEU and chrF on pairs (a catalogue name such as tatoeba-ja-en, a TSV file, or two files A,B). A
     language model: perplexity and bits per byte on a text (a catalogue name, a file, a folder), or on each text of a
@@ -31,7 +32,8 @@ class Options:
     on: str
     """The data."""
     limit: int | None = None
-    """At most so many pairs, windows of text or items of a task; pictures that are drawn (unset: 1000)."""
+    """At most so many pairs, windows of text or items of a task; pictures that are drawn (unset: 1000), found again in
+    noise (256) or counted in bits (64)."""
     shots: int | None = None
     """Examples with their answers in the prompt of each item; unset: 0."""
     by_shots: tuple[int, ...] = ()
@@ -39,7 +41,8 @@ class Options:
     seed: int = 0
     """What decides which examples are drawn; of pictures, the first one's seed."""
     metric: str | None = None
-    """choice (the likeliest of a task's choices), exact (a written answer) or cloze; unset: the task's own."""
+    """choice (the likeliest of a task's choices), exact (a written answer) or cloze; unset: the task's own. Of a model
+    that draws: distances, reconstruction or bits; unset: all three."""
     sampler: str | None = None
     """How pictures are drawn; unset: ddim."""
     steps: int | None = None

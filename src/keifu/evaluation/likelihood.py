@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from keifu.generation.denoiser import Denoiser, Network
 from keifu.layers.counted_random import normal
@@ -73,27 +73,29 @@ def prior_bits(noise: Noise, pictures: Float[Tensor, "batch *shape"]) -> Float[T
 
 
 def bits_per_dimension(
-    model: nn.Module,
     network: Callable[[Tensor | None], Network],
     noise: Noise,
     batches: Iterable[tuple[Tensor, Tensor | None]],
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Means over pictures, model in evaluation mode: bits_per_dim, and its parts prior, steps and decoder.
+    """The bound's mean over pictures, under ""; the means of its parts, which add up to it; and its standard error.
 
-    `batches` are pictures from -1 to 1 and their labels, `network` the model's for labels.
+    `batches` are pictures from -1 to 1 and their labels, `network` the model's for labels. Parts: prior is the end of
+    the noising, steps (the paper's rate, with the prior) the way back to timestep 0, decoder (its distortion) what the
+    grey values then still need.
     """
-    model.eval()
     found, first = [], 0
     for pictures, labels in batches:
         seeds = draws(seed, HELD_OUT, len(pictures), first).to(pictures.device)
         found.append(bound(network(labels), noise, pictures, seeds, advance))
         first += len(pictures)
+    total = torch.cat([each.total for each in found])
     parts = {
-        "bits_per_dim": torch.cat([each.total for each in found]),
+        "": total,
         "prior": torch.cat([each.prior for each in found]),
         "steps": torch.cat([each.steps[:, 1:].sum(1) for each in found]),
         "decoder": torch.cat([each.steps[:, 0] for each in found]),
     }
-    return {name: float(value.mean()) for name, value in parts.items()}
+    error = {"standard error": float(total.std() / math.sqrt(first))} if first > 1 else {}
+    return {name: float(value.mean()) for name, value in parts.items()} | error

@@ -1,4 +1,5 @@
-"""How near the pictures that a model draws are to a set of real ones, and whether they are copies; no model by name.
+"""What a model that draws is worth: how near its pictures are to real ones, whether they are copies, how well it finds
+held-out pictures again in noise, and how many bits they cost it; it knows no model by name.
 
 Axes: picture, channels, height, width.
 """
@@ -16,7 +17,8 @@ from keifu.data.grid import grid
 from keifu.data.picture_catalogue import CATALOGUED
 from keifu.data.pictures import Pictures, Split, read_pictures, split
 from keifu.data.progress import counting
-from keifu.errors import UserError
+from keifu.errors import UserError, unknown
+from keifu.evaluation.denoised import STEPS, bits, reconstructed, told_labels
 from keifu.evaluation.inception import place
 from keifu.evaluation.picture_distances import frechet, kernel_distance, manifold, moments, nearest
 from keifu.evaluation.picture_features import PAPERS, Extractor, extractor
@@ -25,8 +27,10 @@ from keifu.generation.denoiser import Denoising
 from keifu.generation.pictures import Drawing, denoising, draw, trained_size
 
 ABOUT = "drawing: a model that removes noise, on pictures"
-OPTIONS = {"seed", "batch_size", "output", "sampler", "steps"}
+OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric"}
+METRICS = "distances", "reconstruction", "bits"
 DRAWN, BATCH = 1000, 64
+AGAIN, COUNTED = 256, 64  # held-out pictures that are found again, and whose bits are counted, at most
 COMPARED = 10_000  # real pictures that a network looks at, at most
 SHOWN, ACROSS = 24, 4  # drawn pictures on the sheet, and in a row of it
 Bytes = UInt8[Tensor, "picture channels height width"]
@@ -60,9 +64,29 @@ def accepts(on: str) -> bool:
 
 
 def evaluate(model: nn.Module, tokenizer: object, asked: Asked) -> Outcome:
-    """Draws pictures and compares them with those that keifu trains on, by features, and by pixels for copies."""
+    """The figures of `metric`, or of each one.
+
+    distances: drawn pictures beside those that keifu trains on, by features, and by pixels for copies. reconstruction
+    and bits: of pictures that it keeps from training (see denoised.py).
+    """
     drawer = denoising(model)
+    if asked.metric not in (None, *METRICS):
+        raise unknown("metric of a model that draws", asked.metric, METRICS)
     real, parts = _real(drawer, asked.on)
+    found = [_drawn_beside(model, drawer, real, parts, asked)] if asked.metric in (None, "distances") else []
+    if asked.metric != "distances":
+        found.append(_held_out(drawer, parts.test, asked))
+    return Outcome(
+        {name: value for each in found for name, value in each.figures.items()},
+        tuple(note for each in found for note in each.notes),
+        {name: table for each in found for name, table in each.tables.items()},
+        found[0].items,
+        found[0].picture,
+    )
+
+
+def _drawn_beside(model: nn.Module, drawer: Denoising, real: Pictures, parts: Split, asked: Asked) -> Outcome:
+    """Draws pictures and compares them with the real ones."""
     any_class = 0 if drawer.config.n_classes and not drawer.config.null_class else None
     wanted = Drawing(asked.sampler or "ddim", asked.steps, asked.seed, any_class).resolved(drawer)
     drawn = _drawn(model, drawer, wanted, asked.limit or DRAWN, asked.batch_size or BATCH)
@@ -85,11 +109,46 @@ def evaluate(model: nn.Module, tokenizer: object, asked: Asked) -> Outcome:
     return Outcome(figures, tuple(notes), {}, Table(columns, rows), side_by_side(drawn, real, near, asked.seed))
 
 
+def _held_out(drawer: Denoising, held: Pictures, asked: Asked) -> Outcome:
+    """Reconstruction and bits of pictures that were held out; where that cannot be, a note, or a `UserError` if it was
+    asked for by name."""
+    try:
+        if not len(held):
+            raise UserError(f"Too few pictures are in {asked.on} to hold one out, so none can be found again in noise.")
+        told_labels(drawer, held)
+    except UserError as error:
+        if asked.metric:
+            raise
+        return Outcome({}, (str(error),))
+    figures, tables, notes, size = {}, {}, [], asked.batch_size or BATCH
+    if asked.metric in (None, "reconstruction"):
+        some = _some(held, asked.limit or AGAIN)
+        figures, tables["reconstruction"] = reconstructed(drawer, some, asked.seed, size)
+        notes.append(
+            f"PSNR and SSIM: {len(some):,} held-out pictures, noise added until a half of their variance is left (the "
+            "table has other shares), and taken off by ddim without chance (η = 0) along the rest of a path of "
+            f"{min(STEPS, drawer.noise.steps)} steps."
+        )
+    if asked.metric in (None, "bits"):
+        some = _some(held, asked.limit or COUNTED)
+        figures |= bits(drawer, some, asked.seed, size)
+        notes.append(
+            f"bits/dim: the variational bound of {len(some):,} held-out pictures, one draw of noise for each of "
+            f"{drawer.noise.steps:,} steps; the decoder gives each number one of 256 grey values."
+        )
+    return Outcome(figures, tuple(notes), tables)
+
+
+def _some(pictures: Pictures, count: int) -> Pictures:
+    """At most so many, spread over all of them."""
+    return pictures.chosen(sorted({n * len(pictures) // count for n in range(count)}))
+
+
 def compared(
     seen: Extractor, drawn: Bytes, real: Pictures, held: Pictures | None
 ) -> tuple[Neighbours, dict[str, float | int | str]]:
     """The figures of drawn pictures beside real ones, and, where some were held out, of those beside the same."""
-    known = real.chosen(sorted({n * len(real) // COMPARED for n in range(COMPARED)}))
+    known = _some(real, COMPARED)
     features, known_features = seen(drawn), seen(known.take(slice(None)))
     figures = _figures(seen, known_features, features, "")
     near = neighbours(drawn, features, known, known_features, real)

@@ -116,10 +116,11 @@ def discretised_log_likelihood(
 ) -> Float[Tensor, "batch *shape"]:
     """ln of the probability that N(mean, variance) gives to each number's grey value, one of 256 from -1 to 1: the
     integral over a bin of width 2/255, the first and last without end (Ho et al., 2020, equation 13)."""
-    scale = torch.exp(-0.5 * log_variance)
-    above, below = (scale * (picture - mean + side / 255) for side in (1, -1))
-    inside = torch.log((_normal_cdf(above) - _normal_cdf(below)).clamp(min=1e-12))
-    darkest, lightest = torch.log(_normal_cdf(above).clamp(min=1e-12)), torch.log(_normal_cdf(-below).clamp(min=1e-12))
+    scale, gap = torch.exp(-0.5 * log_variance), picture - mean
+    # In the lower tail, where float32 has digits for what is left; by symmetry it is the upper one's too.
+    near, far = (_normal_cdf(scale * (side / 255 - gap.abs())) for side in (1, -1))
+    inside = torch.log((near - far).clamp(min=1e-12))
+    darkest, lightest = (torch.log(_normal_cdf(scale * (1 / 255 + side * gap)).clamp(min=1e-12)) for side in (1, -1))
     return torch.where(picture < -0.999, darkest, torch.where(picture > 0.999, lightest, inside))
 
 
