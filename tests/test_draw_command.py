@@ -158,4 +158,8 @@ def test_grey_pictures_strips_and_bfloat16(tmp_path: Path, capsys: pytest.Captur
     words = ("--steps", "4", "--seed", "1", "--dtype", "bf16", "--strip", "strip.png", "-o", "a.png")
     assert run(capsys, grey, *words) == ["a.png", "strip.png"]
     assert Image.open("a.png").mode == "L" and Image.open("strip.png").size[0] > 4 * 72
+    drawn, strip = pixels("a.png"), pixels("strip.png")  # 8 pixels are enlarged 9 times
+    rows = [strip[4 + row * (strip.shape[0] - 4) // 3 :][:72:9, 4:][..., 0] for row in range(3)]
+    assert np.array_equal(rows[0][:, :72:9], drawn)  # before any noise
+    assert np.array_equal(rows[1][:, 3 * 76 : 3 * 76 + 72 : 9], drawn)  # and after the last of it
     run(capsys, "--again", "a.png")

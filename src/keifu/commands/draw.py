@@ -72,7 +72,8 @@ class Options:
     dtype: Literal["f32", "bf16"] | None = None
     """Compute in this type; bf16 is faster where the processor has it, and pictures change a little."""
     strip: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Write the first picture's way out of the noise too, as a sheet."""
+    """Write the first picture's way too, as a sheet: into noise as the training has it, and below that out of noise as
+    it was drawn, with what the network saw in it at each step."""
     again: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """A PNG file that keifu drew: draw it once more, with its settings, and say whether each bit is the same."""
 
@@ -95,7 +96,7 @@ def run(options: Options) -> None:
         write_atomic(path, _png(chosen, replace(record, number=number)))
         print(path)
     if options.strip:
-        write_atomic(options.strip, _strip(states))
+        write_atomic(options.strip, _strip(model, pictures[0], states))
         print(options.strip)
 
 
@@ -177,12 +178,15 @@ def _image(picture: "Tensor") -> Any:
     return Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).contiguous().numpy(), kinds[len(picture)])
 
 
-def _strip(states: "Sequence[Drawn]") -> bytes:
-    from keifu.data.grid import grid
-    from keifu.generation.strips import denoising_strip
+def _strip(model: Any, picture: "Tensor", states: "Sequence[Drawn]") -> bytes:
+    import torch
 
-    pictures, captions, columns = denoising_strip(states)
-    return grid(pictures, captions, columns)
+    from keifu.data.grid import grid
+    from keifu.generation.strips import denoising_strip, noising_strip
+
+    out = denoising_strip(states)
+    into = noising_strip(picture, model.noise, out.columns)
+    return grid(torch.cat([into.pictures, out.pictures]), [*into.captions, *out.captions], out.columns)
 
 
 def _again(options: Options, path: Path) -> None:
