@@ -1,0 +1,120 @@
+"""DDPM's U-Net for CIFAR-10 (35.7 M parameters): pictures a second forward and in training, beside diffusers.
+
+python benchmarks/unet.py [--dtype float32 bfloat16] [--rounds 5] [--batch 1 16] [--training-batch 16]
+
+Both have the same random weights and see the same noisy pictures. In bfloat16 the forward pass has weights in that
+type, and training has autocast over float32 weights, as anyone would; a row more gives diffusers channels-last weights,
+which its users must ask for. A training step is the squared error of the noise, its gradient clipped at 1, and AdamW.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from _rounds import interleaved, machine, table
+from _training import CPU, ours, peer
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from keifu.checkpoints.names import links
+from keifu.checkpoints.saving import published_tensors
+from keifu.layers.noise import add_noise
+from keifu.models import ddpm
+from keifu.training.diffusion import DenoisingLoss, draws
+from keifu.training.peak import count_flops, matmul_peak
+from keifu.training.protocols import Batch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BASE, LAST = "diffusers", "diffusers, channels-last"
+CONFIG = ddpm.Config(dropout=0.0)  # no dropout: the losses of both are comparable
+
+
+def models() -> tuple[ddpm.DDPM, UNet2DModel, UNet2DModel]:
+    """keifu's and two of diffusers', the second channels-last, with the same weights."""
+    torch.manual_seed(0)
+    own = ddpm.build(CONFIG)
+    for parameter in own.parameters():  # the last layers are zero in a fresh network
+        if not bool(parameter.any()):
+            torch.nn.init.normal_(parameter, std=0.02)
+    told = {key: value for key, value in ddpm.to_published(CONFIG).items() if key not in ("model_type", "scheduler")}
+    weights = dict(published_tensors(own, links(own, ddpm.WEIGHT_NAMES)))
+    plain, last = UNet2DModel.from_config(told), UNet2DModel.from_config(told)
+    plain.load_state_dict(weights)
+    last.load_state_dict(weights)
+    return own, plain, last.to(memory_format=torch.channels_last)
+
+
+def pictures(batch: int, seed: int = 0) -> Tensor:
+    """Numbers at random, [batch, 3, 32, 32]."""
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+
+
+@torch.inference_mode()
+def forward(dtype: torch.dtype, batch: int, rounds: int) -> None:
+    """The table of forward passes."""
+    own, plain, last = (model.to(dtype).eval() for model in models())
+    x, timestep = pictures(batch).to(dtype), torch.arange(batch) * 1000 // batch
+    contenders: dict[str, Callable[[], Tensor]] = {
+        BASE: lambda: plain(x, timestep).sample,
+        LAST: lambda: last(x.to(memory_format=torch.channels_last), timestep).sample,
+        "keifu": lambda: own(x, timestep),
+    }
+    base = contenders[BASE]().float()
+    apart = max(float((work().float() - base).abs().max() / base.abs().max()) for work in contenders.values())
+    flops = count_flops(lambda: own(x, timestep))
+    print(f"\n{dtype}, forward, {batch} at a time; results within {apart:.1e} of the largest\n")
+    show(interleaved(contenders, rounds), batch, dtype, flops, {})
+
+
+def training(dtype: torch.dtype, batch: int, rounds: int) -> None:
+    """The table of training steps."""
+    own, plain, last = (model.train() for model in models())
+    objective, losses = DenoisingLoss(CONFIG.noise), {name: [] for name in (BASE, LAST, "keifu")}
+
+    def given(step: int) -> Batch:
+        return {"pictures": pictures(batch, step), "draws": draws(0, step, batch)}
+
+    def loss(model: UNet2DModel, rows: Batch) -> Tensor:
+        """The same loss, written out with torch's own noise: what it costs must not be keifu's."""
+        timestep, added = torch.randint(0, 1000, (batch,)), torch.randn_like(rows["pictures"])
+        noisy = add_noise(rows["pictures"], added, CONFIG.noise.alpha_bar, timestep)
+        return torch.nn.functional.mse_loss(model(noisy, timestep).sample.float(), added)
+
+    contenders = {
+        BASE: peer(plain, loss, given, dtype, True, losses[BASE]),
+        LAST: peer(last, loss, given, dtype, True, losses[LAST]),
+        "keifu": ours(own, objective, given, dtype, False, losses["keifu"]),
+    }
+    seconds = interleaved(contenders, rounds)
+    flops = count_flops(lambda: objective(own, given(0)).total.backward())
+    print(f"\n{dtype}, training, {batch} in a step\n")
+    show(seconds, batch, dtype, flops, {name: f"last loss {own[-1]:.3f}" for name, own in losses.items()})
+
+
+def show(seconds: dict[str, list[float]], batch: int, dtype: torch.dtype, flops: float, notes: dict[str, str]) -> None:
+    """Pictures a second, ratios to diffusers, and the share of the matmul peak."""
+    peak = matmul_peak(CPU, dtype)
+    shares = {name: f"{flops / sorted(own)[len(own) // 2] / peak:.0%} of the peak" for name, own in seconds.items()}
+    told = {name: ", ".join(filter(None, [share, notes.get(name)])) for name, share in shares.items()}
+    print(table(seconds, batch, "pictures", BASE, told))
+    print(f"\n{flops / batch / 1e9:.1f} GFLOP a picture; the matmul peak is {peak / 1e9:.0f} GFLOP/s.", flush=True)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=[*DTYPES])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--training-batch", type=int, default=16)
+    options = parser.parse_args()
+    count = sum(parameter.numel() for parameter in ddpm.build(CONFIG).parameters())
+    print(f"{machine()}; {count:,} parameters, 3 x 32 x 32, {options.rounds} interleaved rounds, medians")
+    for name in options.dtype:
+        for batch in options.batch:
+            forward(DTYPES[name], batch, options.rounds)
+        training(DTYPES[name], options.training_batch, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
