@@ -159,7 +159,7 @@ def test_what_is_not_implemented_or_missing_is_one_sentence(tmp_path: Path) -> N
     config = json.loads(file.read_text())
     for changes, sentence in [
         ({"summary_type": "mean"}, "summary_type to 'mean', which keifu does not implement"),
-        ({"architectures": ["GPT2ForSequenceClassification"], "num_labels": 1}, "a single label"),
+        ({"architectures": ["GPT2ForSequenceClassification"], "num_labels": 1}, "not part of the model"),
         ({"architectures": ["GPT2ForSequenceClassification"]}, "not part of the model"),
         ({"keifu_task": 3}, "needs an object in its field 'keifu_task'"),
         ({"keifu_task": {"start_id": -2}}, "gives -2 for start_id, which must be at least 1"),

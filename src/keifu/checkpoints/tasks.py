@@ -1,9 +1,10 @@
 """Decoders with a task's head as files: transformers' class where one computes the same, else keifu's own form.
 
 `ForSequenceClassification` reads the last token of one sequence with a matrix that has no bias: classification and
-entailment are that. `DoubleHeadsModel` gives each answer a number: choice, for the two models that have it. No class
-adds two orders, and Cohere's has no head for labels: those are written under `keifu_finetuned`.
-It knows no model's layers; beside what the class needs, config.json tells the form and the special tokens.
+entailment are that, and a score where it has one label (a reward model). `DoubleHeadsModel` gives each answer a number:
+choice, for the two models that have it. No class adds two orders, and Cohere's has no head for labels: those are
+written under `keifu_finetuned`. It knows no model's layers; beside what the class needs, config.json
+tells the form and the special tokens.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ CLASSES = {
     LABELS: ("OpenAIGPT", "GPT2", "GPTNeo", "Llama", "Mistral", "Qwen2"),
     ANSWERS: ("OpenAIGPT", "GPT2"),
 }
-OF_FORM = {"classification": LABELS, "entailment": LABELS, "choice": ANSWERS}
+OF_FORM = {"classification": LABELS, "entailment": LABELS, "score": LABELS, "choice": ANSWERS}
 HEAD = {LABELS: "score", ANSWERS: "multiple_choice_head.summary"}
 UNSUPPORTED: dict[str, Mapping[str, Any]] = {
     LABELS: {"problem_type": "single_label_classification"},
@@ -34,7 +35,7 @@ UNSUPPORTED: dict[str, Mapping[str, Any]] = {
         "summary_activation": None, "summary_last_dropout": 0.0,
     },
 }  # fmt: skip
-FIELDS = ("form", "start_id", "delimiter_id", "extract_id", "classifier_dropout")
+FIELDS = ("form", "start_id", "delimiter_id", "extract_id", "classifier_dropout", "bias")
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
     base, config = read_plain(json, where)
     if not kind:
         return base, config
-    check_settings(json, UNSUPPORTED[kind], where)
-    told = {"form": "classification", "labels": _labels(json, where)} if kind == LABELS else {"form": "choice"}
-    told |= {"classifier_dropout": json.get("summary_first_dropout", 0.1)}
+    labels = _labels(json) if kind == LABELS else ()
+    alone = len(labels) == 1  # a score
+    check_settings(json, {"problem_type": "regression"} if alone else UNSUPPORTED[kind], where)
+    told = {"form": "score" if alone else "classification", "labels": labels} if kind == LABELS else {"form": "choice"}
+    told |= {"classifier_dropout": json.get("summary_first_dropout", 0.0 if alone else 0.1)}
     return _family(base, kind), _config(json, config, told, where)
 
 
@@ -67,7 +70,7 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
     if not isinstance(config, finetuned.Config):
         return describe_plain(config)
     base, json = describe_plain(config.decoder)
-    task = {name: vars(config)[name] for name in FIELDS}
+    task = {name: vars(config)[name] for name in FIELDS if name != "bias" or config.bias}
     kind = OF_FORM.get(config.form, "")
     stem = json["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     if stem not in CLASSES.get(kind, ()):
@@ -117,8 +120,6 @@ def _object(json: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     return json[name]
 
 
-def _labels(json: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def _labels(json: Mapping[str, Any]) -> tuple[str, ...]:
     names = json.get("id2label") or {str(n): f"LABEL_{n}" for n in range(json.get("num_labels", 2))}
-    if len(names) < 2:
-        raise UserError(f"{where} has a single label, so it gives a score (regression), and keifu classifies.")
     return tuple(names[key] for key in sorted(names, key=int))

@@ -1,6 +1,7 @@
-"""Pairs of answers as ids, in batches that are a function of the seed and the step; it knows no text and no model.
+"""Pairs and rankings of answers as ids, in batches that are a function of the seed and the step; it knows no text and
+no model.
 
-Axes: row = pairs, 2 = the better answer and the worse, each with its prompt, position.
+Axes: row = pairs or prompts, 2 = the better answer and the worse, K = ranked answers, each with its prompt, position.
 """
 
 import hashlib
@@ -24,6 +25,13 @@ class Pair(NamedTuple):
     worse: Turns
 
 
+class Ranking(NamedTuple):
+    """Answers to one prompt, each with it, and how good each is: of two, the one with the higher level is better."""
+
+    answers: list[Turns]
+    levels: list[float]
+
+
 class PreferencePairs:
     """The training loop's data: {"tokens", "mask": True on the answers [row, 2, position], "reference" [row, 2]}.
 
@@ -32,15 +40,15 @@ class PreferencePairs:
 
     def __init__(
         self,
-        training: Sequence[Pair],
-        held: Sequence[Pair],
+        training: Sequence[Sequence[Turns]],
+        held: Sequence[Sequence[Turns]],
         batch_size: int,
         seed: int,
         pad_id: int,
-        references: tuple[Float[Tensor, "n 2"], Float[Tensor, "m 2"]],
+        references: tuple[Float[Tensor, "n k"], Float[Tensor, "m k"]],
     ):
         if not training:
-            raise UserError("There is no pair to learn from.")
+            raise UserError("There is no preference to learn from.")
         self.parts, self.references = (list(training), list(held)), references
         self.batch_size, self.pad_id, self.seed = min(batch_size, len(training)), pad_id, seed
         self._order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(training)))
@@ -85,10 +93,36 @@ class PreferencePairs:
         return made | {"reference": self.references[part][list(rows)]}
 
 
-def together(pairs: Sequence[Pair], pad_id: int) -> dict[str, Tensor]:
-    """Pairs as tensors, padded on the right."""
-    length = max(len(each.ids) for pair in pairs for each in pair)
-    tokens, mask = np.full((len(pairs), 2, length), pad_id, np.int64), np.zeros((len(pairs), 2, length), bool)
+class RankedAnswers(PreferencePairs):
+    """The training loop's data: {"tokens", "mask": True on real tokens [row, K, position], "levels" [row, K]}.
+
+    All answers of a prompt are one row (InstructGPT, section 3.5); the level of one that is not there is no number.
+    """
+
+    def __init__(self, training: Sequence[Ranking], held: Sequence[Ranking], batch_size: int, seed: int, pad_id: int):
+        most = max((len(each.answers) for each in (*training, *held)), default=2)
+        levels = [
+            torch.tensor([[*each.levels, *[torch.nan] * (most - len(each.levels))] for each in part]).view(-1, most)
+            for part in (training, held)
+        ]
+        pairs = [[each.answers for each in part] for part in (training, held)]
+        super().__init__(pairs[0], pairs[1], batch_size, seed, pad_id, (levels[0], levels[1]))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all ids and of what is better than what."""
+        levels = b"".join(part.numpy().tobytes() for part in self.references)
+        return hashlib.sha256(self._hash.encode() + levels).hexdigest()
+
+    def _made(self, part: int, rows: Sequence[int]) -> dict[str, Tensor]:
+        made = together([self.parts[part][row] for row in rows], self.pad_id)
+        return made | {"levels": self.references[part][list(rows), : made["tokens"].shape[1]]}
+
+
+def together(pairs: Sequence[Sequence[Turns]], pad_id: int) -> dict[str, Tensor]:
+    """Pairs, or more answers of each, as tensors, padded on the right."""
+    length, most = max(len(each.ids) for pair in pairs for each in pair), max(map(len, pairs))
+    tokens, mask = np.full((len(pairs), most, length), pad_id, np.int64), np.zeros((len(pairs), most, length), bool)
     for row, pair in enumerate(pairs):
         for side, (ids, learned) in enumerate(pair):
             tokens[row, side, : len(ids)], mask[row, side, : len(ids)] = ids, learned

@@ -72,6 +72,8 @@ class Judge:
 
 def judge(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> Judge:
     """How a model chooses; one that cannot is a `UserError` that says how to make one. `name` is for errors."""
+    if isinstance(model, Judging) and model.config.form == "score":
+        raise UserError(f"{name or 'This model'} gives a score and knows no labels: it says how good an answer is.")
     if isinstance(model, Judging):
         return _decoder(model, tokenizer)
     if isinstance(model, Model):

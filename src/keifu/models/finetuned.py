@@ -29,6 +29,7 @@ class Config:
 
     labels: what a head for labels chooses from; none where an example's own answers are chosen from. The ids are those
     of the tokens around and between the parts of a sequence; None where a text stands as the tokenizer makes it.
+    bias: added to every logit; it matters where these are scores (a reward model's).
     """
 
     decoder: Any
@@ -38,6 +39,7 @@ class Config:
     delimiter_id: int | None = None
     extract_id: int | None = None
     classifier_dropout: float = 0.1
+    bias: float = 0.0
 
     @property
     def vocab_size(self) -> int:
@@ -81,6 +83,19 @@ class AnswerHead(nn.Module):
         return self.project(extracted).squeeze(-1).masked_fill(~there, -torch.inf)
 
 
+class ScoreHead(nn.Module):
+    """A score for each sequence, and as well for every place of one."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.project = Linear(dim, 1, bias=False)
+
+    def forward(
+        self, hidden: Float[Tensor, "*batch dim"], there: Bool[Tensor, "*batch"] | None = None
+    ) -> Float[Tensor, "*batch"]:
+        return self.project(hidden).squeeze(-1)
+
+
 class Finetuned(nn.Module):
     """A decoder and a task's head."""
 
@@ -103,7 +118,11 @@ class Finetuned(nn.Module):
         """The head's logits from each sequence's last real token."""
         last = (mask.sum(-1) - 1).clamp(min=0)[..., None, None]
         extracted = hidden.gather(2, last.expand(-1, -1, -1, hidden.shape[-1])).squeeze(2)
-        return self.task_head(self.dropout(extracted), mask.any(-1))
+        return self.task_head(self.dropout(extracted), mask.any(-1)) + self.config.bias
+
+    def scores_along(self, tokens: Tokens) -> Float[Tensor, "batch sequences length"]:
+        """Of a head that scores: what it says at every token, of all up to there."""
+        return self.task_head(self.hidden(tokens)) + self.config.bias
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab dim"]:
@@ -116,6 +135,7 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {  # for each form, from the
     "entailment": LabelHead,
     "similarity": LabelHead,
     "choice": lambda dim, labels: AnswerHead(dim),
+    "score": lambda dim, labels: ScoreHead(dim),
 }
 
 
@@ -131,6 +151,20 @@ def finetuned(decoder: DecoderLM, config: Config) -> Finetuned:
 def builder(build: Callable[[Any], DecoderLM]) -> Callable[[Config], Finetuned]:
     """From what builds a decoder, what builds it with a head."""
     return lambda config: finetuned(build(config.decoder), config)
+
+
+@torch.no_grad()
+def shift(model: Finetuned, by: float) -> None:
+    """Adds a number to every score that a model with a head for scores gives, in place.
+
+    Where the decoder's last norm has a bias, that is changed, along the head's one row: so the sum is there for
+    whoever knows the published classes alone, whose head has no bias. Elsewhere it is the Config's.
+    """
+    bias, row = getattr(model.decoder.norm, "bias", None), next(model.task_head.parameters())[0]
+    if bias is None:
+        model.config = replace(model.config, bias=model.config.bias + by)
+    else:
+        bias.add_(row.to(bias.dtype) * (by / row.float().square().sum()))
 
 
 @torch.no_grad()

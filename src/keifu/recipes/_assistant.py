@@ -61,6 +61,21 @@ def templated(tokenizer: Tokenizer, template: Template) -> Tokenizer:
     return tokenizer.with_chat_template(TEMPLATES["plain" if template == "own" else template])
 
 
+def padding(tokenizer: Tokenizer, texts: Sequence[Sequence[int]]) -> Tokenizer:
+    """The tokenizer with a padding token in which none of these texts ends, so that the end of one can be told.
+
+    Where it has none, another of its special tokens is taken; where no other is, it stays without.
+    """
+    ends = {text[-1] for text in texts}
+    if tokenizer.pad_id is not None and tokenizer.pad_id not in ends:
+        return tokenizer
+    free = sorted(tokenizer.special_ids - ends - tokenizer.stop_ids) or sorted(tokenizer.special_ids - ends)
+    roles = {role: token for role, token in tokenizer.special.items() if role != "pad_token"}
+    if free and (token := tokenizer.backend.id_to_token(free[0])):
+        roles["pad_token"] = token
+    return Tokenizer(tokenizer.backend, roles, tokenizer.stop_ids, tokenizer.chat_template, tokenizer.max_length)
+
+
 def row_length(model: Any, wanted: int | None) -> int:
     """Tokens of a row: as many as wanted, or 1024 at most; more than the model takes is a `UserError`."""
     room = causal(model).config.context_length

@@ -16,6 +16,7 @@ from keifu.training.progress import clock, count, size
 from keifu.training.settings import flat
 
 REPORT = "report.html"
+CURVES = "curves.json"  # charts of a run's own: a list of what `charts.chart` takes, in the run's folder
 SECTIONED = frozenset(  # the fields of recipe.json with a place of their own on the page
     ["title", "paper", "command", "expected", "data", "options", "settings", "versions", "hashes", "figures", "cost"]
     + ["resolved", "unit", "finished", "steps", "data_fingerprint"]
@@ -29,7 +30,7 @@ def write_report(directory: Path) -> Path:
     body = [
         _head(recipe),
         _key_figures(recipe),
-        _section("Curves", f'<div class="charts">{"".join(_charts(lines, recipe["unit"]))}</div>'),
+        _section("Curves", f'<div class="charts">{"".join(_charts(lines, recipe["unit"]))}{_own(directory)}</div>'),
         _section("By source", _by_source(recipe.get("figures", {}))),
         *_samples(directory),
         _section("Settings", _pairs(recipe["settings"])),
@@ -103,6 +104,17 @@ def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
         chart("Norm of the gradient, before clipping", "norm", [curve("gradient_norm")], from_zero=True),
         chart("Speed", f"{unit} per second", [curve(f"{unit}_per_second")], from_zero=True),
     ]
+
+
+def _own(directory: Path) -> str:
+    """The charts that the run itself left beside the report."""
+    path = directory / CURVES
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return "".join(chart(**{**each, "curves": [_curve(**curve) for curve in each["curves"]]}) for each in found)
+
+
+def _curve(name: str, points: Sequence[Sequence[float]], marked: bool = False) -> Curve:
+    return Curve(name, [(x, y) for x, y in points], marked)
 
 
 def _is_plain(name: str) -> bool:

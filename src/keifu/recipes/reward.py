@@ -1,0 +1,213 @@
+"""A reward model: how good an answer is, learned from what people prefer (Ouyang et al., 2022, section 3.5).
+
+Paper: "Training language models to follow instructions with human feedback": 4 to 9 ranked answers of each of 64
+prompts in a step, one epoch, a rate of 9e-6 there. All pairs of a prompt are one element of the loss. In the end the
+demonstrations' mean score is made zero; without a file of them, the best answers of the rankings are that.
+Command: keifu train reward --model runs/sft --data preferences.jsonl
+Cost: printed before it starts, measured on the machine.
+Expected: see docs/results.md.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keifu import checkpoints
+from keifu.alignment.reward import Calibration, calibration, margins, ranking, scores_of
+from keifu.data import conversations
+from keifu.data.preference_batches import RankedAnswers, Ranking
+from keifu.data.preferences import Ranked, read
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.errors import UserError
+from keifu.files import write_atomic
+from keifu.layers.lora import merge
+from keifu.models import finetuned
+from keifu.recipes._assistant import Lora, Template, held_out, opened, padding, row_length, to_train
+from keifu.recipes.dpo import answer
+from keifu.training.loop import Summary, train
+from keifu.training.protocols import Run
+from keifu.training.report import CURVES
+from keifu.training.settings import Settings
+
+DEMONSTRATIONS = 256  # at most so many are scored for the bias
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of the run."""
+
+    model: str = "smollm2"
+    """What it begins with, best one that has learned to answer: a run, a directory, a catalogue name or a hub id."""
+    data: str = "preferences.jsonl"
+    """A .jsonl or .json file: prompt and answers, the best first, or with scores, where equal ones are as good;
+    or prompt, chosen and rejected."""
+    demonstrations: str | None = None
+    """Conversations whose mean score is made zero, as keifu train sft reads them; unset: the best answers."""
+    template: Template = "own"
+    """The chat template; own: the tokenizer's, or plain where it has none."""
+    context_length: int | None = None
+    """Tokens of a prompt with its answer; unset: 1024, or all that the model takes where that is less."""
+    drop_long: bool = False
+    """Leave out what is longer; without it that is an error."""
+    held_out: float = 0.1
+    """Share of the prompts that is kept for validation, chosen by a hash of the text."""
+    lora: Lora = field(default_factory=Lora)
+    """Low-rank adapters, worked into the model in the end."""
+    epochs: float = 1.0
+    """How often every prompt is seen; more than one is learned by heart (section C.2)."""
+    steps: int | None = None
+    """Updates of the weights, in place of epochs."""
+    batch_size: int = 8
+    """Prompts in a step."""
+    micro_batch: int | None = None
+    """Prompts computed at a time; unset: as many as fit in memory."""
+    learning_rate: float | None = None
+    """AdamW's highest rate; unset: 9e-6, and 1e-4 for adapters."""
+    warmup: float = 0.03
+    """Share of the steps in which the rate rises from 0."""
+    seed: int = 0
+    """Of the new head, the adapters and the order of the prompts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready: the model with its head, the rankings, and the demonstrations as ids."""
+
+    model: finetuned.Finetuned
+    tokenizer: Tokenizer
+    data: RankedAnswers
+    demonstrations: list[list[int]]
+    dropped: int
+
+
+def prepare(recipe: Recipe) -> Task:
+    """Loads the model, gives it a head, and reads the rankings."""
+    model, tokenizer = opened(recipe.model, recipe.template)
+    length = row_length(model, recipe.context_length)
+    found = list(read(recipe.data))
+    sides = held_out(found, [each.prompt[-1]["content"] for each in found], recipe.held_out)
+    training, held = ([ranking_of(tokenizer, each) for each in side] for side in sides)
+    learned, tested = (fitting(side, length, recipe.drop_long) for side in (training, held))
+    shown = demonstrations(recipe.demonstrations, tokenizer, length) or [each.answers[0].ids for each in learned]
+    tokenizer = padding(tokenizer, shown)
+    data = RankedAnswers(learned, tested, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
+    dropped = len(training) + len(held) - len(learned) - len(tested)
+    return Task(headed(model, recipe.lora, recipe.seed), tokenizer, data, shown[:DEMONSTRATIONS], dropped)
+
+
+def headed(decoder: Any, lora: Lora, seed: int) -> finetuned.Finetuned:
+    """The decoder, or adapters on it, and a new head for a score, ready to be trained."""
+    config = finetuned.Config(decoder.config, "score", ("reward",), classifier_dropout=0.0)
+    to_train(decoder, lora, seed)
+    model = finetuned.finetuned(decoder, config)
+    if decoder.head is not None:
+        decoder.head.requires_grad_(False)  # of words, which nothing here asks for
+    return model
+
+
+def ranking_of(tokenizer: Tokenizer, ranked: Ranked) -> Ranking:
+    """The answers with their prompt, whole: the score is read behind the last token."""
+    turns = [answer(tokenizer, ranked, place) for place in range(len(ranked.answers))]
+    return Ranking([each._replace(learned=[True] * len(each.ids)) for each in turns], list(ranked.levels))
+
+
+def fitting(found: Sequence[Ranking], length: int, drop: bool) -> list[Ranking]:
+    """Those without an answer that is too long; others are an error unless they may be left out."""
+    longest = [max(len(each.ids) for each in ranking.answers) for ranking in found]
+    over = [size for size in longest if size > length]
+    if over and not drop:
+        raise UserError(
+            f"{len(over):,} of {len(found):,} prompts have an answer longer than {length} tokens, the longest "
+            f"{max(over)}: leave them out with --drop-long, or choose a longer --context-length."
+        )
+    return [ranking for ranking, size in zip(found, longest, strict=True) if size <= length]
+
+
+def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """Conversations that fit, as ids; none where there is no file of them."""
+    found = [tokenizer.render_turns(each)[0] for each in conversations.read(source)] if source else []
+    short = [ids for ids in found if len(ids) <= length]
+    if found and not short:
+        raise UserError(f"No demonstration in {source} fits a row of {length} tokens.")
+    return short
+
+
+def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
+    """The training loop's settings for so many steps an epoch."""
+    steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch))
+    return Settings(
+        steps=steps,
+        batch_size=recipe.batch_size,
+        micro_batch=recipe.micro_batch,
+        learning_rate=recipe.learning_rate or (1e-4 if recipe.lora.rank else 9e-6),
+        warmup=round(recipe.warmup * steps),
+        weight_decay=0.0,
+        evaluate_every=max(1, steps // 5),
+        save_every=max(1, steps // 10),
+        seed=recipe.seed,
+    )
+
+
+def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
+    """Trains the task's model into a run folder."""
+    return train(
+        task.model,
+        ranking,
+        task.data,
+        settings(recipe, task.data.steps_per_epoch),
+        described(recipe, task, out, resume),
+        save=lambda directory: leave(task, directory),
+        largest=task.data.largest(),
+    )
+
+
+def leave(task: Task, directory: Path) -> None:
+    """Writes the model, whole and with the bias that makes the demonstrations zero, and how far it can be believed."""
+    model: Any = copy.deepcopy(task.model)  # what is trained stays as it is
+    model = merge(model)
+    finetuned.shift(model, -float(scores_of(model, task.demonstrations, task.tokenizer.pad_id or 0).mean()))
+    checkpoints.save(model, task.tokenizer, directory)
+    told = calibration(margins(model, task.data.validation()))
+    write_atomic(directory / CURVES, json.dumps([calibration_chart(told)] if told.count else []))
+
+
+def calibration_chart(told: Calibration) -> dict[str, Any]:
+    """How often the model is right where it is so sure, over held-out pairs."""
+    points = [*zip(told.sure, told.right, strict=True)]
+    curves = [
+        {"name": "held-out pairs", "points": points, "marked": True},
+        {"name": "as sure as right", "points": [[0.5, 0.5], [1.0, 1.0]]},
+    ]
+    title = f"Calibration: off by {told.error:.3f} on average over {sum(told.count):,} pairs"
+    return {"title": title, "y_label": "share that is right", "x_label": "how sure", "curves": curves}
+
+
+def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+    """The run for the training loop: what decides its result beside the settings, and what its report says."""
+    counts = {"prompts to learn from": len(task.data.parts[0]), "prompts held out": len(task.data.parts[1])}
+    return Run(
+        directory=out,
+        resume=resume,
+        options={"begins with": recipe.model, "lora": asdict(recipe.lora), "template": task.tokenizer.chat_template},
+        about={
+            "title": f"{recipe.model} learns to score answers from “{Path(recipe.data).stem}”",
+            "paper": "Ouyang et al., InstructGPT (2022), section 3.5",
+            "data": [{"source": recipe.data, **counts, "too long, left out": task.dropped}],
+        },
+        unit="prompts",
+        how_to_resume=f"keifu train reward --out {out} --resume, with the options of this run",
+    )
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Trains into `out`, which keifu train ppo reads afterwards."""
+    task = prepare(recipe)
+    if task.dropped:
+        print(f"{task.dropped:,} prompts have an answer that is longer than a row and were left out.")
+    summary = learn(recipe, task, out, resume)
+    if (right := summary.figures.get("validation_accuracy")) is not None:
+        print(f"Of held-out pairs the better answer has the higher score in {right:.1%}.")
+    print(f"The reward model is in {out}; transformers loads it as AutoModelForSequenceClassification.")
