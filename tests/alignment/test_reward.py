@@ -115,6 +115,7 @@ def test_a_ranking_is_learned_and_transformers_has_the_same_scores(
     last = [line for line in metrics.read(out) if "validation_accuracy" in line][-1]
     assert last["validation_accuracy"] == 1.0 and "in 100.0%" in capsys.readouterr().out
     assert "Calibration" in (out / "report.html").read_text()
+    model: Any
     model, tokenizer = checkpoints.load(out)
     task = recipe.prepare(recipe.Recipe(model=str(bases[kind]), data=str(rankings), held_out=0.2))
     assert scores_of(model, task.demonstrations, tokenizer.pad_id or 0).mean().abs() < 1e-5
