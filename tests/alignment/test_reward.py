@@ -19,7 +19,7 @@ from keifu.models import finetuned, gpt2, llama
 from keifu.recipes import reward as recipe
 from keifu.training import metrics
 
-SIZES = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
+SIZES: dict[str, Any] = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
 WORDS = ["one", "two", "three", "four", "five"]
 NAN = float("nan")
 
@@ -149,8 +149,9 @@ def test_demonstrations_of_a_file_have_the_mean_zero(bases: dict[str, Path], ran
 
 
 def test_a_published_reward_model_loads_and_goes_back(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 53, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 16}
-    theirs = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes, num_labels=1, pad_token_id=0))
+    sizes: dict[str, Any] = {"vocab_size": 53, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 16}
+    sizes |= {"num_labels": 1, "pad_token_id": 0}
+    theirs = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes))
     theirs.eval().save_pretrained(tmp_path / "theirs")
     model: Any = checkpoints.load_model(tmp_path / "theirs")
     assert model.config.form == "score" and model.config.labels == ("LABEL_0",)
