@@ -278,7 +278,7 @@ def test_a_pipeline_with_a_missing_part(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "field", "kind"),
-    [("model_index.json", "pipeline", "StableDiffusionPipeline"), ("unet/config.json", "model", "UNet1DModel")],
+    [("model_index.json", "pipeline", "AudioLDMPipeline"), ("unet/config.json", "model", "UNet1DModel")],
 )
 def test_a_pipeline_or_network_of_another_family_is_named(file, field, kind, tmp_path) -> None:
     diffusers.DDPMPipeline(unet=theirs(), scheduler=diffusers.DDPMScheduler()).save_pretrained(tmp_path)

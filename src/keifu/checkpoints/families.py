@@ -18,14 +18,17 @@ from keifu.checkpoints.own import check_types, from_json, to_json
 from keifu.errors import UserError, unknown
 from keifu.models import (
     _open_clip,
+    autoencoder_kl,
     bert,
     clip,
     clip_image,
     clip_text,
+    conditioned_unet,
     ddpm,
     gpt1,
     gpt2,
     gpt3,
+    latent_diffusion,
     llama,
     mlp,
     palm,
@@ -116,6 +119,10 @@ def _name(module: ModuleType) -> str:
     return module.__name__.rpartition(".")[2]
 
 
+def _files(family: Family, published: tuple[str, str]) -> tuple[str, str]:
+    return published if family.model_type in family.module.MODEL_TYPES else family.files
+
+
 _MLP = Family(mlp, "keifu_mlp", mlp.from_published, mlp.to_published, mlp.WEIGHT_NAMES, writes_text=False)
 _BERT = Dialect(bert.IN_FILE, bert.COPIES, bert.OLD_ENDINGS, bert.WITHOUT_PREFIX)
 _CLIP, _OWN_CLIP = _published(clip)
@@ -124,6 +131,10 @@ _OPEN_CLIP = replace(
     _CLIP, model_type="open_clip", names=_open_clip.WEIGHT_NAMES, not_weights=_open_clip.NOT_WEIGHTS,
     read=_open_clip.from_open_clip, write=_open_clip.to_open_clip, files=_open_clip.FILES,
 )  # fmt: skip
+_NETWORK = ("config.json", "diffusion_pytorch_model.safetensors")  # of diffusers
+_PIPELINE = ("model_index.json", _NETWORK[1])
+_AUTOENCODER = Dialect(old_endings=autoencoder_kl.OLD_ENDINGS)
+_ALONE = [*_published(autoencoder_kl, dialect=_AUTOENCODER), *_published(conditioned_unet)]
 _DDPM, _OWN_DDPM = _published(ddpm, dialect=Dialect(old_endings=ddpm.OLD_ENDINGS))
 _ALL = [
     *_published(bert, dialect=_BERT),
@@ -137,6 +148,8 @@ _ALL = [
     _own(perceptron),
     replace(_DDPM, writes_text=False, files=ddpm.FILES),
     replace(_OWN_DDPM, writes_text=False),
+    *(replace(each, writes_text=False, files=_files(each, _NETWORK)) for each in _ALONE),
+    *(replace(each, files=_files(each, _PIPELINE)) for each in _published(latent_diffusion, dialect=_AUTOENCODER)),
     _CLIP,
     _OPEN_CLIP,
     replace(_OWN_CLIP, names=_open_clip.WEIGHT_NAMES),  # which has names for a ResNet too

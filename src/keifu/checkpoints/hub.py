@@ -8,7 +8,8 @@ from keifu.errors import UserError, unknown
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 WANTED = (
     "*.json", "model*.safetensors", "adapter_model.safetensors", "*.jinja", "tokenizer.model", "*.spm", "merges.txt",
-    "vocab.txt",
+    "vocab.txt", "*diffusion_pytorch_model.safetensors", "*diffusion_pytorch_model-*.safetensors",
+    "text_encoder/model*.safetensors", "tokenizer/merges.txt",
 )  # fmt: skip
 
 

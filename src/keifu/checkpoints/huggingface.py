@@ -4,7 +4,7 @@ Nothing is ever unpickled: a directory with PyTorch's own .bin files is refused 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,30 @@ def open_directory(path: Path) -> Source:
 
 
 def source_of(
-    path: Path, layout: str, family: Family, config: Any, files: Sequence[Path], notes: tuple[str, ...] = ()
+    path: Path,
+    layout: str,
+    family: Family,
+    config: Any,
+    files: Sequence[Path],
+    notes: tuple[str, ...] = (),
+    prefixes: Mapping[Path, str] | None = None,
+    texts: Path | None = None,
 ) -> Source:
-    """A model of this config whose weights lie in these safetensors files."""
+    """A model of this config whose weights lie in these safetensors files.
+
+    prefixes: what each file's names are told with, where several parts have files. texts: where the tokenizer is, if
+    not in `path`.
+    """
     opened = {file: _open(file) for file in files}
-    owner = {name: file for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118 (no dict)
-    stored = {name: _stored(opened[file].get_slice(name)) for name, file in owner.items()}
+    before = prefixes or dict.fromkeys(files, "")
+    owner = {before[file] + name: (file, name) for file in files for name in opened[file].keys()}  # noqa: SIM118 (no dict)
+    stored = {told: _stored(opened[file].get_slice(name)) for told, (file, name) in owner.items()}
 
-    def read(name: str) -> Tensor:
-        return opened[owner[name]].get_tensor(name)
+    def read(told: str) -> Tensor:
+        file, name = owner[told]
+        return opened[file].get_tensor(name)
 
-    tokenizer = _tokenizer(path, family)
+    tokenizer = _tokenizer(texts or path, family)
     return Source(path, layout, family, config, stored, read, tokenizer, family.names, notes=notes)
 
 

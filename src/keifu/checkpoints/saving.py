@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from keifu.checkpoints.diffusers import PIPELINE, is_part, pipeline_files
+from keifu.checkpoints.diffusers import PIPELINE, TOKENIZER, json_files, of_diffusers, weight_places
 from keifu.checkpoints.families import described_as
 from keifu.checkpoints.huggingface import CONFIGS, INDEX, PREPROCESSOR, WEIGHTS
 from keifu.checkpoints.names import Link, links
@@ -63,12 +63,13 @@ def save(
             shutil.rmtree(old, ignore_errors=True)
         stage.mkdir()
         found = links(model, family.table(config))
-        _write_weights(model, found, stage / family.files[1], max_shard_bytes)
-        if is_part(family):
-            for name, content in pipeline_files(config).items():
-                _write_json(stage / name, content)
+        for place, links_there in weight_places(family, found).items():
+            _write_weights(model, links_there, stage / place, max_shard_bytes)
+        dtype = name_of(next(model.parameters()).dtype)
+        if of_diffusers(family):
+            _write_diffusers(config, dtype, tokenizer, stage)
         else:
-            _write_texts(config, name_of(next(model.parameters()).dtype), tokenizer, stage, family.files[0])
+            _write_texts(config, dtype, tokenizer, stage, family.files[0])
         _move(stage, directory)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -143,6 +144,16 @@ def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path
     _write_json(stage / file, ids | config | {"dtype": dtype, "torch_dtype": dtype})
 
 
+def _write_diffusers(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path) -> None:
+    """The JSON files of a network or a pipeline, and the tokenizer, which says how long a text is padded to be."""
+    for name, content in json_files(config, dtype).items():
+        _write_json(stage / name, content)
+    if tokenizer is not None:
+        (stage / TOKENIZER).mkdir()
+        length = config["text_encoder"]["max_position_embeddings"]
+        tokenizer.with_max_length(length).save(stage / TOKENIZER)
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -160,7 +171,8 @@ def _move(stage: Path, directory: Path) -> None:
     for name in new:
         (directory / name).parent.mkdir(exist_ok=True)
         named[name].replace(directory / name)
-    stale = [*directory.glob("model-*-of-*.safetensors"), *directory.glob("unet/diffusion_pytorch_model*.safetensors*")]
+    stale = [*directory.glob("model-*-of-*.safetensors"), *directory.glob("text_encoder/model*.safetensors*")]
+    stale += [old for part in ("", "unet/", "vae/") for old in directory.glob(f"{part}diffusion_pytorch_model*")]
     stale += [directory / name for name in (WEIGHTS, INDEX, PIPELINE, *CONFIGS)]
     if Path("tokenizer_config.json") in new:  # what an older tokenizer left would be read beside it
         stale += [directory / name for name in TOKENIZER_FILES]

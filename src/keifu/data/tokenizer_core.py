@@ -147,6 +147,10 @@ class Tokenizer:
         """The same tokenizer with this chat template."""
         return Tokenizer(self.backend, self.special, self.stop_ids, template, self.max_length)
 
+    def with_max_length(self, length: int) -> "Tokenizer":
+        """The same tokenizer for a model that reads so many tokens."""
+        return Tokenizer(self.backend, self.special, self.stop_ids, self.chat_template, length)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.backend, self.special, self.stop_ids, self.chat_template, self.max_length)
 

@@ -193,13 +193,21 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Queries from one sequence, keys and values from another (Vaswani et al., 2017, section 3.2.3)."""
 
-    def __init__(self, dim: int, n_heads: int, context_dim: int | None = None, bias: bool = True, dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        context_dim: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        out_bias: bool | None = None,
+    ):
         super().__init__()
         if dim % n_heads:
             raise ValueError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number.")
         self.n_heads, self.dropout = n_heads, dropout
         self.q, self.kv = Linear(dim, dim, bias), JoinedLinear(context_dim or dim, (dim, dim), bias)
-        self.out = Linear(dim, dim, bias)
+        self.out = Linear(dim, dim, bias if out_bias is None else out_bias)
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> tuple[Tensor, Tensor]:
         """Keys and values of a context, [batch, heads, seen, head_dim] each: made once, used at every step."""

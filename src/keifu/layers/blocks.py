@@ -31,6 +31,27 @@ class PreNorm(_TwoSublayers):
         return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
 
 
+class CrossPreNorm(PreNorm):
+    """`PreNorm` with a look at a source between its two sublayers (latent diffusion: Rombach et al., 2022, E.2.1)."""
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        cross_attention: nn.Module,
+        feedforward: nn.Module,
+        norms: tuple[nn.Module, nn.Module, nn.Module],
+    ):
+        super().__init__(attention, feedforward, (norms[0], norms[2]))
+        self.cross_attention: nn.Module = cross_attention
+        self.cross_attention_norm = norms[1]
+
+    def forward(self, x: Stream, memory: tuple[Tensor, Tensor], memory_mask: Any, **context: Any) -> Stream:
+        """`memory`: keys and values of the source, made by `cross_attention.project`."""
+        x = x + self.attention(self.attention_norm(x), **context)
+        x = x + self.cross_attention(self.cross_attention_norm(x), memory, memory_mask)
+        return x + self.feedforward(self.feedforward_norm(x))
+
+
 class PostNorm(_TwoSublayers):
     """norm(x + attention(x)), then norm(x + feedforward(x)): the Transformer of 2017, GPT-1, BERT."""
 

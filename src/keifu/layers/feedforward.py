@@ -40,3 +40,17 @@ class GatedFeedForward(nn.Module):
 
 
 SwiGLU = partial(GatedFeedForward, activation=F.silu)
+
+
+class GEGLU(nn.Module):
+    """down(up(x) · gelu(gate(x))) (Shazeer, 2020), where the rows of up lie above those of gate, as Stable Diffusion's
+    files have them; `dropout` acts between."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.up_gate = JoinedLinear(dim, (hidden_dim, hidden_dim))
+        self.down, self.dropout = Linear(hidden_dim, dim), nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        up, gate = self.up_gate(x).chunk(2, -1)
+        return self.down(self.dropout(up * F.gelu(gate)))

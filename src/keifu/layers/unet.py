@@ -51,13 +51,14 @@ class Down(Stage):
 
 
 class Middle(Stage):
-    """The coarsest stage: a residual block more than there are attentions."""
+    """A stage whose states nothing reads again: the coarsest one, with a residual block more than there are attentions,
+    or any of a network that goes one way."""
 
-    def forward(self, x: Pixels, time: Time, **context: Any) -> Pixels:
+    def forward(self, x: Pixels, time: Time | None = None, **context: Any) -> Resampled:
         for residual, attention in self.pairs():
             x = residual(x, time)
             x = x if attention is None else attention(x, **context)
-        return x
+        return x if self.resample is None else self.resample(x)
 
 
 class Up(Stage):

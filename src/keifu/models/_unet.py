@@ -3,14 +3,19 @@
 Levels count resolutions from 0, the finest; diffusers lists the way up from the coarsest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keifu.errors import unknown
 
 # theirs -> whether the stage has attention; whether it changes the resolution in a residual block (None: see *_type)
-DOWN = {"DownBlock2D": (False, False), "AttnDownBlock2D": (True, None), "ResnetDownsampleBlock2D": (False, True)}
-UP = {"UpBlock2D": (False, False), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, True)}
+Blocks = dict[str, tuple[bool, bool | None]]
+DOWN: Blocks = {
+    "DownBlock2D": (False, False),
+    "AttnDownBlock2D": (True, None),
+    "ResnetDownsampleBlock2D": (False, True),
+}
+UP: Blocks = {"UpBlock2D": (False, False), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, True)}
 Layout = tuple[Sequence[int], Sequence[int]]
 RESAMPLING = ("conv", "resnet")
 IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # where not every value is; the first is what diffusers takes unless told
@@ -40,7 +45,7 @@ NUMBERS = {
     "dropout": ("dropout", 0.0),
 }
 
-_RESIDUAL = {
+RESIDUAL = {
     "norm1": "norm1",
     "conv1": "conv1",
     "time": "time_emb_proj",
@@ -48,22 +53,27 @@ _RESIDUAL = {
     "conv2": "conv2",
     "shortcut": "conv_shortcut",
 }
-_ATTENTION = {"norm": "group_norm", "attention.qkv": "to_[q,k,v]", "attention.out": "to_out.0"}
-_STAGES = {
-    "down.*.residuals.*": ("down_blocks.*.resnets.*", _RESIDUAL),
-    "down.*.attentions.*": ("down_blocks.*.attentions.*", _ATTENTION),
-    "down.*.resample": ("down_blocks.*.downsamplers.0", _RESIDUAL | {"conv": "conv"}),
-    "middle.residuals.*": ("mid_block.resnets.*", _RESIDUAL),
-    "middle.attentions.*": ("mid_block.attentions.*", _ATTENTION),
-    "up.*.residuals.*": ("up_blocks.*.resnets.*", _RESIDUAL),
-    "up.*.attentions.*": ("up_blocks.*.attentions.*", _ATTENTION),
-    "up.*.resample": ("up_blocks.*.upsamplers.0", _RESIDUAL | {"conv": "conv"}),
-}
-UNET_NAMES = {"first": "conv_in", "norm": "conv_norm_out", "last": "conv_out"} | {
-    f"{ours}.{part}": f"{theirs}.{name}"
-    for ours, (theirs, parts) in _STAGES.items()
-    for part, name in parts.items()
-}
+ATTENTION = {"norm": "group_norm", "attention.qkv": "to_[q,k,v]", "attention.out": "to_out.0"}
+
+
+def unet_names(attention: Mapping[str, str]) -> dict[str, str]:
+    """The names of a U-Net's weights, whose attentions have parts of these names."""
+    stages = {
+        "down.*.residuals.*": ("down_blocks.*.resnets.*", RESIDUAL),
+        "down.*.attentions.*": ("down_blocks.*.attentions.*", attention),
+        "down.*.resample": ("down_blocks.*.downsamplers.0", RESIDUAL | {"conv": "conv"}),
+        "middle.residuals.*": ("mid_block.resnets.*", RESIDUAL),
+        "middle.attentions.*": ("mid_block.attentions.*", attention),
+        "up.*.residuals.*": ("up_blocks.*.resnets.*", RESIDUAL),
+        "up.*.attentions.*": ("up_blocks.*.attentions.*", attention),
+        "up.*.resample": ("up_blocks.*.upsamplers.0", RESIDUAL | {"conv": "conv"}),
+    }
+    inner = {f"{ours}.{part}": f"{theirs}.{name}" for ours, (theirs, parts) in stages.items()
+             for part, name in parts.items()}  # fmt: skip
+    return {"first": "conv_in", "norm": "conv_norm_out", "last": "conv_out"} | inner
+
+
+UNET_NAMES = unet_names(ATTENTION)
 OLD_ATTENTION = {  # diffusers before 0.15 called the parts of attention so
     f"{new}.{kind}": f"{old}.{kind}"
     for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items()
@@ -95,26 +105,33 @@ def write_fields(config: Any) -> dict[str, Any]:
 def read_layout(json: dict[str, Any]) -> dict[str, Any]:
     """The Config's fields of widths, attention and changes of resolution."""
     widths = json.get("block_out_channels", (224, 448, 672, 896))
-    levels = len(widths)
     plain, attending = ["DownBlock2D", *["AttnDownBlock2D"] * 3], [*["AttnUpBlock2D"] * 3, "UpBlock2D"]
-    down = _read_side(json, "down", plain, DOWN)
-    up = _read_side(json, "up", attending, UP)
-    if not levels == len(down) == len(up):
-        raise ValueError(f"it has {levels} widths, {len(down)} stages down and {len(up)} up, which should be as many.")
-    up = [*reversed(up)]
+    down, up = read_sides(json, widths, (plain, DOWN), (attending, UP))
+    levels = len(widths)
     return {
         "dim": widths[0],
         "multipliers": tuple(width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths),
-        "attention": _levels(attends for attends, _ in down),
-        "up_attention": _levels(attends for attends, _ in up),
+        "attention": levels_of(attends for attends, _ in down),
+        "up_attention": levels_of(attends for attends, _ in up),
         "residual_down": tuple(level for level, (_, residual) in enumerate(down) if residual and level < levels - 1),
         "residual_up": tuple(level for level, (_, residual) in enumerate(up) if residual and level),
     }
 
 
-def _read_side(
-    json: dict[str, Any], side: str, silent: list[str], known: dict[str, tuple[bool, bool | None]]
-) -> list[tuple[bool, bool]]:
+Read = list[tuple[bool, bool]]
+Silent = tuple[list[str], Blocks]  # the blocks of a file that does not say, and those that there are
+
+
+def read_sides(json: dict[str, Any], widths: Sequence[int], down: Silent, up: Silent) -> tuple[Read, Read]:
+    """Of each level on the way down and up, whether it has attention, and whether a residual block leads out of it."""
+    sides = _read_side(json, "down", *down), _read_side(json, "up", *up)[::-1]
+    if not len(widths) == len(sides[0]) == len(sides[1]):
+        numbers = f"{len(widths)} widths, {len(sides[0])} stages down and {len(sides[1])} up"
+        raise ValueError(f"it has {numbers}, which should be as many.")
+    return sides
+
+
+def _read_side(json: dict[str, Any], side: str, silent: list[str], known: Blocks) -> Read:
     residual_type = told(json, f"{side}sample_type") == "resnet"
     stages = []
     for name in json.get(f"{side}_block_types", silent):
@@ -125,7 +142,8 @@ def _read_side(
     return stages
 
 
-def _levels(switches: Any) -> tuple[int, ...]:
+def levels_of(switches: Any) -> tuple[int, ...]:
+    """The levels at which a switch is on."""
     return tuple(level for level, on in enumerate(switches) if on)
 
 
@@ -143,6 +161,6 @@ def write_layout(widths: Sequence[int], down: Layout, up: Layout) -> dict[str, A
     }
 
 
-def _name(level: int, way: Layout, known: dict[str, tuple[bool, bool | None]]) -> str:
+def _name(level: int, way: Layout, known: Blocks) -> str:
     wanted = (True, None) if level in way[0] else (False, level in way[1])
     return next(name for name, means in known.items() if means == wanted)

@@ -1,0 +1,77 @@
+"""A StableDiffusionPipeline's directory both ways: every part, bit for bit, and a missing or foreign part is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from keifu import checkpoints
+from keifu.data import clip_tokenizer
+from keifu.errors import UserError
+
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A tiny random pipeline of diffusers, and its directory."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    tokenizer = clip_tokenizer.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(77)
+    tokenizer.save(folder / "tokens")
+    torch.manual_seed(0)
+    text = transformers.CLIPTextConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=14, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=2, eos_token_id=2, bos_token_id=None,
+    )  # fmt: skip
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(12, 20), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=14,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    autoencoder = diffusers.AutoencoderKL(
+        block_out_channels=(6, 9), norm_num_groups=3, down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    )  # fmt: skip
+    scheduler = diffusers.PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    tokens = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "tokens")
+    made = diffusers.StableDiffusionPipeline(
+        autoencoder, transformers.CLIPTextModel(text).eval(), tokens, unet, scheduler, None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    made.save_pretrained(folder / "theirs")
+    return made, folder / "theirs"
+
+
+@torch.no_grad()
+def test_a_pipeline_both_ways(pipeline, tmp_path) -> None:
+    theirs, folder = pipeline
+    model, tokenizer = checkpoints.load(folder)
+    ids = torch.tensor([tokenizer.encode("a red cat", special=True)])
+    expected = theirs.text_encoder(ids).last_hidden_state
+    assert (model.encode_text(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    latents, timestep = torch.randn(1, 4, 8, 4), torch.tensor([30])
+    predicted = theirs.unet(latents, timestep, expected).sample
+    got = model(latents, timestep, model.project(model.encode_text(ids)))
+    assert (got - predicted).abs().max() <= 1e-5 * predicted.abs().max()
+
+    checkpoints.save(model, tokenizer, tmp_path)
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    for part in ("unet", "vae", "text_encoder"):
+        ours, original = getattr(again, part).state_dict(), getattr(theirs, part).state_dict()
+        assert ours.keys() == original.keys() and all(torch.equal(ours[name], original[name]) for name in original)
+    assert again.tokenizer("a red cat").input_ids == ids[0].tolist() and again.tokenizer.model_max_length == 77
+    assert checkpoints.load_model(tmp_path).config == model.config
+
+
+def test_a_missing_or_foreign_part_is_named(pipeline, tmp_path) -> None:
+    shutil.copytree(pipeline[1], tmp_path / "copy")
+    file = tmp_path / "copy/vae/config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"_class_name": "VQModel"}))
+    with pytest.raises(UserError, match="describes a VQModel, and what is implemented as vae is AutoencoderKL"):
+        checkpoints.load_model(tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/tokenizer")
+    with pytest.raises(UserError, match=r"a StableDiffusionPipeline and lacks its tokenizer"):
+        checkpoints.load_model(tmp_path / "copy")
