@@ -10,6 +10,7 @@ import transformers
 from keifu import checkpoints
 from keifu.data import clip_tokenizer
 from keifu.errors import UserError
+from keifu.generation.pictures import denoising
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -63,6 +64,11 @@ def test_a_pipeline_both_ways(pipeline, tmp_path) -> None:
         assert ours.keys() == original.keys() and all(torch.equal(ours[name], original[name]) for name in original)
     assert again.tokenizer("a red cat").input_ids == ids[0].tolist() and again.tokenizer.model_max_length == 77
     assert checkpoints.load_model(tmp_path).config == model.config
+
+
+def test_it_is_not_taken_for_a_model_that_draws_by_itself(pipeline) -> None:
+    with pytest.raises(UserError, match="draws no pictures"):
+        denoising(checkpoints.load_model(pipeline[1]))
 
 
 def test_a_missing_or_foreign_part_is_named(pipeline, tmp_path) -> None:

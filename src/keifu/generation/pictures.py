@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from keifu.data.images import to_bytes
 from keifu.errors import UserError, unknown
-from keifu.generation.denoiser import Denoising, of_label
+from keifu.generation.denoiser import Denoising, DenoisingConfig, of_label
 from keifu.generation.sampler_table import Route, route, sampler
 from keifu.generation.samplers import Drawn
 from keifu.generation.seeds import Seeds
@@ -72,7 +72,7 @@ class Drawing:
 
 def denoising(model: nn.Module) -> Denoising:
     """The model as one that removes noise; any other is a `UserError`."""
-    if not isinstance(model, Denoising):
+    if not isinstance(model, Denoising) or not isinstance(model.config, DenoisingConfig):
         raise UserError(f"A {type(model).__name__} draws no pictures: choose a model that was trained to remove noise.")
     return model
 
