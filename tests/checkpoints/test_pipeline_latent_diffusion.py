@@ -5,44 +5,12 @@ import shutil
 
 import pytest
 import torch
-import transformers
 
 from keifu import checkpoints
-from keifu.data import clip_tokenizer
 from keifu.errors import UserError
 from keifu.generation.pictures import denoising
 
 diffusers = pytest.importorskip("diffusers")
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    """A tiny random pipeline of diffusers, and its directory."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    tokenizer = clip_tokenizer.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(77)
-    tokenizer.save(folder / "tokens")
-    torch.manual_seed(0)
-    text = transformers.CLIPTextConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=14, intermediate_size=20, num_hidden_layers=2,
-        num_attention_heads=2, eos_token_id=2, bos_token_id=None,
-    )  # fmt: skip
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(12, 20), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=14,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    autoencoder = diffusers.AutoencoderKL(
-        block_out_channels=(6, 9), norm_num_groups=3, down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-    )  # fmt: skip
-    scheduler = diffusers.PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
-    tokens = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "tokens")
-    made = diffusers.StableDiffusionPipeline(
-        autoencoder, transformers.CLIPTextModel(text).eval(), tokens, unet, scheduler, None, None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    made.save_pretrained(folder / "theirs")
-    return made, folder / "theirs"
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""`keifu draw`: pictures from a model that removes noise, and a picture once more; knows no model and no sampler."""
+"""`keifu draw`: pictures from a model that removes noise, of a text too, and a picture once more; knows no model and no
+sampler."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from keifu.files import write_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from keifu.generation.drawers import Drawer
     from keifu.generation.picture_record import Record
     from keifu.generation.samplers import Drawn
 
@@ -26,7 +28,7 @@ Name = Literal[
 
 @dataclass(frozen=True)
 class Options:
-    """Draw pictures with a model that was trained to remove noise.
+    """Draw pictures with a model that was trained to remove noise, of a text where it reads one.
 
     Each file says how it was drawn; `keifu draw --again FILE` draws it once more, bit for bit.
 
@@ -55,8 +57,13 @@ class Options:
     """Pictures."""
     label: str | None = None
     """The class to draw, by name or number."""
-    guidance: float = 1.0
-    """How far towards the label: 1 is what the model says, more is nearer to it and less varied."""
+    guidance: float | None = None
+    """How far towards the text or the label: 1 is what the model says, more is nearer to it and less varied. Unset:
+    7.5 for a text, 1 for a label."""
+    negative: str = ""
+    """What guidance leads away from, for models that read; unset, from what the model draws without a text."""
+    truncate: bool = False
+    """Leave out the end of a text that is longer than the model reads."""
     guidance_rescale: float = 0.0
     """How much of the contrast that guidance adds is taken back, up to 1."""
     size: str | None = None
@@ -88,6 +95,8 @@ def run(options: Options) -> None:
     if options.count < 1 or options.batch_size < 1:
         raise UserError(f"--count is {options.count} and --batch-size {options.batch_size}: both must be at least 1.")
     record, model = _begun(options, options.model)
+    if options.strip and not model.pixels:
+        raise UserError("--strip shows each step as a picture, and this model's steps are latents: leave it out.")
     states: list[Drawn] = []
     pictures = _drawn(model, record, states if options.strip else None)
     out = options.out or Path(f"picture-{record.drawing.seed}.png")
@@ -100,28 +109,36 @@ def run(options: Options) -> None:
         print(options.strip)
 
 
-def _begun(options: Options, name: str) -> "tuple[Record, Any]":
+def _begun(options: Options, name: str) -> "tuple[Record, Drawer]":
     """The record of what will be drawn, everything in it resolved, and the model."""
-    from keifu.generation.picture_record import Record, fingerprint
-    from keifu.generation.pictures import Drawing, label_number
+    from keifu.generation.picture_record import Record
+    from keifu.generation.pictures import Drawing
 
     model = _load(name, options.dtype)
-    if options.text is not None:
-        raise UserError(f"{name} reads no text, so {options.text!r} means nothing to it: leave it out (see --label).")
     chosen = {each.name: vars(options)[each.name] for each in fields(Drawing)}
-    chosen["label"] = None if options.label is None else label_number(model, options.label)
-    wanted = Drawing(**{**chosen, "size": _size(options.size)}).resolved(model)
+    chosen["label"] = None if options.label is None else model.label(options.label)
+    chosen["guidance"] = model.usual_guidance if options.guidance is None else options.guidance
+    wanted = model.resolved(Drawing(**{**chosen, "size": _size(options.size)}))
     place = str(Path(name).resolve()) if Path(name).exists() else name
     batch_size = min(options.batch_size, options.count)
     number = 0 if options.count == 1 else None
-    return Record(place, fingerprint(model), wanted, options.count, batch_size, number, options.dtype), model
+    return Record(place, model.fingerprint(), wanted, options.count, batch_size, number, options.dtype), model
 
 
-def _load(name: str, dtype: str | None) -> Any:
-    from keifu.checkpoints.opening import DTYPES, load_model
-    from keifu.generation.pictures import denoising
+def _load(name: str, dtype: str | None) -> "Drawer":
+    from keifu.checkpoints.hub import locate
+    from keifu.checkpoints.opening import DTYPES, load_model, open_source
+    from keifu.checkpoints.source import check_tokenizer
+    from keifu.generation.drawers import drawer
 
-    return denoising(load_model(name, DTYPES[dtype] if dtype else None))
+    model: Any = load_model(name, DTYPES[dtype] if dtype else None)
+
+    def tokenizer() -> Any:
+        found = open_source(locate(name)).tokenizer()
+        check_tokenizer(found, model.config.vocab_size)
+        return found
+
+    return drawer(model, tokenizer)
 
 
 def _size(given: str | None) -> tuple[int, int] | None:
@@ -134,12 +151,11 @@ def _size(given: str | None) -> tuple[int, int] | None:
     return int(sides[-1]), int(sides[0])
 
 
-def _drawn(model: Any, record: "Record", states: "list[Drawn] | None" = None) -> "Tensor":
+def _drawn(model: "Drawer", record: "Record", states: "list[Drawn] | None" = None) -> "Tensor":
     """The pictures of all the record's batches, behind a progress bar; the first batch's states go where asked."""
     import torch
 
     from keifu.data.progress import counting
-    from keifu.generation.pictures import draw
 
     batches, steps, done = record.seeds(), record.drawing.steps or 0, 0
     with counting("Drawing", steps * len(batches), "steps") as advance:
@@ -151,7 +167,7 @@ def _drawn(model: Any, record: "Record", states: "list[Drawn] | None" = None) ->
             if states is not None and done <= steps:
                 states.append(state)
 
-        return torch.cat([draw(model, record.drawing, seeds, watch) for seeds in batches])
+        return torch.cat([model.draw(record.drawing, seeds, watch) for seeds in batches])
 
 
 def _files(out: Path, count: int) -> list[tuple[Path, int | None]]:
@@ -178,7 +194,7 @@ def _image(picture: "Tensor") -> Any:
     return Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).contiguous().numpy(), kinds[len(picture)])
 
 
-def _strip(model: Any, picture: "Tensor", states: "Sequence[Drawn]") -> bytes:
+def _strip(model: "Drawer", picture: "Tensor", states: "Sequence[Drawn]") -> bytes:
     import torch
 
     from keifu.data.grid import grid
@@ -210,15 +226,13 @@ def _again(options: Options, path: Path) -> None:
     print(f"{out} is {path}, bit for bit.", file=sys.stderr)
 
 
-def _same_model(name: str, record: "Record", path: Path) -> Any:
+def _same_model(name: str, record: "Record", path: Path) -> "Drawer":
     """The model that drew a picture; another one, by the fingerprint of its weights, is a `UserError`."""
-    from keifu.generation.picture_record import fingerprint
-
     try:
         model = _load(name, record.dtype)
     except UserError as error:
         raise UserError(f"{path} was drawn by {name}, which cannot be loaded; name its model. {error}") from None
-    if (found := fingerprint(model)) != record.weights:
+    if (found := model.fingerprint()) != record.weights:
         raise UserError(
             f"{name} is not the model that drew {path}: the fingerprint of its weights is {found[:12]}, and it was "
             f"{record.weights[:12]}. Was it trained on, or replaced? Name the right one before --again."

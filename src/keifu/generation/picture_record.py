@@ -55,7 +55,8 @@ class Record:
         """The text chunks of its PNG file: all as JSON, and a sentence for people."""
         wanted = self.drawing
         seed = (wanted.seed or 0) + (self.number or 0)
-        sentence = f"Drawn by {self.model}, {wanted.sampler}, {wanted.steps} steps, seed {seed}"
+        text = "" if wanted.text is None else f" from {wanted.text!r}"
+        sentence = f"Drawn by {self.model}{text}, {wanted.sampler}, {wanted.steps} steps, seed {seed}"
         told = json.dumps(asdict(self), ensure_ascii=False)
         return {CHUNK: told, "Software": f"keifu {__version__}", "Description": sentence}
 
@@ -91,9 +92,10 @@ def _record(json: dict[str, Any]) -> Record:
     return Record(**{**json, "drawing": Drawing(**wanted)})
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A SHA-256 of every tensor's name, type, shape and bytes, and of the config: equal for models that draw alike."""
-    digest = hashlib.sha256(repr(model.config).encode())
+def fingerprint(model: nn.Module, beside: str = "") -> str:
+    """A SHA-256 of every tensor's name, type, shape and bytes, of the config, and of what stands `beside` the model:
+    equal for models that draw alike."""
+    digest = hashlib.sha256((repr(model.config) + beside).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"|{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())
         flat = tensor.detach().cpu().contiguous().flatten()

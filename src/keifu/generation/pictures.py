@@ -19,7 +19,7 @@ from keifu.generation.denoiser import Denoising, DenoisingConfig, of_label
 from keifu.generation.sampler_table import Route, route, sampler
 from keifu.generation.samplers import Drawn
 from keifu.generation.seeds import Seeds
-from keifu.layers.noise import Spacing
+from keifu.layers.noise import Noise, Spacing
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Drawing:
         guidance_rescale: how much of the contrast that guidance adds is taken back (Lin et al., 2023: 0.7).
         size: height and width in pixels; None for those that the model was trained with.
         spacing, karras, eta: of the path, see `noise_levels.py`, and DDIM's share of fresh noise.
+        text, negative: what a model that reads is to draw, and what guidance leads away from.
+        truncate: whether a text that is too long for the model loses its end.
     """
 
     sampler: str = "ddim"
@@ -47,6 +49,9 @@ class Drawing:
     spacing: Spacing | None = None
     karras: bool = False
     eta: float = 0.0
+    text: str | None = None
+    negative: str = ""
+    truncate: bool = False
 
     def __post_init__(self) -> None:
         sampler(self.sampler)
@@ -57,17 +62,24 @@ class Drawing:
         if not 0 <= self.guidance_rescale <= 1:
             raise UserError(f"guidance_rescale is a share between 0 and 1, not {self.guidance_rescale}.")
 
-    def route(self, model: Denoising) -> Route:
-        """The sampler, ready for the model's noise."""
-        return route(model.noise, self.sampler, self.steps, self.spacing, self.karras, self.eta)
+    def route(self, noise: Noise) -> Route:
+        """The sampler, ready for a model's noise."""
+        return route(noise, self.sampler, self.steps, self.spacing, self.karras, self.eta)
 
     def resolved(self, model: Denoising) -> "Drawing":
         """The same with everything said that was left open, and checked against the model."""
-        steps, size = len(self.route(model).path.strides), self.size or trained_size(model)
+        if self.text is not None or self.negative:
+            text = self.text or self.negative
+            raise UserError(f"This model reads no text, so {text!r} means nothing to it: leave it out (see --label).")
+        size = self.size or trained_size(model)
         check_label(model, self.label, self.guidance)
         model.check_size(model.config.channels, *size)
-        seed = secrets.randbits(32) if self.seed is None else self.seed
-        return replace(self, steps=steps, size=size, seed=seed, spacing=self.spacing or model.noise.spacing)
+        return self.completed(model.noise, size)
+
+    def completed(self, noise: Noise, size: tuple[int, int]) -> "Drawing":
+        """The same with this size, and with the steps, the seed and the spacing that were left open."""
+        steps, seed = len(self.route(noise).path.strides), secrets.randbits(32) if self.seed is None else self.seed
+        return replace(self, steps=steps, size=size, seed=seed, spacing=self.spacing or noise.spacing)
 
 
 def denoising(model: nn.Module) -> Denoising:
@@ -112,7 +124,7 @@ def label_number(model: Denoising, name: str) -> int:
 @torch.inference_mode()
 def drawing(model: Denoising, wanted: Drawing, seeds: Sequence[int]) -> Iterator[Drawn]:
     """x and the predicted pictures after each step, for a picture of each seed, on the model's device."""
-    chosen = wanted.route(model)
+    chosen = wanted.route(model.noise)
     device = next(cast(Any, model).parameters()).device
     shape = len(seeds), model.config.channels, *(wanted.size or trained_size(model))
     label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)

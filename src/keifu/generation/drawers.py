@@ -1,0 +1,93 @@
+"""Models that draw, in pixels or from a text, behind one face for commands; knows no kind of network."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.denoiser import Denoising
+from keifu.generation.picture_record import fingerprint
+from keifu.generation.pictures import Drawing, denoising, draw, label_number
+from keifu.generation.samplers import Drawn
+from keifu.generation.text_to_picture import Painter, Reading
+from keifu.layers.noise import Noise
+
+
+@runtime_checkable
+class Drawer(Protocol):
+    """A model as a command draws with it.
+
+    usual_guidance: where none is asked for. pixels: whether its steps are pictures.
+    """
+
+    usual_guidance: float
+    pixels: bool
+
+    @property
+    def noise(self) -> Noise:
+        """What it removes."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Equal for models that draw alike."""
+        ...
+
+    def label(self, name: str) -> int:
+        """A class by its name, or by its number; an unknown one is a `UserError`."""
+        ...
+
+    def resolved(self, wanted: Drawing) -> Drawing:
+        """The same with everything said that was left open; what the model cannot draw is a `UserError`."""
+        ...
+
+    def draw(
+        self, wanted: Drawing, seeds: Sequence[int], watch: Callable[[Drawn], object] = lambda state: None
+    ) -> UInt8[Tensor, "batch colours rows columns"]:
+        """A finished picture of each seed, as bytes on the CPU; `watch` is given what each step leads to."""
+        ...
+
+
+class PixelDrawer:
+    """A model that removes noise from pictures: a `Drawer`."""
+
+    usual_guidance = 1.0
+    pixels = True
+
+    def __init__(self, model: Denoising):
+        self.model = model
+
+    @property
+    def noise(self) -> Noise:
+        """What it removes."""
+        return self.model.noise
+
+    def fingerprint(self) -> str:
+        """Of the weights and the config."""
+        return fingerprint(cast(Any, self.model))
+
+    def label(self, name: str) -> int:
+        """A class by its name, or by its number."""
+        return label_number(self.model, name)
+
+    def resolved(self, wanted: Drawing) -> Drawing:
+        """See `Drawing.resolved`."""
+        return wanted.resolved(self.model)
+
+    def draw(
+        self, wanted: Drawing, seeds: Sequence[int], watch: Callable[[Drawn], object] = lambda state: None
+    ) -> UInt8[Tensor, "batch colours rows columns"]:
+        """See `pictures.draw`."""
+        return draw(cast(Any, self.model), wanted, seeds, watch)
+
+
+def drawer(model: nn.Module, tokenizer: Callable[[], Tokenizer | None]) -> Drawer:
+    """The model as one that draws, with its tokenizer where it reads; any other is a `UserError`."""
+    if not isinstance(model, Reading):
+        return PixelDrawer(denoising(model))
+    found = tokenizer()
+    if found is None:
+        raise UserError(f"A {type(model).__name__} draws from a text, and there is no tokenizer beside it.")
+    return Painter(model, found)

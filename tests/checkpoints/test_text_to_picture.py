@@ -1,0 +1,184 @@
+"""From a text to pictures, against diffusers' StableDiffusionPipeline: the latents of every step, and the command."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from keifu import checkpoints, cli
+from keifu.data import clip_tokenizer
+from keifu.errors import UserError
+from keifu.generation.pictures import Drawing
+from keifu.generation.text_to_picture import Painter
+from keifu.models import latent_diffusion
+
+diffusers = pytest.importorskip("diffusers")
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "plms": ("PNDMScheduler", {}),
+    "dpm++-2m": ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}),
+    "unipc": ("UniPCMultistepScheduler", {"timestep_spacing": "leading"}),
+}
+SEEDS, TEXTS, LONG = [3, 2**40], ["a red heart", "a blue cat"], "a red heart " * 40
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def painter(pipeline) -> Painter:
+    return Painter(*checkpoints.load(pipeline[1]))
+
+
+@pytest.fixture
+def reference(pipeline, monkeypatch: pytest.MonkeyPatch):
+    """Draws with diffusers: the latents after every step, and the pictures from 0 to 1."""
+    theirs = pipeline[0]
+    theirs.set_progress_bar_config(disable=True)
+
+    def draw(sampler: str, texts: list[str], **settings: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
+        kind, changed = SCHEDULERS[sampler]
+        scheduler = getattr(diffusers, kind).from_config(theirs.scheduler.config, **changed)
+        monkeypatch.setattr(theirs, "scheduler", scheduler)
+        steps: list[torch.Tensor] = []
+
+        def watch(pipeline: Any, step: int, timestep: Any, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            steps.append(found["latents"].clone())
+            return found
+
+        made = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(texts)]]
+        drawn = theirs(texts, generator=made, output_type="pt", callback_on_step_end=watch, **settings)
+        return steps, drawn.images
+
+    return draw
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+@pytest.mark.parametrize("guidance", [1.0, 6.5])
+def test_each_step_and_the_pictures_are_diffusers(painter, reference, sampler: str, guidance: float) -> None:
+    """Two texts in a batch, at a size that was not trained."""
+    negative = "a cat" if guidance > 1 else ""
+    steps, expected = reference(
+        sampler, TEXTS, negative_prompt=[negative] * 2, guidance_scale=guidance, num_inference_steps=6, height=24,
+        width=40,
+    )  # fmt: skip
+    wanted = Drawing(sampler, 6, size=(24, 40), guidance=guidance, text=TEXTS[0], negative=negative)
+    states = [*painter.drawing(painter.resolved(wanted), SEEDS, TEXTS)]
+    if sampler == "plms":  # whose first step diffusers counts as two
+        steps = steps[1:]
+    for state, latents in zip(states, steps, strict=True):
+        assert (state.x - latents).abs().max() <= 1e-5 * latents.abs().max()
+    drawn = (painter.decoded(states[-1].x) / 2 + 0.5).clamp(0, 1)
+    assert drawn.shape == expected.shape == (2, 3, 24, 40) and expected.std() > 0.01
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
+
+
+def test_the_text_and_what_is_led_away_from_decide_the_picture(painter) -> None:
+    wanted = painter.resolved(Drawing("ddim", 3, text="a red heart", guidance=5.0))
+    others = [{"text": "a blue cat"}, {"negative": "a blue cat"}, {"guidance": 1.0}, {"guidance_rescale": 0.7}]
+    drawn = [[*painter.drawing(Drawing(**vars(wanted) | each), [1])][-1].x for each in [{}, {}, *others]]
+    assert torch.equal(drawn[0], drawn[1])
+    assert all((drawn[0] - each).abs().max() > 1e-4 for each in drawn[2:])
+
+
+def test_the_text_is_seen_once_a_picture_and_guidance_is_one_batch(painter, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+    for name in ("encode_text", "project", "forward"):
+        own = getattr(painter.model, name)
+        monkeypatch.setattr(
+            painter.model, name, lambda x, *more, own=own, name=name: seen.append((name, len(x))) or own(x, *more)
+        )
+    wanted = painter.resolved(Drawing("ddim", 3, text="a red heart", guidance=5.0))
+    assert len([*painter.drawing(wanted, [1, 2])]) == 3
+    assert seen == [("encode_text", 2), ("project", 4), *[("forward", 4)] * 3]
+
+
+def test_a_text_that_is_too_long_is_refused_or_cut_as_diffusers_does(pipeline, painter, reference) -> None:
+    length = len(painter.tokenizer.encode(LONG, special=True))
+    with pytest.raises(UserError, match=f"has {length} tokens .* reads 77.*truncate"):
+        painter.resolved(Drawing(text=LONG))
+    with pytest.raises(UserError, match=f"has {length} tokens"):
+        painter.resolved(Drawing(text="a red heart", negative=LONG, guidance=2.0))
+    rows = pipeline[0].tokenizer([LONG, "a cat"], padding="max_length", max_length=77, truncation=True)
+    assert painter.tokens([LONG, "a cat"], truncate=True).tolist() == rows.input_ids
+    steps, _ = reference("ddim", [LONG], guidance_scale=3.0, num_inference_steps=2)
+    wanted = painter.resolved(Drawing("ddim", 2, text=LONG, guidance=3.0, truncate=True))
+    *_, last = painter.drawing(wanted, SEEDS[:1])
+    assert (last.x - steps[-1]).abs().max() <= 1e-5 * steps[-1].abs().max()
+
+
+def test_a_model_that_fills_masks_draws_nothing_from_a_text_alone(painter) -> None:
+    own = painter.model.config
+    channels = 2 * own.channels + 1
+    config = latent_diffusion.Config(own.text, latent_diffusion.replace(own.unet, channels=channels), own.autoencoder)
+    with pytest.raises(UserError, match="what a mask hides"):
+        Painter(latent_diffusion.build(config), painter.tokenizer)
+
+
+def draw(capsys: pytest.CaptureFixture, *words: str) -> list[str]:
+    cli.main(["draw", *words])
+    return capsys.readouterr().out.split()
+
+
+def test_the_command_draws_and_draws_again(pipeline, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--steps", "2", "--seed", "4", "--size", "24x16", "--negative", "a cat", "-o", "a.png"]
+    assert draw(capsys, str(pipeline[1]), "a red heart", *words) == ["a.png"]
+    image: Any = Image.open("a.png")
+    told = json.loads(image.text["keifu"])["drawing"]
+    assert image.size == (24, 16) and "from 'a red heart'" in image.text["Description"]
+    assert told["text"] == "a red heart" and told["negative"] == "a cat" and told["guidance"] == 7.5
+    assert draw(capsys, "--again", "a.png") == ["a-again.png"]
+    again: Any = Image.open("a-again.png")
+    assert np.array_equal(np.asarray(image), np.asarray(again)) and again.text == image.text
+    written = draw(capsys, str(pipeline[1]), "a red heart", "--steps", "2", "--count", "3", "--batch-size", "2",
+                   "--guidance", "3", "--dtype", "bf16", "-o", "many.png")  # fmt: skip
+    assert len({np.asarray(Image.open(path)).tobytes() for path in written}) == 4
+    assert draw(capsys, "--again", "many-3.png") == ["many-3-again.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "there is none: say what to draw"),
+        (["a cat", "--label", "3"], "knows no classes"),
+        (["a cat", "--negative", "a dog", "--guidance", "1"], "with a guidance of 1 there is none"),
+        (["a cat", "--size", "18"], "nearest size that does is 16 x 16"),
+        (["a cat", "--strip", "s.png"], "steps are latents"),
+        ([LONG], "the model reads 77"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(pipeline, words: list[str], said: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        draw(capsys, str(pipeline[1]), *words)
+    assert said in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(pipeline, tmp_path: Path, capsys) -> None:
+    shutil.copytree(pipeline[1], tmp_path / "copy")
+    words = ["one heart is as good as another", "two blue cats sleep under the table"] * 3
+    clip_tokenizer.learn(words, 540).save(tmp_path / "copy/tokenizer")
+    with pytest.raises(SystemExit):
+        draw(capsys, str(tmp_path / "copy"), "a cat")
+    assert "The tokenizer has 540 tokens" in capsys.readouterr().err
+
+
+def test_a_picture_of_an_older_keifu_is_still_drawn_again(tmp_path: Path) -> None:
+    from keifu.generation.picture_record import Record, read_record
+
+    record = Record("runs/ddpm", "0", Drawing("ddim", 4, 5, size=(8, 8), spacing="leading"))
+    told = json.loads(record.texts()["keifu"])
+    for name in ("text", "negative", "truncate"):
+        del told["drawing"][name]
+    facts = PngInfo()
+    facts.add_itxt("keifu", json.dumps(told))
+    Image.new("RGB", (8, 8)).save(tmp_path / "old.png", pnginfo=facts)
+    assert read_record(tmp_path / "old.png") == record
