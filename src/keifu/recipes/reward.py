@@ -203,7 +203,7 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`, which keifu train ppo reads afterwards."""
+    """Trains into `out`, which keifu.load and transformers read afterwards."""
     task = prepare(recipe)
     if task.dropped:
         print(f"{task.dropped:,} prompts have an answer that is longer than a row and were left out.")
