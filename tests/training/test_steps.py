@@ -1,6 +1,7 @@
 """A step: its gradient does not depend on the split, rates follow their formulas, each weight has its optimizer."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,33 @@ def test_what_a_growing_run_costs_counts_its_smaller_batches() -> None:
 def test_data_whose_batches_do_not_grow_are_not_said_to(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="begin with 2 rows, and these data with 6"):
         train(toy(), objective, Sequences(), settings(batch_stages=((2, 5),)), run(tmp_path))
+
+
+class Watched(Sequences):
+    """Batches on policy, which note the weights that they are made with."""
+
+    on_policy = True
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.seen = model, []
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        self.seen.append((step, weights(self.model)["embedding.weight"]))
+        return super().batch(step)
+
+    def validation(self) -> list[dict[str, torch.Tensor]]:
+        return []
+
+
+def test_on_policy_batches_are_made_after_the_update_and_none_twice(tmp_path: Path) -> None:
+    model = toy()
+    data, largest, told = Watched(model), Sequences().batch(0), []
+    out = run(tmp_path / "run", watch=lambda means: told.append(means["loss"]) or ["look"])
+    train(model, objective, data, settings(steps=4, warmup=0, log_every=1), out, largest=largest)
+    assert [step for step, _ in data.seen] == [0, 1, 2, 3] and len(told) == 4
+    made_with = [made for _, made in data.seen] + [weights(model)["embedding.weight"]]
+    assert not any(torch.equal(a, b) for a, b in pairwise(made_with))
 
 
 def test_weight_decay_is_for_matrices_and_embeddings_only() -> None:

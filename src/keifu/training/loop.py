@@ -21,7 +21,7 @@ from keifu.training.interrupt import Stopped, StopRequest
 from keifu.training.pace import Pace, TimeLeft
 from keifu.training.peak import matmul_peak
 from keifu.training.progress import Display, clock
-from keifu.training.protocols import Batch, Data, Objective, Run, Sample, Save
+from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
 from keifu.training.report import REPORT, write_report
 from keifu.training.settings import Settings, described
 from keifu.training.start import ADVICE, Started, go_back, start, tensors
@@ -51,7 +51,8 @@ def train(
     """Trains a model, on the device where its parameters are, and leaves a run's folder.
 
     `sample` is called with the number of steps done and gives a text or a PNG picture; `save` writes the model into the
-    folder. Memory is measured on the first batch; where batches differ in shape, on `largest`. Ctrl-C raises `Stopped`
+    folder. Memory is measured on the first batch; where batches differ in shape, on `largest`, which data that are
+    `OnPolicy` need, since the first batch is made before a resumed run's weights are taken up. Ctrl-C raises `Stopped`
     after the state is saved. A number that is not finite, or too little memory, is a `UserError`, raised before the
     step is made and after the state before it is saved.
     """
@@ -88,6 +89,7 @@ class _Loop:
         self.peak = matmul_peak(self.stepper.device, self.stepper.dtype)
         self.figures, self.validated, self.gradient_norm = self.lines.latest(), self.lines.validated, math.nan
         self.saved = self.at.step if self.run.resume else -1
+        self.on_policy = isinstance(self.data, OnPolicy)
         self.facts = described(self.settings, self.run.options, self.data.fingerprint)
         self._write_recipe({})
 
@@ -96,17 +98,18 @@ class _Loop:
         self.stepper.model.train()
         if self.at.spikes.due(self.at.step):
             self._save_state()
-        batch = self._batch(self.at.step)
+        batch: Batch | None = None
         while self.at.step < self.settings.steps:
+            batch = self._batch(self.at.step) if batch is None else batch
             gradient = None if self.stop() else self._gradient(batch)
             if gradient is None:
                 self._stopped()
-            following = self._batch(self.at.step + 1)  # made while a GPU still computes
+            following = None if self.on_policy else self._batch(self.at.step + 1)  # made while a GPU still computes
             if not guards.finite(gradient.norm + gradient.sums.total):
                 self._not_finite(batch)
             if self.settings.spikes.rise and self.at.spikes.complete(gradient.sums.means()["loss"]):
                 self._rewind(gradient)
-                following = self._batch(self.at.step)
+                following = None
             else:
                 self.started.optimisers.step(self.at.step)
                 self._count(gradient)
@@ -204,6 +207,8 @@ class _Loop:
         self._record(figures)
         self.display.show({**figures, "seconds_left": self.left.seconds(self.settings.whole_steps(at.step))})
         if warning := at.divergence.watch(means["loss"]):
+            self.display.note(f"Step {at.step:,}: {warning}")
+        for warning in self.run.watch(means) if self.run.watch else ():
             self.display.note(f"Step {at.step:,}: {warning}")
 
     def _evaluate(self) -> None:

@@ -7,7 +7,7 @@ A batch is a dict of tensors whose first axis is rows. An objective turns a mode
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -45,13 +45,21 @@ class Data(Protocol):
         ...
 
 
+@runtime_checkable
+class OnPolicy(Protocol):
+    """What data declare whose batches are a function of the weights too: none is made before the update before it."""
+
+    on_policy: Literal[True]
+
+
 @dataclass(frozen=True)
 class Run:
     """Where a run lives, what it is about, and how it starts.
 
     `options` is what decides the result beside the settings (the model's config, the data's options): it is compared on
     resuming. `about` is shown in the report: title, paper, command, data (a list of dicts), and whatever else. `unit`
-    names the elements that the objective counts. `bytes_per_unit` turns the loss into bits per byte.
+    names the elements that the objective counts. `bytes_per_unit` turns the loss into bits per byte. `watch` turns
+    the means of a line of metrics into warnings.
     """
 
     directory: Path
@@ -61,4 +69,5 @@ class Run:
     about: Mapping[str, Any] = field(default_factory=dict)
     unit: str = "tokens"
     bytes_per_unit: float | None = None
+    watch: Callable[[Mapping[str, float]], Iterable[str]] | None = None
     how_to_resume: str = "train again with Run(directory, resume=True)"
