@@ -1,0 +1,50 @@
+"""Prompts without answers, with whatever a reward needs to know beside them; knows no model and no token."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keifu.data.conversations import Conversation, checked, objects
+from keifu.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What somebody is to answer, and the whole record that it stands in."""
+
+    messages: Conversation
+    record: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The last message."""
+        return self.messages[-1]["content"]
+
+
+def read(source: str | Path) -> Iterator[Prompt]:
+    """The prompts of a .jsonl or .json file, whose objects have a "prompt", a text or messages, and other fields."""
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(f"There is no file {path} of prompts.")
+    for place, record in objects(path, "prompt"):
+        yield prompt(record, place)
+
+
+def prompt(record: Mapping[str, Any], place: str) -> Prompt:
+    """One record; a fault is a `UserError` that begins with the place."""
+    if "prompt" not in record:
+        raise UserError(f"{place}: there is no field prompt, only {', '.join(map(repr, [*record][:10])) or 'nothing'}.")
+    given = record["prompt"]
+    messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
+    return Prompt(checked([*messages, {"role": "assistant", "content": "?"}], place)[:-1], record)
+
+
+def fingerprint(prompts: Iterable[Prompt]) -> str:
+    """A hash of all records, in their order."""
+    digest = hashlib.sha256()
+    for each in prompts:
+        digest.update(json.dumps(each.record, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,175 @@
+"""Group relative policy optimisation (Shao et al., 2024): a model learns from answers that a program can check.
+
+Paper: "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models": groups of 64 answers, a
+rate of 1e-6, β 0.04, one update for each set of answers. No reward model and no value model: the answers to one prompt
+are compared with each other. The built-in task has sums in the form of reasoning-gym's chain_sum, made here.
+Command: keifu train grpo --model runs/sft
+Cost: printed before it starts, measured on the machine, without the writing of the answers.
+Expected: the reward in metrics.jsonl rises, and so does validation_reward, that of the likeliest answers to held-out
+prompts.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from keifu.alignment.grpo import Watch, grpo
+from keifu.alignment.rollouts import Plan, Rollouts
+from keifu.alignment.scoring import reward, text_hash
+from keifu.data.chain_sums import chain_sums
+from keifu.data.prompts import Prompt, prompt, read
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.errors import UserError
+from keifu.recipes._assistant import Lora, Template, held_out, leave, opened, to_train
+from keifu.training.loop import Summary, train
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+
+CHAIN_SUM = "chain-sum"
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The built-in task."""
+
+    count: int = 2000
+    """Problems."""
+    terms: tuple[int, int] = (2, 3)
+    """The fewest and the most numbers of a problem."""
+    digits: int = 1
+    """Of a number, at most."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of the run."""
+
+    model: str = "smollm2"
+    """What it begins with, best one that has learned to answer: a run, a directory, a catalogue name or a hub id."""
+    data: str = CHAIN_SUM
+    """chain-sum, the built-in task; or a .jsonl or .json file: prompt, and whatever the reward needs."""
+    reward: str = "last-number"
+    """file.py:function, called with a prompt, an answer and the example (a dict); or last-number or exact, which
+    compare with the example's field answer."""
+    template: Template = "own"
+    """The chat template; own: the tokenizer's, or plain where it has none."""
+    held_out: float = 0.1
+    """Share of the prompts that is kept for validation, chosen by a hash of the text."""
+    sums: Sums = field(default_factory=Sums)
+    """Of chain-sum."""
+    prompts: int = 8
+    """Of a step."""
+    group: int = 8
+    """Answers to each prompt, which are compared with each other."""
+    max_tokens: int = 64
+    """Of an answer, at most."""
+    temperature: float = 1.0
+    """Of the answers' sampling."""
+    clip: float = 0.2
+    """How far a token's probability may move, as a share, before it counts no more."""
+    beta: float = 0.04
+    """How dear it is to leave the model that it began with; 0 keeps no copy of that."""
+    lora: Lora = field(default_factory=Lora)
+    """Low-rank adapters."""
+    steps: int = 200
+    """Updates of the weights, each with answers of its own."""
+    micro_batch: int | None = None
+    """Answers computed at a time; unset: as many as fit in memory."""
+    learning_rate: float | None = None
+    """AdamW's highest rate; unset: 1e-6, and 2e-5 for adapters."""
+    warmup: int = 0
+    """Steps in which the rate rises from 0."""
+    seed: int = 0
+    """Of the adapters, the problems, the order of the prompts, and the answers."""
+
+    def __post_init__(self) -> None:
+        if self.beta < 0 or not 0 < self.clip < 1:
+            raise UserError(f"beta is 0 or more and clip from 0 to 1, and they are {self.beta} and {self.clip}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready: the model, its tokenizer, and the prompts that it answers while it learns."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    data: Rollouts
+
+
+def prepare(recipe: Recipe) -> Task:
+    """Loads the model and the reward, reads or makes the prompts, and keeps what the model began with."""
+    plan = Plan(recipe.prompts, recipe.group, recipe.max_tokens, recipe.temperature, recipe.seed)
+    function, found = reward(recipe.reward), prompts(recipe)
+    parts = held_out(found, [each.text for each in found], recipe.held_out)
+    model, tokenizer = opened(recipe.model, recipe.template)
+    reference = copy.deepcopy(model).float().requires_grad_(False) if recipe.beta else None
+    model = to_train(model, recipe.lora, recipe.seed)
+    return Task(model, tokenizer, Rollouts((model, reference), tokenizer, parts, function, plan))
+
+
+def prompts(recipe: Recipe) -> Sequence[Prompt]:
+    """Those of the file, or of the built-in task."""
+    if recipe.data != CHAIN_SUM:
+        return list(read(recipe.data))
+    made = chain_sums(recipe.sums.count, recipe.sums.terms, recipe.sums.digits, recipe.seed)
+    return [prompt(record, CHAIN_SUM) for record in made]
+
+
+def settings(recipe: Recipe) -> Settings:
+    """The training loop's settings; every step has a line of metrics."""
+    return Settings(
+        steps=recipe.steps,
+        batch_size=recipe.prompts * recipe.group,
+        micro_batch=recipe.micro_batch,
+        learning_rate=recipe.learning_rate or (2e-5 if recipe.lora.rank else 1e-6),
+        schedule="constant",
+        warmup=recipe.warmup,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        precision="float32",  # ratios of probabilities lie close to 1
+        log_every=1,
+        evaluate_every=max(1, recipe.steps // 5),
+        save_every=max(1, recipe.steps // 10),
+        seed=recipe.seed,
+    )
+
+
+def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
+    """Trains the task's model into a run folder."""
+    objective, run = grpo(recipe.clip, recipe.beta, recipe.temperature), described(recipe, task, out, resume)
+    save, largest = lambda to: leave(task.model, task.tokenizer, to, recipe.model), task.data.largest()
+    return train(task.model, objective, task.data, settings(recipe), run, save=save, largest=largest)
+
+
+def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+    """The run for the training loop: what decides its result beside the settings, and what its report says."""
+    counts = {"prompts to learn from": len(task.data.parts[0]), "prompts held out": len(task.data.parts[1])}
+    told: dict[str, Any] = {"reward": recipe.reward, "reward's file": text_hash(recipe.reward)}
+    told |= {"clip": recipe.clip, "beta": recipe.beta}
+    made = {"source": "sums in the form of reasoning-gym's chain_sum, made here", **asdict(recipe.sums)}
+    source = made if recipe.data == CHAIN_SUM else {"source": recipe.data}
+    return Run(
+        directory=out,
+        resume=resume,
+        options=told | {"begins with": recipe.model, "lora": asdict(recipe.lora)},
+        about={
+            "title": f"{recipe.model} learns from the reward {Path(recipe.reward).name}",
+            "paper": "Shao et al., DeepSeekMath (2024)",
+            "data": [source | counts],
+        },
+        unit="answers",
+        watch=Watch(),
+        how_to_resume=f"keifu train grpo --out {out} --resume, with the options of this run",
+    )
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Trains into `out`, which keifu chat reads afterwards."""
+    summary = learn(recipe, prepare(recipe), out, resume)
+    if (mean := summary.figures.get("validation_reward")) is not None:
+        print(f"The likeliest answers to held-out prompts have a mean reward of {mean:.3g}.")
+    print(f"The model is in {out}: keifu chat {out}.")

@@ -1,0 +1,229 @@
+"""GRPO: its objective against NumPy, its rollouts, a reward that rises, resuming to the bit, rewards that fail."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from keifu import checkpoints
+from keifu.alignment.grpo import Watch, advantages, grpo, terms
+from keifu.alignment.scoring import reward, score
+from keifu.commands.train import parse
+from keifu.data.chain_sums import chain_sums
+from keifu.data.tokenizers import train_tokenizer
+from keifu.errors import UserError
+from keifu.models import llama
+from keifu.recipes import grpo as recipe
+from keifu.training import metrics
+
+CONFIG = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable: None) -> None:
+    """Models this small are faster without a second one."""
+    torch.set_num_threads(1)
+
+
+def written_out(batch: dict[str, np.ndarray], logits: np.ndarray, clip: float, beta: float) -> tuple[float, float]:
+    """The sums of loss and k3 over answers, token by token, in NumPy alone."""
+    total = kl = 0.0
+    for row, tokens in enumerate(batch["tokens"]):
+        places = [at for at in range(1, len(tokens)) if batch["mask"][row, at]]
+        for at in places:
+            line = logits[row, at - 1].astype(np.float64)
+            log = line[tokens[at]] - line.max() - np.log(np.exp(line - line.max()).sum())
+            ratio, advantage = np.exp(log - batch["old"][row, at]), batch["advantage"][row]
+            away = batch["reference"][row, at] - log
+            gained = min(ratio * advantage, np.clip(ratio, 1 - clip, 1 + clip) * advantage)
+            total += (beta * (np.exp(away) - away - 1) - gained) / len(places)
+            kl += (np.exp(away) - away - 1) / len(places)
+    return total, kl
+
+
+def made_up(rows: int, length: int) -> dict[str, torch.Tensor]:
+    """A batch whose old and reference log-probabilities lie around those of a model that knows nothing."""
+    places, ends = torch.arange(length), torch.randint(5, length + 1, (rows, 1))
+    each = {name: torch.rand(rows) for name in ("reward", "varied", "finished")}
+    old, reference = (torch.randn(rows, length) * 0.3 - np.log(29) for _ in range(2))
+    mask = (places >= 3) & (places < ends)
+    tokens = torch.randint(0, 29, (rows, length))
+    return {"tokens": tokens, "mask": mask, "old": old, "reference": reference, "advantage": torch.randn(rows), **each}
+
+
+def test_objective_is_that_of_numpy_however_it_is_split() -> None:
+    torch.manual_seed(4)
+    model, batch = llama.build(llama.Config(vocab_size=29, **CONFIG)), made_up(7, 13)
+    objective = grpo(0.2, 0.04)
+    found = objective(model, batch)
+    with torch.no_grad():
+        logits = model(batch["tokens"]).numpy()
+    total, kl = written_out({name: tensor.numpy() for name, tensor in batch.items()}, logits, 0.2, 0.04)
+    assert float(found.total.detach()) / 7 == pytest.approx(total / 7, abs=1e-6)
+    assert float(found.figures["kl"]) / 7 == pytest.approx(kl / 7, abs=1e-6)
+    assert found.weight == 7 and 0 < float(found.figures["clip_fraction"]) < 7
+    parts = [objective(model, {name: tensor[at : at + 3] for name, tensor in batch.items()}) for at in (0, 3, 6)]
+    torch.testing.assert_close(torch.stack([part.total for part in parts]).sum(), found.total)
+
+
+def test_advantages_are_those_of_numpy() -> None:
+    rewards = torch.randn(5, 7)
+    spread = rewards.double().numpy().std(1, ddof=1, keepdims=True) + 1e-4
+    expected = (rewards.double().numpy() - rewards.double().numpy().mean(1, keepdims=True)) / spread
+    np.testing.assert_allclose(advantages(rewards).numpy(), expected, rtol=0, atol=1e-6)
+    assert advantages(torch.full((2, 4), 0.3)).abs().max() == 0
+
+
+def test_where_clipping_holds_there_is_no_gradient() -> None:
+    logs = torch.tensor([0.5, 0.5, -0.5, -0.5]).requires_grad_()
+    zeros = torch.zeros(4)
+    found = terms(logs, zeros, zeros, torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2, 0.0)
+    assert found.clipped.tolist() == [True, False, False, True]
+    [gradient] = torch.autograd.grad(found.loss.sum(), logs)
+    assert (gradient == 0).tolist() == [True, False, False, True]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows nothing."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer("bpe", ["User: Assistant: one two three four five good bad"] * 9, 280)
+    torch.manual_seed(0)
+    checkpoints.save(llama.build(llama.Config(vocab_size=tokenizer.vocab_size, **CONFIG)), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts, and functions that reward answers to them."""
+    folder = tmp_path_factory.mktemp("task")
+    rows = [{"prompt": f"{a} {b}", "letter": "o"} for a in ("one", "two", "four") for b in ("good", "bad", "five")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(
+        "def letters(prompt, answer, example):\n"
+        "    return answer.count(example['letter']) / 4\n"
+        "def constant(prompt, answer, example): return 1\n"
+        "def nan(prompt, answer, example): return float('nan')\n"
+        "def text(prompt, answer, example): return 'good'\n"
+        "def fails(prompt, answer, example): return example['absent']\n"
+    )
+    return folder
+
+
+def go(base: Path, task: Path, out: Path, *arguments: str, function: str = "letters") -> Path:
+    data = ["--data", str(task / "prompts.jsonl"), "--reward", f"{task / 'rewards.py'}:{function}"]
+    size = ["--prompts", "2", "--group", "8", "--max-tokens", "6"]
+    parse(["grpo", "--model", str(base), *data, *size, "--out", str(out), *arguments])()
+    return out
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    return [line for line in metrics.read(out) if "reward" in line]
+
+
+def test_reward_rises(base: Path, task: Path, tmp_path: Path) -> None:
+    found = lines(go(base, task, tmp_path / "run", "--steps", "30", "--learning-rate", "0.015"))
+    assert {"reward", "kl", "entropy", "clip_fraction", "length", "finished", "varied"} <= found[0].keys()
+    first, last = (np.mean([line["reward"] for line in part]) for part in (found[:5], found[-5:]))
+    assert last > first + 0.5, (first, last)
+    assert found[0]["clip_fraction"] == 0 and found[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_adapters_learn_without_a_reference(base: Path, task: Path, tmp_path: Path) -> None:
+    out = go(base, task, tmp_path / "run", "--steps", "2", "--lora.rank", "4", "--beta", "0")
+    assert (out / "adapter_model.safetensors").is_file()
+    assert [line["kl"] for line in lines(out)] == [0, 0]
+
+
+def test_resumed_to_the_bit(base: Path, task: Path, tmp_path: Path) -> None:
+    fast = ["--steps", "4", "--learning-rate", "0.01"]
+    whole, part = (go(base, task, tmp_path / name, *fast) for name in ("whole", "part"))
+    weights = (whole / "model.safetensors").read_bytes()
+    assert weights == (part / "model.safetensors").read_bytes()
+    for file in (part / "state").glob("step-00000004.*"):
+        file.unlink()
+    (part / "model.safetensors").unlink()
+    go(base, task, part, *fast, "--resume")
+    assert weights == (part / "model.safetensors").read_bytes()
+    assert [line["reward"] for line in lines(whole)] == [line["reward"] for line in lines(part)]
+
+
+def test_answers_are_of_the_seed_the_step_and_the_weights(base: Path, task: Path) -> None:
+    data = str(task / "prompts.jsonl"), f"{task / 'rewards.py'}:letters"
+    options = recipe.Recipe(str(base), *data, prompts=2, group=3, max_tokens=6)
+    rollouts = recipe.prepare(options).data
+    first, again, later = rollouts.batch(3), rollouts.batch(3), rollouts.batch(4)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert len({tuple(row.tolist()) for row in first["tokens"]}) > 2
+    assert first["tokens"].shape != later["tokens"].shape or not torch.equal(first["tokens"], later["tokens"])
+    torch.testing.assert_close(first["old"], first["reference"], rtol=0, atol=1e-5)  # nothing is learned yet
+    torch.nn.init.normal_(next(rollouts.model.parameters()))
+    changed = rollouts.batch(3)["old"]
+    assert changed.shape != first["old"].shape or not torch.equal(changed, first["old"])
+    largest = rollouts.largest()
+    assert largest.keys() == first.keys() and largest["tokens"].numel() >= first["tokens"].numel()
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("nan", "The reward is nan for the answer"),
+        ("text", "The reward is 'good' for the answer"),
+        ("fails", "The reward raised KeyError for the answer"),
+        ("absent", "has no function 'absent'"),
+    ],
+)
+def test_a_reward_that_fails_is_told(function: str, said: str, base: Path, task: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        go(base, task, tmp_path / "run", "--steps", "2", function=function)
+
+
+def test_a_constant_reward_is_warned_of_once(
+    base: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(base, task, tmp_path / "run", "--steps", "3", function="constant")
+    assert capsys.readouterr().err.count("so nothing is learned: look at the reward") == 1
+
+
+def test_a_warning_comes_each_time_that_a_figure_leaves_its_range() -> None:
+    watch, values = Watch(), [0.1, 0.7, 0.8, 0.2, 0.9]
+    assert [len([*watch({"kl": value})]) for value in values] == [0, 1, 0, 0, 1]
+    assert "kl is 0.9, normal is 0 to 0.5" in [*Watch()({"kl": 0.9})][0]
+
+
+def test_sums_are_right_and_different() -> None:
+    found = [*chain_sums(50, (2, 4), 2, seed=3)]
+    assert len({each["prompt"] for each in found}) == 50 and found == [*chain_sums(50, (2, 4), 2, seed=3)]
+    for each in found:
+        numbers = re.findall(r"([+-]?) ?(\d+)", each["prompt"])
+        total = sum(int(sign + number) for sign, number in numbers)
+        assert str(total) == each["answer"]
+        assert score(reward("last-number"), each["prompt"], f"1 + 2 is not it, but {total}.", each) == 1
+        assert score(reward("exact"), each["prompt"], f"{total} ", each) == 1
+        assert score(reward("last-number"), each["prompt"], "none", each) == 0
+
+
+def test_the_built_in_task_is_labelled(base: Path, tmp_path: Path) -> None:
+    few = ["--sums.count", "20", "--prompts", "1", "--group", "2", "--max-tokens", "4", "--steps", "1"]
+    parse(["grpo", "--model", str(base), *few, "--out", str(tmp_path / "run")])()
+    assert "made here" in (tmp_path / "run" / "recipe.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--beta", "-1"], "beta is 0 or more"),
+        (["--group", "1"], "2 answers or more"),
+        (["--max-tokens", "48"], "this model's context is 48"),
+        (["--reward", "lst-number"], "Did you mean 'last-number'"),
+        (["--reward", "absent.py:f"], "There is no file absent.py"),
+        (["--data", "absent.jsonl"], "There is no file absent.jsonl"),
+        (["--sums.digits", "0", "--data", "chain-sum"], "of 1 digit or more"),
+    ],
+)
+def test_bad_options(arguments: list[str], said: str, base: Path, task: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        go(base, task, tmp_path / "run", *arguments)
