@@ -10,7 +10,7 @@ Expected: see docs/results.md.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from keifu.alignment.dpo import Loss, dpo, reference
-from keifu.data.conversation_batches import Turns
 from keifu.data.preference_batches import Pair, PreferencePairs, together
-from keifu.data.preferences import Ranked, read
+from keifu.data.preferences import Ranked
 from keifu.data.progress import counting
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
-from keifu.recipes._assistant import Lora, Template, held_out, leave, opened, row_length, to_train
+from keifu.recipes._assistant import Lora, Template, leave, opened, row_length, to_train
+from keifu.recipes._preferences import answer, fitting, parts
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
 from keifu.training.settings import Settings
@@ -90,10 +90,10 @@ def prepare(recipe: Recipe) -> Task:
     """Loads the model, reads the preferences, and notes how likely the model finds each answer before it learns."""
     model, tokenizer = opened(recipe.model, recipe.template)
     length = row_length(model, recipe.context_length)
-    found = list(read(recipe.data))
-    sides = held_out(found, [each.prompt[-1]["content"] for each in found], recipe.held_out)
+    sides = parts(recipe.data, recipe.held_out)
     training, held = ([*chain(*(pairs(tokenizer, each) for each in side))] for side in sides)
-    learned, tested = (fitting(side, length, recipe.drop_long) for side in (training, held))
+    told = "pairs are", "has "
+    learned, tested = (fitting(side, tuple, length, recipe.drop_long, told) for side in (training, held))
     dropped = len(training) + len(held) - len(learned) - len(tested)
     pad = tokenizer.pad_id or 0
     references = begun(model, learned, recipe.batch_size, pad), begun(model, tested, recipe.batch_size, pad)
@@ -107,26 +107,6 @@ def pairs(tokenizer: Tokenizer, ranked: Ranked) -> list[Pair]:
     """Every better answer with every worse one, as ids."""
     turns = [answer(tokenizer, ranked, place) for place in range(len(ranked.answers))]
     return [Pair(turns[better], turns[worse]) for better, worse in ranked.pairs()]
-
-
-def answer(tokenizer: Tokenizer, ranked: Ranked, place: int) -> Turns:
-    """A prompt with one of its answers; only that is learned, not what the assistant said before."""
-    said = {"role": "assistant", "content": ranked.answers[place]}
-    ids, own = tokenizer.render_turns([*ranked.prompt, said])
-    begins = max((i + 1 for i, (before, after) in enumerate(pairwise(own)) if after and not before), default=0)
-    return Turns(ids, [mine and i >= begins for i, mine in enumerate(own)])
-
-
-def fitting(found: Sequence[Pair], length: int, drop: bool) -> list[Pair]:
-    """The pairs that are not too long; others are an error unless they may be left out."""
-    short = [pair for pair in found if max(len(each.ids) for each in pair) <= length]
-    if len(short) < len(found) and not drop:
-        longest = max(len(each.ids) for pair in found for each in pair)
-        raise UserError(
-            f"{len(found) - len(short):,} of {len(found):,} pairs are longer than {length} tokens, the longest has "
-            f"{longest}: leave them out with --drop-long, or choose a longer --context-length."
-        )
-    return short
 
 
 def begun(model: nn.Module, found: Sequence[Pair], batch_size: int, pad_id: int) -> Tensor:

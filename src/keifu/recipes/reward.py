@@ -10,8 +10,8 @@ Expected: see docs/results.md.
 
 import copy
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from keifu import checkpoints
 from keifu.alignment.reward import Calibration, calibration, margins, ranking, scores_of
 from keifu.data import conversations
 from keifu.data.preference_batches import RankedAnswers, Ranking
-from keifu.data.preferences import Ranked, read
+from keifu.data.preferences import Ranked
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 from keifu.files import write_atomic
 from keifu.layers.lora import merge
 from keifu.models import finetuned
-from keifu.recipes._assistant import Lora, Template, held_out, opened, padding, row_length, to_train
-from keifu.recipes.dpo import answer
+from keifu.recipes._assistant import Lora, Template, opened, padding, row_length, to_train
+from keifu.recipes._preferences import answer, fitting, parts
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
 from keifu.training.report import CURVES
@@ -87,10 +87,9 @@ def prepare(recipe: Recipe) -> Task:
     """Loads the model, gives it a head, and reads the rankings."""
     model, tokenizer = opened(recipe.model, recipe.template)
     length = row_length(model, recipe.context_length)
-    found = list(read(recipe.data))
-    sides = held_out(found, [each.prompt[-1]["content"] for each in found], recipe.held_out)
-    training, held = ([ranking_of(tokenizer, each) for each in side] for side in sides)
-    learned, tested = (fitting(side, length, recipe.drop_long) for side in (training, held))
+    training, held = ([ranking_of(tokenizer, each) for each in side] for side in parts(recipe.data, recipe.held_out))
+    by, told = attrgetter("answers"), ("prompts have an answer", "")
+    learned, tested = (fitting(side, by, length, recipe.drop_long, told) for side in (training, held))
     shown = demonstrations(recipe.demonstrations, tokenizer, length) or [each.answers[0].ids for each in learned]
     tokenizer = padding(tokenizer, shown)
     data = RankedAnswers(learned, tested, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
@@ -112,18 +111,6 @@ def ranking_of(tokenizer: Tokenizer, ranked: Ranked) -> Ranking:
     """The answers with their prompt, whole: the score is read behind the last token."""
     turns = [answer(tokenizer, ranked, place) for place in range(len(ranked.answers))]
     return Ranking([each._replace(learned=[True] * len(each.ids)) for each in turns], list(ranked.levels))
-
-
-def fitting(found: Sequence[Ranking], length: int, drop: bool) -> list[Ranking]:
-    """Those without an answer that is too long; others are an error unless they may be left out."""
-    longest = [max(len(each.ids) for each in ranking.answers) for ranking in found]
-    over = [size for size in longest if size > length]
-    if over and not drop:
-        raise UserError(
-            f"{len(over):,} of {len(found):,} prompts have an answer longer than {length} tokens, the longest "
-            f"{max(over)}: leave them out with --drop-long, or choose a longer --context-length."
-        )
-    return [ranking for ranking, size in zip(found, longest, strict=True) if size <= length]
 
 
 def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> list[list[int]]:
