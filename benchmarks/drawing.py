@@ -13,15 +13,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from _drawn import beside
 from _rounds import machine
 from torch import Tensor, nn
 
-from keifu.checkpoints.opening import load_model
 from keifu.data.grid import grid
-from keifu.data.pictures import read_pictures, split
 from keifu.evaluation.picture_distances import kernel_distance
-from keifu.evaluation.picture_features import extractor
-from keifu.generation.pictures import Drawing, denoising, draw
+from keifu.generation.pictures import Drawing, draw
 from keifu.training import state
 from keifu.training.averaging import MovingAverage
 
@@ -41,13 +39,8 @@ def states(run: Path, model: nn.Module) -> Iterator[tuple[int, float]]:
 
 def measure(options: argparse.Namespace) -> tuple[list[tuple[int, float, float]], float, list[Tensor], str]:
     """Step, minutes and kernel distance of each state, that of the held-out pictures, and some of what was drawn."""
-    model = load_model(options.run)
-    config = denoising(model).config
-    pictures = read_pictures(options.data, config.size, 1 if config.channels == 1 else 3)
-    parts = split(pictures.distinct() if options.distinct else pictures)
-    extract = extractor()
-    real, *held = (extract(part.take(slice(None))) for part in (parts.train, parts.validation, parts.test))
-    floor = kernel_distance(real, torch.cat(held)).mean
+    model, extract, real, floor = beside(options.run, options.data, options.distinct)
+    config = model.config
     labels = range(config.n_classes) if config.n_classes else [None]
     found, rows = [], []
     for step, minutes in states(options.run, model):

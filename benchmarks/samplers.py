@@ -15,15 +15,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from _drawn import beside
 from _rounds import machine
 from torch import Tensor
 
-from keifu.checkpoints.opening import load_model
-from keifu.data.pictures import read_pictures, split
 from keifu.data.progress import counting
 from keifu.evaluation.picture_distances import kernel_distance
-from keifu.evaluation.picture_features import Extractor, extractor
-from keifu.generation.pictures import Drawing, denoising, draw
+from keifu.evaluation.picture_features import Extractor
+from keifu.generation.pictures import Drawing, draw
 from keifu.generation.sampler_table import SAMPLERS
 
 ETAS = {"ddim, η = 1": ("ddim", 1.0)}  # rows beside the samplers' own
@@ -107,14 +106,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Draws, measures, prints and plots."""
     options = arguments()
-    model = denoising(load_model(options.run))
-    size = model.config.size
-    side = size if isinstance(size, int) else None
-    pictures = read_pictures(options.data, side, 1 if model.config.channels == 1 else 3)
-    parts = split(pictures.distinct() if options.distinct else pictures)
-    extract = extractor()
-    real, *held = (extract(part.take(slice(None))) for part in (parts.train, parts.validation, parts.test))
-    floor = kernel_distance(real, torch.cat(held)).mean
+    model, extract, real, floor = beside(options.run, options.data, options.distinct)
     found = measure(options, model, extract, real)
     show(found, options.evaluations, floor, extract.name)
     if options.picture:
