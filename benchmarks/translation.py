@@ -2,10 +2,10 @@
 of training, and what attention looks at.
 
 python benchmarks/translation.py --run "with attention" runs/seq2seq --run "without" runs/none --on tatoeba-ja-en \
-    [--by-length PNG] [--over-time PNG] [--heads PNG --sentence TEXT] [--limit N]
+    [--by-length PNG] [--over-time PNG [--states 12]] [--heads PNG --sentence TEXT] [--limit N]
 
 The pairs are the held-out test pairs of a catalogue name. `--over-time` translates the first N of its validation pairs
-(500 unless given) greedily with every state that a run kept (`keifu train ... --keep 60`).
+(500 unless given) greedily with states that a run kept (`keifu train ... --keep 60`), as evenly spread as they are.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def by_length(runs: Runs, on: str, reverse: bool, limit: int | None, picture: Pa
     figure.savefig(picture, dpi=110)
 
 
-def over_time(runs: Runs, on: str, reverse: bool, n: int, picture: Path) -> None:
+def over_time(runs: Runs, on: str, reverse: bool, n: int, most: int, picture: Path) -> None:
     """Draws chrF of greedy translations and the validation loss over minutes of training."""
     pairs = read_pairs(on, reverse)
     sources, references = map(list, zip(*split(pairs).validation[:n], strict=True))
@@ -60,7 +60,7 @@ def over_time(runs: Runs, on: str, reverse: bool, n: int, picture: Path) -> None
     for name, path in runs:
         model, tokenizer = keifu.load(path)
         curve = []
-        for minutes, tensors in states(path):
+        for minutes, tensors in states(path, most):
             with torch.no_grad():
                 into_model(model, tensors)
             scores = scorer(translate(model, tokenizer, sources, beam=1), references)
@@ -76,9 +76,10 @@ def over_time(runs: Runs, on: str, reverse: bool, n: int, picture: Path) -> None
     figure.savefig(picture, dpi=110)
 
 
-def states(run: Path) -> Iterable[tuple[float, dict[str, Any]]]:
-    """Minutes of training and the weights of every state that the run kept."""
-    for facts in sorted((run / "state").glob("step-*.json")):
+def states(run: Path, most: int) -> Iterable[tuple[float, dict[str, Any]]]:
+    """Minutes of training and the weights of the states that the run kept, the last and `most` in all, evenly spread."""
+    kept = sorted((run / "state").glob("step-*.json"))
+    for facts in kept if len(kept) <= most else [kept[round(i * len(kept) / most) - 1] for i in range(1, most + 1)]:
         yield json.loads(facts.read_text())["seconds"] / 60, load_file(facts.with_suffix(".safetensors"))
 
 
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--by-length", type=Path)
     parser.add_argument("--over-time", type=Path)
+    parser.add_argument("--states", type=int, default=12)
     parser.add_argument("--heads", type=Path)
     parser.add_argument("--sentence", default="彼女は昨日、駅で古い友達に会いました。")
     options = parser.parse_args()
@@ -126,7 +128,7 @@ def main() -> None:
     if options.by_length:
         by_length(runs, options.on, options.reverse, options.limit, options.by_length)
     if options.over_time:
-        over_time(runs, options.on, options.reverse, options.limit or 500, options.over_time)
+        over_time(runs, options.on, options.reverse, options.limit or 500, options.states, options.over_time)
     if options.heads:
         heads(runs[-1][1], options.sentence, options.heads)
 
