@@ -77,7 +77,7 @@ def over_time(runs: Runs, on: str, reverse: bool, n: int, most: int, picture: Pa
 
 
 def states(run: Path, most: int) -> Iterable[tuple[float, dict[str, Any]]]:
-    """Minutes of training and the weights of the states that the run kept, the last and `most` in all, evenly spread."""
+    """Minutes of training and the weights of states that the run kept: `most`, evenly spread, the last among them."""
     kept = sorted((run / "state").glob("step-*.json"))
     for facts in kept if len(kept) <= most else [kept[round(i * len(kept) / most) - 1] for i in range(1, most + 1)]:
         yield json.loads(facts.read_text())["seconds"] / 60, load_file(facts.with_suffix(".safetensors"))
