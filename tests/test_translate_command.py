@@ -173,11 +173,11 @@ def test_data_that_does_not_fit_names_what_does(model: str, writer: str, capsys:
 
 
 def test_the_languages_are_read_from_a_run(tmp_path: Path) -> None:
-    assert evaluate.trained_languages(tmp_path) == ("", "")
+    assert evaluate.trained(tmp_path) == {}
     (tmp_path / "recipe.json").write_text('{"languages": ["ja", "en"]}')
-    assert evaluate.trained_languages(tmp_path) == ("ja", "en")
+    assert evaluate.trained(tmp_path) == {"languages": ("ja", "en")}
     (tmp_path / "recipe.json").write_text('{"title": "gpt"}')
-    assert evaluate.trained_languages(tmp_path) == ("", "")
+    assert evaluate.trained(tmp_path) == {}
 
 
 def test_every_task_offers_what_the_verb_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,6 +125,15 @@ def test_through_the_command_line(network: str, tmp_path: Path, capsys) -> None:
     header, *rows = (tmp_path / "rows.tsv").read_text().splitlines()
     assert header.split("\t") == ["seed", "nearest by pixels", "difference", "nearest by features"] and len(rows) == 6
     assert json.loads(capsys.readouterr().out) == told  # the same seeds, the same pictures
+
+
+def test_what_a_run_held_out_is_not_what_its_drawings_are_compared_with(network: str, tmp_path: Path, capsys) -> None:
+    colours = {f"{n}.png": picture((n * 9 % 256, n * 31 % 256, n * 57 % 256), (10, 10)) for n in range(40)}
+    source, run = str(folder(tmp_path / "set", colours)), shutil.copytree(network, tmp_path / "run")
+    for share, learned in ((0.05, 36), (0.25, 20)):
+        (run / "recipe.json").write_text(json.dumps({"held_out": {"share": share, "distinct": False}}))
+        cli.main(["evaluate", str(run), "--on", source, "--limit", "6", "--steps", "2", "--json"])
+        assert f"beside {learned} of" in json.loads(capsys.readouterr().out)["notes"][0]
 
 
 def test_refusals(network: str, tmp_path: Path) -> None:

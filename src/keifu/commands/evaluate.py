@@ -75,7 +75,7 @@ def run(options: Options) -> None:
     model, tokenizer = load(options.model)
     task = fitting(model, options.on)
     given = {field.name: vars(options)[field.name] for field in fields(Asked) if field.name in vars(options)}
-    asked = Asked(**given, languages=trained_languages(Path(options.model)))
+    asked = Asked(**given, **trained(Path(options.model)))
     check_heeded(options, task)
     found = task.evaluate(model, tokenizer, asked)
     if options.output and found.picture and options.output.suffix == ".png":
@@ -86,11 +86,12 @@ def run(options: Options) -> None:
     _tell(found, options.json)
 
 
-def trained_languages(run: Path) -> tuple[str, str]:
-    """What a translator's run says that it translates from and into; two empty texts where nothing says so."""
+def trained(run: Path) -> dict[str, Any]:
+    """What a run says of itself that its evaluation heeds: a translator's languages, what was held out of pictures."""
     recipe = run / "recipe.json"
-    told = json.loads(recipe.read_text(encoding="utf-8")).get("languages") if recipe.is_file() else None
-    return (told[0], told[1]) if told else ("", "")
+    told = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    read = {"languages": tuple, "held_out": dict}
+    return {name: kind(told[name]) for name, kind in read.items() if told.get(name)}
 
 
 def fitting(model: Any, on: str) -> Any:

@@ -72,7 +72,7 @@ def evaluate(model: nn.Module, tokenizer: object, asked: Asked) -> Outcome:
     drawer = denoising(model)
     if asked.metric not in (None, *METRICS):
         raise unknown("metric of a model that draws", asked.metric, METRICS)
-    real, parts = _real(drawer, asked.on)
+    real, parts = _real(drawer, asked)
     found = [_drawn_beside(model, drawer, real, parts, asked)] if asked.metric in (None, "distances") else []
     if asked.metric != "distances":
         found.append(_held_out(drawer, parts.test, asked))
@@ -208,13 +208,14 @@ def _said(pictures: Pictures, place: int) -> str:
     return pictures.classes[pictures.labels[place]] if pictures.labels[place] >= 0 else pictures.names[place]
 
 
-def _real(model: Denoising, on: str) -> tuple[Pictures, Split]:
+def _real(model: Denoising, asked: Asked) -> tuple[Pictures, Split]:
     """The pictures that are learned from, as the model has them; of a set that is held out whole, all."""
     height, width = trained_size(model)
     if height != width:
         raise UserError(f"This model draws {width} x {height} pictures, and only squares can be compared.")
-    pictures = read_pictures(on, height, 1 if model.config.channels == 1 else 3)
-    parts = split(pictures)
+    pictures = read_pictures(asked.on, height, 1 if model.config.channels == 1 else 3)
+    told = asked.held_out
+    parts = split(pictures.distinct() if told.get("distinct") else pictures, told.get("share", 0.05))
     return (parts.train if len(parts.train) else parts.test), parts
 
 

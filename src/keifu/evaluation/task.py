@@ -7,7 +7,7 @@ ABOUT: what it measures, in a line. OPTIONS: the options of `keifu evaluate` tha
 that it knows. accepts(on) -> bool: whether `on` is one of them or a file. evaluate(model, tokenizer, asked) -> Outcome.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,8 @@ class Asked:
     """What is to be evaluated, on what and how; a task heeds the fields that it names in its OPTIONS.
 
     on: a catalogue name, a file or files. limit: at most so many of its items. languages: what the model was trained to
-    translate from and into, where its run says so.
+    translate from and into, and held_out: the share of the pictures that was kept from training and whether only
+    distinct ones were taken, where its run says so.
     """
 
     on: str
@@ -37,6 +38,7 @@ class Asked:
     sampler: str | None = None
     steps: int | None = None
     languages: tuple[str, str] = ("", "")
+    held_out: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

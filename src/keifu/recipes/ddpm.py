@@ -256,6 +256,7 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
             "paper": "Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)",
             "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
             "data": [facts],
+            "held_out": {"share": recipe.held_out, "distinct": recipe.distinct},
         },
         unit="pictures",
         how_to_resume=f"keifu train ddpm --out {out} --resume, with the options of this run",
