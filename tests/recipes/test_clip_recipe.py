@@ -6,18 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+import toy_captions
 
 from keifu import checkpoints
 from keifu.data.augmentation import Augmentation
 from keifu.errors import UserError
 from keifu.models import clip_image, clip_text
 from keifu.recipes import clip as recipe
-from keifu.training.settings import Settings
-
-COLOURS = {"red": ("赤", (220, 30, 30)), "green": ("緑", (30, 200, 30)), "blue": ("青", (30, 30, 220))}
-SHAPES = {"disc": "円", "bar": "棒"}
-SIZES = {"small": ("小", 4), "large": ("大", 11), "medium": ("中", 7)}
 
 
 @pytest.fixture(autouse=True)
@@ -28,35 +23,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="module")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rows = tmp_path_factory.mktemp("drawings"), []
-    for colour, (colour_ja, rgb) in COLOURS.items():
-        for shape, shape_ja in SHAPES.items():
-            for size, (size_ja, radius) in SIZES.items():
-                image = Image.new("RGB", (24, 24), "white")
-                height = radius if shape == "disc" else 2
-                box = (12 - radius, 12 - height, 12 + radius, 12 + height)
-                draw = ImageDraw.Draw(image)
-                (draw.ellipse if shape == "disc" else draw.rectangle)(box, fill=rgb)
-                name = f"{size}-{colour}-{shape}.png"
-                image.save(folder / name)
-                texts = {"text_en": f"a {size} {colour} {shape}", "text_ja": f"{size_ja}{colour_ja}{shape_ja}"}
-                rows.append({"file_name": name, **texts})
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    return folder
+    return toy_captions.drawings(tmp_path_factory.mktemp("drawings"))
 
 
 def small(drawings: Path, **changes: object) -> recipe.Recipe:
-    image = clip_image.Config(24, 6, 3, 24, 48, 1, 2, embedding_dim=16)
-    text = clip_text.Config(600, 16, 24, 48, 1, 2, embedding_dim=16)
     resnet = clip_image.ResNetConfig(64, 4, (1, 1, 1, 1), 2, 16)
-    settings = Settings(
-        steps=30, batch_size=8, learning_rate=3e-3, warmup=3, evaluate_every=15, sample_every=15, save_every=10,
-        precision="float32",
-    )  # fmt: skip
-    made = recipe.Recipe(
-        data=str(drawings), vocab_size=600, image=image, text=text, resnet=resnet, training=settings,
-        augmentation=Augmentation(shift=1),
-    )  # fmt: skip
+    made = toy_captions.small_clip(drawings, resnet=resnet, augmentation=Augmentation(shift=1))
     return replace(made, **changes)
 
 

@@ -50,6 +50,19 @@ class Drawer(Protocol):
         ...
 
 
+@runtime_checkable
+class TextDrawer(Drawer, Protocol):
+    """One that draws from text. colours: 1 for grey, 3 for colour."""
+
+    colours: int
+
+    def draw_texts(
+        self, wanted: Drawing, seeds: Sequence[int], texts: Sequence[str]
+    ) -> UInt8[Tensor, "batch colours rows columns"]:
+        """A finished picture of each seed and text; `wanted` as `resolved` gives it."""
+        ...
+
+
 class PixelDrawer:
     """A model that removes noise from pictures: a `Drawer`."""
 
@@ -81,6 +94,19 @@ class PixelDrawer:
     ) -> UInt8[Tensor, "batch colours rows columns"]:
         """See `pictures.draw`."""
         return draw(cast(Any, self.model), wanted, seeds, watch)
+
+
+def draws_texts(model: nn.Module) -> bool:
+    """Whether it draws from a text alone."""
+    return isinstance(model, Reading) and not model.config.masked
+
+
+def text_drawer(model: nn.Module, tokenizer: Tokenizer | None) -> TextDrawer:
+    """The model as one that draws from text; any other is a `UserError`."""
+    found = drawer(model, lambda: tokenizer)
+    if not isinstance(found, TextDrawer):
+        raise UserError(f"A {type(model).__name__} draws from no text: choose a model that reads.")
+    return found
 
 
 def drawer(model: nn.Module, tokenizer: Callable[[], Tokenizer | None]) -> Drawer:

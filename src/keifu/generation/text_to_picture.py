@@ -43,6 +43,11 @@ class ReadingConfig(Protocol):
         ...
 
     @property
+    def colours(self) -> int:
+        """Channels of its pictures: 1 for grey, 3 for colour."""
+        ...
+
+    @property
     def masked(self) -> bool:
         """Whether it reads a mask and what the mask leaves too, and so draws nothing from a text alone."""
         ...
@@ -116,6 +121,23 @@ def _projected(model: Reading, tokens: Tokens) -> Any:
     return model.project(model.encode_text(texts)[places])
 
 
+def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncate: bool = False) -> Tokens:
+    """The ids of texts with the tokens around them, filled up to this length with the padding's.
+
+    A longer text is a `UserError` with both lengths, or loses its end with `truncate`.
+    """
+    rows = tokenizer.encode_batch(texts, special=True)
+    for place, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        if len(row) > length and not truncate:
+            raise UserError(
+                f"{text[:40]!r}… has {len(row)} tokens with those around it, and the model reads {length}: "
+                "shorten it, or leave out its end (--truncate)."
+            )
+        rows[place] = row if len(row) <= length else [*row[: length - 1], row[-1]]
+    padding = next((each for each in (tokenizer.pad_id, tokenizer.eos_id) if each is not None), 0)
+    return torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+
+
 class Painter:
     """A model that draws from text, with the tokenizer of its texts: a `Drawer`."""
 
@@ -125,7 +147,7 @@ class Painter:
     def __init__(self, model: Reading, tokenizer: Tokenizer):
         if model.config.masked:
             raise UserError("This model fills in what a mask hides of a picture, and draws nothing from a text alone.")
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.colours = model, tokenizer, model.config.colours
 
     @property
     def noise(self) -> Noise:
@@ -159,22 +181,8 @@ class Painter:
         return wanted.completed(self.noise, size)
 
     def tokens(self, texts: Sequence[str], truncate: bool = False) -> Tokens:
-        """The ids of texts with the tokens around them, filled up to the model's length with the padding's.
-
-        A longer text is a `UserError` with both lengths, or loses its end with `truncate`.
-        """
-        length = self.model.config.context_length
-        rows = self.tokenizer.encode_batch(texts, special=True)
-        for place, (text, row) in enumerate(zip(texts, rows, strict=True)):
-            if len(row) > length and not truncate:
-                raise UserError(
-                    f"{text[:40]!r}… has {len(row)} tokens with those around it, and the model reads {length}: "
-                    "shorten it, or leave out its end (--truncate)."
-                )
-            rows[place] = row if len(row) <= length else [*row[: length - 1], row[-1]]
-        ids = (self.tokenizer.pad_id, self.tokenizer.eos_id)
-        padding = next((each for each in ids if each is not None), 0)
-        return torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+        """The ids of texts, filled up to the model's length: see `text_tokens`."""
+        return text_tokens(self.tokenizer, texts, self.model.config.context_length, truncate)
 
     @torch.inference_mode()
     def drawing(self, wanted: Drawing, seeds: Sequence[int], texts: Sequence[str] | None = None) -> Iterator[Drawn]:
@@ -207,3 +215,10 @@ class Painter:
             watch(state)
             x = state.x
         return finished(self.decoded(x))
+
+    def draw_texts(
+        self, wanted: Drawing, seeds: Sequence[int], texts: Sequence[str]
+    ) -> UInt8[Tensor, "batch colours rows columns"]:
+        """A finished picture of each seed and text."""
+        *_, last = self.drawing(wanted, seeds, texts)
+        return finished(self.decoded(last.x))

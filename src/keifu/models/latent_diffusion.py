@@ -1,10 +1,12 @@
 """Latent diffusion from text (Rombach et al., 2022; Stable Diffusion): DDPM in an autoencoder's latents, where a step
 costs a fraction of one in pixels, by a U-Net that looks at an encoded text. It knows no sampler, no guidance, no file.
 
+Without an autoencoder the same network works in pixels, for comparison: its latents are the pictures themselves.
+
 Axes: batch, channels, height, width; length = tokens of a text, each seen by the U-Net.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from jaxtyping import Float, Int, Num
@@ -26,16 +28,17 @@ NOISE = Noise(
 class Config:
     """The defaults are Stable Diffusion 1's. `noise` is what the U-Net was trained to remove.
 
+    autoencoder: None for a U-Net that works in pixels.
     masked: whether the U-Net reads, beside noisy latents, a mask and the latents of what the mask leaves (inpainting).
     """
 
     text: clip_text.Config = field(default_factory=lambda: clip_text.SIZES["stable-diffusion-text"])
     unet: conditioned_unet.Config = field(default_factory=conditioned_unet.Config)
-    autoencoder: autoencoder_kl.Config = field(default_factory=autoencoder_kl.Config)
+    autoencoder: autoencoder_kl.Config | None = field(default_factory=autoencoder_kl.Config)
     noise: Noise = NOISE
 
     def __post_init__(self) -> None:
-        inner = self.autoencoder.latent_channels
+        inner = self.channels
         fits = inner, 2 * inner + 1
         if self.unet.channels not in fits:
             raise ValueError(f"The U-Net reads {self.unet.channels} channels and latents have {inner}: {fits} fit.")
@@ -46,19 +49,29 @@ class Config:
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of the pictures it was trained with, in pixels; None where nothing says so."""
-        size, factor = self.unet.size, self.autoencoder.factor
+        size, factor = self.unet.size, self.factor
         sides = (size, size) if isinstance(size, int) else size
         return None if sides is None else (sides[0] * factor, sides[1] * factor)
 
     @property
     def channels(self) -> int:
         """Of the latents."""
-        return self.autoencoder.latent_channels
+        return self.unet.predicted_channels if self.autoencoder is None else self.autoencoder.latent_channels
 
     @property
     def factor(self) -> int:
         """How many pixels of a side become one number of the latents."""
-        return self.autoencoder.factor
+        return 1 if self.autoencoder is None else self.autoencoder.factor
+
+    @property
+    def scale(self) -> float:
+        """What latents are multiplied by before diffusion sees them."""
+        return 1.0 if self.autoencoder is None else self.autoencoder.scale
+
+    @property
+    def colours(self) -> int:
+        """Channels of its pictures."""
+        return self.channels if self.autoencoder is None else self.autoencoder.channels
 
     @property
     def masked(self) -> bool:
@@ -95,14 +108,14 @@ PAPER_PARAMETERS: dict[str, float] = {}
 
 
 class LatentDiffusion(nn.Module):
-    """The text's encoder, the U-Net and the autoencoder."""
+    """The text's encoder, the U-Net and the autoencoder, if there is one."""
 
     def __init__(
         self,
         config: Config,
         text: clip_text.TextTower,
         unet: conditioned_unet.ConditionedUNet,
-        autoencoder: autoencoder_kl.AutoencoderKL,
+        autoencoder: autoencoder_kl.AutoencoderKL | None,
     ):
         super().__init__()
         self.config, self.text, self.unet, self.autoencoder = config, text, unet, autoencoder
@@ -131,14 +144,16 @@ class LatentDiffusion(nn.Module):
     ) -> Float[Tensor, "batch channels height width"]:
         """Latents as diffusion sees them, of pictures from -1 to 1: those that standard normal `noise` picks, or the
         likeliest ones."""
+        if self.autoencoder is None:
+            return pictures
         found = self.autoencoder.encode(pictures)
-        return self.config.autoencoder.scale * (found.mean if noise is None else found.sample(noise))
+        return self.config.scale * (found.mean if noise is None else found.sample(noise))
 
     def to_pictures(
         self, latents: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch colours rows columns"]:
         """The pictures of latents as diffusion sees them, about from -1 to 1."""
-        return self.autoencoder.decode(latents / self.config.autoencoder.scale)
+        return latents if self.autoencoder is None else self.autoencoder.decode(latents / self.config.scale)
 
     def check_size(self, height: int, width: int) -> None:
         """Refuses pictures, by their pixels, that do not fit the network, with the nearest size that does."""
@@ -152,9 +167,9 @@ class LatentDiffusion(nn.Module):
 
 
 def build(config: Config) -> LatentDiffusion:
-    """A model whose three parts begin as they do alone."""
-    parts = clip_text.build(config.text), conditioned_unet.build(config.unet), autoencoder_kl.build(config.autoencoder)
-    return LatentDiffusion(config, *parts)
+    """A model whose parts begin as they do alone."""
+    autoencoder = None if config.autoencoder is None else autoencoder_kl.build(config.autoencoder)
+    return LatentDiffusion(config, clip_text.build(config.text), conditioned_unet.build(config.unet), autoencoder)
 
 
 PARTS = {
@@ -185,7 +200,10 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """What `from_published` reads: the files of a pipeline's parts."""
+    """What `from_published` reads: the files of a pipeline's parts. Without an autoencoder no pipeline of diffusers has
+    this shape, and the config is keifu's own."""
+    if config.autoencoder is None:
+        return {"model_type": "keifu_latent_diffusion", "architectures": ["keifu"], **asdict(config)}
     return {
         "model_type": "StableDiffusionPipeline",
         "text_encoder": clip_text.to_published(config.text),

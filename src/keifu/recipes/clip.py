@@ -105,9 +105,7 @@ def prepare(recipe: Recipe) -> Task:
     limit = model.config.context_length
     rows = [tokens(recipe, tokenizer, part, limit) for part in (parts.train, parts.validation)]
     settings = recipe.training
-    data = PictureBatches(
-        parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows
-    )
+    data = PictureBatches(parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows)
     return Task(model, tokenizer, parts, data)
 
 
@@ -166,8 +164,8 @@ def told(task: Task, languages: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains, and tells how much of what is held out is found."""
+def run(recipe: Recipe, out: Path, resume: bool, how: str = "") -> Summary:
+    """Trains, and tells how much of what is held out is found. `how`: to resume it, as a part of a larger run."""
     task = prepare(recipe)
     print(task.parts.train.source, "-", task.parts.sentence(), flush=True)
     options = {name: value for name, value in asdict(recipe).items() if name != "training"}
@@ -175,7 +173,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     about: dict[str, Any] = {"title": "clip", "data": [facts]}
     about |= {"languages": list(recipe.languages)} if len(recipe.languages) == 2 else {}  # for keifu evaluate
     about |= {"parameters": sum(p.numel() for p in task.model.parameters())}
-    how = f"keifu train clip --out {out} --resume, with the options of this run"
+    how = how or f"keifu train clip --out {out} --resume, with the options of this run"
     sample = (lambda step: told(task, recipe.languages)) if len(task.parts.validation) else None
     return train(
         task.model, contrastive(preprocessing(task.model).normalised), task.data, recipe.training,

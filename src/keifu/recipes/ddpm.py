@@ -29,7 +29,7 @@ from keifu.layers.noise import Noise, Schedule, Target, Variance
 from keifu.layers.noise_targets import Weighting
 from keifu.models import ddpm
 from keifu.recipes._language import whom_to_thank
-from keifu.training.budget import steps_of, steps_within
+from keifu.recipes._stages import steps_for
 from keifu.training.dequantisation import Dequantised
 from keifu.training.diffusion import DenoisingLoss, WithDraws
 from keifu.training.loop import Summary, train
@@ -222,25 +222,14 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     recipe = recipe.resolved()
     task = prepare(recipe)
     print(task.parts.train.sentence(), task.parts.sentence(), flush=True)
-    steps = _steps(recipe, task, out, resume)
+    budget, trial = (recipe.steps, recipe.minutes or 0.0), settings(recipe, 1000)
+    steps = steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
     summary = train(
         task.model, task.objective, task.data, settings(recipe, steps), described(recipe, task, out, resume),
         sample=sampler(task.model, recipe.seed), save=lambda directory: checkpoints.save(task.model, None, directory),
     )  # fmt: skip
     print(f"The network is in {out}: keifu draw {out} -o picture.png")
     return summary
-
-
-def _steps(recipe: Recipe, task: Task, out: Path, resume: bool) -> int:
-    """The steps asked for, those of the run that is resumed, or as many as the machine makes in the time."""
-    if recipe.steps:
-        return recipe.steps
-    if resume:
-        return steps_of(out)
-    minutes = recipe.minutes or 0.0
-    print(f"Trying the pace, to fit the training into {minutes:g} minutes ...", flush=True)
-    trial = settings(recipe, 1000)
-    return steps_within(minutes, task.model, task.objective, task.data, trial, task.data.batch(0))
 
 
 def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:

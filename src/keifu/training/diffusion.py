@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keifu.data.images import signed
@@ -108,7 +108,7 @@ class DenoisingLoss:
         timestep = (uniform(draws, torch.full_like(draws, TIMESTEP)) * self.noise.steps).long()
         added = normal(draws, picture.shape[1:]).to(picture.dtype)
         x = add_noise(picture, added, self.noise.alpha_bar, timestep)
-        output = model(x, timestep, self._labels(model, batch)).to(x.dtype)
+        output = self.output(model, x, timestep, batch).to(x.dtype)
         share = None
         if self.noise.variance == "learned_range":
             output, share = output.chunk(2, 1)
@@ -122,6 +122,15 @@ class DenoisingLoss:
             figures["bits"] = bound.sum()
         return Outcome(total, len(picture), figures)
 
+    def output(self, model: Any, x: Tensor, timestep: Int[Tensor, " batch"], batch: Batch) -> Tensor:
+        """What the model says of noisy pictures, told the labels of the batch."""
+        return model(x, timestep, self._labels(model, batch))
+
+    def dropped(self, batch: Batch) -> Bool[Tensor, " batch"]:
+        """The rows that are not told what they show."""
+        draws = batch["draws"]
+        return uniform(draws, torch.full_like(draws, DROPPED)) < self.label_dropout
+
     def _labels(self, model: Any, batch: Batch) -> Tensor | None:
         """The labels, those left out as the null class."""
         none = model.config.n_classes
@@ -130,8 +139,7 @@ class DenoisingLoss:
         if not model.config.null_class:
             return batch["labels"]
         labels = batch["labels"].masked_fill(batch["labels"] < 0, none)
-        dropped = uniform(batch["draws"], torch.full_like(batch["draws"], DROPPED)) < self.label_dropout
-        return labels.masked_fill(dropped, none)
+        return labels.masked_fill(self.dropped(batch), none)
 
 
 def bits_of_step(

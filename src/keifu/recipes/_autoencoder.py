@@ -1,0 +1,128 @@
+"""The KL autoencoder of latent diffusion as a part of a run: trained, measured, and pictures encoded with it once.
+
+It knows no diffusion.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from keifu import checkpoints
+from keifu.checkpoints.opening import load_model
+from keifu.data.augmentation import Augmentation
+from keifu.data.grid import grid
+from keifu.data.images import signed, to_bytes
+from keifu.data.picture_batches import PictureBatches
+from keifu.data.pictures import Pictures, Split
+from keifu.models import autoencoder_kl
+from keifu.recipes._stages import going_on, steps_for
+from keifu.training.autoencoding import KLAutoencoding
+from keifu.training.diffusion import WithDraws
+from keifu.training.loop import train
+from keifu.training.protocols import Run
+from keifu.training.settings import Precision, Settings
+from keifu.training.text_diffusion import Encoded
+
+FOLDER = "autoencoder"  # inside the run's
+SHOWN, BATCH = 12, 64  # pictures of a sample, and those encoded at a time
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of it: its sizes, its loss and its training; `budget` as `steps_for` has it."""
+
+    config: autoencoder_kl.Config
+    loss: KLAutoencoding
+    flip: bool
+    budget: tuple[int | None, float]
+    batch_size: int
+    learning_rate: float
+    precision: Precision
+    seed: int
+
+
+def autoencoder_of(wanted: Wanted, parts: Split, out: Path, resume: bool, how: str) -> autoencoder_kl.AutoencoderKL:
+    """The autoencoder, trained into a folder of the run, with the scale that gives its latents a variance of 1."""
+    place = out / FOLDER
+    torch.manual_seed(wanted.seed)
+    model = autoencoder_kl.build(wanted.config)
+    model.check_size(*parts.train.shape[1:])
+    flip = Augmentation(flip=wanted.flip)
+    batches: Any = PictureBatches(parts.train, parts.validation, wanted.batch_size, wanted.seed, flip)
+    data = WithDraws(batches, wanted.seed)
+    resume = going_on(place, resume)
+    steps = steps_for(wanted.budget, place, resume, model, wanted.loss, data, settings(wanted, 1000))
+    run = Run(
+        directory=place,
+        resume=resume,
+        options={"model": vars(wanted.config), "loss": vars(wanted.loss), "flip": wanted.flip},
+        about=_about(model, parts),
+        unit="pictures",
+        how_to_resume=how,
+    )
+    train(
+        model, wanted.loss, data, settings(wanted, steps), run, sample=_sampler(model, parts),
+        save=lambda directory: checkpoints.save(model, None, directory),
+    )  # fmt: skip
+    return measured(place, parts.train)
+
+
+def _about(model: autoencoder_kl.AutoencoderKL, parts: Split) -> dict[str, Any]:
+    return {
+        "title": "An autoencoder learns to make pictures small",
+        "paper": "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022), section 3.1",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": [{"source": parts.train.source, "fingerprint": parts.train.fingerprint}],
+    }
+
+
+def settings(wanted: Wanted, steps: int) -> Settings:
+    """The training loop's settings for so many steps."""
+    often = max(1, steps // 10)
+    return Settings(
+        steps=steps, batch_size=wanted.batch_size, learning_rate=wanted.learning_rate, warmup=steps // 20,
+        final_ratio=0.0, weight_decay=0.0, betas=(0.9, 0.99), precision=wanted.precision, evaluate_every=often,
+        sample_every=often, save_every=often, seed=wanted.seed,
+    )  # fmt: skip
+
+
+def _sampler(model: autoencoder_kl.AutoencoderKL, parts: Split) -> Callable[[int], bytes]:
+    """Pictures that were held out, where there are some, above what comes back of them."""
+    part = parts.validation if len(parts.validation) else parts.train
+    some = part.take(slice(0, SHOWN))
+
+    def sample(step: int) -> bytes:
+        with torch.inference_mode():
+            again = to_bytes(model(signed(some)))
+        return grid(torch.cat([some, again]), columns=len(some), about={"keifu": f"step {step}"})
+
+    return sample
+
+
+def measured(place: Path, pictures: Pictures) -> autoencoder_kl.AutoencoderKL:
+    """A trained autoencoder, frozen, whose `scale` is one over the standard deviation of these pictures' latents
+    (Rombach et al., 2022, section 4.3.2 and appendix G)."""
+    found: Any = load_model(place, torch.float32).requires_grad_(False).eval()
+    one = replace(found.config, scale=1.0)
+    seen = encoded(found, one.scale, pictures)
+    variance = seen.mean.var() + seen.deviation.square().mean()
+    found.config = replace(one, scale=round(float(variance.rsqrt()), 6))
+    return found
+
+
+@torch.no_grad()
+def encoded(model: autoencoder_kl.AutoencoderKL, scale: float, pictures: Pictures) -> Encoded:
+    """The latents of pictures as diffusion sees them, computed once."""
+    groups = [_moments(model, pictures.take(slice(n, n + BATCH))) for n in range(0, len(pictures), BATCH)]
+    mean, deviation = (scale * torch.cat(part) for part in zip(*groups, strict=True))
+    return Encoded(mean, deviation)
+
+
+def _moments(model: autoencoder_kl.AutoencoderKL, pictures: UInt8[Tensor, "batch colours rows columns"]) -> Any:
+    found = model.encode(signed(pictures))
+    return found.mean.contiguous(), torch.exp(0.5 * found.log_variance).contiguous()

@@ -1,0 +1,59 @@
+"""Runs of several parts, each with a folder of its own inside the run's; knows no model.
+
+A part that is done is found again and one that was stopped goes on, each by the training loop's own rules, so that the
+whole is resumed bit for bit. The run's one page shows them all.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from keifu.files import write_atomic
+from keifu.training import metrics, state
+from keifu.training.budget import steps_of, steps_within
+from keifu.training.folder import SAMPLES
+from keifu.training.protocols import Data, Objective
+from keifu.training.report import CURVES
+from keifu.training.settings import Settings
+
+
+def going_on(directory: Path, resume: bool) -> bool:
+    """Whether a part of a resumed run was begun."""
+    return resume and bool(state.steps(directory))
+
+
+def steps_for(
+    budget: tuple[int | None, float],
+    directory: Path,
+    resume: bool,
+    model: nn.Module,
+    objective: Objective,
+    data: Data,
+    trial: Settings,
+) -> int:
+    """The steps asked for, those of the run that is resumed, or as many as the machine makes in the minutes."""
+    steps, minutes = budget
+    if steps:
+        return steps
+    if resume:
+        return steps_of(directory)
+    print(f"Trying the pace, to fit the training into {minutes:g} minutes ...", flush=True)
+    return steps_within(minutes, model, objective, data, trial, data.batch(0))
+
+
+def show(out: Path, parts: Mapping[str, Path]) -> None:
+    """Puts the curves of parts that are done, and their last pictures, beside the report of the run that follows."""
+    charts = []
+    for name, directory in parts.items():
+        lines = metrics.standing(metrics.read(directory))
+        found = {
+            label: [[float(line["step"]), float(line[field])] for line in lines if field in line]
+            for label, field in (("training", "loss"), ("validation", "validation_loss"))
+        }
+        curves = [{"name": k, "points": v, "marked": k == "validation"} for k, v in found.items()]
+        charts.append({"title": f"{name}: loss", "y_label": "loss", "curves": curves})
+        if pictures := sorted((directory / SAMPLES).glob("*.png")):
+            write_atomic(out / f"{directory.name}.png", pictures[-1].read_bytes())
+    write_atomic(out / CURVES, json.dumps(charts) + "\n")

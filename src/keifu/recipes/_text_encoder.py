@@ -1,0 +1,75 @@
+"""The CLIP whose text tower a model that draws listens to: one that is there, or one that is trained as a part of the
+run; knows no model that draws."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keifu import checkpoints
+from keifu.data.pictures import Pictures
+from keifu.data.tokenizers import Tokenizer
+from keifu.errors import UserError
+from keifu.evaluation.shared_space import preprocessing, two_towers
+from keifu.generation.text_to_picture import Painter
+from keifu.models import clip, clip_text
+from keifu.recipes import clip as recipe
+from keifu.recipes._stages import going_on, steps_for
+from keifu.training.contrastive import contrastive
+from keifu.training.settings import Precision
+
+FOLDER = "clip"  # inside the run's
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of it: a model that is there (`given`), or data, languages and a budget (see `steps_for`)."""
+
+    given: str | None
+    data: str
+    languages: tuple[str, ...]
+    budget: tuple[int | None, float]
+    batch_size: int
+    precision: Precision
+    seed: int
+
+
+def two_towers_of(wanted: Wanted, out: Path, resume: bool, how: str) -> tuple[clip.Clip, Tokenizer]:
+    """The CLIP and its tokenizer, trained into a folder of the run where none is given."""
+    place = Path(wanted.given) if wanted.given else out / FOLDER
+    if not wanted.given:
+        _train(wanted, place, going_on(place, resume), how)
+    model, tokenizer = checkpoints.load(wanted.given or place, torch.float32)
+    two_towers(model)
+    if tokenizer is None:
+        raise UserError(f"{place} has no tokenizer, and captions must be read: give a CLIP that has one.")
+    found: Any = model
+    return found, tokenizer
+
+
+def _train(wanted: Wanted, place: Path, resume: bool, how: str) -> None:
+    made = recipe.Recipe(wanted.data, wanted.languages)
+    chosen = replace(made.training, batch_size=wanted.batch_size, precision=wanted.precision, seed=wanted.seed)
+    made = replace(made, training=chosen)
+    task = recipe.prepare(made)
+    objective = contrastive(preprocessing(task.model).normalised)
+    steps = steps_for(wanted.budget, place, resume, task.model, objective, task.data, chosen)
+    often = max(1, steps // 10)
+    chosen = replace(chosen, steps=steps, warmup=steps // 10, evaluate_every=often, sample_every=often)
+    recipe.run(replace(made, training=chosen), place, resume, how)
+
+
+def listening(model: clip.Clip) -> clip_text.TextTower:
+    """The text tower without its projection, frozen: every token's hidden state is what a U-Net looks at."""
+    tower = clip_text.TextTower(replace(model.config.text, projected=False))
+    kept = {name: tensor for name, tensor in model.text.state_dict().items() if not name.startswith("projection")}
+    tower.load_state_dict(kept)
+    return tower.requires_grad_(False).eval()
+
+
+def caption_tokens(
+    painter: Painter, pictures: Pictures, languages: tuple[str, ...], truncate: bool = False
+) -> torch.Tensor:
+    """The captions as ids, padded as they are when the model draws: [language, picture, length]."""
+    return torch.stack([painter.tokens(pictures.texts(language), truncate) for language in languages])

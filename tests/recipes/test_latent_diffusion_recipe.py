@@ -1,0 +1,170 @@
+"""The recipe for latent diffusion: three parts in one run, a pipeline that diffusers reads, and the same bits again."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import toy_captions
+
+from keifu import checkpoints
+from keifu.data.pictures import read_pictures, split
+from keifu.errors import UserError
+from keifu.generation.drawers import drawer
+from keifu.generation.pictures import Drawing
+from keifu.recipes import _autoencoder
+from keifu.recipes import clip as clip_recipe
+from keifu.recipes import latent_diffusion as recipe
+from keifu.training.diffusion import draws
+from keifu.training.interrupt import Stopped
+
+PROMPTS = ("a small red disc", "a large blue bar")
+TINY = {
+    "size": 24, "autoencoder_widths": (4, 8), "latent_channels": 3, "widths": (8, 16), "attention": (1,), "heads": 2,
+    "autoencoder_steps": 3, "clip_steps": 1, "steps": 3, "autoencoder_batch": 4, "clip_batch": 4, "batch_size": 4,
+    "prompts": PROMPTS, "precision": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """What is made of pictures goes into a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEIFU_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setattr(recipe, "STEPS", 2)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_captions.drawings(tmp_path_factory.mktemp("drawings"))
+
+
+@pytest.fixture(scope="module")
+def towers(drawings, tmp_path_factory) -> Path:
+    """A trained CLIP of the same captions."""
+    out = tmp_path_factory.mktemp("clip")
+    settings = replace(toy_captions.small_clip(drawings).training, steps=4, warmup=0)
+    clip_recipe.run(toy_captions.small_clip(drawings, training=settings), out, False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(drawings, towers, tmp_path_factory) -> Path:
+    """A whole run with a given CLIP."""
+    out = tmp_path_factory.mktemp("runs") / "latent"
+    recipe.run(recipe.Recipe(str(drawings), clip=str(towers), **TINY), out, False)
+    return out
+
+
+def test_the_run_is_a_pipeline_of_diffusers_and_draws(trained) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(trained)
+    model, tokenizer = checkpoints.load(trained)
+    assert theirs.scheduler.config.prediction_type == "v_prediction"
+    assert theirs.vae.config.scaling_factor == model.config.autoencoder.scale != 1
+    painter = drawer(model, lambda: tokenizer)
+    for text in (*PROMPTS, "小赤円"):
+        ids = theirs.tokenizer(text, padding="max_length").input_ids
+        assert ids == painter.tokens([text])[0].tolist() and len(ids) == model.config.context_length
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    theirs.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(1)
+    assert theirs.scheduler.config.timestep_spacing == "trailing"
+    drawn = theirs(PROMPTS[0], num_inference_steps=3, guidance_scale=2.0, generator=noise, output_type="pt").images
+    wanted = painter.resolved(Drawing("ddim", 3, 1, text=PROMPTS[0], guidance=2.0))
+    ours = painter.draw(wanted, [1])
+    assert (ours / 255 - drawn).abs().max() <= 1 / 255 + 1e-4
+
+
+def test_one_report_shows_all_parts(trained, towers) -> None:
+    page = (trained / "report.html").read_text()
+    assert "Autoencoder: loss" in page and "CLIP: loss" not in page  # which was given
+    assert page.count("data:image/png") >= 3 and "parameters of the U-Net" in page
+    facts = json.loads((trained / "recipe.json").read_text())
+    assert facts["finished"] and any(name.startswith("autoencoder/") for name in facts["hashes"])
+
+
+def test_latents_have_a_variance_of_one(trained, drawings) -> None:
+    pictures = split(read_pictures(drawings, 24)).train
+    model = _autoencoder.measured(trained / "autoencoder", pictures)
+    seen = _autoencoder.encoded(model, model.config.scale, pictures)
+    batch = {"indices": torch.arange(len(pictures)).repeat(50), "draws": draws(0, 0, 50 * len(pictures))}
+    assert abs(float(seen.batch(batch)["pictures"].std()) - 1) < 0.01
+    noisy = seen.batch(batch)["pictures"].unflatten(0, (50, -1))
+    assert torch.allclose(noisy.mean(0), seen.mean, atol=0.02 + 0.7 * float(seen.deviation.max()))
+    assert abs(float((noisy - seen.mean).std() / seen.deviation.square().mean().sqrt()) - 1) < 0.02
+    part = seen.batch({name: tensor[3:] for name, tensor in batch.items()})["pictures"]
+    assert torch.equal(part, seen.batch(batch)["pictures"][3:])  # however a batch is split
+
+
+@pytest.mark.parametrize("stopped", [pytest.param("autoencoder", marks=pytest.mark.slow), "unet"])
+def test_a_resumed_run_has_the_same_bits(stopped, trained, drawings, towers, tmp_path, monkeypatch) -> None:
+    """Stopped inside a part, and gone on with."""
+    wanted = recipe.Recipe(str(drawings), clip=str(towers), **TINY)
+    part = recipe._autoencoder if stopped == "autoencoder" else recipe
+    whole = part.train
+
+    def stop(model, objective, data, settings, run, *rest, **more):
+        whole(model, objective, data, replace(settings, schedule="constant", warmup=0, steps=2), run, *rest, **more)
+        raise Stopped("stopped")
+
+    def on(model, objective, data, settings, run, *rest, **more):
+        return whole(model, objective, data, replace(settings, schedule="constant", warmup=0), run, *rest, **more)
+
+    def both(way, resume):
+        monkeypatch.setattr(part, "train", way)
+        return recipe.run(wanted, tmp_path / ("parts" if resume is not None else "whole"), bool(resume))
+
+    with pytest.raises(Stopped):
+        both(stop, False)
+    both(on, True)
+    both(on, None)
+    ours, theirs = (checkpoints.load_model(tmp_path / name).state_dict() for name in ("parts", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_finished_run_is_found_again(trained, drawings, towers) -> None:
+    before = (trained / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    wanted = recipe.Recipe(str(drawings), clip=str(towers), **TINY)
+    assert recipe.run(wanted, trained, True).steps == 3
+    assert (trained / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before
+    with pytest.raises(UserError, match=r"differ: options?.*|differ"):
+        recipe.run(replace(wanted, kl_weight=0.5), trained, True)
+    with pytest.raises(UserError, match="already holds a run.*keifu train latent-diffusion"):
+        recipe.run(wanted, trained, False)
+
+
+def test_in_pixels_with_its_own_clip(drawings, tmp_path) -> None:
+    summary = recipe.run(recipe.Recipe(str(drawings), space="pixels", **TINY), tmp_path, False)
+    assert summary.figures["validation_loss"] > 0
+    model, tokenizer = checkpoints.load(tmp_path)
+    assert model.config.autoencoder is None and model.config.noise.clip == 1.0
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "keifu_latent_diffusion"
+    painter = drawer(model, lambda: tokenizer)
+    drawn = painter.draw(painter.resolved(Drawing("ddim", 2, 1, text="a red disc", guidance=2.0)), [1, 2])
+    assert drawn.shape == (2, 3, 24, 24)
+    page = (tmp_path / "report.html").read_text()
+    assert "CLIP: loss" in page and "Autoencoder: loss" not in page
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"size": 23}, "nearest size that does is 24 x 24|nearest size that does is 22"),
+        ({"attention": (2,)}, "attention names level 2, and there are levels 0 to 1"),
+        ({"heads": 3}, "16 channels do not part into 3 heads"),
+        ({"languages": ("en", "fr")}, "'fr'.*Known: en, ja"),
+        ({"caption_dropout": 1.0}, "a share from 0 up to below 1, and it is 1.0"),
+        ({"prompts": ()}, "no prompt for the samples"),
+    ],
+)
+def test_what_is_refused(changed, told, drawings, towers, tmp_path) -> None:
+    with pytest.raises(UserError, match=told):
+        recipe.run(recipe.Recipe(str(drawings), clip=str(towers), **{**TINY, **changed}), tmp_path, False)
