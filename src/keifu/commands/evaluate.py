@@ -10,7 +10,7 @@ from keifu.commands import flags, tables
 from keifu.errors import UserError, unknown
 
 # Each is a file in keifu/evaluation (see its task.py).
-TASKS = ("translation", "retrieval", "pictures", "few_shot", "mixture", "language_model")
+TASKS = ("translation", "retrieval", "pictures", "text_pictures", "few_shot", "mixture", "language_model")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Options:
 
     A CLIP: how well captions and pictures find each other (a catalogue name such as emoji, a folder, .tar shards). A
     model that draws: how near its pictures are to such a set, whether they are copies from it, how well it finds
-    pictures again in noise (PSNR, SSIM), and how many bits they cost it.
+    pictures again in noise (PSNR, SSIM), and how many bits they cost it. One that draws from text: how well what it
+    draws of captions fits them, by a CLIP (--clip), and how near it is to the set.
 
     A translator: BLEU and chrF on pairs (a catalogue name such as tatoeba-ja-en, a TSV file, or two files A,B). A
     language model: perplexity and bits per byte on a text (a catalogue name, a file, a folder), or on each text of a
@@ -42,7 +43,12 @@ class Options:
     """What decides which examples are drawn; of pictures, the first one's seed."""
     metric: str | None = None
     """choice (the likeliest of a task's choices), exact (a written answer) or cloze; unset: the task's own. Of a model
-    that draws: distances, reconstruction or bits; unset: all three."""
+    that draws: distances, reconstruction or bits; unset: all three. Of one that draws from text: clip-score or
+    distances; unset: both."""
+    clip: str | None = None
+    """The CLIP that looks at pictures drawn from text: a run, a folder or a hub id."""
+    guidance: float | None = None
+    """How far towards the text they are drawn; unset: 7.5."""
     sampler: str | None = None
     """How pictures are drawn; unset: ddim."""
     steps: int | None = None
@@ -50,7 +56,8 @@ class Options:
     reverse: bool = False
     """Swap the sides of the pairs: the second is the source."""
     language: str | None = None
-    """The code of the language that is translated into, such as ja, where the data does not tell it."""
+    """The code of the language that is translated into, such as ja, where the data does not tell it; or of the captions
+    that are drawn."""
     beam: int | None = None
     """Translations held open at a time; unset: 4."""
     alpha: float | None = None
@@ -75,8 +82,9 @@ def run(options: Options) -> None:
     model, tokenizer = load(options.model)
     task = fitting(model, options.on)
     given = {field.name: vars(options)[field.name] for field in fields(Asked) if field.name in vars(options)}
-    asked = Asked(**given, **trained(Path(options.model)))
     check_heeded(options, task)
+    towers = load(options.clip) if options.clip else None
+    asked = Asked(**given, towers=towers, **trained(Path(options.model)))
     found = task.evaluate(model, tokenizer, asked)
     if options.output and found.picture and options.output.suffix == ".png":
         write_atomic(options.output, found.picture)

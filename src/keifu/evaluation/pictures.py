@@ -23,7 +23,7 @@ from keifu.evaluation.inception import place
 from keifu.evaluation.picture_distances import frechet, kernel_distance, manifold, moments, nearest
 from keifu.evaluation.picture_features import PAPERS, Extractor, extractor
 from keifu.evaluation.task import Asked, Outcome, Table
-from keifu.generation.denoiser import Denoising
+from keifu.generation.denoiser import Denoising, DenoisingConfig
 from keifu.generation.pictures import Drawing, denoising, draw, trained_size
 
 ABOUT = "drawing: a model that removes noise, on pictures"
@@ -49,8 +49,8 @@ class Neighbours:
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether it draws pictures out of noise."""
-    return isinstance(model, Denoising)
+    """Whether it draws pictures out of noise, without a text."""
+    return isinstance(model, Denoising) and isinstance(model.config, DenoisingConfig)
 
 
 def names() -> list[str]:
@@ -90,8 +90,13 @@ def _drawn_beside(model: nn.Module, drawer: Denoising, real: Pictures, parts: Sp
     any_class = 0 if drawer.config.n_classes and not drawer.config.null_class else None
     wanted = Drawing(asked.sampler or "ddim", asked.steps, asked.seed, any_class).resolved(drawer)
     drawn = _drawn(model, drawer, wanted, asked.limit or DRAWN, asked.batch_size or BATCH)
+    return beside(drawn, real, parts.test if len(parts.train) else None, asked, wanted)
+
+
+def beside(drawn: Bytes, real: Pictures, held: Pictures | None, asked: Asked, wanted: Drawing) -> Outcome:
+    """Pictures that were drawn beside real ones: distances, remarks, the nearest real one of each, and a picture."""
     seen = extractor()
-    near, figures = compared(seen, drawn, real, parts.test if len(parts.train) else None)
+    near, figures = compared(seen, drawn, real, held)
     notes = [
         f"{len(drawn):,} pictures by {wanted.sampler} in {wanted.steps} steps, seeds {wanted.seed} and on, beside "
         f"{len(real):,} of {asked.on} at {real.shape[2]} x {real.shape[1]}; features: {seen.name}.",
@@ -122,24 +127,24 @@ def _held_out(drawer: Denoising, held: Pictures, asked: Asked) -> Outcome:
         return Outcome({}, (str(error),))
     figures, tables, notes, size = {}, {}, [], asked.batch_size or BATCH
     if asked.metric in (None, "reconstruction"):
-        some = _some(held, asked.limit or AGAIN)
-        figures, tables["reconstruction"] = reconstructed(drawer, some, asked.seed, size)
+        chosen = some(held, asked.limit or AGAIN)
+        figures, tables["reconstruction"] = reconstructed(drawer, chosen, asked.seed, size)
         notes.append(
-            f"PSNR and SSIM: {len(some):,} held-out pictures, noise added until a half of their variance is left (the "
-            "table has other shares), and taken off by ddim without chance (η = 0) along the rest of a path of "
+            f"PSNR and SSIM: {len(chosen):,} held-out pictures, noise added until a half of their variance is left "
+            "(the table has other shares), and taken off by ddim without chance (η = 0) along the rest of a path of "
             f"{min(STEPS, drawer.noise.steps)} steps."
         )
     if asked.metric in (None, "bits"):
-        some = _some(held, asked.limit or COUNTED)
-        figures |= bits(drawer, some, asked.seed, size)
+        chosen = some(held, asked.limit or COUNTED)
+        figures |= bits(drawer, chosen, asked.seed, size)
         notes.append(
-            f"bits/dim: the variational bound of {len(some):,} held-out pictures, one draw of noise for each of "
+            f"bits/dim: the variational bound of {len(chosen):,} held-out pictures, one draw of noise for each of "
             f"{drawer.noise.steps:,} steps; the decoder gives each number one of 256 grey values."
         )
     return Outcome(figures, tuple(notes), tables)
 
 
-def _some(pictures: Pictures, count: int) -> Pictures:
+def some(pictures: Pictures, count: int) -> Pictures:
     """At most so many, spread over all of them."""
     return pictures.chosen(sorted({n * len(pictures) // count for n in range(count)}))
 
@@ -148,7 +153,7 @@ def compared(
     seen: Extractor, drawn: Bytes, real: Pictures, held: Pictures | None
 ) -> tuple[Neighbours, dict[str, float | int | str]]:
     """The figures of drawn pictures beside real ones, and, where some were held out, of those beside the same."""
-    known = _some(real, COMPARED)
+    known = some(real, COMPARED)
     features, known_features = seen(drawn), seen(known.take(slice(None)))
     figures = _figures(seen, known_features, features, "")
     near = neighbours(drawn, features, known, known_features, real)

@@ -18,9 +18,9 @@ from keifu.errors import UserError
 class Asked:
     """What is to be evaluated, on what and how; a task heeds the fields that it names in its OPTIONS.
 
-    on: a catalogue name, a file or files. limit: at most so many of its items. languages: what the model was trained to
-    translate from and into, and held_out: the share of the pictures that was kept from training and whether only
-    distinct ones were taken, where its run says so.
+    on: a catalogue name, a file or files. limit: at most so many of its items. towers: a CLIP that looks at pictures,
+    with its tokenizer. languages: what the model was trained to translate from and into, and held_out: the share of the
+    pictures that was kept from training and whether only distinct ones were taken, where its run says so.
     """
 
     on: str
@@ -37,6 +37,8 @@ class Asked:
     metric: str | None = None
     sampler: str | None = None
     steps: int | None = None
+    guidance: float | None = None
+    towers: Any = None
     languages: tuple[str, str] = ("", "")
     held_out: Mapping[str, Any] = field(default_factory=dict)
 

@@ -1,0 +1,140 @@
+"""What a model that draws from text is worth: how well its pictures fit their captions, and how near they are to real
+ones; it knows no model by name.
+
+Axes: picture, channels, height, width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from keifu.data.grid import grid
+from keifu.data.pictures import Pictures, Split, read_pictures, split
+from keifu.data.progress import counting
+from keifu.errors import UserError, unknown
+from keifu.evaluation import pictures as drawn_pictures
+from keifu.evaluation.clip_score import clip_scores, cosines
+from keifu.evaluation.task import Asked, Outcome, Table
+from keifu.generation.drawers import TextDrawer, draws_texts, text_drawer
+from keifu.generation.pictures import Drawing
+
+ABOUT = "drawing from text: a model that reads a caption, on pictures with captions"
+OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric", "language", "guidance", "clip"}
+METRICS = "clip-score", "distances"
+DRAWN, BATCH = 200, 16
+Bytes = UInt8[Tensor, "picture channels height width"]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of captions, and the real ones that had them."""
+
+    real: Pictures
+    captions: tuple[str, ...]
+    pictures: Bytes
+
+
+def takes(model: nn.Module) -> bool:
+    """Whether it draws from a text alone."""
+    return draws_texts(model)
+
+
+def names() -> list[str]:
+    """The catalogue's pictures."""
+    return drawn_pictures.names()
+
+
+def accepts(on: str) -> bool:
+    """Whether `on` is one of them, a folder, or .tar shards."""
+    return drawn_pictures.accepts(on)
+
+
+def evaluate(model: nn.Module, tokenizer: Any, asked: Asked) -> Outcome:
+    """The figures of `metric`, or of both: of pictures of captions that were trained on, and of held-out ones.
+
+    clip-score needs a CLIP; without one it is left out, or a `UserError` where it was asked for by name.
+    """
+    if asked.metric not in (None, *METRICS):
+        raise unknown("metric of a model that draws from text", asked.metric, METRICS)
+    if asked.metric == "clip-score" and asked.towers is None:
+        raise UserError("A CLIP must look at the pictures: name one with --clip (a run, a folder, a hub id).")
+    drawer = text_drawer(model, tokenizer)
+    parts, wanted = _asked_for(drawer, asked)
+    train, test = parts.train if len(parts.train) else parts.test, parts.test if len(parts.train) else None
+    sets = {"": train, " of held-out captions": test}
+    drawn = {name: _drawn(drawer, wanted, part, asked) for name, part in sets.items() if part and len(part) > 1}
+    figures, notes = {}, [_sentence(drawn, wanted, asked)]
+    if asked.metric != "distances" and asked.towers is not None:
+        figures = {name: value for where, each in drawn.items() for name, value in _scored(where, each, asked).items()}
+    if asked.metric == "clip-score":
+        return Outcome(figures, tuple(notes), {}, _items(drawn), _shown(drawn))
+    found = drawn_pictures.beside(drawn[""].pictures, train, test, asked, wanted)
+    return Outcome(figures | found.figures, (*notes, *found.notes), {}, found.items, found.picture)
+
+
+def _asked_for(drawer: TextDrawer, asked: Asked) -> tuple[Split, Drawing]:
+    """The pictures of the model's size with captions, in parts, and how each is drawn."""
+    guidance = drawer.usual_guidance if asked.guidance is None else asked.guidance
+    wanted = drawer.resolved(
+        Drawing(asked.sampler or "ddim", asked.steps, asked.seed, guidance=guidance, text="a", truncate=True)
+    )
+    height, width = wanted.size or (0, 0)
+    if height != width:
+        raise UserError(f"This model draws {width} x {height} pictures, and only squares can be compared.")
+    pictures = read_pictures(asked.on, height, 1 if drawer.colours == 1 else 3)
+    pictures.texts(asked.language)  # an unknown language is said before anything is drawn
+    return split(pictures), wanted
+
+
+def _drawn(drawer: TextDrawer, wanted: Drawing, part: Pictures, asked: Asked) -> Drawn:
+    """A picture of each of some captions, spread over the set; their seeds follow each other."""
+    chosen = drawn_pictures.some(part, min(asked.limit or DRAWN, len(part)))
+    captions, size, made = chosen.texts(asked.language), asked.batch_size or BATCH, list[Tensor]()
+    with counting("Drawing", len(captions), "pictures") as advance:
+        for first in range(0, len(captions), size):
+            texts = captions[first : first + size]
+            seeds = [asked.seed + first + number for number in range(len(texts))]
+            made.append(drawer.draw_texts(wanted, seeds, texts))
+            advance(first + len(texts))
+    return Drawn(chosen, captions, torch.cat(made))
+
+
+def _scored(where: str, drawn: Drawn, asked: Asked) -> dict[str, float | int | str]:
+    """CLIP scores, with their own captions and with all others, of what was drawn and of the real pictures."""
+    towers, tokenizer = asked.towers
+    figures = {}
+    for whose, pictures in (("", drawn.pictures), (" of real pictures", drawn.real.take(slice(None)))):
+        found = cosines(towers, tokenizer, pictures, drawn.captions)
+        own, others = clip_scores(found)
+        first = (found.argmax(1) == torch.arange(len(found))).float().mean()
+        figures[f"CLIP score{whose}{where}"] = round(float(own.mean()), 3)
+        figures[f"CLIP score{whose}{where}, captions shuffled"] = round(float(others.mean()), 3)
+        figures[f"own caption first of {len(found)}{whose}{where}"] = round(float(first), 4)
+    return figures
+
+
+def _sentence(drawn: dict[str, Drawn], wanted: Drawing, asked: Asked) -> str:
+    counts = " and ".join(f"{len(each.captions):,}{name or ' of captions in training'}" for name, each in drawn.items())
+    return (
+        f"Drawn: {counts}, in the language {asked.language or 'that comes first'}, with a guidance of "
+        f"{wanted.guidance:g}. The CLIP score is 100 · max(cosine, 0), and depends on the CLIP that looks."
+    )
+
+
+def _items(drawn: dict[str, Drawn]) -> Table:
+    rows = [(name.strip() or "in training", text) for name, each in drawn.items() for text in each.captions]
+    return Table(("captions", "caption"), rows)
+
+
+def _shown(drawn: dict[str, Drawn]) -> bytes:
+    """A PNG: some drawn pictures, each beside the real one that has its caption."""
+    count = drawn_pictures.SHOWN // len(drawn)
+    pairs = [
+        torch.stack([each.pictures[:count], each.real.take(slice(0, count))], 1).flatten(0, 1)
+        for each in drawn.values()
+    ]
+    captions = [text for each in drawn.values() for caption in each.captions[:count] for text in (caption, "real")]
+    return grid(torch.cat(pairs), captions, drawn_pictures.ACROSS * 2)
