@@ -199,7 +199,8 @@ def configured(
     recipe: Recipe, towers: clip.Config, autoencoder: autoencoder_kl.Config | None, channels: int
 ) -> latent_diffusion.Config:
     """The whole model's Config; as many groups of the U-Net's norms as divide every level, of 4 channels at least."""
-    widths, attention = recipe.widths or (), recipe.attention or ()
+    full: dict[str, Any] = vars(recipe)
+    widths, attention = full["widths"], full["attention"]
     if wrong := [level for level in attention if not 0 <= level < len(widths)]:
         raise UserError(f"attention names level {wrong[0]}, and there are levels 0 to {len(widths) - 1}.")
     if wrong := [widths[level] for level in attention if widths[level] % recipe.heads]:
