@@ -86,3 +86,47 @@ def pipeline(tmp_path_factory):
     )  # fmt: skip
     made.save_pretrained(folder / "theirs")
     return made, folder / "theirs"
+
+
+@pytest.fixture(scope="session")
+def unclip_pipeline(tmp_path_factory):
+    """A tiny random UnCLIPPipeline of diffusers, and its directory."""
+    diffusers, transformers = (pytest.importorskip(name) for name in ("diffusers", "transformers"))
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+
+    folder = tmp_path_factory.mktemp("unclip")
+    tokenizer = clip_tokenizer.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(12)
+    tokenizer.save(folder / "tokens")
+    torch.manual_seed(0)
+    text = transformers.CLIPTextConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=14, projection_dim=14, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=2, eos_token_id=tokenizer.eos_id, bos_token_id=None, max_position_embeddings=12,
+    )  # fmt: skip
+    prior = diffusers.PriorTransformer(3, 7, 2, embedding_dim=14, num_embeddings=12)
+    prior.clip_std.data += 0.5
+    decoder = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=3, out_channels=6, block_out_channels=(12, 20), layers_per_block=1,
+        norm_num_groups=4, attention_head_dim=5, cross_attention_dim=11, class_embed_type="identity",
+        resnet_time_scale_shift="scale_shift", mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    )  # fmt: skip
+    projection = UnCLIPTextProjModel(
+        clip_extra_context_tokens=3, clip_embeddings_dim=14, time_embed_dim=48, cross_attention_dim=11
+    )
+    upsamplers = [
+        diffusers.UNet2DModel(
+            sample_size=16, in_channels=6, out_channels=3, block_out_channels=(8, 12), layers_per_block=1,
+            norm_num_groups=4, add_attention=False, down_block_types=["ResnetDownsampleBlock2D"] * 2,
+            up_block_types=["ResnetUpsampleBlock2D"] * 2,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    told = {"prediction_type": "sample", "clip_sample_range": 5.0}, {"variance_type": "learned_range"}, {}
+    made = diffusers.UnCLIPPipeline(
+        prior, decoder, transformers.CLIPTextModelWithProjection(text).eval(),
+        transformers.PreTrainedTokenizerFast.from_pretrained(folder / "tokens"), projection, *upsamplers,
+        *(diffusers.UnCLIPScheduler(**each) for each in told),
+    )  # fmt: skip
+    made.save_pretrained(folder / "theirs")
+    return made, folder / "theirs"

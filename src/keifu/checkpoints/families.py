@@ -35,6 +35,10 @@ from keifu.models import (
     perceptron,
     seq2seq,
     transformer,
+    unclip,
+    unclip_conditions,
+    unclip_decoder,
+    unclip_prior,
 )
 
 # What any published config may say that changes the numbers and is not implemented; absent or equal to this is fine.
@@ -135,6 +139,7 @@ _NETWORK = ("config.json", "diffusion_pytorch_model.safetensors")  # of diffuser
 _PIPELINE = ("model_index.json", _NETWORK[1])
 _AUTOENCODER = Dialect(old_endings=autoencoder_kl.OLD_ENDINGS)
 _ALONE = [*_published(autoencoder_kl, dialect=_AUTOENCODER), *_published(conditioned_unet)]
+_ALONE += [each for part in (unclip_prior, unclip_decoder, unclip_conditions) for each in _published(part)]
 _DDPM, _OWN_DDPM = _published(ddpm, dialect=Dialect(old_endings=ddpm.OLD_ENDINGS))
 _ALL = [
     *_published(bert, dialect=_BERT),
@@ -150,6 +155,7 @@ _ALL = [
     replace(_OWN_DDPM, writes_text=False),
     *(replace(each, writes_text=False, files=_files(each, _NETWORK)) for each in _ALONE),
     *(replace(each, files=_files(each, _PIPELINE)) for each in _published(latent_diffusion, dialect=_AUTOENCODER)),
+    *(replace(each, files=_files(each, _PIPELINE)) for each in _published(unclip)),
     _CLIP,
     _OPEN_CLIP,
     replace(_OWN_CLIP, names=_open_clip.WEIGHT_NAMES),  # which has names for a ResNet too

@@ -14,7 +14,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from keifu.checkpoints.diffusers import PIPELINE, TOKENIZER, json_files, of_diffusers, weight_places
+from keifu.checkpoints.diffusers import (
+    OF_TRANSFORMERS,
+    PIPELINE,
+    PIPELINES,
+    TOKENIZER,
+    json_files,
+    of_diffusers,
+    weight_places,
+)
 from keifu.checkpoints.families import described_as
 from keifu.checkpoints.huggingface import CONFIGS, INDEX, PREPROCESSOR, WEIGHTS
 from keifu.checkpoints.names import Link, links
@@ -171,8 +179,10 @@ def _move(stage: Path, directory: Path) -> None:
     for name in new:
         (directory / name).parent.mkdir(exist_ok=True)
         named[name].replace(directory / name)
-    stale = [*directory.glob("model-*-of-*.safetensors"), *directory.glob("text_encoder/model*.safetensors*")]
-    stale += [old for part in ("", "unet/", "vae/") for old in directory.glob(f"{part}diffusion_pytorch_model*")]
+    stale = [*directory.glob("model-*-of-*.safetensors")]
+    stale += [old for part in OF_TRANSFORMERS for old in directory.glob(f"{part}/model*.safetensors*")]
+    folders = {part for pipeline in PIPELINES.values() for part in pipeline.models} - {*OF_TRANSFORMERS}
+    stale += [old for part in (".", *folders) for old in directory.glob(f"{part}/diffusion_pytorch_model*")]
     stale += [directory / name for name in (WEIGHTS, INDEX, PIPELINE, *CONFIGS)]
     if Path("tokenizer_config.json") in new:  # what an older tokenizer left would be read beside it
         stale += [directory / name for name in TOKENIZER_FILES]

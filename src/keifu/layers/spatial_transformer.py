@@ -1,4 +1,4 @@
-"""Transformer blocks over the pixels of a picture that look at something else too, such as a text; knows no model.
+"""Attention over the pixels of a picture that looks at something else too, such as a text; knows no model.
 
 What is looked at does not change from step to step of a drawing, so its keys and values are made once (`memories`) and
 handed to every block. Axes: batch, channels, height, width; seen = tokens of what is looked at.
@@ -6,15 +6,17 @@ handed to every block. Axes: batch, channels, height, width; seen = tokens of wh
 
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keifu.layers.attention import CrossAttention, Mask
+from keifu.layers.attention import CrossAttention, Mask, attend
 from keifu.layers.blocks import CrossPreNorm
-from keifu.layers.convolution import EVERYWHERE, Pixels
+from keifu.layers.convolution import EVERYWHERE, Norm, Pixels
+from keifu.layers.linear import JoinedLinear, Linear
 
-Memories = Mapping[nn.Module, tuple[Tensor, Tensor]]  # of each cross-attention: [batch, heads, seen, head_dim] twice
+Memories = Mapping[nn.Module, tuple[Tensor, Tensor]]  # of each attention: [batch, heads, seen, head_dim] twice
 
 
 class PixelLinear(nn.Linear):
@@ -42,6 +44,38 @@ class SpatialTransformer(nn.Module):
         return x + self.last(tokens.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2))
 
 
+class JointAttention(nn.Module):
+    """x + attention(norm(x)) of pixels to a context and to each other in one softmax: the context's keys and values
+    stand before the pixels' own (GLIDE, Nichol et al., 2021, section 2.3)."""
+
+    def __init__(self, channels: int, head_dim: int, context_dim: int, norm: Norm):
+        super().__init__()
+        if channels % head_dim:
+            raise ValueError(f"head_dim ({head_dim}) must divide {channels} channels; choose another number.")
+        self.head_dim, self.norm = head_dim, norm(channels)
+        self.qkv, self.kv = JoinedLinear(channels, (channels,) * 3), JoinedLinear(context_dim, (channels,) * 2)
+        self.out = Linear(channels, channels)
+
+    def project(self, context: Float[Tensor, "batch seen context_dim"]) -> tuple[Tensor, Tensor]:
+        """Keys and values of a context, [batch, heads, seen, head_dim] each."""
+        k, v = self._heads(self.kv(context), 2)
+        return k, v
+
+    def forward(self, x: Pixels, memories: Memories, memory_mask: Mask) -> Pixels:
+        q, *own = self._heads(self.qkv(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)), 3)
+        k, v = (torch.cat(both, 2) for both in zip(memories[self], own, strict=True))
+        visible = memory_mask.visible(k.shape[2] - q.shape[2], None)
+        if isinstance(visible, Tensor):
+            visible = F.pad(visible, (0, q.shape[2]), value=True)
+        seen = self.out(attend(q, k, v, visible))
+        return x + seen.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+    def _heads(self, joined: Float[Tensor, "batch length rows"], parts: int) -> tuple[Tensor, ...]:
+        split = joined.chunk(parts, -1)
+        return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in split)
+
+
 def memories(network: nn.Module, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
-    """Keys and values of a context for every cross-attention of a network."""
-    return {module: module.project(context) for module in network.modules() if isinstance(module, CrossAttention)}
+    """Keys and values of a context for every attention of a network that looks at one."""
+    kinds = CrossAttention, JointAttention
+    return {module: module.project(context) for module in network.modules() if isinstance(module, kinds)}

@@ -11,6 +11,9 @@ from keifu.layers.noise import Noise
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
 TARGETS = {"epsilon": "noise", "sample": "picture", "v_prediction": "velocity"}
 VARIANCES = {name: name for name in ("fixed_small", "fixed_large", "learned_range")}
+VARIANCES |= {"fixed_small_log": "fixed_small"}  # computed through its logarithm
+UNCLIP = "UnCLIPScheduler"
+SILENT = {UNCLIP: "squaredcos_cap_v2"}  # the schedule of a file that does not say
 # class -> what it takes where its file is silent: clip_sample, timestep_spacing, set_alpha_to_one
 CLASSES = {
     "DDPMScheduler": (True, "leading", True),
@@ -24,6 +27,7 @@ CLASSES = {
     "EulerAncestralDiscreteScheduler": (False, "linspace", True),
     "HeunDiscreteScheduler": (False, "linspace", True),
     "LMSDiscreteScheduler": (False, "linspace", True),
+    UNCLIP: (True, "linspace", True),
 }
 
 
@@ -35,7 +39,7 @@ def read_scheduler(json: dict[str, Any]) -> Noise:
     clips, spacing, last_alpha_one = CLASSES[kind]
     clips = json.get("clip_sample", clips)
     return Noise(
-        schedule=_named("beta_schedule", json.get("beta_schedule", "linear"), SCHEDULES),
+        schedule=_named("beta_schedule", json.get("beta_schedule", SILENT.get(kind, "linear")), SCHEDULES),
         steps=json.get("num_train_timesteps", 1000),
         beta_start=float(json.get("beta_start", 1e-4)),
         beta_end=float(json.get("beta_end", 0.02)),
@@ -79,4 +83,18 @@ def write_scheduler(noise: Noise) -> dict[str, Any]:
         "sample_max_value": noise.threshold_max,
         "timestep_spacing": noise.spacing,
         "steps_offset": noise.steps_offset,
+    }
+
+
+def write_unclip_scheduler(noise: Noise) -> dict[str, Any]:
+    """The scheduler_config.json of diffusers' UnCLIPScheduler, which knows the cosine schedule, two targets and evenly
+    spaced timesteps alone: what it has no words for is left out, and differs when it is read back."""
+    return {
+        "_class_name": UNCLIP,
+        "num_train_timesteps": noise.steps,
+        "beta_schedule": SILENT[UNCLIP],
+        "prediction_type": "sample" if noise.target == "picture" else "epsilon",
+        "variance_type": "learned_range" if noise.variance == "learned_range" else "fixed_small_log",
+        "clip_sample": noise.clip is not None,
+        "clip_sample_range": 1.0 if noise.clip is None else noise.clip,
     }

@@ -164,3 +164,39 @@ def write_layout(widths: Sequence[int], down: Layout, up: Layout) -> dict[str, A
 def _name(level: int, way: Layout, known: Blocks) -> str:
     wanted = (True, None) if level in way[0] else (False, level in way[1])
     return next(name for name, means in known.items() if means == wanted)
+
+
+def read_sizes(json: dict[str, Any]) -> dict[str, Any]:
+    """The Config's fields that every UNet2DConditionModel has."""
+    size = json.get("sample_size")
+    return {
+        "size": tuple(size) if isinstance(size, list) else size,
+        "channels": json.get("in_channels", 4),
+        "predicted_channels": json.get("out_channels", 4),
+        "n_residual_blocks": json.get("layers_per_block", 2),
+        "context_dim": json.get("cross_attention_dim", 1280),
+        "norm_groups": json.get("norm_num_groups", 32),
+        "norm_eps": float(json.get("norm_eps", 1e-5)),
+        "dropout": float(json.get("dropout", 0.0)),
+        "time_dim": json.get("time_embedding_dim"),
+        "cosine_first": json.get("flip_sin_to_cos", True),
+        "frequency_shift": float(json.get("freq_shift", 0)),
+    }
+
+
+def write_sizes(config: Any) -> dict[str, Any]:
+    """diffusers' words for the widths and for the fields of `read_sizes`."""
+    return {
+        "sample_size": config.size,
+        "in_channels": config.channels,
+        "out_channels": config.predicted_channels,
+        "block_out_channels": [*config.widths],
+        "layers_per_block": config.n_residual_blocks,
+        "cross_attention_dim": config.context_dim,
+        "norm_num_groups": config.norm_groups,
+        "norm_eps": config.norm_eps,
+        "dropout": config.dropout,
+        "time_embedding_dim": config.time_dim,
+        "flip_sin_to_cos": config.cosine_first,
+        "freq_shift": config.frequency_shift,
+    }

@@ -22,7 +22,7 @@ from keifu.layers.spatial_transformer import Memories, PixelLinear, SpatialTrans
 from keifu.layers.timesteps import TimeEmbedding, TimestepSinusoids
 from keifu.layers.unet import UNet
 from keifu.models._assembly import assembled
-from keifu.models._unet import levels_of, read_sides, told, unet_names
+from keifu.models._unet import levels_of, read_sides, read_sizes, told, unet_names, write_sizes
 
 Sample = Float[Tensor, "batch channels height width"]
 
@@ -102,7 +102,7 @@ PAPER_PARAMETERS = {  # of the released weights
 class ConditionedUNet(nn.Module):
     """The U-Net, and how it is told how much noise there is."""
 
-    def __init__(self, config: Config, time: nn.Module, unet: UNet):
+    def __init__(self, config: Any, time: nn.Module, unet: UNet):
         super().__init__()
         self.config, self.time, self.unet = config, time, unet
 
@@ -111,11 +111,18 @@ class ConditionedUNet(nn.Module):
         return memories(self.unet, context.to(next(self.parameters()).dtype))
 
     def predict(
-        self, x: Sample, timestep: Num[Tensor, "*batch"], projected: Memories, mask: PaddingMask
+        self,
+        x: Sample,
+        timestep: Num[Tensor, "*batch"],
+        projected: Memories,
+        mask: PaddingMask,
+        beside: Float[Tensor, "batch time_dim"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """The prediction for noisy samples, one timestep for all or one each, in the type that they came in."""
+        """The prediction for noisy samples, one timestep for all or one each, in the type that they came in; `beside`
+        is added to the embedding of the timestep."""
         self.check_size(*x.shape[1:])
         time = self.time(timestep.reshape(-1).expand(len(x)))
+        time = time if beside is None else time + beside
         return self.unet(x.to(time.dtype), F.silu(time), memories=projected, memory_mask=mask).to(x.dtype)
 
     def forward(
@@ -221,31 +228,21 @@ def from_published(json: dict[str, Any]) -> Config:
     Its `attention_head_dim` is the number of heads, by a mistake that its makers keep for the sake of old files.
     `upcast_attention` is not kept: products here are summed in float32 in any case.
     """
-    widths, size = tuple(json.get("block_out_channels", (320, 640, 1280, 1280))), json.get("sample_size")
+    widths = tuple(json.get("block_out_channels", (320, 640, 1280, 1280)))
     heads, middle = json.get("num_attention_heads") or json.get("attention_head_dim", 8), _middle(json)
     down = [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"], DOWN
     up = ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3], UP
     sides = read_sides(json, widths, down, up)
     return Config(
-        size=tuple(size) if isinstance(size, list) else size,
-        channels=json.get("in_channels", 4),
-        predicted_channels=json.get("out_channels", 4),
+        **read_sizes(json),
         widths=widths,
-        n_residual_blocks=json.get("layers_per_block", 2),
         attention=levels_of(attends for attends, _ in sides[0]),
         up_attention=levels_of(attends for attends, _ in sides[1]),
         n_heads=tuple(heads) if isinstance(heads, list | tuple) else heads,
         n_layers=json.get("transformer_layers_per_block", 1),
-        context_dim=json.get("cross_attention_dim", 1280),
         linear=json.get("use_linear_projection", False),
         middle=middle,
         pad_around=told(json, "downsample_padding") == 1,
-        norm_groups=json.get("norm_num_groups", 32),
-        norm_eps=float(json.get("norm_eps", 1e-5)),
-        dropout=float(json.get("dropout", 0.0)),
-        time_dim=json.get("time_embedding_dim"),
-        cosine_first=json.get("flip_sin_to_cos", True),
-        frequency_shift=float(json.get("freq_shift", 0)),
     )
 
 
@@ -261,23 +258,12 @@ def to_published(config: Config) -> dict[str, Any]:
     levels = range(len(config.widths))
     return {
         "model_type": "UNet2DConditionModel",
-        "sample_size": config.size,
-        "in_channels": config.channels,
-        "out_channels": config.predicted_channels,
-        "block_out_channels": [*config.widths],
-        "layers_per_block": config.n_residual_blocks,
+        **write_sizes(config),
         "down_block_types": [("DownBlock2D", "CrossAttnDownBlock2D")[level in config.attention] for level in levels],
         "up_block_types": [("UpBlock2D", "CrossAttnUpBlock2D")[n in config.up_attention] for n in reversed(levels)],
         "mid_block_type": _MIDDLE if config.middle else None,
         "attention_head_dim": [*config.n_heads] if isinstance(config.n_heads, tuple) else config.n_heads,
         "transformer_layers_per_block": config.n_layers,
-        "cross_attention_dim": config.context_dim,
         "use_linear_projection": config.linear,
         "downsample_padding": int(config.pad_around),
-        "norm_num_groups": config.norm_groups,
-        "norm_eps": config.norm_eps,
-        "dropout": config.dropout,
-        "time_embedding_dim": config.time_dim,
-        "flip_sin_to_cos": config.cosine_first,
-        "freq_shift": config.frequency_shift,
     }

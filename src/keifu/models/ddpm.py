@@ -121,13 +121,21 @@ _IMPROVED = Config(
     n_residual_blocks=3, attention=(1, 2), n_heads=4, pad_around=True, scale_shift=True, norm_eps=1e-5, dropout=0.3,
     cosine_first=True, frequency_shift=0.0, noise=Noise(schedule="cosine", steps=4000, variance="learned_range"),
 )  # fmt: skip
+_KARLO = Config(  # reads noise and the small picture, enlarged
+    size=256, channels=6, out_channels=3, dim=320, multipliers=(1, 2, 3, 4), n_residual_blocks=3, attention=(),
+    middle_attention=False, residual_down=(0, 1, 2), residual_up=(1, 2, 3), pad_around=True, norm_eps=1e-5, dropout=0.0,
+    head_dim=8, cosine_first=True, frequency_shift=0.0, noise=Noise(schedule="cosine", spacing="linspace"),
+)  # fmt: skip
 SIZES = {
     "ddpm-cifar10": Config(),
     "ddpm-256": Config(size=256, multipliers=(1, 1, 2, 2, 4, 4), attention=(4,), dropout=0.0, noise=Noise()),
     "improved-ddpm-cifar10": _IMPROVED,
     "improved-ddpm-imagenet64": replace(_IMPROVED, size=64, multipliers=(1, 2, 3, 4), attention=(2, 3), dropout=0.0),
+    "karlo-upsampler": _KARLO,
 }
-PAPER_PARAMETERS = {"ddpm-cifar10": 35.7e6, "ddpm-256": 114e6, "improved-ddpm-imagenet64": 120e6}
+PAPER_PARAMETERS = {
+    "ddpm-cifar10": 35.7e6, "ddpm-256": 114e6, "improved-ddpm-imagenet64": 120e6, "karlo-upsampler": 700e6,
+}  # fmt: skip
 
 
 class DDPM(nn.Module):

@@ -1,0 +1,93 @@
+"""What unCLIP's decoder is told (Ramesh et al., 2022, section 2.1): CLIP's embedding of a picture, added to that of the
+noise level and as tokens before those of the caption. It knows no CLIP, no U-Net and no sampler.
+
+Axes: batch, length = tokens of a caption, embedding = numbers of CLIP's vectors.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keifu.layers.linear import Linear
+
+Embedding = Float[Tensor, "batch embedding"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are those of Karlo. `n_tokens` is how many the picture's embedding becomes."""
+
+    n_tokens: int = 4
+    embedding_dim: int = 768
+    time_dim: int = 1280
+    context_dim: int = 1536
+
+
+SIZES: dict[str, Config] = {}  # they come with the whole, in unclip.py
+PAPER_PARAMETERS: dict[str, float] = {}
+
+
+class Conditions(nn.Module):
+    """`none` is learned, and stands for the embedding of a picture that is not told, as guidance needs it."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, dim = config, config.embedding_dim
+        self.none = nn.Parameter(torch.zeros(dim))
+        self.image_time, self.caption_time = Linear(dim, config.time_dim), Linear(dim, config.time_dim)
+        self.image_tokens = Linear(dim, config.n_tokens * config.context_dim)
+        self.tokens, self.norm = Linear(dim, config.context_dim), nn.LayerNorm(config.context_dim)
+
+    def forward(
+        self, image: Embedding, caption: Embedding, tokens: Float[Tensor, "batch length embedding"]
+    ) -> tuple[Float[Tensor, "batch time_dim"], Float[Tensor, "batch seen context_dim"]]:
+        """What is added to the noise level's embedding, and what attention looks at: `n_tokens` more than the caption.
+
+        image, caption: CLIP's embeddings. tokens: its hidden states of the caption.
+        """
+        beside = self.image_time(image) + self.caption_time(caption)
+        of_image = self.image_tokens(image).unflatten(-1, (-1, self.config.n_tokens)).mT
+        return beside, torch.cat([of_image, self.norm(self.tokens(tokens))], 1)
+
+
+def build(config: Config) -> Conditions:
+    """With torch's own initialisation, and zeros for the picture that is not told."""
+    return Conditions(config)
+
+
+WEIGHT_NAMES = {
+    "none": "learned_classifier_free_guidance_embeddings",
+    "image_time": "clip_image_embeddings_project_to_time_embeddings",
+    "caption_time": "embedding_proj",
+    "image_tokens": "clip_extra_context_tokens_proj",
+    "tokens": "encoder_hidden_states_proj",
+    "norm": "text_encoder_hidden_states_norm",
+}
+PREFIX = ""
+NOT_WEIGHTS = ()
+MODEL_TYPES = {"UnCLIPTextProjModel": "UnCLIPTextProjModel"}
+UNSUPPORTED: dict[str, Any] = {}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of diffusers' config.json of a UnCLIPTextProjModel."""
+    return Config(
+        n_tokens=json.get("clip_extra_context_tokens", 4),
+        embedding_dim=json.get("clip_embeddings_dim", 768),
+        time_dim=json["time_embed_dim"],
+        context_dim=json["cross_attention_dim"],
+    )
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that diffusers reads."""
+    return {
+        "model_type": "UnCLIPTextProjModel",
+        "clip_extra_context_tokens": config.n_tokens,
+        "clip_embeddings_dim": config.embedding_dim,
+        "time_embed_dim": config.time_dim,
+        "cross_attention_dim": config.context_dim,
+    }
