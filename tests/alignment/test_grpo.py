@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from keifu import checkpoints
-from keifu.alignment.grpo import Watch, advantages, grpo, terms
+from keifu.alignment.grpo import NORMAL, advantages, grpo, terms
 from keifu.alignment.scoring import reward, score
+from keifu.alignment.watching import Range, Watch
 from keifu.commands.train import parse
 from keifu.data.chain_sums import chain_sums
 from keifu.data.tokenizers import train_tokenizer
@@ -138,16 +139,21 @@ def test_adapters_learn_without_a_reference(base: Path, task: Path, tmp_path: Pa
     assert [line["kl"] for line in lines(out)] == [0, 0]
 
 
-def test_resumed_to_the_bit(base: Path, task: Path, tmp_path: Path) -> None:
-    fast = ["--steps", "4", "--learning-rate", "0.01"]
+SEVERAL = ["--minibatches", "2", "--epochs", "2", "--lora.rank", "2", "--lora.dropout", "0.2"]
+
+
+@pytest.mark.parametrize("parts", [[], SEVERAL])
+def test_resumed_to_the_bit(parts: list[str], base: Path, task: Path, tmp_path: Path) -> None:
+    """Also in the midst of a rollout that serves several updates."""
+    fast = ["--steps", "4", "--learning-rate", "0.01", *parts]
     whole, part = (go(base, task, tmp_path / name, *fast) for name in ("whole", "part"))
-    weights = (whole / "model.safetensors").read_bytes()
-    assert weights == (part / "model.safetensors").read_bytes()
-    for file in (part / "state").glob("step-00000004.*"):
+    [name] = [file.name for file in whole.glob("*model.safetensors")]
+    weights = (whole / name).read_bytes()
+    assert weights == (part / name).read_bytes()
+    for file in [part / name, *(part / "state").glob("step-00000004.*")]:
         file.unlink()
-    (part / "model.safetensors").unlink()
     go(base, task, part, *fast, "--resume")
-    assert weights == (part / "model.safetensors").read_bytes()
+    assert weights == (part / name).read_bytes()
     assert [line["reward"] for line in lines(whole)] == [line["reward"] for line in lines(part)]
 
 
@@ -189,9 +195,12 @@ def test_a_constant_reward_is_warned_of_once(
 
 
 def test_a_warning_comes_each_time_that_a_figure_leaves_its_range() -> None:
-    watch, values = Watch(), [0.1, 0.7, 0.8, 0.2, 0.9]
+    watch, values = Watch(NORMAL), [0.1, 0.7, 0.8, 0.2, 0.9]
     assert [len([*watch({"kl": value})]) for value in values] == [0, 1, 0, 0, 1]
-    assert "kl is 0.9, normal is 0 to 0.5" in [*Watch()({"kl": 0.9})][0]
+    assert "kl is 0.9, normal is 0 to 0.5" in [*Watch(NORMAL)({"kl": 0.9})][0]
+    long = Watch({"length": Range(0.5, 2.0, "look", relative=True)})
+    assert [len([*long({"length": value})]) for value in (7.0, 13.0, 15.0)] == [0, 0, 1]
+    assert "length" in long.table({"length": 15.0}) and "normal 3.5 to 14  <- look" in long.table({"length": 15.0})
 
 
 def test_sums_are_right_and_different() -> None:
@@ -217,6 +226,7 @@ def test_the_built_in_task_is_labelled(base: Path, tmp_path: Path) -> None:
     [
         (["--beta", "-1"], "beta is 0 or more"),
         (["--group", "1"], "2 answers or more"),
+        (["--minibatches", "3"], "16 answers do not part into 3 minibatches"),
         (["--max-tokens", "48"], "this model's context is 48"),
         (["--reward", "lst-number"], "Did you mean 'last-number'"),
         (["--reward", "absent.py:f"], "There is no file absent.py"),

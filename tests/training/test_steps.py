@@ -205,6 +205,21 @@ class Watched(Sequences):
     def validation(self) -> list[dict[str, torch.Tensor]]:
         return []
 
+    def kept(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def take_up(self, kept: dict[str, torch.Tensor]) -> None:
+        assert not kept
+
+
+def test_some_weights_learn_with_a_share_of_the_rate() -> None:
+    groups = Optimisers(toy(), settings(rate_shares=(("head", 0.5), ("layers.0", 0.0))))
+    groups.update({"adamw": 0.1})
+    rates = {n: group["lr"] for group in groups.all["adamw"].param_groups for n in group["param_names"]}
+    assert rates["head.weight"] == 0.05 and rates["layers.0.bias"] == 0 and rates["layers.1.weight"] == 0.1
+    with pytest.raises(UserError, match="the optimizer is muon"):
+        settings(rate_shares=(("head", 0.5),), optimizer="muon")
+
 
 def test_on_policy_batches_are_made_after_the_update_and_none_twice(tmp_path: Path) -> None:
     model = toy()

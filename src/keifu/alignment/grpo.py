@@ -4,20 +4,20 @@ other, so no value model is needed; it knows no model by name and no reward.
 Axes: batch = answers, group = answers to one prompt, length = tokens of a prompt and its answer, n = tokens of answers.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from keifu.layers.log_probabilities import token_log_probabilities
+from keifu.alignment.answers import Tokens, answer_log_probabilities, figures_of
+from keifu.alignment.rollouts import Rollouts
+from keifu.alignment.watching import Range
+from keifu.generation.decoding import evaluating
 from keifu.training.protocols import Batch, Objective, Outcome
 
 EPSILON = 1e-4  # beside a group's deviation; where all rewards are equal, every advantage is 0
-Tokens = Float[Tensor, " n"]
 
 
 class Terms(NamedTuple):
@@ -26,14 +26,6 @@ class Terms(NamedTuple):
     loss: Tokens
     kl: Tokens
     clipped: Bool[Tensor, " n"]
-
-
-class Chosen(NamedTuple):
-    """Of each token of all answers: ln p, the entropy there in nats, and the answer that it is of."""
-
-    logs: Tokens
-    entropy: Tokens
-    rows: Int[Tensor, " n"]
 
 
 def advantages(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
@@ -55,60 +47,52 @@ def terms(logs: Tokens, old: Tokens, reference: Tokens, advantage: Tokens, clip:
     return Terms(beta * kl - surrogate, kl.detach(), (kept * advantage < ratio * advantage).detach())
 
 
-def answer_log_probabilities(model: Any, batch: Batch, temperature: float = 1.0) -> Chosen:
-    """Of the tokens of batch["tokens"] [batch, length] that batch["mask"] marks, row by row.
-
-    The model offers `hidden(tokens)` and `head_weight`.
-    """
-    tokens, mask = batch["tokens"], batch["mask"][:, 1:]
-    hidden = model.hidden(tokens[:, :-1])[mask]
-    found, entropy = token_log_probabilities(hidden, model.head_weight, tokens[:, 1:][mask], temperature)
-    return Chosen(found, entropy, mask.nonzero()[:, 0])
-
-
 def grpo(clip: float, beta: float, temperature: float = 1.0) -> Objective:
     """The objective for the training loop: the mean over answers of the mean over an answer's tokens.
 
     Its batches hold "tokens" and "mask", True on the answers, "old" and "reference" (what policy and reference gave as
-    ln p; without the latter kl is 0) [batch, length], and of each answer "advantage", "reward", "varied" (not all of
-    its group have one reward) and "finished" [batch]. Figures: the last three, kl, entropy, clip_fraction and length.
+    ln p; without the latter kl is 0) [batch, length], and of each answer "advantage" and figures to be told [batch].
+    Figures: those, kl, entropy, clip_fraction and length. There is no dropout: ratios compare one function.
     """
     return partial(_outcome, clip, beta, temperature)
 
 
 def _outcome(clip: float, beta: float, temperature: float, model: Any, batch: Batch) -> Outcome:
-    logs, entropy, rows = answer_log_probabilities(model, batch, temperature)
+    with evaluating(model):
+        logs, entropy, rows = answer_log_probabilities(model, batch, temperature)
     mask = batch["mask"][:, 1:]
     reference = batch["reference"][:, 1:][mask] if "reference" in batch else logs.detach()
     found = terms(logs, batch["old"][:, 1:][mask], reference, batch["advantage"][rows], clip, beta)
-    lengths = mask.sum(-1)
-    share = 1 / lengths[rows]
+    share = 1 / mask.sum(-1)[rows]
     means = {"kl": found.kl, "entropy": entropy, "clip_fraction": found.clipped}
     figures = {name: (value * share).sum() for name, value in means.items()}
-    figures |= {name: batch[name].sum() for name in ("reward", "varied", "finished")}
-    return Outcome((found.loss * share).sum(), len(mask), figures | {"length": lengths.sum().float()})
+    return Outcome((found.loss * share).sum(), len(mask), figures | figures_of(batch))
 
 
-NORMAL = {  # a figure's least and largest value, and what it may mean that it is outside
-    "varied": (0.001, 1.0, "no group has answers with different rewards, so nothing is learned: look at the reward"),
-    "finished": (0.5, 1.0, "most answers are cut off: more --max-tokens, or a model that has learned to end"),
-    "kl": (0.0, 0.5, "the model moves far from what it began with: a lower learning rate or more --beta"),
-    "entropy": (0.01, float("inf"), "the model says always the same: a higher --temperature or a lower learning rate"),
-    "clip_fraction": (0.0, 0.2, "many tokens are clipped: sampling and training do not agree"),
+class Groups(Rollouts):
+    """The training loop's data; of each answer there are "advantage", "reward", "finished" and "varied" (not all of its
+    group have one reward)."""
+
+    def _rated(self, made: Batch, group: int) -> Batch:
+        groups = made["reward"].view(-1, group)
+        return {
+            "advantage": advantages(groups).flatten() if group > 1 else torch.zeros_like(made["reward"]),
+            "varied": (groups != groups[:, :1]).any(1).float().repeat_interleave(group),
+        }
+
+    def _blank(self, rows: int) -> Batch:
+        return dict.fromkeys(("advantage", "varied"), torch.zeros(rows))
+
+
+NORMAL = {
+    "varied": Range(
+        0.001, 1.0, "no group has answers with different rewards, so nothing is learned: look at the reward"
+    ),
+    "finished": Range(0.5, 1.0, "most answers are cut off: more --max-tokens, or a model that has learned to end"),
+    "kl": Range(0.0, 0.5, "the model moves far from what it began with: a lower learning rate or more --beta"),
+    "entropy": Range(
+        0.01, float("inf"), "the model says always the same: a higher --temperature or a lower learning rate"
+    ),
+    "clip_fraction": Range(0.0, 0.2, "many tokens are clipped: a lower learning rate or fewer updates for a rollout"),
+    "length": Range(0.33, 3.0, "answers are far from as long as they were at first: look at the reward", True),
 }
-
-
-@dataclass
-class Watch:
-    """Warnings where a figure leaves its normal range: one each time that it does, not one a step."""
-
-    outside: set[str] = field(default_factory=set)
-
-    def __call__(self, figures: Mapping[str, float]) -> Iterator[str]:
-        """The warnings that these figures of a step give."""
-        for name, (least, largest, meaning) in NORMAL.items():
-            value = figures.get(name, least)
-            inside = least - 1e-6 <= value <= largest + 1e-6
-            if not inside and name not in self.outside:
-                yield f"{name.replace('_', ' ')} is {value:.3g}, normal is {least:.2g} to {largest:.2g}: {meaning}."
-            self.outside = self.outside - {name} if inside else self.outside | {name}

@@ -3,7 +3,9 @@
 It knows no model by name and no file. Axes: batch = prompts, K = ranked answers of each, length = tokens.
 """
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from keifu.data.prompts import Prompt
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.errors import UserError
 from keifu.generation.decoding import evaluating
 from keifu.training.protocols import Batch, Outcome
 
@@ -97,3 +102,27 @@ def scores_of(model: Any, texts: Sequence[Sequence[int]], pad_id: int, batch_siz
             mask = torch.arange(longest, device=device) < lengths[:, None]
             found[some] = model.classify(rows[:, None], mask[:, None])[:, 0].float().cpu()
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class ByModel:
+    """A `Scorer`: a reward model, which reads each prompt with its answer by its own tokenizer and template."""
+
+    model: Any
+    tokenizer: Tokenizer
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """The scores; one that is no finite number, or a text that is too long, is a `UserError`."""
+        talks = [[*p.messages, {"role": "assistant", "content": a}] for p, a in zip(prompts, answers, strict=True)]
+        texts = [self.tokenizer.render_chat(talk, add_generation_prompt=False) for talk in talks]
+        if (longest := max(map(len, texts), default=0)) > (room := self.model.config.context_length):
+            raise UserError(
+                f"A prompt and its answer have {longest} tokens for the reward model, and its context is {room}: "
+                "shorten the prompts, or lower --max-tokens."
+            )
+        found = scores_of(self.model, texts, self.tokenizer.pad_id or 0).tolist()
+        for prompt, answer, value in zip(prompts, answers, found, strict=True):
+            if not math.isfinite(value):
+                of = f"for the answer {answer[:80]!r} to {prompt.text[:80]!r}"
+                raise UserError(f"The reward model's score is {value} {of}: its weights are damaged; train it again.")
+        return found

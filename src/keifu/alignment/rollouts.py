@@ -1,11 +1,13 @@
-"""Answers that a model writes while it learns, rewarded and compared within their groups: a batch of each step is a
-function of the weights, the seed and the step, so nothing of it needs saving; knows no model by name and no file.
+"""Answers that a model writes while it learns, with their rewards: what is made for a step is a function of the
+weights, the seed and the step; knows no model, no file and not what is made of the rewards.
 
-Axes: row = answers, those to one prompt together; position = tokens of a prompt and its answer, padded on the right.
+A rollout serves one update, or several: its answers are then parted into minibatches, and may be gone through more than
+once. Axes: row = answers, those to one prompt together; position = tokens of a prompt and its answer, padded on the
+right.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from keifu.alignment.grpo import advantages, answer_log_probabilities
-from keifu.alignment.scoring import Reward, score
+from keifu.alignment.answers import answer_log_probabilities
+from keifu.alignment.scoring import Scorer
 from keifu.data.prompts import Prompt, fingerprint
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
@@ -28,25 +30,43 @@ AT_A_TIME = 64  # answers
 
 @dataclass(frozen=True)
 class Plan:
-    """How answers are drawn: prompts of a step, answers to each, the tokens that one has at most."""
+    """How answers are drawn: prompts of a rollout, answers to each, the tokens that one has at most; and how they are
+    learned from: in so many minibatches, so many times over."""
 
     prompts: int = 8
     group: int = 8
     max_tokens: int = 64
     temperature: float = 1.0
     seed: int = 0
+    minibatches: int = 1
+    epochs: int = 1
 
     def __post_init__(self) -> None:
-        if self.group < 2:
-            raise UserError(f"A group has 2 answers or more, which are compared, and not {self.group}.")
-        if self.prompts < 1 or self.max_tokens < 1 or self.temperature <= 0:
-            raise UserError("A step has at least 1 prompt, an answer 1 token, and the temperature is more than 0.")
+        if min(self.prompts, self.group, self.max_tokens, self.minibatches, self.epochs) < 1 or self.temperature <= 0:
+            raise UserError(
+                "A rollout has at least 1 prompt, an answer 1 token, minibatches and epochs are 1 or more, and the "
+                "temperature is more than 0."
+            )
+        if self.answers % self.minibatches:
+            raise UserError(f"{self.answers} answers do not part into {self.minibatches} minibatches of one size.")
+
+    @property
+    def answers(self) -> int:
+        """Of a rollout."""
+        return self.prompts * self.group
+
+    @property
+    def updates(self) -> int:
+        """For each rollout."""
+        return self.minibatches * self.epochs
 
 
 class Rollouts:
-    """The training loop's data, which it makes anew after each update; `grpo` says what a batch holds.
+    """The training loop's data, which it makes anew when a rollout has served its updates.
 
-    `reference` is the model that the policy is held to; None holds it to none, and the figure kl is 0.
+    A batch holds "tokens", "mask", True on the answers, "old", ln p when each token was drawn, and where there is a
+    `reference`, the model that the policy is held to, "reference", its ln p [row, position]; "reward", "finished" and
+    what else `measured` scores [row]; and what a method makes of these.
     """
 
     on_policy = True
@@ -56,13 +76,14 @@ class Rollouts:
         models: tuple[nn.Module, nn.Module | None],
         tokenizer: Tokenizer,
         parts: tuple[Sequence[Prompt], Sequence[Prompt]],
-        reward: Reward,
+        reward: Scorer,
         plan: Plan,
+        measured: Mapping[str, Scorer] | None = None,
     ):
         if not parts[0]:
             raise UserError("There is no prompt to learn from.")
         (self.model, self.reference), self.tokenizer = models, tokenizer
-        self.parts, self.reward, self.plan = parts, reward, plan
+        self.parts, self.plan, self.scorers = parts, plan, {"reward": reward, **(measured or {})}
         self.ids = tuple([tokenizer.render_chat(each.messages) for each in part] for part in parts)
         self.longest = max(len(ids) for part in self.ids for ids in part) + plan.max_tokens
         if self.longest > (room := causal(self.model).config.context_length):
@@ -72,6 +93,7 @@ class Rollouts:
             )
         total = len(parts[0])
         self._order = lru_cache(2)(lambda epoch: np.random.default_rng([plan.seed, epoch]).permutation(total))
+        self._held: dict[str, Tensor] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -80,18 +102,24 @@ class Rollouts:
         return hashlib.sha256(f"{self.plan} {prompts}".encode()).hexdigest()
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Answers of the model as it is now to the prompts of a step, counted from 0."""
-        plan = self.plan
-        places = step * plan.prompts + np.arange(plan.prompts)
-        epochs, inside = np.divmod(places, len(self.parts[0]))
-        chosen = [int(self._order(int(epoch))[place]) for epoch, place in zip(epochs, inside, strict=True)]
-        rows = [row for row in chosen for _ in range(plan.group)]
-        drawn = np.random.SeedSequence([plan.seed, step]).generate_state(len(rows), np.uint32)
-        samplings = [
-            Sampling(max_tokens=plan.max_tokens, temperature=plan.temperature, seed=int(seed), log_probabilities=True)
-            for seed in drawn
-        ]
-        return self._made(0, rows, samplings, plan.group)
+        """The minibatch of a step, counted from 0: of answers of the model as it is now, where a rollout begins."""
+        number, place = divmod(step, self.plan.updates)
+        if not place:
+            self._held = self._rollout(number)
+        assert self._held, "a rollout that later weights cannot make again is part of the state"
+        if self.plan.updates == 1:
+            return self._held
+        epoch, part = divmod(place, self.plan.minibatches)
+        order = np.random.default_rng([self.plan.seed, number, epoch]).permutation(self.plan.answers)
+        return taken(self._held, np.split(order, self.plan.minibatches)[part])
+
+    def kept(self) -> dict[str, Tensor]:
+        """The rollout, where later weights may ask for it."""
+        return self._held if self.plan.updates > 1 else {}
+
+    def take_up(self, kept: dict[str, Tensor]) -> None:
+        """Goes on with a rollout."""
+        self._held = dict(kept)
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         """The likeliest answers to the held-out prompts."""
@@ -103,39 +131,64 @@ class Rollouts:
 
     def largest(self) -> dict[str, Tensor]:
         """A batch as large as one can be, without an answer of any model in it."""
-        rows = self.plan.prompts * self.plan.group
+        rows = self.plan.answers // self.plan.minibatches
         tokens, zeros = torch.zeros(rows, self.longest, dtype=torch.long), torch.zeros(rows, self.longest)
         mask = (torch.arange(self.longest) >= self.longest - self.plan.max_tokens).expand(rows, -1).clone()
-        each = dict.fromkeys(("advantage", "reward", "varied", "finished"), torch.zeros(rows))
-        return {"tokens": tokens, "mask": mask, "old": zeros, "reference": zeros, **each}
+        each = dict.fromkeys((*self.scorers, "finished"), torch.zeros(rows))
+        return {"tokens": tokens, "mask": mask, "old": zeros, "reference": zeros, **each, **self._blank(rows)}
+
+    def _rollout(self, number: int) -> dict[str, Tensor]:
+        plan = self.plan
+        places = number * plan.prompts + np.arange(plan.prompts)
+        epochs, inside = np.divmod(places, len(self.parts[0]))
+        chosen = [int(self._order(int(epoch))[place]) for epoch, place in zip(epochs, inside, strict=True)]
+        rows = [row for row in chosen for _ in range(plan.group)]
+        drawn = np.random.SeedSequence([plan.seed, number]).generate_state(len(rows), np.uint32)
+        samplings = [
+            Sampling(max_tokens=plan.max_tokens, temperature=plan.temperature, seed=int(seed), log_probabilities=True)
+            for seed in drawn
+        ]
+        return self._made(0, rows, samplings, plan.group)
 
     def _made(self, part: int, rows: Sequence[int], samplings: Sequence[Sampling], group: int) -> dict[str, Tensor]:
         prompts = [self.ids[part][row] for row in rows]
         answers = generate_batch(self.model, self.tokenizer, prompts, samplings, AT_A_TIME)
         made = together(prompts, answers, self.tokenizer.pad_id or 0)
-        examples = [self.parts[part][row] for row in rows]
-        pairs = zip(examples, answers, strict=True)
-        rewards = torch.tensor([score(self.reward, p.text, answer.text, p.record) for p, answer in pairs]).float()
-        groups = rewards.view(-1, group)
-        made |= {
-            "advantage": advantages(groups).flatten() if group > 1 else torch.zeros_like(rewards),
-            "reward": rewards,
-            "varied": (groups != groups[:, :1]).any(1).float().repeat_interleave(group),
-            "finished": torch.tensor([float(answer.finish_reason == "stop") for answer in answers]),
-        }
-        return made | ({"reference": self._referred(self.reference, made)} if self.reference else {})
+        examples, texts = [self.parts[part][row] for row in rows], [answer.text for answer in answers]
+        made |= {name: torch.tensor(scorer(examples, texts)).float() for name, scorer in self.scorers.items()}
+        made["finished"] = torch.tensor([float(answer.finish_reason == "stop") for answer in answers])
+        if part == 1:  # drawn greedily, where ln p is 0
+            made["old"] = self._logs(self.model, made)
+        if self.reference:
+            made["reference"] = self._logs(self.reference, made)
+        return made | self._rated(made, group)
+
+    def _rated(self, made: dict[str, Tensor], group: int) -> dict[str, Tensor]:
+        """What a method makes of answers and rewards, by name; a row for each answer."""
+        raise NotImplementedError
+
+    def _blank(self, rows: int) -> dict[str, Tensor]:
+        """What `_rated` gives, of no answers, in the shape of the longest."""
+        raise NotImplementedError
 
     @torch.no_grad()
-    def _referred(self, reference: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """ln p of the answers' tokens under the reference, at the places of the tokens."""
+    def _logs(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """ln p of the answers' tokens under a model, at the places of the tokens."""
         found = torch.zeros_like(batch["old"])
-        device = next(reference.parameters()).device
-        with evaluating(reference):
+        device = next(model.parameters()).device
+        with evaluating(model):
             for at in range(0, len(found), AT_A_TIME):
                 part = {name: batch[name][at : at + AT_A_TIME].to(device) for name in ("tokens", "mask")}
-                logs = answer_log_probabilities(reference, part, self.plan.temperature).logs
+                logs = answer_log_probabilities(model, part, self.plan.temperature).logs
                 found[at : at + AT_A_TIME][batch["mask"][at : at + AT_A_TIME]] = logs.cpu()
         return found
+
+
+def taken(batch: dict[str, Tensor], rows: np.ndarray) -> dict[str, Tensor]:
+    """Some rows, without the places that none of them reaches."""
+    some = {name: tensor[torch.from_numpy(rows)] for name, tensor in batch.items()}
+    reached = int(some["mask"].any(0).nonzero().max()) + 1
+    return {name: tensor[:, :reached] if tensor.dim() == 2 else tensor for name, tensor in some.items()}
 
 
 def together(prompts: Sequence[Sequence[int]], answers: Sequence[Completion], pad_id: int) -> dict[str, Any]:

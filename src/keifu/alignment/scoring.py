@@ -3,14 +3,16 @@
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from keifu.data.prompts import Prompt
 from keifu.errors import UserError, unknown
 
 Reward = Callable[[str, str, Mapping[str, Any]], float]  # of the prompt, the answer and the example that it is from
+Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]  # of an answer to each of these prompts
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -64,6 +66,13 @@ def _module(path: Path) -> Any:
     except Exception as error:
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
     return module
+
+
+def each(function: Reward) -> Scorer:
+    """The scorer that asks a function of each answer."""
+    return lambda prompts, answers: [
+        score(function, prompt.text, answer, prompt.record) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def score(function: Reward, prompt: str, answer: str, example: Mapping[str, Any]) -> float:

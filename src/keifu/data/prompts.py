@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keifu.data import conversations
 from keifu.data.conversations import Conversation, checked, objects
 from keifu.errors import UserError
 
@@ -25,8 +26,13 @@ class Prompt:
 
 
 def read(source: str | Path) -> Iterator[Prompt]:
-    """The prompts of a .jsonl or .json file, whose objects have a "prompt", a text or messages, and other fields."""
+    """The prompts of a .jsonl or .json file, whose objects have a "prompt", a text or messages, and other fields; or
+    of conversations that keifu has by name, what is said before their last answer, and that as "answer"."""
     path = Path(source)
+    if source in conversations.names():
+        for number, talk in enumerate(conversations.read(str(source)), 1):
+            yield prompt({"prompt": talk[:-1], "answer": talk[-1]["content"]}, f"{source}, conversation {number}")
+        return
     if not path.is_file():
         raise UserError(f"There is no file {path} of prompts.")
     for place, record in objects(path, "prompt"):

@@ -10,38 +10,22 @@ prompts.
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from keifu.alignment.grpo import Watch, grpo
-from keifu.alignment.rollouts import Plan, Rollouts
-from keifu.alignment.scoring import reward, text_hash
-from keifu.data.chain_sums import chain_sums
-from keifu.data.prompts import Prompt, prompt, read
+from keifu.alignment.grpo import NORMAL, Groups, grpo
+from keifu.alignment.rollouts import Plan
+from keifu.alignment.watching import Watch, told
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
-from keifu.recipes._assistant import Lora, Template, held_out, leave, opened, to_train
+from keifu.recipes._assistant import Lora, Template, leave, opened, to_train
+from keifu.recipes._rewarded import CHAIN_SUM, Rewarding, Sums, parted, prompts, rewarding, say, source_of, watch
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
 from keifu.training.settings import Settings
-
-CHAIN_SUM = "chain-sum"
-
-
-@dataclass(frozen=True)
-class Sums:
-    """The built-in task."""
-
-    count: int = 2000
-    """Problems."""
-    terms: tuple[int, int] = (2, 3)
-    """The fewest and the most numbers of a problem."""
-    digits: int = 1
-    """Of a number, at most."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +35,11 @@ class Recipe:
     model: str = "smollm2"
     """What it begins with, best one that has learned to answer: a run, a directory, a catalogue name or a hub id."""
     data: str = CHAIN_SUM
-    """chain-sum, the built-in task; or a .jsonl or .json file: prompt, and whatever the reward needs."""
+    """chain-sum, the built-in task; or a .jsonl or .json file: prompt, and whatever the reward needs; or conversations
+    by name, as keifu train sft takes them."""
     reward: str = "last-number"
     """file.py:function, called with a prompt, an answer and the example (a dict); or last-number or exact, which
-    compare with the example's field answer."""
+    compare with the example's field answer; or a reward model, a run of keifu train reward."""
     template: Template = "own"
     """The chat template; own: the tokenizer's, or plain where it has none."""
     held_out: float = 0.1
@@ -62,13 +47,17 @@ class Recipe:
     sums: Sums = field(default_factory=Sums)
     """Of chain-sum."""
     prompts: int = 8
-    """Of a step."""
+    """Of a rollout."""
     group: int = 8
     """Answers to each prompt, which are compared with each other."""
     max_tokens: int = 64
     """Of an answer, at most."""
     temperature: float = 1.0
     """Of the answers' sampling."""
+    minibatches: int = 1
+    """Parts of a rollout, each of which makes an update."""
+    epochs: int = 1
+    """How often the answers of a rollout are gone through."""
     clip: float = 0.2
     """How far a token's probability may move, as a share, before it counts no more."""
     beta: float = 0.04
@@ -76,7 +65,7 @@ class Recipe:
     lora: Lora = field(default_factory=Lora)
     """Low-rank adapters."""
     steps: int = 200
-    """Updates of the weights, each with answers of its own."""
+    """Updates of the weights; a rollout serves minibatches times epochs of them."""
     micro_batch: int | None = None
     """Answers computed at a time; unset: as many as fit in memory."""
     learning_rate: float | None = None
@@ -89,6 +78,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.beta < 0 or not 0 < self.clip < 1:
             raise UserError(f"beta is 0 or more and clip from 0 to 1, and they are {self.beta} and {self.clip}.")
+        if self.group < 2:
+            raise UserError(f"A group has 2 answers or more, which are compared, and not {self.group}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,33 +88,29 @@ class Task:
 
     model: nn.Module
     tokenizer: Tokenizer
-    data: Rollouts
+    data: Groups
+    rewarding: Rewarding
 
 
 def prepare(recipe: Recipe) -> Task:
     """Loads the model and the reward, reads or makes the prompts, and keeps what the model began with."""
-    plan = Plan(recipe.prompts, recipe.group, recipe.max_tokens, recipe.temperature, recipe.seed)
-    function, found = reward(recipe.reward), prompts(recipe)
-    parts = held_out(found, [each.text for each in found], recipe.held_out)
+    plan = Plan(
+        recipe.prompts, recipe.group, recipe.max_tokens, recipe.temperature, recipe.seed, recipe.minibatches,
+        recipe.epochs,
+    )  # fmt: skip
+    by = rewarding(recipe.reward)
+    parts = parted(prompts(recipe.data, recipe.sums, recipe.seed), recipe.held_out)
     model, tokenizer = opened(recipe.model, recipe.template)
     reference = copy.deepcopy(model).float().requires_grad_(False) if recipe.beta else None
     model = to_train(model, recipe.lora, recipe.seed)
-    return Task(model, tokenizer, Rollouts((model, reference), tokenizer, parts, function, plan))
-
-
-def prompts(recipe: Recipe) -> Sequence[Prompt]:
-    """Those of the file, or of the built-in task."""
-    if recipe.data != CHAIN_SUM:
-        return list(read(recipe.data))
-    made = chain_sums(recipe.sums.count, recipe.sums.terms, recipe.sums.digits, recipe.seed)
-    return [prompt(record, CHAIN_SUM) for record in made]
+    return Task(model, tokenizer, Groups((model, reference), tokenizer, parts, by.scorer, plan), by)
 
 
 def settings(recipe: Recipe) -> Settings:
     """The training loop's settings; every step has a line of metrics."""
     return Settings(
         steps=recipe.steps,
-        batch_size=recipe.prompts * recipe.group,
+        batch_size=recipe.prompts * recipe.group // recipe.minibatches,
         micro_batch=recipe.micro_batch,
         learning_rate=recipe.learning_rate or (2e-5 if recipe.lora.rank else 1e-6),
         schedule="constant",
@@ -138,38 +125,37 @@ def settings(recipe: Recipe) -> Settings:
     )
 
 
-def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
+def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> tuple[Summary, Watch]:
     """Trains the task's model into a run folder."""
-    objective, run = grpo(recipe.clip, recipe.beta, recipe.temperature), described(recipe, task, out, resume)
+    objective, watched = grpo(recipe.clip, recipe.beta, recipe.temperature), watch(NORMAL, out, resume)
     save, largest = lambda to: leave(task.model, task.tokenizer, to, recipe.model), task.data.largest()
-    return train(task.model, objective, task.data, settings(recipe), run, save=save, largest=largest)
+    run = described(recipe, task, out, resume, watched)
+    return train(task.model, objective, task.data, settings(recipe), run, save=save, largest=largest), watched
 
 
-def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+def described(recipe: Recipe, task: Task, out: Path, resume: bool, watched: Watch) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
     counts = {"prompts to learn from": len(task.data.parts[0]), "prompts held out": len(task.data.parts[1])}
-    told: dict[str, Any] = {"reward": recipe.reward, "reward's file": text_hash(recipe.reward)}
-    told |= {"clip": recipe.clip, "beta": recipe.beta}
-    made = {"source": "sums in the form of reasoning-gym's chain_sum, made here", **asdict(recipe.sums)}
-    source = made if recipe.data == CHAIN_SUM else {"source": recipe.data}
+    options: dict[str, Any] = {"reward": recipe.reward, "reward's file": task.rewarding.digest}
+    options |= {"clip": recipe.clip, "beta": recipe.beta}
     return Run(
         directory=out,
         resume=resume,
-        options=told | {"begins with": recipe.model, "lora": asdict(recipe.lora)},
+        options=options | {"begins with": recipe.model, "lora": asdict(recipe.lora)},
         about={
             "title": f"{recipe.model} learns from the reward {Path(recipe.reward).name}",
             "paper": "Shao et al., DeepSeekMath (2024)",
-            "data": [source | counts],
+            "normal ranges": told(NORMAL),
+            "data": [source_of(recipe.data, recipe.sums) | counts],
         },
         unit="answers",
-        watch=Watch(),
+        watch=watched,
         how_to_resume=f"keifu train grpo --out {out} --resume, with the options of this run",
     )
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu chat reads afterwards."""
-    summary = learn(recipe, prepare(recipe), out, resume)
-    if (mean := summary.figures.get("validation_reward")) is not None:
-        print(f"The likeliest answers to held-out prompts have a mean reward of {mean:.3g}.")
+    summary, watched = learn(recipe, prepare(recipe), out, resume)
+    say(watched, summary.figures)
     print(f"The model is in {out}: keifu chat {out}.")

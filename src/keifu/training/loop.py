@@ -161,7 +161,7 @@ class _Loop:
         with self.pace.paused():
             try:
                 before = state.read(self.run.directory, self.at.spikes.target(spiked))
-                self.started = go_back(self.started, before, self.settings)
+                self.started = go_back(self.started, before, self.data, self.settings)
             except UserError as error:
                 raise UserError(self._refuse(str(error))) from None
             self.at = self.started.progressed
@@ -247,7 +247,8 @@ class _Loop:
             facts = {"described": self.facts, "resolved": self.started.resolved(), **self.at.facts()}
             rules = self.settings.spikes
             reach = rules.reach if rules.rise else 0
-            state.save(self.run.directory, self.at.step, tensors(self.started), facts, self.settings.keep, reach)
+            held = tensors(self.started, self.data)
+            state.save(self.run.directory, self.at.step, held, facts, self.settings.keep, reach)
             self.saved = self.at.step
 
     @contextmanager

@@ -54,7 +54,7 @@ class Optimisers:
         """An update with these rates; with the rate 0 no weight changes."""
         for kind, rate in zip(self.all, rates.values(), strict=True):
             for group in self.all[kind].param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("share", 1.0)
         if self.partwise:
             self.partwise.attach()
         for optimizer in self.all.values():
@@ -112,7 +112,13 @@ def _groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _adamw(named: Named, s: Settings) -> AdamW:
-    groups = _groups(named, s.weight_decay)
+    """Groups by the share of the rate that weights get: of several beginnings of a name, the first one counts."""
+    shares = {name: next((share for start, share in s.rate_shares if name.startswith(start)), 1.0) for name, _ in named}
+    groups = [
+        group | {"share": share}
+        for share in dict.fromkeys(shares.values())
+        for group in _groups([(name, p) for name, p in named if shares[name] == share], s.weight_decay)
+    ]
     return AdamW(groups, lr=s.learning_rate, betas=s.betas, eps=s.epsilon, fused=True)
 
 

@@ -47,9 +47,20 @@ class Data(Protocol):
 
 @runtime_checkable
 class OnPolicy(Protocol):
-    """What data declare whose batches are a function of the weights too: none is made before the update before it."""
+    """What data declare whose batches are a function of the weights too: none is made before the update before it.
+
+    Where several updates share what was made with the weights before the first of them, a state holds that too.
+    """
 
     on_policy: Literal[True]
+
+    def kept(self) -> Batch:
+        """What batches to come are made of and later weights could not make again; empty where there is nothing."""
+        ...
+
+    def take_up(self, kept: Batch) -> None:
+        """Goes on with what `kept` gave."""
+        ...
 
 
 @dataclass(frozen=True)

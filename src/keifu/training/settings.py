@@ -54,6 +54,8 @@ class Settings:
     """The last rate as a share of the highest one (linear and cosine)."""
     decay_steps: int | None = None
     """Steps after which linear and cosine have fallen, and the rate stays; unset: all."""
+    rate_shares: tuple[tuple[str, float], ...] = ()
+    """Weights whose names begin so learn with that share of AdamW's rate, as pairs: a beginning, and the share."""
     rate_by: RateBy = "steps"
     """What is counted for the rate. rows: a step counts as the share of batch_size that its batch has, so that rates
     follow the tokens seen while the batch grows."""
@@ -111,6 +113,8 @@ class Settings:
         for name, values in shares.items():
             if not all(0 <= value < 1 or (value == 1 and name == "final_ratio") for value in values):
                 raise UserError(f"{name} must lie between 0 and 1, and it is {vars(self)[name]}.")
+        if self.rate_shares and self.optimizer != "adamw":
+            raise UserError(f"rate_shares are of adamw's rate, and the optimizer is {self.optimizer}: leave them out.")
         if self.warmup > self.steps:
             raise UserError(f"A warm-up of {self.warmup} steps does not fit a run of {self.steps}; make it shorter.")
         _ = self.growth  # what cannot be is said at once

@@ -12,7 +12,7 @@ from keifu.errors import UserError
 from keifu.training import cost, guards, state
 from keifu.training.optimisers import Optimisers
 from keifu.training.precision import resolve
-from keifu.training.protocols import Batch, Data, Objective, Run
+from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run
 from keifu.training.settings import Settings, check_resumed, described
 from keifu.training.spikes import Spikes
 from keifu.training.step import Stepper, Sums, compiled, on_device, row_elements
@@ -73,7 +73,7 @@ def start(
     with guards.memory(ADVICE):
         measured = cost.estimate(probe, batch, rows, ADVICE)
     if found:
-        _take_up(model, optimisers, found.tensors)
+        _take_up(model, optimisers, data, found.tensors)
     running = compiled(objective, device) if settings.compile else objective
     rows, elements = rows or measured.micro_batch, resolved.get("row_elements", row_elements(batch))
     stepper = Stepper(
@@ -105,9 +105,11 @@ def _resumed(run: Run, settings: Settings, data: Data, tell: Callable[[str], Non
 
 
 @torch.no_grad()
-def _take_up(model: nn.Module, optimisers: Optimisers, tensors: dict[str, Tensor]) -> None:
+def _take_up(model: nn.Module, optimisers: Optimisers, data: Data, tensors: dict[str, Tensor]) -> None:
     state.into_model(model, tensors)
     optimisers.load(_under("optimisers.", tensors))
+    if isinstance(data, OnPolicy):
+        data.take_up(_under("data.", tensors))
 
 
 def _progressed(found: state.State | None, settings: Settings, device: torch.device) -> Progressed:
@@ -121,7 +123,7 @@ def _progressed(found: state.State | None, settings: Settings, device: torch.dev
     return Progressed(found.step, facts["seconds"], taken, divergence, spikes)
 
 
-def go_back(started: Started, found: state.State, settings: Settings) -> Started:
+def go_back(started: Started, found: state.State, data: Data, settings: Settings) -> Started:
     """The run at an earlier state of its own, from which other batches follow; its clock is not set back."""
     stepper, now = started.stepper, started.progressed
     then = _progressed(found, settings, stepper.device)
@@ -129,7 +131,7 @@ def go_back(started: Started, found: state.State, settings: Settings) -> Started
     then.seconds = now.seconds
     started.optimisers.drop_gradients()
     started.optimisers.forget()
-    _take_up(stepper.model, started.optimisers, found.tensors)
+    _take_up(stepper.model, started.optimisers, data, found.tensors)
     return dataclasses.replace(started, progressed=then)
 
 
@@ -137,11 +139,14 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def tensors(started: Started) -> dict[str, Tensor]:
-    """Every tensor of a state: the model's, the optimizers', and the sums since the last line of metrics."""
+def tensors(started: Started, data: Data) -> dict[str, Tensor]:
+    """Every tensor of a state: the model's, the optimizers', what the data keep, and the sums since the last line of
+    metrics."""
     sums = started.progressed.sums
+    kept = data.kept() if isinstance(data, OnPolicy) else {}
     return {
         **state.of_model(started.stepper.model),
         **{f"optimisers.{name}": tensor for name, tensor in started.optimisers.state().items()},
+        **{f"data.{name}": tensor for name, tensor in kept.items()},
         **{f"sums.{name}": tensor for name, tensor in (sums.tensors() if sums else {}).items()},
     }

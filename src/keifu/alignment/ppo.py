@@ -1,0 +1,171 @@
+"""Proximal policy optimisation as InstructGPT has it (Schulman et al., 2017; Ouyang et al., 2022, section 3.5 and C.4):
+a policy, a value model and a frozen reference; it knows no model by name, no reward and no file.
+
+Axes: batch = answers, length = tokens of a prompt and its answer, n = tokens of answers, k = texts beside an answer.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from keifu.alignment.answers import Tokens, answer_log_probabilities, figures_of
+from keifu.alignment.watching import Range
+from keifu.errors import UserError
+from keifu.generation.decoding import evaluating
+from keifu.training.objectives import causal
+from keifu.training.protocols import Batch, Objective, Outcome
+
+Places = Float[Tensor, "batch length"]
+Mask = Bool[Tensor, "batch length"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is learned from answers: the numbers are InstructGPT's where it gives them.
+
+    beta: of the KL penalty a token. clip: of the ratio. value_clip: how far a value may move from that of the rollout.
+    discount, trace: γ and λ of the advantages. value_weight: of the value's loss beside the policy's. text_weight: of
+    the loss on pretraining text (PPO-ptx's γ). cut_off: what an answer that does not end loses of its reward.
+    """
+
+    beta: float = 0.02
+    clip: float = 0.2
+    value_clip: float = 0.2
+    discount: float = 1.0
+    trace: float = 0.95
+    value_weight: float = 0.1
+    text_weight: float = 27.8
+    cut_off: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.beta, self.value_clip, self.value_weight, self.text_weight, self.cut_off) < 0:
+            raise UserError(f"The weights of PPO are 0 or more, and they are {self}.")
+        if not (0 < self.clip < 1 and 0 <= self.discount <= 1 and 0 <= self.trace <= 1):
+            told = f"clip {self.clip}, discount {self.discount} and trace {self.trace}"
+            raise UserError(f"clip, discount and trace lie between 0 and 1, and they are {told}.")
+
+
+class ActorCritic(nn.Module):
+    """What the loop trains: a policy, which writes, and a value model, which tells what it expects of a beginning."""
+
+    def __init__(self, policy: nn.Module, value: nn.Module):
+        super().__init__()
+        self.policy, self.value = policy, value
+
+
+def penalised(
+    scores: Float[Tensor, " batch"], old: Places, reference: Places, mask: Mask, beta: float
+) -> Float[Tensor, "batch length"]:
+    """The reward of each token: -β ln(p / p_reference), and of an answer's last one its score too."""
+    rewards = torch.where(mask, beta * (reference - old), 0.0)
+    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1, keepdim=True)
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+
+
+def advantages(rewards: Places, values: Places, mask: Mask, discount: float = 1.0, trace: float = 0.95) -> Places:
+    """Generalised advantage estimates (Schulman et al., 2015, equation 16) of the tokens that the mask marks, which
+    follow each other.
+
+    values: what was expected before each token. Behind the last token nothing is expected, also of an answer cut off.
+    """
+    expected = torch.where(mask, values.double(), 0.0)
+    after = torch.cat([expected[:, 1:], expected.new_zeros(len(mask), 1)], 1)
+    errors = torch.where(mask, rewards.double() + discount * after - expected, 0.0)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    ahead = places[:, None] - places  # row: where an error is, column: what it counts for
+    decay = torch.where(ahead >= 0, (discount * trace) ** ahead.clamp(min=0).double(), 0.0)
+    return torch.where(mask, errors @ decay, 0.0).float()
+
+
+def whitened(values: Places, mask: Mask) -> Float[Tensor, "batch length"]:
+    """With mean 0 and variance 1 over what the mask marks; 0 elsewhere. A single value stays what it is."""
+    chosen = values[mask].double()
+    if len(chosen) < 2:
+        return torch.where(mask, values, 0.0)
+    normal = (values.double() - chosen.mean()) / (chosen.var() + 1e-8).sqrt()
+    return torch.where(mask, normal, 0.0).float()
+
+
+def explained_variance(values: Places, returns: Places, mask: Mask) -> float:
+    """1 - Var(return - value) / Var(return): 1 of a value model that knows all, 0 of one that says always the same."""
+    told, came = values[mask].double(), returns[mask].double()
+    spread = float(came.var(correction=0))
+    return 1 - float((came - told).var(correction=0)) / spread if spread > 1e-12 else 0.0
+
+
+class Terms(NamedTuple):
+    """Of each token: the policy's loss, the value's, whether clipping holds the policy back, and its squared step."""
+
+    policy: Tokens
+    value: Tokens
+    clipped: Bool[Tensor, " n"]
+    moved: Tokens
+
+
+def terms(
+    logs: Tokens, old: Tokens, advantage: Tokens, values: Tokens, old_values: Tokens, returns: Tokens, rule: Rule
+) -> Terms:
+    """max(-A ratio, -A clip(ratio)), ratio = p / p_old (Schulman et al., 2017, equation 7), and half the larger of
+    (V - R)² and (clip(V) - R)², V clipped around what it was in the rollout."""
+    ratio = (logs - old).exp()
+    kept = ratio.clamp(1 - rule.clip, 1 + rule.clip)
+    near = old_values + (values - old_values).clamp(-rule.value_clip, rule.value_clip)
+    value = torch.maximum((values - returns).square(), (near - returns).square()) / 2
+    policy = torch.maximum(-advantage * ratio, -advantage * kept)
+    clipped = (-advantage * kept > -advantage * ratio).detach()
+    return Terms(policy, value, clipped, (logs - old).detach().square() / 2)
+
+
+def ppo(rule: Rule) -> Objective:
+    """The objective for the training loop, of an `ActorCritic`; the mean over all tokens of a minibatch's answers.
+
+    Its batches hold "tokens" and "mask", True on the answers, "old", "values", "advantage" and "returns", all of the
+    rollout [batch, length]; of each answer "share", answers for each token of the minibatch, and figures to be told
+    [batch]; and where text is learned too, "text" [batch, k, text length]. There is no dropout: ratios compare one
+    function.
+    """
+    return partial(_outcome, rule)
+
+
+def _outcome(rule: Rule, model: Any, batch: Batch) -> Outcome:
+    mask = batch["mask"][:, 1:]
+    with evaluating(model):
+        logs, entropy, rows = answer_log_probabilities(model.policy, batch, rule.temperature)
+        values = model.value.scores_along(batch["tokens"][:, None, :-1])[:, 0][mask]
+    old, advantage, expected, returns = (batch[name][:, 1:][mask] for name in ("old", "advantage", "values", "returns"))
+    found, share = terms(logs, old, advantage, values, expected, returns, rule), batch["share"][rows]
+    means = {"policy_loss": found.policy, "value_loss": found.value, "entropy": entropy}
+    means |= {"clip_fraction": found.clipped, "update_kl": found.moved}
+    figures = {name: (each.detach() * share).sum() for name, each in means.items()} | figures_of(batch)
+    total = ((found.policy + rule.value_weight * found.value) * share).sum()
+    if "text" in batch:
+        read = causal(model.policy, {"tokens": batch["text"].flatten(0, 1)})
+        nats = read.total * (len(mask) / read.weight)  # a mean for each answer
+        total, figures["text_loss"] = total + rule.text_weight * nats, nats.detach()
+    return Outcome(total, len(mask), figures)
+
+
+NORMAL = {
+    "reward_spread": Range(
+        1e-4, float("inf"), "all answers have one reward, so only the distance is learned: look at the reward"
+    ),
+    "kl": Range(
+        -0.5,
+        20.0,
+        "below 0, sampling and scoring do not agree; above, the policy is far from what it began with, and the reward "
+        "tells less there: more --beta, or fewer rollouts",
+    ),
+    "entropy": Range(0.01, float("inf"), "the policy has collapsed to one answer: a lower rate or more --beta"),
+    "clip_fraction": Range(0.0, 0.3, "the policy moves too far on one rollout: a lower rate or fewer epochs"),
+    "update_kl": Range(0.0, 0.1, "the policy moves too far on one rollout: a lower rate or fewer epochs"),
+    "explained_variance": Range(
+        0.0, 1.0, "the value model tells less than a mean would: usual at first, later a higher --value-rate"
+    ),
+    "finished": Range(0.5, 1.0, "most answers are cut off: more --max-tokens, or --cut-off"),
+    "length": Range(0.33, 3.0, "answers are far from as long as they were at first: look at the reward", True),
+}

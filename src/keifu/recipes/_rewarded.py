@@ -1,0 +1,87 @@
+"""What the recipes that learn from answers of their own have in common: prompts, what rewards the answers, how far the
+run is normal; it knows no objective."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from keifu import checkpoints
+from keifu.alignment.reward import ByModel
+from keifu.alignment.scoring import OWN, Scorer, each, reward, text_hash
+from keifu.alignment.watching import Range, Watch
+from keifu.data.chain_sums import chain_sums
+from keifu.data.prompts import Prompt, prompt, read
+from keifu.errors import UserError
+from keifu.files import sha256
+from keifu.recipes._assistant import held_out
+from keifu.training import metrics
+
+CHAIN_SUM = "chain-sum"
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The built-in task."""
+
+    count: int = 2000
+    """Problems."""
+    terms: tuple[int, int] = (2, 3)
+    """The fewest and the most numbers of a problem."""
+    digits: int = 1
+    """Of a number, at most."""
+
+
+def prompts(source: str, sums: Sums, seed: int) -> Sequence[Prompt]:
+    """Those of a file or of conversations known by name, or of the built-in task."""
+    if source != CHAIN_SUM:
+        return list(read(source))
+    return [prompt(record, CHAIN_SUM) for record in chain_sums(sums.count, sums.terms, sums.digits, seed)]
+
+
+def parted(found: Sequence[Prompt], share: float) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to learn from, and held out."""
+    return held_out(found, [each.text for each in found], share)
+
+
+def source_of(data: str, sums: Sums) -> dict[str, Any]:
+    """Where prompts are from, for a report."""
+    made = {"source": "sums in the form of reasoning-gym's chain_sum, made here", **asdict(sums)}
+    return made if data == CHAIN_SUM else {"source": data}
+
+
+@dataclass(frozen=True, eq=False)
+class Rewarding:
+    """What scores answers; the reward model and its tokenizer, where it is one; a hash of whatever it is."""
+
+    scorer: Scorer
+    model: ByModel | None
+    digest: str
+
+
+def rewarding(name: str) -> Rewarding:
+    """By a function (see `keifu.alignment.scoring.reward`), or by a reward model: a directory or a hub id."""
+    if name in OWN or ".py:" in name or not (Path(name).is_dir() or "/" in name):
+        return Rewarding(each(reward(name)), None, text_hash(name))
+    model: Any
+    model, tokenizer = checkpoints.load(name)
+    if getattr(model.config, "form", "") != "score" or tokenizer is None:
+        raise UserError(
+            f"{name} gives no score: as a reward, choose a model of keifu train reward, or file.py:function."
+        )
+    files = sorted(Path(name).glob("*.safetensors"))
+    by = ByModel(model.float().requires_grad_(False), tokenizer)
+    return Rewarding(by, by, "+".join(map(sha256, files)))
+
+
+def watch(normal: Mapping[str, Range], out: Path, resume: bool) -> Watch:
+    """Warnings of a run; one that is resumed compares with its own first figures."""
+    first = next((line for line in metrics.read(out) if "reward" in line), {}) if resume else {}
+    return Watch(normal, {name: float(value) for name, value in first.items()})
+
+
+def say(watched: Watch, figures: Mapping[str, float]) -> None:
+    """Prints the last figures beside their normal ranges, and how held-out prompts are answered."""
+    print(f"The last figures, each beside its normal range:\n{watched.table(figures)}")
+    if (mean := figures.get("validation_reward")) is not None:
+        print(f"The likeliest answers to held-out prompts have a mean reward of {mean:.3g}.")

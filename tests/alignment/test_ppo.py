@@ -1,0 +1,293 @@
+"""PPO: its estimates and losses against NumPy, a reward that rises, resuming to the bit, what its value model begins
+as, pretraining text beside it, rewards that fail."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from keifu import checkpoints
+from keifu.alignment import ppo
+from keifu.alignment.ppo import ActorCritic, Rule
+from keifu.commands.train import parse
+from keifu.data.tokenizers import train_tokenizer
+from keifu.errors import UserError
+from keifu.models import finetuned, gpt2, llama
+from keifu.recipes import ppo as recipe
+from keifu.training import metrics
+
+CONFIG: dict[str, Any] = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable: None) -> None:
+    """Models this small are faster without a second one."""
+    torch.set_num_threads(1)
+
+
+def answers(rows: int, length: int) -> torch.Tensor:
+    """Masks of answers that begin and end anywhere."""
+    starts = torch.randint(1, 5, (rows, 1))
+    ends = starts + torch.randint(1, length - 5, (rows, 1))
+    places = torch.arange(length)
+    return (places >= starts) & (places < ends)
+
+
+@pytest.mark.parametrize(("discount", "trace"), [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (1.0, 0.0)])
+def test_rewards_and_advantages_are_those_of_numpy(discount: float, trace: float) -> None:
+    mask, beta = answers(9, 17), 0.1
+    old, reference, values = (torch.randn(9, 17) for _ in range(3))
+    scores = torch.randn(9)
+    rewards = ppo.penalised(scores, old, reference, mask, beta)
+    found = ppo.advantages(rewards, values, mask, discount, trace)
+    for row in range(9):
+        places = [int(at) for at in mask[row].nonzero()]
+        following, estimate = 0.0, 0.0
+        for at in reversed(places):  # equation 16, from the end
+            reward = -beta * float(old[row, at] - reference[row, at]) + (float(scores[row]) if at == places[-1] else 0)
+            assert float(rewards[row, at]) == pytest.approx(reward, abs=1e-6)
+            error = reward + discount * following - float(values[row, at])
+            estimate = error + discount * trace * estimate
+            following = float(values[row, at])
+            assert float(found[row, at]) == pytest.approx(estimate, abs=1e-6)
+    assert not found[~mask].any() and not rewards[~mask].any()
+    chosen = found[mask].double().numpy()
+    normal = (chosen - chosen.mean()) / np.sqrt(chosen.var(ddof=1) + 1e-8)
+    np.testing.assert_allclose(ppo.whitened(found, mask)[mask].numpy(), normal, rtol=0, atol=1e-6)
+    left = (found + values)[mask].numpy() - values[mask].numpy()
+    explained = 1 - left.var() / (found + values)[mask].numpy().var()
+    assert ppo.explained_variance(values, found + values, mask) == pytest.approx(explained, abs=1e-5)
+
+
+def made_up(rows: int, length: int) -> dict[str, torch.Tensor]:
+    """A batch of answers to a policy that knows nothing."""
+    mask = answers(rows, length)
+    places = {name: torch.randn(rows, length) * 0.3 for name in ("values", "advantage", "returns")}
+    each = {name: torch.rand(rows) for name in ("reward", "finished", "kl", "reward_spread", "explained_variance")}
+    batch = {"tokens": torch.randint(0, 29, (rows, length)), "mask": mask, **places, **each}
+    batch["old"] = torch.randn(rows, length) * 0.3 - np.log(29)
+    batch["share"] = torch.full((rows,), rows / float(mask.sum()))
+    return batch | {"text": torch.randint(0, 29, (rows, 2, 8))}
+
+
+def written_out(batch: dict[str, np.ndarray], logits: np.ndarray, values: np.ndarray, rule: Rule) -> tuple[float, ...]:
+    """The means of the policy's and the value's loss and the share that is clipped, token by token, in NumPy alone."""
+    sums = np.zeros(3)
+    for row, at in np.argwhere(batch["mask"]):
+        line, token = logits[row, at - 1].astype(np.float64), batch["tokens"][row, at]
+        log = line[token] - line.max() - np.log(np.exp(line - line.max()).sum())
+        ratio, advantage = np.exp(log - batch["old"][row, at]), batch["advantage"][row, at]
+        kept = np.clip(ratio, 1 - rule.clip, 1 + rule.clip)
+        value, before, came = values[row, at - 1], batch["values"][row, at], batch["returns"][row, at]
+        near = np.clip(value, before - rule.value_clip, before + rule.value_clip)
+        policy = max(-advantage * ratio, -advantage * kept)
+        sums += policy, 0.5 * max((value - came) ** 2, (near - came) ** 2), policy > -advantage * ratio
+    return tuple(sums / batch["mask"].sum())
+
+
+def test_objective_is_that_of_numpy_however_it_is_split() -> None:
+    torch.manual_seed(4)
+    policy = llama.build(llama.Config(vocab_size=29, **CONFIG))
+    decoder = gpt2.build(gpt2.Config(vocab_size=29, **CONFIG, dropout=0.5))
+    model = ActorCritic(policy, finetuned.finetuned(decoder, finetuned.Config(decoder.config, "score", ("reward",))))
+    batch, rule = made_up(7, 13), Rule(text_weight=3.0)
+    objective = ppo.ppo(rule)
+    found = objective(model.train(), batch)
+    model.eval()
+    with torch.no_grad():
+        logits = policy(batch["tokens"]).numpy()
+        values = model.value.scores_along(batch["tokens"][:, None])[:, 0].numpy()
+        nats = -policy(batch["text"].flatten(0, 1)[:, :-1]).log_softmax(-1)
+    text = float(nats.gather(-1, batch["text"].flatten(0, 1)[:, 1:, None]).mean())
+    told = {name: tensor.numpy() for name, tensor in batch.items()}
+    policy_loss, value_loss, clipped = written_out(told, logits, values, rule)
+    means = {name: float(value) / 7 for name, value in found.figures.items()}
+    assert means["policy_loss"] == pytest.approx(policy_loss, abs=1e-6)
+    assert means["value_loss"] == pytest.approx(value_loss, abs=1e-6)
+    assert means["clip_fraction"] == pytest.approx(clipped, abs=1e-6) and 0 < clipped < 1
+    assert means["text_loss"] == pytest.approx(text, abs=1e-5)
+    total = policy_loss + rule.value_weight * value_loss + rule.text_weight * text
+    assert found.weight == 7 and float(found.total.detach()) / 7 == pytest.approx(total, abs=2e-5)
+    parts = [objective(model, {name: tensor[at : at + 3] for name, tensor in batch.items()}) for at in (0, 3, 6)]
+    torch.testing.assert_close(torch.stack([part.total for part in parts]).sum(), found.total)
+
+
+def test_where_clipping_holds_there_is_no_gradient() -> None:
+    logs = torch.tensor([0.5, 0.5, -0.5, -0.5]).requires_grad_()
+    values = torch.tensor([0.5, 0.5, -0.5, 0.1]).requires_grad_()
+    zeros, returns = torch.zeros(4), torch.tensor([1.0, -1.0, -1.0, 1.0])
+    found = ppo.terms(logs, zeros, torch.tensor([1.0, -1.0, 1.0, -1.0]), values, zeros, returns, Rule())
+    assert found.clipped.tolist() == [True, False, False, True]
+    policy, value = torch.autograd.grad(found.policy.sum() + found.value.sum(), (logs, values))
+    assert (policy == 0).tolist() == [True, False, False, True]
+    assert (value == 0).tolist() == [True, False, True, False]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows nothing."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer("bpe", ["User: Assistant: one two three four five good bad"] * 9, 280)
+    torch.manual_seed(0)
+    checkpoints.save(llama.build(llama.Config(vocab_size=tokenizer.vocab_size, **CONFIG)), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts, functions that reward answers to them, preferences of the same kind, and a text."""
+    folder = tmp_path_factory.mktemp("task")
+    rows = [{"prompt": f"{a} {b}", "letter": "o"} for a in ("one", "two", "four") for b in ("good", "bad", "five")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(
+        "def letters(prompt, answer, example):\n"
+        "    return answer.count(example['letter']) / 4\n"
+        "def constant(prompt, answer, example): return 1\n"
+        "def nan(prompt, answer, example): return float('nan')\n"
+        "def fails(prompt, answer, example): return example['absent']\n"
+    )
+    pairs = [{"prompt": row["prompt"], "chosen": "good one", "rejected": "bad"} for row in rows]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (folder / "text.txt").write_text("one two three four five good bad " * 40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(base: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model, hardly trained."""
+    out = tmp_path_factory.mktemp("judge")
+    size = ["--steps", "3", "--batch-size", "4", "--learning-rate", "0.005"]
+    parse(["reward", "--model", str(base), "--data", str(task / "pairs.jsonl"), *size, "--out", str(out)])()
+    return out
+
+
+def go(base: Path, task: Path, out: Path, *arguments: str, reward: str | Path = "letters") -> Path:
+    given = reward if isinstance(reward, Path) else f"{task / 'rewards.py'}:{reward}"
+    data = ["--data", str(task / "prompts.jsonl"), "--reward", str(given)]
+    size = ["--prompts", "16", "--minibatches", "2", "--max-tokens", "6", "--warmup", "0"]
+    parse(["ppo", "--model", str(base), *data, *size, "--out", str(out), *arguments])()
+    return out
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    return [line for line in metrics.read(out) if "reward" in line]
+
+
+FIGURES = {
+    "reward", "reward_spread", "kl", "entropy", "clip_fraction", "update_kl", "explained_variance", "length",
+    "finished", "policy_loss", "value_loss",
+}  # fmt: skip
+
+
+def test_reward_rises(base: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fast = ["--rollouts", "20", "--learning-rate", "0.015", "--value-rate", "0.01", "--ema", "0.5"]
+    found = lines(go(base, task, tmp_path / "run", *fast))
+    assert found[0].keys() >= FIGURES and len(found) == 40
+    first, last = (np.mean([line["reward"] for line in part]) for part in (found[:6], found[-6:]))
+    assert last > first + 0.5, (first, last)
+    assert found[0]["clip_fraction"] == 0 and found[0]["kl"] == pytest.approx(0, abs=1e-5)
+    told = capsys.readouterr().out
+    assert "explained variance" in told and "normal 0 to 1" in told and "mean reward of" in told
+    assert "normal ranges" in (tmp_path / "run" / "report.html").read_text()
+    assert checkpoints.load(tmp_path / "run")[0].config == checkpoints.load(base)[0].config
+
+
+CHOICES: dict[str, list[str]] = {
+    "all": ["--epochs", "2"],
+    "text": ["--text.data", "text.txt", "--text.length", "16", "--text.each", "2", "--text.held-out", "0.2"],
+    "adapters": ["--lora.rank", "2", "--lora.dropout", "0.3", "--cut-off", "1.0", "--measured", "rewards.py:letters"],
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_resumed_to_the_bit_in_the_midst_of_a_rollout(
+    choice: str, base: Path, task: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(task)
+    fast = ["--rollouts", "2", "--learning-rate", "0.01", "--value-rate", "0.01", *CHOICES[choice]]
+    whole, part = (go(base, task, tmp_path / name, *fast, reward=judge) for name in ("whole", "part"))
+    [name] = [file.name for file in whole.glob("*model.safetensors")]
+    weights, last = (whole / name).read_bytes(), max((part / "state").glob("*.json")).stem
+    for file in [part / name, *(part / "state").glob(f"{last}.*")]:
+        file.unlink()
+    go(base, task, part, *fast, "--resume", reward=judge)
+    assert weights == (part / name).read_bytes()
+    assert [line["value_loss"] for line in lines(whole)] == [line["value_loss"] for line in lines(part)]
+    keys = metrics.read(whole)[-1].keys()
+    assert ("validation_text_loss" in keys) == (choice == "text")
+    assert ("validation_measured_letters" in keys) == (choice == "adapters")
+
+
+def test_the_value_model_begins_as_the_reward_model_or_the_policy(base: Path, task: Path, judge: Path) -> None:
+    data = {"data": str(task / "prompts.jsonl"), "prompts": 4, "minibatches": 1, "max_tokens": 6}
+    reward: Any = checkpoints.load_model(judge)
+    tokens = torch.randint(5, 200, (3, 1, 9))
+    made = recipe.prepare(recipe.Recipe(str(base), str(judge), **data))
+    torch.testing.assert_close(made.model.value.scores_along(tokens), reward.scores_along(tokens))
+    first = made.data.batch(0)
+    assert float(first["advantage"][first["mask"]].mean()) == pytest.approx(0, abs=1e-5)
+    again = made.data.batch(0)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    largest = made.data.largest()
+    assert largest.keys() == first.keys() and largest["tokens"].numel() >= first["tokens"].numel()
+    new = recipe.prepare(recipe.Recipe(str(base), str(judge), value="policy", **data))
+    assert not torch.equal(new.model.value.scores_along(tokens), reward.scores_along(tokens))
+    policy = {name: tensor for name, tensor in new.model.policy.state_dict().items()}
+    assert all(torch.equal(policy[name], each) for name, each in new.model.value.decoder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [("nan", "The reward is nan for the answer"), ("fails", "The reward raised KeyError for the answer")],
+)
+def test_a_reward_that_fails_is_told(reward: str, said: str, base: Path, task: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        go(base, task, tmp_path / "run", "--rollouts", "1", reward=reward)
+
+
+def test_a_damaged_reward_model_is_told(base: Path, task: Path, judge: Path, tmp_path: Path) -> None:
+    model: Any
+    model, tokenizer = checkpoints.load(judge)
+    torch.nn.init.constant_(model.task_head.project.weight, float("nan"))
+    checkpoints.save(model, tokenizer, tmp_path / "damaged")
+    with pytest.raises(UserError, match="The reward model's score is nan for the answer"):
+        go(base, task, tmp_path / "run", "--rollouts", "1", "--value", "policy", reward=tmp_path / "damaged")
+
+
+def test_a_constant_reward_is_warned_of_once(
+    base: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(base, task, tmp_path / "run", "--rollouts", "2", reward="constant")
+    assert capsys.readouterr().err.count("so only the distance is learned: look at the reward") == 1
+
+
+def test_a_reward_model_of_other_tokens_is_refused(base: Path, task: Path, judge: Path, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer("bpe", ["User: Assistant: six seven eight nine"] * 9, 270)
+    model = llama.build(llama.Config(vocab_size=tokenizer.vocab_size, **CONFIG))
+    checkpoints.save(model, tokenizer, tmp_path / "other")
+    with pytest.raises(UserError, match="reads other tokens than .*choose --value policy"):
+        go(tmp_path / "other", task, tmp_path / "run", reward=judge)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--clip", "1.5"], "clip, discount and trace lie between 0 and 1"),
+        (["--beta", "-1"], "weights of PPO are 0 or more"),
+        (["--minibatches", "3"], "16 answers do not part into 3 minibatches"),
+        (["--value", "last-number"], "--value last-number is no model"),
+        (["--text.each", "0"], "at least 1 of 1 token"),
+        (["--max-tokens", "48"], "this model's context is 48"),
+    ],
+)
+def test_bad_options(arguments: list[str], said: str, base: Path, task: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        go(base, task, tmp_path / "run", *arguments)
+
+
+def test_a_model_that_scores_nothing_is_no_reward(base: Path, task: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gives no score"):
+        go(base, task, tmp_path / "run", reward=base)
