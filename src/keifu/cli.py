@@ -16,6 +16,7 @@ VERBS = {  # each is a file of that name in keifu/commands
     "classify": "a label for each text, or for each picture by a CLIP",
     "draw": "pictures by a model that removes noise, and a picture once more, bit for bit",
     "translate": "translate a text, line for line, with an encoder-decoder",
+    "compare": "two models' answers side by side: which is better, and how often",
     "evaluate": "how good a model is: BLEU and chrF, perplexity",
     "convert": "write a model as a Hugging Face directory or as GGUF",
     "inspect": "the load report: every tensor of a model, and the settings in use",

@@ -1,0 +1,152 @@
+"""`keifu compare`: two models' answers side by side, and which is better; knows no model and no way to write."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from keifu.commands import flags
+
+if TYPE_CHECKING:
+    from keifu.data.prompts import Prompt
+    from keifu.evaluation.side_by_side import Choice
+
+AHEAD = 8  # prompts that are answered together, before they are shown
+KEYS = "1: the left one is better, 2: the right one, 0: equally good, s: skip, q: stop (what was chosen is kept)"
+NARROW = 60  # columns of a terminal, below which answers stand one above the other
+
+
+@dataclass(frozen=True)
+class Options:
+    """Two models answer the same prompts; you say which answer is better, without being told whose it is.
+
+    Choices are kept as they are made, and the same command goes on with those left. In the folder preferences.jsonl is
+    what keifu train dpo and keifu train reward learn from. In the end, B's share of those decided, and its interval.
+    --seed (unset: 0) also decides which answer stands on the left.
+    """
+
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A", help="A model, as for keifu chat.")]
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B", help="Another.")]
+    prompts: str
+    """A .jsonl or .json file whose objects have a prompt, a text or messages."""
+    out: Path = Path("runs/compare")
+    """Folder of the choices."""
+    by: str | None = None
+    """A reward in place of you: a run of keifu train reward, or file.py:function."""
+    limit: int | None = None
+    """At most so many prompts, the first."""
+    json: bool = False
+    """Print the figures as JSON."""
+    sampling: Annotated[flags.Continuation, tyro.conf.arg(name="")] = flags.Continuation(max_tokens=256)
+
+    @property
+    def start(self) -> int:
+        """What decides which answer stands on the left, and what is drawn."""
+        return self.sampling.seed or 0
+
+
+def run(options: Options) -> None:
+    """Answers, shows, asks and counts."""
+    from keifu.data.prompts import read
+    from keifu.evaluation.side_by_side import Judgement, Judgements
+
+    about = {"A": options.a, "B": options.b, "by": options.by or "a person", "seed": options.start}
+    drawn = {name: value for name, value in asdict(options.sampling).items() if name not in ("seed", "stop")}
+    kept = Judgements(options.out, about | drawn)
+    left = [prompt for prompt in [*read(options.prompts)][: options.limit] if not kept.holds(prompt.messages)]
+    chooser = by_reward(options.by) if options.by else by_hand(options.start, len(left))
+    for prompt, pair in answered(options, left):
+        choice: Choice | None = "even" if pair[0] == pair[1] else chooser(prompt, pair)
+        if choice is None:
+            break
+        kept.add(Judgement(prompt.messages, pair, choice))
+    tally = kept.tally()
+    print(json.dumps(tally.figures()) if options.json else tally.sentence(options.a, options.b))
+
+
+def answered(options: Options, prompts: "Sequence[Prompt]") -> "Iterator[tuple[Prompt, tuple[str, str]]]":
+    """Each prompt with A's and B's answer, a few ahead of the one that is looked at."""
+    from keifu.recipes._assistant import opened
+
+    models = [opened(name, "own") for name in (options.a, options.b)] if prompts else []
+    for at in range(0, len(prompts), AHEAD):
+        some = prompts[at : at + AHEAD]
+        first, second = (written(*each, some, options, side) for each, side in zip(models, "AB", strict=True))
+        yield from zip(some, zip(first, second, strict=True), strict=True)
+
+
+def written(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", options: Options, side: str) -> list[str]:
+    """A model's answers; what is drawn is of the seed and the prompt, whatever other prompts there are."""
+    from keifu.evaluation.side_by_side import seed_of
+    from keifu.generation.generate import generate_batch
+
+    ids = [tokenizer.render_chat(each.messages) for each in prompts]
+    seeds = [seed_of(options.start, each.messages, side) for each in prompts]
+    done = generate_batch(model, tokenizer, ids, [replace(options.sampling, seed=seed) for seed in seeds])
+    return [each.text.strip() for each in done]
+
+
+def by_reward(name: str) -> "Callable[[Prompt, tuple[str, str]], Choice | None]":
+    """The choice of what gives the higher reward."""
+    from keifu.recipes._rewarded import rewarding
+
+    scorer = rewarding(name).scorer
+
+    def choose(prompt: "Prompt", pair: tuple[str, str]) -> "Choice | None":
+        a, b = scorer([prompt, prompt], list(pair))
+        return "even" if a == b else "A" if a > b else "B"
+
+    return choose
+
+
+def by_hand(seed: int, total: int) -> "Callable[[Prompt, tuple[str, str]], Choice | None]":
+    """The choice of whoever sits there, who is not told which answer is whose; None where they stop."""
+    from keifu.evaluation.side_by_side import a_is_left
+
+    seen = iter(range(1, total + 1))
+
+    def choose(prompt: "Prompt", pair: tuple[str, str]) -> "Choice | None":
+        a_left = a_is_left(seed, prompt.messages)
+        show(f"{next(seen)} of {total}", prompt.messages, pair if a_left else (pair[1], pair[0]))
+        sides: dict[str, Choice] = {"1": "A" if a_left else "B", "2": "B" if a_left else "A", "0": "even"}
+        sides["s"] = "skipped"
+        while True:
+            try:
+                key = input("> " if sys.stdin.isatty() else "").strip().lower()
+            except (EOFError, KeyboardInterrupt):
+                return None
+            if key in sides or key == "q":
+                return sides.get(key)
+            print(KEYS)
+
+    return choose
+
+
+def show(title: str, messages: Sequence[dict[str, str]], pair: tuple[str, str]) -> None:
+    """A conversation and two answers: beside each other in a terminal that has room, else one after the other."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    said = "\n".join(f"{each['role']}: {each['content']}" for each in messages)
+    console.print(Text(f"\n[{title}]\n{said}\n", style="bold"))
+    if sys.stdout.isatty() and shutil.get_terminal_size().columns >= NARROW:
+        table = Table(box=box.SQUARE, expand=True)
+        for name in ("1 (left)", "2 (right)"):
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(*map(Text, pair))
+        console.print(table)
+    else:
+        for number, answer in enumerate(pair, 1):
+            console.print(Text(f"{number}:\n{answer}\n"))
+    console.print(Text(KEYS))
+
+
+parse = flags.parser(Options, run, "keifu compare")
