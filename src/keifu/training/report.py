@@ -25,6 +25,21 @@ SECTIONED = frozenset(  # the fields of recipe.json with a place of their own on
 
 def write_report(directory: Path) -> Path:
     """Writes report.html from recipe.json, metrics.jsonl, samples/ and the pictures in a run's folder."""
+    title, body = _body(directory)
+    write_atomic(directory / REPORT, _page(title, body))
+    return directory / REPORT
+
+
+def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -> Path:
+    """Writes one report.html of several runs, one after the other, under a title and a text of its own."""
+    bodies = [_body(run)[1] for run in runs]
+    head = f'<h1>{escape(title)}</h1><pre class="soft">{escape(text)}</pre>'
+    write_atomic(directory / REPORT, _page(title, "\n".join([head, *bodies])))
+    return directory / REPORT
+
+
+def _body(directory: Path) -> tuple[str, str]:
+    """A run's title and what its page shows."""
     recipe = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
     lines = metrics.read(directory)
     body = [
@@ -39,9 +54,7 @@ def write_report(directory: Path) -> Path:
         _section("Computed with", _pairs(_machine(recipe))),
         _section("Files, by their SHA-256", _pairs(recipe.get("hashes", {}), code=True)),
     ]
-    page = _page(recipe["title"], "\n".join(part for part in body if part))
-    write_atomic(directory / REPORT, page)
-    return directory / REPORT
+    return recipe["title"], "\n".join(part for part in body if part)
 
 
 def _page(title: str, body: str) -> str:
