@@ -19,6 +19,7 @@ from torch import Tensor
 from keifu.checkpoints.names import links
 from keifu.checkpoints.saving import published_tensors
 from keifu.layers.noise import add_noise
+from keifu.layers.packing import packed
 from keifu.models import ddpm
 from keifu.training.diffusion import DenoisingLoss, draws
 from keifu.training.peak import count_flops, matmul_peak
@@ -53,11 +54,13 @@ def pictures(batch: int, seed: int = 0) -> Tensor:
 def forward(dtype: torch.dtype, batch: int, rounds: int) -> None:
     """The table of forward passes."""
     own, plain, last = (model.to(dtype).eval() for model in models())
+    fast = packed(own)
     x, timestep = pictures(batch).to(dtype), torch.arange(batch) * 1000 // batch
     contenders: dict[str, Callable[[], Tensor]] = {
         BASE: lambda: plain(x, timestep).sample,
         LAST: lambda: last(x.to(memory_format=torch.channels_last), timestep).sample,
         "keifu": lambda: own(x, timestep),
+        "keifu, packed as keifu draw has it": lambda: fast(x, timestep),
     }
     base = contenders[BASE]().float()
     apart = max(float((work().float() - base).abs().max() / base.abs().max()) for work in contenders.values())

@@ -20,6 +20,7 @@ from keifu.generation.sampler_table import Route, route, sampler
 from keifu.generation.samplers import Drawn
 from keifu.generation.seeds import Seeds
 from keifu.layers.noise import Noise, Spacing
+from keifu.layers.packing import packed
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,15 @@ def label_number(model: Denoising, name: str) -> int:
 
 @torch.inference_mode()
 def drawing(model: Denoising, wanted: Drawing, seeds: Sequence[int]) -> Iterator[Drawn]:
-    """x and the predicted pictures after each step, for a picture of each seed, on the model's device."""
+    """x and the predicted pictures after each step, for a picture of each seed, on the model's device.
+
+    The convolutions are packed for it once, which takes about as long as a step.
+    """
     chosen = wanted.route(model.noise)
     device = next(cast(Any, model).parameters()).device
     shape = len(seeds), model.config.channels, *(wanted.size or trained_size(model))
     label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)
-    network = of_label(model, label, wanted.guidance, wanted.guidance_rescale)
+    network = of_label(cast(Any, packed(cast(Any, model))), label, wanted.guidance, wanted.guidance_rescale)
     random = Seeds(seeds)
     x = random(torch.empty(shape, device=device)) * chosen.path.start
     yield from chosen.walk(chosen.denoiser(network), x, chosen.path, random)
