@@ -1,20 +1,32 @@
 """Every model learns: each is trained on a toy set until it knows it by heart, in seconds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from keifu.data.images import signed
 from keifu.generation.pictures import Drawing, draw
+from keifu.generation.sampler_table import route
+from keifu.generation.seeds import Seeds
+from keifu.generation.text_to_picture import of_text
+from keifu.generation.token_pictures import real_tokens, say
 from keifu.layers.losses import LOSSES
 from keifu.layers.noise import Noise
 from keifu.models import (
+    autoencoder_kl,
     bert,
     clip,
     clip_image,
     clip_text,
+    conditioned_unet,
+    dalle,
     ddpm,
+    discrete_vae,
     gpt1,
     gpt2,
     gpt3,
+    latent_diffusion,
     llama,
     mlp,
     palm,
@@ -22,13 +34,16 @@ from keifu.models import (
     seq2seq,
     transformer,
 )
+from keifu.training.autoencoding import KLAutoencoding
 from keifu.training.contrastive import contrastive
 from keifu.training.diffusion import DenoisingLoss, draws
 from keifu.training.masked import masked
 from keifu.training.objectives import causal, translation
 from keifu.training.optimisers import Optimisers
+from keifu.training.relaxed_codes import Ramp, SayingBoth, discrete_autoencoding
 from keifu.training.settings import Settings
 from keifu.training.step import Stepper
+from keifu.training.text_diffusion import TextDenoisingLoss
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 31, "context_length": 16, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
@@ -179,6 +194,88 @@ def test_clip_learns_pairs_by_heart(name):
         optimisers.step(step)
     assert losses[0] > 1.5  # nothing was known: log 8 is 2.08
     assert losses[-1] < 0.1
+
+
+def learned(model, objective, settings, batch) -> list[float]:
+    """The loss of each step; `batch` is told the step."""
+    optimisers = Optimisers(model, settings)
+    stepper = Stepper(model, objective, objective, optimisers, CPU, torch.float32, settings.batch_size, 1.0, 0)
+    losses = []
+    for step in range(settings.steps):
+        losses.append(stepper.gradient(step, batch(step), lambda: False).sums.means()["loss"])
+        optimisers.step(step)
+    return losses
+
+
+def halves() -> torch.Tensor:
+    """A picture that is white on the left and one that is white above, as bytes."""
+    made = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    made[0, 0, :, :4] = made[1, 0, :4] = 255
+    return made
+
+
+def test_dalle_learns_two_pictures_and_their_texts_by_heart():
+    """First a codebook for them, then what to say for each text."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    vae = discrete_vae.Config(8, 1, 8, (16, 16), 1, 8)
+    model = dalle.build(dalle.Config(11, 3, 32, 64, 2, 4, kernel=3, vae=vae)).train()
+    settings = Settings(steps=150, batch_size=16, learning_rate=1e-2, warmup=10, weight_decay=0.0, final_ratio=0.0)
+    ramps = {"temperature": Ramp(1.0, 1 / 16, 120), "kl_weight": Ramp(0.0, 0.1, 20)}
+    which = torch.arange(16) % 2
+
+    def pictures(step: int) -> dict[str, torch.Tensor]:
+        told = {name: torch.full((16,), ramp.at(step)) for name, ramp in ramps.items()}
+        return {"pictures": halves()[which], "draws": draws(0, step, 16), **told}
+
+    losses = learned(model.vae, discrete_autoencoding, settings, pictures)
+    again = model.vae(signed(halves()))
+    assert losses[-1] < losses[0] - 1 and (again - signed(halves())).abs().mean() < 0.1
+    codes, tokens = model.to_codes(signed(halves())), torch.tensor([[1, 2, 9], [3, 9, 9]])
+    real = real_tokens(tokens, 9)
+    rows = {"tokens": tokens, "real": real, "codes": codes, "text_share": torch.full((2,), 2 / 5)}
+    model.vae.requires_grad_(False)
+    batch = {name: tensor[which] for name, tensor in rows.items()}
+    losses = learned(model, SayingBoth(), replace(settings, steps=60), lambda step: batch)
+    assert losses[0] > 1.5 and losses[-1] < 0.15
+    assert (say(model.eval(), tokens, real, [1, 2]) == codes).float().mean() > 0.95
+
+
+def test_latent_diffusion_learns_two_pictures_by_heart():
+    """First latents for them, then which of them a text asks for."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    text = clip_text.Config(11, 3, 16, 32, 1, 2, end_id=9, projected=False)
+    unet = conditioned_unet.Config(4, 2, 2, (16,), 1, (0,), (0,), 2, context_dim=16, norm_groups=4)
+    noise = Noise("cosine", target="velocity", clip=None, spacing="trailing")
+    autoencoder = autoencoder_kl.Config(8, 1, 2, (8, 8), 1, 4, scale=1.0)
+    model = latent_diffusion.build(latent_diffusion.Config(text, unet, autoencoder, noise)).train()
+    assert model.autoencoder is not None
+    settings = Settings(steps=120, batch_size=16, learning_rate=1e-2, warmup=10, weight_decay=0.0, final_ratio=0.0)
+    which = torch.arange(16) % 2
+    losses = learned(
+        model.autoencoder, KLAutoencoding(), settings,
+        lambda step: {"pictures": halves()[which], "draws": draws(0, step, 16)},
+    )  # fmt: skip
+    assert losses[-1] < 0.2 < losses[0]
+    model.autoencoder.requires_grad_(False)
+    model.text.requires_grad_(False)
+    with torch.no_grad():
+        latents = model.to_latents(signed(halves()))
+    latents = latents / latents.std()
+    tokens, empty = torch.tensor([[1, 2, 9], [3, 9, 9]]), torch.tensor([9, 9, 9])
+    loss = TextDenoisingLoss(noise, label_dropout=0.1, empty=empty)
+    losses = learned(
+        model, loss, replace(settings, steps=200),
+        lambda step: {"pictures": latents[which], "tokens": tokens[which], "draws": draws(0, step, 16)},
+    )  # fmt: skip
+    assert losses[0] > 0.7 and sum(losses[-20:]) < 20 * 0.2
+    network = of_text(model.eval(), tokens)
+    path = route(noise, "ddim", 20, None, False, 0.0)
+    with torch.no_grad():
+        *_, last = path.walk(path.denoiser(network), torch.randn(2, 2, 4, 4), path.path, Seeds([1, 2]))
+    apart = (last.x[:, None] - latents).abs().mean((2, 3, 4))
+    assert apart.argmin(1).tolist() == [0, 1]
 
 
 def test_a_network_learns_a_table_by_heart():

@@ -24,7 +24,9 @@ from keifu.models import (
     clip_image,
     clip_text,
     conditioned_unet,
+    dalle,
     ddpm,
+    discrete_vae,
     gpt1,
     gpt2,
     gpt3,
@@ -162,6 +164,8 @@ _ALL = [
     *_published(clip_text, dialect=Dialect(clip_text.IN_FILE, without_prefix=clip_text.WITHOUT_PREFIX)),
     *(replace(family, writes_text=False) for family in _published(clip_image, dialect=_SEEING)),
     replace(_own(seq2seq), writes_text=True),
+    replace(_own(dalle), writes_text=True),
+    _own(discrete_vae),
 ]
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

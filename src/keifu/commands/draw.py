@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
-from keifu.commands import flags
+from keifu.commands import flags, reranking
 from keifu.errors import UserError
 from keifu.files import write_atomic
 
@@ -76,6 +76,10 @@ class Options:
     """Noise levels that crowd where there is little noise."""
     batch_size: int = 16
     """Pictures that are drawn together, at most."""
+    best_of: int | None = None
+    """Draw so many and keep the --count of them that a CLIP finds nearest to the text, the best one first."""
+    clip: str | None = None
+    """That CLIP: a run, a folder or a hub id."""
     dtype: Literal["f32", "bf16"] | None = None
     """Compute in this type; bf16 is faster where the processor has it, and pictures change a little."""
     strip: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
@@ -94,15 +98,20 @@ def run(options: Options) -> None:
         raise UserError("There is no model: name one (keifu draw MODEL), or a picture with --again.")
     if options.count < 1 or options.batch_size < 1:
         raise UserError(f"--count is {options.count} and --batch-size {options.batch_size}: both must be at least 1.")
+    reranking.check(options.count, options.best_of, options.clip, options.text)
     record, model = _begun(options, options.model)
     if options.strip and not model.pixels:
         raise UserError("--strip shows each step as a picture, and this model's steps are latents: leave it out.")
     states: list[Drawn] = []
     pictures = _drawn(model, record, states if options.strip else None)
     out = options.out or Path(f"picture-{record.drawing.seed}.png")
-    for path, number in _files(out, record.count):
-        chosen = pictures if number is None else pictures[number : number + 1]
-        write_atomic(path, _png(chosen, replace(record, number=number)))
+    kept = range(record.count)
+    if options.best_of and options.clip:
+        kept = reranking.best_of(pictures, options.text or "", options.clip, options.count)
+        record = replace(record, kept=tuple(kept))
+    for path, place in _files(out, len(kept)):
+        chosen = pictures[list(kept)] if place is None else pictures[kept[place]][None]
+        write_atomic(path, _png(chosen, replace(record, number=None if place is None else kept[place])))
         print(path)
     if options.strip:
         write_atomic(options.strip, _strip(model, pictures[0], states))
@@ -120,9 +129,10 @@ def _begun(options: Options, name: str) -> "tuple[Record, Drawer]":
     chosen["guidance"] = model.usual_guidance if options.guidance is None else options.guidance
     wanted = model.resolved(Drawing(**{**chosen, "size": _size(options.size)}))
     place = str(Path(name).resolve()) if Path(name).exists() else name
-    batch_size = min(options.batch_size, options.count)
-    number = 0 if options.count == 1 else None
-    return Record(place, model.fingerprint(), wanted, options.count, batch_size, number, options.dtype), model
+    count = options.best_of or options.count
+    number = 0 if count == 1 else None
+    record = Record(place, model.fingerprint(), wanted, count, min(options.batch_size, count), number, options.dtype)
+    return record, model
 
 
 def _load(name: str, dtype: str | None) -> "Drawer":
@@ -201,7 +211,7 @@ def _strip(model: "Drawer", picture: "Tensor", states: "Sequence[Drawn]") -> byt
     from keifu.generation.strips import denoising_strip, noising_strip
 
     out = denoising_strip(states)
-    into = noising_strip(picture, model.noise, out.columns)
+    into = noising_strip(picture, cast(Any, model).noise, out.columns)
     return grid(torch.cat([into.pictures, out.pictures]), [*into.captions, *out.captions], out.columns)
 
 
@@ -219,6 +229,8 @@ def _again(options: Options, path: Path) -> None:
     out = options.out or path.with_stem(f"{path.stem}-again")
     if record.number is not None:
         pictures = pictures[record.number % record.batch_size :][:1]
+    elif record.kept:
+        pictures = pictures[list(record.kept)]
     write_atomic(out, _png(pictures, record))
     print(out)
     if difference := _difference(path, out):

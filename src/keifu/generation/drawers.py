@@ -13,6 +13,7 @@ from keifu.generation.picture_record import fingerprint
 from keifu.generation.pictures import Drawing, denoising, draw, label_number
 from keifu.generation.samplers import Drawn
 from keifu.generation.text_to_picture import Painter, Reading
+from keifu.generation.token_pictures import Saying, TokenPainter
 from keifu.layers.noise import Noise
 
 
@@ -25,11 +26,6 @@ class Drawer(Protocol):
 
     usual_guidance: float
     pixels: bool
-
-    @property
-    def noise(self) -> Noise:
-        """What it removes."""
-        ...
 
     def fingerprint(self) -> str:
         """Equal for models that draw alike."""
@@ -98,7 +94,7 @@ class PixelDrawer:
 
 def draws_texts(model: nn.Module) -> bool:
     """Whether it draws from a text alone."""
-    return isinstance(model, Reading) and not model.config.masked
+    return isinstance(model, Saying) or (isinstance(model, Reading) and not model.config.masked)
 
 
 def text_drawer(model: nn.Module, tokenizer: Tokenizer | None) -> TextDrawer:
@@ -111,9 +107,9 @@ def text_drawer(model: nn.Module, tokenizer: Tokenizer | None) -> TextDrawer:
 
 def drawer(model: nn.Module, tokenizer: Callable[[], Tokenizer | None]) -> Drawer:
     """The model as one that draws, with its tokenizer where it reads; any other is a `UserError`."""
-    if not isinstance(model, Reading):
+    if not isinstance(model, Reading | Saying):
         return PixelDrawer(denoising(model))
     found = tokenizer()
     if found is None:
         raise UserError(f"A {type(model).__name__} draws from a text, and there is no tokenizer beside it.")
-    return Painter(model, found)
+    return TokenPainter(model, found) if isinstance(model, Saying) else Painter(model, found)

@@ -29,8 +29,8 @@ class Record:
 
     model: where its weights were. weights: their `fingerprint`. drawing: its settings, with the first picture's seed.
     count, batch_size: pictures that were asked for, and how many were drawn at a time; each has a seed one higher than
-    the one before. number: which of them it is, from 0; None for a sheet of all. threads: over which products were
-    split.
+    the one before. number: which of them it is, from 0; None for a sheet. kept: those on the sheet; () for all.
+    threads: over which products were split.
     """
 
     model: str
@@ -43,6 +43,7 @@ class Record:
     device: str = "cpu"
     threads: int = field(default_factory=torch.get_num_threads)
     versions: dict[str, str] = field(default_factory=versions)
+    kept: tuple[int, ...] = ()
 
     def seeds(self) -> list[list[int]]:
         """The seeds of each batch that this picture, or sheet, needs."""
@@ -86,10 +87,11 @@ def read_record(path: Path) -> Record:
 def _record(json: dict[str, Any]) -> Record:
     wanted = dict(json["drawing"])
     wanted["size"] = tuple(wanted["size"])
+    json = {"kept": (), **json}  # older pictures do not say it
     missing = {each.name for each in fields(Record)} - json.keys()
     if missing:
         raise KeyError(", ".join(sorted(missing)))
-    return Record(**{**json, "drawing": Drawing(**wanted)})
+    return Record(**{**json, "drawing": Drawing(**wanted), "kept": tuple(json["kept"])})
 
 
 def fingerprint(model: nn.Module, beside: str = "") -> str:

@@ -22,13 +22,15 @@ from keifu.generation.seeds import Seeds
 from keifu.layers.noise import Noise, Spacing
 from keifu.layers.packing import packed
 
+BY_TOKEN = "token by token"
+
 
 @dataclass(frozen=True)
 class Drawing:
     """The settings of a picture.
 
     Attributes:
-        sampler: a name in `SAMPLERS`.
+        sampler: a name in `SAMPLERS`, or `BY_TOKEN` where a model says a picture token by token.
         steps: None for as many as are usual with the sampler.
         seed: the same seed gives the same picture; None draws a fresh one.
         label: the class to draw, by number; None for any.
@@ -55,7 +57,8 @@ class Drawing:
     truncate: bool = False
 
     def __post_init__(self) -> None:
-        sampler(self.sampler)
+        if self.sampler != BY_TOKEN:
+            sampler(self.sampler)
         if self.steps is not None and self.steps < 1:
             raise UserError(f"A picture takes at least 1 step, not {self.steps}.")
         if self.seed is not None and not 0 <= self.seed < 2**63:

@@ -41,6 +41,16 @@ def normal(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
     return pairs.flatten(1)[:, :count].float().reshape(-1, *shape)
 
 
+def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "rows ..."]:
+    """Numbers of the standard Gumbel distribution of this shape for each seed, float32: the positions from 0 on.
+
+    The largest of some logarithms of probabilities with such a number added to each is a draw from them (Gumbel, 1954).
+    """
+    places = torch.arange(math.prod(shape), device=seeds.device)
+    drawn = bits(seeds[:, None].expand(-1, len(places)), places[None])
+    return _half(drawn, 32).log_().neg_().log_().neg_().float().reshape(-1, *shape)
+
+
 def _half(drawn: Int[Tensor, "*shape"], shift: int) -> Float[Tensor, "*shape"]:
     """32 of the bits as a number between 0 and 1, neither of them, float64."""
     return ((drawn >> shift) & (2**32 - 1)).double().add_(0.5).mul_(2.0**-32)

@@ -3,7 +3,6 @@
 It knows no diffusion.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,19 @@ from torch import Tensor
 from keifu import checkpoints
 from keifu.checkpoints.opening import load_model
 from keifu.data.augmentation import Augmentation
-from keifu.data.grid import grid
-from keifu.data.images import signed, to_bytes
+from keifu.data.images import signed
 from keifu.data.picture_batches import PictureBatches
 from keifu.data.pictures import Pictures, Split
 from keifu.models import autoencoder_kl
-from keifu.recipes._stages import going_on, steps_for
+from keifu.recipes._stages import before_and_after, going_on, of_a_part, steps_for
 from keifu.training.autoencoding import KLAutoencoding
 from keifu.training.diffusion import WithDraws
 from keifu.training.loop import train
-from keifu.training.protocols import Run
 from keifu.training.settings import Precision, Settings
 from keifu.training.text_diffusion import Encoded
 
 FOLDER = "autoencoder"  # inside the run's
-SHOWN, BATCH = 12, 64  # pictures of a sample, and those encoded at a time
+BATCH, MEASURED = 64, 500  # pictures encoded at a time, and those whose latents are measured, at most
 
 
 @dataclass(frozen=True)
@@ -57,28 +54,16 @@ def autoencoder_of(wanted: Wanted, parts: Split, out: Path, resume: bool, how: s
     data = WithDraws(batches, wanted.seed)
     resume = going_on(place, resume)
     steps = steps_for(wanted.budget, place, resume, model, wanted.loss, data, settings(wanted, 1000))
-    run = Run(
-        directory=place,
-        resume=resume,
-        options={"model": vars(wanted.config), "loss": vars(wanted.loss), "flip": wanted.flip},
-        about=_about(model, parts),
-        unit="pictures",
-        how_to_resume=how,
-    )
+    run = of_a_part(
+        place, resume, how, model, parts, "An autoencoder learns to make pictures small",
+        "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022), section 3.1",
+        {"loss": vars(wanted.loss), "flip": wanted.flip},
+    )  # fmt: skip
     train(
-        model, wanted.loss, data, settings(wanted, steps), run, sample=_sampler(model, parts),
+        model, wanted.loss, data, settings(wanted, steps), run, sample=before_and_after(model, parts),
         save=lambda directory: checkpoints.save(model, None, directory),
     )  # fmt: skip
     return measured(place, parts.train)
-
-
-def _about(model: autoencoder_kl.AutoencoderKL, parts: Split) -> dict[str, Any]:
-    return {
-        "title": "An autoencoder learns to make pictures small",
-        "paper": "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022), section 3.1",
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "data": [{"source": parts.train.source, "fingerprint": parts.train.fingerprint}],
-    }
 
 
 def settings(wanted: Wanted, steps: int) -> Settings:
@@ -91,25 +76,12 @@ def settings(wanted: Wanted, steps: int) -> Settings:
     )  # fmt: skip
 
 
-def _sampler(model: autoencoder_kl.AutoencoderKL, parts: Split) -> Callable[[int], bytes]:
-    """Pictures that were held out, where there are some, above what comes back of them."""
-    part = parts.validation if len(parts.validation) else parts.train
-    some = part.take(slice(0, SHOWN))
-
-    def sample(step: int) -> bytes:
-        with torch.inference_mode():
-            again = to_bytes(model(signed(some)))
-        return grid(torch.cat([some, again]), columns=len(some), about={"keifu": f"step {step}"})
-
-    return sample
-
-
 def measured(place: Path, pictures: Pictures) -> autoencoder_kl.AutoencoderKL:
-    """A trained autoencoder, frozen, whose `scale` is one over the standard deviation of these pictures' latents
-    (Rombach et al., 2022, section 4.3.2 and appendix G)."""
+    """A trained autoencoder, frozen, whose `scale` is one over the standard deviation of the latents of these pictures,
+    or of some spread over them (Rombach et al., 2022, appendix G)."""
     found: Any = load_model(place, torch.float32).requires_grad_(False).eval()
     one = replace(found.config, scale=1.0)
-    seen = encoded(found, one.scale, pictures)
+    seen = encoded(found, one.scale, pictures.chosen(range(0, len(pictures), 1 + len(pictures) // MEASURED)))
     variance = seen.mean.var() + seen.deviation.square().mean()
     found.config = replace(one, scale=round(float(variance.rsqrt()), 6))
     return found

@@ -5,18 +5,25 @@ whole is resumed bit for bit. The run's one page shows them all.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
+from keifu.data.grid import grid
+from keifu.data.images import signed, to_bytes
+from keifu.data.pictures import Split
 from keifu.files import write_atomic
 from keifu.training import metrics, state
 from keifu.training.budget import steps_of, steps_within
 from keifu.training.folder import SAMPLES
-from keifu.training.protocols import Data, Objective
+from keifu.training.protocols import Data, Objective, Run
 from keifu.training.report import CURVES
 from keifu.training.settings import Settings
+
+SHOWN = 12  # pictures of a sample
 
 
 def going_on(directory: Path, resume: bool) -> bool:
@@ -43,10 +50,41 @@ def steps_for(
     return steps_within(minutes, model, objective, data, trial, data.batch(0))
 
 
-def show(out: Path, parts: Mapping[str, Path]) -> None:
-    """Puts the curves of parts that are done, and their last pictures, beside the report of the run that follows."""
+def of_a_part(
+    directory: Path, resume: bool, how: str, model: nn.Module, parts: Split, title: str, paper: str,
+    options: Mapping[str, Any],
+) -> Run:  # fmt: skip
+    """The run of a part that learns from pictures alone, whose model has a Config."""
+    own: Any = model.config
+    about = {
+        "title": title,
+        "paper": paper,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": [{"source": parts.train.source, "fingerprint": parts.train.fingerprint}],
+    }
+    options = {"model": vars(own), **options}
+    return Run(directory, resume, options=options, about=about, unit="pictures", how_to_resume=how)
+
+
+def before_and_after(model: nn.Module, parts: Split) -> Callable[[int], bytes]:
+    """Samples of a model that makes pictures of pictures: some that were held out, where there are some, above what
+    comes back of them."""
+    part = parts.validation if len(parts.validation) else parts.train
+    some = part.take(slice(0, SHOWN))
+
+    def sample(step: int) -> bytes:
+        with torch.inference_mode():
+            again = to_bytes(model(signed(some)))
+        return grid(torch.cat([some, again]), columns=len(some), about={"keifu": f"step {step}"})
+
+    return sample
+
+
+def show(out: Path, parts: Mapping[str, str]) -> None:
+    """Puts the curves of parts that are done, by their folders in the run's, and their last pictures beside the report
+    of the run that follows."""
     charts = []
-    for name, directory in parts.items():
+    for name, directory in ((name, out / folder) for name, folder in parts.items() if (out / folder).exists()):
         lines = metrics.standing(metrics.read(directory))
         found = {
             label: [[float(line["step"]), float(line[field])] for line in lines if field in line]

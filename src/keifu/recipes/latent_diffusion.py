@@ -33,6 +33,7 @@ from keifu.layers.noise_targets import Weighting
 from keifu.models import autoencoder_kl, clip, conditioned_unet, latent_diffusion
 from keifu.recipes import _autoencoder, _text_encoder
 from keifu.recipes._language import whom_to_thank
+from keifu.recipes._prompts import COLUMNS, PROMPTS, check_prompts
 from keifu.recipes._stages import going_on, show, steps_for
 from keifu.training.autoencoding import KLAutoencoding
 from keifu.training.diffusion import WithDraws
@@ -41,11 +42,7 @@ from keifu.training.protocols import Data, Run
 from keifu.training.settings import Precision, Settings
 from keifu.training.text_diffusion import InLatents, TextDenoisingLoss
 
-PROMPTS = (
-    "red heart", "cat face", "green book", "full moon face", "blue apple", "red cat face",
-    "赤いハート", "ネコの顔", "緑の本", "ヒマワリ", "青いリンゴ", "緑のハート",
-)  # fmt: skip
-STEPS, COLUMNS = 20, 6  # of a sample's pictures: DPM-Solver++'s, and those of a row
+STEPS = 20  # of a sample's pictures, by DPM-Solver++
 LATENTS: dict[str, Any] = {"widths": (96, 192), "attention": (0, 1)}
 PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
 
@@ -110,7 +107,7 @@ class Recipe:
     """Pairs in a step of CLIP."""
     batch_size: int = 32
     """Pictures in a step of the U-Net."""
-    autoencoder_rate: float = 2e-3
+    autoencoder_rate: float = 1e-3
     """AdamW's highest rate for the autoencoder."""
     learning_rate: float = 1e-3
     """For the U-Net."""
@@ -128,8 +125,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
             raise UserError(f"caption_dropout is a share from 0 up to below 1, and it is {self.caption_dropout}.")
-        if not self.prompts:
-            raise UserError("There is no prompt for the samples: give at least one.")
+        check_prompts(self.prompts)
 
     def resolved(self) -> "Recipe":
         """With the unset options filled in."""
@@ -266,8 +262,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     extra = 0.0 if recipe.space == "latents" else recipe.autoencoder_minutes
     budget, resume = (recipe.steps, recipe.minutes + extra), going_on(out, resume)
     steps = steps_for(budget, out, resume, task.model, task.objective, task.data, settings(recipe, 1000))
-    names = {"Autoencoder": _autoencoder.FOLDER, "CLIP": _text_encoder.FOLDER}
-    show(out, {name: out / folder for name, folder in names.items() if (out / folder).exists()})
+    show(out, {"Autoencoder": _autoencoder.FOLDER, "CLIP": _text_encoder.FOLDER})
     summary = train(
         task.model, task.objective, task.data, settings(recipe, steps), described(recipe, task, out, resume),
         sample=sampler(task, recipe), save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),

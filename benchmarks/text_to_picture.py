@@ -1,0 +1,191 @@
+"""What each idea of drawing from text bought: latent and pixel diffusion, DALL-E, and whatever else draws from text.
+
+python benchmarks/text_to_picture.py latent=runs/latent-diffusion pixels=runs/latent-pixels dalle=runs/dalle \
+    --clip runs/clip [--data emoji] [--count 200] [--guidance 3] [--picture side.png] [--plot guidance.png]
+
+Each run is NAME=FOLDER. All draw the same captions, half of the count of those in training and half of held-out ones,
+with the same seeds; one CLIP looks at all. The table: kernel distance to the pictures in training (beside that of
+held-out pictures, which is as near as can be), CLIP scores with the pictures' own captions and with shuffled ones,
+seconds a picture, drawn in batches after one that warms up, and parameters. --picture lays prompts in both languages
+side by side, a row for each run; --plot draws, for runs that can be guided, fidelity against variety for each of
+--guidances. Runs that only start to say something are of use with --count 20 and --steps 5.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from _rounds import machine
+from torch import Tensor
+
+from keifu import checkpoints
+from keifu.data.grid import grid
+from keifu.data.pictures import read_pictures, split
+from keifu.evaluation.clip_score import clip_scores, cosines
+from keifu.evaluation.picture_distances import kernel_distance, manifold
+from keifu.evaluation.picture_features import Extractor, extractor
+from keifu.evaluation.pictures import some
+from keifu.generation.drawers import TextDrawer, text_drawer
+from keifu.generation.pictures import Drawing
+
+PROMPTS = (
+    "red heart", "cat face", "full moon face", "green book", "blue apple", "red cat face", "purple heart with a face",
+    "penguin with a hat",
+    "赤いハート", "ネコの顔", "顔のある満月", "緑の本", "青いリンゴ", "ヒマワリ", "緑のハート", "黄色い車",
+)  # fmt: skip
+GUIDANCES = 1.0, 1.5, 2.0, 3.0, 5.0, 8.0
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A run that draws from text."""
+
+    name: str
+    drawer: TextDrawer
+    parameters: int
+    size: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether it can be led towards the text."""
+        return self.drawer.usual_guidance != 1
+
+    def draw(self, texts: Sequence[str], options: argparse.Namespace, guidance: float) -> Tensor:
+        """A picture of each text, whose seeds follow each other."""
+        chosen = {"sampler": options.sampler, "steps": options.steps} if self.guided else {}
+        towards = guidance if self.guided else 1.0
+        wanted = self.drawer.resolved(Drawing(seed=0, text="a", truncate=True, guidance=towards, **chosen))
+        made = []
+        for first in range(0, len(texts), BATCH):
+            part = texts[first : first + BATCH]
+            made.append(self.drawer.draw_texts(wanted, [first + n for n in range(len(part))], part))
+        return torch.cat(made)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all are measured against at one size: captions with pictures, and the features of those in training."""
+
+    captions: tuple[str, ...]
+    real: Tensor
+    features: Tensor
+    floor: float
+
+
+def contestant(given: str) -> Contestant:
+    name, _, folder = given.partition("=")
+    model, tokenizer = checkpoints.load(folder, torch.float32)
+    config: Any = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Contestant(name, text_drawer(model, tokenizer), parameters, config.size[0])
+
+
+def ground(data: str, size: int, count: int, see: Extractor, language: str | None) -> Ground:
+    parts = split(read_pictures(data, size, 3))
+    half = count // 2
+    chosen = [some(part, min(half, len(part))) for part in (parts.train, parts.test)]
+    captions = tuple(text for part in chosen for text in part.texts(language))
+    features, held = (see(part.take(slice(None))) for part in (parts.train, parts.test))
+    real = torch.cat([part.take(slice(None)) for part in chosen])
+    return Ground(captions, real, features, kernel_distance(features, held).mean)
+
+
+def row(each: Contestant, on: Ground, towers: Any, see: Extractor, options: argparse.Namespace) -> str:
+    """A line of the table."""
+    each.draw(on.captions[:2], options, options.guidance)
+    start = time.perf_counter()
+    drawn = each.draw(on.captions, options, options.guidance)
+    seconds = (time.perf_counter() - start) / len(drawn)
+    own, others = (float(part.mean()) for part in clip_scores(cosines(*towers, drawn, on.captions)))
+    distance = 1000 * kernel_distance(on.features, see(drawn)).mean
+    return (
+        f"| {each.name} | {each.size} | {distance:.2f} | {1000 * on.floor:.2f} | {own:.2f} | {others:.2f} | "
+        f"{seconds:.2f} | {each.parameters / 1e6:.2f} M |"
+    )
+
+
+def side_by_side(contestants: Sequence[Contestant], options: argparse.Namespace) -> bytes:
+    """All prompts by each run, enlarged to the largest size."""
+    size = max(each.size for each in contestants)
+    pictures, captions = [], []
+    for each in contestants:
+        drawn = each.draw(PROMPTS, options, options.guidance).float()
+        pictures.append(torch.nn.functional.interpolate(drawn, size=(size, size), mode="nearest").to(torch.uint8))
+        captions += [f"{each.name}: {prompt}" for prompt in PROMPTS]
+    return grid(torch.cat(pictures), captions, len(PROMPTS))
+
+
+def guidance_plot(
+    contestants: Sequence[Contestant],
+    grounds: dict[int, Ground],
+    towers: Any,
+    see: Extractor,
+    options: argparse.Namespace,
+) -> None:
+    """Precision against recall, and CLIP score against recall, a point for each guidance."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    print("\n| run | guidance | precision | recall | CLIP score | kernel distance x 1000 |")
+    print(f"|---|{'---:|' * 5}")
+    for each in (one for one in contestants if one.guided):
+        on, points = grounds[each.size], []
+        for guidance in options.guidances:
+            drawn = each.draw(on.captions, options, guidance)
+            features = see(drawn)
+            among = manifold(on.features, features)
+            score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
+            distance = 1000 * kernel_distance(on.features, features).mean
+            points.append((among.recall, among.precision, score))
+            figures = f"{among.precision:.3f} | {among.recall:.3f} | {score:.2f} | {distance:.2f}"
+            print(f"| {each.name} | {guidance:g} | {figures} |", flush=True)
+        recall, *others = zip(*points, strict=True)
+        for panel, values in zip(axes, others, strict=True):
+            panel.plot(recall, values, "o-", label=each.name)
+            for x, y, guidance in zip(recall, values, options.guidances, strict=True):
+                panel.annotate(f"{guidance:g}", (x, y), textcoords="offset points", xytext=(4, 4))
+    for panel, label in zip(axes, ("precision (fidelity)", "CLIP score (fidelity to the text)"), strict=True):
+        panel.set(xlabel="recall (variety)", ylabel=label)
+        panel.legend()
+    figure.savefig(options.plot, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="NAME=FOLDER")
+    parser.add_argument("--clip", required=True, help="the CLIP that looks at all")
+    parser.add_argument("--data", default="emoji")
+    parser.add_argument("--language", help="of the captions; unset: the first")
+    parser.add_argument("--count", type=int, default=200, help="captions, half of them held out")
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidances", type=float, nargs="+", default=[*GUIDANCES])
+    parser.add_argument("--sampler", default="dpm++-2m")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--picture", type=Path, help="a PNG file: prompts side by side")
+    parser.add_argument("--plot", type=Path, help="a PNG file: fidelity against variety by guidance")
+    options = parser.parse_args()
+    towers, see = checkpoints.load(options.clip, torch.float32), extractor()
+    contestants = [contestant(given) for given in options.runs]
+    sizes = sorted({each.size for each in contestants})
+    grounds = {size: ground(options.data, size, options.count, see, options.language) for size in sizes}
+    how = f"{options.sampler}, {options.steps} steps, guidance {options.guidance:g}"
+    print(f"{machine()}; {how}; features: {see.name}\n")
+    heads = "run | size | kernel distance x 1000 | of held-out pictures | CLIP score | captions shuffled | s a picture"
+    print(f"| {heads} | parameters |\n|---|{'---:|' * 7}")
+    for each in contestants:
+        print(row(each, grounds[each.size], towers, see, options), flush=True)
+    for size, on in grounds.items():
+        own, others = (float(part.mean()) for part in clip_scores(cosines(*towers, on.real, on.captions)))
+        print(f"| real pictures | {size} | 0 | {1000 * on.floor:.2f} | {own:.2f} | {others:.2f} | - | - |")
+    if options.picture:
+        options.picture.write_bytes(side_by_side(contestants, options))
+    if options.plot:
+        guidance_plot(contestants, grounds, towers, see, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The discrete autoencoder of DALL-E as a part of a run: trained, and pictures turned into entries with it once.
+
+It knows no text.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from keifu import checkpoints
+from keifu.checkpoints.opening import load_model
+from keifu.data.augmentation import Augmentation
+from keifu.data.images import signed
+from keifu.data.picture_batches import PictureBatches
+from keifu.data.pictures import Pictures, Split
+from keifu.models import discrete_vae
+from keifu.recipes._stages import before_and_after, going_on, of_a_part, steps_for
+from keifu.training.diffusion import WithDraws
+from keifu.training.loop import train
+from keifu.training.relaxed_codes import KL_WEIGHT, TEMPERATURE, Ramp, WithRamps, discrete_autoencoding
+from keifu.training.settings import Precision, Settings
+
+FOLDER = "dvae"  # inside the run's
+BATCH = 64  # pictures encoded at a time
+TEMPERATURES = 1.0, 1 / 16
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of it: its sizes, its loss and its training; `budget` as `steps_for` has it.
+
+    kl_weight: β, at its highest. anneal: the share of the steps in which the temperature falls; β rises in a tenth.
+    """
+
+    config: discrete_vae.Config
+    kl_weight: float
+    anneal: float
+    flip: bool
+    budget: tuple[int | None, float]
+    batch_size: int
+    learning_rate: float
+    precision: Precision
+    seed: int
+
+    def ramps(self, steps: int) -> dict[str, Ramp]:
+        """What changes from step to step."""
+        return {
+            TEMPERATURE: Ramp(*TEMPERATURES, round(self.anneal * steps)),
+            KL_WEIGHT: Ramp(0.0, self.kl_weight, steps // 10),
+        }
+
+
+def discrete_vae_of(wanted: Wanted, parts: Split, out: Path, resume: bool, how: str) -> discrete_vae.DiscreteVAE:
+    """The autoencoder, trained into a folder of the run, frozen."""
+    place = out / FOLDER
+    torch.manual_seed(wanted.seed)
+    model = discrete_vae.build(wanted.config)
+    model.check_size(*parts.train.shape[1:])
+    flip = Augmentation(flip=wanted.flip)
+    batches: Any = PictureBatches(parts.train, parts.validation, wanted.batch_size, wanted.seed, flip)
+    data = WithDraws(batches, wanted.seed)
+    resume = going_on(place, resume)
+    trial = WithRamps(data, wanted.ramps(1000))
+    steps = steps_for(wanted.budget, place, resume, model, discrete_autoencoding, trial, settings(wanted, 1000))
+    run = of_a_part(
+        place, resume, how, model, parts, "A discrete autoencoder learns a codebook for pictures",
+        "Ramesh et al., Zero-Shot Text-to-Image Generation (2021), section 2.1",
+        {"flip": wanted.flip, "kl_weight": wanted.kl_weight, "anneal": wanted.anneal},
+    )  # fmt: skip
+    train(
+        model, discrete_autoencoding, WithRamps(data, wanted.ramps(steps)), settings(wanted, steps), run,
+        sample=before_and_after(model, parts), save=lambda directory: checkpoints.save(model, None, directory),
+    )  # fmt: skip
+    found: Any = load_model(place, torch.float32).requires_grad_(False).eval()
+    return found
+
+
+def settings(wanted: Wanted, steps: int) -> Settings:
+    """The training loop's settings for so many steps; the rate falls to an eightieth, as in appendix A.2."""
+    often = max(1, steps // 10)
+    return Settings(
+        steps=steps, batch_size=wanted.batch_size, learning_rate=wanted.learning_rate, warmup=steps // 20,
+        final_ratio=1 / 80, weight_decay=1e-4, betas=(0.9, 0.999), ema=0.999, precision=wanted.precision,
+        evaluate_every=often, sample_every=often, save_every=often, seed=wanted.seed,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def encoded(model: discrete_vae.DiscreteVAE, pictures: Pictures) -> Int[Tensor, "picture rows columns"]:
+    """The likeliest entries of pictures, computed once."""
+    groups = range(0, len(pictures), BATCH)
+    return torch.cat([model.encode(signed(pictures.take(slice(n, n + BATCH)))) for n in groups])
