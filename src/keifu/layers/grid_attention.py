@@ -82,7 +82,8 @@ class GridAttention(Attention):
 
     def __init__(self, dim: int, n_heads: int, grid: Grid, pattern: Pattern, head_dim: int | None = None):
         super().__init__(dim, n_heads, head_dim=head_dim)
-        self.grid, self.pattern = grid, pattern
+        self.grid = grid
+        self.pattern: Pattern = pattern
 
     def forward(
         self, x: Float[Tensor, "batch length dim"], cache: Cache | None = None
@@ -115,8 +116,8 @@ def grid_attend(q: Heads, k: Heads, v: Heads, grid: Grid, pattern: Pattern) -> F
         return attend(q, k, v, "causal")
     if not grid.pays(pattern):
         return attend(q, k, v, _mask(grid, pattern, q.device)[None, None])
-    text = attend(*(x[:, :, : grid.prefix] for x in (q, k, v)), "causal")
     before = k[:, :, : grid.prefix], v[:, :, : grid.prefix]
+    text = attend(q[:, :, : grid.prefix], *before, "causal")
     q, k, v = (x[:, :, grid.prefix :] for x in (q, k, v))
     found = (_columns if pattern == "column" else _rows)(q, k, v, before, grid, pattern)
     return torch.cat([text, found.transpose(1, 2).flatten(2)], 1)
