@@ -33,11 +33,21 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin 
 
 def linears(model: nn.Module) -> dict[str, Target]:
     """Every linear layer inside the model's numbered layers, the parts of a joined one apart, by its published name."""
+    every = _labelled(model, (nn.Linear,))
+    return {label: target for label, target in every.items() if any(p.isdigit() for p in target.module.split("."))}
+
+
+def layers(model: nn.Module) -> dict[str, Target]:
+    """Every linear layer and convolution of a model, the parts of a joined one apart, by its published name."""
+    return _labelled(model, (nn.Linear, nn.Conv2d))
+
+
+def _labelled(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, Target]:
     family, config = describe(model.config)
     modules, found = dict(model.named_modules()), dict[str, Target]()
     for link in links(model, family.table(config)):
         name, _, leaf = link.ours.rpartition(".")
-        if leaf == "weight" and isinstance(modules[name], nn.Linear) and any(p.isdigit() for p in name.split(".")):
+        if leaf == "weight" and isinstance(modules[name], kinds):
             starts = [sum(link.rows[:place]) for place in range(len(link.rows))]
             for label, start, rows in zip(link.theirs, starts, link.rows, strict=True):
                 label = label.removesuffix(".weight")
@@ -125,7 +135,7 @@ def base_of(path: Path) -> str:
 def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     """Attaches the adapters of a folder to a model, in place. Keys or shapes that do not fit are one `UserError`."""
     path = Path(path)
-    config, tensors = _checked(path), _read(path / WEIGHTS)
+    config, tensors = _checked(path), read_tensors(path / WEIGHTS)
     known, found = linears(model), dict[str, dict[str, Tensor]]()
     strange = []
     for name, tensor in tensors.items():
@@ -136,11 +146,36 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             strange.append(name)
     wrong = [f"{name} belongs to no layer of this model" for name in strange]
     lows = {label: _low(config, label, parts) for label, parts in found.items()}
-    wrong += [each for label, parts in found.items() for each in _misfits(model, known[label], lows[label], parts)]
+    refuse(model, path, wrong, known, lows, found, {})
+    return attach_tensors(model, known, lows, found)
+
+
+Parts = Mapping[str, Mapping[str, Tensor]]  # of each layer by its published name
+
+
+def refuse(
+    model: nn.Module,
+    path: Path,
+    wrong: list[str],
+    known: Mapping[str, Target],
+    lows: Mapping[str, Low],
+    found: Parts,
+    names: Mapping[str, Mapping[str, str]],
+) -> None:
+    """One `UserError` for what is wrong with a file, and for its tensors that are missing or misshapen, if any is.
+
+    names: what the file calls each of the tensors, where that is not PEFT's way.
+    """
+    for label, parts in found.items():
+        wrong = [*wrong, *_misfits(model, known[label], lows[label], parts, names.get(label, {}))]
     if wrong or not found:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         told = "; ".join(wrong[:10]) + more if wrong else "they are empty"
         raise UserError(f"The adapters in {path} do not fit this {type(model).__name__}: {told}.")
+
+
+def attach_tensors(model: nn.Module, known: Mapping[str, Target], lows: Mapping[str, Low], found: Parts) -> nn.Module:
+    """Attaches adapters of these tensors to a model, in place."""
     attach(model, {known[label]: low for label, low in lows.items()})
     with torch.no_grad():
         for adapter in adapters(model):
@@ -166,7 +201,8 @@ def _checked(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file; one that is torn or not there is a `UserError`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -200,11 +236,13 @@ def _low(config: Mapping[str, Any], label: str, parts: Mapping[str, Tensor]) -> 
     )
 
 
-def _misfits(model: nn.Module, target: Target, low: Low, parts: Mapping[str, Tensor]) -> list[str]:
-    base = model.get_submodule(target.module)
-    assert isinstance(base, nn.Linear)
-    shapes = {"a": (low.rank, base.in_features), "b": (target.rows, low.rank), "length": (target.rows,)}
-    names = {ours: f"{target.label}.{end}" for end, ours in ENDS.items()}
+def _misfits(
+    model: nn.Module, target: Target, low: Low, parts: Mapping[str, Tensor], told: Mapping[str, str]
+) -> list[str]:
+    weight = model.get_submodule(target.module).weight
+    assert isinstance(weight, Tensor)
+    shapes = {"a": (low.rank, weight[0].numel()), "b": (target.rows, low.rank), "length": (target.rows,)}
+    names = {ours: f"{target.label}.{end}" for end, ours in ENDS.items()} | {**told}
     missing = [f"{names[part]} is missing" for part in ("a", "b") if part not in parts]
     return missing + [
         f"{names[part]} has the shape {tuple(tensor.shape)} where {shapes[part]} is needed"

@@ -1,5 +1,5 @@
-"""Low-rank adapters on the linear layers of a built model (LoRA, Hu et al., 2021; DoRA, Liu et al., 2024); knows no
-model and no file.
+"""Low-rank adapters on the linear layers and convolutions of a built model (LoRA, Hu et al., 2021; DoRA, Liu et al.,
+2024); knows no model and no file.
 
 A layer's matrix W stays as it is; beside it stands B A · scale, of a low rank, and only that is trained. Where a joined
 matrix has parts (queries, keys and values), each has an adapter of its own or none. Axes: in, out, rank.
@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from keifu.layers.spatial_transformer import PixelLinear
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,15 @@ class Target:
 
 
 class Adapter(nn.Module):
-    """A [rank, in], B [out, rank] and, of DoRA, the length of each row. It changes nothing before it is trained."""
+    """A [rank, in], B [out, rank] and, of DoRA, the length of each row. It changes nothing before it is trained.
 
-    def __init__(self, weight: Float[Tensor, "out in"], target: Target, low: Low):
+    A convolution's matrix is its weight with the kernel flattened into the inputs.
+    """
+
+    def __init__(self, weight: Float[Tensor, "out channels *kernel"], target: Target, low: Low):
         super().__init__()
-        self.target, self.low = target, low
+        self.target, self.low, self.kernel = target, low, tuple(weight.shape[2:])
+        weight = weight.flatten(1)
         kept = {"dtype": torch.float32, "device": weight.device}  # also beside weights of half precision
         self.a = nn.Parameter(torch.empty(low.rank, weight.shape[1], **kept))
         self.b = nn.Parameter(torch.zeros(target.rows, low.rank, **kept))
@@ -98,6 +105,11 @@ class Adapted(nn.Module):
         return torch.cat([*whole, y[..., at:]], -1)
 
     @property
+    def weight(self) -> Tensor:
+        """The layer's own, whose type and place others ask for."""
+        return self.base.weight
+
+    @property
     def parts(self) -> list[Adapter]:
         """The adapters, in the order of their rows."""
         return [adapter for adapter in self.adapters if isinstance(adapter, Adapter)]
@@ -126,6 +138,22 @@ class Adapted(nn.Module):
         return self.base
 
 
+class Reweighted(nn.Module):
+    """The weight of a convolution, or of another layer of pixels, as an adapter changes it: the layer computes with
+    that at each call (torch's `parametrize`), which costs less than a second convolution. It has no dropout."""
+
+    def __init__(self, adapter: Adapter):
+        super().__init__()
+        if adapter.low.dropout:
+            raise ValueError(f"{adapter.target.label} is a layer of pixels, whose adapter has no dropout: set it to 0.")
+        self.adapter = adapter
+
+    def forward(self, weight: Float[Tensor, "out channels *kernel"]) -> Float[Tensor, "out channels *kernel"]:
+        own = weight.flatten(1).float()
+        stretch, changed = self.adapter.stretch(own), own + self.adapter.change()
+        return (changed if stretch is None else changed * stretch[:, None]).view_as(weight).to(weight.dtype)
+
+
 def attach(model: nn.Module, targets: Mapping[Target, Low]) -> nn.Module:
     """Puts adapters beside these layers, in place, and freezes everything else; gives the model back.
 
@@ -141,10 +169,13 @@ def attach(model: nn.Module, targets: Mapping[Target, Low]) -> nn.Module:
         found[target.module].append(target)
     for name, parts in found.items():
         base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear)
+        assert isinstance(base, nn.Linear | nn.Conv2d)
         ordered = sorted(parts, key=lambda part: part.start)
         made = [Adapter(base.weight[p.start : p.start + p.rows], p, targets[p]) for p in ordered]
-        model.set_submodule(name, Adapted(base, made))
+        if isinstance(base, nn.Linear) and not isinstance(base, PixelLinear):
+            model.set_submodule(name, Adapted(base, made))
+        else:
+            parametrize.register_parametrization(base, "weight", Reweighted(made[0]))
     return model
 
 
@@ -158,4 +189,6 @@ def merge(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, Adapted):
             model.set_submodule(name, module.merged())
+        elif parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
     return model
