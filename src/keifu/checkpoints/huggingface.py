@@ -49,10 +49,10 @@ def source_of(
     prefixes: what each file's names are told with, where several parts have files. texts: where the tokenizer is, if
     not in `path`.
     """
-    opened = {file: _open(file) for file in files}
+    opened = {file: open_weights(file) for file in files}
     before = prefixes or dict.fromkeys(files, "")
     owner = {before[file] + name: (file, name) for file in files for name in opened[file].keys()}  # noqa: SIM118 (no dict)
-    stored = {told: _stored(opened[file].get_slice(name)) for told, (file, name) in owner.items()}
+    stored = {told: stored_of(opened[file].get_slice(name)) for told, (file, name) in owner.items()}
 
     def read(told: str) -> Tensor:
         file, name = owner[told]
@@ -121,7 +121,8 @@ def _nearest(name: str, path: Path) -> str:
     return f", but it does hold {near[0]}" if near else ""
 
 
-def _open(path: Path) -> Any:
+def open_weights(path: Path) -> Any:
+    """A safetensors file, memory-mapped; a torn one is a `UserError` with its bytes and those that it promises."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -146,7 +147,8 @@ def _sizes(path: Path) -> str:
     return f"it has {size:,} bytes, and its header promises {end:,}." if end != size else ""
 
 
-def _stored(piece: Any) -> Stored:
+def stored_of(piece: Any) -> Stored:
+    """What is known of a tensor of such a file without reading it."""
     kind = piece.get_dtype()
     return Stored(tuple(piece.get_shape()), kind, DTYPES.get(kind))
 

@@ -16,6 +16,7 @@ from keifu.checkpoints.huggingface import CONFIGS, INDEX, PICKLED, WEIGHTS, open
 from keifu.checkpoints.npz import open_npz
 from keifu.checkpoints.report import Report, report
 from keifu.checkpoints.saving import save
+from keifu.checkpoints.single_file import open_single_file
 from keifu.checkpoints.source import Plan, Source, check_tokenizer, plan
 from keifu.data.tokenizers import load_tokenizer
 from keifu.errors import UserError, unknown
@@ -106,10 +107,12 @@ def open_source(path: Path) -> Source:
         return open_diffusers(path) if is_diffusers(path) else open_directory(path)
     if path.name in (WEIGHTS, INDEX, PIPELINE, *CONFIGS):
         return open_source(path.parent)
-    if path.suffix in PICKLED:
+    if path.suffix in PICKLED and path.suffix != ".ckpt":
         raise pickled_only(path.parent, [path.name])
     if path.suffix == ".gguf" or is_gguf(path):
         return open_gguf(path)
     if path.suffix == ".npz":
         return open_npz(path)
+    if path.suffix in (".safetensors", ".ckpt"):
+        return open_single_file(path)
     raise UserError(f"{path} is no model: give a folder with config.json and model.safetensors, or a .gguf file.")
