@@ -153,6 +153,20 @@ def test_a_model_that_draws_nothing_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert "There is no model" in refused(capsys)
 
 
+def test_pixels_begin_with_a_picture_and_keep_what_a_mask_leaves(model: str, capsys: pytest.CaptureFixture) -> None:
+    random = np.random.default_rng(0).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    Image.fromarray(random).save("init.png")
+    mask = np.zeros((10, 12), np.uint8)
+    mask[2:5, 3:] = 255
+    Image.fromarray(mask).save("mask.png")
+    words = (model, "--steps", "4", "--seed", "1", "--init", "init.png")
+    run(capsys, *words, "--mask", "mask.png", "-o", "a.png")
+    assert np.array_equal(pixels("a.png")[mask == 0], random[mask == 0])
+    assert not np.array_equal(pixels("a.png")[mask > 0], random[mask > 0])
+    run(capsys, *words, "--strength", "0.5", "-o", "b.png")
+    assert run(capsys, "--again", "b.png") == ["b-again.png"]
+
+
 def test_grey_pictures_strips_and_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     grey = build(tmp_path / "grey", replace(SMALL, channels=1, n_classes=0, null_class=False, classes=()))
     words = ("--steps", "4", "--seed", "1", "--dtype", "bf16", "--strip", "strip.png", "-o", "a.png")

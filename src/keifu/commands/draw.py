@@ -1,9 +1,7 @@
 """`keifu draw`: pictures from a model that removes noise, of a text too, and a picture once more; knows no model and no
 sampler."""
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -11,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import tyro
 
 from keifu.commands import flags, reranking
+from keifu.commands.draw_again import again
+from keifu.commands.drawn import drawn, load, png
+from keifu.commands.loras import chosen as chosen_lora
 from keifu.errors import UserError
 from keifu.files import write_atomic
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 Name = Literal[
     "ddpm", "ddim", "euler", "euler-ancestral", "heun", "lms", "plms", "dpm++-2m", "dpm++-2m-sde", "unipc"
 ]  # those of generation/sampler_table.py, which tests compare; importing it takes seconds
+
+
+OF_AGAIN = ("model", "out", "again", "init", "mask", "lora")  # what may be said beside --again: where something is
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,18 @@ class Options:
     """How much of the contrast that guidance adds is taken back, up to 1."""
     size: str | None = None
     """Pixels of a side, or WIDTHxHEIGHT; unset, those that the model was trained with."""
+    init: Annotated[Path | None, tyro.conf.arg(metavar="PICTURE")] = None
+    """A picture to begin with, in place of noise alone; its size is the drawing's unless --size says another."""
+    strength: float | None = None
+    """How much of --init is drawn anew: the share of the steps, up to 1. Unset: 0.8, with a mask 1."""
+    mask: Annotated[Path | None, tyro.conf.arg(metavar="PICTURE")] = None
+    """White where --init is drawn anew; all else keeps its pixels."""
+    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE[:SCALE]")] = ()
+    """A LoRA for the network or its text's encoder, a .safetensors file, and how strongly it acts (1); several times
+    for several."""
+    tile: int | None = None
+    """Make the picture of its latents in tiles with sides of so many pixels, which bounds memory; 0 for none. Unset:
+    512 for pictures of more than 1024 x 1024 pixels."""
     eta: float = 0.0
     """ddim's share of fresh noise: 0 for none, 1 for ddpm's."""
     spacing: Literal["leading", "trailing", "linspace", "quadratic"] | None = None
@@ -92,7 +108,11 @@ class Options:
 def run(options: Options) -> None:
     """Draws, writes the files and names them."""
     if options.again:
-        _again(options, options.again)
+        given = [name for name, value in vars(options).items() if value != vars(Options())[name]]
+        if more := [f"--{name.replace('_', '-')}" for name in given if name not in OF_AGAIN]:
+            raise UserError(f"--again takes every setting from {options.again}: leave out {' and '.join(more)}.")
+        places = {"init": options.init, "mask": options.mask}
+        again(options.again, options.out, options.model, places, options.lora)
         return
     if options.model is None:
         raise UserError("There is no model: name one (keifu draw MODEL), or a picture with --again.")
@@ -103,7 +123,7 @@ def run(options: Options) -> None:
     if options.strip and not model.pixels:
         raise UserError("--strip shows each step as a picture, and this model's steps are latents: leave it out.")
     states: list[Drawn] = []
-    pictures = _drawn(model, record, states if options.strip else None)
+    pictures = drawn(model, record, states if options.strip else None)
     out = options.out or Path(f"picture-{record.drawing.seed}.png")
     kept = range(record.count)
     if options.best_of and options.clip:
@@ -111,7 +131,7 @@ def run(options: Options) -> None:
         record = replace(record, kept=tuple(kept))
     for path, place in _files(out, len(kept)):
         chosen = pictures[list(kept)] if place is None else pictures[kept[place]][None]
-        write_atomic(path, _png(chosen, replace(record, number=None if place is None else kept[place])))
+        write_atomic(path, png(chosen, replace(record, number=None if place is None else kept[place])))
         print(path)
     if options.strip:
         write_atomic(options.strip, _strip(model, pictures[0], states))
@@ -120,35 +140,22 @@ def run(options: Options) -> None:
 
 def _begun(options: Options, name: str) -> "tuple[Record, Drawer]":
     """The record of what will be drawn, everything in it resolved, and the model."""
+    from keifu.generation.originals import original
     from keifu.generation.picture_record import Record
     from keifu.generation.pictures import Drawing
 
-    model = _load(name, options.dtype)
+    loras = tuple(map(chosen_lora, options.lora))
+    model = load(name, options.dtype, loras)
     chosen = {each.name: vars(options)[each.name] for each in fields(Drawing)}
     chosen["label"] = None if options.label is None else model.label(options.label)
     chosen["guidance"] = model.usual_guidance if options.guidance is None else options.guidance
+    chosen |= {name: original(path) for name in ("init", "mask") if (path := vars(options)[name])}
     wanted = model.resolved(Drawing(**{**chosen, "size": _size(options.size)}))
     place = str(Path(name).resolve()) if Path(name).exists() else name
     count = options.best_of or options.count
-    number = 0 if count == 1 else None
-    record = Record(place, model.fingerprint(), wanted, count, min(options.batch_size, count), number, options.dtype)
+    number, size = 0 if count == 1 else None, min(options.batch_size, count)
+    record = Record(place, model.fingerprint(), wanted, count, size, number, options.dtype, loras=loras)
     return record, model
-
-
-def _load(name: str, dtype: str | None) -> "Drawer":
-    from keifu.checkpoints.hub import locate
-    from keifu.checkpoints.opening import DTYPES, load_model, open_source
-    from keifu.checkpoints.source import check_tokenizer
-    from keifu.generation.drawers import drawer
-
-    model: Any = load_model(name, DTYPES[dtype] if dtype else None)
-
-    def tokenizer() -> Any:
-        found = open_source(locate(name)).tokenizer()
-        check_tokenizer(found, model.config.vocab_size)
-        return found
-
-    return drawer(model, tokenizer)
 
 
 def _size(given: str | None) -> tuple[int, int] | None:
@@ -161,47 +168,12 @@ def _size(given: str | None) -> tuple[int, int] | None:
     return int(sides[-1]), int(sides[0])
 
 
-def _drawn(model: "Drawer", record: "Record", states: "list[Drawn] | None" = None) -> "Tensor":
-    """The pictures of all the record's batches, behind a progress bar; the first batch's states go where asked."""
-    import torch
-
-    from keifu.data.progress import counting
-
-    batches, steps, done = record.seeds(), record.drawing.steps or 0, 0
-    with counting("Drawing", steps * len(batches), "steps") as advance:
-
-        def watch(state: "Drawn") -> None:
-            nonlocal done
-            done += 1
-            advance(done)
-            if states is not None and done <= steps:
-                states.append(state)
-
-        return torch.cat([model.draw(record.drawing, seeds, watch) for seeds in batches])
-
-
 def _files(out: Path, count: int) -> list[tuple[Path, int | None]]:
     """Where each picture goes, and the sheet of all where there are several."""
     if count == 1:
         return [(out, 0)]
     numbered = [(out.with_stem(f"{out.stem}-{number + 1}"), number) for number in range(count)]
     return [(out, None), *numbered]
-
-
-def _png(pictures: "Tensor", record: "Record") -> bytes:
-    """A picture, or the sheet of all where the record is of none of them, with the record."""
-    from keifu.data.grid import png, sheet
-
-    return png(sheet(pictures) if record.number is None else _image(pictures[0]), record.texts())
-
-
-def _image(picture: "Tensor") -> Any:
-    from PIL import Image
-
-    kinds = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-    if len(picture) not in kinds:
-        raise UserError(f"A picture of {len(picture)} channels cannot be written as PNG; the model draws no pictures.")
-    return Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).contiguous().numpy(), kinds[len(picture)])
 
 
 def _strip(model: "Drawer", picture: "Tensor", states: "Sequence[Drawn]") -> bytes:
@@ -213,81 +185,6 @@ def _strip(model: "Drawer", picture: "Tensor", states: "Sequence[Drawn]") -> byt
     out = denoising_strip(states)
     into = noising_strip(picture, cast(Any, model).noise, out.columns)
     return grid(torch.cat([into.pictures, out.pictures]), [*into.captions, *out.captions], out.columns)
-
-
-def _again(options: Options, path: Path) -> None:
-    """A picture drawn once more by its own record; that it differs is said, with the likely reason."""
-    from keifu.generation.picture_record import read_record
-
-    given = [name for name, value in vars(options).items() if value != vars(Options())[name]]
-    if more := [f"--{name.replace('_', '-')}" for name in given if name not in ("model", "out", "again")]:
-        raise UserError(f"--again takes every setting from {path}: leave out {' and '.join(more)}.")
-    record = read_record(path)
-    model = _same_model(options.model or record.model, record, path)
-    with _threads(record.threads):
-        pictures = _drawn(model, record)
-    out = options.out or path.with_stem(f"{path.stem}-again")
-    if record.number is not None:
-        pictures = pictures[record.number % record.batch_size :][:1]
-    elif record.kept:
-        pictures = pictures[list(record.kept)]
-    write_atomic(out, _png(pictures, record))
-    print(out)
-    if difference := _difference(path, out):
-        raise UserError(f"{out} is not {path} bit for bit: {difference} {_changed(record)}")
-    print(f"{out} is {path}, bit for bit.", file=sys.stderr)
-
-
-def _same_model(name: str, record: "Record", path: Path) -> "Drawer":
-    """The model that drew a picture; another one, by the fingerprint of its weights, is a `UserError`."""
-    try:
-        model = _load(name, record.dtype)
-    except UserError as error:
-        raise UserError(f"{path} was drawn by {name}, which cannot be loaded; name its model. {error}") from None
-    if (found := model.fingerprint()) != record.weights:
-        raise UserError(
-            f"{name} is not the model that drew {path}: the fingerprint of its weights is {found[:12]}, and it was "
-            f"{record.weights[:12]}. Was it trained on, or replaced? Name the right one before --again."
-        )
-    return model
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """As many threads as once: how a product is split decides its last digits."""
-    import torch
-
-    own = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(own)
-
-
-def _difference(before: Path, after: Path) -> str:
-    """In how many numbers two pictures differ and how far; empty where they are the same."""
-    import numpy as np
-    from PIL import Image
-
-    old, new = (np.asarray(Image.open(path)).astype(int) for path in (before, after))
-    if old.shape != new.shape:
-        return f"it has {new.shape} numbers and not {old.shape}."
-    apart = np.abs(old - new)
-    return (
-        f"{(apart > 0).sum():,} of {apart.size:,} numbers differ, by {apart.max()} of 255 at most."
-        if apart.any()
-        else ""
-    )
-
-
-def _changed(record: "Record") -> str:
-    """What is not as it was when a picture was drawn."""
-    from keifu.generation.picture_record import versions
-
-    now = versions()
-    changed = [f"{name} {old} → {now.get(name)}" for name, old in record.versions.items() if now.get(name) != old]
-    return f"Since then: {', '.join(changed)}." if changed else "The versions are the same; is it another processor?"
 
 
 parse = flags.parser(Options, run, "keifu draw")

@@ -55,20 +55,24 @@ def read_picture(file: Path | bytes, where: str = "") -> Shot:
     return Shot(found, (FIRST,) * several + remarks)
 
 
-def fitted(image: Image.Image, size: int | None, channels: int | None, fit: Fit = "crop") -> np.ndarray:
-    """A picture as bytes [height, width, channels], square where a size is given; its own channels where None.
+def fitted(
+    image: Image.Image, size: int | tuple[int, int] | None, channels: int | None, fit: Fit = "crop"
+) -> np.ndarray:
+    """A picture as bytes [height, width, channels], of the size where one is given: the side of a square, or height and
+    width. Its own channels where None.
 
     crop keeps the middle, pad adds white, stretch changes the proportions. Resampling is bicubic.
     """
     if channels is not None:
         image = image.convert("L" if channels == 1 else "RGB")
-    if size is not None and image.size != (size, size):
+    sides = (size, size) if isinstance(size, int) else size and (size[1], size[0])
+    if sides and image.size != sides:
         how = Image.Resampling.BICUBIC
         white = 255 if image.mode == "L" else WHITE
         image = {
-            "crop": lambda: ImageOps.fit(image, (size, size), how),
-            "pad": lambda: ImageOps.pad(image, (size, size), how, color=white),
-            "stretch": lambda: image.resize((size, size), how),
+            "crop": lambda: ImageOps.fit(image, sides, how),
+            "pad": lambda: ImageOps.pad(image, sides, how, color=white),
+            "stretch": lambda: image.resize(sides, how),
         }[fit]()
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels

@@ -13,6 +13,7 @@ from torch import nn
 
 from keifu import __version__
 from keifu.errors import UserError
+from keifu.generation.originals import Original
 from keifu.generation.pictures import Drawing
 
 CHUNK = "keifu"
@@ -24,13 +25,22 @@ def versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """A LoRA's file, the SHA-256 of its bytes, and how strongly it acts: 1 as it was trained."""
+
+    place: str
+    digest: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Record:
     """Everything that decides a picture.
 
     model: where its weights were. weights: their `fingerprint`. drawing: its settings, with the first picture's seed.
     count, batch_size: pictures that were asked for, and how many were drawn at a time; each has a seed one higher than
     the one before. number: which of them it is, from 0; None for a sheet. kept: those on the sheet; () for all.
-    threads: over which products were split.
+    threads: over which products were split. loras: what was worked into the weights before their fingerprint was taken.
     """
 
     model: str
@@ -44,6 +54,7 @@ class Record:
     threads: int = field(default_factory=torch.get_num_threads)
     versions: dict[str, str] = field(default_factory=versions)
     kept: tuple[int, ...] = ()
+    loras: tuple[Lora, ...] = ()
 
     def seeds(self) -> list[list[int]]:
         """The seeds of each batch that this picture, or sheet, needs."""
@@ -57,6 +68,7 @@ class Record:
         wanted = self.drawing
         seed = (wanted.seed or 0) + (self.number or 0)
         text = "" if wanted.text is None else f" from {wanted.text!r}"
+        text += "" if wanted.init is None else f" on {wanted.init.place}"
         sentence = f"Drawn by {self.model}{text}, {wanted.sampler}, {wanted.steps} steps, seed {seed}"
         told = json.dumps(asdict(self), ensure_ascii=False)
         return {CHUNK: told, "Software": f"keifu {__version__}", "Description": sentence}
@@ -87,11 +99,14 @@ def read_record(path: Path) -> Record:
 def _record(json: dict[str, Any]) -> Record:
     wanted = dict(json["drawing"])
     wanted["size"] = tuple(wanted["size"])
-    json = {"kept": (), **json}  # older pictures do not say it
+    for name in ("init", "mask"):
+        wanted[name] = Original(**wanted[name]) if wanted.get(name) else None
+    json = {"kept": (), "loras": (), **json}  # older pictures do not say it
     missing = {each.name for each in fields(Record)} - json.keys()
     if missing:
         raise KeyError(", ".join(sorted(missing)))
-    return Record(**{**json, "drawing": Drawing(**wanted), "kept": tuple(json["kept"])})
+    told = {"drawing": Drawing(**wanted), "kept": tuple(json["kept"])}
+    return Record(**{**json, **told, "loras": tuple(Lora(**each) for each in json["loras"])})
 
 
 def fingerprint(model: nn.Module, beside: str = "") -> str:

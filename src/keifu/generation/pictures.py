@@ -10,19 +10,22 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from keifu.data.images import to_bytes
 from keifu.errors import UserError, unknown
+from keifu.generation.beginnings import Kept, noisy, shortened, walked
 from keifu.generation.denoiser import Denoising, DenoisingConfig, of_label
+from keifu.generation.originals import Original
 from keifu.generation.sampler_table import Route, route, sampler
 from keifu.generation.samplers import Drawn
 from keifu.generation.seeds import Seeds
 from keifu.layers.noise import Noise, Spacing
+from keifu.layers.noise_levels import Path
 from keifu.layers.packing import packed
 
-BY_TOKEN = "token by token"
+BY_TOKEN, STRENGTH = "token by token", 0.8
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Drawing:
         spacing, karras, eta: of the path, see `noise_levels.py`, and DDIM's share of fresh noise.
         text, negative: what a model that reads is to draw, and what guidance leads away from.
         truncate: whether a text that is too long for the model loses its end.
+        init: the picture that the drawing begins with; None for noise alone.
+        strength: which share of the steps it is taken through, the last ones; None for `STRENGTH`, and 1 with a mask.
+        mask: white where that picture is drawn anew; None draws all of it anew.
+        tile: the side in pixels of the tiles in which a large picture is made of latents; 0 for none, None for 512
+            where it has more than 1024 x 1024 pixels.
     """
 
     sampler: str = "ddim"
@@ -55,8 +63,17 @@ class Drawing:
     text: str | None = None
     negative: str = ""
     truncate: bool = False
+    init: Original | None = None
+    strength: float | None = None
+    mask: Original | None = None
+    tile: int | None = None
 
     def __post_init__(self) -> None:
+        if self.init is None and (self.mask or self.strength is not None):
+            given = "A mask" if self.mask else "A strength"
+            raise UserError(f"{given} is for a picture to begin with, and there is none: give one (--init).")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise UserError(f"The strength is a share of the steps above 0 and up to 1, not {self.strength:g}.")
         if self.sampler != BY_TOKEN:
             sampler(self.sampler)
         if self.steps is not None and self.steps < 1:
@@ -75,15 +92,57 @@ class Drawing:
         if self.text is not None or self.negative:
             text = self.text or self.negative
             raise UserError(f"This model reads no text, so {text!r} means nothing to it: leave it out (see --label).")
-        size = self.size or trained_size(model)
+        if self.tile is not None:
+            raise UserError("Tiles are for pictures made of latents, and this model draws pixels: leave --tile out.")
+        size = self.sides() or trained_size(model)
         check_label(model, self.label, self.guidance)
         model.check_size(model.config.channels, *size)
         return self.completed(model.noise, size)
 
     def completed(self, noise: Noise, size: tuple[int, int]) -> "Drawing":
-        """The same with this size, and with the steps, the seed and the spacing that were left open."""
+        """The same with this size, and with the steps, the seed, the spacing and the strength that were left open."""
         steps, seed = len(self.route(noise).path.strides), secrets.randbits(32) if self.seed is None else self.seed
-        return replace(self, steps=steps, size=size, seed=seed, spacing=self.spacing or noise.spacing)
+        usual = None if self.init is None else 1.0 if self.mask else STRENGTH
+        whole = replace(self, strength=self.strength or usual, steps=steps, size=size, seed=seed)
+        whole.path(whole.route(noise).path)
+        self._check_mask(size)
+        return replace(whole, spacing=self.spacing or noise.spacing)
+
+    def sides(self) -> tuple[int, int] | None:
+        """Height and width that were asked for, or those of the picture that the drawing begins with."""
+        return self.size or (self.init.size() if self.init else None)
+
+    def path(self, whole: Path) -> Path:
+        """The part of a sampler's path that is walked."""
+        return whole if self.strength is None else shortened(whole, self.strength)
+
+    @property
+    def taken(self) -> int:
+        """The steps that are walked, once their number is known."""
+        return int((self.steps or 0) * (1 if self.strength is None else self.strength))
+
+    @property
+    def from_noise(self) -> bool:
+        """Whether nothing is seen of a picture where it is drawn anew."""
+        return self.init is None or (self.mask is not None and self.strength == 1)
+
+    def anew(self) -> Bool[Tensor, "1 height width"] | None:
+        """Where the mask has it drawn anew, once the size is known; None without a mask."""
+        assert self.size is not None
+        return None if self.mask is None else self.mask.white(self.size)
+
+    def _check_mask(self, size: tuple[int, int]) -> None:
+        """Refuses a mask that has not the picture's size, or no white."""
+        if self.init is None or self.mask is None:
+            return
+        (height, width), (high, wide) = self.init.size(), self.mask.size()
+        if (height, width) != (high, wide):
+            raise UserError(
+                f"The mask {self.mask.place} has {wide} x {high} pixels, and the picture {width} x {height} (width x "
+                "height): they must have the same size."
+            )
+        if not bool(self.mask.white(size).any()):
+            raise UserError(f"The mask {self.mask.place} has no white, so nothing would be drawn anew.")
 
 
 def denoising(model: nn.Module) -> Denoising:
@@ -136,9 +195,16 @@ def drawing(model: Denoising, wanted: Drawing, seeds: Sequence[int]) -> Iterator
     shape = len(seeds), model.config.channels, *(wanted.size or trained_size(model))
     label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)
     network = of_label(cast(Any, packed(cast(Any, model))), label, wanted.guidance, wanted.guidance_rescale)
-    random = Seeds(seeds)
-    x = random(torch.empty(shape, device=device)) * chosen.path.start
-    yield from chosen.walk(chosen.denoiser(network), x, chosen.path, random)
+    random, path = Seeds(seeds), wanted.path(chosen.path)
+    noise = random(torch.empty(shape, device=device))
+    if wanted.init is None:
+        yield from walked(chosen, network, noise * path.start, path, random)
+        return
+    picture = wanted.init.pixels(shape[2:], shape[1]).to(device).expand_as(noise)
+    anew = wanted.anew()
+    kept = None if anew is None else Kept(picture, noise, anew.to(device))
+    x = noise * path.start if wanted.from_noise else noisy(picture, noise, path)
+    yield from walked(chosen, network, x, path, random, kept)
 
 
 def draw(

@@ -77,9 +77,9 @@ class Route:
     sampler: Sampler
     noise: Noise
 
-    def denoiser(self, network: Network) -> Denoiser:
-        """The denoiser that this sampler takes."""
-        return Denoiser(network, self.noise, self.sampler.clip, self.sampler.threshold)
+    def denoiser(self, network: Network, kind: Callable[..., Denoiser] = Denoiser) -> Denoiser:
+        """The denoiser that this sampler takes, or one of another kind with the same bounds."""
+        return kind(network, self.noise, self.sampler.clip, self.sampler.threshold)
 
 
 def route(

@@ -4,112 +4,55 @@ Axes: batch, channels, height, width of latents; length = tokens of a text, as m
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from keifu.data.images import to_bytes
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.beginnings import Kept, noisy, walked
 from keifu.generation.denoiser import Network, with_guidance
+from keifu.generation.latent_coder import Coder, tile_of
 from keifu.generation.picture_record import fingerprint
 from keifu.generation.pictures import Drawing, finished
-from keifu.generation.samplers import Drawn
+from keifu.generation.reading import Latents, Reading, Tokens
+from keifu.generation.samplers import Drawn, Random
 from keifu.generation.seeds import Seeds
 from keifu.layers.noise import Noise
+from keifu.layers.noise_levels import Path
+from keifu.layers.packing import packed
 
-Tokens = Int[Tensor, "batch length"]
-Latents = Float[Tensor, "batch channels height width"]
-
-
-@runtime_checkable
-class ReadingConfig(Protocol):
-    """What is asked of the config of a model that draws from text."""
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Height and width in pixels that it was trained with; None where nothing says so."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """Of latents."""
-        ...
-
-    @property
-    def factor(self) -> int:
-        """Pixels of a side for each number of the latents."""
-        ...
-
-    @property
-    def colours(self) -> int:
-        """Channels of its pictures: 1 for grey, 3 for colour."""
-        ...
-
-    @property
-    def masked(self) -> bool:
-        """Whether it reads a mask and what the mask leaves too, and so draws nothing from a text alone."""
-        ...
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of every text."""
-        ...
-
-
-@runtime_checkable
-class Reading(Protocol):
-    """A network that was trained to remove noise from latents, and that looks at a text while it does.
-
-    `model(x, timestep [batch], projected)` gives its target for each row.
-    """
-
-    @property
-    def noise(self) -> Noise:
-        """The noise that it removes."""
-        ...
-
-    @property
-    def config(self) -> ReadingConfig:
-        """Its sizes."""
-        ...
-
-    def __call__(self, x: Latents, timestep: Tensor, projected: Any) -> Tensor:
-        """Its prediction."""
-        ...
-
-    def encode_text(self, tokens: Tokens) -> Float[Tensor, "batch length dim"]:
-        """What the network looks at."""
-        ...
-
-    def project(self, context: Float[Tensor, "batch length dim"]) -> Any:
-        """What every step needs of the texts."""
-        ...
-
-    def to_pictures(self, latents: Latents) -> Float[Tensor, "batch colours rows columns"]:
-        """The pictures of latents, from -1 to 1."""
-        ...
-
-    def check_size(self, height: int, width: int) -> None:
-        """Refuses pictures, by their pixels, that do not fit the network, in a `UserError`."""
-        ...
+Bytes = UInt8[Tensor, "batch colours rows columns"]
 
 
 def of_text(
-    model: Reading, given: Tokens, without: Tokens | None = None, guidance: float = 1.0, rescale: float = 0.0
+    model: Reading,
+    given: Tokens,
+    without: Tokens | None = None,
+    guidance: float = 1.0,
+    rescale: float = 0.0,
+    beside: Float[Tensor, "batch more height width"] | None = None,
 ) -> Network:
     """The network of a model for a text of each row, which is encoded and projected here, once.
 
-    Guided, `without` is what each row is led away from, and both predictions are made in one batch.
+    Guided, `without` is what each row is led away from, and both predictions are made in one batch. `beside`: what the
+    network reads of each row besides x, in channels after it.
     """
+
+    def seen(x: Tensor) -> Tensor:
+        return x if beside is None else torch.cat([x, beside], 1)
+
     if guidance == 1 or without is None:
         alone = _projected(model, given)
-        return lambda x, timestep: model(x, timestep, alone)
+        return lambda x, timestep: model(seen(x), timestep, alone)
     both = _projected(model, torch.cat([given, without]))
 
     def conditional(x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        towards, away = model(torch.cat([x, x]), torch.cat([timestep, timestep]), both).chunk(2)
+        towards, away = model(seen(x).repeat(2, 1, 1, 1), timestep.repeat(2), both).chunk(2)
         return towards, away
 
     return with_guidance(conditional, model.noise, guidance, rescale)
@@ -145,8 +88,6 @@ class Painter:
     pixels = False
 
     def __init__(self, model: Reading, tokenizer: Tokenizer):
-        if model.config.masked:
-            raise UserError("This model fills in what a mask hides of a picture, and draws nothing from a text alone.")
         self.model, self.tokenizer, self.colours = model, tokenizer, model.config.colours
 
     @property
@@ -168,17 +109,30 @@ class Painter:
             raise UserError("This model draws from a text, and there is none: say what to draw.")
         if wanted.label is not None:
             self.label(str(wanted.label))
+        if self.model.config.masked and wanted.mask is None:
+            raise UserError(
+                "This model fills in what a mask hides of a picture, and draws nothing from a text alone: give both "
+                "(--init, --mask)."
+            )
         if wanted.negative and wanted.guidance == 1:
             raise UserError(
                 f"Guidance is what leads away from {wanted.negative!r}, and with a guidance of 1 there is none: "
                 f"{self.usual_guidance:g} is usual."
             )
         self.tokens([wanted.text, wanted.negative], wanted.truncate)
-        size = wanted.size or self.model.config.size
+        size = wanted.sides() or self.model.config.size
         if size is None:
             raise UserError("The model does not say how large its pictures are: give their size.")
         self.model.check_size(*size)
-        return wanted.completed(self.noise, size)
+        factor = self.model.config.factor
+        whole = replace(wanted.completed(self.noise, size), tile=tile_of(wanted.tile, size, factor))
+        anew = whole.anew()
+        if anew is not None and not bool(coarse(anew, factor).any()):
+            raise UserError(
+                f"The mask's white parts are smaller than the {factor} x {factor} pixels that one number of the "
+                "latents stands for: make them larger."
+            )
+        return whole
 
     def tokens(self, texts: Sequence[str], truncate: bool = False) -> Tokens:
         """The ids of texts, filled up to the model's length: see `text_tokens`."""
@@ -188,37 +142,77 @@ class Painter:
     def drawing(self, wanted: Drawing, seeds: Sequence[int], texts: Sequence[str] | None = None) -> Iterator[Drawn]:
         """x and the predicted latents after each step, for a picture of each seed, on the model's device.
 
-        wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None.
+        wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None. Convolutions are
+        packed for it once, which takes about as long as a step and their memory a second time.
         """
-        chosen, config = wanted.route(self.noise), self.model.config
-        device = next(cast(Any, self.model).parameters()).device
-        assert wanted.size is not None
-        shape = len(seeds), config.channels, *(side // config.factor for side in wanted.size)
-        given = self.tokens(texts or [wanted.text or ""] * len(seeds), wanted.truncate).to(device)
-        without = self.tokens([wanted.negative] * len(seeds), wanted.truncate).to(device)
-        network = of_text(self.model, given, without, wanted.guidance, wanted.guidance_rescale)
-        random = Seeds(seeds)
-        x = random(torch.empty(shape, device=device)) * chosen.path.start
-        yield from chosen.walk(chosen.denoiser(network), x, chosen.path, random)
+        chosen = wanted.route(self.noise)
+        path, random = wanted.path(chosen.path), Seeds(seeds)
+        given = self.tokens(texts or [wanted.text or ""] * len(seeds), wanted.truncate)
+        without = self.tokens([wanted.negative] * len(seeds), wanted.truncate)
+        x, kept, beside = self._begun(wanted, path, len(seeds), random)
+        tokens = given.to(x.device), without.to(x.device)
+        quick = cast(Reading, packed(cast(Any, self.model)))
+        network = of_text(quick, *tokens, wanted.guidance, wanted.guidance_rescale, beside)
+        yield from walked(chosen, network, x, path, random, kept)
 
-    @torch.inference_mode()
-    def decoded(self, latents: Latents) -> Float[Tensor, "batch colours rows columns"]:
-        """The pictures of latents, about from -1 to 1; one after the other, since a large one takes much memory."""
-        return torch.cat([self.model.to_pictures(each) for each in latents.split(1)])
+    def _begun(
+        self, wanted: Drawing, path: Path, count: int, random: Random
+    ) -> tuple[Latents, Kept | None, Tensor | None]:
+        """The latents that so many drawings begin with, what is kept of them, and what a network that fills in masks
+        reads beside them: the mask, and the latents of the picture with grey in the mask's place."""
+        config, device = self.model.config, next(cast(Any, self.model).parameters()).device
+        assert wanted.size is not None
+        empty = torch.empty((count, config.channels, *(side // config.factor for side in wanted.size)), device=device)
+        if wanted.init is None:
+            return random(empty) * path.start, None, None
+        picture = wanted.init.pixels(wanted.size, config.colours)[None].to(device)
+        whole = wanted.anew()
+        anew = None if whole is None else coarse(whole.to(device), config.factor)
+        latents = None
+        if not (wanted.from_noise and config.masked):
+            latents = self._coder(wanted).latents(picture, random(empty))
+        noise = random(empty)
+        x = noise * path.start if wanted.from_noise or latents is None else noisy(latents, noise, path)
+        if whole is None or anew is None:
+            return x, None, None
+        if not config.masked:
+            assert latents is not None
+            return x, Kept(latents, noise, anew), None
+        left = self._coder(wanted).latents(picture.masked_fill(whole.to(device), 0.0), random(empty))
+        return x, None, torch.cat([anew.to(x.dtype).expand(count, 1, -1, -1), left], 1)
+
+    def decoded(self, latents: Latents, wanted: Drawing) -> Float[Tensor, "batch colours rows columns"]:
+        """The pictures of latents, about from -1 to 1."""
+        return self._coder(wanted).pictures(latents)
+
+    def _coder(self, wanted: Drawing) -> Coder:
+        return Coder(self.model, self.model.config.factor, wanted.tile or 0)
 
     def draw(
         self, wanted: Drawing, seeds: Sequence[int], watch: Callable[[Drawn], object] = lambda state: None
-    ) -> UInt8[Tensor, "batch colours rows columns"]:
+    ) -> Bytes:
         """A finished picture of each seed, as `pictures.draw` gives it."""
         x = torch.empty(0)
         for state in self.drawing(wanted, seeds):
             watch(state)
             x = state.x
-        return finished(self.decoded(x))
+        return self._whole(finished(self.decoded(x, wanted)), wanted)
 
     def draw_texts(
         self, wanted: Drawing, seeds: Sequence[int], texts: Sequence[str]
     ) -> UInt8[Tensor, "batch colours rows columns"]:
         """A finished picture of each seed and text."""
         *_, last = self.drawing(wanted, seeds, texts)
-        return finished(self.decoded(last.x))
+        return self._whole(finished(self.decoded(last.x, wanted)), wanted)
+
+    def _whole(self, drawn: Bytes, wanted: Drawing) -> Bytes:
+        """What was drawn, and where a mask keeps a picture its own pixels, which latents do not hold exactly."""
+        anew = wanted.anew()
+        if wanted.init is None or wanted.size is None or anew is None:
+            return drawn
+        return torch.where(anew, drawn, to_bytes(wanted.init.pixels(wanted.size, drawn.shape[1])))
+
+
+def coarse(mask: Bool[Tensor, "1 height width"], factor: int) -> Bool[Tensor, "1 rows columns"]:
+    """A mask of pixels for latents: each takes its upper left pixel's, as diffusers does."""
+    return mask[:, ::factor, ::factor]

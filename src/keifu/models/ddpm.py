@@ -180,7 +180,7 @@ class DDPM(nn.Module):
         if near != [height, width]:
             raise UserError(
                 f"Pictures of {height} x {width} pixels do not fit a network that goes down to 1/{factor} of them: "
-                f"the nearest size that does is {near[0]} x {near[1]}."
+                f"the nearest size that does is {near[0]} x {near[1]} (height x width)."
             )
 
     def _labels(self, count: int, device: torch.device) -> Tensor:

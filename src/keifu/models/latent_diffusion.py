@@ -125,6 +125,11 @@ class LatentDiffusion(nn.Module):
         """What the U-Net was trained to remove."""
         return self.config.noise
 
+    @property
+    def coding(self) -> nn.Module | None:
+        """What pictures and latents are made of each other with, if they are not the same."""
+        return self.autoencoder
+
     def encode_text(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length dim"]:
         """What the U-Net looks at: the text's hidden states after the last norm, padding's too."""
         return self.text.encode(tokens)
@@ -141,11 +146,11 @@ class LatentDiffusion(nn.Module):
 
     def to_latents(
         self, pictures: Float[Tensor, "batch colours rows columns"], noise: Tensor | None = None
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Latents as diffusion sees them, of pictures from -1 to 1: those that standard normal `noise` picks, or the
-        likeliest ones."""
+    ) -> Float[Tensor, "sampled channels height width"]:
+        """Latents as diffusion sees them, of pictures from -1 to 1: those that standard normal `noise` picks, of one
+        picture as many as there are rows of it, or the likeliest ones."""
         if self.autoencoder is None:
-            return pictures
+            return pictures if noise is None else pictures.expand_as(noise)
         found = self.autoencoder.encode(pictures)
         return self.config.scale * (found.mean if noise is None else found.sample(noise))
 
@@ -162,7 +167,7 @@ class LatentDiffusion(nn.Module):
         if near != [height, width]:
             raise UserError(
                 f"Pictures of {height} x {width} pixels do not fit a network that goes down to 1/{factor} of them: "
-                f"the nearest size that does is {near[0]} x {near[1]}."
+                f"the nearest size that does is {near[0]} x {near[1]} (height x width)."
             )
 
 

@@ -1,0 +1,120 @@
+"""`keifu draw --again`: a picture once more by its own record, and whether each bit is the same; knows no model and no
+sampler."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from keifu.commands.drawn import drawn, load, png
+from keifu.commands.loras import placed
+from keifu.errors import UserError
+from keifu.files import write_atomic
+
+if TYPE_CHECKING:
+    from keifu.generation.drawers import Drawer
+    from keifu.generation.picture_record import Record
+    from keifu.generation.pictures import Drawing
+
+
+def again(
+    path: Path, out: Path | None, named: str | None, places: Mapping[str, Path | None], loras: Sequence[str] = ()
+) -> None:
+    """Draws a picture once more by its own record; that it differs is said, with the likely reason.
+
+    named, places, loras: where the model, the pictures that it began with and its LoRAs are, if elsewhere now.
+    """
+    from keifu.generation.picture_record import read_record
+
+    record = read_record(path)
+    drawing = _placed(record.drawing, places, path)
+    record = replace(record, drawing=drawing, loras=placed(record.loras, loras))
+    model = _same_model(named or record.model, record, path)
+    with _threads(record.threads):
+        pictures = drawn(model, record)
+    out = out or path.with_stem(f"{path.stem}-again")
+    if record.number is not None:
+        pictures = pictures[record.number % record.batch_size :][:1]
+    elif record.kept:
+        pictures = pictures[list(record.kept)]
+    write_atomic(out, png(pictures, record))
+    print(out)
+    if difference := _difference(path, out):
+        raise UserError(f"{out} is not {path} bit for bit: {difference} {_changed(record)}")
+    print(f"{out} is {path}, bit for bit.", file=sys.stderr)
+
+
+def _placed(drawing: "Drawing", places: Mapping[str, Path | None], path: Path) -> "Drawing":
+    """The settings with the pictures that the drawing began with where they are now, if they are still the same."""
+    from keifu.generation.originals import original
+
+    for name in ("init", "mask"):
+        before, place = vars(drawing)[name], places[name]
+        if before is None and place is not None:
+            raise UserError(f"{path} was drawn without --{name}: leave it out.")
+        if before is None:
+            continue
+        where = place or Path(before.place)
+        if not where.is_file():
+            raise UserError(f"{path} was drawn with --{name} {where}, which is not there: name its place (--{name}).")
+        if (found := original(where)).digest != before.digest:
+            raise UserError(
+                f"{where} is not the picture that {path} was drawn with: its digest is {found.digest[:12]}, and it was "
+                f"{before.digest[:12]}. Name the right one (--{name})."
+            )
+        drawing = replace(drawing, **{name: replace(before, place=str(where.resolve()))})
+    return drawing
+
+
+def _same_model(name: str, record: "Record", path: Path) -> "Drawer":
+    """The model that drew a picture; another one, by the fingerprint of its weights, is a `UserError`."""
+    try:
+        model = load(name, record.dtype, record.loras)
+    except UserError as error:
+        raise UserError(f"{path} was drawn by {name}, which cannot be loaded; name its model. {error}") from None
+    if (found := model.fingerprint()) != record.weights:
+        raise UserError(
+            f"{name} is not the model that drew {path}: the fingerprint of its weights is {found[:12]}, and it was "
+            f"{record.weights[:12]}. Was it trained on, or replaced? Name the right one before --again."
+        )
+    return model
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """As many threads as once: how a product is split decides its last digits."""
+    import torch
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
+
+
+def _difference(before: Path, after: Path) -> str:
+    """In how many numbers two pictures differ and how far; empty where they are the same."""
+    import numpy as np
+    from PIL import Image
+
+    old, new = (np.asarray(Image.open(path)).astype(int) for path in (before, after))
+    if old.shape != new.shape:
+        return f"it has {new.shape} numbers and not {old.shape}."
+    apart = np.abs(old - new)
+    return (
+        f"{(apart > 0).sum():,} of {apart.size:,} numbers differ, by {apart.max()} of 255 at most."
+        if apart.any()
+        else ""
+    )
+
+
+def _changed(record: "Record") -> str:
+    """What is not as it was when a picture was drawn."""
+    from keifu.generation.picture_record import versions
+
+    now = versions()
+    changed = [f"{name} {old} → {now.get(name)}" for name, old in record.versions.items() if now.get(name) != old]
+    return f"Since then: {', '.join(changed)}." if changed else "The versions are the same; is it another processor?"
