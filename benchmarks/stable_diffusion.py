@@ -1,0 +1,257 @@
+"""Stable Diffusion 1 beside diffusers: a step of its U-Net, the decoding of its latents, and a whole picture.
+
+python benchmarks/stable_diffusion.py [--what step decode picture] [--dtype float32 bfloat16] [--rounds 3]
+    [--steps 50] [--few 20] [--side 64] [--model stable-diffusion-1] [--tiny]
+
+Both have the same random weights, which they share where they can, so that speed is all that differs. A step is one
+guided prediction for latents of `--side`: a batch of two for both; keifu's keys and values of the text are made once a
+picture, outside of it. A whole picture is text, steps and decoding: diffusers as its pipeline comes (PNDM, 50 steps),
+keifu by the same steps, and by the few that DPM-Solver++ needs. A row more gives diffusers channels-last weights, which
+its users must ask for. Peak memory (--memory) is that of a process of its own for each row, weights included. `--tiny`
+is a network of few weights, to try the program.
+"""
+
+import argparse
+import copy
+import ctypes
+import gc
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from _rounds import interleaved, machine, table
+from torch import Tensor, nn
+
+from keifu.checkpoints.names import links
+from keifu.checkpoints.saving import published_tensors
+from keifu.data.clip_tokenizer import learn
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.generation.pictures import Drawing
+from keifu.generation.text_to_picture import Painter
+from keifu.layers.packing import packed
+from keifu.models import autoencoder_kl, clip_text, conditioned_unet, latent_diffusion
+from keifu.training.peak import count_flops, matmul_peak
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CPU, BASE, LAST, OWN = torch.device("cpu"), "diffusers", "diffusers, channels-last", "keifu"
+TEXT, GUIDANCE, PARTS = "a red heart", 7.5, {"text_encoder": "text", "unet": "unet", "vae": "autoencoder"}
+TINY = latent_diffusion.Config(
+    clip_text.Config(dim=32, hidden_dim=48, n_layers=2, n_heads=2, embedding_dim=32, projected=False),
+    conditioned_unet.Config(size=8, widths=(32, 64), n_residual_blocks=1, attention=(0,), up_attention=(0,),
+                            n_heads=2, context_dim=32),
+    autoencoder_kl.Config(size=64, widths=(32, 32, 32, 64), n_residual_blocks=1),
+)  # fmt: skip
+
+
+def built(config: latent_diffusion.Config, dtype: torch.dtype) -> latent_diffusion.LatentDiffusion:
+    """keifu's model; what is zero in a fresh network is not, as in a trained one."""
+    torch.manual_seed(0)
+    model = latent_diffusion.build(config)
+    for parameter in model.parameters():
+        if not bool(parameter.any()) and parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02)
+        parameter.requires_grad_(False)
+    return model.to(dtype).eval()
+
+
+def peers(own: latent_diffusion.LatentDiffusion) -> dict[str, Any]:
+    """diffusers' and transformers' models with the same weights, shared but for joined matrices."""
+    told = latent_diffusion.to_published(own.config)
+    weights = dict(published_tensors(own, links(own, latent_diffusion.WEIGHT_NAMES)))
+    with torch.device("meta"):
+        text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**_plain(told["text_encoder"])))
+        made = {
+            "text_encoder": text,
+            "unet": diffusers.UNet2DConditionModel.from_config(_plain(told["unet"])),
+            "vae": diffusers.AutoencoderKL.from_config(_plain(told["vae"])),
+        }
+    for part, model in made.items():
+        found = {name.removeprefix(f"{part}."): tensor for name, tensor in weights.items() if name.startswith(part)}
+        short = not any(name.startswith("text_model.") for name in model.state_dict())
+        found = {name.removeprefix("text_model.") if short else name: tensor for name, tensor in found.items()}
+        missing, _ = model.load_state_dict(found, strict=False, assign=True)
+        assert not missing, missing
+        for name, buffer in [*model.named_buffers()]:  # position_ids, which no file holds
+            if buffer.is_meta:
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, torch.arange(buffer.shape[-1])[None])
+        model.eval()
+    return made
+
+
+def _plain(json: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in json.items() if name not in ("model_type", "architectures")}
+
+
+def tokens(config: latent_diffusion.Config) -> Tokenizer:
+    """A small tokenizer: what it costs to read a text does not depend on the words."""
+    return learn([TEXT] * 3, 520).with_max_length(config.context_length)
+
+
+def step(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.Namespace) -> Callable[[], Tensor]:
+    """A guided step."""
+    unet = own.config.unet
+    x, context = torch.randn(2, unet.channels, options.side, options.side), torch.randn(2, 77, unet.context_dim)
+    kind, timestep = next(own.parameters()).dtype, torch.tensor([500, 500])
+    x, context = x.to(kind), context.to(kind)
+    if row == OWN:
+        quick = packed(own)  # as a drawing has it
+        projected = quick.project(context)
+        return lambda: quick(x, timestep, projected)
+    theirs = peers(own)["unet"]
+    if row == LAST:
+        theirs, x = copy.deepcopy(theirs).to(memory_format=torch.channels_last), _last(x)
+    return lambda: theirs(x, timestep, context).sample
+
+
+def decode(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.Namespace) -> Callable[[], Tensor]:
+    """The decoding of one picture's latents."""
+    x, scale = torch.randn(1, own.config.channels, options.side, options.side), own.config.scale
+    x = x.to(next(own.parameters()).dtype)
+    if row == OWN:
+        return lambda: own.to_pictures(x)
+    theirs = peers(own)["vae"]
+    if row == LAST:
+        theirs, x = copy.deepcopy(theirs).to(memory_format=torch.channels_last), _last(x)
+    return lambda: theirs.decode(x / scale).sample
+
+
+def picture(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.Namespace) -> Callable[[], object]:
+    """Text to finished picture."""
+    config, tokenizer = own.config, tokens(own.config)
+    side = options.side * config.factor
+    if row != BASE:
+        painter = Painter(own, tokenizer)
+        sampler, count = ("plms", options.steps) if "plms" in row else ("dpm++-2m", options.few)
+        wanted = painter.resolved(Drawing(sampler, count, 0, text=TEXT, guidance=GUIDANCE, size=(side, side)))
+        return lambda: painter.draw(wanted, [0])
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, pad_token="<|endoftext|>")
+    words.model_max_length = config.context_length
+    pipeline = diffusers.StableDiffusionPipeline(
+        tokenizer=words,
+        scheduler=diffusers.PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False, **peers(own),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda: pipeline(TEXT, num_inference_steps=options.steps, height=side, width=side).images
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last)
+
+
+def rows(what: str, options: argparse.Namespace) -> list[str]:
+    """What is timed, by name."""
+    few = [f"{OWN}, plms, {options.steps} steps", f"{OWN}, dpm++-2m, {options.few} steps"]
+    return [BASE, *few] if what == "picture" else [BASE, LAST, OWN]
+
+
+KINDS = {"step": step, "decode": decode, "picture": picture}
+
+
+def flops_of(own: latent_diffusion.LatentDiffusion, what: str, options: argparse.Namespace) -> int:
+    """The operations of one step or decoding; 0 of a picture, whose rows do not do the same."""
+    if what == "decode":
+        return count_flops(decode(own, OWN, options))
+    unet = own.config.unet
+    x, kind = torch.randn(2, unet.channels, options.side, options.side), next(own.parameters()).dtype
+    projected = own.project(torch.randn(2, 77, unet.context_dim))
+    return count_flops(lambda: own(x.to(kind), torch.tensor([500, 500]), projected)) if what == "step" else 0
+
+
+@torch.inference_mode()
+def measure(options: argparse.Namespace, what: str, name: str) -> None:
+    """One table."""
+    dtype = DTYPES[name]
+    own = built(config_of(options), dtype)
+    seconds = interleaved({row: KINDS[what](own, row, options) for row in rows(what, options)}, options.rounds)
+    flops, peak, notes = flops_of(own, what, options), matmul_peak(CPU, dtype), {}
+    for row, taken in seconds.items():
+        median = sorted(taken)[len(taken) // 2]
+        share = f", {flops / median / peak:.0%} of the matmul peak" if flops else ""
+        memory = f", {memory_of(options, what, name, row):.1f} GB at most" if options.memory else ""
+        notes[row] = f"{median:.2f} s{share}{memory}"
+    print(f"\n{what}, {name}\n\n{table(seconds, 1, what, BASE, notes)}")
+    if flops:
+        print(f"\n{flops / 1e9:.0f} GFLOP; the matmul peak is {peak / 1e9:.0f} GFLOP/s.", flush=True)
+
+
+def memory_of(options: argparse.Namespace, what: str, dtype: str, row: str) -> float:
+    """The most memory, in GB, while a process of its own does this once."""
+    words = [sys.executable, __file__, "--alone", row, "--what", what, "--dtype", dtype, "--side", str(options.side)]
+    words += ["--model", options.model, "--steps", str(options.steps), "--few", str(options.few)]
+    told = subprocess.run([*words, *["--tiny"] * options.tiny], check=True, capture_output=True, text=True)
+    return float(told.stdout.split()[-1])
+
+
+@torch.inference_mode()
+def alone(options: argparse.Namespace) -> float:
+    """What this process holds at most while it does one row's work, in GB; what making the weights took is given back
+    before."""
+    own = built(config_of(options), DTYPES[options.dtype[0]])
+    work = KINDS[options.what[0]](own, options.alone, options)
+    del own
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    most, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.01):
+            most = max(most, int(Path("/proc/self/statm").read_text().split()[1]))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    work()
+    done.set()
+    watching.join()
+    return most * resource.getpagesize() / 1e9
+
+
+def config_of(options: argparse.Namespace) -> latent_diffusion.Config:
+    """The model's."""
+    return TINY if options.tiny else latent_diffusion.SIZES[options.model]
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--what", choices=["step", "decode", "picture"], nargs="+", default=["step", "decode", "picture"]
+    )
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=[*DTYPES])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--few", type=int, default=20)
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--model", choices=latent_diffusion.SIZES, default="stable-diffusion-1")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    options.side = min(options.side, 8) if options.tiny else options.side
+    if options.alone:
+        print(alone(options))
+        return
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in latent_diffusion.build(config_of(options)).parameters())
+    print(
+        f"{machine()}; {count:,} parameters, latents of {options.side} x {options.side}, medians of {options.rounds} "
+        "interleaved rounds"
+    )
+    for what in options.what:
+        for name in options.dtype:
+            measure(options, what, name)
+
+
+if __name__ == "__main__":
+    main()
