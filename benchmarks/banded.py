@@ -112,12 +112,11 @@ def draw(found: dict[int, dict[str, dict[str, float]]], options: argparse.Namesp
     titles = {"ms": "prefill, ms", "MB": "prefill, MB at the peak", "token ms": "a token, ms", "cache MB": "cache, MB"}
     figure, grid = plt.subplots(1, 4, figsize=(15, 3.7), layout="constrained")
     for axes, (key, title) in zip(grid, titles.items(), strict=True):
-        for kind in KINDS:
+        for colour, kind in zip(("tab:grey", "tab:blue", "tab:orange"), KINDS, strict=True):
             points = [(length, each[kind][key]) for length, each in found.items() if key in each.get(kind, {})]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True), marker="o", label=kind if kind != "banded" else f"band {options.band}"
-                )
+                name = kind if kind != "banded" else f"band {options.band}"
+                axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
         axes.set(xscale="log", yscale="log", xlabel="tokens", title=title)
         axes.set_xticks([*found], [f"{length:,}" for length in found], fontsize=8)
         axes.minorticks_off()
