@@ -8,6 +8,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from keifu.data import gym
 from keifu.data.prompts import Prompt
 from keifu.errors import UserError, unknown
 
@@ -31,7 +32,7 @@ def exact(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
     return float(answer.strip() == str(example["answer"]).strip())
 
 
-OWN: dict[str, Reward] = {"last-number": last_number, "exact": exact}
+OWN: dict[str, Reward] = {"last-number": last_number, "exact": exact, gym.SCORER: gym.score}
 
 
 def reward(name: str) -> Reward:

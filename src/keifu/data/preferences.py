@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from keifu.data.conversations import Conversation, checked, objects
+from keifu.data.ratings import PREFERENCES
 from keifu.errors import UserError, unknown
 
 
@@ -30,13 +31,14 @@ class Ranked:
 
 
 def read(source: str | Path) -> Iterator[Ranked]:
-    """The preferences of a file. A fault is a `UserError` that names the line and what is wrong: no form fits, two
-    conversations that do not begin alike, equal answers, scores that do not match."""
-    path = Path(source)
-    if not path.is_file():
+    """The preferences of a file, or of those that keifu has by name. A fault is a `UserError` that names the line and
+    what is wrong: no form fits, two conversations that do not begin alike, equal answers, scores that do not match."""
+    path, made = Path(source), PREFERENCES.get(str(source))
+    if made is None and not path.is_file():
         beside = [str(each) for each in path.parent.glob("*.json*")] if path.parent.is_dir() else []
-        raise unknown("file of preferences", str(source), beside) if beside else UserError(f"There is no file {path}.")
-    for place, record in objects(path, "preference"):
+        raise unknown("file or set of preferences", str(source), [*PREFERENCES, *beside])
+    named = ((f"{source}, entry {number}", record) for number, record in enumerate(made(), 1)) if made else ()
+    for place, record in named if made else objects(path, "preference"):
         for fields, form in FORMS.items():
             if {*fields} <= record.keys():
                 yield _checked(form(record, place), place)

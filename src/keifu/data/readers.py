@@ -6,7 +6,7 @@ chat templates take, `{"role": "user" or "assistant", "content": ...}`, whose ro
 
 import json
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,15 @@ def chats(file: Path, turns: int = 4) -> Iterator[Conversation]:
     What one person sends in a row is one turn, its messages on one line each; the first to speak has the role `user`.
     """
     for chat in _json(file).values():
-        messages = [message for turn in chat["messages"] for message in turn if message["text"].strip()]
-        spoken = [[m["text"].strip() for m in group] for _, group in groupby(messages, key=lambda m: m["sender"])]
-        if len(spoken) >= turns:
-            yield _taking_turns("\n".join(lines) for lines in spoken)
+        if len(found := spoken(chat)) >= turns:
+            yield found
+
+
+def spoken(chat: Mapping[str, Any]) -> Conversation:
+    """One of these conversations, out of its record."""
+    messages = [message for turn in chat["messages"] for message in turn if message["text"].strip()]
+    turns = [[m["text"].strip() for m in group] for _, group in groupby(messages, key=lambda m: m["sender"])]
+    return _taking_turns("\n".join(lines) for lines in turns)
 
 
 def dialogues(folder: Path) -> Iterator[Conversation]:

@@ -11,6 +11,7 @@ import torch
 from keifu import checkpoints
 from keifu.data import catalogue
 from keifu.data.archives import cache
+from keifu.data.instructions import MADE_OF
 from keifu.data.packed import PackedText
 from keifu.data.sources import content_hash, documents, in_catalogue
 from keifu.data.text import Shards, prepare
@@ -129,6 +130,8 @@ def _source(task: Task) -> dict[str, Any]:
 
 
 def whom_to_thank(data: str) -> dict[str, str]:
-    """Licence and attribution of a catalogue entry; nothing for other data."""
-    found = [row for row in catalogue.rows() if row["name"] == data]
-    return {key: row[key] for row in found for key in ("licence", "attribution")}
+    """Licence and attribution of a catalogue entry, also of what is made of one, and how; nothing for other data."""
+    made = MADE_OF.get(data)
+    found = [row for row in catalogue.rows() if row["name"] == (made.entry if made else data)]
+    told = {"how it was made": made.how} if made else {}
+    return told | {key: row[key] for row in found for key in ("licence", "attribution")}

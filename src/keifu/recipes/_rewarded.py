@@ -10,11 +10,13 @@ from keifu import checkpoints
 from keifu.alignment.reward import ByModel
 from keifu.alignment.scoring import OWN, Scorer, each, reward, text_hash
 from keifu.alignment.watching import Range, Watch
+from keifu.data import gym
 from keifu.data.chain_sums import chain_sums
 from keifu.data.prompts import Prompt, prompt, read
 from keifu.errors import UserError
 from keifu.files import sha256
 from keifu.recipes._assistant import held_out
+from keifu.recipes._language import whom_to_thank
 from keifu.training import metrics
 
 CHAIN_SUM = "chain-sum"
@@ -25,7 +27,7 @@ class Sums:
     """The built-in task."""
 
     count: int = 2000
-    """Problems."""
+    """Problems, also of reasoning-gym."""
     terms: tuple[int, int] = (2, 3)
     """The fewest and the most numbers of a problem."""
     digits: int = 1
@@ -33,7 +35,9 @@ class Sums:
 
 
 def prompts(source: str, sums: Sums, seed: int) -> Sequence[Prompt]:
-    """Those of a file or of conversations known by name, or of the built-in task."""
+    """Those of a file or of conversations known by name, of reasoning-gym, or of the built-in task."""
+    if source.startswith(gym.PREFIX):
+        return [prompt(record, source) for record in gym.problems(source, sums.count, seed)]
     if source != CHAIN_SUM:
         return list(read(source))
     return [prompt(record, CHAIN_SUM) for record in chain_sums(sums.count, sums.terms, sums.digits, seed)]
@@ -47,7 +51,7 @@ def parted(found: Sequence[Prompt], share: float) -> tuple[list[Prompt], list[Pr
 def source_of(data: str, sums: Sums) -> dict[str, Any]:
     """Where prompts are from, for a report."""
     made = {"source": "sums in the form of reasoning-gym's chain_sum, made here", **asdict(sums)}
-    return made if data == CHAIN_SUM else {"source": data}
+    return made if data == CHAIN_SUM else {"source": data} | whom_to_thank(data)
 
 
 @dataclass(frozen=True, eq=False)

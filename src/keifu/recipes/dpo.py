@@ -24,6 +24,7 @@ from keifu.data.progress import counting
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 from keifu.recipes._assistant import Lora, Template, leave, opened, row_length, to_train
+from keifu.recipes._language import whom_to_thank
 from keifu.recipes._preferences import answer, fitting, parts
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
@@ -37,7 +38,8 @@ class Recipe:
     model: str = "smollm2"
     """What it begins with, best one that has learned to answer: a run, a directory, a catalogue name or a hub id."""
     data: str = "preferences.jsonl"
-    """A .jsonl or .json file: prompt, chosen and rejected; or prompt and answers, the best first."""
+    """A .jsonl or .json file: prompt, chosen and rejected; or prompt and answers, the best first; or
+    chitchat-preferences, talks that their speakers rated 3 of 10 apart or more."""
     template: Template = "own"
     """The chat template; own: the tokenizer's, or plain where it has none."""
     context_length: int | None = None
@@ -165,7 +167,9 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
         about={
             "title": f"{recipe.model} learns what is preferred in “{Path(recipe.data).stem}”",
             "paper": "Rafailov et al., Direct Preference Optimization (2023)",
-            "data": [{"source": recipe.data, **counts, "too long, left out": task.dropped}],
+            "data": [
+                {"source": recipe.data, **counts, "too long, left out": task.dropped} | whom_to_thank(recipe.data)
+            ],
         },
         unit="pairs",
         how_to_resume=f"keifu train dpo --out {out} --resume, with the options of this run",

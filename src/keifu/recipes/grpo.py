@@ -36,10 +36,11 @@ class Recipe:
     """What it begins with, best one that has learned to answer: a run, a directory, a catalogue name or a hub id."""
     data: str = CHAIN_SUM
     """chain-sum, the built-in task; or a .jsonl or .json file: prompt, and whatever the reward needs; or conversations
-    by name, as keifu train sft takes them."""
+    by name, as keifu train sft takes them; or gym:NAME, problems of reasoning-gym (gym:chain_sum,max_terms=3)."""
     reward: str = "last-number"
     """file.py:function, called with a prompt, an answer and the example (a dict); or last-number or exact, which
-    compare with the example's field answer; or a reward model, a run of keifu train reward."""
+    compare with the example's field answer; or reasoning-gym, its own scorers; or a reward model, a run of keifu train
+    reward."""
     template: Template = "own"
     """The chat template; own: the tokenizer's, or plain where it has none."""
     held_out: float = 0.1

@@ -57,7 +57,7 @@ class Recipe:
     """The policy as it begins, and the reference: one that has learned to answer (keifu train sft)."""
     reward: str = "runs/reward"
     """A reward model, a run of keifu train reward; or file.py:function, called with a prompt, an answer and the example
-    (a dict); or last-number or exact, which compare with the example's field answer."""
+    (a dict); or last-number or exact, which compare with the example's field answer; or reasoning-gym, its scorers."""
     value: str | None = None
     """What the value model begins as: a reward model, or policy, which is the policy with a new head; unset: the reward
     model, or the policy where the reward is a function."""
@@ -65,7 +65,7 @@ class Recipe:
     """Further rewards that the answers are scored by and nothing is learned from, each a figure by its name."""
     data: str = CHAIN_SUM
     """A .jsonl or .json file of prompts, with whatever the reward needs; or conversations by name, as keifu train sft
-    takes them; or chain-sum, which is made here."""
+    takes them; or gym:NAME, problems of reasoning-gym (gym:chain_sum,max_terms=3); or chain-sum, which is made here."""
     template: Template = "own"
     """The chat template; own: the tokenizer's, or plain where it has none."""
     held_out: float = 0.1

@@ -26,6 +26,7 @@ from keifu.files import write_atomic
 from keifu.layers.lora import merge
 from keifu.models import finetuned
 from keifu.recipes._assistant import Lora, Template, opened, padding, row_length, to_train
+from keifu.recipes._language import whom_to_thank
 from keifu.recipes._preferences import answer, fitting, parts
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
@@ -43,7 +44,7 @@ class Recipe:
     """What it begins with, best one that has learned to answer: a run, a directory, a catalogue name or a hub id."""
     data: str = "preferences.jsonl"
     """A .jsonl or .json file: prompt and answers, the best first, or with scores, where equal ones are as good;
-    or prompt, chosen and rejected."""
+    or prompt, chosen and rejected; or chitchat-preferences, talks that their speakers rated 3 of 10 apart or more."""
     demonstrations: str | None = None
     """Conversations whose mean score is made zero, as keifu train sft reads them; unset: the best answers."""
     template: Template = "own"
@@ -182,7 +183,9 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
         about={
             "title": f"{recipe.model} learns to score answers from “{Path(recipe.data).stem}”",
             "paper": "Ouyang et al., InstructGPT (2022), section 3.5",
-            "data": [{"source": recipe.data, **counts, "too long, left out": task.dropped}],
+            "data": [
+                {"source": recipe.data, **counts, "too long, left out": task.dropped} | whom_to_thank(recipe.data)
+            ],
         },
         unit="prompts",
         how_to_resume=f"keifu train reward --out {out} --resume, with the options of this run",

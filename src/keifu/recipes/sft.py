@@ -38,7 +38,8 @@ class Recipe:
     """What is fine-tuned: a run, a directory, a .gguf file, a catalogue name or a hub id."""
     data: str = "summary-instructions"
     """A .jsonl or .json file of conversations (OpenAI messages, ShareGPT, Alpaca, prompt and response), or a name:
-    chitchat, chatterbot, summary-instructions, recipe-instructions, translation-instructions."""
+    chitchat, chatterbot, summary-instructions, recipe-instructions, translation-instructions, arithmetic-instructions.
+    """
     limit: int | None = None
     """At most so many conversations, spread over all."""
     template: Template = "own"

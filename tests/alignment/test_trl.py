@@ -1,0 +1,102 @@
+"""Beside TRL, where it is installed: the losses of its DPOTrainer and RewardTrainer, and what its templates mark."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from keifu.alignment.dpo import Loss, losses
+from keifu.alignment.reward import ranking_losses
+from keifu.data.tokenizer_core import Tokenizer
+from keifu.data.tokenizers import train_tokenizer
+
+trl = pytest.importorskip("trl")
+
+
+def trainer(**attributes: Any) -> Any:
+    """What TRL's methods read of a trainer; what they only report goes nowhere."""
+    model = SimpleNamespace(training=False)
+    same = {name: lambda tensor: tensor for name in ("gather", "gather_for_metrics")}
+    accelerator = SimpleNamespace(device=torch.device("cpu"), **same)
+    return MagicMock(model=model, accelerator=accelerator, _total_train_tokens=0, _tp_size=1, **attributes)
+
+
+THEIRS: dict[tuple[Loss, float], str] = {
+    ("dpo", 0.0): "sigmoid", ("ipo", 0.0): "ipo", ("normalised", 0.0): "sigmoid_norm", ("robust", 0.1): "robust",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ours", "smoothing"), THEIRS)
+def test_dpo_losses(ours: Loss, smoothing: float) -> None:
+    torch.manual_seed(2)
+    pairs, length, beta = 5, 11, 0.3
+    places = torch.arange(length)
+    mask = ((places >= 3) & (places < torch.randint(5, length, (2 * pairs, 1)))).long()
+    logs = torch.randn(2 * pairs, length - 1) * mask[:, 1:]
+    reference = torch.randn(2 * pairs) * 3
+    inputs = {
+        "input_ids": torch.randint(0, 9, (2 * pairs, length)), "attention_mask": torch.ones_like(mask),
+        "completion_mask": mask, "ref_chosen_logps": reference[:pairs], "ref_rejected_logps": reference[pairs:],
+    }  # fmt: skip
+    figures = {name: torch.zeros(2 * pairs, length - 1) for name in ("entropy", "mean_logits")}
+    outputs = SimpleNamespace(log_probs=logs, is_top1=mask[:, 1:] > 0, **figures)
+    self = trainer(
+        aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", beta=beta,
+        label_smoothing=smoothing, loss_types=[THEIRS[ours, smoothing]], loss_weights=[1.0], use_weighting=False,
+    )  # fmt: skip
+    theirs = trl.DPOTrainer._compute_loss(self, lambda **given: outputs, inputs, False)
+    ratios = (logs.sum(1) - reference).view(2, pairs).T
+    lengths = mask[:, 1:].sum(1).view(2, pairs).T.float()
+    found = losses(ratios, lengths, ours, beta, smoothing)
+    torch.testing.assert_close(found.mean(), theirs, rtol=0, atol=1e-6)
+
+
+def test_reward_loss() -> None:
+    scores = torch.randn(7, 2)
+    outputs = SimpleNamespace(logits=scores.T.reshape(14, 1))
+    self = trainer(args=SimpleNamespace(center_rewards_coefficient=None))
+    theirs = trl.RewardTrainer.compute_loss(self, lambda **given: outputs, {"attention_mask": torch.ones(14, 3)})
+    found = ranking_losses(scores, torch.tensor([[1.0, 0.0]]).expand(7, 2))
+    torch.testing.assert_close(found.mean(), theirs, rtol=0, atol=1e-6)
+
+
+TALK = [
+    {"role": "user", "content": "one two?"}, {"role": "assistant", "content": "three\n\nfour"},
+    {"role": "user", "content": "  five"}, {"role": "assistant", "content": "six."},
+]  # fmt: skip
+ENDS = {"qwen2_5": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
+SPECIAL = ["<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<bos>", "<start_of_turn>"]
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_is_learned_of_a_conversation(name: str) -> None:
+    """Ours by the published template, theirs by the one that TRL has rewritten to mark the assistant's turns.
+
+    Those of qwen and gemma also mark line breaks that no model has to write: the one that belongs to the question for
+    an answer, and the one behind the token that ends a turn.
+    """
+    folder = Path(trl.__file__).parent / "chat_templates"
+    published, rewritten = ((folder / f"{name}{end}.jinja").read_text() for end in ("", "_training"))
+    learned = train_tokenizer("bpe", ["user assistant one two three four five six system model"] * 9, 300)
+    backend = tokenizers.Tokenizer.from_str(learned.backend.to_str())
+    backend.add_special_tokens([*SPECIAL, *ENDS.values()])
+    roles = {"bos_token": "<bos>" if name == "gemma" else "<|begin_of_text|>", "eos_token": ENDS[name]}
+    ours = Tokenizer(backend, roles, frozenset({backend.token_to_id(ENDS[name])}), published, None)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+    told = theirs.apply_chat_template(
+        TALK, chat_template=rewritten, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = ours.render_turns(TALK)
+    assert ids == told["input_ids"]
+    end, line = ours.token_id(ENDS[name]), ours.encode("\n")
+    theirs_mask = [bool(each) for each in told["assistant_masks"]]
+    edges = [
+        not before or id_before == end for before, id_before in zip([False, *theirs_mask], [None, *ids], strict=False)
+    ]
+    marked = [m and not (edge and [id] == line) for m, edge, id in zip(theirs_mask, edges, ids, strict=False)]
+    assert mask == marked and sum(mask) > 4

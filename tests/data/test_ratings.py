@@ -1,0 +1,80 @@
+"""Preferences out of ratings, sums as instructions, reasoning-gym's problems and scorers; each says what it is of."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from keifu.alignment.scoring import reward, score
+from keifu.data import catalogue, conversations, gym, prompts, ratings
+from keifu.data.instructions import INSTRUCTIONS, MADE_OF
+from keifu.data.preferences import read
+from keifu.errors import UserError
+from keifu.recipes._language import whom_to_thank
+from keifu.recipes._rewarded import Sums
+from keifu.recipes._rewarded import prompts as prompts_of
+
+
+def talk(question: str, said: str, *marks: int) -> dict:
+    """A record as chitchat has it, of three turns."""
+    turns = [[{"text": text, "sender": who}] for who, text in (("x", "Hi"), ("y", said), ("x", "Bye"))]
+    rated = dict(zip(("witty", "upbeat", "interesting"), marks, strict=False)) or None
+    return {"prompt": question, "ratings": rated, "messages": turns}
+
+
+def test_pairs_are_of_one_question_far_apart_and_each_talk_is_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [talk("Why?", name, mark, mark, mark) for name, mark in (("a", 10), ("b", 7), ("c", 6), ("d", 2), ("e", 5))]
+    others = [talk("Who?", "f", 1, 1, 1), talk("", "g", 9, 9, 9), talk("Why?", "h"), talk("Why?", "i", 1, 1, 4)]
+    (tmp_path / "talks.json").write_text(json.dumps(dict(enumerate(asked + others))))
+    monkeypatch.setattr(catalogue, "fetch", lambda name: tmp_path / "talks.json")
+    found = list(read("chitchat-preferences"))
+    said = [tuple(answer.splitlines()[1] for answer in each.answers) for each in found]
+    assert said == [("B: a", "B: i"), ("B: b", "B: d")]  # e was never touched, h has no rating, c has none to go with
+    assert all("begins with this question: Why?" in each.prompt[0]["content"] for each in found)
+
+
+def test_what_is_made_says_of_what() -> None:
+    assert MADE_OF.keys() == INSTRUCTIONS.keys() | ratings.PREFERENCES.keys()
+    assert whom_to_thank("chitchat-preferences")["licence"] == "MIT"
+    assert "nobody saw two" in whom_to_thank("chitchat-preferences")["how it was made"]
+    assert whom_to_thank("arithmetic-instructions") == {"how it was made": "sums drawn and worked out here"}
+    assert whom_to_thank("sotu").keys() == {"licence", "attribution"} and whom_to_thank("mine.jsonl") == {}
+    with pytest.raises(UserError, match="chitchat-preferences"):
+        list(read("chitchat-preference"))
+
+
+def test_sums_are_instructions_and_prompts() -> None:
+    found = list(conversations.read("arithmetic-instructions"))
+    asked, answered = (found[0][place]["content"] for place in (0, 1))
+    assert len(found) == 10_000 and str(eval(asked.removeprefix("What is ").removesuffix("?"))) == answered
+    first = next(prompts.read("arithmetic-instructions"))
+    assert first.text == asked and score(reward("exact"), first.text, answered, first.record) == 1
+
+
+def test_reasoning_gym() -> None:
+    pytest.importorskip("reasoning_gym")
+    sums = Sums(count=5)
+    found = prompts_of("gym:chain_sum,min_terms=2,max_terms=3", sums, 3)
+    assert len(found) == 5 and found == prompts_of("gym:chain_sum,min_terms=2,max_terms=3", sums, 3)
+    for each in found:
+        assert score(reward("reasoning-gym"), each.text, f" {each.record['answer']}\n", each.record) == 1
+        assert score(reward("reasoning-gym"), each.text, "x", each.record) < 1
+    for wrong, said in {
+        "gym:chain_summ": "Did you mean 'chain_sum'", "gym:chain_sum,terms=2": "refuses gym:chain_sum,terms=2",
+        "gym:chain_sum,min_terms": "A setting of reasoning-gym is name=value", "gym:chain_sum,min_terms=0": "refuses",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            prompts_of(wrong, sums, 0)
+    with pytest.raises(UserError, match="none of reasoning-gym's"):
+        score(reward("reasoning-gym"), "1 + 1", "2", {})
+
+
+def test_reasoning_gym_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ImportError("No module named 'bfi'")
+
+    monkeypatch.setattr(gym, "import_module", absent)
+    with pytest.raises(UserError, match=r"No module named 'bfi'\): pip install 'keifu\[gym\]'"):
+        list(gym.problems("gym:chain_sum", 1, 0))
