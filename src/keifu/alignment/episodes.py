@@ -15,7 +15,7 @@ from torch import Tensor
 
 from keifu.alignment import ppo
 from keifu.alignment.ppo import Rule
-from keifu.alignment.rollouts import AT_A_TIME, Rollouts
+from keifu.alignment.rollouts import Rollouts
 from keifu.data.packed import PackedText
 from keifu.generation.decoding import evaluating
 
@@ -97,9 +97,10 @@ class Episodes(Rollouts):
         found = torch.zeros_like(made["old"])
         device = next(self.value.parameters()).device
         with evaluating(self.value):
-            for at in range(0, len(found), AT_A_TIME):
-                tokens = made["tokens"][at : at + AT_A_TIME, None, :-1].to(device)
-                found[at : at + AT_A_TIME, 1:] = self.value.scores_along(tokens)[:, 0].float().cpu()
+            for at in range(0, len(found), self.at_a_time):
+                some = slice(at, at + self.at_a_time)
+                tokens = made["tokens"][some, None, :-1].to(device)
+                found[some, 1:] = self.value.scores_along(tokens)[:, 0].float().cpu()
         return found * made["mask"]
 
 

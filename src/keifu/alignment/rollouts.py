@@ -25,7 +25,8 @@ from keifu.generation.decoding import causal, evaluating
 from keifu.generation.generate import Completion, generate_batch
 from keifu.generation.sampling import Sampling
 
-AT_A_TIME = 64  # answers
+TOGETHER = 16_384  # tokens of the answers, with their prompts, that are written or read at a time
+MOST = 256  # answers at a time
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Rollouts:
                 f"The longest prompt and its answer have up to {self.longest} tokens, and this model's context is "
                 f"{room}: shorten the prompts, or lower --max-tokens."
             )
+        self.at_a_time = max(1, min(MOST, TOGETHER // self.longest))
         total = len(parts[0])
         self._order = lru_cache(2)(lambda epoch: np.random.default_rng([plan.seed, epoch]).permutation(total))
         self._held: dict[str, Tensor] = {}
@@ -125,8 +127,8 @@ class Rollouts:
         """The likeliest answers to the held-out prompts."""
         greedy = Sampling(max_tokens=self.plan.max_tokens, temperature=0, seed=0, log_probabilities=True)
         rows = range(len(self.parts[1]))
-        for at in rows[::AT_A_TIME]:
-            chosen = rows[at : at + AT_A_TIME]
+        for at in rows[:: self.at_a_time]:
+            chosen = rows[at : at + self.at_a_time]
             yield self._made(1, chosen, [greedy] * len(chosen), 1)
 
     def largest(self) -> dict[str, Tensor]:
@@ -152,7 +154,7 @@ class Rollouts:
 
     def _made(self, part: int, rows: Sequence[int], samplings: Sequence[Sampling], group: int) -> dict[str, Tensor]:
         prompts = [self.ids[part][row] for row in rows]
-        answers = generate_batch(self.model, self.tokenizer, prompts, samplings, AT_A_TIME)
+        answers = generate_batch(self.model, self.tokenizer, prompts, samplings, self.at_a_time)
         made = together(prompts, answers, self.tokenizer.pad_id or 0)
         examples, texts = [self.parts[part][row] for row in rows], [answer.text for answer in answers]
         made |= {name: torch.tensor(scorer(examples, texts)).float() for name, scorer in self.scorers.items()}
@@ -177,10 +179,11 @@ class Rollouts:
         found = torch.zeros_like(batch["old"])
         device = next(model.parameters()).device
         with evaluating(model):
-            for at in range(0, len(found), AT_A_TIME):
-                part = {name: batch[name][at : at + AT_A_TIME].to(device) for name in ("tokens", "mask")}
+            for at in range(0, len(found), self.at_a_time):
+                some = slice(at, at + self.at_a_time)
+                part = {name: batch[name][some].to(device) for name in ("tokens", "mask")}
                 logs = answer_log_probabilities(model, part, self.plan.temperature).logs
-                found[at : at + AT_A_TIME][batch["mask"][at : at + AT_A_TIME]] = logs.cpu()
+                found[some][batch["mask"][some]] = logs.cpu()
         return found
 
 

@@ -1,0 +1,21 @@
+"""The reward that benchmarks/instruct.py takes for the truth: what a person would have been asked for, as a program."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+WORDS = 20  # that an answer should have
+
+
+def gold(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
+    """How many words of the question's subject the answer names, how few it repeats, whether it ends, and how far its
+    length is from 20 words: from about 3.5 down. Nothing at all is -3."""
+    words = re.findall(r"[a-z0-9']+", answer.lower())
+    if not words:
+        return -3.0
+    subject = {*re.findall(r"[a-z0-9']+", prompt.lower())} - {"what", "is", "a", "an", "the", "of"}
+    named = len(subject & {*words}) / len(subject) if subject else 1.0
+    distinct = len({*words}) / len(words)
+    ended = answer.rstrip().endswith(".")
+    return named + 2 * distinct + 0.5 * ended - abs(math.log(len(words) / WORDS))

@@ -1,0 +1,224 @@
+"""Fine-tuning and GRPO beside TRL and PEFT: the same weights, conversations and prompts, interleaved rounds.
+
+python benchmarks/alignment.py [--model DIR] [--dim 256] [--layers 4] [--steps 20] [--rounds 3] [--batch 8]
+    [--only sft lora grpo ppo] [--threads 2]
+
+Without --model a LLaMA with random weights is made (what is timed does not depend on what a model knows); a directory
+is any that transformers loads. Every contender trains in a process of its own in each round, and gives what it did a
+second after its first ten steps, and the most memory that the process held. sft and lora count the tokens that are
+learned, in rows that are not packed on either side; keifu's packed rows stand beside them. grpo counts answers, 8 to a
+prompt, with a reference. TRL 1.16 has no PPO: keifu's stands alone. Both sides compute in the same type: bfloat16 where
+the processor has it for sft and lora, float32 for answers.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _rounds import machine
+
+from keifu import checkpoints
+from keifu.data.tokenizers import load_tokenizer, train_tokenizer
+from keifu.models import llama
+from keifu.recipes import grpo, ppo, sft
+from keifu.recipes._assistant import Lora, templated
+from keifu.training import metrics
+from keifu.training.precision import resolve
+
+WARM = 10  # steps that are not counted
+GROUP, ANSWER = 8, 24
+WORDS = ["the", "cat", "sees", "a", "dog", "and", "birds", "fly", "over", "green", "hills", "while", "people", "sleep"]
+CPU = torch.device("cpu")
+
+
+def prepared(folder: Path, options: argparse.Namespace) -> None:
+    """The model, conversations, prompts and a reward, as files that both sides read."""
+    chance = random.Random(0)
+
+    def said(least: int, most: int) -> str:
+        return " ".join(chance.choices(WORDS, k=chance.randint(least, most)))
+
+    count = options.batch * (options.steps + WARM)
+    talks = [(said(4, 12), said(20, 60)) for _ in range(count)]
+    rows = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in talks]
+    (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": a}) + "\n" for a, _ in talks))
+    (folder / "rewards.py").write_text("def length(prompt, answer, example): return len(answer) / 100\n")
+    if options.model:
+        model, tokenizer = checkpoints.load(options.model)
+    else:
+        tokenizer = train_tokenizer("bpe", [f"User: {a}\n\nAssistant: {b}" for a, b in talks], 8192)
+        config = llama.Config(
+            vocab_size=8192, context_length=256, dim=options.dim, hidden_dim=3 * options.dim,
+            n_layers=options.layers, n_heads=options.dim // 64,
+        )  # fmt: skip
+        model = llama.build(config)
+    checkpoints.save(model, templated(tokenizer, "own"), folder / "model")
+
+
+def ours_sft(folder: Path, options: argparse.Namespace, rank: int, packed: bool) -> float:
+    """Learned tokens a second of keifu's recipe."""
+    recipe = sft.Recipe(
+        str(folder / "model"), str(folder / "talks.jsonl"), context_length=256, packed=packed, held_out=0.0,
+        steps=options.steps + WARM, batch_size=options.batch, lora=Lora(rank=rank),
+    )  # fmt: skip
+    sft.learn(recipe, sft.prepare(recipe), folder / "run")
+    return rate(folder / "run", "tokens_per_second")
+
+
+def ours_grpo(folder: Path, options: argparse.Namespace) -> float:
+    """Answers a second of keifu's recipe."""
+    recipe = grpo.Recipe(
+        str(folder / "model"), str(folder / "prompts.jsonl"), f"{folder / 'rewards.py'}:length", held_out=0.0,
+        prompts=options.batch, group=GROUP, max_tokens=ANSWER, steps=options.steps + WARM,
+    )  # fmt: skip
+    grpo.learn(recipe, grpo.prepare(recipe), folder / "run")
+    return rate(folder / "run", "answers_per_second")
+
+
+def ours_ppo(folder: Path, options: argparse.Namespace) -> float:
+    """Answers a second, the value model of the policy's size among it."""
+    recipe = ppo.Recipe(
+        str(folder / "model"), f"{folder / 'rewards.py'}:length", data=str(folder / "prompts.jsonl"), held_out=0.0,
+        prompts=options.batch * GROUP, minibatches=1, max_tokens=ANSWER, rollouts=options.steps + WARM,
+    )  # fmt: skip
+    ppo.learn(recipe, ppo.prepare(recipe), folder / "run")
+    return rate(folder / "run", "answers_per_second")
+
+
+def rate(run: Path, name: str) -> float:
+    """The median over the steps that count."""
+    return statistics.median([line[name] for line in metrics.read(run) if name in line and line["step"] > WARM])
+
+
+def theirs(kind: str, folder: Path, options: argparse.Namespace) -> float:
+    """What TRL's trainer does a second: learned tokens, or answers."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    class Clock(TrainerCallback):
+        times: list[float] = []
+
+        def on_step_end(self, *given: Any, **named: Any) -> None:
+            self.times.append(time.perf_counter())
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    usual = {
+        "output_dir": str(folder / "theirs"), "max_steps": options.steps + WARM, "report_to": [], "use_cpu": True,
+        "save_strategy": "no", "logging_steps": 1000, "disable_tqdm": True, "gradient_checkpointing": False,
+    }  # fmt: skip
+    rows = [json.loads(line)["messages"] for line in (folder / "talks.jsonl").read_text().splitlines()]
+    if kind == "grpo":
+        given = trl.GRPOConfig(
+            per_device_train_batch_size=options.batch * GROUP, num_generations=GROUP, max_completion_length=ANSWER,
+            beta=0.04, bf16=False, **usual,
+        )  # fmt: skip
+        data = Dataset.from_list([{"prompt": row[:1]} for row in rows])
+        reward = lambda completions, **named: [len(each[0]["content"]) / 100 for each in completions]  # noqa: E731
+        trainer = trl.GRPOTrainer(model, reward, args=given, train_dataset=data, processing_class=tokenizer)
+        units = float(options.batch * GROUP)
+    else:
+        low = resolve("auto", CPU) == torch.bfloat16
+        given = trl.SFTConfig(per_device_train_batch_size=options.batch, bf16=low, max_length=256, **usual)
+        data = Dataset.from_list([{"prompt": row[:1], "completion": row[1:]} for row in rows])
+        adapter: Any = None
+        if kind == "lora":
+            from peft import LoraConfig
+
+            adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = trl.SFTTrainer(model, args=given, train_dataset=data, processing_class=tokenizer, peft_config=adapter)
+        ours = load_tokenizer(folder / "model")
+        units = statistics.mean(sum(ours.render_turns(row)[1]) for row in rows) * options.batch
+    trainer.add_callback(Clock())
+    trainer.train()
+    ticks = Clock.times[WARM - 1 :]
+    return units / statistics.median([b - a for a, b in zip(ticks, ticks[1:], strict=False)])
+
+
+CONTENDERS: dict[str, dict[str, Callable[[Path, argparse.Namespace], float]]] = {
+    "sft": {
+        "keifu": lambda folder, options: ours_sft(folder, options, 0, False),
+        "keifu, packed": lambda folder, options: ours_sft(folder, options, 0, True),
+        "TRL": lambda folder, options: theirs("sft", folder, options),
+    },
+    "lora": {
+        "keifu": lambda folder, options: ours_sft(folder, options, 8, False),
+        "keifu, packed": lambda folder, options: ours_sft(folder, options, 8, True),
+        "TRL + PEFT": lambda folder, options: theirs("lora", folder, options),
+    },
+    "grpo": {"keifu": ours_grpo, "TRL": lambda folder, options: theirs("grpo", folder, options)},
+    "ppo": {"keifu": ours_ppo},
+}
+UNITS = {"sft": "learned tokens", "lora": "learned tokens", "grpo": "answers", "ppo": "answers"}
+
+
+def one(kind: str, name: str, source: Path, options: argparse.Namespace) -> None:
+    """A contender in this process: its rate and the memory that it took, as a line of JSON."""
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for each in source.iterdir():
+            (folder / each.name).symlink_to(each)
+        with contextlib.redirect_stdout(sys.stderr):
+            found = CONTENDERS[kind][name](folder, options)
+    print(json.dumps({"rate": found, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+
+
+def elsewhere(kind: str, name: str, folder: Path) -> dict[str, float]:
+    """The same in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", kind, name, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{kind}, {name}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {"dim": 256, "layers": 4, "steps": 20, "rounds": 3, "batch": 8, "threads": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--model")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        one(options.one[0], options.one[1], Path(options.one[2]), options)
+        return
+    torch.set_num_threads(options.threads)
+    print(machine())
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepared(folder, options)
+        for kind in options.only:
+            names = CONTENDERS[kind]
+            found = {name: [] for name in names}
+            for _ in range(options.rounds):
+                for name in names:
+                    found[name].append(elsewhere(kind, name, folder))
+            base = [*names][-1]
+            print(
+                f"\n{kind}\n\n| | {UNITS[kind]}/s | ratio to {base} (min to max) | peak memory |\n|---|---:|---:|---:|"
+            )
+            for name, rounds in found.items():
+                ratios = [a["rate"] / b["rate"] for a, b in zip(rounds, found[base], strict=True)]
+                told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                middle = statistics.median(each["rate"] for each in rounds)
+                print(f"| {name} | {middle:.1f} | {told} | {max(each['memory'] for each in rounds) / 1e6:.0f} MB |")
+
+
+if __name__ == "__main__":
+    main()

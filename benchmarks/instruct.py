@@ -1,0 +1,232 @@
+"""InstructGPT's pipeline on a model trained here: a stated gold reward, a reward model that only sees rankings by it,
+and how both fare while PPO follows the second.
+
+python benchmarks/instruct.py [--depth 3] [--pretraining-steps 1200] [--sft-steps 300] [--ranked 400] [--answers 4]
+    [--noise 0.5] [--reward-steps 150] [--rollouts 60] [--prompts 64] [--dpo-steps 150] [--test 200] [--seed 0]
+    [--threads 2] [--out DIR] [--picture PNG]
+
+A small LLaMA reads Wikipedia summaries, is fine-tuned on "What is X?" with the summary as the answer, and answers
+--ranked further questions several times. benchmarks/_gold.py scores the answers and stands for people here: what it
+says, with noise added, ranks them, so the preferences are synthetic. A reward model learns the rankings; PPO learns
+from the reward model, with and without pretraining text beside it (PPO-ptx), and DPO from the same pairs. Then: the
+reward model's accuracy on held-out pairs; gold and learned reward by how far (KL) PPO has gone, which is the
+over-optimisation curve; and of each model on questions that none has seen the gold reward, how often it beats the
+fine-tuned one by gold, with Wilson's 95% interval, and the loss on pretraining text that was held out.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _gold import gold
+from _rounds import machine
+
+from keifu import checkpoints
+from keifu.data import conversations
+from keifu.data.packed import PackedText
+from keifu.data.text import prepare
+from keifu.evaluation.side_by_side import wilson
+from keifu.generation.generate import generate_batch
+from keifu.generation.sampling import Sampling
+from keifu.recipes import dpo, gpt, ppo, reward, sft
+from keifu.training import metrics
+from keifu.training.objectives import causal
+
+TEXT = "wiki-summaries"
+CONTEXT = 128
+LONGEST = 48  # tokens of an answer
+GOLD = f"{Path(__file__).parent / '_gold.py'}:gold"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model on questions that it has not seen, answers drawn at temperature 1."""
+
+    name: str
+    gold: float
+    wins: int
+    decided: int
+    nats: float
+    seconds: float
+
+    def line(self) -> str:
+        low, high = wilson(self.wins, self.decided)
+        won = f"{self.wins / self.decided:.1%} ({low:.1%} to {high:.1%})" if self.decided else ""
+        return f"| {self.name} | {self.gold:.3f} | {won} | {self.nats:.4f} | {self.seconds:.0f} |"
+
+
+def quietly(work: Callable[[], object]) -> float:
+    """Seconds of some work whose words nobody needs."""
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        work()
+    return time.perf_counter() - start
+
+
+def answers(run: Path, questions: Sequence[str], seed: int) -> list[str]:
+    """What a model says, drawn; a question that comes several times is answered anew each time."""
+    model, tokenizer = checkpoints.load(run)
+    prompts = [tokenizer.render_chat([{"role": "user", "content": each}]) for each in questions]
+    drawn = [Sampling(max_tokens=LONGEST, seed=seed + number) for number in range(len(prompts))]
+    return [each.text.strip() for each in generate_batch(model, tokenizer, prompts, drawn, 64)]
+
+
+def ranked(run: Path, questions: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Answers of a model, and scores by gold with noise, as a file of preferences has them."""
+    chance, count = random.Random(options.seed), options.answers
+    said = answers(run, [each for each in questions for _ in range(count)], options.seed + 1)
+    made = []
+    for number, question in enumerate(questions):
+        some = [*dict.fromkeys(filter(None, said[number * count : (number + 1) * count]))]
+        scores = [gold(question, each, {}) + chance.gauss(0, options.noise) for each in some]
+        if len(some) > 1:
+            made.append({"prompt": question, "answers": some, "scores": scores})
+    return made
+
+
+@torch.inference_mode()
+def nats(run: Path, windows: int = 60) -> float:
+    """The loss a token on pretraining text that was held out."""
+    model, tokenizer = checkpoints.load(run)
+    model = model.float().eval()
+    data = PackedText(prepare(TEXT, tokenizer), CONTEXT - 1, 20, validation_tokens=windows * CONTEXT)
+    found = [causal(model, batch) for batch in data.validation()]
+    return float(sum(each.total for each in found)) / float(sum(each.weight for each in found))
+
+
+def measured(name: str, run: Path, questions: Sequence[str], beside: Sequence[str], seconds: float, seed: int) -> Row:
+    """A model's row; `beside` are the fine-tuned model's answers."""
+    said = answers(run, questions, seed)
+    scores = [gold(question, each, {}) for question, each in zip(questions, said, strict=True)]
+    others = [gold(question, each, {}) for question, each in zip(questions, beside, strict=True)]
+    pairs = [(a, b) for a, b in zip(scores, others, strict=True) if a != b]
+    wins = sum(a > b for a, b in pairs)
+    return Row(name, statistics.mean(scores), wins, len(pairs), nats(run), seconds)
+
+
+def curve(run: Path, bins: int = 8) -> list[tuple[float, float, float]]:
+    """Mean KL, learned and gold reward of a PPO run's rollouts, in bins along the run."""
+    lines = [(x["kl"], x["reward"], x["measured_gold"]) for x in metrics.read(run) if "measured_gold" in x]
+    return [tuple(np.mean(part, 0).tolist()) for part in np.array_split(np.array(lines), min(bins, len(lines)))]
+
+
+def prepared(options: argparse.Namespace, folder: Path) -> list[str]:
+    """A language model, the fine-tuned one, the rankings and the prompts; gives the questions to test with."""
+    recipe = gpt.Recipe(options.depth, TEXT, context_length=CONTEXT, steps=options.pretraining_steps, seed=options.seed)
+    print(f"pretrained in {quietly(lambda: gpt.run(recipe, folder / 'base', False)):.0f} s", flush=True)
+    found = list(conversations.read("summary-instructions"))
+    random.Random(options.seed).shuffle(found)
+    questions = [each[0]["content"] for each in found]
+    cuts = np.cumsum([options.test, options.ranked, 4 * options.prompts])
+    shown = found[cuts[-1] : cuts[-1] + 3000]
+    sides = {"shown": [{"messages": each} for each in shown]}
+    sides["prompts"] = [{"prompt": each} for each in questions[cuts[1] : cuts[2]]]
+    write(folder, sides)
+    tuning = sft.Recipe(
+        str(folder / "base"), str(folder / "shown.jsonl"), context_length=CONTEXT, too_long="truncate",
+        steps=options.sft_steps, batch_size=16, learning_rate=3e-4, seed=options.seed,
+    )  # fmt: skip
+    print(f"fine-tuned in {quietly(lambda: sft.run(tuning, folder / 'sft', False)):.0f} s", flush=True)
+    made = ranked(folder / "sft", questions[cuts[0] : cuts[1]], options)
+    write(folder, {"preferences": made})
+    return questions[: cuts[0]]
+
+
+def write(folder: Path, files: dict[str, list[dict[str, Any]]]) -> None:
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+
+
+def learned(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """The reward model, PPO with and without pretraining text, and DPO: seconds of each."""
+    tuned, preferences = str(folder / "sft"), str(folder / "preferences.jsonl")
+    judging = reward.Recipe(
+        tuned, preferences, context_length=CONTEXT, drop_long=True, steps=options.reward_steps, held_out=0.2,
+        learning_rate=1e-4, seed=options.seed,
+    )  # fmt: skip
+    pairs = dpo.Recipe(
+        tuned, preferences, context_length=CONTEXT, drop_long=True, steps=options.dpo_steps, learning_rate=2e-5,
+        seed=options.seed,
+    )  # fmt: skip
+
+    def policy(text: str | None) -> ppo.Recipe:
+        return ppo.Recipe(
+            tuned, str(folder / "reward"), measured=(GOLD,), data=str(folder / "prompts.jsonl"),
+            text=ppo.Text(text, weight=options.text_weight, each=1, length=CONTEXT - 1), prompts=options.prompts,
+            minibatches=4, max_tokens=LONGEST, beta=options.beta, rollouts=options.rollouts,
+            learning_rate=options.rate, value_rate=3 * options.rate, cut_off=1.0, ema=0.9, seed=options.seed,
+        )  # fmt: skip
+
+    work = {
+        "reward": lambda: reward.run(judging, folder / "reward", False),
+        "DPO": lambda: dpo.run(pairs, folder / "DPO", False),
+        "PPO": lambda: ppo.run(policy(None), folder / "PPO", False),
+        "PPO-ptx": lambda: ppo.run(policy(TEXT), folder / "PPO-ptx", False),
+    }
+    seconds = {}
+    for name, each in work.items():
+        seconds[name] = quietly(each)
+        print(f"{name} in {seconds[name]:.0f} s", flush=True)
+    return seconds
+
+
+def draw(curves: dict[str, list[tuple[float, float, float]]], picture: Path) -> None:
+    """Gold and learned reward over KL, a pair of lines for each run."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(curves), figsize=(9, 3.5), sharey=True, squeeze=False)
+    for place, (name, points) in zip(axes[0], curves.items(), strict=True):
+        distances, told, true = zip(*points, strict=True)
+        place.plot(distances, told, marker="o", label="reward model")
+        place.plot(distances, true, marker="o", label="gold")
+        place.set(title=name, xlabel="KL of an answer, nats")
+        place.legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = {"depth": 3, "pretraining-steps": 1200, "sft-steps": 300, "ranked": 400, "answers": 4}
+    numbers |= {"reward-steps": 150, "rollouts": 60, "prompts": 64, "dpo-steps": 150, "test": 200, "seed": 0}
+    for name, value in {**numbers, "threads": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in {"noise": 0.5, "beta": 0.02, "rate": 3e-5, "text-weight": 1.0}.items():
+        parser.add_argument(f"--{name}", type=float, default=value)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = options.out or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    print(machine())
+    test = prepared(options, folder)
+    seconds = learned(options, folder)
+    last = [line for line in metrics.read(folder / "reward") if "validation_accuracy" in line][-1]
+    print(f"The reward model is right in {last['validation_accuracy']:.1%} of held-out pairs.\n")
+    beside = answers(folder / "sft", test, options.seed + 2)
+    rows = [measured("fine-tuned", folder / "sft", test, beside, 0, options.seed + 2)]
+    rows += [measured(n, folder / n, test, beside, s, options.seed + 3) for n, s in seconds.items() if n != "reward"]
+    print("| | gold reward | beats the fine-tuned one by gold | nats a token on held-out text | seconds |")
+    print("|---|---:|---:|---:|---:|", *(row.line() for row in rows), sep="\n")
+    curves = {name: curve(folder / name) for name in ("PPO", "PPO-ptx")}
+    for name, points in curves.items():
+        print(f"\n{name}: KL, learned reward, gold reward, from the start to the end")
+        print("\n".join(f"{kl:8.2f} {told:8.3f} {true:8.3f}" for kl, told, true in points))
+    if options.picture:
+        draw(curves, options.picture)
+
+
+if __name__ == "__main__":
+    main()
