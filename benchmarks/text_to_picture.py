@@ -88,12 +88,13 @@ def contestant(given: str) -> Contestant:
 
 def ground(data: str, size: int, count: int, see: Extractor, language: str | None) -> Ground:
     parts = split(read_pictures(data, size, 3))
-    half = count // 2
-    chosen = [some(part, min(half, len(part))) for part in (parts.train, parts.test)]
+    held = [part for part in (parts.test,) if len(part) > 1]
+    chosen = [some(part, min(count // (1 + len(held)), len(part))) for part in (parts.train, *held)]
     captions = tuple(text for part in chosen for text in part.texts(language))
-    features, held = (see(part.take(slice(None))) for part in (parts.train, parts.test))
+    features, *others = (see(part.take(slice(None))) for part in (parts.train, *held))
     real = torch.cat([part.take(slice(None)) for part in chosen])
-    return Ground(captions, real, features, kernel_distance(features, held).mean)
+    floor = kernel_distance(features, others[0]).mean if others else float("nan")
+    return Ground(captions, real, features, floor)
 
 
 def row(each: Contestant, on: Ground, towers: Any, see: Extractor, options: argparse.Namespace) -> str:

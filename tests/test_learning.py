@@ -251,13 +251,13 @@ def test_latent_diffusion_learns_two_pictures_by_heart():
     autoencoder = autoencoder_kl.Config(8, 1, 2, (8, 8), 1, 4, scale=1.0)
     model = latent_diffusion.build(latent_diffusion.Config(text, unet, autoencoder, noise)).train()
     assert model.autoencoder is not None
-    settings = Settings(steps=120, batch_size=16, learning_rate=1e-2, warmup=10, weight_decay=0.0, final_ratio=0.0)
-    which = torch.arange(16) % 2
+    settings = Settings(steps=60, batch_size=8, learning_rate=1e-2, warmup=10, weight_decay=0.0, final_ratio=0.0)
+    which = torch.arange(8) % 2
     losses = learned(
         model.autoencoder, KLAutoencoding(), settings,
-        lambda step: {"pictures": halves()[which], "draws": draws(0, step, 16)},
+        lambda step: {"pictures": halves()[which], "draws": draws(0, step, 8)},
     )  # fmt: skip
-    assert losses[-1] < 0.2 < losses[0]
+    assert losses[-1] < 0.4 < losses[0]
     model.autoencoder.requires_grad_(False)
     model.text.requires_grad_(False)
     with torch.no_grad():
@@ -266,10 +266,10 @@ def test_latent_diffusion_learns_two_pictures_by_heart():
     tokens, empty = torch.tensor([[1, 2, 9], [3, 9, 9]]), torch.tensor([9, 9, 9])
     loss = TextDenoisingLoss(noise, label_dropout=0.1, empty=empty)
     losses = learned(
-        model, loss, replace(settings, steps=200),
-        lambda step: {"pictures": latents[which], "tokens": tokens[which], "draws": draws(0, step, 16)},
+        model, loss, replace(settings, steps=120),
+        lambda step: {"pictures": latents[which], "tokens": tokens[which], "draws": draws(0, step, 8)},
     )  # fmt: skip
-    assert losses[0] > 0.7 and sum(losses[-20:]) < 20 * 0.2
+    assert losses[0] > 0.7 and sum(losses[-20:]) < 20 * 0.3
     network = of_text(model.eval(), tokens)
     path = route(noise, "ddim", 20, None, False, 0.0)
     with torch.no_grad():

@@ -93,6 +93,7 @@ def _pixels(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits(wanted, tmp_path, monkeypatch) -> None:
     whole = recipe.train
 
@@ -152,3 +153,4 @@ def test_what_cannot_be_drawn(more, told, trained) -> None:
 def test_what_cannot_be_learned(changed, told, wanted, tmp_path) -> None:
     with pytest.raises(UserError, match=told):
         recipe.run(replace(wanted, **changed), tmp_path, False)
+    assert not [*tmp_path.iterdir()]

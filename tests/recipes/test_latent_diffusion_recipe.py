@@ -161,10 +161,12 @@ def test_in_pixels_with_its_own_clip(drawings, tmp_path) -> None:
         ({"attention": (2,)}, "attention names level 2, and there are levels 0 to 1"),
         ({"heads": 3}, "16 channels do not part into 3 heads"),
         ({"languages": ("en", "fr")}, "'fr'.*Known: en, ja"),
+        ({"clip": "no-such-run"}, "no model 'no-such-run'"),
         ({"caption_dropout": 1.0}, "a share from 0 up to below 1, and it is 1.0"),
         ({"prompts": ()}, "no prompt for the samples"),
     ],
 )
-def test_what_is_refused(changed, told, drawings, towers, tmp_path) -> None:
+def test_what_is_refused_before_anything_is_trained(changed, told, drawings, towers, tmp_path) -> None:
     with pytest.raises(UserError, match=told):
-        recipe.run(recipe.Recipe(str(drawings), clip=str(towers), **{**TINY, **changed}), tmp_path, False)
+        recipe.run(recipe.Recipe(str(drawings), **{"clip": str(towers), **TINY, **changed}), tmp_path, False)
+    assert not [*tmp_path.iterdir()]

@@ -10,6 +10,8 @@ from diffusion_toys import Batches, Toy, greys
 from keifu.layers.counted_random import normal, uniform
 from keifu.layers.noise import Noise
 from keifu.layers.noise_targets import loss_weights
+from keifu.models import autoencoder_kl
+from keifu.training.autoencoding import KLAutoencoding
 from keifu.training.diffusion import TIMESTEP, DenoisingLoss, WithDraws, check_dropout, draws
 from keifu.training.step import split
 
@@ -134,3 +136,32 @@ def test_the_bound_is_that_of_an_independent_computation(variance, clip) -> None
     prior = 0.5 * (left[-1] * x0**2 - left[-1] - np.log(1 - left[-1]))
     np.testing.assert_allclose(found.prior, prior.mean((1, 2, 3)) / np.log(2), rtol=1e-6)
     np.testing.assert_allclose(found.total, found.prior + found.steps.sum(1))
+
+
+class TinyAutoencoder:
+    """Latents are twice the picture's mean over each 2 x 2 pixels; pictures come back at half of that."""
+
+    def encode(self, pictures):
+        mean = 2 * torch.nn.functional.avg_pool2d(pictures, 2)
+        return autoencoder_kl.Gaussian(mean, torch.full_like(mean, -2.0))
+
+    def decode(self, latents):
+        return torch.nn.functional.interpolate(latents, scale_factor=2.0) / 2
+
+
+def test_the_loss_of_an_autoencoder_is_written_out():
+    pictures = torch.randint(0, 256, (3, 1, 4, 6), dtype=torch.uint8)
+    batch = {"pictures": pictures, "draws": draws(0, 0, 3)}
+    found = KLAutoencoding(kl_weight=0.3, edges=0.7)(TinyAutoencoder(), batch)
+    x = pictures.double() / 127.5 - 1
+    latents = 2 * torch.nn.functional.avg_pool2d(x, 2)
+    noisy = latents + math.exp(-1) * normal(batch["draws"], latents.shape[1:]).double()
+    y = torch.nn.functional.interpolate(noisy, scale_factor=2.0) / 2
+    of_x, of_y = ((z.diff(dim=2), z.diff(dim=3)) for z in (x, y))
+    edges = sum((a.abs() - b.abs()).abs().mean((1, 2, 3)) for a, b in zip(of_x, of_y, strict=True))
+    kl = 0.5 * (latents.square() + math.exp(-2) + 2 - 1).sum((1, 2, 3)) / 24
+    expected = (x - y).abs().mean((1, 2, 3)) + (x - y).square().mean((1, 2, 3)) + 0.7 * edges + 0.3 * kl
+    assert torch.allclose(found.total.double(), expected.sum(), rtol=1e-5)
+    parts = [KLAutoencoding(0.3, 0.7)(TinyAutoencoder(), {n: t[rows] for n, t in batch.items()}) for rows in
+             (slice(0, 2), slice(2, 3))]  # fmt: skip
+    assert torch.allclose(parts[0].total + parts[1].total, found.total, rtol=1e-5)

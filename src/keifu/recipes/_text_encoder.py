@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from keifu import checkpoints
-from keifu.data.pictures import Pictures
+from keifu.data.pictures import Pictures, Split
 from keifu.data.tokenizers import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.shared_space import preprocessing, two_towers
-from keifu.generation.text_to_picture import Painter
+from keifu.generation.text_to_picture import text_tokens
 from keifu.models import clip, clip_text
 from keifu.recipes import clip as recipe
 from keifu.recipes._stages import going_on, steps_for
@@ -29,6 +29,7 @@ class Wanted:
     given: str | None
     data: str
     languages: tuple[str, ...]
+    truncate: bool
     budget: tuple[int | None, float]
     batch_size: int
     precision: Precision
@@ -49,7 +50,7 @@ def two_towers_of(wanted: Wanted, out: Path, resume: bool, how: str) -> tuple[cl
 
 
 def _train(wanted: Wanted, place: Path, resume: bool, how: str) -> None:
-    made = recipe.Recipe(wanted.data, wanted.languages)
+    made = recipe.Recipe(wanted.data, wanted.languages, truncate=wanted.truncate)
     chosen = replace(made.training, batch_size=wanted.batch_size, precision=wanted.precision, seed=wanted.seed)
     made = replace(made, training=chosen)
     task = recipe.prepare(made)
@@ -69,7 +70,13 @@ def listening(model: clip.Clip) -> clip_text.TextTower:
 
 
 def caption_tokens(
-    painter: Painter, pictures: Pictures, languages: tuple[str, ...], truncate: bool = False
-) -> torch.Tensor:
-    """The captions as ids, padded as they are when the model draws: [language, picture, length]."""
-    return torch.stack([painter.tokens(pictures.texts(language), truncate) for language in languages])
+    tokenizer: Tokenizer, length: int, parts: Split, languages: tuple[str, ...], truncate: bool
+) -> list[torch.Tensor | None]:
+    """The captions for training and for validation as ids, padded as they are when a model draws: [language, picture,
+    length]; None where there is no picture."""
+
+    def tokens(part: Pictures) -> torch.Tensor | None:
+        texts = [part.texts(language) for language in languages]
+        return torch.stack([text_tokens(tokenizer, each, length, truncate) for each in texts]) if len(part) else None
+
+    return [tokens(parts.train), tokens(parts.validation)]

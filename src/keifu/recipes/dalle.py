@@ -27,7 +27,6 @@ from keifu.data.pictures import Split, read_pictures, split
 from keifu.data.tokenizers import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.pictures import Drawing
-from keifu.generation.text_to_picture import text_tokens
 from keifu.generation.token_pictures import TokenPainter, real_tokens
 from keifu.models import dalle, discrete_vae
 from keifu.recipes import _discrete_vae, _text_encoder
@@ -135,29 +134,38 @@ class Task:
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
-    """Trains the autoencoder and CLIP, or finds them again, and builds the decoder."""
+    """Trains CLIP and the autoencoder, or finds them again, and builds the decoder. What cannot be is said before
+    anything is trained."""
     parts = split(read_pictures(recipe.data, recipe.size))
     print(parts.train.sentence(), parts.sentence(), flush=True)
+    wanted = _vae_wanted(recipe, parts.train.shape[0])
+    with torch.device("meta"):
+        planned = dalle.build(configured(recipe, recipe.codebook_size, 1, wanted.config))
+        planned.vae.check_size(*parts.train.shape[1:])
+    ranking = _text_encoder.Wanted(
+        recipe.clip, recipe.data, recipe.languages, recipe.truncate, (recipe.clip_steps, recipe.clip_minutes),
+        recipe.clip_batch, recipe.precision, recipe.seed,
+    )  # fmt: skip
+    towers, tokenizer = _text_encoder.two_towers_of(ranking, out, resume, recipe.how(out))
+    length = towers.config.context_length
+    tokens = _text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
+    coder = _discrete_vae.discrete_vae_of(wanted, parts, out, resume, recipe.how(out))
+    torch.manual_seed(recipe.seed)
+    model = dalle.build(configured(recipe, tokenizer.vocab_size, length, wanted.config))
+    model.vae.load_state_dict(coder.state_dict())
+    model.vae.requires_grad_(False)
+    return Task(model, tokenizer, parts, _data(recipe, parts, tokens, tokenizer, model))
+
+
+def _vae_wanted(recipe: Recipe, channels: int) -> _discrete_vae.Wanted:
     vae = discrete_vae.Config(
-        size=recipe.size, channels=parts.train.shape[0], codebook_size=recipe.codebook_size, widths=recipe.vae_widths,
+        size=recipe.size, channels=channels, codebook_size=recipe.codebook_size, widths=recipe.vae_widths,
         n_residual_blocks=1, code_dim=recipe.code_dim,
     )  # fmt: skip
-    wanted = _discrete_vae.Wanted(
+    return _discrete_vae.Wanted(
         vae, recipe.kl_weight, recipe.anneal, recipe.flip, (recipe.vae_steps, recipe.vae_minutes), recipe.vae_batch,
         recipe.vae_rate, recipe.precision, recipe.seed,
     )  # fmt: skip
-    coder = _discrete_vae.discrete_vae_of(wanted, parts, out, resume, recipe.how(out))
-    ranking = _text_encoder.Wanted(
-        recipe.clip, recipe.data, recipe.languages, (recipe.clip_steps, recipe.clip_minutes), recipe.clip_batch,
-        recipe.precision, recipe.seed,
-    )  # fmt: skip
-    towers, tokenizer = _text_encoder.two_towers_of(ranking, out, resume, recipe.how(out))
-    config = configured(recipe, tokenizer.vocab_size, towers.config.context_length, vae)
-    torch.manual_seed(recipe.seed)
-    model = dalle.build(config)
-    model.vae.load_state_dict(coder.state_dict())
-    model.vae.requires_grad_(False)
-    return Task(model, tokenizer, parts, _data(recipe, parts, tokenizer, model))
 
 
 def configured(recipe: Recipe, vocab_size: int, context_length: int, vae: discrete_vae.Config) -> dalle.Config:
@@ -170,17 +178,12 @@ def configured(recipe: Recipe, vocab_size: int, context_length: int, vae: discre
     )  # fmt: skip
 
 
-def _data(recipe: Recipe, parts: Split, tokenizer: Tokenizer, model: dalle.Dalle) -> Data:
+def _data(
+    recipe: Recipe, parts: Split, tokens: list[torch.Tensor | None], tokenizer: Tokenizer, model: dalle.Dalle
+) -> Data:
     """Batches of captions and entries, computed here, once."""
-    length = model.config.context_length
-    both = (parts.train, parts.validation if len(parts.validation) else None)
-    tokens = [
-        torch.stack([text_tokens(tokenizer, part.texts(code), length, recipe.truncate) for code in recipe.languages])
-        if part else None
-        for part in both
-    ]  # fmt: skip
     batches: Any = PictureBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
-    codes = [_discrete_vae.encoded(model.vae, part) if part else None for part in both]
+    codes = [_discrete_vae.encoded(model.vae, part) if len(part) else None for part in (parts.train, parts.validation)]
     assert codes[0] is not None
     return InCodes(batches, codes[0], codes[1], lambda ids: real_tokens(ids, tokenizer.eos_id))
 

@@ -30,8 +30,9 @@ from keifu.generation.pictures import Drawing
 from keifu.generation.text_to_picture import Painter
 from keifu.layers.noise import Noise, Schedule, Target
 from keifu.layers.noise_targets import Weighting
-from keifu.models import autoencoder_kl, clip, conditioned_unet, latent_diffusion
+from keifu.models import autoencoder_kl, clip_text, conditioned_unet, latent_diffusion
 from keifu.recipes import _autoencoder, _text_encoder
+from keifu.recipes import clip as clip_recipe
 from keifu.recipes._language import whom_to_thank
 from keifu.recipes._prompts import COLUMNS, PROMPTS, check_prompts
 from keifu.recipes._stages import going_on, show, steps_for
@@ -43,6 +44,7 @@ from keifu.training.settings import Precision, Settings
 from keifu.training.text_diffusion import InLatents, TextDenoisingLoss
 
 STEPS = 20  # of a sample's pictures, by DPM-Solver++
+USUAL_TEXT = clip_recipe.Recipe().text  # of a CLIP that is yet to be trained
 LATENTS: dict[str, Any] = {"widths": (96, 192), "attention": (0, 1)}
 PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
 
@@ -150,22 +152,27 @@ class Task:
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
-    """Trains the autoencoder and CLIP, or finds them again, and builds the model; the recipe must be resolved."""
+    """Trains CLIP and the autoencoder, or finds them again, and builds the model; the recipe must be resolved. What
+    cannot be is said before anything is trained."""
     parts = split(read_pictures(recipe.data, recipe.size))
     print(parts.train.sentence(), parts.sentence(), flush=True)
     latents, how, channels = recipe.space == "latents", recipe.how(out), parts.train.shape[0]
     wanted = _autoencoder_wanted(recipe, channels)
-    autoencoder = _autoencoder.autoencoder_of(wanted, parts, out, resume, how) if latents else None
+    with torch.device("meta"):
+        planned = configured(recipe, USUAL_TEXT, wanted.config if latents else None, channels)
+        latent_diffusion.build(planned).check_size(*parts.train.shape[1:])
     towers, tokenizer = _text_encoder.two_towers_of(_clip_wanted(recipe), out, resume, how)
-    config = configured(recipe, towers.config, autoencoder.config if autoencoder else None, channels)
+    length = towers.config.context_length
+    tokens = _text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
+    autoencoder = _autoencoder.autoencoder_of(wanted, parts, out, resume, how) if latents else None
+    config = configured(recipe, towers.config.text, autoencoder.config if autoencoder else None, channels)
     torch.manual_seed(recipe.seed)
     text, unet = _text_encoder.listening(towers), conditioned_unet.build(config.unet)
     model = latent_diffusion.LatentDiffusion(config, text, unet, autoencoder)
-    model.check_size(*parts.train.shape[1:])
     painter = Painter(model, tokenizer)
     empty = painter.tokens([""])[0]
     objective = TextDenoisingLoss(config.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)
-    return Task(model, painter, tokenizer, parts, _data(recipe, parts, painter, model), objective)
+    return Task(model, painter, tokenizer, parts, _data(recipe, parts, tokens, model), objective)
 
 
 def _autoencoder_wanted(recipe: Recipe, channels: int) -> _autoencoder.Wanted:
@@ -187,12 +194,13 @@ def _autoencoder_wanted(recipe: Recipe, channels: int) -> _autoencoder.Wanted:
 def _clip_wanted(recipe: Recipe) -> _text_encoder.Wanted:
     budget = recipe.clip_steps, recipe.clip_minutes
     return _text_encoder.Wanted(
-        recipe.clip, recipe.data, recipe.languages, budget, recipe.clip_batch, recipe.precision, recipe.seed
-    )
+        recipe.clip, recipe.data, recipe.languages, recipe.truncate, budget, recipe.clip_batch, recipe.precision,
+        recipe.seed,
+    )  # fmt: skip
 
 
 def configured(
-    recipe: Recipe, towers: clip.Config, autoencoder: autoencoder_kl.Config | None, channels: int
+    recipe: Recipe, text: clip_text.Config, autoencoder: autoencoder_kl.Config | None, channels: int
 ) -> latent_diffusion.Config:
     """The whole model's Config; as many groups of the U-Net's norms as divide every level, of 4 channels at least."""
     full: dict[str, Any] = vars(recipe)
@@ -205,30 +213,26 @@ def configured(
     unet = conditioned_unet.Config(
         size=recipe.size // (1 if autoencoder is None else autoencoder.factor), channels=inner,
         predicted_channels=inner, widths=widths, n_residual_blocks=recipe.residual_blocks, attention=attention,
-        up_attention=attention, n_heads=recipe.heads, context_dim=towers.text.dim,
+        up_attention=attention, n_heads=recipe.heads, context_dim=text.dim,
         norm_groups=math.gcd(32, max(1, widths[0] // 4), *widths),
     )  # fmt: skip
     clip_at = None if autoencoder else 1.0
     noise = Noise(recipe.schedule, target=recipe.target, clip=clip_at, spacing="trailing", steps_offset=1)
-    return latent_diffusion.Config(replace(towers.text, projected=False), unet, autoencoder, noise)
+    return latent_diffusion.Config(replace(text, projected=False), unet, autoencoder, noise)
 
 
-def _data(recipe: Recipe, parts: Split, painter: Painter, model: latent_diffusion.LatentDiffusion) -> Data:
+def _data(
+    recipe: Recipe, parts: Split, tokens: list[torch.Tensor | None], model: latent_diffusion.LatentDiffusion
+) -> Data:
     """Batches with captions; in latents, of what was encoded here, once."""
-    held = parts.validation if len(parts.validation) else None
-    tokens = [
-        _text_encoder.caption_tokens(painter, part, recipe.languages, recipe.truncate) if part else None
-        for part in (parts.train, held)
-    ]
     batches: Any = PictureBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
     data = WithDraws(batches, recipe.seed)
     if model.autoencoder is None:
         return data
-    scale = model.config.scale
-    training, other = (_autoencoder.encoded(model.autoencoder, scale, part) if part else None
-                       for part in (parts.train, held))  # fmt: skip
-    assert training is not None
-    return InLatents(data, training, other)
+    latents = [_autoencoder.encoded(model.autoencoder, model.config.scale, part) if len(part) else None
+               for part in (parts.train, parts.validation)]  # fmt: skip
+    assert latents[0] is not None
+    return InLatents(data, *latents)
 
 
 def settings(recipe: Recipe, steps: int) -> Settings:
