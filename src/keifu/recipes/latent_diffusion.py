@@ -232,7 +232,7 @@ def _data(
     latents = [_autoencoder.encoded(model.autoencoder, model.config.scale, part) if len(part) else None
                for part in (parts.train, parts.validation)]  # fmt: skip
     assert latents[0] is not None
-    return InLatents(data, *latents)
+    return InLatents(data, latents[0], latents[1])
 
 
 def settings(recipe: Recipe, steps: int) -> Settings:
