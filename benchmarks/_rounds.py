@@ -34,7 +34,8 @@ def table(seconds: Mapping[str, list[float]], amount: float, unit: str, base: st
     for name, own in seconds.items():
         ratios = [b / a for a, b in zip(own, seconds[base], strict=True)]
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        lines.append(f"| {name} | {amount / statistics.median(own):.1f} | {ratio} | {notes.get(name, '')} |")
+        rate = amount / statistics.median(own)
+        lines.append(f"| {name} | {rate:.{1 if rate >= 1 else 3}f} | {ratio} | {notes.get(name, '')} |")
     return "\n".join(lines)
 
 

@@ -204,7 +204,7 @@ def test_other_files_are_named(made, tmp_path, capsys) -> None:
             checkpoints.load_model(changed(file, tmp_path / "other.safetensors", change))
         assert said in str(error.value), said
     (tmp_path / "old.ckpt").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"old\.ckpt is pickled, .* from_single_file"):
+    with pytest.raises(UserError, match=r"old\.ckpt is pickled, .*from_single_file"):
         checkpoints.load_model(tmp_path / "old.ckpt")
     (tmp_path / "torn.safetensors").write_bytes(file.read_bytes()[:5000])
     with pytest.raises(UserError, match="truncated or corrupt"):
