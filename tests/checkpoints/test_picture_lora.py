@@ -153,6 +153,9 @@ def test_what_does_not_fit_is_named(pipeline, tmp_path) -> None:
         with pytest.raises(UserError, match=r"do not fit this LatentDiffusion") as error:
             apply_lora(checkpoints.load_model(pipeline[1]), tmp_path / "bad.safetensors")
         assert said in str(error.value), said
+    whole = adapted(pipeline[1], lambda label: Low(2, 2.0), lambda label: label.startswith("vae."))
+    with pytest.raises(UserError, match=r"the text's encoder, not of vae\."):
+        save_lora(whole, tmp_path / "x.safetensors", "kohya")
     with pytest.raises(UserError, match=r"no \.safetensors file"):
         apply_lora(model, tmp_path / "lora.pt")
     with pytest.raises(UserError, match="Did you mean 'kohya'"):

@@ -109,6 +109,8 @@ def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:
     made = list(adapters(model))
     if not made:
         raise UserError("This model has no adapters to save.")
+    if strange := [adapter.target.label for adapter in made if adapter.target.label.partition(".")[0] not in KOHYA]:
+        raise UserError(f"A LoRA's file holds adapters of the U-Net and the text's encoder, not of {strange[0]}.")
     if style == "diffusers" and any(adapter.length is not None for adapter in made):
         raise UserError("The older spelling of diffusers has no word for DoRA's lengths: write it as peft or kohya.")
     tensors = {name: tensor for adapter in made for name, tensor in _written(adapter, style).items()}
