@@ -31,9 +31,10 @@ def states(run: Path, model: nn.Module) -> Iterator[tuple[int, float]]:
     """The step and the minutes of training of every state that the run kept, with the model as it was then."""
     for step in state.steps(run):
         saved = state.read(run, step)
-        start = MovingAverage.PREFIX
+        own = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("model.")}
+        start = f"optimisers.{MovingAverage.PREFIX}"
         averages = {f"model.{n.removeprefix(start)}": t for n, t in saved.tensors.items() if n.startswith(start)}
-        state.into_model(model, {n: t for n, t in saved.tensors.items() if n.startswith("model.")} | averages)
+        state.into_model(model, own | {name: averages[name] for name in own if name in averages})
         yield step, saved.facts["seconds"] / 60
 
 

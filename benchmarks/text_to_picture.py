@@ -1,14 +1,17 @@
 """What each idea of drawing from text bought: latent and pixel diffusion, DALL-E, and whatever else draws from text.
 
 python benchmarks/text_to_picture.py latent=runs/latent-diffusion pixels=runs/latent-pixels dalle=runs/dalle \
-    --clip runs/clip [--data emoji] [--count 200] [--guidance 3] [--picture side.png] [--plot guidance.png]
+    --clip runs/clip [--data emoji] [--count 200] [--guidance 3] [--picture side.png] [--plot guidance.png] \
+    [--over-time time.png]
 
 Each run is NAME=FOLDER. All draw the same captions, half of the count of those in training and half of held-out ones,
 with the same seeds; one CLIP looks at all. The table: kernel distance to the pictures in training (beside that of
 held-out pictures, which is as near as can be), CLIP scores with the pictures' own captions and with shuffled ones,
-seconds a picture, drawn in batches after one that warms up, and parameters. --picture lays prompts in both languages
-side by side, a row for each run; --plot draws, for runs that can be guided, fidelity against variety for each of
---guidances. Runs that only start to say something are of use with --count 20 and --steps 5.
+seconds a picture, drawn in batches after one that warms up, and parameters. --picture lays 24 prompts in both
+languages side by side, each by every run; --plot draws, for runs that can be guided, fidelity against variety for each
+of --guidances; --over-time does the table's kernel distance and CLIP score for every state that the runs kept (`--keep
+20` in training), by the minutes of training, the autoencoder's among them and CLIP's not. Runs that only start to say
+something are of use with --count 20 and --steps 5.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from _rounds import machine
+from drawing import states
 from torch import Tensor
 
 from keifu import checkpoints
@@ -32,14 +36,16 @@ from keifu.evaluation.picture_features import Extractor, extractor
 from keifu.evaluation.pictures import some
 from keifu.generation.drawers import TextDrawer, text_drawer
 from keifu.generation.pictures import Drawing
+from keifu.training import metrics, state
 
 PROMPTS = (
-    "red heart", "cat face", "full moon face", "green book", "blue apple", "red cat face", "purple heart with a face",
-    "penguin with a hat",
-    "赤いハート", "ネコの顔", "顔のある満月", "緑の本", "青いリンゴ", "ヒマワリ", "緑のハート", "黄色い車",
+    "red heart", "cat face", "full moon face", "green book", "sunflower", "police car", "strawberry", "ghost",
+    "blue apple", "red cat face", "purple heart with a face", "penguin with a hat",  # these four are no emoji
+    "赤いハート", "ネコの顔", "顔のある満月", "緑の本", "ヒマワリ", "パトカー", "いちご", "お化け",
+    "青いリンゴ", "赤いネコの顔", "顔のある紫のハート", "帽子をかぶったペンギン",
 )  # fmt: skip
 GUIDANCES = 1.0, 1.5, 2.0, 3.0, 5.0, 8.0
-BATCH = 16
+BATCH, ACROSS = 16, 4  # pictures drawn together, and prompts of a row side by side
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,14 @@ class Contestant:
 
     name: str
     drawer: TextDrawer
-    parameters: int
+    model: Any
+    folder: Path
     size: int
+
+    @property
+    def parameters(self) -> int:
+        """All of its numbers that are learned."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def guided(self) -> bool:
@@ -82,8 +94,7 @@ def contestant(given: str) -> Contestant:
     name, _, folder = given.partition("=")
     model, tokenizer = checkpoints.load(folder, torch.float32)
     config: Any = model.config
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Contestant(name, text_drawer(model, tokenizer), parameters, config.size[0])
+    return Contestant(name, text_drawer(model, tokenizer), model, Path(folder), config.size[0])
 
 
 def ground(data: str, size: int, count: int, see: Extractor, language: str | None) -> Ground:
@@ -112,14 +123,14 @@ def row(each: Contestant, on: Ground, towers: Any, see: Extractor, options: argp
 
 
 def side_by_side(contestants: Sequence[Contestant], options: argparse.Namespace) -> bytes:
-    """All prompts by each run, enlarged to the largest size."""
+    """All prompts, each by every run, enlarged to the largest size."""
     size = max(each.size for each in contestants)
-    pictures, captions = [], []
+    pictures = []
     for each in contestants:
         drawn = each.draw(PROMPTS, options, options.guidance).float()
         pictures.append(torch.nn.functional.interpolate(drawn, size=(size, size), mode="nearest").to(torch.uint8))
-        captions += [f"{each.name}: {prompt}" for prompt in PROMPTS]
-    return grid(torch.cat(pictures), captions, len(PROMPTS))
+    captions = [f"{each.name}: {prompt}" for prompt in PROMPTS for each in contestants]
+    return grid(torch.stack(pictures, 1).flatten(0, 1), captions, ACROSS * len(contestants))
 
 
 def guidance_plot(
@@ -155,6 +166,38 @@ def guidance_plot(
     figure.savefig(options.plot, dpi=100)
 
 
+def over_time(
+    contestants: Sequence[Contestant],
+    grounds: dict[int, Ground],
+    towers: Any,
+    see: Extractor,
+    options: argparse.Namespace,
+) -> None:
+    """Kernel distance and CLIP score of every state that a run kept; models are left with the last one's weights."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    print("\n| run | minutes | kernel distance x 1000 | CLIP score |\n|---|---:|---:|---:|")
+    for each in contestants:
+        on, points = grounds[each.size], []
+        learned = state.read(each.folder, state.steps(each.folder)[-1]).tensors
+        for name, parameter in each.model.named_parameters():  # a state holds what its run trained, and no more
+            parameter.requires_grad_(f"model.{name}" in learned)
+        parts = [metrics.read(each.folder / part) for part in ("autoencoder", "dvae") if (each.folder / part).exists()]
+        before = sum(max(line.get("seconds", 0.0) for line in lines) for lines in parts) / 60
+        for _, minutes in states(each.folder, each.model):
+            drawn = each.draw(on.captions, options, options.guidance)
+            distance = 1000 * kernel_distance(on.features, see(drawn)).mean
+            score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
+            points.append((before + minutes, distance, score))
+            print(f"| {each.name} | {before + minutes:.1f} | {distance:.2f} | {score:.2f} |", flush=True)
+        minutes, *others = zip(*points, strict=True)
+        for panel, values in zip(axes, others, strict=True):
+            panel.plot(minutes, values, "o-", label=each.name)
+    for panel, label in zip(axes, ("kernel distance x 1000", "CLIP score"), strict=True):
+        panel.set(xlabel="minutes of training", ylabel=label)
+        panel.legend()
+    figure.savefig(options.over_time, dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="NAME=FOLDER")
@@ -168,6 +211,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--picture", type=Path, help="a PNG file: prompts side by side")
     parser.add_argument("--plot", type=Path, help="a PNG file: fidelity against variety by guidance")
+    parser.add_argument("--over-time", type=Path, help="a PNG file: quality by the minutes of training")
     options = parser.parse_args()
     towers, see = checkpoints.load(options.clip, torch.float32), extractor()
     contestants = [contestant(given) for given in options.runs]
@@ -186,6 +230,8 @@ def main() -> None:
         options.picture.write_bytes(side_by_side(contestants, options))
     if options.plot:
         guidance_plot(contestants, grounds, towers, see, options)
+    if options.over_time:
+        over_time(contestants, grounds, towers, see, options)
 
 
 if __name__ == "__main__":

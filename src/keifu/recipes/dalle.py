@@ -109,6 +109,8 @@ class Recipe:
     """What the samples show."""
     precision: Precision = "auto"
     """Of products; auto: bfloat16 where the hardware has it."""
+    keep: int = 2
+    """Saved states that are kept, a twentieth of the last part's run apart, or 1,000 steps."""
     seed: int = 0
     """Of the weights, the order of the pictures and the samples."""
 
@@ -194,7 +196,8 @@ def settings(recipe: Recipe, steps: int) -> Settings:
     return Settings(
         steps=steps, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, warmup=steps // 20,
         final_ratio=0.0, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0, ema=recipe.ema, precision=recipe.precision,
-        evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), seed=recipe.seed,
+        evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
+        seed=recipe.seed,
     )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ place of the perceptual and adversarial ones), a CLIP of the same captions (or -
 which are computed once; it predicts the velocity under a cosine schedule, as keifu train ddpm. --space pixels is the
 same network without the autoencoder, whose time it gets: what latents buy.
 Command: keifu train latent-diffusion --data emoji
-Cost: 85 minutes of training by default, of which each part's are an option, and a few for samples; a part's steps are
-fixed before it starts. What a stopped run lacks, --resume goes on with.
+Cost: 85 minutes of training by default, of which each part's are an option, and a few for samples. A part's steps are
+fixed before it starts.
 Expected: see docs/results.md.
 """
 
@@ -44,7 +44,6 @@ from keifu.training.settings import Precision, Settings
 from keifu.training.text_diffusion import InLatents, TextDenoisingLoss
 
 STEPS = 20  # of a sample's pictures, by DPM-Solver++
-USUAL_TEXT = clip_recipe.Recipe().text  # of a CLIP that is yet to be trained
 LATENTS: dict[str, Any] = {"widths": (96, 192), "attention": (0, 1)}
 PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
 
@@ -118,9 +117,11 @@ class Recipe:
     prompts: tuple[str, ...] = PROMPTS
     """What the samples show."""
     guidance: float = 3.0
-    """How far the samples are led from a prediction without text through that with it."""
+    """How far the samples are led towards their text."""
     precision: Precision = "auto"
     """Of products; auto: bfloat16 where the hardware has it."""
+    keep: int = 2
+    """Saved states that are kept, a twentieth of the last part's run apart, or 1,000 steps."""
     seed: int = 0
     """Of the weights, the order of the pictures, their noise and the samples."""
 
@@ -159,7 +160,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
     latents, how, channels = recipe.space == "latents", recipe.how(out), parts.train.shape[0]
     wanted = _autoencoder_wanted(recipe, channels)
     with torch.device("meta"):
-        planned = configured(recipe, USUAL_TEXT, wanted.config if latents else None, channels)
+        planned = configured(recipe, clip_recipe.Recipe().text, wanted.config if latents else None, channels)
         latent_diffusion.build(planned).check_size(*parts.train.shape[1:])
     towers, tokenizer = _text_encoder.two_towers_of(_clip_wanted(recipe), out, resume, how)
     length = towers.config.context_length
@@ -241,7 +242,8 @@ def settings(recipe: Recipe, steps: int) -> Settings:
     return Settings(
         steps=steps, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, warmup=steps // 20,
         final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.99), ema=recipe.ema, precision=recipe.precision,
-        evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), seed=recipe.seed,
+        evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
+        seed=recipe.seed,
     )  # fmt: skip
 
 
@@ -264,8 +266,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     recipe = recipe.resolved()
     task = prepare(recipe, out, resume)
     extra = 0.0 if recipe.space == "latents" else recipe.autoencoder_minutes
-    budget, resume = (recipe.steps, recipe.minutes + extra), going_on(out, resume)
-    steps = steps_for(budget, out, resume, task.model, task.objective, task.data, settings(recipe, 1000))
+    budget, trial, resume = (recipe.steps, recipe.minutes + extra), settings(recipe, 1000), going_on(out, resume)
+    steps = steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
     show(out, {"Autoencoder": _autoencoder.FOLDER, "CLIP": _text_encoder.FOLDER})
     summary = train(
         task.model, task.objective, task.data, settings(recipe, steps), described(recipe, task, out, resume),
@@ -291,9 +293,8 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
         about={
             "title": f"Latent diffusion learns to draw “{Path(recipe.data).stem}” from text",
             "paper": "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
-            "data": [facts],
-            **counted,
-        },
+            **counted, "data": [facts],
+        },  # fmt: skip
         unit="pictures",
         how_to_resume=recipe.how(out),
     )
