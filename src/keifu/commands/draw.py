@@ -63,7 +63,7 @@ class Options:
     """The class to draw, by name or number."""
     guidance: float | None = None
     """How far towards the text or the label: 1 is what the model says, more is nearer to it and less varied. Unset:
-    7.5 for a text, 1 for a label."""
+    7.5 for a text (unCLIP: 8), 1 for a label."""
     negative: str = ""
     """What guidance leads away from, for models that read; unset, from what the model draws without a text."""
     truncate: bool = False
@@ -73,7 +73,8 @@ class Options:
     size: str | None = None
     """Pixels of a side, or WIDTHxHEIGHT; unset, those that the model was trained with."""
     init: Annotated[Path | None, tyro.conf.arg(metavar="PICTURE")] = None
-    """A picture to begin with, in place of noise alone; its size is the drawing's unless --size says another."""
+    """A picture to begin with, in place of noise alone; its size is the drawing's unless --size says another. A model
+    that draws by way of an embedding (unCLIP) varies it: what it shows is kept, its pixels are not."""
     strength: float | None = None
     """How much of --init is drawn anew: the share of the steps, up to 1. Unset: 0.8, with a mask 1."""
     mask: Annotated[Path | None, tyro.conf.arg(metavar="PICTURE")] = None
@@ -84,6 +85,17 @@ class Options:
     tile: int | None = None
     """Make the picture of its latents in tiles with sides of so many pixels, which bounds memory; 0 for none. Unset:
     512 for pictures of more than 1024 x 1024 pixels."""
+    towards: Annotated[str | None, tyro.conf.arg(metavar="PICTURE|TEXT")] = None
+    """Of a model that draws by way of an embedding (unCLIP): --count pictures on the way from --init to this picture,
+    or from the text to this one."""
+    prior_steps: int | None = None
+    """Steps in which such a model imagines the embedding. Unset: 25."""
+    prior_guidance: float | None = None
+    """How far towards the text it imagines. Unset: 4."""
+    candidates: int = 1
+    """Embeddings that it imagines, of which the one nearest to the text is drawn."""
+    upsampling_steps: int | None = None
+    """Steps in which it enlarges its pictures. Unset: 7."""
     eta: float = 0.0
     """ddim's share of fresh noise: 0 for none, 1 for ddpm's."""
     spacing: Literal["leading", "trailing", "linspace", "quadratic"] | None = None
@@ -150,6 +162,10 @@ def _begun(options: Options, name: str) -> "tuple[Record, Drawer]":
     chosen["label"] = None if options.label is None else model.label(options.label)
     chosen["guidance"] = model.usual_guidance if options.guidance is None else options.guidance
     chosen |= {name: original(path) for name in ("init", "mask") if (path := vars(options)[name])}
+    if options.towards is not None and options.best_of:
+        raise UserError("--best-of chooses among pictures of one text, and --towards makes a series: leave one out.")
+    if options.towards is not None and options.init:
+        chosen["towards"] = original(options.towards)
     wanted = model.resolved(Drawing(**{**chosen, "size": _size(options.size)}))
     place = str(Path(name).resolve()) if Path(name).exists() else name
     count = options.best_of or options.count

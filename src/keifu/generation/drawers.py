@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.by_embedding import EmbeddingPainter
 from keifu.generation.denoiser import Denoising
+from keifu.generation.imagining import Imagining
 from keifu.generation.picture_record import fingerprint
 from keifu.generation.pictures import Drawing, denoising, draw, label_number
 from keifu.generation.samplers import Drawn
@@ -94,6 +96,8 @@ class PixelDrawer:
 
 def draws_texts(model: nn.Module) -> bool:
     """Whether it draws from a text alone."""
+    if isinstance(model, Imagining):
+        return model.config.imagines
     return isinstance(model, Saying) or (isinstance(model, Reading) and not model.config.masked)
 
 
@@ -107,9 +111,11 @@ def text_drawer(model: nn.Module, tokenizer: Tokenizer | None) -> TextDrawer:
 
 def drawer(model: nn.Module, tokenizer: Callable[[], Tokenizer | None]) -> Drawer:
     """The model as one that draws, with its tokenizer where it reads; any other is a `UserError`."""
-    if not isinstance(model, Reading | Saying):
+    if not isinstance(model, Reading | Saying | Imagining):
         return PixelDrawer(denoising(model))
     found = tokenizer()
     if found is None:
         raise UserError(f"A {type(model).__name__} draws from a text, and there is no tokenizer beside it.")
+    if isinstance(model, Imagining):
+        return EmbeddingPainter(model, found)
     return TokenPainter(model, found) if isinstance(model, Saying) else Painter(model, found)

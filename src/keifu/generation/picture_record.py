@@ -99,8 +99,9 @@ def read_record(path: Path) -> Record:
 def _record(json: dict[str, Any]) -> Record:
     wanted = dict(json["drawing"])
     wanted["size"] = tuple(wanted["size"])
-    for name in ("init", "mask"):
-        wanted[name] = Original(**wanted[name]) if wanted.get(name) else None
+    for name in ("init", "mask", "towards"):
+        told = wanted.get(name)
+        wanted[name] = Original(**told) if isinstance(told, dict) else told
     json = {"kept": (), "loras": (), **json}  # older pictures do not say it
     missing = {each.name for each in fields(Record)} - json.keys()
     if missing:

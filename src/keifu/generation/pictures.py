@@ -26,6 +26,7 @@ from keifu.layers.noise_levels import Path
 from keifu.layers.packing import packed
 
 BY_TOKEN, STRENGTH = "token by token", 0.8
+OF_EMBEDDINGS = ("prior_steps", "prior_guidance", "candidates", "upsampling_steps", "towards")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Drawing:
         mask: white where that picture is drawn anew; None draws all of it anew.
         tile: the side in pixels of the tiles in which a large picture is made of latents; 0 for none, None for 512
             where it has more than 1024 x 1024 pixels.
+        prior_steps, prior_guidance: of the embedding that a model with a prior draws from, beside those of the picture.
+        candidates: embeddings that are imagined, of which the one nearest to the text is taken.
+        upsampling_steps: in which such a model enlarges its pictures; None for as many as are usual.
+        towards: where a series of `count` pictures leads such a model, from `text` or `init`: a text or a picture.
     """
 
     sampler: str = "ddim"
@@ -67,6 +72,12 @@ class Drawing:
     strength: float | None = None
     mask: Original | None = None
     tile: int | None = None
+    prior_steps: int | None = None
+    prior_guidance: float | None = None
+    candidates: int = 1
+    upsampling_steps: int | None = None
+    towards: Original | str | None = None
+    count: int = 1
 
     def __post_init__(self) -> None:
         if self.init is None and (self.mask or self.strength is not None):
@@ -76,8 +87,11 @@ class Drawing:
             raise UserError(f"The strength is a share of the steps above 0 and up to 1, not {self.strength:g}.")
         if self.sampler != BY_TOKEN:
             sampler(self.sampler)
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"A picture takes at least 1 step, not {self.steps}.")
+        for number in (self.steps, self.prior_steps, self.upsampling_steps):
+            if number is not None and number < 1:
+                raise UserError(f"A picture takes at least 1 step, not {number}.")
+        if self.candidates < 1:
+            raise UserError(f"candidates is {self.candidates}, and one embedding is drawn from at least.")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UserError(f"The seed is {self.seed}, which must be a whole number from 0 to 2^63 - 1.")
         if not 0 <= self.guidance_rescale <= 1:
@@ -101,6 +115,9 @@ class Drawing:
 
     def completed(self, noise: Noise, size: tuple[int, int]) -> "Drawing":
         """The same with this size, and with the steps, the seed, the spacing and the strength that were left open."""
+        if given := [name for name in OF_EMBEDDINGS if vars(self)[name] not in (None, 1)]:
+            told = f"--{given[0].replace('_', '-')}"
+            raise UserError(f"{told} is for a model that draws by way of an embedding (unCLIP): leave it out.")
         steps, seed = len(self.route(noise).path.strides), secrets.randbits(32) if self.seed is None else self.seed
         usual = None if self.init is None else 1.0 if self.mask else STRENGTH
         whole = replace(self, strength=self.strength or usual, steps=steps, size=size, seed=seed)

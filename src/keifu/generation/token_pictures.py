@@ -22,7 +22,7 @@ from keifu.generation.samplers import Drawn
 from keifu.generation.text_to_picture import text_tokens
 
 Codes = Int[Tensor, "batch rows columns"]
-HEEDED = ("seed", "text", "truncate", "size", "steps", "guidance", "spacing")  # fields of a `Drawing`, see `resolved`
+HEEDED = "seed", "count", "text", "truncate", "size", "steps", "guidance", "spacing"  # of a `Drawing`, see `resolved`
 
 
 @runtime_checkable

@@ -123,8 +123,9 @@ _IMPROVED = Config(
 )  # fmt: skip
 _KARLO = Config(  # reads noise and the small picture, enlarged
     size=256, channels=6, out_channels=3, dim=320, multipliers=(1, 2, 3, 4), n_residual_blocks=3, attention=(),
-    middle_attention=False, residual_down=(0, 1, 2), residual_up=(1, 2, 3), pad_around=True, norm_eps=1e-5, dropout=0.0,
-    head_dim=8, cosine_first=True, frequency_shift=0.0, noise=Noise(schedule="cosine", spacing="linspace"),
+    up_attention=(), middle_attention=False, residual_down=(0, 1, 2), residual_up=(1, 2, 3), pad_around=True,
+    norm_eps=1e-5, dropout=0.0, head_dim=8, cosine_first=True, frequency_shift=0.0,
+    noise=Noise(schedule="cosine", spacing="linspace"),
 )  # fmt: skip
 SIZES = {
     "ddpm-cifar10": Config(),

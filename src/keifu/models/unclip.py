@@ -168,6 +168,10 @@ class Unclip(nn.Module):
         """The prior's prediction: the normalised embedding of a picture in noisy ones."""
         return self.prior(x, timestep, *caption)
 
+    def normalised(self, embedding: Embedding) -> Embedding:
+        """What the prior removes noise from, of CLIP's embeddings."""
+        return self.prior.normalised(embedding)
+
     def restored(self, x: Embedding) -> Embedding:
         """CLIP's embedding of a normalised one."""
         return self.prior.restored(x)
@@ -178,6 +182,7 @@ class Unclip(nn.Module):
 
     def tell(self, image: Embedding, caption: Caption) -> Told:
         """What the decoder is told of embeddings and captions: made once a picture, used at every step."""
+        image = image.to(self.conditions.none.dtype)
         beside, context = self.conditions(image, caption.embedding, caption.tokens)
         real = F.pad(caption.real, (self.conditions.config.n_tokens, 0), value=True)
         return Told(beside, self.decoder.project(context), PaddingMask(real))

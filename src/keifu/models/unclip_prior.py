@@ -105,9 +105,10 @@ class Prior(nn.Module):
         """
         if tokens.shape[1] != self.config.context_length:
             raise ValueError(f"The prior reads captions of {self.config.context_length} tokens, not {tokens.shape[1]}.")
+        kind, held = x.dtype, self.positions.dtype
         caption = caption if self.caption_norm is None else self.caption_norm(caption)
         time = self.time(timestep.reshape(-1).expand(len(x)))
-        beside = [self.caption(caption), time, self.noisy(x)]
+        beside = [self.caption(caption), time.to(held), self.noisy(x.to(held))]
         parts = [self.tokens(tokens), torch.stack(beside, 1)]
         hidden = torch.cat(parts if self.query is None else [*parts, self.query.expand(len(x), -1, -1)], 1)
         hidden = hidden + self.positions
@@ -116,7 +117,7 @@ class Prior(nn.Module):
         visible = PaddingMask() if mask is None else CausalPaddingMask(F.pad(mask, extra, value=True))
         for block in self.blocks:
             hidden = block(hidden, mask=visible)
-        return self.out(self.norm(hidden[:, -1]))
+        return self.out(self.norm(hidden[:, -1])).to(kind)
 
     def normalised(self, embedding: Embedding) -> Embedding:
         """What noise is added to."""
