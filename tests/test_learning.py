@@ -33,10 +33,15 @@ from keifu.models import (
     perceptron,
     seq2seq,
     transformer,
+    unclip,
+    unclip_conditions,
+    unclip_decoder,
+    unclip_prior,
 )
 from keifu.training.autoencoding import KLAutoencoding
 from keifu.training.contrastive import contrastive
 from keifu.training.diffusion import DenoisingLoss, draws
+from keifu.training.embedding_diffusion import DecoderLoss, PriorLoss, UnclipLoss
 from keifu.training.masked import masked
 from keifu.training.objectives import causal, translation
 from keifu.training.optimisers import Optimisers
@@ -276,6 +281,39 @@ def test_latent_diffusion_learns_two_pictures_by_heart():
         *_, last = path.walk(path.denoiser(network), torch.randn(2, 2, 4, 4), path.path, Seeds([1, 2]))
     apart = (last.x[:, None] - latents).abs().mean((2, 3, 4))
     assert apart.argmin(1).tolist() == [0, 1]
+
+
+def test_unclip_learns_what_two_captions_mean_by_heart():
+    """Its prior gives for each of two captions the embedding that belongs to it, and its decoder the bar of that."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    seen = Noise(schedule="cosine", steps=50, target="picture")
+    config = unclip.Config(
+        clip_text.Config(31, 4, 8, 16, 1, 2, end_id=30, embedding_dim=8), unclip_conditions.Config(2, 8, 32, 8),
+        unclip_decoder.Config(8, 1, 1, (8, 16), 1, (1,), (1,), 16, 8, norm_groups=4),
+        unclip_prior.Config(4, 8, n_layers=1, n_heads=2, head_dim=8), None, None, None, None, seen, seen,
+    )  # fmt: skip
+    model = unclip.build(config).train()
+    tokens, real = torch.tensor([[1, 30, 30, 30], [2, 5, 30, 30]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    points, bars = torch.randn(2, 8).clamp(-1, 1), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    bars[0, :, :, 3:5] = bars[1, :, 3:5] = 255
+    none = torch.tensor([[30] * 4]), torch.tensor([[True, False, False, False]])
+    aim = UnclipLoss(PriorLoss(seen), DecoderLoss(seen), None, (8, 8), 8, none, text_dropout=0.1)
+    settings = Settings(steps=150, batch_size=16, learning_rate=1e-2, warmup=10, weight_decay=0.0, final_ratio=0.0)
+    which = torch.arange(16) % 2
+    batch = {"pictures": bars[which], "embeddings": points[which], "tokens": tokens[which], "real": real[which]}
+    losses = learned(model, aim, settings, lambda step: {**batch, "draws": draws(0, step, 16)})
+    assert losses[0] > 1 and sum(losses[-10:]) < 10 * 0.25
+    model.eval()
+    random, way = Seeds([1, 2]), route(seen, "ddim", 10)
+    with torch.no_grad():
+        caption = model.encode_text(tokens, real)
+        *_, last = way.walk(way.denoiser(lambda x, t: model.imagine(x, t, caption)), random(points), way.path, random)
+        assert (last.x - points).abs().mean() < 0.25
+        told, x = model.tell(model.restored(last.x), caption), random(torch.empty(2, 1, 8, 8))
+        *_, last = way.walk(way.denoiser(lambda x, t: model(x, t, told)), x, way.path, random)
+    apart = (last.x[:, None] - (bars.float() / 127.5 - 1)).abs().mean((2, 3, 4))
+    assert apart.argmin(1).tolist() == [0, 1] and apart.min(1).values.max() < 0.25
 
 
 def test_a_network_learns_a_table_by_heart():

@@ -1,0 +1,130 @@
+"""The recipe for unCLIP, on drawings of coloured shapes: losses fall, it resumes bit for bit, what it leaves draws."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_captions
+
+from keifu import checkpoints, cli
+from keifu.errors import UserError
+from keifu.models import clip_text
+from keifu.recipes import clip, unclip
+from keifu.training.embedding_diffusion import blurred, moments, real_tokens, squares
+from keifu.training.interrupt import Stopped
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """What is made of pictures goes into a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEIFU_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_captions.drawings(tmp_path_factory.mktemp("drawings"))
+
+
+@pytest.fixture(scope="module")
+def towers(drawings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP whose text tower is as wide as its space."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("clip")
+    made = toy_captions.small_clip(drawings)
+    text, image = clip_text.Config(600, 16, 16, 32, 1, 2, embedding_dim=16), replace(made.image, embedding_dim=16)
+    clip.run(replace(made, text=text, image=image, training=replace(made.training, steps=5)), out, False)
+    return out
+
+
+def small(drawings: Path, towers: Path, **changes: Any) -> unclip.Recipe:
+    made = unclip.Recipe(
+        data=str(drawings), clip=str(towers), size=16, small=8, crop=8, prior_layers=1, prior_heads=2, head_dim=8,
+        widths=(8, 16), attention=(1,), context_dim=16, upsampler_widths=(8, 16), noise_steps=50, steps=4, batch_size=6,
+        prompts=("a red disc", "a blue bar"), precision="float32", learning_rate=3e-3,
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def test_it_learns_and_what_is_saved_draws(drawings, towers, tmp_path, capsys, monkeypatch) -> None:
+    out = tmp_path / "run"
+    unclip.run(small(drawings, towers, steps=6), out, False)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for name in ("prior", "decoder", "upsampler"):
+        found = [line[f"validation_{name}"] for line in lines if f"validation_{name}" in line]
+        assert 0 < found[-1] < found[0]
+    model, tokenizer = checkpoints.load(out)
+    own = checkpoints.load_model(towers).state_dict()
+    assert all(torch.equal(own[f"text.{name}"], tensor) for name, tensor in model.text.state_dict().items())
+    pairs = zip(model.upsampler.parameters(), model.last_upsampler.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs) and not torch.equal(model.prior.std, torch.ones(1, 16))
+    monkeypatch.chdir(tmp_path)
+    picture = str(next(drawings.glob("*.png")))
+    for words in (["a red disc"], ["--init", picture]):
+        cli.main(["draw", str(out), *words, "--steps", "3", "--prior-steps", "3", "-o", "a.png"])
+    diffusers = pytest.importorskip("diffusers")
+    assert diffusers.PriorTransformer.from_pretrained(out, subfolder="prior").config.num_embeddings == 16
+    assert diffusers.UNet2DModel.from_pretrained(out, subfolder="super_res_last").config.in_channels == 6
+    assert len(sorted((out / "samples").glob("*.png"))) > 1 and tokenizer.vocab_size <= 600
+
+
+def test_a_resumed_run_has_the_same_bits(drawings, towers, tmp_path, monkeypatch) -> None:
+    """Stopped in its middle, and gone on with."""
+    wanted, whole = small(drawings, towers), unclip.train
+
+    def stop(model, objective, data, settings, run, *rest, **more):
+        whole(model, objective, data, replace(settings, schedule="constant", warmup=0, steps=2), run, *rest, **more)
+        raise Stopped("stopped")
+
+    def on(model, objective, data, settings, run, *rest, **more):
+        return whole(model, objective, data, replace(settings, schedule="constant", warmup=0), run, *rest, **more)
+
+    monkeypatch.setattr(unclip, "train", stop)
+    with pytest.raises(Stopped):
+        unclip.run(wanted, tmp_path / "parts", False)
+    monkeypatch.setattr(unclip, "train", on)
+    unclip.run(wanted, tmp_path / "parts", True)
+    unclip.run(wanted, tmp_path / "whole", False)
+    first, second = (checkpoints.load_model(tmp_path / name).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_nothing_is_enlarged_where_the_sizes_are_the_same(drawings, towers, tmp_path) -> None:
+    unclip.run(small(drawings, towers, small=16, steps=2), tmp_path, False)
+    config = checkpoints.load_model(tmp_path).config
+    assert config.upsampler is None and config.size == (16, 16)
+
+
+def test_what_is_refused(drawings, towers, tmp_path) -> None:
+    with pytest.raises(UserError, match="text_dropout is a share"):
+        small(drawings, towers, text_dropout=1.0)
+    with pytest.raises(UserError, match="must fit into --size 16"):
+        small(drawings, towers, crop=17)
+    with pytest.raises(UserError, match="attention names level 2"):
+        unclip.prepare(small(drawings, towers, attention=(2,)), tmp_path, False)
+    narrow = toy_captions.small_clip(drawings)
+    clip.run(replace(narrow, training=replace(narrow.training, steps=4)), tmp_path / "clip", False)
+    with pytest.raises(UserError, match="24 numbers a token and 16 in its space"):
+        unclip.prepare(small(drawings, tmp_path / "clip"), tmp_path, False)
+
+
+def test_what_the_losses_see() -> None:
+    x = torch.arange(2 * 3 * 5 * 6.0).view(2, 3, 5, 6)
+    cut = squares(x, torch.tensor([0, 2]), torch.tensor([3, 1]), 3)
+    assert torch.equal(cut[0], x[0, :, 0:3, 3:6]) and torch.equal(cut[1], x[1, :, 2:5, 1:4])
+    soft = blurred(x, torch.tensor([0.0, 0.6]))
+    assert torch.equal(soft[0], x[0]) and not torch.equal(soft[1], x[1])
+    torch.testing.assert_close(blurred(torch.ones(1, 1, 4, 4), torch.tensor([0.5])), torch.ones(1, 1, 4, 4))
+    tokens = torch.tensor([[7, 3, 9, 9], [7, 1, 2, 9]])
+    assert real_tokens(tokens, 9).tolist() == [[True, True, True, False], [True] * 4]
+    mean, deviation = moments(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+    assert mean.tolist() == [[2.0, 2.0]] and deviation[0, 0] == 2**0.5 and deviation[0, 1] > 0
