@@ -1,6 +1,6 @@
 """GRPO on arithmetic: how many more held-out sums a small model gets right than after its fine-tuning.
 
-python benchmarks/chain_sum.py [--sft-steps 400] [--grpo-steps 2500] [--shown 1000] [--prompts 32] [--group 8]
+python benchmarks/chain_sum.py [--sft-steps 400] [--grpo-steps 4000] [--shown 1000] [--prompts 32] [--group 8]
     [--rate 1e-4] [--beta 0.0] [--terms 2 3] [--digits 1] [--dim 128] [--layers 2] [--seed 0] [--threads 2]
     [--built-in] [--beside] [--out DIR]
 
@@ -105,7 +105,7 @@ def rewarded(options: argparse.Namespace, folder: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = {"sft-steps": 400, "grpo-steps": 2500, "shown": 1000, "prompts": 32, "group": 8, "digits": 1, "dim": 128}
+    numbers = {"sft-steps": 400, "grpo-steps": 4000, "shown": 1000, "prompts": 32, "group": 8, "digits": 1, "dim": 128}
     for name, value in {**numbers, "layers": 2, "seed": 0, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rate", type=float, default=1e-4)
