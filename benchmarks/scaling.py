@@ -81,15 +81,15 @@ def measured(depth: int, options: argparse.Namespace) -> tuple[int, float]:
 
 def draw(sizes: np.ndarray, losses: np.ndarray, laws: dict[str, Law], path: Path) -> None:
     """Losses and laws above, residuals below."""
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(7, 6), layout="constrained", sharex=True, height_ratios=(3, 1)
-    )
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), layout="constrained", sharex=True, height_ratios=(3, 1))
     line = np.geomspace(sizes.min() / 1.3, sizes.max() * 1.3, 200)
     above.plot(sizes, losses, "o", color="#222222", label="measured")
     for law, colour in zip(laws.values(), ("tab:blue", "tab:orange"), strict=True):
         above.plot(line, law(line), color=colour, label=str(law))
         below.plot(sizes, losses - law(sizes), "o-", color=colour)
     above.set(xscale="log", yscale="log", ylabel="held-out loss, nats a token")
+    above.yaxis.set_major_formatter("{x:.1f}")
+    above.yaxis.set_minor_formatter("{x:.1f}")
     below.axhline(0, color="grey", linewidth=0.8)
     below.set(xlabel="parameters", ylabel="residual")
     above.legend(fontsize=8)
