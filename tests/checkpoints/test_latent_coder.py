@@ -83,6 +83,9 @@ def test_half_precision_that_fails_goes_on_in_float32_and_says_so(pipeline, caps
 
 def test_sides_of_tiles() -> None:
     assert tile_of(None, (1024, 1024), 8) == 0 and tile_of(None, (1024, 1032), 8) == 512
+    assert tile_of(None, (4096, 4096), 1) == tile_of(0, (64, 64), 1) == 0
+    with pytest.raises(UserError, match="draws pixels: leave --tile out"):
+        tile_of(256, (64, 64), 1)
     assert tile_of(0, (4096, 4096), 8) == 0 and tile_of(256, (64, 64), 8) == 256
     for wrong, near in ((100, 96), (16, 32), (-8, 32)):
         with pytest.raises(UserError, match=f"not {wrong}: the nearest is {near}"):

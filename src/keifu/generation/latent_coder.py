@@ -93,6 +93,10 @@ class Coder:
 def tile_of(wanted: int | None, size: tuple[int, int], factor: int) -> int:
     """The side of tiles for pictures of this height and width: the one that is wanted, or, if none is, `TILE` for
     pictures of more than `WHOLE` pixels, and 0 for others; a side that cannot be is a `UserError`."""
+    if factor == 1:
+        if wanted:
+            raise UserError("Tiles are for a model that draws latents, and this one draws pixels: leave --tile out.")
+        return 0
     if wanted is None:
         return TILE // factor * factor if size[0] * size[1] > WHOLE else 0
     if wanted and (wanted % factor or wanted < 4 * factor):
