@@ -96,8 +96,8 @@ def test_stars_match_numbers_alone() -> None:
 def test_every_family_names_all_of_its_weights_once(kind) -> None:
     family = FAMILIES[kind]
     sizes = [clip.SIZES["clip-vit-b32"].image] if family.module is clip_image else family.module.SIZES.values()
-    own = [size for size in sizes if describe(size)[0] is family]
-    config = [*own, *sizes][0] if family.names else family.module.Config()
+    known = [*(size for size in sizes if describe(size)[0] is family), *sizes]
+    config = known[0] if family.names and known else family.module.Config()
     with torch.device("meta"):
         model = family.module.build(config)
     found = links(model, family.names)

@@ -130,9 +130,10 @@ def test_through_the_command_line(network: str, tmp_path: Path, capsys) -> None:
 def test_what_a_run_held_out_is_not_what_its_drawings_are_compared_with(network: str, tmp_path: Path, capsys) -> None:
     colours = {f"{n}.png": picture((n * 9 % 256, n * 31 % 256, n * 57 % 256), (10, 10)) for n in range(40)}
     source, run = str(folder(tmp_path / "set", colours)), shutil.copytree(network, tmp_path / "run")
+    words = ["evaluate", str(run), "--on", source, "--metric", "distances", "--limit", "6", "--steps", "2", "--json"]
     for share, learned in ((0.05, 36), (0.25, 20)):
         (run / "recipe.json").write_text(json.dumps({"held_out": {"share": share, "distinct": False}}))
-        cli.main(["evaluate", str(run), "--on", source, "--limit", "6", "--steps", "2", "--json"])
+        cli.main(words)
         assert f"beside {learned} of" in json.loads(capsys.readouterr().out)["notes"][0]
 
 
