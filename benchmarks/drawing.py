@@ -67,11 +67,11 @@ def show(found: list[tuple[int, float, float]], floor: float, features: str, opt
     if options.picture:
         figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
         axes.plot([minutes for _, minutes, _ in found], [1e3 * distance for *_, distance in found], marker="o")
-        axes.axhline(1e3 * floor, color="grey", linestyle=":", label="held-out pictures")
         axes.set(xlabel="minutes of training", ylabel="1000 · kernel distance", yscale="log")
-        axes.set_title(f"{options.run.name}: {features}", fontsize=9)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set_title(f"{options.run.name}: {features}; held-out pictures {1e3 * floor:.2f}", fontsize=9)
         axes.grid(alpha=0.3)
-        axes.legend()
         figure.savefig(options.picture, dpi=110)
 
 
