@@ -18,6 +18,7 @@ from keifu.generation.tiles import tiled
 
 WHOLE = 1024 * 1024  # pixels of the largest picture that is not tiled if nobody asks for it
 TILE = 512
+NO_TILES = "Tiles are for pictures made of latents, and this model draws pixels: leave --tile out."
 Latents = Float[Tensor, "batch channels height width"]
 Pictures = Float[Tensor, "batch colours rows columns"]
 
@@ -95,7 +96,7 @@ def tile_of(wanted: int | None, size: tuple[int, int], factor: int) -> int:
     pictures of more than `WHOLE` pixels, and 0 for others; a side that cannot be is a `UserError`."""
     if factor == 1:
         if wanted:
-            raise UserError("Tiles are for a model that draws latents, and this one draws pixels: leave --tile out.")
+            raise UserError(NO_TILES)
         return 0
     if wanted is None:
         return TILE // factor * factor if size[0] * size[1] > WHOLE else 0

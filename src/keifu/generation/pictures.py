@@ -17,6 +17,7 @@ from keifu.data.images import to_bytes
 from keifu.errors import UserError, unknown
 from keifu.generation.beginnings import Kept, noisy, shortened, walked
 from keifu.generation.denoiser import Denoising, DenoisingConfig, of_label
+from keifu.generation.latent_coder import NO_TILES
 from keifu.generation.originals import Original
 from keifu.generation.sampler_table import Route, route, sampler
 from keifu.generation.samplers import Drawn
@@ -107,7 +108,7 @@ class Drawing:
             text = self.text or self.negative
             raise UserError(f"This model reads no text, so {text!r} means nothing to it: leave it out (see --label).")
         if self.tile is not None:
-            raise UserError("Tiles are for pictures made of latents, and this model draws pixels: leave --tile out.")
+            raise UserError(NO_TILES)
         size = self.sides() or trained_size(model)
         check_label(model, self.label, self.guidance)
         model.check_size(model.config.channels, *size)

@@ -6,6 +6,7 @@ Without an autoencoder the same network works in pixels, for comparison: its lat
 Axes: batch, channels, height, width; length = tokens of a text, each seen by the U-Net.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -182,11 +183,18 @@ PARTS = {
     "unet": ("unet", conditioned_unet),
     "vae": ("autoencoder", autoencoder_kl),
 }
-WEIGHT_NAMES = {
-    f"{ours}.{name}": f"{folder}.{theirs}"
-    for folder, (ours, module) in PARTS.items()
-    for name, theirs in module.WEIGHT_NAMES.items()
-}
+
+
+def names_of(parts: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
+    """The weights' names in a pipeline: those of each part, behind the part's field here and its folder there."""
+    return {
+        f"{ours}.{name}": f"{folder}.{theirs}"
+        for folder, (ours, module) in parts.items()
+        for name, theirs in module.WEIGHT_NAMES.items()
+    }
+
+
+WEIGHT_NAMES = names_of(PARTS)
 PREFIX = ""
 NOT_WEIGHTS = ("text_encoder.text_model.embeddings.position_ids",)
 OLD_ENDINGS = autoencoder_kl.OLD_ENDINGS

@@ -20,6 +20,7 @@ from keifu.layers.spatial_transformer import Memories
 from keifu.models import clip_image, clip_text, ddpm, unclip_conditions, unclip_decoder, unclip_prior
 from keifu.models._pixels import Pixels, read_pixels, write_pixels
 from keifu.models._schedulers import read_scheduler, write_unclip_scheduler
+from keifu.models.latent_diffusion import names_of
 
 Sample = Float[Tensor, "batch channels height width"]
 Embedding = Float[Tensor, "batch embedding"]
@@ -231,11 +232,7 @@ PARTS = {
     "super_res_first": ("upsampler", ddpm),
     "super_res_last": ("last_upsampler", ddpm),
 }
-WEIGHT_NAMES = {
-    f"{ours}.{name}": f"{folder}.{theirs}"
-    for folder, (ours, module) in PARTS.items()
-    for name, theirs in module.WEIGHT_NAMES.items()
-}
+WEIGHT_NAMES = names_of(PARTS)
 PREFIX = ""
 NOT_WEIGHTS = (
     "text_encoder.text_model.embeddings.position_ids", "image_encoder.vision_model.embeddings.position_ids",

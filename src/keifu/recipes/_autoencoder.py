@@ -13,14 +13,11 @@ from torch import Tensor
 
 from keifu import checkpoints
 from keifu.checkpoints.opening import load_model
-from keifu.data.augmentation import Augmentation
 from keifu.data.images import signed
-from keifu.data.picture_batches import PictureBatches
 from keifu.data.pictures import Pictures, Split
 from keifu.models import autoencoder_kl
-from keifu.recipes._stages import before_and_after, going_on, of_a_part, steps_for
+from keifu.recipes._stages import before_and_after, going_on, of_a_part, pictures_of, steps_for
 from keifu.training.autoencoding import KLAutoencoding
-from keifu.training.diffusion import WithDraws
 from keifu.training.loop import train
 from keifu.training.settings import Precision, Settings
 from keifu.training.text_diffusion import Encoded
@@ -49,9 +46,7 @@ def autoencoder_of(wanted: Wanted, parts: Split, out: Path, resume: bool, how: s
     torch.manual_seed(wanted.seed)
     model = autoencoder_kl.build(wanted.config)
     model.check_size(*parts.train.shape[1:])
-    flip = Augmentation(flip=wanted.flip)
-    batches: Any = PictureBatches(parts.train, parts.validation, wanted.batch_size, wanted.seed, flip)
-    data = WithDraws(batches, wanted.seed)
+    data = pictures_of(parts, wanted.batch_size, wanted.seed, wanted.flip)
     resume = going_on(place, resume)
     steps = steps_for(wanted.budget, place, resume, model, wanted.loss, data, settings(wanted, 1000))
     run = of_a_part(

@@ -13,13 +13,10 @@ from torch import Tensor
 
 from keifu import checkpoints
 from keifu.checkpoints.opening import load_model
-from keifu.data.augmentation import Augmentation
 from keifu.data.images import signed
-from keifu.data.picture_batches import PictureBatches
 from keifu.data.pictures import Pictures, Split
 from keifu.models import discrete_vae
-from keifu.recipes._stages import before_and_after, going_on, of_a_part, steps_for
-from keifu.training.diffusion import WithDraws
+from keifu.recipes._stages import before_and_after, going_on, of_a_part, pictures_of, steps_for
 from keifu.training.loop import train
 from keifu.training.relaxed_codes import KL_WEIGHT, TEMPERATURE, Ramp, WithRamps, discrete_autoencoding
 from keifu.training.settings import Precision, Settings
@@ -60,9 +57,7 @@ def discrete_vae_of(wanted: Wanted, parts: Split, out: Path, resume: bool, how: 
     torch.manual_seed(wanted.seed)
     model = discrete_vae.build(wanted.config)
     model.check_size(*parts.train.shape[1:])
-    flip = Augmentation(flip=wanted.flip)
-    batches: Any = PictureBatches(parts.train, parts.validation, wanted.batch_size, wanted.seed, flip)
-    data = WithDraws(batches, wanted.seed)
+    data = pictures_of(parts, wanted.batch_size, wanted.seed, wanted.flip)
     resume = going_on(place, resume)
     trial = WithRamps(data, wanted.ramps(1000))
     steps = steps_for(wanted.budget, place, resume, model, discrete_autoencoding, trial, settings(wanted, 1000))

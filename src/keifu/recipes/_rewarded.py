@@ -9,7 +9,7 @@ from typing import Any
 from keifu import checkpoints
 from keifu.alignment.reward import ByModel
 from keifu.alignment.scoring import OWN, Scorer, each, reward, text_hash
-from keifu.alignment.watching import Range, Watch
+from keifu.alignment.watching import Range, Watch, told
 from keifu.data import gym
 from keifu.data.chain_sums import chain_sums
 from keifu.data.prompts import Prompt, prompt, read
@@ -52,6 +52,19 @@ def source_of(data: str, sums: Sums) -> dict[str, Any]:
     """Where prompts are from, for a report."""
     made = {"source": "sums in the form of reasoning-gym's chain_sum, made here", **asdict(sums)}
     return made if data == CHAIN_SUM else {"source": data} | whom_to_thank(data)
+
+
+def about(
+    recipe: Any, paper: str, normal: Mapping[str, Range], parts: tuple[Sequence[Prompt], Sequence[Prompt]]
+) -> dict[str, Any]:
+    """What a report says of a run of such a recipe; parts: the prompts to learn from, and those held out."""
+    counts = {"prompts to learn from": len(parts[0]), "prompts held out": len(parts[1])}
+    return {
+        "title": f"{recipe.model} learns from the reward {Path(recipe.reward).name}",
+        "paper": paper,
+        "normal ranges": told(normal),
+        "data": [source_of(recipe.data, recipe.sums) | counts],
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from keifu.data.augmentation import Augmentation
 from keifu.data.grid import grid
 from keifu.data.images import signed, to_bytes
+from keifu.data.picture_batches import PictureBatches
 from keifu.data.pictures import Split
 from keifu.files import write_atomic
 from keifu.training import metrics, state
 from keifu.training.budget import steps_of, steps_within
+from keifu.training.diffusion import WithDraws
 from keifu.training.folder import SAMPLES
 from keifu.training.protocols import Data, Objective, Run
 from keifu.training.report import CURVES
@@ -64,6 +67,12 @@ def of_a_part(
     }
     options = {"model": vars(own), **options}
     return Run(directory, resume, options=options, about=about, unit="pictures", how_to_resume=how)
+
+
+def pictures_of(parts: Split, batch_size: int, seed: int, flip: bool) -> WithDraws:
+    """The batches of a part that learns from pictures alone, every second one mirrored where `flip`, with draws."""
+    batches: Any = PictureBatches(parts.train, parts.validation, batch_size, seed, Augmentation(flip=flip))
+    return WithDraws(batches, seed)
 
 
 def before_and_after(model: nn.Module, parts: Split) -> Callable[[int], bytes]:

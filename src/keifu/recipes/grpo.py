@@ -18,11 +18,11 @@ from torch import nn
 
 from keifu.alignment.grpo import NORMAL, Groups, grpo
 from keifu.alignment.rollouts import Plan
-from keifu.alignment.watching import Watch, told
+from keifu.alignment.watching import Watch
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 from keifu.recipes._assistant import Lora, Template, leave, opened, to_train
-from keifu.recipes._rewarded import CHAIN_SUM, Rewarding, Sums, parted, prompts, rewarding, say, source_of, watch
+from keifu.recipes._rewarded import CHAIN_SUM, Rewarding, Sums, about, parted, prompts, rewarding, say, watch
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
 from keifu.training.settings import Settings
@@ -136,19 +136,13 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> tuple[
 
 def described(recipe: Recipe, task: Task, out: Path, resume: bool, watched: Watch) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    counts = {"prompts to learn from": len(task.data.parts[0]), "prompts held out": len(task.data.parts[1])}
     options: dict[str, Any] = {"reward": recipe.reward, "reward's file": task.rewarding.digest}
     options |= {"clip": recipe.clip, "beta": recipe.beta}
     return Run(
         directory=out,
         resume=resume,
         options=options | {"begins with": recipe.model, "lora": asdict(recipe.lora)},
-        about={
-            "title": f"{recipe.model} learns from the reward {Path(recipe.reward).name}",
-            "paper": "Shao et al., DeepSeekMath (2024)",
-            "normal ranges": told(NORMAL),
-            "data": [source_of(recipe.data, recipe.sums) | counts],
-        },
+        about=about(recipe, "Shao et al., DeepSeekMath (2024)", NORMAL, task.data.parts),
         unit="answers",
         watch=watched,
         how_to_resume=f"keifu train grpo --out {out} --resume, with the options of this run",

@@ -18,13 +18,13 @@ from typing import Any
 from keifu.alignment.episodes import Beside, Episodes
 from keifu.alignment.ppo import NORMAL, ActorCritic, Rule, ppo
 from keifu.alignment.rollouts import Plan
-from keifu.alignment.watching import Watch, told
+from keifu.alignment.watching import Watch
 from keifu.data.packed import PackedText
 from keifu.data.text import prepare as shards_of
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 from keifu.recipes._assistant import Lora, Template, leave, opened, row_length, to_train
-from keifu.recipes._rewarded import CHAIN_SUM, Rewarding, Sums, parted, prompts, rewarding, say, source_of, watch
+from keifu.recipes._rewarded import CHAIN_SUM, Rewarding, Sums, about, parted, prompts, rewarding, say, watch
 from keifu.recipes.reward import headed
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
@@ -223,19 +223,13 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> tuple[
 
 def described(recipe: Recipe, task: Task, out: Path, resume: bool, watched: Watch) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    counts = {"prompts to learn from": len(task.data.parts[0]), "prompts held out": len(task.data.parts[1])}
     options: dict[str, Any] = {"reward": recipe.reward, "reward's file": task.rewarding.digest, "value": recipe.value}
     options |= {"begins with": recipe.model, "measured": list(recipe.measured), **asdict(task.rule)}
     return Run(
         directory=out,
         resume=resume,
         options=options | {"lora": asdict(recipe.lora), "text": asdict(recipe.text)},
-        about={
-            "title": f"{recipe.model} learns from the reward {Path(recipe.reward).name}",
-            "paper": "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4",
-            "normal ranges": told(NORMAL),
-            "data": [source_of(recipe.data, recipe.sums) | counts],
-        },
+        about=about(recipe, "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4", NORMAL, task.data.parts),
         unit="answers",
         watch=watched,
         how_to_resume=f"keifu train ppo --out {out} --resume, with the options of this run",
