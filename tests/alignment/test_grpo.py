@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from keifu import checkpoints
 from keifu.alignment.grpo import NORMAL, advantages, grpo, terms
 from keifu.alignment.scoring import reward, score
 from keifu.alignment.watching import Range, Watch
 from keifu.commands.train import parse
 from keifu.data.chain_sums import chain_sums
-from keifu.data.tokenizers import train_tokenizer
 from keifu.errors import UserError
 from keifu.models import llama
 from keifu.recipes import grpo as recipe
@@ -85,16 +83,6 @@ def test_where_clipping_holds_there_is_no_gradient() -> None:
     assert found.clipped.tolist() == [True, False, False, True]
     [gradient] = torch.autograd.grad(found.loss.sum(), logs)
     assert (gradient == 0).tolist() == [True, False, False, True]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows nothing."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = train_tokenizer("bpe", ["User: Assistant: one two three four five good bad"] * 9, 280)
-    torch.manual_seed(0)
-    checkpoints.save(llama.build(llama.Config(vocab_size=tokenizer.vocab_size, **CONFIG)), tokenizer, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

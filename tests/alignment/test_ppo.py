@@ -127,16 +127,6 @@ def test_where_clipping_holds_there_is_no_gradient() -> None:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows nothing."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = train_tokenizer("bpe", ["User: Assistant: one two three four five good bad"] * 9, 280)
-    torch.manual_seed(0)
-    checkpoints.save(llama.build(llama.Config(vocab_size=tokenizer.vocab_size, **CONFIG)), tokenizer, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompts, functions that reward answers to them, preferences of the same kind, and a text."""
     folder = tmp_path_factory.mktemp("task")
