@@ -64,20 +64,27 @@ def low(rank: int, alpha: float, dropout: float = 0.0, dora: bool = False, root:
 
 
 def adapt(model: nn.Module, targets: Sequence[str], low: Low) -> nn.Module:
-    """Attaches new adapters to the layers of these names, as the files of the model's family call them, in place.
-
-    targets: ends of names, such as q_proj and v_proj, or all-linear. One that no layer has is a `UserError` that names
-    the nearest.
-    """
+    """Attaches new adapters to the linear layers of these names (see `chosen`), or with all-linear to every one, in
+    place."""
     known = linears(model)
-    if [*targets] == [ALL]:
-        return attach(model, dict.fromkeys(known.values(), low))
-    ends = {label.rpartition(".")[2] for label in known}
-    for wanted in targets:
+    return attach(model, dict.fromkeys(known.values() if [*targets] == [ALL] else chosen(known, targets, ALL), low))
+
+
+def chosen(known: Mapping[str, Target], names: Sequence[str], *more: str) -> list[Target]:
+    """Those of the layers whose names, as the files of the model's family have them, end in one of these.
+
+    One that no layer has, such as q_prjo, is a `UserError` that says the nearest, of `more` words too.
+    """
+    for wanted in names:
         if not any(_ends(label, wanted) for label in known):
-            raise unknown("layer", wanted, [*ends, ALL])
-    chosen = [target for label, target in known.items() if any(_ends(label, wanted) for wanted in targets)]
-    return attach(model, dict.fromkeys(chosen, low))
+            raise unknown("layer", wanted, [*{_last(label) for label in known}, *more])
+    return [target for label, target in known.items() if any(_ends(label, wanted) for wanted in names)]
+
+
+def _last(label: str) -> str:
+    """The end of a layer's name that says its role: its last part that is no number, with the number behind it."""
+    parts = label.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
 def _ends(label: str, wanted: str) -> bool:

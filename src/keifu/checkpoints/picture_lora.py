@@ -25,6 +25,7 @@ ENDS = {  # of a name, and what it is: the lower matrix, the upper one, what sca
 }  # fmt: skip
 STARTS = {"lora_unet_": "unet_", "lora_te_": "text_encoder_", "lora_te1_": "text_encoder_"}
 OF_TEXT = ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"  # where diffusers wrote .lora for the U-Net
+FILE = "pytorch_lora_weights.safetensors"  # in a folder, as diffusers calls it
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 OTHERS = {"hada_": "a LoHa", "lokr_": "a LoKr", "lora_mid": "a LoRA in three parts"}
 WRITTEN: Mapping[str, tuple[str, str]] = {

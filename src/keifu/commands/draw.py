@@ -79,9 +79,9 @@ class Options:
     """How much of --init is drawn anew: the share of the steps, up to 1. Unset: 0.8, with a mask 1."""
     mask: Annotated[Path | None, tyro.conf.arg(metavar="PICTURE")] = None
     """White where --init is drawn anew; all else keeps its pixels."""
-    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE[:SCALE]")] = ()
-    """A LoRA for the network or its text's encoder, a .safetensors file, and how strongly it acts (1); several times
-    for several."""
+    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH[:SCALE]")] = ()
+    """A LoRA for the network or its text's encoder, a .safetensors file or a run of keifu train lora-image, and how
+    strongly it acts (1); several times for several."""
     tile: int | None = None
     """Make the picture of its latents in tiles with sides of so many pixels, which bounds memory; 0 for none. Unset:
     512 for pictures of more than 1024 x 1024 pixels."""

@@ -1,4 +1,4 @@
-"""`--lora FILE[:SCALE]`: LoRAs that change a model before it draws, each known by its digest; knows no model."""
+"""`--lora PATH[:SCALE]`: LoRAs that change a model before it draws, each known by its digest; knows no model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def chosen(words: str) -> "Lora":
-    """What `FILE` or `FILE:SCALE` says; a file that is not there is a `UserError`."""
+    """What `PATH` or `PATH:SCALE` says, a file or a folder that holds one; where none is there is a `UserError`."""
+    from keifu.checkpoints.picture_lora import FILE
     from keifu.generation.originals import digest_of
     from keifu.generation.picture_record import Lora
 
@@ -20,6 +21,8 @@ def chosen(words: str) -> "Lora":
     scale = _number(told)
     if not place or scale is None or Path(words).exists():
         place, scale = words, 1.0
+    if Path(place).is_dir():
+        place = str(Path(place) / FILE)
     if not Path(place).is_file():
         raise UserError(f"There is no LoRA {place}: give a .safetensors file, and after a colon how strongly it acts.")
     return Lora(str(Path(place).resolve()), digest_of(Path(place)), scale)

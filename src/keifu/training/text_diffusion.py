@@ -24,8 +24,9 @@ LATENT = 2**40 + 2  # the place in a row's stream from which the noise inside it
 class TextDenoisingLoss(DenoisingLoss):
     """`DenoisingLoss` of a network that looks at the text of each row ("tokens" [batch, length] in a batch).
 
-    The model offers `encode_text`, which does not learn here, and `project`. `empty` are the tokens of no text at all,
-    which a share of `label_dropout` of the rows have, so that guidance can lead away from it (Ho and Salimans, 2022).
+    The model offers `encode_text`, which learns where its weights are not frozen, and `project`. `empty` are the tokens
+    of no text at all, which a share of `label_dropout` of the rows have, so that guidance can lead away from it (Ho and
+    Salimans, 2022).
     """
 
     empty: Int[Tensor, " length"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
@@ -34,9 +35,7 @@ class TextDenoisingLoss(DenoisingLoss):
         """What the model says of noisy latents, told the texts of the batch."""
         empty = self.empty.to(batch["tokens"].device)
         tokens = torch.where(self.dropped(batch)[:, None], empty, batch["tokens"])
-        with torch.no_grad():
-            context = model.encode_text(tokens)
-        return model(x, timestep, model.project(context))
+        return model(x, timestep, model.project(model.encode_text(tokens)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,179 @@
+"""The recipe for LoRAs of models that draw: what it leaves is what diffusers loads, and the model stays as it was."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import toy_captions
+from PIL import Image
+from safetensors.torch import load_file
+
+from keifu import checkpoints, cli
+from keifu.checkpoints.picture_lora import FILE, apply_lora
+from keifu.errors import UserError
+from keifu.generation.drawers import drawer
+from keifu.generation.pictures import Drawing
+from keifu.layers.lora import adapters
+from keifu.layers.noise import Noise
+from keifu.models import autoencoder_kl, clip_text, conditioned_unet, latent_diffusion
+from keifu.recipes import clip as clip_recipe
+from keifu.recipes import lora_image as recipe
+from keifu.training.interrupt import Stopped
+
+QUICK = {"steps": 4, "batch_size": 3, "limit": 7, "rank": 3, "learning_rate": 0.03, "guidance": 2.0,
+         "precision": "float32"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """What is made of pictures goes into a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEIFU_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setattr(recipe, "STEPS", 2)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_captions.drawings(tmp_path_factory.mktemp("drawings"))
+
+
+@pytest.fixture(scope="module")
+def model(drawings, tmp_path_factory) -> Path:
+    """A pipeline of 16 x 16 pixels with random weights, none zero, and a tokenizer of these captions."""
+    tokenizer = clip_recipe.prepare(toy_captions.small_clip(drawings)).tokenizer
+    torch.manual_seed(3)
+    text = clip_text.Config(tokenizer.vocab_size, 16, 24, 48, 1, 2, projected=False)
+    unet = conditioned_unet.Config(
+        size=8, channels=3, predicted_channels=3, widths=(8, 16), n_residual_blocks=1, attention=(0, 1),
+        up_attention=(0, 1), n_heads=2, context_dim=24, norm_groups=4,
+    )  # fmt: skip
+    small = autoencoder_kl.Config(16, 3, 3, widths=(4, 8), n_residual_blocks=1, norm_groups=2, scale=0.7)
+    noise = Noise("cosine", target="velocity", clip=None, spacing="trailing", steps_offset=1)
+    made = latent_diffusion.build(latent_diffusion.Config(text, unet, small, noise))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    checkpoints.save(made, tokenizer, tmp_path_factory.mktemp("pipeline"))
+    return tmp_path_factory.getbasetemp() / "pipeline0"
+
+
+def wanted(drawings: Path, model: Path, **changes: object) -> recipe.Recipe:
+    return recipe.Recipe(**{"model": str(model), "data": str(drawings), **QUICK, **changes})
+
+
+def test_diffusers_draws_with_what_was_learned(drawings, model, tmp_path, capsys) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    before = {path: path.read_bytes() for path in sorted(model.rglob("*")) if path.is_file()}
+    made = wanted(drawings, model, text_rank=2, words="flat", targets=("to_q", "to_out.0"))
+    summary = recipe.run(made, tmp_path, False)
+    assert before == {path: path.read_bytes() for path in sorted(model.rglob("*")) if path.is_file()}
+    assert "Learning from 7 pictures" in capsys.readouterr().out
+    names = load_file(tmp_path / FILE)
+    assert {name.partition(".")[0] for name in names} == {"unet", "text_encoder"}
+    assert not any("to_k" in name for name in names) and all(torch.isfinite(each).all() for each in names.values())
+
+    losses = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    held = [line["validation_loss"] for line in losses if "validation_loss" in line]
+    assert summary.figures["validation_loss"] == held[-1] < held[0]
+
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(model)
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    theirs.set_progress_bar_config(disable=True)
+
+    def by_diffusers():
+        seed = torch.Generator().manual_seed(1)
+        options = {"num_inference_steps": 3, "guidance_scale": 2.0, "generator": seed, "output_type": "pt"}
+        return theirs("flat a red disc", **options).images
+
+    plain = by_diffusers()
+    theirs.load_lora_weights(tmp_path)
+    changed, tokenizer = checkpoints.load(model)
+    painter = drawer(apply_lora(changed, tmp_path / FILE), lambda: tokenizer)
+    drawn = painter.draw(painter.resolved(Drawing("ddim", 3, 1, text="flat a red disc", guidance=2.0)), [1])
+    assert (drawn / 255 - by_diffusers()).abs().max() <= 1 / 255 + 1e-4
+    assert (drawn / 255 - plain).abs().max() > 0.02
+
+
+def test_a_run_is_a_lora_for_keifu_draw(drawings, model, tmp_path) -> None:
+    def draw(name: str, *more: str) -> None:
+        cli.main(["draw", str(model), "a disc", "--steps", "1", "--seed", "1", "-o", str(tmp_path / name), *more])
+
+    run = tmp_path / "run"
+    recipe.run(wanted(drawings, model, learning_rate=0.3), run, False)
+    for name, lora in {"run": str(run), "file": f"{run / FILE}:1"}.items():
+        draw(f"{name}.png", "--lora", lora)
+    draw("without.png")
+    folder, file, without = (Image.open(tmp_path / f"{name}.png").tobytes() for name in ("run", "file", "without"))
+    assert folder == file != without
+
+
+def test_a_resumed_run_has_the_same_bits(drawings, model, tmp_path, monkeypatch) -> None:
+    whole, made = recipe.train, wanted(drawings, model, dora=True)
+
+    def stop(model, objective, data, settings, run, *rest, **more):
+        whole(model, objective, data, replace(settings, steps=2), run, *rest, **more)
+        raise Stopped("stopped")
+
+    monkeypatch.setattr(recipe, "train", stop)
+    with pytest.raises(Stopped):
+        recipe.run(made, tmp_path / "parts", False)
+    monkeypatch.setattr(recipe, "train", whole)
+    recipe.run(made, tmp_path / "parts", True)
+    recipe.run(made, tmp_path / "whole", False)
+    ours, theirs = (load_file(tmp_path / name / FILE) for name in ("parts", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_pictures_without_captions_are_called_by_the_words(drawings, model, tmp_path) -> None:
+    for path in drawings.glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="have no captions: say what they show .--words."):
+        recipe.prepare(wanted(tmp_path, model))
+    task = recipe.prepare(wanted(tmp_path, model, words="a shape", limit=None))
+    assert {*task.parts.train.texts()} == {"a shape"} and {*task.prompts} == {"a shape"}
+    assert len({tuple(row) for row in task.data.batch(0)["tokens"].tolist()}) == 1
+
+
+def test_alpha_scales_what_every_adapter_says(drawings, model) -> None:
+    task = recipe.prepare(wanted(drawings, model, alpha=6.0, text_rank=2))
+    assert {(each.low.rank, each.low.scale) for each in adapters(task.model)} == {(3, 2.0), (2, 3.0)}
+    trained = {name.rpartition(".")[2] for name, p in task.model.named_parameters() if p.requires_grad}
+    assert trained == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"targets": ("to_que",)}, "no layer 'to_que'.*to_q"),
+        ({"targets": ("to_out",)}, "no layer 'to_out'.*to_out.0"),
+        ({"text_rank": 2, "text_targets": ("q_prjo",)}, "no layer 'q_prjo'.*q_proj"),
+        ({"size": 15}, "nearest size that does is 16 x 16"),
+        ({"languages": ("fr",)}, "'fr'.*Known: en, ja"),
+        ({"words": "word " * 20}, "tokens with those around it, and the model reads 16"),
+        ({"rank": 0}, "rank is 0, and the least is 1"),
+        ({"limit": 0}, "limit is 0, and the least is 1"),
+        ({"caption_dropout": 1.0}, "a share from 0 up to below 1, and it is 1.0"),
+    ],
+)
+def test_what_is_refused(changed, told, drawings, model, tmp_path) -> None:
+    with pytest.raises(UserError, match=told):
+        recipe.run(wanted(drawings, model, **changed), tmp_path, False)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_model_that_fills_masks_is_refused(drawings, model, tmp_path) -> None:
+    noise = Noise("cosine", clip=None)
+    task = recipe.prepare(wanted(drawings, model, size=16))
+    unet = replace(task.painter.model.config.unet, channels=7)
+    filling = latent_diffusion.build(replace(task.painter.model.config, unet=unet, noise=noise))
+    checkpoints.save(filling, task.painter.tokenizer, tmp_path)
+    with pytest.raises(UserError, match="does not draw from a text alone"):
+        recipe.prepare(wanted(drawings, tmp_path))
