@@ -12,10 +12,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from keifu import checkpoints, cli
-from keifu.commands import draw
+from keifu.commands import draw, drawn
+from keifu.generation.picture_record import read_record
 from keifu.generation.sampler_table import SAMPLERS
 from keifu.layers.noise import Noise
 from keifu.models import ddpm
+from keifu.training import precision
 
 SMALL = ddpm.Config(
     size=8, channels=3, dim=8, multipliers=(1, 2), n_residual_blocks=1, attention=(1,), norm_groups=4, middle_groups=4,
@@ -68,6 +70,21 @@ def test_every_sampler_draws_and_draws_again(model: str, sampler: str, capsys: p
     assert Image.open("a.png").text == Image.open("a-again.png").text
     told = json.loads(Image.open("a.png").text["keifu"])
     assert told["drawing"]["sampler"] == sampler and told["drawing"]["steps"] == 4 and told["drawing"]["seed"] == 5
+
+
+def test_a_large_model_is_computed_in_bfloat16_where_the_processor_has_it(model, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    told = {}
+    for size, path in {10**9: "small.png", 1: "large.png"}.items():
+        monkeypatch.setattr(drawn, "LARGE", size)
+        run(capsys, model, "--steps", "3", "--seed", "5", "-o", path)
+        told[path] = read_record(Path(path)).dtype
+        run(capsys, "--again", path)
+    assert told == {"small.png": None, "large.png": "bf16"}
+    apart = np.abs(pixels("small.png").astype(int) - pixels("large.png").astype(int))
+    assert 0 < apart.max() < 64
+    run(capsys, model, "--steps", "3", "--seed", "5", "--dtype", "f32", "-o", "asked.png")
+    assert np.array_equal(pixels("asked.png"), pixels("small.png"))
 
 
 def test_the_command_knows_the_samplers_that_there_are() -> None:

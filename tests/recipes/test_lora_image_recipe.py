@@ -14,6 +14,7 @@ from keifu import checkpoints, cli
 from keifu.checkpoints.picture_lora import FILE, apply_lora
 from keifu.errors import UserError
 from keifu.generation.drawers import drawer
+from keifu.generation.picture_record import read_record
 from keifu.generation.pictures import Drawing
 from keifu.layers.lora import adapters
 from keifu.layers.noise import Noise
@@ -113,6 +114,7 @@ def test_a_run_is_a_lora_for_keifu_draw(drawings, model, tmp_path) -> None:
     draw("without.png")
     folder, file, without = (Image.open(tmp_path / f"{name}.png").tobytes() for name in ("run", "file", "without"))
     assert folder == file != without
+    assert read_record(tmp_path / "without.png").drawing.sampler == "dpm++-2m"  # the usual one for a text
 
 
 def test_a_resumed_run_has_the_same_bits(drawings, model, tmp_path, monkeypatch) -> None:

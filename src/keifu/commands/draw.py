@@ -10,7 +10,7 @@ import tyro
 
 from keifu.commands import flags, reranking
 from keifu.commands.draw_again import again
-from keifu.commands.drawn import drawn, load, png
+from keifu.commands.drawn import drawn, load, png, usual_dtype
 from keifu.commands.loras import chosen as chosen_lora
 from keifu.errors import UserError
 from keifu.files import write_atomic
@@ -51,8 +51,8 @@ class Options:
     out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",), metavar="PATH")] = None
     """The PNG file; of several pictures it is a sheet of all, beside PATH-1.png, PATH-2.png and so on. Unset:
     picture-SEED.png."""
-    sampler: Name = "ddim"
-    """How the noise is removed."""
+    sampler: Name | None = None
+    """How the noise is removed; unset: ddim, for a text dpm++-2m (unCLIP: ddim)."""
     steps: int | None = None
     """Steps from noise to picture; unset, as many as are usual with the sampler."""
     seed: int | None = None
@@ -109,7 +109,8 @@ class Options:
     clip: str | None = None
     """That CLIP: a run, a folder or a hub id."""
     dtype: Literal["f32", "bf16"] | None = None
-    """Compute in this type; bf16 is faster where the processor has it, and pictures change a little."""
+    """Compute in this type. Unset: bf16, twice as fast, where the processor multiplies it itself and the model has 20
+    million parameters or more; pictures change a little."""
     strip: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Write the first picture's way too, as a sheet: into noise as the training has it, and below that out of noise as
     it was drawn, with what the network saw in it at each step."""
@@ -157,9 +158,11 @@ def _begun(options: Options, name: str) -> "tuple[Record, Drawer]":
     from keifu.generation.pictures import Drawing
 
     loras = tuple(map(chosen_lora, options.lora))
-    model = load(name, options.dtype, loras)
+    dtype = options.dtype or usual_dtype(name)
+    model = load(name, dtype, loras)
     chosen = {each.name: vars(options)[each.name] for each in fields(Drawing)}
     chosen["label"] = None if options.label is None else model.label(options.label)
+    chosen["sampler"] = options.sampler or ("ddim" if options.eta else model.usual_sampler)
     chosen["guidance"] = model.usual_guidance if options.guidance is None else options.guidance
     chosen |= {name: original(path) for name in ("init", "mask") if (path := vars(options)[name])}
     if options.towards is not None and options.best_of:
@@ -170,7 +173,7 @@ def _begun(options: Options, name: str) -> "tuple[Record, Drawer]":
     place = str(Path(name).resolve()) if Path(name).exists() else name
     count = options.best_of or options.count
     number, size = 0 if count == 1 else None, min(options.batch_size, count)
-    record = Record(place, model.fingerprint(), wanted, count, size, number, options.dtype, loras=loras)
+    record = Record(place, model.fingerprint(), wanted, count, size, number, dtype, loras=loras)
     return record, model
 
 

@@ -14,6 +14,21 @@ if TYPE_CHECKING:
     from keifu.generation.samplers import Drawn
 
 
+LARGE = 20_000_000  # parameters from which products are most of the time, and rounding them moves a picture little
+
+
+def usual_dtype(name: str) -> str | None:
+    """The type to compute in where none was asked for: bfloat16 for a large model where the processor multiplies it
+    itself, else as the model is stored."""
+    import torch
+
+    from keifu.checkpoints.opening import inspect
+    from keifu.training.precision import has_bfloat16
+
+    large = has_bfloat16(torch.device("cpu")) and inspect(name).parameters >= LARGE
+    return "bf16" if large else None
+
+
 def load(name: str, dtype: str | None, loras: "Sequence[Lora]" = ()) -> "Drawer":
     """The model of that name with these LoRAs worked into it, and with its tokenizer where it reads."""
     from keifu.checkpoints.hub import locate

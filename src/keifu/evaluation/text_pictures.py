@@ -78,9 +78,9 @@ def evaluate(model: nn.Module, tokenizer: Any, asked: Asked) -> Outcome:
 def _asked_for(drawer: TextDrawer, asked: Asked) -> tuple[Split, Drawing]:
     """The pictures of the model's size with captions, in parts, and how each is drawn."""
     guidance = drawer.usual_guidance if asked.guidance is None else asked.guidance
-    wanted = drawer.resolved(
-        Drawing(asked.sampler or "ddim", asked.steps, asked.seed, guidance=guidance, text="a", truncate=True)
-    )
+    sampler = asked.sampler or drawer.usual_sampler
+    wanted = Drawing(sampler, asked.steps, asked.seed, guidance=guidance, text="a", truncate=True)
+    wanted = drawer.resolved(wanted)
     height, width = wanted.size or (0, 0)
     if height != width:
         raise UserError(f"This model draws {width} x {height} pictures, and only squares can be compared.")

@@ -48,6 +48,7 @@ class EmbeddingPainter:
     """A model that draws by way of an embedding, with the tokenizer of its texts: a `Drawer`."""
 
     usual_guidance = 8.0  # Karlo's
+    usual_sampler = "ddim"
 
     def __init__(self, model: Imagining, tokenizer: Tokenizer):
         self.model, self.tokenizer, self.colours = model, tokenizer, model.config.channels

@@ -23,10 +23,11 @@ from keifu.layers.noise import Noise
 class Drawer(Protocol):
     """A model as a command draws with it.
 
-    usual_guidance: where none is asked for. pixels: whether its steps are pictures.
+    usual_guidance, usual_sampler: where none is asked for. pixels: whether its steps are pictures.
     """
 
     usual_guidance: float
+    usual_sampler: str
     pixels: bool
 
     def fingerprint(self) -> str:
@@ -65,6 +66,7 @@ class PixelDrawer:
     """A model that removes noise from pictures: a `Drawer`."""
 
     usual_guidance = 1.0
+    usual_sampler = "ddim"
     pixels = True
 
     def __init__(self, model: Denoising):

@@ -77,6 +77,7 @@ class TokenPainter:
     """A model that says a picture's entries, with the tokenizer of its texts: a `TextDrawer`."""
 
     usual_guidance = 1.0
+    usual_sampler = Drawing.sampler  # it has none
     pixels = False
 
     def __init__(self, model: Saying, tokenizer: Tokenizer):
