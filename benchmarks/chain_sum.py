@@ -1,12 +1,13 @@
 """GRPO on arithmetic: how many more held-out sums a small model gets right than after its fine-tuning.
 
 python benchmarks/chain_sum.py [--sft-steps 400] [--grpo-steps 4000] [--shown 1000] [--prompts 32] [--group 8]
-    [--rate 1e-4] [--beta 0.0] [--terms 2 3] [--digits 1] [--dim 128] [--layers 2] [--seed 0] [--threads 2]
+    [--rate 1e-4] [--beta 0.0] [--terms 3 4] [--plain] [--digits 1] [--dim 128] [--layers 2] [--seed 0] [--threads 2]
     [--built-in] [--beside] [--out DIR]
 
 The problems are reasoning-gym's chain_sum where that is installed (else, and with --built-in, sums of the same form
-made here), each once: 500 are held out and never seen, --shown are fine-tuned on with their answers, and of all others
-only the prompts are used, whose answers are checked while GRPO learns. The model, a LLaMA of half a million weights,
+made here), each once: 500 are held out and never seen, --shown are fine-tuned on with the sums on the way and the
+answer (or with --plain the answer alone), and of all others only the prompts are used, whose last number is checked
+while GRPO learns. The model, a LLaMA of half a million weights,
 knows nothing before: what it can do after fine-tuning is the level that GRPO begins with. Accuracy is that of the
 likeliest answer. With --beside it is also fine-tuned on the shown ones for as many seconds more as GRPO had: what
 GRPO's lift has to be compared with.
@@ -16,15 +17,18 @@ import argparse
 import contextlib
 import io
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from _rounds import machine
 
 from keifu import checkpoints
+from keifu.alignment.scoring import last_number
 from keifu.data.chain_sums import chain_sums
 from keifu.data.gym import problems
 from keifu.data.tokenizers import train_tokenizer
@@ -36,7 +40,7 @@ from keifu.recipes import grpo, sft
 
 HELD_OUT = 500
 POOL = 20_000  # problems that are drawn; the same one counts once
-LONGEST = 8  # tokens of an answer
+LONGEST = 12  # tokens of an answer
 Problem = dict[str, str]
 
 
@@ -55,9 +59,17 @@ def made(options: argparse.Namespace) -> tuple[list[Problem], str]:
     return [*unlike.values()], whose
 
 
+def worked(problem: Problem) -> str:
+    """The sums on the way from left to right, the answer last: "7 5 14" for 4 + 3 - 2 + 9."""
+    signs = re.findall(r"([+-]?)\s*(\d+)", problem["prompt"])
+    sums = [*accumulate(int(sign + number) for sign, number in signs)]
+    assert str(sums[-1]) == problem["answer"]
+    return " ".join(map(str, sums[1:]))
+
+
 def begun(folder: Path, texts: Sequence[Problem], options: argparse.Namespace) -> None:
     """A model that knows nothing, and a tokenizer for such texts, as a directory."""
-    said = [f"User: {each['prompt']}\nAssistant: {each['answer']}\n" for each in texts]
+    said = [f"User: {each['prompt']}\nAssistant: {worked(each)}\n" for each in texts]
     tokenizer = train_tokenizer("bpe", said, 400)
     torch.manual_seed(options.seed)
     config = llama.Config(
@@ -67,13 +79,13 @@ def begun(folder: Path, texts: Sequence[Problem], options: argparse.Namespace) -
     checkpoints.save(llama.build(config), tokenizer, folder)
 
 
-def accuracy(run: Path, held: Sequence[Problem]) -> float:
-    """The share of problems whose likeliest answer is right."""
+def accuracy(run: Path, held: Sequence[Problem], temperature: float = 0.0) -> float:
+    """The share of problems whose answer is right, the likeliest one or at a temperature one that was drawn."""
     model, tokenizer = checkpoints.load(run)
     prompts = [tokenizer.render_chat([{"role": "user", "content": each["prompt"]}]) for each in held]
-    greedy = Sampling(temperature=0, seed=0, max_tokens=LONGEST)
-    answers = generate_batch(model, tokenizer, prompts, greedy, 128)
-    return sum(a.text.strip() == each["answer"] for a, each in zip(answers, held, strict=True)) / len(held)
+    way = Sampling(temperature=temperature, seed=0, max_tokens=LONGEST)
+    answers = generate_batch(model, tokenizer, prompts, way, 128)
+    return sum(last_number(e["prompt"], a.text, e) for a, e in zip(answers, held, strict=True)) / len(held)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -96,7 +108,7 @@ def tuned(options: argparse.Namespace, folder: Path, model: Path, name: str, ste
 def rewarded(options: argparse.Namespace, folder: Path) -> float:
     """Learns from the reward on prompts alone; the seconds that it took."""
     recipe = grpo.Recipe(
-        str(folder / "sft"), str(folder / "prompts.jsonl"), "exact", held_out=0.02, prompts=options.prompts,
+        str(folder / "sft"), str(folder / "prompts.jsonl"), "last-number", held_out=0.02, prompts=options.prompts,
         group=options.group, max_tokens=LONGEST, beta=options.beta, steps=options.grpo_steps,
         learning_rate=options.rate, warmup=20, seed=options.seed,
     )  # fmt: skip
@@ -110,7 +122,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--beta", type=float, default=0.0)
-    parser.add_argument("--terms", type=int, nargs=2, default=(2, 3))
+    parser.add_argument("--terms", type=int, nargs=2, default=(3, 4))
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--built-in", action="store_true")
     parser.add_argument("--beside", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -124,8 +137,9 @@ def main() -> None:
         found[HELD_OUT : HELD_OUT + options.shown],
         found[HELD_OUT + options.shown :],
     )
+    said = (lambda each: each["answer"]) if options.plain else worked
     for name, some in (
-        ("shown", [{"prompt": x["prompt"], "response": x["answer"]} for x in shown]),
+        ("shown", [{"prompt": each["prompt"], "response": said(each)} for each in shown]),
         ("prompts", others),
     ):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in some))
@@ -139,9 +153,9 @@ def main() -> None:
         rows.append(
             ("or fine-tuned for as long", tuned(options, folder, folder / "sft", "more", more), folder / "more")
         )
-    print("| | held-out accuracy | seconds |\n|---|---:|---:|")
+    print("| | held-out accuracy | of drawn answers | seconds |\n|---|---:|---:|---:|")
     for name, seconds, run in rows:
-        print(f"| {name} | {accuracy(run, held):.1%} | {seconds:.0f} |")
+        print(f"| {name} | {accuracy(run, held):.1%} | {accuracy(run, held, 1.0):.1%} | {seconds:.0f} |")
 
 
 if __name__ == "__main__":
