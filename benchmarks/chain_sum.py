@@ -1,26 +1,28 @@
 """GRPO on arithmetic: how many more held-out sums a small model gets right than after its fine-tuning.
 
-python benchmarks/chain_sum.py [--sft-steps 400] [--grpo-steps 4000] [--shown 1000] [--prompts 32] [--group 8]
-    [--rate 1e-4] [--beta 0.0] [--terms 3 4] [--plain] [--digits 1] [--dim 128] [--layers 2] [--seed 0] [--threads 2]
-    [--built-in] [--beside] [--out DIR]
+python benchmarks/chain_sum.py [--sft-steps 2000] [--grpo-steps 300] [--shown 6000] [--hasty 0.6] [--prompts 32]
+    [--group 8] [--rate 1e-4] [--beta 0.0] [--terms 3 4] [--plain] [--digits 1] [--dim 128] [--layers 2] [--seed 0]
+    [--threads 2] [--built-in] [--beside] [--out DIR]
 
 The problems are reasoning-gym's chain_sum where that is installed (else, and with --built-in, sums of the same form
-made here), each once: 500 are held out and never seen, --shown are fine-tuned on with the sums on the way and the
-answer (or with --plain the answer alone), and of all others only the prompts are used, whose last number is checked
-while GRPO learns. The model, a LLaMA of half a million weights,
-knows nothing before: what it can do after fine-tuning is the level that GRPO begins with. Accuracy is that of the
-likeliest answer. With --beside it is also fine-tuned on the shown ones for as many seconds more as GRPO had: what
-GRPO's lift has to be compared with.
+made here), each once: 500 are held out and never seen, --shown are fine-tuned on, and of all others only the prompts
+are used, whose last number is checked while GRPO learns. What is shown is of mixed quality, as what people write is: a
+share of --hasty stops after the first sum, the others go on to the answer ("7 5 14" for 4 + 3 - 2 + 9; with --plain all
+are the answer alone). Fine-tuning imitates both; the reward tells them apart, and right sums from wrong ones. The
+model, a LLaMA of half a million weights, knows nothing before: what it can do after fine-tuning is the level that GRPO
+begins with. Accuracy is that of the likeliest answer, and of one drawn at temperature 1. With --beside it is also
+fine-tuned on the shown ones for as many seconds more as GRPO had: what GRPO's lift has to be compared with.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import random
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -56,7 +58,9 @@ def made(options: argparse.Namespace) -> tuple[list[Problem], str]:
             print(f"{error} Sums made here are used.")
     found = found or [*chain_sums(POOL, (least, most), options.digits, options.seed)]
     unlike = {each["prompt"]: {"prompt": each["prompt"], "answer": each["answer"]} for each in found}
-    return [*unlike.values()], whose
+    found = [*unlike.values()]
+    random.Random(options.seed).shuffle(found)  # the short ones are few, and were drawn first
+    return found, whose
 
 
 def worked(problem: Problem) -> str:
@@ -65,6 +69,14 @@ def worked(problem: Problem) -> str:
     sums = [*accumulate(int(sign + number) for sign, number in signs)]
     assert str(sums[-1]) == problem["answer"]
     return " ".join(map(str, sums[1:]))
+
+
+def written(shown: Sequence[Problem], options: argparse.Namespace) -> Iterator[tuple[Problem, str]]:
+    """The problems that are shown, with what is said to each."""
+    chance = random.Random(options.seed)
+    for each in shown:
+        whole = each["answer"] if options.plain else worked(each)
+        yield each, whole.split()[0] if chance.random() < options.hasty else whole
 
 
 def begun(folder: Path, texts: Sequence[Problem], options: argparse.Namespace) -> None:
@@ -117,10 +129,11 @@ def rewarded(options: argparse.Namespace, folder: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = {"sft-steps": 400, "grpo-steps": 4000, "shown": 1000, "prompts": 32, "group": 8, "digits": 1, "dim": 128}
+    numbers = {"sft-steps": 2000, "grpo-steps": 300, "shown": 6000, "prompts": 32, "group": 8, "digits": 1, "dim": 128}
     for name, value in {**numbers, "layers": 2, "seed": 0, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--hasty", type=float, default=0.6)
     parser.add_argument("--beta", type=float, default=0.0)
     parser.add_argument("--terms", type=int, nargs=2, default=(3, 4))
     parser.add_argument("--plain", action="store_true")
@@ -137,9 +150,8 @@ def main() -> None:
         found[HELD_OUT : HELD_OUT + options.shown],
         found[HELD_OUT + options.shown :],
     )
-    said = (lambda each: each["answer"]) if options.plain else worked
     for name, some in (
-        ("shown", [{"prompt": each["prompt"], "response": said(each)} for each in shown]),
+        ("shown", [{"prompt": each["prompt"], "response": text} for each, text in written(shown, options)]),
         ("prompts", others),
     ):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in some))

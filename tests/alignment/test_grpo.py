@@ -14,8 +14,10 @@ from keifu.alignment.watching import Range, Watch
 from keifu.commands.train import parse
 from keifu.data.chain_sums import chain_sums
 from keifu.errors import UserError
+from keifu.layers.lora import adapters
 from keifu.models import llama
 from keifu.recipes import grpo as recipe
+from keifu.recipes._assistant import Lora
 from keifu.training import metrics
 
 CONFIG = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
@@ -125,6 +127,24 @@ def test_adapters_learn_without_a_reference(base: Path, task: Path, tmp_path: Pa
     out = go(base, task, tmp_path / "run", "--steps", "2", "--lora.rank", "4", "--beta", "0")
     assert (out / "adapter_model.safetensors").is_file()
     assert [line["kl"] for line in lines(out)] == [0, 0]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_are_held_to_the_model_they_are_on(dora: bool, base: Path, task: Path) -> None:
+    """Without a copy of it: the reference is the policy, whose adapters are left out."""
+    data = str(task / "prompts.jsonl"), f"{task / 'rewards.py'}:letters"
+    few = {"prompts": 2, "group": 3, "max_tokens": 6}
+    rollouts = recipe.prepare(recipe.Recipe(str(base), *data, **few, lora=Lora(2, dora=dora))).data
+    assert rollouts.reference is rollouts.model
+    with torch.no_grad():
+        for adapter in adapters(rollouts.model):
+            adapter.b.normal_(std=0.5)
+    made = rollouts.batch(0)
+    assert (made["old"] - made["reference"]).abs().max() > 0.01
+    copy = recipe.prepare(recipe.Recipe(str(base), *data, **few)).data
+    assert copy.reference is not copy.model
+    torch.testing.assert_close(made["reference"], copy._logs(copy.reference, made), rtol=0, atol=1e-6)
+    assert torch.equal(rollouts.batch(0)["old"], made["old"])  # the adapters are back
 
 
 SEVERAL = ["--minibatches", "2", "--epochs", "2", "--lora.rank", "2", "--lora.dropout", "0.2"]

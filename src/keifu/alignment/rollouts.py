@@ -24,6 +24,7 @@ from keifu.errors import UserError
 from keifu.generation.decoding import causal, evaluating
 from keifu.generation.generate import Completion, generate_batch
 from keifu.generation.sampling import Sampling
+from keifu.layers.lora import unadapted
 
 TOGETHER = 16_384  # tokens of the answers, with their prompts, that are written or read at a time
 MOST = 256  # answers at a time
@@ -66,8 +67,9 @@ class Rollouts:
     """The training loop's data, which it makes anew when a rollout has served its updates.
 
     A batch holds "tokens", "mask", True on the answers, "old", ln p when each token was drawn, and where there is a
-    `reference`, the model that the policy is held to, "reference", its ln p [row, position]; "reward", "finished" and
-    what else `measured` scores [row]; and what a method makes of these.
+    `reference`, the model that the policy is held to (or the policy itself, whose adapters are then left out),
+    "reference", its ln p [row, position]; "reward", "finished" and what else `measured` scores [row]; and what a method
+    makes of these.
     """
 
     on_policy = True
@@ -161,8 +163,9 @@ class Rollouts:
         made["finished"] = torch.tensor([float(answer.finish_reason == "stop") for answer in answers])
         if part == 1:  # drawn greedily, where ln p is 0
             made["old"] = self._logs(self.model, made)
-        if self.reference:
-            made["reference"] = self._logs(self.reference, made)
+        if self.reference is not None:
+            with unadapted(self.reference):
+                made["reference"] = self._logs(self.reference, made)
         return made | self._rated(made, group)
 
     def _rated(self, made: dict[str, Tensor], group: int) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ matrix has parts (queries, keys and values), each has an adapter of its own or n
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -89,12 +90,16 @@ def _lengths(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
 class Adapted(nn.Module):
     """A linear layer with adapters beside it, in the layer's place; dropout acts on the adapters' inputs alone."""
 
+    idle = False  # see `unadapted`
+
     def __init__(self, base: nn.Linear, adapters: Sequence[Adapter]):
         super().__init__()
         self.base, self.adapters = base, nn.ModuleList(adapters)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         y = self.base(x)
+        if self.idle:
+            return y
         pieces = [self._piece(adapter, x, y) for adapter in self.parts]
         if len(pieces) == 1 and pieces[0].shape == y.shape:
             return pieces[0]
@@ -142,6 +147,8 @@ class Reweighted(nn.Module):
     """The weight of a convolution, or of another layer of pixels, as an adapter changes it: the layer computes with
     that at each call (torch's `parametrize`), which costs less than a second convolution. It has no dropout."""
 
+    idle = False
+
     def __init__(self, adapter: Adapter):
         super().__init__()
         if adapter.low.dropout:
@@ -149,6 +156,8 @@ class Reweighted(nn.Module):
         self.adapter = adapter
 
     def forward(self, weight: Float[Tensor, "out channels *kernel"]) -> Float[Tensor, "out channels *kernel"]:
+        if self.idle:
+            return weight
         own = weight.flatten(1).float()
         stretch, changed = self.adapter.stretch(own), own + self.adapter.change()
         return (changed if stretch is None else changed * stretch[:, None]).view_as(weight).to(weight.dtype)
@@ -182,6 +191,19 @@ def attach(model: nn.Module, targets: Mapping[Target, Low]) -> nn.Module:
 def adapters(model: nn.Module) -> Iterator[Adapter]:
     """Every adapter of a model, in the model's order."""
     return (module for module in model.modules() if isinstance(module, Adapter))
+
+
+@contextmanager
+def unadapted(model: nn.Module) -> Iterator[None]:
+    """As long as the block lasts, the model is what it was before it had adapters; one that has none stays as it is."""
+    parts = [module for module in model.modules() if isinstance(module, Adapted | Reweighted)]
+    for part in parts:
+        part.idle = True
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.idle = False
 
 
 def merge(model: nn.Module) -> nn.Module:

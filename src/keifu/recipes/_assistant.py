@@ -3,6 +3,7 @@
 What they begin with, its chat template, what of it is trained, and what is left in the run's folder.
 """
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,6 +93,12 @@ def to_train(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
     for parameter in model.float().parameters():  # a file's memory map must stay as it is
         parameter.data = parameter.data.clone()
     return model.requires_grad_(True)
+
+
+def before(model: nn.Module, lora: Lora) -> nn.Module:
+    """What a model that will be trained begins as: a frozen copy, or with adapters the model itself, which they leave
+    as it is (see `unadapted`)."""
+    return model if lora.rank else copy.deepcopy(model).float().requires_grad_(False)
 
 
 def held_out(items: Sequence[T], texts: Sequence[str], share: float) -> tuple[list[T], list[T]]:

@@ -9,7 +9,6 @@ Expected: the reward in metrics.jsonl rises, and so does validation_reward, that
 prompts.
 """
 
-import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from keifu.alignment.rollouts import Plan
 from keifu.alignment.watching import Watch
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
-from keifu.recipes._assistant import Lora, Template, leave, opened, to_train
+from keifu.recipes._assistant import Lora, Template, before, leave, opened, to_train
 from keifu.recipes._rewarded import CHAIN_SUM, Rewarding, Sums, about, parted, prompts, rewarding, say, watch
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
@@ -102,7 +101,7 @@ def prepare(recipe: Recipe) -> Task:
     by = rewarding(recipe.reward)
     parts = parted(prompts(recipe.data, recipe.sums, recipe.seed), recipe.held_out)
     model, tokenizer = opened(recipe.model, recipe.template)
-    reference = copy.deepcopy(model).float().requires_grad_(False) if recipe.beta else None
+    reference = before(model, recipe.lora) if recipe.beta else None
     model = to_train(model, recipe.lora, recipe.seed)
     return Task(model, tokenizer, Groups((model, reference), tokenizer, parts, by.scorer, plan), by)
 

@@ -23,7 +23,7 @@ from keifu.data.packed import PackedText
 from keifu.data.text import prepare as shards_of
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
-from keifu.recipes._assistant import Lora, Template, leave, opened, row_length, to_train
+from keifu.recipes._assistant import Lora, Template, before, leave, opened, row_length, to_train
 from keifu.recipes._rewarded import CHAIN_SUM, Rewarding, Sums, about, parted, prompts, rewarding, say, watch
 from keifu.recipes.reward import headed
 from keifu.training.loop import Summary, train
@@ -142,7 +142,7 @@ def prepare(recipe: Recipe) -> Task:
     measured = {f"measured_{name.rpartition(':')[2].rpartition('/')[2]}": rewarding(name) for name in recipe.measured}
     parts = parted(prompts(recipe.data, recipe.sums, recipe.seed), recipe.held_out)
     policy, tokenizer = opened(recipe.model, recipe.template)
-    reference = copy.deepcopy(policy).float().requires_grad_(False)
+    reference = before(policy, recipe.lora)
     value = valued(recipe, by, policy, tokenizer)
     model = ActorCritic(to_train(policy, recipe.lora, recipe.seed), value)
     beside = text_beside(recipe, policy, tokenizer)
