@@ -256,8 +256,8 @@ def draw_learning(found: list[dict[str, dict[int, float]]], tokens: int, path: P
     for axes, losses, title in zip(panels, found, ("the layer", "the optimizer"), strict=True):
         for name, points in losses.items():
             axes.plot([step * tokens / 1e6 for step in points], [*points.values()], marker=".", label=name)
-        axes.set(title=title, xlabel="million tokens", yscale="log")
-        axes.grid(alpha=0.3, which="both")
+        axes.set(title=title, xlabel="million tokens")
+        axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     panels[0].set_ylabel("held-out loss, nats a token")
     figure.savefig(path, dpi=110)
