@@ -14,16 +14,7 @@ from keifu.errors import UserError
 from keifu.models import clip_image, clip_text
 from keifu.recipes import clip as recipe
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is made of pictures goes into a folder of the tests."""
-    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(scope="module")
-def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_captions.drawings(tmp_path_factory.mktemp("drawings"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def small(drawings: Path, **changes: object) -> recipe.Recipe:

@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import toy_captions
 from PIL import Image
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
 from keifu.evaluation.clip_score import best, cosines
-from keifu.recipes import clip as clip_recipe
 from keifu.recipes import dalle as recipe
 from keifu.training.interrupt import Stopped
 
@@ -25,30 +23,7 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """What is made of pictures goes into a folder of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KEIFU_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_repeatable) -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_captions.drawings(tmp_path_factory.mktemp("drawings"))
-
-
-@pytest.fixture(scope="module")
-def towers(drawings, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("clip")
-    settings = replace(toy_captions.small_clip(drawings).training, steps=4, warmup=0)
-    clip_recipe.run(toy_captions.small_clip(drawings, training=settings), out, False)
-    return out
+pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
 
 
 @pytest.fixture(scope="module")

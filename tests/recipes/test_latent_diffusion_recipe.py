@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_captions
 
 from keifu import checkpoints
 from keifu.data.pictures import read_pictures, split
@@ -14,7 +13,6 @@ from keifu.errors import UserError
 from keifu.generation.drawers import drawer
 from keifu.generation.pictures import Drawing
 from keifu.recipes import _autoencoder
-from keifu.recipes import clip as clip_recipe
 from keifu.recipes import latent_diffusion as recipe
 from keifu.training.diffusion import draws
 from keifu.training.interrupt import Stopped
@@ -27,32 +25,12 @@ TINY = {
 }  # fmt: skip
 
 
+pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
+
+
 @pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """What is made of pictures goes into a folder of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KEIFU_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        patch.setattr(recipe, "STEPS", 2)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_repeatable) -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_captions.drawings(tmp_path_factory.mktemp("drawings"))
-
-
-@pytest.fixture(scope="module")
-def towers(drawings, tmp_path_factory) -> Path:
-    """A trained CLIP of the same captions."""
-    out = tmp_path_factory.mktemp("clip")
-    settings = replace(toy_captions.small_clip(drawings).training, steps=4, warmup=0)
-    clip_recipe.run(toy_captions.small_clip(drawings, training=settings), out, False)
-    return out
+def _few_steps(own_cache: pytest.MonkeyPatch) -> None:
+    own_cache.setattr(recipe, "STEPS", 2)
 
 
 @pytest.fixture(scope="module")

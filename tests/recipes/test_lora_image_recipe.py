@@ -27,27 +27,16 @@ QUICK = {"steps": 4, "batch_size": 3, "limit": 7, "rank": 3, "learning_rate": 0.
          "precision": "float32"}  # fmt: skip
 
 
+pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
+
+
 @pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """What is made of pictures goes into a folder of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KEIFU_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        patch.setattr(recipe, "STEPS", 2)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_repeatable) -> None:
-    torch.set_num_threads(1)
+def _few_steps(own_cache: pytest.MonkeyPatch) -> None:
+    own_cache.setattr(recipe, "STEPS", 2)
 
 
 @pytest.fixture(scope="module")
-def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_captions.drawings(tmp_path_factory.mktemp("drawings"))
-
-
-@pytest.fixture(scope="module")
-def model(drawings, tmp_path_factory) -> Path:
+def model(own_cache, drawings, tmp_path_factory) -> Path:
     """A pipeline of 16 x 16 pixels with random weights, none zero, and a tokenizer of these captions."""
     tokenizer = clip_recipe.prepare(toy_captions.small_clip(drawings)).tokenizer
     torch.manual_seed(3)

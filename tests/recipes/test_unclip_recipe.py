@@ -16,27 +16,11 @@ from keifu.recipes import clip, unclip
 from keifu.training.embedding_diffusion import blurred, moments, real_tokens, squares
 from keifu.training.interrupt import Stopped
 
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """What is made of pictures goes into a folder of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KEIFU_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
 
 
 @pytest.fixture(scope="module")
-def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_captions.drawings(tmp_path_factory.mktemp("drawings"))
-
-
-@pytest.fixture(scope="module")
-def towers(drawings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def towers(own_cache, drawings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP whose text tower is as wide as its space."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("clip")
