@@ -156,6 +156,14 @@ def test_the_command_draws_varies_and_draws_again(unclip_pipeline, seeing, pictu
     for path in ("a.png", "b.png", "c.png", "c-3.png", "d-2.png"):
         again = draw(capsys, "--again", path)[0]
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(again)))
+    there = tmp_path / "there.png"
+    there.write_bytes(picture.read_bytes())
+    draw(capsys, folder, "--init", picture, "--towards", there, "--count", 2, *few, "-o", "e.png")
+    there.rename(tmp_path / "moved.png")
+    with pytest.raises(SystemExit):
+        draw(capsys, "--again", "e.png")
+    assert "with --towards" in capsys.readouterr().err
+    draw(capsys, "--again", "e.png", "--towards", "moved.png")
 
 
 @pytest.mark.parametrize(

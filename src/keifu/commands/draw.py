@@ -27,7 +27,7 @@ Name = Literal[
 ]  # those of generation/sampler_table.py, which tests compare; importing it takes seconds
 
 
-OF_AGAIN = ("model", "out", "again", "init", "mask", "lora")  # what may be said beside --again: where something is
+OF_AGAIN = ("model", "out", "again", "init", "mask", "towards", "lora")  # beside --again these say where something is
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def run(options: Options) -> None:
         given = [name for name, value in vars(options).items() if value != vars(Options())[name]]
         if more := [f"--{name.replace('_', '-')}" for name in given if name not in OF_AGAIN]:
             raise UserError(f"--again takes every setting from {options.again}: leave out {' and '.join(more)}.")
-        places = {"init": options.init, "mask": options.mask}
+        places = {"init": options.init, "mask": options.mask, "towards": options.towards and Path(options.towards)}
         again(options.again, options.out, options.model, places, options.lora)
         return
     if options.model is None:

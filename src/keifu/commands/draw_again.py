@@ -24,7 +24,8 @@ def again(
 ) -> None:
     """Draws a picture once more by its own record; that it differs is said, with the likely reason.
 
-    named, places, loras: where the model, the pictures that it began with and its LoRAs are, if elsewhere now.
+    named, places, loras: where the model, the pictures that it read (init, mask, towards) and its LoRAs are, if
+    elsewhere now.
     """
     from keifu.generation.picture_record import read_record
 
@@ -47,14 +48,14 @@ def again(
 
 
 def _placed(drawing: "Drawing", places: Mapping[str, Path | None], path: Path) -> "Drawing":
-    """The settings with the pictures that the drawing began with where they are now, if they are still the same."""
-    from keifu.generation.originals import original
+    """The settings with the pictures that the drawing read where they are now, if they are still the same."""
+    from keifu.generation.originals import Original, original
 
-    for name in ("init", "mask"):
-        before, place = vars(drawing)[name], places[name]
-        if before is None and place is not None:
-            raise UserError(f"{path} was drawn without --{name}: leave it out.")
-        if before is None:
+    for name, place in places.items():
+        before = vars(drawing)[name]
+        if not isinstance(before, Original):
+            if place is not None:
+                raise UserError(f"{path} was drawn without --{name} PICTURE: leave it out.")
             continue
         where = place or Path(before.place)
         if not where.is_file():
