@@ -149,6 +149,7 @@ def test_alpha_scales_what_every_adapter_says(drawings, model) -> None:
         ({"size": 15}, "nearest size that does is 16 x 16"),
         ({"languages": ("fr",)}, "'fr'.*Known: en, ja"),
         ({"words": "word " * 20}, "tokens with those around it, and the model reads 16"),
+        ({"dora": True, "style": "diffusers"}, "no word for DoRA's lengths"),
         ({"rank": 0}, "rank is 0, and the least is 1"),
         ({"limit": 0}, "limit is 0, and the least is 1"),
         ({"caption_dropout": 1.0}, "a share from 0 up to below 1, and it is 1.0"),

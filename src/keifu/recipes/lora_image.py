@@ -6,7 +6,7 @@ trained with. --targets names other layers (convolutions too), --text-rank adds 
 pytorch_lora_weights.safetensors, which diffusers loads, or kohya's tools with --style kohya.
 Command: keifu train lora-image --model runs/latent-diffusion --data openmoji --limit 50
 Cost: printed before it starts, measured on the machine.
-Expected: see docs/results.md.
+Expected: the validation loss falls, and the samples show each text without the LoRA and with it.
 """
 
 from collections.abc import Callable
@@ -97,6 +97,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
             raise UserError(f"caption_dropout is a share from 0 up to below 1, and it is {self.caption_dropout}.")
+        if self.dora and self.style == "diffusers":
+            raise UserError("The older spelling of diffusers has no word for DoRA's lengths: --style peft or kohya.")
         for name, least in {"rank": 1, "text_rank": 0, "limit": 1}.items():
             value = vars(self)[name]
             if value is not None and value < least:
