@@ -1,7 +1,7 @@
 """A new behaviour by LoRA: what SmolLM2 takes up from some hundred answers, on prompts it never saw, and what it keeps.
 
-python benchmarks/new_behaviour.py [--model smollm2] [--shown 320] [--steps 80] [--rank 8] [--asked 60] [--text sotu]
-    [--text-windows 40] [--seed 0] [--threads 1] [--out DIR]
+python benchmarks/new_behaviour.py [--model smollm2] [--shown 320] [--steps 80] [--rank 8] [--asked 40] [--text sotu]
+    [--text-windows 2] [--seed 0] [--threads 1] [--out DIR]
 
 Wikipedia's summaries become instructions: "What is X?", answered by "In short: " and the first sentence, and no more.
 `keifu train sft --lora.rank` learns them. Held-out questions of the same kind, and of another ("How do I make X?"), are
@@ -111,7 +111,7 @@ def compared(options: argparse.Namespace, folder: Path, asked: Sequence[Conversa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {
-        "shown": 320, "steps": 80, "rank": 8, "asked": 60, "text-windows": 40, "seed": 0, "threads": 1, "batch": 8
+        "shown": 320, "steps": 80, "rank": 8, "asked": 40, "text-windows": 2, "seed": 0, "threads": 1, "batch": 8
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rate", type=float, default=2e-4)
