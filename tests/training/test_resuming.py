@@ -232,6 +232,17 @@ def test_two_names_of_one_tensor_are_saved_once(tmp_path: Path) -> None:
     assert torch.equal(other.head.weight, model.embedding.weight)
 
 
+def test_a_figure_that_is_the_loss_itself_is_saved_beside_it(tmp_path: Path) -> None:
+    """A state right behind a line of metrics holds the sums of one step, in which nothing was added yet."""
+
+    def twice(model, batch):
+        found = objective(model, batch)
+        return found._replace(figures={"task_loss": found.total})
+
+    summary = train(toy(), twice, Sequences(), settings(steps=4, log_every=3, save_every=1), run(tmp_path))
+    assert summary.figures["task_loss"] == summary.figures["loss"]
+
+
 def test_facts_of_a_state_are_json(tmp_path: Path) -> None:
     finished(tmp_path)
     facts = json.loads((tmp_path / "state/step-00000012.json").read_text())

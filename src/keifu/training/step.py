@@ -42,8 +42,9 @@ class Sums:
         return {"loss": float(self.total) / weight, **{name: float(v) / weight for name, v in self.figures.items()}}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `from_tensors` takes."""
-        return {"total": self.total, "weight": self.weight} | {f"figures.{n}": v for n, v in self.figures.items()}
+        """What `from_tensors` takes, each in memory of its own: a figure may be the total itself."""
+        named = {"total": self.total, "weight": self.weight} | {f"figures.{n}": v for n, v in self.figures.items()}
+        return {name: tensor.clone() for name, tensor in named.items()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> "Sums":
