@@ -89,7 +89,7 @@ def report(options: argparse.Namespace, folder: Path, asked: dict[str, list[Conv
 def compared(options: argparse.Namespace, folder: Path, asked: Sequence[Conversation]) -> None:
     """Adapters beside the model, worked into it, and as PEFT has them."""
     model, tokenizer = checkpoints.load(folder / "run", torch.float32)
-    rows = torch.tensor([tokenizer.encode(tokenizer.render_chat(asked[0]))])
+    rows = torch.tensor([tokenizer.render_chat(asked[0])])
     beside = logits(model, rows)
     size = (folder / "run" / WEIGHTS).stat().st_size / 1e6
     inside = (logits(merge(model), rows) - beside).abs().max() / beside.abs().max()
