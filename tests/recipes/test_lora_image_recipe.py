@@ -51,8 +51,9 @@ def model(own_cache, drawings, tmp_path_factory) -> Path:
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
-    checkpoints.save(made, tokenizer, tmp_path_factory.mktemp("pipeline"))
-    return tmp_path_factory.getbasetemp() / "pipeline0"
+    folder = tmp_path_factory.mktemp("pipeline")
+    checkpoints.save(made, tokenizer, folder)
+    return folder
 
 
 def wanted(drawings: Path, model: Path, **changes: object) -> recipe.Recipe:
