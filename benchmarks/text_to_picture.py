@@ -33,7 +33,6 @@ from keifu.data.pictures import read_pictures, split
 from keifu.evaluation.clip_score import clip_scores, cosines
 from keifu.evaluation.picture_distances import kernel_distance, manifold
 from keifu.evaluation.picture_features import Extractor, extractor
-from keifu.evaluation.pictures import some
 from keifu.generation.drawers import TextDrawer, text_drawer
 from keifu.generation.pictures import Drawing
 from keifu.training import metrics, state
@@ -100,7 +99,7 @@ def contestant(given: str) -> Contestant:
 def ground(data: str, size: int, count: int, see: Extractor, language: str | None) -> Ground:
     parts = split(read_pictures(data, size, 3))
     held = [part for part in (parts.test,) if len(part) > 1]
-    chosen = [some(part, min(count // (1 + len(held)), len(part))) for part in (parts.train, *held)]
+    chosen = [part.spread(min(count // (1 + len(held)), len(part))) for part in (parts.train, *held)]
     captions = tuple(text for part in chosen for text in part.texts(language))
     features, *others = (see(part.take(slice(None))) for part in (parts.train, *held))
     real = torch.cat([part.take(slice(None)) for part in chosen])

@@ -11,7 +11,6 @@ from keifu import checkpoints
 from keifu.alignment.dpo import dpo, losses, reference, sequence_log_probabilities
 from keifu.commands.train import parse
 from keifu.data.preferences import Ranked, read
-from keifu.data.tokenizers import train_tokenizer
 from keifu.errors import UserError
 from keifu.models import llama
 from keifu.recipes import dpo as recipe
@@ -73,16 +72,6 @@ def test_log_probabilities_and_gradient_are_those_of_all_logits() -> None:
     one, few = objective(model, given), [objective(model, row) for row in rows]
     torch.testing.assert_close(one.total, torch.stack([each.total for each in few]).sum())
     assert one.weight == 3 and {*one.figures} == {"accuracy", "reward_of_better", "reward_of_worse"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows nothing."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = train_tokenizer("bpe", ["User: Assistant: one two three four five good bad"] * 9, 280)
-    torch.manual_seed(0)
-    checkpoints.save(llama.build(llama.Config(vocab_size=tokenizer.vocab_size, **CONFIG)), tokenizer, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -84,6 +84,10 @@ class Pictures:
             groups=self.groups[chosen], parts=pick(self.parts),
         )  # fmt: skip
 
+    def spread(self, count: int) -> "Pictures":
+        """At most so many, spread over all of them."""
+        return self.chosen(sorted({n * len(self) // count for n in range(count)}))
+
     def named(self, names: Iterable[str]) -> "Pictures":
         """The pictures that have one of these names: the same emoji in another style."""
         wanted = set(names)

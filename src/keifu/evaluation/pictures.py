@@ -127,7 +127,7 @@ def _held_out(drawer: Denoising, held: Pictures, asked: Asked) -> Outcome:
         return Outcome({}, (str(error),))
     figures, tables, notes, size = {}, {}, [], asked.batch_size or BATCH
     if asked.metric in (None, "reconstruction"):
-        chosen = some(held, asked.limit or AGAIN)
+        chosen = held.spread(asked.limit or AGAIN)
         figures, tables["reconstruction"] = reconstructed(drawer, chosen, asked.seed, size)
         notes.append(
             f"PSNR and SSIM: {len(chosen):,} held-out pictures, noise added until a half of their variance is left "
@@ -135,7 +135,7 @@ def _held_out(drawer: Denoising, held: Pictures, asked: Asked) -> Outcome:
             f"{min(STEPS, drawer.noise.steps)} steps."
         )
     if asked.metric in (None, "bits"):
-        chosen = some(held, asked.limit or COUNTED)
+        chosen = held.spread(asked.limit or COUNTED)
         figures |= bits(drawer, chosen, asked.seed, size)
         notes.append(
             f"bits/dim: the variational bound of {len(chosen):,} held-out pictures, one draw of noise for each of "
@@ -144,16 +144,11 @@ def _held_out(drawer: Denoising, held: Pictures, asked: Asked) -> Outcome:
     return Outcome(figures, tuple(notes), tables)
 
 
-def some(pictures: Pictures, count: int) -> Pictures:
-    """At most so many, spread over all of them."""
-    return pictures.chosen(sorted({n * len(pictures) // count for n in range(count)}))
-
-
 def compared(
     seen: Extractor, drawn: Bytes, real: Pictures, held: Pictures | None
 ) -> tuple[Neighbours, dict[str, float | int | str]]:
     """The figures of drawn pictures beside real ones, and, where some were held out, of those beside the same."""
-    known = some(real, COMPARED)
+    known = real.spread(COMPARED)
     features, known_features = seen(drawn), seen(known.take(slice(None)))
     figures = _figures(seen, known_features, features, "")
     near = neighbours(drawn, features, known, known_features, real)

@@ -91,7 +91,7 @@ def _asked_for(drawer: TextDrawer, asked: Asked) -> tuple[Split, Drawing]:
 
 def _drawn(drawer: TextDrawer, wanted: Drawing, part: Pictures, asked: Asked) -> Drawn:
     """A picture of each of some captions, spread over the set; their seeds follow each other."""
-    chosen = drawn_pictures.some(part, min(asked.limit or DRAWN, len(part)))
+    chosen = part.spread(min(asked.limit or DRAWN, len(part)))
     captions, size, made = chosen.texts(asked.language), asked.batch_size or BATCH, list[Tensor]()
     with counting("Drawing", len(captions), "pictures") as advance:
         for first in range(0, len(captions), size):

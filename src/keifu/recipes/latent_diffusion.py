@@ -173,7 +173,8 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
     painter = Painter(model, tokenizer)
     empty = painter.tokens([""])[0]
     objective = TextDenoisingLoss(config.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)
-    return Task(model, painter, tokenizer, parts, _data(recipe, parts, tokens, model), objective)
+    data = captioned(parts, tokens, model, recipe.batch_size, recipe.seed)
+    return Task(model, painter, tokenizer, parts, data, objective)
 
 
 def _autoencoder_wanted(recipe: Recipe, channels: int) -> _autoencoder.Wanted:
@@ -182,10 +183,8 @@ def _autoencoder_wanted(recipe: Recipe, channels: int) -> _autoencoder.Wanted:
         size=recipe.size, channels=channels, latent_channels=recipe.latent_channels, widths=widths,
         n_residual_blocks=1, norm_groups=math.gcd(32, max(1, widths[0] // 2), *widths), scale=1.0,
     )  # fmt: skip
-    loss, budget = (
-        KLAutoencoding(recipe.kl_weight, recipe.edges),
-        (recipe.autoencoder_steps, recipe.autoencoder_minutes),
-    )
+    loss = KLAutoencoding(recipe.kl_weight, recipe.edges)
+    budget = recipe.autoencoder_steps, recipe.autoencoder_minutes
     return _autoencoder.Wanted(
         config, loss, recipe.flip, budget, recipe.autoencoder_batch, recipe.autoencoder_rate, recipe.precision,
         recipe.seed,
@@ -222,12 +221,12 @@ def configured(
     return latent_diffusion.Config(replace(text, projected=False), unet, autoencoder, noise)
 
 
-def _data(
-    recipe: Recipe, parts: Split, tokens: list[torch.Tensor | None], model: latent_diffusion.LatentDiffusion
+def captioned(
+    parts: Split, tokens: list[torch.Tensor | None], model: latent_diffusion.LatentDiffusion, batch_size: int, seed: int
 ) -> Data:
-    """Batches with captions; in latents, of what was encoded here, once."""
-    batches: Any = PictureBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
-    data = WithDraws(batches, recipe.seed)
+    """Batches with captions (see `caption_tokens`); in latents, of what was encoded here, once."""
+    batches: Any = PictureBatches(parts.train, parts.validation, batch_size, seed, None, *tokens)
+    data = WithDraws(batches, seed)
     if model.autoencoder is None:
         return data
     latents = [_autoencoder.encoded(model.autoencoder, model.config.scale, part) if len(part) else None

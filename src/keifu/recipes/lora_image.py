@@ -22,7 +22,6 @@ from keifu import checkpoints
 from keifu.checkpoints.adapters import chosen, layers, low
 from keifu.checkpoints.picture_lora import FILE, save_lora
 from keifu.data.grid import grid
-from keifu.data.picture_batches import PictureBatches
 from keifu.data.pictures import Pictures, Split, read_pictures, split
 from keifu.errors import UserError
 from keifu.generation.drawers import drawer
@@ -30,14 +29,13 @@ from keifu.generation.pictures import Drawing
 from keifu.generation.text_to_picture import Painter
 from keifu.layers.lora import Low, Target, attach
 from keifu.layers.noise_targets import Weighting
-from keifu.recipes._autoencoder import encoded
 from keifu.recipes._language import whom_to_thank
 from keifu.recipes._text_encoder import caption_tokens
-from keifu.training.diffusion import WithDraws
+from keifu.recipes.latent_diffusion import captioned
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Data, Run
 from keifu.training.settings import Precision, Settings
-from keifu.training.text_diffusion import InLatents, TextDenoisingLoss
+from keifu.training.text_diffusion import TextDenoisingLoss
 
 STEPS = 20  # of a sample's pictures, by DPM-Solver++
 SHOWN = 6  # texts of a sample
@@ -121,16 +119,10 @@ def prepare(recipe: Recipe) -> Task:
     """Loads the model, encodes the pictures and their captions, and attaches the adapters."""
     painter = opened(recipe.model)
     model: Any = painter.model
-    parts = captioned(recipe, read(recipe, painter))
+    parts = worded(recipe, read(recipe, painter))
     languages = tuple(parts.train.captions)
     tokens = caption_tokens(painter.tokenizer, model.config.context_length, parts, languages, recipe.truncate)
-    batches: Any = PictureBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
-    data: Data = WithDraws(batches, recipe.seed)
-    if model.autoencoder is not None:
-        scale, both = model.config.scale, (parts.train, parts.validation)
-        training, held = (encoded(model.autoencoder, scale, part) if len(part) else None for part in both)
-        assert training is not None
-        data = InLatents(data, training, held)
+    data = captioned(parts, tokens, model, recipe.batch_size, recipe.seed)
     empty = painter.tokens([""])[0]
     objective = TextDenoisingLoss(model.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)
     wanted = adapted(recipe, model)
@@ -159,17 +151,16 @@ def read(recipe: Recipe, painter: Painter) -> Split:
         raise UserError("The model does not name a square that it was trained with: give the pictures' --size.")
     model.check_size(*sides)
     parts = split(read_pictures(recipe.data, sides[0], 3 if model.config.colours == 3 else 1))
-    count = len(parts.train)
-    if recipe.limit is not None and recipe.limit < count:
-        parts = replace(parts, train=parts.train.chosen(np.arange(recipe.limit) * count // recipe.limit))
+    if recipe.limit is not None:
+        parts = replace(parts, train=parts.train.spread(recipe.limit))
     print(f"Learning from {len(parts.train):,} pictures of {recipe.data}; {len(parts.validation):,} are kept apart.")
     return parts
 
 
-def captioned(recipe: Recipe, parts: Split) -> Split:
+def worded(recipe: Recipe, parts: Split) -> Split:
     """The parts with the captions that are learned and no others, the words before each."""
 
-    def worded(part: Pictures) -> Pictures:
+    def change(part: Pictures) -> Pictures:
         if not part.captions:
             if not recipe.words:
                 raise UserError(f"The pictures of {recipe.data} have no captions: say what they show (--words).")
@@ -178,7 +169,7 @@ def captioned(recipe: Recipe, parts: Split) -> Split:
         texts = {each: tuple(f"{recipe.words} {text}".strip() for text in part.texts(each)) for each in languages}
         return replace(part, captions=texts)
 
-    return Split(worded(parts.train), worded(parts.validation), worded(parts.test))
+    return Split(change(parts.train), change(parts.validation), change(parts.test))
 
 
 def adapted(recipe: Recipe, model: nn.Module) -> dict[Target, Low]:
