@@ -119,6 +119,8 @@ class Recipe:
     """How far the samples are led from a prediction without text and embedding through that with them."""
     precision: Precision = "auto"
     """Of products; auto: bfloat16 where the hardware has it."""
+    keep: int = 2
+    """Saved states that are kept, a twentieth of the run apart, or 1,000 steps."""
     seed: int = 0
     """Of the weights, the order of the pictures, their noise and the samples."""
 
@@ -217,7 +219,8 @@ def settings(recipe: Recipe, steps: int) -> Settings:
     return Settings(
         steps=steps, warmup=steps // 20, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
         final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.99), ema=recipe.ema, precision=recipe.precision,
-        evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), seed=recipe.seed,
+        evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
+        seed=recipe.seed,
     )  # fmt: skip
 
 
