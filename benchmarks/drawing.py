@@ -27,9 +27,12 @@ SHOWN = 8  # pictures of a row
 
 
 @torch.no_grad()
-def states(run: Path, model: nn.Module) -> Iterator[tuple[int, float]]:
-    """The step and the minutes of training of every state that the run kept, with the model as it was then."""
-    for step in state.steps(run):
+def states(run: Path, model: nn.Module, at_most: int | None = None) -> Iterator[tuple[int, float]]:
+    """The step and the minutes of training of every state that the run kept, with the model as it was then; or of so
+    many, evenly spread, the last among them."""
+    kept = state.steps(run)
+    spread = min(at_most or len(kept), len(kept))
+    for step in (kept[(number + 1) * len(kept) // spread - 1] for number in range(spread)):
         saved = state.read(run, step)
         own = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("model.")}
         start = f"optimisers.{MovingAverage.PREFIX}"

@@ -9,9 +9,9 @@ with the same seeds; one CLIP looks at all. The table: kernel distance to the pi
 held-out pictures, which is as near as can be), CLIP scores with the pictures' own captions and with shuffled ones,
 seconds a picture, drawn in batches after one that warms up, and parameters. --picture lays 24 prompts in both
 languages side by side, each by every run; --plot draws, for runs that can be guided, fidelity against variety for each
-of --guidances; --over-time does the table's kernel distance and CLIP score for every state that the runs kept (`--keep
-20` in training), by the minutes of training, the autoencoder's among them and CLIP's not. Runs that only start to say
-something are of use with --count 20 and --steps 5.
+of --guidances; --over-time does the table's kernel distance and CLIP score for the states that the runs kept (`--keep
+20` in training; --states of them, the last among them), by the minutes of training, the autoencoder's among them and
+CLIP's not. Runs that only start to say something are of use with --count 20 and --steps 5.
 """
 
 import argparse
@@ -35,6 +35,8 @@ from keifu.evaluation.picture_distances import kernel_distance, manifold
 from keifu.evaluation.picture_features import Extractor, extractor
 from keifu.generation.drawers import TextDrawer, text_drawer
 from keifu.generation.pictures import Drawing
+from keifu.models.unclip import Unclip
+from keifu.recipes.unclip import completed
 from keifu.training import metrics, state
 
 PROMPTS = (
@@ -182,7 +184,9 @@ def over_time(
             parameter.requires_grad_(f"model.{name}" in learned)
         parts = [metrics.read(each.folder / part) for part in ("autoencoder", "dvae") if (each.folder / part).exists()]
         before = sum(max(line.get("seconds", 0.0) for line in lines) for lines in parts) / 60
-        for _, minutes in states(each.folder, each.model):
+        for _, minutes in states(each.folder, each.model, options.states):
+            if isinstance(each.model, Unclip):
+                completed(each.model)
             drawn = each.draw(on.captions, options, options.guidance)
             distance = 1000 * kernel_distance(on.features, see(drawn)).mean
             score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
@@ -211,6 +215,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="a PNG file: prompts side by side")
     parser.add_argument("--plot", type=Path, help="a PNG file: fidelity against variety by guidance")
     parser.add_argument("--over-time", type=Path, help="a PNG file: quality by the minutes of training")
+    parser.add_argument("--states", type=int, default=20, help="at most so many of a run's, for --over-time")
     options = parser.parse_args()
     towers, see = checkpoints.load(options.clip, torch.float32), extractor()
     contestants = [contestant(given) for given in options.runs]

@@ -224,7 +224,7 @@ def settings(recipe: Recipe, steps: int) -> Settings:
     )  # fmt: skip
 
 
-def _complete(model: unclip.Unclip) -> unclip.Unclip:
+def completed(model: unclip.Unclip) -> unclip.Unclip:
     """The model with the upsampler that it has learned for the last step too."""
     if model.config.last_upsampler is not None:
         model.last_upsampler.load_state_dict(model.upsampler.state_dict())
@@ -239,7 +239,7 @@ def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
     seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
 
     def sample(step: int) -> bytes:
-        _complete(task.model)
+        completed(task.model)
         about = {"keifu": f"step {step}, sampler ddim, guidance {wanted.guidance:g}, seeds from {seeds[0]}"}
         return grid(task.painter.draw_texts(wanted, seeds, recipe.prompts), recipe.prompts, COLUMNS, about=about)
 
@@ -256,7 +256,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     summary = train(
         task.model, task.objective, task.data, settings(recipe, steps), described(recipe, task, out, resume),
         sample=sampler(task, recipe),
-        save=lambda directory: checkpoints.save(_complete(task.model), task.tokenizer, directory),
+        save=lambda directory: checkpoints.save(completed(task.model), task.tokenizer, directory),
     )  # fmt: skip
     print(f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --guidance {recipe.guidance:g}')
     return summary
