@@ -107,6 +107,22 @@ def test_a_run_is_a_lora_for_keifu_draw(drawings, model, tmp_path) -> None:
     assert read_record(tmp_path / "without.png").drawing.sampler == "dpm++-2m"  # the usual one for a text
 
 
+def test_evaluate_measures_a_model_with_its_lora(drawings, model, tmp_path, capsys) -> None:
+    recipe.run(wanted(drawings, model, learning_rate=0.3), tmp_path, False)
+
+    def told(*more: str) -> dict[str, float]:
+        capsys.readouterr()
+        cli.main(["evaluate", str(model), "--on", str(drawings), "--limit", "4", "--steps", "2", "--json", *more])
+        return json.loads(capsys.readouterr().out)
+
+    plain = told()
+    assert told("--lora", f"{tmp_path}:0") == plain
+    assert told("--lora", str(tmp_path)) != plain
+    with pytest.raises(SystemExit):
+        told("--lora", str(tmp_path / "nowhere"))
+    assert "There is no LoRA" in capsys.readouterr().err
+
+
 def test_a_resumed_run_has_the_same_bits(drawings, model, tmp_path, monkeypatch) -> None:
     whole, made = recipe.train, wanted(drawings, model, dora=True)
 

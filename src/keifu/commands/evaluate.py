@@ -4,9 +4,12 @@ import json
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from keifu.commands import flags, tables
+from keifu.commands.loras import chosen as chosen_lora
 from keifu.errors import UserError, unknown
 
 # Each is a file in keifu/evaluation (see its task.py).
@@ -47,6 +50,8 @@ class Options:
     distances; unset: both."""
     clip: str | None = None
     """The CLIP that looks at pictures drawn from text: a run, a folder or a hub id."""
+    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH[:SCALE]")] = ()
+    """A LoRA for a model that draws from text, as keifu draw takes it; several times for several."""
     guidance: float | None = None
     """How far towards the text they are drawn; unset: 7.5."""
     sampler: str | None = None
@@ -76,6 +81,7 @@ class Options:
 def run(options: Options) -> None:
     """Evaluates, and prints the figures, remarks and tables."""
     from keifu.checkpoints import load
+    from keifu.checkpoints.picture_lora import apply_lora
     from keifu.evaluation.task import Asked
     from keifu.files import write_atomic
 
@@ -83,6 +89,8 @@ def run(options: Options) -> None:
     task = fitting(model, options.on)
     given = {field.name: vars(options)[field.name] for field in fields(Asked) if field.name in vars(options)}
     check_heeded(options, task)
+    for lora in map(chosen_lora, options.lora):
+        apply_lora(model, lora.place, lora.scale)
     towers = load(options.clip) if options.clip else None
     asked = Asked(**given, towers=towers, **trained(Path(options.model)))
     found = task.evaluate(model, tokenizer, asked)

@@ -22,7 +22,7 @@ from keifu.generation.drawers import TextDrawer, draws_texts, text_drawer
 from keifu.generation.pictures import Drawing
 
 ABOUT = "drawing from text: a model that reads a caption, on pictures with captions"
-OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric", "language", "guidance", "clip"}
+OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric", "language", "guidance", "clip", "lora"}
 METRICS = "clip-score", "distances"
 DRAWN, BATCH = 200, 16
 Bytes = UInt8[Tensor, "picture channels height width"]
