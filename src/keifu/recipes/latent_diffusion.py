@@ -44,7 +44,7 @@ from keifu.training.settings import Precision, Settings
 from keifu.training.text_diffusion import InLatents, TextDenoisingLoss
 
 STEPS = 20  # of a sample's pictures, by DPM-Solver++
-LATENTS: dict[str, Any] = {"widths": (96, 192), "attention": (0, 1)}
+LATENTS: dict[str, Any] = {"widths": (64, 128, 192), "attention": (1, 2)}
 PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
 
 
@@ -106,7 +106,7 @@ class Recipe:
     """Pictures in a step of the autoencoder."""
     clip_batch: int = 256
     """Pairs in a step of CLIP."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Pictures in a step of the U-Net."""
     autoencoder_rate: float = 1e-3
     """AdamW's highest rate for the autoencoder."""
