@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from keifu import checkpoints
 from keifu.errors import UserError
+from keifu.layers.packing import packed
 from keifu.models import autoencoder_kl, conditioned_unet
 
 diffusers = pytest.importorskip("diffusers")
@@ -104,6 +105,18 @@ def test_unet_both_ways(case, weights, tmp_path) -> None:
     assert checkpoints.load_model(tmp_path / "ours").config == model.config
 
 
+@pytest.mark.parametrize("sides", [(7, 4), (1, 1), (6, 5), (33, 38)])
+@torch.no_grad()
+def test_sides_that_do_not_halve_evenly(sides, tmp_path) -> None:
+    reference = unet(**THREE)
+    reference.save_pretrained(tmp_path)
+    model = checkpoints.load_model(tmp_path)
+    x, timestep, context = torch.randn(2, 4, *sides), torch.tensor([7, 899]), torch.randn(2, 9, 14)
+    expected = reference(x, timestep, context).sample
+    assert close(model(x, timestep, context), expected)
+    assert close(packed(model)(x, timestep, context), expected)
+
+
 @pytest.mark.parametrize("case", AUTOENCODERS)
 @torch.no_grad()
 def test_autoencoder_both_ways(case, weights, tmp_path) -> None:
@@ -195,7 +208,9 @@ def test_sizes_that_the_networks_cannot_take() -> None:
     small = autoencoder_kl.build(autoencoder_kl.Config(widths=(4, 4, 4), norm_groups=2))
     with pytest.raises(UserError, match="Pictures of 30 x 9 pixels .* nearest size that does is 32 x 8"):
         small.encode(torch.randn(1, 3, 30, 9))
-    config = conditioned_unet.Config(widths=(4, 4), attention=(0,), up_attention=(0,), norm_groups=2, n_heads=1)
+    config = conditioned_unet.Config(
+        widths=(4, 4), attention=(0,), up_attention=(0,), norm_groups=2, n_heads=1, pad_around=False
+    )
     network = conditioned_unet.build(config)
     context = torch.randn(1, 2, 768)
     with pytest.raises(UserError, match="7 x 4 does not fit .* nearest size that does is 8 x 4"):

@@ -5,13 +5,14 @@ coarse resolutions. Here it is done once. Adapters and training come before it.
 """
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keifu.layers.convolution import FOURFOLD_FROM, DoublingConv2d, double, fourfold, interleaved
+from keifu.layers.convolution import DoublingConv2d, fourfold, grown, interleaved, pays
 
 Resampled = Float[Tensor, "batch out new_height new_width"]
 
@@ -36,9 +37,10 @@ class PackedDoublingConv2d(PackedConv2d):
         bias = None if conv.bias is None else conv.bias.repeat(4)
         self.fourfold = _packed(conv, fourfold(conv.weight.detach()), bias)
 
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Resampled:
-        few = x.shape[2] * x.shape[3] < FOURFOLD_FROM
-        return self.conv(double(x)) if few else interleaved(self.fourfold(x))
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], size: Sequence[int] | None = None
+    ) -> Resampled:
+        return interleaved(self.fourfold(x)) if pays(x, size) else self.conv(grown(x, size))
 
 
 def _packed(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> partial[Tensor]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keifu.layers.convolution import Pixels, Resampled
+from keifu.layers.convolution import Downsample, Pixels, Resampled, Upsample
 
 Time = Float[Tensor, "batch time_dim"]
 Residual = Callable[[int, int], nn.Module]  # makes a block from so many channels to so many
@@ -62,17 +62,22 @@ class Middle(Stage):
 
 
 class Up(Stage):
-    """A stage of the way up: each residual block takes the newest of the `states` off the list and reads it too."""
+    """A stage of the way up: each residual block takes the newest of the `states` off the list and reads it too. What
+    leads out of it is told the size of the next one where that is not twice its own."""
 
     def forward(self, x: Pixels, states: list[Tensor], time: Time, **context: Any) -> Resampled:
         for residual, attention in self.pairs():
             x = residual(torch.cat([x, states.pop()], 1), time)
             x = x if attention is None else attention(x, **context)
-        return x if self.resample is None else self.resample(x, time)
+        if self.resample is None:
+            return x
+        size = states[-1].shape[2:]
+        return self.resample(x, time, *[] if size == (2 * x.shape[2], 2 * x.shape[3]) else [size])
 
 
 class UNet(nn.Module):
-    """first → down stages → middle → up stages → last(swish(norm(·))); sides must be multiples of `factor`."""
+    """first → down stages → middle → up stages → last(swish(norm(·))); sides must be multiples of `factor`, or of 1
+    where every stage can take half a pixel for a whole one (`flexible`)."""
 
     def __init__(
         self,
@@ -87,6 +92,8 @@ class UNet(nn.Module):
         self.first, self.down, self.middle = first, nn.ModuleList(down), middle
         self.up, self.norm, self.last = nn.ModuleList(up), norm, last
         self.factor = 2 ** sum(stage.resample is not None for stage in down)
+        halving = all(isinstance(each, Downsample) and each.around for each in _leading(down))
+        self.flexible = halving and all(isinstance(each, Upsample) for each in _leading(up))
 
     def forward(self, x: Pixels, time: Time, **context: Any) -> Float[Tensor, "batch out_channels height width"]:
         x = self.first(x).contiguous(memory_format=torch.channels_last)
@@ -125,6 +132,11 @@ def stages(
         up.append(Up(blocks, _each(attention[1], level, width, blocks), _next(resample[1], level, width, 0)))
         below = width
     return down, up
+
+
+def _leading(way: Sequence[Stage]) -> list[nn.Module]:
+    """What leads from stage to stage."""
+    return [stage.resample for stage in way if stage.resample is not None]
 
 
 def _each(attention: PerhapsAtLevel, level: int, width: int, blocks: Sequence[nn.Module]) -> list[nn.Module]:

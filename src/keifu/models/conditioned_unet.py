@@ -106,6 +106,11 @@ class ConditionedUNet(nn.Module):
         super().__init__()
         self.config, self.time, self.unet = config, time, unet
 
+    @property
+    def factor(self) -> int:
+        """What sides must be whole multiples of; 1 for the published ones, which come up to any side again."""
+        return 1 if self.unet.flexible else self.unet.factor
+
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
         """Keys and values of a context for every transformer: made once a picture, used at every step."""
         return memories(self.unet, context.to(next(self.parameters()).dtype))
@@ -140,12 +145,11 @@ class ConditionedUNet(nn.Module):
         """Refuses samples that do not fit the network, with the nearest size that does."""
         if channels != self.config.channels:
             raise UserError(f"The network reads {self.config.channels} channels, and was given {channels}.")
-        factor = self.unet.factor
-        near = [max(1, round(side / factor)) * factor for side in (height, width)]
+        near = [max(1, round(side / self.factor)) * self.factor for side in (height, width)]
         if near != [height, width]:
             raise UserError(
-                f"{height} x {width} does not fit a network that goes down to 1/{factor} of it: the nearest size that "
-                f"does is {near[0]} x {near[1]}."
+                f"{height} x {width} does not fit a network that goes down to 1/{self.factor} of it: the nearest size "
+                f"that does is {near[0]} x {near[1]}."
             )
 
 

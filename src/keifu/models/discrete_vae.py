@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.convolution import double
+from keifu.layers.convolution import grown
 
 Pixels = Float[Tensor, "batch channels height width"]
 Logits = Float[Tensor, "batch codebook rows columns"]
@@ -139,7 +139,7 @@ class CodeDecoder(nn.Module):
         """Everything after the first layer."""
         x = x.contiguous(memory_format=torch.channels_last)
         for number, level in enumerate(self.levels):
-            x = level(double(x) if number else x)
+            x = level(grown(x) if number else x)
         return self.last(F.relu(x))
 
 

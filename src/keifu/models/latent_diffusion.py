@@ -163,7 +163,7 @@ class LatentDiffusion(nn.Module):
 
     def check_size(self, height: int, width: int) -> None:
         """Refuses pictures, by their pixels, that do not fit the network, with the nearest size that does."""
-        factor = self.config.factor * self.unet.unet.factor
+        factor = self.config.factor * self.unet.factor
         near = [max(1, round(side / factor)) * factor for side in (height, width)]
         if near != [height, width]:
             raise UserError(
