@@ -61,7 +61,7 @@ class Recipe:
     """Channels of the autoencoder's levels, the finest first; each but the last halves the sides."""
     code_dim: int = 64
     """Channels that an entry has in its decoder."""
-    kl_weight: float = 1.0
+    kl_weight: float = 0.3
     """β of the autoencoder's bound at its highest (the paper: 6.6)."""
     anneal: float = 0.5
     """The share of its steps in which the temperature falls from 1 to 1/16 (the paper: a twentieth of 3 million)."""
@@ -99,7 +99,7 @@ class Recipe:
     """Pairs in a step of CLIP."""
     batch_size: int = 32
     """Pairs in a step of the decoder."""
-    vae_rate: float = 1e-3
+    vae_rate: float = 4e-3
     """AdamW's highest rate for the autoencoder."""
     learning_rate: float = 1e-3
     """For the decoder."""
