@@ -142,7 +142,7 @@ def test_the_command_draws_and_draws_again(pipeline, tmp_path: Path, monkeypatch
         ([], "there is none: say what to draw"),
         (["a cat", "--label", "3"], "knows no classes"),
         (["a cat", "--negative", "a dog", "--guidance", "1"], "with a guidance of 1 there is none"),
-        (["a cat", "--size", "18"], "nearest size that does is 16 x 16"),
+        (["a cat", "--size", "17"], "nearest size that does is 16 x 16"),
         (["a cat", "--strip", "s.png"], "steps are latents"),
         ([LONG], "the model reads 77"),
     ],
