@@ -2,7 +2,7 @@
 
 python benchmarks/text_to_picture.py latent=runs/latent-diffusion pixels=runs/latent-pixels dalle=runs/dalle \
     --clip runs/clip [--data emoji] [--count 200] [--guidance 3] [--picture side.png] [--plot guidance.png] \
-    [--over-time time.png]
+    [--over-time time.png] [--variations variations.png]
 
 Each run is NAME=FOLDER. All draw the same captions, half of the count of those in training and half of held-out ones,
 with the same seeds; one CLIP looks at all. The table: kernel distance to the pictures in training (beside that of
@@ -11,10 +11,12 @@ seconds a picture, drawn in batches after one that warms up, and parameters. --p
 languages side by side, each by every run; --plot draws, for runs that can be guided, fidelity against variety for each
 of --guidances; --over-time does the table's kernel distance and CLIP score for the states that the runs kept (`--keep
 20` in training; --states of them, the last among them), by the minutes of training, the autoencoder's among them and
-CLIP's not. Runs that only start to say something are of use with --count 20 and --steps 5.
+CLIP's not; --variations shows six held-out pictures, each beside five that unCLIP draws of its embedding. Runs that
+only start to say something are of use with --count 20 and --steps 5.
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,12 +30,14 @@ from drawing import states
 from torch import Tensor
 
 from keifu import checkpoints
+from keifu.commands.drawn import image_of
 from keifu.data.grid import grid
 from keifu.data.pictures import read_pictures, split
 from keifu.evaluation.clip_score import clip_scores, cosines
 from keifu.evaluation.picture_distances import kernel_distance, manifold
 from keifu.evaluation.picture_features import Extractor, extractor
 from keifu.generation.drawers import TextDrawer, text_drawer
+from keifu.generation.originals import original
 from keifu.generation.pictures import Drawing
 from keifu.models.unclip import Unclip
 from keifu.recipes.unclip import completed
@@ -47,6 +51,7 @@ PROMPTS = (
 )  # fmt: skip
 GUIDANCES = 1.0, 1.5, 2.0, 3.0, 5.0, 8.0
 BATCH, ACROSS = 16, 4  # pictures drawn together, and prompts of a row side by side
+VARIED, VARIATIONS = 6, 5  # pictures, and of each
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,22 @@ def side_by_side(contestants: Sequence[Contestant], options: argparse.Namespace)
     return grid(torch.stack(pictures, 1).flatten(0, 1), captions, ACROSS * len(contestants))
 
 
+def variations(contestants: Sequence[Contestant], options: argparse.Namespace) -> bytes:
+    """Held-out pictures, a row for each, and what unCLIP draws of their embeddings."""
+    rows, captions = [], []
+    for each in (one for one in contestants if isinstance(one.model, Unclip)):
+        held = split(read_pictures(options.data, each.size, 3)).test.spread(VARIED)
+        with tempfile.TemporaryDirectory() as folder:
+            for picture, caption in zip(held.take(slice(None)), held.texts(options.language), strict=True):
+                place = Path(folder) / "picture.png"
+                image_of(picture).save(place)
+                wanted = Drawing(options.sampler, options.steps, 0, init=original(place), guidance=options.guidance)
+                drawn = each.drawer.draw(each.drawer.resolved(wanted), range(VARIATIONS))
+                rows.append(torch.cat([picture[None], drawn]))
+                captions += [caption, *[""] * VARIATIONS]
+    return grid(torch.cat(rows), captions, 1 + VARIATIONS)
+
+
 def guidance_plot(
     contestants: Sequence[Contestant],
     grounds: dict[int, Ground],
@@ -215,6 +236,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="a PNG file: prompts side by side")
     parser.add_argument("--plot", type=Path, help="a PNG file: fidelity against variety by guidance")
     parser.add_argument("--over-time", type=Path, help="a PNG file: quality by the minutes of training")
+    parser.add_argument("--variations", type=Path, help="a PNG file: held-out pictures, varied by unCLIP")
     parser.add_argument("--states", type=int, default=20, help="at most so many of a run's, for --over-time")
     options = parser.parse_args()
     towers, see = checkpoints.load(options.clip, torch.float32), extractor()
@@ -232,6 +254,8 @@ def main() -> None:
         print(f"| real pictures | {size} | 0 | {1000 * on.floor:.2f} | {own:.2f} | {others:.2f} | - | - |")
     if options.picture:
         options.picture.write_bytes(side_by_side(contestants, options))
+    if options.variations:
+        options.variations.write_bytes(variations(contestants, options))
     if options.plot:
         guidance_plot(contestants, grounds, towers, see, options)
     if options.over_time:
