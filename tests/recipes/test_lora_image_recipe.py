@@ -150,6 +150,14 @@ def test_pictures_without_captions_are_called_by_the_words(drawings, model, tmp_
     assert len({tuple(row) for row in task.data.batch(0)["tokens"].tolist()}) == 1
 
 
+def test_a_set_that_is_all_for_testing_is_split_for_the_lora(drawings, model, tmp_path) -> None:
+    (tmp_path / "test").mkdir()
+    for path in drawings.glob("*.png"):
+        (tmp_path / "test" / path.name).write_bytes(path.read_bytes())
+    parts = recipe.prepare(wanted(tmp_path, model, words="a shape")).parts
+    assert len(parts.train) == 7 and len(parts.validation) and not {*parts.train.names} & {*parts.validation.names}
+
+
 def test_alpha_scales_what_every_adapter_says(drawings, model) -> None:
     task = recipe.prepare(wanted(drawings, model, alpha=6.0, text_rank=2))
     assert {(each.low.rank, each.low.scale) for each in adapters(task.model)} == {(3, 2.0), (2, 3.0)}

@@ -86,7 +86,7 @@ class Pictures:
 
     def spread(self, count: int) -> "Pictures":
         """At most so many, spread over all of them."""
-        return self.chosen(sorted({n * len(self) // count for n in range(count)}))
+        return self.chosen(sorted({n * len(self) // count for n in range(count if len(self) else 0)}))
 
     def named(self, names: Iterable[str]) -> "Pictures":
         """The pictures that have one of these names: the same emoji in another style."""

@@ -150,7 +150,10 @@ def read(recipe: Recipe, painter: Painter) -> Split:
     if sides is None or sides[0] != sides[1]:
         raise UserError("The model does not name a square that it was trained with: give the pictures' --size.")
     model.check_size(*sides)
-    parts = split(read_pictures(recipe.data, sides[0], 3 if model.config.colours == 3 else 1))
+    pictures = read_pictures(recipe.data, sides[0], 3 if model.config.colours == 3 else 1)
+    parts = split(pictures)
+    if not len(parts.train):  # a set that is kept to test models by, such as openmoji, is split for this one
+        parts = split(replace(pictures, parts=("",) * len(pictures)))
     if recipe.limit is not None:
         parts = replace(parts, train=parts.train.spread(recipe.limit))
     print(f"Learning from {len(parts.train):,} pictures of {recipe.data}; {len(parts.validation):,} are kept apart.")
