@@ -1,8 +1,8 @@
 """What each idea of drawing from text bought: latent and pixel diffusion, DALL-E, and whatever else draws from text.
 
 python benchmarks/text_to_picture.py latent=runs/latent-diffusion pixels=runs/latent-pixels dalle=runs/dalle \
-    --clip runs/clip [--data emoji] [--count 200] [--guidance 3] [--picture side.png] [--plot guidance.png] \
-    [--over-time time.png] [--variations variations.png]
+    --clip runs/clip [--data emoji] [--count 200] [--guidance 3] [--dtype bfloat16] [--picture side.png] \
+    [--plot guidance.png] [--over-time time.png] [--variations variations.png]
 
 Each run is NAME=FOLDER. All draw the same captions, half of the count of those in training and half of held-out ones,
 with the same seeds; one CLIP looks at all. The table: kernel distance to the pictures in training (beside that of
@@ -49,6 +49,7 @@ PROMPTS = (
     "赤いハート", "ネコの顔", "顔のある満月", "緑の本", "ヒマワリ", "パトカー", "いちご", "お化け",
     "青いリンゴ", "赤いネコの顔", "顔のある紫のハート", "帽子をかぶったペンギン",
 )  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GUIDANCES = 1.0, 1.5, 2.0, 3.0, 5.0, 8.0
 BATCH, ACROSS = 16, 4  # pictures drawn together, and prompts of a row side by side
 VARIED, VARIATIONS = 6, 5  # pictures, and of each
@@ -96,9 +97,9 @@ class Ground:
     floor: float
 
 
-def contestant(given: str) -> Contestant:
+def contestant(given: str, dtype: torch.dtype) -> Contestant:
     name, _, folder = given.partition("=")
-    model, tokenizer = checkpoints.load(folder, torch.float32)
+    model, tokenizer = checkpoints.load(folder, dtype)
     config: Any = model.config
     return Contestant(name, text_drawer(model, tokenizer), model, Path(folder), config.size[0])
 
@@ -233,6 +234,7 @@ def main() -> None:
     parser.add_argument("--guidances", type=float, nargs="+", default=[*GUIDANCES])
     parser.add_argument("--sampler", default="dpm++-2m")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--picture", type=Path, help="a PNG file: prompts side by side")
     parser.add_argument("--plot", type=Path, help="a PNG file: fidelity against variety by guidance")
     parser.add_argument("--over-time", type=Path, help="a PNG file: quality by the minutes of training")
@@ -240,10 +242,10 @@ def main() -> None:
     parser.add_argument("--states", type=int, default=20, help="at most so many of a run's, for --over-time")
     options = parser.parse_args()
     towers, see = checkpoints.load(options.clip, torch.float32), extractor()
-    contestants = [contestant(given) for given in options.runs]
+    contestants = [contestant(given, DTYPES[options.dtype]) for given in options.runs]
     sizes = sorted({each.size for each in contestants})
     grounds = {size: ground(options.data, size, options.count, see, options.language) for size in sizes}
-    how = f"{options.sampler}, {options.steps} steps, guidance {options.guidance:g}"
+    how = f"{options.sampler}, {options.steps} steps, guidance {options.guidance:g}, {options.dtype}"
     print(f"{machine()}; {how}; features: {see.name}\n")
     heads = "run | size | kernel distance x 1000 | of held-out pictures | CLIP score | captions shuffled | s a picture"
     print(f"| {heads} | parameters |\n|---|{'---:|' * 7}")
