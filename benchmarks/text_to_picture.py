@@ -5,20 +5,21 @@ python benchmarks/text_to_picture.py latent=runs/latent-diffusion pixels=runs/la
     [--plot guidance.png] [--over-time time.png] [--variations variations.png]
 
 Each run is NAME=FOLDER. All draw the same captions, half of the count of those in training and half of held-out ones,
-with the same seeds; one CLIP looks at all. The table: kernel distance to the pictures in training (beside that of
-held-out pictures, which is as near as can be), CLIP scores with the pictures' own captions and with shuffled ones,
-seconds a picture, drawn in batches after one that warms up, and parameters. --picture lays 24 prompts in both
-languages side by side, each by every run; --plot draws, for runs that can be guided, fidelity against variety for each
-of --guidances; --over-time does the table's kernel distance and CLIP score for the states that the runs kept (`--keep
-20` in training; --states of them, the last among them), by the minutes of training, the autoencoder's among them and
-CLIP's not; --variations shows six held-out pictures, each beside five that unCLIP draws of its embedding. Runs that
-only start to say something are of use with --count 20 and --steps 5.
+with the same seeds; one CLIP looks at all. The table: kernel distances to the pictures in training (in brackets those
+of held-out pictures, which is as near as can be) by the features of keifu evaluate and by CLIP's, CLIP scores with
+the pictures' own captions and with shuffled ones, seconds a picture, drawn in batches after one that warms up, and
+parameters. --picture lays 24 prompts in both languages side by side, each by every run; --plot draws, for runs that
+can be guided, fidelity against variety by CLIP's features for each of --guidances; --over-time does CLIP's kernel
+distance and score for the states that the runs kept (`--keep 20` in training; --states of them, the last among them),
+by the minutes of training, the autoencoder's among them and CLIP's not; --variations shows six held-out pictures,
+each beside five that unCLIP draws of its embedding. Runs that only start to say something are of use with --count 20
+and --steps 5.
 """
 
 import argparse
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ from keifu import checkpoints
 from keifu.commands.drawn import image_of
 from keifu.data.grid import grid
 from keifu.data.pictures import read_pictures, split
-from keifu.evaluation.clip_score import clip_scores, cosines
+from keifu.evaluation.clip_score import clip_scores, cosines, image
 from keifu.evaluation.picture_distances import kernel_distance, manifold
-from keifu.evaluation.picture_features import Extractor, extractor
+from keifu.evaluation.picture_features import extractor
+from keifu.evaluation.shared_space import embed_pictures
 from keifu.generation.drawers import TextDrawer, text_drawer
 from keifu.generation.originals import original
 from keifu.generation.pictures import Drawing
@@ -87,14 +89,17 @@ class Contestant:
         return torch.cat(made)
 
 
+Eyes = Sequence[Callable[[Tensor], Tensor]]  # what makes features of pictures; the last one is CLIP
+
+
 @dataclass(frozen=True)
 class Ground:
     """What all are measured against at one size: captions with pictures, and the features of those in training."""
 
     captions: tuple[str, ...]
     real: Tensor
-    features: Tensor
-    floor: float
+    features: tuple[Tensor, ...]
+    floors: tuple[str, ...]
 
 
 def contestant(given: str, dtype: torch.dtype) -> Contestant:
@@ -104,29 +109,43 @@ def contestant(given: str, dtype: torch.dtype) -> Contestant:
     return Contestant(name, text_drawer(model, tokenizer), model, Path(folder), config.size[0])
 
 
-def ground(data: str, size: int, count: int, see: Extractor, language: str | None) -> Ground:
+def clip_features(towers: Any) -> Callable[[Tensor], Tensor]:
+    """CLIP's points, as long as the kernel distance has them: numbers with a variance of about 1."""
+
+    def see(pictures: Tensor) -> Tensor:
+        points = embed_pictures(towers[0], map(image, pictures))
+        return points * points.shape[1] ** 0.5
+
+    return see
+
+
+def distance(real: Tensor, others: Tensor) -> str:
+    return f"{1000 * kernel_distance(real, others).mean:.2f}"
+
+
+def ground(data: str, size: int, count: int, eyes: Eyes, language: str | None) -> Ground:
     parts = split(read_pictures(data, size, 3))
     held = [part for part in (parts.test,) if len(part) > 1]
     chosen = [part.spread(min(count // (1 + len(held)), len(part))) for part in (parts.train, *held)]
     captions = tuple(text for part in chosen for text in part.texts(language))
-    features, *others = (see(part.take(slice(None))) for part in (parts.train, *held))
     real = torch.cat([part.take(slice(None)) for part in chosen])
-    floor = kernel_distance(features, others[0]).mean if others else float("nan")
-    return Ground(captions, real, features, floor)
+    features = tuple(see(parts.train.take(slice(None))) for see in eyes)
+    others = [see(part.take(slice(None))) for see in eyes for part in held]
+    floors = tuple(map(distance, features, others)) if others else ("-",) * len(eyes)
+    return Ground(captions, real, features, floors)
 
 
-def row(each: Contestant, on: Ground, towers: Any, see: Extractor, options: argparse.Namespace) -> str:
+def row(each: Contestant, on: Ground, towers: Any, eyes: Eyes, options: argparse.Namespace) -> str:
     """A line of the table."""
     each.draw(on.captions[:2], options, options.guidance)
     start = time.perf_counter()
     drawn = each.draw(on.captions, options, options.guidance)
     seconds = (time.perf_counter() - start) / len(drawn)
     own, others = (float(part.mean()) for part in clip_scores(cosines(*towers, drawn, on.captions)))
-    distance = 1000 * kernel_distance(on.features, see(drawn)).mean
-    return (
-        f"| {each.name} | {each.size} | {distance:.2f} | {1000 * on.floor:.2f} | {own:.2f} | {others:.2f} | "
-        f"{seconds:.2f} | {each.parameters / 1e6:.2f} M |"
-    )
+    far = [distance(real, see(drawn)) for real, see in zip(on.features, eyes, strict=True)]
+    distances = " | ".join(f"{one} ({floor})" for one, floor in zip(far, on.floors, strict=True))
+    figures = f"{own:.2f} | {others:.2f} | {seconds:.2f} | {each.parameters / 1e6:.2f} M"
+    return f"| {each.name} | {each.size} | {distances} | {figures} |"
 
 
 def side_by_side(contestants: Sequence[Contestant], options: argparse.Namespace) -> bytes:
@@ -160,7 +179,7 @@ def guidance_plot(
     contestants: Sequence[Contestant],
     grounds: dict[int, Ground],
     towers: Any,
-    see: Extractor,
+    see: Callable[[Tensor], Tensor],
     options: argparse.Namespace,
 ) -> None:
     """Precision against recall, and CLIP score against recall, a point for each guidance."""
@@ -172,19 +191,19 @@ def guidance_plot(
         for guidance in options.guidances:
             drawn = each.draw(on.captions, options, guidance)
             features = see(drawn)
-            among = manifold(on.features, features)
+            among = manifold(on.features[-1], features)
             score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
-            distance = 1000 * kernel_distance(on.features, features).mean
+            far = 1000 * kernel_distance(on.features[-1], features).mean
             points.append((among.recall, among.precision, score))
-            figures = f"{among.precision:.3f} | {among.recall:.3f} | {score:.2f} | {distance:.2f}"
+            figures = f"{among.precision:.3f} | {among.recall:.3f} | {score:.2f} | {far:.2f}"
             print(f"| {each.name} | {guidance:g} | {figures} |", flush=True)
         recall, *others = zip(*points, strict=True)
         for panel, values in zip(axes, others, strict=True):
             panel.plot(recall, values, "o-", label=each.name)
             for x, y, guidance in zip(recall, values, options.guidances, strict=True):
                 panel.annotate(f"{guidance:g}", (x, y), textcoords="offset points", xytext=(4, 4))
-    for panel, label in zip(axes, ("precision (fidelity)", "CLIP score (fidelity to the text)"), strict=True):
-        panel.set(xlabel="recall (variety)", ylabel=label)
+    for panel, label in zip(axes, ("precision by CLIP (fidelity)", "CLIP score (fidelity to the text)"), strict=True):
+        panel.set(xlabel="recall by CLIP (variety)", ylabel=label)
         panel.legend()
     figure.savefig(options.plot, dpi=100)
 
@@ -193,7 +212,7 @@ def over_time(
     contestants: Sequence[Contestant],
     grounds: dict[int, Ground],
     towers: Any,
-    see: Extractor,
+    see: Callable[[Tensor], Tensor],
     options: argparse.Namespace,
 ) -> None:
     """Kernel distance and CLIP score of every state that a run kept; models are left with the last one's weights."""
@@ -210,14 +229,14 @@ def over_time(
             if isinstance(each.model, Unclip):
                 completed(each.model)
             drawn = each.draw(on.captions, options, options.guidance)
-            distance = 1000 * kernel_distance(on.features, see(drawn)).mean
+            far = 1000 * kernel_distance(on.features[-1], see(drawn)).mean
             score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
-            points.append((before + minutes, distance, score))
-            print(f"| {each.name} | {before + minutes:.1f} | {distance:.2f} | {score:.2f} |", flush=True)
+            points.append((before + minutes, far, score))
+            print(f"| {each.name} | {before + minutes:.1f} | {far:.2f} | {score:.2f} |", flush=True)
         minutes, *others = zip(*points, strict=True)
         for panel, values in zip(axes, others, strict=True):
             panel.plot(minutes, values, "o-", label=each.name)
-    for panel, label in zip(axes, ("kernel distance x 1000", "CLIP score"), strict=True):
+    for panel, label in zip(axes, ("kernel distance x 1000, by CLIP", "CLIP score"), strict=True):
         panel.set(xlabel="minutes of training", ylabel=label)
         panel.legend()
     figure.savefig(options.over_time, dpi=100)
@@ -241,27 +260,28 @@ def main() -> None:
     parser.add_argument("--variations", type=Path, help="a PNG file: held-out pictures, varied by unCLIP")
     parser.add_argument("--states", type=int, default=20, help="at most so many of a run's, for --over-time")
     options = parser.parse_args()
-    towers, see = checkpoints.load(options.clip, torch.float32), extractor()
+    towers, own = checkpoints.load(options.clip, torch.float32), extractor()
+    eyes = own, clip_features(towers)
     contestants = [contestant(given, DTYPES[options.dtype]) for given in options.runs]
     sizes = sorted({each.size for each in contestants})
-    grounds = {size: ground(options.data, size, options.count, see, options.language) for size in sizes}
+    grounds = {size: ground(options.data, size, options.count, eyes, options.language) for size in sizes}
     how = f"{options.sampler}, {options.steps} steps, guidance {options.guidance:g}, {options.dtype}"
-    print(f"{machine()}; {how}; features: {see.name}\n")
-    heads = "run | size | kernel distance x 1000 | of held-out pictures | CLIP score | captions shuffled | s a picture"
-    print(f"| {heads} | parameters |\n|---|{'---:|' * 7}")
+    print(f"{machine()}; {how}; features: {own.name}, and CLIP's\n")
+    heads = "run | size | kernel distance x 1000 | by CLIP | CLIP score | captions shuffled | s a picture | parameters"
+    print(f"| {heads} |\n|---|{'---:|' * 7}")
     for each in contestants:
-        print(row(each, grounds[each.size], towers, see, options), flush=True)
+        print(row(each, grounds[each.size], towers, eyes, options), flush=True)
     for size, on in grounds.items():
-        own, others = (float(part.mean()) for part in clip_scores(cosines(*towers, on.real, on.captions)))
-        print(f"| real pictures | {size} | 0 | {1000 * on.floor:.2f} | {own:.2f} | {others:.2f} | - | - |")
+        score, others = (float(part.mean()) for part in clip_scores(cosines(*towers, on.real, on.captions)))
+        print(f"| real pictures | {size} | 0 | 0 | {score:.2f} | {others:.2f} | - | - |")
     if options.picture:
         options.picture.write_bytes(side_by_side(contestants, options))
     if options.variations:
         options.variations.write_bytes(variations(contestants, options))
     if options.plot:
-        guidance_plot(contestants, grounds, towers, see, options)
+        guidance_plot(contestants, grounds, towers, eyes[-1], options)
     if options.over_time:
-        over_time(contestants, grounds, towers, see, options)
+        over_time(contestants, grounds, towers, eyes[-1], options)
 
 
 if __name__ == "__main__":
