@@ -31,9 +31,9 @@ from keifu.layers.noise_targets import Weighting
 from keifu.models import clip, unclip
 from keifu.recipes import _text_encoder
 from keifu.recipes._language import whom_to_thank
+from keifu.recipes._prompts import COLUMNS, PROMPTS, check_prompts
 from keifu.recipes._stages import going_on, show, steps_for
 from keifu.recipes._unclip_model import configured, embedded
-from keifu.recipes.latent_diffusion import PROMPTS
 from keifu.training.diffusion import WithDraws
 from keifu.training.embedding_diffusion import (
     DecoderLoss,
@@ -48,7 +48,7 @@ from keifu.training.loop import Summary, train
 from keifu.training.protocols import Data, Run
 from keifu.training.settings import Precision, Settings
 
-STEPS, COLUMNS = 25, 6  # of a sample's pictures, and those of a row
+STEPS = 25  # of a sample's pictures
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ class Recipe:
         for name in ("prior_dropout", "text_dropout", "image_dropout"):
             if not 0 <= vars(self)[name] < 1:
                 raise UserError(f"{name} is a share from 0 up to below 1, and it is {vars(self)[name]}.")
-        if not self.prompts:
-            raise UserError("There is no prompt for the samples: give at least one.")
+        check_prompts(self.prompts)
         if not self.crop <= self.size or not self.small <= self.size:
             raise UserError(f"--small {self.small} and --crop {self.crop} must fit into --size {self.size}.")
 
