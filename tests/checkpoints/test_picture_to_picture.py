@@ -218,7 +218,7 @@ def test_pictures_that_do_not_fit_are_refused(pipeline, files, tmp_path, monkeyp
         "--init init.png --mask mask.png": "20 x 23 pixels, and the picture 20 x 24 (width x height)",
         "--init init.png --mask black.png": "has no white",
         "--init init.png --mask speck.png": "smaller than the 2 x 2 pixels",
-        "--init odd.png": "nearest size that does is 24 x 16 (height x width)",
+        "--init odd.png": "nearest size that does is 24 x 18 (height x width)",
         "--mask mask.png": "A mask is for a picture to begin with",
         "--strength 0.5": "A strength is for a picture",
         "--init init.png --strength 1.5": "above 0 and up to 1, not 1.5",

@@ -167,7 +167,7 @@ class LatentDiffusion(nn.Module):
         near = [max(1, round(side / factor)) * factor for side in (height, width)]
         if near != [height, width]:
             raise UserError(
-                f"Pictures of {height} x {width} pixels do not fit a network that goes down to 1/{factor} of them: "
+                f"Pictures of {height} x {width} pixels do not fit a model whose sides are multiples of {factor}: "
                 f"the nearest size that does is {near[0]} x {near[1]} (height x width)."
             )
 
