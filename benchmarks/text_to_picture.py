@@ -31,7 +31,6 @@ from drawing import states
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.commands.drawn import image_of
 from keifu.data.grid import grid
 from keifu.data.pictures import read_pictures, split
 from keifu.evaluation.clip_score import clip_scores, cosines, image
@@ -99,7 +98,7 @@ class Ground:
     captions: tuple[str, ...]
     real: Tensor
     features: tuple[Tensor, ...]
-    floors: tuple[str, ...]
+    floors: tuple[float, ...]
 
 
 def contestant(given: str, dtype: torch.dtype) -> Contestant:
@@ -119,8 +118,8 @@ def clip_features(towers: Any) -> Callable[[Tensor], Tensor]:
     return see
 
 
-def distance(real: Tensor, others: Tensor) -> str:
-    return f"{1000 * kernel_distance(real, others).mean:.2f}"
+def distance(real: Tensor, others: Tensor) -> float:
+    return 1000 * kernel_distance(real, others).mean
 
 
 def ground(data: str, size: int, count: int, eyes: Eyes, language: str | None) -> Ground:
@@ -131,7 +130,7 @@ def ground(data: str, size: int, count: int, eyes: Eyes, language: str | None) -
     real = torch.cat([part.take(slice(None)) for part in chosen])
     features = tuple(see(parts.train.take(slice(None))) for see in eyes)
     others = [see(part.take(slice(None))) for see in eyes for part in held]
-    floors = tuple(map(distance, features, others)) if others else ("-",) * len(eyes)
+    floors = tuple(map(distance, features, others)) if others else (float("nan"),) * len(eyes)
     return Ground(captions, real, features, floors)
 
 
@@ -143,7 +142,7 @@ def row(each: Contestant, on: Ground, towers: Any, eyes: Eyes, options: argparse
     seconds = (time.perf_counter() - start) / len(drawn)
     own, others = (float(part.mean()) for part in clip_scores(cosines(*towers, drawn, on.captions)))
     far = [distance(real, see(drawn)) for real, see in zip(on.features, eyes, strict=True)]
-    distances = " | ".join(f"{one} ({floor})" for one, floor in zip(far, on.floors, strict=True))
+    distances = " | ".join(f"{one:.2f} ({floor:.2f})" for one, floor in zip(far, on.floors, strict=True))
     figures = f"{own:.2f} | {others:.2f} | {seconds:.2f} | {each.parameters / 1e6:.2f} M"
     return f"| {each.name} | {each.size} | {distances} | {figures} |"
 
@@ -167,7 +166,7 @@ def variations(contestants: Sequence[Contestant], options: argparse.Namespace) -
         with tempfile.TemporaryDirectory() as folder:
             for picture, caption in zip(held.take(slice(None)), held.texts(options.language), strict=True):
                 place = Path(folder) / "picture.png"
-                image_of(picture).save(place)
+                image(picture).save(place)
                 wanted = Drawing(options.sampler, options.steps, 0, init=original(place), guidance=options.guidance)
                 drawn = each.drawer.draw(each.drawer.resolved(wanted), range(VARIATIONS))
                 rows.append(torch.cat([picture[None], drawn]))
@@ -193,7 +192,7 @@ def guidance_plot(
             features = see(drawn)
             among = manifold(on.features[-1], features)
             score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
-            far = 1000 * kernel_distance(on.features[-1], features).mean
+            far = distance(on.features[-1], features)
             points.append((among.recall, among.precision, score))
             figures = f"{among.precision:.3f} | {among.recall:.3f} | {score:.2f} | {far:.2f}"
             print(f"| {each.name} | {guidance:g} | {figures} |", flush=True)
@@ -229,7 +228,7 @@ def over_time(
             if isinstance(each.model, Unclip):
                 completed(each.model)
             drawn = each.draw(on.captions, options, options.guidance)
-            far = 1000 * kernel_distance(on.features[-1], see(drawn)).mean
+            far = distance(on.features[-1], see(drawn))
             score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
             points.append((before + minutes, far, score))
             print(f"| {each.name} | {before + minutes:.1f} | {far:.2f} | {score:.2f} |", flush=True)

@@ -106,7 +106,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = DoublingConv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Pixels, time: Tensor | None = None, size: Sequence[int] | None = None) -> Resampled:
+    def forward(self, x: Pixels, size: Sequence[int] | None = None) -> Resampled:
         return self.conv(x, size)
 
 

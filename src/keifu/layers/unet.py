@@ -62,17 +62,16 @@ class Middle(Stage):
 
 
 class Up(Stage):
-    """A stage of the way up: each residual block takes the newest of the `states` off the list and reads it too. What
-    leads out of it is told the size of the next one where that is not twice its own."""
+    """A stage of the way up: each residual block takes the newest of the `states` off the list and reads it too. An
+    `Upsample` that leads out of it is told the next one's size."""
 
     def forward(self, x: Pixels, states: list[Tensor], time: Time, **context: Any) -> Resampled:
         for residual, attention in self.pairs():
             x = residual(torch.cat([x, states.pop()], 1), time)
             x = x if attention is None else attention(x, **context)
-        if self.resample is None:
-            return x
-        size = states[-1].shape[2:]
-        return self.resample(x, time, *[] if size == (2 * x.shape[2], 2 * x.shape[3]) else [size])
+        if isinstance(self.resample, Upsample):
+            return self.resample(x, states[-1].shape[2:])
+        return x if self.resample is None else self.resample(x, time)
 
 
 class UNet(nn.Module):
