@@ -15,6 +15,9 @@ if os.environ.get("KEIFU_NO_SHAPES") != "1":  # the hook breaks torch.compile(fu
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from keifu.threads import follow_load  # noqa: E402
+
+follow_load()  # tests beside other programs, or beside each other, would wait for cores most of the time
 warnings.filterwarnings("ignore", module="beartype")
 
 

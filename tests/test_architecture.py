@@ -28,7 +28,7 @@ PARTS = {  # each part, and those it may import; a part may also import what tho
     "keifu": {"cli"},
     "floor": set(),
 }
-FLOOR = {"errors", "files", "__version__"}
+FLOOR = {"errors", "files", "threads", "__version__"}
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ def __getattr__(name: str) -> Any:
     """Imports a public function at first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'keifu' has no attribute {name!r}")
+    import_module("keifu.threads").follow_load()
     return getattr(import_module(_HOMES[name]), name)
 
 

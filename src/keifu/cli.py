@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from keifu.errors import unknown
+from keifu.threads import follow_load
 
 VERBS = {  # each is a file of that name in keifu/commands
     "train": "train a model by a recipe; without a recipe, list them",
@@ -47,6 +48,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `keifu`: exits with 0, 1 after an error, 2 where the command line is wrong, 130 after Ctrl-C."""
+    follow_load()  # before torch is imported, which reads how many threads there are
     try:
         _work(sys.argv[1:] if arguments is None else arguments)
     except BrokenPipeError:  # the reader of a pipe has gone, as in `keifu models | head`

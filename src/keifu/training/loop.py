@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from keifu.errors import UserError
+from keifu.threads import follow_load
 from keifu.training import folder, guards, metrics, state
 from keifu.training.interrupt import Stopped, StopRequest
 from keifu.training.pace import Pace, TimeLeft
@@ -56,6 +57,7 @@ def train(
     after the state is saved. A number that is not finite, or too little memory, is a `UserError`, raised before the
     step is made and after the state before it is saved.
     """
+    follow_load()
     folder.claim(run)
     facts = described(settings, run.options, data.fingerprint)
     sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, facts)
