@@ -21,10 +21,10 @@ from typing import Any
 WAY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_THREAD_LIMIT")  # if one is set, how threads wait is left alone
 COUNT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")  # and how many there are
 INTERVAL = 0.5  # seconds between readings
-BUSY, FREE = 0.1, 0.02  # seconds that threads wait for a core in a second, from which on they sleep, and spin again
+BUSY, FREE = 0.25, 0.15  # seconds a second that threads have no core: above, they sleep; below, they may spin again
+IDLE = 0.1  # seconds a second that threads compute, below which nothing is learnt about the cores
 SHORTEST, LONGEST = 2.0, 32.0  # seconds of free cores before they spin again
 TASKS, GROUPS, OWN_GROUP = Path("/proc/self/task"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-LATENCY = 20e-6  # seconds that a thread may take to start on a free core
 _started = threading.Lock()  # taken by the first call, and kept
 
 
@@ -53,9 +53,10 @@ class Waiting:
     patience: float = SHORTEST
     since: float = -math.inf  # when they last began to spin, or when, while they sleep, the last core was lacking
 
-    def read(self, now: float, lacking: float) -> bool:
-        """Whether they should sleep: `now` in seconds, `lacking` the seconds a second that threads had no core."""
-        if self.asleep and lacking > FREE:
+    def read(self, now: float, lacking: float, computing: float = 1.0) -> bool:
+        """Whether they should sleep: `now` in seconds, `lacking` the seconds a second that threads had no core, and
+        `computing` those that they used one: while nothing is computed, no core is known to be free."""
+        if self.asleep and (lacking > FREE or computing < IDLE):
             self.since = now
         elif self.asleep and now - self.since >= self.patience:
             self.asleep, self.since = False, now
@@ -91,14 +92,15 @@ class IdleTeam:
 
 
 def _watch() -> None:
-    """Reads how long threads lacked a core, from when PyTorch is there until the process ends."""
+    """Reads how long threads lacked a core, twice a second, until the process ends."""
     waiting, team = Waiting(), None
-    before, then = lacked(), time.perf_counter()
+    before = _clocks()
     while True:
         time.sleep(INTERVAL)
-        now, seconds = time.perf_counter(), lacked()
-        asleep = waiting.read(now, max(0.0, seconds - before) / (now - then))
-        before, then = seconds, now
+        clocks = _clocks()
+        passed, without, computing = (max(0.0, now - then) for now, then in zip(clocks, before, strict=True))
+        before = clocks
+        asleep = waiting.read(clocks[0], without / passed, computing / passed)
         if asleep and team is None and (openmp := _openmp()):
             team = IdleTeam(openmp)
             team.start()
@@ -107,17 +109,21 @@ def _watch() -> None:
             team = None
 
 
+def _clocks() -> tuple[float, float, float]:
+    """Seconds that have passed, that threads had no core, and that they computed."""
+    return time.perf_counter(), lacked(), time.process_time()
+
+
 def lacked(tasks: Path = TASKS) -> float:
-    """Seconds so far that this process's threads were ready to run and had no core, waits of microseconds left out."""
+    """Seconds so far that this process's threads were ready to run and had no core."""
     return sum(_lacked(task / "schedstat") for task in tasks.iterdir())
 
 
 def _lacked(file: Path) -> float:
     try:
-        _, nanoseconds, turns = map(int, file.read_text().split())
-    except (OSError, ValueError):  # a thread that has just ended, or a kernel that does not count
+        return int(file.read_text().split()[1]) / 1e9
+    except (OSError, IndexError):  # a thread that has just ended
         return 0.0
-    return max(0.0, nanoseconds / 1e9 - turns * LATENCY)
 
 
 def _openmp() -> Any:
