@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from keifu.commands.models import count
+from keifu.models._sizes import count
 from keifu.layers.vision import AntialiasedBottleneck
 from keifu.models import clip, clip_image, clip_text
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from keifu.commands.models import count
+from keifu.models._sizes import count
 from keifu.errors import UserError
 from keifu.generation.token_pictures import real_tokens, say
 from keifu.layers.counted_random import gumbel

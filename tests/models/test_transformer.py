@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from keifu.checkpoints import load_model, save, save_gguf
-from keifu.commands.models import count
+from keifu.models._sizes import count
 from keifu.generation.decoding import causal
 from keifu.layers.linear import JoinedLinear
 from keifu.models import transformer

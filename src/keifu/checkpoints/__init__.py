@@ -1,8 +1,27 @@
-"""Published formats in and out: Hugging Face directories and GGUF files; the one place that knows every model."""
+"""Published formats in and out: Hugging Face directories and GGUF files; the one place that knows every model.
 
-from keifu.checkpoints.gguf_saving import save_gguf
-from keifu.checkpoints.opening import convert, inspect, load, load_model
-from keifu.checkpoints.report import Report
-from keifu.checkpoints.saving import save
+Each name is imported at first use: what only lists the models needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keifu.checkpoints.gguf_saving import save_gguf as save_gguf
+    from keifu.checkpoints.opening import convert as convert
+    from keifu.checkpoints.opening import inspect as inspect
+    from keifu.checkpoints.opening import load as load
+    from keifu.checkpoints.opening import load_model as load_model
+    from keifu.checkpoints.report import Report as Report
+    from keifu.checkpoints.saving import save as save
 
 __all__ = ["Report", "convert", "inspect", "load", "load_model", "save", "save_gguf"]
+
+_HOMES = {"save_gguf": "gguf_saving", "Report": "report", "save": "saving"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public function at first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'opening')}"), name)

@@ -98,12 +98,15 @@ def _files(path: Path, kind: str, parts: Sequence[str]) -> dict[str, Path]:
 def _network(path: Path, folder: Path, beside: Mapping[str, Any], notes: tuple[str, ...]) -> Source:
     """A network in its folder; `beside` is what its config takes from the files of other parts."""
     json = read_json(folder / CONFIG)
-    known = [kind for kind, family in FAMILIES.items() if of_diffusers(family) and kind not in PIPELINES]
     kind = _kind(json)
-    if kind not in known:
-        raise unknown("model of diffusers", kind, [each for each in known if each != SIMPLE])
+    if kind not in FAMILIES or not _is_network(kind):
+        raise unknown("model of diffusers", kind, [each for each in FAMILIES if _is_network(each) and each != SIMPLE])
     family, config = read_config({**json, **beside, "model_type": kind}, str(folder / CONFIG))
     return source_of(path, "diffusers", family, config, weight_files(folder, WEIGHTS), notes if _in(family) else ())
+
+
+def _is_network(kind: str) -> bool:
+    return kind not in PIPELINES and of_diffusers(FAMILIES[kind])
 
 
 def _kind(json: Mapping[str, Any]) -> str:

@@ -1,12 +1,13 @@
 """Every model that keifu knows, by the model_type of its config.json: the one place that lists them; knows no files.
 
-A new model costs a line in `FAMILIES`.
+A model's file is imported when a model_type of it is asked for, and no other. A new model costs a line in `MODELS`.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -16,33 +17,7 @@ from keifu.checkpoints.dialects import Dialect
 from keifu.checkpoints.names import Table
 from keifu.checkpoints.own import check_types, from_json, to_json
 from keifu.errors import UserError, unknown
-from keifu.models import (
-    _open_clip,
-    autoencoder_kl,
-    bert,
-    clip,
-    clip_image,
-    clip_text,
-    conditioned_unet,
-    dalle,
-    ddpm,
-    discrete_vae,
-    gpt1,
-    gpt2,
-    gpt3,
-    latent_diffusion,
-    llama,
-    mlp,
-    palm,
-    perceptron,
-    seq2seq,
-    transformer,
-    unclip,
-    unclip_conditions,
-    unclip_decoder,
-    unclip_prior,
-)
-
+from keifu.layers.meta import on_meta
 # What any published config may say that changes the numbers and is not implemented; absent or equal to this is fine.
 UNSUPPORTED: Mapping[str, Any] = {"quantization_config": None}
 
@@ -129,45 +104,146 @@ def _files(family: Family, published: tuple[str, str]) -> tuple[str, str]:
     return published if family.model_type in family.module.MODEL_TYPES else family.files
 
 
-_MLP = Family(mlp, "keifu_mlp", mlp.from_published, mlp.to_published, mlp.WEIGHT_NAMES, writes_text=False)
-_BERT = Dialect(bert.IN_FILE, bert.COPIES, bert.OLD_ENDINGS, bert.WITHOUT_PREFIX)
-_CLIP, _OWN_CLIP = _published(clip)
-_SEEING = Dialect(clip_image.IN_FILE, without_prefix=clip_image.WITHOUT_PREFIX)
-_OPEN_CLIP = replace(
-    _CLIP, model_type="open_clip", names=_open_clip.WEIGHT_NAMES, not_weights=_open_clip.NOT_WEIGHTS,
-    read=_open_clip.from_open_clip, write=_open_clip.to_open_clip, files=_open_clip.FILES,
-)  # fmt: skip
 _NETWORK = ("config.json", "diffusion_pytorch_model.safetensors")  # of diffusers
 _PIPELINE = ("model_index.json", _NETWORK[1])
-_AUTOENCODER = Dialect(old_endings=autoencoder_kl.OLD_ENDINGS)
-_ALONE = [*_published(autoencoder_kl, dialect=_AUTOENCODER), *_published(conditioned_unet)]
-_ALONE += [each for part in (unclip_prior, unclip_decoder, unclip_conditions) for each in _published(part)]
-_DDPM, _OWN_DDPM = _published(ddpm, dialect=Dialect(old_endings=ddpm.OLD_ENDINGS))
-_ALL = [
-    *_published(bert, dialect=_BERT),
-    *_published(gpt1),
-    *_published(gpt2),
-    *_published(gpt3),
-    *_published(palm),
-    *_published(llama),
-    *_published(transformer, transformer.aliases),
-    _MLP,
-    _own(perceptron),
-    replace(_DDPM, writes_text=False, files=ddpm.FILES),
-    replace(_OWN_DDPM, writes_text=False),
-    *(replace(each, writes_text=False, files=_files(each, _NETWORK)) for each in _ALONE),
-    *(replace(each, files=_files(each, _PIPELINE)) for each in _published(latent_diffusion, dialect=_AUTOENCODER)),
-    *(replace(each, files=_files(each, _PIPELINE)) for each in _published(unclip)),
-    _CLIP,
-    _OPEN_CLIP,
-    replace(_OWN_CLIP, names=_open_clip.WEIGHT_NAMES),  # which has names for a ResNet too
-    *_published(clip_text, dialect=Dialect(clip_text.IN_FILE, without_prefix=clip_text.WITHOUT_PREFIX)),
-    *(replace(family, writes_text=False) for family in _published(clip_image, dialect=_SEEING)),
-    replace(_own(seq2seq), writes_text=True),
-    replace(_own(dalle), writes_text=True),
-    _own(discrete_vae),
-]
-FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+
+MODELS = {  # each model's file, and the model_types of its configs
+    "bert": ("bert", "keifu_bert"),
+    "gpt1": ("openai-gpt", "keifu_gpt1"),
+    "gpt2": ("gpt2", "keifu_gpt2"),
+    "gpt3": ("gpt_neo", "keifu_gpt3"),
+    "palm": ("cohere", "keifu_palm"),
+    "llama": ("llama", "mistral", "qwen2", "keifu_llama"),
+    "transformer": ("marian", "keifu_transformer"),
+    "mlp": ("keifu_mlp",),
+    "perceptron": ("keifu_perceptron",),
+    "ddpm": ("UNet2DModel", "keifu_ddpm"),
+    "autoencoder_kl": ("AutoencoderKL", "keifu_autoencoder_kl"),
+    "conditioned_unet": ("UNet2DConditionModel", "keifu_conditioned_unet"),
+    "unclip_prior": ("PriorTransformer", "keifu_unclip_prior"),
+    "unclip_decoder": ("UNet2DConditionModel/simple", "keifu_unclip_decoder"),
+    "unclip_conditions": ("UnCLIPTextProjModel", "keifu_unclip_conditions"),
+    "latent_diffusion": ("StableDiffusionPipeline", "keifu_latent_diffusion"),
+    "unclip": ("UnCLIPPipeline", "keifu_unclip"),
+    "clip": ("clip", "open_clip", "keifu_clip"),
+    "clip_text": ("clip_text_model", "keifu_clip_text"),
+    "clip_image": ("clip_vision_model", "keifu_clip_image"),
+    "seq2seq": ("keifu_seq2seq",),
+    "dalle": ("keifu_dalle",),
+    "discrete_vae": ("keifu_discrete_vae",),
+}
+
+
+def _families(module: Any) -> list[Family]:
+    """The families of a model's file; most are published ones, and what only keifu can build."""
+    return _MAKERS.get(_name(module), _published)(module)
+
+
+def _bert(module: Any) -> list[Family]:
+    return _published(module, dialect=Dialect(module.IN_FILE, module.COPIES, module.OLD_ENDINGS, module.WITHOUT_PREFIX))
+
+
+def _marian(module: Any) -> list[Family]:
+    return _published(module, module.aliases)
+
+
+def _mlp(module: Any) -> list[Family]:
+    return [Family(module, "keifu_mlp", module.from_published, module.to_published, module.WEIGHT_NAMES,
+                   writes_text=False)]  # fmt: skip
+
+
+def _ddpm(module: Any) -> list[Family]:
+    published, own = _published(module, dialect=Dialect(old_endings=module.OLD_ENDINGS))
+    return [replace(published, writes_text=False, files=module.FILES), replace(own, writes_text=False)]
+
+
+def _network(module: Any, dialect: Dialect = _PLAIN) -> list[Family]:
+    """A network with a folder of its own in a pipeline of diffusers."""
+    found = _published(module, dialect=dialect)
+    return [replace(each, writes_text=False, files=_files(each, _NETWORK)) for each in found]
+
+
+def _autoencoder(module: Any) -> list[Family]:
+    return _network(module, Dialect(old_endings=module.OLD_ENDINGS))
+
+
+def _pipeline(module: Any, dialect: Dialect = _PLAIN) -> list[Family]:
+    return [replace(each, files=_files(each, _PIPELINE)) for each in _published(module, dialect=dialect)]
+
+
+def _latent_diffusion(module: Any) -> list[Family]:
+    from keifu.models.autoencoder_kl import OLD_ENDINGS
+
+    return _pipeline(module, Dialect(old_endings=OLD_ENDINGS))
+
+
+def _clip(module: Any) -> list[Family]:
+    from keifu.models import _open_clip
+
+    published, own = _published(module)
+    of_open_clip = replace(
+        published, model_type="open_clip", names=_open_clip.WEIGHT_NAMES, not_weights=_open_clip.NOT_WEIGHTS,
+        read=_open_clip.from_open_clip, write=_open_clip.to_open_clip, files=_open_clip.FILES,
+    )  # fmt: skip
+    return [published, of_open_clip, replace(own, names=_open_clip.WEIGHT_NAMES)]  # which has names for a ResNet too
+
+
+def _clip_text(module: Any) -> list[Family]:
+    return _published(module, dialect=Dialect(module.IN_FILE, without_prefix=module.WITHOUT_PREFIX))
+
+
+def _clip_image(module: Any) -> list[Family]:
+    return [replace(each, writes_text=False) for each in _clip_text(module)]
+
+
+def _own_text(module: Any) -> list[Family]:
+    return [replace(_own(module), writes_text=True)]
+
+
+_MAKERS: dict[str, Callable[[Any], list[Family]]] = {
+    "bert": _bert,
+    "transformer": _marian,
+    "mlp": _mlp,
+    "perceptron": lambda module: [_own(module)],
+    "ddpm": _ddpm,
+    "autoencoder_kl": _autoencoder,
+    **dict.fromkeys(("conditioned_unet", "unclip_prior", "unclip_decoder", "unclip_conditions"), _network),
+    "latent_diffusion": _latent_diffusion,
+    "unclip": _pipeline,
+    "clip": _clip,
+    "clip_text": _clip_text,
+    "clip_image": _clip_image,
+    "seq2seq": _own_text,
+    "dalle": _own_text,
+    "discrete_vae": lambda module: [_own(module)],
+}
+
+
+@cache
+def families_of(name: str) -> dict[str, Family]:
+    """The families of a model's file by their model_types; the file is imported for it."""
+    return {family.model_type: family for family in _families(import_module(f"keifu.models.{name}"))}
+
+
+class _Families(Mapping[str, Family]):
+    """Every family by its model_type; to ask which there are imports no model."""
+
+    _files = {kind: name for name, kinds in MODELS.items() for kind in kinds}
+
+    def __getitem__(self, kind: str) -> Family:
+        return families_of(self._files[kind])[kind]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self._files
+
+
+FAMILIES: Mapping[str, Family] = _Families()
 
 
 class _Published(dict[str, Any]):
@@ -215,7 +291,9 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
 
     That is a published model_type where one says all that the Config says, else keifu's own.
     """
-    able = [family for family in FAMILIES.values() if isinstance(config, family.module.Config)]
+    name = type(config).__module__.removeprefix("keifu.models.")
+    found = families_of(name).values() if name in MODELS else ()
+    able = [family for family in found if isinstance(config, family.module.Config)]
     if not able:
         kind = f"{type(config).__module__}.{type(config).__name__}"
         raise UserError(f"{kind} is the Config of no model that can be saved.")
@@ -224,7 +302,7 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
         found = FAMILIES[json["model_type"]]
         if family.names is not None and _same(config, found.read(json)):
             return found, json
-    family = FAMILIES[f"keifu_{_name(able[0].module)}"]
+    family = FAMILIES[f"keifu_{name}"]
     return family, family.write(config)
 
 
@@ -248,10 +326,8 @@ def _same(config: Any, back: Any) -> bool:
 
 def build(family: Family, config: Any, where: str) -> nn.Module:
     """The model on the meta device, without memory; sizes that do not fit each other are a `UserError`."""
-    import torch
-
     try:
-        with torch.device("meta"):
+        with on_meta():
             return family.module.build(config)
     except (ValueError, RuntimeError) as error:  # PyTorch's own, where a size does not fit 64 bits
         raise UserError(f"{where} describes a model that cannot be built: {error}") from error

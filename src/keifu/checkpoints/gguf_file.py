@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keifu.checkpoints.gguf_numbers import READERS, read_blocks
 from keifu.checkpoints.source import Stored
 from keifu.errors import UserError
 
@@ -24,7 +25,6 @@ from keifu.errors import UserError
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MAGIC = b"GGUF"
-BLOCKS = 1024  # blocks of a quantised tensor that are read at once
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -57,14 +57,8 @@ class GGUFFile:
         raw = self.bytes[place.start : place.start + place.size]
         if place.kind in PLAIN:
             return torch.from_numpy(raw).view(PLAIN[place.kind]).view(place.shape)
-        from gguf import GGMLQuantizationType, dequantize
-
-        kind, (block, size) = GGMLQuantizationType[place.kind], _block(place.kind)
-        held = torch.empty(place.size // size, block)
-        for start in range(0, len(held), BLOCKS):  # by pieces that stay in the processor's cache, whatever the rows are
-            piece = raw[start * size : (start + BLOCKS) * size]
-            held[start : start + BLOCKS] = torch.from_numpy(dequantize(piece[None], kind)).view(-1, block)
-        return held.view(place.shape)
+        block, size = _block(place.kind)
+        return read_blocks(torch.from_numpy(raw).view(-1, size), place.kind, block).view(place.shape)
 
 
 def _block(kind: str) -> tuple[int, int]:
@@ -78,6 +72,8 @@ def _held(kind: str) -> torch.dtype | None:
     """The type in which this type of GGUF's is read; None where the gguf package cannot read it."""
     if kind in PLAIN:
         return PLAIN[kind]
+    if kind in READERS:
+        return torch.float32
     from gguf import GGMLQuantizationType, dequantize
 
     try:
@@ -101,12 +97,22 @@ class _Cursor:
         return struct.unpack_from(f"<{count}{letter}", self.data, start)
 
     def string(self) -> str:
-        length = self.number("Q")
-        start = self.advance(length)
-        try:
-            return self.data[start : start + length].decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.path} is corrupt: the string at byte {start:,} is not UTF-8.") from error
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """Strings one after the other; a vocabulary is tens of thousands of them."""
+        found, at, data, size = list[str](), self.at, self.data, len(self.data)
+        for _ in range(count):
+            start = at + 8
+            at = start + int.from_bytes(data[start - 8 : start], "little")
+            if start > size or at > size:
+                raise truncated(self.path, max(start, at), size)
+            try:
+                found.append(data[start:at].decode())
+            except UnicodeDecodeError as error:
+                raise UserError(f"{self.path} is corrupt: the string at byte {start:,} is not UTF-8.") from error
+        self.at = at
+        return found
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
@@ -114,7 +120,9 @@ class _Cursor:
         if kind != ARRAY:
             return self.number(self.letter(kind))
         inner, count = self.number("I"), self.number("Q")
-        if inner in (STRING, ARRAY):
+        if inner == STRING:
+            return self.strings(self.counted(count))
+        if inner == ARRAY:
             return [self.value(inner) for _ in range(self.counted(count))]
         return list(self.numbers(self.letter(inner), count))
 

@@ -1,5 +1,6 @@
 """Loading, inspecting and converting a model wherever it is; knows the formats by name and no model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,14 +10,9 @@ from torch import nn
 from keifu.checkpoints.adapters import base_of, is_adapter, load_adapter
 from keifu.checkpoints.diffusers import PIPELINE, is_diffusers, open_diffusers
 from keifu.checkpoints.gguf_file import is_gguf
-from keifu.checkpoints.gguf_saving import save_gguf
-from keifu.checkpoints.gguf_source import open_gguf
 from keifu.checkpoints.hub import locate
 from keifu.checkpoints.huggingface import CONFIGS, INDEX, PICKLED, WEIGHTS, open_directory, pickled_only
-from keifu.checkpoints.npz import open_npz
 from keifu.checkpoints.report import Report, report
-from keifu.checkpoints.saving import save
-from keifu.checkpoints.single_file import open_single_file
 from keifu.checkpoints.source import Plan, Source, check_tokenizer, plan
 from keifu.data.tokenizers import load_tokenizer
 from keifu.errors import UserError, unknown
@@ -42,8 +38,10 @@ def load(name: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module,
         model = load_adapter(merge(model), path)
     else:
         found = plan(open_source(path), dtype)
-        tokenizer = found.source.tokenizer()
-        model = found.fill()
+        with ThreadPoolExecutor(1) as beside:  # the weights are read meanwhile
+            reading = beside.submit(found.source.tokenizer)
+            model = found.fill()
+            tokenizer = reading.result()
     if tokenizer is not None:
         own: Any = model.config
         check_tokenizer(tokenizer, own.vocab_size)
@@ -79,8 +77,12 @@ def convert(
         raise UserError("A Hugging Face directory cannot hold q8_0; write it as gguf, or choose f32, f16 or bf16.")
     model, tokenizer = _to_convert(name, None if dtype is None or to == "gguf" else DTYPES[dtype])
     if to != "gguf":
+        from keifu.checkpoints.saving import save
+
         save(model, tokenizer, out, kind=None if to == "hf" else to)
     else:
+        from keifu.checkpoints.gguf_saving import save_gguf
+
         save_gguf(model, tokenizer, Path(out), dtype)
 
 
@@ -103,16 +105,22 @@ def open_source(path: Path) -> Source:
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 and not any((path / name).exists() for name in CONFIGS):
-            return open_gguf(ggufs[0])
+            return open_source(ggufs[0])
         return open_diffusers(path) if is_diffusers(path) else open_directory(path)
     if path.name in (WEIGHTS, INDEX, PIPELINE, *CONFIGS):
         return open_source(path.parent)
     if path.suffix in PICKLED and path.suffix != ".ckpt":
         raise pickled_only(path.parent, [path.name])
     if path.suffix == ".gguf" or is_gguf(path):
+        from keifu.checkpoints.gguf_source import open_gguf
+
         return open_gguf(path)
     if path.suffix == ".npz":
+        from keifu.checkpoints.npz import open_npz
+
         return open_npz(path)
     if path.suffix in (".safetensors", ".ckpt"):
+        from keifu.checkpoints.single_file import open_single_file
+
         return open_single_file(path)
     raise UserError(f"{path} is no model: give a folder with config.json and model.safetensors, or a .gguf file.")

@@ -1,46 +1,47 @@
 """`keifu models`: every published size with its parameters counted; knows no model by name."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
+
+import tyro
 
 from keifu.commands import flags, tables
+from keifu.errors import unknown
+from keifu.models._sizes import Size, published_sizes
 
 
 @dataclass(frozen=True)
 class Options:
     """Every published size: its parameters counted, the paper's figure, and the difference."""
 
-
-def sizes() -> Iterator[tuple[str, int, float | None]]:
-    """Name, parameters counted on the meta device (a shared tensor once), and the paper's figure where it gives one."""
-    from keifu.checkpoints.families import FAMILIES
-
-    modules = {family.module.__name__: family.module for family in FAMILIES.values()}
-    for module in modules.values():
-        for name, config in module.SIZES.items():
-            yield name, count(module, config), module.PAPER_PARAMETERS.get(name)
-
-
-def count(module: Any, config: Any) -> int:
-    """The number of parameters of a size, without memory for any."""
-    import torch
-
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in module.build(config).parameters())
+    name: Annotated[
+        tyro.conf.Positional[str | None],
+        tyro.conf.arg(metavar="[NAME]", help="Only the sizes with this in their name, or of this model, such as llama."),
+    ] = None
 
 
 def run(options: Options) -> None:
     """Prints the table."""
-    rows = [(name, f"{n:,}", *_beside(n, paper)) for name, n, paper in sizes()]
+    rows = [(size.name, f"{size.parameters:,}", *_beside(size)) for size in chosen(options.name)]
     tables.show(("model", "parameters", "paper", "difference"), rows)
 
 
-def _beside(counted: int, paper: float | None) -> tuple[str, str]:
+def chosen(name: str | None) -> list[Size]:
+    """The sizes that a name means; a name that means none is a `UserError` with the nearest ones."""
+    sizes = published_sizes()
+    wanted = (name or "").lower()
+    found = [size for size in sizes if wanted in size.name.lower() or wanted == size.model]
+    if not found:
+        raise unknown("published size", wanted, [size.name for size in sizes])
+    return found
+
+
+def _beside(size: Size) -> tuple[str, str]:
+    paper = size.paper
     if paper is None:
         return "-", "-"
     figure = f"{paper / 1e9:,.4g} B" if paper >= 1e9 else f"{paper / 1e6:,.4g} M"
-    return figure, f"{counted / paper - 1:+.1%}"
+    return figure, f"{size.parameters / paper - 1:+.1%}"
 
 
 parse = flags.parser(Options, run, "keifu models")

@@ -28,6 +28,7 @@ from keifu.data.tokenizers import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.pictures import Drawing
 from keifu.generation.token_pictures import TokenPainter, real_tokens
+from keifu.layers.meta import on_meta
 from keifu.models import dalle, discrete_vae
 from keifu.recipes import _discrete_vae, _text_encoder
 from keifu.recipes._language import whom_to_thank
@@ -141,7 +142,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
     parts = split(read_pictures(recipe.data, recipe.size))
     print(parts.train.sentence(), parts.sentence(), flush=True)
     wanted = _vae_wanted(recipe, parts.train.shape[0])
-    with torch.device("meta"):
+    with on_meta():
         planned = dalle.build(configured(recipe, recipe.codebook_size, 1, wanted.config))
         planned.vae.check_size(*parts.train.shape[1:])
     ranking = _text_encoder.Wanted(

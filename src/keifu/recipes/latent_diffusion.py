@@ -30,6 +30,7 @@ from keifu.generation.pictures import Drawing
 from keifu.generation.text_to_picture import Painter
 from keifu.layers.noise import Noise, Schedule, Target
 from keifu.layers.noise_targets import Weighting
+from keifu.layers.meta import on_meta
 from keifu.models import autoencoder_kl, clip_text, conditioned_unet, latent_diffusion
 from keifu.recipes import _autoencoder, _text_encoder
 from keifu.recipes import clip as clip_recipe
@@ -159,7 +160,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
     print(parts.train.sentence(), parts.sentence(), flush=True)
     latents, how, channels = recipe.space == "latents", recipe.how(out), parts.train.shape[0]
     wanted = _autoencoder_wanted(recipe, channels)
-    with torch.device("meta"):
+    with on_meta():
         planned = configured(recipe, clip_recipe.Recipe().text, wanted.config if latents else None, channels)
         latent_diffusion.build(planned).check_size(*parts.train.shape[1:])
     towers, tokenizer = _text_encoder.two_towers_of(_clip_wanted(recipe), out, resume, how)
