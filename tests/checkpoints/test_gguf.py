@@ -8,6 +8,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from keifu import checkpoints
+from keifu.checkpoints import gguf_numbers
 from keifu.checkpoints.gguf_file import open_file
 from keifu.checkpoints.gguf_rope import FREQS, divisors, read_scaling
 from keifu.errors import UserError
@@ -335,3 +336,13 @@ def test_smollm2_answers(loaded) -> None:
             answer.append(token)
             new = torch.tensor([[token]])
     assert "Paris" in tokenizer.decode(answer)
+
+
+@pytest.mark.parametrize("kind", gguf_numbers.READERS)
+def test_quantised_numbers_are_those_of_the_gguf_package(kind: str, monkeypatch) -> None:
+    """Any bytes, NaN and infinite scales among them, over the seam between two pieces."""
+    monkeypatch.setattr(gguf_numbers, "PIECE", 100)
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    stored = np.random.default_rng(0).integers(0, 256, (257, size), np.uint8)
+    wanted = gguf.dequantize(stored, gguf.GGMLQuantizationType[kind])
+    np.testing.assert_array_equal(gguf_numbers.read_blocks(torch.from_numpy(stored), kind, 32).numpy(), wanted)

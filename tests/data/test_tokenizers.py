@@ -212,3 +212,17 @@ def test_places_without_a_tokenizer_are_named(tmp_path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no tokenizer at nowhere: give a directory, a file, or one of .*gpt2-bpe"):
         load_tokenizer("nowhere")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from(["<|endoftext|>", "<|", "|>", "endoftext", "Ġ", "<s>", " ", "é", "ab"]), max_size=8)
+)
+def test_text_that_spells_no_special_token_is_encoded_the_same_without_the_twin(gpt2, pieces: list[str]) -> None:
+    text = "".join(pieces)
+    assert gpt2._spelled([text]) == ("<|endoftext|>" in text)
+    assert gpt2.encode(text) == gpt2._shield.backend.encode(text, add_special_tokens=False).ids
+
+
+def test_where_text_is_rewritten_before_only_the_twin_can_tell(minilm) -> None:
+    assert minilm.backend.normalizer is not None and minilm._spelled(["plain"])

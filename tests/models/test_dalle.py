@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from keifu.models._sizes import count
 from keifu.errors import UserError
 from keifu.generation.token_pictures import real_tokens, say
 from keifu.layers.counted_random import gumbel
 from keifu.models import dalle, discrete_vae
+from keifu.models._sizes import count
 from keifu.training.diffusion import draws
 from keifu.training.relaxed_codes import Ramp, SayingBoth, discrete_autoencoding
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from keifu.checkpoints import load_model, save, save_gguf
-from keifu.models._sizes import count
 from keifu.generation.decoding import causal
 from keifu.layers.linear import JoinedLinear
 from keifu.models import transformer
+from keifu.models._sizes import count
 from keifu.training.objectives import translation
 
 SMALL = transformer.Config(

@@ -18,6 +18,7 @@ from keifu.checkpoints.names import Table
 from keifu.checkpoints.own import check_types, from_json, to_json
 from keifu.errors import UserError, unknown
 from keifu.layers.meta import on_meta
+
 # What any published config may say that changes the numbers and is not implemented; absent or equal to this is fine.
 UNSUPPORTED: Mapping[str, Any] = {"quantization_config": None}
 

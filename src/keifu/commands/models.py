@@ -16,7 +16,7 @@ class Options:
 
     name: Annotated[
         tyro.conf.Positional[str | None],
-        tyro.conf.arg(metavar="[NAME]", help="Only the sizes with this in their name, or of this model, such as llama."),
+        tyro.conf.arg(metavar="[NAME]", help="Only the sizes with this in their name or of this model, such as llama."),
     ] = None
 
 

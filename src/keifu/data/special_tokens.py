@@ -59,6 +59,20 @@ class Shield:
         return re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "(?!)")
 
 
+def names_in_text(original: tokenizers.Tokenizer) -> re.Pattern[str] | None:
+    """Finds the special tokens that a text spells; None where only the twin can tell.
+
+    What this does not find in a text, the tokenizer itself cannot take for a special token, if nothing rewrites the
+    text before and the names are plain ASCII, which stays as it is in every alphabet of bytes. To search is much
+    quicker than to make a twin.
+    """
+    special = [token for token in original.get_added_tokens_decoder().values() if token.special]
+    plain = all(re.fullmatch(r"[!-~]+", token.content) and not token.normalized for token in special)
+    if original.normalizer is not None or not plain:
+        return None
+    return re.compile("|".join(re.escape(token.content) for token in special) or "(?!)")
+
+
 def put_around_text(backend: tokenizers.Tokenizer, special: Mapping[str, str], bos: bool, eos: bool) -> None:
     """Makes the tokenizer itself put its BOS before a text or its EOS after it, where it has such tokens."""
     tokens = [special[role] if role in special and on else "" for role, on in (("bos_token", bos), ("eos_token", eos))]

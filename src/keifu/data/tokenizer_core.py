@@ -6,6 +6,7 @@ the chat template, a stream decoder, and the rule that text cannot spell control
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from keifu.data.special_tokens import Shield, unused_characters
+from keifu.data.special_tokens import Shield, names_in_text, unused_characters
 from keifu.data.streaming import Decoding, StreamDecoder, decoding
 from keifu.errors import UserError, unknown
 from keifu.files import write_atomic
@@ -64,7 +65,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
         """The ids of each text, in parallel over the texts; the arguments are those of `encode`."""
-        backend = self.backend if allow_special else self._shield.backend
+        backend = self.backend if allow_special or not self._spelled(texts) else self._shield.backend
         with self._explaining(texts):
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special)
         return [encoding.ids for encoding in encodings]
@@ -124,6 +125,8 @@ class Tokenizer:
         Only the template writes control tokens: the same text inside a message stays text. The template writes the BOS
         if there is one, so none is added. What the template refuses is a `UserError` that names its line.
         """
+        if not self._spelled([messages, variables]):
+            return self.encode(self.chat_text(messages, add_generation_prompt, **variables), allow_special=True)
         marks = unused_characters([self.chat_template, messages, variables])
         marked = self._shield.mark([dict(message) for message in messages], marks)
         text = self.chat_text(marked, add_generation_prompt, **self._shield.mark(variables, marks))
@@ -197,6 +200,14 @@ class Tokenizer:
         """The whole of tokenizer.json: model, vocabulary, rules and added tokens."""
         return json.loads(self.backend.to_str())
 
+    def _spelled(self, value: Any) -> bool:
+        """Whether a text somewhere in `value` may spell a special token, so that the shield is needed."""
+        return self._names is None or any(self._names.search(text) for text in _texts(value))
+
+    @cached_property
+    def _names(self) -> re.Pattern[str] | None:
+        return names_in_text(self.backend)
+
     @cached_property
     def _shield(self) -> Shield:
         return Shield(self.backend)
@@ -224,6 +235,16 @@ class Tokenizer:
                         f"{what} is not in {size}: leave it out, or train a tokenizer on text that has it."
                     )
         return UserError(f"The text could not be encoded: {error}.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in messages or variables."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for pair in value.items() for item in pair for text in _texts(item))
+    elif isinstance(value, Sequence):
+        yield from (text for item in value for text in _texts(item))
 
 
 def _checked_size(vocabulary: Mapping[str, int]) -> int:

@@ -28,9 +28,9 @@ from keifu.data.tokenizers import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.pictures import Drawing
 from keifu.generation.text_to_picture import Painter
+from keifu.layers.meta import on_meta
 from keifu.layers.noise import Noise, Schedule, Target
 from keifu.layers.noise_targets import Weighting
-from keifu.layers.meta import on_meta
 from keifu.models import autoencoder_kl, clip_text, conditioned_unet, latent_diffusion
 from keifu.recipes import _autoencoder, _text_encoder
 from keifu.recipes import clip as clip_recipe

@@ -1,0 +1,96 @@
+"""What starting up costs, by what it imports: a help or a list needs no torch, a model its own file and no compiler."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from keifu.checkpoints import save
+from keifu.checkpoints.families import FAMILIES, MODELS, families_of
+from keifu.commands.models import chosen
+from keifu.errors import UserError
+from keifu.layers.meta import on_meta
+from keifu.models import llama
+from keifu.models._sizes import count_sizes, published_sizes
+
+TINY = llama.Config(vocab_size=11, context_length=8, dim=8, hidden_dim=8, n_layers=1, n_heads=2)
+
+
+def imported(code: str) -> set[str]:
+    """The modules that a new process has imported once it has run the code."""
+    listing = f"{code}\nimport sys\nprint()\nprint(*sys.modules)"
+    keep = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, env=keep, timeout=60)
+    assert not done.returncode, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def models_of(modules: set[str]) -> set[str]:
+    """The files of models among these modules."""
+    return {name.removeprefix("keifu.models.") for name in modules} & MODELS.keys()
+
+
+def test_the_list_of_models_imports_no_torch() -> None:
+    found = imported("from keifu.cli import main\nmain(['models'])")
+    assert not {"torch", "numpy", "keifu.models.llama"} & found
+
+
+def test_loading_imports_one_model_and_no_compiler(tmp_path: Path) -> None:
+    save(llama.build(TINY), None, tmp_path)
+    found = imported(f"from keifu import checkpoints\ncheckpoints.load_model({str(tmp_path)!r})")
+    assert models_of(found) == {"llama"}
+    assert not {"torch._dynamo", "sympy", "gguf", "keifu.checkpoints.single_file"} & found
+
+
+def test_the_table_of_sizes_is_what_the_models_have() -> None:
+    """Where it fails: `python -m keifu.models._sizes` counts again."""
+    assert count_sizes(MODELS) == published_sizes()
+
+
+def test_no_model_that_is_built_without_memory_imports_the_compiler() -> None:
+    code = """
+from keifu.checkpoints.families import MODELS
+from keifu.models._sizes import count_sizes
+count_sizes(MODELS)"""
+    assert not {"torch._dynamo", "sympy"} & imported(code)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_types_of_a_file_are_those_of_the_registry(name: str) -> None:
+    assert tuple(families_of(name)) == MODELS[name]
+    published = vars(families_of(name)[MODELS[name][0]].module).get("MODEL_TYPES", {})
+    assert published.keys() <= {*MODELS[name]}
+
+
+def test_every_file_of_a_model_is_in_the_registry() -> None:
+    folder = Path(llama.__file__).parent
+    whole = {path.stem for path in folder.glob("[!_]*.py")} - {"finetuned"}  # which wraps another model
+    assert whole == MODELS.keys()
+    assert "llama" in FAMILIES and "lama" not in FAMILIES and len(FAMILIES) == len([*FAMILIES])
+
+
+def test_a_model_without_memory_has_the_shapes_of_one_with() -> None:
+    with on_meta():
+        empty = llama.build(TINY)
+        assert torch.nn.init.normal_(torch.empty(2, 3)).shape == (2, 3)
+        assert torch.nn.init.normal_(tensor=torch.empty(2, 3)).is_meta
+    full = llama.build(TINY)
+    assert {n: t.shape for n, t in empty.state_dict().items()} == {n: t.shape for n, t in full.state_dict().items()}
+    assert all(tensor.is_meta for tensor in empty.parameters())
+    assert torch.empty(3).normal_().std() > 0, "outside, tensors are filled again"
+
+
+def test_models_are_found_by_part_of_a_name_and_by_file() -> None:
+    assert {size.name for size in chosen("llama2")} == {"llama2-7b", "llama2-13b", "llama2-70b"}
+    assert {"smollm2-135m", "mistral-7b"} <= {size.name for size in chosen("LLaMA")}
+    with pytest.raises(UserError, match="Did you mean 'llama2-7b'"):
+        chosen("lamma2-7b")
+
+
+def test_a_model_type_that_is_written_is_known(tmp_path: Path) -> None:
+    save(llama.build(TINY), None, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] in FAMILIES
