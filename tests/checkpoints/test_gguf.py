@@ -344,5 +344,6 @@ def test_quantised_numbers_are_those_of_the_gguf_package(kind: str, monkeypatch)
     monkeypatch.setattr(gguf_numbers, "PIECE", 100)
     size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
     stored = np.random.default_rng(0).integers(0, 256, (257, size), np.uint8)
-    wanted = gguf.dequantize(stored, gguf.GGMLQuantizationType[kind])
+    with np.errstate(all="ignore"):
+        wanted = gguf.dequantize(stored, gguf.GGMLQuantizationType[kind])
     np.testing.assert_array_equal(gguf_numbers.read_blocks(torch.from_numpy(stored), kind, 32).numpy(), wanted)
