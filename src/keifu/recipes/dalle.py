@@ -80,7 +80,7 @@ class Recipe:
     """The side of the last block's window."""
     sparse: bool = True
     """Places see their row, their column or a window; --no-sparse lets them see all that came before."""
-    text_weight: float = 1 / 8
+    text_weight: float = SayingBoth.text_weight
     """What the text's loss counts; the picture's counts the rest."""
     vae_minutes: float = 22.0
     """Train the autoencoder for so long: the steps are fixed by the pace before the start."""

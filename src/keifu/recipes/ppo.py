@@ -39,7 +39,7 @@ class Text:
 
     data: str | None = None
     """A catalogue name (keifu data list), a file or a folder; unset: none."""
-    weight: float = 27.8
+    weight: float = Rule.text_weight
     """γ, of the loss on it, in nats a token."""
     each: int = 8
     """Texts for each answer of an update."""
@@ -82,19 +82,19 @@ class Recipe:
     """How often the answers of a rollout are gone through."""
     max_tokens: int = 64
     """Of an answer, at most."""
-    temperature: float = 1.0
+    temperature: float = Rule.temperature
     """Of the answers' sampling."""
-    beta: float = 0.02
+    beta: float = Rule.beta
     """How dear a token's distance from the model that it began with is."""
-    clip: float = 0.2
+    clip: float = Rule.clip
     """How far a token's probability may move, as a share, before it counts no more."""
-    value_clip: float = 0.2
+    value_clip: float = Rule.value_clip
     """How far a value may move from that of the rollout before it counts no more."""
-    discount: float = 1.0
+    discount: float = Rule.discount
     """What a reward counts a token earlier."""
-    trace: float = 0.95
+    trace: float = Rule.trace
     """λ of the advantages: 1 asks the value model least, 0 most."""
-    cut_off: float = 0.0
+    cut_off: float = Rule.cut_off
     """What an answer that does not end loses of its reward."""
     lora: Lora = field(default_factory=Lora)
     """Low-rank adapters, of the policy and of the value model."""

@@ -91,11 +91,11 @@ class Recipe:
     """How much each noise level counts in the decoder's loss."""
     noise_steps: int = 1000
     """Noise levels, the paper's T."""
-    prior_dropout: float = 0.1
+    prior_dropout: float = UnclipLoss.prior_dropout
     """The share of texts that the prior is not told, which guidance needs."""
-    text_dropout: float = 0.5
+    text_dropout: float = UnclipLoss.text_dropout
     """The share of texts that the decoder is not told."""
-    image_dropout: float = 0.1
+    image_dropout: float = UnclipLoss.image_dropout
     """The share of embeddings that it is not told."""
     minutes: float = 67.0
     """Train for so long: the steps are fixed by the pace before the start."""

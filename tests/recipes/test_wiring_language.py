@@ -1,0 +1,405 @@
+"""Every option of the recipes for language models and translators reaches what it names, and the papers' figures stand
+in the recipes."""
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wiring
+from wiring import DIFFERENT, Group, Reach
+
+from keifu import checkpoints
+from keifu.data.pair_batches import ByRows, ByTokens
+from keifu.data.tokenizers import train_tokenizer
+from keifu.models import bert, gpt1, gpt2, gpt3, llama, palm, seq2seq, transformer
+from keifu.recipes import bert as bert_recipe
+from keifu.recipes import characters, gpt, palm2
+from keifu.recipes import gpt1 as gpt1_recipe
+from keifu.recipes import gpt2 as gpt2_recipe
+from keifu.recipes import gpt3 as gpt3_recipe
+from keifu.recipes import llama as llama_recipe
+from keifu.recipes import palm as palm_recipe
+from keifu.recipes import seq2seq as seq2seq_recipe
+from keifu.recipes import transformer as transformer_recipe
+from keifu.recipes._language import Text
+from keifu.training.settings import Settings
+
+TINY: dict[str, Any] = {"context_length": 16, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
+SMALL = Settings(steps=30, batch_size=4, save_every=10)
+OTHER = Settings(
+    steps=31, batch_size=5, batch_ramp=(2, 12), micro_batch=1, learning_rate=0.007, schedule="linear", warmup=3, hold=2,
+    final_ratio=0.3, decay_steps=21, rate_by="rows", weight_decay=0.03, betas=(0.7, 0.8), epsilon=1e-5, momentum=0.6,
+    clip=0.4, ema=0.9, precision="float32", compile=True, seed=7, log_every=3, evaluate_every=11, sample_every=12,
+    save_every=13, keep=4,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Toys:
+    """Paths of small inputs."""
+
+    text: str
+    other: str
+    pairs: str
+    other_pairs: str
+    bert: str
+    mixture: str
+    other_mixture: str
+    out: Path
+
+
+@pytest.fixture(scope="module")
+def toys(own_cache: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Toys:
+    """Two texts, two tables of pairs, a BERT and two mixtures."""
+    folder = tmp_path_factory.mktemp("toys")
+    chance = random.Random(0)
+    words = ["red", "Blue", "green", "one", "two", "three", "cat", "dog", "bird", "sees", "likes", "eats"]
+    paths = {name: folder / name for name in ("text.txt", "other.txt", "pairs.tsv", "other.tsv", "bert", "a.json")}
+    for name, count in (("text.txt", 400), ("other.txt", 500)):
+        lines = (" ".join(chance.choice(words) for _ in range(7)) + ".\n" for _ in range(count))
+        paths[name].write_text("".join(lines))
+    for name, count in (("pairs.tsv", 150), ("other.tsv", 170)):
+        rows = {" ".join(chance.choice(words) for _ in range(5)) for _ in range(count)}
+        paths[name].write_text("".join(f"{row}\t{row[::-1]} {row}\n" for row in sorted(rows)))
+    tokenizer = train_tokenizer("wordpiece", [" ".join(words)] * 5, 90)
+    checkpoints.save(bert.build(bert.Config(vocab_size=tokenizer.vocab_size, **TINY)), tokenizer, paths["bert"])
+    source = '{"sources": {"one": {"data": "text.txt", "weight": 0.5}, "two": {"data": "other.txt", "weight": 0.5}}}'
+    paths["a.json"].write_text(source)
+    (folder / "b.json").write_text(source.replace("0.5}, ", "0.3}, ").replace("0.5}}", "0.7}}"))
+    given = ("text.txt", "other.txt", "pairs.tsv", "other.tsv", "bert", "a.json")
+    return Toys(*(str(paths[name]) for name in given), str(folder / "b.json"), folder / "runs")
+
+
+def weights(record: Any) -> list[float]:
+    """Some of the first weights of the model."""
+    return next(p for p in record.model.parameters() if p.dim() > 1).flatten()[:9].tolist()
+
+
+def source(record: Any) -> str:
+    return record.run.about["data"][0]["source"]
+
+
+def kind(record: Any) -> str:
+    """What kind of tokenizer the run has."""
+    return type(wiring.look(record, "sample.task.tokenizer.backend").model).__name__
+
+
+def text_rows(toys: Toys, prefix: str) -> dict[str, Reach]:
+    """Of `Text`."""
+    return {
+        f"{prefix}data": Reach(toys.other, source),
+        f"{prefix}tokenizer": Reach("unigram", kind, "Unigram"),
+        f"{prefix}vocab_size": Reach(291, ("model.config.vocab_size", "sample.task.tokenizer.vocab_size")),
+        f"{prefix}held_out": Reach(0.2, lambda r: round(len(r.data.shards.validation) / len(r.data.shards.tokens), 1)),
+    }
+
+
+def budget_rows() -> dict[str, Reach]:
+    """Of recipes that have the loop's settings one by one."""
+    return {
+        "steps": Reach(41, "settings.steps"),
+        "batch_size": Reach(6, ("settings.batch_size", "data.batch_size")),
+        "micro_batch": Reach(2, "settings.micro_batch"),
+        "learning_rate": Reach(0.0071, "settings.learning_rate"),
+        "seed": Reach(5, ("settings.seed", "data.seed")),
+    }
+
+
+def own_rows() -> dict[str, Reach]:
+    """Of recipes that also know Muon."""
+    return budget_rows() | {
+        "matrix_rate": Reach(0.031, "settings.matrix_rate"),
+        "prompt": Reach("one", "sample.prompt"),
+    }
+
+
+def seeded(given: dict[str, Any] | None = None) -> Group:
+    """The seed also decides the weights."""
+    return Group({"seed": Reach(5, weights, DIFFERENT)}, given or {})
+
+
+def whole(toys: Toys, config: Any) -> list[Group]:
+    """Groups of recipes that take a config and `Settings` whole."""
+    rows = {"model": Reach(config, "model.config", but=("vocab_size",)), "training": Reach(OTHER, "settings")}
+    more = {"prompt": Reach("one", "sample.prompt")}
+    of_data = {"training": Reach(replace(SMALL, seed=8, batch_size=3), ("data.batch_size", weights), DIFFERENT)}
+    return [Group(text_rows(toys, "text.") | rows | more), Group(of_data)]
+
+
+def small_text(toys: Toys) -> Text:
+    return Text(toys.text, "bpe", 280)
+
+
+def of_gpt(toys: Toys) -> tuple[Any, list[Group]]:
+    base = gpt.Recipe(1, toys.text, vocab_size=280, context_length=16, steps=30, batch_size=4)
+    rows = {name: row for name, row in text_rows(toys, "").items() if name != "held_out"} | own_rows()
+    rows |= {
+        "depth": Reach(2, ("model.config.n_layers", "model.config.n_heads")),
+        "context_length": Reach(24, ("model.config.context_length", "data.context_length")),
+        "compile": Reach(True, "settings.compile"),
+    }
+    return base, [Group(rows), seeded()]
+
+
+def of_gpt1(toys: Toys) -> tuple[Any, list[Group]]:
+    base = gpt1_recipe.Recipe(small_text(toys), model=gpt1.Config(**TINY, dropout=0.0))
+    config = gpt1.Config(**TINY | {"dim": 24, "context_length": 20}, dropout=0.4)
+    rows = {"model": Reach(config, "model.config", but=("vocab_size",))}
+    of_paper = {"recipe_of": Reach("paper", "settings.optimizer", "adamw")}
+    twice = {"epochs": Reach(1.0, lambda r: round(r.settings.steps / r.data.steps_per_epoch), 1)}
+    return base, [Group(text_rows(toys, "text.") | own_rows() | rows), Group(of_paper), Group(twice), seeded()]
+
+
+def of_gpt3(toys: Toys) -> tuple[Any, list[Group]]:
+    base = gpt3_recipe.Recipe(small_text(toys), steps=30, batch_size=4, model=gpt3.Config(**TINY, band=4))
+    config = gpt3.Config(**TINY | {"dim": 24, "context_length": 20}, band=5)
+    rows = {"model": Reach(config, "model.config", but=("vocab_size",)), "compile": Reach(True, "settings.compile")}
+    rate = {"learning_rate": Reach(0.0072, "settings.learning_rate")}
+    of_paper = {"recipe_of": Reach("paper", "settings.optimizer", "adamw")}
+    paper = Group(rate, {"recipe_of": "paper"})
+    return base, [Group(text_rows(toys, "text.") | own_rows() | rows), Group(of_paper), paper, seeded()]
+
+
+def of_palm(toys: Toys) -> tuple[Any, list[Group]]:
+    base = palm_recipe.Recipe(small_text(toys), steps=30, batch_size=4, model=palm.Config(**TINY, head_dim=8))
+    config = palm.Config(**TINY | {"dim": 24, "context_length": 20}, head_dim=4)
+    rows = {"model": Reach(config, "model.config", but=("vocab_size",)), "compile": Reach(True, "settings.compile")}
+    rows |= {"z_loss": Reach(0.02, ("objective.z_loss", "run.options.z_loss"))}
+    own = type(base.spikes)(rise=0.6, rewind=17, skip=43)
+    spikes = {"spikes": Reach(replace(own, steps=own.steps + 3), "settings.spikes")}
+    of_paper = Group({"recipe_of": Reach("paper", "settings.optimizer", "adafactor")}, {"z_loss": 0.1})
+    paper = Group(spikes | {"learning_rate": Reach(0.0072, "settings.learning_rate")}, {"recipe_of": "paper"})
+    first = Group(text_rows(toys, "text.") | own_rows() | rows, {"z_loss": 0.3})
+    return base, [first, Group(spikes), of_paper, paper, seeded()]
+
+
+def of_characters(toys: Toys) -> tuple[Any, list[Group]]:
+    base = characters.Recipe(toys.text)
+    rows = {"data": Reach(toys.other, source), "steps": Reach(33, "settings.steps")}
+    rows |= {"seed": Reach(5, ("settings.seed", "data.seed")), "recipe_of": Reach("nanogpt", kind_of_model, "gpt2")}
+    return base, [Group(rows), seeded()]
+
+
+def kind_of_model(record: Any) -> str:
+    """The module that a model's Config stands in."""
+    return type(record.model.config).__module__.rpartition(".")[2]
+
+
+def of_bert(toys: Toys) -> tuple[Any, list[Group]]:
+    text = Text(toys.text, "wordpiece", 52, held_out=0.2)
+    small = bert.Config(**TINY | {"context_length": 40})
+    base = bert_recipe.Recipe(text, model=small, training=SMALL, masking=bert_recipe.Masking(length=20))
+    tokenizer, heads = "sample.tokenizer", ("vocab_size", "pooled", "next_sentence", "words")
+    rows = {name: row for name, row in text_rows(toys, "text.").items() if "tokenizer" not in name}
+    rows["text.vocab_size"] = Reach(47, f"{tokenizer}.vocab_size")
+    rows["text.held_out"] = Reach(0.4, lambda r: r.data.shards.index["validation"]["tokens"], DIFFERENT)
+    masking = bert_recipe.Masking(18, 0.4, 5, True, False, 0.3)
+    rows |= {
+        "lowercase": Reach(False, lambda r: (t := wiring.look(r, tokenizer)).encode("Blue") == t.encode("blue"), False),
+        "masking": Reach(masking, "data.masking"),
+        "model": Reach(replace(small, dim=24, dropout=0.4), "model.config", but=heads),
+        "training": Reach(OTHER, "settings"),
+        "gaps": Reach(("one [MASK] two.",), lambda r: r.sample(0).splitlines()[0], "one [MASK] two."),
+    }  # fmt: skip
+    begun = {"text.tokenizer": Reach(toys.bert, f"{tokenizer}.vocab_size", DIFFERENT)}
+    start = {"start": Reach(toys.bert, "model.config.context_length", 16)}
+    room = {"masking.length": 12}
+    pairs = {"masking.sentence_pairs": Reach(False, ("model.config.next_sentence", "model.config.pooled"))}
+    batch = {"training": Reach(replace(SMALL, seed=8, batch_size=3), ("data.batch_size", "data.seed"), DIFFERENT)}
+    groups = [Group(rows), Group(begun), Group(start, room), Group(pairs), Group(batch)]
+    return base, groups
+
+
+def of_palm2(toys: Toys) -> tuple[Any, list[Group]]:
+    config = palm.Config(**TINY | {"context_length": 32}, head_dim=8)
+    samples = {"gaps": ("one ___.",), "prompts": ("two",)}
+    base = palm2.Recipe(toys.mixture, vocab_size=372, model=config, training=SMALL, **samples)
+    rows = {
+        "mixture": Reach(toys.other_mixture, lambda r: r.data.sources[1].weight, DIFFERENT),
+        "vocab_size": Reach(367, "model.config.vocab_size"),
+        "shares": Reach((0.1, 0.3, 0.6), shares, (0.1, 0.3, 0.6)),
+        "prefix": Reach(0.3, prefix_of),
+        "sentinels": Reach(90, lambda r: len(r.data.task.form.markers.sentinels), 90),
+        "model": Reach(replace(config, dim=24, head_dim=4), "model.config", but=("vocab_size",)),
+        "training": Reach(OTHER, "settings"),
+        "gaps": Reach(("cat ___ two.",), "sample.gaps"),
+        "prompts": Reach(("cat",), "sample.recipe.prompts"),
+    }
+    causal = {"objective": Reach("causal", lambda r: type(r.data.task).__name__, "LeftToRight")}
+    drawn = {"training": Reach(replace(SMALL, seed=8, batch_size=3), ("data.growth", "data.seed", weights), DIFFERENT)}
+    return base, [Group(rows), Group(causal), Group(drawn)]
+
+
+def shares(record: Any) -> tuple[float, ...]:
+    """The rows' shares of the three kinds of denoisers."""
+    found = dict[str, float]()
+    for denoiser in record.data.task.denoisers:
+        found[denoiser.mode] = found.get(denoiser.mode, 0.0) + denoiser.share
+    return tuple(round(found[mode], 6) for mode in ("[NLU]", "[NLG]", "[S2S]"))
+
+
+def prefix_of(record: Any) -> float:
+    return next(denoiser for denoiser in record.data.task.denoisers if denoiser.mode == "[S2S]").rate
+
+
+def pair_rows(toys: Toys) -> dict[str, Reach]:
+    """Of both recipes for translation."""
+    return {
+        "data": Reach(toys.other_pairs, source),
+        "vocab_size": Reach(291, "model.config.vocab_size"),
+        "steps": Reach(41, "settings.steps"),
+        "tokens_per_batch": Reach(150, lambda r: r.data.batching.name, "150 tokens"),
+        "micro_batch": Reach(2, "settings.micro_batch"),
+        "keep": Reach(4, "settings.keep"),
+        "seed": Reach(5, ("settings.seed", "data.seed")),
+        "learning_rate": Reach(0.0071, "settings.learning_rate"),
+        "label_smoothing": Reach(0.23, "objective.label_smoothing"),
+    }
+
+
+def more_of_translation(toys: Toys) -> list[Group]:
+    """Groups of both, each for itself."""
+    reverse = {"reverse": Reach(True, lambda r: len(r.data.train.source.ids) > len(r.data.train.target.ids), True)}
+    average = {"average": Reach(6, ("save.plan.average", "settings.keep"))}
+    minutes = {"minutes": Reach(0.5, "settings.steps", wiring.MINUTES // 2)}
+    kinds = {"tokenizer": Reach("unigram", kind, "Unigram")}
+    return [Group(reverse), Group(average), Group(minutes, {"steps": None}), Group(kinds), seeded()]
+
+
+def of_transformer(toys: Toys) -> tuple[Any, list[Group]]:
+    config = transformer.Config(**TINY | {"context_length": 60}, dropout=0.0)
+    base = transformer_recipe.Recipe(toys.pairs, vocab_size=280, steps=30, tokens_per_batch=200, model=config)
+    ids = ("vocab_size", "start_id", "end_id", "pad_id")
+    rows = {"model": Reach(replace(config, dim=24, dropout=0.3), "model.config", but=ids)}
+    rows |= {"matrix_rate": Reach(0.033, "settings.matrix_rate")}
+    paper = {"recipe_of": Reach("paper", ("settings.schedule",), "inverse_sqrt")}
+    return base, [Group(pair_rows(toys) | rows), Group(paper), *more_of_translation(toys)]
+
+
+def of_seq2seq(toys: Toys) -> tuple[Any, list[Group]]:
+    config = seq2seq.Config(context_length=60, dim=16, embedding_dim=8, attention_dim=8, maxout_dim=8, dropout=0.0)
+    base = seq2seq_recipe.Recipe(toys.pairs, vocab_size=280, steps=30, tokens_per_batch=200, model=config)
+    ids = ("vocab_size", "start_id", "end_id", "pad_id", "context")
+    rows = {"model": Reach(replace(config, dim=24, dropout=0.3), "model.config", but=ids)}
+    paper = {"recipe_of": Reach("paper", ("settings.optimizer",), "adadelta")}
+    context = {"attention": Reach("none", "model.config.context", "fixed")}
+    return base, [Group(pair_rows(toys) | rows), Group(paper), Group(context), *more_of_translation(toys)]
+
+
+def of_gpt2(toys: Toys) -> tuple[Any, list[Group]]:
+    config = gpt2.Config(**TINY, dropout=0.0)
+    return gpt2_recipe.Recipe(small_text(toys), config, SMALL), whole(toys, replace(config, dim=24, dropout=0.4))
+
+
+def of_llama(toys: Toys) -> tuple[Any, list[Group]]:
+    config = llama.Config(**TINY)
+    return llama_recipe.Recipe(small_text(toys), config, SMALL), whole(toys, replace(config, dim=24, norm_eps=1e-4))
+
+
+TABLE = {
+    "gpt": of_gpt, "gpt1": of_gpt1, "gpt2": of_gpt2, "gpt3": of_gpt3, "llama": of_llama, "palm": of_palm,
+    "palm2": of_palm2, "characters": of_characters, "bert": of_bert, "transformer": of_transformer,
+    "seq2seq": of_seq2seq,
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", TABLE)
+def test_every_option_reaches_what_it_names(name: str, toys: Toys) -> None:
+    base, groups = TABLE[name](toys)
+    assert not wiring.uncovered(base, groups, {}), "an option without a row in the table above"
+    for group in groups:
+        wiring.check(group, lambda given: wiring.run(name, wiring.assign(base, given), toys.out / name))
+
+
+PAPERS: dict[tuple[str, str | None], dict[str, Any]] = {
+    ("gpt1", "paper"): {
+        "settings.learning_rate": 2.5e-4, "settings.betas": (0.9, 0.999), "settings.weight_decay": 0.01,
+        "settings.schedule": "cosine", "settings.final_ratio": 0.0, "settings.batch_size": 64, "settings.clip": 1.0,
+        "settings.optimizer": "adamw",
+    },
+    ("transformer", "paper"): {
+        "settings.betas": (0.9, 0.98), "settings.epsilon": 1e-9, "settings.schedule": "inverse_sqrt",
+        "settings.clip": 0.0, "settings.weight_decay": 0.0, "objective.label_smoothing": 0.1, "settings.keep": 5,
+        "save.plan.average": 5, "settings.optimizer": "adamw",
+    },
+    ("transformer", "keifu"): {
+        "settings.optimizer": "muon", "settings.betas": (0.9, 0.98), "objective.label_smoothing": 0.1,
+        "settings.weight_decay": 0.01, "save.plan.average": 1, "settings.schedule": "linear",
+        "settings.final_ratio": 0.0, "settings.learning_rate": 2e-3, "settings.matrix_rate": 0.02,
+    },
+    ("seq2seq", "paper"): {
+        "settings.optimizer": "adadelta", "settings.learning_rate": 1.0, "settings.schedule": "constant",
+        "settings.warmup": 0, "settings.clip": 1.0, "settings.weight_decay": 0.0, "objective.label_smoothing": 0.0,
+        "data.batching.pool": 1600,
+    },
+    ("seq2seq", "keifu"): {
+        "settings.optimizer": "adamw", "settings.betas": (0.9, 0.98), "settings.schedule": "linear",
+        "settings.final_ratio": 0.0, "settings.weight_decay": 0.01, "objective.label_smoothing": 0.1,
+    },
+    ("palm", "paper"): {
+        "settings.optimizer": "adafactor", "settings.learning_rate": 1e-2, "settings.schedule": "inverse_sqrt",
+        "settings.weight_decay": 1.0, "settings.clip": 1.0, "objective.z_loss": 1e-4,
+    },
+    ("palm", "keifu"): {
+        "settings.optimizer": "muon", "settings.schedule": "linear", "settings.final_ratio": 0.0,
+        "settings.weight_decay": 0.01, "settings.spikes.rise": 0.25, "settings.learning_rate": 2e-3,
+    },
+    ("gpt3", "paper"): {
+        "settings.betas": (0.9, 0.95), "settings.epsilon": 1e-8, "settings.clip": 1.0, "settings.weight_decay": 0.1,
+        "settings.learning_rate": 6e-4, "settings.final_ratio": 0.1, "settings.rate_by": "rows",
+    },
+    ("gpt1", "keifu"): {"settings.optimizer": "muon", "settings.weight_decay": 0.01, "settings.final_ratio": 0.0},
+    ("gpt", None): {
+        "settings.optimizer": "muon", "settings.matrix_rate": 0.02, "settings.learning_rate": 3e-3,
+        "settings.final_ratio": 0.0, "settings.weight_decay": 0.01,
+    },
+    ("characters", "nanogpt"): {
+        "settings.learning_rate": 1e-3, "settings.betas": (0.9, 0.99), "settings.batch_size": 12,
+        "settings.steps": 2000, "settings.warmup": 100, "settings.final_ratio": 0.1, "data.context_length": 64,
+        "model.config.dropout": 0.0, "settings.weight_decay": 0.1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("name", "of"), PAPERS)
+def test_figures_of_the_papers(name: str, of: str | None, toys: Toys) -> None:
+    base = TABLE[name](toys)[0]
+    base = wiring.assign(base, {"batch_size": None} if name == "gpt1" else {})
+    record = wiring.run(name, base if of is None else replace(base, recipe_of=of), toys.out)
+    found = {path: wiring.look(record, path) for path in PAPERS[name, of]}
+    assert found == PAPERS[name, of]
+
+
+def test_published_settings() -> None:
+    for found, rate, rows in ((gpt2_recipe.PUBLISHED, 6e-4, 512), (llama_recipe.PUBLISHED, 3e-4, 2048)):
+        shared = (found.betas, found.weight_decay, found.clip, found.final_ratio, found.warmup, found.schedule)
+        assert shared == ((0.9, 0.95), 0.1, 1.0, 0.1, 2000, "cosine")
+        assert (found.optimizer, found.learning_rate, found.batch_size) == ("adamw", rate, rows)
+    assert bert_recipe.LEARNING.betas == (0.9, 0.999) and bert_recipe.LEARNING.schedule == "linear"
+    assert (bert_recipe.LEARNING.weight_decay, bert_recipe.LEARNING.final_ratio) == (0.01, 0.0)
+    masking = bert_recipe.Masking()
+    assert (masking.share, masking.short, masking.sentence_pairs) == (0.15, 0.1, True)
+    assert palm2.LEARNING.optimizer == "muon" and palm2.LEARNING.final_ratio == 0.0
+
+
+def test_the_transformers_rate_is_the_papers() -> None:
+    """Section 5.3: d^-0.5 min(step^-0.5, step 4000^-1.5)."""
+    found = transformer_recipe.paper_settings(transformer_recipe.Recipe(model=transformer.Config(dim=512)), 100_000)
+    assert found.warmup == 4000 and found.learning_rate == pytest.approx(512**-0.5 * 4000**-0.5)
+    assert transformer_recipe.paper_settings(transformer_recipe.Recipe(), 100).warmup == 100
+    long = gpt1_recipe.paper_settings(gpt1_recipe.Recipe(), 50_000, 64)
+    assert long.warmup == 2000
+
+
+def test_batches_of_both_ways_to_translate(toys: Toys) -> None:
+    base = TABLE["seq2seq"](toys)[0]
+    for of, batching in (("keifu", ByTokens), ("paper", ByRows)):
+        record = wiring.run("seq2seq", replace(base, recipe_of=of), toys.out)
+        assert isinstance(record.data.batching, batching)
+    assert record.data.batching.bounds[1] == 80  # rows of a batch in the paper
+    own = record.model.config
+    assert tuple(record.data.special) == (own.start_id, own.end_id, own.pad_id)

@@ -1,0 +1,157 @@
+"""What reaches the training loop from a recipe: a stand-in for the loop that records its arguments, rows of a table for
+options, and the check that every option has a row and reaches what that names."""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from pkgutil import walk_packages
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from keifu import recipes
+from keifu.errors import UserError
+from keifu.training import budget, loop
+
+DIFFERENT = object()  # what a path gives must differ from what it gives without the option, and no more is known
+MINUTES = 100  # steps that the stand-in for the measurement of pace finds in a minute
+
+
+@dataclass(frozen=True)
+class Reach:
+    """An option's row: a value that is not its default, where that arrives, and as what.
+
+    path: names through attributes, keys, arguments of a partial and variables of a closure, after the name of a part's
+    folder and a colon where it is not the run's last; or a function of the record. `but`: fields left out of a
+    comparison of dataclasses.
+    """
+
+    value: Any
+    path: str | Callable[[Any], Any] | tuple[str, ...]
+    expected: Any = ...
+    but: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options that are set together. given: what else is changed, with the options and without. refused: without the
+    options the recipe refuses to start."""
+
+    rows: Mapping[str, Reach]
+    given: Mapping[str, Any] = field(default_factory=dict)
+    refused: bool = False
+
+
+@cache
+def modules() -> list[Any]:
+    """All of the recipes'."""
+    return [import_module(found.name) for found in walk_packages(recipes.__path__, f"{recipes.__name__}.")]
+
+
+class Recorder:
+    """Stands in for the training loop in every recipe. What was built is written for the part after it, and, if all is
+    `saved`, in the end too."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, out: Path, saved: bool = False):
+        self.calls: dict[str, SimpleNamespace] = {}
+        self.out, self.saved = out, saved
+        for module in modules():
+            for name, value in list(vars(module).items()):
+                if value is loop.train:
+                    patch.setattr(module, name, self.train)
+                elif value is budget.steps_within:
+                    patch.setattr(module, name, lambda minutes, *rest, **more: round(MINUTES * minutes))
+
+    def train(self, model, objective, data, settings, run, sample=None, save=None, largest=None) -> loop.Summary:
+        """Records, and says that all went well."""
+        call = dict(model=model, objective=objective, data=data, settings=settings, run=run, sample=sample, save=save)
+        self.calls[run.directory.name] = self.calls["last"] = SimpleNamespace(**call, largest=largest, parts=self.calls)
+        if save and (self.saved or run.directory != self.out):
+            run.directory.mkdir(parents=True, exist_ok=True)
+            save(run.directory)
+        return loop.Summary(run.directory, settings.steps, 0.0, defaultdict(float))
+
+
+def inside(thing: Any, name: str) -> Any:
+    """One step of a path."""
+    if isinstance(thing, Mapping):
+        return thing[name]
+    if isinstance(thing, list | tuple) and name.lstrip("-").isdigit():
+        return thing[int(name)]
+    if isinstance(thing, partial):
+        return inspect.signature(thing.func).bind_partial(*thing.args, **thing.keywords).arguments[name]
+    if inspect.isfunction(thing):
+        return inspect.getclosurevars(inspect.unwrap(thing)).nonlocals[name]
+    return getattr(thing, name)
+
+
+def look(record: SimpleNamespace, path: Any) -> Any:
+    """What stands at the end of a path."""
+    if callable(path):
+        return path(record)
+    part, _, names = path.rpartition(":")
+    found: Any = record.parts[part] if part else record
+    for name in names.split("."):
+        found = inside(found, name)
+    return found
+
+
+def leaves(value: Any, prefix: str = "") -> Iterator[str]:
+    """The names of all options of a recipe, nested ones with dots."""
+    for each in fields(value):
+        inner = getattr(value, each.name)
+        if is_dataclass(inner):
+            yield from leaves(inner, f"{prefix}{each.name}.")
+        else:
+            yield f"{prefix}{each.name}"
+
+
+def assign(recipe: Any, changes: Mapping[str, Any]) -> Any:
+    """The recipe with these options."""
+    for name, value in changes.items():
+        first, _, rest = name.partition(".")
+        recipe = replace(recipe, **{first: assign(getattr(recipe, first), {rest: value}) if rest else value})
+    return recipe
+
+
+def uncovered(recipe: Any, groups: list[Group], free: Mapping[str, str]) -> list[str]:
+    """Options that have no row, neither their own nor one of a whole group such as `model`."""
+    rows = {name for group in groups for name in group.rows} | {*free}
+    return [name for name in leaves(recipe) if not any(name == row or name.startswith(f"{row}.") for row in rows)]
+
+
+def check(group: Group, records: Callable[[Mapping[str, Any]], SimpleNamespace]) -> None:
+    """That each option of a group reaches what its row names, and that this was something else before."""
+    changes = {name: reach.value for name, reach in group.rows.items()}
+    changed = records({**group.given, **changes})
+    if group.refused:
+        with pytest.raises(UserError):
+            records(group.given)
+        return
+    before = records(group.given)
+    for option, reach in group.rows.items():
+        for path in reach.path if isinstance(reach.path, tuple) else (reach.path,):
+            now, then = _comparable(look(changed, path), reach.but), _comparable(look(before, path), reach.but)
+            assert now != then, f"{option} does not reach {path}: it is {now!r} with it and without it"
+            if reach.expected is not DIFFERENT:
+                wanted = _comparable(reach.value if reach.expected is ... else reach.expected, reach.but)
+                assert now == pytest.approx(wanted) if isinstance(wanted, float) else now == wanted, (option, path)
+
+
+def _comparable(value: Any, but: tuple[str, ...]) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: each for name, each in asdict(value).items() if name not in but}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def run(name: str, recipe: Any, out: Path, saved: bool = False) -> SimpleNamespace:
+    """The record of a recipe's last call of the training loop."""
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder(patch, out, saved)
+        import_module(f"{recipes.__name__}.{name}").run(recipe, out, False)
+    return recorder.calls["last"]
