@@ -264,7 +264,7 @@ def of_ppo(toys: Toys) -> tuple[Any, list[Group]]:
 
 
 def value_sum(record: Any) -> float:
-    return float(record.model.value.task_head.project.weight.sum())
+    return float(record.model.value.task_head.project.weight.detach().sum())
 
 
 def table_rows() -> dict[str, Reach]:
