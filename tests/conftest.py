@@ -12,6 +12,9 @@ import jaxtyping  # noqa: E402 (the environment must be set before)
 if os.environ.get("KEIFU_NO_SHAPES") != "1":  # the hook breaks torch.compile(fullgraph=True): such tests run without it
     jaxtyping.install_import_hook("keifu", "beartype.beartype")
 
+import math  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -25,3 +28,34 @@ warnings.filterwarnings("ignore", module="beartype")
 def _repeatable() -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
+
+
+def binomial_bounds(trials: int, share: float, risk: float = 1e-7) -> tuple[int, int]:
+    """The least and the largest count of independent trials of this share, each side left with less than `risk`."""
+    logs = [
+        math.lgamma(trials + 1) - math.lgamma(n + 1) - math.lgamma(trials - n + 1)
+        + n * math.log(share) + (trials - n) * math.log1p(-share)
+        for n in range(trials + 1)
+    ]  # fmt: skip
+    chances = [math.exp(each) for each in logs]
+
+    def cut(ordered: list[float]) -> int:
+        total = 0.0
+        for number, chance in enumerate(ordered):
+            total += chance
+            if total > risk:
+                return number
+        return len(ordered)
+
+    return cut(chances), trials - cut(chances[::-1])
+
+
+@pytest.fixture(scope="session")
+def likely() -> Callable[[int, int, float], bool]:
+    """Whether a count is one that so many trials of a share give, but for one chance in five million."""
+
+    def inside(count: int, trials: int, share: float) -> bool:
+        least, largest = binomial_bounds(trials, share)
+        return least <= count <= largest
+
+    return inside

@@ -1,0 +1,171 @@
+"""PPO from answers to what is learned of them, joined, against NumPy: rewards, what a cut-off costs, advantages and
+returns, the sign of the distance; and the text beside the answers, which moves on and covers an epoch."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from keifu import checkpoints
+from keifu.alignment.episodes import Beside, Episodes
+from keifu.alignment.grpo import Groups, grpo
+from keifu.alignment.ppo import ActorCritic, Rule, ppo
+from keifu.alignment.rollouts import Plan
+from keifu.data.chat import PLAIN
+from keifu.data.packed import PackedText
+from keifu.data.prompts import prompt
+from keifu.data.text import prepare
+from keifu.models import finetuned
+
+RULE = Rule(beta=0.3, discount=0.9, trace=0.7, cut_off=0.6, temperature=0.7)
+PLAN = Plan(prompts=6, group=1, max_tokens=5, temperature=0.7, seed=3, minibatches=2, epochs=2)
+
+
+def price(text: str) -> float:
+    """What an answer to this prompt is worth, whatever it is."""
+    return (sum(map(ord, text)) % 17) / 9
+
+
+class Parts:
+    """A policy, a reference that is another model, a value model, and prompts."""
+
+    def __init__(self, base: Path):
+        torch.set_num_threads(1)
+        self.policy: Any
+        self.policy, tokenizer = checkpoints.load(base, torch.float32)
+        assert tokenizer is not None
+        self.tokenizer = tokenizer.with_chat_template(PLAIN)
+        torch.manual_seed(5)
+        for parameter in self.policy.parameters():
+            parameter.data = parameter + 0.05 * torch.randn_like(parameter)
+        self.reference = self.shaken(self.policy)
+        decoder = self.shaken(self.policy)
+        self.value = finetuned.finetuned(decoder, finetuned.Config(decoder.config, "score", ("reward",)))
+        records = [{"prompt": f"{a} {b}"} for a in ("one", "two", "good") for b in ("bad", "five", "four three")]
+        self.prompts = [prompt(record, "here") for record in records], [prompt(records[0], "here")]
+
+    @staticmethod
+    def shaken(model: Any) -> Any:
+        """A copy with other weights."""
+        found = copy.deepcopy(model)
+        for parameter in found.parameters():
+            parameter.data = parameter + 0.1 * torch.randn_like(parameter)
+        return found.requires_grad_(False)
+
+    def given(self, plan: Plan = PLAN) -> tuple[Any, ...]:
+        """What data of answers take."""
+        models = (self.policy, self.reference)
+        return models, self.tokenizer, self.prompts, lambda prompts, answers: [price(p.text) for p in prompts], plan
+
+
+@pytest.fixture(scope="module")
+def parts(base: Path) -> Parts:
+    return Parts(base)
+
+
+def logs_of(model: Any, tokens: torch.Tensor, temperature: float) -> np.ndarray:
+    """ln p of each token after the first, the first one's as 0, by another way than the library's."""
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).double().numpy() / temperature
+    logits = logits - logits.max(-1, keepdims=True)
+    shares = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    found = np.take_along_axis(shares, tokens[:, 1:, None].numpy(), -1)[..., 0]
+    return np.concatenate([np.zeros((len(found), 1)), found], 1)
+
+
+def expected_of(parts: Parts, row: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What an answer must be worth: from its tokens alone, by the equations."""
+    places = np.flatnonzero(row["mask"])
+    tokens = torch.from_numpy(row["tokens"][None, : places[-1] + 1])
+    old, reference = (logs_of(model, tokens, 0.7)[0] for model in (parts.policy, parts.reference))
+    with torch.no_grad():
+        values = parts.value.scores_along(tokens[:, None])[0, 0].double().numpy()
+    asked = row["tokens"][: places[0]].tolist()
+    reward = next(price(one.text) for one in parts.prompts[0] if parts.tokenizer.render_chat(one.messages) == asked)
+    finished = int(row["tokens"][places[-1]]) in parts.tokenizer.stop_ids
+    score = reward - 0.6 * (not finished)
+    found: dict[str, Any] = {"reward": reward, "finished": float(finished)}
+    found["kl"] = sum(old[at] - reference[at] for at in places)
+    estimate, following = 0.0, 0.0
+    advantages, returns = {}, {}
+    for at in reversed(places):
+        gain = -0.3 * (old[at] - reference[at]) + (score if at == places[-1] else 0.0)
+        before = values[at - 1]
+        estimate = gain + 0.9 * following - before + 0.9 * 0.7 * estimate
+        advantages[at], returns[at], following = estimate, estimate + before, before
+    order = list(places)
+    return found | {"advantage": [advantages[at] for at in order], "returns": [returns[at] for at in order]}
+
+
+def test_what_is_learned_of_answers_is_that_of_numpy(parts: Parts) -> None:
+    """Both minibatches of a rollout, of which the advantages are whitened together, after the returns were made."""
+    data = Episodes(parts.value, RULE, None, *parts.given())
+    rows = []
+    for step in range(2):
+        batch = {name: tensor.numpy() for name, tensor in data.batch(step).items()}
+        assert batch["share"] == pytest.approx(3 / batch["mask"].sum())
+        rows += [{name: array[n] for name, array in batch.items()} for n in range(3)]
+    wanted = [expected_of(parts, row) for row in rows]
+    raw = np.concatenate([each["advantage"] for each in wanted])
+    white = iter((raw - raw.mean()) / np.sqrt(raw.var(ddof=1) + 1e-8))
+    for row, each in zip(rows, wanted, strict=True):
+        mask = row["mask"]
+        assert row["reward"] == pytest.approx(each["reward"], abs=1e-5) and row["finished"] == each["finished"]
+        assert row["kl"] == pytest.approx(each["kl"], abs=1e-3)
+        np.testing.assert_allclose(row["returns"][mask], each["returns"], atol=1e-3)
+        np.testing.assert_allclose(row["advantage"][mask], [next(white) for _ in each["advantage"]], atol=2e-3)
+        assert row["reward_spread"] == pytest.approx(np.std([one["reward"] for one in wanted]), abs=1e-5)
+    assert {each["finished"] for each in wanted} <= {0.0, 1.0} and any(not each["finished"] for each in wanted)
+    kl = [each["kl"] for each in wanted]
+    assert np.abs(kl).max() > 0.5  # the sign can be told
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_what_was_just_written_has_a_ratio_of_one(method: str, parts: Parts) -> None:
+    """Also where the temperature is not 1: it belongs to sampling and to learning."""
+    if method == "ppo":
+        data, model = Episodes(parts.value, RULE, None, *parts.given()), ActorCritic(parts.policy, parts.value)
+        figures = ppo(RULE)(model, data.batch(0)).figures
+        assert float(figures["update_kl"]) == pytest.approx(0, abs=1e-8)
+    else:
+        data = Groups(*parts.given(Plan(prompts=3, group=2, max_tokens=5, temperature=0.7, seed=3)))
+        batch = data.batch(0)
+        figures, kept = grpo(0.2, 0.1, 0.7)(parts.policy, batch).figures, batch["mask"]
+        away = [(r - o)[m].double() for r, o, m in zip(batch["reference"], batch["old"], kept, strict=True)]
+        expected = sum(float((d.exp() - d - 1).mean()) for d in away)  # Schulman's k3, of p_reference / p
+        assert float(figures["kl"]) == pytest.approx(expected, rel=1e-3)
+    assert float(figures["clip_fraction"]) == 0
+
+
+def test_answers_of_a_rollout_are_gone_through_in_parts_and_twice(parts: Parts) -> None:
+    data = Episodes(parts.value, RULE, None, *parts.given())
+    steps = [data.batch(step)["tokens"] for step in range(4)]
+    texts = [{tuple(row[row != 0].tolist()) for row in tokens} for tokens in steps]
+    assert texts[0] | texts[1] == texts[2] | texts[3] and len(texts[0] | texts[1]) > len(texts[0])
+
+
+def test_text_moves_on_and_covers_an_epoch(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path))
+    words = ("one", "two", "three", "four", "five", "good", "bad")
+    chance = np.random.default_rng(0)
+    (tmp_path / "text.txt").write_text(" ".join(chance.choice(words, 900)))
+    shards = prepare(str(tmp_path / "text.txt"), parts.tokenizer, held_out=0.2)
+    text = PackedText(shards, 12, 1, 4)
+    data = Episodes(parts.value, RULE, Beside(text, 4), *parts.given())
+    seen: list[tuple[int, ...]] = []
+    for step in range(-(-text.windows_per_epoch // 12)):
+        found = data.beside.batch(step, 3)
+        assert found.shape == (3, 4, 13)
+        seen += [tuple(row) for row in found.flatten(0, 1).tolist()]
+    texts = [data.batch(step)["text"] for step in range(2)]  # the step's own, of as many rows as answers
+    assert all(torch.equal(text, data.beside.batch(step, 3)) for step, text in enumerate(texts))
+    epoch = {tuple(row) for row in text.windows(np.arange(text.windows_per_epoch)).tolist()}
+    assert len(epoch) > 20 and set(seen[: text.windows_per_epoch]) == epoch
+    held = [tuple(row) for row in data.beside.held_out(0, 3).flatten(0, 1).tolist()]
+    held += [tuple(row) for row in data.beside.held_out(3, 3).flatten(0, 1).tolist()]
+    assert held == [tuple(row) for row in np.resize(text.held_out, (24, 13)).tolist()]
+    batches = list(data.validation())
+    assert batches[0]["text"].shape == (1, 4, 13)
