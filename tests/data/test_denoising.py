@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from keifu.data.denoised_rows import Decoder, Denoising, EncoderDecoder, FromTheLeft, HiddenTokens, LeftToRight
 from keifu.data.denoising import MODES, Denoiser, Markers, corrupt, random_spans, special_tokens, ul2
+from keifu.data.shares import which
 from keifu.data.tokenizers import train_tokenizer
 from keifu.errors import UserError
 
@@ -193,3 +194,36 @@ def test_markers_are_the_tokenizers_own_and_text_cannot_spell_them() -> None:
 def test_what_cannot_be_is_one_sentence(make, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         make()
+
+
+def test_shares_of_the_denoisers_are_exact() -> None:
+    """Of every stretch of rows each denoiser has its share, to a row; all of it known by the row's number alone."""
+    shares = np.array([each.share for each in ul2((0.4, 0.4, 0.2))])
+    whose = which(shares, np.arange(5000))
+    for first, last in ((0, 5000), (1234, 1334), (77, 777)):
+        counts = np.bincount(whose[first:last], minlength=len(shares))
+        assert (np.abs(counts - shares * (last - first)) <= 1.5).all(), counts
+    assert np.array_equal(which(shares, np.arange(300, 400)), whose[300:400])
+
+
+@pytest.mark.parametrize(
+    ("rate", "span", "length", "hidden", "spans"),
+    [(0.15, 3, 512, 77, 26), (0.15, 8, 512, 77, 10), (0.5, 3, 512, 256, 85), (0.5, 64, 512, 256, 4),
+     (0.15, 64, 512, 77, 1), (0.5, 8, 100, 50, 6), (0.15, 3, 10, 2, 1)],
+)  # fmt: skip
+def test_how_much_is_hidden_is_t5s_rule(rate: float, span: int, length: int, hidden: int, spans: int) -> None:
+    denoiser = Denoiser("[NLU]", rate, span)
+    assert denoiser.counts(length) == (hidden, spans)
+    places = random_spans(50, length, hidden, spans, np.random.default_rng(0))
+    assert (places.sum(1) == hidden).all()
+    starts = places[:, 0] + (places[:, 1:] & ~places[:, :-1]).sum(1)
+    assert (starts == spans).all()
+
+
+def test_s_hides_any_length_alike(likely) -> None:
+    task = Denoising([Denoiser("[S2S]", 0.5, None)], Decoder(MARKERS, 16))
+    rows = task.rows(np.zeros((8000, 16), int), np.arange(8000), np.random.default_rng(0))
+    lengths = np.bincount(rows["mask"].sum(1), minlength=17)
+    used = np.flatnonzero(lengths)
+    assert used.tolist() == list(range(int(used[0]), int(used[-1]) + 1)) and len(used) >= 14
+    assert all(likely(int(lengths[each]), 8000, 1 / len(used)) for each in used)

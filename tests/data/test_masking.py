@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from keifu.data import sentence_shards
-from keifu.data.masking import MaskedText, Masking, Vocabulary, single_tokens, whole_words
+from keifu.data.masking import MaskedText, Masking, Vocabulary, _instead, single_tokens, whole_words
 from keifu.data.sentence_pairs import RowPlanner, _truncated
 from keifu.data.sentence_shards import Sentences, SentenceShards, prepare_sentences
 from keifu.data.tokenizers import Tokenizer, train_tokenizer
@@ -262,3 +262,38 @@ def test_what_cannot_be_is_refused(tmp_path: Path, shards: SentenceShards, wordp
         prepare_sentences(tmp_path / "short.txt", wordpiece, halves, tmp_path / "cache")
     with pytest.raises(UserError, match="held_out is 0.9"):
         prepare_sentences(tmp_path / "short.txt", wordpiece, halves, held_out=0.9)
+
+
+def test_shares_of_masked_random_and_kept_are_exact(likely: Callable[[int, int, float], bool]) -> None:
+    """80%, 10% and 10%; any ordinary token stands for the second, also the one that stood there."""
+    random, count = np.random.default_rng(5), 50_000
+    tokens = random.choice(ORDINARY, count)
+    now = _instead(tokens, VOCABULARY, random)
+    same = 0.1 / len(ORDINARY)
+    assert likely(int((now == MASK).sum()), count, 0.8)
+    assert likely(int((now == tokens).sum()), count, 0.1 + same)
+    others = now[(now != MASK) & (now != tokens)]
+    assert likely(len(others), count, 0.1 - same)
+    for third in np.array_split(ORDINARY, 3):
+        assert likely(int(np.isin(others, third).sum()), len(others), len(third) / len(ORDINARY))
+
+
+def test_shares_of_pairs_and_of_short_rows_are_exact(likely: Callable[[int, int, float], bool]) -> None:
+    """Half of the pairs that could follow each other do; a tenth of the rows is cut short."""
+    documents = numbered([[9] * 8 for _ in range(300)])
+    planner = RowPlanner(documents, 16, 0.0, True)
+    elsewhere = np.concatenate([planner.rows(np.random.default_rng(seed))[1] for seed in range(6)])
+    assert likely(int(elsewhere.sum()), len(elsewhere), 0.5) and len(elsewhere) > 4000
+    long = numbered([[1] * 4000 for _ in range(20)])
+    for share in (0.1, 0.3):
+        bounds, _ = RowPlanner(long, 40, share, False).rows(np.random.default_rng(1))
+        sizes = (bounds[:, 1] - bounds[:, 0])[:-20]
+        cut = int((sizes < 40).sum())  # a length below is drawn from 2 to all
+        assert likely(round(cut * 39 / 38), len(sizes), share), (cut, len(sizes))
+
+
+def test_as_many_are_hidden_as_the_share_says(made: Made) -> None:
+    batch = made(share=0.15, most=60).batch(0)
+    wanted = np.clip(np.rint(0.15 * batch["mask"].sum(1).numpy()), 1, 60)
+    words = ((restored(batch) >= 5) & batch["mask"]).sum(1).numpy()
+    assert (batch["targets"] != -100).sum(1).tolist() == np.minimum(wanted, words).tolist()
