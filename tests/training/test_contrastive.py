@@ -48,35 +48,15 @@ def test_the_loss_is_transformers_loss() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("rows", [1, 2, 3, 6])
 def test_the_gradient_does_not_depend_on_the_split(rows: int, dropout: float) -> None:
-    """With dropout the masks differ by the split, so the two passes over a part are held to agree with each other."""
     whole, parts = made(dropout), made(dropout)
-    expected = stepper(whole, 7 if dropout == 0 else rows).gradient(0, batch(), lambda: False)
+    expected = stepper(whole, 7).gradient(0, batch(), lambda: False)
     got = stepper(parts, rows).gradient(0, batch(), lambda: False)
     assert expected and got
-    if dropout == 0:
-        assert got.sums.means() == pytest.approx(expected.sums.means(), abs=1e-6)
+    assert got.sums.means() == pytest.approx(expected.sums.means(), abs=1e-6)
     for name, parameter in parts.named_parameters():
         wanted = whole.get_parameter(name).grad
         assert parameter.grad is not None and wanted is not None
         assert (parameter.grad - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
-
-
-def test_both_passes_over_a_part_draw_the_same_dropout() -> None:
-    """The gradient is that of the loss which is told: a small step along it changes that loss as it says."""
-    model = made(0.5)
-    step = stepper(model, 3)
-    first = step.gradient(0, batch(), lambda: False)
-    assert first is not None
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    size, square = 1e-5, sum(float(g.square().sum()) for g in gradients.values())
-    with torch.no_grad():
-        for name, gradient in gradients.items():
-            model.get_parameter(name).sub_(size * gradient)
-    model.zero_grad()
-    second = step.gradient(0, batch(), lambda: False)
-    assert second is not None
-    change = second.sums.means()["loss"] - first.sums.means()["loss"]
-    assert change == pytest.approx(-size * square, rel=0.05)
 
 
 def test_validation_is_of_the_whole_batch_too() -> None:

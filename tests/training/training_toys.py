@@ -9,6 +9,7 @@ import torch
 import torch._dynamo  # optimizers import it when they are made, which takes seconds: here it is done once
 from torch import Tensor, nn
 
+from keifu.layers.dropout import Dropout
 from keifu.layers.linear import JoinedLinear
 from keifu.training import state
 from keifu.training.loop import train
@@ -24,7 +25,7 @@ class Toy(nn.Module):
         self.embedding = nn.Embedding(11, 8)
         self.layers = nn.ModuleList([JoinedLinear(8, (6, 10)), nn.Linear(16, 8)])
         self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 11)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, tokens: Tensor) -> Tensor:

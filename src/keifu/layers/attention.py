@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from keifu.layers.band import Band, band
 from keifu.layers.cache import Cache, KeyValueCache, WindowCache
+from keifu.layers.dropout import Dropout
 from keifu.layers.linear import JoinedLinear, Linear
 from keifu.layers.positions import Rotation
 
@@ -92,25 +93,27 @@ def attend(
     k: Float[Tensor, "batch kv_heads seen head_dim"],
     v: Float[Tensor, "batch kv_heads seen head_dim"],
     visible: Visible = None,
-    dropout: float = 0.0,
+    dropout: Dropout | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "batch length dim"]:
     """softmax(q kᵀ · scale) v, the heads joined; each head of keys serves heads / kv_heads neighbouring queries.
 
-    The scale is 1 / √head_dim where none is given.
+    The scale is 1 / √head_dim where none is given. `dropout` acts on the softmax; torch's fused attention has none
+    whose mask could be told, so it costs memory that grows with length · seen.
     """
     batch, heads, length, _ = q.shape
     if isinstance(visible, Band):
         return visible.join(attend(*visible.cut(q, k, v), dropout, scale), length)
     group = heads // k.shape[1]
     mask = visible if isinstance(visible, Tensor) else None
-    if q.requires_grad and _short(q, k):
+    dropout = dropout if dropout is not None and dropout.active else None
+    if dropout is not None or (q.requires_grad and _short(q, k)):
         return _explicit(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), visible, dropout, scale)
     if group > 1 and length == 1:  # one new token: the group's queries become the rows of one small product
         q = q.reshape(batch, k.shape[1], group, -1)
         group = 1
     y = F.scaled_dot_product_attention(
-        q, k, v, mask, dropout, is_causal=visible == "causal", scale=scale, enable_gqa=group > 1
+        q, k, v, mask, is_causal=visible == "causal", scale=scale, enable_gqa=group > 1
     )
     return y.reshape(batch, heads, length, -1).transpose(1, 2).flatten(2)
 
@@ -123,7 +126,7 @@ def _short(q: Tensor, k: Tensor) -> bool:
 
 
 def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: Dropout | None, scale: float | None
 ) -> Float[Tensor, "batch length dim"]:
     """The same as `attend`, written out, each head with its own keys."""
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -131,7 +134,8 @@ def _explicit(
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if isinstance(visible, Tensor):
         scores = scores.masked_fill(~visible, -torch.inf)
-    weights = F.dropout(scores.softmax(-1), dropout)
+    weights = scores.softmax(-1)
+    weights = weights if dropout is None else dropout(weights)
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
@@ -157,7 +161,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
-        self.head_dim, self.window, self.dropout = head_dim or dim // n_heads, window, dropout
+        self.head_dim, self.window, self.dropout = head_dim or dim // n_heads, window, Dropout(dropout)
         self.scale = scale
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads ({n_kv_heads}) must divide n_heads ({n_heads}).")
@@ -181,7 +185,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         visible = mask.visible(k.shape[2], self.window)
-        return self.out(attend(q, k, v, visible, self.dropout if self.training else 0.0, self.scale))
+        return self.out(attend(q, k, v, visible, self.dropout, self.scale))
 
     def new_cache(self, batch: int, capacity: int, like: Tensor) -> Cache:
         """An empty cache for `capacity` tokens in all, of the type and on the device of `like`."""
@@ -205,7 +209,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         if dim % n_heads:
             raise ValueError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number.")
-        self.n_heads, self.dropout = n_heads, dropout
+        self.n_heads, self.dropout = n_heads, Dropout(dropout)
         self.q, self.kv = Linear(dim, dim, bias), JoinedLinear(context_dim or dim, (dim, dim), bias)
         self.out = Linear(dim, dim, bias if out_bias is None else out_bias)
 
@@ -219,4 +223,4 @@ class CrossAttention(nn.Module):
     ) -> Float[Tensor, "batch length dim"]:
         k, v = keys_values
         q = self.q(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        return self.out(attend(q, k, v, mask.visible(k.shape[2], None), self.dropout if self.training else 0.0))
+        return self.out(attend(q, k, v, mask.visible(k.shape[2], None), self.dropout))

@@ -8,6 +8,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from keifu.layers.dropout import Dropout
+
 Stream = Float[Tensor, "batch length dim"]
 
 
@@ -20,15 +22,15 @@ class _TwoSublayers(nn.Module):
         super().__init__()
         self.attention, self.feedforward = attention, feedforward
         self.attention_norm, self.feedforward_norm = norms
-        self.dropout = nn.Dropout(dropout)
+        self.attention_dropout, self.feedforward_dropout = Dropout(dropout), Dropout(dropout)
 
 
 class PreNorm(_TwoSublayers):
     """x + attention(norm(x)), then x + feedforward(norm(x)): GPT-2 and all since (Radford et al., 2019)."""
 
     def forward(self, x: Stream, **context: Any) -> Stream:
-        x = x + self.dropout(self.attention(self.attention_norm(x), **context))
-        return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), **context))
+        return x + self.feedforward_dropout(self.feedforward(self.feedforward_norm(x)))
 
 
 class CrossPreNorm(PreNorm):
@@ -56,8 +58,8 @@ class PostNorm(_TwoSublayers):
     """norm(x + attention(x)), then norm(x + feedforward(x)): the Transformer of 2017, GPT-1, BERT."""
 
     def forward(self, x: Stream, **context: Any) -> Stream:
-        x = self.attention_norm(x + self.dropout(self.attention(x, **context)))
-        return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
+        x = self.attention_norm(x + self.attention_dropout(self.attention(x, **context)))
+        return self.feedforward_norm(x + self.feedforward_dropout(self.feedforward(x)))
 
 
 class CrossPostNorm(PostNorm):
@@ -76,14 +78,15 @@ class CrossPostNorm(PostNorm):
     ):
         super().__init__(attention, feedforward, (norms[0], norms[2]), dropout)
         self.cross_attention, self.cross_attention_norm = cross_attention, norms[1]
+        self.cross_attention_dropout = Dropout(dropout)
 
     def forward(self, x: Stream, memory: tuple[Tensor, Tensor], memory_mask: Any, **context: Any) -> Stream:
         """`memory`: keys and values of the sources, made by `cross_attention.project`."""
-        x = self.attention_norm(x + self.dropout(self.attention(x, **context)))
+        x = self.attention_norm(x + self.attention_dropout(self.attention(x, **context)))
         by_source = x.reshape(len(memory[0]), -1, x.shape[-1])
         seen = self.cross_attention(by_source, memory, memory_mask).reshape(x.shape)
-        x = self.cross_attention_norm(x + self.dropout(seen))
-        return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
+        x = self.cross_attention_norm(x + self.cross_attention_dropout(seen))
+        return self.feedforward_norm(x + self.feedforward_dropout(self.feedforward(x)))
 
 
 class Parallel(nn.Module):
@@ -92,8 +95,9 @@ class Parallel(nn.Module):
     def __init__(self, attention: nn.Module, feedforward: nn.Module, norm: nn.Module, dropout: float = 0.0):
         super().__init__()
         self.attention, self.feedforward, self.norm = attention, feedforward, norm
-        self.dropout = nn.Dropout(dropout)
+        self.attention_dropout, self.feedforward_dropout = Dropout(dropout), Dropout(dropout)
 
     def forward(self, x: Stream, **context: Any) -> Stream:
         normed = self.norm(x)
-        return x + self.dropout(self.attention(normed, **context)) + self.dropout(self.feedforward(normed))
+        x = x + self.attention_dropout(self.attention(normed, **context))
+        return x + self.feedforward_dropout(self.feedforward(normed))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from keifu.layers.activations import Activation
 from keifu.layers.attention import Attention, PaddingMask
+from keifu.layers.dropout import Dropout
 from keifu.layers.linear import Linear
 
 Pixels = Float[Tensor, "batch channels height width"]
@@ -47,7 +48,7 @@ class ResidualBlock(nn.Module):
         self.norm1, self.conv1 = norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
         self.time = Linear(time_dim, self.time_parts * out_channels) if time_dim else None
         self.norm2, self.conv2 = norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
 
     def forward(self, x: Pixels, time: Float[Tensor, "batch time_dim"] | None = None) -> Resampled:
@@ -56,7 +57,8 @@ class ResidualBlock(nn.Module):
             x, hidden = self.resample(x), self.resample(hidden)
         hidden = self.activation(self.conditioned(self.conv1(hidden), self._time(time)))
         x = x if self.shortcut is None else self.shortcut(x)
-        x = x + self.conv2(self.dropout(hidden))
+        hidden = self.dropout(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # channels lie last in memory
+        x = x + self.conv2(hidden)
         return x if self.scale == 1 else x / self.scale
 
     def conditioned(self, hidden: Pixels, time: Tensor | None) -> Pixels:

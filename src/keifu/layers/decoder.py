@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from keifu.layers.attention import CausalMask
 from keifu.layers.cache import Cache
 from keifu.layers.documents import DocumentMask, positions_in
+from keifu.layers.dropout import Dropout
 from keifu.layers.linear import linear
 from keifu.layers.positions import LearnedPositions, Rotary
 
@@ -36,7 +37,7 @@ class DecoderLM(nn.Module):
         super().__init__()
         self.embedding, self.blocks, self.norm = embedding, nn.ModuleList(blocks), norm
         self.positions, self.rotary, self.head = positions, rotary, head
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.config = config
 
     def forward(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from keifu.layers.attention import CausalMask, PaddingMask
 from keifu.layers.cache import Cache
+from keifu.layers.dropout import Dropout
 from keifu.layers.linear import linear
 from keifu.layers.positions import SinusoidalPositions
 
@@ -87,7 +88,7 @@ class EncoderDecoder(nn.Module):
         self.source_embedding, self.target_embedding = embeddings if len(embeddings) == 2 else (None, None)
         self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
         self.positions, self.head, self.scale = positions, head, scale
-        self.dropout = nn.Dropout(dropout)
+        self.source_dropout, self.target_dropout = Dropout(dropout), Dropout(dropout)
         self.config = config
         self.register_buffer("logits_bias", torch.zeros(1, embeddings[-1].num_embeddings))
 
@@ -109,7 +110,7 @@ class EncoderDecoder(nn.Module):
         """Reads the sources. With `capacity` the state has room for that many tokens of each target, which then come a
         few at a time; without it a whole target is given at once and nothing of it is kept.
         """
-        x = self._embedded(self._of(self.source_embedding), source, 0)
+        x = self.source_dropout(self._embedded(self._of(self.source_embedding), source, 0))
         mask = PaddingMask(source_mask)
         for block in self.encoder:
             x = block(x, mask=mask)
@@ -124,7 +125,7 @@ class EncoderDecoder(nn.Module):
         if len(target) != state.rows:
             raise ValueError(f"The state is for {state.rows} targets and was given tokens of {len(target)}.")
         start = state.length
-        x = self._embedded(self._of(self.target_embedding), target, start)
+        x = self.target_dropout(self._embedded(self._of(self.target_embedding), target, start))
         mask = CausalMask(start, target.shape[1])
         for i, block in enumerate(self.decoder):
             cache = state.caches[i] if state.caches else None
@@ -153,4 +154,4 @@ class EncoderDecoder(nn.Module):
 
     def _embedded(self, embedding: nn.Embedding, tokens: Tensor, start: int) -> Hidden:
         x = embedding(tokens) * self.scale
-        return self.dropout(x + self.positions(start, tokens.shape[1], x))
+        return x + self.positions(start, tokens.shape[1], x)

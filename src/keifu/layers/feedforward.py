@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.layers.activations import Activation
+from keifu.layers.dropout import Dropout
 from keifu.layers.linear import JoinedLinear, Linear
 
 
@@ -19,7 +20,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, activation: Activation, bias: bool = True, dropout: float = 0.0):
         super().__init__()
         self.up, self.down = Linear(dim, hidden_dim, bias), Linear(hidden_dim, dim, bias)
-        self.activation, self.dropout = activation, nn.Dropout(dropout)
+        self.activation, self.dropout = activation, Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         return self.down(self.dropout(self.activation(self.up(x))))
@@ -49,7 +50,7 @@ class GEGLU(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0):
         super().__init__()
         self.up_gate = JoinedLinear(dim, (hidden_dim, hidden_dim))
-        self.down, self.dropout = Linear(hidden_dim, dim), nn.Dropout(dropout)
+        self.down, self.dropout = Linear(hidden_dim, dim), Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         up, gate = self.up_gate(x).chunk(2, -1)

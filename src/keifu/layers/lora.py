@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from keifu.layers.dropout import Dropout
 from keifu.layers.spatial_transformer import PixelLinear
 
 
@@ -67,6 +68,7 @@ class Adapter(nn.Module):
         self.a = nn.Parameter(torch.empty(low.rank, weight.shape[1], **kept))
         self.b = nn.Parameter(torch.zeros(target.rows, low.rank, **kept))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.dropout = Dropout(low.dropout)
         self.length = nn.Parameter(_lengths(weight.detach().float())) if low.dora else None
 
     @property
@@ -122,7 +124,7 @@ class Adapted(nn.Module):
     def _piece(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
         """An adapter's rows of the output, adapted."""
         low, own = adapter.low, y[..., adapter.rows]
-        inner = F.linear(F.dropout(x.to(adapter.a.dtype), low.dropout, self.training), adapter.a)
+        inner = F.linear(adapter.dropout(x.to(adapter.a.dtype)), adapter.a)
         change = F.linear(inner, adapter.b * low.scale)
         stretch = adapter.stretch(self.base.weight[adapter.rows].float())
         if stretch is None:

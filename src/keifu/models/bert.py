@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from keifu.layers.activations import activation
 from keifu.layers.attention import Attention, PaddingMask
 from keifu.layers.blocks import PostNorm
+from keifu.layers.dropout import Dropout
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import truncated_normal_
 from keifu.layers.linear import Linear, linear
@@ -78,8 +79,9 @@ class Bert(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.positions = LearnedPositions(config.context_length, config.dim)
         self.segments = nn.Embedding(config.type_vocab_size, config.dim)
-        self.norm, self.dropout = nn.LayerNorm(config.dim, config.norm_eps), nn.Dropout(config.dropout)
+        self.norm, self.dropout = nn.LayerNorm(config.dim, config.norm_eps), Dropout(config.dropout)
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.n_layers))
+        self.classifier_dropout = Dropout(config.dropout)
         self.pooler = Linear(config.dim, config.dim) if config.pooled else None
         self.word_head = WordHead(config) if config.words else None
         self.next_head = Linear(config.dim, 2) if config.next_sentence else None
@@ -133,7 +135,7 @@ class Bert(nn.Module):
     ) -> Float[Tensor, "batch labels"]:
         """Logits of the config's labels for each row."""
         head = _there(self.classifier, "labels to choose from; fine-tune it first")
-        return head(self.dropout(self.pool(self.encode(tokens, segments, mask))))
+        return head(self.classifier_dropout(self.pool(self.encode(tokens, segments, mask))))
 
 
 def _there(head: Any, what: str) -> Any:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from keifu.layers.decoder import DecoderLM
+from keifu.layers.dropout import Dropout
 from keifu.layers.initialisation import normal_
 from keifu.layers.linear import Linear
 
@@ -102,7 +103,7 @@ class Finetuned(nn.Module):
     def __init__(self, decoder: DecoderLM, head: nn.Module, config: Config):
         super().__init__()
         self.decoder, self.task_head, self.config = decoder, head, config
-        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.dropout = Dropout(config.classifier_dropout)
 
     def classify(self, tokens: Tokens, mask: Mask) -> Float[Tensor, "batch answers"]:
         """Logits of the labels, or of an example's own answers; `mask` is True on real tokens, which come first."""

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.layers.activations import Activation, activation
+from keifu.layers.dropout import Dropout
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,14 @@ class MLP(nn.Module):
         widths = (config.dim, *config.hidden_dims, config.n_outputs)
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
         self.activation, self.output = activation(config.activation), activation(config.output)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropouts = nn.ModuleList(Dropout(config.dropout) for _ in config.hidden_dims)
         self.register_buffer("mean", torch.zeros(config.dim))
         self.register_buffer("scale", torch.ones(config.dim))
 
     def forward(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
         x = (x - self.mean) / self.scale
-        for layer in self.layers[:-1]:
-            x = self.dropout(self.activation(layer(x)))
+        for layer, dropout in zip(self.layers[:-1], self.dropouts, strict=True):
+            x = dropout(self.activation(layer(x)))
         return self.output(self.layers[-1](x))
 
     @torch.inference_mode()

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from keifu.layers.dropout import Dropout
 from keifu.layers.initialisation import normal_
 from keifu.layers.linear import Linear, linear
 from keifu.layers.recurrent import ENCODERS
@@ -120,7 +121,8 @@ class Seq2Seq(nn.Module):
         self.decoder: Any = CONTEXTS[config.context](config, self.encoder.width)
         self.output: Any = OUTPUTS[config.output](config, self.decoder.context_dim)
         self.head = Linear(self.output.dim, vocabularies[1], config.head_bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.source_dropout, self.target_dropout = Dropout(config.dropout), Dropout(config.dropout)
+        self.output_dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -141,14 +143,14 @@ class Seq2Seq(nn.Module):
         without it a whole target is given at once and nothing of it is kept. A source without a token is a ValueError.
         """
         mask = torch.ones_like(source, dtype=torch.bool) if source_mask is None else source_mask
-        reading = self.encoder(self.dropout(self.source_embedding(source)), mask)
+        reading = self.encoder(self.source_dropout(self.source_embedding(source)), mask)
         memory, hidden = self.decoder.start(reading)
         return DecoderState(memory, hidden, capacity)
 
     def hidden(self, target: Int[Tensor, "batch length"], state: DecoderState) -> Float[Tensor, "batch length hidden"]:
         """What predicts the token after each. With a capacity, `target` are the new tokens alone."""
-        embedded = self.dropout(self.target_embedding(target))
-        return self.dropout(self.output(self._steps(embedded, state), embedded))
+        embedded = self.target_dropout(self.target_embedding(target))
+        return self.output_dropout(self.output(self._steps(embedded, state), embedded))
 
     def alignment(
         self,

@@ -7,12 +7,14 @@ grow with the rows computed at a time.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from keifu.errors import UserError
+from keifu.layers.dropout import DropoutKeys
 from keifu.training import machine, peak
 from keifu.training.optimisers import Optimisers
 from keifu.training.precision import autocast
@@ -69,8 +71,14 @@ class Probe:
     device: torch.device
     dtype: torch.dtype
 
+    @cached_property
+    def dropout(self) -> DropoutKeys:
+        """What dropout draws from, as in a step."""
+        return DropoutKeys(self.model, 0, self.device)
+
     def forward(self, batch: Batch) -> tuple[Tensor, float]:
         """The loss of a batch and its number of elements."""
+        self.dropout.set(0, 0, len(next(iter(batch.values()))))
         with autocast(self.device, self.dtype):
             outcome = self.objective(self.model, batch)
         return outcome.total, float(outcome.weight)
@@ -183,4 +191,5 @@ def unchanged(probe: Probe) -> Iterator[None]:
         yield
     for buffer, before in buffers:
         buffer.copy_(before)
+    probe.dropout.clear()
     probe.optimisers.drop_gradients()

@@ -35,8 +35,8 @@ class Settings:
     batch_ramp: tuple[int, int] | None = None
     """A batch that grows evenly instead (GPT-3): the rows of the first step, and after how many rows it is whole."""
     micro_batch: int | None = None
-    """Rows computed at a time; fewer need less memory and change no loss. Unset: as many as fit in memory. Where rows
-    differ in length, shorter ones go together in larger numbers."""
+    """Rows computed at a time; fewer need less memory and change no loss, dropout included. Unset: as many as fit in
+    memory. Where rows differ in length, shorter ones go together in larger numbers."""
     optimizer: Optimizer = "adamw"
     """muon: Muon for hidden matrices, AdamW for everything else. adadelta: Zeiler's (2012), ρ 0.95, ε 1e-6.
     adafactor: PaLM's (2022), without factoring, updates scaled by the size of each matrix."""

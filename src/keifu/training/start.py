@@ -18,6 +18,7 @@ from keifu.training.spikes import Spikes
 from keifu.training.step import Stepper, Sums, compiled, on_device, row_elements
 
 ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the model's size"
+DROPOUT = "by row"  # how masks are drawn; a state of an earlier version does not say
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Started:
     def resolved(self) -> dict[str, Any]:
         """What the settings left open, as it was decided; a resumed run keeps to it."""
         dtype = str(self.stepper.dtype).removeprefix("torch.")
-        return {"micro_batch": self.stepper.micro_batch, "row_elements": self.stepper.row_elements, "precision": dtype}
+        found = {"micro_batch": self.stepper.micro_batch, "row_elements": self.stepper.row_elements, "precision": dtype}
+        return found | ({"dropout": DROPOUT} if self.stepper.dropout.drops else {})
 
 
 def start(
@@ -79,6 +81,8 @@ def start(
     stepper = Stepper(
         model, running, objective, optimisers, device, dtype, rows, settings.clip, settings.seed, elements
     )
+    if found and stepper.dropout.drops and resolved.get("dropout") != DROPOUT:
+        tell("Dropout is drawn in another way than in the steps before, which an earlier version made.")
     done = found.step if found else 0
     whole_steps = settings.whole_steps(settings.steps) - settings.whole_steps(done)
     tell(measured.sentence(settings.steps - done, run.unit, whole_steps))

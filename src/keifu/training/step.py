@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from keifu.errors import UserError
+from keifu.layers.dropout import DropoutKeys
 from keifu.training import guards
 from keifu.training.optimisers import Optimisers
 from keifu.training.precision import autocast
@@ -61,6 +62,13 @@ class Gradient(NamedTuple):
     norm: Tensor
 
 
+class Part(NamedTuple):
+    """Some rows of a batch, which begin with row `first` of it."""
+
+    first: int
+    batch: Batch
+
+
 @dataclass
 class Stepper:
     """Computes gradients: of the mean over a whole batch, however it is split.
@@ -80,20 +88,27 @@ class Stepper:
     clip: float
     seed: int
     row_elements: int | None = None
+    dropout: DropoutKeys = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dropout = DropoutKeys(self.model, self.seed, self.device)
 
     def gradient(self, step: int, batch: Batch, stop: Callable[[], bool]) -> Gradient | None:
         """The gradient of a batch, clipped, in the parameters' `grad`; None where `stop` said so between two parts.
 
-        Randomness is a function of the seed and the step, so that a resumed run draws the same.
+        Dropout is a function of the seed, the step and the row. torch's global generator is seeded for each part, for
+        modules that are not keifu's, whose numbers `micro_batch` changes.
         """
-        torch.manual_seed(self._seed(step))
         sums: Sums | None = None
-        for outcome in self._outcomes(batch, self._seed(step)):
-            if stop():
-                self.optimisers.drop_gradients()
-                return None
-            outcome.total.backward()
-            sums = Sums.of(outcome) if sums is None else sums + Sums.of(outcome)
+        try:
+            for outcome in self._outcomes(batch, step):
+                if stop():
+                    self.optimisers.drop_gradients()
+                    return None
+                outcome.total.backward()
+                sums = Sums.of(outcome) if sums is None else sums + Sums.of(outcome)
+        finally:
+            self.dropout.clear()
         if sums is None:
             raise UserError(f"The batch of step {step} has no rows; look at the data.")
         return Gradient(sums, self._scale(sums.weight))
@@ -101,12 +116,14 @@ class Stepper:
     def explain(self, step: int, batch: Batch) -> str:
         """Which layer made the first number of a step that is not finite, by computing the step again."""
         self.optimisers.drop_gradients()
-        torch.manual_seed(self._seed(step))
         texts = []
         for part in self._parts(batch):
-            texts.append(guards.first_not_finite(self.model, lambda part=part: self._forward(part, self.plain).total))
+            self._begin(step, part)
+            forward = partial(self._forward, part.batch, self.plain)
+            texts.append(guards.first_not_finite(self.model, lambda forward=forward: forward().total))
             if texts[-1] != guards.NOT_AGAIN:
                 break
+        self.dropout.clear()
         self.optimisers.drop_gradients()
         return texts[-1]
 
@@ -122,19 +139,35 @@ class Stepper:
         self.model.train()
         return sums.means() if sums else {}
 
-    def _outcomes(self, batch: Batch, seed: int = 0) -> Iterator[Outcome]:
-        """Outcomes that add up to the whole batch, computed one after the other; `seed` is for a second pass."""
+    def _outcomes(self, batch: Batch, step: int | None = None) -> Iterator[Outcome]:
+        """Outcomes that add up to the whole batch, computed one after the other; the step is None in evaluation.
+
+        What dropout draws from stays as it is until the next part, for layers that the backward pass computes again.
+        """
+        parts = self._parts(batch)
+
+        def begin(number: int) -> None:
+            if step is not None:
+                self._begin(step, parts[number])
+
         if isinstance(self.objective, Whole):
             context = partial(autocast, self.device, self.dtype)
-            yield from outcomes(self.objective, self.model, list(self._parts(batch)), context, seed)
+            yield from outcomes(self.objective, self.model, [part.batch for part in parts], context, begin)
         else:
-            for part in self._parts(batch):
-                yield self._forward(part, self.objective)
+            for number, part in enumerate(parts):
+                begin(number)
+                yield self._forward(part.batch, self.objective)
 
-    def _parts(self, batch: Batch) -> Iterator[Batch]:
-        if self.row_elements is None:
-            return split(batch, self.micro_batch)
-        return split(batch, max(1, self.micro_batch * self.row_elements // max(1, row_elements(batch))))
+    def _begin(self, step: int, part: Part) -> None:
+        """Puts everything random where the pass over a part of a step begins."""
+        torch.manual_seed((self.seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part.first) % 2**63)
+        self.dropout.set(step, part.first, rows_of(part.batch))
+
+    def _parts(self, batch: Batch) -> list[Part]:
+        rows = self.micro_batch
+        if self.row_elements is not None:
+            rows = max(1, self.micro_batch * self.row_elements // max(1, row_elements(batch)))
+        return [Part(number * rows, part) for number, part in enumerate(split(batch, rows))]
 
     def _forward(self, part: Batch, objective: Objective) -> Outcome:
         with autocast(self.device, self.dtype):
@@ -149,20 +182,20 @@ class Stepper:
         torch._foreach_mul_(gradients, share / weight)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
-    def _seed(self, step: int) -> int:
-        return (self.seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**63
-
 
 def row_elements(batch: Batch) -> int:
     """Numbers in a row of a batch, all its tensors together."""
-    rows = max(1, len(next(iter(batch.values()))))
-    return sum(tensor.numel() for tensor in batch.values()) // rows
+    return sum(tensor.numel() for tensor in batch.values()) // max(1, rows_of(batch))
+
+
+def rows_of(batch: Batch) -> int:
+    """The rows of a batch."""
+    return len(next(iter(batch.values())))
 
 
 def split(batch: Batch, rows: int) -> Iterator[Batch]:
     """A batch in parts of at most `rows` rows."""
-    total = len(next(iter(batch.values())))
-    for start in range(0, total, rows):
+    for start in range(0, rows_of(batch), rows):
         yield {name: tensor[start : start + rows] for name, tensor in batch.items()}
 
 

@@ -36,19 +36,20 @@ def outcomes(
     model: nn.Module,
     parts: Sequence[Batch],
     context: Callable[[], AbstractContextManager[object]],
-    seed: int,
+    begin: Callable[[int], None],
 ) -> Iterator[Outcome]:
     """Outcomes whose sums, and whose gradients, added up, are those of the whole batch.
 
-    `context` surrounds forward passes. Both passes over a part draw the same random numbers, from `seed`. Where no
-    gradient is asked for, there is one outcome.
+    `context` surrounds forward passes. `begin` is called with a part's number before each of the two passes over it,
+    which draw the same random numbers. Where no gradient is asked for, there is one outcome.
     """
     if len(parts) == 1:
+        begin(0)
         with context():
             found = objective(model, parts[0])
         yield found
         return
-    cached = _cached(objective, model, parts, context, seed)
+    cached = _cached(objective, model, parts, context, begin)
     with context():
         whole = objective.loss(model, cached)
     if not torch.is_grad_enabled():
@@ -57,7 +58,7 @@ def outcomes(
     whole.total.backward()  # into the cached rows, and into what the loss itself has learned
     gradients = zip(*(each.grad.split([_size(part) for part in parts]) for each in cached), strict=True)  # pyright: ignore
     for number, (part, wanted) in enumerate(zip(parts, gradients, strict=True)):
-        torch.manual_seed(seed + number)
+        begin(number)
         with context():
             rows = objective.rows(model, part)
         carrier = torch.stack([(row * gradient).sum() for row, gradient in zip(rows, wanted, strict=True)]).sum()
@@ -71,14 +72,14 @@ def _cached(
     model: nn.Module,
     parts: Sequence[Batch],
     context: Callable[[], AbstractContextManager[object]],
-    seed: int,
+    begin: Callable[[int], None],
 ) -> Rows:
     """What all rows give, as leaves that collect a gradient; running statistics stay as they were."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     found = []
     with torch.no_grad():
         for number, part in enumerate(parts):
-            torch.manual_seed(seed + number)
+            begin(number)
             with context():
                 found.append(objective.rows(model, part))
         for buffer, before in buffers:

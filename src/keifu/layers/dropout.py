@@ -1,0 +1,90 @@
+"""Dropout (Srivastava et al., 2014) whose masks in a training step are a function of seed, step, layer and row alone.
+
+So a batch may be computed in parts of any size, on any device or number of processes, and a layer may be computed again
+in the backward pass: the masks are the same bits. Outside a training step dropout draws from torch's global generator.
+
+Axes: rows = of the batch that is computed, layers = the dropout layers of a model.
+"""
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.layers.counted_random import bits, bits16
+
+LEVELS = 2**16  # a rate is rounded to so many; 16 random bits for each element
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout` that draws its mask from its layer's `DropoutKeys`, where these hold keys.
+
+    A layer that is called twice in one pass has the same mask twice: each place in a model has a layer of its own.
+    The first axis of the input is that of the batch's rows, or several of it for each row, side by side.
+    """
+
+    def __init__(self, p: float = 0.0):
+        super().__init__(p)
+        self.keys: DropoutKeys | None = None
+        self.index = 0
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is dropped: not in evaluation mode, and not where the rate is 0."""
+        return self.training and self.p > 0
+
+    def forward(self, input: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        if not self.active:
+            return input
+        table = None if self.keys is None else self.keys.table
+        if table is None or self.p == 1:
+            return F.dropout(input, self.p)
+        dropped = round(self.p * LEVELS)
+        mask = dropout_mask(table[self.index], input.numel(), dropped).view(input.shape)
+        return input.masked_fill(mask, 0) * (LEVELS / (LEVELS - dropped))
+
+
+def dropout_mask(keys: Int[Tensor, " rows"], total: int, dropped: int) -> Bool[Tensor, "rows elements"]:
+    """True with the probability `dropped` / 2^16 for each of `total` elements, as many for each row."""
+    if total % len(keys):
+        raise ValueError(
+            f"Dropout was given {total} elements for {len(keys)} rows of the batch: the first axis of a layer's input "
+            "must be that of the rows."
+        )
+    return bits16(keys, total // len(keys)) < dropped - LEVELS // 2
+
+
+class DropoutKeys:
+    """The random keys of a model's dropout layers, one for each layer and row; there are none outside a step.
+
+    Layers are told apart by their names in the model. A tensor holds the keys, so that `torch.compile` need not compile
+    again at each step.
+    """
+
+    def __init__(self, model: nn.Module, seed: int, device: torch.device):
+        self.seed, self.device = seed, device
+        self.table: Int[Tensor, "layers rows"] | None = None
+        named = [(name, module) for name, module in model.named_modules() if isinstance(module, Dropout)]
+        for index, (_, module) in enumerate(named):
+            module.keys, module.index = self, index
+        self.layers = torch.tensor([_hash(name) for name, _ in named], dtype=torch.int64, device=device)
+        self.drops = any(module.p > 0 for _, module in named)
+
+    def set(self, step: int, first: int, rows: int) -> None:
+        """Keys for `rows` rows of a step's batch, from `first` on."""
+        if self.drops:
+            of_step = int(bits(torch.tensor([self.seed]), torch.tensor([step])))
+            places = torch.arange(first, first + rows, device=self.device)
+            of_rows = bits(torch.full_like(places, of_step), places)
+            self.table = bits(of_rows.expand(len(self.layers), -1), self.layers[:, None])
+
+    def clear(self) -> None:
+        """The step is over."""
+        self.table = None
+
+
+def _hash(name: str) -> int:
+    """63 bits of a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
