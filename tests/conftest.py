@@ -1,6 +1,8 @@
 """What every test stands on: executed shapes, fixed threads and seeds, no hub; knows no test."""
 
+import io
 import os
+import sys
 import warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -59,3 +61,9 @@ def likely() -> Callable[[int, int, float], bool]:
         return least <= count <= largest
 
     return inside
+
+
+@pytest.fixture(autouse=True)
+def _nothing_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard input is an empty pipe, unless a test puts something there."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))

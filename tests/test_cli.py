@@ -90,7 +90,7 @@ def test_python_interface_is_found_lazily() -> None:
         ("convert --to gguf", "keifu convert needs MODEL and OUT: see keifu convert --help."),
         ("convert a b --to gguff", "Invalid choice 'gguff' for argument '--to'. Expected one of ('hf', 'gguf', 'open_"),
         ("generate smollm2 x --max-tokens many", "--max-tokens: a whole number or None is needed, not 'many'."),
-        ("generate smollm2 x --temperature hot", "--temperature: a number is needed, not 'hot'."),
+        ("generate smollm2 x --temperature hot", "--temperature: a number or None is needed, not 'hot'."),
         ("generate smollm2 Once upon", "keifu generate has no use for 'upon': put a text that has spaces in quotation"),
         ("train gtp", "There is no recipe 'gtp'."),
     ],

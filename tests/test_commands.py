@@ -2,8 +2,8 @@
 
 import io
 import json
+import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from keifu import checkpoints, cli
-from keifu.commands.chat import converse
-from keifu.commands.language import decoded, text_from
+from keifu.commands.language import decoded, join_texts, text_from
 from keifu.data.tokenizers import train_tokenizer
 from keifu.errors import UserError
 from keifu.models import llama, perceptron
@@ -24,13 +23,18 @@ LETTERS = "Once upon a time there was a small model."
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a tiny model that writes single characters."""
     torch.manual_seed(0)
-    tokenizer = train_tokenizer("characters", [LETTERS], 64)
+    tokenizer = train_tokenizer("characters", [LETTERS + "\n"], 64)
     config = llama.Config(
         vocab_size=tokenizer.vocab_size, context_length=48, dim=16, hidden_dim=32, n_layers=1, n_heads=2
     )
     folder = tmp_path_factory.mktemp("tiny")
     checkpoints.save(llama.build(config), tokenizer, folder)
     return str(folder)
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Puts a text on standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
 
 def out(capsys: pytest.CaptureFixture, *words: str) -> str:
@@ -51,6 +55,57 @@ def test_the_argument_a_file_and_a_pipe_are_the_same_text(
     assert len(set(texts)) == 1 and len(texts[0].rstrip("\n")) >= 1
 
 
+def test_the_argument_a_file_and_a_pipe_are_joined(
+    model: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "middle.txt"
+    file.write_text("time\n")
+    pipe(monkeypatch, "small\n")
+    assert join_texts("Once", file) == "Once\n\ntime\n\nsmall"
+    assert join_texts("Once", None) == "Once"  # the pipe has been read
+    pipe(monkeypatch, "small")
+    told = json.loads(out(capsys, "generate", model, "a", "--json", "--max-tokens", "1"))
+    assert told["prompt_tokens"] == len("a\n\nsmall")
+
+
+def test_where_there_is_no_standard_input_the_argument_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as under pythonw, or where it was closed
+    assert join_texts("Once", None) == "Once"
+
+
+def test_what_is_not_said_is_the_models_own(
+    model: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    fallback = json.loads(out(capsys, "generate", model, "Once", "--json", "--max-tokens", "3"))["sampling"]
+    assert [fallback[name] for name in ("temperature", "top_k", "top_p", "min_p")] == [0.8, 40, 0.95, 0.05]
+    (copy / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.5, "top_k": 3}))
+    own = json.loads(out(capsys, "generate", str(copy), "Once", "--json", "--max-tokens", "3"))["sampling"]
+    assert [own[name] for name in ("temperature", "top_k", "top_p", "min_p")] == [0.5, 3, 1.0, 0.0]
+    words = ("Once", "--json", "--max-tokens", "3", "--top-k", "9")
+    given = json.loads(out(capsys, "generate", str(copy), *words))["sampling"]
+    assert given == own | {"top_k": 9}
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cli.main(["generate", str(copy), "Once", "--max-tokens", "3", "--top-k", "9", "--seed", "6"])
+    told = capsys.readouterr().err
+    assert told.startswith(f"Loading {copy} ...\n")
+    assert "temperature 0.5, top-k 9, seed 6 (the model's own settings except --top-k)" in told
+
+
+def test_nothing_to_go_on_is_asked_for(
+    model: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda prompt: {"Prompt: ": "Once"}[prompt])
+    typed = out(capsys, "generate", model, "--max-tokens", "4", "--seed", "5")
+    assert typed == out(capsys, "generate", model, "Once", "--max-tokens", "4", "--seed", "5")
+    monkeypatch.setattr("builtins.input", lambda prompt: "")
+    with pytest.raises(SystemExit):
+        cli.main(["generate", model])
+    assert capsys.readouterr().err.startswith("There is no text: write it behind the model")
+
+
 def test_json_has_all_that_is_known(model: str, capsys: pytest.CaptureFixture) -> None:
     told = json.loads(out(capsys, "generate", model, "Once", "--json", "--max-tokens", "4", "--seed", "5"))
     assert told["finish_reason"] in ("length", "stop") and told["seed"] == 5 and told["prompt_tokens"] == 4
@@ -61,14 +116,14 @@ def test_json_has_all_that_is_known(model: str, capsys: pytest.CaptureFixture) -
 
 
 def test_a_full_context_is_said(model: str, capsys: pytest.CaptureFixture) -> None:
-    cli.main(["generate", model, "Once", "--max-tokens", "None", "--seed", "1"])
+    cli.main(["generate", model, "Once", "--max-tokens", "0", "--seed", "1"])
     assert "The text fills the model's context of 48 tokens." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["Once", "--file", "x.txt"], "There are two texts, the argument and x.txt"),
+        (["Once", "--file", "x.txt"], "There is no file 'x.txt'."),
         (["--file", "nowhere.txt"], "There is no file 'nowhere.txt'."),
         (["Once " * 40], "48"),
         (["Once", "--temperature", "-1"], "temperature is -1"),
@@ -97,7 +152,7 @@ def test_bytes_that_are_no_text_are_named_by_their_line() -> None:
 def test_no_text_in_a_terminal_says_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     with pytest.raises(UserError, match="There is no text"):
-        text_from(None, None, "keifu generate MODEL TEXT")
+        text_from(None, "keifu generate MODEL TEXT")
 
 
 def test_convert_and_inspect_tell_what_they_do(model: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -120,48 +175,3 @@ def test_data_lists_its_licences_and_checks_a_file(model: str, capsys: pytest.Ca
     text.write_text(LETTERS)
     report = json.loads(out(capsys, "data", "check", str(text), "--tokenizer", model, "--json"))
     assert report["characters"] == len(LETTERS) and report["n_problems"] == 0
-
-
-class Echo:
-    """A conversation that answers with what it heard, and fails where it hears so."""
-
-    finish_reason = "stop"
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def reset(self) -> None:
-        self.heard = []
-
-    def reply(self, text: str, **sampling: object) -> Iterator[str]:
-        self.heard.append(text)
-        yield f"{len(self.heard)}:"
-        if text == "interrupt":
-            raise KeyboardInterrupt
-        if text == "fail":
-            raise UserError("It does not fit.")
-        yield text
-
-
-def test_a_conversation_obeys_its_commands(capsys: pytest.CaptureFixture) -> None:
-    converse(Echo(), iter(["a", "", "b", "/reset", "c", "/exit", "d"]), {}, forgiving=False)
-    assert capsys.readouterr().out.splitlines() == ["1:a", "2:b", "1:c"]
-
-
-def test_in_a_terminal_an_answer_can_end_without_the_conversation(capsys: pytest.CaptureFixture) -> None:
-    converse(Echo(), iter(["fail", "interrupt", "a"]), {}, forgiving=True)
-    told = capsys.readouterr()
-    assert told.out == "1:2:3:a\n" and told.err == "\nIt does not fit.\n\nStopped.\n"
-
-
-@pytest.mark.parametrize(("line", "error"), [("fail", UserError), ("interrupt", KeyboardInterrupt)])
-def test_in_a_pipe_an_error_ends_the_conversation(line: str, error: type[BaseException]) -> None:
-    with pytest.raises(error):
-        converse(Echo(), iter([line, "a"]), {}, forgiving=False)
-
-
-def test_an_answer_that_is_cut_says_so(capsys: pytest.CaptureFixture) -> None:
-    echo = Echo()
-    echo.finish_reason = "length"
-    converse(echo, iter(["a"]), {}, forgiving=True)
-    assert capsys.readouterr().err == "(The answer was cut by --max-tokens.)\n"

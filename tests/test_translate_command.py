@@ -162,7 +162,7 @@ def test_evaluate_measures_a_language_model_on_a_text(
     assert told["tokens"] == 91 and told["bits per byte"] > 0 and "window of 24 tokens" in told["notes"][0]
     assert "--by-length has no meaning" in said(capsys, "evaluate", writer, "--on", str(text), "--by-length")
     assert "--output has no meaning" in said(capsys, "evaluate", writer, "--on", str(text), "--output", "x")
-    assert not generate.generate_batch(*checkpoints.load(writer), [])  # the model is still one that writes
+    assert not generate.generate_batch(*checkpoints.load(writer), [], [])  # the model is still one that writes
 
 
 def test_data_that_does_not_fit_names_what_does(model: str, writer: str, capsys: pytest.CaptureFixture) -> None:

@@ -274,6 +274,25 @@ def test_a_gguf_by_any_name_in_a_folder_of_its_own(whole, tmp_path) -> None:
     checkpoints.load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("said", "fields"),
+    [
+        ({"do_sample": False, "top_k": 20}, {"temp": 0.0, "top_k": 20}),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.05},
+            {"temp": 0.6, "top_p": 0.9, "min_p": 0.1, "penalty_repeat": 1.05},
+        ),
+        ({}, {}),
+    ],
+)
+def test_how_to_generate_text_travels_too(said, fields, tokenizer, tmp_path) -> None:
+    file = tmp_path / "model.gguf"
+    checkpoints.save_gguf(random(CONFIGS["llama"]), tokenizer.replace(generation_config=said), file)
+    written = {key: value.contents() for key, value in gguf.GGUFReader(file).fields.items() if ".sampling." in key}
+    assert written == {f"general.sampling.{key}": pytest.approx(value) for key, value in fields.items()}
+    assert checkpoints.load(file)[1].generation_config == said
+
+
 def test_tokenizer_travels_with_the_model(tokenizer, tmp_path) -> None:
     model = random(CONFIGS["llama-grouped-tied"])
     checkpoints.save_gguf(model, tokenizer, tmp_path / "x.gguf")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from keifu import checkpoints
 from keifu.checkpoints.families import describe
 from keifu.checkpoints.saving import shards
+from keifu.data import catalogue
 from keifu.data.chat import CHATML
 from keifu.data.tokenizers import Tokenizer
 from keifu.errors import UserError
@@ -58,6 +60,38 @@ def test_every_id_that_ends_an_answer_is_kept(tokenizer, tmp_path) -> None:
     several = Tokenizer(tokenizer.backend, tokenizer.special, stop_ids=(3, 7))
     checkpoints.save(MODELS["llama"](), several, tmp_path)
     assert checkpoints.load(tmp_path)[1].stop_ids == several.stop_ids >= {3, 7}
+
+
+def test_how_to_generate_text_is_kept(tokenizer, tmp_path) -> None:
+    said = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "max_new_tokens": 99}
+    checkpoints.save(MODELS["llama"](), tokenizer.replace(generation_config=said), tmp_path / "ours")
+    assert checkpoints.load(tmp_path / "ours")[1].generation_config.items() >= said.items()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert theirs.generation_config.to_diff_dict().items() >= said.items()
+    theirs.generation_config.update(top_k=7)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer.save(tmp_path / "theirs")
+    assert checkpoints.load(tmp_path / "theirs")[1].generation_config.items() >= (said | {"top_k": 7}).items()
+
+
+def test_the_catalogue_says_it_where_the_files_do_not(tokenizer, tmp_path, monkeypatch) -> None:
+    model, entry = MODELS["llama"](), replace(catalogue.entry("smollm2"), generation_config={"do_sample": False})
+    monkeypatch.setitem(catalogue.CATALOGUE, "toy", entry)
+    monkeypatch.setattr(catalogue, "fetch", lambda name: tmp_path / "plain")
+    checkpoints.save(model, tokenizer, tmp_path / "plain")
+    assert checkpoints.load("toy")[1].generation_config["do_sample"] is False
+    assert "do_sample" not in checkpoints.load(tmp_path / "plain")[1].generation_config  # by its path, it has no entry
+    checkpoints.convert("toy", tmp_path / "copy", "hf")
+    assert json.loads((tmp_path / "copy/generation_config.json").read_text())["do_sample"] is False
+    checkpoints.save(model, tokenizer.replace(generation_config={"do_sample": True}), tmp_path / "plain")
+    assert checkpoints.load("toy")[1].generation_config["do_sample"] is True
+
+
+def test_a_generation_config_that_is_no_object_is_refused(tokenizer, tmp_path) -> None:
+    checkpoints.save(MODELS["llama"](), tokenizer, tmp_path)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"generation_config\.json holds a list where a JSON object is needed"):
+        checkpoints.load(tmp_path)
 
 
 OWN = {

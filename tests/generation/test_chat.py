@@ -70,6 +70,36 @@ def test_history_follows_the_template(script: Any, chatter: Tokenizer) -> None:
     assert Conversation(talk.model, chatter).messages == []
 
 
+def test_what_it_is_told_changes_and_what_was_said_stays(chatter: Tokenizer) -> None:
+    talk = Conversation(toy(), chatter)
+    list(talk.reply("Hi", max_tokens=3))
+    said = talk.messages
+    talk.instruct("Be brief.")
+    assert talk.messages == [{"role": "system", "content": "Be brief."}, *said]
+    talk.instruct("Be long.")
+    assert talk.messages == [{"role": "system", "content": "Be long."}, *said]
+    talk.reset()
+    assert talk.messages == [{"role": "system", "content": "Be long."}]
+    talk.instruct(None)
+    assert talk.messages == []
+
+
+def test_a_conversation_that_is_restored_goes_on_as_if_never_left(chatter: Tokenizer) -> None:
+    model = toy()
+    talk = Conversation(model, chatter, "Be brief.")
+    list(talk.reply("Hi", max_tokens=5))
+    again = Conversation(model, chatter)
+    list(again.reply("Something else", max_tokens=5))
+    again.restore(talk.messages)
+    assert again.system == "Be brief."
+    assert list(again.reply("More", max_tokens=5)) == list(talk.reply("More", max_tokens=5))
+    assert again.messages == talk.messages
+    before = again.messages
+    with pytest.raises(UserError, match="There is no message to render"):
+        again.restore([])
+    assert again.messages == before
+
+
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_turns_equal_those_of_a_model_that_reads_all_again(

@@ -80,8 +80,8 @@ def test_ends_by_length(script: Any, tokenizer: Tokenizer, max_tokens: int | Non
 def test_prompt_that_does_not_fit_is_refused_with_both_lengths(model: nn.Module, tokenizer: Tokenizer) -> None:
     for length in (67, 70):
         with pytest.raises(UserError, match=f"has {length} tokens, but this model's context is 67 .* at most 66"):
-            stream(model, tokenizer, [ASK, ASK * length])  # at once, not at the first piece
-    [done] = generate_batch(model, tokenizer, [ASK * 66])
+            stream(model, tokenizer, [ASK, ASK * length], GREEDY)  # at once, not at the first piece
+    [done] = generate_batch(model, tokenizer, [ASK * 66], GREEDY)
     assert (done.finish_reason, len(done.tokens)) == ("context", 1)
 
 
@@ -91,13 +91,13 @@ def test_empty_prompt_begins_a_text_or_is_refused(model: nn.Module, tokenizer: T
     assert generate_batch(model, tokenizer, [""], settings) == generate_batch(model, tokenizer, [begin], settings)
     for prompt in ("", []):
         with pytest.raises(UserError, match="The prompt is empty"):
-            generate_batch(model, bare, [prompt])
+            generate_batch(model, bare, [prompt], settings)
 
 
 def test_tokens_that_the_model_does_not_know_are_refused(model: nn.Module, tokenizer: Tokenizer) -> None:
     for token in (261, -1):
         with pytest.raises(UserError, match=f"has the token {token}, but the model knows only 0 to 260"):
-            stream(model, tokenizer, [ASK, [5, token, 6]])
+            stream(model, tokenizer, [ASK, [5, token, 6]], GREEDY)
 
 
 def test_damaged_weights_are_told(model: nn.Module, tokenizer: Tokenizer) -> None:
@@ -115,7 +115,7 @@ def test_a_model_that_does_not_write(tokenizer: Tokenizer) -> None:
 def test_as_many_settings_as_prompts(model: nn.Module, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="There are 2 prompts and 1 samplings"):
         stream(model, tokenizer, [ASK, ASK], [GREEDY])
-    assert list(stream(model, tokenizer, [])) == generate_batch(model, tokenizer, []) == []
+    assert list(stream(model, tokenizer, [], GREEDY)) == generate_batch(model, tokenizer, [], GREEDY) == []
 
 
 def test_the_public_call(model: nn.Module, tokenizer: Tokenizer) -> None:

@@ -83,9 +83,17 @@ def test_adapters_learn_other_answers_and_are_all_that_is_left(flags: list[str],
     file = tmp_path / "others.jsonl"
     file.write_text("".join(json.dumps({"prompt": q, "response": a}) + "\n" for q, a in others.items()))
     before = load_file(taught / "model.safetensors")
+    settings = taught / "generation_config.json"
+    said = json.loads(settings.read_text())
+    settings.write_text(json.dumps(said | {"do_sample": True, "top_k": 1}))
     out = go(taught, file, tmp_path / "run", "--steps", "80", "--learning-rate", "0.02", "--lora.rank", "8", *flags)
     right = {question: (answer, "stop") for question, answer in others.items()}
     assert answered(out) == right and answered(taught) == RIGHT
+    own = out / "generation_config.json"
+    for place in ("beside the adapters", "of the base"):
+        assert keifu.load(out)[1].generation_config.items() >= {"do_sample": True, "top_k": 1}.items(), place
+        own.unlink(missing_ok=True)
+    settings.write_text(json.dumps(said))
     assert not (out / "model.safetensors").exists() and (out / "adapter_model.safetensors").exists()
     state = load_file(max((out / "state").glob("*.safetensors")))
     assert all(".adapters." in name for name in state if name.startswith("model."))

@@ -39,8 +39,8 @@ def _notes(file: GGUFFile) -> tuple[str, ...]:
 
 def _tokenizer(fields: Mapping[str, Any]) -> Callable[[], Any]:
     def read() -> Any:
-        from keifu.data.tokenizers import gguf_tokenizer
+        from keifu.data.gguf_tokenizer import READ_FIELDS, gguf_tokenizer
 
-        return gguf_tokenizer({key: value for key, value in fields.items() if key.startswith("tokenizer.")})
+        return gguf_tokenizer({key: value for key, value in fields.items() if key.startswith(READ_FIELDS)})
 
     return read

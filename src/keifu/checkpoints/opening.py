@@ -14,6 +14,7 @@ from keifu.checkpoints.hub import locate
 from keifu.checkpoints.huggingface import CONFIGS, INDEX, PICKLED, WEIGHTS, open_directory, pickled_only
 from keifu.checkpoints.report import Report, report
 from keifu.checkpoints.source import Plan, Source, check_tokenizer, plan
+from keifu.data.tokenizer_formats import GENERATION_CONFIG
 from keifu.data.tokenizers import load_tokenizer
 from keifu.errors import UserError, unknown
 from keifu.layers.lora import merge
@@ -34,14 +35,14 @@ def load(name: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module,
     path = locate(name)
     if is_adapter(path):
         model, tokenizer = load(base_of(path), dtype)
-        tokenizer = load_tokenizer(path) if (path / "tokenizer_config.json").exists() else tokenizer
+        tokenizer = _adapted(path, tokenizer) if (path / "tokenizer_config.json").exists() else tokenizer
         model = load_adapter(merge(model), path)
     else:
         found = plan(open_source(path), dtype)
         with ThreadPoolExecutor(1) as beside:  # the weights are read meanwhile
             reading = beside.submit(found.source.tokenizer)
             model = found.fill()
-            tokenizer = reading.result()
+            tokenizer = _recommended(name, reading.result())
     if tokenizer is not None:
         own: Any = model.config
         check_tokenizer(tokenizer, own.vocab_size)
@@ -93,7 +94,27 @@ def _to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module,
         model, tokenizer = load(name, dtype)
         return merge(model), tokenizer
     found = _plan(name, None)
-    return _plan(name, dtype or found.exact).fill(), found.source.tokenizer()
+    return _plan(name, dtype or found.exact).fill(), _recommended(name, found.source.tokenizer())
+
+
+def _recommended(name: str | Path, tokenizer: Any) -> Any:
+    """The tokenizer with the catalogue's settings of text generation for this model, where its own files have none."""
+    if tokenizer is None or Path(name).expanduser().exists():
+        return tokenizer
+    from keifu.data.catalogue import CATALOGUE
+
+    if str(name) not in CATALOGUE:
+        return tokenizer
+    recommended = CATALOGUE[str(name)].generation_config
+    return tokenizer.replace(generation_config={**recommended, **tokenizer.generation_config})
+
+
+def _adapted(path: Path, base: Any) -> Any:
+    """The tokenizer beside adapters; how to generate text is as for their base, where no file beside them says it."""
+    own = load_tokenizer(path)
+    if base is None or (path / GENERATION_CONFIG).exists():
+        return own
+    return own.replace(generation_config=base.generation_config, stop_ids=own.stop_ids | base.stop_ids)
 
 
 def _plan(name: str | Path, dtype: torch.dtype | None) -> Plan:

@@ -28,6 +28,7 @@ from keifu.checkpoints.huggingface import CONFIGS, INDEX, PREPROCESSOR, WEIGHTS
 from keifu.checkpoints.names import Link, links
 from keifu.checkpoints.source import check_tokenizer, name_of
 from keifu.checkpoints.tasks import describe
+from keifu.data.tokenizer_formats import GENERATION_CONFIG
 from keifu.errors import UserError
 
 STAGE = ".saving-"
@@ -141,15 +142,21 @@ def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path
     if tokenizer is not None:
         tokenizer.save(stage)
         ids = dict(zip(ids, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
-        given = {key: value for key, value in ids.items() if value is not None}
-        ends = sorted(tokenizer.stop_ids)
-        given |= {"eos_token_id": ends} if len(ends) > 1 else {}
-        given |= {key: config[key] for key in GENERATION if key in config}
-        _write_json(stage / "generation_config.json", given)
+        given = generation_config(tokenizer) | {key: config[key] for key in GENERATION if key in config}
+        _write_json(stage / GENERATION_CONFIG, given)
     pictures = config.pop(PREPROCESSOR, None)
     if pictures is not None:
         _write_json(stage / f"{PREPROCESSOR}.json", pictures)
     _write_json(stage / file, ids | config | {"dtype": dtype, "torch_dtype": dtype})
+
+
+def generation_config(tokenizer: Any) -> dict[str, Any]:
+    """What generation_config.json says of a tokenizer's model: recommended settings, and the ids that begin, end and
+    pad a text."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    ends = sorted(tokenizer.stop_ids)
+    ids |= {"eos_token_id": ends} if len(ends) > 1 else {}
+    return tokenizer.generation_config | {key: value for key, value in ids.items() if value is not None}
 
 
 def _write_diffusers(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path) -> None:

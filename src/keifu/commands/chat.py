@@ -1,83 +1,74 @@
-"""`keifu chat`: a conversation in the terminal, or a line a turn through a pipe; knows no model and no template."""
+"""`keifu chat`: a conversation in the terminal, or one answer to a question; knows no model and no template."""
 
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
 from keifu.commands import flags
-from keifu.commands.language import decoded, load_writer
+from keifu.commands.conversation import Chat, tell_cut
+from keifu.commands.language import at_terminal, join_texts, load_writer, notice
+from keifu.commands.terminal import no_text
+from keifu.commands.writing import SamplingFlags, choose_sampling, print_text
 from keifu.errors import UserError
+from keifu.generation.sampling import ANSWER_TOKENS
 
-if TYPE_CHECKING:
-    from keifu.generation.chat import Conversation
-
-HINT = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer."
+EXAMPLE = 'keifu chat MODEL "What is the capital of France?"'
 
 
 @dataclass(frozen=True)
 class Options:
-    """Talk with a model. /reset forgets the conversation, /exit leaves, Ctrl-C stops an answer."""
+    """Talk with a model: without a question in the terminal, where /help lists the commands, and with one for one
+    answer. A file and a pipe are one question too; where there are several of these, an empty line joins them.
+
+    Sampling options that are not given have the model's own values (of its generation_config.json, or of the
+    catalogue). Where there are none: chat models are greedy, and base models have temperature 0.8, top-k 40, top-p 0.95
+    and min-p 0.05. What is in force is shown in a terminal, and by --json.
+    """
 
     model: flags.Model
-    system: str | None = None
+    question: Annotated[
+        tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[QUESTION]", help="A question, to be answered once.")
+    ] = None
+    system: Annotated[str | None, tyro.conf.arg(aliases=["-s"])] = None
     """What the model is told before the conversation; unset: what its own chat template says."""
-    sampling: Annotated[flags.Continuation, tyro.conf.arg(name="")] = flags.Continuation(max_tokens=1024)
+    file: Path | None = None
+    """The file that has the question, or what the question is about."""
+    json: bool = False
+    """Print the answer, tokens, log-probabilities, seed, sampling and the reason for the end as JSON."""
+    sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags()
 
 
 def run(options: Options) -> None:
-    """Answers line after line."""
-    from keifu.generation.chat import Conversation
+    """Answers a question, or one after another."""
+    question = join_texts(options.question, options.file)
+    if not question and (options.json or not at_terminal()):
+        no_text(EXAMPLE)
+    model, tokenizer = load_writer(options.model)
+    check_chats(options.model, tokenizer)
+    sampling, line = choose_sampling(tokenizer, options.sampling, ANSWER_TOKENS)
+    if not question:
+        from keifu.generation.chat import Conversation
 
-    conversation = Conversation(*load_writer(options.model), options.system)
-    typed = sys.stdin.isatty()
-    converse(conversation, _typed() if typed else _piped(), vars(options.sampling), forgiving=typed)
-
-
-def converse(conversation: "Conversation", lines: Iterator[str], sampling: dict[str, Any], forgiving: bool) -> None:
-    """Prints an answer to each line. Where `forgiving`, an error or Ctrl-C ends the answer and not the conversation."""
-    for line in lines:
-        if line.strip() == "/exit":
-            return
-        if line.strip() == "/reset":
-            conversation.reset()
-        elif line.strip():
-            try:
-                _answer(conversation, line, sampling)
-            except (UserError, KeyboardInterrupt) as error:
-                if not forgiving:
-                    raise
-                print(f"\n{str(error) or 'Stopped.'}", file=sys.stderr)
+        print(f"{options.model}: {line}.")
+        Chat(Conversation(model, tokenizer, options.system), sampling).talk()
+        return
+    notice(f"{options.model}: {line}.")
+    messages = [{"role": "user", "content": question}]
+    if options.system is not None:
+        messages.insert(0, {"role": "system", "content": options.system})
+    reason = print_text(model, tokenizer, tokenizer.render_chat(messages), sampling, options.json, streamed=True)
+    tell_cut(reason)
 
 
-def _answer(conversation: "Conversation", line: str, sampling: dict[str, Any]) -> None:
-    for piece in conversation.reply(line, **sampling):
-        print(piece, end="", flush=True)
-    print(flush=True)
-    if conversation.finish_reason in ("length", "context"):
-        limit = {"length": "--max-tokens", "context": "the model's context, which is full"}[conversation.finish_reason]
-        print(f"(The answer was cut by {limit}.)", file=sys.stderr)
-
-
-def _typed() -> Iterator[str]:
-    """Lines from a person; the end of input and Ctrl-C at the prompt leave."""
-    import readline  # noqa: F401 (its import gives input() editing and history)
-
-    print(HINT)
-    while True:
-        try:
-            yield input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-
-
-def _piped() -> Iterator[str]:
-    """Lines of standard input as they come."""
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        yield decoded(line, "standard input", number)
+def check_chats(name: str, tokenizer: Any) -> None:
+    """Refuses a base model, in the words of the command line."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f'{name} is a base model, without a chat template: let it continue a text (keifu generate {name} "..."), '
+            f"or teach it to answer (keifu train sft --model {name} --data CHATS.jsonl)."
+        )
 
 
 parse = flags.parser(Options, run, "keifu chat")

@@ -17,7 +17,7 @@ def texts_from(arguments: Sequence[str], file: Path | None, example: str) -> lis
     if arguments and file is not None:
         raise UserError(f"There are two sources of texts, the arguments and {file}: give one of them.")
     place = "The command line" if arguments else file or "Standard input"
-    texts = list(arguments) or [line.removesuffix("\r") for line in text_from(None, file, example).split("\n")]
+    texts = list(arguments) or [line.removesuffix("\r") for line in text_from(file, example).split("\n")]
     empty = [number for number, text in enumerate(texts, 1) if not text.strip()]
     if len(empty) == len(texts):
         raise UserError(f"{place} holds no text.")

@@ -1,23 +1,29 @@
-"""`keifu generate`: a model continues a text; knows no model and no way to choose a token."""
+"""`keifu generate`: a model continues a text, or answers it; knows no model and no way to choose a token."""
 
-import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from keifu.commands import flags
-from keifu.commands.language import load_writer, text_from
+from keifu.commands.language import at_terminal, join_texts, load_writer, notice
+from keifu.commands.terminal import ask
+from keifu.commands.writing import SamplingFlags, choose_sampling, print_text
 
 EXAMPLE = 'keifu generate MODEL "Once upon a time"'
 
 
 @dataclass(frozen=True)
 class Options:
-    """Continue a text. It stands behind the model, or in a file, or comes through a pipe."""
+    """Continue a text; a chat model answers it. It stands behind the model, in a file, or comes through a pipe, or
+    several of these, which are then joined by an empty line.
+
+    Sampling options that are not given have the model's own values (of its generation_config.json, or of the
+    catalogue). Where there are none: chat models are greedy, and base models have temperature 0.8, top-k 40, top-p 0.95
+    and min-p 0.05. What is in force is shown in a terminal, and by --json.
+    """
 
     model: flags.Model
     prompt: Annotated[
@@ -25,40 +31,25 @@ class Options:
     ] = None
     file: Path | None = None
     """The file that has the text."""
+    raw: bool = False
+    """Give a chat model the text as it is, to be read_rest, and not as a message in its chat template."""
     json: bool = False
-    """Print text, tokens, log-probabilities, seed and the reason for the end as JSON."""
+    """Print text, tokens, log-probabilities, seed, sampling and the reason for the end as JSON."""
     stream: bool = False
     """Print the text as it is written, in a pipe too."""
-    sampling: Annotated[flags.Continuation, tyro.conf.arg(name="")] = flags.Continuation()
+    sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags()
 
 
 def run(options: Options) -> None:
     """Prints what the model writes, without the prompt."""
-    prompt = text_from(options.prompt, options.file, EXAMPLE)
+    text = join_texts(options.prompt, options.file) or (ask("Prompt: ", EXAMPLE) if at_terminal() else "")
     model, tokenizer = load_writer(options.model)
-    if options.json:
-        from keifu.generation.generate import generate_batch
+    from keifu.generation.generate import as_prompt
 
-        [done] = generate_batch(model, tokenizer, [prompt], replace(options.sampling, log_probabilities=True))
-        print(json.dumps(vars(done), ensure_ascii=False))
-        return
-    pieces = _told(model, tokenizer, prompt, options.sampling)
-    if options.stream or sys.stdout.isatty():
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
-    else:
-        print("".join(pieces))
-
-
-def _told(model: Any, tokenizer: Any, prompt: str, sampling: flags.Continuation) -> Iterator[str]:
-    """The pieces of text; that the context is full is said on stderr."""
-    from keifu.generation.generate import stream
-
-    reason = None
-    for piece in stream(model, tokenizer, [prompt], sampling):
-        reason = piece.finish_reason
-        yield piece.text
+    sampling, line = choose_sampling(tokenizer, options.sampling, max_tokens=256)
+    prompt = as_prompt(tokenizer, text, options.raw)
+    notice(line if isinstance(prompt, str) else f"{line}; through the chat template, --raw leaves it out")
+    reason = print_text(model, tokenizer, prompt, sampling, options.json, options.stream or sys.stdout.isatty())
     if reason == "context":
         print(f"The text fills the model's context of {model.config.context_length} tokens.", file=sys.stderr)
 

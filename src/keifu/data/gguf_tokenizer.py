@@ -29,6 +29,14 @@ from keifu.data.streaming import byte_value
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 
+READ_FIELDS = ("tokenizer.", "general.sampling.")
+SAMPLING_KEYS = {  # our word for GGUF's, and the type
+    "temperature": ("temp", float),
+    "top_k": ("top_k", int),
+    "top_p": ("top_p", float),
+    "min_p": ("min_p", float),
+    "repetition_penalty": ("penalty_repeat", float),
+}
 ROLE_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 Made = tuple[tokenizers.Tokenizer, bool]  # a backend, and whether its kind puts a BOS before texts if nothing is said
 ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # for files that name none
@@ -42,7 +50,7 @@ def read_gguf_fields(path: Path) -> dict[str, Any]:
         fields = GGUFReader(path).fields
     except (ValueError, IndexError) as error:
         raise UserError(f"{path} is not a GGUF file, or it is torn: {error}.") from error
-    return {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
+    return {name: field.contents() for name, field in fields.items() if name.startswith(READ_FIELDS)}
 
 
 def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
@@ -65,7 +73,24 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     begins, ends = (fields.get(f"tokenizer.ggml.add_{role}_token") for role in ("bos", "eos"))
     put_around_text(backend, special, bool(adds_bos if begins is None else begins), bool(ends))
     template = fields.get("tokenizer.chat_template")
-    return Tokenizer(backend, special, _ends_of_turn(fields, tokens, template), template)
+    ends = _ends_of_turn(fields, tokens, template)
+    return Tokenizer(backend, special, ends, template, generation_config=_generation_config(fields))
+
+
+def _generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """GGUF's general.sampling.*, in the words of generation_config.json; a temperature of 0 is greedy choice."""
+    there = {ours: fields.get(f"general.sampling.{theirs}") for ours, (theirs, _) in SAMPLING_KEYS.items()}
+    found: dict[str, Any] = {ours: round(value, 6) for ours, value in there.items() if value is not None}
+    if found.get("temperature") == 0:
+        return {"do_sample": False, **{key: value for key, value in found.items() if key != "temperature"}}
+    return {"do_sample": True, **found} if found else {}
+
+
+def _sampling_fields(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The general.sampling.* of a generation_config: what `_generation_config` reads."""
+    told = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
+    told |= {"temperature": 0.0} if generation.get("do_sample") is False else {}
+    return {f"general.sampling.{SAMPLING_KEYS[key][0]}": SAMPLING_KEYS[key][1](value) for key, value in told.items()}
 
 
 def _needed(fields: Mapping[str, Any], name: str) -> Any:
@@ -145,7 +170,8 @@ def to_gguf_fields(tokenizer: Tokenizer) -> dict[str, Any]:
     turns = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
     fields |= {"eot_token_id": turns[0]} if turns else {}
     template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
-    return {f"tokenizer.ggml.{key}": value for key, value in fields.items()} | template
+    named = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    return named | template | _sampling_fields(tokenizer.generation_config)
 
 
 def _around(tokenizer: Tokenizer) -> dict[str, bool]:

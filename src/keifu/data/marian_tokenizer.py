@@ -19,7 +19,7 @@ from tokenizers import AddedToken, models
 from keifu.data.sentencepiece_model import decoder
 from keifu.data.sentencepiece_pieces import Pieces
 from keifu.data.tokenizer_core import Tokenizer
-from keifu.data.tokenizer_formats import check_ids, read_json, roles_beside, stop_ids
+from keifu.data.tokenizer_formats import check_ids, generation_config, read_json, roles_beside, stop_ids
 from keifu.errors import UserError, unknown
 from keifu.files import write_atomic
 
@@ -156,7 +156,7 @@ def read_marian(directory: Path, config: Mapping[str, Any]) -> MarianTokenizer:
             vocabularies[0],
             vocabularies[1] if separate else None,
             {role: token for role, token in special.items() if role in ROLES},
-            tuple(sorted(stop_ids(directory))),
+            tuple(sorted(stop_ids(generation_config(directory)))),
             length,
         )
     )

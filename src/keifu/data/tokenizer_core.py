@@ -31,6 +31,7 @@ class Tokenizer:
     stop_ids: ids that end an answer besides the end-of-text token, such as the end of a turn.
     chat_template: the Jinja template that turns messages into a prompt, if there is one.
     max_length: the longest text, in tokens, that the model's makers foresaw, if they said so.
+    generation_config: how the model's makers recommend to generate text, in the terms of generation_config.json.
 
     A vocabulary in which two tokens share an id, or an id has no token, is a `UserError` that names it.
     """
@@ -42,6 +43,7 @@ class Tokenizer:
         stop_ids: Iterable[int] = (),
         chat_template: str | None = None,
         max_length: int | None = None,
+        generation_config: Mapping[str, Any] | None = None,
     ):
         backend.no_truncation()
         backend.no_padding()
@@ -49,6 +51,7 @@ class Tokenizer:
         self.special = {role: token for role, token in (special or {}).items() if token is not None}
         self.chat_template = chat_template
         self.max_length = max_length
+        self.generation_config = dict(generation_config or {})
         self.vocab_size = _checked_size(backend.get_vocab(with_added_tokens=True))
         self.bos_id, self.eos_id, self.pad_id = (self._role(f"{role}_token") for role in ("bos", "eos", "pad"))
         ends = [] if self.eos_id is None else [self.eos_id]
@@ -146,21 +149,25 @@ class Tokenizer:
         text = render_marked(self.chat_template, marked, given, marks[2:], self._shield.names)
         return encode_turns(self._shield.backend, self._shield.name(text, marks[:2]), marks[2:])
 
-    def with_chat_template(self, template: str) -> "Tokenizer":
-        """The same tokenizer with this chat template."""
-        return Tokenizer(self.backend, self.special, self.stop_ids, template, self.max_length)
+    def replace(self, **parts: Any) -> "Tokenizer":
+        """The same tokenizer with some parts changed, each under its name in the constructor."""
+        return Tokenizer(**{**self._parts, **parts})
+
+    def with_chat_template(self, template: str | None) -> "Tokenizer":
+        """The same tokenizer with this chat template, or with none."""
+        return self.replace(chat_template=template)
 
     def with_max_length(self, length: int) -> "Tokenizer":
         """The same tokenizer for a model that reads so many tokens."""
-        return Tokenizer(self.backend, self.special, self.stop_ids, self.chat_template, length)
+        return self.replace(max_length=length)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self.backend, self.special, self.stop_ids, self.chat_template, self.max_length)
+        return Tokenizer, tuple(self._parts.values())
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, for transformers' AutoTokenizer.
 
-        `stop_ids` belong in generation_config.json, which is written with the model.
+        `stop_ids` and `generation_config` belong in generation_config.json, which is written with the model.
         """
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
         config |= {"clean_up_tokenization_spaces": False}
@@ -185,6 +192,18 @@ class Tokenizer:
         Scores are rounded in it: the `tokenizers` library reads back their last digit inexactly.
         """
         return self._hash
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """The arguments that make this tokenizer again, in the constructor's order."""
+        return {
+            "backend": self.backend,
+            "special": self.special,
+            "stop_ids": self.stop_ids,
+            "chat_template": self.chat_template,
+            "max_length": self.max_length,
+            "generation_config": self.generation_config,
+        }
 
     @cached_property
     def _hash(self) -> str:

@@ -20,6 +20,7 @@ from keifu.data.tokenizer_core import ROLES, Tokenizer
 from keifu.errors import UserError
 
 Read = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token of each role that the file itself names
+GENERATION_CONFIG = "generation_config.json"
 WORD_END, UNKNOWN = "</w>", "<unk>"  # of GPT-1
 BERT_ROLES = dict(zip(("unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
                       ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"), strict=True))  # fmt: skip
@@ -193,7 +194,8 @@ def finish(read: Read, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
     if "add_bos_token" in config or "add_eos_token" in config:  # these overrule tokenizer.json, in transformers too
         put_around_text(backend, special, bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
-    return Tokenizer(backend, special, stop_ids(directory), chat_template(directory, config), limit)
+    generation = generation_config(directory)
+    return Tokenizer(backend, special, stop_ids(generation), chat_template(directory, config), limit, generation)
 
 
 def roles_beside(config: Mapping[str, Any]) -> tuple[dict[str, str], int | None]:
@@ -207,10 +209,18 @@ def _content(token: Any) -> str:
     return token["content"] if isinstance(token, dict) else token
 
 
-def stop_ids(directory: Path) -> set[int]:
-    """The ids that end an answer, from generation_config.json's eos_token_id; empty when there is none."""
-    path = directory / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.exists() else None
+def generation_config(directory: Path) -> dict[str, Any]:
+    """What generation_config.json says; empty where there is none."""
+    path = directory / GENERATION_CONFIG
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__} where a JSON object is needed.")
+    return {key: value for key, value in found.items() if value is not None and not key.startswith("_")}
+
+
+def stop_ids(generation: Mapping[str, Any]) -> set[int]:
+    """The ids that end an answer, from a generation_config's eos_token_id; empty when there is none."""
+    found = generation.get("eos_token_id")
     return set() if found is None else {found} if isinstance(found, int) else set(found)
 
 

@@ -1,19 +1,18 @@
 """A conversation: its history, laid out by the chat template, and the model's answers; knows no terminal."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Unpack
 
 from torch import nn
 
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.decoding import causal
+from keifu.generation.defaults import sampling_for
 from keifu.generation.engine import capacity, write
 from keifu.generation.requests import Request, check_tokens
-from keifu.generation.sampling import sampling_from
+from keifu.generation.sampling import ANSWER_TOKENS, SamplingOptions
 from keifu.layers.cache import Cache
-
-MAX_TOKENS = 1024  # of an answer, unless another number is asked for
 
 
 class Conversation:
@@ -38,12 +37,25 @@ class Conversation:
         self._caches: list[Cache] | None = None
         self._held: list[int] = []  # the tokens whose keys and values the caches hold
 
-    def reply(self, text: str, **sampling: Any) -> Iterator[str]:
+    def instruct(self, system: str | None) -> None:
+        """Changes the system prompt, or takes it away; what was said stays."""
+        said = [message for message in self.messages if message["role"] != "system"]
+        self.system = system
+        self.messages = said if system is None else [{"role": "system", "content": system}, *said]
+
+    def restore(self, messages: Sequence[Mapping[str, str]]) -> None:
+        """Goes on with a conversation that was had before; one that the template refuses is a `UserError`."""
+        self.tokenizer.render_chat(messages)
+        self.messages = [dict(message) for message in messages]
+        self.system = next((each["content"] for each in self.messages if each["role"] == "system"), None)
+        self.finish_reason = None
+
+    def reply(self, text: str, **sampling: Unpack[SamplingOptions]) -> Iterator[str]:
         """Answers a message, in pieces of text; both then belong to the history.
 
-        sampling: as for `generate`, but max_tokens is 1024. An answer that is interrupted stays as far as it came; if
-        nothing came, the message is forgotten too. A conversation that no longer fits the context is a `UserError`,
-        raised at once; nothing is dropped from it.
+        sampling: as for `generate`, but max_tokens is 1024 where the model names no number. An answer that is
+        interrupted stays as far as it came; if nothing came, the message is forgotten too. A conversation that no
+        longer fits the context is a `UserError`, raised at once; nothing is dropped from it.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self.tokenizer.render_chat(messages)
@@ -54,7 +66,7 @@ class Conversation:
                 "and must hold the answer too: write a shorter message, or start afresh with /reset."
             )
         check_tokens([prompt], self.config.vocab_size)
-        settings = sampling_from({"max_tokens": MAX_TOKENS, **sampling})
+        settings = sampling_for(self.tokenizer, sampling, ANSWER_TOKENS)
         return self._answer(Request(0, prompt, settings, self.tokenizer, context), messages)
 
     def _answer(self, request: Request, messages: list[dict[str, str]]) -> Iterator[str]:

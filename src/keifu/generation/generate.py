@@ -5,16 +5,17 @@ A seed belongs to a request: the same prompt, settings and seed give the same te
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Unpack, overload
 
 from torch import nn
 
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.decoding import causal
+from keifu.generation.defaults import sampling_for
 from keifu.generation.engine import capacity, write
 from keifu.generation.requests import Piece, Request, check_tokens, prompt_tokens
-from keifu.generation.sampling import Sampling, sampling_from
+from keifu.generation.sampling import Sampling, SamplingOptions
 
 Prompts = Sequence[str | Sequence[int]]
 
@@ -44,7 +45,7 @@ def stream(
     model: nn.Module,
     tokenizer: Tokenizer,
     prompts: Prompts,
-    samplings: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (it is frozen)
+    samplings: Sampling | Sequence[Sampling],
 ) -> Iterator[Piece]:
     """The pieces of all texts as they are written, a token of each text in turn.
 
@@ -66,7 +67,7 @@ def generate_batch(
     model: nn.Module,
     tokenizer: Tokenizer,
     prompts: Prompts,
-    samplings: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (it is frozen)
+    samplings: Sampling | Sequence[Sampling],
     batch_size: int = 32,
 ) -> list[Completion]:
     """The completion of every prompt, in their order; `batch_size` of similar length are written at a time."""
@@ -97,23 +98,45 @@ def completion(pieces: Sequence[Piece], seed: int, prompt_length: int) -> Comple
 
 
 @overload
-def generate(model: nn.Module, tokenizer: Tokenizer, prompt: str, **sampling: Any) -> str: ...
+def generate(
+    model: nn.Module, tokenizer: Tokenizer, prompt: str, *, raw: bool = False, **sampling: Unpack[SamplingOptions]
+) -> str: ...
 @overload
-def generate(model: nn.Module, tokenizer: Tokenizer, prompt: list[str], **sampling: Any) -> list[str]: ...
-def generate(model: nn.Module, tokenizer: Tokenizer, prompt: str | list[str], **sampling: Any) -> str | list[str]:
+def generate(
+    model: nn.Module, tokenizer: Tokenizer, prompt: list[str], *, raw: bool = False, **sampling: Unpack[SamplingOptions]
+) -> list[str]: ...
+def generate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str | list[str],
+    *,
+    raw: bool = False,
+    **sampling: Unpack[SamplingOptions],
+) -> str | list[str]:
     """What the model writes after the prompt (without the prompt), or after each of several.
 
-    sampling: any of max_tokens=256, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-    presence_penalty=0.0, frequency_penalty=0.0, stop=(), seed=None; `Sampling` tells what they mean. The defaults draw
-    from the model's own distribution; temperature=0 always takes the likeliest token.
+    A model with a chat template answers the prompt as a message; `raw` continues it as plain text instead.
+
+    sampling: any of max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
+    frequency_penalty, stop, seed; `Sampling` says what they mean. Each that is not given has the model's recommended
+    value, from its generation_config.json, or where there is none: temperature=0 (greedy) for chat models;
+    temperature=0.8, top_k=40, top_p=0.95, min_p=0.05 for base models; and max_tokens=256.
 
     A prompt longer than the context, and a setting that is unknown or out of its range, are `UserError`s. With one seed
     for several prompts each gets what it would get alone, so equal prompts get equal texts.
     """
-    settings = sampling_from(sampling)
-    prompts = [prompt] if isinstance(prompt, str) else prompt
+    settings = sampling_for(tokenizer, sampling)
+    prompts = [as_prompt(tokenizer, each, raw) for each in ([prompt] if isinstance(prompt, str) else prompt)]
     texts = [done.text for done in generate_batch(model, tokenizer, prompts, settings)]
     return texts[0] if isinstance(prompt, str) else texts
+
+
+def as_prompt(tokenizer: Tokenizer, text: str, raw: bool = False) -> str | list[int]:
+    """What a model is given of a text: a message in the chat template where it has one; otherwise, or if `raw`, the
+    text as it is."""
+    if raw or tokenizer.chat_template is None:
+        return text
+    return tokenizer.render_chat([{"role": "user", "content": text}])
 
 
 def _one_each(samplings: Sampling | Sequence[Sampling], n: int) -> list[Sampling]:

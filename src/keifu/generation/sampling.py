@@ -2,10 +2,13 @@
 
 import math
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from keifu.errors import UserError, unknown
+
+ANSWER_TOKENS = 1024  # the most that an answer in a conversation has, unless another number is asked for
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,23 @@ _RANGES = {
 }
 
 
-def sampling_from(options: dict[str, Any]) -> Sampling:
+class SamplingOptions(TypedDict, total=False):
+    """Some of the fields of `Sampling`, by name; `stop` may be one string."""
+
+    max_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    stop: str | Sequence[str]
+    seed: int | None
+    log_probabilities: bool
+
+
+def sampling_from(options: Mapping[str, Any]) -> Sampling:
     """The settings of these names; `stop` may be one string or several. An unknown name is a `UserError`."""
     known = [field.name for field in fields(Sampling)]
     for name in options:

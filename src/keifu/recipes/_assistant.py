@@ -5,6 +5,7 @@ What they begin with, its chat template, what of it is trained, and what is left
 
 import copy
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,12 @@ from torch import nn
 
 from keifu import checkpoints
 from keifu.checkpoints.adapters import adapt, low, save_adapter
+from keifu.checkpoints.saving import generation_config
 from keifu.data.chat import CHATML, PLAIN
 from keifu.data.tokenizer_core import Tokenizer
+from keifu.data.tokenizer_formats import GENERATION_CONFIG
 from keifu.errors import UserError
+from keifu.files import write_atomic
 from keifu.generation.decoding import causal
 from keifu.layers.lora import adapters, merge
 
@@ -74,7 +78,7 @@ def padding(tokenizer: Tokenizer, texts: Sequence[Sequence[int]]) -> Tokenizer:
     roles = {role: token for role, token in tokenizer.special.items() if role != "pad_token"}
     if free and (token := tokenizer.backend.id_to_token(free[0])):
         roles["pad_token"] = token
-    return Tokenizer(tokenizer.backend, roles, tokenizer.stop_ids, tokenizer.chat_template, tokenizer.max_length)
+    return tokenizer.replace(special=roles)
 
 
 def row_length(model: Any, wanted: int | None) -> int:
@@ -120,3 +124,4 @@ def leave(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: str) ->
         return
     save_adapter(model, directory, str(Path(base).resolve()) if Path(base).exists() else base)
     tokenizer.save(directory)
+    write_atomic(directory / GENERATION_CONFIG, json.dumps(generation_config(tokenizer), indent=2) + "\n")

@@ -57,10 +57,14 @@ def ready(text: Text, **options: Any) -> Task:
 
 
 def tokenizer_of(text: Text, **options: Any) -> Tokenizer:
-    """The tokenizer that a text names, or the one that it asks to be learned, with these options of learning."""
+    """The tokenizer that a text names, or the one that it asks to be learned, with these options of learning.
+
+    One that belongs to another model keeps its vocabulary alone: a model that begins to learn is no chat model.
+    """
     if text.tokenizer not in KINDS:
         known = in_catalogue(text.tokenizer)
-        return load_tokenizer(catalogue.fetch(text.tokenizer) if known else Path(text.tokenizer))
+        found = load_tokenizer(catalogue.fetch(text.tokenizer) if known else Path(text.tokenizer))
+        return found.replace(chat_template=None, generation_config=None)
     given = "".join(f"-{option}" for option, value in options.items() if value)
     name = f"{text.tokenizer}-{text.vocab_size}{given}-{content_hash(text.data)[:16]}"
     directory = cache() / "tokenizers" / name
@@ -108,7 +112,7 @@ def pretrain(
     )
 
     def sample(step: int) -> str:
-        return prompt + generate(model, task.tokenizer, prompt or "\n", max_tokens=100, temperature=0.8, seed=step)
+        return prompt + generate(model, task.tokenizer, prompt or "\n", raw=True, max_tokens=100, seed=step)
 
     def save(directory: Path) -> None:
         checkpoints.save(model, task.tokenizer, directory)

@@ -48,6 +48,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     _ask()
     print(f"\nDone in {time.monotonic() - began:.0f} s. Next:")
     print(f'   keifu generate {out} "The President of the United States"')
+    print('   keifu chat smollm2 "What is the capital of Italy?"')
     print("   keifu chat smollm2")
     print("   keifu train gpt --depth 4 --data FILE-OR-FOLDER-OF-YOUR-OWN")
 

@@ -34,8 +34,8 @@ from keifu.data.special_tokens import put_around_text
 from keifu.data.text import Shards
 from keifu.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from keifu.files import write_atomic
+from keifu.generation.defaults import sampling_for
 from keifu.generation.infilling import continuation, infill
-from keifu.generation.sampling import Sampling
 from keifu.models import palm
 from keifu.recipes._language import whom_to_thank
 from keifu.training.denoising import denoising, measured
@@ -200,7 +200,7 @@ def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Tokenizer) -> Callable
     gaps = recipe.gaps if recipe.objective == "ul2" else ()
 
     def sample(step: int) -> str:
-        chance = Sampling(max_tokens=40, temperature=0.8, seed=step)
+        chance = sampling_for(tokenizer, {"max_tokens": 40, "seed": step})
         filled = (f"{text}\n  = {infill(model, tokenizer, text).text}" for text in gaps)
         gone_on = (text + continuation(model, tokenizer, text, chance) for text in recipe.prompts)
         return "\n".join([*filled, *gone_on])

@@ -150,7 +150,7 @@ def answers(task: Task) -> str:
     for conversation in task.shown:
         asked = next(message["content"] for message in conversation if message["role"] == "user")
         talk = Talk(task.model, task.tokenizer)
-        said = "".join(talk.reply(asked, max_tokens=80, temperature=0.0))
+        said = "".join(talk.reply(asked, max_tokens=80, seed=0))
         told.append(f"{asked}\n> {said}" + ("" if talk.finish_reason == "stop" else " ..."))
     return "\n\n".join(told)
 
