@@ -53,12 +53,11 @@ class Model:
 
     def build(self, vocab_size: int) -> DecoderLM:
         """The model, with GPT-2's initialisation."""
-        blocks = [
-            PreNorm(Attention(DIM, HEADS), self.feedforward(), (self.norm(), self.norm())) for _ in range(LAYERS)
-        ]
-        places = self.learned_positions() if self.learned_positions else None
-        turning = self.rotary() if self.rotary else None
-        model = DecoderLM(nn.Embedding(vocab_size, DIM), blocks, self.norm(), places, turning)
+        rotary = self.rotary() if self.rotary else None
+        attentions = [Attention(DIM, HEADS, rotary=rotary) for _ in range(LAYERS)]
+        blocks = [PreNorm(each, self.feedforward(), (self.norm(), self.norm())) for each in attentions]
+        positions = self.learned_positions() if self.learned_positions else None
+        model = DecoderLM(nn.Embedding(vocab_size, DIM), blocks, self.norm(), positions)
         normal_(model, std=0.02)
         scale_residual_(model, LAYERS)
         return model

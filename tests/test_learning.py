@@ -23,6 +23,7 @@ from keifu.models import (
     dalle,
     ddpm,
     discrete_vae,
+    gemma3,
     gpt1,
     gpt2,
     gpt3,
@@ -31,6 +32,7 @@ from keifu.models import (
     mlp,
     palm,
     perceptron,
+    qwen3,
     seq2seq,
     transformer,
     unclip,
@@ -60,6 +62,8 @@ LANGUAGE_MODELS = {
     "llama": (llama, llama.Config(**SMALL, n_kv_heads=2)),
     "mistral": (llama, llama.Config(**SMALL, n_kv_heads=1, sliding_window=5, tied=True)),
     "qwen2": (llama, llama.Config(**SMALL, qkv_bias=True)),
+    "qwen3": (qwen3, qwen3.Config(**SMALL, n_kv_heads=2, head_dim=16)),
+    "gemma3": (gemma3, gemma3.Config(**SMALL, n_kv_heads=1, head_dim=16, sliding_window=5, global_layers=(1,))),
 }
 
 

@@ -6,7 +6,7 @@ import torch
 from keifu import checkpoints
 from keifu.data.chat import CHATML
 from keifu.layers.positions import RopeScaling
-from keifu.models import gpt2, llama
+from keifu.models import gemma3, gpt2, llama, qwen3
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -24,12 +24,19 @@ CONFIGS = {
     "llama-biased": llama.Config(**SMALL, n_kv_heads=2, qkv_bias=True, out_bias=True, feedforward_bias=True),
     "llama-wide-heads": llama.Config(**SMALL, n_kv_heads=2, head_dim=32),
     "qwen2": llama.Config(**SMALL, n_kv_heads=2, qkv_bias=True, tied=True),
+    "qwen3": qwen3.Config(**SMALL, n_kv_heads=2, head_dim=32),
+    "qwen3-tied": qwen3.Config(**SMALL, n_kv_heads=1, head_dim=16, tied=True, rope_theta=1e4),
+    "gemma3": gemma3.Config(**SMALL | {"n_layers": 7}, n_kv_heads=2, head_dim=32, sliding_window=8),
+    "gemma3-scaled-untied": gemma3.Config(
+        **SMALL | {"n_layers": 6}, head_dim=16, sliding_window=5, rope_scaling=RopeScaling("linear", 8.0, 128), tied=False
+    ),
     **{name: llama.Config(**SMALL, n_kv_heads=2, rope_scaling=scaling) for name, scaling in SCALINGS.items()},
 }
 
 
 def random(config) -> torch.nn.Module:
-    model = (gpt2 if isinstance(config, gpt2.Config) else llama).build(config).eval()
+    [module] = [each for each in (gemma3, gpt2, llama, qwen3) if isinstance(config, each.Config)]
+    model = module.build(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter) * 0.15

@@ -78,6 +78,18 @@ CASES = {
     "qwen2-window": lambda: transformers.Qwen2Config(
         **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=10),
+    "qwen3-biased-window-tied": lambda: transformers.Qwen3Config(
+        **SIZES, head_dim=16, attention_bias=True, use_sliding_window=True, sliding_window=5, max_window_layers=1,
+        tie_word_embeddings=True,
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **SIZES | {"num_hidden_layers": 7}, head_dim=10, sliding_window=7, query_pre_attn_scalar=168
+    ),
+    "gemma3-scaled-untied": lambda: transformers.Gemma3TextConfig(
+        **SIZES, head_dim=16, sliding_window=4, layer_types=["full_attention", "sliding_attention", "full_attention"],
+        tie_word_embeddings=False, rope_scaling={"rope_type": "linear", "factor": 8.0}, hidden_activation="silu",
+    ),
     "linear": lambda: rope("linear", factor=2.5),
     "dynamic": lambda: rope("dynamic", factor=3.0),
     "yarn": lambda: rope("yarn", factor=4.0, original_max_position_embeddings=16),

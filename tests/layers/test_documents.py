@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from keifu.layers.documents import positions_in
-from keifu.models import gpt2, gpt3, llama, palm
+from keifu.models import gemma3, gpt2, gpt3, llama, palm
 
 SIZES = {"vocab_size": 31, "context_length": 24, "dim": 24, "hidden_dim": 40, "n_layers": 2, "n_heads": 4}
 MODELS = {
     "learned positions": gpt2.build(gpt2.Config(**SIZES, dropout=0.0)),
     "rotary": llama.build(llama.Config(**SIZES, n_kv_heads=2)),
+    "local and global rotary bases": gemma3.build(
+        gemma3.Config(**SIZES, n_kv_heads=2, head_dim=8, sliding_window=4, global_layers=(1,))
+    ),
     "a window shorter than a document": llama.build(llama.Config(**SIZES, sliding_window=4)),
     "parallel layers": palm.build(palm.Config(**SIZES)),
     "bands": gpt3.build(gpt3.Config(**SIZES, band=3)),

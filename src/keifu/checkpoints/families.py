@@ -115,6 +115,8 @@ MODELS = {  # each model's file, and the model_types of its configs
     "gpt3": ("gpt_neo", "keifu_gpt3"),
     "palm": ("cohere", "keifu_palm"),
     "llama": ("llama", "mistral", "qwen2", "keifu_llama"),
+    "qwen3": ("qwen3", "keifu_qwen3"),
+    "gemma3": ("gemma3_text", "keifu_gemma3"),
     "transformer": ("marian", "keifu_transformer"),
     "mlp": ("keifu_mlp",),
     "perceptron": ("keifu_perceptron",),

@@ -4,7 +4,7 @@ An architecture is GGUF's word for the program that runs the model in llama.cpp.
 say) is no field of the file: it is here, and a Config that differs cannot be written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,8 @@ class Architecture:
     """`fields` are GGUF's words and ours beyond `SIZES`; `fixed` is what llama.cpp takes for granted.
 
     `optional` are switches of the Config, each with a tensor that is there exactly when it is on. `interleaved`: q and
-    k are stored with neighbouring rotary pairs. `rotary`: it has rotary positions.
+    k are stored with neighbouring rotary pairs. `rotary`: it has rotary positions. `windows`: it has sliding windows,
+    which llama.cpp's other programs ignore. `derive`: what it takes for granted that depends on the sizes.
     """
 
     model_type: str
@@ -40,6 +41,8 @@ class Architecture:
     optional: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     rotary: bool = False
+    windows: bool = False
+    derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda sizes: {}
 
     @property
     def family(self) -> Family:
@@ -73,6 +76,18 @@ _BIASES = {
     "out_bias": "blk.0.attn_output.bias",
     "feedforward_bias": "blk.0.ffn_down.bias",
 }
+_QK_NORM = {f"blocks.*.attention.{part}_norm": f"blk.*.attn_{part}_norm" for part in "qk"}
+_GEMMA3 = {ours: f"{theirs}+1" for ours, theirs in (_BLOCKS | _QK_NORM).items() if ours.endswith("norm")} | {
+    "blocks.*.post_attention_norm": "blk.*.post_attention_norm+1",
+    "blocks.*.post_feedforward_norm": "blk.*.post_ffw_norm+1",
+}
+
+
+def _gemma3_scale(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp knows the 27B model by its 62 layers; in it alone the scale is not that of the heads."""
+    return {"attention_scale": (sizes["dim"] / sizes["n_heads"]) ** -0.5 if sizes["n_layers"] == 62 else None}
+
+
 _PLAIN = {"activation": "silu", "first_window_layer": 0, "dropout": 0.0}
 ARCHITECTURES = {  # in the order in which one is sought for a Config
     "gpt2": Architecture(
@@ -82,6 +97,17 @@ ARCHITECTURES = {  # in the order in which one is sought for a Config
     "qwen2": Architecture(
         "qwen2", _BLOCKS | _LLAMA, _ROTARY, _PLAIN | {"qkv_bias": True, "out_bias": False, "feedforward_bias": False},
         rotary=True,
+    ),
+    "qwen3": Architecture(
+        "qwen3", _BLOCKS | _LLAMA | _QK_NORM, _ROTARY, _PLAIN | {"attention_bias": False}, rotary=True
+    ),
+    "gemma3": Architecture(
+        "gemma3_text", _BLOCKS | _LLAMA | _GEMMA3, _ROTARY,
+        {
+            "activation": "gelu_tanh", "local_rope_theta": 10_000.0, "local_rope_scaling": None, "global_layers": None,
+            "attention_bias": False, "dropout": 0.0,
+        },
+        rotary=True, windows=True, derive=_gemma3_scale,
     ),
     "llama": Architecture(
         "llama", _BLOCKS | _LLAMA, _ROTARY, _PLAIN, _BIASES, interleaved=True, rotary=True
@@ -111,9 +137,13 @@ def read_config(
     values = {ours: own[key] for key, ours in (SIZES | architecture.fields).items() if key in own}
     values |= dict(architecture.fixed) | {switch: tensor in tensors for switch, tensor in architecture.optional.items()}
     values |= {"vocab_size": tensors["token_embd.weight"][0], "tied": "output.weight" not in tensors}
+    values |= architecture.derive(values)
+    kind = architecture.family.module.Config
     if architecture.rotary:
         values |= _read_rotary(own, values, freqs, where)
-    return name, architecture.family.module.Config(**values)
+        if values["head_dim"] is None and kind.head_dim is not None:  # a Config that always names the size of a head
+            values["head_dim"] = values["dim"] // values["n_heads"]
+    return name, kind(**values)
 
 
 def _same_everywhere(key: str, value: Any, where: str) -> Any:
@@ -142,10 +172,11 @@ def architecture_for(config: Any) -> tuple[str, Architecture]:
     for name, architecture in ARCHITECTURES.items():
         if not isinstance(config, architecture.family.module.Config):
             continue
-        wrong = [key for key, fine in architecture.fixed.items() if key != "dropout" and values[key] != fine]
+        needed = {**architecture.fixed, **architecture.derive(values)}
+        wrong = [key for key, fine in needed.items() if key != "dropout" and values[key] != fine]
         if not wrong:
             return name, architecture
-        reasons.append(f"{name} needs " + ", ".join(f"{key}={architecture.fixed[key]!r}" for key in wrong))
+        reasons.append(f"{name} needs " + ", ".join(f"{key}={needed[key]!r}" for key in wrong))
     if not reasons:
         raise UserError(f"llama.cpp runs no model of {type(config).__module__}; it can be written as a directory (hf).")
     raise UserError(f"llama.cpp runs no such model: {'; '.join(reasons)}. Write it as a directory (hf) instead.")
@@ -154,8 +185,8 @@ def architecture_for(config: Any) -> tuple[str, Architecture]:
 def write_config(config: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """The architecture's name, the metadata without the tokenizer, and the tensors that are settings.
 
-    A model with a sliding window, which llama.cpp's program ignores, is given the window as its context: within it the
-    two agree.
+    A model with a sliding window that llama.cpp's program ignores is given the window as its context: within it the two
+    agree.
     """
     name, architecture = architecture_for(config)
     values, tensors = vars(config), {}
@@ -165,7 +196,8 @@ def write_config(config: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         size = head_dim(config)
         found |= {"attention.head_count_kv": config.n_kv_heads or config.n_heads, "rope.dimension_count": size}
         found |= {"attention.key_length": size, "attention.value_length": size}
-        found["context_length"] = min(config.context_length, config.sliding_window or config.context_length)
+        if not architecture.windows:
+            found["context_length"] = min(config.context_length, config.sliding_window or config.context_length)
         more, tensors = write_scaling(config.rope_scaling, config.rope_theta, size)
         found |= more
     return name, {f"{name}.{key}": value for key, value in found.items()}, tensors

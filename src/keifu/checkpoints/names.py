@@ -2,7 +2,7 @@
 
 A table says ours -> theirs. Either side is the name of a module, whose `.weight` and `.bias` carry over, or of one
 tensor. `*` is a layer's number; `[a,b,c]` are several of theirs that lie one above the other in one of ours; a `.T` at
-the end says that matrices are stored transposed. Instead of a table, None says that both sides have the same names.
+the end says that matrices are stored transposed, a `+1` that the file's numbers are larger by one. Instead of a table, None says that both sides have the same names.
 
 Axes: rows = a matrix's outputs, columns = its inputs; a bias has rows alone.
 """
@@ -24,7 +24,7 @@ class Link:
     """One tensor of the model and those of the file that make it.
 
     `shape` is ours, `rows` how many of them each of theirs gives. `turned` is for each of theirs the size of a rotary
-    head whose two halves are stored interleaved (GGUF's LLaMA), or 0.
+    head whose two halves are stored interleaved (GGUF's LLaMA), or 0. `offset` is what theirs have more than ours.
     """
 
     ours: str
@@ -33,11 +33,16 @@ class Link:
     rows: tuple[int, ...]
     transposed: bool = False
     turned: tuple[int, ...] = ()
+    offset: float = 0.0
 
     def stored_shapes(self) -> list[tuple[int, ...]]:
         """The shape of each of theirs as it stands in the file."""
         shapes = [(rows, *self.shape[1:]) if self.shape else () for rows in self.rows]
         return [shape[::-1] for shape in shapes] if self.transposed else shapes
+
+    def subtract_offset(self, tensor: Tensor) -> Tensor:
+        """One of theirs without the offset; taken off in float32, before it is rounded to any other type."""
+        return tensor.float() - self.offset if self.offset else tensor
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Ours, made of theirs. It is theirs itself, without a copy, where nothing has to be done."""
@@ -46,6 +51,7 @@ class Link:
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Theirs, taken out of ours."""
+        tensor = tensor.float() + self.offset if self.offset else tensor
         parts = tensor.split(list(self.rows)) if len(self.rows) > 1 else [tensor]
         turned = [pairs(part, size) for part, size in zip(parts, self._heads(), strict=True)]
         return [self._turn(part).contiguous() for part in turned]
@@ -75,32 +81,37 @@ def links(model: nn.Module, table: Table) -> list[Link]:
 
 def _link(ours: str, shape: tuple[int, ...], modules: Mapping[str, nn.Module], table: Table) -> Link:
     pattern = ours if table is None else _their_pattern(ours, table)
-    transposed = pattern.endswith(".T")
-    theirs = _alternatives(pattern.removesuffix(".T"))
+    transposed, offset = pattern.endswith(".T"), 1.0 if pattern.endswith("+1") else 0.0
+    theirs = _alternatives(_without_mark(pattern))
     rows = (shape[0] if shape else 1,)
     module = modules[ours.rpartition(".")[0]]
     if len(theirs) > 1:
         if not isinstance(module, JoinedLinear) or len(module.parts) != len(theirs):
             raise ValueError(f"{ours} is no joined matrix of {len(theirs)} parts, but the table gives it {theirs}.")
         rows = module.parts
-    return Link(ours, shape, theirs, rows, transposed and len(shape) == 2)
+    return Link(ours, shape, theirs, rows, transposed and len(shape) == 2, offset=offset)
 
 
 def _their_pattern(ours: str, table: Mapping[str, str]) -> str:
-    """Their name of one of our tensors, with the numbers of layers filled in and alternatives and `.T` still there."""
+    """Their name of one of our tensors, with the numbers of layers filled in and alternatives and marks still there."""
     numbers = re.findall(r"(?<![^.])\d+(?![^.])", ours)
     general = re.sub(r"(?<![^.])\d+(?![^.])", "*", ours)
     module, _, leaf = general.rpartition(".")
     if general in table:
         pattern, mark = table[general], ""
     elif module in table:
-        pattern, mark = table[module].removesuffix(".T"), ".T" if table[module].endswith(".T") else ""
+        pattern = _without_mark(table[module])
+        mark = table[module].removeprefix(pattern)
         pattern += f".{leaf}"
     else:
         raise ValueError(f"The table of weight names has no entry for {ours}.")
     for number in numbers:
         pattern = pattern.replace("*", number, 1)
     return pattern + mark
+
+
+def _without_mark(pattern: str) -> str:
+    return pattern.removesuffix(".T").removesuffix("+1")
 
 
 def _alternatives(pattern: str) -> tuple[str, ...]:

@@ -67,6 +67,7 @@ def _row(link: Link, plan: Plan) -> Row:
         "dequantised": any(stored[one].kind not in PLAIN for one in link.theirs),
         "joined": len(link.theirs) > 1,
         "transposed": link.transposed,
+        f"{link.offset:g} subtracted": bool(link.offset),
         "rotary pairs moved to halves": any(link.turned),
         f"cast to {name_of(dtype)}": any(stored[one].dtype != dtype for one in link.theirs),
     }

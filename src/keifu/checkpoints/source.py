@@ -73,7 +73,7 @@ class Plan:
         return self.model.eval()
 
     def _tensor(self, link: Link) -> tuple[str, Tensor]:
-        tensors = (self.source.read(name) for name in link.theirs)
+        tensors = (link.subtract_offset(self.source.read(name)) for name in link.theirs)
         return link.ours, link.join([x.to(self.dtype) if x.is_floating_point() else x for x in tensors])
 
 

@@ -3,6 +3,7 @@
 Axes: batch, length = queries, seen = keys, heads, head_dim, dim = heads · head_dim where they are joined.
 """
 
+from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -14,7 +15,7 @@ from keifu.layers.band import Band, band
 from keifu.layers.cache import Cache, KeyValueCache, WindowCache
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import JoinedLinear, Linear
-from keifu.layers.positions import Rotation
+from keifu.layers.positions import Positions, Rotary
 
 Visible = Bool[Tensor, "#batch 1 #length seen"] | Band | Literal["causal"] | None
 
@@ -144,7 +145,9 @@ class Attention(nn.Module):
     `n_kv_heads` than `n_heads`; multi-query (Shazeer, 2019) with one. What may be seen is the mask's business.
 
     `window` limits each query to the last `window` tokens, itself included (Mistral, Jiang et al., 2023); the cost then
-    grows with the window. `scale` is what the products are multiplied with, 1 / √head_dim where it is None.
+    grows with the window. `scale` is what the products are multiplied with, 1 / √head_dim where it is None. `rotary`
+    turns queries and keys by their positions. `qk_norm(head_dim)` makes the norms of each head's queries and keys, which
+    come before the rotation (Henry et al., 2020; Qwen3, Gemma 3).
     """
 
     def __init__(
@@ -158,6 +161,8 @@ class Attention(nn.Module):
         window: int | None = None,
         dropout: float = 0.0,
         scale: float | None = None,
+        rotary: Rotary | None = None,
+        qk_norm: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
@@ -170,17 +175,24 @@ class Attention(nn.Module):
         inner, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         self.qkv = JoinedLinear(dim, (inner, kv, kv), bias)
         self.out = Linear(inner, dim, bias if out_bias is None else out_bias)
+        self.rotary = rotary
+        self.q_norm = qk_norm(self.head_dim) if qk_norm else None
+        self.k_norm = qk_norm(self.head_dim) if qk_norm else None
 
     def forward(
         self,
         x: Float[Tensor, "batch length dim"],
         mask: Mask,
-        rotation: Rotation | None = None,
+        positions: Positions | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "batch length dim"]:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], 2)
-        qk = rotation.apply(qk) if rotation else qk
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split([self.n_heads, self.n_kv_heads], 2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 2)
+        if self.rotary is not None and positions is not None:
+            qk = positions.rotation(self.rotary).apply(qk)
         q, k, v = qk[:, :, : self.n_heads].transpose(1, 2), qk[:, :, self.n_heads :].transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)

@@ -54,6 +54,27 @@ class CrossPreNorm(PreNorm):
         return x + self.feedforward(self.feedforward_norm(x))
 
 
+class SandwichNorm(nn.Module):
+    """x + norm(attention(norm(x))), then x + norm(feedforward(norm(x))) (CogView, Ding et al., 2021; Gemma 2 and 3)."""
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        feedforward: nn.Module,
+        norms: tuple[nn.Module, nn.Module, nn.Module, nn.Module],
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.attention, self.feedforward = attention, feedforward
+        self.attention_norm, self.post_attention_norm, self.feedforward_norm, self.post_feedforward_norm = norms
+        self.attention_dropout, self.feedforward_dropout = Dropout(dropout), Dropout(dropout)
+
+    def forward(self, x: Stream, **context: Any) -> Stream:
+        attended = self.post_attention_norm(self.attention(self.attention_norm(x), **context))
+        x = x + self.attention_dropout(attended)
+        return x + self.feedforward_dropout(self.post_feedforward_norm(self.feedforward(self.feedforward_norm(x))))
+
+
 class PostNorm(_TwoSublayers):
     """norm(x + attention(x)), then norm(x + feedforward(x)): the Transformer of 2017, GPT-1, BERT."""
 

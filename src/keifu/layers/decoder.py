@@ -15,9 +15,21 @@ from keifu.layers.cache import Cache
 from keifu.layers.documents import DocumentMask, positions_in
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import linear
-from keifu.layers.positions import LearnedPositions, Rotary
+from keifu.layers.positions import LearnedPositions, Positions
 
 Hidden = Float[Tensor, "batch length dim"]
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings times a number, √dim in Gemma; a head tied to them has them without it."""
+
+    def __init__(self, vocab_size: int, dim: int, scale: float):
+        super().__init__(vocab_size, dim)
+        self.scale = scale
+
+    def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:  # noqa: A002
+        rows = super().forward(input)
+        return rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)  # rounded as the rows are
 
 
 class DecoderLM(nn.Module):
@@ -29,14 +41,13 @@ class DecoderLM(nn.Module):
         blocks: Sequence[nn.Module],
         norm: nn.Module,
         positions: LearnedPositions | None = None,
-        rotary: Rotary | None = None,
         head: nn.Linear | None = None,
         dropout: float = 0.0,
         config: Any = None,
     ):
         super().__init__()
         self.embedding, self.blocks, self.norm = embedding, nn.ModuleList(blocks), norm
-        self.positions, self.rotary, self.head = positions, rotary, head
+        self.positions, self.head = positions, head
         self.dropout = Dropout(dropout)
         self.config = config
 
@@ -72,7 +83,7 @@ class DecoderLM(nn.Module):
         x = self.dropout(x)
         context = {
             "mask": CausalMask(start, length, padding, tokens.device) if documents is None else DocumentMask(documents),
-            "rotation": self.rotary(positions) if self.rotary else None,
+            "positions": Positions(positions),
         }
         for i, block in enumerate(self.blocks):
             x = block(x, **context, cache=caches[i] if caches else None)

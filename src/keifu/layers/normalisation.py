@@ -20,6 +20,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
+class UnitOffsetRMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · (1 + weight), all in float32, then rounded; weights begin at 0 (Gemma, 2024)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
+
+
 class ScaledLayerNorm(nn.LayerNorm):
     """LayerNorm without bias, times a number. As the last norm it scales the logits, since the head is linear: PaLM
     divides them by √dim, because its head is the embedding, whose numbers are near 1 (Chowdhery et al., 2022)."""

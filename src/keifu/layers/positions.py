@@ -5,6 +5,7 @@ Axes: batch, length = tokens, heads, head_dim; pairs = head_dim / 2.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -152,6 +153,11 @@ class Rotary(nn.Module):
             raise ValueError(f"Rotary positions turn pairs, so head_dim must be even; it is {head_dim}.")
         self.head_dim, self.theta, self.scaling, self.interleaved = head_dim, theta, scaling, interleaved
 
+    @property
+    def settings(self) -> tuple[int, float, RopeScaling | None, bool]:
+        """What decides the rotation of a position."""
+        return self.head_dim, self.theta, self.scaling, self.interleaved
+
     def forward(self, positions: Int[Tensor, "*batch length"]) -> Rotation:
         frequencies = self._frequencies(positions)
         angles = positions[..., None].float() * frequencies
@@ -170,3 +176,20 @@ class Rotary(nn.Module):
         trained = scaling.original_context_length
         growth = scaling.factor * max(length, trained) / trained - (scaling.factor - 1)
         return self.theta * growth ** (self.head_dim / (self.head_dim - 2))
+
+
+class Positions:
+    """Where the tokens of a pass stand; one object serves all its layers, and each rotary's angles are made once.
+
+    ids: [batch, length], or [length] where all rows have the same.
+    """
+
+    def __init__(self, ids: Int[Tensor, "*batch length"]):
+        self.ids = ids
+        self._rotations: dict[Any, Rotation] = {}
+
+    def rotation(self, rotary: Rotary) -> Rotation:
+        """The rotation of these positions; layers whose rotaries have the same settings share it."""
+        if rotary.settings not in self._rotations:
+            self._rotations[rotary.settings] = rotary(self.ids)
+        return self._rotations[rotary.settings]

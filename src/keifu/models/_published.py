@@ -88,3 +88,24 @@ def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
         "rope_scaling": None if scaling is None else new,
         "rope_parameters": new | {"rope_theta": theta},
     }
+
+
+def read_window(json: dict[str, Any]) -> tuple[int | None, int]:
+    """The window and the first layer that has it. Qwen2 and 3 say both in several ways; Mistral means all layers."""
+    if not json.get("use_sliding_window", json["model_type"] == "mistral"):
+        return None, 0
+    kinds, default = json.get("layer_types"), 0 if json["model_type"] == "mistral" else 28
+    first = json.get("max_window_layers", default)
+    if kinds:
+        first = kinds.index("sliding_attention") if "sliding_attention" in kinds else len(kinds)
+        if kinds != ["full_attention"] * first + ["sliding_attention"] * (len(kinds) - first):
+            raise ValueError(
+                f"layer_types {kinds} mixes windows in an order that is not supported: full ones come first."
+            )
+    window = json.get("sliding_window", 4096)
+    return (window, first) if window and first < json["num_hidden_layers"] else (None, 0)
+
+
+def write_window(window: int | None, first_layer: int) -> dict[str, Any]:
+    """What `read_window` reads, as Qwen2 and Qwen3 write it."""
+    return {"sliding_window": window, "max_window_layers": first_layer, "use_sliding_window": window is not None}

@@ -18,7 +18,14 @@ from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.linear import Linear
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.positions import RopeScaling, Rotary
-from keifu.models._published import activation_name, published_activation, read_rope, write_rope
+from keifu.models._published import (
+    activation_name,
+    published_activation,
+    read_rope,
+    read_window,
+    write_rope,
+    write_window,
+)
 
 
 @dataclass(frozen=True)
@@ -116,10 +123,9 @@ PAPER_PARAMETERS = {
 def build(config: Config) -> DecoderLM:
     """A model drawn from N(0, 0.02²) with scaled residual writers, as GPT-2: the LLaMA papers do not print theirs."""
     blocks = [_block(config, layer) for layer in range(config.n_layers)]
-    rotary = Rotary(config.head_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling)
     head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
     embedding, norm = nn.Embedding(config.vocab_size, config.dim), RMSNorm(config.dim, config.norm_eps)
-    model = DecoderLM(embedding, blocks, norm, rotary=rotary, head=head, dropout=config.dropout, config=config)
+    model = DecoderLM(embedding, blocks, norm, head=head, dropout=config.dropout, config=config)
     normal_(model, std=0.02)
     scale_residual_(model, config.n_layers)
     return model
@@ -135,6 +141,7 @@ def _block(config: Config, layer: int) -> PreNorm:
         out_bias=config.out_bias,
         window=config.sliding_window if layer >= config.first_window_layer else None,
         dropout=config.dropout,
+        rotary=Rotary(config.head_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling),
     )
     feedforward = GatedFeedForward(
         config.dim, config.hidden_dim, activation(config.activation), bias=config.feedforward_bias
@@ -163,7 +170,7 @@ UNSUPPORTED: dict[str, Any] = {}
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of a Hugging Face config.json of model_type llama, mistral or qwen2."""
     theta, scaling = read_rope(json)
-    window, first_window_layer = _read_window(json)
+    window, first_window_layer = read_window(json)
     biased = json.get("attention_bias", False)
     return Config(
         vocab_size=json["vocab_size"],
@@ -186,22 +193,6 @@ def from_published(json: dict[str, Any]) -> Config:
         tied=json.get("tie_word_embeddings", False),
         dropout=float(json.get("attention_dropout") or 0.0),
     )
-
-
-def _read_window(json: dict[str, Any]) -> tuple[int | None, int]:
-    """The window and the first layer that has it. Qwen2 says both in several ways; Mistral means all layers."""
-    if not json.get("use_sliding_window", json["model_type"] == "mistral"):
-        return None, 0
-    kinds, default = json.get("layer_types"), 0 if json["model_type"] == "mistral" else 28
-    first = json.get("max_window_layers", default)
-    if kinds:
-        first = kinds.index("sliding_attention") if "sliding_attention" in kinds else len(kinds)
-        if kinds != ["full_attention"] * first + ["sliding_attention"] * (len(kinds) - first):
-            raise ValueError(
-                f"layer_types {kinds} mixes windows in an order that is not supported: full ones come first."
-            )
-    window = json.get("sliding_window", 4096)
-    return (window, first) if window and first < json["num_hidden_layers"] else (None, 0)
 
 
 def to_published(config: Config) -> dict[str, Any]:
@@ -233,5 +224,4 @@ def to_published(config: Config) -> dict[str, Any]:
         return json | {"attention_bias": config.out_bias, "mlp_bias": config.feedforward_bias}
     if kind == "mistral":
         return json | {"sliding_window": config.sliding_window}
-    window = {"sliding_window": config.sliding_window, "max_window_layers": config.first_window_layer}
-    return json | window | {"use_sliding_window": config.sliding_window is not None}
+    return json | write_window(config.sliding_window, config.first_window_layer)

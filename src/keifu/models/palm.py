@@ -65,7 +65,6 @@ def build(config: Config) -> DecoderLM:
         nn.Embedding(config.vocab_size, config.dim),
         [_block(config) for _ in range(config.n_layers)],
         ScaledLayerNorm(config.dim, config.norm_eps, scale),
-        rotary=Rotary(_head_dim(config), config.rope_theta, config.rope_scaling, interleaved=True),
         head=None if config.tied else Linear(config.dim, config.vocab_size, bias=False),
         dropout=config.dropout,
         config=config,
@@ -76,7 +75,8 @@ def build(config: Config) -> DecoderLM:
 
 def _block(config: Config) -> Parallel:
     sizes = config.n_heads, config.n_kv_heads, config.head_dim
-    attention = Attention(config.dim, *sizes, bias=False, dropout=config.dropout)
+    rotary = Rotary(_head_dim(config), config.rope_theta, config.rope_scaling, interleaved=True)
+    attention = Attention(config.dim, *sizes, bias=False, dropout=config.dropout, rotary=rotary)
     feedforward = GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation))
     return Parallel(attention, feedforward, nn.LayerNorm(config.dim, config.norm_eps, bias=False), config.dropout)
 

@@ -1,0 +1,217 @@
+"""Gemma 3 (Gemma Team, 2025), its text model: five layers that see a window for each that sees everything, so that the
+cache of a long text stays small; norms before and behind each sublayer; norms of queries and keys; embeddings times √dim.
+
+Layers with a window turn by the base 10,000, the others by 1,000,000. Norms multiply with 1 + weight.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from keifu.layers.activations import activation
+from keifu.layers.attention import Attention
+from keifu.layers.blocks import SandwichNorm
+from keifu.layers.decoder import DecoderLM, ScaledEmbedding
+from keifu.layers.feedforward import GatedFeedForward
+from keifu.layers.initialisation import normal_, scale_residual_
+from keifu.layers.linear import Linear
+from keifu.layers.normalisation import UnitOffsetRMSNorm
+from keifu.layers.positions import RopeScaling, Rotary
+from keifu.models._published import activation_name, read_rope, write_rope
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are Gemma 3 1B. The attention is n_heads · head_dim wide, which need not be `dim`."""
+
+    vocab_size: int = 262_144
+    context_length: int = 32_768
+    dim: int = 1152
+    hidden_dim: int = 6912
+    n_layers: int = 26
+    n_heads: int = 4
+    n_kv_heads: int = 1
+    head_dim: int = 256
+    norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None  # of the global layers
+    local_rope_theta: float = 10_000.0
+    local_rope_scaling: RopeScaling | None = None
+    activation: str = "gelu_tanh"
+    sliding_window: int = 512  # tokens that a local layer sees, the token itself included
+    global_layers: tuple[int, ...] | None = None  # None: every sixth, from layer 5 on
+    attention_scale: float | None = None  # 1 / √head_dim
+    attention_bias: bool = False
+    tied: bool = True
+    dropout: float = 0.0
+
+
+_wide = partial(
+    Config, vocab_size=262_208, context_length=131_072, sliding_window=1024, rope_scaling=RopeScaling("linear", 8.0, 131_072)
+)
+
+SIZES = {
+    "gemma3-270m": Config(dim=640, hidden_dim=2048, n_layers=18),
+    "gemma3-1b": Config(),
+    "gemma3-4b": _wide(dim=2560, hidden_dim=10_240, n_layers=34, n_heads=8, n_kv_heads=4),
+    "gemma3-12b": _wide(dim=3840, hidden_dim=15_360, n_layers=48, n_heads=16, n_kv_heads=8),
+    "gemma3-27b": _wide(
+        dim=5376, hidden_dim=21_504, n_layers=62, n_heads=32, n_kv_heads=16, head_dim=128, attention_scale=168**-0.5
+    ),
+}
+PAPER_PARAMETERS = {  # table 1, embedding and the rest, without the picture encoder; 270M is of the model's card
+    "gemma3-270m": 270e6, "gemma3-1b": 1.000e9, "gemma3-4b": 3.884e9, "gemma3-12b": 11.771e9, "gemma3-27b": 27.016e9,
+}  # fmt: skip
+
+
+def build(config: Config) -> DecoderLM:
+    """A model drawn from N(0, 0.02²) with scaled residual writers, as GPT-2: the report does not print its own."""
+    model = DecoderLM(
+        ScaledEmbedding(config.vocab_size, config.dim, config.dim**0.5),
+        [_block(config, layer) for layer in range(config.n_layers)],
+        UnitOffsetRMSNorm(config.dim, config.norm_eps),
+        head=None if config.tied else Linear(config.dim, config.vocab_size, bias=False),
+        dropout=config.dropout,
+        config=config,
+    )
+    normal_(model, std=0.02)
+    scale_residual_(model, config.n_layers)
+    return model
+
+
+def global_layers(config: Config) -> tuple[int, ...]:
+    """The layers that see everything."""
+    return tuple(range(5, config.n_layers, 6)) if config.global_layers is None else config.global_layers
+
+
+def _block(config: Config, layer: int) -> SandwichNorm:
+    everything = layer in global_layers(config)
+    theta = config.rope_theta if everything else config.local_rope_theta
+    norm = partial(UnitOffsetRMSNorm, eps=config.norm_eps)
+    attention = Attention(
+        config.dim,
+        config.n_heads,
+        config.n_kv_heads,
+        config.head_dim,
+        bias=config.attention_bias,
+        window=None if everything else config.sliding_window,
+        dropout=config.dropout,
+        scale=config.attention_scale,
+        rotary=Rotary(config.head_dim, theta, config.rope_scaling if everything else config.local_rope_scaling),
+        qk_norm=norm,
+    )
+    feedforward = GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=False)
+    norms = norm(config.dim), norm(config.dim), norm(config.dim), norm(config.dim)
+    return SandwichNorm(attention, feedforward, norms, config.dropout)
+
+
+WEIGHT_NAMES = {
+    "embedding": "model.embed_tokens",
+    "blocks.*.attention_norm": "model.layers.*.input_layernorm",
+    "blocks.*.attention.qkv": "model.layers.*.self_attn.[q,k,v]_proj",
+    "blocks.*.attention.q_norm": "model.layers.*.self_attn.q_norm",
+    "blocks.*.attention.k_norm": "model.layers.*.self_attn.k_norm",
+    "blocks.*.attention.out": "model.layers.*.self_attn.o_proj",
+    "blocks.*.post_attention_norm": "model.layers.*.post_attention_layernorm",
+    "blocks.*.feedforward_norm": "model.layers.*.pre_feedforward_layernorm",
+    "blocks.*.feedforward.gate_up": "model.layers.*.mlp.[gate,up]_proj",
+    "blocks.*.feedforward.down": "model.layers.*.mlp.down_proj",
+    "blocks.*.post_feedforward_norm": "model.layers.*.post_feedforward_layernorm",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+PREFIX = "model."
+NOT_WEIGHTS: tuple[str, ...] = ()
+MODEL_TYPES = {"gemma3_text": "Gemma3ForCausalLM"}
+UNSUPPORTED: dict[str, Any] = {
+    "final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False,
+}  # fmt: skip
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of a Hugging Face config.json of model_type gemma3_text."""
+    (theta, scaling), (local_theta, local_scaling) = _read_ropes(json)
+    n_layers, head_dim = json["num_hidden_layers"], json.get("head_dim", 256)
+    scalar = json.get("query_pre_attn_scalar", 256)
+    return Config(
+        vocab_size=json.get("vocab_size", 262_208),
+        context_length=json.get("max_position_embeddings", 131_072),
+        dim=json["hidden_size"],
+        hidden_dim=json["intermediate_size"],
+        n_layers=n_layers,
+        n_heads=json["num_attention_heads"],
+        n_kv_heads=json["num_key_value_heads"],
+        head_dim=head_dim,
+        norm_eps=float(json.get("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        local_rope_theta=local_theta,
+        local_rope_scaling=local_scaling,
+        activation=activation_name(json.get("hidden_activation", "gelu_pytorch_tanh")),
+        sliding_window=json.get("sliding_window", 4096),
+        global_layers=_read_global_layers(json, n_layers),
+        attention_scale=None if scalar == head_dim else scalar**-0.5,
+        attention_bias=json.get("attention_bias", False),
+        tied=json.get("tie_word_embeddings", True),
+        dropout=float(json.get("attention_dropout") or 0.0),
+    )
+
+
+def _read_ropes(json: dict[str, Any]) -> tuple[tuple[float, RopeScaling | None], tuple[float, RopeScaling | None]]:
+    """Base and scaling of the global and of the local layers. transformers 5 has both in `rope_parameters`."""
+    context = {"max_position_embeddings": json.get("max_position_embeddings", 131_072)}
+    both = json.get("rope_parameters") or {}
+    old = {"rope_theta": json.get("rope_theta", 1e6), **(json.get("rope_scaling") or {})}
+    everywhere = {"rope_theta": 1e6} | both["full_attention"] if both.get("full_attention") else old
+    local = {"rope_theta": json.get("rope_local_base_freq", 10_000.0)} | (both.get("sliding_attention") or {})
+    return read_rope(context | {"rope_parameters": everywhere}), read_rope(context | {"rope_parameters": local})
+
+
+def _read_global_layers(json: dict[str, Any], n_layers: int) -> tuple[int, ...] | None:
+    """The layers that see everything, by `layer_types` or by the older `sliding_window_pattern`; None: every sixth."""
+    every = json.get("sliding_window_pattern", 6)
+    found = tuple(range(every - 1, n_layers, every))
+    if kinds := json.get("layer_types"):
+        found = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
+    return None if found == tuple(range(5, n_layers, 6)) else found
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that transformers, vLLM and llama.cpp's converter read."""
+    everywhere = write_rope(config.rope_theta, config.rope_scaling)
+    local = write_rope(config.local_rope_theta, config.local_rope_scaling)
+    scale, full = config.attention_scale, global_layers(config)
+    kinds = ["full_attention" if layer in full else "sliding_attention" for layer in range(config.n_layers)]
+    return everywhere | {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "query_pre_attn_scalar": config.head_dim if scale is None else _scalar(scale),
+        "rms_norm_eps": config.norm_eps,
+        "hidden_activation": {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation),
+        "sliding_window": config.sliding_window,
+        "layer_types": kinds,
+        "rope_local_base_freq": config.local_rope_theta,
+        "rope_parameters": {
+            "full_attention": everywhere["rope_parameters"],
+            "sliding_attention": local["rope_parameters"],
+        },
+        "attention_bias": config.attention_bias,
+        "attention_dropout": config.dropout,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def _scalar(scale: float) -> int | float:
+    """What the scale is 1 / √ of: a whole number in every published config."""
+    scalar = scale**-2
+    return round(scalar) if abs(round(scalar) ** -0.5 - scale) < 1e-12 else scalar

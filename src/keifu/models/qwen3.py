@@ -1,0 +1,160 @@
+"""Qwen3 (Yang et al., 2025): LLaMA's layers with an RMSNorm on each head's queries and keys, in place of Qwen2's biases.
+
+The norms keep the products of queries and keys from growing, so that training is stable (Dehghani et al., 2023).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from keifu.layers.activations import activation
+from keifu.layers.attention import Attention
+from keifu.layers.blocks import PreNorm
+from keifu.layers.decoder import DecoderLM
+from keifu.layers.feedforward import GatedFeedForward
+from keifu.layers.initialisation import normal_, scale_residual_
+from keifu.layers.linear import Linear
+from keifu.layers.normalisation import RMSNorm
+from keifu.layers.positions import RopeScaling, Rotary
+from keifu.models._published import (
+    activation_name,
+    published_activation,
+    read_rope,
+    read_window,
+    write_rope,
+    write_window,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are Qwen3-8B. The attention is n_heads · head_dim wide, which need not be `dim`."""
+
+    vocab_size: int = 151_936
+    context_length: int = 40_960
+    dim: int = 4096
+    hidden_dim: int = 12_288
+    n_layers: int = 36
+    n_heads: int = 32
+    n_kv_heads: int = 8
+    head_dim: int = 128
+    norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
+    activation: str = "silu"
+    sliding_window: int | None = None  # each token sees this many, itself included
+    first_window_layer: int = 0  # layers below it see everything
+    attention_bias: bool = False
+    tied: bool = False
+    dropout: float = 0.0
+
+
+SIZES = {
+    "qwen3-0.6b": Config(dim=1024, hidden_dim=3072, n_layers=28, n_heads=16, tied=True),
+    "qwen3-1.7b": Config(dim=2048, hidden_dim=6144, n_layers=28, n_heads=16, tied=True),
+    "qwen3-4b": Config(dim=2560, hidden_dim=9728, tied=True),
+    "qwen3-8b": Config(),
+    "qwen3-14b": Config(dim=5120, hidden_dim=17_408, n_layers=40, n_heads=40),
+    "qwen3-32b": Config(dim=5120, hidden_dim=25_600, n_layers=64, n_heads=64),
+}
+PAPER_PARAMETERS = {
+    "qwen3-0.6b": 0.6e9, "qwen3-1.7b": 1.7e9, "qwen3-4b": 4.0e9,
+    "qwen3-8b": 8.2e9, "qwen3-14b": 14.8e9, "qwen3-32b": 32.8e9,
+}  # fmt: skip
+
+
+def build(config: Config) -> DecoderLM:
+    """A model drawn from N(0, 0.02²) with scaled residual writers, as GPT-2: the report does not print its own."""
+    blocks = [_block(config, layer) for layer in range(config.n_layers)]
+    head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
+    embedding, norm = nn.Embedding(config.vocab_size, config.dim), RMSNorm(config.dim, config.norm_eps)
+    model = DecoderLM(embedding, blocks, norm, head=head, dropout=config.dropout, config=config)
+    normal_(model, std=0.02)
+    scale_residual_(model, config.n_layers)
+    return model
+
+
+def _block(config: Config, layer: int) -> PreNorm:
+    norm = partial(RMSNorm, eps=config.norm_eps)
+    attention = Attention(
+        config.dim,
+        config.n_heads,
+        config.n_kv_heads,
+        config.head_dim,
+        bias=config.attention_bias,
+        window=config.sliding_window if layer >= config.first_window_layer else None,
+        dropout=config.dropout,
+        rotary=Rotary(config.head_dim, config.rope_theta, config.rope_scaling),
+        qk_norm=norm,
+    )
+    feedforward = GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=False)
+    return PreNorm(attention, feedforward, (norm(config.dim), norm(config.dim)), config.dropout)
+
+
+WEIGHT_NAMES = {
+    "embedding": "model.embed_tokens",
+    "blocks.*.attention_norm": "model.layers.*.input_layernorm",
+    "blocks.*.attention.qkv": "model.layers.*.self_attn.[q,k,v]_proj",
+    "blocks.*.attention.q_norm": "model.layers.*.self_attn.q_norm",
+    "blocks.*.attention.k_norm": "model.layers.*.self_attn.k_norm",
+    "blocks.*.attention.out": "model.layers.*.self_attn.o_proj",
+    "blocks.*.feedforward_norm": "model.layers.*.post_attention_layernorm",
+    "blocks.*.feedforward.gate_up": "model.layers.*.mlp.[gate,up]_proj",
+    "blocks.*.feedforward.down": "model.layers.*.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+PREFIX = "model."
+NOT_WEIGHTS: tuple[str, ...] = ()
+MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM"}
+UNSUPPORTED: dict[str, Any] = {}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of a Hugging Face config.json of model_type qwen3."""
+    theta, scaling = read_rope(json)
+    window, first_window_layer = read_window(json)
+    return Config(
+        vocab_size=json["vocab_size"],
+        context_length=json["max_position_embeddings"],
+        dim=json["hidden_size"],
+        hidden_dim=json["intermediate_size"],
+        n_layers=json["num_hidden_layers"],
+        n_heads=json["num_attention_heads"],
+        n_kv_heads=json.get("num_key_value_heads") or json["num_attention_heads"],
+        head_dim=json.get("head_dim") or json["hidden_size"] // json["num_attention_heads"],
+        norm_eps=float(json.get("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        activation=activation_name(json.get("hidden_act", "silu")),
+        sliding_window=window,
+        first_window_layer=first_window_layer,
+        attention_bias=json.get("attention_bias", False),
+        tied=json.get("tie_word_embeddings", False),
+        dropout=float(json.get("attention_dropout") or 0.0),
+    )
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that transformers, vLLM and llama.cpp's converter read."""
+    return {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": published_activation(config.activation),
+        "attention_bias": config.attention_bias,
+        "attention_dropout": config.dropout,
+        "tie_word_embeddings": config.tied,
+        **write_rope(config.rope_theta, config.rope_scaling),
+        **write_window(config.sliding_window, config.first_window_layer),
+    }
