@@ -61,8 +61,10 @@ def test_written_and_read_again_is_the_same(name, tmp_path) -> None:
     unit_offset = {"norm"} if name == "gemma3" else set()  # whose file has 1 + weight, rounded to float32
     for key, tensor in model.state_dict().items():
         exact = key.rpartition(".")[0][-4:] not in unit_offset
-        assert torch.equal(again.state_dict()[key], tensor) if exact else torch.allclose(
-            again.state_dict()[key], tensor, rtol=0, atol=1.2e-7
+        assert (
+            torch.equal(again.state_dict()[key], tensor)
+            if exact
+            else torch.allclose(again.state_dict()[key], tensor, rtol=0, atol=1.2e-7)
         )
     tokens = torch.randint(0, 320, (1, 50))
     with torch.no_grad():

@@ -28,7 +28,11 @@ CONFIGS = {
     "qwen3-tied": qwen3.Config(**SMALL, n_kv_heads=1, head_dim=16, tied=True, rope_theta=1e4),
     "gemma3": gemma3.Config(**SMALL | {"n_layers": 7}, n_kv_heads=2, head_dim=32, sliding_window=8),
     "gemma3-scaled-untied": gemma3.Config(
-        **SMALL | {"n_layers": 6}, head_dim=16, sliding_window=5, rope_scaling=RopeScaling("linear", 8.0, 128), tied=False
+        **SMALL | {"n_layers": 6},
+        head_dim=16,
+        sliding_window=5,
+        rope_scaling=RopeScaling("linear", 8.0, 128),
+        tied=False,
     ),
     **{name: llama.Config(**SMALL, n_kv_heads=2, rope_scaling=scaling) for name, scaling in SCALINGS.items()},
 }

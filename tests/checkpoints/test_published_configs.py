@@ -4,7 +4,7 @@ import pytest
 import transformers
 
 from keifu.checkpoints.families import FAMILIES, describe, read_config
-from keifu.models import gpt1, gpt2, gpt3, llama, palm
+from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, palm, qwen3
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
 LLAMA3_ROPE = {
@@ -84,6 +84,22 @@ PUBLISHED = {
         "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
         "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
     },
+    "qwen3-0.6b": {
+        **COMMON, "model_type": "qwen3", "attention_bias": False, "attention_dropout": 0.0, "head_dim": 128,
+        "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+        "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+        "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "gemma3-1b": {
+        "model_type": "gemma3_text", "attention_bias": False, "attention_dropout": 0.0,
+        "attn_logit_softcapping": None, "cache_implementation": "hybrid", "final_logit_softcapping": None,
+        "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02,
+        "intermediate_size": 6912, "max_position_embeddings": 32768, "num_attention_heads": 4,
+        "num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
+        "sliding_window_pattern": 6, "use_cache": True, "vocab_size": 262144,
+    },
 }  # fmt: skip
 
 
@@ -91,7 +107,7 @@ PUBLISHED = {
 def test_config_is_the_size_of_that_name(name) -> None:
     family, config = read_config(PUBLISHED[name], "config.json")
     assert family.model_type == PUBLISHED[name]["model_type"]
-    expected = (gpt1.SIZES | gpt2.SIZES | gpt3.SIZES | palm.SIZES | llama.SIZES)[name]
+    expected = (gpt1.SIZES | gpt2.SIZES | gpt3.SIZES | palm.SIZES | llama.SIZES | qwen3.SIZES | gemma3.SIZES)[name]
     assert describe(config) == describe(expected)
 
 
@@ -104,9 +120,10 @@ def test_what_we_write_means_the_same_to_transformers(name) -> None:
     indifferent = {"dtype", "torch_dtype", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
     indifferent |= {"task_specific_params", "predict_special_tokens", "n_special", "n_ctx", "summary_activation"}
     indifferent |= {"is_llama_config", "rope_interleaved", "n_inner", "max_window_layers", "sliding_window"} - (
-        {"sliding_window"} if kind == "mistral" else set()
+        {"sliding_window"} if kind in ("mistral", "gemma3_text") else set()
     )
-    keys = (theirs.keys() & PUBLISHED[name].keys()) - indifferent | {"rope_parameters"} & theirs.keys()
+    indifferent |= {"cache_implementation", "sliding_window_pattern"}  # which `layer_types` says too
+    keys = (theirs.keys() & PUBLISHED[name].keys()) - indifferent | {"rope_parameters", "layer_types"} & theirs.keys()
     assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}
 
 

@@ -21,9 +21,9 @@ TOYS: dict[str, Callable[[], nn.Module]] = {
     "gpt3": lambda: gpt3.build(gpt3.Config(**SIZE, n_heads=5, band=6)),
     "palm": lambda: palm.build(palm.Config(**LLAMA)),
     "grouped": lambda: llama.build(llama.Config(**LLAMA, n_kv_heads=2)),
-    "norms of queries and keys": lambda: qwen3.build(qwen3.Config(**LLAMA, n_kv_heads=2, head_dim=8)),
+    "norms of queries and keys": lambda: qwen3.build(qwen3.Config(**LLAMA, n_kv_heads=2)),
     "windows and global layers": lambda: gemma3.build(
-        gemma3.Config(**LLAMA, n_kv_heads=2, head_dim=8, sliding_window=5, global_layers=(1,))
+        gemma3.Config(**LLAMA, n_kv_heads=2, sliding_window=5, global_layers=(1,))
     ),
     "window": lambda: llama.build(llama.Config(**LLAMA, n_kv_heads=2, sliding_window=5)),
     "late window": lambda: llama.build(

@@ -2,7 +2,8 @@
 
 A table says ours -> theirs. Either side is the name of a module, whose `.weight` and `.bias` carry over, or of one
 tensor. `*` is a layer's number; `[a,b,c]` are several of theirs that lie one above the other in one of ours; a `.T` at
-the end says that matrices are stored transposed, a `+1` that the file's numbers are larger by one. Instead of a table, None says that both sides have the same names.
+the end says that matrices are stored transposed, a `+1` that the file's numbers are larger by one. Instead of a table,
+None says that both sides have the same names.
 
 Axes: rows = a matrix's outputs, columns = its inputs; a bias has rows alone.
 """

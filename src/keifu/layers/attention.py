@@ -146,8 +146,8 @@ class Attention(nn.Module):
 
     `window` limits each query to the last `window` tokens, itself included (Mistral, Jiang et al., 2023); the cost then
     grows with the window. `scale` is what the products are multiplied with, 1 / √head_dim where it is None. `rotary`
-    turns queries and keys by their positions. `qk_norm(head_dim)` makes the norms of each head's queries and keys, which
-    come before the rotation (Henry et al., 2020; Qwen3, Gemma 3).
+    turns queries and keys by their positions. `qk_norm(head_dim)` makes the norms of each head's queries and keys,
+    applied before the rotation (Henry et al., 2020; Qwen3, Gemma 3).
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 """Gemma 3 (Gemma Team, 2025), its text model: five layers that see a window for each that sees everything, so that the
-cache of a long text stays small; norms before and behind each sublayer; norms of queries and keys; embeddings times √dim.
+cache of a long text stays small; norms before and after each sublayer and of queries and keys; embeddings times √dim.
 
 Layers with a window turn by the base 10,000, the others by 1,000,000. Norms multiply with 1 + weight.
 """
@@ -7,8 +7,6 @@ Layers with a window turn by the base 10,000, the others by 1,000,000. Norms mul
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-from torch import nn
 
 from keifu.layers.activations import activation
 from keifu.layers.attention import Attention
@@ -48,9 +46,8 @@ class Config:
     dropout: float = 0.0
 
 
-_wide = partial(
-    Config, vocab_size=262_208, context_length=131_072, sliding_window=1024, rope_scaling=RopeScaling("linear", 8.0, 131_072)
-)
+_SCALING = RopeScaling("linear", 8.0, 131_072)
+_wide = partial(Config, vocab_size=262_208, context_length=131_072, sliding_window=1024, rope_scaling=_SCALING)
 
 SIZES = {
     "gemma3-270m": Config(dim=640, hidden_dim=2048, n_layers=18),

@@ -1,4 +1,4 @@
-"""Qwen3 (Yang et al., 2025): LLaMA's layers with an RMSNorm on each head's queries and keys, in place of Qwen2's biases.
+"""Qwen3 (Yang et al., 2025): LLaMA's layers, with an RMSNorm of each head's queries and keys where Qwen2 had biases.
 
 The norms keep the products of queries and keys from growing, so that training is stable (Dehghani et al., 2023).
 """
