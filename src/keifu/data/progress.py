@@ -48,8 +48,10 @@ def _lines(label: str, total: int | None, unit: str) -> Iterator[Advance]:
 
 
 def _amount(reached: int, total: int | None, unit: str) -> str:
-    """Both numbers with one prefix: `1.2 of 4.5 MB`."""
+    """Both numbers with one prefix, `1.2 of 4.5 MB`; what is counted and not measured is whole, `8 of 63 windows`."""
     largest = max(reached, total or 0)
+    if unit != "B":
+        return f"{reached:,}{f' of {total:,}' if total else ''} {unit}"
     scale, prefix = (1e6, "M") if largest >= 1e6 else (1e3, "k") if largest >= 1e3 else (1, "")
     of = f" of {total / scale:.1f}" if total else ""
-    return f"{reached / scale:.1f}{of} {prefix}{unit if unit == 'B' else ' ' + unit}".replace("  ", " ")
+    return f"{reached / scale:.1f}{of} {prefix}B"

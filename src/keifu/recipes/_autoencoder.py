@@ -16,7 +16,7 @@ from keifu.checkpoints.opening import load_model
 from keifu.data.images import signed
 from keifu.data.pictures import Pictures, Split
 from keifu.models import autoencoder_kl
-from keifu.recipes._stages import before_and_after, going_on, of_a_part, pictures_of, steps_for
+from keifu.recipes._stages import before_and_after, going_on, minutes_of, of_a_part, pictures_of, steps_for
 from keifu.training.autoencoding import KLAutoencoding
 from keifu.training.loop import train
 from keifu.training.settings import Precision, Settings
@@ -65,7 +65,8 @@ def settings(wanted: Wanted, steps: int) -> Settings:
     """The training loop's settings for so many steps."""
     often = max(1, steps // 10)
     return Settings(
-        steps=steps, batch_size=wanted.batch_size, learning_rate=wanted.learning_rate, warmup=steps // 20,
+        steps=steps, minutes=minutes_of(wanted.budget),
+        batch_size=wanted.batch_size, learning_rate=wanted.learning_rate, warmup=steps // 20,
         final_ratio=0.0, weight_decay=0.0, betas=(0.9, 0.99), precision=wanted.precision, evaluate_every=often,
         sample_every=often, save_every=often, seed=wanted.seed,
     )  # fmt: skip

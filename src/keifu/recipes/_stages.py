@@ -43,7 +43,7 @@ def steps_for(
     data: Data,
     trial: Settings,
 ) -> int:
-    """The steps asked for, those of the run that is resumed, or as many as the machine makes in the minutes."""
+    """The steps asked for, those that the resumed run began with, or as many as fit the minutes at first sight."""
     steps, minutes = budget
     if steps:
         return steps
@@ -51,6 +51,12 @@ def steps_for(
         return steps_of(directory)
     print(f"Trying the pace, to fit the training into {minutes:g} minutes ...", flush=True)
     return steps_within(minutes, model, objective, data, trial, data.batch(0))
+
+
+def minutes_of(budget: tuple[int | None, float]) -> float | None:
+    """The minutes of a budget, for the training loop; None where it is in steps."""
+    steps, minutes = budget
+    return None if steps else minutes
 
 
 def of_a_part(

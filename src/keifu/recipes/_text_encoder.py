@@ -15,7 +15,7 @@ from keifu.evaluation.shared_space import preprocessing, two_towers
 from keifu.generation.text_to_picture import text_tokens
 from keifu.models import clip, clip_text
 from keifu.recipes import clip as recipe
-from keifu.recipes._stages import going_on, steps_for
+from keifu.recipes._stages import going_on, minutes_of, steps_for
 from keifu.training.contrastive import contrastive
 from keifu.training.settings import Precision
 
@@ -57,7 +57,8 @@ def _train(wanted: Wanted, place: Path, resume: bool, how: str) -> None:
     objective = contrastive(preprocessing(task.model).normalised)
     steps = steps_for(wanted.budget, place, resume, task.model, objective, task.data, chosen)
     often = max(1, steps // 10)
-    chosen = replace(chosen, steps=steps, warmup=steps // 10, evaluate_every=often, sample_every=often)
+    minutes = minutes_of(wanted.budget)
+    chosen = replace(chosen, steps=steps, minutes=minutes, warmup=steps // 10, evaluate_every=often, sample_every=often)
     recipe.run(replace(made, training=chosen), place, resume, how)
 
 

@@ -149,7 +149,8 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
         with averaged(model, directory, plan.average):
             checkpoints.save(model, task.tokenizer, directory)
 
-    settings = replace(plan.settings(_steps(options, within, out, resume)), **chosen)
+    steps = _steps(options, within, out, resume)
+    settings = replace(plan.settings(steps), **chosen, minutes=_minutes(options))
     run = _run(name, options, task, data, model, out, resume)
     return train(model, objective, data, settings, run, _sampler(task, model), save, data.largest())
 
@@ -172,14 +173,19 @@ def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
 
 
 def _steps(options: Options, within: Callable[[float], int], out: Path, resume: bool) -> int:
-    """The steps that were asked for, or that fit the time; a resumed run keeps those that it was begun with."""
+    """The steps that were asked for, or that fit the time at first sight, which a resumed run keeps."""
     if options.steps:
         return options.steps
     if resume:
         return steps_of(out)
-    minutes = MINUTES if options.minutes is None else options.minutes
+    minutes = _minutes(options) or MINUTES
     _say(f"Trying the pace, to fit the training into {minutes:g} minutes ...")
     return within(minutes)
+
+
+def _minutes(options: Options) -> float | None:
+    """The minutes that a run has; None where it has a number of steps."""
+    return None if options.steps else MINUTES if options.minutes is None else options.minutes
 
 
 def every(steps: int, warmup: int) -> dict[str, Any]:

@@ -195,7 +195,8 @@ def settings(recipe: Recipe, steps: int) -> Settings:
     """The training loop's settings for so many steps of the decoder: the paper's betas, decay and clipping."""
     often = max(1, steps // 20)
     return Settings(
-        steps=steps, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, warmup=steps // 20,
+        steps=steps, minutes=None if recipe.steps else recipe.minutes,
+        batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, warmup=steps // 20,
         final_ratio=0.0, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0, ema=recipe.ema, precision=recipe.precision,
         evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
         seed=recipe.seed,

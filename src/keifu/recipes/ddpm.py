@@ -184,6 +184,7 @@ def settings(recipe: Recipe, steps: int) -> Settings:
     often = max(1, steps // 20)
     return Settings(
         steps=steps,
+        minutes=None if recipe.steps else recipe.minutes,
         batch_size=recipe.batch_size or 1,
         micro_batch=recipe.micro_batch,
         learning_rate=recipe.learning_rate or 0.0,

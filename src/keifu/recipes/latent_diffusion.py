@@ -36,7 +36,7 @@ from keifu.recipes import _autoencoder, _text_encoder
 from keifu.recipes import clip as clip_recipe
 from keifu.recipes._language import whom_to_thank
 from keifu.recipes._prompts import COLUMNS, PROMPTS, check_prompts
-from keifu.recipes._stages import going_on, show, steps_for
+from keifu.recipes._stages import going_on, minutes_of, show, steps_for
 from keifu.training.autoencoding import KLAutoencoding
 from keifu.training.diffusion import WithDraws
 from keifu.training.loop import Summary, train
@@ -268,9 +268,10 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     extra = 0.0 if recipe.space == "latents" else recipe.autoencoder_minutes
     budget, trial, resume = (recipe.steps, recipe.minutes + extra), settings(recipe, 1000), going_on(out, resume)
     steps = steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
+    chosen = replace(settings(recipe, steps), minutes=minutes_of(budget))
     show(out, {"Autoencoder": _autoencoder.FOLDER, "CLIP": _text_encoder.FOLDER})
     summary = train(
-        task.model, task.objective, task.data, settings(recipe, steps), described(recipe, task, out, resume),
+        task.model, task.objective, task.data, chosen, described(recipe, task, out, resume),
         sample=sampler(task, recipe), save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
     )  # fmt: skip
     print(

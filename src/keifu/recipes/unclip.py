@@ -216,7 +216,8 @@ def settings(recipe: Recipe, steps: int) -> Settings:
     """The training loop's settings for so many steps."""
     often = max(1, steps // 20)
     return Settings(
-        steps=steps, warmup=steps // 20, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
+        steps=steps, minutes=None if recipe.steps else recipe.minutes,
+        warmup=steps // 20, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
         final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.99), ema=recipe.ema, precision=recipe.precision,
         evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
         seed=recipe.seed,

@@ -18,7 +18,7 @@ from keifu.layers.dropout import DropoutKeys
 from keifu.training import machine, peak
 from keifu.training.optimisers import Optimisers
 from keifu.training.precision import autocast
-from keifu.training.progress import clock, count, size
+from keifu.training.progress import clock, count, number, size
 from keifu.training.protocols import Batch, Objective
 
 SAFETY = 0.8  # the share of the free memory that a run plans with
@@ -53,11 +53,12 @@ class Cost:
         """What is said before a run starts; its smaller batches are counted as shares of whole steps."""
         up_to = "up to " if whole_steps < steps else ""
         parts = f"{size(2 * self.parameter_bytes)} parameters and gradients, {size(self.optimizer_bytes)} optimizer, "
+        parts += f"{size(self.activation_bytes)} activations"
+        units = f"{up_to}{self.units_per_step:,.0f} {unit}, {count(whole_steps * self.units_per_step)} in all"
         return (
-            f"{count(self.parameters)} parameters; {steps:,} steps of {up_to}{self.units_per_step:,.0f} {unit}, "
-            f"{count(whole_steps * self.units_per_step)} in all: about {clock(whole_steps * self.step_seconds)} and "
-            f"{size(self.total_bytes)} of memory ({parts}{size(self.activation_bytes)} activations), "
-            f"of {size(self.available)} that are free."
+            f"{count(self.parameters)} parameters; {number(steps, 'step')} of {units}: "
+            f"about {clock(whole_steps * self.step_seconds)}, validations and samples not counted, and "
+            f"{size(self.total_bytes)} of memory ({parts}), of {size(self.available)} that are free."
         )
 
 

@@ -19,9 +19,9 @@ from keifu.errors import UserError
 from keifu.threads import follow_load
 from keifu.training import folder, guards, metrics, state
 from keifu.training.interrupt import Stopped, StopRequest
-from keifu.training.pace import Pace, TimeLeft
+from keifu.training.pace import Budget, Pace, TimeLeft
 from keifu.training.peak import matmul_peak
-from keifu.training.progress import Display, clock
+from keifu.training.progress import Display, clock, number
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
 from keifu.training.report import REPORT, write_report
 from keifu.training.settings import Settings, described
@@ -86,8 +86,12 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.stepper, self.at = self.started.stepper, self.started.progressed
-        whole = self.settings.whole_steps
-        self.pace, self.left = Pace(self.at.seconds), TimeLeft(whole(self.at.step), whole(self.settings.steps))
+        s, whole = self.settings, self.settings.whole_steps
+        self.pace = Pace(self.at.seconds, self.at.passed)
+        self.left = TimeLeft(whole(self.at.step), whole(self.at.plan.steps))
+        every = {"validation": s.evaluate_every, "sample": s.sample_every, "state": s.save_every}
+        seconds = None if s.minutes is None else 60 * s.minutes
+        self.budget = Budget(seconds, self.pace, self.at.step, every)
         self.peak = matmul_peak(self.stepper.device, self.stepper.dtype)
         self.figures, self.validated, self.gradient_norm = self.lines.latest(), self.lines.validated, math.nan
         self.saved = self.at.step if self.run.resume else -1
@@ -101,7 +105,7 @@ class _Loop:
         if self.at.spikes.due(self.at.step):
             self._save_state()
         batch: Batch | None = None
-        while self.at.step < self.settings.steps:
+        while self.at.step < self.at.plan.steps:
             batch = self._batch(self.at.step) if batch is None else batch
             gradient = None if self.stop() else self._gradient(batch)
             if gradient is None:
@@ -113,7 +117,7 @@ class _Loop:
                 self._rewind(gradient)
                 following = None
             else:
-                self.started.optimisers.step(self.at.step)
+                self.started.optimisers.step(self.at.step, self.at.plan.ahead(self.at.step))
                 self._count(gradient)
                 self._between()
             batch = following
@@ -126,13 +130,13 @@ class _Loop:
         self._save_state()
         self._leave({"finished": True})
         report = self.run.directory / REPORT
-        self.display.note(f"Done: {self.at.step:,} steps in {clock(self.at.seconds)}. See {report}.")
+        self.display.note(f"Done: {number(self.at.step, 'step')} in {clock(self.at.seconds)}. See {report}.")
         return Summary(self.run.directory, self.at.step, self.at.seconds, self.figures)
 
     def _batch(self, step: int) -> Batch:
         with self._whole():
-            number = min(step, self.settings.steps - 1) + self.at.spikes.skipped
-            return on_device(self.data.batch(number), self.stepper.device)
+            index = min(step, self.at.plan.steps - 1) + self.at.spikes.skipped
+            return on_device(self.data.batch(index), self.stepper.device)
 
     def _gradient(self, batch: Batch) -> Gradient | None:
         with self._whole():
@@ -175,21 +179,42 @@ class _Loop:
 
     def _between(self) -> None:
         """What is due after a step; training's clock stands still meanwhile."""
-        s, last = self.settings, self.at.step == self.settings.steps
+        s, last = self.settings, self.at.step == self.at.plan.steps
         if last or self.at.step % s.log_every == 0:
             self._log()
+        if not last:
+            self._plan(self.budget.steps(self.at.step, self.at.plan.steps))
+        known = {*self.pace.lasted}
         with self.pace.paused():
             if self._due(s.evaluate_every):
-                self._evaluate()
+                with self.pace.timed("validation"):
+                    self._evaluate()
             if self._due(s.sample_every):
-                self._sample()
+                with self.pace.timed("sample"):
+                    self._sample()
             if self._due(s.save_every) or (self.at.spikes.due(self.at.step) and not last):
-                with self._tolerating(f"The state of step {self.at.step:,}"):
+                with self.pace.timed("state"), self._tolerating(f"The state of step {self.at.step:,}"):
                     self._save_state()
+        if {*self.pace.lasted} - known - {"state"}:
+            self._expectation()
+
+    def _expectation(self) -> None:
+        """What a validation, a sample and saving take, when it is first known, and with them the rest of the run."""
+        took = ", ".join(f"a {name} took {clock(seconds)}" for name, seconds in self.pace.lasted.items())
+        left = self.budget.left(self.at.step, self.at.plan.steps)
+        self.display.note(f"Step {self.at.step:,}: {took}; with what is to come, about {clock(left)} are left.")
+
+    def _plan(self, steps: int) -> None:
+        """Another number of steps, where the pace has changed; it is in the metrics, and in the states from now on."""
+        if steps != self.at.plan.steps:
+            self.at.plan = self.at.plan.changed(self.at.step, steps)
+            self._record({"planned_steps": steps})
+            self.display.expect(steps)
+            self.left.total = self.settings.whole_steps(steps)
 
     def _due(self, every: int) -> bool:
         """Whether something that happens `every` so many steps happens now; the end has a time of its own."""
-        return bool(every) and self.at.step % every == 0 and self.at.step < self.settings.steps
+        return bool(every) and self.at.step % every == 0 and self.at.step < self.at.plan.steps
 
     def _log(self) -> None:
         """A line of metrics from the sums since the last one; here, and only here, a GPU is waited for."""
@@ -200,7 +225,7 @@ class _Loop:
         at.seconds, at.sums = self.pace.seconds, None
         figures = {
             **means,
-            **self.started.optimisers.rates(at.step - 1),
+            **self.started.optimisers.rates(at.step - 1, at.plan.ahead(at.step - 1)),
             "gradient_norm": float(self.gradient_norm),
             f"{self.run.unit}_per_second": rate,
             "flops_utilisation": rate * self.started.cost.flops_per_unit / self.peak,
@@ -246,6 +271,7 @@ class _Loop:
 
     def _save_state(self) -> None:
         if self.saved != self.at.step:
+            self.at.passed = self.pace.passed
             facts = {"described": self.facts, "resolved": self.started.resolved(), **self.at.facts()}
             rules = self.settings.spikes
             reach = rules.reach if rules.rise else 0

@@ -38,17 +38,17 @@ class Optimisers:
             self.all[kind] = self.partwise.optimizer
         self.average = MovingAverage(self.parameters, settings.ema) if settings.ema else None
 
-    def rates(self, step: int) -> dict[str, float]:
-        """The rates that update number `step` (from 0) is made with, under the settings' names."""
+    def rates(self, step: int, ahead: float = 0.0) -> dict[str, float]:
+        """The rates that update number `step` (from 0) is made with, under the settings' names; `ahead`: see `Plan`."""
         s = self.settings
         end = s.counted(s.steps) if s.decay_steps is None else s.decay_steps
-        share = ratio(s.schedule, s.counted(step + 1) - 1, end, s.warmup, s.final_ratio, s.hold)
+        share = ratio(s.schedule, s.counted(step + 1) - 1 + ahead, end, s.warmup, s.final_ratio, s.hold)
         rates = {"learning_rate": share * s.learning_rate}
         return rates | ({"matrix_rate": share * s.matrix_rate} if "muon" in self.all else {})
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, ahead: float = 0.0) -> None:
         """Makes update number `step` from the gradients, which are then dropped."""
-        self.update(self.rates(step))
+        self.update(self.rates(step, ahead))
 
     def update(self, rates: dict[str, float]) -> None:
         """An update with these rates; with the rate 0 no weight changes."""

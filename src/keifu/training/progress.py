@@ -39,6 +39,12 @@ class Display:
         if self.live and self.task is not None:
             self.live.update(self.task, completed=done)
 
+    def expect(self, total: int) -> None:
+        """Another number of steps in all."""
+        self.total = total
+        if self.live and self.task is not None:
+            self.live.update(self.task, total=total)
+
     def show(self, figures: dict[str, Any]) -> None:
         """The latest figures; in a pipe at most one line in ten seconds."""
         text = described(figures, self.unit)
@@ -85,6 +91,11 @@ def size(n_bytes: float | int) -> str:
             break
         value, unit = value / 1000, larger
     return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+
+
+def number(amount: int, unit: str) -> str:
+    """A whole number and its unit: 1 step, 2,000 steps."""
+    return f"{amount:,} {unit}{'' if amount == 1 else 's'}"
 
 
 def count(number: float | int) -> str:

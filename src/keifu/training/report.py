@@ -135,7 +135,7 @@ def _is_plain(name: str) -> bool:
     return name.startswith("validation_") and "/" not in name
 
 
-def _by_source(figures: Mapping[str, float]) -> str:
+def _by_source(figures: Mapping[str, float | int]) -> str:
     """A table of the figures called `validation_part/figure`, a row for each part."""
     found = {name.removeprefix("validation_"): value for name, value in figures.items() if "/" in name}
     parts, columns = (list(dict.fromkeys(name.split("/")[place] for name in found)) for place in (0, 1))

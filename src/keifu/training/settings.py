@@ -16,7 +16,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 # What a resumed run may change: how long, how often, and how a batch is split, never what a step computes.
 ADJUSTABLE = frozenset(
-    ["steps", "micro_batch", "compile", "log_every", "evaluate_every", "sample_every", "save_every", "keep"]
+    ["steps", "minutes", "micro_batch", "compile", "log_every", "evaluate_every", "sample_every", "save_every", "keep"]
     + ["tensorboard", "wandb"]
 )
 
@@ -27,6 +27,9 @@ class Settings:
 
     steps: int = 1000
     """Updates of the weights."""
+    minutes: float | None = None
+    """How long the run may take, validations, samples and saving included: `steps` is then a first estimate, which
+    follows the pace of the machine, and the rate falls over the steps that there are."""
     batch_size: int = 32
     """Rows in a step."""
     batch_stages: tuple[tuple[int, int], ...] = ()
@@ -143,6 +146,7 @@ CHOICES = {
 }  # fmt: skip
 LEAST = {
     **dict.fromkeys(("steps", "batch_size", "micro_batch", "log_every", "keep", "decay_steps"), 1),
+    "minutes": 0.0,
     **dict.fromkeys(("evaluate_every", "sample_every", "save_every", "warmup", "hold", "seed"), 0),
     **dict.fromkeys(("learning_rate", "matrix_rate", "weight_decay", "epsilon", "clip"), 0.0),
 }

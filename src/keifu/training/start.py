@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from keifu.errors import UserError
 from keifu.training import cost, guards, state
 from keifu.training.optimisers import Optimisers
+from keifu.training.pace import Plan
 from keifu.training.precision import resolve
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run
 from keifu.training.settings import Settings, check_resumed, described
@@ -30,10 +31,13 @@ class Progressed:
     sums: Sums | None
     divergence: guards.Divergence
     spikes: Spikes
+    plan: Plan
+    passed: float = 0.0  # seconds of the whole run when the state was saved
 
     def facts(self) -> dict[str, Any]:
         """The part that JSON holds."""
-        return {"seconds": self.seconds, "divergence": self.divergence.facts(), "spikes": self.spikes.facts()}
+        own = {"seconds": self.seconds, "passed": self.passed, "plan": dataclasses.asdict(self.plan)}
+        return {**own, "divergence": self.divergence.facts(), "spikes": self.spikes.facts()}
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,11 @@ def start(
     if found and stepper.dropout.drops and resolved.get("dropout") != DROPOUT:
         tell("Dropout is drawn in another way than in the steps before, which an earlier version made.")
     done = found.step if found else 0
-    whole_steps = settings.whole_steps(settings.steps) - settings.whole_steps(done)
-    tell(measured.sentence(settings.steps - done, run.unit, whole_steps))
-    return Started(stepper, optimisers, measured, _progressed(found, settings, device))
+    progressed = _progressed(found, settings, device)
+    steps = max(done, progressed.plan.steps)
+    whole_steps = settings.whole_steps(steps) - settings.whole_steps(done)
+    tell(measured.sentence(steps - done, run.unit, whole_steps))
+    return Started(stepper, optimisers, measured, progressed)
 
 
 def _check_growth(settings: Settings, data: Data) -> None:
@@ -118,13 +124,23 @@ def _take_up(model: nn.Module, optimisers: Optimisers, data: Data, tensors: dict
 
 def _progressed(found: state.State | None, settings: Settings, device: torch.device) -> Progressed:
     if found is None:
-        return Progressed(0, 0.0, None, guards.Divergence(), Spikes(settings.spikes))
+        plan = Plan(settings.steps, settings.steps)
+        return Progressed(0, 0.0, None, guards.Divergence(), Spikes(settings.spikes), plan)
     sums = _under("sums.", found.tensors)
     facts = found.facts
     taken = Sums.from_tensors(sums, device) if sums else None
     divergence = guards.Divergence(**facts["divergence"])
     spikes = Spikes(settings.spikes, **facts.get("spikes", {}))
-    return Progressed(found.step, facts["seconds"], taken, divergence, spikes)
+    return Progressed(
+        found.step, facts["seconds"], taken, divergence, spikes, _plan(facts, settings), facts.get("passed", 0.0)
+    )
+
+
+def _plan(facts: dict[str, Any], settings: Settings) -> Plan:
+    """The plan of a state, where the run still has minutes and the schedule that it was made for."""
+    found = facts.get("plan", {})
+    kept = settings.minutes is not None and found.get("scheduled") == settings.steps
+    return Plan(**found) if kept else Plan(settings.steps, settings.steps)
 
 
 def go_back(started: Started, found: state.State, data: Data, settings: Settings) -> Started:

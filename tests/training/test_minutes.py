@@ -1,0 +1,118 @@
+"""A budget in minutes is kept while the pace changes, on a clock that the test moves; a resumed run has the same bits."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from training_toys import Sequences, objective, run, settings, toy, weights
+
+from keifu.training import metrics, pace, state
+from keifu.training.loop import Summary, train
+from keifu.training.optimisers import Optimisers
+from keifu.training.pace import Budget, Pace, Plan
+from keifu.training.protocols import Batch
+
+
+class Clock:
+    """Stands still but where a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(pace, "time", made)
+    return made
+
+
+class Slowing(Sequences):
+    """A batch takes a second, from step `slow` on `later` seconds, and a validation `validating`."""
+
+    def __init__(self, clock: Clock, slow: int = 10**9, later: float = 1.0, validating: float = 0.0):
+        super().__init__()
+        self.clock, self.slow, self.later, self.validating = clock, slow, later, validating
+
+    def batch(self, step: int) -> Batch:
+        self.clock.now += self.later if step >= self.slow else 1.0
+        return super().batch(step)
+
+    def validation(self) -> Iterable[Batch]:
+        self.clock.now += self.validating
+        return [super().batch(10**6)]
+
+
+CHOSEN: dict[str, Any] = dict(steps=100, minutes=100 / 60, log_every=5, evaluate_every=20, save_every=25, keep=9)
+
+
+def go(directory: Path, data: Sequences, resume: bool = False, **changed: Any) -> tuple[Summary, nn.Module]:
+    model = toy()
+    return train(model, objective, data, settings(**CHOSEN | changed), run(directory, resume=resume)), model
+
+
+def test_at_an_even_pace_the_steps_stay_as_they_were_estimated(clock: Clock, tmp_path: Path) -> None:
+    summary, _ = go(tmp_path, Slowing(clock))
+    assert 97 <= summary.steps <= 100, "one batch more is made, to measure the memory"
+
+
+@pytest.mark.parametrize(
+    ("slow", "later", "validating", "steps"),
+    [(40, 3.0, 0.0, 60), (40, 0.5, 0.0, 160), (1000, 1.0, 10.0, 60), (0, 7.0, 0.0, 15)],
+)
+def test_the_minutes_are_kept_where_the_pace_changes_or_validations_take_long(
+    clock: Clock, tmp_path: Path, slow: int, later: float, validating: float, steps: int
+) -> None:
+    start = clock.now
+    summary, _ = go(tmp_path, Slowing(clock, slow, later, validating))
+    assert summary.steps == pytest.approx(steps, abs=7)
+    assert clock.now - start == pytest.approx(100, abs=2 * later + validating / 2)
+    lines = metrics.read(tmp_path)
+    assert [line["planned_steps"] for line in lines if "planned_steps" in line][-1] == summary.steps
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert rates[-1] < 1.2e-3, "the rate falls to a tenth of 1e-2 over the steps that there are"
+
+
+def test_stopped_and_resumed_with_the_plan_of_its_state_it_has_the_same_bits(clock: Clock, tmp_path: Path) -> None:
+    _, whole = go(tmp_path / "whole", Slowing(clock, 30, 2.0))
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for step in state.steps(tmp_path / "again")[2:]:
+        state.remove(tmp_path / "again", step)
+    facts = json.loads((tmp_path / "again/state/step-00000050.json").read_text())
+    assert facts["plan"]["steps"] < 100 and facts["passed"] == pytest.approx(70, abs=3)
+    _, again = go(tmp_path / "again", Slowing(clock, 0, 1e-3), resume=True)  # nearly no time passes: the plan stays
+    assert state.steps(tmp_path / "whole") == state.steps(tmp_path / "again")
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(again).values(), strict=True))
+
+
+def test_a_changed_plan_goes_on_evenly_to_the_end_of_the_schedule() -> None:
+    optimisers = Optimisers(toy(), settings(steps=100, schedule="linear", warmup=0, final_ratio=0.0))
+    plan = Plan(100, 100)
+    assert [plan.ahead(step) for step in range(100)] == [0.0] * 100
+    changed = plan.changed(40, 60)
+    rates = [optimisers.rates(step, changed.ahead(step))["learning_rate"] for step in range(40, 61)]
+    assert rates[0] == optimisers.rates(40)["learning_rate"], "no jump"
+    assert rates[-1] == 0.0 and rates == sorted(rates, reverse=True)
+    assert rates[10] == pytest.approx(1e-2 * (1 - 70 / 99), rel=1e-3)
+    again = changed.changed(50, 100)
+    assert again.position == 70 and again.ahead(100) == pytest.approx(0) and Plan(**asdict(again)) == again
+
+
+def test_what_is_left_counts_what_comes_between_steps_and_after_the_last_one(clock: Clock) -> None:
+    watch = Pace()
+    budget = Budget(None, watch, 0, {"validation": 10, "sample": 0})
+    clock.now += 20.0
+    for name, seconds in (("validation", 5.0), ("sample", 3.0)):
+        with watch.paused(), watch.timed(name):
+            clock.now += seconds
+    assert budget.left(10, 30) == pytest.approx(20 * (2.0 + 5.0 / 10) + 5.0 + 3.0)
+    assert budget.steps(10, 30) == 30, "without a budget"
