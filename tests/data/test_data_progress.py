@@ -14,4 +14,4 @@ def test_a_pipe_gets_a_line_at_each_tenth_and_one_at_the_end(capfd) -> None:
 def test_small_amounts_keep_their_unit(capfd) -> None:
     with counting("words", 40, "characters") as advance:
         advance(40)
-    assert capfd.readouterr().err.splitlines()[0] == "words: 40.0 of 40.0 characters"
+    assert capfd.readouterr().err.splitlines()[0] == "words: 40 of 40 characters"

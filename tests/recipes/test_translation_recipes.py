@@ -86,11 +86,12 @@ def test_a_recipe_resumed_is_bitwise_the_same(name: str, table: Path) -> None:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_minutes_become_steps_that_a_resumed_run_keeps(table: Path, capsys) -> None:
+def test_minutes_become_steps_and_a_finished_run_resumed_makes_no_more(table: Path, capsys) -> None:
     out = go("transformer", table, "timed", "--minutes", "0.03")
     recipe = json.loads((out / "recipe.json").read_text())
-    steps = recipe["settings"]["steps"]
-    assert steps == state.steps(out)[-1] and recipe["settings"]["warmup"] == min(400, -(-steps // 5))
+    steps, first = state.steps(out)[-1], recipe["settings"]["steps"]
+    assert recipe["settings"]["minutes"] == 0.03 and recipe["settings"]["warmup"] == min(400, -(-first // 5))
+    assert recipe["steps"] == steps, "which may be other than the first estimate"
     go("transformer", table, "timed", "--minutes", "0.03", "--resume")
     assert state.steps(out)[-1] == steps
     with pytest.raises(UserError, match=r"recipe.minutes 0.03 → 0.06"):

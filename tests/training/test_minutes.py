@@ -1,4 +1,4 @@
-"""A budget in minutes is kept while the pace changes, on a clock that the test moves; a resumed run has the same bits."""
+"""A budget in minutes is kept while the pace changes, on a clock that tests move; resumed, the bits are the same."""
 
 import json
 import shutil

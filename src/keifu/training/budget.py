@@ -1,6 +1,6 @@
 """How many steps a run makes in a given time, tried before it starts; knows no model and no loop.
 
-The number is fixed then, and stored with the run, so that rates follow it and resuming stays bitwise.
+The number is a first estimate: the loop follows the pace from then on (`pace.Budget`), and its states hold the plan.
 """
 
 import json
