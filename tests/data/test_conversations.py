@@ -68,7 +68,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     for name, said in {"bad": "line 1: this is no JSON", "empty": "it is empty", "bat": "bad.jsonl"}.items():
         with pytest.raises(UserError, match=said):
             list(read(str(tmp_path / f"{name}.jsonl")))
-    with pytest.raises(UserError, match="a list of conversations"):
+    with pytest.raises(UserError, match="a list of objects"):
         list(read(str(tmp_path / "one.json")))
     with pytest.raises(UserError, match="chitchat"):
         list(read("chitchatt"))

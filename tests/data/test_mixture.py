@@ -1,6 +1,7 @@
 """Mixtures: shares that are exact at any time, sources that stay apart from what is held out, and files with faults."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -174,14 +175,15 @@ def test_a_mixture_comes_from_yaml_or_json_beside_its_texts(tmp_path: Path, monk
     assert [(s.name, s.weight) for s in found.sources] == [("prose", 0.75), ("pairs", 0.25)]
     (tmp_path / "mix.json").write_text(json.dumps(given))
     assert read_mixture(str(tmp_path / "mix.json")).sources == found.sources
-    tokenizer = train_tokenizer("bpe", mixture.texts(found, 3000, 0.1), 300)
-    prose, pairs = prepare_mixture(found, tokenizer, 0.1)
+    found = replace(found, held_out=0.1)
+    tokenizer = train_tokenizer("bpe", mixture.texts(found, 3000), 300)
+    prose, pairs = prepare_mixture(found, tokenizer)
     assert "One two three" in tokenizer.decode(prose.tokens[:60].tolist())
     texts = [tokenizer.decode(part.tolist()) for part in (pairs.tokens, pairs.validation)]
     assert "German: eins" in texts[0] and "English: one" in texts[0] and "English for “eins" in texts[0]
     kept = {n for n in range(200) if f"one {n}\n" in texts[1]}
     assert kept and not any(f"one {n}\n" in texts[0] for n in kept)
-    assert prepare_mixture(found, tokenizer, 0.1)[1].fingerprint == pairs.fingerprint
+    assert prepare_mixture(found, tokenizer)[1].fingerprint == pairs.fingerprint
 
 
 def test_the_named_mixture_is_one() -> None:
@@ -230,3 +232,14 @@ def test_a_source_that_cannot_be_read_is_named(data: str, sentence: str, tmp_pat
 def test_an_unknown_mixture_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match="Did you mean 'multilingual'"):
         read_mixture("multilinguall")
+
+
+def test_the_share_held_out_and_the_encoding_are_the_files(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("n,body\n1,これは\n".encode("cp932"))
+    source = "{data: a.csv, weight: 1, field: body, encoding: cp932}"
+    (tmp_path / "m.yaml").write_text(f"held_out: 0.1\nsources:\n  a: {source}\n")
+    found = read_mixture(str(tmp_path / "m.yaml"))
+    assert found.held_out == 0.1 and "".join(mixture.texts(found, 100)) == "これは"
+    (tmp_path / "m.yaml").write_text(f"held_out: 2.0\nsources:\n  a: {source}\n")
+    with pytest.raises(UserError, match="held_out of .* is 2.0"):
+        read_mixture(str(tmp_path / "m.yaml"))

@@ -150,8 +150,8 @@ def test_the_fingerprint_names_what_the_order_depends_on() -> None:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ((shards(16), 16, 4), "numbers has 16 tokens, but a context of 16 needs at least 17"),
-        ((shards(100, 16), 16, 4), "held-out part of numbers has 16 tokens"),
+        ((shards(16), 16, 4), "16 tokens to train on and .* held out, but a context of 16 needs at least 17"),
+        ((shards(100, 16), 16, 4), "16 held out.*hold out a share of 0.15, or lower the context length to 15"),
         ((shards(100), 0, 4), "context_length is 0"),
         ((shards(100), 8, 0), "batch_size is 0"),
     ],

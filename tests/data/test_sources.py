@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from keifu.data import sources
-from keifu.data.sources import content_hash, documents, pieces
+from keifu.data.sources import TextFormat, content_hash, documents, pieces
 from keifu.errors import UserError
 
 
@@ -40,7 +40,7 @@ def test_a_long_document_comes_in_pieces_that_begin_with_text(tmp_path: Path, mo
 
 def test_json_lines_with_another_field_and_blank_lines(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", '{"body": "日本"}\n\n{"body": "two\\nlines", "n": 1}\n')
-    assert list(documents(file, "body")) == ["日本", "two\nlines"]
+    assert list(documents(file, TextFormat("body"))) == ["日本", "two\nlines"]
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -52,8 +52,8 @@ def test_parquet(tmp_path: Path) -> None:
     problems: list[str] = []
     assert [piece.text for piece in pieces(file, problem=problems.append)] == ["one", "二"]
     assert problems == [f"{file}, row 3: the field 'text' is NoneType, not text."]
-    with pytest.raises(UserError, match="row 1: there is no field 'body'; it has 'text', 'n'"):
-        list(documents(file, "body"))
+    with pytest.raises(UserError, match="row 1: there is no field 'body'. Known: n, text"):
+        list(documents(file, TextFormat("body")))
     with pytest.raises(UserError, match="is no Parquet file"):
         list(documents(write(tmp_path / "bad.parquet", b"PAR1 not really")))
 
@@ -93,18 +93,17 @@ def test_a_catalogue_name_wins_over_a_file(tmp_path: Path, monkeypatch) -> None:
 FAULTS = {
     "no utf-8": ("a.txt", b"good\nba\xffd\n", "a.txt, line 2: 0xFF at byte 3 of the line is not UTF-8"),
     "cut character": ("a.txt", "good\n日本".encode()[:-1], "a.txt, line 2: 0xE6 0x9C at byte 4 of the line"),
-    "binary": ("a.txt", b"\x7fELF\0\0", "a.txt is binary, not text: byte 4 is zero"),
-    "utf-16": ("a.txt", "text".encode("utf-16"), "a.txt is UTF-16: convert it"),
+    "binary": ("a.txt", b"\x7fELF\0\0", "a.txt is binary, not text: byte 5 is zero"),
     "empty": ("a.txt", b"", "There is no text in .*a.txt: it is empty"),
     "blank": ("a.txt", b" \n\n", "There is no text in .*a.txt: it is empty"),
     "no field": (
         "a.jsonl",
         b'{"text": "x"}\n{"body": "y"}',
-        "a.jsonl, line 2: there is no field 'text'; it has 'body'",
+        "a.jsonl, line 2: there is no field 'text'. Known: body",
     ),
     "no text": ("a.jsonl", b'{"text": 3}\n', "a.jsonl, line 1: the field 'text' is int, not text"),
     "no json": ("a.jsonl", b'{"text": "x"}\n{"te', r"a.jsonl, line 2: this is no JSON \(Unterminated string"),
-    "no object": ("a.jsonl", b"[1]\n", "a.jsonl, line 1: this is list, not an object"),
+    "no object": ("a.jsonl", b"[1]\n", "a.jsonl, line 1: this is list, where an object with fields"),
     "surrogate": ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl, line 1: the field 'text' holds half of a surrogate"),
 }
 
@@ -139,3 +138,72 @@ def test_a_folder_without_text_says_what_it_holds(tmp_path: Path) -> None:
     write(tmp_path / "a.py", "x")
     with pytest.raises(UserError, match=re.escape(f"holds .py: name them with a pattern such as {tmp_path}/**/*.py")):
         list(documents(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_table_is_not_learned_with_its_commas_and_numbers(tmp_path: Path, name: str) -> None:
+    parting = "," if name == "a.csv" else "\t"
+    rows = [("id", "review"), ("1", "Good."), ("2", "Bad.")]
+    file = write(tmp_path / name, "\n".join(parting.join(row) for row in rows))
+    with pytest.raises(UserError, match="there is no field 'text'. Known: id, review. .*--text-field"):
+        list(documents(file))
+    with pytest.raises(UserError, match="there is no field 'reviews'. Did you mean 'review'"):
+        list(documents(file, TextFormat("reviews")))
+    assert list(documents(file, TextFormat("review"))) == ["Good.", "Bad."]
+
+
+def test_tables_in_a_folder_are_read_where_their_field_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "plain")
+    write(tmp_path / "b.csv", "n,body\n1,from a table\n")
+    assert list(documents(tmp_path)) == ["plain"]
+    assert list(documents(tmp_path, TextFormat("body"))) == ["plain", "from a table"]
+
+
+@pytest.mark.parametrize("encoding", ["cp932", "shift-jis", "euc_jp", "iso2022_jp", "utf-16", "utf-16-le", "gb18030"])
+def test_a_text_in_another_encoding(tmp_path: Path, encoding: str) -> None:
+    text = "これは日本語の文章です。\r\n二行目\n"
+    file = write(tmp_path / "a.txt", text.encode(encoding))
+    assert list(documents(file, TextFormat(encoding=encoding))) == [text.replace("\r", "")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_decides_whatever_encoding_is_named(tmp_path: Path, encoding: str) -> None:
+    for name, content in (("a.txt", "日本\n"), ("b.jsonl", '{"text": "日本\\n"}\n')):
+        file = write(tmp_path / name, content.encode(encoding))
+        assert list(documents(file)) == list(documents(file, TextFormat(encoding="cp1252"))) == ["日本\n"]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "advice"),
+    [
+        ("ok\nこれは\n", "cp932", "line 2: 0x82 at byte 1 of the line is not UTF-8: it may be cp932; name it"),
+        ("ok\nこれは\n", "euc_jp", "line 2: 0xA4 .* it may be euc_jp; name it with --encoding euc_jp, or convert it"),
+        ("café\n", "cp1252", "line 1: 0xE9 at byte 4 .* may be cp1252; .* `iconv -f CP1252 -t UTF-8`"),
+    ],
+)
+def test_a_wrong_encoding_names_the_byte_and_what_to_try(tmp_path: Path, text: str, encoding: str, advice: str) -> None:
+    with pytest.raises(UserError, match=advice):
+        list(documents(write(tmp_path / "a.txt", text.encode(encoding))))
+
+
+def test_bytes_that_are_not_in_the_encoding_that_was_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a.txt, line 1: 0x80 .* is not EUC_JP"):
+        list(documents(write(tmp_path / "a.txt", b"a\x80b\n"), TextFormat(encoding="euc_jp")))
+    with pytest.raises(UserError, match=r"a.txt: byte 5 of the file is not UTF-16 \(truncated data\)"):
+        list(documents(write(tmp_path / "a.txt", b"\xff\xfea\0b"), TextFormat()))
+    for name, near in (("shift_jsi", "Did you mean 'shift_jis'"), ("rot13", "There is no encoding 'rot13'")):
+        with pytest.raises(UserError, match=near):
+            list(documents(write(tmp_path / "b.txt", "x"), TextFormat(encoding=name)))
+
+
+def test_the_text_of_a_page_without_its_tags(tmp_path: Path) -> None:
+    page = (
+        "<!doctype html><html><head><title>A &amp; B</title><style>p {color: red}</style>\n"
+        "<script>if (a < b) x()</script>"
+        "</head><body><h1>Tea</h1><p>Green <b>tea</b>\n  and caf&eacute;.<br>Next</p><ul><li>one<li>two</ul>"
+        "<pre>  kept\n   as  it is</pre></body></html>"
+    )
+    write(tmp_path / "a.html", page)
+    write(tmp_path / "b.md", "# Title\n\n*kept*\n")
+    expected = "A & B\n\nTea\n\nGreen tea and café.\nNext\n\none\ntwo\n\n  kept\n   as  it is"
+    assert list(documents(tmp_path)) == [expected, "# Title\n\n*kept*\n"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from keifu.data import text
+from keifu.data.sources import TextFormat
 from keifu.data.text import TextTokenizer, prepare
 from keifu.data.tokenizers import Tokenizer, train_tokenizer
 from keifu.errors import UserError
@@ -162,3 +163,22 @@ def test_an_impossible_share_is_refused(tmp_path: Path, share: float) -> None:
 def test_a_text_too_short_to_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 1 tokens: too short"):
         prepare(folder_of(tmp_path, ["a"]), Bytes(), tmp_path / "cache")
+
+
+def test_a_validation_text_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc" * 20)
+    (tmp_path / "b.txt").write_text("xyz" * 5)
+    found = prepare(tmp_path / "a.txt", Bytes(), tmp_path / "c", validation=tmp_path / "b.txt")
+    assert bytes(found.tokens.tolist()).decode() == "abc" * 20
+    assert bytes(found.validation.tolist()).decode() == "xyz" * 5
+    alone = prepare(tmp_path / "a.txt", Bytes(), tmp_path / "c")
+    assert alone.fingerprint != found.fingerprint
+    with pytest.raises(UserError, match="b.txt holds the same as"):
+        prepare(tmp_path / "b.txt", Bytes(), tmp_path / "c", validation=str(tmp_path / "b.txt"))
+
+
+def test_another_field_is_another_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,body\n" + "one,two\n" * 10)
+    for field, word in ((None, "one"), ("body", "two")):
+        found = prepare(tmp_path / "a.csv", Bytes(), tmp_path / "c", form=TextFormat(field))
+        assert word in bytes([i for i in found.tokens.tolist() if i < 256]).decode()

@@ -99,7 +99,7 @@ def test_the_example_of_the_page_is_read_as_it_says(capitals: Path) -> None:
         ("items: a.jsonl\nprompt: x\nanswer: b\nchoices: [1, 2]", '{"b": 0}', "line 4: 'choices' must be texts"),
         ("items: a.jsonl\nprompt: x\nanswer: b\nmetric: choice", '{"b": "u"}', "has no choices to choose from"),
         ("items: a.jsonl\nprompt: [\nanswer: b", "", r"a\.yaml cannot be read: "),
-        ("items: a.jsonl\nprompt: x\nanswer: b", '{"b": 1}\n{', r"a\.jsonl, line 2, is not JSON"),
+        ("items: a.jsonl\nprompt: x\nanswer: b", '{"b": 1}\n{', r"a\.jsonl, line 2: this is no JSON"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_task_file_is_named_by_its_place(

@@ -38,8 +38,10 @@ class Options:
     tokenizer: str | None = None
     """What check counts tokens with: a catalogue name, or a tokenizer's file or folder; unset: gpt2-bpe. For
     conversations, the model whose chat template they are shown by; unset: smollm2."""
-    field: str = "text"
-    """Where a record of .jsonl or .parquet has its text."""
+    text_field: str | None = None
+    """The field, or column, that holds the text in .jsonl, .json, .csv, .tsv and .parquet files; unset: text."""
+    encoding: str = "utf-8"
+    """Of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
     json: bool = False
     """Print the report of check, or conversations as ids, as JSON."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -87,11 +89,12 @@ def _list() -> None:
 def _check(source: str, options: Options) -> None:
     from keifu.data.catalogue import CATALOGUE, fetch
     from keifu.data.preflight import check
+    from keifu.data.sources import TextFormat
     from keifu.data.tokenizers import load_tokenizer
 
     wanted = options.tokenizer or "gpt2-bpe"
     place = fetch(wanted) if wanted in CATALOGUE else wanted
-    report = check(source, load_tokenizer(place), options.field)
+    report = check(source, load_tokenizer(place), TextFormat(options.text_field, options.encoding))
     print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
 
 

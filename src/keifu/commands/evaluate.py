@@ -69,6 +69,10 @@ class Options:
     """Exponent of the length penalty; unset: 0.6."""
     batch_size: int | None = None
     """How much is computed at a time: it changes no figure but the speed."""
+    text_field: str | None = None
+    """The field, or column, that holds the text in .jsonl, .json, .csv, .tsv and .parquet files; unset: text."""
+    encoding: str = "utf-8"
+    """Of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
     by_length: bool = False
     """Show the figures by the length of the source too."""
     output: Path | None = None
@@ -85,6 +89,7 @@ def run(options: Options) -> None:
     from keifu.evaluation.task import Asked
     from keifu.files import write_atomic
 
+    check_known(options.on)
     model, tokenizer = load(options.model)
     task = fitting(model, options.on)
     given = {field.name: vars(options)[field.name] for field in fields(Asked) if field.name in vars(options)}
@@ -110,17 +115,28 @@ def trained(run: Path) -> dict[str, Any]:
     return {name: kind(told[name]) for name, kind in read.items() if told.get(name)}
 
 
+def tasks() -> list[Any]:
+    """All evaluations."""
+    return [import_module(f"keifu.evaluation.{name}") for name in TASKS]
+
+
+def check_known(on: str) -> None:
+    """Refuses data that no task takes, whatever the model: it is known before that is loaded."""
+    if not any(task.accepts(on) for task in tasks()):
+        raise unknown("task, file or folder", on, {name for task in tasks() for name in task.names()})
+
+
 def fitting(model: Any, on: str) -> Any:
     """The task for such a model on such data; a model or data that no task is for is a `UserError`."""
-    tasks = [import_module(f"keifu.evaluation.{name}") for name in TASKS]
-    able = [task for task in tasks if task.takes(model)]
+    every = tasks()
+    able = [task for task in every if task.takes(model)]
     kind = type(model).__name__
     if not able:
-        raise UserError(f"A {kind} cannot be evaluated yet; these can: {'; '.join(task.ABOUT for task in tasks)}.")
+        raise UserError(f"A {kind} cannot be evaluated yet; these can: {'; '.join(task.ABOUT for task in every)}.")
     for task in able:
         if task.accepts(on):
             return task
-    for task in tasks:
+    for task in every:
         if on in task.names():
             raise UserError(f"{on} evaluates {task.ABOUT.partition(':')[0]}, and this is a {kind}: choose other data.")
     raise unknown("task", on, [name for task in able for name in task.names()])

@@ -1,18 +1,19 @@
 """Conversations to learn from, out of the files that people have: each is a list of messages; knows no template.
 
-A file is .jsonl (an object a line) or .json (a list of objects). Four forms are known by their fields, in this order:
+A file is one of records: .jsonl (an object a line), .json (a list of objects), or another that `keifu.data.records`
+reads. Four forms are known by their fields, in this order:
 {"messages": [{"role", "content"}]} (OpenAI), {"conversations": [{"from", "value"}]} (ShareGPT), {"instruction",
 "input", "output"} (Alpaca), {"prompt", "response"} or {"prompt", "completion"}, texts or lists of messages.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from keifu.data import catalogue
 from keifu.data.instructions import INSTRUCTIONS
-from keifu.data.sources import in_catalogue, lines, refuse
+from keifu.data.records import Row, listed, read_records
+from keifu.data.sources import in_catalogue
 from keifu.errors import UserError, unknown
 
 Message = dict[str, str]
@@ -58,36 +59,14 @@ def _of_file(path: Path) -> Iterator[Conversation]:
         yield checked(_form(record, place)(record), place)
 
 
-def objects(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a .jsonl or .json file, with its place for errors; `what` each is, in a word."""
+def objects(path: Path, what: str) -> Iterator[Row]:
+    """Each record of a file, with its place for errors; `what` each is, in a word."""
     found = False
-    for place, record in _records(path, what):
+    for place, record in read_records(path):
         found = True
-        if not isinstance(record, dict):
-            raise UserError(f"{place}: this is {type(record).__name__}, where an object with a {what} is needed.")
         yield place, record
     if not found:
         raise UserError(f"There is no {what} in {path}: it is empty.")
-
-
-def _records(path: Path, what: str) -> Iterator[tuple[str, Any]]:
-    text = lines(path, refuse)
-    if path.suffix.lower() == ".json":
-        try:
-            content = json.loads("".join(text))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: this is no JSON ({error.msg}).") from error
-        if not isinstance(content, list):
-            raise UserError(f"{path} holds one {type(content).__name__}, where a list of {what}s is needed.")
-        yield from ((f"{path}, entry {number}", record) for number, record in enumerate(content, 1))
-        return
-    for number, line in enumerate(text, 1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                told = f"this is no JSON ({error.msg}, column {error.colno})"
-                raise UserError(f"{path}, line {number}: {told}.") from error
 
 
 def _form(record: Mapping[str, Any], place: str) -> Callable[[Mapping[str, Any]], Any]:
@@ -95,9 +74,8 @@ def _form(record: Mapping[str, Any], place: str) -> Callable[[Mapping[str, Any]]
     for fields, form in FORMS.items():
         if {*fields} <= record.keys():
             return form
-    has = ", ".join(map(repr, list(record)[:10])) or "no field"
     forms = "; ".join(" and ".join(fields) for fields in FORMS)
-    raise UserError(f"{place}: a conversation has one of these sets of fields: {forms}. This has {has}.")
+    raise UserError(f"{place}: a conversation has one of these sets of fields: {forms}. This has {listed(record)}.")
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Any:

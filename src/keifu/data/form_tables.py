@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from keifu.data.forms import FORMS, Form
-from keifu.data.labelled import Row, cell, content, key, parted, sorted_labels, table_rows
+from keifu.data.labelled import key, parted, sorted_labels, table_rows
+from keifu.data.records import Row, cell, content
 from keifu.errors import UserError
 
 

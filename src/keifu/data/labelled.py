@@ -1,25 +1,19 @@
-"""Texts that have a label each, from CSV, TSV and JSONL tables and from the catalogue, and a held-out part of them.
+"""Texts that have a label each, from tables of records and from the catalogue, and a held-out part of them.
 
-It knows no model and no tokenizer. The first line of a CSV or TSV file names its columns.
+It knows no model and no tokenizer.
 """
 
-import csv
 import hashlib
-import io
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from keifu.data import catalogue
-from keifu.data.sources import lines, refuse
+from keifu.data.records import SUFFIXES, Row, cell, read_records
 from keifu.data.splits import normalised
 from keifu.errors import UserError, unknown
-
-Row = tuple[str, dict[str, Any]]  # where it stands, for errors, and its cells by column
-LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ def _by_value(label: str) -> tuple[bool, int, str]:
 
 
 def read(source: str | Path, text: str = "text", label: str = "label") -> Labelled:
-    """The table in a .csv, .tsv or .jsonl file, or a catalogue entry that has labels (see `CATALOGUED`).
+    """The table in a file of records, or a catalogue entry that has labels (see `CATALOGUED`).
 
     text, label: the names of the two columns. A column that is not there, a row with another number of cells, an empty
     text or label: each is a `UserError` that says where.
@@ -70,78 +64,12 @@ def table_rows(source: str | Path) -> list[Row]:
     if str(source) in CATALOGUED and not path.exists():
         rows = list(CATALOGUED[str(source)]())
     elif not path.exists() and not path.suffix:
-        raise unknown("table of texts and labels (.csv, .tsv or .jsonl)", str(source), CATALOGUED)
-    elif path.suffix not in READERS:
-        raise UserError(f"{path} is no table that keifu reads: its name must end in {', '.join(READERS)}.")
+        raise unknown(f"table of texts and labels ({', '.join(SUFFIXES)})", str(source), CATALOGUED)
     else:
-        rows = list(READERS[path.suffix](path))
+        rows = list(read_records(path))
     if not rows:
         raise UserError(f"{source} has no rows: it needs texts with a label each.")
     return rows
-
-
-def cell(where: str, cells: dict[str, Any], column: str) -> str:
-    """The text in a column of a row; one that is not there, empty or not text is a `UserError` with the place."""
-    value = content(where, cells, column)
-    if isinstance(value, dict | list):
-        raise UserError(f"{where}: the column {column!r} holds a {type(value).__name__} where text is needed.")
-    written = "" if value is None else str(value).strip()
-    if not written:
-        raise UserError(f"{where}: the column {column!r} is empty; fill it in, or leave the row out.")
-    return written
-
-
-def content(where: str, cells: dict[str, Any], column: str) -> Any:
-    """What a column of a row holds; an unknown column is a `UserError` with the nearest one."""
-    if column not in cells:
-        raise unknown(f"column (in {where})", column, cells)
-    return cells[column]
-
-
-def _csv(path: Path) -> Iterator[Row]:
-    """Cells may be quoted and span lines; the separator is the comma, semicolon or tab that the header has most of."""
-    text = "".join(lines(path, refuse))
-    header = text.partition("\n")[0]
-    return _separated(path, text, delimiter=max(",;\t", key=header.count))
-
-
-def _tsv(path: Path) -> Iterator[Row]:
-    """Tabs part the cells and quotation marks mean nothing."""
-    return _separated(path, "".join(lines(path, refuse)), delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _separated(path: Path, text: str, **dialect: Any) -> Iterator[Row]:
-    csv.field_size_limit(LONGEST_CELL)
-    table = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
-    header: list[str] | None = None
-    try:
-        for cells in table:
-            if not any(cell.strip() for cell in cells):
-                continue
-            if header is None:
-                header = [cell.strip() for cell in cells]
-                continue
-            where = f"{path}, line {table.line_num}"
-            if len(cells) != len(header):
-                raise UserError(f"{where}, has {len(cells)} cells where the first line has {len(header)}.")
-            yield where, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path}, line {table.line_num}, cannot be read as a table: {error}.") from error
-
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    """An object a line."""
-    for number, line in enumerate(lines(path, refuse), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            cells = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}, is not JSON: {error}.") from error
-        if not isinstance(cells, dict):
-            raise UserError(f"{where}, holds a {type(cells).__name__} where a JSON object is needed.")
-        yield where, cells
 
 
 def _topics() -> Iterator[Row]:
@@ -151,7 +79,6 @@ def _topics() -> Iterator[Row]:
         yield f"wiki-summaries, {title!r}", {"text": f"{title}\n\n{article['extract']}", "label": article["topic"]}
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}
 CATALOGUED: dict[str, Callable[[], Iterator[Row]]] = {"wiki-summaries": _topics}
 
 

@@ -11,8 +11,9 @@ A mixture is one of `MIXTURES`, or a YAML or JSON file:
 `data` is a catalogue name, a file, a folder or a pattern (see `keifu.data.sources`; a path may begin at the mixture's
 folder); a Tatoeba language or pair (tatoeba-ja, tatoeba-en-de), whose held-out sentences are kept out of all the
 others (see `keifu.data.tatoeba`); "arithmetic", sums with their steps; or, where `languages` are given, pairs of
-sentences as `keifu.data.pairs` reads them. `field` is that of the text in .jsonl and .parquet files. The weights are
-shares of the tokens and must sum to 1, unless the file says `normalise: true`.
+sentences as `keifu.data.pairs` reads them. `field` is that of the text in files of records, `encoding` that of files
+that are not UTF-8. The weights are shares of the tokens and must sum to 1, unless the file says `normalise: true`.
+`held_out: 0.05` beside `sources` is the share of each that is kept for validation.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,6 +34,7 @@ from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError, unknown
 
 SUFFIXES = ".yaml", ".yml", ".json"
+FIELDS = "sources", "normalise", "held_out"
 HELD_OUT = 0.02  # share of each source that is kept for validation
 ARITHMETIC = "arithmetic"
 SUMS = 60_000  # problems of "arithmetic"
@@ -47,7 +49,13 @@ class Source:
     data: str
     weight: float | int
     languages: tuple[str, ...] = ()
-    field: str = "text"
+    field: str | None = None
+    encoding: str = sources.UTF8
+
+    @property
+    def form(self) -> sources.TextFormat:
+        """How the text lies in its files."""
+        return sources.TextFormat(self.field, self.encoding)
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < 1e9:
@@ -61,12 +69,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources whose weights sum to 1; `name` is what it was asked for by."""
+    """Sources whose weights sum to 1; `name` is what it was asked for by; a share of each source is held out."""
 
     name: str
     sources: tuple[Source, ...]
+    held_out: float = HELD_OUT
 
     def __post_init__(self) -> None:
+        if not 0 < self.held_out <= 0.5:
+            raise UserError(f"held_out of {self.name} is {self.held_out}, but the share is above 0 and at most 0.5.")
         if not self.sources:
             raise UserError(f"The mixture {self.name} has no sources: name at least one.")
         total = sum(source.weight for source in self.sources)
@@ -115,12 +126,15 @@ def _mixture(content: Any, path: Path) -> Mixture:
     if not isinstance(content, dict) or not isinstance(content.get("sources"), dict):
         raise UserError(f"{path} is no mixture: it needs `sources:`, and under it each source's name, data and weight.")
     for key in content:
-        if key not in ("sources", "normalise"):
-            raise unknown(f"field of the mixture {path},", str(key), ("sources", "normalise"))
+        if key not in FIELDS:
+            raise unknown(f"field of the mixture {path},", str(key), FIELDS)
     found = [_source(str(name), each, path) for name, each in content["sources"].items()]
     total = sum(source.weight for source in found) if content.get("normalise") else 1.0
-    shares = (Source(s.name, s.data, s.weight / total, s.languages, s.field) for s in found)
-    return Mixture(str(path), tuple(shares))
+    shares = (Source(s.name, s.data, s.weight / total, s.languages, s.field, s.encoding) for s in found)
+    held_out = content.get("held_out", HELD_OUT)
+    if not isinstance(held_out, float):
+        raise UserError(f"{path}: held_out is {held_out!r}, and it must be a share such as {HELD_OUT}.")
+    return Mixture(str(path), tuple(shares), held_out)
 
 
 def _source(name: str, given: Any, path: Path) -> Source:
@@ -140,7 +154,8 @@ def _source(name: str, given: Any, path: Path) -> Source:
         raise UserError(f"{path}: languages of the source {name!r} is {languages!r}: write [German, English].")
     beside = not Path(data).expanduser().is_absolute() and [*path.parent.glob(data)]
     data = str(path.parent / data) if beside else data
-    return Source(name, data, weight, tuple(map(str, languages)), str(given.get("field", "text")))
+    field, encoding = given.get("field"), given.get("encoding", sources.UTF8)
+    return Source(name, data, weight, tuple(map(str, languages)), None if field is None else str(field), str(encoding))
 
 
 def _no_weight(name: str, weight: Any) -> UserError:
@@ -150,46 +165,47 @@ def _no_weight(name: str, weight: Any) -> UserError:
     )
 
 
-def prepare_mixture(mixture: Mixture, tokenizer: Tokenizer, held_out: float = HELD_OUT) -> list[Shards]:
+def prepare_mixture(mixture: Mixture, tokenizer: Tokenizer) -> list[Shards]:
     """The ids of each source, made once, with about that share held out; what a tokenizer puts around texts is left."""
     tokenizer = Tokenizer(nothing_around_text(tokenizer.backend), tokenizer.special)
     made = []
     for source in mixture.sources:
         with _named(source):
-            parts, content = _parts(source, held_out)
+            parts, content = _parts(source, mixture.held_out)
             if parts is None:
-                made.append(prepare(source.data, tokenizer, held_out=held_out, field=source.field))
+                made.append(prepare(source.data, tokenizer, held_out=mixture.held_out, form=source.form))
             else:
                 made.append(prepare_parts(source.data, content, parts, tokenizer))
     tatoeba.rows.cache_clear()  # it is large
     return made
 
 
-def texts(mixture: Mixture, characters: int, held_out: float = HELD_OUT) -> Iterator[str]:
+def texts(mixture: Mixture, characters: int) -> Iterator[str]:
     """The first documents of each source, of about so many characters in all, by the weights: for a tokenizer."""
     for source in mixture.sources:
         left = round(characters * source.weight)
         with _named(source):
-            for document in _documents(source, held_out):
+            for document in _documents(source, mixture.held_out):
                 if left <= 0:
                     break
                 yield from (document[start : start + 10_000] for start in range(0, min(len(document), left), 10_000))
                 left -= len(document)
 
 
-def content_hash(mixture: Mixture, held_out: float = HELD_OUT) -> str:
+def content_hash(mixture: Mixture) -> str:
     """Changes whenever a source's text or weight does."""
     parts = []
     for source in mixture.sources:
         with _named(source):
-            made, content = _parts(source, held_out)
-            parts.append(f"{source.weight} {sources.content_hash(source.data) if made is None else content}")
+            made, content = _parts(source, mixture.held_out)
+            content = sources.content_hash(source.data, source.form) if made is None else content
+            parts.append(f"{source.weight} {content}{source.form.settings() or ''}")
     return "\n".join(parts)
 
 
 def _documents(source: Source, held_out: float) -> Iterable[str]:
     parts, _ = _parts(source, held_out)
-    return sources.documents(source.data, source.field) if parts is None else parts()[0]
+    return sources.documents(source.data, source.form) if parts is None else parts()[0]
 
 
 def _parts(source: Source, held_out: float) -> tuple[Parts | None, str]:

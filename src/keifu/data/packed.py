@@ -3,6 +3,7 @@
 Axes: row (of a batch), position.
 """
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -44,8 +45,9 @@ class PackedText:
             if value < 1:
                 raise UserError(f"{name} is {value}, but it must be at least 1.")
         self.shards, self.context_length, self.seed = shards, context_length, seed
-        self._windows = _windows(shards.tokens, context_length, f"{shards.index['source']} has")
-        validation = _windows(shards.validation, context_length, f"The held-out part of {shards.index['source']} has")
+        _check_lengths(shards, context_length)
+        self._windows = _windows(shards.tokens, context_length)
+        validation = _windows(shards.validation, context_length)
         self.held_out = _spread(validation[::context_length], context_length, validation_tokens)
         self._slack = min(context_length - 1, len(self._windows) - 1)  # offsets go from 0 to this
         self.windows_per_epoch = (len(self._windows) - 1 - self._slack) // context_length + 1
@@ -89,13 +91,27 @@ class PackedText:
         return offset + self.context_length * random.permutation(self.windows_per_epoch)
 
 
-def _windows(tokens: np.ndarray, context_length: int, who: str) -> np.ndarray:
+def _check_lengths(shards: Shards, context_length: int) -> None:
+    """A part that is shorter than a window is a `UserError` with what would help."""
+    training, held, needed = len(shards.tokens), len(shards.validation), context_length + 1
+    if min(training, held) >= needed:
+        return
+    total = training + held
+    ways = ["give more text"]
+    if total >= 2 * needed:
+        ways.append(f"hold out a share of {math.ceil(100 * needed / total) / 100:g}")
+    if held > 1 and training > 1:
+        ways.append(f"lower the context length to {min(training, held) - 1} or less")
+    elif total >= 4:
+        ways.append(f"lower the context length to {total // 2 - 1} or less and hold out a share of 0.5")
+    raise UserError(
+        f"{shards.index['source']} has {training:,} tokens to train on and {held:,} held out, but a context of "
+        f"{context_length} needs at least {needed} of each: {', or '.join(ways)}."
+    )
+
+
+def _windows(tokens: np.ndarray, context_length: int) -> np.ndarray:
     """All windows of context_length + 1 tokens, as a view that copies nothing."""
-    if len(tokens) <= context_length:
-        raise UserError(
-            f"{who} {len(tokens)} tokens, but a context of {context_length} needs at least {context_length + 1}: "
-            f"give more text, hold out another fraction, or lower the context length."
-        )
     return sliding_window_view(np.asarray(tokens), context_length + 1)
 
 

@@ -15,18 +15,18 @@ import glob
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from keifu.data.labelled import READERS
 from keifu.data.picture_catalogue import CATALOGUED
 from keifu.data.picture_files import read_picture
 from keifu.data.picture_item import UNSTATED, Item
+from keifu.data.records import read_records
+from keifu.data.text_files import Problem
 from keifu.errors import UserError, unknown
 
-Problem = Callable[[str], None]
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"
 METADATA = "metadata.jsonl", "metadata.csv"
 PARTS = {
@@ -100,7 +100,7 @@ def _from_tables(root: Path, tables: list[Path], pictures: list[Path], problem: 
     """The pictures that the tables name, each beside its table; those that none names are faults."""
     named = set()
     for table in tables:
-        for where, cells in READERS[table.suffix](table):
+        for where, cells in read_records(table):
             if not isinstance(name := cells.get("file_name"), str):
                 raise UserError(f"{where}, has no file_name: it names the picture, beside {table.name}.")
             path = table.parent / name

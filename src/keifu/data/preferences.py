@@ -13,6 +13,7 @@ from typing import Any
 
 from keifu.data.conversations import Conversation, checked, objects
 from keifu.data.ratings import PREFERENCES
+from keifu.data.records import listed
 from keifu.errors import UserError, unknown
 
 
@@ -44,8 +45,9 @@ def read(source: str | Path) -> Iterator[Ranked]:
                 yield _checked(form(record, place), place)
                 break
         else:
-            forms, has = "; ".join(" and ".join(fields) for fields in FORMS), ", ".join(map(repr, [*record][:10]))
-            raise UserError(f"{place}: preferences have one of these sets of fields: {forms}. This has {has}.")
+            forms = "; ".join(" and ".join(fields) for fields in FORMS)
+            known = f"preferences have one of these sets of fields: {forms}"
+            raise UserError(f"{place}: {known}. This has {listed(record)}.")
 
 
 def _pair(record: Mapping[str, Any], place: str) -> Ranked:

@@ -16,7 +16,7 @@ import numpy as np
 
 from keifu.data import sources
 from keifu.data.scripts import SCRIPTS, bytes_to_scripts
-from keifu.data.sources import Piece, chunks
+from keifu.data.sources import PLAIN, Piece, TextFormat, chunks
 from keifu.data.text import TextTokenizer
 
 SHOWN = 20  # faults that are told one by one; the rest are counted
@@ -104,11 +104,11 @@ class Preflight:
             yield "No faulty bytes, lines or files were found."
 
 
-def check(source: str | Path, tokenizer: SpellingTokenizer, field: str = "text") -> Preflight:
+def check(source: str | Path, tokenizer: SpellingTokenizer, form: TextFormat = PLAIN) -> Preflight:
     """Reads all of a source (see `keifu.data.sources`) and encodes it; a fault is noted and reading goes on."""
     report = Preflight(str(source))
     documents, spelling = _Documents(report), _Spelling(tokenizer)
-    for pieces in chunks(sources.pieces(source, field, report.problem), CHUNK):
+    for pieces in chunks(sources.pieces(source, form, report.problem), CHUNK):
         encoded = tokenizer.encode_batch([piece.text for piece in pieces])
         for piece, ids in zip(pieces, encoded, strict=True):
             documents.add(piece, len(ids))

@@ -9,6 +9,7 @@ from typing import Any
 
 from keifu.data import conversations
 from keifu.data.conversations import Conversation, checked, objects
+from keifu.data.records import listed
 from keifu.errors import UserError
 
 
@@ -42,7 +43,7 @@ def read(source: str | Path) -> Iterator[Prompt]:
 def prompt(record: Mapping[str, Any], place: str) -> Prompt:
     """One record; a fault is a `UserError` that begins with the place."""
     if "prompt" not in record:
-        raise UserError(f"{place}: there is no field prompt, only {', '.join(map(repr, [*record][:10])) or 'nothing'}.")
+        raise UserError(f"{place}: there is no field prompt, only {listed(record)}.")
     given = record["prompt"]
     messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
     return Prompt(checked([*messages, {"role": "assistant", "content": "?"}], place)[:-1], record)

@@ -18,8 +18,8 @@ import numpy as np
 from keifu.data import sources
 from keifu.data.archives import cache, making
 from keifu.data.progress import counting
-from keifu.data.sources import chunks
-from keifu.data.text import TextTokenizer
+from keifu.data.sources import PLAIN, TextFormat, chunks
+from keifu.data.text import TextTokenizer, apart
 from keifu.errors import UserError
 from keifu.files import write_atomic
 
@@ -71,6 +71,8 @@ def prepare_sentences(
     cache_dir: str | Path | None = None,
     held_out: float = 0.05,
     seed: int = 0,
+    form: TextFormat = PLAIN,
+    validation: str | Path | None = None,
 ) -> SentenceShards:
     """The sentences of a source (see `keifu.data.sources`), made once and found again while nothing has changed.
 
@@ -80,26 +82,30 @@ def prepare_sentences(
     if not 0 < held_out <= 0.5:
         raise UserError(f"held_out is {held_out}, but the fraction kept must be above 0 and at most 0.5.")
     settings = {
-        "format": FORMAT, "content": sources.content_hash(source), "tokenizer": tokenizer.fingerprint,
-        "split": split.__qualname__, "held_out": held_out, "seed": seed,
+        "format": FORMAT, "content": sources.content_hash(source, form), "tokenizer": tokenizer.fingerprint,
+        "split": split.__qualname__, "held_out": held_out, "seed": seed, **form.settings(),
     }  # fmt: skip
+    if validation is not None:
+        settings |= {"validation": apart(source, validation, form), "held_out": 0}
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     folder = Path(cache_dir or cache() / "sentences") / f"{Path(source).stem or 'text'}-{fingerprint[:16]}"
     if not (folder / "index.json").is_file():
         with making(folder) as place:
             if not (folder / "index.json").is_file():
-                made = _encoded(source, tokenizer, split)
+                facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
+                made = _encoded(source, tokenizer, split, form)
+                held = None if validation is None else _encoded(validation, tokenizer, split, form)
                 shutil.rmtree(folder, ignore_errors=True)
-                _write(made, place / "new", {"source": str(source), "fingerprint": fingerprint, "settings": settings})
+                _write(_two_parts(made, facts) if held is None else (made, held), place / "new", facts)
                 (place / "new").rename(folder)
     return _open(folder)
 
 
-def _encoded(source: str | Path, tokenizer: TextTokenizer, split: Splitter) -> Sentences:
+def _encoded(source: str | Path, tokenizer: TextTokenizer, split: Splitter, form: TextFormat) -> Sentences:
     """All sentences that have tokens, of all documents that have sentences."""
     tokens, sizes, counts, size, done = [], [], [], 0, 0
     with counting(f"Tokenising {source}, sentence by sentence", None, "characters") as advance:
-        for pieces in chunks(sources.pieces(source), CHUNK):
+        for pieces in chunks(sources.pieces(source, form), CHUNK):
             texts = [list(_sentences(piece.text, split)) for piece in pieces]
             encoded = iter(tokenizer.encode_batch(list(chain.from_iterable(texts))))
             for piece, lines in zip(pieces, texts, strict=True):
@@ -143,10 +149,8 @@ def _held(count: int, share: float, seed: int) -> np.ndarray:
     return np.array([random.integers(first, after) for first, after in blocks], np.int64)
 
 
-def _write(made: Sentences, folder: Path, facts: dict[str, Any]) -> None:
-    """The two parts and the index, in a new folder."""
-    from safetensors.numpy import save_file
-
+def _two_parts(made: Sentences, facts: dict[str, Any]) -> tuple[Sentences, Sentences]:
+    """What is trained on and what is held out of it."""
     count, settings = len(made.documents) - 1, facts["settings"]
     held = _held(count, settings["held_out"], settings["seed"])
     if count - len(held) < 2 or not len(held):
@@ -154,11 +158,20 @@ def _write(made: Sentences, folder: Path, facts: dict[str, Any]) -> None:
             f"{facts['source']} has {count} documents of {PART} sentences or less: too few to hold out "
             f"{settings['held_out']:.0%} of them; give more text, or hold out a larger share."
         )
+    return made.take(np.setdiff1d(np.arange(count), held)), made.take(held)
+
+
+def _write(parts: tuple[Sentences, Sentences], folder: Path, facts: dict[str, Any]) -> None:
+    """The two parts and the index, in a new folder."""
+    from safetensors.numpy import save_file
+
+    for part, taken in zip(PARTS, parts, strict=True):
+        if not (documents := len(taken.documents) - 1):
+            raise UserError(f"The {part} text of {facts['source']} has no sentence: give more text.")
+        facts[part] = {"tokens": len(taken.tokens), "sentences": len(taken.starts) - 1, "documents": documents}
     folder.mkdir()
-    for part, chosen in zip(PARTS, (np.setdiff1d(np.arange(count), held), held), strict=True):
-        taken = made.take(chosen)
+    for part, taken in zip(PARTS, parts, strict=True):
         save_file({name: np.ascontiguousarray(array) for name, array in vars(taken).items()}, folder / _file(part))
-        facts[part] = {"tokens": len(taken.tokens), "sentences": len(taken.starts) - 1, "documents": len(chosen)}
     write_atomic(folder / "index.json", json.dumps(facts, indent=2) + "\n")
 
 

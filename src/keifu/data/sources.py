@@ -1,27 +1,30 @@
 """Documents out of files, folders and the catalogue, streamed; it knows no tokenizer.
 
-A source is the name of a catalogue entry, a file, a folder (every .txt, .md, .jsonl and .parquet file under it, in the
-order of their paths), or a pattern such as "src/**/*.py". A name of the catalogue wins over a file of the same name;
-"./sotu" is the file.
+A source is the name of a catalogue entry, a file, a folder (every file under it with one of `SUFFIXES`, in the order of
+their paths), or a pattern such as "src/**/*.py". A name of the catalogue wins over a file of the same name; "./sotu" is
+the file.
 
-In a .jsonl file each line is a document, in a .parquet file each row, whose text stands in one field. Any other file is
-UTF-8 text and one document, unless lines that are exactly <|endoftext|> part it into several.
+In a .jsonl, .json, .csv, .tsv or .parquet file each record is a document, whose text stands in one field. An .html file
+is one document: its text without tags, scripts and styles (see `html_text`). Any other file is one document as it
+stands, Markdown with its marks, unless lines that are exactly <|endoftext|> part it into several.
 """
 
 import glob
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keifu import files
-from keifu.data import catalogue
+from keifu.data import catalogue, records
+from keifu.data.html_text import html_text
+from keifu.data.text_files import UTF8, Problem, lines, refuse
 from keifu.errors import UserError, unknown
 
 MARK = "<|endoftext|>"
-SUFFIXES = ".txt", ".md", ".jsonl", ".parquet"
+HTML = ".html", ".htm"
+SUFFIXES = ".txt", ".md", *HTML, ".jsonl", ".parquet"  # of a folder; tables too where their field is named
 LIMIT = 1 << 20  # characters: a longer document is handed on in pieces, so that none need fit into memory
 
 
@@ -34,30 +37,42 @@ class Piece:
     part: int = 0
 
 
-def refuse(problem: str) -> None:
-    """What is done about a fault in the data unless told otherwise: stop, with the sentence that names its place."""
-    raise UserError(problem)
+@dataclass(frozen=True)
+class TextFormat:
+    """How text lies in files: the field of a record that holds it ("text" where None), and the encoding of files
+    without a byte order mark."""
+
+    field: str | None = None
+    encoding: str = UTF8
+
+    def settings(self) -> dict[str, str]:
+        """What differs from the usual, for what is made from a text."""
+        named = {} if self.field in (None, "text") else {"field": self.field}
+        return named if self.encoding == UTF8 else named | {"encoding": self.encoding}
 
 
-def pieces(source: str | Path, field: str = "text", problem: Callable[[str], None] = refuse) -> Iterator[Piece]:
+PLAIN = TextFormat()
+
+
+def pieces(source: str | Path, form: TextFormat = PLAIN, problem: Problem = refuse) -> Iterator[Piece]:
     """All documents of a source, in a fixed order, the long ones in several pieces.
 
-    `problem` is called with a sentence for each fault that has a place: bytes that are not UTF-8 (the line is named), a
-    line without the field, a binary file. If it returns, the faulty bytes become U+FFFD, and a faulty line, row or file
-    is left out. A source without any text is a fault too.
+    `problem` is called with a sentence for each fault that has a place: bytes that are not in the encoding (the line is
+    named), a record without the field, a binary file. If it returns, the faulty bytes become U+FFFD, and a faulty
+    record or file is left out. A source without any text is a fault too.
     """
     found = False
-    for piece in _all(source, field, problem):
+    for piece in _all(source, form, problem):
         found = found or bool(piece.text.strip())
         yield piece
     if not found:
         problem(f"There is no text in {source}: it is empty.")
 
 
-def documents(source: str | Path, field: str = "text") -> Iterator[str]:
+def documents(source: str | Path, form: TextFormat = PLAIN) -> Iterator[str]:
     """All documents of a source, each whole."""
     held: list[str] = []
-    for piece in pieces(source, field):
+    for piece in pieces(source, form):
         held.append(piece.text)
         if piece.ends:
             yield "".join(held)
@@ -83,106 +98,64 @@ def in_catalogue(source: str | Path) -> bool:
     return isinstance(source, str) and source in catalogue.CATALOGUE
 
 
-def content_hash(source: str | Path) -> str:
+def content_hash(source: str | Path, form: TextFormat = PLAIN) -> str:
     """A hexadecimal SHA-256 of what a source holds; where its files lie and what they are called does not count."""
     if in_catalogue(source):
         return hashlib.sha256(catalogue.identity(str(source)).encode()).hexdigest()
-    listing = [f"{path.suffix}:{files.sha256(path)}" for path in paths(source)]
+    listing = [f"{path.suffix}:{files.sha256(path)}" for path in paths(source, form)]
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
 
-def paths(source: str | Path) -> list[Path]:
+def paths(source: str | Path, form: TextFormat = PLAIN) -> list[Path]:
     """The files of a source that is not in the catalogue, in order; none is a `UserError`."""
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
         inside = [file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path))]
-        return sorted(file for file in inside if file.suffix.lower() in SUFFIXES) or _nothing(path, inside)
+        kinds = SUFFIXES if form.field is None else (*SUFFIXES, *records.SUFFIXES)
+        return sorted(file for file in inside if file.suffix.lower() in kinds) or _nothing(path, inside)
     if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()):
         return found
     beside = [str(path.with_name(each.name)) for each in path.parent.glob("*")] if path.parent.is_dir() else []
     raise unknown("file, folder or catalogue entry", str(source), [*_texts(), *beside])
 
 
-def _all(source: str | Path, field: str, problem: Callable[[str], None]) -> Iterator[Piece]:
+def _all(source: str | Path, form: TextFormat, problem: Problem) -> Iterator[Piece]:
     if in_catalogue(source):
         for text in catalogue.documents(str(source)):
             yield from _in_pieces(text)
         return
-    for path in paths(source):
-        reader = {".jsonl": _json_lines, ".parquet": _parquet}.get(path.suffix.lower(), _plain)
-        yield from reader(path, field, problem)
+    for path in paths(source, form):
+        suffix = path.suffix.lower()
+        if suffix in records.SUFFIXES:
+            field = form.field or "text"
+            for place, record in records.read_records(path, problem, form.encoding, only=field):
+                yield from _field(record, field, place, problem)
+        elif suffix in HTML:
+            yield from _in_pieces(html_text(lines(path, problem, form.encoding)))
+        elif path.stat().st_size:
+            yield from _gathered(lines(path, problem, form.encoding), MARK)
+        else:
+            yield Piece("", True)
 
 
-def _plain(path: Path, field: str, problem: Callable[[str], None]) -> Iterator[Piece]:
-    if not path.stat().st_size:
-        yield Piece("", True)
-    yield from _gathered(lines(path, problem), MARK)
-
-
-def _json_lines(path: Path, field: str, problem: Callable[[str], None]) -> Iterator[Piece]:
-    for number, line in enumerate(lines(path, problem), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                problem(f"{path}, line {number}: this is no JSON ({error.msg}, column {error.colno}).")
-                continue
-            yield from _field(record, field, f"{path}, line {number}", problem)
-
-
-def _parquet(path: Path, field: str, problem: Callable[[str], None]) -> Iterator[Piece]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ModuleNotFoundError:
-        raise UserError(f"Reading {path} needs pyarrow: install it with `pip install 'keifu[parquet]'`.") from None
-    try:
-        file = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise UserError(f"{path} is no Parquet file, or it is damaged: {error}") from error
-    with file:
-        columns = [field] if field in file.schema_arrow.names else None
-        rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
-        for number, record in enumerate(rows, 1):
-            yield from _field(record, field, f"{path}, row {number}", problem)
-
-
-def _field(record: Any, field: str, place: str, problem: Callable[[str], None]) -> Iterator[Piece]:
+def _field(record: Mapping[str, Any], field: str, place: str, problem: Problem) -> Iterator[Piece]:
     """The text of one record."""
-    text = record.get(field) if isinstance(record, dict) else None
-    if isinstance(text, str):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            problem(f"{place}: the field {field!r} holds half of a surrogate pair, which is no character.")
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        yield from _in_pieces(text)
-    elif not isinstance(record, dict):
-        problem(f"{place}: this is {type(record).__name__}, not an object with fields.")
-    elif field in record:
+    if field not in record:
+        wrong = str(unknown("field", field, record)).removeprefix("T")
+        problem(f"{place}: t{wrong} Name the one that holds the text (--text-field; in a mixture, `field`).")
+        return
+    text = record[field]
+    if not isinstance(text, str):
         problem(f"{place}: the field {field!r} is {type(text).__name__}, not text.")
-    else:
-        has = ", ".join(map(repr, list(record)[:10]))
-        problem(f"{place}: there is no field {field!r}; it has {has or 'none'}: say which of them is the text.")
-
-
-def lines(path: Path, problem: Callable[[str], None]) -> Iterator[str]:
-    """Lines with "\\n" at their ends, whatever the file has; a byte order mark is dropped."""
-    with path.open("rb") as file:
-        start = file.read(8192)
-        if b"\0" in start:
-            problem(_binary(path, start))
-            return
-        file.seek(3 if start.startswith(b"\xef\xbb\xbf") else 0)
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                wrong = " ".join(f"0x{byte:02X}" for byte in line[error.start : max(error.end, error.start + 1)])
-                problem(f"{path}, line {number}: {wrong} at byte {error.start + 1} of the line is not UTF-8.")
-                text = line.decode(errors="replace")
-            yield text[:-2] + "\n" if text.endswith("\r\n") else text
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        problem(f"{place}: the field {field!r} holds half of a surrogate pair, which is no character.")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    yield from _in_pieces(text)
 
 
 def _gathered(lines: Iterable[str], mark: str | None = None) -> Iterator[Piece]:
@@ -209,12 +182,6 @@ def _in_pieces(text: str) -> Iterator[Piece]:
         yield Piece(text, True)
     else:
         yield from _gathered(text.splitlines(keepends=True))
-
-
-def _binary(path: Path, start: bytes) -> str:
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return f"{path} is UTF-16: convert it to UTF-8, as with `iconv -f UTF-16 -t UTF-8`."
-    return f"{path} is binary, not text: byte {start.index(0)} is zero."
 
 
 def _hidden(path: Path) -> bool:

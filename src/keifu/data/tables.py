@@ -3,7 +3,6 @@
 Axes: rows, dim = the columns that are not the label.
 """
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from keifu.data.records import read_cells
 from keifu.errors import UserError, unknown
 
 
@@ -32,7 +32,9 @@ def read_table(path: Path, label: str | None = None) -> Table:
     The first line is a header where none of its cells is a number. `label` names the label's column: the last one
     when None. Without a header the columns are called 1, 2, .... A bad cell is an error with its line and column.
     """
-    lines = _lines(path)
+    lines = list(read_cells(path))
+    if not lines:
+        raise UserError(f"{path} is empty: it needs rows of numbers and a label.")
     header = [cell.strip() for cell in lines[0][1]]
     if all(_number(cell) is None for cell in header):
         lines = lines[1:]
@@ -43,7 +45,7 @@ def read_table(path: Path, label: str | None = None) -> Table:
     place = len(header) - 1 if label is None else header.index(label)
     if len(header) < 2 or not lines:
         raise UserError(f"{path} needs at least one column of numbers, one of labels, and one row below any header.")
-    inputs = [_numbers(path, number, cells, header, place) for number, cells in lines]
+    inputs = [_numbers(where, cells, header, place) for where, cells in lines]
     labels = [cells[place].strip() for _, cells in lines]
     classes = sorted(set(labels), key=lambda text: (_number(text) is None, _number(text) or 0.0, text))
     columns = tuple(name for i, name in enumerate(header) if i != place)
@@ -57,25 +59,6 @@ def standardisation(inputs: Float[Tensor, "rows dim"]) -> tuple[Float[Tensor, "d
     return inputs.mean(0), torch.where(scale > 0, scale, 1.0)
 
 
-def _lines(path: Path) -> list[tuple[int, list[str]]]:
-    """The cells of every line that is not empty, with the line's number."""
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path} is no text in UTF-8 (line {line}): save it as CSV in UTF-8.") from error
-    first = text.partition("\n")[0]
-    reader = csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count))
-    try:
-        lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}, is no CSV: {error}.") from error
-    if not lines:
-        raise UserError(f"{path} is empty: it needs rows of numbers and a label.")
-    return lines
-
-
 def _number(cell: str) -> float | None:
     """The number that a cell holds; None where it holds none, or one that is not finite."""
     try:
@@ -85,13 +68,13 @@ def _number(cell: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _numbers(path: Path, line: int, cells: Sequence[str], header: Sequence[str], label: int) -> list[float]:
+def _numbers(where: str, cells: Sequence[str], header: Sequence[str], label: int) -> list[float]:
     if len(cells) != len(header):
-        raise UserError(f"{path}, line {line}, has {len(cells)} cells where the first line has {len(header)}.")
+        raise UserError(f"{where}, has {len(cells)} cells where the first line has {len(header)}.")
     values = [_number(cell) for cell in cells]
     for place, value in enumerate(values):
         if place == label and not cells[place].strip():
-            raise UserError(f"{path}, line {line}, column {header[place]!r}: the label is missing.")
+            raise UserError(f"{where}, column {header[place]!r}: the label is missing.")
         if place != label and value is None:
-            raise UserError(f"{path}, line {line}, column {header[place]!r}: {cells[place]!r} is no finite number.")
+            raise UserError(f"{where}, column {header[place]!r}: {cells[place]!r} is no finite number.")
     return [value for place, value in enumerate(values) if place != label and value is not None]

@@ -21,7 +21,7 @@ import numpy as np
 from keifu.data import sources
 from keifu.data.archives import cache, making
 from keifu.data.progress import counting
-from keifu.data.sources import Piece, chunks, documents
+from keifu.data.sources import PLAIN, Piece, TextFormat, chunks, documents
 from keifu.errors import UserError
 from keifu.files import write_atomic
 
@@ -86,13 +86,15 @@ def prepare(
     cache_dir: str | Path | None = None,
     held_out: float = 0.05,
     seed: int = 0,
-    field: str = "text",
+    form: TextFormat = PLAIN,
+    validation: str | Path | None = None,
 ) -> Shards:
     """The ids of a source (see `keifu.data.sources`), made once and found again while nothing has changed.
 
     The fraction `held_out` is kept from training. Of 100 documents or more, every 1 / held_out of them in a row lose
     one, chosen by the seed, so that each part of a mixture is represented. Of fewer, the last characters of the whole
-    text are held out, as in nanoGPT. `cache_dir` is in the user's cache unless it is given. Faults in the text are
+    text are held out, as in nanoGPT. With a source for `validation`, that is held out, and all of `source` is trained
+    on. `cache_dir` is in the user's cache unless it is given. Faults in the text are
     `UserError`s that name file and line; nothing is kept of a run that was broken off.
     """
     if not 0 < held_out <= 0.5:
@@ -100,10 +102,21 @@ def prepare(
             f"held_out is {held_out}, but the fraction kept for validation must be above 0 and at most 0.5."
         )
     settings = {
-        "format": FORMAT, "content": sources.content_hash(source), "tokenizer": tokenizer.fingerprint,
-        "held_out": held_out, "seed": seed, "field": field,
+        "format": FORMAT, "content": sources.content_hash(source, form), "tokenizer": tokenizer.fingerprint,
+        "held_out": held_out, "seed": seed, "field": "text", **form.settings(),
     }  # fmt: skip
-    return _prepared(source, settings, tokenizer, cache_dir, lambda: _parted(source, settings))
+    if validation is None:
+        return _prepared(source, settings, tokenizer, cache_dir, lambda: _parted(source, settings, form))
+    settings |= {"validation": apart(source, validation, form), "held_out": 0}
+    return _prepared(source, settings, tokenizer, cache_dir, lambda: _side_by_side(source, validation, form))
+
+
+def apart(source: str | Path, validation: str | Path, form: TextFormat) -> str:
+    """The content hash of a source that is held out from another; the same content as that is a `UserError`."""
+    content = sources.content_hash(validation, form)
+    if content == sources.content_hash(source, form):
+        raise UserError(f"{validation} holds the same as {source}, which is trained on: give another for validation.")
+    return content
 
 
 def prepare_parts(
@@ -168,10 +181,18 @@ def _open(folder: Path) -> Shards:
     return Shards(folder, tokens, validation, index)
 
 
-def _parted(source: str | Path, settings: dict[str, Any]) -> Parted:
+def _side_by_side(source: str | Path, validation: str | Path, form: TextFormat) -> Parted:
+    """The documents of one source for training, and of another for validation."""
+    sizes = [_measure(sources.pieces(each, form)) for each in (source, validation)]
+    count, characters = (sum(each) for each in zip(*sizes, strict=True))
+    held = (replace(piece, part=1) for piece in _spoken(sources.pieces(validation, form)))
+    return chain(_spoken(sources.pieces(source, form)), held), count, characters
+
+
+def _parted(source: str | Path, settings: dict[str, Any], form: TextFormat) -> Parted:
     """The documents of a source, each with the part that it falls to."""
-    count, characters = _measure(sources.pieces(source, settings["field"]))
-    pieces = _spoken(sources.pieces(source, settings["field"]))
+    count, characters = _measure(sources.pieces(source, form))
+    pieces = _spoken(sources.pieces(source, form))
     share, seed = settings["held_out"], settings["seed"]
     parted = _by_document(pieces, share, seed) if count >= MANY else _by_tail(pieces, int(characters * (1 - share)))
     return parted, count, characters
@@ -286,4 +307,7 @@ class _Writer:
 def _need_both(totals: dict[str, dict[str, int]], source: str | Path) -> None:
     if not all(part["tokens"] for part in totals.values()):
         tokens = sum(part["tokens"] for part in totals.values())
-        raise UserError(f"{source} has {tokens} tokens: too short to hold some out for validation.")
+        raise UserError(
+            f"{source} has {tokens} tokens: too short to hold some out for validation. Give more text (a model learns "
+            "little from fewer than about 10,000 tokens), or name another text with --validation-data."
+        )

@@ -14,7 +14,7 @@ from torch import nn
 
 from keifu.data.catalogue import CATALOGUE
 from keifu.data.progress import counting
-from keifu.data.sources import documents
+from keifu.data.sources import TextFormat, documents
 from keifu.data.text import prepare
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
@@ -23,7 +23,7 @@ from keifu.generation.decoding import Model, causal
 from keifu.generation.score import score
 
 ABOUT = "a language model on a text: perplexity and bits per byte"
-OPTIONS = {"batch_size"}
+OPTIONS = {"batch_size", "text_field", "encoding"}
 BATCH_SIZE = 8
 
 
@@ -44,7 +44,7 @@ def accepts(on: str) -> bool:
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> Outcome:
     """The loss over windows as long as the context, each without what stands before it."""
-    ids, bytes_per_token = _held_out(asked.on, tokenizer) if asked.on in names() else _whole(asked.on, tokenizer)
+    ids, bytes_per_token = _held_out(asked.on, tokenizer) if asked.on in names() else _whole(asked, tokenizer)
     context = causal(model).config.context_length
     begin = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), None)
     ids = ids if begin is None else np.concatenate([[begin], ids])
@@ -73,9 +73,9 @@ def _held_out(name: str, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
     return np.asarray(shards.validation, dtype=np.int64), shards.bytes_per_token
 
 
-def _whole(path: str, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
+def _whole(asked: Asked, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
     """All documents of a file or folder, an end-of-text token behind each where there is one."""
-    texts = list(documents(path))
+    texts = list(documents(asked.on, TextFormat(asked.text_field, asked.encoding)))
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ids = np.array([i for each in tokenizer.encode_batch(texts) for i in [*each, *end]], dtype=np.int64)
     return ids, sum(len(text.encode()) for text in texts) / max(len(ids), 1)

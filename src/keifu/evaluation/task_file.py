@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from keifu.data.labelled import READERS, Row
+from keifu.data.records import SUFFIXES as TABLES
+from keifu.data.records import Row, listed, read_records
 from keifu.errors import UserError, unknown
 from keifu.evaluation.prompts import Item, Task
 
@@ -100,8 +101,8 @@ class _Description:
         if not path.is_file():
             near = [str(each.relative_to(self.path.parent)) for each in self.path.parent.glob("*")]
             raise unknown(f"file for {name!r} (in {self.place(name)})", self.given[name], near)
-        if path.suffix not in READERS:
-            raise UserError(f"{self.place(name)}: the name of {path} must end in {', '.join(READERS)}.")
+        if path.suffix.lower() not in TABLES:
+            raise UserError(f"{self.place(name)}: the name of {path} must end in {', '.join(TABLES)}.")
         return path
 
 
@@ -118,7 +119,7 @@ def _items(fields: _Description, path: Path) -> Iterator[Item]:
     """An item a row of the table."""
     template, answer, choices = (fields.given.get(name) for name in ("prompt", "answer", "choices"))
     assert isinstance(template, str) and isinstance(answer, str)
-    for row in READERS[path.suffix](path):
+    for row in read_records(path):
         prompt = _filled(template, row, fields.place("prompt"))
         if choices is None:
             answers = _texts(row, answer, fields.place("answer"))
@@ -147,8 +148,7 @@ def _filled(template: str, row: Row, used: str) -> str:
 def _value(row: Row, name: str, used: str) -> Any:
     where, cells = row
     if name not in cells:
-        has = ", ".join(map(repr, list(cells)[:10])) or "none"
-        raise UserError(f"{where}: there is no field {name!r}, which {used} names; it has {has}.")
+        raise UserError(f"{where}: there is no field {name!r}, which {used} names; it has {listed(cells)}.")
     return cells[name]
 
 

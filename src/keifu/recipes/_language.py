@@ -1,7 +1,7 @@
 """What the recipes for causal language models have in common: text, tokenizer, one call of the loop; knows no model."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from keifu.data import catalogue
 from keifu.data.archives import cache
 from keifu.data.instructions import MADE_OF
 from keifu.data.packed import PackedText
-from keifu.data.sources import content_hash, documents, in_catalogue
+from keifu.data.sources import TextFormat, content_hash, documents, in_catalogue
 from keifu.data.text import Shards, prepare
 from keifu.data.tokenizers import KINDS, Tokenizer, load_tokenizer, train_tokenizer
 from keifu.generation.generate import generate
@@ -26,18 +26,46 @@ from keifu.training.settings import Settings
 VALIDATION_TOKENS = 100_000
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How a text is read, and what of it is held out."""
+
+    held_out: float = 0.05
+    """Share of the text that is kept for validation."""
+    validation_data: str | None = None
+    """Another text, like --data, to validate on; all of the first is then trained on."""
+    text_field: str | None = None
+    """The field, or column, that holds the text in .jsonl, .json, .csv, .tsv and .parquet files; unset: text."""
+    encoding: str = "utf-8"
+    """Of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
+
+    @property
+    def form(self) -> TextFormat:
+        """How the text lies in its files."""
+        return TextFormat(self.text_field, self.encoding)
+
+    def reading(self) -> dict[str, Any]:
+        """These options alone, by name."""
+        return {each.name: getattr(self, each.name) for each in fields(TextOptions)}
+
+    def shards(self, data: str, tokenizer: Tokenizer) -> Shards:
+        """The ids of both parts of a text."""
+        return prepare(
+            data, tokenizer, held_out=self.held_out, form=self.form, validation=self.validation_data
+        )
+
+
 @dataclass(frozen=True)
-class Text:
+class Text(TextOptions):
     """What a language model learns from."""
 
     data: str = "english"
-    """A catalogue name (keifu data list), a .txt, .jsonl or .parquet file, or a folder of them."""
+    """A catalogue name (keifu data list); a file: .txt, .md, .html (read without its tags), or records (.jsonl, .json,
+    .csv, .tsv, .parquet); or a folder of them."""
     tokenizer: str = "bpe"
     """bpe, unigram, wordpiece or characters to learn one from the data; or a catalogue name, a file or a directory."""
     vocab_size: int = 8192
     """Tokens of a learned tokenizer."""
-    held_out: float = 0.05
-    """Share of the text that is kept for validation."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +81,7 @@ def ready(text: Text, **options: Any) -> Task:
     """Fetches, learns the tokenizer (with these options of learning) and tokenises, each once: what was made before is
     found again."""
     tokenizer = tokenizer_of(text, **options)
-    return Task(text, tokenizer, prepare(text.data, tokenizer, held_out=text.held_out))
+    return Task(text, tokenizer, text.shards(text.data, tokenizer))
 
 
 def tokenizer_of(text: Text, **options: Any) -> Tokenizer:
@@ -66,17 +94,18 @@ def tokenizer_of(text: Text, **options: Any) -> Tokenizer:
         found = load_tokenizer(catalogue.fetch(text.tokenizer) if known else Path(text.tokenizer))
         return found.replace(chat_template=None, generation_config=None)
     given = "".join(f"-{option}" for option, value in options.items() if value)
-    name = f"{text.tokenizer}-{text.vocab_size}{given}-{content_hash(text.data)[:16]}"
+    given += "".join(f"-{option}={value}" for option, value in text.form.settings().items())
+    name = f"{text.tokenizer}-{text.vocab_size}{given}-{content_hash(text.data, text.form)[:16]}"
     directory = cache() / "tokenizers" / name
     if not (directory / "tokenizer_config.json").exists():  # the last file that is written
         print(f"Learning a {text.tokenizer} tokenizer of {text.vocab_size} tokens from {text.data} ...", flush=True)
-        train_tokenizer(text.tokenizer, _pieces(text.data), text.vocab_size, **options).save(directory)
+        train_tokenizer(text.tokenizer, _pieces(text), text.vocab_size, **options).save(directory)
     return load_tokenizer(directory)
 
 
-def _pieces(source: str) -> Iterator[str]:
+def _pieces(text: Text) -> Iterator[str]:
     """Documents in pieces, so that one long document is counted on all cores."""
-    for document in documents(source):
+    for document in documents(text.data, text.form):
         yield from (document[start : start + 100_000] for start in range(0, len(document), 100_000))
 
 

@@ -68,7 +68,9 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     if masking.length > model.config.context_length:
         room = f"the model has {model.config.context_length} positions"
         raise UserError(f"Rows of {masking.length} tokens do not fit: {room}; change masking.length or the model.")
-    shards = prepare_sentences(text.data, tokenizer, sentences, held_out=text.held_out)
+    shards = prepare_sentences(
+        text.data, tokenizer, sentences, held_out=text.held_out, form=text.form, validation=text.validation_data
+    )
     data = MaskedText(shards, Vocabulary.of(tokenizer), masking, training.batch_size, training.seed)
     about = {"title": "bert", "parameters": sum(p.numel() for p in model.parameters()), "data": [_facts(text, shards)]}
     options = {"model": asdict(model.config), "text": asdict(text), "masking": asdict(masking)}

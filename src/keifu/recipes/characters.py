@@ -8,13 +8,13 @@ Cost: under a minute on 2 cores.
 Expected: on tiny Shakespeare, nanoGPT's loss of 1.88 nats a character is passed within half a minute: docs/results.md.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from keifu.errors import unknown
 from keifu.models import gpt2, llama
-from keifu.recipes._language import Text, pretrain, ready
+from keifu.recipes._language import Text, TextOptions, pretrain, ready
 from keifu.training.settings import Settings
 
 # name -> the model's builder, its config and how it learns
@@ -41,7 +41,7 @@ WAYS: dict[str, tuple[Any, Any, Settings]] = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(TextOptions):
     """Options of the run."""
 
     data: str = "sotu"
@@ -52,14 +52,16 @@ class Recipe:
     """Updates of the weights; unset: 400 for keifu, 2,000 for nanogpt."""
     seed: int = 0
     """Of the weights and the order of the data."""
+    held_out: float = field(default=0.1, kw_only=True)
+    """Share of the text that is kept for validation: its last part, as in nanoGPT."""
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Trains into `out`. The last tenth of the text is held out, as in nanoGPT, and all of that is evaluated."""
+    """Trains into `out`. All of what is held out is evaluated."""
     if recipe.recipe_of not in WAYS:
         raise unknown("recipe", recipe.recipe_of, WAYS)
     build, config, settings = WAYS[recipe.recipe_of]
     steps = recipe.steps or settings.steps
     settings = replace(settings, steps=steps, seed=recipe.seed, warmup=min(settings.warmup, steps))
-    task = ready(Text(recipe.data, "characters", 65_536, held_out=0.1))
+    task = ready(Text(recipe.data, "characters", 65_536, **recipe.reading()))
     pretrain("characters", task, build, config, settings, out, resume)

@@ -13,20 +13,21 @@ from pathlib import Path
 
 from keifu.errors import UserError
 from keifu.models import llama
-from keifu.recipes._language import Task, Text, pretrain, ready
+from keifu.recipes._language import Task, Text, TextOptions, pretrain, ready
 from keifu.training.settings import Settings
 
 HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(TextOptions):
     """Options of the run. What is not given follows from the depth."""
 
     depth: int = 4
     """Blocks; the width is 64 times as many, and all else follows."""
     data: str = "english"
-    """A catalogue name (keifu data list), a .txt, .jsonl or .parquet file, or a folder of them."""
+    """A catalogue name (keifu data list); a file: .txt, .md, .html (read without its tags), or records (.jsonl, .json,
+    .csv, .tsv, .parquet); or a folder of them."""
     tokenizer: str = "bpe"
     """bpe, unigram, wordpiece or characters to learn one from the data; or a catalogue name, a file or a directory."""
     vocab_size: int | None = None
@@ -102,7 +103,7 @@ def settings(recipe: Recipe, config: llama.Config, training_tokens: int) -> Sett
 def prepared(recipe: Recipe) -> tuple[Task, llama.Config, Settings]:
     """The text, the model's config and the settings that the dial gives."""
     vocab_size = recipe.vocab_size or min(32_768, 2048 * recipe.depth)
-    task = ready(Text(recipe.data, recipe.tokenizer, vocab_size))
+    task = ready(Text(recipe.data, recipe.tokenizer, vocab_size, **recipe.reading()))
     config = model_config(recipe.depth, task.tokenizer.vocab_size, recipe.context_length)
     return task, config, settings(recipe, config, len(task.shards.tokens))
 

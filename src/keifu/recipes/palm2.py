@@ -58,6 +58,8 @@ class Recipe:
 
     mixture: str = "multilingual"
     """What it learns from: multilingual, or a YAML or JSON file of sources with weights (docs/lineage/palm2.md)."""
+    held_out: float | None = None
+    """Share of each source that is kept for validation; unset: the mixture's own, or 0.02."""
     objective: Literal["ul2", "causal"] = "ul2"
     """A mixture of denoisers, or each token from those before it."""
     shares: tuple[float, float, float] = (0.25, 0.25, 0.5)
@@ -135,7 +137,10 @@ def _bits(shards: Shards) -> float:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains into `out`, which keifu.load, keifu generate, keifu evaluate and transformers read afterwards."""
-    return learn(recipe, prepared(read_mixture(recipe.mixture), recipe.vocab_size, recipe.sentinels), out, resume)
+    mixture = read_mixture(recipe.mixture)
+    if recipe.held_out is not None:
+        mixture = replace(mixture, held_out=recipe.held_out)
+    return learn(recipe, prepared(mixture, recipe.vocab_size, recipe.sentinels), out, resume)
 
 
 def learn(recipe: Recipe, found: Prepared, out: Path, resume: bool = False) -> Summary:
@@ -154,7 +159,8 @@ def learn(recipe: Recipe, found: Prepared, out: Path, resume: bool = False) -> S
     def save(directory: Path) -> None:
         checkpoints.save(model, saved, directory)
         sources = {s.name: _kept(asdict(s)) for s in found.mixture.sources}
-        write_atomic(directory / "mixture.json", json.dumps({"sources": sources}, indent=1, ensure_ascii=False) + "\n")
+        content = {"held_out": found.mixture.held_out, "sources": sources}
+        write_atomic(directory / "mixture.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     run = _run(recipe, found, epochs, model, out, resume)
     return train(model, objective, data, training, run, _sampler(recipe, model, saved), save, data.largest())

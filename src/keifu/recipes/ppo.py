@@ -20,10 +20,10 @@ from keifu.alignment.ppo import NORMAL, ActorCritic, Rule, ppo
 from keifu.alignment.rollouts import Plan
 from keifu.alignment.watching import Watch
 from keifu.data.packed import PackedText
-from keifu.data.text import prepare as shards_of
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 from keifu.recipes._assistant import Lora, Template, before, leave, opened, row_length, to_train
+from keifu.recipes._language import TextOptions
 from keifu.recipes._rewarded import CHAIN_SUM, Rewarding, Sums, about, parted, prompts, rewarding, say, watch
 from keifu.recipes.reward import headed
 from keifu.training.loop import Summary, train
@@ -34,7 +34,7 @@ POLICY = "policy"
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(TextOptions):
     """Pretraining text beside the answers (PPO-ptx), so that what was learned from it is kept."""
 
     data: str | None = None
@@ -45,8 +45,6 @@ class Text:
     """Texts for each answer of an update."""
     length: int = 128
     """Tokens of one."""
-    held_out: float = 0.05
-    """Share that is kept for validation."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ def text_beside(recipe: Recipe, policy: Any, tokenizer: Tokenizer) -> Beside | N
     if text.data is None or not text.weight:
         return None
     length = row_length(policy, text.length)
-    packed = PackedText(shards_of(text.data, tokenizer, held_out=text.held_out), length, 1, recipe.seed)
+    packed = PackedText(text.shards(text.data, tokenizer), length, 1, recipe.seed)
     return Beside(packed, text.each)
 
 

@@ -1,0 +1,151 @@
+"""The one reader of records: rows of CSV and TSV tables, objects of JSON and JSONL, rows of Parquet, as dictionaries.
+
+Each comes with its place, "FILE, line N", for errors. The first line of a CSV or TSV file names its columns.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from keifu.data.text_files import Problem, lines, refuse
+from keifu.errors import UserError, unknown
+
+Row = tuple[str, dict[str, Any]]  # its place, and its values by field
+LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
+
+
+def read_records(
+    path: Path, problem: Problem = refuse, encoding: str | None = None, only: str | None = None
+) -> Iterator[Row]:
+    """The records of a .csv, .tsv, .jsonl, .json (a list of objects) or .parquet file, in their order.
+
+    problem, encoding: see `text_files.lines`. Bad JSON, a row with another number of cells than the header, and what is
+    no object are faults too; if `problem` returns, the record is left out. only: of a .parquet file, the one column to
+    read where it is there. Any other kind of file is a `UserError`.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path} is no table of records: its name must end in {', '.join(SUFFIXES)}.")
+    if path.suffix.lower() == ".parquet":
+        yield from _parquet(path, only)
+        return
+    for place, record in READERS[path.suffix.lower()](path, problem, encoding):
+        if isinstance(record, dict):
+            yield place, record
+        else:
+            problem(f"{place}: this is {type(record).__name__}, where an object with fields is needed.")
+
+
+def read_cells(
+    path: Path, problem: Problem = refuse, encoding: str | None = None, delimiter: str | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """The cells of each row of a table that is not blank, with the place where it begins; names of columns are a row
+    like any other.
+
+    delimiter: unset, the comma, semicolon or tab that the first line has most of, and cells may be quoted and span
+    lines; given, quotation marks mean nothing.
+    """
+    text = lines(path, problem, encoding)
+    first = next(text, "")
+    csv.field_size_limit(LONGEST_CELL)
+    if delimiter is None:
+        table = csv.reader(chain([first], text), strict=True, delimiter=max(",;\t", key=first.count))
+    else:
+        table = csv.reader(chain([first], text), delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    begins = 1
+    try:
+        for cells in table:
+            if any(cell.strip() for cell in cells):
+                yield f"{path}, line {begins}", cells
+            begins = table.line_num + 1
+    except csv.Error as error:
+        problem(f"{path}, line {begins}: this cannot be read as a row of a table ({error}).")
+
+
+def content(place: str, record: Mapping[str, Any], field: str) -> Any:
+    """What a field of a record holds; an unknown one is a `UserError` with the nearest name."""
+    if field not in record:
+        raise unknown(f"column (in {place})", field, record)
+    return record[field]
+
+
+def cell(place: str, record: Mapping[str, Any], field: str) -> str:
+    """The text in a field of a record; one that is not there, empty or not text is a `UserError` with the place."""
+    value = content(place, record, field)
+    if isinstance(value, dict | list):
+        raise UserError(f"{place}: the column {field!r} holds a {type(value).__name__} where text is needed.")
+    written = "" if value is None else str(value).strip()
+    if not written:
+        raise UserError(f"{place}: the column {field!r} is empty; fill it in, or leave the row out.")
+    return written
+
+
+def listed(record: Mapping[str, Any]) -> str:
+    """The names of a record's fields, for errors."""
+    return ", ".join(map(repr, [*record][:10])) or "none"
+
+
+def _csv(path: Path, problem: Problem, encoding: str | None) -> Iterator[Row]:
+    return _table(path, read_cells(path, problem, encoding), problem)
+
+
+def _tsv(path: Path, problem: Problem, encoding: str | None) -> Iterator[Row]:
+    return _table(path, read_cells(path, problem, encoding, delimiter="\t"), problem)
+
+
+def _table(path: Path, rows: Iterator[tuple[str, list[str]]], problem: Problem) -> Iterator[Row]:
+    header: list[str] = []
+    for place, cells in rows:
+        if not header:
+            header = [cell.strip() for cell in cells]
+            if twice := next((name for name in header if header.count(name) > 1), None):
+                raise UserError(f"{place}: two columns are called {twice!r}; rename one.")
+        elif len(cells) != len(header):
+            problem(f"{place}, has {len(cells)} cells where the first line has {len(header)}.")
+        else:
+            yield place, dict(zip(header, cells, strict=True))
+
+
+def _jsonl(path: Path, problem: Problem, encoding: str | None) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines(path, problem, encoding), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                problem(f"{path}, line {number}: this is no JSON ({error.msg}, column {error.colno}).")
+                continue
+            yield f"{path}, line {number}", record
+
+
+def _json(path: Path, problem: Problem, encoding: str | None) -> Iterator[tuple[str, Any]]:
+    try:
+        found = json.loads("".join(lines(path, problem, encoding)) or "[]")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: this is no JSON ({error.msg}, column {error.colno}).") from error
+    if not isinstance(found, list):
+        kind = {dict: "object"}.get(type(found), type(found).__name__)
+        raise UserError(f"{path} holds one {kind}, where a list of objects is needed; or write one object a line "
+                        "into a .jsonl file.")  # fmt: skip
+    yield from ((f"{path}, entry {number}", record) for number, record in enumerate(found, 1))
+
+
+def _parquet(path: Path, only: str | None) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ModuleNotFoundError:
+        raise UserError(f"Reading {path} needs pyarrow: install it with `pip install 'keifu[parquet]'`.") from None
+    try:
+        file = parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise UserError(f"{path} is no Parquet file, or it is damaged: {error}") from error
+    with file:
+        columns = [only] if only in file.schema_arrow.names else None
+        rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
+        yield from ((f"{path}, row {number}", record) for number, record in enumerate(rows, 1))
+
+
+Reader = Callable[[Path, Problem, str | None], Iterator[tuple[str, Any]]]
+READERS: dict[str, Reader] = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".json": _json}
+SUFFIXES = (*READERS, ".parquet")

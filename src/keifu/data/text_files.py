@@ -1,0 +1,101 @@
+"""Lines of text files in any encoding; a fault comes with its file, line and byte, and with what to try."""
+
+import codecs
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from keifu.errors import UserError, unknown
+
+Problem = Callable[[str], None]
+UTF8 = "utf-8"
+MARKS = (  # byte order marks; that of UTF-32 begins with that of UTF-16
+    (codecs.BOM_UTF8, UTF8), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+COMMON = ("utf-8", "utf-16", "cp932", "shift_jis", "euc_jp", "iso2022_jp", "gb18030", "big5", "euc_kr", "cp1250",
+          "cp1251", "cp1252", "koi8_r", "latin_1")  # fmt: skip
+JAPANESE = ("cp932", "euc_jp", "iso2022_jp")
+KANA = re.compile("[\u3041-\u30fe]")  # hiragana and full-width katakana
+SNIFFED = 8192  # bytes from the start of a file, and of the line with a fault
+
+
+def refuse(problem: str) -> None:
+    """What is done about a fault in the data unless told otherwise: stop, with the sentence that names its place."""
+    raise UserError(problem)
+
+
+def lines(path: Path, problem: Problem = refuse, encoding: str | None = None) -> Iterator[str]:
+    """Lines with "\\n" at their ends, whatever the file has; a byte order mark decides the encoding and is dropped.
+
+    encoding: None for UTF-8 where the user has no option to name another. `problem` is called with a sentence for each
+    line that is not in the encoding, and for a binary file. If it returns, faulty bytes become U+FFFD, and a binary
+    file has no lines. An unknown encoding is a `UserError` with the nearest known one.
+    """
+    with path.open("rb") as file:
+        start = file.read(SNIFFED)
+        mark, name = next((each for each in MARKS if start.startswith(each[0])), (b"", encoding or UTF8))
+        if _bits(name) > 8:
+            file.seek(0)
+            yield from _wide(file, path, name, problem)
+            return
+        if b"\0" in start:
+            problem(f"{path} is binary, not text: byte {start.index(0) + 1} is zero.")
+            return
+        file.seek(len(mark))
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode(name)
+            except UnicodeDecodeError as error:
+                problem(f"{path}, line {number}: {_fault(error, line, name, encoding is not None)}")
+                text = line.decode(name, errors="replace")
+            yield text[:-2] + "\n" if text.endswith("\r\n") else text
+
+
+def _bits(encoding: str) -> int:
+    """Bits of the encoding's unit: 8 where a line's end is the byte 10, and no other byte of a character is."""
+    try:
+        "".encode(encoding)
+        found = re.match(r"utf-(16|32)", codecs.lookup(encoding).name)
+    except LookupError:
+        raise unknown("encoding", encoding, COMMON) from None
+    return int(found[1]) if found else 8
+
+
+def _wide(file: BinaryIO, path: Path, encoding: str, problem: Problem) -> Iterator[str]:
+    """The lines of a file of UTF-16 or UTF-32, which is read whole."""
+    data = file.read()
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        problem(f"{path}: byte {error.start + 1} of the file is not {encoding.upper()} ({error.reason}).")
+        text = data.decode(encoding, errors="replace")
+    yield from io.StringIO(text.replace("\r\n", "\n"), newline="\n")
+
+
+def _fault(error: UnicodeDecodeError, line: bytes, encoding: str, option: bool) -> str:
+    """What is wrong in a line, and what to try."""
+    wrong = " ".join(f"0x{byte:02X}" for byte in line[error.start : max(error.end, error.start + 1)])
+    guess = _guess(line[: SNIFFED + error.end])
+    ways = [f"name it with --encoding {guess}"] if option and guess else []
+    ways += [f"convert it, as with `iconv -f {(guess or 'ENCODING').upper().replace('_', '-')} -t UTF-8`"]
+    looks = f"it may be {guess}" if guess else "it may be in another encoding, or damaged"
+    return f"{wrong} at byte {error.start + 1} of the line is not {encoding.upper()}: {looks}; {', or '.join(ways)}."
+
+
+def _guess(line: bytes) -> str | None:
+    """An encoding that a line may be in: a Japanese one if that gives kana, else Windows' for Western Europe."""
+    for encoding in JAPANESE:
+        if KANA.search(_decoded(line, encoding)):
+            return encoding
+    return "cp1252" if _decoded(line, "cp1252") else None
+
+
+def _decoded(line: bytes, encoding: str) -> str:
+    """The line's text; empty where it cannot be in this encoding."""
+    try:
+        return line.decode(encoding)
+    except UnicodeDecodeError:
+        return ""
