@@ -234,3 +234,59 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch) -> None:
 def test_what_pip_complains_of_is_handed_on_in_short(tmp_path: Path, log: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         raise archives._failure(wheel(tmp_path), log)
+
+
+def test_a_disk_without_room_is_said_before_fetching(tmp_path: Path, monkeypatch) -> None:
+    archive = wheel(tmp_path / "links")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10}))
+    with pytest.raises(UserError, match="words-1.0-py3-none-any.whl has 0 MB, and the disk of .* has 0 MB free"):
+        fetch(archive)
+    assert left(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize(("free", "sentence"), [(10, "The disk is full: 40 of the"), (10**9, "not whole: 40 of the")])
+def test_a_file_that_was_cut_is_not_called_another_file(tmp_path: Path, monkeypatch, free: int, sentence: str) -> None:
+    archive = wheel(tmp_path / "links")
+
+    def cut(archive: Archive, folder: Path, *given: Path) -> Path:
+        (folder / archive.file).write_bytes((tmp_path / "links" / archive.file).read_bytes()[:40])
+        return folder / archive.file
+
+    monkeypatch.setattr(archives, "_fetched", cut)
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda place: type("Usage", (), {"free": free}))
+    with pytest.raises(UserError, match=sentence):
+        fetch(archive)
+    assert left(tmp_path / "cache") == []
+
+
+def test_pips_complaint_about_a_full_disk_is_not_called_a_network_fault(tmp_path: Path) -> None:
+    log = "Collecting words==1.0\nERROR: Could not install packages: [Errno 28] No space left on device"
+    assert str(archives._failure(wheel(tmp_path), log)).startswith("The disk is full")
+
+
+def test_the_cache_is_listed_and_cleared(tmp_path: Path, monkeypatch, capsys) -> None:
+    from keifu.cli import parse
+    from keifu.data import cached
+
+    archive = wheel(tmp_path / "links")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    folder = fetch(archive)
+    (tmp_path / "cache/tokens/a").mkdir(parents=True)
+    (tmp_path / "cache/tokens/a/training.bin").write_bytes(bytes(2_000_000))
+    (tmp_path / "cache/mine").mkdir()
+    entry = type("Entry", (), {"archive": archive, "parts": ()})
+    monkeypatch.setattr(cached, "CATALOGUE", {"words": entry, "same-words": entry})
+    parse(["data", "cache"])()
+    said = capsys.readouterr().out
+    assert "words, same-words" in said and "2.0 MB" in said and "mine" not in said
+    with pytest.raises(UserError, match="no entry of the cache 'wordz'. Did you mean 'words'"):
+        parse(["data", "clear", "wordz", "--yes"])()
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(UserError, match="would remove 0.0 MB: words, same-words. Add --yes"):
+        parse(["data", "clear", "words"])()
+    assert folder.is_dir()
+    parse(["data", "clear", "words", "--yes"])()
+    assert not folder.exists() and (tmp_path / "cache/tokens").is_dir()
+    parse(["data", "clear", "--yes"])()
+    assert not (tmp_path / "cache/tokens").exists() and (tmp_path / "cache/mine").is_dir()

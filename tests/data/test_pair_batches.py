@@ -26,7 +26,7 @@ def pairs(count: int = 300, longest: int = 12, seed: int = 0) -> EncodedPairs:
     random = np.random.default_rng(seed)
     lengths = random.integers(1, longest + 1, (2, count))
     sides = [[" ".join([str(i + 10)] * n) for i, n in enumerate(row)] for row in lengths]
-    return EncodedPairs(*(encode(Numbers(), side) for side in sides))
+    return EncodedPairs(*(encode(Numbers().encode_batch, side) for side in sides))
 
 
 def data(tokens: int = 200, seed: int = 0, train: EncodedPairs | None = None) -> PairData:
@@ -47,7 +47,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def test_sentences_are_encoded_kept_and_padded() -> None:
-    found = encode(Numbers(), ["5 6 7", "8", "", "9 9"])
+    found = encode(Numbers().encode_batch, ["5 6 7", "8", "", "9 9"])
     assert found.lengths.tolist() == [3, 1, 0, 2] and found.ids.dtype == np.int32
     assert found.keep(np.array([3, 0])).ids.tolist() == [9, 9, 5, 6, 7]
     ids, mask = found.padded(np.array([1, 0, 2]), SPECIAL, begins=True)
@@ -57,11 +57,11 @@ def test_sentences_are_encoded_kept_and_padded() -> None:
 
 
 def test_many_sentences_are_encoded_in_parts(monkeypatch) -> None:
-    whole = encode(Numbers(), [str(n) for n in range(10)])
+    whole = encode(Numbers().encode_batch, [str(n) for n in range(10)])
     monkeypatch.setattr("keifu.data.pair_batches.CHUNK", 3)
-    parts = encode(Numbers(), [str(n) for n in range(10)])
+    parts = encode(Numbers().encode_batch, [str(n) for n in range(10)])
     assert np.array_equal(whole.ids, parts.ids) and np.array_equal(whole.starts, parts.starts)
-    assert isinstance(encode(Numbers(), []), Encoded)
+    assert isinstance(encode(Numbers().encode_batch, []), Encoded)
 
 
 def test_a_batch_has_the_fields_that_the_objective_takes() -> None:

@@ -1,5 +1,6 @@
 """Pairs out of every source with every fault named; a split that leaks nothing, whatever the order and direction."""
 
+import json
 import random
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from keifu.data import catalogue
 from keifu.data.pairs import Pairs, pair_names, read_pairs
-from keifu.data.splits import normalised, split
+from keifu.data.splits import normalised, split, split_beside
 from keifu.errors import UserError
 
 SENTENCES = st.text(st.sampled_from("ab AB.。！あア１1é ﾊﾟ"), min_size=1, max_size=6).filter(str.strip)
@@ -59,7 +60,6 @@ def test_empty_sides_are_counted_and_left_out(tmp_path: Path) -> None:
     [
         ("a\tb\nno tab here\n", "line 2: there is no tab in 'no tab here'"),
         ("a\tb\nid\tja\ten\n", r"line 2: there are 3 columns \('id', 'ja', 'en'\), and two are needed.*`cut -f 1,2`"),
-        ("source\tTarget\na\tb\n", "line 1: source and Target look like names of columns: remove that line"),
         (b"a\tb\n\xff\tc\n", "line 2: 0xFF at byte 1 of the line is not UTF-8"),
         ("a\tb\n\nc\td\n", "line 2: there is no tab in ''"),
         ("", "no pair whose two sides both have text; 0 pairs were read"),
@@ -86,11 +86,11 @@ def test_a_file_of_bytes_in_a_pair_is_named_with_its_line(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("tatoeba-ja-fe", "no catalogue name, TSV file or pair of files 'tatoeba-ja-fe'. Did you mean 'tatoeba-ja-"),
+        ("tatoeba-ja-fe", "file of pairs or pair of files 'tatoeba-ja-fe'. Did you mean 'tatoeba-ja-"),
         ("here.tvs", "Did you mean '.*here.tsv'"),
-        ("here.tsv,there.en", "no catalogue name, TSV file or pair of files 'there.en'"),
+        ("here.tsv,there.en", "no catalogue name, file of pairs or pair of files 'there.en'"),
         ("a,b,c", "a,b,c names 3 files"),
-        (".", "is a folder: name the TSV file in it"),
+        (".", "is a folder: name the file of pairs in it"),
     ],
 )
 def test_an_unknown_source_answers_with_the_nearest(tmp_path: Path, monkeypatch, name: str, said: str) -> None:
@@ -160,3 +160,57 @@ def test_what_cannot_be_parted_is_refused() -> None:
         split([("a", "b"), ("c", "d"), ("a", "b")])
     with pytest.raises(UserError, match="30 distinct pairs cannot be parted .* give more pairs"):
         split([("same", f"other {n}") for n in range(30)])
+
+
+RECORDS = [{"source": "いち", "target": "one"}, {"source": "に", "target": "two"}]
+FILES = {
+    "a.csv": "source,target\nいち,one\nに,two\n",
+    "b.csv": "id,tgt,src\n1,one,いち\n2,two,に\n",
+    "c.jsonl": "\n".join(json.dumps(each) for each in RECORDS),
+    "d.json": json.dumps(RECORDS),
+    "e.jsonl": '{"ja": "いち", "en": "one"}\n{"ja": "に", "en": "two"}\n',
+    "f.jsonl": '{"translation": {"ja": "いち", "en": "one"}}\n{"translation": {"ja": "に", "en": "two"}}\n',
+    "g.csv": "ja,en\nいち,one\nに,two\n",
+    "h.csv": '"Japanese";"English"\n"いち";"one"\n"に";"two"\n',
+    "i.tsv": "Source\tTarget\tremark\nいち\tone\tx\nに\ttwo\ty\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pairs_from_files_of_records(tmp_path: Path, name: str) -> None:
+    found = read_pairs(write(tmp_path / name, FILES[name]))
+    assert found.rows == [("いち", "one"), ("に", "two")]
+    assert found.languages == (("ja", "en") if name in ("e.jsonl", "f.jsonl", "g.csv") else ("", ""))
+
+
+def test_fields_of_pairs_by_name_and_another_encoding(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes("n,before,after\n1,いち,one\n".encode("cp932"))
+    assert read_pairs(file, fields=("before", "after"), encoding="cp932").rows == [("いち", "one")]
+    assert read_pairs(file, fields=("after", "before"), encoding="cp932").rows == [("one", "いち")]
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "sentence"),
+    [
+        ("n,before,after\n1,a,b\n", (None, None), "line 2: which .* There are 'n', 'before', 'after'; .*--source-f"),
+        ("n,before,after\n1,a,b\n", ("befor", "after"), "no column .* 'befor'. Did you mean 'before'"),
+        ("Hallo,Hello\nWelt,world\n", (None, None), "which fields are the source .* There are 'Hallo', 'Hello'"),
+        ("source,target\na,b,c\n", (None, None), "line 2, has 3 cells where the first line has 2"),
+    ],
+)
+def test_tables_whose_sides_are_not_known(tmp_path: Path, content: str, fields: tuple, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        read_pairs(write(tmp_path / "a.csv", content), fields=fields)
+
+
+def test_pairs_of_ones_own_for_validation_and_testing() -> None:
+    pairs = Pairs("p", [(f"{n} ichi", f"{n} one") for n in range(100)])
+    own = Pairs("v", [("3 Ichi!", "three"), ("never", "seen")])
+    found = split_beside(pairs, own, None)
+    assert found.validation == own.rows and found.test == split(pairs).test and found.dropped == 1
+    assert {*found.train} == {*pairs.rows} - {*found.test} - {pairs.rows[3]}
+    both = split_beside(pairs, own, Pairs("t", [("4 ichi", "x")]))
+    assert both.test == [("4 ichi", "x")] and len(both.train) == 98 and both.dropped == 2
+    with pytest.raises(UserError, match="nothing is left to train on"):
+        split_beside(own, own, own)

@@ -13,7 +13,7 @@ from keifu import checkpoints
 from keifu.cli import parse
 from keifu.data.clip_tokenizer import learn
 from keifu.errors import UserError
-from keifu.evaluation.retrieval import both_ways, ranks, recall
+from keifu.evaluation.retrieval import both_ways, equal, ranks, recall
 from keifu.evaluation.shared_space import embed_pictures, embed_texts, label_points, label_shares, preprocessing
 from keifu.models import clip, clip_image, clip_text
 
@@ -157,3 +157,12 @@ def test_what_is_wrong_is_said_in_a_sentence(arguments, sentence, run, pictures)
     filled = [each.replace("RUN", str(run)).replace("PICTURES", str(pictures)) for each in arguments]
     with pytest.raises(UserError, match=sentence):
         words(*filled)
+
+
+def test_pictures_with_the_same_caption_are_all_right_for_it() -> None:
+    assert equal(["a", "b", "a", "c", "b"]).tolist() == [0, 1, 0, 3, 1]
+    points = torch.eye(3)
+    texts = torch.tensor([[0.6, 0.0, 0.8], [0.0, 1.0, 0.0], [0.6, 0.0, 0.8]])  # the first is the last, and nearer to it
+    alike = equal(["a", "b", "a"])
+    assert [found.shares[1] for found in both_ways(points, texts, alike, alike)] == [1.0, 1.0]
+    assert both_ways(points, texts)[1].shares[1] < 1

@@ -140,3 +140,31 @@ def test_pairs_too_long_are_left_out_and_said(table: Path, capsys) -> None:
 def test_a_tokenizer_that_cannot_end_a_text_or_does_not_exist_is_refused(table: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no tokenizer at bpee"):
         go("transformer", table, "run", "--steps", "1", "--tokenizer", "bpee")
+
+
+def test_a_tokenizer_with_two_vocabularies_trains_on_the_targets_own_ids(table: Path) -> None:
+    from keifu.data.tokenizers import train_tokenizer
+    from keifu.data.two_sided import TwoSidedTokenizer
+    from keifu.recipes import _translation
+
+    sides = []
+    for size, texts in ((300, WORDS), (280, ["".join(reversed(word)) for word in WORDS])):
+        sides.append(train_tokenizer("bpe", texts * 3, size, ["<pad>"]))
+    TwoSidedTokenizer(*sides).save(table.parent / "two")
+    task = _translation.ready(transformer.Recipe(data=str(table), tokenizer=str(table.parent / "two")))
+    encoded = _translation._fitting(task, task.parts.train[:1], 128)
+    source, target = task.parts.train[0]
+    assert encoded.source.ids.tolist() == sides[0].encode(source)
+    assert encoded.target.ids.tolist() == sides[1].encode(target) != sides[0].encode(target)
+    out = go("transformer", table, "two-run", "--tokenizer", str(table.parent / "two"), "--steps", "1")
+    model, tokenizer = checkpoints.load(out)
+    sizes = model.config.vocab_size, model.config.target_vocab_size
+    assert sizes == (sides[0].vocab_size, sides[1].vocab_size) and isinstance(tokenizer, TwoSidedTokenizer)
+
+
+def test_own_validation_and_test_pairs_reach_the_run(table: Path) -> None:
+    (table.parent / "held.csv").write_text("source,target\nred cat,cat red\nbig dog,dog big\n")
+    held = str(table.parent / "held.csv")
+    out = go("transformer", table, "own", "--validation-data", held, "--test-data", held, "--steps", "1")
+    facts = json.loads((out / "recipe.json").read_text())["data"][0]
+    assert facts["validation pairs"] == facts["test pairs"] == 2

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """List the catalogue; get an entry of it into the cache; check a text before training on it; show pictures."""
+    """List the catalogue; get an entry of it into the cache; check a text before training on it; show pictures; see
+    what the cache holds, and clear it."""
 
     action: Annotated[
-        tyro.conf.Positional[Literal["list", "get", "check", "show"]],
+        tyro.conf.Positional[Literal["list", "get", "check", "show", "cache", "clear"]],
         tyro.conf.arg(
             help="What to do; check reports encoding errors, duplicates and lengths of text; show counts pictures and "
-            "writes a contact sheet of them, or prints conversations with what is learned of them in colour."
+            "writes a contact sheet of them, or prints conversations with what is learned of them in colour; cache "
+            "lists what was fetched and made, with sizes; clear removes it, all or what NAME says."
         ),
     ] = "list"
     name: Annotated[
@@ -42,6 +44,8 @@ class Options:
     """The field, or column, that holds the text in .jsonl, .json, .csv, .tsv and .parquet files; unset: text."""
     encoding: str = "utf-8"
     """Of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
+    yes: bool = False
+    """Clear without asking."""
     json: bool = False
     """Print the report of check, or conversations as ids, as JSON."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -63,9 +67,13 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Does one of the four."""
+    """Does what is asked."""
     if options.action == "list":
         _list()
+    elif options.action == "cache":
+        _cache()
+    elif options.action == "clear":
+        _clear(options.name, options.yes)
     elif options.name is None:
         raise UserError(f"keifu data {options.action} needs a name: keifu data list shows those of the catalogue.")
     elif options.action == "get":
@@ -84,6 +92,39 @@ def _list() -> None:
     plain = ("name", "kind", "download", "fetched", "about")
     cells = [[*(row[column] for column in plain), f"{row['licence']}; {row['attribution']}"] for row in rows()]
     tables.show((*plain, "licence; whom to name"), cells)
+
+
+def _cache() -> None:
+    from keifu.data.archives import cache
+    from keifu.data.cached import cached
+
+    found = cached()
+    rows = [(", ".join(each.names), _megabytes(each.size), each.about) for each in found]
+    tables.show(("name", "size", "what it is"), rows)
+    print(f"{_megabytes(sum(each.size for each in found))} in {cache()}; keifu data clear [NAME] removes it.")
+
+
+def _clear(name: str | None, yes: bool) -> None:
+    from keifu.data.cached import of_name, remove
+
+    found = of_name(name)
+    total = _megabytes(sum(each.size for each in found))
+    if not found:
+        print("The cache is empty.")
+        return
+    what = ", ".join(name for each in found for name in each.names)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError(f"This would remove {total}: {what}. Add --yes to do so.")
+        if input(f"Remove {total}: {what}? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("Nothing was removed.")
+            return
+    remove(found)
+    print(f"{total} removed: {what}.")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _check(source: str, options: Options) -> None:

@@ -10,7 +10,7 @@ import tyro
 
 from keifu.commands import flags, reranking
 from keifu.commands.draw_again import again
-from keifu.commands.drawn import drawn, load, png, usual_dtype
+from keifu.commands.drawn import check_png, drawn, load, png, usual_dtype
 from keifu.commands.loras import chosen as chosen_lora
 from keifu.errors import UserError
 from keifu.files import write_atomic
@@ -129,6 +129,7 @@ def run(options: Options) -> None:
         return
     if options.model is None:
         raise UserError("There is no model: name one (keifu draw MODEL), or a picture with --again.")
+    check_png(options.out, options.strip)
     if options.count < 1 or options.batch_size < 1:
         raise UserError(f"--count is {options.count} and --batch-size {options.batch_size}: both must be at least 1.")
     reranking.check(options.count, options.best_of, options.clip, options.text)

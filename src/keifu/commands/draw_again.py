@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keifu.commands.drawn import drawn, load, png
+from keifu.commands.drawn import check_png, drawn, load, png
 from keifu.commands.loras import placed
 from keifu.errors import UserError
 from keifu.files import write_atomic
@@ -35,6 +35,7 @@ def again(
     model = _same_model(named or record.model, record, path)
     with _threads(record.threads):
         pictures = drawn(model, record)
+    check_png(out)
     out = out or path.with_stem(f"{path.stem}-again")
     if record.number is not None:
         pictures = pictures[record.number % record.batch_size :][:1]

@@ -2,6 +2,7 @@
 knows no model and no sampler."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keifu.errors import UserError
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
 
 LARGE = 20_000_000  # parameters from which products are most of the time, and rounding them moves a picture little
+
+
+def check_png(*paths: Path | None) -> None:
+    """Refuses a name that promises another format than the PNG that is written."""
+    for path in paths:
+        if path is not None and path.suffix and path.suffix.lower() != ".png":
+            raise UserError(f"{path} would be a PNG file, which keeps how it was drawn: name it {path.stem}.png.")
 
 
 def usual_dtype(name: str) -> str | None:

@@ -71,6 +71,10 @@ class Options:
     """How much is computed at a time: it changes no figure but the speed."""
     text_field: str | None = None
     """The field, or column, that holds the text in .jsonl, .json, .csv, .tsv and .parquet files; unset: text."""
+    source_field: str | None = None
+    """The field, or column, of the source in a file of pairs; unset: source, or the first of two."""
+    target_field: str | None = None
+    """The field of the translation; unset: target, or the second of two."""
     encoding: str = "utf-8"
     """Of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
     by_length: bool = False

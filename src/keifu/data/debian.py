@@ -29,6 +29,8 @@ def download(package: str, version: str, file: str, folder: Path, given: Path) -
     fetched = next((path for path in folder.glob("*.deb") if path.is_file()), None)
     if apt.returncode or fetched is None:
         complaints = [line for line in apt.stderr.splitlines() if line.startswith("E:")] or ["apt-get said nothing"]
+        if "No space left on device" in apt.stderr:
+            raise UserError(f"The disk is full: nothing of {file} was kept; free some space.")
         reason = complaints[0].removeprefix("E:").strip().rstrip(".")
         tried = f"`apt-get download {package}={version}` gave no file: {reason}."
         raise UserError(f"{tried} Run `apt-get update` and try again; or {elsewhere}")

@@ -74,6 +74,10 @@ class MarianTokenizer(Tokenizer):
         """The ids of each text of the target language; `special` puts the end-of-sentence token after it."""
         return self._encode(1, texts, special, False)
 
+    @property
+    def target_vocab_size(self) -> int | None:
+        return None if self.files.target_vocabulary is None else len(self.files.target_vocabulary)
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of these ids of the target language, without spaces at its ends."""
         return super().decode(ids, skip_special).strip()

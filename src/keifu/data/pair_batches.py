@@ -4,7 +4,7 @@ Axes: row (of a batch), position (source or target), both padded on the right.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -26,15 +26,6 @@ class Special(NamedTuple):
     start: int
     end: int
     pad: int
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """What a tokenizer must offer."""
-
-    def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
-        """The ids of each text."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -67,11 +58,11 @@ class Encoded:
         return torch.from_numpy(table), torch.from_numpy(mask)
 
 
-def encode(tokenizer: Encoder, sentences: Sequence[str]) -> Encoded:
-    """The ids of all sentences, without start and end, in a few bytes each."""
+def encode(encode_batch: Callable[[list[str]], list[list[int]]], sentences: Sequence[str]) -> Encoded:
+    """The ids of all sentences, without start and end, in a few bytes each; `encode_batch` gives those of some."""
     parts, lengths = [np.zeros(0, np.int32)], []
     for first in range(0, len(sentences), CHUNK):
-        encoded = tokenizer.encode_batch(sentences[first : first + CHUNK])
+        encoded = encode_batch([*sentences[first : first + CHUNK]])
         lengths += map(len, encoded)
         parts.append(np.fromiter(chain.from_iterable(encoded), np.int32))
     return Encoded(np.concatenate(parts), _starts(np.array(lengths, np.int64)))
@@ -107,9 +98,9 @@ class EncodedPairs:
         """What each row takes in a batch, [row, 2]: the source with its end, the target with its start and end."""
         return np.stack([self.source.lengths + 1, self.target.lengths + 2], axis=1)
 
-    def batch(self, rows: np.ndarray, special: Special) -> Batch:
+    def batch(self, rows: np.ndarray, special: Special, source_special: Special) -> Batch:
         """{"source", "source_mask", "target", "target_mask"} of some rows; the target has start and end."""
-        source, source_mask = self.source.padded(rows, special, begins=False)
+        source, source_mask = self.source.padded(rows, source_special, begins=False)
         target, target_mask = self.target.padded(rows, special, begins=True)
         return {"source": source, "source_mask": source_mask, "target": target, "target_mask": target_mask}
 
@@ -185,13 +176,16 @@ class PairData:
 
     A batch is a function of the seed and the step alone. Every pair comes once an epoch; the epoch's batches come in an
     order of its own. What an epoch needs is drawn from the seed and its number, so that going on at a late step costs
-    no more than beginning. validation: batches of at most `tokens_at_once` tokens, always the same.
+    no more than beginning. special: the ids around both
+    sides, unless those of the source are given too. validation: batches of at
+    most `tokens_at_once` tokens, always the same.
     """
 
     def __init__(
         self, train: EncodedPairs, validation: EncodedPairs, special: Special, batching: Batching, seed: int = 0,
-        tokens_at_once: int = 8192,
+        tokens_at_once: int = 8192, source_special: Special | None = None,
     ):  # fmt: skip
+        self.source_special = source_special or special
         self.train, self.held_out, self.special, self.batching, self.seed = train, validation, special, batching, seed
         longest = int(validation.sizes().sum(1).max())
         self._validation = ByTokens(validation.sizes(), max(tokens_at_once, longest))
@@ -200,7 +194,8 @@ class PairData:
     @property
     def fingerprint(self) -> str:
         """Of all ids, and of what else the batches depend on."""
-        bounds = hashlib.sha256(repr((self.batching.bounds, self.special)).encode()).hexdigest()
+        around = (self.special,) if self.source_special == self.special else (self.special, self.source_special)
+        bounds = hashlib.sha256(repr((self.batching.bounds, *around)).encode()).hexdigest()
         parts = self.train.fingerprint, self.held_out.fingerprint, bounds
         return f"{'-'.join(part[:16] for part in parts)}, {self.batching.name}, seed {self.seed}"
 
@@ -229,11 +224,11 @@ class PairData:
         """The held-out pairs in batches, always the same."""
         rows, bounds = np.argsort(self._validation.keys, kind="stable"), self._validation.bounds
         for start, stop in zip(bounds, bounds[1:], strict=False):
-            yield self.held_out.batch(rows[start:stop], self.special)
+            yield self.held_out.batch(rows[start:stop], self.special, self.source_special)
 
     def _batch(self, rows: np.ndarray, place: int) -> Batch:
         start, stop = self.batching.bounds[place : place + 2]
-        return self.train.batch(rows[start:stop], self.special)
+        return self.train.batch(rows[start:stop], self.special, self.source_special)
 
     def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's rows, and its batches, each in an order of its own."""

@@ -1,22 +1,30 @@
 """Sentences with their translations, out of the catalogue, a TSV file or two files; it knows no tokenizer and no model.
 
-A source is a catalogue name (tatoeba-ja-en, or tatoeba-en-ja for the other direction), a TSV file whose lines are a
-sentence, a tab and its translation, or two files "train.ja,train.en" whose lines belong together.
+A source is a catalogue name (tatoeba-ja-en, or tatoeba-en-ja for the other direction); a file of records (.csv, .jsonl
+and others, a .tsv file whose first line names its columns) with a field for each side; a file whose lines are a
+sentence, a tab and its translation; or two files "train.ja,train.en" whose lines belong together.
 """
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from keifu.data import catalogue
-from keifu.data.sources import lines
+from keifu.data.records import SUFFIXES, content, listed, read_cells, read_records
+from keifu.data.text_files import lines
 from keifu.errors import UserError, unknown
 
 Pair = tuple[str, str]
-HEADERS = {"source", "target", "src", "tgt", "trg", "input", "output", "sentence", "translation"}
+Fields = tuple[str | None, str | None]  # of the source and of the target; None where they go by their names
+NAMES = ("source", "target"), ("src", "tgt"), ("src", "trg"), ("input", "output"), ("sentence", "translation")
+CODE = r"[a-z]{2,3}([-_][A-Za-z]{2,4})?"  # a language's, as fields are called
+LANGUAGES = {"english", "japanese", "german", "french", "spanish", "dutch", "italian", "portuguese", "chinese",
+             "korean", "russian", "arabic", "hindi", "turkish", "polish", "swedish", "ukrainian"}  # fmt: skip
+TABLES = ".csv", ".tsv"  # where two columns may also be the first pair of a file without names
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,17 @@ class Pairs:
         return digest.hexdigest()
 
 
-def read_pairs(source: str | Path, reverse: bool = False) -> Pairs:
+def read_pairs(
+    source: str | Path, reverse: bool = False, fields: Fields = (None, None), encoding: str | None = None
+) -> Pairs:
     """All pairs of a source; `reverse` swaps the sides of each.
 
-    Pairs with an empty side are left out and counted. Files of unequal length, a line that is not two columns, bytes
-    that are not UTF-8 and an unknown name are `UserError`s with the line's number or the nearest name.
+    fields: of records, those of the source and of the target; where they are not named, source and target (or another
+    of `NAMES`), or the only two, in their order. encoding: see `text_files.lines`. Pairs with an empty side are left
+    out and counted. Files of unequal length, a line that is not two columns, bytes that are not in the encoding and an
+    unknown name are `UserError`s with the line's number or the nearest name.
     """
-    found = _catalogued(str(source)) or _from_files(str(source))
+    found = _catalogued(str(source)) or _from_files(str(source), fields, encoding)
     rows = [pair for pair in found.rows if all(pair)]
     empty = len(found) - len(rows)
     if not rows:
@@ -85,36 +97,87 @@ def _catalogued(source: str) -> Pairs | None:
     return found.reversed() if turned else found
 
 
-def _from_files(source: str) -> Pairs:
+def _from_files(source: str, fields: Fields, encoding: str | None) -> Pairs:
     paths = [Path(part.strip()).expanduser() for part in source.split(",")]
     if len(paths) == 1 or Path(source).exists():
         path = Path(source).expanduser()
         _check_there(path, source)
-        return Pairs(source, list(_table(path)))
+        return _of_records(source, path, fields, encoding) or Pairs(source, list(_columns(path, encoding)))
     if len(paths) > 2:
-        raise UserError(f"{source} names {len(paths)} files, but pairs are in one TSV file or in two files: A,B.")
+        raise UserError(f"{source} names {len(paths)} files, but pairs are in one file or in two files: A,B.")
     for path in paths:
         _check_there(path, str(path))
     codes = [path.suffix[1:] if re.fullmatch(r"\.(?!txt)[a-z]{2,3}", path.suffix) else "" for path in paths]
-    return Pairs(source, list(_side_by_side(*paths)), (codes[0], codes[1]))
+    return Pairs(source, list(_side_by_side(*paths, encoding)), (codes[0], codes[1]))
 
 
 def _check_there(path: Path, name: str) -> None:
     if path.is_dir():
-        raise UserError(f"{path} is a folder: name the TSV file in it, or its two files as A,B.")
+        raise UserError(f"{path} is a folder: name the file of pairs in it, or its two files as A,B.")
     if not path.is_file():
         near = [str(path.with_name(each.name)) for each in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise unknown("catalogue name, TSV file or pair of files", name, [*pair_names(), *near])
+        raise unknown("catalogue name, file of pairs or pair of files", name, [*pair_names(), *near])
 
 
-def _table(path: Path) -> Iterator[Pair]:
-    """The two columns of a TSV file."""
-    for number, line in enumerate(lines(path, _refuse), 1):
+def _of_records(source: str, path: Path, fields: Fields, encoding: str | None) -> Pairs | None:
+    """The pairs of a file of records; None for a file of two columns without names."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES or (suffix == ".tsv" and not any(fields) and not _has_header(path, encoding)):
+        return None
+    names: tuple[str, str] | None = None
+    rows: list[Pair] = []
+    for place, record in read_records(path, encoding=encoding):
+        record = record.get("translation") if isinstance(record.get("translation"), dict) else record
+        names = names or _sides(place, record, fields, suffix)
+        first, second = (_text(place, record, name) for name in names)
+        rows.append((first, second))
+    usual = {name for pair in NAMES for name in pair}
+    codes = [name if re.fullmatch(CODE, name) and name not in usual else "" for name in names or ()]
+    return Pairs(source, rows, (codes[0], codes[1]) if codes else ("", ""))
+
+
+def _has_header(path: Path, encoding: str | None) -> bool:
+    """Whether the first line of a table of two columns or more names them."""
+    _, cells = next(read_cells(path, encoding=encoding, delimiter="\t"), ("", []))
+    return any(_find(cells, names) for names in NAMES)
+
+
+def _sides(place: str, record: Mapping[str, Any], fields: Fields, suffix: str) -> tuple[str, str]:
+    """Which fields are the source and the target: those that were named, a usual pair of names, or the only two."""
+    known = next((found for names in NAMES if (found := _find(record, names))), None)
+    named = [name for name in record if re.fullmatch(CODE, name) or name.lower() in LANGUAGES]
+    two = [*record] if suffix not in TABLES else named
+    first, second = known or ((two[0], two[1]) if len(record) == len(two) == 2 else (None, None))
+    first, second = fields[0] or first, fields[1] or second
+    for name in filter(None, fields):
+        content(place, record, name)
+    if first is None or second is None or first == second:
+        raise UserError(
+            f"{place}: which fields are the source and its translation? There are {listed(record)}; call two of them "
+            "source and target, or name them with --source-field and --target-field."
+        )
+    return first, second
+
+
+def _find(given: Iterable[str], names: Pair) -> tuple[str, str] | None:
+    """The fields of these names, whatever their case."""
+    by_name = {name.strip().lower(): name for name in given}
+    return (by_name[names[0]], by_name[names[1]]) if {*names} <= by_name.keys() else None
+
+
+def _text(place: str, record: Mapping[str, Any], name: str) -> str:
+    value = content(place, record, name)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{place}: the field {name!r} is {type(value).__name__}, not text.")
+    return (value or "").strip()
+
+
+def _columns(path: Path, encoding: str | None) -> Iterator[Pair]:
+    """The two columns of a file of lines with a tab each."""
+    for number, line in enumerate(lines(path, encoding=encoding), 1):
         cells = [cell.strip() for cell in line.rstrip("\n").split("\t")]
         if len(cells) != 2:
             raise UserError(f"{path}, line {number}: {_wrong_columns(cells)}")
-        if number == 1 and {cell.lower() for cell in cells} <= HEADERS:
-            raise UserError(f"{path}, line 1: {' and '.join(cells)} look like names of columns: remove that line.")
         yield cells[0], cells[1]
 
 
@@ -129,9 +192,9 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:37]}...")
 
 
-def _side_by_side(first: Path, second: Path) -> Iterator[Pair]:
+def _side_by_side(first: Path, second: Path, encoding: str | None) -> Iterator[Pair]:
     """The lines of two files, which must be as many."""
-    rows = zip_longest(lines(first, _refuse), lines(second, _refuse))
+    rows = zip_longest(lines(first, encoding=encoding), lines(second, encoding=encoding))
     for number, (one, other) in enumerate(rows, 1):
         if one is None or other is None:
             longer, shorter = (second, first) if one is None else (first, second)
@@ -141,8 +204,4 @@ def _side_by_side(first: Path, second: Path) -> Iterator[Pair]:
                 "one must be the translation of that line of the other."
             )
         yield one.strip(), other.strip()
-
-
-def _refuse(problem: str) -> None:
-    raise UserError(problem)
 

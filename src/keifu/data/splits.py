@@ -80,6 +80,24 @@ def split(pairs: Pairs | Iterable[Pair], seed: int = 0, held_out: int = HELD_OUT
     return Split(train, *parts, dropped=total - len(train) - len(validation) - len(test))
 
 
+def split_beside(pairs: Pairs, validation: Pairs | None, test: Pairs | None, seed: int = 0) -> Split:
+    """The same with pairs of one's own for validation, for testing or for both; a part without any is chosen as in
+    `split`. A training pair shares no normalised side with one held out. If none is left, it is a `UserError`."""
+    chosen = None if validation and test else split(pairs, seed)
+    held = [each.rows if each else part for each, part in zip((validation, test), _held(chosen), strict=True)]
+    seen = {normalised(side) for part in held for pair in part for side in pair}
+    rows = dict.fromkeys(pairs.rows)
+    train = [pair for pair in rows if seen.isdisjoint(map(normalised, pair))]
+    if not train:
+        raise UserError(f"Every pair of {pairs.name} shares a sentence with one held out: nothing is left to train on.")
+    own = sum(len(part) for each, part in zip((validation, test), held, strict=True) if not each)
+    return Split(train, *held, dropped=len(pairs) - len(train) - own)
+
+
+def _held(chosen: Split | None) -> tuple[list[Pair], list[Pair]]:
+    return (chosen.validation, chosen.test) if chosen else ([], [])
+
+
 def _disjoint(order: Iterable[int], sides: list[tuple[str, str]], seen: set[str]) -> Iterator[int]:
     """The pairs, in this order, that share no side with one given before; `seen` takes up the sides."""
     for i in order:

@@ -73,6 +73,20 @@ class Tokenizer:
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special)
         return [encoding.ids for encoding in encodings]
 
+    def encode_target_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """The ids of each text that a translator is to write: another vocabulary's where the tokenizer has two."""
+        return self.encode_batch(texts, special)
+
+    @property
+    def sides(self) -> tuple["Tokenizer", "Tokenizer"]:
+        """The tokenizer of what a model reads and that of what it writes, which may be the same."""
+        return self, self
+
+    @property
+    def target_vocab_size(self) -> int | None:
+        """Tokens of a vocabulary of its own for what a model writes; None where there is but one."""
+        return None
+
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
         """The ids of two texts as the tokenizer puts them together, [CLS] first [SEP] second [SEP], and the segment of
         each id: 0 for what belongs to the first, 1 for the second. Text that spells a special token stays text.

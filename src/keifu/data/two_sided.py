@@ -37,6 +37,14 @@ class TwoSidedTokenizer(Tokenizer):
         """The ids of each text that the model is to write."""
         return self.target.encode_batch(texts, special)
 
+    @property
+    def sides(self) -> tuple[Tokenizer, Tokenizer]:
+        return self.source, self.target
+
+    @property
+    def target_vocab_size(self) -> int:
+        return self.target.vocab_size
+
     def save(self, directory: str | Path) -> None:
         """Writes both sides."""
         directory = Path(directory)

@@ -70,10 +70,12 @@ def both_ways(
     pictures: Float[Tensor, "pictures embedding"],
     texts: Float[Tensor, "texts embedding"],
     owners: Int[Tensor, " texts"] | None = None,
+    alike: Int[Tensor, " pictures"] | None = None,
 ) -> tuple[Recall, Recall]:
     """Captions found by pictures, and pictures found by captions. owners: the picture of each caption, by place; unset,
-    the captions are in the pictures' order."""
-    numbers = torch.arange(len(pictures), device=pictures.device)
+    the captions are in the pictures' order. alike: a number for each picture, which owners then are; pictures with the
+    same one have the same caption, and each is right for it."""
+    numbers = torch.arange(len(pictures), device=pictures.device) if alike is None else alike
     owners = numbers if owners is None else owners
     return (
         recall(ranks(pictures, texts, numbers, owners)),
@@ -112,12 +114,19 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> Outcome:
     learned = [code for code in asked.languages if code in pictures.captions]
     for language in [asked.language] if asked.language else learned or pictures.captions:
         texts = embed_texts(model, tokenizer, pictures.captions[language])
-        captions, found = both_ways(points, texts)
+        alike = equal(pictures.captions[language]).to(points.device)
+        captions, found = both_ways(points, texts, alike, alike)
         figures |= captions.figures(f"{language} captions") | found.figures(f"{language} pictures")
         rows += _nearest(pictures, language, points, texts)
     table = Table(("picture", "language", "caption", "nearest caption", "similarity"), rows)
     note = "captions: found by pictures; pictures: found by captions. Chance for R@1 is one in all of them."
     return Outcome(figures, (pictures.sentence(), note), items=table)
+
+
+def equal(captions: Sequence[str]) -> Int[Tensor, " captions"]:
+    """For each caption the place of the first that is the same text."""
+    first: dict[str, int] = {}
+    return torch.tensor([first.setdefault(caption, place) for place, caption in enumerate(captions)])
 
 
 def chosen(on: str, size: int) -> Pictures:

@@ -19,7 +19,7 @@ class Asked:
     """What is to be evaluated, on what and how; a task heeds the fields that it names in its OPTIONS.
 
     on: a catalogue name, a file or files. limit: at most so many of its items. towers: a CLIP that looks at pictures,
-    with its tokenizer. text_field, encoding: how a text lies in files. languages: what the model was trained to
+    with its tokenizer. text_field to encoding: how text lies in files. languages: what the model was trained to
     translate from and into, and held_out: the share of the pictures that was kept from training and whether only
     distinct ones were taken, where its run says so.
     """
@@ -41,6 +41,8 @@ class Asked:
     guidance: float | None = None
     towers: Any = None
     text_field: str | None = None
+    source_field: str | None = None
+    target_field: str | None = None
     encoding: str = "utf-8"
     languages: tuple[str, str] = ("", "")
     held_out: Mapping[str, Any] = field(default_factory=dict)

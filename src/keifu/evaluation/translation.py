@@ -18,7 +18,8 @@ from keifu.evaluation.task import Asked, Outcome, Table
 from keifu.generation.translation import Translating, Translation, translate_texts, translates
 
 ABOUT = "a translator on pairs of sentences: BLEU and chrF"
-OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length", "output"}
+FILES = {"source_field", "target_field", "encoding"}
+OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length", "output", *FILES}
 
 
 def takes(model: nn.Module) -> bool:
@@ -68,7 +69,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> Outcome:
 
 def test_pairs(asked: Asked) -> tuple[Pairs, list[str]]:
     """The pairs that count, in the model's direction where that is known, and what is to be said about them."""
-    pairs = read_pairs(asked.on, asked.reverse)
+    pairs = read_pairs(asked.on, asked.reverse, (asked.source_field, asked.target_field), asked.encoding)
     notes = [pairs.left_out] if pairs.left_out else []
     trained, known = asked.languages, all(asked.languages) and all(pairs.languages)
     if known and pairs.languages == trained[::-1] and not asked.reverse:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from keifu.data.pair_batches import Batching, EncodedPairs, PairData, Special, e
 from keifu.data.pairs import Pair, Pairs, pair_names, read_pairs
 from keifu.data.sources import in_catalogue
 from keifu.data.special_tokens import put_around_text
-from keifu.data.splits import Split, split
+from keifu.data.splits import Split, split, split_beside
 from keifu.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from keifu.errors import UserError
 from keifu.generation.translation import Translating, translate_texts
@@ -42,7 +42,18 @@ class Options:
     """What every recipe for translation can be told."""
 
     data: str = "tatoeba-ja-en"
-    """A catalogue name (tatoeba-ja-en, tatoeba-en-ja), a TSV file, or two files A,B whose lines belong together."""
+    """A catalogue name (tatoeba-ja-en, tatoeba-en-ja); a file: .tsv, or records with a field for each side (.csv,
+    .jsonl, .json, .parquet); or two files A,B whose lines belong together."""
+    source_field: str | None = None
+    """The field, or column, of the source in a file of records; unset: source, or the first of two."""
+    target_field: str | None = None
+    """The field of the translation; unset: target, or the second of two."""
+    encoding: str = "utf-8"
+    """Of files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
+    validation_data: str | None = None
+    """Pairs to validate on, like --data; training pairs that share a sentence with one of them are left out."""
+    test_data: str | None = None
+    """Pairs that are kept from training in the same way, for keifu evaluate."""
     reverse: bool = False
     """Swap the sides of the pairs: the second is the source."""
     tokenizer: str = "bpe"
@@ -74,22 +85,31 @@ class Task:
     @property
     def special(self) -> Special:
         """The ids around a sentence. A tokenizer without an end token is a `UserError`."""
-        start, end, pad = self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id
-        if end is None:
-            raise UserError("This tokenizer has no end token, so a translation could not end: take another.")
-        return Special(end if start is None else start, end, end if pad is None else pad)
+        return _special(self.tokenizer)
+
+
+def _special(tokenizer: Tokenizer) -> Special:
+    start, end, pad = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    if end is None:
+        raise UserError("This tokenizer has no end token, so a translation could not end: take another.")
+    return Special(end if start is None else start, end, end if pad is None else pad)
 
 
 def ready(options: Options) -> Task:
     """Reads and splits the pairs, and learns the tokenizer from the training part, once; says what was found."""
-    pairs = read_pairs(options.data, options.reverse)
-    parts = split(pairs)
+    pairs = _read(options, options.data)
+    beside = [None if each is None else _read(options, each) for each in (options.validation_data, options.test_data)]
+    parts = split_beside(pairs, *beside) if any(beside) else split(pairs)
     tokenizer = _tokenizer(options, parts.train)
     _say(pairs.left_out)
     _say(parts.sentence())
     for side, name in enumerate(("source", "target")):
-        _say(coverage(tokenizer, (pair[side] for pair in parts.train)).sentence(f"the {name} side"))
+        _say(coverage(tokenizer.sides[side], (pair[side] for pair in parts.train)).sentence(f"the {name} side"))
     return Task(pairs, parts, tokenizer)
+
+
+def _read(options: Options, source: str) -> Pairs:
+    return read_pairs(source, options.reverse, (options.source_field, options.target_field), options.encoding)
 
 
 def _say(sentence: str) -> None:
@@ -135,7 +155,8 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
         raise UserError(f"--steps {options.steps} and --minutes {options.minutes:g} are two budgets: give one of them.")
     task = ready(options)
     start, end, pad = task.special
-    config = replace(plan.config, vocab_size=task.tokenizer.vocab_size, start_id=start, end_id=end, pad_id=pad)
+    ids = {"start_id": start, "end_id": end, "pad_id": pad}
+    config = replace(plan.config, vocab_size=task.tokenizer.vocab_size, **ids, **_two_vocabularies(task, plan.config))
     torch.manual_seed(options.seed)
     model = plan.build(config)
     data = _data(options, task, config.context_length, plan.batching)
@@ -155,16 +176,29 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
     return train(model, objective, data, settings, run, _sampler(task, model), save, data.largest())
 
 
+def _two_vocabularies(task: Task, config: Any) -> dict[str, Any]:
+    """What a config says of a target that has a vocabulary of its own: its size, and no embedding for both."""
+    size = task.tokenizer.target_vocab_size
+    if size is None:
+        return {}
+    shared = {"shared": False} if any(field.name == "shared" for field in fields(config)) else {}
+    return {"target_vocab_size": size, **shared}
+
+
 def _data(options: Options, task: Task, context_length: int, batching: Callable[[np.ndarray], Batching]) -> PairData:
     """Both parts as ids; what is too long for the model is left out, and said."""
+    own = task.tokenizer.sides[0]
+    source = task.special if own.eos_id is None else _special(own)
     train, validation = (_fitting(task, part, context_length) for part in (task.parts.train, task.parts.validation))
     return PairData(
-        train, validation, task.special, batching(train.sizes()), options.seed, max(8000, options.tokens_per_batch)
+        train, validation, task.special, batching(train.sizes()), options.seed, max(8000, options.tokens_per_batch),
+        source,
     )
 
 
 def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
-    source, target = (encode(task.tokenizer, [pair[side] for pair in rows]) for side in (0, 1))
+    ways = task.tokenizer.encode_batch, task.tokenizer.encode_target_batch
+    source, target = (encode(way, [pair[side] for pair in rows]) for side, way in enumerate(ways))
     found = EncodedPairs(source, target).fitting(context_length)
     if found.left_out:
         limit = f"{context_length} tokens, which is all that the model takes"
