@@ -251,6 +251,8 @@ def of_ppo(toys: Toys) -> tuple[Any, list[Group]]:
         "text.each": Reach(3, "data.beside.each"),
         "text.length": Reach(11, "data.beside.text.context_length"),
         "text.held_out": Reach(0.3, lambda r: len(r.data.beside.text.held_out), DIFFERENT),
+        "text.text_field": Reach("body", lambda r: of_text(r)["field"]),
+        "text.encoding": Reach("cp932", lambda r: of_text(r).get("encoding")),
         "seed": Reach(5, "data.beside.text.seed"),
     }
     value = {"value_rate": Reach(5e-3, lambda r: dict(r.settings.rate_shares)["value."] * r.settings.learning_rate)}
@@ -258,9 +260,15 @@ def of_ppo(toys: Toys) -> tuple[Any, list[Group]]:
         toys["base"], toys["judge-base"], data=toys["prompts.jsonl"], prompts=4, minibatches=2, max_tokens=5
     )
     begun = {"text.data": toys["text.txt"], "text.length": 16}
+    apart = {"text.validation_data": Reach(toys["text-other.txt"], lambda r: of_text(r).get("validation"), DIFFERENT)}
+
+    def of_text(record: Any) -> dict[str, Any]:
+        return record.data.beside.text.shards.index["settings"]
+
     wide = Group(rows, {"value": None})
     sums = sums_group({"reward": "last-number"})
-    return base, [wide, Group(text, begun), Group(value, rate), Group(value), sums, *lora_groups()]
+    groups = [wide, Group(text, begun), Group(apart, begun), Group(value, rate), Group(value), sums]
+    return base, [*groups, *lora_groups()]
 
 
 def value_sum(record: Any) -> float:

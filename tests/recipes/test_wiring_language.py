@@ -93,7 +93,28 @@ def text_rows(toys: Toys, prefix: str) -> dict[str, Reach]:
         f"{prefix}tokenizer": Reach("unigram", kind, "Unigram"),
         f"{prefix}vocab_size": Reach(291, ("model.config.vocab_size", "sample.task.tokenizer.vocab_size")),
         f"{prefix}held_out": Reach(0.2, lambda r: round(len(r.data.shards.validation) / len(r.data.shards.tokens), 1)),
+    } | format_rows(prefix)
+
+
+def of_text(name: str) -> Any:
+    """A setting of the text that a run learns from."""
+    return lambda record: record.data.shards.index["settings"].get(name)
+
+
+def format_rows(prefix: str) -> dict[str, Reach]:
+    """How a text lies in its files."""
+    return {
+        f"{prefix}text_field": Reach("body", of_text("field")),
+        f"{prefix}encoding": Reach("cp932", of_text("encoding")),
     }
+
+
+def validated(toys: Toys, base: Any) -> list[Group]:
+    """A validation text of one's own, for recipes that learn from a text."""
+    name = "text.validation_data" if hasattr(base, "text") else "validation_data"
+    if not hasattr(base, "text") and not hasattr(base, "text_field"):
+        return []
+    return [Group({name: Reach(toys.other, of_text("validation"), DIFFERENT)})]
 
 
 def budget_rows() -> dict[str, Reach]:
@@ -134,7 +155,7 @@ def small_text(toys: Toys) -> Text:
 
 def of_gpt(toys: Toys) -> tuple[Any, list[Group]]:
     base = gpt.Recipe(1, toys.text, vocab_size=280, context_length=16, steps=30, batch_size=4)
-    rows = {name: row for name, row in text_rows(toys, "").items() if name != "held_out"} | own_rows()
+    rows = text_rows(toys, "") | own_rows()
     rows |= {
         "depth": Reach(2, ("model.config.n_layers", "model.config.n_heads")),
         "context_length": Reach(24, ("model.config.context_length", "data.context_length")),
@@ -178,6 +199,7 @@ def of_palm(toys: Toys) -> tuple[Any, list[Group]]:
 def of_characters(toys: Toys) -> tuple[Any, list[Group]]:
     base = characters.Recipe(toys.text)
     rows = {"data": Reach(toys.other, source), "steps": Reach(33, "settings.steps")}
+    rows |= format_rows("") | {"held_out": Reach(0.2, of_text("held_out"))}
     rows |= {"seed": Reach(5, ("settings.seed", "data.seed")), "recipe_of": Reach("nanogpt", kind_of_model, "gpt2")}
     return base, [Group(rows), seeded()]
 
@@ -219,6 +241,7 @@ def of_palm2(toys: Toys) -> tuple[Any, list[Group]]:
     rows = {
         "mixture": Reach(toys.other_mixture, lambda r: r.data.sources[1].weight, DIFFERENT),
         "vocab_size": Reach(367, "model.config.vocab_size"),
+        "held_out": Reach(0.3, lambda r: r.data.sources[0].shards.index["settings"]["held_out"]),
         "shares": Reach((0.1, 0.3, 0.6), shares, (0.1, 0.3, 0.6)),
         "prefix": Reach(0.3, prefix_of),
         "sentinels": Reach(90, lambda r: len(r.data.task.form.markers.sentinels), 90),
@@ -265,7 +288,15 @@ def more_of_translation(toys: Toys) -> list[Group]:
     average = {"average": Reach(6, ("save.plan.average", "settings.keep"))}
     minutes = {"minutes": Reach(0.5, "settings.steps", wiring.MINUTES // 2)}
     kinds = {"tokenizer": Reach("unigram", kind, "Unigram")}
-    return [Group(reverse), Group(average), Group(minutes, {"steps": None}), Group(kinds), seeded()]
+    table = Path(toys.pairs).with_name("fields.csv")
+    table.write_bytes("".join(["n,a,b\n", *(f"{n},これ {n},it {n}\n" for n in range(60))]).encode("cp932"))
+    named = {"source_field": Reach("a", ""), "target_field": Reach("b", ""), "encoding": Reach("cp932", "")}
+    held = {
+        "validation_data": Reach(toys.other_pairs, lambda r: len(r.data.held_out), DIFFERENT),
+        "test_data": Reach(toys.other_pairs, lambda r: r.run.about["data"][0]["test pairs"], DIFFERENT),
+    }
+    own = [Group(named, {"data": str(table)}, refused=True), Group(held)]
+    return [*own, Group(reverse), Group(average), Group(minutes, {"steps": None}), Group(kinds), seeded()]
 
 
 def of_transformer(toys: Toys) -> tuple[Any, list[Group]]:
@@ -309,6 +340,7 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_every_option_reaches_what_it_names(name: str, toys: Toys) -> None:
     base, groups = TABLE[name](toys)
+    groups += validated(toys, base)
     assert not wiring.uncovered(base, groups, {}), "an option without a row in the table above"
     for group in groups:
         wiring.check(group, lambda given: wiring.run(name, wiring.assign(base, given), toys.out / name))

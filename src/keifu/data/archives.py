@@ -144,7 +144,7 @@ def _fetched(archive: Archive, folder: Path, given: Path) -> Path:
     if free < archive.size:
         raise UserError(
             f"{archive.file} has {archive.size / 1e6:,.0f} MB, and the disk of {cache()} has {free / 1e6:,.0f} MB "
-            "free: free some space (keifu data clear removes what was fetched), or set KEIFU_CACHE to a folder elsewhere."
+            "free: free some space (keifu data clear removes what was fetched), or set KEIFU_CACHE to another folder."
         )
     if archive.file.endswith(".deb"):
         return debian.download(archive.package, archive.version, archive.file, folder, given)

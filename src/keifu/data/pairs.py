@@ -108,7 +108,7 @@ def _from_files(source: str, fields: Fields, encoding: str | None) -> Pairs:
     for path in paths:
         _check_there(path, str(path))
     codes = [path.suffix[1:] if re.fullmatch(r"\.(?!txt)[a-z]{2,3}", path.suffix) else "" for path in paths]
-    return Pairs(source, list(_side_by_side(*paths, encoding)), (codes[0], codes[1]))
+    return Pairs(source, list(_side_by_side(paths[0], paths[1], encoding)), (codes[0], codes[1]))
 
 
 def _check_there(path: Path, name: str) -> None:
@@ -127,7 +127,8 @@ def _of_records(source: str, path: Path, fields: Fields, encoding: str | None) -
     names: tuple[str, str] | None = None
     rows: list[Pair] = []
     for place, record in read_records(path, encoding=encoding):
-        record = record.get("translation") if isinstance(record.get("translation"), dict) else record
+        inner = record.get("translation")
+        record = inner if isinstance(inner, dict) else record
         names = names or _sides(place, record, fields, suffix)
         first, second = (_text(place, record, name) for name in names)
         rows.append((first, second))

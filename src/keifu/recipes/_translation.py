@@ -98,8 +98,10 @@ def _special(tokenizer: Tokenizer) -> Special:
 def ready(options: Options) -> Task:
     """Reads and splits the pairs, and learns the tokenizer from the training part, once; says what was found."""
     pairs = _read(options, options.data)
-    beside = [None if each is None else _read(options, each) for each in (options.validation_data, options.test_data)]
-    parts = split_beside(pairs, *beside) if any(beside) else split(pairs)
+    validation, test = (
+        None if each is None else _read(options, each) for each in (options.validation_data, options.test_data)
+    )
+    parts = split_beside(pairs, validation, test) if validation or test else split(pairs)
     tokenizer = _tokenizer(options, parts.train)
     _say(pairs.left_out)
     _say(parts.sentence())
