@@ -1,21 +1,27 @@
 """The command line as a person meets it: help without torch, one sentence for every mistake, plain text in a pipe."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
 import tyro
 
-from keifu import cli
-from keifu.commands import flags, tables
+from keifu import __version__, cli
+from keifu.commands import completion, flags, tables
 from keifu.commands.failures import explain
+from keifu.commands.help_text import help_text
+from keifu.commands.recipe_files import recipe_module, recipe_names, recipe_options
+from keifu.commands.train import with_folder
 from keifu.errors import UserError
 
-HELPED = [verb for verb in cli.VERBS if verb != "demo"]  # the demonstration's flags are its recipe's
+HELPED = [*cli.VERBS]
 LIGHT = """
 import sys
 from keifu.cli import main
@@ -52,11 +58,136 @@ def test_help_imports_nothing_heavy_and_tyro_neither() -> None:
     assert (done.returncode, done.stderr, done.stdout.splitlines()[-1]) == (0, "", "heavy:")
 
 
-@pytest.mark.parametrize("verb", HELPED)
-def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
-    done = in_new_process(LIGHT.format([verb, "--help"], HEAVY))
-    assert (done.returncode, done.stderr, done.stdout.splitlines()[-1]) == (0, "", "heavy:")
-    assert f"keifu {verb}" in done.stdout
+ALL_HELP = """
+import io, sys
+from contextlib import redirect_stdout
+from keifu.cli import main
+for words in {!r}:
+    with redirect_stdout(io.StringIO()) as shown:
+        try:
+            main([*words, "--help"])
+        except SystemExit as stop:
+            assert not stop.code, words
+    assert shown.getvalue().startswith(("Usage: keifu " + " ".join(words[:2])).rstrip()), words
+    print(*words, *sorted({!r} & sys.modules.keys()))
+"""
+
+
+def test_help_of_every_verb_and_recipe_imports_no_torch() -> None:
+    asked = [*([verb] for verb in HELPED), *(["train", name] for name in recipe_names())]
+    done = in_new_process(ALL_HELP.format(asked, HEAVY))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [" ".join(words) for words in asked]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_help_without_the_recipe_is_that_of_the_recipe(name: str) -> None:
+    kind, _ = recipe_options(name)
+    light, whole = (help_text(with_folder(one, name), "x", "") for one in (kind, recipe_module(name).Recipe))
+    assert light == whole
+    assert not re.search(r"\{None|default: (None|False|\)|\()|--no-", light)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A verb.
+
+    It has a second paragraph.
+    """
+
+    place: tyro.conf.Positional[str]
+    flip: bool = True
+    """Mirror every second picture."""
+    grey: bool = False
+    """without colour."""
+    size: int | None = None
+    """ddim's own."""
+    fit: Literal["crop", "pad"] = "crop"
+    kind: Literal["one-long-name", "another-long-name"] | None = None
+    """What."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    rate: float = 0.5
+
+
+def test_help_is_laid_out() -> None:
+    assert help_text(Shown, "keifu x", width=60).splitlines() == [
+        "Usage: keifu x [OPTIONS] PLACE", "", "A verb.", "", "It has a second paragraph.", "", "Arguments:",
+        "  PLACE", "", "Options:",
+        "  -h, --help       Show this help.",
+        "  --[no-]flip      Mirror every second picture. (default:",
+        "                   yes)",
+        "  --grey           Without colour.",
+        "  --size INT       ddim's own.",
+        "  --fit crop|pad   (default: crop)",
+        "  --kind NAME      What. One of one-long-name,",
+        "                   another-long-name.",
+        "  --stop TEXT      May be given several times.",
+        "  --rate FLOAT     (default: 0.5)",
+    ]  # fmt: skip
+    assert flags.parse(Shown, ["a", "--no-flip"], "keifu x").flip is False
+    assert {"--flip", "--no-flip", "--grey"} <= {*flags.flags(Shown)} and "--no-grey" not in flags.flags(Shown)
+
+
+def test_python_m_keifu_and_help_and_version(capsys: pytest.CaptureFixture) -> None:
+    done = in_new_process("import runpy, sys; sys.argv[1:] = ['version']; runpy.run_module('keifu', run_name='__main__')")
+    cli.main(["--version"])
+    assert done.stdout == capsys.readouterr().out == f"keifu {__version__}\n"
+    with pytest.raises(SystemExit):
+        cli.main(["help", "train", "gpt"])
+    assert capsys.readouterr().out.startswith("Usage: keifu train gpt [OPTIONS]")
+
+
+def test_quiet_leaves_results_and_errors_alone(failing, capsys: pytest.CaptureFixture) -> None:
+    failing(UserError("no"), "a note")
+    assert said(capsys, "fail", "-q") == (1, "no")
+    with pytest.raises(SystemExit):
+        cli.main(["fail"])
+    assert capsys.readouterr().err == "a note\nno\n"
+    with pytest.raises(UserError):
+        cli.main(["fail", "--verbose"])
+    assert cli.without_volume(["a", "-q", "--", "-v"]) == (["a", "--", "-v"], True, False)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_verbs_recipes_and_options(shell: str) -> None:
+    text = completion.script(shell, cli.VERBS)
+    assert all(word in text for word in [*cli.VERBS, "gpt1-finetune", "max-tokens"])
+
+
+def test_bash_completes() -> None:
+    ask = 'COMP_WORDS=(keifu {}); COMP_CWORD={}; _keifu; echo "${{COMPREPLY[@]}}"'
+    asked = [ask.format("ge", 1), ask.format("train gpt", 2), ask.format("train gpt --dep", 3), ask.format("chat --te", 2)]
+    text = completion.script("bash", cli.VERBS) + "\n" + "\n".join(asked)
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["generate", "gpt gpt1 gpt1-finetune gpt2 gpt3", "--depth", "--temperature"]
+
+
+def test_an_own_recipe_file_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    own = tmp_path / "my_own.py"
+    own.write_text(OWN_RECIPE)
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(own), "--help"])
+    assert "--size INT" in capsys.readouterr().out
+    cli.main(["train", str(own), "--size", "3"])
+    assert capsys.readouterr().out == "3 my_own False\n"
+    own.write_text("x = 1")
+    assert said(capsys, "train", str(own))[1].startswith(f"{own} is no recipe: it lacks Recipe and run")
+    assert said(capsys, "train", "nothing.py")[1].startswith("There is no file 'nothing.py'")
+
+
+OWN_RECIPE = '''"""Mine."""
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class Recipe:
+    """Options."""
+    size: int = 2
+    """Of it."""
+
+def run(recipe, out, resume):
+    print(recipe.size, out.name, resume)
+'''
 
 
 def test_importing_keifu_imports_nothing() -> None:
@@ -88,7 +219,7 @@ def test_python_interface_is_found_lazily() -> None:
         ("generate --tempratur 3", "There is no option '--tempratur'. Did you mean '--temperature'?"),
         ("generate", "keifu generate needs MODEL: see keifu generate --help."),
         ("convert --to gguf", "keifu convert needs MODEL and OUT: see keifu convert --help."),
-        ("convert a b --to gguff", "Invalid choice 'gguff' for argument '--to'. Expected one of ('hf', 'gguf', 'open_"),
+        ("convert a b --to gguff", "There is no --to called 'gguff'. Did you mean 'gguf'? Known: gguf, hf, open_clip."),
         ("generate smollm2 x --max-tokens many", "--max-tokens: a whole number or None is needed, not 'many'."),
         ("generate smollm2 x --temperature hot", "--temperature: a number or None is needed, not 'hot'."),
         ("generate smollm2 Once upon", "keifu generate has no use for 'upon': put a text that has spaces in quotation"),
@@ -105,8 +236,9 @@ def test_a_wrong_word_is_answered_in_one_sentence(words: str, told: str, capsys:
 def failing(monkeypatch: pytest.MonkeyPatch):
     """A verb `fail` whose work raises what the test says."""
 
-    def install(error: BaseException) -> None:
+    def install(error: BaseException, note: str = "") -> None:
         def run() -> None:
+            print(note, end="\n" if note else "", file=sys.stderr)
             raise error
 
         monkeypatch.setitem(cli.VERBS, "fail", "fails")

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from importlib import import_module
 from typing import NoReturn
 
@@ -24,22 +25,30 @@ VERBS = {  # each is a file of that name in keifu/commands
     "data": "list, fetch and check training data",
     "models": "every published size, parameters counted beside the paper's figure",
     "demo": "train a small model, then talk with a published one",
+    "completion": "what makes a shell complete keifu's words with Tab",
 }
-USAGE = "Usage: keifu VERB [OPTIONS]      keifu VERB --help tells a verb's options"
+USAGE = "Usage: keifu VERB [OPTIONS]"
+MORE = """\
+keifu help VERB [RECIPE] tells the options of one. For all verbs:
+  -q, --quiet    nothing but results and errors
+  -v, --verbose  versions and seconds at the end, and errors with their traceback
+  -V, --version  the version"""
 
 
 def help_text() -> str:
     """What `keifu --help` prints."""
     width = max(map(len, VERBS))
-    return "\n".join([USAGE, "", *(f"  {verb:{width}}  {line}" for verb, line in VERBS.items())])
+    return "\n".join([USAGE, "", *(f"  {verb:{width}}  {line}" for verb, line in VERBS.items()), "", MORE])
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
     """The work that the arguments ask for, not yet begun; an unknown verb or option is a `UserError`."""
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if [*arguments] in ([], ["-h"], ["--help"], ["help"]):
         return lambda: print(help_text())
     verb, *rest = arguments
-    if verb in ("-V", "--version"):
+    if verb == "help":
+        return parse([*rest, "--help"])
+    if verb in ("-V", "--version", "version"):
         return lambda: print(f"keifu {import_module('keifu').__version__}")
     if verb not in VERBS:
         raise unknown("verb", verb, VERBS)
@@ -58,13 +67,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(stop) or "Stopped.", 130)
 
 
-def _work(arguments: Sequence[str]) -> None:
+def without_volume(arguments: Sequence[str]) -> tuple[list[str], bool, bool]:
+    """The words without those for quiet and verbose, which every verb takes anywhere; and whether each was there."""
+    words = list(arguments)
+    end = words.index("--") if "--" in words else len(words)
+    quiet, verbose = ({*words[:end]} & {*names} for names in (("-q", "--quiet"), ("-v", "--verbose")))
+    kept = [word for place, word in enumerate(words) if place >= end or word not in quiet | verbose]
+    return kept, bool(quiet), bool(verbose)
+
+
+def _versions() -> str:
+    import platform
+
+    torch = sys.modules.get("torch")
+    used = f", torch {torch.__version__}" if torch else ""
+    return f"keifu {import_module('keifu').__version__}, Python {platform.python_version()}{used}"
+
+
+def _work(arguments: Sequence[str], quiet: bool, traceback: bool) -> None:
     """Parses, then runs; each of the two has its own exit status."""
     status = 2
     try:
         run = parse(arguments)
         status = 1
-        run()
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere if quiet else sys.stderr):
+            run()
         sys.stdout.flush()
     except BrokenPipeError:
         raise
@@ -72,7 +99,7 @@ def _work(arguments: Sequence[str]) -> None:
         from keifu.commands.failures import explain
 
         sentence = explain(error)
-        if sentence is None or os.environ.get("KEIFU_DEBUG") == "1":
+        if sentence is None or traceback:
             raise
         _fail(sentence, status)
 

@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 
 import tyro
 
+from keifu.commands.help_text import Argument, arguments_of, help_text
 from keifu.errors import UserError, unknown
 from keifu.generation.sampling import Sampling
 
@@ -42,9 +43,12 @@ def parser(kind: type[Options], run: Callable[[Options], None], program: str) ->
 
 def parse(kind: type[Options], arguments: Sequence[str], program: str, description: str | None = None) -> Options:
     """The options of dataclass `kind` from words; wrong words are a `UserError`, and `--help` prints and exits."""
+    if asks_for_help(arguments):
+        print(help_text(kind, program, description))
+        raise SystemExit(0)
     try:
         with redirect_stderr(io.StringIO()):
-            options, extra = _read(kind, arguments, program, description)
+            options, extra = _read(kind, arguments, program)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -54,15 +58,14 @@ def parse(kind: type[Options], arguments: Sequence[str], program: str, descripti
     return options
 
 
-def _read(kind: type[Options], arguments: Sequence[str], program: str, description: str | None = None):
-    return tyro.cli(
-        kind,
-        prog=program,
-        description=description,
-        args=list(arguments),
-        return_unknown_args=True,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether `--help` is among the words, as an option."""
+    options = list(arguments)[: list(arguments).index("--")] if "--" in arguments else arguments
+    return "-h" in options or "--help" in options
+
+
+def _read(kind: type[Options], arguments: Sequence[str], program: str):
+    return tyro.cli(kind, prog=program, args=list(arguments), return_unknown_args=True)
 
 
 @contextmanager
@@ -82,9 +85,13 @@ def _wide() -> Iterator[io.StringIO]:
 
 def flags(kind: type) -> list[str]:
     """Every `--flag` that the dataclass gives."""
-    with _wide() as printed:
-        _read(kind, ["--help"], "keifu")
-    return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", printed.getvalue())))
+    return sorted(names_of(arguments_of(kind)))
+
+
+def names_of(arguments: Sequence[Argument]) -> list[str]:
+    """Every `--name` of these options, both of those that are written `--[no-]name`."""
+    given = [name for argument in arguments for name in argument.names if name.startswith("--")]
+    return [name.replace("[no-]", word) for name in given for word in (("", "no-") if "[no-]" in name else ("",))]
 
 
 def _unrecognised(kind: type, words: Sequence[str], program: str) -> UserError:
@@ -105,7 +112,12 @@ def _complaint(kind: type, arguments: Sequence[str], program: str) -> UserError:
         return _unrecognised(kind, strange, program)
     with _wide() as printed:
         _read(kind, arguments, program)
-    return UserError(_sentence(_content(printed.getvalue()), program))
+    lines = _content(printed.getvalue())
+    if match := re.match(
+        r"Invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", " ".join(lines).strip()
+    ):
+        return unknown(f"{match[2]} called", match[1], re.findall(r"'([^']*)'", match[3]))
+    return UserError(_sentence(lines, program))
 
 
 def _content(box: str) -> list[str]:

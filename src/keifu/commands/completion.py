@@ -1,0 +1,95 @@
+"""`keifu completion`: a script that makes a shell complete verbs, recipes and options; knows no verb's work."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from keifu.commands import flags
+from keifu.commands.help_text import Argument, arguments_of
+from keifu.commands.recipe_files import recipe_names, recipe_options
+
+BASH = """\
+_keifu() {{
+    local word="${{COMP_WORDS[COMP_CWORD]}}" words="" key="${{COMP_WORDS[1]}}"
+    [ "$key" = train ] && [ "$COMP_CWORD" -gt 2 ] && key="train ${{COMP_WORDS[2]}}"
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        words="{verbs}"
+    else
+        case "$key" in
+{cases}
+        esac
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o default -o bashdefault -F _keifu keifu"""
+ZSH = "autoload -U +X compinit && compinit -u\nautoload -U +X bashcompinit && bashcompinit\n"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What makes a shell complete keifu's verbs, recipes and options with the Tab key.
+
+    bash: add `eval "$(keifu completion bash)"` to ~/.bashrc, or zsh with zsh to ~/.zshrc; for fish:
+    keifu completion fish > ~/.config/fish/completions/keifu.fish
+    """
+
+    shell: Annotated[tyro.conf.Positional[Literal["bash", "zsh", "fish"]], tyro.conf.arg(help="The shell.")]
+
+
+def words_of_verbs(verbs: Sequence[str]) -> dict[str, list[Argument]]:
+    """What may follow each verb, and `train RECIPE` for each recipe."""
+    found = {verb: arguments_of(_options(verb)) for verb in verbs if verb not in ("train", "demo")}
+    return found | {f"train {name}": arguments_of(_recipe(name)) for name in recipe_names()}
+
+
+def _options(verb: str) -> type:
+    return import_module(f"keifu.commands.{verb}").Options
+
+
+def _recipe(name: str) -> Any:
+    from keifu.commands.train import with_folder
+
+    return with_folder(recipe_options(name)[0], name)
+
+
+def script(shell: str, verbs: dict[str, str]) -> str:
+    """The script for a shell."""
+    given = words_of_verbs([*verbs])
+    if shell == "fish":
+        return "\n".join(_fish(given, verbs))
+    cases = {key: flags.names_of(arguments) for key, arguments in given.items()} | {"train": recipe_names()}
+    lines = [f'            "{key}") words="{" ".join(words)}";;' for key, words in cases.items()]
+    text = BASH.format(verbs=" ".join([*verbs, "help", "version"]), cases="\n".join(lines))
+    return f"{ZSH}{text}" if shell == "zsh" else text
+
+
+def _fish(given: dict[str, list[Argument]], verbs: dict[str, str]) -> list[str]:
+    begin = "complete -c keifu -n"
+    lines = [f"{begin} __fish_use_subcommand -a {verb} -d {_quoted(line)}" for verb, line in verbs.items()]
+    second = "__fish_seen_subcommand_from train; and test (count (commandline -opc)) -eq 2"
+    lines.append(f"{begin} {_quoted(second)} -a {_quoted(' '.join(recipe_names()))}")
+    for key, arguments in given.items():
+        verb, _, recipe = key.partition(" ")
+        seen = f"__fish_seen_subcommand_from {verb}"
+        seen += f"; and contains -- {recipe} (commandline -opc)" if recipe else ""
+        for argument in arguments:
+            for name in flags.names_of([argument]):
+                lines.append(f"{begin} {_quoted(seen)} -l {name[2:]} -d {_quoted(argument.help[:80])}")
+    return lines
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def run(options: Options) -> None:
+    """Prints the script."""
+    from keifu.cli import VERBS
+
+    print(script(options.shell, VERBS))
+
+
+parse = flags.parser(Options, run, "keifu completion")

@@ -1,0 +1,121 @@
+"""What `--help` prints: usage, what a verb does, and a line for each argument and option; knows no verb."""
+
+import inspect
+import re
+import shutil
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tyro
+
+WIDEST = 100  # columns of text that are read with ease
+LEFT = 30  # columns for an option and its value; a longer one has a line of its own
+VALUES = {"STR": "TEXT", "FLOAT|INT": "FLOAT", "INT|FLOAT": "FLOAT"}
+SAYS_NOTHING = ("None", "''", "", "False", "()", "True")  # defaults that the text has words for, or that a flag shows
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument or option: its names (none where it has a place instead), the value it takes, what it does."""
+
+    names: tuple[str, ...]
+    value: str
+    help: str
+    group: str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def spelled(self) -> str:
+        """As it stands in the left column: `-o, --out PATH`; a switch that is on at first is `--[no-]flip`."""
+        return f"{', '.join(self.names)} {self.value}".strip() if self.names else self.value
+
+
+def arguments_of(kind: type) -> list[Argument]:
+    """What the dataclass `kind` gives, positional arguments first, in the order of their groups."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # tyro 1 keeps it, and there is no other way to ask
+        parser: Any = tyro.extras.get_parser(kind, prog="keifu", console_outputs=False)
+    grouped = [(str(group.title), action) for group in parser._action_groups for action in group._group_actions]
+    return [_argument(title, action) for title, action in grouped]
+
+
+def _argument(title: str, action: Any) -> Argument:
+    if "--help" in action.option_strings:
+        return Argument(("-h", "--help"), "", "Show this help.", title)
+    text = re.sub(r"\s+", " ", str(action.help or "")).strip()
+    found = re.search(r"\s*\((default|repeatable|required)(?:: (.*))?\)$", text)
+    text = text[: found.start()] if found else text
+    text = _sentence(text)
+    metavar = str(action.metavar or "")
+    choices = tuple(one for one in re.findall(r"[^][,{}| ]+", metavar) if one != "None") if action.choices else ()
+    value, listed = _value(metavar, choices)
+    text = f"{text} One of {listed}." if listed else text
+    names = tuple(action.option_strings)
+    default = (found[2] or "") if found and found[1] == "default" else ""
+    if action.metavar is None and len(names) > 1:  # a switch and its opposite
+        positive = [name for name in names if not name.rpartition(".")[2].removeprefix("--").startswith("no-")]
+        names = tuple(positive) if default != "True" else (re.sub(r"(--|\.)(?=[^.]*$)", r"\1[no-]", positive[-1]),)
+    if default not in SAYS_NOTHING:
+        text = f"{text} (default: {default})"
+    elif default == "True":
+        text = f"{text} (default: yes)"
+    elif found and found[1] == "repeatable":
+        text = f"{text} May be given several times."
+    return Argument(names, value, text.strip(), title, choices)
+
+
+def _sentence(text: str) -> str:
+    """Begins with a capital letter, unless it begins with a name: `bpe, unigram or ...`, `ddim's ...`."""
+    return text if re.match(r"\S*[:,'._-]", text) else f"{text[:1].upper()}{text[1:]}"
+
+
+def _value(metavar: str, choices: Sequence[str]) -> tuple[str, str]:
+    """The value in the left column, and the choices where they are too long for it."""
+    if choices:
+        shown = "|".join(choices)
+        shown = f"[{shown}]" if metavar.startswith("[") else shown
+        return (shown, "") if len(shown) <= 22 else ("NAME", ", ".join(choices))
+    shown = re.sub(r"\{None\}\|?|\|?\{None\}", "", metavar)
+    shown = VALUES.get(shown, shown)
+    shown = re.sub(r"\bSTR\b", "TEXT", shown).strip("{}")
+    return re.sub(r"\[(\w+(?: \w+)*) \[\1 \.\.\.\]\]", r"\1 ...", shown), ""
+
+
+def help_text(kind: type, program: str, description: str | None = None, width: int | None = None) -> str:
+    """The whole text, in lines of at most `width` columns; None: as wide as the terminal, up to `WIDEST`."""
+    width = width or min(WIDEST, shutil.get_terminal_size().columns)
+    arguments = arguments_of(kind)
+    places = [argument.value for argument in arguments if not argument.names]
+    usage = f"Usage: {' '.join([program, '[OPTIONS]', *places])}"
+    about = description if description is not None else inspect.cleandoc(kind.__doc__ or "")
+    left = min(LEFT, max(len(argument.spelled) for argument in arguments) + 2)
+    lines = [usage, "", *_paragraphs(about, width)]
+    for group in dict.fromkeys(argument.group for argument in arguments):
+        lines += ["", f"{_heading(group)}:"]
+        for argument in arguments:
+            if argument.group == group:
+                lines += _entry(argument, left, width)
+    return "\n".join(lines)
+
+
+def _heading(group: str) -> str:
+    title = {"positional arguments": "Arguments", "options": "Options"}.get(group, group)
+    return f"{title[:1].upper()}{title[1:]}"
+
+
+def _paragraphs(text: str, width: int) -> Iterator[str]:
+    for number, paragraph in enumerate(re.split(r"\n\s*\n", text.strip())):
+        yield from [""] if number else []
+        yield from textwrap.wrap(re.sub(r"\s+", " ", paragraph), width, break_on_hyphens=False)
+
+
+def _entry(argument: Argument, left: int, width: int) -> list[str]:
+    spelled = argument.spelled
+    text = textwrap.wrap(argument.help, max(20, width - left - 2), break_on_hyphens=False) or [""]
+    if len(spelled) + 2 > left:
+        return [f"  {spelled}", *(f"  {'':{left}}{line}" for line in text)]
+    first, *rest = text
+    return [f"  {spelled:{left}}{first}".rstrip(), *(f"  {'':{left}}{line}" for line in rest)]
