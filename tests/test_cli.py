@@ -85,7 +85,7 @@ def test_help_without_the_recipe_is_that_of_the_recipe(name: str) -> None:
     kind, _ = recipe_options(name)
     light, whole = (help_text(with_folder(one, name), "x", "") for one in (kind, recipe_module(name).Recipe))
     assert light == whole
-    assert not re.search(r"\{None|default: (None|False|\)|\()|--no-", light)
+    assert not re.search(r"\{None|default: (None|False|\)|\()|^  --no-", light, re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ def test_help_is_laid_out() -> None:
 
 
 def test_python_m_keifu_and_help_and_version(capsys: pytest.CaptureFixture) -> None:
-    done = in_new_process("import runpy, sys; sys.argv[1:] = ['version']; runpy.run_module('keifu', run_name='__main__')")
+    run = "import runpy, sys; sys.argv[1:] = ['version']; runpy.run_module('keifu', run_name='__main__')"
+    done = in_new_process(run)
     cli.main(["--version"])
     assert done.stdout == capsys.readouterr().out == f"keifu {__version__}\n"
     with pytest.raises(SystemExit):
@@ -156,7 +157,8 @@ def test_completion_knows_verbs_recipes_and_options(shell: str) -> None:
 
 def test_bash_completes() -> None:
     ask = 'COMP_WORDS=(keifu {}); COMP_CWORD={}; _keifu; echo "${{COMPREPLY[@]}}"'
-    asked = [ask.format("ge", 1), ask.format("train gpt", 2), ask.format("train gpt --dep", 3), ask.format("chat --te", 2)]
+    typed = [("ge", 1), ("train gpt", 2), ("train gpt --dep", 3), ("chat --te", 2)]
+    asked = [ask.format(*words) for words in typed]
     text = completion.script("bash", cli.VERBS) + "\n" + "\n".join(asked)
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
     assert done.stdout.splitlines() == ["generate", "gpt gpt1 gpt1-finetune gpt2 gpt3", "--depth", "--temperature"]

@@ -1,24 +1,41 @@
-"""keifu's Python interface: load, save and generate, each imported at first use, so that `import keifu` is free."""
+"""keifu's Python interface, each name imported at first use, so that `import keifu` is free.
+
+>>> import keifu
+>>> model, tokenizer = keifu.load("smollm2")
+>>> keifu.generate(model, tokenizer, "Once upon a time, in a small", max_tokens=3, temperature=0)
+' town, there'
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keifu.checkpoints import load as load
+    from keifu.checkpoints import load_weights as load_weights
     from keifu.checkpoints import save as save
     from keifu.generation.generate import generate as generate
+    from keifu.recipes._own import train as train
+    from keifu.training.protocols import Outcome as Outcome
+    from keifu.training.settings import Settings as Settings
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "generate", "load", "save"]
+__all__ = ["Outcome", "Settings", "__version__", "generate", "load", "load_weights", "save", "train"]
 
-_HOMES = {"load": "keifu.checkpoints", "save": "keifu.checkpoints", "generate": "keifu.generation.generate"}
+_HOMES = {
+    "load": "keifu.checkpoints",
+    "load_weights": "keifu.checkpoints",
+    "save": "keifu.checkpoints",
+    "generate": "keifu.generation.generate",
+    "train": "keifu.recipes._own",
+    "Outcome": "keifu.training.protocols",
+    "Settings": "keifu.training.settings",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public function at first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'keifu' has no attribute {name!r}")
-    import_module("keifu.threads").follow_load()
     return getattr(import_module(_HOMES[name]), name)
 
 

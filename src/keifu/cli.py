@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from importlib import import_module
@@ -58,8 +59,12 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `keifu`: exits with 0, 1 after an error, 2 where the command line is wrong, 130 after Ctrl-C."""
     follow_load()  # before torch is imported, which reads how many threads there are
+    words, quiet, verbose = without_volume(sys.argv[1:] if arguments is None else arguments)
+    began = time.perf_counter()
     try:
-        _work(sys.argv[1:] if arguments is None else arguments)
+        _work(words, quiet, verbose or os.environ.get("KEIFU_DEBUG") == "1")
+        if verbose:
+            print(f"{_versions()}: {time.perf_counter() - began:.2f} s", file=sys.stderr)
     except BrokenPipeError:  # the reader of a pipe has gone, as in `keifu models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from keifu.checkpoints.opening import inspect as inspect
     from keifu.checkpoints.opening import load as load
     from keifu.checkpoints.opening import load_model as load_model
+    from keifu.checkpoints.own_module import load_weights as load_weights
     from keifu.checkpoints.report import Report as Report
     from keifu.checkpoints.saving import save as save
 
-__all__ = ["Report", "convert", "inspect", "load", "load_model", "save", "save_gguf"]
+__all__ = ["Report", "convert", "inspect", "load", "load_model", "load_weights", "save", "save_gguf"]
 
-_HOMES = {"save_gguf": "gguf_saving", "Report": "report", "save": "saving"}
+_HOMES = {"load_weights": "own_module", "save_gguf": "gguf_saving", "Report": "report", "save": "saving"}
 
 
 def __getattr__(name: str) -> Any:

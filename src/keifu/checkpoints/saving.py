@@ -26,8 +26,9 @@ from keifu.checkpoints.diffusers import (
 from keifu.checkpoints.families import described_as
 from keifu.checkpoints.huggingface import CONFIGS, INDEX, PREPROCESSOR, WEIGHTS
 from keifu.checkpoints.names import Link, links
+from keifu.checkpoints.own_module import save_module
 from keifu.checkpoints.source import check_tokenizer, name_of
-from keifu.checkpoints.tasks import describe
+from keifu.checkpoints.tasks import describe, is_known
 from keifu.data.tokenizer_formats import GENERATION_CONFIG
 from keifu.errors import UserError
 
@@ -56,11 +57,19 @@ def save(
     share is written once. tokenizer: None for a model that writes no text. Other files in the directory stay. A Config
     that no published model_type can say is written under keifu's own, which keifu alone loads. A network that draws is
     written as diffusers' pipeline, in the folder `unet` beside its scheduler. kind: the model_type to write it as,
-    where it has several ("open_clip").
+    where it has several ("open_clip"). A module that is not keifu's is written with its own names, and `load_weights`
+    fills one like it.
+
+    >>> import tempfile, keifu
+    >>> model, tokenizer = keifu.load("smollm2")
+    >>> keifu.save(model, tokenizer, tempfile.mkdtemp())
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, and a model is written as a folder: give another name.")
+    if not is_known(vars(model).get("config")):
+        save_module(model, tokenizer, directory)
+        return
     own: Any = model.config
     family, config = describe(own) if kind is None else described_as(own, kind)
     if tokenizer is not None:

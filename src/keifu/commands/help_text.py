@@ -51,6 +51,8 @@ def _argument(title: str, action: Any) -> Argument:
     text = _sentence(text)
     metavar = str(action.metavar or "")
     choices = tuple(one for one in re.findall(r"[^][,{}| ]+", metavar) if one != "None") if action.choices else ()
+    if not action.option_strings and metavar in ("STR", "INT", "FLOAT", "PATH"):
+        metavar = action.dest.rpartition(".")[2].upper()
     value, listed = _value(metavar, choices)
     text = f"{text} One of {listed}." if listed else text
     names = tuple(action.option_strings)

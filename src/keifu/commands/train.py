@@ -36,11 +36,7 @@ def with_folder(kind: type, name: str) -> Any:
     folder = field(default=Path("runs") / Path(name).stem)
     fields = [
         ("recipe", Annotated[kind, tyro.conf.arg(name="")]),
-        (
-            "out",
-            Annotated[Path, tyro.conf.arg(help="Folder of the run.")],
-            field(default=Path("runs") / Path(name).stem),
-        ),
+        ("out", Annotated[Path, tyro.conf.arg(help="Folder of the run.")], folder),
         ("resume", Annotated[bool, tyro.conf.arg(help="Go on with the run that stands in that folder.")], False),
     ]
     return make_dataclass("Train", fields, frozen=True)

@@ -175,6 +175,11 @@ class Tokenizer:
         """The same tokenizer for a model that reads so many tokens."""
         return self.replace(max_length=length)
 
+    def __repr__(self) -> str:
+        kind = type(self.backend.model).__name__
+        roles = "".join(f", {role.removesuffix('_token')} {token!r}" for role, token in self.special.items())
+        return f"Tokenizer({kind}, {self.vocab_size:,} tokens{roles}{', chat template' if self.chat_template else ''})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, tuple(self._parts.values())
 

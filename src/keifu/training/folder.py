@@ -38,7 +38,7 @@ def claim(run: Run) -> None:
 
 def write_recipe(run: Run, facts: Mapping[str, Any]) -> None:
     """recipe.json: what the run is about, everything that was resolved, and the versions in use."""
-    content = {**run.about, "options": run.options, "versions": versions(), **facts}
+    content = {"title": run.directory.name, **run.about, "options": run.options, "versions": versions(), **facts}
     write_atomic(run.directory / RECIPE, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 

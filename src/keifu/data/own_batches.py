@@ -1,0 +1,104 @@
+"""Batches of a user's own examples, tensors or a data set, in an order that the seed and the step alone decide."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keifu.errors import UserError
+
+
+@runtime_checkable
+class Examples(Protocol):
+    """What has a length and gives an example by its number, as PyTorch's data sets do."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class OwnBatches:
+    """Batches for the training loop, drawn without replacement; every epoch has another order.
+
+    source: tensors by name whose first axis is examples, {"x": x, "y": y}, or a data set whose examples are dicts of
+    tensors or numbers. held_out: the share of the examples that is kept for validation, chosen by the seed.
+    fingerprint: what says that the data are the same when a run is resumed; None: computed from the tensors, or for a
+    data set from its length and 16 of its examples.
+
+    Tensors of different lengths, no example, or a batch larger than the training part: a `UserError`.
+
+    >>> data = OwnBatches({"x": torch.arange(10.0)}, batch_size=4, held_out=0.2)
+    >>> data.batch(0)["x"].shape, [len(batch["x"]) for batch in data.validation()]
+    (torch.Size([4]), [2])
+    """
+
+    def __init__(
+        self,
+        source: Mapping[str, Tensor] | Examples,
+        batch_size: int,
+        seed: int = 0,
+        held_out: float = 0.1,
+        fingerprint: str | None = None,
+    ):
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        count = _count(source)
+        order = np.random.default_rng([seed, 1]).permutation(count)
+        n_held_out = round(held_out * count)
+        self.held_out, self.training = np.sort(order[:n_held_out]), np.sort(order[n_held_out:])
+        if not 1 <= batch_size <= len(self.training):
+            raise UserError(
+                f"A batch of {batch_size} cannot be drawn from {len(self.training)} examples for training "
+                f"({n_held_out} are held out): choose a smaller batch_size."
+            )
+        self.fingerprint = fingerprint or _fingerprint(source, count, held_out)
+        self._order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, 0, epoch]).permutation(self.training))
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The whole batch of a step; what is left at the end of an epoch begins the next one's first batch."""
+        size = len(self.training)
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return self._take([self._order(place // size)[place % size] for place in places])
+
+    def validation(self) -> Iterator[dict[str, Tensor]]:
+        """The examples that are held out, in batches."""
+        for start in range(0, len(self.held_out), self.batch_size):
+            yield self._take(self.held_out[start : start + self.batch_size])
+
+    def _take(self, numbers: Any) -> dict[str, Tensor]:
+        if isinstance(self.source, Mapping):
+            chosen = torch.as_tensor(np.asarray(numbers))
+            return {name: tensor[chosen] for name, tensor in self.source.items()}
+        rows = [self.source[int(number)] for number in numbers]
+        if not isinstance(rows[0], Mapping):
+            kind = type(rows[0]).__name__
+            raise UserError(f"An example of the data is a {kind}; it must be a dict of tensors or numbers by name.")
+        return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+
+def _count(source: Mapping[str, Tensor] | Examples) -> int:
+    if not isinstance(source, Mapping):
+        return len(source)
+    lengths = {name: len(tensor) for name, tensor in source.items()}
+    if len({*lengths.values()}) != 1:
+        raise UserError(f"The tensors must have as many examples each, and they have {lengths or 'none'}.")
+    return next(iter(lengths.values()))
+
+
+def _fingerprint(source: Mapping[str, Tensor] | Examples, count: int, held_out: float) -> str:
+    """SHA-256 of the tensors; of a data set, its length and examples spread evenly over it."""
+    digest = hashlib.sha256(json.dumps([count, held_out]).encode())
+    if isinstance(source, Mapping):
+        rows: list[Any] = [source]
+    else:
+        rows = [source[number] for number in sorted({n * count // 16 for n in range(16)})] if count else []
+    for row in rows:
+        for name, value in row.items() if isinstance(row, Mapping) else ():
+            tensor = torch.as_tensor(value).detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

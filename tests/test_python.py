@@ -1,0 +1,165 @@
+"""The Python interface as its page and its docstrings show it, and what of a user's own it takes or refuses."""
+
+import doctest
+import json
+import re
+import signal
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import keifu
+from keifu.data.own_batches import OwnBatches
+from keifu.errors import UserError
+from keifu.training.interrupt import Stopped
+
+PAGE = Path(__file__).parent.parent / "docs" / "python.md"
+EXAMPLES = ["keifu", "keifu.recipes._own", "keifu.checkpoints.own_module", "keifu.checkpoints.opening",
+            "keifu.checkpoints.saving", "keifu.generation.generate", "keifu.data.own_batches"]  # fmt: skip
+X = torch.linspace(-1, 1, 60).unsqueeze(-1)
+DATA = {"x": X, "y": X**2}
+
+
+def loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    return nn.functional.mse_loss(model(batch["x"]), batch["y"])
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def settings(**changes) -> keifu.Settings:
+    return keifu.Settings(**{"steps": 6, "batch_size": 7, "learning_rate": 0.01, "precision": "float32"} | changes)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert (tmp_path / "runs/mine/report.html").exists()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_in_docstrings(name: str) -> None:
+    failed, tried = doctest.testmod(import_module(name))
+    assert tried and not failed
+
+
+def test_every_public_name_has_an_example_or_is_a_record() -> None:
+    functions = [
+        getattr(keifu, name) for name in keifu.__all__ if name in ("generate", "load", "load_weights", "save", "train")
+    ]
+    assert all(">>>" in (function.__doc__ or "") for function in functions)
+    assert (Path(keifu.__file__).parent / "py.typed").exists()
+
+
+def test_a_run_of_ones_own_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole, parted = network(), network()
+    keifu.train(whole, loss, DATA, settings(), tmp_path / "whole")
+    calls = []
+
+    def stopping(model: nn.Module, batch: dict) -> torch.Tensor:
+        calls.append(len(batch["x"]))
+        if len([size for size in calls if size == 7]) == 5:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C
+        return loss(model, batch)
+
+    with pytest.raises(Stopped, match="To go on: the same call of keifu.train"):
+        keifu.train(parted, stopping, DATA, settings(save_every=2), tmp_path / "parted")
+    with pytest.raises(UserError, match=r"the same call of keifu.train with out=.*resume=True"):
+        keifu.train(network(), loss, DATA, settings(save_every=2), tmp_path / "parted")
+    resumed = network()
+    keifu.train(resumed, loss, DATA, settings(save_every=2), tmp_path / "parted", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert json.loads((tmp_path / "parted/recipe.json").read_text())["title"] == "Sequential"
+
+
+def test_a_run_without_a_title_is_called_by_its_folder(tmp_path: Path) -> None:
+    from keifu.training.loop import train
+    from keifu.training.protocols import Run
+
+    data = OwnBatches(DATA, 7)
+    train(
+        network(), lambda model, batch: keifu.Outcome(loss(model, batch) * 7, 7), data, settings(), Run(tmp_path / "x")
+    )
+    assert "<h1>x" in (tmp_path / "x/report.html").read_text()
+
+
+class Rows:
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int):
+        if not 0 <= index < 10:
+            raise IndexError(index)
+        return {"x": torch.tensor([float(index)]), "y": index}
+
+
+def test_a_data_set_gives_every_example_once_an_epoch() -> None:
+    data = OwnBatches(Rows(), 4, held_out=0.2)
+    drawn = torch.cat([data.batch(step)["y"] for step in range(4)])
+    held_out = torch.cat([batch["y"] for batch in data.validation()])
+    first, second = drawn[:8], drawn[8:]
+    assert sorted([*first.tolist(), *held_out.tolist()]) == list(range(10))
+    assert sorted(second.tolist()) == sorted(first.tolist()) and first.tolist() != second.tolist()
+    assert torch.equal(data.batch(1)["y"], OwnBatches(Rows(), 4, held_out=0.2).batch(1)["y"])
+    assert data.batch(0)["x"].shape == (4, 1)
+    other = OwnBatches({"x": X + 1}, 4)
+    assert other.fingerprint != OwnBatches({"x": X}, 4).fingerprint == OwnBatches({"x": X.clone()}, 4).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "told"),
+    [
+        ({"x": X, "y": X[:5]}, 4, r"as many examples each, and they have \{'x': 60, 'y': 5\}"),
+        ({}, 4, "as many examples each, and they have none"),
+        ({"x": X}, 55, "A batch of 55 cannot be drawn from 54 examples"),
+        ([(1, 2)] * 10, 2, "An example of the data is a tuple"),
+    ],
+)
+def test_data_that_cannot_be_are_refused(source, size: int, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        OwnBatches(source, size).batch(0)
+
+
+def test_an_objective_that_gives_no_mean_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"The objective gave shape \[\d, 1\]"):
+        keifu.train(network(), lambda model, batch: model(batch["x"]), DATA, settings(), tmp_path)
+
+
+class Tied(nn.Module):
+    """Two layers that share a matrix, and a config of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"dim": 3}
+        self.first = nn.Linear(3, 3)
+        self.second = nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.register_buffer("count", torch.tensor(5))
+
+
+def test_an_own_module_is_saved_and_filled_again(tmp_path: Path) -> None:
+    model = Tied()
+    keifu.save(model, None, tmp_path)
+    again = keifu.load_weights(Tied(), tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert again.first.weight is again.second.weight and not again.training
+    assert json.loads((tmp_path / "config.json").read_text())["config"] == {"dim": 3}
+    with pytest.raises(UserError, match=r"2 missing \(bias, weight\); 4 not part of the module \(count, "):
+        keifu.load_weights(nn.Linear(3, 3), tmp_path)
+    keifu.save(nn.Linear(2, 3), None, tmp_path)
+    with pytest.raises(UserError, match=r"weight is \[3, 2\] where the module has \[3, 3\]"):
+        keifu.load_weights(nn.Linear(3, 3), tmp_path)
+    with pytest.raises(UserError, match="it has no model.safetensors"):
+        keifu.load_weights(nn.Linear(3, 3), tmp_path / "nothing")
+
+
+def test_loading_an_own_module_says_how() -> None:
+    _, tokenizer = keifu.load("smollm2")
+    assert repr(tokenizer).startswith("Tokenizer(BPE, 49,152 tokens, bos '<|im_start|>'")
