@@ -96,6 +96,7 @@ class Shown:
     """
 
     place: tyro.conf.Positional[str]
+    """Where."""
     flip: bool = True
     """Mirror every second picture."""
     grey: bool = False
@@ -112,17 +113,17 @@ class Shown:
 def test_help_is_laid_out() -> None:
     assert help_text(Shown, "keifu x", width=60).splitlines() == [
         "Usage: keifu x [OPTIONS] PLACE", "", "A verb.", "", "It has a second paragraph.", "", "Arguments:",
-        "  PLACE", "", "Options:",
-        "  -h, --help       Show this help.",
-        "  --[no-]flip      Mirror every second picture. (default:",
-        "                   yes)",
-        "  --grey           Without colour.",
-        "  --size INT       ddim's own.",
-        "  --fit crop|pad   (default: crop)",
-        "  --kind NAME      What. One of one-long-name,",
-        "                   another-long-name.",
-        "  --stop TEXT      May be given several times.",
-        "  --rate FLOAT     (default: 0.5)",
+        "  PLACE           Where.", "", "Options:",
+        "  -h, --help      Show this help.",
+        "  --[no-]flip     Mirror every second picture. (default:",
+        "                  yes)",
+        "  --grey          Without colour.",
+        "  --size INT      ddim's own.",
+        "  --fit crop|pad  (default: crop)",
+        "  --kind NAME     What. One of one-long-name,",
+        "                  another-long-name.",
+        "  --stop TEXT     May be given several times.",
+        "  --rate FLOAT    (default: 0.5)",
     ]  # fmt: skip
     assert flags.parse(Shown, ["a", "--no-flip"], "keifu x").flip is False
     assert {"--flip", "--no-flip", "--grey"} <= {*flags.flags(Shown)} and "--no-grey" not in flags.flags(Shown)

@@ -31,6 +31,11 @@ def load(name: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module,
 
     Weights that need no change stay memory-mapped. A file that is torn, a tensor that is missing, extra or misshapen, a
     setting that is not implemented, a tokenizer that does not fit: each is a `UserError` that names it.
+
+    >>> import keifu
+    >>> model, tokenizer = keifu.load("smollm2")
+    >>> type(model).__name__, tokenizer.encode("Hello")
+    ('DecoderLM', [19556])
     """
     path = locate(name)
     if is_adapter(path):

@@ -68,8 +68,13 @@ def save(
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, and a model is written as a folder: give another name.")
     if not is_known(vars(model).get("config")):
-        save_module(model, tokenizer, directory)
-        return
+        return save_module(model, tokenizer, directory)
+    _save_known(model, tokenizer, directory, max_shard_bytes, kind)
+
+
+def _save_known(
+    model: nn.Module, tokenizer: Any, directory: Path, max_shard_bytes: int | float, kind: str | None
+) -> None:
     own: Any = model.config
     family, config = describe(own) if kind is None else described_as(own, kind)
     if tokenizer is not None:

@@ -124,6 +124,11 @@ def generate(
 
     A prompt longer than the context, and a setting that is unknown or out of its range, are `UserError`s. With one seed
     for several prompts each gets what it would get alone, so equal prompts get equal texts.
+
+    >>> import keifu
+    >>> model, tokenizer = keifu.load("smollm2")
+    >>> keifu.generate(model, tokenizer, "Once upon a time, in a small", max_tokens=3, temperature=0)
+    ' town, there'
     """
     settings = sampling_for(tokenizer, sampling)
     prompts = [as_prompt(tokenizer, each, raw) for each in ([prompt] if isinstance(prompt, str) else prompt)]

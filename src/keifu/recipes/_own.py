@@ -12,7 +12,7 @@ from keifu.data.tokenizers import Tokenizer
 from keifu.errors import UserError
 from keifu.training.loop import Summary
 from keifu.training.loop import train as run_loop
-from keifu.training.protocols import Batch, Data, Objective, Outcome, Run, Sample
+from keifu.training.protocols import Batch, Data, Objective, Outcome, Run, Sample, Save
 from keifu.training.settings import Settings
 
 Loss = Callable[[nn.Module, Batch], Tensor | Outcome]
@@ -33,47 +33,38 @@ def train(
     resume: bool = False,
     replace: bool = False,
 ) -> Summary:
-    """Trains a model of your own, on the device where its parameters are, and leaves a run's folder.
+    """Trains a model of your own, on the device where its parameters are, and leaves a run's folder (docs/python.md).
 
-    objective: a function of the model and a batch that gives the mean loss over the rows as a scalar, or an `Outcome`
-    of sums where something else than rows is counted or further figures are wanted. data: tensors by name whose first
-    axis is examples, a data set whose examples are dicts (a tenth of either is held out for validation), or what has
-    `fingerprint`, `batch(step)` and `validation()`. settings: steps, batch size, rates, how often what is saved.
-    out: the folder with metrics.jsonl, report.html, the saved states and the model (`keifu.load_weights`, or
-    `keifu.load` where keifu knows it). sample: from the steps done, a text or a PNG picture. options: what else decides
-    the result; it is compared on resuming. unit: what the objective counts.
-
-    Ctrl-C saves and raises `Stopped`; the same call with resume=True goes on, to the same bits as without the pause.
-    A folder that holds a run is a `UserError`, unless replace=True starts over. Loss that is not finite, or too little
-    memory: a `UserError` after the state is saved.
+    objective: from the model and a batch, the mean loss over the rows, or an `Outcome` of sums. data: tensors by name,
+    a data set (a tenth of either is held out), or batches. sample: from the steps done, a text or a PNG picture.
+    options: what else decides the result, compared on resuming. unit: what the objective counts. resume goes on to the
+    same bits; replace starts over where the folder holds a run, which is a `UserError` otherwise.
 
     >>> import tempfile, torch, keifu
-    >>> x = torch.randn(200, 3)
-    >>> data = {"x": x, "y": x @ torch.tensor([[1.0], [2.0], [3.0]])}
-    >>> def loss(model, batch):
-    ...     return torch.nn.functional.mse_loss(model(batch["x"]), batch["y"])
+    >>> data = {"x": torch.eye(3).repeat(70, 1), "y": torch.arange(3.0).repeat(70)}
+    >>> def loss(model, batch): return torch.nn.functional.mse_loss(model(batch["x"]).squeeze(-1), batch["y"])
     >>> settings = keifu.Settings(steps=200, batch_size=32, learning_rate=0.1, weight_decay=0.0)
-    >>> summary = keifu.train(torch.nn.Linear(3, 1), loss, data, settings, tempfile.mkdtemp())
-    >>> summary.steps, summary.figures["validation_loss"] < 0.01
-    (200, True)
+    >>> keifu.train(torch.nn.Linear(3, 1), loss, data, settings, tempfile.mkdtemp()).figures["validation_loss"] < 0.01
+    True
     """
-    directory = Path(out)
-    name = type(model).__name__
     run = Run(
-        directory=directory,
+        directory=Path(out),
         resume=resume,
         replace=replace,
         options={"model": repr(model), **(options or {})},
-        about={"title": title or name, "parameters": sum(p.numel() for p in model.parameters())},
+        about={"title": title or type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())},
         unit=unit,
         how_to_resume=f"the same call of keifu.train with out={str(out)!r} and resume=True",
     )
     batches = data if isinstance(data, Data) else OwnBatches(data, settings.batch_size, settings.seed)
+    return run_loop(model, _summed(objective), batches, settings, run, sample, _saver(model, tokenizer))
 
+
+def _saver(model: nn.Module, tokenizer: Tokenizer | None) -> Save:
     def save(folder: Path) -> None:
         checkpoints.save(model, tokenizer, folder)
 
-    return run_loop(model, _summed(objective), batches, settings, run, sample, save)
+    return save
 
 
 def _summed(objective: Loss) -> Objective:
