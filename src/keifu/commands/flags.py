@@ -114,7 +114,7 @@ def _complaint(kind: type, arguments: Sequence[str], program: str) -> UserError:
         _read(kind, arguments, program)
     lines = _content(printed.getvalue())
     if match := re.match(
-        r"Invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", " ".join(lines).strip()
+        r"[Ii]nvalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", " ".join(lines).strip()
     ):
         return unknown(f"{match[2]} called", match[1], re.findall(r"'([^']*)'", match[3]))
     return UserError(_sentence(lines, program))
