@@ -2,7 +2,7 @@
 
 >>> import keifu
 >>> model, tokenizer = keifu.load("smollm2")
->>> keifu.generate(model, tokenizer, "Once upon a time, in a small", max_tokens=3, temperature=0)
+>>> keifu.generate(model, tokenizer, "Once upon a time, in a small", max_tokens=3, raw=True)
 ' town, there'
 """
 

@@ -10,6 +10,7 @@ import tyro
 from keifu.commands import flags
 from keifu.commands.help_text import Argument, arguments_of
 from keifu.commands.recipe_files import recipe_names, recipe_options
+from keifu.commands.verbs import VERBS
 
 BASH = """\
 _keifu() {{
@@ -87,8 +88,6 @@ def _quoted(text: str) -> str:
 
 def run(options: Options) -> None:
     """Prints the script."""
-    from keifu.cli import VERBS
-
     print(script(options.shell, VERBS))
 
 

@@ -127,7 +127,7 @@ def generate(
 
     >>> import keifu
     >>> model, tokenizer = keifu.load("smollm2")
-    >>> keifu.generate(model, tokenizer, "Once upon a time, in a small", max_tokens=3, temperature=0)
+    >>> keifu.generate(model, tokenizer, "Once upon a time, in a small", max_tokens=3, raw=True)
     ' town, there'
     """
     settings = sampling_for(tokenizer, sampling)

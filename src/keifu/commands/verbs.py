@@ -1,0 +1,19 @@
+"""The verbs of the command line, and what each does in a few words."""
+
+VERBS = {  # each is a file of that name in keifu/commands
+    "train": "train a model by a recipe; without a recipe, list them",
+    "generate": "continue a text with a model",
+    "chat": "talk with a model in the terminal",
+    "embed": "texts and pictures as vectors, and which are nearest to each other",
+    "classify": "a label for each text, or for each picture by a CLIP",
+    "draw": "pictures by a model that removes noise, and a picture once more, bit for bit",
+    "translate": "translate a text, line for line, with an encoder-decoder",
+    "compare": "two models' answers side by side: which is better, and how often",
+    "evaluate": "how good a model is: BLEU and chrF, perplexity",
+    "convert": "write a model as a Hugging Face directory or as GGUF",
+    "inspect": "the load report: every tensor of a model, and the settings in use",
+    "data": "list, fetch and check training data",
+    "models": "every published size, parameters counted beside the paper's figure",
+    "demo": "train a small model, then talk with a published one",
+    "completion": "what makes a shell complete keifu's words with Tab",
+}
