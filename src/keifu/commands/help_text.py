@@ -54,6 +54,9 @@ def _argument(title: str, action: Any) -> Argument:
     if not action.option_strings and metavar in ("STR", "INT", "FLOAT", "PATH"):
         metavar = action.dest.rpartition(".")[2].upper()
     value, listed = _value(metavar, choices)
+    if not action.option_strings and listed:
+        place = action.dest.rpartition(".")[2].upper()
+        value = f"[{place}]" if metavar.startswith("[") else place
     text = f"{text} One of {listed}." if listed else text
     names = tuple(action.option_strings)
     default = (found[2] or "") if found and found[1] == "default" else ""
