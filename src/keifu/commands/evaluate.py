@@ -127,7 +127,7 @@ def tasks() -> list[Any]:
 def check_known(on: str) -> None:
     """Refuses data that no task takes, whatever the model: it is known before that is loaded."""
     if not any(task.accepts(on) for task in tasks()):
-        raise unknown("task, file or folder", on, {name for task in tasks() for name in task.names()})
+        raise unknown("task", on, {name for task in tasks() for name in task.names()})
 
 
 def fitting(model: Any, on: str) -> Any:
