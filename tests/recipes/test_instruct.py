@@ -67,9 +67,9 @@ def test_three_steps_and_one_report_gone_on_with_to_the_bit(
     with pytest.raises(RuntimeError):
         go(folder, tmp_path / "part")
     monkeypatch.setattr(instruct.second, "run", kept)
-    with pytest.raises(UserError, match="already holds a run: go on with it by --resume"):
+    with pytest.raises(UserError, match="already holds a run, saved at step 2: go on with it"):
         go(folder, tmp_path / "part")
-    with pytest.raises(UserError, match="step sft is done, and these options of it differ: --sft.seed 0 → 4"):
+    with pytest.raises(UserError, match="keeps its options, and these differ: --sft.seed 0 → 4"):
         go(folder, tmp_path / "part", "--resume", "--sft.seed=4")
     capsys.readouterr()
     part = go(folder, tmp_path / "part", "--resume")
@@ -83,3 +83,10 @@ def test_what_the_step_before_decides_cannot_be_chosen(folder: Path, tmp_path: P
         go(folder, tmp_path / "out", "--ppo.reward=last-number")
     with pytest.raises(UserError, match="There is no run in .* to go on with"):
         go(folder, tmp_path / "out", "--resume")
+
+
+@pytest.mark.parametrize("option", ["--reward.data=nowhere.jsonl", "--ppo.data=nowhere.jsonl", "--ppo.text.data=no"])
+def test_what_a_later_step_cannot_read_is_said_before_the_first(folder: Path, tmp_path: Path, option: str) -> None:
+    with pytest.raises((UserError, FileNotFoundError), match="no"):
+        go(folder, tmp_path / "out", option)
+    assert not (tmp_path / "out").exists()

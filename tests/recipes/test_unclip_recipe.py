@@ -88,6 +88,21 @@ def test_nothing_is_enlarged_where_the_sizes_are_the_same(drawings, towers, tmp_
     assert config.upsampler is None and config.size == (16, 16)
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"attention": (3,)}, "attention names level 3"),
+        ({"small": 9}, "Pictures of 9 x 9 pixels do not fit"),
+        ({"crop": 7}, "Pictures of 7 x 7 pixels do not fit"),
+        ({"prompts": ("a red disc " * 40,)}, "and the model reads 32"),
+    ],
+)
+def test_what_is_refused_before_its_clip_is_trained(changed, told, drawings, towers, tmp_path) -> None:
+    with pytest.raises(UserError, match=told):
+        unclip.run(replace(small(drawings, towers, **changed), clip=None), tmp_path / "run", False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_refused(drawings, towers, tmp_path) -> None:
     with pytest.raises(UserError, match="text_dropout is a share"):
         small(drawings, towers, text_dropout=1.0)

@@ -52,7 +52,7 @@ def test_what_is_not_finite_stops_the_run_and_names_the_layer(tmp_path: Path, ki
         train(model, objective, Sequences(), settings(micro_batch=4), run(tmp_path))
     step = state.steps(tmp_path)[-1]
     assert f"Stopped after step {step}, whose state is saved" in str(error.value)
-    assert "To go on: do it again" in str(error.value)
+    assert "To go on: train again with Run" in str(error.value)
     assert 0 < step < 12 and all(tensor.isfinite().all() for tensor in weights(model).values())
     saved = state.latest(tmp_path)[0].tensors
     assert all(torch.equal(saved[f"model.{name}"], tensor) for name, tensor in weights(model).items())
@@ -163,7 +163,7 @@ def test_an_error_of_the_data_is_raised_after_the_state_is_saved(tmp_path: Path)
     with pytest.raises(RuntimeError, match="the shard is gone") as caught:
         train(toy(), objective, Broken(), settings(), run(tmp_path))
     assert state.steps(tmp_path)[-1] == 7
-    assert "To go on: do it again." in caught.value.__notes__[0]
+    assert "To go on: train again with Run" in caught.value.__notes__[0]
 
 
 def test_a_full_disk_at_the_end_keeps_the_state_before(tmp_path: Path, monkeypatch) -> None:

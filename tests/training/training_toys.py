@@ -73,7 +73,7 @@ def settings(**changed) -> Settings:
 
 
 def run(directory: Path, **changed) -> Run:
-    return Run(directory, about={"title": "A toy"}, bytes_per_unit=1.5, how_to_resume="do it again", **changed)
+    return Run(directory, about={"title": "A toy"}, bytes_per_unit=1.5, **changed)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -41,14 +41,23 @@ def parser(kind: type[Options], run: Callable[[Options], None], program: str) ->
     return parsed
 
 
-def parse(kind: type[Options], arguments: Sequence[str], program: str, description: str | None = None) -> Options:
-    """The options of dataclass `kind` from words; wrong words are a `UserError`, and `--help` prints and exits."""
+def parse(
+    kind: type[Options],
+    arguments: Sequence[str],
+    program: str,
+    description: str | None = None,
+    usual: Options | None = None,
+) -> Options:
+    """The options of dataclass `kind` from words; wrong words are a `UserError`, and `--help` prints and exits.
+
+    `usual` has the values of options that are not given, in place of those of `kind`.
+    """
     if asks_for_help(arguments):
         print(help_text(kind, program, description))
         raise SystemExit(0)
     try:
         with redirect_stderr(io.StringIO()):
-            options, extra = _read(kind, arguments, program)
+            options, extra = _read(kind, arguments, program, usual)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -64,8 +73,9 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
     return "-h" in options or "--help" in options
 
 
-def _read(kind: type[Options], arguments: Sequence[str], program: str):
-    return tyro.cli(kind, prog=program, args=list(arguments), return_unknown_args=True)
+def _read(kind: type[Options], arguments: Sequence[str], program: str, usual: Options | None = None):
+    default = tyro.MISSING_NONPROP if usual is None else usual
+    return tyro.cli(kind, default=default, prog=program, args=list(arguments), return_unknown_args=True)
 
 
 @contextmanager
@@ -97,7 +107,7 @@ def names_of(arguments: Sequence[Argument]) -> list[str]:
 def _unrecognised(kind: type, words: Sequence[str], program: str) -> UserError:
     word = words[0].partition("=")[0]
     if word.startswith("-"):
-        return unknown("option", word, flags(kind))
+        return unknown("option", word, set(flags(kind)) - {"--help"})
     return UserError(
         f"{program} has no use for {word!r}: put a text that has spaces in quotation marks, or see {program} --help."
     )

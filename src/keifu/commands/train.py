@@ -8,27 +8,81 @@ from typing import Annotated, Any
 
 import tyro
 
-from keifu.commands import flags, tables
+from keifu.commands import flags, resuming, tables
 from keifu.commands.recipe_files import path_of, recipe_module, recipe_options, recipes
+from keifu.errors import UserError
+from keifu.training import folder
+
+OLD = re.compile(r"^--training\.")  # options of the loop had this before their names in some recipes
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
-    """Without a recipe, the list of them; otherwise the run that the recipe and its options describe."""
+    """Without a recipe, the list of them; otherwise the run that the recipe and its options describe.
+
+    `--resume FOLDER` in place of a recipe goes on with the run of that folder.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         return _list
-    name, *rest = arguments
+    words = _folder_of_resume(arguments)
+    if words[0] == "--out":
+        out = Path(words[1])
+        return _later(out, words) if not folder.read_recipe(out) else _parse_named(resuming.name_of(out), words)
+    return _parse_named(words[0], words[1:])
+
+
+def _parse_named(name: str, words: Sequence[str]) -> Callable[[], None]:
     path_of(name)
-    return parse_recipe(name, rest, f"keifu train {name}")
+    return parse_recipe(name, words, f"keifu train {name}")
 
 
-def parse_recipe(name: str, arguments: Sequence[str], program: str) -> Callable[[], None]:
-    """A recipe's run from its `Recipe` fields, `--out` and `--resume`."""
+def _folder_of_resume(arguments: Sequence[str]) -> list[str]:
+    """`--resume FOLDER` as `--out FOLDER --resume`, first where there is no recipe before it."""
+    words = [piece for word in arguments for piece in (word.split("=", 1) if word.startswith("--resume=") else [word])]
+    place = words.index("--resume") + 1 if "--resume" in words else len(words)
+    if place < len(words) and not words[place].startswith("-"):
+        named = ["--out", words[place], "--resume"]
+        rest = [*words[: place - 1], *words[place + 1 :]]
+        return [*named, *rest] if words[0].startswith("-") else [rest[0], *named, *rest[1:]]
+    return words
+
+
+def _later(out: Path, words: Sequence[str]) -> Callable[[], None]:
+    """The error that there is no run in a folder, when it is time to run."""
+
+    def run() -> None:
+        resuming.name_of(out)
+
+    return run
+
+
+def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bool = False) -> Callable[[], None]:
+    """A recipe's run from its `Recipe` fields, `--out`, `--resume` and `--replace`.
+
+    With `--resume`, options that are not given are those of the run that stands in the folder. `replaces`: an earlier
+    run is always started over.
+    """
     if flags.asks_for_help(arguments):
         kind, about = recipe_options(name)
         flags.parse(with_folder(kind, name), arguments, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", about))
-    module = recipe_module(name)
-    options = flags.parse(with_folder(module.Recipe, name), arguments, program)
-    return lambda: module.run(options.recipe, options.out, options.resume)
+    module, words = recipe_module(name), [OLD.sub("--", word) for word in arguments]
+    kind, name = with_folder(module.Recipe, name), str(Path(name).resolve()) if name.endswith(".py") else name
+    found = None
+    if "--resume" in words:
+        found = resuming.stored(name, module, Path(_value_of("--out", words) or Path("runs") / Path(name).stem))
+    usual = kind(recipe=found.usual(words)) if found else None
+    options = flags.parse(kind, words, program, usual=usual)
+    if options.resume and options.replace:
+        raise UserError("--resume goes on with a run and --replace starts over: give one of them.")
+    if options.resume:
+        return lambda: resuming.go_on(found, module, options.recipe, options.out)
+    return lambda: resuming.begin(name, module, options.recipe, options.out, options.replace or replaces)
+
+
+def _value_of(option: str, words: Sequence[str]) -> str | None:
+    """What a word is followed by, or joined with by =."""
+    pieces = [piece for word in words for piece in word.split("=", 1)]
+    place = max((number for number, piece in enumerate(pieces) if piece == option), default=len(pieces))
+    return pieces[place + 1] if place + 1 < len(pieces) else None
 
 
 def with_folder(kind: type, name: str) -> Any:
@@ -37,11 +91,13 @@ def with_folder(kind: type, name: str) -> Any:
     fields = [
         ("recipe", Annotated[kind, tyro.conf.arg(name="")]),
         ("out", Annotated[Path, tyro.conf.arg(help="Folder of the run.")], folder),
-        ("resume", Annotated[bool, tyro.conf.arg(help="Go on with the run that stands in that folder.")], False),
+        ("resume", Annotated[bool, tyro.conf.arg(help="Go on with the run in that folder, with its options.")], False),
+        ("replace", Annotated[bool, tyro.conf.arg(help="Start over although a run stands in that folder.")], False),
     ]
     return make_dataclass("Train", fields, frozen=True)
 
 
 def _list() -> None:
-    print("Usage: keifu train RECIPE [OPTIONS]      keifu train RECIPE --help tells a recipe's options\n")
+    print("Usage: keifu train RECIPE [OPTIONS]      keifu train RECIPE --help tells a recipe's options")
+    print("       keifu train --resume FOLDER       goes on with the run in a folder\n")
     tables.show(("recipe", "what it trains"), recipes().items())

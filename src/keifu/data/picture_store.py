@@ -61,7 +61,7 @@ def _whole(folder: Path) -> bool:
 
 
 def _with_advice(fault: str) -> str:
-    return f"{fault} Put it right, or leave such pictures out (--leave-out)."
+    return f"{fault} Put it right, or take it out of the set."
 
 
 @dataclass

@@ -34,6 +34,10 @@ def _figure(name: str, picture: bytes) -> str:
 
 def _words(value: object) -> str:
     """A figure or a setting as a person writes it."""
-    if isinstance(value, tuple):
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(inner)}" for name, inner in value.items())
+    if isinstance(value, tuple | list):
         return ", ".join(map(_words, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "unset" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -40,7 +40,7 @@ class Wanted:
     seed: int
 
 
-def autoencoder_of(wanted: Wanted, parts: Split, out: Path, resume: bool, how: str) -> autoencoder_kl.AutoencoderKL:
+def autoencoder_of(wanted: Wanted, parts: Split, out: Path, resume: bool) -> autoencoder_kl.AutoencoderKL:
     """The autoencoder, trained into a folder of the run, with the scale that gives its latents a variance of 1."""
     place = out / FOLDER
     torch.manual_seed(wanted.seed)
@@ -50,7 +50,7 @@ def autoencoder_of(wanted: Wanted, parts: Split, out: Path, resume: bool, how: s
     resume = going_on(place, resume)
     steps = steps_for(wanted.budget, place, resume, model, wanted.loss, data, settings(wanted, 1000))
     run = of_a_part(
-        place, resume, how, model, parts, "An autoencoder learns to make pictures small",
+        place, resume, model, parts, "An autoencoder learns to make pictures small",
         "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022), section 3.1",
         {"loss": vars(wanted.loss), "flip": wanted.flip},
     )  # fmt: skip

@@ -51,7 +51,7 @@ class Wanted:
         }
 
 
-def discrete_vae_of(wanted: Wanted, parts: Split, out: Path, resume: bool, how: str) -> discrete_vae.DiscreteVAE:
+def discrete_vae_of(wanted: Wanted, parts: Split, out: Path, resume: bool) -> discrete_vae.DiscreteVAE:
     """The autoencoder, trained into a folder of the run, frozen."""
     place = out / FOLDER
     torch.manual_seed(wanted.seed)
@@ -62,7 +62,7 @@ def discrete_vae_of(wanted: Wanted, parts: Split, out: Path, resume: bool, how: 
     trial = WithRamps(data, wanted.ramps(1000))
     steps = steps_for(wanted.budget, place, resume, model, discrete_autoencoding, trial, settings(wanted, 1000))
     run = of_a_part(
-        place, resume, how, model, parts, "A discrete autoencoder learns a codebook for pictures",
+        place, resume, model, parts, "A discrete autoencoder learns a codebook for pictures",
         "Ramesh et al., Zero-Shot Text-to-Image Generation (2021), section 2.1",
         {"flip": wanted.flip, "kl_weight": wanted.kl_weight, "anneal": wanted.anneal},
     )  # fmt: skip

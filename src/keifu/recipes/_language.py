@@ -137,7 +137,6 @@ def pretrain(
         options={"model": asdict(config), "text": asdict(task.text)} | ({"z_loss": z_loss} if z_loss else {}),
         about={"title": name, "parameters": sum(p.numel() for p in model.parameters())} | _source(task) | (about or {}),
         bytes_per_unit=task.shards.bytes_per_token,
-        how_to_resume=f"keifu train {name} --out {out} --resume, with the options of this run",
     )
 
     def sample(step: int) -> str:

@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from keifu.recipes._language import Text
+from keifu.recipes._options import Logging
 from keifu.training.settings import Settings
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Logging):
     """What both can be told."""
 
     text: Annotated[Text, tyro.conf.arg(name="")] = Text()
@@ -47,6 +48,7 @@ def usual(options: Options) -> dict[str, Any]:
         "micro_batch": options.micro_batch,
         "compile": options.compile,
         "seed": options.seed,
+        **options.logging(),
         "evaluate_every": max(50, options.share(0.05)),
         "sample_every": max(50, options.share(0.1)),
         "save_every": max(100, options.share(0.1)),

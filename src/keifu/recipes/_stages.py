@@ -60,7 +60,7 @@ def minutes_of(budget: tuple[int | None, float]) -> float | None:
 
 
 def of_a_part(
-    directory: Path, resume: bool, how: str, model: nn.Module, parts: Split, title: str, paper: str,
+    directory: Path, resume: bool, model: nn.Module, parts: Split, title: str, paper: str,
     options: Mapping[str, Any],
 ) -> Run:  # fmt: skip
     """The run of a part that learns from pictures alone, whose model has a Config."""
@@ -72,7 +72,7 @@ def of_a_part(
         "data": [{"source": parts.train.source, "fingerprint": parts.train.fingerprint}],
     }
     options = {"model": vars(own), **options}
-    return Run(directory, resume, options=options, about=about, unit="pictures", how_to_resume=how)
+    return Run(directory, resume, options=options, about=about, unit="pictures")
 
 
 def pictures_of(parts: Split, batch_size: int, seed: int, flip: bool) -> WithDraws:

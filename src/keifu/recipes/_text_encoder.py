@@ -24,7 +24,10 @@ FOLDER = "clip"  # inside the run's
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of it: a model that is there (`given`), or data, languages and a budget (see `steps_for`)."""
+    """What is asked of it: a model that is there (`given`), or data, languages and a budget (see `steps_for`).
+
+    prompts: texts that it must be able to read.
+    """
 
     given: str | None
     data: str
@@ -34,32 +37,36 @@ class Wanted:
     batch_size: int
     precision: Precision
     seed: int
+    prompts: tuple[str, ...] = ()
 
 
-def two_towers_of(wanted: Wanted, out: Path, resume: bool, how: str) -> tuple[clip.Clip, Tokenizer]:
+def two_towers_of(wanted: Wanted, out: Path, resume: bool) -> tuple[clip.Clip, Tokenizer]:
     """The CLIP and its tokenizer, trained into a folder of the run where none is given."""
     place = Path(wanted.given) if wanted.given else out / FOLDER
     if not wanted.given:
-        _train(wanted, place, going_on(place, resume), how)
+        _train(wanted, place, going_on(place, resume))
     model, tokenizer = checkpoints.load(wanted.given or place, torch.float32)
     two_towers(model)
     if tokenizer is None:
         raise UserError(f"{place} has no tokenizer, and captions must be read: give a CLIP that has one.")
     found: Any = model
+    text_tokens(tokenizer, wanted.prompts, found.config.context_length)
     return found, tokenizer
 
 
-def _train(wanted: Wanted, place: Path, resume: bool, how: str) -> None:
+def _train(wanted: Wanted, place: Path, resume: bool) -> None:
     made = recipe.Recipe(wanted.data, wanted.languages, truncate=wanted.truncate)
     chosen = replace(made.training, batch_size=wanted.batch_size, precision=wanted.precision, seed=wanted.seed)
     made = replace(made, training=chosen)
     task = recipe.prepare(made)
+    limit: Any = task.model.config
+    text_tokens(task.tokenizer, wanted.prompts, limit.context_length)  # what is too long is said before the training
     objective = contrastive(preprocessing(task.model).normalised)
     steps = steps_for(wanted.budget, place, resume, task.model, objective, task.data, chosen)
     often = max(1, steps // 10)
     minutes = minutes_of(wanted.budget)
     chosen = replace(chosen, steps=steps, minutes=minutes, warmup=steps // 10, evaluate_every=often, sample_every=often)
-    recipe.run(replace(made, training=chosen), place, resume, how)
+    recipe.run(replace(made, training=chosen), place, resume)
 
 
 def listening(model: clip.Clip) -> clip_text.TextTower:

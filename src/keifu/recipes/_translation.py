@@ -23,6 +23,7 @@ from keifu.data.splits import Split, split, split_beside
 from keifu.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from keifu.errors import UserError
 from keifu.generation.translation import Translating, translate_texts
+from keifu.recipes._options import Logging
 from keifu.training.averaging import averaged
 from keifu.training.budget import steps_of, steps_within
 from keifu.training.loop import Summary, train
@@ -34,11 +35,12 @@ LEARNED = "bpe", "unigram"  # kinds of tokenizer that have an end token and lose
 PAD = "<pad>"
 MINUTES = 45.0
 SAMPLES = 6
-FREE = {"steps", "micro_batch", "average", "keep", "model"}  # what a resumed run may change, or its config says
+# what a resumed run may change, or its config says
+FREE = {"steps", "minutes", "micro_batch", "average", "keep", "model", "tensorboard", "wandb"}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Logging):
     """What every recipe for translation can be told."""
 
     data: str = "tatoeba-ja-en"
@@ -164,6 +166,7 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
     data = _data(options, task, config.context_length, plan.batching)
     objective = partial(translation, label_smoothing=plan.smoothing)
     chosen = {"micro_batch": options.micro_batch, "seed": options.seed, "keep": max(options.keep, plan.average)}
+    chosen |= options.logging()
 
     def within(minutes: float) -> int:
         return steps_within(minutes, model, objective, data, replace(plan.settings(1000), **chosen), data.largest())
@@ -251,7 +254,6 @@ def _run(name: str, options: Options, task: Task, data: PairData, model: nn.Modu
             "data": [_source(options, task, data)],
         },
         bytes_per_unit=sum(len(text.encode()) for text in texts) / tokens,
-        how_to_resume=f"keifu train {name} --out {out} --resume, with the options of this run",
     )
 
 

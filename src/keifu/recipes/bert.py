@@ -74,9 +74,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     data = MaskedText(shards, Vocabulary.of(tokenizer), masking, training.batch_size, training.seed)
     about = {"title": "bert", "parameters": sum(p.numel() for p in model.parameters()), "data": [_facts(text, shards)]}
     options = {"model": asdict(model.config), "text": asdict(text), "masking": asdict(masking)}
-    how = f"keifu train bert --out {out} --resume, with the options of this run"
     summary = train(
-        model, masked, data, training, Run(out, resume, options=options, about=about, how_to_resume=how),
+        model, masked, data, training, Run(out, resume, options=options, about=about),
         sample=lambda step: filled(model, tokenizer, recipe.gaps),
         save=lambda directory: checkpoints.save(model, tokenizer, directory), largest=data.largest,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from keifu.errors import unknown
 from keifu.models import gpt2, llama
 from keifu.recipes._language import Text, TextOptions, pretrain, ready
+from keifu.recipes._options import Logging
 from keifu.training.settings import Settings
 
 # name -> the model's builder, its config and how it learns
@@ -41,7 +42,7 @@ WAYS: dict[str, tuple[Any, Any, Settings]] = {
 
 
 @dataclass(frozen=True)
-class Recipe(TextOptions):
+class Recipe(TextOptions, Logging):
     """Options of the run."""
 
     data: str = "sotu"
@@ -62,6 +63,6 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         raise unknown("recipe", recipe.recipe_of, WAYS)
     build, config, settings = WAYS[recipe.recipe_of]
     steps = recipe.steps or settings.steps
-    settings = replace(settings, steps=steps, seed=recipe.seed, warmup=min(settings.warmup, steps))
+    settings = replace(settings, steps=steps, seed=recipe.seed, **recipe.logging(), warmup=min(settings.warmup, steps))
     task = ready(Text(recipe.data, "characters", 65_536, **recipe.reading()))
     pretrain("characters", task, build, config, settings, out, resume)

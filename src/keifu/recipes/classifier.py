@@ -24,6 +24,7 @@ from keifu.evaluation.classification import Confusion, probabilities
 from keifu.evaluation.encoding import encoded, encoder
 from keifu.files import write_atomic
 from keifu.models import bert
+from keifu.recipes._options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.objectives import classification
 from keifu.training.protocols import Run
@@ -34,7 +35,7 @@ SMALL = bert.Config(context_length=128, dim=256, hidden_dim=1024, n_layers=4, n_
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run."""
 
     data: str = "wiki-summaries"
@@ -55,6 +56,8 @@ class Recipe:
     """Keep the first so many tokens of longer texts; unset, a text longer than the model takes is an error."""
     epochs: int = 3
     """How often every text is seen."""
+    steps: int | None = None
+    """Updates of the weights, in place of epochs."""
     batch_size: int = 16
     """Texts in a step."""
     micro_batch: int | None = None
@@ -131,7 +134,7 @@ def started(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...]) -> 
 
 def settings(recipe: Recipe, steps_per_epoch: int) -> Settings:
     """The training loop's settings for so many steps an epoch."""
-    steps = recipe.epochs * steps_per_epoch
+    steps = recipe.steps or recipe.epochs * steps_per_epoch
     return Settings(
         steps=steps,
         batch_size=recipe.batch_size,
@@ -145,6 +148,7 @@ def settings(recipe: Recipe, steps_per_epoch: int) -> Settings:
         evaluate_every=max(1, steps_per_epoch // 2),
         save_every=max(50, steps_per_epoch // 2),
         seed=recipe.seed,
+        **recipe.logging(),
     )
 
 
@@ -188,7 +192,6 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
             "data": [rows | {"labels": ", ".join(task.labels)}],
         },
         unit="texts",
-        how_to_resume=f"keifu train classifier --out {out} --resume, with the options of this run",
     )
 
 

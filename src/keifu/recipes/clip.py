@@ -10,11 +10,12 @@ Expected: see docs/results.md for retrieval by held-out names and in a held-out 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from torch import nn
 
 from keifu import checkpoints
@@ -37,6 +38,10 @@ from keifu.training.settings import Settings
 
 LEARNED = "learned"
 ACTIVATION, EMBEDDING = "gelu", 192
+LEARNING = Settings(
+    steps=1000, batch_size=256, learning_rate=1e-3, warmup=100, final_ratio=0.0, weight_decay=0.2,
+    betas=(0.9, 0.98), epsilon=1e-6, evaluate_every=100, sample_every=100, save_every=250,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,8 @@ class Recipe:
         shift=4, crop=0.15, rotation=8.0, brightness=0.1, contrast=0.2, saturation=0.3
     )
     """How pictures are varied."""
-    training: Settings = field(
-        default_factory=lambda: Settings(
-            steps=1000, batch_size=256, learning_rate=1e-3, warmup=100, final_ratio=0.0, weight_decay=0.2,
-            betas=(0.9, 0.98), epsilon=1e-6, evaluate_every=100, sample_every=100, save_every=250,
-        )
-    )  # fmt: skip
-    """The training loop's settings."""
+    training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
+    """How to learn it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,7 @@ def told(task: Task, languages: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def run(recipe: Recipe, out: Path, resume: bool, how: str = "") -> Summary:
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains, and tells how much of what is held out is found. `how`: to resume it, as a part of a larger run."""
     task = prepare(recipe)
     print(task.parts.train.source, "-", task.parts.sentence(), flush=True)
@@ -173,10 +173,9 @@ def run(recipe: Recipe, out: Path, resume: bool, how: str = "") -> Summary:
     about: dict[str, Any] = {"title": "clip", "data": [facts]}
     about |= {"languages": list(recipe.languages)} if len(recipe.languages) == 2 else {}  # for keifu evaluate
     about |= {"parameters": sum(p.numel() for p in task.model.parameters())}
-    how = how or f"keifu train clip --out {out} --resume, with the options of this run"
     sample = (lambda step: told(task, recipe.languages)) if len(task.parts.validation) else None
     return train(
         task.model, contrastive(preprocessing(task.model).normalised), task.data, recipe.training,
-        Run(out, resume, options=options, about=about, unit="pairs", how_to_resume=how), sample=sample,
+        Run(out, resume, options=options, about=about, unit="pairs"), sample=sample,
         save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
     )  # fmt: skip

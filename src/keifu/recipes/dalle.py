@@ -32,6 +32,7 @@ from keifu.layers.meta import on_meta
 from keifu.models import dalle, discrete_vae
 from keifu.recipes import _discrete_vae, _text_encoder
 from keifu.recipes._language import whom_to_thank
+from keifu.recipes._options import Logging
 from keifu.recipes._prompts import COLUMNS, PROMPTS, check_prompts
 from keifu.recipes._stages import going_on, show, steps_for
 from keifu.training.code_batches import InCodes
@@ -42,7 +43,7 @@ from keifu.training.settings import Precision, Settings
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run."""
 
     data: str = "emoji"
@@ -121,10 +122,6 @@ class Recipe:
                 raise UserError(f"{name} is a share from 0 to 1, and it is {vars(self)[name]}.")
         check_prompts(self.prompts)
 
-    def how(self, out: Path) -> str:
-        """What goes on with the run."""
-        return f"keifu train dalle --out {out} --resume, with the options of this run"
-
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -147,12 +144,12 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
         planned.vae.check_size(*parts.train.shape[1:])
     ranking = _text_encoder.Wanted(
         recipe.clip, recipe.data, recipe.languages, recipe.truncate, (recipe.clip_steps, recipe.clip_minutes),
-        recipe.clip_batch, recipe.precision, recipe.seed,
+        recipe.clip_batch, recipe.precision, recipe.seed, recipe.prompts,
     )  # fmt: skip
-    towers, tokenizer = _text_encoder.two_towers_of(ranking, out, resume, recipe.how(out))
+    towers, tokenizer = _text_encoder.two_towers_of(ranking, out, resume)
     length = towers.config.context_length
     tokens = _text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
-    coder = _discrete_vae.discrete_vae_of(wanted, parts, out, resume, recipe.how(out))
+    coder = _discrete_vae.discrete_vae_of(wanted, parts, out, resume)
     torch.manual_seed(recipe.seed)
     model = dalle.build(configured(recipe, tokenizer.vocab_size, length, wanted.config))
     model.vae.load_state_dict(coder.state_dict())
@@ -199,7 +196,7 @@ def settings(recipe: Recipe, steps: int) -> Settings:
         batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, warmup=steps // 20,
         final_ratio=0.0, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0, ema=recipe.ema, precision=recipe.precision,
         evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
-        seed=recipe.seed,
+        seed=recipe.seed, **recipe.logging(),
     )  # fmt: skip
 
 
@@ -250,5 +247,4 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
             "parameters of the decoder": sum(counted.values()),
         },
         unit="pictures",
-        how_to_resume=recipe.how(out),
     )

@@ -29,6 +29,7 @@ from keifu.layers.noise import Noise, Schedule, Target, Variance
 from keifu.layers.noise_targets import Weighting
 from keifu.models import ddpm
 from keifu.recipes._language import whom_to_thank
+from keifu.recipes._options import Logging
 from keifu.recipes._stages import steps_for
 from keifu.training.dequantisation import Dequantised
 from keifu.training.diffusion import DenoisingLoss, WithDraws
@@ -51,7 +52,7 @@ PAPER: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run. Unset ones are those of --recipe-of."""
 
     data: str = "emoji"
@@ -200,6 +201,7 @@ def settings(recipe: Recipe, steps: int) -> Settings:
         save_every=min(often, 1000),
         keep=recipe.keep,
         seed=recipe.seed,
+        **recipe.logging(),
     )
 
 
@@ -249,5 +251,4 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
             "held_out": {"share": recipe.held_out, "distinct": recipe.distinct},
         },
         unit="pictures",
-        how_to_resume=f"keifu train ddpm --out {out} --resume, with the options of this run",
     )

@@ -25,6 +25,7 @@ from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 from keifu.recipes._assistant import Lora, Template, leave, opened, row_length, to_train
 from keifu.recipes._language import whom_to_thank
+from keifu.recipes._options import Logging
 from keifu.recipes._preferences import answer, fitting, parts
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
@@ -32,7 +33,7 @@ from keifu.training.settings import Settings
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run."""
 
     model: str = "smollm2"
@@ -140,6 +141,7 @@ def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
         evaluate_every=max(1, steps // 5),
         save_every=max(1, steps // 10),
         seed=recipe.seed,
+        **recipe.logging(),
     )
 
 
@@ -172,7 +174,6 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
             ],
         },
         unit="pairs",
-        how_to_resume=f"keifu train dpo --out {out} --resume, with the options of this run",
     )
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from keifu.errors import UserError
 from keifu.models import llama
 from keifu.recipes._language import Task, Text, TextOptions, pretrain, ready
+from keifu.recipes._options import Logging
 from keifu.training.settings import Settings
 
 HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
-class Recipe(TextOptions):
+class Recipe(TextOptions, Logging):
     """Options of the run. What is not given follows from the depth."""
 
     depth: int = 4
@@ -97,6 +98,7 @@ def settings(recipe: Recipe, config: llama.Config, training_tokens: int) -> Sett
         save_every=max(100, steps // 10),
         compile=recipe.compile,
         seed=recipe.seed,
+        **recipe.logging(),
     )
 
 

@@ -21,6 +21,7 @@ import tyro
 from keifu.errors import UserError
 from keifu.models import gpt1
 from keifu.recipes._language import Text, pretrain, ready
+from keifu.recipes._options import Logging
 from keifu.training.loop import Summary
 from keifu.training.settings import Settings
 
@@ -29,7 +30,7 @@ SMALL = gpt1.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run."""
 
     text: Annotated[Text, tyro.conf.arg(name="")] = Text()
@@ -81,7 +82,7 @@ def _every(recipe: Recipe, steps: int, batch_size: int) -> dict[str, Any]:
     return {
         "steps": steps, "batch_size": batch_size, "micro_batch": recipe.micro_batch, "seed": recipe.seed,
         "evaluate_every": max(50, steps // 20), "sample_every": max(50, tenth), "save_every": max(100, tenth),
-    }  # fmt: skip
+    } | recipe.logging()  # fmt: skip
 
 
 WAYS: dict[str, tuple[Callable[[Recipe, int, int], Settings], int, float]] = {  # settings, rows in a step, epochs

@@ -29,6 +29,7 @@ from keifu.evaluation.judging import Judging, judge
 from keifu.files import write_atomic
 from keifu.generation.decoding import causal
 from keifu.models import finetuned
+from keifu.recipes._options import Logging
 from keifu.training.finetuning import LM_WEIGHT, finetuning
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
@@ -38,7 +39,7 @@ LEAST_CUT = 8  # tokens: room for the special ones and something between them
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run."""
 
     data: str = "wiki-summaries"
@@ -62,6 +63,8 @@ class Recipe:
     """What the language model's loss counts beside the task's; 0: not at all."""
     epochs: int = 3
     """How often every example is seen."""
+    steps: int | None = None
+    """Updates of the weights, in place of epochs."""
     batch_size: int = 32
     """Examples in a step."""
     micro_batch: int | None = None
@@ -157,7 +160,7 @@ def started(recipe: Recipe, labels: tuple[str, ...]) -> tuple[finetuned.Finetune
 
 def settings(recipe: Recipe, steps_per_epoch: int) -> Settings:
     """The training loop's settings for so many steps an epoch."""
-    steps = recipe.epochs * steps_per_epoch
+    steps = recipe.steps or recipe.epochs * steps_per_epoch
     return Settings(
         steps=steps,
         batch_size=recipe.batch_size,
@@ -171,6 +174,7 @@ def settings(recipe: Recipe, steps_per_epoch: int) -> Settings:
         evaluate_every=max(1, steps_per_epoch // 2),
         save_every=max(50, steps_per_epoch // 2),
         seed=recipe.seed,
+        **recipe.logging(),
     )
 
 
@@ -217,7 +221,6 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
             "data": [rows | {"form": recipe.form, "labels": ", ".join(task.model.config.labels)}],
         },
         unit="examples",
-        how_to_resume=f"keifu train gpt1-finetune --out {out} --resume, with the options of this run",
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from keifu.alignment.watching import Watch
 from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 from keifu.recipes._assistant import Lora, Template, before, leave, opened, to_train
+from keifu.recipes._options import Logging
 from keifu.recipes._rewarded import CHAIN_SUM, Rewarding, Sums, about, parted, prompts, rewarding, say, watch
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
@@ -28,7 +29,7 @@ from keifu.training.settings import Settings
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run."""
 
     model: str = "smollm2"
@@ -122,6 +123,7 @@ def settings(recipe: Recipe) -> Settings:
         evaluate_every=max(1, recipe.steps // 5),
         save_every=max(1, recipe.steps // 10),
         seed=recipe.seed,
+        **recipe.logging(),
     )
 
 
@@ -144,7 +146,6 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool, watched: Watc
         about=about(recipe, "Shao et al., DeepSeekMath (2024)", NORMAL, task.data.parts),
         unit="answers",
         watch=watched,
-        how_to_resume=f"keifu train grpo --out {out} --resume, with the options of this run",
     )
 
 

@@ -14,13 +14,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from keifu.data import conversations
+from keifu.data.sources import documents
 from keifu.errors import UserError
 from keifu.files import write_atomic
 from keifu.recipes import ppo as third
 from keifu.recipes import reward as second
 from keifu.recipes import sft as first
+from keifu.recipes._options import to_json
+from keifu.recipes._preferences import parts
+from keifu.recipes._rewarded import parted, prompts, rewarding
 from keifu.training import state
-from keifu.training.folder import RECIPE
+from keifu.training.folder import RECIPE, command, record, recorded
 from keifu.training.interrupt import Stopped
 from keifu.training.report import write_joined
 from keifu.training.settings import compare, flat
@@ -87,20 +92,43 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     done = told(out) if resume else {}
     for phase in steps:
         check(phase, done)
+        if not phase.finished:
+            INPUTS[phase.name](phase.recipe)
     for number, phase in enumerate(steps, 1):
         if phase.finished:
             print(f"{number} of 3, {phase.name}: done before, in {phase.folder}.", flush=True)
             continue
         print(f"{number} of 3, {phase.name}, in {phase.folder}:", flush=True)
+        if not recorded(phase.folder):
+            record(phase.folder, phase.name, to_json(phase.recipe), place=str(Path.cwd()))
         try:
             phase.run(phase.recipe, phase.folder, bool(state.steps(phase.folder)))
         except Stopped as stop:
-            again = f"keifu train instruct --out {out} --resume, with the options of this run"
-            raise Stopped(f"Stopped in step {number} of 3, {phase.name}. To go on: {again}.") from stop
+            raise Stopped(f"Stopped in step {number} of 3, {phase.name}. To go on:\n{command(out)}") from stop
         done[phase.name] = flat(asdict(phase.recipe))
         write_atomic(out / PHASES, json.dumps(done, indent=1, ensure_ascii=False) + "\n")
     report = write_joined(out, f"{recipe.model} becomes an assistant", summary(steps), [each.folder for each in steps])
     print(f"The assistant is in {steps[-1].folder}: keifu chat {steps[-1].folder}. See {report}.")
+
+
+def _demonstrations(recipe: first.Recipe) -> None:
+    first.split(first.chosen(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
+
+
+def _rankings(recipe: second.Recipe) -> None:
+    parts(recipe.data, recipe.held_out)
+    _ = list(conversations.read(recipe.demonstrations)) if recipe.demonstrations else []
+
+
+def _prompts(recipe: third.Recipe) -> None:
+    parted(prompts(recipe.data, recipe.sums, recipe.seed), recipe.held_out)
+    for name in recipe.measured:
+        rewarding(name)
+    _ = next(iter(documents(recipe.text.data)), "") if recipe.text.data else ""
+
+
+# reads what a step learns from: what cannot be read is said before the first step begins
+INPUTS: dict[str, Callable[[Any], None]] = {"sft": _demonstrations, "reward": _rankings, "ppo": _prompts}
 
 
 def told(out: Path) -> dict[str, dict[str, Any]]:

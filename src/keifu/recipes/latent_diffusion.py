@@ -35,6 +35,7 @@ from keifu.models import autoencoder_kl, clip_text, conditioned_unet, latent_dif
 from keifu.recipes import _autoencoder, _text_encoder
 from keifu.recipes import clip as clip_recipe
 from keifu.recipes._language import whom_to_thank
+from keifu.recipes._options import Logging
 from keifu.recipes._prompts import COLUMNS, PROMPTS, check_prompts
 from keifu.recipes._stages import going_on, minutes_of, show, steps_for
 from keifu.training.autoencoding import KLAutoencoding
@@ -50,7 +51,7 @@ PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run. Unset ones are those of --space."""
 
     data: str = "emoji"
@@ -136,10 +137,6 @@ class Recipe:
         usual = LATENTS if self.space == "latents" else PIXELS
         return replace(self, **{name: value for name, value in usual.items() if vars(self)[name] is None})
 
-    def how(self, out: Path) -> str:
-        """What goes on with the run."""
-        return f"keifu train latent-diffusion --out {out} --resume, with the options of this run"
-
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -158,15 +155,15 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
     cannot be is said before anything is trained."""
     parts = split(read_pictures(recipe.data, recipe.size))
     print(parts.train.sentence(), parts.sentence(), flush=True)
-    latents, how, channels = recipe.space == "latents", recipe.how(out), parts.train.shape[0]
+    latents, channels = recipe.space == "latents", parts.train.shape[0]
     wanted = _autoencoder_wanted(recipe, channels)
     with on_meta():
         planned = configured(recipe, clip_recipe.Recipe().text, wanted.config if latents else None, channels)
         latent_diffusion.build(planned).check_size(*parts.train.shape[1:])
-    towers, tokenizer = _text_encoder.two_towers_of(_clip_wanted(recipe), out, resume, how)
+    towers, tokenizer = _text_encoder.two_towers_of(_clip_wanted(recipe), out, resume)
     length = towers.config.context_length
     tokens = _text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
-    autoencoder = _autoencoder.autoencoder_of(wanted, parts, out, resume, how) if latents else None
+    autoencoder = _autoencoder.autoencoder_of(wanted, parts, out, resume) if latents else None
     config = configured(recipe, towers.config.text, autoencoder.config if autoencoder else None, channels)
     torch.manual_seed(recipe.seed)
     text, unet = _text_encoder.listening(towers), conditioned_unet.build(config.unet)
@@ -196,7 +193,7 @@ def _clip_wanted(recipe: Recipe) -> _text_encoder.Wanted:
     budget = recipe.clip_steps, recipe.clip_minutes
     return _text_encoder.Wanted(
         recipe.clip, recipe.data, recipe.languages, recipe.truncate, budget, recipe.clip_batch, recipe.precision,
-        recipe.seed,
+        recipe.seed, recipe.prompts,
     )  # fmt: skip
 
 
@@ -243,7 +240,7 @@ def settings(recipe: Recipe, steps: int) -> Settings:
         steps=steps, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, warmup=steps // 20,
         final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.99), ema=recipe.ema, precision=recipe.precision,
         evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
-        seed=recipe.seed,
+        seed=recipe.seed, **recipe.logging(),
     )  # fmt: skip
 
 
@@ -294,8 +291,8 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
         about={
             "title": f"Latent diffusion learns to draw “{Path(recipe.data).stem}” from text",
             "paper": "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
-            **counted, "data": [facts],
+            **counted,
+            "data": [facts],
         },  # fmt: skip
         unit="pictures",
-        how_to_resume=recipe.how(out),
     )

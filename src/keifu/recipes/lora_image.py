@@ -30,6 +30,7 @@ from keifu.generation.text_to_picture import Painter
 from keifu.layers.lora import Low, Target, attach
 from keifu.layers.noise_targets import Weighting
 from keifu.recipes._language import whom_to_thank
+from keifu.recipes._options import Logging
 from keifu.recipes._text_encoder import caption_tokens
 from keifu.recipes.latent_diffusion import captioned
 from keifu.training.loop import Summary, train
@@ -42,7 +43,7 @@ SHOWN = 6  # texts of a sample
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run."""
 
     model: str = "runs/latent-diffusion"
@@ -193,7 +194,7 @@ def settings(recipe: Recipe) -> Settings:
     return Settings(
         steps=recipe.steps, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, schedule="constant",
         weight_decay=0.01, betas=(0.9, 0.999), precision=recipe.precision, evaluate_every=often,
-        sample_every=max(1, recipe.steps // 4), save_every=often, seed=recipe.seed,
+        sample_every=max(1, recipe.steps // 4), save_every=often, seed=recipe.seed, **recipe.logging(),
     )  # fmt: skip
 
 
@@ -243,5 +244,4 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
             "data": [facts | whom_to_thank(recipe.data)],
         },
         unit="pictures",
-        how_to_resume=f"keifu train lora-image --out {out} --resume, with the options of this run",
     )

@@ -29,6 +29,7 @@ from keifu.layers.activations import ACTIVATIONS, STEP_HAS_NO_GRADIENT
 from keifu.layers.losses import LOSSES
 from keifu.models import mlp
 from keifu.models.mlp import MLP, Config
+from keifu.recipes._options import Logging
 from keifu.training.loop import train
 from keifu.training.protocols import Batch, Objective, Outcome, Run
 from keifu.training.settings import Settings
@@ -53,7 +54,7 @@ AUGMENTED = DIGITS | {"steps": 2400, "dropout": 0.1}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run. Unset ones take values that suit the data: `SMALL`, or `DIGITS` or `AUGMENTED` for mnist."""
 
     data: str = "xor"
@@ -156,7 +157,6 @@ def described(recipe: Recipe, learned: Subject, out: Path, resume: bool) -> Run:
             "data": [data],
         },
         unit="rows",
-        how_to_resume=f"{recipe.command()} --out {shlex.quote(str(out))} --resume",
     )
 
 
@@ -168,6 +168,7 @@ def settings(recipe: Recipe) -> Settings:
         final_ratio=0.0,
         warmup=options["steps"] // 20,
         betas=(0.9, 0.99),
+        **recipe.logging(),
         precision="float32",
         evaluate_every=max(1, options["steps"] // 12),
         sample_every=max(1, options["steps"] // (4 if recipe.data == "mnist" else 12)),
@@ -252,7 +253,7 @@ def boundary(learned: Subject, model: MLP, steps: int, out: Path) -> Callable[[i
     def sample(step: int) -> bytes:
         correct = accuracy(model, learned.training)
         stages.append((f"step {step:,}\n{correct:.0%} right", boundaries.shares_on(shown, shares(model))))
-        if step == steps:
+        if step >= steps:  # a run that was made longer ends later
             chosen = [stages[place] for place in boundaries.spread(range(len(stages)))]
             write_atomic(out / "boundary.png", boundaries.strip(shown, chosen))
         return boundaries.strip(shown, stages[-1:])

@@ -25,6 +25,7 @@ from keifu.evaluation.comparison import Result
 from keifu.evaluation.page import write_page
 from keifu.files import write_atomic
 from keifu.recipes import mlp
+from keifu.recipes._stages import going_on
 from keifu.training import metrics
 from keifu.training.loop import train
 from keifu.training.protocols import Run
@@ -64,7 +65,7 @@ class Recipe:
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains all networks, prints the table, writes comparison.json, curves.png and, of two columns, boundaries.png.
 
-    A stopped run starts over: nothing is resumed. Each network's own run is in a folder named after its pair.
+    Each network's own run is in a folder named after its pair; one that was stopped is resumed, network by network.
     """
     pairs = list(recipe.pairs())
     if not pairs:
@@ -74,7 +75,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     with counting("networks", len(pairs), "networks") as advance:
         for number, pair in enumerate(pairs, 1):
             with redirect_stderr(io.StringIO()), mlp.one_thread():
-                results.append(learn(pair, subject, out / f"{pair.activation}-{pair.loss}"))
+                place = out / f"{pair.activation}-{pair.loss}"
+                results.append(learn(pair, subject, place, going_on(place, resume)))
             advance(number)
     table = comparison.table(results)
     print(table)
@@ -90,14 +92,14 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print(f"The pictures are in {out / 'report.html'}.")
 
 
-def learn(pair: mlp.Recipe, subject: Subject, directory: Path) -> Result:
+def learn(pair: mlp.Recipe, subject: Subject, directory: Path, resume: bool = False) -> Result:
     """Trains one network of the comparison."""
     settings = mlp.settings(pair)
     settings = replace(settings, sample_every=0, save_every=0, evaluate_every=max(1, settings.steps // 30))
     model = mlp.network(pair, subject)
     data = Examples(subject.training, subject.held, settings.batch_size, settings.seed)
     about = {"title": f"{pair.activation} and {pair.loss} on {pair.data}"}
-    where = Run(directory, replace=True, options=vars(pair.resolved()), about=about, unit="rows")
+    where = Run(directory, resume, not resume, options=vars(pair.resolved()), about=about, unit="rows")
     summary = train(model, mlp.objective(pair.loss), data, settings, where)
     lines = metrics.read(directory)
     plane = shares_on(mlp.points(subject), mlp.shares(model), 100) if len(subject.columns) == 2 else None

@@ -177,9 +177,7 @@ def _tell(epochs: dict[str, float]) -> None:
         print(f"These sources are small for their weight and come more than {OFTEN} times: {', '.join(often)}.")
 
 
-def _run(
-    recipe: Recipe, found: Prepared, epochs: dict[str, float], model: nn.Module, out: Path, resume: bool
-) -> Run:
+def _run(recipe: Recipe, found: Prepared, epochs: dict[str, float], model: nn.Module, out: Path, resume: bool) -> Run:
     own: Any = model.config
     mixture = {source.name: [source.data, source.weight] for source in found.mixture.sources}
     told = {"objective": recipe.objective, "shares": recipe.shares, "prefix": recipe.prefix}
@@ -189,7 +187,6 @@ def _run(
         resume=resume,
         options={"model": asdict(own), "recipe": told, "mixture": mixture},
         about={"title": "palm2", "parameters": sum(p.numel() for p in model.parameters()), "data": facts},
-        how_to_resume=f"keifu train palm2 --out {out} --resume, with the options of this run",
     )
 
 

@@ -24,6 +24,7 @@ from keifu.data.tokenizer_core import Tokenizer
 from keifu.errors import UserError
 from keifu.recipes._assistant import Lora, Template, before, leave, opened, row_length, to_train
 from keifu.recipes._language import TextOptions
+from keifu.recipes._options import Logging
 from keifu.recipes._rewarded import CHAIN_SUM, Rewarding, Sums, about, parted, prompts, rewarding, say, watch
 from keifu.recipes.reward import headed
 from keifu.training.loop import Summary, train
@@ -48,7 +49,7 @@ class Text(TextOptions):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run."""
 
     model: str = "runs/sft"
@@ -98,6 +99,8 @@ class Recipe:
     """Low-rank adapters, of the policy and of the value model."""
     rollouts: int = 100
     """Rounds of answers; each serves minibatches times epochs updates."""
+    steps: int | None = None
+    """Updates of the weights, in place of rollouts."""
     micro_batch: int | None = None
     """Answers computed at a time; unset: as many as fit in memory."""
     learning_rate: float | None = None
@@ -186,7 +189,7 @@ def text_beside(recipe: Recipe, policy: Any, tokenizer: Tokenizer) -> Beside | N
 def settings(recipe: Recipe) -> Settings:
     """The training loop's settings; every update has a line of metrics."""
     updates = recipe.minibatches * recipe.epochs
-    steps = recipe.rollouts * updates
+    steps = recipe.steps or recipe.rollouts * updates
     rate = recipe.learning_rate or (5e-5 if recipe.lora.rank else 5e-6)
     value_rate = recipe.value_rate or (9e-5 if recipe.lora.rank else 9e-6)
     return Settings(
@@ -202,9 +205,10 @@ def settings(recipe: Recipe) -> Settings:
         ema=recipe.ema,
         precision="float32",  # ratios of probabilities lie close to 1
         log_every=1,
-        evaluate_every=max(1, recipe.rollouts // 5) * updates,
+        evaluate_every=max(1, steps // updates // 5) * updates,
         save_every=max(1, steps // 10),
         seed=recipe.seed,
+        **recipe.logging(),
     )
 
 
@@ -230,7 +234,6 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool, watched: Watc
         about=about(recipe, "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4", NORMAL, task.data.parts),
         unit="answers",
         watch=watched,
-        how_to_resume=f"keifu train ppo --out {out} --resume, with the options of this run",
     )
 
 

@@ -27,6 +27,7 @@ from keifu.layers.lora import merge
 from keifu.models import finetuned
 from keifu.recipes._assistant import Lora, Template, opened, padding, row_length, to_train
 from keifu.recipes._language import whom_to_thank
+from keifu.recipes._options import Logging
 from keifu.recipes._preferences import answer, fitting, parts
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
@@ -37,7 +38,7 @@ DEMONSTRATIONS = 256  # at most so many are scored for the bias
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run."""
 
     model: str = "smollm2"
@@ -136,6 +137,7 @@ def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
         evaluate_every=max(1, steps // 5),
         save_every=max(1, steps // 10),
         seed=recipe.seed,
+        **recipe.logging(),
     )
 
 
@@ -188,7 +190,6 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
             ],
         },
         unit="prompts",
-        how_to_resume=f"keifu train reward --out {out} --resume, with the options of this run",
     )
 
 

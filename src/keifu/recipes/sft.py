@@ -22,6 +22,7 @@ from keifu.errors import UserError
 from keifu.generation.chat import Conversation as Talk
 from keifu.recipes._assistant import Lora, Template, held_out, leave, opened, row_length, to_train
 from keifu.recipes._language import whom_to_thank
+from keifu.recipes._options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.objectives import causal
 from keifu.training.protocols import Run
@@ -31,7 +32,7 @@ SAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run."""
 
     model: str = "smollm2"
@@ -123,6 +124,7 @@ def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
         sample_every=max(1, steps // 3),
         save_every=max(1, steps // 10),
         seed=recipe.seed,
+        **recipe.logging(),
     )
 
 
@@ -169,7 +171,6 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
             "data": [{"source": recipe.data} | kept | gone | whom_to_thank(recipe.data)],
         },
         unit="tokens",
-        how_to_resume=f"keifu train sft --out {out} --resume, with the options of this run",
     )
 
 

@@ -30,7 +30,9 @@ from keifu.generation.text_to_picture import text_tokens
 from keifu.layers.noise_targets import Weighting
 from keifu.models import clip, unclip
 from keifu.recipes import _text_encoder
+from keifu.recipes import clip as clip_recipe
 from keifu.recipes._language import whom_to_thank
+from keifu.recipes._options import Logging
 from keifu.recipes._prompts import COLUMNS, PROMPTS, check_prompts
 from keifu.recipes._stages import going_on, show, steps_for
 from keifu.recipes._unclip_model import configured, embedded
@@ -52,7 +54,7 @@ STEPS = 25  # of a sample's pictures
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Logging):
     """Options of the run."""
 
     data: str = "emoji"
@@ -132,10 +134,6 @@ class Recipe:
         if not self.crop <= self.size or not self.small <= self.size:
             raise UserError(f"--small {self.small} and --crop {self.crop} must fit into --size {self.size}.")
 
-    def how(self, out: Path) -> str:
-        """What goes on with the run."""
-        return f"keifu train unclip --out {out} --resume, with the options of this run"
-
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -150,14 +148,16 @@ class Task:
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
-    """Trains CLIP, or finds it, and builds the model around it."""
+    """Trains CLIP, or finds it, and builds the model around it. What cannot be is said before anything is trained."""
     parts = split(read_pictures(recipe.data, recipe.size, 3))
+    if not recipe.clip:
+        _check_sizes(recipe)
     print(parts.train.sentence(), parts.sentence(), flush=True)
     wanted = _text_encoder.Wanted(
         recipe.clip, recipe.data, recipe.languages, recipe.truncate, (recipe.clip_steps, recipe.clip_minutes),
-        recipe.clip_batch, recipe.precision, recipe.seed,
+        recipe.clip_batch, recipe.precision, recipe.seed, recipe.prompts,
     )  # fmt: skip
-    towers, tokenizer = _text_encoder.two_towers_of(wanted, out, resume, recipe.how(out))
+    towers, tokenizer = _text_encoder.two_towers_of(wanted, out, resume)
     torch.manual_seed(recipe.seed)
     model = unclip.build(configured(recipe, towers.config))
     for part, tower in ((model.text, towers.text), (model.image, towers.image)):
@@ -174,6 +174,17 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
             own.copy_(found)
     data, objective = _data(recipe, parts, tokenizer, model, tables), _objective(recipe, model, tokenizer)
     return Task(model, EmbeddingPainter(model, tokenizer), tokenizer, parts, data, objective)
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    """Refuses networks that do not fit the pictures or the CLIP that will be trained."""
+    made = clip_recipe.Recipe()
+    planned = clip.Config(made.text, made.image, clip.Pixels(made.image.image_size, made.image.image_size))
+    with torch.device("meta"):
+        model = unclip.build(configured(recipe, planned))
+    if model.config.last_upsampler is not None:
+        model.upsampler.check_size(6, recipe.crop, recipe.crop)
+    model.check_size(recipe.small, recipe.small)
 
 
 def _seen(recipe: Recipe, towers: clip.Clip, parts: Split) -> tuple[Pictures, Pictures]:
@@ -220,7 +231,7 @@ def settings(recipe: Recipe, steps: int) -> Settings:
         warmup=steps // 20, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
         final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.99), ema=recipe.ema, precision=recipe.precision,
         evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
-        seed=recipe.seed,
+        seed=recipe.seed, **recipe.logging(),
     )  # fmt: skip
 
 
@@ -274,4 +285,4 @@ def described(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
         "data": [facts],
     }
     options = {"model": asdict(task.model.config)} | {name: vars(recipe)[name] for name in told}
-    return Run(out, resume, options=options, about=about | counted, unit="pictures", how_to_resume=recipe.how(out))
+    return Run(out, resume, options=options, about=about | counted, unit="pictures")

@@ -63,6 +63,8 @@ def train(
     sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, facts)
     with Display(settings.steps, run.unit) as display, StopRequest(display.note) as stop:
         started = start(model, objective, data, settings, run, display.note, largest)
+        display.expect(started.progressed.plan.steps)
+        settings = dataclasses.replace(settings, steps=started.length.begun)
         at = started.progressed
         with metrics.Metrics(run.directory, sinks, at.step, at.spikes.skipped) as lines:
             loop = _Loop(started, data, settings, run, sample, save, display, lines, lambda: stop.wanted)
@@ -97,6 +99,7 @@ class _Loop:
         self.saved = self.at.step if self.run.resume else -1
         self.on_policy = isinstance(self.data, OnPolicy)
         self.facts = described(self.settings, self.run.options, self.data.fingerprint)
+        self.how = folder.how_to_resume(self.run)
         self._write_recipe({})
 
     def go(self) -> None:
@@ -273,6 +276,7 @@ class _Loop:
         if self.saved != self.at.step:
             self.at.passed = self.pace.passed
             facts = {"described": self.facts, "resolved": self.started.resolved(), **self.at.facts()}
+            facts["length"] = self.started.length.facts()
             rules = self.settings.spikes
             reach = rules.reach if rules.rise else 0
             held = tensors(self.started, self.data)
@@ -290,7 +294,7 @@ class _Loop:
     def _stopped(self) -> NoReturn:
         self._save_state()
         self._leave({"finished": False})
-        raise Stopped(f"Stopped after step {self.at.step:,}; the state is saved. To go on: {self.run.how_to_resume}.")
+        raise Stopped(f"Stopped after step {self.at.step:,}; the state is saved. To go on:\n{self.how}")
 
     def _not_finite(self, batch: Batch) -> NoReturn:
         with self.pace.paused():
@@ -302,7 +306,7 @@ class _Loop:
         """Saves the state of the last whole step, and says so."""
         self.started.optimisers.drop_gradients()
         self._save_state()
-        return f"Stopped after step {self.at.step:,}, whose state is saved. {text} To go on: {self.run.how_to_resume}."
+        return f"Stopped after step {self.at.step:,}, whose state is saved. {text} To go on: {self.how}"
 
     def _leave(self, outcome: dict[str, Any]) -> None:
         """The model, what came out of the run, and the report."""
@@ -319,4 +323,5 @@ class _Loop:
         cost = dataclasses.asdict(self.started.cost)
         facts = {"settings": self.facts["settings"], "resolved": self.started.resolved() | device, "cost": cost}
         facts |= {"data_fingerprint": self.facts["data"], "unit": self.run.unit}
-        folder.write_recipe(self.run, facts | outcome)
+        facts |= {"length": self.started.length.facts()}
+        folder.write_recipe(self.run, facts | outcome, self.started.length.steps)

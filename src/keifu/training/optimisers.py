@@ -16,17 +16,17 @@ from torch.optim import Adadelta, AdamW, Optimizer
 
 from keifu.training.adafactor import Adafactor
 from keifu.training.averaging import MovingAverage
+from keifu.training.length import Length
 from keifu.training.muon import StackedMuon
 from keifu.training.parts import Named, Partwise, hidden_matrices, learning
-from keifu.training.schedules import ratio
 from keifu.training.settings import Settings
 
 
 class Optimisers:
-    """Everything that a step updates; its rates follow the schedule."""
+    """Everything that a step updates; its rates follow the schedule. `length`: of a run that is resumed."""
 
-    def __init__(self, model: nn.Module, settings: Settings):
-        self.settings = settings
+    def __init__(self, model: nn.Module, settings: Settings, length: Length | None = None):
+        self.settings, self.length = settings, length or Length(settings.steps)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         kind = settings.optimizer
         tensors = TAKEN[kind](model) if kind in TAKEN else {}
@@ -41,8 +41,7 @@ class Optimisers:
     def rates(self, step: int, ahead: float = 0.0) -> dict[str, float]:
         """The rates that update number `step` (from 0) is made with, under the settings' names; `ahead`: see `Plan`."""
         s = self.settings
-        end = s.counted(s.steps) if s.decay_steps is None else s.decay_steps
-        share = ratio(s.schedule, s.counted(step + 1) - 1 + ahead, end, s.warmup, s.final_ratio, s.hold)
+        share = self.length.rate_share(s, step, ahead)
         rates = {"learning_rate": share * s.learning_rate}
         return rates | ({"matrix_rate": share * s.matrix_rate} if "muon" in self.all else {})
 

@@ -81,4 +81,3 @@ class Run:
     unit: str = "tokens"
     bytes_per_unit: float | None = None
     watch: Callable[[Mapping[str, float]], Iterable[str]] | None = None
-    how_to_resume: str = "train again with Run(directory, resume=True)"

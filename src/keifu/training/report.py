@@ -19,8 +19,9 @@ REPORT = "report.html"
 CURVES = "curves.json"  # charts of a run's own: a list of what `charts.chart` takes, in the run's folder
 SECTIONED = frozenset(  # the fields of recipe.json with a place of their own on the page
     ["title", "paper", "command", "expected", "data", "options", "settings", "versions", "hashes", "figures", "cost"]
-    + ["resolved", "unit", "finished", "steps", "data_fingerprint"]
+    + ["resolved", "unit", "finished", "steps", "data_fingerprint", "recipe", "length"]
 )
+NARROW = 240  # pixels: a column of pictures is so wide at least, and a smaller picture is enlarged to it
 
 
 def write_report(directory: Path) -> Path:
@@ -69,7 +70,11 @@ def _page(title: str, body: str) -> str:
 def _head(recipe: Mapping[str, Any]) -> str:
     state = "" if recipe.get("finished") else f' <span class="soft">stopped at step {recipe.get("steps", 0):,}</span>'
     texts = [recipe[name] for name in ("paper", "expected") if recipe.get(name)]
-    extra = [f"{name.replace('_', ' ')}: {value}" for name, value in recipe.items() if name not in SECTIONED]
+    extra = [f"{name.replace('_', ' ')}: {_words(value)}" for name, value in recipe.items() if name not in SECTIONED]
+    extra += [
+        f"after {each['at']:,} steps the length of the run was set to {each['steps']:,}"
+        for each in recipe.get("length", ())
+    ]
     command = f"<p><code>{escape(recipe['command'])}</code></p>" if recipe.get("command") else ""
     paragraphs = "".join(f'<p class="soft">{escape(str(text))}</p>' for text in [*texts, *extra])
     return f"<h1>{escape(recipe['title'])}{state}</h1>{paragraphs}{command}"
@@ -164,7 +169,8 @@ def _text(path: Path, is_open: bool) -> str:
 def _picture(path: Path) -> str:
     content = base64.b64encode(path.read_bytes()).decode()
     name, wide = _when(path), "" if path.parent.name == SAMPLES else ' class="wide"'
-    image = f'<img alt="{name}" src="data:image/png;base64,{content}">'
+    small = ' class="small"' if int.from_bytes(path.read_bytes()[16:20]) < NARROW else ""  # the width in PNG's header
+    image = f'<img{small} alt="{name}" src="data:image/png;base64,{content}">'
     return f"<figure{wide}><figcaption>{name}</figcaption>{image}</figure>"
 
 
@@ -178,7 +184,7 @@ def _data(recipe: Mapping[str, Any]) -> str:
     rows = recipe.get("data") or []
     columns = list(dict.fromkeys(name for row in rows for name in row))
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    cells = ["".join(f"<td>{escape(str(row.get(name, '')))}</td>" for name in columns) for row in rows]
+    cells = ["".join(f"<td>{escape(_words(row.get(name, '')))}</td>" for name in columns) for row in rows]
     table = f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>" if rows else ""
     return f'{table}<p class="soft">Fingerprint <code>{escape(recipe["data_fingerprint"])}</code></p>'
 
@@ -208,6 +214,8 @@ def _pairs(values: Mapping[str, Any], code: bool = False) -> str:
 
 def _words(value: Any) -> str:
     """A setting as a person writes it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(name).replace('_', ' ')} {_words(inner)}" for name, inner in value.items())
     if isinstance(value, list):
         return ", ".join(map(_words, value))
     return {None: "unset", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)

@@ -163,11 +163,12 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping):
         inside = (flat(inner, f"{prefix}.{key}" if prefix else key) for key, inner in value.items())
         return {name: inner for part in inside for name, inner in part.items()}
-    return {prefix: _listed(value)}
+    return {prefix: listed(value)}
 
 
-def _listed(value: Any) -> Any:
-    return [_listed(inner) for inner in value] if isinstance(value, tuple) else value
+def listed(value: Any) -> Any:
+    """Tuples as the lists that JSON makes of them."""
+    return [listed(inner) for inner in value] if isinstance(value, tuple) else value
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

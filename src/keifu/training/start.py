@@ -3,18 +3,20 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.training import cost, guards, state
+from keifu.training import cost, folder, guards, state
+from keifu.training.length import Length, length_of
 from keifu.training.optimisers import Optimisers
 from keifu.training.pace import Plan
 from keifu.training.precision import resolve
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run
-from keifu.training.settings import Settings, check_resumed, described
+from keifu.training.settings import Settings, check_resumed, compare, described
 from keifu.training.spikes import Spikes
 from keifu.training.step import Stepper, Sums, compiled, on_device, row_elements
 
@@ -48,6 +50,7 @@ class Started:
     optimisers: Optimisers
     cost: cost.Cost
     progressed: Progressed
+    length: Length
 
     def resolved(self) -> dict[str, Any]:
         """What the settings left open, as it was decided; a resumed run keeps to it."""
@@ -66,12 +69,16 @@ def start(
     largest: Batch | None = None,
 ) -> Started:
     """Loads the state where the run is resumed, measures the cost on the largest batch, and says both."""
-    found = _resumed(run, settings, data, tell) if run.resume else None
+    found = _resumed(run, tell) if run.resume else None
+    length = _length(found, settings, run.directory) if found else Length(settings.steps)
+    settings = dataclasses.replace(settings, steps=length.begun)
+    if found:
+        _tell_changes(found, length, settings, described(settings, run.options, data.fingerprint), tell)
     resolved = found.facts["resolved"] if found else {}
     device = next(model.parameters()).device
     wanted = resolved.get("precision", settings.precision) if settings.precision == "auto" else settings.precision
     dtype = resolve(wanted, device)
-    optimisers = Optimisers(model, settings)
+    optimisers = Optimisers(model, settings, length)
     probe = cost.Probe(model, objective, optimisers, device, dtype)
     _check_growth(settings, data)
     batch = on_device(data.batch(found.step if found else 0) if largest is None else largest, device)
@@ -88,11 +95,11 @@ def start(
     if found and stepper.dropout.drops and resolved.get("dropout") != DROPOUT:
         tell("Dropout is drawn in another way than in the steps before, which an earlier version made.")
     done = found.step if found else 0
-    progressed = _progressed(found, settings, device)
+    progressed = _progressed(found, settings, device, length)
     steps = max(done, progressed.plan.steps)
     whole_steps = settings.whole_steps(steps) - settings.whole_steps(done)
     tell(measured.sentence(steps - done, run.unit, whole_steps))
-    return Started(stepper, optimisers, measured, progressed)
+    return Started(stepper, optimisers, measured, progressed, length)
 
 
 def _check_growth(settings: Settings, data: Data) -> None:
@@ -105,13 +112,32 @@ def _check_growth(settings: Settings, data: Data) -> None:
         )
 
 
-def _resumed(run: Run, settings: Settings, data: Data, tell: Callable[[str], None]) -> state.State:
+def _resumed(run: Run, tell: Callable[[str], None]) -> state.State:
     found, complaints = state.latest(run.directory)
     for text in complaints:
         tell(text)
-    changes = check_resumed(found.facts["described"], described(settings, run.options, data.fingerprint))
-    tell(f"Going on from step {found.step:,}" + (f"; changed: {', '.join(changes)}." if changes else "."))
     return found
+
+
+def _length(found: state.State, settings: Settings, directory: Path) -> Length:
+    """The length of a run that is resumed. It changes where the settings have other steps than those that it was begun
+    with, or where its recipe.json asks for others."""
+    length = length_of(found.facts["described"]["settings"], found.facts.get("length", ()))
+    asked = folder.recorded(directory).get("steps") or length.steps
+    steps = asked if settings.steps == length.begun else settings.steps
+    return length if steps == length.steps else length.changed(found.step, steps, settings.warmup)
+
+
+def _tell_changes(
+    found: state.State, length: Length, settings: Settings, now: dict[str, Any], tell: Callable[[str], None]
+) -> None:
+    """Checks that the run may go on so, and says what has changed."""
+    then = length_of(found.facts["described"]["settings"], found.facts.get("length", ()))
+    changes = compare({"steps": then.steps}, {"steps": length.steps})
+    changes += check_resumed(found.facts["described"], now)
+    tell(f"Going on from step {found.step:,}" + (f"; changed: {', '.join(changes)}." if changes else "."))
+    if length.steps != then.steps:
+        tell(length.sentence(settings))
 
 
 @torch.no_grad()
@@ -122,7 +148,9 @@ def _take_up(model: nn.Module, optimisers: Optimisers, data: Data, tensors: dict
         data.take_up(_under("data.", tensors))
 
 
-def _progressed(found: state.State | None, settings: Settings, device: torch.device) -> Progressed:
+def _progressed(
+    found: state.State | None, settings: Settings, device: torch.device, length: Length
+) -> Progressed:
     if found is None:
         plan = Plan(settings.steps, settings.steps)
         return Progressed(0, 0.0, None, guards.Divergence(), Spikes(settings.spikes), plan)
@@ -132,21 +160,21 @@ def _progressed(found: state.State | None, settings: Settings, device: torch.dev
     divergence = guards.Divergence(**facts["divergence"])
     spikes = Spikes(settings.spikes, **facts.get("spikes", {}))
     return Progressed(
-        found.step, facts["seconds"], taken, divergence, spikes, _plan(facts, settings), facts.get("passed", 0.0)
+        found.step, facts["seconds"], taken, divergence, spikes, _plan(facts, settings, length), facts.get("passed", 0.0)
     )
 
 
-def _plan(facts: dict[str, Any], settings: Settings) -> Plan:
+def _plan(facts: dict[str, Any], settings: Settings, length: Length) -> Plan:
     """The plan of a state, where the run still has minutes and the schedule that it was made for."""
     found = facts.get("plan", {})
-    kept = settings.minutes is not None and found.get("scheduled") == settings.steps
-    return Plan(**found) if kept else Plan(settings.steps, settings.steps)
+    kept = settings.minutes is not None and found.get("scheduled") == length.steps
+    return Plan(**found) if kept else Plan(length.steps, length.steps)
 
 
 def go_back(started: Started, found: state.State, data: Data, settings: Settings) -> Started:
     """The run at an earlier state of its own, from which other batches follow; its clock is not set back."""
     stepper, now = started.stepper, started.progressed
-    then = _progressed(found, settings, stepper.device)
+    then = _progressed(found, settings, stepper.device, started.length)
     then.spikes = now.spikes.after(found.step, then.spikes.facts())
     then.seconds = now.seconds
     started.optimisers.drop_gradients()

@@ -66,6 +66,16 @@ def latest(directory: Path) -> tuple[State, list[str]]:
     raise UserError(f"There is no state to resume from in {directory / FOLDER}.{damaged} Start without resuming.")
 
 
+def latest_facts(directory: Path) -> dict[str, Any]:
+    """The facts of the newest state whose JSON file can be read, without its tensors; nothing where there is none."""
+    for step in reversed(steps(directory)):
+        try:
+            return json.loads(_files(directory, step)[1].read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+    return {}
+
+
 def steps(directory: Path) -> list[int]:
     """The steps whose states were written to the end, in order."""
     found = (path.stem.removeprefix("step-") for path in (directory / FOLDER).glob("step-*.json"))

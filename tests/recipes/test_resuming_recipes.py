@@ -1,0 +1,247 @@
+"""Every recipe: begun with options of its own, stopped again and again and gone on with by the line that it prints."""
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_captions import small_clip
+
+from keifu import checkpoints, cli
+from keifu.commands.train import recipes
+from keifu.data.tokenizers import train_tokenizer
+from keifu.models import autoencoder_kl, bert, clip_text, conditioned_unet, gpt1, latent_diffusion, llama
+from keifu.recipes import clip, demo, lora_image, unclip
+from keifu.recipes import latent_diffusion as latents
+from keifu.training import loop, state
+from keifu.training.interrupt import Stopped, StopRequest
+
+pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
+
+MODEL = "--model.dim 16 --model.hidden-dim 32 --model.n-layers 1 --model.n-heads 2 --model.context-length 16"
+TEXT = "--data {text} --vocab-size 270"
+FINE = "--held-out 0.25 --micro-batch 2"
+DRAWN = "--data {drawings} --clip {towers} --prompts {prompt} --batch-size 4 --precision float32 --seed 3"
+STEPS = "--steps 5"
+
+# recipe -> options, none of which is the usual one, and the questions whether to stop between two stops
+TABLE: dict[str, tuple[str, int]] = {
+    "bert": (f"--data {{stories}} --vocab-size 120 {MODEL} --masking.length 16 {STEPS} --warmup 2 --gaps [MASK]", 5),
+    "characters": (f"--data {{text}} {STEPS} --seed 2", 5),
+    "classifier": ("--data {labels} --model {bert} --epochs 2 --batch-size 8 --cut 9 --weight-decay 0.2", 5),
+    "clip": (f"--data {{drawings}} --vocab-size 2800 {STEPS} --batch-size 6 {{clip}} --warmup 2", 5),
+    "dalle": (
+        f"{DRAWN} --size 24 --codebook-size 11 --vae-widths 8 12 16 --code-dim 6 --dim 16 --hidden-dim 24 --n-layers 3 "
+        "--n-heads 2 --kernel 3 --vae-steps 3 --steps 3 --vae-batch 4", 4,
+    ),
+    "ddpm": ("--data {drawings} --size 8 --dim 8 --multipliers 1 2 --noise-steps 50 --steps 4 --batch-size 3", 4),
+    "demo": ("--data {text} --steps 3", 4),
+    "dpo": (f"--model {{base}} --data {{preferences}} {FINE} --steps 3 --beta 0.3 --batch-size 2", 4),
+    "gpt": (f"{TEXT} --depth 1 --context-length 16 --batch-size 3 {STEPS} --learning-rate 0.002", 5),
+    "gpt1": (f"{TEXT} {MODEL} {STEPS} --batch-size 3 --recipe-of paper --model.dropout 0.2", 5),
+    "gpt1-finetune": ("--data {labels} --model {gpt1} --epochs 2 --batch-size 8 --lm-weight 0.3 --cut 12", 5),
+    "gpt2": (f"{TEXT} --tokenizer bpe {MODEL} {STEPS} --warmup 2 --batch-size 3 --model.dropout 0.2", 5),
+    "gpt3": (f"{TEXT} {MODEL} {STEPS} --batch-size 3 --recipe-of paper --model.band 4", 5),
+    "grpo": ("--model {base} --steps 3 --prompts 2 --group 2 --max-tokens 4 --sums.count 8 --held-out 0.25", 4),
+    "instruct": (
+        "--model {base} --sft.data {chats} --reward.data {preferences} --ppo.data {prompts} --sft.steps 2 "
+        "--reward.steps 2 --ppo.rollouts 2 --ppo.prompts 4 --ppo.minibatches 2 --ppo.max-tokens 4 --sft.lora.rank 2 "
+        "--ppo.held-out 0.25 --reward.held-out 0.25", 3,
+    ),
+    "latent-diffusion": (
+        f"{DRAWN} --size 24 --autoencoder-widths 4 8 --latent-channels 3 --widths 8 16 --attention 1 --heads 2 "
+        "--autoencoder-steps 3 --steps 3 --autoencoder-batch 4", 4,
+    ),
+    "llama": (f"{TEXT} --tokenizer bpe {MODEL} {STEPS} --warmup 2 --batch-size 3 --optimizer muon", 5),
+    "lora-image": ("--model {pipeline} --data {drawings} --limit 7 --rank 3 --steps 4 --batch-size 3", 4),
+    "mlp": ("--data {rows} --steps 5 --hidden 5 --dropout 0.2 --activation tanh", 6),
+    "mlp-compare": ("--data {rows} --steps 5 --activations relu tanh --losses cross_entropy --hidden 4", 6),
+    "palm": (f"{TEXT} {MODEL} --model.head-dim 8 {STEPS} --batch-size 4 --recipe-of paper --z-loss 0.01", 5),
+    "palm2": (
+        f"--mixture {{mixture}} --vocab-size 400 --sentinels 8 {MODEL} --model.head-dim 8 {STEPS} --batch-size 4 "
+        "--warmup 2 --objective causal --prompts ab", 5,
+    ),
+    "ppo": (
+        "--model {base} --reward last-number --rollouts 2 --prompts 4 --minibatches 2 --max-tokens 4 --sums.count 8 "
+        "--held-out 0.25", 3,
+    ),
+    "reward": (f"--model {{base}} --data {{preferences}} {FINE} --steps 3 --batch-size 2 --warmup 0.4", 4),
+    "seq2seq": (
+        "--data {pairs} --vocab-size 280 --model.dim 8 --model.embedding-dim 8 --model.attention-dim 8 "
+        "--model.maxout-dim 8 --model.context-length 24 --steps 4 --tokens-per-batch 60", 4,
+    ),
+    "sft": (f"--model {{base}} --data {{chats}} {FINE} --steps 3 --batch-size 2 --lora.rank 2 --lora.dropout 0.2", 4),
+    "transformer": (
+        f"--data {{pairs}} --vocab-size 280 {MODEL} --model.context-length 24 --steps 4 --tokens-per-batch 60 "
+        "--model.dropout 0.2", 4,
+    ),
+    "unclip": (
+        "--data {drawings} --clip {wide} --prompts {prompt} --batch-size 4 --precision float32 --seed 3 --size 16 "
+        "--small 8 --crop 8 --prior-layers 1 --prior-heads 2 --head-dim 8 --widths 8 16 --attention 1 --context-dim 16 "
+        "--upsampler-widths 8 16 --noise-steps 50 --steps 3", 3,
+    ),
+}  # fmt: skip
+STARTS_OVER = {"perceptron"}  # it draws no random number, and takes less time than loading a state
+QUICK = {"bert", "clip", "dpo", "gpt", "mlp", "sft", "transformer"}  # the others are marked slow
+CLIP = (
+    "--image.image-size 24 --image.patch-size 6 --image.dim 24 --image.hidden-dim 48 --image.n-layers 1 "
+    "--image.n-heads 2 --image.embedding-dim 16 --text.dim 24 --text.hidden-dim 48 --text.n-layers 1 --text.n-heads 2 "
+    "--text.embedding-dim 16 --text.context-length 16 --evaluate-every 2 --sample-every 2"
+)
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Texts, tables and conversations."""
+    folder, words = tmp_path_factory.mktemp("files"), ["one", "two", "three", "four", "five", "six"]
+    text, mixture = folder / "text.txt", folder / "mixture.yaml"
+    text.write_text("".join(f"The {words[n % 6]} sees the {words[n * 7 % 6]} in {n} houses.\n" for n in range(400)))
+    mixture.write_text(f"sources:\n  prose: {{data: {text.name}, weight: 1.0}}\n")
+    stories = [" ".join(f"The {words[(n + i) % 6]} is {words[n * i % 6]}." for i in range(6)) for n in range(60)]
+    labels = [{"text": f"{words[n % 6]} {n}", "label": "ab"[n % 2]} for n in range(24)]
+    rows = {f"{' '.join(words[n * k % 6] for k in range(1, 2 + n % 4))} {n}" for n in range(200)}
+    pairs, table = folder / "pairs.tsv", folder / "rows.csv"
+    table.write_text("x,y,z,kind\n" + "".join(f"{n},{-n},{n % 3},{n % 2}\n" for n in range(40)))
+    pairs.write_text("".join(f"{row}\t{row[::-1]}\n" for row in sorted(rows)))
+    return {
+        "text": text, "mixture": mixture, "pairs": pairs, "rows": table,
+        "stories": jsonl(folder / "stories.jsonl", [{"text": story} for story in stories]),
+        "labels": jsonl(folder / "labels.jsonl", labels),
+        "chats": jsonl(folder / "chats.jsonl", [{"prompt": w, "response": f"good {w}"} for w in words]),
+        "preferences": jsonl(
+            folder / "preferences.jsonl", [{"prompt": w, "chosen": f"good {w}", "rejected": "bad"} for w in words]
+        ),
+        "prompts": jsonl(folder / "prompts.jsonl", [{"prompt": w} for w in words]),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models that know nothing, for recipes that begin with one."""
+    folder, sizes = tmp_path_factory.mktemp("models"), {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
+    texts = ["User: Assistant: one two three four five six good bad 0123456789 + = ?"] * 9
+    kinds: dict[str, tuple[Any, Any, str]] = {
+        "base": (llama, llama.Config(context_length=48, **sizes), "bpe"),
+        "bert": (bert, bert.Config(context_length=16, pooled=False, next_sentence=False, **sizes), "wordpiece"),
+        "gpt1": (gpt1, gpt1.Config(context_length=24, dropout=0.0, **sizes), "characters"),
+    }
+    for name, (module, config, kind) in kinds.items():
+        torch.manual_seed(1)
+        tokenizer = train_tokenizer(kind, texts, 280)
+        checkpoints.save(module.build(replace(config, vocab_size=tokenizer.vocab_size)), tokenizer, folder / name)
+    return {name: folder / name for name in kinds}
+
+
+@pytest.fixture(scope="module")
+def wide(own_cache: pytest.MonkeyPatch, drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP whose text tower is as wide as its space."""
+    made, out = small_clip(drawings), tmp_path_factory.mktemp("wide")
+    text, image = clip_text.Config(600, 16, 16, 32, 1, 2, embedding_dim=16), replace(made.image, embedding_dim=16)
+    clip.run(replace(made, text=text, image=image, training=replace(made.training, steps=3)), out, False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def pipeline(own_cache: pytest.MonkeyPatch, drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A latent diffusion of 16 x 16 pixels."""
+    tokenizer = clip.prepare(small_clip(drawings)).tokenizer
+    torch.manual_seed(3)
+    text = clip_text.Config(tokenizer.vocab_size, 16, 24, 48, 1, 2, projected=False)
+    unet = conditioned_unet.Config(
+        size=8, channels=3, predicted_channels=3, widths=(8, 16), n_residual_blocks=1, attention=(0, 1),
+        up_attention=(0, 1), n_heads=2, context_dim=24, norm_groups=4,
+    )  # fmt: skip
+    small = autoencoder_kl.Config(16, 3, 3, widths=(4, 8), n_residual_blocks=1, norm_groups=2, scale=0.7)
+    folder = tmp_path_factory.mktemp("pipeline")
+    checkpoints.save(latent_diffusion.build(latent_diffusion.Config(text, unet, small)), tokenizer, folder)
+    return folder
+
+
+@dataclass
+class Stops:
+    """Stops a run at the question whether to stop that has this number, from 1; None: never."""
+
+    left: int | None = None
+
+    def asked(self, request: StopRequest) -> bool:
+        if self.left is None:
+            return False
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.fixture
+def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
+    """Set `left` to stop a run, and None to let it be."""
+    found = Stops()
+
+    class Request(StopRequest):
+        wanted = property(found.asked, lambda self, value: None)  # pyright: ignore
+
+    monkeypatch.setattr(loop, "StopRequest", Request)
+    monkeypatch.setattr(demo, "_ask", lambda: None)
+    for module in (latents, lora_image, unclip):
+        monkeypatch.setattr(module, "STEPS", 2)
+    return found
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the models and of the last states in a run's folder and those of its parts."""
+    last = {place.parent: max(state.steps(place.parent)) for place in out.rglob("state")}
+    found = [path for path in out.rglob("*.safetensors") if path.parent.name != "state"]
+    found += [place / f"state/step-{step:08d}.safetensors" for place, step in last.items()]
+    assert last, "no state was saved"
+    return {f"{path.relative_to(out)}:{name}": t for path in found for name, t in load_file(path).items()}
+
+
+def go(*words: str) -> None:
+    cli.parse(["train", *words])()
+
+
+def in_pieces(begin: Callable[[], None], out: Path, stops: Stops, every: int) -> int:
+    """Begins, and goes on by the line that each stop prints, until the end; the number of stops."""
+    count, work = 0, begin
+    while True:
+        stops.left = every
+        try:
+            work()
+        except Stopped as stop:
+            line = str(stop).splitlines()[-1]
+            assert line == f"keifu train --resume {shlex.quote(str(out))}"
+            count, work = count + 1, lambda line=line: cli.parse(shlex.split(line)[1:])()
+            assert count < 20
+        else:
+            return count
+
+
+def test_the_table_has_every_recipe() -> None:
+    assert TABLE.keys() | STARTS_OVER == recipes().keys()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in TABLE]
+)
+def test_stopped_and_resumed_from_its_folder_alone_it_ends_with_the_same_bits(
+    name: str, files: dict[str, Path], models: dict[str, Path], drawings: Path, request: pytest.FixtureRequest,
+    stops: Stops, tmp_path: Path,
+) -> None:  # fmt: skip
+    options, every = TABLE[name]
+    named = {key: request.getfixturevalue(key) for key in ("towers", "wide", "pipeline") if f"{{{key}}}" in options}
+    given = {**files, **models, **named, "drawings": drawings, "clip": CLIP, "prompt": "'a red disc'"}
+    words = shlex.split(options.format(**given))
+    go(name, *words, "--out", str(tmp_path / "whole"))
+    parts = tmp_path / "parts"
+    assert in_pieces(lambda: go(name, *words, "--out", str(parts)), parts, stops, every) >= 1
+    ours, theirs = tensors(parts), tensors(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []

@@ -1,0 +1,100 @@
+"""No message, help text or page names an option that the verb or the recipe does not have."""
+
+import ast
+import re
+from dataclasses import fields, is_dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from keifu.cli import VERBS
+from keifu.commands.train import recipes
+from keifu.recipes._options import _dataclass, _option
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src/keifu"
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z]")
+OF_TRAINING = {"--out", "--resume", "--replace", "--help", "--device"}
+BELOW = ("data", "layers", "models", "training")
+OTHERS = {"--index-url", "--upgrade"}  # of pip
+
+
+def names(kind: type, prefix: str = "") -> set[str]:
+    """The options that a dataclass gives, with dashes before them."""
+    found = set[str]()
+    for field, hint in get_type_hints(kind, include_extras=True).items():
+        if field in {each.name for each in fields(kind)}:
+            name, inner = _option(field, hint, prefix), _dataclass(hint)
+            found |= names(inner, name) if inner else {f"--{name}", f"--no-{name}"}
+    return found
+
+
+@cache
+def of_recipe(name: str) -> frozenset[str]:
+    """The options of a recipe."""
+    return frozenset(names(import_module(f"keifu.recipes.{name.replace('-', '_')}").Recipe) | OF_TRAINING)
+
+
+@cache
+def of_verbs() -> frozenset[str]:
+    """The options of every verb but train."""
+    found = set(OF_TRAINING)
+    for verb in VERBS.keys() - {"train", "demo"}:
+        own = vars(import_module(f"keifu.commands.{verb}")).values()
+        kinds = [each for each in own if isinstance(each, type) and is_dataclass(each)]
+        found = found.union(*(names(kind) for kind in kinds if kind.__module__.startswith("keifu.commands")))
+    return frozenset(found)
+
+
+def words(path: Path) -> list[tuple[int, str]]:
+    """Every option-like word of a file's texts, docstrings and messages, with its line."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [(node.lineno, word) for node in texts for word in OPTION.findall(str(node.value))]
+
+
+def any_option() -> frozenset[str]:
+    """What any recipe or verb has."""
+    return of_verbs().union(*map(of_recipe, recipes()))
+
+
+def test_a_recipe_names_its_own_options_and_those_of_recipes_that_it_sends_people_to() -> None:
+    wrong = []
+    for name in recipes():
+        path = SOURCE / f"recipes/{name.replace('-', '_')}.py"
+        named = set(re.findall(r"keifu train ([a-z][\w-]*)", path.read_text(encoding="utf-8"))) & recipes().keys()
+        known = of_recipe(name).union(*map(of_recipe, named), of_verbs())
+        wrong += [f"{path.name}:{line}: {word}" for line, word in words(path) if word not in known]
+    assert wrong == []
+
+
+def test_what_recipes_and_verbs_share_names_options_that_there_are() -> None:
+    """What stands below the verbs is reached by recipes, whose options it must name."""
+    wrong, of_recipes = [], frozenset[str]().union(*map(of_recipe, recipes()))
+    for path in sorted(SOURCE.rglob("*.py")):
+        known = of_recipes if path.parent.name in BELOW else any_option() | OTHERS
+        wrong += [f"{path.relative_to(SOURCE)}:{line}: {word}" for line, word in words(path) if word not in known]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(p.name for p in ROOT.glob("docs/*.md"))])
+def test_pages_name_options_that_there_are(page: str) -> None:
+    path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
+    quoted = re.findall(r"`([^`\n]*)`", path.read_text(encoding="utf-8"))
+    shown = [text for text in quoted if not text.startswith(("python", "pytest", "make", "git", "pip", "docker"))]
+    assert [word for text in shown for word in OPTION.findall(text) if word not in any_option() | OTHERS] == []
+
+
+def test_every_recipe_that_trains_has_the_same_names() -> None:
+    common = {"--steps", "--seed", "--tensorboard", "--wandb"}
+    for name in recipes().keys() - {"perceptron", "mlp-compare", "demo", "instruct"}:
+        assert common <= of_recipe(name), (name, common - of_recipe(name))
+
+
+def test_it_can_fail(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text('raise ValueError(f"{1}: say --leave-out, not -- or a-b")')
+    assert words(tmp_path / "a.py") == [(1, "--leave-out")]
+    assert "--leave-out" in any_option() - frozenset[str]().union(*map(of_recipe, recipes()))

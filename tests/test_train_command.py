@@ -1,0 +1,164 @@
+"""`keifu train` around the loop: what is refused before any work, what --resume takes from the folder and --replace
+removes, and what a stop and an error leave."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from keifu import cli
+from keifu.errors import UserError
+from keifu.recipes import characters, mlp, perceptron
+from keifu.training import folder, metrics, state
+
+TABLE = "x,y,z,kind\n" + "".join(f"{n},{-n},{n % 3},{n % 2}\n" for n in range(20))
+WORDS = ("mlp", "--data", "rows.csv", "--hidden", "3")
+
+
+def go(*words: str) -> None:
+    cli.parse(["train", *words])()
+
+
+@pytest.fixture(autouse=True)
+def _table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of three columns, which are too many to draw a picture of, where the commands are run."""
+    (tmp_path / "rows.csv").write_text(TABLE)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A run of 6 steps."""
+    go(*WORDS, "--steps", "6", "--out", str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def test_the_folder_names_the_recipe_and_every_option(out: Path) -> None:
+    record = folder.recorded(out)
+    assert record["name"] == "mlp" and record["options"]["hidden"] == [3] and record["options"]["steps"] == 6
+    assert record["options"].keys() >= {"activation", "dropout", "seed", "tensorboard"}
+
+
+@pytest.mark.parametrize("form", ["--resume {out}", "--resume={out}", "mlp --resume {out}", "mlp --out {out} --resume",
+                                  "mlp --out={out} --resume", "--steps 9 --resume {out}"])  # fmt: skip
+def test_every_form_of_resume_takes_the_options_of_the_folder(out: Path, form: str) -> None:
+    go(*form.format(out=out).split())
+    assert state.steps(out)[-1] == (9 if "--steps" in form else 6)
+    assert folder.read_recipe(out)["options"]["hidden"] == [3]
+
+
+def test_options_that_may_not_change_are_refused_by_name(out: Path) -> None:
+    with pytest.raises(UserError, match=r"these differ: --activation relu → tanh, --hidden 3 → 4 5; leave them out"):
+        go("--resume", str(out), "--hidden", "4", "5", "--activation", "tanh")
+    go("--resume", str(out), "--hidden", "3")  # the same value is no change
+    with pytest.raises(UserError, match="holds a run of keifu train mlp, not of gpt"):
+        go("gpt", "--out", str(out), "--resume")
+
+
+def test_a_run_is_made_longer_and_shorter_and_stays_so(out: Path, capsys: pytest.CaptureFixture) -> None:
+    go("--resume", str(out), "--steps", "12")
+    assert "from 6 to 12 steps" in capsys.readouterr().err
+    go("--resume", str(out))
+    assert state.steps(out)[-1] == 12 and folder.recorded(out)["options"]["steps"] == 6
+    with pytest.raises(UserError, match="12 steps are done, so the run cannot be made as short as 11"):
+        go("--resume", str(out), "--steps", "11")
+    assert folder.recorded(out)["steps"] == 12  # a refusal changes nothing
+
+
+def test_what_may_change_is_kept_unless_the_run_cannot_go_on_so(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise UserError("tensorboard is missing")
+
+    before = folder.read_recipe(out)
+    monkeypatch.setattr(metrics, "sinks", missing)
+    with pytest.raises(UserError, match="is missing"):
+        go("--resume", str(out), "--tensorboard", "--steps", "9")
+    assert folder.read_recipe(out) == before
+    monkeypatch.setattr(metrics, "sinks", lambda *_: [])
+    go("--resume", str(out), "--tensorboard", "--steps", "9")
+    assert folder.recorded(out)["options"]["tensorboard"] and folder.recorded(out)["steps"] == 9
+
+
+def test_there_must_be_a_run(tmp_path: Path) -> None:
+    for words in (["--resume", str(tmp_path)], ["mlp", "--resume", str(tmp_path)]):
+        with pytest.raises(UserError, match="There is no run in .* to go on with"):
+            go(*words)
+    with pytest.raises(UserError, match="--resume goes on with a run and --replace starts over"):
+        go("mlp", "--out", str(tmp_path), "--resume", "--replace")
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_any_work(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(characters, "run", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(UserError, match=r"already holds a run, saved at step 6: .*--resume .*--replace"):
+        go("characters", "--data", "no-such-text", "--out", str(out))
+
+
+def test_a_part_of_a_run_counts_too(out: Path) -> None:
+    with pytest.raises(UserError, match="already holds a run, saved at step 6"):
+        go(*WORDS, "--out", str(out.parent))
+
+
+def test_replace_starts_over_and_an_error_before_the_first_state_puts_the_old_run_back(out: Path) -> None:
+    (out / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError):
+        go("mlp", "--data", "rows.csv", "--activation", "wrong", "--out", str(out), "--replace")
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    go(*WORDS, "--steps", "4", "--out", str(out), "--replace")
+    assert state.steps(out) == [4] and (out / "notes.txt").exists() and not (out / folder.BEFORE).exists()
+
+
+def test_an_error_before_the_first_step_leaves_the_folder_free(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        go("mlp", "--data", "rows.csv", "--activation", "wrong", "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stop_before_the_first_step_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlp, "learnable", stop)
+        with pytest.raises(KeyboardInterrupt, match=f"before a state was saved.*\nkeifu train --resume {tmp_path}"):
+            go(*WORDS, "--steps", "6", "--out", str(tmp_path))
+    go("--resume", str(tmp_path))
+    assert state.steps(tmp_path) == [6]
+
+
+def test_names_of_files_are_seen_from_where_the_run_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    go("mlp", "--data", "rows.csv", "--steps", "4", "--out", "run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    go("--resume", "../run", "--steps", "8")
+    assert state.steps(tmp_path / "run")[-1] == 8 and Path.cwd() == tmp_path / "elsewhere"
+
+
+def test_a_run_without_a_loop_is_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go("perceptron", "--data", "or", "--out", str(tmp_path))
+    with pytest.raises(UserError, match="already holds a finished run"):
+        go("perceptron", "--out", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(perceptron, "run", lambda recipe, *_: asked.append(recipe.data))
+    go("--resume", str(tmp_path))
+    assert asked == ["or"]
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_its_folder_says(out: Path, capsys: pytest.CaptureFixture) -> None:
+    content = json.loads((out / "recipe.json").read_text())
+    del content["recipe"], content["length"]
+    (out / "recipe.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="does not name its recipe: add it, as in keifu train RECIPE --out"):
+        go("--resume", str(out))
+    go("mlp", "--data", "rows.csv", "--out", str(out), "--resume", "--steps", "8")
+    said = capsys.readouterr().out
+    assert "does not say these options" in said and "--data" in said and "--hidden" not in said
+    assert state.steps(out)[-1] == 8 and folder.recorded(out)["options"]["hidden"] == [3]
+    go("--resume", str(out))  # from now on the folder says all
+
+
+def test_a_damaged_recipe_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(UserError, match=f"{os.sep}recipe.json is damaged"):
+        go("--resume", str(tmp_path))
