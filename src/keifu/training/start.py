@@ -159,9 +159,8 @@ def _progressed(
     taken = Sums.from_tensors(sums, device) if sums else None
     divergence = guards.Divergence(**facts["divergence"])
     spikes = Spikes(settings.spikes, **facts.get("spikes", {}))
-    return Progressed(
-        found.step, facts["seconds"], taken, divergence, spikes, _plan(facts, settings, length), facts.get("passed", 0.0)
-    )
+    plan, passed = _plan(facts, settings, length), facts.get("passed", 0.0)
+    return Progressed(found.step, facts["seconds"], taken, divergence, spikes, plan, passed)
 
 
 def _plan(facts: dict[str, Any], settings: Settings, length: Length) -> Plan:
