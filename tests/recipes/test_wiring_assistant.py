@@ -267,12 +267,15 @@ def of_ppo(toys: Toys) -> tuple[Any, list[Group]]:
 
     wide = Group(rows, {"value": None})
     sums = sums_group({"reward": "last-number"})
-    groups = [wide, Group(text, begun), Group(apart, begun), Group(value, rate), Group(value), sums]
+    groups = [wide, Group(text, begun), Group(apart, begun), Group(value, rate), Group(value), sums, STEPS]
     return base, [*groups, *lora_groups()]
 
 
 def value_sum(record: Any) -> float:
     return float(record.model.value.task_head.project.weight.detach().sum())
+
+
+STEPS = Group({"steps": Reach(9, "settings.steps")})
 
 
 def table_rows() -> dict[str, Reach]:
@@ -302,7 +305,8 @@ def of_classifier(toys: Toys) -> tuple[Any, list[Group]]:
         "size": Reach(size, ("model.config.dim", "model.config.dropout"), DIFFERENT),
         "tokenizer": Reach(toys["bert-wide"], "model.config.vocab_size", DIFFERENT),
     }
-    return base, [Group(rows), Group(columns, {"data": toys["renamed.csv"]}, refused=True), Group(sizes, new)]
+    named = Group(columns, {"data": toys["renamed.csv"]}, refused=True)
+    return base, [Group(rows), named, Group(sizes, new), STEPS]
 
 
 def of_gpt1_finetune(toys: Toys) -> tuple[Any, list[Group]]:
@@ -320,7 +324,7 @@ def of_gpt1_finetune(toys: Toys) -> tuple[Any, list[Group]]:
     form = {"form": Reach("entailment", "model.config.form")}
     entail = {"columns": ("premise", "hypothesis"), "data": toys["entail.csv"]}
     return base, [
-        Group(rows), Group(columns, {"data": toys["renamed.csv"]}, refused=True), Group(test),
+        Group(rows), Group(columns, {"data": toys["renamed.csv"]}, refused=True), Group(test), STEPS,
         Group(form, entail, refused=True),
     ]  # fmt: skip
 
@@ -335,6 +339,7 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_every_option_reaches_what_it_names(name: str, toys: Toys, tmp_path: Path) -> None:
     base, groups = TABLE[name](toys)
+    groups = wiring.logged(base, groups)
     assert not wiring.uncovered(base, groups, {}), "an option without a row in the table above"
     for group in groups:
         wiring.check(group, lambda given: wiring.run(name, wiring.assign(base, given), tmp_path / name))

@@ -372,6 +372,7 @@ def named(given: tuple[Any, ...]) -> dict[str, Any]:
 def test_every_option_reaches_what_it_names(name: str, toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch)
     base, groups = TABLE[name](toys)
+    groups = wiring.logged(base, groups)
     assert not wiring.uncovered(base, groups, ELSEWHERE.get(name, {})), "an option without a row in the table above"
     for group in groups:
         wiring.check(group, lambda given: wiring.run(name, wiring.assign(base, given), toys.out / name))

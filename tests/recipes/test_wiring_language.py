@@ -341,6 +341,7 @@ TABLE = {
 def test_every_option_reaches_what_it_names(name: str, toys: Toys) -> None:
     base, groups = TABLE[name](toys)
     groups += validated(toys, base)
+    groups = wiring.logged(base, groups)
     assert not wiring.uncovered(base, groups, {}), "an option without a row in the table above"
     for group in groups:
         wiring.check(group, lambda given: wiring.run(name, wiring.assign(base, given), toys.out / name))

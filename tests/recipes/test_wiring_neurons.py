@@ -60,6 +60,7 @@ ELSEWHERE = {  # options that need data of another kind, and the tests that hold
 def test_every_option_reaches_what_it_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlp_compare.comparison, "curves", lambda results: b"")
     base, groups = TABLE[name]()
+    groups = wiring.logged(base, groups)
     assert not wiring.uncovered(base, groups, ELSEWHERE[name]), "an option without a row in the table above"
     for group in groups:
         wiring.check(group, lambda given: wiring.run(name, wiring.assign(base, given), tmp_path / name))

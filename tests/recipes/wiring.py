@@ -16,6 +16,7 @@ import pytest
 
 from keifu import recipes
 from keifu.errors import UserError
+from keifu.recipes._options import Logging
 from keifu.training import budget, loop
 
 DIFFERENT = object()  # what a path gives must differ from what it gives without the option, and no more is known
@@ -117,6 +118,14 @@ def assign(recipe: Any, changes: Mapping[str, Any]) -> Any:
         first, _, rest = name.partition(".")
         recipe = replace(recipe, **{first: assign(getattr(recipe, first), {rest: value}) if rest else value})
     return recipe
+
+
+def logged(recipe: Any, groups: list[Group]) -> list[Group]:
+    """The groups, the first of them with rows for what every recipe has in common."""
+    if not isinstance(recipe, Logging):
+        return groups
+    rows = {name: Reach(True, f"settings.{name}") for name in ("tensorboard", "wandb")}
+    return [replace(groups[0], rows={**groups[0].rows, **rows}), *groups[1:]]
 
 
 def uncovered(recipe: Any, groups: list[Group], free: Mapping[str, str]) -> list[str]:
