@@ -254,7 +254,6 @@ def failing(monkeypatch: pytest.MonkeyPatch):
     ("error", "status", "told"),
     [
         (UserError("The file\nis empty."), 1, "The file is empty."),
-        (ValueError("width 10 and 3 heads"), 1, "width 10 and 3 heads (KEIFU_DEBUG=1 shows where.)"),
         (FileNotFoundError(2, "No such file or directory", "a.txt"), 1, "There is no file 'a.txt'."),
         (OSError(28, "No space left on device", "b"), 1, "No space left on device: b."),
         (KeyboardInterrupt(), 130, "Stopped."),
@@ -275,9 +274,22 @@ def test_debugging_shows_the_traceback(failing, monkeypatch: pytest.MonkeyPatch)
         cli.main(["fail"])
 
 
-def test_a_fault_of_our_own_keeps_its_traceback(failing) -> None:
-    failing(KeyError("x"))
-    with pytest.raises(KeyError):
+@pytest.mark.parametrize("error", [KeyError("x"), ValueError("invalid literal"), RuntimeError("shapes\ndiffer")])
+def test_a_fault_of_our_own_is_called_so_and_keeps_its_traceback(
+    error: Exception, failing, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a library raises is no sentence for the user, a ValueError neither."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    error.add_note("The state is saved.")
+    failing(error)
+    status, told = said(capsys, "fail")
+    [file] = tmp_path.glob("keifu-*.txt")
+    assert status == 70 and "\n" not in told and str(file) in told
+    assert told.startswith(f"This is a fault of keifu, not yours ({type(error).__name__}: ")
+    assert "The state is saved." in told and "Please report it" in told
+    assert "Traceback (most recent call last)" in file.read_text() and type(error).__name__ in file.read_text()
+    monkeypatch.setenv("KEIFU_DEBUG", "1")
+    with pytest.raises(type(error)):
         cli.main(["fail"])
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from keifu import checkpoints, cli
+from keifu.checkpoints import opening
 from keifu.commands import draw, drawn
 from keifu.generation.picture_record import read_record
 from keifu.generation.sampler_table import SAMPLERS
@@ -87,8 +88,21 @@ def test_a_large_model_is_computed_in_bfloat16_where_the_processor_has_it(model,
     assert np.array_equal(pixels("asked.png"), pixels("small.png"))
 
 
-def test_the_command_knows_the_samplers_that_there_are() -> None:
-    assert draw.Name.__args__ == tuple(SAMPLERS)
+def test_an_unknown_sampler_is_said_before_the_model_is_opened(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["draw", "no-such-model", "--sampler", "eulr"])
+    assert "There is no sampler 'eulr'. Did you mean 'euler'?" in capsys.readouterr().err
+    assert all(name in (draw.Options.__doc__ or "") for name in SAMPLERS)
+
+
+def test_a_model_is_opened_and_planned_once(model: str, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    opened, made = [], []
+    for calls, module, name in ((opened, opening, "open_source"), (made, opening, "plan")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, real=real, calls=calls: [calls.append(args), real(*args)][1])
+    run(capsys, model, "--steps", "1", "--seed", "5", "-o", "once.png")
+    assert len(opened) == len(made) == 1
 
 
 def test_several_pictures_are_a_sheet_and_files_of_their_own(model: str, capsys: pytest.CaptureFixture) -> None:

@@ -240,7 +240,7 @@ def test_dalle_learns_two_pictures_and_their_texts_by_heart():
     losses = learned(model.vae, discrete_autoencoding, settings, pictures)
     again = model.vae(signed(halves()))
     assert losses[-1] < losses[0] - 1 and (again - signed(halves())).abs().mean() < 0.1
-    codes, tokens = model.to_codes(signed(halves())), torch.tensor([[1, 2, 9], [3, 9, 9]])
+    codes, tokens = model.vae.encode(signed(halves())), torch.tensor([[1, 2, 9], [3, 9, 9]])
     real = real_tokens(tokens, 9)
     rows = {"tokens": tokens, "real": real, "codes": codes, "text_share": torch.full((2,), 2 / 5)}
     model.vae.requires_grad_(False)

@@ -12,6 +12,7 @@ from keifu.commands.verbs import VERBS
 from keifu.errors import unknown
 from keifu.threads import follow_load
 
+FAULT = 70  # as sysexits.h has it
 USAGE = "Usage: keifu VERB [OPTIONS]"
 MORE = """\
 keifu help VERB [RECIPE] tells the options of one. For all verbs:
@@ -41,7 +42,8 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `keifu`: exits with 0, 1 after an error, 2 where the command line is wrong, 130 after Ctrl-C."""
+    """Entry point of `keifu`: exits with 0, 1 after an error, 2 where the command line is wrong, 70 after a fault of
+    keifu's own, 130 after Ctrl-C."""
     follow_load()  # before torch is imported, which reads how many threads there are
     words, quiet, verbose = without_volume(sys.argv[1:] if arguments is None else arguments)
     began = time.perf_counter()
@@ -85,11 +87,13 @@ def _work(arguments: Sequence[str], quiet: bool, traceback: bool) -> None:
     except BrokenPipeError:
         raise
     except Exception as error:
-        from keifu.commands.failures import explain
+        from keifu.commands.failures import explain, fault
 
-        sentence = explain(error)
-        if sentence is None or traceback:
+        if traceback:
             raise
+        sentence = explain(error)
+        if sentence is None:
+            _fail(fault(error), FAULT)
         _fail(sentence, status)
 
 

@@ -16,6 +16,7 @@ from keifu.commands.train import parse
 from keifu.data.tokenizers import train_tokenizer
 from keifu.errors import UserError
 from keifu.models import finetuned, gpt2, llama
+from keifu.recipes import _rewarded
 from keifu.recipes import ppo as recipe
 from keifu.training import metrics
 
@@ -281,3 +282,36 @@ def test_bad_options(arguments: list[str], said: str, base: Path, task: Path, tm
 def test_a_model_that_scores_nothing_is_no_reward(base: Path, task: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gives no score"):
         go(base, task, tmp_path / "run", reward=base)
+
+
+@pytest.mark.parametrize(
+    ("names", "figures"),
+    [
+        (["rewards.py:letters"], ["measured_letters"]),
+        (["a.py:score", "b.py:score"], ["measured_a_score", "measured_b_score"]),
+        (["runs/a/reward", "./runs/b/reward/"], ["measured_a_reward", "measured_b_reward"]),
+        (["x/r", "y/s"], ["measured_r", "measured_s"]),
+    ],
+)
+def test_measured_rewards_of_one_name_are_told_apart(names: list[str], figures: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(_rewarded, "rewarding", lambda name: _rewarded.Rewarding(lambda p, a: [], None, name))
+    found = _rewarded.measured(names)
+    assert {figure: each.digest for figure, each in found.items()} == dict(zip(figures, names, strict=True))
+
+
+@pytest.mark.parametrize("names", [["a.py:score", "a.py:score"], ["a/r", "./a/r"]])
+def test_a_reward_that_is_measured_twice_is_refused(names: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(_rewarded, "rewarding", lambda name: _rewarded.Rewarding(lambda p, a: [], None, name))
+    with pytest.raises(UserError, match="--measured"):
+        _rewarded.measured(names)
+
+
+def test_a_reward_by_its_hub_id_has_the_digest_of_its_files(tmp_path: Path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer("bpe", ["a b c"], 270, special_tokens=["<|end|>"])
+    decoder = gpt2.Config(vocab_size=270, **CONFIG)
+    model = finetuned.builder(gpt2.build)(finetuned.Config(decoder, "score", ("reward",), classifier_dropout=0.0))
+    checkpoints.save(model, tokenizer, tmp_path / "cache")
+    monkeypatch.setattr("keifu.checkpoints.hub.download", lambda name: tmp_path / "cache")
+    by_id, by_folder = (_rewarded.rewarding(name) for name in ("someone/reward", str(tmp_path / "cache")))
+    assert by_id.digest == by_folder.digest and len(by_id.digest) == 64

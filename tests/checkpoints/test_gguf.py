@@ -278,9 +278,15 @@ def test_a_full_disk_keeps_the_old_file(whole, tmp_path, monkeypatch) -> None:
 
 def test_a_gguf_by_any_name_in_a_folder_of_its_own(whole, tmp_path) -> None:
     (tmp_path / "model.bin.part").write_bytes(whole)
-    checkpoints.load_model(tmp_path / "model.bin.part")
+    by_file = checkpoints.load_model(tmp_path / "model.bin.part")
     (tmp_path / "x.gguf").write_bytes(whole)
-    checkpoints.load_model(tmp_path)
+    by_folder = checkpoints.load_model(tmp_path)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "model.gguf").write_bytes(whole)
+    expected = checkpoints.load_model(tmp_path / "alone" / "model.gguf").state_dict()
+    for model in (by_file, by_folder):
+        assert model.state_dict().keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

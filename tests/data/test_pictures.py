@@ -57,9 +57,7 @@ def test_a_folder_for_each_class_with_parts(tmp_path: Path) -> None:
     assert found.classes == ("cats", "dogs") and len(found) == 4
     parted = split(found)
     assert [part.names for part in (parted.validation, parted.test)] == [("val/dogs/3.png",), ("test/cats/4.png",)]
-    assert found.of_class("dogs").names == ("train/dogs/1.png", "val/dogs/3.png")
-    with pytest.raises(UserError, match="no class of .* 'dog'. Did you mean 'dogs'"):
-        found.of_class("dog")
+    assert [found.classes[label] for label in found.labels] == [name.split("/")[1] for name in found.names]
 
 
 def test_pictures_alone(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What the generation tests share: models with sharp random weights, a byte tokenizer, a model that says a script."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from keifu.data.tokenizers import Tokenizer, train_tokenizer
 from keifu.layers.cache import KeyValueCache
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, palm, qwen3
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 SIZE: dict[str, Any] = {"vocab_size": 261, "context_length": 67, "dim": 20, "hidden_dim": 36, "n_layers": 3}
 LLAMA = {**SIZE, "n_heads": 4, "head_dim": 6}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from beam_rules import power_penalty, until_unlikely
 from torch import Tensor, nn
 
 from keifu import checkpoints
@@ -20,11 +21,9 @@ from keifu.generation.beam import (
     beam_search,
     continuations,
     paper_penalty,
-    power_penalty,
     top,
     until_decided,
     until_full,
-    until_unlikely,
 )
 from keifu.generation.beam_decoders import SourceDecoder
 from keifu.generation.beam_texts import Hypothesis

@@ -6,8 +6,9 @@ from itertools import product
 
 import pytest
 import torch
+from beam_rules import power_penalty
 
-from keifu.generation.beam import Search, beam_search, paper_penalty, power_penalty, until_decided
+from keifu.generation.beam import Search, beam_search, paper_penalty, until_decided
 
 VOCAB, END, LIMIT = 3, 0, 6
 

@@ -210,3 +210,21 @@ def test_what_the_caches_hold_is_no_more_than_needed(
     generate_batch(model, tokenizer, [prompt(5), prompt(9)], replace(PLAIN, max_tokens=8))
     generate_batch(model, tokenizer, [prompt(5)], replace(PLAIN, max_tokens=10**9))
     assert made == [(2, 9 + 8 - 1), (1, 67 - 1)]
+
+
+def test_streams_that_are_read_in_turn_write_what_each_writes_alone(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Of a model in training mode, some of it frozen in evaluation mode: the first stream to end changes nothing."""
+    model.train()
+    next(iter(model.children())).eval()
+    modes = [module.training for module in model.modules()]
+    samplings = replace(PLAIN, max_tokens=4), replace(PLAIN, max_tokens=24)
+    alone = [[piece.token for piece in stream(model, tokenizer, [prompt(9)], each)] for each in samplings]
+    assert [module.training for module in model.modules()] == modes
+    streams = [stream(model, tokenizer, [prompt(9)], each) for each in samplings]
+    together: list[list[int]] = [[], []]
+    for _ in range(24):
+        for tokens, pieces in zip(together, streams, strict=True):
+            tokens += [piece.token for piece in [next(pieces, None)] if piece]
+    assert all(next(pieces, None) is None for pieces in streams)
+    assert together == alone
+    assert [module.training for module in model.modules()] == modes

@@ -12,7 +12,7 @@ from keifu.layers.noise import Noise
 from keifu.layers.noise_targets import loss_weights
 from keifu.models import autoencoder_kl
 from keifu.training.autoencoding import KLAutoencoding
-from keifu.training.diffusion import TIMESTEP, DenoisingLoss, WithDraws, check_dropout, draws
+from keifu.training.diffusion import TIMESTEP, DenoisingLoss, WithDraws, draws
 from keifu.training.step import split
 
 NOISES = [
@@ -75,8 +75,6 @@ def test_labels_are_left_out_at_the_rate_asked_for() -> None:
     assert torch.equal(seen[1], batch["labels"])
     DenoisingLoss(noise)(model, batch | {"labels": torch.full((400,), -1)})
     assert (seen[2] == 3).all()
-    with pytest.raises(ValueError, match="null_class"):
-        check_dropout(0.1, null_class=False)
 
 
 def test_the_bound_teaches_the_variance_alone() -> None:

@@ -1,8 +1,12 @@
 """Promise 4: what is not finite, too large or not writable is said, by name and amount, and nothing is lost."""
 
+import ctypes
 import errno
 import os
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,3 +251,33 @@ def test_memory_is_read_within_the_limits_of_the_container(tmp_path: Path) -> No
     (old / "memory.usage_in_bytes").write_text("900")
     assert machine.container(tmp_path) == [500, 0]
     assert 0 < machine.available(torch.device("cpu")) < 2**50
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Windows lacks is not there; what it has in its place says that 8 GiB of 16 are available."""
+
+    def status(pointer) -> int:
+        pointer._obj.total, pointer._obj.available = 2**34, 2**33
+        return int(pointer._obj.length == 64)  # of the structure that Windows fills
+
+    kernel = SimpleNamespace(GlobalMemoryStatusEx=status)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+    for name in ("sysconf", "sysconf_names", "sync", "uname", "getuid", "fork", "sched_getaffinity", "getloadavg"):
+        monkeypatch.delattr(os, name, raising=False)
+    for name in ("SIGHUP", "SIGUSR1", "SIGALRM", "SIGKILL"):
+        monkeypatch.delattr(signal, name, raising=False)
+    for name in ("resource", "fcntl", "termios", "pwd", "readline"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("PROC", "GROUPS"):
+        monkeypatch.setattr(machine, name, Path("nothing-of-the-kind"))
+
+
+def test_memory_is_known_where_there_is_no_sysconf(windows: None) -> None:
+    assert machine.available(torch.device("cpu")) == 2**33
+
+
+def test_a_run_needs_nothing_that_windows_lacks(windows: None, tmp_path: Path) -> None:
+    for resume in (False, True):
+        train(toy(), objective, Sequences(), settings(steps=4), run(tmp_path, resume=resume))
+    assert (tmp_path / "report.html").is_file()

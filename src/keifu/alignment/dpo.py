@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from keifu.generation.decoding import evaluating
 from keifu.layers.log_probabilities import token_log_probabilities
 from keifu.training.protocols import Batch, Objective, Outcome
 
@@ -68,8 +69,5 @@ def _outcome(loss: Loss, beta: float, label_smoothing: float, model: Any, batch:
 @torch.no_grad()
 def reference(model: Any, batch: Batch) -> Each:
     """What `dpo` compares with, of a model as it is now."""
-    training = model.training
-    model.eval()
-    found = sequence_log_probabilities(model, batch)
-    model.train(training)
-    return found
+    with evaluating(model):
+        return sequence_log_probabilities(model, batch)

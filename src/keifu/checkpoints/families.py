@@ -274,9 +274,9 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
     check_settings(json, {**UNSUPPORTED, **family.unsupported}, where)
     try:
         config = family.read(_Published(json, where))
-    except UserError:
-        raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:
+        if isinstance(error, UserError) and str(error).startswith(where):
+            raise
         raise UserError(f"{where} cannot be read as a {kind!r} model: {error}") from error
     check_types(config, where)
     return family, config

@@ -64,7 +64,7 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
 
 def inspect(name: str | Path, dtype: torch.dtype | None = None) -> Report:
     """What `load` would do: every tensor, what makes it, and the settings in use; no weight is read for it."""
-    return report(_plan(name, dtype))
+    return report(planned(name, dtype))
 
 
 def convert(
@@ -98,8 +98,8 @@ def _to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module,
     if is_adapter(locate(name)):
         model, tokenizer = load(name, dtype)
         return merge(model), tokenizer
-    found = _plan(name, None)
-    return _plan(name, dtype or found.exact).fill(), _recommended(name, found.source.tokenizer())
+    found = planned(name)
+    return found.held_in(dtype or found.exact).fill(), _recommended(name, found.source.tokenizer())
 
 
 def _recommended(name: str | Path, tokenizer: Any) -> Any:
@@ -122,7 +122,8 @@ def _adapted(path: Path, base: Any) -> Any:
     return own.replace(generation_config=base.generation_config, stop_ids=own.stop_ids | base.stop_ids)
 
 
-def _plan(name: str | Path, dtype: torch.dtype | None) -> Plan:
+def planned(name: str | Path, dtype: torch.dtype | None = None) -> Plan:
+    """What `load` would fill: a model on the meta device, with its file opened, for whoever looks at it first."""
     return plan(open_source(locate(name)), dtype)
 
 

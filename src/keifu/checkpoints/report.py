@@ -54,9 +54,8 @@ def report(plan: Plan) -> Report:
     source, config = plan.source, settings(plan.source.config)
     ordered = {key: config[key] for key in sorted(config, key=lambda key: key not in FIRST)}
     rows = [_row(link, plan) for link in plan.links]
-    parameters = sum(parameter.numel() for parameter in plan.model.parameters())
     family, path = source.family.model_type, str(source.path)
-    return Report(path, source.format, family, parameters, ordered, rows, plan.skipped, plan.notes)
+    return Report(path, source.format, family, plan.parameters, ordered, rows, plan.skipped, plan.notes)
 
 
 def _row(link: Link, plan: Plan) -> Row:

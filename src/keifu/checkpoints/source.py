@@ -65,6 +65,17 @@ class Plan:
     skipped: Sequence[str]
     notes: Sequence[str]
 
+    def held_in(self, dtype: torch.dtype) -> "Plan":
+        """The same, in another type."""
+        said = _cast(self.exact, self.dtype)
+        notes = [note for note in self.notes if note not in said]
+        return replace(self, dtype=dtype, notes=[*notes, *_cast(self.exact, dtype)])
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, all in all."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def fill(self) -> nn.Module:
         """The model with its weights, for evaluation. Weights that need no change stay in the file's own memory map."""
         with ThreadPoolExecutor(torch.get_num_threads()) as workers:

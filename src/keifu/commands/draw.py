@@ -12,7 +12,7 @@ from keifu.commands import flags, reranking
 from keifu.commands.draw_again import again
 from keifu.commands.drawn import check_png, drawn, load, png, usual_dtype
 from keifu.commands.loras import chosen as chosen_lora
-from keifu.errors import UserError
+from keifu.errors import UserError, unknown
 from keifu.files import write_atomic
 
 if TYPE_CHECKING:
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from keifu.generation.drawers import Drawer
     from keifu.generation.picture_record import Record
     from keifu.generation.samplers import Drawn
-
-Name = Literal[
-    "ddpm", "ddim", "euler", "euler-ancestral", "heun", "lms", "plms", "dpm++-2m", "dpm++-2m-sde", "unipc"
-]  # those of generation/sampler_table.py, which tests compare; importing it takes seconds
-
 
 OF_AGAIN = ("model", "out", "again", "init", "mask", "towards", "lora")  # beside --again these say where something is
 
@@ -51,7 +46,7 @@ class Options:
     out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",), metavar="PATH")] = None
     """The PNG file; of several pictures it is a sheet of all, beside PATH-1.png, PATH-2.png and so on. Unset:
     picture-SEED.png."""
-    sampler: Name | None = None
+    sampler: str | None = None
     """How the noise is removed; unset: ddim, for a text dpm++-2m (unCLIP: ddim)."""
     steps: int | None = None
     """Steps from noise to picture; unset, as many as are usual with the sampler."""
@@ -132,6 +127,7 @@ def run(options: Options) -> None:
     check_png(options.out, options.strip)
     if options.count < 1 or options.batch_size < 1:
         raise UserError(f"--count is {options.count} and --batch-size {options.batch_size}: both must be at least 1.")
+    _check_sampler(options.sampler)
     reranking.check(options.count, options.best_of, options.clip, options.text)
     record, model = _begun(options, options.model)
     if options.strip and not model.pixels:
@@ -152,15 +148,25 @@ def run(options: Options) -> None:
         print(options.strip)
 
 
+def _check_sampler(name: str | None) -> None:
+    """An unknown one is said before the model is loaded."""
+    from keifu.generation.sampler_table import SAMPLERS
+
+    if name is not None and name not in SAMPLERS:
+        raise unknown("sampler", name, SAMPLERS)
+
+
 def _begun(options: Options, name: str) -> "tuple[Record, Drawer]":
     """The record of what will be drawn, everything in it resolved, and the model."""
+    from keifu.checkpoints.opening import planned
     from keifu.generation.originals import original
     from keifu.generation.picture_record import Record
     from keifu.generation.pictures import Drawing
 
     loras = tuple(map(chosen_lora, options.lora))
-    dtype = options.dtype or usual_dtype(name)
-    model = load(name, dtype, loras)
+    found = planned(name)
+    dtype = options.dtype or usual_dtype(found)
+    model = load(found, dtype, loras)
     chosen = {each.name: vars(options)[each.name] for each in fields(Drawing)}
     chosen["label"] = None if options.label is None else model.label(options.label)
     chosen["sampler"] = options.sampler or ("ddim" if options.eta else model.usual_sampler)

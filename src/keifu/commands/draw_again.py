@@ -72,8 +72,10 @@ def _placed(drawing: "Drawing", places: Mapping[str, Path | None], path: Path) -
 
 def _same_model(name: str, record: "Record", path: Path) -> "Drawer":
     """The model that drew a picture; another one, by the fingerprint of its weights, is a `UserError`."""
+    from keifu.checkpoints.opening import planned
+
     try:
-        model = load(name, record.dtype, record.loras)
+        model = load(planned(name), record.dtype, record.loras)
     except UserError as error:
         raise UserError(f"{path} was drawn by {name}, which cannot be loaded; name its model. {error}") from None
     if (found := model.fingerprint()) != record.weights:

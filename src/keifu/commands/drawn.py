@@ -10,6 +10,7 @@ from keifu.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from keifu.checkpoints.source import Plan
     from keifu.generation.drawers import Drawer
     from keifu.generation.picture_record import Lora, Record
     from keifu.generation.samplers import Drawn
@@ -25,34 +26,32 @@ def check_png(*paths: Path | None) -> None:
             raise UserError(f"{path} would be a PNG file, which keeps how it was drawn: name it {path.stem}.png.")
 
 
-def usual_dtype(name: str) -> str | None:
+def usual_dtype(found: "Plan") -> str | None:
     """The type to compute in where none was asked for: bfloat16 for a large model where the processor multiplies it
     itself, else as the model is stored."""
     import torch
 
-    from keifu.checkpoints.opening import inspect
     from keifu.training.precision import has_bfloat16
 
-    large = has_bfloat16(torch.device("cpu")) and inspect(name).parameters >= LARGE
+    large = has_bfloat16(torch.device("cpu")) and found.parameters >= LARGE
     return "bf16" if large else None
 
 
-def load(name: str, dtype: str | None, loras: "Sequence[Lora]" = ()) -> "Drawer":
-    """The model of that name with these LoRAs worked into it, and with its tokenizer where it reads."""
-    from keifu.checkpoints.hub import locate
-    from keifu.checkpoints.opening import DTYPES, load_model, open_source
+def load(found: "Plan", dtype: str | None, loras: "Sequence[Lora]" = ()) -> "Drawer":
+    """The model that was opened with these LoRAs worked into it, and with its tokenizer where it reads."""
+    from keifu.checkpoints.opening import DTYPES
     from keifu.checkpoints.picture_lora import apply_lora
     from keifu.checkpoints.source import check_tokenizer
     from keifu.generation.drawers import drawer
 
-    model: Any = load_model(name, DTYPES[dtype] if dtype else None)
+    model: Any = (found.held_in(DTYPES[dtype]) if dtype else found).fill()
     for lora in loras:
         apply_lora(model, lora.place, lora.scale)
 
     def tokenizer() -> Any:
-        found = open_source(locate(name)).tokenizer()
-        check_tokenizer(found, model.config.vocab_size)
-        return found
+        own = found.source.tokenizer()
+        check_tokenizer(own, model.config.vocab_size)
+        return own
 
     return drawer(model, tokenizer)
 

@@ -1,17 +1,17 @@
 """What went wrong, as one sentence for a person; knows the kinds of error, and no verb."""
 
 import re
+import tempfile
+import traceback
 
 from keifu.errors import UserError
 
 
 def explain(error: Exception) -> str | None:
-    """One sentence without line breaks; None where the error is keifu's own fault, and its traceback is wanted."""
+    """One sentence without line breaks; None where the error is keifu's own fault (see `fault`)."""
     match error:
         case UserError():
             text = str(error)
-        case ValueError():
-            text = f"{str(error) or type(error).__name__} (KEIFU_DEBUG=1 shows where.)"
         case ModuleNotFoundError(name=str(name)) if not name.startswith("keifu"):
             text = f"This needs the Python package {name!r}, which is not installed."
         case OSError():
@@ -21,6 +21,20 @@ def explain(error: Exception) -> str | None:
         case _:
             text = None
     return text and re.sub(r"\s+", " ", text).strip()
+
+
+def fault(error: Exception) -> str:
+    """What is said of an error that keifu should not have let happen: its traceback is in a file, to be reported."""
+    with tempfile.NamedTemporaryFile("w", prefix="keifu-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        traceback.print_exception(error, file=file)
+    what = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip()
+    sentences = [
+        f"This is a fault of keifu, not yours ({what[:300]}).",
+        *getattr(error, "__notes__", ()),
+        f"Please report it with the command and with {file.name}, which says where it happened (KEIFU_DEBUG=1 shows "
+        "that here).",
+    ]
+    return " ".join(sentences)
 
 
 def _system(error: OSError) -> str:

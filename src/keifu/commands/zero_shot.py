@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keifu.commands import tables
+from keifu.commands.language import decoded
 from keifu.commands.seen import is_picture, opened
 from keifu.errors import UserError
 from keifu.files import write_atomic
@@ -89,7 +90,7 @@ def _labels(given: str | None) -> list[str]:
         raise UserError('A CLIP has no labels of its own: give some, such as --labels "a dog,a cat".')
     file = Path(given)
     lines = file.suffix == ".txt" and file.is_file()
-    parts = file.read_text(encoding="utf-8").split("\n") if lines else given.split(",")
+    parts = decoded(file.read_bytes(), str(file)).split("\n") if lines else given.split(",")
     labels = [part.strip() for part in parts if part.strip()]
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise UserError(f"The labels {given!r} are {len(set(labels))} different ones: give two at least, each once.")

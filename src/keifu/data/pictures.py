@@ -97,12 +97,6 @@ class Pictures:
         """The first picture of each group: of emoji, those without a skin tone."""
         return self.chosen(np.sort(np.unique(self.groups, return_index=True)[1]))
 
-    def of_class(self, name: str) -> "Pictures":
-        """The pictures with that label."""
-        if name not in self.classes:
-            raise unknown(f"class of {self.source}", name, self.classes)
-        return self.chosen(np.flatnonzero(self.labels == self.classes.index(name)))
-
     def texts(self, language: str | None = None) -> tuple[str, ...]:
         """The captions in a language, or in the first one that there is; none is a `UserError`."""
         if not self.captions:

@@ -31,11 +31,6 @@ def paper_penalty(lengths: Lengths, alpha: float = 0.6) -> Lengths:
     return ((5 + lengths) / 6) ** alpha
 
 
-def power_penalty(lengths: Lengths, exponent: float = 1.0) -> Lengths:
-    """|Y|^exponent, as transformers divides by; 1 is the mean of the tokens' log-probabilities, 0 their sum."""
-    return lengths**exponent
-
-
 def until_decided(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
     """Goes on while an open text could still come among the wanted ones.
 
@@ -43,12 +38,6 @@ def until_decided(scores: Scores, best_open: Lengths, now: Lengths, last: Length
     longest text, or of this one where the penalty falls with length. transformers: early_stopping="never".
     """
     return best_open / torch.maximum(now, last) > scores[:, -1]
-
-
-def until_unlikely(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
-    """Goes on while the best open text, were it to end now, would come among the kept ones. A longer one might yet have
-    done so: not exact, but soon over. transformers: early_stopping=False."""
-    return best_open / now > scores[:, -1]
 
 
 def until_full(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
@@ -63,8 +52,8 @@ class Search:
     beams: open texts of each source. wanted: texts returned for each, at most `beams`.
     penalty: what ln P of a text is divided by, as a function of lengths; its values must be positive.
     ends: the tokens that end a text. never: tokens that are never written, though they keep their probability.
-    goes_on: until when a source goes on: `until_decided`, `until_unlikely` or `until_full`. One beam is greedy choice,
-    which goes on until its likeliest token is an end.
+    goes_on: until when a source goes on: `until_decided`, `until_full` or a rule of the same form. One beam is greedy
+    choice, which goes on until its likeliest token is an end.
     """
 
     ends: tuple[int, ...]

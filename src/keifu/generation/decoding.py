@@ -3,9 +3,12 @@
 Axes: batch = texts, length = tokens, vocab. Texts of different lengths begin with padding, so that all end together.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -153,13 +156,34 @@ def decode(model: nn.Module, tokens: Tokens, n: int, sampling: Sampling = GREEDY
         return torch.stack([batch.advance().tokens for _ in range(n)], 1)
 
 
+@dataclass
+class _Modes:
+    """The mode of each module before the first of several users, who may leave in any order."""
+
+    modes: list[tuple[nn.Module, bool]]
+    users: int = 0
+
+
+_evaluated: WeakKeyDictionary[nn.Module, _Modes] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
+    """The model without dropout. When the last of all that use it so has left, in whatever order they came and go (two
+    streams that are read in turn), every module is in the mode it was in before the first."""
+    with _lock:
+        held = _evaluated.get(model)
+        if held is None:
+            held = _evaluated[model] = _Modes([(module, module.training) for module in model.modules()])
+        held.users += 1
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        with _lock:
+            held.users -= 1
+            if not held.users:
+                del _evaluated[model]
+                for module, mode in held.modes:
+                    module.training = mode

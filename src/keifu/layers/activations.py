@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from keifu.errors import UserError
+
 Activation = Callable[[Tensor], Tensor]
 
 STEP_HAS_NO_GRADIENT = (
@@ -28,7 +30,7 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        raise ValueError(STEP_HAS_NO_GRADIENT)
+        raise UserError(STEP_HAS_NO_GRADIENT)
 
 
 def step(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -75,5 +77,5 @@ def activation(name: str) -> Activation:
     if name not in ACTIVATIONS:
         near = get_close_matches(name.lower(), ACTIVATIONS, n=1, cutoff=0.3)
         guess = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"There is no activation {name!r}.{guess} Known: {', '.join(ACTIVATIONS)}.")
+        raise UserError(f"There is no activation {name!r}.{guess} Known: {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[name]

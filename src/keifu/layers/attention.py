@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.band import Band, band
 from keifu.layers.cache import Cache, KeyValueCache, WindowCache
 from keifu.layers.dropout import Dropout
@@ -169,9 +170,9 @@ class Attention(nn.Module):
         self.head_dim, self.window, self.dropout = head_dim or dim // n_heads, window, Dropout(dropout)
         self.scale = scale
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads ({n_kv_heads}) must divide n_heads ({n_heads}).")
+            raise UserError(f"n_kv_heads ({n_kv_heads}) must divide n_heads ({n_heads}).")
         if head_dim is None and dim % n_heads:
-            raise ValueError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number or give head_dim.")
+            raise UserError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number or give head_dim.")
         inner, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         self.qkv = JoinedLinear(dim, (inner, kv, kv), bias)
         self.out = Linear(inner, dim, bias if out_bias is None else out_bias)
@@ -220,7 +221,7 @@ class CrossAttention(nn.Module):
     ):
         super().__init__()
         if dim % n_heads:
-            raise ValueError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number.")
+            raise UserError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number.")
         self.n_heads, self.dropout = n_heads, Dropout(dropout)
         self.q, self.kv = Linear(dim, dim, bias), JoinedLinear(context_dim or dim, (dim, dim), bias)
         self.out = Linear(dim, dim, bias if out_bias is None else out_bias)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.activations import Activation
 from keifu.layers.attention import Attention, PaddingMask
 from keifu.layers.dropout import Dropout
@@ -179,7 +180,7 @@ class SpatialAttention(nn.Module):
     ):
         super().__init__()
         if head_dim is not None and head_dim > channels:
-            raise ValueError(f"A head of {head_dim} numbers does not fit into {channels} channels; make it smaller.")
+            raise UserError(f"A head of {head_dim} numbers does not fit into {channels} channels; make it smaller.")
         self.norm, self.scale = nn.Identity() if norm is None else norm(channels), scale
         self.attention = Attention(channels, n_heads if head_dim is None else channels // head_dim, head_dim=head_dim)
 

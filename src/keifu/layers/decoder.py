@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.attention import CausalMask
 from keifu.layers.cache import Cache
 from keifu.layers.documents import DocumentMask, positions_in
@@ -106,7 +107,7 @@ class DecoderLM(nn.Module):
     def _within(self, positions: Tensor, length: int) -> Tensor:
         room = self.positions.num_embeddings if self.positions else length
         if length > room and int(positions.max()) >= room:
-            raise ValueError(
+            raise UserError(
                 f"{length} tokens do not fit the {room} positions that this model has learned; shorten them."
             )
         return positions

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from keifu.errors import UserError
 from keifu.layers.dropout import Dropout
 from keifu.layers.spatial_transformer import PixelLinear
 
@@ -34,9 +35,9 @@ class Low:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"The rank of an adapter must be at least 1, and it is {self.rank}.")
+            raise UserError(f"The rank of an adapter must be at least 1, and it is {self.rank}.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"The dropout of an adapter lies from 0 up to below 1, and it is {self.dropout}.")
+            raise UserError(f"The dropout of an adapter lies from 0 up to below 1, and it is {self.dropout}.")
 
     @property
     def scale(self) -> float:
@@ -154,7 +155,7 @@ class Reweighted(nn.Module):
     def __init__(self, adapter: Adapter):
         super().__init__()
         if adapter.low.dropout:
-            raise ValueError(f"{adapter.target.label} is a layer of pixels, whose adapter has no dropout: set it to 0.")
+            raise UserError(f"{adapter.target.label} is a layer of pixels, whose adapter has no dropout: set it to 0.")
         self.adapter = adapter
 
     def forward(self, weight: Float[Tensor, "out channels *kernel"]) -> Float[Tensor, "out channels *kernel"]:
@@ -171,9 +172,9 @@ def attach(model: nn.Module, targets: Mapping[Target, Low]) -> nn.Module:
     A model that has adapters already is a `ValueError`: merge them first.
     """
     if next(adapters(model), None) is not None:
-        raise ValueError("This model has adapters already: merge them first, or load it without them.")
+        raise UserError("This model has adapters already: merge them first, or load it without them.")
     if not targets:
-        raise ValueError("No layer was chosen for an adapter: name at least one.")
+        raise UserError("No layer was chosen for an adapter: name at least one.")
     model.requires_grad_(False)
     found: dict[str, list[Target]] = defaultdict(list)
     for target in targets:

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from keifu.errors import UserError
+
 Schedule = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 Target = Literal["noise", "picture", "velocity"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
@@ -69,16 +71,16 @@ class Noise:
         for kind, known in _NAMES.items():
             known_name(kind, vars(self)[kind], known)
         if self.steps < 1 + self.zero_terminal_snr:
-            raise ValueError(f"The noise schedule has {self.steps} steps, which is too few.")
+            raise UserError(f"The noise schedule has {self.steps} steps, which is too few.")
         if self.betas and len(self.betas) != self.steps:
-            raise ValueError(f"There are {len(self.betas)} betas for {self.steps} steps: give one for each.")
+            raise UserError(f"There are {len(self.betas)} betas for {self.steps} steps: give one for each.")
         outside = [beta for beta in self.betas or (self.beta_start, self.beta_end) if not 0 < beta < 1]
         if outside:
-            raise ValueError(f"A beta is a share of noise between 0 and 1, and one is {outside[0]}.")
+            raise UserError(f"A beta is a share of noise between 0 and 1, and one is {outside[0]}.")
         if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"Pictures are clipped at a positive number, not {self.clip}; None clips nothing.")
+            raise UserError(f"Pictures are clipped at a positive number, not {self.clip}; None clips nothing.")
         if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ValueError(f"A threshold is a share of a picture's numbers, between 0 and 1, not {self.threshold}.")
+            raise UserError(f"A threshold is a share of a picture's numbers, between 0 and 1, not {self.threshold}.")
 
     @cached_property
     def beta(self) -> Float[Tensor, " steps"]:
@@ -174,4 +176,4 @@ def known_name(kind: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         near = get_close_matches(str(name).lower(), known, n=1, cutoff=0.3)
         guess = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"There is no {kind} {name!r}.{guess} Known: {', '.join(known)}.")
+        raise UserError(f"There is no {kind} {name!r}.{guess} Known: {', '.join(known)}.")

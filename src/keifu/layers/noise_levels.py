@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from keifu.errors import UserError
 from keifu.layers.noise import Noise, Spacing
 
 RHO = 7.0  # how far Karras levels crowd towards little noise (Karras et al., 2022, table 1)
@@ -68,7 +69,7 @@ def timesteps(
     """
     total = noise.steps
     if not 1 <= steps <= total:
-        raise ValueError(f"The model knows {total} noise levels, so it takes 1 to {total} steps, not {steps}.")
+        raise UserError(f"The model knows {total} noise levels, so it takes 1 to {total} steps, not {steps}.")
     count, kind = torch.arange(steps, dtype=torch.float64, device="cpu"), spacing or noise.spacing
     if kind == "trailing":
         return (total - count * (total / steps)).round() - 1
@@ -83,7 +84,7 @@ def timesteps(
 
 def _inside(found: Tensor, noise: Noise) -> Tensor:
     if found.max() >= noise.steps:
-        raise ValueError(
+        raise UserError(
             f"{len(found)} steps with the offset {noise.steps_offset} begin at timestep {int(found.max())}, and the "
             f"last is {noise.steps - 1}: take fewer steps, or trailing spacing."
         )
@@ -137,7 +138,7 @@ def inner_path(noise: Noise, steps: int, spacing: Spacing | None = None, karras:
         return _path(timesteps_of(chosen, ratios).round(), chosen)
     lowest = kind != "trailing"
     if lowest and steps == noise.steps:
-        raise ValueError(f"With {kind} spacing this sampler takes at most {noise.steps - 1} steps, not {steps}.")
+        raise UserError(f"With {kind} spacing this sampler takes at most {noise.steps - 1} steps, not {steps}.")
     visited = timesteps(noise, steps + lowest, spacing)[:steps]
     return _path(visited, ratios[visited.long()])
 

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from keifu.errors import UserError
+
 
 class LearnedPositions(nn.Embedding):
     """One learned vector a place, added to the token's (Gehring et al., 2017; GPT and BERT use it)."""
@@ -45,7 +47,7 @@ class SinusoidalPositions(nn.Module):
         """Those of `length` places from `start` on, of the type and on the device of `like`."""
         end = start + length
         if end > self.context_length:
-            raise ValueError(f"{end} tokens do not fit the {self.context_length} that this model takes; shorten them.")
+            raise UserError(f"{end} tokens do not fit the {self.context_length} that this model takes; shorten them.")
         table = self._table
         if table is None or (table.dtype, table.device) != (like.dtype, like.device):
             with torch.inference_mode(False):  # made while generating, it must serve training too
@@ -77,7 +79,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "dynamic", "llama3", "yarn"):
-            raise ValueError(f"There is no rotary scaling {self.kind!r}. Known: dynamic, linear, llama3, yarn.")
+            raise UserError(f"There is no rotary scaling {self.kind!r}. Known: dynamic, linear, llama3, yarn.")
 
     def magnitude(self) -> float:
         """The factor on cos and sin (yarn, section 3.4); 1 for the others."""
@@ -150,7 +152,7 @@ class Rotary(nn.Module):
     ):
         super().__init__()
         if head_dim % 2:
-            raise ValueError(f"Rotary positions turn pairs, so head_dim must be even; it is {head_dim}.")
+            raise UserError(f"Rotary positions turn pairs, so head_dim must be even; it is {head_dim}.")
         self.head_dim, self.theta, self.scaling, self.interleaved = head_dim, theta, scaling, interleaved
 
     @property

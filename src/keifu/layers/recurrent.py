@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.linear import JoinedLinear
 
 
@@ -175,7 +176,7 @@ ENCODERS = {"forward": ForwardEncoder, "bidirectional": BidirectionalEncoder}
 def _lengths(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
     lengths = mask.sum(-1)
     if not bool(lengths.all()):
-        raise ValueError("A source has no token: leave out empty ones, or end each with the token that ends a text.")
+        raise UserError("A source has no token: leave out empty ones, or end each with the token that ends a text.")
     return lengths
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.attention import CrossAttention, Mask, attend
 from keifu.layers.blocks import CrossPreNorm
 from keifu.layers.convolution import EVERYWHERE, Norm, Pixels
@@ -51,7 +52,7 @@ class JointAttention(nn.Module):
     def __init__(self, channels: int, head_dim: int, context_dim: int, norm: Norm):
         super().__init__()
         if channels % head_dim:
-            raise ValueError(f"head_dim ({head_dim}) must divide {channels} channels; choose another number.")
+            raise UserError(f"head_dim ({head_dim}) must divide {channels} channels; choose another number.")
         self.head_dim, self.norm = head_dim, norm(channels)
         self.qkv, self.kv = JoinedLinear(channels, (channels,) * 3), JoinedLinear(context_dim, (channels,) * 2)
         self.out = Linear(channels, channels)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.linear import Linear
 
 
@@ -35,7 +36,7 @@ class TimestepSinusoids(nn.Module):
     def __init__(self, dim: int, frequency_shift: float = 1.0, cosine_first: bool = False):
         super().__init__()
         if dim // 2 == frequency_shift:
-            raise ValueError(f"{dim} channels are too few for sinusoids with the shift {frequency_shift}; widen them.")
+            raise UserError(f"{dim} channels are too few for sinusoids with the shift {frequency_shift}; widen them.")
         self.dim, self.frequency_shift, self.cosine_first = dim, frequency_shift, cosine_first
 
     def forward(self, timestep: Num[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:

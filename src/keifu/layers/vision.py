@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.attention import attend
 from keifu.layers.linear import JoinedLinear, Linear
 from keifu.layers.positions import LearnedPositions
@@ -22,7 +23,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, image_size: int, patch_size: int, channels: int, dim: int):
         super().__init__()
         if not 0 < patch_size <= image_size:
-            raise ValueError(f"A patch of {patch_size} pixels does not fit a picture of {image_size}.")
+            raise UserError(f"A patch of {patch_size} pixels does not fit a picture of {image_size}.")
         self.image_size = image_size
         self.patches = nn.Conv2d(channels, dim, patch_size, patch_size, bias=False)
         self.whole = nn.Parameter(torch.empty(dim))
@@ -38,7 +39,7 @@ def check_size(pixels: Tensor, image_size: int) -> None:
     """A ValueError with the one size that a network with learned positions takes, where a picture has another one."""
     rows, columns = pixels.shape[-2:]
     if (rows, columns) != (image_size, image_size):
-        raise ValueError(f"Pictures of {columns} x {rows} pixels: this network takes {image_size} x {image_size}.")
+        raise UserError(f"Pictures of {columns} x {rows} pixels: this network takes {image_size} x {image_size}.")
 
 
 class AntialiasedBottleneck(nn.Module):
@@ -70,7 +71,7 @@ class AttentionPool(nn.Module):
     def __init__(self, places: int, dim: int, n_heads: int, out_dim: int):
         super().__init__()
         if dim % n_heads:
-            raise ValueError(f"n_heads ({n_heads}) must divide {dim}, the width of what is pooled.")
+            raise UserError(f"n_heads ({n_heads}) must divide {dim}, the width of what is pooled.")
         self.n_heads = n_heads
         self.positions = LearnedPositions(places + 1, dim)
         self.q, self.kv, self.out = Linear(dim, dim), JoinedLinear(dim, (dim, dim)), Linear(dim, out_dim)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from keifu.errors import UserError
 from keifu.layers.activations import ACTIVATIONS
 from keifu.layers.positions import RopeScaling
 
@@ -41,7 +42,7 @@ def activation_name(published: str) -> str:
     """Our name of an activation that transformers calls `published`; an unknown one is a `ValueError`."""
     name = _ACTIVATIONS.get(published, published)
     if name not in ACTIVATIONS:
-        raise ValueError(f"The activation {published!r} is not supported. Known: {', '.join(sorted(ACTIVATIONS))}.")
+        raise UserError(f"The activation {published!r} is not supported. Known: {', '.join(sorted(ACTIVATIONS))}.")
     return name
 
 
@@ -56,7 +57,7 @@ def read_rope(json: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     theta = rope.get("rope_theta", json.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", json.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
-        raise ValueError(
+        raise UserError(
             f"partial_rotary_factor {rope.get('partial_rotary_factor')} is not supported: a whole head turns."
         )
     if kind == "default":

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.activations import activation
 from keifu.layers.attention import Attention, PaddingMask
 from keifu.layers.blocks import PostNorm
@@ -74,7 +75,7 @@ class Bert(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         if (config.next_sentence or config.labels) and not config.pooled:
-            raise ValueError("A head for the next sentence or for labels reads the pooled state: set pooled to True.")
+            raise UserError("A head for the next sentence or for labels reads the pooled state: set pooled to True.")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.positions = LearnedPositions(config.context_length, config.dim)
@@ -94,7 +95,7 @@ class Bert(nn.Module):
         length = tokens.shape[1]
         if length > self.config.context_length:
             room = f"the {self.config.context_length} positions that this model has learned"
-            raise ValueError(f"{length} tokens do not fit {room}; shorten the text.")
+            raise UserError(f"{length} tokens do not fit {room}; shorten the text.")
         x = self.embedding(tokens) + self.positions(torch.arange(length, device=tokens.device))
         x = x + self.segments(tokens.new_zeros(1, 1) if segments is None else segments)
         x, visible = self.dropout(self.norm(x)), PaddingMask(mask)
@@ -140,7 +141,7 @@ class Bert(nn.Module):
 
 def _there(head: Any, what: str) -> Any:
     if head is None:
-        raise ValueError(f"This BERT has no {what}.")
+        raise UserError(f"This BERT has no {what}.")
     return head
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.models import clip_image, clip_text
 from keifu.models._pixels import Pixels, read_pixels, write_pixels
 
@@ -77,7 +78,7 @@ class Clip(nn.Module):
         super().__init__()
         if not config.text.projected or config.text.embedding_dim != config.image.embedding_dim:
             sizes = f"{config.text.embedding_dim} and {config.image.embedding_dim}"
-            raise ValueError(f"Both towers must be projected into one space, and theirs have {sizes} numbers.")
+            raise UserError(f"Both towers must be projected into one space, and theirs have {sizes} numbers.")
         self.config, self.text, self.image = config, text, image
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.attention import PaddingMask
 from keifu.layers.initialisation import multihead_
 from keifu.layers.linear import Linear
@@ -88,7 +89,7 @@ class ResNet(nn.Module):
     def __init__(self, config: ResNetConfig):
         super().__init__()
         if len(config.layers) != 4 or config.image_size < 32:
-            raise ValueError(f"A ResNet has 4 stages and sees 32 pixels: not {config.layers} and {config.image_size}.")
+            raise UserError(f"A ResNet has 4 stages and sees 32 pixels: not {config.layers} and {config.image_size}.")
         self.config, width = config, config.width
         self.conv1, self.norm1 = nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2)
         self.conv2, self.norm2 = nn.Conv2d(width // 2, width // 2, 3, 1, 1, bias=False), nn.BatchNorm2d(width // 2)
@@ -177,7 +178,7 @@ def square(size: Any, name: str) -> int:
     """A size that may be written as two equal ones."""
     sides = set(size) if isinstance(size, list | tuple) else {size}
     if len(sides) != 1 or not isinstance(next(iter(sides)), int):
-        raise ValueError(f"{name} is {size!r}, and CLIP here sees squares only.")
+        raise UserError(f"{name} is {size!r}, and CLIP here sees squares only.")
     return sides.pop()
 
 

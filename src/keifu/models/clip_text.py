@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.activations import activation
 from keifu.layers.attention import Attention, CausalMask, CausalPaddingMask
 from keifu.layers.blocks import PreNorm
@@ -67,7 +68,7 @@ class TextTower(nn.Module):
         length = tokens.shape[1]
         if length > self.config.context_length:
             room = f"the {self.config.context_length} positions of the text tower"
-            raise ValueError(f"A caption of {length} tokens does not fit {room}; shorten it.")
+            raise UserError(f"A caption of {length} tokens does not fit {room}; shorten it.")
         x = self.embedding(tokens) + self.positions.weight[:length]
         visible = CausalMask(0, length) if mask is None else CausalPaddingMask(mask)
         for each in self.blocks:
@@ -147,7 +148,7 @@ def from_published(json: dict[str, Any]) -> Config:
     """The Config of a config.json of model_type clip_text_model, or of the text_config in a CLIP's."""
     end = json.get("eos_token_id", 49_407)
     if not isinstance(end, int):
-        raise ValueError(f"eos_token_id is {end!r}; a caption must end with one token.")
+        raise UserError(f"eos_token_id is {end!r}; a caption must end with one token.")
     return Config(
         vocab_size=json.get("vocab_size", 49_408),
         context_length=json.get("max_position_embeddings", 77),

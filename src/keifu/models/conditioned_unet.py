@@ -75,7 +75,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if isinstance(self.n_heads, tuple) and len(self.n_heads) != len(self.widths):
-            raise ValueError(f"n_heads has {len(self.n_heads)} numbers for {len(self.widths)} levels.")
+            raise UserError(f"n_heads has {len(self.n_heads)} numbers for {len(self.widths)} levels.")
 
     @property
     def time_width(self) -> int:

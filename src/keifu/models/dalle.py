@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.activations import activation
 from keifu.layers.blocks import PreNorm
 from keifu.layers.cache import Cache
@@ -125,7 +126,7 @@ class Dalle(nn.Module):
         """A text between the two starts."""
         length = self.config.context_length
         if tokens.shape[1] != length:
-            raise ValueError(f"Texts have {tokens.shape[1]} tokens, and the model reads {length}: pad them.")
+            raise UserError(f"Texts have {tokens.shape[1]} tokens, and the model reads {length}: pad them.")
         words = torch.where(real[..., None], self.embedding(tokens), self.padding.weight)
         before, behind = (each.expand(len(tokens), 1, -1) for each in self.starts.weight)
         return torch.cat([before, words + self.positions.weight, behind], 1)
@@ -155,10 +156,6 @@ class Dalle(nn.Module):
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, cache=cache)
         return self.picture_head(self.norm(x[:, -1]))
-
-    def to_codes(self, pictures: Float[Tensor, "batch channels height width"]) -> Int[Tensor, "batch rows columns"]:
-        """The entries of pictures from -1 to 1."""
-        return self.vae.encode(pictures)
 
     def to_pictures(self, codes: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch channels height width"]:
         """The pictures of entries, from -1 to 1."""

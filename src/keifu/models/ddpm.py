@@ -93,13 +93,13 @@ class Config:
         for name in ("attention", "up_attention", "residual_down", "residual_up"):
             wrong = [level for level in vars(self)[name] or () if not 0 <= level < levels]
             if wrong:
-                raise ValueError(f"{name} names level {wrong[0]}, and there are levels 0 to {levels - 1}.")
+                raise UserError(f"{name} names level {wrong[0]}, and there are levels 0 to {levels - 1}.")
         if self.classes and len(self.classes) != self.n_classes:
-            raise ValueError(f"There are {self.n_classes} classes and {len(self.classes)} names for them.")
+            raise UserError(f"There are {self.n_classes} classes and {len(self.classes)} names for them.")
         if self.label == "number" and self.learned_times:
-            raise ValueError("A number beside the picture is told by sinusoids, and this model has learned times.")
+            raise UserError("A number beside the picture is told by sinusoids, and this model has learned times.")
         if self.null_class and not self.n_classes:
-            raise ValueError("A null class stands beside others: give n_classes too.")
+            raise UserError("A null class stands beside others: give n_classes too.")
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -206,7 +206,7 @@ class DiscreteVAE(nn.Module):
 def build(config: Config) -> DiscreteVAE:
     """A model with the released code's initialisation: deviations of 1/√(inputs), biases zero."""
     if wrong := [width for width in config.widths if width % 4]:
-        raise ValueError(f"A level has {wrong[0]} channels, and blocks take a quarter of them: choose multiples of 4.")
+        raise UserError(f"A level has {wrong[0]} channels, and blocks take a quarter of them: choose multiples of 4.")
     model = DiscreteVAE(config, CodeEncoder(config), CodeDecoder(config))
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.decoder import DecoderLM
 from keifu.layers.dropout import Dropout
 from keifu.layers.initialisation import normal_
@@ -143,7 +144,7 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {  # for each form, from the
 def finetuned(decoder: DecoderLM, config: Config) -> Finetuned:
     """A decoder with a new head, drawn from N(0, 0.02²)."""
     if config.form not in HEADS:
-        raise ValueError(f"There is no form {config.form!r}. Known: {', '.join(HEADS)}.")
+        raise UserError(f"There is no form {config.form!r}. Known: {', '.join(HEADS)}.")
     head = HEADS[config.form](decoder.embedding.embedding_dim, len(config.labels))
     normal_(head, std=0.02)
     return Finetuned(decoder, head, config)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from keifu.errors import UserError
 from keifu.layers.activations import activation
 from keifu.layers.attention import Attention
 from keifu.layers.blocks import PostNorm
@@ -89,7 +90,7 @@ def from_published(json: dict[str, Any]) -> Config:
     """The Config of a Hugging Face config.json of model_type openai-gpt."""
     function = json.get("afn", "gelu")
     if function not in _ACTIVATIONS:
-        raise ValueError(f"afn {function!r} is not supported. Known: {', '.join(_ACTIVATIONS)}.")
+        raise UserError(f"afn {function!r} is not supported. Known: {', '.join(_ACTIVATIONS)}.")
     return Config(
         vocab_size=json["vocab_size"],
         context_length=json["n_positions"],

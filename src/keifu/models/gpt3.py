@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from keifu.errors import UserError
 from keifu.layers.activations import activation
 from keifu.layers.attention import Attention
 from keifu.layers.blocks import PreNorm
@@ -148,7 +149,7 @@ def _read_band(json: dict[str, Any]) -> int | None:
     if layers == ["global"] * n_layers:
         return None
     if layers != (["global", "local"] * n_layers)[:n_layers]:
-        raise ValueError(
+        raise UserError(
             f"attention_types {written} is an order that is not supported: global layers alone are, or global and "
             f"local ones in turn, {n_layers} in all."
         )

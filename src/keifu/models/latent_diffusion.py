@@ -42,10 +42,10 @@ class Config:
         inner = self.channels
         fits = inner, 2 * inner + 1
         if self.unet.channels not in fits:
-            raise ValueError(f"The U-Net reads {self.unet.channels} channels and latents have {inner}: {fits} fit.")
+            raise UserError(f"The U-Net reads {self.unet.channels} channels and latents have {inner}: {fits} fit.")
         if self.unet.context_dim != self.text.dim:
             numbers = f"{self.unet.context_dim} numbers a token, and the text has {self.text.dim}"
-            raise ValueError(f"The U-Net reads {numbers}.")
+            raise UserError(f"The U-Net reads {numbers}.")
 
     @property
     def size(self) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.activations import Activation, activation
 from keifu.layers.dropout import Dropout
 
@@ -38,11 +39,11 @@ class Config:
     def __post_init__(self) -> None:
         widths = (self.dim, *self.hidden_dims, self.n_outputs)
         if min(widths) < 1:
-            raise ValueError(f"Every layer of a network needs at least one unit, and the widths are {widths}.")
+            raise UserError(f"Every layer of a network needs at least one unit, and the widths are {widths}.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is a share from 0 up to below 1, and it is {self.dropout}.")
+            raise UserError(f"dropout is a share from 0 up to below 1, and it is {self.dropout}.")
         if self.classes and len(self.classes) != self.n_outputs:
-            raise ValueError(f"There are {self.n_outputs} outputs and {len(self.classes)} names for them.")
+            raise UserError(f"There are {self.n_outputs} outputs and {len(self.classes)} names for them.")
 
 
 SIZES = {"mlp-symmetry": Config(dim=6, hidden_dims=(2,), n_outputs=1, output="sigmoid")}  # the paper's figure 1

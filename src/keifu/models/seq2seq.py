@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.dropout import Dropout
 from keifu.layers.initialisation import normal_
 from keifu.layers.linear import Linear, linear
@@ -59,7 +60,7 @@ class Config:
     def __post_init__(self) -> None:
         for field, known in (("encoder", ENCODERS), ("context", CONTEXTS), ("output", OUTPUTS)):
             if (name := vars(self)[field]) not in known:
-                raise ValueError(f"There is no {field} {name!r}. Known: {', '.join(known)}.")
+                raise UserError(f"There is no {field} {name!r}. Known: {', '.join(known)}.")
 
 
 class Maxout(nn.Module):
@@ -164,7 +165,7 @@ class Seq2Seq(nn.Module):
         """
         weights = self._steps(self.target_embedding(target), self.start(source, source_mask)).weights
         if weights is None:
-            raise ValueError(f"A model whose context is {self.config.context!r} weighs no source tokens.")
+            raise UserError(f"A model whose context is {self.config.context!r} weighs no source tokens.")
         return weights
 
     def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:

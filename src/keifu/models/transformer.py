@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from keifu.errors import UserError
 from keifu.layers.activations import activation
 from keifu.layers.attention import Attention, CrossAttention
 from keifu.layers.blocks import CrossPostNorm, PostNorm
@@ -67,7 +68,7 @@ def build(config: Config) -> EncoderDecoder:
     """Xavier's initialisation, as in tensor2tensor: the paper prints none; embeddings have variance 1 once scaled."""
     sizes = config.vocab_size, config.target_vocab_size or config.vocab_size
     if config.shared and sizes[0] != sizes[1]:
-        raise ValueError(f"A shared embedding needs one vocabulary, and there are {sizes[0]} and {sizes[1]} tokens.")
+        raise UserError(f"A shared embedding needs one vocabulary, and there are {sizes[0]} and {sizes[1]} tokens.")
     embeddings = [nn.Embedding(size, config.dim) for size in (sizes[:1] if config.shared else sizes)]
     model = EncoderDecoder(
         embeddings,

@@ -58,18 +58,18 @@ class Config:
         images = [] if self.image is None else [self.image.embedding_dim]
         priors = [] if self.prior is None else [self.prior.embedding_dim, self.prior.predicted_dim or wanted]
         if {*own, *images, *priors} != {wanted}:
-            raise ValueError(f"Embeddings have {wanted} numbers, and its parts {(*own, *images, *priors)}.")
+            raise UserError(f"Embeddings have {wanted} numbers, and its parts {(*own, *images, *priors)}.")
         told = self.conditions.time_dim, self.conditions.context_dim
         if told != (self.decoder.label_dim or self.decoder.time_width, self.decoder.context_dim):
-            raise ValueError(f"The decoder is told {told} numbers, which are not as many as it reads.")
+            raise UserError(f"The decoder is told {told} numbers, which are not as many as it reads.")
         if self.prior is not None and self.prior.context_length != self.text.context_length:
-            raise ValueError(f"The prior reads {self.prior.context_length} tokens, and captions have "
+            raise UserError(f"The prior reads {self.prior.context_length} tokens, and captions have "
                              f"{self.text.context_length}.")  # fmt: skip
         for one in (self.upsampler, self.last_upsampler):
             if one is not None and one.channels != 2 * self.decoder.channels:
-                raise ValueError(f"An upsampler reads {one.channels} channels, and must read noise and a picture.")
+                raise UserError(f"An upsampler reads {one.channels} channels, and must read noise and a picture.")
         if (self.upsampler is None) != (self.last_upsampler is None):
-            raise ValueError("There is one upsampler without the other: of all steps but the last, and of that one.")
+            raise UserError("There is one upsampler without the other: of all steps but the last, and of that one.")
 
     @property
     def channels(self) -> int:

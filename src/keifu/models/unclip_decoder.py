@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.attention import PaddingMask
 from keifu.layers.initialisation import zero_
 from keifu.layers.linear import Linear
@@ -68,7 +69,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if (self.label == "vector") != (self.label_dim is None):
-            raise ValueError(f"The label {self.label!r} does not go with label_dim {self.label_dim}.")
+            raise UserError(f"The label {self.label!r} does not go with label_dim {self.label_dim}.")
 
     @property
     def time_width(self) -> int:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.attention import Attention, CausalPaddingMask, PaddingMask
 from keifu.layers.blocks import PreNorm
 from keifu.layers.feedforward import FeedForward
@@ -104,7 +105,7 @@ class Prior(nn.Module):
         each token then sees those before it; None: all see all, as diffusers has it.
         """
         if tokens.shape[1] != self.config.context_length:
-            raise ValueError(f"The prior reads captions of {self.config.context_length} tokens, not {tokens.shape[1]}.")
+            raise UserError(f"The prior reads captions of {self.config.context_length} tokens, not {tokens.shape[1]}.")
         kind, held = x.dtype, self.positions.dtype
         caption = caption if self.caption_norm is None else self.caption_norm(caption)
         time = self.time(timestep.reshape(-1).expand(len(x)))

@@ -1,6 +1,7 @@
 """What the recipes that learn from answers of their own have in common: prompts, what rewards the answers, how far the
 run is normal; it knows no objective."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from keifu import checkpoints
 from keifu.alignment.reward import ByModel
 from keifu.alignment.scoring import OWN, Scorer, each, reward, text_hash
 from keifu.alignment.watching import Range, Watch, told
+from keifu.checkpoints.hub import locate
 from keifu.data import gym
 from keifu.data.chain_sums import chain_sums
 from keifu.data.prompts import Prompt, prompt, read
@@ -86,9 +88,24 @@ def rewarding(name: str) -> Rewarding:
         raise UserError(
             f"{name} gives no score: as a reward, choose a model of keifu train reward, or file.py:function."
         )
-    files = sorted(Path(name).glob("*.safetensors"))
+    files = sorted(locate(name).glob("*.safetensors"))  # of a hub id, in the hub's cache
     by = ByModel(model.float().requires_grad_(False), tokenizer)
     return Rewarding(by, by, "+".join(map(sha256, files)))
+
+
+def measured(names: Sequence[str]) -> dict[str, Rewarding]:
+    """Rewards that are shown and not learned from, each by the end of its name, as much of it as tells it from the
+    others: of runs/a/reward and runs/b/reward it is measured_a_reward and measured_b_reward."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"--measured names {twice} twice: leave one out.")
+    split = (re.split(r"[/\\:]", name.replace(".py:", ":")) for name in names)
+    parts = [[part for part in each if part not in ("", ".")] for each in split]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        short = ["_".join(each[-depth:]) for each in parts]
+        if len(set(short)) == len(short):
+            return {f"measured_{label}": rewarding(name) for label, name in zip(short, names, strict=True)}
+    raise UserError(f"--measured {' '.join(names)}: these are the same names, so their figures would be one.")
 
 
 def watch(normal: Mapping[str, Range], out: Path, resume: bool) -> Watch:

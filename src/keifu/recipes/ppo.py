@@ -25,7 +25,18 @@ from keifu.errors import UserError
 from keifu.recipes._assistant import Lora, Template, before, leave, opened, row_length, to_train
 from keifu.recipes._language import TextOptions
 from keifu.recipes._options import Logging
-from keifu.recipes._rewarded import CHAIN_SUM, Rewarding, Sums, about, parted, prompts, rewarding, say, watch
+from keifu.recipes._rewarded import (
+    CHAIN_SUM,
+    Rewarding,
+    Sums,
+    about,
+    measured,
+    parted,
+    prompts,
+    rewarding,
+    say,
+    watch,
+)
 from keifu.recipes.reward import headed
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
@@ -140,14 +151,13 @@ def prepare(recipe: Recipe) -> Task:
         cut_off=recipe.cut_off, temperature=recipe.temperature,
     )  # fmt: skip
     by = rewarding(recipe.reward)
-    measured = {f"measured_{name.rpartition(':')[2].rpartition('/')[2]}": rewarding(name) for name in recipe.measured}
     parts = parted(prompts(recipe.data, recipe.sums, recipe.seed), recipe.held_out)
     policy, tokenizer = opened(recipe.model, recipe.template)
     reference = before(policy, recipe.lora)
     value = valued(recipe, by, policy, tokenizer)
     model = ActorCritic(to_train(policy, recipe.lora, recipe.seed), value)
     beside = text_beside(recipe, policy, tokenizer)
-    scorers = {name: each.scorer for name, each in measured.items()}
+    scorers = {name: each.scorer for name, each in measured(recipe.measured).items()}
     given = (model.policy, reference), tokenizer, parts, by.scorer, plan, scorers
     return Task(model, tokenizer, Episodes(value, rule, beside, *given), rule, by)
 

@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keifu.data.images import signed
-from keifu.errors import UserError
 from keifu.layers.counted_random import bits, normal, uniform
 from keifu.layers.noise import Noise, add_noise, at
 from keifu.layers.noise_targets import (
@@ -163,12 +162,3 @@ def bits_of_step(
     spoken = -discretised_log_likelihood(picture, mean, log_variance)
     last = (timestep == 0).reshape(-1, *[1] * (x.ndim - 1))
     return torch.where(last, spoken, apart).flatten(1).mean(1) / math.log(2)
-
-
-def check_dropout(label_dropout: float, null_class: bool) -> None:
-    """Refuses to leave labels out for a network that has no class for none of them."""
-    if label_dropout and not null_class:
-        raise UserError(
-            f"label_dropout is {label_dropout}, but the network has no class for a picture without a label: "
-            "build it with null_class, or leave no labels out."
-        )

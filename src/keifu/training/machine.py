@@ -1,11 +1,12 @@
 """How much memory there is for this process, on a CPU or a GPU; knows no model."""
 
+import ctypes
 import os
 from pathlib import Path
 
 import torch
 
-GROUPS = Path("/sys/fs/cgroup")
+GROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 
 
 def available(device: torch.device) -> int:
@@ -17,13 +18,32 @@ def available(device: torch.device) -> int:
 
 
 def _machine() -> int:
-    """Linux says what is available; elsewhere it is what is free, or all there is."""
-    source = Path("/proc/meminfo")
-    if source.exists():
-        fields = dict(line.split(":", 1) for line in source.read_text().splitlines())
+    """Linux and Windows say what is available; elsewhere it is what is free, or all there is."""
+    if PROC.exists():
+        fields = dict(line.split(":", 1) for line in PROC.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
+    if not hasattr(os, "sysconf"):
+        return _windows()
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of Windows."""
+
+    _fields_ = [
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        *[(name, ctypes.c_uint64) for name in ("total", "available", *"abcde")],
+    ]
+
+
+def _windows() -> int:
+    """Bytes of memory that Windows says are available."""
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # pyright: ignore[reportAttributeAccessIssue]
+        raise ctypes.WinError()  # pyright: ignore[reportAttributeAccessIssue]
+    return status.available
 
 
 def container(groups: Path = GROUPS) -> list[int]:
