@@ -1,9 +1,9 @@
-# demo, test and check; each first makes its own .venv where that is missing or older than pyproject.toml.
+# demo, test, test-all and check; each first makes its own .venv where that is missing or older than pyproject.toml.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-all check clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.run-time
@@ -11,6 +11,10 @@ demo: .venv/.run-time
 
 test: .venv/.development
 	@$(BIN)/python -m pytest
+
+# With the libraries that are only compared with, and with the tests that take more than half a minute each.
+test-all: .venv/.test-all
+	@$(BIN)/python -m pytest -m "slow or not slow"
 
 check: .venv/.development
 	@$(BIN)/ruff check src tests $(wildcard benchmarks)
@@ -25,6 +29,11 @@ check: .venv/.development
 	@echo "Installing keifu and its development tools into .venv: a few minutes, once."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[development]'
 	@touch $@ .venv/.run-time
+
+.venv/.test-all: pyproject.toml | .venv/bin/pip
+	@echo "Installing all that keifu is compared with into .venv: llama.cpp is compiled, which takes minutes, once."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test-all]'
+	@touch $@ .venv/.development .venv/.run-time
 
 .venv/bin/pip:
 	@test -n "$(PYTHON)" || { echo "keifu needs Python 3.11 or newer with venv, and none was found: install one, or name it with make PYTHON=/path/to/python3." >&2; exit 1; }

@@ -67,3 +67,17 @@ def likely() -> Callable[[int, int, float], bool]:
 def _nothing_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Standard input is an empty pipe, unless a test puts something there."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says in one line what was not checked, with the reason and how many tests that are."""
+    reasons: dict[str, int] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reason = reason.removeprefix("Skipped: ").removeprefix("could not import ").partition(": ")[0].strip("'.")
+        reasons[reason] = reasons.get(reason, 0) + 1
+    if slow := sum(1 for item in terminalreporter.stats.get("deselected", []) if item.get_closest_marker("slow")):
+        reasons["slow"] = slow
+    if reasons:
+        told = ", ".join(f"{reason} ({count})" for reason, count in sorted(reasons.items()))
+        terminalreporter.write_line(f"Not checked here, by the test's reason: {told}; make test-all checks more.")
