@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sacrebleu
 import torch
 
 from keifu import checkpoints, cli
@@ -144,9 +145,11 @@ def test_evaluate_prints_figures_and_writes_the_translations(
     lines = dict(
         line.split("\t", 1) for line in out(capsys, *words, "--output", str(output)).splitlines() if "\t" in line
     )
-    assert lines["pairs"] == "2" and lines["BLEU signature"].startswith("nrefs:1|") and float(lines["chrF"]) >= 0
+    assert lines["pairs"] == "2" and lines["BLEU signature"].startswith("nrefs:1|")
     assert lines["source words"] == "pairs\tBLEU\tchrF" and lines["1-5"].startswith("2\t")
     rows = [line.split("\t") for line in output.read_text().split("\n")]
+    chrf = sacrebleu.corpus_chrf([row[2] for row in rows[1:3]], [[row[1] for row in rows[1:3]]]).score
+    assert float(lines["chrF"]) == pytest.approx(chrf, abs=0.06)
     assert rows[0] == ["source", "reference", "translation"] and rows[2][:2] == ["a pen", "an egg"] and rows[3] == [""]
     assert rows[2][2] + "\n" == out(capsys, "translate", model, "a pen")
     told = json.loads(out(capsys, *words, "--json"))

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from keifu import checkpoints
-from keifu.alignment.reward import calibration, ranking, ranking_losses, scores_of
+from keifu.alignment.reward import calibration, margins, ranking, ranking_losses, scores_of
 from keifu.commands.train import parse
 from keifu.data.tokenizers import train_tokenizer
 from keifu.errors import UserError
@@ -56,6 +56,16 @@ def test_parts_of_a_batch_add_up_and_even_answers_do_not_count() -> None:
     whole.total.backward()
     other = ranking(model, batch | {"tokens": tokens.masked_fill(torch.arange(9) >= lengths, 7)})
     torch.testing.assert_close(other.total, whole.total)
+
+
+def test_margins_are_of_the_better_over_the_worse() -> None:
+    """In every pair of levels that differ, and by the model's own scores."""
+    model = recipe.headed(llama.build(llama.Config(vocab_size=31, **SIZES)), recipe.Lora(), 0).eval()
+    tokens, levels = torch.randint(0, 31, (2, 3, 9)), torch.tensor([[2.0, 1.0, 0.0], [0.0, 5.0, NAN]])
+    batch = {"tokens": tokens, "mask": torch.ones(2, 3, 9, dtype=torch.bool), "levels": levels}
+    scores = model.classify(tokens, batch["mask"]).detach()
+    wanted = [scores[0, a] - scores[0, b] for a, b in ((0, 1), (0, 2), (1, 2))] + [scores[1, 1] - scores[1, 0]]
+    torch.testing.assert_close(margins(model, [batch]), torch.stack(wanted))
 
 
 def test_calibration() -> None:

@@ -39,7 +39,8 @@ def test_the_written_out_way_has_the_same_gradient_in_bfloat16():
     for inputs in ([q, k, v], [x.detach().float().requires_grad_() for x in (q, k, v)]):
         attend(*inputs, "causal").float().square().sum().backward()
         gradients.append([x.grad.float() for x in inputs])
-    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.05)
+    for half, whole in zip(*gradients, strict=True):  # eight bits round by 0.4%, a few times over
+        assert float((half - whole).norm() / whole.norm()) < 0.012
 
 
 def test_padding_is_not_seen_and_gives_no_nan():

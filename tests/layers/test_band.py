@@ -47,7 +47,8 @@ def test_blocks_in_bfloat16_have_the_gradient_of_float32():
         assert attention._short(given[0], given[1]) == (given is inputs)  # both ways of computing
         attend(*given, visible).float().square().sum().backward()
         gradients.append([x.grad.float() for x in given])
-    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.05)
+    for half, whole in zip(*gradients, strict=True):  # eight bits round by 0.4%, a few times over
+        assert float((half - whole).norm() / whole.norm()) < 0.012
 
 
 @pytest.mark.parametrize("window", [1, 4, 7])
