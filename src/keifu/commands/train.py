@@ -67,7 +67,7 @@ def _later(out: Path, words: Sequence[str]) -> Callable[[], None]:
 
 
 def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bool = False) -> Callable[[], None]:
-    """A recipe's run from its `Recipe` fields, `--out`, `--resume`, `--replace` and how to compute (see `devices.Choice`).
+    """A recipe's run from its `Recipe` fields, `--out`, `--resume`, `--replace` and how to compute.
 
     With `--resume`, options that are not given are those of the run that stands in the folder. `replaces`: an earlier
     run is always started over.
