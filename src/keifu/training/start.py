@@ -80,9 +80,7 @@ def start(
     if found:
         _tell_changes(found, length, settings, described(settings, run.options, data.fingerprint), tell)
     resolved = _as_resolved(found, device, tell) if found else {}
-    wanted = resolved.get("precision", settings.precision) if settings.precision == "auto" else settings.precision
-    dtype = resolve(wanted, device)
-    tell(f"On {device_name(device)}, matrix products in {_name(dtype)}.")
+    dtype = _format(settings.precision, resolved, device, tell)
     optimisers = Optimisers(model, settings, length)
     probe = cost.Probe(model, objective, optimisers, device, dtype)
     _check_growth(settings, data)
@@ -94,18 +92,24 @@ def start(
         _take_up(model, optimisers, data, found.tensors)
     running = compiled(objective, device) if settings.compile else objective
     rows, elements = rows or measured.micro_batch, resolved.get("row_elements", row_elements(batch))
-    scale = LossScale(dtype, **(found.facts.get("loss_scale", {}) if found else {}))
     stepper = Stepper(
-        model, running, objective, optimisers, device, dtype, rows, settings.clip, settings.seed, elements, scale
+        model, running, objective, optimisers, device, dtype, rows, settings.clip, settings.seed, elements,
+        LossScale(dtype, **(found.facts.get("loss_scale", {}) if found else {})),
     )
     if found and stepper.dropout.drops and resolved.get("dropout") != DROPOUT:
         tell("Dropout is drawn in another way than in the steps before, which an earlier version made.")
     done = found.step if found else 0
     progressed = _progressed(found, settings, device, length)
-    steps = max(done, progressed.plan.steps)
-    whole_steps = settings.whole_steps(steps) - settings.whole_steps(done)
-    tell(measured.sentence(steps - done, run.unit, whole_steps))
+    steps, whole = max(done, progressed.plan.steps), settings.whole_steps
+    tell(measured.sentence(steps - done, run.unit, whole(steps) - whole(done)))
     return Started(stepper, optimisers, measured, progressed, length)
+
+
+def _format(precision: str, resolved: dict[str, Any], device: torch.device, tell: Callable[[str], None]) -> torch.dtype:
+    """The format of matrix products, which is said with the device."""
+    dtype = resolve(resolved.get("precision", precision) if precision == "auto" else precision, device)
+    tell(f"On {device_name(device)}, matrix products in {_name(dtype)}.")
+    return dtype
 
 
 def _name(dtype: torch.dtype) -> str:
