@@ -2,6 +2,7 @@
 
 import dataclasses
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,8 +77,8 @@ def test_every_recipe_has_one_precision_and_one_compile() -> None:
     assert all(dataclasses.is_dataclass(kind) for kind in own.values())
 
 
-def test_the_command_lines_choice_reaches_the_recipe(monkeypatch) -> None:
+def test_the_command_lines_choice_reaches_the_recipe(tmp_path: Path, monkeypatch) -> None:
     seen = []
     monkeypatch.setattr("keifu.recipes.dpo.run", lambda *given: seen.append(devices.chosen()))
-    cli.main(["train", "dpo", "--device", "cpu", "--precision", "bfloat16", "--compile"])
+    cli.main(["train", "dpo", "--device", "cpu", "--precision", "bfloat16", "--compile", "--out", str(tmp_path)])
     assert seen == [Choice("cpu", "bfloat16", True)] and devices.chosen() == Choice()
