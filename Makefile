@@ -1,9 +1,9 @@
-# demo, test, test-all and check; each first makes its own .venv where that is missing or older than pyproject.toml.
+# demo, test, test-all, test-gpu and check; each first makes its own .venv where that is missing or older than pyproject.toml.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all test-gpu check clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.run-time
@@ -15,6 +15,9 @@ test: .venv/.development
 # With the libraries that are only compared with, and with the tests that take more than half a minute each.
 test-all: .venv/.test-all
 	@$(BIN)/python -m pytest -m "slow or not slow"
+
+test-gpu: .venv/.development
+	@$(BIN)/python -m pytest -m gpu -rs
 
 check: .venv/.development
 	@$(BIN)/ruff check src tests $(wildcard benchmarks)

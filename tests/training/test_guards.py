@@ -166,7 +166,7 @@ def test_an_error_of_the_data_is_raised_after_the_state_is_saved(tmp_path: Path)
 
     with pytest.raises(RuntimeError, match="the shard is gone") as caught:
         train(toy(), objective, Broken(), settings(), run(tmp_path))
-    assert state.steps(tmp_path)[-1] == 7
+    assert state.steps(tmp_path)[-1] == 8
     assert "To go on: train again with Run" in caught.value.__notes__[0]
 
 

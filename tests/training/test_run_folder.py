@@ -203,7 +203,8 @@ def test_rows_at_a_time_are_what_fits_in_equal_parts(monkeypatch, free: float, r
 
 def test_the_cost_is_said_before_the_first_step(tmp_path: Path, capsys) -> None:
     train(toy(), objective, Sequences(), settings(), run(tmp_path))
-    first, *others = capsys.readouterr().err.splitlines()
+    place, first, *others = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"On cpu, \d+ threads, matrix products in float32\.", place)
     assert first.startswith("483 parameters; 12 steps of 30 tokens, 360 in all: about ")
     assert re.search(r" s, validations and samples not counted, and .* kB of memory \(", first)
     assert any(line.startswith("step 4  validation loss") for line in others)

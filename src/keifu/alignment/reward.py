@@ -55,9 +55,10 @@ def ranking(model: Any, batch: Batch) -> Outcome:
 @torch.no_grad()
 def margins(model: Any, batches: Iterable[Batch]) -> Float[Tensor, " pairs"]:
     """r_better - r_worse of every pair of the batches."""
-    found = [torch.zeros(0)]
+    found, device = [torch.zeros(0)], next(model.parameters()).device
     with evaluating(model):
         for batch in batches:
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
             scores = model.classify(batch["tokens"], batch["mask"]).float()
             better, _ = pairs(batch["levels"])
             found.append((scores[:, :, None] - scores[:, None, :])[better.bool()].cpu())

@@ -16,37 +16,41 @@ from keifu.checkpoints.report import Report, report
 from keifu.checkpoints.source import Plan, Source, check_tokenizer, plan
 from keifu.data.tokenizer_formats import GENERATION_CONFIG
 from keifu.data.tokenizers import load_tokenizer
+from keifu.devices import choose
 from keifu.errors import UserError, unknown
 from keifu.layers.lora import merge
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def load(name: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
-    """A model with its weights, ready for evaluation on the CPU, and its tokenizer.
+def load(
+    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> tuple[nn.Module, Any]:
+    """A model with its weights, ready for evaluation, and its tokenizer.
 
     name: a run of keifu or another Hugging Face directory, a folder of PEFT's adapters (which are attached to their
     base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name". dtype: as stored where None, but
-    float32 for float16, whose products are very slow on a CPU. The tokenizer is None for models that write no text.
+    on a CPU float32 for float16, whose products are very slow there. device: "cpu", "cuda", "cuda:1" or "mps"; None for
+    the one that `devices.choose` gives. The tokenizer is None for models that write no text.
 
-    Weights that need no change stay memory-mapped. A file that is torn, a tensor that is missing, extra or misshapen, a
-    setting that is not implemented, a tokenizer that does not fit: each is a `UserError` that names it.
+    On a CPU, weights that need no change stay memory-mapped. A file that is torn, a tensor that is missing, extra or
+    misshapen, a setting that is not implemented, a tokenizer that does not fit: each is a `UserError` that names it.
 
     >>> import keifu
     >>> model, tokenizer = keifu.load("smollm2")
     >>> type(model).__name__, tokenizer.encode("Hello")
     ('DecoderLM', [19556])
     """
-    path = locate(name)
+    device, path = choose(device), locate(name)
     if is_adapter(path):
-        model, tokenizer = load(base_of(path), dtype)
+        model, tokenizer = load(base_of(path), dtype, device)
         tokenizer = _adapted(path, tokenizer) if (path / "tokenizer_config.json").exists() else tokenizer
         model = load_adapter(merge(model), path)
     else:
-        found = plan(open_source(path), dtype)
+        found = plan(open_source(path), dtype, device)
         with ThreadPoolExecutor(1) as beside:  # the weights are read meanwhile
             reading = beside.submit(found.source.tokenizer)
-            model = found.fill()
+            model = found.fill(device)
             tokenizer = _recommended(name, reading.result())
     if tokenizer is not None:
         own: Any = model.config
@@ -54,12 +58,14 @@ def load(name: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module,
     return model, tokenizer
 
 
-def load_model(name: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+def load_model(
+    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> nn.Module:
     """The model alone (see `load`), for weights without a tokenizer beside them."""
-    path = locate(name)
+    device, path = choose(device), locate(name)
     if is_adapter(path):
-        return load_adapter(merge(load_model(base_of(path), dtype)), path)
-    return plan(open_source(path), dtype).fill()
+        return load_adapter(merge(load_model(base_of(path), dtype, device)), path)
+    return plan(open_source(path), dtype, device).fill(device)
 
 
 def inspect(name: str | Path, dtype: torch.dtype | None = None) -> Report:
@@ -96,7 +102,7 @@ def _to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module,
     """The model as it is to be written, in the type that holds every stored number where none is given; adapters are
     worked into it."""
     if is_adapter(locate(name)):
-        model, tokenizer = load(name, dtype)
+        model, tokenizer = load(name, dtype, "cpu")
         return merge(model), tokenizer
     found = planned(name)
     return found.held_in(dtype or found.exact).fill(), _recommended(name, found.source.tokenizer())

@@ -7,7 +7,7 @@ Axes: those of the stored tensors.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,23 +76,29 @@ class Plan:
         """Of the model, all in all."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def fill(self) -> nn.Module:
-        """The model with its weights, for evaluation. Weights that need no change stay in the file's own memory map."""
+    def fill(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The model with its weights on a device, for evaluation; each tensor goes straight there.
+
+        On a CPU, weights that need no change stay in the file's own memory map.
+        """
+        place = torch.device(device)
+        if place.type == "mps" and self.dtype == torch.float64:  # which Apple's GPU has not
+            place = torch.device("cpu")
         with ThreadPoolExecutor(torch.get_num_threads()) as workers:
-            state = dict(workers.map(self._tensor, self.links))
+            state = dict(workers.map(partial(self._tensor, device=place), self.links))
         self.model.load_state_dict(state, assign=True)
         return self.model.eval()
 
-    def _tensor(self, link: Link) -> tuple[str, Tensor]:
+    def _tensor(self, link: Link, device: torch.device) -> tuple[str, Tensor]:
         tensors = (link.subtract_offset(self.source.read(name)) for name in link.theirs)
-        return link.ours, link.join([x.to(self.dtype) if x.is_floating_point() else x for x in tensors])
+        return link.ours, link.join([x.to(device, self.dtype if x.is_floating_point() else None) for x in tensors])
 
 
-def plan(source: Source, dtype: torch.dtype | None = None) -> Plan:
+def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Plan:
     """Matches the file's tensors with the model's. What is missing, extra or misshapen is one `UserError` naming all.
 
-    `dtype` None: the type that holds every stored number exactly, but float32 for float16, whose products are very
-    slow on a CPU.
+    `dtype` None: the type that holds every stored number exactly, but on a CPU float32 for float16, whose products are
+    very slow there.
     """
     source, twice, notes = _settle_aliases(source) if source.family.aliases else _settle_head(source)
     source, copies = _settle_dialect(source)
@@ -109,7 +115,8 @@ def plan(source: Source, dtype: torch.dtype | None = None) -> Plan:
     skipped = [name for name in source.stored if name not in used and (name in twice or matches(name, patterns))]
     _check(source, found, set(source.stored) - used - set(skipped))
     exact = _exact({name: source.stored[name] for name in used}, source.path)
-    held = dtype or (torch.float32 if exact == torch.float16 else exact)
+    slow = exact == torch.float16 and torch.device(device).type == "cpu"
+    held = dtype or (torch.float32 if slow else exact)
     return Plan(source, model, found, exact, held, skipped, [*source.notes, *notes, *_cast(exact, held)])
 
 

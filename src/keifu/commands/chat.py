@@ -18,7 +18,7 @@ EXAMPLE = 'keifu chat MODEL "What is the capital of France?"'
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(flags.OnDevice):
     """Talk with a model: without a question in the terminal, where /help lists the commands, and with one for one
     answer. A file and a pipe are one question too; where there are several of these, an empty line joins them.
 

@@ -25,7 +25,7 @@ NAMED = 5  # labels that an error names
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(flags.OnDevice):
     """Give each text a label, or compare with the labels of a table. keifu train classifier and keifu train
     gpt1-finetune make the model for it. A CLIP gives pictures any labels in words: picture.png --labels "a dog,a cat".
 

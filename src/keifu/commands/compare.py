@@ -22,7 +22,7 @@ NARROW = 60  # columns of a terminal, below which answers stand one above the ot
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(flags.OnDevice):
     """Two models answer the same prompts; you say which answer is better, without being told whose it is.
 
     Choices are kept as they are made, and the same command goes on with those left. In the folder preferences.jsonl is

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from keifu.generation.picture_record import Record
     from keifu.generation.samplers import Drawn
 
-OF_AGAIN = ("model", "out", "again", "init", "mask", "towards", "lora")  # beside --again these say where something is
+# Beside --again these say where something is.
+OF_AGAIN = ("model", "out", "again", "init", "mask", "towards", "lora", "device")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(flags.OnDevice):
     """Draw pictures with a model that was trained to remove noise, of a text where it reads one.
 
     Each file says how it was drawn; `keifu draw --again FILE` draws it once more, bit for bit.

@@ -29,11 +29,10 @@ def check_png(*paths: Path | None) -> None:
 def usual_dtype(found: "Plan") -> str | None:
     """The type to compute in where none was asked for: bfloat16 for a large model where the processor multiplies it
     itself, else as the model is stored."""
-    import torch
-
+    from keifu.devices import choose
     from keifu.training.precision import has_bfloat16
 
-    large = has_bfloat16(torch.device("cpu")) and found.parameters >= LARGE
+    large = has_bfloat16(choose()) and found.parameters >= LARGE
     return "bf16" if large else None
 
 

@@ -25,7 +25,7 @@ FORMATS = (".npy", ".json")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(flags.OnDevice):
     """Turn texts into vectors of length 1. Each argument is a text, or each line of a file or of what is piped in.
 
     A CLIP sees pictures too: what is the name of a picture's file is taken as one.

@@ -17,7 +17,7 @@ TASKS = ("translation", "retrieval", "pictures", "text_pictures", "few_shot", "m
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(flags.OnDevice):
     """How good a model is, in figures.
 
     A CLIP: how well captions and pictures find each other (a catalogue name such as emoji, a folder, .tar shards). A
@@ -148,7 +148,7 @@ def fitting(model: Any, on: str) -> Any:
 
 def check_heeded(options: Options, task: Any) -> None:
     """Refuses an option that the task would not heed."""
-    everyones = {"model", "on", "limit", "json"}
+    everyones = {"model", "on", "limit", "json", "device"}
     for field in fields(options):
         if field.name not in everyones | task.OPTIONS and vars(options)[field.name] != field.default:
             flag = "--" + field.name.replace("_", "-")

@@ -5,12 +5,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
 import tyro
 
 from keifu.commands.help_text import Argument, arguments_of, help_text
+from keifu.devices import Choice, choose, choosing
 from keifu.errors import UserError, unknown
 from keifu.generation.sampling import Sampling
 
@@ -20,7 +21,17 @@ Model = Annotated[
     tyro.conf.Positional,
     tyro.conf.arg(metavar="MODEL", help="A run, a Hugging Face directory or hub id, a .gguf file or a catalogue name."),
 ]
+Device = Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda|cuda:1|mps", help=(
+    "Where the model runs. Unset: what KEIFU_DEVICE says, else CUDA or ROCm if there is one, else MPS, else the CPU."
+))]  # fmt: skip
 NAMES = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """What every verb that runs a model can be told."""
+
+    device: Device = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -36,9 +47,23 @@ def parser(kind: type[Options], run: Callable[[Options], None], program: str) ->
 
     def parsed(arguments: Sequence[str]) -> Callable[[], None]:
         options = parse(kind, arguments, program)
-        return lambda: run(options)
+        if not isinstance(options, OnDevice):
+            return lambda: run(options)
+        return placed(Choice(options.device), lambda: run(options))
 
     return parsed
+
+
+def placed(choice: Choice, work: Callable[[], None]) -> Callable[[], None]:
+    """The work, to be computed by that choice; a device that this machine has not is a `UserError` at once."""
+    if choice.device is not None:
+        choose(choice.device)
+
+    def run() -> None:
+        with choosing(choice):
+            work()
+
+    return run
 
 
 def parse(

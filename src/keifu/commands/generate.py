@@ -16,7 +16,7 @@ EXAMPLE = 'keifu generate MODEL "Once upon a time"'
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(flags.OnDevice):
     """Continue a text; a chat model answers it. It stands behind the model, in a file, or comes through a pipe, or
     several of these, which are then joined by an empty line.
 

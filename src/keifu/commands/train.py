@@ -2,18 +2,29 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import field, make_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from keifu.commands import flags, resuming, tables
 from keifu.commands.recipe_files import path_of, recipe_module, recipe_options, recipes
+from keifu.devices import Choice
 from keifu.errors import UserError
 from keifu.training import folder
 
 OLD = re.compile(r"^--training\.")  # options of the loop had this before their names in some recipes
+
+COMPUTING = {  # how any recipe may be told to compute, where it has no such option of its own
+    "precision": Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"] | None,
+        tyro.conf.arg(help="Of matrix products; auto: bfloat16 or else float16 where the hardware has it. Unset: what "
+                      "the recipe has. Weights stay in float32."),
+    ],
+    "compile": Annotated[bool, tyro.conf.arg(help="Compile the objective and the model with torch.compile.")],
+}  # fmt: skip
+UNSET: dict[str, Any] = {"precision": None, "compile": False}
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
@@ -56,7 +67,7 @@ def _later(out: Path, words: Sequence[str]) -> Callable[[], None]:
 
 
 def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bool = False) -> Callable[[], None]:
-    """A recipe's run from its `Recipe` fields, `--out`, `--resume` and `--replace`.
+    """A recipe's run from its `Recipe` fields, `--out`, `--resume`, `--replace` and how to compute.
 
     With `--resume`, options that are not given are those of the run that stands in the folder. `replaces`: an earlier
     run is always started over.
@@ -73,9 +84,11 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     options = flags.parse(kind, words, program, usual=usual)
     if options.resume and options.replace:
         raise UserError("--resume goes on with a run and --replace starts over: give one of them.")
+    choice = Choice(options.device, **{each: vars(options).get(each) or None for each in COMPUTING})
     if options.resume:
-        return lambda: resuming.go_on(found, module, options.recipe, options.out)
-    return lambda: resuming.begin(name, module, options.recipe, options.out, options.replace or replaces)
+        return flags.placed(choice, lambda: resuming.go_on(found, module, options.recipe, options.out))
+    replaces = options.replace or replaces
+    return flags.placed(choice, lambda: resuming.begin(name, module, options.recipe, options.out, replaces))
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:
@@ -88,13 +101,25 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
 def with_folder(kind: type, name: str) -> Any:
     """A recipe's options and those of every run."""
     folder = field(default=Path("runs") / Path(name).stem)
-    fields = [
+    own = [
         ("recipe", Annotated[kind, tyro.conf.arg(name="")]),
         ("out", Annotated[Path, tyro.conf.arg(help="Folder of the run.")], folder),
         ("resume", Annotated[bool, tyro.conf.arg(help="Go on with the run in that folder, with its options.")], False),
         ("replace", Annotated[bool, tyro.conf.arg(help="Start over although a run stands in that folder.")], False),
+        ("device", flags.Device, field(default=None)),
+        *((name, COMPUTING[name], UNSET[name]) for name in COMPUTING if not _has(kind, name)),
     ]
-    return make_dataclass("Train", fields, frozen=True)
+    return make_dataclass("Train", own, frozen=True)
+
+
+def _has(recipe: type, name: str) -> bool:
+    """Whether a recipe's options, or those inside them, have an option of that name."""
+    inside = [type(_default(each)) for each in fields(recipe) if is_dataclass(_default(each))]
+    return any(each.name == name for each in fields(recipe)) or any(_has(kind, name) for kind in inside)
+
+
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _list() -> None:

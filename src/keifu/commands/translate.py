@@ -18,7 +18,7 @@ EXAMPLE = 'keifu translate MODEL "This is a pen."'
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(flags.OnDevice):
     """Translate. Every line is a text; its sentences are translated one by one and stand on one line again."""
 
     model: flags.Model

@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import UInt8
@@ -22,6 +23,7 @@ from keifu.evaluation.reconstruction import WINDOW, psnr, ssim
 from keifu.evaluation.task import Table
 from keifu.generation.denoiser import Denoising, of_label
 from keifu.generation.sampler_table import Route, route
+from keifu.generation.seeds import Seeds
 from keifu.layers.counted_random import normal
 from keifu.layers.noise_levels import Level, Path
 from keifu.training.diffusion import HELD_OUT, draws
@@ -67,9 +69,9 @@ def again(model: Denoising, way: Route, pictures: Bytes, label: Tensor | None, l
     variance is left, and what the path leads to from there."""
     strides = [stride for stride in way.path.strides if stride.here.alpha**2 >= left] or [*way.path.strides[-1:]]
     level, clean = strides[0].here, signed(pictures)
-    x = level.alpha * clean + level.sigma * normal(seeds, clean.shape[1:])
-    walk = way.walk(way.denoiser(of_label(model, label)), x, Path(tuple(strides)), torch.randn_like)
-    return Again(level, to_bytes(x), to_bytes(deque(walk, maxlen=1)[0].x))
+    x = level.alpha * clean + level.sigma * normal(seeds.to(clean.device), clean.shape[1:])
+    walk = way.walk(way.denoiser(of_label(model, label)), x, Path(tuple(strides)), Seeds(seeds.tolist()))
+    return Again(level, to_bytes(x).cpu(), to_bytes(deque(walk, maxlen=1)[0].x).cpu())
 
 
 def bits(model: Denoising, pictures: Pictures, seed: int, batch_size: int) -> dict[str, float | int | str]:
@@ -103,11 +105,11 @@ def told_labels(model: Denoising, pictures: Pictures) -> Tensor | None:
 
 
 def _batches(model: Denoising, pictures: Pictures, size: int) -> Iterator[tuple[int, Bytes, Tensor | None]]:
-    """The first one's place, the pictures and their labels."""
-    labels = told_labels(model, pictures)
+    """The first one's place, the pictures and their labels, on the model's device."""
+    labels, device = told_labels(model, pictures), next(cast(Any, model).parameters()).device
     for first in range(0, len(pictures), size):
         part = slice(first, first + size)
-        yield first, pictures.take(part), None if labels is None else labels[part]
+        yield first, pictures.take(part).to(device), None if labels is None else labels[part].to(device)
 
 
 def _row(given: Bytes, parts: list[Again]) -> tuple[float, int, float, float, float | None]:

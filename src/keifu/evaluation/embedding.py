@@ -74,7 +74,7 @@ def nearest(
     for start in range(0, len(queries), rows):
         similarity = queries[start : start + rows] @ among.T
         if themselves:
-            own = torch.arange(len(similarity))
+            own = torch.arange(len(similarity), device=similarity.device)
             similarity[own, start + own] = -torch.inf
         found.append(similarity.topk(count))
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])

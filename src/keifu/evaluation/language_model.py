@@ -50,11 +50,11 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> Outcome:
     ids = ids if begin is None else np.concatenate([[begin], ids])
     if len(ids) < 2:
         raise UserError(f"{asked.on} has {len(ids)} tokens, too few to foretell one from another: give more text.")
-    start, total, count = time.perf_counter(), 0.0, 0
+    start, total, count, device = time.perf_counter(), 0.0, 0, next(model.parameters()).device
     windows = [ids[i : i + context] for i in range(0, len(ids) - 1, context - 1)][: asked.limit]
     with counting("Evaluating", len(windows), "windows") as progress:
         for done, batch in _batches(windows, asked.batch_size or BATCH_SIZE):
-            total -= float(score(model, batch).double().sum())
+            total -= float(score(model, batch.to(device)).cpu().double().sum())
             count += batch[:, 1:].numel()
             progress(done)
     loss = total / count

@@ -109,7 +109,7 @@ def _scored(where: str, drawn: Drawn, asked: Asked) -> dict[str, float | int | s
     for whose, pictures in (("", drawn.pictures), (" of real pictures", drawn.real.take(slice(None)))):
         found = cosines(towers, tokenizer, pictures, drawn.captions)
         own, others = clip_scores(found)
-        first = (found.argmax(1) == torch.arange(len(found))).float().mean()
+        first = (found.argmax(1) == torch.arange(len(found), device=found.device)).float().mean()
         figures[f"CLIP score{whose}{where}"] = round(float(own.mean()), 3)
         figures[f"CLIP score{whose}{where}, captions shuffled"] = round(float(others.mean()), 3)
         figures[f"own caption first of {len(found)}{whose}{where}"] = round(float(first), 4)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from keifu.layers.counted_random import BITS, uniform
+from keifu.layers.wide import wide
 
 __all__ = ["BITS", "draw", "uniform"]
 
@@ -18,5 +19,5 @@ def draw(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> Int[
     One number a row suffices, where the Gumbel trick needs one for each token of the vocabulary. The sum is float64, so
     that rare tokens keep their share; tokens with no probability are never drawn.
     """
-    mass = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True)[:, 0]
+    mass = wide(logits.softmax(-1)).cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(mass, wide(u)[:, None] * mass[:, -1:], right=True)[:, 0].to(logits.device)

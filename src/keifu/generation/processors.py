@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from keifu.layers.wide import wide
+
 Logits = Float[Tensor, "rows vocab"]
 Parameter = Float[Tensor, " #rows"]
 
@@ -49,8 +51,8 @@ def top_k(logits: Logits, k: Int[Tensor, " #rows"]) -> Logits:
 def top_p(logits: Logits, p: Parameter) -> Logits:
     """-inf for all but the smallest set of likeliest tokens whose mass is at least p (Holtzman et al., 2020)."""
     values = _descending(logits)
-    mass = values.softmax(-1).cumsum(-1, dtype=torch.float64)
-    last = (mass < p[:, None]).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1)
+    mass = wide(values.softmax(-1)).cumsum(-1, dtype=torch.float64)
+    last = (mass < wide(p)[:, None]).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1).to(logits.device)
     return logits.masked_fill((logits < values.gather(1, last)) & (p[:, None] < 1), -torch.inf)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from keifu.generation import processors
 from keifu.generation.drawing import draw, uniform
 from keifu.generation.sampling import Sampling
+from keifu.layers.wide import wide
 
 
 class RowSettings:
@@ -157,7 +158,7 @@ class Sampler:
             columns.append(certain if sampled is None else processors.log_probability(sampled, tokens))
         self.positions = self.positions + 1
         self.history.add(tokens)
-        return Choice(tokens, torch.stack([column.double() for column in columns], -1))
+        return Choice(tokens, torch.stack([wide(column).double() for column in columns], -1))
 
     def select(self, rows: list[int]) -> None:
         """Keeps only these rows."""

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from keifu.layers.wide import narrow, wide
+
 BITS = 48  # of a uniform number: enough for any vocabulary, and its product with a total stays below the total
 
 
@@ -23,8 +25,9 @@ def bits(seeds: Int[Tensor, "*shape"], positions: Int[Tensor, "*#shape"]) -> Int
 
 
 def uniform(seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """A number in [0, 1), float64, for each seed and position."""
-    return _shifted(bits(seeds, positions), 64 - BITS).double() * 2.0**-BITS
+    """A number in [0, 1) for each seed and position, float64 where the device has it."""
+    found = _shifted(bits(wide(seeds), wide(positions)), 64 - BITS).double() * 2.0**-BITS
+    return narrow(found, seeds.device)
 
 
 def bits16(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]:
@@ -47,13 +50,13 @@ def normal(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
 
     Box and Muller (1958) on two halves of 32 bits; so nothing lies beyond 6.7 standard deviations.
     """
-    count = math.prod(shape)
+    count, device, seeds = math.prod(shape), seeds.device, wide(seeds)
     places = torch.arange((count + 1) // 2, device=seeds.device)
     drawn = bits(seeds[:, None].expand(-1, len(places)), places[None])
     radius = (_half(drawn, 32)).log_().mul_(-2).sqrt_()
     angle = _half(drawn, 0).mul_(2 * math.pi)
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
-    return pairs.flatten(1)[:, :count].float().reshape(-1, *shape)
+    return pairs.flatten(1)[:, :count].float().reshape(-1, *shape).to(device)
 
 
 def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "rows ..."]:
@@ -61,9 +64,10 @@ def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
 
     The largest of some logarithms of probabilities with such a number added to each is a draw from them (Gumbel, 1954).
     """
+    device, seeds = seeds.device, wide(seeds)
     places = torch.arange(math.prod(shape), device=seeds.device)
     drawn = bits(seeds[:, None].expand(-1, len(places)), places[None])
-    return _half(drawn, 32).log_().neg_().log_().neg_().float().reshape(-1, *shape)
+    return _half(drawn, 32).log_().neg_().log_().neg_().float().reshape(-1, *shape).to(device)
 
 
 def _half(drawn: Int[Tensor, "*shape"], shift: int) -> Float[Tensor, "*shape"]:

@@ -65,10 +65,10 @@ class Adapter(nn.Module):
         super().__init__()
         self.target, self.low, self.kernel = target, low, tuple(weight.shape[2:])
         weight = weight.flatten(1)
-        kept = {"dtype": torch.float32, "device": weight.device}  # also beside weights of half precision
-        self.a = nn.Parameter(torch.empty(low.rank, weight.shape[1], **kept))
-        self.b = nn.Parameter(torch.zeros(target.rows, low.rank, **kept))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        begun = torch.empty(low.rank, weight.shape[1])
+        nn.init.kaiming_uniform_(begun, a=math.sqrt(5))  # the same numbers wherever the layer is
+        self.a = nn.Parameter(begun.to(weight.device))
+        self.b = nn.Parameter(torch.zeros(target.rows, low.rank, device=weight.device))
         self.dropout = Dropout(low.dropout)
         self.length = nn.Parameter(_lengths(weight.detach().float())) if low.dora else None
 

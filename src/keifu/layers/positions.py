@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
+from keifu.layers.wide import wide
 
 
 class LearnedPositions(nn.Embedding):
@@ -26,10 +27,11 @@ def sinusoids(positions: Int[Tensor, "*batch"], dim: int, interleaved: bool = Tr
 
     The paper interleaves sin and cos; tensor2tensor and Marian put all sines first (`interleaved=False`).
     """
+    device, positions = positions.device, wide(positions)
     exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
     angles = positions[..., None].double() * 10_000.0**-exponents
     both = torch.stack([angles.sin(), angles.cos()], -1 if interleaved else -2)
-    return both.flatten(-2)[..., :dim].float()
+    return both.flatten(-2)[..., :dim].float().to(device)
 
 
 class SinusoidalPositions(nn.Module):

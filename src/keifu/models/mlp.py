@@ -77,8 +77,8 @@ class MLP(nn.Module):
 
     @torch.inference_mode()
     def predict(self, x: Float[Tensor, "batch dim"]) -> Int[Tensor, "batch"]:
-        """The class with the largest output."""
-        return self(x).argmax(-1)
+        """The class with the largest output, where x is; the network may be elsewhere."""
+        return self(x.to(self.mean.device)).argmax(-1).to(x.device)
 
 
 def build(config: Config) -> MLP:

@@ -15,6 +15,7 @@ from keifu import checkpoints
 from keifu.checkpoints.opening import load_model
 from keifu.data.images import signed
 from keifu.data.pictures import Pictures, Split
+from keifu.devices import choose
 from keifu.models import autoencoder_kl
 from keifu.recipes._stages import before_and_after, going_on, minutes_of, of_a_part, pictures_of, steps_for
 from keifu.training.autoencoding import KLAutoencoding
@@ -44,7 +45,7 @@ def autoencoder_of(wanted: Wanted, parts: Split, out: Path, resume: bool) -> aut
     """The autoencoder, trained into a folder of the run, with the scale that gives its latents a variance of 1."""
     place = out / FOLDER
     torch.manual_seed(wanted.seed)
-    model = autoencoder_kl.build(wanted.config)
+    model = autoencoder_kl.build(wanted.config).to(choose())
     model.check_size(*parts.train.shape[1:])
     data = pictures_of(parts, wanted.batch_size, wanted.seed, wanted.flip)
     resume = going_on(place, resume)
@@ -92,5 +93,5 @@ def encoded(model: autoencoder_kl.AutoencoderKL, scale: float, pictures: Picture
 
 
 def _moments(model: autoencoder_kl.AutoencoderKL, pictures: UInt8[Tensor, "batch colours rows columns"]) -> Any:
-    found = model.encode(signed(pictures))
-    return found.mean.contiguous(), torch.exp(0.5 * found.log_variance).contiguous()
+    found = model.encode(signed(pictures.to(next(model.parameters()).device)))
+    return found.mean.contiguous().cpu(), torch.exp(0.5 * found.log_variance).contiguous().cpu()

@@ -15,6 +15,7 @@ from keifu import checkpoints
 from keifu.checkpoints.opening import load_model
 from keifu.data.images import signed
 from keifu.data.pictures import Pictures, Split
+from keifu.devices import choose
 from keifu.models import discrete_vae
 from keifu.recipes._stages import before_and_after, going_on, of_a_part, pictures_of, steps_for
 from keifu.training.loop import train
@@ -55,7 +56,7 @@ def discrete_vae_of(wanted: Wanted, parts: Split, out: Path, resume: bool) -> di
     """The autoencoder, trained into a folder of the run, frozen."""
     place = out / FOLDER
     torch.manual_seed(wanted.seed)
-    model = discrete_vae.build(wanted.config)
+    model = discrete_vae.build(wanted.config).to(choose())
     model.check_size(*parts.train.shape[1:])
     data = pictures_of(parts, wanted.batch_size, wanted.seed, wanted.flip)
     resume = going_on(place, resume)
@@ -87,5 +88,5 @@ def settings(wanted: Wanted, steps: int) -> Settings:
 @torch.no_grad()
 def encoded(model: discrete_vae.DiscreteVAE, pictures: Pictures) -> Int[Tensor, "picture rows columns"]:
     """The likeliest entries of pictures, computed once."""
-    groups = range(0, len(pictures), BATCH)
-    return torch.cat([model.encode(signed(pictures.take(slice(n, n + BATCH)))) for n in groups])
+    device, groups = next(model.parameters()).device, range(0, len(pictures), BATCH)
+    return torch.cat([model.encode(signed(pictures.take(slice(n, n + BATCH)).to(device))).cpu() for n in groups])

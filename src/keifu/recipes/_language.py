@@ -16,6 +16,7 @@ from keifu.data.packed import PackedText
 from keifu.data.sources import TextFormat, content_hash, documents, in_catalogue
 from keifu.data.text import Shards, prepare
 from keifu.data.tokenizers import KINDS, Tokenizer, load_tokenizer, train_tokenizer
+from keifu.devices import choose
 from keifu.generation.generate import generate
 from keifu.layers.decoder import DecoderLM
 from keifu.training.loop import Summary, train
@@ -128,7 +129,7 @@ def pretrain(
     """
     config = replace(config, vocab_size=task.tokenizer.vocab_size)
     torch.manual_seed(settings.seed)
-    model = build(config)
+    model = build(config).to(choose())
     data = PackedText(task.shards, config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
     run = Run(
         directory=out,

@@ -89,7 +89,7 @@ def before_and_after(model: nn.Module, parts: Split) -> Callable[[int], bytes]:
 
     def sample(step: int) -> bytes:
         with torch.inference_mode():
-            again = to_bytes(model(signed(some)))
+            again = to_bytes(model(signed(some.to(next(model.parameters()).device)))).cpu()
         return grid(torch.cat([some, again]), columns=len(some), about={"keifu": f"step {step}"})
 
     return sample

@@ -21,6 +21,7 @@ from keifu.data.sources import in_catalogue
 from keifu.data.special_tokens import put_around_text
 from keifu.data.splits import Split, split, split_beside
 from keifu.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.translation import Translating, translate_texts
 from keifu.recipes._options import Logging
@@ -162,7 +163,7 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
     ids = {"start_id": start, "end_id": end, "pad_id": pad}
     config = replace(plan.config, vocab_size=task.tokenizer.vocab_size, **ids, **_two_vocabularies(task, plan.config))
     torch.manual_seed(options.seed)
-    model = plan.build(config)
+    model = plan.build(config).to(choose())
     data = _data(options, task, config.context_length, plan.batching)
     objective = partial(translation, label_smoothing=plan.smoothing)
     chosen = {"micro_batch": options.micro_batch, "seed": options.seed, "keep": max(options.keep, plan.average)}

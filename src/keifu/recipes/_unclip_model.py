@@ -71,7 +71,7 @@ def _groups(widths: tuple[int, ...]) -> int:
 @torch.no_grad()
 def embedded(towers: clip.Clip, pictures: Pictures) -> Float[Tensor, "picture embedding"]:
     """CLIP's embeddings of pictures, of any length: made once."""
-    ready = preprocessing(towers)
+    ready, device = preprocessing(towers), next(towers.parameters()).device
     firsts = range(0, len(pictures), CHUNK)
     batches = (pictures.take(slice(first, first + CHUNK)) for first in firsts)
-    return torch.cat([towers.encode_image(ready.normalised(pixels)) for pixels in batches])
+    return torch.cat([towers.encode_image(ready.normalised(pixels.to(device))).cpu() for pixels in batches])

@@ -23,6 +23,7 @@ from keifu import checkpoints
 from keifu.data.masking import MaskedText, Masking, Vocabulary
 from keifu.data.sentence_shards import SentenceShards, prepare_sentences
 from keifu.data.tokenizers import KINDS, Tokenizer
+from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.evaluation.encoding import encoder
 from keifu.generation.filling import fill
@@ -105,13 +106,13 @@ def _begin(recipe: Recipe) -> tuple[Any, Tokenizer]:
         lower = recipe.lowercase and recipe.text.tokenizer == "wordpiece"
         tokenizer = tokenizer_of(recipe.text, **({"lowercase": True} if lower else {}))
         sizes = replace(recipe.model, vocab_size=tokenizer.vocab_size, labels=())
-        return bert.build(replace(sizes, words=True, next_sentence=pairs, pooled=pairs)), tokenizer
+        return bert.build(replace(sizes, words=True, next_sentence=pairs, pooled=pairs)).to(choose()), tokenizer
     loaded, tokenizer = checkpoints.load(recipe.start)
     found = encoder(loaded).config
     config = replace(found, words=True, next_sentence=pairs or found.next_sentence, pooled=pairs or found.pooled)
     model = bert.build(config)
     model.load_state_dict(loaded.state_dict(), strict=False)  # heads that it lacks begin anew
-    return model, tokenizer
+    return model.to(choose()), tokenizer
 
 
 def _facts(text: Text, shards: SentenceShards) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from keifu import checkpoints
 from keifu.data.labelled import Labelled, read, split
 from keifu.data.labelled_batches import Encoded, LabelledBatches
 from keifu.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.evaluation.classification import Confusion, probabilities
 from keifu.evaluation.encoding import encoded, encoder
@@ -120,7 +121,8 @@ def started(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...]) -> 
         tokenizer = (
             train_tokenizer("wordpiece", texts, size, lowercase=True) if learned else load_tokenizer(recipe.tokenizer)
         )
-        return bert.build(replace(recipe.size, vocab_size=tokenizer.vocab_size, **heads)), tokenizer
+        size = replace(recipe.size, vocab_size=tokenizer.vocab_size, **heads)
+        return bert.build(size).to(choose()), tokenizer
     if (recipe.size, recipe.tokenizer) != (SMALL, Recipe.tokenizer):
         raise UserError(f"--size and --tokenizer are for a new model, and {recipe.model} is none: use --model scratch.")
     base, tokenizer = checkpoints.load(recipe.model, torch.float32)
@@ -129,7 +131,7 @@ def started(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...]) -> 
     fresh = set() if own.labels == labels else {"classifier.weight", "classifier.bias"}
     weights = {name: tensor for name, tensor in base.state_dict().items() if name not in fresh}
     model.load_state_dict({name: weights[name] for name in model.state_dict() if name in weights}, strict=False)
-    return model, tokenizer
+    return model.to(choose()), tokenizer
 
 
 def settings(recipe: Recipe, steps_per_epoch: int) -> Settings:

@@ -25,6 +25,7 @@ from keifu.data.lengths import padded
 from keifu.data.picture_batches import PictureBatches, Tokens
 from keifu.data.pictures import Pictures, Split, read_pictures, split
 from keifu.data.tokenizers import Tokenizer, load_tokenizer
+from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.evaluation.encoding import encoded
 from keifu.evaluation.retrieval import Recall, both_ways
@@ -101,7 +102,7 @@ def prepare(recipe: Recipe) -> Task:
     pixels = two_towers(loaded).config.pixels if loaded else _pixels(recipe)
     parts = split(read_pictures(recipe.data, pixels.crop, 1 if len(pixels.mean) == 1 else 3))
     tokenizer = given or _tokenizer(recipe, parts.train)
-    model: Any = loaded or _new(recipe, tokenizer, pixels)
+    model: Any = loaded or _new(recipe, tokenizer, pixels).to(choose())
     limit = model.config.context_length
     rows = [tokens(recipe, tokenizer, part, limit) for part in (parts.train, parts.validation)]
     settings = recipe.training

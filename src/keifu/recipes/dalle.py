@@ -25,6 +25,7 @@ from keifu.data.grid import grid
 from keifu.data.picture_batches import PictureBatches
 from keifu.data.pictures import Split, read_pictures, split
 from keifu.data.tokenizers import Tokenizer
+from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.pictures import Drawing
 from keifu.generation.token_pictures import TokenPainter, real_tokens
@@ -154,6 +155,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
     model = dalle.build(configured(recipe, tokenizer.vocab_size, length, wanted.config))
     model.vae.load_state_dict(coder.state_dict())
     model.vae.requires_grad_(False)
+    model.to(choose())
     return Task(model, tokenizer, parts, _data(recipe, parts, tokens, tokenizer, model))
 
 

@@ -23,6 +23,7 @@ from keifu.data.augmentation import Augmentation
 from keifu.data.grid import grid
 from keifu.data.picture_batches import PictureBatches
 from keifu.data.pictures import Split, read_pictures, split
+from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.pictures import Drawing, draw
 from keifu.layers.noise import Noise, Schedule, Target, Variance
@@ -155,7 +156,7 @@ def prepare(recipe: Recipe) -> Task:
     parts = split(pictures.distinct() if recipe.distinct else pictures, recipe.held_out)
     config = network(recipe, pictures.shape[0], pictures.classes if recipe.classes else ())
     torch.manual_seed(recipe.seed)
-    model = ddpm.build(config)
+    model = ddpm.build(config).to(choose())
     model.check_size(*pictures.shape)
     flip = Augmentation(flip=bool(recipe.flip))
     batches: Any = PictureBatches(parts.train, parts.validation, recipe.batch_size or 1, recipe.seed, flip)

@@ -27,6 +27,7 @@ from keifu.recipes._assistant import Lora, Template, leave, opened, row_length, 
 from keifu.recipes._language import whom_to_thank
 from keifu.recipes._options import Logging
 from keifu.recipes._preferences import answer, fitting, parts
+from keifu.training.loading import on_device
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
 from keifu.training.settings import Settings
@@ -119,7 +120,8 @@ def begun(model: nn.Module, found: Sequence[Pair], batch_size: int, pad_id: int)
     with counting("Reading the answers", len(found), "pairs") as progress:
         for at in range(0, len(order), batch_size):
             places = order[at : at + batch_size]
-            values[places] = reference(model, together([found[place] for place in places], pad_id))
+            batch = on_device(together([found[place] for place in places], pad_id), next(model.parameters()).device)
+            values[places] = reference(model, batch).cpu()
             progress(min(at + batch_size, len(order)))
     return values
 

@@ -23,6 +23,7 @@ from keifu.data.form_tables import Examples, read_examples
 from keifu.data.forms import Form, form_of, marks_of, with_marks
 from keifu.data.labelled_batches import LabelledBatches
 from keifu.data.tokenizers import Tokenizer
+from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.evaluation.classification import Confusion
 from keifu.evaluation.judging import Judging, judge
@@ -155,7 +156,7 @@ def started(recipe: Recipe, labels: tuple[str, ...]) -> tuple[finetuned.Finetune
     finetuned.grow(decoder, marked.vocab_size, fresh)
     start, delimiter, extract = ids
     config = finetuned.Config(decoder.config, recipe.form, labels, start, delimiter, extract, recipe.classifier_dropout)
-    return finetuned.finetuned(decoder, config), marked
+    return finetuned.finetuned(decoder, config).to(choose()), marked
 
 
 def settings(recipe: Recipe, steps_per_epoch: int) -> Settings:

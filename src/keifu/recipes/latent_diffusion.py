@@ -25,6 +25,7 @@ from keifu.data.grid import grid
 from keifu.data.picture_batches import PictureBatches
 from keifu.data.pictures import Split, read_pictures, split
 from keifu.data.tokenizers import Tokenizer
+from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.pictures import Drawing
 from keifu.generation.text_to_picture import Painter
@@ -167,7 +168,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
     config = configured(recipe, towers.config.text, autoencoder.config if autoencoder else None, channels)
     torch.manual_seed(recipe.seed)
     text, unet = _text_encoder.listening(towers), conditioned_unet.build(config.unet)
-    model = latent_diffusion.LatentDiffusion(config, text, unet, autoencoder)
+    model = latent_diffusion.LatentDiffusion(config, text, unet, autoencoder).to(choose())
     painter = Painter(model, tokenizer)
     empty = painter.tokens([""])[0]
     objective = TextDenoisingLoss(config.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)

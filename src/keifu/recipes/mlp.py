@@ -22,6 +22,7 @@ from keifu import checkpoints
 from keifu.data.distortion import Distortion
 from keifu.data.examples import Examples, Split
 from keifu.data.subjects import Subject, subject
+from keifu.devices import choose
 from keifu.errors import UserError, unknown
 from keifu.evaluation import boundaries, mistakes
 from keifu.files import write_atomic
@@ -212,7 +213,7 @@ def network(recipe: Recipe, learned: Subject) -> MLP:
     )
     model.mean.copy_(learned.mean)
     model.scale.copy_(learned.scale)
-    return model
+    return model.to(choose())
 
 
 def objective(loss: str) -> Objective:
@@ -236,7 +237,7 @@ def shares(model: MLP) -> boundaries.Shares:
 
     @torch.inference_mode()
     def of(inputs: Float[Tensor, "rows 2"]) -> Float[Tensor, "rows classes"]:
-        outputs = model(inputs)
+        outputs = model(inputs.to(model.mean.device)).to(inputs.device)
         return (
             outputs.softmax(-1)
             if model.config.output == "identity"

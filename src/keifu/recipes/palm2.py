@@ -33,6 +33,7 @@ from keifu.data.mixture import Mixture, content_hash, prepare_mixture, read_mixt
 from keifu.data.special_tokens import put_around_text
 from keifu.data.text import Shards
 from keifu.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from keifu.devices import choose
 from keifu.files import write_atomic
 from keifu.generation.defaults import sampling_for
 from keifu.generation.infilling import continuation, infill
@@ -147,7 +148,7 @@ def learn(recipe: Recipe, found: Prepared, out: Path, resume: bool = False) -> S
     """The same from a mixture that is ready."""
     config = replace(recipe.model, vocab_size=found.tokenizer.vocab_size)
     torch.manual_seed(recipe.training.seed)
-    model = palm.build(config)
+    model = palm.build(config).to(choose())
     task, checks = task_of(recipe, found.tokenizer)
     training = recipe.training
     data = MixedText(found.sources, task, config.context_length, training.growth, training.seed, checks)

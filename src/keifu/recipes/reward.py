@@ -21,6 +21,7 @@ from keifu.data import conversations
 from keifu.data.preference_batches import RankedAnswers, Ranking
 from keifu.data.preferences import Ranked
 from keifu.data.tokenizer_core import Tokenizer
+from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.files import write_atomic
 from keifu.layers.lora import merge
@@ -103,7 +104,7 @@ def headed(decoder: Any, lora: Lora, seed: int) -> finetuned.Finetuned:
     """The decoder, or adapters on it, and a new head for a score, ready to be trained."""
     config = finetuned.Config(decoder.config, "score", ("reward",), classifier_dropout=0.0)
     to_train(decoder, lora, seed)
-    model = finetuned.finetuned(decoder, config)
+    model = finetuned.finetuned(decoder, config).to(choose())
     if decoder.head is not None:
         decoder.head.requires_grad_(False)  # of words, which nothing here asks for
     return model

@@ -23,6 +23,7 @@ from keifu.data.grid import grid
 from keifu.data.picture_batches import PictureBatches
 from keifu.data.pictures import Pictures, Split, read_pictures, split
 from keifu.data.tokenizers import Tokenizer
+from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.by_embedding import EmbeddingPainter
 from keifu.generation.pictures import Drawing
@@ -167,6 +168,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
         model.last_upsampler.requires_grad_(False)  # it becomes what the other one is
         model.upsampler.check_size(6, recipe.crop, recipe.crop)
     model.check_size(recipe.small, recipe.small)
+    model.to(choose())
     tables = [embedded(towers, part) if len(part) else None for part in _seen(recipe, towers, parts)]
     assert tables[0] is not None
     with torch.no_grad():

@@ -12,13 +12,14 @@ from torch import nn
 
 from keifu.errors import UserError
 from keifu.training import cost, folder, guards
+from keifu.training.loading import on_device
 from keifu.training.optimisers import Optimisers
 from keifu.training.peak import synchronise
-from keifu.training.precision import resolve
+from keifu.training.precision import LossScale, resolve, tensor_float32
 from keifu.training.protocols import Batch, Data, Objective
-from keifu.training.settings import Settings
+from keifu.training.settings import Settings, as_chosen
 from keifu.training.start import ADVICE
-from keifu.training.step import Stepper, on_device, row_elements
+from keifu.training.step import Stepper, row_elements
 
 SHARE, LEAST_STEPS = 0.02, 8  # of the time that is tried, and the fewest steps
 
@@ -32,15 +33,15 @@ def steps_within(
     """
     if not minutes > 0:
         raise UserError(f"minutes must be above 0, and it is {minutes}.")
-    device = next(model.parameters()).device
+    settings, device = as_chosen(settings), next(model.parameters()).device
     optimisers = Optimisers(model, settings)
     probe = cost.Probe(model, objective, optimisers, device, resolve(settings.precision, device))
     batch = on_device(largest, device)
-    with cost.unchanged(probe), guards.memory(ADVICE):
+    with cost.unchanged(probe), guards.memory(ADVICE), tensor_float32(device):
         rows = cost.estimate(probe, batch, settings.micro_batch, ADVICE).micro_batch
         stepper = Stepper(
             model, objective, objective, optimisers, device, probe.dtype, rows, settings.clip, settings.seed,
-            row_elements(batch),
+            row_elements(batch), LossScale(probe.dtype),
         )  # fmt: skip
         seconds = _seconds_a_step(stepper, data, SHARE * 60 * minutes)
         optimisers.forget()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,13 @@ class Probe:
         self.forward(batch)[0].backward()
 
     def activations(self, batch: Batch) -> tuple[int, int]:
-        """Bytes kept for the backward pass, parameters not counted, and of those the largest single tensor."""
+        """Bytes kept for the backward pass, parameters not counted, and of those the largest single tensor.
+
+        On CUDA, all that the passes take at most, as its allocator counts it: nothing has to be added to that.
+        """
+        if self.device.type == "cuda":
+            self.backward(batch)  # gradients, and what libraries set up once
+            return machine.taken(lambda: self.backward(batch), self.device), 0
         known = {p.untyped_storage().data_ptr() for p in [*self.model.parameters(), *self.model.buffers()]}
         kept: dict[int, tuple[int, Tensor]] = {}
 
@@ -187,8 +194,9 @@ def _timed(probe: Probe, batch: Batch, rows: int) -> tuple[float, float, int]:
 def unchanged(probe: Probe) -> Iterator[None]:
     """Puts buffers, gradients and random numbers back."""
     buffers = [(buffer, buffer.clone()) for buffer in probe.model.buffers()]
-    devices: list[torch.device] = [probe.device] if probe.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    kind = probe.device.type
+    devices: list[Any] = [] if kind == "cpu" else [probe.device]
+    with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
         yield
     for buffer, before in buffers:
         buffer.copy_(before)

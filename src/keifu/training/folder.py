@@ -14,8 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from keifu.errors import UserError
 from keifu.files import sha256, write_atomic
 from keifu.training import metrics, state
@@ -189,10 +187,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def device_name(device: torch.device) -> str:
-    """The device as a person knows it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"

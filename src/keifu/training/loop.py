@@ -17,16 +17,18 @@ from torch import nn
 
 from keifu.errors import UserError
 from keifu.threads import follow_load
-from keifu.training import folder, guards, metrics, state
+from keifu.training import folder, guards, machine, metrics, state
 from keifu.training.interrupt import Stopped, StopRequest
+from keifu.training.loading import Loader, beside
 from keifu.training.pace import Budget, Pace, TimeLeft
-from keifu.training.peak import matmul_peak
+from keifu.training.peak import peak
+from keifu.training.precision import tensor_float32
 from keifu.training.progress import Display, clock, number
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
 from keifu.training.report import REPORT, write_report
-from keifu.training.settings import Settings, described
+from keifu.training.settings import Settings, as_chosen, described
 from keifu.training.start import ADVICE, Started, go_back, start, tensors
-from keifu.training.step import Gradient, on_device
+from keifu.training.step import Gradient
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,22 @@ def train(
     """
     follow_load()
     folder.claim(run)
+    settings = as_chosen(settings)
     facts = described(settings, run.options, data.fingerprint)
     sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, facts)
-    with Display(settings.steps, run.unit) as display, StopRequest(display.note) as stop:
+    tensor_cores = tensor_float32(next(model.parameters()).device)
+    with Display(settings.steps, run.unit) as display, StopRequest(display.note) as stop, tensor_cores:
         started = start(model, objective, data, settings, run, display.note, largest)
         display.expect(started.progressed.plan.steps)
         settings = dataclasses.replace(settings, steps=started.length.begun)
         at = started.progressed
         with metrics.Metrics(run.directory, sinks, at.step, at.spikes.skipped) as lines:
             loop = _Loop(started, data, settings, run, sample, save, display, lines, lambda: stop.wanted)
-            loop.go()
-            return loop.finish()
+            try:
+                loop.go()
+                return loop.finish()
+            finally:
+                loop.loader.close()
 
 
 @dataclass
@@ -94,10 +101,12 @@ class _Loop:
         every = {"validation": s.evaluate_every, "sample": s.sample_every, "state": s.save_every}
         seconds = None if s.minutes is None else 60 * s.minutes
         self.budget = Budget(seconds, self.pace, self.at.step, every)
-        self.peak = matmul_peak(self.stepper.device, self.stepper.dtype)
+        self.peak = peak(self.stepper.device, self.stepper.dtype)
         self.figures, self.validated, self.gradient_norm = self.lines.latest(), self.lines.validated, math.nan
         self.saved = self.at.step if self.run.resume else -1
         self.on_policy = isinstance(self.data, OnPolicy)
+        device = self.stepper.device
+        self.loader = Loader(self.data.batch, device, beside(device) and not self.on_policy)
         self.facts = described(self.settings, self.run.options, self.data.fingerprint)
         self.how = folder.how_to_resume(self.run)
         self._write_recipe({})
@@ -107,23 +116,17 @@ class _Loop:
         self.stepper.model.train()
         if self.at.spikes.due(self.at.step):
             self._save_state()
-        batch: Batch | None = None
         while self.at.step < self.at.plan.steps:
-            batch = self._batch(self.at.step) if batch is None else batch
-            gradient = None if self.stop() else self._gradient(batch)
+            gradient = self._finite(self._batch())
             if gradient is None:
                 self._stopped()
-            following = None if self.on_policy else self._batch(self.at.step + 1)  # made while a GPU still computes
-            if not guards.finite(gradient.norm + gradient.sums.total):
-                self._not_finite(batch)
             if self.settings.spikes.rise and self.at.spikes.complete(gradient.sums.means()["loss"]):
                 self._rewind(gradient)
-                following = None
             else:
                 self.started.optimisers.step(self.at.step, self.at.plan.ahead(self.at.step))
+                self.stepper.scale.count()
                 self._count(gradient)
                 self._between()
-            batch = following
 
     def finish(self) -> Summary:
         """The last validation, sample and state, the model and the report."""
@@ -136,14 +139,42 @@ class _Loop:
         self.display.note(f"Done: {number(self.at.step, 'step')} in {clock(self.at.seconds)}. See {report}.")
         return Summary(self.run.directory, self.at.step, self.at.seconds, self.figures)
 
-    def _batch(self, step: int) -> Batch:
+    def _batch(self) -> Batch:
+        """The batch of the next step; the one after it is begun, where the data are not made by the weights."""
         with self._whole():
-            index = min(step, self.at.plan.steps - 1) + self.at.spikes.skipped
-            return on_device(self.data.batch(index), self.stepper.device)
+            index = self.at.step + self.at.spikes.skipped
+            more = self.at.step + 1 < self.at.plan.steps and not self.on_policy
+            return self.loader.get(index, index + 1 if more else None)
+
+    def _finite(self, batch: Batch) -> Gradient | None:
+        """The gradient, once every number of it is finite; None where a stop was asked for.
+
+        Whether it is finite is the one thing in a step that the host waits for. What float16 did not hold is computed
+        again with a lower scale of the loss.
+        """
+        while True:
+            gradient = None if self.stop() else self._gradient(batch)
+            if gradient is None or guards.finite(gradient.norm + gradient.sums.total):
+                return gradient
+            if not (guards.finite(gradient.sums.total) and self.stepper.scale.lower()):
+                self._not_finite(batch)
+            self.started.optimisers.drop_gradients()
 
     def _gradient(self, batch: Batch) -> Gradient | None:
+        """The gradient; where it does not fit in memory, of half as many rows at a time, down to one."""
         with self._whole():
-            return self.stepper.gradient(self.at.step, batch, self.stop)
+            while True:
+                try:
+                    with guards.memory(ADVICE):
+                        return self.stepper.gradient(self.at.step, batch, self.stop)
+                except guards.OutOfMemory as error:
+                    reason = str(error).partition(";")[0]
+                    if not self.stepper.halve(batch):
+                        raise
+                self.started.optimisers.drop_gradients()
+                machine.release(self.stepper.device)
+                now = f"from here {self.stepper.micro_batch} rows are computed at a time, which changes no loss"
+                self.display.note(f"Step {self.at.step + 1:,}: {reason}; {now}.")
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -243,6 +274,7 @@ class _Loop:
 
     def _evaluate(self) -> None:
         """The validation figures, and bits per byte where the data say how many bytes an element has."""
+        self.loader.wait()
         with self._whole(), self.started.optimisers.averaged():
             means = self.stepper.validation(self.data.validation())
         figures = {f"validation_{name}": value for name, value in means.items()}
@@ -263,6 +295,7 @@ class _Loop:
     def _sample(self) -> None:
         if self.sample is None:
             return
+        self.loader.wait()
         self.stepper.model.eval()
         with self._whole(), self.started.optimisers.averaged():
             sample = self.sample(self.at.step)
@@ -277,6 +310,7 @@ class _Loop:
             self.at.passed = self.pace.passed
             facts = {"described": self.facts, "resolved": self.started.resolved(), **self.at.facts()}
             facts["length"] = self.started.length.facts()
+            facts["loss_scale"] = self.stepper.scale.facts()
             rules = self.settings.spikes
             reach = rules.reach if rules.rise else 0
             held = tensors(self.started, self.data)
@@ -319,9 +353,9 @@ class _Loop:
         write_report(self.run.directory)
 
     def _write_recipe(self, outcome: dict[str, Any]) -> None:
-        device = {"device": folder.device_name(self.stepper.device), "flops_per_second": self.peak}
+        measured = {"flops_per_second": self.peak}
         cost = dataclasses.asdict(self.started.cost)
-        facts = {"settings": self.facts["settings"], "resolved": self.started.resolved() | device, "cost": cost}
+        facts = {"settings": self.facts["settings"], "resolved": self.started.resolved() | measured, "cost": cost}
         facts |= {"data_fingerprint": self.facts["data"], "unit": self.run.unit}
         facts |= {"length": self.started.length.facts()}
         folder.write_recipe(self.run, facts | outcome, self.started.length.steps)

@@ -1,7 +1,8 @@
-"""How much memory there is for this process, on a CPU or a GPU; knows no model."""
+"""How much memory there is for this process and how much some work takes, on a CPU or a GPU; knows no model."""
 
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +15,25 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return max(0, min(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory(), _machine()))
     return min([_machine(), *container()])
+
+
+def taken(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes that some work takes at most beside what is there before it, as CUDA's allocator counts them."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def release(device: torch.device) -> None:
+    """Gives back memory that an allocator holds and nothing uses, as after a step that did not fit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def _machine() -> int:

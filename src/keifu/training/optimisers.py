@@ -118,7 +118,7 @@ def _adamw(named: Named, s: Settings) -> AdamW:
         for share in dict.fromkeys(shares.values())
         for group in _groups([(name, p) for name, p in named if shares[name] == share], s.weight_decay)
     ]
-    return AdamW(groups, lr=s.learning_rate, betas=s.betas, eps=s.epsilon, fused=True)
+    return AdamW(groups, lr=s.learning_rate, betas=s.betas, eps=s.epsilon, fused=named[0][1].device.type in FUSED)
 
 
 def _adadelta(named: Named, s: Settings) -> Adadelta:
@@ -138,6 +138,7 @@ KINDS: dict[str, Callable[[Named, Settings], Optimizer]] = {
     "adamw": _adamw, "adadelta": _adadelta, "adafactor": _adafactor, "muon": _muon,
 }  # fmt: skip
 TAKEN = {"muon": hidden_matrices, "adafactor": learning}  # what is updated part by part; AdamW takes the rest
+FUSED = ("cpu", "cuda", "mps")  # devices that AdamW is fused on
 COUNTED_BY_THE_HOST = ("adadelta", "adafactor")
 
 

@@ -1,18 +1,19 @@
 """What a run of the training loop can be told, checked before anything starts; knows no model and no data."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 from keifu.data.growth import Growth, linear, stages
+from keifu.devices import chosen
 from keifu.errors import UserError, unknown
 from keifu.training.spikes import Rewinding
 
 Optimizer = Literal["adamw", "muon", "adadelta", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 RateBy = Literal["steps", "rows"]
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 # What a resumed run may change: how long, how often, and how a batch is split, never what a step computes.
 ADJUSTABLE = frozenset(
@@ -79,7 +80,8 @@ class Settings:
     spikes: Rewinding = Rewinding()
     """What is done where the loss spikes."""
     precision: Precision = "auto"
-    """Of matrix products; auto: bfloat16 where the hardware has it. Weights stay in float32."""
+    """Of matrix products; auto: bfloat16 where the hardware has it, else float16 on a GPU and float32 on a CPU. Weights
+    stay in float32."""
     compile: bool = False
     """Compile the objective and the model with torch.compile."""
     seed: int = 0
@@ -138,6 +140,12 @@ class Settings:
     def counted(self, step: int) -> float | int:
         """The steps before this one, as the rate counts them."""
         return self.whole_steps(step) if self.rate_by == "rows" else step
+
+
+def as_chosen(settings: Settings) -> Settings:
+    """The settings with the precision and the compilation that the command line says, where it does."""
+    said = {"precision": chosen().precision, "compile": chosen().compile}
+    return replace(settings, **{name: value for name, value in said.items() if value is not None})
 
 
 CHOICES = {

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keifu.devices import device_name, same_kind
 from keifu.errors import UserError
 from keifu.training import cost, folder, guards, state
 from keifu.training.length import Length, length_of
+from keifu.training.loading import on_device
 from keifu.training.optimisers import Optimisers
 from keifu.training.pace import Plan
-from keifu.training.precision import resolve
+from keifu.training.precision import LossScale, resolve
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run
 from keifu.training.settings import Settings, check_resumed, compare, described
 from keifu.training.spikes import Spikes
-from keifu.training.step import Stepper, Sums, compiled, on_device, row_elements
+from keifu.training.step import Stepper, Sums, compiled, row_elements
 
 ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the model's size"
 DROPOUT = "by row"  # how masks are drawn; a state of an earlier version does not say
@@ -54,9 +56,11 @@ class Started:
 
     def resolved(self) -> dict[str, Any]:
         """What the settings left open, as it was decided; a resumed run keeps to it."""
-        dtype = str(self.stepper.dtype).removeprefix("torch.")
-        found = {"micro_batch": self.stepper.micro_batch, "row_elements": self.stepper.row_elements, "precision": dtype}
-        return found | ({"dropout": DROPOUT} if self.stepper.dropout.drops else {})
+        dtype = _name(self.stepper.dtype)
+        stepper = self.stepper
+        found = {"micro_batch": stepper.micro_batch, "row_elements": stepper.row_elements}
+        found |= {"precision": dtype, "device": device_name(stepper.device)}
+        return found | ({"dropout": DROPOUT} if stepper.dropout.drops else {})
 
 
 def start(
@@ -69,15 +73,14 @@ def start(
     largest: Batch | None = None,
 ) -> Started:
     """Loads the state where the run is resumed, measures the cost on the largest batch, and says both."""
+    device = next(model.parameters()).device
     found = _resumed(run, tell) if run.resume else None
     length = _length(found, settings, run.directory) if found else Length(settings.steps)
     settings = dataclasses.replace(settings, steps=length.begun)
     if found:
         _tell_changes(found, length, settings, described(settings, run.options, data.fingerprint), tell)
-    resolved = found.facts["resolved"] if found else {}
-    device = next(model.parameters()).device
-    wanted = resolved.get("precision", settings.precision) if settings.precision == "auto" else settings.precision
-    dtype = resolve(wanted, device)
+    resolved = _as_resolved(found, device, tell) if found else {}
+    dtype = _format(settings.precision, resolved, device, tell)
     optimisers = Optimisers(model, settings, length)
     probe = cost.Probe(model, objective, optimisers, device, dtype)
     _check_growth(settings, data)
@@ -90,16 +93,37 @@ def start(
     running = compiled(objective, device) if settings.compile else objective
     rows, elements = rows or measured.micro_batch, resolved.get("row_elements", row_elements(batch))
     stepper = Stepper(
-        model, running, objective, optimisers, device, dtype, rows, settings.clip, settings.seed, elements
+        model, running, objective, optimisers, device, dtype, rows, settings.clip, settings.seed, elements,
+        LossScale(dtype, **(found.facts.get("loss_scale", {}) if found else {})),
     )
     if found and stepper.dropout.drops and resolved.get("dropout") != DROPOUT:
         tell("Dropout is drawn in another way than in the steps before, which an earlier version made.")
     done = found.step if found else 0
     progressed = _progressed(found, settings, device, length)
-    steps = max(done, progressed.plan.steps)
-    whole_steps = settings.whole_steps(steps) - settings.whole_steps(done)
-    tell(measured.sentence(steps - done, run.unit, whole_steps))
+    steps, whole = max(done, progressed.plan.steps), settings.whole_steps
+    tell(measured.sentence(steps - done, run.unit, whole(steps) - whole(done)))
     return Started(stepper, optimisers, measured, progressed, length)
+
+
+def _format(precision: str, resolved: dict[str, Any], device: torch.device, tell: Callable[[str], None]) -> torch.dtype:
+    """The format of matrix products, which is said with the device."""
+    dtype = resolve(resolved.get("precision", precision) if precision == "auto" else precision, device)
+    tell(f"On {device_name(device)}, matrix products in {_name(dtype)}.")
+    return dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _as_resolved(found: state.State, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
+    """What the run had decided; on a device of another kind, which is said, that is decided anew."""
+    resolved, now = found.facts["resolved"], device_name(device)
+    before = resolved.get("device", now)
+    if same_kind(before, now):
+        return resolved
+    tell(f"The run was on {before} and goes on on {now}, which rounds otherwise: it will not end with the same bits.")
+    return {}
 
 
 def _check_growth(settings: Settings, data: Data) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from keifu.errors import UserError
 from keifu.layers.dropout import DropoutKeys
 from keifu.training import guards
+from keifu.training.loading import on_device
 from keifu.training.optimisers import Optimisers
-from keifu.training.precision import autocast
+from keifu.training.precision import LossScale, autocast
 from keifu.training.protocols import Batch, Objective, Outcome
 from keifu.training.whole import Whole, outcomes
 
@@ -88,6 +89,7 @@ class Stepper:
     clip: float
     seed: int
     row_elements: int | None = None
+    scale: LossScale = field(default_factory=lambda: LossScale(torch.float32))
     dropout: DropoutKeys = field(init=False)
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ class Stepper:
                 if stop():
                     self.optimisers.drop_gradients()
                     return None
-                outcome.total.backward()
+                (outcome.total * self.scale.value if self.scale.moves else outcome.total).backward()
                 sums = Sums.of(outcome) if sums is None else sums + Sums.of(outcome)
         finally:
             self.dropout.clear()
@@ -152,7 +154,8 @@ class Stepper:
 
         if isinstance(self.objective, Whole):
             context = partial(autocast, self.device, self.dtype)
-            yield from outcomes(self.objective, self.model, [part.batch for part in parts], context, begin)
+            rows = [part.batch for part in parts]
+            yield from outcomes(self.objective, self.model, rows, context, begin, self.scale.value)
         else:
             for number, part in enumerate(parts):
                 begin(number)
@@ -163,10 +166,23 @@ class Stepper:
         torch.manual_seed((self.seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part.first) % 2**63)
         self.dropout.set(step, part.first, rows_of(part.batch))
 
+    def halve(self, batch: Batch) -> bool:
+        """Computes at most half as many rows of such a batch at a time from now on; False where it was one already."""
+        rows = min(self._rows(batch), len(next(iter(batch.values()))))
+        if rows < 2:
+            return False
+        self.micro_batch = rows // 2
+        self.row_elements = None if self.row_elements is None else row_elements(batch)
+        return True
+
+    def _rows(self, batch: Batch) -> int:
+        """Rows of such a batch that are computed at a time."""
+        if self.row_elements is None:
+            return self.micro_batch
+        return max(1, self.micro_batch * self.row_elements // max(1, row_elements(batch)))
+
     def _parts(self, batch: Batch) -> list[Part]:
-        rows = self.micro_batch
-        if self.row_elements is not None:
-            rows = max(1, self.micro_batch * self.row_elements // max(1, row_elements(batch)))
+        rows = self._rows(batch)
         return [Part(number * rows, part) for number, part in enumerate(split(batch, rows))]
 
     def _forward(self, part: Batch, objective: Objective) -> Outcome:
@@ -176,7 +192,7 @@ class Stepper:
     def _scale(self, weight: Tensor) -> Tensor:
         """Turns the gradient of the sum into that of the mean and clips it, in one pass; gives the norm before."""
         gradients = [p.grad for p in self.optimisers.parameters.values() if p.grad is not None]
-        weight = torch.where(weight > 0, weight, 1.0)
+        weight = torch.where(weight > 0, weight, 1.0) * self.scale.value
         norm = torch.nn.utils.get_total_norm(gradients) / weight
         share = (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else 1.0
         torch._foreach_mul_(gradients, share / weight)  # pyright: ignore[reportPrivateImportUsage]
@@ -197,13 +213,6 @@ def split(batch: Batch, rows: int) -> Iterator[Batch]:
     """A batch in parts of at most `rows` rows."""
     for start in range(0, rows_of(batch), rows):
         yield {name: tensor[start : start + rows] for name, tensor in batch.items()}
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch moved to a device; to a GPU without waiting for the copy."""
-    if device.type != "cuda":
-        return {name: tensor.to(device) for name, tensor in batch.items()}
-    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def compiled(objective: Objective, device: torch.device) -> Objective:

@@ -37,11 +37,13 @@ def outcomes(
     parts: Sequence[Batch],
     context: Callable[[], AbstractContextManager[object]],
     begin: Callable[[int], None],
+    scale: float = 1.0,
 ) -> Iterator[Outcome]:
     """Outcomes whose sums, and whose gradients, added up, are those of the whole batch.
 
     `context` surrounds forward passes. `begin` is called with a part's number before each of the two passes over it,
     which draw the same random numbers. Where no gradient is asked for, there is one outcome.
+    `scale` is what the caller multiplies each total with before it goes back through it.
     """
     if len(parts) == 1:
         begin(0)
@@ -55,13 +57,14 @@ def outcomes(
     if not torch.is_grad_enabled():
         yield whole
         return
-    whole.total.backward()  # into the cached rows, and into what the loss itself has learned
+    (whole.total * scale).backward()  # into the cached rows, and into what the loss itself has learned
     gradients = zip(*(each.grad.split([_size(part) for part in parts]) for each in cached), strict=True)  # pyright: ignore
     for number, (part, wanted) in enumerate(zip(parts, gradients, strict=True)):
         begin(number)
         with context():
             rows = objective.rows(model, part)
-        carrier = torch.stack([(row * gradient).sum() for row, gradient in zip(rows, wanted, strict=True)]).sum()
+        each = [(row.float() * gradient.float()).sum() for row, gradient in zip(rows, wanted, strict=True)]
+        carrier = torch.stack(each).sum() / scale
         share = 0.0 if number else 1.0  # the first part carries all sums, the others none
         figures = {name: value * share for name, value in whole.figures.items()}
         yield Outcome(carrier - carrier.detach() + share * whole.total.detach(), whole.weight * share, figures)

@@ -1,0 +1,96 @@
+"""The one place that chooses where models run: CUDA or ROCm if there is one, else Apple's MPS, else the CPU.
+
+A name comes from `--device` or `load(..., device=)`, else from the environment's KEIFU_DEVICE. `Choice` holds what a
+command line says about how to compute, for the whole process.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from keifu.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+VARIABLE = "KEIFU_DEVICE"
+KIND = re.compile(r" \(cuda[^)]*\)$|, \d+ threads$")  # what is no part of a kind's name
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to compute, where a command line says so; None leaves it to the environment, the machine or the recipe."""
+
+    device: str | None = None
+    precision: str | None = None
+    compile: bool | None = None
+
+
+_choice = Choice()
+
+
+def chosen() -> Choice:
+    """What the command line of this process says."""
+    return _choice
+
+
+@contextmanager
+def choosing(choice: Choice) -> Iterator[None]:
+    """Makes a choice for what runs in this block; what it leaves open stays as it was. A device that this machine has
+    not is a `UserError`."""
+    global _choice
+    if choice.device is not None:
+        choose(choice.device)
+    before = _choice
+    _choice = replace(before, **{name: value for name, value in vars(choice).items() if value is not None})
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def available() -> list[str]:
+    """The names of the devices of this machine, the one that is chosen where nothing is said first."""
+    import torch
+
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [*(["cuda"] if gpus else []), *gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def choose(name: "str | torch.device | None" = None) -> "torch.device":
+    """The device of that name; without one, of the command line's, the environment's, or else the machine's best.
+
+    A name that is none, or a device that this machine has not, is a `UserError` that names those that exist.
+    """
+    import torch
+
+    if isinstance(name, torch.device):
+        return name
+    variable = os.environ.get(VARIABLE)
+    said = name or _choice.device
+    wanted, exist = said or variable, available()
+    if wanted and wanted not in exist:
+        start = "There" if said else f"{VARIABLE}: there"
+        raise UserError(f"{start} is no device {wanted!r} on this machine; choose {_listed(exist)}.")
+    return torch.device(wanted or exist[0])
+
+
+def _listed(names: list[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def device_name(device: "torch.device") -> str:
+    """The device as a person knows it."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return "Apple's GPU (mps)" if device.type == "mps" else f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def same_kind(one: str, other: str) -> bool:
+    """Whether two names of `device_name` are of devices of one kind, whose results are bitwise the same."""
+    return re.sub(KIND, "", one) == re.sub(KIND, "", other)

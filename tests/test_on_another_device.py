@@ -1,0 +1,396 @@
+"""No tensor on the wrong device: every model and objective, sampler and cache runs on a simulated second device, where
+an operation on tensors of two devices is refused, and gives there what it gives on the CPU.
+
+A new model or objective is a row of `CASES`; those that are in no row are named by a test.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import simulated_device  # noqa: E402
+from simulated_device import TwoDevices, device, simulated  # noqa: E402
+
+from keifu import checkpoints, devices  # noqa: E402
+from keifu.alignment.dpo import dpo  # noqa: E402
+from keifu.alignment.grpo import grpo  # noqa: E402
+from keifu.alignment.ppo import Rule, ppo  # noqa: E402
+from keifu.alignment.reward import ranking  # noqa: E402
+from keifu.data.tokenizers import Tokenizer, train_tokenizer  # noqa: E402
+from keifu.generation.generate import generate_batch  # noqa: E402
+from keifu.generation.pictures import Drawing, draw  # noqa: E402
+from keifu.generation.sampler_table import SAMPLERS  # noqa: E402
+from keifu.generation.sampling import Sampling  # noqa: E402
+from keifu.generation.translation import Translating, search  # noqa: E402
+from keifu.layers.counted_random import gumbel, normal, uniform  # noqa: E402
+from keifu.layers.noise import Noise  # noqa: E402
+from keifu.layers.positions import sinusoids  # noqa: E402
+from keifu.models import (  # noqa: E402
+    autoencoder_kl,
+    bert,
+    clip,
+    clip_image,
+    clip_text,
+    conditioned_unet,
+    dalle,
+    ddpm,
+    discrete_vae,
+    finetuned,
+    gpt1,
+    gpt2,
+    gpt3,
+    latent_diffusion,
+    llama,
+    mlp,
+    palm,
+    seq2seq,
+    transformer,
+    unclip,
+    unclip_conditions,
+    unclip_decoder,
+    unclip_prior,
+)
+from keifu.recipes import mlp as mlp_recipe  # noqa: E402
+from keifu.training.autoencoding import KLAutoencoding  # noqa: E402
+from keifu.training.contrastive import contrastive  # noqa: E402
+from keifu.training.denoising import denoising  # noqa: E402
+from keifu.training.diffusion import DenoisingLoss, draws  # noqa: E402
+from keifu.training.embedding_diffusion import DecoderLoss, PriorLoss, UnclipLoss  # noqa: E402
+from keifu.training.finetuning import finetuning  # noqa: E402
+from keifu.training.masked import masked  # noqa: E402
+from keifu.training.objectives import causal, translation  # noqa: E402
+from keifu.training.optimisers import Optimisers  # noqa: E402
+from keifu.training.relaxed_codes import SayingBoth, discrete_autoencoding  # noqa: E402
+from keifu.training.settings import Settings  # noqa: E402
+from keifu.training.step import Stepper  # noqa: E402
+from keifu.training.text_diffusion import TextDenoisingLoss  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = {"vocab_size": 31, "context_length": 16, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4}
+RECURRENT = {"vocab_size": 31, "context_length": 16, "dim": 12, "embedding_dim": 8, "attention_dim": 8, "maxout_dim": 8}
+NETWORK = {"size": 8, "channels": 1, "dim": 8, "n_residual_blocks": 1, "multipliers": (1, 2), "norm_groups": 4,
+           "middle_groups": 4, "dropout": 0.0}  # fmt: skip
+WRITERS = {
+    "gpt1": lambda: gpt1.build(gpt1.Config(**SMALL, dropout=0.0)),
+    "gpt2": lambda: gpt2.build(gpt2.Config(**SMALL, dropout=0.0)),
+    "gpt3": lambda: gpt3.build(gpt3.Config(**SMALL, band=4)),
+    "palm": lambda: palm.build(palm.Config(**SMALL, head_dim=6)),
+    "llama": lambda: llama.build(llama.Config(**SMALL, n_kv_heads=2)),
+    "mistral": lambda: llama.build(llama.Config(**SMALL, n_kv_heads=1, sliding_window=5, tied=True)),
+}
+TRANSLATORS = {
+    "seq2seq": lambda: seq2seq.build(seq2seq.Config(**RECURRENT)),
+    "seq2seq-fixed": lambda: seq2seq.build(seq2seq.Config(**RECURRENT, context="fixed")),
+    "seq2seq-plain": lambda: seq2seq.build(
+        seq2seq.Config(**RECURRENT, encoder="forward", context="none", output="state")
+    ),
+    "transformer": lambda: transformer.build(transformer.Config(**SMALL, dropout=0.0)),
+}
+DRAWERS = {
+    "ddpm": lambda: ddpm.build(ddpm.Config(**NETWORK)),
+    "ddpm-improved": lambda: ddpm.build(
+        ddpm.Config(**NETWORK, scale_shift=True, n_classes=2, null_class=True, residual_down=(0,), residual_up=(1,),
+                    noise=Noise(schedule="cosine", variance="learned_range"))
+    ),
+}  # fmt: skip
+
+
+def words(*shape: int) -> Tensor:
+    return torch.randint(3, 31, shape)
+
+
+def sides() -> dict[str, Tensor]:
+    lengths = torch.tensor([[5], [7], [2]])
+    masks = {"source_mask": torch.arange(7) < lengths, "target_mask": torch.arange(9) < lengths + 2}
+    return {"source": words(3, 7), "target": words(3, 9)} | masks
+
+
+def pictures(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def answers() -> dict[str, Tensor]:
+    """What methods with rollouts learn from."""
+    mask = torch.arange(9) >= torch.tensor([[3], [5], [4]])
+    each = {name: torch.randn(3, 9) for name in ("old", "reference", "values", "returns")}
+    return {"tokens": words(3, 9), "mask": mask, "share": torch.full((3,), 0.2), "reward": torch.rand(3)} | each
+
+
+def headed(form: str, labels: tuple[str, ...]) -> nn.Module:
+    decoder = gpt1.build(gpt1.Config(**SMALL, dropout=0.0))
+    return finetuned.finetuned(decoder, finetuned.Config(decoder.config, form, labels, classifier_dropout=0.0))
+
+
+def bert_case():
+    model = bert.build(bert.Config(**SMALL, dropout=0.0))
+    places = torch.tensor([[0, 4], [3, 5], [1, 2]])
+    return model, masked, {
+        "tokens": words(3, 9), "targets": words(3, 2), "places": places, "mask": torch.ones(3, 9, dtype=torch.bool),
+        "segments": (torch.arange(9) > 6).long().expand(3, 9), "random_next": torch.tensor([0, 1, 1]),
+        "word_weight": torch.full((3,), 4.5), "pair_weight": torch.full((3,), 9.0),
+    }  # fmt: skip
+
+
+def clip_case(image):
+    text = clip_text.Config(31, 8, 16, 24, 1, 2, end_id=30, embedding_dim=8)
+    tokens = torch.cat([torch.randint(0, 30, (3, 5)), torch.full((3, 1), 30)], 1)
+    batch = {"pictures": pictures(3, 3, image.image_size, image.image_size), "tokens": tokens}
+    return clip.build(clip.Config(text, image)), contrastive(lambda pixels: pixels / 127.5 - 1), batch
+
+
+def ddpm_case(name: str):
+    model = DRAWERS[name]()
+    batch = {"pictures": pictures(3, 1, 8, 8), "labels": torch.tensor([0, 1, -1]), "draws": draws(0, 1, 3)}
+    return model, DenoisingLoss(model.noise, "min_snr" if name == "ddpm" else "simple", None, 0.1), batch
+
+
+def vae_case():
+    model = discrete_vae.build(discrete_vae.Config(8, 1, 8, (8, 8), 1, 8))
+    ramps = {"temperature": torch.full((3,), 0.5), "kl_weight": torch.full((3,), 0.1)}
+    return model, discrete_autoencoding, {"pictures": pictures(3, 1, 8, 8), "draws": draws(0, 1, 3), **ramps}
+
+
+def dalle_case():
+    vae = discrete_vae.Config(8, 1, 8, (8, 8), 1, 8)
+    model = dalle.build(dalle.Config(31, 3, 16, 24, 4, 4, kernel=3, vae=vae))
+    model.vae.requires_grad_(False)
+    real = torch.tensor([[True, True, False], [True, True, True]])
+    codes = model.to_codes(torch.rand(2, 1, 8, 8) * 2 - 1)
+    return model, SayingBoth(), {"tokens": words(2, 3), "real": real, "codes": codes, "text_share": torch.ones(2)}
+
+
+def latent_model() -> nn.Module:
+    text = clip_text.Config(31, 3, 16, 24, 1, 2, end_id=9, projected=False)
+    unet = conditioned_unet.Config(4, 2, 2, (8,), 1, (0,), (0,), 2, context_dim=16, norm_groups=4)
+    noise = Noise("cosine", target="velocity", clip=None, spacing="trailing")
+    autoencoder = autoencoder_kl.Config(8, 1, 2, (8, 8), 1, 4, scale=1.0)
+    return latent_diffusion.build(latent_diffusion.Config(text, unet, autoencoder, noise))
+
+
+def latent_case():
+    model = latent_model()
+    model.autoencoder.requires_grad_(False)
+    loss = TextDenoisingLoss(model.noise, label_dropout=0.5, empty=torch.tensor([9, 9, 9]))
+    return model, loss, {"pictures": torch.randn(3, 2, 4, 4), "tokens": words(3, 3), "draws": draws(0, 1, 3)}
+
+
+def autoencoder_case():
+    return latent_model().autoencoder, KLAutoencoding(), {"pictures": pictures(3, 1, 8, 8), "draws": draws(0, 1, 3)}
+
+
+def unclip_case():
+    seen = Noise(schedule="cosine", steps=50, target="picture")
+    config = unclip.Config(
+        clip_text.Config(31, 4, 8, 16, 1, 2, end_id=30, embedding_dim=8), unclip_conditions.Config(2, 8, 32, 8),
+        unclip_decoder.Config(8, 1, 1, (8, 16), 1, (1,), (1,), 16, 8, norm_groups=4),
+        unclip_prior.Config(4, 8, n_layers=1, n_heads=2, head_dim=8), None, None, None, None, seen, seen,
+    )  # fmt: skip
+    tokens, real = torch.tensor([[1, 30, 30, 30], [2, 5, 30, 30]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    batch = {"pictures": pictures(2, 1, 8, 8), "embeddings": torch.randn(2, 8), "tokens": tokens, "real": real}
+    none = torch.tensor([[30] * 4]), torch.tensor([[True, False, False, False]])
+    aim = UnclipLoss(PriorLoss(seen), DecoderLoss(seen), None, (8, 8), 8, none, 0.3, 0.3, 0.3)
+    return unclip.build(config), aim, batch | {"draws": draws(0, 1, 2)}
+
+
+def dpo_case():
+    mask = torch.arange(9) >= torch.tensor([[[3], [5]], [[2], [6]]])
+    batch = {"tokens": words(2, 2, 9), "mask": mask, "reference": torch.randn(2, 2)}
+    return WRITERS["llama"](), dpo("dpo", 0.1), batch
+
+
+def ppo_case():
+    model = nn.Module()
+    model.policy, model.value = WRITERS["gpt2"](), headed("score", ("reward",))
+    batch = answers() | {"advantage": torch.randn(3, 9), "text": words(3, 1, 6)}
+    return model, ppo(Rule()), batch
+
+
+def ranking_case():
+    tokens, levels = words(2, 3, 7), torch.tensor([[1.0, 2.0, 0.0], [0.0, torch.nan, 1.0]])
+    return headed("score", ("reward",)), ranking, {"tokens": tokens, "mask": tokens > 5, "levels": levels}
+
+
+def finetuning_case(form: str, labels: tuple[str, ...], sequences: int):
+    tokens, real = words(3, sequences, 7), torch.arange(7) < torch.tensor([[[5]], [[7]], [[2]]])
+    batch = {"tokens": tokens, "mask": real.expand(3, sequences, 7), "targets": torch.tensor([0, 1, 1])}
+    return headed(form, labels), finetuning, batch
+
+
+def mlp_case():
+    model = mlp.build(mlp.Config(dim=5, hidden_dims=(7,), n_outputs=3))
+    return model, mlp_recipe.objective("cross_entropy"), {"inputs": torch.randn(4, 5), "targets": torch.arange(4) % 3}
+
+
+CASES = {
+    **{name: lambda name=name: (WRITERS[name](), causal, {"tokens": words(3, 9)}) for name in WRITERS},
+    **{name: lambda name=name: (TRANSLATORS[name](), translation, sides()) for name in TRANSLATORS},
+    **{name: lambda name=name: ddpm_case(name) for name in DRAWERS},
+    "denoising": lambda: (WRITERS["palm"](), denoising, {"tokens": words(3, 9), "mask": torch.rand(3, 9) < 0.5}),
+    "bert": bert_case,
+    "clip": lambda: clip_case(clip_image.Config(16, 4, 3, 16, 24, 1, 2, embedding_dim=8)),
+    "clip-resnet": lambda: clip_case(clip_image.ResNetConfig(64, 4, (1, 1, 1, 1), 2, 8)),
+    "discrete-vae": vae_case,
+    "dalle": dalle_case,
+    "latent-diffusion": latent_case,
+    "autoencoder": autoencoder_case,
+    "unclip": unclip_case,
+    "dpo": dpo_case,
+    "grpo": lambda: (WRITERS["llama"](), grpo(0.2, 0.1), answers() | {"advantage": torch.randn(3)}),
+    "ppo": ppo_case,
+    "reward": ranking_case,
+    "classification": lambda: finetuning_case("classification", ("yes", "no"), 1),
+    "multiple-choice": lambda: finetuning_case("choice", (), 2),
+    "mlp": mlp_case,
+}  # fmt: skip
+
+
+def gradients(model: nn.Module, objective, batch: dict[str, Tensor], place: torch.device) -> tuple[dict, dict]:
+    """Means and gradients of a step, computed in two parts, and of a validation."""
+    optimisers = Optimisers(model, Settings(steps=1, batch_size=3))
+    stepper = Stepper(model, objective, objective, optimisers, place, torch.float32, 2, 1.0, 0)
+    batch = {name: tensor.to(place) for name, tensor in batch.items()}
+    found = stepper.gradient(0, batch, lambda: False)
+    named = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    optimisers.step(0)
+    return found.sums.means() | {"after": stepper.validation([batch])["loss"]}, named
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_there_is_a_step_on_the_cpu(name: str) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, objective, batch = CASES[name]()
+    kept = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    means, expected = gradients(model.train(), objective, batch, CPU)
+    model.load_state_dict(kept)
+    model.zero_grad()
+    with simulated():
+        found, named = gradients(model.to(device()).train(), objective, batch, device())
+    assert found == pytest.approx(means, rel=1e-3, abs=1e-4) and named.keys() == expected.keys()
+    for key in named:
+        torch.testing.assert_close(named[key], expected[key], rtol=1e-3, atol=1e-5)
+
+
+def test_every_models_file_is_in_a_row() -> None:
+    folder = Path(llama.__file__).parent
+    defined = {
+        f"keifu.models.{path.stem}"
+        for path in folder.glob("[!_]*.py")
+        if any(isinstance(node, ast.FunctionDef) and node.name == "build" for node in ast.parse(path.read_text()).body)
+    }
+    covered = set[str]()
+    for case in CASES.values():
+        model = case()[0]
+        covered |= {type(part).__module__ for part in model.modules()}
+        covered |= {type(part.config).__module__ for part in model.modules() if hasattr(part, "config")}
+    assert defined - covered == {"keifu.models.perceptron"}  # which learns by its own rule, without a gradient
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    trained = train_tokenizer("bpe", ["ab"], 260, special_tokens=["<|pad|>"])
+    return Tokenizer(trained.backend, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
+
+
+ALL_AT_ONCE = [
+    Sampling(max_tokens=9, temperature=0, seed=1, log_probabilities=True),
+    Sampling(max_tokens=12, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=2),
+    Sampling(max_tokens=5, presence_penalty=0.4, frequency_penalty=0.3, seed=3, log_probabilities=True),
+]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_texts_written_there_are_those_of_the_cpu(name: str, tokenizer: Tokenizer) -> None:
+    """Texts of different lengths in one batch, prefixes that are shared, every setting; a step reads once."""
+    torch.manual_seed(0)
+    module = {"mistral": llama}.get(name) or sys.modules[f"keifu.models.{name}"]
+    model = WRITERS[name]()
+    model = module.build(type(model.config)(**{**vars(model.config), "vocab_size": 261, "context_length": 48})).eval()
+    prompts = [[5, 6, 7, 8, 9], [5, 6, 7, 8, 9, 10, 11], [3]]
+    expected = generate_batch(model, tokenizer, prompts, ALL_AT_ONCE)
+    with simulated():
+        found = generate_batch(model.to(device()), tokenizer, prompts, ALL_AT_ONCE)
+    assert [text.tokens for text in found] == [text.tokens for text in expected]
+
+
+def test_a_step_of_decoding_waits_for_the_device_once(tokenizer: Tokenizer) -> None:
+    model, counts = llama.build(llama.Config(**{**SMALL, "vocab_size": 261, "context_length": 48})).eval(), []
+    tokenizer = Tokenizer(tokenizer.backend, {})
+    with simulated() as reads:
+        model = model.to(device())
+        for length in (4, 9):
+            reads.clear()
+            generate_batch(model, tokenizer, [[5, 6], [7, 8, 9]], Sampling(max_tokens=length, temperature=0.8, seed=1))
+            counts.append(sum(reads.values()))
+    assert counts[1] - counts[0] == 5
+
+
+def test_the_same_numbers_are_drawn_on_a_device_without_float64(tokenizer: Tokenizer, monkeypatch) -> None:
+    torch.manual_seed(0)
+    model = llama.build(llama.Config(**{**SMALL, "vocab_size": 261, "context_length": 48})).eval()
+    seeds = torch.tensor([1, 2**40, -7])
+    drawn = normal(seeds, (5,)), gumbel(seeds, (5,)), uniform(seeds, seeds), sinusoids(torch.arange(9), 6)
+    expected = generate_batch(model, tokenizer, [[5, 6], [7]], ALL_AT_ONCE[:2])
+    with simulated():
+        monkeypatch.setattr(simulated_device, "WIDE", [])
+        monkeypatch.setattr("keifu.layers.wide.WITHOUT", {"sim"})
+        there = seeds.to(device())
+        again = normal(there, (5,)), gumbel(there, (5,)), uniform(there, there), sinusoids(
+            torch.arange(9, device=device()), 6
+        )  # fmt: skip
+        for one, other in zip(drawn, again, strict=True):
+            assert other.device == device()
+            torch.testing.assert_close(other.cpu(), one.float(), rtol=1e-6, atol=1e-7)
+        found = generate_batch(model.to(device()), tokenizer, [[5, 6], [7]], ALL_AT_ONCE[:2])
+    assert [text.tokens for text in found] == [text.tokens for text in expected]
+
+
+@pytest.mark.parametrize("name", TRANSLATORS)
+def test_beams_there_are_those_of_the_cpu(name: str) -> None:
+    torch.manual_seed(0)
+    model, sources = TRANSLATORS[name]().eval(), [[3, 4, 5, 6], [7], [8, 9]]
+    expected = search(model, sources, Translating(beam=3))
+    with simulated():
+        found = search(model.to(device()), sources, Translating(beam=3))
+    assert [each.tokens for each in found] == [each.tokens for each in expected]
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_pictures_drawn_there_are_those_of_the_cpu(sampler: str) -> None:
+    torch.manual_seed(0)
+    model = DRAWERS["ddpm"]().eval()
+    wanted = Drawing(steps=None if sampler == "ddpm" else 4, sampler=sampler)
+    expected = draw(model, wanted, [1, 2])
+    with simulated():
+        found = draw(model.to(device()), wanted, [1, 2])
+    assert found.device == CPU and (found.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_model_is_loaded_straight_to_the_device_that_is_chosen(tmp_path: Path) -> None:
+    model = WRITERS["mistral"]()
+    checkpoints.save(model, None, tmp_path)
+    with simulated():
+        there, here = checkpoints.load_model(tmp_path), checkpoints.load_model(tmp_path, device="cpu")
+        with devices.choosing(devices.Choice("cpu")):
+            said = checkpoints.load_model(tmp_path)
+        assert {p.device.type for p in there.state_dict().values()} == {"sim"}
+        assert {p.device.type for each in (here, said) for p in each.state_dict().values()} == {"cpu"}
+        for one, other in zip(there.state_dict().values(), here.state_dict().values(), strict=True):
+            assert torch.equal(one.cpu(), other)
+
+
+def test_an_operation_on_two_devices_is_refused() -> None:
+    model = WRITERS["gpt2"]()
+    with simulated():
+        with pytest.raises(TwoDevices):
+            model.to(device())(words(1, 3))
+        with pytest.raises(TwoDevices):
+            torch.ones(3, device=device()) + torch.ones(3)
+        assert float(torch.ones(3, device=device()).sum() + torch.tensor(1.0)) == 4.0
+

@@ -1,0 +1,238 @@
+"""What a run does with its device: batches made beside the computation, number formats, memory that runs out."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_toys import Sequences, objective, run, settings, toy
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from simulated_device import device, simulated  # noqa: E402
+
+from keifu import devices  # noqa: E402
+from keifu.training import guards, peak, state  # noqa: E402
+from keifu.training.loading import Loader  # noqa: E402
+from keifu.training.loop import train  # noqa: E402
+from keifu.training.precision import LossScale, resolve  # noqa: E402
+
+
+class Counted(Sequences):
+    """Notes every batch that is made, and whether two are made at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.busy = [], False
+
+    def batch(self, step: int):
+        assert not self.busy, "data are used in two threads at once"
+        self.busy = True
+        self.made.append(step)
+        found = super().batch(step)
+        self.busy = False
+        return found
+
+
+def ended(directory: Path) -> dict[str, torch.Tensor]:
+    return state.latest(directory)[0].tensors
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = ended(one), ended(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def ahead(monkeypatch) -> None:
+    """Batches are made ahead on a CPU too."""
+    monkeypatch.setattr("keifu.training.loop.beside", lambda device: True)
+
+
+def test_batches_made_ahead_change_no_bit_and_none_is_made_in_vain(tmp_path: Path, monkeypatch) -> None:
+    train(toy(), objective, Sequences(), settings(), run(tmp_path / "plain"))
+    monkeypatch.setattr("keifu.training.loop.beside", lambda device: True)
+    data = Counted()
+    train(toy(), objective, data, settings(), run(tmp_path / "ahead"))
+    assert same(tmp_path / "plain", tmp_path / "ahead")
+    steps = [number for number in data.made if number < 12]
+    assert steps == [0, 0, *range(12)] or steps == [0, *range(12)]  # the first ones measure the cost
+
+
+def test_a_run_that_makes_batches_ahead_is_resumed_to_the_bit(tmp_path: Path, ahead: None) -> None:
+    train(toy(), objective, Sequences(), settings(keep=9), run(tmp_path / "whole"))
+    train(toy(), objective, Sequences(), settings(keep=9), run(tmp_path / "cut"))
+    for step in (9, 12):
+        state.remove(tmp_path / "cut", step)
+    train(toy(), objective, Sequences(), settings(keep=9), run(tmp_path / "cut", resume=True))
+    assert same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_an_error_in_the_thread_reaches_the_run_after_the_steps_before_it(tmp_path: Path, ahead: None) -> None:
+    class Broken(Sequences):
+        def batch(self, step: int):
+            if step == 8:
+                raise RuntimeError("the shard is gone")
+            return super().batch(step)
+
+    with pytest.raises(RuntimeError, match="the shard is gone"):
+        train(toy(), objective, Broken(), settings(), run(tmp_path))
+    assert state.steps(tmp_path)[-1] == 8
+
+
+def test_a_batch_that_was_made_in_vain_is_dropped() -> None:
+    data = Counted()
+    loader = Loader(data.batch, torch.device("cpu"), ahead=True)
+    loader.get(3, 4)
+    assert torch.equal(loader.get(7)["tokens"], Sequences().batch(7)["tokens"])
+    loader.close()
+    assert data.made == [3, 4, 7]
+
+
+def scarce(rows: int, after: int):
+    """The objective, for which memory does not suffice for more than so many rows after so many calls."""
+    calls = 0
+
+    def limited(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls > after and len(batch["tokens"]) > rows:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3000000 bytes.")
+        return objective(model, batch)
+
+    return limited
+
+
+def test_out_of_memory_halves_the_rows_and_the_run_goes_on(tmp_path: Path, capsys) -> None:
+    train(toy(dropout=0.0), scarce(2, 12), Sequences(), settings(), run(tmp_path / "scarce"))
+    train(toy(dropout=0.0), objective, Sequences(), settings(), run(tmp_path / "enough"))
+    one, other = ended(tmp_path / "scarce"), ended(tmp_path / "enough")
+    for name in one:
+        if "calls" not in name:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+    told = capsys.readouterr().err
+    assert "3 MB more were asked for; from here 3 rows are computed at a time" in told and "from here 1 rows" in told
+    resolved = json.loads((tmp_path / "scarce" / "recipe.json").read_text())["resolved"]
+    assert resolved["micro_batch"] == 1
+
+
+def test_where_not_even_one_row_fits_the_run_stops_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(guards.OutOfMemory, match="3 MB more were asked for.*micro_batch"):
+        train(toy(), scarce(0, 12), Sequences(), settings(), run(tmp_path))
+
+
+def test_float16_scales_the_loss_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    half = settings(precision="float16", keep=9)
+    train(toy(), objective, Sequences(), half, run(tmp_path / "whole"))
+    facts = state.latest(tmp_path / "whole")[0].facts
+    assert 1 <= facts["loss_scale"]["value"] <= LossScale.FIRST and facts["loss_scale"]["steps"] > 0
+    train(toy(), objective, Sequences(), half, run(tmp_path / "cut"))
+    for step in (9, 12):
+        state.remove(tmp_path / "cut", step)
+    train(toy(), objective, Sequences(), half, run(tmp_path / "cut", resume=True))
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    assert state.latest(tmp_path / "cut")[0].facts["loss_scale"] == facts["loss_scale"]
+
+
+def test_a_scale_that_is_too_high_is_lowered_and_the_step_made_all_the_same(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(LossScale, "FIRST", 2.0**120)
+    monkeypatch.setattr(LossScale, "INTERVAL", 5)
+    train(toy(), objective, Sequences(), settings(precision="float16"), run(tmp_path))
+    found = state.latest(tmp_path)[0]
+    assert found.step == 12 and found.facts["loss_scale"]["value"] < 2.0**40
+    assert all(bool(tensor.isfinite().all()) for tensor in found.tensors.values())
+
+
+def test_the_scale_moves_for_float16_alone() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        scale = LossScale(dtype)
+        assert scale.value == 1 and not scale.lower()
+    scale = LossScale(torch.float16)
+    for _ in range(LossScale.INTERVAL):
+        scale.count()
+    assert scale.value == 2 * LossScale.FIRST
+    assert scale.lower() and scale.value == LossScale.FIRST
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32"])
+def test_the_command_lines_precision_is_that_of_the_run(tmp_path: Path, kind: str) -> None:
+    with devices.choosing(devices.Choice(precision=kind)):
+        train(toy(), objective, Sequences(), settings(steps=3), run(tmp_path))
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    assert recipe["settings"]["precision"] == recipe["resolved"]["precision"] == kind
+
+
+def test_auto_is_half_precision_on_every_gpu() -> None:
+    assert resolve("auto", torch.device("meta")) == torch.float16
+
+
+def test_a_run_that_goes_on_on_another_device_says_so(tmp_path: Path, capsys) -> None:
+    train(toy(), objective, Sequences(), settings(keep=9, precision="auto"), run(tmp_path))
+    for step in (9, 12):
+        state.remove(tmp_path, step)
+    facts = tmp_path / "state" / "step-00000006.json"
+    content = json.loads(facts.read_text())
+    content["resolved"] |= {"device": "NVIDIA A100 (cuda:0)", "precision": "float16"}
+    facts.write_text(json.dumps(content))
+    capsys.readouterr()
+    train(toy(), objective, Sequences(), settings(keep=9, precision="auto"), run(tmp_path, resume=True))
+    told = capsys.readouterr().err
+    assert "The run was on NVIDIA A100 (cuda:0) and goes on on cpu" in told and "the same bits" in told
+    assert "matrix products in float16" not in told and state.steps(tmp_path)[-1] == 12
+
+
+def test_another_number_of_threads_or_place_is_the_same_kind_of_device() -> None:
+    assert devices.same_kind("cpu, 2 threads", "cpu, 64 threads")
+    assert devices.same_kind("NVIDIA L4 (cuda:0)", "NVIDIA L4 (cuda:1)")
+    assert not devices.same_kind("NVIDIA L4 (cuda:0)", "NVIDIA L40 (cuda:0)")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989),
+        ("NVIDIA H100 PCIe", torch.float32, 378),
+        ("NVIDIA H200", torch.float16, 989),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
+        ("NVIDIA L4", torch.bfloat16, 121),
+        ("NVIDIA L40S", torch.bfloat16, 362),
+        ("Tesla T4", torch.float16, 65),
+        ("Tesla T4", torch.bfloat16, None),
+        ("Tesla V100-SXM2-16GB", torch.float32, 15.7),
+        ("Tesla V100-PCIE-32GB", torch.float16, 112),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),
+        ("NVIDIA A10G", torch.bfloat16, None),
+        ("AMD Instinct MI300X", torch.bfloat16, 1307),
+        ("AMD Instinct MI250X", torch.float16, 191.5),
+        ("A card of tomorrow", torch.bfloat16, None),
+    ],
+)
+def test_the_peak_of_a_known_gpu_is_its_makers(name: str, dtype: torch.dtype, tera: float | None) -> None:
+    assert peak.named_peak(name, dtype) == (None if tera is None else tera * 1e12)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adadelta", "adafactor"])
+def test_a_run_on_another_device_is_that_on_the_cpu(tmp_path: Path, optimizer: str) -> None:
+    changed = {"optimizer": optimizer, "ema": 0.9, "micro_batch": 4, "save_every": 4}
+    train(toy(), objective, Sequences(), settings(**changed), run(tmp_path / "cpu"))
+    with simulated():
+        train(toy().to(device()), objective, Sequences(), settings(**changed), run(tmp_path / "there"))
+        state.remove(tmp_path / "there", 12)
+        train(toy().to(device()), objective, Sequences(), settings(**changed), run(tmp_path / "there", resume=True))
+    one, other = (load_file(tmp_path / where / "state/step-00000012.safetensors") for where in ("cpu", "there"))
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_waits_for_the_device_once(tmp_path: Path) -> None:
+    rare = {"log_every": 1000, "evaluate_every": 0, "save_every": 0, "warmup": 0}
+    counts = []
+    for steps in (4, 9):
+        with simulated() as reads:
+            train(toy().to(device()), objective, Sequences(), settings(steps=steps, **rare), run(tmp_path / f"{steps}"))
+        counts.append(sum(reads.values()))
+    assert counts[1] - counts[0] == 5
