@@ -6,7 +6,7 @@ What loads it again is the module itself: `load_weights` fills one that is built
 import json
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -19,6 +19,11 @@ MODEL_TYPE = "own"
 NAMED = 10  # how many tensors an error names
 
 
+def _is_instance(config: Any) -> TypeGuard[Any]:
+    """Whether it is an object of a dataclass, and not the class."""
+    return is_dataclass(config) and not isinstance(config, type)
+
+
 def save_module(model: nn.Module, tokenizer: Any, directory: Path) -> None:
     """Writes the module's weights, each shared one once, and what `model.config` says, a dataclass or a dict, if it has
     one; and the tokenizer's files."""
@@ -26,7 +31,7 @@ def save_module(model: nn.Module, tokenizer: Any, directory: Path) -> None:
 
     config = vars(model).get("config", {})
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    about = {"model_type": MODEL_TYPE, "class": kind, "config": asdict(config) if is_dataclass(config) else config}
+    about = {"model_type": MODEL_TYPE, "class": kind, "config": asdict(config) if _is_instance(config) else config}
     text = json.dumps(about, indent=2, ensure_ascii=False, default=str) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / WEIGHTS) as temporary:

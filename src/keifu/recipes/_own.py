@@ -54,7 +54,6 @@ def train(
         options={"model": repr(model), **(options or {})},
         about={"title": title or type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())},
         unit=unit,
-        how_to_resume=f"the same call of keifu.train with out={str(out)!r} and resume=True",
     )
     batches = data if isinstance(data, Data) else OwnBatches(data, settings.batch_size, settings.seed)
     return run_loop(model, _summed(objective), batches, settings, run, sample, _saver(model, tokenizer))

@@ -82,7 +82,7 @@ def how_to_resume(run: Run) -> str:
     for directory in (run.directory, run.directory.parent):
         if recorded(directory):
             return command(directory)
-    return "train again with Run(directory, resume=True)"
+    return f"the same call of keifu.train with out={str(run.directory)!r} and resume=True"
 
 
 def command(directory: Path) -> str:

@@ -96,13 +96,18 @@ def start(
         model, running, objective, optimisers, device, dtype, rows, settings.clip, settings.seed, elements,
         LossScale(dtype, **(found.facts.get("loss_scale", {}) if found else {})),
     )
-    if found and stepper.dropout.drops and resolved.get("dropout") != DROPOUT:
-        tell("Dropout is drawn in another way than in the steps before, which an earlier version made.")
+    if found:
+        _tell_dropout(stepper, resolved, tell)
     done = found.step if found else 0
     progressed = _progressed(found, settings, device, length)
     steps, whole = max(done, progressed.plan.steps), settings.whole_steps
     tell(measured.sentence(steps - done, run.unit, whole(steps) - whole(done)))
     return Started(stepper, optimisers, measured, progressed, length)
+
+
+def _tell_dropout(stepper: Stepper, resolved: dict[str, Any], tell: Callable[[str], None]) -> None:
+    if stepper.dropout.drops and resolved.get("dropout") != DROPOUT:
+        tell("Dropout is drawn in another way than in the steps before, which an earlier version made.")
 
 
 def _format(precision: str, resolved: dict[str, Any], device: torch.device, tell: Callable[[str], None]) -> torch.dtype:
