@@ -45,6 +45,16 @@ def test_what_is_in_a_batch() -> None:
     assert PictureBatches(toys(10, classes=False), toys(3), 4).batch(0).keys() == {"pictures", "indices"}
 
 
+def test_a_picture_is_varied_anew_at_each_step_with_the_batchs_seed() -> None:
+    data = PictureBatches(toys(10), toys(3), 4, seed=7, augmentation=ALL)
+    for step in (0, 3):
+        batch = data.batch(step)
+        plain = toys(10).take(batch["indices"].numpy())
+        assert torch.equal(batch["pictures"], ALL(plain, 7, step, batch["indices"].numpy()))
+        for seed, other in ((7, step + 1), (8, step)):
+            assert not torch.equal(batch["pictures"], ALL(plain, seed, other, batch["indices"].numpy()))
+
+
 def test_held_out_pictures_come_in_order_and_as_they_are() -> None:
     data = PictureBatches(toys(10), toys(3), 2, augmentation=ALL)
     batches = list(data.validation())

@@ -143,3 +143,13 @@ def test_padding_is_no_token_that_was_seen() -> None:
     settings = RowSettings([Sampling(repetition_penalty=2.0)], CPU)
     history = History.of_prompts(settings, torch.tensor([[0, 0, 7]]), torch.tensor([2]), 9)
     assert history.seen is not None and history.seen.nonzero()[:, 1].tolist() == [7]
+
+
+def test_top_p_keeps_no_token_more_than_the_mass_needs() -> None:
+    """Also where the likeliest tokens have exactly that mass."""
+    halves = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf], [0.0, -torch.inf, -torch.inf, -torch.inf]])
+    kept = processors.top_p(halves, rows(0.5, 0.5)).isfinite().sum(1)
+    assert kept.tolist() == [2, 1]  # equals of the last one stay
+    quarters = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    assert processors.top_p(quarters, rows(0.5)).isfinite().tolist() == [[True, False, False, False]]
+    assert processors.top_p(quarters, rows(0.75)).isfinite().tolist() == [[True, True, False, False]]
