@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from keifu.checkpoints.opening import load_model
-from keifu.data.pictures import read_pictures, split
-from keifu.evaluation.picture_distances import kernel_distance
-from keifu.evaluation.picture_features import Extractor, extractor
-from keifu.generation.pictures import denoising
+from keifu.checkpoints.load import load_model
+from keifu.data.images.dataset import read_images, split
+from keifu.evaluation.images.distances import kernel_distance
+from keifu.evaluation.images.features import Extractor, extractor
+from keifu.generation.images.pixel_diffusion import require_diffusion_model
 
 
 class Beside(NamedTuple):
@@ -24,9 +24,9 @@ class Beside(NamedTuple):
 
 def beside(run: Path, data: str, distinct: bool) -> Beside:
     """The model of a run beside the pictures of its data, split as it had them."""
-    model = denoising(load_model(run))
+    model = require_diffusion_model(load_model(run))
     size = model.config.size
-    pictures = read_pictures(data, size if isinstance(size, int) else None, 1 if model.config.channels == 1 else 3)
+    pictures = read_images(data, size if isinstance(size, int) else None, 1 if model.config.channels == 1 else 3)
     parts = split(pictures.distinct() if distinct else pictures)
     extract = extractor()
     real, *held = (extract(part.take(slice(None))) for part in (parts.train, parts.validation, parts.test))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from keifu.training.precision import processor_name
+from keifu.training.hardware.precision import processor_name
 
 
 def machine() -> str:

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from keifu.training.objectives import causal
-from keifu.training.optimisers import Optimisers
-from keifu.training.precision import resolve
+from keifu.training.hardware.precision import resolve_dtype
+from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.optim.optimizers import Optimizers
 from keifu.training.protocols import Batch, Data, Objective
 from keifu.training.settings import Settings
-from keifu.training.step import Stepper, compiled
+from keifu.training.step import TrainStep, compile_objective
 
 CPU = torch.device("cpu")
 RATE, BETAS, CLIP = 6e-4, (0.9, 0.95), 1.0
@@ -28,9 +28,9 @@ def ours(
     """A step of keifu's loop, without what happens between steps."""
     rows = len(next(iter(batch(0).values())))
     settings = Settings(steps=100_000, batch_size=rows, learning_rate=RATE, betas=BETAS)
-    optimisers = Optimisers(model, settings)
-    run = compiled(objective, CPU) if compile else objective
-    stepper = Stepper(model, run, objective, optimisers, CPU, dtype, rows, CLIP, 0)
+    optimisers = Optimizers(model, settings)
+    run = compile_objective(objective, CPU) if compile else objective
+    stepper = TrainStep(model, run, objective, optimisers, CPU, dtype, rows, CLIP, 0)
 
     def step() -> None:
         gradient = stepper.gradient(len(losses), batch(len(losses)), lambda: False)
@@ -75,8 +75,18 @@ def learned(
 
     `between` is called with the number of steps done, and its time is not counted.
     """
-    optimisers, dtype = Optimisers(model, settings), resolve(settings.precision, CPU)
-    stepper = Stepper(model, causal, causal, optimisers, CPU, dtype, settings.batch_size, settings.clip, settings.seed)
+    optimisers, dtype = Optimizers(model, settings), resolve_dtype(settings.precision, CPU)
+    stepper = TrainStep(
+        model,
+        causal_language_modeling,
+        causal_language_modeling,
+        optimisers,
+        CPU,
+        dtype,
+        settings.batch_size,
+        settings.clip,
+        settings.seed,
+    )
     seconds = 0.0
     for step in range(settings.steps):
         start = time.perf_counter()
@@ -94,6 +104,6 @@ def validation(model: torch.nn.Module, data: Data) -> float:
     """Nats a token of a causal model on the data's held-out part, in float32."""
     total = weight = 0.0
     for batch in data.validation():
-        outcome = causal(model.eval(), batch)
+        outcome = causal_language_modeling(model.eval(), batch)
         total, weight = total + float(outcome.total), weight + float(outcome.weight)
     return total / weight

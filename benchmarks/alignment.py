@@ -29,12 +29,13 @@ import torch
 from _rounds import machine
 
 from keifu import checkpoints
-from keifu.data.tokenizers import load_tokenizer, train_tokenizer
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import llama
-from keifu.recipes import grpo, ppo, sft
-from keifu.recipes._assistant import Lora, templated
-from keifu.training import metrics
-from keifu.training.precision import resolve
+from keifu.recipes.assistant import grpo, ppo, sft
+from keifu.recipes.assistant.common import Lora, with_template
+from keifu.training.hardware.precision import resolve_dtype
+from keifu.training.run import metrics
 
 WARM = 10  # steps that are not counted
 GROUP, ANSWER = 8, 24
@@ -64,7 +65,7 @@ def prepared(folder: Path, options: argparse.Namespace) -> None:
             n_layers=options.layers, n_heads=options.dim // 64,
         )  # fmt: skip
         model = llama.build(config)
-    checkpoints.save(model, templated(tokenizer, "own"), folder / "model")
+    checkpoints.save(model, with_template(tokenizer, "own"), folder / "model")
 
 
 def ours_sft(folder: Path, options: argparse.Namespace, rank: int, packed: bool) -> float:
@@ -132,7 +133,7 @@ def theirs(kind: str, folder: Path, options: argparse.Namespace) -> float:
         trainer = trl.GRPOTrainer(model, reward, args=given, train_dataset=data, processing_class=tokenizer)
         units = float(options.batch * GROUP)
     else:
-        low = resolve("auto", CPU) == torch.bfloat16
+        low = resolve_dtype("auto", CPU) == torch.bfloat16
         given = trl.SFTConfig(per_device_train_batch_size=options.batch, bf16=low, max_length=256, **usual)
         data = Dataset.from_list([{"prompt": row[:1], "completion": row[1:]} for row in rows])
         adapter: Any = None

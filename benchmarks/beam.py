@@ -19,10 +19,9 @@ import transformers as hf
 from _rounds import interleaved, machine, table
 
 from keifu import checkpoints
-from keifu.data.lengths import padded
-from keifu.data.pairs import read_pairs
-from keifu.data.splits import split
-from keifu.generation.translation import Translating, search
+from keifu.data.batching import pad
+from keifu.data.translation.pairs import read_pairs, split
+from keifu.generation.text.translation import TranslationParams, search
 
 Sources = list[list[int]]
 
@@ -42,7 +41,7 @@ def main() -> None:
         theirs = hf.MarianMTModel.from_pretrained(folder).eval().to(getattr(torch, options.dtype))
         ours: Any = checkpoints.load_model(folder).to(getattr(torch, options.dtype))
     sources = trained_sources(options, folder) if options.model else random_sources(options)
-    settings = Translating(options.beams, 1.0, None if options.model else options.tokens, options.batch_size)
+    settings = TranslationParams(options.beams, 1.0, None if options.model else options.tokens, options.batch_size)
     contenders = {
         "transformers": lambda: generate(theirs, sources, options),
         "transformers, sorted": lambda: generate(theirs, sorted(sources, key=len), options),
@@ -100,7 +99,7 @@ def generate(model: Any, sources: Sequence[list[int]], options: argparse.Namespa
     config, found = model.config, []
     for start in range(0, len(sources), options.batch_size):
         batch = sources[start : start + options.batch_size]
-        ids, mask = padded(batch, config.pad_token_id)
+        ids, mask = pad(batch, config.pad_token_id)
         limit = ids.shape[1] + 50 if options.model else options.tokens
         wanted = hf.GenerationConfig(
             num_beams=options.beams, do_sample=False, max_new_tokens=limit, length_penalty=1.0, early_stopping=False,

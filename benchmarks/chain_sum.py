@@ -30,15 +30,15 @@ import torch
 from _rounds import machine
 
 from keifu import checkpoints
-from keifu.alignment.scoring import last_number
-from keifu.data.chain_sums import chain_sums
-from keifu.data.gym import problems
-from keifu.data.tokenizers import train_tokenizer
+from keifu.alignment.rewards import last_number
+from keifu.data.chat.prompts import gym_problems
+from keifu.data.text.synthetic_math import chain_sums
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.generate import generate_batch
-from keifu.generation.sampling import Sampling
+from keifu.generation.text.generate import generate_batch
+from keifu.generation.text.sampling_params import SamplingParams
 from keifu.models import llama
-from keifu.recipes import grpo, sft
+from keifu.recipes.assistant import grpo, sft
 
 HELD_OUT = 500
 POOL = 20_000  # problems that are drawn; the same one counts once
@@ -53,7 +53,7 @@ def made(options: argparse.Namespace) -> tuple[list[Problem], str]:
     found, whose = None, "sums made here"
     if not options.built_in:
         try:
-            found, whose = [*problems(f"gym:chain_sum,{settings}", POOL, options.seed)], "reasoning-gym's chain_sum"
+            found, whose = [*gym_problems(f"gym:chain_sum,{settings}", POOL, options.seed)], "reasoning-gym's chain_sum"
         except UserError as error:
             print(f"{error} Sums made here are used.")
     found = found or [*chain_sums(POOL, (least, most), options.digits, options.seed)]
@@ -95,7 +95,7 @@ def accuracy(run: Path, held: Sequence[Problem], temperature: float = 0.0) -> fl
     """The share of problems whose answer is right, the likeliest one or at a temperature one that was drawn."""
     model, tokenizer = checkpoints.load(run)
     prompts = [tokenizer.render_chat([{"role": "user", "content": each["prompt"]}]) for each in held]
-    way = Sampling(temperature=temperature, seed=0, max_tokens=LONGEST)
+    way = SamplingParams(temperature=temperature, seed=0, max_tokens=LONGEST)
     answers = generate_batch(model, tokenizer, prompts, way, 128)
     return sum(last_number(e["prompt"], a.text, e) for a, e in zip(answers, held, strict=True)) / len(held)
 

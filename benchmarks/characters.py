@@ -23,15 +23,15 @@ import matplotlib.pyplot as plt
 import torch
 from _rounds import machine
 
-from keifu.data.packed import PackedText
+from keifu.data.text.packed import PackedText
 from keifu.models import gpt2, llama
-from keifu.recipes._language import Text, ready
-from keifu.recipes.characters import WAYS
-from keifu.training.objectives import causal
-from keifu.training.optimisers import Optimisers
-from keifu.training.precision import resolve
+from keifu.recipes.language.characters import WAYS
+from keifu.recipes.language.common import Text, prepare_text
+from keifu.training.hardware.precision import resolve_dtype
+from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.optim.optimizers import Optimizers
 from keifu.training.settings import Settings
-from keifu.training.step import Stepper
+from keifu.training.step import TrainStep
 
 CPU = torch.device("cpu")
 
@@ -67,13 +67,23 @@ Curve = list[tuple[float, float]]  # seconds, loss
 
 def measure(way: Way, source: str, target: float) -> tuple[str, Curve]:
     """Trains one way and gives its line (steps and seconds to the target, and where it ends) and its curve."""
-    task = ready(Text(source, "characters", 65_536, held_out=0.1))
+    task = prepare_text(Text(source, "characters", 65_536, held_out=0.1))
     config = replace(way.config, vocab_size=task.tokenizer.vocab_size)
     torch.manual_seed(0)
     model = way.build(config).train()
-    settings, optimisers = way.settings, Optimisers(model, way.settings)
-    dtype = resolve(settings.precision, CPU)
-    stepper = Stepper(model, causal, causal, optimisers, CPU, dtype, settings.batch_size, settings.clip, 0)
+    settings, optimisers = way.settings, Optimizers(model, way.settings)
+    dtype = resolve_dtype(settings.precision, CPU)
+    stepper = TrainStep(
+        model,
+        causal_language_modeling,
+        causal_language_modeling,
+        optimisers,
+        CPU,
+        dtype,
+        settings.batch_size,
+        settings.clip,
+        0,
+    )
     data = PackedText(task.shards, config.context_length, settings.batch_size)
     judge = PackedText(task.shards, config.context_length, 256, validation_tokens=25_600)
     whole = PackedText(task.shards, config.context_length, 256)

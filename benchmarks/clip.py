@@ -16,9 +16,10 @@ from open_clip import CLIP
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from keifu.checkpoints.names import links
-from keifu.checkpoints.saving import published_tensors
-from keifu.models import _open_clip, clip
+from keifu.checkpoints.hf.weight_names import links
+from keifu.checkpoints.hf.write import published_tensors
+from keifu.models.clip import clip
+from keifu.models.hf import open_clip
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASE, END = "transformers", 49_407
@@ -33,9 +34,9 @@ def models(dtype: torch.dtype) -> tuple[clip.Clip, CLIPModel, CLIP]:
     written = clip.to_published(config)
     theirs = CLIPModel(CLIPConfig(**{key: written[key] for key in ("text_config", "vision_config", "projection_dim")}))
     theirs.load_state_dict(dict(published_tensors(ours, links(ours, clip.WEIGHT_NAMES))))
-    described = _open_clip.to_open_clip(config)["model_cfg"]
+    described = open_clip.to_open_clip(config)["model_cfg"]
     others = CLIP(**described)
-    others.load_state_dict(dict(published_tensors(ours, links(ours, _open_clip.WEIGHT_NAMES))))
+    others.load_state_dict(dict(published_tensors(ours, links(ours, open_clip.WEIGHT_NAMES))))
     return ours.to(dtype).eval(), theirs.to(dtype).eval(), others.to(dtype).eval()
 
 

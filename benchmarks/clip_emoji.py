@@ -25,12 +25,19 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.data import catalogue
-from keifu.data.pictures import Pictures, read_pictures, split
-from keifu.evaluation.classification import Confusion
-from keifu.evaluation.retrieval import Recall, both_ways
-from keifu.evaluation.shared_space import embed_bytes, embed_texts, label_points, label_shares, preprocessing
-from keifu.recipes import clip as recipe
+from keifu.data.catalogue import catalogue
+from keifu.data.images.dataset import ImageDataset, read_images, split
+from keifu.evaluation.classification.metrics import Confusion
+from keifu.evaluation.images.retrieval import (
+    Recall,
+    embed_bytes,
+    embed_texts,
+    label_points,
+    label_shares,
+    preprocessing,
+    recall_both_ways,
+)
+from keifu.recipes.images import clip as recipe
 
 LANGUAGES = {"en": "word", "ja": "char"}
 NEIGHBOURS = 5
@@ -47,11 +54,11 @@ GROUPS = {
 }
 
 
-def vectors(model: torch.nn.Module, pictures: Pictures) -> Tensor:
+def vectors(model: torch.nn.Module, pictures: ImageDataset) -> Tensor:
     return embed_bytes(model, (pictures.take(slice(n, n + 64)) for n in range(0, len(pictures), 64)))
 
 
-def colours(pictures: Pictures) -> Tensor:
+def colours(pictures: ImageDataset) -> Tensor:
     """Histograms of 4 x 4 x 4 colours [picture, 64], square roots of shares, so that their products are similarities
     (Bhattacharyya's)."""
     pixels = pictures.take(slice(0, len(pictures))).long() // 64
@@ -66,15 +73,15 @@ def nearest_mean(queries: Tensor, known: Tensor, values: Tensor) -> Tensor:
     return torch.nn.functional.normalize(values[places].mean(1), dim=-1)
 
 
-def counted(train: Pictures, searched: Pictures, language: str) -> tuple[Recall, Recall]:
+def counted(train: ImageDataset, searched: ImageDataset, language: str) -> tuple[Recall, Recall]:
     """The baseline of colours and words."""
     spans = (1, 1) if LANGUAGES[language] == "word" else (1, 3)
     words = TfidfVectorizer(analyzer=LANGUAGES[language], ngram_range=spans).fit(train.texts(language))
     bags = [words.transform(part.texts(language)).toarray() for part in (train, searched)]
     known, own = (torch.from_numpy(bag).float() for bag in bags)
     seen, pixels = colours(train), colours(searched)
-    captions = both_ways(nearest_mean(pixels, seen, known), own)[0]
-    return captions, both_ways(pixels, nearest_mean(own, known, seen))[1]
+    captions = recall_both_ways(nearest_mean(pixels, seen, known), own)[0]
+    return captions, recall_both_ways(pixels, nearest_mean(own, known, seen))[1]
 
 
 def line(name: str, language: str, both: tuple[Recall, Recall], count: int) -> str:
@@ -82,7 +89,7 @@ def line(name: str, language: str, both: tuple[Recall, Recall], count: int) -> s
     return f"| {name} | {language} | {count:,} | {' | '.join(cells)} |"
 
 
-def retrieval(task: recipe.Task, sets: dict[str, Pictures]) -> None:
+def retrieval(task: recipe.Task, sets: dict[str, ImageDataset]) -> None:
     """The table of recall, with the baseline under each row."""
     heads = " | ".join(f"{what} R@{n}" for what in ("name by picture", "picture by name") for n in (1, 5, 10))
     print(f"| | | among | {heads} |\n|---|---|---:|{'---:|' * 6}")
@@ -90,12 +97,12 @@ def retrieval(task: recipe.Task, sets: dict[str, Pictures]) -> None:
         points = vectors(task.model, pictures)
         for language in LANGUAGES:
             texts = embed_texts(task.model, task.tokenizer, pictures.texts(language), cut=True)
-            print(line(f"CLIP, {name}", language, both_ways(points, texts), len(pictures)))
+            print(line(f"CLIP, {name}", language, recall_both_ways(points, texts), len(pictures)))
             print(line("colours and words", language, counted(task.parts.train, pictures, language), len(pictures)))
     print(flush=True)
 
 
-def groups(task: recipe.Task, name: str, pictures: Pictures) -> None:
+def groups(task: recipe.Task, name: str, pictures: ImageDataset) -> None:
     """Zero-shot accuracy over the groups that have words here."""
     known = [place for place, label in enumerate(pictures.labels) if pictures.classes[label] in GROUPS]
     pictures, labels = pictures.chosen(known), [*GROUPS]
@@ -106,7 +113,7 @@ def groups(task: recipe.Task, name: str, pictures: Pictures) -> None:
     print(f"Groups, zero-shot, {name}: {verdict}", flush=True)
 
 
-def draw(task: recipe.Task, pictures: Pictures, path: Path, count: int = 12) -> None:
+def draw(task: recipe.Task, pictures: ImageDataset, path: Path, count: int = 12) -> None:
     """Cosines of some held-out pictures and their names, in English and in Japanese."""
     font_manager.fontManager.addfont(str(catalogue.fetch("japanese-font")))
     plt.rcParams["font.family"] = ["DejaVu Sans", "IPAexGothic"]
@@ -137,12 +144,12 @@ def ready(options: argparse.Namespace) -> recipe.Task:
         recipe.run(wanted, options.out, False)
         print(f"Trained in {time.perf_counter() - start:.0f} s.", flush=True)
     model, tokenizer = checkpoints.load(options.run or options.out, torch.float32)
-    parts = split(read_pictures(wanted.data, preprocessing(model).crop, 3))
+    parts = split(read_images(wanted.data, preprocessing(model).crop, 3))
     return recipe.Task(model, tokenizer, parts, None)  # pyright: ignore[reportArgumentType]
 
 
-def shown(names: Sequence[str], size: int) -> Pictures:
-    return read_pictures("openmoji", size, 3).named(names)
+def shown(names: Sequence[str], size: int) -> ImageDataset:
+    return read_images("openmoji", size, 3).named(names)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import transformers
 from _rounds import interleaved, machine, read_bandwidth, table
 
 from keifu import checkpoints
-from keifu.generation.decoding import decode
+from keifu.generation.text.engine import decode
 
 SHAPES = {
     "llama": transformers.LlamaConfig(

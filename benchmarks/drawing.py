@@ -17,11 +17,11 @@ from _drawn import beside
 from _rounds import machine
 from torch import Tensor, nn
 
-from keifu.data.grid import grid
-from keifu.evaluation.picture_distances import kernel_distance
-from keifu.generation.pictures import Drawing, draw
-from keifu.training import state
-from keifu.training.averaging import MovingAverage
+from keifu.data.images.grid import grid
+from keifu.evaluation.images.distances import kernel_distance
+from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images
+from keifu.training.optim.weight_averaging import MovingAverage
+from keifu.training.run import checkpoint
 
 SHOWN = 8  # pictures of a row
 
@@ -30,14 +30,14 @@ SHOWN = 8  # pictures of a row
 def states(run: Path, model: nn.Module, at_most: int | None = None) -> Iterator[tuple[int, float]]:
     """The step and the minutes of training of every state that the run kept, with the model as it was then; or of so
     many, evenly spread, the last among them."""
-    kept = state.steps(run)
+    kept = checkpoint.steps(run)
     spread = min(at_most or len(kept), len(kept))
     for step in (kept[(number + 1) * len(kept) // spread - 1] for number in range(spread)):
-        saved = state.read(run, step)
+        saved = checkpoint.read(run, step)
         own = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("model.")}
         start = f"optimisers.{MovingAverage.PREFIX}"
         averages = {f"model.{n.removeprefix(start)}": t for n, t in saved.tensors.items() if n.startswith(start)}
-        state.into_model(model, own | {name: averages[name] for name in own if name in averages})
+        checkpoint.load_into_model(model, own | {name: averages[name] for name in own if name in averages})
         yield step, saved.facts["seconds"] / 60
 
 
@@ -49,7 +49,7 @@ def measure(options: argparse.Namespace) -> tuple[list[tuple[int, float, float]]
     found, rows = [], []
     for step, minutes in states(options.run, model):
         drawn = torch.cat([
-            draw(model, Drawing("dpm++-2m", options.steps, label=label), range(first, min(first + 64, each)))
+            draw_images(model, ImageRequest("dpm++-2m", options.steps, label=label), range(first, min(first + 64, each)))
             for label in labels
             for each in [-(-options.pictures // len(labels))]
             for first in range(0, each, 64)

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from keifu import checkpoints
-from keifu.data import catalogue
-from keifu.evaluation.embedding import embed
+from keifu.data.catalogue import catalogue
+from keifu.evaluation.classification.embeddings import embed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Contenders = dict[str, Callable[[], Tensor]]

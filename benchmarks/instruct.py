@@ -33,15 +33,16 @@ from _gold import gold
 from _rounds import machine
 
 from keifu import checkpoints
-from keifu.data import conversations
-from keifu.data.packed import PackedText
-from keifu.data.text import prepare
-from keifu.evaluation.side_by_side import wilson
-from keifu.generation.generate import generate_batch
-from keifu.generation.sampling import Sampling
-from keifu.recipes import dpo, gpt, ppo, reward, sft
-from keifu.training import metrics
-from keifu.training.objectives import causal
+from keifu.data.chat import conversations
+from keifu.data.text.packed import PackedText
+from keifu.data.text.token_shards import prepare
+from keifu.evaluation.pairwise import wilson
+from keifu.generation.text.generate import generate_batch
+from keifu.generation.text.sampling_params import SamplingParams
+from keifu.recipes.assistant import dpo, ppo, reward, sft
+from keifu.recipes.language import gpt
+from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.run import metrics
 
 TEXT = "wiki-summaries"
 CONTEXT = 128
@@ -78,7 +79,7 @@ def answers(run: Path, questions: Sequence[str], seed: int) -> list[str]:
     """What a model says, drawn; a question that comes several times is answered anew each time."""
     model, tokenizer = checkpoints.load(run)
     prompts = [tokenizer.render_chat([{"role": "user", "content": each}]) for each in questions]
-    drawn = [Sampling(max_tokens=LONGEST, seed=seed + number) for number in range(len(prompts))]
+    drawn = [SamplingParams(max_tokens=LONGEST, seed=seed + number) for number in range(len(prompts))]
     return [each.text.strip() for each in generate_batch(model, tokenizer, prompts, drawn, 64)]
 
 
@@ -101,7 +102,7 @@ def nats(run: Path, windows: int = 60) -> float:
     model, tokenizer = checkpoints.load(run)
     model = model.float().eval()
     data = PackedText(prepare(TEXT, tokenizer), CONTEXT - 1, 20, validation_tokens=windows * CONTEXT)
-    found = [causal(model, batch) for batch in data.validation()]
+    found = [causal_language_modeling(model, batch) for batch in data.validation()]
     return float(sum(each.total for each in found)) / float(sum(each.weight for each in found))
 
 

@@ -25,16 +25,16 @@ from _training import learned
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from keifu.data.packed import PackedText
+from keifu.data.text.packed import PackedText
 from keifu.layers.activations import activation
-from keifu.layers.attention import Attention
-from keifu.layers.blocks import PreNorm
-from keifu.layers.decoder import DecoderLM
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.positions import LearnedPositions, Rotary
 from keifu.layers.feedforward import FeedForward, SwiGLU
 from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.normalisation import RMSNorm
-from keifu.layers.positions import LearnedPositions, Rotary
-from keifu.recipes._language import Task, Text, ready
+from keifu.layers.transformer.blocks import PreNorm
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.recipes.language.common import Task, Text, prepare_text
 from keifu.training.settings import Settings
 
 DIM, LAYERS, HEADS = 192, 6, 3
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=100_000, help="tokens of the held-out loss")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
-    task = ready(Text(options.data, vocab_size=options.vocab_size))
+    task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
     print(f"{machine()}; {options.steps} steps of {options.rows * TRAINED:,} tokens, seeds {options.seeds}\n")
     print("| | parameters | MFLOP a token |" + "".join(f" {part} |" for part in PARTS) + " seconds a run |")
     print("|---|---:|---:|" + "---:|" * (len(PARTS) + 1), flush=True)

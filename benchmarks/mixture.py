@@ -22,18 +22,26 @@ import torch
 from _rounds import machine
 
 from keifu import checkpoints
-from keifu.data.denoised_rows import Decoder, Denoising, FromTheLeft, HiddenTokens, LeftToRight, Task
-from keifu.data.denoising import SEQUENTIAL, Denoiser, Markers
-from keifu.data.mixed_text import MixedText, Weighted
-from keifu.data.mixture import read_mixture
-from keifu.evaluation.mixture import Found, losses
+from keifu.data.text.mixture import MixedText, WeightedSource, read_mixture
+from keifu.data.text.span_corruption import (
+    SEQUENTIAL,
+    CausalBatches,
+    CausalRows,
+    CorruptionTask,
+    DecoderRows,
+    InfillingExamples,
+    Markers,
+    SpanCorruption,
+    SpanCorruptionBatches,
+)
+from keifu.evaluation.text.mixture import MixtureLosses, losses
 from keifu.models import palm
-from keifu.recipes import palm2
-from keifu.recipes.palm2 import LEARNING, Prepared, Recipe, learn, prepared
-from keifu.training.budget import steps_within
-from keifu.training.denoising import denoising
+from keifu.recipes.language import palm2
+from keifu.recipes.language.palm2 import LEARNING, PreparedMixture, Recipe, learn, prepare
+from keifu.training.objectives.language_modeling import span_corruption
+from keifu.training.setup import steps_within
 
-HIDDEN = {"a few words": Denoiser("[NLU]", 0.15, 3), "half of it": Denoiser("[NLG]", 0.5, 8)}
+HIDDEN = {"a few words": SpanCorruption("[NLU]", 0.15, 3), "half of it": SpanCorruption("[NLG]", 0.5, 8)}
 MODELS = {"causal": "plain", "ul2": "UL2"}
 
 
@@ -41,7 +49,7 @@ MODELS = {"causal": "plain", "ul2": "UL2"}
 class Measured:
     """What both models reached on one source, by model and task; left to right in bits a byte, hidden in nats."""
 
-    source: Weighted
+    source: WeightedSource
     figures: dict[str, dict[str, float]]
 
 
@@ -58,7 +66,7 @@ def recipe_of(options: argparse.Namespace, objective: str, steps: int) -> Recipe
     return Recipe(options.mixture, objective, vocab_size=options.vocab, model=model, training=training)
 
 
-def steps_for(options: argparse.Namespace, found: Prepared) -> int:
+def steps_for(options: argparse.Namespace, found: PreparedMixture) -> int:
     """The steps that were asked for, or that the plain model makes in the time."""
     if options.steps:
         return options.steps
@@ -67,19 +75,22 @@ def steps_for(options: argparse.Namespace, found: Prepared) -> int:
     model = palm.build(replace(recipe.model, vocab_size=found.tokenizer.vocab_size)).train()
     task, _ = palm2.task_of(recipe, found.tokenizer)
     data = MixedText(found.sources, task, options.context, options.batch, options.seed)
-    return steps_within(options.minutes, model, denoising, data, recipe.training, data.batch(0))
+    return steps_within(options.minutes, model, span_corruption, data, recipe.training, data.batch(0))
 
 
-def tasks(objective: str, markers: Markers, context: int) -> dict[str, Task]:
+def tasks(objective: str, markers: Markers, context: int) -> dict[str, CorruptionTask]:
     """The same tokens to predict for both models, each in the form that it knows."""
     if objective == "causal":
-        hidden = {name: Denoising([each], FromTheLeft(markers, context)) for name, each in HIDDEN.items()}
-        return {"left to right": LeftToRight(context - 1), **hidden}
-    hidden = {name: HiddenTokens(Denoising([each], Decoder(markers, context))) for name, each in HIDDEN.items()}
-    return {"left to right": LeftToRight(context, markers.modes[SEQUENTIAL]), **hidden}
+        hidden = {name: SpanCorruptionBatches([each], CausalRows(markers, context)) for name, each in HIDDEN.items()}
+        return {"left to right": CausalBatches(context - 1), **hidden}
+    hidden = {
+        name: InfillingExamples(SpanCorruptionBatches([each], DecoderRows(markers, context)))
+        for name, each in HIDDEN.items()
+    }
+    return {"left to right": CausalBatches(context, markers.modes[SEQUENTIAL]), **hidden}
 
 
-def measure(models: dict[str, torch.nn.Module], found: Prepared, options: argparse.Namespace) -> list[Measured]:
+def measure(models: dict[str, torch.nn.Module], found: PreparedMixture, options: argparse.Namespace) -> list[Measured]:
     """Every source by both models on all tasks."""
     markers = Markers.of(found.tokenizer)
     one = partial(losses, context=options.context, rows=options.windows, batch_size=options.batch)
@@ -88,7 +99,7 @@ def measure(models: dict[str, torch.nn.Module], found: Prepared, options: argpar
         reached: dict[str, dict[str, float]] = {}
         counts = []
         for objective, model in models.items():
-            each: dict[str, Found] = one(model, source.shards, tasks(objective, markers, options.context))
+            each: dict[str, MixtureLosses] = one(model, source.shards, tasks(objective, markers, options.context))
             reached[objective] = {name: value.loss for name, value in each.items()}
             reached[objective]["left to right"] = source.shards.bits_per_byte(each["left to right"].loss)
             counts.append({name: value.tokens for name, value in each.items()})
@@ -146,7 +157,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--out", type=Path, help="keep the runs in this folder")
     options = parser.parse_args()
-    found = prepared(read_mixture(options.mixture), options.vocab)
+    found = prepare(read_mixture(options.mixture), options.vocab)
     steps, models = steps_for(options, found), {}
     with tempfile.TemporaryDirectory() as directory:
         for objective in MODELS:

@@ -19,11 +19,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
 from keifu import checkpoints
-from keifu.data.subjects import Subject
-from keifu.recipes import mlp
+from keifu.data.classification.toy import ToyDataset
+from keifu.recipes.neurons import mlp
 
 
-def ours(learned: Subject, hidden: tuple[int, ...], seed: int) -> tuple[float, float]:
+def ours(learned: ToyDataset, hidden: tuple[int, ...], seed: int) -> tuple[float, float]:
     """Held-out accuracy and seconds of one run."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -35,7 +35,7 @@ def ours(learned: Subject, hidden: tuple[int, ...], seed: int) -> tuple[float, f
     return mlp.accuracy(model, learned.held), seconds
 
 
-def theirs(learned: Subject, hidden: tuple[int, ...], seed: int) -> tuple[float, float]:
+def theirs(learned: ToyDataset, hidden: tuple[int, ...], seed: int) -> tuple[float, float]:
     """The same of scikit-learn's."""
     start = time.perf_counter()
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     hidden = tuple(options.hidden)
-    learned = mlp.learnable(mlp.Recipe("mnist"))
+    learned = mlp.check_learnable(mlp.Recipe("mnist"))
     runs = {"keifu": [], "scikit-learn": []}
     for seed in range(options.seeds):
         runs["keifu"].append(ours(learned, hidden, seed))

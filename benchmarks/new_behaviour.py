@@ -26,22 +26,22 @@ from _rounds import machine
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.checkpoints.adapters import WEIGHTS
-from keifu.data import conversations
-from keifu.data.readers import Conversation
-from keifu.evaluation.language_model import evaluate
-from keifu.evaluation.task import Asked
-from keifu.generation.generate import generate_batch
-from keifu.generation.sampling import Sampling
-from keifu.generation.sentences import sentences
+from keifu.checkpoints.lora.peft import WEIGHTS
+from keifu.data.catalogue.readers import Dialogue
+from keifu.data.chat import conversations
+from keifu.evaluation.registry import EvalRequest
+from keifu.evaluation.text.perplexity import evaluate
+from keifu.generation.text.generate import generate_batch
+from keifu.generation.text.sampling_params import SamplingParams
+from keifu.generation.text.translation import sentences
 from keifu.layers.lora import merge
-from keifu.recipes import sft
-from keifu.recipes._assistant import Lora
+from keifu.recipes.assistant import sft
+from keifu.recipes.assistant.common import Lora
 
 START, LONGEST = "In short: ", 80
 
 
-def changed(conversation: Conversation) -> Conversation | None:
+def changed(conversation: Dialogue) -> Dialogue | None:
     """The same question with a short answer; None where the first sentence is very short or long."""
     question, answer = conversation
     first = sentences(answer["content"])[0].strip()
@@ -56,10 +56,10 @@ def follows(answer: Any) -> bool:
     return text.startswith(START.strip()) and len(sentences(text)) == 1 and answer.finish_reason == "stop"
 
 
-def answers(model: Any, tokenizer: Any, questions: Sequence[Conversation]) -> list[Any]:
+def answers(model: Any, tokenizer: Any, questions: Sequence[Dialogue]) -> list[Any]:
     """The likeliest answer to each."""
     prompts = [tokenizer.render_chat(each[:1]) for each in questions]
-    return generate_batch(model, tokenizer, prompts, Sampling(temperature=0, seed=0, max_tokens=LONGEST), 20)
+    return generate_batch(model, tokenizer, prompts, SamplingParams(temperature=0, seed=0, max_tokens=LONGEST), 20)
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def logits(model: Any, rows: Tensor) -> Tensor:
     return model(rows).float()
 
 
-def report(options: argparse.Namespace, folder: Path, asked: dict[str, list[Conversation]]) -> None:
+def report(options: argparse.Namespace, folder: Path, asked: dict[str, list[Dialogue]]) -> None:
     """Both models beside each other."""
     print("| | " + " | ".join(f"follows, {name}" for name in asked) + f" | perplexity on {options.text} |")
     print(f"|---|{'---:|' * (len(asked) + 1)}", flush=True)
@@ -77,7 +77,7 @@ def report(options: argparse.Namespace, folder: Path, asked: dict[str, list[Conv
         merge(model)
         said = {kind: answers(model, tokenizer, questions) for kind, questions in asked.items()}
         with contextlib.redirect_stderr(io.StringIO()):
-            found = evaluate(model, tokenizer, Asked(on=options.text, limit=options.text_windows))
+            found = evaluate(model, tokenizer, EvalRequest(on=options.text, limit=options.text_windows))
         perplexities.append(found.figures["perplexity"])
         shares = " | ".join(f"{sum(map(follows, each))}/{len(each)}" for each in said.values())
         print(f"| {name} | {shares} | {perplexities[-1]:.2f} |", flush=True)
@@ -86,7 +86,7 @@ def report(options: argparse.Namespace, folder: Path, asked: dict[str, list[Conv
     print(f"\nPerplexity: {perplexities[1] / perplexities[0] - 1:+.2%}")
 
 
-def compared(options: argparse.Namespace, folder: Path, asked: Sequence[Conversation]) -> None:
+def compared(options: argparse.Namespace, folder: Path, asked: Sequence[Dialogue]) -> None:
     """Adapters beside the model, worked into it, and as PEFT has them."""
     model, tokenizer = checkpoints.load(folder / "run", torch.float32)
     rows = torch.tensor([tokenizer.render_chat(asked[0])])

@@ -28,15 +28,15 @@ from _rounds import interleaved, machine, table
 from _training import CPU, learned, ours, validation
 from torch import Tensor, nn
 
-from keifu.data.packed import PackedText
-from keifu.generation.decoding import step as decoding_step
-from keifu.layers.blocks import Parallel, PreNorm
-from keifu.layers.decoder import DecoderLM
+from keifu.data.text.packed import PackedText
+from keifu.generation.text.engine import step as decoding_step
 from keifu.layers.linear import JoinedLinear
+from keifu.layers.transformer.blocks import Parallel, PreNorm
+from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import palm
-from keifu.recipes._language import Task, Text, ready
-from keifu.training.objectives import causal
-from keifu.training.precision import resolve
+from keifu.recipes.language.common import Task, Text, prepare_text
+from keifu.training.hardware.precision import resolve_dtype
+from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.settings import Settings
 
 TOKENS = 16  # decoded in a round
@@ -92,9 +92,11 @@ def steps_timed(options: argparse.Namespace) -> str:
     """The table of a training step, in the type that the machine is quickest with."""
     config = config_of(options, options.wide, options.deep, 8192)
     rows = torch.randint(8192, (options.rows, options.context + 1))
-    dtype, contenders = resolve("auto", CPU), {}
+    dtype, contenders = resolve_dtype("auto", CPU), {}
     for kind in BLOCKS:
-        contenders[kind] = ours(built(config, kind), causal, lambda step: {"tokens": rows}, dtype, False, [])
+        contenders[kind] = ours(
+            built(config, kind), causal_language_modeling, lambda step: {"tokens": rows}, dtype, False, []
+        )
     seconds = interleaved(contenders, options.rounds)
     size = sum(p.numel() for p in built(config).parameters()) / 1e6
     head = f"A training step: {size:.0f} M parameters, {options.rows} rows of {options.context} tokens, {dtype}\n\n"
@@ -130,7 +132,7 @@ def stepping(model: DecoderLM, length: int, batch: int) -> tuple[Callable[[], No
 @torch.inference_mode()
 def decoded(length: int, batch: int, options: argparse.Namespace) -> Decoding:
     """All kinds of attention behind so many tokens."""
-    heads, dtype = options.wide // 64, resolve("auto", CPU)
+    heads, dtype = options.wide // 64, resolve_dtype("auto", CPU)
     kinds = {f"{heads} heads": heads, f"{max(1, heads // 4)} heads": max(1, heads // 4), "1 head": 1}
     work, megabytes = {}, {}
     for name, kv in kinds.items():
@@ -232,7 +234,7 @@ def learn(way: Way, task: Task, options: argparse.Namespace) -> tuple[str, dict[
 
 
 def learning(options: argparse.Namespace, picture: Path | None) -> None:
-    task = ready(Text(options.data, vocab_size=options.vocab_size))
+    task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
     usual = Settings(
         steps=options.steps, batch_size=options.rows, learning_rate=options.rate, warmup=options.steps // 10,
         final_ratio=0.1, seed=options.seed,

@@ -25,20 +25,20 @@ import torch
 from _rounds import machine
 
 from keifu import checkpoints
-from keifu.data import catalogue
-from keifu.data.form_tables import Examples, read_examples
-from keifu.data.forms import form_of
-from keifu.data.labelled import key
-from keifu.data.packed import PackedText
-from keifu.data.text import prepare_parts
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
-from keifu.evaluation.classification import Confusion
+from keifu.data.catalogue import catalogue
+from keifu.data.classification.input_formats import FormExamples, form_of, read_examples
+from keifu.data.classification.tables import key
+from keifu.data.text.packed import PackedText
+from keifu.data.text.token_shards import prepare_parts
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.evaluation.classification.metrics import Confusion
 from keifu.models import gpt1
-from keifu.recipes import gpt1 as writing
-from keifu.recipes import gpt1_finetune as telling
-from keifu.recipes._language import VALIDATION_TOKENS, Task, Text, pretrain
-from keifu.training.budget import steps_within
-from keifu.training.objectives import causal
+from keifu.recipes.classification import gpt1_finetune as telling
+from keifu.recipes.language import gpt1 as writing
+from keifu.recipes.language.common import VALIDATION_TOKENS, Task, Text, pretrain
+from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.setup import steps_within
 
 HELD_OUT, ALL = 1000, 9033
 VALIDATION = 0x400  # of 2^16 keys: one document in 64 is for the loss of pretraining
@@ -64,14 +64,14 @@ WAYS = {
 }
 
 
-def texts(names: list[str], held: Examples) -> Iterator[str]:
+def texts(names: list[str], held: FormExamples) -> Iterator[str]:
     """The catalogue's documents but for the held-out summaries, whatever their case and signs."""
     hidden = {key(row.texts[0]) for row in held.rows}
     for name in names:
         yield from (text for text in catalogue.documents(name) if key(text) not in hidden)
 
 
-def prepared(options: argparse.Namespace, held: Examples) -> Task:
+def prepared(options: argparse.Namespace, held: FormExamples) -> Task:
     """The text to pretrain on, its tokenizer, and its ids."""
     parts = {part for name in options.texts for part in (catalogue.entry(name).parts or (name,))}
     names = sorted(parts)
@@ -94,9 +94,9 @@ def pretrained(options: argparse.Namespace, task: Task, out: Path) -> None:
     config = replace(MODEL, vocab_size=task.tokenizer.vocab_size)
     data = PackedText(task.shards, config.context_length, 32, options.seeds[0], VALIDATION_TOKENS)
     torch.manual_seed(0)
-    trial = replace(writing.chosen(recipe, 10**7), steps=1000)
-    steps = steps_within(options.minutes, gpt1.build(config), causal, data, trial, data.batch(0))
-    settings = writing.chosen(replace(recipe, steps=steps), 0)
+    trial = replace(writing.choose_settings(recipe, 10**7), steps=1000)
+    steps = steps_within(options.minutes, gpt1.build(config), causal_language_modeling, data, trial, data.batch(0))
+    settings = writing.choose_settings(replace(recipe, steps=steps), 0)
     summary = pretrain("gpt1", task, gpt1.build, MODEL, settings, out, resume=False, start_over=True, prompt="The")
     seen = steps * 32 * config.context_length
     loss, bits = summary.figures["validation_loss"], summary.figures["bits_per_byte"]
@@ -118,7 +118,9 @@ def with_dropout(folder: Path, out: Path, tokenizer: Tokenizer | None = None) ->
     return str(out)
 
 
-def tuned(way: Way, base: str, training: Examples, held: Examples, seed: int, options: argparse.Namespace) -> Confusion:
+def tuned(
+    way: Way, base: str, training: FormExamples, held: FormExamples, seed: int, options: argparse.Namespace
+) -> Confusion:
     """A run of the recipe; fewer labels are seen more often, for otherwise there would be few steps."""
     epochs = max(1, round(options.epochs * (ALL / len(training)) ** 0.4))
     recipe = telling.Recipe(
@@ -128,7 +130,7 @@ def tuned(way: Way, base: str, training: Examples, held: Examples, seed: int, op
     task = telling.ready(recipe, training, held)
     with tempfile.TemporaryDirectory() as directory:
         telling.learn(recipe, replace(task, held=replace(task.held, rows=[], targets=[])), Path(directory))
-    return telling.judged(task)
+    return telling.evaluate_examples(task)
 
 
 def draw(accuracies: dict[str, dict[int, float]], majority: float, path: Path) -> None:
@@ -179,7 +181,7 @@ def main() -> None:
         compare(options, bases, training, held)
 
 
-def compare(options: argparse.Namespace, bases: dict[bool, str], training: Examples, held: Examples) -> None:
+def compare(options: argparse.Namespace, bases: dict[bool, str], training: FormExamples, held: FormExamples) -> None:
     """Prints the table, and draws it."""
     print("| | labels | accuracy | macro F1 | seconds |\n|---|---:|---:|---:|---:|", flush=True)
     accuracies: dict[str, dict[int, float]] = {name: {} for name in options.only}

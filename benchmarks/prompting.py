@@ -17,10 +17,9 @@ import torch
 from _rounds import machine
 
 from keifu import checkpoints
-from keifu.evaluation.built_in import TASKS
-from keifu.evaluation.few_shot import evaluate
-from keifu.evaluation.prompts import SCORES
-from keifu.evaluation.task import Asked
+from keifu.evaluation.registry import EvalRequest
+from keifu.evaluation.text.few_shot import evaluate
+from keifu.evaluation.text.tasks import SCORES, TASKS
 
 SHOWN = ("topics", "2-digit-addition", "2-digit-subtraction", "2-digit-multiplication")
 Line = tuple[int, str, float, float, float]  # shots, scored by, accuracy and its interval
@@ -64,7 +63,7 @@ def main() -> None:
     found: dict[str, tuple[list[Line], dict[str, Any]]] = {}
     start = time.perf_counter()
     for name in options.only:
-        asked = Asked(name, limit=options.items, by_shots=tuple(options.shots), seed=options.seed)
+        asked = EvalRequest(name, limit=options.items, by_shots=tuple(options.shots), seed=options.seed)
         outcome = evaluate(model, tokenizer, asked)
         lines: list[Any] = list(outcome.tables["by shots"].rows)
         found[name] = lines, outcome.figures

@@ -20,10 +20,10 @@ from _rounds import machine
 from torch import Tensor
 
 from keifu.data.progress import counting
-from keifu.evaluation.picture_distances import kernel_distance
-from keifu.evaluation.picture_features import Extractor
-from keifu.generation.pictures import Drawing, draw
-from keifu.generation.sampler_table import SAMPLERS
+from keifu.evaluation.images.distances import kernel_distance
+from keifu.evaluation.images.features import Extractor
+from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images
+from keifu.generation.images.samplers import SAMPLERS
 
 ETAS = {"ddim, η = 1": ("ddim", 1.0)}  # rows beside the samplers' own
 
@@ -41,8 +41,8 @@ def drawn(model, sampler: str, eta: float, steps: int, count: int, batch_size: i
         for label in range(max(1, classes)):
             seeds = range(label, count, max(1, classes))
             for first in range(0, len(seeds), batch_size):
-                wanted = Drawing(sampler, steps, eta=eta, label=label if classes else None)
-                parts.append(draw(model, wanted, seeds[first : first + batch_size]))
+                wanted = ImageRequest(sampler, steps, eta=eta, label=label if classes else None)
+                parts.append(draw_images(model, wanted, seeds[first : first + batch_size]))
                 advance(sum(map(len, parts)))
     return torch.cat(parts)
 

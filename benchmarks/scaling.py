@@ -19,10 +19,10 @@ import torch
 from _rounds import machine
 from _training import learned, validation
 
-from keifu.data.packed import PackedText
+from keifu.data.text.packed import PackedText
 from keifu.models import llama
-from keifu.recipes import gpt
-from keifu.recipes._language import VALIDATION_TOKENS, Text, ready
+from keifu.recipes.language import gpt
+from keifu.recipes.language.common import VALIDATION_TOKENS, Text, prepare_text
 
 CONTEXT, ROWS = 256, 16
 
@@ -61,7 +61,7 @@ def fitted(sizes: np.ndarray, losses: np.ndarray, floor: bool) -> Law:
 
 def measured(depth: int, options: argparse.Namespace) -> tuple[int, float]:
     """Trains one size, prints its line, and gives its parameters and its loss."""
-    task = ready(Text(options.data, vocab_size=options.vocab_size))
+    task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
     config = gpt.model_config(depth, task.tokenizer.vocab_size, CONTEXT)
     size = gpt.parameters(config)
     wanted = options.tokens if options.ratio is None else options.ratio * size

@@ -20,17 +20,17 @@ import matplotlib.pyplot as plt
 import torch
 from _rounds import machine
 
-from keifu.data.packed import PackedText
+from keifu.data.text.packed import PackedText
 from keifu.models import palm
-from keifu.recipes._language import Task, Text, ready
-from keifu.training import metrics
+from keifu.recipes.language.common import Task, Text, prepare_text
 from keifu.training.loop import train
-from keifu.training.objectives import causal
+from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.optim.loss_spikes import SpikeSettings
 from keifu.training.protocols import Batch, Run
+from keifu.training.run import metrics
 from keifu.training.settings import Settings
-from keifu.training.spikes import Rewinding
 
-RULES = {"as they come": Rewinding(), "with the rule": Rewinding(rise=0.25), "no bad batches": Rewinding()}
+RULES = {"as they come": SpikeSettings(), "with the rule": SpikeSettings(rise=0.25), "no bad batches": SpikeSettings()}
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,20 @@ def run(name: str, task: Task, options: argparse.Namespace, out: Path) -> list[d
     model = palm.build(config)
     data = PackedText(task.shards, options.context, options.rows, options.seed, 50_000)
     bad = range(options.at, options.at + (options.bad if name != "no bad batches" else 0))
-    train(model, causal, Spoiled(data, bad, size), settings, Run(out / name.replace(" ", "-"), about={"title": name}))
+    train(
+        model,
+        causal_language_modeling,
+        Spoiled(data, bad, size),
+        settings,
+        Run(out / name.replace(" ", "-"), about={"title": name}),
+    )
     return metrics.read(out / name.replace(" ", "-"))
 
 
 def row(name: str, lines: list[dict[str, float]], at: int) -> str:
     """A line of the table."""
     steps = [line for line in lines if "loss" in line]
-    standing = [line for line in metrics.standing(lines) if "loss" in line]
+    standing = [line for line in metrics.last_metrics(lines) if "loss" in line]
     before = sum(line["loss"] for line in standing[at - 20 : at]) / 20
     worst = max(line["loss"] for line in steps if line["step"] > at)
     above = sum(line["loss"] > 1.05 * before for line in standing[at:])
@@ -94,7 +100,7 @@ def draw(runs: dict[str, list[dict[str, float]]], options: argparse.Namespace) -
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     axes.axvspan(options.at, options.at + options.bad, color="grey", alpha=0.3, label="random batches")
     for number, (name, lines) in enumerate(runs.items()):
-        standing = metrics.standing(lines)
+        standing = metrics.last_metrics(lines)
         kept = {id(line) for line in standing}
         undone = [line for line in lines if "loss" in line and id(line) not in kept]
         parts = [(standing, "-", name), (undone, ":", f"{name}: undone")]
@@ -126,7 +132,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--out", type=Path, help="keep the runs, with their reports, in this folder")
     options = parser.parse_args()
-    task = ready(Text(options.data, vocab_size=options.vocab_size))
+    task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
     with tempfile.TemporaryDirectory() as directory:
         runs = {name: run(name, task, options, options.out or Path(directory)) for name in RULES}
     tokens = options.rows * options.context

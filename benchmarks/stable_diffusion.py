@@ -29,15 +29,16 @@ import transformers
 from _rounds import interleaved, machine, table
 from torch import Tensor, nn
 
-from keifu.checkpoints.names import links
-from keifu.checkpoints.saving import published_tensors
-from keifu.data.clip_tokenizer import learn
-from keifu.data.tokenizer_core import Tokenizer
-from keifu.generation.pictures import Drawing
-from keifu.generation.text_to_picture import Painter
-from keifu.layers.packing import packed
-from keifu.models import autoencoder_kl, clip_text, conditioned_unet, latent_diffusion
-from keifu.training.peak import count_flops, matmul_peak
+from keifu.checkpoints.hf.weight_names import links
+from keifu.checkpoints.hf.write import published_tensors
+from keifu.data.tokenizers.bpe import learn
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
+from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.layers.unet.prepacked_conv import prepack
+from keifu.models.clip import text as clip_text
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
+from keifu.training.hardware.flops import count_flops, matmul_peak
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CPU, BASE, LAST, OWN = torch.device("cpu"), "diffusers", "diffusers, channels-last", "keifu"
@@ -102,7 +103,7 @@ def step(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.Name
     kind, timestep = next(own.parameters()).dtype, torch.tensor([500, 500])
     x, context = x.to(kind), context.to(kind)
     if row == OWN:
-        quick = packed(own)  # as a drawing has it
+        quick = prepack(own)  # as a drawing has it
         projected = quick.project(context)
         return lambda: quick(x, timestep, projected)
     theirs = peers(own)["unet"]
@@ -128,9 +129,9 @@ def picture(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.N
     config, tokenizer = own.config, tokens(own.config)
     side = options.side * config.factor
     if row != BASE:
-        painter = Painter(own, tokenizer)
+        painter = LatentDiffusionPipeline(own, tokenizer)
         sampler, count = ("plms", options.steps) if "plms" in row else ("dpm++-2m", options.few)
-        wanted = painter.resolved(Drawing(sampler, count, 0, text=TEXT, guidance=GUIDANCE, size=(side, side)))
+        wanted = painter.resolved(ImageRequest(sampler, count, 0, text=TEXT, guidance=GUIDANCE, size=(side, side)))
         return lambda: painter.draw(wanted, [0])
     words = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, pad_token="<|endoftext|>")
     words.model_max_length = config.context_length

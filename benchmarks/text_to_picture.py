@@ -31,18 +31,18 @@ from drawing import states
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.data.grid import grid
-from keifu.data.pictures import read_pictures, split
-from keifu.evaluation.clip_score import clip_scores, cosines, image
-from keifu.evaluation.picture_distances import kernel_distance, manifold
-from keifu.evaluation.picture_features import extractor
-from keifu.evaluation.shared_space import embed_pictures
-from keifu.generation.drawers import TextDrawer, text_drawer
-from keifu.generation.originals import original
-from keifu.generation.pictures import Drawing
-from keifu.models.unclip import Unclip
-from keifu.recipes.unclip import completed
-from keifu.training import metrics, state
+from keifu.data.images.dataset import read_images, split
+from keifu.data.images.grid import grid
+from keifu.evaluation.images.distances import kernel_distance, manifold
+from keifu.evaluation.images.features import extractor
+from keifu.evaluation.images.retrieval import embed_pictures
+from keifu.evaluation.images.text_to_image import clip_scores, cosines, image
+from keifu.generation.images.image_to_image import read_input_image
+from keifu.generation.images.pipeline import TextToImagePipeline, text_to_image_pipeline
+from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.models.unclip.unclip import Unclip
+from keifu.recipes.images.unclip import complete_config
+from keifu.training.run import checkpoint, metrics
 
 PROMPTS = (
     "red heart", "cat face", "full moon face", "green book", "sunflower", "police car", "strawberry", "ghost",
@@ -61,7 +61,7 @@ class Contestant:
     """A run that draws from text."""
 
     name: str
-    drawer: TextDrawer
+    drawer: TextToImagePipeline
     model: Any
     folder: Path
     size: int
@@ -80,7 +80,7 @@ class Contestant:
         """A picture of each text, whose seeds follow each other."""
         chosen = {"sampler": options.sampler, "steps": options.steps} if self.guided else {}
         towards = guidance if self.guided else 1.0
-        wanted = self.drawer.resolved(Drawing(seed=0, text="a", truncate=True, guidance=towards, **chosen))
+        wanted = self.drawer.resolved(ImageRequest(seed=0, text="a", truncate=True, guidance=towards, **chosen))
         made = []
         for first in range(0, len(texts), BATCH):
             part = texts[first : first + BATCH]
@@ -105,7 +105,7 @@ def contestant(given: str, dtype: torch.dtype) -> Contestant:
     name, _, folder = given.partition("=")
     model, tokenizer = checkpoints.load(folder, dtype)
     config: Any = model.config
-    return Contestant(name, text_drawer(model, tokenizer), model, Path(folder), config.size[0])
+    return Contestant(name, text_to_image_pipeline(model, tokenizer), model, Path(folder), config.size[0])
 
 
 def clip_features(towers: Any) -> Callable[[Tensor], Tensor]:
@@ -123,7 +123,7 @@ def distance(real: Tensor, others: Tensor) -> float:
 
 
 def ground(data: str, size: int, count: int, eyes: Eyes, language: str | None) -> Ground:
-    parts = split(read_pictures(data, size, 3))
+    parts = split(read_images(data, size, 3))
     held = [part for part in (parts.test,) if len(part) > 1]
     chosen = [part.spread(min(count // (1 + len(held)), len(part))) for part in (parts.train, *held)]
     captions = tuple(text for part in chosen for text in part.texts(language))
@@ -162,12 +162,14 @@ def variations(contestants: Sequence[Contestant], options: argparse.Namespace) -
     """Held-out pictures, a row for each, and what unCLIP draws of their embeddings."""
     rows, captions = [], []
     for each in (one for one in contestants if isinstance(one.model, Unclip)):
-        held = split(read_pictures(options.data, each.size, 3)).test.spread(VARIED)
+        held = split(read_images(options.data, each.size, 3)).test.spread(VARIED)
         with tempfile.TemporaryDirectory() as folder:
             for picture, caption in zip(held.take(slice(None)), held.texts(options.language), strict=True):
                 place = Path(folder) / "picture.png"
                 image(picture).save(place)
-                wanted = Drawing(options.sampler, options.steps, 0, init=original(place), guidance=options.guidance)
+                wanted = ImageRequest(
+                    options.sampler, options.steps, 0, init=read_input_image(place), guidance=options.guidance
+                )
                 drawn = each.drawer.draw(each.drawer.resolved(wanted), range(VARIATIONS))
                 rows.append(torch.cat([picture[None], drawn]))
                 captions += [caption, *[""] * VARIATIONS]
@@ -219,14 +221,14 @@ def over_time(
     print("\n| run | minutes | kernel distance x 1000 | CLIP score |\n|---|---:|---:|---:|")
     for each in contestants:
         on, points = grounds[each.size], []
-        learned = state.read(each.folder, state.steps(each.folder)[-1]).tensors
+        learned = checkpoint.read(each.folder, checkpoint.steps(each.folder)[-1]).tensors
         for name, parameter in each.model.named_parameters():  # a state holds what its run trained, and no more
             parameter.requires_grad_(f"model.{name}" in learned)
         parts = [metrics.read(each.folder / part) for part in ("autoencoder", "dvae") if (each.folder / part).exists()]
         before = sum(max(line.get("seconds", 0.0) for line in lines) for lines in parts) / 60
         for _, minutes in states(each.folder, each.model, options.states):
             if isinstance(each.model, Unclip):
-                completed(each.model)
+                complete_config(each.model)
             drawn = each.draw(on.captions, options, options.guidance)
             far = distance(on.features[-1], see(drawn))
             score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())

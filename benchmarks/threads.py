@@ -20,12 +20,13 @@ import torch
 from _rounds import machine
 from _training import ours
 
-from keifu.generation.decoding import decode
-from keifu.layers.decoder import DecoderLM
-from keifu.models import ddpm, gpt2, llama, transformer
+from keifu.generation.text.engine import decode
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models import gpt2, llama, transformer
+from keifu.models.diffusion import ddpm
 from keifu.threads import follow_load
-from keifu.training.diffusion import DenoisingLoss, draws
-from keifu.training.objectives import causal, translation
+from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
+from keifu.training.objectives.language_modeling import causal_language_modeling, translation
 
 FOLLOWS = "keifu"
 SETTINGS: dict[str, dict[str, str]] = {
@@ -43,7 +44,9 @@ Work = tuple[Callable[[], object], int]  # what is done once, and how many units
 def language_model(config: gpt2.Config, rows: int, length: int) -> Work:
     """A training step of a GPT on random tokens."""
     batch = {"tokens": torch.randint(config.vocab_size, (rows, length + 1))}
-    return ours(gpt2.build(config).train(), causal, lambda step: batch, torch.float32, False, []), rows * length
+    return ours(
+        gpt2.build(config).train(), causal_language_modeling, lambda step: batch, torch.float32, False, []
+    ), rows * length
 
 
 def small_gpt() -> Work:
@@ -78,9 +81,9 @@ def decoding() -> Work:
 def unet() -> Work:
     """A training step of a small U-Net on 4 pictures of 16 pixels."""
     config = ddpm.Config(size=16, dim=32, multipliers=(1, 2), n_residual_blocks=1, dropout=0.0)
-    batch = {"pictures": torch.randn(4, 3, 16, 16).clamp(-1, 1), "draws": draws(0, 0, 4)}
+    batch = {"pictures": torch.randn(4, 3, 16, 16).clamp(-1, 1), "draws": draw_noise(0, 0, 4)}
     model = ddpm.build(config).train()
-    return ours(model, DenoisingLoss(config.noise), lambda step: batch, torch.float32, False, []), 4
+    return ours(model, DiffusionLoss(config.noise), lambda step: batch, torch.float32, False, []), 4
 
 
 WORKLOADS: dict[str, tuple[Callable[[], Work], str]] = {

@@ -27,18 +27,18 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 
 from keifu import checkpoints
-from keifu.data.labelled import Labelled, read, split
-from keifu.evaluation.classification import Confusion
-from keifu.evaluation.embedding import embed
+from keifu.data.classification.tables import LabelledTexts, read, split
+from keifu.evaluation.classification.embeddings import embed
+from keifu.evaluation.classification.metrics import Confusion
 from keifu.models import bert
-from keifu.recipes import classifier
-from keifu.recipes.classifier import SCRATCH, Recipe
+from keifu.recipes.classification import classifier
+from keifu.recipes.classification.classifier import SCRATCH, Recipe
 
 HELD_OUT = 1000
 ALL = 9033  # labels that are left to learn from
 STRENGTHS = {"logisticregression__C": [0.3, 1.0, 3.0, 10.0, 30.0]}
 SHAPE = bert.SIZES["all-minilm-l6-v2"]
-Way = Callable[[Labelled, Labelled, argparse.Namespace], Confusion]
+Way = Callable[[LabelledTexts, LabelledTexts, argparse.Namespace], Confusion]
 
 
 def judged(right: Sequence[str], given: Sequence[str]) -> Confusion:
@@ -55,20 +55,20 @@ def regression(steps: list[Any], inputs: Any, labels: Sequence[str]) -> Any:
     return search.fit(inputs, labels)
 
 
-def bag_of_words(training: Labelled, held: Labelled, options: argparse.Namespace) -> Confusion:
+def bag_of_words(training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace) -> Confusion:
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2, max_features=100_000)
     learned = regression([words], training.texts, training.labels)
     return judged(held.labels, learned.predict(held.texts).tolist())
 
 
-def frozen(training: Labelled, held: Labelled, options: argparse.Namespace) -> Confusion:
+def frozen(training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace) -> Confusion:
     model, tokenizer = checkpoints.load("minilm", torch.bfloat16 if options.bfloat16 else None)
     seen, asked = (embed(model, tokenizer, part.texts, cut=True).numpy() for part in (training, held))
     learned = regression([], seen, training.labels)
     return judged(held.labels, learned.predict(asked).tolist())
 
 
-def trained(training: Labelled, held: Labelled, options: argparse.Namespace, **choice: Any) -> Confusion:
+def trained(training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace, **choice: Any) -> Confusion:
     """A run of the recipe; fewer labels are seen more often, for otherwise there would be few steps."""
     epochs = max(1, round(options.epochs * (ALL / len(training)) ** 0.4))
     recipe = Recipe(cut=options.tokens, epochs=epochs, seed=options.seed, **choice)
@@ -80,11 +80,11 @@ def trained(training: Labelled, held: Labelled, options: argparse.Namespace, **c
     return judged(held.labels, [task.labels[number] for number in best])
 
 
-def from_scratch(training: Labelled, held: Labelled, options: argparse.Namespace) -> Confusion:
+def from_scratch(training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace) -> Confusion:
     return trained(training, held, options, model=SCRATCH, size=replace(SHAPE, context_length=options.tokens))
 
 
-def fine_tuned(training: Labelled, held: Labelled, options: argparse.Namespace) -> Confusion:
+def fine_tuned(training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace) -> Confusion:
     return trained(training, held, options, model="minilm", learning_rate=options.rate)
 
 

@@ -19,8 +19,8 @@ from _training import CPU, ours, peer
 
 from keifu import checkpoints
 from keifu.models import gpt2
-from keifu.training.objectives import causal
-from keifu.training.peak import count_flops, matmul_peak
+from keifu.training.hardware.flops import count_flops, matmul_peak
+from keifu.training.objectives.language_modeling import causal_language_modeling
 
 BATCH, LENGTH = 4, 256
 
@@ -45,7 +45,7 @@ def keifu(dtype: torch.dtype, compile: bool, losses: list[float]) -> Callable[[]
     with tempfile.TemporaryDirectory() as directory:
         theirs_model().save_pretrained(directory)
         model = checkpoints.load_model(directory).train()
-    return ours(model, causal, batch, dtype, compile, losses)
+    return ours(model, causal_language_modeling, batch, dtype, compile, losses)
 
 
 def theirs(dtype: torch.dtype, losses: list[float]) -> Callable[[], None]:
@@ -100,7 +100,7 @@ def main() -> None:
             )
     seconds = interleaved(dict(contenders), options.rounds)
     model = gpt2.build(gpt2.Config(dropout=0.0))
-    flops = count_flops(lambda: causal(model, {"tokens": tokens(0)}).total.backward())
+    flops = count_flops(lambda: causal_language_modeling(model, {"tokens": tokens(0)}).total.backward())
     peak = matmul_peak(CPU, dtype)
     notes = {
         name: f"{flops / statistics.median(own) / peak:.0%} of the peak, last loss {losses[name][-1]:.3f}"

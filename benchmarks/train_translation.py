@@ -22,8 +22,8 @@ from _training import CPU, ours, peer
 from torch import Tensor, nn
 
 from keifu import checkpoints
-from keifu.training.objectives import translation
-from keifu.training.peak import count_flops, matmul_peak
+from keifu.training.hardware.flops import count_flops, matmul_peak
+from keifu.training.objectives.language_modeling import translation
 from keifu.training.protocols import Batch
 
 ROWS, VOCABULARY, START, END, PAD = 128, 8000, 1, 2, 0
@@ -127,9 +127,7 @@ def main() -> None:
     contenders = {name: make(*size, dtype, losses[name]) for name, make in makers.items()}
     seconds = interleaved(contenders, options.rounds)
     model, rows = marian_model(*size), batch(0)
-    flops = count_flops(
-        lambda: model(rows["source"], decoder_input_ids=rows["target"][:, :-1]).logits.sum().backward()
-    )
+    flops = count_flops(lambda: model(rows["source"], decoder_input_ids=rows["target"][:, :-1]).logits.sum().backward())
     peak = matmul_peak(CPU, dtype)
     notes = {
         name: f"{flops / statistics.median(own) / peak:.0%} of the peak, last loss {losses[name][-1]:.3f}"

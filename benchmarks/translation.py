@@ -20,14 +20,12 @@ from _rounds import machine
 from safetensors.torch import load_file
 
 import keifu
-from keifu.data.pairs import read_pairs
-from keifu.data.splits import split
-from keifu.evaluation.attention import draw_maps, watched
-from keifu.evaluation.bleu import Scorer, language_of
-from keifu.evaluation.task import Asked
-from keifu.evaluation.translation import evaluate
-from keifu.generation.translation import translate
-from keifu.training.state import into_model
+from keifu.data.translation.pairs import read_pairs, split
+from keifu.evaluation.plots.attention_maps import draw_maps, record_attention
+from keifu.evaluation.registry import EvalRequest
+from keifu.evaluation.text.translation import Scorer, evaluate, language_of
+from keifu.generation.text.translation import translate
+from keifu.training.run.checkpoint import load_into_model
 
 Runs = list[tuple[str, Path]]
 
@@ -36,7 +34,7 @@ def by_length(runs: Runs, on: str, reverse: bool, limit: int | None, picture: Pa
     """Prints BLEU and chrF of each run, all and by the length of the source, and draws the latter."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for name, path in runs:
-        found = evaluate(*keifu.load(path), Asked(on, limit, reverse, by_length=True))
+        found = evaluate(*keifu.load(path), EvalRequest(on, limit, reverse, by_length=True))
         print(f"\n{name}: {found.figures}\n", flush=True)
         table = found.tables["by length"]
         print(f"| {' | '.join(table.columns)} |\n|{'---|' * len(table.columns)}")
@@ -62,7 +60,7 @@ def over_time(runs: Runs, on: str, reverse: bool, n: int, most: int, picture: Pa
         curve = []
         for minutes, tensors in states(path, most):
             with torch.no_grad():
-                into_model(model, tensors)
+                load_into_model(model, tensors)
             scores = scorer(translate(model, tokenizer, sources, beam=1), references)
             curve.append((minutes, scores.chrf))
             print(f"{name}: {minutes:.1f} min, BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}", flush=True)
@@ -101,7 +99,7 @@ def heads(path: Path, sentence: str, picture: Path) -> None:
     source = [*tokenizer.encode(sentence), config.end_id]
     written = translate(model, tokenizer, [sentence], beam=1)[0]
     target = [config.start_id, *tokenizer.encode(written)]
-    with torch.no_grad(), watched(model) as maps:
+    with torch.no_grad(), record_attention(model) as maps:
         model(torch.tensor([source]), torch.tensor([target]))
     cross = {name.replace("decoder.", "layer ").replace(".cross_attention", ""): each[0][0]
              for name, each in maps.items() if "cross_attention" in name}  # fmt: skip

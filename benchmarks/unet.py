@@ -16,13 +16,13 @@ from _training import CPU, ours, peer
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from keifu.checkpoints.names import links
-from keifu.checkpoints.saving import published_tensors
-from keifu.layers.noise import add_noise
-from keifu.layers.packing import packed
-from keifu.models import ddpm
-from keifu.training.diffusion import DenoisingLoss, draws
-from keifu.training.peak import count_flops, matmul_peak
+from keifu.checkpoints.hf.weight_names import links
+from keifu.checkpoints.hf.write import published_tensors
+from keifu.layers.diffusion.noise_schedule import add_noise
+from keifu.layers.unet.prepacked_conv import prepack
+from keifu.models.diffusion import ddpm
+from keifu.training.hardware.flops import count_flops, matmul_peak
+from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
 from keifu.training.protocols import Batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,7 +54,7 @@ def pictures(batch: int, seed: int = 0) -> Tensor:
 def forward(dtype: torch.dtype, batch: int, rounds: int) -> None:
     """The table of forward passes."""
     own, plain, last = (model.to(dtype).eval() for model in models())
-    fast = packed(own)
+    fast = prepack(own)
     x, timestep = pictures(batch).to(dtype), torch.arange(batch) * 1000 // batch
     contenders: dict[str, Callable[[], Tensor]] = {
         BASE: lambda: plain(x, timestep).sample,
@@ -72,10 +72,10 @@ def forward(dtype: torch.dtype, batch: int, rounds: int) -> None:
 def training(dtype: torch.dtype, batch: int, rounds: int) -> None:
     """The table of training steps."""
     own, plain, last = (model.train() for model in models())
-    objective, losses = DenoisingLoss(CONFIG.noise), {name: [] for name in (BASE, LAST, "keifu")}
+    objective, losses = DiffusionLoss(CONFIG.noise), {name: [] for name in (BASE, LAST, "keifu")}
 
     def given(step: int) -> Batch:
-        return {"pictures": pictures(batch, step), "draws": draws(0, step, batch)}
+        return {"pictures": pictures(batch, step), "draws": draw_noise(0, step, batch)}
 
     def loss(model: UNet2DModel, rows: Batch) -> Tensor:
         """The same loss, written out with torch's own noise: what it costs must not be keifu's."""

@@ -46,7 +46,7 @@ class File:
 
     @property
     def part(self) -> str:
-        """The part of keifu it belongs to: `keifu.data.text` to data, the package's own file to keifu."""
+        """The part of keifu it belongs to: `keifu.data.text.token_shards` to data, the package's own file to keifu."""
         return part_of(self.module)
 
 

@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from keifu import checkpoints, cli
-from keifu.commands import terminal
-from keifu.commands.conversation import Chat
-from keifu.data import conversations
-from keifu.data.chat import CHATML
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.commands.shared import terminal
+from keifu.commands.shared.conversation import Chat
+from keifu.data.chat import conversations
+from keifu.data.tokenizers.chat_template import CHATML
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.sampling import Sampling
+from keifu.generation.text.sampling_params import SamplingParams
 from keifu.models import llama
 
 FEW = ("--max-tokens", "6")
@@ -155,7 +156,7 @@ def typing(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(builtins, "input", read)
         echo: Any = Echo()
-        Chat(echo, Sampling(seed=7)).talk()
+        Chat(echo, SamplingParams(seed=7)).talk()
         assert next(rest, None) is None or lines[-1] == "unread"
         return echo
 

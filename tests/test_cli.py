@@ -14,10 +14,11 @@ import torch
 import tyro
 
 from keifu import __version__, cli
-from keifu.commands import completion, flags, tables
-from keifu.commands.failures import explain
-from keifu.commands.help_text import help_text
-from keifu.commands.recipe_files import recipe_module, recipe_names, recipe_options
+from keifu.commands import completion
+from keifu.commands.shared import flags, tables
+from keifu.commands.shared.errors import explain
+from keifu.commands.shared.help_text import help_text
+from keifu.commands.shared.recipe_files import recipe_module, recipe_names, recipe_options
 from keifu.commands.train import with_folder
 from keifu.errors import UserError
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from keifu import checkpoints, cli
-from keifu.commands.language import decoded, join_texts, text_from
-from keifu.data.tokenizers import train_tokenizer
+from keifu.commands.shared.inputs import decode_utf8, join_texts, text_from
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.models import llama, perceptron
 
@@ -144,9 +144,9 @@ def test_a_model_that_writes_nothing_says_so(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_bytes_that_are_no_text_are_named_by_their_line() -> None:
-    assert decoded(b"\xef\xbb\xbfa\r\n", "a.txt") == "a"
+    assert decode_utf8(b"\xef\xbb\xbfa\r\n", "a.txt") == "a"
     with pytest.raises(UserError, match=r"^a\.txt is not UTF-8 text: line 2 has the byte 0xff\.$"):
-        decoded(b"a\n\xff", "a.txt")
+        decode_utf8(b"a\n\xff", "a.txt")
 
 
 def test_no_text_in_a_terminal_says_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:

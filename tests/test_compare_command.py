@@ -9,10 +9,10 @@ import torch
 
 from keifu import checkpoints
 from keifu.cli import parse
-from keifu.data.preferences import read
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.chat.preferences import read_preferences
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.side_by_side import Tally, a_is_left, wilson
+from keifu.evaluation.pairwise import Tally, a_is_left, wilson
 from keifu.models import llama
 
 WORDS = ["one", "two", "three", "four", "five"]
@@ -67,7 +67,7 @@ def test_choices_are_kept_and_gone_on_with(
     lefts = ["A" if a_is_left(0, each["prompt"]) else "B" for each in made]
     rights = ["B" if left == "A" else "A" for left in lefts]
     assert [each["choice"] for each in made] == [lefts[0], rights[1], "even", "skipped", lefts[4]]
-    preferences = list(read(out / "preferences.jsonl"))
+    preferences = list(read_preferences(out / "preferences.jsonl"))
     assert len(preferences) == 3
     for each, judged in zip(preferences, (made[0], made[1], made[4]), strict=True):
         a, b = judged["answers"]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from keifu import cli, devices
-from keifu.commands import flags
-from keifu.commands.train import _has, recipes
+from keifu.commands.shared import flags
+from keifu.commands.shared.recipe_files import recipes
+from keifu.commands.train import _has
 from keifu.devices import Choice, choose, choosing
 from keifu.errors import UserError
 
@@ -79,6 +80,6 @@ def test_every_recipe_has_one_precision_and_one_compile() -> None:
 
 def test_the_command_lines_choice_reaches_the_recipe(tmp_path: Path, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr("keifu.recipes.dpo.run", lambda *given: seen.append(devices.chosen()))
+    monkeypatch.setattr("keifu.recipes.assistant.dpo.run", lambda *given: seen.append(devices.chosen()))
     cli.main(["train", "dpo", "--device", "cpu", "--precision", "bfloat16", "--compile", "--out", str(tmp_path)])
     assert seen == [Choice("cpu", "bfloat16", True)] and devices.chosen() == Choice()

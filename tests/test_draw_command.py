@@ -12,13 +12,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from keifu import checkpoints, cli
-from keifu.checkpoints import opening
-from keifu.commands import draw, drawn
-from keifu.generation.picture_record import read_record
-from keifu.generation.sampler_table import SAMPLERS
-from keifu.layers.noise import Noise
-from keifu.models import ddpm
-from keifu.training import precision
+from keifu.checkpoints import load
+from keifu.commands import draw
+from keifu.commands.shared import drawing as drawn
+from keifu.generation.images.png_metadata import read_record
+from keifu.generation.images.samplers import SAMPLERS
+from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.models.diffusion import ddpm
+from keifu.training.hardware import precision
 
 SMALL = ddpm.Config(
     size=8, channels=3, dim=8, multipliers=(1, 2), n_residual_blocks=1, attention=(1,), norm_groups=4, middle_groups=4,
@@ -98,7 +99,7 @@ def test_an_unknown_sampler_is_said_before_the_model_is_opened(capsys: pytest.Ca
 def test_a_model_is_opened_and_planned_once(model: str, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
     opened, made = [], []
-    for calls, module, name in ((opened, opening, "open_source"), (made, opening, "plan")):
+    for calls, module, name in ((opened, load, "open_source"), (made, load, "plan")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, real=real, calls=calls: [calls.append(args), real(*args)][1])
     run(capsys, model, "--steps", "1", "--seed", "5", "-o", "once.png")

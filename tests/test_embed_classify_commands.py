@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from keifu import checkpoints, cli
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import bert, llama
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "dogs", "ran", "far", "away"]

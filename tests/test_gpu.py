@@ -12,17 +12,28 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "trainin
 from test_on_another_device import CASES, CPU, DRAWERS, SMALL, gradients  # noqa: E402
 from training_toys import Sequences, objective, run, settings, toy  # noqa: E402
 
-from keifu import checkpoints, devices  # noqa: E402
-from keifu.data.tokenizers import Tokenizer, train_tokenizer  # noqa: E402
-from keifu.generation.generate import generate_batch  # noqa: E402
-from keifu.generation.pictures import Drawing, draw  # noqa: E402
-from keifu.generation.sampling import Sampling  # noqa: E402
-from keifu.layers.counted_random import normal, uniform  # noqa: E402
+from keifu import (
+    checkpoints,
+    devices,  # noqa: E402
+)
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
+from keifu.generation.images.pixel_diffusion import (
+    ImageRequest,
+    draw_images,  # noqa: E402
+)
+from keifu.generation.text.generate import generate_batch  # noqa: E402
+from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
+from keifu.layers.counter_rng import (
+    normal,
+    uniform,  # noqa: E402
+)
 from keifu.models import llama  # noqa: E402
-from keifu.training import cost, peak, state  # noqa: E402
+from keifu.training.hardware import cost, flops
 from keifu.training.loop import train  # noqa: E402
-from keifu.training.objectives import causal  # noqa: E402
-from keifu.training.optimisers import Optimisers  # noqa: E402
+from keifu.training.objectives.language_modeling import causal_language_modeling  # noqa: E402
+from keifu.training.optim.optimizers import Optimizers  # noqa: E402
+from keifu.training.run import checkpoint  # noqa: E402
 from keifu.training.settings import Settings  # noqa: E402
 
 GPU = devices.available()[0]
@@ -51,9 +62,9 @@ def test_a_run_learns_resumes_and_says_where_it_was(tmp_path: Path, precision: s
     for where in ("whole", "cut"):
         train(toy().to(GPU), objective, Sequences(), chosen, run(tmp_path / where))
     for step in (9, 12):
-        state.remove(tmp_path / "cut", step)
+        checkpoint.remove(tmp_path / "cut", step)
     train(toy().to(GPU), objective, Sequences(), chosen, run(tmp_path / "cut", resume=True))
-    one, other = (state.latest(tmp_path / where)[0].tensors for where in ("whole", "cut"))
+    one, other = (checkpoint.latest(tmp_path / where)[0].tensors for where in ("whole", "cut"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
     recipe = json.loads((tmp_path / "whole" / "recipe.json").read_text())
@@ -71,22 +82,25 @@ def test_texts_and_pictures_are_those_of_the_cpu(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = llama.build(llama.Config(**{**SMALL, "vocab_size": 261, "context_length": 48})).eval()
     tokenizer = Tokenizer(train_tokenizer("bpe", ["ab"], 260, special_tokens=["<|pad|>"]).backend, {})
-    wanted = [Sampling(max_tokens=9, temperature=0.8, top_p=0.9, seed=1), Sampling(max_tokens=5, temperature=0, seed=2)]
+    wanted = [
+        SamplingParams(max_tokens=9, temperature=0.8, top_p=0.9, seed=1),
+        SamplingParams(max_tokens=5, temperature=0, seed=2),
+    ]
     expected = generate_batch(model, tokenizer, [[5, 6, 7], [8]], wanted)
     checkpoints.save(model, tokenizer, tmp_path)
     there, _ = checkpoints.load(tmp_path, device=GPU)
     found = generate_batch(there, tokenizer, [[5, 6, 7], [8]], wanted)
     assert [text.tokens for text in found] == [text.tokens for text in expected]
     network = DRAWERS["ddpm"]().eval()
-    picture = draw(network, Drawing(steps=5), [1, 2])
-    assert (draw(network.to(GPU), Drawing(steps=5), [1, 2]).int() - picture.int()).abs().max() <= 2
+    picture = draw_images(network, ImageRequest(steps=5), [1, 2])
+    assert (draw_images(network.to(GPU), ImageRequest(steps=5), [1, 2]).int() - picture.int()).abs().max() <= 2
 
 
 @pytest.mark.skipif(not GPU.startswith("cuda"), reason="only CUDA counts the most memory that was taken")
 def test_the_memory_that_is_promised_is_that_which_is_taken() -> None:
     model = llama.build(llama.Config(1000, 256, 256, 512, 4, 4)).to(GPU)
-    optimisers, batch = Optimisers(model, Settings(steps=1)), {"tokens": torch.randint(0, 1000, (16, 257), device=GPU)}
-    probe = cost.Probe(model, causal, optimisers, torch.device(GPU), torch.bfloat16)
+    optimisers, batch = Optimizers(model, Settings(steps=1)), {"tokens": torch.randint(0, 1000, (16, 257), device=GPU)}
+    probe = cost.Probe(model, causal_language_modeling, optimisers, torch.device(GPU), torch.bfloat16)
     promised = cost.estimate(probe, batch, 16, "").total_bytes
     torch.cuda.reset_peak_memory_stats()
     probe.backward(batch)
@@ -95,4 +109,4 @@ def test_the_memory_that_is_promised_is_that_which_is_taken() -> None:
 
 
 def test_the_peak_is_known_or_measured() -> None:
-    assert 1e11 < peak.peak(torch.device(GPU), torch.float16) < 1e16
+    assert 1e11 < flops.peak(torch.device(GPU), torch.float16) < 1e16

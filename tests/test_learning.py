@@ -5,52 +5,30 @@ from dataclasses import replace
 import pytest
 import torch
 
-from keifu.data.images import signed
-from keifu.generation.pictures import Drawing, draw
-from keifu.generation.sampler_table import route
-from keifu.generation.seeds import Seeds
-from keifu.generation.text_to_picture import of_text
-from keifu.generation.token_pictures import real_tokens, say
+from keifu.data.images.io import to_signed
+from keifu.generation.images.autoregressive import real_tokens, sample_image_tokens
+from keifu.generation.images.latent_diffusion import text_denoiser
+from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise, draw_images
+from keifu.generation.images.samplers import plan_route
+from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.losses import LOSSES
-from keifu.layers.noise import Noise
-from keifu.models import (
-    autoencoder_kl,
-    bert,
-    clip,
-    clip_image,
-    clip_text,
-    conditioned_unet,
-    dalle,
-    ddpm,
-    discrete_vae,
-    gemma3,
-    gpt1,
-    gpt2,
-    gpt3,
-    latent_diffusion,
-    llama,
-    mlp,
-    palm,
-    perceptron,
-    qwen3,
-    seq2seq,
-    transformer,
-    unclip,
-    unclip_conditions,
-    unclip_decoder,
-    unclip_prior,
-)
-from keifu.training.autoencoding import KLAutoencoding
-from keifu.training.contrastive import contrastive
-from keifu.training.diffusion import DenoisingLoss, draws
-from keifu.training.embedding_diffusion import DecoderLoss, PriorLoss, UnclipLoss
-from keifu.training.masked import masked
-from keifu.training.objectives import causal, translation
-from keifu.training.optimisers import Optimisers
-from keifu.training.relaxed_codes import Ramp, SayingBoth, discrete_autoencoding
+from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, mlp, palm, perceptron, qwen3, seq2seq, transformer
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.models.dalle import dalle, discrete_vae
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, latent_diffusion
+from keifu.models.unclip import conditioning, unclip
+from keifu.models.unclip import decoder as unclip_decoder
+from keifu.models.unclip import prior as unclip_prior
+from keifu.training.objectives.autoencoders import AutoencoderKLLoss, Ramp, TextImageLoss, discrete_vae_loss
+from keifu.training.objectives.contrastive import contrastive_loss
+from keifu.training.objectives.diffusion import DiffusionLoss, TextDiffusionLoss, draw_noise
+from keifu.training.objectives.language_modeling import causal_language_modeling, masked_language_modeling, translation
+from keifu.training.objectives.unclip import DecoderLoss, PriorLoss, UnclipLoss
+from keifu.training.optim.optimizers import Optimizers
 from keifu.training.settings import Settings
-from keifu.training.step import Stepper
-from keifu.training.text_diffusion import TextDenoisingLoss
+from keifu.training.step import TrainStep
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 31, "context_length": 16, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
@@ -74,8 +52,10 @@ def test_a_language_model_learns_rows_by_heart(name, optimizer):
     torch.manual_seed(0)
     model = module.build(config).train()
     settings = Settings(steps=150, batch_size=8, optimizer=optimizer, learning_rate=1e-2, weight_decay=0.0)
-    optimisers = Optimisers(model, settings)
-    stepper = Stepper(model, causal, causal, optimisers, CPU, torch.float32, 8, 1.0, 0)
+    optimisers = Optimizers(model, settings)
+    stepper = TrainStep(
+        model, causal_language_modeling, causal_language_modeling, optimisers, CPU, torch.float32, 8, 1.0, 0
+    )
     batch = {"tokens": torch.randint(0, 31, (8, 13))}
     losses = []
     for step in range(settings.steps):
@@ -104,8 +84,8 @@ def test_an_encoder_decoder_learns_pairs_by_heart(name):
     torch.manual_seed(0)
     model = module.build(config).train()
     settings = Settings(steps=150, batch_size=8, learning_rate=1e-2, weight_decay=0.0)
-    optimisers = Optimisers(model, settings)
-    stepper = Stepper(model, translation, translation, optimisers, CPU, torch.float32, 8, 1.0, 0)
+    optimisers = Optimizers(model, settings)
+    stepper = TrainStep(model, translation, translation, optimisers, CPU, torch.float32, 8, 1.0, 0)
     lengths = torch.randint(2, 8, (2, 8, 1))
     masks = [torch.arange(7) < lengths[0], torch.arange(9) < lengths[1] + 2]
     batch = {"source": torch.randint(3, 31, (8, 7)), "target": torch.randint(3, 31, (8, 9))}
@@ -122,8 +102,10 @@ def test_bert_learns_masked_words_and_neighbours_by_heart():
     torch.manual_seed(0)
     model = bert.build(bert.Config(**SMALL, dropout=0.0)).train()
     settings = Settings(steps=150, batch_size=8, learning_rate=5e-3, weight_decay=0.0)
-    optimisers = Optimisers(model, settings)
-    stepper = Stepper(model, masked, masked, optimisers, CPU, torch.float32, 8, 1.0, 0)
+    optimisers = Optimizers(model, settings)
+    stepper = TrainStep(
+        model, masked_language_modeling, masked_language_modeling, optimisers, CPU, torch.float32, 8, 1.0, 0
+    )
     tokens, places = torch.randint(1, 31, (8, 13)), torch.stack([torch.randperm(13)[:3] for _ in range(8)])
     batch = {
         "tokens": tokens.scatter(1, places, 0), "targets": tokens.gather(1, places), "places": places,
@@ -161,20 +143,20 @@ def test_a_drawing_network_learns_two_pictures_by_heart(name):
     config = DRAWING[name]
     model = ddpm.build(config).train()
     settings = Settings(steps=250, batch_size=32, learning_rate=1e-2, warmup=20, weight_decay=0.0, final_ratio=0.0)
-    optimisers, loss = Optimisers(model, settings), DenoisingLoss(config.noise, label_dropout=0.1)
-    stepper = Stepper(model, loss, loss, optimisers, CPU, torch.float32, 32, 1.0, 0)
+    optimisers, loss = Optimizers(model, settings), DiffusionLoss(config.noise, label_dropout=0.1)
+    stepper = TrainStep(model, loss, loss, optimisers, CPU, torch.float32, 32, 1.0, 0)
     bars = torch.full((2, 1, 8, 8), -1.0)
     bars[0, 0, :, 3:5] = bars[1, 0, 3:5] = 1.0
     labels, losses = torch.arange(32) % 2, []
     for step in range(settings.steps):
-        batch = {"pictures": bars[labels], "labels": labels, "draws": draws(0, step, 32)}
+        batch = {"pictures": bars[labels], "labels": labels, "draws": draw_noise(0, step, 32)}
         batch = batch if config.n_classes else {name: batch[name] for name in ("pictures", "draws")}
         losses.append(stepper.gradient(step, batch, lambda: False).sums.means()["loss"])
         optimisers.step(step)
     assert losses[0] > 0.7 and sum(losses[-20:]) < 20 * 0.12
     model.eval()
     for label in range(2) if config.n_classes else [None]:
-        drawn = draw(model, Drawing(steps=20, label=label), range(4))
+        drawn = draw_images(model, ImageRequest(steps=20, label=label), range(4))
         apart = (drawn[:, None].float() / 127.5 - 1 - bars).abs().mean((2, 3, 4))
         assert (apart.min(1).values < 0.2).all()
         assert label is None or (apart.argmin(1) == label).all()
@@ -191,9 +173,9 @@ def test_clip_learns_pairs_by_heart(name):
     torch.manual_seed(0)
     text, image = clip_text.Config(31, 8, 32, 64, 1, 4, end_id=30, embedding_dim=16), TOWERS[name]
     model = clip.build(clip.Config(text, image)).train()
-    aim = contrastive(lambda pixels: pixels / 127.5 - 1)
-    optimisers = Optimisers(model, Settings(steps=60, batch_size=8, learning_rate=3e-3, weight_decay=0.0, warmup=5))
-    stepper = Stepper(model, aim, aim, optimisers, CPU, torch.float32, 8, 1.0, 0)
+    aim = contrastive_loss(lambda pixels: pixels / 127.5 - 1)
+    optimisers = Optimizers(model, Settings(steps=60, batch_size=8, learning_rate=3e-3, weight_decay=0.0, warmup=5))
+    stepper = TrainStep(model, aim, aim, optimisers, CPU, torch.float32, 8, 1.0, 0)
     tokens = torch.cat([torch.randint(0, 30, (8, 6)), torch.full((8, 1), 30)], 1)
     size = image.image_size
     batch = {"pictures": torch.randint(0, 256, (8, 3, size, size)).byte(), "tokens": tokens}
@@ -207,8 +189,8 @@ def test_clip_learns_pairs_by_heart(name):
 
 def learned(model, objective, settings, batch) -> list[float]:
     """The loss of each step; `batch` is told the step."""
-    optimisers = Optimisers(model, settings)
-    stepper = Stepper(model, objective, objective, optimisers, CPU, torch.float32, settings.batch_size, 1.0, 0)
+    optimisers = Optimizers(model, settings)
+    stepper = TrainStep(model, objective, objective, optimisers, CPU, torch.float32, settings.batch_size, 1.0, 0)
     losses = []
     for step in range(settings.steps):
         losses.append(stepper.gradient(step, batch(step), lambda: False).sums.means()["loss"])
@@ -235,19 +217,19 @@ def test_dalle_learns_two_pictures_and_their_texts_by_heart():
 
     def pictures(step: int) -> dict[str, torch.Tensor]:
         told = {name: torch.full((16,), ramp.at(step)) for name, ramp in ramps.items()}
-        return {"pictures": halves()[which], "draws": draws(0, step, 16), **told}
+        return {"pictures": halves()[which], "draws": draw_noise(0, step, 16), **told}
 
-    losses = learned(model.vae, discrete_autoencoding, settings, pictures)
-    again = model.vae(signed(halves()))
-    assert losses[-1] < losses[0] - 1 and (again - signed(halves())).abs().mean() < 0.1
-    codes, tokens = model.vae.encode(signed(halves())), torch.tensor([[1, 2, 9], [3, 9, 9]])
+    losses = learned(model.vae, discrete_vae_loss, settings, pictures)
+    again = model.vae(to_signed(halves()))
+    assert losses[-1] < losses[0] - 1 and (again - to_signed(halves())).abs().mean() < 0.1
+    codes, tokens = model.vae.encode(to_signed(halves())), torch.tensor([[1, 2, 9], [3, 9, 9]])
     real = real_tokens(tokens, 9)
     rows = {"tokens": tokens, "real": real, "codes": codes, "text_share": torch.full((2,), 2 / 5)}
     model.vae.requires_grad_(False)
     batch = {name: tensor[which] for name, tensor in rows.items()}
-    losses = learned(model, SayingBoth(), replace(settings, steps=60), lambda step: batch)
+    losses = learned(model, TextImageLoss(), replace(settings, steps=60), lambda step: batch)
     assert losses[0] > 1.5 and losses[-1] < 0.15
-    assert (say(model.eval(), tokens, real, [1, 2]) == codes).float().mean() > 0.95
+    assert (sample_image_tokens(model.eval(), tokens, real, [1, 2]) == codes).float().mean() > 0.95
 
 
 def test_latent_diffusion_learns_two_pictures_by_heart():
@@ -263,26 +245,26 @@ def test_latent_diffusion_learns_two_pictures_by_heart():
     settings = Settings(steps=60, batch_size=8, learning_rate=1e-2, warmup=10, weight_decay=0.0, final_ratio=0.0)
     which = torch.arange(8) % 2
     losses = learned(
-        model.autoencoder, KLAutoencoding(), settings,
-        lambda step: {"pictures": halves()[which], "draws": draws(0, step, 8)},
+        model.autoencoder, AutoencoderKLLoss(), settings,
+        lambda step: {"pictures": halves()[which], "draws": draw_noise(0, step, 8)},
     )  # fmt: skip
     assert losses[-1] < 0.4 < losses[0]
     model.autoencoder.requires_grad_(False)
     model.text.requires_grad_(False)
     with torch.no_grad():
-        latents = model.to_latents(signed(halves()))
+        latents = model.to_latents(to_signed(halves()))
     latents = latents / latents.std()
     tokens, empty = torch.tensor([[1, 2, 9], [3, 9, 9]]), torch.tensor([9, 9, 9])
-    loss = TextDenoisingLoss(noise, label_dropout=0.1, empty=empty)
+    loss = TextDiffusionLoss(noise, label_dropout=0.1, empty=empty)
     losses = learned(
         model, loss, replace(settings, steps=120),
-        lambda step: {"pictures": latents[which], "tokens": tokens[which], "draws": draws(0, step, 8)},
+        lambda step: {"pictures": latents[which], "tokens": tokens[which], "draws": draw_noise(0, step, 8)},
     )  # fmt: skip
     assert losses[0] > 0.7 and sum(losses[-20:]) < 20 * 0.3
-    network = of_text(model.eval(), tokens)
-    path = route(noise, "ddim", 20, None, False, 0.0)
+    network = text_denoiser(model.eval(), tokens)
+    path = plan_route(noise, "ddim", 20, None, False, 0.0)
     with torch.no_grad():
-        *_, last = path.walk(path.denoiser(network), torch.randn(2, 2, 4, 4), path.path, Seeds([1, 2]))
+        *_, last = path.walk(path.denoiser(network), torch.randn(2, 2, 4, 4), path.path, SeededNoise([1, 2]))
     apart = (last.x[:, None] - latents).abs().mean((2, 3, 4))
     assert apart.argmin(1).tolist() == [0, 1]
 
@@ -293,7 +275,7 @@ def test_unclip_learns_what_two_captions_mean_by_heart():
     torch.manual_seed(0)
     seen = Noise(schedule="cosine", steps=50, target="picture")
     config = unclip.Config(
-        clip_text.Config(31, 4, 8, 16, 1, 2, end_id=30, embedding_dim=8), unclip_conditions.Config(2, 8, 32, 8),
+        clip_text.Config(31, 4, 8, 16, 1, 2, end_id=30, embedding_dim=8), conditioning.Config(2, 8, 32, 8),
         unclip_decoder.Config(8, 1, 1, (8, 16), 1, (1,), (1,), 16, 8, norm_groups=4),
         unclip_prior.Config(4, 8, n_layers=1, n_heads=2, head_dim=8), None, None, None, None, seen, seen,
     )  # fmt: skip
@@ -306,10 +288,10 @@ def test_unclip_learns_what_two_captions_mean_by_heart():
     settings = Settings(steps=150, batch_size=16, learning_rate=1e-2, warmup=10, weight_decay=0.0, final_ratio=0.0)
     which = torch.arange(16) % 2
     batch = {"pictures": bars[which], "embeddings": points[which], "tokens": tokens[which], "real": real[which]}
-    losses = learned(model, aim, settings, lambda step: {**batch, "draws": draws(0, step, 16)})
+    losses = learned(model, aim, settings, lambda step: {**batch, "draws": draw_noise(0, step, 16)})
     assert losses[0] > 1 and sum(losses[-10:]) < 10 * 0.25
     model.eval()
-    random, way = Seeds([1, 2]), route(seen, "ddim", 10)
+    random, way = SeededNoise([1, 2]), plan_route(seen, "ddim", 10)
     with torch.no_grad():
         caption = model.encode_text(tokens, real)
         *_, last = way.walk(way.denoiser(lambda x, t: model.imagine(x, t, caption)), random(points), way.path, random)

@@ -17,59 +17,73 @@ sys.path.insert(0, str(Path(__file__).parent))
 import simulated_device  # noqa: E402
 from simulated_device import TwoDevices, device, simulated  # noqa: E402
 
-from keifu import checkpoints, devices  # noqa: E402
+from keifu import (
+    checkpoints,
+    devices,  # noqa: E402
+)
 from keifu.alignment.dpo import dpo  # noqa: E402
 from keifu.alignment.grpo import grpo  # noqa: E402
-from keifu.alignment.ppo import Rule, ppo  # noqa: E402
-from keifu.alignment.reward import ranking  # noqa: E402
-from keifu.data.tokenizers import Tokenizer, train_tokenizer  # noqa: E402
-from keifu.generation.generate import generate_batch  # noqa: E402
-from keifu.generation.pictures import Drawing, draw  # noqa: E402
-from keifu.generation.sampler_table import SAMPLERS  # noqa: E402
-from keifu.generation.sampling import Sampling  # noqa: E402
-from keifu.generation.translation import Translating, search  # noqa: E402
-from keifu.layers.counted_random import gumbel, normal, uniform  # noqa: E402
-from keifu.layers.noise import Noise  # noqa: E402
-from keifu.layers.positions import sinusoids  # noqa: E402
-from keifu.models import (  # noqa: E402
-    autoencoder_kl,
-    bert,
-    clip,
-    clip_image,
-    clip_text,
-    conditioned_unet,
-    dalle,
-    ddpm,
-    discrete_vae,
-    finetuned,
-    gpt1,
-    gpt2,
-    gpt3,
-    latent_diffusion,
-    llama,
-    mlp,
-    palm,
-    seq2seq,
-    transformer,
-    unclip,
-    unclip_conditions,
-    unclip_decoder,
-    unclip_prior,
+from keifu.alignment.ppo import (
+    PPOSettings,
+    ppo,  # noqa: E402
 )
-from keifu.recipes import mlp as mlp_recipe  # noqa: E402
-from keifu.training.autoencoding import KLAutoencoding  # noqa: E402
-from keifu.training.contrastive import contrastive  # noqa: E402
-from keifu.training.denoising import denoising  # noqa: E402
-from keifu.training.diffusion import DenoisingLoss, draws  # noqa: E402
-from keifu.training.embedding_diffusion import DecoderLoss, PriorLoss, UnclipLoss  # noqa: E402
-from keifu.training.finetuning import finetuning  # noqa: E402
-from keifu.training.masked import masked  # noqa: E402
-from keifu.training.objectives import causal, translation  # noqa: E402
-from keifu.training.optimisers import Optimisers  # noqa: E402
-from keifu.training.relaxed_codes import SayingBoth, discrete_autoencoding  # noqa: E402
+from keifu.alignment.reward_model import ranking_loss  # noqa: E402
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
+from keifu.generation.images.pixel_diffusion import (
+    ImageRequest,
+    draw_images,  # noqa: E402
+)
+from keifu.generation.images.samplers import SAMPLERS  # noqa: E402
+from keifu.generation.text.generate import generate_batch  # noqa: E402
+from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
+from keifu.generation.text.translation import (
+    TranslationParams,
+    search,  # noqa: E402
+)
+from keifu.layers.attention.positions import sinusoids  # noqa: E402
+from keifu.layers.counter_rng import (
+    gumbel,
+    normal,
+    uniform,  # noqa: E402
+)
+from keifu.layers.diffusion.noise_schedule import Noise  # noqa: E402
+from keifu.models import bert, gpt1, gpt2, gpt3, llama, mlp, palm, seq2seq, task_head, transformer
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.models.dalle import dalle, discrete_vae
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, latent_diffusion
+from keifu.models.unclip import conditioning, unclip
+from keifu.models.unclip import decoder as unclip_decoder
+from keifu.models.unclip import prior as unclip_prior
+from keifu.recipes.neurons import mlp as mlp_recipe  # noqa: E402
+from keifu.training.objectives.autoencoders import (
+    AutoencoderKLLoss,  # noqa: E402
+    TextImageLoss,
+    discrete_vae_loss,  # noqa: E402
+)
+from keifu.training.objectives.contrastive import contrastive_loss  # noqa: E402
+from keifu.training.objectives.diffusion import (
+    DiffusionLoss,
+    TextDiffusionLoss,  # noqa: E402
+    draw_noise,  # noqa: E402
+)
+from keifu.training.objectives.language_modeling import (
+    causal_language_modeling,
+    finetuning_loss,  # noqa: E402
+    masked_language_modeling,  # noqa: E402
+    span_corruption,  # noqa: E402
+    translation,  # noqa: E402
+)
+from keifu.training.objectives.unclip import (
+    DecoderLoss,
+    PriorLoss,
+    UnclipLoss,  # noqa: E402
+)
+from keifu.training.optim.optimizers import Optimizers  # noqa: E402
 from keifu.training.settings import Settings  # noqa: E402
-from keifu.training.step import Stepper  # noqa: E402
-from keifu.training.text_diffusion import TextDenoisingLoss  # noqa: E402
+from keifu.training.step import TrainStep  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 31, "context_length": 16, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4}
@@ -124,13 +138,13 @@ def answers() -> dict[str, Tensor]:
 
 def headed(form: str, labels: tuple[str, ...]) -> nn.Module:
     decoder = gpt1.build(gpt1.Config(**SMALL, dropout=0.0))
-    return finetuned.finetuned(decoder, finetuned.Config(decoder.config, form, labels, classifier_dropout=0.0))
+    return task_head.add_head(decoder, task_head.Config(decoder.config, form, labels, classifier_dropout=0.0))
 
 
 def bert_case():
     model = bert.build(bert.Config(**SMALL, dropout=0.0))
     places = torch.tensor([[0, 4], [3, 5], [1, 2]])
-    return model, masked, {
+    return model, masked_language_modeling, {
         "tokens": words(3, 9), "targets": words(3, 2), "places": places, "mask": torch.ones(3, 9, dtype=torch.bool),
         "segments": (torch.arange(9) > 6).long().expand(3, 9), "random_next": torch.tensor([0, 1, 1]),
         "word_weight": torch.full((3,), 4.5), "pair_weight": torch.full((3,), 9.0),
@@ -141,19 +155,19 @@ def clip_case(image):
     text = clip_text.Config(31, 8, 16, 24, 1, 2, end_id=30, embedding_dim=8)
     tokens = torch.cat([torch.randint(0, 30, (3, 5)), torch.full((3, 1), 30)], 1)
     batch = {"pictures": pictures(3, 3, image.image_size, image.image_size), "tokens": tokens}
-    return clip.build(clip.Config(text, image)), contrastive(lambda pixels: pixels / 127.5 - 1), batch
+    return clip.build(clip.Config(text, image)), contrastive_loss(lambda pixels: pixels / 127.5 - 1), batch
 
 
 def ddpm_case(name: str):
     model = DRAWERS[name]()
-    batch = {"pictures": pictures(3, 1, 8, 8), "labels": torch.tensor([0, 1, -1]), "draws": draws(0, 1, 3)}
-    return model, DenoisingLoss(model.noise, "min_snr" if name == "ddpm" else "simple", None, 0.1), batch
+    batch = {"pictures": pictures(3, 1, 8, 8), "labels": torch.tensor([0, 1, -1]), "draws": draw_noise(0, 1, 3)}
+    return model, DiffusionLoss(model.noise, "min_snr" if name == "ddpm" else "simple", None, 0.1), batch
 
 
 def vae_case():
     model = discrete_vae.build(discrete_vae.Config(8, 1, 8, (8, 8), 1, 8))
     ramps = {"temperature": torch.full((3,), 0.5), "kl_weight": torch.full((3,), 0.1)}
-    return model, discrete_autoencoding, {"pictures": pictures(3, 1, 8, 8), "draws": draws(0, 1, 3), **ramps}
+    return model, discrete_vae_loss, {"pictures": pictures(3, 1, 8, 8), "draws": draw_noise(0, 1, 3), **ramps}
 
 
 def dalle_case():
@@ -162,7 +176,7 @@ def dalle_case():
     model.vae.requires_grad_(False)
     real = torch.tensor([[True, True, False], [True, True, True]])
     codes = model.to_codes(torch.rand(2, 1, 8, 8) * 2 - 1)
-    return model, SayingBoth(), {"tokens": words(2, 3), "real": real, "codes": codes, "text_share": torch.ones(2)}
+    return model, TextImageLoss(), {"tokens": words(2, 3), "real": real, "codes": codes, "text_share": torch.ones(2)}
 
 
 def latent_model() -> nn.Module:
@@ -176,18 +190,22 @@ def latent_model() -> nn.Module:
 def latent_case():
     model = latent_model()
     model.autoencoder.requires_grad_(False)
-    loss = TextDenoisingLoss(model.noise, label_dropout=0.5, empty=torch.tensor([9, 9, 9]))
-    return model, loss, {"pictures": torch.randn(3, 2, 4, 4), "tokens": words(3, 3), "draws": draws(0, 1, 3)}
+    loss = TextDiffusionLoss(model.noise, label_dropout=0.5, empty=torch.tensor([9, 9, 9]))
+    return model, loss, {"pictures": torch.randn(3, 2, 4, 4), "tokens": words(3, 3), "draws": draw_noise(0, 1, 3)}
 
 
 def autoencoder_case():
-    return latent_model().autoencoder, KLAutoencoding(), {"pictures": pictures(3, 1, 8, 8), "draws": draws(0, 1, 3)}
+    return (
+        latent_model().autoencoder,
+        AutoencoderKLLoss(),
+        {"pictures": pictures(3, 1, 8, 8), "draws": draw_noise(0, 1, 3)},
+    )
 
 
 def unclip_case():
     seen = Noise(schedule="cosine", steps=50, target="picture")
     config = unclip.Config(
-        clip_text.Config(31, 4, 8, 16, 1, 2, end_id=30, embedding_dim=8), unclip_conditions.Config(2, 8, 32, 8),
+        clip_text.Config(31, 4, 8, 16, 1, 2, end_id=30, embedding_dim=8), conditioning.Config(2, 8, 32, 8),
         unclip_decoder.Config(8, 1, 1, (8, 16), 1, (1,), (1,), 16, 8, norm_groups=4),
         unclip_prior.Config(4, 8, n_layers=1, n_heads=2, head_dim=8), None, None, None, None, seen, seen,
     )  # fmt: skip
@@ -195,7 +213,7 @@ def unclip_case():
     batch = {"pictures": pictures(2, 1, 8, 8), "embeddings": torch.randn(2, 8), "tokens": tokens, "real": real}
     none = torch.tensor([[30] * 4]), torch.tensor([[True, False, False, False]])
     aim = UnclipLoss(PriorLoss(seen), DecoderLoss(seen), None, (8, 8), 8, none, 0.3, 0.3, 0.3)
-    return unclip.build(config), aim, batch | {"draws": draws(0, 1, 2)}
+    return unclip.build(config), aim, batch | {"draws": draw_noise(0, 1, 2)}
 
 
 def dpo_case():
@@ -208,18 +226,18 @@ def ppo_case():
     model = nn.Module()
     model.policy, model.value = WRITERS["gpt2"](), headed("score", ("reward",))
     batch = answers() | {"advantage": torch.randn(3, 9), "text": words(3, 1, 6)}
-    return model, ppo(Rule()), batch
+    return model, ppo(PPOSettings()), batch
 
 
 def ranking_case():
     tokens, levels = words(2, 3, 7), torch.tensor([[1.0, 2.0, 0.0], [0.0, torch.nan, 1.0]])
-    return headed("score", ("reward",)), ranking, {"tokens": tokens, "mask": tokens > 5, "levels": levels}
+    return headed("score", ("reward",)), ranking_loss, {"tokens": tokens, "mask": tokens > 5, "levels": levels}
 
 
 def finetuning_case(form: str, labels: tuple[str, ...], sequences: int):
     tokens, real = words(3, sequences, 7), torch.arange(7) < torch.tensor([[[5]], [[7]], [[2]]])
     batch = {"tokens": tokens, "mask": real.expand(3, sequences, 7), "targets": torch.tensor([0, 1, 1])}
-    return headed(form, labels), finetuning, batch
+    return headed(form, labels), finetuning_loss, batch
 
 
 def mlp_case():
@@ -228,10 +246,10 @@ def mlp_case():
 
 
 CASES = {
-    **{name: lambda name=name: (WRITERS[name](), causal, {"tokens": words(3, 9)}) for name in WRITERS},
+    **{name: lambda name=name: (WRITERS[name](), causal_language_modeling, {"tokens": words(3, 9)}) for name in WRITERS},
     **{name: lambda name=name: (TRANSLATORS[name](), translation, sides()) for name in TRANSLATORS},
     **{name: lambda name=name: ddpm_case(name) for name in DRAWERS},
-    "denoising": lambda: (WRITERS["palm"](), denoising, {"tokens": words(3, 9), "mask": torch.rand(3, 9) < 0.5}),
+    "denoising": lambda: (WRITERS["palm"](), span_corruption, {"tokens": words(3, 9), "mask": torch.rand(3, 9) < 0.5}),
     "bert": bert_case,
     "clip": lambda: clip_case(clip_image.Config(16, 4, 3, 16, 24, 1, 2, embedding_dim=8)),
     "clip-resnet": lambda: clip_case(clip_image.ResNetConfig(64, 4, (1, 1, 1, 1), 2, 8)),
@@ -252,8 +270,8 @@ CASES = {
 
 def gradients(model: nn.Module, objective, batch: dict[str, Tensor], place: torch.device) -> tuple[dict, dict]:
     """Means and gradients of a step, computed in two parts, and of a validation."""
-    optimisers = Optimisers(model, Settings(steps=1, batch_size=3))
-    stepper = Stepper(model, objective, objective, optimisers, place, torch.float32, 2, 1.0, 0)
+    optimisers = Optimizers(model, Settings(steps=1, batch_size=3))
+    stepper = TrainStep(model, objective, objective, optimisers, place, torch.float32, 2, 1.0, 0)
     batch = {name: tensor.to(place) for name, tensor in batch.items()}
     found = stepper.gradient(0, batch, lambda: False)
     named = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
@@ -299,9 +317,9 @@ def tokenizer() -> Tokenizer:
 
 
 ALL_AT_ONCE = [
-    Sampling(max_tokens=9, temperature=0, seed=1, log_probabilities=True),
-    Sampling(max_tokens=12, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=2),
-    Sampling(max_tokens=5, presence_penalty=0.4, frequency_penalty=0.3, seed=3, log_probabilities=True),
+    SamplingParams(max_tokens=9, temperature=0, seed=1, log_probabilities=True),
+    SamplingParams(max_tokens=12, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=2),
+    SamplingParams(max_tokens=5, presence_penalty=0.4, frequency_penalty=0.3, seed=3, log_probabilities=True),
 ]
 
 
@@ -326,7 +344,9 @@ def test_a_step_of_decoding_waits_for_the_device_once(tokenizer: Tokenizer) -> N
         model = model.to(device())
         for length in (4, 9):
             reads.clear()
-            generate_batch(model, tokenizer, [[5, 6], [7, 8, 9]], Sampling(max_tokens=length, temperature=0.8, seed=1))
+            generate_batch(
+                model, tokenizer, [[5, 6], [7, 8, 9]], SamplingParams(max_tokens=length, temperature=0.8, seed=1)
+            )
             counts.append(sum(reads.values()))
     assert counts[1] - counts[0] == 5
 
@@ -355,9 +375,9 @@ def test_the_same_numbers_are_drawn_on_a_device_without_float64(tokenizer: Token
 def test_beams_there_are_those_of_the_cpu(name: str) -> None:
     torch.manual_seed(0)
     model, sources = TRANSLATORS[name]().eval(), [[3, 4, 5, 6], [7], [8, 9]]
-    expected = search(model, sources, Translating(beam=3))
+    expected = search(model, sources, TranslationParams(beam=3))
     with simulated():
-        found = search(model.to(device()), sources, Translating(beam=3))
+        found = search(model.to(device()), sources, TranslationParams(beam=3))
     assert [each.tokens for each in found] == [each.tokens for each in expected]
 
 
@@ -365,10 +385,10 @@ def test_beams_there_are_those_of_the_cpu(name: str) -> None:
 def test_pictures_drawn_there_are_those_of_the_cpu(sampler: str) -> None:
     torch.manual_seed(0)
     model = DRAWERS["ddpm"]().eval()
-    wanted = Drawing(steps=None if sampler == "ddpm" else 4, sampler=sampler)
-    expected = draw(model, wanted, [1, 2])
+    wanted = ImageRequest(steps=None if sampler == "ddpm" else 4, sampler=sampler)
+    expected = draw_images(model, wanted, [1, 2])
     with simulated():
-        found = draw(model.to(device()), wanted, [1, 2])
+        found = draw_images(model.to(device()), wanted, [1, 2])
     assert found.device == CPU and (found.int() - expected.int()).abs().max() <= 1
 
 
@@ -393,4 +413,3 @@ def test_an_operation_on_two_devices_is_refused() -> None:
         with pytest.raises(TwoDevices):
             torch.ones(3, device=device()) + torch.ones(3)
         assert float(torch.ones(3, device=device()).sum() + torch.tensor(1.0)) == 4.0
-

@@ -11,8 +11,8 @@ from typing import get_type_hints
 import pytest
 
 from keifu.cli import VERBS
-from keifu.commands.train import recipes
-from keifu.recipes._options import _dataclass, _option
+from keifu.commands.shared.recipe_files import recipes
+from keifu.recipes.options import _dataclass, _option
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src/keifu"
@@ -20,8 +20,8 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z]")
 OF_TRAINING = {"--out", "--resume", "--replace", "--help", "--device"}
 BELOW = ("data", "layers", "models", "training")
 OTHERS = {"--version"}  # of keifu itself
-ELSEWHERE = {"data/archives.py", "checkpoints/gguf_source.py"}  # they name options of pip and of llama.cpp's tools
-WRITTEN_OF = {"commands/flags.py", "commands/train.py"}  # they speak of options as such
+ELSEWHERE = {"data/catalogue/download.py", "checkpoints/gguf/read.py"}  # they name options of pip and of llama.cpp's tools
+WRITTEN_OF = {"commands/shared/flags.py", "commands/train.py"}  # they speak of options as such
 
 
 def names(kind: type, prefix: str = "") -> set[str]:

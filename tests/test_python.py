@@ -14,11 +14,11 @@ from torch import nn
 import keifu
 from keifu.data.own_batches import OwnBatches
 from keifu.errors import UserError
-from keifu.training.interrupt import Stopped
+from keifu.training.signals import Interrupted
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
-EXAMPLES = ["keifu", "keifu.recipes._own", "keifu.checkpoints.own_module", "keifu.checkpoints.opening",
-            "keifu.checkpoints.saving", "keifu.generation.generate", "keifu.data.own_batches"]  # fmt: skip
+EXAMPLES = ["keifu", "keifu.recipes.own", "keifu.checkpoints.own_module", "keifu.checkpoints.load",
+            "keifu.checkpoints.hf.write", "keifu.generation.text.generate", "keifu.data.own_batches"]  # fmt: skip
 X = torch.linspace(-1, 1, 60).unsqueeze(-1)
 DATA = {"x": X, "y": X**2}
 
@@ -67,7 +67,7 @@ def test_a_run_of_ones_own_goes_on_bit_for_bit(tmp_path: Path) -> None:
             signal.raise_signal(signal.SIGINT)  # Ctrl-C
         return loss(model, batch)
 
-    with pytest.raises(Stopped, match="To go on: the same call of keifu.train"):
+    with pytest.raises(Interrupted, match="To go on: the same call of keifu.train"):
         keifu.train(parted, stopping, DATA, settings(save_every=2), tmp_path / "parted")
     with pytest.raises(UserError, match=r"the same call of keifu.train with out=.*resume=True"):
         keifu.train(network(), loss, DATA, settings(save_every=2), tmp_path / "parted")

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from keifu.checkpoints import save
-from keifu.checkpoints.families import FAMILIES, MODELS, families_of
+from keifu.checkpoints.registry import FAMILIES, MODELS, families_of
 from keifu.commands.models import chosen
 from keifu.errors import UserError
 from keifu.layers.meta import on_meta
 from keifu.models import llama
-from keifu.models._sizes import count_sizes, published_sizes
+from keifu.models.sizes import count_sizes, published_sizes
 
 TINY = llama.Config(vocab_size=11, context_length=8, dim=8, hidden_dim=8, n_layers=1, n_heads=2)
 
@@ -43,18 +43,18 @@ def test_loading_imports_one_model_and_no_compiler(tmp_path: Path) -> None:
     save(llama.build(TINY), None, tmp_path)
     found = imported(f"from keifu import checkpoints\ncheckpoints.load_model({str(tmp_path)!r})")
     assert models_of(found) == {"llama"}
-    assert not {"torch._dynamo", "sympy", "gguf", "keifu.checkpoints.single_file"} & found
+    assert not {"torch._dynamo", "sympy", "gguf", "keifu.checkpoints.diffusers.single_file"} & found
 
 
 def test_the_table_of_sizes_is_what_the_models_have() -> None:
-    """Where it fails: `python -m keifu.models._sizes` counts again."""
+    """Where it fails: `python -m keifu.models.sizes` counts again."""
     assert count_sizes(MODELS) == published_sizes()
 
 
 def test_no_model_that_is_built_without_memory_imports_the_compiler() -> None:
     code = """
-from keifu.checkpoints.families import MODELS
-from keifu.models._sizes import count_sizes
+from keifu.checkpoints.registry import MODELS
+from keifu.models.sizes import count_sizes
 count_sizes(MODELS)"""
     assert not {"torch._dynamo", "sympy"} & imported(code)
 

@@ -9,8 +9,10 @@ import pytest
 
 from keifu import cli
 from keifu.errors import UserError
-from keifu.recipes import characters, mlp, perceptron
-from keifu.training import folder, metrics, state
+from keifu.recipes.language import characters
+from keifu.recipes.neurons import mlp, perceptron
+from keifu.training.run import checkpoint, metrics
+from keifu.training.run import directory as run_directory
 
 TABLE = "x,y,z,kind\n" + "".join(f"{n},{-n},{n % 3},{n % 2}\n" for n in range(20))
 WORDS = ("mlp", "--data", "rows.csv", "--hidden", "3")
@@ -35,7 +37,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def test_the_folder_names_the_recipe_and_every_option(out: Path) -> None:
-    record = folder.recorded(out)
+    record = run_directory.recorded(out)
     assert record["name"] == "mlp" and record["options"]["hidden"] == [3] and record["options"]["steps"] == 6
     assert record["options"].keys() >= {"activation", "dropout", "seed", "tensorboard"}
 
@@ -44,8 +46,8 @@ def test_the_folder_names_the_recipe_and_every_option(out: Path) -> None:
                                   "mlp --out={out} --resume", "--steps 9 --resume {out}"])  # fmt: skip
 def test_every_form_of_resume_takes_the_options_of_the_folder(out: Path, form: str) -> None:
     go(*form.format(out=out).split())
-    assert state.steps(out)[-1] == (9 if "--steps" in form else 6)
-    assert folder.read_recipe(out)["options"]["hidden"] == [3]
+    assert checkpoint.steps(out)[-1] == (9 if "--steps" in form else 6)
+    assert run_directory.read_recipe(out)["options"]["hidden"] == [3]
 
 
 def test_options_that_may_not_change_are_refused_by_name(out: Path) -> None:
@@ -60,24 +62,24 @@ def test_a_run_is_made_longer_and_shorter_and_stays_so(out: Path, capsys: pytest
     go("--resume", str(out), "--steps", "12")
     assert "from 6 to 12 steps" in capsys.readouterr().err
     go("--resume", str(out))
-    assert state.steps(out)[-1] == 12 and folder.recorded(out)["options"]["steps"] == 6
+    assert checkpoint.steps(out)[-1] == 12 and run_directory.recorded(out)["options"]["steps"] == 6
     with pytest.raises(UserError, match="12 steps are done, so the run cannot be made as short as 11"):
         go("--resume", str(out), "--steps", "11")
-    assert folder.recorded(out)["steps"] == 12  # a refusal changes nothing
+    assert run_directory.recorded(out)["steps"] == 12  # a refusal changes nothing
 
 
 def test_what_may_change_is_kept_unless_the_run_cannot_go_on_so(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> None:
         raise UserError("tensorboard is missing")
 
-    before = folder.read_recipe(out)
+    before = run_directory.read_recipe(out)
     monkeypatch.setattr(metrics, "sinks", missing)
     with pytest.raises(UserError, match="is missing"):
         go("--resume", str(out), "--tensorboard", "--steps", "9")
-    assert folder.read_recipe(out) == before
+    assert run_directory.read_recipe(out) == before
     monkeypatch.setattr(metrics, "sinks", lambda *_: [])
     go("--resume", str(out), "--tensorboard", "--steps", "9")
-    assert folder.recorded(out)["options"]["tensorboard"] and folder.recorded(out)["steps"] == 9
+    assert run_directory.recorded(out)["options"]["tensorboard"] and run_directory.recorded(out)["steps"] == 9
 
 
 def test_there_must_be_a_run(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_replace_starts_over_and_an_error_before_the_first_state_puts_the_old_ru
         go("mlp", "--data", "rows.csv", "--activation", "wrong", "--out", str(out), "--replace")
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     go(*WORDS, "--steps", "4", "--out", str(out), "--replace")
-    assert state.steps(out) == [4] and (out / "notes.txt").exists() and not (out / folder.BEFORE).exists()
+    assert checkpoint.steps(out) == [4] and (out / "notes.txt").exists() and not (out / run_directory.BEFORE).exists()
 
 
 def test_an_error_before_the_first_step_leaves_the_folder_free(tmp_path: Path) -> None:
@@ -124,7 +126,7 @@ def test_a_stop_before_the_first_step_says_how_to_go_on(tmp_path: Path, monkeypa
         with pytest.raises(KeyboardInterrupt, match=f"before a state was saved.*\nkeifu train --resume {tmp_path}"):
             go(*WORDS, "--steps", "6", "--out", str(tmp_path))
     go("--resume", str(tmp_path))
-    assert state.steps(tmp_path) == [6]
+    assert checkpoint.steps(tmp_path) == [6]
 
 
 def test_names_of_files_are_seen_from_where_the_run_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +134,7 @@ def test_names_of_files_are_seen_from_where_the_run_was_begun(tmp_path: Path, mo
     go("mlp", "--data", "rows.csv", "--steps", "4", "--out", "run")
     monkeypatch.chdir(tmp_path / "elsewhere")
     go("--resume", "../run", "--steps", "8")
-    assert state.steps(tmp_path / "run")[-1] == 8 and Path.cwd() == tmp_path / "elsewhere"
+    assert checkpoint.steps(tmp_path / "run")[-1] == 8 and Path.cwd() == tmp_path / "elsewhere"
 
 
 def test_a_run_without_a_loop_is_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +156,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_its_folder_says(out: Path, capsy
     go("mlp", "--data", "rows.csv", "--out", str(out), "--resume", "--steps", "8")
     said = capsys.readouterr().out
     assert "does not say these options" in said and "--data" in said and "--hidden" not in said
-    assert state.steps(out)[-1] == 8 and folder.recorded(out)["options"]["hidden"] == [3]
+    assert checkpoint.steps(out)[-1] == 8 and run_directory.recorded(out)["options"]["hidden"] == [3]
     go("--resume", str(out))  # from now on the folder says all
 
 

@@ -13,9 +13,10 @@ import torch
 
 from keifu import checkpoints, cli
 from keifu.commands import evaluate, translate
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation import generate
+from keifu.generation.text import generate
 from keifu.models import llama, perceptron, transformer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABCI.,?!"
@@ -86,7 +87,7 @@ def test_the_argument_a_file_and_a_pipe_give_the_same(
     texts.append(out(capsys, "translate", model))
     assert len(set(texts)) == 1 and texts[0].endswith("\n") and texts[0].count("\n") == 1
     loaded, letters = checkpoints.load(model)
-    from keifu.generation.translation import translate as function
+    from keifu.generation.text.translation import translate as function
 
     assert function(loaded, letters, ["a pen"]) == [texts[0].removesuffix("\n")]
 
@@ -176,11 +177,11 @@ def test_data_that_does_not_fit_names_what_does(model: str, writer: str, capsys:
 
 
 def test_the_languages_are_read_from_a_run(tmp_path: Path) -> None:
-    assert evaluate.trained(tmp_path) == {}
+    assert evaluate.training_facts(tmp_path) == {}
     (tmp_path / "recipe.json").write_text('{"languages": ["ja", "en"]}')
-    assert evaluate.trained(tmp_path) == {"languages": ("ja", "en")}
+    assert evaluate.training_facts(tmp_path) == {"languages": ("ja", "en")}
     (tmp_path / "recipe.json").write_text('{"title": "gpt"}')
-    assert evaluate.trained(tmp_path) == {}
+    assert evaluate.training_facts(tmp_path) == {}
 
 
 def test_every_task_offers_what_the_verb_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,4 +192,4 @@ def test_every_task_offers_what_the_verb_asks_for(monkeypatch: pytest.MonkeyPatc
         task = import_module(f"keifu.evaluation.{name}")
         assert known >= task.OPTIONS and task.ABOUT and task.names() and not task.accepts("no such thing")
     with pytest.raises(UserError, match="cannot be evaluated yet"):
-        evaluate.fitting(torch.nn.Linear(1, 1), "sotu")
+        evaluate.select_task(torch.nn.Linear(1, 1), "sotu")

@@ -6,7 +6,7 @@ import pytest
 
 from keifu import checkpoints
 from keifu.cli import main
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import llama
 
 

@@ -10,13 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keifu.checkpoints import load as load
-    from keifu.checkpoints import load_weights as load_weights
-    from keifu.checkpoints import save as save
-    from keifu.generation.generate import generate as generate
-    from keifu.recipes._own import train as train
-    from keifu.training.protocols import Outcome as Outcome
-    from keifu.training.settings import Settings as Settings
+    from keifu.checkpoints import load, load_weights, save
+    from keifu.generation.text.generate import generate
+    from keifu.recipes.own import train
+    from keifu.training.protocols import LossOutput as Outcome
+    from keifu.training.settings import Settings
 
 __version__ = "0.1.0"
 __all__ = ["Outcome", "Settings", "__version__", "generate", "load", "load_weights", "save", "train"]
@@ -25,8 +23,8 @@ _HOMES = {
     "load": "keifu.checkpoints",
     "load_weights": "keifu.checkpoints",
     "save": "keifu.checkpoints",
-    "generate": "keifu.generation.generate",
-    "train": "keifu.recipes._own",
+    "generate": "keifu.generation.text.generate",
+    "train": "keifu.recipes.own",
     "Outcome": "keifu.training.protocols",
     "Settings": "keifu.training.settings",
 }

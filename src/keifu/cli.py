@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 from importlib import import_module
 from typing import NoReturn
 
-from keifu.commands.verbs import VERBS
+from keifu.commands.shared.verbs import VERBS
 from keifu.errors import unknown
 from keifu.threads import follow_load
 
@@ -87,7 +87,7 @@ def _work(arguments: Sequence[str], quiet: bool, traceback: bool) -> None:
     except BrokenPipeError:
         raise
     except Exception as error:
-        from keifu.commands.failures import explain, fault
+        from keifu.commands.shared.errors import explain, fault
 
         if traceback:
             raise

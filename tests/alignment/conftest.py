@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from keifu import checkpoints
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import llama
 
 CONFIG: dict[str, Any] = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}

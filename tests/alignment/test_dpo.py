@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from keifu import checkpoints
 from keifu.alignment.dpo import dpo, losses, reference, sequence_log_probabilities
 from keifu.commands.train import parse
-from keifu.data.preferences import Ranked, read
+from keifu.data.chat.preferences import RankedResponses, read_preferences
 from keifu.errors import UserError
 from keifu.models import llama
-from keifu.recipes import dpo as recipe
-from keifu.training import metrics
+from keifu.recipes.assistant import dpo as recipe
+from keifu.training.run import metrics
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 CONFIG = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
@@ -78,7 +78,7 @@ def test_log_probabilities_and_gradient_are_those_of_all_logits() -> None:
 
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """"good" is preferred, whatever is asked."""
+    """ "good" is preferred, whatever is asked."""
     file = tmp_path_factory.mktemp("preferences") / "preferences.jsonl"
     words = ["one", "two", "three", "four", "five"]
     rows = [{"prompt": f"{a} {b}", "chosen": f"good {b}", "rejected": f"bad {b}"} for a in words for b in words]
@@ -116,7 +116,7 @@ def test_resumed_to_the_bit(base: Path, preferences: Path, tmp_path: Path) -> No
 
 def test_only_the_last_answer_is_learned(base: Path) -> None:
     _, tokenizer = recipe.opened(str(base), "own")
-    ranked = Ranked([*TALK, {"role": "user", "content": "two"}], ("one", "bad"), (1.0, 0.0))
+    ranked = RankedResponses([*TALK, {"role": "user", "content": "two"}], ("one", "bad"), (1.0, 0.0))
     ids, learned = recipe.answer(tokenizer, ranked, 0)
     told = [id for id, mine in zip(ids, learned, strict=True) if mine]
     assert tokenizer.decode(told, skip_special=False) == "one" + tokenizer.special["eos_token"]
@@ -135,7 +135,7 @@ FORMS = {
 def test_forms(form: str, tmp_path: Path) -> None:
     record, expected = FORMS[form]
     (tmp_path / "p.jsonl").write_text(json.dumps(record))
-    [found] = read(tmp_path / "p.jsonl")
+    [found] = read_preferences(tmp_path / "p.jsonl")
     assert found.prompt == TALK[:1]
     assert [(found.answers[better], found.answers[worse]) for better, worse in found.pairs()] == expected
 
@@ -155,7 +155,7 @@ def test_forms(form: str, tmp_path: Path) -> None:
 def test_faults(record: dict[str, object], said: str, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(json.dumps(record))
     with pytest.raises(UserError, match=said):
-        list(read(tmp_path / "p.jsonl"))
+        list(read_preferences(tmp_path / "p.jsonl"))
 
 
 @pytest.mark.parametrize(

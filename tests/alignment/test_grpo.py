@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from keifu.alignment.grpo import NORMAL, advantages, grpo, terms
-from keifu.alignment.scoring import reward, score
-from keifu.alignment.watching import Range, Watch
+from keifu.alignment.monitor import DivergenceMonitor, Range
+from keifu.alignment.rewards import reward, score
 from keifu.commands.train import parse
-from keifu.data.chain_sums import chain_sums
+from keifu.data.text.synthetic_math import chain_sums
 from keifu.errors import UserError
 from keifu.layers.lora import adapters
 from keifu.models import llama
-from keifu.recipes import grpo as recipe
-from keifu.recipes._assistant import Lora
-from keifu.training import metrics
+from keifu.recipes.assistant import grpo as recipe
+from keifu.recipes.assistant.common import Lora
+from keifu.training.run import metrics
 
 CONFIG = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
 
@@ -203,10 +203,10 @@ def test_a_constant_reward_is_warned_of_once(
 
 
 def test_a_warning_comes_each_time_that_a_figure_leaves_its_range() -> None:
-    watch, values = Watch(NORMAL), [0.1, 0.7, 0.8, 0.2, 0.9]
+    watch, values = DivergenceMonitor(NORMAL), [0.1, 0.7, 0.8, 0.2, 0.9]
     assert [len([*watch({"kl": value})]) for value in values] == [0, 1, 0, 0, 1]
-    assert "kl is 0.9, normal is 0 to 0.5" in [*Watch(NORMAL)({"kl": 0.9})][0]
-    long = Watch({"length": Range(0.5, 2.0, "look", relative=True)})
+    assert "kl is 0.9, normal is 0 to 0.5" in [*DivergenceMonitor(NORMAL)({"kl": 0.9})][0]
+    long = DivergenceMonitor({"length": Range(0.5, 2.0, "look", relative=True)})
     assert [len([*long({"length": value})]) for value in (7.0, 13.0, 15.0)] == [0, 0, 1]
     assert "length" in long.table({"length": 15.0}) and "normal 3.5 to 14  <- look" in long.table({"length": 15.0})
 

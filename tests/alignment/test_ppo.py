@@ -11,14 +11,14 @@ import torch
 
 from keifu import checkpoints
 from keifu.alignment import ppo
-from keifu.alignment.ppo import ActorCritic, Rule
+from keifu.alignment.ppo import ActorCritic, PPOSettings
 from keifu.commands.train import parse
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.models import finetuned, gpt2, llama
-from keifu.recipes import _rewarded
-from keifu.recipes import ppo as recipe
-from keifu.training import metrics
+from keifu.models import gpt2, llama, task_head
+from keifu.recipes.assistant import common
+from keifu.recipes.assistant import ppo as recipe
+from keifu.training.run import metrics
 
 CONFIG: dict[str, Any] = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
 
@@ -42,7 +42,7 @@ def test_rewards_and_advantages_are_those_of_numpy(discount: float, trace: float
     mask, beta = answers(9, 17), 0.1
     old, reference, values = (torch.randn(9, 17) for _ in range(3))
     scores = torch.randn(9)
-    rewards = ppo.penalised(scores, old, reference, mask, beta)
+    rewards = ppo.kl_penalized_rewards(scores, old, reference, mask, beta)
     found = ppo.advantages(rewards, values, mask, discount, trace)
     for row in range(9):
         places = [int(at) for at in mask[row].nonzero()]
@@ -57,7 +57,7 @@ def test_rewards_and_advantages_are_those_of_numpy(discount: float, trace: float
     assert not found[~mask].any() and not rewards[~mask].any()
     chosen = found[mask].double().numpy()
     normal = (chosen - chosen.mean()) / np.sqrt(chosen.var(ddof=1) + 1e-8)
-    np.testing.assert_allclose(ppo.whitened(found, mask)[mask].numpy(), normal, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ppo.whiten(found, mask)[mask].numpy(), normal, rtol=0, atol=1e-6)
     left = (found + values)[mask].numpy() - values[mask].numpy()
     explained = 1 - left.var() / (found + values)[mask].numpy().var()
     assert ppo.explained_variance(values, found + values, mask) == pytest.approx(explained, abs=1e-5)
@@ -74,7 +74,9 @@ def made_up(rows: int, length: int) -> dict[str, torch.Tensor]:
     return batch | {"text": torch.randint(0, 29, (rows, 2, 8))}
 
 
-def written_out(batch: dict[str, np.ndarray], logits: np.ndarray, values: np.ndarray, rule: Rule) -> tuple[float, ...]:
+def written_out(
+    batch: dict[str, np.ndarray], logits: np.ndarray, values: np.ndarray, rule: PPOSettings
+) -> tuple[float, ...]:
     """The means of the policy's and the value's loss and the share that is clipped, token by token, in NumPy alone."""
     sums = np.zeros(3)
     for row, at in np.argwhere(batch["mask"]):
@@ -93,8 +95,8 @@ def test_objective_is_that_of_numpy_however_it_is_split() -> None:
     torch.manual_seed(4)
     policy = llama.build(llama.Config(vocab_size=29, **CONFIG))
     decoder = gpt2.build(gpt2.Config(vocab_size=29, **CONFIG, dropout=0.5))
-    model = ActorCritic(policy, finetuned.finetuned(decoder, finetuned.Config(decoder.config, "score", ("reward",))))
-    batch, rule = made_up(7, 13), Rule(text_weight=3.0)
+    model = ActorCritic(policy, task_head.add_head(decoder, task_head.Config(decoder.config, "score", ("reward",))))
+    batch, rule = made_up(7, 13), PPOSettings(text_weight=3.0)
     objective = ppo.ppo(rule)
     found = objective(model.train(), batch)
     model.eval()
@@ -120,7 +122,7 @@ def test_where_clipping_holds_there_is_no_gradient() -> None:
     logs = torch.tensor([0.5, 0.5, -0.5, -0.5]).requires_grad_()
     values = torch.tensor([0.5, 0.5, -0.5, 0.1]).requires_grad_()
     zeros, returns = torch.zeros(4), torch.tensor([1.0, -1.0, -1.0, 1.0])
-    found = ppo.terms(logs, zeros, torch.tensor([1.0, -1.0, 1.0, -1.0]), values, zeros, returns, Rule())
+    found = ppo.terms(logs, zeros, torch.tensor([1.0, -1.0, 1.0, -1.0]), values, zeros, returns, PPOSettings())
     assert found.clipped.tolist() == [True, False, False, True]
     policy, value = torch.autograd.grad(found.policy.sum() + found.value.sum(), (logs, values))
     assert (policy == 0).tolist() == [True, False, False, True]
@@ -294,24 +296,24 @@ def test_a_model_that_scores_nothing_is_no_reward(base: Path, task: Path, tmp_pa
     ],
 )
 def test_measured_rewards_of_one_name_are_told_apart(names: list[str], figures: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(_rewarded, "rewarding", lambda name: _rewarded.Rewarding(lambda p, a: [], None, name))
-    found = _rewarded.measured(names)
+    monkeypatch.setattr(common, "rewarding", lambda name: common.RewardOptions(lambda p, a: [], None, name))
+    found = common.measured(names)
     assert {figure: each.digest for figure, each in found.items()} == dict(zip(figures, names, strict=True))
 
 
 @pytest.mark.parametrize("names", [["a.py:score", "a.py:score"], ["a/r", "./a/r"]])
 def test_a_reward_that_is_measured_twice_is_refused(names: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(_rewarded, "rewarding", lambda name: _rewarded.Rewarding(lambda p, a: [], None, name))
+    monkeypatch.setattr(common, "rewarding", lambda name: common.RewardOptions(lambda p, a: [], None, name))
     with pytest.raises(UserError, match="--measured"):
-        _rewarded.measured(names)
+        common.measured(names)
 
 
 def test_a_reward_by_its_hub_id_has_the_digest_of_its_files(tmp_path: Path, monkeypatch) -> None:
     torch.manual_seed(0)
     tokenizer = train_tokenizer("bpe", ["a b c"], 270, special_tokens=["<|end|>"])
     decoder = gpt2.Config(vocab_size=270, **CONFIG)
-    model = finetuned.builder(gpt2.build)(finetuned.Config(decoder, "score", ("reward",), classifier_dropout=0.0))
+    model = task_head.builder(gpt2.build)(task_head.Config(decoder, "score", ("reward",), classifier_dropout=0.0))
     checkpoints.save(model, tokenizer, tmp_path / "cache")
     monkeypatch.setattr("keifu.checkpoints.hub.download", lambda name: tmp_path / "cache")
-    by_id, by_folder = (_rewarded.rewarding(name) for name in ("someone/reward", str(tmp_path / "cache")))
+    by_id, by_folder = (common.make_rewards(name) for name in ("someone/reward", str(tmp_path / "cache")))
     assert by_id.digest == by_folder.digest and len(by_id.digest) == 64

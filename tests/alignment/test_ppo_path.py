@@ -10,18 +10,17 @@ import pytest
 import torch
 
 from keifu import checkpoints
-from keifu.alignment.episodes import Beside, Episodes
-from keifu.alignment.grpo import Groups, grpo
-from keifu.alignment.ppo import ActorCritic, Rule, ppo
-from keifu.alignment.rollouts import Plan
-from keifu.data.chat import PLAIN
-from keifu.data.packed import PackedText
-from keifu.data.prompts import prompt
-from keifu.data.text import prepare
-from keifu.models import finetuned
+from keifu.alignment.grpo import GRPOBatches, grpo
+from keifu.alignment.ppo import ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
+from keifu.alignment.rollouts import RolloutPlan
+from keifu.data.chat.prompts import prompt
+from keifu.data.text.packed import PackedText
+from keifu.data.text.token_shards import prepare
+from keifu.data.tokenizers.chat_template import PLAIN
+from keifu.models import task_head
 
-RULE = Rule(beta=0.3, discount=0.9, trace=0.7, cut_off=0.6, temperature=0.7)
-PLAN = Plan(prompts=6, group=1, max_tokens=5, temperature=0.7, seed=3, minibatches=2, epochs=2)
+RULE = PPOSettings(beta=0.3, discount=0.9, trace=0.7, cut_off=0.6, temperature=0.7)
+PLAN = RolloutPlan(prompts=6, group=1, max_tokens=5, temperature=0.7, seed=3, minibatches=2, epochs=2)
 
 
 def price(text: str) -> float:
@@ -43,7 +42,7 @@ class Parts:
             parameter.data = parameter + 0.05 * torch.randn_like(parameter)
         self.reference = self.shaken(self.policy)
         decoder = self.shaken(self.policy)
-        self.value = finetuned.finetuned(decoder, finetuned.Config(decoder.config, "score", ("reward",)))
+        self.value = task_head.add_head(decoder, task_head.Config(decoder.config, "score", ("reward",)))
         records = [{"prompt": f"{a} {b}"} for a in ("one", "two", "good") for b in ("bad", "five", "four three")]
         self.prompts = [prompt(record, "here") for record in records], [prompt(records[0], "here")]
 
@@ -55,7 +54,7 @@ class Parts:
             parameter.data = parameter + 0.1 * torch.randn_like(parameter)
         return found.requires_grad_(False)
 
-    def given(self, plan: Plan = PLAN) -> tuple[Any, ...]:
+    def given(self, plan: RolloutPlan = PLAN) -> tuple[Any, ...]:
         """What data of answers take."""
         models = (self.policy, self.reference)
         return models, self.tokenizer, self.prompts, lambda prompts, answers: [price(p.text) for p in prompts], plan
@@ -102,7 +101,7 @@ def expected_of(parts: Parts, row: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def test_what_is_learned_of_answers_is_that_of_numpy(parts: Parts) -> None:
     """Both minibatches of a rollout, of which the advantages are whitened together, after the returns were made."""
-    data = Episodes(parts.value, RULE, None, *parts.given())
+    data = PPOBatches(parts.value, RULE, None, *parts.given())
     rows = []
     for step in range(2):
         batch = {name: tensor.numpy() for name, tensor in data.batch(step).items()}
@@ -127,11 +126,11 @@ def test_what_is_learned_of_answers_is_that_of_numpy(parts: Parts) -> None:
 def test_what_was_just_written_has_a_ratio_of_one(method: str, parts: Parts) -> None:
     """Also where the temperature is not 1: it belongs to sampling and to learning."""
     if method == "ppo":
-        data, model = Episodes(parts.value, RULE, None, *parts.given()), ActorCritic(parts.policy, parts.value)
+        data, model = PPOBatches(parts.value, RULE, None, *parts.given()), ActorCritic(parts.policy, parts.value)
         figures = ppo(RULE)(model, data.batch(0)).figures
         assert float(figures["update_kl"]) == pytest.approx(0, abs=1e-8)
     else:
-        data = Groups(*parts.given(Plan(prompts=3, group=2, max_tokens=5, temperature=0.7, seed=3)))
+        data = GRPOBatches(*parts.given(RolloutPlan(prompts=3, group=2, max_tokens=5, temperature=0.7, seed=3)))
         batch = data.batch(0)
         figures, kept = grpo(0.2, 0.1, 0.7)(parts.policy, batch).figures, batch["mask"]
         away = [(r - o)[m].double() for r, o, m in zip(batch["reference"], batch["old"], kept, strict=True)]
@@ -141,7 +140,7 @@ def test_what_was_just_written_has_a_ratio_of_one(method: str, parts: Parts) -> 
 
 
 def test_answers_of_a_rollout_are_gone_through_in_parts_and_twice(parts: Parts) -> None:
-    data = Episodes(parts.value, RULE, None, *parts.given())
+    data = PPOBatches(parts.value, RULE, None, *parts.given())
     steps = [data.batch(step)["tokens"] for step in range(4)]
     texts = [{tuple(row[row != 0].tolist()) for row in tokens} for tokens in steps]
     assert texts[0] | texts[1] == texts[2] | texts[3] and len(texts[0] | texts[1]) > len(texts[0])
@@ -154,7 +153,7 @@ def test_text_moves_on_and_covers_an_epoch(parts: Parts, tmp_path: Path, monkeyp
     (tmp_path / "text.txt").write_text(" ".join(chance.choice(words, 900)))
     shards = prepare(str(tmp_path / "text.txt"), parts.tokenizer, held_out=0.2)
     text = PackedText(shards, 12, 1, 4)
-    data = Episodes(parts.value, RULE, Beside(text, 4), *parts.given())
+    data = PPOBatches(parts.value, RULE, PretrainingMix(text, 4), *parts.given())
     seen: list[tuple[int, ...]] = []
     for step in range(-(-text.windows_per_epoch // 12)):
         found = data.beside.batch(step, 3)

@@ -10,14 +10,14 @@ import torch
 import transformers
 
 from keifu import checkpoints
-from keifu.alignment.reward import calibration, margins, ranking, ranking_losses, scores_of
+from keifu.alignment.reward_model import calibration, margins, ranking_loss, ranking_losses, scores_of
 from keifu.commands.train import parse
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.judging import judge
-from keifu.models import finetuned, gpt2, llama
-from keifu.recipes import reward as recipe
-from keifu.training import metrics
+from keifu.evaluation.classification.classifiers import text_classifier
+from keifu.models import gpt2, llama, task_head
+from keifu.recipes.assistant import reward as recipe
+from keifu.training.run import metrics
 
 SIZES: dict[str, Any] = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
 WORDS = ["one", "two", "three", "four", "five"]
@@ -45,22 +45,22 @@ def test_the_loss_is_that_of_every_pair() -> None:
 
 
 def test_parts_of_a_batch_add_up_and_even_answers_do_not_count() -> None:
-    model = recipe.headed(llama.build(llama.Config(vocab_size=31, **SIZES)), recipe.Lora(), 0)
+    model = recipe.with_score_head(llama.build(llama.Config(vocab_size=31, **SIZES)), recipe.Lora(), 0)
     tokens, lengths = torch.randint(0, 31, (3, 4, 9)), torch.randint(2, 9, (3, 4, 1))
     levels = torch.tensor([[3.0, 2.0, 1.0, 0.0], [1.0, 0.0, NAN, NAN], [1.0, 1.0, 0.0, NAN]])
     batch = {"tokens": tokens, "mask": torch.arange(9) < lengths, "levels": levels}
-    whole = ranking(model, batch)
-    parts = [ranking(model, {name: each[row : row + 1] for name, each in batch.items()}) for row in range(3)]
+    whole = ranking_loss(model, batch)
+    parts = [ranking_loss(model, {name: each[row : row + 1] for name, each in batch.items()}) for row in range(3)]
     torch.testing.assert_close(whole.total, torch.stack([part.total for part in parts]).sum())
     assert whole.weight == 3 and 0 <= float(whole.figures["accuracy"]) <= 3
     whole.total.backward()
-    other = ranking(model, batch | {"tokens": tokens.masked_fill(torch.arange(9) >= lengths, 7)})
+    other = ranking_loss(model, batch | {"tokens": tokens.masked_fill(torch.arange(9) >= lengths, 7)})
     torch.testing.assert_close(other.total, whole.total)
 
 
 def test_margins_are_of_the_better_over_the_worse() -> None:
     """In every pair of levels that differ, and by the model's own scores."""
-    model = recipe.headed(llama.build(llama.Config(vocab_size=31, **SIZES)), recipe.Lora(), 0).eval()
+    model = recipe.with_score_head(llama.build(llama.Config(vocab_size=31, **SIZES)), recipe.Lora(), 0).eval()
     tokens, levels = torch.randint(0, 31, (2, 3, 9)), torch.tensor([[2.0, 1.0, 0.0], [0.0, 5.0, NAN]])
     batch = {"tokens": tokens, "mask": torch.ones(2, 3, 9, dtype=torch.bool), "levels": levels}
     scores = model.classify(tokens, batch["mask"]).detach()
@@ -169,10 +169,10 @@ def test_a_published_reward_model_loads_and_goes_back(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = theirs(tokens).logits[:, 0]
         torch.testing.assert_close(model.scores_along(tokens[:, None])[:, 0, -1], expected, rtol=1e-5, atol=1e-5)
-    finetuned.shift(model, 1.5)
+    task_head.shift(model, 1.5)
     torch.testing.assert_close(scores_of(model, tokens.tolist(), 0), expected + 1.5, rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="gives a score"):
-        judge(model, train_tokenizer("characters", ["ab"], 9))
+        text_classifier(model, train_tokenizer("characters", ["ab"], 9))
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from keifu.alignment.dpo import Loss, losses
-from keifu.alignment.reward import ranking_losses
-from keifu.data.tokenizer_core import Tokenizer
-from keifu.data.tokenizers import train_tokenizer
+from keifu.alignment.reward_model import ranking_losses
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 
 trl = pytest.importorskip("trl")
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from keifu.data import clip_tokenizer
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.data.tokenizers import bpe
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 
 
@@ -39,7 +40,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct's GGUF from the catalogue; the test is left out where there is no network for it."""
-    from keifu.data.catalogue import fetch
+    from keifu.data.catalogue.catalogue import fetch
 
     try:
         return fetch("smollm2")
@@ -62,7 +63,7 @@ def pipeline(tmp_path_factory):
     """A tiny random StableDiffusionPipeline of diffusers, and its directory."""
     diffusers, transformers = (pytest.importorskip(name) for name in ("diffusers", "transformers"))
     folder = tmp_path_factory.mktemp("pipeline")
-    tokenizer = clip_tokenizer.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(77)
+    tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(77)
     tokenizer.save(folder / "tokens")
     torch.manual_seed(0)
     text = transformers.CLIPTextConfig(
@@ -95,7 +96,7 @@ def unclip_pipeline(tmp_path_factory):
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
     folder = tmp_path_factory.mktemp("unclip")
-    tokenizer = clip_tokenizer.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(12)
+    tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(12)
     tokenizer.save(folder / "tokens")
     torch.manual_seed(0)
     text = transformers.CLIPTextConfig(

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CohereConfig, GPT2Config, LlamaConfig, Qwen2Config
 
 from keifu import checkpoints
-from keifu.checkpoints.adapters import adapt, linears, load_adapter, low, save_adapter
+from keifu.checkpoints.lora.peft import adapt, linears, load_adapter, lora_config, save_adapter
 from keifu.errors import UserError
-from keifu.layers.lora import Low, adapters, merge
+from keifu.layers.lora import LoraSettings, adapters, merge
 from keifu.models import llama
 
 SIZES = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
@@ -102,7 +102,7 @@ def test_new_adapters_change_nothing_and_only_they_learn(dora: bool) -> None:
     torch.manual_seed(0)
     model = llama.build(CONFIG)
     whole = copy.deepcopy(model)
-    adapt(model, ["q_proj", "v_proj", "gate_proj"], low(rank=3, alpha=6.0, dora=dora))
+    adapt(model, ["q_proj", "v_proj", "gate_proj"], lora_config(rank=3, alpha=6.0, dora=dora))
     close(model(tokens()), whole(tokens()))
     model(tokens()).square().mean().backward()
     learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -130,12 +130,12 @@ def test_names_and_bad_input(tmp_path: Path) -> None:
     model = llama.build(CONFIG)
     assert len(linears(model)) == 14 and "model.layers.1.mlp.up_proj" in linears(model)
     with pytest.raises(UserError, match=r"'q_prj'.*q_proj"):
-        adapt(model, ["q_prj"], Low())
+        adapt(model, ["q_prj"], LoraSettings())
     with pytest.raises(UserError, match="at least 1"):
-        low(rank=0, alpha=1.0)
+        lora_config(rank=0, alpha=1.0)
     with pytest.raises(UserError, match="no adapters"):
         save_adapter(model, tmp_path, "x")
-    adapt(model, ["all-linear"], Low(rank=2))
+    adapt(model, ["all-linear"], LoraSettings(rank=2))
     save_adapter(model, tmp_path, "nowhere")
     other = llama.build(llama.Config(**{**vars(CONFIG), "dim": 32, "n_layers": 1}))
     with pytest.raises(UserError, match=r"layers\.1\..*belongs to no layer.*"):
@@ -157,7 +157,7 @@ def test_names_and_bad_input(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_says_more_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
-    model = adapt(llama.build(CONFIG), ["o_proj"], Low())
+    model = adapt(llama.build(CONFIG), ["o_proj"], LoraSettings())
     save_adapter(model, tmp_path, "base")
     where = tmp_path / "adapter_config.json"
     where.write_text(json.dumps(json.loads(where.read_text()) | change))

@@ -13,13 +13,13 @@ from PIL import Image
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
-from keifu.generation.by_embedding import EmbeddingPainter, slerp
-from keifu.generation.drawers import draws_texts, text_drawer
-from keifu.generation.originals import original
-from keifu.generation.pictures import Drawing, denoising
-from keifu.generation.seeds import Seeds
-from keifu.models import clip_image, unclip
-from keifu.models._pixels import Pixels
+from keifu.generation.images.image_to_image import read_input_image
+from keifu.generation.images.pipeline import is_text_to_image, text_to_image_pipeline
+from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise, require_diffusion_model
+from keifu.generation.images.unclip import UnclipPipeline, slerp
+from keifu.models.clip import image as clip_image
+from keifu.models.hf.image_processor import Pixels
+from keifu.models.unclip import unclip
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -34,8 +34,8 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="module")
-def painter(unclip_pipeline) -> EmbeddingPainter:
-    return EmbeddingPainter(*checkpoints.load(unclip_pipeline[1]))
+def painter(unclip_pipeline) -> UnclipPipeline:
+    return UnclipPipeline(*checkpoints.load(unclip_pipeline[1]))
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def test_texts_are_drawn_as_diffusers_draws_them(unclip_pipeline, painter, prior
         TEXTS, generator=generators, prior_guidance_scale=prior, decoder_guidance_scale=guidance, output_type="np",
         prior_num_inference_steps=4, decoder_num_inference_steps=5, super_res_num_inference_steps=3,
     ).images  # fmt: skip
-    wanted = painter.resolved(Drawing("ddpm", guidance=guidance, prior_guidance=prior, text=TEXTS[0], **STEPS))
+    wanted = painter.resolved(ImageRequest("ddpm", guidance=guidance, prior_guidance=prior, text=TEXTS[0], **STEPS))
     assert wanted.size == (16, 16) and wanted.prior_steps == 4
-    random = Seeds(SEEDS)
+    random = SeededNoise(SEEDS)
     states = [*painter.drawing(wanted, SEEDS, TEXTS, random)]
     assert len(states) == 5 and states[-1].x.shape == (2, 3, 8, 8)
     drawn = (painter.enlarged(states[-1].x, wanted, random) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
@@ -84,30 +84,30 @@ def test_texts_are_drawn_as_diffusers_draws_them(unclip_pipeline, painter, prior
 
 def test_a_picture_is_varied_as_diffusers_varies_it(seeing, picture) -> None:
     model, folder = seeing
-    ours = EmbeddingPainter(*checkpoints.load(folder))
+    ours = UnclipPipeline(*checkpoints.load(folder))
     encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(folder, subfolder="image_encoder").eval()
     pixels = transformers.CLIPImageProcessor.from_pretrained(folder / "feature_extractor")(
         Image.open(picture), return_tensors="pt"
     ).pixel_values  # fmt: skip
     with torch.no_grad():
         expected = encoder(pixels).image_embeds
-    got = ours.seen(original(picture), 2)
+    got = ours.seen(read_input_image(picture), 2)
     torch.testing.assert_close(got[1:], expected, rtol=1e-5, atol=1e-5)
-    wanted = ours.resolved(Drawing("ddim", 3, 1, guidance=3.0, init=original(picture)))
+    wanted = ours.resolved(ImageRequest("ddim", 3, 1, guidance=3.0, init=read_input_image(picture)))
     assert wanted.size == (8, 8) and wanted.upsampling_steps is None and wanted.strength is None
     drawn = ours.draw(wanted, [1, 2])
     assert drawn.shape == (2, 3, 8, 8) and not torch.equal(drawn[0], drawn[1])
     with pytest.raises(UserError, match="draws no pictures"):
-        denoising(model)
+        require_diffusion_model(model)
 
 
 def test_a_way_from_one_to_another(seeing, picture) -> None:
-    ours = EmbeddingPainter(*checkpoints.load(seeing[1]))
+    ours = UnclipPipeline(*checkpoints.load(seeing[1]))
     settings = {"guidance": 2.0, "prior_steps": 3, "count": 3}
-    wanted = ours.resolved(Drawing("ddim", 2, 5, text="a red heart", towards="a blue cat", **settings))
+    wanted = ours.resolved(ImageRequest("ddim", 2, 5, text="a red heart", towards="a blue cat", **settings))
     seeds = [5, 6, 7]
-    ends = [ours.imagined([text], wanted, Seeds([5])) for text in ("a red heart", "a blue cat")]
-    found = ours.embeddings(wanted, seeds, ["a red heart"] * 3, Seeds([5] * 3))
+    ends = [ours.imagined([text], wanted, SeededNoise([5])) for text in ("a red heart", "a blue cat")]
+    found = ours.embeddings(wanted, seeds, ["a red heart"] * 3, SeededNoise([5] * 3))
     torch.testing.assert_close(found[[0, 2]], torch.cat(ends), rtol=1e-4, atol=1e-5)
     between = torch.nn.functional.cosine_similarity(found[1:2], torch.cat(ends))
     assert (between[0] - between[1]).abs() < 1e-4 and between[0] > torch.cosine_similarity(*ends)
@@ -115,7 +115,9 @@ def test_a_way_from_one_to_another(seeing, picture) -> None:
     assert len({each.numpy().tobytes() for each in drawn}) == 3
     same = replace(wanted, towards="a red heart")  # nothing changes but the embedding
     assert len({each.numpy().tobytes() for each in ours.draw(same, seeds)}) == 1
-    seen = ours.resolved(Drawing("ddim", 2, 5, init=original(picture), towards=original(picture), **settings))
+    seen = ours.resolved(
+        ImageRequest("ddim", 2, 5, init=read_input_image(picture), towards=read_input_image(picture), **settings)
+    )
     assert ours.draw(seen, seeds).shape == (3, 3, 8, 8)
 
 
@@ -127,10 +129,10 @@ def test_an_arc_keeps_its_ends_and_its_lengths() -> None:
 
 
 def test_the_nearest_of_several_embeddings_is_taken(painter) -> None:
-    few = painter.resolved(Drawing("ddpm", 2, 1, text="a red heart", prior_steps=3))
-    random = Seeds([1])
+    few = painter.resolved(ImageRequest("ddpm", 2, 1, text="a red heart", prior_steps=3))
+    random = SeededNoise([1])
     first, second = (painter.imagined(["a red heart"], few, random) for _ in range(2))
-    best = painter.imagined(["a red heart"], replace(few, candidates=2), Seeds([1]))
+    best = painter.imagined(["a red heart"], replace(few, candidates=2), SeededNoise([1]))
     said = painter._caption(["a red heart"], False).embedding
     near = [float(torch.cosine_similarity(each, said)) for each in (first, second)]
     assert torch.equal(best, (first, second)[near[1] > near[0]]) and not torch.equal(first, second)
@@ -193,8 +195,8 @@ def test_models_of_other_kinds_refuse_what_is_of_embeddings(pipeline, unclip_pip
         draw(capsys, pipeline[1], "a cat", "--prior-steps", 3)
     assert "--prior-steps is for a model that draws by way of an embedding" in capsys.readouterr().err
     model, tokenizer = checkpoints.load(unclip_pipeline[1])
-    assert draws_texts(model) and text_drawer(model, tokenizer).colours == 3
+    assert is_text_to_image(model) and text_to_image_pipeline(model, tokenizer).colours == 3
     varying = unclip.build(replace(model.config, prior=None))
-    assert not draws_texts(varying)
+    assert not is_text_to_image(varying)
     with pytest.raises(UserError, match="has no prior"):
-        EmbeddingPainter(varying, tokenizer).resolved(Drawing(text="a cat"))
+        UnclipPipeline(varying, tokenizer).resolved(ImageRequest(text="a cat"))

@@ -8,11 +8,11 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from keifu import checkpoints
-from keifu.checkpoints import gguf_numbers
-from keifu.checkpoints.gguf_file import open_file
-from keifu.checkpoints.gguf_rope import FREQS, divisors, read_scaling
+from keifu.checkpoints.gguf import numbers
+from keifu.checkpoints.gguf.config import FREQS, divisors, read_scaling
+from keifu.checkpoints.gguf.read import open_file
 from keifu.errors import UserError
-from keifu.layers.positions import RopeScaling
+from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, mlp, qwen3
 
 SMALL = {"vocab_size": 320, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "context_length": 64}
@@ -372,12 +372,12 @@ def test_smollm2_answers(loaded) -> None:
     assert "Paris" in tokenizer.decode(answer)
 
 
-@pytest.mark.parametrize("kind", gguf_numbers.READERS)
+@pytest.mark.parametrize("kind", numbers.READERS)
 def test_quantised_numbers_are_those_of_the_gguf_package(kind: str, monkeypatch) -> None:
     """Any bytes, NaN and infinite scales among them, over the seam between two pieces."""
-    monkeypatch.setattr(gguf_numbers, "PIECE", 100)
+    monkeypatch.setattr(numbers, "PIECE", 100)
     size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
     stored = np.random.default_rng(0).integers(0, 256, (257, size), np.uint8)
     with np.errstate(all="ignore"):
         wanted = gguf.dequantize(stored, gguf.GGMLQuantizationType[kind])
-    np.testing.assert_array_equal(gguf_numbers.read_blocks(torch.from_numpy(stored), kind, 32).numpy(), wanted)
+    np.testing.assert_array_equal(numbers.read_blocks(torch.from_numpy(stored), kind, 32).numpy(), wanted)

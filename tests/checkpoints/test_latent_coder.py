@@ -7,8 +7,7 @@ from PIL import Image
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
-from keifu.generation.latent_coder import Coder, tile_of
-from keifu.generation.tiles import starts, tiled
+from keifu.generation.images.tiled_vae import LatentCodec, decode_tiled, tile_of, tile_starts
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -19,9 +18,9 @@ def _one_thread() -> None:
 
 
 def test_pieces_lie_evenly_and_cover_all() -> None:
-    assert starts(16, 16, 4) == starts(9, 16, 4) == [0]
+    assert tile_starts(16, 16, 4) == tile_starts(9, 16, 4) == [0]
     for length in range(17, 90):
-        found = starts(length, 16, 4)
+        found = tile_starts(length, 16, 4)
         assert found[0] == 0 and found[-1] == length - 16
         steps = [b - a for a, b in zip(found, found[1:], strict=False)]
         assert max(steps) <= 12 and max(steps) - min(steps) <= 1
@@ -29,13 +28,13 @@ def test_pieces_lie_evenly_and_cover_all() -> None:
 
 def test_work_that_sees_one_pixel_is_the_same_in_pieces() -> None:
     x = torch.randn(2, 3, 22, 37)
-    torch.testing.assert_close(tiled(lambda piece, _: 2 * piece, x, 8, 2), 2 * x, rtol=0, atol=1e-6)
-    small = tiled(lambda piece, _: piece[..., ::2, ::2], x[..., :36], 5, 1, cell=2)
+    torch.testing.assert_close(decode_tiled(lambda piece, _: 2 * piece, x, 8, 2), 2 * x, rtol=0, atol=1e-6)
+    small = decode_tiled(lambda piece, _: piece[..., ::2, ::2], x[..., :36], 5, 1, cell=2)
     torch.testing.assert_close(small, x[..., :36:2][..., ::2, :], rtol=0, atol=1e-6)
-    assert tiled(lambda piece, _: piece.repeat(1, 1, 2, 2), x, 8, 2, made=2).shape == (2, 3, 44, 74)
+    assert decode_tiled(lambda piece, _: piece.repeat(1, 1, 2, 2), x, 8, 2, made=2).shape == (2, 3, 44, 74)
     places = torch.arange(22.0)[:, None] * 100 + torch.arange(37.0)
     given = places.expand(2, 3, -1, -1)
-    assert torch.allclose(tiled(lambda _, place: given[(..., *place)], x, 8, 2), given, atol=1e-2)
+    assert torch.allclose(decode_tiled(lambda _, place: given[(..., *place)], x, 8, 2), given, atol=1e-2)
 
 
 @torch.no_grad()
@@ -44,7 +43,7 @@ def test_seams_are_smaller_than_diffusers(pipeline) -> None:
     theirs, model = pipeline[0].vae, checkpoints.load_model(pipeline[1])
     latents, picture = torch.randn(1, 4, 26, 37), torch.rand(1, 3, 52, 74) * 2 - 1
     noise = torch.zeros_like(latents)
-    coder, whole = Coder(model, 2, 32), Coder(model, 2, 0)
+    coder, whole = LatentCodec(model, 2, 32), LatentCodec(model, 2, 0)
     apart = {"keifu": [], "diffusers": []}
     theirs.tile_latent_min_size, theirs.tile_sample_min_size = 16, 32
     theirs.enable_tiling()
@@ -66,7 +65,7 @@ def test_seams_are_smaller_than_diffusers(pipeline) -> None:
 def test_a_tile_as_large_as_the_picture_is_the_whole(pipeline) -> None:
     model = checkpoints.load_model(pipeline[1])
     latents = torch.randn(2, 4, 8, 12)
-    assert torch.equal(Coder(model, 2, 24).pictures(latents), Coder(model, 2, 0).pictures(latents))
+    assert torch.equal(LatentCodec(model, 2, 24).pictures(latents), LatentCodec(model, 2, 0).pictures(latents))
 
 
 def test_half_precision_that_fails_goes_on_in_float32_and_says_so(pipeline, capsys) -> None:
@@ -74,10 +73,10 @@ def test_half_precision_that_fails_goes_on_in_float32_and_says_so(pipeline, caps
     with torch.no_grad():
         model.autoencoder.decoder.first.weight.mul_(2e4)  # sums beyond float16's numbers
     latents = torch.randn(1, 4, 8, 8) * 9
-    assert Coder(model, 2, 0).pictures(latents).isfinite().all()
+    assert LatentCodec(model, 2, 0).pictures(latents).isfinite().all()
     assert "not finite in float16: it goes on in float32" in capsys.readouterr().err
     assert model.autoencoder.decoder.first.weight.dtype == torch.float32
-    Coder(model, 2, 0).pictures(latents)
+    LatentCodec(model, 2, 0).pictures(latents)
     assert capsys.readouterr().err == ""
 
 

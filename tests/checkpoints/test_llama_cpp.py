@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from keifu import checkpoints
-from keifu.data.chat import CHATML
-from keifu.layers.positions import RopeScaling
+from keifu.data.tokenizers.chat_template import CHATML
+from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, qwen3
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")

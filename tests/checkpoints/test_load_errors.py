@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from keifu import checkpoints
-from keifu.checkpoints.own import check_types
+from keifu.checkpoints.hf.native_config import check_types
 from keifu.errors import UserError
 
 

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from keifu.checkpoints.families import FAMILIES, describe
-from keifu.checkpoints.names import Link, halves, links, matches, pairs
+from keifu.checkpoints.hf.weight_names import Link, halves, links, matches, pairs
+from keifu.checkpoints.registry import FAMILIES, describe
 from keifu.layers.linear import JoinedLinear
-from keifu.models import clip, clip_image
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
 
 
 class Toy(nn.Module):

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from keifu import checkpoints
-from keifu.checkpoints.families import describe, read_config
+from keifu.checkpoints.registry import describe, read_config
 from keifu.errors import UserError
 from keifu.models import bert
 
@@ -233,7 +233,7 @@ def test_the_released_config_is_the_size_of_that_name() -> None:
 @torch.no_grad()
 def test_minilm_is_what_transformers_makes_of_it() -> None:
     """The real weights; left out where the archive cannot be had."""
-    from keifu.data.catalogue import fetch
+    from keifu.data.catalogue.catalogue import fetch
 
     try:
         path = fetch("minilm")

@@ -11,9 +11,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from keifu import checkpoints
-from keifu.checkpoints.families import describe, read_config
+from keifu.checkpoints.registry import describe, read_config
 from keifu.errors import UserError
-from keifu.models import clip, clip_image, clip_text
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
 
 TEXT = {
     "vocab_size": 97, "hidden_size": 30, "intermediate_size": 42, "num_hidden_layers": 3, "num_attention_heads": 5,
@@ -206,8 +208,6 @@ def test_open_clip_both_ways(case, open_clip, tmp_path) -> None:
         assert same_files(ours, theirs, "open_clip_model.safetensors")
         again = open_clip.create_model(f"local-dir:{ours}").eval()
         assert torch.equal(again.get_logits(pixels, tokens)[0], reference.get_logits(pixels, tokens)[0])
-
-
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

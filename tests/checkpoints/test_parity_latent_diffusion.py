@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from keifu import checkpoints
 from keifu.errors import UserError
-from keifu.layers.packing import packed
-from keifu.models import autoencoder_kl, conditioned_unet
+from keifu.layers.unet.prepacked_conv import prepack
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -114,7 +114,7 @@ def test_sides_that_do_not_halve_evenly(sides, tmp_path) -> None:
     x, timestep, context = torch.randn(2, 4, *sides), torch.tensor([7, 899]), torch.randn(2, 9, 14)
     expected = reference(x, timestep, context).sample
     assert close(model(x, timestep, context), expected)
-    assert close(packed(model)(x, timestep, context), expected)
+    assert close(prepack(model)(x, timestep, context), expected)
 
 
 @pytest.mark.parametrize("case", AUTOENCODERS)

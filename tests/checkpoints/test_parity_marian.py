@@ -9,9 +9,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from keifu import checkpoints
-from keifu.checkpoints.families import read_config
-from keifu.data.special_tokens import put_around_text
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.checkpoints.registry import read_config
+from keifu.data.tokenizers.special_tokens import put_around_text
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import transformer
 
 SIZES = {
@@ -201,6 +202,7 @@ def test_what_keifu_trains_translates_in_transformers(joint, tmp_path) -> None:
 def test_a_marian_directory_whole(tmp_path) -> None:
     """Its two SentencePiece models and vocabulary go with the model, and take the place of another tokenizer."""
     sentencepiece = pytest.importorskip("sentencepiece")
+
     def pieces(texts: list[str]) -> bytes:
         out = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from keifu import checkpoints
 from keifu.errors import UserError
-from keifu.models import finetuned, gpt1, gpt2, gpt3, llama, palm
-from keifu.models.finetuned import Config
+from keifu.models import gpt1, gpt2, gpt3, llama, palm, task_head
+from keifu.models.task_head import Config
 
 GPT = {"n_embd": 28, "n_layer": 2, "n_head": 4, "n_positions": 19, "vocab_size": 53}
 LLAMA = {
@@ -129,7 +129,7 @@ def test_what_is_saved_is_loaded_again_with_every_bit(name: str, tmp_path: Path)
     module, config, form, architecture = SAVED[name]
     torch.manual_seed(2)
     config = Config(config, form, () if form == "choice" else TWO, **IDS)
-    model = finetuned.builder(module.build)(config).eval()
+    model = task_head.builder(module.build)(config).eval()
     checkpoints.save(model, None, tmp_path)
     again: Any = checkpoints.load_model(tmp_path)
     if config.decoder != again.config.decoder:  # a dense GPT-3 would be a GPT-2, and None a default
@@ -145,7 +145,7 @@ def test_what_is_saved_is_loaded_again_with_every_bit(name: str, tmp_path: Path)
 
 def test_transformers_loads_an_untied_one_and_leaves_the_head_for_words_out(tmp_path: Path) -> None:
     module, config, form, _ = SAVED["llama untied"]
-    model = finetuned.builder(module.build)(Config(config, form, TWO, **IDS)).eval()
+    model = task_head.builder(module.build)(Config(config, form, TWO, **IDS)).eval()
     checkpoints.save(model, None, tmp_path)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, pad_token_id=50).eval()
     tokens, mask = rows((4, 9), pad=50)

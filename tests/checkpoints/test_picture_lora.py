@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from keifu import checkpoints, cli
-from keifu.checkpoints.adapters import layers
-from keifu.checkpoints.picture_lora import WRITTEN, apply_lora, attach_lora, save_lora
+from keifu.checkpoints.lora.diffusion import WRITTEN, apply_lora, attach_lora, save_lora
+from keifu.checkpoints.lora.peft import layers
 from keifu.errors import UserError
-from keifu.layers.lora import Low, adapters, attach
+from keifu.layers.lora import LoraSettings, adapters, attach
 
 diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
 UNET = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "ff.net.2")
@@ -28,7 +28,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def adapted(folder: Path, low: Callable[[str], Low], wanted: Callable[[str], bool]) -> Any:
+def adapted(folder: Path, low: Callable[[str], LoraSettings], wanted: Callable[[str], bool]) -> Any:
     """keifu's model with adapters that change something."""
     model = checkpoints.load_model(folder)
     torch.manual_seed(7)
@@ -82,7 +82,9 @@ def close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
 def test_each_spelling_is_read_by_diffusers_and_back(pipeline, tmp_path, style: str) -> None:
     wanted = usual if style != "processors" else lambda n: n.startswith("unet.") and n.endswith(UNET[:4])
     every = style == "kohya"  # diffusers mistakes alphas that differ within such a file
-    model = adapted(pipeline[1], lambda label: Low(rank=3, alpha=6.0 if every or "to_q" in label else 3.0), wanted)
+    model = adapted(
+        pipeline[1], lambda label: LoraSettings(rank=3, alpha=6.0 if every or "to_q" in label else 3.0), wanted
+    )
     file = tmp_path / "lora.safetensors"
     save_lora(model, file, "diffusers" if style == "processors" else style)
     if style == "processors":  # as old training scripts wrote them
@@ -125,7 +127,9 @@ def test_a_file_of_diffusers_and_how_strongly_it_acts(pipeline, tmp_path) -> Non
 @pytest.mark.parametrize("style", ["peft", "kohya"])
 def test_every_layer_with_dora_there_and_back(pipeline, tmp_path, style: str) -> None:
     """Convolutions of 3 x 3, those that change the resolution, and lengths, by the merged weights."""
-    model = adapted(pipeline[1], lambda label: Low(2, 2.0, dora=True), lambda label: not label.startswith("vae."))
+    model = adapted(
+        pipeline[1], lambda label: LoraSettings(2, 2.0, dora=True), lambda label: not label.startswith("vae.")
+    )
     save_lora(model, tmp_path / "a.safetensors", style)
     read = attach_lora(checkpoints.load_model(pipeline[1]), tmp_path / "a.safetensors")
     close(seen(read), seen(model))
@@ -136,7 +140,7 @@ def test_every_layer_with_dora_there_and_back(pipeline, tmp_path, style: str) ->
 
 
 def test_what_does_not_fit_is_named(pipeline, tmp_path) -> None:
-    model = adapted(pipeline[1], lambda label: Low(3, 3.0), usual)
+    model = adapted(pipeline[1], lambda label: LoraSettings(3, 3.0), usual)
     save_lora(model, tmp_path / "lora.safetensors", "kohya")
     good = load_file(tmp_path / "lora.safetensors")
     down = next(name for name in good if "to_q.lora_down" in name)
@@ -153,7 +157,7 @@ def test_what_does_not_fit_is_named(pipeline, tmp_path) -> None:
         with pytest.raises(UserError, match=r"do not fit this LatentDiffusion") as error:
             apply_lora(checkpoints.load_model(pipeline[1]), tmp_path / "bad.safetensors")
         assert said in str(error.value), said
-    whole = adapted(pipeline[1], lambda label: Low(2, 2.0), lambda label: label.startswith("vae."))
+    whole = adapted(pipeline[1], lambda label: LoraSettings(2, 2.0), lambda label: label.startswith("vae."))
     with pytest.raises(UserError, match=r"the text's encoder, not of vae\."):
         save_lora(whole, tmp_path / "x.safetensors", "kohya")
     with pytest.raises(UserError, match=r"no \.safetensors file"):
@@ -164,7 +168,7 @@ def test_what_does_not_fit_is_named(pipeline, tmp_path) -> None:
 
 def test_the_command_draws_with_loras_and_again(pipeline, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    save_lora(adapted(pipeline[1], lambda label: Low(3, 3.0), usual), "one.safetensors")
+    save_lora(adapted(pipeline[1], lambda label: LoraSettings(3, 3.0), usual), "one.safetensors")
     words = ["draw", str(pipeline[1]), "a cat", "--steps", "2", "--seed", "1", "--guidance", "2", "--size", "16"]
     for name, more in {"a": (), "b": ("--lora", "one.safetensors"), "c": ("--lora", "one.safetensors:0.25")}.items():
         cli.main([*words, *more, "-o", f"{name}.png"])

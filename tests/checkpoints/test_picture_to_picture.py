@@ -12,9 +12,9 @@ from PIL import Image
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
-from keifu.generation.originals import original
-from keifu.generation.pictures import Drawing
-from keifu.generation.text_to_picture import Painter
+from keifu.generation.images.image_to_image import read_input_image
+from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
+from keifu.generation.images.pixel_diffusion import ImageRequest
 
 diffusers = pytest.importorskip("diffusers")
 LEADING = {"timestep_spacing": "leading"}
@@ -54,12 +54,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def painter(pipeline) -> Painter:
-    return Painter(*checkpoints.load(pipeline[1]))
+def painter(pipeline) -> LatentDiffusionPipeline:
+    return LatentDiffusionPipeline(*checkpoints.load(pipeline[1]))
 
 
 @pytest.fixture(scope="module")
-def filler(pipeline, tmp_path_factory) -> tuple[Any, Painter]:
+def filler(pipeline, tmp_path_factory) -> tuple[Any, LatentDiffusionPipeline]:
     """A pipeline whose U-Net reads a mask too: what makes diffusers', and keifu's."""
     torch.manual_seed(5)
     parts = dict(pipeline[0].components)
@@ -67,7 +67,7 @@ def filler(pipeline, tmp_path_factory) -> tuple[Any, Painter]:
     theirs = partial(diffusers.StableDiffusionInpaintPipeline, **parts | {"unet": unet}, requires_safety_checker=False)
     folder = tmp_path_factory.mktemp("filler")
     theirs().save_pretrained(folder)
-    return theirs, Painter(*checkpoints.load(folder))
+    return theirs, LatentDiffusionPipeline(*checkpoints.load(folder))
 
 
 def reference(pipeline: Any, sampler: str, init: Path, strength: float, **settings: Any) -> list[torch.Tensor]:
@@ -106,7 +106,7 @@ def _whole_first_step(scheduler: Any, num_inference_steps: int, strength: float,
     return torch.cat([left[:2], left[1:]]), taken
 
 
-def same(painter: Painter, wanted: Drawing, expected: list[torch.Tensor]) -> None:
+def same(painter: LatentDiffusionPipeline, wanted: ImageRequest, expected: list[torch.Tensor]) -> None:
     states = [*painter.drawing(painter.resolved(wanted), SEEDS)]
     assert len(states) == len(expected) == painter.resolved(wanted).taken
     for state, latents in zip(states, expected, strict=True):
@@ -117,8 +117,8 @@ def same(painter: Painter, wanted: Drawing, expected: list[torch.Tensor]) -> Non
 def test_image_to_image_is_diffusers(pipeline, painter, files, sampler: str, strength: float) -> None:
     theirs = diffusers.StableDiffusionImg2ImgPipeline(**pipeline[0].components, requires_safety_checker=False)
     expected = reference(theirs, sampler, files[0], strength, num_inference_steps=7, guidance_scale=4.0)
-    init = original(files[0])
-    same(painter, Drawing(sampler, 7, text=TEXT, guidance=4.0, init=init, strength=strength), expected)
+    init = read_input_image(files[0])
+    same(painter, ImageRequest(sampler, 7, text=TEXT, guidance=4.0, init=init, strength=strength), expected)
 
 
 @pytest.mark.parametrize(("sampler", "strength"), CASES)
@@ -131,8 +131,12 @@ def test_inpainting_is_diffusers(pipeline, painter, files, sampler: str, strengt
         theirs, sampler, files[0], strength, num_inference_steps=7, guidance_scale=guidance, height=SIZE[0],
         width=SIZE[1], mask_image=Image.open(files[1]), masked_image_latents=unused,
     )  # fmt: skip
-    init, mask = (original(file) for file in files)
-    same(painter, Drawing(sampler, 7, text=TEXT, guidance=guidance, init=init, mask=mask, strength=strength), expected)
+    init, mask = (read_input_image(file) for file in files)
+    same(
+        painter,
+        ImageRequest(sampler, 7, text=TEXT, guidance=guidance, init=init, mask=mask, strength=strength),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm++-2m-sde"])
@@ -143,14 +147,14 @@ def test_a_network_that_reads_masks_is_diffusers(filler, files, sampler: str, st
         filler[0](), sampler, files[0], strength, num_inference_steps=7, guidance_scale=guidance, height=SIZE[0],
         width=SIZE[1], mask_image=masks,
     )  # fmt: skip
-    init, mask = (original(file) for file in files)
-    wanted = Drawing(sampler, 7, text=TEXT, guidance=guidance, init=init, mask=mask, strength=strength)
+    init, mask = (read_input_image(file) for file in files)
+    wanted = ImageRequest(sampler, 7, text=TEXT, guidance=guidance, init=init, mask=mask, strength=strength)
     same(filler[1], wanted, expected)
 
 
 def test_what_is_not_drawn_anew_keeps_its_pixels_and_each_picture_its_seed(painter, files) -> None:
-    init, mask = (original(file) for file in files)
-    wanted = painter.resolved(Drawing("ddim", 3, text=TEXT, guidance=3.0, init=init, mask=mask))
+    init, mask = (read_input_image(file) for file in files)
+    wanted = painter.resolved(ImageRequest("ddim", 3, text=TEXT, guidance=3.0, init=init, mask=mask))
     assert wanted.strength == 1 and wanted.size == SIZE
     both, alone = painter.draw(wanted, [1, 2]), painter.draw(wanted, [2])
     before = torch.from_numpy(np.asarray(Image.open(files[0])).copy()).permute(2, 0, 1)
@@ -161,11 +165,11 @@ def test_what_is_not_drawn_anew_keeps_its_pixels_and_each_picture_its_seed(paint
 
 
 def test_less_strength_stays_nearer_to_the_picture(painter, files) -> None:
-    init = original(files[0])
+    init = read_input_image(files[0])
     own = painter.model.to_latents(init.pixels(SIZE, 3)[None])
     far = []
     for strength in (0.1, 0.5, 1.0):
-        wanted = painter.resolved(Drawing("ddim", 10, text=TEXT, init=init, strength=strength))
+        wanted = painter.resolved(ImageRequest("ddim", 10, text=TEXT, init=init, strength=strength))
         *_, last = painter.drawing(wanted, [1])
         far.append(float((last.x - own).square().mean()))
     assert far == sorted(far)
@@ -229,6 +233,6 @@ def test_pictures_that_do_not_fit_are_refused(pipeline, files, tmp_path, monkeyp
 
 
 def test_a_network_that_reads_masks_needs_one(filler, files) -> None:
-    for given in ({}, {"init": original(files[0])}):
+    for given in ({}, {"init": read_input_image(files[0])}):
         with pytest.raises(UserError, match=r"what a mask hides .*--init, --mask"):
-            filler[1].resolved(Drawing(text=TEXT, **given))
+            filler[1].resolved(ImageRequest(text=TEXT, **given))

@@ -8,7 +8,7 @@ import torch
 
 from keifu import checkpoints
 from keifu.errors import UserError
-from keifu.generation.pictures import denoising
+from keifu.generation.images.pixel_diffusion import require_diffusion_model
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -36,7 +36,7 @@ def test_a_pipeline_both_ways(pipeline, tmp_path) -> None:
 
 def test_it_is_not_taken_for_a_model_that_draws_by_itself(pipeline) -> None:
     with pytest.raises(UserError, match="draws no pictures"):
-        denoising(checkpoints.load_model(pipeline[1]))
+        require_diffusion_model(checkpoints.load_model(pipeline[1]))
 
 
 def test_a_missing_or_foreign_part_is_named(pipeline, tmp_path) -> None:

@@ -10,9 +10,11 @@ import torch
 
 from keifu import checkpoints
 from keifu.errors import UserError
-from keifu.models import clip_image, ddpm, unclip
-from keifu.models._pixels import Pixels
-from keifu.models._schedulers import read_scheduler
+from keifu.models.clip import image as clip_image
+from keifu.models.diffusion import ddpm
+from keifu.models.hf.image_processor import Pixels
+from keifu.models.hf.schedulers import read_scheduler
+from keifu.models.unclip import unclip
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from keifu.checkpoints.families import FAMILIES, describe, read_config
+from keifu.checkpoints.registry import FAMILIES, describe, read_config
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, palm, qwen3
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}

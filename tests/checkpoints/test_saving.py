@@ -14,11 +14,11 @@ import transformers
 from safetensors import SafetensorError
 
 from keifu import checkpoints
-from keifu.checkpoints.families import describe
-from keifu.checkpoints.saving import shards
-from keifu.data import catalogue
-from keifu.data.chat import CHATML
-from keifu.data.tokenizers import Tokenizer
+from keifu.checkpoints.hf.write import shards
+from keifu.checkpoints.registry import describe
+from keifu.data.catalogue import catalogue
+from keifu.data.tokenizers.chat_template import CHATML
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.models import gpt2, llama, mlp, perceptron
 

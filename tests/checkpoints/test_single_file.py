@@ -12,11 +12,11 @@ from torch import nn
 
 import keifu
 from keifu import checkpoints, cli
-from keifu.data import clip_tokenizer
+from keifu.data.tokenizers import bpe
 from keifu.errors import UserError
-from keifu.generation.pictures import Drawing
-from keifu.generation.text_to_picture import Painter
-from keifu.models import latent_diffusion
+from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
+from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.models.diffusion import latent_diffusion
 
 diffusers, transformers = (pytest.importorskip(name) for name in ("diffusers", "transformers"))
 RESIDUAL = {
@@ -106,7 +106,7 @@ def file_of(pipeline: Any) -> dict[str, torch.Tensor]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A small pipeline with Stable Diffusion 1's numbers of heads, and its file with the tokenizer beside it."""
     folder = tmp_path_factory.mktemp("single")
-    tokenizer = clip_tokenizer.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(77)
+    tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(77)
     (folder / "tokenizer").mkdir()
     tokenizer.save(folder / "tokenizer")
     torch.manual_seed(0)
@@ -147,8 +147,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 def test_it_draws_what_the_pipeline_draws(made, tmp_path) -> None:
     theirs, file = made
     model, tokenizer = keifu.load(file)
-    painter = Painter(model, tokenizer)
-    wanted = painter.resolved(Drawing("plms", 3, 5, text="a red heart", guidance=3.0, size=(40, 24)))
+    painter = LatentDiffusionPipeline(model, tokenizer)
+    wanted = painter.resolved(ImageRequest("plms", 3, 5, text="a red heart", guidance=3.0, size=(40, 24)))
     *_, last = painter.drawing(wanted, [5])
     theirs.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 40, "width": 24, "output_type": "latent"}
@@ -223,13 +223,14 @@ def test_the_tokenizer_beside_it_or_clips_or_a_sentence(made, tmp_path, monkeypa
     cli.main(["draw", "--again", "a.png"])
     assert "bit for bit" in capsys.readouterr().err
 
-    from keifu.checkpoints import opening, single_file
+    from keifu.checkpoints import load
+    from keifu.checkpoints.diffusers import single_file
 
     def none(_: str) -> Path:
         raise UserError("There is no network.")
 
-    monkeypatch.setattr("keifu.data.catalogue.fetch", none)
-    source = opening.open_source(alone)
+    monkeypatch.setattr("keifu.data.catalogue.catalogue.fetch", none)
+    source = load.open_source(alone)
     whole = single_file.replace(source.config, text=single_file.clip_text.SIZES["stable-diffusion-text"],
                                 unet=latent_diffusion.SIZES["stable-diffusion-1"].unet)  # fmt: skip
     with pytest.raises(UserError, match=r"keifu data get clip-bpe\): There is no network"):

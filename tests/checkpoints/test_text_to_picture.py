@@ -12,10 +12,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from keifu import checkpoints, cli
-from keifu.data import clip_tokenizer
+from keifu.data.tokenizers import bpe
 from keifu.errors import UserError
-from keifu.generation.pictures import Drawing
-from keifu.generation.text_to_picture import Painter
+from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
+from keifu.generation.images.pixel_diffusion import ImageRequest
 
 diffusers = pytest.importorskip("diffusers")
 SCHEDULERS = {
@@ -33,8 +33,8 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="module")
-def painter(pipeline) -> Painter:
-    return Painter(*checkpoints.load(pipeline[1]))
+def painter(pipeline) -> LatentDiffusionPipeline:
+    return LatentDiffusionPipeline(*checkpoints.load(pipeline[1]))
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_each_step_and_the_pictures_are_diffusers(painter, reference, sampler: s
         sampler, TEXTS, negative_prompt=[negative] * 2, guidance_scale=guidance, num_inference_steps=6, height=24,
         width=40,
     )  # fmt: skip
-    wanted = Drawing(sampler, 6, size=(24, 40), guidance=guidance, text=TEXTS[0], negative=negative)
+    wanted = ImageRequest(sampler, 6, size=(24, 40), guidance=guidance, text=TEXTS[0], negative=negative)
     states = [*painter.drawing(painter.resolved(wanted), SEEDS, TEXTS)]
     if sampler == "plms":  # whose first step diffusers counts as two
         steps = steps[1:]
@@ -81,9 +81,9 @@ def test_each_step_and_the_pictures_are_diffusers(painter, reference, sampler: s
 
 
 def test_the_text_and_what_is_led_away_from_decide_the_picture(painter) -> None:
-    wanted = painter.resolved(Drawing("ddim", 3, text="a red heart", guidance=5.0))
+    wanted = painter.resolved(ImageRequest("ddim", 3, text="a red heart", guidance=5.0))
     others = [{"text": "a blue cat"}, {"negative": "a blue cat"}, {"guidance": 1.0}, {"guidance_rescale": 0.7}]
-    drawn = [[*painter.drawing(Drawing(**vars(wanted) | each), [1])][-1].x for each in [{}, {}, *others]]
+    drawn = [[*painter.drawing(ImageRequest(**vars(wanted) | each), [1])][-1].x for each in [{}, {}, *others]]
     assert torch.equal(drawn[0], drawn[1])
     assert all((drawn[0] - each).abs().max() > 1e-4 for each in drawn[2:])
 
@@ -95,7 +95,7 @@ def test_the_text_is_seen_once_a_picture_and_guidance_is_one_batch(painter, monk
         monkeypatch.setattr(
             painter.model, name, lambda x, *more, own=own, name=name: seen.append((name, len(x))) or own(x, *more)
         )
-    wanted = painter.resolved(Drawing("ddim", 3, text="a red heart", guidance=5.0))
+    wanted = painter.resolved(ImageRequest("ddim", 3, text="a red heart", guidance=5.0))
     assert len([*painter.drawing(wanted, [1, 2])]) == 3
     assert seen == [("encode_text", 2), ("project", 4), *[("forward", 4)] * 3]
 
@@ -103,13 +103,13 @@ def test_the_text_is_seen_once_a_picture_and_guidance_is_one_batch(painter, monk
 def test_a_text_that_is_too_long_is_refused_or_cut_as_diffusers_does(pipeline, painter, reference) -> None:
     length = len(painter.tokenizer.encode(LONG, special=True))
     with pytest.raises(UserError, match=f"has {length} tokens .* reads 77.*truncate"):
-        painter.resolved(Drawing(text=LONG))
+        painter.resolved(ImageRequest(text=LONG))
     with pytest.raises(UserError, match=f"has {length} tokens"):
-        painter.resolved(Drawing(text="a red heart", negative=LONG, guidance=2.0))
+        painter.resolved(ImageRequest(text="a red heart", negative=LONG, guidance=2.0))
     rows = pipeline[0].tokenizer([LONG, "a cat"], padding="max_length", max_length=77, truncation=True)
     assert painter.tokens([LONG, "a cat"], truncate=True).tolist() == rows.input_ids
     steps, _ = reference("ddim", [LONG], guidance_scale=3.0, num_inference_steps=2)
-    wanted = painter.resolved(Drawing("ddim", 2, text=LONG, guidance=3.0, truncate=True))
+    wanted = painter.resolved(ImageRequest("ddim", 2, text=LONG, guidance=3.0, truncate=True))
     *_, last = painter.drawing(wanted, SEEDS[:1])
     assert (last.x - steps[-1]).abs().max() <= 1e-5 * steps[-1].abs().max()
 
@@ -156,16 +156,16 @@ def test_what_cannot_be_drawn_is_said(pipeline, words: list[str], said: str, cap
 def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(pipeline, tmp_path: Path, capsys) -> None:
     shutil.copytree(pipeline[1], tmp_path / "copy")
     words = ["one heart is as good as another", "two blue cats sleep under the table"] * 3
-    clip_tokenizer.learn(words, 540).save(tmp_path / "copy/tokenizer")
+    bpe.learn(words, 540).save(tmp_path / "copy/tokenizer")
     with pytest.raises(SystemExit):
         draw(capsys, str(tmp_path / "copy"), "a cat")
     assert "The tokenizer has 540 tokens" in capsys.readouterr().err
 
 
 def test_a_picture_of_an_older_keifu_is_still_drawn_again(tmp_path: Path) -> None:
-    from keifu.generation.picture_record import Record, read_record
+    from keifu.generation.images.png_metadata import ImageRecord, read_record
 
-    record = Record("runs/ddpm", "0", Drawing("ddim", 4, 5, size=(8, 8), spacing="leading"))
+    record = ImageRecord("runs/ddpm", "0", ImageRequest("ddim", 4, 5, size=(8, 8), spacing="leading"))
     told = json.loads(record.texts()["keifu"])
     for name in ("text", "negative", "truncate"):
         del told["drawing"][name]

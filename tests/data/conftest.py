@@ -45,8 +45,8 @@ def corpus() -> list[str]:
 @pytest.fixture(scope="session")
 def smollm2_fields() -> dict[str, Any]:
     """The tokenizer's fields of SmolLM2's GGUF file; reading them takes the gguf package two seconds."""
-    from keifu.data.catalogue import fetch
-    from keifu.data.gguf_tokenizer import read_gguf_fields
+    from keifu.data.catalogue.catalogue import fetch
+    from keifu.data.tokenizers.gguf import read_gguf_fields
 
     return read_gguf_fields(fetch("smollm2"))
 
@@ -54,6 +54,6 @@ def smollm2_fields() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_fields):
     """SmolLM2's tokenizer, from its GGUF file."""
-    from keifu.data.tokenizers import gguf_tokenizer
+    from keifu.data.tokenizers.gguf import gguf_tokenizer
 
     return gguf_tokenizer(smollm2_fields)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from keifu.data import archives
-from keifu.data.archives import Archive, fetch
+from keifu.data.catalogue import download
+from keifu.data.catalogue.download import Archive, fetch
 from keifu.errors import UserError
 
 CONTENT = "ことば\n"
@@ -171,8 +171,8 @@ def test_what_is_no_debian_package_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_a_wheel_for_one_machine_is_asked_for_on_every_machine() -> None:
-    assert archives._platform("words-1.0-py3-none-any.whl") == archives._platform("words-1.0.tar.gz") == []
-    found = archives._platform("words-1.0-cp311-abi3-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl")
+    assert download._platform("words-1.0-py3-none-any.whl") == download._platform("words-1.0.tar.gz") == []
+    found = download._platform("words-1.0-cp311-abi3-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl")
     assert found == ["--implementation=cp", "--python-version=311", "--abi=abi3",
                      "--platform=manylinux_2_24_x86_64", "--platform=manylinux_2_28_x86_64"]  # fmt: skip
 
@@ -186,8 +186,8 @@ def test_a_missing_member_is_named(tmp_path: Path) -> None:
 
 def test_several_at_once_fetch_once(tmp_path: Path, monkeypatch) -> None:
     archive = wheel(tmp_path / "cache" / "archives")
-    extract, calls = archives._extract, []
-    monkeypatch.setattr(archives, "_extract", lambda *given: (calls.append(given), extract(*given)))
+    extract, calls = download._extract, []
+    monkeypatch.setattr(download, "_extract", lambda *given: (calls.append(given), extract(*given)))
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(fetch, [archive] * 4))
     assert len(folders) == len(calls) == 1
@@ -207,7 +207,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     archive = wheel(tmp_path / "cache" / "archives")
-    monkeypatch.setattr(archives, "_write", full)
+    monkeypatch.setattr(download, "_write", full)
     with pytest.raises(UserError, match="disk is full: nothing of words-1.0-"):
         fetch(archive)
     assert left(tmp_path / "cache") == ["archives"]
@@ -233,13 +233,13 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch) -> None:
 )
 def test_what_pip_complains_of_is_handed_on_in_short(tmp_path: Path, log: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        raise archives._failure(wheel(tmp_path), log)
+        raise download._failure(wheel(tmp_path), log)
 
 
 def test_a_disk_without_room_is_said_before_fetching(tmp_path: Path, monkeypatch) -> None:
     archive = wheel(tmp_path / "links")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
-    monkeypatch.setattr(archives.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10}))
     with pytest.raises(UserError, match="words-1.0-py3-none-any.whl has 0 MB, and the disk of .* has 0 MB free"):
         fetch(archive)
     assert left(tmp_path / "cache") == []
@@ -253,8 +253,8 @@ def test_a_file_that_was_cut_is_not_called_another_file(tmp_path: Path, monkeypa
         (folder / archive.file).write_bytes((tmp_path / "links" / archive.file).read_bytes()[:40])
         return folder / archive.file
 
-    monkeypatch.setattr(archives, "_fetched", cut)
-    monkeypatch.setattr(archives.shutil, "disk_usage", lambda place: type("Usage", (), {"free": free}))
+    monkeypatch.setattr(download, "_fetched", cut)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda place: type("Usage", (), {"free": free}))
     with pytest.raises(UserError, match=sentence):
         fetch(archive)
     assert left(tmp_path / "cache") == []
@@ -262,12 +262,12 @@ def test_a_file_that_was_cut_is_not_called_another_file(tmp_path: Path, monkeypa
 
 def test_pips_complaint_about_a_full_disk_is_not_called_a_network_fault(tmp_path: Path) -> None:
     log = "Collecting words==1.0\nERROR: Could not install packages: [Errno 28] No space left on device"
-    assert str(archives._failure(wheel(tmp_path), log)).startswith("The disk is full")
+    assert str(download._failure(wheel(tmp_path), log)).startswith("The disk is full")
 
 
 def test_the_cache_is_listed_and_cleared(tmp_path: Path, monkeypatch, capsys) -> None:
     from keifu.cli import parse
-    from keifu.data import cached
+    from keifu.data.catalogue import cache as cached
 
     archive = wheel(tmp_path / "links")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))

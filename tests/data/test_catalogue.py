@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from keifu.data import catalogue, readers
-from keifu.data.catalogue import CATALOGUE
+from keifu.data.catalogue import catalogue, readers
+from keifu.data.catalogue.catalogue import CATALOGUE
 from keifu.errors import UserError
 
 NAMES = {
@@ -149,6 +149,6 @@ def test_small_entries_arrive(monkeypatch, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_every_entry_arrives_and_reads(name: str) -> None:
-    assert catalogue.fetch(name).exists() and catalogue.fetched(name)
+    assert catalogue.fetch(name).exists() and catalogue.is_cached(name)
     if CATALOGUE[name].gives:
         assert all(text.strip() for text in catalogue.documents(name))

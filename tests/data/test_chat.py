@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from keifu.data.chat import CHATML, render
-from keifu.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from keifu.data.tokenizers.chat_template import CHATML, render
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 
 # Templates of the published kinds, written for these tests.

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from keifu.data.clip_tokenizer import learn, vocabulary_of
-from keifu.data.tokenizers import Tokenizer, load_tokenizer
+from keifu.data.tokenizers.bpe import learn, vocabulary_of
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 
 TEXTS = [

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keifu.data.conversation_batches import PackedConversations, Turns, fitted, pack
-from keifu.data.conversations import names, read
+from keifu.data.chat.conversations import names, read
+from keifu.data.chat.packing import PackedConversations, TurnMasks, fit_conversations, pack
 from keifu.errors import UserError
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -83,8 +83,8 @@ def test_rows_hold_everything_once_and_leave_little_room(lengths: list[int]) -> 
     assert sums[-1] <= 20 and (len(sums) < 2 or sums[0] + sums[1] > 20)
 
 
-def turns(*lengths: int) -> list[Turns]:
-    return [Turns([10 * k + i % 10 for i in range(n)], [i > 1 for i in range(n)]) for k, n in enumerate(lengths, 1)]
+def turns(*lengths: int) -> list[TurnMasks]:
+    return [TurnMasks([10 * k + i % 10 for i in range(n)], [i > 1 for i in range(n)]) for k, n in enumerate(lengths, 1)]
 
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
@@ -106,10 +106,10 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
 
 def test_what_is_too_long_is_said() -> None:
     with pytest.raises(UserError, match=r"2 of 3 conversations are longer than the 6 tokens.*longest has 9"):
-        fitted(turns(5, 9, 7), 6, "error")
-    assert [len(each.ids) for each in fitted(turns(5, 9, 7), 6, "drop").kept] == [5]
-    cut = fitted(turns(5, 9, 7), 6, "truncate")
+        fit_conversations(turns(5, 9, 7), 6, "error")
+    assert [len(each.ids) for each in fit_conversations(turns(5, 9, 7), 6, "drop").kept] == [5]
+    cut = fit_conversations(turns(5, 9, 7), 6, "truncate")
     assert [len(each.ids) for each in cut.kept] == [5, 6, 6] and cut.shortened == 2
     assert cut.sentence(6) == "Of 3 conversations 2 were cut to their first 6 tokens, being longer."
-    late = [Turns([1] * 9, [False] * 8 + [True])]
-    assert fitted(late, 6, "truncate") == ([], 1, 0)
+    late = [TurnMasks([1] * 9, [False] * 8 + [True])]
+    assert fit_conversations(late, 6, "truncate") == ([], 1, 0)

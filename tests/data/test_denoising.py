@@ -5,10 +5,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keifu.data.denoised_rows import Decoder, Denoising, EncoderDecoder, FromTheLeft, HiddenTokens, LeftToRight
-from keifu.data.denoising import MODES, Denoiser, Markers, corrupt, random_spans, special_tokens, ul2
-from keifu.data.shares import which
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.batching import source_of_row
+from keifu.data.text.span_corruption import (
+    MODES,
+    CausalBatches,
+    CausalRows,
+    DecoderRows,
+    EncoderDecoderRows,
+    InfillingExamples,
+    Markers,
+    SpanCorruption,
+    SpanCorruptionBatches,
+    corrupt,
+    random_spans,
+    special_tokens,
+    ul2,
+)
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 
 END, PAD, START = 200, 201, 202
@@ -43,7 +56,7 @@ def restored(inputs: list[int], targets: list[int]) -> list[int]:
 @settings(max_examples=60, deadline=None)
 def test_spans_are_t5s_and_nothing_is_lost(length, kind, seed) -> None:
     span, rate = kind
-    hidden, spans = Denoiser("[NLU]", rate, span).counts(length)
+    hidden, spans = SpanCorruption("[NLU]", rate, span).counts(length)
     expected = t5_counts(length, rate, span)
     assert (hidden, spans) == (expected[0], min(expected[1], expected[0], length - expected[0]))
     random = np.random.default_rng(seed)
@@ -79,14 +92,14 @@ def test_the_mixture_is_the_papers_table() -> None:
 
 
 def rows_of(form, count: int = 40, seed: int = 0):
-    task = Denoising(ul2(), form)
+    task = SpanCorruptionBatches(ul2(), form)
     windows = np.random.default_rng(seed + 1).integers(0, 100, (count, task.width))
     return task, windows, task.rows(windows, np.arange(count), np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("context", [16, 37, 64, 129, 256])
 def test_a_decoders_rows_hold_a_run_of_the_text_each(context: int) -> None:
-    task, windows, rows = rows_of(Decoder(MARKERS, context))
+    task, windows, rows = rows_of(DecoderRows(MARKERS, context))
     tokens, mask = rows["tokens"], rows["mask"]
     assert tokens.shape == mask.shape == (40, context + 1) and tokens.dtype == np.int64
     seen = {mode: 0 for mode in (101, 102, 103)}
@@ -108,7 +121,7 @@ def test_a_decoders_rows_hold_a_run_of_the_text_each(context: int) -> None:
 
 @pytest.mark.parametrize("context", [16, 37, 128])
 def test_an_encoder_decoders_rows_hold_the_same(context: int) -> None:
-    task, windows, rows = rows_of(EncoderDecoder(MARKERS, context, START))
+    task, windows, rows = rows_of(EncoderDecoderRows(MARKERS, context, START))
     assert rows["source"].shape[1] <= context and rows["target"].shape[1] - 1 <= context
     for n, window in enumerate(windows.tolist()):
         source, target = (rows[side][n][rows[f"{side}_mask"][n]].tolist() for side in ("source", "target"))
@@ -125,7 +138,7 @@ def test_an_encoder_decoders_rows_hold_the_same(context: int) -> None:
 
 def test_what_s_hides_is_drawn_evenly() -> None:
     for rate, least in ((0.5, 1), (0.25, 64)):
-        task = Denoising([Denoiser("[S2S]", rate, None)], Decoder(MARKERS, 128))
+        task = SpanCorruptionBatches([SpanCorruption("[S2S]", rate, None)], DecoderRows(MARKERS, 128))
         rows = task.rows(np.zeros((4000, 128), int), np.arange(4000), np.random.default_rng(0))
         cuts = rows["mask"].argmax(1) - 1
         assert cuts.min() >= least and cuts.max() == 127
@@ -133,23 +146,23 @@ def test_what_s_hides_is_drawn_evenly() -> None:
 
 
 def test_a_row_is_a_function_of_its_randomness_alone() -> None:
-    first, second, other = (rows_of(Decoder(MARKERS, 64), seed=seed)[2]["tokens"] for seed in (3, 3, 4))
+    first, second, other = (rows_of(DecoderRows(MARKERS, 64), seed=seed)[2]["tokens"] for seed in (3, 3, 4))
     assert np.array_equal(first, second) and not np.array_equal(first, other)
 
 
 def test_hidden_tokens_alone_are_asked_for_without_the_marks() -> None:
-    task = Denoising([Denoiser("[NLU]", 0.15, 3)], Decoder(MARKERS, 64))
+    task = SpanCorruptionBatches([SpanCorruption("[NLU]", 0.15, 3)], DecoderRows(MARKERS, 64))
     windows = np.random.default_rng(0).integers(0, 100, (5, task.width))
-    rows = HiddenTokens(task).rows(windows, np.arange(5), np.random.default_rng(1))
+    rows = InfillingExamples(task).rows(windows, np.arange(5), np.random.default_rng(1))
     chosen = rows["tokens"][rows["mask"]]
-    assert chosen.max() < 100 and len(chosen) == 5 * Denoiser("[NLU]", 0.15, 3).counts(task.width)[0]
+    assert chosen.max() < 100 and len(chosen) == 5 * SpanCorruption("[NLU]", 0.15, 3).counts(task.width)[0]
 
 
 def test_hidden_tokens_from_the_left_are_the_same_ones() -> None:
-    denoisers = [Denoiser("[NLU]", 0.15, 3), Denoiser("[NLG]", 0.5, 8)]
-    both, left = (Denoising(denoisers, form(MARKERS, 64)) for form in (Decoder, FromTheLeft))
+    denoisers = [SpanCorruption("[NLU]", 0.15, 3), SpanCorruption("[NLG]", 0.5, 8)]
+    both, left = (SpanCorruptionBatches(denoisers, form(MARKERS, 64)) for form in (DecoderRows, CausalRows))
     windows, numbers = np.random.default_rng(0).integers(0, 100, (6, both.width)), np.arange(6)
-    hidden = HiddenTokens(both).rows(windows, numbers, np.random.default_rng(1))
+    hidden = InfillingExamples(both).rows(windows, numbers, np.random.default_rng(1))
     read = left.rows(windows, numbers, np.random.default_rng(1))
     assert np.array_equal(hidden["tokens"][hidden["mask"]], read["tokens"][read["mask"]])
     for window, row, wanted in zip(windows.tolist(), read["tokens"], read["mask"], strict=True):
@@ -159,7 +172,7 @@ def test_hidden_tokens_from_the_left_are_the_same_ones() -> None:
 
 def test_left_to_right_predicts_the_same_tokens_with_a_mode_and_without() -> None:
     windows, random = np.arange(60).reshape(3, 20), np.random.default_rng(0)
-    plain, moded = LeftToRight(19), LeftToRight(20, mode=7)
+    plain, moded = CausalBatches(19), CausalBatches(20, mode=7)
     assert plain.width == moded.width == 20
     rows = moded.rows(windows, np.arange(3), random)
     assert np.array_equal(rows["tokens"][:, 1:], windows) and (rows["tokens"][:, 0] == 7).all()
@@ -183,12 +196,15 @@ def test_markers_are_the_tokenizers_own_and_text_cannot_spell_them() -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Denoiser("[NLX]", 0.15, 3), r"Did you mean '\[NL"),
-        (lambda: Denoiser("[NLU]", 1.5, 3), "this one has rate 1.5"),
-        (lambda: Denoiser("[S2S]", 0.6, None), "at most 0.5"),
+        (lambda: SpanCorruption("[NLX]", 0.15, 3), r"Did you mean '\[NL"),
+        (lambda: SpanCorruption("[NLU]", 1.5, 3), "this one has rate 1.5"),
+        (lambda: SpanCorruption("[S2S]", 0.6, None), "at most 0.5"),
         (lambda: ul2((0.5, 0.5, 0.5)), "whose sum is 1.5"),
-        (lambda: Denoising(ul2(), Decoder(MARKERS, 8)), "needs 16 or more"),
-        (lambda: Denoising(ul2(), Decoder(MARKERS, 1024)), "hidden spans, and the tokenizer has 100 sentinels"),
+        (lambda: SpanCorruptionBatches(ul2(), DecoderRows(MARKERS, 8)), "needs 16 or more"),
+        (
+            lambda: SpanCorruptionBatches(ul2(), DecoderRows(MARKERS, 1024)),
+            "hidden spans, and the tokenizer has 100 sentinels",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_sentence(make, sentence: str) -> None:
@@ -199,11 +215,11 @@ def test_what_cannot_be_is_one_sentence(make, sentence: str) -> None:
 def test_shares_of_the_denoisers_are_exact() -> None:
     """Of every stretch of rows each denoiser has its share, to a row; all of it known by the row's number alone."""
     shares = np.array([each.share for each in ul2((0.4, 0.4, 0.2))])
-    whose = which(shares, np.arange(5000))
+    whose = source_of_row(shares, np.arange(5000))
     for first, last in ((0, 5000), (1234, 1334), (77, 777)):
         counts = np.bincount(whose[first:last], minlength=len(shares))
         assert (np.abs(counts - shares * (last - first)) <= 1.5).all(), counts
-    assert np.array_equal(which(shares, np.arange(300, 400)), whose[300:400])
+    assert np.array_equal(source_of_row(shares, np.arange(300, 400)), whose[300:400])
 
 
 @pytest.mark.parametrize(
@@ -212,7 +228,7 @@ def test_shares_of_the_denoisers_are_exact() -> None:
      (0.15, 64, 512, 77, 1), (0.5, 8, 100, 50, 6), (0.15, 3, 10, 2, 1)],
 )  # fmt: skip
 def test_how_much_is_hidden_is_t5s_rule(rate: float, span: int, length: int, hidden: int, spans: int) -> None:
-    denoiser = Denoiser("[NLU]", rate, span)
+    denoiser = SpanCorruption("[NLU]", rate, span)
     assert denoiser.counts(length) == (hidden, spans)
     places = random_spans(50, length, hidden, spans, np.random.default_rng(0))
     assert (places.sum(1) == hidden).all()
@@ -221,7 +237,7 @@ def test_how_much_is_hidden_is_t5s_rule(rate: float, span: int, length: int, hid
 
 
 def test_s_hides_any_length_alike(likely) -> None:
-    task = Denoising([Denoiser("[S2S]", 0.5, None)], Decoder(MARKERS, 16))
+    task = SpanCorruptionBatches([SpanCorruption("[S2S]", 0.5, None)], DecoderRows(MARKERS, 16))
     rows = task.rows(np.zeros((8000, 16), int), np.arange(8000), np.random.default_rng(0))
     lengths = np.bincount(rows["mask"].sum(1), minlength=17)
     used = np.flatnonzero(lengths)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keifu.data import emoji
-from keifu.data.catalogue import CATALOGUE
-from keifu.data.picture_catalogue import CATALOGUED, PHOTOS
-from keifu.data.pictures import read_pictures, split
+from keifu.data.catalogue.catalogue import CATALOGUE
+from keifu.data.images import emoji
+from keifu.data.images.dataset import read_images, split
+from keifu.data.images.sources import CATALOGUED, PHOTOS
 from keifu.errors import UserError
 
 SIGNS = {  # file name: English name, Japanese name, group
@@ -33,7 +33,7 @@ def sign(name: str) -> str:
 @pytest.fixture(autouse=True)
 def _archives(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path))
-    emoji.named.cache_clear()
+    emoji.name_emoji.cache_clear()
     # Of names some have U+FE0F; drawings do not.
     full = {name: sign(name) + ("\ufe0f" if name == "2764" else "") for name in SIGNS}
     names = place("emoji-names")
@@ -54,11 +54,11 @@ def _archives(monkeypatch, tmp_path: Path) -> None:
             archive.writestr(f"x/openmoji/svg/{name}.svg.gz", gzip.compress(SVG.encode()))
             archive.writestr(f"x/openmoji/svg/{name}.svg.zst", b"")
     yield
-    emoji.named.cache_clear()
+    emoji.name_emoji.cache_clear()
 
 
 def place(name: str) -> Path:
-    from keifu.data.catalogue import cache
+    from keifu.data.catalogue.download import cache
 
     entry = CATALOGUE[name]
     return cache() / entry.archive.folder / entry.member
@@ -80,7 +80,7 @@ def png(colour: tuple[int, ...]) -> bytes:
 
 
 def test_drawings_are_joined_with_their_names_and_groups() -> None:
-    found = read_pictures("emoji")
+    found = read_images("emoji")
     assert found.names == tuple(map(sign, SIGNS)) and len(found) == 5  # e50a has no name
     assert found.texts()[:3] == ("waving hand", "waving hand medium skin tone", "red heart")
     assert found.texts("ja")[1:3] == ("手を振る: 中間の肌色", "赤いハート")
@@ -89,23 +89,23 @@ def test_drawings_are_joined_with_their_names_and_groups() -> None:
 
 
 def test_skin_tones_and_equal_flags_stay_on_one_side_of_a_split() -> None:
-    assert read_pictures("emoji").groups.tolist() == [0, 0, 2, 3, 3]
-    assert read_pictures("emoji").distinct().texts() == ("waving hand", "red heart", "Norway")
+    assert read_images("emoji").groups.tolist() == [0, 0, 2, 3, 3]
+    assert read_images("emoji").distinct().texts() == ("waving hand", "red heart", "Norway")
 
 
 def test_the_other_style_is_drawn_at_the_size_asked_for_and_held_out() -> None:
     pytest.importorskip("resvg_py")
-    found = read_pictures("openmoji", size=16)
+    found = read_images("openmoji", size=16)
     assert found.texts() == ("waving hand", "red heart") and found.shape == (3, 16, 16)
     assert found.take([0])[0, :, 3, 3].tolist() == [255, 0, 0] and found.take([0])[0, :, 12, 3].tolist() == [255] * 3
     assert len(split(found).test) == 2
-    assert found.named(read_pictures("emoji").names).names == found.names
+    assert found.named(read_images("emoji").names).names == found.names
 
 
 def test_without_resvg_a_sentence_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "resvg_py", None)
     with pytest.raises(UserError, match=r"are SVG and need resvg-py: `pip install 'keifu\[svg\]'`"):
-        read_pictures("openmoji")
+        read_images("openmoji")
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -118,7 +118,7 @@ def test_fashion_mnist_keeps_its_own_test_set() -> None:
         pictures = np.arange(count, dtype=np.uint8)[:, None, None].repeat(28, 1).repeat(28, 2) + (prefix == "t10k") * 99
         for kind, values in (("images-idx3", pictures), ("labels-idx1", np.arange(count, dtype=np.uint8) % 10)):
             made(place("fashion-mnist") / f"{prefix}-{kind}-ubyte.gz").write_bytes(idx(values))
-    found = split(read_pictures("fashion-mnist"), share=0.1)
+    found = split(read_images("fashion-mnist"), share=0.1)
     assert found.test.shape == (1, 28, 28) and found.test.take(slice(None))[:, 0, 0, 0].tolist() == [99, 100, 101, 102]
     assert len(found.validation) == 4 and found.test.classes[found.test.labels[3]] == "dress"
 
@@ -126,7 +126,7 @@ def test_fashion_mnist_keeps_its_own_test_set() -> None:
 def test_every_photo_has_a_caption_and_its_file() -> None:
     for name in PHOTOS:
         Image.new("L", (5, 4)).save(made(place("photos") / f"{name}.png"))
-    found = read_pictures("photos", size=4)
+    found = read_images("photos", size=4)
     assert len(found) == 24 and found.texts()[4] == "the face of a ginger cat" and len(set(found.texts())) == 24
 
 

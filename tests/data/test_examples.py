@@ -5,17 +5,17 @@ import math
 import pytest
 import torch
 
-from keifu.data import toy
-from keifu.data.distortion import Distortion
-from keifu.data.examples import Examples, Split
-from keifu.data.tables import read_table, standardisation
+from keifu.data.classification import toy
+from keifu.data.classification.batches import LabelledTensors, TensorBatches
+from keifu.data.classification.tables import read_table, standardisation
+from keifu.data.images.augmentation import Distortion
 from keifu.errors import UserError
 
-ROWS = Split(torch.arange(10.0)[:, None].repeat(1, 3), torch.arange(10))
+ROWS = LabelledTensors(torch.arange(10.0)[:, None].repeat(1, 3), torch.arange(10))
 
 
 def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
-    data = Examples(ROWS, ROWS, batch_size=4, seed=1)
+    data = TensorBatches(ROWS, ROWS, batch_size=4, seed=1)
     stream = torch.cat([data.batch(step)["targets"] for step in range(10)])
     epochs = stream.view(4, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs.tolist())
@@ -26,24 +26,26 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step():
     def shifted(inputs, generator):
         return inputs + torch.rand(inputs.shape, generator=generator)
 
-    one, two = (Examples(ROWS, ROWS, 3, seed=5, augment=shifted) for _ in range(2))
+    one, two = (TensorBatches(ROWS, ROWS, 3, seed=5, augment=shifted) for _ in range(2))
     late = two.batch(7)
     for step in range(9):
         torch.rand(1)  # the global generator does not matter
         batch = one.batch(step)
         assert torch.equal(batch["inputs"].floor()[:, 0].long(), batch["targets"])  # inputs stay with their class
     assert torch.equal(one.batch(7)["inputs"], late["inputs"])
-    assert not torch.equal(one.batch(7)["inputs"], Examples(ROWS, ROWS, 3, seed=6, augment=shifted).batch(7)["inputs"])
+    assert not torch.equal(
+        one.batch(7)["inputs"], TensorBatches(ROWS, ROWS, 3, seed=6, augment=shifted).batch(7)["inputs"]
+    )
     assert torch.equal(next(iter(one.validation()))["inputs"], ROWS.inputs)
 
 
 def test_the_fingerprint_changes_with_any_number_and_with_what_is_held_out():
     changed = ROWS.inputs.clone()
     changed[3, 1] += 1e-6
-    variants = [Examples(ROWS, ROWS, 4, 0), Examples(Split(changed, ROWS.targets), ROWS, 4, 0)]
-    variants.append(Examples(ROWS, Split(ROWS.inputs[:5], ROWS.targets[:5]), 4, 0))
+    variants = [TensorBatches(ROWS, ROWS, 4, 0), TensorBatches(LabelledTensors(changed, ROWS.targets), ROWS, 4, 0)]
+    variants.append(TensorBatches(ROWS, LabelledTensors(ROWS.inputs[:5], ROWS.targets[:5]), 4, 0))
     assert len({data.fingerprint for data in variants}) == 3
-    assert variants[0].fingerprint == Examples(ROWS, ROWS, 2, 9).fingerprint
+    assert variants[0].fingerprint == TensorBatches(ROWS, ROWS, 2, 9).fingerprint
 
 
 def moments(pictures):
@@ -99,4 +101,4 @@ def test_standardisation_leaves_a_constant_column_alone():
 
 def test_a_label_for_a_toy_set_is_an_error():
     with pytest.raises(UserError, match="--label names a column of a CSV file"):
-        toy.table("xor", "kind")
+        toy.toy_table("xor", "kind")

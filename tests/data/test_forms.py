@@ -5,14 +5,24 @@ from pathlib import Path
 
 import pytest
 
-from keifu.data.form_batches import FormRows, lay_out, stacked
-from keifu.data.form_tables import Examples, examples_of, read_examples
-from keifu.data.forms import FORMS, Marks, form_of, marks_of, with_marks
-from keifu.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from keifu.data.classification.batches import FormBatches, encode_form, stack_sequences
+from keifu.data.classification.input_formats import (
+    FORMS,
+    Delimiters,
+    FormExamples,
+    add_delimiters,
+    delimiters_of,
+    examples_of,
+    form_of,
+    read_examples,
+)
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 
 S, D, E = 97, 98, 99
-MARKS = Marks((S,), (D,), (E,))
+MARKS = Delimiters((S,), (D,), (E,))
 
 
 class Letters:
@@ -22,7 +32,7 @@ class Letters:
         return [[ord(letter) - 96 for letter in text] for text in texts]
 
 
-def examples(form: str, *texts: tuple[str, ...]) -> Examples:
+def examples(form: str, *texts: tuple[str, ...]) -> FormExamples:
     return examples_of(["\t".join(each) for each in texts], form_of(form))
 
 
@@ -36,7 +46,7 @@ def examples(form: str, *texts: tuple[str, ...]) -> Examples:
     ],
 )
 def test_each_form_token_by_token(form: str, texts: tuple[str, ...], sequences: list[list[int]]) -> None:
-    assert lay_out(Letters(), examples(form, texts), MARKS, 7).rows == [sequences]
+    assert encode_form(Letters(), examples(form, texts), MARKS, 7).rows == [sequences]
 
 
 @pytest.mark.parametrize(
@@ -49,38 +59,38 @@ def test_each_form_token_by_token(form: str, texts: tuple[str, ...], sequences: 
     ],
 )
 def test_the_longest_texts_are_cut_and_no_mark_is_lost(form, texts, limit, sequences) -> None:
-    rows, cut = lay_out(Letters(), examples(form, texts), MARKS, limit, cut=True)
+    rows, cut = encode_form(Letters(), examples(form, texts), MARKS, limit, cut=True)
     assert rows == [sequences] and cut == 1
     with pytest.raises(UserError, match=f"Text 1 of 1: this example has .* tokens, and {limit} is the most"):
-        lay_out(Letters(), examples(form, texts), MARKS, limit)
+        encode_form(Letters(), examples(form, texts), MARKS, limit)
 
 
 def test_examples_with_fewer_answers_have_empty_sequences_at_their_end() -> None:
-    rows = lay_out(Letters(), examples("choice", ("a", "b", "c"), ("a", "bb", "c", "d")), MARKS, 9).rows
-    tokens, mask = stacked(rows, 0)
+    rows = encode_form(Letters(), examples("choice", ("a", "b", "c"), ("a", "bb", "c", "d")), MARKS, 9).rows
+    tokens, mask = stack_sequences(rows, 0)
     assert tokens.shape == mask.shape == (2, 3, 6)
     assert tokens[0].tolist() == [[S, 1, D, 2, E, 0], [S, 1, D, 3, E, 0], [0] * 6] and not mask[0, 2].any()
     assert tokens[1, 0].tolist() == [S, 1, D, 2, 2, E] and mask[1].sum(-1).tolist() == [6, 5, 5]
-    batch = FormRows(rows, [1, 2]).batch([1, 0], 0)
+    batch = FormBatches(rows, [1, 2]).batch([1, 0], 0)
     assert batch["targets"].tolist() == [2, 1] and batch["tokens"][1].equal(tokens[0])
-    assert FormRows(rows, [1, 2]).lengths == [10, 18]
-    assert FormRows(rows, [1, 2]).fingerprint != FormRows(rows, [1, 1]).fingerprint
+    assert FormBatches(rows, [1, 2]).lengths == [10, 18]
+    assert FormBatches(rows, [1, 2]).fingerprint != FormBatches(rows, [1, 1]).fingerprint
 
 
 def test_a_tokenizer_gets_the_marks_once_and_puts_them_around_texts(tmp_path: Path) -> None:
     plain = train_tokenizer("bpe", ["the cat sat on a mat"] * 3, 270)
-    marked, ids = with_marks(plain)
+    marked, ids = add_delimiters(plain)
     assert ids == [plain.vocab_size + n for n in range(3)] and marked.vocab_size == plain.vocab_size + 3
     text = marked.encode("the cat")
     assert text == plain.encode("the cat") and marked.encode("the cat", special=True) == [ids[0], *text, ids[2]]
     assert marked.encode_pair("a", "mat")[0] == [ids[0], *plain.encode("a"), ids[1], *plain.encode("mat"), ids[2]]
     assert set(ids).isdisjoint(marked.encode("_start_ _delimiter_ _classify_"))  # text that spells them stays text
     assert marked.pad_id == ids[0] and marked.eos_id == plain.eos_id
-    again, same = with_marks(marked)
+    again, same = add_delimiters(marked)
     assert same == ids and again.vocab_size == marked.vocab_size
     again.save(tmp_path)
     assert load_tokenizer(tmp_path).encode("the cat", special=True) == [ids[0], *text, ids[2]]
-    assert marks_of(marked, ids) == Marks((ids[0],), (ids[1],), (ids[2],))
+    assert delimiters_of(marked, ids) == Delimiters((ids[0],), (ids[1],), (ids[2],))
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs("the cat", "a mat")["input_ids"] == marked.encode_pair("the cat", "a mat")[0]
@@ -90,7 +100,7 @@ def test_a_tokenizer_gets_the_marks_once_and_puts_them_around_texts(tmp_path: Pa
 def test_a_model_without_marks_reads_texts_as_its_tokenizer_makes_them() -> None:
     plain = train_tokenizer("wordpiece", ["the cat sat"] * 3, 60)
     whole = plain.encode("the cat", special=True)
-    marks = marks_of(plain, (None, None, None))
+    marks = delimiters_of(plain, (None, None, None))
     assert marks.sequence(plain.encode("the cat")) == whole and len(whole) == len(plain.encode("the cat")) + 2
 
 
@@ -104,7 +114,7 @@ def lines(*rows: object) -> str:
 
 
 def test_tables_of_each_form_are_read(tmp_path: Path) -> None:
-    nli = write(tmp_path, "nli.csv", "premise,hypothesis,label\nIt rains,It is wet,yes\nIt rains,\"It, snows\",no\n")
+    nli = write(tmp_path, "nli.csv", 'premise,hypothesis,label\nIt rains,It is wet,yes\nIt rains,"It, snows",no\n')
     found = read_examples(nli, FORMS["entailment"])
     assert [row.texts for row in found.rows] == [("It rains", "It is wet"), ("It rains", "It, snows")]
     assert found.classes == ("no", "yes") and found.rows[1].where.endswith("nli.csv, line 3")
@@ -172,4 +182,4 @@ def test_an_unknown_form_names_the_nearest() -> None:
 
 
 def test_the_marked_tokenizer_is_a_tokenizer() -> None:
-    assert isinstance(with_marks(train_tokenizer("characters", ["abc"], 9))[0], Tokenizer)
+    assert isinstance(add_delimiters(train_tokenizer("characters", ["abc"], 9))[0], Tokenizer)

@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
-from keifu.data.byte_level import CUTS, byte_level_backend
-from keifu.data.catalogue import fetch
-from keifu.data.streaming import byte_alphabet
-from keifu.data.tokenizers import Tokenizer, gguf_tokenizer, load_tokenizer, to_gguf_fields, train_tokenizer
+from keifu.data.catalogue.catalogue import fetch
+from keifu.data.tokenizers.bpe import CUTS, byte_level_backend
+from keifu.data.tokenizers.gguf import gguf_tokenizer, to_gguf_fields
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.streaming import byte_alphabet
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 
 PIECES = st.sampled_from(

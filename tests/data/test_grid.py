@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from keifu.data import grid as module
-from keifu.data.grid import grid, png, sheet, wrapped
+from keifu.data.images import grid as module
+from keifu.data.images.grid import grid, png, sheet, wrapped
 from keifu.errors import UserError
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from keifu.data.catalogue import CATALOGUE
-from keifu.data.images import mnist, stratified
+from keifu.data.catalogue.catalogue import CATALOGUE
+from keifu.data.images.io import mnist, stratified_sample
 from keifu.errors import UserError
 
 
@@ -26,7 +26,7 @@ def test_mnist_is_read_into_bytes_row_by_row(monkeypatch, tmp_path: Path) -> Non
 @pytest.mark.parametrize("held_out", [1000, 333, 7])
 def test_the_split_has_every_label_in_proportion(held_out: int) -> None:
     labels = torch.arange(10).repeat_interleave(500)
-    train, test = stratified(labels, held_out, seed=5)
+    train, test = stratified_sample(labels, held_out, seed=5)
     counts = labels[test].bincount(minlength=10)
     assert len(test) == held_out and counts.max() - counts.min() <= 1
     assert sorted(torch.cat([train, test]).tolist()) == list(range(5000))
@@ -34,11 +34,11 @@ def test_the_split_has_every_label_in_proportion(held_out: int) -> None:
 
 def test_the_split_follows_the_seed() -> None:
     labels = torch.arange(10).repeat_interleave(50)
-    first, again, other = (stratified(labels, 100, seed)[1] for seed in (0, 0, 1))
+    first, again, other = (stratified_sample(labels, 100, seed)[1] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("held_out", [0, 50, 51])
 def test_an_impossible_split_is_refused(held_out: int) -> None:
     with pytest.raises(UserError, match=f"{held_out} of 50"):
-        stratified(torch.zeros(50, dtype=torch.int64), held_out)
+        stratified_sample(torch.zeros(50, dtype=torch.int64), held_out)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from keifu.data import labelled
-from keifu.data.labelled import Labelled, read, split
-from keifu.data.labelled_batches import Encoded, LabelledBatches
-from keifu.data.lengths import padded, passes
+from keifu.data.batching import length_buckets, pad
+from keifu.data.classification import tables
+from keifu.data.classification.batches import EncodedTexts, LabelledBatches
+from keifu.data.classification.tables import LabelledTexts, read, split
 from keifu.errors import UserError
 
 
@@ -49,8 +49,8 @@ def test_labels_that_are_no_strings_are_written_out(tmp_path: Path) -> None:
 def test_the_topics_of_the_summaries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     article = {"title": "Cat", "extract": "An animal.", "description": "Biology", "topic": "Life"}
     file = written(tmp_path / "summaries.json", json.dumps({"Cat": article}))
-    monkeypatch.setattr(labelled.catalogue, "fetch", lambda name: file)
-    assert read("wiki-summaries") == Labelled("wiki-summaries", ("Cat\n\nAn animal.",), ("Life",))
+    monkeypatch.setattr(tables.catalogue, "fetch", lambda name: file)
+    assert read("wiki-summaries") == LabelledTexts("wiki-summaries", ("Cat\n\nAn animal.",), ("Life",))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_name_that_is_no_file_is_answered_with_the_nearest(tmp_path: Path) -> 
         read(tmp_path / "nowhere.csv")
 
 
-TABLE = Labelled(
+TABLE = LabelledTexts(
     "t", tuple(f"Text {n // 2}{'!' * (n % 2)}" for n in range(200)), tuple("abc"[n % 3] for n in range(200))
 )
 
@@ -91,7 +91,7 @@ TABLE = Labelled(
 def test_the_held_out_rows_are_as_many_as_asked_and_share_no_text() -> None:
     training, held = split(TABLE, 50)
     assert len(held) == 50 and sorted([*training.texts, *held.texts]) == sorted(TABLE.texts)
-    said = [{labelled.key(text) for text in part.texts} for part in (training, held)]
+    said = [{tables.key(text) for text in part.texts} for part in (training, held)]
     assert len(said[1]) == 25 and not said[0] & said[1]  # "Text 1" and "Text 1!" say the same
 
 
@@ -105,17 +105,17 @@ def test_the_text_alone_decides_who_is_held_out() -> None:
 
 
 def test_a_label_is_never_held_out_alone() -> None:
-    rare = Labelled("t", tuple(f"text {n}" for n in range(40)), tuple(map(str, range(40))))
+    rare = LabelledTexts("t", tuple(f"text {n}" for n in range(40)), tuple(map(str, range(40))))
     training, held = split(rare, 20)
     assert len(training) == 40 and not len(held)
 
 
 ROWS = [[1] * (1 + n * 7 % 23) + [n + 2] for n in range(53)]
-DATA = Encoded(ROWS, list(range(53)))
+DATA = EncodedTexts(ROWS, list(range(53)))
 
 
 def batches(seed: int = 3) -> LabelledBatches:
-    return LabelledBatches(DATA, Encoded(ROWS[:9], list(range(9))), 8, seed, pad_id=0)
+    return LabelledBatches(DATA, EncodedTexts(ROWS[:9], list(range(9))), 8, seed, pad_id=0)
 
 
 def test_every_epoch_shows_every_row_once_with_its_target_and_in_an_order_of_its_own() -> None:
@@ -155,23 +155,23 @@ def test_batches_have_little_padding_and_the_largest_holds_the_longest() -> None
 def test_the_fingerprint_knows_every_id_and_target() -> None:
     changed = [ROWS[:], ROWS[:]]
     changed[0][5] = [*ROWS[5], 1]
-    others = [Encoded(changed[0], DATA.targets), Encoded(ROWS, [1, *DATA.targets[1:]])]
-    prints = {LabelledBatches(each, Encoded([], []), 8, 0, 0).fingerprint for each in (DATA, *others)}
+    others = [EncodedTexts(changed[0], DATA.targets), EncodedTexts(ROWS, [1, *DATA.targets[1:]])]
+    prints = {LabelledBatches(each, EncodedTexts([], []), 8, 0, 0).fingerprint for each in (DATA, *others)}
     assert len(prints) == 3
 
 
 def test_padding_is_on_the_right_and_a_mask_only_where_it_is_needed() -> None:
-    tokens, mask = padded([[5, 6, 7], [8]], pad_id=9)
+    tokens, mask = pad([[5, 6, 7], [8]], pad_id=9)
     assert tokens.tolist() == [[5, 6, 7], [8, 9, 9]]
     assert mask is not None and mask.tolist() == [[True] * 3, [True, False, False]]
-    tokens, mask = padded([[5, 6], [7, 8]], pad_id=9)
+    tokens, mask = pad([[5, 6], [7, 8]], pad_id=9)
     assert tokens.tolist() == [[5, 6], [7, 8]] and mask is None
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(64, 8), (40, 100), (1, 3), (10_000, 7)])
 def test_passes_hold_every_row_once_within_their_limits(tokens: int, rows: int) -> None:
     lengths = [len(row) for row in ROWS]
-    found = list(passes(lengths, tokens, rows))
+    found = list(length_buckets(lengths, tokens, rows))
     assert sorted(place for places in found for place in places) == list(range(len(ROWS)))
     for places in found:
         longest = max(lengths[place] for place in places)

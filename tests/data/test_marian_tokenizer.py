@@ -10,8 +10,9 @@ import pytest
 import sentencepiece
 import transformers
 
-from keifu.data.sentencepiece_pieces import Pieces
-from keifu.data.tokenizers import Tokenizer, load_tokenizer
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.sentencepiece import Pieces
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 
 ENGLISH = ["The cat sat on the mat, and the dog sat on the cat.", "What is the name of the third one?", "Yes! It is."]

@@ -9,11 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from keifu.data import sentence_shards
-from keifu.data.masking import MaskedText, Masking, Vocabulary, _instead, single_tokens, whole_words
-from keifu.data.sentence_pairs import RowPlanner, _truncated
-from keifu.data.sentence_shards import Sentences, SentenceShards, prepare_sentences
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.data.text import sentence_shards
+from keifu.data.text.masked_lm import (
+    MaskedText,
+    MaskingScheme,
+    RowPlanner,
+    Vocabulary,
+    _replacement,
+    _truncate,
+    single_tokens,
+    whole_words,
+)
+from keifu.data.text.sentence_shards import Sentences, SentenceShards, prepare_sentences
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 
 CLS, SEP, PAD, MASK, UNK = range(5)
@@ -40,7 +49,7 @@ def shards() -> SentenceShards:
 @pytest.fixture
 def made(shards: SentenceShards) -> Made:
     def make(batch_size: int = 16, seed: int = 1, **changes) -> MaskedText:
-        return MaskedText(shards, VOCABULARY, Masking(**{"length": 64, "most": 10} | changes), batch_size, seed)
+        return MaskedText(shards, VOCABULARY, MaskingScheme(**{"length": 64, "most": 10} | changes), batch_size, seed)
 
     return make
 
@@ -92,7 +101,7 @@ def test_a_sentence_longer_than_a_row_counts_as_several() -> None:
 
 def test_truncation_takes_from_the_longer_one_at_both_ends() -> None:
     bounds = np.repeat(np.array([[10, 40, 100, 110], [0, 30, 50, 81], [0, 4, 9, 12]]), 500, 0)
-    cut = _truncated(bounds, 21, np.random.default_rng(0))
+    cut = _truncate(bounds, 21, np.random.default_rng(0))
     sizes = cut[:, 1::2] - cut[:, ::2]
     assert (sizes[:500] == [11, 10]).all() and (sizes[500:1000] == [11, 10]).all() and (sizes[1000:] == [4, 3]).all()
     front = (cut - bounds)[:500, 0]
@@ -223,7 +232,7 @@ def test_one_long_document_counts_as_several(tmp_path: Path, wordpiece: Tokenize
     (tmp_path / "book.txt").write_text("the cat sat\n" * 330)
     found = prepare_sentences(tmp_path / "book.txt", wordpiece, halves, tmp_path / "cache", held_out=0.2)
     assert found.index["training"]["documents"] + found.index["validation"]["documents"] == 11
-    assert MaskedText(found, Vocabulary.of(wordpiece), Masking(length=16), 4).batch(0)["tokens"].shape[0] == 4
+    assert MaskedText(found, Vocabulary.of(wordpiece), MaskingScheme(length=16), 4).batch(0)["tokens"].shape[0] == 4
 
 
 def test_the_tokenizers_own_vocabulary(wordpiece: Tokenizer) -> None:
@@ -249,12 +258,12 @@ def test_two_texts_together_are_those_of_transformers(wordpiece: Tokenizer, tmp_
 
 def test_what_cannot_be_is_refused(tmp_path: Path, shards: SentenceShards, wordpiece: Tokenizer) -> None:
     with pytest.raises(UserError, match="share between 0 and 1"):
-        Masking(share=1.5)
+        MaskingScheme(share=1.5)
     with pytest.raises(UserError, match="has no cls_token, sep_token, pad_token, mask_token"):
         Vocabulary.of(train_tokenizer("characters", ["abc"], 10))
     bare = replace(VOCABULARY, goes_on=np.zeros(400, bool))
     with pytest.raises(UserError, match="whole_words needs a tokenizer that marks"):
-        MaskedText(shards, bare, Masking(whole_words=True), 4)
+        MaskedText(shards, bare, MaskingScheme(whole_words=True), 4)
     with pytest.raises(UserError, match="two documents or more"):
         RowPlanner(numbered([[3, 4]]), 20, 0.1, True)
     (tmp_path / "short.txt").write_text("a cat. a dog")
@@ -268,7 +277,7 @@ def test_shares_of_masked_random_and_kept_are_exact(likely: Callable[[int, int, 
     """80%, 10% and 10%; any ordinary token stands for the second, also the one that stood there."""
     random, count = np.random.default_rng(5), 50_000
     tokens = random.choice(ORDINARY, count)
-    now = _instead(tokens, VOCABULARY, random)
+    now = _replacement(tokens, VOCABULARY, random)
     same = 0.1 / len(ORDINARY)
     assert likely(int((now == MASK).sum()), count, 0.8)
     assert likely(int((now == tokens).sum()), count, 0.1 + same)

@@ -12,15 +12,30 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keifu.data import arithmetic, mixture, tatoeba
-from keifu.data.denoised_rows import Decoder, Denoising, HiddenTokens, LeftToRight
-from keifu.data.denoising import MODES, Markers, ul2
-from keifu.data.mixed_text import Check, MixedText, Weighted, elements
-from keifu.data.mixture import prepare_mixture, read_mixture, source_names
-from keifu.data.shares import turns, which
-from keifu.data.splits import normalised
-from keifu.data.text import Shards
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.batching import interleave, source_of_row
+from keifu.data.text import mixture, synthetic_math
+from keifu.data.text.mixture import (
+    Check,
+    MixedText,
+    WeightedSource,
+    elements,
+    prepare_mixture,
+    read_mixture,
+    source_names,
+)
+from keifu.data.text.span_corruption import (
+    MODES,
+    CausalBatches,
+    DecoderRows,
+    InfillingExamples,
+    Markers,
+    SpanCorruptionBatches,
+    ul2,
+)
+from keifu.data.text.token_shards import Shards
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.data.translation import tatoeba
+from keifu.data.translation.pairs import normalize
 from keifu.errors import UserError
 
 WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=12)
@@ -35,7 +50,7 @@ def wrong_steps(text: str) -> list[str]:
     for line in text.splitlines():
         if found := EQUATION.fullmatch(line):
             left, sign, right, last = found.groups()
-            if arithmetic.OPERATIONS[sign](int(left), int(right)) != int(last):
+            if synthetic_math.OPERATIONS[sign](int(left), int(right)) != int(last):
                 wrong.append(line)
         elif line.startswith("Answer: ") and line.removeprefix("Answer: ") != last:
             wrong.append(line)
@@ -50,9 +65,9 @@ def shards(name: str, first: int, training: int, validation: int = 90) -> Shards
 
 
 SOURCES = [
-    Weighted("large", 0.6, shards("large", 10_000, 4000)),
-    Weighted("small", 0.25, shards("small", 20_000, 200)),
-    Weighted("least", 0.15, shards("least", 30_000, 60)),
+    WeightedSource("large", 0.6, shards("large", 10_000, 4000)),
+    WeightedSource("small", 0.25, shards("small", 20_000, 200)),
+    WeightedSource("least", 0.15, shards("least", 30_000, 60)),
 ]
 
 
@@ -61,7 +76,7 @@ SOURCES = [
 def test_each_has_its_share_at_any_time(weights: list[int], start: int, count: int) -> None:
     shares = np.array(weights) / sum(weights)
     slack = 0.5 + shares * len(weights) / 2 + 1e-3
-    found = turns(shares, start, start + count)
+    found = interleave(shares, start, start + count)
     for n in range(len(shares)):
         numbers = found.numbers[found.whose == n]
         if len(numbers):
@@ -69,21 +84,23 @@ def test_each_has_its_share_at_any_time(weights: list[int], start: int, count: i
             assert abs(numbers[0] - shares[n] * start) <= slack[n] + 1
             assert abs(numbers[-1] + 1 - shares[n] * (start + count)) <= slack[n] + 1
     middle = start + count // 2
-    first, second = turns(shares, start, middle), turns(shares, middle, start + count)
+    first, second = interleave(shares, start, middle), interleave(shares, middle, start + count)
     assert np.array_equal(np.concatenate([first.whose, second.whose]), found.whose)
     assert np.array_equal(np.concatenate([first.numbers, second.numbers]), found.numbers)
 
 
 def test_shares_from_the_start_are_exact() -> None:
     shares = np.array([0.5, 0.3, 0.15, 0.05])
-    given = turns(shares, 0, 2000).whose
+    given = interleave(shares, 0, 2000).whose
     counted = np.cumsum(np.eye(4)[given], axis=0) - shares * np.arange(1, 2001)[:, None]
     assert np.abs(counted).max() < 1.0
-    assert np.array_equal(which(shares, np.array([5, 3, 1999, 3])), given[[5, 3, 1999, 3]])
-    assert len(which(shares, np.zeros(0, int))) == 0
+    assert np.array_equal(source_of_row(shares, np.array([5, 3, 1999, 3])), given[[5, 3, 1999, 3]])
+    assert len(source_of_row(shares, np.zeros(0, int))) == 0
 
 
-@pytest.mark.parametrize("task", [LeftToRight(16), Denoising(ul2(), Decoder(MARKERS, 32))], ids=["causal", "ul2"])
+@pytest.mark.parametrize(
+    "task", [CausalBatches(16), SpanCorruptionBatches(ul2(), DecoderRows(MARKERS, 32))], ids=["causal", "ul2"]
+)
 def test_a_batch_is_a_function_of_seed_and_step_alone(task) -> None:
     one, other = (MixedText(SOURCES, task, 16, 7, seed=5) for _ in range(2))
     in_order = [one.batch(step) for step in range(30)]
@@ -98,7 +115,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(task) -> None:
 
 
 def test_sources_come_by_their_weights_and_small_ones_in_more_epochs() -> None:
-    data = MixedText(SOURCES, LeftToRight(16), 16, 10)
+    data = MixedText(SOURCES, CausalBatches(16), 16, 10)
     rows = torch.cat([data.batch(step)["tokens"] for step in range(60)])
     counts = torch.bincount(rows[:, 0] // 10_000)[1:].tolist()
     assert [abs(n - 600 * s.weight) <= 1 for n, s in zip(counts, SOURCES, strict=True)] == [True] * 3
@@ -110,10 +127,10 @@ def test_sources_come_by_their_weights_and_small_ones_in_more_epochs() -> None:
 
 
 def test_validation_measures_every_source_by_every_check() -> None:
-    decoder = Denoising(ul2(), Decoder(MARKERS, 32))
+    decoder = SpanCorruptionBatches(ul2(), DecoderRows(MARKERS, 32))
     checks = {
-        "bits_per_byte": Check(LeftToRight(32, 3), lambda own: own.bits_per_byte(1.0)),
-        "infilling": Check(HiddenTokens(decoder)),
+        "bits_per_byte": Check(CausalBatches(32, 3), lambda own: own.bits_per_byte(1.0)),
+        "infilling": Check(InfillingExamples(decoder)),
     }
     data = MixedText(SOURCES, decoder, 32, 8, checks=checks, validation_rows=40, check_rows=3)
     assert data.figures == [f"{s.name}/{check}" for check in checks for s in SOURCES]
@@ -140,14 +157,14 @@ ROWS = [
 
 
 def test_what_is_held_out_stands_nowhere_in_training() -> None:
-    learned, kept = tatoeba.parted(ROWS, 0.1)
+    learned, kept = tatoeba.split_sentences(ROWS, 0.1)
     assert 8 < len(kept) < 40 and len(learned) + len(kept) < len(ROWS)  # a few share a sentence with one held out
     for codes in (("en",), ("de",), ("ja", "en"), ("en", "de")):
-        make = tatoeba.sentences if len(codes) == 1 else tatoeba.translated
-        texts, hidden = "\n".join(make(learned, codes)), [tatoeba.spoken(row) for row in kept]
-        lines = {normalised(line) for line in texts.splitlines()}
-        assert texts and lines.isdisjoint({normalised(row[code]) for row in hidden for code in codes if code in row})
-    documents = tatoeba.translated(learned, ("de", "en"))
+        make = tatoeba.sentences if len(codes) == 1 else tatoeba.translation_prompt
+        texts, hidden = "\n".join(make(learned, codes)), [tatoeba.sentences_of(row) for row in kept]
+        lines = {normalize(line) for line in texts.splitlines()}
+        assert texts and lines.isdisjoint({normalize(row[code]) for row in hidden for code in codes if code in row})
+    documents = tatoeba.translation_prompt(learned, ("de", "en"))
     pairs = {(row["de"], row["en"]) for row in learned if row["de"] != "-"}
     whole = "\n".join(documents)
     formats = {fmt("German", "English", pair) in whole for fmt in tatoeba.FORMATS for pair in pairs}
@@ -157,14 +174,14 @@ def test_what_is_held_out_stands_nowhere_in_training() -> None:
 
 
 def test_sums_have_steps_that_hold() -> None:
-    learned, kept = arithmetic.documents(900, 0.1)
-    assert (learned, kept) == arithmetic.documents(900, 0.1)
+    learned, kept = synthetic_math.documents(900, 0.1)
+    assert (learned, kept) == synthetic_math.documents(900, 0.1)
     assert not any(wrong_steps(text) for text in learned + kept)
     lines = [{line for text in part for line in text.splitlines()} for part in (learned, kept)]
     questions = [{line for line in part if "Question" in line} for part in lines]
     assert questions[0].isdisjoint(questions[1]) and 50 < len(questions[1]) < 120
     for number in range(100):
-        found = arithmetic.problem(number, seed=1)
+        found = synthetic_math.problem(number, seed=1)
         expression = found.question.removesuffix(" = ?")
         if expression != found.question:
             assert eval(expression) == found.answer

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from keifu.data.growth import Growth, linear, stages
-from keifu.data.packed import PackedText
-from keifu.data.text import Shards
+from keifu.data.batching import BatchSizeSchedule, batch_size_stages, linear_batch_size
+from keifu.data.text.packed import PackedText
+from keifu.data.text.token_shards import Shards
 from keifu.errors import UserError
 
 
@@ -75,10 +75,16 @@ def test_rows_do_not_depend_on_how_many_stand_in_a_batch() -> None:
 
 @pytest.mark.parametrize(
     "growth",
-    [stages([(2, 5), (3, 11)], 7), linear(1, 200, 9), linear(4, 3, 5), linear(2, 0, 3), stages([], 4)],
+    [
+        batch_size_stages([(2, 5), (3, 11)], 7),
+        linear_batch_size(1, 200, 9),
+        linear_batch_size(4, 3, 5),
+        linear_batch_size(2, 0, 3),
+        batch_size_stages([], 4),
+    ],
     ids=str,
 )
-def test_a_batch_that_grows_takes_the_windows_in_the_same_order(growth: Growth) -> None:
+def test_a_batch_that_grows_takes_the_windows_in_the_same_order(growth: BatchSizeSchedule) -> None:
     source = shards(1000)
     data, single = PackedText(source, 16, growth, seed=2), PackedText(source, 16, 1, seed=2)
     steps = [data.batch(step)["tokens"] for step in range(60)]
@@ -93,7 +99,7 @@ def test_a_batch_that_grows_takes_the_windows_in_the_same_order(growth: Growth) 
 
 @pytest.mark.parametrize(("first", "over", "last"), [(16, 40_000, 244), (1, 7, 9), (3, 50, 3), (2, 1000, 3)])
 def test_a_linear_ramp_grows_with_the_rows_seen(first: int, over: int, last: int) -> None:
-    growth, seen = linear(first, over, last), 0
+    growth, seen = linear_batch_size(first, over, last), 0
     for step in range(1000):
         assert growth.before(step) == seen
         assert growth.at(step) == min(last, first + (last - first) * seen // over)
@@ -101,7 +107,7 @@ def test_a_linear_ramp_grows_with_the_rows_seen(first: int, over: int, last: int
 
 
 def test_palms_batch_grows_where_its_paper_says() -> None:
-    growth = stages([(512, 50_000), (1024, 115_000)], 2048)
+    growth = batch_size_stages([(512, 50_000), (1024, 115_000)], 2048)
     assert [growth.at(step) for step in (0, 49_999, 50_000, 114_999, 115_000, 254_999)] == [
         512, 512, 1024, 1024, 2048, 2048
     ]  # fmt: skip
@@ -111,11 +117,11 @@ def test_palms_batch_grows_where_its_paper_says() -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: stages([(2, 5), (3, 5)], 7), r"must ascend from above 0, and they are \(5, 5\)"),
-        (lambda: stages([(2, 0)], 7), r"must ascend from above 0, and they are \(0,\)"),
-        (lambda: stages([(0, 5)], 7), "batch_size is 0"),
-        (lambda: linear(8, 100, 7), "starts with 1 to 7, and here with 8"),
-        (lambda: linear(0, 100, 7), "starts with 1 to 7, and here with 0"),
+        (lambda: batch_size_stages([(2, 5), (3, 5)], 7), r"must ascend from above 0, and they are \(5, 5\)"),
+        (lambda: batch_size_stages([(2, 0)], 7), r"must ascend from above 0, and they are \(0,\)"),
+        (lambda: batch_size_stages([(0, 5)], 7), "batch_size is 0"),
+        (lambda: linear_batch_size(8, 100, 7), "starts with 1 to 7, and here with 8"),
+        (lambda: linear_batch_size(0, 100, 7), "starts with 1 to 7, and here with 0"),
     ],
 )
 def test_a_growth_that_cannot_be_is_refused(make, sentence: str) -> None:

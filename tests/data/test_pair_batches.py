@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keifu.data.coverage import coverage
-from keifu.data.pair_batches import ByRows, ByTokens, Encoded, EncodedPairs, PairData, Special, encode
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.text.dataset_report import coverage
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.data.translation.batches import ByRows, ByTokens, EncodedPairs, EncodedSide, PairData, SpecialIds, encode
 from keifu.errors import UserError
 
-SPECIAL = Special(start=1, end=2, pad=0)
+SPECIAL = SpecialIds(start=1, end=2, pad=0)
 
 
 class Numbers:
@@ -58,10 +58,10 @@ def test_sentences_are_encoded_kept_and_padded() -> None:
 
 def test_many_sentences_are_encoded_in_parts(monkeypatch) -> None:
     whole = encode(Numbers().encode_batch, [str(n) for n in range(10)])
-    monkeypatch.setattr("keifu.data.pair_batches.CHUNK", 3)
+    monkeypatch.setattr("keifu.data.translation.batches.CHUNK", 3)
     parts = encode(Numbers().encode_batch, [str(n) for n in range(10)])
     assert np.array_equal(whole.ids, parts.ids) and np.array_equal(whole.starts, parts.starts)
-    assert isinstance(encode(Numbers().encode_batch, []), Encoded)
+    assert isinstance(encode(Numbers().encode_batch, []), EncodedSide)
 
 
 def test_a_batch_has_the_fields_that_the_objective_takes() -> None:

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keifu.data import catalogue
-from keifu.data.pairs import Pairs, pair_names, read_pairs
-from keifu.data.splits import normalised, split, split_beside
+from keifu.data.catalogue import catalogue
+from keifu.data.translation.pairs import Pairs, normalize, pair_names, read_pairs, split, split_beside
 from keifu.errors import UserError
 
 SENTENCES = st.text(st.sampled_from("ab AB.。！あア１1é ﾊﾟ"), min_size=1, max_size=6).filter(str.strip)
@@ -101,17 +100,17 @@ def test_an_unknown_source_answers_with_the_nearest(tmp_path: Path, monkeypatch,
 
 
 def test_what_makes_no_other_sentence_is_taken_out() -> None:
-    assert normalised("  Don't, go! ") == normalised("dont go") == "dontgo"
-    assert normalised("ﾊﾟﾝ　を、食べる。") == normalised("パンを食べる") == "パンを食べる"
-    assert normalised("ＡＢＣ１２") == "abc12" and normalised("e\u0301") == normalised("É") == "é"
-    assert normalised("...") == "..." != normalised("!")
-    assert normalised("हिन्दी") != normalised("हनद")  # vowel signs are no punctuation
+    assert normalize("  Don't, go! ") == normalize("dont go") == "dontgo"
+    assert normalize("ﾊﾟﾝ　を、食べる。") == normalize("パンを食べる") == "パンを食べる"
+    assert normalize("ＡＢＣ１２") == "abc12" and normalize("e\u0301") == normalize("É") == "é"
+    assert normalize("...") == "..." != normalize("!")
+    assert normalize("हिन्दी") != normalize("हनद")  # vowel signs are no punctuation
 
 
 @given(st.text(max_size=12))
 def test_normalising_twice_changes_nothing(text: str) -> None:
-    once = normalised(text)
-    assert normalised(once) == once
+    once = normalize(text)
+    assert normalize(once) == once
 
 
 @settings(max_examples=60, deadline=None)
@@ -123,11 +122,11 @@ def test_no_part_shares_a_sentence_with_another(pairs: list[tuple[str, str]], se
         assert "cannot be parted" in str(error)
         return
     parts = found.train, found.validation, found.test
-    sides = [{normalised(side) for pair in part for side in pair} for part in parts]
+    sides = [{normalize(side) for pair in part for side in pair} for part in parts]
     assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
     assert 1 <= len(found.test) <= 3 and len(found.validation) <= 3
     assert len(found.train) + len(found.validation) + len(found.test) + found.dropped == len(pairs)
-    tested = [normalised(side) for pair in found.test for side in set(map(normalised, pair))]
+    tested = [normalize(side) for pair in found.test for side in set(map(normalize, pair))]
     assert len(tested) == len(set(tested))  # no sentence is tested twice
 
 

@@ -8,45 +8,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keifu.data.augmentation import Augmentation, uniform
-from keifu.data.images import signed, to_bytes
-from keifu.data.picture_batches import PictureBatches
-from keifu.data.pictures import Pictures
+from keifu.data.images.augmentation import Augmentation, uniform
+from keifu.data.images.batches import ImageBatches
+from keifu.data.images.dataset import ImageDataset
+from keifu.data.images.io import to_bytes, to_signed
 from keifu.errors import UserError
 from keifu.training.protocols import Data
 
 ALL = Augmentation(True, 1, 0.2, 15.0, 0.1, 0.2, 0.3)
 
 
-def toys(count: int, classes: bool = True) -> Pictures:
+def toys(count: int, classes: bool = True) -> ImageDataset:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 5, 7, 3), np.uint8)
     names = tuple(map(str, range(count)))
     labels = np.arange(count) % 2 if classes else np.full(count, -1)
     named = ("even", "odd") if classes else ()
-    return Pictures("toys", pixels, np.arange(count), names, {}, labels, named, np.arange(count), ("",) * count, "f")
+    return ImageDataset(
+        "toys", pixels, np.arange(count), names, {}, labels, named, np.arange(count), ("",) * count, "f"
+    )
 
 
 def test_an_epoch_has_every_picture_once_and_a_batch_depends_on_seed_and_step_alone() -> None:
-    data = PictureBatches(toys(10), toys(3), 4, seed=7)
+    data = ImageBatches(toys(10), toys(3), 4, seed=7)
     assert isinstance(data, Data) and data.steps_per_epoch == 2.5
     shown = torch.cat([data.batch(step)["indices"] for step in range(5)]).tolist()
     assert sorted(shown[:10]) == sorted(shown[10:]) == list(range(10)) and shown[:10] != shown[10:]
-    again = PictureBatches(toys(10), toys(3), 4, seed=7)
+    again = ImageBatches(toys(10), toys(3), 4, seed=7)
     assert all(torch.equal(again.batch(3)[name], value) for name, value in data.batch(3).items())
-    assert not torch.equal(PictureBatches(toys(10), toys(3), 4, seed=8).batch(0)["indices"], data.batch(0)["indices"])
+    assert not torch.equal(ImageBatches(toys(10), toys(3), 4, seed=8).batch(0)["indices"], data.batch(0)["indices"])
 
 
 def test_what_is_in_a_batch() -> None:
-    data = PictureBatches(toys(10), toys(3), 4)
+    data = ImageBatches(toys(10), toys(3), 4)
     batch = data.batch(0)
     assert batch.keys() == {"pictures", "indices", "labels"} and batch["pictures"].shape == (4, 3, 5, 7)
     assert torch.equal(batch["pictures"], toys(10).take(batch["indices"].numpy()))
     assert torch.equal(batch["labels"], batch["indices"] % 2)
-    assert PictureBatches(toys(10, classes=False), toys(3), 4).batch(0).keys() == {"pictures", "indices"}
+    assert ImageBatches(toys(10, classes=False), toys(3), 4).batch(0).keys() == {"pictures", "indices"}
 
 
 def test_a_picture_is_varied_anew_at_each_step_with_the_batchs_seed() -> None:
-    data = PictureBatches(toys(10), toys(3), 4, seed=7, augmentation=ALL)
+    data = ImageBatches(toys(10), toys(3), 4, seed=7, augmentation=ALL)
     for step in (0, 3):
         batch = data.batch(step)
         plain = toys(10).take(batch["indices"].numpy())
@@ -56,7 +58,7 @@ def test_a_picture_is_varied_anew_at_each_step_with_the_batchs_seed() -> None:
 
 
 def test_held_out_pictures_come_in_order_and_as_they_are() -> None:
-    data = PictureBatches(toys(10), toys(3), 2, augmentation=ALL)
+    data = ImageBatches(toys(10), toys(3), 2, augmentation=ALL)
     batches = list(data.validation())
     assert [batch["indices"].tolist() for batch in batches] == [[0, 1], [2]]
     assert torch.equal(torch.cat([batch["pictures"] for batch in batches]), toys(3).take(slice(None)))
@@ -65,7 +67,7 @@ def test_held_out_pictures_come_in_order_and_as_they_are() -> None:
 
 def test_the_language_of_a_caption_is_drawn_anew() -> None:
     tokens = torch.arange(3 * 10 * 2).view(3, 10, 2)
-    data = PictureBatches(toys(10), toys(10), 10, training_tokens=tokens, held_tokens=tokens)
+    data = ImageBatches(toys(10), toys(10), 10, training_tokens=tokens, held_tokens=tokens)
     drawn = torch.zeros(10, 3)
     for step in range(60):
         batch = data.batch(step)
@@ -79,22 +81,22 @@ def test_the_language_of_a_caption_is_drawn_anew() -> None:
 def test_the_fingerprint_follows_all_that_decides_a_batch() -> None:
     tokens = torch.zeros(1, 10, 2, dtype=torch.int64)
     made = [
-        PictureBatches(toys(10), toys(3), 4), PictureBatches(toys(10), toys(2).chosen([0]), 4),
-        PictureBatches(toys(10).chosen(range(9)), toys(3), 4), PictureBatches(toys(10), toys(3), 5),
-        PictureBatches(toys(10), toys(3), 4, seed=1), PictureBatches(toys(10), toys(3), 4, augmentation=ALL),
-        PictureBatches(toys(10), toys(3), 4, training_tokens=tokens),
-        PictureBatches(toys(10), toys(3), 4, training_tokens=tokens + 1),
+        ImageBatches(toys(10), toys(3), 4), ImageBatches(toys(10), toys(2).chosen([0]), 4),
+        ImageBatches(toys(10).chosen(range(9)), toys(3), 4), ImageBatches(toys(10), toys(3), 5),
+        ImageBatches(toys(10), toys(3), 4, seed=1), ImageBatches(toys(10), toys(3), 4, augmentation=ALL),
+        ImageBatches(toys(10), toys(3), 4, training_tokens=tokens),
+        ImageBatches(toys(10), toys(3), 4, training_tokens=tokens + 1),
     ]  # fmt: skip
     assert len({data.fingerprint for data in made}) == len(made)
 
 
 def test_refusals() -> None:
     with pytest.raises(UserError, match="batch_size is 0"):
-        PictureBatches(toys(2), toys(2), 0)
+        ImageBatches(toys(2), toys(2), 0)
     with pytest.raises(UserError, match="No picture of toys is for training: all of them are held out"):
-        PictureBatches(toys(2).chosen([]), toys(2), 1)
+        ImageBatches(toys(2).chosen([]), toys(2), 1)
     with pytest.raises(UserError, match="The step is -1"):
-        PictureBatches(toys(2), toys(2), 1).batch(-1)
+        ImageBatches(toys(2), toys(2), 1).batch(-1)
     for field, value in (("crop", 1.0), ("rotation", 181.0), ("shift", -1), ("contrast", 1.5)):
         with pytest.raises(UserError, match=f"augmentation's {field} is {value}"):
             Augmentation(**{field: value})
@@ -174,6 +176,6 @@ def test_the_numbers_are_uniform_and_independent() -> None:
 
 def test_bytes_come_back_from_numbers() -> None:
     values = torch.arange(256).to(torch.uint8)
-    assert torch.equal(to_bytes(signed(values)), values)
-    assert signed(values).min() == -1 and signed(values).max() == 1
+    assert torch.equal(to_bytes(to_signed(values)), values)
+    assert to_signed(values).min() == -1 and to_signed(values).max() == 1
     assert to_bytes(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keifu.data.picture_files import fitted, on_white, read_picture
+from keifu.data.images.io import composite_on_white, fit_image, read_image
 from keifu.errors import UserError
 
 RED, CLEAR = (255, 0, 0, 255), (0, 0, 255, 0)
@@ -28,43 +28,43 @@ def two_pixels(mode: str = "RGBA") -> Image.Image:
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 def test_transparent_parts_become_white(kind: str) -> None:
-    found = read_picture(saved(two_pixels(), kind, **({"lossless": True} if kind == "WEBP" else {}))).image
+    found = read_image(saved(two_pixels(), kind, **({"lossless": True} if kind == "WEBP" else {}))).image
     assert found.mode == "RGB" and np.asarray(found).tolist() == [[[255, 0, 0], [255, 255, 255]]]
 
 
 def test_half_transparent_parts_are_mixed_with_white() -> None:
-    assert np.asarray(on_white(Image.new("RGBA", (1, 1), (0, 0, 0, 51)))).tolist() == [[[204, 204, 204]]]
+    assert np.asarray(composite_on_white(Image.new("RGBA", (1, 1), (0, 0, 0, 51)))).tolist() == [[[204, 204, 204]]]
 
 
 def test_a_palette_with_a_transparent_colour() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putpixel((1, 0), 1)
-    found = read_picture(saved(image, transparency=1)).image
+    found = read_image(saved(image, transparency=1)).image
     assert np.asarray(found).tolist() == [[[255, 0, 0], [255, 255, 255]]]
 
 
 def test_grey_with_transparency_stays_grey() -> None:
-    found = read_picture(saved(Image.new("LA", (1, 1), (10, 0)))).image
+    found = read_image(saved(Image.new("LA", (1, 1), (10, 0)))).image
     assert found.mode == "L" and found.getpixel((0, 0)) == 255
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (65_535, 255), (257 * 100, 100), (257 * 100 + 129, 101)])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_are_scaled_to_eight(kind: str, value: int, expected: int) -> None:
-    shot = read_picture(saved(Image.fromarray(np.full((2, 3), value, np.uint16)), kind))
+    shot = read_image(saved(Image.fromarray(np.full((2, 3), value, np.uint16)), kind))
     assert shot.image.mode == "L" and shot.image.getpixel((1, 1)) == expected
     assert shot.remarks == ("of 16 bits or more a channel: scaled to 8",)
 
 
 def test_numbers_that_are_no_colours_are_refused() -> None:
     with pytest.raises(UserError, match="^here holds numbers from -3 to -3, which are no colours: scale them to"):
-        read_picture(saved(Image.fromarray(np.full((2, 2), -3, np.float32)), "TIFF"), "here")
-    assert read_picture(saved(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "TIFF")).image.getpixel((0, 0)) == 128
+        read_image(saved(Image.fromarray(np.full((2, 2), -3, np.float32)), "TIFF"), "here")
+    assert read_image(saved(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "TIFF")).image.getpixel((0, 0)) == 128
 
 
 def test_cmyk_becomes_rgb() -> None:
-    shot = read_picture(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"))
+    shot = read_image(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"))
     assert shot.image.mode == "RGB" and shot.image.getpixel((4, 4)) == (255, 0, 0)
     assert shot.remarks == ("in CMYK: turned into RGB",)
 
@@ -73,7 +73,7 @@ def test_cmyk_becomes_rgb() -> None:
 def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
     first, second = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 255))
     lossless = {"lossless": True} if kind == "WEBP" else {}
-    shot = read_picture(saved(first, kind, save_all=True, append_images=[second], **lossless))
+    shot = read_image(saved(first, kind, save_all=True, append_images=[second], **lossless))
     assert shot.image.getpixel((2, 2)) == (255, 0, 0)
     assert shot.remarks == ("animated or of several pages: the first one counts",)
 
@@ -82,14 +82,14 @@ def test_turned_photographs_are_set_upright() -> None:
     image = Image.new("RGB", (2, 1), (255, 0, 0))
     facts = Image.Exif()
     facts[0x0112] = 6  # the camera was turned by a quarter
-    assert read_picture(saved(image, "PNG", exif=facts)).image.size == (1, 2)
+    assert read_image(saved(image, "PNG", exif=facts)).image.size == (1, 2)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "P", "YCbCr"])
 def test_plain_modes(mode: str) -> None:
     image = Image.new("RGB", (3, 2), (255, 255, 255)).convert(mode)
     kind = "JPEG" if mode == "YCbCr" else "PNG"
-    found = read_picture(saved(image, kind))
+    found = read_image(saved(image, kind))
     assert found.image.mode == ("L" if mode in "1L" else "RGB") and not found.remarks
     assert np.asarray(found.image).min() == 255
 
@@ -101,23 +101,23 @@ def test_a_cut_off_picture_is_a_sentence_that_names_it(kind: str, tmp_path: Path
     path = tmp_path / "half.png"
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="half.png is (damaged or cut off|not a picture)"):
-        read_picture(path)
+        read_image(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
 def test_no_picture_is_a_sentence(content: bytes) -> None:
     with pytest.raises(UserError, match="^word.png is (not a picture|damaged)"):
-        read_picture(content, "word.png")
+        read_image(content, "word.png")
     with pytest.raises(UserError, match="There is no picture /nowhere.png"):
-        read_picture(Path("/nowhere.png"))
+        read_image(Path("/nowhere.png"))
 
 
 def test_sizes() -> None:
     wide = Image.new("RGB", (40, 20), (0, 0, 0))
     wide.paste((255, 0, 0), (10, 0, 30, 20))
-    assert fitted(wide, None, None).shape == (20, 40, 3)
-    assert (fitted(wide, 10, None)[:, 1:-1] == (255, 0, 0)).all()
-    padded = fitted(wide, 40, 1, "pad")
+    assert fit_image(wide, None, None).shape == (20, 40, 3)
+    assert (fit_image(wide, 10, None)[:, 1:-1] == (255, 0, 0)).all()
+    padded = fit_image(wide, 40, 1, "pad")
     assert padded.shape == (40, 40, 1) and (padded[:10] == 255).all() and padded[20, 2, 0] == 0
-    assert fitted(wide, 8, 3, "stretch").shape == (8, 8, 3)
-    assert (fitted(wide, 20, None) == np.asarray(wide)[:, 10:30]).all()  # no resampling where only a part is cut out
+    assert fit_image(wide, 8, 3, "stretch").shape == (8, 8, 3)
+    assert (fit_image(wide, 20, None) == np.asarray(wide)[:, 10:30]).all()  # no resampling where only a part is cut out

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from keifu.data.picture_store import groups
-from keifu.data.pictures import Pictures, read_pictures, split
+from keifu.data.images.dataset import ImageDataset, groups, read_images, split
 from keifu.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,7 +21,7 @@ def _own_cache(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
 
 
-def colour_of(pictures: Pictures, place: int) -> tuple[int, ...]:
+def colour_of(pictures: ImageDataset, place: int) -> tuple[int, ...]:
     return tuple(pictures.take([place])[0, :, 0, 0].tolist())
 
 
@@ -31,7 +30,7 @@ def test_an_imagefolder(tmp_path: Path) -> None:
         {"file_name": "b.png", "text": " a red one ", "text_ja": "赤", "label": 2, "text_length": 3},
         {"file_name": "deep/a.png", "text": "a green one", "text_ja": "緑", "label": 10},
     ]
-    found = read_pictures(imagefolder(tmp_path / "set", rows))
+    found = read_images(imagefolder(tmp_path / "set", rows))
     assert found.names == ("b.png", "deep/a.png") and found.classes == ("2", "10") and found.labels.tolist() == [0, 1]
     assert found.captions == {"und": ("a red one", "a green one"), "ja": ("赤", "緑")}
     assert found.texts() == ("a red one", "a green one") and found.texts("ja") == ("赤", "緑")
@@ -45,7 +44,7 @@ def test_metadata_in_csv_and_a_table_in_each_part(tmp_path: Path) -> None:
     content = {}
     for part, colour in (("train", "red"), ("test", "blue")):
         content |= {f"{part}/metadata.csv": f"file_name,caption\nx.png,{colour}\n", f"{part}/x.png": picture(colour)}
-    found = read_pictures(folder(tmp_path / "set", content))
+    found = read_images(folder(tmp_path / "set", content))
     assert dict(zip(found.names, found.parts, strict=True)) == {"train/x.png": "", "test/x.png": "test"}
     assert split(found).test.texts() == ("blue",)
 
@@ -53,7 +52,7 @@ def test_metadata_in_csv_and_a_table_in_each_part(tmp_path: Path) -> None:
 def test_a_folder_for_each_class_with_parts(tmp_path: Path) -> None:
     names = "train/dogs/1.png", "train/cats/2.png", "val/dogs/3.png", "test/cats/4.png", ".hidden/cats/5.png"
     content = {name: picture(colour) for name, colour in zip(names, COLOURS, strict=False)}
-    found = read_pictures(folder(tmp_path / "set", content))
+    found = read_images(folder(tmp_path / "set", content))
     assert found.classes == ("cats", "dogs") and len(found) == 4
     parted = split(found)
     assert [part.names for part in (parted.validation, parted.test)] == [("val/dogs/3.png",), ("test/cats/4.png",)]
@@ -61,7 +60,7 @@ def test_a_folder_for_each_class_with_parts(tmp_path: Path) -> None:
 
 
 def test_pictures_alone(tmp_path: Path) -> None:
-    found = read_pictures(folder(tmp_path / "set", {"a.png": picture("red"), "b.jpeg": picture("blue"), "x.txt": "?"}))
+    found = read_images(folder(tmp_path / "set", {"a.png": picture("red"), "b.jpeg": picture("blue"), "x.txt": "?"}))
     assert len(found) == 2 and found.classes == () and found.captions == {} and found.labels.tolist() == [-1, -1]
     with pytest.raises(UserError, match="have no captions; add them as metadata.jsonl"):
         found.texts()
@@ -72,11 +71,11 @@ def test_shards(tmp_path: Path) -> None:
                                      "a/1.cls": "0", "a/1.seg.PNG": picture("blue"), "a/1.txt": "blue"})  # fmt: skip
     shard(tmp_path / "s" / "1.tar", {"0.jpg": picture("black"), "0.json": json.dumps({"caption": "b", "label": 1})})
     for source in (tmp_path / "s", str(tmp_path / "s" / "*.tar")):
-        found = read_pictures(source)
+        found = read_images(source)
         assert found.names == ("0.tar/a/0", "0.tar/a/1", "1.tar/0") and found.texts() == ("red", "blue", "b")
         assert found.classes == ("0", "1") and found.labels.tolist() == [1, 0, 1]
         assert colour_of(found, 1) == (0, 0, 255)
-    assert len(read_pictures(tmp_path / "s" / "1.tar")) == 1
+    assert len(read_images(tmp_path / "s" / "1.tar")) == 1
 
 
 FAULTS = {
@@ -93,12 +92,12 @@ def test_a_faulty_picture_is_named_or_left_out_and_counted(fault: str, tmp_path:
     rows = "".join(json.dumps({"file_name": name, "text": name}) + "\n" for name in ("a.png", "b.png"))
     source = folder(tmp_path / "set", {"metadata.jsonl": rows, "a.png": picture("red"), **content})
     with pytest.raises(UserError, match=f"{sentence}.*Put it right, or leave such pictures out"):
-        read_pictures(source)
-    found = read_pictures(source, leave_out=True)
+        read_images(source)
+    found = read_images(source, leave_out=True)
     assert found.names[0] == "a.png" and len(found.faults) == 1 and re.search(sentence, found.faults[0])
     assert found.notes == (f"Left out: 1. {found.faults[0]}",)
     with pytest.raises(UserError, match=sentence):  # though it is in the cache now
-        read_pictures(source)
+        read_images(source)
 
 
 def test_a_missing_caption_or_label_is_named(tmp_path: Path) -> None:
@@ -106,62 +105,62 @@ def test_a_missing_caption_or_label_is_named(tmp_path: Path) -> None:
             {"file_name": "c.png", "text": "c"}]  # fmt: skip
     source = imagefolder(tmp_path / "set", rows)
     with pytest.raises(UserError, match=r"b.png has no caption, and .*a.png has one\."):
-        read_pictures(source)
-    assert [fault.rpartition("/")[2][:18] for fault in read_pictures(source, leave_out=True).faults]
+        read_images(source)
+    assert [fault.rpartition("/")[2][:18] for fault in read_images(source, leave_out=True).faults]
     shard(tmp_path / "s.tar", {"0.png": picture("red"), "0.txt": "red", "1.png": picture("red")})
     with pytest.raises(UserError, match="s.tar, 1 has no caption, and .*s.tar, 0 has one"):
-        read_pictures(tmp_path / "s.tar")
+        read_images(tmp_path / "s.tar")
     shard(tmp_path / "t.tar", {"0.txt": "red", "0.cls": "1"})
     with pytest.raises(UserError, match="t.tar, 0 has 0 pictures among .txt, .cls, and one is needed"):
-        read_pictures(tmp_path / "t.tar")
+        read_images(tmp_path / "t.tar")
     (tmp_path / "u.tar").write_bytes((tmp_path / "s.tar").read_bytes()[:700])
     with pytest.raises(UserError, match="u.tar is no tar archive, or it is cut off"):
-        read_pictures(tmp_path / "u.tar")
+        read_images(tmp_path / "u.tar")
 
 
 def test_what_a_source_must_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'emojis'. Did you mean 'emoji'"):
-        read_pictures("emojis")
+        read_images("emojis")
     with pytest.raises(UserError, match="There is no picture in .*set: it holds .md, .txt; pictures end in .png"):
-        read_pictures(folder(tmp_path / "set", {"a.txt": "", "b.md": ""}))
+        read_images(folder(tmp_path / "set", {"a.txt": "", "b.md": ""}))
     with pytest.raises(UserError, match="a.txt is one file, and pictures come in a folder"):
-        read_pictures(tmp_path / "set" / "a.txt")
+        read_images(tmp_path / "set" / "a.txt")
     with pytest.raises(UserError, match="line 1, has no file_name"):
-        read_pictures(folder(tmp_path / "other", {"metadata.jsonl": '{"text": "a"}\n', "a.png": picture("red")}))
+        read_images(folder(tmp_path / "other", {"metadata.jsonl": '{"text": "a"}\n', "a.png": picture("red")}))
     with pytest.raises(UserError, match="size is 0, but"):
-        read_pictures(tmp_path / "set", size=0)
+        read_images(tmp_path / "set", size=0)
 
 
 def test_sizes_and_channels(tmp_path: Path) -> None:
     content = {"a.png": picture("red", (6, 4)), "b.png": picture("blue", (4, 6))}
     source = folder(tmp_path / "set", content)
     with pytest.raises(UserError, match="b.png has 4 x 6 pixels, and .*a.png 6 x 4: give one size for all .* as 4"):
-        read_pictures(source)
-    assert read_pictures(source, size=3).shape == (3, 3, 3)
-    assert read_pictures(source, size=3, channels=1).shape == (1, 3, 3)
-    padded = read_pictures(source, size=6, fit="pad").take([0])
+        read_images(source)
+    assert read_images(source, size=3).shape == (3, 3, 3)
+    assert read_images(source, size=3, channels=1).shape == (1, 3, 3)
+    padded = read_images(source, size=6, fit="pad").take([0])
     assert (padded[0, :, 0] == 255).all() and (padded[0, 0] == 255).all() and (padded[0, 1, 1:5] == 0).all()
 
 
 def test_a_second_reading_comes_from_the_disk_until_a_file_changes(tmp_path: Path, capsys) -> None:
     source = folder(tmp_path / "set", {"a.png": picture("red"), "b.png": picture("blue")})
-    first = read_pictures(source)
+    first = read_images(source)
     assert "Reading" in capsys.readouterr().err
-    again = read_pictures(source)
+    again = read_images(source)
     assert capsys.readouterr().err == "" and again.fingerprint == first.fingerprint
     (source / "b.png").write_bytes(picture("lightblue"))
-    changed = read_pictures(source)
+    changed = read_images(source)
     assert changed.fingerprint != first.fingerprint and colour_of(changed, 1) == (173, 216, 230)
     damaged = next((tmp_path / "cache" / "pictures").glob("set-*/pixels.bin"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert len(read_pictures(source)) == 2
+    assert len(read_images(source)) == 2
 
 
-def toys(names: list[str], alike: list[int] | None = None, labels: list[int] | None = None, parts=()) -> Pictures:
+def toys(names: list[str], alike: list[int] | None = None, labels: list[int] | None = None, parts=()) -> ImageDataset:
     count = len(names)
     pixels = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
     labels = labels or [0] * count
-    return Pictures(
+    return ImageDataset(
         "toys", pixels, np.arange(count), tuple(names), {"en": tuple(names)}, np.array(labels),
         tuple(map(str, sorted(set(labels)))), np.array(alike or range(count)), tuple(parts) or ("",) * count, "f",
     )  # fmt: skip

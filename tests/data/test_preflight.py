@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keifu.data import preflight
-from keifu.data.preflight import check
-from keifu.data.scripts import SCRIPTS, bytes_to_scripts, script_numbers
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.text import dataset_report
+from keifu.data.text.dataset_report import SCRIPTS, bytes_to_scripts, check_dataset, script_numbers
+from keifu.data.tokenizers.train import train_tokenizer
 
 SAMPLES = {
     "Latin": "aZéßĀ", "Greek": "αΩ", "Cyrillic": "жЯ", "Hiragana": "あん", "Katakana": "アー", "Han": "日々𠮷",
@@ -46,7 +45,7 @@ def test_broken_bytes_have_scripts_too() -> None:
 
 def test_counts_by_script_for_a_byte_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc あい 漢😀", "utf-8")
-    report = check(tmp_path / "a.txt", Bytes())
+    report = check_dataset(tmp_path / "a.txt", Bytes())
     counts = {name: (each.bytes, each.tokens) for name, each in report.scripts.items()}
     assert counts == {"Hiragana": (6, 6), "emoji": (4, 4), "Latin": (3, 3), "Han": (3, 3), "common": (2, 2)}
     assert (report.documents, report.characters, report.bytes, report.tokens) == (1, 9, 18, 18)
@@ -55,7 +54,7 @@ def test_counts_by_script_for_a_byte_tokenizer(tmp_path: Path) -> None:
 def test_a_token_of_letters_takes_its_space_along(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("日本語 hello hello hello\n" * 50, "utf-8")
     tokenizer = train_tokenizer("bpe", ["日本語 hello hello\n" * 20], 300)
-    report = check(tmp_path / "a.txt", tokenizer)
+    report = check_dataset(tmp_path / "a.txt", tokenizer)
     latin = report.scripts["Latin"]
     assert (latin.bytes, latin.tokens) == (50 * 18, 150)  # " hello" is one token
     assert sum(each.tokens for each in report.scripts.values()) == report.tokens
@@ -63,12 +62,12 @@ def test_a_token_of_letters_takes_its_space_along(tmp_path: Path) -> None:
 
 
 def test_faults_empty_and_repeated_documents(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(preflight, "CHUNK", 5)
+    monkeypatch.setattr(dataset_report, "CHUNK", 5)
     texts = ["one", "two", "one", "", " ", "", "three " * 9, "one"]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": each}) for each in texts))
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}\n{"body": "x"}\n')
     (tmp_path / "c.txt").write_bytes(b"\0")
-    report = check(tmp_path, Bytes())
+    report = check_dataset(tmp_path, Bytes())
     assert (report.documents, report.empty, report.duplicates, report.n_problems) == (9, 3, 2, 3)
     assert report.lengths == {1: 3, 4: 5, 64: 1}
     places = ["b.jsonl, line 1: 0xFF", "b.jsonl, line 2: there is no field", "c.txt is binary"]
@@ -76,14 +75,14 @@ def test_faults_empty_and_repeated_documents(tmp_path: Path, monkeypatch) -> Non
 
 
 def test_lengths_are_of_whole_documents(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(preflight.sources, "LIMIT", 10)
+    monkeypatch.setattr(dataset_report.sources, "LIMIT", 10)
     (tmp_path / "a.txt").write_text("line\n" * 100)
-    assert check(tmp_path / "a.txt", Bytes()).lengths == {512: 1}
+    assert check_dataset(tmp_path / "a.txt", Bytes()).lengths == {512: 1}
 
 
 def test_the_printed_report_and_its_json(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"bad \xff\n" * 30)
-    report = check(tmp_path / "a.txt", Bytes())
+    report = check_dataset(tmp_path / "a.txt", Bytes())
     printed = str(report)
     assert "1 documents, 180 characters" in printed and "Latin" in printed and "up to" in printed
     assert "a.txt, line 20: 0xFF" in printed and "line 21" not in printed and "and 10 more faults" in printed
@@ -92,10 +91,10 @@ def test_the_printed_report_and_its_json(tmp_path: Path) -> None:
 
 def test_a_clean_text_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("good\n")
-    assert "No faulty bytes" in str(check(tmp_path / "a.txt", Bytes()))
+    assert "No faulty bytes" in str(check_dataset(tmp_path / "a.txt", Bytes()))
 
 
 def test_an_empty_text_is_reported_and_no_crash(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
-    report = check(tmp_path / "a.txt", Bytes())
+    report = check_dataset(tmp_path / "a.txt", Bytes())
     assert report.problems == [f"There is no text in {tmp_path / 'a.txt'}: it is empty."] and str(report)

@@ -8,9 +8,9 @@ import torch
 import transformers
 from PIL import Image
 
-from keifu.data.picture_files import read_picture
-from keifu.data.preprocessing import Preprocessing
-from keifu.models._pixels import Pixels, read_pixels, write_pixels
+from keifu.data.images.io import read_image
+from keifu.data.images.preprocessing import Preprocessing
+from keifu.models.hf.image_processor import Pixels, read_pixels, write_pixels
 
 SHAPES = [(224, 224), (225, 223), (37, 500), (500, 37), (1, 1), (3, 2), (640, 481), (72, 72), (23, 23), (449, 224)]
 
@@ -47,7 +47,7 @@ def test_every_shape_to_the_bit(shape) -> None:
 def test_every_kind_of_colours_to_the_bit(mode) -> None:
     image, file = picture(61, 47, mode), io.BytesIO()
     image.save(file, "TIFF" if mode == "CMYK" else "PNG")
-    read = read_picture(file.getvalue()).image
+    read = read_image(file.getvalue()).image
     expected = theirs()(Image.open(file), return_tensors="pt").pixel_values
     assert torch.equal(ours(Pixels())([read]), expected)
 
@@ -55,7 +55,7 @@ def test_every_kind_of_colours_to_the_bit(mode) -> None:
 def test_16_bits_are_scaled_where_transformers_cuts_them_off() -> None:
     deep, file = np.linspace(0, 65_535, 64, dtype=np.uint16).reshape(8, 8), io.BytesIO()
     Image.fromarray(deep).save(file, "PNG")
-    shown = ours(Pixels(8, 8, mean=(0.0,) * 3, std=(1.0,) * 3))([read_picture(file.getvalue()).image])
+    shown = ours(Pixels(8, 8, mean=(0.0,) * 3, std=(1.0,) * 3))([read_image(file.getvalue()).image])
     assert torch.allclose(shown[0, 0], torch.from_numpy(deep / 65_535).float(), atol=0.5 / 255)
 
 

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from keifu.alignment.scoring import reward, score
-from keifu.data import catalogue, conversations, gym, prompts, ratings
-from keifu.data.instructions import INSTRUCTIONS, MADE_OF
-from keifu.data.preferences import read
+from keifu.alignment.rewards import reward, score
+from keifu.data.catalogue import catalogue
+from keifu.data.chat import conversations, preferences, prompts
+from keifu.data.chat import prompts as gym
+from keifu.data.chat.conversations import INSTRUCTIONS, MADE_OF
+from keifu.data.chat.preferences import read_preferences
 from keifu.errors import UserError
-from keifu.recipes._language import whom_to_thank
-from keifu.recipes._rewarded import Sums
-from keifu.recipes._rewarded import prompts as prompts_of
+from keifu.recipes.assistant.common import SumPrompts
+from keifu.recipes.assistant.common import prompts as prompts_of
+from keifu.recipes.language.common import attribution_of
 
 
 def talk(question: str, said: str, *marks: int) -> dict:
@@ -29,33 +31,33 @@ def test_pairs_are_of_one_question_far_apart_and_each_talk_is_in_one(
     others = [talk("Who?", "f", 1, 1, 1), talk("", "g", 9, 9, 9), talk("Why?", "h"), talk("Why?", "i", 1, 1, 4)]
     (tmp_path / "talks.json").write_text(json.dumps(dict(enumerate(asked + others))))
     monkeypatch.setattr(catalogue, "fetch", lambda name: tmp_path / "talks.json")
-    found = list(read("chitchat-preferences"))
+    found = list(read_preferences("chitchat-preferences"))
     said = [tuple(answer.splitlines()[1] for answer in each.answers) for each in found]
     assert said == [("B: a", "B: i"), ("B: b", "B: d")]  # e was never touched, h has no rating, c has none to go with
     assert all("begins with this question: Why?" in each.prompt[0]["content"] for each in found)
 
 
 def test_what_is_made_says_of_what() -> None:
-    assert MADE_OF.keys() == INSTRUCTIONS.keys() | ratings.PREFERENCES.keys()
-    assert whom_to_thank("chitchat-preferences")["licence"] == "MIT"
-    assert "nobody saw two" in whom_to_thank("chitchat-preferences")["how it was made"]
-    assert whom_to_thank("arithmetic-instructions") == {"how it was made": "sums drawn and worked out here"}
-    assert whom_to_thank("sotu").keys() == {"licence", "attribution"} and whom_to_thank("mine.jsonl") == {}
+    assert MADE_OF.keys() == INSTRUCTIONS.keys() | preferences.PREFERENCES.keys()
+    assert attribution_of("chitchat-preferences")["licence"] == "MIT"
+    assert "nobody saw two" in attribution_of("chitchat-preferences")["how it was made"]
+    assert attribution_of("arithmetic-instructions") == {"how it was made": "sums drawn and worked out here"}
+    assert attribution_of("sotu").keys() == {"licence", "attribution"} and attribution_of("mine.jsonl") == {}
     with pytest.raises(UserError, match="chitchat-preferences"):
-        list(read("chitchat-preference"))
+        list(read_preferences("chitchat-preference"))
 
 
 def test_sums_are_instructions_and_prompts() -> None:
     found = list(conversations.read("arithmetic-instructions"))
     asked, answered = (found[0][place]["content"] for place in (0, 1))
     assert len(found) == 10_000 and str(eval(asked.removeprefix("What is ").removesuffix("?"))) == answered
-    first = next(prompts.read("arithmetic-instructions"))
+    first = next(prompts.read_prompts("arithmetic-instructions"))
     assert first.text == asked and score(reward("exact"), first.text, answered, first.record) == 1
 
 
 def test_reasoning_gym() -> None:
     pytest.importorskip("reasoning_gym")
-    sums = Sums(count=5)
+    sums = SumPrompts(count=5)
     found = prompts_of("gym:chain_sum,min_terms=2,max_terms=3", sums, 3)
     assert len(found) == 5 and found == prompts_of("gym:chain_sum,min_terms=2,max_terms=3", sums, 3)
     for each in found:
@@ -77,4 +79,4 @@ def test_reasoning_gym_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(gym, "import_module", absent)
     with pytest.raises(UserError, match=r"No module named 'bfi'\): pip install 'keifu\[gym\]'"):
-        list(gym.problems("gym:chain_sum", 1, 0))
+        list(gym.gym_problems("gym:chain_sum", 1, 0))

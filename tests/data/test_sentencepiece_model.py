@@ -7,9 +7,10 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keifu.data.catalogue import fetch
-from keifu.data.sentencepiece_model import parse
-from keifu.data.tokenizers import Tokenizer, load_tokenizer
+from keifu.data.catalogue.catalogue import fetch
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.sentencepiece import parse
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 
 PIECES = st.sampled_from(

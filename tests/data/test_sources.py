@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from keifu.data import sources
-from keifu.data.sources import TextFormat, content_hash, documents, pieces
+from keifu.data.text import documents as sources
+from keifu.data.text.documents import TextFormat, content_hash, documents, read_chunks
 from keifu.errors import UserError
 
 
@@ -32,7 +32,7 @@ def test_a_long_document_comes_in_pieces_that_begin_with_text(tmp_path: Path, mo
     monkeypatch.setattr(sources, "LIMIT", 100)
     text = "".join(f"line {number}\n\n\n" for number in range(200))
     file = write(tmp_path / f"a.{suffix}", text if suffix == "txt" else json.dumps({"text": text}))
-    parts = list(pieces(file))
+    parts = list(read_chunks(file))
     assert len(parts) > 10 and [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
     assert all(100 <= len(part.text) < 130 and part.text.startswith("line") for part in parts[:-1])
     assert "".join(part.text for part in parts) == text == next(documents(file))
@@ -50,7 +50,7 @@ def test_parquet(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": ["one", "二", None], "n": [1, 2, 3]}), file)
     problems: list[str] = []
-    assert [piece.text for piece in pieces(file, problem=problems.append)] == ["one", "二"]
+    assert [piece.text for piece in read_chunks(file, problem=problems.append)] == ["one", "二"]
     assert problems == [f"{file}, row 3: the field 'text' is NoneType, not text."]
     with pytest.raises(UserError, match="row 1: there is no field 'body'. Known: n, text"):
         list(documents(file, TextFormat("body")))
@@ -119,7 +119,7 @@ def test_reading_can_go_on_after_a_fault(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", b"ba\xffd\nge\xfe\n")
     write(tmp_path / "b.jsonl", '{"text": "one"}\n{\n{"text": "two"}')
     problems: list[str] = []
-    texts = [piece.text for piece in pieces(tmp_path, problem=problems.append)]
+    texts = [piece.text for piece in read_chunks(tmp_path, problem=problems.append)]
     assert texts == ["ba\ufffdd\nge\ufffd\n", "one", "two"]
     assert len(problems) == 3
 

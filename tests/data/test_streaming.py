@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from keifu.data.streaming import decoding
-from keifu.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.streaming import decoding_rule
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 
 FAMILY = "👩‍👩‍👧‍👦🏳️‍🌈👍🏽"
@@ -119,4 +121,4 @@ def test_decoders_that_are_not_known_are_named() -> None:
     with pytest.raises(UserError, match="of the kind 'CTC'"):
         Tokenizer(library_decoder(decoders.CTC())).decode([0])
     with pytest.raises(UserError, match="a sequence of CTC, Fuse"):
-        decoding({"type": "Sequence", "decoders": [{"type": "CTC"}, {"type": "Fuse"}]})
+        decoding_rule({"type": "Sequence", "decoders": [{"type": "CTC"}, {"type": "Fuse"}]})

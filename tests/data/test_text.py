@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keifu.data import text
-from keifu.data.sources import TextFormat
-from keifu.data.text import TextTokenizer, prepare
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.data.text import token_shards as text
+from keifu.data.text.documents import TextFormat
+from keifu.data.text.token_shards import TextTokenizer, prepare
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 
 END = 256

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, OpenAIGPTTokenizer
 
-from keifu.data.tokenizers import Tokenizer, load_tokenizer
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 
 WORDS = ["the", "then", "hen", "lower", "new", "newest", "é", "naïve", "東京", "it", "'", "s", ",", ".", "!", "12"]

@@ -3,7 +3,7 @@
 import pytest
 import tokenizers
 
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 
 

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Tokenizer
 
-from keifu.data.catalogue import fetch
-from keifu.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from keifu.data.catalogue.catalogue import fetch
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from keifu.errors import UserError
-from keifu.evaluation.attention import draw_maps, watched
+from keifu.evaluation.plots.attention_maps import draw_maps, record_attention
 from keifu.models import gpt2, llama
 
 CONFIG = {"vocab_size": 31, "context_length": 16, "dim": 24, "hidden_dim": 32, "n_layers": 2, "n_heads": 4}
@@ -16,7 +16,7 @@ CONFIG = {"vocab_size": 31, "context_length": 16, "dim": 24, "hidden_dim": 32, "
 def test_maps_of_a_causal_model(n_kv_heads):
     torch.manual_seed(0)
     model = llama.build(llama.Config(**CONFIG, n_kv_heads=n_kv_heads)).eval()
-    with torch.no_grad(), watched(model) as maps:
+    with torch.no_grad(), record_attention(model) as maps:
         model(torch.randint(0, 31, (2, 7)))
     assert list(maps) == ["blocks.0.attention", "blocks.1.attention"]
     for [weights] in maps.values():
@@ -29,7 +29,7 @@ def test_they_are_the_softmax_of_the_products():
     torch.manual_seed(0)
     model = gpt2.build(gpt2.Config(**CONFIG)).eval()
     tokens = torch.randint(0, 31, (1, 5))
-    with torch.no_grad(), watched(model) as maps:
+    with torch.no_grad(), record_attention(model) as maps:
         model(tokens)
         x = model.embedding(tokens) + model.positions(torch.arange(5))
         block = model.blocks[0]
@@ -44,7 +44,7 @@ def test_a_softmax_written_out_is_seen_and_the_hooks_are_gone_after():
             return x.softmax(-1) @ x.T
 
     model = nn.Sequential(Additive())
-    with watched(model) as maps:
+    with record_attention(model) as maps:
         model(torch.eye(3))
     model(torch.eye(3))
     assert [len(each) for each in maps.values()] == [1] and list(maps) == ["0"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from keifu.errors import UserError
-from keifu.evaluation.classification import Confusion, probabilities
+from keifu.evaluation.classification.metrics import Confusion, probabilities
 from keifu.models import bert
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -9,17 +9,20 @@ import torch
 from PIL import Image
 
 from keifu import checkpoints, cli
-from keifu.data import clip_tokenizer
+from keifu.data.tokenizers import bpe
 from keifu.errors import UserError
-from keifu.evaluation.clip_score import best, clip_scores, cosines
-from keifu.models import autoencoder_kl, clip, clip_image, clip_text, conditioned_unet, latent_diffusion
+from keifu.evaluation.images.text_to_image import best, clip_scores, cosines
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
 
 TEXTS = ["a red heart", "a blue cat", "赤いハート", "a green book on a table"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return clip_tokenizer.learn(TEXTS * 5, 560).with_max_length(20)
+    return bpe.learn(TEXTS * 5, 560).with_max_length(20)
 
 
 @pytest.fixture(scope="module")

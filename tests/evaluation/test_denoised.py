@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from keifu import checkpoints, cli
-from keifu.data.pictures import Pictures
+from keifu.data.images.dataset import ImageDataset
 from keifu.errors import UserError
-from keifu.evaluation import denoised
-from keifu.evaluation.denoised import bits, reconstructed, told_labels
-from keifu.evaluation.reconstruction import psnr, ssim
-from keifu.layers.counted_random import normal
-from keifu.layers.noise import Noise
-from keifu.models import ddpm
-from keifu.training.diffusion import HELD_OUT, draws
+from keifu.evaluation.images import generative
+from keifu.evaluation.images.distances import psnr, ssim
+from keifu.evaluation.images.generative import bits, condition_labels, reconstruct
+from keifu.layers.counter_rng import normal
+from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.models.diffusion import ddpm
+from keifu.training.objectives.diffusion import HELD_OUT, draw_noise
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "data")]
 from pictures_toys import folder, picture  # noqa: E402
@@ -35,11 +35,13 @@ def _own_cache(monkeypatch, tmp_path: Path) -> None:
     torch.set_num_threads(1)
 
 
-def toys(count: int, classes: tuple[str, ...] = (), side: int = SIDE) -> Pictures:
+def toys(count: int, classes: tuple[str, ...] = (), side: int = SIDE) -> ImageDataset:
     pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
     labels = np.arange(count) % len(classes) if classes else np.full(count, -1)
     names = tuple(str(place) for place in range(count))
-    return Pictures("toys", pixels, np.arange(count), names, {}, labels, classes, np.arange(count), ("",) * count, "f")
+    return ImageDataset(
+        "toys", pixels, np.arange(count), names, {}, labels, classes, np.arange(count), ("",) * count, "f"
+    )
 
 
 class Knowing(nn.Module):
@@ -83,10 +85,10 @@ def test_pictures_are_found_again_as_ddim_by_hand_finds_them() -> None:
     """With the velocity as target: from the level where at least a half is left, in strides of T / steps."""
     noise = Noise("cosine", 40, target="velocity", clip=None)
     pictures, seed, steps = toys(5), 3, 10
-    figures, table = reconstructed(Knowing(noise), pictures, seed, 2, steps)
+    figures, table = reconstruct(Knowing(noise), pictures, seed, 2, steps)
     clean = pictures.take(slice(None)).double().numpy() / 127.5 - 1
     # Batches of 2 from 0, 2 and 4 on, each picture's noise by its place among all.
-    added = torch.cat([normal(draws(seed, HELD_OUT, 1, n), (3, SIDE, SIDE)) for n in range(5)]).double().numpy()
+    added = torch.cat([normal(draw_noise(seed, HELD_OUT, 1, n), (3, SIDE, SIDE)) for n in range(5)]).double().numpy()
     left = noise.alpha_bar.numpy()
     for row, (least, timestep) in enumerate([(0.9, 4), (0.5, 16), (0.1, 28)]):
         assert left[timestep] >= least > left[timestep + 4]
@@ -102,14 +104,14 @@ def test_pictures_are_found_again_as_ddim_by_hand_finds_them() -> None:
         assert table.rows[row][:2] == (round(left[timestep], 3), timestep)
         assert table.rows[row][2:4] == pytest.approx(decibels, abs=0.02)
     assert list(figures.values()) == list(table.rows[1][2:]) and list(figures)[1:] == ["PSNR", "SSIM"]
-    assert reconstructed(Knowing(noise), pictures, seed, 5, steps)[0] == figures  # however they are split
-    assert "SSIM" not in reconstructed(Knowing(noise), toys(2, side=8), seed, 2, steps)[0]
+    assert reconstruct(Knowing(noise), pictures, seed, 5, steps)[0] == figures  # however they are split
+    assert "SSIM" not in reconstruct(Knowing(noise), toys(2, side=8), seed, 2, steps)[0]
 
 
 def test_a_network_that_knows_the_picture_finds_it_in_any_noise() -> None:
     noise = Noise("cosine", 40, target="picture")
     pictures = replace(toys(3), pixels=np.full((3, SIDE, SIDE, 3), 153, np.uint8))
-    figures, _ = reconstructed(Knowing(noise, (153 / 127.5 - 1,)), pictures, 0, 3)
+    figures, _ = reconstruct(Knowing(noise, (153 / 127.5 - 1,)), pictures, 0, 3)
     assert figures["PSNR"] == math.inf and figures["PSNR of the noisy picture"] < 15
 
 
@@ -143,12 +145,12 @@ def test_bits_are_those_of_the_paper_where_they_can_be_written_down(free: bool) 
 
 def test_labels_are_told_by_their_names() -> None:
     noise, pictures = Noise(), toys(4, ("a", "b"))
-    assert told_labels(Knowing(noise), pictures) is None
-    assert told_labels(Knowing(noise, (0.1, 0.2), ("b", "a")), pictures).tolist() == [1, 0, 1, 0]
-    assert told_labels(Knowing(noise, (0.1, 0.2)), pictures).tolist() == [0, 1, 0, 1]
-    assert told_labels(Knowing(noise, (0.1, 0.2), ("b", "c")), pictures) is None
+    assert condition_labels(Knowing(noise), pictures) is None
+    assert condition_labels(Knowing(noise, (0.1, 0.2), ("b", "a")), pictures).tolist() == [1, 0, 1, 0]
+    assert condition_labels(Knowing(noise, (0.1, 0.2)), pictures).tolist() == [0, 1, 0, 1]
+    assert condition_labels(Knowing(noise, (0.1, 0.2), ("b", "c")), pictures) is None
     with pytest.raises(UserError, match="must be told a class of each picture, and those of toys"):
-        told_labels(Knowing(noise, (0.1, 0.2), ("b", "c"), free=False), pictures)
+        condition_labels(Knowing(noise, (0.1, 0.2), ("b", "c"), free=False), pictures)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +175,7 @@ def test_through_the_command_line(network: str, tmp_path: Path, capsys: pytest.C
     cli.main([*words, "--steps", "2", "--json"])
     every = json.loads(capsys.readouterr().out)
     assert {name: every[name] for name in told if name != "notes"} == {n: v for n, v in told.items() if n != "notes"}
-    assert round(3 * every["precision"], 3) in (0, 1, 2, 3) and len(every["reconstruction"]) == len(denoised.LEFT)
+    assert round(3 * every["precision"], 3) in (0, 1, 2, 3) and len(every["reconstruction"]) == len(generative.LEFT)
     assert told["PSNR"] > 0 and told["bits/dim"] > 0
     cli.main([*words, "--metric", "reconstruction"])
     assert "picture left in the noise" in capsys.readouterr().out

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from keifu import checkpoints
-from keifu.data.catalogue import fetch
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.data.catalogue.catalogue import fetch
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.embedding import embed, nearest
-from keifu.evaluation.encoding import encoded
+from keifu.evaluation.classification.embeddings import embed, encode_texts, nearest
 from keifu.models import bert, gpt2
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "dogs", "ran", "far", "away", "from", "an", "old"]
@@ -124,7 +124,7 @@ def test_a_text_that_is_too_long_is_an_error_with_both_lengths_unless_it_may_be_
         embed(model, tokenizer, ["cat", long])
     cut = embed(model, tokenizer, ["cat", long], cut=True)
     torch.testing.assert_close(cut[1], alone(model, tokenizer, " ".join(WORDS[:14])))
-    rows, shortened = encoded(tokenizer, ["cat", long], 16, cut=True)
+    rows, shortened = encode_texts(tokenizer, ["cat", long], 16, cut=True)
     assert shortened == 1 and rows[1][-1] == rows[0][-1]  # the closing token stays
 
 

@@ -11,21 +11,22 @@ import torch
 from torch import nn
 
 from keifu import checkpoints, cli
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.evaluation import built_in, few_shot
-from keifu.evaluation.few_shot import baselines, normal
-from keifu.evaluation.intervals import bootstrap, wilson
-from keifu.evaluation.prompts import Item, Task
-from keifu.evaluation.task import Asked
-from keifu.evaluation.task_file import is_task, read_task
-from keifu.generation.generate import generate
-from keifu.generation.score import score
+from keifu.evaluation.registry import EvalRequest
+from keifu.evaluation.text import few_shot, tasks
+from keifu.evaluation.text.few_shot import baselines, bootstrap, normal_interval, wilson
+from keifu.evaluation.text.tasks import FewShotTask, TaskItem, is_task, read_task
+from keifu.generation.text.generate import generate
+from keifu.generation.text.likelihood import score
 from keifu.models import gpt2
 
 PAGE = Path(__file__).parent.parent.parent / "docs/tasks.md"
 TEXT = "Q: What is the capital of France? A: Paris, Lyon, Tokyo, Osaka, Cusco, Lima, Ottawa, Toronto. Answer: "
-ITEMS = tuple(Item(f"Q: {n}\nA:", "ab"[n % 2] * (n % 3 + 1), ("a", "b", "aa", "bb", "aaa", "bbb")) for n in range(9))
+ITEMS = tuple(
+    TaskItem(f"Q: {n}\nA:", "ab"[n % 2] * (n % 3 + 1), ("a", "b", "aa", "bb", "aaa", "bbb")) for n in range(9)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def capitals(tmp_path: Path) -> Path:
 
 def test_the_example_of_the_page_is_read_as_it_says(capitals: Path) -> None:
     task = read_task(capitals)
-    first = Item("Q: What is the capital of France?\nA:", "Paris", ("Lyon", "Paris"))
+    first = TaskItem("Q: What is the capital of France?\nA:", "Paris", ("Lyon", "Paris"))
     assert (task.name, task.metric, task.items[0], len(task.items)) == ("capitals", "choice", first, 4)
     as_json = capitals.with_suffix(".json")
     fields = {
@@ -75,7 +76,7 @@ def test_the_example_of_the_page_is_read_as_it_says(capitals: Path) -> None:
     as_json.write_text(json.dumps(fields))
     task = read_task(as_json)
     assert (task.metric, task.until, task.max_tokens) == ("exact", ("x",), 3)
-    assert task.items[1] == Item("{Japan}: ", "Tokyo")
+    assert task.items[1] == TaskItem("{Japan}: ", "Tokyo")
     assert is_task(capitals) and is_task(as_json) and not is_task(capitals.with_suffix(".jsonl"))
 
 
@@ -118,11 +119,11 @@ def test_answers_may_be_numbers_of_choices_and_several_texts(tmp_path: Path) -> 
     assert [item.answer for item in read_task(tmp_path / "a.yaml").items] == ["maybe", "no"]
     (tmp_path / "a.yaml").write_text(common + "answer: all\ndemonstrations: a.csv")
     task = read_task(tmp_path / "a.yaml")
-    assert task.items[0] == Item("1", "x", (), ("y",)) and task.demonstrations == task.items
+    assert task.items[0] == TaskItem("1", "x", (), ("y",)) and task.demonstrations == task.items
 
 
 def test_prompts_have_their_examples_in_front() -> None:
-    task = Task("t", ITEMS, instruction="Say.", delimiter="=", separator="|")
+    task = FewShotTask("t", ITEMS, instruction="Say.", delimiter="=", separator="|")
     drawn = task.drawn(2, seed=1, limit=3)
     one, two = (f"{each.prompt}={each.answer}|" for each in drawn.examples)
     assert drawn.prompts(2)[1] == f"Say.|{one}{two}{drawn.items[1].prompt}"
@@ -131,16 +132,16 @@ def test_prompts_have_their_examples_in_front() -> None:
 
 
 def test_no_item_is_its_own_example_and_the_draw_is_the_seeds() -> None:
-    task = Task("t", ITEMS)
+    task = FewShotTask("t", ITEMS)
     for limit in (None, 3, 7, 8):
         drawn = task.drawn(4, 3, limit)
         assert len(drawn.examples) == 4 and not set(drawn.examples) & set(drawn.items)
         assert len(drawn.items) == min(limit or 5, 5 if limit != 3 else 3)
         assert [*task.drawn(2, 3, limit).examples] == [*drawn.examples[:2]]
     assert task.drawn(4, 3, 3).items == ITEMS[:3]  # where others can be shown, the same items are asked
-    shuffled = Task("t", ITEMS[::-1])
+    shuffled = FewShotTask("t", ITEMS[::-1])
     assert shuffled.drawn(4, 3).examples == task.drawn(4, 3).examples != task.drawn(4, 5).examples
-    own = Task("t", ITEMS[:4], demonstrations=ITEMS)
+    own = FewShotTask("t", ITEMS[:4], demonstrations=ITEMS)
     assert set(own.drawn(5).examples) == set(ITEMS[4:]) and own.drawn(5).items == ITEMS[:4]
     with pytest.raises(UserError, match="6 shots were wanted, but t has 5 items to draw them from"):
         own.drawn(6)
@@ -154,9 +155,9 @@ def by_hand(model: nn.Module, tokenizer: Tokenizer, prompt: str, answer: str) ->
 
 
 def test_choices_have_four_scores(model: nn.Module, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = Task("t", ITEMS, unconditional="Answer:", score="character")
+    task = FewShotTask("t", ITEMS, unconditional="Answer:", score="character")
     monkeypatch.setitem(few_shot.TASKS, "t", lambda: task)
-    found = few_shot.evaluate(model, tokenizer, Asked("t", by_shots=(0, 2), seed=4, batch_size=3))
+    found = few_shot.evaluate(model, tokenizer, EvalRequest("t", by_shots=(0, 2), seed=4, batch_size=3))
     drawn = task.drawn(2, 4)
     rows: list[tuple[Any, ...]] = []
     for shots in (0, 2):
@@ -181,13 +182,13 @@ def test_choices_have_four_scores(model: nn.Module, tokenizer: Tokenizer, monkey
 def test_written_answers_end_at_a_stop_string(
     model: nn.Module, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bare = [Item(item.prompt, "?") for item in ITEMS]
+    bare = [TaskItem(item.prompt, "?") for item in ITEMS]
     written = [generate(model, tokenizer, i.prompt, max_tokens=6, temperature=0, stop="a") for i in bare]
     answers = [f"no {n}" if n % 3 else f"{text.upper()}." for n, text in enumerate(written)]
-    said = tuple(Item(item.prompt, answer) for item, answer in zip(bare, answers, strict=True))
-    task = Task("t", said, metric="exact", until=("a",), max_tokens=6)
+    said = tuple(TaskItem(item.prompt, answer) for item, answer in zip(bare, answers, strict=True))
+    task = FewShotTask("t", said, metric="exact", until=("a",), max_tokens=6)
     monkeypatch.setitem(few_shot.TASKS, "t", lambda: task)
-    found = few_shot.evaluate(model, tokenizer, Asked("t"))
+    found = few_shot.evaluate(model, tokenizer, EvalRequest("t"))
     assert found.items and [row[3] for row in found.items.rows] == written
     assert [row[4] for row in found.items.rows] == [n % 3 == 0 for n in range(9)]
     assert found.figures["accuracy"] == 0.3333 and found.figures["scored by"] == "exact match"
@@ -196,9 +197,9 @@ def test_written_answers_end_at_a_stop_string(
 def test_a_cloze_is_right_where_greedy_choice_writes_it(
     model: nn.Module, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = Task("t", ITEMS, metric="cloze", delimiter="")
+    task = FewShotTask("t", ITEMS, metric="cloze", delimiter="")
     monkeypatch.setitem(few_shot.TASKS, "t", lambda: task)
-    found = few_shot.evaluate(model, tokenizer, Asked("t"))
+    found = few_shot.evaluate(model, tokenizer, EvalRequest("t"))
     loss = -sum(by_hand(model, tokenizer, item.prompt, item.answer).sum() for item in ITEMS) / len(ITEMS)
     perplexity = found.figures["perplexity of an answer"]
     assert perplexity == pytest.approx(float(torch.as_tensor(loss).exp()), rel=1e-3)
@@ -209,17 +210,17 @@ def test_a_cloze_is_right_where_greedy_choice_writes_it(
 def test_shots_that_do_not_fit_are_refused_with_both_lengths(
     model: nn.Module, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = tuple(Item(f"{TEXT}{n}", "a", ("a", "b")) for n in range(9))
-    monkeypatch.setitem(few_shot.TASKS, "t", lambda: Task("t", long))
+    long = tuple(TaskItem(f"{TEXT}{n}", "a", ("a", "b")) for n in range(9))
+    monkeypatch.setitem(few_shot.TASKS, "t", lambda: FewShotTask("t", long))
     told = (
         r"With 5 shots the longest prompt and its answer have (\d+) tokens, but this model's context is 120: .* fewer"
     )
     with pytest.raises(UserError, match=told) as error:
-        few_shot.evaluate(model, tokenizer, Asked("t", shots=5))
-    longest = max(len(tokenizer.encode(each + " a")) - 1 for each in Task("t", long).drawn(5).prompts(5))
+        few_shot.evaluate(model, tokenizer, EvalRequest("t", shots=5))
+    longest = max(len(tokenizer.encode(each + " a")) - 1 for each in FewShotTask("t", long).drawn(5).prompts(5))
     assert f" {longest} tokens" in str(error.value)
     with pytest.raises(UserError, match="The number of shots is -1"):
-        few_shot.evaluate(model, tokenizer, Asked("t", shots=-1))
+        few_shot.evaluate(model, tokenizer, EvalRequest("t", shots=-1))
 
 
 @pytest.mark.parametrize(
@@ -234,14 +235,17 @@ def test_shots_that_do_not_fit_are_refused_with_both_lengths(
     ],
 )
 def test_what_makes_no_other_answer(text: str, bare: str) -> None:
-    assert normal(text) == bare
+    assert normal_interval(text) == bare
 
 
 def test_baselines_need_no_model() -> None:
     assert baselines(ITEMS[:5]) == {"majority": 0.2, "majority answer": "a", "chance": 0.1667}
-    own = [Item("x", choice, (choice, "z")) for choice in "abc"] + [Item("x", "d", ("z", "q", "d"))]
+    own = [TaskItem("x", choice, (choice, "z")) for choice in "abc"] + [TaskItem("x", "d", ("z", "q", "d"))]
     assert baselines(own) == {"majority": 0.75, "majority answer": "choice 1", "chance": round((1.5 + 1 / 3) / 4, 4)}
-    assert baselines([Item("x", "A."), Item("y", "a"), Item("z", "b")]) == {"majority": 0.6667, "majority answer": "a"}
+    assert baselines([TaskItem("x", "A."), TaskItem("y", "a"), TaskItem("z", "b")]) == {
+        "majority": 0.6667,
+        "majority answer": "a",
+    }
 
 
 def test_intervals() -> None:
@@ -252,16 +256,16 @@ def test_intervals() -> None:
     assert 1.8 < low < 2 < high < 2.2 and bootstrap([1.0, 2.0, 3.0] * 30) == (low, high)
 
 
-@pytest.mark.parametrize("name", [name for name in built_in.TASKS if "digit" in name])
+@pytest.mark.parametrize("name", [name for name in tasks.TASKS if "digit" in name])
 def test_arithmetic_is_right_and_always_the_same(name: str) -> None:
-    task = built_in.TASKS[name]()
-    assert task == built_in.TASKS[name]()
+    task = tasks.TASKS[name]()
+    assert task == tasks.TASKS[name]()
     shown = task.demonstrations or ()
     assert (len(task.items), len(set(task.items) | set(shown))) == (2000, 2200)
     for item in (*task.items, *shown):
         sum_ = re.sub(r"plus|minus|times", lambda word: {"p": "+", "m": "-", "t": "*"}[word[0][0]], item.prompt)
         assert str(eval(sum_[len("Q: What is ") : sum_.index("?")])) == item.answer
-        assert normal(item.answer) == item.answer
+        assert normal_interval(item.answer) == item.answer
 
 
 def out(capsys: pytest.CaptureFixture, *words: str) -> str:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from keifu.errors import UserError
-from keifu.evaluation import inception as module
-from keifu.evaluation.inception import inception
+from keifu.evaluation.images import features as module
+from keifu.evaluation.images.features import inception
 
 
 def test_without_weights_there_is_none_and_a_wrong_file_is_a_sentence(monkeypatch, tmp_path: Path) -> None:

@@ -5,17 +5,18 @@ import pytest
 import torch
 
 from keifu.errors import UserError
-from keifu.evaluation.picture_distances import (
-    Moments,
+from keifu.evaluation.images.distances import (
+    FeatureMoments,
     discrepancy,
     frechet,
     kernel_distance,
     manifold,
     moments,
     nearest,
+    psnr,
+    ssim,
 )
-from keifu.evaluation.picture_features import RandomFeatures, extractor
-from keifu.evaluation.reconstruction import psnr, ssim
+from keifu.evaluation.images.features import RandomFeatures, extractor
 
 
 def rows(count: int, dim: int, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -35,8 +36,8 @@ def test_frechet_against_scipy(count: int, dim: int) -> None:
 
 
 def test_frechet_of_normal_distributions_that_are_known() -> None:
-    one = Moments(torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
-    other = Moments(torch.ones(3, dtype=torch.float64), 4 * torch.eye(3, dtype=torch.float64))
+    one = FeatureMoments(torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
+    other = FeatureMoments(torch.ones(3, dtype=torch.float64), 4 * torch.eye(3, dtype=torch.float64))
     assert frechet(one, other) == pytest.approx(3 + 3 * (1 - 2) ** 2)
     assert frechet(one, one) == pytest.approx(0, abs=1e-9)
     found = moments(rows(50, 4))
@@ -78,7 +79,7 @@ def test_precision_and_recall() -> None:
 
 
 def test_nearest_finds_copies_exactly(monkeypatch) -> None:
-    monkeypatch.setattr("keifu.evaluation.picture_distances.PART", 7)
+    monkeypatch.setattr("keifu.evaluation.images.distances.PART", 7)
     among = torch.randint(0, 256, (30, 50), dtype=torch.uint8)
     asked = among[[3, 29, 11]].clone()
     asked[2, 0] ^= 4

@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from keifu import checkpoints, cli
-from keifu.data.pictures import Pictures
+from keifu.data.images.dataset import ImageDataset
 from keifu.errors import UserError
-from keifu.evaluation import pictures as module
-from keifu.evaluation.picture_features import extractor
-from keifu.evaluation.pictures import compared, evaluate, side_by_side
-from keifu.evaluation.task import Asked
-from keifu.layers.noise import Noise
-from keifu.models import ddpm
+from keifu.evaluation.images import generative as module
+from keifu.evaluation.images.features import extractor
+from keifu.evaluation.images.generative import compare_images, evaluate, side_by_side
+from keifu.evaluation.registry import EvalRequest
+from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.models.diffusion import ddpm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 from pictures_toys import folder, picture  # noqa: E402
@@ -35,30 +35,30 @@ def _own_cache(monkeypatch, tmp_path: Path) -> None:
     torch.set_num_threads(1)
 
 
-def toys(count: int, seed: int) -> Pictures:
+def toys(count: int, seed: int) -> ImageDataset:
     pixels = np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
     names = tuple(f"{seed}-{place}" for place in range(count))
     none = np.full(count, -1)
-    return Pictures("toys", pixels, np.arange(count), names, {}, none, (), np.arange(count), ("",) * count, "f")
+    return ImageDataset("toys", pixels, np.arange(count), names, {}, none, (), np.arange(count), ("",) * count, "f")
 
 
 def test_copies_are_found_out() -> None:
     real, held = toys(60, 0), toys(20, 1)
     copies = real.take(np.arange(30))
-    near, figures = compared(extractor(), copies, real, held)
+    near, figures = compare_images(extractor(), copies, real, held)
     assert near.by_pixels.tolist() == near.by_features.tolist() == list(range(30)) and near.differences.max() == 0
     assert figures["share nearer than 99% of held-out pictures"] == 1
     assert figures["median difference to the nearest real picture"] == 0
     assert figures["precision"] == 1 and figures["median difference of held-out pictures"] > 50
-    _, figures = compared(extractor(), toys(30, 2).take(slice(None)), real, held)
+    _, figures = compare_images(extractor(), toys(30, 2).take(slice(None)), real, held)
     assert figures["share nearer than 99% of held-out pictures"] <= 0.1
 
 
 def test_worse_pictures_have_larger_distances() -> None:
     real = toys(60, 0)
     noise = toys(40, 3).take(slice(None))
-    _, good = compared(extractor(), noise, real, None)
-    _, flat = compared(extractor(), torch.full_like(noise, 90), real, None)
+    _, good = compare_images(extractor(), noise, real, None)
+    _, flat = compare_images(extractor(), torch.full_like(noise, 90), real, None)
     for name in ("Fréchet distance", "kernel distance x 1000"):
         assert flat[name] > 3 * abs(good[name])
     assert flat["precision"] == 0 and not [name for name in flat if "held-out" in name]
@@ -67,7 +67,7 @@ def test_worse_pictures_have_larger_distances() -> None:
 def test_the_sheet_shows_each_beside_its_nearest() -> None:
     real = toys(10, 0)
     drawn = real.take([7, 2])
-    near, _ = compared(extractor(), torch.cat([drawn, drawn]), real, None)
+    near, _ = compare_images(extractor(), torch.cat([drawn, drawn]), real, None)
     image = np.asarray(Image.open(io.BytesIO(side_by_side(drawn, real, near, 5))))
     scale = 9  # 72 / 8: small pictures with captions are enlarged
     cells = [image[4:76:scale, 4 + place * 76 : 76 + place * 76 : scale] for place in range(6)]
@@ -96,7 +96,7 @@ def test_a_model_that_must_be_told_a_class_draws_them_in_turn(free: bool, monkey
     real = toys(40, 0)
     monkeypatch.setattr(module, "read_pictures", lambda source, size, channels: real)
     known = real.take([4, 9]).float() / 127.5 - 1
-    found = evaluate(Remembering(known, free), None, Asked("mnist", limit=6, steps=3, batch_size=2, seed=11))
+    found = evaluate(Remembering(known, free), None, EvalRequest("mnist", limit=6, steps=3, batch_size=2, seed=11))
     assert [row[0] for row in found.items.rows] == list(range(11, 17))
     nearest = [row[1] for row in found.items.rows]
     assert len(set(nearest)) == (1 if free else 2) and nearest[0] == nearest[2] != (None if free else nearest[1])
@@ -142,6 +142,6 @@ def test_refusals(network: str, tmp_path: Path) -> None:
 
     model, _ = load(network)
     with pytest.raises(UserError, match="There is no folder of pictures"):
-        evaluate(model, None, Asked("nowhere"))
+        evaluate(model, None, EvalRequest("nowhere"))
     with pytest.raises(UserError, match="sampler"):
-        evaluate(model, None, Asked(str(folder(tmp_path / "s", {"a.png": picture("red")})), sampler="ddin"))
+        evaluate(model, None, EvalRequest(str(folder(tmp_path / "s", {"a.png": picture("red")})), sampler="ddin"))

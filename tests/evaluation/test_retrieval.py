@@ -11,11 +11,22 @@ from PIL import Image
 
 from keifu import checkpoints
 from keifu.cli import parse
-from keifu.data.clip_tokenizer import learn
+from keifu.data.tokenizers.bpe import learn
 from keifu.errors import UserError
-from keifu.evaluation.retrieval import both_ways, equal, ranks, recall
-from keifu.evaluation.shared_space import embed_pictures, embed_texts, label_points, label_shares, preprocessing
-from keifu.models import clip, clip_image, clip_text
+from keifu.evaluation.images.retrieval import (
+    embed_pictures,
+    embed_texts,
+    equal,
+    label_points,
+    label_shares,
+    preprocessing,
+    ranks,
+    recall,
+    recall_both_ways,
+)
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 
@@ -70,7 +81,7 @@ def test_any_of_several_captions_is_right() -> None:
     pictures = torch.nn.functional.normalize(torch.randn(20, 6), dim=-1)
     owners = torch.arange(20).repeat_interleave(2)
     texts = torch.nn.functional.normalize(pictures[owners] + torch.randn(40, 6) * 0.4, dim=-1)
-    captions, found = both_ways(pictures, texts, owners)
+    captions, found = recall_both_ways(pictures, texts, owners)
     order = (pictures @ texts.T).argsort(1, descending=True)
     among = (owners[order[:, :5]] == torch.arange(20)[:, None]).any(1)
     assert captions.shares[5] == pytest.approx(float(among.float().mean()))
@@ -164,5 +175,5 @@ def test_pictures_with_the_same_caption_are_all_right_for_it() -> None:
     points = torch.eye(3)
     texts = torch.tensor([[0.6, 0.0, 0.8], [0.0, 1.0, 0.0], [0.6, 0.0, 0.8]])  # the first is the last, and nearer to it
     alike = equal(["a", "b", "a"])
-    assert [found.shares[1] for found in both_ways(points, texts, alike, alike)] == [1.0, 1.0]
-    assert both_ways(points, texts)[1].shares[1] < 1
+    assert [found.shares[1] for found in recall_both_ways(points, texts, alike, alike)] == [1.0, 1.0]
+    assert recall_both_ways(points, texts)[1].shares[1] < 1

@@ -8,15 +8,15 @@ import pytest
 import sacrebleu
 import torch
 
-from keifu.data.pairs import Pairs
-from keifu.data.splits import split
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.data.translation.pairs import Pairs, split
 from keifu.errors import UserError
-from keifu.evaluation import language_model, translation
-from keifu.evaluation.bleu import Scorer, language_of
-from keifu.evaluation.task import Asked
-from keifu.generation.score import score
-from keifu.generation.translation import Translation
+from keifu.evaluation.registry import EvalRequest
+from keifu.evaluation.text import perplexity, translation
+from keifu.evaluation.text.translation import Scorer, language_of
+from keifu.generation.text.likelihood import score
+from keifu.generation.text.translation import Translation
 from keifu.models import llama, transformer
 
 JAPANESE = ["これはペンです。", "私は東京に住んでいます。", "彼女は毎日本を読む。", "猫が好きです。"]
@@ -96,14 +96,14 @@ def test_a_file_counts_whole_and_the_figures_are_those_of_its_translations(
     file = tmp_path / "pairs.tsv"
     file.write_text("".join(f"{a}\t{b}\n" for a, b in zip(ENGLISH, JAPANESE, strict=True)))
     assert translation.takes(model) and translation.accepts(str(file))
-    found = translation.evaluate(model, characters, Asked(str(file), by_length=True, beam=2))
+    found = translation.evaluate(model, characters, EvalRequest(str(file), by_length=True, beam=2))
     assert found.items and [row[:2] for row in found.items.rows] == list(zip(ENGLISH, JAPANESE, strict=True))
     texts = [row[2] for row in found.items.rows]
     assert found.figures["chrF"] == pytest.approx(sacrebleu.corpus_chrf(texts, [JAPANESE]).score, abs=0.006)
     assert found.figures["pairs"] == 4 and "tok:ja-mecab" in str(found.figures["BLEU signature"])
     table = found.tables["by length"]
     assert table.columns[0] == "source words" and sum(row[1] for row in table.rows) == 4
-    back = translation.evaluate(model, characters, Asked(str(file), limit=3, reverse=True, by_length=True))
+    back = translation.evaluate(model, characters, EvalRequest(str(file), limit=3, reverse=True, by_length=True))
     assert back.figures["pairs"] == 3 and "tok:13a" in str(back.figures["BLEU signature"])
     assert back.tables["by length"].columns[0] == "source characters"
 
@@ -112,8 +112,8 @@ def test_of_a_catalogue_name_the_held_out_pairs_count(monkeypatch: pytest.Monkey
     rows = [(f"文{n}。", f"Sentence {n}.") for n in range(60)]
     pairs = Pairs("tatoeba-ja-en", rows, ("ja", "en"))
     monkeypatch.setattr(translation, "read_pairs", lambda name, reverse: pairs.reversed() if reverse else pairs)
-    forward, _ = translation.test_pairs(Asked("tatoeba-ja-en"))
-    backward, _ = translation.test_pairs(Asked("tatoeba-ja-en", reverse=True))
+    forward, _ = translation.test_pairs(EvalRequest("tatoeba-ja-en"))
+    backward, _ = translation.test_pairs(EvalRequest("tatoeba-ja-en", reverse=True))
     assert forward.rows == split(pairs).test and backward.rows == [(b, a) for a, b in forward.rows]
     assert backward.languages == ("en", "ja")
 
@@ -130,14 +130,14 @@ def test_the_direction_is_the_models_where_its_run_tells_it(monkeypatch: pytest.
         (("", ""), False): (("ja", "en"), 0),
     }
     for (trained, reverse), (languages, remarks) in told.items():
-        found, notes = translation.test_pairs(Asked("tatoeba-ja-en", reverse=reverse, languages=trained))
+        found, notes = translation.test_pairs(EvalRequest("tatoeba-ja-en", reverse=reverse, languages=trained))
         assert (found.languages, len(notes)) == (languages, remarks)
         assert found.rows[0][0].startswith("文") == (languages[0] == "ja")
 
 
 def test_the_target_language_of_a_plain_file_is_the_models(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("Tom\tトム\n")
-    pairs, _ = translation.test_pairs(Asked(str(tmp_path / "a.tsv"), languages=("en", "ja")))
+    pairs, _ = translation.test_pairs(EvalRequest(str(tmp_path / "a.tsv"), languages=("en", "ja")))
     assert pairs.languages == ("en", "ja")
 
 
@@ -156,8 +156,8 @@ def test_a_language_models_loss_is_that_of_its_text(tmp_path: Path, characters: 
     writer = llama.build(config).eval()
     text = "".join(ENGLISH)[:41]
     (tmp_path / "text.txt").write_text(text)
-    assert language_model.takes(writer) and not translation.takes(writer)
-    found = language_model.evaluate(writer, characters, Asked(str(tmp_path / "text.txt"), batch_size=2)).figures
+    assert perplexity.takes(writer) and not translation.takes(writer)
+    found = perplexity.evaluate(writer, characters, EvalRequest(str(tmp_path / "text.txt"), batch_size=2)).figures
     end = characters.eos_id
     ids = [end, *characters.encode(text), end]
     total = sum(float(score(writer, torch.tensor([ids[i : i + 12]])).sum()) for i in range(0, 42, 11))

@@ -3,7 +3,7 @@
 from jaxtyping import Bool
 from torch import Tensor
 
-from keifu.generation.beam import Lengths, Scores
+from keifu.generation.text.beam_search import Lengths, Scores
 
 
 def power_penalty(lengths: Lengths, exponent: float = 1.0) -> Lengths:

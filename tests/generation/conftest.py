@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
-from keifu.layers.cache import KeyValueCache
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.layers.attention.kv_cache import KeyValueCache
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, palm, qwen3
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from keifu import checkpoints
 from keifu.errors import UserError
-from keifu.generation.beam import (
+from keifu.generation.text.beam_search import (
+    EncoderDecoderBeamModel,
+    Hypothesis,
     Search,
     beam_search,
     continuations,
     paper_penalty,
-    top,
+    top_candidates,
     until_decided,
     until_full,
 )
-from keifu.generation.beam_decoders import SourceDecoder
-from keifu.generation.beam_texts import Hypothesis
-from keifu.generation.decoding import decode
-from keifu.generation.score import score
+from keifu.generation.text.engine import decode
+from keifu.generation.text.likelihood import score
 
 RULES = {False: until_unlikely, True: until_full, "never": until_decided}
 CPU = torch.device("cpu")
@@ -127,7 +127,9 @@ def test_an_encoder_decoders_beams_are_those_of_transformers(seed: int, stopping
         expected = theirs(model, ids, (ids != pad).long(), beams, 1, [0], **wanted, **more)
         limit = wanted["max_new_tokens"]
         search = Search((0,), beams, beams, penalty, never=(pad,), goes_on=RULES[stopping])
-        check_equal(beam_search(SourceDecoder(ours, sources, limit, CPU), search, [limit] * len(sources)), expected)
+        check_equal(
+            beam_search(EncoderDecoderBeamModel(ours, sources, limit, CPU), search, [limit] * len(sources)), expected
+        )
 
 
 @pytest.mark.parametrize("stopping", RULES)
@@ -264,7 +266,7 @@ def test_a_vocabulary_smaller_than_the_beams() -> None:
 def test_top_is_topk() -> None:
     for vocab in (5, 64, 1000, 1027, 4096):
         logits = torch.randn(7, vocab)
-        values, places = top(logits, 5)
+        values, places = top_candidates(logits, 5)
         assert torch.equal(values, logits.topk(5).values) and torch.equal(logits.gather(1, places), values)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from beam_rules import power_penalty
 
-from keifu.generation.beam import Search, beam_search, paper_penalty, until_decided
+from keifu.generation.text.beam_search import Search, beam_search, paper_penalty, until_decided
 
 VOCAB, END, LIMIT = 3, 0, 6
 

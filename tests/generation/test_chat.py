@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from keifu.data.chat import CHATML
-from keifu.data.tokenizers import Tokenizer
+from keifu.data.tokenizers.chat_template import CHATML
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.chat import Conversation
-from keifu.layers.cache import Cache
+from keifu.generation.text.chat import Conversation
+from keifu.layers.attention.kv_cache import Cache
 from keifu.models import llama
 
 
@@ -187,7 +187,7 @@ def test_an_interruption_inside_the_model(chatter: Tokenizer, monkeypatch: pytes
         return plain(cache, keys, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr("keifu.layers.cache.KeyValueCache.append", interrupted)
+        patch.setattr("keifu.layers.attention.kv_cache.KeyValueCache.append", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(talk.reply("Go on", max_tokens=10, seed=1))
     assert [message["content"] for message in talk.messages] == ["Hello", before]

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from keifu.data.tokenizers import Tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation import decoding
-from keifu.generation.decoding import decode, evaluating
-from keifu.generation.generate import Completion, generate_batch, stream
-from keifu.generation.sampling import Sampling
-from keifu.generation.score import score, score_sampled
+from keifu.generation.text import engine
+from keifu.generation.text.engine import decode, evaluation_mode
+from keifu.generation.text.generate import Completion, generate_batch, stream
+from keifu.generation.text.likelihood import score, score_sampled
+from keifu.generation.text.sampling_params import SamplingParams
 
-EVERYTHING = Sampling(
+EVERYTHING = SamplingParams(
     temperature=0.8,
     top_k=60,
     top_p=0.9,
@@ -27,8 +27,8 @@ EVERYTHING = Sampling(
     seed=11,
     log_probabilities=True,
 )
-PLAIN = Sampling(max_tokens=31, seed=5, log_probabilities=True)
-GREEDY = Sampling(temperature=0, max_tokens=24, seed=0, log_probabilities=True)
+PLAIN = SamplingParams(max_tokens=31, seed=5, log_probabilities=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=24, seed=0, log_probabilities=True)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -51,7 +51,7 @@ def same(a: Completion, b: Completion) -> None:
 @pytest.mark.parametrize("length", [1, 4, 23])
 @pytest.mark.parametrize("sampling", [PLAIN, EVERYTHING, GREEDY], ids=["plain", "everything", "greedy"])
 def test_a_generated_text_scored_in_one_pass_has_its_log_probabilities(
-    model: nn.Module, tokenizer: Tokenizer, length: int, sampling: Sampling
+    model: nn.Module, tokenizer: Tokenizer, length: int, sampling: SamplingParams
 ) -> None:
     [written] = generate_batch(model, tokenizer, [prompt(length)], sampling)
     text = torch.tensor(prompt(length) + written.tokens)
@@ -73,7 +73,7 @@ def test_prompts_read_in_chunks_give_the_same(
 ) -> None:
     prompts = [prompt(23), prompt(7), prompt(31)]
     whole = generate_batch(model, tokenizer, prompts, PLAIN)
-    monkeypatch.setattr(decoding, "PREFILL_TOKENS", chunk * len(prompts))
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", chunk * len(prompts))
     for a, b in zip(generate_batch(model, tokenizer, prompts, PLAIN), whole, strict=True):
         same(a, b)
 
@@ -127,7 +127,7 @@ def test_a_fresh_seed_is_reported_and_reproduces(model: nn.Module, tokenizer: To
 
 def test_padded_texts_score_as_alone(model: nn.Module) -> None:
     texts = [prompt(n, n) for n in (19, 3, 30)]
-    tokens, padding = decoding.left_padded(texts)
+    tokens, padding = engine.pad_left(texts)
     together = score(model, tokens, padding)
     for row, text in enumerate(texts):
         close(together[row, 30 - len(text) :].tolist(), score(model, torch.tensor([text]))[0])
@@ -138,7 +138,7 @@ def test_score_is_what_the_logits_say(model: nn.Module, monkeypatch: pytest.Monk
     with torch.inference_mode():
         expected = model(tokens)[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
     for chunk in (256, 7):
-        monkeypatch.setattr("keifu.generation.score.CHUNK", chunk)
+        monkeypatch.setattr("keifu.generation.text.likelihood.CHUNK", chunk)
         torch.testing.assert_close(score(model, tokens), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -147,7 +147,7 @@ def test_score_with_settings_in_chunks(model: nn.Module, monkeypatch: pytest.Mon
     text = torch.tensor(prompt(40) + prompt(20))
     whole = score_sampled(model, text, 5, EVERYTHING)
     assert whole.isinf().any() and whole.isfinite().any()
-    monkeypatch.setattr("keifu.generation.score.CHUNK", 3)
+    monkeypatch.setattr("keifu.generation.text.likelihood.CHUNK", 3)
     torch.testing.assert_close(score_sampled(model, text, 5, EVERYTHING), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -178,7 +178,7 @@ def test_dropout_is_off_while_writing_and_modes_come_back(model: nn.Module, toke
     next(left)
     del left  # a reader that goes away early
     assert [module.training for module in model.modules()] == modes
-    with pytest.raises(ZeroDivisionError), evaluating(model):
+    with pytest.raises(ZeroDivisionError), evaluation_mode(model):
         _ = 1 / 0
     assert [module.training for module in model.modules()] == modes
 

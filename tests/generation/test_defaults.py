@@ -6,13 +6,13 @@ import pytest
 import transformers
 from torch import nn
 
-from keifu.data.chat import CHATML
-from keifu.data.tokenizers import Tokenizer
+from keifu.data.tokenizers.chat_template import CHATML
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.chat import Conversation
-from keifu.generation.defaults import defaults, in_words, sampling_for
-from keifu.generation.generate import generate, generate_batch
-from keifu.generation.sampling import Sampling
+from keifu.generation.text.chat import Conversation
+from keifu.generation.text.defaults import defaults, in_words, sampling_for
+from keifu.generation.text.generate import generate, generate_batch
+from keifu.generation.text.sampling_params import SamplingParams
 
 BASE = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
@@ -28,7 +28,7 @@ def chatter(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def test_a_base_model_samples_with_filters(tokenizer: Tokenizer) -> None:
-    assert defaults(tokenizer).sampling == Sampling(**BASE)
+    assert defaults(tokenizer).sampling == SamplingParams(**BASE)
     assert defaults(tokenizer).source == "keifu's settings for a base model"
 
 
@@ -63,19 +63,19 @@ def test_do_sample_false_is_greedy_whatever_else_stands_there(tokenizer: Tokeniz
 
 
 def test_a_temperature_without_do_sample_is_meant(chatter: Tokenizer) -> None:
-    assert defaults(told(chatter, temperature=0.6)).sampling == Sampling(temperature=0.6, top_k=50)
+    assert defaults(told(chatter, temperature=0.6)).sampling == SamplingParams(temperature=0.6, top_k=50)
 
 
 def test_what_says_nothing_of_sampling_leaves_the_choice(tokenizer: Tokenizer, chatter: Tokenizer) -> None:
     own = {"eos_token_id": 3, "repetition_penalty": 1.2, "stop_strings": ["\n\n"], "temperature": None}
-    assert defaults(told(tokenizer, **own)).sampling == Sampling(**BASE, repetition_penalty=1.2, stop=("\n\n",))
+    assert defaults(told(tokenizer, **own)).sampling == SamplingParams(**BASE, repetition_penalty=1.2, stop=("\n\n",))
     assert defaults(told(chatter, **own)).sampling.temperature == 0
     assert defaults(told(tokenizer, eos_token_id=3)).source == "keifu's settings for a base model"
 
 
 def test_an_option_takes_the_place_of_one_field(tokenizer: Tokenizer) -> None:
     own = told(tokenizer, do_sample=True, temperature=0.6, top_p=0.9, max_new_tokens=5)
-    assert sampling_for(own, {"top_p": 0.5, "seed": 2}) == Sampling(5, 0.6, 50, 0.5, seed=2)
+    assert sampling_for(own, {"top_p": 0.5, "seed": 2}) == SamplingParams(5, 0.6, 50, 0.5, seed=2)
     assert sampling_for(own, {"max_tokens": None}).max_tokens is None
     with pytest.raises(UserError, match="Did you mean 'top_p'"):
         sampling_for(own, {"topp": 0.5})
@@ -83,7 +83,7 @@ def test_an_option_takes_the_place_of_one_field(tokenizer: Tokenizer) -> None:
 
 def test_a_greedy_models_temperature_brings_the_filters_too(chatter: Tokenizer) -> None:
     for tokenizer in (chatter, told(chatter, do_sample=False)):
-        assert sampling_for(tokenizer, {"temperature": 0.8}) == Sampling(**BASE)
+        assert sampling_for(tokenizer, {"temperature": 0.8}) == SamplingParams(**BASE)
 
 
 def test_an_impossible_setting_names_its_file(tokenizer: Tokenizer) -> None:
@@ -92,16 +92,16 @@ def test_an_impossible_setting_names_its_file(tokenizer: Tokenizer) -> None:
 
 
 def test_in_words() -> None:
-    penalised = Sampling(temperature=0, top_k=40, seed=3, repetition_penalty=1.1)
+    penalised = SamplingParams(temperature=0, top_k=40, seed=3, repetition_penalty=1.1)
     assert in_words(penalised) == "greedy, repetition-penalty 1.1"
-    assert in_words(Sampling(**BASE, seed=3)) == "temperature 0.8, top-k 40, top-p 0.95, min-p 0.05, seed 3"
-    assert in_words(Sampling()) == "temperature 1.0"
+    assert in_words(SamplingParams(**BASE, seed=3)) == "temperature 0.8, top-k 40, top-p 0.95, min-p 0.05, seed 3"
+    assert in_words(SamplingParams()) == "temperature 1.0"
 
 
 def test_generate_writes_by_the_defaults(model: nn.Module, tokenizer: Tokenizer, chatter: Tokenizer) -> None:
-    [base] = generate_batch(model, tokenizer, ["Once"], Sampling(**BASE, max_tokens=9, seed=4))
+    [base] = generate_batch(model, tokenizer, ["Once"], SamplingParams(**BASE, max_tokens=9, seed=4))
     assert generate(model, tokenizer, "Once", max_tokens=9, seed=4) == base.text
-    [plain] = generate_batch(model, tokenizer, ["Once"], Sampling(max_tokens=9, temperature=0))
+    [plain] = generate_batch(model, tokenizer, ["Once"], SamplingParams(max_tokens=9, temperature=0))
     assert generate(model, chatter, "Once", raw=True, max_tokens=9) == plain.text
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from keifu.generation.drawing import BITS, draw, uniform
+from keifu.generation.text.sampler import draw
+from keifu.layers.counter_rng import BITS, uniform
 
 N = 40_000
 

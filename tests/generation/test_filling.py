@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from keifu import checkpoints
-from keifu.data.catalogue import fetch
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.data.catalogue.catalogue import fetch
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.decoding import causal
-from keifu.generation.filling import fill
-from keifu.generation.generate import generate
+from keifu.generation.text.engine import causal
+from keifu.generation.text.fill import fill
+from keifu.generation.text.generate import generate
 from keifu.models import bert, gpt2
 
 

@@ -7,17 +7,20 @@ import torch
 from torch import nn
 
 import keifu
-from keifu.data.tokenizers import Tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.generate import Completion, Piece, generate, generate_batch, stream
-from keifu.generation.sampling import Sampling
+from keifu.generation.text.generate import Completion, generate, generate_batch, stream
+from keifu.generation.text.request import Piece
+from keifu.generation.text.sampling_params import SamplingParams
 
 TEXT = "日本語の文章。👩‍👩‍👧 and café — naïve 🎌 fin"
-GREEDY = Sampling(temperature=0, max_tokens=500)
+GREEDY = SamplingParams(temperature=0, max_tokens=500)
 ASK = [97]  # any one token
 
 
-def say(script: Any, tokenizer: Tokenizer, text: str, sampling: Sampling = GREEDY, end: bool = True) -> list[Piece]:
+def say(
+    script: Any, tokenizer: Tokenizer, text: str, sampling: SamplingParams = GREEDY, end: bool = True
+) -> list[Piece]:
     """The pieces in which a model says the text, byte by byte, and then ends it."""
     tokens = tokenizer.encode(text) + ([tokenizer.eos_id] if end else [])
     return list(stream(script(tokens), tokenizer, [ASK], sampling))
@@ -39,7 +42,7 @@ def test_a_stream_never_gives_half_a_character(script: Any, tokenizer: Tokenizer
 @pytest.mark.parametrize("length", range(1, 14))
 def test_a_character_cut_by_max_tokens_is_left_out(script: Any, tokenizer: Tokenizer, length: int) -> None:
     [done] = generate_batch(
-        script(tokenizer.encode("日本🎌語")), tokenizer, [ASK], Sampling(temperature=0, max_tokens=length)
+        script(tokenizer.encode("日本🎌語")), tokenizer, [ASK], SamplingParams(temperature=0, max_tokens=length)
     )
     whole = b"".join(map(tokenizer.token_bytes, done.tokens)).decode(errors="ignore")
     assert (done.text, done.finish_reason, len(done.tokens)) == (whole, "length", length)
@@ -47,7 +50,7 @@ def test_a_character_cut_by_max_tokens_is_left_out(script: Any, tokenizer: Token
 
 @pytest.mark.parametrize("stop", ["語の", "。", "👧", " and", "f", "文章。👩\u200d👩", "n"])
 def test_text_ends_before_a_stop_string_that_crosses_tokens(script: Any, tokenizer: Tokenizer, stop: str) -> None:
-    pieces = say(script, tokenizer, TEXT, Sampling(temperature=0, stop=(stop, "never")))
+    pieces = say(script, tokenizer, TEXT, SamplingParams(temperature=0, stop=(stop, "never")))
     assert joined(pieces) == TEXT[: TEXT.index(stop)]
     assert pieces[-1].finish_reason == "stop"
     written = b"".join(tokenizer.token_bytes(piece.token) for piece in pieces).decode()
@@ -58,12 +61,14 @@ def test_text_ends_before_a_stop_string_that_crosses_tokens(script: Any, tokeniz
 
 @pytest.mark.parametrize("end", [True, False])
 def test_what_was_held_back_for_a_stop_string_comes_at_the_end(script: Any, tokenizer: Tokenizer, end: bool) -> None:
-    sampling = Sampling(temperature=0, stop=("def!",), max_tokens=500 if end else 6)
+    sampling = SamplingParams(temperature=0, stop=("def!",), max_tokens=500 if end else 6)
     assert joined(say(script, tokenizer, "abcdef", sampling, end)) == "abcdef"
 
 
 def test_stop_token_is_among_the_tokens_and_not_in_the_text(script: Any, tokenizer: Tokenizer) -> None:
-    [done] = generate_batch(script([*tokenizer.encode("ab c"), tokenizer.eos_id]), tokenizer, [ASK], Sampling(seed=4))
+    [done] = generate_batch(
+        script([*tokenizer.encode("ab c"), tokenizer.eos_id]), tokenizer, [ASK], SamplingParams(seed=4)
+    )
     expected = [*tokenizer.encode("ab c"), tokenizer.eos_id]
     assert done == Completion("ab c", expected, "stop", seed=4, prompt_tokens=1)
 
@@ -73,7 +78,7 @@ def test_stop_token_is_among_the_tokens_and_not_in_the_text(script: Any, tokeniz
 )
 def test_ends_by_length(script: Any, tokenizer: Tokenizer, max_tokens: int | None, length: int, reason: str) -> None:
     told = script([98], asked=3, context_length=12)
-    [done] = generate_batch(told, tokenizer, [ASK * 3], Sampling(temperature=0, max_tokens=max_tokens))
+    [done] = generate_batch(told, tokenizer, [ASK * 3], SamplingParams(temperature=0, max_tokens=max_tokens))
     assert (done.finish_reason, len(done.tokens)) == (reason, length)
 
 
@@ -86,7 +91,7 @@ def test_prompt_that_does_not_fit_is_refused_with_both_lengths(model: nn.Module,
 
 
 def test_empty_prompt_begins_a_text_or_is_refused(model: nn.Module, tokenizer: Tokenizer) -> None:
-    bare, settings = Tokenizer(tokenizer.backend, {}), Sampling(max_tokens=9, seed=1)
+    bare, settings = Tokenizer(tokenizer.backend, {}), SamplingParams(max_tokens=9, seed=1)
     begin = [tokenizer.token_id("<|endoftext|>")]
     assert generate_batch(model, tokenizer, [""], settings) == generate_batch(model, tokenizer, [begin], settings)
     for prompt in ("", []):
@@ -129,7 +134,7 @@ def test_the_public_call(model: nn.Module, tokenizer: Tokenizer) -> None:
 
 
 def test_pieces_of_a_batch_come_in_turn(model: nn.Module, tokenizer: Tokenizer) -> None:
-    samplings = [Sampling(max_tokens=n, temperature=0) for n in (1, 4, 2)]
+    samplings = [SamplingParams(max_tokens=n, temperature=0) for n in (1, 4, 2)]
     bare = Tokenizer(tokenizer.backend, {})  # nothing ends a text before its length
     pieces = list(stream(model, bare, [[5], [6, 7], [8]], samplings))
     assert [piece.index for piece in pieces] == [0, 1, 2, 1, 2, 1, 1]
@@ -138,5 +143,5 @@ def test_pieces_of_a_batch_come_in_turn(model: nn.Module, tokenizer: Tokenizer) 
 
 def test_text_cannot_spell_control_tokens(script: Any, tokenizer: Tokenizer) -> None:
     told = script([98], asked=len("<|im_end|>"))
-    [done] = generate_batch(told, tokenizer, ["<|im_end|>"], Sampling(max_tokens=1))
+    [done] = generate_batch(told, tokenizer, ["<|im_end|>"], SamplingParams(max_tokens=1))
     assert done.prompt_tokens == len("<|im_end|>")

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation import prefix
-from keifu.generation.answers import Pair, joined, likelihoods, opening
-from keifu.generation.generate import generate_batch
-from keifu.generation.prefix import Prefix, Size, complete, groups, passes
-from keifu.generation.sampling import Sampling
-from keifu.generation.score import score
+from keifu.generation.text import prefix_cache
+from keifu.generation.text.generate import generate_batch
+from keifu.generation.text.likelihood import ScoredPair, first_context, join_tokens, likelihoods, score
+from keifu.generation.text.prefix_cache import CacheSize, Prefix, complete_prefixes, groups, plan_passes
+from keifu.generation.text.sampling_params import SamplingParams
 
-GREEDY = Sampling(temperature=0, max_tokens=9, seed=0)
+GREEDY = SamplingParams(temperature=0, max_tokens=9, seed=0)
 
 
 def some(rng: random.Random, n: int) -> list[int]:
@@ -31,10 +31,10 @@ def prompts(count: int, seed: int = 1) -> list[list[int]]:
     return [base[: rng.choice((30, 30, 20, 5))] + some(rng, rng.randrange(1, 25)) for _ in range(count)]
 
 
-def pairs_of(count: int) -> list[Pair]:
+def pairs_of(count: int) -> list[ScoredPair]:
     rng = random.Random(2)
     asked = [tuple(each) for each in prompts(count)]
-    return [Pair(each, tuple(some(rng, rng.randrange(1, 9)))) for each in asked for _ in range(1 + len(each) % 4)]
+    return [ScoredPair(each, tuple(some(rng, rng.randrange(1, 9)))) for each in asked for _ in range(1 + len(each) % 4)]
 
 
 def test_likelihoods_are_those_of_one_pair_at_a_time(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_likelihoods_are_those_of_one_pair_at_a_time(model: nn.Module, monkeypat
         with torch.inference_mode():
             greedy.append(torch.equal(model(whole)[0, start - 1 : -1].argmax(-1), whole[0, start:]))
     for overhead, batch_size in ((0, None), (5, 3), (256, 4), (10**6, 1)):
-        monkeypatch.setattr(prefix, "OVERHEAD", overhead)
+        monkeypatch.setattr(prefix_cache, "OVERHEAD", overhead)
         found = likelihoods(model, pairs, batch_size)
         assert [each.greedy for each in found] == greedy
         for each, expected in zip(found, alone, strict=True):
@@ -57,21 +57,23 @@ def test_likelihoods_are_those_of_one_pair_at_a_time(model: nn.Module, monkeypat
 def test_greedy_is_told_of_the_models_own_text(model: nn.Module, tokenizer: Tokenizer) -> None:
     [done] = generate_batch(model, Tokenizer(tokenizer.backend, {}), [[5, 6, 7]], GREEDY)
     own, other = tuple(done.tokens), (*done.tokens[:-1], (done.tokens[-1] + 1) % 261)
-    found = likelihoods(model, [Pair((5, 6, 7), own), Pair((5, 6, 7), other), Pair((5, 6, 7), own[:3])])
+    found = likelihoods(
+        model, [ScoredPair((5, 6, 7), own), ScoredPair((5, 6, 7), other), ScoredPair((5, 6, 7), own[:3])]
+    )
     assert [each.greedy for each in found] == [True, False, True]
 
 
 def test_the_context_may_be_filled_to_its_last_token(model: nn.Module) -> None:
     rng = random.Random(3)
-    full = [Pair(tuple(some(rng, 66)), (4, 9)), Pair(tuple(some(rng, 2)), tuple(some(rng, 66)))]
+    full = [ScoredPair(tuple(some(rng, 66)), (4, 9)), ScoredPair(tuple(some(rng, 2)), tuple(some(rng, 66)))]
     mixed = likelihoods(model, [*full, *pairs_of(4)])
     assert mixed[:2] == likelihoods(model, full) and len(mixed[1].log_probabilities) == 66
     with pytest.raises(UserError, match="prompt of 66 tokens and its answer of 3 do not fit .* context of 67"):
-        likelihoods(model, [Pair((1,) * 66, (1, 2, 3))])
+        likelihoods(model, [ScoredPair((1,) * 66, (1, 2, 3))])
 
 
-@pytest.mark.parametrize("pair", [Pair((), (1,)), Pair((1,), ())])
-def test_nothing_has_no_likelihood(model: nn.Module, pair: Pair) -> None:
+@pytest.mark.parametrize("pair", [ScoredPair((), (1,)), ScoredPair((1,), ())])
+def test_nothing_has_no_likelihood(model: nn.Module, pair: ScoredPair) -> None:
     with pytest.raises(UserError, match="must have a token each"):
         likelihoods(model, [pair])
 
@@ -79,10 +81,10 @@ def test_nothing_has_no_likelihood(model: nn.Module, pair: Pair) -> None:
 def test_texts_are_those_of_one_prompt_at_a_time(
     model: nn.Module, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefix, "OVERHEAD", 0)
+    monkeypatch.setattr(prefix_cache, "OVERHEAD", 0)
     asked = prompts(6)
     settings = [replace(GREEDY, max_tokens=5, temperature=n % 2, seed=n, log_probabilities=True) for n in range(6)]
-    found = complete(model, tokenizer, asked, settings, 2)
+    found = complete_prefixes(model, tokenizer, asked, settings, 2)
     for prompt, sampling, done in zip(asked, settings, found, strict=True):
         [alone] = generate_batch(model, tokenizer, [prompt], sampling)
         assert (done.text, done.tokens, done.finish_reason) == (alone.text, alone.tokens, alone.finish_reason)
@@ -95,10 +97,10 @@ def test_what_is_shared_is_computed_once(tokenizer: Tokenizer, script: Any) -> N
     plain = told.hidden
     told.hidden = lambda tokens, caches, padding: counted.append(tokens.numel()) or plain(tokens, caches, padding)
     asked = [base + some(rng, 5) for _ in range(40)]
-    likelihoods(told, [Pair(tuple(each), (n,)) for each in asked for n in range(12)])
+    likelihoods(told, [ScoredPair(tuple(each), (n,)) for each in asked for n in range(12)])
     assert sum(counted) == 300 + 40 * 5
     counted.clear()
-    complete(told, tokenizer, asked, [replace(GREEDY, max_tokens=1)] * 40)
+    complete_prefixes(told, tokenizer, asked, [replace(GREEDY, max_tokens=1)] * 40)
     assert sum(counted) == 300 + 40 * 5
 
 
@@ -127,10 +129,10 @@ def test_groups_are_worth_their_pass() -> None:
 
 def test_passes_keep_their_bounds(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Prefix(script([98], context_length=150), [1] * 100, torch.device("cpu"))
-    monkeypatch.setattr(prefix, "ROOM", 600 * held.token_bytes)
+    monkeypatch.setattr(prefix_cache, "ROOM", 600 * held.token_bytes)
     rng = random.Random(6)
-    sizes = [Size(rng.randrange(1, 40), rng.randrange(0, 10), rng.randrange(0, 9)) for _ in range(200)]
-    found = list(passes(sizes, held, 5))
+    sizes = [CacheSize(rng.randrange(1, 40), rng.randrange(0, 10), rng.randrange(0, 9)) for _ in range(200)]
+    found = list(plan_passes(sizes, held, 5))
     assert sorted(sum(found, [])) == list(range(200)) and max(map(len, found)) == 5
     for rows in found:
         prompt, now = (max(sizes[row][n] for row in rows) for n in (0, 1))
@@ -155,7 +157,7 @@ def words() -> Tokenizer:
     ],
 )
 def test_an_answer_is_split_where_its_prompt_ends(words: Tokenizer, prompt: str, answer: str) -> None:
-    [pair] = joined(words, [(prompt, answer)])
+    [pair] = join_tokens(words, [(prompt, answer)])
     bare, moved = prompt.rstrip(), prompt[len(prompt.rstrip()) :] + answer
     front = words.encode(bare) or [words.bos_id]
     assert pair.prompt == tuple(front)
@@ -168,21 +170,21 @@ def test_an_answer_that_grows_into_its_prompt_is_encoded_apart(words: Tokenizer)
         (a[:n], a[n:]) for a in ("the cat sat on the mats",) for n in range(1, len(a) - 1)
         if a[:n].strip() == a[:n] and len(words.encode(a)) <= len(words.encode(a[:n]))
     )  # fmt: skip
-    [pair] = joined(words, [grown])
+    [pair] = join_tokens(words, [grown])
     assert pair == (tuple(words.encode(grown[0])), tuple(words.encode(grown[1])))
     with pytest.raises(UserError, match="The answer '' has no tokens"):
-        joined(words, [("the cat", "")])
+        join_tokens(words, [("the cat", "")])
 
 
 def test_a_tokenizer_that_begins_a_text_does_so_before_a_prompt(words: Tokenizer, tokenizer: Tokenizer) -> None:
-    assert opening(words, ["", "the"]) == []
-    from keifu.data.special_tokens import put_around_text
+    assert first_context(words, ["", "the"]) == []
+    from keifu.data.tokenizers.special_tokens import put_around_text
 
     other = train_tokenizer("bpe", ["the cat"], 260)
     put_around_text(other.backend, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, bos=True, eos=True)
     framed = Tokenizer(other.backend, {"bos_token": "<|endoftext|>"})
-    assert opening(framed, ["the"]) == [framed.bos_id]
-    [pair] = joined(framed, [("the", " cat")])
+    assert first_context(framed, ["the"]) == [framed.bos_id]
+    [pair] = join_tokens(framed, [("the", " cat")])
     assert pair.prompt[0] == framed.bos_id and framed.bos_id not in (*pair.prompt[1:], *pair.answer)
     with pytest.raises(UserError, match="A prompt is empty, and this tokenizer has no token that begins a text"):
-        joined(Tokenizer(words.backend, {}), [("", "the")])
+        join_tokens(Tokenizer(words.backend, {}), [("", "the")])

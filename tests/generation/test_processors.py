@@ -7,9 +7,9 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from keifu.generation import processors
-from keifu.generation.sampler import History, RowSettings
-from keifu.generation.sampling import Sampling
+from keifu.generation.text import logits_processors
+from keifu.generation.text.sampler import History, RowSettings
+from keifu.generation.text.sampling_params import SamplingParams
 
 ROWS, VOCAB = 4, 203
 CPU = torch.device("cpu")
@@ -38,10 +38,10 @@ def agree(ours: Tensor, theirs: Tensor) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "values"),
     [
-        (processors.temperature, hf.TemperatureLogitsWarper, [0.3, 0.7, 1.0, 2.0]),
-        (processors.top_k, hf.TopKLogitsWarper, [1, 7, 50, VOCAB + 9]),
-        (processors.top_p, hf.TopPLogitsWarper, [0.1, 0.5, 0.9, 0.999]),
-        (processors.min_p, hf.MinPLogitsWarper, [0.0, 0.01, 0.3, 1.0]),
+        (logits_processors.temperature, hf.TemperatureLogitsWarper, [0.3, 0.7, 1.0, 2.0]),
+        (logits_processors.top_k, hf.TopKLogitsWarper, [1, 7, 50, VOCAB + 9]),
+        (logits_processors.top_p, hf.TopPLogitsWarper, [0.1, 0.5, 0.9, 0.999]),
+        (logits_processors.min_p, hf.MinPLogitsWarper, [0.0, 0.01, 0.3, 1.0]),
     ],
 )
 def test_filters_equal_transformers_row_by_row(ours: Any, theirs: Any, values: list[float]) -> None:
@@ -52,22 +52,22 @@ def test_repetition_penalty_equals_transformers() -> None:
     tokens = torch.randint(0, VOCAB, (ROWS, 30), generator=torch.Generator().manual_seed(2))
     seen = torch.zeros(ROWS, VOCAB, dtype=torch.bool).scatter_(1, tokens, True)
     values = [0.5, 1.0, 1.3, 2.0]
-    ours = processors.repetition_penalty(logits(), seen, torch.tensor(values))
+    ours = logits_processors.repetition_penalty(logits(), seen, torch.tensor(values))
     agree(ours, each_row(hf.RepetitionPenaltyLogitsProcessor, values, tokens))
 
 
 def test_presence_and_frequency_follow_the_formula_of_openai() -> None:
     """mu[j] - c[j] · frequency - (c[j] > 0) · presence."""
     x, counts = torch.zeros(1, 4), torch.tensor([[0.0, 1.0, 2.0, 5.0]])
-    assert processors.presence_penalty(x, counts, rows(0.5)).tolist() == [[0, -0.5, -0.5, -0.5]]
-    assert processors.frequency_penalty(x, counts, rows(0.5)).tolist() == [[0, -0.5, -1.0, -2.5]]
+    assert logits_processors.presence_penalty(x, counts, rows(0.5)).tolist() == [[0, -0.5, -0.5, -0.5]]
+    assert logits_processors.frequency_penalty(x, counts, rows(0.5)).tolist() == [[0, -0.5, -1.0, -2.5]]
 
 
 def test_neutral_values_in_a_mixed_batch_change_nothing() -> None:
     x = logits()
-    assert torch.equal(processors.top_k(x, torch.tensor([0, 3, 0, 0]))[[0, 2, 3]], x[[0, 2, 3]])
-    assert torch.equal(processors.top_p(x, rows(1, 0.5, 1, 1))[[0, 2, 3]], x[[0, 2, 3]])
-    assert torch.equal(processors.min_p(x, rows(0, 0.5, 0, 0))[[0, 2, 3]], x[[0, 2, 3]])
+    assert torch.equal(logits_processors.top_k(x, torch.tensor([0, 3, 0, 0]))[[0, 2, 3]], x[[0, 2, 3]])
+    assert torch.equal(logits_processors.top_p(x, rows(1, 0.5, 1, 1))[[0, 2, 3]], x[[0, 2, 3]])
+    assert torch.equal(logits_processors.min_p(x, rows(0, 0.5, 0, 0))[[0, 2, 3]], x[[0, 2, 3]])
 
 
 def test_nucleus_is_the_smallest_set_that_reaches_p() -> None:
@@ -80,24 +80,24 @@ def test_nucleus_is_the_smallest_set_that_reaches_p() -> None:
         (0.94, [1, 2, 3]),
         (0.97, [0, 1, 2, 3]),
     ]:
-        found = processors.top_p(probabilities.log(), rows(p)).isfinite()[0].nonzero()[:, 0].tolist()
+        found = logits_processors.top_p(probabilities.log(), rows(p)).isfinite()[0].nonzero()[:, 0].tolist()
         assert found == kept, p
 
 
 def test_equals_stay_together() -> None:
     x = torch.tensor([[1.0, 2.0, 1.0, 0.0]])
-    assert processors.top_k(x, torch.tensor([2])).isfinite().tolist() == [[True, True, True, False]]
-    assert processors.top_p(x, rows(0.6)).isfinite().tolist() == [[True, True, True, False]]
+    assert logits_processors.top_k(x, torch.tensor([2])).isfinite().tolist() == [[True, True, True, False]]
+    assert logits_processors.top_p(x, rows(0.6)).isfinite().tolist() == [[True, True, True, False]]
 
 
 def test_greedy_keeps_exactly_one() -> None:
-    assert processors.likeliest(torch.tensor([[1.0, 2.0, 2.0]])).isfinite().sum() == 1
+    assert logits_processors.likeliest(torch.tensor([[1.0, 2.0, 2.0]])).isfinite().sum() == 1
 
 
 @pytest.mark.parametrize("t", [0.7, 3.0])
 @pytest.mark.parametrize(("k", "p", "fraction"), [(40, 0.9, 0.02), (12, 0.8, 0.3), (30, 0.6, 0.5), (4, 0.7, 0.6)])
 def test_all_settings_together_equal_transformers_in_its_order(t: float, k: int, p: float, fraction: float) -> None:
-    sampling = Sampling(temperature=t, top_k=k, top_p=p, min_p=fraction, repetition_penalty=1.4)
+    sampling = SamplingParams(temperature=t, top_k=k, top_p=p, min_p=fraction, repetition_penalty=1.4)
     prompt = torch.randint(0, VOCAB, (ROWS, 9), generator=torch.Generator().manual_seed(3))
     written = torch.randint(0, VOCAB, (ROWS, 5), generator=torch.Generator().manual_seed(4))
     settings = RowSettings([sampling] * ROWS, CPU)
@@ -119,10 +119,10 @@ def test_all_settings_together_equal_transformers_in_its_order(t: float, k: int,
 def test_every_row_has_its_own_settings() -> None:
     """A batch of different settings gives each row what a batch of that row alone gives it."""
     samplings = [
-        Sampling(temperature=0),
-        Sampling(temperature=0.5, top_k=3, presence_penalty=0.4),
-        Sampling(top_p=0.5, repetition_penalty=1.5),
-        Sampling(min_p=0.2, frequency_penalty=0.9),
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0.5, top_k=3, presence_penalty=0.4),
+        SamplingParams(top_p=0.5, repetition_penalty=1.5),
+        SamplingParams(min_p=0.2, frequency_penalty=0.9),
     ]
     prompt = torch.randint(0, VOCAB, (ROWS, 9), generator=torch.Generator().manual_seed(3))
     padding = torch.tensor([0, 3, 2, 0])
@@ -140,7 +140,7 @@ def test_every_row_has_its_own_settings() -> None:
 
 
 def test_padding_is_no_token_that_was_seen() -> None:
-    settings = RowSettings([Sampling(repetition_penalty=2.0)], CPU)
+    settings = RowSettings([SamplingParams(repetition_penalty=2.0)], CPU)
     history = History.of_prompts(settings, torch.tensor([[0, 0, 7]]), torch.tensor([2]), 9)
     assert history.seen is not None and history.seen.nonzero()[:, 1].tolist() == [7]
 
@@ -148,8 +148,8 @@ def test_padding_is_no_token_that_was_seen() -> None:
 def test_top_p_keeps_no_token_more_than_the_mass_needs() -> None:
     """Also where the likeliest tokens have exactly that mass."""
     halves = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf], [0.0, -torch.inf, -torch.inf, -torch.inf]])
-    kept = processors.top_p(halves, rows(0.5, 0.5)).isfinite().sum(1)
+    kept = logits_processors.top_p(halves, rows(0.5, 0.5)).isfinite().sum(1)
     assert kept.tolist() == [2, 1]  # equals of the last one stay
     quarters = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
-    assert processors.top_p(quarters, rows(0.5)).isfinite().tolist() == [[True, False, False, False]]
-    assert processors.top_p(quarters, rows(0.75)).isfinite().tolist() == [[True, True, False, False]]
+    assert logits_processors.top_p(quarters, rows(0.5)).isfinite().tolist() == [[True, False, False, False]]
+    assert logits_processors.top_p(quarters, rows(0.75)).isfinite().tolist() == [[True, True, False, False]]

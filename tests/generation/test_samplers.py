@@ -13,9 +13,12 @@ from torch import Tensor
 
 diffusers = pytest.importorskip("diffusers")
 
-from keifu.generation.sampler_table import SAMPLERS, route  # noqa: E402
-from keifu.generation.seeds import Seeds  # noqa: E402
-from keifu.layers.noise import Noise  # noqa: E402
+from keifu.generation.images.pixel_diffusion import SeededNoise  # noqa: E402
+from keifu.generation.images.samplers import (
+    SAMPLERS,
+    plan_route,  # noqa: E402
+)
+from keifu.layers.diffusion.noise_schedule import Noise  # noqa: E402
 
 warnings.filterwarnings("ignore", module="diffusers")
 
@@ -112,9 +115,9 @@ def compare(name: str, noise: Noise, steps: int, karras: bool = False, eta: floa
 
     At σ = 20,000, where the cosine schedule begins, a float32 x / alpha has few digits left for what is added to it.
     """
-    seeds, random = [3, 11, 5], Seeds([3, 11, 5])
+    seeds, random = [3, 11, 5], SeededNoise([3, 11, 5])
     start = random(torch.empty(SHAPE, dtype=kind))
-    found = route(noise, name, steps, karras=karras, eta=eta)
+    found = plan_route(noise, name, steps, karras=karras, eta=eta)
     walk = found.walk(found.denoiser(predict), start * found.path.start, found.path, random)
     mine = [state.x for state in walk]
     other = theirs(name, noise, steps, karras, eta, start, seeds, predict)

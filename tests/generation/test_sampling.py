@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from keifu.errors import UserError
-from keifu.generation.sampling import Sampling, sampling_from
+from keifu.generation.text.sampling_params import SamplingParams, sampling_params_from
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "max_tokens is 0, which must be at least 1"),
@@ -31,15 +31,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "words"), BAD, ids=[str(options) for options, _ in BAD])
 def test_bad_settings_are_told_in_a_sentence(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words.replace("?", r"\?")):
-        sampling_from(options)
+        sampling_params_from(options)
 
 
 def test_bounds_are_allowed() -> None:
     edge = {"max_tokens": None, "temperature": 0, "top_k": 0, "top_p": 1, "min_p": 1, "seed": 2**63 - 1}
-    assert sampling_from({**edge, "stop": "x"}) == replace(Sampling(**edge), stop=("x",))
+    assert sampling_params_from({**edge, "stop": "x"}) == replace(SamplingParams(**edge), stop=("x",))
 
 
 def test_seeds_are_fresh_unless_given() -> None:
-    assert Sampling(seed=0).seeded() == Sampling(seed=0)
-    drawn = {Sampling().seeded().seed for _ in range(20)}
+    assert SamplingParams(seed=0).seeded() == SamplingParams(seed=0)
+    drawn = {SamplingParams().seeded().seed for _ in range(20)}
     assert len(drawn) == 20 and None not in drawn

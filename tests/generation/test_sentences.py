@@ -2,7 +2,7 @@
 
 import pytest
 
-from keifu.generation.sentences import joined, sentences
+from keifu.generation.text.translation import join_sentences, sentences
 
 CUT = {
     "one": ["This is a pen."],
@@ -46,7 +46,7 @@ def test_long_texts_take_time_in_proportion() -> None:
 
 
 def test_joined_with_spaces_where_the_script_has_them() -> None:
-    assert joined(["A pen.", " Is it?", ""]) == "A pen. Is it?"
-    assert joined(["ペンです。", "そうですか。"]) == "ペンです。そうですか。"
-    assert joined(["OK.", "そうですか。"]) == "OK.そうですか。"
-    assert joined([]) == ""
+    assert join_sentences(["A pen.", " Is it?", ""]) == "A pen. Is it?"
+    assert join_sentences(["ペンです。", "そうですか。"]) == "ペンです。そうですか。"
+    assert join_sentences(["OK.", "そうですか。"]) == "OK.そうですか。"
+    assert join_sentences([]) == ""

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from keifu import checkpoints
-from keifu.data.catalogue import fetch
+from keifu.data.catalogue.catalogue import fetch
 from keifu.errors import UserError
-from keifu.generation.chat import Conversation
-from keifu.generation.generate import generate, generate_batch
-from keifu.generation.sampling import Sampling
+from keifu.generation.text.chat import Conversation
+from keifu.generation.text.generate import generate, generate_batch
+from keifu.generation.text.sampling_params import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_it_answers_greedily_where_nothing_is_said(smollm2: tuple[Any, Any]) -> 
 @pytest.mark.slow
 def test_padded_batch_equals_alone(smollm2: tuple[Any, Any]) -> None:
     prompts = ["The capital of Japan is", "日本の首都は", "def fibonacci(n):\n    "]
-    settings = Sampling(max_tokens=12, temperature=0.7, top_p=0.9, seed=2, log_probabilities=True)
+    settings = SamplingParams(max_tokens=12, temperature=0.7, top_p=0.9, seed=2, log_probabilities=True)
     together = generate_batch(*smollm2, prompts, settings)
     for prompt, completion in zip(prompts, together, strict=True):
         [alone] = generate_batch(*smollm2, [prompt], settings)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keifu.generation.stopping import StopText
+from keifu.generation.text.request import StopText
 
 
 def run(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:

@@ -8,9 +8,9 @@ import torch
 import transformers as hf
 
 from keifu import checkpoints
-from keifu.data.tokenizers import Tokenizer
-from keifu.generation.generate import generate_batch
-from keifu.generation.sampling import Sampling
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.generation.text.generate import generate_batch
+from keifu.generation.text.sampling_params import SamplingParams
 
 LLAMA = {
     "vocab_size": 261,
@@ -39,7 +39,9 @@ def test_greedy_tokens_equal(kind: str, penalty: float, tokenizer: Tokenizer, tm
     ours = checkpoints.load_model(tmp_path)
     prompts = [torch.randint(5, 261, (n,)).tolist() for n in (31, 2, 13)]
     bare = Tokenizer(tokenizer.backend, {})  # without tokens that end a text
-    found = generate_batch(ours, bare, prompts, Sampling(temperature=0, max_tokens=40, repetition_penalty=penalty))
+    found = generate_batch(
+        ours, bare, prompts, SamplingParams(temperature=0, max_tokens=40, repetition_penalty=penalty)
+    )
     for prompt, completion in zip(prompts, found, strict=True):
         settings = {"repetition_penalty": penalty, "eos_token_id": None, "pad_token_id": 0}
         ids = torch.tensor([prompt])

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keifu.data.tokenizers import Tokenizer, train_tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation import translation
-from keifu.generation.beam_decoders import Translator
-from keifu.generation.translation import Translating, translate, translate_texts
+from keifu.generation.text import translation
+from keifu.generation.text.beam_search import Translator
+from keifu.generation.text.translation import TranslationParams, translate, translate_texts
 from keifu.models import bert, gpt2, transformer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABC.?!。あいうえお<>"
@@ -91,7 +92,7 @@ def test_the_batch_size_changes_the_batches_alone(echo: Echo, letters: Tokenizer
     expected = translate_texts(echo, letters, texts, progress=done.append)
     assert done[-1] == len(texts) and done == sorted(done)
     echo.batches.clear()
-    assert translate_texts(echo, letters, texts, Translating(batch_size=2)) == expected
+    assert translate_texts(echo, letters, texts, TranslationParams(batch_size=2)) == expected
     assert max(echo.batches) <= 2 and sum(echo.batches) == len(texts)
     assert [part.text for [part] in expected] == [text.strip() for text in texts]
 
@@ -121,7 +122,7 @@ def test_no_more_tokens_than_the_source_and_fifty_nor_than_the_model_takes(lette
     end, pad = letters.token_id("</s>"), letters.token_id("<pad>")
     endless = Echo(letters.vocab_size, end, pad, context_length=70, ends=False)
     for source, wanted, written in (("abc", None, 54), ("a" * 30, None, 70), ("abc", 5, 5), ("abc", 500, 70)):
-        [[part]] = translate_texts(endless, letters, [source], Translating(max_tokens=wanted))
+        [[part]] = translate_texts(endless, letters, [source], TranslationParams(max_tokens=wanted))
         assert part.tokens == written and not part.complete
 
 
@@ -140,9 +141,9 @@ def test_unknown_characters_are_counted(echo: Echo, letters: Tokenizer) -> None:
 def test_settings_out_of_range(echo: Echo, letters: Tokenizer) -> None:
     for name in ("beam", "max_tokens", "batch_size"):
         with pytest.raises(UserError, match=f"{name.replace('_', '-')} is 0, which must be at least 1"):
-            Translating(**{name: 0})
+            TranslationParams(**{name: 0})
     with pytest.raises(UserError, match="alpha is nan"):
-        Translating(alpha=float("nan"))
+        TranslationParams(alpha=float("nan"))
 
 
 def test_another_kind_of_model_is_said() -> None:

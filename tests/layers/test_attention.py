@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from keifu.layers import attention
-from keifu.layers.attention import Attention, CausalMask, CrossAttention, PaddingMask, attend
+from keifu.layers.attention import attention
+from keifu.layers.attention.attention import Attention, CausalMask, CrossAttention, PaddingMask, attend
 
 
 def formula(q, k, v, allowed):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keifu.layers import attention
-from keifu.layers.attention import Attention, CausalMask, attend
-from keifu.layers.band import Band
+from keifu.layers.attention import attention
+from keifu.layers.attention.attention import Attention, CausalMask, attend
+from keifu.layers.attention.masks import Band
 
 
 def masked(start: int, length: int, window: int, padding: torch.Tensor | None = None) -> torch.Tensor:

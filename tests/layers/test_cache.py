@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from keifu.layers.cache import Cache, KeyValueCache, WindowCache
+from keifu.layers.attention.kv_cache import Cache, KeyValueCache, WindowCache
 
 BATCH, HEADS, DIM, WINDOW, LENGTH = 3, 2, 4, 5, 31
 TOKENS = torch.randn(BATCH, HEADS, LENGTH, DIM, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from keifu.layers.convolution import (
+from keifu.layers.unet.conv import (
     AdaptiveResidualBlock,
     DoublingConv2d,
     Downsample,
@@ -15,9 +15,9 @@ from keifu.layers.convolution import (
     SpatialAttention,
     Upsample,
 )
-from keifu.layers.packing import PackedConv2d, packed
-from keifu.layers.timesteps import timestep_sinusoids
-from keifu.models import ddpm
+from keifu.layers.unet.prepacked_conv import PackedConv2d, prepack
+from keifu.layers.unet.timestep_embedding import timestep_sinusoids
+from keifu.models.diffusion import ddpm
 
 SMALL = ddpm.Config(size=32, dim=16, multipliers=(1, 2), attention=(1,), norm_groups=4, middle_groups=4, dropout=0.0)
 
@@ -59,7 +59,7 @@ def plain(conv: nn.Conv2d):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_network_predicts_the_same(dtype):
     model = randomised(ddpm.build(SMALL)).to(dtype)
-    fast = packed(model)
+    fast = prepack(model)
     assert isinstance(fast.unet.first, PackedConv2d) and isinstance(model.unet.first, nn.Conv2d)
     for batch, side in ((1, 32), (3, 16)):
         x, timestep = torch.randn(batch, 3, side, side), torch.randint(1000, (batch,))
@@ -71,11 +71,11 @@ def test_a_packed_network_predicts_the_same(dtype):
 
 
 def test_what_cannot_be_packed_is_left_alone():
-    assert packed(linear := nn.Linear(2, 2)) is linear
+    assert prepack(linear := nn.Linear(2, 2)) is linear
     reflecting = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"))
-    assert packed(reflecting) is reflecting
+    assert prepack(reflecting) is reflecting
     double = nn.Sequential(nn.Conv2d(1, 1, 3)).double()
-    assert packed(double) is double
+    assert prepack(double) is double
 
 
 def test_the_noise_level_is_added_or_scales_and_shifts():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from keifu.layers.counted_random import bits, normal
+from keifu.layers.counter_rng import bits, normal
 
 
 def test_a_row_draws_the_same_alone() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from keifu.layers.documents import positions_in
+from keifu.layers.attention.masks import positions_in
 from keifu.models import gemma3, gpt2, gpt3, llama, palm
 
 SIZES = {"vocab_size": 31, "context_length": 24, "dim": 24, "hidden_dim": 40, "n_layers": 2, "n_heads": 4}

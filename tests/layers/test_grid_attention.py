@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from keifu.layers.grid_attention import Grid, GridAttention, grid_attend
+from keifu.layers.attention.axial import Grid, GridAttention, grid_attend
 
 PATTERNS = ("row", "column", "convolution", "full")
 

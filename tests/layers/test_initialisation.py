@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from keifu.models import bert, gpt1, gpt2, gpt3, llama, palm, transformer, unclip_prior
+from keifu.models import bert, gpt1, gpt2, gpt3, llama, palm, transformer
+from keifu.models.unclip import prior as unclip_prior
 
 SIZE: dict[str, Any] = {"vocab_size": 700, "context_length": 64, "dim": 96, "n_layers": 6, "n_heads": 4}
 SIZE["hidden_dim"] = 256

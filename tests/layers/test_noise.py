@@ -6,15 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from keifu.layers.noise import SCHEDULES, Noise, add_noise
-from keifu.layers.noise_levels import CLEAN, continuous_path, inner_path, jumping_path, timesteps, whole_path
-from keifu.layers.noise_targets import (
+from keifu.layers.diffusion.noise_schedule import (
+    SCHEDULES,
+    Noise,
+    add_noise,
     discretised_log_likelihood,
     loss_weights,
     normal_kl,
-    picture_of,
     posterior,
-    target_of,
+    predicted_x0,
+    training_target,
+)
+from keifu.layers.diffusion.sampling_schedule import (
+    CLEAN,
+    continuous_path,
+    inner_path,
+    jumping_path,
+    timesteps,
+    whole_path,
 )
 
 NAMES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
@@ -65,7 +74,9 @@ def test_a_true_prediction_gives_the_picture_back(target) -> None:
     picture, added = torch.randn(2, 7, 3, 4, 5, dtype=torch.float64).unbind(0)
     timestep = torch.tensor([0, 1, 10, 25, 40, 47, 48])
     x = add_noise(picture, added, noise.alpha_bar, timestep)
-    torch.testing.assert_close(picture_of(noise, target_of(noise, picture, added, timestep), x, timestep), picture)
+    torch.testing.assert_close(
+        predicted_x0(noise, training_target(noise, picture, added, timestep), x, timestep), picture
+    )
     left = noise.alpha_bar[25]
     torch.testing.assert_close(x[3], left.sqrt() * picture[3] + (1 - left).sqrt() * added[3])
 
@@ -81,7 +92,7 @@ def test_a_weight_means_the_same_for_every_target(weighting, gamma) -> None:
         timestep, left = torch.arange(40), noise.alpha_bar[:, None]
         x = add_noise(picture, added, noise.alpha_bar, timestep)
         implied = (x - left.sqrt() * wrong) / (1 - left).sqrt()
-        difference = target_of(noise, picture, added, timestep) - target_of(noise, wrong, implied, timestep)
+        difference = training_target(noise, picture, added, timestep) - training_target(noise, wrong, implied, timestep)
         errors.append(loss_weights(noise, weighting, gamma)[:, None] * difference.square())
     torch.testing.assert_close(errors[0], errors[1])
     torch.testing.assert_close(errors[0], errors[2])

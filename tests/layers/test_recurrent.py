@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from keifu.layers.additive_attention import AdditiveAttention, attend
-from keifu.layers.recurrent import GRU, BidirectionalEncoder, ForwardEncoder, Reading
+from keifu.layers.recurrent.attention_decoder import AdditiveAttention, attend
+from keifu.layers.recurrent.gru import GRU, BidirectionalEncoder, EncoderOutput, ForwardEncoder
 
 LENGTHS = torch.tensor([5, 1, 7, 3])
 MASK = torch.arange(7) < LENGTHS[:, None]
@@ -88,7 +88,7 @@ def test_attention_is_the_papers_forwards_and_backwards():
         for shape in ((9, 4, 18), (4, 7, 8), (4, 6), (18, 8))
     )
     leaves = [x, states, state, weight, *attention.parameters(), *gru.recurrent.parameters()]
-    memory = attention.memory(Reading(states, states[:, 0], MASK), weight)
+    memory = attention.memory(EncoderOutput(states, states[:, 0], MASK), weight)
     ours = attend(x, memory, attention, gru.recurrent, state)
     theirs = plainly(x, memory, states, weight, attention, gru.recurrent, state)
     wanted = [torch.randn_like(tensor) for tensor in theirs]

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from keifu.layers.positions import RopeScaling, Rotary
+from keifu.layers.attention.positions import RopeScaling, Rotary
 
 CASES = {
     "usual": {"factor": 4.0, "original": 4096},

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from keifu.layers.vision import AntialiasedBottleneck
-from keifu.models import clip, clip_image, clip_text
-from keifu.models._sizes import count
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.models.clip.image import AntialiasedBottleneck
+from keifu.models.sizes import count
 
 RELEASED = {
     "clip-rn50": 102_007_137, "clip-rn101": 119_688_033, "clip-rn50x4": 178_300_601, "clip-rn50x16": 290_979_217,

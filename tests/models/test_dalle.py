@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from keifu.errors import UserError
-from keifu.generation.token_pictures import real_tokens, say
-from keifu.layers.counted_random import gumbel
-from keifu.models import dalle, discrete_vae
-from keifu.models._sizes import count
-from keifu.training.diffusion import draws
-from keifu.training.relaxed_codes import Ramp, SayingBoth, discrete_autoencoding
+from keifu.generation.images.autoregressive import real_tokens, sample_image_tokens
+from keifu.layers.counter_rng import gumbel
+from keifu.models.dalle import dalle, discrete_vae
+from keifu.models.sizes import count
+from keifu.training.objectives.autoencoders import Ramp, TextImageLoss, discrete_vae_loss
+from keifu.training.objectives.diffusion import draw_noise
 
 VAE = discrete_vae.Config(12, 3, 9, (8, 12), 2, 5)
 SMALL = dalle.Config(31, 5, 24, 40, 6, 3, kernel=3, vae=VAE)
@@ -84,10 +84,10 @@ def test_gumbel_noise() -> None:
 
 def test_the_bound_is_the_papers(vae) -> None:
     pictures = torch.randint(0, 256, (4, 3, 12, 12), dtype=torch.uint8)
-    batch = {"pictures": pictures, "draws": draws(0, 0, 4), "temperature": torch.full((4,), 0.3),
+    batch = {"pictures": pictures, "draws": draw_noise(0, 0, 4), "temperature": torch.full((4,), 0.3),
              "kl_weight": torch.full((4,), 2.0)}  # fmt: skip
-    whole = discrete_autoencoding(vae, batch)
-    parts = [discrete_autoencoding(vae, {n: t[rows] for n, t in batch.items()}) for rows in (slice(0, 1), slice(1, 4))]
+    whole = discrete_vae_loss(vae, batch)
+    parts = [discrete_vae_loss(vae, {n: t[rows] for n, t in batch.items()}) for rows in (slice(0, 1), slice(1, 4))]
     assert torch.allclose(whole.total, parts[0].total + parts[1].total, rtol=1e-5)
     logits = vae.logits(pictures.float() / 127.5 - 1)
     shares = ((logits + gumbel(batch["draws"], logits.shape[1:])) / 0.3).softmax(1)
@@ -149,22 +149,22 @@ def test_losses_count_one_and_seven_eighths(model) -> None:
     tokens, codes = torch.randint(0, 31, (3, 5)), torch.randint(0, 9, (3, 6, 6))
     real = torch.arange(5) < torch.tensor([[5], [2], [3]])
     batch = {"tokens": tokens, "real": real, "codes": codes, "text_share": torch.full((3,), 3 / 10)}
-    found = SayingBoth()(model, batch)
+    found = TextImageLoss()(model, batch)
     said = model(tokens, real, codes)
     text = torch.nn.functional.cross_entropy(said.text[real], tokens[real])
     picture = torch.nn.functional.cross_entropy(said.picture.flatten(0, 1), codes.flatten())
     assert torch.allclose(found.total / 3, text / 8 + 7 * picture / 8, rtol=1e-5)
     assert torch.allclose(found.figures["text_loss"] / 3, text, rtol=1e-5)
-    parts = [SayingBoth()(model, {n: t[rows] for n, t in batch.items()}) for rows in (slice(0, 2), slice(2, 3))]
+    parts = [TextImageLoss()(model, {n: t[rows] for n, t in batch.items()}) for rows in (slice(0, 2), slice(2, 3))]
     assert torch.allclose(parts[0].total + parts[1].total, found.total, rtol=1e-5)
 
 
 def test_a_picture_belongs_to_its_seed(model) -> None:
     tokens = torch.randint(0, 31, (3, 5))
     real = torch.ones_like(tokens, dtype=torch.bool)
-    together = say(model, tokens, real, [7, 8, 2**40])
-    assert torch.equal(say(model, tokens[1:2], real[1:2], [8]), together[1:2])
-    assert not torch.equal(say(model, tokens[1:2], real[1:2], [9]), together[1:2])
+    together = sample_image_tokens(model, tokens, real, [7, 8, 2**40])
+    assert torch.equal(sample_image_tokens(model, tokens[1:2], real[1:2], [8]), together[1:2])
+    assert not torch.equal(sample_image_tokens(model, tokens[1:2], real[1:2], [9]), together[1:2])
 
 
 def test_drawn_entries_have_the_probabilities_they_are_said_to_have(model) -> None:
@@ -174,7 +174,7 @@ def test_drawn_entries_have_the_probabilities_they_are_said_to_have(model) -> No
     torch.nn.init.normal_(tiny.picture_head.weight, std=0.3)
     with torch.no_grad():
         said = tiny.begin(tokens[:1], real[:1])[0].softmax(-1)[0]
-    first = say(tiny, tokens, real, range(4000))[:, 0, 0]
+    first = sample_image_tokens(tiny, tokens, real, range(4000))[:, 0, 0]
     shares = torch.bincount(first, minlength=9) / 4000
     assert (shares - said).abs().max() < 4 * (said * (1 - said) / 4000).sqrt().max()
 

@@ -10,23 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.dropout import Dropout
-from keifu.layers.lora import Low, Target, attach
-from keifu.layers.noise import Noise
-from keifu.models import (
-    bert,
-    clip_text,
-    conditioned_unet,
-    ddpm,
-    finetuned,
-    gpt1,
-    gpt2,
-    gpt3,
-    llama,
-    mlp,
-    seq2seq,
-    transformer,
-)
+from keifu.layers.lora import LoraSettings, Target, attach
+from keifu.models import bert, gpt1, gpt2, gpt3, llama, mlp, seq2seq, task_head, transformer
+from keifu.models.clip import text as clip_text
+from keifu.models.diffusion import conditioned_unet, ddpm
 
 RATE = 0.4
 SIZE: dict[str, Any] = {
@@ -64,16 +53,16 @@ def of_seq2seq() -> Made:
 
 def of_finetuned() -> Made:
     base = gpt2.build(gpt2.Config(**SIZE, dropout=0.0))
-    config = finetuned.Config(base.config, "classification", ("a", "b", "c"), 28, 29, 30, RATE)
+    config = task_head.Config(base.config, "classification", ("a", "b", "c"), 28, 29, 30, RATE)
     mask = torch.ones(2, 1, 7, dtype=torch.bool)
-    return finetuned.finetuned(base, config), lambda model: model(TOKENS[:, None], mask)
+    return task_head.add_head(base, config), lambda model: model(TOKENS[:, None], mask)
 
 
 def of_adapters() -> Made:
     model = llama.build(llama.Config(**SIZE, dropout=0.0))
     names = ["blocks.0.attention.out", "blocks.1.feedforward.down"]
     rows = {name: model.get_submodule(name).weight.shape[0] for name in names}
-    attach(model, {Target(name, 0, rows[name], name): Low(2, 4.0, RATE) for name in names})
+    attach(model, {Target(name, 0, rows[name], name): LoraSettings(2, 4.0, RATE) for name in names})
     return model, lambda model: model(TOKENS)
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from keifu import checkpoints
-from keifu.checkpoints.families import describe, read_config
+from keifu.checkpoints.registry import describe, read_config
 from keifu.errors import UserError
 from keifu.models import gpt1
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from keifu import checkpoints
-from keifu.checkpoints.families import describe, read_config
+from keifu.checkpoints.registry import describe, read_config
 from keifu.errors import UserError
-from keifu.layers.cache import KeyValueCache, WindowCache
+from keifu.layers.attention.kv_cache import KeyValueCache, WindowCache
 from keifu.models import gpt2, gpt3
 
 SMALL = {"vocab_size": 31, "context_length": 64, "dim": 12, "hidden_dim": 30, "n_layers": 4, "n_heads": 3}

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from keifu import checkpoints
-from keifu.checkpoints.families import describe, read_config
+from keifu.checkpoints.registry import describe, read_config
 from keifu.errors import UserError
 from keifu.models import palm
-from keifu.training.objectives import causal
+from keifu.training.objectives.language_modeling import causal_language_modeling
 
 SMALL = {"vocab_size": 31, "context_length": 16, "dim": 48, "hidden_dim": 80, "n_layers": 2, "n_heads": 3}
 
@@ -37,7 +37,7 @@ def test_loss_sees_the_scaled_logits(tied):
     model = palm.build(palm.Config(**SMALL, head_dim=20, tied=tied, logit_scale=0.3))
     tokens = torch.randint(0, 31, (2, 12))
     expected = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).mT, tokens[:, 1:], reduction="sum")
-    torch.testing.assert_close(causal(model, {"tokens": tokens}).total, expected)
+    torch.testing.assert_close(causal_language_modeling(model, {"tokens": tokens}).total, expected)
 
 
 def test_cache_holds_one_head():

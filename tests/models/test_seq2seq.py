@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from keifu import checkpoints
-from keifu.data.tokenizers import train_tokenizer
-from keifu.data.two_sided import TwoSidedTokenizer
+from keifu.data.tokenizers.seq2seq import TwoSidedTokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.models import seq2seq
 
@@ -170,7 +170,7 @@ def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
 @pytest.fixture(scope="module")
 def archive():
     """g2p-en's archive; the tests are left out where there is no network for it."""
-    from keifu.data.catalogue import fetch
+    from keifu.data.catalogue.catalogue import fetch
 
     try:
         return fetch("g2p-en")
@@ -183,7 +183,7 @@ def words() -> list[str]:
     """1,000 different words: of the 20,000 most common ones in the catalogue's English, every twentieth."""
     from collections import Counter
 
-    from keifu.data.catalogue import documents
+    from keifu.data.catalogue.catalogue import documents
 
     try:
         counted = Counter(word for text in documents("wiki-summaries") for word in re.findall("[a-z']+", text.lower()))

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from keifu.checkpoints import load_model, save, save_gguf
-from keifu.generation.decoding import causal
+from keifu.generation.text.engine import causal
 from keifu.layers.linear import JoinedLinear
 from keifu.models import transformer
-from keifu.models._sizes import count
-from keifu.training.objectives import translation
+from keifu.models.sizes import count
+from keifu.training.objectives.language_modeling import translation
 
 SMALL = transformer.Config(
     vocab_size=37, context_length=16, dim=24, hidden_dim=40, n_layers=3, n_decoder_layers=2, n_heads=4,

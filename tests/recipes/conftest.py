@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import toy_captions  # noqa: E402
 
-from keifu.recipes import clip  # noqa: E402
+from keifu.recipes.images import clip  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import torch
 import keifu
 from keifu import checkpoints
 from keifu.cli import main
-from keifu.data.labelled_batches import LabelledBatches
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.classification.batches import LabelledBatches
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import bert, llama
-from keifu.recipes import classifier
-from keifu.recipes.classifier import Recipe
-from keifu.training import state
+from keifu.recipes.classification import classifier
+from keifu.recipes.classification.classifier import Recipe
+from keifu.training.run import checkpoint
 
 ANIMALS, THINGS = ["cat", "dog", "horse", "cow"], ["table", "lamp", "chair", "spoon"]
 ROWS = [
@@ -91,14 +91,14 @@ def test_the_weights_of_the_encoder_are_taken_and_a_head_for_the_same_labels_too
     base: Path, trained: tuple[Path, Path]
 ) -> None:
     recipe, texts = Recipe(model=str(base)), tuple(text for text, _ in ROWS)
-    model, _ = classifier.started(recipe, ("animal", "thing"), texts)
+    model, _ = classifier.start_model(recipe, ("animal", "thing"), texts)
     weights = keifu.load(base)[0].state_dict()
     taken = [name for name in model.state_dict() if name in weights]
     assert len(taken) == len(model.state_dict()) - 4  # pooler and classifier are new
     assert all(torch.equal(model.state_dict()[name], weights[name]) for name in taken)
     learned = keifu.load(trained[1])[0].classifier.weight
     again = Recipe(model=str(trained[1]))
-    same, other = (classifier.started(again, labels, texts)[0] for labels in (("animal", "thing"), ("a", "b")))
+    same, other = (classifier.start_model(again, labels, texts)[0] for labels in (("animal", "thing"), ("a", "b")))
     assert torch.equal(same.classifier.weight, learned) and not torch.equal(other.classifier.weight, learned)
 
 
@@ -114,7 +114,7 @@ def test_a_new_model_learns_with_a_tokenizer_of_its_own(tmp_path: Path, capsys: 
 def final(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, torch.Tensor]:
     """The last state of a run."""
     classifier.learn(recipe, classifier.prepare(recipe), out, resume)
-    return state.latest(out)[0].tensors
+    return checkpoint.latest(out)[0].tensors
 
 
 def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(
@@ -132,7 +132,7 @@ def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(
         patched.setattr(LabelledBatches, "batch", failing)
         with pytest.raises(RuntimeError, match="The disk is gone"):
             final(recipe, tmp_path / "b")
-    assert state.steps(tmp_path / "b")[-1] == 6
+    assert checkpoint.steps(tmp_path / "b")[-1] == 6
     resumed = final(recipe, tmp_path / "b", resume=True)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -9,10 +9,11 @@ import torch
 import toy_captions
 
 from keifu import checkpoints
-from keifu.data.augmentation import Augmentation
+from keifu.data.images.augmentation import Augmentation
 from keifu.errors import UserError
-from keifu.models import clip_image, clip_text
-from keifu.recipes import clip as recipe
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.recipes.images import clip as recipe
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
-from keifu.evaluation.clip_score import best, cosines
-from keifu.recipes import dalle as recipe
-from keifu.training.interrupt import Stopped
+from keifu.evaluation.images.text_to_image import best, cosines
+from keifu.recipes.images import dalle as recipe
+from keifu.training.signals import Interrupted
 
 PROMPTS = ("a small red disc", "a large blue bar")
 TINY = {
@@ -77,13 +77,13 @@ def test_a_resumed_run_has_the_same_bits(wanted, tmp_path, monkeypatch) -> None:
             changed = replace(settings, schedule="constant", warmup=0, steps=min(steps, settings.steps))
             summary = whole(model, objective, data, changed, run, *rest, **more)
             if steps < settings.steps:
-                raise Stopped("stopped")
+                raise Interrupted("stopped")
             return summary
 
         return way
 
     monkeypatch.setattr(recipe, "train", limited(1))
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         recipe.run(wanted, tmp_path / "parts", False)
     monkeypatch.setattr(recipe, "train", limited(9))
     recipe.run(wanted, tmp_path / "parts", True)

@@ -9,9 +9,8 @@ from PIL import Image
 
 from keifu import checkpoints
 from keifu.errors import UserError
-from keifu.recipes import ddpm
-from keifu.training.dequantisation import dequantised
-from keifu.training.diffusion import draws
+from keifu.recipes.images import ddpm
+from keifu.training.objectives.diffusion import dequantize, draw_noise
 
 TINY = {"size": 8, "dim": 8, "multipliers": (1, 2), "attention": (1,), "batch_size": 4, "precision": "float32"}
 
@@ -82,8 +81,8 @@ def test_what_is_refused(folders, tmp_path, monkeypatch):
 
 def test_grey_values_are_spread_over_their_own_256th():
     pictures = torch.tensor([0, 1, 254, 255], dtype=torch.uint8).repeat(3, 50).view(3, 1, 10, 20)
-    batch = {"pictures": pictures, "draws": draws(1, 5, 3)}
-    spread = (dequantised(batch)["pictures"] + 1) * 128 - pictures
+    batch = {"pictures": pictures, "draws": draw_noise(1, 5, 3)}
+    spread = (dequantize(batch)["pictures"] + 1) * 128 - pictures
     assert spread.min() > -1e-4 and spread.max() < 1 + 1e-4 and abs(float(spread.mean()) - 0.5) < 0.05
-    part = dequantised({name: tensor[1:] for name, tensor in batch.items()})
-    assert torch.equal(part["pictures"], dequantised(batch)["pictures"][1:])  # however a batch is split
+    part = dequantize({name: tensor[1:] for name, tensor in batch.items()})
+    assert torch.equal(part["pictures"], dequantize(batch)["pictures"][1:])  # however a batch is split

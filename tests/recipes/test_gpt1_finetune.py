@@ -11,16 +11,15 @@ import torch.nn.functional as F
 import keifu
 from keifu import checkpoints
 from keifu.cli import main
-from keifu.data.form_batches import stacked
-from keifu.data.form_tables import examples_of
-from keifu.data.labelled_batches import LabelledBatches
-from keifu.data.tokenizers import train_tokenizer
-from keifu.evaluation.judging import judge
-from keifu.models import bert, finetuned, gpt1, gpt2, gpt3, llama, palm
-from keifu.recipes import gpt1_finetune
-from keifu.recipes.gpt1_finetune import Recipe
-from keifu.training import state
-from keifu.training.finetuning import finetuning
+from keifu.data.classification.batches import LabelledBatches, stack_sequences
+from keifu.data.classification.input_formats import examples_of
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.evaluation.classification.classifiers import text_classifier
+from keifu.models import bert, gpt1, gpt2, gpt3, llama, palm, task_head
+from keifu.recipes.classification import gpt1_finetune
+from keifu.recipes.classification.gpt1_finetune import Recipe
+from keifu.training.objectives.language_modeling import finetuning_loss
+from keifu.training.run import checkpoint
 
 WORDS = ["cat", "dog", "cow", "hen", "lamp", "chair", "spoon", "door"]
 SMALL = {"context_length": 24, "dim": 16, "hidden_dim": 64, "n_layers": 2, "n_heads": 2}
@@ -53,10 +52,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def model(form: str, labels: tuple[str, ...] = ("a", "b", "c"), **sizes: Any) -> finetuned.Finetuned:
+def model(form: str, labels: tuple[str, ...] = ("a", "b", "c"), **sizes: Any) -> task_head.ModelWithHead:
     torch.manual_seed(3)
     config = gpt2.Config(vocab_size=31, **SMALL | sizes, dropout=0.0)
-    return finetuned.builder(gpt2.build)(finetuned.Config(config, form, labels, 28, 29, 30)).eval()
+    return task_head.builder(gpt2.build)(task_head.Config(config, form, labels, 28, 29, 30)).eval()
 
 
 ROWS = [
@@ -67,11 +66,11 @@ ROWS = [
 
 
 def batch(rows: list[list[list[int]]], targets: list[int]) -> dict[str, torch.Tensor]:
-    tokens, mask = stacked(rows, 28)
+    tokens, mask = stack_sequences(rows, 28)
     return {"tokens": tokens, "mask": mask, "targets": torch.tensor(targets)}
 
 
-def by_hand(made: finetuned.Finetuned, row: list[list[int]], target: int, lm_weight: float) -> torch.Tensor:
+def by_hand(made: task_head.ModelWithHead, row: list[list[int]], target: int, lm_weight: float) -> torch.Tensor:
     """The loss of one example, a sequence at a time and from all logits."""
     states, words = [], []
     for sequence in row:
@@ -93,7 +92,7 @@ def test_the_loss_is_that_of_each_example_alone_computed_by_hand(form: str, lm_w
     made = model(form, () if form == "choice" else ("a", "b", "c"))
     rows = [[row[0]] for row in ROWS] if form == "classification" else ROWS if form == "choice" else ROWS[:2]
     targets = [0, 1, 0][: len(rows)]
-    outcome = finetuning(made, batch(rows, targets), lm_weight)
+    outcome = finetuning_loss(made, batch(rows, targets), lm_weight)
     expected = sum(by_hand(made, row, target, lm_weight) for row, target in zip(rows, targets, strict=True))
     torch.testing.assert_close(outcome.total, expected, rtol=1e-5, atol=1e-5)
     assert outcome.weight == len(rows) and set(outcome.figures) == {"accuracy", "task_loss"} | (
@@ -177,7 +176,7 @@ def test_each_form_is_learned_saved_and_used(
 
 @pytest.mark.parametrize("base", MODULES)
 def test_any_decoder_gets_new_rows_and_keeps_its_weights(base: str, bases: dict[str, Path]) -> None:
-    made, tokenizer = gpt1_finetune.started(Recipe(model=str(bases[base])), ("a", "b"))
+    made, tokenizer = gpt1_finetune.start_model(Recipe(model=str(bases[base])), ("a", "b"))
     plain, own = keifu.load(bases[base])
     before, after = plain.state_dict(), made.decoder.state_dict()
     assert tokenizer.vocab_size == own.vocab_size + 3 == made.config.vocab_size
@@ -198,7 +197,7 @@ def test_transformers_reads_a_run_with_pairs(bases: dict[str, Path], tmp_path: P
     read = transformers.AutoTokenizer.from_pretrained(run)
     texts = [("cat", "dog"), ("cat is not", "hen"), ("lamp", "spoon is not")]
     ours, tokenizer = keifu.load(run)
-    how = judge(ours, tokenizer)
+    how = text_classifier(ours, tokenizer)
     examples = examples_of(["\t".join(pair) for pair in texts], how.form)
     given = read([a for a, _ in texts], [b for _, b in texts], padding=True, return_tensors="pt")
     given.pop("token_type_ids", None)  # openai-gpt adds them as tokens
@@ -219,7 +218,7 @@ def test_a_fine_tuned_decoder_can_learn_another_task(bases: dict[str, Path], tmp
 
 def final(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, torch.Tensor]:
     gpt1_finetune.learn(recipe, gpt1_finetune.prepare(recipe), out, resume)
-    return state.latest(out)[0].tensors
+    return checkpoint.latest(out)[0].tensors
 
 
 def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(

@@ -9,8 +9,8 @@ import torch
 import keifu
 from keifu.cli import main
 from keifu.errors import UserError
-from keifu.recipes import gpt1
-from keifu.recipes.gpt1 import Recipe
+from keifu.recipes.language import gpt1
+from keifu.recipes.language.gpt1 import Recipe
 
 SIZES = ("--model.context-length", "16", "--model.dim", "16", "--model.n-layers", "1", "--model.n-heads", "2")
 
@@ -22,12 +22,12 @@ def _one_thread(_repeatable: None) -> None:
 
 def test_the_papers_way_is_the_papers() -> None:
     recipe = Recipe(recipe_of="paper", model=gpt1.gpt1.Config())
-    found = gpt1.chosen(recipe, 64 * 512 * 1000)
+    found = gpt1.choose_settings(recipe, 64 * 512 * 1000)
     assert (found.steps, found.batch_size, found.warmup) == (100_000, 64, 2000)
     assert (found.learning_rate, found.schedule, found.final_ratio) == (2.5e-4, "cosine", 0.0)
     assert (found.weight_decay, found.betas, found.optimizer) == (0.01, (0.9, 0.999), "adamw")
-    assert gpt1.chosen(Recipe(recipe_of="paper", steps=50), 10**6).warmup == 50
-    assert [gpt1.chosen(each, 16 * 256 * 30).steps for each in (Recipe(), Recipe(epochs=0.5))] == [60, 15]
+    assert gpt1.choose_settings(Recipe(recipe_of="paper", steps=50), 10**6).warmup == 50
+    assert [gpt1.choose_settings(each, 16 * 256 * 30).steps for each in (Recipe(), Recipe(epochs=0.5))] == [60, 15]
 
 
 def test_no_epochs_are_refused() -> None:

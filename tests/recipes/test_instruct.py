@@ -8,10 +8,10 @@ import torch
 
 from keifu import checkpoints
 from keifu.commands.train import parse
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.models import llama
-from keifu.recipes import instruct
+from keifu.recipes.assistant import instruct
 
 SIZES = {"context_length": 32, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
 WORDS = ["one", "two", "three", "four"]

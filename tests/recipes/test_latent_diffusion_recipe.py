@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from keifu import checkpoints
-from keifu.data.pictures import read_pictures, split
+from keifu.data.images.dataset import read_images, split
 from keifu.errors import UserError
-from keifu.generation.drawers import drawer
-from keifu.generation.pictures import Drawing
-from keifu.recipes import _autoencoder
-from keifu.recipes import latent_diffusion as recipe
-from keifu.training.diffusion import draws
-from keifu.training.interrupt import Stopped
+from keifu.generation.images.pipeline import image_pipeline
+from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.recipes.images import autoencoder
+from keifu.recipes.images import latent_diffusion as recipe
+from keifu.training.objectives.diffusion import draw_noise
+from keifu.training.signals import Interrupted
 
 PROMPTS = ("a small red disc", "a large blue bar")
 TINY = {
@@ -47,7 +47,7 @@ def test_the_run_is_a_pipeline_of_diffusers_and_draws(trained) -> None:
     model, tokenizer = checkpoints.load(trained)
     assert theirs.scheduler.config.prediction_type == "v_prediction"
     assert theirs.vae.config.scaling_factor == model.config.autoencoder.scale != 1
-    painter = drawer(model, lambda: tokenizer)
+    painter = image_pipeline(model, lambda: tokenizer)
     for text in (*PROMPTS, "小赤円"):
         ids = theirs.tokenizer(text, padding="max_length").input_ids
         assert ids == painter.tokens([text])[0].tolist() and len(ids) == model.config.context_length
@@ -56,7 +56,7 @@ def test_the_run_is_a_pipeline_of_diffusers_and_draws(trained) -> None:
     noise = torch.Generator().manual_seed(1)
     assert theirs.scheduler.config.timestep_spacing == "trailing"
     drawn = theirs(PROMPTS[0], num_inference_steps=3, guidance_scale=2.0, generator=noise, output_type="pt").images
-    wanted = painter.resolved(Drawing("ddim", 3, 1, text=PROMPTS[0], guidance=2.0))
+    wanted = painter.resolved(ImageRequest("ddim", 3, 1, text=PROMPTS[0], guidance=2.0))
     ours = painter.draw(wanted, [1])
     assert (ours / 255 - drawn).abs().max() <= 1 / 255 + 1e-4
 
@@ -70,10 +70,10 @@ def test_one_report_shows_all_parts(trained, towers) -> None:
 
 
 def test_latents_have_a_variance_of_one(trained, drawings) -> None:
-    pictures = split(read_pictures(drawings, 24)).train
-    model = _autoencoder.measured(trained / "autoencoder", pictures)
-    seen = _autoencoder.encoded(model, model.config.scale, pictures)
-    batch = {"indices": torch.arange(len(pictures)).repeat(50), "draws": draws(0, 0, 50 * len(pictures))}
+    pictures = split(read_images(drawings, 24)).train
+    model = autoencoder.measure_scale(trained / "autoencoder", pictures)
+    seen = autoencoder.encode_dataset(model, model.config.scale, pictures)
+    batch = {"indices": torch.arange(len(pictures)).repeat(50), "draws": draw_noise(0, 0, 50 * len(pictures))}
     assert abs(float(seen.batch(batch)["pictures"].std()) - 1) < 0.01
     noisy = seen.batch(batch)["pictures"].unflatten(0, (50, -1))
     assert torch.allclose(noisy.mean(0), seen.mean, atol=0.02 + 0.7 * float(seen.deviation.max()))
@@ -91,7 +91,7 @@ def test_a_resumed_run_has_the_same_bits(stopped, trained, drawings, towers, tmp
 
     def stop(model, objective, data, settings, run, *rest, **more):
         whole(model, objective, data, replace(settings, schedule="constant", warmup=0, steps=2), run, *rest, **more)
-        raise Stopped("stopped")
+        raise Interrupted("stopped")
 
     def on(model, objective, data, settings, run, *rest, **more):
         return whole(model, objective, data, replace(settings, schedule="constant", warmup=0), run, *rest, **more)
@@ -100,7 +100,7 @@ def test_a_resumed_run_has_the_same_bits(stopped, trained, drawings, towers, tmp
         monkeypatch.setattr(part, "train", way)
         return recipe.run(wanted, tmp_path / ("parts" if resume is not None else "whole"), bool(resume))
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         both(stop, False)
     both(on, True)
     both(on, None)
@@ -125,8 +125,8 @@ def test_in_pixels_with_its_own_clip(drawings, tmp_path) -> None:
     model, tokenizer = checkpoints.load(tmp_path)
     assert model.config.autoencoder is None and model.config.noise.clip == 1.0
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "keifu_latent_diffusion"
-    painter = drawer(model, lambda: tokenizer)
-    drawn = painter.draw(painter.resolved(Drawing("ddim", 2, 1, text="a red disc", guidance=2.0)), [1, 2])
+    painter = image_pipeline(model, lambda: tokenizer)
+    drawn = painter.draw(painter.resolved(ImageRequest("ddim", 2, 1, text="a red disc", guidance=2.0)), [1, 2])
     assert drawn.shape == (2, 3, 24, 24)
     page = (tmp_path / "report.html").read_text()
     assert "CLIP: loss" in page and "Autoencoder: loss" not in page

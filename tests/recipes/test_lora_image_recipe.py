@@ -11,17 +11,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from keifu import checkpoints, cli
-from keifu.checkpoints.picture_lora import FILE, apply_lora
+from keifu.checkpoints.lora.diffusion import FILE, apply_lora
 from keifu.errors import UserError
-from keifu.generation.drawers import drawer
-from keifu.generation.picture_record import read_record
-from keifu.generation.pictures import Drawing
+from keifu.generation.images.pipeline import image_pipeline
+from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.generation.images.png_metadata import read_record
+from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.lora import adapters
-from keifu.layers.noise import Noise
-from keifu.models import autoencoder_kl, clip_text, conditioned_unet, latent_diffusion
-from keifu.recipes import clip as clip_recipe
-from keifu.recipes import lora_image as recipe
-from keifu.training.interrupt import Stopped
+from keifu.models.clip import text as clip_text
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
+from keifu.recipes.images import clip as clip_recipe
+from keifu.recipes.images import lora_image as recipe
+from keifu.training.signals import Interrupted
 
 QUICK = {"steps": 4, "batch_size": 3, "limit": 7, "rank": 3, "learning_rate": 0.03, "guidance": 2.0,
          "precision": "float32"}  # fmt: skip
@@ -87,8 +88,8 @@ def test_diffusers_draws_with_what_was_learned(drawings, model, tmp_path, capsys
     plain = by_diffusers()
     theirs.load_lora_weights(tmp_path)
     changed, tokenizer = checkpoints.load(model)
-    painter = drawer(apply_lora(changed, tmp_path / FILE), lambda: tokenizer)
-    drawn = painter.draw(painter.resolved(Drawing("ddim", 3, 1, text="flat a red disc", guidance=2.0)), [1])
+    painter = image_pipeline(apply_lora(changed, tmp_path / FILE), lambda: tokenizer)
+    drawn = painter.draw(painter.resolved(ImageRequest("ddim", 3, 1, text="flat a red disc", guidance=2.0)), [1])
     assert (drawn / 255 - by_diffusers()).abs().max() <= 1 / 255 + 1e-4
     assert (drawn / 255 - plain).abs().max() > 0.02
 
@@ -128,10 +129,10 @@ def test_a_resumed_run_has_the_same_bits(drawings, model, tmp_path, monkeypatch)
 
     def stop(model, objective, data, settings, run, *rest, **more):
         whole(model, objective, data, replace(settings, steps=2), run, *rest, **more)
-        raise Stopped("stopped")
+        raise Interrupted("stopped")
 
     monkeypatch.setattr(recipe, "train", stop)
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         recipe.run(made, tmp_path / "parts", False)
     monkeypatch.setattr(recipe, "train", whole)
     recipe.run(made, tmp_path / "parts", True)

@@ -10,8 +10,8 @@ import torch
 import keifu
 from keifu.cli import main
 from keifu.errors import UserError
-from keifu.evaluation import boundaries
-from keifu.recipes import mlp, mlp_compare, perceptron
+from keifu.evaluation.plots import decision_boundary
+from keifu.recipes.neurons import mlp, mlp_compare, perceptron
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -105,23 +105,23 @@ def test_too_few_corrections_say_how_many_the_bound_allows(tmp_path):
 
 
 def test_the_stages_drawn_are_few_and_hold_both_ends():
-    assert boundaries.spread(range(5)) == [0, 1, 2, 3, 4]
-    assert boundaries.spread(range(12)) == [0, 1, 2, 3, 6, 11]
+    assert decision_boundary.spread(range(5)) == [0, 1, 2, 3, 4]
+    assert decision_boundary.spread(range(12)) == [0, 1, 2, 3, 6, 11]
     for count in (7, 8, 100, 5000):
-        chosen = boundaries.spread(range(count))
+        chosen = decision_boundary.spread(range(count))
         assert chosen[0] == 0 and chosen[-1] == count - 1 and len(chosen) == len(set(chosen)) <= 6
 
 
 @pytest.mark.parametrize(("activation", "seed"), [*(("relu", seed) for seed in range(5)), ("tanh", 5), ("sigmoid", 6)])
 def test_a_hidden_layer_solves_xor_from_every_seed(activation, seed, tmp_path):
     pair = mlp.Recipe("xor", activation=activation, steps=100, seed=seed)
-    assert mlp_compare.learn(pair, mlp.learnable(pair), tmp_path).accuracy == 1.0
+    assert mlp_compare.learn(pair, mlp.check_learnable(pair), tmp_path).accuracy == 1.0
 
 
 @pytest.mark.parametrize("loss", sorted(mlp.LOSSES))
 def test_every_loss_learns_the_moons(loss, tmp_path):
     pair = mlp.Recipe("moons", loss=loss, steps=100)
-    found = mlp_compare.learn(pair, mlp.learnable(pair), tmp_path)
+    found = mlp_compare.learn(pair, mlp.check_learnable(pair), tmp_path)
     assert found.accuracy >= 0.9
     assert found.losses[-1][1] < 0.6 * found.losses[0][1]
 
@@ -151,7 +151,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
     recipe = mlp.Recipe("spirals", steps=40, dropout=0.2)
 
     def network():
-        learned = mlp.learnable(recipe)
+        learned = mlp.check_learnable(recipe)
         return learned, mlp.network(recipe, learned)
 
     class Halt(Exception):
@@ -166,7 +166,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
         learned, model = network()
         data = mlp.Examples(learned.training, learned.held, 32, 0)
         chosen = replace(mlp.settings(recipe), save_every=5, sample_every=10)
-        mlp.train(model, mlp.objective(recipe.loss), data, chosen, mlp.described(recipe, learned, out, resume), sample)
+        mlp.train(model, mlp.objective(recipe.loss), data, chosen, mlp.describe(recipe, learned, out, resume), sample)
         return torch.cat([weight.flatten() for weight in model.state_dict().values()])
 
     whole = go(tmp_path / "whole", False, None)

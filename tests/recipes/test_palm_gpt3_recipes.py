@@ -11,9 +11,9 @@ import torch
 from keifu import checkpoints
 from keifu.cli import parse
 from keifu.errors import UserError
-from keifu.recipes import gpt3, palm
-from keifu.recipes._language import Text, pretrain, ready
-from keifu.training import metrics, state
+from keifu.recipes.language import gpt3, palm
+from keifu.recipes.language.common import Text, prepare_text, pretrain
+from keifu.training.run import checkpoint, metrics
 
 SIZES = ("--model.context-length", "16", "--model.dim", "16", "--model.n-layers", "2", "--model.n-heads", "2")
 MORE = {"palm": ("--model.head-dim", "8"), "gpt3": ("--model.band", "4")}
@@ -88,7 +88,7 @@ def test_resumed_while_the_batch_grows_it_is_bitwise_the_same(module: Any, text:
     sizes = dict(context_length=16, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
     own = getattr(module, module.__name__.split(".")[-1])
     config = replace(module.Recipe().model, **sizes)
-    task = ready(Text(str(text), vocab_size=270))
+    task = prepare_text(Text(str(text), vocab_size=270))
     settings = module.paper_settings(module.Recipe(steps=500, batch_size=9))
     settings = replace(settings, steps=12, save_every=4, decay_steps=10)
     settings = replace(
@@ -98,10 +98,10 @@ def test_resumed_while_the_batch_grows_it_is_bitwise_the_same(module: Any, text:
     whole, parts = text.parent / "whole", text.parent / "parts"
     for out in (whole, parts):
         pretrain("it", task, own.build, config, replace(settings, keep=3), out, False, z_loss=1e-4)
-    state.remove(parts, 12)
-    state.remove(parts, 8)
+    checkpoint.remove(parts, 12)
+    checkpoint.remove(parts, 8)
     pretrain("it", task, own.build, config, settings, parts, True, z_loss=1e-4)
-    ours, theirs = (state.latest(each)[0].tensors for each in (parts, whole))
+    ours, theirs = (checkpoint.latest(each)[0].tensors for each in (parts, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     with pytest.raises(UserError, match="z_loss 0.0001 → "):
         pretrain("it", task, own.build, config, settings, parts, True)

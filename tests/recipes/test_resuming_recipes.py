@@ -13,13 +13,17 @@ from safetensors.torch import load_file
 from toy_captions import small_clip
 
 from keifu import checkpoints, cli
-from keifu.commands.train import recipes
-from keifu.data.tokenizers import train_tokenizer
-from keifu.models import autoencoder_kl, bert, clip_text, conditioned_unet, gpt1, latent_diffusion, llama
-from keifu.recipes import clip, demo, lora_image, unclip
-from keifu.recipes import latent_diffusion as latents
-from keifu.training import loop, state
-from keifu.training.interrupt import Stopped, StopRequest
+from keifu.commands.shared.recipe_files import recipes
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.models import bert, gpt1, llama
+from keifu.models.clip import text as clip_text
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
+from keifu.recipes import demo
+from keifu.recipes.images import clip, lora_image, unclip
+from keifu.recipes.images import latent_diffusion as latents
+from keifu.training import loop
+from keifu.training.run import checkpoint
+from keifu.training.signals import Interrupted, StopRequest
 
 pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
 
@@ -197,7 +201,7 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the models and of the last states in a run's folder and those of its parts."""
-    last = {place.parent: max(state.steps(place.parent)) for place in out.rglob("state")}
+    last = {place.parent: max(checkpoint.steps(place.parent)) for place in out.rglob("state")}
     found = [path for path in out.rglob("*.safetensors") if path.parent.name != "state"]
     found += [place / f"state/step-{step:08d}.safetensors" for place, step in last.items()]
     assert last, "no state was saved"
@@ -215,7 +219,7 @@ def in_pieces(begin: Callable[[], None], out: Path, stops: Stops, every: int) ->
         stops.left = every
         try:
             work()
-        except Stopped as stop:
+        except Interrupted as stop:
             line = str(stop).splitlines()[-1]
             assert line == f"keifu train --resume {shlex.quote(str(out))}"
             count, work = count + 1, lambda line=line: cli.parse(shlex.split(line)[1:])()

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 import keifu
 from keifu import checkpoints
 from keifu.commands.train import parse
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.chat import Conversation
+from keifu.generation.text.chat import Conversation
 from keifu.models import llama
-from keifu.recipes import sft
-from keifu.training.objectives import causal
-from keifu.training.state import steps
+from keifu.recipes.assistant import sft
+from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.run.checkpoint import steps
 
 TALKS = {"What is red?": "A colour.", "What is two?": "A number, 二.", "Who barks?": "The dog does.", "Hm": "Yes?"}
 CONFIG = {"context_length": 64, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
@@ -109,7 +109,7 @@ def test_packing_changes_no_loss(base: Path, talks: Path) -> None:
         rows = task.training.kept
         data = sft.PackedConversations(rows, [], 64, 4, 0, 0, packed)
         assert len(data.rows) == (2 if packed else 4)
-        total, weight, _ = causal(task.model.train(), data.batch(0))
+        total, weight, _ = causal_language_modeling(task.model.train(), data.batch(0))
         found[packed] = total.item(), float(weight)
     assert found[True][1] == found[False][1]
     assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)

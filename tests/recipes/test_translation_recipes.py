@@ -10,11 +10,10 @@ from safetensors.torch import load_file
 
 from keifu import checkpoints
 from keifu.cli import parse
-from keifu.data.pairs import read_pairs
-from keifu.data.splits import split
+from keifu.data.translation.pairs import read_pairs, split
 from keifu.errors import UserError
-from keifu.recipes import seq2seq, transformer
-from keifu.training import metrics, state
+from keifu.recipes.translation import seq2seq, transformer
+from keifu.training.run import checkpoint, metrics
 
 WORDS = ["red", "blue", "green", "one", "two", "three", "cat", "dog", "bird", "sees", "likes", "eats", "big", "small"]
 COMMON = ["--vocab-size", "290", "--tokens-per-batch", "500", "--model.context-length", "24"]
@@ -51,7 +50,7 @@ def go(name: str, table: Path, out: str, *options: str) -> Path:
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / f"state/step-{state.steps(directory)[-1]:08d}.safetensors")
+    return load_file(directory / f"state/step-{checkpoint.steps(directory)[-1]:08d}.safetensors")
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -78,9 +77,9 @@ def test_a_recipe_trains_and_its_run_loads_and_translates(name: str, table: Path
 def test_a_recipe_resumed_is_bitwise_the_same(name: str, table: Path) -> None:
     whole = go(name, table, "whole", "--steps", "8")
     parts = go(name, table, "parts", "--steps", "8")
-    for step in state.steps(parts)[1:]:
-        state.remove(parts, step)
-    assert state.steps(parts)[-1] < 8
+    for step in checkpoint.steps(parts)[1:]:
+        checkpoint.remove(parts, step)
+    assert checkpoint.steps(parts)[-1] < 8
     go(name, table, "parts", "--steps", "8", "--resume")
     ours, theirs = tensors(parts), tensors(whole)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -89,20 +88,23 @@ def test_a_recipe_resumed_is_bitwise_the_same(name: str, table: Path) -> None:
 def test_minutes_become_steps_and_a_finished_run_resumed_makes_no_more(table: Path, capsys) -> None:
     out = go("transformer", table, "timed", "--minutes", "0.03")
     recipe = json.loads((out / "recipe.json").read_text())
-    steps, first = state.steps(out)[-1], recipe["settings"]["steps"]
+    steps, first = checkpoint.steps(out)[-1], recipe["settings"]["steps"]
     assert recipe["settings"]["minutes"] == 0.03 and recipe["settings"]["warmup"] == min(400, -(-first // 5))
     assert recipe["steps"] == steps, "which may be other than the first estimate"
     go("transformer", table, "timed", "--minutes", "0.03", "--resume")
-    assert state.steps(out)[-1] == steps
+    assert checkpoint.steps(out)[-1] == steps
     go("transformer", table, "timed", "--minutes", "0.2", "--resume")  # at the pace so far
-    assert state.steps(out)[-1] > steps and json.loads((out / "recipe.json").read_text())["settings"]["steps"] == steps
+    assert (
+        checkpoint.steps(out)[-1] > steps
+        and json.loads((out / "recipe.json").read_text())["settings"]["steps"] == steps
+    )
     with pytest.raises(UserError, match="--steps 5 and --minutes 1 are two budgets"):
         go("transformer", table, "timed", "--minutes", "1", "--steps", "5")
 
 
 def test_the_papers_transformer_leaves_the_mean_of_its_last_states(table: Path) -> None:
     out = go("transformer", table, "paper", "--recipe-of", "paper", "--steps", "4", "--average", "2", "--reverse")
-    files = [load_file(out / f"state/step-{step:08d}.safetensors") for step in state.steps(out)]
+    files = [load_file(out / f"state/step-{step:08d}.safetensors") for step in checkpoint.steps(out)]
     model, _ = checkpoints.load(out)
     name = "encoder.0.feedforward.up.weight"
     mean = (files[-1][f"model.{name}"].double() + files[-2][f"model.{name}"].double()) / 2
@@ -143,16 +145,16 @@ def test_a_tokenizer_that_cannot_end_a_text_or_does_not_exist_is_refused(table: 
 
 
 def test_a_tokenizer_with_two_vocabularies_trains_on_the_targets_own_ids(table: Path) -> None:
-    from keifu.data.tokenizers import train_tokenizer
-    from keifu.data.two_sided import TwoSidedTokenizer
-    from keifu.recipes import _translation
+    from keifu.data.tokenizers.seq2seq import TwoSidedTokenizer
+    from keifu.data.tokenizers.train import train_tokenizer
+    from keifu.recipes.translation import common
 
     sides = []
     for size, texts in ((300, WORDS), (280, ["".join(reversed(word)) for word in WORDS])):
         sides.append(train_tokenizer("bpe", texts * 3, size, ["<pad>"]))
     TwoSidedTokenizer(*sides).save(table.parent / "two")
-    task = _translation.ready(transformer.Recipe(data=str(table), tokenizer=str(table.parent / "two")))
-    encoded = _translation._fitting(task, task.parts.train[:1], 128)
+    task = common.prepare_pairs(transformer.Recipe(data=str(table), tokenizer=str(table.parent / "two")))
+    encoded = common._fitting(task, task.parts.train[:1], 128)
     source, target = task.parts.train[0]
     assert encoded.source.ids.tolist() == sides[0].encode(source)
     assert encoded.target.ids.tolist() == sides[1].encode(target) != sides[0].encode(target)

@@ -11,10 +11,10 @@ import toy_captions
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
-from keifu.models import clip_text
-from keifu.recipes import clip, unclip
-from keifu.training.embedding_diffusion import blurred, moments, real_tokens, squares
-from keifu.training.interrupt import Stopped
+from keifu.models.clip import text as clip_text
+from keifu.recipes.images import clip, unclip
+from keifu.training.objectives.unclip import blur_images, embedding_moments, random_crops, real_tokens
+from keifu.training.signals import Interrupted
 
 pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
 
@@ -67,13 +67,13 @@ def test_a_resumed_run_has_the_same_bits(drawings, towers, tmp_path, monkeypatch
 
     def stop(model, objective, data, settings, run, *rest, **more):
         whole(model, objective, data, replace(settings, schedule="constant", warmup=0, steps=2), run, *rest, **more)
-        raise Stopped("stopped")
+        raise Interrupted("stopped")
 
     def on(model, objective, data, settings, run, *rest, **more):
         return whole(model, objective, data, replace(settings, schedule="constant", warmup=0), run, *rest, **more)
 
     monkeypatch.setattr(unclip, "train", stop)
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         unclip.run(wanted, tmp_path / "parts", False)
     monkeypatch.setattr(unclip, "train", on)
     unclip.run(wanted, tmp_path / "parts", True)
@@ -118,12 +118,12 @@ def test_what_is_refused(drawings, towers, tmp_path) -> None:
 
 def test_what_the_losses_see() -> None:
     x = torch.arange(2 * 3 * 5 * 6.0).view(2, 3, 5, 6)
-    cut = squares(x, torch.tensor([0, 2]), torch.tensor([3, 1]), 3)
+    cut = random_crops(x, torch.tensor([0, 2]), torch.tensor([3, 1]), 3)
     assert torch.equal(cut[0], x[0, :, 0:3, 3:6]) and torch.equal(cut[1], x[1, :, 2:5, 1:4])
-    soft = blurred(x, torch.tensor([0.0, 0.6]))
+    soft = blur_images(x, torch.tensor([0.0, 0.6]))
     assert torch.equal(soft[0], x[0]) and not torch.equal(soft[1], x[1])
-    torch.testing.assert_close(blurred(torch.ones(1, 1, 4, 4), torch.tensor([0.5])), torch.ones(1, 1, 4, 4))
+    torch.testing.assert_close(blur_images(torch.ones(1, 1, 4, 4), torch.tensor([0.5])), torch.ones(1, 1, 4, 4))
     tokens = torch.tensor([[7, 3, 9, 9], [7, 1, 2, 9]])
     assert real_tokens(tokens, 9).tolist() == [[True, True, True, False], [True] * 4]
-    mean, deviation = moments(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+    mean, deviation = embedding_moments(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
     assert mean.tolist() == [[2.0, 2.0]] and deviation[0, 0] == 2**0.5 and deviation[0, 1] > 0

@@ -13,14 +13,15 @@ import wiring
 from wiring import DIFFERENT, Group, Reach
 
 from keifu import checkpoints
-from keifu.alignment.ppo import Rule
-from keifu.data.chat import PLAIN
-from keifu.data.tokenizer_core import Tokenizer
-from keifu.data.tokenizers import train_tokenizer
+from keifu.alignment.ppo import PPOSettings
+from keifu.data.tokenizers.chat_template import PLAIN
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.layers.lora import adapters
-from keifu.models import bert, finetuned, llama
-from keifu.recipes import classifier, dpo, gpt1_finetune, grpo, instruct, ppo, reward, sft
-from keifu.recipes._assistant import Lora
+from keifu.models import bert, llama, task_head
+from keifu.recipes.assistant import dpo, grpo, instruct, ppo, reward, sft
+from keifu.recipes.assistant.common import Lora
+from keifu.recipes.classification import classifier, gpt1_finetune
 
 TINY: dict[str, Any] = {"context_length": 64, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
 WORDS = "one two three four five good bad red blue"
@@ -48,7 +49,7 @@ def toys(own_cache: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
     for name, dim in (("base", 16), ("wide", 32)):
         model = llama.build(llama.Config(vocab_size=learned.vocab_size, **TINY | {"dim": dim}))
         checkpoints.save(model, learned, folder / name)
-        judge = finetuned.finetuned(model, finetuned.Config(model.config, "score", ("reward",), classifier_dropout=0.0))
+        judge = task_head.add_head(model, task_head.Config(model.config, "score", ("reward",), classifier_dropout=0.0))
         checkpoints.save(judge, learned.with_chat_template(PLAIN), folder / f"judge-{name}")
     pairs = [(a, b) for a in WORDS.split()[:5] for b in WORDS.split()[5:]]
     for name, count in (("", 20), ("-other", 16)):
@@ -408,7 +409,7 @@ def test_rates_of_adapters(toys: Toys, tmp_path: Path) -> None:
 
 def test_paper_figures_stand_once() -> None:
     """The recipe's are the rule's own."""
-    recipe, rule = ppo.Recipe(), Rule()
+    recipe, rule = ppo.Recipe(), PPOSettings()
     for name in ("beta", "clip", "value_clip", "discount", "trace", "cut_off", "temperature"):
         assert vars(recipe)[name] == vars(rule)[name]
     assert recipe.text.weight == rule.text_weight and recipe.text.each == 8 and recipe.ema == 0.992

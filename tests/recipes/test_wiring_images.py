@@ -10,10 +10,11 @@ import toy_captions
 import wiring
 from wiring import DIFFERENT, MINUTES, Group, Reach
 
-from keifu.data.augmentation import Augmentation
+from keifu.data.images.augmentation import Augmentation
 from keifu.layers.lora import adapters
-from keifu.models import clip_image, clip_text
-from keifu.recipes import clip, dalle, ddpm, latent_diffusion, lora_image, unclip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.recipes.images import clip, dalle, ddpm, latent_diffusion, lora_image, unclip
 from keifu.training.settings import Settings
 
 SMALL = Settings(steps=30, batch_size=4)

@@ -11,19 +11,19 @@ import wiring
 from wiring import DIFFERENT, Group, Reach
 
 from keifu import checkpoints
-from keifu.data.pair_batches import ByRows, ByTokens
-from keifu.data.tokenizers import train_tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.data.translation.batches import ByRows, ByTokens
 from keifu.models import bert, gpt1, gpt2, gpt3, llama, palm, seq2seq, transformer
-from keifu.recipes import bert as bert_recipe
-from keifu.recipes import characters, gpt, palm2
-from keifu.recipes import gpt1 as gpt1_recipe
-from keifu.recipes import gpt2 as gpt2_recipe
-from keifu.recipes import gpt3 as gpt3_recipe
-from keifu.recipes import llama as llama_recipe
-from keifu.recipes import palm as palm_recipe
-from keifu.recipes import seq2seq as seq2seq_recipe
-from keifu.recipes import transformer as transformer_recipe
-from keifu.recipes._language import Text
+from keifu.recipes.language import bert as bert_recipe
+from keifu.recipes.language import characters, gpt, palm2
+from keifu.recipes.language import gpt1 as gpt1_recipe
+from keifu.recipes.language import gpt2 as gpt2_recipe
+from keifu.recipes.language import gpt3 as gpt3_recipe
+from keifu.recipes.language import llama as llama_recipe
+from keifu.recipes.language import palm as palm_recipe
+from keifu.recipes.language.common import Text
+from keifu.recipes.translation import seq2seq as seq2seq_recipe
+from keifu.recipes.translation import transformer as transformer_recipe
 from keifu.training.settings import Settings
 
 TINY: dict[str, Any] = {"context_length": 16, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}

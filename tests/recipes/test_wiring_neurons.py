@@ -13,8 +13,9 @@ from wiring import DIFFERENT, Group, Reach
 
 from keifu.commands import train
 from keifu.errors import UserError
-from keifu.recipes import demo, mlp, mlp_compare
-from keifu.recipes import perceptron as perceptron_recipe
+from keifu.recipes import demo
+from keifu.recipes.neurons import mlp, mlp_compare
+from keifu.recipes.neurons import perceptron as perceptron_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from keifu.models import clip_image, clip_text
-from keifu.recipes import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.recipes.images import clip
 from keifu.training.settings import Settings
 
 COLOURS = {"red": ("赤", (220, 30, 30)), "green": ("緑", (30, 200, 30)), "blue": ("青", (30, 30, 220))}

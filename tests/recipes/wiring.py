@@ -16,8 +16,8 @@ import pytest
 
 from keifu import recipes
 from keifu.errors import UserError
-from keifu.recipes._options import Logging
-from keifu.training import budget, loop
+from keifu.recipes.options import Logging
+from keifu.training import loop, setup
 
 DIFFERENT = object()  # what a path gives must differ from what it gives without the option, and no more is known
 MINUTES = 100  # steps that the stand-in for the measurement of pace finds in a minute
@@ -65,7 +65,7 @@ class Recorder:
             for name, value in list(vars(module).items()):
                 if value is loop.train:
                     patch.setattr(module, name, self.train)
-                elif value is budget.steps_within:
+                elif value is setup.steps_within:
                     patch.setattr(module, name, lambda minutes, *rest, **more: round(MINUTES * minutes))
 
     def train(self, model, objective, data, settings, run, sample=None, save=None, largest=None) -> loop.Summary:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from keifu.layers.noise import Noise
+from keifu.layers.diffusion.noise_schedule import Noise
 
 
 class Toy(nn.Module):

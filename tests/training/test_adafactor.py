@@ -10,10 +10,10 @@ from training_toys import Sequences, objective, run, settings, toy, weights
 from transformers.optimization import Adafactor as Theirs
 
 from keifu.layers.linear import JoinedLinear
-from keifu.training import state
-from keifu.training.adafactor import Adafactor
 from keifu.training.loop import train
-from keifu.training.optimisers import Optimisers
+from keifu.training.optim.adafactor import Adafactor
+from keifu.training.optim.optimizers import Optimizers
+from keifu.training.run import checkpoint
 
 Moves = list[list[Tensor]]
 
@@ -110,7 +110,7 @@ def test_a_joined_layer_is_updated_as_its_parts() -> None:
         alone[2].load_state_dict(joined[1].state_dict())
     x = torch.randn(5, 8)
     for model in (joined, alone):
-        optimisers = Optimisers(model, settings(optimizer="adafactor", warmup=0, weight_decay=1.0))
+        optimisers = Optimizers(model, settings(optimizer="adafactor", warmup=0, weight_decay=1.0))
         for step in range(3):
             torch.cat([layer(x) for layer in model], -1).square().sum().backward()
             optimisers.step(step)
@@ -121,7 +121,7 @@ def test_a_joined_layer_is_updated_as_its_parts() -> None:
 def test_every_tensor_is_its_own_and_what_decays_has_two_axes() -> None:
     model = toy()
     model.scale = nn.Parameter(torch.ones(()))  # no axis at all
-    optimisers = Optimisers(model, settings(optimizer="adafactor", weight_decay=0.3, betas=(0.8, 0.99)))
+    optimisers = Optimizers(model, settings(optimizer="adafactor", weight_decay=0.3, betas=(0.8, 0.99)))
     assert optimisers.all.keys() == {"adafactor"} and optimisers.rates(5).keys() == {"learning_rate"}
     groups = optimisers.all["adafactor"].param_groups
     decays = {name: group["weight_decay"] for group in groups for name in group["param_names"]}
@@ -136,10 +136,10 @@ def test_the_toy_is_learned_and_resuming_is_bitwise(tmp_path: Path) -> None:
     summary = train(whole, objective, Sequences(rows=16), changed, run(tmp_path / "whole"))
     assert summary.figures["validation_loss"] < 1.4
     train(parts, objective, Sequences(rows=16), changed, run(tmp_path / "parts"))
-    state.remove(tmp_path / "parts", 60)
+    checkpoint.remove(tmp_path / "parts", 60)
     again = toy(3, dropout=0.1)
     train(again, objective, Sequences(rows=16), changed, run(tmp_path / "parts", resume=True))
     assert all(torch.equal(weights(again)[name], tensor) for name, tensor in weights(whole).items())
-    ours, theirs = (state.latest(tmp_path / name)[0].tensors for name in ("parts", "whole"))
+    ours, theirs = (checkpoint.latest(tmp_path / name)[0].tensors for name in ("parts", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert "optimisers.adafactor.layers.0.weight.1.square" in ours

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from training_toys import Sequences, objective, run, settings, toy
 
-from keifu.training import metrics, state
 from keifu.training.loop import train
-from keifu.training.optimisers import Optimisers
+from keifu.training.optim.optimizers import Optimizers
+from keifu.training.run import checkpoint, metrics
 
 
 def loss_with(weights: dict[str, torch.Tensor]) -> float:
@@ -42,7 +42,7 @@ def test_what_is_validated_sampled_and_saved(ema: float, tmp_path: Path) -> None
     validated = [line["validation_loss"] for line in metrics.read(tmp_path) if "validation_loss" in line]
     assert len(validated) == len(seen) == 2
     for number, step in enumerate((3, 6)):
-        tensors = state.read(tmp_path, step).tensors
+        tensors = checkpoint.read(tmp_path, step).tensors
         prefix = "optimisers.average." if ema else "model."
         weights = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
         weights = {name: each for name, each in weights.items() if name in dict(model.named_parameters())}
@@ -56,7 +56,7 @@ def test_what_is_validated_sampled_and_saved(ema: float, tmp_path: Path) -> None
 
 def test_adamw_has_the_settings_figures() -> None:
     chosen = settings(learning_rate=0.03, betas=(0.7, 0.8), epsilon=1e-5, weight_decay=0.2)
-    [optimizer] = Optimisers(toy(), chosen).all.values()
+    [optimizer] = Optimizers(toy(), chosen).all.values()
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.7, 0.8), 1e-5)
         assert {p.dim() > 1 for p in group["params"]} == {group["weight_decay"] == 0.2}
@@ -70,7 +70,7 @@ def test_two_updates_of_adamw_are_the_equations() -> None:
     )  # fmt: skip
     model = nn.Linear(3, 2, bias=False)
     weight = model.weight.detach().double().clone()
-    optimisers, mean, square = Optimisers(model, chosen), torch.zeros(2, 3).double(), torch.zeros(2, 3).double()
+    optimisers, mean, square = Optimizers(model, chosen), torch.zeros(2, 3).double(), torch.zeros(2, 3).double()
     for step in range(1, 3):
         gradient = torch.randn(2, 3)
         model.weight.grad = gradient.clone()
@@ -82,8 +82,8 @@ def test_two_updates_of_adamw_are_the_equations() -> None:
 
 
 def test_muons_and_adadeltas_figures() -> None:
-    found = Optimisers(toy(), settings(optimizer="muon", matrix_rate=0.05, momentum=0.6, weight_decay=0.2)).all
+    found = Optimizers(toy(), settings(optimizer="muon", matrix_rate=0.05, momentum=0.6, weight_decay=0.2)).all
     [group] = found["muon"].param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.6, 0.2)
-    [adadelta] = Optimisers(toy(), settings(optimizer="adadelta", learning_rate=1.0)).all.values()
+    [adadelta] = Optimizers(toy(), settings(optimizer="adadelta", learning_rate=1.0)).all.values()
     assert {(group["rho"], group["eps"]) for group in adadelta.param_groups} == {(0.95, 1e-6)}

@@ -6,15 +6,17 @@ import pytest
 import torch
 import transformers
 
-from keifu.models import clip, clip_image, clip_text
-from keifu.training.contrastive import contrastive
-from keifu.training.optimisers import Optimisers
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.training.objectives.contrastive import contrastive_loss
+from keifu.training.optim.optimizers import Optimizers
 from keifu.training.settings import Settings
-from keifu.training.step import Stepper
+from keifu.training.step import TrainStep
 
 TEXT = clip_text.Config(31, 9, 16, 24, 1, 2, end_id=30, embedding_dim=8)
 IMAGE = clip_image.Config(12, 4, 3, 16, 24, 1, 2, embedding_dim=8)
-LOSS = contrastive(lambda pixels: pixels.float() / 255)
+LOSS = contrastive_loss(lambda pixels: pixels.float() / 255)
 
 
 def made(dropout: float = 0.0) -> clip.Clip:
@@ -30,9 +32,9 @@ def batch(rows: int = 7) -> dict[str, torch.Tensor]:
     return {"pictures": torch.randint(0, 256, (rows, 3, 12, 12), generator=random).byte(), "tokens": tokens}
 
 
-def stepper(model: clip.Clip, rows: int, **changed) -> Stepper:
+def stepper(model: clip.Clip, rows: int, **changed) -> TrainStep:
     settings = Settings(clip=0.0, weight_decay=0.0, **changed)
-    return Stepper(model, LOSS, LOSS, Optimisers(model, settings), torch.device("cpu"), torch.float32, rows, 0.0, 1)
+    return TrainStep(model, LOSS, LOSS, Optimizers(model, settings), torch.device("cpu"), torch.float32, rows, 0.0, 1)
 
 
 def test_the_loss_is_transformers_loss() -> None:

@@ -7,42 +7,45 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from keifu.data.denoised_rows import Decoder, Denoising, EncoderDecoder
-from keifu.data.denoising import MODES, Markers, ul2
+from keifu.data.text.span_corruption import MODES, DecoderRows, EncoderDecoderRows, Markers, SpanCorruptionBatches, ul2
 from keifu.models import palm, transformer
-from keifu.training.denoising import denoising, measured
-from keifu.training.objectives import causal, translation
-from keifu.training.optimisers import Optimisers
+from keifu.training.objectives.language_modeling import (
+    causal_language_modeling,
+    masked_share_loss,
+    span_corruption,
+    translation,
+)
+from keifu.training.optim.optimizers import Optimizers
 from keifu.training.settings import Settings
-from keifu.training.step import Stepper, Sums
+from keifu.training.step import Sums, TrainStep
 
 CPU = torch.device("cpu")
 MARKERS = Markers(dict(zip(MODES, (1, 2, 3), strict=True)), np.arange(4, 14), 0, 14)
 SIZES = {"vocab_size": 40, "context_length": 24, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
-DECODER = Decoder(MARKERS, 24)
+DECODER = DecoderRows(MARKERS, 24)
 
 
 def batch(form, rows: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
-    task = Denoising(ul2(), form)
+    task = SpanCorruptionBatches(ul2(), form)
     windows = np.random.default_rng(seed).integers(15, 40, (rows, task.width))
     made = task.rows(windows, np.arange(rows), np.random.default_rng(seed))
     return {name: torch.from_numpy(array) for name, array in made.items()}
 
 
-def learner(model, objective, steps: int, micro: int = 8) -> Stepper:
+def learner(model, objective, steps: int, micro: int = 8) -> TrainStep:
     settings = Settings(steps=steps, batch_size=8, learning_rate=1e-2, weight_decay=0.0)
-    return Stepper(model, objective, objective, Optimisers(model, settings), CPU, torch.float32, micro, 1.0, 0)
+    return TrainStep(model, objective, objective, Optimizers(model, settings), CPU, torch.float32, micro, 1.0, 0)
 
 
 def test_the_loss_is_that_of_the_targets_alone() -> None:
     model, given = palm.build(palm.Config(**SIZES, head_dim=8)), batch(DECODER)
     logits, targets, mask = model(given["tokens"][:, :-1]), given["tokens"][:, 1:], given["mask"][:, 1:]
     expected = F.cross_entropy(logits[mask], targets[mask], reduction="sum")
-    found = denoising(model, given)
+    found = span_corruption(model, given)
     assert torch.allclose(found.total, expected, rtol=1e-5) and int(found.weight) == int(mask.sum())
-    assert torch.allclose(causal(model, given).total, expected, rtol=1e-5)
+    assert torch.allclose(causal_language_modeling(model, given).total, expected, rtol=1e-5)
     plain = {"tokens": given["tokens"]}
-    assert torch.allclose(denoising(model, plain).total, causal(model, plain).total)
+    assert torch.allclose(span_corruption(model, plain).total, causal_language_modeling(model, plain).total)
 
 
 @pytest.mark.parametrize("micro", [1, 3, 8])
@@ -51,7 +54,7 @@ def test_a_split_changes_neither_loss_nor_gradient(micro: int) -> None:
     for rows in (8, micro):
         torch.manual_seed(1)
         model = palm.build(palm.Config(**SIZES, head_dim=8)).train()
-        gradient = learner(model, denoising, 1, rows).gradient(0, batch(DECODER), lambda: False)
+        gradient = learner(model, span_corruption, 1, rows).gradient(0, batch(DECODER), lambda: False)
         found.append((gradient.sums.means()["loss"], [p.grad for p in model.parameters()]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1], strict=True))
@@ -59,9 +62,9 @@ def test_a_split_changes_neither_loss_nor_gradient(micro: int) -> None:
 
 def test_figures_stand_beside_the_loss_in_evaluation_alone() -> None:
     model = palm.build(palm.Config(**SIZES, head_dim=8)).eval()
-    objective = partial(measured, objective=denoising, names=["a/loss", "b/loss"])
+    objective = partial(masked_share_loss, objective=span_corruption, names=["a/loss", "b/loss"])
     parts = [batch(DECODER, seed=seed) for seed in range(3)]
-    own = denoising(model, parts[0])
+    own = span_corruption(model, parts[0])
     counts = [int(part["mask"][:, 1:].sum()) for part in parts]
     marked = [
         part | {"figure": torch.full((8,), n), "factor": torch.full((8,), counts[0] / counts[n])}
@@ -72,15 +75,15 @@ def test_figures_stand_beside_the_loss_in_evaluation_alone() -> None:
     means = (sums[0] + sums[1] + sums[2]).means()
     assert means["loss"] == pytest.approx(float(own.total.detach()) / counts[0], rel=1e-5)
     for n, name in ((1, "a/loss"), (2, "b/loss")):
-        expected = float(denoising(model, parts[n]).total.detach()) / counts[n]
+        expected = float(span_corruption(model, parts[n]).total.detach()) / counts[n]
         assert means[name] == pytest.approx(expected, rel=1e-5)
     assert objective(model.train(), parts[0]).figures == {}
 
 
 KINDS = {
-    "decoder": (palm, palm.Config(**SIZES, head_dim=8), DECODER, denoising),
+    "decoder": (palm, palm.Config(**SIZES, head_dim=8), DECODER, span_corruption),
     "encoder-decoder": (
-        transformer, transformer.Config(**SIZES, dropout=0.0), EncoderDecoder(MARKERS, 24, 0), translation,
+        transformer, transformer.Config(**SIZES, dropout=0.0), EncoderDecoderRows(MARKERS, 24, 0), translation,
     ),
 }  # fmt: skip
 

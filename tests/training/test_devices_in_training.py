@@ -14,10 +14,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from simulated_device import device, simulated  # noqa: E402
 
 from keifu import devices  # noqa: E402
-from keifu.training import guards, peak, state  # noqa: E402
-from keifu.training.loading import Loader  # noqa: E402
+from keifu.training.hardware import failures, flops
+from keifu.training.hardware.precision import (
+    LossScale,
+    resolve_dtype,  # noqa: E402
+)
+from keifu.training.loader import Loader  # noqa: E402
 from keifu.training.loop import train  # noqa: E402
-from keifu.training.precision import LossScale, resolve  # noqa: E402
+from keifu.training.run import checkpoint  # noqa: E402
 
 
 class Counted(Sequences):
@@ -37,7 +41,7 @@ class Counted(Sequences):
 
 
 def ended(directory: Path) -> dict[str, torch.Tensor]:
-    return state.latest(directory)[0].tensors
+    return checkpoint.latest(directory)[0].tensors
 
 
 def same(one: Path, other: Path) -> bool:
@@ -65,7 +69,7 @@ def test_a_run_that_makes_batches_ahead_is_resumed_to_the_bit(tmp_path: Path, ah
     train(toy(), objective, Sequences(), settings(keep=9), run(tmp_path / "whole"))
     train(toy(), objective, Sequences(), settings(keep=9), run(tmp_path / "cut"))
     for step in (9, 12):
-        state.remove(tmp_path / "cut", step)
+        checkpoint.remove(tmp_path / "cut", step)
     train(toy(), objective, Sequences(), settings(keep=9), run(tmp_path / "cut", resume=True))
     assert same(tmp_path / "whole", tmp_path / "cut")
 
@@ -79,7 +83,7 @@ def test_an_error_in_the_thread_reaches_the_run_after_the_steps_before_it(tmp_pa
 
     with pytest.raises(RuntimeError, match="the shard is gone"):
         train(toy(), objective, Broken(), settings(), run(tmp_path))
-    assert state.steps(tmp_path)[-1] == 8
+    assert checkpoint.steps(tmp_path)[-1] == 8
 
 
 def test_a_batch_that_was_made_in_vain_is_dropped() -> None:
@@ -119,28 +123,28 @@ def test_out_of_memory_halves_the_rows_and_the_run_goes_on(tmp_path: Path, capsy
 
 
 def test_where_not_even_one_row_fits_the_run_stops_and_says_so(tmp_path: Path) -> None:
-    with pytest.raises(guards.OutOfMemory, match="3 MB more were asked for.*micro_batch"):
+    with pytest.raises(failures.OutOfMemory, match="3 MB more were asked for.*micro_batch"):
         train(toy(), scarce(0, 12), Sequences(), settings(), run(tmp_path))
 
 
 def test_float16_scales_the_loss_and_resumes_to_the_bit(tmp_path: Path) -> None:
     half = settings(precision="float16", keep=9)
     train(toy(), objective, Sequences(), half, run(tmp_path / "whole"))
-    facts = state.latest(tmp_path / "whole")[0].facts
+    facts = checkpoint.latest(tmp_path / "whole")[0].facts
     assert 1 <= facts["loss_scale"]["value"] <= LossScale.FIRST and facts["loss_scale"]["steps"] > 0
     train(toy(), objective, Sequences(), half, run(tmp_path / "cut"))
     for step in (9, 12):
-        state.remove(tmp_path / "cut", step)
+        checkpoint.remove(tmp_path / "cut", step)
     train(toy(), objective, Sequences(), half, run(tmp_path / "cut", resume=True))
     assert same(tmp_path / "whole", tmp_path / "cut")
-    assert state.latest(tmp_path / "cut")[0].facts["loss_scale"] == facts["loss_scale"]
+    assert checkpoint.latest(tmp_path / "cut")[0].facts["loss_scale"] == facts["loss_scale"]
 
 
 def test_a_scale_that_is_too_high_is_lowered_and_the_step_made_all_the_same(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(LossScale, "FIRST", 2.0**120)
     monkeypatch.setattr(LossScale, "INTERVAL", 5)
     train(toy(), objective, Sequences(), settings(precision="float16"), run(tmp_path))
-    found = state.latest(tmp_path)[0]
+    found = checkpoint.latest(tmp_path)[0]
     assert found.step == 12 and found.facts["loss_scale"]["value"] < 2.0**40
     assert all(bool(tensor.isfinite().all()) for tensor in found.tensors.values())
 
@@ -165,13 +169,13 @@ def test_the_command_lines_precision_is_that_of_the_run(tmp_path: Path, kind: st
 
 
 def test_auto_is_half_precision_on_every_gpu() -> None:
-    assert resolve("auto", torch.device("meta")) == torch.float16
+    assert resolve_dtype("auto", torch.device("meta")) == torch.float16
 
 
 def test_a_run_that_goes_on_on_another_device_says_so(tmp_path: Path, capsys) -> None:
     train(toy(), objective, Sequences(), settings(keep=9, precision="auto"), run(tmp_path))
     for step in (9, 12):
-        state.remove(tmp_path, step)
+        checkpoint.remove(tmp_path, step)
     facts = tmp_path / "state" / "step-00000006.json"
     content = json.loads(facts.read_text())
     content["resolved"] |= {"device": "NVIDIA A100 (cuda:0)", "precision": "float16"}
@@ -180,7 +184,7 @@ def test_a_run_that_goes_on_on_another_device_says_so(tmp_path: Path, capsys) ->
     train(toy(), objective, Sequences(), settings(keep=9, precision="auto"), run(tmp_path, resume=True))
     told = capsys.readouterr().err
     assert "The run was on NVIDIA A100 (cuda:0) and goes on on cpu" in told and "the same bits" in told
-    assert "matrix products in float16" not in told and state.steps(tmp_path)[-1] == 12
+    assert "matrix products in float16" not in told and checkpoint.steps(tmp_path)[-1] == 12
 
 
 def test_another_number_of_threads_or_place_is_the_same_kind_of_device() -> None:
@@ -211,7 +215,7 @@ def test_another_number_of_threads_or_place_is_the_same_kind_of_device() -> None
     ],
 )
 def test_the_peak_of_a_known_gpu_is_its_makers(name: str, dtype: torch.dtype, tera: float | None) -> None:
-    assert peak.named_peak(name, dtype) == (None if tera is None else tera * 1e12)
+    assert flops.named_peak(name, dtype) == (None if tera is None else tera * 1e12)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adadelta", "adafactor"])
@@ -220,7 +224,7 @@ def test_a_run_on_another_device_is_that_on_the_cpu(tmp_path: Path, optimizer: s
     train(toy(), objective, Sequences(), settings(**changed), run(tmp_path / "cpu"))
     with simulated():
         train(toy().to(device()), objective, Sequences(), settings(**changed), run(tmp_path / "there"))
-        state.remove(tmp_path / "there", 12)
+        checkpoint.remove(tmp_path / "there", 12)
         train(toy().to(device()), objective, Sequences(), settings(**changed), run(tmp_path / "there", resume=True))
     one, other = (load_file(tmp_path / where / "state/step-00000012.safetensors") for where in ("cpu", "there"))
     assert one.keys() == other.keys()

@@ -7,12 +7,11 @@ import pytest
 import torch
 from diffusion_toys import Batches, Toy, greys
 
-from keifu.layers.counted_random import normal, uniform
-from keifu.layers.noise import Noise
-from keifu.layers.noise_targets import loss_weights
-from keifu.models import autoencoder_kl
-from keifu.training.autoencoding import KLAutoencoding
-from keifu.training.diffusion import TIMESTEP, DenoisingLoss, WithDraws, draws
+from keifu.layers.counter_rng import normal, uniform
+from keifu.layers.diffusion.noise_schedule import Noise, loss_weights
+from keifu.models.diffusion import autoencoder_kl
+from keifu.training.objectives.autoencoders import AutoencoderKLLoss
+from keifu.training.objectives.diffusion import TIMESTEP, DiffusionLoss, NoisedBatches, draw_noise
 from keifu.training.step import split
 
 NOISES = [
@@ -24,8 +23,8 @@ NOISES = [
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_a_batch_may_be_split_anywhere(noise: Noise) -> None:
-    model, loss = Toy(noise, n_classes=3), DenoisingLoss(noise, "min_snr", label_dropout=0.3)
-    batch = WithDraws(Batches(labels=True), seed=5).batch(17)
+    model, loss = Toy(noise, n_classes=3), DiffusionLoss(noise, "min_snr", label_dropout=0.3)
+    batch = NoisedBatches(Batches(labels=True), seed=5).batch(17)
     whole = loss(model, batch)
     for rows in (1, 3, 8):
         parts = [loss(model, part) for part in split(batch, rows)]
@@ -37,8 +36,8 @@ def test_a_batch_may_be_split_anywhere(noise: Noise) -> None:
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_the_loss_is_what_its_definition_gives(noise: Noise) -> None:
-    model, loss = Toy(noise).requires_grad_(False), DenoisingLoss(noise, "p2", bound_weight=0.0)
-    batch = WithDraws(Batches(), seed=1).batch(3)
+    model, loss = Toy(noise).requires_grad_(False), DiffusionLoss(noise, "p2", bound_weight=0.0)
+    batch = NoisedBatches(Batches(), seed=1).batch(3)
     expected = 0.0
     for row, seed in enumerate(batch["draws"]):
         t = int(float(uniform(seed[None], torch.tensor([TIMESTEP]))) * 20)
@@ -52,15 +51,15 @@ def test_the_loss_is_what_its_definition_gives(noise: Noise) -> None:
 
 
 def test_draws_depend_on_the_seed_the_step_and_the_row_alone() -> None:
-    data = WithDraws(Batches(), seed=5)
+    data = NoisedBatches(Batches(), seed=5)
     assert torch.equal(data.batch(3)["draws"], data.batch(3)["draws"])
-    others = [data.batch(4), WithDraws(Batches(), seed=6).batch(3)]
+    others = [data.batch(4), NoisedBatches(Batches(), seed=6).batch(3)]
     every = torch.cat([data.batch(3)["draws"], *(each["draws"] for each in others)])
     assert len(every.unique()) == len(every)
     held = [batch["draws"] for batch in data.validation()]
     assert len(torch.cat(held).unique()) == 16 and torch.equal(held[0], next(data.validation())["draws"])
-    assert data.fingerprint != WithDraws(Batches(), seed=6).fingerprint
-    timesteps = uniform(draws(0, 0, 4000), torch.full((4000,), TIMESTEP))
+    assert data.fingerprint != NoisedBatches(Batches(), seed=6).fingerprint
+    timesteps = uniform(draw_noise(0, 0, 4000), torch.full((4000,), TIMESTEP))
     assert abs(float(timesteps.mean()) - 0.5) < 0.02
 
 
@@ -68,23 +67,23 @@ def test_labels_are_left_out_at_the_rate_asked_for() -> None:
     noise = Noise(steps=20)
     model, seen = Toy(noise, n_classes=3), []
     model.label.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    batch = {"pictures": greys(400), "draws": draws(0, 0, 400), "labels": torch.arange(400) % 3}
-    DenoisingLoss(noise, label_dropout=0.25)(model, batch)
+    batch = {"pictures": greys(400), "draws": draw_noise(0, 0, 400), "labels": torch.arange(400) % 3}
+    DiffusionLoss(noise, label_dropout=0.25)(model, batch)
     assert 0.18 < float((seen[0] == 3).float().mean()) < 0.32
-    DenoisingLoss(noise)(model, batch)
+    DiffusionLoss(noise)(model, batch)
     assert torch.equal(seen[1], batch["labels"])
-    DenoisingLoss(noise)(model, batch | {"labels": torch.full((400,), -1)})
+    DiffusionLoss(noise)(model, batch | {"labels": torch.full((400,), -1)})
     assert (seen[2] == 3).all()
 
 
 def test_the_bound_teaches_the_variance_alone() -> None:
     """With the bound, the gradient of the prediction's own half is that of the plain loss."""
     noise = Noise("cosine", 20, variance="learned_range")
-    model, batch = Toy(noise), WithDraws(Batches(), seed=1).batch(0)
+    model, batch = Toy(noise), NoisedBatches(Batches(), seed=1).batch(0)
     gradients = []
     for weight in (0.0, 0.001):
         model.zero_grad()
-        DenoisingLoss(noise, bound_weight=weight)(model, batch).total.backward()
+        DiffusionLoss(noise, bound_weight=weight)(model, batch).total.backward()
         gradients.append(model.mix.weight.grad.clone())
     assert torch.equal(gradients[0][:2], gradients[1][:2])
     assert gradients[0][2:].abs().max() == 0 < gradients[1][2:].abs().max()
@@ -93,11 +92,11 @@ def test_the_bound_teaches_the_variance_alone() -> None:
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_the_bound_is_that_of_an_independent_computation(variance, clip) -> None:
-    from keifu.evaluation.likelihood import bound
+    from keifu.evaluation.images.generative import bound
 
     noise = Noise("linear", 12, 1e-3, 0.4, variance=variance, clip=clip)
     model = Toy(noise).double()
-    pictures, seeds = greys(3).double() / 127.5 - 1, draws(0, -1, 3)
+    pictures, seeds = greys(3).double() / 127.5 - 1, draw_noise(0, -1, 3)
     found = bound(model, noise, pictures, seeds)
     beta = np.linspace(1e-3, 0.4, 12).astype(np.float32).astype(float)
     left = np.cumprod(1 - beta)
@@ -149,8 +148,8 @@ class TinyAutoencoder:
 
 def test_the_loss_of_an_autoencoder_is_written_out():
     pictures = torch.randint(0, 256, (3, 1, 4, 6), dtype=torch.uint8)
-    batch = {"pictures": pictures, "draws": draws(0, 0, 3)}
-    found = KLAutoencoding(kl_weight=0.3, edges=0.7)(TinyAutoencoder(), batch)
+    batch = {"pictures": pictures, "draws": draw_noise(0, 0, 3)}
+    found = AutoencoderKLLoss(kl_weight=0.3, edges=0.7)(TinyAutoencoder(), batch)
     x = pictures.double() / 127.5 - 1
     latents = 2 * torch.nn.functional.avg_pool2d(x, 2)
     noisy = latents + math.exp(-1) * normal(batch["draws"], latents.shape[1:]).double()
@@ -160,6 +159,6 @@ def test_the_loss_of_an_autoencoder_is_written_out():
     kl = 0.5 * (latents.square() + math.exp(-2) + 2 - 1).sum((1, 2, 3)) / 24
     expected = (x - y).abs().mean((1, 2, 3)) + (x - y).square().mean((1, 2, 3)) + 0.7 * edges + 0.3 * kl
     assert torch.allclose(found.total.double(), expected.sum(), rtol=1e-5)
-    parts = [KLAutoencoding(0.3, 0.7)(TinyAutoencoder(), {n: t[rows] for n, t in batch.items()}) for rows in
+    parts = [AutoencoderKLLoss(0.3, 0.7)(TinyAutoencoder(), {n: t[rows] for n, t in batch.items()}) for rows in
              (slice(0, 2), slice(2, 3))]  # fmt: skip
     assert torch.allclose(parts[0].total + parts[1].total, found.total, rtol=1e-5)

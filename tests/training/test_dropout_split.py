@@ -10,21 +10,26 @@ from torch import Tensor, nn
 from training_toys import Sequences, objective, run, settings, toy
 
 from keifu.alignment.dpo import dpo
-from keifu.alignment.reward import ranking
-from keifu.checkpoints.adapters import adapt, low
+from keifu.alignment.reward_model import ranking_loss
+from keifu.checkpoints.lora.peft import adapt, lora_config
+from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.dropout import Dropout
-from keifu.layers.noise import Noise
-from keifu.models import bert, ddpm, finetuned, gpt1, gpt2, gpt3, llama, mlp, palm, seq2seq, transformer
-from keifu.training import state
-from keifu.training.diffusion import DenoisingLoss, draws
-from keifu.training.finetuning import finetuning
+from keifu.models import bert, gpt1, gpt2, gpt3, llama, mlp, palm, seq2seq, task_head, transformer
+from keifu.models.diffusion import ddpm
 from keifu.training.loop import train
-from keifu.training.masked import masked
-from keifu.training.objectives import causal, classification, translation
-from keifu.training.optimisers import Optimisers
-from keifu.training.protocols import Batch, Objective, Outcome
+from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
+from keifu.training.objectives.language_modeling import (
+    causal_language_modeling,
+    classification,
+    finetuning_loss,
+    masked_language_modeling,
+    translation,
+)
+from keifu.training.optim.optimizers import Optimizers
+from keifu.training.protocols import Batch, LossOutput, Objective
+from keifu.training.run import checkpoint
 from keifu.training.settings import Settings
-from keifu.training.step import Stepper
+from keifu.training.step import TrainStep
 
 CPU = torch.device("cpu")
 ROWS, VOCAB = 8, 23
@@ -86,15 +91,17 @@ def ranked() -> Batch:
 
 
 def pictures() -> Batch:
-    return {"pictures": torch.randn(ROWS, 1, 8, 8), "draws": draws(0, 4, ROWS)}
+    return {"pictures": torch.randn(ROWS, 1, 8, 8), "draws": draw_noise(0, 4, ROWS)}
 
 
 def points() -> Batch:
     return {"x": torch.randn(ROWS, 2), "targets": torch.randint(0, 2, (ROWS,))}
 
 
-def of_points(model: nn.Module, batch: Batch) -> Outcome:
-    return Outcome(nn.functional.cross_entropy(model(batch["x"]), batch["targets"], reduction="sum"), len(batch["x"]))
+def of_points(model: nn.Module, batch: Batch) -> LossOutput:
+    return LossOutput(
+        nn.functional.cross_entropy(model(batch["x"]), batch["targets"], reduction="sum"), len(batch["x"])
+    )
 
 
 def begun(model: nn.Module) -> nn.Module:
@@ -107,30 +114,34 @@ def begun(model: nn.Module) -> nn.Module:
 
 def adapted() -> nn.Module:
     model = llama.build(llama.Config(**SMALL | {"dropout": 0.0}, n_kv_heads=1))
-    return begun(adapt(model, ("q_proj", "v_proj", "down_proj"), low(2, 4.0, dropout=0.4)))
+    return begun(adapt(model, ("q_proj", "v_proj", "down_proj"), lora_config(2, 4.0, dropout=0.4)))
 
 
 def tuned(form: str, *labels: str) -> Callable[[], nn.Module]:
     decoder = gpt1.Config(**SMALL)
-    config = finetuned.Config(decoder, form, labels, 1, 2, 3, classifier_dropout=0.3)
-    return lambda: finetuned.builder(gpt1.build)(config)
+    config = task_head.Config(decoder, form, labels, 1, 2, 3, classifier_dropout=0.3)
+    return lambda: task_head.builder(gpt1.build)(config)
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Objective, Callable[[], Batch]]] = {
-    "bert": (lambda: bert.build(bert.Config(**SMALL)), masked, hidden_words),
+    "bert": (lambda: bert.build(bert.Config(**SMALL)), masked_language_modeling, hidden_words),
     "classifier": (lambda: bert.build(bert.Config(**SMALL, labels=("a", "b", "c"))), classification, labelled),
     "transformer": (lambda: transformer.build(transformer.Config(**SMALL, attention_dropout=0.2)), translation, pairs),
     "seq2seq": (lambda: seq2seq.build(seq2seq.Config(**RECURRENT)), translation, pairs),
-    "gpt1": (lambda: gpt1.build(gpt1.Config(**SMALL)), causal, words),
-    "gpt1-finetune": (tuned("choice"), finetuning, choices),
-    "gpt2": (lambda: gpt2.build(gpt2.Config(**SMALL)), causal, words),
-    "gpt3": (lambda: gpt3.build(gpt3.Config(**SMALL, band=4)), causal, words),
-    "palm": (lambda: palm.build(palm.Config(**SMALL)), causal, words),
-    "mistral": (lambda: llama.build(llama.Config(**SMALL, n_kv_heads=1, sliding_window=5)), causal, words),
-    "reward": (tuned("score", "reward"), ranking, ranked),
+    "gpt1": (lambda: gpt1.build(gpt1.Config(**SMALL)), causal_language_modeling, words),
+    "gpt1-finetune": (tuned("choice"), finetuning_loss, choices),
+    "gpt2": (lambda: gpt2.build(gpt2.Config(**SMALL)), causal_language_modeling, words),
+    "gpt3": (lambda: gpt3.build(gpt3.Config(**SMALL, band=4)), causal_language_modeling, words),
+    "palm": (lambda: palm.build(palm.Config(**SMALL)), causal_language_modeling, words),
+    "mistral": (
+        lambda: llama.build(llama.Config(**SMALL, n_kv_heads=1, sliding_window=5)),
+        causal_language_modeling,
+        words,
+    ),
+    "reward": (tuned("score", "reward"), ranking_loss, ranked),
     "dpo": (lambda: gpt2.build(gpt2.Config(**SMALL)), dpo("dpo", 0.1), answers),
-    "ddpm": (lambda: begun(ddpm.build(ddpm.Config(**UNET))), DenoisingLoss(Noise()), pictures),
-    "lora": (adapted, causal, words),
+    "ddpm": (lambda: begun(ddpm.build(ddpm.Config(**UNET))), DiffusionLoss(Noise()), pictures),
+    "lora": (adapted, causal_language_modeling, words),
     "mlp": (lambda: mlp.build(mlp.Config(dim=2, hidden_dims=(8, 8), n_outputs=2, dropout=0.3)), of_points, points),
 }
 
@@ -141,8 +152,8 @@ def gradients(name: str, micro_batch: int, step: int = 5) -> tuple[float, dict[s
     model = build().train()
     torch.manual_seed(2)
     batch = data()
-    optimisers = Optimisers(model, Settings())
-    stepper = Stepper(model, aim, aim, optimisers, CPU, torch.float32, micro_batch, 0.0, 3)
+    optimisers = Optimizers(model, Settings())
+    stepper = TrainStep(model, aim, aim, optimisers, CPU, torch.float32, micro_batch, 0.0, 3)
     found = stepper.gradient(step, batch, lambda: False)
     assert found is not None
     return found.sums.means()["loss"], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -178,15 +189,15 @@ def test_rows_that_are_shorter_and_stay_together_have_the_same_masks() -> None:
     found = []
     for elements in (None, 26):
         model, batch = toy(), Sequences().batch(0)
-        optimisers = Optimisers(model, settings())
-        stepper = Stepper(model, objective, objective, optimisers, CPU, torch.float32, 1, 0.0, 3, elements)
+        optimisers = Optimizers(model, settings())
+        stepper = TrainStep(model, objective, objective, optimisers, CPU, torch.float32, 1, 0.0, 3, elements)
         found.append(stepper.gradient(0, batch, lambda: False).sums.means()["loss"])
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def test_after_a_step_nothing_is_left_that_dropout_draws_from(tmp_path) -> None:
     model = toy()
-    stepper = Stepper(model, objective, objective, Optimisers(model, settings()), CPU, torch.float32, 4, 0.0, 3)
+    stepper = TrainStep(model, objective, objective, Optimizers(model, settings()), CPU, torch.float32, 4, 0.0, 3)
     for stop in (False, True):
         stepper.gradient(0, Sequences().batch(0), lambda stop=stop: stop)
         assert stepper.dropout.table is None
@@ -200,7 +211,7 @@ def test_a_model_is_not_compiled_anew_at_each_step() -> None:
     build, aim, data = CASES["gpt2"]
     model, batch, losses = build().train(), data(), {}
     for name, running in (("plain", aim), ("compiled", torch.compile(aim, backend="aot_eager"))):
-        stepper = Stepper(model, running, aim, Optimisers(model, Settings()), CPU, torch.float32, 4, 0.0, 3)
+        stepper = TrainStep(model, running, aim, Optimizers(model, Settings()), CPU, torch.float32, 4, 0.0, 3)
         with torch._dynamo.config.patch(error_on_recompile=True):
             found = [stepper.gradient(step, batch, lambda: False) for step in range(3)]
         losses[name] = [each.sums.means()["loss"] for each in found if each]
@@ -212,13 +223,13 @@ def test_a_run_whose_state_does_not_say_how_dropout_was_drawn_goes_on(tmp_path, 
     train(toy(), objective, Sequences(), settings(steps=3), out)
     train(toy(), objective, Sequences(), settings(steps=3), run(tmp_path / "run", resume=True))
     assert "Dropout is drawn" not in capsys.readouterr().err
-    real_read = state.read
+    real_read = checkpoint.read
 
     def older(directory, step):
         found = real_read(directory, step)
         del found.facts["resolved"]["dropout"]
         return found
 
-    monkeypatch.setattr(state, "read", older)
+    monkeypatch.setattr(checkpoint, "read", older)
     train(toy(), objective, Sequences(), settings(steps=3), run(tmp_path / "run", resume=True))
     assert "Dropout is drawn in another way" in capsys.readouterr().err

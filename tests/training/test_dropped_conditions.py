@@ -9,11 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from keifu.data.images import signed
-from keifu.layers.noise import Noise
-from keifu.training.diffusion import DenoisingLoss, WithDraws, draws
-from keifu.training.embedding_diffusion import DecoderLoss, PriorLoss, UnclipLoss, UpsamplerLoss
-from keifu.training.text_diffusion import Encoded, InLatents, TextDenoisingLoss
+from keifu.data.images.io import to_signed
+from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.training.objectives.diffusion import (
+    DiffusionLoss,
+    EncodedImages,
+    LatentBatches,
+    NoisedBatches,
+    TextDiffusionLoss,
+    draw_noise,
+)
+from keifu.training.objectives.unclip import DecoderLoss, PriorLoss, UnclipLoss, UpsamplerLoss
 
 ROWS, LENGTH, SIDE, CROP = 3000, 3, 12, 8
 NOISE = Noise("cosine", 50, target="velocity")
@@ -80,7 +86,7 @@ def batch(rows: int = ROWS, step: int = 0) -> dict[str, Tensor]:
     return {
         "pictures": picture.byte().expand(rows, 3, SIDE, SIDE), "embeddings": 1.0 + number[:, None].expand(rows, 4) % 7,
         "tokens": number[:, None].expand(rows, LENGTH) % 7, "real": number[:, None].expand(rows, LENGTH) % 2 == 0,
-        "draws": draws(1, step, rows),
+        "draws": draw_noise(1, step, rows),
     }  # fmt: skip
 
 
@@ -129,7 +135,7 @@ def test_each_part_of_unclip_has_noise_of_its_own_and_sees_its_own_size(likely: 
 def test_squares_of_the_upsampler_are_everywhere_and_beside_the_same_place(likely: Likely) -> None:
     model, given = Recording(), batch()
     objective = loss()
-    whole = signed(given["pictures"])
+    whole = to_signed(given["pictures"])
     small = torch.nn.functional.interpolate(whole, (4, 4), mode="bicubic", antialias=True).clamp(-1, 1)
     cut = objective._cut(whole, small, given["draws"])
     squares, beside = cut["pictures"], cut["small"]
@@ -152,11 +158,11 @@ def test_squares_of_the_upsampler_are_everywhere_and_beside_the_same_place(likel
 
 def test_what_latent_diffusion_is_told_and_how_often_not(likely: Likely) -> None:
     empty = torch.tensor([70, 71, 72])
-    given = {"pictures": torch.randn(ROWS, 2, 2, 2), "draws": draws(1, 0, ROWS)}
+    given = {"pictures": torch.randn(ROWS, 2, 2, 2), "draws": draw_noise(1, 0, ROWS)}
     given["tokens"] = torch.arange(ROWS)[:, None].expand(ROWS, LENGTH) % 7
     for share in (0.1, 0.35):
         model = Recording()
-        TextDenoisingLoss(NOISE, "simple", None, share, empty=empty)(model, given)
+        TextDiffusionLoss(NOISE, "simple", None, share, empty=empty)(model, given)
         told = model.given["draw"].told / 10  # projected
         gone = (told == empty).all(1)
         assert torch.equal(told[~gone], given["tokens"][~gone].float()) and likely(int(gone.sum()), ROWS, share)
@@ -164,15 +170,15 @@ def test_what_latent_diffusion_is_told_and_how_often_not(likely: Likely) -> None
             inside = model.given["draw"].timestep // 25 == quarter
             assert likely(int(inside.sum()), ROWS, 0.5)
             assert likely(int((inside & gone).sum()), ROWS, share / 2)
-    TextDenoisingLoss(NOISE, "simple", None, 0.0, empty=empty)(model, given)
+    TextDiffusionLoss(NOISE, "simple", None, 0.0, empty=empty)(model, given)
     assert not (model.given["draw"].told / 10 == empty).all(1).any()
 
 
 def test_labels_that_are_left_out_are_the_null_class(likely: Likely) -> None:
-    given = {"pictures": torch.zeros(ROWS, 1, 2, 2), "draws": draws(1, 0, ROWS), "labels": torch.arange(ROWS) % 3}
+    given = {"pictures": torch.zeros(ROWS, 1, 2, 2), "draws": draw_noise(1, 0, ROWS), "labels": torch.arange(ROWS) % 3}
     given["labels"][::6] = -1
     model = Recording()
-    DenoisingLoss(NOISE, label_dropout=0.15)(model, given)
+    DiffusionLoss(NOISE, label_dropout=0.15)(model, given)
     told, known = model.given["draw"].told, given["labels"] >= 0
     assert (told[~known] == 3).all()
     gone = told[known] == 3
@@ -194,8 +200,8 @@ class Fixed:
 
 def test_draws_change_with_step_and_row_and_stay_for_what_is_held_out() -> None:
     mean, deviation = torch.tensor([0.0, 50.0])[:, None, None, None], torch.tensor([1.0, 2.0])[:, None, None, None]
-    training, held = Encoded(mean, deviation), Encoded(mean + 1000, deviation)
-    data = InLatents(WithDraws(Fixed(), 3), training, held)
+    training, held = EncodedImages(mean, deviation), EncodedImages(mean + 1000, deviation)
+    data = LatentBatches(NoisedBatches(Fixed(), 3), training, held)
     first, again, second = data.batch(0), data.batch(0), data.batch(1)
     assert torch.equal(first["pictures"], again["pictures"]) and torch.equal(first["draws"], again["draws"])
     assert len({*first["draws"].tolist(), *second["draws"].tolist()}) == 400
@@ -211,7 +217,11 @@ def test_draws_change_with_step_and_row_and_stay_for_what_is_held_out() -> None:
 @pytest.mark.parametrize("step", [0, 3])
 def test_timesteps_are_drawn_evenly(step: int, likely: Likely) -> None:
     model = Recording()
-    given = {"pictures": torch.zeros(ROWS, 1, 2, 2), "draws": draws(1, step, ROWS), "labels": torch.zeros(ROWS).long()}
-    DenoisingLoss(NOISE)(model, given)
+    given = {
+        "pictures": torch.zeros(ROWS, 1, 2, 2),
+        "draws": draw_noise(1, step, ROWS),
+        "labels": torch.zeros(ROWS).long(),
+    }
+    DiffusionLoss(NOISE)(model, given)
     for number in (0, 1, 24, 49):
         assert likely(int((model.given["draw"].timestep == number).sum()), ROWS, 1 / 50)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from training_toys import Sequences, Toy, objective, run, settings, toy, weights
 
 from keifu.errors import UserError
-from keifu.training import guards, machine, metrics, state
+from keifu.training.hardware import cost, failures
 from keifu.training.loop import train
+from keifu.training.run import checkpoint, metrics
 
 
 class Exploding(nn.Module):
@@ -52,32 +53,32 @@ def exploding(kind: str) -> Toy:
 )
 def test_what_is_not_finite_stops_the_run_and_names_the_layer(tmp_path: Path, kind: str, said: str) -> None:
     model = exploding(kind)
-    with pytest.raises(guards.NotFinite, match=said) as error:
+    with pytest.raises(failures.NotFinite, match=said) as error:
         train(model, objective, Sequences(), settings(micro_batch=4), run(tmp_path))
-    step = state.steps(tmp_path)[-1]
+    step = checkpoint.steps(tmp_path)[-1]
     assert f"Stopped after step {step}, whose state is saved" in str(error.value)
     assert "To go on: train again with Run" in str(error.value)
     assert 0 < step < 12 and all(tensor.isfinite().all() for tensor in weights(model).values())
-    saved = state.latest(tmp_path)[0].tensors
+    saved = checkpoint.latest(tmp_path)[0].tensors
     assert all(torch.equal(saved[f"model.{name}"], tensor) for name, tensor in weights(model).items())
 
 
 def test_a_loss_that_is_not_finite_by_itself_is_called_so() -> None:
     model, batch = toy(), Sequences().batch(0)
-    text = guards.first_not_finite(model, lambda: objective(model, batch).total * float("inf"))
+    text = failures.first_not_finite(model, lambda: objective(model, batch).total * float("inf"))
     assert text.startswith("the loss is the first number that is not finite")
 
 
 def test_a_weight_that_is_not_finite_is_named_first() -> None:
     model, batch = toy(), Sequences().batch(0)
     model.norm.weight.data[3] = float("nan")
-    text = guards.first_not_finite(model, lambda: objective(model, batch).total)
+    text = failures.first_not_finite(model, lambda: objective(model, batch).total)
     assert text == "norm.weight itself holds 1 NaN of 8 values"
 
 
 def test_a_sound_step_is_not_accused() -> None:
     model, batch = toy(), Sequences().batch(0)
-    assert guards.first_not_finite(model, lambda: objective(model, batch).total) == guards.NOT_AGAIN
+    assert failures.first_not_finite(model, lambda: objective(model, batch).total) == failures.NOT_AGAIN
 
 
 MESSAGES = [
@@ -107,25 +108,28 @@ def test_out_of_memory_says_how_much_and_what_to_turn(tmp_path: Path, error: Exc
             raise error
         return objective(model, batch)
 
-    with pytest.raises(guards.OutOfMemory, match=said) as caught:
+    with pytest.raises(failures.OutOfMemory, match=said) as caught:
         train(toy(), hungry, Sequences(), settings(), run(tmp_path))
-    step = state.steps(tmp_path)[-1]
+    step = checkpoint.steps(tmp_path)[-1]
     assert f"Stopped after step {step}, whose state is saved" in str(caught.value) and step > 0
     assert "lower micro_batch" in str(caught.value)
 
 
 def test_the_real_allocator_is_understood() -> None:
-    with pytest.raises(guards.OutOfMemory, match="TB more were asked for; buy some"), guards.memory("buy some"):
+    with (
+        pytest.raises(failures.OutOfMemory, match="TB more were asked for; buy some"),
+        failures.explain_out_of_memory("buy some"),
+    ):
         torch.empty(2**50, dtype=torch.uint8)
 
 
 def test_another_error_is_left_as_it_is() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), guards.memory("nothing"):
+    with pytest.raises(RuntimeError, match="shapes"), failures.explain_out_of_memory("nothing"):
         raise RuntimeError("shapes do not fit")
 
 
 def test_what_cannot_fit_is_said_before_the_start(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(machine, "available", lambda device: 5000)
+    monkeypatch.setattr(cost, "available", lambda device: 5000)
     with pytest.raises(UserError, match=r"does not fit: one row .* needs about [\d.]+ kB .* 5 kB are free; lower"):
         train(toy(), objective, Sequences(), settings(), run(tmp_path))
 
@@ -153,7 +157,7 @@ def test_a_full_disk_stops_no_run_and_the_last_state_stays(tmp_path: Path, monke
             return super().batch(step)
 
     summary = train(toy(), objective, Filling(), settings(), run(tmp_path))
-    assert summary.steps == 12 and state.steps(tmp_path) == [9, 12]
+    assert summary.steps == 12 and checkpoint.steps(tmp_path) == [9, 12]
     assert "The state of step 6 was not saved: The disk is full" in capsys.readouterr().err
 
 
@@ -166,7 +170,7 @@ def test_an_error_of_the_data_is_raised_after_the_state_is_saved(tmp_path: Path)
 
     with pytest.raises(RuntimeError, match="the shard is gone") as caught:
         train(toy(), objective, Broken(), settings(), run(tmp_path))
-    assert state.steps(tmp_path)[-1] == 8
+    assert checkpoint.steps(tmp_path)[-1] == 8
     assert "To go on: train again with Run" in caught.value.__notes__[0]
 
 
@@ -182,7 +186,7 @@ def test_a_full_disk_at_the_end_keeps_the_state_before(tmp_path: Path, monkeypat
 
     with pytest.raises(UserError, match="The disk is full: .*step-00000012.safetensors was not written"):
         train(toy(), objective, Filling(), settings(), run(tmp_path))
-    assert state.latest(tmp_path)[0].step == 9
+    assert checkpoint.latest(tmp_path)[0].step == 9
     assert not list((tmp_path / "state").glob(".*"))
     room.append(True)
     assert train(toy(), objective, Sequences(), settings(), run(tmp_path, resume=True)).steps == 12
@@ -192,9 +196,9 @@ def test_a_full_disk_told_by_safetensors_is_the_same(tmp_path: Path, monkeypatch
     def save_file(tensors: dict, path: Path) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(state, "save_file", save_file)
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
     with pytest.raises(UserError, match="The disk is full: .*step-00000001.safetensors was not written"):
-        state.save(tmp_path, 1, state.of_model(toy()), {}, keep=1)
+        checkpoint.save(tmp_path, 1, checkpoint.model_tensors(toy()), {}, keep=1)
 
 
 def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
@@ -222,7 +226,7 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
 
 
 def test_divergence_is_said_once_and_only_when_the_loss_is_far_above() -> None:
-    watch = guards.Divergence()
+    watch = failures.Divergence()
     assert [watch.watch(3.0 + 0.1 * (i % 3)) for i in range(20)] == [None] * 20
     warning = watch.watch(9.0)
     assert warning and "The loss is 9, far above its running mean of 3.09" in warning
@@ -232,25 +236,25 @@ def test_divergence_is_said_once_and_only_when_the_loss_is_far_above() -> None:
 
 
 def test_a_falling_loss_and_the_first_readings_raise_no_alarm() -> None:
-    watch = guards.Divergence()
+    watch = failures.Divergence()
     assert [watch.watch(10 * 0.9**i) for i in range(60)] == [None] * 60
-    assert [guards.Divergence().watch(1e6)] == [None]
+    assert [failures.Divergence().watch(1e6)] == [None]
 
 
 def test_memory_is_read_within_the_limits_of_the_container(tmp_path: Path) -> None:
-    assert machine.container(tmp_path) == []
+    assert cost.container(tmp_path) == []
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("700\n")
-    assert machine.container(tmp_path) == []
+    assert cost.container(tmp_path) == []
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 200\n")
-    assert machine.container(tmp_path) == [500]
+    assert cost.container(tmp_path) == [500]
     old = tmp_path / "memory"
     old.mkdir()
     (old / "memory.limit_in_bytes").write_text("400")
     (old / "memory.usage_in_bytes").write_text("900")
-    assert machine.container(tmp_path) == [500, 0]
-    assert 0 < machine.available(torch.device("cpu")) < 2**50
+    assert cost.container(tmp_path) == [500, 0]
+    assert 0 < cost.available_memory(torch.device("cpu")) < 2**50
 
 
 @pytest.fixture
@@ -270,11 +274,11 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("resource", "fcntl", "termios", "pwd", "readline"):
         monkeypatch.setitem(sys.modules, name, None)
     for name in ("PROC", "GROUPS"):
-        monkeypatch.setattr(machine, name, Path("nothing-of-the-kind"))
+        monkeypatch.setattr(cost, name, Path("nothing-of-the-kind"))
 
 
 def test_memory_is_known_where_there_is_no_sysconf(windows: None) -> None:
-    assert machine.available(torch.device("cpu")) == 2**33
+    assert cost.available_memory(torch.device("cpu")) == 2**33
 
 
 def test_a_run_needs_nothing_that_windows_lacks(windows: None, tmp_path: Path) -> None:

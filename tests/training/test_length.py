@@ -8,9 +8,10 @@ import torch
 from training_toys import Sequences, objective, run, settings, toy
 
 from keifu.errors import UserError
-from keifu.training import folder, metrics, state
 from keifu.training.length import Change, Length
 from keifu.training.loop import Summary, train
+from keifu.training.run import checkpoint, metrics
+from keifu.training.run import directory as run_directory
 from keifu.training.settings import Settings
 
 COSINE = Settings(steps=100, warmup=10, final_ratio=0.1)
@@ -71,22 +72,22 @@ def test_extended_then_stopped_and_resumed_is_bitwise_extended(tmp_path: Path, c
     said = capsys.readouterr().err
     assert "The run is made longer, from 12 to 20 steps. Its warm-up of 3 stays" in said and "over 3 updates" in said
     go(tmp_path / "twice", 20)
-    state.remove(tmp_path / "twice", 20)  # as if it had been killed behind step 18
+    checkpoint.remove(tmp_path / "twice", 20)  # as if it had been killed behind step 18
     assert go(tmp_path / "twice", 12, seed=4).steps == 20  # the settings that it was begun with keep its length
-    once, twice = (state.latest(tmp_path / name)[0] for name in ("once", "twice"))
+    once, twice = (checkpoint.latest(tmp_path / name)[0] for name in ("once", "twice"))
     assert once.facts["length"] == twice.facts["length"] == [{"at": 12, "steps": 20, "over": 3}]
     assert once.tensors.keys() == twice.tensors.keys()
     assert all(torch.equal(once.tensors[name], twice.tensors[name]) for name in once.tensors)
     rates = [line["learning_rate"] for line in metrics.read(tmp_path / "once") if "learning_rate" in line]
     assert rates[5] == 0 < rates[6] and rates[-1] == 0
-    assert folder.read_recipe(tmp_path / "once")["settings"]["steps"] == 12
+    assert run_directory.read_recipe(tmp_path / "once")["settings"]["steps"] == 12
 
 
 def test_what_recipe_json_asks_for_is_the_length(tmp_path: Path) -> None:
     go(tmp_path, 12, resume=False)
-    folder.record(tmp_path, "toy", {}, steps=15)
+    run_directory.record(tmp_path, "toy", {}, steps=15)
     assert go(tmp_path, 12).steps == 15
-    assert go(tmp_path, 18).steps == 18 and folder.recorded(tmp_path)["steps"] == 18
-    folder.record(tmp_path, "toy", {}, steps=17)
+    assert go(tmp_path, 18).steps == 18 and run_directory.recorded(tmp_path)["steps"] == 18
+    run_directory.record(tmp_path, "toy", {}, steps=17)
     with pytest.raises(UserError, match="18 steps are done"):
         go(tmp_path, 12)

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from keifu.models import bert
-from keifu.training.masked import masked
-from keifu.training.optimisers import Optimisers
+from keifu.training.objectives.language_modeling import masked_language_modeling
+from keifu.training.optim.optimizers import Optimizers
 from keifu.training.protocols import Batch
 from keifu.training.settings import Settings
-from keifu.training.step import Stepper, Sums
+from keifu.training.step import Sums, TrainStep
 
 CPU = torch.device("cpu")
 CONFIG = bert.Config(23, 12, 16, 24, 2, 4, dropout=0.0)
@@ -49,10 +49,12 @@ def written_out(model: bert.Bert, given: Batch) -> dict[str, float]:
 @pytest.mark.parametrize("pairs", [True, False])
 def test_the_loss_is_the_sum_of_two_means(pairs: bool) -> None:
     model, given = bert.build(CONFIG).eval(), batch(pairs=pairs)
-    outcome = masked(model, given)
+    outcome = masked_language_modeling(model, given)
     assert float(outcome.weight) == float(given["mask"].sum())
     assert Sums.of(outcome).means() == pytest.approx(written_out(model, given), rel=1e-4)
-    assert "word_accuracy" not in masked(model.train(), given).figures  # it would cost the logits again
+    assert (
+        "word_accuracy" not in masked_language_modeling(model.train(), given).figures
+    )  # it would cost the logits again
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4, 6])
@@ -62,10 +64,10 @@ def test_a_split_changes_neither_loss_nor_gradient(micro: int) -> None:
     def gradients(rows: int) -> tuple[dict[str, float], dict[str, Any]]:
         torch.manual_seed(3)
         model = bert.build(CONFIG).train()
-        optimisers = Optimisers(model, Settings())
-        found = Stepper(model, masked, masked, optimisers, CPU, torch.float32, rows, 0.0, 0).gradient(
-            0, given, lambda: False
-        )
+        optimisers = Optimizers(model, Settings())
+        found = TrainStep(
+            model, masked_language_modeling, masked_language_modeling, optimisers, CPU, torch.float32, rows, 0.0, 0
+        ).gradient(0, given, lambda: False)
         assert found is not None
         return found.sums.means(), {name: p.grad for name, p in model.named_parameters()}
 

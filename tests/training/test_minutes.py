@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from training_toys import Sequences, objective, run, settings, toy, weights
 
-from keifu.training import metrics, pace, state
+from keifu.training import pace
 from keifu.training.loop import Summary, train
-from keifu.training.optimisers import Optimisers
+from keifu.training.optim.optimizers import Optimizers
 from keifu.training.pace import Budget, Pace, Plan
 from keifu.training.protocols import Batch
+from keifu.training.run import checkpoint, metrics
 
 
 class Clock:
@@ -85,17 +86,17 @@ def test_the_minutes_are_kept_where_the_pace_changes_or_validations_take_long(
 def test_stopped_and_resumed_with_the_plan_of_its_state_it_has_the_same_bits(clock: Clock, tmp_path: Path) -> None:
     _, whole = go(tmp_path / "whole", Slowing(clock, 30, 2.0))
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    for step in state.steps(tmp_path / "again")[2:]:
-        state.remove(tmp_path / "again", step)
+    for step in checkpoint.steps(tmp_path / "again")[2:]:
+        checkpoint.remove(tmp_path / "again", step)
     facts = json.loads((tmp_path / "again/state/step-00000050.json").read_text())
     assert facts["plan"]["steps"] < 100 and facts["passed"] == pytest.approx(70, abs=3)
     _, again = go(tmp_path / "again", Slowing(clock, 0, 1e-3), resume=True)  # nearly no time passes: the plan stays
-    assert state.steps(tmp_path / "whole") == state.steps(tmp_path / "again")
+    assert checkpoint.steps(tmp_path / "whole") == checkpoint.steps(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(again).values(), strict=True))
 
 
 def test_a_changed_plan_goes_on_evenly_to_the_end_of_the_schedule() -> None:
-    optimisers = Optimisers(toy(), settings(steps=100, schedule="linear", warmup=0, final_ratio=0.0))
+    optimisers = Optimizers(toy(), settings(steps=100, schedule="linear", warmup=0, final_ratio=0.0))
     plan = Plan(100, 100)
     assert [plan.ahead(step) for step in range(100)] == [0.0] * 100
     changed = plan.changed(40, 60)

@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from training_toys import Sequences, objective, run, settings, toy
 
-from keifu.training import state
-from keifu.training.averaging import MovingAverage
 from keifu.training.loop import train
+from keifu.training.optim.weight_averaging import MovingAverage
+from keifu.training.run import checkpoint
 
 
 def test_the_average_is_its_formula() -> None:
@@ -37,7 +37,7 @@ def test_a_resumed_run_ends_with_the_same_average(tmp_path: Path) -> None:
 
         train(model, objective, Sequences(), chosen, run(tmp_path / name, resume=resume), save=save)
         own = {f"own.{name}": tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        found = state.latest(tmp_path / name)[0].tensors
+        found = checkpoint.latest(tmp_path / name)[0].tensors
         return {**found, **own, **load_file(tmp_path / name / "model.safetensors")}
 
     whole = go("whole", 7)

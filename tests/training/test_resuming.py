@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from training_toys import Sequences, objective, run, settings, toy, train_slowly
 
 from keifu.errors import UserError
-from keifu.training import metrics, state
-from keifu.training.interrupt import Stopped
 from keifu.training.loop import train
+from keifu.training.run import checkpoint, metrics
+from keifu.training.signals import Interrupted
 
 TIMES = ("seconds", "tokens_per_second", "flops_utilisation")
 
@@ -41,12 +41,12 @@ def said(directory: Path) -> str:
 
 def wait_for_step(process: BaseProcess, directory: Path, step: int) -> None:
     """Until a state of that step or a later one is there."""
-    while process.is_alive() and not any(done >= step for done in state.steps(directory)):
+    while process.is_alive() and not any(done >= step for done in checkpoint.steps(directory)):
         time.sleep(0.005)
 
 
 def final(directory: Path) -> dict[str, torch.Tensor]:
-    found, _ = state.latest(directory)
+    found, _ = checkpoint.latest(directory)
     return found.tensors
 
 
@@ -72,7 +72,7 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(tmp_path: Path, op
     child(killed, optimizer).join()
     reference.join()
     assert said(killed).count("Going on from step") == 2
-    assert state.steps(killed)[-1] == state.steps(whole)[-1] == 40
+    assert checkpoint.steps(killed)[-1] == checkpoint.steps(whole)[-1] == 40
     assert same(final(killed), final(whole))
     assert lines(killed) == lines(whole)
 
@@ -83,7 +83,7 @@ def test_ctrl_c_saves_the_state_and_says_how_to_resume(tmp_path: Path) -> None:
     wait_for_step(process, stopped, 3)
     os.kill(process.pid or 0, signal.SIGINT)
     process.join()
-    step = state.steps(stopped)[-1]
+    step = checkpoint.steps(stopped)[-1]
     assert process.exitcode and "once more stops at once" in said(stopped)
     assert f"stopped at step {step}" in (stopped / "report.html").read_text()
     child(stopped, "adamw").join()
@@ -108,9 +108,9 @@ class Interrupting(Sequences):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_stops_between_steps(tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(Stopped, match="Stopped after step 5; the state is saved"):
+    with pytest.raises(Interrupted, match="Stopped after step 5; the state is saved"):
         train(toy(), objective, Interrupting(5, number), settings(), run(tmp_path))
-    assert state.steps(tmp_path)[-1] == 5
+    assert checkpoint.steps(tmp_path)[-1] == 5
     assert signal.getsignal(number) is before
 
 
@@ -121,8 +121,8 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
             train(toy(), objective, Interrupting(5, signal.SIGINT, times=2), settings(), run(tmp_path))
     finally:
         signal.signal(signal.SIGINT, before)
-    assert not isinstance(stop.value, Stopped)
-    assert state.steps(tmp_path)[-1] == 3
+    assert not isinstance(stop.value, Interrupted)
+    assert checkpoint.steps(tmp_path)[-1] == 3
 
 
 def finished(directory: Path) -> Path:
@@ -164,7 +164,7 @@ def test_a_truncated_state_is_damaged(tmp_path: Path) -> None:
     finished(tmp_path)
     file = tmp_path / "state/step-00000012.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    assert state.latest(tmp_path)[0].step == 9
+    assert checkpoint.latest(tmp_path)[0].step == 9
 
 
 def test_changed_settings_and_options_are_named_with_both_values(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_new_run_does_not_write_over_another(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already holds a run, saved at step 12: go on with it \\(train again with Run"):
         train(toy(), objective, Sequences(), settings(), run(tmp_path))
     train(toy(), objective, Sequences(), settings(steps=4), run(tmp_path, replace=True))
-    assert state.steps(tmp_path) == [3, 4]
+    assert checkpoint.steps(tmp_path) == [3, 4]
 
 
 def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
@@ -222,13 +222,13 @@ def test_a_finished_run_resumed_changes_nothing(tmp_path: Path) -> None:
 def test_two_names_of_one_tensor_are_saved_once(tmp_path: Path) -> None:
     model = toy()
     model.head.weight = model.embedding.weight
-    tensors = state.of_model(model)
+    tensors = checkpoint.model_tensors(model)
     assert "model.embedding.weight" in tensors and "model.head.weight" not in tensors
-    state.save(tmp_path, 1, tensors, {}, keep=1)
+    checkpoint.save(tmp_path, 1, tensors, {}, keep=1)
     other = toy(4)
     other.head.weight = other.embedding.weight
     with torch.no_grad():
-        state.into_model(other, state.latest(tmp_path)[0].tensors)
+        checkpoint.load_into_model(other, checkpoint.latest(tmp_path)[0].tensors)
     assert torch.equal(other.head.weight, model.embedding.weight)
 
 

@@ -16,10 +16,12 @@ from training_toys import Sequences, objective, run, settings, toy, weights
 from keifu.errors import UserError
 from keifu.files import sha256
 from keifu.models import gpt2
-from keifu.training import cost, metrics, objectives, peak, precision, progress
-from keifu.training.charts import Curve, chart
+from keifu.training.hardware import cost, flops, precision
 from keifu.training.loop import train
-from keifu.training.optimisers import Optimisers
+from keifu.training.objectives import language_modeling
+from keifu.training.optim.optimizers import Optimizers
+from keifu.training.run import metrics, progress
+from keifu.training.run.report import Curve, chart
 
 CPU = torch.device("cpu")
 
@@ -150,7 +152,7 @@ def test_the_loggers_get_every_figure(tmp_path: Path, monkeypatch) -> None:
 
 
 def probe(model: torch.nn.Module, aim, optimizer: str = "adamw") -> cost.Probe:
-    return cost.Probe(model, aim, Optimisers(model, settings(optimizer=optimizer)), CPU, torch.float32)
+    return cost.Probe(model, aim, Optimizers(model, settings(optimizer=optimizer)), CPU, torch.float32)
 
 
 def language_model() -> tuple[torch.nn.Module, gpt2.Config]:
@@ -161,7 +163,7 @@ def language_model() -> tuple[torch.nn.Module, gpt2.Config]:
 def test_operations_are_those_of_the_papers_formula() -> None:
     model, config = language_model()
     batch = {"tokens": torch.randint(97, (2, 33))}
-    counted = peak.count_flops(lambda: objectives.causal(model, batch).total.backward()) / 64
+    counted = flops.count_flops(lambda: language_modeling.causal_language_modeling(model, batch).total.backward()) / 64
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "positions" not in name)
     attention = 12 * config.n_layers * config.dim * 32  # heads times their width is the model's
     assert counted == 6 * matrices + attention
@@ -182,7 +184,7 @@ def test_the_estimate_changes_nothing(optimizer: str) -> None:
 def test_the_estimate_is_near_what_a_step_takes() -> None:
     model, _ = language_model()
     tokens = torch.randint(97, (16, 33))
-    tried = probe(model, objectives.causal)
+    tried = probe(model, language_modeling.causal_language_modeling)
     estimate = cost.estimate(tried, {"tokens": tokens}, None, "")
     assert estimate.micro_batch == 16 and estimate.units_per_step == 16 * 32
     assert estimate.parameter_bytes == 4 * sum(p.numel() for p in model.parameters())
@@ -197,7 +199,7 @@ def test_rows_at_a_time_are_what_fits_in_equal_parts(monkeypatch, free: float, r
     needs = cost.estimate(probe(toy(), objective), batch, None, "")
     fixed = needs.total_bytes - needs.parameter_bytes - needs.row_bytes * 6
     available = int((fixed + 6 * needs.row_bytes * free) / 0.8) + 1
-    monkeypatch.setattr("keifu.training.machine.available", lambda device: available)
+    monkeypatch.setattr("keifu.training.hardware.cost.available_memory", lambda device: available)
     assert cost.estimate(probe(toy(), objective), batch, None, "").micro_batch == rows
 
 
@@ -214,9 +216,9 @@ def test_the_cost_is_said_before_the_first_step(tmp_path: Path, capsys) -> None:
 def test_the_peak_is_the_fastest_of_several_products_and_measured_once(monkeypatch) -> None:
     times = iter([3.0, 2.0, 4.0])
     asked = iter([0.0, 0.05, 0.1, 9.0])
-    monkeypatch.setattr(peak, "seconds", lambda work, device: next(times))
-    monkeypatch.setattr(peak.time, "perf_counter", lambda: next(asked))
-    measured = peak.matmul_peak.__wrapped__
+    monkeypatch.setattr(flops, "seconds", lambda work, device: next(times))
+    monkeypatch.setattr(flops.time, "perf_counter", lambda: next(asked))
+    measured = flops.matmul_peak.__wrapped__
     assert measured(CPU, torch.float32) == 2 * 1024**3 / 2.0
     assert next(times, None) is None
 
@@ -224,10 +226,10 @@ def test_the_peak_is_the_fastest_of_several_products_and_measured_once(monkeypat
 def test_bfloat16_is_used_where_the_processor_has_it(monkeypatch) -> None:
     for flags, expected in (("avx512f avx512_bf16", torch.bfloat16), ("avx2 fma amx_bf16", torch.bfloat16)):
         monkeypatch.setattr(precision, "processor", lambda field, flags=flags: flags)
-        assert precision.resolve("auto", CPU) == expected
+        assert precision.resolve_dtype("auto", CPU) == expected
     monkeypatch.setattr(precision, "processor", lambda field: "avx2 avx512f")
-    assert precision.resolve("auto", CPU) == torch.float32
-    assert precision.resolve("bfloat16", CPU) == torch.bfloat16
+    assert precision.resolve_dtype("auto", CPU) == torch.float32
+    assert precision.resolve_dtype("bfloat16", CPU) == torch.bfloat16
 
 
 def test_bfloat16_steps_keep_the_weights_in_float32(tmp_path: Path) -> None:
@@ -244,12 +246,12 @@ def test_bfloat16_steps_keep_the_weights_in_float32(tmp_path: Path) -> None:
     [(0.04, "0.0 s"), (9.96, "10 s"), (99, "99 s"), (187, "3:07 min"), (9000, "2:30 h"), (280_000, "3 d 5 h")],
 )
 def test_durations_are_readable(seconds: float, text: str) -> None:
-    assert progress.clock(seconds) == text
+    assert progress.format_seconds(seconds) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(999, "999 bytes"), (1e3, "1 kB"), (1_234_567, "1.23 MB"), (5e12, "5 TB")])
 def test_amounts_are_readable(value: float, text: str) -> None:
-    assert progress.size(value) == text
+    assert progress.format_bytes(value) == text
 
 
 def test_a_terminal_gets_a_bar_and_a_pipe_plain_lines(monkeypatch) -> None:

@@ -10,15 +10,15 @@ import torch
 from training_toys import Sequences, objective, run, settings, toy
 
 from keifu.errors import UserError
-from keifu.training import metrics, state
-from keifu.training.guards import Running
-from keifu.training.interrupt import Stopped
+from keifu.training.hardware.failures import Running
 from keifu.training.loop import train
+from keifu.training.optim.loss_spikes import SpikeSettings, SpikeState
 from keifu.training.protocols import Batch
+from keifu.training.run import checkpoint, metrics
 from keifu.training.settings import Settings
-from keifu.training.spikes import Rewinding, Spikes
+from keifu.training.signals import Interrupted
 
-RULES = Rewinding(rise=0.3, steps=2, rewind=6, skip=20)
+RULES = SpikeSettings(rise=0.3, steps=2, rewind=6, skip=20)
 BAD = range(41, 45)
 TIMES = ("seconds", "tokens_per_second", "flops_utilisation")
 
@@ -48,7 +48,7 @@ def lines(directory: Path) -> list[dict]:
 
 
 def same(a: Path, b: Path) -> bool:
-    one, other = (state.latest(path)[0] for path in (a, b))
+    one, other = (checkpoint.latest(path)[0] for path in (a, b))
     equal = one.tensors.keys() == other.tensors.keys() and one.facts["spikes"] == other.facts["spikes"]
     return equal and all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
 
@@ -71,20 +71,20 @@ def test_the_run_goes_back_and_the_batches_of_the_spike_never_come_again(whole: 
     rewound = asked.index(53)
     assert asked[:rewound] == [0, 0, *range(1, 44)]  # the first also for the cost; 43 was made ready
     assert asked[rewound : rewound + 27] == list(range(53, 80)) and not set(asked[rewound:]) & set(BAD)
-    last = state.latest(whole)[0]
+    last = checkpoint.latest(whole)[0]
     assert last.step == 60 and last.facts["spikes"]["skipped"] == 20
-    standing = metrics.standing(lines(whole))
+    standing = metrics.last_metrics(lines(whole))
     losses = {line["step"]: line["loss"] for line in standing if "loss" in line}
     assert sorted(losses) == list(range(4, 61, 4)) and max(v for k, v in losses.items() if k > 32) < 1.2
     assert all(("skipped" in line) == (line["step"] > 33 or "rewound_from" in line) for line in standing)
 
 
 def test_without_the_rule_the_spike_is_in_the_run(whole: Path, tmp_path: Path) -> None:
-    train(toy(), objective, Spoiled(), changed(spikes=Rewinding()), run(tmp_path))
+    train(toy(), objective, Spoiled(), changed(spikes=SpikeSettings()), run(tmp_path))
     losses = [line["loss"] for line in lines(tmp_path) if "loss" in line]
     assert max(losses[9:12]) > 1.5
-    assert state.latest(tmp_path)[0].facts["spikes"]["readings"] == 0
-    assert state.steps(tmp_path) == [50, 60] and len(state.steps(whole)) > 2
+    assert checkpoint.latest(tmp_path)[0].facts["spikes"]["readings"] == 0
+    assert checkpoint.steps(tmp_path) == [50, 60] and len(checkpoint.steps(whole)) > 2
 
 
 @pytest.mark.parametrize("stop_at", [(12,), (43,), (44,), (45,), (46,), (47,), (50,), (20, 43, 47), (45, 52)])
@@ -92,7 +92,7 @@ def test_stopped_anywhere_and_resumed_it_is_bitwise_the_same(whole: Path, tmp_pa
     """Among them: in the spike, between the spike and the rewind, right after it, and far behind it."""
     data, resume = Spoiled(stop_at=stop_at), False
     for _ in stop_at:
-        with pytest.raises(Stopped):
+        with pytest.raises(Interrupted):
             train(toy(), objective, data, changed(), run(tmp_path, resume=resume))
         resume = True
     train(toy(7), objective, data, changed(), run(tmp_path, resume=True))
@@ -103,10 +103,10 @@ def test_stopped_anywhere_and_resumed_it_is_bitwise_the_same(whole: Path, tmp_pa
 def test_from_a_state_before_the_rewind_the_spike_is_met_and_left_again(whole: Path, tmp_path: Path, capsys) -> None:
     """Killed in the spike: the newest state is from before it."""
     data = Spoiled(stop_at=(42,))
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         train(toy(), objective, data, changed(), run(tmp_path))
-    for step in [step for step in state.steps(tmp_path) if step > 36]:
-        state.remove(tmp_path, step)
+    for step in [step for step in checkpoint.steps(tmp_path) if step > 36]:
+        checkpoint.remove(tmp_path, step)
     capsys.readouterr()
     train(toy(9), objective, Spoiled(), changed(), run(tmp_path, resume=True))
     said = capsys.readouterr().err
@@ -126,26 +126,26 @@ def test_a_run_that_spikes_wherever_it_goes_stops_and_says_so(tmp_path: Path) ->
     with pytest.raises(UserError, match="spiked again after 3 rewinds to step 33: a lower learning rate"):
         train(toy(), objective, Spoiled(range(41, 10**6)), changed(), run(tmp_path))
     assert len([line for line in lines(tmp_path) if "rewound_from" in line]) == 3
-    assert state.steps(tmp_path)[-1] == 34
+    assert checkpoint.steps(tmp_path)[-1] == 34
 
 
 def test_a_spike_is_some_steps_in_a_row_far_above() -> None:
-    spikes = Spikes(RULES)
+    spikes = SpikeState(RULES)
     assert not any(spikes.complete(3.0 + 0.1 * (i % 3)) for i in range(30))
     assert not spikes.complete(9.0) and not spikes.complete(3.0) and not spikes.complete(9.0)
     mean = spikes.running.mean
     assert spikes.complete(9.0) and spikes.running.mean == mean  # what is far is not taken in
     assert spikes.target(33) == 24  # the spike began at 32; 26 is the last that is 6 before, and states come by threes
     assert spikes.target(3) == 0
-    after = spikes.after(24, Spikes(RULES, mean=1.0, readings=24).facts())
+    after = spikes.after(24, SpikeState(RULES, mean=1.0, readings=24).facts())
     assert (after.skipped, after.back, after.streak, after.running.mean) == (20, 24, 0, 1.0)
     assert after.target(30) == 24  # never before the last one
-    assert Spikes(RULES, **after.facts()).facts() == after.facts()
+    assert SpikeState(RULES, **after.facts()).facts() == after.facts()
 
 
 def test_without_the_rule_nothing_is_due() -> None:
-    assert not any(Spikes(Rewinding()).due(step) for step in range(200))
-    assert [step for step in range(120) if Spikes(Rewinding(rise=0.5)).due(step)] == [0, 50, 100]
+    assert not any(SpikeState(SpikeSettings()).due(step) for step in range(200))
+    assert [step for step in range(120) if SpikeState(SpikeSettings(rise=0.5)).due(step)] == [0, 50, 100]
 
 
 def test_the_deviation_counts_too() -> None:
@@ -165,7 +165,7 @@ def test_the_deviation_counts_too() -> None:
 )
 def test_rules_that_cannot_be_are_named(given: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        Rewinding(**given)
+        SpikeSettings(**given)
 
 
 def test_a_resumed_run_keeps_its_rules_and_an_older_run_had_none(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_resumed_run_keeps_its_rules_and_an_older_run_had_none(tmp_path: Path)
 
 def test_a_state_keeps_those_within_reach(tmp_path: Path) -> None:
     for step in (0, 3, 6, 9, 12, 15, 18):
-        state.save(tmp_path, step, state.of_model(toy()), {}, keep=2, reach=6)
-    assert state.steps(tmp_path) == [9, 12, 15, 18]
-    state.save(tmp_path, 12, state.of_model(toy()), {}, keep=2, reach=6)
-    assert state.steps(tmp_path) == [9, 12]
+        checkpoint.save(tmp_path, step, checkpoint.model_tensors(toy()), {}, keep=2, reach=6)
+    assert checkpoint.steps(tmp_path) == [9, 12, 15, 18]
+    checkpoint.save(tmp_path, 12, checkpoint.model_tensors(toy()), {}, keep=2, reach=6)
+    assert checkpoint.steps(tmp_path) == [9, 12]

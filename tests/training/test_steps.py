@@ -12,31 +12,31 @@ from training_toys import Sequences, objective, run, settings, toy, weights
 from keifu.errors import UserError
 from keifu.layers.linear import JoinedLinear
 from keifu.models import llama, palm
-from keifu.training import objectives
-from keifu.training.cost import Cost
+from keifu.training.hardware.cost import Cost
 from keifu.training.loop import train
-from keifu.training.muon import StackedMuon, orthogonal
-from keifu.training.optimisers import Optimisers, hidden_matrices
-from keifu.training.protocols import Outcome
-from keifu.training.schedules import ratio
+from keifu.training.objectives import language_modeling
+from keifu.training.optim.lr_schedules import ratio
+from keifu.training.optim.muon import StackedMuon, orthogonalize
+from keifu.training.optim.optimizers import Optimizers, hidden_matrices
+from keifu.training.protocols import LossOutput
 from keifu.training.settings import Settings, check_choice
-from keifu.training.step import Stepper, compiled, split
+from keifu.training.step import TrainStep, compile_objective, split
 
 CPU = torch.device("cpu")
 
 
-def stepper(model: nn.Module, rows: int, clip: float = 0.0, aim=objective, **changed) -> Stepper:
-    optimisers = Optimisers(model, settings(**changed))
-    return Stepper(model, aim, aim, optimisers, CPU, torch.float32, rows, clip, seed=1)
+def stepper(model: nn.Module, rows: int, clip: float = 0.0, aim=objective, **changed) -> TrainStep:
+    optimisers = Optimizers(model, settings(**changed))
+    return TrainStep(model, aim, aim, optimisers, CPU, torch.float32, rows, clip, seed=1)
 
 
-def masked(model: nn.Module, batch: dict) -> Outcome:
+def masked(model: nn.Module, batch: dict) -> LossOutput:
     """A loss whose rows have different weights: of row i, the first i tokens count."""
     tokens = batch["tokens"]
     counts = torch.arange(5) < batch["lengths"][:, None]
     targets = tokens[:, 1:].masked_fill(~counts, -100)
     total = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), targets.flatten(), reduction="sum")
-    return Outcome(total, counts.sum())
+    return LossOutput(total, counts.sum())
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5])
@@ -100,13 +100,13 @@ def test_splitting_keeps_every_row_in_order() -> None:
 def test_causal_is_the_mean_of_the_next_tokens_loss() -> None:
     config = llama.Config(vocab_size=13, context_length=8, dim=16, hidden_dim=24, n_layers=1, n_heads=2, n_kv_heads=2)
     model, tokens = llama.build(config), torch.randint(13, (3, 7))
-    outcome = objectives.causal(model, {"tokens": tokens})
+    outcome = language_modeling.causal_language_modeling(model, {"tokens": tokens})
     probabilities = model(tokens[:, :-1]).log_softmax(-1)
     expected = -probabilities.gather(-1, tokens[:, 1:, None]).sum()
     torch.testing.assert_close(outcome.total, expected)
     assert outcome.weight == 18
     mask = torch.arange(7).expand(3, 7) >= torch.tensor([[2], [4], [6]])
-    outcome = objectives.causal(model, {"tokens": tokens, "mask": mask})
+    outcome = language_modeling.causal_language_modeling(model, {"tokens": tokens, "mask": mask})
     counted = probabilities.gather(-1, tokens[:, 1:, None]).squeeze(-1) * mask[:, 1:]
     torch.testing.assert_close(outcome.total, -counted.sum())
     assert outcome.weight == 5 + 3 + 1
@@ -118,15 +118,15 @@ def test_z_loss_is_in_the_loss_and_its_gradient_and_never_in_a_validation(mask: 
     model, batch = palm.build(config), {"tokens": torch.randint(13, (3, 7))}
     if mask:
         batch["mask"] = torch.arange(7).expand(3, 7) >= torch.tensor([[2], [4], [6]])
-    plain = objectives.causal(model, batch)
-    outcome = objectives.causal(model.train(), batch, z_loss=0.3)
+    plain = language_modeling.causal_language_modeling(model, batch)
+    outcome = language_modeling.causal_language_modeling(model.train(), batch, z_loss=0.3)
     log_z = model(batch["tokens"][:, :-1]).logsumexp(-1)
     written_out = plain.total + 0.3 * (log_z.square() * batch.get("mask", torch.ones(3, 7))[:, 1:]).sum()
     torch.testing.assert_close(outcome.total, written_out)
     assert plain.figures == {} and torch.equal(outcome.figures["nats"], plain.total.detach())
     ours, theirs = (torch.autograd.grad(total, list(model.parameters())) for total in (outcome.total, written_out))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    judged = objectives.causal(model.eval(), batch, z_loss=0.3)
+    judged = language_modeling.causal_language_modeling(model.eval(), batch, z_loss=0.3)
     assert torch.equal(judged.total, plain.total) and judged.figures == {}
 
 
@@ -147,7 +147,7 @@ def test_schedules_follow_their_formulas() -> None:
 
 def test_palms_rate_is_held_and_falls_with_the_root_of_the_step() -> None:
     palms = settings(steps=255_000, warmup=0, optimizer="adafactor", schedule="inverse_sqrt", hold=10_000)
-    optimisers = Optimisers(toy(), palms)
+    optimisers = Optimizers(toy(), palms)
     for step in (0, 9_999, 10_000, 39_999, 254_999):
         rate = min(1e-2, 1 / math.sqrt(step + 1))
         assert optimisers.rates(step)["learning_rate"] == pytest.approx(rate)
@@ -158,7 +158,7 @@ def test_palms_rate_is_held_and_falls_with_the_root_of_the_step() -> None:
 def test_gpt3s_rate_follows_the_rows_while_the_batch_grows_and_then_stays() -> None:
     changed = dict(steps=300, batch_size=10, batch_ramp=(1, 500), warmup=20, decay_steps=200, rate_by="rows")
     growing = settings(**changed, learning_rate=1.0)
-    optimisers = Optimisers(toy(), growing)
+    optimisers = Optimizers(toy(), growing)
     seen = [growing.growth.before(step + 1) / 10 for step in range(300)]  # in steps of 10 rows
     rates = [optimisers.rates(step)["learning_rate"] for step in range(300)]
     assert rates[0] == pytest.approx(0.1 / 20)
@@ -170,8 +170,8 @@ def test_gpt3s_rate_follows_the_rows_while_the_batch_grows_and_then_stays() -> N
         else:
             assert rate == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * max(0, steps - 1 - 20) / (200 - 1 - 20))))
     without = settings(**changed | {"warmup": 0}, learning_rate=1.0)
-    assert Optimisers(toy(), without).rates(0)["learning_rate"] == 1.0
-    by_steps = Optimisers(toy(), settings(**changed | {"rate_by": "steps"}, learning_rate=1.0))
+    assert Optimizers(toy(), without).rates(0)["learning_rate"] == 1.0
+    by_steps = Optimizers(toy(), settings(**changed | {"rate_by": "steps"}, learning_rate=1.0))
     assert by_steps.rates(9)["learning_rate"] == pytest.approx(0.5)
 
 
@@ -213,7 +213,7 @@ class Watched(Sequences):
 
 
 def test_some_weights_learn_with_a_share_of_the_rate() -> None:
-    groups = Optimisers(toy(), settings(rate_shares=(("head", 0.5), ("layers.0", 0.0))))
+    groups = Optimizers(toy(), settings(rate_shares=(("head", 0.5), ("layers.0", 0.0))))
     groups.update({"adamw": 0.1})
     rates = {n: group["lr"] for group in groups.all["adamw"].param_groups for n in group["param_names"]}
     assert rates["head.weight"] == 0.05 and rates["layers.0.bias"] == 0 and rates["layers.1.weight"] == 0.1
@@ -232,7 +232,7 @@ def test_on_policy_batches_are_made_after_the_update_and_none_twice(tmp_path: Pa
 
 
 def test_weight_decay_is_for_matrices_and_embeddings_only() -> None:
-    groups = Optimisers(toy(), settings(weight_decay=0.3)).all["adamw"].param_groups
+    groups = Optimizers(toy(), settings(weight_decay=0.3)).all["adamw"].param_groups
     decays = {name: group["weight_decay"] for group in groups for name in group["param_names"]}
     assert decays["embedding.weight"] == decays["layers.0.weight"] == decays["head.weight"] == 0.3
     assert decays["layers.0.bias"] == decays["norm.weight"] == decays["norm.bias"] == 0.0
@@ -241,7 +241,7 @@ def test_weight_decay_is_for_matrices_and_embeddings_only() -> None:
 def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
     model = toy()
     assert set(hidden_matrices(model)) == {"layers.0.weight", "layers.1.weight"}
-    optimisers = Optimisers(model, settings(optimizer="muon"))
+    optimisers = Optimizers(model, settings(optimizer="muon"))
     names = {kind: {n for g in o.param_groups for n in g["param_names"]} for kind, o in optimisers.all.items()}
     assert names["muon"] == {"layers.0.weight.0", "layers.0.weight.1", "layers.1.weight.0"}
     assert "layers.0.bias" in names["adamw"] and "head.weight" in names["adamw"]
@@ -258,7 +258,7 @@ def test_muon_treats_a_joined_matrix_as_its_parts() -> None:
         alone[2].load_state_dict(joined[1].state_dict())
     x = torch.randn(5, 8)
     for model in (joined, alone):
-        optimisers = Optimisers(model, settings(optimizer="muon", warmup=0))
+        optimisers = Optimizers(model, settings(optimizer="muon", warmup=0))
         for step in range(3):
             outputs = torch.cat([layer(x) for layer in model], -1)
             outputs.square().sum().backward()
@@ -323,11 +323,11 @@ def test_an_unknown_choice_answers_with_the_nearest(setting: str, value: str, ne
 def test_without_a_compiler_compile_says_so(monkeypatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="needs a C.. compiler"):
-        compiled(objective, CPU)
+        compile_objective(objective, CPU)
 
 
 def test_stacked_muon_is_torchs_muon(monkeypatch) -> None:
-    monkeypatch.setattr("keifu.training.muon.STACK", 100)  # two matrices of the smaller shapes
+    monkeypatch.setattr("keifu.training.optim.muon.STACK", 100)  # two matrices of the smaller shapes
     shapes = [(6, 8), (8, 6), (6, 8), (5, 5), (8, 6), (6, 8), (12, 10), (12, 10)]
     start = [torch.randn(shape) for shape in shapes]
     ours, theirs = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
@@ -345,5 +345,5 @@ def test_stacked_muon_is_torchs_muon(monkeypatch) -> None:
 
 def test_orthogonal_brings_singular_values_near_one() -> None:
     x = torch.randn(3, 24, 16)
-    values = torch.linalg.svdvals(orthogonal(x, (3.4445, -4.775, 2.0315), 5, 1e-7).float())
+    values = torch.linalg.svdvals(orthogonalize(x, (3.4445, -4.775, 2.0315), 5, 1e-7).float())
     assert values.min() > 0.5 and values.max() < 1.3

@@ -13,13 +13,14 @@ from training_toys import Sequences, objective, run, settings, toy, weights
 from keifu.errors import UserError
 from keifu.layers import losses
 from keifu.models import transformer
-from keifu.training import budget, state
-from keifu.training.averaging import average, averaged
+from keifu.training import setup
 from keifu.training.loop import train
-from keifu.training.objectives import translation
-from keifu.training.optimisers import Optimisers
+from keifu.training.objectives.language_modeling import translation
+from keifu.training.optim.optimizers import Optimizers
+from keifu.training.optim.weight_averaging import average_checkpoints, averaged_weights
 from keifu.training.protocols import Batch
-from keifu.training.step import Stepper
+from keifu.training.run import checkpoint
+from keifu.training.step import TrainStep
 
 SMALL = transformer.Config(
     vocab_size=13, context_length=16, dim=16, hidden_dim=24, n_layers=1, n_heads=2, dropout=0.0, start_id=1
@@ -75,7 +76,7 @@ def test_a_head_with_a_bias_has_its_gradient() -> None:
 def test_adadelta_is_torchs_and_its_rate_follows_the_schedule(tmp_path: Path) -> None:
     ours, theirs = toy(dropout=0.0), toy(dropout=0.0)
     changed = settings(optimizer="adadelta", learning_rate=1.0, schedule="constant", warmup=0, weight_decay=0.0)
-    optimisers = Optimisers(ours, changed)
+    optimisers = Optimizers(ours, changed)
     reference = torch.optim.Adadelta(theirs.parameters(), lr=1.0, rho=0.95, eps=1e-6)
     for step in range(3):
         for model in (ours, theirs):
@@ -98,7 +99,7 @@ def test_adadelta_resumes_bitwise(tmp_path: Path) -> None:
 
 
 def test_epsilon_is_adams() -> None:
-    assert Optimisers(toy(), settings(epsilon=1e-3)).all["adamw"].defaults["eps"] == 1e-3
+    assert Optimizers(toy(), settings(epsilon=1e-3)).all["adamw"].defaults["eps"] == 1e-3
     with pytest.raises(UserError, match="epsilon must be at least 0.0, and it is -1.0"):
         settings(epsilon=-1.0)
 
@@ -141,27 +142,30 @@ def saved(directory: Path) -> nn.Module:
 def test_the_mean_of_the_last_states_is_made_in_double_precision(tmp_path: Path) -> None:
     model = saved(tmp_path)
     files = [load_file(tmp_path / f"state/step-{step:08d}.safetensors") for step in (8, 10, 12)]
-    found = average(tmp_path, 3)
+    found = average_checkpoints(tmp_path, 3)
     assert found.keys() == {name for name in files[0] if name.startswith("model.")}
     for name, tensor in found.items():
         expected = sum(file[name].double() for file in files) / 3
         assert torch.equal(tensor, expected.to(tensor.dtype)) and tensor.dtype == files[0][name].dtype
-    assert found.keys() == average(tmp_path, 99).keys()  # of those that there are
-    assert all(torch.equal(tensor, state.of_model(model)[name]) for name, tensor in average(tmp_path, 1).items())
+    assert found.keys() == average_checkpoints(tmp_path, 99).keys()  # of those that there are
+    assert all(
+        torch.equal(tensor, checkpoint.model_tensors(model)[name])
+        for name, tensor in average_checkpoints(tmp_path, 1).items()
+    )
 
 
 def test_the_model_has_the_mean_for_a_while_and_its_state_stays(tmp_path: Path) -> None:
     model = saved(tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "state").iterdir()}
-    own, mean = weights(model), average(tmp_path, 3)
-    with averaged(model, tmp_path, 3):
+    own, mean = weights(model), average_checkpoints(tmp_path, 3)
+    with averaged_weights(model, tmp_path, 3):
         inside = weights(model)
     assert all(torch.equal(inside[name], mean[f"model.{name}"]) for name in inside)
     assert any(not torch.equal(inside[name], own[name]) for name in own)
     assert all(torch.equal(weights(model)[name], own[name]) for name in own)
     assert {path: path.read_bytes() for path in (tmp_path / "state").iterdir()} == before
     for last, directory in ((1, tmp_path), (3, tmp_path / "empty")):
-        with averaged(model, directory, last):
+        with averaged_weights(model, directory, last):
             assert all(torch.equal(weights(model)[name], own[name]) for name in own)
 
 
@@ -170,7 +174,7 @@ def test_trying_the_pace_changes_nothing(optimizer: str) -> None:
     model = toy()
     before, random = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
     changed = settings(optimizer=optimizer, micro_batch=None)
-    steps = budget.steps_within(0.02, model, objective, Sequences(), changed, Sequences().batch(0))
+    steps = setup.steps_within(0.02, model, objective, Sequences(), changed, Sequences().batch(0))
     assert steps > 5 and torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -178,17 +182,17 @@ def test_trying_the_pace_changes_nothing(optimizer: str) -> None:
 
 def test_the_steps_are_those_that_fit(monkeypatch) -> None:
     clock = iter(range(10**6))
-    monkeypatch.setattr(budget.time, "perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr(Stepper, "gradient", lambda *arguments: None)
-    monkeypatch.setattr(budget.cost.peak, "seconds", lambda work, device: work() and 0.0 or 0.0)
-    steps = budget.steps_within(50.0, toy(), objective, Sequences(), settings(), Sequences().batch(0))
+    monkeypatch.setattr(setup.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(TrainStep, "gradient", lambda *arguments: None)
+    monkeypatch.setattr(setup.cost.peak, "seconds", lambda work, device: work() and 0.0 or 0.0)
+    steps = setup.steps_within(50.0, toy(), objective, Sequences(), settings(), Sequences().batch(0))
     assert steps == pytest.approx(3000, rel=0.02)  # a step takes a second of this clock
 
 
 def test_a_run_says_how_many_steps_it_was_begun_with(tmp_path: Path) -> None:
     saved(tmp_path)
-    assert budget.steps_of(tmp_path) == 12
+    assert setup.steps_of(tmp_path) == 12
     with pytest.raises(UserError, match="does not say how many steps its run has: give --steps"):
-        budget.steps_of(tmp_path / "none")
+        setup.steps_of(tmp_path / "none")
     with pytest.raises(UserError, match="minutes must be above 0, and it is nan"):
-        budget.steps_within(math.nan, toy(), objective, Sequences(), settings(), Sequences().batch(0))
+        setup.steps_within(math.nan, toy(), objective, Sequences(), settings(), Sequences().batch(0))

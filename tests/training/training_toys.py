@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import JoinedLinear
-from keifu.training import state
 from keifu.training.loop import train
-from keifu.training.protocols import Batch, Outcome, Run
+from keifu.training.protocols import Batch, LossOutput, Run
+from keifu.training.run import checkpoint
 from keifu.training.settings import Settings
 
 
@@ -54,12 +54,12 @@ class Sequences:
         return [self.batch(10**6)]
 
 
-def objective(model: nn.Module, batch: Batch) -> Outcome:
+def objective(model: nn.Module, batch: Batch) -> LossOutput:
     """Next-token cross-entropy, and how many were right."""
     tokens = batch["tokens"]
     logits, targets = model(tokens[:, :-1]), tokens[:, 1:]
     total = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    return Outcome(total, targets.numel(), {"accuracy": (logits.argmax(-1) == targets).sum()})
+    return LossOutput(total, targets.numel(), {"accuracy": (logits.argmax(-1) == targets).sum()})
 
 
 def toy(seed: int = 0, dropout: float = 0.2) -> Toy:
@@ -93,5 +93,5 @@ def train_slowly(directory: Path, optimizer: str, said: Path) -> None:
     """A run of 40 steps for a process of its own, resumed where a state is there; `said` takes its standard error."""
     torch.set_num_threads(1)
     with said.open("a") as sys.stderr:
-        out = run(directory, resume=bool(state.steps(directory)))
+        out = run(directory, resume=bool(checkpoint.steps(directory)))
         train(toy(), objective, Slow(), settings(steps=40, micro_batch=4, optimizer=optimizer), out)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from keifu.generation.decoding import evaluating
-from keifu.layers.log_probabilities import token_log_probabilities
-from keifu.training.protocols import Batch, Objective, Outcome
+from keifu.generation.text.engine import evaluation_mode
+from keifu.layers.losses import token_log_probabilities
+from keifu.training.protocols import Batch, LossOutput, Objective
 
 Loss = Literal["dpo", "ipo", "normalised", "robust"]
 Each = Float[Tensor, "batch 2"]
@@ -57,17 +57,17 @@ def dpo(loss: Loss, beta: float, label_smoothing: float = 0.0) -> Objective:
     return partial(_outcome, loss, beta, label_smoothing)
 
 
-def _outcome(loss: Loss, beta: float, label_smoothing: float, model: Any, batch: Batch) -> Outcome:
+def _outcome(loss: Loss, beta: float, label_smoothing: float, model: Any, batch: Batch) -> LossOutput:
     ratios = sequence_log_probabilities(model, batch) - batch["reference"]
     lengths = batch["mask"][..., 1:].sum(-1).clamp(min=1)
     total = losses(ratios, lengths.to(ratios.dtype), loss, beta, label_smoothing).sum()
     better, worse = (beta * ratios.detach()).unbind(1)
     figures = {"accuracy": (better > worse).sum(), "reward_of_better": better.sum(), "reward_of_worse": worse.sum()}
-    return Outcome(total, len(ratios), {name: value.float() for name, value in figures.items()})
+    return LossOutput(total, len(ratios), {name: value.float() for name, value in figures.items()})
 
 
 @torch.no_grad()
 def reference(model: Any, batch: Batch) -> Each:
     """What `dpo` compares with, of a model as it is now."""
-    with evaluating(model):
+    with evaluation_mode(model):
         return sequence_log_probabilities(model, batch)

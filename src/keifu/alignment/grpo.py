@@ -11,16 +11,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from keifu.alignment.answers import Tokens, answer_log_probabilities, figures_of
-from keifu.alignment.rollouts import Rollouts
-from keifu.alignment.watching import Range
-from keifu.generation.decoding import evaluating
-from keifu.training.protocols import Batch, Objective, Outcome
+from keifu.alignment.monitor import Range
+from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics
+from keifu.generation.text.engine import evaluation_mode
+from keifu.training.protocols import Batch, LossOutput, Objective
 
 EPSILON = 1e-4  # beside a group's deviation; where all rewards are equal, every advantage is 0
 
 
-class Terms(NamedTuple):
+class GRPOTerms(NamedTuple):
     """Of each token: the loss, how far the policy has left the reference (k3), and whether clipping holds it back."""
 
     loss: Tokens
@@ -35,7 +34,7 @@ def advantages(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompt
     return ((rewards - rewards.mean(1, keepdim=True)) / spread).float()
 
 
-def terms(logs: Tokens, old: Tokens, reference: Tokens, advantage: Tokens, clip: float, beta: float) -> Terms:
+def terms(logs: Tokens, old: Tokens, reference: Tokens, advantage: Tokens, clip: float, beta: float) -> GRPOTerms:
     """-min(ratio A, clip(ratio) A) + β KL of each token (equation 3), ratio = p / p_old.
 
     KL is Schulman's estimator k3 = p_ref/p - ln(p_ref/p) - 1 (equation 4): never negative, without bias.
@@ -44,7 +43,7 @@ def terms(logs: Tokens, old: Tokens, reference: Tokens, advantage: Tokens, clip:
     kept = ratio.clamp(1 - clip, 1 + clip)
     kl = away.exp() - away - 1
     surrogate = torch.minimum(ratio * advantage, kept * advantage)
-    return Terms(beta * kl - surrogate, kl.detach(), (kept * advantage < ratio * advantage).detach())
+    return GRPOTerms(beta * kl - surrogate, kl.detach(), (kept * advantage < ratio * advantage).detach())
 
 
 def grpo(clip: float, beta: float, temperature: float = 1.0) -> Objective:
@@ -57,8 +56,8 @@ def grpo(clip: float, beta: float, temperature: float = 1.0) -> Objective:
     return partial(_outcome, clip, beta, temperature)
 
 
-def _outcome(clip: float, beta: float, temperature: float, model: Any, batch: Batch) -> Outcome:
-    with evaluating(model):
+def _outcome(clip: float, beta: float, temperature: float, model: Any, batch: Batch) -> LossOutput:
+    with evaluation_mode(model):
         logs, entropy, rows = answer_log_probabilities(model, batch, temperature)
     mask = batch["mask"][:, 1:]
     reference = batch["reference"][:, 1:][mask] if "reference" in batch else logs.detach()
@@ -66,10 +65,10 @@ def _outcome(clip: float, beta: float, temperature: float, model: Any, batch: Ba
     share = 1 / mask.sum(-1)[rows]
     means = {"kl": found.kl, "entropy": entropy, "clip_fraction": found.clipped}
     figures = {name: (value * share).sum() for name, value in means.items()}
-    return Outcome((found.loss * share).sum(), len(mask), figures | figures_of(batch))
+    return LossOutput((found.loss * share).sum(), len(mask), figures | response_statistics(batch))
 
 
-class Groups(Rollouts):
+class GRPOBatches(Rollouts):
     """The training loop's data; of each answer there are "advantage", "reward", "finished" and "varied" (not all of its
     group have one reward)."""
 

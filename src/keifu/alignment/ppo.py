@@ -2,29 +2,38 @@
 a policy, a value model and a frozen reference; it knows no model by name, no reward and no file.
 
 Axes: batch = answers, length = tokens of a prompt and its answer, n = tokens of answers, k = texts beside an answer.
+
+Answers as PPO learns from them: what each token is worth beside what was expected of it, and pretraining text beside
+the answers; knows no model by name and no file.
+
+Axes: row = answers, position = tokens of a prompt and its answer, k = texts beside an answer, length = of a text.
 """
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from keifu.alignment.answers import Tokens, answer_log_probabilities, figures_of
-from keifu.alignment.watching import Range
+from keifu.alignment.monitor import Range
+from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics
+from keifu.data.text.packed import PackedText
 from keifu.errors import UserError
-from keifu.generation.decoding import evaluating
-from keifu.training.objectives import causal
-from keifu.training.protocols import Batch, Objective, Outcome
+from keifu.generation.text.engine import evaluation_mode
+from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.protocols import Batch, LossOutput, Objective
 
 Places = Float[Tensor, "batch length"]
 Mask = Bool[Tensor, "batch length"]
 
 
 @dataclass(frozen=True)
-class Rule:
+class PPOSettings:
     """What is learned from answers: the numbers are InstructGPT's where it gives them.
 
     beta: of the KL penalty a token. clip: of the ratio. value_clip: how far a value may move from that of the rollout.
@@ -58,7 +67,7 @@ class ActorCritic(nn.Module):
         self.policy, self.value = policy, value
 
 
-def penalised(
+def kl_penalized_rewards(
     scores: Float[Tensor, " batch"], old: Places, reference: Places, mask: Mask, beta: float
 ) -> Float[Tensor, "batch length"]:
     """The reward of each token: -β ln(p / p_reference), and of an answer's last one its score too."""
@@ -82,7 +91,7 @@ def advantages(rewards: Places, values: Places, mask: Mask, discount: float = 1.
     return torch.where(mask, errors @ decay, 0.0).float()
 
 
-def whitened(values: Places, mask: Mask) -> Float[Tensor, "batch length"]:
+def whiten(values: Places, mask: Mask) -> Float[Tensor, "batch length"]:
     """With mean 0 and variance 1 over what the mask marks; 0 elsewhere. A single value stays what it is."""
     chosen = values[mask].double()
     if len(chosen) < 2:
@@ -98,7 +107,7 @@ def explained_variance(values: Places, returns: Places, mask: Mask) -> float:
     return 1 - float((came - told).var(correction=0)) / spread if spread > 1e-12 else 0.0
 
 
-class Terms(NamedTuple):
+class PPOTerms(NamedTuple):
     """Of each token: the policy's loss, the value's, whether clipping holds the policy back, and its squared step."""
 
     policy: Tokens
@@ -108,8 +117,8 @@ class Terms(NamedTuple):
 
 
 def terms(
-    logs: Tokens, old: Tokens, advantage: Tokens, values: Tokens, old_values: Tokens, returns: Tokens, rule: Rule
-) -> Terms:
+    logs: Tokens, old: Tokens, advantage: Tokens, values: Tokens, old_values: Tokens, returns: Tokens, rule: PPOSettings
+) -> PPOTerms:
     """max(-A ratio, -A clip(ratio)), ratio = p / p_old (Schulman et al., 2017, equation 7), and half the larger of
     (V - R)² and (clip(V) - R)², V clipped around what it was in the rollout."""
     ratio = (logs - old).exp()
@@ -118,10 +127,10 @@ def terms(
     value = torch.maximum((values - returns).square(), (near - returns).square()) / 2
     policy = torch.maximum(-advantage * ratio, -advantage * kept)
     clipped = (-advantage * kept > -advantage * ratio).detach()
-    return Terms(policy, value, clipped, (logs - old).detach().square() / 2)
+    return PPOTerms(policy, value, clipped, (logs - old).detach().square() / 2)
 
 
-def ppo(rule: Rule) -> Objective:
+def ppo(rule: PPOSettings) -> Objective:
     """The objective for the training loop, of an `ActorCritic`; the mean over all tokens of a minibatch's answers.
 
     Its batches hold "tokens" and "mask", True on the answers, "old", "values", "advantage" and "returns", all of the
@@ -132,22 +141,22 @@ def ppo(rule: Rule) -> Objective:
     return partial(_outcome, rule)
 
 
-def _outcome(rule: Rule, model: Any, batch: Batch) -> Outcome:
+def _outcome(rule: PPOSettings, model: Any, batch: Batch) -> LossOutput:
     mask = batch["mask"][:, 1:]
-    with evaluating(model):
+    with evaluation_mode(model):
         logs, entropy, rows = answer_log_probabilities(model.policy, batch, rule.temperature)
         values = model.value.scores_along(batch["tokens"][:, None, :-1])[:, 0][mask]
     old, advantage, expected, returns = (batch[name][:, 1:][mask] for name in ("old", "advantage", "values", "returns"))
     found, share = terms(logs, old, advantage, values, expected, returns, rule), batch["share"][rows]
     means = {"policy_loss": found.policy, "value_loss": found.value, "entropy": entropy}
     means |= {"clip_fraction": found.clipped, "update_kl": found.moved}
-    figures = {name: (each.detach() * share).sum() for name, each in means.items()} | figures_of(batch)
+    figures = {name: (each.detach() * share).sum() for name, each in means.items()} | response_statistics(batch)
     total = ((found.policy + rule.value_weight * found.value) * share).sum()
     if "text" in batch:
-        read = causal(model.policy, {"tokens": batch["text"].flatten(0, 1)})
+        read = causal_language_modeling(model.policy, {"tokens": batch["text"].flatten(0, 1)})
         nats = read.total * (len(mask) / read.weight)  # a mean for each answer
         total, figures["text_loss"] = total + rule.text_weight * nats, nats.detach()
-    return Outcome(total, len(mask), figures)
+    return LossOutput(total, len(mask), figures)
 
 
 NORMAL = {
@@ -169,3 +178,93 @@ NORMAL = {
     "finished": Range(0.5, 1.0, "most answers are cut off: more --max-tokens, or --cut-off"),
     "length": Range(0.33, 3.0, "answers are far from as long as they were at first: look at the reward", True),
 }
+
+
+@dataclass(frozen=True, eq=False)
+class PretrainingMix:
+    """Pretraining text (PPO-ptx), and how many of its windows go with each answer of an update."""
+
+    text: PackedText
+    each: int
+
+    def batch(self, step: int, rows: int) -> Tensor:
+        """The windows of an update, [row, k, length]."""
+        count = rows * self.each
+        return self._shaped(self.text.windows(step * count + np.arange(count)), rows)
+
+    def held_out(self, at: int, rows: int) -> Tensor:
+        """Windows that are not learned from, all in turn."""
+        held = self.text.held_out
+        return self._shaped(held[(at * self.each + np.arange(rows * self.each)) % len(held)], rows)
+
+    def _shaped(self, windows: np.ndarray, rows: int) -> Tensor:
+        return torch.from_numpy(windows.astype(np.int64)).view(rows, self.each, -1)
+
+
+class PPOBatches(Rollouts):
+    """The training loop's data; `keifu.alignment.ppo.ppo` says what a batch holds.
+
+    Of each answer there are also kl, ln(p / p_reference) of it whole, and of its rollout, the same for each answer,
+    reward_spread, the rewards' deviation, and explained_variance.
+    """
+
+    def __init__(self, value: Any, rule: PPOSettings, beside: PretrainingMix | None, *given: Any, **options: Any):
+        super().__init__(*given, **options)
+        self.value, self.rule, self.beside = value, rule, beside
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the prompts, of how answers are drawn, and of the text."""
+        text = f" {self.beside.text.fingerprint} {self.beside.each}" if self.beside else ""
+        return hashlib.sha256(f"{super().fingerprint}{text}".encode()).hexdigest()
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The minibatch of a step, and the text of that step."""
+        found = _shared(super().batch(step))
+        return found | ({"text": self.beside.batch(step, len(found["mask"]))} if self.beside else {})
+
+    def validation(self) -> Iterator[dict[str, Tensor]]:
+        """The likeliest answers to the held-out prompts, and held-out text."""
+        at = 0
+        for found in super().validation():
+            rows = len(found["mask"])
+            yield _shared(found) | ({"text": self.beside.held_out(at, rows)} if self.beside else {})
+            at += rows
+
+    def _rated(self, made: dict[str, Tensor], group: int) -> dict[str, Tensor]:
+        mask, rule, values = made["mask"], self.rule, self._values(made)
+        scores = made["reward"] - rule.cut_off * (1 - made["finished"])
+        rewards = kl_penalized_rewards(scores, made["old"], made["reference"], mask, rule.beta)
+        found = advantages(rewards, values, mask, rule.discount, rule.trace)
+        returns = found + values
+        whole = {
+            "reward_spread": float(made["reward"].std(correction=0)),
+            "explained_variance": explained_variance(values, returns, mask),
+        }
+        places = {"values": values, "advantage": whiten(found, mask), "returns": returns}
+        kl = ((made["old"] - made["reference"]) * mask).sum(1)
+        return places | {"kl": kl} | {name: torch.full_like(kl, value) for name, value in whole.items()}
+
+    def _blank(self, rows: int) -> dict[str, Tensor]:
+        zeros = torch.zeros(rows, self.longest)
+        each = dict.fromkeys(("kl", "reward_spread", "explained_variance", "share"), torch.zeros(rows))
+        text = {"text": self.beside.batch(0, rows)} if self.beside else {}
+        return dict.fromkeys(("values", "advantage", "returns"), zeros) | each | text
+
+    @torch.no_grad()
+    def _values(self, made: dict[str, Tensor]) -> Tensor:
+        """What was expected before each token of the answers, at the places of the tokens."""
+        found = torch.zeros_like(made["old"])
+        device = next(self.value.parameters()).device
+        with evaluation_mode(self.value):
+            for at in range(0, len(found), self.at_a_time):
+                some = slice(at, at + self.at_a_time)
+                tokens = made["tokens"][some, None, :-1].to(device)
+                found[some, 1:] = self.value.scores_along(tokens)[:, 0].float().cpu()
+        return found * made["mask"]
+
+
+def _shared(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the answers for each token, so that a sum over answers is a mean over tokens, however the batch is split."""
+    rows = len(found["mask"])
+    return found | {"share": torch.full((rows,), rows / float(found["mask"].sum()))}

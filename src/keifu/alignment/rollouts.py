@@ -4,34 +4,69 @@ weights, the seed and the step; knows no model, no file and not what is made of 
 A rollout serves one update, or several: its answers are then parted into minibatches, and may be gone through more than
 once. Axes: row = answers, those to one prompt together; position = tokens of a prompt and its answer, padded on the
 right.
+
+ln p of the tokens of answers, which every method that learns from answers of its own asks for; knows no reward.
+
+Axes: batch = answers, length = tokens of a prompt and its answer, n = tokens of all answers, row by row.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from keifu.alignment.answers import answer_log_probabilities
-from keifu.alignment.scoring import Scorer
-from keifu.data.prompts import Prompt, fingerprint
-from keifu.data.tokenizer_core import Tokenizer
+from keifu.alignment.rewards import Scorer
+from keifu.data.chat.prompts import Prompt, fingerprint
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.decoding import causal, evaluating
-from keifu.generation.generate import Completion, generate_batch
-from keifu.generation.sampling import Sampling
+from keifu.generation.text.engine import causal, evaluation_mode
+from keifu.generation.text.generate import Completion, generate_batch
+from keifu.generation.text.sampling_params import SamplingParams
 from keifu.layers.lora import unadapted
+from keifu.layers.losses import token_log_probabilities
+from keifu.training.protocols import Batch
+
+Tokens = Float[Tensor, " n"]
+TARGETS = ("advantage", "share")  # numbers of an answer that are no figures
+
+
+class PolicyOutput(NamedTuple):
+    """Of each token of all answers: ln p, the entropy there in nats, and the answer that it is of."""
+
+    logs: Tokens
+    entropy: Tokens
+    rows: Int[Tensor, " n"]
+
+
+def answer_log_probabilities(model: Any, batch: Batch, temperature: float = 1.0) -> PolicyOutput:
+    """Of the tokens of batch["tokens"] [batch, length] that batch["mask"] marks, row by row.
+
+    The model offers `hidden(tokens)` and `head_weight`.
+    """
+    tokens, mask = batch["tokens"], batch["mask"][:, 1:]
+    hidden = model.hidden(tokens[:, :-1])[mask]
+    found, entropy = token_log_probabilities(hidden, model.head_weight, tokens[:, 1:][mask], temperature)
+    return PolicyOutput(found, entropy, mask.nonzero()[:, 0])
+
+
+def response_statistics(batch: Batch) -> dict[str, Tensor]:
+    """The sums of what a batch holds of each answer, a number each, to be told; and of the answers' lengths."""
+    told = {name: each.sum() for name, each in batch.items() if each.dim() == 1 and name not in TARGETS}
+    return told | {"length": batch["mask"].sum().float()}
+
 
 TOGETHER = 16_384  # tokens of the answers, with their prompts, that are written or read at a time
 MOST = 256  # answers at a time
 
 
 @dataclass(frozen=True)
-class Plan:
+class RolloutPlan:
     """How answers are drawn: prompts of a rollout, answers to each, the tokens that one has at most; and how they are
     learned from: in so many minibatches, so many times over."""
 
@@ -80,7 +115,7 @@ class Rollouts:
         tokenizer: Tokenizer,
         parts: tuple[Sequence[Prompt], Sequence[Prompt]],
         reward: Scorer,
-        plan: Plan,
+        plan: RolloutPlan,
         measured: Mapping[str, Scorer] | None = None,
     ):
         if not parts[0]:
@@ -115,7 +150,7 @@ class Rollouts:
             return self._held
         epoch, part = divmod(place, self.plan.minibatches)
         order = np.random.default_rng([self.plan.seed, number, epoch]).permutation(self.plan.answers)
-        return taken(self._held, np.split(order, self.plan.minibatches)[part])
+        return slice_rollouts(self._held, np.split(order, self.plan.minibatches)[part])
 
     def kept(self) -> dict[str, Tensor]:
         """The rollout, where later weights may ask for it."""
@@ -127,7 +162,7 @@ class Rollouts:
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         """The likeliest answers to the held-out prompts."""
-        greedy = Sampling(max_tokens=self.plan.max_tokens, temperature=0, seed=0, log_probabilities=True)
+        greedy = SamplingParams(max_tokens=self.plan.max_tokens, temperature=0, seed=0, log_probabilities=True)
         rows = range(len(self.parts[1]))
         for at in rows[:: self.at_a_time]:
             chosen = rows[at : at + self.at_a_time]
@@ -149,15 +184,19 @@ class Rollouts:
         rows = [row for row in chosen for _ in range(plan.group)]
         drawn = np.random.SeedSequence([plan.seed, number]).generate_state(len(rows), np.uint32)
         samplings = [
-            Sampling(max_tokens=plan.max_tokens, temperature=plan.temperature, seed=int(seed), log_probabilities=True)
+            SamplingParams(
+                max_tokens=plan.max_tokens, temperature=plan.temperature, seed=int(seed), log_probabilities=True
+            )
             for seed in drawn
         ]
         return self._made(0, rows, samplings, plan.group)
 
-    def _made(self, part: int, rows: Sequence[int], samplings: Sequence[Sampling], group: int) -> dict[str, Tensor]:
+    def _made(
+        self, part: int, rows: Sequence[int], samplings: Sequence[SamplingParams], group: int
+    ) -> dict[str, Tensor]:
         prompts = [self.ids[part][row] for row in rows]
         answers = generate_batch(self.model, self.tokenizer, prompts, samplings, self.at_a_time)
-        made = together(prompts, answers, self.tokenizer.pad_id or 0)
+        made = stack_responses(prompts, answers, self.tokenizer.pad_id or 0)
         examples, texts = [self.parts[part][row] for row in rows], [answer.text for answer in answers]
         made |= {name: torch.tensor(scorer(examples, texts)).float() for name, scorer in self.scorers.items()}
         made["finished"] = torch.tensor([float(answer.finish_reason == "stop") for answer in answers])
@@ -181,7 +220,7 @@ class Rollouts:
         """ln p of the answers' tokens under a model, at the places of the tokens."""
         found = torch.zeros_like(batch["old"])
         device = next(model.parameters()).device
-        with evaluating(model):
+        with evaluation_mode(model):
             for at in range(0, len(found), self.at_a_time):
                 some = slice(at, at + self.at_a_time)
                 part = {name: batch[name][some].to(device) for name in ("tokens", "mask")}
@@ -190,14 +229,14 @@ class Rollouts:
         return found
 
 
-def taken(batch: dict[str, Tensor], rows: np.ndarray) -> dict[str, Tensor]:
+def slice_rollouts(batch: dict[str, Tensor], rows: np.ndarray) -> dict[str, Tensor]:
     """Some rows, without the places that none of them reaches."""
     some = {name: tensor[torch.from_numpy(rows)] for name, tensor in batch.items()}
     reached = int(some["mask"].any(0).nonzero().max()) + 1
     return {name: tensor[:, :reached] if tensor.dim() == 2 else tensor for name, tensor in some.items()}
 
 
-def together(prompts: Sequence[Sequence[int]], answers: Sequence[Completion], pad_id: int) -> dict[str, Any]:
+def stack_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Completion], pad_id: int) -> dict[str, Any]:
     """{"tokens", "mask": True on the answers, "old": ln p when each token was drawn [row, position]}."""
     lengths = [len(prompt) + len(answer.tokens) for prompt, answer in zip(prompts, answers, strict=True)]
     shape = len(lengths), max(lengths)

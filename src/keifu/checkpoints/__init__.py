@@ -7,14 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keifu.checkpoints.gguf_saving import save_gguf as save_gguf
-    from keifu.checkpoints.opening import convert as convert
-    from keifu.checkpoints.opening import inspect as inspect
-    from keifu.checkpoints.opening import load as load
-    from keifu.checkpoints.opening import load_model as load_model
-    from keifu.checkpoints.own_module import load_weights as load_weights
-    from keifu.checkpoints.report import Report as Report
-    from keifu.checkpoints.saving import save as save
+    from keifu.checkpoints.gguf.write import save_gguf
+    from keifu.checkpoints.hf.write import save
+    from keifu.checkpoints.load import convert, inspect, load, load_model
+    from keifu.checkpoints.own_module import load_weights
+    from keifu.checkpoints.report import Report
 
 __all__ = ["Report", "convert", "inspect", "load", "load_model", "load_weights", "save", "save_gguf"]
 

@@ -21,7 +21,7 @@ def locate(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    from keifu.data.catalogue import CATALOGUE, fetch
+    from keifu.data.catalogue.catalogue import CATALOGUE, fetch
 
     text = str(name)
     if text in CATALOGUE:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from keifu.checkpoints.families import describe
-from keifu.checkpoints.source import Source, Stored
+from keifu.checkpoints.plan import Source, Stored
+from keifu.checkpoints.registry import describe
 from keifu.errors import UserError
 from keifu.models import seq2seq
 
@@ -78,6 +78,6 @@ def _exchanged(name: str, tensor: Tensor) -> Tensor:
 
 
 def _tokenizer() -> object:
-    from keifu.data.phonemes import letters_to_phonemes
+    from keifu.data.tokenizers.phonemes import letters_to_phonemes
 
     return letters_to_phonemes()

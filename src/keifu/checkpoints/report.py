@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from keifu.checkpoints.names import Link
-from keifu.checkpoints.source import Plan, name_of, settings
+from keifu.checkpoints.hf.weight_names import Link
+from keifu.checkpoints.plan import Plan, name_of, settings
 
 PLAIN = ("F64", "F32", "F16", "BF16", "I64")  # types whose numbers stand in the file as they are
 FIRST = ("activation", "norm_eps", "rope_theta", "rope_scaling", "context_length", "sliding_window", "tied")

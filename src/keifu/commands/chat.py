@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from keifu.commands import flags
-from keifu.commands.conversation import Chat, tell_cut
-from keifu.commands.language import at_terminal, join_texts, load_writer, notice
-from keifu.commands.terminal import no_text
-from keifu.commands.writing import SamplingFlags, choose_sampling, print_text
+from keifu.commands.shared import flags
+from keifu.commands.shared.conversation import Chat, tell_cut
+from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice
+from keifu.commands.shared.terminal import no_text
+from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_text
 from keifu.errors import UserError
-from keifu.generation.sampling import ANSWER_TOKENS
+from keifu.generation.text.sampling_params import ANSWER_TOKENS
 
 EXAMPLE = 'keifu chat MODEL "What is the capital of France?"'
 
@@ -49,7 +49,7 @@ def run(options: Options) -> None:
     check_chats(options.model, tokenizer)
     sampling, line = choose_sampling(tokenizer, options.sampling, ANSWER_TOKENS)
     if not question:
-        from keifu.generation.chat import Conversation
+        from keifu.generation.text.chat import Conversation
 
         print(f"{options.model}: {line}.")
         Chat(Conversation(model, tokenizer, options.system), sampling).talk()

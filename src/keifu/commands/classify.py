@@ -1,24 +1,129 @@
-"""`keifu classify`: a label for each text or picture, or how many of a table's labels a model finds; knows no model."""
+"""`keifu classify`: a label for each text or picture, or how many of a table's labels a model finds; knows no model.
+
+`keifu classify` with a CLIP: labels in words for pictures it was never trained to tell apart; knows no model.
+"""
 
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from keifu.commands import flags, tables, zero_shot
-from keifu.commands.encoders import texts_from
+from keifu.commands.shared import flags, tables
+from keifu.commands.shared.inputs import decode_utf8, is_picture, open_image, texts_from
 from keifu.errors import UserError
 from keifu.files import write_atomic
 
 if TYPE_CHECKING:
+    from keifu.evaluation.classification.metrics import Confusion
+
+PLAIN = ("{}",)
+
+
+def classify_images(options: Any) -> bool:
+    """Whether pictures are to be classified: labels are given, or what is to be classified are pictures."""
+    from keifu.data.images.sources import in_catalogue
+
+    on = options.on is not None and (in_catalogue(options.on) or Path(options.on).is_dir())
+    return options.labels is not None or on or any(map(is_picture, options.texts))
+
+
+def run_zero_shot(options: Any) -> None:
+    """Prints a line a picture, or the figures of a set of pictures with classes."""
+    (_predict_zero_shot if options.on is None else _judge_zero_shot)(options)
+
+
+def _predict_zero_shot(options: Any) -> None:
+    from keifu.evaluation.images.retrieval import embed_pictures, label_points, label_shares
+
+    files, labels = list(options.texts), _labels(options.labels)
+    if wrong := [file for file in files if not is_picture(file)]:
+        raise UserError(f"{wrong[0]!r} is no picture's file, and --labels are for pictures: name a .png or .jpg file.")
+    if not files:
+        raise UserError('There is no picture: keifu classify MODEL picture.png --labels "a dog,a cat".')
+    model, tokenizer = _load_zero_shot(options.model)
+    points = embed_pictures(model, open_image(files))
+    shares = label_shares(model, points, label_points(model, tokenizer, labels, options.template or PLAIN)).tolist()
+    rows = []
+    for file, row in zip(files, shares, strict=True):
+        order = sorted(range(len(labels)), key=lambda place: -row[place])
+        others = ", ".join(f"{labels[place]} {row[place]:.3f}" for place in order[1:3])
+        rows.append([labels[order[0]], f"{row[order[0]]:.3f}", others, file])
+        if options.json:
+            told = {"picture": file, "label": labels[order[0]], "probabilities": dict(zip(labels, row, strict=True))}
+            print(json.dumps(told, ensure_ascii=False))
+    if not options.json:
+        tables.show(["label", "probability", "next", "picture"], rows)
+
+
+def _judge_zero_shot(options: Any) -> None:
+    confusion = _compare(options)
+    if options.picture:
+        write_atomic(options.picture, confusion.picture())
+    if options.json:
+        print(json.dumps(confusion.to_json(), ensure_ascii=False))
+        return
+    print(confusion.verdict().replace("texts", "pictures"))
+    tables.show(*confusion.by_label())
+    tables.show(*confusion.matrix())
+
+
+def _compare(options: Any) -> "Confusion":
+    import torch
+
+    from keifu.evaluation.classification.metrics import Confusion
+    from keifu.evaluation.images.retrieval import (
+        embed_pictures,
+        images,
+        label_points,
+        label_shares,
+        preprocessing,
+        select_pairs,
+    )
+
+    model, tokenizer = _load_zero_shot(options.model)
+    size = preprocessing(model).crop
+    pictures = select_pairs(options.on, size)
+    if not pictures.classes:
+        raise UserError(f"The pictures of {options.on} have no classes: give each class a folder, or name pictures.")
+    labels = _labels(options.labels) if options.labels else pictures.classes
+    if len(labels) != len(pictures.classes):
+        raise UserError(f"{len(labels)} labels were given for the classes {', '.join(pictures.classes)}: one for each.")
+    points = embed_pictures(model, images(options.on, pictures, size))
+    shares = label_shares(model, points, label_points(model, tokenizer, labels, options.template or PLAIN))
+    return Confusion.of(torch.from_numpy(pictures.labels), shares.argmax(-1).cpu(), pictures.classes)
+
+
+def _labels(given: str | None) -> list[str]:
+    """The labels between commas, or one a line of a .txt file."""
+    if given is None:
+        raise UserError('A CLIP has no labels of its own: give some, such as --labels "a dog,a cat".')
+    file = Path(given)
+    lines = file.suffix == ".txt" and file.is_file()
+    parts = decode_utf8(file.read_bytes(), str(file)).split("\n") if lines else given.split(",")
+    labels = [part.strip() for part in parts if part.strip()]
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise UserError(f"The labels {given!r} are {len(set(labels))} different ones: give two at least, each once.")
+    return labels
+
+
+def _load_zero_shot(name: str) -> tuple[Any, Any]:
+    from keifu.checkpoints import load
+    from keifu.evaluation.images.retrieval import two_towers
+
+    model, tokenizer = load(name)
+    two_towers(model)
+    return model, tokenizer
+
+
+if TYPE_CHECKING:
     from torch import Tensor
 
-    from keifu.data.form_tables import Examples
-    from keifu.evaluation.judging import Judge
+    from keifu.data.classification.input_formats import FormExamples
+    from keifu.evaluation.classification.classifiers import TextClassifier
 
 EXAMPLE = 'keifu classify runs/classifier "A text"'
 NAMED = 5  # labels that an error names
@@ -65,13 +170,13 @@ def run(options: Options) -> None:
         raise UserError("--picture draws a table's confusion matrix: name the table with --on.")
     if options.on is not None and (options.texts or options.file):
         raise UserError(f"There are two sources of texts, {options.on} and those beside it: give one of them.")
-    if zero_shot.wanted(options):
-        return zero_shot.run(options)
+    if classify_images(options):
+        return run_zero_shot(options)
     (_predict if options.on is None else _judge)(options)
 
 
 def _predict(options: Options) -> None:
-    from keifu.data.form_tables import examples_of
+    from keifu.data.classification.input_formats import examples_of
 
     judge = _load(options.model)
     examples = examples_of(texts_from(options.texts, options.file, EXAMPLE), judge.form)
@@ -95,7 +200,7 @@ def _line(labels: Sequence[str], row: Sequence[float], text: str) -> list[str]:
 
 
 def _judge(options: Options) -> None:
-    from keifu.data.form_tables import read_examples
+    from keifu.data.classification.input_formats import read_examples
 
     judge = _load(options.model)
     columns = options.columns or ((options.text,) if len(judge.form.columns) == 1 else ())
@@ -122,19 +227,19 @@ def _some(labels: Sequence[str]) -> str:
     return ", ".join(map(repr, labels[:NAMED])) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _load(name: str) -> "Judge":
+def _load(name: str) -> "TextClassifier":
     """What chooses; for any other kind of model a `UserError`."""
     from keifu.checkpoints import load
-    from keifu.evaluation.judging import judge
-    from keifu.evaluation.shared_space import TwoTowers
+    from keifu.evaluation.classification.classifiers import text_classifier
+    from keifu.evaluation.images.retrieval import TwoTowers
 
     model, tokenizer = load(name)
     if isinstance(model, TwoTowers):
         raise UserError(f'{name} tells pictures apart: keifu classify {name} picture.png --labels "a dog,a cat".')
-    return judge(model, tokenizer, name)
+    return text_classifier(model, tokenizer, name)
 
 
-def _probabilities(judge: "Judge", examples: "Examples", cut: bool) -> "Tensor":
+def _probabilities(judge: "TextClassifier", examples: "FormExamples", cut: bool) -> "Tensor":
     """Of each label or answer; that some examples were cut is said on stderr."""
     rows, shortened = judge.read(examples, cut)
     if shortened:

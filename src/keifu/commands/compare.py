@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from keifu.commands import flags
+from keifu.commands.shared import flags
 
 if TYPE_CHECKING:
-    from keifu.data.prompts import Prompt
-    from keifu.evaluation.side_by_side import Choice
+    from keifu.data.chat.prompts import Prompt
+    from keifu.evaluation.pairwise import Choice
 
 AHEAD = 8  # prompts that are answered together, before they are shown
 KEYS = "1: the left one is better, 2: the right one, 0: equally good, s: skip, q: stop (what was chosen is kept)"
@@ -52,15 +52,15 @@ class Options(flags.OnDevice):
 
 def run(options: Options) -> None:
     """Answers, shows, asks and counts."""
-    from keifu.data.prompts import read
-    from keifu.evaluation.side_by_side import Judgement, Judgements
+    from keifu.data.chat.prompts import read_prompts
+    from keifu.evaluation.pairwise import Judgement, Judgements
 
     about = {"A": options.a, "B": options.b, "by": options.by or "a person", "seed": options.start}
     drawn = {name: value for name, value in asdict(options.sampling).items() if name not in ("seed", "stop")}
     kept = Judgements(options.out, about | drawn)
-    left = [prompt for prompt in [*read(options.prompts)][: options.limit] if not kept.holds(prompt.messages)]
+    left = [prompt for prompt in [*read_prompts(options.prompts)][: options.limit] if not kept.holds(prompt.messages)]
     chooser = by_reward(options.by) if options.by else by_hand(options.start, len(left))
-    for prompt, pair in answered(options, left):
+    for prompt, pair in generate_answers(options, left):
         choice: Choice | None = "even" if pair[0] == pair[1] else chooser(prompt, pair)
         if choice is None:
             break
@@ -69,21 +69,21 @@ def run(options: Options) -> None:
     print(json.dumps(tally.figures()) if options.json else tally.sentence(options.a, options.b))
 
 
-def answered(options: Options, prompts: "Sequence[Prompt]") -> "Iterator[tuple[Prompt, tuple[str, str]]]":
+def generate_answers(options: Options, prompts: "Sequence[Prompt]") -> "Iterator[tuple[Prompt, tuple[str, str]]]":
     """Each prompt with A's and B's answer, a few ahead of the one that is looked at."""
-    from keifu.recipes._assistant import opened
+    from keifu.recipes.assistant.common import open_model
 
-    models = [opened(name, "own") for name in (options.a, options.b)] if prompts else []
+    models = [open_model(name, "own") for name in (options.a, options.b)] if prompts else []
     for at in range(0, len(prompts), AHEAD):
         some = prompts[at : at + AHEAD]
-        first, second = (written(*each, some, options, side) for each, side in zip(models, "AB", strict=True))
+        first, second = (answers_table(*each, some, options, side) for each, side in zip(models, "AB", strict=True))
         yield from zip(some, zip(first, second, strict=True), strict=True)
 
 
-def written(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", options: Options, side: str) -> list[str]:
+def answers_table(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", options: Options, side: str) -> list[str]:
     """A model's answers; what is drawn is of the seed and the prompt, whatever other prompts there are."""
-    from keifu.evaluation.side_by_side import seed_of
-    from keifu.generation.generate import generate_batch
+    from keifu.evaluation.pairwise import seed_of
+    from keifu.generation.text.generate import generate_batch
 
     ids = [tokenizer.render_chat(each.messages) for each in prompts]
     seeds = [seed_of(options.start, each.messages, side) for each in prompts]
@@ -93,9 +93,9 @@ def written(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", options: Op
 
 def by_reward(name: str) -> "Callable[[Prompt, tuple[str, str]], Choice | None]":
     """The choice of what gives the higher reward."""
-    from keifu.recipes._rewarded import rewarding
+    from keifu.recipes.assistant.common import make_rewards
 
-    scorer = rewarding(name).scorer
+    scorer = make_rewards(name).scorer
 
     def choose(prompt: "Prompt", pair: tuple[str, str]) -> "Choice | None":
         a, b = scorer([prompt, prompt], list(pair))
@@ -106,7 +106,7 @@ def by_reward(name: str) -> "Callable[[Prompt, tuple[str, str]], Choice | None]"
 
 def by_hand(seed: int, total: int) -> "Callable[[Prompt, tuple[str, str]], Choice | None]":
     """The choice of whoever sits there, who is not told which answer is whose; None where they stop."""
-    from keifu.evaluation.side_by_side import a_is_left
+    from keifu.evaluation.pairwise import a_is_left
 
     seen = iter(range(1, total + 1))
 

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from keifu.commands import flags
-from keifu.commands.help_text import Argument, arguments_of
-from keifu.commands.recipe_files import recipe_names, recipe_options
-from keifu.commands.verbs import VERBS
+from keifu.commands.shared import flags
+from keifu.commands.shared.help_text import Argument, arguments_of
+from keifu.commands.shared.recipe_files import recipe_names, recipe_options
+from keifu.commands.shared.verbs import VERBS
 
 BASH = """\
 _keifu() {{

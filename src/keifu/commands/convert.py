@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from keifu.commands import flags
+from keifu.commands.shared import flags
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,70 @@
-"""`keifu data`: lists, fetches, checks and shows training data; knows no data set by name."""
+"""`keifu data`: lists, fetches, checks and shows training data; knows no data set by name.
+
+Conversations as a model will learn them, with what it learns of them in colour; knows no training.
+"""
 
 import json
 import sys
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from keifu.commands import flags, tables, turns
+from keifu.commands.shared import flags, tables
 from keifu.errors import UserError
 
+LEARNED, ENDS = "bold green", "⟦⟧"  # on a terminal, and where there is no colour
+
+
+def holds_conversations(source: str) -> bool:
+    """Whether a source is one of conversations, not of pictures."""
+    from keifu.data.chat import conversations
+
+    return source in conversations.names() or Path(source).suffix.lower() in (".json", ".jsonl")
+
+
+def show(source: str, model: str, count: int, as_json: bool) -> None:
+    """Prints the first conversations by the chat template of a model, and how much of all of them is learned.
+
+    What is learned is in colour; where the output is no terminal it stands between ⟦ and ⟧.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from keifu.checkpoints.hub import locate
+    from keifu.checkpoints.load import open_source
+    from keifu.data.chat import conversations
+    from keifu.recipes.assistant.common import with_template
+
+    found = open_source(locate(model)).tokenizer()
+    if found is None:
+        raise UserError(f"{model} has no tokenizer, so it reads no conversation: name another with --tokenizer.")
+    tokenizer = with_template(found, "own")
+    talks, learned, total = list(conversations.read(source)), 0, 0
+    console = Console(highlight=False, soft_wrap=True)
+    for place, talk in enumerate(talks):
+        ids, mask = tokenizer.render_turns(talk)
+        learned, total = learned + sum(mask), total + len(ids)
+        if place >= count:
+            continue
+        if as_json:
+            print(json.dumps({"tokens": ids, "learned": mask}))
+            continue
+        text = Text()
+        for own, run in groupby(zip(ids, mask, strict=True), lambda pair: pair[1]):
+            piece = tokenizer.decode([token for token, _ in run], skip_special=False)
+            marked = piece if console.is_terminal or not own else f"{ENDS[0]}{piece}{ENDS[1]}"
+            text.append(marked, LEARNED if own else "dim")
+        console.print(text, end="\n\n")
+    whole = f"{len(talks):,} conversation{'s' * (len(talks) != 1)}, {total:,} tokens"
+    told = f"{whole}, of which {learned:,} ({learned / max(1, total):.0%}) are learned."
+    print(told, file=sys.stderr if as_json else sys.stdout)
+
+
 if TYPE_CHECKING:
-    from keifu.data.pictures import Pictures
+    from keifu.data.images.dataset import ImageDataset
 
 
 @dataclass(frozen=True)
@@ -77,7 +129,7 @@ def run(options: Options) -> None:
     elif options.name is None:
         raise UserError(f"keifu data {options.action} needs a name: keifu data list shows those of the catalogue.")
     elif options.action == "get":
-        from keifu.data.catalogue import fetch
+        from keifu.data.catalogue.catalogue import fetch
 
         print(fetch(options.name))
     elif options.action == "show":
@@ -87,7 +139,7 @@ def run(options: Options) -> None:
 
 
 def _list() -> None:
-    from keifu.data.catalogue import rows
+    from keifu.data.catalogue.catalogue import rows
 
     plain = ("name", "kind", "download", "fetched", "about")
     cells = [[*(row[column] for column in plain), f"{row['licence']}; {row['attribution']}"] for row in rows()]
@@ -95,8 +147,8 @@ def _list() -> None:
 
 
 def _cache() -> None:
-    from keifu.data.archives import cache
-    from keifu.data.cached import cached
+    from keifu.data.catalogue.cache import cached
+    from keifu.data.catalogue.download import cache
 
     found = cached()
     rows = [(", ".join(each.names), _megabytes(each.size), each.about) for each in found]
@@ -105,7 +157,7 @@ def _cache() -> None:
 
 
 def _clear(name: str | None, yes: bool) -> None:
-    from keifu.data.cached import of_name, remove
+    from keifu.data.catalogue.cache import of_name, remove
 
     found = of_name(name)
     total = _megabytes(sum(each.size for each in found))
@@ -128,27 +180,27 @@ def _megabytes(size: int) -> str:
 
 
 def _check(source: str, options: Options) -> None:
-    from keifu.data.catalogue import CATALOGUE, fetch
-    from keifu.data.preflight import check
-    from keifu.data.sources import TextFormat
-    from keifu.data.tokenizers import load_tokenizer
+    from keifu.data.catalogue.catalogue import CATALOGUE, fetch
+    from keifu.data.text.dataset_report import check_dataset
+    from keifu.data.text.documents import TextFormat
+    from keifu.data.tokenizers.load import load_tokenizer
 
     wanted = options.tokenizer or "gpt2-bpe"
     place = fetch(wanted) if wanted in CATALOGUE else wanted
-    report = check(source, load_tokenizer(place), TextFormat(options.text_field, options.encoding))
+    report = check_dataset(source, load_tokenizer(place), TextFormat(options.text_field, options.encoding))
     print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
 
 
 def _show(source: str, options: Options) -> None:
     """Says what there is and writes the sheet."""
-    from keifu.data.pictures import read_pictures, split
+    from keifu.data.images.dataset import read_images, split
 
     if options.count < 1:
         raise UserError(f"count is {options.count}, but a sheet has at least 1 picture.")
-    if turns.holds_conversations(source):
-        turns.show(source, options.tokenizer or "smollm2", options.count, options.json)
+    if holds_conversations(source):
+        show(source, options.tokenizer or "smollm2", options.count, options.json)
         return
-    pictures = read_pictures(source, options.size, options.channels, options.fit, options.leave_out)
+    pictures = read_images(source, options.size, options.channels, options.fit, options.leave_out)
     parted = split(pictures)
     print(pictures.sentence(), parted.sentence(), *pictures.notes, *pictures.faults, sep="\n")
     if pictures.classes:
@@ -159,8 +211,8 @@ def _show(source: str, options: Options) -> None:
         _write_sheet(shown[options.part], options.output, options)
 
 
-def _write_sheet(pictures: "Pictures", output: Path, options: Options) -> None:
-    from keifu.data.grid import grid
+def _write_sheet(pictures: "ImageDataset", output: Path, options: Options) -> None:
+    from keifu.data.images.grid import grid
     from keifu.files import write_atomic
 
     if not len(pictures):

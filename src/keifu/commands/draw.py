@@ -1,5 +1,6 @@
 """`keifu draw`: pictures from a model that removes noise, of a text too, and a picture once more; knows no model and no
-sampler."""
+sampler.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -8,19 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
-from keifu.commands import flags, reranking
-from keifu.commands.draw_again import again
-from keifu.commands.drawn import check_png, drawn, load, png, usual_dtype
-from keifu.commands.loras import chosen as chosen_lora
+from keifu.commands.shared import drawing, flags
+from keifu.commands.shared.drawing import check_png, draw_images, load, png, usual_dtype
+from keifu.commands.shared.drawing import select_loras as chosen_lora
+from keifu.commands.shared.redraw import again
 from keifu.errors import UserError, unknown
 from keifu.files import write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from keifu.generation.drawers import Drawer
-    from keifu.generation.picture_record import Record
-    from keifu.generation.samplers import Drawn
+    from keifu.generation.images.pipeline import ImagePipeline
+    from keifu.generation.images.png_metadata import ImageRecord
+    from keifu.generation.images.samplers import SamplerStep
 
 # Beside --again these say where something is.
 OF_AGAIN = ("model", "out", "again", "init", "mask", "towards", "lora", "device")
@@ -129,16 +130,16 @@ def run(options: Options) -> None:
     if options.count < 1 or options.batch_size < 1:
         raise UserError(f"--count is {options.count} and --batch-size {options.batch_size}: both must be at least 1.")
     _check_sampler(options.sampler)
-    reranking.check(options.count, options.best_of, options.clip, options.text)
-    record, model = _begun(options, options.model)
+    drawing.check(options.count, options.best_of, options.clip, options.text)
+    record, model = _prepare(options, options.model)
     if options.strip and not model.pixels:
         raise UserError("--strip shows each step as a picture, and this model's steps are latents: leave it out.")
-    states: list[Drawn] = []
-    pictures = drawn(model, record, states if options.strip else None)
+    states: list[SamplerStep] = []
+    pictures = draw_images(model, record, states if options.strip else None)
     out = options.out or Path(f"picture-{record.drawing.seed}.png")
     kept = range(record.count)
     if options.best_of and options.clip:
-        kept = reranking.best_of(pictures, options.text or "", options.clip, options.count)
+        kept = drawing.best_of(pictures, options.text or "", options.clip, options.count)
         record = replace(record, kept=tuple(kept))
     for path, place in _files(out, len(kept)):
         chosen = pictures[list(kept)] if place is None else pictures[kept[place]][None]
@@ -151,37 +152,37 @@ def run(options: Options) -> None:
 
 def _check_sampler(name: str | None) -> None:
     """An unknown one is said before the model is loaded."""
-    from keifu.generation.sampler_table import SAMPLERS
+    from keifu.generation.images.samplers import SAMPLERS
 
     if name is not None and name not in SAMPLERS:
         raise unknown("sampler", name, SAMPLERS)
 
 
-def _begun(options: Options, name: str) -> "tuple[Record, Drawer]":
+def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]":
     """The record of what will be drawn, everything in it resolved, and the model."""
-    from keifu.checkpoints.opening import planned
-    from keifu.generation.originals import original
-    from keifu.generation.picture_record import Record
-    from keifu.generation.pictures import Drawing
+    from keifu.checkpoints.load import planned
+    from keifu.generation.images.image_to_image import read_input_image
+    from keifu.generation.images.pixel_diffusion import ImageRequest
+    from keifu.generation.images.png_metadata import ImageRecord
 
     loras = tuple(map(chosen_lora, options.lora))
     found = planned(name)
     dtype = options.dtype or usual_dtype(found)
     model = load(found, dtype, loras)
-    chosen = {each.name: vars(options)[each.name] for each in fields(Drawing)}
+    chosen = {each.name: vars(options)[each.name] for each in fields(ImageRequest)}
     chosen["label"] = None if options.label is None else model.label(options.label)
     chosen["sampler"] = options.sampler or ("ddim" if options.eta else model.usual_sampler)
     chosen["guidance"] = model.usual_guidance if options.guidance is None else options.guidance
-    chosen |= {name: original(path) for name in ("init", "mask") if (path := vars(options)[name])}
+    chosen |= {name: read_input_image(path) for name in ("init", "mask") if (path := vars(options)[name])}
     if options.towards is not None and options.best_of:
         raise UserError("--best-of chooses among pictures of one text, and --towards makes a series: leave one out.")
     if options.towards is not None and options.init:
-        chosen["towards"] = original(options.towards)
-    wanted = model.resolved(Drawing(**{**chosen, "size": _size(options.size)}))
+        chosen["towards"] = read_input_image(options.towards)
+    wanted = model.resolved(ImageRequest(**{**chosen, "size": _size(options.size)}))
     place = str(Path(name).resolve()) if Path(name).exists() else name
     count = options.best_of or options.count
     number, size = 0 if count == 1 else None, min(options.batch_size, count)
-    record = Record(place, model.fingerprint(), wanted, count, size, number, dtype, loras=loras)
+    record = ImageRecord(place, model.fingerprint(), wanted, count, size, number, dtype, loras=loras)
     return record, model
 
 
@@ -203,11 +204,11 @@ def _files(out: Path, count: int) -> list[tuple[Path, int | None]]:
     return [(out, None), *numbered]
 
 
-def _strip(model: "Drawer", picture: "Tensor", states: "Sequence[Drawn]") -> bytes:
+def _strip(model: "ImagePipeline", picture: "Tensor", states: "Sequence[SamplerStep]") -> bytes:
     import torch
 
-    from keifu.data.grid import grid
-    from keifu.generation.strips import denoising_strip, noising_strip
+    from keifu.data.images.grid import grid
+    from keifu.generation.images.strips import denoising_strip, noising_strip
 
     out = denoising_strip(states)
     into = noising_strip(picture, cast(Any, model).noise, out.columns)

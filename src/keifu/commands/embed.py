@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from keifu.commands import flags, tables
-from keifu.commands.encoders import ids, load_encoder, texts_from
-from keifu.commands.seen import pictures_among, points
+from keifu.commands.shared import flags, tables
+from keifu.commands.shared.inputs import embed_inputs, ids, load_encoder, pictures_among, texts_from
 from keifu.errors import UserError
 from keifu.files import write_atomic
 
@@ -57,11 +56,11 @@ def run(options: Options) -> None:
     texts = texts_from(options.texts, options.file, EXAMPLE)
     among = (pictures_among(options.among) or texts_from((), options.among, EXAMPLE)) if options.among else None
     model, tokenizer = load_encoder(options.model, options.dtype)
-    vectors = _embedded(model, tokenizer, texts, options)
+    vectors = _embed(model, tokenizer, texts, options)
     if options.out:
         _write(options.out, texts, vectors)
     if options.nearest is not None:
-        searched = None if among is None else _embedded(model, tokenizer, among, options)
+        searched = None if among is None else _embed(model, tokenizer, among, options)
         _show_nearest(options.nearest, (texts, vectors), None if among is None else (among, searched))
     if not options.out and options.nearest is None:
         for text, vector in zip(texts, _numbers(vectors), strict=True):
@@ -79,13 +78,13 @@ def _check(options: Options) -> None:
             raise UserError(f"{name} must be at least 1, and it is {value}.")
 
 
-def _embedded(model: Any, tokenizer: Any, texts: Sequence[str], options: Options) -> "Tensor":
+def _embed(model: Any, tokenizer: Any, texts: Sequence[str], options: Options) -> "Tensor":
     from keifu.data.progress import counting
-    from keifu.evaluation.embedding import embed_rows
-    from keifu.evaluation.shared_space import TwoTowers
+    from keifu.evaluation.classification.embeddings import embed_rows
+    from keifu.evaluation.images.retrieval import TwoTowers
 
     if isinstance(model, TwoTowers):
-        return points(model, tokenizer, texts, options.cut, options.batch_size)
+        return embed_inputs(model, tokenizer, texts, options.cut, options.batch_size)
     rows, pad_id = ids(model, tokenizer, texts, options.cut), tokenizer.pad_id or 0
     if len(texts) <= SILENT:
         return embed_rows(model, rows, pad_id, options.batch_size)
@@ -114,7 +113,7 @@ def _numbers(vectors: "Tensor") -> list[list[float]]:
 
 
 def _show_nearest(count: int, queries: tuple[list[str], Any], among: tuple[list[str], Any] | None) -> None:
-    from keifu.evaluation.embedding import nearest
+    from keifu.evaluation.classification.embeddings import nearest
 
     texts, vectors = queries
     candidates, points = among or queries

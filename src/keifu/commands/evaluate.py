@@ -8,12 +8,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from keifu.commands import flags, tables
-from keifu.commands.loras import chosen as chosen_lora
+from keifu.commands.shared import flags, tables
+from keifu.commands.shared.drawing import select_loras as chosen_lora
 from keifu.errors import UserError, unknown
 
 # Each is a file in keifu/evaluation (see its task.py).
-TASKS = ("translation", "retrieval", "pictures", "text_pictures", "few_shot", "mixture", "language_model")
+TASKS = (
+    "text.translation", "images.retrieval", "images.generative", "images.text_to_image", "text.few_shot",
+    "text.mixture", "text.perplexity",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,29 +92,29 @@ class Options(flags.OnDevice):
 def run(options: Options) -> None:
     """Evaluates, and prints the figures, remarks and tables."""
     from keifu.checkpoints import load
-    from keifu.checkpoints.picture_lora import apply_lora
-    from keifu.evaluation.task import Asked
+    from keifu.checkpoints.lora.diffusion import apply_lora
+    from keifu.evaluation.registry import EvalRequest
     from keifu.files import write_atomic
 
     check_known(options.on)
     model, tokenizer = load(options.model)
-    task = fitting(model, options.on)
-    given = {field.name: vars(options)[field.name] for field in fields(Asked) if field.name in vars(options)}
-    check_heeded(options, task)
+    task = select_task(model, options.on)
+    given = {field.name: vars(options)[field.name] for field in fields(EvalRequest) if field.name in vars(options)}
+    check_options(options, task)
     for lora in map(chosen_lora, options.lora):
         apply_lora(model, lora.place, lora.scale)
     towers = load(options.clip) if options.clip else None
-    asked = Asked(**given, towers=towers, **trained(Path(options.model)))
+    asked = EvalRequest(**given, towers=towers, **training_facts(Path(options.model)))
     found = task.evaluate(model, tokenizer, asked)
     if options.output and found.picture and options.output.suffix == ".png":
         write_atomic(options.output, found.picture)
     elif options.output and found.items:
         written = _objects if options.output.suffix == ".jsonl" else _columns
         write_atomic(options.output, written(found.items))
-    _tell(found, options.json)
+    _print_outcome(found, options.json)
 
 
-def trained(run: Path) -> dict[str, Any]:
+def training_facts(run: Path) -> dict[str, Any]:
     """What a run says of itself that its evaluation heeds: a translator's languages, what was held out of pictures."""
     recipe = run / "recipe.json"
     told = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
@@ -130,7 +133,7 @@ def check_known(on: str) -> None:
         raise unknown("task", on, {name for task in tasks() for name in task.names()})
 
 
-def fitting(model: Any, on: str) -> Any:
+def select_task(model: Any, on: str) -> Any:
     """The task for such a model on such data; a model or data that no task is for is a `UserError`."""
     every = tasks()
     able = [task for task in every if task.takes(model)]
@@ -146,7 +149,7 @@ def fitting(model: Any, on: str) -> Any:
     raise unknown("task", on, [name for task in able for name in task.names()])
 
 
-def check_heeded(options: Options, task: Any) -> None:
+def check_options(options: Options, task: Any) -> None:
     """Refuses an option that the task would not heed."""
     everyones = {"model", "on", "limit", "json", "device"}
     for field in fields(options):
@@ -155,7 +158,7 @@ def check_heeded(options: Options, task: Any) -> None:
             raise UserError(f"{flag} has no meaning here, where {task.ABOUT.partition(':')[0]} is evaluated.")
 
 
-def _tell(found: Any, as_json: bool) -> None:
+def _print_outcome(found: Any, as_json: bool) -> None:
     """The figures and what belongs to them, for people or as JSON."""
     if as_json:
         details = {

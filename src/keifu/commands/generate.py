@@ -7,10 +7,10 @@ from typing import Annotated
 
 import tyro
 
-from keifu.commands import flags
-from keifu.commands.language import at_terminal, join_texts, load_writer, notice
-from keifu.commands.terminal import ask
-from keifu.commands.writing import SamplingFlags, choose_sampling, print_text
+from keifu.commands.shared import flags
+from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice
+from keifu.commands.shared.terminal import ask
+from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_text
 
 EXAMPLE = 'keifu generate MODEL "Once upon a time"'
 
@@ -44,7 +44,7 @@ def run(options: Options) -> None:
     """Prints what the model writes, without the prompt."""
     text = join_texts(options.prompt, options.file) or (ask("Prompt: ", EXAMPLE) if at_terminal() else "")
     model, tokenizer = load_writer(options.model)
-    from keifu.generation.generate import as_prompt
+    from keifu.generation.text.generate import as_prompt
 
     sampling, line = choose_sampling(tokenizer, options.sampling, max_tokens=256)
     prompt = as_prompt(tokenizer, text, options.raw)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from keifu.commands import flags
+from keifu.commands.shared import flags
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import tyro
 
-from keifu.commands import flags, tables
+from keifu.commands.shared import flags, tables
 from keifu.errors import unknown
-from keifu.models._sizes import Size, published_sizes
+from keifu.models.sizes import Size, published_sizes
 
 
 @dataclass(frozen=True)

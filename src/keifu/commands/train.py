@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from keifu.commands import flags, resuming, tables
-from keifu.commands.recipe_files import path_of, recipe_module, recipe_options, recipes
+from keifu.commands.shared import flags, resuming, tables
+from keifu.commands.shared.recipe_files import path_of, recipe_module, recipe_options, recipes
 from keifu.devices import Choice
 from keifu.errors import UserError
-from keifu.training import folder
+from keifu.training.run import directory as folder
 
 OLD = re.compile(r"^--training\.")  # options of the loop had this before their names in some recipes
 

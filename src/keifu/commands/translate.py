@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from keifu.commands import flags
-from keifu.commands.language import decoded
+from keifu.commands.shared import flags
+from keifu.commands.shared.inputs import decode_utf8
 from keifu.errors import UserError
 
 EXAMPLE = 'keifu translate MODEL "This is a pen."'
@@ -44,15 +44,14 @@ def run(options: Options) -> None:
     lines = lines_from(options.text, options.file)
     model, tokenizer = load_translator(options.model)
     from keifu.data.progress import counting
-    from keifu.generation.sentences import joined
-    from keifu.generation.translation import Translating, translate_texts
+    from keifu.generation.text.translation import TranslationParams, join_sentences, translate_texts
 
-    settings = Translating(options.beam, options.alpha, options.max_tokens, options.batch_size)
+    settings = TranslationParams(options.beam, options.alpha, options.max_tokens, options.batch_size)
     shown = options.file is not None and sys.stderr.isatty()
     with counting("Translating", None, "sentences") if shown else nullcontext() as progress:
         found = translate_texts(model, tokenizer, lines, settings, progress=progress)
     for line, parts in zip(lines, found, strict=True):
-        text = joined(part.text for part in parts)
+        text = join_sentences(part.text for part in parts)
         whole = {"source": line, "translation": text, "sentences": [asdict(part) for part in parts]}
         print(json.dumps(whole, ensure_ascii=False) if options.json else text)
     _warn(found)
@@ -68,18 +67,18 @@ def lines_from(text: str | None, file: Path | None) -> list[str]:
         raise UserError(f"There is no text: write it behind the model ({EXAMPLE}), pipe it in, or name its --file.")
     data = file.read_bytes() if file else sys.stdin.buffer.read()
     lines = data.removesuffix(b"\n").split(b"\n") if data else []
-    return [decoded(line, str(file or "standard input"), number) for number, line in enumerate(lines, 1)]
+    return [decode_utf8(line, str(file or "standard input"), number) for number, line in enumerate(lines, 1)]
 
 
 def load_translator(name: str) -> tuple[Any, Any]:
     """A model that translates, and its tokenizer; for any other kind a `UserError` that names the verb for it."""
     from keifu.checkpoints import load
-    from keifu.generation.translation import does_not_translate, translates
+    from keifu.generation.text.translation import explain_not_translator, is_translator
 
     model, tokenizer = load(name)
-    if translates(model) and tokenizer is not None:
+    if is_translator(model) and tokenizer is not None:
         return model, tokenizer
-    raise UserError(f"{name} does not translate: {does_not_translate(model)}")
+    raise UserError(f"{name} does not translate: {explain_not_translator(model)}")
 
 
 def _warn(found: Sequence[Sequence[Any]]) -> None:

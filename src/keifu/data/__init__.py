@@ -1,0 +1,1 @@
+"""Files in, tensors out: the catalogue, tokenizers, texts, pairs, conversations, tables and pictures, in batches."""

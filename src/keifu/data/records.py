@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from keifu.data.text_files import Problem, lines, refuse
+from keifu.data.text.text_files import Problem, lines, refuse
 from keifu.errors import UserError, unknown
 
 Row = tuple[str, dict[str, Any]]  # its place, and its values by field

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from keifu.layers.counted_random import bits, bits16
+from keifu.layers.counter_rng import bits, bits16
 
 LEVELS = 2**16  # a rate is rounded to so many; 16 random bits for each element
 

@@ -19,11 +19,11 @@ from torch.nn.utils import parametrize
 
 from keifu.errors import UserError
 from keifu.layers.dropout import Dropout
-from keifu.layers.spatial_transformer import PixelLinear
+from keifu.layers.unet.spatial_transformer import PixelLinear
 
 
 @dataclass(frozen=True)
-class Low:
+class LoraSettings:
     """How an adapter is made. The product B A is multiplied with alpha / rank, or alpha / √rank where `root` is set
     (rsLoRA, Kalajdzievski, 2023). `dora`: each row's length is learned apart from its direction."""
 
@@ -61,7 +61,7 @@ class Adapter(nn.Module):
     A convolution's matrix is its weight with the kernel flattened into the inputs.
     """
 
-    def __init__(self, weight: Float[Tensor, "out channels *kernel"], target: Target, low: Low):
+    def __init__(self, weight: Float[Tensor, "out channels *kernel"], target: Target, low: LoraSettings):
         super().__init__()
         self.target, self.low, self.kernel = target, low, tuple(weight.shape[2:])
         weight = weight.flatten(1)
@@ -90,7 +90,7 @@ def _lengths(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
     return torch.linalg.vector_norm(weight, dim=1)
 
 
-class Adapted(nn.Module):
+class AdaptedLinear(nn.Module):
     """A linear layer with adapters beside it, in the layer's place; dropout acts on the adapters' inputs alone."""
 
     idle = False  # see `unadapted`
@@ -146,7 +146,7 @@ class Adapted(nn.Module):
         return self.base
 
 
-class Reweighted(nn.Module):
+class ReweightedLinear(nn.Module):
     """The weight of a convolution, or of another layer of pixels, as an adapter changes it: the layer computes with
     that at each call (torch's `parametrize`), which costs less than a second convolution. It has no dropout."""
 
@@ -166,7 +166,7 @@ class Reweighted(nn.Module):
         return (changed if stretch is None else changed * stretch[:, None]).view_as(weight).to(weight.dtype)
 
 
-def attach(model: nn.Module, targets: Mapping[Target, Low]) -> nn.Module:
+def attach(model: nn.Module, targets: Mapping[Target, LoraSettings]) -> nn.Module:
     """Puts adapters beside these layers, in place, and freezes everything else; gives the model back.
 
     A model that has adapters already is a `ValueError`: merge them first.
@@ -185,9 +185,9 @@ def attach(model: nn.Module, targets: Mapping[Target, Low]) -> nn.Module:
         ordered = sorted(parts, key=lambda part: part.start)
         made = [Adapter(base.weight[p.start : p.start + p.rows], p, targets[p]) for p in ordered]
         if isinstance(base, nn.Linear) and not isinstance(base, PixelLinear):
-            model.set_submodule(name, Adapted(base, made))
+            model.set_submodule(name, AdaptedLinear(base, made))
         else:
-            parametrize.register_parametrization(base, "weight", Reweighted(made[0]))
+            parametrize.register_parametrization(base, "weight", ReweightedLinear(made[0]))
     return model
 
 
@@ -199,7 +199,7 @@ def adapters(model: nn.Module) -> Iterator[Adapter]:
 @contextmanager
 def unadapted(model: nn.Module) -> Iterator[None]:
     """As long as the block lasts, the model is what it was before it had adapters; one that has none stays as it is."""
-    parts = [module for module in model.modules() if isinstance(module, Adapted | Reweighted)]
+    parts = [module for module in model.modules() if isinstance(module, AdaptedLinear | ReweightedLinear)]
     for part in parts:
         part.idle = True
     try:
@@ -212,7 +212,7 @@ def unadapted(model: nn.Module) -> Iterator[None]:
 def merge(model: nn.Module) -> nn.Module:
     """Works every adapter into the matrix beside it, in place; gives the model back, which has none afterwards."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Adapted):
+        if isinstance(module, AdaptedLinear):
             model.set_submodule(name, module.merged())
         elif parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight")

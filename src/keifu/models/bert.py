@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.activations import activation
-from keifu.layers.attention import Attention, PaddingMask
-from keifu.layers.blocks import PostNorm
+from keifu.layers.attention.attention import Attention, PaddingMask
+from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.dropout import Dropout
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import truncated_normal_
 from keifu.layers.linear import Linear, linear
-from keifu.layers.positions import LearnedPositions
-from keifu.models._published import activation_name, published_activation
+from keifu.layers.transformer.blocks import PostNorm
+from keifu.models.hf.config import activation_name, published_activation
 
 Tokens = Int[Tensor, "batch length"]
 Hidden = Float[Tensor, "batch length dim"]

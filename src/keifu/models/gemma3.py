@@ -9,15 +9,15 @@ from functools import partial
 from typing import Any
 
 from keifu.layers.activations import activation
-from keifu.layers.attention import Attention
-from keifu.layers.blocks import SandwichNorm
-from keifu.layers.decoder import DecoderLM, ScaledEmbedding
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.positions import RopeScaling, Rotary
 from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.linear import Linear
 from keifu.layers.normalisation import UnitOffsetRMSNorm
-from keifu.layers.positions import RopeScaling, Rotary
-from keifu.models._published import activation_name, read_rope, write_rope
+from keifu.layers.transformer.blocks import SandwichNorm
+from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding
+from keifu.models.hf.config import activation_name, read_rope, write_rope
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from torch import nn
 
 from keifu.errors import UserError
 from keifu.layers.activations import activation
-from keifu.layers.attention import Attention
-from keifu.layers.blocks import PostNorm
-from keifu.layers.decoder import DecoderLM
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import normal_
 from keifu.layers.linear import Linear
-from keifu.layers.positions import LearnedPositions
+from keifu.layers.transformer.blocks import PostNorm
+from keifu.layers.transformer.decoder import DecoderLM
 
 
 @dataclass(frozen=True)

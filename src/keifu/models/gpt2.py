@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from keifu.layers.activations import activation
-from keifu.layers.attention import Attention
-from keifu.layers.blocks import PreNorm
-from keifu.layers.decoder import DecoderLM
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.linear import Linear
-from keifu.layers.positions import LearnedPositions
-from keifu.models._published import activation_name, published_activation
+from keifu.layers.transformer.blocks import PreNorm
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models.hf.config import activation_name, published_activation
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 
 from keifu.layers.activations import activation
-from keifu.layers.attention import Attention
-from keifu.layers.blocks import PreNorm
-from keifu.layers.decoder import DecoderLM
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.positions import RopeScaling, Rotary
 from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.linear import Linear
 from keifu.layers.normalisation import RMSNorm
-from keifu.layers.positions import RopeScaling, Rotary
-from keifu.models._published import (
+from keifu.layers.transformer.blocks import PreNorm
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models.hf.config import (
     activation_name,
     published_activation,
     read_rope,

@@ -10,7 +10,7 @@ What the paper leaves open: which state and context stand in the output. Section
 appendix U_o s_{i-1} + V_o E y_{i-1} + C_o c_i (copies differ in the index of c). This file follows the appendix with
 c_i, the context that s_{i-1} chose, so that y_{i-1}, which is given to both, is not looked at through an old context.
 Biases, which the paper leaves out of its formulas, are in the recurrent layers, s_0 and the output's pairs. The reset
-gate stands where torch has it: see `keifu.layers.recurrent`.
+gate stands where torch has it: see `keifu.layers.recurrent.gru`.
 
 Axes: batch, length = tokens of the target, source_length, dim = a state, width = a source token's state, vocab.
 """
@@ -27,8 +27,14 @@ from keifu.errors import UserError
 from keifu.layers.dropout import Dropout
 from keifu.layers.initialisation import normal_
 from keifu.layers.linear import Linear, linear
-from keifu.layers.recurrent import ENCODERS
-from keifu.layers.recurrent_decoder import AttentiveDecoder, DecoderState, FixedContextDecoder, PlainDecoder, Steps
+from keifu.layers.recurrent.attention_decoder import (
+    AttentiveDecoder,
+    DecoderState,
+    DecoderSteps,
+    FixedContextDecoder,
+    PlainDecoder,
+)
+from keifu.layers.recurrent.gru import ENCODERS
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,9 @@ class Maxout(nn.Module):
         self.dim = config.maxout_dim
         self.pairs = Linear(config.dim + config.embedding_dim + context_dim, 2 * config.maxout_dim)
 
-    def forward(self, steps: Steps, embedded: Float[Tensor, "batch length m"]) -> Float[Tensor, "batch length l"]:
+    def forward(
+        self, steps: DecoderSteps, embedded: Float[Tensor, "batch length m"]
+    ) -> Float[Tensor, "batch length l"]:
         sums = self.pairs(torch.cat([steps.before, embedded, *steps.context], -1))
         return sums.unflatten(-1, (-1, 2)).amax(-1)
 
@@ -83,7 +91,9 @@ class LastState(nn.Module):
         super().__init__()
         self.dim = config.dim
 
-    def forward(self, steps: Steps, embedded: Float[Tensor, "batch length m"]) -> Float[Tensor, "batch length dim"]:
+    def forward(
+        self, steps: DecoderSteps, embedded: Float[Tensor, "batch length m"]
+    ) -> Float[Tensor, "batch length dim"]:
         return steps.after
 
 
@@ -182,7 +192,7 @@ class Seq2Seq(nn.Module):
         """What is added to the logits."""
         return self.head.bias
 
-    def _steps(self, embedded: Float[Tensor, "batch length m"], state: DecoderState) -> Steps:
+    def _steps(self, embedded: Float[Tensor, "batch length m"], state: DecoderState) -> DecoderSteps:
         if len(embedded) != len(state.hidden):
             raise ValueError(f"The state is for {len(state.hidden)} targets and was given tokens of {len(embedded)}.")
         steps = self.decoder(embedded, state.memory, state.hidden)

@@ -15,14 +15,14 @@ from torch import nn
 
 from keifu.errors import UserError
 from keifu.layers.activations import activation
-from keifu.layers.attention import Attention, CrossAttention
-from keifu.layers.blocks import CrossPostNorm, PostNorm
-from keifu.layers.encoder_decoder import EncoderDecoder
+from keifu.layers.attention.attention import Attention, CrossAttention
+from keifu.layers.attention.positions import SinusoidalPositions
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import xavier_
 from keifu.layers.linear import Linear
-from keifu.layers.positions import SinusoidalPositions
-from keifu.models._published import activation_name, published_activation
+from keifu.layers.transformer.blocks import CrossPostNorm, PostNorm
+from keifu.layers.transformer.encoder_decoder import EncoderDecoder
+from keifu.models.hf.config import activation_name, published_activation
 
 
 @dataclass(frozen=True)

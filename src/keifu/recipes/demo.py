@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keifu import checkpoints
-from keifu.data import catalogue
-from keifu.evaluation.bigram import bigram_loss
-from keifu.generation.chat import Conversation
+from keifu.data.catalogue import catalogue
+from keifu.evaluation.text.perplexity import bigram_loss
+from keifu.generation.text.chat import Conversation
 from keifu.models import llama
-from keifu.recipes import gpt
-from keifu.recipes._language import VALIDATION_TOKENS, Task, pretrain
+from keifu.recipes.language import gpt
+from keifu.recipes.language.common import VALIDATION_TOKENS, Task, pretrain
 from keifu.training.settings import Settings
 
 QUESTIONS = ("What is the capital of France?", "What is the capital of Japan?")
@@ -36,7 +36,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Both parts, each with what it takes and what comes of it."""
     began = time.monotonic()
     dial = gpt.Recipe(depth=4, data=recipe.data, steps=recipe.steps, vocab_size=4096, context_length=256, batch_size=16)
-    task, config, settings = gpt.prepared(dial)
+    task, config, settings = gpt.prepare(dial)
     settings = replace(settings, evaluate_every=90, sample_every=120, save_every=0)
     baseline = _baseline(task)
     print(

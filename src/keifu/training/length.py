@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from keifu.errors import UserError
-from keifu.training.schedules import ratio
+from keifu.training.optim.lr_schedules import ratio
 from keifu.training.settings import Settings
 
 

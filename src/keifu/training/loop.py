@@ -17,17 +17,20 @@ from torch import nn
 
 from keifu.errors import UserError
 from keifu.threads import follow_load
-from keifu.training import folder, guards, machine, metrics, state
-from keifu.training.interrupt import Stopped, StopRequest
-from keifu.training.loading import Loader, beside
+from keifu.training.hardware import cost as machine
+from keifu.training.hardware import failures
+from keifu.training.hardware.flops import peak
+from keifu.training.hardware.precision import tensor_float32
+from keifu.training.loader import Loader, beside
 from keifu.training.pace import Budget, Pace, TimeLeft
-from keifu.training.peak import peak
-from keifu.training.precision import tensor_float32
-from keifu.training.progress import Display, clock, number
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
-from keifu.training.report import REPORT, write_report
-from keifu.training.settings import Settings, as_chosen, described
-from keifu.training.start import ADVICE, Started, go_back, start, tensors
+from keifu.training.run import checkpoint, metrics
+from keifu.training.run import directory as run_directory
+from keifu.training.run.progress import Display, format_seconds, number
+from keifu.training.run.report import REPORT, write_report
+from keifu.training.settings import Settings, as_chosen, describe_settings
+from keifu.training.setup import ADVICE, TrainingSetup, rewind, set_up, tensors
+from keifu.training.signals import Interrupted, StopRequest
 from keifu.training.step import Gradient
 
 
@@ -55,18 +58,18 @@ def train(
 
     `sample` is called with the number of steps done and gives a text or a PNG picture; `save` writes the model into the
     folder. Memory is measured on the first batch; where batches differ in shape, on `largest`, which data that are
-    `OnPolicy` need, since the first batch is made before a resumed run's weights are taken up. Ctrl-C raises `Stopped`
+    `OnPolicy` need, since the first batch is made before a resumed run's weights are taken up. Ctrl-C raises `Interrupted`
     after the state is saved. A number that is not finite, or too little memory, is a `UserError`, raised before the
     step is made and after the state before it is saved.
     """
     follow_load()
-    folder.claim(run)
+    run_directory.claim_directory(run)
     settings = as_chosen(settings)
-    facts = described(settings, run.options, data.fingerprint)
+    facts = describe_settings(settings, run.options, data.fingerprint)
     sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, facts)
     tensor_cores = tensor_float32(next(model.parameters()).device)
     with Display(settings.steps, run.unit) as display, StopRequest(display.note) as stop, tensor_cores:
-        started = start(model, objective, data, settings, run, display.note, largest)
+        started = set_up(model, objective, data, settings, run, display.note, largest)
         display.expect(started.progressed.plan.steps)
         settings = dataclasses.replace(settings, steps=started.length.begun)
         at = started.progressed
@@ -83,7 +86,7 @@ def train(
 class _Loop:
     """A run between its start and its end."""
 
-    started: Started
+    started: TrainingSetup
     data: Data
     settings: Settings
     run: Run
@@ -107,8 +110,8 @@ class _Loop:
         self.on_policy = isinstance(self.data, OnPolicy)
         device = self.stepper.device
         self.loader = Loader(self.data.batch, device, beside(device) and not self.on_policy)
-        self.facts = described(self.settings, self.run.options, self.data.fingerprint)
-        self.how = folder.how_to_resume(self.run)
+        self.facts = describe_settings(self.settings, self.run.options, self.data.fingerprint)
+        self.how = run_directory.how_to_resume(self.run)
         self._write_recipe({})
 
     def go(self) -> None:
@@ -136,7 +139,7 @@ class _Loop:
         self._save_state()
         self._leave({"finished": True})
         report = self.run.directory / REPORT
-        self.display.note(f"Done: {number(self.at.step, 'step')} in {clock(self.at.seconds)}. See {report}.")
+        self.display.note(f"Done: {number(self.at.step, 'step')} in {format_seconds(self.at.seconds)}. See {report}.")
         return Summary(self.run.directory, self.at.step, self.at.seconds, self.figures)
 
     def _batch(self) -> Batch:
@@ -154,9 +157,9 @@ class _Loop:
         """
         while True:
             gradient = None if self.stop() else self._gradient(batch)
-            if gradient is None or guards.finite(gradient.norm + gradient.sums.total):
+            if gradient is None or failures.is_finite(gradient.norm + gradient.sums.total):
                 return gradient
-            if not (guards.finite(gradient.sums.total) and self.stepper.scale.lower()):
+            if not (failures.is_finite(gradient.sums.total) and self.stepper.scale.lower()):
                 self._not_finite(batch)
             self.started.optimisers.drop_gradients()
 
@@ -165,9 +168,9 @@ class _Loop:
         with self._whole():
             while True:
                 try:
-                    with guards.memory(ADVICE):
+                    with failures.explain_out_of_memory(ADVICE):
                         return self.stepper.gradient(self.at.step, batch, self.stop)
-                except guards.OutOfMemory as error:
+                except failures.OutOfMemory as error:
                     reason = str(error).partition(";")[0]
                     if not self.stepper.halve(batch):
                         raise
@@ -180,10 +183,10 @@ class _Loop:
     def _whole(self) -> Iterator[None]:
         """What happens here leaves the weights alone: where it fails, their state is saved first."""
         try:
-            with guards.memory(ADVICE):
+            with failures.explain_out_of_memory(ADVICE):
                 yield
-        except guards.OutOfMemory as error:
-            raise guards.OutOfMemory(self._refuse(str(error))) from error
+        except failures.OutOfMemory as error:
+            raise failures.OutOfMemory(self._refuse(str(error))) from error
         except Exception as error:
             error.add_note(self._refuse("See above."))
             raise
@@ -200,8 +203,8 @@ class _Loop:
         spiked, loss = self.at.step, gradient.sums.means()["loss"]
         with self.pace.paused():
             try:
-                before = state.read(self.run.directory, self.at.spikes.target(spiked))
-                self.started = go_back(self.started, before, self.data, self.settings)
+                before = checkpoint.read(self.run.directory, self.at.spikes.target(spiked))
+                self.started = rewind(self.started, before, self.data, self.settings)
             except UserError as error:
                 raise UserError(self._refuse(str(error))) from None
             self.at = self.started.progressed
@@ -234,9 +237,11 @@ class _Loop:
 
     def _expectation(self) -> None:
         """What a validation, a sample and saving take, when it is first known, and with them the rest of the run."""
-        took = ", ".join(f"a {name} took {clock(seconds)}" for name, seconds in self.pace.lasted.items())
+        took = ", ".join(f"a {name} took {format_seconds(seconds)}" for name, seconds in self.pace.lasted.items())
         left = self.budget.left(self.at.step, self.at.plan.steps)
-        self.display.note(f"Step {self.at.step:,}: {took}; with what is to come, about {clock(left)} are left.")
+        self.display.note(
+            f"Step {self.at.step:,}: {took}; with what is to come, about {format_seconds(left)} are left."
+        )
 
     def _plan(self, steps: int) -> None:
         """Another number of steps, where the pace has changed; it is in the metrics, and in the states from now on."""
@@ -301,7 +306,7 @@ class _Loop:
             sample = self.sample(self.at.step)
         self.stepper.model.train()
         with self._tolerating(f"The sample of step {self.at.step:,}"):
-            folder.write_sample(self.run.directory, self.at.step, sample)
+            run_directory.write_sample(self.run.directory, self.at.step, sample)
         if isinstance(sample, str):
             self.display.note(textwrap.indent(sample, "  | "))
 
@@ -314,7 +319,7 @@ class _Loop:
             rules = self.settings.spikes
             reach = rules.reach if rules.rise else 0
             held = tensors(self.started, self.data)
-            state.save(self.run.directory, self.at.step, held, facts, self.settings.keep, reach)
+            checkpoint.save(self.run.directory, self.at.step, held, facts, self.settings.keep, reach)
             self.saved = self.at.step
 
     @contextmanager
@@ -328,13 +333,13 @@ class _Loop:
     def _stopped(self) -> NoReturn:
         self._save_state()
         self._leave({"finished": False})
-        raise Stopped(f"Stopped after step {self.at.step:,}; the state is saved. To go on:\n{self.how}")
+        raise Interrupted(f"Stopped after step {self.at.step:,}; the state is saved. To go on:\n{self.how}")
 
     def _not_finite(self, batch: Batch) -> NoReturn:
         with self.pace.paused():
             reason = self.stepper.explain(self.at.step, batch)
         advice = "A lower learning rate, a longer warm-up, a smaller clip or float32 helps."
-        raise guards.NotFinite(self._refuse(f"In the next step {reason}. {advice}"))
+        raise failures.NotFinite(self._refuse(f"In the next step {reason}. {advice}"))
 
     def _refuse(self, text: str) -> str:
         """Saves the state of the last whole step, and says so."""
@@ -349,7 +354,7 @@ class _Loop:
             with self.started.optimisers.averaged():
                 self.save(self.run.directory)
         figures = {"steps": self.at.step, "figures": self.figures}
-        self._write_recipe({**outcome, **figures, "hashes": folder.hashes(self.run.directory)})
+        self._write_recipe({**outcome, **figures, "hashes": run_directory.hashes(self.run.directory)})
         write_report(self.run.directory)
 
     def _write_recipe(self, outcome: dict[str, Any]) -> None:
@@ -358,4 +363,4 @@ class _Loop:
         facts = {"settings": self.facts["settings"], "resolved": self.started.resolved() | measured, "cost": cost}
         facts |= {"data_fingerprint": self.facts["data"], "unit": self.run.unit}
         facts |= {"length": self.started.length.facts()}
-        folder.write_recipe(self.run, facts | outcome, self.started.length.steps)
+        run_directory.write_recipe(self.run, facts | outcome, self.started.length.steps)

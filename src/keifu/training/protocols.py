@@ -14,7 +14,7 @@ from torch import Tensor, nn
 Batch: TypeAlias = dict[str, Tensor]
 
 
-class Outcome(NamedTuple):
+class LossOutput(NamedTuple):
     """Sums over the elements of a batch: the loss in nats, the number of elements, and further figures."""
 
     total: Tensor
@@ -22,7 +22,7 @@ class Outcome(NamedTuple):
     figures: dict[str, Tensor] = {}
 
 
-Objective: TypeAlias = Callable[[nn.Module, Batch], Outcome]
+Objective: TypeAlias = Callable[[nn.Module, Batch], LossOutput]
 Sample: TypeAlias = Callable[[int], str | bytes]  # from the number of steps done: a text, or a picture as PNG
 Save: TypeAlias = Callable[[Path], None]  # writes the model into the run's folder
 

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from keifu.data.growth import Growth, linear, stages
+from keifu.data.batching import BatchSizeSchedule, batch_size_stages, linear_batch_size
 from keifu.devices import chosen
 from keifu.errors import UserError, unknown
-from keifu.training.spikes import Rewinding
+from keifu.training.optim.loss_spikes import SpikeSettings
 
 Optimizer = Literal["adamw", "muon", "adadelta", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
@@ -77,7 +77,7 @@ class Settings:
     ema: float = 0.0
     """Keep a moving average of the weights with this decay (DDPM: 0.9999), lower in the first steps, and validate,
     sample and save with it; 0 keeps none."""
-    spikes: Rewinding = Rewinding()
+    spikes: SpikeSettings = SpikeSettings()
     """What is done where the loss spikes."""
     precision: Precision = "auto"
     """Of matrix products; auto: bfloat16 where the hardware has it, else float16 on a GPU and float32 on a CPU. Weights
@@ -125,13 +125,13 @@ class Settings:
         _ = self.growth  # what cannot be is said at once
 
     @cached_property
-    def growth(self) -> Growth:
+    def growth(self) -> BatchSizeSchedule:
         """How many rows each step has."""
         if self.batch_stages and self.batch_ramp:
             raise UserError("batch_stages and batch_ramp are two ways to make the batch grow: give one of them.")
         if self.batch_ramp:
-            return linear(*self.batch_ramp, self.batch_size)
-        return stages(self.batch_stages, self.batch_size)
+            return linear_batch_size(*self.batch_ramp, self.batch_size)
+        return batch_size_stages(self.batch_stages, self.batch_size)
 
     def whole_steps(self, step: int) -> float:
         """The steps before this one, each counted as the share of batch_size that its batch has."""
@@ -189,7 +189,7 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What a resumed run changes and may change; a `UserError` names everything that it may not change.
 
-    Both are what `described` gives: `then` when the state was saved.
+    Both are what `describe_settings` gives: `then` when the state was saved.
     """
     if then["data"] != now["data"]:
         raise UserError(
@@ -209,6 +209,6 @@ def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return compare(before, now["settings"])
 
 
-def described(settings: Settings, options: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
+def describe_settings(settings: Settings, options: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
     """What decides a run's result, as JSON can hold it."""
     return {"settings": flat(asdict(settings)), "options": flat(options), "data": fingerprint}

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.dropout import DropoutKeys
-from keifu.training import guards
-from keifu.training.loading import on_device
-from keifu.training.optimisers import Optimisers
-from keifu.training.precision import LossScale, autocast
-from keifu.training.protocols import Batch, Objective, Outcome
-from keifu.training.whole import Whole, outcomes
+from keifu.training.grad_cache import WholeBatchObjective, whole_batch_outputs
+from keifu.training.hardware import failures
+from keifu.training.hardware.precision import LossScale, autocast
+from keifu.training.loader import on_device
+from keifu.training.optim.optimizers import Optimizers
+from keifu.training.protocols import Batch, LossOutput, Objective
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Sums:
     figures: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, outcome: Outcome) -> "Sums":
+    def of(cls, outcome: LossOutput) -> "Sums":
         """The sums of one part of a batch, without their gradients."""
         total = outcome.total.detach()
         figures = {name: torch.as_tensor(value).detach() for name, value in outcome.figures.items()}
@@ -71,7 +71,7 @@ class Part(NamedTuple):
 
 
 @dataclass
-class Stepper:
+class TrainStep:
     """Computes gradients: of the mean over a whole batch, however it is split.
 
     `plain` is the objective before compilation, for the search for a number that is not finite. `micro_batch` rows are
@@ -82,7 +82,7 @@ class Stepper:
     model: nn.Module
     objective: Objective
     plain: Objective
-    optimisers: Optimisers
+    optimisers: Optimizers
     device: torch.device
     dtype: torch.dtype
     micro_batch: int
@@ -122,8 +122,8 @@ class Stepper:
         for part in self._parts(batch):
             self._begin(step, part)
             forward = partial(self._forward, part.batch, self.plain)
-            texts.append(guards.first_not_finite(self.model, lambda forward=forward: forward().total))
-            if texts[-1] != guards.NOT_AGAIN:
+            texts.append(failures.first_not_finite(self.model, lambda forward=forward: forward().total))
+            if texts[-1] != failures.NOT_AGAIN:
                 break
         self.dropout.clear()
         self.optimisers.drop_gradients()
@@ -141,7 +141,7 @@ class Stepper:
         self.model.train()
         return sums.means() if sums else {}
 
-    def _outcomes(self, batch: Batch, step: int | None = None) -> Iterator[Outcome]:
+    def _outcomes(self, batch: Batch, step: int | None = None) -> Iterator[LossOutput]:
         """Outcomes that add up to the whole batch, computed one after the other; the step is None in evaluation.
 
         What dropout draws from stays as it is until the next part, for layers that the backward pass computes again.
@@ -152,10 +152,10 @@ class Stepper:
             if step is not None:
                 self._begin(step, parts[number])
 
-        if isinstance(self.objective, Whole):
+        if isinstance(self.objective, WholeBatchObjective):
             context = partial(autocast, self.device, self.dtype)
             rows = [part.batch for part in parts]
-            yield from outcomes(self.objective, self.model, rows, context, begin, self.scale.value)
+            yield from whole_batch_outputs(self.objective, self.model, rows, context, begin, self.scale.value)
         else:
             for number, part in enumerate(parts):
                 begin(number)
@@ -185,7 +185,7 @@ class Stepper:
         rows = self._rows(batch)
         return [Part(number * rows, part) for number, part in enumerate(split(batch, rows))]
 
-    def _forward(self, part: Batch, objective: Objective) -> Outcome:
+    def _forward(self, part: Batch, objective: Objective) -> LossOutput:
         with autocast(self.device, self.dtype):
             return objective(self.model, part)
 
@@ -215,11 +215,11 @@ def split(batch: Batch, rows: int) -> Iterator[Batch]:
         yield {name: tensor[start : start + rows] for name, tensor in batch.items()}
 
 
-def compiled(objective: Objective, device: torch.device) -> Objective:
+def compile_objective(objective: Objective, device: torch.device) -> Objective:
     """The objective, and with it the model that it is given, through torch.compile."""
     if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         advice = "install g++ or clang++, or leave it out"
         raise UserError(f"compile=True needs a C++ compiler, and none was found; {advice}.")
-    if isinstance(objective, Whole):
+    if isinstance(objective, WholeBatchObjective):
         return replace(objective, rows=torch.compile(objective.rows))
     return torch.compile(objective)

@@ -1,0 +1,129 @@
+"""Reward models (Ouyang et al., 2022, section 3.5): a score for an answer to a prompt, learned from rankings.
+
+It knows no model by name and no file. Axes: batch = prompts, K = ranked answers of each, length = tokens.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from keifu.data.chat.prompts import Prompt
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.text.engine import evaluation_mode
+from keifu.training.protocols import Batch, LossOutput
+
+Scores = Float[Tensor, "batch K"]
+
+
+def ranking_losses(scores: Scores, levels: Scores) -> Float[Tensor, " batch"]:
+    """-1/C(K, 2) Σ ln σ(r_better - r_worse) of each prompt (equation 1), over all pairs of its answers.
+
+    levels: of two answers, the one with the higher is better; a pair that is even, or one of which is no number (an
+    answer that is not there), does not count. K = 2 is Bradley and Terry's model of pairs.
+    """
+    better, share = pairs(levels)
+    return -(F.logsigmoid(scores[:, :, None] - scores[:, None, :]) * better * share).sum((1, 2))
+
+
+def pairs(levels: Scores) -> tuple[Float[Tensor, "batch K K"], Float[Tensor, "batch 1 1"]]:
+    """1 where the first answer is better than the second, and what each pair of a prompt counts."""
+    better = (levels[:, :, None] > levels[:, None, :]).float()
+    return better, 1 / better.sum((1, 2), keepdim=True).clamp(min=1)
+
+
+def ranking_loss(model: Any, batch: Batch) -> LossOutput:
+    """The objective: batch["tokens"] and batch["mask"] [batch, K, length], batch["levels"] [batch, K].
+
+    The model offers `classify(tokens, mask)`, a score an answer. Figures: the share of a prompt's pairs in which the
+    better answer has the higher score (`accuracy`), and how much higher it is on average (`margin`).
+    """
+    scores = model.classify(batch["tokens"], batch["mask"]).float()
+    total = ranking_losses(scores, batch["levels"]).sum()
+    better, share = pairs(batch["levels"])
+    apart = (scores[:, :, None] - scores[:, None, :]).detach()
+    figures = {"accuracy": ((apart > 0) * better * share).sum(), "margin": (apart * better * share).sum()}
+    return LossOutput(total, len(scores), figures)
+
+
+@torch.no_grad()
+def margins(model: Any, batches: Iterable[Batch]) -> Float[Tensor, " pairs"]:
+    """r_better - r_worse of every pair of the batches."""
+    found, device = [torch.zeros(0)], next(model.parameters()).device
+    with evaluation_mode(model):
+        for batch in batches:
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            scores = model.classify(batch["tokens"], batch["mask"]).float()
+            better, _ = pairs(batch["levels"])
+            found.append((scores[:, :, None] - scores[:, None, :])[better.bool()].cpu())
+    return torch.cat(found)
+
+
+class Calibration(NamedTuple):
+    """How sure a model is of what it prefers, and how often it is right: a point for each bin that holds a pair.
+
+    sure: the mean of max(p, 1 - p), p = σ(r_better - r_worse). right: the share of pairs with p > 1/2. count: pairs.
+    error: the mean over pairs of |sure - right| of their bin.
+    """
+
+    sure: list[float]
+    right: list[float]
+    count: list[int]
+    error: float
+
+
+def calibration(margins: Float[Tensor, " pairs"], bins: int = 10) -> Calibration:
+    """Of the differences of scores, in bins of equal width from 1/2 to 1."""
+    sure, right = torch.sigmoid(margins.double().abs()), (margins > 0).double()
+    place = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    count = torch.bincount(place, minlength=bins)
+    there = count > 0
+    means = [torch.bincount(place, each, minlength=bins)[there] / count[there] for each in (sure, right)]
+    error = ((means[0] - means[1]).abs() * count[there]).sum() / max(1, len(margins))
+    return Calibration(means[0].tolist(), means[1].tolist(), count[there].tolist(), float(error))
+
+
+@torch.no_grad()
+def scores_of(model: Any, texts: Sequence[Sequence[int]], pad_id: int, batch_size: int = 32) -> Float[Tensor, " texts"]:
+    """The score of each text, given as ids; texts of similar length are read together."""
+    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+    found, device = torch.zeros(len(texts)), next(model.parameters()).device
+    with evaluation_mode(model):
+        for at in range(0, len(order), batch_size):
+            some = order[at : at + batch_size]
+            longest = len(texts[some[-1]])
+            rows = torch.tensor([[*texts[p], *[pad_id] * (longest - len(texts[p]))] for p in some], device=device)
+            lengths = torch.tensor([len(texts[p]) for p in some], device=device)
+            mask = torch.arange(longest, device=device) < lengths[:, None]
+            found[some] = model.classify(rows[:, None], mask[:, None])[:, 0].float().cpu()
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class ModelReward:
+    """A `Scorer`: a reward model, which reads each prompt with its answer by its own tokenizer and template."""
+
+    model: Any
+    tokenizer: Tokenizer
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """The scores; one that is no finite number, or a text that is too long, is a `UserError`."""
+        talks = [[*p.messages, {"role": "assistant", "content": a}] for p, a in zip(prompts, answers, strict=True)]
+        texts = [self.tokenizer.render_chat(talk, add_generation_prompt=False) for talk in talks]
+        if (longest := max(map(len, texts), default=0)) > (room := self.model.config.context_length):
+            raise UserError(
+                f"A prompt and its answer have {longest} tokens for the reward model, and its context is {room}: "
+                "shorten the prompts, or lower --max-tokens."
+            )
+        found = scores_of(self.model, texts, self.tokenizer.pad_id or 0).tolist()
+        for prompt, answer, value in zip(prompts, answers, found, strict=True):
+            if not math.isfinite(value):
+                of = f"for the answer {answer[:80]!r} to {prompt.text[:80]!r}"
+                raise UserError(f"The reward model's score is {value} {of}: its weights are damaged; train it again.")
+        return found

@@ -1,0 +1,92 @@
+"""Rewards that a program can give: a Python function of the prompt, the answer and the example; knows no model."""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from keifu.data.chat import prompts as gym
+from keifu.data.chat.prompts import Prompt
+from keifu.errors import UserError, unknown
+
+Reward = Callable[[str, str, Mapping[str, Any]], float]  # of the prompt, the answer and the example that it is from
+Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]  # of an answer to each of these prompts
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def last_number(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
+    """1 where the last number of the answer is the example's "answer", otherwise 0."""
+    if "answer" not in example:
+        raise UserError("the example has no field answer: give it one, or choose another reward")
+    found = NUMBER.findall(answer.replace(",", ""))
+    return float(bool(found) and found[-1] == str(example["answer"]).replace(",", "").strip())
+
+
+def exact(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
+    """1 where the answer is the example's "answer", otherwise 0."""
+    if "answer" not in example:
+        raise UserError("the example has no field answer: give it one, or choose another reward")
+    return float(answer.strip() == str(example["answer"]).strip())
+
+
+OWN: dict[str, Reward] = {"last-number": last_number, "exact": exact, gym.SCORER: gym.gym_score}
+
+
+def reward(name: str) -> Reward:
+    """The reward of that name, or of `file.py:function`, a file whose code is then run. What is not there is a
+    `UserError`."""
+    path, colon, function = name.rpartition(":")
+    if not colon:
+        if name not in OWN:
+            raise unknown("reward (or file.py:function)", name, OWN)
+        return OWN[name]
+    if not Path(path).is_file():
+        raise UserError(f"There is no file {path}: --reward is file.py:function, or one of {', '.join(OWN)}.")
+    found: Reward | None = getattr(_module(Path(path)), function, None)
+    if not callable(found):
+        raise UserError(f"{path} has no function {function!r}, to be called with a prompt, an answer and an example.")
+    return found
+
+
+def text_hash(name: str) -> str:
+    """A hash of the file that a reward is from, so that a resumed run notices a change; empty for those named here."""
+    path, colon, _ = name.rpartition(":")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if colon else ""
+
+
+def _module(path: Path) -> Any:
+    spec = spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file.")
+    module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
+    return module
+
+
+def score_responses(function: Reward) -> Scorer:
+    """The scorer that asks a function of each answer."""
+    return lambda prompts, answers: [
+        score(function, prompt.text, answer, prompt.record) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def score(function: Reward, prompt: str, answer: str, example: Mapping[str, Any]) -> float:
+    """The reward of an answer. A function that raises, or gives no finite number, is a `UserError` with the answer."""
+    of = f"for the answer {answer[:80]!r} to {prompt[:80]!r}"
+    try:
+        value = function(prompt, answer, example)
+    except Exception as error:
+        raise UserError(f"The reward raised {type(error).__name__} {of}: {error}.") from error
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"The reward is {value!r} {of}: it must be a number.") from None
+    if not math.isfinite(number):
+        raise UserError(f"The reward is {number} {of}: it must be a finite number.")
+    return number

@@ -1,0 +1,1 @@
+"""diffusers' pipeline directories, and Stable Diffusion's original single file."""

@@ -1,0 +1,214 @@
+"""diffusers' layout: a model's own folder, and a pipeline's, with a folder for each of its parts; knows no layers.
+
+A model's config.json tells its class, a pipeline's model_index.json the classes of its parts. A scheduler is no model:
+its file is read into the config of the network that it belongs to.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from keifu.checkpoints.hf.read import WEIGHTS as TRANSFORMERS_WEIGHTS
+from keifu.checkpoints.hf.read import read_json, source_of, weight_files
+from keifu.checkpoints.hf.weight_names import Link
+from keifu.checkpoints.plan import Source
+from keifu.checkpoints.registry import FAMILIES, Family, read_config
+from keifu.errors import UserError, unknown
+
+PIPELINE, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model.safetensors"
+SCHEDULER, TOKENIZER, PIXELS = "scheduler", "tokenizer", "feature_extractor"
+# part -> the file that says what it is, where that is not config.json
+FILES = {TOKENIZER: "tokenizer_config.json", PIXELS: "preprocessor_config.json"} | dict.fromkeys(
+    (SCHEDULER, "prior_scheduler", "decoder_scheduler", "super_res_scheduler"), "scheduler_config.json"
+)
+
+
+class Pipeline(NamedTuple):
+    """A pipeline of several models: the kind of each part that has weights, the files that count beside them, and what
+    of both may be missing."""
+
+    models: Mapping[str, str]
+    beside: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+LATENT, UNCLIP, SIMPLE = "StableDiffusionPipeline", "UnCLIPPipeline", "UNet2DConditionModel/simple"
+_LATENT = Pipeline(
+    {"text_encoder": "clip_text_model", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}, (SCHEDULER,)
+)
+_UNCLIP = Pipeline(
+    {
+        "text_encoder": "clip_text_model", "text_proj": "UnCLIPTextProjModel", "decoder": SIMPLE,
+        "prior": "PriorTransformer", "image_encoder": "clip_vision_model", "super_res_first": "UNet2DModel",
+        "super_res_last": "UNet2DModel",
+    },
+    ("decoder_scheduler", "prior_scheduler", "super_res_scheduler", PIXELS),
+    ("prior", "prior_scheduler", "image_encoder", PIXELS, "super_res_first", "super_res_last", "super_res_scheduler"),
+)  # fmt: skip
+_NETWORK = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+KINDS = {kind: LATENT for kind in (LATENT, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")}
+KINDS |= {kind: UNCLIP for kind in (UNCLIP, "UnCLIPImageVariationPipeline")}
+PIPELINES = {LATENT: _LATENT, UNCLIP: _UNCLIP}
+OF_TRANSFORMERS = ("text_encoder", "image_encoder")
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a latent diffusion that do not draw
+LIBRARIES = {"text_proj": "unclip"}  # where diffusers looked for its class while it kept this pipeline (to 0.33)
+VERSION = "0.30.0"  # of diffusers, whose layout this is
+
+
+def is_diffusers(path: Path) -> bool:
+    """Whether a folder has diffusers' layout."""
+    if (path / PIPELINE).exists():
+        return True
+    return (path / CONFIG).exists() and "_class_name" in read_json(path / CONFIG)
+
+
+def open_diffusers(path: Path) -> Source:
+    """The model in a folder: a pipeline of a network and its scheduler, one of several models, or a network alone.
+
+    A pipeline that lacks a part, and a pipeline or model that keifu has none of, is a `UserError` that names it.
+    """
+    if not (path / PIPELINE).exists():
+        return _network(path, path, {}, ("There is no scheduler beside this network: DDPM's noise is assumed.",))
+    index = read_json(path / PIPELINE)
+    kind = str(index.get("_class_name"))
+    if kind not in (*KINDS, *_NETWORK):
+        raise unknown("diffusers pipeline", kind, [*KINDS, *_NETWORK])
+    if kind in _NETWORK:
+        files = _files(path, kind, ("unet", SCHEDULER))
+        return _network(path, path / "unet", {SCHEDULER: read_json(files[SCHEDULER])}, ())
+    pipeline = PIPELINES[KINDS[kind]]
+    wanted = (*pipeline.models, *pipeline.beside)
+    there = [part for part in wanted if part not in pipeline.optional or any(index.get(part) or ())]
+    files = _files(path, kind, (*there, TOKENIZER))
+    left_out = [part for part in LEFT_OUT if any(index.get(part) or ()) and part not in wanted]
+    notes = (f"Left out, since they do not draw: {', '.join(left_out)}.",) if left_out else ()
+    return _component_prefixes(path, KINDS[kind], {part: files[part] for part in there}, notes)
+
+
+def _files(path: Path, kind: str, parts: Sequence[str]) -> dict[str, Path]:
+    """The file of each part that says what it is; a missing one is a `UserError` that names it."""
+    files = {part: path / part / FILES.get(part, CONFIG) for part in parts}
+    missing = [f"{part} ({file.relative_to(path)})" for part, file in files.items() if not file.exists()]
+    if missing:
+        raise UserError(f"{path} is a {kind} and lacks its {' and its '.join(missing)}.")
+    return files
+
+
+def _network(path: Path, folder: Path, beside: Mapping[str, Any], notes: tuple[str, ...]) -> Source:
+    """A network in its folder; `beside` is what its config takes from the files of other parts."""
+    json = read_json(folder / CONFIG)
+    kind = _kind(json)
+    if kind not in FAMILIES or not _is_network(kind):
+        raise unknown("model of diffusers", kind, [each for each in FAMILIES if _is_network(each) and each != SIMPLE])
+    family, config = read_config({**json, **beside, "model_type": kind}, str(folder / CONFIG))
+    return source_of(
+        path, "diffusers", family, config, weight_files(folder, WEIGHTS), notes if _subfolder(family) else ()
+    )
+
+
+def _is_network(kind: str) -> bool:
+    return kind not in PIPELINES and diffusers_files(FAMILIES[kind])
+
+
+def _kind(json: Mapping[str, Any]) -> str:
+    """The kind of a model: its class, of which one is two networks, told apart by their blocks."""
+    kind = str(json.get("_class_name", json.get("model_type")))
+    blocks = [str(json.get("mid_block_type")), *(json.get("down_block_types") or ())]
+    simple = kind == "UNet2DConditionModel" and any("Simple" in name for name in blocks)
+    return SIMPLE if simple and not any("CrossAttn" in name and "Simple" not in name for name in blocks) else kind
+
+
+def _component_prefixes(path: Path, kind: str, files: Mapping[str, Path], notes: tuple[str, ...]) -> Source:
+    """A pipeline of several models: their tensors, each under the name of its part."""
+    whole, models = dict[str, Any]({"model_type": kind}), PIPELINES[kind].models
+    for part, file in files.items():
+        whole[part] = read_json(file)
+        if part in models:
+            if (found := _kind(whole[part])) != models[part]:
+                raise UserError(f"{file} describes a {found}, and what is implemented as {part} is {models[part]}.")
+            read_config({**whole[part], "model_type": found}, str(file))
+    family, config = read_config(whole, str(path))
+    weights = {
+        file: f"{part}." for part in files if part in models
+        for file in weight_files(path / part, TRANSFORMERS_WEIGHTS if part in OF_TRANSFORMERS else WEIGHTS)
+    }  # fmt: skip
+    source = source_of(path, "diffusers", family, config, [*weights], notes, weights, path / TOKENIZER)
+    return replace(source, names=tower_names(family, source.stored))
+
+
+def tower_names(family: Family, stored: Mapping[str, Any]) -> dict[str, str]:
+    """The family's names, and those of CLIP's towers without their prefix where the file has them so."""
+    table = dict(family.names or {})
+    for part, prefix in (("text_encoder.", "text_model."), ("image_encoder.", "vision_model.")):
+        if not any(name.startswith(part + prefix) for name in stored):
+            table = {ours: theirs.replace(part + prefix, part) for ours, theirs in table.items()}
+    return table
+
+
+def diffusers_files(family: Family) -> bool:
+    """Whether this family's files are diffusers'."""
+    return PurePosixPath(family.files[1]).name == WEIGHTS
+
+
+def _subfolder(family: Family) -> bool:
+    """Whether this family's files lie in a folder of a pipeline."""
+    return len(PurePosixPath(family.files[0]).parts) > 1
+
+
+def weight_places(family: Family, found: Sequence[Link]) -> dict[str, list[Link]]:
+    """The file of each group of tensors, and the tensors by their names there."""
+    if family.model_type not in PIPELINES:
+        return {family.files[1]: [*found]}
+    places: dict[str, list[Link]] = {}
+    for link in found:
+        part = link.theirs[0].partition(".")[0]
+        place = f"{part}/{TRANSFORMERS_WEIGHTS if part in OF_TRANSFORMERS else WEIGHTS}"
+        there = tuple(name.removeprefix(f"{part}.") for name in link.theirs)
+        places.setdefault(place, []).append(replace(link, theirs=there))
+    return places
+
+
+def json_files(config: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
+    """Every JSON file of a network, or of a pipeline, by its place; `dtype` is what transformers' models are in."""
+    kind = config["model_type"]
+    if kind in PIPELINES:
+        return _of_pipeline(kind, config, dtype)
+    if SCHEDULER not in config:
+        return {CONFIG: _describe(config, dtype)}
+    scheduler = config[SCHEDULER]
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", kind]}
+    index[SCHEDULER] = ["diffusers", scheduler["_class_name"]]
+    files = {f"unet/{CONFIG}": _describe(config, dtype), f"{SCHEDULER}/{FILES[SCHEDULER]}": _with_version(scheduler)}
+    return files | {PIPELINE: _with_version(index)}
+
+
+def _of_pipeline(kind: str, config: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
+    """The files of a pipeline of several models; a part that is None stands in the index alone."""
+    files, index = dict[str, Any](), dict[str, Any]({"_class_name": kind})
+    for part in PIPELINES[kind].models:
+        if file := config[part]:
+            files[f"{part}/{CONFIG}"] = made = _describe(file, dtype)
+            library = "transformers" if part in OF_TRANSFORMERS else LIBRARIES.get(part, "diffusers")
+            index[part] = [library, (made.get("architectures") or [made.get("_class_name")])[0]]
+    for part in PIPELINES[kind].beside:
+        if file := config[part]:
+            files[f"{part}/{FILES[part]}"] = file if part == PIXELS else _with_version(file)
+            known = ["transformers", file["image_processor_type"]] if part == PIXELS else None
+            index[part] = known or ["diffusers", file["_class_name"]]
+    index[TOKENIZER] = ["transformers", "PreTrainedTokenizerFast"]
+    if kind == LATENT:
+        index |= dict.fromkeys(LEFT_OUT, [None, None]) | {"requires_safety_checker": False}
+    return files | {PIPELINE: _with_version(index)}
+
+
+def _with_version(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {**content, "_diffusers_version": VERSION}
+
+
+def _describe(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config.json of one model, diffusers' or transformers'."""
+    if "architectures" in config:
+        return {**config, "dtype": dtype, "torch_dtype": dtype}
+    rest = {name: value for name, value in config.items() if name not in ("model_type", SCHEDULER)}
+    return {"_class_name": config["model_type"].partition("/")[0], "_diffusers_version": VERSION, **rest}

@@ -1,0 +1,1 @@
+"""GGUF files of llama.cpp: reading, writing, and the fields of each architecture."""

@@ -1,0 +1,321 @@
+"""What GGUF's metadata say of a model, and our Config for it, both ways; knows no bytes.
+
+An architecture is GGUF's word for the program that runs the model in llama.cpp. What that program fixes (an activation,
+say) is no field of the file: it is here, and a Config that differs cannot be written.
+
+Rotary scalings as GGUF files write them, both ways; knows no model.
+
+linear and yarn are metadata. llama3 is a tensor of divisors, one a pair, whose formula must be found again: only a
+formula that gives the same divisors is taken. dynamic has no form in GGUF.
+
+Axes: pairs = half of a rotary head.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from keifu.checkpoints.registry import FAMILIES, Family
+from keifu.errors import UserError, unknown
+from keifu.layers.attention.positions import RopeScaling
+
+FREQS = "rope_freqs.weight"
+Divisors = Float[Tensor, " pairs"]
+
+
+def read_scaling(
+    own: Mapping[str, Any], theta: float, context: int, freqs: Divisors | None, where: str
+) -> RopeScaling | None:
+    """The scaling that these metadata (without the architecture's name) and divisors mean."""
+    factor = float(own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0)) or 1.0)
+    kind = own.get("rope.scaling.type", "linear")  # llama.cpp's own default, which a factor of 1 makes nothing of
+    if kind not in ("none", "linear", "yarn"):
+        raise UserError(f"{where} has rope.scaling.type {kind!r}, not linear or yarn, which keifu implements.")
+    if freqs is not None:
+        if kind != "none" and factor != 1.0:
+            raise UserError(f"{where} has both {FREQS} and a {kind} scaling, which keifu does not implement.")
+        return _llama3(freqs, theta, context, where)
+    if kind == "none" or factor == 1.0:
+        return None
+    original = int(own.get("rope.scaling.original_context_length", context))
+    if kind == "linear":
+        return RopeScaling("linear", factor, context)
+    size = float(own.get("rope.scaling.attn_factor", 1.0))
+    attention_factor = None if size == 1.0 else size * (1 + 0.1 * math.log(factor))
+    fast, slow = (float(own.get(f"rope.scaling.yarn_{key}", usual)) for key, usual in YARN.items())
+    return RopeScaling("yarn", factor, original, beta_fast=fast, beta_slow=slow, attention_factor=attention_factor)
+
+
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp has these built in for LLaMA and Qwen2
+
+
+def write_scaling(scaling: RopeScaling | None, theta: float, head_dim: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The metadata (without the architecture's name) and the tensors; what GGUF cannot say is a `UserError`."""
+    if scaling is None:
+        return {}, {}
+    if scaling.kind == "llama3":
+        return {}, {FREQS: divisors(scaling, theta, head_dim)}
+    if scaling.kind not in ("linear", "yarn"):
+        raise UserError(f"GGUF has no form for the rotary scaling {scaling.kind!r}; write a directory (hf) instead.")
+    found: dict[str, Any] = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
+    if scaling.kind == "linear":
+        return found, {}
+    if not scaling.truncate or {key: vars(scaling)[key] for key in YARN} != YARN:
+        raise UserError(f"llama.cpp has yarn with {YARN} and truncate=True alone; write a directory (hf) instead.")
+    size = scaling.magnitude() / (1 + 0.1 * math.log(scaling.factor))
+    found |= {"rope.scaling.original_context_length": scaling.original_context_length}
+    return found | ({} if math.isclose(size, 1.0) else {"rope.scaling.attn_factor": size}), {}
+
+
+def divisors(scaling: RopeScaling, theta: float, head_dim: int) -> Divisors:
+    """What each pair's frequency is divided by."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    return (frequencies / scaling.apply(frequencies, theta)).float()
+
+
+def _llama3(freqs: Divisors, theta: float, context: int, where: str) -> RopeScaling | None:
+    if bool((freqs == 1).all()):
+        return None
+    for scaling in _candidates(freqs, theta, context):
+        if torch.allclose(divisors(scaling, theta, 2 * len(freqs)), freqs, rtol=1e-5, atol=0):
+            return scaling
+    raise UserError(f"{where} has divisors in {FREQS} that no formula known to keifu gives, so it cannot use them.")
+
+
+def _candidates(freqs: Divisors, theta: float, context: int) -> Iterator[RopeScaling]:
+    """The published settings first, then those that the divisors themselves determine.
+
+    The share of a frequency f that is kept is a line, (length · f / 2π - low) / (high - low), cut at 0 and 1. A line
+    fixes the three settings but for a common factor: low is taken as 1, as published, if that makes the others round.
+    """
+    factor = float(freqs.max())
+    make = partial(RopeScaling, "llama3", factor)
+    for length in (8192, context):
+        yield make(length, low_freq_factor=1.0, high_freq_factor=4.0)
+    frequencies = theta ** -(torch.arange(len(freqs), dtype=torch.float64) / len(freqs))
+    kept = ((1 / freqs.double() - 1 / factor) / (1 - 1 / factor)).clamp(0, 1)
+    if not 0 < int((kept > 0).sum()) < len(kept):
+        return
+    slope, offset = _line(frequencies.tolist(), [round(value, 7) for value in kept.tolist()])
+    length = max(1, round(2 * math.pi * slope / -offset))
+    yield make(length, low_freq_factor=1.0, high_freq_factor=round(1 - 1 / offset, 3))
+    span = length / (2 * math.pi * slope)
+    yield make(length, low_freq_factor=-offset * span, high_freq_factor=(1 - offset) * span)
+
+
+def _line(frequencies: list[float], kept: list[float]) -> tuple[float, float]:
+    """Slope and offset of a line through all shares between 0 and 1 that is beyond 0 and 1 at the others."""
+    between = [n for n, share in enumerate(kept) if 0 < share < 1]
+    last = max(n for n, share in enumerate(kept) if share > 0)
+    if len(between) > 1:
+        slope = (kept[between[0]] - kept[last]) / (frequencies[between[0]] - frequencies[last])
+    else:
+        slope = kept[last] / (frequencies[last] - frequencies[last + 1])
+        if between and last:
+            slope = max(slope, (1 - kept[last]) / (frequencies[last - 1] - frequencies[last]))
+    return slope, kept[last] - slope * frequencies[last]
+
+
+SIZES = {  # GGUF's words, after the architecture's name, and ours
+    "context_length": "context_length",
+    "embedding_length": "dim",
+    "feed_forward_length": "hidden_dim",
+    "block_count": "n_layers",
+    "attention.head_count": "n_heads",
+}
+REFUSED = ("expert_count", "attention.clamp_kqv", "attention.scale", "logit_scale", "residual_scale", "embedding_scale")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`fields` are GGUF's words and ours beyond `SIZES`; `fixed` is what llama.cpp takes for granted.
+
+    `optional` are switches of the Config, each with a tensor that is there exactly when it is on. `interleaved`: q and
+    k are stored with neighbouring rotary pairs. `rotary`: it has rotary positions. `windows`: it has sliding windows,
+    which llama.cpp's other programs ignore. `derive`: what it takes for granted that depends on the sizes.
+    """
+
+    model_type: str
+    names: Mapping[str, str]
+    fields: dict[str, str]
+    fixed: Mapping[str, Any]
+    optional: Mapping[str, str] = field(default_factory=dict)
+    interleaved: bool = False
+    rotary: bool = False
+    windows: bool = False
+    derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda sizes: {}
+
+    @property
+    def family(self) -> Family:
+        """The family of the models that it runs."""
+        return FAMILIES[self.model_type]
+
+
+_BLOCKS = {
+    "embedding": "token_embd",
+    "blocks.*.attention_norm": "blk.*.attn_norm",
+    "blocks.*.attention.out": "blk.*.attn_output",
+    "blocks.*.feedforward_norm": "blk.*.ffn_norm",
+    "blocks.*.feedforward.down": "blk.*.ffn_down",
+    "norm": "output_norm",
+    "head": "output",
+}
+_GPT2 = {
+    "positions": "position_embd",
+    "blocks.*.attention.qkv": "blk.*.attn_qkv",
+    "blocks.*.feedforward.up": "blk.*.ffn_up",
+}
+_LLAMA = {"blocks.*.attention.qkv": "blk.*.attn_[q,k,v]", "blocks.*.feedforward.gate_up": "blk.*.ffn_[gate,up]"}
+_ROTARY = {
+    "attention.head_count_kv": "n_kv_heads",
+    "attention.layer_norm_rms_epsilon": "norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "rope.freq_base": "rope_theta",
+}
+_BIASES = {
+    "qkv_bias": "blk.0.attn_q.bias",
+    "out_bias": "blk.0.attn_output.bias",
+    "feedforward_bias": "blk.0.ffn_down.bias",
+}
+_QK_NORM = {f"blocks.*.attention.{part}_norm": f"blk.*.attn_{part}_norm" for part in "qk"}
+_GEMMA3 = {ours: f"{theirs}+1" for ours, theirs in (_BLOCKS | _QK_NORM).items() if ours.endswith("norm")} | {
+    "blocks.*.post_attention_norm": "blk.*.post_attention_norm+1",
+    "blocks.*.post_feedforward_norm": "blk.*.post_ffw_norm+1",
+}
+
+
+def _gemma3_scale(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp knows the 27B model by its 62 layers; in it alone the scale is not that of the heads."""
+    return {"attention_scale": (sizes["dim"] / sizes["n_heads"]) ** -0.5 if sizes["n_layers"] == 62 else None}
+
+
+_PLAIN = {"activation": "silu", "first_window_layer": 0, "dropout": 0.0}
+ARCHITECTURES = {  # in the order in which one is sought for a Config
+    "gpt2": Architecture(
+        "gpt2", _BLOCKS | _GPT2, {"attention.layer_norm_epsilon": "norm_eps"},
+        {"activation": "gelu_tanh", "bias": True, "dropout": 0.0},
+    ),
+    "qwen2": Architecture(
+        "qwen2", _BLOCKS | _LLAMA, _ROTARY, _PLAIN | {"qkv_bias": True, "out_bias": False, "feedforward_bias": False},
+        rotary=True,
+    ),
+    "qwen3": Architecture(
+        "qwen3", _BLOCKS | _LLAMA | _QK_NORM, _ROTARY, _PLAIN | {"attention_bias": False}, rotary=True
+    ),
+    "gemma3": Architecture(
+        "gemma3_text", _BLOCKS | _LLAMA | _GEMMA3, _ROTARY,
+        {
+            "activation": "gelu_tanh", "local_rope_theta": 10_000.0, "local_rope_scaling": None, "global_layers": None,
+            "attention_bias": False, "dropout": 0.0,
+        },
+        rotary=True, windows=True, derive=_gemma3_scale,
+    ),
+    "llama": Architecture(
+        "llama", _BLOCKS | _LLAMA, _ROTARY, _PLAIN, _BIASES, interleaved=True, rotary=True
+    ),
+}  # fmt: skip
+
+
+def read_config(
+    fields: Mapping[str, Any], tensors: Mapping[str, Any], freqs: Tensor | None, where: str
+) -> tuple[str, Any]:
+    """The architecture's name and the Config of a file's metadata.
+
+    tensors: names of all tensors, and the shape of each. freqs: the tensor rope_freqs.weight, where there is one.
+    """
+    name = fields.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise unknown("GGUF architecture that keifu reads called", str(name), ARCHITECTURES)
+    architecture = ARCHITECTURES[name]
+    own = {key.removeprefix(f"{name}."): _same_everywhere(key, value, where) for key, value in fields.items()}
+    refused = [f"{name}.{key}" for key in REFUSED if own.get(key)]
+    if refused:
+        raise UserError(f"{where} sets {', '.join(refused)}, which keifu does not implement.")
+    missing = [f"{name}.{key}" for key in SIZES if key not in own]
+    if missing or "token_embd.weight" not in tensors:
+        lacking = missing or ["the tensor token_embd.weight"]
+        raise UserError(f"{where} lacks {', '.join(lacking)}, so the model's size is not known.")
+    values = {ours: own[key] for key, ours in (SIZES | architecture.fields).items() if key in own}
+    values |= dict(architecture.fixed) | {switch: tensor in tensors for switch, tensor in architecture.optional.items()}
+    values |= {"vocab_size": tensors["token_embd.weight"][0], "tied": "output.weight" not in tensors}
+    values |= architecture.derive(values)
+    kind = architecture.family.module.Config
+    if architecture.rotary:
+        values |= _read_rotary(own, values, freqs, where)
+        if values["head_dim"] is None and kind.head_dim is not None:  # a Config that always names the size of a head
+            values["head_dim"] = values["dim"] // values["n_heads"]
+    return name, kind(**values)
+
+
+def _same_everywhere(key: str, value: Any, where: str) -> Any:
+    """The one value of a setting, which may be given layer by layer, without the noise of float32."""
+    if isinstance(value, list) and value and key.partition(".")[0] in ARCHITECTURES:
+        if len(set(value)) > 1:
+            raise UserError(f"{where} has another {key} in each layer ({value[:4]}), which keifu does not implement.")
+        value = value[0]
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _read_rotary(own: Mapping[str, Any], values: Mapping[str, Any], freqs: Tensor | None, where: str) -> dict[str, Any]:
+    usual = values["dim"] // values["n_heads"]
+    size = own.get("attention.key_length", usual)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if own.get(key, size) != size:
+            raise UserError(f"{where} has {key} {own[key]} beside heads of {size}; keifu turns whole heads.")
+    theta = float(values.get("rope_theta", 10_000.0))
+    scaling = read_scaling(own, theta, values["context_length"], freqs, where)
+    return {"head_dim": None if size == usual else size, "rope_theta": theta, "rope_scaling": scaling}
+
+
+def architecture_for(config: Any) -> tuple[str, Architecture]:
+    """The architecture of llama.cpp that runs a model of this Config; none is a `UserError` that names the settings."""
+    values, reasons = vars(config), []
+    for name, architecture in ARCHITECTURES.items():
+        if not isinstance(config, architecture.family.module.Config):
+            continue
+        needed = {**architecture.fixed, **architecture.derive(values)}
+        wrong = [key for key, fine in needed.items() if key != "dropout" and values[key] != fine]
+        if not wrong:
+            return name, architecture
+        reasons.append(f"{name} needs " + ", ".join(f"{key}={needed[key]!r}" for key in wrong))
+    if not reasons:
+        raise UserError(f"llama.cpp runs no model of {type(config).__module__}; it can be written as a directory (hf).")
+    raise UserError(f"llama.cpp runs no such model: {'; '.join(reasons)}. Write it as a directory (hf) instead.")
+
+
+def write_config(config: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """The architecture's name, the metadata without the tokenizer, and the tensors that are settings.
+
+    A model with a sliding window that llama.cpp's program ignores is given the window as its context: within it the two
+    agree.
+    """
+    name, architecture = architecture_for(config)
+    values, tensors = vars(config), {}
+    found = {key: values[ours] for key, ours in (SIZES | architecture.fields).items() if values[ours] is not None}
+    found |= {"vocab_size": config.vocab_size}
+    if architecture.rotary:
+        size = head_dim(config)
+        found |= {"attention.head_count_kv": config.n_kv_heads or config.n_heads, "rope.dimension_count": size}
+        found |= {"attention.key_length": size, "attention.value_length": size}
+        if not architecture.windows:
+            found["context_length"] = min(config.context_length, config.sliding_window or config.context_length)
+        more, tensors = write_scaling(config.rope_scaling, config.rope_theta, size)
+        found |= more
+    return name, {f"{name}.{key}": value for key, value in found.items()}, tensors
+
+
+def head_dim(config: Any) -> int:
+    """The size of a rotary head."""
+    return config.head_dim or config.dim // config.n_heads
+
+
+def rotary_head_dim(architecture: Architecture, config: Any) -> int | None:
+    """The size of the heads whose rows GGUF stores in another order than we; None if it does not."""
+    return head_dim(config) if architecture.interleaved else None

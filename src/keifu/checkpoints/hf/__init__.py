@@ -1,0 +1,1 @@
+"""Hugging Face directories: reading, writing, and the names of weights."""

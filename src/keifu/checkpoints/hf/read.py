@@ -1,0 +1,162 @@
+"""Reading Hugging Face directories: config.json and safetensors, whole or in shards; knows no model.
+
+Nothing is ever unpickled: a directory with PyTorch's own .bin files is refused with a sentence.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keifu.checkpoints.hf.task_heads import read_config
+from keifu.checkpoints.plan import Source, Stored
+from keifu.checkpoints.registry import Family
+from keifu.errors import UserError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIGS = {"config.json": None, "open_clip_config.json": "open_clip"}  # and the model_type that is meant where it is so
+PREPROCESSOR = "preprocessor_config"  # of pictures: its file, and the field in which it comes with the config
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES |= {"I64": torch.int64}  # counters, such as a batch norm's
+
+
+def open_directory(path: Path) -> Source:
+    """The model in a directory, its weights memory-mapped and not yet read."""
+    where = next((path / name for name in CONFIGS if (path / name).exists()), None)
+    if where is None:
+        raise UserError(f"{path} is no model: it holds no config.json{_nearest('config.json', path)}.")
+    family, config = read_config(_with_preprocessor(where), str(where))
+    return source_of(path, "Hugging Face", family, config, weight_files(path, family.files[1]))
+
+
+def source_of(
+    path: Path,
+    layout: str,
+    family: Family,
+    config: Any,
+    files: Sequence[Path],
+    notes: tuple[str, ...] = (),
+    prefixes: Mapping[Path, str] | None = None,
+    texts: Path | None = None,
+) -> Source:
+    """A model of this config whose weights lie in these safetensors files.
+
+    prefixes: what each file's names are told with, where several parts have files. texts: where the tokenizer is, if
+    not in `path`.
+    """
+    opened = {file: open_weights(file) for file in files}
+    before = prefixes or dict.fromkeys(files, "")
+    owner = {before[file] + name: (file, name) for file in files for name in opened[file].keys()}  # noqa: SIM118 (no dict)
+    stored = {told: stored_of(opened[file].get_slice(name)) for told, (file, name) in owner.items()}
+
+    def read(told: str) -> Tensor:
+        file, name = owner[told]
+        return opened[file].get_tensor(name)
+
+    tokenizer = _tokenizer(texts or path, family)
+    return Source(path, layout, family, config, stored, read, tokenizer, family.names, notes=notes)
+
+
+def _with_preprocessor(where: Path) -> dict[str, Any]:
+    """A config, with what stands beside it about pictures."""
+    kind, json = CONFIGS[where.name], read_json(where)
+    json |= {"model_type": kind} if kind else {}
+    beside, whole = where.with_name(f"{PREPROCESSOR}.json"), where.with_name("processor_config.json")
+    if beside.exists():
+        return json | {PREPROCESSOR: read_json(beside)}
+    return json | {PREPROCESSOR: read_json(whole).get("image_processor") if whole.exists() else None}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; anything else is a `UserError` with the place."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__} where a JSON object is needed.")
+    return content
+
+
+def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
+    """The safetensors files of a directory; a missing one, or weights of another kind alone, is a `UserError`."""
+    if (path / weights).exists():
+        return [path / weights]
+    listing = path / f"{weights}.index.json"
+    if listing.exists():
+        index = read_json(listing).get("weight_map")
+        if not isinstance(index, dict):
+            raise UserError(f"{listing} has no weight_map, so it names no shards.")
+        files = sorted({path / name for name in index.values()})
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise UserError(f"{path} lacks {len(missing)} of its {len(files)} shards: {', '.join(missing[:10])}.")
+        return files
+    pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
+    if pickled:
+        raise pickled_only(path, pickled)
+    raise UserError(f"{path} holds no {weights}{_nearest(weights, path)}.")
+
+
+def pickled_only(path: Path, names: Sequence[str]) -> UserError:
+    """The error for weights that only unpickling would read: that runs whatever program is inside."""
+    where = path / "config.json"
+    json = read_json(where) if where.exists() else {}
+    named, library = json.get("architectures"), "diffusers" if "_class_name" in json else "transformers"
+    reader = json.get("_class_name") or (named[0] if isinstance(named, list) and named else "AutoModelForCausalLM")
+    return UserError(
+        f"{path} has its weights in {', '.join(names[:3])} alone, which keifu never unpickles, since that can run any "
+        f"program; if you trust its makers, let {library} convert it: "
+        f"{reader}.from_pretrained(DIRECTORY).save_pretrained(OUT, safe_serialization=True)."
+    )
+
+
+def _nearest(name: str, path: Path) -> str:
+    near = get_close_matches(name, [file.name for file in path.iterdir()], n=1, cutoff=0.7)
+    return f", but it does hold {near[0]}" if near else ""
+
+
+def open_weights(path: Path) -> Any:
+    """A safetensors file, memory-mapped; a torn one is a `UserError` with its bytes and those that it promises."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or corrupt: {_sizes(path) or f'{error}.'}") from error
+
+
+def _sizes(path: Path) -> str:
+    """How many bytes a safetensors file has and how many its header promises; empty where the header tells nothing."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        if size < 8 + header:
+            return f"it has {size:,} bytes, and by its first eight the header alone has {header:,}."
+        try:
+            tensors = json.loads(file.read(header))
+            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+            end = 8 + header + max(ends)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return ""
+    return f"it has {size:,} bytes, and its header promises {end:,}." if end != size else ""
+
+
+def stored_of(piece: Any) -> Stored:
+    """What is known of a tensor of such a file without reading it."""
+    kind = piece.get_dtype()
+    return Stored(tuple(piece.get_shape()), kind, DTYPES.get(kind))
+
+
+def _tokenizer(path: Path, family: Family) -> Callable[[], Any]:
+    def read() -> Any:
+        from keifu.data.tokenizers.load import load_tokenizer
+
+        return load_tokenizer(path) if family.writes_text else None
+
+    return read

@@ -1,0 +1,130 @@
+"""Decoders with a task's head as files: transformers' class where one computes the same, else keifu's own form.
+
+`ForSequenceClassification` reads the last token of one sequence with a matrix that has no bias: classification and
+entailment are that, and a score where it has one label (a reward model). `DoubleHeadsModel` gives each answer a number:
+choice, for the two models that have it. No class adds two orders, and Cohere's has no head for labels: those are
+written under `keifu_finetuned`. It knows no model's layers; beside what the class needs, config.json
+tells the form and the special tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from keifu.checkpoints.hf.native_config import check_types
+from keifu.checkpoints.registry import Family, check_settings
+from keifu.checkpoints.registry import describe as describe_plain
+from keifu.checkpoints.registry import read_config as read_plain
+from keifu.errors import UserError
+from keifu.models import task_head
+
+OWN = "keifu_finetuned"
+TASK = "keifu_task"  # the field of config.json with the form and the ids
+INSIDE = "decoder."
+LABELS, ANSWERS = "ForSequenceClassification", "DoubleHeadsModel"
+CLASSES = {
+    LABELS: ("OpenAIGPT", "GPT2", "GPTNeo", "Llama", "Mistral", "Qwen2"),
+    ANSWERS: ("OpenAIGPT", "GPT2"),
+}
+OF_FORM = {"classification": LABELS, "entailment": LABELS, "score": LABELS, "choice": ANSWERS}
+HEAD = {LABELS: "score", ANSWERS: "multiple_choice_head.summary"}
+UNSUPPORTED: dict[str, Mapping[str, Any]] = {
+    LABELS: {"problem_type": "single_label_classification"},
+    ANSWERS: {
+        "summary_type": "cls_index", "summary_use_proj": True, "summary_proj_to_labels": True,
+        "summary_activation": None, "summary_last_dropout": 0.0,
+    },
+}  # fmt: skip
+FIELDS = ("form", "start_id", "delimiter_id", "extract_id", "classifier_dropout", "bias")
+
+
+@dataclass(frozen=True)
+class _Module:
+    """What a family asks of a model's file."""
+
+    build: Any
+    Config: type = task_head.Config
+    SIZES: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
+    """`keifu.checkpoints.registry.read_config`, for decoders with a task's head too."""
+    if json.get("model_type") == OWN:
+        inner = _object(json, "decoder", where)
+        base, decoder = read_plain(inner, f"{where}, decoder,")
+        return _family(base, None), _config(json, decoder, {}, where)
+    kind = _published(json)
+    base, config = read_plain(json, where)
+    if not kind:
+        return base, config
+    labels = _labels(json) if kind == LABELS else ()
+    alone = len(labels) == 1  # a score
+    check_settings(json, {"problem_type": "regression"} if alone else UNSUPPORTED[kind], where)
+    told = {"form": "score" if alone else "classification", "labels": labels} if kind == LABELS else {"form": "choice"}
+    told |= {"classifier_dropout": json.get("summary_first_dropout", 0.0 if alone else 0.1)}
+    return _family(base, kind), _config(json, config, told, where)
+
+
+def describe(config: Any) -> tuple[Family, dict[str, Any]]:
+    """`keifu.checkpoints.registry.describe`, for decoders with a task's head too."""
+    if not isinstance(config, task_head.Config):
+        return describe_plain(config)
+    base, json = describe_plain(config.decoder)
+    task = {name: vars(config)[name] for name in FIELDS if name != "bias" or config.bias}
+    kind = OF_FORM.get(config.form, "")
+    stem = json["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    if stem not in CLASSES.get(kind, ()):
+        own = {"model_type": OWN, "architectures": ["keifu"], "decoder": json}
+        return _family(base, None), own | {TASK: task | {"labels": list(config.labels)}}
+    numbers = {label: number for number, label in enumerate(config.labels)}
+    names = {"id2label": {str(number): label for label, number in numbers.items()}, "label2id": numbers}
+    told = names if kind == LABELS else {"summary_first_dropout": config.classifier_dropout}
+    return _family(base, kind), json | {"architectures": [stem + kind], TASK: task} | told
+
+
+def is_known(config: Any) -> bool:
+    """Whether a model's config is that of a model of keifu's."""
+    return type(config).__module__.startswith("keifu.")
+
+
+def _published(json: Mapping[str, Any]) -> str:
+    """The kind of class that a config.json names, if it is one of those above."""
+    named = (json.get("architectures") or [""])[0]
+    return next((kind for kind, stems in CLASSES.items() if named in {stem + kind for stem in stems}), "")
+
+
+def _family(base: Family, kind: str | None) -> Family:
+    """The decoder's family, with a head of that kind; of no kind: keifu's own form, in keifu's own names."""
+    module = _Module(task_head.builder(base.module.build))
+    changes: dict[str, Any] = {"module": module, "inside": INSIDE, "tie": _tie, "writes_text": True}
+    if kind is None or base.names is None:
+        return replace(base, **changes, model_type=OWN, names=None)
+    names = {f"{INSIDE}{ours}": theirs for ours, theirs in base.names.items()} | {"task_head.project": HEAD[kind]}
+    return replace(base, **changes, names=names)
+
+
+def _tie(config: task_head.Config, tied: bool) -> task_head.Config:
+    return replace(config, decoder=replace(config.decoder, tied=tied))
+
+
+def _config(json: Mapping[str, Any], decoder: Any, told: Mapping[str, Any], where: str) -> task_head.Config:
+    """The Config of what the file's class says, and beyond it of the field `TASK`, where there is one."""
+    task = _object(json, TASK, where) if TASK in json or not told else {}
+    given = {name: value for name, value in {**told, **task}.items() if name in FIELDS}
+    try:
+        found = task_head.Config(decoder, labels=tuple(told.get("labels", task.get("labels", ()))), **given)
+    except TypeError as error:
+        raise UserError(f"{where} cannot be read as a model for a task: {error}") from error
+    check_types(found, where)
+    return found
+
+
+def _object(json: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    if not isinstance(json.get(name), dict):
+        raise UserError(f"{where} needs an object in its field {name!r}, and it has {json.get(name)!r}.")
+    return json[name]
+
+
+def _labels(json: Mapping[str, Any]) -> tuple[str, ...]:
+    names = json.get("id2label") or {str(n): f"LABEL_{n}" for n in range(json.get("num_labels", 2))}
+    return tuple(names[key] for key in sorted(names, key=int))

@@ -1,0 +1,212 @@
+"""Writing Hugging Face directories that transformers, vLLM or diffusers load as they are; knows no model.
+
+Everything is written beside the old files first and renamed at the end, so that a crash or a full disk leaves the old
+checkpoint whole.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from keifu.checkpoints.diffusers.pipeline import (
+    OF_TRANSFORMERS,
+    PIPELINE,
+    PIPELINES,
+    TOKENIZER,
+    diffusers_files,
+    json_files,
+    weight_places,
+)
+from keifu.checkpoints.hf.read import CONFIGS, INDEX, PREPROCESSOR, WEIGHTS
+from keifu.checkpoints.hf.task_heads import describe, is_known
+from keifu.checkpoints.hf.weight_names import Link, links
+from keifu.checkpoints.own_module import save_module
+from keifu.checkpoints.plan import check_tokenizer, name_of
+from keifu.checkpoints.registry import describe_as
+from keifu.data.tokenizers.formats import GENERATION_CONFIG
+from keifu.errors import UserError
+
+STAGE = ".saving-"
+ROLES = ("bos", "eos", "pad")
+GENERATION = (
+    "decoder_start_token_id",
+    "forced_eos_token_id",
+    "pad_token_id",
+    "bad_words_ids",
+)  # if the config has them
+TOKENIZER_FILES = (
+    "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "vocab.txt", "source.spm", "target.spm", "target_vocab.json", "tokenizer.json",
+    "target_tokenizer.json",
+)  # fmt: skip
+
+
+def save(
+    model: nn.Module, tokenizer: Any, directory: str | Path, max_shard_bytes: int | float = 5e9, kind: str | None = None
+) -> None:
+    """Writes a model and its tokenizer as a Hugging Face directory.
+
+    It holds config.json, generation_config.json, the tokenizer's files, and model.safetensors or, where the weights
+    have more than `max_shard_bytes`, shards of at most that size with an index. A tensor that two parts of the model
+    share is written once. tokenizer: None for a model that writes no text. Other files in the directory stay. A Config
+    that no published model_type can say is written under keifu's own, which keifu alone loads. A network that draws is
+    written as diffusers' pipeline, in the folder `unet` beside its scheduler. kind: the model_type to write it as,
+    where it has several ("open_clip"). A module that is not keifu's is written with its own names, and `load_weights`
+    fills one like it.
+
+    >>> import tempfile, keifu
+    >>> model, tokenizer = keifu.load("smollm2")
+    >>> keifu.save(model, tokenizer, tempfile.mkdtemp())
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file, and a model is written as a folder: give another name.")
+    if not is_known(vars(model).get("config")):
+        return save_module(model, tokenizer, directory)
+    _save_known(model, tokenizer, directory, max_shard_bytes, kind)
+
+
+def _save_known(
+    model: nn.Module, tokenizer: Any, directory: Path, max_shard_bytes: int | float, kind: str | None
+) -> None:
+    own: Any = model.config
+    family, config = describe(own) if kind is None else describe_as(own, kind)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, own.vocab_size)
+    stage = directory / f"{STAGE}{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob(f"{STAGE}*"):  # left by a crash
+            shutil.rmtree(old, ignore_errors=True)
+        stage.mkdir()
+        found = links(model, family.table(config))
+        for place, links_there in weight_places(family, found).items():
+            _write_weights(model, links_there, stage / place, max_shard_bytes)
+        dtype = name_of(next(model.parameters()).dtype)
+        if diffusers_files(family):
+            _write_diffusers(config, dtype, tokenizer, stage)
+        else:
+            _write_texts(config, dtype, tokenizer, stage, family.files[0])
+        _move(stage, directory)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"The disk is full: {directory} keeps what it held; free some space.") from error
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def published_tensors(model: nn.Module, found: Sequence[Link]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the file by its published name, on the CPU, in the model's order."""
+    state = model.state_dict()
+    for link in found:
+        yield from zip(link.theirs, link.split(state[link.ours].detach().cpu()), strict=True)
+
+
+def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
+    """The tensors in order, in as few groups of at most `limit` bytes as that order allows; one too large is alone."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def _write_weights(model: nn.Module, found: Sequence[Link], file: Path, limit: int | float) -> None:
+    """Writes the weights as this file, or as shards of its name with their index."""
+    state = model.state_dict()
+    each = {name: state[link.ours].nbytes * rows // sum(link.rows)
+            for link in found for name, rows in zip(link.theirs, link.rows, strict=True)}  # fmt: skip
+    groups = shards(each, limit)
+    names = [f"{file.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+    names = names if len(groups) > 1 else [file.name]
+    tensors = published_tensors(model, found)
+    file.parent.mkdir(exist_ok=True)
+    for name, group in zip(names, groups, strict=True):
+        _save_file({key: tensor for key, tensor in (next(tensors) for _ in group)}, file.with_name(name))
+    if len(groups) > 1:
+        owner = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+        index = {"metadata": {"total_size": sum(each.values())}, "weight_map": owner}
+        _write_json(file.with_name(f"{file.name}.index.json"), index)
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its text carries the system's error number
+        number = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
+        raise OSError(number, str(error), str(path)) from error
+
+
+def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path, file: str) -> None:
+    ids: dict[str, Any] = {f"{role}_token_id": None for role in ROLES}
+    if tokenizer is not None:
+        tokenizer.save(stage)
+        ids = dict(zip(ids, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
+        given = generation_config(tokenizer) | {key: config[key] for key in GENERATION if key in config}
+        _write_json(stage / GENERATION_CONFIG, given)
+    pictures = config.pop(PREPROCESSOR, None)
+    if pictures is not None:
+        _write_json(stage / f"{PREPROCESSOR}.json", pictures)
+    _write_json(stage / file, ids | config | {"dtype": dtype, "torch_dtype": dtype})
+
+
+def generation_config(tokenizer: Any) -> dict[str, Any]:
+    """What generation_config.json says of a tokenizer's model: recommended settings, and the ids that begin, end and
+    pad a text."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    ends = sorted(tokenizer.stop_ids)
+    ids |= {"eos_token_id": ends} if len(ends) > 1 else {}
+    return tokenizer.generation_config | {key: value for key, value in ids.items() if value is not None}
+
+
+def _write_diffusers(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path) -> None:
+    """The JSON files of a network or a pipeline, and the tokenizer, which says how long a text is padded to be."""
+    for name, content in json_files(config, dtype).items():
+        _write_json(stage / name, content)
+    if tokenizer is not None:
+        (stage / TOKENIZER).mkdir()
+        length = config["text_encoder"]["max_position_embeddings"]
+        tokenizer.with_max_length(length).save(stage / TOKENIZER)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _move(stage: Path, directory: Path) -> None:
+    """Syncs every new file, then renames them in: weights first, what says which model it is last; then what is stale
+    goes."""
+    named = {file.relative_to(stage): file for file in stage.rglob("*") if file.is_file()}
+    last = (*CONFIGS, PIPELINE)
+    new = sorted(named, key=lambda name: (name.name in last, ".safetensors" not in name.name, name.name))
+    for name in new:
+        with named[name].open("rb+") as file:
+            os.fsync(file.fileno())
+    for name in new:
+        (directory / name).parent.mkdir(exist_ok=True)
+        named[name].replace(directory / name)
+    stale = [*directory.glob("model-*-of-*.safetensors")]
+    stale += [old for part in OF_TRANSFORMERS for old in directory.glob(f"{part}/model*.safetensors*")]
+    folders = {part for pipeline in PIPELINES.values() for part in pipeline.models} - {*OF_TRANSFORMERS}
+    stale += [old for part in (".", *folders) for old in directory.glob(f"{part}/diffusion_pytorch_model*")]
+    stale += [directory / name for name in (WEIGHTS, INDEX, PIPELINE, *CONFIGS)]
+    if Path("tokenizer_config.json") in new:  # what an older tokenizer left would be read beside it
+        stale += [directory / name for name in TOKENIZER_FILES]
+    for old in stale:
+        if old.relative_to(directory) not in new:
+            old.unlink(missing_ok=True)

@@ -1,0 +1,159 @@
+"""Loading, inspecting and converting a model wherever it is; knows the formats by name and no model."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from keifu.checkpoints.diffusers.pipeline import PIPELINE, is_diffusers, open_diffusers
+from keifu.checkpoints.gguf.read import is_gguf
+from keifu.checkpoints.hf.read import CONFIGS, INDEX, PICKLED, WEIGHTS, open_directory, pickled_only
+from keifu.checkpoints.hub import locate
+from keifu.checkpoints.lora.peft import base_of, is_adapter, load_adapter
+from keifu.checkpoints.plan import Plan, Source, check_tokenizer, plan
+from keifu.checkpoints.report import Report, report
+from keifu.data.tokenizers.formats import GENERATION_CONFIG
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.devices import choose
+from keifu.errors import UserError, unknown
+from keifu.layers.lora import merge
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load(
+    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> tuple[nn.Module, Any]:
+    """A model with its weights, ready for evaluation, and its tokenizer.
+
+    name: a run of keifu or another Hugging Face directory, a folder of PEFT's adapters (which are attached to their
+    base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name". dtype: as stored where None, but
+    on a CPU float32 for float16, whose products are very slow there. device: "cpu", "cuda", "cuda:1" or "mps"; None for
+    the one that `devices.choose` gives. The tokenizer is None for models that write no text.
+
+    On a CPU, weights that need no change stay memory-mapped. A file that is torn, a tensor that is missing, extra or
+    misshapen, a setting that is not implemented, a tokenizer that does not fit: each is a `UserError` that names it.
+
+    >>> import keifu
+    >>> model, tokenizer = keifu.load("smollm2")
+    >>> type(model).__name__, tokenizer.encode("Hello")
+    ('DecoderLM', [19556])
+    """
+    device, path = choose(device), locate(name)
+    if is_adapter(path):
+        model, tokenizer = load(base_of(path), dtype, device)
+        tokenizer = _adapted(path, tokenizer) if (path / "tokenizer_config.json").exists() else tokenizer
+        model = load_adapter(merge(model), path)
+    else:
+        found = plan(open_source(path), dtype, device)
+        with ThreadPoolExecutor(1) as beside:  # the weights are read meanwhile
+            reading = beside.submit(found.source.tokenizer)
+            model = found.fill(device)
+            tokenizer = _recommended(name, reading.result())
+    if tokenizer is not None:
+        own: Any = model.config
+        check_tokenizer(tokenizer, own.vocab_size)
+    return model, tokenizer
+
+
+def load_model(
+    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> nn.Module:
+    """The model alone (see `load`), for weights without a tokenizer beside them."""
+    device, path = choose(device), locate(name)
+    if is_adapter(path):
+        return load_adapter(merge(load_model(base_of(path), dtype, device)), path)
+    return plan(open_source(path), dtype, device).fill(device)
+
+
+def inspect(name: str | Path, dtype: torch.dtype | None = None) -> Report:
+    """What `load` would do: every tensor, what makes it, and the settings in use; no weight is read for it."""
+    return report(planned(name, dtype))
+
+
+def convert(
+    name: str | Path, out: str | Path, to: Literal["hf", "gguf", "open_clip"], dtype: str | None = None
+) -> None:
+    """Writes a model in another format: "hf", a Hugging Face directory, "gguf", one file for llama.cpp, or for a CLIP
+    "open_clip", the directory that open_clip loads.
+
+    dtype: f32, f16, bf16 or, for gguf, q8_0; None keeps the type that holds the stored numbers exactly.
+    """
+    if to not in ("hf", "gguf", "open_clip"):
+        raise unknown("format", to, ["hf", "gguf", "open_clip"])
+    if dtype is not None and dtype not in (*DTYPES, "q8_0"):
+        raise unknown("number format", dtype, [*DTYPES, "q8_0"])
+    if to != "gguf" and dtype == "q8_0":
+        raise UserError("A Hugging Face directory cannot hold q8_0; write it as gguf, or choose f32, f16 or bf16.")
+    model, tokenizer = _to_convert(name, None if dtype is None or to == "gguf" else DTYPES[dtype])
+    if to != "gguf":
+        from keifu.checkpoints.hf.write import save
+
+        save(model, tokenizer, out, kind=None if to == "hf" else to)
+    else:
+        from keifu.checkpoints.gguf.write import save_gguf
+
+        save_gguf(model, tokenizer, Path(out), dtype)
+
+
+def _to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+    """The model as it is to be written, in the type that holds every stored number where none is given; adapters are
+    worked into it."""
+    if is_adapter(locate(name)):
+        model, tokenizer = load(name, dtype, "cpu")
+        return merge(model), tokenizer
+    found = planned(name)
+    return found.held_in(dtype or found.exact).fill(), _recommended(name, found.source.tokenizer())
+
+
+def _recommended(name: str | Path, tokenizer: Any) -> Any:
+    """The tokenizer with the catalogue's settings of text generation for this model, where its own files have none."""
+    if tokenizer is None or Path(name).expanduser().exists():
+        return tokenizer
+    from keifu.data.catalogue.catalogue import CATALOGUE
+
+    if str(name) not in CATALOGUE:
+        return tokenizer
+    recommended = CATALOGUE[str(name)].generation_config
+    return tokenizer.replace(generation_config={**recommended, **tokenizer.generation_config})
+
+
+def _adapted(path: Path, base: Any) -> Any:
+    """The tokenizer beside adapters; how to generate text is as for their base, where no file beside them says it."""
+    own = load_tokenizer(path)
+    if base is None or (path / GENERATION_CONFIG).exists():
+        return own
+    return own.replace(generation_config=base.generation_config, stop_ids=own.stop_ids | base.stop_ids)
+
+
+def planned(name: str | Path, dtype: torch.dtype | None = None) -> Plan:
+    """What `load` would fill: a model on the meta device, with its file opened, for whoever looks at it first."""
+    return plan(open_source(locate(name)), dtype)
+
+
+def open_source(path: Path) -> Source:
+    """A model's file or folder, opened; what is neither is a `UserError`."""
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1 and not any((path / name).exists() for name in CONFIGS):
+            return open_source(ggufs[0])
+        return open_diffusers(path) if is_diffusers(path) else open_directory(path)
+    if path.name in (WEIGHTS, INDEX, PIPELINE, *CONFIGS):
+        return open_source(path.parent)
+    if path.suffix in PICKLED and path.suffix != ".ckpt":
+        raise pickled_only(path.parent, [path.name])
+    if path.suffix == ".gguf" or is_gguf(path):
+        from keifu.checkpoints.gguf.read import open_gguf
+
+        return open_gguf(path)
+    if path.suffix == ".npz":
+        from keifu.checkpoints.npz import open_npz
+
+        return open_npz(path)
+    if path.suffix in (".safetensors", ".ckpt"):
+        from keifu.checkpoints.diffusers.single_file import open_single_file
+
+        return open_single_file(path)
+    raise UserError(f"{path} is no model: give a folder with config.json and model.safetensors, or a .gguf file.")

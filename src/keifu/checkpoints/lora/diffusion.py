@@ -1,0 +1,141 @@
+"""LoRAs of models that draw from a text, one .safetensors file in any of the published spellings, in and out; it knows
+no model: which layers there are, and what they are called, the family's table of weight names says.
+
+peft: `unet.….to_q.lora_A.weight` (diffusers today). diffusers: `unet.….to_q.lora.down.weight`, and its older
+`….processor.to_q_lora.down.weight`. kohya: `lora_unet_…_to_q.lora_down.weight` beside `.alpha`, the text's encoder as
+`lora_te_…`. All are read; names are compared with their dots as underscores, as kohya writes them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from keifu.checkpoints.lora.peft import attach_tensors, layers, read_tensors, refuse_adapter
+from keifu.errors import UserError, unknown
+from keifu.files import write_atomic
+from keifu.layers.lora import Adapter, LoraSettings, adapters, merge
+
+ENDS = {  # of a name, and what it is: the lower matrix, the upper one, what scales their product, DoRA's lengths
+    ".lora_A.weight": "a", ".lora_linear_layer.down.weight": "a", ".lora.down.weight": "a", "_lora.down.weight": "a",
+    ".lora_down.weight": "a", ".lora_B.weight": "b", ".lora_linear_layer.up.weight": "b", ".lora.up.weight": "b",
+    "_lora.up.weight": "b", ".lora_up.weight": "b", ".alpha": "alpha", ".lora_magnitude_vector": "length",
+    ".dora_scale": "length",
+}  # fmt: skip
+STARTS = {"lora_unet_": "unet_", "lora_te_": "text_encoder_", "lora_te1_": "text_encoder_"}
+OF_TEXT = ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"  # where diffusers wrote .lora for the U-Net
+FILE = "pytorch_lora_weights.safetensors"  # in a folder, as diffusers calls it
+KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+OTHERS = {"hada_": "a LoHa", "lokr_": "a LoKr", "lora_mid": "a LoRA in three parts"}
+WRITTEN: Mapping[str, tuple[str, str]] = {
+    "peft": (".lora_A.weight", ".lora_B.weight"),
+    "diffusers": (".lora.down.weight", ".lora.up.weight"),
+    "kohya": (".lora_down.weight", ".lora_up.weight"),
+}
+
+
+def apply_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Module:
+    """Works a LoRA into the weights of a model, in place, `scale` times as strongly as it was trained.
+
+    Keys or shapes that do not fit are one `UserError`.
+    """
+    return merge(attach_lora(model, path, scale))
+
+
+def attach_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Module:
+    """Puts a file's adapters beside the layers of a model, in place, the rest frozen."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is no .safetensors file, and keifu reads LoRAs from no other.")
+    known = layers(model)
+    spelled = {_weight_name(label): label for label in known}
+    found, names, strange = dict[str, dict[str, Tensor]](), dict[str, dict[str, str]](), list[str]()
+    for name, tensor in read_tensors(path).items():
+        label, part = _label(name, spelled)
+        if label is None or part is None:
+            strange.append(name)
+        else:
+            found.setdefault(label, {})[part] = tensor
+            names.setdefault(label, {})[part] = name
+    wrong = [f"{name} {_unknown_weight(name)}" for name in strange]
+    lows = dict[str, LoraSettings]()
+    for label, parts in found.items():
+        alpha = parts.pop("alpha", None)
+        rank = len(parts["a"]) if "a" in parts and parts["a"].ndim > 1 else 1
+        lows[label] = LoraSettings(rank, scale * (rank if alpha is None else float(alpha)), dora="length" in parts)
+        found[label] = {part: tensor.flatten(0 if part == "length" else 1) for part, tensor in parts.items()}
+    refuse_adapter(model, path, wrong, known, lows, found, names)
+    return attach_tensors(model, known, lows, found)
+
+
+def _label(name: str, spelled: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """The published name of the layer that a tensor belongs to, and what of its adapter it is."""
+    end = next((end for end in ENDS if name.endswith(end)), None)
+    if end is None:
+        return None, None
+    layer = _weight_name(name.removesuffix(end))
+    return spelled.get(layer) or spelled.get(f"{layer}_0"), ENDS[end]  # to_out, which is to_out.0
+
+
+def _weight_name(name: str) -> str:
+    """One spelling for all: the part of the pipeline first, dots as underscores, without what some files leave out."""
+    name = name.removeprefix("base_model.model.").replace(".processor.", ".").replace(".", "_")
+    start = next((start for start in STARTS if name.startswith(start)), None)
+    if start is not None:
+        name = STARTS[start] + name.removeprefix(start)
+    elif not name.startswith(("unet_", "text_encoder_", "vae_")):
+        name = f"unet_{name}"
+    if name.startswith("text_encoder_"):
+        name = name.replace("text_encoder_text_model_", "text_encoder_")
+        for old, new in (("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "out_proj")):
+            name = name.removesuffix(old) + new if name.endswith(f"self_attn_{old}") else name
+    return name
+
+
+def _unknown_weight(name: str) -> str:
+    kind = next((what for part, what in OTHERS.items() if f".{part}" in name), None)
+    return "belongs to no layer of this model" if kind is None else f"is of {kind}, which keifu does not implement"
+
+
+def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:
+    """Writes a model's adapters as one file that diffusers (peft, diffusers) or kohya's tools load.
+
+    The first two have no word for alpha: where it is not the rank, the upper matrix is written scaled.
+    """
+    from safetensors.torch import save
+
+    if style not in WRITTEN:
+        raise unknown("spelling of a LoRA", style, WRITTEN)
+    made = list(adapters(model))
+    if not made:
+        raise UserError("This model has no adapters to save.")
+    if strange := [adapter.target.label for adapter in made if adapter.target.label.partition(".")[0] not in KOHYA]:
+        raise UserError(f"A LoRA's file holds adapters of the U-Net and the text's encoder, not of {strange[0]}.")
+    if style == "diffusers" and any(adapter.length is not None for adapter in made):
+        raise UserError("The older spelling of diffusers has no word for DoRA's lengths: write it as peft or kohya.")
+    tensors = {name: tensor for adapter in made for name, tensor in _format_weights(adapter, style).items()}
+    write_atomic(Path(path), save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"}))
+
+
+def _format_weights(adapter: Adapter, style: str) -> dict[str, Tensor]:
+    """The tensors of one adapter by their names, convolutions' as kernels."""
+    label, (down, up) = adapter.target.label, WRITTEN[style]
+    if style == "diffusers" and label.startswith("text_encoder."):
+        down, up = OF_TEXT
+    a, b = adapter.a.detach().cpu(), adapter.b.detach().cpu()
+    scale = adapter.low.scale
+    if style == "kohya":
+        part, _, rest = label.partition(".")
+        label = KOHYA[part] + rest.replace(".", "_")
+    elif scale != 1:
+        b = b * scale
+    kernel = adapter.kernel
+    tensors = {down: a.view(len(a), -1, *kernel), up: b.view(*b.shape, *[1] * len(kernel))}
+    if style == "kohya":
+        tensors[".alpha"] = torch.tensor(scale * adapter.low.rank)
+    if adapter.length is not None:
+        length = adapter.length.detach().cpu()
+        name, shape = (".dora_scale", (-1, 1)) if style == "kohya" else (".lora_magnitude_vector", (-1,))
+        tensors[name] = length.view(*shape)
+    return {f"{label}{end}": tensor for end, tensor in tensors.items()}

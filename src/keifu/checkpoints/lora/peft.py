@@ -1,0 +1,262 @@
+"""PEFT's directories of low-rank adapters, in and out: adapter_config.json and adapter_model.safetensors.
+
+It knows no model: which layers there are, and what a file calls them, the family's table of weight names says.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keifu.checkpoints.hf.read import read_json
+from keifu.checkpoints.hf.weight_names import links
+from keifu.checkpoints.registry import describe
+from keifu.errors import UserError, unknown
+from keifu.files import write_atomic
+from keifu.layers.lora import Adapter, LoraSettings, Target, adapters, attach
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+ALL = "all-linear"
+ENDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "length"}
+# What a config may say that changes the numbers and is not implemented; absent, empty or equal to this is fine.
+UNSUPPORTED: Mapping[str, Any] = {
+    "bias": "none", "modules_to_save": None, "trainable_token_indices": None, "lora_bias": False, "use_qalora": False,
+    "layer_replication": None, "target_parameters": None, "alora_invocation_tokens": None,
+}  # fmt: skip
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that change the base's own weights
+
+
+def linears(model: nn.Module) -> dict[str, Target]:
+    """Every linear layer inside the model's numbered layers, the parts of a joined one apart, by its published name."""
+    every = _label_layers(model, (nn.Linear,))
+    return {label: target for label, target in every.items() if any(p.isdigit() for p in target.module.split("."))}
+
+
+def layers(model: nn.Module) -> dict[str, Target]:
+    """Every linear layer and convolution of a model, the parts of a joined one apart, by its published name."""
+    return _label_layers(model, (nn.Linear, nn.Conv2d))
+
+
+def _label_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, Target]:
+    family, config = describe(model.config)
+    modules, found = dict(model.named_modules()), dict[str, Target]()
+    for link in links(model, family.table(config)):
+        name, _, leaf = link.ours.rpartition(".")
+        if leaf == "weight" and isinstance(modules[name], kinds):
+            starts = [sum(link.rows[:place]) for place in range(len(link.rows))]
+            for label, start, rows in zip(link.theirs, starts, link.rows, strict=True):
+                label = label.removesuffix(".weight")
+                found[label] = Target(name, start, rows, label)
+    return found
+
+
+def lora_config(rank: int, alpha: float, dropout: float = 0.0, dora: bool = False, root: bool = False) -> LoraSettings:
+    """Settings of adapters that a user gave; what cannot be is a `UserError`."""
+    try:
+        return LoraSettings(rank, alpha, dropout, dora, root)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def adapt(model: nn.Module, targets: Sequence[str], low: LoraSettings) -> nn.Module:
+    """Attaches new adapters to the linear layers of these names (see `match_targets`), or with all-linear to every one, in
+    place."""
+    known = linears(model)
+    return attach(
+        model, dict.fromkeys(known.values() if [*targets] == [ALL] else match_targets(known, targets, ALL), low)
+    )
+
+
+def match_targets(known: Mapping[str, Target], names: Sequence[str], *more: str) -> list[Target]:
+    """Those of the layers whose names, as the files of the model's family have them, end in one of these.
+
+    One that no layer has, such as q_prjo, is a `UserError` that says the nearest, of `more` words too.
+    """
+    for wanted in names:
+        if not any(_ends(label, wanted) for label in known):
+            raise unknown("layer", wanted, [*{_last(label) for label in known}, *more])
+    return [target for label, target in known.items() if any(_ends(label, wanted) for wanted in names)]
+
+
+def _last(label: str) -> str:
+    """The end of a layer's name that says its role: its last part that is no number, with the number behind it."""
+    parts = label.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+
+
+def _ends(label: str, wanted: str) -> bool:
+    return label == wanted or label.endswith(f".{wanted}")
+
+
+def save_adapter(model: nn.Module, directory: str | Path, base: str) -> None:
+    """Writes a model's adapters, and they alone, as PEFT does. `base`: where the model itself is to be had."""
+    from safetensors.torch import save
+
+    made = list(adapters(model))
+    if not made:
+        raise UserError("This model has no adapters to save: save it whole.")
+    tensors = {name: tensor for adapter in made for name, tensor in _name_layers(adapter).items()}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_atomic(directory / CONFIG, json.dumps(_config(model, made, base), indent=2) + "\n")
+
+
+def _name_layers(adapter: Adapter) -> dict[str, Tensor]:
+    held = {end: getattr(adapter, ours) for end, ours in ENDS.items()}
+    name = f"{PREFIX}{adapter.target.label}"
+    return {f"{name}.{end}": tensor.detach().cpu().contiguous() for end, tensor in held.items() if tensor is not None}
+
+
+def _config(model: nn.Module, made: Sequence[Adapter], base: str) -> dict[str, Any]:
+    """PEFT's config; ranks and alphas that differ from the first adapter's go by name."""
+    family, config = describe(model.config)
+    transposed = any(name.endswith(".T") for name in (family.table(config) or {}).values())
+    low, ends = made[0].low, sorted({adapter.target.label.rpartition(".")[2] for adapter in made})
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": low.rank, "lora_alpha": low.alpha, "lora_dropout": low.dropout, "use_dora": low.dora,
+        "use_rslora": low.root, "bias": "none", "target_modules": ends, "modules_to_save": None,
+        "fan_in_fan_out": transposed, "init_lora_weights": True,
+        "rank_pattern": {a.target.label: a.low.rank for a in made if a.low.rank != low.rank},
+        "alpha_pattern": {a.target.label: a.low.alpha for a in made if a.low.alpha != low.alpha},
+    }  # fmt: skip
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds adapters and no model of its own."""
+    return (path / CONFIG).is_file() and not (path / "config.json").exists()
+
+
+def base_of(path: Path) -> str:
+    """Where the model that the adapters belong to is to be had."""
+    base = read_json(path / CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{path / CONFIG} does not say what model its adapters belong to (base_model_name_or_path).")
+    return base
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
+    """Attaches the adapters of a folder to a model, in place. Keys or shapes that do not fit are one `UserError`."""
+    path = Path(path)
+    config, tensors = _check_pair(path), read_tensors(path / WEIGHTS)
+    known, found = linears(model), dict[str, dict[str, Tensor]]()
+    strange = []
+    for name, tensor in tensors.items():
+        label, end = _label(name)
+        if label in known and end in ENDS:
+            found.setdefault(label, {})[ENDS[end]] = tensor
+        else:
+            strange.append(name)
+    wrong = [f"{name} belongs to no layer of this model" for name in strange]
+    lows = {label: _low(config, label, parts) for label, parts in found.items()}
+    refuse_adapter(model, path, wrong, known, lows, found, {})
+    return attach_tensors(model, known, lows, found)
+
+
+Parts = Mapping[str, Mapping[str, Tensor]]  # of each layer by its published name
+
+
+def refuse_adapter(
+    model: nn.Module,
+    path: Path,
+    wrong: list[str],
+    known: Mapping[str, Target],
+    lows: Mapping[str, LoraSettings],
+    found: Parts,
+    names: Mapping[str, Mapping[str, str]],
+) -> None:
+    """One `UserError` for what is wrong with a file, and for its tensors that are missing or misshapen, if any is.
+
+    names: what the file calls each of the tensors, where that is not PEFT's way.
+    """
+    for label, parts in found.items():
+        wrong = [*wrong, *_misfits(model, known[label], lows[label], parts, names.get(label, {}))]
+    if wrong or not found:
+        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        told = "; ".join(wrong[:10]) + more if wrong else "they are empty"
+        raise UserError(f"The adapters in {path} do not fit this {type(model).__name__}: {told}.")
+
+
+def attach_tensors(
+    model: nn.Module, known: Mapping[str, Target], lows: Mapping[str, LoraSettings], found: Parts
+) -> nn.Module:
+    """Attaches adapters of these tensors to a model, in place."""
+    attach(model, {known[label]: low for label, low in lows.items()})
+    with torch.no_grad():
+        for adapter in adapters(model):
+            for ours, tensor in found[adapter.target.label].items():
+                getattr(adapter, ours).copy_(tensor)
+    return model.eval()
+
+
+def _check_pair(path: Path) -> dict[str, Any]:
+    """The config, once it is sure that nothing in it changes the numbers unseen."""
+    config = read_json(path / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path / CONFIG} is of the kind {config.get('peft_type')!r}, and keifu reads LORA alone.")
+    for name, fine in UNSUPPORTED.items():
+        if config.get(name) and config[name] != fine:
+            raise UserError(f"{path / CONFIG} sets {name} to {config[name]!r}, which keifu does not implement.")
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.startswith(CHANGES_BASE):
+        raise UserError(
+            f"{path / CONFIG} was begun with {begun!r}, which changes the base's own weights: save it with PEFT's "
+            "path_initial_model_for_weight_conversion first, which makes plain adapters of it."
+        )
+    return config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file; one that is torn or not there is a `UserError`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        raise UserError(f"{path.parent} holds no {path.name}: keifu reads adapters as safetensors alone.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or corrupt: {error}.") from error
+
+
+def _label(name: str) -> tuple[str, str]:
+    """The layer's published name, and what of its adapter a tensor is."""
+    found = re.fullmatch(r"(?:base_model\.model\.)?(.+?)\.(lora_\w+(?:\.weight)?)", name)
+    return (found[1], found[2]) if found else (name, "")
+
+
+def _low(config: Mapping[str, Any], label: str, parts: Mapping[str, Tensor]) -> LoraSettings:
+    """The settings of one layer's adapter; a pattern is an end of a name, or a regular expression for one."""
+
+    def chosen(patterns: Mapping[str, Any] | None, default: Any) -> Any:
+        fits = (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", label))
+        return next(fits, default)
+
+    return LoraSettings(
+        rank=chosen(config.get("rank_pattern"), config.get("r", 8)),
+        alpha=float(chosen(config.get("alpha_pattern"), config.get("lora_alpha", 8))),
+        dropout=float(config.get("lora_dropout", 0.0)),
+        dora="length" in parts,
+        root=bool(config.get("use_rslora")),
+    )
+
+
+def _misfits(
+    model: nn.Module, target: Target, low: LoraSettings, parts: Mapping[str, Tensor], told: Mapping[str, str]
+) -> list[str]:
+    weight = model.get_submodule(target.module).weight
+    assert isinstance(weight, Tensor)
+    shapes = {"a": (low.rank, weight[0].numel()), "b": (target.rows, low.rank), "length": (target.rows,)}
+    names = {ours: f"{target.label}.{end}" for end, ours in ENDS.items()} | {**told}
+    missing = [f"{names[part]} is missing" for part in ("a", "b") if part not in parts]
+    return missing + [
+        f"{names[part]} has the shape {tuple(tensor.shape)} where {shapes[part]} is needed"
+        for part, tensor in parts.items()
+        if tuple(tensor.shape) != shapes[part]
+    ]

@@ -1,0 +1,252 @@
+"""A model as it stands in a file, whatever the format, and the way from there to a built model; knows no format.
+
+A plan is made from names, shapes and types alone, so that a report costs no reading; then the weights are filled in.
+Axes: those of the stored tensors.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, is_dataclass, replace
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from keifu.checkpoints.hf.weight_names import Link, Table, links, matches
+from keifu.checkpoints.registry import Family, build
+from keifu.errors import UserError
+
+NAMED = 10  # how many tensors of a kind an error names
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its shape, the file's word for its type, and what is read from it; None cannot be read."""
+
+    shape: tuple[int, ...]
+    kind: str
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened model. `read` gives one tensor by its name in the file; `tokenizer` reads what writes its text.
+
+    `names` is the file's table of weight names, `head_dim` the size of a rotary head where the rows of q and k are
+    stored with interleaved pairs.
+    """
+
+    path: Path
+    format: str
+    family: Family
+    config: Any
+    stored: Mapping[str, Stored]
+    read: Callable[[str], Tensor]
+    tokenizer: Callable[[], Any]
+    names: Table
+    head_dim: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be loaded: the model on the meta device, its links, the type it is held in, and what is worth saying.
+
+    `exact` is the narrowest type that holds every stored number, `dtype` the one that will be used. `skipped` are
+    tensors of the file that are not weights of the model, or are there twice.
+    """
+
+    source: Source
+    model: nn.Module
+    links: Sequence[Link]
+    exact: torch.dtype
+    dtype: torch.dtype
+    skipped: Sequence[str]
+    notes: Sequence[str]
+
+    def held_in(self, dtype: torch.dtype) -> "Plan":
+        """The same, in another type."""
+        said = _cast(self.exact, self.dtype)
+        notes = [note for note in self.notes if note not in said]
+        return replace(self, dtype=dtype, notes=[*notes, *_cast(self.exact, dtype)])
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, all in all."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def fill(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The model with its weights on a device, for evaluation; each tensor goes straight there.
+
+        On a CPU, weights that need no change stay in the file's own memory map.
+        """
+        place = torch.device(device)
+        if place.type == "mps" and self.dtype == torch.float64:  # which Apple's GPU has not
+            place = torch.device("cpu")
+        with ThreadPoolExecutor(torch.get_num_threads()) as workers:
+            state = dict(workers.map(partial(self._tensor, device=place), self.links))
+        self.model.load_state_dict(state, assign=True)
+        return self.model.eval()
+
+    def _tensor(self, link: Link, device: torch.device) -> tuple[str, Tensor]:
+        tensors = (link.subtract_offset(self.source.read(name)) for name in link.theirs)
+        return link.ours, link.join([x.to(device, self.dtype if x.is_floating_point() else None) for x in tensors])
+
+
+def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Plan:
+    """Matches the file's tensors with the model's. What is missing, extra or misshapen is one `UserError` naming all.
+
+    `dtype` None: the type that holds every stored number exactly, but on a CPU float32 for float16, whose products are
+    very slow there.
+    """
+    source, twice, notes = _settle_aliases(source) if source.family.aliases else _settle_head(source)
+    source, copies = _settle_dialect(source)
+    twice = [*twice, *copies]
+    parts = [settings(source.config), *(vars(part) for part in vars(source.config).values() if is_dataclass(part))]
+    layers = max(part.get(key) or 0 for part in parts for key in ("n_layers", "n_decoder_layers"))
+    if layers > len(source.stored):  # building that many could take forever
+        raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {layers} layers.")
+    model = build(source.family, source.config, str(source.path))
+    found = [_as_stored(link, source) for link in permute_rotary(links(model, source.names), source.head_dim)]
+    used = {name for link in found for name in link.theirs}
+    patterns = source.family.not_weights
+    patterns += tuple(pattern.removeprefix(source.family.prefix) for pattern in patterns)
+    skipped = [name for name in source.stored if name not in used and (name in twice or matches(name, patterns))]
+    _check(source, found, set(source.stored) - used - set(skipped))
+    exact = _exact_dtype({name: source.stored[name] for name in used}, source.path)
+    slow = exact == torch.float16 and torch.device(device).type == "cpu"
+    held = dtype or (torch.float32 if slow else exact)
+    return Plan(source, model, found, exact, held, skipped, [*source.notes, *notes, *_cast(exact, held)])
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """The fields of a Config, and in place of a Config inside it that one's."""
+    fields = dict(vars(config))
+    inner = fields.pop("decoder", None)
+    return fields | (vars(inner) if inner else {})
+
+
+def _settle_head(source: Source) -> tuple[Source, Sequence[str], list[str]]:
+    """Decides whether a head that should be the embedding is; gives also the names that are there twice, and notes."""
+    family = source.family
+    if source.names is None or not family.tied_by_name:
+        return source, (), []
+    ours = [f"{family.inside}{part}" for part in ("head", "embedding")]
+    head, embedding = (_own_prefix(f"{source.names[part]}.weight", source) for part in ours)
+    if not source.config.tied:
+        if head in source.stored or not family.inside:
+            return source, (), []
+        note = f"There is no {head}, since the task needs none: {embedding} is read for it."
+        return replace(source, config=family.tie(source.config, True)), (), [note]
+    if head not in source.stored:
+        return source, (), [f"The head is the embedding, {embedding}."]
+    if embedding not in source.stored:
+        names = {**source.names, ours[1]: source.names[ours[0]]}
+        return replace(source, names=names), (), [f"The embedding is the head, {head}: the file holds that one."]
+    if source.stored[head] == source.stored[embedding] and torch.equal(source.read(head), source.read(embedding)):
+        return source, (head,), [f"The head is the embedding: {head} equals {embedding}."]
+    note = f"The config ties the head to the embedding, but {head} differs from {embedding}: they are kept apart."
+    return replace(source, config=family.tie(source.config, False)), (), [note]
+
+
+def _settle_aliases(source: Source) -> tuple[Source, Sequence[str], list[str]]:
+    """Finds each matrix that serves in several places under whichever of its names the file has it.
+
+    Gives also the names that are there twice, and notes. A head that differs from what it is tied to is kept apart.
+    """
+    assert source.names is not None and source.family.aliases is not None
+    names, twice, notes, tied = dict(source.names), list[str](), list[str](), source.config.tied
+    for ours, others in source.family.aliases(source.config).items():
+        there = [name for name in (names[ours], *others) if f"{name}.weight" in source.stored]
+        first = there[0] if there else names[ours]
+        for name in there[1:]:
+            if torch.equal(source.read(f"{first}.weight"), source.read(f"{name}.weight")):
+                twice.append(f"{name}.weight")
+            elif name == names["head"]:
+                tied = False
+                notes.append(f"The config ties {name} to {first}, but they differ: they are kept apart.")
+        if first != names[ours]:
+            notes.append(f"{names[ours]} is not in the file: {first}, which is the same matrix, is read for it.")
+        names[ours] = first
+    return replace(source, names=names, config=replace(source.config, tied=tied)), twice, notes
+
+
+def _settle_dialect(source: Source) -> tuple[Source, list[str]]:
+    """Gives the Config those parts that the file has anyway; and the tensors that repeat another."""
+    dialect, stored = source.family.dialect, source.stored
+    has = {field: True for field, name in dialect.in_file.items() if _own_prefix(name, source) in stored}
+    copies = {copy: _own_prefix(name, source) for copy, name in dialect.copies.items() if copy in stored}
+    same = [copy for copy, name in copies.items() if name in stored and torch.equal(*map(source.read, (copy, name)))]
+    return replace(source, config=replace(source.config, **has)), same
+
+
+def _own_prefix(name: str, source: Source) -> str:
+    """A name as this file has it: without the family's prefix where no name of the file has that."""
+    prefix = source.family.prefix
+    if prefix and not any(n.startswith(prefix) for n in source.stored):
+        name = name.removeprefix(prefix)
+    return source.family.dialect.spelled(name, source.stored)
+
+
+def _as_stored(link: Link, source: Source) -> Link:
+    return replace(link, theirs=tuple(_own_prefix(name, source) for name in link.theirs))
+
+
+def permute_rotary(found: Iterable[Link], head_dim: int | None) -> list[Link]:
+    """Marks the queries and keys of attention, where their rotary pairs are stored interleaved."""
+    if head_dim is None:
+        return list(found)
+    joined = (".attention.qkv.weight", ".attention.qkv.bias")
+    return [replace(link, turned=(head_dim, head_dim, 0)) if link.ours.endswith(joined) else link for link in found]
+
+
+def _check(source: Source, found: Sequence[Link], extra: set[str]) -> None:
+    expected = {name: shape for link in found for name, shape in zip(link.theirs, link.stored_shapes(), strict=True)}
+    missing = [name for name in expected if name not in source.stored]
+    shapes = [
+        f"{name} is {list(source.stored[name].shape)} where the config asks for {list(shape)}"
+        for name, shape in expected.items()
+        if name in source.stored and source.stored[name].shape != shape
+    ]
+    groups = ("missing", missing), ("not part of the model", sorted(extra)), ("of another shape", shapes)
+    wrong = [f"{len(names)} {what} ({_list_names(names)})" for what, names in groups if names]
+    if wrong:
+        kind = source.family.model_type
+        raise UserError(f"The tensors of {source.path} are not those of its {kind!r} config: {'; '.join(wrong)}.")
+
+
+def _list_names(names: Sequence[str]) -> str:
+    rest = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _exact_dtype(stored: Mapping[str, Stored], path: Path) -> torch.dtype:
+    """The narrowest type that holds all these exactly."""
+    unread = [f"{name} as {tensor.kind}" for name, tensor in stored.items() if tensor.dtype is None]
+    if unread:
+        raise UserError(f"{path} stores {_list_names(unread)}, which keifu does not read; convert it to BF16 or F32.")
+    kinds = {tensor.dtype for tensor in stored.values() if tensor.dtype is not None}
+    return reduce(torch.promote_types, {kind for kind in kinds if kind.is_floating_point})
+
+
+def _cast(exact: torch.dtype, held: torch.dtype) -> list[str]:
+    """What to say where the model is held in another type than its file's."""
+    if exact == held:
+        return []
+    why = ": products in float16 are very slow on a CPU" if (exact, held) == (torch.float16, torch.float32) else ""
+    return [f"The weights are {name_of(exact)} and are held in {name_of(held)}{why}."]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """PyTorch's name of a type, as configs write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Refuses a tokenizer that gives ids for which the model has no embedding."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens and the model embeds {vocab_size:,}: they do not "
+            "belong together; use the tokenizer that the model was trained with."
+        )

@@ -1,0 +1,361 @@
+"""Every model that keifu knows, by the model_type of its config.json: the one place that lists them; knows no files.
+
+A model's file is imported when a model_type of it is asked for, and no other. A new model costs a line in `MODELS`.
+
+How a family's files differ from what their config says or from what is written today; knows no model and no file.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from keifu.checkpoints.hf.native_config import check_types, from_json, to_json
+from keifu.checkpoints.hf.weight_names import Table
+from keifu.errors import UserError, unknown
+from keifu.layers.meta import on_meta
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What some files of a family do.
+
+    in_file: switches of the Config that are on where the file has a tensor, whatever its config says.
+    copies: tensors that repeat another one of the file.
+    old_endings: today's ending of a name, and that of old files.
+    without_prefix: architectures whose files are written without the family's prefix.
+    """
+
+    in_file: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    old_endings: Mapping[str, str] = field(default_factory=dict)
+    without_prefix: tuple[str, ...] = ()
+
+    def spelled(self, name: str, stored: Collection[str]) -> str:
+        """The name under which a file has this tensor, where it has it."""
+        if name in stored:
+            return name
+        older = (name.removesuffix(new) + old for new, old in self.old_endings.items() if name.endswith(new))
+        return next((one for one in older if one in stored), name)
+
+
+# What any published config may say that changes the numbers and is not implemented; absent or equal to this is fine.
+UNSUPPORTED: Mapping[str, Any] = {"quantization_config": None}
+
+Aliases = Callable[[Any], Mapping[str, tuple[str, ...]]]
+_PLAIN = Dialect()
+
+
+def _tie(config: Any, tied: bool) -> Any:
+    return replace(config, tied=tied)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model_type: how its config is read and written, and how its weights are called.
+
+    `module` is the model's file; `prefix` may be missing from all names of a file; `not_weights` are names that old
+    files hold beside the weights; `unsupported` are settings and the value of each that is implemented. `aliases`
+    gives, for a Config, the other names that a file may have for a matrix which serves in several places. `dialect` is
+    what some files do besides. `inside` is where the model has the decoder that `tied` speaks of, and `tie` the Config
+    with its head tied to the embedding, or not. `files` are the names of the config and of the weights in a directory.
+    """
+
+    module: Any
+    model_type: str
+    read: Callable[[dict[str, Any]], Any]
+    write: Callable[[Any], dict[str, Any]]
+    names: Table
+    prefix: str = ""
+    not_weights: tuple[str, ...] = ()
+    unsupported: Mapping[str, Any] = field(default_factory=dict)
+    writes_text: bool = True
+    aliases: Aliases | None = None
+    dialect: Dialect = _PLAIN
+    inside: str = ""
+    files: tuple[str, str] = ("config.json", "model.safetensors")
+    tie: Callable[[Any, bool], Any] = _tie
+
+    @property
+    def tied_by_name(self) -> bool:
+        """Whether the model has a head that may be the embedding: its Config has `tied` then."""
+        return self.names is not None and f"{self.inside}head" in self.names
+
+    def table(self, json: Mapping[str, Any]) -> Table:
+        """The names of weights as files of this config.json have them."""
+        if self.names is None or not {*json.get("architectures", ())} & {*self.dialect.without_prefix}:
+            return self.names
+        return {ours: theirs.removeprefix(self.prefix) for ours, theirs in self.names.items()}
+
+
+def _published(module: Any, aliases: Aliases | None = None, dialect: Dialect = _PLAIN) -> list[Family]:
+    """One family for each model_type of a file whose model others know too, and one for what only keifu can build."""
+    shared = {
+        "module": module,
+        "names": module.WEIGHT_NAMES,
+        "prefix": module.PREFIX,
+        "not_weights": module.NOT_WEIGHTS,
+        "unsupported": module.UNSUPPORTED,
+        "aliases": aliases,
+        "dialect": dialect,
+    }
+    known = [
+        Family(model_type=kind, read=module.from_published, write=module.to_published, **shared)
+        for kind in module.MODEL_TYPES
+    ]
+    return [*known, replace(_own(module), **shared, writes_text=True)]
+
+
+def _own(module: Any) -> Family:
+    """A family in keifu's own terms: every field of the Config under its own name, every weight under its own."""
+    kind = MODELS[_name(module)][-1]
+    read, write = partial(from_json, module.Config), partial(_write_own, kind)
+    return Family(module, kind, read, write, names=None, writes_text=False)
+
+
+def _write_own(kind: str, config: Any) -> dict[str, Any]:
+    return {"model_type": kind, "architectures": ["keifu"], **to_json(config)}
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.removeprefix("keifu.models.")
+
+
+def _files(family: Family, published: tuple[str, str]) -> tuple[str, str]:
+    return published if family.model_type in family.module.MODEL_TYPES else family.files
+
+
+_NETWORK = ("config.json", "diffusion_pytorch_model.safetensors")  # of diffusers
+_PIPELINE = ("model_index.json", _NETWORK[1])
+
+MODELS = {  # each model's file under keifu.models, and the model_types of its configs, keifu's own last
+    "bert": ("bert", "keifu_bert"),
+    "gpt1": ("openai-gpt", "keifu_gpt1"),
+    "gpt2": ("gpt2", "keifu_gpt2"),
+    "gpt3": ("gpt_neo", "keifu_gpt3"),
+    "palm": ("cohere", "keifu_palm"),
+    "llama": ("llama", "mistral", "qwen2", "keifu_llama"),
+    "qwen3": ("qwen3", "keifu_qwen3"),
+    "gemma3": ("gemma3_text", "keifu_gemma3"),
+    "transformer": ("marian", "keifu_transformer"),
+    "mlp": ("keifu_mlp",),
+    "perceptron": ("keifu_perceptron",),
+    "diffusion.ddpm": ("UNet2DModel", "keifu_ddpm"),
+    "diffusion.autoencoder_kl": ("AutoencoderKL", "keifu_autoencoder_kl"),
+    "diffusion.conditioned_unet": ("UNet2DConditionModel", "keifu_conditioned_unet"),
+    "unclip.prior": ("PriorTransformer", "keifu_unclip_prior"),
+    "unclip.decoder": ("UNet2DConditionModel/simple", "keifu_unclip_decoder"),
+    "unclip.conditioning": ("UnCLIPTextProjModel", "keifu_unclip_conditions"),
+    "diffusion.latent_diffusion": ("StableDiffusionPipeline", "keifu_latent_diffusion"),
+    "unclip.unclip": ("UnCLIPPipeline", "keifu_unclip"),
+    "clip.clip": ("clip", "open_clip", "keifu_clip"),
+    "clip.text": ("clip_text_model", "keifu_clip_text"),
+    "clip.image": ("clip_vision_model", "keifu_clip_image"),
+    "seq2seq": ("keifu_seq2seq",),
+    "dalle.dalle": ("keifu_dalle",),
+    "dalle.discrete_vae": ("keifu_discrete_vae",),
+}
+
+
+def _families(module: Any) -> list[Family]:
+    """The families of a model's file; most are published ones, and what only keifu can build."""
+    return _MAKERS.get(_name(module), _published)(module)
+
+
+def _bert(module: Any) -> list[Family]:
+    return _published(module, dialect=Dialect(module.IN_FILE, module.COPIES, module.OLD_ENDINGS, module.WITHOUT_PREFIX))
+
+
+def _marian(module: Any) -> list[Family]:
+    return _published(module, module.aliases)
+
+
+def _mlp(module: Any) -> list[Family]:
+    return [Family(module, "keifu_mlp", module.from_published, module.to_published, module.WEIGHT_NAMES,
+                   writes_text=False)]  # fmt: skip
+
+
+def _ddpm(module: Any) -> list[Family]:
+    published, own = _published(module, dialect=Dialect(old_endings=module.OLD_ENDINGS))
+    return [replace(published, writes_text=False, files=module.FILES), replace(own, writes_text=False)]
+
+
+def _network(module: Any, dialect: Dialect = _PLAIN) -> list[Family]:
+    """A network with a folder of its own in a pipeline of diffusers."""
+    found = _published(module, dialect=dialect)
+    return [replace(each, writes_text=False, files=_files(each, _NETWORK)) for each in found]
+
+
+def _autoencoder(module: Any) -> list[Family]:
+    return _network(module, Dialect(old_endings=module.OLD_ENDINGS))
+
+
+def _pipeline(module: Any, dialect: Dialect = _PLAIN) -> list[Family]:
+    return [replace(each, files=_files(each, _PIPELINE)) for each in _published(module, dialect=dialect)]
+
+
+def _latent_diffusion(module: Any) -> list[Family]:
+    from keifu.models.diffusion.autoencoder_kl import OLD_ENDINGS
+
+    return _pipeline(module, Dialect(old_endings=OLD_ENDINGS))
+
+
+def _clip(module: Any) -> list[Family]:
+    from keifu.models.hf import open_clip
+
+    published, own = _published(module)
+    of_open_clip = replace(
+        published, model_type="open_clip", names=open_clip.WEIGHT_NAMES, not_weights=open_clip.NOT_WEIGHTS,
+        read=open_clip.from_open_clip, write=open_clip.to_open_clip, files=open_clip.FILES,
+    )  # fmt: skip
+    return [published, of_open_clip, replace(own, names=open_clip.WEIGHT_NAMES)]  # which has names for a ResNet too
+
+
+def _clip_text(module: Any) -> list[Family]:
+    return _published(module, dialect=Dialect(module.IN_FILE, without_prefix=module.WITHOUT_PREFIX))
+
+
+def _clip_image(module: Any) -> list[Family]:
+    return [replace(each, writes_text=False) for each in _clip_text(module)]
+
+
+def _own_text(module: Any) -> list[Family]:
+    return [replace(_own(module), writes_text=True)]
+
+
+_MAKERS: dict[str, Callable[[Any], list[Family]]] = {
+    "bert": _bert,
+    "transformer": _marian,
+    "mlp": _mlp,
+    "perceptron": lambda module: [_own(module)],
+    "diffusion.ddpm": _ddpm,
+    "diffusion.autoencoder_kl": _autoencoder,
+    **dict.fromkeys(("diffusion.conditioned_unet", "unclip.prior", "unclip.decoder", "unclip.conditioning"), _network),
+    "diffusion.latent_diffusion": _latent_diffusion,
+    "unclip.unclip": _pipeline,
+    "clip.clip": _clip,
+    "clip.text": _clip_text,
+    "clip.image": _clip_image,
+    "seq2seq": _own_text,
+    "dalle.dalle": _own_text,
+    "dalle.discrete_vae": lambda module: [_own(module)],
+}
+
+
+@cache
+def families_of(name: str) -> dict[str, Family]:
+    """The families of a model's file by their model_types; the file is imported for it."""
+    return {family.model_type: family for family in _families(import_module(f"keifu.models.{name}"))}
+
+
+class _Families(Mapping[str, Family]):
+    """Every family by its model_type; to ask which there are imports no model."""
+
+    _files = {kind: name for name, kinds in MODELS.items() for kind in kinds}
+
+    def __getitem__(self, kind: str) -> Family:
+        return families_of(self._files[kind])[kind]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self._files
+
+
+FAMILIES: Mapping[str, Family] = _Families()
+
+
+class _Published(dict[str, Any]):
+    """A config.json: a field that is asked for and not there is an error that names it."""
+
+    def __init__(self, content: Mapping[str, Any], where: str):
+        super().__init__(content)
+        self.where = where
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.where} has no field {key!r}, which a {self['model_type']!r} model needs.")
+
+
+def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
+    """The family and the Config that a config.json describes; `where` names the file in errors.
+
+    An unknown model_type, a setting that is not implemented, a field that is missing or has a wrong value: `UserError`.
+    """
+    kind = json.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{where} has no model_type, so nothing says which model it is.")
+    if kind not in FAMILIES:
+        raise unknown("model family (model_type)", kind, FAMILIES)
+    family = FAMILIES[kind]
+    check_settings(json, {**UNSUPPORTED, **family.unsupported}, where)
+    try:
+        config = family.read(_Published(json, where))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        if isinstance(error, UserError) and str(error).startswith(where):
+            raise
+        raise UserError(f"{where} cannot be read as a {kind!r} model: {error}") from error
+    check_types(config, where)
+    return family, config
+
+
+def check_settings(json: Mapping[str, Any], implemented: Mapping[str, Any], where: str) -> None:
+    """Refuses a setting whose value is not the one that is implemented; an absent one is fine."""
+    for name, fine in implemented.items():
+        if json.get(name) is not None and json[name] != fine:
+            raise UserError(f"{where} sets {name} to {json[name]!r}, which keifu does not implement; only {fine!r} is.")
+
+
+def describe(config: Any) -> tuple[Family, dict[str, Any]]:
+    """The family of a built model's Config and its config.json.
+
+    That is a published model_type where one says all that the Config says, else keifu's own.
+    """
+    name = type(config).__module__.removeprefix("keifu.models.")
+    found = families_of(name).values() if name in MODELS else ()
+    able = [family for family in found if isinstance(config, family.module.Config)]
+    if not able:
+        kind = f"{type(config).__module__}.{type(config).__name__}"
+        raise UserError(f"{kind} is the Config of no model that can be saved.")
+    for family in able:
+        json = family.write(config)
+        found = FAMILIES[json["model_type"]]
+        if family.names is not None and _same(config, found.read(json)):
+            return found, json
+    family = FAMILIES[MODELS[name][-1]]
+    return family, family.write(config)
+
+
+def describe_as(config: Any, kind: str) -> tuple[Family, dict[str, Any]]:
+    """The family of that model_type and its config for a built model's; one that cannot say it all is a `UserError`."""
+    family = FAMILIES[kind]
+    if not isinstance(config, family.module.Config):
+        raise UserError(f"The format {kind} has no {_name(sys.modules[type(config).__module__])}: use hf.")
+    json = family.write(config)
+    if not _same(config, family.read(json)):
+        raise UserError(f"The format {kind} has no words for something in this model's config: use hf.")
+    return family, json
+
+
+def _same(config: Any, back: Any) -> bool:
+    """Whether `back` says the same; None stands for a default that a published config spells out, and a field that the
+    other kind of Config has not for its default."""
+    said = {name: vars(back).get(name, getattr(type(config), name, None)) for name in vars(config)}
+    return all(value is None or value == said[name] for name, value in vars(config).items())
+
+
+def build(family: Family, config: Any, where: str) -> nn.Module:
+    """The model on the meta device, without memory; sizes that do not fit each other are a `UserError`."""
+    try:
+        with on_meta():
+            return family.module.build(config)
+    except (ValueError, RuntimeError) as error:  # PyTorch's own, where a size does not fit 64 bits
+        raise UserError(f"{where} describes a model that cannot be built: {error}") from error

@@ -1,0 +1,170 @@
+"""What drawing and drawing once more have in common: the model by its name, the pictures of a record, their PNG files;
+knows no model and no sampler.
+
+`--lora PATH[:SCALE]`: LoRAs that change a model before it draws, each known by its digest; knows no model.
+
+The best of several pictures of a text, as a CLIP sees them (DALL-E's reranking); knows no model that draws.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keifu.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from keifu.checkpoints.plan import Plan
+    from keifu.generation.images.pipeline import ImagePipeline
+    from keifu.generation.images.png_metadata import ImageRecord, LoraRecord
+    from keifu.generation.images.samplers import SamplerStep
+
+
+LARGE = 20_000_000  # parameters from which products are most of the time, and rounding them moves a picture little
+
+
+def check_png(*paths: Path | None) -> None:
+    """Refuses a name that promises another format than the PNG that is written."""
+    for path in paths:
+        if path is not None and path.suffix and path.suffix.lower() != ".png":
+            raise UserError(f"{path} would be a PNG file, which keeps how it was drawn: name it {path.stem}.png.")
+
+
+def usual_dtype(found: "Plan") -> str | None:
+    """The type to compute in where none was asked for: bfloat16 for a large model where the processor multiplies it
+    itself, else as the model is stored."""
+    from keifu.devices import choose
+    from keifu.training.hardware.precision import has_bfloat16
+
+    large = has_bfloat16(choose()) and found.parameters >= LARGE
+    return "bf16" if large else None
+
+
+def load(found: "Plan", dtype: str | None, loras: "Sequence[LoraRecord]" = ()) -> "ImagePipeline":
+    """The model that was opened with these LoRAs worked into it, and with its tokenizer where it reads."""
+    from keifu.checkpoints.load import DTYPES
+    from keifu.checkpoints.lora.diffusion import apply_lora
+    from keifu.checkpoints.plan import check_tokenizer
+    from keifu.generation.images.pipeline import image_pipeline
+
+    model: Any = (found.held_in(DTYPES[dtype]) if dtype else found).fill()
+    for lora in loras:
+        apply_lora(model, lora.place, lora.scale)
+
+    def tokenizer() -> Any:
+        own = found.source.tokenizer()
+        check_tokenizer(own, model.config.vocab_size)
+        return own
+
+    return image_pipeline(model, tokenizer)
+
+
+def draw_images(model: "ImagePipeline", record: "ImageRecord", states: "list[SamplerStep] | None" = None) -> "Tensor":
+    """The pictures of all the record's batches, behind a progress bar; the first batch's states go where asked."""
+    import torch
+
+    from keifu.data.progress import counting
+
+    batches, steps, done = record.seeds(), record.drawing.taken, 0
+    with counting("Drawing", steps * len(batches), "steps") as advance:
+
+        def watch(state: "SamplerStep") -> None:
+            nonlocal done
+            done += 1
+            advance(done)
+            if states is not None and done <= steps:
+                states.append(state)
+
+        return torch.cat([model.draw(record.drawing, seeds, watch) for seeds in batches])
+
+
+def png(pictures: "Tensor", record: "ImageRecord") -> bytes:
+    """A picture, or the sheet of all where the record is of none of them, with the record."""
+    from keifu.data.images.grid import png, sheet
+
+    return png(sheet(pictures) if record.number is None else image_of(pictures[0]), record.texts())
+
+
+def image_of(picture: "Tensor") -> Any:
+    """One picture of pillow's."""
+    from PIL import Image
+
+    kinds = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+    if len(picture) not in kinds:
+        raise UserError(f"A picture of {len(picture)} channels cannot be written as PNG; the model draws no pictures.")
+    return Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).contiguous().numpy(), kinds[len(picture)])
+
+
+if TYPE_CHECKING:
+    from keifu.generation.images.png_metadata import LoraRecord
+
+
+def select_loras(words: str) -> "LoraRecord":
+    """What `PATH` or `PATH:SCALE` says, a file or a folder that holds one; where none is there is a `UserError`."""
+    from keifu.checkpoints.lora.diffusion import FILE
+    from keifu.generation.images.image_to_image import digest_of
+    from keifu.generation.images.png_metadata import LoraRecord
+
+    place, _, told = words.rpartition(":")
+    scale = _number(told)
+    if not place or scale is None or Path(words).exists():
+        place, scale = words, 1.0
+    if Path(place).is_dir():
+        place = str(Path(place) / FILE)
+    if not Path(place).is_file():
+        raise UserError(f"There is no LoRA {place}: give a .safetensors file, and after a colon how strongly it acts.")
+    return LoraRecord(str(Path(place).resolve()), digest_of(Path(place)), scale)
+
+
+def _number(words: str) -> float | None:
+    try:
+        return float(words)
+    except ValueError:
+        return None
+
+
+def output_paths(loras: "Sequence[LoraRecord]", places: Sequence[str]) -> "tuple[LoraRecord, ...]":
+    """LoRAs where they are now, if they are still the same; `places` are files that may have moved."""
+    here = {each.digest: each.place for each in map(select_loras, places)}
+    if strange := here.keys() - {lora.digest for lora in loras}:
+        raise UserError(f"The picture was drawn without the LoRA {here[strange.pop()]}: leave it out.")
+    found = []
+    for lora in loras:
+        where = here.get(lora.digest, lora.place)
+        if not Path(where).is_file() or select_loras(where).digest != lora.digest:
+            raise UserError(f"The LoRA {lora.place} is not there, or is another one now: name its place (--lora).")
+        found.append(replace(lora, place=where))
+    return tuple(found)
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check(count: int, best_of: int | None, clip: str | None, text: str | None) -> None:
+    """Refuses options that do not fit each other, before anything is loaded."""
+    if best_of is None:
+        if clip:
+            raise UserError("--clip ranks pictures for --best-of, which was not given: add it, or leave --clip out.")
+        return
+    if clip is None:
+        raise UserError("--best-of needs a CLIP that ranks the pictures: name one with --clip.")
+    if text is None:
+        raise UserError("--best-of ranks pictures by the text that they were drawn from, and there is none.")
+    if best_of < count:
+        raise UserError(f"The best of {best_of} pictures cannot be {count}: raise --best-of, or lower --count.")
+
+
+def best_of(pictures: "Tensor", text: str, clip: str, count: int) -> list[int]:
+    """Which of the pictures fit the text best, the best one first."""
+    import torch
+
+    from keifu.checkpoints import load
+    from keifu.evaluation.images.text_to_image import best, cosines
+
+    towers, tokenizer = load(clip, torch.float32)
+    if tokenizer is None:
+        raise UserError(f"{clip} has no tokenizer, and the text must be read: give a CLIP that has one.")
+    return best(cosines(towers, tokenizer, pictures, [text] * len(pictures)), count)

@@ -1,0 +1,194 @@
+"""A dataclass's fields as a verb's options, and what is wrong with them as one sentence; knows no verb."""
+
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from typing import Annotated, TypeVar
+
+import tyro
+
+from keifu.commands.shared.help_text import Argument, arguments_of, help_text
+from keifu.devices import Choice, choose, choosing
+from keifu.errors import UserError, unknown
+from keifu.generation.text.sampling_params import SamplingParams
+
+Options = TypeVar("Options")
+Model = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="MODEL", help="A run, a Hugging Face directory or hub id, a .gguf file or a catalogue name."),
+]
+Device = Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda|cuda:1|mps", help=(
+    "Where the model runs. Unset: what KEIFU_DEVICE says, else CUDA or ROCm if there is one, else MPS, else the CPU."
+))]  # fmt: skip
+NAMES = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """What every verb that runs a model can be told."""
+
+    device: Device = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Continuation(SamplingParams):
+    """How a model continues a text. `--stop` may be given several times; log-probabilities are for each verb to ask."""
+
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    log_probabilities: tyro.conf.Suppress[bool] = False
+
+
+def parser(kind: type[Options], run: Callable[[Options], None], program: str) -> Callable[[Sequence[str]], Callable]:
+    """A verb's `parse`: from its words to the work they ask for, not yet begun."""
+
+    def parsed(arguments: Sequence[str]) -> Callable[[], None]:
+        options = parse(kind, arguments, program)
+        if not isinstance(options, OnDevice):
+            return lambda: run(options)
+        return placed(Choice(options.device), lambda: run(options))
+
+    return parsed
+
+
+def placed(choice: Choice, work: Callable[[], None]) -> Callable[[], None]:
+    """The work, to be computed by that choice; a device that this machine has not is a `UserError` at once."""
+    if choice.device is not None:
+        choose(choice.device)
+
+    def run() -> None:
+        with choosing(choice):
+            work()
+
+    return run
+
+
+def parse(
+    kind: type[Options],
+    arguments: Sequence[str],
+    program: str,
+    description: str | None = None,
+    usual: Options | None = None,
+) -> Options:
+    """The options of dataclass `kind` from words; wrong words are a `UserError`, and `--help` prints and exits.
+
+    `usual` has the values of options that are not given, in place of those of `kind`.
+    """
+    if asks_for_help(arguments):
+        print(help_text(kind, program, description))
+        raise SystemExit(0)
+    try:
+        with redirect_stderr(io.StringIO()):
+            options, extra = _read(kind, arguments, program, usual)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise _complaint(kind, arguments, program) from None
+    if extra:
+        raise _unrecognised(kind, extra, program)
+    return options
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether `--help` is among the words, as an option."""
+    options = list(arguments)[: list(arguments).index("--")] if "--" in arguments else arguments
+    return "-h" in options or "--help" in options
+
+
+def _read(kind: type[Options], arguments: Sequence[str], program: str, usual: Options | None = None):
+    default = tyro.MISSING_NONPROP if usual is None else usual
+    return tyro.cli(kind, default=default, prog=program, args=list(arguments), return_unknown_args=True)
+
+
+@contextmanager
+def _wide() -> Iterator[io.StringIO]:
+    """Collects what is printed, on lines that no terminal's width breaks."""
+    columns, printed = os.environ.get("COLUMNS"), io.StringIO()
+    os.environ["COLUMNS"] = "10000"
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed):
+            yield printed
+    except SystemExit:
+        pass
+    finally:
+        del os.environ["COLUMNS"]
+        os.environ |= {"COLUMNS": columns} if columns else {}
+
+
+def flags(kind: type) -> list[str]:
+    """Every `--flag` that the dataclass gives."""
+    return sorted(names_of(arguments_of(kind)))
+
+
+def names_of(arguments: Sequence[Argument]) -> list[str]:
+    """Every `--name` of these options, both of those that are written `--[no-]name`."""
+    given = [name for argument in arguments for name in argument.names if name.startswith("--")]
+    return [name.replace("[no-]", word) for name in given for word in (("", "no-") if "[no-]" in name else ("",))]
+
+
+def _unrecognised(kind: type, words: Sequence[str], program: str) -> UserError:
+    word = words[0].partition("=")[0]
+    if word.startswith("-"):
+        return unknown("option", word, set(flags(kind)) - {"--help"})
+    return UserError(
+        f"{program} has no use for {word!r}: put a text that has spaces in quotation marks, or see {program} --help."
+    )
+
+
+def _complaint(kind: type, arguments: Sequence[str], program: str) -> UserError:
+    """What tyro prints in a box, as a sentence; an option that does not exist comes first."""
+    known = {flag.replace("_", "-") for flag in flags(kind)}
+    given = [word.partition("=")[0] for word in arguments if re.match(r"--[a-zA-Z]", word)]
+    strange = [word for word in given if word.replace("_", "-") not in known]
+    if strange:
+        return _unrecognised(kind, strange, program)
+    with _wide() as printed:
+        _read(kind, arguments, program)
+    lines = _content(printed.getvalue())
+    if match := re.match(
+        r"[Ii]nvalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", " ".join(lines).strip()
+    ):
+        return unknown(f"{match[2]} called", match[1], re.findall(r"'([^']*)'", match[3]))
+    return UserError(_sentence(lines, program))
+
+
+def _content(box: str) -> list[str]:
+    """The lines between the first two rules of a box, which has a frame where the terminal can show one."""
+    parts: list[list[str]] = [[]]
+    for line in box.splitlines():
+        if line.startswith("╭") or re.fullmatch(r"\W*(-{5,}|─{5,})\W*", line):
+            parts.append([])
+        else:
+            parts[-1].append(line.strip("│ \t\n") and line.strip("│").rstrip())
+    return [line for line in parts[1] if line]
+
+
+def _sentence(lines: Sequence[str], program: str) -> str:
+    text = re.sub(r"\s+", " ", " ".join(lines)).strip().rstrip(".")
+    if text.startswith("Missing from"):
+        margin = min(len(line) - len(line.lstrip()) for line in lines[1:])
+        needed = [line.split()[0] for line in lines[1:] if line[margin] != " "]
+        return f"{program} needs {' and '.join(needed)}: see {program} --help."
+    if match := re.fullmatch(r"Error parsing (\S+): (.*)", text):
+        place, problem = match.groups()
+        problem = _readable(problem)
+        return f"{place}: {problem}." if place.startswith("-") or place.isupper() else f"{problem}."
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _readable(problem: str) -> str:
+    """Python's complaint about a value in words for everyone; any other problem as it is."""
+    forms = {
+        r"invalid literal for int\(\) with base 10: (?P<value>.*)": "INT",
+        r"could not convert string to float: (?P<value>.*)": "FLOAT",
+        r"no type matching (?P<types>\S+) could be instantiated from \[(?P<value>.*?)\]\..*": "",
+    }
+    for form, types in forms.items():
+        if match := re.fullmatch(form, problem):
+            words = {each.strip("{}") for each in match.groupdict().get("types", types).split("|")}
+            words -= {"INT"} if "FLOAT" in words else set()
+            return f"{' or '.join(NAMES.get(word, word) for word in sorted(words))} is needed, not {match['value']}"
+    return problem

@@ -1,0 +1,160 @@
+"""What the verbs for language models share: a model that writes, and a text from wherever it comes; knows no verb.
+
+What the verbs for encoders share: a model that reads, texts that come one a line, and their ids; knows no verb.
+
+Pictures that are named where texts could stand, and points for both; knows no verb and no model.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keifu.errors import UserError
+
+
+def load_writer(name: str) -> tuple[Any, Any]:
+    """A model that writes text, and its tokenizer; for any other kind of model a `UserError`.
+
+    A person at a terminal is told that it is being loaded.
+    """
+    notice(f"Loading {name} ...")
+    from keifu.checkpoints import load
+    from keifu.generation.text.engine import Model, explain_not_causal
+
+    model, tokenizer = load(name)
+    if tokenizer is None or not isinstance(model, Model):
+        raise UserError(f"{name} writes no text: {explain_not_causal(model)}")
+    return model, tokenizer
+
+
+def notice(line: str) -> None:
+    """A line on stderr for a person at a terminal; where stderr is a file or a pipe, nothing."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
+
+
+def at_terminal() -> bool:
+    """Whether a person sits at standard input."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def text_from(file: Path | None, example: str) -> str:
+    """The text of the file, or of standard input where there is none; at a terminal a `UserError` with an example."""
+    if file is None and at_terminal():
+        raise UserError(f"There is no text: write it behind the model ({example}), pipe it in, or name its --file.")
+    return _of_file(file) if file else read_pipe()
+
+
+def join_texts(argument: str | None, file: Path | None) -> str:
+    """One text: the argument, then the file, then what comes through a pipe, with an empty line between them."""
+    parts = [argument, _of_file(file) if file else None, None if at_terminal() else read_pipe()]
+    return "\n\n".join(part for part in parts if part)
+
+
+def read_pipe() -> str:
+    """All of standard input; empty where there is none."""
+    return "" if sys.stdin is None else decode_utf8(sys.stdin.buffer.read(), "standard input")
+
+
+def _of_file(file: Path) -> str:
+    return decode_utf8(file.read_bytes(), str(file))
+
+
+def decode_utf8(data: bytes, place: str, first_line: int = 1) -> str:
+    """UTF-8 bytes as text without a last line break; anything else is a `UserError` that names the line."""
+    try:
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + first_line
+        raise UserError(f"{place} is not UTF-8 text: line {line} has the byte 0x{data[error.start]:02x}.") from error
+
+
+def texts_from(arguments: Sequence[str], file: Path | None, example: str) -> list[str]:
+    """The arguments, each a text, or else the lines of the file or of standard input.
+
+    An empty text is a `UserError` with its line, for then whoever reads the results would count wrong.
+    """
+    if arguments and file is not None:
+        raise UserError(f"There are two sources of texts, the arguments and {file}: give one of them.")
+    place = "The command line" if arguments else file or "Standard input"
+    texts = list(arguments) or [line.removesuffix("\r") for line in text_from(file, example).split("\n")]
+    empty = [number for number, text in enumerate(texts, 1) if not text.strip()]
+    if len(empty) == len(texts):
+        raise UserError(f"{place} holds no text.")
+    if empty:
+        what = "text" if arguments else "line"
+        raise UserError(f"{place}: {what} {empty[0]} of {len(texts)} is empty; put words there, or take it out.")
+    return texts
+
+
+def load_encoder(name: str, dtype: str | None = None) -> tuple[Any, Any]:
+    """A model that reads in both directions, or a CLIP, and its tokenizer; for any other kind a `UserError`."""
+    from keifu.checkpoints import load
+    from keifu.checkpoints.load import DTYPES
+    from keifu.evaluation.classification.embeddings import Encoder
+    from keifu.evaluation.images.retrieval import TwoTowers
+
+    model, tokenizer = load(name, DTYPES[dtype] if dtype else None)
+    if tokenizer is None or not isinstance(model, Encoder | TwoTowers):
+        kind = type(model).__name__
+        raise UserError(f"{name} is a {kind}, which gives no vectors for texts: choose an encoder, such as minilm.")
+    return model, tokenizer
+
+
+def ids(model: Any, tokenizer: Any, texts: Sequence[str], cut: bool) -> Any:
+    """The ids of texts; that some were cut is said on stderr."""
+    from keifu.evaluation.classification.embeddings import encode_texts
+
+    limit = model.config.context_length
+    rows, shortened = encode_texts(tokenizer, texts, limit, cut)
+    if shortened:
+        print(f"{shortened} of {len(texts)} texts were cut to the model's {limit} tokens.", file=sys.stderr)
+    return rows
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def is_picture(text: str) -> bool:
+    """Whether a text is the name of a picture's file, there or not, and not a sentence that ends like one."""
+    from keifu.data.images.sources import SUFFIXES
+
+    return text.lower().endswith(SUFFIXES) and (Path(text).is_file() or not any(map(str.isspace, text)))
+
+
+def pictures_among(path: Path) -> list[str] | None:
+    """The pictures in a folder and in those below it, in order; None for what is no folder."""
+    if not path.is_dir():
+        return None
+    found = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and is_picture(str(file))]
+    if not found:
+        raise UserError(f"The folder {path} holds no picture.")
+    return found
+
+
+def embed_inputs(model: Any, tokenizer: Any, inputs: Sequence[str], cut: bool, batch_size: int) -> "Tensor":
+    """A point for each input, in order, whether it is a text or the name of a picture's file."""
+    import torch
+
+    from keifu.evaluation.images.retrieval import embed_pictures, embed_texts
+
+    seen = torch.tensor([is_picture(each) for each in inputs])
+    parts = []
+    if seen.any():
+        parts.append(embed_pictures(model, open_image([each for each in inputs if is_picture(each)])))
+    if not seen.all():
+        texts = [each for each in inputs if not is_picture(each)]
+        parts.append(embed_texts(model, tokenizer, texts, batch_size, cut))
+    order = torch.cat([seen.nonzero(), (~seen).nonzero()]).flatten()
+    found = torch.empty(len(inputs), parts[0].shape[1])
+    found[order] = torch.cat([part.cpu() for part in parts])
+    return found
+
+
+def open_image(files: Sequence[str]) -> Any:
+    """The pictures in these files, one by one as they are asked for."""
+    from keifu.data.images.io import read_image
+
+    return (read_image(Path(file)).image for file in files)

@@ -1,0 +1,173 @@
+"""The files of recipes: keifu's own and a user's, and the options of one without running it.
+
+A recipe's file imports what it trains with, and so torch, which takes longer than a help text may. So for a help text
+only the class of its options is made, and of the files that it takes anything from, only that.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache, cached_property
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from keifu.errors import UserError, unknown
+from keifu.recipes import RECIPES
+
+HEAVY = ("torch", "numpy", "jaxtyping")
+SOURCE = Path(__file__).parent.parent.parent
+
+
+def recipe_names() -> list[str]:
+    """The names of keifu's own recipes."""
+    return sorted(RECIPES)
+
+
+def recipes() -> dict[str, str]:
+    """Every recipe's name and the first line of its file's docstring, which is read and not run."""
+    return {name: _docstring(path_of(name)).partition("\n")[0] for name in recipe_names()}
+
+
+def is_own(name: str) -> bool:
+    """Whether a recipe is a user's file."""
+    return name.endswith(".py")
+
+
+def path_of(name: str) -> Path:
+    """A recipe's file; a name that is none is a `UserError` with the nearest one."""
+    if is_own(name):
+        if not Path(name).is_file():
+            raise UserError(
+                f"There is no file {name!r} with a recipe: give a file with a class Recipe and a function run."
+            )
+        return Path(name)
+    if name not in recipe_names():
+        raise unknown("recipe", name, recipe_names())
+    return SOURCE / "recipes" / f"{RECIPES[name].replace('.', '/')}.py"
+
+
+def recipe_module(name: str) -> Any:
+    """A recipe's file, run: its `Recipe` are the options, `run(recipe, out, resume)` trains."""
+    path = path_of(name)
+    if not is_own(name):
+        return import_module(f"keifu.recipes.{RECIPES[name]}")
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the types of their fields
+    spec.loader.exec_module(module)
+    missing = [part for part in ("Recipe", "run") if part not in vars(module)]
+    if missing:
+        raise UserError(f"{path} is no recipe: it lacks {' and '.join(missing)} (docs/python.md shows one).")
+    return module
+
+
+def recipe_options(name: str) -> tuple[type, str]:
+    """The class of a recipe's options as a help text needs it, and the docstring of its file; no torch is imported."""
+    path = path_of(name)
+    module = _part(path.stem if is_own(name) else f"keifu.recipes.{RECIPES[name]}", path)
+    return module.Recipe, _docstring(path)
+
+
+def _docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+class _Part(ModuleType):
+    """A file of which each name is made when it is asked for, from the statements that make it.
+
+    Classes are made without their methods: they have the fields, and nothing that is done with them.
+    """
+
+    def __init__(self, name: str, path: Path):
+        super().__init__(f"options of {name}")
+        self.__file__ = str(path)
+        sys.modules[self.__name__] = self  # where tyro looks for the text of a class, which has its fields' docstrings
+
+    @cached_property
+    def _statements(self) -> list[ast.stmt]:
+        return ast.parse(Path(str(self.__file__)).read_text(encoding="utf-8")).body
+
+    def __getattr__(self, name: str) -> Any:
+        found = [statement for statement in self._statements if name in _bound(statement)]
+        if not found or name.startswith("__"):
+            raise AttributeError(f"{self.__file__} has no {name!r}")
+        for statement in found:
+            if isinstance(statement, ast.ImportFrom) and (statement.module or "").partition(".")[0] == "keifu":
+                vars(self)[name] = _imported(str(statement.module), _original(statement, name))
+            else:
+                self._run(statement)
+        return vars(self)[name]
+
+    def _light(self, part: ast.stmt) -> ast.stmt:
+        """A field that holds a tensor or a module, which no option can be, without its type."""
+        if isinstance(part, ast.AnnAssign) and any(self._is_heavy(name) for name in _read(part.annotation)):
+            part.annotation = ast.copy_location(ast.Constant("object"), part.annotation)
+        return part
+
+    def _is_heavy(self, name: str) -> bool:
+        """Whether what a name stands for is made with torch or numpy."""
+        for statement in self._statements:
+            if name in _bound(statement):
+                match statement:
+                    case ast.ImportFrom(module=str(module)):
+                        return module.partition(".")[0] in HEAVY
+                    case ast.Import(names=names):
+                        return any(alias.name.partition(".")[0] in HEAVY for alias in names)
+                    case ast.ClassDef(bases=bases):
+                        return any(self._is_heavy(each) for base in bases for each in _read(base))
+                    case ast.Assign(value=value):
+                        return any(self._is_heavy(each) for each in _read(value) - {name})
+        return False
+
+    def _run(self, statement: ast.stmt) -> None:
+        if isinstance(statement, ast.ClassDef):
+            statement.body = [self._light(part) for part in statement.body if not isinstance(part, ast.FunctionDef)]
+            statement.body = statement.body or [ast.Pass()]
+        if not isinstance(statement, ast.Import | ast.ImportFrom):
+            for each in _read(statement) - {*_bound(statement)} - vars(self).keys():
+                if any(each in _bound(other) for other in self._statements):
+                    getattr(self, each)
+        exec(compile(ast.Module([statement], []), str(self.__file__), "exec"), vars(self))
+
+
+def _read(node: ast.AST) -> set[str]:
+    """The names that a statement or expression reads."""
+    names = [inner for inner in ast.walk(node) if isinstance(inner, ast.Name)]
+    return {name.id for name in names if isinstance(name.ctx, ast.Load)}
+
+
+def _bound(statement: ast.stmt) -> Iterator[str]:
+    """The names that a statement at the head of a file makes."""
+    match statement:
+        case ast.Import(names=names) | ast.ImportFrom(names=names):
+            yield from (alias.asname or alias.name.partition(".")[0] for alias in names)
+        case ast.ClassDef(name=name) | ast.FunctionDef(name=name):
+            yield name
+        case ast.Assign(targets=targets):
+            yield from (node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
+        case ast.AnnAssign(target=ast.Name(id=name)) | ast.AugAssign(target=ast.Name(id=name)):
+            yield name
+
+
+def _original(statement: ast.ImportFrom, name: str) -> str:
+    return next(alias.name for alias in statement.names if (alias.asname or alias.name) == name)
+
+
+def _imported(module: str, name: str) -> Any:
+    """What `from module import name` of keifu's own gives: a part of a file, or a file of which parts may be asked."""
+    inner = f"{module}.{name}".removeprefix("keifu.")
+    path = SOURCE / f"{inner.replace('.', '/')}.py"
+    if path.is_file():
+        return _part(f"keifu.{inner}", path)
+    outer = SOURCE / module.removeprefix("keifu").replace(".", "/").lstrip("/")
+    file = outer / "__init__.py" if outer.is_dir() else outer.with_suffix(".py")
+    return getattr(_part(module, file), name)
+
+
+@cache
+def _part(name: str, path: Path) -> Any:
+    return _Part(name, path)

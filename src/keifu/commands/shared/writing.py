@@ -1,0 +1,83 @@
+"""What `keifu generate` and `keifu chat` share: the options of sampling, what is in force, and one text printed."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from keifu.generation.text.sampling_params import SamplingParams
+
+OWN = tyro.conf.arg(help_behavior_hint="(unset: the model's own)")
+FILTERS = ("top_k", "top_p", "min_p")
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """How tokens are chosen; an option that is not given has the model's own value (`generation.defaults`)."""
+
+    max_tokens: Annotated[int | None, OWN] = None
+    """The most tokens to write; 0: until the model stops or its context is full."""
+    temperature: Annotated[float | None, OWN] = None
+    """Divides the logits; 0 always takes the likeliest token (greedy)."""
+    top_k: Annotated[int | None, OWN] = None
+    """Only the k likeliest tokens; 0: all."""
+    top_p: Annotated[float | None, OWN] = None
+    """Only the smallest set of likeliest tokens whose probability reaches p; 1: all."""
+    min_p: Annotated[float | None, OWN] = None
+    """Only tokens at least this fraction as likely as the likeliest; 0: all."""
+    repetition_penalty: Annotated[float | None, OWN] = None
+    """Divides positive and multiplies negative logits of tokens in the prompt or the output; 1: none."""
+    presence_penalty: Annotated[float | None, OWN] = None
+    """Taken off the logit of each token in the output, once; 0: none."""
+    frequency_penalty: Annotated[float | None, OWN] = None
+    """Taken off the logit of each token in the output, for each time it stands there; 0: none."""
+    stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], OWN] = ()
+    """A string at which the text ends, before it; may be given several times."""
+    seed: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(unset: a new one each time)")] = None
+    """The same seed gives the same text."""
+
+    def given(self) -> dict[str, Any]:
+        """The options that were set, as fields of `SamplingParams`."""
+        found = {name: value for name, value in vars(self).items() if value not in (None, ())}
+        return {**found, "max_tokens": self.max_tokens or None} if self.max_tokens is not None else found
+
+
+def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> "tuple[SamplingParams, str]":
+    """The settings in force, with a seed, and a line about them; an option that cannot act is told on stderr."""
+    from keifu.generation.text.defaults import defaults, in_words
+
+    given = flags.given()
+    own = defaults(tokenizer, max_tokens)
+    sampling = replace(own.sampling, **given).seeded()
+    idle = [f"--{name.replace('_', '-')}" for name in FILTERS if name in given and sampling.temperature == 0]
+    if idle:
+        print(f"{' and '.join(idle)} changes nothing at temperature 0: give --temperature too.", file=sys.stderr)
+    changed = [f"--{name.replace('_', '-')}" for name in given if name not in ("max_tokens", "stop", "seed")]
+    return sampling, f"{in_words(sampling)} ({' '.join([own.source, *(['except'] if changed else []), *changed])})"
+
+
+def print_text(
+    model: Any, tokenizer: Any, prompt: str | Sequence[int], sampling: "SamplingParams", as_json: bool, streamed: bool
+) -> str | None:
+    """Prints what the model writes after a prompt, piece by piece where `streamed`, or with all that is known as JSON;
+    the reason for its end, as in `Piece`."""
+    from keifu.generation.text.generate import generate_batch, stream
+
+    if as_json:
+        [done] = generate_batch(model, tokenizer, [prompt], replace(sampling, log_probabilities=True))
+        settings = {key: value for key, value in asdict(sampling).items() if key not in ("seed", "log_probabilities")}
+        print(json.dumps({**vars(done), "sampling": settings}, ensure_ascii=False))
+        return done.finish_reason
+    text, reason = [], None
+    for piece in stream(model, tokenizer, [prompt], sampling):
+        reason = piece.finish_reason
+        if streamed:
+            print(piece.text, end="", flush=True)
+        else:
+            text.append(piece.text)
+    print("".join(text))
+    return reason

@@ -1,0 +1,163 @@
+"""Rows of token ids of unequal length: which go together in a pass, and how they are padded; knows no model.
+
+Axes: batch = rows, length = tokens.
+
+How many rows the batch of each step has, where it grows over a run; knows no text and no model.
+
+Who is next, when several take turns by their shares: exact over time, and known for any turn at once; knows no text.
+
+The turns are those of Webster's (Sainte-Laguë's) method for seats in a parliament: the one with the share w is due at
+the times 0.5 / w, 1.5 / w, 2.5 / w and so on, and a turn goes to who is due next. After any number of turns N each has
+had w · N of them, give or take half a turn and w · n / 2, where n take turns.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from keifu.errors import UserError
+
+Rows = Sequence[Sequence[int]]
+
+
+def pad(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], Bool[Tensor, "batch length"] | None]:
+    """The rows as one tensor, padded on the right, and a mask that is True on real tokens.
+
+    The mask is None where all are equally long: attention without one is faster.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64)
+    longest = int(lengths.max())
+    if longest == int(lengths.min()):
+        return ids.view(len(rows), longest), None
+    mask = torch.arange(longest) < lengths[:, None]
+    tokens = torch.full(mask.shape, pad_id)
+    tokens[mask] = ids
+    return tokens, mask
+
+
+def length_buckets(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[list[int]]:
+    """The places of rows that go through a model together, the longest first: neighbours in length.
+
+    A pass has at most `rows` rows and, with its padding, `tokens` tokens; a longer row is alone. Where it has a quarter
+    of them, it also ends before a shorter row, which would be padded. The longest come first, so that a pass that does
+    not fit in memory fails at once.
+    """
+    together: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if together:
+            longest, shortest, count = lengths[together[0]], lengths[together[-1]], len(together)
+            full = count == rows or longest * (count + 1) > tokens
+            if full or (lengths[place] < shortest and longest * count >= tokens // 4):
+                yield together
+                together = []
+        together.append(place)
+    if together:
+        yield together
+
+
+@dataclass(frozen=True)
+class BatchSizeSchedule:
+    """Batches have rows[i] rows from step starts[i] on, until starts[i + 1]; steps are counted from 0."""
+
+    starts: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not all(a < b for a, b in pairwise(self.starts)):
+            raise UserError(
+                f"The steps at which a batch grows must ascend from above 0, and they are {self.starts[1:]}."
+            )
+        if min(self.rows) < 1:
+            raise UserError(f"batch_size is {min(self.rows)}, but it must be at least 1.")
+
+    @cached_property
+    def _before(self) -> list[int]:
+        """Rows of all steps before each start."""
+        stages = zip(pairwise(self.starts), self.rows, strict=False)
+        return np.cumsum([0, *((end - start) * rows for (start, end), rows in stages)]).tolist()
+
+    def at(self, step: int) -> int:
+        """The rows of a step."""
+        return self.rows[bisect_right(self.starts, step) - 1]
+
+    def before(self, step: int) -> int:
+        """The rows of all steps before this one."""
+        stage = bisect_right(self.starts, step) - 1
+        return self._before[stage] + (step - self.starts[stage]) * self.rows[stage]
+
+    def numbers(self, step: int) -> np.ndarray:
+        """The numbers of a step's rows, where the rows of all steps are counted through."""
+        return self.before(step) + np.arange(self.at(step))
+
+    @property
+    def largest(self) -> int:
+        """The first step whose batch has the most rows."""
+        return self.starts[self.rows.index(max(self.rows))]
+
+    def __str__(self) -> str:
+        if len(self.rows) == 1:
+            return str(self.rows[0])
+        return ",".join(f"{rows}@{start}" for start, rows in zip(self.starts, self.rows, strict=True))
+
+
+def batch_size_stages(smaller: Iterable[tuple[int, int]], last: int) -> BatchSizeSchedule:
+    """Batches of so many rows up to such a step, pair after pair, and of `last` rows afterwards (PaLM, section 5)."""
+    pairs = list(smaller)
+    return BatchSizeSchedule((0, *(until for _, until in pairs)), (*(rows for rows, _ in pairs), last))
+
+
+def linear_batch_size(first: int, over: int, last: int) -> BatchSizeSchedule:
+    """Batches that grow from `first` to `last` rows, linearly in the rows seen, over so many rows (GPT-3, appendix B).
+
+    A step has first + ⌊(last − first) · seen / over⌋ rows.
+    """
+    if not 1 <= first <= last:
+        raise UserError(f"A batch that grows to {last} rows starts with 1 to {last}, and here with {first}.")
+    starts, rows, seen = [0], [first], 0
+    while rows[-1] < last:
+        next_at = -(-(rows[-1] + 1 - first) * over // (last - first))  # the rows after which a step has one more
+        steps = max(1, -(-(next_at - seen) // rows[-1]))
+        seen += steps * rows[-1]
+        starts.append(starts[-1] + steps)
+        rows.append(min(last, first + (last - first) * seen // max(1, over)))
+    return BatchSizeSchedule(tuple(starts), tuple(rows))
+
+
+class InterleaveState(NamedTuple):
+    """Of some turns in a row: whose each is, and how many turns that one had had before it."""
+
+    whose: np.ndarray
+    numbers: np.ndarray
+
+
+def interleave(shares: np.ndarray, start: int, stop: int) -> InterleaveState:
+    """The turns from `start` until before `stop`, counted from 0; shares are above 0 and their sum is 1.
+
+    It costs the same for late turns as for early ones.
+    """
+    count = len(shares)
+    first = np.maximum(np.floor(shares * (start - count)).astype(np.int64) - 1, 0)  # those before are surely over
+    last = np.ceil(shares * (stop + count)).astype(np.int64) + 1
+    lengths = last - first
+    whose = np.repeat(np.arange(count), lengths)
+    numbers = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths - first, lengths)
+    order = np.lexsort((whose, (numbers + 0.5) / shares[whose]))
+    wanted = order[start - int(first.sum()) : stop - int(first.sum())]
+    return InterleaveState(whose[wanted], numbers[wanted])
+
+
+def source_of_row(shares: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Whose turn each of these is; they may be in any order."""
+    if not len(numbers):
+        return np.zeros(0, np.int64)
+    start = int(numbers.min())
+    return interleave(shares, start, int(numbers.max()) + 1).whose[numbers - start]

@@ -1,0 +1,113 @@
+"""The data and weights that anyone can have, in one table of pinned archives; it knows no model.
+
+Each entry has a name, where it comes from, its licence and whom to thank. `fetch` brings one into the user's cache;
+`documents`, `pairs` and `conversations` read the entries that are text.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from keifu.data.catalogue import download, readers
+from keifu.data.catalogue.download import cache
+from keifu.data.catalogue.entry import Entry
+from keifu.data.catalogue.images import ENTRIES as PICTURES
+from keifu.data.catalogue.readers import Dialogue
+from keifu.data.catalogue.texts import ENTRIES as TEXTS
+from keifu.data.catalogue.weights import ENTRIES as WEIGHTS
+from keifu.errors import UserError, unknown
+
+__all__ = ["CATALOGUE", "Entry", "cache", "conversations", "documents", "fetch", "identity", "pairs", "rows"]
+
+CATALOGUE: dict[str, Entry] = {**WEIGHTS, **TEXTS, **PICTURES}
+
+
+def entry(name: str) -> Entry:
+    """The catalogue's line of that name, or a `UserError` with the nearest known one."""
+    if name not in CATALOGUE:
+        raise unknown("catalogue entry", name, CATALOGUE)
+    return CATALOGUE[name]
+
+
+def fetch(name: str) -> Path:
+    """The file or folder of an entry, brought into the cache if it is not there; for a mixture, the cache itself."""
+    found = entry(name)
+    if found.parts:
+        for part in found.parts:
+            fetch(part)
+        return cache()
+    return download.fetch(found.archive) / found.member if found.archive else Path(found.place)
+
+
+def is_cached(name: str) -> bool:
+    """Whether an entry, with all its parts, is in the cache already."""
+    found = entry(name)
+    return all(map(is_cached, found.parts)) and (not found.archive or (cache() / found.archive.folder).is_dir())
+
+
+def documents(name: str) -> Iterator[str]:
+    """The documents of a text entry, in a fixed order.
+
+    A pair is a document of two lines; of a conversation each turn begins a line, after its speaker's name, A or B.
+    """
+    found = entry(name)
+    for part in found.parts:
+        yield from documents(part)
+    if found.parts:
+        return
+    as_text = {"documents": str, "pairs": "\n".join, "conversations": readers.as_document}
+    if found.gives not in as_text:
+        raise _other(name, "text")
+    yield from map(as_text[found.gives], _read(found, name))
+
+
+def pairs(name: str) -> Iterator[tuple[str, str]]:
+    """The sentences of a parallel text with their translations, in a fixed order."""
+    return _only("pairs", name)
+
+
+def conversations(name: str) -> Iterator[Dialogue]:
+    """The conversations of a chat entry, in a fixed order, each a list of messages for a chat template."""
+    return _only("conversations", name)
+
+
+def identity(name: str) -> str:
+    """What an entry's content is decided by: the hashes of its archives, or the version of the Python that runs."""
+    import platform
+
+    found = entry(name)
+    own = found.archive.sha256 if found.archive else platform.python_version()
+    return "+".join(map(identity, found.parts)) if found.parts else f"{name}:{own}"
+
+
+def rows() -> list[dict[str, str]]:
+    """The catalogue as a table: what each entry is, how much is downloaded for it, its licence, whether it is here."""
+    return [_row(name) for name in CATALOGUE]
+
+
+def _row(name: str) -> dict[str, str]:
+    found = CATALOGUE[name]
+    needed = {part.archive for part in (found, *map(entry, found.parts)) if part.archive}
+    size = f"{sum(archive.size for archive in needed) / 1e6:.1f} MB" if needed else "0"
+    return {
+        "name": name, "kind": found.kind, "download": size, "about": found.about, "licence": found.licence,
+        "attribution": found.attribution, "fetched": "yes" if is_cached(name) else "no",
+    }  # fmt: skip
+
+
+def _only(gives: str, name: str) -> Iterator[Any]:
+    found = entry(name)
+    if found.gives != gives:
+        raise _other(name, gives)
+    return _read(found, name)
+
+
+def _read(found: Entry, name: str) -> Iterator[Any]:
+    assert found.reader
+    return found.reader(fetch(name))
+
+
+def _other(name: str, wanted: str) -> UserError:
+    kinds = {"text": bool, "pairs": "pairs".__eq__, "conversations": "conversations".__eq__}
+    able = [known for known, each in CATALOGUE.items() if kinds[wanted](each.gives)]
+    return UserError(f"The catalogue's {name!r} does not hold {wanted}; these do: {', '.join(able)}.")

@@ -1,0 +1,111 @@
+"""What the catalogue's files hold, as documents, pairs and conversations; knows their formats, not where they are.
+
+A document is a string. A pair is a sentence and its translation. A conversation is a list of messages in the form that
+chat templates take, `{"role": "user" or "assistant", "content": ...}`, whose roles take turns.
+"""
+
+import json
+import tokenize
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+Dialogue = list[dict[str, str]]
+TATOEBA = ("id", "ja", "en", "nl", "de", "fr", "es", "sv")  # the columns of the sentence file
+
+
+def speeches(folder: Path) -> Iterator[str]:
+    """One document a file, in the order of their names."""
+    for file in sorted(folder.glob("*.txt")):
+        yield file.read_text(encoding="utf-8").strip()
+
+
+def summaries(file: Path) -> Iterator[str]:
+    """One document an article: its title, an empty line, its summary."""
+    for article in _json(file).values():
+        yield f"{article['title']}\n\n{article['extract']}"
+
+
+def recipes(file: Path) -> Iterator[str]:
+    """One document a recipe: its title, its ingredients, its steps."""
+    for recipe in _json(file).values():
+        ingredients = "\n".join(f"- {each}" for each in recipe["ingredients"])
+        steps = "\n".join(f"{number}. {each}" for number, each in enumerate(recipe["steps"], 1))
+        parts = recipe["title"], ingredients and f"Ingredients:\n{ingredients}", steps and f"Steps:\n{steps}"
+        yield "\n\n".join(filter(None, parts))
+
+
+def sentences(file: Path, language: str) -> Iterator[str]:
+    """The distinct Tatoeba sentences of one language, in the order of their first appearance."""
+    yield from dict.fromkeys(row[language] for row in tatoeba(file) if row[language] != "-")
+
+
+def translations(file: Path, first: str, second: str) -> Iterator[tuple[str, str]]:
+    """The Tatoeba sentences that exist in both languages; a sentence with several translations comes several times."""
+    for row in tatoeba(file):
+        if row[first] != "-" and row[second] != "-":
+            yield row[first], row[second]
+
+
+def read_chats(file: Path, turns: int = 4) -> Iterator[Dialogue]:
+    """Conversations between two people of at least `turns` turns.
+
+    What one person sends in a row is one turn, its messages on one line each; the first to speak has the role `user`.
+    """
+    for chat in _json(file).values():
+        if len(found := conversation_of(chat)) >= turns:
+            yield found
+
+
+def conversation_of(chat: Mapping[str, Any]) -> Dialogue:
+    """One of these conversations, out of its record."""
+    messages = [message for turn in chat["messages"] for message in turn if message["text"].strip()]
+    turns = [[m["text"].strip() for m in group] for _, group in groupby(messages, key=lambda m: m["sender"])]
+    return _taking_turns("\n".join(lines) for lines in turns)
+
+
+def read_dialogues(folder: Path) -> Iterator[Dialogue]:
+    """The distinct conversations of ChatterBot's YAML files (some stand there 100 times), without those of one turn."""
+    import yaml
+
+    seen = set()
+
+    for file in sorted(folder.glob("*.yml")):
+        # The base loader leaves everything a string: "no" is an answer here, not a truth value.
+        content = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
+        for conversation in content["conversations"]:
+            if isinstance(conversation, list) and len(conversation) > 1 and tuple(conversation) not in seen:
+                seen.add(tuple(conversation))
+                yield _taking_turns(turn.strip() for turn in conversation)
+
+
+def python_files(folder: Path) -> Iterator[str]:
+    """The modules under a folder, without tests and installed packages, decoded as each declares."""
+    for file in sorted(folder.rglob("*.py")):
+        inside = file.relative_to(folder).parts
+        if not {"test", "tests", "idle_test", "site-packages", "dist-packages"} & set(inside):
+            with tokenize.open(file) as source:
+                text = source.read()
+            if text.strip():  # many __init__.py are empty
+                yield text
+
+
+def as_document(conversation: Dialogue) -> str:
+    """A conversation as plain text: each turn begins a line, after its speaker's name, A or B."""
+    names = {"user": "A", "assistant": "B"}
+    return "\n".join(f"{names[turn['role']]}: {turn['content']}" for turn in conversation)
+
+
+def _taking_turns(turns: Iterator[str]) -> Dialogue:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def tatoeba(file: Path) -> Iterator[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            yield dict(zip(TATOEBA, line.rstrip("\n").split("\t"), strict=False))  # a last column names the recording

@@ -1,0 +1,1 @@
+"""Conversations, preferences and prompts, and batches of them."""

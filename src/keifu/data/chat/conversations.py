@@ -1,0 +1,198 @@
+"""Conversations to learn from, out of the files that people have: each is a list of messages; knows no template.
+
+A file is one of records: .jsonl (an object a line), .json (a list of objects), or another that `keifu.data.records`
+reads. Four forms are known by their fields, in this order:
+{"messages": [{"role", "content"}]} (OpenAI), {"conversations": [{"from", "value"}]} (ShareGPT), {"instruction",
+"input", "output"} (Alpaca), {"prompt", "response"} or {"prompt", "completion"}, texts or lists of messages.
+
+Instructions with their answers, made of the catalogue's texts by fixed phrases; knows no template.
+
+Nobody wrote these questions: the answers are Wikipedia's, Wikibooks' and Tatoeba's (see `keifu data list` for licences
+and whom to name), the questions are one phrase each around a title or a sentence. Sums are drawn and worked out here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from keifu.data.catalogue import catalogue
+from keifu.data.catalogue.readers import Dialogue
+from keifu.data.records import Row, listed, read_records
+from keifu.data.text.documents import in_catalogue
+from keifu.data.text.synthetic_math import chain_sums
+from keifu.errors import UserError, unknown
+
+
+def question_and_answer(question: str, answer: str) -> Dialogue:
+    """A conversation of one question."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def summaries() -> Iterator[Dialogue]:
+    """ "What is X?" with Wikipedia's summary of X."""
+    for document in catalogue.documents("wiki-summaries"):
+        title, _, summary = document.partition("\n\n")
+        if summary.strip():
+            yield question_and_answer(f"What is {title.strip()}?", summary.strip())
+
+
+def recipes() -> Iterator[Dialogue]:
+    """ "How do I make X?" with Wikibooks' recipe for X."""
+    for document in catalogue.documents("recipes"):
+        title, _, recipe = document.partition("\n\n")
+        if recipe.strip():
+            yield question_and_answer(f"How do I make {title.strip()}?", recipe.strip())
+
+
+def translations() -> Iterator[Dialogue]:
+    """ "Translate into Japanese" with Tatoeba's translation; each sentence once."""
+    seen = set()
+    for japanese, english in catalogue.pairs("tatoeba-ja-en"):
+        if english not in seen:
+            seen.add(english)
+            yield question_and_answer(f"Translate into Japanese: {english}", japanese)
+
+
+def arithmetic() -> Iterator[Dialogue]:
+    """Chains of two to four numbers of one or two digits, with what they come to."""
+    for record in chain_sums(10_000, (2, 4), 2, seed=1):
+        yield question_and_answer(record["prompt"], record["answer"])
+
+
+class SyntheticSource(NamedTuple):
+    """The catalogue entry that a set is made of, empty where it is none, and how."""
+
+    entry: str
+    how: str
+
+
+PHRASED = "questions are one phrase each, nobody asked them"
+MADE_OF = {
+    "summary-instructions": SyntheticSource("wiki-summaries", PHRASED),
+    "recipe-instructions": SyntheticSource("recipes", PHRASED),
+    "translation-instructions": SyntheticSource("tatoeba-ja-en", PHRASED),
+    "arithmetic-instructions": SyntheticSource("", "sums drawn and worked out here"),
+    "chitchat-preferences": SyntheticSource(
+        "chitchat", "whole talks rated by who had them; nobody saw two beside each other"
+    ),
+}
+INSTRUCTIONS: dict[str, Callable[[], Iterator[Dialogue]]] = {
+    "summary-instructions": summaries,
+    "recipe-instructions": recipes,
+    "translation-instructions": translations,
+    "arithmetic-instructions": arithmetic,
+}
+
+
+Message = dict[str, str]
+Conversation = list[Message]
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+FOLLOWS = {  # whom a turn may come after; None is the start
+    "system": {None},
+    "user": {None, "system", "assistant"},
+    "assistant": {"user", "tool"},
+    "tool": {"assistant", "tool"},
+}
+
+
+def read(source: str) -> Iterator[Conversation]:
+    """The conversations of a file, of a catalogue entry that holds some, or of one made of an entry (`names`).
+
+    A fault is a `UserError` that names the line and what is wrong: no form fits, roles out of order, an empty answer, a
+    conversation that does not end with the assistant.
+    """
+    if source in INSTRUCTIONS:
+        yield from INSTRUCTIONS[source]()
+    elif in_catalogue(source):
+        yield from map(_ends_with_answer, catalogue.conversations(source))
+    elif Path(source).is_file():
+        yield from _of_file(Path(source))
+    else:
+        beside = [str(each) for each in Path(source).parent.glob("*.json*")] if Path(source).parent.is_dir() else []
+        raise unknown("file or set of conversations", source, [*names(), *beside])
+
+
+def names() -> list[str]:
+    """The catalogue's conversations, and the instructions that are made of its texts."""
+    return [*INSTRUCTIONS, *(name for name, entry in catalogue.CATALOGUE.items() if entry.gives == "conversations")]
+
+
+def _ends_with_answer(conversation: Conversation) -> Conversation:
+    """Without a last turn that nobody answers: in talks between people either may have the last word."""
+    return conversation[:-1] if conversation[-1]["role"] == "user" else conversation
+
+
+def _of_file(path: Path) -> Iterator[Conversation]:
+    for place, record in objects(path, "conversation"):
+        yield validate_messages(_form(record, place)(record), place)
+
+
+def objects(path: Path, what: str) -> Iterator[Row]:
+    """Each record of a file, with its place for errors; `what` each is, in a word."""
+    found = False
+    for place, record in read_records(path):
+        found = True
+        yield place, record
+    if not found:
+        raise UserError(f"There is no {what} in {path}: it is empty.")
+
+
+def _form(record: Mapping[str, Any], place: str) -> Callable[[Mapping[str, Any]], Any]:
+    """How to read a record, by its fields."""
+    for fields, form in FORMS.items():
+        if {*fields} <= record.keys():
+            return form
+    forms = "; ".join(" and ".join(fields) for fields in FORMS)
+    raise UserError(f"{place}: a conversation has one of these sets of fields: {forms}. This has {listed(record)}.")
+
+
+def _sharegpt(record: Mapping[str, Any]) -> Any:
+    turns = record["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return turns
+    return [{"role": SPEAKERS.get(turn.get("from"), turn.get("from")), "content": turn.get("value")} for turn in turns]
+
+
+def _alpaca(record: Mapping[str, Any]) -> Any:
+    asked = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
+
+
+def _from_prompt(answer: str, record: Mapping[str, Any]) -> Any:
+    def messages(part: Any, role: str) -> Any:
+        return part if isinstance(part, list) else [{"role": role, "content": part}]
+
+    return [*messages(record["prompt"], "user"), *messages(record[answer], "assistant")]
+
+
+FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
+    ("messages",): lambda record: record["messages"],
+    ("conversations",): _sharegpt,
+    ("instruction", "output"): _alpaca,
+    ("prompt", "response"): lambda record: _from_prompt("response", record),
+    ("prompt", "completion"): lambda record: _from_prompt("completion", record),
+}
+
+
+def validate_messages(messages: Any, place: str) -> Conversation:
+    """The messages, once it is sure that they are a conversation whose last turn is an answer."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{place}: a conversation is a list of messages, and this is {str(messages)[:40]!r}.")
+    before = None
+    for number, message in enumerate(messages, 1):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role not in FOLLOWS:
+            raise unknown(f"role in {place}, message {number}", str(role), FOLLOWS)
+        if before not in FOLLOWS[role]:
+            after = f"after {before}" if before else "at the start"
+            rule = "user and assistant take turns"
+            raise UserError(f"{place}, message {number}: {role} {after} is out of order; {rule}.")
+        if not isinstance(content, str):
+            raise UserError(f"{place}, message {number}: its content is {type(content).__name__}, not text.")
+        if role == "assistant" and not content.strip():
+            raise UserError(f"{place}, message {number}: the assistant's answer is empty; leave the conversation out.")
+        before = role
+    if before != "assistant":
+        raise UserError(f"{place}: the conversation ends with {before}, so there is no answer to learn at its end.")
+    return messages

@@ -1,0 +1,265 @@
+"""Answers to the same prompt in the order of somebody's preference, out of the files that people have; knows no model.
+
+A file is .jsonl or .json. Three forms are known by their fields: {"prompt", "chosen", "rejected"}, texts or lists of
+messages; {"chosen", "rejected"}, two conversations that begin alike (Anthropic, TRL); {"prompt", "answers"}, the best
+first, with {"scores"} in any order.
+
+Preferences made of the catalogue's ratings by a fixed rule; knows no model and no template.
+
+chitchat's people rated the talk that they had had as witty, upbeat and interesting, from 1 to 10. So a preference here
+is between two whole talks that had the same question to begin with, and what is asked for is such a talk; nobody saw
+the two beside each other, and it is no preference between two single answers.
+
+Pairs and rankings of answers as ids, in batches that are a function of the seed and the step; it knows no text and
+no model.
+
+Axes: row = pairs or prompts, 2 = the better answer and the worse, K = ranked answers, each with its prompt, position.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from keifu.data.catalogue import catalogue, readers
+from keifu.data.chat.conversations import Conversation, objects, validate_messages
+from keifu.data.chat.packing import TurnMasks
+from keifu.data.records import listed
+from keifu.errors import UserError, unknown
+
+UNTOUCHED = 5  # where the form's sliders stood: a talk of which all three are this was perhaps not rated
+APART = 3.0  # how much a pair's mean ratings differ at least
+
+
+def chitchat_preferences() -> Iterator[dict[str, Any]]:
+    """Pairs of talks on one question, as preferences are written; of each question the best with the worst, the second
+    best with the second worst, and so on, each talk once."""
+    content = json.loads(catalogue.fetch("chitchat").read_text(encoding="utf-8"))
+    rated: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    for talk in content.values():
+        marks, question = (talk.get("ratings") or {}).values(), (talk.get("prompt") or "").strip()
+        spoken = readers.conversation_of(talk)
+        if question and len(spoken) > 1 and any(mark != UNTOUCHED for mark in marks):
+            rated[question].append((mean(marks), readers.as_document(spoken)))
+    for question, found in sorted(rated.items()):
+        order = sorted(found, key=lambda each: (each[0], hashlib.sha256(each[1].encode()).digest()))
+        for worse, better in zip(order, reversed(order), strict=True):
+            if better[0] - worse[0] < APART:
+                break
+            asked = f"Write a talk between two people, A and B, that begins with this question: {question}"
+            yield {"prompt": asked, "chosen": better[1], "rejected": worse[1]}
+
+
+PREFERENCES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"chitchat-preferences": chitchat_preferences}
+
+
+@dataclass(frozen=True)
+class RankedResponses:
+    """A prompt, and at least two answers to it, the best first. `levels`: answers with the same number are as good."""
+
+    prompt: Conversation
+    answers: tuple[str, ...]
+    levels: tuple[float, ...]
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Places of each better answer with each worse one."""
+        places = combinations(range(len(self.answers)), 2)
+        return [(first, second) for first, second in places if self.levels[first] > self.levels[second]]
+
+
+def read_preferences(source: str | Path) -> Iterator[RankedResponses]:
+    """The preferences of a file, or of those that keifu has by name. A fault is a `UserError` that names the line and
+    what is wrong: no form fits, two conversations that do not begin alike, equal answers, scores that do not match."""
+    path, made = Path(source), PREFERENCES.get(str(source))
+    if made is None and not path.is_file():
+        beside = [str(each) for each in path.parent.glob("*.json*")] if path.parent.is_dir() else []
+        raise unknown("file or set of preferences", str(source), [*PREFERENCES, *beside])
+    named = ((f"{source}, entry {number}", record) for number, record in enumerate(made(), 1)) if made else ()
+    for place, record in named if made else objects(path, "preference"):
+        for fields, form in FORMS.items():
+            if {*fields} <= record.keys():
+                yield _validate(form(record, place), place)
+                break
+        else:
+            forms = "; ".join(" and ".join(fields) for fields in FORMS)
+            known = f"preferences have one of these sets of fields: {forms}"
+            raise UserError(f"{place}: {known}. This has {listed(record)}.")
+
+
+def _pair(record: Mapping[str, Any], place: str) -> RankedResponses:
+    answers = [_answer(record[name], f"{place}, {name}") for name in ("chosen", "rejected")]
+    return RankedResponses(_prompt(record["prompt"], place), tuple(answers), (1.0, 0.0))
+
+
+def _two_conversations(record: Mapping[str, Any], place: str) -> RankedResponses:
+    better, worse = (validate_messages(record[name], f"{place}, {name}") for name in ("chosen", "rejected"))
+    if better[:-1] != worse[:-1]:
+        raise UserError(f"{place}: chosen and rejected differ before their last message: they must share the prompt.")
+    return RankedResponses(better[:-1], (better[-1]["content"], worse[-1]["content"]), (1.0, 0.0))
+
+
+def _list(record: Mapping[str, Any], place: str) -> RankedResponses:
+    given = record["answers"]
+    if not isinstance(given, list) or len(given) < 2:
+        raise UserError(f"{place}: answers is a list of at least two, and this is {str(given)[:40]!r}.")
+    answers = [_answer(each, f"{place}, answer {number}") for number, each in enumerate(given, 1)]
+    scores = record.get("scores", [-number for number in range(len(answers))])
+    if not isinstance(scores, list) or len(scores) != len(answers):
+        raise UserError(f"{place}: there are {len(answers)} answers, so as many scores are needed.")
+    if not all(isinstance(score, int | float) for score in scores):
+        raise UserError(f"{place}: scores are numbers, and these are {scores}.")
+    order = sorted(range(len(answers)), key=lambda number: -scores[number])
+    ranked = tuple(answers[number] for number in order), tuple(float(scores[number]) for number in order)
+    return RankedResponses(_prompt(record["prompt"], place), *ranked)
+
+
+FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], RankedResponses]] = {
+    ("prompt", "chosen", "rejected"): _pair,
+    ("prompt", "answers"): _list,
+    ("chosen", "rejected"): _two_conversations,
+}
+
+
+def _prompt(given: Any, place: str) -> Conversation:
+    """Messages that somebody is to answer."""
+    messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
+    return validate_messages([*messages, {"role": "assistant", "content": "?"}], f"{place}, prompt")[:-1]
+
+
+def _answer(given: Any, place: str) -> str:
+    """The text of an answer, which may be given as a list of one message."""
+    alone = isinstance(given, list) and len(given) == 1 and isinstance(given[0], dict)
+    text = given[0].get("content") if alone else given
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{place}: an answer is a text, and this is {str(given)[:40]!r}.")
+    return text
+
+
+def _validate(found: RankedResponses, place: str) -> RankedResponses:
+    if len({*found.answers}) < len(found.answers):
+        raise UserError(f"{place}: two answers are equal, so there is nothing to prefer; leave one out.")
+    if not found.pairs():
+        raise UserError(f"{place}: no answer is better than another; leave the prompt out.")
+    return found
+
+
+class Pair(NamedTuple):
+    """Two answers with their prompt; of each, what is learned is the answer alone."""
+
+    better: TurnMasks
+    worse: TurnMasks
+
+
+class Ranking(NamedTuple):
+    """Answers to one prompt, each with it, and how good each is: of two, the one with the higher level is better."""
+
+    answers: list[TurnMasks]
+    levels: list[float]
+
+
+class PreferencePairs:
+    """The training loop's data: {"tokens", "mask": True on the answers [row, 2, position], "reference" [row, 2]}.
+
+    `references` [pairs, 2], of the training pairs and of those held out, are handed on with the pairs.
+    """
+
+    def __init__(
+        self,
+        training: Sequence[Sequence[TurnMasks]],
+        held: Sequence[Sequence[TurnMasks]],
+        batch_size: int,
+        seed: int,
+        pad_id: int,
+        references: tuple[Float[Tensor, "n k"], Float[Tensor, "m k"]],
+    ):
+        if not training:
+            raise UserError("There is no preference to learn from.")
+        self.parts, self.references = (list(training), list(held)), references
+        self.batch_size, self.pad_id, self.seed = min(batch_size, len(training)), pad_id, seed
+        self._order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(training)))
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Batches after which every pair was seen once."""
+        return len(self.parts[0]) / self.batch_size
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all ids and masks."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
+        digest = hashlib.sha256(f"{self.seed} {self.pad_id}".encode())
+        for pair in (pair for part in self.parts for pair in part):
+            for each in pair:
+                digest.update(np.array([len(each.ids), *each.ids, *each.learned], dtype=np.int64).tobytes())
+        return digest.hexdigest()
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The batch of a step, counted from 0."""
+        places = step * self.batch_size + np.arange(self.batch_size)
+        epochs, inside = np.divmod(places, len(self.parts[0]))
+        rows = [int(self._order(int(epoch))[place]) for epoch, place in zip(epochs, inside, strict=True)]
+        return self._made(0, rows)
+
+    def largest(self) -> dict[str, Tensor]:
+        """The batch that needs the most memory, whether or not it is drawn: that of the longest pairs."""
+        lengths = [max(len(each.ids) for each in pair) for pair in self.parts[0]]
+        return self._made(0, np.argsort(lengths)[-self.batch_size :].tolist())
+
+    def validation(self) -> Iterator[dict[str, Tensor]]:
+        """The held-out pairs, always the same."""
+        rows = range(len(self.parts[1]))
+        yield from (self._made(1, rows[at : at + self.batch_size]) for at in rows[:: self.batch_size])
+
+    def _made(self, part: int, rows: Sequence[int]) -> dict[str, Tensor]:
+        made = stack_rows([self.parts[part][row] for row in rows], self.pad_id)
+        return made | {"reference": self.references[part][list(rows)]}
+
+
+class RankedAnswers(PreferencePairs):
+    """The training loop's data: {"tokens", "mask": True on real tokens [row, K, position], "levels" [row, K]}.
+
+    All answers of a prompt are one row (InstructGPT, section 3.5); the level of one that is not there is no number.
+    """
+
+    def __init__(self, training: Sequence[Ranking], held: Sequence[Ranking], batch_size: int, seed: int, pad_id: int):
+        most = max((len(each.answers) for each in (*training, *held)), default=2)
+        levels = [
+            torch.tensor([[*each.levels, *[torch.nan] * (most - len(each.levels))] for each in part]).view(-1, most)
+            for part in (training, held)
+        ]
+        pairs = [[each.answers for each in part] for part in (training, held)]
+        super().__init__(pairs[0], pairs[1], batch_size, seed, pad_id, (levels[0], levels[1]))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all ids and of what is better than what."""
+        levels = b"".join(part.numpy().tobytes() for part in self.references)
+        return hashlib.sha256(self._hash.encode() + levels).hexdigest()
+
+    def _made(self, part: int, rows: Sequence[int]) -> dict[str, Tensor]:
+        made = stack_rows([self.parts[part][row] for row in rows], self.pad_id)
+        return made | {"levels": self.references[part][list(rows), : made["tokens"].shape[1]]}
+
+
+def stack_rows(pairs: Sequence[Sequence[TurnMasks]], pad_id: int) -> dict[str, Tensor]:
+    """Pairs, or more answers of each, as tensors, padded on the right."""
+    length, most = max(len(each.ids) for pair in pairs for each in pair), max(map(len, pairs))
+    tokens, mask = np.full((len(pairs), most, length), pad_id, np.int64), np.zeros((len(pairs), most, length), bool)
+    for row, pair in enumerate(pairs):
+        for side, (ids, learned) in enumerate(pair):
+            tokens[row, side, : len(ids)], mask[row, side, : len(ids)] = ids, learned
+    return {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}

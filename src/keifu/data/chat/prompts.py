@@ -1,0 +1,110 @@
+"""Prompts without answers, with whatever a reward needs to know beside them; knows no model and no token.
+
+Problems of reasoning-gym (an optional package) as prompts, and its own scorers; knows no model.
+
+A set is named `gym:chain_sum`, with settings of its generator behind it: `gym:chain_sum,min_terms=2,max_digits=1`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from keifu.data.chat import conversations
+from keifu.data.chat.conversations import Conversation, objects, validate_messages
+from keifu.data.records import listed
+from keifu.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What somebody is to answer, and the whole record that it stands in."""
+
+    messages: Conversation
+    record: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The last message."""
+        return self.messages[-1]["content"]
+
+
+def read_prompts(source: str | Path) -> Iterator[Prompt]:
+    """The prompts of a .jsonl or .json file, whose objects have a "prompt", a text or messages, and other fields; or
+    of conversations that keifu has by name, what is said before their last answer, and that as "answer"."""
+    path = Path(source)
+    if source in conversations.names():
+        for number, talk in enumerate(conversations.read(str(source)), 1):
+            yield prompt({"prompt": talk[:-1], "answer": talk[-1]["content"]}, f"{source}, conversation {number}")
+        return
+    if not path.is_file():
+        raise UserError(f"There is no file {path} of prompts.")
+    for place, record in objects(path, "prompt"):
+        yield prompt(record, place)
+
+
+def prompt(record: Mapping[str, Any], place: str) -> Prompt:
+    """One record; a fault is a `UserError` that begins with the place."""
+    if "prompt" not in record:
+        raise UserError(f"{place}: there is no field prompt, only {listed(record)}.")
+    given = record["prompt"]
+    messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
+    return Prompt(validate_messages([*messages, {"role": "assistant", "content": "?"}], place)[:-1], record)
+
+
+def fingerprint(prompts: Iterable[Prompt]) -> str:
+    """A hash of all records, in their order."""
+    digest = hashlib.sha256()
+    for each in prompts:
+        digest.update(json.dumps(each.record, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+PREFIX = "gym:"
+SCORER = "reasoning-gym"
+
+
+def reasoning_gym() -> Any:
+    """The package; a `UserError` where it is not installed."""
+    try:
+        return import_module("reasoning_gym")
+    except ImportError as error:
+        told = f"reasoning-gym cannot be used ({error})"
+        raise UserError(f"{told}: pip install 'keifu[gym]'.") from error
+
+
+def gym_problems(source: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """`count` problems: {"prompt", "answer", "entry": the item as the library has it}, the same for the same seed."""
+    name, *given = source.removeprefix(PREFIX).split(",")
+    known = import_module(f"{reasoning_gym().__name__}.factory").DATASETS
+    if name not in known:
+        raise unknown("generator of reasoning-gym", name, known)
+    try:
+        made = reasoning_gym().create_dataset(name, size=count, seed=seed, **dict(map(_setting, given)))
+        for item in made:
+            yield {"prompt": item["question"], "answer": str(item["answer"]), "entry": item}
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"reasoning-gym refuses {source}: {error}.") from error
+
+
+def gym_score(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
+    """What the library's scorer says, from 0 to 1; the example is one of `gym_problems`."""
+    if "entry" not in example:
+        raise UserError(f"the example is none of reasoning-gym's: choose --data {PREFIX}NAME, or another reward")
+    entry = example["entry"]
+    return float(reasoning_gym().get_score_answer_fn(entry["metadata"]["source_dataset"])(answer.strip(), entry))
+
+
+def _setting(given: str) -> tuple[str, Any]:
+    name, equals, value = given.partition("=")
+    if not equals:
+        raise UserError(f"A setting of reasoning-gym is name=value, and this is {given!r}.")
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, {"true": True, "false": False}.get(value.lower(), value)

@@ -1,0 +1,1 @@
+"""Labelled examples: tables, input transformations, and batches."""

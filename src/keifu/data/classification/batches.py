@@ -1,0 +1,265 @@
+"""Labelled rows of token ids in batches of similar length, a function of the seed and the step; knows no model.
+
+Axes: batch, length.
+
+Examples as rows of sequences of token ids, and those in batches; it knows no model.
+
+Axes: batch = examples, sequences = of one example, length = tokens.
+
+Examples with a class each, in batches that are a function of the seed and the step alone; knows no model.
+
+Axes: rows, dim.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import chain
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Generator, Tensor
+
+from keifu.data.batching import Rows, length_buckets, pad
+from keifu.data.classification.input_formats import Delimiters, FormExamples, Ids
+from keifu.data.translation.batches import ByRows
+from keifu.errors import UserError
+
+POOL = 32  # batches whose rows are drawn together and then sorted by length
+VALIDATION_TOKENS = 8192  # in a batch of held-out rows
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedTexts:
+    """The ids of each text, and the number of its label."""
+
+    rows: Rows
+    targets: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return [len(row) for row in self.rows]
+
+    def batch(self, places: Sequence[int], pad_id: int) -> dict[str, Tensor]:
+        """Some of the rows: {"tokens": [batch, length], "mask": True on real tokens, "targets": [batch]}."""
+        tokens, mask = pad([self.rows[place] for place in places], pad_id)
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        return {"tokens": tokens, "mask": mask, "targets": self.right(places)}
+
+    def right(self, places: Sequence[int]) -> Int64[Tensor, " batch"]:
+        """The targets of some rows."""
+        return torch.tensor([self.targets[place] for place in places])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all ids and targets."""
+        digest = hashlib.sha256()
+        for row, target in zip(self.rows, self.targets, strict=True):
+            digest.update(np.array([len(row), target, *row]).tobytes())
+        return digest.hexdigest()
+
+
+class LabelledBatches:
+    """The training loop's data: batches as the rows make them (see `Encoded.batch`).
+
+    Every epoch shows every row once. Rows are drawn, those of `POOL` batches are sorted by length, and the batches come
+    in a random order: that leaves little padding and little order. The last batch of an epoch may be smaller.
+    """
+
+    def __init__(self, training: EncodedTexts, held: EncodedTexts, batch_size: int, seed: int, pad_id: int):
+        self.training, self.held, self.seed, self.pad_id = training, held, seed, pad_id
+        self.batching = ByRows(np.array(training.lengths)[:, None], batch_size, POOL * batch_size)
+        self.batch_size, self.whole = batch_size, len(training) // batch_size
+        self._epoch = lru_cache(2)(self._draw)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that show every row once."""
+        return len(self.batching.bounds) - 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training rows and of the held-out ones."""
+        return f"{self.training.fingerprint}|{self.held.fingerprint}"
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The batch of a step, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order, batches = self._epoch(epoch)
+        bounds, number = self.batching.bounds, batches[place]
+        return self.training.batch(order[bounds[number] : bounds[number + 1]].tolist(), self.pad_id)
+
+    def largest(self) -> dict[str, Tensor]:
+        """The batch that needs the most memory, whether or not it is drawn: that of the longest rows."""
+        longest = np.argsort(self.batching.lengths)[-self.batch_size :]
+        return self.training.batch(longest.tolist(), self.pad_id)
+
+    def validation(self) -> Iterator[dict[str, Tensor]]:
+        """The held-out rows, always the same."""
+        for places in length_buckets(self.held.lengths, VALIDATION_TOKENS, rows=256):
+            yield self.held.batch(places, self.pad_id)
+
+    def _draw(self, epoch: int) -> tuple[np.ndarray, list[int]]:
+        """An epoch's rows in its order, and its batches in theirs."""
+        random = np.random.default_rng([self.seed, epoch])
+        order = self.batching.order(random)
+        return order, [*random.permutation(self.whole).tolist(), *range(self.whole, self.steps_per_epoch)]
+
+
+Sequences = Sequence[list[Ids]]  # of each example
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[Ids]: ...
+
+
+class EncodedSequence(NamedTuple):
+    """The sequences of each example, and how many examples were cut."""
+
+    rows: list[list[Ids]]
+    cut: int
+
+
+def encode_form(
+    tokenizer: TextEncoder, examples: FormExamples, marks: Delimiters, limit: int, cut: bool = False
+) -> EncodedSequence:
+    """The ids of examples, their marks among them, in sequences of at most `limit` tokens.
+
+    cut: take tokens from the ends of the longest texts where needed. Without it a longer example is a `UserError` that
+    says where it stands and both lengths.
+    """
+    texts = list(dict.fromkeys(chain.from_iterable(row.texts for row in examples.rows)))
+    ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    rows, shortened = [], 0
+    for row in examples.rows:
+        parts = [ids[text] for text in row.texts]
+        found = examples.form.sequences(parts, marks)
+        if (longest := max(map(len, found))) > limit:
+            if not cut:
+                raise UserError(
+                    f"{row.where}: this example has {longest} tokens, and {limit} is the most: shorten it, or keep the "
+                    "beginning of its texts with --cut."
+                )
+            found, shortened = examples.form.sequences(parts, marks, limit), shortened + 1
+        rows.append(found)
+    return EncodedSequence(rows, shortened)
+
+
+def stack_sequences(
+    rows: Sequences, pad_id: int
+) -> tuple[Int64[Tensor, "batch sequences length"], Bool[Tensor, "batch sequences length"]]:
+    """The examples as one tensor, padded on the right, and what is real in it; an example with fewer sequences than
+    another has empty ones at its end."""
+    most = max(map(len, rows))
+    flat = [sequence for row in rows for sequence in (*row, *([[]] * (most - len(row))))]
+    tokens, mask = pad(flat, pad_id)
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    return tokens.unflatten(0, (-1, most)), mask.unflatten(0, (-1, most))
+
+
+def row_size(row: list[Ids]) -> int:
+    """Tokens of an example, when all its sequences are as long as the longest."""
+    return len(row) * max(map(len, row))
+
+
+@dataclass(frozen=True, eq=False)
+class FormBatches(EncodedTexts):
+    """`rows` are examples, each a list of sequences; `targets` the number of each one's label or right answer."""
+
+    rows: Sequences
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example, padding counted."""
+        return [row_size(row) for row in self.rows]
+
+    def batch(self, places: Sequence[int], pad_id: int) -> dict[str, Tensor]:
+        """Some of the examples: {"tokens" and "mask": [batch, sequences, length], "targets": [batch]}."""
+        tokens, mask = stack_sequences([self.rows[place] for place in places], pad_id)
+        return {"tokens": tokens, "mask": mask, "targets": self.right(places)}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all ids and targets."""
+        return hashlib.sha256(repr((list(self.rows), list(self.targets))).encode()).hexdigest()
+
+
+Batch = dict[str, Tensor]
+Augment = Callable[[Tensor, Generator], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledTensors:
+    """`inputs` [rows, dim] and `targets` [rows]."""
+
+    inputs: Float[Tensor, "rows dim"]
+    targets: Int[Tensor, "rows"]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batch(self) -> Batch:
+        """All rows as one batch."""
+        return {"inputs": self.inputs, "targets": self.targets}
+
+
+class TensorBatches:
+    """The training loop's data: every epoch shows every training row once, in an order of its own.
+
+    A batch may reach from one epoch into the next. `augment(inputs, generator)` changes a batch's inputs by random
+    numbers that the seed and the step fix.
+    """
+
+    def __init__(
+        self,
+        training: LabelledTensors,
+        held: LabelledTensors,
+        batch_size: int,
+        seed: int,
+        augment: Augment | None = None,
+    ):
+        self.training, self.held = training, held
+        self.batch_size, self.seed, self.augment = min(batch_size, len(training)), seed, augment
+        self._order = lru_cache(2)(
+            lambda epoch: torch.randperm(len(training), generator=self._generator("order", epoch))
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all rows, the training ones and the held-out ones."""
+        digest = hashlib.sha256()
+        for split in (self.training, self.held):
+            for tensor in (split.inputs, split.targets):
+                digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def batch(self, step: int) -> Batch:
+        """The rows of that step, counted from 0."""
+        first, rows = step * self.batch_size, len(self.training)
+        places = range(first, first + self.batch_size)
+        epochs = range(places.start // rows, (places.stop - 1) // rows + 1)
+        stream = torch.cat([self._order(epoch) for epoch in epochs])
+        chosen = stream[first - epochs.start * rows :][: self.batch_size]
+        inputs = self.training.inputs[chosen]
+        if self.augment:
+            inputs = self.augment(inputs, self._generator("augment", step))
+        return {"inputs": inputs, "targets": self.training.targets[chosen]}
+
+    def validation(self) -> Iterable[Batch]:
+        """The held-out rows, always the same."""
+        return [self.held.batch()]
+
+    def _generator(self, use: str, number: int) -> Generator:
+        """Random numbers for one use at one place of the run."""
+        digest = hashlib.sha256(f"{self.seed} {use} {number}".encode()).digest()
+        return Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,0 +1,187 @@
+"""Texts that have a label each, from tables of records and from the catalogue, and a held-out part of them.
+
+It knows no model and no tokenizer.
+
+Tables of numbers with a column of labels, from CSV files; knows no model.
+
+Axes: rows, dim = the columns that are not the label.
+"""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from keifu.data.catalogue import catalogue
+from keifu.data.records import SUFFIXES, Row, cell, read_cells, read_records
+from keifu.data.translation.pairs import normalize
+from keifu.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """`texts` and their `labels`, one for one, and where they come from."""
+
+    source: str
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Every label once, in order; numbers by their value."""
+        return sorted_labels(self.labels)
+
+    def chosen(self, places: Iterable[int]) -> "LabelledTexts":
+        """Some of the rows."""
+        places = list(places)
+        return LabelledTexts(self.source, tuple(self.texts[p] for p in places), tuple(self.labels[p] for p in places))
+
+
+def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Every label once, in order; numbers by their value."""
+    return tuple(sorted(set(labels), key=_by_value))
+
+
+def _by_value(label: str) -> tuple[bool, int, str]:
+    return not label.isdecimal(), int(label) if label.isdecimal() else 0, label
+
+
+def read(source: str | Path, text: str = "text", label: str = "label") -> LabelledTexts:
+    """The table in a file of records, or a catalogue entry that has labels (see `CATALOGUED`).
+
+    text, label: the names of the two columns. A column that is not there, a row with another number of cells, an empty
+    text or label: each is a `UserError` that says where.
+    """
+    found = [(cell(where, cells, text), cell(where, cells, label)) for where, cells in table_rows(source)]
+    texts, labels = zip(*found, strict=True)
+    return LabelledTexts(str(source), texts, labels)
+
+
+def table_rows(source: str | Path) -> list[Row]:
+    """The rows of such a table, with all their cells; none is a `UserError`."""
+    path = Path(source)
+    if str(source) in CATALOGUED and not path.exists():
+        rows = list(CATALOGUED[str(source)]())
+    elif not path.exists() and not path.suffix:
+        raise unknown(f"table of texts and labels ({', '.join(SUFFIXES)})", str(source), CATALOGUED)
+    else:
+        rows = list(read_records(path))
+    if not rows:
+        raise UserError(f"{source} has no rows: it needs texts with a label each.")
+    return rows
+
+
+def _topics() -> Iterator[Row]:
+    """Title and summary of every Wikipedia article in the catalogue, with its topic."""
+    articles = json.loads(catalogue.fetch("wiki-summaries").read_text(encoding="utf-8"))
+    for title, article in articles.items():
+        yield f"wiki-summaries, {title!r}", {"text": f"{title}\n\n{article['extract']}", "label": article["topic"]}
+
+
+CATALOGUED: dict[str, Callable[[], Iterator[Row]]] = {"wiki-summaries": _topics}
+
+
+def key(text: str) -> str:
+    """A number in hexadecimal for what a text says: case, spaces and punctuation aside (see `normalize`)."""
+    return hashlib.sha256(normalize(text).encode()).hexdigest()
+
+
+def split(table: LabelledTexts, held_out: int) -> tuple[LabelledTexts, LabelledTexts]:
+    """Rows to learn from, in the order of their keys, and at most `held_out` others to test on (see `split_train_test`)."""
+    training, held = split_train_test([key(text) for text in table.texts], table.labels, held_out)
+    return table.chosen(training), table.chosen(held)
+
+
+def split_train_test(keys: Sequence[str], labels: Sequence[str], held_out: int) -> tuple[list[int], list[int]]:
+    """The places of rows to learn from, in the order of their keys, and of at most `held_out` others to test on.
+
+    Which rows those are, only their keys decide: those with the smallest. Rows with the same key stay together, so that
+    none is on both sides, and a label that would only be held out is learned from instead.
+    """
+    if not 0 <= held_out < len(keys):
+        raise UserError(f"{held_out} of {len(keys)} rows cannot be held out: give a number between.")
+    groups: dict[str, list[int]] = defaultdict(list)
+    for place, each in enumerate(keys):
+        groups[each].append(place)
+    held: list[int] = []
+    training: list[int] = []
+    for _, places in sorted(groups.items()):
+        (held if len(held) + len(places) <= held_out else training).extend(places)
+    known = {labels[place] for place in training}
+    alone = {keys[place] for place in held if labels[place] not in known}
+    training += [place for place in held if keys[place] in alone]
+    return training, [place for place in held if keys[place] not in alone]
+
+
+@dataclass(frozen=True)
+class Table:
+    """`inputs` [rows, dim] float64; `targets` [rows]: places in `classes`, the labels in order; `columns`: names."""
+
+    inputs: Float[Tensor, "rows dim"]
+    targets: Int[Tensor, "rows"]
+    columns: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+def read_table(path: Path, label: str | None = None) -> Table:
+    """Reads a CSV file (commas, semicolons or tabs) whose cells are numbers, but for the label's column.
+
+    The first line is a header where none of its cells is a number. `label` names the label's column: the last one
+    when None. Without a header the columns are called 1, 2, .... A bad cell is an error with its line and column.
+    """
+    lines = list(read_cells(path))
+    if not lines:
+        raise UserError(f"{path} is empty: it needs rows of numbers and a label.")
+    header = [cell.strip() for cell in lines[0][1]]
+    if all(_number(cell) is None for cell in header):
+        lines = lines[1:]
+    else:
+        header = [str(place) for place in range(1, len(header) + 1)]
+    if label is not None and label not in header:
+        raise unknown(f"column in {path}", label, header)
+    place = len(header) - 1 if label is None else header.index(label)
+    if len(header) < 2 or not lines:
+        raise UserError(f"{path} needs at least one column of numbers, one of labels, and one row below any header.")
+    inputs = [_numbers(where, cells, header, place) for where, cells in lines]
+    labels = [cells[place].strip() for _, cells in lines]
+    classes = sorted(set(labels), key=lambda text: (_number(text) is None, _number(text) or 0.0, text))
+    columns = tuple(name for i, name in enumerate(header) if i != place)
+    targets = torch.tensor([classes.index(text) for text in labels])
+    return Table(torch.tensor(inputs, dtype=torch.float64), targets, columns, tuple(classes))
+
+
+def standardisation(inputs: Float[Tensor, "rows dim"]) -> tuple[Float[Tensor, "dim"], Float[Tensor, "dim"]]:
+    """Each column's mean and standard deviation; a column that never changes has deviation 1."""
+    scale = inputs.std(0, correction=0)
+    return inputs.mean(0), torch.where(scale > 0, scale, 1.0)
+
+
+def _number(cell: str) -> float | None:
+    """The number that a cell holds; None where it holds none, or one that is not finite."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _numbers(where: str, cells: Sequence[str], header: Sequence[str], label: int) -> list[float]:
+    if len(cells) != len(header):
+        raise UserError(f"{where}, has {len(cells)} cells where the first line has {len(header)}.")
+    values = [_number(cell) for cell in cells]
+    for place, value in enumerate(values):
+        if place == label and not cells[place].strip():
+            raise UserError(f"{where}, column {header[place]!r}: the label is missing.")
+        if place != label and value is None:
+            raise UserError(f"{where}, column {header[place]!r}: {cells[place]!r} is no finite number.")
+    return [value for place, value in enumerate(values) if place != label and value is not None]

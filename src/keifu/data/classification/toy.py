@@ -1,0 +1,118 @@
+"""Small data sets of two numbers a row, made on the spot: logic tables, moons, spirals; knows no model.
+
+Axes: rows, and two columns: inputs are float32, targets 0, 1, ...
+
+What a classifier can learn: digits, toy sets and CSV files, each split into rows to learn from and rows held out.
+
+It knows no model. Axes: rows, dim = inputs.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from keifu.data.classification.batches import LabelledTensors
+from keifu.data.classification.tables import Table, read_table, standardisation
+from keifu.data.images.io import mnist, stratified_sample
+from keifu.errors import UserError, unknown
+
+LOGIC = {"and": (0, 0, 0, 1), "or": (0, 1, 1, 1), "xor": (0, 1, 1, 0)}  # the outputs for 00, 01, 10, 11
+
+
+def logic(name: str) -> tuple[Float[Tensor, "4 2"], Int[Tensor, "4"]]:
+    """The four rows of a table in LOGIC."""
+    return torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]]), torch.tensor(LOGIC[name])
+
+
+def moons(rows: int, noise: float = 0.15, seed: int = 0) -> tuple[Float[Tensor, "rows 2"], Int[Tensor, "rows"]]:
+    """Two half circles of radius 1, each with an end in the other's mouth, plus normal noise."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(rows) % 2
+    angle = math.pi * torch.rand(rows, generator=generator)
+    turned = 1 - 2 * targets
+    x = torch.stack([turned * angle.cos() + targets, turned * angle.sin() + 0.5 * targets], 1)
+    return x + noise * torch.randn(rows, 2, generator=generator), targets
+
+
+def spirals(
+    rows: int, arms: int = 2, turns: float = 1.25, noise: float = 0.04, seed: int = 0
+) -> tuple[Float[Tensor, "rows 2"], Int[Tensor, "rows"]]:
+    """Arms that wind about the origin to radius 1, each a class, plus normal noise."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(rows) % arms
+    radius = 0.1 + 0.9 * torch.rand(rows, generator=generator).sqrt()
+    angle = 2 * math.pi * (turns * radius + targets / arms)
+    x = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
+    return x + noise * torch.randn(rows, 2, generator=generator), targets
+
+
+TOYS = (*LOGIC, "moons", "spirals")
+
+
+def toy_table(name: str, label: str | None = None, rows: int = 400) -> Table:
+    """The toy set of that name (moons and spirals: so many rows), or else the CSV file there (see `read_table`)."""
+    if name not in TOYS:
+        path = Path(name)
+        if not path.exists() and path.name == path.stem == name:
+            raise unknown("data set or CSV file", name, TOYS)
+        return read_table(path, label)
+    if label is not None:
+        raise UserError(f"--label names a column of a CSV file, and the data are {name!r}: leave it out.")
+    inputs, targets = logic(name) if name in LOGIC else {"moons": moons, "spirals": spirals}[name](rows)
+    return Table(inputs.double(), targets, ("x₁", "x₂"), ("0", "1"))
+
+
+NAMES = ("mnist", *TOYS)
+ENOUGH = 50  # rows; with fewer, none is held out
+
+
+@dataclass(frozen=True, eq=False)
+class ToyDataset:
+    """Rows to learn from, rows held out, mean and scale of each input, and the names of columns and classes.
+
+    Where there are too few rows to hold any out, the same ones are both. Pictures have no names of columns.
+    """
+
+    training: LabelledTensors
+    held: LabelledTensors
+    mean: Float[Tensor, " dim"]
+    scale: Float[Tensor, " dim"]
+    columns: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+def toy_dataset(name: str, label: str | None = None) -> ToyDataset:
+    """The subject of that name, or the CSV file there with its column of labels (see `read_table`)."""
+    if name != "mnist":
+        return _table(name, label)
+    if label is not None:
+        raise UserError("--label names a column of a CSV file, and the data are 'mnist': leave it out.")
+    return _digits()
+
+
+def _digits() -> ToyDataset:
+    """The catalogue's 5,000 MNIST digits, of which 1,000 are held out, 100 of each; pixels from 0 to 1."""
+    pictures, labels = mnist()
+    inputs = pictures.flatten(1).float() / 255
+    training, held = (LabelledTensors(inputs[part], labels[part]) for part in stratified_sample(labels, 1000))
+    mean, scale = (value.expand(inputs.shape[1]) for value in (training.inputs.mean(), training.inputs.std()))
+    return ToyDataset(training, held, mean, scale, (), tuple("0123456789"))
+
+
+def _table(name: str, label: str | None) -> ToyDataset:
+    """A toy set or a CSV file, of which every fifth row is held out where there are enough."""
+    if name not in NAMES and not Path(name).exists() and Path(name).stem == name:
+        raise unknown("data set or CSV file", name, NAMES)
+    table = toy_table(name, label)
+    if len(table.classes) == 1:
+        raise UserError(f"There is nothing to tell apart in {name}: all its rows have the label {table.classes[0]!r}.")
+    rows = LabelledTensors(table.inputs.float(), table.targets)
+    training = held = rows
+    if len(rows) >= ENOUGH:
+        parts = stratified_sample(rows.targets, len(rows) // 5)
+        training, held = (LabelledTensors(rows.inputs[part], rows.targets[part]) for part in parts)
+    return ToyDataset(training, held, *standardisation(training.inputs), table.columns, table.classes)

@@ -1,0 +1,1 @@
+"""Pictures: data sets, files, preprocessing, augmentation, and batches."""

@@ -1,0 +1,137 @@
+"""Pictures varied by mirroring, moving, turning and colouring, each by the seed, the step and its index; knows no set.
+
+Axes: picture, channels, height, width.
+
+Small random distortions of pictures that leave their meaning; knows no model and no file.
+
+Axes: rows = pictures, height, width.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Generator, Tensor
+
+from keifu.errors import UserError
+
+STEP = np.uint64(0x9E3779B97F4A7C15)
+GREY = 0.299, 0.587, 0.114  # the shares of red, green and blue in what eyes see as light (ITU-R BT.601)
+Bytes = UInt8[Tensor, "picture channels height width"]
+Values = Float[Tensor, "picture channels height width"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How much pictures are varied; nothing is, unless it is asked for."""
+
+    flip: bool = False
+    """Mirror every second one from left to right; not for letters and digits."""
+    shift: int = 0
+    """Move by at most so many whole pixels in each direction; the edge is repeated."""
+    crop: float = 0.0
+    """Cut away at most this share of each side, and enlarge what is left."""
+    rotation: float = 0.0
+    """Turn by at most so many degrees to either side."""
+    brightness: float = 0.0
+    """Add or take away at most this share of white."""
+    contrast: float = 0.0
+    """Stretch or shrink differences from the picture's mean by at most this share."""
+    saturation: float = 0.0
+    """The same for differences from grey; pictures that are grey stay as they are."""
+
+    def __post_init__(self) -> None:
+        limits = {"shift": math.inf, "rotation": 180.0}
+        for field in fields(self):
+            value, top = vars(self)[field.name], limits.get(field.name, 1.0)
+            if not 0 <= value <= top:
+                raise UserError(f"augmentation's {field.name} is {value}, but it must be from 0 to {top:g}.")
+        if self.crop == 1:
+            raise UserError("augmentation's crop is 1.0, which would leave nothing: it must be below 1.")
+
+    def __call__(self, pictures: Bytes, seed: int, step: int, indices: np.ndarray) -> Bytes:
+        """The pictures varied; what happens to one depends on the seed, the step and its own index alone."""
+        if self == Augmentation():
+            return pictures
+        chance = torch.from_numpy(uniform(seed, step, indices, 10).T.copy()).float()
+        values = pictures.float()
+        if self.flip or self.shift or self.crop or self.rotation:
+            values = self._moved(values, chance)
+        if self.brightness or self.contrast or self.saturation:
+            values = self._coloured(values, chance)
+        return values.round().clamp(0, 255).to(torch.uint8)
+
+    def _moved(self, values: Values, chance: Float[Tensor, "10 picture"]) -> Values:
+        """One resampling for all moves: the place of an output pixel goes through `lines` to its place in the input."""
+        height, width = values.shape[2:]
+        sign = torch.where(chance[0] < 0.5, -1.0, 1.0) if self.flip else torch.ones(len(values))
+        scale = 1 - self.crop * chance[1]
+        angle = math.radians(self.rotation) * (2 * chance[2] - 1)
+        whole = ((2 * self.shift + 1) * chance[3:5]).floor().clamp(max=2 * self.shift) - self.shift
+        moved = 2 * whole / torch.tensor([[width], [height]]) + (1 - scale) * (2 * chance[5:7] - 1) * (self.crop > 0)
+        # Places go from -1 to 1 on both axes, so that turning a picture that is no square takes its proportions.
+        across, down = scale * angle.cos(), scale * angle.sin()
+        rows = [
+            torch.stack([sign * across, -down * height / width, moved[0]], 1),
+            torch.stack([sign * down * width / height, across, moved[1]], 1),
+        ]
+        grid = F.affine_grid(torch.stack(rows, 1), list(values.shape), align_corners=False)
+        return F.grid_sample(values, grid, "bilinear", "border", align_corners=False)
+
+    def _coloured(self, values: Values, chance: Float[Tensor, "10 picture"]) -> Values:
+        signed = (2 * chance[7:] - 1)[..., None, None, None]
+        values = values + 255 * self.brightness * signed[0]
+        mean = values.mean((1, 2, 3), keepdim=True)
+        values = mean + (values - mean) * (1 + self.contrast * signed[1])
+        if values.shape[1] == 3:
+            grey = (values * torch.tensor(GREY)[:, None, None]).sum(1, keepdim=True)
+            values = grey + (values - grey) * (1 + self.saturation * signed[2])
+        return values
+
+
+def uniform(seed: int, step: int, indices: np.ndarray, count: int) -> np.ndarray:
+    """Numbers in [0, 1), float64 [index, count]: SplitMix64 (Steele, Lea and Flood, 2014), keyed by what is given."""
+    key = _mix(np.array([seed % 2**64], np.uint64) + STEP)
+    key = _mix(key + np.array([(step + 1) % 2**64], np.uint64) * STEP)
+    keys = _mix(key + (np.asarray(indices).astype(np.uint64) + np.uint64(1)) * STEP)
+    numbers = _mix(keys[:, None] + np.arange(1, count + 1, dtype=np.uint64) * STEP)
+    return (numbers >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """How far pictures are moved, turned, sized and bent: each is the largest change, for `bend` the usual one."""
+
+    shift: float = 1.5  # pixels, along each axis
+    turn: float = 12.0  # degrees
+    zoom: float = 0.12  # share of the size
+    shear: float = 0.2  # pixels sideways for each pixel down
+    bend: float = 0.8  # pixels: standard deviation of a smooth field (elastic distortion: Simard et al., 2003)
+    cells: int = 5  # of that field along each axis: fewer is smoother
+
+    def __call__(
+        self, pictures: Float[Tensor, "rows height width"], generator: Generator
+    ) -> Float[Tensor, "rows height width"]:
+        """Each picture distorted by numbers of its own, drawn from the generator; what comes from outside is zero."""
+        rows, height, width = pictures.shape
+        grid = F.affine_grid(self._affine(rows, width, generator), [rows, 1, height, width], align_corners=False)
+        field = torch.randn(rows, 2, self.cells, self.cells, generator=generator) * (2 * self.bend / width)
+        field = F.interpolate(field, (height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+        return F.grid_sample(pictures[:, None], grid + field, align_corners=False)[:, 0]
+
+    def _affine(self, rows: int, width: int, generator: Generator) -> Float[Tensor, "rows 2 3"]:
+        """Rotation, zoom, shear and shift in one matrix a picture, in units of half its width."""
+        turn, zoom, shear, *shift = 2 * torch.rand(5, rows, generator=generator) - 1
+        angle, size = turn * self.turn * math.pi / 180, (zoom * math.log1p(self.zoom)).exp()
+        cos, sin, lean = size * angle.cos(), size * angle.sin(), shear * self.shear
+        x, y = (2 * self.shift / width * each for each in shift)
+        return torch.stack([cos, lean * cos - sin, x, sin, lean * sin + cos, y], 1).view(rows, 2, 3)

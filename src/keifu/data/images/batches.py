@@ -1,0 +1,105 @@
+"""Batches of pictures with labels and tokens, a function of the seed and the step; knows no model and no tokenizer.
+
+Axes: row (of a batch), channels, height, width, length (of a caption in tokens), language.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from keifu.data.images.augmentation import Augmentation, uniform
+from keifu.data.images.dataset import ImageDataset
+from keifu.errors import UserError
+
+Tokens = Int64[Tensor, "language picture length"]
+HeldTokens = Int64[Tensor, "language held_picture held_length"]
+
+
+class ImageBatches:
+    """The training loop's data, for pictures alone, with classes or with captions.
+
+    A batch has "pictures" uint8 [row, channels, height, width] (see `images.signed` for -1 to 1), "indices" [row], the
+    places in the set that they come from, "labels" [row] where the set has classes, and "tokens" [row, length] where
+    captions were given as tokens, in one of the languages, drawn anew each time; "languages" [row] says which.
+
+    An epoch takes every picture once, in an order of its own. What a picture looks like by the augmentation, and the
+    language of its caption, only the seed, the step and its index decide. Held-out pictures come as they are, and their
+    languages take turns.
+
+    training_tokens, held_tokens: [language, picture, length], for the pictures of the two sets.
+    """
+
+    def __init__(
+        self,
+        training: ImageDataset,
+        held: ImageDataset,
+        batch_size: int,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+        training_tokens: Tokens | None = None,
+        held_tokens: HeldTokens | None = None,
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}, but it must be at least 1.")
+        if not len(training):
+            raise UserError(f"No picture of {training.source} is for training: all of them are held out.")
+        self.training, self.held, self.batch_size, self.seed = training, held, batch_size, seed
+        self.augmentation = augmentation or Augmentation()
+        self.training_tokens, self.held_tokens = training_tokens, held_tokens
+        self._epoch = lru_cache(maxsize=2)(self._draw)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Batches after which every picture was seen once."""
+        return len(self.training) / self.batch_size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of both sets and of all that the batches depend on."""
+        facts = [self.training.fingerprint, self.held.fingerprint, self.batch_size, self.seed, self.augmentation]
+        digest = hashlib.sha256(repr(facts).encode())
+        for tokens in (self.training_tokens, self.held_tokens):
+            digest.update(b"|" if tokens is None else tokens.numpy().tobytes())
+        return digest.hexdigest()
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The batch of a step, counted from 0: the same in every process, whatever came before."""
+        if step < 0:
+            raise UserError(f"The step is {step}, but steps are counted from 0.")
+        positions = step * self.batch_size + np.arange(self.batch_size)
+        epochs, places = np.divmod(positions, len(self.training))
+        indices = np.concatenate([self._epoch(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
+        batch = _made(self.training, indices)
+        batch["pictures"] = self.augmentation(batch["pictures"], self.seed, step, indices)
+        if self.training_tokens is not None:
+            drawn = uniform(self.seed + 1, step, indices, 1)[:, 0]
+            languages = (drawn * len(self.training_tokens)).astype(np.int64)
+            batch |= _worded(self.training_tokens, indices, languages)
+        return batch
+
+    def validation(self) -> Iterator[dict[str, Tensor]]:
+        """The held-out pictures in batches, always the same; the last may be smaller."""
+        for first in range(0, len(self.held), self.batch_size):
+            indices = np.arange(first, min(first + self.batch_size, len(self.held)))
+            batch = _made(self.held, indices)
+            if self.held_tokens is not None:
+                batch |= _worded(self.held_tokens, indices, indices % len(self.held_tokens))
+            yield batch
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.training))
+
+
+def _made(pictures: ImageDataset, indices: np.ndarray) -> dict[str, Tensor]:
+    batch = {"pictures": pictures.take(indices), "indices": torch.from_numpy(indices)}
+    return batch | ({"labels": torch.from_numpy(pictures.labels[indices])} if pictures.classes else {})
+
+
+def _worded(tokens: Tokens, indices: np.ndarray, languages: np.ndarray) -> dict[str, Tensor]:
+    which = torch.from_numpy(languages)
+    return {"tokens": tokens[which, torch.from_numpy(indices)], "languages": which}

@@ -1,0 +1,373 @@
+"""Sets of pictures as bytes on disk, memory-mapped, with captions, labels and a split without leaks; knows no model.
+
+Axes: picture, height, width, channels (1 or 3) on disk and in numpy; picture, channels, height, width in tensors.
+
+The pixels of a source in one file and all else in an index beside it, made once; knows no split and no batch.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from keifu.data.catalogue import catalogue
+from keifu.data.catalogue.download import build_once
+from keifu.data.images import sources
+from keifu.data.images.io import Fit, ImageItem, fit_image
+from keifu.data.images.sources import in_catalogue
+from keifu.data.progress import counting
+from keifu.errors import UserError, unknown
+from keifu.files import write_atomic
+
+PIXELS, INDEX = "pixels.bin", "index.json"
+CHUNK = 256  # pictures that are read at a time, in parallel
+SHOWN = 3  # faults that a note names
+
+
+class ImageFormat(NamedTuple):
+    """What pictures are brought to: the side of a square, the channels, and how."""
+
+    size: int | None
+    channels: int | None
+    fit: Fit
+
+
+def open_index(source: str | Path, folder: Path, form: ImageFormat, leave_out: bool) -> dict[str, Any]:
+    """The index of a folder that holds a source's pictures in that form, made if it is not there."""
+    if not _whole(folder):
+        with build_once(folder) as place:
+            if not _whole(folder):
+                _make(source, place / "new", form, leave_out)
+                shutil.rmtree(folder, ignore_errors=True)  # there only when it was damaged
+                (place / "new").rename(folder)
+    index = _read_index(folder)
+    if index["faults"] and not leave_out:
+        raise UserError(_with_advice(index["faults"][0]))
+    return index
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / INDEX).read_text(encoding="utf-8"))
+
+
+def _whole(folder: Path) -> bool:
+    """Whether both files are there, and the pixels as many as the index says."""
+    if not (folder / INDEX).is_file() or not (folder / PIXELS).is_file():
+        return False
+    return (folder / PIXELS).stat().st_size == int(np.prod(_read_index(folder)["shape"]))
+
+
+def _with_advice(fault: str) -> str:
+    return f"{fault} Put it right, or take it out of the set."
+
+
+@dataclass
+class _Collector:
+    """What is known of the pictures that were read so far, and which of them are alike."""
+
+    items: list[ImageItem] = field(default_factory=list)
+    alike: list[tuple[str, ...]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    remarks: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, item: ImageItem, pixels: np.ndarray, remarks: tuple[str, ...]) -> None:
+        copies = hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
+        # Without its reader, which may hold the whole file.
+        self.items.append(ImageItem(item.name, item.where, _gone, item.captions, item.label, (), item.part))
+        self.alike.append((*item.alike, copies))
+        for remark in remarks:
+            self.remarks[remark].append(item.where)
+
+    def notes(self) -> list[str]:
+        found = [_counted(places, remark) for remark, places in self.remarks.items()]
+        if self.faults:
+            rest = f" And {len(self.faults) - SHOWN:,} more." if len(self.faults) > SHOWN else ""
+            found.append(f"Left out: {len(self.faults):,}. {' '.join(self.faults[:SHOWN])}{rest}")
+        return found
+
+    def index(self) -> dict[str, Any]:
+        items = self.items
+        classes = sorted({item.label for item in items if item.label}, key=_by_value)
+        languages = items[0].captions
+        return {
+            "names": [item.name for item in items], "parts": [item.part for item in items], "classes": classes,
+            "labels": [classes.index(item.label) if item.label else -1 for item in items],
+            "captions": {language: [item.captions[language] for item in items] for language in languages},
+            "groups": groups(self.alike), "notes": self.notes(), "faults": self.faults,
+        }  # fmt: skip
+
+
+def _gone(size: int | None) -> Any:
+    raise AssertionError("read already")
+
+
+def _by_value(label: str) -> tuple[bool, int, str]:
+    return not label.isdecimal(), int(label) if label.isdecimal() else 0, label
+
+
+def _counted(places: list[str], remark: str) -> str:
+    many = f"1 picture ({places[0]}) is" if len(places) == 1 else f"{len(places):,} pictures ({places[0]}, ...) are"
+    return f"{many} {remark}."
+
+
+def groups(alike: list[tuple[str, ...]]) -> list[int]:
+    """A number for each picture; those that share a key, be it through others, have the same, that of the first."""
+    owner: dict[str, int] = {}
+    parent = list(range(len(alike)))
+
+    def root(place: int) -> int:
+        while parent[place] != place:
+            parent[place] = place = parent[parent[place]]
+        return place
+
+    for place, keys in enumerate(alike):
+        for key in keys:
+            first, other = sorted((root(owner.setdefault(key, place)), root(place)))
+            parent[other] = first
+    return [root(place) for place in range(len(alike))]
+
+
+def _make(source: str | Path, folder: Path, form: ImageFormat, leave_out: bool) -> None:
+    """Writes pixels and index into a new folder."""
+    gathered, shape, digest = _Collector(), None, hashlib.sha256()
+
+    def problem(fault: str) -> None:
+        if not leave_out:
+            raise UserError(_with_advice(fault))
+        gathered.faults.append(fault)
+
+    folder.mkdir()
+    with (folder / PIXELS).open("wb") as file, counting(f"Reading {source}", None, "pictures") as advance:
+        for item, found in _read(sources.items(source, problem), form):
+            if isinstance(found, str):
+                problem(found)
+                continue
+            pixels, remarks = found
+            shape = shape or pixels.shape
+            if pixels.shape != shape:
+                pixels = _of_shape(pixels, shape, item, gathered)
+            gathered.add(item, pixels, remarks)
+            digest.update(pixels.tobytes())
+            file.write(pixels.tobytes())
+            advance(len(gathered.items))
+        file.flush()
+        os.fsync(file.fileno())
+    if not gathered.items:
+        raise UserError(f"{source} holds no picture that can be used. {' '.join(gathered.faults[:SHOWN])}")
+    index = gathered.index()
+    digest.update(json.dumps(index, sort_keys=True).encode())
+    index |= {"shape": [len(gathered.items), *(shape or ())], "fingerprint": digest.hexdigest()}
+    write_atomic(folder / INDEX, json.dumps(index, ensure_ascii=False) + "\n")
+
+
+def _of_shape(pixels: np.ndarray, shape: tuple[int, ...], item: ImageItem, gathered: _Collector) -> np.ndarray:
+    """A picture with the channels of the first one; one of another size is an error."""
+    if pixels.shape[:2] != shape[:2]:
+        sizes = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, and {gathered.items[0].where} {shape[1]} x {shape[0]}"
+        raise UserError(f"{item.where} has {sizes}: give one size for all (--size), such as {min(shape[:2])}.")
+    if shape[2] == 1:
+        raise UserError(
+            f"{item.where} has colours, and {gathered.items[0].where} is grey: say which is wanted (--channels 1 or 3)."
+        )
+    return np.repeat(pixels, 3, axis=2)
+
+
+def _read(
+    items: Iterator[ImageItem], form: ImageFormat
+) -> Iterator[tuple[ImageItem, tuple[np.ndarray, tuple[str, ...]] | str]]:
+    """Each picture with its pixels and remarks, or with the sentence that says why there are none."""
+
+    def read(item: ImageItem) -> tuple[np.ndarray, tuple[str, ...]] | str:
+        try:
+            shot = item.read(form.size)
+            return fit_image(shot.image, *form), shot.remarks
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while chunk := list(islice(items, CHUNK)):
+            yield from zip(chunk, pool.map(read, chunk), strict=True)
+
+
+__all__ = ["ImageDataset", "ImageSplit", "in_catalogue", "read_images", "split"]
+
+FORMAT = 1  # goes up when the same source would give other bytes than before
+PARTS = "", "validation", "test"  # what a source may say of a picture; training is what is left
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Pictures of one size, with what is known of each.
+
+    pixels: uint8 [stored, height, width, channels], memory-mapped; rows: the places there of this set's pictures.
+    names: one each, that nothing else in the source has (an emoji, a file's path). captions: by language code ("und"
+    where the source does not say which language), one for each picture. labels: places in `classes`, -1 where there is
+    none. groups: pictures that say nearly the same (skin tones of one emoji, copies) have the same number. parts: what
+    the source itself says of each: "train", "validation", "test" or "". notes: what a person should know. faults: a
+    sentence for each picture that was left out.
+    """
+
+    source: str
+    pixels: np.ndarray
+    rows: np.ndarray
+    names: tuple[str, ...]
+    captions: dict[str, tuple[str, ...]]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    groups: np.ndarray
+    parts: tuple[str, ...]
+    stored_fingerprint: str
+    notes: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width, as tensors have them."""
+        height, width, channels = self.pixels.shape[1:]
+        return channels, height, width
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hexadecimal SHA-256 that changes with any pixel, caption or label, and with what was chosen."""
+        return hashlib.sha256(self.stored_fingerprint.encode() + self.rows.astype("<i8").tobytes()).hexdigest()
+
+    def take(self, places: Sequence[int] | np.ndarray | slice) -> UInt8[Tensor, "picture channels height width"]:
+        """The pixels of some pictures, in a tensor of their own."""
+        taken = self.pixels[self.rows[places]]
+        return torch.from_numpy(np.ascontiguousarray(taken.transpose(0, 3, 1, 2)))
+
+    def chosen(self, places: Iterable[int] | np.ndarray) -> "ImageDataset":
+        """Some of the pictures, in the order asked for."""
+        chosen = np.array(list(places), np.int64)
+
+        def pick(values: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(values[place] for place in chosen)
+
+        captions = {language: pick(texts) for language, texts in self.captions.items()}
+        return replace(
+            self, rows=self.rows[chosen], names=pick(self.names), captions=captions, labels=self.labels[chosen],
+            groups=self.groups[chosen], parts=pick(self.parts),
+        )  # fmt: skip
+
+    def spread(self, count: int) -> "ImageDataset":
+        """At most so many, spread over all of them."""
+        return self.chosen(sorted({n * len(self) // count for n in range(count if len(self) else 0)}))
+
+    def named(self, names: Iterable[str]) -> "ImageDataset":
+        """The pictures that have one of these names: the same emoji in another style."""
+        wanted = set(names)
+        return self.chosen(place for place, name in enumerate(self.names) if name in wanted)
+
+    def distinct(self) -> "ImageDataset":
+        """The first picture of each group: of emoji, those without a skin tone."""
+        return self.chosen(np.sort(np.unique(self.groups, return_index=True)[1]))
+
+    def texts(self, language: str | None = None) -> tuple[str, ...]:
+        """The captions in a language, or in the first one that there is; none is a `UserError`."""
+        if not self.captions:
+            raise UserError(f"The pictures of {self.source} have no captions; add them as {', '.join(CAPTIONED)}.")
+        wanted = next(iter(self.captions)) if language is None else language
+        if wanted not in self.captions:
+            raise unknown(f"language of the captions of {self.source}", wanted, self.captions)
+        return self.captions[wanted]
+
+    def sentence(self) -> str:
+        """What there is, for people."""
+        channels, height, width = self.shape
+        kind = "grey" if channels == 1 else "colour"
+        captions = f", captions in {', '.join(self.captions)}" if self.captions else ""
+        classes = f", {len(self.classes)} classes" if self.classes else ""
+        return f"{self.source}: {len(self):,} {kind} pictures of {width} x {height}{captions}{classes}."
+
+
+CAPTIONED = "metadata.jsonl with file_name and text", "000.txt beside 000.png in a .tar shard"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSplit:
+    """Three parts of the same pictures; none shares a group with another."""
+
+    train: ImageDataset
+    validation: ImageDataset
+    test: ImageDataset
+
+    def sentence(self) -> str:
+        """The sizes, for people."""
+        sizes = len(self.train), len(self.validation), len(self.test)
+        return "{:,} pictures for training, {:,} for validation, {:,} for testing.".format(*sizes)
+
+
+def read_images(
+    source: str | Path,
+    size: int | None = None,
+    channels: Literal[1, 3] | None = None,
+    fit: Fit = "crop",
+    leave_out: bool = False,
+    cache_dir: str | Path | None = None,
+) -> ImageDataset:
+    """The pictures of a source (see `picture_sources`), made once and found again while nothing has changed.
+
+    size: the side of the squares they are brought to by `fit`: the middle is cut out ("crop"), white is added ("pad")
+    or they are stretched; unset, they must all have one size. channels: 1 for grey, 3 for colour; unset, grey where the
+    first picture is. A file that is no picture, is damaged, or has no caption where others do is a `UserError` that
+    names it; with `leave_out` it is left out and stands in `faults` and, counted, in `notes`.
+    """
+    if size is not None and size < 1:
+        raise UserError(f"size is {size}, but a picture has at least 1 pixel.")
+    if in_catalogue(source):
+        content = catalogue.identity(str(source))
+    else:
+        root = Path(source).expanduser()
+        facts = [(path, path.stat()) for path in sources.files(source)]
+        content = "\n".join(f"{path.relative_to(root) if path != root and path.is_relative_to(root) else path.name}:"
+                            f"{stat.st_size}:{stat.st_mtime_ns}" for path, stat in facts)  # fmt: skip
+    settings = {"format": FORMAT, "content": content, "size": size, "channels": channels, "fit": fit}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    name = Path(source).stem.replace("*", "") or "pictures"
+    folder = Path(cache_dir or catalogue.cache() / "pictures") / f"{name}-{key[:16]}"
+    index = open_index(source, folder, ImageFormat(size, channels, fit), leave_out)
+    pixels = np.memmap(folder / PIXELS, np.uint8, "r", shape=tuple(index["shape"]))
+    columns = {column: tuple(index[column]) for column in ("names", "classes", "parts", "notes", "faults")}
+    return ImageDataset(
+        source=str(source), pixels=pixels, rows=np.arange(len(pixels)), labels=np.array(index["labels"], np.int64),
+        groups=np.array(index["groups"], np.int64), stored_fingerprint=index["fingerprint"],
+        captions={language: tuple(texts) for language, texts in index["captions"].items()}, **columns,
+    )  # fmt: skip
+
+
+def split(pictures: ImageDataset, share: float = 0.05, seed: int = 0) -> ImageSplit:
+    """Holds out the fraction `share` of the groups for testing and as many for validation, of every class its part.
+
+    Which ones, the seed and the pictures' names decide. What the source itself has held out stays so, with the whole
+    group of such a picture, and nothing is added to that part.
+    """
+    if not 0 < share < 0.5:
+        raise UserError(f"share is {share}, but the fraction held out for each part must be above 0 and below 0.5.")
+    _, firsts, member = np.unique(pictures.groups, return_index=True, return_inverse=True)
+    said = np.array([PARTS.index(each) for each in pictures.parts], np.int8)
+    part = np.zeros(len(firsts), np.int8)  # of each group: 0 for training, 1 for validation, 2 for testing
+    np.maximum.at(part, member, said)
+    keys = [hashlib.sha256(f"{seed}\n{pictures.names[place]}".encode()).digest() for place in firsts]
+    order = sorted(range(len(firsts)), key=lambda i: (int(pictures.labels[firsts[i]]), keys[i]))
+    free = np.array([i for i in order if not part[i]], np.int64)
+    for number, shift in ((2, 0.0), (1, 0.5)):
+        if number not in said:
+            marks = np.floor(np.arange(len(free) + 1) * share + shift)
+            part[free[np.diff(marks) > 0]] = number
+    return ImageSplit(*(pictures.chosen(np.flatnonzero(part[member] == number)) for number in range(3)))

@@ -1,0 +1,115 @@
+"""Many pictures laid into one, in rows, with a caption under each; it knows no model and no data set.
+
+Axes: picture, channels (1 or 3), height, width.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from keifu.data.catalogue import catalogue
+from keifu.errors import UserError
+
+LETTERS, LINES = 11, 2  # the size of a caption's letters in pixels, and its lines at most
+NARROW = 72  # pixels: pictures with captions are enlarged to be this wide at least
+FAR_EAST = range(0x2E80, 0x1F000)
+
+
+def sheet(
+    pictures: UInt8[Tensor, "picture channels height width"],
+    captions: Sequence[str] | None = None,
+    columns: int | None = None,
+    scale: int | None = None,
+    margin: int = 4,
+) -> Image.Image:
+    """The pictures in rows, on white; as many columns as rows unless a number of `columns` is given.
+
+    captions: one for each, cut to two lines with an ellipsis; "" for none. scale: how often a pixel is repeated in both
+    directions; unset, 1, or what makes room for captions. margin: pixels between two pictures.
+    """
+    count, _, height, width = pictures.shape
+    if not count:
+        raise UserError("There are no pictures to lay into a sheet.")
+    if captions is not None and len(captions) != count:
+        raise UserError(f"{count} pictures need as many captions, and {len(captions)} were given.")
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    scale = scale or (math.ceil(NARROW / width) if captions else 1)
+    below = LINES * (LETTERS + 3) if captions and any(captions) else 0
+    rows = math.ceil(count / columns)
+    cell = height * scale + below + margin, width * scale + margin
+    cells = np.full((rows * columns, *cell, 3), 255, np.uint8)
+    pixels = pictures.cpu().numpy().transpose(0, 2, 3, 1)
+    cells[:count, : height * scale, : width * scale] = pixels.repeat(scale, 1).repeat(scale, 2)
+    canvas = cells.reshape(rows, columns, *cell, 3).swapaxes(1, 2).reshape(rows * cell[0], columns * cell[1], 3)
+    image = Image.new("RGB", (canvas.shape[1] + margin, canvas.shape[0] + margin), "white")
+    image.paste(Image.fromarray(canvas), (margin, margin))
+    pen = ImageDraw.Draw(image)
+    for place, caption in enumerate(captions or ()):
+        left, top = margin + place % columns * cell[1], margin + place // columns * cell[0] + height * scale + 1
+        pen.multiline_text((left, top), wrapped(caption, width * scale), "black", _font(caption), spacing=1)
+    return image
+
+
+def grid(
+    pictures: UInt8[Tensor, "picture channels height width"],
+    captions: Sequence[str] | None = None,
+    columns: int | None = None,
+    scale: int | None = None,
+    about: Mapping[str, str] | None = None,
+) -> bytes:
+    """The same as the bytes of a PNG file (see `sheet` and `png`)."""
+    return png(sheet(pictures, captions, columns, scale), about)
+
+
+def png(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
+    """A picture as the bytes of a PNG file, with texts by their names in it; `Image.open(...).text` gives them back."""
+    facts, file = PngInfo(), io.BytesIO()
+    for name, text in (about or {}).items():
+        facts.add_itxt(name, text)
+    image.save(file, "PNG", pnginfo=facts)
+    return file.getvalue()
+
+
+def wrapped(text: str, width: int, lines: int = LINES) -> str:
+    """A caption broken into lines of at most so many pixels, after spaces where there are some; the rest is cut off."""
+    font, rest, found = _font(text), " ".join(text.split()), []
+    while rest and len(found) < lines:
+        size = _fitting(font, rest, width)
+        if size < len(rest) and len(found) == lines - 1:
+            found.append(rest[: max(size - 1, 0)].rstrip() + "…")
+            break
+        end = size if size == len(rest) else rest.rfind(" ", 1, size + 1)
+        end = size if end < 1 else end
+        found.append(rest[:end].rstrip())
+        rest = rest[end:].lstrip()
+    return "\n".join(found)
+
+
+def _fitting(font: ImageFont.FreeTypeFont, text: str, width: int) -> int:
+    """How many characters from the beginning fit, at least one."""
+    size = len(text)
+    while size > 1 and font.getlength(text[:size]) > width:
+        size -= 1
+    return size
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont:
+    return _opened(any(ord(character) in FAR_EAST for character in text))
+
+
+@cache
+def _opened(far_east: bool) -> ImageFont.FreeTypeFont:
+    """IPAex Gothic for Japanese and Chinese signs, fetched when it is first needed, DejaVu Sans for all else."""
+    if far_east:
+        return ImageFont.truetype(catalogue.fetch("japanese-font"), LETTERS)
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", LETTERS)

@@ -1,0 +1,287 @@
+"""Pictures with captions and labels out of the catalogue, folders and tar shards, one by one; it knows no batch.
+
+A source is one of:
+- the name of a catalogue entry;
+- a folder with metadata.jsonl or metadata.csv (Hugging Face's imagefolder): `file_name`, captions in `text` or
+  `caption` (`text_ja`, `caption_ja`, ... for further languages), and `label`, in so far as there are such columns;
+- a folder with a folder for each class, or with pictures alone;
+- WebDataset shards: a .tar file, a folder of them or a pattern such as "shards/*.tar". Files that differ only in what
+  follows the first dot belong together: 000.png with 000.txt (a caption), 000.cls (a label), 000.json (both).
+
+Folders called train, validation and test, at the top, part the pictures as they say.
+
+The picture entries of the catalogue as pictures with captions and labels; knows no cache and no batch.
+"""
+
+import glob
+import gzip
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from keifu.data.catalogue import catalogue
+from keifu.data.images import emoji
+from keifu.data.images.io import UNSTATED, DecodedImage, ImageItem, mnist, read_image
+from keifu.data.records import read_records
+from keifu.data.text.text_files import Problem
+from keifu.errors import UserError, unknown
+
+CLOTHES = "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
+PHOTOS = {
+    "astronaut": "an astronaut in an orange space suit smiles in front of a flag",
+    "brick": "a wall of bricks",
+    "camera": "a man in a coat looks through a camera on a tripod",
+    "cell": "a living cell under a microscope",
+    "chelsea": "the face of a ginger cat",
+    "clock_motion": "a clock, blurred by motion",
+    "coffee": "a cup of coffee on a wooden table",
+    "coins": "old coins in rows on a dark cloth",
+    "color": "a wheel of all colours",
+    "grass": "grass from above",
+    "gravel": "gravel from above",
+    "horse": "the black outline of a horse",
+    "hubble_deep_field": "many distant galaxies in a dark sky",
+    "ihc": "stained tissue under a microscope",
+    "logo": "a logo of a snake beside the letters of a name",
+    "microaneurysms": "small dark spots in the retina of an eye",
+    "moon": "the surface of the moon",
+    "motorcycle_left": "a motorcycle in a garage, from the left camera",
+    "motorcycle_right": "a motorcycle in a garage, from the right camera",
+    "page": "a printed page of a book, unevenly lit",
+    "phantom": "a test picture of ellipses for computed tomography",
+    "retina": "the retina of an eye",
+    "rocket": "a rocket on its launch pad at dusk",
+    "text": "handwritten lines of mathematics",
+}
+
+
+def _digits() -> Iterator[ImageItem]:
+    """MNIST's sample of 5,000."""
+    pictures, labels = mnist()
+    return _arrays("mnist", pictures.numpy(), labels.tolist(), [str(digit) for digit in range(10)])
+
+
+def _clothes() -> Iterator[ImageItem]:
+    """Fashion-MNIST: 60,000 to train on, then 10,000 to test on, as its authors have parted them."""
+    folder = catalogue.fetch("fashion-mnist")
+    for prefix, part in (("train", ""), ("t10k", "test")):
+        pictures, labels = (read_idx(folder / f"{prefix}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+        yield from _arrays(f"fashion-mnist {prefix}", pictures, labels.tolist(), CLOTHES, part)
+
+
+def _photos() -> Iterator[ImageItem]:
+    folder = catalogue.fetch("photos")
+    for name, caption in PHOTOS.items():
+        (path,) = folder.glob(f"{name}.*")
+        yield ImageItem(path.name, str(path), _reader(path), {"en": caption})
+
+
+def _reader(path: Path) -> Callable[[int | None], DecodedImage]:
+    return lambda size: read_image(path)
+
+
+def _arrays(
+    source: str, pictures: np.ndarray, labels: Iterable[int], classes: Iterable[str], part: str = ""
+) -> Iterator[ImageItem]:
+    names = list(classes)
+    for place, label in enumerate(labels):
+        yield ImageItem(
+            f"{source} {place}", f"{source} {place}", _of_array(pictures[place]), label=names[label], part=part
+        )
+
+
+def _of_array(pixels: np.ndarray) -> Callable[[int | None], DecodedImage]:
+    return lambda size: DecodedImage(Image.fromarray(pixels))
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An array of bytes from a gzipped file of MNIST's own format: two zeros, the type 8, the axes, their lengths."""
+    content = gzip.decompress(path.read_bytes())
+    axes = content[3]
+    shape = np.frombuffer(content, ">u4", axes, 4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+CATALOGUED: dict[str, Callable[[], Iterator[ImageItem]]] = {
+    "emoji": emoji.twemoji,
+    "openmoji": emoji.openmoji,
+    "mnist": _digits,
+    "fashion-mnist": _clothes,
+    "photos": _photos,
+}
+
+
+SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"
+METADATA = "metadata.jsonl", "metadata.csv"
+PARTS = {
+    "train": "", "training": "", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+LANGUAGE = re.compile(r"(?:text|caption)(?:_([a-z]{2}))?")
+
+
+def items(source: str | Path, problem: Problem) -> Iterator[ImageItem]:
+    """All pictures of a source in a fixed order, unread.
+
+    `problem` is called with a sentence for each one that is not as the first one is: without its caption (in one of its
+    languages) or label, named and not there, or there and not named. If it returns, that picture is left out.
+    """
+    first: ImageItem | None = None
+    for item in _all(source, problem):
+        first = first or item
+        if lacking := _lacking(item, first):
+            problem(f"{item.where} has no {lacking}, and {first.where} has one.")
+        else:
+            yield item
+
+
+def files(source: str | Path) -> list[Path]:
+    """The files of a source that is not in the catalogue, in order; none is a `UserError`."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".tar":
+            raise UserError(f"{path} is one file, and pictures come in a folder or in .tar shards: name its folder.")
+        return [path]
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+    if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if name.endswith(".tar")):
+        return found
+    beside = [str(path.with_name(each.name)) for each in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
+    raise unknown("folder of pictures, .tar shard or catalogue entry", str(source), [*CATALOGUED, *beside])
+
+
+def in_catalogue(source: str | Path) -> bool:
+    """Whether a source is the name of a picture entry of the catalogue."""
+    return isinstance(source, str) and source in CATALOGUED
+
+
+def _all(source: str | Path, problem: Problem) -> Iterator[ImageItem]:
+    if in_catalogue(source):
+        return CATALOGUED[str(source)]()
+    found = files(source)
+    shards = [path for path in found if path.suffix.lower() == ".tar"]
+    pictures = [path for path in found if path.suffix.lower() in SUFFIXES]
+    tables = [path for path in found if path.name in METADATA]
+    if shards:
+        return _shards(shards, problem)
+    if not pictures and not tables:
+        others = sorted({path.suffix or path.name for path in found})[:8]
+        holds = f"holds {', '.join(others)}" if others else "is empty"
+        raise UserError(f"There is no picture in {source}: it {holds}; pictures end in {', '.join(SUFFIXES)}.")
+    root = Path(source).expanduser()
+    return _from_tables(root, tables, pictures, problem) if tables else _by_folder(root, pictures)
+
+
+def _lacking(item: ImageItem, first: ImageItem) -> str:
+    """What the first picture has and this one has not, in words."""
+    for language in first.captions:
+        if not item.captions.get(language):
+            return "caption" if language == UNSTATED else f"caption in {language!r}"
+    return "label" if first.label and not item.label else ""
+
+
+def _from_tables(root: Path, tables: list[Path], pictures: list[Path], problem: Problem) -> Iterator[ImageItem]:
+    """The pictures that the tables name, each beside its table; those that none names are faults."""
+    named = set()
+    for table in tables:
+        for where, cells in read_records(table):
+            if not isinstance(name := cells.get("file_name"), str):
+                raise UserError(f"{where}, has no file_name: it names the picture, beside {table.name}.")
+            path = table.parent / name
+            named.add(path)
+            if path.is_file():
+                yield _item(path, root, _captions(cells), _text(cells.get("label")))
+            else:
+                problem(f"{where}: there is no picture {path}.")
+    for path in pictures:
+        if path not in named:
+            problem(f"{path} has no caption: no {tables[0].name} names it.")
+
+
+def _by_folder(root: Path, pictures: list[Path]) -> Iterator[ImageItem]:
+    """Pictures by class, where all lie in folders that are not parts; otherwise without any label."""
+    inner = [_inside(path, root) for path in pictures]
+    classes = all(len(parts) > 1 for parts in inner)
+    for path, parts in zip(pictures, inner, strict=True):
+        yield _item(path, root, {}, parts[0] if classes else None)
+
+
+def _item(path: Path, root: Path, captions: dict[str, str], label: str | None) -> ImageItem:
+    relative = path.relative_to(root) if path.is_relative_to(root) else path
+    part = PARTS.get(relative.parts[0].lower(), "") if len(relative.parts) > 1 else ""
+    return ImageItem(relative.as_posix(), str(path), lambda size: read_image(path), captions, label, part=part)
+
+
+def _inside(path: Path, root: Path) -> tuple[str, ...]:
+    """A path's parts below the folders that part the set."""
+    parts = path.relative_to(root).parts
+    return parts[1:] if len(parts) > 1 and parts[0].lower() in PARTS else parts
+
+
+def _shards(paths: list[Path], problem: Problem) -> Iterator[ImageItem]:
+    for path in paths:
+        try:
+            with tarfile.open(path) as archive:
+                plain = (member for member in archive if member.isfile())
+                for key, members in groupby(plain, lambda member: _key(member.name)[0]):
+                    contents = {_key(member.name)[1]: _content(archive, member) for member in members}
+                    if item := _sample(f"{path.name}/{key}", f"{path}, {key}", contents, problem):
+                        yield item
+        except (tarfile.TarError, EOFError) as error:
+            raise UserError(f"{path} is no tar archive, or it is cut off: {error}.") from error
+
+
+def _key(name: str) -> tuple[str, str]:
+    """What samples are told apart by, and what the file is to its sample: a/000 and .png of a/000.png."""
+    path = PurePosixPath(name)
+    stem, dot, rest = path.name.partition(".")
+    return str(path.with_name(stem or path.name)), (dot + rest).lower()
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    opened = archive.extractfile(member)
+    assert opened
+    return opened.read()
+
+
+def _sample(name: str, where: str, contents: dict[str, bytes], problem: Problem) -> ImageItem | None:
+    """The picture among the files of a sample, with what the others say of it."""
+    pictures = [data for kind, data in contents.items() if kind.endswith(SUFFIXES)]
+    if len(pictures) != 1:
+        problem(f"{where} has {len(pictures)} pictures among {', '.join(contents)}, and one is needed.")
+        return None
+    try:
+        cells = json.loads(contents.get(".json", b"{}"))
+        words = {kind: contents[kind].decode().strip() for kind in (".txt", ".cls") if kind in contents}
+    except ValueError as error:
+        problem(f"{where}: its .json, .txt or .cls cannot be read: {error}.")
+        return None
+    captions = _captions(cells if isinstance(cells, dict) else {})
+    captions |= {UNSTATED: words[".txt"]} if ".txt" in words else {}
+    label = words.get(".cls") or _text(cells.get("label") if isinstance(cells, dict) else None)
+    return ImageItem(name, where, lambda size: read_image(pictures[0], where), captions, label)
+
+
+def _captions(cells: dict[str, Any]) -> dict[str, str]:
+    """The captions among a record's fields, by language."""
+    found = {}
+    for column, value in cells.items():
+        if (named := LANGUAGE.fullmatch(column)) and (text := _text(value)):
+            found[named[1] or UNSTATED] = text
+    return found
+
+
+def _text(value: Any) -> str | None:
+    """A cell as a person wrote it; None where it is empty."""
+    return None if value is None else str(value).strip() or None
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

@@ -1,0 +1,294 @@
+"""What is in a text, told before anything is trained on it; it knows no model.
+
+It finds what would be learned without anyone noticing: faulty bytes, empty and repeated documents, and scripts that the
+tokenizer takes apart.
+
+How much of a text a tokenizer's vocabulary can spell; knows no language by name and no model.
+
+Which script a character is written in, for many characters at once; knows no text and no tokenizer.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from keifu.data.text import documents as sources
+from keifu.data.text.documents import PLAIN, TextChunk, TextFormat, chunks
+from keifu.data.text.token_shards import TextTokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+
+CHARACTERS_SHOWN = 8  # characters named in a sentence
+
+
+@dataclass(frozen=True)
+class TokenizerCoverage:
+    """Of the characters of a text, spaces aside: how many there are, how many stand in no token, and which of those.
+
+    lost: how many of them become the unknown token, or cannot be encoded; the others are spelled in bytes.
+    """
+
+    characters: int
+    missing: int
+    lost: int
+    examples: str
+
+    @property
+    def share(self) -> float:
+        """Of the characters, those that stand in tokens of the vocabulary."""
+        return 1 - self.missing / max(1, self.characters)
+
+    def sentence(self, name: str) -> str:
+        """What is said about a text."""
+        if not self.missing:
+            return f"Every character of {name} stands in the tokenizer's vocabulary."
+        rest = "are spelled in bytes, so nothing is unknown"
+        if self.lost:
+            rest = f"are not, and {self.lost:,} of {self.characters:,} characters become unknown"
+        stand = f"{self.share:.2%} of the characters of {name} stand in the tokenizer's vocabulary"
+        return f"{stand}; the others ({self.examples}) {rest}."
+
+
+def coverage(tokenizer: Tokenizer, texts: Iterable[str]) -> TokenizerCoverage:
+    """Counts the characters of texts by what the tokenizer makes of them."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    spelled = "".join(tokenizer.token_bytes(n).decode(errors="ignore") for n in range(tokenizer.vocab_size))
+    known = {character for character in counts if character.isspace()} | set(spelled)
+    missing = [c for c, _ in counts.most_common() if not set(_normalize(tokenizer, c)) <= known]
+    lost = [c for c in missing if _is_lost(tokenizer, c)]
+    return TokenizerCoverage(
+        characters=sum(n for c, n in counts.items() if not c.isspace()),
+        missing=sum(counts[c] for c in missing),
+        lost=sum(counts[c] for c in lost),
+        examples="".join((lost or missing)[:CHARACTERS_SHOWN])
+        + ("..." if len(lost or missing) > CHARACTERS_SHOWN else ""),
+    )
+
+
+def _normalize(tokenizer: Tokenizer, character: str) -> str:
+    normalizer = tokenizer.backend.normalizer
+    text = character if normalizer is None else normalizer.normalize_str(character)
+    return text.replace("\N{LOWER ONE EIGHTH BLOCK}", "")
+
+
+def _is_lost(tokenizer: Tokenizer, character: str) -> bool:
+    unknown = tokenizer.special.get("unk_token")
+    try:
+        ids = tokenizer.encode(character)
+    except UserError:
+        return True
+    return unknown is not None and tokenizer.token_id(unknown) in ids
+
+
+_RANGES = (  # first and last code point of the blocks that are common in text, after the Unicode standard, Blocks.txt
+    ("Latin", 0x41, 0x5A), ("Latin", 0x61, 0x7A), ("Latin", 0xAA, 0xAA), ("Latin", 0xBA, 0xBA), ("Latin", 0xC0, 0xD6),
+    ("Latin", 0xD8, 0xF6), ("Latin", 0xF8, 0x2AF), ("Latin", 0x1E00, 0x1EFF), ("Latin", 0xFF21, 0xFF3A),
+    ("Latin", 0xFF41, 0xFF5A), ("Greek", 0x370, 0x3FF), ("Greek", 0x1F00, 0x1FFF), ("Cyrillic", 0x400, 0x52F),
+    ("Hebrew", 0x590, 0x5FF), ("Arabic", 0x600, 0x77F), ("Arabic", 0x8A0, 0x8FF), ("Arabic", 0xFB50, 0xFDFF),
+    ("Arabic", 0xFE70, 0xFEFE), ("Indic", 0x900, 0xDFF), ("Thai", 0xE00, 0xE7F), ("Hangul", 0x1100, 0x11FF),
+    ("Hangul", 0x3130, 0x318F), ("Hangul", 0xAC00, 0xD7AF), ("Hiragana", 0x3041, 0x309F), ("Katakana", 0x30A0, 0x30FF),
+    ("Katakana", 0x31F0, 0x31FF), ("Katakana", 0xFF66, 0xFF9F), ("Han", 0x3005, 0x3007), ("Han", 0x3400, 0x4DBF),
+    ("Han", 0x4E00, 0x9FFF), ("Han", 0xF900, 0xFAFF), ("Han", 0x20000, 0x323AF), ("emoji", 0x200D, 0x200D),
+    ("emoji", 0x2600, 0x27BF), ("emoji", 0x2B00, 0x2BFF), ("emoji", 0xFE0F, 0xFE0F), ("emoji", 0x1F000, 0x1FAFF),
+    ("common", 0x0, 0x40), ("common", 0x5B, 0x60), ("common", 0x7B, 0xA9), ("common", 0xAB, 0xB9),
+    ("common", 0xBB, 0xBF), ("common", 0xD7, 0xD7), ("common", 0xF7, 0xF7), ("common", 0x2000, 0x200C),
+    ("common", 0x200E, 0x25FF), ("common", 0x3000, 0x3004), ("common", 0x3008, 0x303F), ("common", 0xFF00, 0xFF20),
+    ("common", 0xFF3B, 0xFF40), ("common", 0xFF5B, 0xFF65),
+)  # fmt: skip
+SCRIPTS = (*dict.fromkeys(name for name, *_ in _RANGES if name != "common"), "other", "common")
+"""The names in the order of their numbers: "other" is any script that is not named, "common" spaces, digits, marks."""
+
+_ORDERED = sorted((first, last, SCRIPTS.index(name)) for name, first, last in _RANGES)
+_FIRST, _LAST, _SCRIPT = (np.array(column) for column in zip(*_ORDERED, strict=True))
+
+
+def script_numbers(code_points: np.ndarray) -> np.ndarray:
+    """The number in `SCRIPTS` of each code point's script."""
+    place = np.searchsorted(_FIRST, code_points, side="right") - 1
+    return np.where(code_points <= _LAST[place], _SCRIPT[place], SCRIPTS.index("other"))
+
+
+def bytes_to_scripts(text: np.ndarray) -> np.ndarray:
+    """The script number of the character that each byte of a UTF-8 text belongs to.
+
+    A byte that belongs to no whole character counts as what its first byte's character would at least be.
+    """
+    text = text.astype(np.int64)
+    starts = np.flatnonzero((text & 0xC0) != 0x80)
+    if not len(starts) or starts[0]:
+        starts = np.concatenate([[0], starts])
+    lead = text[starts]
+    length = 1 + (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0)
+    points = np.where(length == 1, lead & 0x7F, lead & (0xFF >> (length + 1)))
+    for extra in range(1, 4):
+        following = text[np.minimum(starts + extra, len(text) - 1)] & 0x3F
+        points = np.where(length > extra, points << 6 | following, points)
+    spans = np.diff(np.append(starts, len(text)))
+    return np.repeat(script_numbers(points), spans)
+
+
+FAULTS_SHOWN = 20  # faults that are told one by one; the rest are counted
+CHUNK = 1 << 20  # characters that are encoded at a time
+
+
+@runtime_checkable
+class SpellingTokenizer(TextTokenizer, Protocol):
+    """A tokenizer that also tells what bytes a token stands for."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token; they need not be whole characters."""
+        ...
+
+
+@dataclass
+class Script:
+    """How much of a text is in one script: `bytes` of tokens that write it, and how many `tokens` those are."""
+
+    bytes: int = 0
+    tokens: int = 0
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Near 0.25 for a tokenizer that knows the script, 1 for one that spells it byte by byte."""
+        return self.tokens / max(self.bytes, 1)
+
+
+@dataclass
+class DatasetReport:
+    """The report. `lengths` counts documents by tokens: the key is the largest length that falls under it.
+
+    A token that writes several scripts counts for the first of them in the order of `SCRIPTS`; spaces and marks that
+    stand in a token with letters count for the letters' script, and those alone are "common".
+    """
+
+    source: str
+    documents: int = 0
+    characters: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    empty: int = 0
+    duplicates: int = 0
+    n_problems: int = 0
+    problems: list[str] = field(default_factory=list)
+    lengths: dict[int, int] = field(default_factory=dict)
+    scripts: dict[str, Script] = field(default_factory=dict)
+
+    def problem(self, sentence: str) -> None:
+        """Notes a fault; the first `FAULTS_SHOWN` with their places."""
+        self.n_problems += 1
+        if self.n_problems <= FAULTS_SHOWN:
+            self.problems.append(sentence)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as JSON takes it."""
+        rates = {name: asdict(each) | {"tokens_per_byte": each.tokens_per_byte} for name, each in self.scripts.items()}
+        return asdict(self) | {"lengths": {str(key): n for key, n in self.lengths.items()}, "scripts": rates}
+
+    def __str__(self) -> str:
+        return "\n".join([*self._totals(), "", *self._histogram(), "", *self._table(), "", *self._faults()])
+
+    def _totals(self) -> Iterator[str]:
+        yield f"{self.source}: {self.documents:,} documents, {self.characters:,} characters, {self.bytes:,} bytes, " + (
+            f"{self.tokens:,} tokens ({self.tokens / max(self.bytes, 1):.3f} a byte)"
+        )
+        yield f"{self.empty:,} documents are empty, and {self.duplicates:,} repeat an earlier one exactly."
+
+    def _histogram(self) -> Iterator[str]:
+        yield "Documents by length in tokens"
+        most = max(self.lengths.values(), default=1)
+        for longest, count in self.lengths.items():
+            yield f"  up to {longest:>11,} {count:>11,}  {'#' * -(-40 * count // most)}"
+
+    def _table(self) -> Iterator[str]:
+        yield f"{'Script':10} {'bytes':>15} {'tokens':>13} {'tokens/byte':>12}"
+        for name, each in self.scripts.items():
+            yield f"{name:10} {each.bytes:>15,} {each.tokens:>13,} {each.tokens_per_byte:>12.3f}"
+
+    def _faults(self) -> Iterator[str]:
+        yield from self.problems
+        if self.n_problems > FAULTS_SHOWN:
+            yield f"... and {self.n_problems - FAULTS_SHOWN:,} more faults."
+        if not self.n_problems:
+            yield "No faulty bytes, lines or files were found."
+
+
+def check_dataset(source: str | Path, tokenizer: SpellingTokenizer, form: TextFormat = PLAIN) -> DatasetReport:
+    """Reads all of a source (see `keifu.data.text.documents`) and encodes it; a fault is noted and reading goes on."""
+    report = DatasetReport(str(source))
+    documents, spelling = _Documents(report), _Spelling(tokenizer)
+    for pieces in chunks(sources.read_chunks(source, form, report.problem), CHUNK):
+        encoded = tokenizer.encode_batch([piece.text for piece in pieces])
+        for piece, ids in zip(pieces, encoded, strict=True):
+            documents.add(piece, len(ids))
+        spelling.add(np.fromiter(chain.from_iterable(encoded), dtype=np.int64))
+    report.lengths = dict(sorted(documents.lengths.items()))
+    report.scripts = spelling.scripts()
+    return report
+
+
+class _Documents:
+    """Counts documents while their pieces go by."""
+
+    def __init__(self, report: DatasetReport):
+        self.report = report
+        self.seen: set[bytes] = set()
+        self.lengths: Counter[int] = Counter()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.hash, self.tokens, self.blank = blake2b(digest_size=16), 0, True
+
+    def add(self, piece: TextChunk, tokens: int) -> None:
+        """Counts a piece, and its document where that ends."""
+        data = piece.text.encode()
+        self.report.characters += len(piece.text)
+        self.report.bytes += len(data)
+        self.report.tokens += tokens
+        self.hash.update(data)
+        self.tokens += tokens
+        self.blank = self.blank and not piece.text.strip()
+        if piece.ends:
+            self._end()
+            self._begin()
+
+    def _end(self) -> None:
+        self.report.documents += 1
+        self.report.empty += self.blank
+        self.lengths[1 << max(self.tokens - 1, 0).bit_length()] += 1  # the next power of two
+        digest = self.hash.digest()
+        self.report.duplicates += digest in self.seen and not self.blank
+        self.seen.add(digest)
+
+
+class _Spelling:
+    """Counts tokens and their bytes by script."""
+
+    def __init__(self, tokenizer: SpellingTokenizer):
+        self.spelled = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+        self.widths = np.array([len(each) for each in self.spelled])
+        self.bytes, self.tokens = np.zeros(len(SCRIPTS), dtype=np.int64), np.zeros(len(SCRIPTS), dtype=np.int64)
+
+    def add(self, ids: np.ndarray) -> None:
+        """Counts these tokens; the bytes of neighbours may make a character together."""
+        ids = ids[self.widths[ids] > 0]
+        if len(ids):
+            text = np.frombuffer(b"".join(map(self.spelled.__getitem__, ids)), dtype=np.uint8)
+            starts = np.cumsum(self.widths[ids]) - self.widths[ids]
+            script = np.minimum.reduceat(bytes_to_scripts(text), starts)
+            self.tokens += np.bincount(script, minlength=len(SCRIPTS))
+            self.bytes += np.bincount(script, weights=self.widths[ids], minlength=len(SCRIPTS)).astype(np.int64)
+
+    def scripts(self) -> dict[str, Script]:
+        """What was counted, the scripts with most bytes first."""
+        found = {
+            name: Script(int(self.bytes[n]), int(self.tokens[n])) for n, name in enumerate(SCRIPTS) if self.tokens[n]
+        }
+        return dict(sorted(found.items(), key=lambda item: -item[1].bytes))

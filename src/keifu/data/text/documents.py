@@ -1,0 +1,201 @@
+"""Documents out of files, folders and the catalogue, streamed; it knows no tokenizer.
+
+A source is the name of a catalogue entry, a file, a folder (every file under it with one of `SUFFIXES`, in the order of
+their paths), or a pattern such as "src/**/*.py". A name of the catalogue wins over a file of the same name; "./sotu" is
+the file.
+
+In a .jsonl, .json, .csv, .tsv or .parquet file each record is a document, whose text stands in one field. An .html file
+is one document: its text without tags, scripts and styles (see `html_text`). Any other file is one document as it
+stands, Markdown with its marks, unless lines that are exactly <|endoftext|> part it into several.
+"""
+
+import glob
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keifu import files
+from keifu.data import records
+from keifu.data.catalogue import catalogue
+from keifu.data.text.html_text import html_text
+from keifu.data.text.text_files import UTF8, Problem, lines, refuse
+from keifu.errors import UserError, unknown
+
+MARK = "<|endoftext|>"
+HTML = ".html", ".htm"
+SUFFIXES = ".txt", ".md", *HTML, ".jsonl", ".parquet"  # of a folder; tables too where their field is named
+LIMIT = 1 << 20  # characters: a longer document is handed on in pieces, so that none need fit into memory
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """A run of whole lines of one document, whether the document ends with it, and which part of a split it is in."""
+
+    text: str
+    ends: bool
+    part: int = 0
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How text lies in files: the field of a record that holds it ("text" where None), and the encoding of files
+    without a byte order mark."""
+
+    field: str | None = None
+    encoding: str = UTF8
+
+    def settings(self) -> dict[str, str]:
+        """What differs from the usual, for what is made from a text."""
+        named = {} if self.field in (None, "text") else {"field": self.field}
+        return named if self.encoding == UTF8 else named | {"encoding": self.encoding}
+
+
+PLAIN = TextFormat()
+
+
+def read_chunks(source: str | Path, form: TextFormat = PLAIN, problem: Problem = refuse) -> Iterator[TextChunk]:
+    """All documents of a source, in a fixed order, the long ones in several pieces.
+
+    `problem` is called with a sentence for each fault that has a place: bytes that are not in the encoding (the line is
+    named), a record without the field, a binary file. If it returns, the faulty bytes become U+FFFD, and a faulty
+    record or file is left out. A source without any text is a fault too.
+    """
+    found = False
+    for piece in _all(source, form, problem):
+        found = found or bool(piece.text.strip())
+        yield piece
+    if not found:
+        problem(f"There is no text in {source}: it is empty.")
+
+
+def documents(source: str | Path, form: TextFormat = PLAIN) -> Iterator[str]:
+    """All documents of a source, each whole."""
+    held: list[str] = []
+    for piece in read_chunks(source, form):
+        held.append(piece.text)
+        if piece.ends:
+            yield "".join(held)
+            held.clear()
+
+
+def chunks(pieces: Iterable[TextChunk], characters: int) -> Iterator[list[TextChunk]]:
+    """Lists of pieces that have about so many characters together."""
+    held: list[TextChunk] = []
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece.text)
+        if size >= characters:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+def in_catalogue(source: str | Path) -> bool:
+    """Whether a source is the name of a catalogue entry."""
+    return isinstance(source, str) and source in catalogue.CATALOGUE
+
+
+def content_hash(source: str | Path, form: TextFormat = PLAIN) -> str:
+    """A hexadecimal SHA-256 of what a source holds; where its files lie and what they are called does not count."""
+    if in_catalogue(source):
+        return hashlib.sha256(catalogue.identity(str(source)).encode()).hexdigest()
+    listing = [f"{path.suffix}:{files.sha256(path)}" for path in paths(source, form)]
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+
+
+def paths(source: str | Path, form: TextFormat = PLAIN) -> list[Path]:
+    """The files of a source that is not in the catalogue, in order; none is a `UserError`."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        inside = [file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path))]
+        kinds = SUFFIXES if form.field is None else (*SUFFIXES, *records.SUFFIXES)
+        return sorted(file for file in inside if file.suffix.lower() in kinds) or _nothing(path, inside)
+    if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()):
+        return found
+    beside = [str(path.with_name(each.name)) for each in path.parent.glob("*")] if path.parent.is_dir() else []
+    raise unknown("file, folder or catalogue entry", str(source), [*_texts(), *beside])
+
+
+def _all(source: str | Path, form: TextFormat, problem: Problem) -> Iterator[TextChunk]:
+    if in_catalogue(source):
+        for text in catalogue.documents(str(source)):
+            yield from _in_chunks(text)
+        return
+    for path in paths(source, form):
+        suffix = path.suffix.lower()
+        if suffix in records.SUFFIXES:
+            field = form.field or "text"
+            for place, record in records.read_records(path, problem, form.encoding, only=field):
+                yield from _field(record, field, place, problem)
+        elif suffix in HTML:
+            yield from _in_chunks(html_text(lines(path, problem, form.encoding)))
+        elif path.stat().st_size:
+            yield from _gather(lines(path, problem, form.encoding), MARK)
+        else:
+            yield TextChunk("", True)
+
+
+def _field(record: Mapping[str, Any], field: str, place: str, problem: Problem) -> Iterator[TextChunk]:
+    """The text of one record."""
+    if field not in record:
+        wrong = str(unknown("field", field, record)).removeprefix("T")
+        problem(f"{place}: t{wrong} Name the one that holds the text (--text-field; in a mixture, `field`).")
+        return
+    text = record[field]
+    if not isinstance(text, str):
+        problem(f"{place}: the field {field!r} is {type(text).__name__}, not text.")
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        problem(f"{place}: the field {field!r} holds half of a surrogate pair, which is no character.")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    yield from _in_chunks(text)
+
+
+def _gather(lines: Iterable[str], mark: str | None = None) -> Iterator[TextChunk]:
+    """Lines put together to documents, which end at the mark, and to pieces of about LIMIT characters.
+
+    A piece begins with a line that starts with text, for tokenizers join blank lines to what stands before them.
+    """
+    held: list[str] = []
+    size = 0
+    for line in lines:
+        ended = mark is not None and line.strip() == mark
+        if ended or (size >= LIMIT and not line[0].isspace()):
+            yield TextChunk("".join(held), ended)
+            held, size = [], 0
+        if not ended:
+            held.append(line)
+            size += len(line)
+    if held:
+        yield TextChunk("".join(held), True)
+
+
+def _in_chunks(text: str) -> Iterator[TextChunk]:
+    if len(text) <= LIMIT:
+        yield TextChunk(text, True)
+    else:
+        yield from _gather(text.splitlines(keepends=True))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _nothing(folder: Path, inside: list[Path]) -> list[Path]:
+    others = sorted({file.suffix or file.name for file in inside})[:8]
+    start = f"The folder {folder} holds no {', '.join(SUFFIXES)} file; it "
+    if not others:
+        raise UserError(f"{start}is empty.")
+    raise UserError(f"{start}holds {', '.join(others)}: name them with a pattern such as {folder}/**/*{others[0]}.")
+
+
+def _texts() -> list[str]:
+    return [name for name, entry in catalogue.CATALOGUE.items() if entry.gives]

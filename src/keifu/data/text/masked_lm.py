@@ -1,0 +1,347 @@
+"""Masked words, and pairs of sentences of which half belong together: what BERT is pretrained on; it knows no model.
+
+Axes: row (of a batch), place = tokens of a row, masked = the places of a row that are to be filled in.
+
+Which sentences make a row for BERT: pairs of which half belong together, or one run of sentences; it knows no masks.
+
+Axes: row, bounds = start and end of the first segment, start and end of the second, in tokens.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keifu.data.text.sentence_shards import Sentences, SentenceShards
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+
+Bounds = tuple[int, int, int, int]
+
+
+class RowPlanner:
+    """Rows from all documents, drawn anew for each epoch (Devlin et al., 2018, appendix A.2).
+
+    room: tokens of a row without the special ones. short: how often a row is meant to be shorter, of any length, so
+    that a model which is fine-tuned on short texts has seen some. pairs: two segments, the second of which in half of
+    the rows comes from another document; without, one segment of whole sentences (RoBERTa, Liu et al., 2019, table 2).
+
+    A sentence longer than a row counts as several.
+    """
+
+    def __init__(self, sentences: Sentences, room: int, short: float, pairs: bool):
+        self.room, self.short, self.pairs = room, short, pairs
+        self.starts, self.documents = _no_longer_than(room, sentences)
+        if pairs and len(self.documents) < 3:
+            raise UserError("Sentence pairs need two documents or more: half of them come from another one.")
+
+    def rows(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds [row, 4], and for each row whether its second segment comes from elsewhere; documents in order."""
+        chance = Random(int(random.integers(2**63)))
+        make = self._pairs if self.pairs else self._runs
+        found = [row for document in range(len(self.documents) - 1) for row in make(document, chance)]
+        bounds = np.array([row for row, _ in found], np.int64)
+        return _truncate(bounds, self.room, random), np.array([elsewhere for _, elsewhere in found], np.int64)
+
+    def _pairs(self, document: int, chance: Random) -> list[tuple[Bounds, bool]]:
+        """The document from its first sentence to its last. What a false partner displaced comes in the next row."""
+        starts, rows = self.starts, []
+        first, last = self.documents[document], self.documents[document + 1]
+        place = first
+        while place < last:
+            target = self._target(chance)
+            end = bisect_left(starts, starts[place] + target, place + 1, last)
+            end = max(end, min(place + 2, last))
+            rest = end - place == 1 and place > first  # one sentence is left: the one before it comes along again
+            begin = place - rest
+            cut = chance.randrange(begin + 1, end) if end - begin > 1 else end
+            elsewhere = cut == end or chance.random() < 0.5
+            wanted = target - (starts[cut] - starts[begin])
+            second = self._elsewhere(document, wanted, chance) if elsewhere else (starts[cut], starts[end])
+            rows.append(((starts[begin], starts[cut], *second), elsewhere))
+            place = cut if elsewhere and not rest else end
+        return rows
+
+    def _elsewhere(self, document: int, wanted: int, chance: Random) -> tuple[int, int]:
+        """Sentences of another document, about as many tokens as are wanted."""
+        other = chance.randrange(len(self.documents) - 2)
+        other += other >= document
+        first, last = self.documents[other], self.documents[other + 1]
+        place = chance.randrange(first, last)
+        end = bisect_left(self.starts, self.starts[place] + wanted, place + 1, last)
+        return self.starts[place], self.starts[end]
+
+    def _runs(self, document: int, chance: Random) -> list[tuple[Bounds, bool]]:
+        """As many whole sentences as fit, row after row; the second segment is empty."""
+        starts, rows = self.starts, []
+        place, last = self.documents[document], self.documents[document + 1]
+        while place < last:
+            end = bisect_right(starts, starts[place] + self._target(chance), place + 1, last + 1) - 1
+            end = max(end, place + 1)
+            rows.append(((starts[place], starts[end], starts[end], starts[end]), False))
+            place = end
+        return rows
+
+    def _target(self, chance: Random) -> int:
+        return chance.randint(2, self.room) if chance.random() < self.short else self.room
+
+
+def _no_longer_than(room: int, sentences: Sentences) -> tuple[list[int], list[int]]:
+    """Where sentences start and which are the first of documents, with sentences of more than `room` tokens cut."""
+    sizes = np.diff(sentences.starts)
+    pieces = -(-sizes // room)
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(pieces)])
+    inside = np.arange(before[-1]) - np.repeat(before[:-1], pieces)
+    starts = np.repeat(sentences.starts[:-1], pieces) + room * inside
+    return [*starts.tolist(), int(sentences.starts[-1])], before[sentences.documents].tolist()
+
+
+def _truncate(bounds: np.ndarray, room: int, random: np.random.Generator) -> np.ndarray:
+    """Pairs that have no more than `room` tokens: the longer one loses tokens, at its front or at its end by chance."""
+    sizes = bounds[:, 1::2] - bounds[:, ::2]
+    excess = np.maximum(sizes.sum(1) - room, 0)
+    levelled = np.minimum(excess, np.abs(sizes[:, 0] - sizes[:, 1]))  # until both are equally long
+    longer = np.where(sizes[:, 0] > sizes[:, 1], 0, 1)[:, None] == np.arange(2)
+    rest = excess - levelled  # then in turns
+    lost = longer * levelled[:, None] + np.stack([rest // 2, rest - rest // 2], 1)
+    front = random.binomial(lost, 0.5)
+    result = bounds.copy()
+    result[:, ::2] += front
+    result[:, 1::2] -= lost - front
+    return result
+
+
+NOT_COUNTED = -100  # the target of a place in `places` that a row does not have
+POOL = 16  # batches whose rows are drawn together and then sorted by length
+VALIDATION = 20_181_011  # the seed of what is held out, so that runs of different seeds are compared on the same
+
+
+@dataclass(frozen=True)
+class MaskingScheme:
+    """What a row is, and what of it is hidden (Devlin et al., 2018, section 3.1)."""
+
+    length: int = 128
+    """Tokens of a row, [CLS] and [SEP] included."""
+    share: float = 0.15
+    """Share of a row's tokens that are to be predicted: 80% of them become [MASK], 10% another token, 10% stay."""
+    most: int = 20
+    """The most that are predicted in a row; the released scripts have 20 for rows of 128."""
+    whole_words: bool = False
+    """Hide all pieces of a word or none."""
+    sentence_pairs: bool = True
+    """Rows are pairs of sentences of which half follow each other; without, rows are runs of sentences (RoBERTa)."""
+    short: float = 0.1
+    """Share of rows that are cut short."""
+
+    def __post_init__(self) -> None:
+        if self.length < 8 or self.most < 1 or not 0 < self.share < 1 or not 0 <= self.short <= 1:
+            raise UserError(
+                f"Masking needs length >= 8, most >= 1, share between 0 and 1 and short from 0 to 1; it has {self}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The ids of the special tokens, those that may stand for a masked one, and which tokens go on with a word."""
+
+    cls: int
+    sep: int
+    pad: int
+    mask: int
+    ordinary: np.ndarray
+    goes_on: np.ndarray
+
+    @cached_property
+    def is_ordinary(self) -> np.ndarray:
+        """For each id whether it is in `ordinary`."""
+        return np.isin(np.arange(len(self.goes_on)), self.ordinary)
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
+        """The tokenizer's own; one that lacks [CLS], [SEP], [PAD] or [MASK] is a `UserError`."""
+        roles = ("cls_token", "sep_token", "pad_token", "mask_token")
+        if missing := [role for role in roles if role not in tokenizer.special]:
+            raise UserError(f"The tokenizer has no {', '.join(missing)}: BERT needs one such as wordpiece or minilm's.")
+        ids = [tokenizer.token_id(tokenizer.special[role]) for role in roles]
+        ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), sorted(tokenizer.special_ids))
+        mark = tokenizer.description()["model"].get("continuing_subword_prefix") or ""
+        tokens = [tokenizer.backend.id_to_token(n) or "" for n in range(tokenizer.vocab_size)]
+        return cls(
+            ids[0],
+            ids[1],
+            ids[2],
+            ids[3],
+            ordinary,
+            np.array([bool(mark) and token.startswith(mark) for token in tokens]),
+        )
+
+
+class MaskedText:
+    """The loop's data: each epoch draws rows and masks anew, and a batch is a function of the seed and the step alone.
+
+    A batch has "tokens" [row, place] with words hidden in them, "mask" (True on real tokens), "places" [row, masked] of
+    what is hidden and "targets", what stood there, -100 where a row has fewer; for sentence pairs also "segments" and
+    "random_next" [row], 1 where the second sentence is not the first one's. "word_weight" and "pair_weight" [row] say
+    how many tokens of the whole batch there are for each target and each pair, so that a batch can be split (see
+    `keifu.training.objectives.language_modeling`).
+    """
+
+    def __init__(
+        self,
+        shards: SentenceShards,
+        vocabulary: Vocabulary,
+        masking: MaskingScheme,
+        batch_size: int,
+        seed: int = 0,
+        validation_rows: int = 1024,
+    ):
+        if masking.whole_words and not vocabulary.goes_on.any():
+            raise UserError("whole_words needs a tokenizer that marks what goes on with a word, as wordpiece does.")
+        self.shards, self.vocabulary, self.masking = shards, vocabulary, masking
+        self.batch_size, self.seed, self.validation_rows = batch_size, seed, validation_rows
+        self._planner = self._planned(shards.training)
+        self._epoch = lru_cache(maxsize=2)(self._draw)
+        self.steps_per_epoch = max(1, len(self._planner.rows(np.random.default_rng([seed, 0]))[1]) // batch_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """The text's fingerprint and what else the batches depend on."""
+        options = "-".join(f"{name}{value}" for name, value in asdict(self.masking).items())
+        return f"{self.shards.fingerprint}-{options}-batch{self.batch_size}-seed{self.seed}"
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The batch of a step, counted from 0: the same in every process, whatever came before."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        bounds, elsewhere = (column[place] for column in self._epoch(epoch))
+        random = np.random.default_rng([self.seed, step, 1])
+        return _loss_weights([self._made(self.shards.training, bounds, elsewhere, random)])[0]
+
+    @property
+    def largest(self) -> dict[str, Tensor]:
+        """A batch of the longest rows, for measuring memory."""
+        bounds, elsewhere = (column.reshape(-1, *column.shape[2:]) for column in self._epoch(0))
+        longest = np.argsort(-_sizes(bounds), kind="stable")[: self.batch_size]
+        random = np.random.default_rng(self.seed)
+        return _loss_weights([self._made(self.shards.training, bounds[longest], elsewhere[longest], random)])[0]
+
+    def validation(self) -> Iterable[dict[str, Tensor]]:
+        """Held-out rows, spread evenly, with masks that are always the same; every row counts alike."""
+        return self._validation
+
+    @cached_property
+    def _validation(self) -> list[dict[str, Tensor]]:
+        random = np.random.default_rng(VALIDATION)
+        bounds, elsewhere = self._planned(self.shards.validation).rows(random)
+        count = min(len(bounds), self.validation_rows)
+        chosen = np.arange(count) * len(bounds) // count
+        parts = [chosen[start : start + self.batch_size] for start in range(0, count, self.batch_size)]
+        made = [self._made(self.shards.validation, bounds[part], elsewhere[part], random) for part in parts]
+        return _loss_weights(made)
+
+    def _planned(self, sentences: Sentences) -> RowPlanner:
+        masking = self.masking
+        return RowPlanner(sentences, masking.length - 2 - masking.sentence_pairs, masking.short, masking.sentence_pairs)
+
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch's rows as [step, row, ...]. As many as in the first epoch: a few are left out, or come twice.
+
+        Rows are in a random order, of which `POOL` batches at a time are sorted by length, and their batches come in a
+        random order: that leaves little padding and little order.
+        """
+        random = np.random.default_rng([self.seed, epoch])
+        bounds, elsewhere = self._planner.rows(random)
+        order = np.resize(random.permutation(len(bounds)), self.steps_per_epoch * self.batch_size)
+        pools = np.arange(len(order)) // (self.batch_size * POOL)
+        order = order[np.lexsort((_sizes(bounds)[order], pools))].reshape(-1, self.batch_size)
+        order = random.permutation(order)
+        return bounds[order], elsewhere[order]
+
+    def _made(
+        self, sentences: Sentences, bounds: np.ndarray, elsewhere: np.ndarray, random: np.random.Generator
+    ) -> dict[str, Tensor]:
+        pairs, v = self.masking.sentence_pairs, self.vocabulary
+        first, second = bounds[:, 1:2] - bounds[:, :1], bounds[:, 3:4] - bounds[:, 2:3]
+        total = first + second + 2 + pairs
+        place = np.arange(total.max())[None]
+        one = (place >= 1) & (place <= first)
+        two = (place >= first + 2) & (place < first + 2 + second)
+        index = np.where(one, bounds[:, :1] + place - 1, np.where(two, bounds[:, 2:3] + place - first - 2, 0))
+        tokens = np.where(one | two, sentences.tokens[index], np.where(place < total, v.sep, v.pad)).astype(np.int64)
+        tokens[:, 0] = v.cls
+        places, targets = self._hide(tokens, (one | two) & v.is_ordinary[tokens], total[:, 0], random)
+        batch = {"tokens": tokens, "mask": place < total, "places": places, "targets": targets}
+        if pairs:
+            batch |= {"segments": ((place >= first + 2) & (place < total)).astype(np.int64), "random_next": elsewhere}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _hide(
+        self, tokens: np.ndarray, words: np.ndarray, total: np.ndarray, random: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Hides some of the words in `tokens`, and gives their places and what stood there."""
+        masking, v = self.masking, self.vocabulary
+        wanted = np.clip(np.rint(masking.share * total), 1, masking.most).astype(np.int64)
+        if masking.whole_words:
+            chosen = whole_words(words, words & ~(v.goes_on[tokens] & np.roll(words, 1, 1)), wanted, random)
+        else:
+            chosen = single_tokens(words, wanted, random)
+        count = chosen.sum(1)
+        places = np.argsort(~chosen, axis=1, kind="stable")[:, : max(1, count.max())]
+        there = np.arange(places.shape[1]) < count[:, None]
+        targets = np.where(there, np.take_along_axis(tokens, places, 1), NOT_COUNTED)
+        tokens[chosen] = _replacement(tokens[chosen], v, random)
+        return np.where(there, places, 0), targets
+
+
+def _sizes(bounds: np.ndarray) -> np.ndarray:
+    """How many tokens each row has, without the special ones."""
+    return (bounds[:, 1::2] - bounds[:, ::2]).sum(1)
+
+
+def single_tokens(words: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Which places [row, place] are hidden: as many of a row's words as are wanted, or all where it has no more."""
+    scores = np.where(words, random.random(words.shape), 2.0)
+    ranks = np.argsort(np.argsort(scores, axis=1), axis=1)
+    return words & (ranks < wanted[:, None])
+
+
+def whole_words(words: np.ndarray, starts: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The same, but all tokens of a word or none: words in a random order, but no word that would make it too many."""
+    numbers = np.where(words, np.cumsum(starts, axis=1), 0)
+    chosen = np.zeros_like(words)
+    for row, number in enumerate(numbers):
+        sizes, left = np.bincount(number), wanted[row]
+        for word in 1 + random.permutation(len(sizes) - 1):
+            if sizes[word] <= left:
+                chosen[row] |= number == word
+                left -= sizes[word]
+            if not left:
+                break
+    return chosen
+
+
+def _replacement(tokens: np.ndarray, vocabulary: Vocabulary, random: np.random.Generator) -> np.ndarray:
+    """What stands in the place of hidden tokens: [MASK] for 80%, any ordinary token for 10%, themselves for 10%."""
+    draw, others = random.random(len(tokens)), random.choice(vocabulary.ordinary, len(tokens))
+    return np.where(draw < 0.8, vocabulary.mask, np.where(draw < 0.9, others, tokens))
+
+
+def _loss_weights(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The batches with how many of their tokens, all together, there are for each target and for each row."""
+    tokens = sum(int(batch["mask"].sum()) for batch in batches)
+    targets = sum(int((batch["targets"] != NOT_COUNTED).sum()) for batch in batches)
+    rows = sum(len(batch["tokens"]) for batch in batches)
+
+    def with_weights(batch: dict[str, Any]) -> dict[str, Tensor]:
+        own = len(batch["tokens"])
+        return batch | {
+            "word_weight": torch.full((own,), tokens / max(targets, 1)),
+            "pair_weight": torch.full((own,), tokens / rows),
+        }
+
+    return [with_weights(batch) for batch in batches]

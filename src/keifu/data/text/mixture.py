@@ -1,0 +1,394 @@
+"""Named texts with weights, to be learned from together: read from a file, checked, tokenised; knows no model.
+
+A mixture is one of `MIXTURES`, or a YAML or JSON file:
+
+    sources:
+      english:  {data: wiki-summaries, weight: 0.5}
+      letters:  {data: letters/*.txt, weight: 0.2}
+      japanese: {data: tatoeba-ja, weight: 0.2}
+      parallel: {data: pairs.tsv, weight: 0.1, languages: [German, English]}
+
+`data` is a catalogue name, a file, a folder or a pattern (see `keifu.data.text.documents`; a path may begin at the mixture's
+folder); a Tatoeba language or pair (tatoeba-ja, tatoeba-en-de), whose held-out sentences are kept out of all the
+others (see `keifu.data.translation.tatoeba`); "arithmetic", sums with their steps; or, where `languages` are given, pairs of
+sentences as `keifu.data.translation.pairs` reads them. `field` is that of the text in files of records, `encoding` that of files
+that are not UTF-8. The weights are shares of the tokens and must sum to 1, unless the file says `normalise: true`.
+`held_out: 0.05` beside `sources` is the share of each that is kept for validation.
+
+Batches out of several texts by their weights, and what is measured of each text held out; knows no model.
+
+Axes: row, place = tokens of a row.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from keifu.data.batching import BatchSizeSchedule, batch_size_stages, interleave, source_of_row
+from keifu.data.text import documents as sources
+from keifu.data.text import synthetic_math
+from keifu.data.text.packed import PackedText
+from keifu.data.text.span_corruption import CorruptionTask, Rows
+from keifu.data.text.token_shards import Shards, prepare, prepare_parts
+from keifu.data.tokenizers.special_tokens import nothing_around_text
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.translation import tatoeba
+from keifu.data.translation.pairs import pair_names, read_pairs, split
+from keifu.errors import UserError, unknown
+
+SUFFIXES = ".yaml", ".yml", ".json"
+FIELDS = "sources", "normalise", "held_out"
+HELD_OUT = 0.02  # share of each source that is kept for validation
+ARITHMETIC = "arithmetic"
+SUMS = 60_000  # problems of "arithmetic"
+Parts = Callable[[], tuple[Iterable[str], Iterable[str]]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text of a mixture; see the head of this file."""
+
+    name: str
+    data: str
+    weight: float | int
+    languages: tuple[str, ...] = ()
+    field: str | None = None
+    encoding: str = sources.UTF8
+
+    @property
+    def form(self) -> sources.TextFormat:
+        """How the text lies in its files."""
+        return sources.TextFormat(self.field, self.encoding)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < 1e9:
+            raise _no_weight(self.name, self.weight)
+        if len(self.languages) not in (0, 2):
+            raise UserError(
+                f"The source {self.name!r} has {len(self.languages)} languages, and pairs have two: write "
+                "languages: [German, English], in the order of the file's columns."
+            )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources whose weights sum to 1; `name` is what it was asked for by; a share of each source is held out."""
+
+    name: str
+    sources: tuple[Source, ...]
+    held_out: float = HELD_OUT
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out <= 0.5:
+            raise UserError(f"held_out of {self.name} is {self.held_out}, but the share is above 0 and at most 0.5.")
+        if not self.sources:
+            raise UserError(f"The mixture {self.name} has no sources: name at least one.")
+        total = sum(source.weight for source in self.sources)
+        if abs(total - 1) > 1e-6:
+            raise UserError(
+                f"The weights of the mixture {self.name} sum to {total:.6g}, and must sum to 1: change them, or write "
+                "`normalise: true` into its file, which divides each by the sum."
+            )
+
+
+def _sources(**given: tuple[str, float]) -> tuple[Source, ...]:
+    return tuple(Source(name.replace("_", "-"), data, weight) for name, (data, weight) in given.items())
+
+
+MIXTURES = {  # Tatoeba and arithmetic are small: their weights are about their size, so that little comes too often
+    "multilingual": _sources(
+        english=("wiki-summaries", 0.21), speeches=("sotu", 0.08), english_sentences=("tatoeba-en", 0.08),
+        japanese=("tatoeba-ja", 0.16), german=("tatoeba-de", 0.05), french=("tatoeba-fr", 0.05),
+        spanish=("tatoeba-es", 0.05), dutch=("tatoeba-nl", 0.01), japanese_english=("tatoeba-ja-en", 0.08),
+        german_english=("tatoeba-de-en", 0.04), french_english=("tatoeba-fr-en", 0.03),
+        spanish_english=("tatoeba-es-en", 0.03), code=("python-code", 0.08), arithmetic=(ARITHMETIC, 0.05),
+    ),
+}  # fmt: skip
+
+
+def is_mixture(given: str) -> bool:
+    """Whether a name is that of a mixture, or of a file of the kind that holds one."""
+    return given in MIXTURES or (Path(given).suffix.lower() in SUFFIXES and Path(given).is_file())
+
+
+def read_mixture(given: str) -> Mixture:
+    """The mixture of that name or in that file; what is wrong in it is a `UserError` that names the source."""
+    if given in MIXTURES:
+        return Mixture(given, MIXTURES[given])
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise unknown("mixture, and no file,", given, MIXTURES)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}.") from error
+    return _mixture(content, path)
+
+
+def _mixture(content: Any, path: Path) -> Mixture:
+    if not isinstance(content, dict) or not isinstance(content.get("sources"), dict):
+        raise UserError(f"{path} is no mixture: it needs `sources:`, and under it each source's name, data and weight.")
+    for key in content:
+        if key not in FIELDS:
+            raise unknown(f"field of the mixture {path},", str(key), FIELDS)
+    found = [_source(str(name), each, path) for name, each in content["sources"].items()]
+    total = sum(source.weight for source in found) if content.get("normalise") else 1.0
+    shares = (Source(s.name, s.data, s.weight / total, s.languages, s.field, s.encoding) for s in found)
+    held_out = content.get("held_out", HELD_OUT)
+    if not isinstance(held_out, float):
+        raise UserError(f"{path}: held_out is {held_out!r}, and it must be a share such as {HELD_OUT}.")
+    return Mixture(str(path), tuple(shares), held_out)
+
+
+def _source(name: str, given: Any, path: Path) -> Source:
+    known = [field.name for field in fields(Source)][1:]
+    if not isinstance(given, Mapping):
+        raise UserError(f"{path}: the source {name!r} needs data and weight: {{data: wiki-summaries, weight: 1}}.")
+    for key in given:
+        if key not in known:
+            raise unknown(f"field of the source {name!r} in {path},", str(key), known)
+    for key in ("data", "weight"):
+        if key not in given:
+            raise UserError(f"{path}: the source {name!r} has no {key}; it needs data and weight.")
+    data, weight, languages = str(given["data"]), given["weight"], given.get("languages") or []
+    if not isinstance(weight, int | float) or isinstance(weight, bool):
+        raise _no_weight(name, weight)
+    if not isinstance(languages, list):
+        raise UserError(f"{path}: languages of the source {name!r} is {languages!r}: write [German, English].")
+    beside = not Path(data).expanduser().is_absolute() and [*path.parent.glob(data)]
+    data = str(path.parent / data) if beside else data
+    field, encoding = given.get("field"), given.get("encoding", sources.UTF8)
+    return Source(name, data, weight, tuple(map(str, languages)), None if field is None else str(field), str(encoding))
+
+
+def _no_weight(name: str, weight: Any) -> UserError:
+    return UserError(
+        f"The weight of the source {name!r} is {weight!r}, and it must be a number above 0: correct it, or leave the "
+        "source out."
+    )
+
+
+def prepare_mixture(mixture: Mixture, tokenizer: Tokenizer) -> list[Shards]:
+    """The ids of each source, made once, with about that share held out; what a tokenizer puts around texts is left."""
+    tokenizer = Tokenizer(nothing_around_text(tokenizer.backend), tokenizer.special)
+    made = []
+    for source in mixture.sources:
+        with _named_source(source):
+            parts, content = _parts(source, mixture.held_out)
+            if parts is None:
+                made.append(prepare(source.data, tokenizer, held_out=mixture.held_out, form=source.form))
+            else:
+                made.append(prepare_parts(source.data, content, parts, tokenizer))
+    tatoeba.rows.cache_clear()  # it is large
+    return made
+
+
+def texts(mixture: Mixture, characters: int) -> Iterator[str]:
+    """The first documents of each source, of about so many characters in all, by the weights: for a tokenizer."""
+    for source in mixture.sources:
+        left = round(characters * source.weight)
+        with _named_source(source):
+            for document in _documents(source, mixture.held_out):
+                if left <= 0:
+                    break
+                yield from (document[start : start + 10_000] for start in range(0, min(len(document), left), 10_000))
+                left -= len(document)
+
+
+def content_hash(mixture: Mixture) -> str:
+    """Changes whenever a source's text or weight does."""
+    parts = []
+    for source in mixture.sources:
+        with _named_source(source):
+            made, content = _parts(source, mixture.held_out)
+            content = sources.content_hash(source.data, source.form) if made is None else content
+            parts.append(f"{source.weight} {content}{source.form.settings() or ''}")
+    return "\n".join(parts)
+
+
+def _documents(source: Source, held_out: float) -> Iterable[str]:
+    parts, _ = _parts(source, held_out)
+    return sources.documents(source.data, source.form) if parts is None else parts()[0]
+
+
+def _parts(source: Source, held_out: float) -> tuple[Parts | None, str]:
+    """What gives the two parts of a source, and a hash of them; no function where it is a plain text."""
+    if source.data in tatoeba.names():
+        return lambda: tatoeba.parts(source.data, held_out), tatoeba.identity(source.data, held_out)
+    if source.data == ARITHMETIC:
+        content = f"arithmetic {synthetic_math.VERSION} {SUMS} {held_out}"
+        return lambda: synthetic_math.documents(SUMS, held_out), content
+    if source.languages:
+        return _pairs(source, held_out)
+    if source.data in pair_names():
+        raise UserError(f"{source.data} holds pairs: give its languages, as in languages: [Japanese, English].")
+    known = sources.in_catalogue(source.data) or Path(source.data).expanduser().exists() or [*Path().glob(source.data)]
+    if not known and not Path(source.data).is_absolute():
+        raise unknown("file, folder, catalogue entry or other source", source.data, source_names())
+    return None, ""
+
+
+def _pairs(source: Source, held_out: float) -> tuple[Parts, str]:
+    pairs = read_pairs(source.data)
+
+    def parts() -> tuple[Iterable[str], Iterable[str]]:
+        found = split(pairs, held_out=max(1, round(held_out * len(pairs))))
+        made = (tatoeba.translations(rows, source.languages) for rows in (found.train, found.validation))
+        learned, kept = made
+        return learned, kept
+
+    return parts, f"{pairs.fingerprint} {source.languages} {held_out}"
+
+
+def source_names() -> list[str]:
+    """Every name that `data` may have."""
+    texts = [name for name, entry in sources.catalogue.CATALOGUE.items() if entry.gives]
+    return sorted({*chain(texts, tatoeba.names(), [ARITHMETIC])})
+
+
+@contextmanager
+def _named_source(source: Source) -> Iterator[None]:
+    """Errors say which source they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"The source {source.name!r}: {error}") from error
+
+
+Batch = dict[str, Tensor]
+VALIDATION = 20_220_510  # the seed of what is held out, so that runs of different seeds are compared on the same
+
+
+@dataclass(frozen=True)
+class WeightedSource:
+    """A source's name, its share of all rows, and its ids."""
+
+    name: str
+    weight: float | int
+    shards: Shards
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that is measured of each source's held-out text: the loss of `task`, times `scale(shards)`."""
+
+    task: CorruptionTask
+    scale: Callable[[Shards], float] = lambda shards: 1.0
+
+
+class MixedText:
+    """Training data out of several sources: after any number of rows each has its share of them (`keifu.data.batching`).
+
+    Each source is cut into windows and read in epochs as by `PackedText`, a small one more often; a batch is a function
+    of the seed and the step alone. `task` makes rows of the windows. `batch_size` may grow over the steps.
+
+    `validation` gives batches for the loss of the task, of held-out windows by the same shares, and then for each check
+    and each source some of its held-out windows. "figure" [row] is 0 for the former and else the place, counted from 1,
+    in `figures`, the names `source/check`; "factor" [row] is what the batch's summed loss is multiplied with so that
+    the sum of all, divided by the elements of the former, is that figure (see `keifu.training.objectives.language_modeling.masked_share_loss`).
+    Of each source `check_rows` windows are measured, spread evenly; `context_length` tokens are in each.
+    """
+
+    def __init__(
+        self, sources: Sequence[WeightedSource], task: CorruptionTask, context_length: int, batch_size: int | BatchSizeSchedule, seed: int = 0,
+        checks: Mapping[str, Check] | None = None, validation_rows: int = 256, check_rows: int = 32,
+    ):  # fmt: skip
+        self.growth = batch_size if isinstance(batch_size, BatchSizeSchedule) else batch_size_stages((), batch_size)
+        self.sources, self.task, self.seed = sources, task, seed
+        self.checks, self.context_length = checks or {}, context_length
+        self.validation_rows, self.check_rows = validation_rows, check_rows
+        self.weights = np.array([source.weight for source in sources])
+        seeds = (seed * len(sources) + n for n in range(len(sources)))
+        self._packed = [PackedText(s.shards, task.width - 1, 1, n) for s, n in zip(sources, seeds, strict=True)]
+        self.figures = [f"{source.name}/{check}" for check in self.checks for source in sources]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all texts, their weights, and what else the batches depend on."""
+        facts = [f"{s.name} {s.weight} {s.shards.fingerprint}" for s in self.sources]
+        facts += [self.task.name, f"{self.growth} {self.seed}"]
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0: the same in every process, whatever came before."""
+        if step < 0:
+            raise UserError(f"The step is {step}, but steps are counted from 0.")
+        taken = interleave(self.weights, self.growth.before(step), self.growth.before(step + 1))
+        windows = np.empty((len(taken.whose), self.task.width), np.int64)
+        for place, packed in enumerate(self._packed):
+            rows = np.flatnonzero(taken.whose == place)
+            if len(rows):
+                windows[rows] = packed.windows(taken.numbers[rows])
+        return _tensors(self.task.rows(windows, taken.numbers, np.random.default_rng([self.seed, step])))
+
+    def largest(self) -> Batch:
+        """A batch of the most rows."""
+        return self.batch(self.growth.largest)
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often each source's windows come in so many steps; a whole number of times and a part."""
+        whose = np.ceil(self.growth.before(steps) * self.weights)
+        return {
+            source.name: float(count) / packed.windows_per_epoch
+            for source, count, packed in zip(self.sources, whose, self._packed, strict=True)
+        }
+
+    def validation(self) -> Iterator[Batch]:
+        """See the class; always the same."""
+        yield from self._own
+        units = float(sum(elements(batch) for batch in self._own))
+        for place, (check, source) in enumerate((c, s) for c in self.checks.values() for s in self.sources):
+            windows = held_out(source.shards, self.context_length, self.check_rows)[:, : check.task.width]
+            made = batches(check.task, windows, max(self.growth.rows))
+            factor = check.scale(source.shards) * units / sum(elements(batch) for batch in made)
+            for batch in made:
+                yield batch | _marks(len(next(iter(batch.values()))), place + 1, factor)
+
+    @cached_property
+    def _own(self) -> list[Batch]:
+        """Held-out windows of all sources by their weights, for the loss of the task itself."""
+        numbers = np.arange(self.validation_rows)
+        whose, windows = source_of_row(self.weights, numbers), np.empty((len(numbers), self.task.width), np.int64)
+        for place, packed in enumerate(self._packed):
+            rows = np.flatnonzero(whose == place)
+            kept = packed.held_out
+            windows[rows] = kept[np.arange(len(rows)) * max(1, len(kept) // max(1, len(rows))) % len(kept)]
+        made = batches(self.task, windows, max(self.growth.rows))
+        return [batch | _marks(len(next(iter(batch.values()))), 0, 1.0) for batch in made]
+
+
+def held_out(shards: Shards, context_length: int, rows: int) -> np.ndarray:
+    """At most so many windows of `context_length` tokens out of the held-out part, spread evenly, [row, place]."""
+    return PackedText(shards, context_length - 1, 1, validation_tokens=rows * (context_length - 1)).held_out
+
+
+def batches(task: CorruptionTask, windows: np.ndarray, size: int) -> list[Batch]:
+    """The windows as rows, always the same, `size` of them at a time."""
+    random, numbers = np.random.default_rng(VALIDATION), np.arange(len(windows))
+    whole = _tensors(task.rows(windows.astype(np.int64), numbers, random))
+    starts = range(0, len(windows), size)
+    return [{name: tensor[start : start + size] for name, tensor in whole.items()} for start in starts]
+
+
+def elements(batch: Batch) -> int:
+    """How many tokens of a batch are predicted."""
+    mask = batch.get("mask", batch.get("target_mask"))
+    return batch["tokens"][:, 1:].numel() if mask is None else int(mask[:, 1:].sum())
+
+
+def _marks(rows: int, figure: int, factor: float) -> Batch:
+    return {"figure": torch.full((rows,), figure), "factor": torch.full((rows,), factor)}
+
+
+def _tensors(rows: Rows) -> Batch:
+    return {name: torch.from_numpy(array) for name, array in rows.items()}

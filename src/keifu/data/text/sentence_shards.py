@@ -1,0 +1,188 @@
+"""Documents as sentences of token ids on disk, once, memory-mapped ever after; it knows no model and no masks.
+
+Axes: token (all documents one behind the other), sentence, document.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keifu.data.catalogue.download import build_once, cache
+from keifu.data.progress import counting
+from keifu.data.text import documents as sources
+from keifu.data.text.documents import PLAIN, TextFormat, chunks
+from keifu.data.text.token_shards import TextTokenizer, apart
+from keifu.errors import UserError
+from keifu.files import write_atomic
+
+FORMAT = 1  # goes up when the same source would give other sentences than before
+MANY = 100  # documents; where there are fewer, each counts as several
+PART = 32  # sentences of such a part
+CHUNK = 1 << 22  # characters that are encoded at a time, in parallel
+PARTS = "training", "validation"
+Splitter = Callable[[str], list[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Sentences:
+    """`tokens` of all sentences; sentence s is tokens[starts[s]:starts[s + 1]], document d has the sentences from
+    documents[d] to documents[d + 1]."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    documents: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> "Sentences":
+        """These documents alone."""
+        first, last = self.documents[chosen], self.documents[chosen + 1]
+        sizes = np.diff(self.starts)
+        spans = zip(self.starts[first], self.starts[last], strict=True)
+        kept = [sizes[a:b] for a, b in zip(first, last, strict=True)]
+        tokens = [self.tokens[a:b] for a, b in spans]
+        return Sentences(_join(tokens, np.int32), _bounds(_join(kept, np.int64)), _bounds(last - first))
+
+
+@dataclass(frozen=True, eq=False)
+class SentenceShards:
+    """A source as sentences to train on and sentences held out, and the index of facts."""
+
+    training: Sentences
+    validation: Sentences
+    index: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hexadecimal hash of the content, the tokenizer and the settings that made the ids."""
+        return self.index["fingerprint"]
+
+
+def prepare_sentences(
+    source: str | Path,
+    tokenizer: TextTokenizer,
+    split: Splitter,
+    cache_dir: str | Path | None = None,
+    held_out: float = 0.05,
+    seed: int = 0,
+    form: TextFormat = PLAIN,
+    validation: str | Path | None = None,
+) -> SentenceShards:
+    """The sentences of a source (see `keifu.data.text.documents`), made once and found again while nothing has changed.
+
+    `split` cuts a line into sentences; a line's end always ends one. Of every 1 / held_out documents in a row one is
+    held out, chosen by the seed. Where a source has fewer than 100 documents, each counts as several of 32 sentences.
+    """
+    if not 0 < held_out <= 0.5:
+        raise UserError(f"held_out is {held_out}, but the fraction kept must be above 0 and at most 0.5.")
+    settings = {
+        "format": FORMAT, "content": sources.content_hash(source, form), "tokenizer": tokenizer.fingerprint,
+        "split": split.__qualname__, "held_out": held_out, "seed": seed, **form.settings(),
+    }  # fmt: skip
+    if validation is not None:
+        settings |= {"validation": apart(source, validation, form), "held_out": 0}
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    folder = Path(cache_dir or cache() / "sentences") / f"{Path(source).stem or 'text'}-{fingerprint[:16]}"
+    if not (folder / "index.json").is_file():
+        with build_once(folder) as place:
+            if not (folder / "index.json").is_file():
+                facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
+                made = _encode(source, tokenizer, split, form)
+                held = None if validation is None else _encode(validation, tokenizer, split, form)
+                shutil.rmtree(folder, ignore_errors=True)
+                _write(_two_parts(made, facts) if held is None else (made, held), place / "new", facts)
+                (place / "new").rename(folder)
+    return _open(folder)
+
+
+def _encode(source: str | Path, tokenizer: TextTokenizer, split: Splitter, form: TextFormat) -> Sentences:
+    """All sentences that have tokens, of all documents that have sentences."""
+    tokens, sizes, counts, size, done = [], [], [], 0, 0
+    with counting(f"Tokenising {source}, sentence by sentence", None, "characters") as advance:
+        for pieces in chunks(sources.read_chunks(source, form), CHUNK):
+            texts = [list(_sentences(piece.text, split)) for piece in pieces]
+            encoded = iter(tokenizer.encode_batch(list(chain.from_iterable(texts))))
+            for piece, lines in zip(pieces, texts, strict=True):
+                ids = [row for row in (next(encoded) for _ in lines) if row]
+                tokens.append(np.fromiter(chain.from_iterable(ids), np.int32))
+                sizes.append(np.array([len(row) for row in ids], np.int64))
+                size += len(ids)
+                if piece.ends and size:
+                    counts.append(size)
+                    size = 0
+                done += len(piece.text)
+            advance(done)
+    if len(counts) < MANY:
+        counts = [part for count in counts for part in _parts(count)]
+    return Sentences(_join(tokens, np.int32), _bounds(_join(sizes, np.int64)), _bounds(np.array(counts)))
+
+
+def _sentences(text: str, split: Splitter) -> Iterator[str]:
+    return chain.from_iterable(split(line) for line in text.splitlines() if line.strip())
+
+
+def _parts(count: int) -> list[int]:
+    """A document of so many sentences as several of about the same length."""
+    number = math.ceil(count / PART)
+    ends = [count * n // number for n in range(number + 1)]
+    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def _join(parts: list[np.ndarray], kind: Any) -> np.ndarray:
+    return np.concatenate([np.empty(0, kind), *parts])
+
+
+def _bounds(sizes: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+
+def _held(count: int, share: float, seed: int) -> np.ndarray:
+    """Which documents are held out: of every 1 / share in a row, one."""
+    random, firsts = np.random.default_rng([seed]), range(math.floor(count * share))
+    blocks = [(math.ceil(block / share), math.ceil((block + 1) / share)) for block in firsts]
+    return np.array([random.integers(first, after) for first, after in blocks], np.int64)
+
+
+def _two_parts(made: Sentences, facts: dict[str, Any]) -> tuple[Sentences, Sentences]:
+    """What is trained on and what is held out of it."""
+    count, settings = len(made.documents) - 1, facts["settings"]
+    held = _held(count, settings["held_out"], settings["seed"])
+    if count - len(held) < 2 or not len(held):
+        raise UserError(
+            f"{facts['source']} has {count} documents of {PART} sentences or less: too few to hold out "
+            f"{settings['held_out']:.0%} of them; give more text, or hold out a larger share."
+        )
+    return made.take(np.setdiff1d(np.arange(count), held)), made.take(held)
+
+
+def _write(parts: tuple[Sentences, Sentences], folder: Path, facts: dict[str, Any]) -> None:
+    """The two parts and the index, in a new folder."""
+    from safetensors.numpy import save_file
+
+    for part, taken in zip(PARTS, parts, strict=True):
+        if not (documents := len(taken.documents) - 1):
+            raise UserError(f"The {part} text of {facts['source']} has no sentence: give more text.")
+        facts[part] = {"tokens": len(taken.tokens), "sentences": len(taken.starts) - 1, "documents": documents}
+    folder.mkdir()
+    for part, taken in zip(PARTS, parts, strict=True):
+        save_file({name: np.ascontiguousarray(array) for name, array in vars(taken).items()}, folder / _file(part))
+    write_atomic(folder / "index.json", json.dumps(facts, indent=2) + "\n")
+
+
+def _open(folder: Path) -> SentenceShards:
+    from safetensors.torch import load_file
+
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    loaded = [load_file(folder / _file(part)) for part in PARTS]
+    training, held = (Sentences(**{name: tensor.numpy() for name, tensor in each.items()}) for each in loaded)
+    return SentenceShards(training, held, index)
+
+
+def _file(part: str) -> str:
+    return f"{part}.safetensors"

@@ -1,0 +1,357 @@
+"""A mixture of denoisers: rows of tokens of which a part is hidden and asked for, as UL2 has it; knows no text, no file
+and no model.
+
+Tay et al. (2022), "UL2: Unifying Language Learning Paradigms", table 1. A row begins with a token that names its mode.
+Spans are hidden as in T5 (Raffel et al., 2020): a sentinel stands for each in the inputs, and the targets are each
+sentinel followed by what it hides. Axes: row, place = tokens of a row.
+
+Windows of text as rows to learn from: left to right, or a mixture of denoisers for a decoder or an encoder-decoder.
+
+It knows neither of the two, nor any text or file.
+
+Axes: row, place = tokens of a row.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+from keifu.data.batching import source_of_row
+from keifu.errors import UserError, unknown
+
+REGULAR, EXTREME, SEQUENTIAL = "[NLU]", "[NLG]", "[S2S]"  # the paper's [R], [X] and [S], as its code spells them
+MODES = REGULAR, EXTREME, SEQUENTIAL
+SENTINELS = 100  # T5's number
+
+
+@dataclass(frozen=True)
+class SpanCorruption:
+    """One way to hide tokens: `rate` is the mean share of a text that is hidden, `share` that of the rows it is given.
+
+    span: the mean length of the hidden spans. None hides the end of the text alone (a prefix language model): where it
+    begins is drawn evenly, so that between nothing and 2 · rate of the text is hidden.
+    """
+
+    mode: str
+    rate: float | int
+    span: float | int | None
+    share: float | int = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise unknown("mode of a denoiser", self.mode, MODES)
+        highest = 1.0 if self.span else 0.5
+        if not (0 < self.rate < 1 and self.rate <= highest) or (self.span is not None and self.span < 1):
+            raise UserError(
+                f"A denoiser hides a share between 0 and 1, at most 0.5 where it hides the end of a text, in spans of "
+                f"at least one token; this one has rate {self.rate} and span {self.span}."
+            )
+
+    def counts(self, length: int) -> tuple[int, int]:
+        """How many of `length` tokens are hidden, and in how many spans: always the same, as in T5."""
+        hidden = min(max(round(length * self.rate), 1), length - 1)
+        spans = max(1, round(hidden / self.span)) if self.span else 0
+        return hidden, min(spans, hidden, length - hidden)
+
+
+def ul2(shares: Sequence[float | int] = (0.25, 0.25, 0.5), prefix: float | int = 0.5) -> tuple[SpanCorruption, ...]:
+    """The seven denoisers of UL2's table 1, so that R, X and S have these shares of the rows, evenly within each.
+
+    The paper prints no shares for them: the default is keifu's, for a model that is to write. `prefix` is the mean
+    share of a text that S hides: the table says 0.25, the code in the appendix 0.5.
+    """
+    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(
+            f"The shares of R, X and S are {', '.join(f'{share:g}' for share in shares)}, whose sum is "
+            f"{sum(shares):g}: give three numbers, none below 0, whose sum is 1."
+        )
+    regular = [(REGULAR, 0.15, span, shares[0] / 2) for span in (3, 8)]
+    extreme = [(EXTREME, rate, span, shares[1] / 4) for rate, span in ((0.5, 3), (0.5, 8), (0.15, 64), (0.5, 64))]
+    wanted = [*regular, *extreme, (SEQUENTIAL, prefix, None, shares[2])]
+    return tuple(SpanCorruption(mode, rate, span, share) for mode, rate, span, share in wanted if share > 0)
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """What is needed of a tokenizer."""
+
+    eos_id: int | None
+    pad_id: int | None
+
+    def token_id(self, token: str) -> int:
+        """The id of a token; an unknown one is a `UserError`."""
+        ...
+
+
+def special_tokens(sentinels: int = SENTINELS) -> list[str]:
+    """The tokens that a tokenizer must have: the modes, and a sentinel for each span that a row may have."""
+    return [*MODES, *(f"<extra_id_{n}>" for n in range(sentinels))]
+
+
+@dataclass(frozen=True)
+class Markers:
+    """The ids of the tokens that are put around and into texts; `sentinels` in the order of the spans."""
+
+    modes: Mapping[str, int]
+    sentinels: np.ndarray
+    end: int
+    pad: int
+
+    @classmethod
+    def of(cls, tokenizer: Vocabulary, sentinels: int = SENTINELS) -> "Markers":
+        """The tokenizer's own; one that lacks an end token, a mode or the sentinels is a `UserError`."""
+        if tokenizer.eos_id is None:
+            raise UserError("This tokenizer has no end-of-text token, so nothing can tell where hidden text ends.")
+        ids = [tokenizer.token_id(token) for token in special_tokens(sentinels)]
+        pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        return cls(dict(zip(MODES, ids, strict=False)), np.array(ids[len(MODES) :]), tokenizer.eos_id, pad)
+
+
+def random_spans(rows: int, length: int, hidden: int, spans: int, random: np.random.Generator) -> np.ndarray:
+    """Which places are hidden [row, length]: in each row `hidden` of them in `spans` runs, of which no two touch.
+
+    A row begins with what is kept and ends with what is hidden, and all such rows are equally likely (T5's
+    `random_spans_noise_mask`).
+    """
+    runs = np.empty((rows, 2 * spans), np.int64)
+    runs[:, 0::2] = _segments(rows, length - hidden, spans, random)
+    runs[:, 1::2] = _segments(rows, hidden, spans, random)
+    kinds = np.tile([False, True], rows * spans)
+    return np.repeat(kinds, runs.ravel()).reshape(rows, length)
+
+
+def _segments(rows: int, items: int, segments: int, random: np.random.Generator) -> np.ndarray:
+    """Lengths [row, segment] of at least one, of sum `items`, all divisions equally likely."""
+    cuts = np.argsort(random.random((rows, items - 1)), axis=1)[:, : segments - 1] + 1
+    bounds = np.empty((rows, segments + 1), np.int64)
+    bounds[:, 0], bounds[:, -1] = 0, items
+    bounds[:, 1:-1] = np.sort(cuts, axis=1)
+    return np.diff(bounds, axis=1)
+
+
+def corrupt(tokens: np.ndarray, hidden: np.ndarray, sentinels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets of rows with equally many hidden tokens and spans, each span after something kept.
+
+    Inputs: the tokens with the sentinel of each span in its place. Targets: each sentinel and what it stands for.
+    """
+    before = np.zeros_like(hidden)
+    before[:, 1:] = hidden[:, :-1]
+    first = hidden & ~before  # of a span
+    last = np.roll(first, -1, axis=1)  # of what is kept before a span
+    names = sentinels[np.cumsum(first, axis=1) - 1]
+    following = sentinels[np.minimum(np.cumsum(first, axis=1), len(sentinels) - 1)]
+    inputs = np.where(first, names, tokens)[~hidden | first]
+    targets = np.where(last, following, tokens)[hidden | last]
+    return inputs.reshape(len(tokens), -1), targets.reshape(len(tokens), -1)
+
+
+Rows = dict[str, np.ndarray]
+Windows = Int[np.ndarray, "row place"]
+
+
+@runtime_checkable
+class CorruptionTask(Protocol):
+    """What is made of windows of `width` tokens. `name` says all that the rows depend on beside text and randomness."""
+
+    width: int
+    name: str
+
+    def rows(self, windows: Windows, numbers: np.ndarray, random: np.random.Generator) -> Rows:
+        """The windows as rows; `numbers` counts each among those of its source."""
+        ...
+
+
+class CausalBatches:
+    """Every token from those before it: {"tokens": [row, context_length + 1]}.
+
+    `mode`: the id of a token that is put before each window, where the model was trained with one; the first token
+    behind it is then not predicted ("mask"), as without a mode it cannot be.
+    """
+
+    def __init__(self, context_length: int, mode: int | None = None):
+        self.mode, self.width = mode, context_length + (mode is None)
+        self.name = f"left to right, {self.width} tokens after {mode}"
+
+    def rows(self, windows: Windows, numbers: np.ndarray, random: np.random.Generator) -> Rows:
+        if self.mode is None:
+            return {"tokens": windows.astype(np.int64)}
+        tokens = np.concatenate([np.full((len(windows), 1), self.mode), windows], axis=1).astype(np.int64)
+        return {"tokens": tokens, "mask": np.broadcast_to(np.arange(tokens.shape[1]) > 1, tokens.shape).copy()}
+
+
+class SpanCorruptionBatches:
+    """A mixture of denoisers over windows, in the form of a decoder's or an encoder-decoder's rows.
+
+    Of a source's rows each denoiser is given its share, exactly (see `keifu.data.batching`). A denoiser whose sentinels
+    leave room for fewer tokens than a window has takes a run of it that begins anywhere.
+    """
+
+    def __init__(self, denoisers: Sequence[SpanCorruption], form: "DecoderRows | EncoderDecoderRows"):
+        self.denoisers, self.form = tuple(denoisers), form
+        self.shares = np.array([denoiser.share for denoiser in denoisers])
+        if form.places < LEAST:
+            raise UserError(f"The context is {form.places} tokens, and a mixture of denoisers needs {LEAST} or more.")
+        self._lengths = [form.length(denoiser) for denoiser in denoisers]
+        for denoiser, length in zip(self.denoisers, self._lengths, strict=True):
+            spans = denoiser.counts(length)[1]
+            if spans > len(form.markers.sentinels):
+                raise UserError(
+                    f"A row of {form.places} tokens has {spans} hidden spans, and the tokenizer has "
+                    f"{len(form.markers.sentinels)} sentinels: shorten the context, or learn more sentinels."
+                )
+        self.width = max(self._lengths)
+        self.name = f"{type(form).__name__} of {form.places} places: {self.denoisers}"
+
+    def rows(self, windows: Windows, numbers: np.ndarray, random: np.random.Generator) -> Rows:
+        """See `CorruptionTask`; rows of one denoiser are computed together."""
+        chosen = source_of_row(self.shares, numbers)
+        parts = [(n, np.flatnonzero(chosen == n)) for n in range(len(self.denoisers))]
+        made = [(rows, self._corrupted(n, windows[rows], random)) for n, rows in parts if len(rows)]
+        joined = {}
+        for name, first in made[0][1].items():
+            joined[name] = np.empty((len(windows), *first.shape[1:]), first.dtype)
+            for rows, part in made:
+                joined[name][rows] = part[name]
+        return joined
+
+    def _corrupted(self, number: int, windows: Windows, random: np.random.Generator) -> Rows:
+        denoiser, length = self.denoisers[number], self._lengths[number]
+        mode = self.form.markers.modes[denoiser.mode]
+        offsets = random.integers(self.width - length + 1, size=(len(windows), 1))
+        tokens = np.take_along_axis(windows, offsets + np.arange(length), axis=1).astype(np.int64)
+        hidden, spans = denoiser.counts(length)
+        if denoiser.span is None:
+            least = min(max(1, round((1 - 2 * denoiser.rate) * (length - 1))), length - 1)
+            return self.form.cut(mode, tokens, random.integers(least, length, size=len(tokens)))
+        places = random_spans(len(tokens), length, hidden, spans, random)
+        return self.form.rows(mode, *corrupt(tokens, places, self.form.markers.sentinels), ends=True)
+
+
+class InfillingExamples:
+    """The same rows as of a mixture of denoisers for a decoder, of which the hidden tokens alone are predicted, without
+    the sentinels before them and the end behind them: what can be compared with a loss from left to right."""
+
+    def __init__(self, denoising: SpanCorruptionBatches):
+        self.denoising, self.width, self.name = denoising, denoising.width, f"hidden tokens: {denoising.name}"
+
+    def rows(self, windows: Windows, numbers: np.ndarray, random: np.random.Generator) -> Rows:
+        rows, markers = self.denoising.rows(windows, numbers, random), self.denoising.form.markers
+        return rows | {"mask": rows["mask"] & ~np.isin(rows["tokens"], [*markers.sentinels, markers.end])}
+
+
+LEAST = 16  # places of a row
+
+
+class DecoderRows:
+    """Rows for a decoder: mode, inputs, targets and an end in one sequence of at most `context_length` + 1 tokens.
+
+    A batch has "tokens" [row, place] and "mask", True on targets, which alone are predicted (see
+    `keifu.training.objectives.language_modeling`). Where a text's end is hidden no end follows: the text went on.
+    """
+
+    def __init__(self, markers: Markers, context_length: int):
+        self.markers, self.places = markers, context_length + 1
+
+    def length(self, denoiser: SpanCorruption) -> int:
+        """The most tokens of text that a row has room for."""
+        if denoiser.span is None:
+            return self.places - 1
+        return _longest(self.places, lambda n: n + 2 * denoiser.counts(n)[1] + 2)
+
+    def rows(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool) -> Rows:
+        """Rows of equally many inputs and equally many targets."""
+        count, prefix = len(inputs), 1 + inputs.shape[1]
+        tokens = np.full((count, self.places), self.markers.pad, np.int64)
+        tokens[:, 0], tokens[:, 1:prefix] = mode, inputs
+        stop = prefix + targets.shape[1]
+        tokens[:, prefix:stop] = targets
+        tokens[:, stop : stop + ends] = self.markers.end
+        mask = np.zeros(tokens.shape, bool)
+        mask[:, prefix : stop + ends] = True
+        return {"tokens": tokens, "mask": mask}
+
+    def cut(self, mode: int, tokens: np.ndarray, cuts: np.ndarray) -> Rows:
+        """Rows whose hidden end begins at `cuts`."""
+        rows = self.rows(mode, tokens[:, :0], tokens, ends=False)
+        return rows | {"mask": rows["mask"] & (np.arange(self.places) > cuts[:, None])}
+
+
+class CausalRows(DecoderRows):
+    """The texts of a decoder's rows as they were, for a model that reads from left to right: "mask" is True on the
+    hidden tokens of `InfillingExamples`, of which it knows only what stands before them."""
+
+    def rows(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool) -> Rows:
+        """The text again: what is kept of each run, and then what was hidden after it."""
+        marks = [np.isin(side, self.markers.sentinels) for side in (inputs, targets)]
+        runs = [2 * np.cumsum(marks[0], axis=1), 2 * np.cumsum(marks[1], axis=1) - 1]
+        kept, hidden = (side[~mark].reshape(len(side), -1) for side, mark in zip((inputs, targets), marks, strict=True))
+        keys = [run[~mark].reshape(len(run), -1) for run, mark in zip(runs, marks, strict=True)]
+        order = np.argsort(np.concatenate(keys, axis=1), axis=1, kind="stable")
+        text = np.take_along_axis(np.concatenate([kept, hidden], axis=1), order, axis=1)
+        mask = (order >= kept.shape[1]) & (text != self.markers.end)
+        return {"tokens": _pad_wider(text, self.places), "mask": _pad_wider(mask, self.places).astype(bool)}
+
+
+class EncoderDecoderRows:
+    """Rows for an encoder-decoder that takes `context_length` tokens on each side.
+
+    A batch is what `keifu.training.objectives.language_modeling.translation` takes: "source", the mode and the inputs; "target", the
+    token `start`, the targets and an end; both padded, with masks that are True on real tokens.
+    """
+
+    def __init__(self, markers: Markers, context_length: int, start: int):
+        self.markers, self.places, self.start = markers, context_length, start
+
+    def length(self, denoiser: SpanCorruption) -> int:
+        """The most tokens of text that both sides have room for, but less than a side's."""
+        if denoiser.span is None:
+            return self.places - 1
+
+        def needed(length: int) -> int:
+            hidden, spans = denoiser.counts(length)
+            return 1 + max(spans + max(length - hidden, hidden), length)
+
+        return _longest(self.places, needed)
+
+    def rows(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool) -> Rows:
+        """Rows of equally many inputs and equally many targets."""
+        source = np.concatenate([np.full((len(inputs), 1), mode), inputs], axis=1)
+        target = np.concatenate([np.full((len(targets), 1), self.start), targets], axis=1)
+        sizes = [np.full(len(inputs), side.shape[1]) for side in (source, target)]
+        return self._padded(source, target, sizes[0], sizes[1], ends)
+
+    def cut(self, mode: int, tokens: np.ndarray, cuts: np.ndarray) -> Rows:
+        """Rows whose hidden end begins at `cuts`."""
+        length = tokens.shape[1]
+        moved = (cuts[:, None] + np.arange(length)) % length  # the hidden end comes first
+        begun = np.concatenate([np.full((len(tokens), 1), self.start), np.take_along_axis(tokens, moved, 1)], axis=1)
+        read = np.concatenate([np.full((len(tokens), 1), mode), tokens], axis=1)
+        return self._padded(read, begun, 1 + cuts, 1 + length - cuts, ends=False)
+
+    def _padded(self, source: np.ndarray, target: np.ndarray, read: np.ndarray, begun: np.ndarray, ends: bool) -> Rows:
+        """Both sides, of which each row has so many real tokens, in tables of one size for all rows of a run."""
+        places = np.arange(self.places + 1)
+        sides = {"source": _pad_wider(source, self.places), "target": _pad_wider(target, self.places + 1)}
+        masks = {"source": places[:-1] < read[:, None], "target": places < (begun + ends)[:, None]}
+        if ends:
+            sides["target"][np.arange(len(target)), begun] = self.markers.end
+        for name, side in sides.items():
+            side[~masks[name]] = self.markers.pad
+        return sides | {f"{name}_mask": mask for name, mask in masks.items()}
+
+
+def _pad_wider(tokens: np.ndarray, places: int) -> np.ndarray:
+    table = np.zeros((len(tokens), places), np.int64)
+    table[:, : tokens.shape[1]] = tokens[:, :places]
+    return table
+
+
+def _longest(places: int, needed: Callable[[int], int]) -> int:
+    """The largest number of tokens for which no more than `places` are needed."""
+    length = 2
+    while needed(length + 1) <= places:
+        length += 1
+    return length

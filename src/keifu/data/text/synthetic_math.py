@@ -1,0 +1,142 @@
+"""Sums in words and digits with the steps to their answers, made on the spot, each step checkable; knows no token.
+
+A problem is a question, steps that are equations of two numbers, and an answer, for instance:
+    Question: 47 + 38 = ?
+    7 + 8 = 15
+    40 + 30 = 70
+    70 + 15 = 85
+    Answer: 85
+
+Chains of sums and differences, made on the spot, in the form of reasoning-gym's chain_sum; knows no token.
+
+They are not that library's own problems: the numbers are drawn and the question is worded here.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from zlib import crc32
+
+from keifu.errors import UserError
+
+OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+NAMES = ("Aiko", "Ben", "Clara", "Daisuke", "Emma", "Hugo", "Ines", "Kenji", "Lars", "Mia", "Nora", "Yuki")
+THINGS = ("apples", "books", "coins", "eggs", "pencils", "shells", "stamps", "tickets")
+PROBLEMS = 8  # of a document
+VERSION = 1  # goes up when the same numbers would give other problems
+
+
+class Problem(NamedTuple):
+    """A question, equations that lead to its answer, and the answer."""
+
+    question: str
+    steps: tuple[str, ...]
+    answer: int
+
+    def text(self) -> str:
+        """As a model reads it."""
+        return "\n".join((f"Question: {self.question}", *self.steps, f"Answer: {self.answer}"))
+
+
+def problem(number: int, seed: int = 0) -> Problem:
+    """The problem with that number: the same for the same seed, whatever came before."""
+    chance = random.Random(f"{seed}:{number}")
+    return chance.choice((_sum, _difference, _product, _chain, _shopping, _giving))(chance)
+
+
+def documents(count: int, held_out: float, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Documents of eight of the first `count` problems, to learn from and held out; no question is in both."""
+    both: tuple[dict[str, Problem], dict[str, Problem]] = {}, {}
+    for number in range(count):
+        found = problem(number, seed)
+        both[crc32(found.question.encode()) < held_out * 2**32][found.question] = found
+    learned, kept = ([*_eights([*part.values()])] for part in both)
+    return learned, kept
+
+
+def _eights(found: list[Problem]) -> Iterator[str]:
+    for start in range(0, len(found), PROBLEMS):
+        yield "\n\n".join(each.text() for each in found[start : start + PROBLEMS])
+
+
+def _step(left: int, sign: str, right: int) -> tuple[str, int]:
+    """An equation, and what is on its right."""
+    result = OPERATIONS[sign](left, right)
+    return f"{left} {sign} {right} = {result}", result
+
+
+def _solve(question: str, *steps: tuple[str, int]) -> Problem:
+    return Problem(question, tuple(text for text, _ in steps), steps[-1][1])
+
+
+def _sum(chance: random.Random) -> Problem:
+    """Ones, tens and hundreds apart, then together."""
+    digits = chance.choice((1, 2, 2, 3))
+    a, b = chance.randrange(10**digits), chance.randrange(10**digits)
+    parts = [_step(a // p % 10 * p, "+", b // p % 10 * p) for p in (10**n for n in range(digits))]
+    steps, total = [parts[0]], parts[0][1]
+    for part in parts[1:]:
+        steps += [part, _step(part[1], "+", total)]
+        total = steps[-1][1]
+    return _solve(f"{a} + {b} = ?", *steps)
+
+
+def _difference(chance: random.Random) -> Problem:
+    """The tens first, then the ones."""
+    a, b = chance.randrange(200), chance.randrange(100)
+    tens, ones = b // 10 * 10, b % 10
+    first = _step(a, "-", tens)
+    return _solve(f"{a} - {b} = ?", first, _step(first[1], "-", ones))
+
+
+def _product(chance: random.Random) -> Problem:
+    """Tens times a digit, ones times a digit, and both together."""
+    a, b = chance.randrange(10, 100), chance.randrange(2, 10)
+    tens, ones = _step(a // 10 * 10, "*", b), _step(a % 10, "*", b)
+    return _solve(f"{a} * {b} = ?", tens, ones, _step(tens[1], "+", ones[1]))
+
+
+def _chain(chance: random.Random) -> Problem:
+    """Three numbers, from left to right."""
+    a, b, c = (chance.randrange(1, 50) for _ in range(3))
+    one, two = chance.choice("+-"), chance.choice("+-")
+    first = _step(a, one, b)
+    return _solve(f"{a} {one} {b} {two} {c} = ?", first, _step(first[1], two, c))
+
+
+def _shopping(chance: random.Random) -> Problem:
+    name, thing = chance.choice(NAMES), chance.choice(THINGS)
+    have, bags, each = chance.randrange(2, 60), chance.randrange(2, 10), chance.randrange(2, 13)
+    bought = _step(bags, "*", each)
+    question = f"{name} has {have} {thing} and buys {bags} bags of {each}. How many {thing} are there now?"
+    return _solve(question, bought, _step(have, "+", bought[1]))
+
+
+def _giving(chance: random.Random) -> Problem:
+    (giver, friend), thing = chance.sample(NAMES, 2), chance.choice(THINGS)
+    have, given, found = chance.randrange(30, 90), chance.randrange(2, 30), chance.randrange(2, 30)
+    left = _step(have, "-", given)
+    question = f"{giver} has {have} {thing}, gives {friend} {given} of them and finds {found} more. How many are left?"
+    return _solve(question, left, _step(left[1], "+", found))
+
+
+# goes up when the same numbers would give other problems
+
+
+def chain_sums(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """`count` different problems, or all that there are: {"prompt": "What is 4 + 3 - 9?", "answer": "-2"}.
+
+    terms: the fewest and the most numbers of a problem. digits: the most that a number has.
+    """
+    if not 2 <= terms[0] <= terms[1] or digits < 1:
+        raise UserError(f"A chain has 2 terms or more, of 1 digit or more, and not {terms} terms of {digits}.")
+    seen: set[str] = set()
+    for number in range(20 * count):  # few problems are found again and again
+        chance = random.Random(f"{VERSION}:{seed}:{number}")
+        values = [chance.randrange(10**digits) for _ in range(chance.randint(*terms))]
+        signs = [chance.choice("+-") for _ in values[1:]]
+        chain = f"{values[0]}" + "".join(f" {s} {v}" for s, v in zip(signs, values[1:], strict=True))
+        if chain not in seen and len(seen) < count:
+            seen.add(chain)
+            signed = (v if s == "+" else -v for s, v in zip(signs, values[1:], strict=True))
+            yield {"prompt": f"What is {chain}?", "answer": str(values[0] + sum(signed))}

@@ -1,0 +1,311 @@
+"""Text into token ids on disk, once, memory-mapped ever after; it knows no model and no training.
+
+The ids of all documents follow each other, with the tokenizer's end-of-text id between two documents. They are raw
+little-endian integers of 16 bits, or 32 where the vocabulary is larger, beside an index in JSON.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from keifu.data.catalogue.download import build_once, cache
+from keifu.data.progress import counting
+from keifu.data.text import documents as sources
+from keifu.data.text.documents import PLAIN, TextChunk, TextFormat, chunks, documents
+from keifu.errors import UserError
+from keifu.files import write_atomic
+
+__all__ = ["Shards", "TextTokenizer", "documents", "prepare", "prepare_parts"]
+
+FORMAT = 1  # goes up when the same source would give other ids than before
+MANY = 100  # documents, from which on whole ones are held out
+CHUNK = 1 << 22  # characters that are encoded at a time, in parallel
+PARTS = "training", "validation"
+
+
+@runtime_checkable
+class TextTokenizer(Protocol):
+    """What is needed of a tokenizer here."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with everything that encoding depends on."""
+        ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without any that are put around it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A source as ids: `tokens` to train on and `validation` held out, both memory-mapped, and the index of facts."""
+
+    directory: Path
+    tokens: np.ndarray
+    validation: np.ndarray
+    index: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hexadecimal hash of the content, the tokenizer and the settings that made the ids."""
+        return self.index["fingerprint"]
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids that the tokenizer has."""
+        return self.index["vocab_size"]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of the held-out text divided by its tokens, end-of-text ids included."""
+        return self.index["validation"]["bytes"] / self.index["validation"]["tokens"]
+
+    def bits_per_byte(self, loss: float) -> float:
+        """A loss on the held-out text, in nats a token, as bits a byte: comparable between tokenizers."""
+        return loss / math.log(2) / self.bytes_per_token
+
+
+def prepare(
+    source: str | Path,
+    tokenizer: TextTokenizer,
+    cache_dir: str | Path | None = None,
+    held_out: float = 0.05,
+    seed: int = 0,
+    form: TextFormat = PLAIN,
+    validation: str | Path | None = None,
+) -> Shards:
+    """The ids of a source (see `keifu.data.text.documents`), made once and found again while nothing has changed.
+
+    The fraction `held_out` is kept from training. Of 100 documents or more, every 1 / held_out of them in a row lose
+    one, chosen by the seed, so that each part of a mixture is represented. Of fewer, the last characters of the whole
+    text are held out, as in nanoGPT. With a source for `validation`, that is held out, and all of `source` is trained
+    on. `cache_dir` is in the user's cache unless it is given. Faults in the text are
+    `UserError`s that name file and line; nothing is kept of a run that was broken off.
+    """
+    if not 0 < held_out <= 0.5:
+        raise UserError(
+            f"held_out is {held_out}, but the fraction kept for validation must be above 0 and at most 0.5."
+        )
+    settings = {
+        "format": FORMAT, "content": sources.content_hash(source, form), "tokenizer": tokenizer.fingerprint,
+        "held_out": held_out, "seed": seed, "field": "text", **form.settings(),
+    }  # fmt: skip
+    if validation is None:
+        return _find_prepared(source, settings, tokenizer, cache_dir, lambda: _split_documents(source, settings, form))
+    settings |= {"validation": apart(source, validation, form), "held_out": 0}
+    return _find_prepared(source, settings, tokenizer, cache_dir, lambda: _side_by_side(source, validation, form))
+
+
+def apart(source: str | Path, validation: str | Path, form: TextFormat) -> str:
+    """The content hash of a source that is held out from another; the same content as that is a `UserError`."""
+    content = sources.content_hash(validation, form)
+    if content == sources.content_hash(source, form):
+        raise UserError(f"{validation} holds the same as {source}, which is trained on: give another for validation.")
+    return content
+
+
+def prepare_parts(
+    name: str,
+    content: str,
+    parts: Callable[[], tuple[Iterable[str], Iterable[str]]],
+    tokenizer: TextTokenizer,
+    cache_dir: str | Path | None = None,
+) -> Shards:
+    """The same for documents of which it is known which are for training and which are held out.
+
+    name: what errors and the folder call them. content: changes whenever the documents do. parts: gives both; it is
+    called only where the ids must be made.
+    """
+
+    def parted() -> Parted:
+        whole = [TextChunk(text, True, part) for part, texts in enumerate(parts()) for text in texts]
+        return iter(whole), len(whole), sum(len(piece.text) for piece in whole)
+
+    settings = {"format": FORMAT, "content": content, "tokenizer": tokenizer.fingerprint, "parts": "given"}
+    return _find_prepared(name, settings, tokenizer, cache_dir, parted)
+
+
+Parted = tuple[Iterator[TextChunk], int, int]  # pieces with their parts, the number of documents and of characters
+
+
+def _find_prepared(
+    source: str | Path,
+    settings: dict[str, Any],
+    tokenizer: TextTokenizer,
+    cache_dir: str | Path | None,
+    parted: Callable[[], Parted],
+) -> Shards:
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    name = Path(source).stem.replace("*", "") or "text"
+    folder = Path(cache_dir or cache() / "tokens") / f"{name}-{fingerprint[:16]}"
+    if not _whole(folder):
+        with build_once(folder) as place:
+            if not _whole(folder):
+                facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
+                _make(source, parted(), tokenizer, place / "new", facts)
+                shutil.rmtree(folder, ignore_errors=True)  # there only when it was damaged
+                (place / "new").rename(folder)
+    return _open(folder)
+
+
+def _whole(folder: Path) -> bool:
+    """Whether all files are there and as long as the index says."""
+    if not (folder / "index.json").is_file():
+        return False
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    width = np.dtype(index["dtype"]).itemsize
+    return all(
+        (folder / f"{part}.bin").is_file() and (folder / f"{part}.bin").stat().st_size == index[part]["tokens"] * width
+        for part in PARTS
+    )
+
+
+def _open(folder: Path) -> Shards:
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    tokens, validation = (np.memmap(folder / f"{part}.bin", dtype=index["dtype"], mode="r") for part in PARTS)
+    return Shards(folder, tokens, validation, index)
+
+
+def _side_by_side(source: str | Path, validation: str | Path, form: TextFormat) -> Parted:
+    """The documents of one source for training, and of another for validation."""
+    sizes = [_measure(sources.read_chunks(each, form)) for each in (source, validation)]
+    count, characters = (sum(each) for each in zip(*sizes, strict=True))
+    held = (replace(piece, part=1) for piece in _describe(sources.read_chunks(validation, form)))
+    return chain(_describe(sources.read_chunks(source, form)), held), count, characters
+
+
+def _split_documents(source: str | Path, settings: dict[str, Any], form: TextFormat) -> Parted:
+    """The documents of a source, each with the part that it falls to."""
+    count, characters = _measure(sources.read_chunks(source, form))
+    pieces = _describe(sources.read_chunks(source, form))
+    share, seed = settings["held_out"], settings["seed"]
+    parted = _by_document(pieces, share, seed) if count >= MANY else _by_tail(pieces, int(characters * (1 - share)))
+    return parted, count, characters
+
+
+def _make(source: str | Path, found: Parted, tokenizer: TextTokenizer, folder: Path, facts: dict[str, Any]) -> None:
+    """Writes the ids of both parts and the index into a new folder."""
+    parted, count, characters = found
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    separator = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
+    if separator is None and count > 1:
+        print("This tokenizer has no end-of-text token: nothing marks where a document ends.", file=sys.stderr)
+    folder.mkdir()
+    writers = [_Writer(folder / f"{part}.bin", dtype, separator) for part in PARTS]
+    with counting(f"Tokenising {source}", characters, "characters") as advance:
+        written = 0
+        for chunk in chunks(parted, CHUNK):
+            _write(chunk, tokenizer, writers)
+            written += sum(len(piece.text) for piece in chunk)
+            advance(written)
+    totals = {part: writer.close() for part, writer in zip(PARTS, writers, strict=True)}
+    _need_both(totals, source)
+    index = {**facts, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "separator": separator, **totals}
+    write_atomic(folder / "index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _measure(pieces: Iterable[TextChunk]) -> tuple[int, int]:
+    """Documents and characters; read before anything is encoded, so that a fault shows at once."""
+    count = characters = 0
+    for piece in _describe(pieces):
+        count += piece.ends
+        characters += len(piece.text)
+    return count, characters
+
+
+def _describe(pieces: Iterable[TextChunk]) -> Iterator[TextChunk]:
+    """Without the documents that are empty or blank."""
+    fresh = True
+    for piece in pieces:
+        if not (fresh and piece.ends and not piece.text.strip()):
+            yield piece
+        fresh = piece.ends
+
+
+def _by_document(pieces: Iterable[TextChunk], share: float, seed: int) -> Iterator[TextChunk]:
+    """Each piece with its part: of every 1 / share documents in a row, one goes to validation."""
+    number, first_after, chosen, block = 0, 0, 0, 0
+    for piece in pieces:
+        if number >= first_after:
+            first, first_after = math.ceil(block / share), math.ceil((block + 1) / share)
+            chosen = first + int(np.random.default_rng([seed, block]).integers(first_after - first))
+            block += 1
+        yield replace(piece, part=int(number == chosen))
+        number += piece.ends
+
+
+def _by_tail(pieces: Iterable[TextChunk], cut: int) -> Iterator[TextChunk]:
+    """Each piece with its part: all characters from `cut` on go to validation."""
+    position = 0
+    for piece in pieces:
+        inside = min(max(cut - position, 0), len(piece.text))
+        position += len(piece.text)
+        if inside:
+            yield TextChunk(piece.text[:inside], piece.ends and inside == len(piece.text), part=0)
+        if inside < len(piece.text):
+            yield TextChunk(piece.text[inside:], piece.ends, part=1)
+
+
+def _write(chunk: list[TextChunk], tokenizer: TextTokenizer, writers: list["_Writer"]) -> None:
+    encoded = tokenizer.encode_batch([piece.text for piece in chunk])
+    for piece, ids in zip(chunk, encoded, strict=True):
+        writers[piece.part].add(piece, ids)
+    for writer in writers:
+        writer.flush()
+
+
+class _Writer:
+    """Appends the ids of one part to its file, and counts."""
+
+    def __init__(self, path: Path, dtype: str, separator: int | None):
+        self.file = path.open("wb")
+        self.dtype = dtype
+        self.separator = [] if separator is None else [separator]
+        self.held: list[list[int]] = []
+        self.between = False  # whether a document has ended, so that the next one must be set apart
+        self.tokens = self.bytes = self.documents = 0
+
+    def add(self, piece: TextChunk, ids: list[int]) -> None:
+        if self.between:
+            self.held.append(self.separator)
+        self.held.append(ids)
+        self.between = piece.ends
+        self.documents += piece.ends
+        self.bytes += len(piece.text.encode())
+
+    def flush(self) -> None:
+        ids = np.fromiter(chain.from_iterable(self.held), dtype=self.dtype)
+        self.tokens += len(ids)
+        self.file.write(ids.tobytes())
+        self.held.clear()
+
+    def close(self) -> dict[str, int]:
+        """What was written; the file is then on the disk."""
+        with self.file as file:
+            file.flush()
+            os.fsync(file.fileno())
+        return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents}
+
+
+def _need_both(totals: dict[str, dict[str, int]], source: str | Path) -> None:
+    if not all(part["tokens"] for part in totals.values()):
+        tokens = sum(part["tokens"] for part in totals.values())
+        raise UserError(
+            f"{source} has {tokens} tokens: too short to hold some out for validation. Give more text (a model learns "
+            "little from fewer than about 10,000 tokens), or name another text with --validation-data."
+        )

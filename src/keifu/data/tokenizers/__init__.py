@@ -1,0 +1,1 @@
+"""Tokenizers: training, encoding, decoding, chat templates, and their files."""

@@ -1,0 +1,153 @@
+"""Byte-level BPE (GPT-2, 2019) and the ways of cutting text into words before it; knows no file format.
+
+Cuts have the names that GGUF files give them (`tokenizer.ggml.pre`); families that cut alike share an entry.
+
+CLIP's tokenizer (Radford et al., 2021): lower case, then merges of bytes inside words that end with a mark.
+
+It knows OpenAI's own file of merges, and learns others; what transformers writes is a tokenizer.json like any other.
+The rules here are transformers'. OpenAI's code moreover repairs text with the package ftfy and reads HTML entities
+(&amp;) before, which changes no clean caption.
+"""
+
+import gzip
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from keifu.data.tokenizers.streaming import byte_alphabet
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError, unknown
+
+# GPT-2: English contractions, letters, digits or signs with a space before them, white space (Radford et al., 2019).
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-4 and after: contractions in either case, a sign may join a word, line ends join the signs before them.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = _WORDS + r"|\p{N}{1,3}" + _REST
+QWEN2 = _WORDS + r"|\p{N}" + _REST
+# o200k and Tekken: words part where a capital follows a small letter.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LEAD, _CONTRACTION = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_SLASHES = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN = f"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*" + r"|\p{N}" + _SLASHES
+GPT4O = f"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTION}|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTION}" + r"|\p{N}{1,3}" + _SLASHES
+
+# Each cut is a list of patterns, each cutting the pieces of the one before; the first name of a row is canonical.
+_ROWS: list[tuple[str, list[str]]] = [
+    ("gpt-2 mpt olmo jais trillion granite-docling phi-2 roberta-bpe", [GPT2]),
+    ("smollm starcoder refact command-r codeshell exaone minerva-7b", [r"\p{N}", GPT2]),
+    ("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe chatglm-bpe", [LLAMA3]),
+    ("qwen2 stablelm2 hunyuan deepseek-r1-qwen megrez", [QWEN2]),
+    ("gpt-4o llama4", [GPT4O]),
+    ("tekken", [TEKKEN]),
+    ("falcon", [r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"]),
+    ("default", [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"]),
+]
+CUTS = {name: patterns for names, patterns in _ROWS for name in names.split()}
+# Families whose words that are tokens as they stand skip the merges (`ignore_merges` of their tokenizer.json).
+WHOLE_WORDS = (LLAMA3, GPT4O, TEKKEN)
+
+
+def pre_tokenizer(cut: str) -> pre_tokenizers.PreTokenizer:
+    """What cuts text into words and spells them in the byte alphabet. An unknown cut is a `UserError`."""
+    if cut not in CUTS:
+        raise unknown("way of cutting text (tokenizer.ggml.pre)", cut, CUTS)
+    patterns = CUTS[cut]
+    if patterns == [GPT2]:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if patterns == [r"\p{N}", GPT2]:
+        digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return pre_tokenizers.Sequence([digits, words])
+    splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def cut_of(backend: tokenizers.Tokenizer) -> str | None:
+    """The canonical name of the way this tokenizer cuts text; None if it has none of the known ways."""
+    if backend.pre_tokenizer is None:
+        return None
+    mine = _shape(backend.pre_tokenizer)
+    return next((names.split()[0] for names, _ in _ROWS if _shape(pre_tokenizer(names.split()[0])) == mine), None)
+
+
+def _shape(cutter: pre_tokenizers.PreTokenizer) -> str:
+    """Its description without what changes no token: offsets, and a sequence of one."""
+    described = json.loads(cutter.__getstate__())
+    steps = described.get("pretokenizers", [described])
+    return json.dumps([{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps], sort_keys=True)
+
+
+def byte_level_backend(
+    vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]], cut: str = "gpt-2"
+) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer from its vocabulary (spelled in the byte alphabet) and its merges, in order."""
+    whole_words = CUTS.get(cut, [""])[0] in WHOLE_WORDS
+    backend = tokenizers.Tokenizer(models.BPE(dict(vocabulary), list(merges), ignore_merges=whole_words))
+    backend.pre_tokenizer = pre_tokenizer(cut)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+MERGES = 48_894  # of the file's lines after the first; the released code leaves the others out
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+Made = tuple[tokenizers.Tokenizer, dict[str, str]]
+
+
+def clip_backend(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> Made:
+    """CLIP's rules around a vocabulary, spelled in the byte alphabet, and its merges, in order."""
+    merging = models.BPE(dict(vocabulary), list(merges), unk_token=END, end_of_word_suffix=WORD_END)
+    backend = tokenizers.Tokenizer(merging)
+    space = normalizers.Replace(Regex(r"\s+"), " ")
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), space, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(Regex(WORDS), "removed", invert=True)
+    spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, spelled])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END)])
+    ends = [(token, vocabulary[token]) for token in (END, START)]
+    backend.post_processor = processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
+    return backend, dict(ROLES)
+
+
+def clip_merges(path: Path, config: Mapping[str, Any]) -> Made:
+    """OpenAI's bpe_simple_vocab_16e6.txt.gz: a line about itself, then a merge a line."""
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : MERGES + 1]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a gzip file of merges: {error}.") from error
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines) if right]
+    if len(merges) < len(lines) or not merges:
+        raise UserError(f"{path} is not OpenAI's file of merges: each line after the first must be two pieces.")
+    return clip_backend(vocabulary_of(merges), merges)
+
+
+def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """The ids that follow from the merges: bytes, bytes that end a word, what each merge makes, the two ends."""
+    letters = list(byte_alphabet())
+    tokens = [*letters, *(letter + WORD_END for letter in letters), *map("".join, merges), START, END]
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer with CLIP's rules and at most `vocab_size` tokens, whose merges are learned from these texts.
+
+    514 tokens are there in any case: 256 bytes, 256 that end a word, and the two ends.
+    """
+    fixed = len(vocabulary_of([]))
+    if vocab_size < fixed:
+        raise UserError(f"vocab_size={vocab_size} is too small: CLIP's rules need at least {fixed} tokens.")
+    backend, _ = clip_backend(vocabulary_of([]), [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size + fixed, min_frequency=2, show_progress=False, end_of_word_suffix=WORD_END,
+        initial_alphabet=list(byte_alphabet()),
+    )  # fmt: skip
+    backend.train_from_iterator(texts, trainer)
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    pairs = [(left, right) for left, right in merges[: vocab_size - fixed]]
+    return Tokenizer(*clip_backend(vocabulary_of(pairs), pairs))

@@ -1,0 +1,192 @@
+"""Chat templates: messages to one text, in Jinja's sandbox, as transformers renders them; knows no token ids.
+
+Which tokens of a text stand between marks, exact to the token; knows no template and not who wrote what.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from itertools import pairwise
+from types import TracebackType
+from typing import Any
+
+import tokenizers
+from jinja2 import Template, TemplateError, nodes
+from jinja2.exceptions import TemplateSyntaxError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from keifu.errors import UserError
+
+# A plain template, for models that are to be taught to chat; the tokenizer needs <|im_start|> and <|im_end|>.
+CHATML = """\
+{%- for message in messages -%}
+<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+
+# One for models without tokens of turns: their end-of-text token ends an answer.
+PLAIN = """\
+{%- for message in messages -%}
+{{ message['role'] | capitalize }}:
+{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' }}
+{% endfor -%}
+{%- if add_generation_prompt -%}
+Assistant:
+{% endif -%}
+"""
+
+
+TURN = ("turn_opening", "turn_closing")  # variables that stand around the assistant's words; unset, they are empty
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}...{% endgeneration %}` marks the assistant's words, for training; it changes no text."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        line = next(parser.stream).lineno
+        words = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        opening, closing = (nodes.Output([nodes.Name(name, "load")], lineno=line) for name in TURN)
+        return [opening, *words, closing]
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: Jinja's own filter would escape the characters of HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=32)
+def compile_template(template: str) -> Template:
+    """The template made ready, once. One that is not Jinja is a `UserError` with the line."""
+    extensions = ["jinja2.ext.loopcontrols", _GenerationTag]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    try:
+        return environment.from_string(template)
+    except TemplateSyntaxError as error:
+        reason = str(error.message).rstrip(".")
+        raise UserError(f"The chat template cannot be read, at its line {error.lineno}: {reason}.") from error
+
+
+def render(
+    template: str | None,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+    variables: Mapping[str, Any],
+) -> str:
+    """The text that the template makes of the messages.
+
+    template: Jinja source; None is a `UserError` that says what can be done.
+    messages: mappings with at least a "role"; entries that are None are left out, as templates expect.
+    variables: what else the template may use: the special tokens by role, `tools`, `documents`, ...
+    """
+    if template is None:
+        raise UserError(
+            "This tokenizer has no chat template, so the model was probably not made to chat: give plain text to "
+            "continue, or set one with tokenizer.with_chat_template(keifu.data.tokenizers.chat_template.CHATML)."
+        )
+    plain = [_plain(message, place) for place, message in enumerate(messages)]
+    if not plain:
+        raise UserError("There is no message to render: give at least one, like {'role': 'user', 'content': 'Hello'}.")
+    given = {"tools": None, "documents": None, **variables}
+    ready = compile_template(template)
+    try:
+        return ready.render(messages=plain, add_generation_prompt=add_generation_prompt, **given)
+    except Exception as error:  # a template is a program: whatever goes wrong in it is told with its line
+        reason = str(error).rstrip(".") or type(error).__name__
+        line = _template_line(error.__traceback__)
+        raise UserError(f"The chat template refuses this conversation, at its line {line}: {reason}.") from error
+
+
+def _plain(message: Any, place: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise UserError(f"Message {place} is {message!r}: each must be like {{'role': 'user', 'content': 'Hello'}}.")
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _template_line(trace: TracebackType | None) -> int:
+    """The line of the template that was running: Jinja gives its frames the template's own line numbers."""
+    line = 0
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def render_marked(
+    template: str | None,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    marks: str,
+    special: Iterable[str],
+) -> str:
+    """The text of a whole conversation in which `marks`, two characters, stand around each answer of the assistant.
+
+    Where the template itself says what that is, with `{% generation %}`, that counts. Otherwise it is what an answer
+    adds to the text that asks for it, but for blank space after a special token, which ends the turn. A template that
+    writes earlier turns otherwise later on is a `UserError` then.
+    """
+    ends = tuple(special)
+    whole = render(template, messages, False, {**variables, **dict(zip(TURN, marks, strict=True))})
+    if marks[0] in whole:
+        return whole
+    spans = []
+    for place, message in enumerate(messages):
+        if message["role"] == "assistant":
+            asked = render(template, messages[:place], True, variables)
+            answered = render(template, messages[: place + 1], False, variables)
+            if not (whole.startswith(answered) and answered.startswith(asked)):
+                raise UserError(
+                    f"This chat template writes a conversation otherwise once message {place} has been answered, so it "
+                    "cannot be told which words are the assistant's: mark them in it with {% generation %}."
+                )
+            turn = answered.rstrip()
+            spans.append((len(asked), len(turn if turn.endswith(ends) else answered)))
+    for start, end in reversed(spans):
+        whole = f"{whole[:start]}{marks[0]}{whole[start:end]}{marks[1]}{whole[end:]}"
+    return whole
+
+
+def encode_turns(backend: tokenizers.Tokenizer, text: str, marks: str) -> tuple[list[int], list[bool]]:
+    """The ids of a text without its marks, and of each id whether it stands between an opening mark and a closing one.
+
+    A token counts that has a character inside, as in transformers' masks of assistant tokens.
+    """
+    pieces = re.split(f"[{re.escape(marks)}]", text)
+    ends = [0]
+    for piece in pieces:
+        ends.append(ends[-1] + len(piece))
+    spans = [span for number, span in enumerate(pairwise(ends)) if number % 2]
+    encoding = backend.encode("".join(pieces), add_special_tokens=False)
+    mask, turn = [], 0
+    for start, end in encoding.offsets:
+        start = min(start, end - 1)  # blank space may have been trimmed off until nothing was left
+        while turn < len(spans) and start >= spans[turn][1]:
+            turn += 1
+        mask.append(turn < len(spans) and end > spans[turn][0])
+    return encoding.ids, mask

@@ -1,0 +1,235 @@
+"""Published tokenizer files read from disk; knows each file's form and nothing of models.
+
+A reader gives a `tokenizers` object and the roles of its special tokens; what stands beside it in a directory
+(tokenizer_config.json, special_tokens_map.json, generation_config.json, chat_template.jinja) is read for all alike.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from keifu.data.tokenizers import bpe
+from keifu.data.tokenizers.bpe import byte_level_backend
+from keifu.data.tokenizers.sentencepiece import backend_from_pieces, parse
+from keifu.data.tokenizers.special_tokens import put_around_text
+from keifu.data.tokenizers.tokenizer import ROLES, Tokenizer
+from keifu.errors import UserError
+
+Read = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token of each role that the file itself names
+GENERATION_CONFIG = "generation_config.json"
+WORD_END, UNKNOWN = "</w>", "<unk>"  # of GPT-1
+BERT_ROLES = dict(zip(("unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+                      ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"), strict=True))  # fmt: skip
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content; one that is not JSON is a `UserError` that names the line."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}.") from error
+
+
+def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> Read:
+    described = read_json(path)
+    model = described.get("model") if isinstance(described, dict) else None
+    if not isinstance(model, dict) or "vocab" not in model:
+        raise UserError(f"{path} has no model with a vocabulary, so it is not a tokenizer.json.")
+    check_ids(_numbered(model["vocab"]), path)
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(described)), {}
+    except Exception as error:  # `tokenizers` raises bare Exceptions
+        raise UserError(f"{path} is not a tokenizer that the tokenizers library reads: {error}.") from error
+
+
+def _numbered(vocabulary: Mapping[str, int] | list[Any]) -> Mapping[str, int]:
+    return vocabulary if isinstance(vocabulary, Mapping) else {entry[0]: n for n, entry in enumerate(vocabulary)}
+
+
+def check_ids(vocabulary: Mapping[str, int], path: Path) -> None:
+    """Refuses a vocabulary that gives one id to two tokens; they would silently become one."""
+    owner: dict[int, str] = {}
+    for token, number in vocabulary.items():
+        if not isinstance(number, int) or owner.setdefault(number, token) != token:
+            other = f", as to {owner[number]!r}" if number in owner else ""
+            raise UserError(f"{path} gives the id {number!r} to the token {token!r}{other}: ids are whole and unique.")
+
+
+def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
+    """GPT-1's and GPT-2's two files: vocab.json (or encoder.json) and beside it merges.txt (or vocab.bpe)."""
+    vocabulary = read_json(path)
+    if not isinstance(vocabulary, dict) or not vocabulary:
+        raise UserError(f"{path} holds no vocabulary: it must be a JSON object from tokens to ids.")
+    check_ids(vocabulary, path)
+    beside = [path.with_name(name) for name in ("merges.txt", "vocab.bpe")]
+    merges_path = next((other for other in beside if other.exists()), None)
+    if merges_path is None:
+        raise UserError(f"{path} is a vocabulary without merges: put merges.txt (or vocab.bpe) beside it.")
+    lines = merges_path.read_text(encoding="utf-8").split("\n")
+    merges = [pair for pair in map(_merge, lines[lines[0].startswith("#version") :]) if pair]
+    unspelled = next((pair for pair in merges if not {*pair, "".join(pair)} <= vocabulary.keys()), None)
+    if unspelled:
+        raise UserError(f"{merges_path} merges {' and '.join(map(repr, unspelled))}, which {path.name} does not have.")
+    if any(token.endswith(WORD_END) for token in vocabulary):
+        return _word_ends(path, vocabulary, merges)
+    backend = byte_level_backend(vocabulary, merges)
+    if "<|endoftext|>" not in vocabulary:
+        return backend, {}
+    backend.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    return backend, {role: "<|endoftext|>" for role in ("bos_token", "eos_token", "unk_token")}
+
+
+def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> Read:
+    """CLIP's rules where its two ends are there, else GPT-1's: BERT's words in lower case, then merges inside each one,
+    whose last piece says that it ends a word.
+
+    (Radford et al., 2018; Sennrich et al., 2016, for the mark.)
+    """
+    if {bpe.START, bpe.END} <= vocabulary.keys():
+        return bpe.clip_backend(vocabulary, merges)
+    if UNKNOWN not in vocabulary:
+        raise UserError(
+            f"{path} marks the ends of words by {WORD_END} as GPT-1 does, but has no {UNKNOWN}, so its rules are "
+            "others, which this file does not tell: use the tokenizer.json of the same model."
+        )
+    backend = tokenizers.Tokenizer(models.BPE(dict(vocabulary), merges, unk_token=UNKNOWN, end_of_word_suffix=WORD_END))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.BPEDecoder(suffix=WORD_END)
+    backend.add_special_tokens([AddedToken(UNKNOWN, special=True)])
+    return backend, {"unk_token": UNKNOWN}
+
+
+def _merge(line: str) -> tuple[str, str] | None:
+    left, _, right = line.strip("\r").partition(" ")
+    return (left, right) if right else None
+
+
+def _wordpiece_vocabulary(path: Path, config: Mapping[str, Any]) -> Read:
+    """BERT's vocab.txt: one token a line, its id the line's number from 0."""
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    vocabulary: dict[str, int] = {}
+    for number, line in enumerate(lines):
+        token = line.strip("\r")
+        if vocabulary.setdefault(token, number) != number:
+            lines_seen = f"the lines {vocabulary[token] + 1} and {number + 1}"
+            raise UserError(f"{path} has the token {token!r} twice, in {lines_seen}.")
+    if BERT_ROLES["unk_token"] not in vocabulary:
+        raise UserError(f"{path} has no [UNK], so it is not a WordPiece vocabulary, which has a token on each line.")
+    lowercase = bool(config.get("do_lower_case", True))
+    accents = config.get("strip_accents")
+    return wordpiece_backend(vocabulary, lowercase, accents, bool(config.get("tokenize_chinese_chars", True)))
+
+
+def wordpiece_backend(
+    vocabulary: Mapping[str, int], lowercase: bool, strip_accents: bool | None, split_ideographs: bool = True
+) -> Read:
+    """BERT's rules: words at spaces and signs, then the longest pieces of each word (Devlin et al., 2018)."""
+    backend = tokenizers.Tokenizer(models.WordPiece(dict(vocabulary), unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=split_ideographs
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    roles = {role: token for role, token in BERT_ROLES.items() if token in vocabulary}
+    backend.add_special_tokens([AddedToken(token, special=True) for token in roles.values()])
+    if {"cls_token", "sep_token"} <= roles.keys():
+        ends = [(roles[role], vocabulary[roles[role]]) for role in ("cls_token", "sep_token")]
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=ends
+        )
+    return backend, roles
+
+
+def _sentencepiece(path: Path, config: Mapping[str, Any]) -> Read:
+    model = parse(path.read_bytes(), str(path))
+    backend = backend_from_pieces(model.pieces, model.settings)
+    put_around_text(backend, model.special, bos=True, eos=False)
+    return backend, model.special
+
+
+READERS: dict[str, Callable[[Path, Mapping[str, Any]], Read]] = {  # in the order in which a directory is searched
+    "tokenizer.json": _tokenizer_json,
+    "tokenizer.model": _sentencepiece,
+    "vocab.json": _vocabulary_and_merges,
+    "encoder.json": _vocabulary_and_merges,
+    "vocab.txt": _wordpiece_vocabulary,
+    "bpe_simple_vocab_16e6.txt.gz": bpe.clip_merges,
+}
+
+
+def reader(path: Path) -> Callable[[Path, Mapping[str, Any]], Read]:
+    """The reader for a single file, by its name or, failing that, by its ending."""
+    endings = {".model": _sentencepiece, ".txt": _wordpiece_vocabulary, ".json": _tokenizer_json}
+    known = READERS.get(path.name) or endings.get(path.suffix)
+    if known is None and ".model" in path.suffixes:  # tokenizer.model.v1
+        known = _sentencepiece
+    if known is None:
+        kinds = ", ".join([*READERS, "a SentencePiece .model", "a .gguf"])
+        raise UserError(f"{path} is not a kind of tokenizer file that keifu knows ({kinds}).")
+    return known
+
+
+def settings_beside(directory: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says, with special_tokens_map.json for the roles that it leaves out."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (directory / name).exists():
+            content = read_json(directory / name)
+            found |= {key: value for key, value in content.items() if value is not None}
+    return found
+
+
+def finish_backend(read: Read, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer with all that stands beside its file: roles, chat template, ids that end an answer, length."""
+    backend, roles = read
+    named, limit = roles_beside(config)
+    special = roles | named
+    flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    new = [token for token in dict.fromkeys(special.values()) if token not in flagged]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
+    if "add_bos_token" in config or "add_eos_token" in config:  # these overrule tokenizer.json, in transformers too
+        put_around_text(backend, special, bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
+    generation = generation_config(directory)
+    return Tokenizer(backend, special, stop_ids(generation), chat_template(directory, config), limit, generation)
+
+
+def roles_beside(config: Mapping[str, Any]) -> tuple[dict[str, str], int | None]:
+    """The token of each role that tokenizer_config.json names, and the longest text that it foresees, if it says."""
+    length = config.get("model_max_length")
+    limit = int(length) if isinstance(length, int | float) and length < 1e9 else None  # 1e30 stands for "none said"
+    return {role: _content(config[role]) for role in ROLES if role in config}, limit
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def generation_config(directory: Path) -> dict[str, Any]:
+    """What generation_config.json says; empty where there is none."""
+    path = directory / GENERATION_CONFIG
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__} where a JSON object is needed.")
+    return {key: value for key, value in found.items() if value is not None and not key.startswith("_")}
+
+
+def stop_ids(generation: Mapping[str, Any]) -> set[int]:
+    """The ids that end an answer, from a generation_config's eos_token_id; empty when there is none."""
+    found = generation.get("eos_token_id")
+    return set() if found is None else {found} if isinstance(found, int) else set(found)
+
+
+def chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template: chat_template.jinja if there is one, else tokenizer_config.json's (its default one)."""
+    if (directory / "chat_template.jinja").exists():
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    written = config.get("chat_template")
+    if isinstance(written, list):  # several, by name
+        by_name = {entry["name"]: entry["template"] for entry in written}
+        return by_name.get("default", next(iter(by_name.values()), None))
+    return written

@@ -1,0 +1,241 @@
+"""Tokenizers out of and into the metadata of GGUF files (`tokenizer.ggml.*`), as llama.cpp understands it.
+
+It knows two of GGUF's kinds: "gpt2", byte-level BPE by merges, and "llama", SentencePiece's BPE by scores.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from keifu.data.tokenizers.bpe import CUTS, WHOLE_WORDS, byte_level_backend, cut_of
+from keifu.data.tokenizers.sentencepiece import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    USER_DEFINED,
+    Piece,
+    Settings,
+    backend_from_pieces,
+    merges_by_score,
+)
+from keifu.data.tokenizers.special_tokens import put_around_text
+from keifu.data.tokenizers.streaming import byte_value
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+
+READ_FIELDS = ("tokenizer.", "general.sampling.")
+SAMPLING_KEYS = {  # our word for GGUF's, and the type
+    "temperature": ("temp", float),
+    "top_k": ("top_k", int),
+    "top_p": ("top_p", float),
+    "min_p": ("min_p", float),
+    "repetition_penalty": ("penalty_repeat", float),
+}
+ROLE_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+Made = tuple[tokenizers.Tokenizer, bool]  # a backend, and whether its kind puts a BOS before texts if nothing is said
+ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # for files that name none
+
+
+def read_gguf_fields(path: Path) -> dict[str, Any]:
+    """The tokenizer's fields of a GGUF file."""
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(path).fields
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path} is not a GGUF file, or it is torn: {error}.") from error
+    return {name: field.contents() for name, field in fields.items() if name.startswith(READ_FIELDS)}
+
+
+def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that these fields of a GGUF file describe.
+
+    fields: at least "tokenizer.ggml.model" and "tokenizer.ggml.tokens"; arrays are sequences of plain values.
+    A kind of vocabulary or a way of cutting text that keifu does not know is a `UserError` that lists the known ones.
+    """
+    kind = _needed(fields, "model")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in builders:
+        known = " and ".join(map(repr, builders))
+        raise UserError(f"The GGUF's tokenizer.ggml.model is {kind!r}; keifu reads {known}.")
+    tokens = [str(token) for token in _needed(fields, "tokens")]
+    kinds = list(fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens))
+    if len(kinds) != len(tokens):
+        raise UserError(f"The GGUF has {len(tokens)} tokens but {len(kinds)} entries in tokenizer.ggml.token_type.")
+    backend, adds_bos = builders[kind](fields, tokens, kinds)
+    special = _roles(fields, tokens)
+    begins, ends = (fields.get(f"tokenizer.ggml.add_{role}_token") for role in ("bos", "eos"))
+    put_around_text(backend, special, bool(adds_bos if begins is None else begins), bool(ends))
+    template = fields.get("tokenizer.chat_template")
+    ends = _ends_of_turn(fields, tokens, template)
+    return Tokenizer(backend, special, ends, template, generation_config=_generation_config(fields))
+
+
+def _generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """GGUF's general.sampling.*, in the words of generation_config.json; a temperature of 0 is greedy choice."""
+    there = {ours: fields.get(f"general.sampling.{theirs}") for ours, (theirs, _) in SAMPLING_KEYS.items()}
+    found: dict[str, Any] = {ours: round(value, 6) for ours, value in there.items() if value is not None}
+    if found.get("temperature") == 0:
+        return {"do_sample": False, **{key: value for key, value in found.items() if key != "temperature"}}
+    return {"do_sample": True, **found} if found else {}
+
+
+def _sampling_fields(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The general.sampling.* of a generation_config: what `_generation_config` reads."""
+    told = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
+    told |= {"temperature": 0.0} if generation.get("do_sample") is False else {}
+    return {f"general.sampling.{SAMPLING_KEYS[key][0]}": SAMPLING_KEYS[key][1](value) for key, value in told.items()}
+
+
+def _needed(fields: Mapping[str, Any], name: str) -> Any:
+    if f"tokenizer.ggml.{name}" not in fields:
+        raise UserError(f"The GGUF holds no tokenizer.ggml.{name}, so no tokenizer can be built from it.")
+    return fields[f"tokenizer.ggml.{name}"]
+
+
+def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int]) -> Made:
+    vocabulary: dict[str, int] = {}
+    for number, token in enumerate(tokens):
+        if vocabulary.setdefault(token, number) != number:
+            raise UserError(f"The GGUF has the token {token!r} twice, with the ids {vocabulary[token]} and {number}.")
+    cut = fields.get("tokenizer.ggml.pre", "default")
+    merges = [(left, right) for left, _, right in (str(m).partition(" ") for m in _needed(fields, "merges"))]
+    backend = byte_level_backend(vocabulary, merges, cut)
+    added = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, USER_DEFINED)]
+    for kind, add in ((CONTROL, backend.add_special_tokens), (USER_DEFINED, backend.add_tokens)):
+        add([AddedToken(token, normalized=False, special=kind == CONTROL) for token, own in added if own == kind])
+    return backend, CUTS[cut][0] in WHOLE_WORDS
+
+
+def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int]) -> Made:
+    scores = _needed(fields, "scores")
+    pieces = [Piece(*entry) for entry in zip(tokens, map(float, scores), map(int, kinds), strict=True)]
+    settings = Settings(
+        unknown_id=int(fields.get("tokenizer.ggml.unknown_token_id", 0)),
+        byte_fallback=BYTE in kinds,
+        dummy_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
+        single_spaces=bool(fields.get("tokenizer.ggml.remove_extra_whitespaces", False)),
+    )
+    return backend_from_pieces(pieces, settings), True
+
+
+def _roles(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
+    found = {}
+    for role, key in ROLE_KEYS.items():
+        number = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if number is not None and int(number) >= len(tokens):
+            raise UserError(f"The GGUF's {key} token has the id {number}, but there are only {len(tokens)} tokens.")
+        if number is not None:
+            found[role] = tokens[int(number)]
+    return found
+
+
+def _ends_of_turn(fields: Mapping[str, Any], tokens: list[str], template: str | None) -> set[int]:
+    """The tokens that end an answer: those the file names, else those of the usual names that its template writes."""
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom")]
+    named = {int(fields[key]) for key in keys if fields.get(key) is not None}
+    return named or {tokens.index(end) for end in ENDS_OF_TURN if end in (template or "") and end in tokens}
+
+
+def to_gguf_fields(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The GGUF fields for this tokenizer: strings, whole numbers, booleans and lists; scores are a list of floats.
+
+    `token_type` is to be written as int32, ids as uint32, scores as float32. Byte-level BPE and SentencePiece's BPE
+    can be written. Any other, or one whose rules GGUF has no name for, is a `UserError` that says what is in the way.
+    """
+    described = tokenizer.description()
+    model, decoder = described["model"], described["decoder"] or {}
+    if model["type"] != "BPE":
+        what = "made of single characters" if model["type"] == "WordLevel" else model["type"]
+        raise UserError(f"A GGUF holds byte-level or SentencePiece BPE vocabularies; this one is {what}: use kind bpe.")
+    by_id = {number: token for token, number in tokenizer.backend.get_vocab().items()}
+    tokens = [by_id[number] for number in range(tokenizer.vocab_size)]
+    if decoder.get("type") == "ByteLevel":
+        special = _byte_level_fields(tokenizer, described)
+    else:
+        special = _sentencepiece_fields(described, tokens)
+    kinds = special.pop("token_type", [NORMAL] * len(tokens))
+    for number, added in tokenizer.backend.get_added_tokens_decoder().items():
+        if kinds[number] == NORMAL:
+            kinds[number] = CONTROL if added.special else USER_DEFINED
+    fields = special | {"tokens": tokens, "token_type": kinds} | _around(tokenizer)
+    ids = {key: tokenizer.special.get(role) for role, key in ROLE_KEYS.items()}
+    fields |= {f"{key}_token_id": tokenizer.token_id(token) for key, token in ids.items() if token is not None}
+    turns = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
+    fields |= {"eot_token_id": turns[0]} if turns else {}
+    template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
+    named = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    return named | template | _sampling_fields(tokenizer.generation_config)
+
+
+def _around(tokenizer: Tokenizer) -> dict[str, bool]:
+    """Whether the tokenizer itself puts a BOS before a text and an EOS after it."""
+    ids = tokenizer.encode("", special=True)
+    begins = bool(ids) and ids[0] == tokenizer.bos_id
+    return {"add_bos_token": begins, "add_eos_token": bool(ids[begins:]) and ids[-1] == tokenizer.eos_id}
+
+
+def _byte_level_fields(tokenizer: Tokenizer, described: dict[str, Any]) -> dict[str, Any]:
+    cut = cut_of(tokenizer.backend)
+    normalizer = described["normalizer"]
+    if cut is None or (normalizer is not None and not (cut == "qwen2" and normalizer == {"type": "NFC"})):
+        rules = ", ".join(_kinds(normalizer) + _kinds(described["pre_tokenizer"])) or "none"
+        raise UserError(f"GGUF has no name for this tokenizer's way of preparing text ({rules}).")
+    merges = [" ".join(pair) for pair in described["model"]["merges"]]
+    return {"model": "gpt2", "pre": cut, "merges": merges, "add_space_prefix": False}
+
+
+def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+    """Scores from the merges: the earlier a token is made, the higher it scores; and whether that says it all."""
+    merges = [(left, right) for left, right in described["model"]["merges"]]
+    made = {token: -float(rank) for rank, token in reversed(list(enumerate("".join(pair) for pair in merges)))}
+    own = described["pre_tokenizer"] or {}
+    whole = _own_tokens(own, tokens)
+    kinds = [
+        UNKNOWN if token == described["model"]["unk_token"] else BYTE if byte_value(token) is not None
+        else USER_DEFINED if token in whole else NORMAL
+        for token in tokens
+    ]  # fmt: skip
+    added = {entry["content"] for entry in described["added_tokens"]}
+    scores = [made.get(token, 0.0 if token in added else -float(len(merges) + n)) for n, token in enumerate(tokens)]
+    mergeable = [Piece(*entry) for entry in zip(tokens, scores, kinds, strict=True) if entry[0] not in added]
+    prefix = _space_prefix(described)
+    if prefix is None:
+        rules = ", ".join(_kinds(described["normalizer"]) + _kinds(described["pre_tokenizer"]))
+        raise UserError(f"A GGUF can only say that spaces become U+2581; this tokenizer prepares text with {rules}.")
+    if set(merges_by_score(mergeable)) != set(merges):
+        raise UserError("This BPE's merges do not follow from one score for each token, so a GGUF cannot hold it.")
+    return {"model": "llama", "pre": "default", "scores": scores, "token_type": kinds, "add_space_prefix": prefix}
+
+
+def _kinds(steps: Mapping[str, Any] | None) -> list[str]:
+    """The names of a normalizer's or pre-tokenizer's steps."""
+    parts = [] if steps is None else steps.get("normalizers", steps.get("pretokenizers", [steps]))
+    return [step["type"] for step in parts]
+
+
+def _own_tokens(pre_tokenizer: Mapping[str, Any], tokens: Sequence[str]) -> set[str]:
+    """The user-defined pieces, which the pre-tokenizer cuts out of the text whole."""
+    if pre_tokenizer.get("type") != "Split":
+        return set()
+    pattern = re.compile(pre_tokenizer["pattern"]["Regex"])
+    return {token for token in tokens if pattern.fullmatch(token)}
+
+
+def _space_prefix(described: Mapping[str, Any]) -> bool | None:
+    """Whether a space is put before each text; None if text is prepared in a way that SentencePiece's BPE has not."""
+    normalizer, cutter = described["normalizer"], described["pre_tokenizer"]
+    if normalizer is None and cutter is not None and cutter["type"] == "Metaspace" and not cutter.get("split", True):
+        return cutter.get("prepend_scheme", "always") != "never"
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    if cutter is not None and cutter["type"] != "Split":
+        return None
+    return True if steps == [prepend, escape] else False if steps == [escape] else None

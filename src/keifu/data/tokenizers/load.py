@@ -1,0 +1,50 @@
+"""Every tokenizer in one place: loaded from any published form, trained, or out of and into a GGUF file.
+
+It knows which reader a path needs; what the files hold is known below it.
+"""
+
+from pathlib import Path
+
+from keifu.data.tokenizers.formats import READERS, finish_backend, reader, settings_beside
+from keifu.data.tokenizers.gguf import gguf_tokenizer, read_gguf_fields, to_gguf_fields
+from keifu.data.tokenizers.seq2seq import SOURCE, TARGET_TOKENIZER, read_marian, read_two_sided
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import KINDS, train_tokenizer
+from keifu.errors import UserError
+
+__all__ = ["KINDS", "Tokenizer", "gguf_tokenizer", "load_tokenizer", "to_gguf_fields", "train_tokenizer"]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a directory, in a single file with whatever stands beside it, or of a name in the catalogue.
+
+    A directory may hold tokenizer.json, a SentencePiece tokenizer.model, GPT-1's, GPT-2's or CLIP's vocab.json with
+    merges.txt (or encoder.json with vocab.bpe), BERT's vocab.txt or OpenAI's file of CLIP's merges; the first of these
+    counts, but before all Marian's source.spm with target.spm and vocab.json. A file may be any of those but Marian's,
+    or a GGUF. What cannot be read is a `UserError` that says why.
+    """
+    path = _found(path)
+    if path.suffix == ".gguf":
+        return gguf_tokenizer(read_gguf_fields(path))
+    if path.is_dir():
+        if (path / SOURCE).exists():
+            return read_marian(path, settings_beside(path))
+        if (path / TARGET_TOKENIZER).exists():
+            return read_two_sided(path)
+        name = next((name for name in READERS if (path / name).exists()), None)
+        if name is None:
+            raise UserError(f"The directory {path} holds no tokenizer: none of {', '.join(READERS)}.")
+        path = path / name
+    config = settings_beside(path.parent)
+    return finish_backend(reader(path)(path, config), path.parent, config)
+
+
+def _found(path: str | Path) -> Path:
+    if Path(path).exists():
+        return Path(path)
+    from keifu.data.catalogue.catalogue import CATALOGUE, fetch
+
+    names = [name for name, entry in CATALOGUE.items() if entry.kind in ("tokenizer", "weights")]
+    if str(path) in names:
+        return fetch(str(path))
+    raise UserError(f"There is no tokenizer at {path}: give a directory, a file, or one of {', '.join(names)}.")

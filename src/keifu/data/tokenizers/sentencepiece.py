@@ -1,0 +1,299 @@
+"""SentencePiece's `.model` files (Kudo and Richardson, 2018), rebuilt as `tokenizers` objects; knows no other format.
+
+The file is a protocol buffer message; only the few fields that encoding and decoding depend on are read. What is
+built encodes as SentencePiece itself does, with one difference that is wanted: a special token is one only where
+control text is allowed, and the text after it begins with the space that each text begins with. Where a model has a
+table of replacements (NFKC), the `tokenizers` library applies it to whole grapheme clusters: rare combining marks and
+"
+" then come out otherwise. The models of LLaMA's and Mistral's kind have no such table.
+
+Text cut into SentencePiece's pieces themselves, exactly as SentencePiece cuts; knows no ids and no other format.
+
+Marian numbers the pieces by a vocabulary of its own, and looks up even those that the model itself does not know, so
+the pieces are needed as text. The table of replacements is applied here as SentencePiece does it, from left to right,
+the longest match first (the `tokenizers` library goes by grapheme clusters instead).
+"""
+
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+
+from keifu.data.tokenizers.special_tokens import ControlTokenGuard
+from keifu.errors import UserError
+
+SPACE = "▁"  # U+2581, which stands for a space in pieces
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of piece, in the file and in GGUF
+UNIGRAM, BPE = 1, 2  # kinds of model
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One entry of the vocabulary; its id is its place."""
+
+    text: str
+    score: float
+    kind: int = NORMAL
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How text becomes pieces. The defaults are those of SentencePiece's BPE as LLaMA uses it."""
+
+    model: int = BPE
+    unknown_id: int = 0
+    byte_fallback: bool = True
+    dummy_prefix: bool = True  # each text begins with a space
+    single_spaces: bool = False  # spaces at the ends go, and runs of them become one
+    escape_spaces: bool = True  # a space becomes U+2581
+    character_map: bytes = b""  # SentencePiece's compiled table of replacements, such as NFKC
+
+
+@dataclass
+class Model:
+    """A file's content: the pieces, how to use them, and the special tokens' roles as in tokenizer_config.json."""
+
+    pieces: list[Piece]
+    settings: Settings
+    special: dict[str, str] = field(default_factory=dict)
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[place]
+        value |= (byte & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 0x80:
+            return value, place
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of one message: number and value (whole numbers as such, everything else as bytes)."""
+    place = 0
+    while place < len(data):
+        key, place = _varint(data, place)
+        match key & 7:
+            case 0:
+                value, place = _varint(data, place)
+            case 1 | 5 as width:
+                size = 8 if width == 1 else 4
+                value, place = data[place : place + size], place + size
+            case 2:
+                size, place = _varint(data, place)
+                value, place = data[place : place + size], place + size
+            case other:
+                raise ValueError(f"wire type {other}")
+        if place > len(data):
+            raise IndexError("the message ends early")
+        yield key >> 3, value
+
+
+def _piece(message: bytes) -> Piece:
+    given = dict(_fields(message))
+    (score,) = struct.unpack("<f", bytes(given.get(2, bytes(4))))
+    return Piece(bytes(given[1]).decode(), score, int(given.get(3, NORMAL)))
+
+
+def _roles(trainer: dict[int, int | bytes]) -> dict[str, int]:
+    """The ids of the special tokens; -1, written as a 64-bit number, says that there is none."""
+    defaults = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2), "pad_token": (43, -1)}
+    ids = {role: int(trainer.get(number, default)) for role, (number, default) in defaults.items()}
+    return {role: place for role, place in ids.items() if 0 <= place < 1 << 31}
+
+
+def parse(data: bytes, name: str) -> Model:
+    """Reads a `.model` file's bytes. A file that is something else, or torn, is a `UserError` with its name."""
+    try:
+        top = list(_fields(data))
+        pieces = [_piece(value) for number, value in top if number == 1 and isinstance(value, bytes)]
+        messages = {n: dict(_fields(value)) for n, value in top if n in (2, 3) and isinstance(value, bytes)}
+    except (IndexError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{name} is not a SentencePiece model, or it is torn ({error}).{_hint(data)}") from error
+    trainer, normalizer = messages.get(2, {}), messages.get(3, {})
+    if not pieces:
+        raise UserError(f"{name} is not a SentencePiece model: it holds no pieces.{_hint(data)}")
+    kind = int(trainer.get(3, UNIGRAM))
+    if kind not in (UNIGRAM, BPE) or trainer.get(24):
+        what = {3: "a word model", 4: "a character model"}.get(kind, "one that puts spaces at the ends of words")
+        raise UserError(f"{name} is {what}; keifu reads SentencePiece's BPE and Unigram models.")
+    roles = _roles(trainer)
+    settings = Settings(
+        model=kind,
+        unknown_id=roles.get("unk_token", 0),
+        byte_fallback=bool(trainer.get(35, False)),
+        dummy_prefix=bool(normalizer.get(3, True)),
+        single_spaces=bool(normalizer.get(4, True)),
+        escape_spaces=bool(normalizer.get(5, True)),
+        character_map=bytes(normalizer.get(2, b"")),
+    )
+    return Model(pieces, settings, {role: pieces[place].text for role, place in roles.items() if place < len(pieces)})
+
+
+def _hint(data: bytes) -> str:
+    tiktoken = re.match(rb"[A-Za-z0-9+/=]+ \d+\n", data)
+    return " It looks like tiktoken's list of tokens: give the tokenizer.json instead." if tiktoken else ""
+
+
+def merges_by_score(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+    """The merges that SentencePiece's BPE makes: of the adjacent pieces that join to one, the highest score first."""
+    mergeable = {piece.text: (-piece.score, place) for place, piece in enumerate(pieces) if piece.kind == NORMAL}
+    ranked = [
+        (mergeable[text], text[:cut], text[cut:])
+        for text in mergeable
+        for cut in range(1, len(text))
+        if text[:cut] in mergeable and text[cut:] in mergeable
+    ]
+    return [(left, right) for _, left, right in sorted(ranked)]
+
+
+def backend_from_pieces(pieces: Sequence[Piece], settings: Settings) -> tokenizers.Tokenizer:
+    """A `tokenizers` object that encodes and decodes as SentencePiece does with these pieces."""
+    texts: dict[str, int] = {}
+    for place, piece in enumerate(pieces):
+        if texts.setdefault(piece.text, place) != place:
+            raise UserError(f"The vocabulary has {piece.text!r} twice, with the ids {texts[piece.text]} and {place}.")
+    unknown_piece = pieces[settings.unknown_id].text
+    own = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
+    if settings.model == BPE:
+        fallback, whole = settings.byte_fallback, bool(own)
+        merges = merges_by_score(pieces)
+        model = models.BPE(
+            texts, merges, unk_token=unknown_piece, fuse_unk=True, byte_fallback=fallback, ignore_merges=whole
+        )
+    else:
+        model = models.Unigram([(p.text, p.score) for p in pieces], settings.unknown_id, settings.byte_fallback)
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(_normalizers(settings))
+    cuts = [_whole(own)] if own else []
+    if settings.model == UNIGRAM and settings.byte_fallback:
+        cuts.append(no_byte_names())
+    if cuts:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(cuts) if len(cuts) > 1 else cuts[0]
+    backend.decoder = decoder(settings.byte_fallback, settings.dummy_prefix)
+    backend.add_special_tokens(
+        [AddedToken(p.text, normalized=False, special=True) for p in pieces if p.kind in (CONTROL, UNKNOWN)]
+    )
+    return backend
+
+
+def _whole(own: Sequence[str]) -> pre_tokenizers.PreTokenizer:
+    """Cuts the user-defined pieces out of the text, the longest first, as SentencePiece does before anything else."""
+    pattern = "|".join(map(re.escape, sorted(own, key=len, reverse=True)))
+    return pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+
+
+def no_byte_names() -> pre_tokenizers.PreTokenizer:
+    """Cuts text such as "<0x41>" after its "<", since a Unigram model would take it for the byte token."""
+    return pre_tokenizers.Split(tokenizers.Regex(r"<(?=0x[0-9A-F]{2}>)"), "merged_with_previous")
+
+
+def _normalizers(settings: Settings) -> list[normalizers.Normalizer]:
+    """SentencePiece's own order: the table, spaces at the ends and runs of them, the first space, its escape."""
+    steps: list[normalizers.Normalizer] = []
+    if settings.character_map:
+        steps.append(normalizers.Precompiled(settings.character_map))
+    if settings.single_spaces:
+        steps.append(normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(tokenizers.Regex(r" {2,}"), " "))
+    space = SPACE if settings.escape_spaces else " "
+    if settings.dummy_prefix:
+        steps.append(normalizers.Prepend(space))
+    if settings.escape_spaces:
+        steps.append(normalizers.Replace(" ", SPACE))
+    return steps
+
+
+def decoder(byte_fallback: bool, dummy_prefix: bool) -> decoders.Decoder:
+    """Pieces to text: spaces for U+2581, bytes for byte pieces, and no space at the start if encoding put one there."""
+    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " ")]
+    if byte_fallback:
+        steps.append(decoders.ByteFallback())
+    steps.append(decoders.Fuse())
+    if dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    return decoders.Sequence(steps)
+
+
+class CharacterMap:
+    """SentencePiece's compiled replacements: a trie over UTF-8 in a double array (Yata's darts-clone), then the texts.
+
+    table: the bytes of `precompiled_charsmap`; empty for none.
+    """
+
+    def __init__(self, table: bytes):
+        size = int.from_bytes(table[:4], "little")
+        self._units = np.frombuffer(table[4 : 4 + size], dtype="<u4").tolist()
+        self._texts = table[4 + size :]
+
+    def apply(self, text: str) -> str:
+        """The text with every match replaced; a character that begins none stays."""
+        if not self._units:
+            return text
+        data, place, out = text.encode(), 0, bytearray()
+        while place < len(data):
+            length, found = self._longest(data, place)
+            if length:
+                out += self._texts[found : self._texts.index(0, found)]
+            else:
+                length = 1 + sum(byte & 0xC0 == 0x80 for byte in _following(data, place))
+                out += data[place : place + length]
+            place += length
+        return out.decode("utf-8", "replace")
+
+    def _longest(self, data: bytes, start: int) -> tuple[int, int]:
+        """The length of the longest match from `start` on, 0 for none, and where its replacement begins."""
+        units, length, found = self._units, 0, 0
+        node = _offset(units[0])
+        for place in range(start, len(data)):
+            byte = data[place]
+            node ^= byte
+            if node >= len(units) or units[node] & 0x800000FF != byte:
+                break
+            leaf = units[node] >> 8 & 1
+            node ^= _offset(units[node])
+            if leaf:
+                length, found = place + 1 - start, units[node] & 0x7FFFFFFF
+        return length, found
+
+
+def _offset(unit: int) -> int:
+    return unit >> 10 << ((unit & 1 << 9) >> 6)
+
+
+def _following(data: bytes, place: int) -> bytes:
+    """The bytes that may belong to the character at `place`."""
+    first = data[place]
+    return data[place + 1 : place + 1 + (first >= 0xC0) + (first >= 0xE0) + (first >= 0xF0)]
+
+
+class Pieces:
+    """A SentencePiece model that gives pieces. data: its file; name: the file's name, for errors."""
+
+    def __init__(self, data: bytes, name: str):
+        model = parse(data, name)
+        self.settings = model.settings
+        self._map = CharacterMap(model.settings.character_map)
+        backend = backend_from_pieces(model.pieces, replace(model.settings, character_map=b""))
+        self._unknown = model.settings.unknown_id
+        self._spaces = backend.normalizer
+        self._backend = _without_normalizer(ControlTokenGuard(backend).backend)
+
+    def cut(self, texts: Sequence[str]) -> list[list[str]]:
+        """The pieces of each text; what no piece spells stands as it is, a run of it as one."""
+        cleaned = [self._spaces.normalize_str(self._map.apply(text)) for text in texts]
+        encodings = self._backend.encode_batch(cleaned, add_special_tokens=False)
+        return [self._named(text, encoding) for text, encoding in zip(cleaned, encodings, strict=True)]
+
+    def _named(self, text: str, encoding: tokenizers.Encoding) -> list[str]:
+        found = zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
+        return [text[start:end] if one == self._unknown else token for one, token, (start, end) in found]
+
+
+def _without_normalizer(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    backend.normalizer = None  # pyright: ignore[reportAttributeAccessIssue] (the stubs lack what the library takes)
+    return backend

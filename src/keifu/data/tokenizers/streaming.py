@@ -1,0 +1,181 @@
+"""From token ids back to text, whole or token by token; knows a tokenizer only by the description of its decoder.
+
+Every decoder here is a function from one token to its bytes, so that a stream costs the same for each token however
+long the text has grown, and can hold a character back until its last byte has come.
+"""
+
+import codecs
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+from keifu.errors import UserError
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+# WordPiece's tidying of English, applied to each token with the space before it (Hugging Face `tokenizers`, decoders).
+CLEAN_UP = [(" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m")]
+CLEAN_UP += [(" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")]
+
+
+@cache
+def byte_alphabet() -> dict[str, int]:
+    """The 256 characters that stand for bytes in a byte-level vocabulary (GPT-2, 2019), each with its byte.
+
+    Printable Latin-1 characters stand for themselves, the others for the next free ones from U+0100 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def byte_value(token: str) -> int | None:
+    """The byte that a byte-fallback token such as `<0xE3>` stands for; None for any other token."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return int(token[3:5], 16)
+        except ValueError:
+            return None
+    return None
+
+
+def _each_byte(error: UnicodeError) -> tuple[str, int]:
+    """One replacement character for each byte that belongs to no character, as SentencePiece decodes them."""
+    assert isinstance(error, UnicodeDecodeError)
+    return REPLACEMENT * (error.end - error.start), error.end
+
+
+codecs.register_error("keifu.each-byte", _each_byte)
+
+
+@dataclass(frozen=True)
+class DecodingRule:
+    """How tokens become bytes. `piece(token, first)` is one token's bytes; `first` says that none came before it."""
+
+    piece: Callable[[str, bool], bytes]
+    strip: int = 0  # how many spaces the whole text loses at its start (the space that encoding put there)
+    errors: str = "replace"  # what becomes of bytes that are no character: a name known to `codecs`
+    drops_last_space: bool = False  # a space that ends the whole text came from an end-of-word mark
+
+
+def _byte_level(token: str, first: bool) -> bytes:
+    alphabet = byte_alphabet()
+    try:
+        return bytes([alphabet[character] for character in token])
+    except KeyError:  # an added token that is spelled as text
+        return token.encode()
+
+
+def _marked_byte_level(word_end: str, token: str, first: bool) -> bytes:
+    return _byte_level(token.removesuffix(word_end), first) + b" " * token.endswith(word_end)
+
+
+def _metaspace(space: str, drops_first: bool) -> DecodingRule:
+    def piece(token: str, first: bool) -> bytes:
+        return token.replace(space, "" if first and drops_first else " ").encode()
+
+    return DecodingRule(piece)
+
+
+def _wordpiece(prefix: str, cleanup: bool) -> DecodingRule:
+    def piece(token: str, first: bool) -> bytes:
+        if not first:
+            token = token[len(prefix) :] if token.startswith(prefix) else f" {token}"
+        for dirty, clean in CLEAN_UP if cleanup else ():
+            token = token.replace(dirty, clean)
+        return token.encode()
+
+    return DecodingRule(piece)
+
+
+def _sequence(steps: list[dict[str, Any]]) -> DecodingRule:
+    """SentencePiece's decoders: replacements in each token, bytes for byte tokens, and a space off the front."""
+    kinds = [step["type"] for step in steps]
+    if len(steps) == 1:
+        return decoding_rule(steps[0])
+    replacements = [(s["pattern"].get("String"), s["content"]) for s in steps if s["type"] == "Replace"]
+    strips = [s for s in steps if s["type"] == "Strip"]
+    regular = all(old is not None for old, _ in replacements) and all(s["stop"] == 0 for s in strips)
+    if not set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"} or not regular:
+        raise UserError(f"The tokenizer's decoder is a sequence of {', '.join(kinds)}, which keifu cannot decode with.")
+    bytes_fall_back = "ByteFallback" in kinds
+
+    def piece(token: str, first: bool) -> bytes:
+        byte = byte_value(token) if bytes_fall_back else None
+        if byte is not None:
+            return bytes([byte])
+        for old, new in replacements:
+            token = token.replace(old, new)
+        return token.encode()
+
+    errors = "keifu.each-byte" if bytes_fall_back else "replace"
+    return DecodingRule(piece, strip=sum(s["start"] for s in strips), errors=errors)
+
+
+def decoding_rule(decoder: dict[str, Any] | None, word_end: str = "") -> DecodingRule:
+    """Reads the `decoder` entry of a tokenizer.json. An entry of a kind that is not known is a `UserError`.
+
+    word_end: the mark of a word's last piece, where a byte-level vocabulary has one (CLIP).
+    """
+    match decoder:
+        case None:
+            return DecodingRule(lambda token, first: (token if first else f" {token}").encode())
+        case {"type": "ByteLevel"} if word_end:
+            return DecodingRule(partial(_marked_byte_level, word_end), drops_last_space=True)
+        case {"type": "ByteLevel"}:
+            return DecodingRule(_byte_level)
+        case {"type": "Fuse"}:
+            return DecodingRule(lambda token, first: token.encode())
+        case {"type": "Metaspace", "replacement": space}:
+            return _metaspace(space, decoder.get("prepend_scheme", "always") != "never")
+        case {"type": "WordPiece", "prefix": prefix, "cleanup": cleanup}:
+            return _wordpiece(prefix, cleanup)
+        case {"type": "BPEDecoder", "suffix": suffix}:
+            return DecodingRule(lambda token, first: token.replace(suffix, " ").encode(), drops_last_space=True)
+        case {"type": "Sequence", "decoders": steps}:
+            return _sequence(steps)
+        case {"type": ("Replace" | "ByteFallback")}:
+            return _sequence([decoder, {"type": "Fuse"}])
+    raise UserError(f"The tokenizer's decoder is of the kind {decoder['type']!r}, which keifu cannot decode with.")
+
+
+class StreamDecoder:
+    """Text from tokens as they come: `push` gives the characters that a token completes, `flush` the rest at the end.
+
+    All pushes and the flush together are what `Tokenizer.decode` gives for all the ids. An id that no token has
+    gives U+FFFD. Each push costs the same, however long the text is.
+    """
+
+    def __init__(self, how: DecodingRule, token_of: Callable[[int], str | None], skipped: frozenset[int] = frozenset()):
+        self._how, self._token_of, self._skipped = how, token_of, skipped
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(how.errors)
+        self._first = True
+        self._strip = how.strip
+        self._held = b""  # a space that is text only if a token follows
+
+    def push(self, token_id: int) -> str:
+        """The characters that this token completes, often none."""
+        return self._utf8.decode(self._bytes(token_id))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character whose last bytes never came."""
+        return self._utf8.decode(b"", True)
+
+    def whole(self, token_ids: Iterable[int]) -> str:
+        """All the text of these tokens at once; for a new decoder only."""
+        return b"".join(map(self._bytes, token_ids)).decode("utf-8", self._how.errors)
+
+    def _bytes(self, token_id: int) -> bytes:
+        if token_id in self._skipped:
+            return b""
+        token = self._token_of(token_id)
+        data = REPLACEMENT.encode() if token is None else self._how.piece(token, self._first)
+        self._first = False
+        while self._strip and data:
+            data, self._strip = (data[1:], self._strip - 1) if data.startswith(b" ") else (data, 0)
+        if self._how.drops_last_space:
+            data, self._held = self._held + data, b""
+            if data.endswith(b" "):
+                data, self._held = data[:-1], b" "
+        return data

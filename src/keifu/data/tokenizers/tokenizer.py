@@ -1,0 +1,299 @@
+"""The tokenizer that the whole of keifu speaks to: text to ids and back; knows no file format but tokenizer.json's own.
+
+It wraps a `tokenizers.Tokenizer` and adds what a language model needs around it: which ids begin, end and pad a text,
+the chat template, a stream decoder, and the rule that text cannot spell control tokens.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from keifu.data.tokenizers.special_tokens import ControlTokenGuard, names_in_text, unused_characters
+from keifu.data.tokenizers.streaming import DecodingRule, StreamDecoder, decoding_rule
+from keifu.errors import UserError, unknown
+from keifu.files import write_atomic
+
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    backend: the rules, vocabulary and added tokens. Its truncation and padding are switched off: nothing is cut.
+    special: the token that has each role, of `ROLES`: {"bos_token": "<s>", ...}.
+    stop_ids: ids that end an answer besides the end-of-text token, such as the end of a turn.
+    chat_template: the Jinja template that turns messages into a prompt, if there is one.
+    max_length: the longest text, in tokens, that the model's makers foresaw, if they said so.
+    generation_config: how the model's makers recommend to generate text, in the terms of generation_config.json.
+
+    A vocabulary in which two tokens share an id, or an id has no token, is a `UserError` that names it.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special: Mapping[str, str] | None = None,
+        stop_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+        max_length: int | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+    ):
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.special = {role: token for role, token in (special or {}).items() if token is not None}
+        self.chat_template = chat_template
+        self.max_length = max_length
+        self.generation_config = dict(generation_config or {})
+        self.vocab_size = _checked_size(backend.get_vocab(with_added_tokens=True))
+        self.bos_id, self.eos_id, self.pad_id = (self._role(f"{role}_token") for role in ("bos", "eos", "pad"))
+        ends = [] if self.eos_id is None else [self.eos_id]
+        self.stop_ids = frozenset([*ends, *stop_ids])
+
+    def encode(self, text: str, special: bool = False, allow_special: bool = False) -> list[int]:
+        """The ids of a text.
+
+        special: add the tokens that the tokenizer itself puts around a text (a BOS, [CLS] and [SEP]).
+        allow_special: let text such as "<|im_end|>" stand for the special token; without it, it is plain text.
+        A character that the vocabulary cannot spell is a `UserError` when it has no unknown token either.
+        """
+        return self.encode_batch([text], special, allow_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
+        """The ids of each text, in parallel over the texts; the arguments are those of `encode`."""
+        backend = self.backend if allow_special or not self._spelled(texts) else self._shield.backend
+        with self._explaining(texts):
+            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_target_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """The ids of each text that a translator is to write: another vocabulary's where the tokenizer has two."""
+        return self.encode_batch(texts, special)
+
+    @property
+    def sides(self) -> tuple["Tokenizer", "Tokenizer"]:
+        """The tokenizer of what a model reads and that of what it writes, which may be the same."""
+        return self, self
+
+    @property
+    def target_vocab_size(self) -> int | None:
+        """Tokens of a vocabulary of its own for what a model writes; None where there is but one."""
+        return None
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """The ids of two texts as the tokenizer puts them together, [CLS] first [SEP] second [SEP], and the segment of
+        each id: 0 for what belongs to the first, 1 for the second. Text that spells a special token stays text.
+        """
+        with self._explaining([first, second]):
+            encoding = self._shield.backend.encode(first, second)
+        return encoding.ids, encoding.type_ids
+
+    @contextmanager
+    def _explaining(self, texts: Sequence[str]) -> Iterator[None]:
+        """Around the encoding of texts: what fails is a `UserError` that names the character."""
+        try:
+            yield
+        except Exception as error:  # `tokenizers` raises bare Exceptions and, for surrogates, TypeErrors
+            raise self._unencodable(texts, error) from error
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of these ids; bytes that make no character, and ids that no token has, become U+FFFD."""
+        return self.stream(skip_special).whole(ids)
+
+    def stream(self, skip_special: bool = True) -> StreamDecoder:
+        """A decoder for ids that come one at a time; it never gives half a character."""
+        skipped = self.special_ids if skip_special else frozenset()
+        return StreamDecoder(self._decoding, self.backend.id_to_token, skipped)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for in the middle of a text; they need not be whole characters."""
+        token = self.backend.id_to_token(token_id) if token_id >= 0 else None
+        if token is None:
+            raise UserError(f"There is no token with the id {token_id}: the ids go from 0 to {self.vocab_size - 1}.")
+        return self._decoding.piece(token, False)
+
+    def token_id(self, token: str) -> int:
+        """The id of the token that is spelled so in the vocabulary; the nearest one is named when there is none."""
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise unknown("token", token, self.backend.get_vocab())
+        return found
+
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The conversation as the chat template writes it; `variables` (`tools`, ...) are handed to the template."""
+        from keifu.data.tokenizers.chat_template import render
+
+        return render(self.chat_template, messages, add_generation_prompt, {**self.special, **variables})
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """The ids of a conversation: a list of {"role": ..., "content": ...}, laid out by the chat template.
+
+        Only the template writes control tokens: the same text inside a message stays text. The template writes the BOS
+        if there is one, so none is added. What the template refuses is a `UserError` that names its line.
+        """
+        if not self._spelled([messages, variables]):
+            return self.encode(self.chat_text(messages, add_generation_prompt, **variables), allow_special=True)
+        marks = unused_characters([self.chat_template, messages, variables])
+        marked = self._shield.mark([dict(message) for message in messages], marks)
+        text = self.chat_text(marked, add_generation_prompt, **self._shield.mark(variables, marks))
+        return self.encode(self._shield.name(text, marks))
+
+    def render_turns(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[list[int], list[bool]]:
+        """The ids of a whole conversation, and of each whether the assistant wrote it, as what it is to learn.
+
+        The token that ends its turn belongs to it, line breaks that the template puts after that do not.
+        """
+        from keifu.data.tokenizers.chat_template import encode_turns, render_marked
+
+        marks = unused_characters([self.chat_template, messages, variables], 4)
+        marked = self._shield.mark([dict(message) for message in messages], marks[:2])
+        given = {**self.special, **self._shield.mark(variables, marks[:2])}
+        text = render_marked(self.chat_template, marked, given, marks[2:], self._shield.names)
+        return encode_turns(self._shield.backend, self._shield.name(text, marks[:2]), marks[2:])
+
+    def replace(self, **parts: Any) -> "Tokenizer":
+        """The same tokenizer with some parts changed, each under its name in the constructor."""
+        return Tokenizer(**{**self._parts, **parts})
+
+    def with_chat_template(self, template: str | None) -> "Tokenizer":
+        """The same tokenizer with this chat template, or with none."""
+        return self.replace(chat_template=template)
+
+    def with_max_length(self, length: int) -> "Tokenizer":
+        """The same tokenizer for a model that reads so many tokens."""
+        return self.replace(max_length=length)
+
+    def __repr__(self) -> str:
+        kind = type(self.backend.model).__name__
+        roles = "".join(f", {role.removesuffix('_token')} {token!r}" for role, token in self.special.items())
+        return f"Tokenizer({kind}, {self.vocab_size:,} tokens{roles}{', chat template' if self.chat_template else ''})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, tuple(self._parts.values())
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, for transformers' AutoTokenizer.
+
+        `stop_ids` and `generation_config` belong in generation_config.json, which is written with the model.
+        """
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
+        config |= {"clean_up_tokenization_spaces": False}
+        if {"cls_token", "sep_token"} <= self.special.keys():  # BERT's kind, whose pairs have segments
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        if self.max_length is not None:
+            config["model_max_length"] = self.max_length
+        directory = Path(directory)
+        template = directory / "chat_template.jinja"
+        if self.chat_template is None:
+            template.unlink(missing_ok=True)  # an older one would overrule
+        else:
+            config["chat_template"] = self.chat_template
+            write_atomic(template, self.chat_template)
+        write_atomic(directory / "tokenizer.json", self.backend.to_str(pretty=True))
+        write_atomic(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+
+    @property
+    def fingerprint(self) -> str:
+        """A hexadecimal hash of everything that encoding depends on: equal fingerprints give equal ids.
+
+        Scores are rounded in it: the `tokenizers` library reads back their last digit inexactly.
+        """
+        return self._hash
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """The arguments that make this tokenizer again, in the constructor's order."""
+        return {
+            "backend": self.backend,
+            "special": self.special,
+            "stop_ids": self.stop_ids,
+            "chat_template": self.chat_template,
+            "max_length": self.max_length,
+            "generation_config": self.generation_config,
+        }
+
+    @cached_property
+    def _hash(self) -> str:
+        rounded = json.loads(self.backend.to_str(), parse_float=lambda digits: round(float(digits), 6))
+        return hashlib.sha256(json.dumps(rounded).encode()).hexdigest()
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of all special tokens, which `decode` leaves out."""
+        return frozenset(n for n, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    def description(self) -> dict[str, Any]:
+        """The whole of tokenizer.json: model, vocabulary, rules and added tokens."""
+        return json.loads(self.backend.to_str())
+
+    def _spelled(self, value: Any) -> bool:
+        """Whether a text somewhere in `value` may spell a special token, so that the shield is needed."""
+        return self._names is None or any(self._names.search(text) for text in _texts(value))
+
+    @cached_property
+    def _names(self) -> re.Pattern[str] | None:
+        return names_in_text(self.backend)
+
+    @cached_property
+    def _shield(self) -> ControlTokenGuard:
+        return ControlTokenGuard(self.backend)
+
+    @cached_property
+    def _decoding(self) -> DecodingRule:
+        decoder, merging = self.backend.decoder, self.backend.model
+        word_end = merging.end_of_word_suffix if isinstance(merging, tokenizers.models.BPE) else None
+        return decoding_rule(None if decoder is None else json.loads(decoder.__getstate__()), word_end or "")
+
+    def _role(self, role: str) -> int | None:
+        token = self.special.get(role)
+        return None if token is None else self.token_id(token)
+
+    def _unencodable(self, texts: Sequence[str], error: Exception) -> UserError:
+        vocabulary = self.backend.get_vocab()
+        for text in texts:
+            for place, character in enumerate(text):
+                what = f"The character {character!r} (U+{ord(character):04X}, at place {place})"
+                if "\ud800" <= character <= "\udfff":
+                    return UserError(f"{what} is half a surrogate pair, not text: read the text as UTF-8.")
+                if character not in vocabulary and "UNK" in str(error):
+                    size = f"this tokenizer's vocabulary of {self.vocab_size}"
+                    return UserError(
+                        f"{what} is not in {size}: leave it out, or train a tokenizer on text that has it."
+                    )
+        return UserError(f"The text could not be encoded: {error}.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in messages or variables."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for pair in value.items() for item in pair for text in _texts(item))
+    elif isinstance(value, Sequence):
+        yield from (text for item in value for text in _texts(item))
+
+
+def _checked_size(vocabulary: Mapping[str, int]) -> int:
+    """The number of tokens, once it is sure that the ids are 0, 1, 2, ... with one token each."""
+    by_id: dict[int, str] = {}
+    for token, number in vocabulary.items():
+        if number in by_id:
+            raise UserError(f"The vocabulary gives the id {number} to two tokens, {by_id[number]!r} and {token!r}.")
+        by_id[number] = token
+    if not by_id:
+        raise UserError("The tokenizer's vocabulary is empty.")
+    hole = next((number for number in range(len(by_id)) if number not in by_id), None)
+    if hole is not None:
+        raise UserError(f"The vocabulary has {len(by_id)} tokens up to id {max(by_id)}, but none with the id {hole}.")
+    return len(by_id)

@@ -1,0 +1,200 @@
+"""Tokenizers learned from text: byte-level BPE, WordPiece, Unigram and single characters; knows no file."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+
+from keifu.data.tokenizers.bpe import byte_level_backend
+from keifu.data.tokenizers.formats import BERT_ROLES, wordpiece_backend
+from keifu.data.tokenizers.sentencepiece import (
+    BYTE,
+    CONTROL,
+    SPACE,
+    UNIGRAM,
+    UNKNOWN,
+    Piece,
+    Settings,
+    backend_from_pieces,
+    no_byte_names,
+)
+from keifu.data.tokenizers.special_tokens import put_around_text
+from keifu.data.tokenizers.streaming import byte_alphabet
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError, unknown
+
+END_OF_TEXT = "<|endoftext|>"
+Made = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token of each role
+
+
+@dataclass(frozen=True)
+class _TokenizerSpec:
+    """What was asked for; see `train_tokenizer`."""
+
+    vocab_size: int
+    special_tokens: list[str]
+    split_digits: bool
+    lowercase: bool
+
+    def at_least(self, kind: str, needed: int, why: str) -> None:
+        """Refuses a size below what the kind needs for any text."""
+        if self.vocab_size < needed:
+            what = f"vocab_size={self.vocab_size} is too small"
+            raise UserError(f"{what}: {kind} needs at least {needed} tokens ({why}).")
+
+
+class _WordCounts:
+    """The texts that are not empty, handed on one by one and counted, with all their characters."""
+
+    def __init__(self, texts: Iterable[str]):
+        self._texts = texts
+        self.count = 0
+        self.characters: set[str] = set()
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            if text:
+                self.count += 1
+                self.characters.update(text)
+                yield text
+
+    def check(self) -> None:
+        """Refuses, after the reading, texts of which there were none."""
+        if not self.count:
+            raise UserError("There is no text to learn a tokenizer from: every text given is empty.")
+
+
+def train_tokenizer(
+    kind: str,
+    texts: Iterable[str],
+    vocab_size: int,
+    special_tokens: Sequence[str] = (),
+    split_digits: bool = False,
+    lowercase: bool = False,
+) -> Tokenizer:
+    """Learns a tokenizer from texts, which are read once.
+
+    kind: "bpe" (byte-level, GPT-2), "wordpiece" (BERT), "unigram" (SentencePiece's, with bytes for what is rare) or
+        "characters" (every character of the texts, as in nanoGPT's example; any other character is an error).
+    vocab_size: the most tokens it may have, special ones and bytes included. Little text can give fewer.
+    special_tokens: control tokens beyond the kind's own: <|endoftext|> for bpe; <unk>, <s>, </s> for unigram;
+        [PAD], [UNK], [CLS], [SEP], [MASK] for wordpiece; none for characters.
+    split_digits: bpe only: every digit is a word of its own, so that numbers are spelled digit by digit.
+    lowercase: wordpiece only: text is put in lower case and loses its accents, as in "uncased" BERT.
+
+    The same texts give the same tokenizer for bpe and characters; for wordpiece and unigram, tokens that come out even
+    may be chosen or numbered otherwise the next time (the `tokenizers` library goes through its counts in no fixed
+    order). Texts that are all empty, and a `vocab_size` too small for the kind and the texts, are `UserError`s.
+    """
+    if kind not in KINDS:
+        raise unknown("kind of tokenizer", kind, KINDS)
+    for given, owner, what in ((split_digits, "bpe", "split_digits"), (lowercase, "wordpiece", "lowercase")):
+        if given and kind != owner:
+            raise UserError(f"{what} belongs to the kind {owner}, not to {kind}: leave it out.")
+    backend, special = KINDS[kind](
+        _WordCounts(texts), _TokenizerSpec(vocab_size, list(special_tokens), split_digits, lowercase)
+    )
+    needed = backend.get_vocab_size()
+    if needed > vocab_size:
+        raise UserError(f"vocab_size={vocab_size} is too small: {kind} needs at least {needed} tokens for these texts.")
+    return Tokenizer(backend, special)
+
+
+def _learn(backend: tokenizers.Tokenizer, texts: _WordCounts, trainer: trainers.Trainer) -> None:
+    try:
+        backend.train_from_iterator(texts, trainer)
+    except (UserError, OSError, UnicodeError):
+        raise  # from the texts, not from the trainer
+    except Exception as error:  # `tokenizers` raises bare Exceptions
+        if texts.count:
+            raise UserError(f"No tokenizer could be learned from these texts: {error}.") from error
+    texts.check()
+
+
+def _bpe(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:
+    specials = [END_OF_TEXT, *wanted.special_tokens]
+    wanted.at_least("bpe", 256 + len(specials), f"256 bytes and {len(specials)} special")
+    backend = byte_level_backend({}, [], "smollm" if wanted.split_digits else "gpt-2")
+    trainer = trainers.BpeTrainer(
+        vocab_size=wanted.vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=_with_special_tokens(specials),
+        initial_alphabet=list(byte_alphabet()),
+    )
+    _learn(backend, texts, trainer)
+    return backend, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+
+
+def _wordpiece(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:
+    specials = sorted(BERT_ROLES.values(), key=lambda token: token != "[PAD]")  # BERT's padding has the id 0
+    backend, _ = wordpiece_backend({}, wanted.lowercase, strip_accents=None)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=wanted.vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=_with_special_tokens([*specials, *wanted.special_tokens]),
+        limit_alphabet=max(1000, wanted.vocab_size // 3),  # rarer characters become [UNK], as in BERT
+    )
+    _learn(backend, texts, trainer)
+    learned, roles = wordpiece_backend(backend.get_vocab(), wanted.lowercase, strip_accents=None)
+    learned.add_special_tokens(_with_special_tokens(wanted.special_tokens))
+    return learned, roles
+
+
+def _unigram(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:
+    specials = ["<unk>", "<s>", "</s>", *wanted.special_tokens]
+    reserved = len(specials) + 256
+    wanted.at_least("unigram", reserved + 1, f"{len(specials)} special, 256 bytes and the characters")
+    backend = tokenizers.Tokenizer(models.Unigram())
+    _prepare_unigram(backend)
+    size = wanted.vocab_size - 256
+    trainer = trainers.UnigramTrainer(vocab_size=size, show_progress=False, special_tokens=specials, unk_token="<unk>")
+    try:
+        _learn(backend, texts, trainer)
+    except UserError as error:
+        if "not large enough" in str(error):  # the trainer must keep every character
+            wanted.at_least("unigram", reserved + len(texts.characters), "special, bytes and all the characters")
+        raise
+    learned = json.loads(backend.to_str())["model"]["vocab"][len(specials) :]
+    pieces = [Piece(token, 0.0, UNKNOWN if token == "<unk>" else CONTROL) for token in specials]
+    pieces += [Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
+    pieces += [Piece(token, score) for token, score in learned]
+    whole = backend_from_pieces(pieces, Settings(model=UNIGRAM))
+    _prepare_unigram(whole)
+    roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    put_around_text(whole, roles, bos=True, eos=False)
+    return whole, roles
+
+
+def _prepare_unigram(backend: tokenizers.Tokenizer) -> None:
+    """NFKC, a space before each text, and pieces that never go over the start of a word; no word segmenter."""
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend(SPACE)])
+    words = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, no_byte_names()])
+
+
+def _characters(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:
+    for _ in texts:
+        continue
+    texts.check()
+    vocabulary = {token: number for number, token in enumerate([*wanted.special_tokens, *sorted(texts.characters)])}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))
+    backend.pre_tokenizer = pre_tokenizers.FixedLength(1)
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(_with_special_tokens(wanted.special_tokens))
+    return backend, {}
+
+
+def _with_special_tokens(tokens: Sequence[str]) -> list[AddedToken]:
+    return [AddedToken(token, special=True, normalized=False) for token in tokens]
+
+
+KINDS: dict[str, Callable[[_WordCounts, _TokenizerSpec], Made]] = {
+    "bpe": _bpe,
+    "wordpiece": _wordpiece,
+    "unigram": _unigram,
+    "characters": _characters,
+}

@@ -1,0 +1,236 @@
+"""Batches of sentence pairs by their number of tokens, as tensors; it knows no text and no model.
+
+Axes: row (of a batch), position (source or target), both padded on the right.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keifu.errors import UserError
+
+Batch = dict[str, Tensor]
+CHUNK = 20_000  # sentences encoded at a time
+
+
+class SpecialIds(NamedTuple):
+    """The ids around the tokens of a sentence: what a target begins with, what ends both sides, and the padding."""
+
+    start: int
+    end: int
+    pad: int
+
+
+@dataclass(frozen=True)
+class EncodedSide:
+    """The ids of many sentences, one after the other in `ids`; sentence i begins at starts[i]."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sentence."""
+        return np.diff(self.starts)
+
+    def keep(self, rows: np.ndarray) -> "EncodedSide":
+        """Some of the sentences, in the order asked for."""
+        lengths, starts = self.lengths[rows], self.starts[rows]
+        places = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+        return EncodedSide(self.ids[places], _starts(lengths))
+
+    def padded(self, rows: np.ndarray, special: SpecialIds, begins: bool) -> tuple[Tensor, Tensor]:
+        """The sentences of some rows with their end, and with the start where `begins`: ids, mask [row, position]."""
+        lengths = self.lengths[rows] + 1 + begins
+        columns = np.arange(lengths.max())
+        mask = columns < lengths[:, None]
+        table = np.where(mask, special.end, special.pad).astype(np.int64)
+        inside = (columns >= begins) & (columns < lengths[:, None] - 1)
+        table[inside] = self.keep(rows).ids
+        table[:, : int(begins)] = special.start
+        return torch.from_numpy(table), torch.from_numpy(mask)
+
+
+def encode(encode_batch: Callable[[list[str]], list[list[int]]], sentences: Sequence[str]) -> EncodedSide:
+    """The ids of all sentences, without start and end, in a few bytes each; `encode_batch` gives those of some."""
+    parts, lengths = [np.zeros(0, np.int32)], []
+    for first in range(0, len(sentences), CHUNK):
+        encoded = encode_batch([*sentences[first : first + CHUNK]])
+        lengths += map(len, encoded)
+        parts.append(np.fromiter(chain.from_iterable(encoded), np.int32))
+    return EncodedSide(np.concatenate(parts), _starts(np.array(lengths, np.int64)))
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Both sides of pairs that a model can take; `left_out` counts those that were too long."""
+
+    source: EncodedSide
+    target: EncodedSide
+    left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.source.lengths)
+
+    def fitting(self, context_length: int) -> "EncodedPairs":
+        """Without the pairs of which a side has more than `context_length` tokens, its start and end counted."""
+        sizes = np.maximum(self.source.lengths + 1, self.target.lengths + 1)
+        rows = np.flatnonzero(sizes <= context_length)
+        if not len(rows):
+            raise UserError(
+                f"All {len(self):,} pairs have a side longer than {context_length} tokens, which is all that the model "
+                f"takes; the shortest needs {sizes.min() if len(sizes) else 0}: raise the context length."
+            )
+        return EncodedPairs(self.source.keep(rows), self.target.keep(rows), len(self) - len(rows))
+
+    def sizes(self) -> np.ndarray:
+        """What each row takes in a batch, [row, 2]: the source with its end, the target with its start and end."""
+        return np.stack([self.source.lengths + 1, self.target.lengths + 2], axis=1)
+
+    def batch(self, rows: np.ndarray, special: SpecialIds, source_special: SpecialIds) -> Batch:
+        """{"source", "source_mask", "target", "target_mask"} of some rows; the target has start and end."""
+        source, source_mask = self.source.padded(rows, source_special, begins=False)
+        target, target_mask = self.target.padded(rows, special, begins=True)
+        return {"source": source, "source_mask": source_mask, "target": target, "target_mask": target_mask}
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all ids."""
+        arrays = (side for each in (self.source, self.target) for side in (each.ids, each.starts))
+        return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
+
+
+@runtime_checkable
+class Batching(Protocol):
+    """How an epoch is cut: batch i holds order(random)[bounds[i] : bounds[i + 1]], the same bounds every epoch."""
+
+    bounds: list[int]
+    name: str  # with all that the order depends on
+
+    def order(self, random: np.random.Generator) -> np.ndarray:
+        """All rows in an order of this epoch's own."""
+        ...
+
+
+class ByTokens:
+    """Batches of at most `tokens` source and target tokens, padding counted, of rows of nearly equal length.
+
+    Rows are sorted by their target's length, then by their source's (Vaswani et al., 2017, section 5.1, batch by
+    approximate length), those of equal lengths in an order of the epoch's own. So the lengths at each place never
+    change, nor where the batches are cut: every epoch has the same number of batches, and the largest is known.
+    """
+
+    def __init__(self, sizes: np.ndarray, tokens: int):
+        source, target = sizes.T.astype(np.int64)
+        if (most := int(sizes.sum(1).max())) > tokens:
+            raise UserError(f"A batch of {tokens} tokens cannot hold the longest pair, which has {most}: allow more.")
+        self.keys = target * (2 * source.max() + 1) + np.where(target % 2, source, 2 * source.max() - source)
+        self.name = f"{tokens} tokens"
+        self.bounds = _cuts(sizes[np.argsort(self.keys, kind="stable")].tolist(), tokens)
+
+    def order(self, random: np.random.Generator) -> np.ndarray:
+        shuffled = random.permutation(len(self.keys))
+        return shuffled[np.argsort(self.keys[shuffled], kind="stable")]
+
+
+def _cuts(sizes: list[list[int]], tokens: int) -> list[int]:
+    """Where to cut rows in a fixed order so that no batch has more than `tokens` tokens when padded."""
+    bounds, source, target = [0], 0, 0
+    for row, (s, t) in enumerate(sizes):
+        source, target = max(source, s), max(target, t)
+        if (row + 1 - bounds[-1]) * (source + target) > tokens:
+            bounds.append(row)
+            source, target = s, t
+    return [*bounds, len(sizes)]
+
+
+class ByRows:
+    """Batches of `rows` pairs; each `pool` of pairs drawn at random is sorted by length and cut into batches.
+
+    Bahdanau et al. (2014, appendix B.2) draw 1,600 pairs, sort them, and make 20 batches of 80.
+    """
+
+    def __init__(self, sizes: np.ndarray, rows: int = 80, pool: int = 1600):
+        self.lengths, self.pool, self.name = sizes.sum(1), pool, f"{rows} rows of {pool}"
+        self.bounds = [*range(0, len(sizes), rows), len(sizes)]
+
+    def order(self, random: np.random.Generator) -> np.ndarray:
+        shuffled = random.permutation(len(self.lengths))
+        pools = np.arange(len(shuffled)) // self.pool
+        return shuffled[np.lexsort([self.lengths[shuffled], pools])]
+
+
+class PairData:
+    """Training data for translation: batches of pairs, in the form that `training.objectives.translation` takes.
+
+    A batch is a function of the seed and the step alone. Every pair comes once an epoch; the epoch's batches come in an
+    order of its own. What an epoch needs is drawn from the seed and its number, so that going on at a late step costs
+    no more than beginning. special: the ids around both
+    sides, unless those of the source are given too. validation: batches of at
+    most `tokens_at_once` tokens, always the same.
+    """
+
+    def __init__(
+        self, train: EncodedPairs, validation: EncodedPairs, special: SpecialIds, batching: Batching, seed: int = 0,
+        tokens_at_once: int = 8192, source_special: SpecialIds | None = None,
+    ):  # fmt: skip
+        self.source_special = source_special or special
+        self.train, self.held_out, self.special, self.batching, self.seed = train, validation, special, batching, seed
+        longest = int(validation.sizes().sum(1).max())
+        self._validation = ByTokens(validation.sizes(), max(tokens_at_once, longest))
+        self._epoch = lru_cache(maxsize=2)(self._draw)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all ids, and of what else the batches depend on."""
+        around = (self.special,) if self.source_special == self.special else (self.special, self.source_special)
+        bounds = hashlib.sha256(repr((self.batching.bounds, *around)).encode()).hexdigest()
+        parts = self.train.fingerprint, self.held_out.fingerprint, bounds
+        return f"{'-'.join(part[:16] for part in parts)}, {self.batching.name}, seed {self.seed}"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches after which every pair was seen once."""
+        return len(self.batching.bounds) - 1
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0: the same in every process, whatever came before."""
+        if step < 0:
+            raise UserError(f"The step is {step}, but steps are counted from 0.")
+        epoch, place = divmod(step, self.steps_per_epoch)
+        rows, batches = self._epoch(epoch)
+        return self._batch(rows, int(batches[place]))
+
+    def largest(self) -> Batch:
+        """The batch of the first epoch with the most tokens, padding counted: what needs the most memory."""
+        rows, _ = self._epoch(0)
+        sizes, bounds = self.train.sizes()[rows], self.batching.bounds
+        ranges = zip(bounds, bounds[1:], strict=False)
+        padded = [(stop - start) * sizes[start:stop].max(0).sum() for start, stop in ranges]
+        return self._batch(rows, int(np.argmax(padded)))
+
+    def validation(self) -> Iterator[Batch]:
+        """The held-out pairs in batches, always the same."""
+        rows, bounds = np.argsort(self._validation.keys, kind="stable"), self._validation.bounds
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            yield self.held_out.batch(rows[start:stop], self.special, self.source_special)
+
+    def _batch(self, rows: np.ndarray, place: int) -> Batch:
+        start, stop = self.batching.bounds[place : place + 2]
+        return self.train.batch(rows[start:stop], self.special, self.source_special)
+
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch's rows, and its batches, each in an order of its own."""
+        random = np.random.default_rng([self.seed, epoch])
+        return self.batching.order(random), random.permutation(self.steps_per_epoch)

@@ -1,0 +1,312 @@
+"""Sentences with their translations, out of the catalogue, a TSV file or two files; it knows no tokenizer and no model.
+
+A source is a catalogue name (tatoeba-ja-en, or tatoeba-en-ja for the other direction); a file of records (.csv, .jsonl
+and others, a .tsv file whose first line names its columns) with a field for each side; a file whose lines are a
+sentence, a tab and its translation; or two files "train.ja,train.en" whose lines belong together.
+
+Pairs held out for validation and for testing, without a sentence of theirs left in training; knows no file.
+
+A pair is chosen by a hash of its normalised text: the choice does not depend on the order of the pairs nor on the
+direction. What is kept apart is equal text. Sentences that differ in a word or a name ("Tom likes tea", "Mary likes
+tea"), and paraphrases that share neither side with a held-out pair, are not caught and may stand on both sides.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from keifu.data.catalogue import catalogue
+from keifu.data.records import SUFFIXES, content, listed, read_cells, read_records
+from keifu.data.text.text_files import lines
+from keifu.errors import UserError, unknown
+
+Pair = tuple[str, str]
+Fields = tuple[str | None, str | None]  # of the source and of the target; None where they go by their names
+NAMES = ("source", "target"), ("src", "tgt"), ("src", "trg"), ("input", "output"), ("sentence", "translation")
+CODE = r"[a-z]{2,3}([-_][A-Za-z]{2,4})?"  # a language's, as fields are called
+LANGUAGES = {"english", "japanese", "german", "french", "spanish", "dutch", "italian", "portuguese", "chinese",
+             "korean", "russian", "arabic", "hindi", "turkish", "polish", "swedish", "ukrainian"}  # fmt: skip
+TABLES = ".csv", ".tsv"  # where two columns may also be the first pair of a file without names
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Sentences and their translations: `rows` in the order of their source, spaces at both ends taken off.
+
+    languages: their codes, as far as the source's name tells them ("" where it does not). left_out: a sentence about
+    pairs that were left out, "" where none was. name: the source as it was given.
+    """
+
+    name: str
+    rows: list[Pair]
+    languages: tuple[str, str] = ("", "")
+    left_out: str = ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def reversed(self) -> "Pairs":
+        """The same in the other direction."""
+        return replace(self, rows=[(b, a) for a, b in self.rows], languages=self.languages[::-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """A hexadecimal SHA-256 of all sentences in their order."""
+        digest = hashlib.sha256()
+        for pair in self.rows:
+            digest.update("\t".join(pair).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def read_pairs(
+    source: str | Path, reverse: bool = False, fields: Fields = (None, None), encoding: str | None = None
+) -> Pairs:
+    """All pairs of a source; `reverse` swaps the sides of each.
+
+    fields: of records, those of the source and of the target; where they are not named, source and target (or another
+    of `NAMES`), or the only two, in their order. encoding: see `text_files.lines`. Pairs with an empty side are left
+    out and counted. Files of unequal length, a line that is not two columns, bytes that are not in the encoding and an
+    unknown name are `UserError`s with the line's number or the nearest name.
+    """
+    found = _from_catalogue(str(source)) or _from_files(str(source), fields, encoding)
+    rows = [pair for pair in found.rows if all(pair)]
+    empty = len(found) - len(rows)
+    if not rows:
+        raise UserError(f"{source} holds no pair whose two sides both have text; {len(found):,} pairs were read.")
+    left_out = f"{empty:,} of {len(found):,} pairs of {source} have an empty side and are left out." if empty else ""
+    found = replace(found, rows=rows, left_out=left_out)
+    return found.reversed() if reverse else found
+
+
+def pair_names() -> dict[str, tuple[str, bool]]:
+    """Every catalogue name of pairs, in both directions: the entry, and whether it is turned round."""
+    forward = [name for name, entry in catalogue.CATALOGUE.items() if entry.gives == "pairs"]
+    return {name: (name, False) for name in forward} | {_swap(name): (name, True) for name in forward}
+
+
+def _swap(name: str) -> str:
+    """tatoeba-en-ja of tatoeba-ja-en."""
+    stem, first, second = name.rsplit("-", 2)
+    return f"{stem}-{second}-{first}"
+
+
+def _from_catalogue(source: str) -> Pairs | None:
+    if source not in pair_names():
+        return None
+    name, turned = pair_names()[source]
+    first, second = name.rsplit("-", 2)[1:]
+    found = Pairs(source, [(a.strip(), b.strip()) for a, b in catalogue.pairs(name)], (first, second))
+    return found.reversed() if turned else found
+
+
+def _from_files(source: str, fields: Fields, encoding: str | None) -> Pairs:
+    paths = [Path(part.strip()).expanduser() for part in source.split(",")]
+    if len(paths) == 1 or Path(source).exists():
+        path = Path(source).expanduser()
+        _check_there(path, source)
+        return _of_records(source, path, fields, encoding) or Pairs(source, list(_columns(path, encoding)))
+    if len(paths) > 2:
+        raise UserError(f"{source} names {len(paths)} files, but pairs are in one file or in two files: A,B.")
+    for path in paths:
+        _check_there(path, str(path))
+    codes = [path.suffix[1:] if re.fullmatch(r"\.(?!txt)[a-z]{2,3}", path.suffix) else "" for path in paths]
+    return Pairs(source, list(_zip_files(paths[0], paths[1], encoding)), (codes[0], codes[1]))
+
+
+def _check_there(path: Path, name: str) -> None:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name the file of pairs in it, or its two files as A,B.")
+    if not path.is_file():
+        near = [str(path.with_name(each.name)) for each in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise unknown("catalogue name, file of pairs or pair of files", name, [*pair_names(), *near])
+
+
+def _of_records(source: str, path: Path, fields: Fields, encoding: str | None) -> Pairs | None:
+    """The pairs of a file of records; None for a file of two columns without names."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES or (suffix == ".tsv" and not any(fields) and not _has_header(path, encoding)):
+        return None
+    names: tuple[str, str] | None = None
+    rows: list[Pair] = []
+    for place, record in read_records(path, encoding=encoding):
+        inner = record.get("translation")
+        record = inner if isinstance(inner, dict) else record
+        names = names or _sides(place, record, fields, suffix)
+        first, second = (_text(place, record, name) for name in names)
+        rows.append((first, second))
+    usual = {name for pair in NAMES for name in pair}
+    codes = [name if re.fullmatch(CODE, name) and name not in usual else "" for name in names or ()]
+    return Pairs(source, rows, (codes[0], codes[1]) if codes else ("", ""))
+
+
+def _has_header(path: Path, encoding: str | None) -> bool:
+    """Whether the first line of a table of two columns or more names them."""
+    _, cells = next(read_cells(path, encoding=encoding, delimiter="\t"), ("", []))
+    return any(_find(cells, names) for names in NAMES)
+
+
+def _sides(place: str, record: Mapping[str, Any], fields: Fields, suffix: str) -> tuple[str, str]:
+    """Which fields are the source and the target: those that were named, a usual pair of names, or the only two."""
+    known = next((found for names in NAMES if (found := _find(record, names))), None)
+    named = [name for name in record if re.fullmatch(CODE, name) or name.lower() in LANGUAGES]
+    two = [*record] if suffix not in TABLES else named
+    first, second = known or ((two[0], two[1]) if len(record) == len(two) == 2 else (None, None))
+    first, second = fields[0] or first, fields[1] or second
+    for name in filter(None, fields):
+        content(place, record, name)
+    if first is None or second is None or first == second:
+        raise UserError(
+            f"{place}: which fields are the source and its translation? There are {listed(record)}; call two of them "
+            "source and target, or name them with --source-field and --target-field."
+        )
+    return first, second
+
+
+def _find(given: Iterable[str], names: Pair) -> tuple[str, str] | None:
+    """The fields of these names, whatever their case."""
+    by_name = {name.strip().lower(): name for name in given}
+    return (by_name[names[0]], by_name[names[1]]) if {*names} <= by_name.keys() else None
+
+
+def _text(place: str, record: Mapping[str, Any], name: str) -> str:
+    value = content(place, record, name)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{place}: the field {name!r} is {type(value).__name__}, not text.")
+    return (value or "").strip()
+
+
+def _columns(path: Path, encoding: str | None) -> Iterator[Pair]:
+    """The two columns of a file of lines with a tab each."""
+    for number, line in enumerate(lines(path, encoding=encoding), 1):
+        cells = [cell.strip() for cell in line.rstrip("\n").split("\t")]
+        if len(cells) != 2:
+            raise UserError(f"{path}, line {number}: {_wrong_columns(cells)}")
+        yield cells[0], cells[1]
+
+
+def _wrong_columns(cells: list[str]) -> str:
+    if len(cells) == 1:
+        return f"there is no tab in {_excerpt(cells[0])}, and a tab parts a sentence from its translation."
+    shown = ", ".join(map(_excerpt, cells[:6]))
+    return f"there are {len(cells)} columns ({shown}), and two are needed: cut out the others, as with `cut -f 1,2`."
+
+
+def _excerpt(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
+
+
+def _zip_files(first: Path, second: Path, encoding: str | None) -> Iterator[Pair]:
+    """The lines of two files, which must be as many."""
+    rows = zip_longest(lines(first, encoding=encoding), lines(second, encoding=encoding))
+    for number, (one, other) in enumerate(rows, 1):
+        if one is None or other is None:
+            longer, shorter = (second, first) if one is None else (first, second)
+            more = 1 + sum(1 for _ in rows)
+            raise UserError(
+                f"{shorter} ends after line {number - 1:,}, and {longer} has {more:,} lines more: line {number:,} of "
+                "one must be the translation of that line of the other."
+            )
+        yield one.strip(), other.strip()
+
+
+HELD_OUT = 1000
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three parts of the same pairs; `dropped` counts those that are in none, since they share a side with one held out
+    or say the same as another pair."""
+
+    train: list[Pair]
+    validation: list[Pair]
+    test: list[Pair]
+    dropped: int
+
+    def sentence(self) -> str:
+        """The sizes, for people."""
+        return (
+            f"{len(self.train):,} pairs for training, {len(self.validation):,} for validation, {len(self.test):,} for "
+            f"testing; {self.dropped:,} left out that repeat another pair or share a sentence with one held out."
+        )
+
+
+class _Kept(dict[int, int | None]):
+    """For str.translate: a character's code, None for spaces, punctuation and control characters."""
+
+    def __missing__(self, code: int) -> int | None:
+        stripped = unicodedata.category(chr(code))[0] in "PZC"
+        self[code] = None if stripped else code
+        return self[code]
+
+
+_KEPT = _Kept()
+
+
+def normalize(sentence: str) -> str:
+    """A sentence without what does not make it another one: NFKC, lower case, no spaces and no punctuation.
+
+    A sentence of punctuation alone keeps it.
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", sentence).lower())
+    bare = unicodedata.normalize("NFKC", text.translate(_KEPT))
+    return bare or "".join(text.split())
+
+
+def split(pairs: Pairs | Iterable[Pair], seed: int = 0, held_out: int = HELD_OUT) -> Split:
+    """Holds out `held_out` pairs for testing and as many for validation, but at most a tenth of all for each.
+
+    Held-out pairs have no side in common, not even between the two parts. A training pair shares no normalised side,
+    in either language, with one held out. Of pairs that are equal when normalised, training keeps every distinct
+    spelling. Fewer than three distinct pairs cannot be split: a `UserError`.
+    """
+    rows = list(dict.fromkeys(pairs.rows if isinstance(pairs, Pairs) else pairs))
+    total = len(pairs.rows) if isinstance(pairs, Pairs) else len(rows)
+    sides = [(normalize(a), normalize(b)) for a, b in rows]
+    size = max(1, min(held_out, len(rows) // 10))
+    seen: set[str] = set()
+    chosen = _disjoint(sorted(range(len(rows)), key=lambda i: (_key(sides[i], seed), sorted(rows[i]))), sides, seen)
+    test, validation = ([i for _, i in zip(range(size), chosen, strict=False)] for _ in range(2))
+    train = [pair for pair, both in zip(rows, sides, strict=True) if seen.isdisjoint(both)]
+    if not (train and validation and test):
+        raise UserError(
+            f"{len(rows):,} distinct pairs cannot be parted into training, validation and test without a sentence in "
+            "two of them: give more pairs."
+        )
+    parts = [rows[i] for i in validation], [rows[i] for i in test]
+    return Split(train, *parts, dropped=total - len(train) - len(validation) - len(test))
+
+
+def split_beside(pairs: Pairs, validation: Pairs | None, test: Pairs | None, seed: int = 0) -> Split:
+    """The same with pairs of one's own for validation, for testing or for both; a part without any is chosen as in
+    `split`. A training pair shares no normalised side with one held out. If none is left, it is a `UserError`."""
+    chosen = None if validation and test else split(pairs, seed)
+    held = [each.rows if each else part for each, part in zip((validation, test), _held(chosen), strict=True)]
+    seen = {normalize(side) for part in held for pair in part for side in pair}
+    rows = dict.fromkeys(pairs.rows)
+    train = [pair for pair in rows if seen.isdisjoint(map(normalize, pair))]
+    if not train:
+        raise UserError(f"Every pair of {pairs.name} shares a sentence with one held out: nothing is left to train on.")
+    own = sum(len(part) for each, part in zip((validation, test), held, strict=True) if not each)
+    return Split(train, *held, dropped=len(pairs) - len(train) - own)
+
+
+def _held(chosen: Split | None) -> tuple[list[Pair], list[Pair]]:
+    return (chosen.validation, chosen.test) if chosen else ([], [])
+
+
+def _disjoint(order: Iterable[int], sides: list[tuple[str, str]], seen: set[str]) -> Iterator[int]:
+    """The pairs, in this order, that share no side with one given before; `seen` takes up the sides."""
+    for i in order:
+        if seen.isdisjoint(sides[i]):
+            seen.update(sides[i])
+            yield i
+
+
+def _key(both: tuple[str, str], seed: int) -> bytes:
+    """A number for a pair that looks random and is the same in both directions."""
+    return hashlib.blake2b("\n".join([str(seed), *sorted(both)]).encode(), digest_size=16).digest()

@@ -1,0 +1,1 @@
+"""Accuracy and confusion of classifiers; what embeddings tell."""

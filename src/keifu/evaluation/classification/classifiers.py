@@ -1,0 +1,119 @@
+"""Models that choose a label or an answer, whatever they read examples with: encoders, and decoders fine-tuned for it.
+
+It knows no model. Axes: examples, answers = labels, or an example's own answers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keifu.data.classification.batches import encode_form, row_size, stack_sequences
+from keifu.data.classification.input_formats import Example, Form, FormExamples, delimiters_of, form_of
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.evaluation.classification.embeddings import encode_texts, in_batches
+from keifu.evaluation.classification.metrics import Confusion, classifier, probabilities
+from keifu.generation.text.engine import Model
+
+
+@runtime_checkable
+class ClassifierFamily(Protocol):
+    """What a fine-tuned decoder offers; its `config` has `form`, `labels`, `context_length` and the special ids."""
+
+    config: Any
+    decoder: Any
+
+    def hidden(self, tokens: Tensor) -> Tensor: ...
+
+    def judge(self, hidden: Tensor, mask: Tensor) -> Tensor: ...
+
+    def classify(self, tokens: Tensor, mask: Tensor) -> Tensor: ...
+
+
+class ClassifierOutput(NamedTuple):
+    """Examples as ids, and how many were cut."""
+
+    rows: Sequence[Any]
+    cut: int
+
+
+@dataclass(frozen=True, eq=False)
+class TextClassifier:
+    """A model that chooses, and how it reads.
+
+    form: what an example must have. labels: what it chooses from; none where examples have answers of their own.
+    limit: how many tokens it takes. read: examples to ids, of which too long ones may be cut. weigh: ids to
+    probabilities; where an example has fewer answers than another, they are 0 at its end.
+    """
+
+    form: Form
+    labels: tuple[str, ...]
+    limit: int
+    read: Callable[[FormExamples, bool], ClassifierOutput]
+    weigh: Callable[[Sequence[Any]], Float[Tensor, "examples answers"]]
+
+    def choices(self, row: Example) -> tuple[str, ...]:
+        """What the columns of an example's probabilities stand for."""
+        return row.texts[1:] if self.form.answers else self.labels
+
+    def compared(self, examples: FormExamples, given: Float[Tensor, "examples answers"]) -> Confusion:
+        """Right labels against the likeliest ones; the labels of answers are their numbers."""
+        labels = tuple(map(str, range(given.shape[1]))) if self.form.answers else self.labels
+        numbers = {label: number for number, label in enumerate(labels)}
+        right = torch.tensor([numbers[row.label] for row in examples.rows])
+        return Confusion.of(right, given.argmax(-1).cpu(), labels)
+
+
+def text_classifier(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> TextClassifier:
+    """How a model chooses; one that cannot is a `UserError` that says how to make one. `name` is for errors."""
+    if isinstance(model, ClassifierFamily) and model.config.form == "score":
+        raise UserError(f"{name or 'This model'} gives a score and knows no labels: it says how good an answer is.")
+    if isinstance(model, ClassifierFamily):
+        return _decoder(model, tokenizer)
+    if isinstance(model, Model):
+        who, option = (name, f" --model {name}") if name else (f"This {type(model).__name__}", "")
+        raise UserError(
+            f"{who} writes and has no head for labels: fine-tune it first (keifu train gpt1-finetune{option} --data "
+            "TABLE), and classify with that run."
+        )
+    reader = classifier(model, name)
+    limit = reader.config.context_length
+
+    def read(examples: FormExamples, cut: bool) -> ClassifierOutput:
+        return ClassifierOutput(*encode_texts(tokenizer, [row.texts[0] for row in examples.rows], limit, cut))
+
+    def weigh(rows: Sequence[Any]) -> Float[Tensor, "examples answers"]:
+        return probabilities(model, rows, tokenizer.pad_id or 0)
+
+    return TextClassifier(form_of("classification"), reader.config.labels, limit, read, weigh)
+
+
+def _decoder(model: Any, tokenizer: Tokenizer) -> TextClassifier:
+    config, form = model.config, form_of(model.config.form)
+    marks = delimiters_of(tokenizer, (config.start_id, config.delimiter_id, config.extract_id))
+
+    def read(examples: FormExamples, cut: bool) -> ClassifierOutput:
+        return ClassifierOutput(*encode_form(tokenizer, examples, marks, config.context_length, cut))
+
+    def weigh(rows: Sequence[Any]) -> Float[Tensor, "examples answers"]:
+        return class_probabilities(model, rows, tokenizer.pad_id or 0)
+
+    return TextClassifier(form, config.labels, config.context_length, read, weigh)
+
+
+def class_probabilities(
+    model: Any, rows: Sequence[Any], pad_id: int, batch_size: int = 256
+) -> Float[Tensor, "examples answers"]:
+    """The probability of each label or answer for examples, each a list of sequences of ids."""
+    most = len(model.config.labels) or max((len(row) for row in rows), default=0)
+
+    def work(tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch answers"]:
+        shares = model.classify(tokens, mask).float().softmax(-1)
+        return F.pad(shares, (0, most - shares.shape[1]))
+
+    return in_batches(model, work, rows, pad_id, batch_size, pack=stack_sequences, size=row_size)

@@ -1,0 +1,182 @@
+"""Texts through an encoder such as BERT, neighbours in length together; knows no model and not what comes of them.
+
+Axes: texts, batch = texts in one pass, length = tokens, dim = numbers for each text.
+
+Sentence embeddings: a text as a point on the unit sphere, and the points nearest to it; knows no model.
+
+The embedding is the mean of the last hidden states over a text's tokens, made as long as 1 (Reimers and Gurevych, 2019,
+"Sentence-BERT"). Axes: texts, queries, among = the texts that are searched, dim.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.data.batching import Rows, length_buckets, pad
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+
+PASS_TOKENS = 4096  # in one pass: enough to fill a matrix product, few enough for a cache
+Tokens = Int[Tensor, "batch length"]
+Mask = Bool[Tensor, "batch length"] | None
+Work = Callable[[Any, Any], Float[Tensor, "batch dim"]]  # of tokens and mask
+Pack = Callable[[Any, int], tuple[Tensor, Tensor | None]]
+Advance = Callable[[int], object]
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What a model that reads in both directions offers; its `config` has `context_length` and `labels`."""
+
+    config: Any
+
+    def encode(self, tokens: Tokens, segments: Tokens | None, mask: Mask) -> Tensor: ...
+
+    def classify(self, tokens: Tokens, segments: Tokens | None, mask: Mask) -> Tensor: ...
+
+
+def encoder(model: nn.Module) -> Encoder:
+    """The same model, known to be one that encodes; any other is a `UserError`."""
+    if not isinstance(model, Encoder):
+        raise UserError(f"A {type(model).__name__} gives no vectors for texts: choose an encoder, such as minilm.")
+    return model
+
+
+class EncodedTexts(NamedTuple):
+    """The ids of each text, and how many texts were cut to the model's length."""
+
+    rows: Rows
+    cut: int
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], limit: int, cut: bool = False) -> EncodedTexts:
+    """The ids of texts with the special tokens around them, as many as the model takes.
+
+    cut: keep the first `limit` tokens of a longer text, of which the closing one is still the last. Without it a longer
+    text is a `UserError` with both lengths; so is an empty one.
+    """
+    rows = tokenizer.encode_batch(texts, special=True)
+    for place, text in enumerate(texts):
+        if not text.strip():
+            raise UserError(f"Text {place + 1} of {len(texts)} is empty: give it words, or leave it out.")
+    longer = [place for place, row in enumerate(rows) if len(row) > limit]
+    if longer and not cut:
+        place = longer[0]
+        others = f", and {len(longer) - 1} others are too long" if len(longer) > 1 else ""
+        raise UserError(
+            f"Text {place + 1} of {len(texts)} has {len(rows[place])} tokens{others}; the model takes {limit}: "
+            "shorten it, or keep its beginning with --cut."
+        )
+    for place in longer:
+        rows[place] = _cut(rows[place], limit, tokenizer)
+    return EncodedTexts(rows, len(longer))
+
+
+def _cut(row: list[int], limit: int, tokenizer: Tokenizer) -> list[int]:
+    closing = row[-1:] if row[-1] in tokenizer.special_ids else []
+    return row[: limit - len(closing)] + closing
+
+
+def in_batches(
+    model: nn.Module,
+    work: Work,
+    rows: Sequence[Any],
+    pad_id: int,
+    batch_size: int,
+    advance: Advance | None = None,
+    pack: Pack = pad,
+    size: Callable[[Any], int] = len,
+) -> Float[Tensor, "texts dim"]:
+    """What `work` gives for each row, in the order of the rows, the model in evaluation mode.
+
+    batch_size: the most rows in a pass. `advance` is told how many rows are done. `pack` makes tokens and mask of some
+    rows, and `size` tells how many tokens a row has.
+    """
+    if not rows:
+        raise UserError("There is no text: give at least one.")
+    device, training, done = next(model.parameters()).device, model.training, 0
+    results: Tensor | None = None
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for places in length_buckets([size(row) for row in rows], PASS_TOKENS, batch_size):
+                tokens, mask = pack([rows[place] for place in places], pad_id)
+                part = work(tokens.to(device), None if mask is None else mask.to(device)).float()
+                with torch.inference_mode(False):  # a tensor that also training can use
+                    results = part.new_empty(len(rows), part.shape[1]) if results is None else results
+                results[torch.tensor(places, device=device)] = part
+                done += len(places)
+                if advance:
+                    advance(done)
+    finally:
+        model.train(training)
+    assert results is not None
+    return results
+
+
+BATCH = 256  # texts in a pass, at most
+SEARCHED = 2**24  # similarities that exist at a time
+
+
+def embed(
+    model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = BATCH, cut: bool = False
+) -> Float[Tensor, "texts dim"]:
+    """The embedding of each text, float32, computed in the type of the model's weights.
+
+    Texts of similar length go through the model together; neither that nor their order changes an embedding beyond
+    rounding. batch_size: the most in a pass. A model that is no encoder, an empty text, and a text longer than the
+    model takes are `UserError`s, the last one with both lengths; `cut=True` keeps the beginning of such a text.
+    """
+    limit = encoder(model).config.context_length
+    return embed_rows(model, encode_texts(tokenizer, texts, limit, cut).rows, tokenizer.pad_id or 0, batch_size)
+
+
+def embed_rows(
+    model: nn.Module, rows: Rows, pad_id: int, batch_size: int = BATCH, advance: Advance | None = None
+) -> Float[Tensor, "texts dim"]:
+    """The embeddings of texts whose ids, special tokens among them, are `rows`; `advance` is told how many are done."""
+    reader = encoder(model)
+
+    def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch dim"]:
+        return F.normalize(mean(reader.encode(tokens, None, mask), mask), dim=-1)
+
+    return in_batches(model, work, rows, pad_id, batch_size, advance)
+
+
+def mean(
+    hidden: Float[Tensor, "batch length dim"], mask: Bool[Tensor, "batch length"] | None
+) -> Float[Tensor, "batch dim"]:
+    """The mean over the tokens that are real, in float32."""
+    if mask is None:
+        return hidden.mean(1, dtype=torch.float32)
+    total = hidden.masked_fill(~mask[..., None], 0.0).sum(1, dtype=torch.float32)
+    return total / mask.sum(1, keepdim=True)
+
+
+def nearest(
+    queries: Float[Tensor, "queries dim"],
+    among: Float[Tensor, "among dim"],
+    count: int,
+    themselves: bool = False,
+) -> tuple[Float[Tensor, "queries count"], Int[Tensor, "queries count"]]:
+    """The cosine similarity and the place of the `count` nearest points to each query, the nearest first.
+
+    All points lie on the unit sphere. themselves: queries and `among` are the same points, and none is its own
+    neighbour. Fewer points than `count` are a `UserError`.
+    """
+    others = len(among) - themselves
+    if not 1 <= count <= others:
+        raise UserError(f"{count} nearest texts were asked for, and there are {others} to choose from.")
+    found = []
+    rows = max(1, SEARCHED // len(among))
+    for start in range(0, len(queries), rows):
+        similarity = queries[start : start + rows] @ among.T
+        if themselves:
+            own = torch.arange(len(similarity), device=similarity.device)
+            similarity[own, start + own] = -torch.inf
+        found.append(similarity.topk(count))
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])

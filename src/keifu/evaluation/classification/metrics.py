@@ -1,0 +1,180 @@
+"""How well texts are told apart: probabilities from a classifier, accuracy, F1, the confusion matrix; knows no model.
+
+Axes: texts, labels; of the matrix, rows = the labels that are right, columns = those that were given.
+
+A picture of the pictures that a classifier gets wrong; knows no model.
+
+Axes: rows = pictures, height, width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.data.batching import Rows
+from keifu.errors import UserError
+from keifu.evaluation.classification.embeddings import Encoder, Mask, Tokens, encoder, in_batches
+from keifu.evaluation.plots.decision_boundary import canvas, png
+
+
+def classifier(model: nn.Module, name: str = "") -> Encoder:
+    """The same model, known to have labels; any other is a `UserError` that says how to make one."""
+    reader = encoder(model)
+    if not reader.config.labels:
+        who, option = (name, f" --model {name}") if name else (f"This {type(model).__name__}", "")
+        raise UserError(
+            f"{who} has no classification head: train one with keifu train classifier{option} --data TABLE, and "
+            "classify with that run."
+        )
+    return reader
+
+
+def probabilities(model: nn.Module, rows: Rows, pad_id: int, batch_size: int = 256) -> Float[Tensor, "texts labels"]:
+    """The probability of each label for each text, whose ids are `rows`."""
+    reader = classifier(model)
+
+    def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch labels"]:
+        return reader.classify(tokens, None, mask).float().softmax(-1)
+
+    return in_batches(model, work, rows, pad_id, batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class Confusion:
+    """How often a text of the label in the row was given the label in the column."""
+
+    counts: Int[Tensor, "labels labels"]
+    labels: tuple[str, ...]
+
+    @classmethod
+    def of(cls, right: Int[Tensor, "texts"], given: Int[Tensor, "texts"], labels: Sequence[str]) -> "Confusion":
+        """From the numbers of the right labels and of those that were given."""
+        size = len(labels)
+        return cls(torch.bincount(right * size + given, minlength=size * size).view(size, size), tuple(labels))
+
+    @property
+    def accuracy(self) -> float:
+        """The share of texts that were given their label."""
+        return float(self.counts.trace() / self.counts.sum())
+
+    @property
+    def majority(self) -> tuple[str, float]:
+        """The most frequent label, and the share of texts that have it: the accuracy of always giving that one."""
+        rows = self.counts.sum(1)
+        return self.labels[int(rows.argmax())], float(rows.max() / rows.sum())
+
+    @cached_property
+    def precision(self) -> Float[Tensor, "labels"]:
+        """Of the texts that were given a label, the share that have it; 0 where none was given it."""
+        return self.counts.diag() / self.counts.sum(0).clamp_min(1)
+
+    @cached_property
+    def recall(self) -> Float[Tensor, "labels"]:
+        """Of the texts that have a label, the share that were given it; 0 where none has it."""
+        return self.counts.diag() / self.counts.sum(1).clamp_min(1)
+
+    @cached_property
+    def f1(self) -> Float[Tensor, "labels"]:
+        """The harmonic mean of precision and recall; 0 where both are."""
+        return 2 * self.precision * self.recall / (self.precision + self.recall).clamp_min(1e-12)
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean F1 of the labels that some text has or was given."""
+        seen = (self.counts.sum(0) + self.counts.sum(1)) > 0
+        return float(self.f1[seen].mean())
+
+    def verdict(self) -> str:
+        """Accuracy beside that of the most frequent label, and macro F1, as a sentence."""
+        label, share = self.majority
+        return (
+            f"Accuracy {self.accuracy:.1%} of {int(self.counts.sum()):,} texts (always {label!r}: {share:.1%}), "
+            f"macro F1 {self.macro_f1:.3f}."
+        )
+
+    def by_label(self) -> tuple[list[str], list[list[str]]]:
+        """Precision, recall and F1 of each label as a table: its columns and its rows."""
+        figures = zip(self.precision.tolist(), self.recall.tolist(), self.f1.tolist(), strict=True)
+        texts = self.counts.sum(1).tolist()
+        rows = [
+            [label, *(f"{value:.3f}" for value in values), f"{count:,}"]
+            for label, values, count in zip(self.labels, figures, texts, strict=True)
+        ]
+        return ["label", "precision", "recall", "F1", "texts"], rows
+
+    def page(self) -> str:
+        """The verdict, and precision, recall and F1 of each label in columns of equal width."""
+        columns, rows = self.by_label()
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        lines = ([cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in (columns, *rows))
+        table = ["  ".join([cells[0].strip().ljust(widths[0]), *cells[1:]]) for cells in lines]
+        return "\n".join([self.verdict(), "", *table])
+
+    def matrix(self) -> tuple[list[str], list[list[str]]]:
+        """The counts as a table: its columns and its rows."""
+        rows = [[label, *map(str, row)] for label, row in zip(self.labels, self.counts.tolist(), strict=True)]
+        return ["right \\ given", *self.labels], rows
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, as JSON takes them."""
+        majority, share = self.majority
+        figures = zip(self.precision.tolist(), self.recall.tolist(), self.f1.tolist(), strict=True)
+        by_label = {
+            label: {"precision": precision, "recall": recall, "f1": f1}
+            for label, (precision, recall, f1) in zip(self.labels, figures, strict=True)
+        }
+        return {
+            "texts": int(self.counts.sum()), "accuracy": self.accuracy, "macro_f1": self.macro_f1,
+            "majority": {"label": majority, "share": share}, "labels": by_label, "confusion": self.counts.tolist(),
+        }  # fmt: skip
+
+    def picture(self) -> bytes:
+        """The matrix as PNG: colour is the share of the row, the numbers are counts."""
+        counts, size = self.counts, len(self.labels)
+        shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+        figure, (axes,) = canvas(1, 1, max(3.6, 0.5 * size + 1.6))
+        axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+        if size <= 20:
+            for row, column in counts.nonzero().tolist():
+                colour = "white" if shares[row, column] > 0.5 else "#222222"
+                text = str(int(counts[row, column]))
+                axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+        axes.set_xticks(range(size), self.labels, rotation=90, fontsize=8)
+        axes.set_yticks(range(size), self.labels, fontsize=8)
+        axes.set_xlabel("given", fontsize=9)
+        axes.set_ylabel("right", fontsize=9)
+        axes.set_title(f"Accuracy {self.accuracy:.1%}, macro F1 {self.macro_f1:.3f}", fontsize=9)
+        return png(figure)
+
+
+ACROSS, DOWN, GAP = 8, 3, 8  # pictures in a line and in a column, and pixels between them, which hold their names
+
+
+def picture(
+    pictures: Float[Tensor, "rows height width"],
+    targets: Int[Tensor, " rows"],
+    predicted: Int[Tensor, " rows"],
+    classes: Sequence[str],
+) -> bytes:
+    """The first wrong ones, dark on white, each with its class and what it was taken for, as PNG."""
+    wrong = (predicted != targets).nonzero().flatten()
+    truth, taken = targets.tolist(), predicted.tolist()
+    high, wide = (size + GAP for size in pictures.shape[1:])
+    sheet = torch.zeros(DOWN * high, ACROSS * wide)
+    figure, (axes,) = canvas(1, 1, 5.4)
+    figure.set_size_inches(7.4, 3.3)
+    for place, row in enumerate(wrong[: ACROSS * DOWN].tolist()):
+        top, left = place // ACROSS * high, place % ACROSS * wide
+        sheet[top + GAP : top + high, left + GAP // 2 : left + wide - GAP // 2] = pictures[row]
+        name = f"{classes[truth[row]]}, taken for {classes[taken[row]]}"
+        axes.text(left + wide / 2, top + GAP - 2, name, fontsize=6.5, ha="center", va="bottom")
+    axes.imshow(sheet.numpy(), cmap="gray_r", aspect="equal")
+    axes.set_axis_off()
+    share = 1 - len(wrong) / len(targets)
+    axes.set_title(f"{len(wrong):,} of {len(targets):,} held-out pictures are wrong ({share:.1%} right)", fontsize=9)
+    return png(figure)

@@ -1,0 +1,1 @@
+"""Quality of generated pictures, and of matching text with pictures."""

@@ -1,0 +1,181 @@
+"""How near one set of pictures is to another: Fréchet and kernel distance, precision, recall, nearest; knows no model.
+
+All of it compares features, rows of numbers that a network makes of each picture (see picture_features.py). Axes: real
+and drawn = the two sets, dim.
+
+How alike two pictures of the same thing are, pixel for pixel: PSNR and SSIM; knows no model.
+
+Axes: picture, channels, height, width.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Num, UInt8
+from torch import Tensor
+
+from keifu.errors import UserError
+
+AT_ONCE = 2**24  # distances that exist at a time
+PART = 4096  # pictures that are searched at a time
+SUBSETS, SUBSET = 100, 1000  # of the kernel distance, as its authors have them
+Features = Float[Tensor, "count dim"]
+Real = Float[Tensor, "real dim"]
+Drawn = Float[Tensor, "drawn dim"]
+
+
+class FeatureMoments(NamedTuple):
+    """Mean [dim] and covariance [dim, dim] of features, float64, unbiased."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+class Kernel(NamedTuple):
+    """Of the subsets' kernel distances the mean, their standard deviation, and how large the subsets were."""
+
+    mean: float
+    deviation: float
+    size: int
+
+
+class Manifold(NamedTuple):
+    """The share of drawn pictures among the real ones, and of real ones among the drawn."""
+
+    precision: float
+    recall: float
+
+
+def moments(features: Features) -> FeatureMoments:
+    """Mean and covariance; fewer than two pictures are a `UserError`."""
+    if len(features) < 2:
+        raise UserError(f"{len(features)} pictures have no covariance: at least 2 are needed.")
+    rows = features.double()
+    return FeatureMoments(rows.mean(0), rows.T.cov())
+
+
+def frechet(real: FeatureMoments, drawn: FeatureMoments) -> float:
+    """Fréchet's distance between two normal distributions, squared: the FID (Heusel et al., 2017), where the features
+    are Inception's. It is too large for few pictures, most of all for fewer than features have numbers."""
+    root = _root(real.covariance)
+    cross = torch.linalg.eigvalsh(root @ drawn.covariance @ root).clamp_min(0).sqrt().sum()
+    apart = (real.mean - drawn.mean).square().sum()
+    return float(apart + real.covariance.trace() + drawn.covariance.trace() - 2 * cross)
+
+
+def _root(symmetric: Tensor) -> Tensor:
+    """The square root of a symmetric matrix without negative eigenvalues; rounding may have made some."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def discrepancy(real: Real, drawn: Drawn) -> float:
+    """The squared maximum mean discrepancy by the kernel (x·y / dim + 1)³, unbiased: it may be below 0 (Bińkowski et
+    al., "Demystifying MMD GANs", 2018)."""
+    real, drawn = real.double(), drawn.double()
+
+    def kernel(one: Tensor, other: Tensor) -> Tensor:
+        return (one @ other.T / one.shape[1] + 1) ** 3
+
+    def within(rows: Tensor) -> Tensor:
+        values = kernel(rows, rows)
+        return (values.sum() - values.diagonal().sum()) / (len(rows) * (len(rows) - 1))
+
+    return float(within(real) + within(drawn) - 2 * kernel(real, drawn).mean())
+
+
+def kernel_distance(real: Real, drawn: Drawn, subsets: int = SUBSETS, size: int = SUBSET, seed: int = 0) -> Kernel:
+    """The KID: the mean discrepancy of random subsets, each without a picture twice. Fewer pictures, smaller subsets:
+    at most half of the smaller set, for equal subsets would say nothing of its chance."""
+    size = min(size, min(len(real), len(drawn)) // 2)
+    if size < 2:
+        raise UserError(f"The kernel distance needs 4 pictures on each side, not {len(real)} and {len(drawn)}.")
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(subsets):
+        chosen = [rows[torch.randperm(len(rows), generator=generator)[:size]] for rows in (real, drawn)]
+        found.append(discrepancy(*chosen))
+    values = torch.tensor(found, dtype=torch.float64)
+    return Kernel(float(values.mean()), float(values.std()) if subsets > 1 else 0.0, size)
+
+
+def manifold(real: Real, drawn: Drawn, neighbours: int = 3) -> Manifold:
+    """Improved precision and recall (Kynkäänniemi et al., 2019): who lies in a ball around a picture of the other set
+    that reaches to its k-th nearest neighbour there."""
+    if min(len(real), len(drawn)) <= neighbours:
+        raise UserError(f"Precision and recall need more than {neighbours} pictures on each side.")
+    return Manifold(_coverage(real, drawn, neighbours), _coverage(drawn, real, neighbours))
+
+
+def _coverage(around: Real, rows: Drawn, neighbours: int) -> float:
+    """The share of rows in one of the balls."""
+    radii = torch.cat([part.kthvalue(neighbours + 1, 1).values for part in _distances(around, around)])
+    inside = [(part <= radii).any(1) for part in _distances(rows, around)]
+    return float(torch.cat(inside).float().mean())
+
+
+def _distances(rows: Drawn, others: Real) -> Iterator[Float[Tensor, "part real"]]:
+    """Euclidean distances of some rows to all others, part by part; float64, as they come from products."""
+    others = others.double()
+    for part in rows.split(max(1, AT_ONCE // len(others))):
+        yield torch.cdist(part.double(), others)
+
+
+def nearest(
+    rows: Num[Tensor, "rows dim"], among: Num[Tensor, "among dim"]
+) -> tuple[Float[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """The Euclidean distance and the place of the nearest of `among` to each row, the first of several; bytes too."""
+    if not len(among):
+        raise UserError("There is no picture to search for a nearest one.")
+    best, places = torch.full((len(rows),), torch.inf), torch.zeros(len(rows), dtype=torch.int64)
+    values = rows.float()
+    for first in range(0, len(among), PART):
+        distance, place = torch.cdist(values, among[first : first + PART].float()).min(1)
+        nearer = distance < best
+        best, places = torch.where(nearer, distance, best), torch.where(nearer, place + first, places)
+    # Found by products, which round; the distance itself is computed from the differences.
+    return (values - among[places].float()).norm(dim=1), places
+
+
+WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, in pixels
+C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+Bytes = UInt8[Tensor, "picture channels height width"]
+Others = UInt8[Tensor, "others channels high wide"]  # must be as the first ones are, or it is a `UserError`
+
+
+def psnr(pictures: Bytes, others: Others) -> Float[Tensor, " picture"]:
+    """The peak signal-to-noise ratio of each pair in decibels; infinite where they are the same."""
+    _check(pictures, others)
+    error = (pictures.double() - others.double()).square().mean((1, 2, 3))
+    return (10 * (255**2 / error).log10()).float()
+
+
+def ssim(pictures: Bytes, others: Others) -> Float[Tensor, " picture"]:
+    """The structural similarity of each pair, 1 where they are the same, the mean over channels and over all places
+    where the window fits in (Wang et al., 2004: a Gaussian of 11 x 11 pixels, σ 1.5)."""
+    _check(pictures, others)
+    if min(pictures.shape[2:]) < WINDOW:
+        raise UserError(f"SSIM needs pictures of at least {WINDOW} x {WINDOW} pixels, not {tuple(pictures.shape[2:])}.")
+    x, y = pictures.double(), others.double()
+    means = _blur(torch.stack([x, y, x * x, y * y, x * y]))
+    x, y, xx, yy, xy = means
+    variances, covariance = xx - x * x + yy - y * y, xy - x * y
+    index = (2 * x * y + C1) * (2 * covariance + C2) / ((x * x + y * y + C1) * (variances + C2))
+    return index.mean((1, 2, 3)).float()
+
+
+def _blur(values: Float[Tensor, "kind picture channels height width"]) -> Tensor:
+    """The Gaussian's means at every place where it fits in."""
+    offsets = torch.arange(WINDOW, dtype=values.dtype) - WINDOW // 2
+    weights = (-0.5 * (offsets / SIGMA) ** 2).exp()
+    weights = weights / weights.sum()
+    planes = values.flatten(0, 2)[:, None]
+    planes = F.conv2d(F.conv2d(planes, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
+    return planes.view(*values.shape[:3], *planes.shape[2:])
+
+
+def _check(pictures: Bytes, others: Others) -> None:
+    if pictures.shape != others.shape:
+        raise UserError(f"Pictures of {tuple(pictures.shape)} and {tuple(others.shape)} cannot be compared one by one.")

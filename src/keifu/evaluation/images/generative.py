@@ -1,0 +1,448 @@
+"""What a model that draws is worth: how near its pictures are to real ones, whether they are copies, how well it finds
+held-out pictures again in noise, and how many bits they cost it; it knows no model by name.
+
+Axes: picture, channels, height, width.
+
+How well a model takes noise off pictures that it never saw: PSNR and SSIM of what it finds again, and the bits that
+a picture costs at most. It knows no model by name.
+
+Axes: picture, channels, height, width.
+
+How many bits a diffusion model needs for a picture, at most: the variational bound; knows no kind of network.
+
+Ho et al. (2020), equation 5, with the discretised decoder of equation 13. Axes: batch, steps = T, `*shape` a picture's.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
+from keifu.data.images.grid import grid
+from keifu.data.images.io import to_bytes, to_signed
+from keifu.data.images.sources import CATALOGUED
+from keifu.data.progress import counting
+from keifu.errors import UserError, unknown
+from keifu.evaluation.images.distances import WINDOW, frechet, kernel_distance, manifold, moments, nearest, psnr, ssim
+from keifu.evaluation.images.features import PAPERS, Extractor, extractor, place
+from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.generation.images.denoiser import Denoiser, DiffusionConfig, DiffusionModel, Network, label_denoiser
+from keifu.generation.images.pixel_diffusion import (
+    ImageRequest,
+    SeededNoise,
+    draw_images,
+    require_diffusion_model,
+    trained_size,
+)
+from keifu.generation.images.samplers import SamplerRoute, plan_route
+from keifu.layers.counter_rng import normal
+from keifu.layers.diffusion.noise_schedule import Noise, add_noise, at, normal_kl, posterior
+from keifu.layers.diffusion.sampling_schedule import Level, SamplingPath
+from keifu.training.objectives.diffusion import HELD_OUT, bits_of_step, draw_noise
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Bits per dimension (number of a picture) of each picture.
+
+    prior: what the end of the noising still tells of it. steps [batch, T]: each step back, the decoder's at timestep 0.
+    squared_error [batch, T]: of the noise that the network sees, for comparison with the training's loss.
+    """
+
+    prior: Float[Tensor, " batch"]
+    steps: Float[Tensor, "batch steps"]
+    squared_error: Float[Tensor, "batch steps"]
+
+    @property
+    def total(self) -> Float[Tensor, " batch"]:
+        """The bound itself."""
+        return self.prior + self.steps.sum(1)
+
+
+@torch.inference_mode()
+def bound(
+    network: Network,
+    noise: Noise,
+    pictures: Float[Tensor, "batch *shape"],
+    seeds: Int[Tensor, " batch"],
+    advance: Callable[[], None] = lambda: None,
+) -> Bound:
+    """The bound of some pictures, grey values from -1 to 1, by all T steps with one draw of noise each.
+
+    The noise is a function of a picture's seed and the timestep. `advance` is called after each step.
+    """
+    denoise, exact, rows = Denoiser(network, noise), posterior(noise), []
+    for step in range(noise.steps):
+        timestep = torch.full((len(pictures),), step, device=pictures.device)
+        added = normal(seeds + step, pictures.shape[1:]).to(pictures)
+        x = add_noise(pictures, added, noise.alpha_bar, timestep)
+        left = float(noise.alpha_bar[step])
+        seen = denoise(x, Level(float(step), math.sqrt(left), math.sqrt(1 - left)))
+        bits = bits_of_step(noise, exact, pictures, seen.picture, x, timestep, seen.share)
+        rows.append(torch.stack([bits, (seen.noise - added).square().flatten(1).mean(1)]))
+        advance()
+    steps, errors = torch.stack(rows, -1)
+    return Bound(prior_bits(noise, pictures), steps, errors)
+
+
+def prior_bits(noise: Noise, pictures: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
+    """The divergence of x_T, given the picture, from pure noise, in bits per dimension."""
+    last = torch.full((len(pictures),), noise.steps - 1, device=pictures.device)
+    mean = at(noise.alpha_bar.sqrt(), last, pictures) * pictures
+    zero = torch.zeros_like(mean)
+    apart = normal_kl(mean, at((1 - noise.alpha_bar).log(), last, pictures), zero, zero)
+    return apart.flatten(1).mean(1) / math.log(2)
+
+
+def bits_per_dimension(
+    network: Callable[[Tensor | None], Network],
+    noise: Noise,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """The bound's mean over pictures, under ""; the means of its parts, which add up to it; and its standard error.
+
+    `batches` are pictures from -1 to 1 and their labels, `network` the model's for labels. Parts: prior is the end of
+    the noising, steps (the paper's rate, with the prior) the way back to timestep 0, decoder (its distortion) what the
+    grey values then still need.
+    """
+    found, first = [], 0
+    for pictures, labels in batches:
+        seeds = draw_noise(seed, HELD_OUT, len(pictures), first).to(pictures.device)
+        found.append(bound(network(labels), noise, pictures, seeds, advance))
+        first += len(pictures)
+    total = torch.cat([each.total for each in found])
+    parts = {
+        "": total,
+        "prior": torch.cat([each.prior for each in found]),
+        "steps": torch.cat([each.steps[:, 1:].sum(1) for each in found]),
+        "decoder": torch.cat([each.steps[:, 0] for each in found]),
+    }
+    error = {"standard error": float(total.std() / math.sqrt(first))} if first > 1 else {}
+    return {name: float(value.mean()) for name, value in parts.items()} | error
+
+
+LEFT = 0.9, 0.5, 0.1  # ᾱ, the shares of a picture's variance that are left in the noise it is found again in
+STEPS = 50  # of the whole path, from pure noise
+COLUMNS = "picture left in the noise", "timestep", "PSNR of the noisy picture", "PSNR", "SSIM"
+Bytes = UInt8[Tensor, "picture channels height width"]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Pictures that were noised to a level, and what was found in them again, bytes both."""
+
+    level: Level
+    noisy: Bytes
+    found: Bytes
+
+
+def reconstruct(
+    model: DiffusionModel, pictures: ImageDataset, seed: int, batch_size: int, steps: int | None = None
+) -> tuple[dict[str, float | int | str], ResultTable]:
+    """Mean PSNR in decibels and SSIM of pictures that were noised to each level of `LEFT` and denoised without chance.
+
+    By DDIM (η = 0), along what is left from there of a path of so many steps. Figures are those of the middle level.
+    SSIM has no number for pictures smaller than its window.
+    """
+    way, rows = plan_route(model.noise, "ddim", steps or min(STEPS, model.noise.steps)), []
+    with counting("Finding pictures again", len(LEFT) * len(pictures), "pictures") as advance:
+        for place, left in enumerate(LEFT):
+            parts: list[Reconstruction] = []
+            for first, given, label in _batches(model, pictures, batch_size):
+                parts.append(
+                    reconstruct_again(model, way, given, label, left, draw_noise(seed, HELD_OUT, len(given), first))
+                )
+                advance(place * len(pictures) + first + len(given))
+            rows.append(_row(pictures.take(slice(None)), parts))
+    figures = dict(zip(COLUMNS[2:], rows[1][2:], strict=True))
+    return {name: value for name, value in figures.items() if value is not None}, ResultTable(COLUMNS, rows)
+
+
+@torch.inference_mode()
+def reconstruct_again(
+    model: DiffusionModel, way: SamplerRoute, pictures: Bytes, label: Tensor | None, left: float, seeds: Tensor
+) -> Reconstruction:
+    """Pictures with noise of these seeds, at the noisiest level of the path where at least the share `left` of their
+    variance is left, and what the path leads to from there."""
+    strides = [stride for stride in way.path.strides if stride.here.alpha**2 >= left] or [*way.path.strides[-1:]]
+    level, clean = strides[0].here, to_signed(pictures)
+    x = level.alpha * clean + level.sigma * normal(seeds.to(clean.device), clean.shape[1:])
+    walk = way.walk(
+        way.denoiser(label_denoiser(model, label)), x, SamplingPath(tuple(strides)), SeededNoise(seeds.tolist())
+    )
+    return Reconstruction(level, to_bytes(x).cpu(), to_bytes(deque(walk, maxlen=1)[0].x).cpu())
+
+
+def bits(model: DiffusionModel, pictures: ImageDataset, seed: int, batch_size: int) -> dict[str, float | int | str]:
+    """The variational bound in bits per number of a picture, its three parts, and the standard error of its mean."""
+    batches = [(to_signed(given), label) for _, given, label in _batches(model, pictures, batch_size)]
+    with counting("Counting bits", model.noise.steps * len(batches), "steps") as advance:
+        reached = iter(range(1, 1 + model.noise.steps * len(batches)))
+        found = bits_per_dimension(
+            lambda label: label_denoiser(model, label), model.noise, batches, seed, lambda: advance(next(reached))
+        )
+    return {f"bits/dim{', ' * bool(part)}{part}": round(value, 4) for part, value in found.items()}
+
+
+def condition_labels(model: DiffusionModel, pictures: ImageDataset) -> Tensor | None:
+    """Each picture's class as the model numbers it; None where the model is told none.
+
+    A model without names for its classes has the pictures' own order. What it must be told and the pictures do not say
+    is a `UserError`.
+    """
+    if not model.config.n_classes:
+        return None
+    known = model.config.classes or pictures.classes[: model.config.n_classes]
+    names = [pictures.classes[label] if label >= 0 else "" for label in pictures.labels]
+    if all(name in known for name in names):
+        return torch.tensor([known.index(name) for name in names])
+    if model.config.null_class:
+        return None
+    raise UserError(
+        f"This model must be told a class of each picture, and those of {pictures.source} are not of its classes."
+    )
+
+
+def _batches(model: DiffusionModel, pictures: ImageDataset, size: int) -> Iterator[tuple[int, Bytes, Tensor | None]]:
+    """The first one's place, the pictures and their labels, on the model's device."""
+    labels, device = condition_labels(model, pictures), next(cast(Any, model).parameters()).device
+    for first in range(0, len(pictures), size):
+        part = slice(first, first + size)
+        yield first, pictures.take(part).to(device), None if labels is None else labels[part].to(device)
+
+
+def _row(given: Bytes, parts: list[Reconstruction]) -> tuple[float, int, float, float, float | None]:
+    """A level's cells."""
+    level, found = parts[0].level, torch.cat([part.found for part in parts])
+    large = min(given.shape[2:]) >= WINDOW
+    before, after = (_mean(psnr(given, each)) for each in (torch.cat([part.noisy for part in parts]), found))
+    return round(level.alpha**2, 3), int(level.timestep), before, after, _mean(ssim(given, found), 4) if large else None
+
+
+def _mean(values: Tensor, digits: int = 2) -> float:
+    return round(math.fsum(values.tolist()) / len(values), digits)
+
+
+ABOUT = "drawing: a model that removes noise, on pictures"
+OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric"}
+METRICS = "distances", "reconstruction", "bits"
+DRAWN, BATCH = 1000, 64
+AGAIN, COUNTED = 256, 64  # held-out pictures that are found again, and whose bits are counted, at most
+COMPARED = 10_000  # real pictures that a network looks at, at most
+SHOWN, ACROSS = 24, 4  # drawn pictures on the sheet, and in a row of it
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest real picture to each of some others, by pixels and by features, and how far the first one is.
+
+    differences: the root of the mean squared difference of two pictures' bytes, 0 to 255.
+    """
+
+    by_pixels: Int[Tensor, " picture"]
+    differences: Float[Tensor, " picture"]
+    by_features: Int[Tensor, " picture"]
+
+
+def takes(model: nn.Module) -> bool:
+    """Whether it draws pictures out of noise, without a text."""
+    return isinstance(model, DiffusionModel) and isinstance(model.config, DiffusionConfig)
+
+
+def names() -> list[str]:
+    """The catalogue's pictures."""
+    return list(CATALOGUED)
+
+
+def accepts(on: str) -> bool:
+    """Whether `on` is one of them, a folder, or .tar shards."""
+    return on in names() or Path(on).expanduser().exists() or on.endswith(".tar")
+
+
+def evaluate(model: nn.Module, tokenizer: object, asked: EvalRequest) -> EvalResult:
+    """The figures of `metric`, or of each one.
+
+    distances: drawn pictures beside those that keifu trains on, by features, and by pixels for copies. reconstruction
+    and bits: of pictures that it keeps from training (see denoised.py).
+    """
+    drawer = require_diffusion_model(model)
+    if asked.metric not in (None, *METRICS):
+        raise unknown("metric of a model that draws", asked.metric, METRICS)
+    real, parts = _real_images(drawer, asked)
+    found = [_generate_beside(model, drawer, real, parts, asked)] if asked.metric in (None, "distances") else []
+    if asked.metric != "distances":
+        found.append(_held_out(drawer, parts.test, asked))
+    return EvalResult(
+        {name: value for each in found for name, value in each.figures.items()},
+        tuple(note for each in found for note in each.notes),
+        {name: table for each in found for name, table in each.tables.items()},
+        found[0].items,
+        found[0].picture,
+    )
+
+
+def _generate_beside(
+    model: nn.Module, drawer: DiffusionModel, real: ImageDataset, parts: ImageSplit, asked: EvalRequest
+) -> EvalResult:
+    """Draws pictures and compares them with the real ones."""
+    any_class = 0 if drawer.config.n_classes and not drawer.config.null_class else None
+    wanted = ImageRequest(asked.sampler or "ddim", asked.steps, asked.seed, any_class).resolved(drawer)
+    drawn = _generated(model, drawer, wanted, asked.limit or DRAWN, asked.batch_size or BATCH)
+    return write_neighbours(drawn, real, parts.test if len(parts.train) else None, asked, wanted)
+
+
+def write_neighbours(
+    drawn: Bytes, real: ImageDataset, held: ImageDataset | None, asked: EvalRequest, wanted: ImageRequest
+) -> EvalResult:
+    """Pictures that were drawn beside real ones: distances, remarks, the nearest real one of each, and a picture."""
+    seen = extractor()
+    near, figures = compare_images(seen, drawn, real, held)
+    notes = [
+        f"{len(drawn):,} pictures by {wanted.sampler} in {wanted.steps} steps, seeds {wanted.seed} and on, beside "
+        f"{len(real):,} of {asked.on} at {real.shape[2]} x {real.shape[1]}; features: {seen.name}.",
+        "The Fréchet distance falls with the number of drawn pictures: compare it between equal numbers only.",
+    ]
+    if seen.titles != PAPERS:
+        notes.append(f"Inception's weights are not at {place()}: these are no FID and KID as papers print them.")
+    columns = "seed", "nearest by pixels", "difference", "nearest by features"
+    rows = [
+        (asked.seed + n, real.names[one], round(difference, 3), real.names[other])
+        for n, (one, difference, other) in enumerate(
+            zip(near.by_pixels.tolist(), near.differences.tolist(), near.by_features.tolist(), strict=True)
+        )
+    ]
+    return EvalResult(
+        figures, tuple(notes), {}, ResultTable(columns, rows), side_by_side(drawn, real, near, asked.seed)
+    )
+
+
+def _held_out(drawer: DiffusionModel, held: ImageDataset, asked: EvalRequest) -> EvalResult:
+    """Reconstruction and bits of pictures that were held out; where that cannot be, a note, or a `UserError` if it was
+    asked for by name."""
+    try:
+        if not len(held):
+            raise UserError(f"Too few pictures are in {asked.on} to hold one out, so none can be found again in noise.")
+        condition_labels(drawer, held)
+    except UserError as error:
+        if asked.metric:
+            raise
+        return EvalResult({}, (str(error),))
+    figures, tables, notes, size = {}, {}, [], asked.batch_size or BATCH
+    if asked.metric in (None, "reconstruction"):
+        chosen = held.spread(asked.limit or AGAIN)
+        figures, tables["reconstruction"] = reconstruct(drawer, chosen, asked.seed, size)
+        notes.append(
+            f"PSNR and SSIM: {len(chosen):,} held-out pictures, noise added until a half of their variance is left "
+            "(the table has other shares), and taken off by ddim without chance (η = 0) along the rest of a path of "
+            f"{min(STEPS, drawer.noise.steps)} steps."
+        )
+    if asked.metric in (None, "bits"):
+        chosen = held.spread(asked.limit or COUNTED)
+        figures |= bits(drawer, chosen, asked.seed, size)
+        notes.append(
+            f"bits/dim: the variational bound of {len(chosen):,} held-out pictures, one draw of noise for each of "
+            f"{drawer.noise.steps:,} steps; the decoder gives each number one of 256 grey values."
+        )
+    return EvalResult(figures, tuple(notes), tables)
+
+
+def compare_images(
+    seen: Extractor, drawn: Bytes, real: ImageDataset, held: ImageDataset | None
+) -> tuple[Neighbours, dict[str, float | int | str]]:
+    """The figures of drawn pictures beside real ones, and, where some were held out, of those beside the same."""
+    known = real.spread(COMPARED)
+    features, known_features = seen(drawn), seen(known.take(slice(None)))
+    figures = _figures(seen, known_features, features, "")
+    near = nearest_neighbours(drawn, features, known, known_features, real)
+    figures["median difference to the nearest real picture"] = round(float(near.differences.median()), 2)
+    if held is not None and len(held) >= 4:
+        others = held.take(slice(None))
+        other_features = seen(others)
+        figures |= _figures(seen, known_features, other_features, " of held-out pictures")
+        apart = nearest_neighbours(others, other_features, known, known_features, real).differences
+        figures["median difference of held-out pictures"] = round(float(apart.median()), 2)
+        figures["share nearer than 99% of held-out pictures"] = round(
+            float((near.differences < apart.quantile(0.01)).float().mean()), 4
+        )
+    return near, figures
+
+
+def _figures(seen: Extractor, real: Tensor, drawn: Tensor, whose: str) -> dict[str, float | int | str]:
+    """Fréchet and kernel distance, precision and recall, each with its name."""
+    distance, among = kernel_distance(real, drawn), manifold(real, drawn)
+    named = seen.titles
+    return {
+        f"{named[0]}{whose}": round(frechet(moments(real), moments(drawn)), 4),
+        f"{named[1]} x 1000{whose}": round(1000 * distance.mean, 4),
+        f"{named[1]} x 1000, deviation of subsets of {distance.size}{whose}": round(1000 * distance.deviation, 4),
+        f"precision{whose}": round(among.precision, 4),
+        f"recall{whose}": round(among.recall, 4),
+    }
+
+
+def nearest_neighbours(
+    drawn: Bytes, features: Tensor, known: ImageDataset, known_features: Tensor, real: ImageDataset
+) -> Neighbours:
+    """The nearest of all real pictures by pixels, and of the `known` ones, which have features, by those."""
+    pixels = drawn.flatten(1)
+    distances, places = nearest(pixels, real.take(slice(None)).flatten(1))
+    by_features = nearest(features, known_features)[1]
+    where = {name: place for place, name in enumerate(real.names)}
+    among = torch.tensor([where[known.names[place]] for place in by_features.tolist()])
+    return Neighbours(places, distances / math.sqrt(pixels.shape[1]), among)
+
+
+def side_by_side(drawn: Bytes, real: ImageDataset, near: Neighbours, seed: int) -> bytes:
+    """A PNG: each of some drawn pictures, the nearest real one by pixels, and the nearest by features."""
+    count = min(SHOWN, len(drawn))
+    one, other = near.by_pixels[:count].tolist(), near.by_features[:count].tolist()
+    triples = torch.stack([drawn[:count], real.take(one), real.take(other)], 1)
+    captions = [
+        text
+        for n in range(count)
+        for text in (f"seed {seed + n}", f"pixels: {_sentence(real, one[n])}", f"features: {_sentence(real, other[n])}")
+    ]
+    return grid(triples.flatten(0, 1), captions, columns=3 * ACROSS)
+
+
+def _sentence(pictures: ImageDataset, place: int) -> str:
+    """What is known of a picture: its caption, its class or its name."""
+    if pictures.captions:
+        return pictures.texts()[place]
+    return pictures.classes[pictures.labels[place]] if pictures.labels[place] >= 0 else pictures.names[place]
+
+
+def _real_images(model: DiffusionModel, asked: EvalRequest) -> tuple[ImageDataset, ImageSplit]:
+    """The pictures that are learned from, as the model has them; of a set that is held out whole, all."""
+    height, width = trained_size(model)
+    if height != width:
+        raise UserError(f"This model draws {width} x {height} pictures, and only squares can be compared.")
+    pictures = read_images(asked.on, height, 1 if model.config.channels == 1 else 3)
+    told = asked.held_out
+    parts = split(pictures.distinct() if told.get("distinct") else pictures, told.get("share", 0.05))
+    return (parts.train if len(parts.train) else parts.test), parts
+
+
+def _generated(model: nn.Module, drawer: DiffusionModel, wanted: ImageRequest, count: int, batch_size: int) -> Bytes:
+    """So many pictures, whose seeds follow each other; a model that must be told a class draws them in turn."""
+    classes, free = drawer.config.n_classes, drawer.config.null_class
+    labels: Sequence[int | None] = [None] if free or not classes else range(classes)
+    pictures: dict[int, Tensor] = {}
+    with counting("Drawing", count, "pictures") as advance:
+        for turn, label in enumerate(labels):
+            numbers = range(turn, count, len(labels))
+            for first in range(0, len(numbers), batch_size):
+                part = numbers[first : first + batch_size]
+                seeds = [(wanted.seed or 0) + number for number in part]
+                pictures |= dict(zip(part, draw_images(model, replace(wanted, label=label), seeds), strict=True))
+                advance(len(pictures))
+    return torch.stack([pictures[number] for number in range(count)])

@@ -1,0 +1,276 @@
+"""How well pictures find their captions and captions their pictures: recall among the first 1, 5 and 10; no model.
+
+Axes: pictures, texts, embedding. With several captions to a picture, any of them is right (Karpathy and Fei-Fei, 2015).
+
+Pictures and texts as points of one sphere, where a picture lies near what is said of it; knows no model.
+
+Axes: pictures, texts, labels, embedding.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from keifu.data.batching import Rows
+from keifu.data.images import sources
+from keifu.data.images.dataset import ImageDataset, read_images, split
+from keifu.data.images.preprocessing import Preprocessing
+from keifu.data.images.sources import in_catalogue
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.evaluation.classification.embeddings import Advance, Mask, Tokens, encode_texts, in_batches
+from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+
+BATCH = 64  # pictures in a pass
+
+
+@runtime_checkable
+class TwoTowers(Protocol):
+    """What a model with a tower for pictures and one for texts offers. Its `config` has `pixels`, what a picture
+    becomes before its tower sees it, and `context_length`; similarities are multiplied by exp(logit_scale)."""
+
+    config: Any
+    logit_scale: Any
+
+    def encode_image(self, pixels: Tensor) -> Tensor: ...
+
+    def encode_text(self, tokens: Tokens, mask: Mask = None) -> Tensor: ...
+
+
+def two_towers(model: nn.Module) -> TwoTowers:
+    """The same model, known to have both towers; any other is a `UserError`."""
+    if not isinstance(model, TwoTowers):
+        raise UserError(f"A {type(model).__name__} does not see pictures and texts in one space: choose a CLIP.")
+    return model
+
+
+def preprocessing(model: nn.Module) -> Preprocessing:
+    """What a picture becomes before the model sees it."""
+    return Preprocessing(**vars(two_towers(model).config.pixels))
+
+
+def embed_texts(
+    model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 256, cut: bool = False
+) -> Float[Tensor, "texts embedding"]:
+    """A point for each text, float32. An empty text, and one longer than the model takes, are `UserError`s, the latter
+    with both lengths; `cut` keeps the beginning of such a text."""
+    rows = encode_texts(tokenizer, texts, two_towers(model).config.context_length, cut).rows
+    return embed_rows(model, rows, padding(tokenizer), batch_size)
+
+
+def padding(tokenizer: Tokenizer) -> int:
+    """What fills a text up after its end: no token sees what comes after it, so any id that is no higher does."""
+    return next(each for each in (tokenizer.pad_id, tokenizer.eos_id, 0) if each is not None)
+
+
+def embed_rows(
+    model: nn.Module, rows: Rows, pad_id: int, batch_size: int = 256, advance: Advance | None = None
+) -> Float[Tensor, "texts embedding"]:
+    """The points of texts whose ids, start and end among them, are `rows`; `advance` is told how many are done."""
+    towers = two_towers(model)
+
+    def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch dim"]:
+        return F.normalize(towers.encode_text(tokens).float(), dim=-1)
+
+    return in_batches(model, work, rows, pad_id, batch_size, advance)
+
+
+def embed_pictures(
+    model: nn.Module, images: Iterable[Image.Image], batch_size: int = BATCH, advance: Advance | None = None
+) -> Float[Tensor, "pictures embedding"]:
+    """A point for each picture, float32; of so many pictures at a time only the points are kept."""
+    ready = preprocessing(model)
+    left = iter(images)
+    groups = iter(lambda: list(islice(left, batch_size)), [])
+    made = (torch.stack([ready.cut(image) for image in some]) for some in groups)
+    return embed_bytes(model, made, advance)
+
+
+def embed_bytes(
+    model: nn.Module, batches: Iterable[UInt8[Tensor, "batch channels rows columns"]], advance: Advance | None = None
+) -> Float[Tensor, "pictures embedding"]:
+    """The points of pictures that have the model's size already, batch by batch, the model in evaluation mode."""
+    towers, ready, like = two_towers(model), preprocessing(model), next(model.parameters())
+    training, points, done = model.training, list[Tensor](), 0
+    model.eval()
+    try:
+        with torch.no_grad():
+            for pixels in batches:
+                seen = towers.encode_image(ready.normalised(pixels.to(like.device)).to(like.dtype))
+                points.append(F.normalize(seen.float(), dim=-1))
+                done += len(pixels)
+                if advance:
+                    advance(done)
+    finally:
+        model.train(training)
+    if not points:
+        raise UserError("There is no picture: give at least one.")
+    return torch.cat(points)
+
+
+def label_points(
+    model: nn.Module, tokenizer: Tokenizer, labels: Sequence[str], templates: Sequence[str]
+) -> Float[Tensor, "labels embedding"]:
+    """A point for each label: the mean of those of the templates with the label in the place of {} (CLIP, section
+    3.1.4). A template without {} is a `UserError`."""
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(f"The template {template!r} has no {{}} for the label, as 'a photo of a {{}}' has.")
+    texts = [template.replace("{}", label) for label in labels for template in templates]
+    points = embed_texts(model, tokenizer, texts).unflatten(0, (len(labels), len(templates)))
+    return F.normalize(points.mean(1), dim=-1)
+
+
+def label_shares(
+    model: nn.Module, pictures: Float[Tensor, "pictures embedding"], labels: Float[Tensor, "labels embedding"]
+) -> Float[Tensor, "pictures labels"]:
+    """The probability of each label for each picture: the softmax of the similarities, multiplied as in training."""
+    scale = two_towers(model).logit_scale.detach().float().exp()
+    return (scale * pictures @ labels.T).softmax(-1)
+
+
+ABOUT = "retrieval: a CLIP on captioned pictures, emoji for example"
+OPTIONS = {"language", "output"}
+FIRST = (1, 5, 10)
+AT_ONCE = 2**24  # similarities that exist at a time
+NAMES = ("emoji", "openmoji", "photos")
+
+
+@dataclass(frozen=True)
+class Recall:
+    """The share of searches whose answer is among the first 1, 5 and 10, by that number, and the median place of it."""
+
+    shares: dict[int, float]
+    median: float
+
+    def figures(self, name: str) -> dict[str, float]:
+        """The same as figures whose names begin with `name`."""
+        return {f"{name} R@{first}": round(share, 4) for first, share in self.shares.items()} | {
+            f"{name} median rank": self.median
+        }
+
+
+def ranks(
+    queries: Float[Tensor, "queries embedding"],
+    among: Float[Tensor, "among embedding"],
+    right: Int[Tensor, " queries"],
+    answers: Int[Tensor, " among"],
+) -> Int[Tensor, " queries"]:
+    """The place, from 1, at which each query finds the first of those among which `answers` equals its `right`.
+
+    Whatever is as near as the answer counts as before it, so that a model which knows nothing gains nothing.
+    """
+    found, rows = [], max(1, AT_ONCE // len(among))
+    for start in range(0, len(queries), rows):
+        similarity, part = queries[start : start + rows] @ among.T, right[start : start + rows, None]
+        wanted = part == answers
+        best = similarity.masked_fill(~wanted, -torch.inf).amax(1, keepdim=True)
+        found.append(((similarity >= best) & ~wanted).sum(1) + 1)
+    return torch.cat(found)
+
+
+def recall(places: Int[Tensor, " queries"]) -> Recall:
+    """The figures of such places."""
+    shares = {first: float((places <= first).float().mean()) for first in FIRST}
+    return Recall(shares, float(places.float().quantile(0.5)))
+
+
+def recall_both_ways(
+    pictures: Float[Tensor, "pictures embedding"],
+    texts: Float[Tensor, "texts embedding"],
+    owners: Int[Tensor, " texts"] | None = None,
+    alike: Int[Tensor, " pictures"] | None = None,
+) -> tuple[Recall, Recall]:
+    """Captions found by pictures, and pictures found by captions. owners: the picture of each caption, by place; unset,
+    the captions are in the pictures' order. alike: a number for each picture, which owners then are; pictures with the
+    same one have the same caption, and each is right for it."""
+    numbers = torch.arange(len(pictures), device=pictures.device) if alike is None else alike
+    owners = numbers if owners is None else owners
+    return (
+        recall(ranks(pictures, texts, numbers, owners)),
+        recall(ranks(texts, pictures, owners, numbers)),
+    )
+
+
+def takes(model: nn.Module) -> bool:
+    """Whether the model has a tower for pictures and one for texts."""
+    return isinstance(model, TwoTowers)
+
+
+def names() -> list[str]:
+    """The catalogue's captioned pictures."""
+    return list(NAMES)
+
+
+def accepts(on: str) -> bool:
+    """Whether these are pictures: a catalogue name, a folder or shards."""
+    return in_catalogue(on) or on.endswith(".tar") or Path(on).expanduser().is_dir()
+
+
+def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: EvalRequest) -> EvalResult:
+    """R@1, R@5 and R@10 in both directions, for each language of the captions that the model has learned, where its run
+    says which, and else for each that there is."""
+    pictures = select_pairs(asked.on, preprocessing(model).crop)
+    if not pictures.captions:
+        raise UserError(f"The pictures of {asked.on} have no captions to be found; add metadata.jsonl with text.")
+    if asked.language:
+        pictures.texts(asked.language)  # an unknown one is an error
+    if asked.limit:
+        pictures = pictures.chosen(range(min(asked.limit, len(pictures))))
+    points = embed_pictures(model, images(asked.on, pictures, preprocessing(model).crop))
+    figures: dict[str, float | int | str] = {"pictures": len(pictures)}
+    rows = []
+    learned = [code for code in asked.languages if code in pictures.captions]
+    for language in [asked.language] if asked.language else learned or pictures.captions:
+        texts = embed_texts(model, tokenizer, pictures.captions[language])
+        alike = equal(pictures.captions[language]).to(points.device)
+        captions, found = recall_both_ways(points, texts, alike, alike)
+        figures |= captions.figures(f"{language} captions") | found.figures(f"{language} pictures")
+        rows += _nearest(pictures, language, points, texts)
+    table = ResultTable(("picture", "language", "caption", "nearest caption", "similarity"), rows)
+    note = "captions: found by pictures; pictures: found by captions. Chance for R@1 is one in all of them."
+    return EvalResult(figures, (pictures.sentence(), note), items=table)
+
+
+def equal(captions: Sequence[str]) -> Int[Tensor, " captions"]:
+    """For each caption the place of the first that is the same text."""
+    first: dict[str, int] = {}
+    return torch.tensor([first.setdefault(caption, place) for place, caption in enumerate(captions)])
+
+
+def select_pairs(on: str, size: int) -> ImageDataset:
+    """The pictures that an evaluation is of: those kept from training of a catalogue name, the part called test of a
+    folder that has one, else all."""
+    pictures = read_images(on, size, 3)
+    if in_catalogue(on):
+        return split(pictures).test
+    test = [place for place, part in enumerate(pictures.parts) if part == "test"]
+    return pictures.chosen(test) if test else pictures
+
+
+def images(on: str, pictures: ImageDataset, size: int) -> Iterator[Image.Image]:
+    """The pictures in their order, as they lie in the source and not yet of the network's size."""
+    wanted = {name: place for place, name in enumerate(pictures.names)}
+    read: dict[int, Any] = {}
+    for item in sources.items(on, lambda problem: None):
+        if item.name in wanted:
+            read[wanted[item.name]] = item.read
+    for place in range(len(pictures)):
+        yield read[place](size).image
+
+
+def _nearest(pictures: ImageDataset, language: str, points: Tensor, texts: Tensor) -> list[tuple[Any, ...]]:
+    similarity, place = (points @ texts.T).max(1)
+    captions: Sequence[str] = pictures.captions[language]
+    return [
+        (name, language, own, captions[found], f"{value:.3f}")
+        for name, own, found, value in zip(pictures.names, captions, place.tolist(), similarity.tolist(), strict=True)
+    ]

@@ -1,0 +1,180 @@
+"""What a model that draws from text is worth: how well its pictures fit their captions, and how near they are to real
+ones; it knows no model by name.
+
+Axes: picture, channels, height, width.
+
+How well pictures fit what was asked for, by a CLIP that looks at both; knows no model that draws.
+
+Axes: picture, channels, height, width; there are as many texts as pictures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
+from keifu.data.images.grid import grid
+from keifu.data.progress import counting
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError, unknown
+from keifu.evaluation.images import generative as drawn_pictures
+from keifu.evaluation.images.retrieval import embed_pictures, embed_texts
+from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.generation.images.pipeline import TextToImagePipeline, is_text_to_image, text_to_image_pipeline
+from keifu.generation.images.pixel_diffusion import ImageRequest
+
+Bytes = UInt8[Tensor, "picture channels height width"]
+
+
+def cosines(
+    towers: nn.Module, tokenizer: Tokenizer, pictures: Bytes, texts: Sequence[str]
+) -> Float[Tensor, "picture texts"]:
+    """The cosine of each picture's point and each text's in CLIP's space."""
+    if len(pictures) != len(texts):
+        raise UserError(f"{len(pictures)} pictures need as many texts, and {len(texts)} were given.")
+    seen = embed_pictures(towers, map(image, pictures))
+    return seen @ embed_texts(towers, tokenizer, texts, cut=True).T
+
+
+def image(picture: UInt8[Tensor, "channels height width"]) -> Image.Image:
+    """One picture for what prepares it for a model."""
+    shown = picture.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(shown[..., 0] if shown.shape[2] == 1 else shown)
+
+
+def clip_scores(found: Float[Tensor, "picture texts"]) -> tuple[Float[Tensor, " picture"], Float[Tensor, " picture"]]:
+    """CLIPScore without its factor of 2.5, in hundredths (Hessel et al., 2021, section 3): 100 · max(cosine, 0) of each
+    picture with its own text, and the mean of the same with all other texts, which is what shuffled captions have."""
+    scores, count = 100 * found.clamp(min=0), len(found)
+    own = scores.diagonal()
+    return own, (scores.sum(1) - own) / max(1, count - 1)
+
+
+def best(found: Float[Tensor, "picture texts"], count: int) -> list[int]:
+    """The pictures that fit the first text best, the best one first (DALL-E's reranking; Ramesh et al., 2021)."""
+    return found[:, 0].argsort(descending=True, stable=True)[:count].tolist()
+
+
+ABOUT = "drawing from text: a model that reads a caption, on pictures with captions"
+OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric", "language", "guidance", "clip", "lora"}
+METRICS = "clip-score", "distances"
+DRAWN, BATCH = 200, 16
+
+
+@dataclass(frozen=True)
+class GeneratedImages:
+    """Pictures of captions, and the real ones that had them."""
+
+    real: ImageDataset
+    captions: tuple[str, ...]
+    pictures: Bytes
+
+
+def takes(model: nn.Module) -> bool:
+    """Whether it draws from a text alone."""
+    return is_text_to_image(model)
+
+
+def names() -> list[str]:
+    """The catalogue's pictures."""
+    return drawn_pictures.names()
+
+
+def accepts(on: str) -> bool:
+    """Whether `on` is one of them, a folder, or .tar shards."""
+    return drawn_pictures.accepts(on)
+
+
+def evaluate(model: nn.Module, tokenizer: Any, asked: EvalRequest) -> EvalResult:
+    """The figures of `metric`, or of both: of pictures of captions that were trained on, and of held-out ones.
+
+    clip-score needs a CLIP; without one it is left out, or a `UserError` where it was asked for by name.
+    """
+    if asked.metric not in (None, *METRICS):
+        raise unknown("metric of a model that draws from text", asked.metric, METRICS)
+    if asked.metric == "clip-score" and asked.towers is None:
+        raise UserError("A CLIP must look at the pictures: name one with --clip (a run, a folder, a hub id).")
+    drawer = text_to_image_pipeline(model, tokenizer)
+    parts, wanted = _requested(drawer, asked)
+    train, test = parts.train if len(parts.train) else parts.test, parts.test if len(parts.train) else None
+    sets = {"": train, " of held-out captions": test}
+    drawn = {name: _generate(drawer, wanted, part, asked) for name, part in sets.items() if part and len(part) > 1}
+    figures, notes = {}, [_sentence(drawn, wanted, asked)]
+    if asked.metric != "distances" and asked.towers is not None:
+        figures = {name: value for where, each in drawn.items() for name, value in _score(where, each, asked).items()}
+    if asked.metric == "clip-score":
+        return EvalResult(figures, tuple(notes), {}, _items(drawn), _save_grid(drawn))
+    found = drawn_pictures.write_neighbours(drawn[""].pictures, train, test, asked, wanted)
+    return EvalResult(figures | found.figures, (*notes, *found.notes), {}, found.items, found.picture)
+
+
+def _requested(drawer: TextToImagePipeline, asked: EvalRequest) -> tuple[ImageSplit, ImageRequest]:
+    """The pictures of the model's size with captions, in parts, and how each is drawn."""
+    guidance = drawer.usual_guidance if asked.guidance is None else asked.guidance
+    sampler = asked.sampler or drawer.usual_sampler
+    wanted = ImageRequest(sampler, asked.steps, asked.seed, guidance=guidance, text="a", truncate=True)
+    wanted = drawer.resolved(wanted)
+    height, width = wanted.size or (0, 0)
+    if height != width:
+        raise UserError(f"This model draws {width} x {height} pictures, and only squares can be compared.")
+    pictures = read_images(asked.on, height, 1 if drawer.colours == 1 else 3)
+    pictures.texts(asked.language)  # an unknown language is said before anything is drawn
+    return split(pictures), wanted
+
+
+def _generate(
+    drawer: TextToImagePipeline, wanted: ImageRequest, part: ImageDataset, asked: EvalRequest
+) -> GeneratedImages:
+    """A picture of each of some captions, spread over the set; their seeds follow each other."""
+    chosen = part.spread(min(asked.limit or DRAWN, len(part)))
+    captions, size, made = chosen.texts(asked.language), asked.batch_size or BATCH, list[Tensor]()
+    with counting("Drawing", len(captions), "pictures") as advance:
+        for first in range(0, len(captions), size):
+            texts = captions[first : first + size]
+            seeds = [asked.seed + first + number for number in range(len(texts))]
+            made.append(drawer.draw_texts(wanted, seeds, texts))
+            advance(first + len(texts))
+    return GeneratedImages(chosen, captions, torch.cat(made))
+
+
+def _score(where: str, drawn: GeneratedImages, asked: EvalRequest) -> dict[str, float | int | str]:
+    """CLIP scores, with their own captions and with all others, of what was drawn and of the real pictures."""
+    towers, tokenizer = asked.towers
+    figures = {}
+    for whose, pictures in (("", drawn.pictures), (" of real pictures", drawn.real.take(slice(None)))):
+        found = cosines(towers, tokenizer, pictures, drawn.captions)
+        own, others = clip_scores(found)
+        first = (found.argmax(1) == torch.arange(len(found), device=found.device)).float().mean()
+        figures[f"CLIP score{whose}{where}"] = round(float(own.mean()), 3)
+        figures[f"CLIP score{whose}{where}, captions shuffled"] = round(float(others.mean()), 3)
+        figures[f"own caption first of {len(found)}{whose}{where}"] = round(float(first), 4)
+    return figures
+
+
+def _sentence(drawn: dict[str, GeneratedImages], wanted: ImageRequest, asked: EvalRequest) -> str:
+    counts = " and ".join(f"{len(each.captions):,}{name or ' of captions in training'}" for name, each in drawn.items())
+    return (
+        f"Drawn: {counts}, in the language {asked.language or 'that comes first'}, with a guidance of "
+        f"{wanted.guidance:g}. The CLIP score is 100 · max(cosine, 0), and depends on the CLIP that looks."
+    )
+
+
+def _items(drawn: dict[str, GeneratedImages]) -> ResultTable:
+    rows = [(name.strip() or "in training", text) for name, each in drawn.items() for text in each.captions]
+    return ResultTable(("captions", "caption"), rows)
+
+
+def _save_grid(drawn: dict[str, GeneratedImages]) -> bytes:
+    """A PNG: some drawn pictures, each beside the real one that has its caption."""
+    count = drawn_pictures.SHOWN // len(drawn)
+    pairs = [
+        torch.stack([each.pictures[:count], each.real.take(slice(0, count))], 1).flatten(0, 1)
+        for each in drawn.values()
+    ]
+    captions = [text for each in drawn.values() for caption in each.captions[:count] for text in (caption, "real")]
+    return grid(torch.cat(pairs), captions, drawn_pictures.ACROSS * 2)

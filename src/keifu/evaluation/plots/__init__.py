@@ -1,0 +1,1 @@
+"""Pictures for people: attention maps, decision boundaries, pages."""

@@ -1,0 +1,237 @@
+"""Pictures of how a classifier of two numbers parts the plane, and of how it learned; knows no model.
+
+Axes: rows, and two columns. Colours are Okabe and Ito's (2008), which colour-blind eyes tell apart; classes differ in
+their markers as well.
+
+A table and pictures that compare networks by their activation and their loss; knows no model and no training.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+MARKERS = "os^DvPX*"
+Shares = Callable[[Float[Tensor, "rows 2"]], Float[Tensor, "rows classes"]]
+Stage = tuple[str, Float[Tensor, "size size classes"]]  # a title, and what `class_shares_on` gave
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Rows of two numbers with their classes, and the names of the two columns and of the classes."""
+
+    inputs: Float[Tensor, "rows 2"]
+    targets: Int[Tensor, "rows"]
+    columns: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    def limits(self) -> tuple[float, float, float, float]:
+        """Left, right, bottom and top of the picture: the points' own, with a margin."""
+        low, high = self.inputs.amin(0), self.inputs.amax(0)
+        margin = 0.25 * (high - low).clamp_min(1e-9)
+        (left, bottom), (right, top) = (low - margin).tolist(), (high + margin).tolist()
+        return left, right, bottom, top
+
+
+def class_shares_on(points: Points, shares: Shares, size: int = 200) -> Float[Tensor, "size size classes"]:
+    """What `shares`, each class's share of the decision, gives on a grid over the picture; rows go upwards."""
+    left, right, bottom, top = points.limits()
+    dtype = points.inputs.dtype
+    x, y = torch.linspace(left, right, size, dtype=dtype), torch.linspace(bottom, top, size, dtype=dtype)
+    return shares(torch.cartesian_prod(y, x).flip(1)).reshape(size, size, -1).float()
+
+
+def spread(steps: Sequence[int], most: int = 6) -> list[int]:
+    """At most so many of the ascending steps: the first, the last, and between them ever wider apart."""
+    last = len(steps) - 1
+    if last < most:
+        return list(steps)
+    places = {0, *(round(last ** (turn / (most - 2))) for turn in range(most - 1))}
+    return [steps[place] for place in sorted(places)]
+
+
+def paint(axes: "Axes", points: Points, plane: Float[Tensor, "size size classes"], title: str) -> None:
+    """Draws the plane in the classes' colours, the boundary between them as a line, and the points on it."""
+    from matplotlib.colors import to_rgb
+
+    left, right, bottom, top = extent = points.limits()
+    colours = torch.tensor([to_rgb(COLOURS[kind % 8]) for kind in range(plane.shape[-1])])
+    picture = (1 - 0.5 * (plane @ (1 - colours))).clamp(0, 1)
+    axes.imshow(picture.numpy(), extent=extent, origin="lower", aspect="auto", interpolation="bilinear")
+    x, y = (torch.linspace(a, b, len(plane)).numpy() for a, b in ((left, right), (bottom, top)))
+    for kind in range(plane.shape[-1] - (plane.shape[-1] == 2)):
+        others = torch.cat([plane[..., :kind], plane[..., kind + 1 :]], -1).amax(-1)
+        lead = plane[..., kind] - others
+        if bool((lead > 0).any()) and bool((lead < 0).any()):
+            axes.contour(x, y, lead.numpy(), levels=[0.0], colors="#222222", linewidths=1.2)
+    scatter(axes, points)
+    axes.set_title(title, fontsize=9)
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
+
+
+def scatter(axes: "Axes", points: Points) -> None:
+    """Draws the points, each class in its colour and with its marker."""
+    size = 70 if len(points.inputs) <= 12 else 12
+    for kind, name in enumerate(points.classes):
+        x, y = points.inputs[points.targets == kind].T.numpy()
+        style = {"marker": MARKERS[kind % 8], "edgecolors": "white", "linewidths": 0.5, "zorder": 3}
+        axes.scatter(x, y, s=size, c=COLOURS[kind % 8], label=name, **style)
+    axes.tick_params(labelsize=7)
+
+
+def strip(points: Points, stages: Sequence[Stage]) -> bytes:
+    """A picture as PNG: one panel a stage of learning, from left to right, six in a row."""
+    figure, panels = canvas(len(stages), min(6, len(stages)))
+    for axes, (title, plane) in zip(panels, stages, strict=True):
+        paint(axes, points, plane, title)
+    label(figure, panels, points)
+    return png(figure)
+
+
+def crossing(points: Points, mixture: Float[Tensor, "rows"], title: str) -> bytes:
+    """The proof that no line parts two classes as PNG: lines between rows of each class, and the point they share.
+
+    `mixture` [rows]: weights with sum 1 of the rows that meet there, half of it in each class.
+    """
+    figure, (axes,) = canvas(1, 1, 3.2)
+    scatter(axes, points)
+    for kind in range(2):
+        chosen = points.inputs[(points.targets == kind) & (mixture > 0)]
+        ring = torch.cat([chosen, chosen[:1]])
+        axes.plot(*ring.T.numpy(), color=COLOURS[kind], linewidth=1.5, zorder=2)
+    shared = 2 * ((mixture * (points.targets == 1)) @ points.inputs)
+    axes.plot(
+        *shared[:, None].numpy(), marker="*", markersize=14, color="#222222", linestyle="none", label="shared", zorder=4
+    )
+    axes.set_title(title, fontsize=9)
+    axes.margins(0.2)
+    label(figure, [axes], points)
+    return png(figure)
+
+
+def label(figure: "Figure", panels: Sequence["Axes"], points: Points) -> None:
+    """Names the columns beside the panels, and the classes below them."""
+    panels[0].set_ylabel(points.columns[1], fontsize=9)
+    for axes in panels:
+        axes.set_xlabel(points.columns[0], fontsize=9)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6), fontsize=8, frameon=False)
+
+
+def canvas(panels: int, across: int, size: float = 2.1) -> tuple["Figure", list["Axes"]]:
+    """A figure with that many square panels, and no more, in rows."""
+    from matplotlib.figure import Figure
+
+    down = -(-panels // across)
+    figure = Figure(figsize=(max(size * across, 3.2), size * down + 0.6), dpi=110, layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False).flatten().tolist()
+    for axes in grid[panels:]:
+        axes.remove()
+    return figure, grid[:panels]
+
+
+def png(figure: "Figure") -> bytes:
+    """A figure as the bytes of a PNG file of 256 colours, a third of the size of one with all of them."""
+    from PIL import Image
+
+    drawn, reduced = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    colours = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    colours.save(reduced, format="png", optimize=True)
+    return reduced.getvalue()
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curve = list[tuple[int, float]]  # a figure at each of some steps
+DASHES = ("-", "--", ":")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What became of one network: accuracy on held-out rows at the end, seconds of training, and figures by step.
+
+    `plane` is its decision on a grid (see `boundaries.shares_on`), of data with two columns.
+    """
+
+    activation: str
+    loss: str
+    accuracy: float
+    seconds: float
+    losses: Curve
+    accuracies: Curve
+    plane: Float[Tensor, "size size classes"] | None = None
+
+
+def names(results: Sequence[Result]) -> tuple[list[str], list[str]]:
+    """The activations and the losses, in the order in which they come."""
+    return list(dict.fromkeys(r.activation for r in results)), list(dict.fromkeys(r.loss for r in results))
+
+
+def table(results: Sequence[Result]) -> str:
+    """Held-out accuracy of every pair, one row an activation, one column a loss."""
+    activations, losses = names(results)
+    found = {(r.activation, r.loss): f"{r.accuracy:.1%}" for r in results}
+    rows = [["held-out accuracy", *losses], *([a, *(found[a, loss] for loss in losses)] for a in activations)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row))
+                     for row in rows)  # fmt: skip
+
+
+def curves(results: Sequence[Result]) -> bytes:
+    """Accuracy and loss by step as PNG: a column of two panels for each loss, a line for each activation."""
+    activations, losses = names(results)
+    figure, panels = canvas(2 * len(losses), len(losses), 3.0)
+    for place, loss in enumerate(losses):
+        chosen = [r for r in results if r.loss == loss]
+        top, bottom = panels[place], panels[place + len(losses)]
+        _lines(top, chosen, activations, lambda r: r.accuracies)
+        _lines(bottom, chosen, activations, lambda r: r.losses)
+        top.set_title(loss.replace("_", " "), fontsize=10)
+        top.set_ylim(top=1.02)
+        bottom.set_yscale("log")
+        bottom.set_xlabel("step", fontsize=9)
+    panels[0].set_ylabel("held-out accuracy", fontsize=9)
+    panels[len(losses)].set_ylabel("training loss", fontsize=9)
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=min(len(labels), 9), fontsize=9, frameon=False)
+    return png(figure)
+
+
+def _lines(
+    axes: "Axes", results: Sequence[Result], activations: Sequence[str], curve: Callable[[Result], Curve]
+) -> None:
+    for result in results:
+        number = activations.index(result.activation)
+        style = {"color": COLOURS[number % 8], "linestyle": DASHES[number % 3], "linewidth": 1.4}
+        steps, values = zip(*curve(result), strict=True)
+        axes.plot(steps, values, label=result.activation, **style)
+    axes.grid(alpha=0.25)
+    axes.tick_params(labelsize=8)
+
+
+def boundaries(results: Sequence[Result], points: Points) -> bytes:
+    """The plane as each network parts it, as PNG: one row a loss, one column an activation."""
+    activations, losses = names(results)
+    figure, panels = canvas(len(results), len(activations), 1.5)
+    for axes, result in zip(panels, results, strict=True):
+        assert result.plane is not None
+        paint(axes, points, result.plane, f"{result.accuracy:.1%}")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for axes, activation in zip(panels, activations, strict=False):
+        axes.set_title(f"{activation}\n{axes.get_title()}", fontsize=9)
+    for axes, loss in zip(panels[:: len(activations)], losses, strict=True):
+        axes.set_ylabel(loss.replace("_", " ").replace(" cross", "\ncross").replace("mean ", "mean\n"), fontsize=9)
+    return png(figure)

@@ -1,0 +1,76 @@
+"""What is asked of an evaluation and what comes of it; knows no task.
+
+A task is a file beside this one, and a line in commands/evaluate.py. It offers:
+
+ABOUT: what it measures, in a line. OPTIONS: the options of `keifu evaluate` that it heeds beyond those that all do;
+"output" is one where it has `items`. takes(model) -> bool: whether it is for such a model. names() -> names of data
+that it knows. accepts(on) -> bool: whether `on` is one of them or a file. evaluate(model, tokenizer, asked) -> Outcome.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from keifu.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What is to be evaluated, on what and how; a task heeds the fields that it names in its OPTIONS.
+
+    on: a catalogue name, a file or files. limit: at most so many of its items. towers: a CLIP that looks at pictures,
+    with its tokenizer. text_field to encoding: how text lies in files. languages: what the model was trained to
+    translate from and into, and held_out: the share of the pictures that was kept from training and whether only
+    distinct ones were taken, where its run says so.
+    """
+
+    on: str
+    limit: int | None = None
+    reverse: bool = False
+    language: str | None = None
+    beam: int | None = None
+    alpha: float | None = None
+    batch_size: int | None = None
+    by_length: bool = False
+    shots: int | None = None
+    by_shots: tuple[int, ...] = ()
+    seed: int = 0
+    metric: str | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    towers: Any = None
+    text_field: str | None = None
+    source_field: str | None = None
+    target_field: str | None = None
+    encoding: str = "utf-8"
+    languages: tuple[str, str] = ("", "")
+    held_out: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit is {self.limit}, which must be at least 1.")
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """Rows of cells under the names of their columns."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation found.
+
+    figures: each with its name. notes: sentences that a reader of the figures must know. tables: details, by name, that
+    were asked for. items: what the figures were computed from, one row an item, for a file. picture: a PNG that shows
+    some of them, for a file.
+    """
+
+    figures: dict[str, float | int | str]
+    notes: tuple[str, ...] = ()
+    tables: dict[str, ResultTable] = field(default_factory=dict)
+    items: ResultTable | None = None
+    picture: bytes | None = None

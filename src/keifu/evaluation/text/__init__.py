@@ -1,0 +1,1 @@
+"""Perplexity, few-shot tasks, and BLEU and chrF."""

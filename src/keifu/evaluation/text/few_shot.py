@@ -1,0 +1,240 @@
+"""How well a language model does a task that it is told by examples in its prompt (Brown et al., 2020); knows no task.
+
+Choices are compared by their likelihood, in four measures; a written answer when it is normalised; a cloze is right
+where each token is the likeliest. Intervals are Wilson's, 95%. docs/tasks.md has the format of task files.
+
+How sure a figure is that comes from so many items: 95% intervals; knows not what was counted.
+"""
+
+import math
+import re
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from keifu.data.progress import counting
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.evaluation.text.tasks import SCORES, TASKS, SampledItem, TaskItem, is_task, read_task
+from keifu.generation.text.engine import Model, causal
+from keifu.generation.text.likelihood import Likelihood, ScoredPair, join_tokens, likelihoods
+from keifu.generation.text.prefix_cache import complete_prefixes
+from keifu.generation.text.sampling_params import SamplingParams
+
+Z = 1.959964  # of a normal distribution, 95% lies within so many deviations
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share of `total` items: within 0 and 1, and sound for few items and shares
+    near the ends."""
+    if not total:
+        return 0.0, 1.0
+    share, spread = right / total, Z * Z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(values: Sequence[float], draws: int = 1000) -> tuple[float, float]:
+    """The percentile interval (Efron, 1979) of a mean, from as many items drawn again and again, always the same."""
+    items, generator = np.asarray(values, dtype=np.float64), np.random.default_rng(0)
+    means = [items[generator.integers(0, len(items), len(items))].mean() for _ in range(draws)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+ABOUT = "a language model on a task told by examples in the prompt: accuracy with its 95% interval"
+OPTIONS = {"shots", "by_shots", "seed", "metric", "batch_size", "output"}
+SHARE = ("accuracy", "95% from", "95% to")
+ROW = ("shots", "prompt", "right", "given", "correct", "details")
+QUOTES = "\"'“”‘’"
+NUMBER = re.compile(r"(?<=\d),(?=\d{3}\b)")
+
+
+def takes(model: nn.Module) -> bool:
+    """Whether it gives the probability of a text."""
+    return isinstance(model, Model)
+
+
+def names() -> list[str]:
+    """The tasks that need no file."""
+    return [*TASKS]
+
+
+def accepts(on: str) -> bool:
+    """Whether `on` is one of them, or the description of a task in a file."""
+    return on in TASKS or is_task(Path(on))
+
+
+@dataclass(frozen=True)
+class ScoredItem:
+    """What came of the items: for each way to score them which are right; what was given; figures besides."""
+
+    right: dict[str, list[bool]]
+    given: list[str]
+    details: list[str]
+    figures: dict[str, float | str] = field(default_factory=dict)
+
+
+def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: EvalRequest) -> EvalResult:
+    """Asks the items with each number of examples; the last number's figures are the headline."""
+    task = TASKS[asked.on]() if asked.on in TASKS else read_task(Path(asked.on))
+    task = task if asked.metric is None else replace(task, metric=asked.metric)
+    numbers = asked.by_shots or (asked.shots or 0,)
+    if min(numbers) < 0:
+        raise UserError(f"The number of shots is {min(numbers)}, which must be 0 or more.")
+    drawn = task.drawn(max(numbers), asked.seed, asked.limit)
+    lines: list[tuple[Any, ...]] = []
+    items: list[tuple[Any, ...]] = []
+    figures, start = {}, time.perf_counter()
+    for shots in numbers:
+        asking = _Prompting(model, tokenizer, drawn, drawn.prompts(shots), shots, asked.batch_size)
+        judged = JUDGES[task.metric](asking)
+        headline = task.score if task.score in judged.right else next(iter(judged.right))
+        lines += [(shots, name, *_share(right)) for name, right in judged.right.items()]
+        items += asking.rows(judged, headline)
+        figures = {**dict(zip(SHARE, _share(judged.right[headline]), strict=True)), "scored by": headline}
+        figures |= judged.figures
+    seconds = time.perf_counter() - start
+    figures |= {"shots": numbers[-1], "items": len(drawn.items), **baselines(drawn.items)}
+    figures["items/s"] = round(len(numbers) * len(drawn.items) / seconds, 2)
+    notes = ("Intervals of accuracies are Wilson's.", *filter(None, [task.note]))
+    return EvalResult(
+        figures, notes, {"by shots": ResultTable(("shots", "scored by", *SHARE), lines)}, ResultTable(ROW, items)
+    )
+
+
+def baselines(items: Sequence[TaskItem]) -> dict[str, float | str]:
+    """What needs no model: the share of the most frequent answer, and that of a guess among the choices."""
+    if all(item.choices for item in items):
+        shared = len({item.choices for item in items}) == 1
+        kinds = Counter(item.answer if shared else f"choice {item.right + 1}" for item in items)
+        chance = {"chance": round(sum(1 / len(item.choices) for item in items) / len(items), 4)}
+    else:
+        kinds, chance = Counter(normal_interval(item.answer) for item in items), {}
+    answer, count = kinds.most_common(1)[0]
+    return {"majority": round(count / len(items), 4), "majority answer": answer, **chance}
+
+
+def normal_interval(text: str) -> str:
+    """A written answer without what does not make it another one: NFKC, lower case, single spaces, no commas in
+    numbers, no punctuation at its end and no quotation marks around it."""
+    text = NUMBER.sub("", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
+    return text.lstrip(f"{QUOTES} ").rstrip(f"{QUOTES} .,;:!?")
+
+
+@dataclass(frozen=True)
+class _Prompting:
+    """The prompts of some items, with so many shots in each, and the model that they go to."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    drawn: SampledItem
+    prompts: Sequence[str]
+    shots: int
+    batch_size: int | None
+
+    def pairs(self, answers: Sequence[Sequence[str]]) -> list[list[ScoredPair]]:
+        """The tokens of each prompt with each of its answers; what does not fit is a `UserError` with both lengths."""
+        delimiter = self.drawn.task.delimiter
+        texts = [(p, delimiter + a) for p, each in zip(self.prompts, answers, strict=True) for a in each]
+        rest = iter(join_tokens(self.tokenizer, texts))
+        found = [[next(rest) for _ in each] for each in answers]
+        self._check(max(len(pair.prompt) + len(pair.answer) - 1 for each in found for pair in each))
+        return found
+
+    def _check(self, longest: int) -> None:
+        context = causal(self.model).config.context_length
+        if longest > context:
+            fewer = "ask for fewer shots" if self.shots else "shorten the items"
+            raise UserError(
+                f"With {self.shots} shots the longest prompt and its answer have {longest:,} tokens, but this model's "
+                f"context is {context:,}: {fewer}."
+            )
+
+    def rows(self, judged: ScoredItem, headline: str) -> list[tuple[Any, ...]]:
+        """What was asked and what came of it, one row an item."""
+        columns = judged.given, judged.right[headline], judged.details
+        each = zip(self.prompts, self.drawn.items, *columns, strict=True)
+        return [(self.shots, prompt, item.answer, given, good, more) for prompt, item, given, good, more in each]
+
+    def likelihoods(self, pairs: Sequence[ScoredPair]) -> list[Likelihood]:
+        """Of each pair, with a display of the prompts that are done."""
+        with counting(f"Asking with {self.shots} shots", len({p.prompt for p in pairs}), "prompts") as progress:
+            return likelihoods(self.model, pairs, self.batch_size, progress)
+
+
+def _by_choice(asking: _Prompting) -> ScoredItem:
+    """The likeliest choice, by each of `SCORES`; of equals the first."""
+    task, items = asking.drawn.task, asking.drawn.items
+    pairs = asking.pairs([item.choices for item in items])
+    alone = list(dict.fromkeys(choice for item in items for choice in item.choices))
+    free = join_tokens(asking.tokenizer, [(task.unconditional, task.delimiter + choice) for choice in alone])
+    found = asking.likelihoods([*free, *(pair for each in pairs for pair in each)])
+    unconditional = {choice: each.total for choice, each in zip(alone, found, strict=False)}
+    rest = iter(found[len(free) :])
+    right: dict[str, list[bool]] = {name: [] for name in SCORES}
+    given, details = [], []
+    for item in items:
+        likely = [next(rest) for _ in item.choices]
+        scores = _scores(item, likely, [unconditional[choice] for choice in item.choices])
+        for name, values in scores.items():
+            right[name].append(_best(values) == item.right)
+        given.append(item.choices[_best(scores[task.score])])
+        details.append("; ".join(f"{c}: {each.total:.4f}" for c, each in zip(item.choices, likely, strict=True)))
+    return ScoredItem(right, given, details)
+
+
+def _scores(item: TaskItem, likely: Sequence[Likelihood], unconditional: Sequence[float]) -> dict[str, list[float]]:
+    totals = [each.total for each in likely]
+    tokens = [len(each.log_probabilities) for each in likely]
+    characters = [max(1, len(choice)) for choice in item.choices]
+    each = zip(totals, tokens, characters, unconditional, strict=True)
+    rows = [(total, total / token, total / character, total - free) for total, token, character, free in each]
+    return {name: [row[place] for row in rows] for place, name in enumerate(SCORES)}
+
+
+def _best(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def _by_exact(asking: _Prompting) -> ScoredItem:
+    """What the model writes, greedily, up to a stop string."""
+    task, items = asking.drawn.task, asking.drawn.items
+    prompts = [each.prompt for [each] in asking.pairs([[item.answer] for item in items])]
+    sampling = SamplingParams(max_tokens=task.max_tokens, temperature=0, stop=task.until, seed=0)
+    with counting(f"Asking with {asking.shots} shots", len(prompts), "prompts") as progress:
+        each = [sampling] * len(prompts)
+        written = complete_prefixes(asking.model, asking.tokenizer, prompts, each, asking.batch_size, progress)
+    accepted = [{normal_interval(text) for text in (item.answer, *item.accepted)} for item in items]
+    right = [normal_interval(done.text) in able for done, able in zip(written, accepted, strict=True)]
+    return ScoredItem({"exact match": right}, [done.text for done in written], [done.finish_reason for done in written])
+
+
+def _by_cloze(asking: _Prompting) -> ScoredItem:
+    """Whether the answer is what greedy choice would write, and how likely it is."""
+    found = asking.likelihoods([each for [each] in asking.pairs([[item.answer] for item in asking.drawn.items])])
+    losses = [-each.total for each in found]
+    perplexities = [math.exp(min(value, 700.0)) for value in (sum(losses) / len(losses), *bootstrap(losses))]
+    names = ("perplexity of an answer", "perplexity, 95% from (bootstrap)", "perplexity, 95% to (bootstrap)")
+    figures: dict[str, Any] = {name: round(value, 2) for name, value in zip(names, perplexities, strict=True)}
+    given = [item.answer if each.greedy else "" for item, each in zip(asking.drawn.items, found, strict=True)]
+    details = [f"{each.total:.4f}" for each in found]
+    return ScoredItem({"greedy answer": [each.greedy for each in found]}, given, details, figures)
+
+
+JUDGES: dict[str, Callable[[_Prompting], ScoredItem]] = {"choice": _by_choice, "exact": _by_exact, "cloze": _by_cloze}
+
+
+def _share(right: Sequence[bool]) -> tuple[float, float, float]:
+    """The share of right answers and its 95% interval."""
+    low, high = wilson(sum(right), len(right))
+    return round(sum(right) / len(right), 4), round(low, 4), round(high, 4)

@@ -1,0 +1,177 @@
+"""keifu's models in lm-evaluation-harness (lm-eval), under the name "keifu"; knows no task.
+
+    lm_eval.simple_evaluate(model=KeifuLM("smollm2"), tasks=[...])
+
+Texts become tokens as in the harness's own transformers backend, and what is too long is cut at its beginning, with a
+warning, as there; so the scores of a checkpoint are the same. What prompts share is computed once.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from keifu.data.progress import counting
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.text.engine import causal
+from keifu.generation.text.likelihood import (
+    Likelihood,
+    ScoredPair,
+    common_beginning,
+    first_context,
+    join_tokens,
+    likelihoods,
+    open_prefixes,
+)
+from keifu.generation.text.prefix_cache import complete_prefixes
+from keifu.generation.text.sampling_params import SamplingParams
+
+try:
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
+except ModuleNotFoundError as missing:
+    raise UserError(f"lm-evaluation-harness is needed ({missing}): pip install 'keifu[evaluation]'.") from missing
+
+WRITTEN = 256  # tokens at most where a task does not say, as in the harness
+MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+SAMPLING = {
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+}  # of a task's settings, those that are heeded
+log = logging.getLogger(__name__)
+
+
+@register_model("keifu")
+class KeifuLM(LM):
+    """A causal model with its tokenizer, or what `keifu.load` takes for one.
+
+    batch_size: the most prompts in a pass; unset, or "auto", as many as fill it. device: where the model is put.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        tokenizer: Tokenizer | None = None,
+        batch_size: int | str | None = None,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ):
+        super().__init__()
+        loaded, own = _load_named(model) if isinstance(model, str) else (model, tokenizer)
+        if (tokenizer := tokenizer or own) is None:
+            raise UserError("This model has no tokenizer, so it cannot read a text: give one with it.")
+        self.model = loaded if device is None else loaded.to(device)
+        self.tokenizer, self.name = tokenizer, model if isinstance(model, str) else type(model).__name__
+        self.context: int = causal(self.model).config.context_length
+        self.batch_size = max_batch_size if batch_size in (None, "auto") else int(batch_size)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """ln P of each continuation after its context, and whether greedy choice would write it."""
+        texts = [request.args for request in requests]
+        pairs = [self._cut(pair) for pair in join_tokens(self.tokenizer, texts, allow_special=True)]
+        found = [(each.total, each.greedy) for each in self._likelihoods(pairs)]
+        for text, answer in zip(texts, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", text, answer)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """ln P of each whole text, in windows as long as the context that each begin with the last one's last token."""
+        texts = [request.args[0] for request in requests]
+        front, [begin] = first_context(self.tokenizer, texts), common_beginning(self.tokenizer)
+        windows: list[ScoredPair] = []
+        counts: list[int] = []
+        for ids in self.tokenizer.encode_batch(texts, allow_special=True):
+            parts = get_rolling_token_windows(open_prefixes(front, ids), begin, self.context, 1)
+            own = [ScoredPair(tuple(a), tuple(b)) for a, b in map(make_disjoint_window, parts)]
+            windows += own
+            counts.append(len(own))
+        found = iter(self._likelihoods(windows))
+        totals = [sum(next(found).total for _ in range(count)) for count in counts]
+        for text, total in zip(texts, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context, up to one of the stop strings."""
+        asked = [request.args for request in requests]
+        settings = [_sampling(given, seed) for seed, (_, given) in enumerate(asked)]
+        texts = [text for text, _ in asked]
+        front = first_context(self.tokenizer, texts)
+        ids = self.tokenizer.encode_batch(texts, allow_special=True)
+        prompts = [self._room(open_prefixes(front, own), each) for own, each in zip(ids, settings, strict=True)]
+        with counting("lm-eval, writing", len(prompts), "prompts") as progress:
+            done = complete_prefixes(self.model, self.tokenizer, prompts, settings, self.batch_size, progress)
+        for args, each in zip(asked, done, strict=True):
+            self.cache_hook.add_partial("generate_until", args, each.text)
+        return [each.text for each in done]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as the tokenizer's template writes it."""
+        return self.tokenizer.chat_text(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template itself, where it is asked for."""
+        return self.tokenizer.chat_template if chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness tells cached requests apart by."""
+        return self.tokenizer.fingerprint
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results."""
+        weights = [*self.model.parameters()]
+        return {"model": self.name, "model_num_parameters": sum(each.numel() for each in weights)}
+
+    def _likelihoods(self, pairs: Sequence[ScoredPair]) -> list[Likelihood]:
+        with counting("lm-eval, scoring", len({pair.prompt for pair in pairs}), "prompts") as progress:
+            return likelihoods(self.model, pairs, self.batch_size, progress)
+
+    def _cut(self, pair: ScoredPair) -> ScoredPair:
+        """The pair without what is too much for the context, taken off its beginning."""
+        extra = len(pair.prompt) + len(pair.answer) - 1 - self.context
+        if extra <= 0:
+            return pair
+        if extra >= len(pair.prompt):
+            raise UserError(f"A continuation has {len(pair.answer)} tokens, but this model takes {self.context}.")
+        log.warning("A prompt and its answer are %d tokens longer than the context: its beginning is cut.", extra)
+        return ScoredPair(pair.prompt[extra:], pair.answer)
+
+    def _room(self, prompt: list[int], sampling: SamplingParams) -> list[int]:
+        """The end of a prompt that leaves room for what is to be written."""
+        room = self.context - (sampling.max_tokens or 0)
+        if room < 1:
+            raise UserError(
+                f"{sampling.max_tokens} tokens to be written leave no room in the context of {self.context}."
+            )
+        if len(prompt) > room:
+            log.warning("A prompt of %d tokens leaves no room for its answer: its beginning is cut.", len(prompt))
+        return prompt[-room:] or common_beginning(self.tokenizer)
+
+
+def _load_named(name: str) -> tuple[nn.Module, Tokenizer | None]:
+    """What the public interface loads by a name: it lies above this part, which knows models only as they are given."""
+    return import_module("keifu").load(name)
+
+
+def _sampling(given: dict[str, Any], seed: int) -> SamplingParams:
+    """A task's settings as keifu's; greedy, unless it samples. Others, as of beams, are refused where they matter."""
+    until = given.get("until") or ()
+    stop = (until,) if isinstance(until, str) else tuple(each for each in until if each)
+    if given.get("num_beams", 1) != 1:
+        raise UserError(
+            f"num_beams is {given['num_beams']}, and here a text is written greedily or drawn: leave it out."
+        )
+    most = next((given[name] for name in MOST if given.get(name) is not None), WRITTEN)
+    settings = SamplingParams(max_tokens=int(most), temperature=0, stop=stop, seed=seed)
+    if not given.get("do_sample", bool(given.get("temperature"))):
+        return settings
+    return replace(settings, **{"temperature": 1.0, **{name: given[name] for name in SAMPLING & given.keys()}})

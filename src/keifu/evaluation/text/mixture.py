@@ -1,0 +1,136 @@
+"""How well a language model foretells each text of a mixture, and fills it in where it learned to; knows no model by
+name.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from keifu.data.progress import counting
+from keifu.data.text.mixture import MIXTURES, batches, held_out, is_mixture, prepare_mixture, read_mixture
+from keifu.data.text.span_corruption import (
+    MODES,
+    SEQUENTIAL,
+    CausalBatches,
+    CorruptionTask,
+    DecoderRows,
+    InfillingExamples,
+    Markers,
+    SpanCorruption,
+    SpanCorruptionBatches,
+)
+from keifu.data.text.token_shards import Shards
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.generation.text.engine import Model, causal, evaluation_mode
+from keifu.layers.losses import cross_entropy
+
+ABOUT = "a language model on a mixture of texts: bits per byte of each"
+OPTIONS = {"batch_size"}
+BATCH_SIZE = 8
+WINDOWS = 64  # of each source
+CHUNK = 1024  # tokens whose logits exist at the same time
+LONGEST = 1024  # tokens of a window, of models that take more
+
+
+@dataclass(frozen=True)
+class MixtureLosses:
+    """The mean loss in nats over so many tokens."""
+
+    loss: float
+    tokens: int
+
+
+def takes(model: nn.Module) -> bool:
+    """Whether it gives the probability of a text."""
+    return isinstance(model, Model)
+
+
+def names() -> list[str]:
+    """The mixtures that have names."""
+    return list(MIXTURES)
+
+
+def accepts(on: str) -> bool:
+    """Whether `on` is one of them, or a file of that kind."""
+    return is_mixture(on)
+
+
+def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: EvalRequest) -> EvalResult:
+    """The losses on what is held out of each source."""
+    mixture = read_mixture(asked.on)
+    context = min(causal(model).config.context_length, LONGEST)
+    tasks = tasks_for(tokenizer, context)
+    every = prepare_mixture(mixture, tokenizer)
+    rows, bits = [], 0.0
+    with counting("Evaluating", len(every), "sources") as progress:
+        for number, (source, shards) in enumerate(zip(mixture.sources, every, strict=True), 1):
+            found = losses(model, shards, tasks, context, asked.limit or WINDOWS, asked.batch_size or BATCH_SIZE)
+            bits += source.weight * shards.bits_per_byte(found["loss"].loss)
+            rows.append(_row(source.name, source.weight, shards, found))
+            progress(number)
+    columns = "source", "weight", "bits per byte", "perplexity", "loss", "tokens", *list(tasks)[1:]
+    figures: dict[str, float | int | str] = {
+        "bits per byte, by the weights": round(bits, 4), "tokens": sum(row[5] for row in rows),
+    }  # fmt: skip
+    note = f"Windows of {context} tokens, each without what stands before it, of what keifu holds out."
+    return EvalResult(figures, (note, *_infilling_rows(tasks)), {"sources": ResultTable(columns, rows)})
+
+
+def tasks_for(tokenizer: Tokenizer, context: int) -> dict[str, CorruptionTask]:
+    """From left to right, "loss", after the token that begins a text; and, where the tokenizer has modes and sentinels
+    for it, "infilling": hidden tokens given both sides, of UL2's first R-denoiser."""
+    vocabulary = tokenizer.backend.get_vocab()
+    begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if not vocabulary.keys() >= {*MODES} or begin != vocabulary[SEQUENTIAL]:
+        return {"loss": CausalBatches(context - (begin is None), begin)}
+    markers = Markers.of(tokenizer, sum(token.startswith("<extra_id_") for token in vocabulary))
+    hidden = InfillingExamples(
+        SpanCorruptionBatches([SpanCorruption(MODES[0], 0.15, 3)], DecoderRows(markers, context))
+    )
+    return {"loss": CausalBatches(context, begin), "infilling": hidden}
+
+
+def losses(
+    model: nn.Module, shards: Shards, tasks: dict[str, CorruptionTask], context: int, rows: int, batch_size: int
+) -> dict[str, MixtureLosses]:
+    """The loss of each task on at most so many held-out windows of `context` tokens."""
+    windows = held_out(shards, context, rows)
+    device, found = next(model.parameters()).device, {}
+    for name, task in tasks.items():
+        total, count = 0.0, 0
+        for batch in batches(task, windows[:, : task.width], batch_size):
+            tokens = batch["tokens"].to(device)
+            wanted = batch["mask"][:, 1:].to(device) if "mask" in batch else torch.ones_like(tokens[:, 1:]).bool()
+            total += _nats(model, tokens, wanted)
+            count += int(wanted.sum())
+        if not count:
+            raise UserError(f"{shards.index['source']} has no held-out token to predict: give more text.")
+        found[name] = MixtureLosses(total / count, count)
+    return found
+
+
+@torch.inference_mode()
+def _nats(model: nn.Module, tokens: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The sum of -ln P of the wanted ones of all tokens but the first; a row's last token is only predicted, so that
+    rows may have one more than the context."""
+    with evaluation_mode(model):
+        hidden = causal(model).hidden(tokens[:, :-1], None, None)[wanted]
+    parts = zip(hidden.split(CHUNK), tokens[:, 1:][wanted].split(CHUNK), strict=True)
+    return sum(float(cross_entropy(causal(model).logits(states), targets)) for states, targets in parts)
+
+
+def _row(name: str, weight: float, shards: Shards, found: dict[str, MixtureLosses]) -> tuple:
+    left = found["loss"]
+    figures = round(shards.bits_per_byte(left.loss), 4), round(math.exp(min(left.loss, 700)), 2), round(left.loss, 4)
+    hidden = [round(each.loss, 4) for key, each in found.items() if key != "loss"]
+    return (name, round(weight, 4), *figures, left.tokens, *hidden)
+
+
+def _infilling_rows(tasks: dict[str, CorruptionTask]) -> list[str]:
+    if "infilling" not in tasks:
+        return []
+    return ["infilling: nats a hidden token, 15% of a text in spans of 3 on average, both sides given."]

@@ -1,0 +1,117 @@
+"""How well a language model foretells a text: its loss as perplexity and as bits a byte; knows no model by name.
+
+Of a catalogue name the part that keifu holds out counts, of a file all of it. Axes: windows, length = tokens.
+
+The bigram baseline: how well the next token is guessed from the last one by counting; knows no model and no text.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from keifu.data.catalogue.catalogue import CATALOGUE
+from keifu.data.progress import counting
+from keifu.data.text.documents import TextFormat, documents
+from keifu.data.text.token_shards import prepare
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.evaluation.registry import EvalRequest, EvalResult
+from keifu.generation.text.engine import Model, causal
+from keifu.generation.text.likelihood import score
+
+ABOUT = "a language model on a text: perplexity and bits per byte"
+OPTIONS = {"batch_size", "text_field", "encoding"}
+BATCH_SIZE = 8
+
+
+def takes(model: nn.Module) -> bool:
+    """Whether it gives the probability of a text."""
+    return isinstance(model, Model)
+
+
+def names() -> list[str]:
+    """The texts of the catalogue."""
+    return [name for name, entry in CATALOGUE.items() if entry.gives]
+
+
+def accepts(on: str) -> bool:
+    """Whether `on` is one of them, a file or a folder."""
+    return on in names() or Path(on).exists()
+
+
+def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: EvalRequest) -> EvalResult:
+    """The loss over windows as long as the context, each without what stands before it."""
+    ids, bytes_per_token = _held_out(asked.on, tokenizer) if asked.on in names() else _whole(asked, tokenizer)
+    context = causal(model).config.context_length
+    begin = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), None)
+    ids = ids if begin is None else np.concatenate([[begin], ids])
+    if len(ids) < 2:
+        raise UserError(f"{asked.on} has {len(ids)} tokens, too few to foretell one from another: give more text.")
+    start, total, count, device = time.perf_counter(), 0.0, 0, next(model.parameters()).device
+    windows = [ids[i : i + context] for i in range(0, len(ids) - 1, context - 1)][: asked.limit]
+    with counting("Evaluating", len(windows), "windows") as progress:
+        for done, batch in _batches(windows, asked.batch_size or BATCH_SIZE):
+            total -= float(score(model, batch.to(device)).cpu().double().sum())
+            count += batch[:, 1:].numel()
+            progress(done)
+    loss = total / count
+    figures = {
+        "perplexity": round(math.exp(min(loss, 700)), 3),
+        "bits per byte": round(loss / math.log(2) / bytes_per_token, 4),
+        "loss": round(loss, 4),
+        "tokens": count,
+        "tokens/s": round(count / (time.perf_counter() - start), 1),
+    }
+    return EvalResult(figures, (f"Each window of {context} tokens begins without what stands before it.",))
+
+
+def _held_out(name: str, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
+    shards = prepare(name, tokenizer)
+    return np.asarray(shards.validation, dtype=np.int64), shards.bytes_per_token
+
+
+def _whole(asked: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
+    """All documents of a file or folder, an end-of-text token behind each where there is one."""
+    texts = list(documents(asked.on, TextFormat(asked.text_field, asked.encoding)))
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    ids = np.array([i for each in tokenizer.encode_batch(texts) for i in [*each, *end]], dtype=np.int64)
+    return ids, sum(len(text.encode()) for text in texts) / max(len(ids), 1)
+
+
+def _batches(windows: list[np.ndarray], size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """A batch of equally long windows, and how many are done with it; a shorter last window is alone."""
+    whole = [window for window in windows if len(window) == len(windows[0])]
+    for first in range(0, len(whole), size):
+        yield min(first + size, len(whole)), torch.from_numpy(np.stack(whole[first : first + size]))
+    if len(whole) < len(windows) and len(windows[-1]) > 1:
+        yield len(windows), torch.from_numpy(windows[-1])[None]
+
+
+STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+
+
+def bigram_loss(training: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
+    """Nats a token on `held_out` of p(b | a) = (count(a, b) + s · p(b)) / (count(a) + s), with counts of `training`.
+
+    p(b) is the share of b in training, one count added to each token. The strength s of this Dirichlet prior (MacKay
+    and Peto, 1995) is the one of seven that is best on the held-out tokens, so that the baseline is as strong as it can
+    be.
+    """
+    pairs, counts = np.unique(_pairs(training, vocab_size), return_counts=True)
+    firsts = np.bincount(training[:-1].astype(np.int64), minlength=vocab_size)
+    alone = np.bincount(training.astype(np.int64), minlength=vocab_size) + 1.0
+    wanted = _pairs(held_out, vocab_size)
+    at = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    seen = np.where(pairs[at] == wanted, counts[at], 0)
+    prior = (alone / alone.sum())[held_out[1:].astype(np.int64)]
+    before = firsts[held_out[:-1].astype(np.int64)]
+    return min(float(-np.log((seen + s * prior) / (before + s)).mean()) for s in STRENGTHS)
+
+
+def _pairs(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    return tokens[:-1].astype(np.int64) * vocab_size + tokens[1:]

@@ -1,0 +1,433 @@
+"""A task as prompts: items with demonstrations before them, as GPT-3 is told what to do; knows no model and no file.
+
+Demonstrations are whole items with their answers (Brown et al., 2020, section 2: zero-, one- and few-shot); no weight
+changes. They are drawn once by a seed and are the same before every item, so that a model reads them once.
+
+Tasks that need no file: topics and titles of Wikipedia articles, last words of speeches, arithmetic; knows no model.
+
+Each is a function that makes it from the catalogue or from a rule, the same at every call.
+
+A task of one's own from files: a small YAML or JSON description beside its items; knows no model.
+
+docs/tasks.md has the format with an example. What is missing or of the wrong kind is a `UserError` that names the file,
+the line and the field.
+"""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from keifu.data.catalogue import catalogue
+from keifu.data.classification.tables import LabelledTexts, read, split
+from keifu.data.records import SUFFIXES as TABLES
+from keifu.data.records import Row, listed, read_records
+from keifu.errors import UserError, unknown
+
+METRICS = {
+    "choice": "the likeliest of several answers, by four measures of likelihood",
+    "exact": "a written answer that is one of the accepted ones when both are normalised",
+    "cloze": "an answer each of whose tokens is the likeliest one",
+}
+SCORES = {
+    "sum": "ln P of the answer",
+    "token": "ln P a token",
+    "character": "ln P a character, as lm-evaluation-harness's acc_norm",
+    "unconditional": "ln P(answer | prompt) / P(answer | unconditional)",
+}
+
+
+@dataclass(frozen=True)
+class TaskItem:
+    """What is asked, as it stands in the prompt, and its answer. `choices` has the answer among others, or is empty;
+    `accepted` are other right answers where it is written."""
+
+    prompt: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
+
+    @property
+    def right(self) -> int:
+        """The place of the answer among the choices."""
+        return self.choices.index(self.answer)
+
+
+@dataclass(frozen=True)
+class FewShotTask:
+    """Items, and how they are put to a model.
+
+    demonstrations: where examples are drawn from; None: from the items, of which those are then not asked.
+    instruction: stands before everything, if it is not empty. delimiter: between a prompt and its answer. separator:
+    between an example and what follows. unconditional: the prompt with which an answer's own likelihood is measured.
+    metric, score: of `METRICS` and `SCORES`, the ones whose figure is the headline. until: strings that end a written
+    answer, of at most `max_tokens` tokens. note: what a reader of the figures must know.
+    """
+
+    name: str
+    items: tuple[TaskItem, ...]
+    demonstrations: tuple[TaskItem, ...] | None = None
+    instruction: str = ""
+    delimiter: str = " "
+    separator: str = "\n\n"
+    unconditional: str = "Answer:"
+    metric: str = "choice"
+    score: str = "sum"
+    until: tuple[str, ...] = ("\n",)
+    max_tokens: int = 32
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for kind, value, known in (("metric", self.metric, METRICS), ("score", self.score, SCORES)):
+            if value not in known:
+                raise unknown(f"{kind} of a task", value, known)
+        if self.metric == "choice" and not all(item.choices for item in self.items):
+            raise UserError(f"{self.name} has no choices to choose from: evaluate it with the metric exact or cloze.")
+
+    def drawn(self, most: int, seed: int = 0, limit: int | None = None) -> "SampledItem":
+        """Up to `most` examples, in the order in which they are drawn, and the items to ask, at most `limit`.
+
+        Where the items have no demonstrations of their own, examples come from those beyond the limit, if there are
+        enough, else from all. No item is its own example. Fewer than the shots are a `UserError`.
+        """
+        asked, pool = self.items[:limit], self.demonstrations
+        if pool is None:
+            spare = self.items[len(asked) :]
+            pool = spare if len(spare) >= most else self.items
+        known = {item.prompt for item in asked} if pool is not self.items else set()
+        able = [item for item in pool if item.prompt not in known]
+        if most > len(able) or (pool is self.items and most and most >= len(able)):
+            left = "" if pool is not self.items else ", and one at least must be left to be asked"
+            raise UserError(f"{most} shots were wanted, but {self.name} has {len(able)} items to draw them from{left}.")
+        examples = sorted(able, key=lambda item: _key(seed, item))[:most]
+        if pool is self.items:
+            asked = tuple(item for item in self.items if item not in examples)[:limit]
+        return SampledItem(self, examples, asked)
+
+
+@dataclass(frozen=True)
+class SampledItem:
+    """A task's examples and the items that are asked."""
+
+    task: FewShotTask
+    examples: Sequence[TaskItem]
+    items: Sequence[TaskItem]
+
+    def prompts(self, shots: int) -> list[str]:
+        """The whole prompt of each item, with the first `shots` examples before it."""
+        task = self.task
+        shown = [f"{each.prompt}{task.delimiter}{each.answer}" for each in self.examples[:shots]]
+        front = "".join(part + task.separator for part in [task.instruction, *shown] if part)
+        return [front + item.prompt for item in self.items]
+
+
+def _key(seed: int, item: TaskItem) -> bytes:
+    """A number for an item that looks random, whatever order the items have."""
+    return hashlib.blake2b(json.dumps([seed, item.prompt, item.answer]).encode(), digest_size=16).digest()
+
+
+HELD_OUT = 1000  # articles, chosen by a hash of their text as in the benchmark of classifiers
+WORDS = 60  # of an article that a prompt shows
+INSTANCES = 2000  # of each kind of arithmetic (section 3.9.1)
+EXAMPLES = 200  # others, to draw demonstrations from
+
+
+def topics() -> FewShotTask:
+    """Which of 12 topics a Wikipedia article has, from the first 60 words of its title and summary."""
+    learned, held = split(read("wiki-summaries"), HELD_OUT)
+    labels = learned.classes
+
+    def items(table: LabelledTexts) -> tuple[TaskItem, ...]:
+        shown = (" ".join(text.split()[:WORDS]) for text in table.texts)
+        pairs = zip(shown, table.labels, strict=True)
+        return tuple(TaskItem(f"Article: {text}\nTopic:", topic, labels) for text, topic in pairs)
+
+    return FewShotTask("topics", items(held), items(learned), unconditional="Topic:")
+
+
+class _Article(NamedTuple):
+    title: str
+    description: str
+    topic: str
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(self.title.encode()).hexdigest()
+
+
+def titles() -> FewShotTask:
+    """Which of four articles of one topic a short description belongs to; the other three are drawn by a hash."""
+    content = json.loads(catalogue.fetch("wiki-summaries").read_text(encoding="utf-8"))
+    articles = [_Article(title, each.get("description") or "", each["topic"]) for title, each in content.items()]
+    by_topic: dict[str, list[str]] = defaultdict(list)
+    for article in articles:
+        by_topic[article.topic].append(article.title)
+    clear = [
+        each for each in articles if len(each.description) > 9 and each.title.lower() not in each.description.lower()
+    ]
+    items = [_title_item(each, by_topic[each.topic]) for each in sorted(clear, key=lambda each: each.key)]
+    return FewShotTask("titles", tuple(items[:HELD_OUT]), tuple(items[HELD_OUT:]), unconditional="Title:")
+
+
+def _title_item(article: _Article, others: list[str]) -> TaskItem:
+    draw = Random(int(article.key, 16))
+    wrong = draw.sample([title for title in others if title != article.title], 3)
+    choices = draw.sample([article.title, *wrong], 4)
+    return TaskItem(f"Description: {article.description}\nTitle:", article.title, tuple(choices))
+
+
+def last_word() -> FewShotTask:
+    """The last word of a passage of 40 words or more that names it before, as in LAMBADA (Paperno et al., 2016), from
+    the presidents' speeches."""
+    passages = dict.fromkeys(each for speech in catalogue.documents("sotu") for each in _passages(speech))
+    items = [TaskItem(before, word) for before, word in passages]
+    items.sort(key=lambda item: hashlib.sha256(item.prompt.encode()).digest())
+    note = "The passages are of the catalogue's sotu: a model that was trained on it has read them."
+    return FewShotTask("last-word", tuple(items[:HELD_OUT]), tuple(items[HELD_OUT:]), metric="cloze", note=note)
+
+
+def _passages(speech: str) -> Iterator[tuple[str, str]]:
+    """At most one passage of each paragraph: its words but the last one, and that."""
+    for paragraph in speech.split("\n"):
+        for end in re.finditer(r" ([a-z]{4,})[.?!]+(?= |$)", paragraph):
+            before = paragraph[: end.start()]
+            if 40 <= len(before.split()) <= 120 and re.search(rf"\b{end[1]}\b", before):
+                yield before, end[1]
+                break
+
+
+OPERATIONS = {
+    "addition": ("plus", int.__add__),
+    "subtraction": ("minus", int.__sub__),
+    "multiplication": ("times", int.__mul__),
+}
+
+
+def arithmetic(digits: int, operation: str) -> FewShotTask:
+    """Questions such as "Q: What is 48 plus 76?", with numbers from 0 on, drawn evenly (GPT-3, section 3.9.1)."""
+    word, compute = OPERATIONS[operation]
+
+    def question(draw: Random) -> TaskItem:
+        a, b = draw.randrange(10**digits), draw.randrange(10**digits)
+        return TaskItem(f"Q: What is {a} {word} {b}?\nA:", str(compute(a, b)))
+
+    return _generated(f"{digits}-digit-{operation}", question)
+
+
+def composite_arithmetic() -> FewShotTask:
+    """Questions such as "Q: What is 6+(4*8)?": three single digits, the last two in brackets (section 3.9.1)."""
+
+    def question(draw: Random) -> TaskItem:
+        digits, (first, second) = [draw.randrange(10) for _ in range(3)], draw.choices("+-*", k=2)
+        compute = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+        answer = compute[first](digits[0], compute[second](digits[1], digits[2]))
+        return TaskItem(f"Q: What is {digits[0]}{first}({digits[1]}{second}{digits[2]})?\nA:", str(answer))
+
+    return _generated("1-digit-composite", question)
+
+
+def _generated(name: str, question: Callable[[Random], TaskItem]) -> FewShotTask:
+    """Distinct questions, always the same ones; the first are asked, the others are there to be shown."""
+    draw, items = Random(name), dict[TaskItem, None]()
+    while len(items) < INSTANCES + EXAMPLES:
+        items[question(draw)] = None
+    every = tuple(items)
+    return FewShotTask(name, every[:INSTANCES], every[INSTANCES:], metric="exact", max_tokens=16)
+
+
+ARITHMETIC = [(digits, name) for digits in (2, 3, 4, 5) for name in ("addition", "subtraction")] + [
+    (2, "multiplication")
+]
+TASKS: dict[str, Callable[[], FewShotTask]] = {
+    "topics": topics,
+    "titles": titles,
+    "last-word": last_word,
+    **{f"{digits}-digit-{name}": partial(arithmetic, digits, name) for digits, name in ARITHMETIC},
+    "1-digit-composite": composite_arithmetic,
+}
+
+
+SUFFIXES = (".yaml", ".yml", ".json")
+TEXTS = ("instruction", "delimiter", "separator", "unconditional", "metric", "score", "note")
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("name", "items", "prompt", "answer", "demonstrations", *TEXTS), str),
+    "choices": (str, list), "until": (str, list), "max_tokens": int,
+}  # fmt: skip
+NEEDED = ("items", "prompt", "answer")
+SLOT = re.compile(r"\{\{|\}\}|\{(\w+)\}")
+
+
+def is_task(path: Path) -> bool:
+    """Whether a file describes a task, by its suffix and by one of the fields that a task needs."""
+    if path.suffix not in SUFFIXES or not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    return any(_field(name, text) for name in NEEDED)
+
+
+def _field(name: str, text: str) -> re.Match[str] | None:
+    """Where a field of the description stands in it."""
+    return re.search(rf"^[ \t{{,\"']*{re.escape(name)}[\"']?\s*:", text, re.MULTILINE)
+
+
+def read_task(path: Path) -> FewShotTask:
+    """The task that a file describes."""
+    fields = _Description(path)
+    items = [*_items(fields, fields.file("items"))]
+    demonstrations = [*_items(fields, fields.file("demonstrations"))] if "demonstrations" in fields.given else None
+    if not items:
+        raise UserError(f"{fields.file('items')} has no items.")
+    settings = {name: fields.given[name] for name in (*TEXTS, "max_tokens") if name in fields.given}
+    if "until" in fields.given:
+        settings["until"] = tuple(fields.texts("until"))
+    settings.setdefault("metric", "choice" if "choices" in fields.given else "exact")
+    examples = None if demonstrations is None else tuple(demonstrations)
+    try:
+        return FewShotTask(fields.given.get("name", path.stem), tuple(items), examples, **settings)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+class _Description:
+    """The fields of a description, each of its kind, and the lines that they stand in."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.text = path.read_text(encoding="utf-8-sig")
+        self.given = self._parsed()
+        for name, value in self.given.items():
+            if name not in KINDS:
+                raise unknown(f"field of a task (in {self.place(name)})", str(name), KINDS)
+            if not isinstance(value, KINDS[name]) or isinstance(value, bool):
+                raise UserError(f"{self.place(name)}: {name!r} is {_kind(value)}, which it cannot be.")
+        for name in NEEDED:
+            if name not in self.given:
+                has = ", ".join(map(str, self.given)) or "nothing"
+                raise UserError(f"{path}, line 1: the task has no field {name!r}, which it needs; it has {has}.")
+
+    def _parsed(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.text) if self.path.suffix == ".json" else _yaml(self.text)
+        except ValueError as error:
+            raise UserError(f"{self.path} cannot be read: {' '.join(str(error).split())}.") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{self.path} is {_kind(found)}, but a task is fields with values (see docs/tasks.md).")
+        return found
+
+    def place(self, name: str) -> str:
+        """The file, and the line in which the field stands."""
+        found = _field(str(name), self.text)
+        return f"{self.path}, line {self.text.count(chr(10), 0, found.start()) + 1 if found else 1}"
+
+    def texts(self, name: str) -> list[str]:
+        """A field that is one text or several."""
+        value = self.given[name]
+        values = [value] if isinstance(value, str) else value
+        if not values or not all(isinstance(each, str) and each for each in values):
+            raise UserError(f"{self.place(name)}: {name!r} must be texts of a character or more, not {value!r}.")
+        return values
+
+    def file(self, name: str) -> Path:
+        """The table that a field names, found from the folder of the description."""
+        path = self.path.parent / self.given[name]
+        if not path.is_file():
+            near = [str(each.relative_to(self.path.parent)) for each in self.path.parent.glob("*")]
+            raise unknown(f"file for {name!r} (in {self.place(name)})", self.given[name], near)
+        if path.suffix.lower() not in TABLES:
+            raise UserError(f"{self.place(name)}: the name of {path} must end in {', '.join(TABLES)}.")
+        return path
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _items(fields: _Description, path: Path) -> Iterator[TaskItem]:
+    """An item a row of the table."""
+    template, answer, choices = (fields.given.get(name) for name in ("prompt", "answer", "choices"))
+    assert isinstance(template, str) and isinstance(answer, str)
+    for row in read_records(path):
+        prompt = _fill_template(template, row, fields.place("prompt"))
+        if choices is None:
+            answers = _texts(row, answer, fields.place("answer"))
+            yield TaskItem(prompt, answers[0], (), tuple(answers[1:]))
+            continue
+        offered = (
+            fields.texts("choices") if isinstance(choices, list) else _texts(row, choices, fields.place("choices"))
+        )
+        yield TaskItem(prompt, _right(row, answer, offered, fields.place("answer")), tuple(offered))
+
+
+def _fill_template(template: str, row: Row, used: str) -> str:
+    """The template with the row's fields in its slots; {{ and }} are braces."""
+
+    def slot(found: re.Match[str]) -> str:
+        if found[1] is None:
+            return found[0][0]
+        value = _value(row, found[1], used)
+        if isinstance(value, dict | list) or value is None:
+            raise UserError(f"{row[0]}: the field {found[1]!r} is {_kind(value)}, and the prompt needs text.")
+        return str(value)
+
+    return SLOT.sub(slot, template)
+
+
+def _value(row: Row, name: str, used: str) -> Any:
+    where, cells = row
+    if name not in cells:
+        raise UserError(f"{where}: there is no field {name!r}, which {used} names; it has {listed(cells)}.")
+    return cells[name]
+
+
+def _texts(row: Row, name: str, used: str) -> list[str]:
+    """A field with one text, or a list of them (in a table without lists, written as JSON)."""
+    value = _value(row, name, used)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _quietly(json.loads, value)
+    values = value if isinstance(value, list) else [value]
+    if not values or any(isinstance(each, dict | list) or str(each or "") == "" and each != 0 for each in values):
+        raise UserError(f"{row[0]}: the field {name!r} is {value!r}, and {used} needs text, or a list of texts.")
+    return [str(each) for each in values]
+
+
+def _right(row: Row, name: str, choices: list[str], used: str) -> str:
+    """The right choice, from its text or from its number, which counts from 0."""
+    value = _value(row, name, used)
+    if str(value) in choices:
+        return str(value)
+    number = value if isinstance(value, int) else _quietly(int, str(value))
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(choices):
+        return choices[number]
+    raise UserError(f"{row[0]}: the field {name!r} is {value!r}, which is none of the choices {choices} nor a number "
+                    f"from 0 to {len(choices) - 1}.")  # fmt: skip
+
+
+def _quietly(function: Callable[[str], Any], text: str) -> Any:
+    """What the function makes of the text; the text itself where it cannot."""
+    try:
+        return function(text)
+    except ValueError:
+        return text
+
+
+def _kind(value: Any) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+    }
+    return names.get(type(value), "nothing")

@@ -1,0 +1,201 @@
+"""How well a translator translates: BLEU and chrF on pairs that it has not seen; knows neither model nor language by
+name.
+
+Of a catalogue name the held-out test pairs count, which no training by keifu sees; of a file all pairs.
+
+BLEU and chrF by sacrebleu, with the tokenizer that a language needs; knows no model and no file.
+
+BLEU (Papineni et al., 2002) counts equal runs of words, so it depends on what a word is: figures are comparable only
+where their signatures are equal (Post, 2018). chrF (Popović, 2015) counts runs of characters and needs no words.
+"""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from keifu.data.progress import counting
+from keifu.data.text.dataset_report import SCRIPTS, script_numbers
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.translation.pairs import Pairs, pair_names, read_pairs, split
+from keifu.errors import UserError
+from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.generation.text.translation import Translation, TranslationParams, is_translator, translate_texts
+
+WITHOUT_SPACES = {"ja", "zh"}
+HOW = "pip install 'keifu[evaluation]'"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Both figures, from 0 to 100, with sacrebleu's signatures, which say how each was computed."""
+
+    bleu: float
+    chrf: float
+    bleu_signature: str
+    chrf_signature: str
+
+
+class Scorer:
+    """The scores of translations into one language; `language` is a code such as ja, "" where it is not known.
+
+    `note` says what a reader of the figures must know, "" where there is nothing.
+    """
+
+    def __init__(self, language: str):
+        self.language = language
+        self.tokenizer, self.note = _tokenizer(language)
+
+    def __call__(self, translations: Sequence[str], references: Sequence[str]) -> Scores:
+        """The scores of all translations together, each beside its one reference."""
+        metrics = _metrics()
+        bleu, chrf = metrics.BLEU(tokenize=self.tokenizer), metrics.CHRF()
+        both = [metric.corpus_score(list(translations), [list(references)]).score for metric in (bleu, chrf)]
+        return Scores(both[0], both[1], str(bleu.get_signature()), str(chrf.get_signature()))
+
+    def by_length(
+        self, sources: Sequence[str], translations: Sequence[str], references: Sequence[str], spaced: bool
+    ) -> list[tuple[str, int, Scores]]:
+        """The scores of sentences of similar length: its range, how many there are, their scores.
+
+        Lengths are words of the source in steps of 5 where it is `spaced`, else characters in steps of 10; the last
+        step is open above (Bahdanau et al., 2014, figure 2).
+        """
+        step = 5 if spaced else 10
+        groups: dict[int, list[int]] = defaultdict(list)
+        for i, source in enumerate(sources):
+            length = len(source.split()) if spaced else len("".join(source.split()))
+            groups[min((max(length, 1) - 1) // step, 9)].append(i)
+        rows = []
+        for group, members in sorted(groups.items()):
+            scores = self([translations[i] for i in members], [references[i] for i in members])
+            end = f"-{(group + 1) * step}" if group < 9 else " and more"
+            rows.append((f"{group * step + 1}{end}", len(members), scores))
+        return rows
+
+
+def language_of(texts: Iterable[str]) -> str:
+    """ja, zh or ko where most letters are of that script, else "": a language by its script alone."""
+    letters = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32).astype(np.int64)
+    counts = Counter(SCRIPTS[number] for number in script_numbers(letters).tolist())
+    kana, han, hangul = counts["Hiragana"] + counts["Katakana"], counts["Han"], counts["Hangul"]
+    half = sum(count for name, count in counts.items() if name not in ("common", "other", "emoji")) / 2
+    if hangul > half:
+        return "ko"
+    if kana + han <= half:
+        return ""
+    return "ja" if kana > han / 20 else "zh"
+
+
+def _tokenizer(language: str) -> tuple[str, str]:
+    """What sacrebleu parts a language's texts into words with, and a remark."""
+    if language != "ja":
+        return ("zh", "") if language == "zh" else ("13a", "")
+    try:
+        import ipadic  # noqa: F401 (sacrebleu needs both)
+        import MeCab  # noqa: F401
+    except ImportError:
+        remark = "MeCab is not installed, so BLEU counts characters (tok:char), which gives other figures than words"
+        return "char", f"{remark}: {HOW} brings it."
+    return "ja-mecab", ""
+
+
+def _metrics() -> Any:
+    try:
+        from sacrebleu import metrics
+    except ImportError as error:
+        raise UserError(f"BLEU and chrF need the package sacrebleu: {HOW} brings it.") from error
+    return metrics
+
+
+ABOUT = "a translator on pairs of sentences: BLEU and chrF"
+FILES = {"source_field", "target_field", "encoding"}
+OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length", "output", *FILES}
+
+
+def takes(model: nn.Module) -> bool:
+    """Whether it translates."""
+    return is_translator(model)
+
+
+def names() -> list[str]:
+    """The catalogue's pairs, in both directions."""
+    return list(pair_names())
+
+
+def accepts(on: str) -> bool:
+    """Whether `on` is one of them, or a file or two."""
+    from pathlib import Path
+
+    return on in names() or all(Path(part.strip()).expanduser().is_file() for part in on.split(","))
+
+
+def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: EvalRequest) -> EvalResult:
+    """Translates the sources, each whole as it stands, and scores all translations together."""
+    pairs, notes = test_pairs(asked)
+    sources, references = map(list, zip(*pairs.rows, strict=True))
+    scorer = Scorer(asked.language or pairs.languages[1] or language_of(references))
+    start = time.perf_counter()
+    found = _translate(model, tokenizer, sources, asked)
+    seconds = time.perf_counter() - start
+    texts = [each.text for each in found]
+    scores = scorer(texts, references)
+    figures = {
+        "BLEU": round(scores.bleu, 2),
+        "chrF": round(scores.chrf, 2),
+        "pairs": len(pairs),
+        "sentences/s": round(len(pairs) / seconds, 1),
+        "BLEU signature": scores.bleu_signature,
+        "chrF signature": scores.chrf_signature,
+    }
+    tables = {}
+    if asked.by_length:
+        spaced = (pairs.languages[0] or language_of(sources)) not in WITHOUT_SPACES
+        bins = scorer.by_length(sources, texts, references, spaced)
+        rows = [(length, n, round(part.bleu, 2), round(part.chrf, 2)) for length, n, part in bins]
+        tables["by length"] = ResultTable(
+            ("source words" if spaced else "source characters", "pairs", "BLEU", "chrF"), rows
+        )
+    items = ResultTable(("source", "reference", "translation"), list(zip(sources, references, texts, strict=True)))
+    return EvalResult(figures, (*notes, *remarks(found), *filter(None, [scorer.note])), tables, items)
+
+
+def test_pairs(asked: EvalRequest) -> tuple[Pairs, list[str]]:
+    """The pairs that count, in the model's direction where that is known, and what is to be said about them."""
+    pairs = read_pairs(asked.on, asked.reverse, (asked.source_field, asked.target_field), asked.encoding)
+    notes = [pairs.left_out] if pairs.left_out else []
+    trained, known = asked.languages, all(asked.languages) and all(pairs.languages)
+    if known and pairs.languages == trained[::-1] and not asked.reverse:
+        pairs = pairs.reversed()
+        notes.append(f"The model translates from {trained[0]} into {trained[1]}: the sides of {asked.on} are swapped.")
+    elif known and pairs.languages != trained:
+        own, given = (" into ".join(each) for each in (trained, pairs.languages))
+        notes.append(f"The model was trained to translate from {own}, and these pairs are from {given}.")
+    rows = split(pairs).test if asked.on in pair_names() else pairs.rows
+    languages = pairs.languages if any(pairs.languages) or asked.reverse else trained
+    return Pairs(pairs.name, rows[: asked.limit], languages), notes
+
+
+def _translate(model: nn.Module, tokenizer: Tokenizer, sources: list[str], asked: EvalRequest) -> list[Translation]:
+    """One translation a source: a pair is not parted into sentences, since its reference is not."""
+    given = {each.name: vars(asked)[each.name] for each in fields(TranslationParams) if each.name in vars(asked)}
+    settings = TranslationParams(**{name: value for name, value in given.items() if value is not None})
+    with counting("Translating", len(sources), "sentences") as progress:
+        found = translate_texts(model, tokenizer, sources, settings, lambda text: [text], progress)
+    return [each for [each] in found]
+
+
+def remarks(found: list[Translation]) -> list[str]:
+    """What the figures alone would hide."""
+    cut, unknown = sum(not each.complete for each in found), sum(each.unknown for each in found)
+    notes = []
+    if cut:
+        notes.append(f"{cut:,} of {len(found):,} translations reached their limit of tokens and were not finished.")
+    if unknown:
+        share = unknown / sum(each.source_tokens for each in found)
+        notes.append(f"{unknown:,} tokens of the sources ({share:.2%}) are unknown to the model's vocabulary.")
+    return notes

@@ -1,0 +1,1 @@
+"""Sampling of pictures: pipelines, denoisers, diffusion samplers."""

@@ -1,0 +1,311 @@
+"""From a text to pictures by a model that removes noise from latents; knows no sampler and no kind of network.
+
+Axes: batch, channels, height, width of latents; length = tokens of a text, as many for every text.
+
+What is asked of a model that draws latents from a text, so that it can be drawn with; knows no model.
+
+Axes: batch, channels, height, width of latents; length = tokens of a text, as many for every text.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+
+from keifu.data.images.io import to_bytes
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.images.denoiser import Network, guided_denoiser
+from keifu.generation.images.image_to_image import KeptRegion, add_initial_noise, run_inpainting
+from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise, to_pixels
+from keifu.generation.images.png_metadata import fingerprint
+from keifu.generation.images.samplers import Random, SamplerStep
+from keifu.generation.images.tiled_vae import LatentCodec, tile_of
+from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.layers.diffusion.sampling_schedule import SamplingPath
+from keifu.layers.unet.prepacked_conv import prepack
+
+Tokens = Int[Tensor, "batch length"]
+Latents = Float[Tensor, "batch channels height width"]
+
+
+@runtime_checkable
+class TextConditionedConfig(Protocol):
+    """What is asked of the config of a model that draws from text."""
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in pixels that it was trained with; None where nothing says so."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Of latents."""
+        ...
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side for each number of the latents."""
+        ...
+
+    @property
+    def colours(self) -> int:
+        """Channels of its pictures: 1 for grey, 3 for colour."""
+        ...
+
+    @property
+    def masked(self) -> bool:
+        """Whether it reads a mask and what the mask leaves of a picture too."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of every text."""
+        ...
+
+
+@runtime_checkable
+class TextConditionedModel(Protocol):
+    """A network that was trained to remove noise from latents, and that looks at a text while it does.
+
+    `model(x, timestep [batch], projected)` gives its target for each row.
+    """
+
+    @property
+    def noise(self) -> Noise:
+        """The noise that it removes."""
+        ...
+
+    @property
+    def config(self) -> TextConditionedConfig:
+        """Its sizes."""
+        ...
+
+    def __call__(self, x: Latents, timestep: Tensor, projected: Any) -> Tensor:
+        """Its prediction."""
+        ...
+
+    @property
+    def coding(self) -> nn.Module | None:
+        """The autoencoder, which the two methods below compute with, if there is one."""
+        ...
+
+    def encode_text(self, tokens: Tokens) -> Float[Tensor, "batch length dim"]:
+        """What the network looks at."""
+        ...
+
+    def project(self, context: Float[Tensor, "batch length dim"]) -> Any:
+        """What every step needs of the texts."""
+        ...
+
+    def to_latents(
+        self, pictures: Float[Tensor, "batch colours rows columns"], noise: Tensor | None = None
+    ) -> Float[Tensor, "sampled channels height width"]:
+        """The latents of pictures from -1 to 1 that each row of standard normal noise picks, or the likeliest."""
+        ...
+
+    def to_pictures(self, latents: Latents) -> Float[Tensor, "batch colours rows columns"]:
+        """The pictures of latents, from -1 to 1."""
+        ...
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuses pictures, by their pixels, that do not fit the network, in a `UserError`."""
+        ...
+
+
+Bytes = UInt8[Tensor, "batch colours rows columns"]
+
+
+def text_denoiser(
+    model: TextConditionedModel,
+    given: Tokens,
+    without: Tokens | None = None,
+    guidance: float = 1.0,
+    rescale: float = 0.0,
+    beside: Float[Tensor, "batch more height width"] | None = None,
+) -> Network:
+    """The network of a model for a text of each row, which is encoded and projected here, once.
+
+    Guided, `without` is what each row is led away from, and both predictions are made in one batch. `beside`: what the
+    network reads of each row besides x, in channels after it.
+    """
+
+    def seen(x: Tensor) -> Tensor:
+        return x if beside is None else torch.cat([x, beside], 1)
+
+    if guidance == 1 or without is None:
+        alone = _project(model, given)
+        return lambda x, timestep: model(seen(x), timestep, alone)
+    both = _project(model, torch.cat([given, without]))
+
+    def conditional(x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        towards, away = model(seen(x).repeat(2, 1, 1, 1), timestep.repeat(2), both).chunk(2)
+        return towards, away
+
+    return guided_denoiser(conditional, model.noise, guidance, rescale)
+
+
+def _project(model: TextConditionedModel, tokens: Tokens) -> Any:
+    """Every text is encoded once, however many rows have it."""
+    texts, places = tokens.unique(dim=0, return_inverse=True)
+    return model.project(model.encode_text(texts)[places])
+
+
+def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncate: bool = False) -> Tokens:
+    """The ids of texts with the tokens around them, filled up to this length with the padding's.
+
+    A longer text is a `UserError` with both lengths, or loses its end with `truncate`.
+    """
+    rows = tokenizer.encode_batch(texts, special=True)
+    for place, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        if len(row) > length and not truncate:
+            raise UserError(
+                f"{text[:40]!r}… has {len(row)} tokens with those around it, and the model reads {length}: "
+                "shorten it, or leave out its end (--truncate)."
+            )
+        rows[place] = row if len(row) <= length else [*row[: length - 1], row[-1]]
+    padding = next((each for each in (tokenizer.pad_id, tokenizer.eos_id) if each is not None), 0)
+    return torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+
+
+class LatentDiffusionPipeline:
+    """A model that draws from text, with the tokenizer of its texts: a `Drawer`."""
+
+    usual_guidance = 7.5  # the released Stable Diffusion's
+    usual_sampler = "dpm++-2m"  # 20 steps of it for the 50 of others
+    pixels = False
+
+    def __init__(self, model: TextConditionedModel, tokenizer: Tokenizer):
+        self.model, self.tokenizer, self.colours = model, tokenizer, model.config.colours
+
+    @property
+    def noise(self) -> Noise:
+        """What its latents are freed of."""
+        return self.model.noise
+
+    def fingerprint(self) -> str:
+        """Of the weights, the config and the tokenizer."""
+        return fingerprint(cast(Any, self.model), self.tokenizer.fingerprint)
+
+    def label(self, name: str) -> int:
+        """There is none: a `UserError`."""
+        raise UserError(f"This model draws from a text and knows no classes: say {name!r} in the text.")
+
+    def resolved(self, wanted: ImageRequest) -> ImageRequest:
+        """The same with everything said that was left open, and checked against the model."""
+        if wanted.text is None:
+            raise UserError("This model draws from a text, and there is none: say what to draw.")
+        if wanted.label is not None:
+            self.label(str(wanted.label))
+        if self.model.config.masked and wanted.mask is None:
+            raise UserError(
+                "This model fills in what a mask hides of a picture, and draws nothing from a text alone: give both "
+                "(--init, --mask)."
+            )
+        if wanted.negative and wanted.guidance == 1:
+            raise UserError(
+                f"Guidance is what leads away from {wanted.negative!r}, and with a guidance of 1 there is none: "
+                f"{self.usual_guidance:g} is usual."
+            )
+        self.tokens([wanted.text, wanted.negative], wanted.truncate)
+        size = wanted.sides() or self.model.config.size
+        if size is None:
+            raise UserError("The model does not say how large its pictures are: give their size.")
+        self.model.check_size(*size)
+        factor = self.model.config.factor
+        whole = replace(wanted.completed(self.noise, size), tile=tile_of(wanted.tile, size, factor))
+        anew = whole.anew()
+        if anew is not None and not bool(downscale_mask(anew, factor).any()):
+            raise UserError(
+                f"The mask's white parts are smaller than the {factor} x {factor} pixels that one number of the "
+                "latents stands for: make them larger."
+            )
+        return whole
+
+    def tokens(self, texts: Sequence[str], truncate: bool = False) -> Tokens:
+        """The ids of texts, filled up to the model's length: see `text_tokens`."""
+        return text_tokens(self.tokenizer, texts, self.model.config.context_length, truncate)
+
+    @torch.inference_mode()
+    def drawing(
+        self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str] | None = None
+    ) -> Iterator[SamplerStep]:
+        """x and the predicted latents after each step, for a picture of each seed, on the model's device.
+
+        wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None. Convolutions are
+        packed for it once, which takes about as long as a step and their memory a second time.
+        """
+        chosen = wanted.route(self.noise)
+        path, random = wanted.path(chosen.path), SeededNoise(seeds)
+        given = self.tokens(texts or [wanted.text or ""] * len(seeds), wanted.truncate)
+        without = self.tokens([wanted.negative] * len(seeds), wanted.truncate)
+        x, kept, beside = self._begun(wanted, path, len(seeds), random)
+        tokens = given.to(x.device), without.to(x.device)
+        quick = cast(TextConditionedModel, prepack(cast(Any, self.model)))
+        network = text_denoiser(quick, *tokens, wanted.guidance, wanted.guidance_rescale, beside)
+        yield from run_inpainting(chosen, network, x, path, random, kept)
+
+    def _begun(
+        self, wanted: ImageRequest, path: SamplingPath, count: int, random: Random
+    ) -> tuple[Latents, KeptRegion | None, Tensor | None]:
+        """The latents that so many drawings begin with, what is kept of them, and what a network that fills in masks
+        reads beside them: the mask, and the latents of the picture with grey in the mask's place."""
+        config, device = self.model.config, next(cast(Any, self.model).parameters()).device
+        assert wanted.size is not None
+        empty = torch.empty((count, config.channels, *(side // config.factor for side in wanted.size)), device=device)
+        if wanted.init is None:
+            return random(empty) * path.start, None, None
+        picture = wanted.init.pixels(wanted.size, config.colours)[None].to(device)
+        whole = wanted.anew()
+        anew = None if whole is None else downscale_mask(whole.to(device), config.factor)
+        latents = None
+        if not (wanted.from_noise and config.masked):
+            latents = self._coder(wanted).latents(picture, random(empty))
+        noise = random(empty)
+        x = noise * path.start if wanted.from_noise or latents is None else add_initial_noise(latents, noise, path)
+        if whole is None or anew is None:
+            return x, None, None
+        if not config.masked:
+            assert latents is not None
+            return x, KeptRegion(latents, noise, anew), None
+        left = self._coder(wanted).latents(picture.masked_fill(whole.to(device), 0.0), random(empty))
+        return x, None, torch.cat([anew.to(x.dtype).expand(count, 1, -1, -1), left], 1)
+
+    def decoded(self, latents: Latents, wanted: ImageRequest) -> Float[Tensor, "batch colours rows columns"]:
+        """The pictures of latents, about from -1 to 1."""
+        return self._coder(wanted).pictures(latents)
+
+    def _coder(self, wanted: ImageRequest) -> LatentCodec:
+        return LatentCodec(self.model, self.model.config.factor, wanted.tile or 0)
+
+    def draw(
+        self, wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[SamplerStep], object] = lambda state: None
+    ) -> Bytes:
+        """A finished picture of each seed, as `pictures.draw` gives it."""
+        x = torch.empty(0)
+        for state in self.drawing(wanted, seeds):
+            watch(state)
+            x = state.x
+        return self._whole(to_pixels(self.decoded(x, wanted)), wanted)
+
+    def draw_texts(
+        self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]
+    ) -> UInt8[Tensor, "batch colours rows columns"]:
+        """A finished picture of each seed and text."""
+        *_, last = self.drawing(wanted, seeds, texts)
+        return self._whole(to_pixels(self.decoded(last.x, wanted)), wanted)
+
+    def _whole(self, drawn: Bytes, wanted: ImageRequest) -> Bytes:
+        """What was drawn, and where a mask keeps a picture its own pixels, which latents do not hold exactly."""
+        anew = wanted.anew()
+        if wanted.init is None or wanted.size is None or anew is None:
+            return drawn
+        return torch.where(anew, drawn, to_bytes(wanted.init.pixels(wanted.size, drawn.shape[1])))
+
+
+def downscale_mask(mask: Bool[Tensor, "1 height width"], factor: int) -> Bool[Tensor, "1 rows columns"]:
+    """A mask of pixels for latents: each takes its upper left pixel's, as diffusers does."""
+    return mask[:, ::factor, ::factor]

@@ -1,0 +1,126 @@
+"""Models that draw, in pixels or from a text, behind one face for commands; knows no kind of network."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.images.autoregressive import AutoregressivePipeline, ImageTokenModel
+from keifu.generation.images.denoiser import DiffusionModel
+from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline, TextConditionedModel
+from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images, label_number, require_diffusion_model
+from keifu.generation.images.png_metadata import fingerprint
+from keifu.generation.images.samplers import SamplerStep
+from keifu.generation.images.unclip import UnclipModel, UnclipPipeline
+from keifu.layers.diffusion.noise_schedule import Noise
+
+
+@runtime_checkable
+class ImagePipeline(Protocol):
+    """A model as a command draws with it.
+
+    usual_guidance, usual_sampler: where none is asked for. pixels: whether its steps are pictures.
+    """
+
+    usual_guidance: float
+    usual_sampler: str
+    pixels: bool
+
+    def fingerprint(self) -> str:
+        """Equal for models that draw alike."""
+        ...
+
+    def label(self, name: str) -> int:
+        """A class by its name, or by its number; an unknown one is a `UserError`."""
+        ...
+
+    def resolved(self, wanted: ImageRequest) -> ImageRequest:
+        """The same with everything said that was left open; what the model cannot draw is a `UserError`."""
+        ...
+
+    def draw(
+        self, wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[SamplerStep], object] = lambda state: None
+    ) -> UInt8[Tensor, "batch colours rows columns"]:
+        """A finished picture of each seed, as bytes on the CPU; `watch` is given what each step leads to."""
+        ...
+
+
+@runtime_checkable
+class TextToImagePipeline(ImagePipeline, Protocol):
+    """One that draws from text. colours: 1 for grey, 3 for colour."""
+
+    colours: int
+
+    def draw_texts(
+        self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]
+    ) -> UInt8[Tensor, "batch colours rows columns"]:
+        """A finished picture of each seed and text; `wanted` as `resolved` gives it."""
+        ...
+
+
+class PixelPipeline:
+    """A model that removes noise from pictures: a `ImagePipeline`."""
+
+    usual_guidance = 1.0
+    usual_sampler = "ddim"
+    pixels = True
+
+    def __init__(self, model: DiffusionModel):
+        self.model = model
+
+    @property
+    def noise(self) -> Noise:
+        """What it removes."""
+        return self.model.noise
+
+    def fingerprint(self) -> str:
+        """Of the weights and the config."""
+        return fingerprint(cast(Any, self.model))
+
+    def label(self, name: str) -> int:
+        """A class by its name, or by its number."""
+        return label_number(self.model, name)
+
+    def resolved(self, wanted: ImageRequest) -> ImageRequest:
+        """See `Drawing.resolved`."""
+        return wanted.resolved(self.model)
+
+    def draw(
+        self, wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[SamplerStep], object] = lambda state: None
+    ) -> UInt8[Tensor, "batch colours rows columns"]:
+        """See `pictures.draw`."""
+        return draw_images(cast(Any, self.model), wanted, seeds, watch)
+
+
+def is_text_to_image(model: nn.Module) -> bool:
+    """Whether it draws from a text alone."""
+    if isinstance(model, UnclipModel):
+        return model.config.imagines
+    return isinstance(model, ImageTokenModel) or (isinstance(model, TextConditionedModel) and not model.config.masked)
+
+
+def text_to_image_pipeline(model: nn.Module, tokenizer: Tokenizer | None) -> TextToImagePipeline:
+    """The model as one that draws from text; any other is a `UserError`."""
+    found = image_pipeline(model, lambda: tokenizer)
+    if not isinstance(found, TextToImagePipeline):
+        raise UserError(f"A {type(model).__name__} draws from no text: choose a model that reads.")
+    return found
+
+
+def image_pipeline(model: nn.Module, tokenizer: Callable[[], Tokenizer | None]) -> ImagePipeline:
+    """The model as one that draws, with its tokenizer where it reads; any other is a `UserError`."""
+    if not isinstance(model, TextConditionedModel | ImageTokenModel | UnclipModel):
+        return PixelPipeline(require_diffusion_model(model))
+    found = tokenizer()
+    if found is None:
+        raise UserError(f"A {type(model).__name__} draws from a text, and there is no tokenizer beside it.")
+    if isinstance(model, UnclipModel):
+        return UnclipPipeline(model, found)
+    return (
+        AutoregressivePipeline(model, found)
+        if isinstance(model, ImageTokenModel)
+        else LatentDiffusionPipeline(model, found)
+    )

@@ -1,0 +1,273 @@
+"""Pictures from noise in one call, or step by step: what a request for pictures may ask; knows no kind of network.
+
+A seed belongs to a picture: with the same settings and seed it comes alone or among others, but for the last digits of
+products that are computed for several pictures at once. Axes: batch, channels, height, width.
+
+Noise for several pictures, each from a seed of its own; knows no sampler.
+
+A picture's numbers are those of `torch.Generator().manual_seed(seed)` on the CPU, in the order they are asked for: the
+same picture comes alone or in a batch, on any device, and with diffusers' generators too.
+"""
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+
+from keifu.data.images.io import to_bytes
+from keifu.errors import UserError, unknown
+from keifu.generation.images.denoiser import DiffusionConfig, DiffusionModel, label_denoiser
+from keifu.generation.images.image_to_image import (
+    InputImage,
+    KeptRegion,
+    add_initial_noise,
+    run_inpainting,
+    truncate_path,
+)
+from keifu.generation.images.samplers import SamplerRoute, SamplerStep, plan_route, sampler
+from keifu.generation.images.tiled_vae import NO_TILES
+from keifu.layers.diffusion.noise_schedule import Noise, Spacing
+from keifu.layers.diffusion.sampling_schedule import SamplingPath
+from keifu.layers.unet.prepacked_conv import prepack
+
+
+class SeededNoise:
+    """Standard normal noise in the shape of x, each row's from its own generator."""
+
+    def __init__(self, seeds: Sequence[int]):
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+    def __call__(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
+        """Noise for each row of x, in its type and on its device."""
+        rows = [torch.randn(x.shape[1:], generator=each, dtype=x.dtype) for each in self.generators]
+        return torch.stack(rows).to(x.device)
+
+
+BY_TOKEN, STRENGTH = "token by token", 0.8
+OF_EMBEDDINGS = ("prior_steps", "prior_guidance", "candidates", "upsampling_steps", "towards")
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """The settings of a picture.
+
+    Attributes:
+        sampler: a name in `SAMPLERS`, or `BY_TOKEN` where a model says a picture token by token.
+        steps: None for as many as are usual with the sampler.
+        seed: the same seed gives the same picture; None draws a fresh one.
+        label: the class to draw, by number; None for any.
+        guidance: how far to go from the prediction without the label through that with it; 1 is that with it.
+        guidance_rescale: how much of the contrast that guidance adds is taken back (Lin et al., 2023: 0.7).
+        size: height and width in pixels; None for those that the model was trained with.
+        spacing, karras, eta: of the path, see `noise_levels.py`, and DDIM's share of fresh noise.
+        text, negative: what a model that reads is to draw, and what guidance leads away from.
+        truncate: whether a text that is too long for the model loses its end.
+        init: the picture that the drawing begins with; None for noise alone.
+        strength: which share of the steps it is taken through, the last ones; None for `STRENGTH`, and 1 with a mask.
+        mask: white where that picture is drawn anew; None draws all of it anew.
+        tile: the side in pixels of the tiles in which a large picture is made of latents; 0 for none, None for 512
+            where it has more than 1024 x 1024 pixels.
+        prior_steps, prior_guidance: of the embedding that a model with a prior draws from, beside those of the picture.
+        candidates: embeddings that are imagined, of which the one nearest to the text is taken.
+        upsampling_steps: in which such a model enlarges its pictures; None for as many as are usual.
+        towards: where a series of `count` pictures leads such a model, from `text` or `init`: a text or a picture.
+    """
+
+    sampler: str = "ddim"
+    steps: int | None = None
+    seed: int | None = None
+    label: int | None = None
+    guidance: float = 1.0
+    guidance_rescale: float = 0.0
+    size: tuple[int, int] | None = None
+    spacing: Spacing | None = None
+    karras: bool = False
+    eta: float = 0.0
+    text: str | None = None
+    negative: str = ""
+    truncate: bool = False
+    init: InputImage | None = None
+    strength: float | None = None
+    mask: InputImage | None = None
+    tile: int | None = None
+    prior_steps: int | None = None
+    prior_guidance: float | None = None
+    candidates: int = 1
+    upsampling_steps: int | None = None
+    towards: InputImage | str | None = None
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.init is None and (self.mask or self.strength is not None):
+            given = "A mask" if self.mask else "A strength"
+            raise UserError(f"{given} is for a picture to begin with, and there is none: give one (--init).")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise UserError(f"The strength is a share of the steps above 0 and up to 1, not {self.strength:g}.")
+        if self.sampler != BY_TOKEN:
+            sampler(self.sampler)
+        for number in (self.steps, self.prior_steps, self.upsampling_steps):
+            if number is not None and number < 1:
+                raise UserError(f"A picture takes at least 1 step, not {number}.")
+        if self.candidates < 1:
+            raise UserError(f"candidates is {self.candidates}, and one embedding is drawn from at least.")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UserError(f"The seed is {self.seed}, which must be a whole number from 0 to 2^63 - 1.")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise UserError(f"guidance_rescale is a share between 0 and 1, not {self.guidance_rescale}.")
+
+    def route(self, noise: Noise) -> SamplerRoute:
+        """The sampler, ready for a model's noise."""
+        return plan_route(noise, self.sampler, self.steps, self.spacing, self.karras, self.eta)
+
+    def resolved(self, model: DiffusionModel) -> "ImageRequest":
+        """The same with everything said that was left open, and checked against the model."""
+        if self.text is not None or self.negative:
+            text = self.text or self.negative
+            raise UserError(f"This model reads no text, so {text!r} means nothing to it: leave it out (see --label).")
+        if self.tile is not None:
+            raise UserError(NO_TILES)
+        size = self.sides() or trained_size(model)
+        check_label(model, self.label, self.guidance)
+        model.check_size(model.config.channels, *size)
+        return self.completed(model.noise, size)
+
+    def completed(self, noise: Noise, size: tuple[int, int]) -> "ImageRequest":
+        """The same with this size, and with the steps, the seed, the spacing and the strength that were left open."""
+        if given := [name for name in OF_EMBEDDINGS if vars(self)[name] not in (None, 1)]:
+            told = f"--{given[0].replace('_', '-')}"
+            raise UserError(f"{told} is for a model that draws by way of an embedding (unCLIP): leave it out.")
+        steps, seed = len(self.route(noise).path.strides), secrets.randbits(32) if self.seed is None else self.seed
+        usual = None if self.init is None else 1.0 if self.mask else STRENGTH
+        whole = replace(self, strength=self.strength or usual, steps=steps, size=size, seed=seed)
+        whole.path(whole.route(noise).path)
+        self._check_mask(size)
+        return replace(whole, spacing=self.spacing or noise.spacing)
+
+    def sides(self) -> tuple[int, int] | None:
+        """Height and width that were asked for, or those of the picture that the drawing begins with."""
+        return self.size or (self.init.size() if self.init else None)
+
+    def path(self, whole: SamplingPath) -> SamplingPath:
+        """The part of a sampler's path that is walked."""
+        return whole if self.strength is None else truncate_path(whole, self.strength)
+
+    @property
+    def taken(self) -> int:
+        """The steps that are walked, once their number is known."""
+        return int((self.steps or 0) * (1 if self.strength is None else self.strength))
+
+    @property
+    def from_noise(self) -> bool:
+        """Whether nothing is seen of a picture where it is drawn anew."""
+        return self.init is None or (self.mask is not None and self.strength == 1)
+
+    def anew(self) -> Bool[Tensor, "1 height width"] | None:
+        """Where the mask has it drawn anew, once the size is known; None without a mask."""
+        assert self.size is not None
+        return None if self.mask is None else self.mask.white(self.size)
+
+    def _check_mask(self, size: tuple[int, int]) -> None:
+        """Refuses a mask that has not the picture's size, or no white."""
+        if self.init is None or self.mask is None:
+            return
+        (height, width), (high, wide) = self.init.size(), self.mask.size()
+        if (height, width) != (high, wide):
+            raise UserError(
+                f"The mask {self.mask.place} has {wide} x {high} pixels, and the picture {width} x {height} (width x "
+                "height): they must have the same size."
+            )
+        if not bool(self.mask.white(size).any()):
+            raise UserError(f"The mask {self.mask.place} has no white, so nothing would be drawn anew.")
+
+
+def require_diffusion_model(model: nn.Module) -> DiffusionModel:
+    """The model as one that removes noise; any other is a `UserError`."""
+    if not isinstance(model, DiffusionModel) or not isinstance(model.config, DiffusionConfig):
+        raise UserError(f"A {type(model).__name__} draws no pictures: choose a model that was trained to remove noise.")
+    return model
+
+
+def trained_size(model: DiffusionModel) -> tuple[int, int]:
+    """Height and width of the pictures that a model was trained with."""
+    size = model.config.size
+    if size is None:
+        raise UserError("The model does not say how large its pictures are: give their size.")
+    return (size, size) if isinstance(size, int) else size
+
+
+def check_label(model: DiffusionModel, label: int | None, guidance: float) -> None:
+    """Refuses a label or guidance that the model cannot have."""
+    classes, none = model.config.n_classes, model.config.null_class
+    if label is not None and not classes:
+        raise UserError("This model draws no classes, and it was given a label: leave it out.")
+    if label is not None and not 0 <= label < classes:
+        raise UserError(f"The label is {label}, but this model's classes are 0 to {classes - 1}.")
+    if label is None and classes and not none:
+        raise UserError(f"This model draws one of {classes} classes: give a label.")
+    if guidance != 1 and label is None:
+        raise UserError(f"Guidance ({guidance:g}) leads towards a label, and there is none: give one.")
+    if guidance != 1 and not none:
+        raise UserError("This model was trained with labels alone, and guidance needs what it draws without one.")
+
+
+def label_number(model: DiffusionModel, name: str) -> int:
+    """A class by its name, or by its number."""
+    if name in model.config.classes:
+        return model.config.classes.index(name)
+    if name.isdigit():
+        return int(name)
+    raise unknown("class of this model", name, model.config.classes or [str(n) for n in range(model.config.n_classes)])
+
+
+@torch.inference_mode()
+def sample_images(model: DiffusionModel, wanted: ImageRequest, seeds: Sequence[int]) -> Iterator[SamplerStep]:
+    """x and the predicted pictures after each step, for a picture of each seed, on the model's device.
+
+    The convolutions are packed for it once, which takes about as long as a step.
+    """
+    chosen = wanted.route(model.noise)
+    device = next(cast(Any, model).parameters()).device
+    shape = len(seeds), model.config.channels, *(wanted.size or trained_size(model))
+    label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)
+    network = label_denoiser(cast(Any, prepack(cast(Any, model))), label, wanted.guidance, wanted.guidance_rescale)
+    random, path = SeededNoise(seeds), wanted.path(chosen.path)
+    noise = random(torch.empty(shape, device=device))
+    if wanted.init is None:
+        yield from run_inpainting(chosen, network, noise * path.start, path, random)
+        return
+    picture = wanted.init.pixels(shape[2:], shape[1]).to(device).expand_as(noise)
+    anew = wanted.anew()
+    kept = None if anew is None else KeptRegion(picture, noise, anew.to(device))
+    x = noise * path.start if wanted.from_noise else add_initial_noise(picture, noise, path)
+    yield from run_inpainting(chosen, network, x, path, random, kept)
+
+
+def draw_images(
+    model: nn.Module,
+    wanted: ImageRequest,
+    seeds: Sequence[int],
+    watch: Callable[[SamplerStep], object] = lambda state: None,
+) -> UInt8[Tensor, "batch channels height width"]:
+    """A finished picture of each seed, as bytes on the CPU; `watch` is given what each step leads to.
+
+    A picture that is not finite, as of damaged weights, is a `UserError`.
+    """
+    x = torch.empty(0)
+    for state in sample_images(require_diffusion_model(model), wanted, seeds):
+        watch(state)
+        x = state.x
+    return to_pixels(x)
+
+
+def to_pixels(x: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:
+    """Numbers from -1 to 1 as bytes, unless one is no number."""
+    if not bool(x.isfinite().all()):
+        raise UserError(
+            "The picture has numbers that are not finite: the weights are damaged, or their type is too narrow for "
+            "them; try float32."
+        )
+    return to_bytes(x).cpu()

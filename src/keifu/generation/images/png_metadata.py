@@ -1,0 +1,121 @@
+"""What a PNG says of how it was drawn, so that it can be drawn again bit for bit; knows no kind of network."""
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+
+from keifu import __version__
+from keifu.errors import UserError
+from keifu.generation.images.image_to_image import InputImage
+from keifu.generation.images.pixel_diffusion import ImageRequest
+
+CHUNK = "keifu"
+
+
+def versions() -> dict[str, str]:
+    """The programs that a picture's bits depend on."""
+    return {"keifu": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+@dataclass(frozen=True)
+class LoraRecord:
+    """A LoRA's file, the SHA-256 of its bytes, and how strongly it acts: 1 as it was trained."""
+
+    place: str
+    digest: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """Everything that decides a picture.
+
+    model: where its weights were. weights: their `fingerprint`. drawing: its settings, with the first picture's seed.
+    count, batch_size: pictures that were asked for, and how many were drawn at a time; each has a seed one higher than
+    the one before. number: which of them it is, from 0; None for a sheet. kept: those on the sheet; () for all.
+    threads: over which products were split. loras: what was worked into the weights before their fingerprint was taken.
+    """
+
+    model: str
+    weights: str
+    drawing: ImageRequest
+    count: int = 1
+    batch_size: int = 1
+    number: int | None = 0
+    dtype: str | None = None
+    device: str = "cpu"
+    threads: int = field(default_factory=torch.get_num_threads)
+    versions: dict[str, str] = field(default_factory=versions)
+    kept: tuple[int, ...] = ()
+    loras: tuple[LoraRecord, ...] = ()
+
+    def seeds(self) -> list[list[int]]:
+        """The seeds of each batch that this picture, or sheet, needs."""
+        first = self.drawing.seed or 0
+        each = [first + number for number in range(self.count)]
+        batches = [each[start : start + self.batch_size] for start in range(0, self.count, self.batch_size)]
+        return batches if self.number is None else [batches[self.number // self.batch_size]]
+
+    def texts(self) -> dict[str, str]:
+        """The text chunks of its PNG file: all as JSON, and a sentence for people."""
+        wanted = self.drawing
+        seed = (wanted.seed or 0) + (self.number or 0)
+        text = "" if wanted.text is None else f" from {wanted.text!r}"
+        text += "" if wanted.init is None else f" on {wanted.init.place}"
+        sentence = f"Drawn by {self.model}{text}, {wanted.sampler}, {wanted.steps} steps, seed {seed}"
+        told = json.dumps(asdict(self), ensure_ascii=False)
+        return {CHUNK: told, "Software": f"keifu {__version__}", "Description": sentence}
+
+
+def read_record(path: Path) -> ImageRecord:
+    """The record in a PNG file; a file that has none, or one that is damaged, is a `UserError`."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            told = image.info.get(CHUNK)
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is no picture.") from None
+    except (OSError, SyntaxError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"There is no picture {path}.") from None
+        raise UserError(f"{path} is damaged: {error}.") from None
+    if told is None:
+        raise UserError(f"{path} does not say how it was drawn: it was not drawn by keifu, or was saved anew since.")
+    try:
+        return _record(json.loads(told))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"What {path} says of how it was drawn cannot be read ({error}): another keifu wrote it."
+        ) from error
+
+
+def _record(json: dict[str, Any]) -> ImageRecord:
+    wanted = dict(json["drawing"])
+    wanted["size"] = tuple(wanted["size"])
+    for name in ("init", "mask", "towards"):
+        told = wanted.get(name)
+        wanted[name] = InputImage(**told) if isinstance(told, dict) else told
+    json = {"kept": (), "loras": (), **json}  # older pictures do not say it
+    missing = {each.name for each in fields(ImageRecord)} - json.keys()
+    if missing:
+        raise KeyError(", ".join(sorted(missing)))
+    told = {"drawing": ImageRequest(**wanted), "kept": tuple(json["kept"])}
+    return ImageRecord(**{**json, **told, "loras": tuple(LoraRecord(**each) for each in json["loras"])})
+
+
+def fingerprint(model: nn.Module, beside: str = "") -> str:
+    """A SHA-256 of every tensor's name, type, shape and bytes, of the config, and of what stands `beside` the model:
+    equal for models that draw alike."""
+    digest = hashlib.sha256((repr(model.config) + beside).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"|{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()

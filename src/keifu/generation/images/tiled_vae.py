@@ -1,0 +1,163 @@
+"""Pictures to latents and back, tile by tile where they are large, and in float32 where half precision fails; knows no
+sampler and no kind of network.
+
+Memory: a whole picture takes what its largest layer takes; in tiles, what a tile takes, and the picture itself.
+Axes: batch, channels, height, width of latents; colours, rows, columns of pictures.
+
+Work on a large picture piece by piece, so that memory is bounded by a piece's; knows no network.
+
+Pieces are all as large as asked for, lie evenly and overlap; where they do, each counts the more the farther its own
+edge is away, so that no seam has a step. (diffusers cuts at fixed distances, and the last pieces, of whatever is left,
+see little around them.) Axes: batch, channels, height, width.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from itertools import product
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+
+Place: TypeAlias = tuple[slice, slice]  # rows and columns, in cells
+Pixels = Float[Tensor, "batch channels height width"]
+
+
+def decode_tiled(
+    work: Callable[[Pixels, Place], Tensor], x: Pixels, side: int, overlap: int, cell: int = 1, made: int = 1
+) -> Float[Tensor, "made_batch made_channels made_height made_width"]:
+    """What `work` makes of each piece and its place, blended where pieces overlap.
+
+    side, overlap: of pieces, at least, in cells: `cell` numbers of x, of which `made` numbers come out.
+    """
+    rows, columns = (tile_starts(length // cell, side, overlap) for length in x.shape[2:])
+    canvas = total = None
+    for top, left in product(rows, columns):
+        place = slice(top, top + side), slice(left, left + side)
+        piece = work(x[(..., *(grow_tile(each, cell) for each in place))], place)
+        weight = blend_weights(piece.shape[2])[:, None] * blend_weights(piece.shape[3])
+        if canvas is None or total is None:
+            size = [length // cell * made for length in x.shape[2:]]
+            canvas, total = piece.new_zeros(*piece.shape[:2], *size), torch.zeros(size)
+        there = (..., *(grow_tile(each, made) for each in place))
+        canvas[there] += piece * weight.to(piece)
+        total[there] += weight
+    assert canvas is not None and total is not None
+    return canvas.div_(total.to(canvas))
+
+
+def tile_starts(length: int, side: int, overlap: int) -> list[int]:
+    """Where pieces of this side begin that cover a length and overlap by so much at least; one where they are not
+    needed."""
+    if length <= side:
+        return [0]
+    count = math.ceil((length - overlap) / (side - overlap))
+    return [round(number * (length - side) / (count - 1)) for number in range(count)]
+
+
+def grow_tile(cells: slice, size: int) -> slice:
+    """A range of cells as one of their numbers."""
+    return slice(cells.start * size, cells.stop * size)
+
+
+def blend_weights(length: int) -> Float[Tensor, " length"]:
+    """How far each number is from the nearer end: 1, 2, ..., 2, 1."""
+    ramp = torch.arange(1.0, length + 1)
+    return torch.minimum(ramp, ramp.flip(0))
+
+
+WHOLE = 1024 * 1024  # pixels of the largest picture that is not tiled if nobody asks for it
+TILE = 512
+NO_TILES = "Tiles are for pictures made of latents, and this model draws pixels: leave --tile out."
+Latents = Float[Tensor, "batch channels height width"]
+Pictures = Float[Tensor, "batch colours rows columns"]
+
+
+@runtime_checkable
+class AutoencoderModel(Protocol):
+    """A model with an autoencoder, as `text_to_picture.Reading` has it."""
+
+    @property
+    def coding(self) -> nn.Module | None:
+        """What both methods compute with."""
+        ...
+
+    def to_latents(self, pictures: Pictures, noise: Tensor | None = None) -> Tensor:
+        """The latents of pictures from -1 to 1."""
+        ...
+
+    def to_pictures(self, latents: Latents) -> Tensor:
+        """The pictures of latents."""
+        ...
+
+
+class LatentCodec:
+    """Codes by a model, `factor` pixels a number of the latents; tile: the side of tiles in pixels, 0 for none."""
+
+    def __init__(self, model: AutoencoderModel, factor: int, tile: int):
+        self.model, self.factor, self.side = model, factor, tile // factor
+
+    @torch.inference_mode()
+    def pictures(self, latents: Latents) -> Pictures:
+        """The pictures of latents, about from -1 to 1; one after the other, since a large one takes much memory."""
+        return torch.cat([self._sure(lambda x=each: self._picture(x)) for each in latents.split(1)])
+
+    @torch.inference_mode()
+    def latents(self, picture: Float[Tensor, "1 colours rows columns"], noise: Latents) -> Latents:
+        """Latents of one picture that each row of standard normal noise picks."""
+
+        def coded() -> Tensor:
+            if not self._tiles(noise):
+                return self.model.to_latents(picture, noise)
+            return decode_tiled(
+                lambda piece, place: self.model.to_latents(piece, noise[(..., *place)]),
+                picture, self.side, self.side // 4, cell=self.factor,
+            )  # fmt: skip
+
+        return self._sure(coded)
+
+    def _picture(self, latents: Latents) -> Pictures:
+        if not self._tiles(latents):
+            return self.model.to_pictures(latents)
+        return decode_tiled(
+            lambda piece, place: self.model.to_pictures(piece), latents, self.side, self.side // 4, made=self.factor
+        )
+
+    def _tiles(self, latents: Latents) -> bool:
+        return self.model.coding is not None and 0 < self.side < max(latents.shape[2:])
+
+    def _sure(self, work: Callable[[], Tensor]) -> Tensor:
+        """The result; where it is not finite in half precision, the one in float32, in which the autoencoder is left:
+        the released Stable Diffusion's has numbers beyond float16's."""
+        found, inner = work(), self.model.coding
+        if inner is None or bool(found.isfinite().all()):
+            return found
+        dtype = next(inner.parameters()).dtype
+        if dtype.itemsize > 2:
+            return found
+        name = str(dtype).removeprefix("torch.")
+        print(f"The autoencoder has numbers that are not finite in {name}: it goes on in float32.", file=sys.stderr)
+        inner.float()
+        return work()
+
+
+def tile_of(wanted: int | None, size: tuple[int, int], factor: int) -> int:
+    """The side of tiles for pictures of this height and width: the one that is wanted, or, if none is, `TILE` for
+    pictures of more than `WHOLE` pixels, and 0 for others; a side that cannot be is a `UserError`."""
+    if factor == 1:
+        if wanted:
+            raise UserError(NO_TILES)
+        return 0
+    if wanted is None:
+        return TILE // factor * factor if size[0] * size[1] > WHOLE else 0
+    if wanted and (wanted % factor or wanted < 4 * factor):
+        near = max(4, round(wanted / factor)) * factor
+        raise UserError(
+            f"Tiles have sides of at least {4 * factor} pixels and whole multiples of {factor}, not {wanted}: the "
+            f"nearest is {near}; 0 is for no tiles."
+        )
+    return wanted

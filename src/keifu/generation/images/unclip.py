@@ -1,0 +1,380 @@
+"""From a text or a picture to pictures by way of an embedding: imagined or seen, drawn, enlarged; knows no sampler and
+no kind of network.
+
+Axes: batch, channels, height, width of pictures; embedding = numbers of an embedding.
+
+What is asked of a model that draws by way of an embedding, so that it can be drawn with; knows no model.
+
+Axes: batch, channels, height, width of pictures; length = tokens of a text, embedding = numbers of an embedding.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from keifu.data.images.preprocessing import Preprocessing
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.images.denoiser import Network, guided_denoiser
+from keifu.generation.images.image_to_image import InputImage
+from keifu.generation.images.latent_diffusion import text_tokens
+from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise, to_pixels
+from keifu.generation.images.png_metadata import fingerprint
+from keifu.generation.images.samplers import Random, SamplerRoute, SamplerStep, plan_route
+from keifu.layers.diffusion.noise_schedule import Noise
+
+Tokens = Int[Tensor, "batch length"]
+Embedding = Float[Tensor, "batch embedding"]
+Pixels = Float[Tensor, "batch channels height width"]
+
+
+@runtime_checkable
+class UnclipConfig(Protocol):
+    """What is asked of its config."""
+
+    @property
+    def pixels(self) -> Any:
+        """What a picture becomes before it is seen; None where none is."""
+        ...
+
+    @property
+    def prior_noise(self) -> Noise:
+        """What is removed from embeddings."""
+        ...
+
+    @property
+    def decoder_noise(self) -> Noise:
+        """What is removed from pictures."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of finished pictures; None where nothing says so."""
+        ...
+
+    @property
+    def small_size(self) -> tuple[int, int] | None:
+        """The same before they are enlarged."""
+        ...
+
+    @property
+    def upsampling_noise(self) -> Noise | None:
+        """What is removed while they are enlarged; None where they are not."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Of a picture."""
+        ...
+
+    @property
+    def embedding_dim(self) -> int:
+        """Numbers of an embedding."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of every text."""
+        ...
+
+    @property
+    def imagines(self) -> bool:
+        """Whether it draws what a text says, and not only what a picture shows."""
+        ...
+
+
+@runtime_checkable
+class UnclipModel(Protocol):
+    """A model that guesses the embedding of a picture from a text, and draws the picture from that.
+
+    `model(x, timestep [batch], told)` gives the target of the noise of pictures.
+    """
+
+    @property
+    def config(self) -> UnclipConfig:
+        """Its sizes and noises."""
+        ...
+
+    def __call__(self, x: Pixels, timestep: Tensor, told: Any) -> Tensor:
+        """Its prediction."""
+        ...
+
+    def encode_text(self, tokens: Tokens, real: Bool[Tensor, "batch length"]) -> Any:
+        """What is told of texts; its `embedding` is theirs in the space of the pictures'."""
+        ...
+
+    def encode_image(self, pixels: Pixels) -> Embedding:
+        """Embeddings of pictures that `config.pixels` has made ready."""
+        ...
+
+    def imagine(self, x: Embedding, timestep: Tensor, caption: Any) -> Embedding:
+        """The prediction for noisy embeddings, normalised ones."""
+        ...
+
+    def restored(self, x: Embedding) -> Embedding:
+        """Embeddings of normalised ones."""
+        ...
+
+    def nothing(self, batch: int) -> Embedding:
+        """What stands for an embedding that is not told."""
+        ...
+
+    def tell(self, image: Embedding, caption: Any) -> Any:
+        """What every step of the drawing is told."""
+        ...
+
+    def enlarge(self, x: Pixels, timestep: Tensor, small: Pixels, last: bool) -> Tensor:
+        """The prediction for large noisy pictures beside the small ones, brought to their size."""
+        ...
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuses pictures, by their pixels before they are enlarged, that do not fit, in a `UserError`."""
+        ...
+
+
+PRIOR_GUIDANCE, PRIOR_STEPS, UPSAMPLING_STEPS = 4.0, 25, 7  # Karlo's, the published unCLIP
+OF_PIXELS = ("strength", "mask", "tile")  # what means nothing where a picture is drawn anew from its embedding
+OWN = ("init", "towards", "prior_steps", "prior_guidance", "candidates", "upsampling_steps")
+
+
+def slerp(a: Embedding, b: Embedding, share: Float[Tensor, " batch"]) -> Embedding:
+    """From a to b along the arc between their directions, their lengths in proportion (Ramesh et al., 2022, section
+    3.2)."""
+    share = share[:, None].to(a.dtype)
+    one, other = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+    angle = (one * other).sum(-1, keepdim=True).clamp(-1, 1).acos()
+    whole = angle.sin().clamp(min=1e-6)
+    bent = ((1 - share) * angle).sin() / whole * one + (share * angle).sin() / whole * other
+    way = torch.where(angle > 1e-3, bent, (1 - share) * one + share * other)
+    return way * ((1 - share) * a.norm(dim=-1, keepdim=True) + share * b.norm(dim=-1, keepdim=True))
+
+
+class UnclipPipeline:
+    """A model that draws by way of an embedding, with the tokenizer of its texts: a `Drawer`."""
+
+    usual_guidance = 8.0  # Karlo's
+    usual_sampler = "ddim"
+
+    def __init__(self, model: UnclipModel, tokenizer: Tokenizer):
+        self.model, self.tokenizer, self.colours = model, tokenizer, model.config.channels
+        self.pixels = model.config.upsampling_noise is None
+
+    @property
+    def noise(self) -> Noise:
+        """What pictures are freed of before they are enlarged."""
+        return self.model.config.decoder_noise
+
+    def fingerprint(self) -> str:
+        """Of the weights, the config and the tokenizer."""
+        return fingerprint(cast(Any, self.model), self.tokenizer.fingerprint)
+
+    def label(self, name: str) -> int:
+        """There is none: a `UserError`."""
+        raise UserError(f"This model draws from a text and knows no classes: say {name!r} in the text.")
+
+    def resolved(self, wanted: ImageRequest) -> ImageRequest:
+        """The same with everything said that was left open, and checked against the model."""
+        self._check(wanted)
+        size = wanted.size or self.model.config.size
+        if size is None:
+            raise UserError("The model does not say how large its pictures are: give their size.")
+        self.model.check_size(*self._small(size))
+        usual = ImageRequest()
+        done = replace(wanted, **{name: vars(usual)[name] for name in OWN}).completed(self.noise, size)
+        prior = PRIOR_GUIDANCE if wanted.prior_guidance is None else wanted.prior_guidance
+        own = {name: vars(wanted)[name] for name in OWN} | {"prior_guidance": prior}
+        done = replace(done, **own)
+        own = {"prior_steps": len(self._prior_route(done).path.strides)}
+        if not self.pixels:
+            own["upsampling_steps"] = len(self._upsampling_route(done).path.strides)
+        return replace(done, **own)
+
+    def _check(self, wanted: ImageRequest) -> None:
+        """Refuses what this model cannot draw."""
+        if wanted.label is not None:
+            self.label(str(wanted.label))
+        if wanted.text is None and wanted.init is None:
+            raise UserError("There is neither a text nor a picture: say what to draw, or give a picture (--init).")
+        if wanted.init is None and not self.model.config.imagines:
+            raise UserError("This model has no prior, so it varies pictures and draws no text: give one (--init).")
+        if wanted.init is not None and self.model.config.pixels is None:
+            raise UserError("This model has no image_encoder, so it cannot see a picture: give a text alone.")
+        if given := [name for name in OF_PIXELS if vars(wanted)[name] is not None]:
+            raise UserError(
+                f"This model draws a picture from its embedding, not from its pixels: leave --{given[0]} out."
+            )
+        if wanted.towards is not None and isinstance(wanted.towards, str) != (wanted.init is None):
+            raise UserError("The way goes from a text to a text, or from a picture to a picture: give two of a kind.")
+        if wanted.towards is not None and wanted.count < 2:
+            raise UserError("A way towards something has two pictures at least, its ends: give a --count.")
+        if wanted.upsampling_steps is not None and self.pixels:
+            raise UserError("This model enlarges no pictures: leave --upsampling-steps out.")
+        if wanted.negative and wanted.guidance == 1:
+            raise UserError(
+                f"Guidance is what leads away from {wanted.negative!r}, and with a guidance of 1 there is none: "
+                f"{self.usual_guidance:g} is usual."
+            )
+        said = [text for text in (wanted.text, wanted.towards, wanted.negative) if isinstance(text, str)]
+        self._caption(said, wanted.truncate)
+
+    def _small(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width before pictures are enlarged to this size."""
+        whole, small = self.model.config.size, self.model.config.small_size
+        if self.pixels or whole is None or small is None:
+            return size
+        height, width = (max(1, round(side * of / to)) for side, of, to in zip(size, small, whole, strict=True))
+        return height, width
+
+    def _prior_route(self, wanted: ImageRequest) -> SamplerRoute:
+        return self._route(self.model.config.prior_noise, wanted, wanted.prior_steps or PRIOR_STEPS)
+
+    def _upsampling_route(self, wanted: ImageRequest) -> SamplerRoute:
+        noise = self.model.config.upsampling_noise
+        assert noise is not None
+        return self._route(noise, wanted, wanted.upsampling_steps or UPSAMPLING_STEPS)
+
+    def _route(self, noise: Noise, wanted: ImageRequest, steps: int) -> SamplerRoute:
+        """The drawing's sampler for the prior or the upsampler."""
+        return plan_route(noise, wanted.sampler, min(steps, noise.steps), wanted.spacing, wanted.karras, wanted.eta)
+
+    def _caption(self, texts: Sequence[str], truncate: bool) -> Any:
+        """What is told of texts."""
+        length = self.model.config.context_length
+        tokens = text_tokens(self.tokenizer, texts, length, truncate)
+        lengths = torch.tensor([len(row) for row in self.tokenizer.encode_batch(texts, special=True)])
+        device = next(cast(Any, self.model).parameters()).device
+        with torch.no_grad():
+            return self.model.encode_text(tokens.to(device), (torch.arange(length) < lengths[:, None]).to(device))
+
+    def _both(self, texts: Sequence[str], wanted: ImageRequest) -> Any:
+        """What is told of texts, and below it of what each is led away from."""
+        return self._caption([*texts, *[wanted.negative] * len(texts)], wanted.truncate)
+
+    @torch.no_grad()
+    def imagined(self, texts: Sequence[str], wanted: ImageRequest, random: Random) -> Embedding:
+        """An embedding of a picture for each text: of `wanted.candidates`, the one nearest to the text's own (Ramesh et
+        al., 2022, section 2.2)."""
+        guided, count = wanted.prior_guidance != 1, len(texts)
+        caption = self._both(texts, wanted) if guided else self._caption(texts, wanted.truncate)
+        noise, chosen = self.model.config.prior_noise, self._prior_route(wanted)
+
+        def conditional(x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+            towards, away = self.model.imagine(x.repeat(2, 1), timestep.repeat(2), caption).chunk(2)
+            return towards, away
+
+        network: Network = lambda x, timestep: self.model.imagine(x, timestep, caption)  # noqa: E731
+        if guided:
+            network = guided_denoiser(conditional, noise, wanted.prior_guidance or 1.0)
+        empty = torch.empty(count, self.model.config.embedding_dim, device=caption.embedding.device)
+        found = []
+        for _ in range(wanted.candidates):
+            *_, last = chosen.walk(chosen.denoiser(network), random(empty) * chosen.path.start, chosen.path, random)
+            found.append(self.model.restored(last.x))
+        said = F.normalize(caption.embedding[:count].float(), dim=-1)
+        near = torch.stack([(F.normalize(each.float(), dim=-1) * said).sum(-1) for each in found])
+        return torch.stack(found)[near.argmax(0), torch.arange(count, device=empty.device)]
+
+    @torch.no_grad()
+    def seen(self, picture: InputImage, count: int) -> Embedding:
+        """The embedding of a picture, so many times."""
+        like = next(cast(Any, self.model).parameters())
+        pixels = Preprocessing(**vars(self.model.config.pixels))([picture.image()])
+        return self.model.encode_image(pixels.to(like)).expand(count, -1)
+
+    def embeddings(self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str], random: Random) -> Embedding:
+        """What each picture is drawn from."""
+        start = self.seen(wanted.init, len(seeds)) if wanted.init else self.imagined(texts, wanted, random)
+        if wanted.towards is None:
+            return start
+        if isinstance(wanted.towards, str):
+            end = self.imagined([wanted.towards] * len(seeds), wanted, SeededNoise([wanted.seed or 0] * len(seeds)))
+        else:
+            end = self.seen(wanted.towards, len(seeds))
+        first, steps = wanted.seed or 0, max(1, wanted.count - 1)
+        return slerp(start, end, torch.tensor([(seed - first) / steps for seed in seeds], device=start.device))
+
+    @torch.inference_mode()
+    def drawing(
+        self,
+        wanted: ImageRequest,
+        seeds: Sequence[int],
+        texts: Sequence[str] | None = None,
+        random: Random | None = None,
+    ) -> Iterator[SamplerStep]:
+        """x and the predicted pictures after each step, before they are enlarged, on the model's device.
+
+        wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None. All pictures of a way
+        `towards` something have the first one's noise, and no text is told beside their embeddings.
+        """
+        random = self._random(wanted, seeds) if random is None else random
+        texts = texts or [wanted.text or ""] * len(seeds)
+        image = self.embeddings(wanted, seeds, texts, random)
+        texts = texts if wanted.towards is None else [""] * len(seeds)
+        chosen, network = wanted.route(self.noise), self._decoder(image, texts, wanted)
+        shape = len(seeds), self.model.config.channels, *self._small(wanted.size or (0, 0))
+        x = random(torch.empty(shape, device=image.device)) * chosen.path.start
+        yield from chosen.walk(chosen.denoiser(network), x, chosen.path, random)
+
+    def _random(self, wanted: ImageRequest, seeds: Sequence[int]) -> Random:
+        return SeededNoise(seeds if wanted.towards is None else [wanted.seed or 0] * len(seeds))
+
+    def _decoder(self, image: Embedding, texts: Sequence[str], wanted: ImageRequest) -> Network:
+        """What draws pictures of these embeddings; guided, both predictions are made in one batch."""
+        if wanted.guidance == 1:
+            alone = self.model.tell(image, self._caption(texts, wanted.truncate))
+            return lambda x, timestep: self.model(x, timestep, alone)
+        both = self.model.tell(torch.cat([image, self.model.nothing(len(image)).to(image)]), self._both(texts, wanted))
+
+        def conditional(x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+            towards, away = self.model(x.repeat(2, 1, 1, 1), timestep.repeat(2), both).chunk(2)
+            return towards, away
+
+        return guided_denoiser(conditional, self.noise, wanted.guidance, wanted.guidance_rescale)
+
+    @torch.no_grad()
+    def enlarged(
+        self, small: Float[Tensor, "batch channels height width"], wanted: ImageRequest, random: Random
+    ) -> Float[Tensor, "batch channels rows columns"]:
+        """Small pictures as large as is wanted."""
+        if self.pixels or wanted.size is None:
+            return small
+        chosen = self._upsampling_route(wanted)
+        beside = F.interpolate(small.clamp(-1, 1), list(wanted.size), mode="bicubic", antialias=True)
+        final = chosen.path.strides[-1].here.timestep
+
+        def network(x: Tensor, timestep: Tensor) -> Tensor:
+            return self.model.enlarge(x, timestep, beside, last=float(timestep[0]) == final)
+
+        x = random(beside) * chosen.path.start
+        *_, last = chosen.walk(chosen.denoiser(network), x, chosen.path, random)
+        return last.x
+
+    def draw(
+        self, wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[SamplerStep], object] = lambda state: None
+    ) -> UInt8[Tensor, "batch channels rows columns"]:
+        """A finished picture of each seed, as bytes on the CPU."""
+        return self._drawn(wanted, seeds, None, watch)
+
+    def draw_texts(
+        self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]
+    ) -> UInt8[Tensor, "batch channels rows columns"]:
+        """A finished picture of each seed and text."""
+        return self._drawn(wanted, seeds, texts, lambda state: None)
+
+    def _drawn(
+        self,
+        wanted: ImageRequest,
+        seeds: Sequence[int],
+        texts: Sequence[str] | None,
+        watch: Callable[[SamplerStep], object],
+    ) -> UInt8[Tensor, "batch channels rows columns"]:
+        random, x = self._random(wanted, seeds), torch.empty(0)
+        for state in self.drawing(wanted, seeds, texts, random):
+            watch(state)
+            x = state.x
+        return to_pixels(self.enlarged(x, wanted, random))

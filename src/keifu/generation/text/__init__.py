@@ -1,0 +1,1 @@
+"""Decoding of text: sampling, beam search, likelihood, chat, translation."""

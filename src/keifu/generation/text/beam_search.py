@@ -1,0 +1,350 @@
+"""Beam search: the likeliest texts that a decoder writes, a token a step for all beams of all sources at once; knows no
+text and no model.
+
+A step is a tensor program: no loop over sources or beams. Ended texts lie in tensors too, and a source that is decided
+leaves the batch. Axes: sources, beams = open texts of a source, rows = sources · beams, in that order, vocab, longest.
+
+The best ended texts of each source of a beam search, in tensors; knows neither how they are found nor what they say.
+
+Axes: sources, kept = texts kept of each, new = texts that are added, longest.
+
+What a beam search asks for logits: a causal model and its prompts, or an encoder-decoder and its sources; knows no
+search.
+
+Axes: batch = prompts or sources, length, rows = texts that are open, vocab.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.data.batching import pad
+from keifu.errors import UserError
+from keifu.generation.text.engine import Model, causal, evaluation_mode, pad_left, prefill, step
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A text that a beam search found.
+
+    tokens: without the end token. score: ln P over the length penalty. ended: by an end token, not by its limit.
+    """
+
+    tokens: list[int]
+    score: float
+    ended: bool
+
+
+class BestTexts:
+    """Room for `kept` texts of each source, best first; an empty place has the score -inf."""
+
+    def __init__(self, sources: int, kept: int, longest: int, device: torch.device):
+        self.scores = torch.full((sources, kept), -torch.inf, device=device)
+        self._tokens = torch.zeros(sources, kept, longest, dtype=torch.long, device=device)
+        self._lengths = torch.zeros(sources, kept, dtype=torch.long, device=device)
+
+    def add(
+        self,
+        sources: Int[Tensor, " some"],
+        scores: Float[Tensor, "some new"],
+        tokens: Int[Tensor, "some new longest"],
+        length: int,
+    ) -> None:
+        """Offers texts of one length to these sources; each keeps its best. A score of -inf is no text."""
+        merged, picked = torch.cat([self.scores[sources], scores], 1).topk(self.scores.shape[1])
+        texts = torch.cat([self._tokens[sources], tokens], 1)
+        lengths = torch.cat([self._lengths[sources], torch.full_like(scores, length, dtype=torch.long)], 1)
+        self.scores[sources] = merged
+        self._tokens[sources] = texts.take_along_dim(picked[..., None], 1)
+        self._lengths[sources] = lengths.gather(1, picked)
+
+    def texts(self, ends: Collection[int], wanted: int) -> list[list[Hypothesis]]:
+        """The best `wanted` texts of each source, or all if there are fewer."""
+        rows = zip(self.scores.tolist(), self._tokens.tolist(), self._lengths.tolist(), strict=True)
+        found = [[_text(*text, ends) for text in zip(*row, strict=True) if text[0] > -torch.inf] for row in rows]
+        return [each[:wanted] for each in found]
+
+
+def _text(score: float, tokens: list[int], length: int, ends: Collection[int]) -> Hypothesis:
+    ended = tokens[length - 1] in ends
+    return Hypothesis(tokens[: length - 1 if ended else length], score, ended)
+
+
+Logits = Float[Tensor, "rows vocab"]
+
+
+@runtime_checkable
+class BeamModel(Protocol):
+    """Texts that grow together. `first` gives one row of logits for each source, `next` one for each row: in
+    float32, and in memory that the caller may write over."""
+
+    def first(self) -> Logits: ...
+
+    def next(self, tokens: Int[Tensor, " rows"]) -> Logits: ...
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        """Goes on with these rows; one may stand there several times."""
+        ...
+
+
+class CausalBeamModel:
+    """Continues prompts, padded on the left; `longest` is the most tokens that are written."""
+
+    def __init__(
+        self, model: Model, prompts: Sequence[Sequence[int]], longest: int, device: torch.device | None = None
+    ):
+        self.model = model
+        self.tokens, self.padding = pad_left(prompts, device)
+        self.caches = model.new_caches(len(prompts), self.tokens.shape[1] + longest - 1)
+
+    def first(self) -> Logits:
+        return prefill(self.model, self.tokens, self.caches, self.padding)
+
+    def next(self, tokens: Int[Tensor, " rows"]) -> Logits:
+        return step(self.model, tokens[:, None], self.caches, self.padding)
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        self.padding = None if self.padding is None else self.padding[rows]
+        for cache in self.caches:
+            cache.select(rows)
+
+
+@runtime_checkable
+class BeamState(Protocol):
+    """What an encoder-decoder knows of its sources and of the targets so far."""
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None: ...
+
+
+@runtime_checkable
+class Translator(Protocol):
+    """What an encoder-decoder offers; its `config` has vocab_size, context_length, start_id, end_id and pad_id."""
+
+    config: Any
+
+    def start(
+        self,
+        source: Int[Tensor, "batch length"],
+        source_mask: Bool[Tensor, "batch length"] | None,
+        capacity: int | None,
+    ) -> Any: ...
+
+    def hidden(self, target: Int[Tensor, "batch length"], state: Any) -> Tensor: ...
+
+    def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]: ...
+
+
+class EncoderDecoderBeamModel:
+    """Writes targets of sources, which are read once; `longest` is the most tokens that are written."""
+
+    def __init__(self, model: Translator, sources: Sequence[Sequence[int]], longest: int, device: torch.device):
+        self.model = model
+        self.begin = torch.full((len(sources),), model.config.start_id, device=device)
+        source, mask = pad(sources, model.config.pad_id)
+        self.state: BeamState = model.start(source.to(device), None if mask is None else mask.to(device), longest)
+
+    def first(self) -> Logits:
+        return self.next(self.begin)
+
+    def next(self, tokens: Int[Tensor, " rows"]) -> Logits:
+        return self.model.logits(self.model.hidden(tokens[:, None], self.state)[:, -1]).float()
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        self.state.select(rows)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights are; the CPU for one without any."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+Lengths = Float[Tensor, " #sources"]
+Scores = Float[Tensor, "sources beams"]
+CHUNK = 64  # logits whose largest is looked at first
+
+
+def paper_penalty(lengths: Lengths, alpha: float = 0.6) -> Lengths:
+    """((5 + |Y|) / 6)^alpha, which divides ln P(Y) (Wu et al., 2016, equation 14; the Transformer has alpha 0.6).
+
+    |Y| counts every token written, the end token too.
+    """
+    return ((5 + lengths) / 6) ** alpha
+
+
+def until_decided(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
+    """Goes on while an open text could still come among the wanted ones.
+
+    ln P only falls, so an open text can reach at most its ln P now over the largest penalty that is left: that of the
+    longest text, or of this one where the penalty falls with length. transformers: early_stopping="never".
+    """
+    return best_open / torch.maximum(now, last) > scores[:, -1]
+
+
+def until_full(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
+    """Goes on until as many texts have ended as there are beams. transformers: early_stopping=True."""
+    return scores[:, -1] == -torch.inf
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search.
+
+    beams: open texts of each source. wanted: texts returned for each, at most `beams`.
+    penalty: what ln P of a text is divided by, as a function of lengths; its values must be positive.
+    ends: the tokens that end a text. never: tokens that are never written, though they keep their probability.
+    goes_on: until when a source goes on: `until_decided`, `until_full` or a rule of the same form. One beam is greedy
+    choice, which goes on until its likeliest token is an end.
+    """
+
+    ends: tuple[int, ...]
+    beams: int = 4
+    wanted: int = 1
+    penalty: Callable[[Lengths], Lengths] = partial(paper_penalty, alpha=0.6)
+    never: tuple[int, ...] = ()
+    goes_on: Callable[[Scores, Lengths, Lengths, Lengths], Bool[Tensor, " sources"]] = until_decided
+
+    def __post_init__(self) -> None:
+        if self.beams < 1:
+            raise UserError(f"The number of beams is {self.beams}, which must be at least 1.")
+        if not 1 <= self.wanted <= self.beams:
+            raise UserError(f"{self.wanted} texts are wanted of {self.beams} beams: ask for 1 to {self.beams}.")
+
+        if self.beams == 1:
+            object.__setattr__(self, "goes_on", until_full)
+
+    @property
+    def kept(self) -> int:
+        """How many ended texts of a source are kept: the exact rule looks at no more than are wanted."""
+        return self.wanted if self.goes_on is until_decided else self.beams
+
+
+@torch.inference_mode()
+def beam_search(decoder: BeamModel, search: Search, limits: Sequence[int]) -> list[list[Hypothesis]]:
+    """The best texts of each source, best first; one that reaches its source's limit of tokens ends there.
+
+    Logits that are no numbers are a `UserError`.
+    """
+    logits = decoder.first()
+    beams = _Beams(search, limits, logits.device)
+    while True:
+        rows, tokens = beams.advance(logits)
+        if not len(rows):
+            return beams.best.texts(search.ends, search.wanted)
+        if len(rows) != len(logits) or not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+            decoder.select(rows)  # spared where every text continues its own row
+        logits = decoder.next(tokens)
+
+
+@torch.inference_mode()
+def continuations(
+    model: nn.Module, prompts: Sequence[Sequence[int]], search: Search, max_tokens: int
+) -> list[list[Hypothesis]]:
+    """The best continuations of each prompt by a causal model, best first; the prompts need not be equally long.
+
+    A prompt that is empty or leaves no room in the context is a `UserError`.
+    """
+    context = causal(model).config.context_length
+    for prompt in prompts:
+        if not 0 < len(prompt) < context:
+            raise UserError(f"A prompt has {len(prompt)} tokens, but it must have from 1 to {context - 1}.")
+    limits = [min(max_tokens, context - len(prompt)) for prompt in prompts]
+    with evaluation_mode(model):
+        return beam_search(CausalBeamModel(causal(model), prompts, max(limits), device_of(model)), search, limits)
+
+
+class _Beams:
+    """The open texts of all sources that go on, and the best ended ones of all."""
+
+    def __init__(self, search: Search, limits: Sequence[int], device: torch.device):
+        self.search, self.length = search, 0
+        self.sources = torch.arange(len(limits), device=device)  # those that go on, by their place in the batch
+        self.limits = torch.tensor(limits, device=device)
+        self.scores = torch.zeros(len(limits), 1, device=device)  # ln P; there is one open text at first, the empty one
+        self.tokens = torch.zeros(len(limits), 1, max(limits), dtype=torch.long, device=device)
+        self.best = BestTexts(len(limits), search.kept, max(limits), device)
+        self._ends = torch.tensor(search.ends, device=device)
+        self._never = torch.tensor(search.never, dtype=torch.long, device=device)
+
+    def advance(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
+        """One more token of every text: which row each open text continues, and with which token."""
+        beams, width = self.search.beams, self.scores.shape[1]
+        scores, origins, written = self._candidates(logits)
+        self.length += 1
+        texts = self.tokens.take_along_dim(origins[..., None], 1)
+        texts[:, :, self.length - 1] = written
+        ended = torch.isin(written, self._ends) | (self.limits <= self.length)[:, None]
+        done = scores[:, :beams].masked_fill(~ended[:, :beams], -torch.inf) / self._penalty(self.length)
+        self.best.add(self.sources, done, texts[:, :beams], self.length)
+        self.scores, picked = scores.masked_fill(ended, -torch.inf).topk(beams)
+        self.tokens = texts.take_along_dim(picked[..., None], 1)
+        rows = origins.gather(1, picked) + width * torch.arange(len(origins), device=origins.device)[:, None]
+        return self._leave(rows, written.gather(1, picked))
+
+    def _candidates(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Scores, Tensor, Tensor]:
+        """The best continuations of each source: ln P, the beam that each continues, and its token.
+
+        There are twice as many as beams (more with several end tokens), so that enough go on when the best all end.
+        """
+        sources, width = self.scores.shape
+        count = max(2, 1 + len(self._ends)) * self.search.beams
+        values, tokens = top_candidates(logits, min(count + len(self._never), logits.shape[1]))
+        values = values - log_total_(logits, values[:, :1])
+        values = values.masked_fill(torch.isin(tokens, self._never), -torch.inf) + self.scores.reshape(-1, 1)
+        each = tokens.shape[1]
+        values, tokens = values.view(sources, width * each), tokens.view(sources, width * each)
+        scores, places = values.topk(min(count, width * each))
+        if bool(scores[:, 0].isnan().any()):
+            raise UserError(
+                f"The model's logits after {self.length} tokens are not finite: its weights are damaged, or its type "
+                "is too narrow; load it in float32 or bfloat16."
+            )
+        lacking = count - scores.shape[1]  # a vocabulary smaller than the beams
+        if lacking:
+            scores = torch.nn.functional.pad(scores, (0, lacking), value=-torch.inf)
+            places = torch.nn.functional.pad(places, (0, lacking))
+        return scores, places // each, tokens.gather(1, places)
+
+    def _leave(self, rows: Int[Tensor, "sources beams"], tokens: Int[Tensor, "sources beams"]) -> tuple[Tensor, Tensor]:
+        """Drops the sources that need no further step; rows and tokens of the others."""
+        best_open = self.scores[:, 0]
+        now, last = self._penalty(self.length), self.search.penalty(self.limits.float())
+        going = self.search.goes_on(self.best.scores[self.sources], best_open, now, last) & (best_open > -torch.inf)
+        if not bool(going.all()):
+            self.sources, self.limits = self.sources[going], self.limits[going]
+            self.scores, self.tokens = self.scores[going], self.tokens[going]
+            rows, tokens = rows[going], tokens[going]
+        return rows.flatten(), tokens.flatten()
+
+    def _penalty(self, length: int) -> Float[Tensor, " one"]:
+        return self.search.penalty(torch.tensor([float(length)], device=self.scores.device))
+
+
+def log_total_(logits: Float[Tensor, "rows vocab"], largest: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
+    """ln Σ exp of each row, as `logsumexp`, in the memory of the logits, which are lost."""
+    return logits.sub_(largest).exp_().sum(-1, keepdim=True).log_() + largest
+
+
+def top_candidates(
+    logits: Float[Tensor, "rows vocab"], count: int
+) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"]]:
+    """Each row's `count` largest values and their places, as `topk`, but on a CPU in one pass over long rows.
+
+    The largest n numbers stand in the n chunks whose own largest are the largest: only these are looked into.
+    """
+    chunks = logits.shape[1] // CHUNK
+    if logits.device.type != "cpu" or chunks <= 2 * count:
+        values, places = logits.topk(count)
+        return values, places
+    body, rest = logits[:, : chunks * CHUNK].unflatten(1, (chunks, CHUNK)), logits[:, chunks * CHUNK :]
+    best = body.amax(-1).topk(count).indices[..., None]
+    within = torch.arange(CHUNK)
+    places = (best * CHUNK + within).flatten(1)
+    tail = torch.arange(chunks * CHUNK, logits.shape[1]).expand(len(logits), -1)
+    values = torch.cat([body.take_along_dim(best, 1).flatten(1), rest], 1)
+    found, at = values.topk(count)
+    return found, torch.cat([places, tail], 1).gather(1, at)

@@ -1,0 +1,152 @@
+"""The likeliest words for each [MASK] in a text, by a model that reads both sides of it; knows no model.
+
+Axes: place = tokens of the text, vocab.
+
+What stands in the gaps of a text, written by a model that learned a mixture of denoisers; knows no model by name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from keifu.data.text.span_corruption import EXTREME, REGULAR, SEQUENTIAL, Markers
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError, unknown
+from keifu.generation.text.engine import evaluation_mode
+from keifu.generation.text.generate import generate_batch
+from keifu.generation.text.sampling_params import SamplingParams
+
+
+@runtime_checkable
+class WordFiller(Protocol):
+    """What a model that fills in words offers; its `config` has `context_length`."""
+
+    config: Any
+
+    def encode(self, tokens: Tensor, segments: Tensor | None, mask: Tensor | None) -> Tensor: ...
+
+    def words(self, hidden: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A token that may stand in a place, as it is spelled, and its probability."""
+
+    word: str
+    token: int
+    probability: float
+
+
+@torch.inference_mode()
+def fill(model: nn.Module, tokenizer: Tokenizer, text: str, count: int = 5) -> list[list[Guess]]:
+    """For each [MASK] in the text the `count` likeliest tokens, the likeliest first; each gap by itself.
+
+    The mark is whatever the tokenizer calls its mask token. A text without one, a text that is too long, and a model
+    that fills in nothing are `UserError`s.
+    """
+    if not isinstance(model, WordFiller):
+        raise UserError(f"A {type(model).__name__} fills in no words: load a model such as BERT.")
+    ids, places = _mark_blanks(tokenizer, text)
+    room = model.config.context_length
+    if len(ids) > room:
+        raise UserError(f"The text has {len(ids)} tokens, and the model reads {room}: shorten it.")
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        hidden = model.encode(torch.tensor([ids], device=device), None, None)[0, places]
+        likely = model.words(hidden).float().softmax(-1).topk(count)
+    return [
+        [Guess(tokenizer.decode([token]).strip(), token, p) for token, p in zip(tokens, probabilities, strict=True)]
+        for tokens, probabilities in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+    ]
+
+
+def _mark_blanks(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """The ids of the text with [CLS] and [SEP] around it, and the places of the marks; only the marks are special."""
+    roles = ("mask_token", "cls_token", "sep_token")
+    if missing := [role for role in roles if role not in tokenizer.special]:
+        raise UserError(f"The tokenizer has no {', '.join(missing)}, so nothing can be filled in.")
+    mark, (mask, cls, sep) = tokenizer.special["mask_token"], (tokenizer.token_id(tokenizer.special[r]) for r in roles)
+    between = tokenizer.encode_batch(text.split(mark))
+    if len(between) == 1:
+        raise UserError(f"There is no {mark} in {text!r}: put it where a word is wanted.")
+    ids = [cls, *between[0]]
+    places = []
+    for part in between[1:]:
+        places.append(len(ids))
+        ids += [mask, *part]
+    return [*ids, sep], places
+
+
+GAP = "___"
+MODES = {"short": REGULAR, "long": EXTREME}
+GREEDY = SamplingParams(max_tokens=64, temperature=0, seed=0)
+
+
+@dataclass(frozen=True)
+class Infilling:
+    """A text whose gaps were filled: the whole of it, and what was put into each gap ("" where nothing was)."""
+
+    text: str
+    spans: tuple[str, ...]
+
+
+def infill(
+    model: nn.Module, tokenizer: Tokenizer, text: str, sampling: SamplingParams = GREEDY, gaps: str = "short"
+) -> Infilling:
+    """The text with each `___` in it replaced by what the model writes there.
+
+    gaps: "short" for a few words each ([NLU], UL2's R-denoiser), "long" for more ([NLG], its X-denoiser). A text
+    without a gap, and a tokenizer without modes and sentinels, are `UserError`s; `sampling` is that of `generate`.
+    """
+    if gaps not in MODES:
+        raise unknown("kind of gaps", gaps, MODES)
+    parts = text.split(GAP)
+    if len(parts) == 1:
+        raise UserError(f"There is no gap in {text!r}: write {GAP} where something is wanted.")
+    markers = Markers.of(tokenizer, len(parts) - 1)
+    [found] = generate_batch(model, tokenizer, [prompt(tokenizer, markers, parts, MODES[gaps])], sampling)
+    ends = [place for place, token in enumerate(found.tokens) if token in tokenizer.stop_ids]
+    spans = split_spans(found.tokens[: ends[0] if ends else None], markers.sentinels)
+    words = tuple(tokenizer.decode(span) for span in spans)
+    return Infilling("".join(part + word for part, word in zip(_close_span(parts), (*words, ""), strict=True)), words)
+
+
+def prompt(tokenizer: Tokenizer, markers: Markers, parts: Sequence[str], mode: str) -> list[int]:
+    """The mode, the parts with a sentinel between each two, and the first sentinel again, after which the model writes.
+
+    A space before a gap belongs to what fills it, as tokens begin with their space.
+    """
+    encoded = tokenizer.encode_batch(_close_span(parts))
+    ids = [markers.modes[mode], *encoded[0]]
+    for sentinel, part in zip(markers.sentinels.tolist(), encoded[1:], strict=True):
+        ids += [sentinel, *part]
+    return [*ids, int(markers.sentinels[0])]
+
+
+def split_spans(written: Sequence[int], sentinels: np.ndarray) -> list[list[int]]:
+    """What was written for each sentinel, the first being given; a sentinel out of turn is passed over."""
+    spans: list[list[int]] = [[] for _ in sentinels]
+    places = {int(sentinel): place for place, sentinel in enumerate(sentinels)}
+    current = 0
+    for token in written:
+        if token in places:
+            current = max(current, places[token])
+        else:
+            spans[current].append(token)
+    return spans
+
+
+def continuation(model: nn.Module, tokenizer: Tokenizer, text: str, sampling: SamplingParams) -> str:
+    """What follows a text, asked for by [S2S] where the tokenizer has it."""
+    vocabulary = tokenizer.backend.get_vocab()
+    mode = [vocabulary[SEQUENTIAL]] if SEQUENTIAL in vocabulary else []
+    return generate_batch(model, tokenizer, [[*mode, *tokenizer.encode(text)]], sampling)[0].text
+
+
+def _close_span(parts: Sequence[str]) -> list[str]:
+    """Parts without the space before a gap."""
+    return [part.removesuffix(" ") for part in parts[:-1]] + [parts[-1]]

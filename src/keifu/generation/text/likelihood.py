@@ -1,0 +1,280 @@
+"""How likely a model finds a finished text, token by token, in one pass; knows no text.
+
+Axes: batch = texts, length = tokens, vocab. Logits exist for a few tokens at a time, so that memory does not grow with
+length · vocab.
+
+How likely a model finds each of several answers to a prompt, what prompts share computed once; knows no task.
+
+A pass takes in prompts, which end together, each with its longest answer behind it; the other answers follow one after
+another, each from where the prompt ended. Axes: batch = prompts of a pass, length = tokens, answers, vocab.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.text.beam_search import device_of
+from keifu.generation.text.engine import Model, causal, evaluation_mode
+from keifu.generation.text.logits_processors import log_probability
+from keifu.generation.text.prefix_cache import Advance, CacheSize, Prefix, groups, plan_passes
+from keifu.generation.text.request import check_tokens
+from keifu.generation.text.sampler import History, RowSettings
+from keifu.generation.text.sampling_params import SamplingParams
+
+CHUNK = 256  # tokens whose logits exist at the same time
+
+
+@torch.inference_mode()
+def score(
+    model: nn.Module, tokens: Int[Tensor, "batch length"], padding: Int[Tensor, " batch"] | None = None
+) -> Float[Tensor, "batch predicted"]:
+    """ln P(token | those before it) of every token but the first, [batch, length - 1] in float32.
+
+    This is what `log_probability` reports while a text is written. `padding` counts the zeros before shorter texts (see
+    `left_padded`); what stands there has no meaning. A text longer than the context is a `UserError`.
+    """
+    hidden, targets = _hidden(model, tokens, padding).flatten(0, 1), tokens[:, 1:].flatten()
+    pairs = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    return torch.cat([log_probability(causal(model).logits(h).float(), t) for h, t in pairs]).view(tokens[:, 1:].shape)
+
+
+@torch.inference_mode()
+def score_sampled(
+    model: nn.Module, tokens: Int[Tensor, " length"], prompt_length: int, sampling: SamplingParams
+) -> Float[Tensor, " written"]:
+    """ln of the probability with which these settings draw each token after the first `prompt_length`, in float32.
+
+    This is what `sampled_log_probability` reports while a text is written: -inf for a token that the settings exclude.
+    """
+    if not 1 <= prompt_length <= len(tokens):
+        raise UserError(f"The prompt's length is {prompt_length}, which must be from 1 to the text's {len(tokens)}.")
+    hidden = _hidden(model, tokens[None], None)[0, prompt_length - 1 :]
+    settings = RowSettings([sampling], tokens.device)
+    history = History.of_prompts(settings, tokens[None, :prompt_length], None, causal(model).config.vocab_size)
+    found = [hidden.new_zeros(0, dtype=torch.float32)]
+    for start in range(0, len(hidden), CHUNK):
+        states = hidden[start : start + CHUNK]
+        targets = tokens[prompt_length + start :][: len(states)]
+        logits = causal(model).logits(states).float()
+        logits = settings(logits, history.before_each(targets, logits.shape[1]))
+        found.append(log_probability(logits, targets))
+    return torch.cat(found)
+
+
+def _hidden(model: nn.Module, tokens: Tensor, padding: Tensor | None) -> Float[Tensor, "batch length dim"]:
+    """The hidden states that predict the tokens after the first."""
+    longest, context = tokens.shape[1], causal(model).config.context_length
+    if padding is not None:
+        longest -= int(padding.min())
+    if longest > context:
+        raise UserError(f"The text has {longest} tokens, but this model's context is {context}: shorten it.")
+    with evaluation_mode(model):
+        return causal(model).hidden(tokens, None, padding)[:, :-1]
+
+
+Tokens = tuple[int, ...]
+ENCODED = 512  # texts whose tokens exist at the same time
+
+
+class ScoredPair(NamedTuple):
+    """The tokens of a prompt and those of an answer after it."""
+
+    prompt: Tokens
+    answer: Tokens
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """ln P of each token of an answer after its prompt, and whether each is the likeliest one there (`greedy`)."""
+
+    log_probabilities: tuple[float, ...]
+    greedy: bool
+
+    @property
+    def total(self) -> float:
+        """ln P of the whole answer."""
+        return float(sum(self.log_probabilities))
+
+
+def first_context(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
+    """What the tokenizer puts before a text: a BOS, or nothing; told by the first of these texts that is not empty."""
+    text = next(filter(None, texts), "")
+    plain, whole = (tokenizer.encode(text, special=special) for special in (False, True))
+    return whole[: next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)]
+
+
+def join_tokens(
+    tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], allow_special: bool = False
+) -> list[ScoredPair]:
+    """The tokens of prompts and of answers as they stand behind them, split where each prompt ends.
+
+    Spaces at a prompt's end belong to the answer, and both are encoded together: what comes after as many tokens as the
+    prompt alone has is the answer (lm-evaluation-harness does the same), for an answer may begin with another token
+    behind a prompt than alone. Where the two grow together into no more tokens than the prompt, the answer is encoded
+    apart. An empty prompt is the token that begins a text. An answer without tokens is a `UserError`.
+    """
+    parted = [(prompt.rstrip(), prompt[len(prompt.rstrip()) :] + answer) for prompt, answer in texts]
+    prompts = list(dict.fromkeys(prompt for prompt, _ in parted))
+    front = first_context(tokenizer, [*prompts, *(answer for _, answer in parted)])
+    ids = dict(zip(prompts, tokenizer.encode_batch(prompts, allow_special=allow_special), strict=True))
+    begun = {prompt: tuple(open_prefixes(front, each) or common_beginning(tokenizer)) for prompt, each in ids.items()}
+    found = []
+    for start in range(0, len(parted), ENCODED):  # of whole texts only their ends are kept
+        some = parted[start : start + ENCODED]
+        wholes = tokenizer.encode_batch([prompt + answer for prompt, answer in some], allow_special=allow_special)
+        for (prompt, answer), whole in zip(some, wholes, strict=True):
+            tail = whole[len(ids[prompt]) :] or tokenizer.encode(answer)
+            if not tail:
+                raise UserError(f"The answer {answer!r} has no tokens, so it has no likelihood: give it text.")
+            twice = not ids[prompt] and len(tail) > 1 and tail[0] == begun[prompt][-1]
+            found.append(ScoredPair(begun[prompt], tuple(tail[1:] if twice else tail)))
+    return found
+
+
+def open_prefixes(front: list[int], ids: list[int]) -> list[int]:
+    """A text's tokens with what the tokenizer puts before it, unless the text spells that itself."""
+    return ids if front and ids[: len(front)] == front else front + ids
+
+
+def common_beginning(tokenizer: Tokenizer) -> list[int]:
+    """The token that stands before a text where nothing else does: BOS, or else the one that ends a text before."""
+    begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    if begin is None:
+        raise UserError("A prompt is empty, and this tokenizer has no token that begins a text: give the prompt text.")
+    return [begin]
+
+
+@dataclass
+class _Request:
+    """A prompt with its answers, the longest first; `found` has what is known of each."""
+
+    prompt: Tokens
+    answers: list[Tokens]
+    found: list[tuple[list[float], bool]] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def likelihoods(
+    model: nn.Module, pairs: Sequence[ScoredPair], batch_size: int | None = None, advance: Advance | None = None
+) -> list[Likelihood]:
+    """Of each answer after its prompt, in the order given; neither that nor the batches change one beyond rounding.
+
+    Equal pairs are computed once. batch_size: the most prompts in a pass. `advance` is told how many prompts are done.
+    A pair that does not fit the context (all but its last token must) is a `UserError` with both lengths.
+    """
+    _check(causal(model), pairs)
+    by_prompt: dict[Tokens, dict[Tokens, None]] = defaultdict(dict)
+    for prompt, answer in pairs:
+        by_prompt[prompt][answer] = None
+    asked = [_Request(prompt, sorted(answers, key=len, reverse=True)) for prompt, answers in by_prompt.items()]
+    done = 0
+    with evaluation_mode(model):
+        for places, shared in groups([each.prompt for each in asked]):
+            prefix = Prefix(causal(model), asked[places[0]].prompt[:shared], device_of(model))
+            sizes = [CacheSize(len(asked[p].prompt) - shared, len(asked[p].answers[0]) - 1) for p in places]
+            for rows in plan_passes(sizes, prefix, batch_size):
+                _Pass(prefix, [asked[places[row]] for row in rows]).run()
+                done += len(rows)
+                if advance:
+                    advance(done)
+    found = {(a.prompt, answer): each for a in asked for answer, each in zip(a.answers, a.found, strict=True)}
+    return [Likelihood(tuple(values), greedy) for values, greedy in (found[pair] for pair in pairs)]
+
+
+def _check(model: Model, pairs: Sequence[ScoredPair]) -> None:
+    context = model.config.context_length
+    for prompt, answer in pairs:
+        if not prompt or not answer:
+            raise UserError("A prompt and its answer must have a token each: one of a pair has none.")
+        if len(prompt) + len(answer) - 1 > context:
+            raise UserError(
+                f"A prompt of {len(prompt)} tokens and its answer of {len(answer)} do not fit this model's context of "
+                f"{context}: shorten them."
+            )
+    check_tokens([row for pair in pairs for row in pair], model.config.vocab_size)
+
+
+class _Pass:
+    """Some prompts on their way through the model together."""
+
+    def __init__(self, prefix: Prefix, asked: Sequence[_Request]):
+        self.prefix, self.asked = prefix, asked
+        self.end = max(len(each.prompt) for each in asked)
+        self.padding = [self.end - len(each.prompt) for each in asked]
+        longest = max(len(each.answers[0]) for each in asked) - 1
+        self.caches = prefix.rows(self.padding, self.end + longest)
+        self.device = self.caches[0].keys.device
+
+    def run(self) -> None:
+        """Finds the likelihood of every answer."""
+        prompts = [[0] * pad + [*each.prompt] for pad, each in zip(self.padding, self.asked, strict=True)]
+        tails = [each.answers[0][:-1] for each in self.asked]
+        start = self.prefix.length
+        hidden = self._hidden([row[start:] + [*tail] for row, tail in zip(prompts, tails, strict=True)])
+        self._first_tokens(hidden[:, self.end - start - 1])
+        self._later_tokens(hidden[:, self.end - start :], 0)
+        for turn in range(1, max(len(each.answers) for each in self.asked)):
+            tails = [each.answers[turn][:-1] if turn < len(each.answers) else () for each in self.asked]
+            if not any(tails):
+                return  # the answers that are left have one token each
+            for cache in self.caches:
+                cache.rollback(self.end)
+            self._later_tokens(self._hidden(tails), turn)
+
+    def _hidden(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "batch length dim"]:
+        """The hidden states of these tokens, with zeros behind the shorter rows: nothing sees what comes after it."""
+        width = max(map(len, rows))
+        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.device)
+        padding = torch.tensor(self.padding, device=self.device) if any(self.padding) else None
+        return self.prefix.model.hidden(tokens, self.caches, padding)
+
+    def _first_tokens(self, hidden: Float[Tensor, "batch dim"]) -> None:
+        """Of all answers: one row of logits serves all of a prompt."""
+        rows = [row for row, each in enumerate(self.asked) for _ in each.answers]
+        targets = [answer[0] for each in self.asked for answer in each.answers]
+        values, best = self._foretold(hidden, rows, targets)
+        each_found = zip(rows, values.tolist(), best.tolist(), strict=True)
+        for row, value, greedy in each_found:
+            self.asked[row].found.append(([value], greedy))
+
+    def _later_tokens(self, hidden: Float[Tensor, "batch length dim"], turn: int) -> None:
+        """Of each prompt's answer of this turn, from the hidden states of its tokens but the last."""
+        answers = [each.answers[turn] if turn < len(each.answers) else () for each in self.asked]
+        places = [(row, n) for row, answer in enumerate(answers) for n in range(len(answer) - 1)]
+        if not places:
+            return
+        rows, columns = torch.tensor(places, device=self.device).T
+        targets = [token for answer in answers for token in answer[1:]]
+        values, best = self._foretold(hidden[rows, columns], range(len(places)), targets)
+        for (row, _), value, greedy in zip(places, values.tolist(), best.tolist(), strict=True):
+            known, so_far = self.asked[row].found[turn]
+            known.append(value)
+            self.asked[row].found[turn] = (known, so_far and greedy)
+
+    def _foretold(
+        self, hidden: Float[Tensor, "states dim"], rows: Sequence[int], targets: Sequence[int]
+    ) -> tuple[Float[Tensor, " answers"], Bool[Tensor, " answers"]]:
+        """ln P of each target after the hidden state of its row (`rows` ascend), and whether it is the likeliest."""
+        row, target = torch.tensor(rows, device=self.device), torch.tensor(targets, device=self.device)
+        found = [
+            _of_chunk(self.prefix.model.logits(chunk).float(), row - start, target)
+            for start, chunk in zip(range(0, len(hidden), CHUNK), hidden.split(CHUNK), strict=True)
+        ]
+        values, best = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return values, best
+
+
+def _of_chunk(
+    logits: Float[Tensor, "rows vocab"], row: Int[Tensor, " answers"], target: Int[Tensor, " answers"]
+) -> tuple[Float[Tensor, " here"], Bool[Tensor, " here"]]:
+    """Of those targets whose row is in this chunk of logits."""
+    here = (row >= 0) & (row < len(logits))
+    row, target = row[here], target[here]
+    return logits[row, target] - logits.logsumexp(-1)[row], logits.argmax(-1)[row] == target

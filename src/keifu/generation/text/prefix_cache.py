@@ -1,0 +1,193 @@
+"""Prompts that begin alike: what they share goes through the model once; knows no text and no task.
+
+A row goes on from the shared beginning with the rest of its prompt, and all prompts of a pass end together: a shorter
+one has padding before it, and where that takes the place of the beginning's last tokens it reads these again. So the
+keys and values of the beginning serve rows of any length, in every causal model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.generation.text.beam_search import device_of
+from keifu.generation.text.engine import PREFILL_TOKENS, Model, batch_capacity, causal, evaluation_mode, write
+from keifu.generation.text.generate import Completion, completion
+from keifu.generation.text.request import Piece, Request, check_tokens
+from keifu.generation.text.sampling_params import SamplingParams
+from keifu.layers.attention.kv_cache import Cache, KeyValueCache
+
+Prompts = Sequence[Sequence[int]]
+Advance = Callable[[int], object]
+
+OVERHEAD = 256  # tokens: what it costs to compute a few prompts apart from the others, in passes that are not full
+ROOM = 2**30  # bytes of keys and values in a pass: more of them take longer to read than the weights
+
+
+class Group(NamedTuple):
+    """Prompts, by their places, and how many of their first tokens all of them share."""
+
+    places: list[int]
+    shared: int
+
+
+def groups(prompts: Prompts) -> list[Group]:
+    """The prompts in groups that begin alike, so that the fewest tokens are computed; one is never shared whole."""
+    keys = [np.asarray(prompt, ">u4").tobytes() for prompt in prompts]  # they sort as their tokens do, but faster
+    order = sorted(range(len(prompts)), key=keys.__getitem__)
+    alike = [_alike(keys[a], keys[b]) for a, b in zip(order, order[1:], strict=False)]
+    tree = _tree(alike)
+    found = [Group(order[first : last + 1], shared) for shared, first, last in tree.chosen]
+    inside = {place for group in found for place in group.places}
+    rest = [place for place in order if place not in inside]
+    common = tree.shared if len(rest) > 1 else 0
+    found += [Group(rest, common)] if rest else []
+    return [Group(each, min(shared, *(len(prompts[p]) - 1 for p in each))) for each, shared in found]
+
+
+def _alike(a: bytes, b: bytes) -> int:
+    """How many tokens two prompts have in common at their beginning."""
+    x, y = np.frombuffer(a, ">u4"), np.frombuffer(b, ">u4")
+    size = min(len(x), len(y))
+    different = x[:size] != y[:size]
+    return int(different.argmax()) if different.any() else size
+
+
+@dataclass
+class _Branch:
+    """A run of sorted prompts that share `shared` tokens: what its best division saves, and that division."""
+
+    shared: int
+    first: int
+    saved: int = 0
+    chosen: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def take(self, other: "_Branch") -> None:
+        """A branch within this one is closed."""
+        self.saved += other.saved
+        self.chosen.extend(other.chosen)
+
+    def close(self, last: int) -> "_Branch":
+        """As one group, if that saves at least as much as the groups within do."""
+        together = self.shared * (last - self.first) - OVERHEAD
+        if together > 0 and together >= self.saved:
+            self.saved, self.chosen = together, [(self.shared, self.first, last)]
+        return self
+
+
+def _tree(alike: Sequence[int]) -> _Branch:
+    """The tree of prefixes of sorted prompts, from how many tokens neighbours share; its root, closed."""
+    root = _Branch(min(alike, default=0), 0)
+    open_branches = [root]
+    for place, shared in enumerate([*alike, root.shared]):
+        first, closed = place, None
+        while open_branches[-1].shared > shared:
+            closed = open_branches.pop().close(place)
+            first = closed.first
+            if open_branches[-1].shared >= shared:
+                open_branches[-1].take(closed)
+                closed = None
+        if shared > open_branches[-1].shared:
+            open_branches.append(_Branch(shared, first))
+            if closed:
+                open_branches[-1].take(closed)
+    return root.close(len(alike))
+
+
+class Prefix:
+    """The keys and values of a beginning, computed once, for any number of rows that go on from it."""
+
+    def __init__(self, model: Model, tokens: Sequence[int], device: torch.device):
+        self.model, self.length = model, len(tokens)
+        self.caches = _whole_caches(model, 1, self.length)
+        if tokens:
+            for chunk in torch.tensor([list(tokens)], device=device).split(PREFILL_TOKENS, 1):
+                model.hidden(chunk, self.caches, None)
+
+    def rows(self, padding: Sequence[int], capacity: int) -> list[Cache]:
+        """Caches with room for `batch_capacity` tokens that hold the beginning behind each row's padding."""
+        caches = _whole_caches(self.model, len(padding), capacity)
+        for cache, beginning in zip(caches, self.caches, strict=True):
+            cache.begin(beginning, padding)
+        return [*caches]
+
+    @property
+    def token_bytes(self) -> int:
+        """What the keys and values of one more token of one row take."""
+        return sum(2 * c.keys.shape[1] * c.keys.shape[3] * c.keys.element_size() for c in self.caches)
+
+
+def _whole_caches(model: Model, batch: int, capacity: int) -> list[KeyValueCache]:
+    return [cache.whole(batch, capacity) for cache in model.new_caches(1, capacity)]
+
+
+class CacheSize(NamedTuple):
+    """Of a row: tokens of its prompt after the beginning, tokens that go in with them, tokens that come later."""
+
+    prompt: int
+    now: int = 0
+    later: int = 0
+
+
+def plan_passes(sizes: Sequence[CacheSize], prefix: Prefix, batch_size: int | None = None) -> Iterator[list[int]]:
+    """The places of rows that go through the model together, the longest first.
+
+    A pass has at most `batch_size` rows, `PREFILL_TOKENS` tokens with their padding, `ROOM` bytes of keys and values,
+    and no row that the others' lengths push out of the context; a row that is larger than that is alone. Where a pass
+    has a quarter of its tokens, it also ends before a shorter prompt, which would be padded.
+    """
+    context = prefix.model.config.context_length
+    together: list[int] = []
+    now = ahead = 0  # the most tokens behind a prompt, in this pass and in all
+    for place in sorted(range(len(sizes)), key=lambda place: tuple(-size for size in sizes[place])):
+        size = sizes[place]
+        if together:
+            prompt = sizes[together[0]].prompt
+            more_now, more = max(now, size.now), max(ahead, size.now + size.later)
+            slots, count = prefix.length + prompt + more, len(together) + 1
+            full = count > (batch_size or count) or (prompt + more_now) * count > PREFILL_TOKENS
+            full = full or slots * count * prefix.token_bytes > ROOM or prefix.length + prompt + more_now > context
+            shorter = size.prompt < sizes[together[-1]].prompt
+            if full or (shorter and (prompt + now) * len(together) >= PREFILL_TOKENS // 4):
+                yield together
+                together, now, ahead = [], 0, 0
+        together.append(place)
+        now, ahead = max(now, size.now), max(ahead, size.now + size.later)
+    if together:
+        yield together
+
+
+@torch.inference_mode()
+def complete_prefixes(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    samplings: Sequence[SamplingParams],
+    batch_size: int | None = None,
+    advance: Advance | None = None,
+) -> list[Completion]:
+    """As `generate_batch`, for prompts of token ids that begin alike: `advance` is told how many are done."""
+    config, device = causal(model).config, device_of(model)
+    check_tokens(prompts, config.vocab_size)
+    given = enumerate(zip(prompts, samplings, strict=True))
+    requests = [Request(i, prompt, each, tokenizer, config.context_length) for i, (prompt, each) in given]
+    pieces: list[list[Piece]] = [[] for _ in requests]
+    done = 0
+    for places, shared in groups(prompts):
+        with evaluation_mode(model):
+            prefix = Prefix(causal(model), prompts[places[0]][:shared], device)
+        sizes = [CacheSize(len(prompts[place]) - shared, later=requests[place].limit) for place in places]
+        for rows in plan_passes(sizes, prefix, batch_size):
+            batch = [requests[places[row]] for row in rows]
+            longest = max(len(request.prompt) for request in batch)
+            padding = [longest - len(request.prompt) for request in batch]
+            for piece in write(model, batch, prefix.rows(padding, batch_capacity(batch))):
+                pieces[piece.index].append(piece)
+            done += len(batch)
+            if advance:
+                advance(done)
+    return [completion(p, r.sampling.seed or 0, len(r.prompt)) for p, r in zip(pieces, requests, strict=True)]

@@ -1,0 +1,129 @@
+"""One text being written: from tokens to pieces of text, and when it ends; knows neither model nor tensors.
+
+Text that ends before a stop string, however the string is cut into pieces; knows no tokens.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.text.sampling_params import SamplingParams
+
+
+class StopText:
+    """Passes text on as it comes, but holds back whatever may become a stop string.
+
+    `found` tells that one has come. The text then ends where the first stop string to be complete begins; of several
+    that are complete at the same character, the one that begins first counts. So the pieces do not change the text.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self.stops = tuple(stops)
+        self.found = False
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """The text that can no longer belong to a stop string."""
+        text = self._held + text
+        places = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
+        self.found = bool(places)
+        end = min(places)[1] if places else len(text) - self._beginning(text)
+        self._held = "" if self.found else text[end:]
+        return text[:end]
+
+    def flush(self) -> str:
+        """What was held back and, since no more text comes, is no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _beginning(self, text: str) -> int:
+        """How many characters at the end of the text begin a stop string."""
+        longest = min(len(text), max(map(len, self.stops), default=1) - 1)
+        return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self.stops)), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One more token of one text.
+
+    index: which of the prompts it continues.
+    text: the characters that are complete and sure with this token, often none; never a part of a stop string.
+    log_probability: ln of the token's probability under the model; None if not asked for.
+    sampled_log_probability: the same under the distribution it was drawn from, after penalties, temperature and filters
+        (0 for greedy choice); None if not asked for.
+    finish_reason: None while the text goes on; "stop" (a stop token or a stop string), "length" (max_tokens written) or
+        "context" (no room is left in the model's context).
+    """
+
+    index: int
+    text: str
+    token: int
+    log_probability: float | None = None
+    sampled_log_probability: float | None = None
+    finish_reason: str | None = None
+
+
+class Request:
+    """A prompt and its settings, checked against a context; `take` adds a token and tells what came of it.
+
+    A prompt that is empty or leaves no room in the context is a `UserError`; nothing is ever cut.
+    """
+
+    def __init__(
+        self, index: int, prompt: Sequence[int], sampling: SamplingParams, tokenizer: Tokenizer, context_length: int
+    ):
+        self.index, self.prompt, self.sampling = index, list(prompt), sampling.seeded()
+        room = context_length - len(prompt)
+        if not prompt:
+            raise UserError("The prompt is empty, and this tokenizer has no token that begins a text: give some text.")
+        if room < 1:
+            raise UserError(
+                f"The prompt has {len(prompt)} tokens, but this model's context is {context_length} and must hold the "
+                f"answer too: shorten it to at most {context_length - 1}."
+            )
+        wanted = sampling.max_tokens
+        self.limit, self._full = (room, "context") if wanted is None or wanted > room else (wanted, "length")
+        self.tokens: list[int] = []
+        self._stop_ids, self._decoder, self._text = tokenizer.stop_ids, tokenizer.stream(), StopText(sampling.stop)
+
+    def take(self, token: float, largest: float, *log_probabilities: float) -> Piece:
+        """The piece that this token makes. The numbers are a row of `Choice.figures`.
+
+        A character whose last bytes have not come by the end of the text is left out.
+        """
+        if not math.isfinite(largest):
+            raise UserError(
+                f"The model's logits after {len(self.prompt) + len(self.tokens)} tokens are not finite (the largest is "
+                f"{largest}): its weights are damaged, or its type is too narrow; load it in float32 or bfloat16."
+            )
+        self.tokens.append(int(token))
+        ends = self.tokens[-1] in self._stop_ids
+        text = "" if ends else self._text.push(self._decoder.push(self.tokens[-1]))
+        reason = "stop" if ends or self._text.found else self._full if len(self.tokens) >= self.limit else None
+        if reason:
+            text += self._text.flush()
+        figures = log_probabilities if self.sampling.log_probabilities else (None, None)
+        return Piece(self.index, text, self.tokens[-1], *figures, finish_reason=reason)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """The ids of a prompt as the tokenizer begins a text; an empty one is the token that begins a text, if any.
+
+    Text cannot spell control tokens; who wants them gives ids.
+    """
+    if not isinstance(prompt, str):
+        return list(prompt)
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return tokenizer.encode(prompt, special=True) or begin
+
+
+def check_tokens(prompts: Iterable[Sequence[int]], vocab_size: int) -> None:
+    """Refuses tokens that the model has no embedding for."""
+    for token in (t for prompt in prompts if prompt for t in (min(prompt), max(prompt))):
+        if not 0 <= token < vocab_size:
+            raise UserError(
+                f"The prompt has the token {token}, but the model knows only 0 to {vocab_size - 1}: the tokenizer does "
+                "not belong to this model."
+            )

@@ -1,0 +1,184 @@
+"""Chooses the next token of every row of a batch, each by its own settings and seed; knows no model and no text.
+
+Axes: rows = texts being written, vocab.
+
+One token from each distribution by one uniform number that only the row's seed and place decide; knows no text.
+
+Axes: rows = independent distributions, vocab.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from keifu.generation.text import logits_processors
+from keifu.generation.text.sampling_params import SamplingParams
+from keifu.layers.counter_rng import BITS, uniform
+from keifu.layers.wide import wide
+
+__all__ = ["BITS", "draw", "uniform"]
+
+
+def draw(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """The first token at which the running sum of probabilities passes u (inverse transform sampling).
+
+    One number a row suffices, where the Gumbel trick needs one for each token of the vocabulary. The sum is float64, so
+    that rare tokens keep their share; tokens with no probability are never drawn.
+    """
+    mass = wide(logits.softmax(-1)).cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(mass, wide(u)[:, None] * mass[:, -1:], right=True)[:, 0].to(logits.device)
+
+
+class RowSettings:
+    """The settings of several rows as tensors; calling it makes the logits of the distribution that is sampled from.
+
+    One row's settings serve any number of distributions, as when a finished text is scored.
+    """
+
+    def __init__(self, samplings: Sequence[SamplingParams], device: torch.device):
+        self.samplings, self.device = list(samplings), device
+        greedy = [s.temperature == 0 for s in samplings]
+        self.any_greedy, self.all_greedy = any(greedy), all(greedy)
+        self.greedy = torch.tensor(greedy, device=device)
+        self.repetition = self._column([s.repetition_penalty for s in samplings], 1.0)
+        self.presence = self._column([s.presence_penalty for s in samplings], 0.0)
+        self.frequency = self._column([s.frequency_penalty for s in samplings], 0.0)
+        self.temperature = self._column([s.temperature or 1.0 for s in samplings], 1.0)
+        self.top_k = self._column([s.top_k for s in samplings], 0)
+        self.top_p = self._column([s.top_p for s in samplings], 1.0)
+        self.min_p = self._column([s.min_p for s in samplings], 0.0)
+
+    def _column(self, values: list[Any], neutral: float | int) -> Tensor | None:
+        """One value a row; None when no row wants anything, so that the step costs nothing."""
+        kind = torch.float32 if isinstance(neutral, float) else torch.int64
+        return None if all(v == neutral for v in values) else torch.tensor(values, dtype=kind, device=self.device)
+
+    def penalised(self, logits: logits_processors.Logits, history: "History") -> logits_processors.Logits:
+        """The logits after the penalties: what greedy choice takes the largest of."""
+        if self.repetition is not None and history.seen is not None:
+            logits = logits_processors.repetition_penalty(logits, history.seen, self.repetition)
+        if self.presence is not None and history.counts is not None:
+            logits = logits_processors.presence_penalty(logits, history.counts, self.presence)
+        if self.frequency is not None and history.counts is not None:
+            logits = logits_processors.frequency_penalty(logits, history.counts, self.frequency)
+        return logits
+
+    def __call__(self, logits: logits_processors.Logits, history: "History") -> logits_processors.Logits:
+        logits = self.penalised(logits, history)
+        best = logits_processors.likeliest(logits) if self.any_greedy else None
+        if self.all_greedy and best is not None:
+            return best
+        steps = (
+            (logits_processors.temperature, self.temperature),
+            (logits_processors.top_k, self.top_k),
+            (logits_processors.top_p, self.top_p),
+            (logits_processors.min_p, self.min_p),
+        )
+        for step, parameter in steps:
+            logits = logits if parameter is None else step(logits, parameter)
+        if best is None:
+            return logits
+        return torch.where(self.greedy[:, None], best, logits)
+
+
+@dataclass
+class History:
+    """What the penalties look at; None where no row has such a penalty."""
+
+    seen: Bool[Tensor, "rows vocab"] | None  # in the prompt or the output
+    counts: Float[Tensor, "rows vocab"] | None  # how often in the output
+
+    @classmethod
+    def of_prompts(
+        cls, settings: RowSettings, tokens: Int[Tensor, "rows length"], padding: Int[Tensor, " rows"] | None, vocab: int
+    ) -> "History":
+        """The history before the first new token."""
+        rows, length = tokens.shape
+        seen = counts = None
+        if settings.repetition is not None:
+            if padding is not None:  # what is padding goes to a column of its own
+                tokens = tokens.masked_fill(torch.arange(length, device=tokens.device) < padding[:, None], vocab)
+            seen = tokens.new_zeros(rows, vocab + 1, dtype=torch.bool).scatter_(1, tokens, True)[:, :vocab]
+        if settings.presence is not None or settings.frequency is not None:
+            counts = torch.zeros(rows, vocab, device=tokens.device)
+        return cls(seen, counts)
+
+    def add(self, tokens: Int[Tensor, " rows"]) -> None:
+        """Counts one new token of each row."""
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        if self.counts is not None:
+            self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.float32))
+
+    def before_each(self, tokens: Int[Tensor, " length"], vocab: int) -> "History":
+        """The history of the one row before each of the tokens that follow, a row for each; this one then holds all."""
+        if self.seen is None and self.counts is None:
+            return self
+        new = torch.zeros(len(tokens), vocab, device=tokens.device).scatter_(1, tokens[:, None], 1.0)
+        after = new.cumsum(0)
+        before = after - new
+        seen = None if self.seen is None else self.seen | (before > 0)
+        counts = None if self.counts is None else self.counts + before
+        self.seen = None if self.seen is None else self.seen | (after[-1:] > 0)
+        self.counts = None if self.counts is None else self.counts + after[-1:]
+        return History(seen, counts)
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keeps only these rows."""
+        self.seen = None if self.seen is None else self.seen[rows]
+        self.counts = None if self.counts is None else self.counts[rows]
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """The chosen tokens, and a table to be read by the host in one go: token, largest logit and, if any row wants them,
+    its log-probability under the model and under the distribution sampled from."""
+
+    tokens: Int[Tensor, " rows"]
+    figures: Float[Tensor, "rows columns"]
+
+
+class Sampler:
+    """Settings, seeds and history of the rows of a batch. Every sampling must have a seed."""
+
+    def __init__(
+        self,
+        samplings: Sequence[SamplingParams],
+        prompts: Int[Tensor, "rows length"],
+        padding: Int[Tensor, " rows"] | None,
+        vocab: int,
+    ):
+        self.settings = RowSettings(samplings, prompts.device)
+        self.history = History.of_prompts(self.settings, prompts, padding, vocab)
+        self.seeds = torch.tensor([s.seed for s in samplings], device=prompts.device)
+        self.positions = torch.full_like(self.seeds, prompts.shape[1])  # of the token to be drawn, in its own text
+        if padding is not None:
+            self.positions = self.positions - padding
+        self.reports = any(s.log_probabilities for s in samplings)
+
+    def choose(self, logits: logits_processors.Logits) -> SampledTokens:
+        """One token for each row; the next call is for the tokens after these."""
+        if self.settings.all_greedy:
+            sampled, tokens = None, self.settings.penalised(logits, self.history).argmax(-1)
+        else:
+            sampled = self.settings(logits, self.history)
+            tokens = draw(sampled, uniform(self.seeds, self.positions))
+        columns = [tokens, logits.amax(-1)]
+        if self.reports:
+            columns.append(logits_processors.log_probability(logits, tokens))
+            certain = torch.zeros_like(columns[-1])
+            columns.append(certain if sampled is None else logits_processors.log_probability(sampled, tokens))
+        self.positions = self.positions + 1
+        self.history.add(tokens)
+        return SampledTokens(tokens, torch.stack([wide(column).double() for column in columns], -1))
+
+    def select(self, rows: list[int]) -> None:
+        """Keeps only these rows."""
+        self.settings = RowSettings([self.settings.samplings[row] for row in rows], self.settings.device)
+        index = torch.tensor(rows, device=self.seeds.device)
+        self.seeds, self.positions = self.seeds[index], self.positions[index]
+        self.history.select(index)

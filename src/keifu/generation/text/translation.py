@@ -1,0 +1,258 @@
+"""Texts into texts of another language by an encoder-decoder: sentences, batches, beam search; knows no model by name.
+
+A text's translation is the same alone and among others.
+
+A text cut into sentences by its punctuation, Latin or Japanese, and put together again; knows no model, and of
+languages no more than where they put their full stops.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from keifu.data.batching import length_buckets
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.text.beam_search import (
+    EncoderDecoderBeamModel,
+    Hypothesis,
+    Search,
+    Translator,
+    beam_search,
+    device_of,
+    paper_penalty,
+)
+from keifu.generation.text.engine import EncoderDecoderModel, Model, evaluation_mode
+
+OPENING, CLOSING = "「『（〈《【［｛“(", "」』）〉》】］｝”)"
+FULL_WIDTH = "。！？｡"  # a sentence ends here whatever follows
+HALF_WIDTH = ".!?…"  # and here where a space follows
+QUOTES = "\"'»’"
+PARTICLES = tuple("とっをはがにのもでへやなだじ、")  # what goes on with the sentence after a Japanese quotation
+WORD = 60  # the longest word and the most spaces that are looked at
+SHORTENED = """mr mrs ms dr prof st sr jr vs no nos vol pp ed eds cf al fig figs gen col capt lt sgt rev hon approx dept
+est jan feb mar apr jun jul aug sep sept oct nov dec bzw ca vgl nr str mme mlle sra srta"""
+ABBREVIATIONS = frozenset(SHORTENED.split())  # a name or a number may follow; single letters are seen without them
+LANGUAGE = re.compile(r"\s*(>>[^<>\s]+<<)\s*")  # how Marian's multilingual models are told the language to write
+WIDE = re.compile(r"[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uff9f]")
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, in order and without the spaces between them; none of a text of spaces.
+
+    A full stop inside a quotation or brackets that are closed later ends no sentence, nor does one after an initial, a
+    usual abbreviation or within a number. A text without such marks is one sentence, however long. A language's mark at
+    the beginning (>>fra<<) is put before each sentence.
+    """
+    if mark := LANGUAGE.match(text):
+        return [f"{mark[1]} {sentence}" for sentence in sentences(text[mark.end() :])]
+    found, start = [], 0
+    for end in _ends(text):
+        if text[start:end].strip():
+            found.append(text[start:end].strip())
+            start = end
+    return found + ([text[start:].strip()] if text[start:].strip() else [])
+
+
+def join_sentences(parts: Iterable[str]) -> str:
+    """Sentences as one text: a space between them, but none beside a Japanese or Chinese character."""
+    text = ""
+    for part in filter(None, (part.strip() for part in parts)):
+        space = " " if text and not WIDE.match(text[-1]) and not WIDE.match(part[0]) else ""
+        text += space + part
+    return text
+
+
+def _ends(text: str) -> list[int]:
+    """The places behind which a new sentence begins."""
+    enclosed = _is_enclosed(text)
+    ends, place = [], 0
+    while place < len(text):
+        last = text[place]
+        place += 1
+        if last not in FULL_WIDTH + HALF_WIDTH:
+            continue
+        while place < len(text) and text[place] in FULL_WIDTH + HALF_WIDTH + QUOTES + CLOSING:
+            last = text[place] if text[place] in FULL_WIDTH else last
+            place += 1
+        quotation = text[place - 1] in CLOSING and text[place : place + 1] in PARTICLES
+        if not enclosed[place] and not quotation and (last in FULL_WIDTH or _starts_sentence(text, place)):
+            ends.append(place)
+    return ends
+
+
+def _starts_sentence(text: str, place: int) -> bool:
+    """Whether the half-width mark before `place` ends a sentence: a space follows, then no small letter."""
+    before, rest = text[max(0, place - WORD) : place].split()[-1], text[place : place + WORD].lstrip()
+    if not rest or not text[place].isspace() or rest.lstrip(OPENING + QUOTES)[:1].islower():
+        return False
+    if not before.endswith(".") or before.endswith(".."):
+        return True
+    word = before.strip(OPENING + CLOSING + QUOTES).rstrip(".").rpartition(".")[2].lower()
+    return word not in ABBREVIATIONS and not (len(word) == 1 and word.isalpha())
+
+
+def _is_enclosed(text: str) -> list[bool]:
+    """For each character, and the end, whether it stands within brackets or quotation marks that match."""
+    inside, opened = [False] * (len(text) + 1), []
+    for place, character in enumerate(text):
+        if character in OPENING:
+            opened.append((character, place))
+        elif character in CLOSING:
+            wanted = OPENING[CLOSING.index(character)]
+            while opened:
+                mark, start = opened.pop()
+                if mark == wanted:
+                    inside[start + 1 : place] = [True] * (place - start - 1)
+                    break
+    return inside
+
+
+PASS_TOKENS = 4096  # of the sources of a batch together, padding included
+MARGIN = 50  # a translation may have so many tokens more than its source (the Transformer's paper, section 6.1)
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class TranslationParams:
+    """How sentences are translated."""
+
+    beam: int = 4
+    """Texts held open; 1 takes the likeliest token at each step."""
+    alpha: float = 0.6
+    """Exponent of the length penalty ((5 + length) / 6)^alpha: more gives longer translations."""
+    max_tokens: int | None = None
+    """Most tokens of a sentence's translation; unset: those of the sentence and 50 more."""
+    batch_size: int = 64
+    """Most sentences at a time: it changes the speed and no translation."""
+
+    def __post_init__(self) -> None:
+        for name in ("beam", "max_tokens", "batch_size"):
+            value = vars(self)[name]
+            if value is not None and value < 1:
+                raise UserError(f"{name.replace('_', '-')} is {value}, which must be at least 1.")
+        if not -10 <= self.alpha <= 10:
+            raise UserError(f"alpha is {self.alpha}, which must be from -10 to 10; the paper has 0.6.")
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A sentence's translation.
+
+    score: ln P over the length penalty. tokens: how many were written, the end token aside. complete: False where the
+    limit of tokens cut it. source_tokens: those of the source with its end; `unknown` of them are the unknown token.
+    """
+
+    source: str
+    text: str
+    score: float
+    tokens: int
+    complete: bool
+    source_tokens: int
+    unknown: int
+
+
+def is_translator(model: nn.Module) -> bool:
+    """Whether it is an encoder-decoder."""
+    return isinstance(model, Translator)
+
+
+def explain_not_translator(model: nn.Module) -> str:
+    """The sentence for a model that is asked to translate and cannot: what it can do instead."""
+    name = type(model).__name__
+    if isinstance(model, Translator):
+        return f"this {name} has no tokenizer, so it cannot read a text."
+    if isinstance(model, EncoderDecoderModel):
+        return f"a {name} can embed texts (keifu embed) or classify them (keifu classify)."
+    if isinstance(model, Model):
+        return f"a {name} can continue a text (keifu generate)."
+    return f"a {name} cannot; choose an encoder-decoder, such as keifu train transformer makes."
+
+
+def translator(model: nn.Module) -> Translator:
+    """The same model, known to be one that translates; any other is a `UserError`."""
+    if not isinstance(model, Translator):
+        raise UserError(f"This model does not translate: {explain_not_translator(model)}")
+    return model
+
+
+def translate(
+    model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], beam: int = 4, alpha: float = 0.6
+) -> list[str]:
+    """The translation of each text, sentence by sentence."""
+    found = translate_texts(model, tokenizer, texts, TranslationParams(beam, alpha))
+    return [join_sentences(each.text for each in parts) for parts in found]
+
+
+def translate_texts(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    settings: TranslationParams = TranslationParams(),  # noqa: B008 (it is frozen)
+    split: Callable[[str], list[str]] = sentences,
+    progress: Progress | None = None,
+) -> list[list[Translation]]:
+    """For each text the translations of its sentences, in order; an empty text has none.
+
+    split: what makes sentences of a text. progress: is told how many sentences are done.
+    A sentence longer than the model takes is a `UserError` with both lengths.
+    """
+    parts = [[part for part in split(text) if part.strip()] for text in texts]
+    places = [f"Sentence {k} of text {n}" for n, each in enumerate(parts, 1) for k in range(1, len(each) + 1)]
+    flat = [part for each in parts for part in each]
+    ids = source_ids(translator(model), tokenizer, flat, places)
+    found = zip(flat, ids, search(translator(model), ids, settings, progress), strict=True)
+    done = (_translation(tokenizer, *each) for each in found)
+    return [[next(done) for _ in each] for each in parts]
+
+
+def source_ids(model: Translator, tokenizer: Tokenizer, texts: Sequence[str], places: Sequence[str]) -> list[list[int]]:
+    """The tokens of sentences with the end token behind; one too long is a `UserError` that says which it is."""
+    room = model.config.context_length
+    ids = [[*each, model.config.end_id] for each in tokenizer.encode_batch(texts)]
+    for place, each in zip(places, ids, strict=True):
+        if len(each) > room:
+            raise UserError(
+                f"{place} has {len(each)} tokens, but this model takes {room} at most: part it with full stops or "
+                "shorten it."
+            )
+    return ids
+
+
+def search(
+    model: Translator, sources: Sequence[Sequence[int]], settings: TranslationParams, progress: Progress | None = None
+) -> list[Hypothesis]:
+    """The best target of each source, in their order; neighbours in length are translated together."""
+    config = model.config
+    idle = {config.pad_id, config.start_id} - {config.end_id}
+    penalty = partial(paper_penalty, alpha=settings.alpha)
+    how = Search((config.end_id,), settings.beam, penalty=penalty, never=tuple(sorted(idle)))
+    found: dict[int, Hypothesis] = {}
+    assert isinstance(model, nn.Module)
+    with evaluation_mode(model):
+        for places in length_buckets([len(source) for source in sources], PASS_TOKENS, settings.batch_size):
+            limits = [_limit(len(sources[place]), config.context_length, settings.max_tokens) for place in places]
+            decoder = EncoderDecoderBeamModel(
+                model, [sources[place] for place in places], max(limits), device_of(model)
+            )
+            best = beam_search(decoder, how, limits)
+            found |= {place: texts[0] for place, texts in zip(places, best, strict=True)}
+            if progress:
+                progress(len(found))
+    return [found[place] for place in range(len(sources))]
+
+
+def _limit(source_tokens: int, room: int, wanted: int | None) -> int:
+    """Most tokens of a target with its end token: the paper's, or as many as are wanted, but no more than fit."""
+    return min(room, source_tokens + MARGIN if wanted is None else wanted)
+
+
+def _translation(tokenizer: Tokenizer, source: str, ids: Sequence[int], best: Hypothesis) -> Translation:
+    unknown = tokenizer.special.get("unk_token")
+    count = 0 if unknown is None else ids.count(tokenizer.token_id(unknown))
+    text = " ".join(tokenizer.decode(best.tokens).split("\n")).strip()
+    return Translation(source, text, best.score, len(best.tokens), best.ended, len(ids), count)

@@ -1,0 +1,1 @@
+"""Attention: masks, key-value cache, positions, and axial patterns."""

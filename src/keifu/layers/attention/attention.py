@@ -1,0 +1,237 @@
+"""Attention: queries look at keys and bring back values; knows no model, and not who else reads its tokens.
+
+Axes: batch, length = queries, seen = keys, heads, head_dim, dim = heads · head_dim where they are joined.
+"""
+
+from collections.abc import Callable
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.attention.kv_cache import Cache, KeyValueCache, WindowCache
+from keifu.layers.attention.masks import Band, band
+from keifu.layers.attention.positions import Positions, Rotary
+from keifu.layers.dropout import Dropout
+from keifu.layers.linear import JoinedLinear, Linear
+
+Visible = Bool[Tensor, "#batch 1 #length seen"] | Band | Literal["causal"] | None
+
+
+@runtime_checkable
+class Mask(Protocol):
+    """What each query may see. `visible(seen, window)` is None for everything, "causal" for the plain triangle, and a
+    `Band` where there are more queries than the window is wide."""
+
+    def visible(self, seen: int, window: int | None) -> Visible: ...
+
+
+class CausalMask:
+    """Each token sees itself and those before it, but no left padding; one object serves all layers of a pass.
+
+    `start` tokens came in earlier passes, `length` are in this one; `padding` [batch] counts each row's padding.
+    The mask is made on `device`, or where the padding is.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        length: int,
+        padding: Int[Tensor, " batch"] | None = None,
+        device: torch.device | None = None,
+    ):
+        self.start, self.length, self.padding = start, length, padding
+        self.device = device if padding is None else padding.device
+        self._made: dict[tuple[int, int | None], Visible] = {}
+
+    def visible(self, seen: int, window: int | None) -> Visible:
+        window = None if window is None or window >= seen else window
+        if (seen, window) not in self._made:
+            self._made[seen, window] = self._make(seen, window)
+        return self._made[seen, window]
+
+    def _make(self, seen: int, window: int | None) -> Visible:
+        if self.padding is None and window is None and (self.length == 1 or self.length == seen):
+            return None if self.length == 1 else "causal"
+        if window is not None and self.length > window:
+            return band(self.start, self.length, seen, window, self.padding, self.device)
+        end = self.start + self.length
+        queries = torch.arange(self.start, end, device=self.device)[:, None]
+        keys = torch.arange(end - seen, end, device=self.device)[None]
+        mask = keys <= queries
+        if window is not None:
+            mask &= keys > queries - window
+        if self.padding is not None:  # a padding token sees itself, so that no row of the softmax is empty
+            mask = mask & (keys >= self.padding[:, None, None]) | (keys == queries)
+        return mask.reshape(-1, 1, self.length, seen)
+
+
+class PaddingMask:
+    """Every query sees every real token, in both directions; `real` is True there."""
+
+    def __init__(self, real: Bool[Tensor, "batch seen"] | None = None):
+        self.mask = None if real is None else real[:, None, None, :]
+
+    def visible(self, seen: int, window: int | None) -> Visible:
+        return self.mask
+
+
+class CausalPaddingMask:
+    """Each token sees itself and those before it that are real; `real` is True there."""
+
+    def __init__(self, real: Bool[Tensor, "batch length"]):
+        causal = torch.ones(2 * real.shape[1:], dtype=torch.bool, device=real.device).tril()
+        self.mask = ((real[:, None] & causal) | torch.eye(real.shape[1], dtype=torch.bool, device=real.device))[:, None]
+
+    def visible(self, seen: int, window: int | None) -> Visible:
+        return self.mask
+
+
+def attend(
+    q: Float[Tensor, "batch heads length head_dim"],
+    k: Float[Tensor, "batch kv_heads seen head_dim"],
+    v: Float[Tensor, "batch kv_heads seen head_dim"],
+    visible: Visible = None,
+    dropout: Dropout | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "batch length dim"]:
+    """softmax(q kᵀ · scale) v, the heads joined; each head of keys serves heads / kv_heads neighbouring queries.
+
+    The scale is 1 / √head_dim where none is given. `dropout` acts on the softmax; torch's fused attention has none
+    whose mask could be told, so it costs memory that grows with length · seen.
+    """
+    batch, heads, length, _ = q.shape
+    if isinstance(visible, Band):
+        return visible.join(attend(*visible.cut(q, k, v), dropout, scale), length)
+    group = heads // k.shape[1]
+    mask = visible if isinstance(visible, Tensor) else None
+    dropout = dropout if dropout is not None and dropout.active else None
+    if dropout is not None or (q.requires_grad and _short(q, k)):
+        return _explicit(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), visible, dropout, scale)
+    if group > 1 and length == 1:  # one new token: the group's queries become the rows of one small product
+        q = q.reshape(batch, k.shape[1], group, -1)
+        group = 1
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=visible == "causal", scale=scale, enable_gqa=group > 1)
+    return y.reshape(batch, heads, length, -1).transpose(1, 2).flatten(2)
+
+
+def _short(q: Tensor, k: Tensor) -> bool:
+    """Whether torch's fused attention loses to three plain products: its backward pass does, measured on 2 cores with
+    AMX, four times at 64 tokens and 1.7 times at 256, in bfloat16 on a CPU; in float32, or from 512 tokens on, it wins.
+    """
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and max(q.shape[2], k.shape[2]) <= 256
+
+
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: Dropout | None, scale: float | None
+) -> Float[Tensor, "batch length dim"]:
+    """The same as `attend`, written out, each head with its own keys."""
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if visible == "causal":
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if isinstance(visible, Tensor):
+        scores = scores.masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(-1)
+    weights = weights if dropout is None else dropout(weights)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Self-attention (Vaswani et al., 2017, section 3.2): multi-head; grouped-query (Ainslie et al., 2023) with fewer
+    `n_kv_heads` than `n_heads`; multi-query (Shazeer, 2019) with one. What may be seen is the mask's business.
+
+    `window` limits each query to the last `window` tokens, itself included (Mistral, Jiang et al., 2023); the cost then
+    grows with the window. `scale` is what the products are multiplied with, 1 / √head_dim where it is None. `rotary`
+    turns queries and keys by their positions. `qk_norm(head_dim)` makes the norms of each head's queries and keys,
+    applied before the rotation (Henry et al., 2020; Qwen3, Gemma 3).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = True,
+        out_bias: bool | None = None,
+        window: int | None = None,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        rotary: Rotary | None = None,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+    ):
+        super().__init__()
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
+        self.head_dim, self.window, self.dropout = head_dim or dim // n_heads, window, Dropout(dropout)
+        self.scale = scale
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(f"n_kv_heads ({n_kv_heads}) must divide n_heads ({n_heads}).")
+        if head_dim is None and dim % n_heads:
+            raise UserError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number or give head_dim.")
+        inner, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.qkv = JoinedLinear(dim, (inner, kv, kv), bias)
+        self.out = Linear(inner, dim, bias if out_bias is None else out_bias)
+        self.rotary = rotary
+        self.q_norm = qk_norm(self.head_dim) if qk_norm else None
+        self.k_norm = qk_norm(self.head_dim) if qk_norm else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length dim"],
+        mask: Mask,
+        positions: Positions | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch length dim"]:
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split([self.n_heads, self.n_kv_heads], 2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 2)
+        if self.rotary is not None and positions is not None:
+            qk = positions.rotation(self.rotary).apply(qk)
+        q, k, v = qk[:, :, : self.n_heads].transpose(1, 2), qk[:, :, self.n_heads :].transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        visible = mask.visible(k.shape[2], self.window)
+        return self.out(attend(q, k, v, visible, self.dropout, self.scale))
+
+    def new_cache(self, batch: int, capacity: int, like: Tensor) -> Cache:
+        """An empty cache for `capacity` tokens in all, of the type and on the device of `like`."""
+        if self.window is not None and self.window < capacity:
+            return WindowCache(batch, self.n_kv_heads, self.window, self.head_dim, like)
+        return KeyValueCache(batch, self.n_kv_heads, capacity, self.head_dim, like)
+
+
+class CrossAttention(nn.Module):
+    """Queries from one sequence, keys and values from another (Vaswani et al., 2017, section 3.2.3)."""
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        context_dim: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        out_bias: bool | None = None,
+    ):
+        super().__init__()
+        if dim % n_heads:
+            raise UserError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number.")
+        self.n_heads, self.dropout = n_heads, Dropout(dropout)
+        self.q, self.kv = Linear(dim, dim, bias), JoinedLinear(context_dim or dim, (dim, dim), bias)
+        self.out = Linear(dim, dim, bias if out_bias is None else out_bias)
+
+    def project(self, context: Float[Tensor, "batch seen context_dim"]) -> tuple[Tensor, Tensor]:
+        """Keys and values of a context, [batch, heads, seen, head_dim] each: made once, used at every step."""
+        k, v = (x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for x in self.kv(context).chunk(2, -1))
+        return k, v
+
+    def forward(
+        self, x: Float[Tensor, "batch length dim"], keys_values: tuple[Tensor, Tensor], mask: Mask
+    ) -> Float[Tensor, "batch length dim"]:
+        k, v = keys_values
+        q = self.q(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        return self.out(attend(q, k, v, mask.visible(k.shape[2], None), self.dropout))

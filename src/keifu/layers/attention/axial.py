@@ -1,0 +1,176 @@
+"""Attention of a text and a picture's grid behind it, in which a place of the grid sees the text and few earlier places
+(DALL-E; Ramesh et al., 2021, appendix B.1 and figure 11); it knows no model.
+
+Axes: batch, heads, length = prefix + places, head_dim; prefix = tokens before the grid; places in raster order, row by
+row; window = places that a row of the grid has to look at.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from keifu.layers.attention.attention import Attention, attend
+from keifu.layers.attention.kv_cache import Cache, KeyValueCache
+
+Pattern = Literal["row", "column", "convolution", "full"]
+Heads = Float[Tensor, "batch heads length head_dim"]
+Places = Float[Tensor, "batch heads places head_dim"]
+Text = tuple[Float[Tensor, "batch heads prefix head_dim"], Float[Tensor, "batch heads prefix head_dim"]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tokens before a grid, its height and width, and the side of the window of the pattern "convolution"."""
+
+    prefix: int
+    height: int
+    width: int
+    kernel: int = 11
+
+    @property
+    def places(self) -> int:
+        """Of the grid."""
+        return self.height * self.width
+
+    def offsets(self, pattern: Pattern) -> tuple[int, ...]:
+        """How far back in raster order the places lie that one sees; 0 is itself.
+
+        row: as many as a row has, and one, so that the last lies above. column: those above. convolution: the earlier
+        half of a square window; both it and row go on behind the edge, in the row before (figure 11).
+        """
+        half = self.kernel // 2
+        window = {down * self.width + across for down in range(half + 1) for across in range(-half, half + 1)}
+        found = {
+            "row": range(self.width + 1),
+            "column": range(0, self.places, self.width),
+            "convolution": sorted(offset for offset in window if offset >= 0),
+            "full": range(self.places),
+        }
+        return tuple(offset for offset in found[pattern] if offset < self.places)
+
+    def visible(self, pattern: Pattern) -> Bool[Tensor, "length length"]:
+        """Which token sees which: the text what comes before, a place the whole text and what `offsets` say."""
+        length = self.prefix + self.places
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        mask[self.prefix :, self.prefix :] &= self._apart(torch.arange(self.places), pattern)
+        return mask
+
+    def _apart(self, keys: Int[Tensor, " keys"], pattern: Pattern) -> Bool[Tensor, "keys keys"]:
+        return torch.isin(keys[:, None] - keys, torch.tensor(self.offsets(pattern)))
+
+    def seen_from(self, pattern: Pattern, place: int) -> Int[Tensor, " seen"]:
+        """The tokens that one place of the grid sees, itself the last."""
+        earlier = [self.prefix + place - offset for offset in reversed(self.offsets(pattern)) if offset <= place]
+        return torch.cat([torch.arange(self.prefix), torch.tensor(earlier)])
+
+    def rows_seen(self, pattern: Pattern) -> int:
+        """Rows of the grid that a row must look at, itself among them."""
+        return min(self.height, 1 - (-max(self.offsets(pattern)) // self.width))
+
+    def pays(self, pattern: Pattern) -> bool:
+        """Whether looking at few places is less work than at all of them and leaving most out."""
+        return pattern == "column" or 2 * self.rows_seen(pattern) <= self.height
+
+
+class GridAttention(Attention):
+    """`Attention` whose places of the grid see what a pattern says, computed for these alone where that pays."""
+
+    def __init__(self, dim: int, n_heads: int, grid: Grid, pattern: Pattern, head_dim: int | None = None):
+        super().__init__(dim, n_heads, head_dim=head_dim)
+        self.grid = grid
+        self.pattern: Pattern = pattern
+
+    def forward(
+        self, x: Float[Tensor, "batch length dim"], cache: Cache | None = None
+    ) -> Float[Tensor, "batch length dim"]:
+        """All tokens at once; with a cache the text and the places that came, or one new place behind them."""
+        heads = self.qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim))
+        q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))
+        if cache is None:
+            return self.out(grid_attend(q, k, v, self.grid, self.pattern))
+        k, v = cache.append(k, v)
+        if x.shape[1] > 1:
+            return self.out(attend(q, k, v, "causal"))
+        seen = _visible_from(self.grid, self.pattern, k.shape[2] - 1 - self.grid.prefix, x.device)
+        return self.out(attend(q, k[:, :, seen], v[:, :, seen]))
+
+    def new_cache(self, batch: int, capacity: int, like: Tensor) -> KeyValueCache:
+        """An empty cache for `capacity` tokens in all."""
+        return KeyValueCache(batch, self.n_heads, capacity, self.head_dim, like)
+
+
+@lru_cache(maxsize=8192)
+def _visible_from(grid: Grid, pattern: Pattern, place: int, device: torch.device) -> Int[Tensor, " seen"]:
+    with torch.inference_mode(False):
+        return grid.seen_from(pattern, place).to(device)
+
+
+def grid_attend(q: Heads, k: Heads, v: Heads, grid: Grid, pattern: Pattern) -> Float[Tensor, "batch length dim"]:
+    """What each token brings back, the heads joined, for a text and a whole grid."""
+    if pattern == "full":
+        return attend(q, k, v, "causal")
+    if not grid.pays(pattern):
+        return attend(q, k, v, _mask(grid, pattern, q.device)[None, None])
+    before = k[:, :, : grid.prefix], v[:, :, : grid.prefix]
+    text = attend(q[:, :, : grid.prefix], *before, "causal")
+    q, k, v = (x[:, :, grid.prefix :] for x in (q, k, v))
+    found = (_columns if pattern == "column" else _rows)(q, k, v, before, grid, pattern)
+    return torch.cat([text, found.transpose(1, 2).flatten(2)], 1)
+
+
+@lru_cache(maxsize=64)
+def _mask(grid: Grid, pattern: Pattern, device: torch.device) -> Bool[Tensor, "length length"]:
+    with torch.inference_mode(False):
+        return grid.visible(pattern).to(device)
+
+
+def _columns(q: Places, k: Places, v: Places, before: Text, grid: Grid, pattern: Pattern) -> Places:
+    """Rows and columns of the grid change places, so that a column lies together (figure 11, c)."""
+    turned = (x.unflatten(2, (grid.height, grid.width)).transpose(2, 3) for x in (q, k, v))
+    causal = torch.ones(grid.height, grid.height, dtype=torch.bool, device=q.device).tril()
+    q, k, v = turned
+    return _assemble(q, k, v, before, causal).transpose(2, 3).flatten(2, 3)
+
+
+def _rows(q: Places, k: Places, v: Places, before: Text, grid: Grid, pattern: Pattern) -> Places:
+    """Each row of the grid looks at itself and the few rows above that its offsets reach."""
+    above = (grid.rows_seen(pattern) - 1) * grid.width
+    q = q.unflatten(2, (grid.height, grid.width))
+    k, v = (F.pad(x, (0, 0, above, 0)).unfold(2, above + grid.width, grid.width).mT for x in (k, v))
+    return _assemble(q, k, v, before, _window(grid, pattern, q.device)).flatten(2, 3)
+
+
+@lru_cache(maxsize=64)
+def _window(grid: Grid, pattern: Pattern, device: torch.device) -> Bool[Tensor, "rows columns window"]:
+    """For each row of the grid which of its places sees which of its window; before the first row there is nothing."""
+    with torch.inference_mode(False):
+        above = (grid.rows_seen(pattern) - 1) * grid.width
+        queries = torch.arange(grid.places).view(grid.height, grid.width, 1)
+        keys = torch.arange(grid.height)[:, None, None] * grid.width + torch.arange(-above, grid.width)
+        near = torch.isin(queries - keys, torch.tensor(grid.offsets(pattern)))
+        return (near & (keys >= 0)).to(device)
+
+
+def _assemble(
+    q: Float[Tensor, "batch heads groups length head_dim"],
+    k: Float[Tensor, "batch heads groups window head_dim"],
+    v: Float[Tensor, "batch heads groups window head_dim"],
+    before: Text,
+    mask: Bool[Tensor, "... length window"],
+) -> Float[Tensor, "batch heads groups length head_dim"]:
+    """Groups of places look at the whole text and, as the mask says, at a window of their own, in one softmax.
+
+    The text's keys stay as they are: they are not repeated for each group.
+    """
+    scale = q.shape[-1] ** -0.5
+    groups, length = q.shape[2:4]
+    text = (q.flatten(2, 3) @ before[0].mT).unflatten(2, (groups, length)) * scale
+    near = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    shares = torch.cat([text, near], -1).softmax(-1)
+    of_text, of_near = shares.split([text.shape[-1], near.shape[-1]], -1)
+    return (of_text.flatten(2, 3) @ before[1]).unflatten(2, (groups, length)) + of_near @ v

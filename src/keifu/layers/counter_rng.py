@@ -1,0 +1,91 @@
+"""Random numbers that are a function of a seed and a place alone: SplitMix64 as a counter; knows no generator's state.
+
+A row draws the same whatever the other rows do and however many there are, on any device.
+
+Axes: rows = independent streams; the `...` behind it are places in a stream.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from keifu.layers.wide import narrow, wide
+
+BITS = 48  # of a uniform number: enough for any vocabulary, and its product with a total stays below the total
+
+
+def bits(seeds: Int[Tensor, "*shape"], positions: Int[Tensor, "*#shape"]) -> Int[Tensor, "*shape"]:
+    """64 random bits for each seed and position: SplitMix64 (Steele, Lea and Flood, 2014), keyed by a hash of the seed,
+    and counted by the position."""
+    step = _to_signed(0x9E3779B97F4A7C15)
+    return _mix(_mix(seeds + step) + (positions + 1) * step)
+
+
+def uniform(seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """A number in [0, 1) for each seed and position, float64 where the device has it."""
+    found = _shift(bits(wide(seeds), wide(positions)), 64 - BITS).double() * 2.0**-BITS
+    return narrow(found, seeds.device)
+
+
+def bits16(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]:
+    """16 random bits for each of `count` places of each seed, as numbers from -2^15 to 2^15 - 1: for masks.
+
+    Four places share one product of 64 bits, which is mixed less than in `bits` and has no bit that is not used:
+    in place and without the masks of unsigned shifts, since a training step asks for billions.
+    """
+    places = torch.arange((count + 3) // 4, device=seeds.device) * _to_signed(0x9E3779B97F4A7C15)
+    mixed = seeds[:, None] + places
+    mixed ^= mixed >> 32
+    mixed *= _to_signed(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> 29
+    mixed *= _to_signed(0x94D049BB133111EB)
+    return mixed.view(torch.int16)[:, :count]
+
+
+def normal(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "rows ..."]:
+    """Standard normal numbers of this shape for each seed, float32: the positions from 0 on, two numbers each.
+
+    Box and Muller (1958) on two halves of 32 bits; so nothing lies beyond 6.7 standard deviations.
+    """
+    count, device, seeds = math.prod(shape), seeds.device, wide(seeds)
+    places = torch.arange((count + 1) // 2, device=seeds.device)
+    drawn = bits(seeds[:, None].expand(-1, len(places)), places[None])
+    radius = (_half(drawn, 32)).log_().mul_(-2).sqrt_()
+    angle = _half(drawn, 0).mul_(2 * math.pi)
+    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
+    return pairs.flatten(1)[:, :count].float().reshape(-1, *shape).to(device)
+
+
+def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "rows ..."]:
+    """Numbers of the standard Gumbel distribution of this shape for each seed, float32: the positions from 0 on.
+
+    The largest of some logarithms of probabilities with such a number added to each is a draw from them (Gumbel, 1954).
+    """
+    device, seeds = seeds.device, wide(seeds)
+    places = torch.arange(math.prod(shape), device=seeds.device)
+    drawn = bits(seeds[:, None].expand(-1, len(places)), places[None])
+    return _half(drawn, 32).log_().neg_().log_().neg_().float().reshape(-1, *shape).to(device)
+
+
+def _half(drawn: Int[Tensor, "*shape"], shift: int) -> Float[Tensor, "*shape"]:
+    """32 of the bits as a number between 0 and 1, neither of them, float64."""
+    return ((drawn >> shift) & (2**32 - 1)).double().add_(0.5).mul_(2.0**-32)
+
+
+def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    x = (x ^ _shift(x, 30)) * _to_signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _to_signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Int[Tensor, "*shape"], bits: int) -> Int[Tensor, "*shape"]:
+    """x >> bits with zeros coming in, as for unsigned numbers; torch's shift repeats the sign."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _to_signed(constant: int) -> int:
+    """A constant of 64 bits as the signed number that an int64 tensor holds; products wrap round all the same."""
+    return constant - 2**64 if constant >= 2**63 else constant

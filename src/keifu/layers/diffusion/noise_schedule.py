@@ -1,0 +1,299 @@
+"""How pictures dissolve into noise, as a table of what is left of the picture after each step, and what a network may
+predict of it; knows no network, no sampler and no random numbers.
+
+x_t = √ᾱ_t · picture + √(1 - ᾱ_t) · noise (Ho et al., 2020, equation 4). Tables are float64 on the CPU: differences of
+neighbouring ᾱ, which every sampler takes, lose half their digits in float32.
+
+Axes: batch, `*shape` = whatever the picture has, steps = T of the schedule; timesteps go from 0 (least noise) to T - 1.
+
+What a network learns to predict of a noisy picture, how much each timestep counts, and the exact step back; knows no
+network and no loop.
+
+SNR = ᾱ / (1 - ᾱ). Axes: batch, `*shape` = a picture's own, steps = T of the schedule.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from keifu.errors import UserError
+
+Schedule = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
+Target = Literal["noise", "picture", "velocity"]
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+Spacing = Literal["leading", "trailing", "linspace", "quadratic"]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise that a network was trained to remove. The defaults are DDPM's (Ho et al., 2020, section 4).
+
+    Attributes:
+        schedule: how β grows, a name in `SCHEDULES`.
+        steps: T, the number of noise levels.
+        beta_start, beta_end: the first and last β, where the schedule takes them; the cosine one does not.
+        betas: β of every step, in place of the schedule; empty for the schedule's.
+        zero_terminal_snr: √ᾱ shifted and scaled so that nothing of the picture is left at T - 1 (Lin et al., 2023,
+            algorithm 1).
+        target: what the network predicts: the noise, the picture, or the velocity √ᾱ·noise - √(1-ᾱ)·picture
+            (Salimans and Ho, 2022).
+        variance: of DDPM's steps: β̃ (fixed_small), β (fixed_large), or a share of the way between their logarithms
+            that the network predicts beside its target, with twice the channels (learned_range; Nichol and Dhariwal,
+            2021, equation 15).
+        clip: the largest number in a picture, to which predictions of it are clipped; None for no bound (latents).
+        threshold, threshold_max: clip each picture, in place of that, at this quantile of its own absolute numbers,
+            held between 1 and the maximum, and divide by it (dynamic thresholding, Saharia et al., 2022, section 2.3).
+        spacing, steps_offset: which timesteps a sampler visits, if nobody asks for others; see `noise_levels.py`.
+        last_alpha_one: whether the last step ends at the clean picture (ᾱ = 1) or, as the released Stable Diffusion
+            does, at the noise of timestep 0 (diffusers' `set_alpha_to_one`).
+
+    A value that cannot be is a ValueError.
+    """
+
+    schedule: Schedule = "linear"
+    steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    betas: tuple[float, ...] = ()
+    zero_terminal_snr: bool = False
+    target: Target = "noise"
+    variance: Variance = "fixed_small"
+    clip: float | None = 1.0
+    threshold: float | None = None
+    threshold_max: float = 1.0
+    spacing: Spacing = "leading"
+    steps_offset: int = 0
+    last_alpha_one: bool = True
+
+    def __post_init__(self) -> None:
+        for kind, known in _NAMES.items():
+            check_prediction_type(kind, vars(self)[kind], known)
+        if self.steps < 1 + self.zero_terminal_snr:
+            raise UserError(f"The noise schedule has {self.steps} steps, which is too few.")
+        if self.betas and len(self.betas) != self.steps:
+            raise UserError(f"There are {len(self.betas)} betas for {self.steps} steps: give one for each.")
+        outside = [beta for beta in self.betas or (self.beta_start, self.beta_end) if not 0 < beta < 1]
+        if outside:
+            raise UserError(f"A beta is a share of noise between 0 and 1, and one is {outside[0]}.")
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"Pictures are clipped at a positive number, not {self.clip}; None clips nothing.")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise UserError(f"A threshold is a share of a picture's numbers, between 0 and 1, not {self.threshold}.")
+
+    @cached_property
+    def beta(self) -> Float[Tensor, " steps"]:
+        """β of each timestep, float32 as published models' code has it: where β is 0.999, that rounding moves 1 - β by
+        more than two implementations may differ."""
+        betas = torch.tensor(self.betas, device="cpu") if self.betas else SCHEDULES[self.schedule](self)
+        return with_zero_terminal_snr(betas.float()) if self.zero_terminal_snr else betas.float()
+
+    @cached_property
+    def alpha_bar(self) -> Float[Tensor, " steps"]:
+        """ᾱ: the share of the picture's variance that is left at each timestep, float64."""
+        if not self.zero_terminal_snr:
+            return (1 - self.beta.double()).cumprod(0)
+        plain = replace(self, zero_terminal_snr=False).beta.double()
+        return (1 - with_zero_terminal_snr(plain)).cumprod(0)
+
+    @cached_property
+    def rounded_alpha_bar(self) -> Float[Tensor, " steps"]:
+        """ᾱ with the rounding of diffusers' float32 tables, float64: the levels that its samplers visit.
+
+        Of the little noise of the first timesteps, 1 - ᾱ, it has but four digits; paths agree only with the same four.
+        """
+        return (1 - self.beta).cumprod(0).double()
+
+
+def _linear(noise: Noise) -> Tensor:
+    """Ho et al. (2020), section 4."""
+    return torch.linspace(noise.beta_start, noise.beta_end, noise.steps, dtype=torch.float32, device="cpu")
+
+
+def _scaled_linear(noise: Noise) -> Tensor:
+    """Linear in √β: Rombach et al. (2022), as released."""
+    ends = noise.beta_start**0.5, noise.beta_end**0.5
+    return torch.linspace(*ends, noise.steps, dtype=torch.float32, device="cpu").square()
+
+
+def _cosine(noise: Noise) -> Tensor:
+    """ᾱ a squared cosine of time, β at most 0.999: Nichol and Dhariwal (2021), equation 17."""
+    times = torch.arange(noise.steps + 1, dtype=torch.float64, device="cpu") / noise.steps
+    left = torch.cos((times + 0.008) / 1.008 * math.pi / 2).square()
+    return (1 - left[1:] / left[:-1]).clamp(max=0.999)
+
+
+def _sigmoid(noise: Noise) -> Tensor:
+    """β a logistic curve from -6 to 6: GeoDiff (Xu et al., 2022), as released."""
+    curve = torch.linspace(-6, 6, noise.steps, dtype=torch.float32, device="cpu").sigmoid()
+    return curve * (noise.beta_end - noise.beta_start) + noise.beta_start
+
+
+SCHEDULES: dict[str, Callable[[Noise], Tensor]] = {
+    "linear": _linear,
+    "scaled_linear": _scaled_linear,
+    "cosine": _cosine,
+    "sigmoid": _sigmoid,
+}
+
+
+def with_zero_terminal_snr(betas: Float[Tensor, " steps"]) -> Float[Tensor, " steps"]:
+    """β of the schedule whose √ᾱ is shifted to end at 0 and scaled to begin where it did (Lin et al., 2023,
+    algorithm 1)."""
+    root = (1 - betas).cumprod(0).sqrt()
+    left = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+    return 1 - torch.cat([left[:1], left[1:] / left[:-1]])
+
+
+def at(table: Float[Tensor, " steps"], timestep: Int[Tensor, " batch"], x: Tensor) -> Tensor:
+    """The table's numbers at each row's timestep, shaped to be multiplied with x [batch, *shape]; at least float32."""
+    kind = torch.promote_types(x.dtype, torch.float32)
+    picked = table.to(x.device, kind)[timestep]
+    return picked.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def add_noise(
+    picture: Float[Tensor, "batch *shape"],
+    noise: Float[Tensor, "batch *shape"],
+    alpha_bar: Float[Tensor, " steps"],
+    timestep: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch *shape"]:
+    """x_t: the picture after so many steps of noise at once (Ho et al., 2020, equation 4)."""
+    return at(alpha_bar.sqrt(), timestep, picture) * picture + at((1 - alpha_bar).sqrt(), timestep, picture) * noise
+
+
+_NAMES = {
+    "schedule": tuple(SCHEDULES),
+    "target": get_args(Target),
+    "variance": get_args(Variance),
+    "spacing": get_args(Spacing),
+}
+
+
+def check_prediction_type(kind: str, name: str, known: tuple[str, ...]) -> None:
+    """Refuses a name that is not known, with the nearest that is."""
+    if name not in known:
+        near = get_close_matches(str(name).lower(), known, n=1, cutoff=0.3)
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"There is no {kind} {name!r}.{guess} Known: {', '.join(known)}.")
+
+
+Weighting = Literal["simple", "min_snr", "p2"]
+WEIGHTINGS = ("simple", "min_snr", "p2")
+
+
+def training_target(
+    noise: Noise,
+    picture: Float[Tensor, "batch *shape"],
+    added: Float[Tensor, "batch *shape"],
+    timestep: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch *shape"]:
+    """What the network should say of a picture with this noise added."""
+    if noise.target == "noise":
+        return added
+    if noise.target == "picture":
+        return picture
+    alpha_bar = noise.alpha_bar
+    return at(alpha_bar.sqrt(), timestep, picture) * added - at((1 - alpha_bar).sqrt(), timestep, picture) * picture
+
+
+def predicted_x0(
+    noise: Noise,
+    output: Float[Tensor, "batch *shape"],
+    x: Float[Tensor, "batch *shape"],
+    timestep: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch *shape"]:
+    """The picture that a network's prediction means, in x with the noise of these timesteps; never clipped."""
+    if noise.target == "picture":
+        return output
+    root, rest = (at(table.sqrt(), timestep, x) for table in (noise.alpha_bar, 1 - noise.alpha_bar))
+    return (x - rest * output) / root if noise.target == "noise" else root * x - rest * output
+
+
+def loss_weights(noise: Noise, weighting: Weighting = "simple", gamma: float | None = None) -> Float[Tensor, " steps"]:
+    """How much the squared error of the target counts at each timestep, float64.
+
+    simple: 1 (Ho et al., 2020, equation 14). min_snr: what makes the weight of the picture's error min(SNR, γ), γ 5
+    (Hang et al., 2023). p2: what makes that of the noise's error 1 / (1 + SNR)^γ, γ 1 (Choi et al., 2022).
+    """
+    check_prediction_type("weighting", weighting, WEIGHTINGS)
+    left = noise.alpha_bar
+    if weighting == "simple":
+        return torch.ones_like(left)
+    if weighting == "p2":  # the noise's error is √SNR times the picture's and √ᾱ times the velocity's
+        unit = (1 - left) ** (1.0 if gamma is None else gamma)  # 1 / (1 + SNR) is 1 - ᾱ
+        return unit * {"noise": torch.ones_like(left), "picture": left / (1 - left), "velocity": left}[noise.target]
+    most = 5.0 if gamma is None else gamma
+    of_picture = torch.minimum(left / (1 - left), torch.full_like(left, most))
+    share = torch.minimum(torch.ones_like(left), most * (1 - left) / left)  # min(SNR, γ) / SNR, also where SNR is 0
+    return {"noise": share, "picture": of_picture, "velocity": share * left}[noise.target]
+
+
+class Posterior(NamedTuple):
+    """q(x_{t-1} | x_t, picture) of every timestep (Ho et al., 2020, equations 6 and 7), float64.
+
+    Its mean is of_picture · picture + of_x · x_t, its variance β̃. `log_small` is ln β̃, at timestep 0, where β̃ is 0,
+    that of timestep 1, as DDPM's code has it; `log_large` is ln β.
+    """
+
+    of_picture: Tensor
+    of_x: Tensor
+    log_small: Tensor
+    log_large: Tensor
+
+    def log_variance(self, noise: Noise, timestep: Int[Tensor, " batch"], share: Tensor | None, x: Tensor) -> Tensor:
+        """ln of the variance that the model has at these timesteps, shaped as x or to be broadcast to it.
+
+        share: what the network says, -1 for β̃ and 1 for β (Nichol and Dhariwal, 2021, equation 15). A fixed large
+        variance has β̃ of timestep 1 at timestep 0, which makes a better decoder.
+        """
+        if noise.variance == "learned_range":
+            assert share is not None
+            low, high = at(self.log_small, timestep, x), at(self.log_large, timestep, x)
+            return low + (share + 1) / 2 * (high - low)
+        large = torch.cat([self.log_small[:1], self.log_large[1:]])
+        return at(self.log_small if noise.variance == "fixed_small" else large, timestep, x)
+
+
+def posterior(noise: Noise) -> Posterior:
+    """The exact step back, given the picture, at every timestep of a schedule."""
+    left = noise.alpha_bar
+    before = torch.cat([torch.ones_like(left[:1]), left[:-1]])
+    beta = 1 - left / before
+    variance = beta * (1 - before) / (1 - left)
+    first = variance[1:2] if len(left) > 1 else beta
+    return Posterior(
+        beta * before.sqrt() / (1 - left),
+        (left / before).sqrt() * (1 - before) / (1 - left),
+        torch.cat([first, variance[1:]]).log(),
+        beta.log(),
+    )
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL divergence of N(mean1, variance1) from N(mean2, variance2), for each number, in nats."""
+    ratio = torch.exp(log_variance1 - log_variance2)
+    return 0.5 * (log_variance2 - log_variance1 - 1 + ratio + (mean1 - mean2).square() * torch.exp(-log_variance2))
+
+
+def discretised_log_likelihood(
+    picture: Float[Tensor, "batch *shape"], mean: Tensor, log_variance: Tensor
+) -> Float[Tensor, "batch *shape"]:
+    """ln of the probability that N(mean, variance) gives to each number's grey value, one of 256 from -1 to 1: the
+    integral over a bin of width 2/255, the first and last without end (Ho et al., 2020, equation 13)."""
+    scale, gap = torch.exp(-0.5 * log_variance), picture - mean
+    # In the lower tail, where float32 has digits for what is left; by symmetry it is the upper one's too.
+    near, far = (_normal_cdf(scale * (side / 255 - gap.abs())) for side in (1, -1))
+    inside = torch.log((near - far).clamp(min=1e-12))
+    darkest, lightest = (torch.log(_normal_cdf(scale * (1 / 255 + side * gap)).clamp(min=1e-12)) for side in (1, -1))
+    return torch.where(picture < -0.999, darkest, torch.where(picture > 0.999, lightest, inside))
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * torch.erfc(-x / math.sqrt(2))

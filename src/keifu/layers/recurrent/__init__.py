@@ -1,0 +1,1 @@
+"""Recurrent networks, and the decoder with additive attention."""

@@ -1,0 +1,191 @@
+"""Gated recurrent units (Cho et al., 2014) over whole sequences, and encoders made of them; knows no model.
+
+The gates are torch.nn.GRU's: h' = (1 - z) · n + z · h, with r applied after the recurrent product, n = tanh(W x + b +
+r · (U h + c)), so that weights copy to and from torch. Cho and Bahdanau write h' = (1 - z) · h + z · n, whose z is
+1 - z here (the same network with W_z, U_z and b_z negated), and apply r before the product, n = tanh(W x + U (r · h)),
+which is another network of the same size: theirs costs a second product in every step that has to wait for r.
+
+Axes: batch, length = tokens, dim = a state, gates = 3 dim (reset, update, new), directions = ways of reading, `...` =
+what a step is made of beside the last axis. What runs over time has the length first.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.linear import JoinedLinear
+
+
+class RecurrentTape(NamedTuple):
+    """What is kept of every step of a recurrence: `states` begins with the one before the first step.
+
+    `gates` are reset and update, `new` the proposed state, `before_reset` its recurrent part before the reset gate.
+    """
+
+    states: Float[Tensor, "steps ... dim"]
+    gates: Float[Tensor, "length ... two_dim"]
+    new: Float[Tensor, "length ... dim"]
+    before_reset: Float[Tensor, "length ... dim"]
+
+    @classmethod
+    def empty(cls, length: int, state: Float[Tensor, "... dim"]) -> "RecurrentTape":
+        """Room for `length` steps that begin at `state`."""
+        *batch, dim = state.shape
+        sizes = (length + 1, dim), (length, 2 * dim), (length, dim), (length, dim)
+        tape = cls(*(state.new_empty(steps, *batch, width) for steps, width in sizes))
+        tape.states[0] = state
+        return tape
+
+    def advance(self, step: int, x: Float[Tensor, "... gates"], product: Float[Tensor, "... gates"]) -> None:
+        """Writes the state after `step`, of the input's product and the product of the state before."""
+        dim = self.new.shape[-1]
+        gates = torch.add(x[..., : 2 * dim], product[..., : 2 * dim], out=self.gates[step]).sigmoid_()
+        reset, update = gates.chunk(2, -1)
+        before = self.before_reset[step].copy_(product[..., 2 * dim :])
+        new = torch.addcmul(x[..., 2 * dim :], reset, before, out=self.new[step]).tanh_()
+        torch.lerp(new, self.states[step], update, out=self.states[step + 1])
+
+    def slopes(self) -> tuple[Float[Tensor, "length ... 3 dim"], Float[Tensor, "length ... 3 dim"]]:
+        """How a state answers to what its gates were given: to the input's product, and to the recurrent one."""
+        reset, update = self.gates.chunk(2, -1)
+        new = (1 - update) * (1 - self.new.square())
+        update = (self.states[:-1] - self.new) * update * (1 - update)
+        through_reset = new * self.before_reset * reset * (1 - reset)
+        return torch.stack([through_reset, update, new], -2), torch.stack([through_reset, update, new * reset], -2)
+
+
+def product_type(like: Tensor) -> torch.dtype:
+    """The type of matrix products: autocast's where that is on, else that of the weights."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+
+
+class _Recurrence(torch.autograd.Function):
+    """A step's gradient waits for the next one's, but those of the weights do not: they are one product at the end."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, kind: torch.dtype) -> Tensor:
+        low, low_bias, tape = weight.to(kind), bias.to(kind)[:, None], RecurrentTape.empty(len(x), state)
+        with torch.autocast(x.device.type, enabled=False):
+            for step in range(len(x)):
+                before = tape.states[step].to(kind)
+                tape.advance(step, x[step], torch.baddbmm(low_bias, before, low.mT))
+        ctx.save_for_backward(low, *tape)
+        return tape.states[1:]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        low, *kept = ctx.saved_tensors
+        tape = RecurrentTape(*kept)
+        (length, directions, batch, dim), update = tape.new.shape, tape.gates.chunk(2, -1)[1]
+        to_input, to_product = tape.slopes()
+        d_states, d_products = torch.empty_like(tape.new), torch.empty_like(to_product)
+        carried = torch.zeros_like(tape.new[0])
+        for step in reversed(range(length)):
+            d_state = torch.add(upstream[0][step], carried, out=d_states[step])
+            d_product = torch.mul(to_product[step], d_state.unsqueeze(-2), out=d_products[step]).flatten(-2)
+            carried = (d_state * update[step]).add_(torch.bmm(d_product.to(low.dtype), low))
+        d_x = to_input.mul_(d_states.unsqueeze(-2)).flatten(-2)
+        rows = d_products.flatten(-2).transpose(0, 1).reshape(directions, length * batch, -1)
+        before = tape.states[:-1].transpose(0, 1).reshape(directions, length * batch, dim)
+        d_weight = torch.bmm(rows.to(low.dtype).mT, before.to(low.dtype)).to(rows.dtype)
+        return d_x, d_weight, rows.sum(1), carried, None
+
+
+def recur(
+    x: Float[Tensor, "length directions batch gates"],
+    layers: Sequence[nn.Linear],
+    state: Float[Tensor, "directions batch dim"],
+) -> Float[Tensor, "length directions batch dim"]:
+    """The states after each step, several directions side by side.
+
+    `x` are the products of the inputs, bias included, `layers` the recurrent product of each direction.
+    """
+    weight = torch.stack([layer.weight for layer in layers])
+    bias = torch.stack([layer.bias for layer in layers])
+    states = _Recurrence.apply(x.to(weight.dtype), weight, bias, state.to(weight.dtype), product_type(weight))
+    assert isinstance(states, Tensor)
+    return states
+
+
+class GRU(nn.Module):
+    """One gated recurrent layer read in one direction; weights and gates as in torch.nn.GRU (see the file's head)."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.input, self.recurrent = JoinedLinear(in_dim, (dim,) * 3), JoinedLinear(dim, (dim,) * 3)
+
+    def forward(
+        self, products: Float[Tensor, "length batch gates"], state: Float[Tensor, "batch dim"]
+    ) -> Float[Tensor, "length batch dim"]:
+        """The states after each step; `products` are what `input` gives, made for all steps at once."""
+        return recur(products[:, None], [self.recurrent], state[None])[:, 0]
+
+
+class EncoderOutput(NamedTuple):
+    """A source as an encoder leaves it: the states at each token, and the last state of each direction, joined."""
+
+    states: Float[Tensor, "batch length width"]
+    ends: Float[Tensor, "batch width"]
+    mask: Bool[Tensor, "batch length"]
+
+
+class ForwardEncoder(nn.Module):
+    """Reads from the first token to the last. Padding stands on the right and is never seen by what comes before."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.forwards, self.width = GRU(in_dim, dim), dim
+
+    def forward(self, x: Float[Tensor, "batch length in_dim"], mask: Bool[Tensor, "batch length"]) -> EncoderOutput:
+        products = self.forwards.input(x.transpose(0, 1))
+        states = self.forwards(products, products.new_zeros(len(x), self.width)).transpose(0, 1)
+        return EncoderOutput(states, _at(states, _lengths(mask) - 1), mask)
+
+
+class BidirectionalEncoder(nn.Module):
+    """Reads both ways at once (Schuster and Paliwal, 1997); a token's state is the two directions' states joined.
+
+    The backward direction reads each row's own tokens in reverse, so that it too sees its padding last.
+    """
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.forwards, self.backwards, self.width = GRU(in_dim, dim), GRU(in_dim, dim), 2 * dim
+
+    def forward(self, x: Float[Tensor, "batch length in_dim"], mask: Bool[Tensor, "batch length"]) -> EncoderOutput:
+        lengths = _lengths(mask)
+        turned = _reverse(x, lengths)
+        ways = zip((self.forwards, self.backwards), (x, turned), strict=True)
+        products = torch.stack([gru.input(way.transpose(0, 1)) for gru, way in ways], 1)
+        start = products.new_zeros(2, len(x), self.forwards.dim)
+        states = recur(products, [self.forwards.recurrent, self.backwards.recurrent], start)
+        onwards, back = states.permute(1, 2, 0, 3)
+        ends = [_at(onwards, lengths - 1), _at(back, lengths - 1)]
+        return EncoderOutput(torch.cat([onwards, _reverse(back, lengths)], -1), torch.cat(ends, -1), mask)
+
+
+ENCODERS = {"forward": ForwardEncoder, "bidirectional": BidirectionalEncoder}
+
+
+def _lengths(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
+    lengths = mask.sum(-1)
+    if not bool(lengths.all()):
+        raise UserError("A source has no token: leave out empty ones, or end each with the token that ends a text.")
+    return lengths
+
+
+def _at(states: Float[Tensor, "batch length dim"], places: Int[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
+    return states[torch.arange(len(states), device=states.device), places]
+
+
+def _reverse(x: Float[Tensor, "batch length dim"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch length dim"]:
+    """Each row's first `lengths` places in reverse, the padding where it was; the inverse of itself."""
+    places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    turned = torch.where(places < lengths[:, None], lengths[:, None] - 1 - places, places)
+    return x.gather(1, turned[..., None].expand_as(x))

@@ -1,0 +1,1 @@
+"""Transformer blocks, and the decoder and encoder-decoder made of them."""

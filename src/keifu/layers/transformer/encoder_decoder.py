@@ -1,0 +1,157 @@
+"""An encoder-decoder made of the parts it is given: one side reads a text, the other writes one that answers to it.
+
+It knows not which model that makes. Axes: batch, length = tokens of the target, source_length, dim, vocab; a batch may
+have several rows for one source (beams), which then lie side by side.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.layers.attention.attention import CausalMask, PaddingMask
+from keifu.layers.attention.kv_cache import Cache
+from keifu.layers.attention.positions import SinusoidalPositions
+from keifu.layers.dropout import Dropout
+from keifu.layers.linear import linear
+
+Hidden = Float[Tensor, "batch length dim"]
+
+
+class State:
+    """What the decoder goes by: keys and values of the sources, a pair for each block, and those of the target so far.
+
+    The rows of one source share its keys and values: nothing of a source is computed or held twice, as long as every
+    source has equally many rows and they lie side by side.
+    """
+
+    def __init__(
+        self,
+        memory: Sequence[tuple[Tensor, Tensor]],
+        source_mask: Bool[Tensor, "sources source_length"] | None,
+        caches: Sequence[Cache] | None,
+    ):
+        self.memory, self.mask, self.caches = memory, PaddingMask(source_mask), caches
+        self._source_mask = source_mask
+        self._owners = torch.arange(len(memory[0][0]), device=memory[0][0].device)  # of each row, its source's place
+
+    @property
+    def rows(self) -> int:
+        """How many targets are being written."""
+        return len(self._owners)
+
+    @property
+    def length(self) -> int:
+        """How many tokens of the target it has taken; 0 where the target is given at once."""
+        return self.caches[0].length if self.caches else 0
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keeps these rows, in this order, in place; a row may be named several times."""
+        for cache in self.caches or ():
+            cache.select(rows)
+        owners = self._owners[rows]
+        kept, counts = owners.unique_consecutive(return_counts=True)
+        if len(counts) and bool((counts != counts[0]).any()):
+            kept = owners
+        places = torch.arange(len(kept), device=kept.device)
+        if len(kept) != len(self.memory[0][0]) or not torch.equal(kept, places):
+            self.memory = [(keys[kept], values[kept]) for keys, values in self.memory]
+            self._source_mask = None if self._source_mask is None else self._source_mask[kept]
+            self.mask = PaddingMask(self._source_mask)
+        self._owners = places.repeat_interleave(len(rows) // max(len(kept), 1))
+
+
+class EncoderDecoder(nn.Module):
+    """Embeddings, positions, encoder, decoder, head.
+
+    embeddings: one for both languages, or the source's and the target's. head: None ties it to the target's embedding.
+    scale: a factor on the embeddings before the positions are added. config: what the model was built from.
+    """
+
+    logits_bias: Tensor
+
+    def __init__(
+        self,
+        embeddings: Sequence[nn.Embedding],
+        encoder: Sequence[nn.Module],
+        decoder: Sequence[nn.Module],
+        positions: SinusoidalPositions,
+        head: nn.Linear | None = None,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        config: Any = None,
+    ):
+        super().__init__()
+        self.embedding = embeddings[0] if len(embeddings) == 1 else None
+        self.source_embedding, self.target_embedding = embeddings if len(embeddings) == 2 else (None, None)
+        self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
+        self.positions, self.head, self.scale = positions, head, scale
+        self.source_dropout, self.target_dropout = Dropout(dropout), Dropout(dropout)
+        self.config = config
+        self.register_buffer("logits_bias", torch.zeros(1, embeddings[-1].num_embeddings))
+
+    def forward(
+        self,
+        source: Int[Tensor, "batch source_length"],
+        target: Int[Tensor, "batch length"],
+        source_mask: Bool[Tensor, "batch source_length"] | None = None,
+    ) -> Float[Tensor, "batch length vocab"]:
+        """Logits of the token after each of the target. `source_mask` is True on real tokens; padding is at the end."""
+        return self.logits(self.hidden(target, self.start(source, source_mask)))
+
+    def start(
+        self,
+        source: Int[Tensor, "batch source_length"],
+        source_mask: Bool[Tensor, "batch source_length"] | None = None,
+        capacity: int | None = None,
+    ) -> State:
+        """Reads the sources. With `capacity` the state has room for that many tokens of each target, which then come a
+        few at a time; without it a whole target is given at once and nothing of it is kept.
+        """
+        x = self.source_dropout(self._embedded(self._of(self.source_embedding), source, 0))
+        mask = PaddingMask(source_mask)
+        for block in self.encoder:
+            x = block(x, mask=mask)
+        blocks: list[Any] = list(self.decoder)
+        memory = [block.cross_attention.project(x) for block in blocks]
+        like = memory[0][0]
+        caches = None if capacity is None else [b.attention.new_cache(len(source), capacity, like) for b in blocks]
+        return State(memory, source_mask, caches)
+
+    def hidden(self, target: Int[Tensor, "batch length"], state: State) -> Hidden:
+        """Hidden states that predict the token after each. With a capacity, `target` are the new tokens alone."""
+        if len(target) != state.rows:
+            raise ValueError(f"The state is for {state.rows} targets and was given tokens of {len(target)}.")
+        start = state.length
+        x = self.target_dropout(self._embedded(self._of(self.target_embedding), target, start))
+        mask = CausalMask(start, target.shape[1])
+        for i, block in enumerate(self.decoder):
+            cache = state.caches[i] if state.caches else None
+            x = block(x, memory=state.memory[i], memory_mask=state.mask, mask=mask, cache=cache)
+        return x
+
+    def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
+        """The head alone."""
+        return linear(hidden, self.head_weight, self.head_bias)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+        """The matrix of the head, for losses that do not want all logits at once."""
+        return self._of(self.target_embedding).weight if self.head is None else self.head.weight
+
+    @property
+    def head_bias(self) -> Float[Tensor, " vocab"]:
+        """What is added to the logits: fixed numbers, not learned; zeros unless a checkpoint says otherwise."""
+        return self.logits_bias[0]
+
+    def _of(self, own: nn.Embedding | None) -> nn.Embedding:
+        """A side's own embedding, or the shared one."""
+        embedding = self.embedding if own is None else own
+        assert embedding is not None
+        return embedding
+
+    def _embedded(self, embedding: nn.Embedding, tokens: Tensor, start: int) -> Hidden:
+        x = embedding(tokens) * self.scale
+        return x + self.positions(start, tokens.shape[1], x)

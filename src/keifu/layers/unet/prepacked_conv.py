@@ -1,0 +1,85 @@
+"""Convolutions whose kernels lie in memory as the processor's library reads them, for inference; knows no model.
+
+torch puts a kernel into that order at every call, which for a single picture takes as long as the products at a U-Net's
+coarse resolutions. Here it is done once. Adapters and training come before it.
+"""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keifu.layers.unet.conv import DoublingConv2d, doubling_pays, fold_upsampling, grow_kernel, interleave
+
+Resampled = Float[Tensor, "batch out new_height new_width"]
+
+
+class PackedConv2d(nn.Module):
+    """What an `nn.Conv2d` computes, without gradients; it keeps the packed kernel alone."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.padding = _pair(conv.padding)
+        self.conv = _prepack(conv, conv.weight.detach(), conv.bias)
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Resampled:
+        return self.conv(x)
+
+
+class PackedDoublingConv2d(PackedConv2d):
+    """What a `DoublingConv2d` computes, its four kernels made beforehand."""
+
+    def __init__(self, conv: DoublingConv2d):
+        super().__init__(conv)
+        bias = None if conv.bias is None else conv.bias.repeat(4)
+        self.fourfold = _prepack(conv, fold_upsampling(conv.weight.detach()), bias)
+
+    def forward(self, x: Float[Tensor, "batch channels height width"], size: Sequence[int] | None = None) -> Resampled:
+        return interleave(self.fourfold(x)) if doubling_pays(x, size) else self.conv(grow_kernel(x, size))
+
+
+def _prepack(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> partial[Tensor]:
+    """The convolution of a picture with this kernel and all else as `conv` has it."""
+    where = (_pair(conv.padding), _pair(conv.stride), _pair(conv.dilation), conv.groups)
+    kernel = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *where)
+    bias = None if bias is None else bias.detach()
+    return partial(_convolve, rest=(kernel, bias, *where, "none", [], ""))
+
+
+def _convolve(x: Tensor, rest: tuple) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(x, *rest)
+
+
+def _pair(value: int | tuple[int, ...] | str) -> list[int]:
+    assert not isinstance(value, str)
+    return [value, value] if isinstance(value, int) else [*value]
+
+
+def prepack(model: nn.Module) -> nn.Module:
+    """A copy of a model for inference whose convolutions are packed; everything else it shares with the model.
+
+    Those of single pixels stay as they are: oneDNN takes up to twenty times as long for them in bfloat16 when packed.
+
+    Later changes of the model's kernels do not reach it. Where they cannot be packed (another device than the CPU, a
+    torch without oneDNN, a type that it does not compute) it is the model itself.
+    """
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)]
+    if not convs or not all(_packable(conv) for conv in convs):
+        return model
+    memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    with torch.inference_mode():
+        for conv in convs:
+            memo[id(conv)] = PackedDoublingConv2d(conv) if isinstance(conv, DoublingConv2d) else PackedConv2d(conv)
+    return copy.deepcopy(model, memo).eval()
+
+
+def _packable(conv: nn.Conv2d) -> bool:
+    """Whether oneDNN computes this convolution in its type; a subclass that does something else is not packed."""
+    plain = type(conv) in (nn.Conv2d, DoublingConv2d) and conv.padding_mode == "zeros"
+    if not plain or conv.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    bfloat16 = conv.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not isinstance(conv.padding, str) and (conv.weight.dtype == torch.float32 or bfloat16)

@@ -1,0 +1,148 @@
+"""The U-Net (Ronneberger et al., 2015; Ho et al., 2020, appendix B): down through the resolutions and up again, each
+step up beside what the way down has seen. Its parts are passed in, so that what the stages look at besides the picture
+(a text, for example) is their attentions' business; knows no model and no noise.
+
+Axes: batch, channels, height, width. `context` goes to the attentions.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keifu.layers.unet.conv import Downsample, Pixels, Resampled, Upsample
+
+Time = Float[Tensor, "batch time_dim"]
+Residual = Callable[[int, int], nn.Module]  # makes a block from so many channels to so many
+AtLevel = Callable[[int, int], nn.Module]  # makes what stands at a level, for so many channels
+PerhapsAtLevel = Callable[[int, int], nn.Module | None]
+
+
+class Stage(nn.Module):
+    """Residual blocks at one resolution, an attention after each where there are any, and the way to the next
+    resolution, if one follows."""
+
+    def __init__(
+        self, residuals: Sequence[nn.Module], attentions: Sequence[nn.Module] = (), resample: nn.Module | None = None
+    ):
+        super().__init__()
+        self.residuals, self.attentions = nn.ModuleList(residuals), nn.ModuleList(attentions)
+        self.resample = resample
+
+    def pairs(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+        """Each residual block with the attention that follows it."""
+        return zip_longest(self.residuals, self.attentions)
+
+
+class Down(Stage):
+    """A stage of the way down: gives every state that the way up will see again, the last of them its result."""
+
+    def forward(self, x: Pixels, time: Time, **context: Any) -> list[Tensor]:
+        states = []
+        for residual, attention in self.pairs():
+            x = residual(x, time)
+            x = x if attention is None else attention(x, **context)
+            states.append(x)
+        return states if self.resample is None else [*states, self.resample(x, time)]
+
+
+class Middle(Stage):
+    """A stage whose states nothing reads again: the coarsest one, with a residual block more than there are attentions,
+    or any of a network that goes one way."""
+
+    def forward(self, x: Pixels, time: Time | None = None, **context: Any) -> Resampled:
+        for residual, attention in self.pairs():
+            x = residual(x, time)
+            x = x if attention is None else attention(x, **context)
+        return x if self.resample is None else self.resample(x)
+
+
+class Up(Stage):
+    """A stage of the way up: each residual block takes the newest of the `states` off the list and reads it too. An
+    `Upsample` that leads out of it is told the next one's size."""
+
+    def forward(self, x: Pixels, states: list[Tensor], time: Time, **context: Any) -> Resampled:
+        for residual, attention in self.pairs():
+            x = residual(torch.cat([x, states.pop()], 1), time)
+            x = x if attention is None else attention(x, **context)
+        if isinstance(self.resample, Upsample):
+            return self.resample(x, states[-1].shape[2:])
+        return x if self.resample is None else self.resample(x, time)
+
+
+class UNet(nn.Module):
+    """first → down stages → middle → up stages → last(swish(norm(·))); sides must be multiples of `factor`, or of 1
+    where every stage can take half a pixel for a whole one (`flexible`)."""
+
+    def __init__(
+        self,
+        first: nn.Module,
+        down: Sequence[Down],
+        middle: Middle | None,
+        up: Sequence[Up],
+        norm: nn.Module,
+        last: nn.Module,
+    ):
+        super().__init__()
+        self.first, self.down, self.middle = first, nn.ModuleList(down), middle
+        self.up, self.norm, self.last = nn.ModuleList(up), norm, last
+        self.factor = 2 ** sum(stage.resample is not None for stage in down)
+        halving = all(isinstance(each, Downsample) and each.around for each in _leading(down))
+        self.flexible = halving and all(isinstance(each, Upsample) for each in _leading(up))
+
+    def forward(self, x: Pixels, time: Time, **context: Any) -> Float[Tensor, "batch out_channels height width"]:
+        x = self.first(x).contiguous(memory_format=torch.channels_last)
+        states = [x]
+        for stage in self.down:
+            states += stage(states[-1], time, **context)
+        x = states[-1] if self.middle is None else self.middle(states[-1], time, **context)
+        for stage in self.up:
+            x = stage(x, states, time, **context)
+        return self.last(F.silu(self.norm(x)))
+
+
+def stages(
+    widths: Sequence[int],
+    n_residual_blocks: int,
+    residual: Residual,
+    attention: tuple[PerhapsAtLevel, PerhapsAtLevel],
+    resample: tuple[AtLevel, AtLevel],
+) -> tuple[list[Down], list[Up]]:
+    """The way down and the way up through levels of these channels, 0 the finest; the way up comes coarsest first.
+
+    attention, resample: what stands after each residual block of a level, if anything, and what leads out of it to the
+    next; each for the way down and the way up. There is one residual block more a level on the way up, since each reads
+    a state of the way down, and the first convolution's is one of them.
+    """
+    down, up, states, last = [], [], [widths[0]], len(widths) - 1
+    for level, width in enumerate(widths):
+        inputs = [states[-1], *[width] * (n_residual_blocks - 1)]
+        blocks = [residual(channels, width) for channels in inputs]
+        down.append(Down(blocks, _each(attention[0], level, width, blocks), _next(resample[0], level, width, last)))
+        states += [width] * (n_residual_blocks + (level < last))
+    below = widths[-1]
+    for level, width in reversed([*enumerate(widths)]):
+        inputs = [states.pop() + (width if place else below) for place in range(n_residual_blocks + 1)]
+        blocks = [residual(channels, width) for channels in inputs]
+        up.append(Up(blocks, _each(attention[1], level, width, blocks), _next(resample[1], level, width, 0)))
+        below = width
+    return down, up
+
+
+def _leading(way: Sequence[Stage]) -> list[nn.Module]:
+    """What leads from stage to stage."""
+    return [stage.resample for stage in way if stage.resample is not None]
+
+
+def _each(attention: PerhapsAtLevel, level: int, width: int, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """An attention for each block of a level, or none at all."""
+    made = [attention(level, width) for _ in blocks]
+    return [one for one in made if one is not None]
+
+
+def _next(resample: AtLevel, level: int, width: int, last: int) -> nn.Module | None:
+    return None if level == last else resample(level, width)

@@ -1,0 +1,1 @@
+"""CLIP: the text encoder, the image encoder, and the model of both."""

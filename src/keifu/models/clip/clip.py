@@ -1,0 +1,160 @@
+"""CLIP (Radford et al., 2021, "Learning Transferable Visual Models From Natural Language Supervision"): a tower for
+pictures and one for captions, trained so that a picture and its own caption point the same way among all of a batch.
+Any words are then a classifier. It is no generator. This file knows nothing of training, text or files.
+
+Axes: images, texts, length = tokens, channels, rows and columns of pixels, embedding = the shared space.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.models.hf.image_processor import Pixels, read_pixels, write_pixels
+
+Tokens = Int[Tensor, "texts length"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are ViT-B/32 as OpenAI released it. `pixels` is what a picture becomes before the tower sees it."""
+
+    text: clip_text.Config = field(default_factory=clip_text.Config)
+    image: clip_image.Config | clip_image.ResNetConfig = field(default_factory=clip_image.Config)
+    pixels: Pixels = field(default_factory=Pixels)
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokens that captions are made of."""
+        return self.text.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """The longest caption in tokens, its start and end among them."""
+        return self.text.context_length
+
+
+def _vit(dim: int, layers: int, patch: int, text_dim: int, embedding: int, size: int = 224) -> Config:
+    heads, text_heads = dim // 64, text_dim // 64
+    image = clip_image.Config(size, patch, 3, dim, 4 * dim, layers, heads, embedding_dim=embedding)
+    text = clip_text.Config(dim=text_dim, hidden_dim=4 * text_dim, n_heads=text_heads, embedding_dim=embedding)
+    return Config(text, image, Pixels(size, size))
+
+
+def _resnet(width: int, layers: tuple[int, ...], text_dim: int, embedding: int, size: int) -> Config:
+    image = clip_image.ResNetConfig(size, width, layers, width // 2, embedding)
+    text = clip_text.Config(dim=text_dim, hidden_dim=4 * text_dim, n_heads=text_dim // 64, embedding_dim=embedding)
+    return Config(text, image, Pixels(size, size))
+
+
+SIZES = {  # the paper's tables 19 and 20
+    "clip-rn50": _resnet(64, (3, 4, 6, 3), 512, 1024, 224),
+    "clip-rn101": _resnet(64, (3, 4, 23, 3), 512, 512, 224),
+    "clip-rn50x4": _resnet(80, (4, 6, 10, 6), 640, 640, 288),
+    "clip-rn50x16": _resnet(96, (6, 8, 18, 8), 768, 768, 384),
+    "clip-rn50x64": _resnet(128, (3, 15, 36, 10), 1024, 1024, 448),
+    "clip-vit-b32": _vit(768, 12, 32, 512, 512),
+    "clip-vit-b16": _vit(768, 12, 16, 512, 512),
+    "clip-vit-l14": _vit(1024, 24, 14, 768, 768),
+    "clip-vit-l14-336": _vit(1024, 24, 14, 768, 768, 336),
+}
+PAPER_PARAMETERS = {  # of the released weights, as open_clip lists them; the paper prints none
+    "clip-rn50": 102.01e6, "clip-rn101": 119.69e6, "clip-rn50x4": 178.3e6, "clip-rn50x16": 290.98e6,
+    "clip-rn50x64": 623.26e6, "clip-vit-b32": 151.28e6, "clip-vit-b16": 149.62e6, "clip-vit-l14": 427.62e6,
+    "clip-vit-l14-336": 427.94e6,
+}  # fmt: skip
+
+
+class Clip(nn.Module):
+    """The two towers, and the logarithm of what their similarities are multiplied by."""
+
+    def __init__(self, config: Config, text: nn.Module, image: nn.Module):
+        super().__init__()
+        if not config.text.projected or config.text.embedding_dim != config.image.embedding_dim:
+            sizes = f"{config.text.embedding_dim} and {config.image.embedding_dim}"
+            raise UserError(f"Both towers must be projected into one space, and theirs have {sizes} numbers.")
+        self.config, self.text, self.image = config, text, image
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def encode_image(self, pixels: Float[Tensor, "images channels rows columns"]) -> Float[Tensor, "images embedding"]:
+        """A vector for each picture, of any length; pixels are made by the config's `pixels`."""
+        return self.image(pixels)
+
+    def encode_text(
+        self, tokens: Tokens, mask: Bool[Tensor, "texts length"] | None = None
+    ) -> Float[Tensor, "texts embedding"]:
+        """A vector for each caption, of any length; `mask` is True on real tokens (see `TextTower.encode`)."""
+        return self.text(tokens, mask)
+
+    def forward(
+        self,
+        pixels: Float[Tensor, "images channels rows columns"],
+        tokens: Tokens,
+        mask: Bool[Tensor, "texts length"] | None = None,
+    ) -> Float[Tensor, "images texts"]:
+        """Logits: how well each caption fits each picture, the cosine of their vectors times exp(logit_scale)."""
+        return self.logits(self.encode_image(pixels), self.encode_text(tokens, mask))
+
+    def logits(
+        self, images: Float[Tensor, "images embedding"], texts: Float[Tensor, "texts embedding"]
+    ) -> Float[Tensor, "images texts"]:
+        """The same of vectors of any length."""
+        return self.logit_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+
+
+def build(config: Config) -> Clip:
+    """A model with the released code's initialisation; similarities begin multiplied by 1 / 0.07."""
+    return Clip(config, clip_text.build(config.text), clip_image.BUILDERS[type(config.image)](config.image))
+
+
+WEIGHT_NAMES = {
+    **{f"text.{ours}": theirs for ours, theirs in clip_text.WEIGHT_NAMES.items()},
+    **{f"image.{ours}": theirs for ours, theirs in clip_image.WEIGHT_NAMES.items()},
+    "logit_scale": "logit_scale",
+}
+PREFIX = ""
+NOT_WEIGHTS = clip_text.NOT_WEIGHTS + clip_image.NOT_WEIGHTS
+MODEL_TYPES = {"clip": "CLIPModel"}
+UNSUPPORTED: dict[str, Any] = {}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of a Hugging Face config.json of model_type clip, with preprocessor_config.json where that is there.
+
+    Where old files have text_config_dict or vision_config_dict, those count, as in transformers.
+    """
+    architecture = (json.get("architectures") or ["CLIPModel"])[0]
+    if architecture != "CLIPModel":
+        raise ValueError(f"the architecture {architecture!r} is not CLIPModel.")
+    text, image = (json.get(f"{part}_config_dict") or json.get(f"{part}_config") or {} for part in ("text", "vision"))
+    given = {"embedding_dim": json.get("projection_dim", 512), "projected": True}
+    image = replace(clip_image.from_published({**image, "architectures": None}), **given)
+    text = replace(clip_text.from_published({**text, "architectures": None}), **given)
+    return Config(text, image, read_pixels(json.get("preprocessor_config"), image.image_size))
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that transformers reads, and in it the content of preprocessor_config.json.
+
+    It has no words for a ResNet, which is left out: what is read back then differs, and open_clip's config is written.
+    """
+    vision = clip_image.to_published(config.image) if isinstance(config.image, clip_image.Config) else {}
+    return {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "projection_dim": config.text.embedding_dim,
+        "text_config": _inner(clip_text.to_published(config.text)),
+        "vision_config": _inner(vision),
+        "preprocessor_config": write_pixels(config.pixels),
+    }
+
+
+def _inner(json: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in json.items() if key != "architectures"}

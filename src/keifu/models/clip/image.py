@@ -1,0 +1,269 @@
+"""CLIP's image towers (Radford et al., 2021, section 2.4): a vision transformer with one more norm at its start, and a
+ResNet with three changes: three small convolutions at the start, strides that average, attention in place of the last
+average. This file knows nothing of words, training or files.
+
+Axes: batch, channels, rows, columns of pixels; length = 1 + patches, dim, embedding = the space shared with captions.
+
+What a network sees pictures with: patches as tokens, a residual block that does not alias, pooling by attention.
+
+It knows no model. Axes: batch, channels, rows and columns of pixels or of what is left of them, patches, dim.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.attention.attention import PaddingMask, attend
+from keifu.layers.attention.positions import LearnedPositions
+from keifu.layers.initialisation import multihead_
+from keifu.layers.linear import JoinedLinear, Linear
+from keifu.models.clip.text import block, layer_names, tower_to_published, with_projection
+from keifu.models.hf.config import activation_name
+
+Pixels = Float[Tensor, "batch channels rows columns"]
+
+
+class PatchEmbedding(nn.Module):
+    """A picture as a sequence of tokens (ViT, Dosovitskiy et al., 2020): its patches, each through one matrix, after a
+    learned token for the whole; learned positions are added. What is left over at the right and below is not seen."""
+
+    def __init__(self, image_size: int, patch_size: int, channels: int, dim: int):
+        super().__init__()
+        if not 0 < patch_size <= image_size:
+            raise UserError(f"A patch of {patch_size} pixels does not fit a picture of {image_size}.")
+        self.image_size = image_size
+        self.patches = nn.Conv2d(channels, dim, patch_size, patch_size, bias=False)
+        self.whole = nn.Parameter(torch.empty(dim))
+        self.positions = LearnedPositions((image_size // patch_size) ** 2 + 1, dim)
+
+    def forward(self, pixels: Pixels) -> Float[Tensor, "batch length dim"]:
+        check_size(pixels, self.image_size)
+        x = self.patches(pixels).flatten(2).mT
+        return torch.cat([self.whole.expand(len(x), 1, -1), x], 1) + self.positions.weight
+
+
+def check_size(pixels: Tensor, image_size: int) -> None:
+    """A ValueError with the one size that a network with learned positions takes, where a picture has another one."""
+    rows, columns = pixels.shape[-2:]
+    if (rows, columns) != (image_size, image_size):
+        raise UserError(f"Pictures of {columns} x {rows} pixels: this network takes {image_size} x {image_size}.")
+
+
+class AntialiasedBottleneck(nn.Module):
+    """ResNet's block of 1 x 1, 3 x 3 and 1 x 1 convolutions, four times as wide at its end (He et al., 2015), where a
+    stride is an average over its pixels instead of leaving pixels out (Zhang, 2019; CLIP, section 2.4)."""
+
+    def __init__(self, channels: int, width: int, stride: int = 1):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.norm3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.shortcut, self.shortcut_norm = None, None
+        if stride > 1 or channels != 4 * width:
+            self.shortcut, self.shortcut_norm = nn.Conv2d(channels, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+
+    def forward(self, x: Pixels) -> Float[Tensor, "batch out_channels out_rows out_columns"]:
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = F.relu(self.norm2(self.conv2(y)), inplace=True)
+        y = self.norm3(self.conv3(self.pool(y)))
+        if self.shortcut is not None and self.shortcut_norm is not None:
+            x = self.shortcut_norm(self.shortcut(self.pool(x)))
+        return F.relu(y + x, inplace=True)
+
+
+class AttentionPool(nn.Module):
+    """One vector for all places of a picture: their mean asks, all of them and the mean answer (CLIP, section 2.4)."""
+
+    def __init__(self, places: int, dim: int, n_heads: int, out_dim: int):
+        super().__init__()
+        if dim % n_heads:
+            raise UserError(f"n_heads ({n_heads}) must divide {dim}, the width of what is pooled.")
+        self.n_heads = n_heads
+        self.positions = LearnedPositions(places + 1, dim)
+        self.q, self.kv, self.out = Linear(dim, dim), JoinedLinear(dim, (dim, dim)), Linear(dim, out_dim)
+
+    def forward(self, x: Pixels) -> Float[Tensor, "batch out_dim"]:
+        x = x.flatten(2).mT
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positions.weight
+        q, k, v = (
+            part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+            for part in (self.q(x[:, :1]), *self.kv(x).chunk(2, -1))
+        )
+        return self.out(attend(q, k, v)[:, 0])
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the vision transformer of ViT-B/32. Without `with_projection` the last matrix, into the shared space,
+    is left out."""
+
+    image_size: int = 224
+    patch_size: int = 32
+    channels: int = 3
+    dim: int = 768
+    hidden_dim: int = 3072
+    n_layers: int = 12
+    n_heads: int = 12
+    norm_eps: float = 1e-5
+    activation: str = "quick_gelu"
+    attention_dropout: float = 0.0
+    embedding_dim: int = 512
+    projected: bool = True
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """The defaults are RN50. `width` is that of the first stage, which its blocks widen four times; `layers` are the
+    blocks of the four stages, `n_heads` those of the pooling, whose dim is 32 times the width."""
+
+    image_size: int = 224
+    width: int = 64
+    layers: tuple[int, ...] = (3, 4, 6, 3)
+    n_heads: int = 32
+    embedding_dim: int = 1024
+
+
+SIZES: dict[str, Config] = {}  # they come with their text towers, in clip.py
+PAPER_PARAMETERS: dict[str, float] = {}
+
+
+class VisionTransformer(nn.Module):
+    """Patches and a token for the whole, through blocks; the token for the whole stands for the picture."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embedding = PatchEmbedding(config.image_size, config.patch_size, config.channels, config.dim)
+        self.first_norm = nn.LayerNorm(config.dim, config.norm_eps)
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+        self.projection = Linear(config.dim, config.embedding_dim, bias=False) if config.projected else None
+
+    def encode(self, pixels: Pixels) -> Float[Tensor, "batch length dim"]:
+        """Hidden states of the whole and of each patch, before the last norm. Pixels are normalised as in training."""
+        x, everything = self.first_norm(self.embedding(pixels)), PaddingMask()
+        for each in self.blocks:
+            x = each(x, mask=everything)
+        return x
+
+    def forward(self, pixels: Pixels) -> Float[Tensor, "batch embedding"]:
+        """A vector for each picture, of any length; without `with_projection` that of the whole after its norm."""
+        pooled = self.norm(self.encode(pixels)[:, 0])
+        return pooled if self.projection is None else self.projection(pooled)
+
+
+class ResNet(nn.Module):
+    """Three convolutions, four stages of blocks, pooling by attention."""
+
+    def __init__(self, config: ResNetConfig):
+        super().__init__()
+        if len(config.layers) != 4 or config.image_size < 32:
+            raise UserError(f"A ResNet has 4 stages and sees 32 pixels: not {config.layers} and {config.image_size}.")
+        self.config, width = config, config.width
+        self.conv1, self.norm1 = nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2)
+        self.conv2, self.norm2 = nn.Conv2d(width // 2, width // 2, 3, 1, 1, bias=False), nn.BatchNorm2d(width // 2)
+        self.conv3, self.norm3 = nn.Conv2d(width // 2, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.stages = nn.ModuleDict()
+        for number, layers in enumerate(config.layers):
+            inner, before = width * 2**number, width * (2 ** (number + 1) if number else 1)
+            first = AntialiasedBottleneck(before, inner, stride=2 if number else 1)
+            rest = (AntialiasedBottleneck(4 * inner, inner) for _ in range(layers - 1))
+            self.stages[f"layer{number + 1}"] = nn.Sequential(first, *rest)
+        self.pool = AttentionPool((config.image_size // 32) ** 2, 32 * width, config.n_heads, config.embedding_dim)
+
+    def forward(self, pixels: Pixels) -> Float[Tensor, "batch embedding"]:
+        """A vector for each picture, of any length. Pixels are normalised as in training."""
+        check_size(pixels, self.config.image_size)
+        x = F.relu(self.norm1(self.conv1(pixels)), inplace=True)
+        x = F.relu(self.norm2(self.conv2(x)), inplace=True)
+        x = F.avg_pool2d(F.relu(self.norm3(self.conv3(x)), inplace=True), 2)
+        for stage in self.stages.values():
+            x = stage(x)
+        return self.pool(x)
+
+
+def build(config: Config) -> VisionTransformer:
+    """A vision transformer as the released code begins it: torch's own layers but for what is drawn by its width."""
+    model, std = VisionTransformer(config), config.dim**-0.5
+    multihead_(model)
+    nn.init.normal_(model.embedding.whole, std=std)
+    nn.init.normal_(model.embedding.positions.weight, std=std)
+    if model.projection is not None:
+        nn.init.normal_(model.projection.weight, std=std)
+    return model
+
+
+def build_resnet(config: ResNetConfig) -> ResNet:
+    """A ResNet as the released code begins it: pooling drawn by its width, and every block adds nothing at first."""
+    model, std = ResNet(config), (32 * config.width) ** -0.5
+    nn.init.normal_(model.pool.positions.weight, std=std)
+    for linear in (model.pool.q, model.pool.kv, model.pool.out):
+        nn.init.normal_(linear.weight, std=std)
+    for module in model.stages.modules():
+        if isinstance(module, AntialiasedBottleneck):
+            nn.init.zeros_(module.norm3.weight)
+    return model
+
+
+BUILDERS: dict[type, Any] = {Config: build, ResNetConfig: build_resnet}
+
+_EMBEDDINGS = "vision_model.embeddings"
+WEIGHT_NAMES = {
+    "embedding.whole": f"{_EMBEDDINGS}.class_embedding",
+    "embedding.patches": f"{_EMBEDDINGS}.patch_embedding",
+    "embedding.positions": f"{_EMBEDDINGS}.position_embedding",
+    "first_norm": "vision_model.pre_layrnorm",  # so it is spelled there
+    **layer_names("vision_model"),
+    "norm": "vision_model.post_layernorm",
+    "projection": "visual_projection",
+}
+PREFIX = "vision_model."
+WITHOUT_PREFIX = ("CLIPVisionModel",)
+NOT_WEIGHTS = ("vision_model.embeddings.position_ids",)
+MODEL_TYPES = {"clip_vision_model": "CLIPVisionModel"}
+UNSUPPORTED: dict[str, Any] = {}
+IN_FILE = {"projected": "visual_projection.weight"}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of a config.json of model_type clip_vision_model, or of the vision_config in a CLIP's."""
+    return Config(
+        image_size=square(json.get("image_size", 224), "image_size"),
+        patch_size=square(json.get("patch_size", 32), "patch_size"),
+        channels=json.get("num_channels", 3),
+        dim=json.get("hidden_size", 768),
+        hidden_dim=json.get("intermediate_size", 3072),
+        n_layers=json.get("num_hidden_layers", 12),
+        n_heads=json.get("num_attention_heads", 12),
+        norm_eps=float(json.get("layer_norm_eps", 1e-5)),
+        activation=activation_name(json.get("hidden_act", "quick_gelu")),
+        attention_dropout=float(json.get("attention_dropout", 0.0)),
+        embedding_dim=json.get("projection_dim", 512),
+        projected=with_projection(json, "CLIPVisionModel"),
+    )
+
+
+def square(size: Any, name: str) -> int:
+    """A size that may be written as two equal ones."""
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    if len(sides) != 1 or not isinstance(next(iter(sides)), int):
+        raise UserError(f"{name} is {size!r}, and CLIP here sees squares only.")
+    return sides.pop()
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that transformers reads."""
+    return {
+        "model_type": "clip_vision_model",
+        "architectures": [f"CLIPVisionModel{'WithProjection' if config.projected else ''}"],
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.channels,
+        **tower_to_published(config),
+    }

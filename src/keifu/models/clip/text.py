@@ -1,0 +1,201 @@
+"""CLIP's text tower (Radford et al., 2021): GPT-2's layers, and the hidden state at the end of a caption stands for it.
+
+Alone it is the text encoder of Stable Diffusion. This file knows nothing of pictures, training or files.
+
+Axes: batch, length = tokens, dim, embedding = the space shared with pictures.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.activations import activation
+from keifu.layers.attention.attention import Attention, CausalMask, CausalPaddingMask
+from keifu.layers.attention.positions import LearnedPositions
+from keifu.layers.feedforward import FeedForward
+from keifu.layers.linear import Linear
+from keifu.layers.transformer.blocks import PreNorm
+from keifu.models.hf.config import activation_name, published_activation
+
+Tokens = Int[Tensor, "batch length"]
+Hidden = Float[Tensor, "batch length dim"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the text tower of ViT-B/32. A caption ends at the first `end_id`; None: at its highest id, which
+    in OpenAI's vocabulary is the end. Without `with_projection` the last matrix, into the shared space, is left out."""
+
+    vocab_size: int = 49_408
+    context_length: int = 77
+    dim: int = 512
+    hidden_dim: int = 2048
+    n_layers: int = 12
+    n_heads: int = 8
+    norm_eps: float = 1e-5
+    activation: str = "quick_gelu"
+    attention_dropout: float = 0.0
+    end_id: int | None = None
+    embedding_dim: int = 512
+    projected: bool = True
+
+
+SIZES = {  # that of ViT-L/14; 123 M in Stable Diffusion's model card
+    "stable-diffusion-text": Config(dim=768, hidden_dim=3072, n_heads=12, embedding_dim=768, projected=False),
+}
+PAPER_PARAMETERS = {"stable-diffusion-text": 123e6}
+
+
+class TextTower(nn.Module):
+    """Embedding, blocks, norm, and, where the config has it, the projection."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.positions = LearnedPositions(config.context_length, config.dim)
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+        self.projection = Linear(config.dim, config.embedding_dim, bias=False) if config.projected else None
+
+    def encode(self, tokens: Tokens, mask: Bool[Tensor, "batch length"] | None = None) -> Hidden:
+        """Hidden states after the last norm. `mask` is True on real tokens; padding at the end needs none, since no
+        token sees those after it."""
+        length = tokens.shape[1]
+        if length > self.config.context_length:
+            room = f"the {self.config.context_length} positions of the text tower"
+            raise UserError(f"A caption of {length} tokens does not fit {room}; shorten it.")
+        x = self.embedding(tokens) + self.positions.weight[:length]
+        visible = CausalMask(0, length) if mask is None else CausalPaddingMask(mask)
+        for each in self.blocks:
+            x = each(x, mask=visible)
+        return self.norm(x)
+
+    def pool(self, hidden: Hidden, tokens: Tokens) -> Float[Tensor, "batch dim"]:
+        """The hidden state at the end of each caption; at the first token where `end_id` is missing, as published."""
+        ends = tokens if self.config.end_id is None else (tokens == self.config.end_id).int()
+        return hidden[torch.arange(len(tokens), device=tokens.device), ends.argmax(-1)]
+
+    def forward(
+        self, tokens: Tokens, mask: Bool[Tensor, "batch length"] | None = None
+    ) -> Float[Tensor, "batch embedding"]:
+        """A vector for each caption, of any length; without `with_projection` the pooled hidden state."""
+        pooled = self.pool(self.encode(tokens, mask), tokens)
+        return pooled if self.projection is None else self.projection(pooled)
+
+
+def block(config: Any) -> PreNorm:
+    """A block of either tower: what its config says."""
+    attention = Attention(config.dim, config.n_heads, dropout=config.attention_dropout)
+    feedforward = FeedForward(config.dim, config.hidden_dim, activation(config.activation))
+    norms = (nn.LayerNorm(config.dim, config.norm_eps), nn.LayerNorm(config.dim, config.norm_eps))
+    return PreNorm(attention, feedforward, norms)
+
+
+def build(config: Config) -> TextTower:
+    """A tower with the released code's initialisation: blocks by their width and number, biases by torch's layers."""
+    model, dim = TextTower(config), config.dim
+    nn.init.normal_(model.embedding.weight, std=0.02)
+    nn.init.normal_(model.positions.weight, std=0.01)
+    residual = dim**-0.5 * (2 * config.n_layers) ** -0.5
+    deviations = {"qkv": dim**-0.5, "out": residual, "up": (2 * dim) ** -0.5, "down": residual}
+    for name, module in model.blocks.named_modules():
+        kind = name.rpartition(".")[2]
+        if kind in deviations and isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=deviations[kind])
+            if kind in ("qkv", "out"):
+                nn.init.zeros_(module.bias)
+    if model.projection is not None:
+        nn.init.normal_(model.projection.weight, std=dim**-0.5)
+    return model
+
+
+def layer_names(where: str) -> dict[str, str]:
+    """The names that transformers has for the parts of a block of either tower."""
+    parts = {
+        "attention_norm": "layer_norm1",
+        "attention.qkv": "self_attn.[q_proj,k_proj,v_proj]",
+        "attention.out": "self_attn.out_proj",
+        "feedforward_norm": "layer_norm2",
+        "feedforward.up": "mlp.fc1",
+        "feedforward.down": "mlp.fc2",
+    }
+    return {f"blocks.*.{ours}": f"{where}.encoder.layers.*.{theirs}" for ours, theirs in parts.items()}
+
+
+WEIGHT_NAMES = {
+    "embedding": "text_model.embeddings.token_embedding",
+    "positions": "text_model.embeddings.position_embedding",
+    **layer_names("text_model"),
+    "norm": "text_model.final_layer_norm",
+    "projection": "text_projection",
+}
+PREFIX = "text_model."
+WITHOUT_PREFIX = ("CLIPTextModel",)
+NOT_WEIGHTS = ("text_model.embeddings.position_ids",)
+MODEL_TYPES = {"clip_text_model": "CLIPTextModel"}
+UNSUPPORTED: dict[str, Any] = {}
+IN_FILE = {"projected": "text_projection.weight"}
+START = 49_406  # what transformers takes as the first token of a caption where a config does not say
+HIGHEST_ID = 2  # the eos_token_id of old files, by which transformers knows that the highest id is the end
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of a config.json of model_type clip_text_model, or of the text_config in a CLIP's."""
+    end = json.get("eos_token_id", 49_407)
+    if not isinstance(end, int):
+        raise UserError(f"eos_token_id is {end!r}; a caption must end with one token.")
+    return Config(
+        vocab_size=json.get("vocab_size", 49_408),
+        context_length=json.get("max_position_embeddings", 77),
+        dim=json.get("hidden_size", 512),
+        hidden_dim=json.get("intermediate_size", 2048),
+        n_layers=json.get("num_hidden_layers", 12),
+        n_heads=json.get("num_attention_heads", 8),
+        norm_eps=float(json.get("layer_norm_eps", 1e-5)),
+        activation=activation_name(json.get("hidden_act", "quick_gelu")),
+        attention_dropout=float(json.get("attention_dropout", 0.0)),
+        end_id=None if end == HIGHEST_ID else end,
+        embedding_dim=json.get("projection_dim", 512),
+        projected=with_projection(json, "CLIPTextModel"),
+    )
+
+
+def with_projection(json: dict[str, Any], plain: str) -> bool:
+    """Whether a tower's own config says that it has a projection; one inside a CLIP's config says nothing and has."""
+    names = {plain: False, f"{plain}WithProjection": True}
+    architecture = (json.get("architectures") or [plain])[0]
+    if architecture not in names:
+        raise ValueError(f"the architecture {architecture!r} is not among {', '.join(names)}.")
+    return names[architecture]
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that transformers reads."""
+    return {
+        "model_type": "clip_text_model",
+        "architectures": [f"CLIPTextModel{'WithProjection' if config.projected else ''}"],
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        **tower_to_published(config),
+        "eos_token_id": HIGHEST_ID if config.end_id is None else config.end_id,
+        **({} if config.vocab_size > START else {"bos_token_id": None}),
+    }
+
+
+def tower_to_published(config: Any) -> dict[str, Any]:
+    """What transformers calls the settings that both towers have."""
+    return {
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": published_activation(config.activation),
+        "attention_dropout": config.attention_dropout,
+        "projection_dim": config.embedding_dim,
+    }

@@ -1,0 +1,179 @@
+"""DALL-E (Ramesh et al., 2021, "Zero-Shot Text-to-Image Generation"): a text and a picture are one row of tokens, the
+picture's made by a discrete autoencoder, and a decoder says each from those before it, which is to draw. It knows no
+sampling, no training and no file.
+
+Axes: batch, text = tokens of every text, padding among them; rows, columns = of the grid of a picture; places = rows ·
+columns; length = text + places and a start before each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.activations import activation
+from keifu.layers.attention.axial import Grid, GridAttention, Pattern
+from keifu.layers.attention.kv_cache import Cache
+from keifu.layers.attention.positions import LearnedPositions
+from keifu.layers.feedforward import FeedForward
+from keifu.layers.initialisation import normal_, scale_residual_
+from keifu.layers.linear import Linear
+from keifu.layers.transformer.blocks import PreNorm
+from keifu.models.dalle import discrete_vae
+
+STARTS = 2  # before the text, and before the picture
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the paper's.
+
+    Attributes:
+        vocab_size, context_length: of texts; shorter ones are padded.
+        vae: of the autoencoder, whose codebook is the picture's vocabulary and whose grid its length.
+        kernel: the side of the last layer's window.
+        sparse: whether places see few others (see `pattern`), or all that came before.
+    """
+
+    vocab_size: int = 16_384
+    context_length: int = 256
+    dim: int = 3968
+    hidden_dim: int = 15_872
+    n_layers: int = 64
+    n_heads: int = 62
+    norm_eps: float = 1e-5
+    kernel: int = 11
+    sparse: bool = True
+    vae: discrete_vae.Config = field(default_factory=discrete_vae.Config)
+
+    @property
+    def grid(self) -> Grid:
+        """The text and the picture behind it as attention sees them."""
+        return Grid(self.context_length + STARTS, self.vae.grid, self.vae.grid, self.kernel)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its pictures."""
+        return self.vae.size, self.vae.size
+
+    @property
+    def colours(self) -> int:
+        """Channels of its pictures."""
+        return self.vae.channels
+
+    def pattern(self, layer: int) -> Pattern:
+        """What the places see in a layer, counted from 1: column in the second and every fourth after it, row in the
+        others, and a window in the last (appendix B.1)."""
+        if not self.sparse:
+            return "full"
+        if layer == self.n_layers:
+            return "convolution"
+        return "column" if (layer - 2) % 4 == 0 else "row"
+
+
+SIZES = {"dall-e": Config()}
+PAPER_PARAMETERS = {"dall-e": 12e9}
+
+
+class Logits(NamedTuple):
+    """What is said of each token of the text and of each place of the picture, by those before it."""
+
+    text: Float[Tensor, "batch text vocab"]
+    picture: Float[Tensor, "batch places codebook"]
+
+
+class Dalle(nn.Module):
+    """The decoder over both kinds of tokens, and the autoencoder that makes the second kind.
+
+    A text's padding has a vector of its own at each position, which is learned (section 2.2). A place of the picture
+    has the sum of its entry's, its row's and its column's.
+    """
+
+    def __init__(self, config: Config, vae: discrete_vae.DiscreteVAE):
+        super().__init__()
+        self.config, self.vae = config, vae
+        dim, grid = config.dim, config.grid
+        self.starts = nn.Embedding(STARTS, dim)
+        self.embedding = nn.Embedding(config.vocab_size, dim)
+        self.positions, self.padding = (LearnedPositions(config.context_length, dim) for _ in range(2))
+        self.entries = nn.Embedding(config.vae.codebook_size, dim)
+        self.rows, self.columns = LearnedPositions(grid.height, dim), LearnedPositions(grid.width, dim)
+        self.blocks = nn.ModuleList(_block(config, layer + 1) for layer in range(config.n_layers))
+        self.norm = nn.LayerNorm(dim, config.norm_eps)
+        self.text_head = Linear(dim, config.vocab_size)
+        self.picture_head = Linear(dim, config.vae.codebook_size)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch text"],
+        real: Bool[Tensor, "batch text"],
+        codes: Int[Tensor, "batch rows columns"],
+    ) -> Logits:
+        """Logits of every token; `real` is True where a text is no padding."""
+        x = torch.cat([self.embed_text(tokens, real), self.embed_codes(codes.flatten(1))], 1)
+        for block in self.blocks:
+            x = block(x)
+        x, length = self.norm(x), tokens.shape[1]
+        return Logits(self.text_head(x[:, :length]), self.picture_head(x[:, length + 1 : -1]))
+
+    def embed_text(
+        self, tokens: Int[Tensor, "batch text"], real: Bool[Tensor, "batch text"]
+    ) -> Float[Tensor, "batch prefix dim"]:
+        """A text between the two starts."""
+        length = self.config.context_length
+        if tokens.shape[1] != length:
+            raise UserError(f"Texts have {tokens.shape[1]} tokens, and the model reads {length}: pad them.")
+        words = torch.where(real[..., None], self.embedding(tokens), self.padding.weight)
+        before, behind = (each.expand(len(tokens), 1, -1) for each in self.starts.weight)
+        return torch.cat([before, words + self.positions.weight, behind], 1)
+
+    def embed_codes(self, codes: Int[Tensor, "batch some"], first: int = 0) -> Float[Tensor, "batch some dim"]:
+        """Entries at the places from `first` on, in raster order."""
+        places, width = torch.arange(first, first + codes.shape[1], device=codes.device), self.config.grid.width
+        return self.entries(codes) + self.rows(places // width) + self.columns(places % width)
+
+    def begin(
+        self, tokens: Int[Tensor, "batch text"], real: Bool[Tensor, "batch text"]
+    ) -> tuple[Float[Tensor, "batch codebook"], list[Cache]]:
+        """Logits of a picture's first entry, and the memory of the text with room for the picture."""
+        x, grid = self.embed_text(tokens, real), self.config.grid
+        capacity = grid.prefix + grid.places
+        blocks: Sequence[PreNorm] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
+        caches = [block.attention.new_cache(len(tokens), capacity, x) for block in blocks]  # pyright: ignore
+        return self._after(x, caches), caches
+
+    def go_on(
+        self, codes: Int[Tensor, " batch"], place: int, caches: Sequence[Cache]
+    ) -> Float[Tensor, "batch codebook"]:
+        """Logits of the entry behind the one of this place."""
+        return self._after(self.embed_codes(codes[:, None], place), caches)
+
+    def _after(self, x: Float[Tensor, "batch some dim"], caches: Sequence[Cache]) -> Float[Tensor, "batch codebook"]:
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, cache=cache)
+        return self.picture_head(self.norm(x[:, -1]))
+
+    def to_pictures(self, codes: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch channels height width"]:
+        """The pictures of entries, from -1 to 1."""
+        return self.vae.decode(codes)
+
+
+def _block(config: Config, layer: int) -> PreNorm:
+    attention = GridAttention(config.dim, config.n_heads, config.grid, config.pattern(layer))
+    feedforward = FeedForward(config.dim, config.hidden_dim, activation("gelu"))
+    norms = (nn.LayerNorm(config.dim, config.norm_eps), nn.LayerNorm(config.dim, config.norm_eps))
+    return PreNorm(attention, feedforward, norms)
+
+
+def build(config: Config) -> Dalle:
+    """A model with GPT-2's initialisation, whose paper this one follows where it says nothing."""
+    model = Dalle(config, discrete_vae.build(config.vae))
+    for part in model.children():
+        if part is not model.vae:
+            normal_(part, std=0.02)
+            scale_residual_(part, config.n_layers)
+    return model

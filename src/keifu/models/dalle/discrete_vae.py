@@ -1,0 +1,215 @@
+"""The discrete autoencoder of DALL-E (Ramesh et al., 2021, "Zero-Shot Text-to-Image Generation", section 2.1).
+
+A picture becomes a small grid of entries of a codebook, as a text is a row of words; through a relaxed choice between
+them (Gumbel-softmax) the gradient finds its way. It knows no text and no training.
+
+Axes: batch, channels, height, width; rows, columns = of the grid, 1/factor of the sides; codebook = its entries.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.unet.conv import grow_kernel
+
+Pixels = Float[Tensor, "batch channels height width"]
+Logits = Float[Tensor, "batch codebook rows columns"]
+Codes = Int[Tensor, "batch rows columns"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the released model's.
+
+    Attributes:
+        size: the side of the pictures it was trained with.
+        channels: of pictures.
+        codebook_size: entries of the codebook.
+        widths: channels of each level, the finest first; each but the last halves the sides.
+        n_residual_blocks: of each level, on either side.
+        code_dim: channels that an entry of the codebook has in the decoder.
+        edge: ε; grey values lie between ε and 1 - ε where the logit-Laplace distribution describes them (appendix A.3).
+    """
+
+    size: int = 256
+    channels: int = 3
+    codebook_size: int = 8192
+    widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    n_residual_blocks: int = 2
+    code_dim: int = 128
+    edge: float = 0.1
+
+    @property
+    def factor(self) -> int:
+        """How many pixels of a side become one entry."""
+        return 2 ** (len(self.widths) - 1)
+
+    @property
+    def grid(self) -> int:
+        """The side of the grid of a picture of `size`."""
+        return self.size // self.factor
+
+
+SIZES = {"dall-e-dvae": Config()}
+PAPER_PARAMETERS: dict[str, float] = {}
+
+
+class Laplace(NamedTuple):
+    """What the decoder says of each grey value: the logit-Laplace distribution's location, and its scale's logarithm."""
+
+    location: Pixels
+    log_scale: Pixels
+
+    def log_likelihood(self, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The logarithm of its density at values between 0 and 1, neither of them (appendix A.3)."""
+        logit = torch.logit(values)
+        spread = (logit - self.location).abs() * torch.exp(-self.log_scale)
+        return -spread - self.log_scale - math.log(2) - torch.log(values * (1 - values))
+
+
+class BottleneckBlock(nn.Module):
+    """x + gain · convolutions(x), each after a ReLU, inside a quarter of the channels (appendix A.2).
+
+    `kernels`: the sides of the four; the gain is one over the square of the number of all blocks on that side.
+    """
+
+    def __init__(self, channels: int, out_channels: int, kernels: Sequence[int], gain: float):
+        super().__init__()
+        inner = out_channels // 4
+        widths = [channels, inner, inner, inner, out_channels]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, kernel, padding=kernel // 2)
+            for before, after, kernel in zip(widths, widths[1:], kernels, strict=False)
+        )
+        self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+        self.gain = gain
+
+    def forward(self, x: Pixels) -> Float[Tensor, "batch out_channels height width"]:
+        hidden = x
+        for convolution in self.convolutions:
+            hidden = convolution(F.relu(hidden))
+        return (x if self.shortcut is None else self.shortcut(x)) + self.gain * hidden
+
+
+class CodeEncoder(nn.Module):
+    """A 7×7 convolution, levels with the larger half of each 2×2 pixels between them, and a logit for each entry."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        widths = (config.widths[0], *config.widths)
+        self.first = nn.Conv2d(config.channels, widths[0], 7, padding=3)
+        self.levels = _levels(widths, config.n_residual_blocks, (3, 3, 3, 1))
+        self.last = nn.Conv2d(widths[-1], config.codebook_size, 1)
+
+    def forward(self, x: Pixels) -> Logits:
+        x = self.first(x).contiguous(memory_format=torch.channels_last)
+        for number, level in enumerate(self.levels):
+            x = level(F.max_pool2d(x, 2) if number else x)
+        return self.last(F.relu(x))
+
+
+class CodeDecoder(nn.Module):
+    """The entries' vectors, levels with each pixel four times between them, and two numbers for each grey value."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        widths = (config.code_dim, *reversed(config.widths))
+        self.first = nn.Conv2d(config.codebook_size, config.code_dim, 1)
+        self.levels = _levels(widths, config.n_residual_blocks, (1, 3, 3, 3))
+        self.last = nn.Conv2d(widths[-1], 2 * config.channels, 1)
+
+    def forward(self, shares: Logits) -> Float[Tensor, "batch twice height width"]:
+        return self.pictured(self.first(shares))
+
+    def of_codes(self, codes: Codes) -> Float[Tensor, "batch twice height width"]:
+        """The same of one entry a place, by looking up its vector."""
+        vectors = F.embedding(codes, self.first.weight[:, :, 0, 0].T).permute(0, 3, 1, 2)
+        bias = self.first.bias
+        return self.pictured(vectors if bias is None else vectors + bias[:, None, None])
+
+    def pictured(self, x: Float[Tensor, "batch code_dim rows columns"]) -> Float[Tensor, "batch twice height width"]:
+        """Everything after the first layer."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        for number, level in enumerate(self.levels):
+            x = level(grow_kernel(x) if number else x)
+        return self.last(F.relu(x))
+
+
+def _levels(widths: Sequence[int], blocks: int, kernels: Sequence[int]) -> nn.ModuleList:
+    gain = 1 / (blocks * (len(widths) - 1)) ** 2
+
+    def level(before: int, width: int) -> nn.Module:
+        return nn.Sequential(*(BottleneckBlock(width if n else before, width, kernels, gain) for n in range(blocks)))
+
+    return nn.ModuleList(level(before, width) for before, width in zip(widths, widths[1:], strict=False))
+
+
+class DiscreteVAE(nn.Module):
+    """The encoder and the decoder."""
+
+    def __init__(self, config: Config, encoder: CodeEncoder, decoder: CodeDecoder):
+        super().__init__()
+        self.config, self.encoder, self.decoder = config, encoder, decoder
+
+    def values(self, pictures: Pixels) -> Pixels:
+        """Pictures from -1 to 1 as numbers from ε to 1 - ε, which both sides speak of."""
+        edge = self.config.edge
+        return (pictures + 1) / 2 * (1 - 2 * edge) + edge
+
+    def logits(self, pictures: Pixels) -> Logits:
+        """How well each entry fits each place of pictures from -1 to 1, in their type.
+
+        Sides that cannot be halved so often are a `UserError` with the nearest that can.
+        """
+        self.check_size(*pictures.shape[2:])
+        weight = self.encoder.last.weight
+        return self.encoder(self.values(pictures).to(weight.dtype)).to(pictures.dtype)
+
+    def encode(self, pictures: Pixels) -> Codes:
+        """The likeliest entry of each place."""
+        return self.logits(pictures).argmax(1)
+
+    def relaxed(self, shares: Logits) -> Laplace:
+        """What the decoder says of shares of the entries at each place, which add up to one."""
+        said = self.decoder(shares.to(self.decoder.first.weight.dtype)).to(shares.dtype)
+        return Laplace(*said.chunk(2, 1))
+
+    def decode(self, codes: Codes) -> Pixels:
+        """The pictures of entries, from -1 to 1, float32: the medians of what the decoder says."""
+        location = self.decoder.of_codes(codes).float().chunk(2, 1)[0]
+        edge = self.config.edge
+        return (location.sigmoid() - edge).div(1 - 2 * edge).clamp(0, 1) * 2 - 1
+
+    def forward(self, pictures: Pixels) -> Pixels:
+        """Pictures through their likeliest entries and back."""
+        return self.decode(self.encode(pictures))
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuses sides that are no multiples of the factor, with the nearest that are."""
+        factor = self.config.factor
+        near = [max(1, round(side / factor)) * factor for side in (height, width)]
+        if near != [height, width]:
+            raise UserError(
+                f"Pictures of {height} x {width} pixels do not fit an autoencoder that makes one entry of {factor} x "
+                f"{factor} pixels: the nearest size that does is {near[0]} x {near[1]}."
+            )
+
+
+def build(config: Config) -> DiscreteVAE:
+    """A model with the released code's initialisation: deviations of 1/√(inputs), biases zero."""
+    if wrong := [width for width in config.widths if width % 4]:
+        raise UserError(f"A level has {wrong[0]} channels, and blocks take a quarter of them: choose multiples of 4.")
+    model = DiscreteVAE(config, CodeEncoder(config), CodeDecoder(config))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model

@@ -1,0 +1,1 @@
+"""DDPM, latent diffusion, and the networks that they are made of."""

@@ -1,0 +1,231 @@
+"""The autoencoder of latent diffusion (Rombach et al., 2022, "High-Resolution Image Synthesis with Latent Diffusion
+Models", section 3.1): a picture becomes a small one of few channels that keeps what the eye sees, so that diffusion is
+spared the rest. A weak pull towards the normal distribution (KL) keeps its numbers tame. It knows no diffusion.
+
+Axes: batch, channels, height, width; latents have 1/factor of the sides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.activations import activation
+from keifu.layers.unet.conv import Downsample, Pixels, ResidualBlock, SpatialAttention, Upsample
+from keifu.layers.unet.unet import Middle
+from keifu.models.hf.config import activation_name, published_activation
+from keifu.models.hf.unet import ATTENTION, OLD_ATTENTION, RESIDUAL
+
+Latents = Float[Tensor, "batch latent_channels height width"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are Stable Diffusion's.
+
+    Attributes:
+        size: the side of the pictures it was trained with, or their height and width.
+        channels, latent_channels: of pictures and of latents.
+        widths: channels of each level, the finest first; each but the last halves the sides.
+        n_residual_blocks: of each level of the encoder; the decoder's have one more.
+        scale: what latents are multiplied by to have a variance near 1, before diffusion sees them.
+    """
+
+    size: int | tuple[int, int] = 512
+    channels: int = 3
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    n_residual_blocks: int = 2
+    norm_groups: int = 32
+    activation: str = "silu"
+    scale: float = 0.18215
+
+    @property
+    def factor(self) -> int:
+        """How many pixels of a side become one."""
+        return 2 ** (len(self.widths) - 1)
+
+
+SIZES = {
+    "stable-diffusion-autoencoder": Config(),
+    "latent-diffusion-f4-autoencoder": Config(size=256, latent_channels=3, widths=(128, 256, 512)),
+}
+PAPER_PARAMETERS = {"stable-diffusion-autoencoder": 83.65e6}  # of the released weights
+
+
+class Gaussian(NamedTuple):
+    """What the encoder says of a picture: a normal distribution of latents, its mean the likeliest."""
+
+    mean: Latents
+    log_variance: Latents
+
+    def sample(self, noise: Latents) -> Latents:
+        """The latents that this standard normal noise picks."""
+        return self.mean + torch.exp(0.5 * self.log_variance) * noise
+
+    def kl(self) -> Float[Tensor, " batch"]:
+        """The KL divergence from the standard normal distribution, in nats a picture."""
+        return 0.5 * (self.mean.square() + self.log_variance.exp() - 1 - self.log_variance).sum((1, 2, 3))
+
+
+class PixelEncoder(nn.Module):
+    """first → levels, finest first → middle → last(swish(norm(·)))."""
+
+    def __init__(self, first: nn.Module, levels: Sequence[Middle], middle: Middle, norm: nn.Module, last: nn.Module):
+        super().__init__()
+        self.first, self.levels, self.middle, self.norm, self.last = first, nn.ModuleList(levels), middle, norm, last
+
+    def forward(self, x: Pixels) -> Float[Tensor, "batch moments small_height small_width"]:
+        x = self.first(x).contiguous(memory_format=torch.channels_last)
+        for level in self.levels:
+            x = level(x)
+        return self.last(F.silu(self.norm(self.middle(x))))
+
+
+class PixelDecoder(PixelEncoder):
+    """first → middle → levels, coarsest first → last(swish(norm(·)))."""
+
+    def forward(self, x: Latents) -> Float[Tensor, "batch channels large_height large_width"]:
+        x = self.middle(self.first(x).contiguous(memory_format=torch.channels_last))
+        for level in self.levels:
+            x = level(x)
+        return self.last(F.silu(self.norm(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """PixelEncoder and decoder, and a 1×1 convolution on each side of the latents."""
+
+    def __init__(self, config: Config, encoder: PixelEncoder, decoder: PixelDecoder):
+        super().__init__()
+        self.config, self.encoder, self.decoder = config, encoder, decoder
+        self.to_moments = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.from_latents = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, pictures: Pixels) -> Gaussian:
+        """The distribution of a picture's latents, in the type that it came in; pictures lie between -1 and 1.
+
+        Sides that the encoder cannot halve so often are a `UserError` with the nearest that it can.
+        """
+        self.check_size(*pictures.shape[2:])
+        moments = self.to_moments(self.encoder(pictures.to(self.to_moments.weight.dtype))).to(pictures.dtype)
+        mean, log_variance = moments.chunk(2, 1)
+        return Gaussian(mean, log_variance.clamp(-30, 20))
+
+    def decode(self, latents: Latents) -> Float[Tensor, "batch channels large_height large_width"]:
+        """The pictures, about between -1 and 1, in the type that the latents came in."""
+        return self.decoder(self.from_latents(latents.to(self.from_latents.weight.dtype))).to(latents.dtype)
+
+    def forward(self, pictures: Pixels) -> Pixels:
+        """Pictures through their likeliest latents and back."""
+        return self.decode(self.encode(pictures).mean)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuses sides that are no multiples of the factor, with the nearest that are."""
+        factor = self.config.factor
+        near = [max(1, round(side / factor)) * factor for side in (height, width)]
+        if near != [height, width]:
+            raise UserError(
+                f"Pictures of {height} x {width} pixels do not fit an autoencoder that makes one number of {factor} x "
+                f"{factor} pixels: the nearest size that does is {near[0]} x {near[1]}."
+            )
+
+
+def build(config: Config) -> AutoencoderKL:
+    """A model with torch's own initialisation, as the released code has it."""
+    norm = partial(nn.GroupNorm, config.norm_groups, eps=1e-6)
+    residual = partial(ResidualBlock, norm=norm, activation=activation(config.activation))
+    widths, last, count = config.widths, len(config.widths) - 1, config.n_residual_blocks
+
+    def middle() -> Middle:
+        return Middle([residual(widths[-1], widths[-1]) for _ in range(2)], [SpatialAttention(widths[-1], norm)])
+
+    def level(before: int, width: int, blocks: int, resample: nn.Module | None) -> Middle:
+        return Middle([residual(before if n == 0 else width, width) for n in range(blocks)], [], resample)
+
+    down = [
+        level(widths[max(0, n - 1)], width, count, Downsample(width) if n < last else None)
+        for n, width in enumerate(widths)
+    ]
+    up = [
+        level(widths[min(last, n + 1)], width, count + 1, Upsample(width) if n else None)
+        for n, width in reversed([*enumerate(widths)])
+    ]
+    conv, inner = partial(nn.Conv2d, kernel_size=3, padding=1), config.latent_channels
+    ends = (conv(config.channels, widths[0]), conv(widths[-1], 2 * inner))
+    encoder = PixelEncoder(ends[0], down, middle(), norm(widths[-1]), ends[1])
+    ends = (conv(inner, widths[-1]), conv(widths[0], config.channels))
+    return AutoencoderKL(config, encoder, PixelDecoder(ends[0], up, middle(), norm(widths[0]), ends[1]))
+
+
+def _coder_names(ours: str, theirs: str, way: str) -> dict[str, str]:
+    """The names of one side's parts; `way` is down or up."""
+    places = {
+        "levels.*.residuals.*": (f"{way}_blocks.*.resnets.*", RESIDUAL),
+        "levels.*.resample": (f"{way}_blocks.*.{way}samplers.0", {"conv": "conv"}),
+        "middle.residuals.*": ("mid_block.resnets.*", RESIDUAL),
+        "middle.attentions.*": ("mid_block.attentions.*", ATTENTION),
+    }
+    inner = {f"{at}.{part}": f"{there}.{name}" for at, (there, parts) in places.items() for part, name in parts.items()}
+    inner |= {"first": "conv_in", "norm": "conv_norm_out", "last": "conv_out"}
+    return {f"{ours}.{part}": f"{theirs}.{name}" for part, name in inner.items()}
+
+
+WEIGHT_NAMES = {
+    **_coder_names("encoder", "encoder", "down"),
+    **_coder_names("decoder", "decoder", "up"),
+    "to_moments": "quant_conv",
+    "from_latents": "post_quant_conv",
+}
+PREFIX = ""
+NOT_WEIGHTS = ()
+OLD_ENDINGS = OLD_ATTENTION
+MODEL_TYPES = {"AutoencoderKL": "AutoencoderKL"}
+UNSUPPORTED: dict[str, Any] = {
+    "shift_factor": None, "latents_mean": None, "latents_std": None, "use_quant_conv": True,
+    "use_post_quant_conv": True, "mid_block_add_attention": True,
+}  # fmt: skip
+_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of diffusers' config.json of an AutoencoderKL."""
+    widths, size = tuple(json.get("block_out_channels", (64,))), json.get("sample_size", 32)
+    for field, kind in _BLOCKS.items():
+        if json.get(field, [kind]) != [kind] * len(widths):
+            raise ValueError(f"its {field} are {json.get(field)}, and what is implemented is {len(widths)} {kind}.")
+    channels = json.get("in_channels", 3)
+    if json.get("out_channels", 3) != channels:
+        raise ValueError(f"it reads {channels} channels and gives {json.get('out_channels', 3)}.")
+    return Config(
+        size=tuple(size) if isinstance(size, list) else size,
+        channels=channels,
+        latent_channels=json.get("latent_channels", 4),
+        widths=widths,
+        n_residual_blocks=json.get("layers_per_block", 1),
+        norm_groups=json.get("norm_num_groups", 32),
+        activation=activation_name(json.get("act_fn", "silu")),
+        scale=float(json.get("scaling_factor", 0.18215)),
+    )
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that diffusers reads."""
+    return {
+        "model_type": "AutoencoderKL",
+        "sample_size": config.size,
+        "in_channels": config.channels,
+        "out_channels": config.channels,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": [*config.widths],
+        "layers_per_block": config.n_residual_blocks,
+        "norm_num_groups": config.norm_groups,
+        "act_fn": published_activation(config.activation),
+        "scaling_factor": config.scale,
+        **{field: [kind] * len(config.widths) for field, kind in _BLOCKS.items()},
+    }

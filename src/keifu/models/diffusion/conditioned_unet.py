@@ -1,0 +1,273 @@
+"""The U-Net of latent diffusion (Rombach et al., 2022, section 3.3): DDPM's, and after each of its residual blocks a
+transformer whose pixels look at each other and at a context, such as an encoded text. It knows no autoencoder, no text
+and no training.
+
+Axes: batch, channels, height, width; seen = tokens of the context. The stages are those of `layers/unet/unet.py`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Num
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.attention.attention import Attention, CrossAttention, PaddingMask
+from keifu.layers.feedforward import GEGLU
+from keifu.layers.initialisation import zero_
+from keifu.layers.transformer.blocks import CrossPreNorm
+from keifu.layers.unet.spatial_transformer import Memories, PixelLinear, SpatialTransformer, memories
+from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
+from keifu.layers.unet.unet import UNet
+from keifu.models.diffusion.unet_builder import assemble_unet
+from keifu.models.hf.unet import conditioning_fields, levels_of, read_sides, read_sizes, unet_names, write_sizes
+
+Sample = Float[Tensor, "batch channels height width"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are Stable Diffusion 1's. Levels count resolutions from 0, the finest.
+
+    Attributes:
+        size: the side of what it was trained on, or its height and width; None where nothing says so.
+        channels, predicted_channels: of what it reads and gives: inpainting reads more.
+        widths: channels of each level; each but the last halves the sides.
+        n_residual_blocks: of each level on the way down; on the way up it has one more.
+        attention, up_attention: the levels that have transformers on the way down and up.
+        n_heads: of every level, or of each.
+        n_layers: blocks of each transformer.
+        context_dim: numbers in a token of the context.
+        linear: whether a transformer's first and last matrix are plain ones (Stable Diffusion 2) or 1×1 convolutions.
+        middle: whether there is a middle.
+        pad_around: whether convolutions that halve the resolution pad all sides, not below and right alone.
+        time_dim: of the embedding of the noise level; None for four times the first width.
+        cosine_first, frequency_shift: of its sinusoids.
+    """
+
+    activation: ClassVar[str] = "silu"
+    middle_scale: ClassVar[float] = 1.0
+    scale_shift: ClassVar[bool] = False
+    residual_down: ClassVar[tuple[int, ...]] = ()
+    residual_up: ClassVar[tuple[int, ...]] = ()
+
+    size: int | tuple[int, int] | None = 64
+    channels: int = 4
+    predicted_channels: int = 4
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    n_residual_blocks: int = 2
+    attention: tuple[int, ...] = (0, 1, 2)
+    up_attention: tuple[int, ...] = (0, 1, 2)
+    n_heads: int | tuple[int, ...] = 8
+    n_layers: int = 1
+    context_dim: int = 768
+    linear: bool = False
+    middle: bool = True
+    pad_around: bool = True
+    norm_groups: int = 32
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    time_dim: int | None = None
+    cosine_first: bool = True
+    frequency_shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n_heads, tuple) and len(self.n_heads) != len(self.widths):
+            raise UserError(f"n_heads has {len(self.n_heads)} numbers for {len(self.widths)} levels.")
+
+    @property
+    def time_width(self) -> int:
+        """The numbers in the embedding of the noise level."""
+        return self.time_dim or 4 * self.widths[0]
+
+    def heads(self, level: int) -> int:
+        """The heads of the transformers at a level."""
+        return self.n_heads if isinstance(self.n_heads, int) else self.n_heads[level]
+
+
+_SECOND = partial(Config, n_heads=(5, 10, 20, 20), context_dim=1024, linear=True)
+SIZES = {
+    "stable-diffusion-1-unet": Config(),
+    "stable-diffusion-1-inpainting-unet": Config(channels=9),
+    "stable-diffusion-2-unet": _SECOND(size=96),
+    "stable-diffusion-2-base-unet": _SECOND(),
+}
+PAPER_PARAMETERS = {  # of the released weights
+    "stable-diffusion-1-unet": 859.52e6, "stable-diffusion-2-unet": 865.91e6, "stable-diffusion-2-base-unet": 865.91e6,
+}  # fmt: skip
+
+
+class ConditionedUNet(nn.Module):
+    """The U-Net, and how it is told how much noise there is."""
+
+    def __init__(self, config: Any, time: nn.Module, unet: UNet):
+        super().__init__()
+        self.config, self.time, self.unet = config, time, unet
+
+    @property
+    def factor(self) -> int:
+        """What sides must be whole multiples of; 1 for the published ones, which come up to any side again."""
+        return 1 if self.unet.flexible else self.unet.factor
+
+    def project(self, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
+        """Keys and values of a context for every transformer: made once a picture, used at every step."""
+        return memories(self.unet, context.to(next(self.parameters()).dtype))
+
+    def predict(
+        self,
+        x: Sample,
+        timestep: Num[Tensor, "*batch"],
+        projected: Memories,
+        mask: PaddingMask,
+        beside: Float[Tensor, "batch time_dim"] | None = None,
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """The prediction for noisy samples, one timestep for all or one each, in the type that they came in; `beside`
+        is added to the embedding of the timestep."""
+        self.check_size(*x.shape[1:])
+        time = self.time(timestep.reshape(-1).expand(len(x)))
+        time = time if beside is None else time + beside
+        return self.unet(x.to(time.dtype), F.silu(time), memories=projected, memory_mask=mask).to(x.dtype)
+
+    def forward(
+        self,
+        x: Sample,
+        timestep: Num[Tensor, "*batch"],
+        context: Float[Tensor, "batch seen context_dim"],
+        mask: Bool[Tensor, "batch seen"] | None = None,
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """`predict` of a context. `mask` is True on its real tokens; None sees all, padding too, as Stable Diffusion
+        does. A size that the network cannot take is a `UserError` with the nearest that it can."""
+        return self.predict(x, timestep, self.project(context), PaddingMask(mask))
+
+    def check_size(self, channels: int, height: int, width: int) -> None:
+        """Refuses samples that do not fit the network, with the nearest size that does."""
+        if channels != self.config.channels:
+            raise UserError(f"The network reads {self.config.channels} channels, and was given {channels}.")
+        near = [max(1, round(side / self.factor)) * self.factor for side in (height, width)]
+        if near != [height, width]:
+            raise UserError(
+                f"{height} x {width} does not fit a network that goes down to 1/{self.factor} of it: the nearest size "
+                f"that does is {near[0]} x {near[1]}."
+            )
+
+
+def build(config: Config) -> ConditionedUNet:
+    """A network with torch's own initialisation, but zero for what each block, transformer and the network end with, as
+    the released code has it."""
+    sinusoids = TimestepSinusoids(config.widths[0], config.frequency_shift, config.cosine_first)
+    model = ConditionedUNet(config, TimeEmbedding(sinusoids, config.widths[0], config.time_width), _unet(config))
+    zero_(model, ".conv2", ".last")
+    return model
+
+
+def _unet(config: Config) -> UNet:
+    """DDPM's U-Net, whose attentions are transformers."""
+
+    def attention(levels: tuple[int, ...], level: int, width: int) -> SpatialTransformer | None:
+        return _transformer(config, config.heads(level), width) if level in levels else None
+
+    last = len(config.widths) - 1
+    middle = _transformer(config, config.heads(last), config.widths[-1]) if config.middle else None
+    return assemble_unet(config, partial(attention, config.attention), middle, partial(attention, config.up_attention))
+
+
+def _transformer(config: Config, heads: int, width: int) -> SpatialTransformer:
+    matrix = PixelLinear if config.linear else partial(nn.Conv2d, kernel_size=1)
+    blocks = [
+        CrossPreNorm(
+            Attention(width, heads, bias=False, out_bias=True),
+            CrossAttention(width, heads, config.context_dim, bias=False, out_bias=True),
+            GEGLU(width, 4 * width),
+            (nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)),
+        )
+        for _ in range(config.n_layers)
+    ]
+    norm = nn.GroupNorm(config.norm_groups, width, 1e-6)
+    return SpatialTransformer(norm, matrix(width, width), blocks, matrix(width, width))
+
+
+_TRANSFORMER = {
+    "norm": "norm",
+    "first": "proj_in",
+    "last": "proj_out",
+    "blocks.*.attention_norm": "transformer_blocks.*.norm1",
+    "blocks.*.attention.qkv": "transformer_blocks.*.attn1.to_[q,k,v]",
+    "blocks.*.attention.out": "transformer_blocks.*.attn1.to_out.0",
+    "blocks.*.cross_attention_norm": "transformer_blocks.*.norm2",
+    "blocks.*.cross_attention.q": "transformer_blocks.*.attn2.to_q",
+    "blocks.*.cross_attention.kv": "transformer_blocks.*.attn2.to_[k,v]",
+    "blocks.*.cross_attention.out": "transformer_blocks.*.attn2.to_out.0",
+    "blocks.*.feedforward_norm": "transformer_blocks.*.norm3",
+    "blocks.*.feedforward.up_gate": "transformer_blocks.*.ff.net.0.proj",
+    "blocks.*.feedforward.down": "transformer_blocks.*.ff.net.2",
+}
+WEIGHT_NAMES = {
+    "time.linear1": "time_embedding.linear_1",
+    "time.linear2": "time_embedding.linear_2",
+    **{f"unet.{ours}": theirs for ours, theirs in unet_names(_TRANSFORMER).items()},
+}
+PREFIX = ""
+NOT_WEIGHTS = ()
+MODEL_TYPES = {"UNet2DConditionModel": "UNet2DConditionModel"}
+UNSUPPORTED: dict[str, Any] = {
+    "center_input_sample": False, "only_cross_attention": False, "mid_block_scale_factor": 1,
+    "dual_cross_attention": False, "class_embed_type": None, "num_class_embeds": None, "addition_embed_type": None,
+    "encoder_hid_dim": None, "encoder_hid_dim_type": None, "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional",
+    "time_embedding_act_fn": None, "timestep_post_act": None, "time_cond_proj_dim": None, "conv_in_kernel": 3,
+    "conv_out_kernel": 3, "attention_type": "default", "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None, "cross_attention_norm": None, "downsample_type": "conv",
+    "reverse_transformer_layers_per_block": None, "act_fn": "silu",
+}  # fmt: skip
+DOWN: dict[str, tuple[bool, bool | None]] = {"DownBlock2D": (False, False), "CrossAttnDownBlock2D": (True, False)}
+UP: dict[str, tuple[bool, bool | None]] = {"UpBlock2D": (False, False), "CrossAttnUpBlock2D": (True, False)}
+_MIDDLE = "UNetMidBlock2DCrossAttn"
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of diffusers' config.json of a UNet2DConditionModel.
+
+    Its `attention_head_dim` is the number of heads, by a mistake that its makers keep for the sake of old files.
+    `upcast_attention` is not kept: products here are summed in float32 in any case.
+    """
+    widths = tuple(json.get("block_out_channels", (320, 640, 1280, 1280)))
+    heads, middle = json.get("num_attention_heads") or json.get("attention_head_dim", 8), _middle(json)
+    down = [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"], DOWN
+    up = ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3], UP
+    sides = read_sides(json, widths, down, up)
+    return Config(
+        **read_sizes(json),
+        widths=widths,
+        attention=levels_of(attends for attends, _ in sides[0]),
+        up_attention=levels_of(attends for attends, _ in sides[1]),
+        n_heads=tuple(heads) if isinstance(heads, list | tuple) else heads,
+        n_layers=json.get("transformer_layers_per_block", 1),
+        linear=json.get("use_linear_projection", False),
+        middle=middle,
+        pad_around=conditioning_fields(json, "downsample_padding") == 1,
+    )
+
+
+def _middle(json: dict[str, Any]) -> bool:
+    kind = json.get("mid_block_type", _MIDDLE)
+    if kind not in (_MIDDLE, None):
+        raise ValueError(f"its mid_block_type is {kind!r}, and what is implemented is {_MIDDLE!r}.")
+    return kind is not None
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that diffusers reads."""
+    levels = range(len(config.widths))
+    return {
+        "model_type": "UNet2DConditionModel",
+        **write_sizes(config),
+        "down_block_types": [("DownBlock2D", "CrossAttnDownBlock2D")[level in config.attention] for level in levels],
+        "up_block_types": [("UpBlock2D", "CrossAttnUpBlock2D")[n in config.up_attention] for n in reversed(levels)],
+        "mid_block_type": _MIDDLE if config.middle else None,
+        "attention_head_dim": [*config.n_heads] if isinstance(config.n_heads, tuple) else config.n_heads,
+        "transformer_layers_per_block": config.n_layers,
+        "use_linear_projection": config.linear,
+        "downsample_padding": int(config.pad_around),
+    }

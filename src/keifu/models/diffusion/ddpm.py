@@ -1,0 +1,306 @@
+"""DDPM (Ho et al., 2020, "Denoising Diffusion Probabilistic Models"): pictures are drawn by removing, a little at a
+time, noise that nobody added; what learns this is a U-Net that is told how much noise there is, and is asked which.
+Improved DDPM (Nichol and Dhariwal, 2021) lets it learn the variance of each step too. It knows no training and no file.
+
+Axes: batch, channels, height, width. The stages are those of `layers/unet/unet.py`.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.activations import activation
+from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.layers.initialisation import xavier_, zero_
+from keifu.layers.unet.conv import SpatialAttention
+from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
+from keifu.layers.unet.unet import UNet
+from keifu.models.diffusion.unet_builder import assemble_unet, group_norm
+from keifu.models.hf.schedulers import read_scheduler, write_scheduler
+from keifu.models.hf.unet import (
+    IMPLEMENTED,
+    OLD_ATTENTION,
+    UNET_NAMES,
+    conditioning_fields,
+    read_fields,
+    write_fields,
+    write_layout,
+)
+
+LARGE = Noise(variance="fixed_large")  # the paper's σ² = β for CIFAR-10
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the paper's network for CIFAR-10. Levels count resolutions from 0, the finest.
+
+    Attributes:
+        size: the side of a picture in pixels, or its height and width; None where nothing says so.
+        out_channels: None for as many as `channels`, or twice as many where the variance is learned.
+        dim, multipliers: a level has `dim` times its multiplier channels.
+        n_residual_blocks: of each level on the way down; on the way up it has one more.
+        attention, up_attention: the levels that have it on the way down and up; None for the same ones.
+        n_heads, head_dim: of attention; where `head_dim` is given, a level has as many heads as fit.
+        middle, middle_attention: whether there is a middle, and whether it has attention.
+        middle_groups: of the norm before the middle's attention; None for no norm.
+        middle_scale: what the middle's sums are divided by.
+        residual_down, residual_up: levels that a residual block leads out of, and not a convolution.
+        pad_around: whether convolutions that halve the resolution pad all sides, not below and right alone.
+        scale_shift: whether the noise level scales and shifts what the norm gives (improved DDPM), or is added to it.
+        time_dim: of the embedding of the noise level; None for 4 · dim.
+        cosine_first, frequency_shift: of its sinusoids.
+        learned_times: rows of a learned table in their place.
+        centered: whether pictures lie between -1 and 1; those between 0 and 1 are moved there first.
+        label: what is told with a picture: one of `n_classes` classes, a number, or a vector of `time_dim` numbers.
+        n_classes: 0 for a network that is told nothing.
+        null_class: whether there is one class more, number n_classes, that stands for none, as guidance needs it.
+        classes: the names of the classes, where they have some.
+        noise: what the network was trained to remove.
+    """
+
+    size: int | tuple[int, int] | None = 32
+    channels: int = 3
+    out_channels: int | None = None
+    dim: int = 128
+    multipliers: tuple[int | float, ...] = (1, 2, 2, 2)
+    n_residual_blocks: int = 2
+    attention: tuple[int, ...] = (1,)
+    up_attention: tuple[int, ...] | None = None
+    n_heads: int = 1
+    head_dim: int | None = None
+    middle: bool = True
+    middle_attention: bool = True
+    middle_groups: int | None = 32
+    middle_scale: float = 1.0
+    residual_down: tuple[int, ...] = ()
+    residual_up: tuple[int, ...] = ()
+    pad_around: bool = False
+    scale_shift: bool = False
+    norm_groups: int = 32
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+    dropout: float = 0.1
+    time_dim: int | None = None
+    cosine_first: bool = False
+    frequency_shift: float = 1.0
+    learned_times: int | None = None
+    centered: bool = True
+    label: Literal["class", "number", "vector"] = "class"
+    n_classes: int = 0
+    null_class: bool = False
+    classes: tuple[str, ...] = ()
+    noise: Noise = LARGE
+
+    def __post_init__(self) -> None:
+        levels = len(self.multipliers)
+        for name in ("attention", "up_attention", "residual_down", "residual_up"):
+            wrong = [level for level in vars(self)[name] or () if not 0 <= level < levels]
+            if wrong:
+                raise UserError(f"{name} names level {wrong[0]}, and there are levels 0 to {levels - 1}.")
+        if self.classes and len(self.classes) != self.n_classes:
+            raise UserError(f"There are {self.n_classes} classes and {len(self.classes)} names for them.")
+        if self.label == "number" and self.learned_times:
+            raise UserError("A number beside the picture is told by sinusoids, and this model has learned times.")
+        if self.null_class and not self.n_classes:
+            raise UserError("A null class stands beside others: give n_classes too.")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The channels of each level."""
+        return tuple(round(self.dim * multiplier) for multiplier in self.multipliers)
+
+    @property
+    def time_width(self) -> int:
+        """The numbers in the embedding of the noise level."""
+        return self.time_dim or 4 * self.dim
+
+    @property
+    def predicted_channels(self) -> int:
+        """What the network gives: twice `channels` where it predicts the variance too."""
+        return self.out_channels or self.channels * (1 + (self.noise.variance == "learned_range"))
+
+
+_IMPROVED = Config(
+    n_residual_blocks=3, attention=(1, 2), n_heads=4, pad_around=True, scale_shift=True, norm_eps=1e-5, dropout=0.3,
+    cosine_first=True, frequency_shift=0.0, noise=Noise(schedule="cosine", steps=4000, variance="learned_range"),
+)  # fmt: skip
+_KARLO = Config(  # reads noise and the small picture, enlarged
+    size=256, channels=6, out_channels=3, dim=320, multipliers=(1, 2, 3, 4), n_residual_blocks=3, attention=(),
+    up_attention=(), middle_attention=False, residual_down=(0, 1, 2), residual_up=(1, 2, 3), pad_around=True,
+    norm_eps=1e-5, dropout=0.0, head_dim=8, cosine_first=True, frequency_shift=0.0,
+    noise=Noise(schedule="cosine", spacing="linspace"),
+)  # fmt: skip
+SIZES = {
+    "ddpm-cifar10": Config(),
+    "ddpm-256": Config(size=256, multipliers=(1, 1, 2, 2, 4, 4), attention=(4,), dropout=0.0, noise=Noise()),
+    "improved-ddpm-cifar10": _IMPROVED,
+    "improved-ddpm-imagenet64": replace(_IMPROVED, size=64, multipliers=(1, 2, 3, 4), attention=(2, 3), dropout=0.0),
+    "karlo-upsampler": _KARLO,
+}
+PAPER_PARAMETERS = {
+    "ddpm-cifar10": 35.7e6, "ddpm-256": 114e6, "improved-ddpm-imagenet64": 120e6, "karlo-upsampler": 700e6,
+}  # fmt: skip
+
+
+class DDPM(nn.Module):
+    """The U-Net and what it is told: how much noise there is, and what the picture should be of, if anything."""
+
+    def __init__(self, config: Config, time: nn.Module, label: nn.Module | None, unet: UNet):
+        super().__init__()
+        self.config, self.time, self.label, self.unet = config, time, label, unet
+        self.activation = activation(config.activation)
+
+    @property
+    def noise(self) -> Noise:
+        """What the network was trained to remove."""
+        return self.config.noise
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        timestep: Num[Tensor, "*batch"],
+        label: Num[Tensor, "batch *vector"] | None = None,
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """The prediction for noisy pictures, one timestep for all or one each, in the type that they came in.
+
+        label: a class [batch], or a number [batch] or vector [batch, time_dim] where the Config says so; None for the
+        null class where there is one. Another size or number of channels than the network takes is a `UserError`.
+        """
+        self.check_size(*x.shape[1:])
+        time = self.time(timestep.reshape(-1).expand(len(x)))
+        if self.label is not None:
+            time = time + self.label(self._labels(len(x), x.device) if label is None else label).to(time.dtype)
+        elif label is not None:
+            raise UserError("This model draws no classes, and it was given a label: leave it out.")
+        given = (x if self.config.centered else 2 * x - 1).to(time.dtype)
+        return self.unet(given, self.activation(time)).to(x.dtype)
+
+    def check_size(self, channels: int, height: int, width: int) -> None:
+        """Refuses pictures that do not fit the network, with the nearest size that does."""
+        if channels != self.config.channels:
+            raise UserError(f"The network reads {self.config.channels} channels, and these pictures have {channels}.")
+        factor = self.unet.factor
+        near = [max(1, round(side / factor)) * factor for side in (height, width)]
+        if near != [height, width]:
+            raise UserError(
+                f"Pictures of {height} x {width} pixels do not fit a network that goes down to 1/{factor} of them: "
+                f"the nearest size that does is {near[0]} x {near[1]} (height x width)."
+            )
+
+    def _labels(self, count: int, device: torch.device) -> Tensor:
+        if not self.config.null_class:
+            raise UserError("This model draws one class or another: give a label.")
+        return torch.full((count,), self.config.n_classes, device=device)
+
+
+def build(config: Config) -> DDPM:
+    """A network with the code's initialisation: Glorot's, and zero for what each block and the network end with."""
+    sinusoids = TimestepSinusoids(config.dim, config.frequency_shift, config.cosine_first)
+    table = nn.Embedding(config.learned_times, config.dim) if config.learned_times else sinusoids
+    model = DDPM(config, TimeEmbedding(table, config.dim, config.time_width), _label(config), _unet(config))
+    xavier_(model, embedding_std=1.0)
+    zero_(model, ".conv2", ".attention.out", "unet.last")
+    return model
+
+
+def _label(config: Config) -> nn.Module | None:
+    if config.label == "number":
+        sinusoids = TimestepSinusoids(config.dim, config.frequency_shift, config.cosine_first)
+        return TimeEmbedding(sinusoids, config.dim, config.time_width)
+    if config.label == "vector":
+        return nn.Identity()
+    return nn.Embedding(config.n_classes + config.null_class, config.time_width) if config.n_classes else None
+
+
+def _unet(config: Config) -> UNet:
+    """The paper's U-Net, whose attentions look from pixel to pixel."""
+    up_levels = config.attention if config.up_attention is None else config.up_attention
+    look = partial(SpatialAttention, n_heads=config.n_heads, head_dim=config.head_dim)
+    norm = group_norm(config, config.norm_groups)
+
+    def attention(levels: tuple[int, ...], level: int, width: int) -> SpatialAttention | None:
+        return look(width, norm) if level in levels else None
+
+    middle_norm = group_norm(config, config.middle_groups) if config.middle_groups else None
+    middle = look(config.widths[-1], middle_norm, scale=config.middle_scale) if config.middle_attention else None
+    return assemble_unet(config, partial(attention, config.attention), middle, partial(attention, up_levels))
+
+
+WEIGHT_NAMES = {
+    "time.table": "time_proj",
+    "time.linear1": "time_embedding.linear_1",
+    "time.linear2": "time_embedding.linear_2",
+    "label": "class_embedding",
+    "label.linear1": "class_embedding.linear_1",
+    "label.linear2": "class_embedding.linear_2",
+    **{f"unet.{ours}": theirs for ours, theirs in UNET_NAMES.items()},
+}
+PREFIX = ""
+FILES = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")  # of a pipeline
+NOT_WEIGHTS = ()
+OLD_ENDINGS = OLD_ATTENTION
+MODEL_TYPES = {"UNet2DModel": "DDPMPipeline"}
+UNSUPPORTED: dict[str, Any] = {}
+_LABELS: dict[Any, str | None] = {"class": None, "number": "timestep", "vector": "identity"}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of diffusers' config.json of a UNet2DModel, with the scheduler's file as its "scheduler".
+
+    Names that begin with "_" are keifu's own: diffusers passes over them.
+    """
+    size, shift, kind = (
+        json.get("sample_size"),
+        conditioning_fields(json, "resnet_time_scale_shift"),
+        conditioning_fields(json, "class_embed_type"),
+    )
+    null_class = json.get("_null_class", False)
+    groups = json.get("norm_num_groups", 32) if shift == "default" else None
+    return Config(
+        size=tuple(size) if isinstance(size, list) else size,
+        **read_fields(json),
+        middle=conditioning_fields(json, "mid_block_type") is not None,
+        middle_groups=json.get("attn_norm_num_groups") or groups,
+        pad_around=conditioning_fields(json, "downsample_padding") == 1,
+        scale_shift=shift == "scale_shift",
+        activation=conditioning_fields(json, "act_fn"),
+        learned_times=json["num_train_timesteps"]
+        if conditioning_fields(json, "time_embedding_type") == "learned"
+        else None,
+        centered=not json.get("center_input_sample", False),
+        label=next(ours for ours, theirs in _LABELS.items() if theirs == kind),
+        n_classes=(json.get("num_class_embeds") or 0) - null_class,
+        null_class=null_class,
+        classes=tuple(json.get("_classes", ())),
+        noise=read_scheduler(json.get("scheduler") or {}),
+    )
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """What `from_published` reads, and diffusers with it."""
+    up = config.attention if config.up_attention is None else config.up_attention
+    own = {"_null_class": config.null_class, "_classes": [*config.classes]}
+    return {
+        "model_type": "UNet2DModel",
+        "sample_size": config.size,
+        **write_fields(config),
+        "out_channels": config.predicted_channels,
+        **write_layout(config.widths, (config.attention, config.residual_down), (up, config.residual_up)),
+        "time_embedding_type": "learned" if config.learned_times else "positional",
+        "num_train_timesteps": config.learned_times,
+        "mid_block_type": "UNetMidBlock2D" if config.middle else None,
+        "attn_norm_num_groups": config.middle_groups,
+        "downsample_padding": int(config.pad_around),
+        "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
+        "act_fn": config.activation if config.activation in IMPLEMENTED["act_fn"] else "silu",
+        "center_input_sample": not config.centered,
+        "class_embed_type": _LABELS[config.label],
+        "num_class_embeds": config.n_classes + config.null_class or None,
+        **{name: value for name, value in own.items() if value},
+        "scheduler": write_scheduler(config.noise),
+    }

@@ -1,0 +1,227 @@
+"""Latent diffusion from text (Rombach et al., 2022; Stable Diffusion): DDPM in an autoencoder's latents, where a step
+costs a fraction of one in pixels, by a U-Net that looks at an encoded text. It knows no sampler, no guidance, no file.
+
+Without an autoencoder the same network works in pixels, for comparison: its latents are the pictures themselves.
+
+Axes: batch, channels, height, width; length = tokens of a text, each seen by the U-Net.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from jaxtyping import Float, Int, Num
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.attention.attention import PaddingMask
+from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.layers.unet.spatial_transformer import Memories
+from keifu.models.clip import text as clip_text
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet
+from keifu.models.hf.schedulers import read_scheduler, write_scheduler
+
+NOISE = Noise(
+    schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip=None, steps_offset=1, last_alpha_one=False
+)  # the paper's for latents, as Stable Diffusion's files describe it
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are Stable Diffusion 1's. `noise` is what the U-Net was trained to remove.
+
+    autoencoder: None for a U-Net that works in pixels.
+    masked: whether the U-Net reads, beside noisy latents, a mask and the latents of what the mask leaves (inpainting).
+    """
+
+    text: clip_text.Config = field(default_factory=lambda: clip_text.SIZES["stable-diffusion-text"])
+    unet: conditioned_unet.Config = field(default_factory=conditioned_unet.Config)
+    autoencoder: autoencoder_kl.Config | None = field(default_factory=autoencoder_kl.Config)
+    noise: Noise = NOISE
+
+    def __post_init__(self) -> None:
+        inner = self.channels
+        fits = inner, 2 * inner + 1
+        if self.unet.channels not in fits:
+            raise UserError(f"The U-Net reads {self.unet.channels} channels and latents have {inner}: {fits} fit.")
+        if self.unet.context_dim != self.text.dim:
+            numbers = f"{self.unet.context_dim} numbers a token, and the text has {self.text.dim}"
+            raise UserError(f"The U-Net reads {numbers}.")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the pictures it was trained with, in pixels; None where nothing says so."""
+        size, factor = self.unet.size, self.factor
+        sides = (size, size) if isinstance(size, int) else size
+        return None if sides is None else (sides[0] * factor, sides[1] * factor)
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return self.unet.predicted_channels if self.autoencoder is None else self.autoencoder.latent_channels
+
+    @property
+    def factor(self) -> int:
+        """How many pixels of a side become one number of the latents."""
+        return 1 if self.autoencoder is None else self.autoencoder.factor
+
+    @property
+    def scale(self) -> float:
+        """What latents are multiplied by before diffusion sees them."""
+        return 1.0 if self.autoencoder is None else self.autoencoder.scale
+
+    @property
+    def colours(self) -> int:
+        """Channels of its pictures."""
+        return self.channels if self.autoencoder is None else self.autoencoder.channels
+
+    @property
+    def masked(self) -> bool:
+        """Whether the U-Net reads a mask and what it leaves beside noisy latents."""
+        return self.unet.channels > self.channels
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokens that texts are made of."""
+        return self.text.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """The tokens of every text: shorter ones are padded."""
+        return self.text.context_length
+
+
+_TEXT_2 = clip_text.Config(  # OpenCLIP's ViT-H/14, without its last layer
+    dim=1024, hidden_dim=4096, n_layers=23, n_heads=16, activation="gelu", embedding_dim=512, projected=False
+)
+_SECOND = Config(_TEXT_2, conditioned_unet.SIZES["stable-diffusion-2-base-unet"])
+SIZES = {
+    "stable-diffusion-1": Config(),
+    "stable-diffusion-1-inpainting": Config(unet=conditioned_unet.SIZES["stable-diffusion-1-inpainting-unet"]),
+    "stable-diffusion-2-base": _SECOND,
+    "stable-diffusion-2": replace(
+        _SECOND,
+        unet=conditioned_unet.SIZES["stable-diffusion-2-unet"],
+        autoencoder=autoencoder_kl.Config(size=768),
+        noise=replace(NOISE, target="velocity"),
+    ),
+}
+PAPER_PARAMETERS: dict[str, float] = {}
+
+
+class LatentDiffusion(nn.Module):
+    """The text's encoder, the U-Net and the autoencoder, if there is one."""
+
+    def __init__(
+        self,
+        config: Config,
+        text: clip_text.TextTower,
+        unet: conditioned_unet.ConditionedUNet,
+        autoencoder: autoencoder_kl.AutoencoderKL | None,
+    ):
+        super().__init__()
+        self.config, self.text, self.unet, self.autoencoder = config, text, unet, autoencoder
+
+    @property
+    def noise(self) -> Noise:
+        """What the U-Net was trained to remove."""
+        return self.config.noise
+
+    @property
+    def coding(self) -> nn.Module | None:
+        """What pictures and latents are made of each other with, if they are not the same."""
+        return self.autoencoder
+
+    def encode_text(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length dim"]:
+        """What the U-Net looks at: the text's hidden states after the last norm, padding's too."""
+        return self.text.encode(tokens)
+
+    def project(self, context: Float[Tensor, "batch length dim"]) -> Memories:
+        """The context's keys and values in every transformer of the U-Net: made once a picture."""
+        return self.unet.project(context)
+
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], timestep: Num[Tensor, "*batch"], projected: Memories
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """The prediction for noisy latents, one timestep for all or one each."""
+        return self.unet.predict(x, timestep, projected, PaddingMask())
+
+    def to_latents(
+        self, pictures: Float[Tensor, "batch colours rows columns"], noise: Tensor | None = None
+    ) -> Float[Tensor, "sampled channels height width"]:
+        """Latents as diffusion sees them, of pictures from -1 to 1: those that standard normal `noise` picks, of one
+        picture as many as there are rows of it, or the likeliest ones."""
+        if self.autoencoder is None:
+            return pictures if noise is None else pictures.expand_as(noise)
+        found = self.autoencoder.encode(pictures)
+        return self.config.scale * (found.mean if noise is None else found.sample(noise))
+
+    def to_pictures(
+        self, latents: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch colours rows columns"]:
+        """The pictures of latents as diffusion sees them, about from -1 to 1."""
+        return latents if self.autoencoder is None else self.autoencoder.decode(latents / self.config.scale)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuses pictures, by their pixels, that do not fit the network, with the nearest size that does."""
+        factor = self.config.factor * self.unet.factor
+        near = [max(1, round(side / factor)) * factor for side in (height, width)]
+        if near != [height, width]:
+            raise UserError(
+                f"Pictures of {height} x {width} pixels do not fit a model whose sides are multiples of {factor}: "
+                f"the nearest size that does is {near[0]} x {near[1]} (height x width)."
+            )
+
+
+def build(config: Config) -> LatentDiffusion:
+    """A model whose parts begin as they do alone."""
+    autoencoder = None if config.autoencoder is None else autoencoder_kl.build(config.autoencoder)
+    return LatentDiffusion(config, clip_text.build(config.text), conditioned_unet.build(config.unet), autoencoder)
+
+
+PARTS = {
+    "text_encoder": ("text", clip_text),
+    "unet": ("unet", conditioned_unet),
+    "vae": ("autoencoder", autoencoder_kl),
+}
+
+
+def names_of(parts: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
+    """The weights' names in a pipeline: those of each part, behind the part's field here and its folder there."""
+    return {
+        f"{ours}.{name}": f"{folder}.{theirs}"
+        for folder, (ours, module) in parts.items()
+        for name, theirs in module.WEIGHT_NAMES.items()
+    }
+
+
+WEIGHT_NAMES = names_of(PARTS)
+PREFIX = ""
+NOT_WEIGHTS = ("text_encoder.text_model.embeddings.position_ids",)
+OLD_ENDINGS = autoencoder_kl.OLD_ENDINGS
+MODEL_TYPES = {"StableDiffusionPipeline": "StableDiffusionPipeline"}
+UNSUPPORTED: dict[str, Any] = {}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of the files of a pipeline's parts, each in the field of its folder's name."""
+    return Config(
+        text=clip_text.from_published(json["text_encoder"]),
+        unet=conditioned_unet.from_published(json["unet"]),
+        autoencoder=autoencoder_kl.from_published(json["vae"]),
+        noise=read_scheduler(json["scheduler"]),
+    )
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """What `from_published` reads: the files of a pipeline's parts. Without an autoencoder no pipeline of diffusers has
+    this shape, and the config is keifu's own."""
+    if config.autoencoder is None:
+        return {"model_type": "keifu_latent_diffusion", "architectures": ["keifu"], **asdict(config)}
+    return {
+        "model_type": "StableDiffusionPipeline",
+        "text_encoder": clip_text.to_published(config.text),
+        "unet": conditioned_unet.to_published(config.unet),
+        "vae": autoencoder_kl.to_published(config.autoencoder),
+        "scheduler": write_scheduler(config.noise),
+    }

@@ -1,0 +1,56 @@
+"""A U-Net put together from a Config: every part but what its attentions look at, which is each model's own.
+
+The Config has the fields of `ddpm.Config` that say how stages are made. Levels count resolutions from 0, the finest.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from keifu.layers.activations import activation
+from keifu.layers.unet.conv import AdaptiveResidualBlock, Downsample, ResidualBlock, Upsample
+from keifu.layers.unet.unet import Middle, PerhapsAtLevel, UNet, stages
+
+
+def assemble_unet(
+    config: Any, down_attention: PerhapsAtLevel, middle_attention: nn.Module | None, up_attention: PerhapsAtLevel
+) -> UNet:
+    """The network whose levels have these attentions, or none, on the way down, in the middle and on the way up."""
+    widths = config.widths
+
+    def shrink(level: int, width: int) -> nn.Module:
+        if level in config.residual_down:
+            return _residual(config, resample=nn.AvgPool2d(2))(width, width)
+        return Downsample(width, config.pad_around)
+
+    def grow(level: int, width: int) -> nn.Module:
+        if level in config.residual_up:
+            return _residual(config, resample=nn.Upsample(scale_factor=2.0))(width, width)
+        return Upsample(width)
+
+    attentions = (down_attention, up_attention)
+    down, up = stages(widths, config.n_residual_blocks, _residual(config), attentions, (shrink, grow))
+    first = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+    last = nn.Conv2d(widths[0], config.predicted_channels, 3, padding=1)
+    norm = group_norm(config, config.norm_groups)(widths[0])
+    return UNet(first, down, _middle(config, middle_attention), up, norm, last)
+
+
+def _middle(config: Any, attention: nn.Module | None) -> Middle | None:
+    if not config.middle:
+        return None
+    residual, width = _residual(config, scale=config.middle_scale), config.widths[-1]
+    return Middle([residual(width, width) for _ in range(2)], [attention] if attention else [])
+
+
+def group_norm(config: Any, groups: int) -> Callable[[int], nn.Module]:
+    """Makes the norm for so many channels, which the groups must divide."""
+    return partial(nn.GroupNorm, groups, eps=config.norm_eps)
+
+
+def _residual(config: Any, **changed: Any) -> Callable[[int, int], ResidualBlock]:
+    kind = AdaptiveResidualBlock if config.scale_shift else ResidualBlock
+    shared = {"time_dim": config.time_width, "activation": activation(config.activation), "dropout": config.dropout}
+    return partial(kind, norm=group_norm(config, config.norm_groups), **shared, **changed)

@@ -1,0 +1,1 @@
+"""Published configs of transformers, diffusers and open_clip, read and written."""

@@ -1,0 +1,202 @@
+"""A U-Net's Config as diffusers' config.json writes it, and how its files call the weights; knows no layers.
+
+Levels count resolutions from 0, the finest; diffusers lists the way up from the coarsest.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from keifu.errors import unknown
+
+# theirs -> whether the stage has attention; whether it changes the resolution in a residual block (None: see *_type)
+Blocks = dict[str, tuple[bool, bool | None]]
+DOWN: Blocks = {
+    "DownBlock2D": (False, False),
+    "AttnDownBlock2D": (True, None),
+    "ResnetDownsampleBlock2D": (False, True),
+}
+UP: Blocks = {"UpBlock2D": (False, False), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, True)}
+Layout = tuple[Sequence[int], Sequence[int]]
+RESAMPLING = ("conv", "resnet")
+IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # where not every value is; the first is what diffusers takes unless told
+    "time_embedding_type": ("positional", "learned"),
+    "mid_block_type": ("UNetMidBlock2D", None),
+    "downsample_padding": (1, 0),
+    "downsample_type": RESAMPLING,
+    "upsample_type": RESAMPLING,
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "class_embed_type": (None, "timestep", "identity"),
+    "act_fn": ("silu", "swish", "mish", "gelu", "relu"),
+}
+FIELDS = {  # ours: theirs, and what diffusers takes unless told
+    "channels": ("in_channels", 3),
+    "out_channels": ("out_channels", 3),
+    "n_residual_blocks": ("layers_per_block", 2),
+    "head_dim": ("attention_head_dim", 8),
+    "middle_attention": ("add_attention", True),
+    "norm_groups": ("norm_num_groups", 32),
+    "time_dim": ("time_embedding_dim", None),
+    "cosine_first": ("flip_sin_to_cos", True),
+}
+NUMBERS = {
+    "middle_scale": ("mid_block_scale_factor", 1.0),
+    "norm_eps": ("norm_eps", 1e-5),
+    "frequency_shift": ("freq_shift", 0.0),
+    "dropout": ("dropout", 0.0),
+}
+
+RESIDUAL = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "time": "time_emb_proj",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "shortcut": "conv_shortcut",
+}
+ATTENTION = {"norm": "group_norm", "attention.qkv": "to_[q,k,v]", "attention.out": "to_out.0"}
+
+
+def unet_names(attention: Mapping[str, str]) -> dict[str, str]:
+    """The names of a U-Net's weights, whose attentions have parts of these names."""
+    stages = {
+        "down.*.residuals.*": ("down_blocks.*.resnets.*", RESIDUAL),
+        "down.*.attentions.*": ("down_blocks.*.attentions.*", attention),
+        "down.*.resample": ("down_blocks.*.downsamplers.0", RESIDUAL | {"conv": "conv"}),
+        "middle.residuals.*": ("mid_block.resnets.*", RESIDUAL),
+        "middle.attentions.*": ("mid_block.attentions.*", attention),
+        "up.*.residuals.*": ("up_blocks.*.resnets.*", RESIDUAL),
+        "up.*.attentions.*": ("up_blocks.*.attentions.*", attention),
+        "up.*.resample": ("up_blocks.*.upsamplers.0", RESIDUAL | {"conv": "conv"}),
+    }
+    inner = {f"{ours}.{part}": f"{theirs}.{name}" for ours, (theirs, parts) in stages.items()
+             for part, name in parts.items()}  # fmt: skip
+    return {"first": "conv_in", "norm": "conv_norm_out", "last": "conv_out"} | inner
+
+
+UNET_NAMES = unet_names(ATTENTION)
+OLD_ATTENTION = {  # diffusers before 0.15 called the parts of attention so
+    f"{new}.{kind}": f"{old}.{kind}"
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items()
+    for kind in ("weight", "bias")
+}
+
+
+def conditioning_fields(json: dict[str, Any], name: str) -> Any:
+    """The value of a field in `IMPLEMENTED`, or what diffusers takes unless told; another value is a ValueError."""
+    known = IMPLEMENTED[name]
+    value = json.get(name, known[0])
+    if value not in known:
+        raise ValueError(f"its {name} is {value!r}, and what is implemented is {', '.join(map(repr, known))}.")
+    return value
+
+
+def read_fields(json: dict[str, Any]) -> dict[str, Any]:
+    """The Config's fields of `FIELDS` and `NUMBERS`, and those of its layout."""
+    plain = {ours: json.get(theirs, silent) for ours, (theirs, silent) in FIELDS.items()}
+    numbers = {ours: float(json.get(theirs, silent)) for ours, (theirs, silent) in NUMBERS.items()}
+    return plain | numbers | read_layout(json)
+
+
+def write_fields(config: Any) -> dict[str, Any]:
+    """diffusers' words for the fields of `FIELDS` and `NUMBERS`."""
+    return {theirs: vars(config)[ours] for ours, (theirs, _) in (FIELDS | NUMBERS).items()}
+
+
+def read_layout(json: dict[str, Any]) -> dict[str, Any]:
+    """The Config's fields of widths, attention and changes of resolution."""
+    widths = json.get("block_out_channels", (224, 448, 672, 896))
+    plain, attending = ["DownBlock2D", *["AttnDownBlock2D"] * 3], [*["AttnUpBlock2D"] * 3, "UpBlock2D"]
+    down, up = read_sides(json, widths, (plain, DOWN), (attending, UP))
+    levels = len(widths)
+    return {
+        "dim": widths[0],
+        "multipliers": tuple(width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths),
+        "attention": levels_of(attends for attends, _ in down),
+        "up_attention": levels_of(attends for attends, _ in up),
+        "residual_down": tuple(level for level, (_, residual) in enumerate(down) if residual and level < levels - 1),
+        "residual_up": tuple(level for level, (_, residual) in enumerate(up) if residual and level),
+    }
+
+
+Read = list[tuple[bool, bool]]
+Silent = tuple[list[str], Blocks]  # the blocks of a file that does not say, and those that there are
+
+
+def read_sides(json: dict[str, Any], widths: Sequence[int], down: Silent, up: Silent) -> tuple[Read, Read]:
+    """Of each level on the way down and up, whether it has attention, and whether a residual block leads out of it."""
+    sides = _read_side(json, "down", *down), _read_side(json, "up", *up)[::-1]
+    if not len(widths) == len(sides[0]) == len(sides[1]):
+        numbers = f"{len(widths)} widths, {len(sides[0])} stages down and {len(sides[1])} up"
+        raise ValueError(f"it has {numbers}, which should be as many.")
+    return sides
+
+
+def _read_side(json: dict[str, Any], side: str, silent: list[str], known: Blocks) -> Read:
+    residual_type = conditioning_fields(json, f"{side}sample_type") == "resnet"
+    stages = []
+    for name in json.get(f"{side}_block_types", silent):
+        if (plain := name.removeprefix("UNetRes")) not in known:
+            raise unknown(f"block of the way {side}", name, known)
+        attends, residual = known[plain]
+        stages.append((attends, residual_type if residual is None else residual))
+    return stages
+
+
+def levels_of(switches: Any) -> tuple[int, ...]:
+    """The levels at which a switch is on."""
+    return tuple(level for level, on in enumerate(switches) if on)
+
+
+def write_layout(widths: Sequence[int], down: Layout, up: Layout) -> dict[str, Any]:
+    """diffusers' words for a layout: down and up, the levels with attention, and those that a residual block leads out
+    of. One that the words cannot say, where that differs between levels with attention, comes out as another.
+    """
+    levels = range(len(widths))
+    return {
+        "block_out_channels": [*widths],
+        "down_block_types": [_name(level, down, DOWN) for level in levels],
+        "up_block_types": [_name(level, up, UP) for level in reversed(levels)],
+        "downsample_type": RESAMPLING[bool({*down[0]} & {*down[1]})],
+        "upsample_type": RESAMPLING[bool({*up[0]} & {*up[1]})],
+    }
+
+
+def _name(level: int, way: Layout, known: Blocks) -> str:
+    wanted = (True, None) if level in way[0] else (False, level in way[1])
+    return next(name for name, means in known.items() if means == wanted)
+
+
+def read_sizes(json: dict[str, Any]) -> dict[str, Any]:
+    """The Config's fields that every UNet2DConditionModel has."""
+    size = json.get("sample_size")
+    return {
+        "size": tuple(size) if isinstance(size, list) else size,
+        "channels": json.get("in_channels", 4),
+        "predicted_channels": json.get("out_channels", 4),
+        "n_residual_blocks": json.get("layers_per_block", 2),
+        "context_dim": json.get("cross_attention_dim", 1280),
+        "norm_groups": json.get("norm_num_groups", 32),
+        "norm_eps": float(json.get("norm_eps", 1e-5)),
+        "dropout": float(json.get("dropout", 0.0)),
+        "time_dim": json.get("time_embedding_dim"),
+        "cosine_first": json.get("flip_sin_to_cos", True),
+        "frequency_shift": float(json.get("freq_shift", 0)),
+    }
+
+
+def write_sizes(config: Any) -> dict[str, Any]:
+    """diffusers' words for the widths and for the fields of `read_sizes`."""
+    return {
+        "sample_size": config.size,
+        "in_channels": config.channels,
+        "out_channels": config.predicted_channels,
+        "block_out_channels": [*config.widths],
+        "layers_per_block": config.n_residual_blocks,
+        "cross_attention_dim": config.context_dim,
+        "norm_num_groups": config.norm_groups,
+        "norm_eps": config.norm_eps,
+        "dropout": config.dropout,
+        "time_embedding_dim": config.time_dim,
+        "flip_sin_to_cos": config.cosine_first,
+        "freq_shift": config.frequency_shift,
+    }

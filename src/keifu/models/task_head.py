@@ -1,0 +1,187 @@
+"""Any decoder with a head for a task on top: the second half of GPT-1 (Radford et al., 2018, sections 3.2 and 3.3).
+
+The decoder that learned to write is taken as it is; new are the rows of a few special tokens and one matrix, which
+reads the hidden state of a sequence's last token. It knows no text, no files, and not which decoder it holds.
+
+Axes: batch = examples, sequences = of one example, length = tokens, padded on the right, dim, answers = the logits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.dropout import Dropout
+from keifu.layers.initialisation import normal_
+from keifu.layers.linear import Linear
+from keifu.layers.transformer.decoder import DecoderLM
+
+Tokens = Int[Tensor, "batch sequences length"]
+Mask = Bool[Tensor, "batch sequences length"]
+Extracted = Float[Tensor, "batch sequences dim"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """`decoder` is the decoder's own Config. `form` names how an example becomes sequences, so which head reads them.
+
+    labels: what a head for labels chooses from; none where an example's own answers are chosen from. The ids are those
+    of the tokens around and between the parts of a sequence; None where a text stands as the tokenizer makes it.
+    bias: added to every logit; it matters where these are scores (a reward model's).
+    """
+
+    decoder: Any
+    form: str = "classification"
+    labels: tuple[str, ...] = ()
+    start_id: int | None = None
+    delimiter_id: int | None = None
+    extract_id: int | None = None
+    classifier_dropout: float = 0.1
+    bias: float = 0.0
+
+    @property
+    def vocab_size(self) -> int:
+        """The decoder's."""
+        return self.decoder.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """The decoder's."""
+        return self.decoder.context_length
+
+    @property
+    def tied(self) -> bool:
+        """Whether the decoder's head is its embedding."""
+        return self.decoder.tied
+
+
+class LabelHead(nn.Module):
+    """Logits of labels from the sum of an example's sequences; there are two where neither of two texts is the first
+    (similarity). Without a bias, as in the paper's equation 3."""
+
+    def __init__(self, dim: int, labels: int):
+        super().__init__()
+        self.project = Linear(dim, labels, bias=False)
+
+    def forward(self, extracted: Extracted, there: Bool[Tensor, "batch sequences"]) -> Float[Tensor, "batch answers"]:
+        return self.project((extracted * there[..., None]).sum(1))
+
+
+class AnswerHead(nn.Module):
+    """A logit for each sequence, which ends in one of the answers; where an example has fewer, -inf for those missing.
+
+    The bias changes no probability: published weights have one.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.project = Linear(dim, 1)
+
+    def forward(self, extracted: Extracted, there: Bool[Tensor, "batch sequences"]) -> Float[Tensor, "batch answers"]:
+        return self.project(extracted).squeeze(-1).masked_fill(~there, -torch.inf)
+
+
+class ScoreHead(nn.Module):
+    """A score for each sequence, and as well for every place of one."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.project = Linear(dim, 1, bias=False)
+
+    def forward(
+        self, hidden: Float[Tensor, "*batch dim"], there: Bool[Tensor, "*batch"] | None = None
+    ) -> Float[Tensor, "*batch"]:
+        return self.project(hidden).squeeze(-1)
+
+
+class ModelWithHead(nn.Module):
+    """A decoder and a task's head."""
+
+    def __init__(self, decoder: DecoderLM, head: nn.Module, config: Config):
+        super().__init__()
+        self.decoder, self.task_head, self.config = decoder, head, config
+        self.dropout = Dropout(config.classifier_dropout)
+
+    def classify(self, tokens: Tokens, mask: Mask) -> Float[Tensor, "batch answers"]:
+        """Logits of the labels, or of an example's own answers; `mask` is True on real tokens, which come first."""
+        return self.judge(self.hidden(tokens), mask)
+
+    forward = classify
+
+    def hidden(self, tokens: Tokens) -> Float[Tensor, "batch sequences length dim"]:
+        """Hidden states; padding on the right is seen by no real token, since each looks to the left alone."""
+        return self.decoder.hidden(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+
+    def judge(self, hidden: Float[Tensor, "batch sequences length dim"], mask: Mask) -> Float[Tensor, "batch answers"]:
+        """The head's logits from each sequence's last real token."""
+        last = (mask.sum(-1) - 1).clamp(min=0)[..., None, None]
+        extracted = hidden.gather(2, last.expand(-1, -1, -1, hidden.shape[-1])).squeeze(2)
+        return self.task_head(self.dropout(extracted), mask.any(-1)) + self.config.bias
+
+    def scores_along(self, tokens: Tokens) -> Float[Tensor, "batch sequences length"]:
+        """Of a head that scores: what it says at every token, of all up to there."""
+        return self.task_head(self.hidden(tokens)) + self.config.bias
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+        """The matrix of the decoder's head, for the loss of its words."""
+        return self.decoder.head_weight
+
+
+HEADS: dict[str, Callable[[int, int], nn.Module]] = {  # for each form, from the decoder's dim and the number of labels
+    "classification": LabelHead,
+    "entailment": LabelHead,
+    "similarity": LabelHead,
+    "choice": lambda dim, labels: AnswerHead(dim),
+    "score": lambda dim, labels: ScoreHead(dim),
+}
+
+
+def add_head(decoder: DecoderLM, config: Config) -> ModelWithHead:
+    """A decoder with a new head, drawn from N(0, 0.02²)."""
+    if config.form not in HEADS:
+        raise UserError(f"There is no form {config.form!r}. Known: {', '.join(HEADS)}.")
+    head = HEADS[config.form](decoder.embedding.embedding_dim, len(config.labels))
+    normal_(head, std=0.02)
+    return ModelWithHead(decoder, head, config)
+
+
+def builder(build: Callable[[Any], DecoderLM]) -> Callable[[Config], ModelWithHead]:
+    """From what builds a decoder, what builds it with a head."""
+    return lambda config: add_head(build(config.decoder), config)
+
+
+@torch.no_grad()
+def shift(model: ModelWithHead, by: float) -> None:
+    """Adds a number to every score that a model with a head for scores gives, in place.
+
+    Where the decoder's last norm has a bias, that is changed, along the head's one row: so the sum is there for
+    whoever knows the published classes alone, whose head has no bias. Elsewhere it is the Config's.
+    """
+    bias, row = getattr(model.decoder.norm, "bias", None), next(model.task_head.parameters())[0]
+    if bias is None:
+        model.config = replace(model.config, bias=model.config.bias + by)
+    else:
+        bias.add_(row.to(bias.dtype) * (by / row.float().square().sum()))
+
+
+@torch.no_grad()
+def grow_vocabulary(decoder: DecoderLM, vocab_size: int, fresh: Sequence[int], std: float = 0.02) -> None:
+    """Gives a decoder rows for new tokens: at least `vocab_size` in all, those of `fresh` ids drawn from N(0, std²)."""
+    rows = _grow_rows(decoder.embedding.weight, vocab_size, fresh, std)
+    decoder.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
+    if decoder.head is not None:
+        head = _grow_rows(decoder.head.weight, vocab_size, fresh, std)
+        decoder.head = Linear(head.shape[1], len(head), bias=False, device="meta")
+        decoder.head.weight = nn.Parameter(head)
+    decoder.config = replace(decoder.config, vocab_size=len(rows))
+
+
+def _grow_rows(rows: Tensor, size: int, fresh: Sequence[int], std: float) -> Tensor:
+    grown = torch.cat([rows, rows.new_zeros(max(0, size - len(rows)), rows.shape[1])]).clone()
+    grown[list(fresh)] = std * torch.randn(len(fresh), rows.shape[1]).to(rows)
+    return grown

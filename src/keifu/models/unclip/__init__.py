@@ -1,0 +1,1 @@
+"""unCLIP (DALL-E 2): prior, decoder, and conditioning."""

@@ -1,0 +1,229 @@
+"""The decoder of unCLIP (Ramesh et al., 2022, section 2.1; DALL-E 2): improved DDPM's U-Net, told an embedding of a
+picture beside the noise level, whose attention looks at a context and at the pixels at once, as GLIDE's does. It knows
+no CLIP, no sampler and no training.
+
+Axes: batch, channels, height, width; seen = tokens of the context. The stages are those of `layers/unet/unet.py`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from jaxtyping import Bool, Float, Num
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.attention.attention import PaddingMask
+from keifu.layers.initialisation import zero_
+from keifu.layers.linear import Linear
+from keifu.layers.unet.spatial_transformer import JointAttention, Memories
+from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
+from keifu.models.diffusion.conditioned_unet import UNSUPPORTED as OF_CONDITIONED
+from keifu.models.diffusion.conditioned_unet import ConditionedUNet
+from keifu.models.diffusion.unet_builder import assemble_unet
+from keifu.models.hf.unet import levels_of, read_sides, read_sizes, unet_names, write_sizes
+
+Sample = Float[Tensor, "batch channels height width"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are those of Karlo, whose weights are public; OpenAI's are not. Levels count from 0, the finest.
+
+    Attributes:
+        size: the side of what it was trained on, or its height and width; None where nothing says so.
+        predicted_channels: twice `channels` where it predicts the variance too.
+        widths: channels of each level; a residual block leads from each to the next.
+        n_residual_blocks: of each level on the way down; on the way up it has one more.
+        attention, up_attention: the levels that have it on the way down and up.
+        head_dim: numbers in a head of attention, which must divide the channels of every level that has it.
+        context_dim: numbers in a token of the context.
+        label: what is told beside the noise level: a vector of `time_width` numbers, one of `label_dim` numbers that a
+            matrix brings there, or one of `label_dim` classes.
+        scale_shift: whether the noise level scales and shifts what the norm gives, or is added to it.
+    """
+
+    activation: ClassVar[str] = "silu"
+    middle_scale: ClassVar[float] = 1.0
+    pad_around: ClassVar[bool] = True
+
+    size: int | tuple[int, int] | None = 64
+    channels: int = 3
+    predicted_channels: int = 6
+    widths: tuple[int, ...] = (320, 640, 960, 1280)
+    n_residual_blocks: int = 3
+    attention: tuple[int, ...] = (1, 2, 3)
+    up_attention: tuple[int, ...] = (1, 2, 3)
+    head_dim: int = 64
+    context_dim: int = 1536
+    label: Literal["vector", "projected", "class"] = "vector"
+    label_dim: int | None = None
+    middle: bool = True
+    scale_shift: bool = True
+    norm_groups: int = 32
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    time_dim: int | None = None
+    cosine_first: bool = True
+    frequency_shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.label == "vector") != (self.label_dim is None):
+            raise UserError(f"The label {self.label!r} does not go with label_dim {self.label_dim}.")
+
+    @property
+    def time_width(self) -> int:
+        """The numbers in the embedding of the noise level."""
+        return self.time_dim or 4 * self.widths[0]
+
+    @property
+    def residual_down(self) -> tuple[int, ...]:
+        """The levels that a residual block leads out of on the way down: all but the coarsest."""
+        return tuple(range(len(self.widths) - 1))
+
+    @property
+    def residual_up(self) -> tuple[int, ...]:
+        """The same on the way up: all but the finest."""
+        return tuple(range(1, len(self.widths)))
+
+
+SIZES = {"karlo-decoder": Config()}
+PAPER_PARAMETERS = {"karlo-decoder": 900e6}  # as its makers round it; DALL-E 2's has 3.5 B
+
+
+class Decoder(nn.Module):
+    """The U-Net, and how it is told what the picture is of."""
+
+    def __init__(self, config: Config, label: nn.Module, network: ConditionedUNet):
+        super().__init__()
+        self.config, self.label, self.network = config, label, network
+
+    def project(self, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
+        """Keys and values of a context for every attention: made once a picture, used at every step."""
+        return self.network.project(context)
+
+    def predict(
+        self, x: Sample, timestep: Num[Tensor, "*batch"], label: Tensor, projected: Memories, mask: PaddingMask
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """The prediction for noisy samples, one timestep for all or one each, in the type that they came in."""
+        return self.network.predict(x, timestep, projected, mask, self.label(label))
+
+    def forward(
+        self,
+        x: Sample,
+        timestep: Num[Tensor, "*batch"],
+        label: Num[Tensor, "batch *numbers"],
+        context: Float[Tensor, "batch seen context_dim"],
+        mask: Bool[Tensor, "batch seen"] | None = None,
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """`predict` of a context, `mask` being True on its real tokens; None sees all."""
+        return self.predict(x, timestep, label, self.project(context), PaddingMask(mask))
+
+
+def build(config: Config) -> Decoder:
+    """A network with torch's own initialisation, but zero for what each block, attention and the network end with, as
+    improved DDPM's code has it."""
+    sinusoids = TimestepSinusoids(config.widths[0], config.frequency_shift, config.cosine_first)
+    time = TimeEmbedding(sinusoids, config.widths[0], config.time_width)
+    norm = partial(nn.GroupNorm, config.norm_groups, eps=1e-5)
+
+    def attention(levels: tuple[int, ...], level: int, width: int) -> JointAttention | None:
+        return JointAttention(width, config.head_dim, config.context_dim, norm) if level in levels else None
+
+    last = len(config.widths) - 1
+    middle = attention((last,), last, config.widths[-1]) if config.middle else None
+    unet = assemble_unet(config, partial(attention, config.attention), middle, partial(attention, config.up_attention))
+    model = Decoder(config, _label(config), ConditionedUNet(config, time, unet))
+    zero_(model, ".conv2", ".out", "unet.last")
+    return model
+
+
+def _label(config: Config) -> nn.Module:
+    if config.label_dim is None:
+        return nn.Identity()
+    kind = Linear if config.label == "projected" else nn.Embedding
+    return kind(config.label_dim, config.time_width)
+
+
+_ATTENTION = {
+    "norm": "group_norm",
+    "qkv": "to_[q,k,v]",
+    "kv": "add_[k,v]_proj",
+    "out": "to_out.0",
+}
+WEIGHT_NAMES = {
+    "label": "class_embedding",
+    "network.time.linear1": "time_embedding.linear_1",
+    "network.time.linear2": "time_embedding.linear_2",
+    **{f"network.unet.{ours}": theirs for ours, theirs in unet_names(_ATTENTION).items()},
+}
+PREFIX = ""
+NOT_WEIGHTS = ()
+MODEL_TYPES = {"UNet2DConditionModel/simple": "UNet2DConditionModel"}  # one class of diffusers' for two networks
+_KINDS: dict[Any, str] = {"identity": "vector", "simple_projection": "projected", None: "class"}
+UNSUPPORTED: dict[str, Any] = {
+    name: fine
+    for name, fine in OF_CONDITIONED.items()
+    if name not in ("class_embed_type", "num_class_embeds", "resnet_time_scale_shift")
+}
+_DOWN: dict[str, tuple[bool, bool | None]] = {
+    "ResnetDownsampleBlock2D": (False, True),
+    "SimpleCrossAttnDownBlock2D": (True, True),
+}
+_UP: dict[str, tuple[bool, bool | None]] = {
+    "ResnetUpsampleBlock2D": (False, True),
+    "SimpleCrossAttnUpBlock2D": (True, True),
+}
+_MIDDLE = "UNetMidBlock2DSimpleCrossAttn"
+_SHIFTS = ("default", "scale_shift")
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of diffusers' config.json of a UNet2DConditionModel whose blocks are the simple ones.
+
+    Its `attention_head_dim` means what it says here.
+    """
+    widths = tuple(json["block_out_channels"])
+    sides = read_sides(json, widths, ([], _DOWN), ([], _UP))
+    middle, shift = json.get("mid_block_type"), json.get("resnet_time_scale_shift", "default")
+    if middle not in (_MIDDLE, None) or shift not in _SHIFTS:
+        raise ValueError(f"its mid_block_type is {middle!r} and its resnet_time_scale_shift {shift!r}: not known.")
+    label, label_dim = _read_label(json)
+    return Config(
+        **read_sizes(json),
+        widths=widths,
+        attention=levels_of(attends for attends, _ in sides[0]),
+        up_attention=levels_of(attends for attends, _ in sides[1]),
+        head_dim=json.get("attention_head_dim", 8),
+        label=label,
+        label_dim=label_dim,
+        middle=middle is not None,
+        scale_shift=shift == "scale_shift",
+    )
+
+
+def _read_label(json: dict[str, Any]) -> tuple[Any, int | None]:
+    kind, classes = json.get("class_embed_type"), json.get("num_class_embeds")
+    if kind not in _KINDS or (kind is None and classes is None):
+        raise ValueError(f"its class_embed_type is {kind!r}, and what is implemented is identity, simple_projection "
+                         "and a table of num_class_embeds.")  # fmt: skip
+    label_dim = {"simple_projection": json.get("projection_class_embeddings_input_dim"), None: classes}
+    return _KINDS[kind], label_dim.get(kind)
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that diffusers reads."""
+    levels, down, up = range(len(config.widths)), tuple(_DOWN), tuple(_UP)
+    kind = next(theirs for theirs, ours in _KINDS.items() if ours == config.label)
+    return {
+        "model_type": next(iter(MODEL_TYPES)),
+        **write_sizes(config),
+        "down_block_types": [down[level in config.attention] for level in levels],
+        "up_block_types": [up[level in config.up_attention] for level in reversed(levels)],
+        "mid_block_type": _MIDDLE if config.middle else None,
+        "attention_head_dim": config.head_dim,
+        "class_embed_type": kind,
+        "projection_class_embeddings_input_dim": config.label_dim if kind else None,
+        "num_class_embeds": None if kind else config.label_dim,
+        "resnet_time_scale_shift": _SHIFTS[config.scale_shift],
+    }

@@ -1,0 +1,226 @@
+"""The diffusion prior of unCLIP (Ramesh et al., 2022, section 2.2; DALL-E 2): from a caption to CLIP's embedding of a
+picture of it. A causal transformer reads the caption, the noise level and the noisy embedding, and gives at its last
+token the embedding itself, not the noise. It knows no sampler, no CLIP and no pixels.
+
+Axes: batch, length = tokens of a caption, embedding = numbers of CLIP's vectors.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Num
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.attention.attention import Attention, CausalPaddingMask, PaddingMask
+from keifu.layers.feedforward import FeedForward
+from keifu.layers.initialisation import normal_, scale_residual_
+from keifu.layers.linear import Linear
+from keifu.layers.transformer.blocks import PreNorm
+from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
+
+Embedding = Float[Tensor, "batch embedding"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are those of Karlo, whose weights are public; OpenAI's are not.
+
+    Attributes:
+        context_length: tokens of every caption.
+        embedding_dim: numbers of a picture's embedding, and of each token of an encoded caption.
+        caption_dim: numbers of a caption's embedding; None for as many.
+        predicted_dim: numbers that it gives; None for as many.
+        first_norm: whether there is a norm before the first block.
+        caption_norm: whether there is one before the matrix that reads the caption's embedding.
+        query: whether a learned token stands at the end, at which the answer is read; else it is read at the noisy
+            embedding's own.
+        time_dim: inside the embedding of the noise level; None for the width of the blocks.
+    """
+
+    context_length: int = 77
+    embedding_dim: int = 768
+    caption_dim: int | None = None
+    predicted_dim: int | None = None
+    n_layers: int = 20
+    n_heads: int = 32
+    head_dim: int = 64
+    first_norm: bool = False
+    caption_norm: bool = False
+    query: bool = True
+    time_dim: int | None = None
+    dropout: float = 0.0
+
+    @property
+    def dim(self) -> int:
+        """The width of the blocks."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def n_tokens_beside(self) -> int:
+        """Tokens after the caption's: its embedding, the noise level, the noisy embedding, the query."""
+        return 3 + self.query
+
+
+SIZES = {"karlo-prior": Config()}
+PAPER_PARAMETERS = {"karlo-prior": 1e9}  # as its makers round it; DALL-E 2's has about as many
+
+
+class Prior(nn.Module):
+    """`mean` and `std` are those of the training pictures' embeddings, and what it removes noise from is normalised by
+    them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, dim, caption_dim = config, config.dim, config.caption_dim or config.embedding_dim
+        predicted = config.predicted_dim or config.embedding_dim
+        self.time = TimeEmbedding(TimestepSinusoids(dim, 0.0, True), dim, config.time_dim or dim, dim)
+        self.tokens, self.noisy = Linear(config.embedding_dim, dim), Linear(config.embedding_dim, dim)
+        self.caption_norm = nn.LayerNorm(caption_dim) if config.caption_norm else None
+        self.caption = Linear(caption_dim, dim)
+        self.query = nn.Parameter(torch.empty(1, 1, dim)) if config.query else None
+        self.positions = nn.Parameter(torch.empty(1, config.context_length + config.n_tokens_beside, dim))
+        self.first_norm = nn.LayerNorm(dim) if config.first_norm else None
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.n_layers))
+        self.norm, self.out = nn.LayerNorm(dim), Linear(dim, predicted)
+        self.register_buffer("mean", torch.zeros(1, predicted))
+        self.register_buffer("std", torch.ones(1, predicted))
+
+    def forward(
+        self,
+        x: Embedding,
+        timestep: Num[Tensor, "*batch"],
+        caption: Float[Tensor, "batch caption_dim"],
+        tokens: Float[Tensor, "batch length embedding"],
+        mask: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch predicted"]:
+        """The normalised embedding in noisy ones, one timestep for all or one each.
+
+        caption, tokens: CLIP's embedding of each caption, and its hidden states. `mask` is True on real tokens, and
+        each token then sees those before it; None: all see all, as diffusers has it.
+        """
+        if tokens.shape[1] != self.config.context_length:
+            raise UserError(f"The prior reads captions of {self.config.context_length} tokens, not {tokens.shape[1]}.")
+        kind, held = x.dtype, self.positions.dtype
+        caption = caption if self.caption_norm is None else self.caption_norm(caption)
+        time = self.time(timestep.reshape(-1).expand(len(x)))
+        beside = [self.caption(caption), time.to(held), self.noisy(x.to(held))]
+        parts = [self.tokens(tokens), torch.stack(beside, 1)]
+        hidden = torch.cat(parts if self.query is None else [*parts, self.query.expand(len(x), -1, -1)], 1)
+        hidden = hidden + self.positions
+        hidden = hidden if self.first_norm is None else self.first_norm(hidden)
+        extra = (0, self.config.n_tokens_beside)
+        visible = PaddingMask() if mask is None else CausalPaddingMask(F.pad(mask, extra, value=True))
+        for block in self.blocks:
+            hidden = block(hidden, mask=visible)
+        return self.out(self.norm(hidden[:, -1])).to(kind)
+
+    def normalised(self, embedding: Embedding) -> Embedding:
+        """What noise is added to."""
+        return (embedding - self.mean) / self.std
+
+    def restored(self, x: Embedding) -> Embedding:
+        """CLIP's embedding of a normalised one."""
+        return x * self.std + self.mean
+
+
+def _block(config: Config) -> PreNorm:
+    dim = config.dim
+    feedforward = FeedForward(dim, 4 * dim, F.gelu, dropout=config.dropout)
+    norms = nn.LayerNorm(dim), nn.LayerNorm(dim)
+    return PreNorm(Attention(dim, config.n_heads), feedforward, norms, config.dropout)
+
+
+def build(config: Config) -> Prior:
+    """A prior with GPT-2's initialisation."""
+    model = Prior(config)
+    normal_(model)
+    scale_residual_(model, config.n_layers)
+    for parameter in (model.positions, *([] if model.query is None else [model.query])):
+        nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+WEIGHT_NAMES = {
+    "time.linear1": "time_embedding.linear_1",
+    "time.linear2": "time_embedding.linear_2",
+    "tokens": "encoder_hidden_states_proj",
+    "noisy": "proj_in",
+    "caption_norm": "embedding_proj_norm",
+    "caption": "embedding_proj",
+    "query": "prd_embedding",
+    "positions": "positional_embedding",
+    "first_norm": "norm_in",
+    "blocks.*.attention_norm": "transformer_blocks.*.norm1",
+    "blocks.*.attention.qkv": "transformer_blocks.*.attn1.to_[q,k,v]",
+    "blocks.*.attention.out": "transformer_blocks.*.attn1.to_out.0",
+    "blocks.*.feedforward_norm": "transformer_blocks.*.norm3",
+    "blocks.*.feedforward.up": "transformer_blocks.*.ff.net.0.proj",
+    "blocks.*.feedforward.down": "transformer_blocks.*.ff.net.2",
+    "norm": "norm_out",
+    "out": "proj_to_clip_embeddings",
+    "mean": "clip_mean",
+    "std": "clip_std",
+}
+PREFIX = ""
+NOT_WEIGHTS = ()
+MODEL_TYPES = {"PriorTransformer": "PriorTransformer"}
+UNSUPPORTED: dict[str, Any] = {"time_embed_act_fn": "silu"}
+_NORMS, _QUERIES = (None, "layer"), (None, "prd")
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of diffusers' config.json of a PriorTransformer that reads a caption's tokens."""
+    if json.get("encoder_hid_proj_type", "linear") != "linear":
+        raise ValueError("its encoder_hid_proj_type is not 'linear', so it reads no caption.")
+    config = Config(
+        context_length=json.get("num_embeddings", 77),
+        embedding_dim=json.get("embedding_dim", 768),
+        caption_dim=json.get("embedding_proj_dim"),
+        predicted_dim=json.get("clip_embed_dim"),
+        n_layers=json.get("num_layers", 20),
+        n_heads=json.get("num_attention_heads", 32),
+        head_dim=json.get("attention_head_dim", 64),
+        first_norm=_conditioning_tokens(json, "norm_in_type", _NORMS),
+        caption_norm=_conditioning_tokens(json, "embedding_proj_norm_type", _NORMS),
+        query=_conditioning_tokens({"added_emb_type": "prd", **json}, "added_emb_type", _QUERIES),
+        time_dim=json.get("time_embed_dim"),
+        dropout=float(json.get("dropout", 0.0)),
+    )
+    if (beside := json.get("additional_embeddings", 4)) != config.n_tokens_beside:
+        raise ValueError(f"its additional_embeddings are {beside}, and there are {config.n_tokens_beside} such tokens.")
+    return config
+
+
+def _conditioning_tokens(json: dict[str, Any], name: str, known: tuple[Any, ...]) -> bool:
+    """Whether a field has the second of the values that it may have, and not the first."""
+    if json.get(name) not in known:
+        raise ValueError(f"its {name} is {json[name]!r}, and what is implemented is {known[0]!r} and {known[1]!r}.")
+    return json.get(name) == known[1]
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """The config.json that diffusers reads."""
+    return {
+        "model_type": "PriorTransformer",
+        "num_embeddings": config.context_length,
+        "additional_embeddings": config.n_tokens_beside,
+        "embedding_dim": config.embedding_dim,
+        "embedding_proj_dim": config.caption_dim,
+        "clip_embed_dim": config.predicted_dim,
+        "num_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "attention_head_dim": config.head_dim,
+        "norm_in_type": _NORMS[config.first_norm],
+        "embedding_proj_norm_type": _NORMS[config.caption_norm],
+        "encoder_hid_proj_type": "linear",
+        "added_emb_type": _QUERIES[config.query],
+        "time_embed_dim": config.time_dim,
+        "time_embed_act_fn": "silu",
+        "dropout": config.dropout,
+    }

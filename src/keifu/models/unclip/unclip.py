@@ -1,0 +1,280 @@
+"""unCLIP (Ramesh et al., 2022, "Hierarchical Text-Conditional Image Generation with CLIP Latents"; DALL-E 2): CLIP read
+backwards. A prior guesses the embedding of a picture from a caption, a decoder draws a picture of an embedding, and
+networks of DDPM's kind enlarge it. It knows no sampler, no guidance and no file.
+
+Axes: batch, channels, height, width; length = tokens of a caption, embedding = numbers of CLIP's vectors.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.attention.attention import PaddingMask
+from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.layers.unet.spatial_transformer import Memories
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.models.diffusion import ddpm
+from keifu.models.diffusion.latent_diffusion import names_of
+from keifu.models.hf.image_processor import Pixels, read_pixels, write_pixels
+from keifu.models.hf.schedulers import read_scheduler, write_unclip_scheduler
+from keifu.models.unclip import conditioning
+from keifu.models.unclip import decoder as unclip_decoder
+from keifu.models.unclip import prior as unclip_prior
+
+Sample = Float[Tensor, "batch channels height width"]
+Embedding = Float[Tensor, "batch embedding"]
+PRIOR = Noise(schedule="cosine", target="picture", clip=5.0, spacing="linspace")
+DECODER = Noise(schedule="cosine", variance="learned_range", spacing="linspace")
+UPSAMPLER = ddpm.SIZES["karlo-upsampler"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are Karlo's, the unCLIP whose weights are public.
+
+    Attributes:
+        prior: None where only pictures are varied.
+        image, pixels: what makes embeddings of pictures, and what they become before; None where none is varied.
+        upsampler, last_upsampler: of all steps but the last, and of that one; None where nothing is enlarged.
+        prior_noise, decoder_noise: what these two were trained to remove; the upsampler's is in its own Config.
+    """
+
+    text: clip_text.Config = field(
+        default_factory=lambda: replace(clip_text.SIZES["stable-diffusion-text"], projected=True)
+    )
+    conditions: conditioning.Config = field(default_factory=conditioning.Config)
+    decoder: unclip_decoder.Config = field(default_factory=unclip_decoder.Config)
+    prior: unclip_prior.Config | None = field(default_factory=unclip_prior.Config)
+    image: clip_image.Config | None = None
+    pixels: Pixels | None = None
+    upsampler: ddpm.Config | None = UPSAMPLER
+    last_upsampler: ddpm.Config | None = UPSAMPLER
+    prior_noise: Noise = PRIOR
+    decoder_noise: Noise = DECODER
+
+    def __post_init__(self) -> None:
+        wanted, own = self.conditions.embedding_dim, (self.text.dim, self.text.embedding_dim)
+        images = [] if self.image is None else [self.image.embedding_dim]
+        priors = [] if self.prior is None else [self.prior.embedding_dim, self.prior.predicted_dim or wanted]
+        if {*own, *images, *priors} != {wanted}:
+            raise UserError(f"Embeddings have {wanted} numbers, and its parts {(*own, *images, *priors)}.")
+        told = self.conditions.time_dim, self.conditions.context_dim
+        if told != (self.decoder.label_dim or self.decoder.time_width, self.decoder.context_dim):
+            raise UserError(f"The decoder is told {told} numbers, which are not as many as it reads.")
+        if self.prior is not None and self.prior.context_length != self.text.context_length:
+            raise UserError(f"The prior reads {self.prior.context_length} tokens, and captions have "
+                             f"{self.text.context_length}.")  # fmt: skip
+        for one in (self.upsampler, self.last_upsampler):
+            if one is not None and one.channels != 2 * self.decoder.channels:
+                raise UserError(f"An upsampler reads {one.channels} channels, and must read noise and a picture.")
+        if (self.upsampler is None) != (self.last_upsampler is None):
+            raise UserError("There is one upsampler without the other: of all steps but the last, and of that one.")
+
+    @property
+    def channels(self) -> int:
+        """Of a picture."""
+        return self.decoder.channels
+
+    @property
+    def small_size(self) -> tuple[int, int] | None:
+        """Height and width that the decoder was trained with; None where nothing says so."""
+        return _sides(self.decoder.size)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of finished pictures."""
+        return self.small_size if self.upsampler is None else _sides(self.upsampler.size)
+
+    @property
+    def upsampling_noise(self) -> Noise | None:
+        """What the upsamplers were trained to remove."""
+        return None if self.upsampler is None else self.upsampler.noise
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokens that captions are made of."""
+        return self.text.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """The tokens of every caption: shorter ones are padded."""
+        return self.text.context_length
+
+    @property
+    def embedding_dim(self) -> int:
+        """Numbers of CLIP's vectors."""
+        return self.conditions.embedding_dim
+
+    @property
+    def imagines(self) -> bool:
+        """Whether it has a prior, and so draws what a text says."""
+        return self.prior is not None
+
+
+def _sides(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size
+
+
+SIZES = {"karlo": Config()}
+PAPER_PARAMETERS: dict[str, float] = {}
+
+
+class Caption(NamedTuple):
+    """An encoded caption: CLIP's embedding of it, its hidden states, and which of its tokens are real."""
+
+    embedding: Embedding
+    tokens: Float[Tensor, "batch length embedding"]
+    real: Bool[Tensor, "batch length"]
+
+
+class UnclipConditioning(NamedTuple):
+    """What the decoder is told at every step."""
+
+    beside: Float[Tensor, "batch time_dim"]
+    projected: Memories
+    mask: PaddingMask
+
+
+class Unclip(nn.Module):
+    """All parts; those that the Config leaves out are None."""
+
+    def __init__(self, config: Config, **parts: nn.Module | None):
+        super().__init__()
+        self.config = config
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    text: clip_text.TextTower
+    conditions: conditioning.Conditions
+    decoder: unclip_decoder.Decoder
+    prior: unclip_prior.Prior
+    image: clip_image.VisionTransformer
+    upsampler: ddpm.DDPM
+    last_upsampler: ddpm.DDPM
+
+    def encode_text(self, tokens: Int[Tensor, "batch length"], real: Bool[Tensor, "batch length"]) -> Caption:
+        """What prior and decoder are told of captions; padding follows the end of each."""
+        hidden = self.text.encode(tokens)
+        assert self.text.projection is not None
+        return Caption(self.text.projection(self.text.pool(hidden, tokens)), hidden, real)
+
+    def encode_image(self, pixels: Float[Tensor, "batch channels rows columns"]) -> Embedding:
+        """CLIP's embeddings of pictures, which the config's `pixels` has made ready."""
+        if self.config.image is None:
+            raise UserError("This unCLIP has no image_encoder, so it cannot see a picture: give a text.")
+        return self.image(pixels)
+
+    def imagine(self, x: Embedding, timestep: Num[Tensor, "*batch"], caption: Caption) -> Embedding:
+        """The prior's prediction: the normalised embedding of a picture in noisy ones."""
+        return self.prior(x, timestep, *caption)
+
+    def normalised(self, embedding: Embedding) -> Embedding:
+        """What the prior removes noise from, of CLIP's embeddings."""
+        return self.prior.normalised(embedding)
+
+    def restored(self, x: Embedding) -> Embedding:
+        """CLIP's embedding of a normalised one."""
+        return self.prior.restored(x)
+
+    def nothing(self, batch: int) -> Embedding:
+        """The embedding that stands for a picture that is not told."""
+        return self.conditions.none.expand(batch, -1)
+
+    def tell(self, image: Embedding, caption: Caption) -> UnclipConditioning:
+        """What the decoder is told of embeddings and captions: made once a picture, used at every step."""
+        image = image.to(self.conditions.none.dtype)
+        beside, context = self.conditions(image, caption.embedding, caption.tokens)
+        real = F.pad(caption.real, (self.conditions.config.n_tokens, 0), value=True)
+        return UnclipConditioning(beside, self.decoder.project(context), PaddingMask(real))
+
+    def forward(
+        self, x: Sample, timestep: Num[Tensor, "*batch"], told: UnclipConditioning
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """The decoder's prediction for noisy pictures, one timestep for all or one each."""
+        return self.decoder.predict(x, timestep, *told)
+
+    def enlarge(
+        self, x: Sample, timestep: Num[Tensor, "*batch"], small: Sample, last: bool = False
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """The upsampler's prediction for noisy pictures beside the small ones, brought to their size; `last` is for the
+        step that ends at the clean picture."""
+        return (self.last_upsampler if last else self.upsampler)(torch.cat([x, small], 1), timestep)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuses pictures that the decoder cannot draw, with the nearest size that it can."""
+        self.decoder.network.check_size(self.config.channels, height, width)
+
+
+BUILDERS = {
+    "text": clip_text.build,
+    "conditions": conditioning.build,
+    "decoder": unclip_decoder.build,
+    "prior": unclip_prior.build,
+    "image": clip_image.build,
+    "upsampler": ddpm.build,
+    "last_upsampler": ddpm.build,
+}
+
+
+def build(config: Config) -> Unclip:
+    """A model whose parts begin as they do alone."""
+    made = {name: vars(config)[name] for name in BUILDERS}
+    return Unclip(config, **{name: part and BUILDERS[name](part) for name, part in made.items()})
+
+
+PARTS = {
+    "text_encoder": ("text", clip_text),
+    "text_proj": ("conditions", conditioning),
+    "decoder": ("decoder", unclip_decoder),
+    "prior": ("prior", unclip_prior),
+    "image_encoder": ("image", clip_image),
+    "super_res_first": ("upsampler", ddpm),
+    "super_res_last": ("last_upsampler", ddpm),
+}
+WEIGHT_NAMES = names_of(PARTS)
+PREFIX = ""
+NOT_WEIGHTS = (
+    "text_encoder.text_model.embeddings.position_ids", "image_encoder.vision_model.embeddings.position_ids",
+)  # fmt: skip
+MODEL_TYPES = {"UnCLIPPipeline": "UnCLIPPipeline"}
+UNSUPPORTED: dict[str, Any] = {}
+
+
+def from_published(json: dict[str, Any]) -> Config:
+    """The Config of the files of a pipeline's parts, each in the field of its folder's name."""
+    enlarging = json.get("super_res_scheduler")
+    inner = {"super_res_first": {"scheduler": enlarging}, "super_res_last": {"scheduler": enlarging}}
+    parts = {
+        ours: module.from_published({**json[folder], **inner.get(folder, {})}) if json.get(folder) else None
+        for folder, (ours, module) in PARTS.items()
+    }
+    seen = parts["image"]
+    found: dict[str, Any] = {"prior_noise": json.get("prior_scheduler"), "decoder_noise": json["decoder_scheduler"]}
+    noises: dict[str, Any] = {ours: read_scheduler(file) for ours, file in found.items() if file}
+    pixels = None if seen is None else read_pixels(json.get("feature_extractor"), seen.image_size)
+    return Config(**parts, pixels=pixels, **noises)
+
+
+def to_published(config: Config) -> dict[str, Any]:
+    """What `from_published` reads: the files of a pipeline's parts; those that are not there are None."""
+    made = {folder: (module, vars(config)[ours]) for folder, (ours, module) in PARTS.items()}
+    files = {folder: part and module.to_published(part) for folder, (module, part) in made.items()}
+    parts = {folder: file and {**file, "scheduler": None} if "super_res" in folder else file
+             for folder, file in files.items()}  # fmt: skip
+    noises = {
+        "prior_scheduler": None if config.prior is None else config.prior_noise,
+        "decoder_scheduler": config.decoder_noise,
+        "super_res_scheduler": config.upsampling_noise,
+    }
+    return {
+        "model_type": "UnCLIPPipeline",
+        **parts,
+        "feature_extractor": None if config.pixels is None else write_pixels(config.pixels),
+        **{name: noise and write_unclip_scheduler(noise) for name, noise in noises.items()},
+    }

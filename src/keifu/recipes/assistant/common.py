@@ -1,0 +1,278 @@
+"""What the recipes that make an assistant of a language model have in common; knows no objective.
+
+What they begin with, its chat template, what of it is trained, and what is left in the run's folder.
+
+What the recipes that learn from ranked answers have in common: reading, rendering, and none longer than a row; it
+knows no objective.
+
+What the recipes that learn from answers of their own have in common: prompts, what rewards the answers, how far the
+run is normal; it knows no objective.
+"""
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from keifu import checkpoints
+from keifu.alignment.monitor import DivergenceMonitor, Range, describe
+from keifu.alignment.reward_model import ModelReward
+from keifu.alignment.rewards import OWN, Scorer, reward, score_responses, text_hash
+from keifu.checkpoints.hf.write import generation_config
+from keifu.checkpoints.hub import locate
+from keifu.checkpoints.lora.peft import adapt, lora_config, save_adapter
+from keifu.data.chat import prompts as gym
+from keifu.data.chat.packing import TurnMasks
+from keifu.data.chat.preferences import RankedResponses, read_preferences
+from keifu.data.chat.prompts import Prompt, prompt, read_prompts
+from keifu.data.text.synthetic_math import chain_sums
+from keifu.data.tokenizers.chat_template import CHATML, PLAIN
+from keifu.data.tokenizers.formats import GENERATION_CONFIG
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.files import sha256, write_atomic
+from keifu.generation.text.engine import causal
+from keifu.layers.lora import adapters, merge
+from keifu.recipes.language.common import attribution_of
+from keifu.training.run import metrics
+
+Template = Literal["own", "plain", "chatml"]
+TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters in place of the whole model."""
+
+    rank: int = 0
+    """Of each adapter; 0 trains the whole model."""
+    alpha: float = 16.0
+    """The adapter's product is multiplied with alpha / rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Ends of the names of layers as the model's files call them, such as q_proj v_proj; all-linear: every one."""
+    dropout: float = 0.0
+    """Of the adapters' inputs."""
+    dora: bool = False
+    """Learn the length of each row apart from its direction (Liu et al., 2024)."""
+
+
+def open_model(name: str, template: Template) -> tuple[Any, Tokenizer]:
+    """A causal model and its tokenizer, with the chat template that was chosen; adapters are worked into it."""
+    model, tokenizer = checkpoints.load(name)
+    causal(merge(model))
+    if tokenizer is None:
+        raise UserError(f"{name} has no tokenizer, so it cannot read a conversation.")
+    return model, with_template(tokenizer, template)
+
+
+def with_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
+    """The tokenizer with that template; one whose tokens it lacks is a `UserError`."""
+    if template == "own" and tokenizer.chat_template:
+        return tokenizer
+    if template == "chatml":
+        _ = [tokenizer.token_id(token) for token in ("<|im_start|>", "<|im_end|>")]
+    elif tokenizer.eos_id is None:
+        raise UserError("This tokenizer has no end-of-text token, so no turn could end: take another model.")
+    return tokenizer.with_chat_template(TEMPLATES["plain" if template == "own" else template])
+
+
+def padding(tokenizer: Tokenizer, texts: Sequence[Sequence[int]]) -> Tokenizer:
+    """The tokenizer with a padding token in which none of these texts ends, so that the end of one can be told.
+
+    Where it has none, another of its special tokens is taken; where no other is, it stays without.
+    """
+    ends = {text[-1] for text in texts}
+    if tokenizer.pad_id is not None and tokenizer.pad_id not in ends:
+        return tokenizer
+    free = sorted(tokenizer.special_ids - ends - tokenizer.stop_ids) or sorted(tokenizer.special_ids - ends)
+    roles = {role: token for role, token in tokenizer.special.items() if role != "pad_token"}
+    if free and (token := tokenizer.backend.id_to_token(free[0])):
+        roles["pad_token"] = token
+    return tokenizer.replace(special=roles)
+
+
+def row_length(model: Any, wanted: int | None) -> int:
+    """Tokens of a row: as many as wanted, or 1024 at most; more than the model takes is a `UserError`."""
+    room = causal(model).config.context_length
+    if wanted is not None and wanted > room:
+        raise UserError(f"A row of {wanted} tokens does not fit this model's context of {room}: choose a smaller one.")
+    return wanted or min(1024, room)
+
+
+def to_train(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
+    """The model with new adapters, all else frozen; or with all its weights in float32, apart from their file."""
+    torch.manual_seed(seed)
+    if lora.rank:
+        return adapt(model, lora.targets, lora_config(lora.rank, lora.alpha, lora.dropout, lora.dora))
+    for parameter in model.float().parameters():  # a file's memory map must stay as it is
+        parameter.data = parameter.data.clone()
+    return model.requires_grad_(True)
+
+
+def reference_model(model: nn.Module, lora: Lora) -> nn.Module:
+    """What a model that will be trained begins as: a frozen copy, or with adapters the model itself, which they leave
+    as it is (see `unadapted`)."""
+    return model if lora.rank else copy.deepcopy(model).float().requires_grad_(False)
+
+
+def held_out(items: Sequence[T], texts: Sequence[str], share: float) -> tuple[list[T], list[T]]:
+    """To learn from, and held out, by a hash of each item's text: those with the same text stay on one side."""
+    if not 0 <= share < 1:
+        raise UserError(f"held_out is a share from 0 up to below 1, and it is {share}.")
+    keys = [hashlib.sha256(text.strip().lower().encode()).digest() for text in texts]
+    held = {*sorted({*keys})[: round(share * len({*keys}))]}
+    sides: tuple[list[T], list[T]] = [], []
+    for key, item in zip(keys, items, strict=True):
+        sides[key in held].append(item)
+    return sides
+
+
+def save_result(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: str) -> None:
+    """Writes what was trained: a whole model, or adapters beside the name of their base; the tokenizer either way."""
+    if next(adapters(model), None) is None:
+        checkpoints.save(model, tokenizer, directory)
+        return
+    save_adapter(model, directory, str(Path(base).resolve()) if Path(base).exists() else base)
+    tokenizer.save(directory)
+    write_atomic(directory / GENERATION_CONFIG, json.dumps(generation_config(tokenizer), indent=2) + "\n")
+
+
+T = TypeVar("T")
+
+
+def prompt_parts(source: str, share: float) -> tuple[list[RankedResponses], list[RankedResponses]]:
+    """To learn from, and held out; the same question is never on both sides."""
+    found = list(read_preferences(source))
+    return held_out(found, [each.prompt[-1]["content"] for each in found], share)
+
+
+def sample_answer(tokenizer: Tokenizer, ranked: RankedResponses, place: int) -> TurnMasks:
+    """A prompt with one of its answers; only that is learned, not what the assistant said before."""
+    said = {"role": "assistant", "content": ranked.answers[place]}
+    ids, own = tokenizer.render_turns([*ranked.prompt, said])
+    begins = max((i + 1 for i, (before, after) in enumerate(pairwise(own)) if after and not before), default=0)
+    return TurnMasks(ids, [mine and i >= begins for i, mine in enumerate(own)])
+
+
+def fitting_pairs(
+    found: Sequence[T], answers: Callable[[T], Sequence[TurnMasks]], length: int, drop: bool, told: tuple[str, str]
+) -> list[T]:
+    """Those without an answer that is too long; others are an error unless they may be left out. `told` is what the
+    error says before and behind the length."""
+    longest = [max(len(each.ids) for each in answers(one)) for one in found]
+    over = [size for size in longest if size > length]
+    if over and not drop:
+        raise UserError(
+            f"{len(over):,} of {len(found):,} {told[0]} longer than {length} tokens, the longest {told[1]}{max(over)}: "
+            "leave them out with --drop-long, or choose a longer --context-length."
+        )
+    return [one for one, size in zip(found, longest, strict=True) if size <= length]
+
+
+CHAIN_SUM = "chain-sum"
+
+
+@dataclass(frozen=True)
+class SumPrompts:
+    """The built-in task."""
+
+    count: int = 2000
+    """Problems, also of reasoning-gym."""
+    terms: tuple[int, int] = (2, 3)
+    """The fewest and the most numbers of a problem."""
+    digits: int = 1
+    """Of a number, at most."""
+
+
+def prompts(source: str, sums: SumPrompts, seed: int) -> Sequence[Prompt]:
+    """Those of a file or of conversations known by name, of reasoning-gym, or of the built-in task."""
+    if source.startswith(gym.PREFIX):
+        return [prompt(record, source) for record in gym.gym_problems(source, sums.count, seed)]
+    if source != CHAIN_SUM:
+        return list(read_prompts(source))
+    return [prompt(record, CHAIN_SUM) for record in chain_sums(sums.count, sums.terms, sums.digits, seed)]
+
+
+def split_prompts(found: Sequence[Prompt], share: float) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to learn from, and held out."""
+    return held_out(found, [each.text for each in found], share)
+
+
+def source_of(data: str, sums: SumPrompts) -> dict[str, Any]:
+    """Where prompts are from, for a report."""
+    made = {"source": "sums in the form of reasoning-gym's chain_sum, made here", **asdict(sums)}
+    return made if data == CHAIN_SUM else {"source": data} | attribution_of(data)
+
+
+def about(
+    recipe: Any, paper: str, normal: Mapping[str, Range], parts: tuple[Sequence[Prompt], Sequence[Prompt]]
+) -> dict[str, Any]:
+    """What a report says of a run of such a recipe; parts: the prompts to learn from, and those held out."""
+    counts = {"prompts to learn from": len(parts[0]), "prompts held out": len(parts[1])}
+    return {
+        "title": f"{recipe.model} learns from the reward {Path(recipe.reward).name}",
+        "paper": paper,
+        "normal ranges": describe(normal),
+        "data": [source_of(recipe.data, recipe.sums) | counts],
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class RewardOptions:
+    """What scores answers; the reward model and its tokenizer, where it is one; a hash of whatever it is."""
+
+    scorer: Scorer
+    model: ModelReward | None
+    digest: str
+
+
+def make_rewards(name: str) -> RewardOptions:
+    """By a function (see `keifu.alignment.rewards.reward`), or by a reward model: a directory or a hub id."""
+    if name in OWN or ".py:" in name or not (Path(name).is_dir() or "/" in name):
+        return RewardOptions(score_responses(reward(name)), None, text_hash(name))
+    model: Any
+    model, tokenizer = checkpoints.load(name)
+    if getattr(model.config, "form", "") != "score" or tokenizer is None:
+        raise UserError(
+            f"{name} gives no score: as a reward, choose a model of keifu train reward, or file.py:function."
+        )
+    files = sorted(locate(name).glob("*.safetensors"))  # of a hub id, in the hub's cache
+    by = ModelReward(model.float().requires_grad_(False), tokenizer)
+    return RewardOptions(by, by, "+".join(map(sha256, files)))
+
+
+def measured(names: Sequence[str]) -> dict[str, RewardOptions]:
+    """Rewards that are shown and not learned from, each by the end of its name, as much of it as tells it from the
+    others: of runs/a/reward and runs/b/reward it is measured_a_reward and measured_b_reward."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"--measured names {twice} twice: leave one out.")
+    split = (re.split(r"[/\\:]", name.replace(".py:", ":")) for name in names)
+    parts = [[part for part in each if part not in ("", ".")] for each in split]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        short = ["_".join(each[-depth:]) for each in parts]
+        if len(set(short)) == len(short):
+            return {f"measured_{label}": make_rewards(name) for label, name in zip(short, names, strict=True)}
+    raise UserError(f"--measured {' '.join(names)}: these are the same names, so their figures would be one.")
+
+
+def kl_watch(normal: Mapping[str, Range], out: Path, resume: bool) -> DivergenceMonitor:
+    """Warnings of a run; one that is resumed compares with its own first figures."""
+    first = next((line for line in metrics.read(out) if "reward" in line), {}) if resume else {}
+    return DivergenceMonitor(normal, {name: float(value) for name, value in first.items()})
+
+
+def print_sentence(watched: DivergenceMonitor, figures: Mapping[str, float]) -> None:
+    """Prints the last figures beside their normal ranges, and how held-out prompts are answered."""
+    print(f"The last figures, each beside its normal range:\n{watched.table(figures)}")
+    if (mean := figures.get("validation_reward")) is not None:
+        print(f"The likeliest answers to held-out prompts have a mean reward of {mean:.3g}.")

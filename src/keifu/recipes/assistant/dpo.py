@@ -1,0 +1,201 @@
+"""Direct preference optimisation (Rafailov et al., 2023): a model learns which of two answers people prefer.
+
+Paper: "Direct Preference Optimization: Your Language Model is Secretly a Reward Model": β 0.1, batches of 64 pairs, a
+rate of 1e-6 and a warm-up of 150 steps there. What it began with is computed once, before the first step, so no second
+model stays in memory. `--loss ipo`, `robust` and `normalised` are its common variants.
+Command: keifu train dpo --model runs/sft --data preferences.jsonl
+Cost: printed before it starts, measured on the machine.
+Expected: see docs/results.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keifu.alignment.dpo import Loss, dpo, reference
+from keifu.data.chat.preferences import Pair, PreferencePairs, RankedResponses, stack_rows
+from keifu.data.progress import counting
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.recipes.assistant.common import (
+    Lora,
+    Template,
+    fitting_pairs,
+    open_model,
+    prompt_parts,
+    row_length,
+    sample_answer,
+    save_result,
+    to_train,
+)
+from keifu.recipes.language.common import attribution_of
+from keifu.recipes.options import Logging
+from keifu.training.loader import on_device
+from keifu.training.loop import Summary, train
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Recipe(Logging):
+    """Options of the run."""
+
+    model: str = "smollm2"
+    """What it begins with, best one that has learned to answer: a run, a directory, a catalogue name or a hub id."""
+    data: str = "preferences.jsonl"
+    """A .jsonl or .json file: prompt, chosen and rejected; or prompt and answers, the best first; or
+    chitchat-preferences, talks that their speakers rated 3 of 10 apart or more."""
+    template: Template = "own"
+    """The chat template; own: the tokenizer's, or plain where it has none."""
+    context_length: int | None = None
+    """Tokens of a prompt with its answer; unset: 1024, or all that the model takes where that is less."""
+    drop_long: bool = False
+    """Leave out what is longer; without it that is an error."""
+    held_out: float = 0.1
+    """Share of the prompts that is kept for validation, chosen by a hash of the text."""
+    loss: Loss = "dpo"
+    """dpo, robust (for labels that are wrong at times), ipo, or normalised by the answers' lengths."""
+    beta: float = 0.1
+    """How dear it is to leave the model that it began with; more keeps closer to it."""
+    label_smoothing: float = 0.0
+    """Share of the pairs that are taken to be labelled the wrong way round."""
+    lora: Lora = field(default_factory=Lora)
+    """Low-rank adapters."""
+    epochs: float = 1.0
+    """How often every pair is seen."""
+    steps: int | None = None
+    """Updates of the weights, in place of epochs."""
+    batch_size: int = 16
+    """Pairs in a step."""
+    micro_batch: int | None = None
+    """Pairs computed at a time; unset: as many as fit in memory."""
+    learning_rate: float | None = None
+    """AdamW's highest rate; unset: 1e-6, and 2e-5 for adapters."""
+    warmup: float = 0.1
+    """Share of the steps in which the rate rises from 0."""
+    seed: int = 0
+    """Of the adapters and the order of the pairs."""
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise UserError(f"beta must be more than 0, and it is {self.beta}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"label_smoothing lies from 0 up to below 0.5, and it is {self.label_smoothing}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready: the model, its tokenizer, the pairs, and how many were too long."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    data: PreferencePairs
+    dropped: int
+
+
+def prepare(recipe: Recipe) -> Task:
+    """Loads the model, reads the preferences, and notes how likely the model finds each answer before it learns."""
+    model, tokenizer = open_model(recipe.model, recipe.template)
+    length = row_length(model, recipe.context_length)
+    sides = prompt_parts(recipe.data, recipe.held_out)
+    training, held = ([*chain(*(pairs(tokenizer, each) for each in side))] for side in sides)
+    told = "pairs are", "has "
+    learned, tested = (fitting_pairs(side, tuple, length, recipe.drop_long, told) for side in (training, held))
+    dropped = len(training) + len(held) - len(learned) - len(tested)
+    pad = tokenizer.pad_id or 0
+    references = (
+        with_reference(model, learned, recipe.batch_size, pad),
+        with_reference(model, tested, recipe.batch_size, pad),
+    )
+    model = to_train(model, recipe.lora, recipe.seed)
+    return Task(
+        model, tokenizer, PreferencePairs(learned, tested, recipe.batch_size, recipe.seed, pad, references), dropped
+    )
+
+
+def pairs(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Pair]:
+    """Every better answer with every worse one, as ids."""
+    turns = [sample_answer(tokenizer, ranked, place) for place in range(len(ranked.answers))]
+    return [Pair(turns[better], turns[worse]) for better, worse in ranked.pairs()]
+
+
+def with_reference(model: nn.Module, found: Sequence[Pair], batch_size: int, pad_id: int) -> Tensor:
+    """How likely the model finds both answers of each pair, [pairs, 2]; similar lengths are computed together."""
+    order = sorted(range(len(found)), key=lambda place: max(len(each.ids) for each in found[place]))
+    values = torch.zeros(len(found), 2)
+    with counting("Reading the answers", len(found), "pairs") as progress:
+        for at in range(0, len(order), batch_size):
+            places = order[at : at + batch_size]
+            batch = on_device(stack_rows([found[place] for place in places], pad_id), next(model.parameters()).device)
+            values[places] = reference(model, batch).cpu()
+            progress(min(at + batch_size, len(order)))
+    return values
+
+
+def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
+    """The training loop's settings for so many steps an epoch."""
+    steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch))
+    return Settings(
+        steps=steps,
+        batch_size=recipe.batch_size,
+        micro_batch=recipe.micro_batch,
+        learning_rate=recipe.learning_rate or (2e-5 if recipe.lora.rank else 1e-6),
+        schedule="linear",
+        final_ratio=0.0,
+        warmup=round(recipe.warmup * steps),
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        precision="float32",  # differences of log-probabilities are small beside what bfloat16 rounds away
+        evaluate_every=max(1, steps // 5),
+        save_every=max(1, steps // 10),
+        seed=recipe.seed,
+        **recipe.logging(),
+    )
+
+
+def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
+    """Trains the task's model into a run folder."""
+    return train(
+        task.model,
+        dpo(recipe.loss, recipe.beta, recipe.label_smoothing),
+        task.data,
+        settings(recipe, task.data.steps_per_epoch),
+        describe(recipe, task, out, resume),
+        save=lambda directory: save_result(task.model, task.tokenizer, directory, recipe.model),
+        largest=task.data.largest(),
+    )
+
+
+def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+    """The run for the training loop: what decides its result beside the settings, and what its report says."""
+    counts = {"pairs to learn from": len(task.data.parts[0]), "pairs held out": len(task.data.parts[1])}
+    told: dict[str, Any] = {"loss": recipe.loss, "beta": recipe.beta, "label_smoothing": recipe.label_smoothing}
+    return Run(
+        directory=out,
+        resume=resume,
+        options=told | {"begins with": recipe.model, "lora": asdict(recipe.lora)},
+        about={
+            "title": f"{recipe.model} learns what is preferred in “{Path(recipe.data).stem}”",
+            "paper": "Rafailov et al., Direct Preference Optimization (2023)",
+            "data": [
+                {"source": recipe.data, **counts, "too long, left out": task.dropped} | attribution_of(recipe.data)
+            ],
+        },
+        unit="pairs",
+    )
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Trains into `out`, which keifu chat reads afterwards."""
+    task = prepare(recipe)
+    if task.dropped:
+        print(f"{task.dropped:,} pairs are longer than a row and were left out.")
+    summary = learn(recipe, task, out, resume)
+    if (right := summary.figures.get("validation_accuracy")) is not None:
+        print(f"Of held-out pairs the better answer has the higher reward in {right:.1%}.")
+    print(f"The model is in {out}: keifu chat {out}.")

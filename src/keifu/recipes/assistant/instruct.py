@@ -1,0 +1,158 @@
+"""InstructGPT's three steps in one command (Ouyang et al., 2022): answers shown, answers ranked, answers rewarded.
+
+Paper: "Training language models to follow instructions with human feedback". Each step is the recipe of its name, with
+all of its options: sft, reward and ppo, in a folder each; the second and the third begin with what the first has left.
+One report shows all three. A run that was stopped goes on where it was, within a step too.
+Command: keifu train instruct --model smollm2 --sft.data chats.jsonl --reward.data preferences.jsonl
+Cost: that of each step is printed before it starts.
+Expected: see docs/results.md.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from keifu.data.chat import conversations
+from keifu.data.text.documents import documents
+from keifu.errors import UserError
+from keifu.files import write_atomic
+from keifu.recipes.assistant import ppo as third
+from keifu.recipes.assistant import reward as second
+from keifu.recipes.assistant import sft as first
+from keifu.recipes.assistant.common import make_rewards, prompt_parts, prompts, split_prompts
+from keifu.recipes.options import to_json
+from keifu.training.run import checkpoint
+from keifu.training.run.directory import RECIPE, command, record, recorded
+from keifu.training.run.report import write_joined
+from keifu.training.settings import compare, flat
+from keifu.training.signals import Interrupted
+
+PHASES = "phases.json"  # what each finished step was told
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of the run; what a step begins with and is rewarded by, the step before decides."""
+
+    model: str = "smollm2"
+    """The language model that becomes an assistant: a run, a directory, a catalogue name or a hub id."""
+    sft: first.Recipe = field(default_factory=first.Recipe)
+    """The first step: supervised fine-tuning."""
+    reward: second.Recipe = field(default_factory=second.Recipe)
+    """The second: the reward model."""
+    ppo: third.Recipe = field(default_factory=lambda: third.Recipe(data="prompts.jsonl"))
+    """The third: proximal policy optimisation."""
+
+    def __post_init__(self) -> None:
+        given = {"sft.model": self.sft.model, "reward.model": self.reward.model, "ppo.model": self.ppo.model}
+        given["ppo.reward"] = self.ppo.reward
+        usual = {"sft.model": first.Recipe().model, "reward.model": second.Recipe().model}
+        usual |= {"ppo.model": third.Recipe().model, "ppo.reward": third.Recipe().reward}
+        if wrong := [f"--{name}" for name, value in given.items() if value != usual[name]]:
+            raise UserError(
+                f"{' and '.join(wrong)} cannot be chosen here, where the step before decides: leave it out, choose "
+                "--model, or train each step by its own recipe."
+            )
+
+
+class Phase(NamedTuple):
+    """A step: its name, its recipe and what runs that, its folder."""
+
+    name: str
+    recipe: Any
+    run: Callable[[Any, Path, bool], None]
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end."""
+        path = self.folder / RECIPE
+        return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("finished"))
+
+
+def phases(recipe: Recipe, out: Path) -> Iterator[Phase]:
+    """The three steps in their folders, each beginning with what stands in those before."""
+    tuned, judge = out / "sft", out / "reward"
+    yield Phase("sft", replace(recipe.sft, model=recipe.model), first.run, tuned)
+    yield Phase("reward", replace(recipe.reward, model=str(tuned)), second.run, judge)
+    yield Phase("ppo", replace(recipe.ppo, model=str(tuned), reward=str(judge)), third.run, out / "ppo")
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Makes all three steps, or those that are left, and one report of them."""
+    steps = [*phases(recipe, out)]
+    begun = [phase for phase in steps if checkpoint.steps(phase.folder)]
+    if begun and not resume:
+        raise UserError(f"{out} already holds a run: go on with it by --resume, or choose another folder with --out.")
+    if resume and not begun:
+        raise UserError(f"There is no run in {out} to go on with: start without --resume.")
+    done = describe_phase(out) if resume else {}
+    for phase in steps:
+        check(phase, done)
+        if not phase.finished:
+            INPUTS[phase.name](phase.recipe)
+    for number, phase in enumerate(steps, 1):
+        if phase.finished:
+            print(f"{number} of 3, {phase.name}: done before, in {phase.folder}.", flush=True)
+            continue
+        print(f"{number} of 3, {phase.name}, in {phase.folder}:", flush=True)
+        if not recorded(phase.folder):
+            record(phase.folder, phase.name, to_json(phase.recipe), place=str(Path.cwd()))
+        try:
+            phase.run(phase.recipe, phase.folder, bool(checkpoint.steps(phase.folder)))
+        except Interrupted as stop:
+            raise Interrupted(f"Stopped in step {number} of 3, {phase.name}. To go on:\n{command(out)}") from stop
+        done[phase.name] = flat(asdict(phase.recipe))
+        write_atomic(out / PHASES, json.dumps(done, indent=1, ensure_ascii=False) + "\n")
+    report = write_joined(out, f"{recipe.model} becomes an assistant", summary(steps), [each.folder for each in steps])
+    print(f"The assistant is in {steps[-1].folder}: keifu chat {steps[-1].folder}. See {report}.")
+
+
+def _demonstrations(recipe: first.Recipe) -> None:
+    first.split(first.select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
+
+
+def _rankings(recipe: second.Recipe) -> None:
+    prompt_parts(recipe.data, recipe.held_out)
+    _ = list(conversations.read(recipe.demonstrations)) if recipe.demonstrations else []
+
+
+def _prompts(recipe: third.Recipe) -> None:
+    split_prompts(prompts(recipe.data, recipe.sums, recipe.seed), recipe.held_out)
+    for name in recipe.measured:
+        make_rewards(name)
+    _ = next(iter(documents(recipe.text.data)), "") if recipe.text.data else ""
+
+
+# reads what a step learns from: what cannot be read is said before the first step begins
+INPUTS: dict[str, Callable[[Any], None]] = {"sft": _demonstrations, "reward": _rankings, "ppo": _prompts}
+
+
+def describe_phase(out: Path) -> dict[str, dict[str, Any]]:
+    """What each finished step was told, by its name."""
+    path = out / PHASES
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def check(phase: Phase, done: dict[str, dict[str, Any]]) -> None:
+    """Refuses other options for a step that is done: what came after it rests on them."""
+    if phase.name in done and (changed := compare(done[phase.name], flat(asdict(phase.recipe)))):
+        names = ", ".join(f"--{phase.name}.{each}" for each in changed)
+        raise UserError(
+            f"The step {phase.name} is done, and these options of it differ: {names}; put them back, or choose another "
+            "folder with --out."
+        )
+
+
+def summary(steps: list[Phase]) -> str:
+    """A line for each step, of its last figures."""
+    shown = {"sft": ("validation_loss",), "reward": ("validation_accuracy", "validation_loss")}
+    shown["ppo"] = ("reward", "kl", "validation_reward", "validation_kl", "validation_length", "validation_text_loss")
+    lines = []
+    for phase in steps:
+        figures = json.loads((phase.folder / RECIPE).read_text(encoding="utf-8"))["figures"]
+        words = [f"{name.replace('_', ' ')} {figures[name]:.4g}" for name in shown[phase.name] if name in figures]
+        lines.append(f"{phase.name:7} {'   '.join(words)}")
+    return "\n".join(lines)

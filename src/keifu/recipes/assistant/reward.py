@@ -1,0 +1,215 @@
+"""A reward model: how good an answer is, learned from what people prefer (Ouyang et al., 2022, section 3.5).
+
+Paper: "Training language models to follow instructions with human feedback": 4 to 9 ranked answers of each of 64
+prompts in a step, one epoch, a rate of 9e-6 there. All pairs of a prompt are one element of the loss. In the end the
+demonstrations' mean score is made zero; without a file of them, the best answers of the rankings are that.
+Command: keifu train reward --model runs/sft --data preferences.jsonl
+Cost: printed before it starts, measured on the machine.
+Expected: see docs/results.md.
+"""
+
+import copy
+import json
+from dataclasses import asdict, dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from keifu import checkpoints
+from keifu.alignment.reward_model import Calibration, calibration, margins, ranking_loss, scores_of
+from keifu.data.chat import conversations
+from keifu.data.chat.preferences import RankedAnswers, RankedResponses, Ranking
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.devices import choose
+from keifu.errors import UserError
+from keifu.files import write_atomic
+from keifu.layers.lora import merge
+from keifu.models import task_head
+from keifu.recipes.assistant.common import (
+    Lora,
+    Template,
+    fitting_pairs,
+    open_model,
+    padding,
+    prompt_parts,
+    row_length,
+    sample_answer,
+    to_train,
+)
+from keifu.recipes.language.common import attribution_of
+from keifu.recipes.options import Logging
+from keifu.training.loop import Summary, train
+from keifu.training.protocols import Run
+from keifu.training.run.report import CURVES
+from keifu.training.settings import Settings
+
+DEMONSTRATIONS = 256  # at most so many are scored for the bias
+
+
+@dataclass(frozen=True)
+class Recipe(Logging):
+    """Options of the run."""
+
+    model: str = "smollm2"
+    """What it begins with, best one that has learned to answer: a run, a directory, a catalogue name or a hub id."""
+    data: str = "preferences.jsonl"
+    """A .jsonl or .json file: prompt and answers, the best first, or with scores, where equal ones are as good;
+    or prompt, chosen and rejected; or chitchat-preferences, talks that their speakers rated 3 of 10 apart or more."""
+    demonstrations: str | None = None
+    """Conversations whose mean score is made zero, as keifu train sft reads them; unset: the best answers."""
+    template: Template = "own"
+    """The chat template; own: the tokenizer's, or plain where it has none."""
+    context_length: int | None = None
+    """Tokens of a prompt with its answer; unset: 1024, or all that the model takes where that is less."""
+    drop_long: bool = False
+    """Leave out what is longer; without it that is an error."""
+    held_out: float = 0.1
+    """Share of the prompts that is kept for validation, chosen by a hash of the text."""
+    lora: Lora = field(default_factory=Lora)
+    """Low-rank adapters, worked into the model in the end."""
+    epochs: float = 1.0
+    """How often every prompt is seen; more than one is learned by heart (section C.2)."""
+    steps: int | None = None
+    """Updates of the weights, in place of epochs."""
+    batch_size: int = 8
+    """Prompts in a step."""
+    micro_batch: int | None = None
+    """Prompts computed at a time; unset: as many as fit in memory."""
+    learning_rate: float | None = None
+    """AdamW's highest rate; unset: 9e-6, and 1e-4 for adapters."""
+    warmup: float = 0.03
+    """Share of the steps in which the rate rises from 0."""
+    seed: int = 0
+    """Of the new head, the adapters and the order of the prompts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready: the model with its head, the rankings, and the demonstrations as ids."""
+
+    model: task_head.ModelWithHead
+    tokenizer: Tokenizer
+    data: RankedAnswers
+    demonstrations: list[list[int]]
+    dropped: int
+
+
+def prepare(recipe: Recipe) -> Task:
+    """Loads the model, gives it a head, and reads the rankings."""
+    model, tokenizer = open_model(recipe.model, recipe.template)
+    length = row_length(model, recipe.context_length)
+    training, held = (
+        [ranking_of(tokenizer, each) for each in side] for side in prompt_parts(recipe.data, recipe.held_out)
+    )
+    by, told = attrgetter("answers"), ("prompts have an answer", "")
+    learned, tested = (fitting_pairs(side, by, length, recipe.drop_long, told) for side in (training, held))
+    shown = demonstrations(recipe.demonstrations, tokenizer, length) or [each.answers[0].ids for each in learned]
+    tokenizer = padding(tokenizer, shown)
+    data = RankedAnswers(learned, tested, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
+    dropped = len(training) + len(held) - len(learned) - len(tested)
+    return Task(with_score_head(model, recipe.lora, recipe.seed), tokenizer, data, shown[:DEMONSTRATIONS], dropped)
+
+
+def with_score_head(decoder: Any, lora: Lora, seed: int) -> task_head.ModelWithHead:
+    """The decoder, or adapters on it, and a new head for a score, ready to be trained."""
+    config = task_head.Config(decoder.config, "score", ("reward",), classifier_dropout=0.0)
+    to_train(decoder, lora, seed)
+    model = task_head.add_head(decoder, config).to(choose())
+    if decoder.head is not None:
+        decoder.head.requires_grad_(False)  # of words, which nothing here asks for
+    return model
+
+
+def ranking_of(tokenizer: Tokenizer, ranked: RankedResponses) -> Ranking:
+    """The answers with their prompt, whole: the score is read behind the last token."""
+    turns = [sample_answer(tokenizer, ranked, place) for place in range(len(ranked.answers))]
+    return Ranking([each._replace(learned=[True] * len(each.ids)) for each in turns], list(ranked.levels))
+
+
+def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """Conversations that fit, as ids; none where there is no file of them."""
+    found = [tokenizer.render_turns(each)[0] for each in conversations.read(source)] if source else []
+    short = [ids for ids in found if len(ids) <= length]
+    if found and not short:
+        raise UserError(f"No demonstration in {source} fits a row of {length} tokens.")
+    return short
+
+
+def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
+    """The training loop's settings for so many steps an epoch."""
+    steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch))
+    return Settings(
+        steps=steps,
+        batch_size=recipe.batch_size,
+        micro_batch=recipe.micro_batch,
+        learning_rate=recipe.learning_rate or (1e-4 if recipe.lora.rank else 9e-6),
+        warmup=round(recipe.warmup * steps),
+        weight_decay=0.0,
+        evaluate_every=max(1, steps // 5),
+        save_every=max(1, steps // 10),
+        seed=recipe.seed,
+        **recipe.logging(),
+    )
+
+
+def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
+    """Trains the task's model into a run folder."""
+    return train(
+        task.model,
+        ranking_loss,
+        task.data,
+        settings(recipe, task.data.steps_per_epoch),
+        describe(recipe, task, out, resume),
+        save=lambda directory: leave(task, directory),
+        largest=task.data.largest(),
+    )
+
+
+def leave(task: Task, directory: Path) -> None:
+    """Writes the model, whole and with the bias that makes the demonstrations zero, and how far it can be believed."""
+    model: Any = copy.deepcopy(task.model)  # what is trained stays as it is
+    model = merge(model)
+    task_head.shift(model, -float(scores_of(model, task.demonstrations, task.tokenizer.pad_id or 0).mean()))
+    checkpoints.save(model, task.tokenizer, directory)
+    told = calibration(margins(model, task.data.validation()))
+    write_atomic(directory / CURVES, json.dumps([calibration_chart(told)] if told.count else []))
+
+
+def calibration_chart(told: Calibration) -> dict[str, Any]:
+    """How often the model is right where it is so sure, over held-out pairs."""
+    points = [*zip(told.sure, told.right, strict=True)]
+    curves = [
+        {"name": "held-out pairs", "points": points, "marked": True},
+        {"name": "as sure as right", "points": [[0.5, 0.5], [1.0, 1.0]]},
+    ]
+    title = f"Calibration: off by {told.error:.3f} on average over {sum(told.count):,} pairs"
+    return {"title": title, "y_label": "share that is right", "x_label": "how sure", "curves": curves}
+
+
+def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+    """The run for the training loop: what decides its result beside the settings, and what its report says."""
+    counts = {"prompts to learn from": len(task.data.parts[0]), "prompts held out": len(task.data.parts[1])}
+    return Run(
+        directory=out,
+        resume=resume,
+        options={"begins with": recipe.model, "lora": asdict(recipe.lora), "template": task.tokenizer.chat_template},
+        about={
+            "title": f"{recipe.model} learns to score answers from “{Path(recipe.data).stem}”",
+            "paper": "Ouyang et al., InstructGPT (2022), section 3.5",
+            "data": [
+                {"source": recipe.data, **counts, "too long, left out": task.dropped} | attribution_of(recipe.data)
+            ],
+        },
+        unit="prompts",
+    )
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Trains into `out`, which keifu.load and transformers read afterwards."""
+    task = prepare(recipe)
+    if task.dropped:
+        print(f"{task.dropped:,} prompts have an answer that is longer than a row and were left out.")
+    summary = learn(recipe, task, out, resume)
+    if (right := summary.figures.get("validation_accuracy")) is not None:
+        print(f"Of held-out pairs the better answer has the higher score in {right:.1%}.")
+    print(f"The reward model is in {out}; transformers loads it as AutoModelForSequenceClassification.")

@@ -1,0 +1,184 @@
+"""Supervised fine-tuning: a language model learns to answer, from conversations (Ouyang et al., 2022, section 3.5).
+
+Paper: "Training language models to follow instructions with human feedback": 16 epochs there, a cosine to a tenth, no
+warm-up. What is learned is what the assistant says, the token that ends its turn included; conversations are packed
+into rows in which none sees another. `--lora.rank` trains low-rank adapters (Hu et al., 2021) in place of the model.
+Command: keifu train sft --model smollm2 --data summary-instructions --lora.rank 8
+Cost: printed before it starts, measured on the machine.
+Expected: see docs/results.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from keifu.data.chat import conversations
+from keifu.data.chat.conversations import Conversation
+from keifu.data.chat.packing import FittedConversations, PackedConversations, TooLong, TurnMasks, fit_conversations
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.text.chat import Conversation as Talk
+from keifu.recipes.assistant.common import Lora, Template, held_out, open_model, row_length, save_result, to_train
+from keifu.recipes.language.common import attribution_of
+from keifu.recipes.options import Logging
+from keifu.training.loop import Summary, train
+from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+
+SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Recipe(Logging):
+    """Options of the run."""
+
+    model: str = "smollm2"
+    """What is fine-tuned: a run, a directory, a .gguf file, a catalogue name or a hub id."""
+    data: str = "summary-instructions"
+    """A .jsonl or .json file of conversations (OpenAI messages, ShareGPT, Alpaca, prompt and response), or a name:
+    chitchat, chatterbot, summary-instructions, recipe-instructions, translation-instructions, arithmetic-instructions.
+    """
+    limit: int | None = None
+    """At most so many conversations, spread over all."""
+    template: Template = "own"
+    """The chat template; own: the tokenizer's, or plain where it has none, which needs no token but the end of text."""
+    context_length: int | None = None
+    """Tokens of a row; unset: 1024, or all that the model takes where that is less."""
+    too_long: TooLong = "error"
+    """What happens to a conversation longer than a row: an error, drop it, or truncate it at its end."""
+    packed: bool = True
+    """Put several conversations into a row; none sees another."""
+    held_out: float = 0.05
+    """Share of the conversations that is kept for validation, chosen by a hash of the text."""
+    lora: Lora = field(default_factory=Lora)
+    """Low-rank adapters."""
+    epochs: float = 1.0
+    """How often every conversation is seen."""
+    steps: int | None = None
+    """Updates of the weights, in place of epochs."""
+    batch_size: int = 8
+    """Rows in a step."""
+    micro_batch: int | None = None
+    """Rows computed at a time; unset: as many as fit in memory."""
+    learning_rate: float | None = None
+    """AdamW's highest rate; unset: 2e-5, and 2e-4 for adapters."""
+    weight_decay: float = 0.0
+    """How strongly AdamW pulls matrices towards zero."""
+    warmup: float = 0.03
+    """Share of the steps in which the rate rises from 0."""
+    seed: int = 0
+    """Of the adapters, the order of the rows and dropout."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready: the model, its tokenizer with a chat template, the rows, and what was too long."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    training: FittedConversations
+    held: FittedConversations
+    shown: list[Conversation]
+    context_length: int
+
+
+def prepare(recipe: Recipe) -> Task:
+    """Loads the model, reads the conversations and renders them."""
+    model, tokenizer = open_model(recipe.model, recipe.template)
+    length = row_length(model, recipe.context_length)
+    training, held = split(select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
+    learned, tested = (
+        fit_conversations([TurnMasks(*tokenizer.render_turns(each)) for each in part], length, recipe.too_long)
+        for part in (training, held)
+    )
+    return Task(to_train(model, recipe.lora, recipe.seed), tokenizer, learned, tested, held[:SAMPLES], length)
+
+
+def select_conversations(found: list[Conversation], limit: int | None) -> list[Conversation]:
+    """At most so many of them, at even distances."""
+    if limit is not None and limit < 2:
+        raise UserError(f"limit is {limit}, and at least 2 conversations are needed.")
+    return found if limit is None or limit >= len(found) else [found[i * len(found) // limit] for i in range(limit)]
+
+
+def split(found: Sequence[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
+    """To learn from, and held out; by what they begin with, so that the same question is never on both sides."""
+    return held_out(found, [each[0]["content"] for each in found], share)
+
+
+def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
+    """The training loop's settings for so many steps an epoch."""
+    steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch))
+    return Settings(
+        steps=steps,
+        batch_size=recipe.batch_size,
+        micro_batch=recipe.micro_batch,
+        learning_rate=recipe.learning_rate or (2e-4 if recipe.lora.rank else 2e-5),
+        warmup=round(recipe.warmup * steps),
+        weight_decay=recipe.weight_decay,
+        betas=(0.9, 0.999),
+        evaluate_every=max(1, steps // 5),
+        sample_every=max(1, steps // 3),
+        save_every=max(1, steps // 10),
+        seed=recipe.seed,
+        **recipe.logging(),
+    )
+
+
+def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
+    """Trains the task's model into a run folder: a whole model, or adapters beside the name of their base."""
+    pad = task.tokenizer.pad_id or 0
+    rows = (task.training.kept, task.held.kept)
+    data = PackedConversations(*rows, task.context_length, recipe.batch_size, recipe.seed, pad, recipe.packed)
+
+    return train(
+        task.model,
+        causal_language_modeling,
+        data,
+        settings(recipe, data.steps_per_epoch),
+        describe(recipe, task, out, resume),
+        sample=lambda step: answers(task),
+        save=lambda directory: save_result(task.model, task.tokenizer, directory, recipe.model),
+        largest=data.largest(),
+    )
+
+
+def answers(task: Task) -> str:
+    """What the model says to the first questions that were held out."""
+    told = []
+    for conversation in task.shown:
+        asked = next(message["content"] for message in conversation if message["role"] == "user")
+        talk = Talk(task.model, task.tokenizer)
+        said = "".join(talk.reply(asked, max_tokens=80, seed=0))
+        told.append(f"{asked}\n> {said}" + ("" if talk.finish_reason == "stop" else " ..."))
+    return "\n\n".join(told)
+
+
+def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+    """The run for the training loop: what decides its result beside the settings, and what its report says."""
+    kept = {"learned from": len(task.training.kept), "held out": len(task.held.kept)}
+    gone = {"too long, left out": task.training.dropped, "too long, cut": task.training.shortened}
+    return Run(
+        directory=out,
+        resume=resume,
+        options={"begins with": recipe.model, "lora": asdict(recipe.lora), "template": task.tokenizer.chat_template},
+        about={
+            "title": f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
+            "paper": "Ouyang et al., InstructGPT (2022), section 3.5",
+            "data": [{"source": recipe.data} | kept | gone | attribution_of(recipe.data)],
+        },
+        unit="tokens",
+    )
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Fine-tunes into `out`, which keifu chat reads afterwards."""
+    task = prepare(recipe)
+    for part in (task.training, task.held):
+        if said := part.sentence(task.context_length):
+            print(said)
+    learn(recipe, task, out, resume)
+    print(f"The model is in {out}: keifu chat {out}.")

@@ -1,0 +1,243 @@
+"""Fine-tuning as GPT-1 does it (Radford et al., 2018): any decoder, pretrained, learns a task from a table.
+
+Paper: "Improving Language Understanding by Generative Pre-Training", sections 3.2, 3.3 and 4.1: start, delimiter and
+extract tokens are new rows of the embedding, one matrix reads the last token's state, and the loss is the task's plus
+half of the language model's. Batch 32, 3 epochs, rate 6.25e-5 with a warm-up of 0.2% of the steps and a linear fall,
+dropout 0.1 on what is classified; weight decay 0.01 and clipping at 1 as in the released code.
+Command: keifu train gpt1-finetune --model runs/gpt1 --data wiki-summaries --cut 128
+Cost: printed before it starts, for rows as long as the longest. --lm-weight 0 saves the loss of the words.
+Expected: see docs/results.md for the topics of the Wikipedia summaries.
+"""
+
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from keifu import checkpoints
+from keifu.data.classification.batches import FormBatches, LabelledBatches, encode_form
+from keifu.data.classification.input_formats import (
+    Form,
+    FormExamples,
+    add_delimiters,
+    delimiters_of,
+    form_of,
+    read_examples,
+)
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.devices import choose
+from keifu.errors import UserError
+from keifu.evaluation.classification.classifiers import ClassifierFamily, text_classifier
+from keifu.evaluation.classification.metrics import Confusion
+from keifu.files import write_atomic
+from keifu.generation.text.engine import causal
+from keifu.models import task_head
+from keifu.recipes.options import Logging
+from keifu.training.loop import Summary, train
+from keifu.training.objectives.language_modeling import LM_WEIGHT, finetuning_loss
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+
+LEAST_CUT = 8  # tokens: room for the special ones and something between them
+
+
+@dataclass(frozen=True)
+class Recipe(Logging):
+    """Options of the run."""
+
+    data: str = "wiki-summaries"
+    """A .csv, .tsv or .jsonl table of examples, or wiki-summaries with its 12 topics."""
+    form: Literal["classification", "entailment", "similarity", "choice"] = "classification"
+    """What an example is: a text; a premise and a hypothesis; two texts in no order; a context and answers to it."""
+    columns: tuple[str, ...] = ()
+    """The table's columns of texts; unset: text; premise hypothesis; first second; context answers. Of a choice the
+    answers are a list in one column (JSON), or one column each."""
+    label: str = "label"
+    """The table's column of labels; of a choice, the number of the right answer from 0, or its letter from A."""
+    held_out: float = 0.1
+    """Share of the rows that is kept for testing, chosen by a hash of the first text."""
+    test: str | None = None
+    """A second table to test on; then no rows of the first are held out."""
+    model: str = "runs/gpt1"
+    """The decoder to begin with: a run, a directory, a .gguf file, a hub id or a catalogue name."""
+    cut: int | None = None
+    """Keep so many tokens of longer examples; unset, one longer than the model takes is an error."""
+    lm_weight: float = LM_WEIGHT
+    """What the language model's loss counts beside the task's; 0: not at all."""
+    epochs: int = 3
+    """How often every example is seen."""
+    steps: int | None = None
+    """Updates of the weights, in place of epochs."""
+    batch_size: int = 32
+    """Examples in a step."""
+    micro_batch: int | None = None
+    """Examples computed at a time; unset: as many as fit in memory."""
+    learning_rate: float = 6.25e-5
+    """AdamW's highest rate; models smaller than GPT-1 take a higher one."""
+    warmup: float = 0.002
+    """Share of the steps in which the rate rises from 0."""
+    weight_decay: float = 0.01
+    """How strongly AdamW pulls matrices towards zero."""
+    classifier_dropout: float = 0.1
+    """Share of the extracted state that is dropped in training."""
+    seed: int = 0
+    """Of the new weights, the order of the examples and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("held_out", "warmup", "classifier_dropout"):
+            if not 0 <= vars(self)[name] < 1:
+                raise UserError(f"{name} is a share from 0 up to below 1, and it is {vars(self)[name]}.")
+        if self.lm_weight < 0:
+            raise UserError(f"lm_weight must be at least 0, and it is {self.lm_weight}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready: a decoder with a head, its tokenizer, the examples and their ids."""
+
+    model: task_head.ModelWithHead
+    tokenizer: Tokenizer
+    form: Form
+    training: FormBatches
+    held: FormBatches
+    tested: FormExamples
+    cut: int
+
+
+def prepare(recipe: Recipe) -> Task:
+    """Reads the tables that the recipe names, holds rows out where there is one, and readies the model."""
+    form = form_of(recipe.form)
+    table = read_examples(recipe.data, form, recipe.columns, recipe.label)
+    if recipe.test is not None:
+        return ready(recipe, table, read_examples(recipe.test, form, recipe.columns, recipe.label))
+    return ready(recipe, *table.split(round(recipe.held_out * len(table))))
+
+
+def ready(recipe: Recipe, training: FormExamples, held: FormExamples) -> Task:
+    """The task of these examples; all labels must be among those to learn from, two at least."""
+    form, labels = training.form, training.classes
+    if len(labels) < 2:
+        raise UserError(f"There is nothing to tell apart in {training.source}: every label is {', '.join(labels)!r}.")
+    _check_labels(held, () if form.answers else labels)
+    torch.manual_seed(recipe.seed)
+    model, tokenizer = start_model(recipe, () if form.answers else labels)
+    limit = model.config.context_length
+    if recipe.cut is not None and not LEAST_CUT <= recipe.cut <= limit:
+        raise UserError(f"cut keeps from {LEAST_CUT} to {limit} tokens, which the model takes, and it is {recipe.cut}.")
+    config = model.config
+    marks = delimiters_of(tokenizer, (config.start_id, config.delimiter_id, config.extract_id))
+    numbers = {label: number for number, label in enumerate(labels)}
+
+    def laid(part: FormExamples) -> tuple[FormBatches, int]:
+        rows, cut = encode_form(tokenizer, part, marks, recipe.cut or limit, recipe.cut is not None)
+        return FormBatches(rows, [int(row.label) if form.answers else numbers[row.label] for row in part.rows]), cut
+
+    (learned, cut), (asked, also_cut) = laid(training), laid(held)
+    return Task(model, tokenizer, form, learned, asked, held, cut + also_cut)
+
+
+def _check_labels(held: FormExamples, labels: tuple[str, ...]) -> None:
+    for row in held.rows if labels else ():
+        if row.label not in labels:
+            known = ", ".join(map(repr, labels[:5])) + (", ..." if len(labels) > 5 else "")
+            raise UserError(
+                f"{row.where}: nothing that is learned from has the label {row.label!r}; there are {known}: take the "
+                "row out, or learn from some like it."
+            )
+
+
+def start_model(recipe: Recipe, labels: tuple[str, ...]) -> tuple[task_head.ModelWithHead, Tokenizer]:
+    """The decoder that the recipe names, with rows for the special tokens and a new head; and its tokenizer.
+
+    Of a decoder that was fine-tuned before, the head is left behind.
+    """
+    loaded, tokenizer = checkpoints.load(recipe.model, torch.float32)
+    decoder: Any = deepcopy(
+        loaded.decoder if isinstance(loaded, ClassifierFamily) else causal(loaded)
+    )  # out of the file's map
+    marked, ids = add_delimiters(tokenizer)
+    fresh = [number for number in ids if number >= tokenizer.vocab_size]
+    task_head.grow_vocabulary(decoder, marked.vocab_size, fresh)
+    start, delimiter, extract = ids
+    config = task_head.Config(decoder.config, recipe.form, labels, start, delimiter, extract, recipe.classifier_dropout)
+    return task_head.add_head(decoder, config).to(choose()), marked
+
+
+def settings(recipe: Recipe, steps_per_epoch: int) -> Settings:
+    """The training loop's settings for so many steps an epoch."""
+    steps = recipe.steps or recipe.epochs * steps_per_epoch
+    return Settings(
+        steps=steps,
+        batch_size=recipe.batch_size,
+        micro_batch=recipe.micro_batch,
+        learning_rate=recipe.learning_rate,
+        schedule="linear",
+        warmup=round(recipe.warmup * steps),
+        final_ratio=0.0,
+        weight_decay=recipe.weight_decay,
+        betas=(0.9, 0.999),
+        evaluate_every=max(1, steps_per_epoch // 2),
+        save_every=max(50, steps_per_epoch // 2),
+        seed=recipe.seed,
+        **recipe.logging(),
+    )
+
+
+def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
+    """Trains the task's model into a run folder, and draws the confusion matrix of the held-out examples there."""
+    data = LabelledBatches(task.training, task.held, recipe.batch_size, recipe.seed, task.tokenizer.pad_id or 0)
+
+    def sample(step: int) -> str:
+        confusion = evaluate_examples(task)
+        write_atomic(out / "confusion.png", confusion.picture())
+        return confusion.page()
+
+    return train(
+        task.model,
+        partial(finetuning_loss, lm_weight=recipe.lm_weight),
+        data,
+        settings(recipe, data.steps_per_epoch),
+        describe(recipe, task, out, resume),
+        sample=sample if len(task.held) else None,
+        save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
+        largest=data.largest(),
+    )
+
+
+def evaluate_examples(task: Task) -> Confusion:
+    """How the held-out examples are told apart."""
+    how = text_classifier(task.model, task.tokenizer)
+    return how.compared(task.tested, how.weigh(task.held.rows))
+
+
+def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+    """The run for the training loop: what decides its result beside the settings, and what its report says."""
+    rows = {"source": recipe.data, "learned from": len(task.training), "held out": len(task.held), "cut": task.cut}
+    return Run(
+        directory=out,
+        resume=resume,
+        options={
+            "begins with": recipe.model, "model": asdict(task.model.config), "cut": recipe.cut,
+            "lm_weight": recipe.lm_weight,
+        },
+        about={
+            "title": f"A decoder learns “{Path(recipe.data).stem}”",
+            "paper": "Radford et al., GPT-1 (2018)",
+            "data": [rows | {"form": recipe.form, "labels": ", ".join(task.model.config.labels)}],
+        },
+        unit="examples",
+    )  # fmt: skip
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Trains into `out`, which keifu classify reads afterwards, and prints the held-out figures."""
+    task = prepare(recipe)
+    if task.cut:
+        count = len(task.training) + len(task.held)
+        print(f"{task.cut} of {count} examples were cut to {recipe.cut} tokens.")
+    learn(recipe, task, out, resume)
+    verdict = f"On held-out examples: {evaluate_examples(task).verdict()} " if len(task.held) else ""
+    print(f"{verdict}The model is in {out}: keifu classify {out} reads such examples.")

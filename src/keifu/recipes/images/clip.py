@@ -1,0 +1,192 @@
+"""CLIP (Radford et al., 2021): pictures and their captions, in English and Japanese, learn to point the same way.
+
+Paper: "Learning Transferable Visual Models From Natural Language Supervision"; 400 million pairs, batches of 32,768,
+32 epochs, AdamW with weight decay 0.2 (not of gains and biases), rate 5e-4, betas 0.9 and 0.98, epsilon 1e-6 (ResNets:
+0.999 and 1e-8), 2,000 steps of warm-up, a cosine to 0, mixed precision. Here: small towers for drawings of 72 pixels,
+batches of 256, weight decay, betas, epsilon and the cosine as in the paper, and a learned tokenizer by CLIP's rules.
+Command: keifu train clip --data emoji --languages en ja
+Cost: printed before it starts; the default settings are meant for half an hour on 2 cores with bfloat16.
+Expected: see docs/results.md for retrieval by held-out names and in a held-out drawing style.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import nn
+
+from keifu import checkpoints
+from keifu.data.batching import pad
+from keifu.data.images.augmentation import Augmentation
+from keifu.data.images.batches import ImageBatches, Tokens
+from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
+from keifu.data.tokenizers.bpe import learn
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.devices import choose
+from keifu.errors import UserError
+from keifu.evaluation.classification.embeddings import encode_texts
+from keifu.evaluation.images.retrieval import (
+    Recall,
+    embed_bytes,
+    embed_texts,
+    padding,
+    preprocessing,
+    recall_both_ways,
+    two_towers,
+)
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.recipes.language.common import attribution_of
+from keifu.training.loop import Summary, train
+from keifu.training.objectives.contrastive import contrastive_loss
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+
+LEARNED = "learned"
+ACTIVATION, EMBEDDING = "gelu", 192
+LEARNING = Settings(
+    steps=1000, batch_size=256, learning_rate=1e-3, warmup=100, final_ratio=0.0, weight_decay=0.2,
+    betas=(0.9, 0.98), epsilon=1e-6, evaluate_every=100, sample_every=100, save_every=250,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of the run."""
+
+    data: str = "emoji"
+    """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
+    languages: tuple[str, ...] = ("en", "ja")
+    """Codes of the captions to learn; each time one is drawn for a picture. und: of a set in one language."""
+    tokenizer: str = LEARNED
+    """learned: CLIP's rules, merges learned from the captions; or a catalogue name (clip-bpe), a file, a folder."""
+    vocab_size: int = 4096
+    """Tokens of a learned tokenizer, at most."""
+    truncate: bool = False
+    """Keep the beginning of a caption that is longer than the text tower takes; without it that is an error."""
+    start: str | None = None
+    """Begin with this CLIP (a run, a folder, a hub id) and its tokenizer, in place of a new one; its sizes count."""
+    tower: Literal["vit", "resnet"] = "vit"
+    """What sees pictures."""
+    image: clip_image.Config = clip_image.Config(
+        image_size=72, patch_size=9, dim=192, hidden_dim=768, n_layers=6, n_heads=3, activation=ACTIVATION,
+        embedding_dim=EMBEDDING,
+    )  # fmt: skip
+    """The vision transformer."""
+    resnet: clip_image.ResNetConfig = clip_image.ResNetConfig(
+        image_size=72, width=16, layers=(1, 1, 2, 1), n_heads=8, embedding_dim=EMBEDDING
+    )
+    """The ResNet, with --tower resnet."""
+    text: clip_text.Config = clip_text.Config(
+        vocab_size=4096, context_length=32, dim=192, hidden_dim=768, n_layers=4, n_heads=3, activation=ACTIVATION,
+        embedding_dim=EMBEDDING,
+    )  # fmt: skip
+    """The text tower; its vocabulary and the end of a caption follow from the tokenizer."""
+    augmentation: Augmentation = Augmentation(
+        shift=4, crop=0.15, rotation=8.0, brightness=0.1, contrast=0.2, saturation=0.3
+    )
+    """How pictures are varied."""
+    training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
+    """How to learn it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready: the model, its tokenizer, and the pictures in three parts."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    parts: ImageSplit
+    data: Any  # batches of pictures and captions
+
+
+def prepare(recipe: Recipe) -> Task:
+    """Reads the pictures, holds some out, learns the tokenizer from the captions of the others, builds the model."""
+    torch.manual_seed(recipe.training.seed)
+    loaded, given = checkpoints.load(recipe.start, torch.float32) if recipe.start else (None, None)
+    pixels = two_towers(loaded).config.pixels if loaded else _pixels(recipe)
+    parts = split(read_images(recipe.data, pixels.crop, 1 if len(pixels.mean) == 1 else 3))
+    tokenizer = given or _tokenizer(recipe, parts.train)
+    model: Any = loaded or _new(recipe, tokenizer, pixels).to(choose())
+    limit = model.config.context_length
+    rows = [tokens(recipe, tokenizer, part, limit) for part in (parts.train, parts.validation)]
+    settings = recipe.training
+    data = ImageBatches(parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows)
+    return Task(model, tokenizer, parts, data)
+
+
+def _pixels(recipe: Recipe) -> clip.Pixels:
+    """What pictures become for a new model."""
+    if recipe.tower == "resnet":
+        size = recipe.resnet.image_size
+        if size < 64:  # the last batch norms would see one number a picture
+            raise UserError(f"A ResNet must see 64 pixels at least, and image_size is {size}: make it larger.")
+        return clip.Pixels(size, size)
+    size, grey = recipe.image.image_size, recipe.image.channels == 1
+    return clip.Pixels(size, size, mean=(0.5,), std=(0.5,)) if grey else clip.Pixels(size, size)
+
+
+def _new(recipe: Recipe, tokenizer: Tokenizer, pixels: clip.Pixels) -> clip.Clip:
+    text = replace(recipe.text, vocab_size=tokenizer.vocab_size, end_id=tokenizer.eos_id)
+    return clip.build(clip.Config(text, recipe.image if recipe.tower == "vit" else recipe.resnet, pixels))
+
+
+def _tokenizer(recipe: Recipe, pictures: ImageDataset) -> Tokenizer:
+    captions = [text for language in recipe.languages for text in pictures.texts(language)]
+    if recipe.tokenizer == LEARNED:
+        return learn(captions, recipe.vocab_size)
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    if tokenizer.eos_id is None or tokenizer.eos_id not in tokenizer.encode("a", special=True):
+        raise UserError(f"{recipe.tokenizer} puts no end after a text, and CLIP reads a caption there: take clip-bpe.")
+    return tokenizer
+
+
+def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: ImageDataset, limit: int) -> Tokens | None:
+    """The captions of some pictures as ids, padded to one length: [language, picture, length]; None without any."""
+    if not len(pictures):
+        return None
+    texts = [text for language in recipe.languages for text in pictures.texts(language)]
+    rows, cut = encode_texts(tokenizer, texts, limit, recipe.truncate)
+    if cut:
+        print(f"{cut:,} of {len(texts):,} captions were cut to {limit} tokens.", flush=True)
+    ids, _ = pad(rows, padding(tokenizer))
+    return ids.unflatten(0, (len(recipe.languages), len(pictures)))
+
+
+def retrieval_figures(task: Task, pictures: ImageDataset, languages: Sequence[str]) -> dict[str, tuple[Recall, Recall]]:
+    """How well captions of these pictures are found by them, and they by captions, by language."""
+    points = embed_bytes(task.model, (pictures.take(slice(n, n + 64)) for n in range(0, len(pictures), 64)))
+    texts = {code: embed_texts(task.model, task.tokenizer, pictures.texts(code), cut=True) for code in languages}
+    return {code: recall_both_ways(points, each) for code, each in texts.items()}
+
+
+def describe(task: Task, languages: Sequence[str]) -> str:
+    """Recall on the held-out pictures, a line for each language and direction."""
+    lines = []
+    for code, both in retrieval_figures(task, task.parts.validation, languages).items():
+        for what, each in zip(("captions by picture", "pictures by caption"), both, strict=True):
+            shares = "  ".join(f"R@{first} {share:.1%}" for first, share in each.shares.items())
+            lines.append(f"{code} {what}: {shares}  (of {len(task.parts.validation):,})")
+    return "\n".join(lines)
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+    """Trains, and tells how much of what is held out is found. `how`: to resume it, as a part of a larger run."""
+    task = prepare(recipe)
+    print(task.parts.train.source, "-", task.parts.sentence(), flush=True)
+    options = {name: value for name, value in asdict(recipe).items() if name != "training"}
+    facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint} | attribution_of(recipe.data)
+    about: dict[str, Any] = {"title": "clip", "data": [facts]}
+    about |= {"languages": list(recipe.languages)} if len(recipe.languages) == 2 else {}  # for keifu evaluate
+    about |= {"parameters": sum(p.numel() for p in task.model.parameters())}
+    sample = (lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None
+    return train(
+        task.model, contrastive_loss(preprocessing(task.model).normalised), task.data, recipe.training,
+        Run(out, resume, options=options, about=about, unit="pairs"), sample=sample,
+        save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
+    )  # fmt: skip

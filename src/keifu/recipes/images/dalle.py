@@ -1,0 +1,253 @@
+"""DALL-E 1 (Ramesh et al., 2021): a text and a picture are one row of tokens, and a decoder learns to go on with it.
+
+Paper: "Zero-Shot Text-to-Image Generation"; a discrete autoencoder (8,192 entries, 32 x 32 of them for 256 x 256
+pixels, 3 million steps), then a decoder of 12 B parameters over 256 text and 1,024 picture tokens with row, column and
+window attention; losses weighted 1/8 and 7/8, AdamW at 4.5e-4 with betas 0.9 and 0.96, weight decay 0.045, gradients
+clipped at 4, 430,000 steps of 1,024 pairs, a moving average with 0.999; of 512 pictures the one is shown that CLIP
+likes best. Here, in one command and in parts: the autoencoder (512 entries, 16 x 16 for 64 x 64), a CLIP of the same
+captions (or --clip RUN), whose tokenizer reads the texts and which ranks pictures, and a small decoder. Left out: BPE
+dropout.
+Command: keifu train dalle --data emoji
+Cost: 85 minutes of training by default, of which each part's are an option, and a few for samples; a part's steps are
+fixed before it starts. What a stopped run lacks, --resume goes on with.
+Expected: see docs/results.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keifu import checkpoints
+from keifu.data.images.batches import ImageBatches
+from keifu.data.images.dataset import ImageSplit, read_images, split
+from keifu.data.images.grid import grid
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.devices import choose
+from keifu.errors import UserError
+from keifu.generation.images.autoregressive import AutoregressivePipeline, real_tokens
+from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.layers.meta import on_meta
+from keifu.models.dalle import dalle, discrete_vae
+from keifu.recipes.images import discrete_vae as _discrete_vae
+from keifu.recipes.images import text_encoder
+from keifu.recipes.images.common import COLUMNS, PROMPTS, check_prompts, is_resuming, show, steps_for
+from keifu.recipes.language.common import attribution_of
+from keifu.recipes.options import Logging
+from keifu.training.loop import Summary, train
+from keifu.training.objectives.autoencoders import ImageTokenBatches, TextImageLoss
+from keifu.training.protocols import Data, Run
+from keifu.training.settings import Precision, Settings
+
+
+@dataclass(frozen=True)
+class Recipe(Logging):
+    """Options of the run."""
+
+    data: str = "emoji"
+    """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
+    languages: tuple[str, ...] = ("en", "ja")
+    """Codes of the captions to learn; each time one is drawn for a picture. und: of a set in one language."""
+    truncate: bool = False
+    """Keep the beginning of a caption that is longer than the texts of CLIP; without it that is an error."""
+    size: int = 64
+    """The side of the squares in pixels."""
+    clip: str | None = None
+    """A CLIP (a run, a folder, a hub id) that ranks pictures and whose tokenizer is used; unset: one is trained first.
+    """
+    codebook_size: int = 512
+    """Entries of the codebook."""
+    vae_widths: tuple[int, ...] = (64, 128, 256)
+    """Channels of the autoencoder's levels, the finest first; each but the last halves the sides."""
+    code_dim: int = 64
+    """Channels that an entry has in its decoder."""
+    kl_weight: float = 0.3
+    """β of the autoencoder's bound at its highest (the paper: 6.6)."""
+    anneal: float = 0.5
+    """The share of its steps in which the temperature falls from 1 to 1/16 (the paper: a twentieth of 3 million)."""
+    flip: bool = True
+    """Mirror every second picture for the autoencoder; captions speak of left and right."""
+    dim: int = 256
+    """Numbers of each token in the decoder."""
+    hidden_dim: int = 1024
+    """Of its feed-forward layers."""
+    n_layers: int = 6
+    """Its blocks."""
+    n_heads: int = 4
+    """Of each block's attention."""
+    kernel: int = 11
+    """The side of the last block's window."""
+    sparse: bool = True
+    """Places see their row, their column or a window; --no-sparse lets them see all that came before."""
+    text_weight: float = TextImageLoss.text_weight
+    """What the text's loss counts; the picture's counts the rest."""
+    vae_minutes: float = 22.0
+    """Train the autoencoder for so long: the steps are fixed by the pace before the start."""
+    clip_minutes: float = 18.0
+    """The same for CLIP."""
+    minutes: float = 45.0
+    """The same for the decoder."""
+    vae_steps: int | None = None
+    """Updates of the autoencoder's weights, in place of its minutes."""
+    clip_steps: int | None = None
+    """Updates of CLIP's."""
+    steps: int | None = None
+    """Updates of the decoder's."""
+    vae_batch: int = 16
+    """Pictures in a step of the autoencoder."""
+    clip_batch: int = 256
+    """Pairs in a step of CLIP."""
+    batch_size: int = 32
+    """Pairs in a step of the decoder."""
+    vae_rate: float = 4e-3
+    """AdamW's highest rate for the autoencoder."""
+    learning_rate: float = 1e-3
+    """For the decoder."""
+    ema: float = 0.999
+    """Decay of the moving average of the decoder that is measured, drawn with and saved."""
+    prompts: tuple[str, ...] = PROMPTS
+    """What the samples show."""
+    precision: Precision = "auto"
+    """Of products; auto: bfloat16 where the hardware has it."""
+    keep: int = 2
+    """Saved states that are kept, a twentieth of the last part's run apart, or 1,000 steps."""
+    seed: int = 0
+    """Of the weights, the order of the pictures and the samples."""
+
+    def __post_init__(self) -> None:
+        for name in ("text_weight", "anneal"):
+            if not 0 <= vars(self)[name] <= 1:
+                raise UserError(f"{name} is a share from 0 to 1, and it is {vars(self)[name]}.")
+        check_prompts(self.prompts)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready for the decoder."""
+
+    model: dalle.Dalle
+    tokenizer: Tokenizer
+    parts: ImageSplit
+    data: Data
+
+
+def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
+    """Trains CLIP and the autoencoder, or finds them again, and builds the decoder. What cannot be is said before
+    anything is trained."""
+    parts = split(read_images(recipe.data, recipe.size))
+    print(parts.train.sentence(), parts.sentence(), flush=True)
+    wanted = _discrete_vae_options(recipe, parts.train.shape[0])
+    with on_meta():
+        planned = dalle.build(model_config(recipe, recipe.codebook_size, 1, wanted.config))
+        planned.vae.check_size(*parts.train.shape[1:])
+    ranking = text_encoder.TextEncoderOptions(
+        recipe.clip, recipe.data, recipe.languages, recipe.truncate, (recipe.clip_steps, recipe.clip_minutes),
+        recipe.clip_batch, recipe.precision, recipe.seed, recipe.prompts,
+    )  # fmt: skip
+    towers, tokenizer = text_encoder.two_towers_of(ranking, out, resume)
+    length = towers.config.context_length
+    tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
+    coder = _discrete_vae.discrete_vae_of(wanted, parts, out, resume)
+    torch.manual_seed(recipe.seed)
+    model = dalle.build(model_config(recipe, tokenizer.vocab_size, length, wanted.config))
+    model.vae.load_state_dict(coder.state_dict())
+    model.vae.requires_grad_(False)
+    model.to(choose())
+    return Task(model, tokenizer, parts, _data(recipe, parts, tokens, tokenizer, model))
+
+
+def _discrete_vae_options(recipe: Recipe, channels: int) -> _discrete_vae.DiscreteVAEOptions:
+    vae = discrete_vae.Config(
+        size=recipe.size, channels=channels, codebook_size=recipe.codebook_size, widths=recipe.vae_widths,
+        n_residual_blocks=1, code_dim=recipe.code_dim,
+    )  # fmt: skip
+    return _discrete_vae.DiscreteVAEOptions(
+        vae, recipe.kl_weight, recipe.anneal, recipe.flip, (recipe.vae_steps, recipe.vae_minutes), recipe.vae_batch,
+        recipe.vae_rate, recipe.precision, recipe.seed,
+    )  # fmt: skip
+
+
+def model_config(recipe: Recipe, vocab_size: int, context_length: int, vae: discrete_vae.Config) -> dalle.Config:
+    """The whole model's Config."""
+    if recipe.dim % recipe.n_heads:
+        raise UserError(f"dim {recipe.dim} does not part into {recipe.n_heads} heads: change one of the two.")
+    return dalle.Config(
+        vocab_size, context_length, recipe.dim, recipe.hidden_dim, recipe.n_layers, recipe.n_heads,
+        kernel=recipe.kernel, sparse=recipe.sparse, vae=vae,
+    )  # fmt: skip
+
+
+def _data(
+    recipe: Recipe, parts: ImageSplit, tokens: list[torch.Tensor | None], tokenizer: Tokenizer, model: dalle.Dalle
+) -> Data:
+    """Batches of captions and entries, computed here, once."""
+    batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
+    codes = [
+        _discrete_vae.encode_dataset(model.vae, part) if len(part) else None for part in (parts.train, parts.validation)
+    ]
+    assert codes[0] is not None
+    return ImageTokenBatches(batches, codes[0], codes[1], lambda ids: real_tokens(ids, tokenizer.eos_id))
+
+
+def settings(recipe: Recipe, steps: int) -> Settings:
+    """The training loop's settings for so many steps of the decoder: the paper's betas, decay and clipping."""
+    often = max(1, steps // 20)
+    return Settings(
+        steps=steps, minutes=None if recipe.steps else recipe.minutes,
+        batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, warmup=steps // 20,
+        final_ratio=0.0, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0, ema=recipe.ema, precision=recipe.precision,
+        evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
+        seed=recipe.seed, **recipe.logging(),
+    )  # fmt: skip
+
+
+def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
+    """Draws the prompts, the same seeds at each call."""
+    painter = AutoregressivePipeline(task.model, task.tokenizer)
+    wanted = painter.resolved(ImageRequest(seed=recipe.seed, text=recipe.prompts[0]))
+    seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
+
+    def sample(step: int) -> bytes:
+        about = {"keifu": f"step {step}, seeds from {seeds[0]}"}
+        return grid(painter.draw_texts(wanted, seeds, recipe.prompts), recipe.prompts, COLUMNS, about=about)
+
+    return sample
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+    """Trains all parts into `out`, which keifu draw reads afterwards."""
+    task = prepare(recipe, out, resume)
+    resume, objective = is_resuming(out, resume), TextImageLoss(recipe.text_weight)
+    budget = recipe.steps, recipe.minutes
+    steps = steps_for(budget, out, resume, task.model, objective, task.data, settings(recipe, 1000))
+    show(out, {"Autoencoder": _discrete_vae.FOLDER, "CLIP": text_encoder.FOLDER})
+    summary = train(
+        task.model, objective, task.data, settings(recipe, steps), describe(recipe, task, out, resume),
+        sample=sampler(task, recipe), save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
+    )  # fmt: skip
+    ranked = recipe.clip or out / text_encoder.FOLDER
+    print(f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --best-of 16 --clip {ranked} -o picture.png')
+    return summary
+
+
+def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+    """The run for the training loop: what decides its result beside the settings, and what its report says."""
+    told = ("data", "languages", "truncate", "text_weight")
+    facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint} | attribution_of(recipe.data)
+    counted = {name: sum(p.numel() for p in part.parameters()) for name, part in task.model.named_children()}
+    of_vae = counted.pop("vae")
+    return Run(
+        directory=out,
+        resume=resume,
+        options={"model": asdict(task.model.config)} | {name: vars(recipe)[name] for name in told},
+        about={
+            "title": f"DALL-E learns to draw “{Path(recipe.data).stem}” from text",
+            "paper": "Ramesh et al., Zero-Shot Text-to-Image Generation (2021)",
+            "data": [facts],
+            "parameters of the autoencoder": of_vae,
+            "parameters of the decoder": sum(counted.values()),
+        },
+        unit="pictures",
+    )

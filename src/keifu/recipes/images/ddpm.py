@@ -1,0 +1,253 @@
+"""DDPM (Ho et al., 2020): a U-Net learns to draw pictures like those it is shown, by taking noise off, of a class too.
+
+Paper: "Denoising Diffusion Probabilistic Models"; CIFAR-10: 35.7 M parameters, T 1000, linear β, the noise as target,
+plain squared error, Adam at 2e-4 after 5,000 steps of warm-up, batches of 128, dropout 0.1, mirrored pictures, a moving
+average with 0.9999, 800,000 steps. --recipe-of paper is that. --recipe-of keifu is a network a tenth that size that
+predicts the velocity under a cosine schedule (Salimans and Ho, 2022; Nichol and Dhariwal, 2021), weighted by min-SNR
+(Hang et al., 2023), at five times the rate, which falls to 0.
+Command: keifu train ddpm --data emoji
+Cost: printed before it starts; the default is as many steps as fit in 25 minutes on the machine.
+Expected: see docs/results.md.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from keifu import checkpoints
+from keifu.data.images.augmentation import Augmentation
+from keifu.data.images.batches import ImageBatches
+from keifu.data.images.dataset import ImageSplit, read_images, split
+from keifu.data.images.grid import grid
+from keifu.devices import choose
+from keifu.errors import UserError
+from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images
+from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Variance, Weighting
+from keifu.models.diffusion import ddpm
+from keifu.recipes.images.common import steps_for
+from keifu.recipes.language.common import attribution_of
+from keifu.recipes.options import Logging
+from keifu.training.loop import Summary, train
+from keifu.training.objectives.diffusion import DequantizedBatches, DiffusionLoss, NoisedBatches
+from keifu.training.protocols import Data, Run
+from keifu.training.settings import Precision, Settings
+
+DIGITS, DIGIT_SIZE, SIZE = ("mnist", "fashion-mnist"), 28, 32  # what comes small, its side, and that of all else
+DRAWN, COLUMNS = 25, 10  # pictures of a sample, or classes of one
+KEIFU: dict[str, Any] = {
+    "dim": 32, "multipliers": (1, 2, 4), "residual_blocks": 1, "attention": (2,), "dropout": 0.0, "scale_shift": True,
+    "schedule": "cosine", "target": "velocity", "variance": "fixed_small", "weighting": "min_snr",
+    "batch_size": 32, "learning_rate": 1e-3, "ema": 0.999, "minutes": 25.0,
+}  # fmt: skip
+PAPER: dict[str, Any] = {
+    "dim": 128, "multipliers": (1, 2, 2, 2), "residual_blocks": 2, "attention": (1,), "dropout": 0.1,
+    "scale_shift": False, "schedule": "linear", "target": "noise", "variance": "fixed_large", "weighting": "simple",
+    "batch_size": 128, "learning_rate": 2e-4, "ema": 0.9999, "steps": 800_000,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe(Logging):
+    """Options of the run. Unset ones are those of --recipe-of."""
+
+    data: str = "emoji"
+    """A catalogue name (emoji, mnist, fashion-mnist), a folder of pictures, a folder a class, or .tar shards."""
+    recipe_of: Literal["keifu", "paper"] = "keifu"
+    """Whose settings the others are; see above."""
+    size: int | None = None
+    """The side of the squares in pixels; unset: 28 for mnist and fashion-mnist, 32 for all else, 32 for the paper's."""
+    channels: Literal[1, 3] | None = None
+    """1 for grey, 3 for colour; unset: as the pictures are."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """How pictures become square: cut, with white added, or stretched."""
+    distinct: bool = False
+    """Only one picture of each group of near copies: emoji without skin tones."""
+    flip: bool | None = None
+    """Mirror every second picture; unset: all but digits and clothes."""
+    dequantise: bool = False
+    """Spread each grey value evenly over its 256th."""
+    classes: bool = False
+    """Learn to draw each class when asked for it."""
+    label_dropout: float = 0.1
+    """With --classes: the share of pictures whose class is not told, which guidance needs."""
+    dim: int | None = None
+    """Channels of the finest level; the other levels have multiples."""
+    multipliers: tuple[int, ...] | None = None
+    """Of dim, from the finest level to the coarsest; each level halves the side."""
+    residual_blocks: int | None = None
+    """A level, on the way down."""
+    attention: tuple[int, ...] | None = None
+    """Levels that look from pixel to pixel, 0 the finest; of fewer levels than usual, the coarsest."""
+    dropout: float | None = None
+    """The share of hidden numbers that each step leaves out."""
+    scale_shift: bool | None = None
+    """Whether the noise level scales and shifts, as in improved DDPM, or is added."""
+    schedule: Schedule | None = None
+    """How noise grows."""
+    noise_steps: int = 1000
+    """Noise levels, the paper's T."""
+    target: Target | None = None
+    """What the network predicts."""
+    variance: Variance | None = None
+    """Of the random steps back; learned_range learns it (improved DDPM)."""
+    weighting: Weighting | None = None
+    """How much each noise level counts in the loss."""
+    gamma: float | None = None
+    """Of min_snr (5) and p2 (1)."""
+    steps: int | None = None
+    """Updates of the weights."""
+    minutes: float | None = None
+    """Train for so long instead: the steps are fixed by the pace before the start."""
+    batch_size: int | None = None
+    """Pictures in a step."""
+    micro_batch: int | None = None
+    """Pictures computed at a time; unset: as many as fit in memory."""
+    learning_rate: float | None = None
+    """AdamW's highest rate."""
+    ema: float | None = None
+    """Decay of the moving average that is measured, drawn with and saved."""
+    precision: Precision = "auto"
+    """Of products; auto: bfloat16 where the hardware has it."""
+    keep: int = 2
+    """Saved states that are kept, a twentieth of the run apart, or 1,000 steps."""
+    held_out: float = 0.05
+    """Share of the pictures for validation, and as many for testing."""
+    seed: int = 0
+    """Of the weights, the order of the pictures, their noise and the samples."""
+
+    def __post_init__(self) -> None:
+        if self.steps and self.minutes:
+            raise UserError(f"--steps {self.steps} and --minutes {self.minutes:g} are two budgets: give one of them.")
+        if not 0 <= self.label_dropout < 1:
+            raise UserError(f"label_dropout is a share from 0 up to below 1, and it is {self.label_dropout}.")
+
+    def resolved(self) -> "Recipe":
+        """With the unset options filled in."""
+        small = self.recipe_of == "keifu" and self.data in DIGITS
+        fitting = {"size": DIGIT_SIZE if small else SIZE, "flip": self.data not in DIGITS}
+        fitting |= KEIFU if self.recipe_of == "keifu" else PAPER
+        coarsest = len(self.multipliers or fitting["multipliers"]) - 1
+        fitting["attention"] = tuple(sorted({min(level, coarsest) for level in fitting["attention"]}))
+        fitting = {n: v for n, v in fitting.items() if not (n in ("steps", "minutes") and (self.steps or self.minutes))}
+        return replace(self, **{name: value for name, value in fitting.items() if vars(self)[name] is None})
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready: the network, the pictures in three parts, their batches and the loss."""
+
+    model: ddpm.DDPM
+    parts: ImageSplit
+    data: Data
+    objective: DiffusionLoss
+
+
+def prepare(recipe: Recipe) -> Task:
+    """Reads the pictures, holds some out, and builds the network; unset options must have been resolved."""
+    pictures = read_images(recipe.data, recipe.size, recipe.channels, recipe.fit)
+    if recipe.classes and not pictures.classes:
+        raise UserError(f"--classes needs labels, and the pictures of {recipe.data} have none: sort them into folders.")
+    parts = split(pictures.distinct() if recipe.distinct else pictures, recipe.held_out)
+    config = network(recipe, pictures.shape[0], pictures.classes if recipe.classes else ())
+    torch.manual_seed(recipe.seed)
+    model = ddpm.build(config).to(choose())
+    model.check_size(*pictures.shape)
+    flip = Augmentation(flip=bool(recipe.flip))
+    batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size or 1, recipe.seed, flip)
+    data = NoisedBatches(batches, recipe.seed)
+    dropped = recipe.label_dropout if config.null_class else 0.0
+    objective = DiffusionLoss(config.noise, recipe.weighting or "simple", recipe.gamma, dropped)
+    return Task(model, parts, DequantizedBatches(data) if recipe.dequantise else data, objective)
+
+
+def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Config:
+    """The network's Config; as many groups of its norms as divide every level, each of 4 channels at least."""
+    full = vars(recipe)
+    widths = [full["dim"] * multiplier for multiplier in full["multipliers"]]
+    groups = math.gcd(32, max(1, full["dim"] // 4), *widths)
+    noise = Noise(full["schedule"], recipe.noise_steps, target=full["target"], variance=full["variance"])
+    named = ("size", "dim", "multipliers", "attention", "dropout", "scale_shift")
+    return ddpm.Config(
+        channels=channels, n_residual_blocks=full["residual_blocks"], norm_groups=groups, middle_groups=groups,
+        n_classes=len(classes), null_class=bool(classes and recipe.label_dropout), classes=classes, noise=noise,
+        **{name: full[name] for name in named},
+    )  # fmt: skip
+
+
+def settings(recipe: Recipe, steps: int) -> Settings:
+    """The training loop's settings for so many steps."""
+    paper = recipe.recipe_of == "paper"
+    often = max(1, steps // 20)
+    return Settings(
+        steps=steps,
+        minutes=None if recipe.steps else recipe.minutes,
+        batch_size=recipe.batch_size or 1,
+        micro_batch=recipe.micro_batch,
+        learning_rate=recipe.learning_rate or 0.0,
+        schedule="constant" if paper else "cosine",
+        warmup=min(5000, steps // 10) if paper else steps // 20,
+        final_ratio=0.0,
+        weight_decay=0.0 if paper else 0.01,
+        betas=(0.9, 0.999) if paper else (0.9, 0.99),
+        ema=recipe.ema or 0.0,
+        precision=recipe.precision,
+        evaluate_every=often,
+        sample_every=2 * often,
+        save_every=min(often, 1000),
+        keep=recipe.keep,
+        seed=recipe.seed,
+        **recipe.logging(),
+    )
+
+
+def sampler(model: ddpm.DDPM, seed: int) -> Callable[[int], bytes]:
+    """Draws the same seeds at each call, by DDIM: a row for each class, or a square of pictures."""
+    classes = range(min(COLUMNS, model.config.n_classes))
+    count = DRAWN // max(1, len(classes)) or 1
+    seeds = [seed + number for number in range(count)]
+
+    def sample(step: int) -> bytes:
+        wanted = [ImageRequest(label=label) for label in classes] or [ImageRequest()]
+        drawn = torch.cat([draw_images(model, each, seeds) for each in wanted])
+        about = {"keifu": f"step {step}, sampler ddim, seeds {seeds[0]} to {seeds[-1]}"}
+        return grid(drawn, columns=count if classes else None, about=about)
+
+    return sample
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+    """Trains into `out`, which keifu draw and diffusers' DDPMPipeline read afterwards."""
+    recipe = recipe.resolved()
+    task = prepare(recipe)
+    print(task.parts.train.sentence(), task.parts.sentence(), flush=True)
+    budget, trial = (recipe.steps, recipe.minutes or 0.0), settings(recipe, 1000)
+    steps = steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
+    summary = train(
+        task.model, task.objective, task.data, settings(recipe, steps), describe(recipe, task, out, resume),
+        sample=sampler(task.model, recipe.seed), save=lambda directory: checkpoints.save(task.model, None, directory),
+    )  # fmt: skip
+    print(f"The network is in {out}: keifu draw {out} -o picture.png")
+    return summary
+
+
+def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+    """The run for the training loop: what decides its result beside the settings, and what its report says."""
+    told = ("data", "recipe_of", "fit", "distinct", "flip", "dequantise", "weighting", "gamma", "label_dropout")
+    facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint} | attribution_of(recipe.data)
+    return Run(
+        directory=out,
+        resume=resume,
+        options={"model": asdict(task.model.config)} | {name: vars(recipe)[name] for name in told},
+        about={
+            "title": f"DDPM learns to draw “{Path(recipe.data).stem}”",
+            "paper": "Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)",
+            "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
+            "data": [facts],
+            "held_out": {"share": recipe.held_out, "distinct": recipe.distinct},
+        },
+        unit="pictures",
+    )

@@ -1,0 +1,302 @@
+"""Latent diffusion (Rombach et al., 2022): pictures drawn from a text, in the small space of an autoencoder.
+
+Paper: "High-Resolution Image Synthesis with Latent Diffusion Models"; Stable Diffusion 1: an autoencoder that makes one
+number of 8 x 8 pixels, CLIP's ViT-L/14 for the text, a U-Net of 860 M parameters, noise as target, a text left out of
+10% of the rows. Here, in one command and in parts: the autoencoder (one number of 4 x 4 pixels, with a loss of edges in
+place of the perceptual and adversarial ones), a CLIP of the same captions (or --clip RUN), and a U-Net in the latents,
+which are computed once; it predicts the velocity under a cosine schedule, as keifu train ddpm. --space pixels is the
+same network without the autoencoder, whose time it gets: what latents buy.
+Command: keifu train latent-diffusion --data emoji
+Cost: 85 minutes of training by default, of which each part's are an option, and a few for samples. A part's steps are
+fixed before it starts.
+Expected: see docs/results.md.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from keifu import checkpoints
+from keifu.data.images.batches import ImageBatches
+from keifu.data.images.dataset import ImageSplit, read_images, split
+from keifu.data.images.grid import grid
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.devices import choose
+from keifu.errors import UserError
+from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
+from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Weighting
+from keifu.layers.meta import on_meta
+from keifu.models.clip import text as clip_text
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
+from keifu.recipes.images import autoencoder as _autoencoder
+from keifu.recipes.images import clip as clip_recipe
+from keifu.recipes.images import text_encoder
+from keifu.recipes.images.common import COLUMNS, PROMPTS, check_prompts, is_resuming, minutes_of, show, steps_for
+from keifu.recipes.language.common import attribution_of
+from keifu.recipes.options import Logging
+from keifu.training.loop import Summary, train
+from keifu.training.objectives.autoencoders import AutoencoderKLLoss
+from keifu.training.objectives.diffusion import LatentBatches, NoisedBatches, TextDiffusionLoss
+from keifu.training.protocols import Data, Run
+from keifu.training.settings import Precision, Settings
+
+STEPS = 20  # of a sample's pictures, by DPM-Solver++
+LATENTS: dict[str, Any] = {"widths": (64, 128, 192), "attention": (1, 2)}
+PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
+
+
+@dataclass(frozen=True)
+class Recipe(Logging):
+    """Options of the run. Unset ones are those of --space."""
+
+    data: str = "emoji"
+    """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
+    languages: tuple[str, ...] = ("en", "ja")
+    """Codes of the captions to learn; each time one is drawn for a picture. und: of a set in one language."""
+    truncate: bool = False
+    """Keep the beginning of a caption that is longer than the text tower takes; without it that is an error."""
+    space: Literal["latents", "pixels"] = "latents"
+    """Where noise is removed."""
+    size: int = 64
+    """The side of the squares in pixels."""
+    clip: str | None = None
+    """A CLIP (a run, a folder, a hub id) whose text tower is listened to; without it one is trained first."""
+    autoencoder_widths: tuple[int, ...] = (16, 32, 64)
+    """Channels of the autoencoder's levels, the finest first; each but the last halves the sides."""
+    latent_channels: int = 4
+    """Numbers that each place of the latents has."""
+    kl_weight: float = 1e-3
+    """What the latents' divergence from the normal distribution counts, in nats for each number of the picture."""
+    edges: float = 1.0
+    """What the difference of edges counts beside that of pixels."""
+    flip: bool = True
+    """Mirror every second picture for the autoencoder; captions speak of left and right."""
+    widths: tuple[int, ...] | None = None
+    """Channels of the U-Net's levels."""
+    attention: tuple[int, ...] | None = None
+    """Levels that look at the text, 0 the finest."""
+    heads: int = 4
+    """Of each look."""
+    residual_blocks: int = 1
+    """A level, on the way down."""
+    schedule: Schedule = "cosine"
+    """How noise grows."""
+    target: Target = "velocity"
+    """What the network predicts."""
+    weighting: Weighting = "min_snr"
+    """How much each noise level counts in the loss."""
+    caption_dropout: float = 0.1
+    """The share of pictures whose caption is not told, which guidance needs."""
+    autoencoder_minutes: float = 22.0
+    """Train the autoencoder for so long: the steps are fixed by the pace before the start."""
+    clip_minutes: float = 18.0
+    """The same for CLIP."""
+    minutes: float = 45.0
+    """The same for the U-Net; with --space pixels, the autoencoder's come on top."""
+    autoencoder_steps: int | None = None
+    """Updates of the autoencoder's weights, in place of its minutes."""
+    clip_steps: int | None = None
+    """Updates of CLIP's."""
+    steps: int | None = None
+    """Updates of the U-Net's."""
+    autoencoder_batch: int = 16
+    """Pictures in a step of the autoencoder."""
+    clip_batch: int = 256
+    """Pairs in a step of CLIP."""
+    batch_size: int = 16
+    """Pictures in a step of the U-Net."""
+    autoencoder_rate: float = 1e-3
+    """AdamW's highest rate for the autoencoder."""
+    learning_rate: float = 1e-3
+    """For the U-Net."""
+    ema: float = 0.999
+    """Decay of the moving average of the U-Net that is measured, drawn with and saved."""
+    prompts: tuple[str, ...] = PROMPTS
+    """What the samples show."""
+    guidance: float = 3.0
+    """How far the samples are led towards their text."""
+    precision: Precision = "auto"
+    """Of products; auto: bfloat16 where the hardware has it."""
+    keep: int = 2
+    """Saved states that are kept, a twentieth of the last part's run apart, or 1,000 steps."""
+    seed: int = 0
+    """Of the weights, the order of the pictures, their noise and the samples."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout < 1:
+            raise UserError(f"caption_dropout is a share from 0 up to below 1, and it is {self.caption_dropout}.")
+        check_prompts(self.prompts)
+
+    def resolved(self) -> "Recipe":
+        """With the unset options filled in."""
+        usual = LATENTS if self.space == "latents" else PIXELS
+        return replace(self, **{name: value for name, value in usual.items() if vars(self)[name] is None})
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready for the U-Net: the whole model, what reads its texts, the data and the loss."""
+
+    model: latent_diffusion.LatentDiffusion
+    painter: LatentDiffusionPipeline
+    tokenizer: Tokenizer
+    parts: ImageSplit
+    data: Data
+    objective: TextDiffusionLoss
+
+
+def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
+    """Trains CLIP and the autoencoder, or finds them again, and builds the model; the recipe must be resolved. What
+    cannot be is said before anything is trained."""
+    parts = split(read_images(recipe.data, recipe.size))
+    print(parts.train.sentence(), parts.sentence(), flush=True)
+    latents, channels = recipe.space == "latents", parts.train.shape[0]
+    wanted = _autoencoder_options(recipe, channels)
+    with on_meta():
+        planned = model_config(recipe, clip_recipe.Recipe().text, wanted.config if latents else None, channels)
+        latent_diffusion.build(planned).check_size(*parts.train.shape[1:])
+    towers, tokenizer = text_encoder.two_towers_of(_text_encoder_options(recipe), out, resume)
+    length = towers.config.context_length
+    tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
+    autoencoder = _autoencoder.autoencoder_of(wanted, parts, out, resume) if latents else None
+    config = model_config(recipe, towers.config.text, autoencoder.config if autoencoder else None, channels)
+    torch.manual_seed(recipe.seed)
+    text, unet = text_encoder.text_conditioned(towers), conditioned_unet.build(config.unet)
+    model = latent_diffusion.LatentDiffusion(config, text, unet, autoencoder).to(choose())
+    painter = LatentDiffusionPipeline(model, tokenizer)
+    empty = painter.tokens([""])[0]
+    objective = TextDiffusionLoss(config.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)
+    data = caption_batches(parts, tokens, model, recipe.batch_size, recipe.seed)
+    return Task(model, painter, tokenizer, parts, data, objective)
+
+
+def _autoencoder_options(recipe: Recipe, channels: int) -> _autoencoder.AutoencoderOptions:
+    widths = recipe.autoencoder_widths
+    config = autoencoder_kl.Config(
+        size=recipe.size, channels=channels, latent_channels=recipe.latent_channels, widths=widths,
+        n_residual_blocks=1, norm_groups=math.gcd(32, max(1, widths[0] // 2), *widths), scale=1.0,
+    )  # fmt: skip
+    loss = AutoencoderKLLoss(recipe.kl_weight, recipe.edges)
+    budget = recipe.autoencoder_steps, recipe.autoencoder_minutes
+    return _autoencoder.AutoencoderOptions(
+        config, loss, recipe.flip, budget, recipe.autoencoder_batch, recipe.autoencoder_rate, recipe.precision,
+        recipe.seed,
+    )  # fmt: skip
+
+
+def _text_encoder_options(recipe: Recipe) -> text_encoder.TextEncoderOptions:
+    budget = recipe.clip_steps, recipe.clip_minutes
+    return text_encoder.TextEncoderOptions(
+        recipe.clip, recipe.data, recipe.languages, recipe.truncate, budget, recipe.clip_batch, recipe.precision,
+        recipe.seed, recipe.prompts,
+    )  # fmt: skip
+
+
+def model_config(
+    recipe: Recipe, text: clip_text.Config, autoencoder: autoencoder_kl.Config | None, channels: int
+) -> latent_diffusion.Config:
+    """The whole model's Config; as many groups of the U-Net's norms as divide every level, of 4 channels at least."""
+    full: dict[str, Any] = vars(recipe)
+    widths, attention = full["widths"], full["attention"]
+    if wrong := [level for level in attention if not 0 <= level < len(widths)]:
+        raise UserError(f"attention names level {wrong[0]}, and there are levels 0 to {len(widths) - 1}.")
+    if wrong := [widths[level] for level in attention if widths[level] % recipe.heads]:
+        raise UserError(f"{wrong[0]} channels do not part into {recipe.heads} heads: change widths or heads.")
+    inner = channels if autoencoder is None else autoencoder.latent_channels
+    unet = conditioned_unet.Config(
+        size=recipe.size // (1 if autoencoder is None else autoencoder.factor), channels=inner,
+        predicted_channels=inner, widths=widths, n_residual_blocks=recipe.residual_blocks, attention=attention,
+        up_attention=attention, n_heads=recipe.heads, context_dim=text.dim,
+        norm_groups=math.gcd(32, max(1, widths[0] // 4), *widths),
+    )  # fmt: skip
+    clip_at = None if autoencoder else 1.0
+    noise = Noise(recipe.schedule, target=recipe.target, clip=clip_at, spacing="trailing", steps_offset=1)
+    return latent_diffusion.Config(replace(text, projected=False), unet, autoencoder, noise)
+
+
+def caption_batches(
+    parts: ImageSplit,
+    tokens: list[torch.Tensor | None],
+    model: latent_diffusion.LatentDiffusion,
+    batch_size: int,
+    seed: int,
+) -> Data:
+    """Batches with captions (see `caption_tokens`); in latents, of what was encoded here, once."""
+    batches: Any = ImageBatches(parts.train, parts.validation, batch_size, seed, None, *tokens)
+    data = NoisedBatches(batches, seed)
+    if model.autoencoder is None:
+        return data
+    latents = [_autoencoder.encode_dataset(model.autoencoder, model.config.scale, part) if len(part) else None
+               for part in (parts.train, parts.validation)]  # fmt: skip
+    assert latents[0] is not None
+    return LatentBatches(data, latents[0], latents[1])
+
+
+def settings(recipe: Recipe, steps: int) -> Settings:
+    """The training loop's settings for so many steps of the U-Net."""
+    often = max(1, steps // 20)
+    return Settings(
+        steps=steps, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, warmup=steps // 20,
+        final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.99), ema=recipe.ema, precision=recipe.precision,
+        evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
+        seed=recipe.seed, **recipe.logging(),
+    )  # fmt: skip
+
+
+def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
+    """Draws the prompts, the same seeds at each call."""
+    wanted = ImageRequest("dpm++-2m", STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0])
+    wanted = task.painter.resolved(wanted)
+    seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
+
+    def sample(step: int) -> bytes:
+        drawn = task.painter.draw_texts(wanted, seeds, recipe.prompts)
+        about = {"keifu": f"step {step}, sampler {wanted.sampler}, guidance {wanted.guidance:g}, seeds from {seeds[0]}"}
+        return grid(drawn, recipe.prompts, COLUMNS, about=about)
+
+    return sample
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+    """Trains all parts into `out`, which keifu draw and diffusers' StableDiffusionPipeline read afterwards."""
+    recipe = recipe.resolved()
+    task = prepare(recipe, out, resume)
+    extra = 0.0 if recipe.space == "latents" else recipe.autoencoder_minutes
+    budget, trial, resume = (recipe.steps, recipe.minutes + extra), settings(recipe, 1000), is_resuming(out, resume)
+    steps = steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
+    chosen = replace(settings(recipe, steps), minutes=minutes_of(budget))
+    show(out, {"Autoencoder": _autoencoder.FOLDER, "CLIP": text_encoder.FOLDER})
+    summary = train(
+        task.model, task.objective, task.data, chosen, describe(recipe, task, out, resume),
+        sample=sampler(task, recipe), save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
+    )  # fmt: skip
+    print(
+        f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --guidance {recipe.guidance:g} -o picture.png'
+    )
+    return summary
+
+
+def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+    """The run for the training loop: what decides its result beside the settings, and what its report says."""
+    told = ("data", "languages", "truncate", "space", "weighting", "caption_dropout")
+    facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint} | attribution_of(recipe.data)
+    parts = {"autoencoder": task.model.autoencoder, "text encoder": task.model.text, "U-Net": task.model.unet}
+    counted = {f"parameters of the {name}": sum(p.numel() for p in part.parameters())
+               for name, part in parts.items() if part is not None}  # fmt: skip
+    return Run(
+        directory=out,
+        resume=resume,
+        options={"model": asdict(task.model.config)} | {name: vars(recipe)[name] for name in told},
+        about={
+            "title": f"Latent diffusion learns to draw “{Path(recipe.data).stem}” from text",
+            "paper": "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
+            **counted,
+            "data": [facts],
+        },  # fmt: skip
+        unit="pictures",
+    )

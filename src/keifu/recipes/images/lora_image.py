@@ -1,0 +1,247 @@
+"""A LoRA for a model that draws from text (Hu et al., 2021): a style, or a thing, from a few pictures, as a small file.
+
+Paper: "LoRA: Low-Rank Adaptation of Large Language Models". The model stays as it is; beside the four matrices of every
+look of its U-Net, at the picture and at the text, two thin ones learn, by the noise and the target that the model was
+trained with. --targets names other layers (convolutions too), --text-rank adds the text's encoder. What is left is
+pytorch_lora_weights.safetensors, which diffusers loads, or kohya's tools with --style kohya.
+Command: keifu train lora-image --model runs/latent-diffusion --data openmoji --limit 50
+Cost: printed before it starts, measured on the machine.
+Expected: the validation loss falls, and the samples show each text without the LoRA and with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from keifu import checkpoints
+from keifu.checkpoints.lora.diffusion import FILE, save_lora
+from keifu.checkpoints.lora.peft import layers, lora_config, match_targets
+from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
+from keifu.data.images.grid import grid
+from keifu.errors import UserError
+from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
+from keifu.generation.images.pipeline import image_pipeline
+from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.layers.diffusion.noise_schedule import Weighting
+from keifu.layers.lora import LoraSettings, Target, attach
+from keifu.recipes.images.latent_diffusion import caption_batches
+from keifu.recipes.images.text_encoder import caption_tokens
+from keifu.recipes.language.common import attribution_of
+from keifu.recipes.options import Logging
+from keifu.training.loop import Summary, train
+from keifu.training.objectives.diffusion import TextDiffusionLoss
+from keifu.training.protocols import Data, Run
+from keifu.training.settings import Precision, Settings
+
+STEPS = 20  # of a sample's pictures, by DPM-Solver++
+SHOWN = 6  # texts of a sample
+
+
+@dataclass(frozen=True)
+class Recipe(Logging):
+    """Options of the run."""
+
+    model: str = "runs/latent-diffusion"
+    """What learns: a run of keifu train latent-diffusion, a pipeline's directory, a single file or a hub id."""
+    data: str = "openmoji"
+    """A catalogue name (openmoji), a folder with metadata.jsonl (file_name, text), a folder of pictures, or .tar."""
+    limit: int | None = None
+    """Learn from at most so many pictures, spread over all that are not kept apart."""
+    languages: tuple[str, ...] = ()
+    """Codes of the captions to learn; unset: the first that there is."""
+    words: str = ""
+    """Put before every caption, to call what was learned by later; the whole caption of pictures without one."""
+    truncate: bool = False
+    """Keep the beginning of a caption that is longer than the model takes; without it that is an error."""
+    size: int | None = None
+    """The side of the squares in pixels; unset: what the model was trained with."""
+    rank: int = 8
+    """Of the adapters of the U-Net."""
+    alpha: float | None = None
+    """The adapters' product is multiplied with alpha / rank; unset: as much as the rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the U-Net's layers as diffusers calls them, such as proj_in, ff.net.2 or conv1."""
+    text_rank: int = 0
+    """Of the adapters of the text's encoder; 0 leaves it as it is."""
+    text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    """Ends of the names of the encoder's layers."""
+    dora: bool = False
+    """Learn the length of each row apart from its direction (Liu et al., 2024)."""
+    style: Literal["peft", "diffusers", "kohya"] = "peft"
+    """The spelling of the file: today's of diffusers, its older one, or that of kohya's tools."""
+    weighting: Weighting = "simple"
+    """How much each noise level counts in the loss."""
+    caption_dropout: float = 0.0
+    """The share of pictures whose caption is not told."""
+    steps: int = 500
+    """Updates of the adapters."""
+    batch_size: int = 4
+    """Pictures in a step."""
+    learning_rate: float = 1e-4
+    """AdamW's, from the first step to the last."""
+    prompts: tuple[str, ...] = ()
+    """What the samples show; unset: captions of pictures that were kept apart."""
+    guidance: float = LatentDiffusionPipeline.usual_guidance
+    """How far the samples are led towards their text."""
+    precision: Precision = "auto"
+    """Of products; auto: bfloat16 where the hardware has it."""
+    seed: int = 0
+    """Of the adapters, the order of the pictures, their noise and the samples."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout < 1:
+            raise UserError(f"caption_dropout is a share from 0 up to below 1, and it is {self.caption_dropout}.")
+        if self.dora and self.style == "diffusers":
+            raise UserError("The older spelling of diffusers has no word for DoRA's lengths: --style peft or kohya.")
+        for name, least in {"rank": 1, "text_rank": 0, "limit": 1}.items():
+            value = vars(self)[name]
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}, and the least is {least}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready: the model with its adapters, the data, the loss, and what the samples show."""
+
+    model: nn.Module
+    painter: LatentDiffusionPipeline
+    parts: ImageSplit
+    data: Data
+    objective: TextDiffusionLoss
+    prompts: tuple[str, ...]
+
+
+def prepare(recipe: Recipe) -> Task:
+    """Loads the model, encodes the pictures and their captions, and attaches the adapters."""
+    painter = open_pipeline(recipe.model)
+    model: Any = painter.model
+    parts = with_words(recipe, read(recipe, painter))
+    languages = tuple(parts.train.captions)
+    tokens = caption_tokens(painter.tokenizer, model.config.context_length, parts, languages, recipe.truncate)
+    data = caption_batches(parts, tokens, model, recipe.batch_size, recipe.seed)
+    empty = painter.tokens([""])[0]
+    objective = TextDiffusionLoss(model.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)
+    wanted = add_adapters(recipe, model)
+    torch.manual_seed(recipe.seed)
+    attach(model, wanted)
+    shown = (parts.validation if len(parts.validation) else parts.train).distinct()
+    spread = np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(int)
+    prompts = recipe.prompts or tuple(shown.chosen(spread).texts())
+    return Task(model, painter, parts, data, objective, prompts)
+
+
+def open_pipeline(name: str) -> LatentDiffusionPipeline:
+    """The model as one that draws from a text by removing noise; any other is a `UserError`."""
+    model, tokenizer = checkpoints.load(name, torch.float32)
+    found = image_pipeline(model.eval(), lambda: tokenizer)
+    if not isinstance(found, LatentDiffusionPipeline) or found.model.config.masked:
+        raise UserError(f"{name} does not draw from a text alone by removing noise, and a LoRA here is for what does.")
+    return found
+
+
+def read(recipe: Recipe, painter: LatentDiffusionPipeline) -> ImageSplit:
+    """The pictures in the model's size, those to learn from limited."""
+    model = painter.model
+    sides = (recipe.size, recipe.size) if recipe.size else model.config.size
+    if sides is None or sides[0] != sides[1]:
+        raise UserError("The model does not name a square that it was trained with: give the pictures' --size.")
+    model.check_size(*sides)
+    pictures = read_images(recipe.data, sides[0], 3 if model.config.colours == 3 else 1)
+    parts = split(pictures)
+    if not len(parts.train):  # a set that is kept to test models by, such as openmoji, is split for this one
+        parts = split(replace(pictures, parts=("",) * len(pictures)))
+    if recipe.limit is not None:
+        parts = replace(parts, train=parts.train.spread(recipe.limit))
+    print(f"Learning from {len(parts.train):,} pictures of {recipe.data}; {len(parts.validation):,} are kept apart.")
+    return parts
+
+
+def with_words(recipe: Recipe, parts: ImageSplit) -> ImageSplit:
+    """The parts with the captions that are learned and no others, the words before each."""
+
+    def change(part: ImageDataset) -> ImageDataset:
+        if not part.captions:
+            if not recipe.words:
+                raise UserError(f"The pictures of {recipe.data} have no captions: say what they show (--words).")
+            return replace(part, captions={"und": (recipe.words,) * len(part)})
+        languages = recipe.languages or tuple(part.captions)[:1]
+        texts = {each: tuple(f"{recipe.words} {text}".strip() for text in part.texts(each)) for each in languages}
+        return replace(part, captions=texts)
+
+    return ImageSplit(change(parts.train), change(parts.validation), change(parts.test))
+
+
+def add_adapters(recipe: Recipe, model: nn.Module) -> dict[Target, LoraSettings]:
+    """The layers that get an adapter, and which."""
+    found = dict[Target, LoraSettings]()
+    sides = {"unet": (recipe.rank, recipe.targets), "text_encoder": (recipe.text_rank, recipe.text_targets)}
+    for part, (rank, targets) in sides.items():
+        known = {label: target for label, target in layers(model).items() if label.partition(".")[0] == part}
+        if rank:
+            way = lora_config(rank, float(rank) if recipe.alpha is None else recipe.alpha, dora=recipe.dora)
+            found |= dict.fromkeys(match_targets(known, targets), way)
+    return found
+
+
+def settings(recipe: Recipe) -> Settings:
+    """The training loop's settings."""
+    often = max(1, recipe.steps // 10)
+    return Settings(
+        steps=recipe.steps, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, schedule="constant",
+        weight_decay=0.01, betas=(0.9, 0.999), precision=recipe.precision, evaluate_every=often,
+        sample_every=max(1, recipe.steps // 4), save_every=often, seed=recipe.seed, **recipe.logging(),
+    )  # fmt: skip
+
+
+def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
+    """Draws the prompts, the same seeds at each call: above by the model, below by the model with its LoRA."""
+    size = task.parts.train.shape[1:]
+    wanted = ImageRequest("dpm++-2m", STEPS, recipe.seed, size=size, guidance=recipe.guidance, text=task.prompts[0])
+    wanted = task.painter.resolved(wanted)
+    seeds = [recipe.seed + number for number in range(len(task.prompts))]
+    before = open_pipeline(recipe.model).draw_texts(wanted, seeds, task.prompts)
+    captions = [*task.prompts, *(f"{prompt} (LoRA)" for prompt in task.prompts)]
+
+    def sample(step: int) -> bytes:
+        drawn = task.painter.draw_texts(wanted, seeds, task.prompts)
+        about = {"keifu": f"step {step}, sampler {wanted.sampler}, guidance {wanted.guidance:g}, seeds from {seeds[0]}"}
+        return grid(torch.cat([before, drawn]), captions, len(seeds), about=about)
+
+    return sample
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+    """Trains adapters into `out`, which keifu draw --lora and diffusers' load_lora_weights read afterwards."""
+    task = prepare(recipe)
+    summary = train(
+        task.model, task.objective, task.data, settings(recipe), describe(recipe, task, out, resume),
+        sample=sampler(task, recipe), save=lambda directory: save_lora(task.model, directory / FILE, recipe.style),
+    )  # fmt: skip
+    print(f'The LoRA is in {out}: keifu draw {recipe.model} "{task.prompts[0]}" --lora {out} -o picture.png')
+    return summary
+
+
+def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+    """The run for the training loop: what decides its result beside the settings, and what its report says."""
+    told = (
+        "model", "data", "languages", "words", "truncate", "rank", "alpha", "targets", "text_rank", "text_targets",
+        "dora", "weighting", "caption_dropout",
+    )  # fmt: skip
+    pictures = task.parts.train
+    facts = {"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint}
+    return Run(
+        directory=out,
+        resume=resume,
+        options={name: vars(recipe)[name] for name in told} | {"size": pictures.shape[1]},
+        about={
+            "title": f"{Path(recipe.model).name} learns from “{Path(recipe.data).stem}” by a LoRA",
+            "paper": "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021)",
+            "data": [facts | attribution_of(recipe.data)],
+        },
+        unit="pictures",
+    )

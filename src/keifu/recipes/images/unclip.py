@@ -1,0 +1,360 @@
+"""unCLIP (Ramesh et al., 2022; DALL-E 2): pictures drawn from a text by way of CLIP's embedding of a picture.
+
+Paper: "Hierarchical Text-Conditional Image Generation with CLIP Latents"; a prior of about 1 B parameters that predicts
+the embedding itself, a decoder of 3.5 B with 10% of the embeddings and 50% of the texts left out, upsamplers of 700 M
+and 300 M on crops, cosine schedules. Here all three at once, in one network each, on a CLIP of the same captions that
+is trained first (or --clip RUN) and then frozen; the last step's upsampler is the other steps'.
+Command: keifu train unclip --data emoji
+Cost: 85 minutes of training by default, 18 of them for CLIP, and a few for samples; the steps are fixed before it
+starts. What a stopped run lacks, --resume goes on with.
+Expected: see docs/results.md.
+
+The networks of `keifu train unclip` around a CLIP, and what that CLIP sees in pictures; knows no training.
+
+Axes: picture, channels, height, width; embedding = numbers of CLIP's vectors.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from keifu import checkpoints
+from keifu.data.images.batches import ImageBatches
+from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
+from keifu.data.images.grid import grid
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.devices import choose
+from keifu.errors import UserError
+from keifu.evaluation.images.retrieval import preprocessing
+from keifu.generation.images.latent_diffusion import text_tokens
+from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.generation.images.unclip import UnclipPipeline
+from keifu.layers.diffusion.noise_schedule import Noise, Weighting
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.diffusion import ddpm
+from keifu.models.unclip import conditioning, unclip
+from keifu.models.unclip import decoder as unclip_decoder
+from keifu.models.unclip import prior as unclip_prior
+from keifu.recipes.images import clip as clip_recipe
+from keifu.recipes.images import text_encoder
+from keifu.recipes.images.common import COLUMNS, PROMPTS, check_prompts, is_resuming, show, steps_for
+from keifu.recipes.language.common import attribution_of
+from keifu.recipes.options import Logging
+from keifu.training.loop import Summary, train
+from keifu.training.objectives.diffusion import NoisedBatches
+from keifu.training.objectives.unclip import (
+    DecoderLoss,
+    EmbeddingBatches,
+    PriorLoss,
+    UnclipLoss,
+    UpsamplerLoss,
+    embedding_moments,
+    real_tokens,
+)
+from keifu.training.protocols import Data, Run
+from keifu.training.settings import Precision, Settings
+
+CHUNK = 64  # pictures that CLIP sees at a time
+
+
+def model_config(recipe: Any, towers: clip.Config) -> unclip.Config:
+    """The whole model's Config around a CLIP's; as many groups of norms as divide every level, of 4 channels each."""
+    text, image, widths = towers.text, cast(clip_image.Config, towers.image), recipe.widths
+    if "patch_size" not in vars(image) or text.dim != text.embedding_dim:
+        raise UserError(
+            f"This CLIP has {text.dim} numbers a token and {text.embedding_dim} in its space, or is a ResNet: unCLIP "
+            "needs one with a vision transformer whose text tower is as wide as its space."
+        )
+    if wrong := [level for level in recipe.attention if not 0 <= level < len(widths)]:
+        raise UserError(f"attention names level {wrong[0]}, and there are levels 0 to {len(widths) - 1}.")
+    decoder = unclip_decoder.Config(
+        size=recipe.small, widths=widths, n_residual_blocks=recipe.residual_blocks, attention=recipe.attention,
+        up_attention=recipe.attention, head_dim=math.gcd(32, *widths), context_dim=recipe.context_dim,
+        norm_groups=_groups(widths),
+    )  # fmt: skip
+    upsampler = None if recipe.small == recipe.size else _upsampler(recipe)
+    return unclip.Config(
+        text=text,
+        conditions=conditioning.Config(4, text.embedding_dim, decoder.time_width, recipe.context_dim),
+        decoder=decoder,
+        prior=unclip_prior.Config(
+            text.context_length, text.embedding_dim, n_layers=recipe.prior_layers, n_heads=recipe.prior_heads,
+            head_dim=recipe.head_dim,
+        ),
+        image=image,
+        pixels=towers.pixels,
+        upsampler=upsampler,
+        last_upsampler=upsampler,
+        prior_noise=replace(unclip.PRIOR, steps=recipe.noise_steps),
+        decoder_noise=replace(unclip.DECODER, steps=recipe.noise_steps, target=recipe.target),
+    )  # fmt: skip
+
+
+def _upsampler(recipe: Any) -> ddpm.Config:
+    widths = recipe.upsampler_widths
+    levels = tuple(range(len(widths)))
+    return replace(
+        ddpm.SIZES["karlo-upsampler"], size=recipe.size, dim=widths[0], n_residual_blocks=1,
+        multipliers=tuple(width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths),
+        residual_down=levels[:-1], residual_up=levels[1:], norm_groups=_groups(widths), middle_groups=_groups(widths),
+        noise=Noise("cosine", recipe.noise_steps, target=recipe.target, spacing="linspace"),
+    )  # fmt: skip
+
+
+def _groups(widths: tuple[int, ...]) -> int:
+    return math.gcd(32, max(1, widths[0] // 4), *widths)
+
+
+@torch.no_grad()
+def embed_images(towers: clip.Clip, pictures: ImageDataset) -> Float[Tensor, "picture embedding"]:
+    """CLIP's embeddings of pictures, of any length: made once."""
+    ready, device = preprocessing(towers), next(towers.parameters()).device
+    firsts = range(0, len(pictures), CHUNK)
+    batches = (pictures.take(slice(first, first + CHUNK)) for first in firsts)
+    return torch.cat([towers.encode_image(ready.normalised(pixels.to(device))).cpu() for pixels in batches])
+
+
+STEPS = 25  # of a sample's pictures
+
+
+@dataclass(frozen=True)
+class Recipe(Logging):
+    """Options of the run."""
+
+    data: str = "emoji"
+    """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
+    languages: tuple[str, ...] = ("en", "ja")
+    """Codes of the captions to learn; each time one is drawn for a picture. und: of a set in one language."""
+    truncate: bool = False
+    """Keep the beginning of a caption that is longer than the text tower takes; without it that is an error."""
+    clip: str | None = None
+    """A CLIP (a run, a folder, a hub id) to draw by the embeddings of; without it one is trained first."""
+    size: int = 64
+    """The side of finished pictures in pixels."""
+    small: int = 32
+    """The side of what the decoder draws; where it is --size, nothing is enlarged."""
+    crop: int = 32
+    """The side of the squares on which the upsampler learns."""
+    prior_layers: int = 4
+    """Blocks of the prior."""
+    prior_heads: int = 4
+    """Heads of each."""
+    head_dim: int = 48
+    """Numbers of a head of the prior, which is as wide as all its heads."""
+    widths: tuple[int, ...] = (32, 64, 128)
+    """Channels of the decoder's levels, the finest first; each but the last halves the sides."""
+    attention: tuple[int, ...] = (1, 2)
+    """Levels of the decoder that look at the embedding, the text and each other, 0 the finest."""
+    residual_blocks: int = 1
+    """A level of the decoder, on the way down."""
+    context_dim: int = 128
+    """Numbers of each token that the decoder looks at."""
+    upsampler_widths: tuple[int, ...] = (32, 64)
+    """Channels of the upsampler's levels."""
+    target: Literal["noise", "picture"] = "noise"
+    """What decoder and upsampler predict; the prior predicts the embedding."""
+    weighting: Weighting = "simple"
+    """How much each noise level counts in the decoder's loss."""
+    noise_steps: int = 1000
+    """Noise levels, the paper's T."""
+    prior_dropout: float = UnclipLoss.prior_dropout
+    """The share of texts that the prior is not told, which guidance needs."""
+    text_dropout: float = UnclipLoss.text_dropout
+    """The share of texts that the decoder is not told."""
+    image_dropout: float = UnclipLoss.image_dropout
+    """The share of embeddings that it is not told."""
+    minutes: float = 67.0
+    """Train for so long: the steps are fixed by the pace before the start."""
+    steps: int | None = None
+    """Updates of the weights, in place of the minutes."""
+    clip_minutes: float = 18.0
+    """The same for CLIP."""
+    clip_steps: int | None = None
+    """Updates of CLIP's."""
+    batch_size: int = 32
+    """Pictures in a step."""
+    clip_batch: int = 256
+    """Pairs in a step of CLIP."""
+    learning_rate: float = 1e-3
+    """AdamW's highest rate."""
+    ema: float = 0.999
+    """Decay of the moving average that is measured, drawn with and saved."""
+    prompts: tuple[str, ...] = PROMPTS
+    """What the samples show."""
+    guidance: float = 3.0
+    """How far the samples are led from a prediction without text and embedding through that with them."""
+    precision: Precision = "auto"
+    """Of products; auto: bfloat16 where the hardware has it."""
+    keep: int = 2
+    """Saved states that are kept, a twentieth of the run apart, or 1,000 steps."""
+    seed: int = 0
+    """Of the weights, the order of the pictures, their noise and the samples."""
+
+    def __post_init__(self) -> None:
+        for name in ("prior_dropout", "text_dropout", "image_dropout"):
+            if not 0 <= vars(self)[name] < 1:
+                raise UserError(f"{name} is a share from 0 up to below 1, and it is {vars(self)[name]}.")
+        check_prompts(self.prompts)
+        if not self.crop <= self.size or not self.small <= self.size:
+            raise UserError(f"--small {self.small} and --crop {self.crop} must fit into --size {self.size}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything made ready: the whole model, what reads its texts, the data and the loss."""
+
+    model: unclip.Unclip
+    painter: UnclipPipeline
+    tokenizer: Tokenizer
+    parts: ImageSplit
+    data: Data
+    objective: UnclipLoss
+
+
+def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
+    """Trains CLIP, or finds it, and builds the model around it. What cannot be is said before anything is trained."""
+    parts = split(read_images(recipe.data, recipe.size, 3))
+    if not recipe.clip:
+        _check_sizes(recipe)
+    print(parts.train.sentence(), parts.sentence(), flush=True)
+    wanted = text_encoder.TextEncoderOptions(
+        recipe.clip, recipe.data, recipe.languages, recipe.truncate, (recipe.clip_steps, recipe.clip_minutes),
+        recipe.clip_batch, recipe.precision, recipe.seed, recipe.prompts,
+    )  # fmt: skip
+    towers, tokenizer = text_encoder.two_towers_of(wanted, out, resume)
+    torch.manual_seed(recipe.seed)
+    model = unclip.build(model_config(recipe, towers.config))
+    for part, tower in ((model.text, towers.text), (model.image, towers.image)):
+        part.load_state_dict(tower.state_dict())
+        part.requires_grad_(False)
+    if model.config.last_upsampler is not None:
+        model.last_upsampler.requires_grad_(False)  # it becomes what the other one is
+        model.upsampler.check_size(6, recipe.crop, recipe.crop)
+    model.check_size(recipe.small, recipe.small)
+    model.to(choose())
+    tables = [embed_images(towers, part) if len(part) else None for part in _visible_images(recipe, towers, parts)]
+    assert tables[0] is not None
+    with torch.no_grad():
+        for own, found in zip((model.prior.mean, model.prior.std), embedding_moments(tables[0]), strict=True):
+            own.copy_(found)
+    data, objective = _data(recipe, parts, tokenizer, model, tables), _objective(recipe, model, tokenizer)
+    return Task(model, UnclipPipeline(model, tokenizer), tokenizer, parts, data, objective)
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    """Refuses networks that do not fit the pictures or the CLIP that will be trained."""
+    made = clip_recipe.Recipe()
+    planned = clip.Config(made.text, made.image, clip.Pixels(made.image.image_size, made.image.image_size))
+    with torch.device("meta"):
+        model = unclip.build(model_config(recipe, planned))
+    if model.config.last_upsampler is not None:
+        model.upsampler.check_size(6, recipe.crop, recipe.crop)
+    model.check_size(recipe.small, recipe.small)
+
+
+def _visible_images(recipe: Recipe, towers: clip.Clip, parts: ImageSplit) -> tuple[ImageDataset, ImageDataset]:
+    """The pictures of two parts in the size that CLIP sees."""
+    seen = split(read_images(recipe.data, towers.config.pixels.crop, 3))
+    assert (seen.train.names, seen.validation.names) == (parts.train.names, parts.validation.names)
+    return seen.train, seen.validation
+
+
+def _data(
+    recipe: Recipe, parts: ImageSplit, tokenizer: Tokenizer, model: unclip.Unclip, tables: list[Tensor | None]
+) -> Data:
+    """Batches with captions and embeddings."""
+    length = model.config.context_length
+    tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
+    batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
+    training, held = tables
+    assert training is not None
+    return EmbeddingBatches(NoisedBatches(batches, recipe.seed), _end(tokenizer), training, held)
+
+
+def _end(tokenizer: Tokenizer) -> int:
+    if tokenizer.eos_id is None:
+        raise UserError("The tokenizer of this CLIP has no end of a text, at which CLIP reads a caption.")
+    return tokenizer.eos_id
+
+
+def _objective(recipe: Recipe, model: unclip.Unclip, tokenizer: Tokenizer) -> UnclipLoss:
+    config, side = model.config, (recipe.small, recipe.small)
+    tokens, noise = text_tokens(tokenizer, [""], config.context_length), config.upsampling_noise
+    empty = tokens, real_tokens(tokens, _end(tokenizer))
+    return UnclipLoss(
+        PriorLoss(config.prior_noise), DecoderLoss(config.decoder_noise, recipe.weighting),
+        None if noise is None else UpsamplerLoss(noise), side, recipe.crop, empty, recipe.prior_dropout,
+        recipe.text_dropout, recipe.image_dropout,
+    )  # fmt: skip
+
+
+def settings(recipe: Recipe, steps: int) -> Settings:
+    """The training loop's settings for so many steps."""
+    often = max(1, steps // 20)
+    return Settings(
+        steps=steps, minutes=None if recipe.steps else recipe.minutes,
+        warmup=steps // 20, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
+        final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.99), ema=recipe.ema, precision=recipe.precision,
+        evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
+        seed=recipe.seed, **recipe.logging(),
+    )  # fmt: skip
+
+
+def complete_config(model: unclip.Unclip) -> unclip.Unclip:
+    """The model with the upsampler that it has learned for the last step too."""
+    if model.config.last_upsampler is not None:
+        model.last_upsampler.load_state_dict(model.upsampler.state_dict())
+    return model
+
+
+def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
+    """Draws the prompts, the same seeds at each call."""
+    wanted = ImageRequest("ddim", min(STEPS, recipe.noise_steps), recipe.seed, guidance=recipe.guidance,
+                     prior_guidance=recipe.guidance, text=recipe.prompts[0])  # fmt: skip
+    wanted = task.painter.resolved(wanted)
+    seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
+
+    def sample(step: int) -> bytes:
+        complete_config(task.model)
+        about = {"keifu": f"step {step}, sampler ddim, guidance {wanted.guidance:g}, seeds from {seeds[0]}"}
+        return grid(task.painter.draw_texts(wanted, seeds, recipe.prompts), recipe.prompts, COLUMNS, about=about)
+
+    return sample
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+    """Trains all parts into `out`, which keifu draw and diffusers' unCLIP parts read afterwards."""
+    task = prepare(recipe, out, resume)
+    budget, resume = (recipe.steps, recipe.minutes), is_resuming(out, resume)
+    steps = steps_for(budget, out, resume, task.model, task.objective, task.data, settings(recipe, 1000))
+    if not recipe.clip:
+        show(out, {"CLIP": text_encoder.FOLDER})
+    summary = train(
+        task.model, task.objective, task.data, settings(recipe, steps), describe(recipe, task, out, resume),
+        sample=sampler(task, recipe),
+        save=lambda directory: checkpoints.save(complete_config(task.model), task.tokenizer, directory),
+    )  # fmt: skip
+    print(f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --guidance {recipe.guidance:g}')
+    return summary
+
+
+def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+    """The run for the training loop: what decides its result beside the settings, and what its report says."""
+    told = ("data", "languages", "truncate", "crop", "weighting", "prior_dropout", "text_dropout", "image_dropout")
+    facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint} | attribution_of(recipe.data)
+    counted = {f"parameters of the {name}": sum(p.numel() for p in part.parameters())
+               for name, part in task.model.named_children() if name != "last_upsampler"}  # fmt: skip
+    about = {
+        "title": f"unCLIP learns to draw “{Path(recipe.data).stem}” from text",
+        "paper": "Ramesh et al., Hierarchical Text-Conditional Image Generation with CLIP Latents (2022)",
+        "data": [facts],
+    }
+    options = {"model": asdict(task.model.config)} | {name: vars(recipe)[name] for name in told}
+    return Run(out, resume, options=options, about=about | counted, unit="pictures")

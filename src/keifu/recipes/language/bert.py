@@ -1,0 +1,121 @@
+"""BERT (Devlin et al., 2018) from scratch: masked words and sentence pairs, on any text.
+
+Paper: "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", appendix A.2: 15% of the
+pieces predicted, half of the pairs false, batch 256, a million steps (nine tenths of them with rows of 128 tokens, the
+rest, begun with --start, with rows of 512), Adam 1e-4, warm-up 10,000, a linear fall, decay 0.01, dropout 0.1.
+Command: keifu train bert --data wiki-summaries
+Cost: printed before it starts; the default, a model of 5 M parameters, about half an hour on 2 cores. The published
+sizes: --model.dim 768 --model.hidden-dim 3072 --model.n-layers 12 --model.n-heads 12 --model.context-length 512
+--batch-size 256 --steps 1000000 --learning-rate 1e-4 --warmup 10000 --tokenizer minilm (the paper's vocabulary).
+Expected: see docs/results.md.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import nn
+
+from keifu import checkpoints
+from keifu.data.text.masked_lm import MaskedText, MaskingScheme, Vocabulary
+from keifu.data.text.sentence_shards import SentenceShards, prepare_sentences
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import KINDS
+from keifu.devices import choose
+from keifu.errors import UserError
+from keifu.evaluation.classification.embeddings import encoder
+from keifu.generation.text.fill import fill
+from keifu.generation.text.translation import sentences
+from keifu.models import bert
+from keifu.recipes.language.common import Text, attribution_of, tokenizer_of
+from keifu.training.loop import Summary, train
+from keifu.training.objectives.language_modeling import masked_language_modeling
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+
+SMALL = bert.Config(context_length=128, dim=256, hidden_dim=1024, n_layers=4, n_heads=4)
+LEARNING = Settings(
+    steps=6000, batch_size=32, learning_rate=5e-4, warmup=600, schedule="linear", final_ratio=0.0, weight_decay=0.01,
+    betas=(0.9, 0.999), clip=1.0, evaluate_every=500, sample_every=1000, save_every=500,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of the run."""
+
+    text: Annotated[Text, tyro.conf.arg(name="")] = Text("wiki-summaries", "wordpiece")
+    """What to learn from; BERT's tokenizer is wordpiece."""
+    lowercase: bool = True
+    """A learned tokenizer sees lower case without accents, as "uncased" BERT does."""
+    masking: MaskingScheme = MaskingScheme()
+    """What a row is, and what of it is hidden."""
+    model: bert.Config = SMALL
+    """The vocabulary is the tokenizer's, and the heads follow from the rows, whatever is given here."""
+    start: str | None = None
+    """A BERT to go on from, with its tokenizer and sizes: a run, a directory, a hub id or a catalogue name."""
+    training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
+    """How to learn it."""
+    gaps: tuple[str, ...] = ("The capital of France is [MASK].", "She was born in [MASK] and is an American [MASK].")
+    """What the samples fill in."""
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+    """Trains into `out`, which keifu.load, keifu embed, keifu train classifier and transformers read afterwards."""
+    model, tokenizer = _begin(recipe)
+    text, masking, training = recipe.text, recipe.masking, recipe.training
+    if masking.length > model.config.context_length:
+        room = f"the model has {model.config.context_length} positions"
+        raise UserError(f"Rows of {masking.length} tokens do not fit: {room}; change masking.length or the model.")
+    shards = prepare_sentences(
+        text.data, tokenizer, sentences, held_out=text.held_out, form=text.form, validation=text.validation_data
+    )
+    data = MaskedText(shards, Vocabulary.of(tokenizer), masking, training.batch_size, training.seed)
+    about = {"title": "bert", "parameters": sum(p.numel() for p in model.parameters()), "data": [_facts(text, shards)]}
+    options = {"model": asdict(model.config), "text": asdict(text), "masking": asdict(masking)}
+    summary = train(
+        model, masked_language_modeling, data, training, Run(out, resume, options=options, about=about),
+        sample=lambda step: fill_samples(model, tokenizer, recipe.gaps),
+        save=lambda directory: checkpoints.save(model, tokenizer, directory), largest=data.largest,
+    )  # fmt: skip
+    perplexity = math.exp(min(summary.figures["validation_word_loss"], 700.0))
+    print(f"Held-out words: perplexity {perplexity:.2f}, {summary.figures['validation_word_accuracy']:.1%} right.")
+    return summary
+
+
+def fill_samples(model: nn.Module, tokenizer: Tokenizer, gaps: tuple[str, ...]) -> str:
+    """Each sentence, and under it the likeliest words for each of its gaps."""
+    lines = []
+    for sentence in gaps:
+        lines.append(sentence)
+        for guesses in fill(model, tokenizer, sentence):
+            lines.append("    " + ", ".join(f"{guess.word} {guess.probability:.0%}" for guess in guesses))
+    return "\n".join(lines)
+
+
+def _begin(recipe: Recipe) -> tuple[Any, Tokenizer]:
+    """The model to train and its tokenizer: new, or loaded, with the heads that the rows need."""
+    pairs = recipe.masking.sentence_pairs
+    torch.manual_seed(recipe.training.seed)
+    if recipe.start is None:
+        if recipe.text.tokenizer in KINDS and recipe.text.tokenizer != "wordpiece":
+            kind = recipe.text.tokenizer
+            raise UserError(f"BERT needs [CLS], [SEP] and [MASK], which {kind} does not have: learn wordpiece.")
+        lower = recipe.lowercase and recipe.text.tokenizer == "wordpiece"
+        tokenizer = tokenizer_of(recipe.text, **({"lowercase": True} if lower else {}))
+        sizes = replace(recipe.model, vocab_size=tokenizer.vocab_size, labels=())
+        return bert.build(replace(sizes, words=True, next_sentence=pairs, pooled=pairs)).to(choose()), tokenizer
+    loaded, tokenizer = checkpoints.load(recipe.start)
+    found = encoder(loaded).config
+    config = replace(found, words=True, next_sentence=pairs or found.next_sentence, pooled=pairs or found.pooled)
+    model = bert.build(config)
+    model.load_state_dict(loaded.state_dict(), strict=False)  # heads that it lacks begin anew
+    return model.to(choose()), tokenizer
+
+
+def _facts(text: Text, shards: SentenceShards) -> dict[str, Any]:
+    counts = {f"{part} {what}": n for part in ("training", "validation") for what, n in shards.index[part].items()}
+    return {"source": text.data, "fingerprint": shards.fingerprint} | counts | attribution_of(text.data)

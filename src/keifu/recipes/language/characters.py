@@ -1,0 +1,68 @@
+"""Characters of one text: nanoGPT's example for a CPU, learned the way keifu learns by default.
+
+The same text, characters, depth, heads, width and context as nanoGPT's example (Karpathy, 2022; its README, "I only
+have a macbook": 4 layers, 4 heads, width 128, context 64, 2,000 steps of 12 rows), but LLaMA's block, Muon, and more
+rows a step. `--recipe-of nanogpt` trains GPT-2's block with nanoGPT's own settings instead.
+Command: keifu train characters --data input.txt
+Cost: under a minute on 2 cores.
+Expected: on tiny Shakespeare, nanoGPT's loss of 1.88 nats a character is passed within half a minute: docs/results.md.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from keifu.errors import unknown
+from keifu.models import gpt2, llama
+from keifu.recipes.language.common import Text, TextOptions, prepare_text, pretrain
+from keifu.recipes.options import Logging
+from keifu.training.settings import Settings
+
+# name -> the model's builder, its config and how it learns
+WAYS: dict[str, tuple[Any, Any, Settings]] = {
+    "keifu": (
+        llama.build,
+        llama.Config(
+            context_length=64, dim=128, hidden_dim=320, n_layers=4, n_heads=4, norm_eps=1e-5, tied=False
+        ),
+        Settings(
+            steps=400, batch_size=48, optimizer="muon", learning_rate=2e-2, matrix_rate=0.03, warmup=5,
+            final_ratio=0.0, weight_decay=0.01, evaluate_every=50,
+        ),
+    ),
+    "nanogpt": (
+        gpt2.build,
+        gpt2.Config(context_length=64, dim=128, hidden_dim=512, n_layers=4, n_heads=4, dropout=0.0, bias=False),
+        Settings(
+            steps=2000, batch_size=12, learning_rate=1e-3, warmup=100, betas=(0.9, 0.99), final_ratio=0.1,
+            precision="float32", evaluate_every=250,
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe(TextOptions, Logging):
+    """Options of the run."""
+
+    data: str = "sotu"
+    """A text file; nanoGPT's example uses tiny Shakespeare, 1.1 million characters."""
+    recipe_of: Literal["keifu", "nanogpt"] = "keifu"
+    """Whose model and settings."""
+    steps: int | None = None
+    """Updates of the weights; unset: 400 for keifu, 2,000 for nanogpt."""
+    seed: int = 0
+    """Of the weights and the order of the data."""
+    held_out: float = field(default=0.1, kw_only=True)
+    """Share of the text that is kept for validation: its last part, as in nanoGPT."""
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Trains into `out`. All of what is held out is evaluated."""
+    if recipe.recipe_of not in WAYS:
+        raise unknown("recipe", recipe.recipe_of, WAYS)
+    build, config, settings = WAYS[recipe.recipe_of]
+    steps = recipe.steps or settings.steps
+    settings = replace(settings, steps=steps, seed=recipe.seed, **recipe.logging(), warmup=min(settings.warmup, steps))
+    task = prepare_text(Text(recipe.data, "characters", 65_536, **recipe.reading()))
+    pretrain("characters", task, build, config, settings, out, resume)

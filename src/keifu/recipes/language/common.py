@@ -1,0 +1,229 @@
+"""What the recipes for causal language models have in common: text, tokenizer, one call of the loop; knows no model.
+
+What the recipes of PaLM and GPT-3 have in common: their options, and keifu's own way to train; knows no model.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from keifu import checkpoints
+from keifu.data.catalogue import catalogue
+from keifu.data.catalogue.download import cache
+from keifu.data.chat.conversations import MADE_OF
+from keifu.data.text.documents import TextFormat, content_hash, documents, in_catalogue
+from keifu.data.text.packed import PackedText
+from keifu.data.text.token_shards import Shards, prepare
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import KINDS, train_tokenizer
+from keifu.devices import choose
+from keifu.generation.text.generate import generate
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.recipes.options import Logging
+from keifu.training.loop import Summary, train
+from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+
+VALIDATION_TOKENS = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How a text is read, and what of it is held out."""
+
+    held_out: float = 0.05
+    """Share of the text that is kept for validation."""
+    validation_data: str | None = None
+    """Another text, like --data, to validate on; all of the first is then trained on."""
+    text_field: str | None = None
+    """The field, or column, that holds the text in .jsonl, .json, .csv, .tsv and .parquet files; unset: text."""
+    encoding: str = "utf-8"
+    """Of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
+
+    @property
+    def form(self) -> TextFormat:
+        """How the text lies in its files."""
+        return TextFormat(self.text_field, self.encoding)
+
+    def reading(self) -> dict[str, Any]:
+        """These options alone, by name."""
+        return {each.name: getattr(self, each.name) for each in fields(TextOptions)}
+
+    def shards(self, data: str, tokenizer: Tokenizer) -> Shards:
+        """The ids of both parts of a text."""
+        return prepare(data, tokenizer, held_out=self.held_out, form=self.form, validation=self.validation_data)
+
+
+@dataclass(frozen=True)
+class Text(TextOptions):
+    """What a language model learns from."""
+
+    data: str = "english"
+    """A catalogue name (keifu data list); a file: .txt, .md, .html (read without its tags), or records (.jsonl, .json,
+    .csv, .tsv, .parquet); or a folder of them."""
+    tokenizer: str = "bpe"
+    """bpe, unigram, wordpiece or characters to learn one from the data; or a catalogue name, a file or a directory."""
+    vocab_size: int = 8192
+    """Tokens of a learned tokenizer."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A text made ready: its tokens on disk, and the tokenizer that made them."""
+
+    text: Text
+    tokenizer: Tokenizer
+    shards: Shards
+
+
+def prepare_text(text: Text, **options: Any) -> Task:
+    """Fetches, learns the tokenizer (with these options of learning) and tokenises, each once: what was made before is
+    found again."""
+    tokenizer = tokenizer_of(text, **options)
+    return Task(text, tokenizer, text.shards(text.data, tokenizer))
+
+
+def tokenizer_of(text: Text, **options: Any) -> Tokenizer:
+    """The tokenizer that a text names, or the one that it asks to be learned, with these options of learning.
+
+    One that belongs to another model keeps its vocabulary alone: a model that begins to learn is no chat model.
+    """
+    if text.tokenizer not in KINDS:
+        known = in_catalogue(text.tokenizer)
+        found = load_tokenizer(catalogue.fetch(text.tokenizer) if known else Path(text.tokenizer))
+        return found.replace(chat_template=None, generation_config=None)
+    given = "".join(f"-{option}" for option, value in options.items() if value)
+    given += "".join(f"-{option}={value}" for option, value in text.form.settings().items())
+    name = f"{text.tokenizer}-{text.vocab_size}{given}-{content_hash(text.data, text.form)[:16]}"
+    directory = cache() / "tokenizers" / name
+    if not (directory / "tokenizer_config.json").exists():  # the last file that is written
+        print(f"Learning a {text.tokenizer} tokenizer of {text.vocab_size} tokens from {text.data} ...", flush=True)
+        train_tokenizer(text.tokenizer, _pieces(text), text.vocab_size, **options).save(directory)
+    return load_tokenizer(directory)
+
+
+def _pieces(text: Text) -> Iterator[str]:
+    """Documents in pieces, so that one long document is counted on all cores."""
+    for document in documents(text.data, text.form):
+        yield from (document[start : start + 100_000] for start in range(0, len(document), 100_000))
+
+
+def pretrain(
+    name: str,
+    task: Task,
+    build: Callable[[Any], DecoderLM],
+    config: Any,
+    settings: Settings,
+    out: Path,
+    resume: bool,
+    prompt: str = "",
+    about: dict[str, Any] | None = None,
+    start_over: bool = False,
+    z_loss: float = 0.0,
+) -> Summary:
+    """Trains a causal model on a text into a run folder. The vocabulary is the tokenizer's, whatever config says.
+
+    `start_over` removes an earlier run in that folder, which is refused otherwise.
+    """
+    config = replace(config, vocab_size=task.tokenizer.vocab_size)
+    torch.manual_seed(settings.seed)
+    model = build(config).to(choose())
+    data = PackedText(task.shards, config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
+    run = Run(
+        directory=out,
+        resume=resume,
+        replace=start_over,
+        options={"model": asdict(config), "text": asdict(task.text)} | ({"z_loss": z_loss} if z_loss else {}),
+        about={"title": name, "parameters": sum(p.numel() for p in model.parameters())} | _source(task) | (about or {}),
+        bytes_per_unit=task.shards.bytes_per_token,
+    )
+
+    def sample(step: int) -> str:
+        return prompt + generate(model, task.tokenizer, prompt or "\n", raw=True, max_tokens=100, seed=step)
+
+    def save(directory: Path) -> None:
+        checkpoints.save(model, task.tokenizer, directory)
+
+    objective = partial(causal_language_modeling, z_loss=z_loss) if z_loss else causal_language_modeling
+    return train(model, objective, data, settings, run, sample, save, data.largest())
+
+
+def _source(task: Task) -> dict[str, Any]:
+    index, data = task.shards.index, task.text.data
+    facts = {
+        "source": data,
+        "fingerprint": task.shards.fingerprint,
+        "training tokens": index["training"]["tokens"],
+        "validation tokens": index["validation"]["tokens"],
+        "bytes per token": round(task.shards.bytes_per_token, 3),
+    }
+    return {"data": [facts | attribution_of(data)]}
+
+
+def attribution_of(data: str) -> dict[str, str]:
+    """Licence and attribution of a catalogue entry, also of what is made of one, and how; nothing for other data."""
+    made = MADE_OF.get(data)
+    found = [row for row in catalogue.rows() if row["name"] == (made.entry if made else data)]
+    told = {"how it was made": made.how} if made else {}
+    return told | {key: row[key] for row in found for key in ("licence", "attribution")}
+
+
+@dataclass(frozen=True)
+class Options(Logging):
+    """What both can be told."""
+
+    text: Annotated[Text, tyro.conf.arg(name="")] = Text()
+    """What to learn from."""
+    recipe_of: Literal["keifu", "paper"] = "keifu"
+    """Whose way to train; the model is the one below either way."""
+    steps: int = 2000
+    """Updates of the weights; the paper's numbers of steps shrink with them."""
+    batch_size: int = 32
+    """Rows in a step, once the batch has grown."""
+    micro_batch: int | None = None
+    """Rows computed at a time, which changes no loss; unset: as many as fit in memory."""
+    learning_rate: float | None = None
+    """The highest rate; unset: 2e-3, of AdamW beside Muon, or the paper's."""
+    matrix_rate: float = 0.02
+    """The highest rate of Muon, for hidden matrices; the papers have none."""
+    compile: bool = False
+    """Compile with torch.compile: slower to start, then faster."""
+    seed: int = 0
+    """Of the weights, the order of the data and the samples."""
+    prompt: str = "The"
+    """How the samples begin."""
+
+    def share(self, part: float) -> int:
+        """So many steps as are this part of the run."""
+        return round(part * self.steps)
+
+
+def default_settings(options: Options) -> dict[str, Any]:
+    """What either way to train has, as `Settings` names it."""
+    return {
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "micro_batch": options.micro_batch,
+        "compile": options.compile,
+        "seed": options.seed,
+        **options.logging(),
+        "evaluate_every": max(50, options.share(0.05)),
+        "sample_every": max(50, options.share(0.1)),
+        "save_every": max(100, options.share(0.1)),
+    }
+
+
+def own_settings(options: Options, **more: Any) -> Settings:
+    """How keifu trains: Muon, and rates that fall to 0 in a line."""
+    return Settings(
+        **default_settings(options), warmup=min(100, -(-options.steps // 10)), optimizer="muon", schedule="linear",
+        learning_rate=options.learning_rate or 2e-3, matrix_rate=options.matrix_rate, final_ratio=0.0,
+        weight_decay=0.01, **more,
+    )  # fmt: skip

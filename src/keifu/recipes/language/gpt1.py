@@ -1,0 +1,106 @@
+"""GPT-1 (Radford et al., 2018) from scratch: the decoder that learns to write before it learns a task, on any text.
+
+Paper: "Improving Language Understanding by Generative Pre-Training", section 4.1. `--recipe-of paper` trains as it
+says: 64 rows of 512 tokens, Adam with a rate of 2.5e-4 that rises over 2,000 steps and falls as a cosine to 0, decay
+0.01 on matrices, 100 passes over the text. The default is for a budget of an hour: Muon, 16 rows, 2 passes, a linear
+fall. The published size: --model.context-length 512 --model.dim 768 --model.hidden-dim 3072 --model.n-layers 12
+--model.n-heads 12 --vocab-size 40478. Its books are no longer given out, and its tokenizer's files are read where
+--tokenizer names them; a learned one is byte-level BPE, which has an end-of-text token and loses no character.
+Command: keifu train gpt1 --data english
+Cost: printed before it starts; the default model has 5 M parameters.
+Expected: see docs/results.md, and benchmarks/pretraining.py for what it buys; keifu train gpt1-finetune goes on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from keifu.errors import UserError
+from keifu.models import gpt1
+from keifu.recipes.language.common import Text, prepare_text, pretrain
+from keifu.recipes.options import Logging
+from keifu.training.loop import Summary
+from keifu.training.settings import Settings
+
+PAPER_WARMUP = 2000
+SMALL = gpt1.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_heads=4, dropout=0.0)
+
+
+@dataclass(frozen=True)
+class Recipe(Logging):
+    """Options of the run."""
+
+    text: Annotated[Text, tyro.conf.arg(name="")] = Text()
+    """What to learn from."""
+    recipe_of: Literal["keifu", "paper"] = "keifu"
+    """Whose way to train; the model is the one below either way."""
+    model: gpt1.Config = SMALL
+    """The vocabulary is the tokenizer's, whatever is given here. The paper has dropout 0.1, for 100 passes."""
+    epochs: float | None = None
+    """Passes over the text; unset: 2, the paper's 100."""
+    steps: int | None = None
+    """Updates of the weights, in place of the epochs."""
+    batch_size: int | None = None
+    """Rows in a step; unset: 16, the paper's 64."""
+    micro_batch: int | None = None
+    """Rows computed at a time; unset: as many as fit in memory."""
+    learning_rate: float | None = None
+    """AdamW's highest rate; unset: 2e-3, for embeddings and gains alone, and the paper's 2.5e-4."""
+    matrix_rate: float = 0.02
+    """Muon's highest rate, for hidden matrices; the paper has no Muon."""
+    seed: int = 0
+    """Of the weights, the order of the data, dropout and the samples."""
+    prompt: str = "The"
+    """What the samples begin with."""
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and not self.epochs > 0:
+            raise UserError(f"epochs must be above 0, and it is {self.epochs}.")
+
+
+def settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
+    """How `keifu` trains for so many steps."""
+    return Settings(
+        **_every(recipe, steps, batch_size), warmup=min(100, -(-steps // 10)), optimizer="muon", schedule="linear",
+        learning_rate=recipe.learning_rate or 2e-3, matrix_rate=recipe.matrix_rate, final_ratio=0.0, weight_decay=0.01,
+    )  # fmt: skip
+
+
+def paper_settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
+    """Section 4.1; a run shorter than its warm-up has its rising part alone, and clipping is the released code's."""
+    return Settings(
+        **_every(recipe, steps, batch_size), warmup=min(PAPER_WARMUP, steps), schedule="cosine", final_ratio=0.0,
+        learning_rate=recipe.learning_rate or 2.5e-4, weight_decay=0.01, betas=(0.9, 0.999), clip=1.0,
+    )  # fmt: skip
+
+
+def _every(recipe: Recipe, steps: int, batch_size: int) -> dict[str, Any]:
+    tenth = steps // 10
+    return {
+        "steps": steps, "batch_size": batch_size, "micro_batch": recipe.micro_batch, "seed": recipe.seed,
+        "evaluate_every": max(50, steps // 20), "sample_every": max(50, tenth), "save_every": max(100, tenth),
+    } | recipe.logging()  # fmt: skip
+
+
+WAYS: dict[str, tuple[Callable[[Recipe, int, int], Settings], int, float]] = {  # settings, rows in a step, epochs
+    "keifu": (settings, 16, 2),
+    "paper": (paper_settings, 64, 100),
+}
+
+
+def choose_settings(recipe: Recipe, training_tokens: int) -> Settings:
+    """The settings for a text of so many tokens."""
+    how, rows, epochs = WAYS[recipe.recipe_of]
+    batch_size = recipe.batch_size or rows
+    wanted = (recipe.epochs or epochs) * training_tokens / (batch_size * recipe.model.context_length)
+    return how(recipe, recipe.steps or max(1, round(wanted)), batch_size)
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+    """Trains into `out`, which keifu.load, keifu generate and transformers read afterwards."""
+    task = prepare_text(recipe.text)
+    training = choose_settings(recipe, len(task.shards.tokens))
+    return pretrain("gpt1", task, gpt1.build, recipe.model, training, out, resume, recipe.prompt)

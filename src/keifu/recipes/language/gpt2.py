@@ -1,0 +1,42 @@
+"""GPT-2 (Radford et al., 2019) from scratch: the smallest published size and tokenizer, on any text.
+
+Paper: "Language Models are Unsupervised Multitask Learners". It gives a batch of 512 rows of 1,024 tokens and no rate;
+the rate, decay and schedule here are those that GPT-3 (Brown et al., 2020, table 2.1) prints for the same size.
+Command: keifu train gpt2 --data english --model.n-layers 4 --model.dim 256 --model.n-heads 4 --model.hidden-dim 1024
+Cost: the default is the published size, for a cluster; the sizes in the command above, about 3 hours on 2 cores.
+Expected: at the published size on WebText, about 3.1 nats a token; on other text, see docs/results.md.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from keifu.models import gpt2
+from keifu.recipes.language.common import Text, prepare_text, pretrain
+from keifu.training.settings import Settings
+
+PUBLISHED = Settings(
+    steps=600_000, batch_size=512, learning_rate=6e-4, warmup=2000, weight_decay=0.1, betas=(0.9, 0.95), clip=1.0,
+    final_ratio=0.1, evaluate_every=1000, sample_every=5000, save_every=1000,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of the run."""
+
+    text: Annotated[Text, tyro.conf.arg(name="")] = Text(tokenizer="gpt2-bpe")
+    """What to learn from; the default tokenizer is GPT-2's own."""
+    model: gpt2.Config = gpt2.Config(dropout=0.0)
+    """The vocabulary is the tokenizer's, whatever is given here."""
+    training: Annotated[Settings, tyro.conf.arg(name="")] = PUBLISHED
+    """How to learn it."""
+    prompt: str = "The"
+    """What the samples begin with."""
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Trains into `out`, which keifu.load, keifu generate and transformers read afterwards."""
+    pretrain("gpt2", prepare_text(recipe.text), gpt2.build, recipe.model, recipe.training, out, resume, recipe.prompt)

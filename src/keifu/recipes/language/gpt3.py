@@ -1,0 +1,52 @@
+"""GPT-3 (Brown et al., 2020) from scratch: GPT-2 whose every second layer sees only the nearest tokens, on any text.
+
+Paper: "Language Models are Few-Shot Learners", section 2 and appendix B. `--recipe-of paper` trains as it says: Adam
+with β 0.9 and 0.95 and ε 1e-8, clipping at 1, decay 0.1, and a rate that rises over 375 M tokens, falls as a cosine to
+a tenth over 260 B of 300 B and then stays; the batch grows evenly from 32 k tokens to 0.5 M over the first 4 B. A
+shorter run has the same shares, its tokens counted and not its steps. The default is for minutes on a processor: Muon,
+and rates that fall to 0. GPT-3 Small: --steps 600000 --batch-size 244 --tokenizer gpt2-bpe --model.context-length 2048
+--model.dim 768 --model.hidden-dim 3072 --model.n-layers 12 --model.n-heads 12 --model.band 256; the rates of the seven
+larger sizes are 3, 2.5, 2, 1.6, 1.2, 1 and 0.6e-4 (table 2.1), and their batches 0.5, 0.5, 1, 1, 2, 2 and 3.2 M tokens.
+Command: keifu train gpt3 --recipe-of paper --data english
+Cost: printed before it starts; the default model has 5 M parameters and sees 16 M tokens, a little fewer as the paper.
+Expected: see docs/results.md.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from keifu.models import gpt3
+from keifu.recipes.language.common import Options, default_settings, own_settings, prepare_text, pretrain
+from keifu.training.loop import Summary
+from keifu.training.settings import Settings
+
+TOKENS, WARMUP, DECAY, RAMP = 300e9, 0.375e9, 260e9, 4e9  # the paper's; the ramp is 4 to 12 B, by size
+FIRST = 32 / 500  # of the batch, at the start
+
+
+@dataclass(frozen=True)
+class Recipe(Options):
+    """Options of the run."""
+
+    model: gpt3.Config = gpt3.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_heads=4, band=64)
+    """The vocabulary is the tokenizer's, whatever is given here."""
+
+
+def paper_settings(recipe: Recipe) -> Settings:
+    """Appendix B, its tokens as shares of those of a run whose batches were all whole."""
+    first = max(1, round(FIRST * recipe.batch_size))
+    over = round(RAMP / TOKENS * recipe.steps * recipe.batch_size)
+    return Settings(
+        **default_settings(recipe), batch_ramp=(first, over) if first < recipe.batch_size else None, rate_by="rows",
+        warmup=recipe.share(WARMUP / TOKENS), decay_steps=max(1, recipe.share(DECAY / TOKENS)), final_ratio=0.1,
+        learning_rate=recipe.learning_rate or 6e-4, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8, clip=1.0,
+    )  # fmt: skip
+
+
+WAYS = {"keifu": own_settings, "paper": paper_settings}
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+    """Trains into `out`, which keifu.load and keifu generate read afterwards."""
+    training = WAYS[recipe.recipe_of](recipe)
+    return pretrain("gpt3", prepare_text(recipe.text), gpt3.build, recipe.model, training, out, resume, recipe.prompt)

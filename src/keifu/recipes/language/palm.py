@@ -1,0 +1,67 @@
+"""PaLM (Chowdhery et al., 2022) from scratch: parallel layers, one head of keys and values, on any text.
+
+Paper: "PaLM: Scaling Language Modeling with Pathways", section 5. `--recipe-of paper` trains as it says: Adafactor
+without factoring, updates scaled by the size of each matrix, at a rate of 0.01 that is held and then falls with the
+root of the step, β₁ 0.9, β₂ 1 − k^-0.8, clipping at 1, a decay of the rate's square, z-loss 1e-4, and a batch that
+doubles twice. Of its 255,000 steps the rate is held for 10,000, and the batch grows after 50,000 and 115,000: a shorter
+run has the same shares. The default is for minutes on a processor: Muon, and rates that fall to 0. Either way the run
+goes back where the loss spikes and leaves batches out (section 5.1), and a learned BPE spells numbers digit by digit.
+The paper's 8B: --steps 255000 --batch-size 2048 --model.context-length 2048 --model.dim 4096 --model.hidden-dim 16384
+--model.n-layers 32 --model.n-heads 16 --model.head-dim 256 --vocab-size 256000. It does not print what β₁ averages, nor
+whether Adafactor clips each update; here both are as in T5X, which trained it.
+Command: keifu train palm --recipe-of paper --data english
+Cost: printed before it starts; the default model has 6 M parameters and sees 16 M tokens, fewer where the batch grows.
+Expected: see docs/results.md; what each part buys is measured by benchmarks/palm.py and benchmarks/spike.py.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from keifu.models import palm
+from keifu.recipes.language.common import Options, default_settings, own_settings, prepare_text, pretrain
+from keifu.training.loop import Summary
+from keifu.training.optim.loss_spikes import SpikeSettings
+from keifu.training.settings import Settings
+
+STEPS, HELD, GROWS = 255_000, 10_000, (50_000, 115_000)  # the paper's
+
+
+@dataclass(frozen=True)
+class Recipe(Options):
+    """Options of the run."""
+
+    model: palm.Config = palm.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_heads=4, head_dim=64)
+    """The vocabulary is the tokenizer's, whatever is given here."""
+    z_loss: float | None = None
+    """Times log²Z, added to the loss of a token; unset: 0, the paper's 1e-4."""
+    spikes: SpikeSettings = SpikeSettings(rise=0.25)
+    """What is done where the loss spikes."""
+
+
+def settings(recipe: Recipe) -> Settings:
+    """How `keifu` trains."""
+    return own_settings(recipe, spikes=recipe.spikes)
+
+
+def paper_settings(recipe: Recipe) -> Settings:
+    """Section 5, its steps as shares of the run."""
+    rows = [max(1, recipe.batch_size // 4), max(1, recipe.batch_size // 2)]
+    until = [recipe.share(step / STEPS) for step in GROWS]
+    growing = until[0] < until[1] and until[0] > 0  # else the run is too short to grow in
+    return Settings(
+        **default_settings(recipe), batch_stages=tuple(zip(rows, until, strict=True)) if growing else (), optimizer="adafactor",
+        learning_rate=recipe.learning_rate or 1e-2, schedule="inverse_sqrt", hold=max(1, recipe.share(HELD / STEPS)),
+        weight_decay=1.0, clip=1.0, spikes=recipe.spikes,
+    )  # fmt: skip
+
+
+WAYS = {"keifu": (settings, 0.0), "paper": (paper_settings, 1e-4)}  # and the usual z-loss
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+    """Trains into `out`, which keifu.load and keifu generate read afterwards, and transformers as a Cohere model."""
+    how, usual_z = WAYS[recipe.recipe_of]
+    z_loss = usual_z if recipe.z_loss is None else recipe.z_loss
+    digits = {"split_digits": True} if recipe.text.tokenizer == "bpe" else {}
+    task = prepare_text(recipe.text, **digits)
+    return pretrain("palm", task, palm.build, recipe.model, how(recipe), out, resume, recipe.prompt, z_loss=z_loss)

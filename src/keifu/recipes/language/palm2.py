@@ -1,0 +1,237 @@
+"""PaLM 2 (Anil et al., 2023) as the public reading has it: PaLM's block, UL2's denoisers, many languages at once.
+
+What is public, in the "PaLM 2 Technical Report": a Transformer, smaller than PaLM and trained for longer; "a tuned
+mixture of different pre-training objectives" after the results of UL2; more languages, parallel text, code and
+mathematics; near-duplicates removed; data and parameters grown in step. What is not: sizes, layers, the mixture of
+objectives, the sources and their weights. All that is our reading here: PaLM's block (Chowdhery et al., 2022), the
+seven denoisers of UL2's table 1 (Tay et al., 2022) in shares that we chose, attention that is causal over the prefix
+too, and the sources of `keifu.data.text.mixture` with weights that we chose. No figure of this run is one of PaLM 2.
+Command: keifu train palm2 --mixture multilingual
+Cost: printed before it starts, for a model of 6 M parameters and 25 M tokens; the texts are fetched and tokenised
+before it, once.
+Expected: see docs/results.md; what the mixture of objectives buys is measured by benchmarks/mixture.py.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import nn
+
+from keifu import checkpoints
+from keifu.data.catalogue.download import cache
+from keifu.data.text.mixture import (
+    Check,
+    MixedText,
+    Mixture,
+    WeightedSource,
+    content_hash,
+    prepare_mixture,
+    read_mixture,
+    texts,
+)
+from keifu.data.text.span_corruption import (
+    SENTINELS,
+    SEQUENTIAL,
+    CausalBatches,
+    CorruptionTask,
+    DecoderRows,
+    InfillingExamples,
+    Markers,
+    SpanCorruption,
+    SpanCorruptionBatches,
+    special_tokens,
+    ul2,
+)
+from keifu.data.text.token_shards import Shards
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.special_tokens import put_around_text
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.devices import choose
+from keifu.files import write_atomic
+from keifu.generation.text.defaults import sampling_for
+from keifu.generation.text.fill import continuation, infill
+from keifu.models import palm
+from keifu.recipes.language.common import attribution_of
+from keifu.training.loop import Summary, train
+from keifu.training.objectives.language_modeling import masked_share_loss, span_corruption
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+
+CHARACTERS = 12_000_000  # of the mixture that the tokenizer is learned from
+OFTEN = 4  # epochs, from which on more of the same text teaches less (Muennighoff et al., 2023)
+SMALL = palm.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_heads=4, head_dim=64)
+LEARNING = Settings(
+    steps=3000, batch_size=32, optimizer="muon", learning_rate=1e-2, warmup=100, final_ratio=0.0, weight_decay=0.01,
+    evaluate_every=500, sample_every=500, save_every=500,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of the run."""
+
+    mixture: str = "multilingual"
+    """What it learns from: multilingual, or a YAML or JSON file of sources with weights (docs/lineage/palm2.md)."""
+    held_out: float | None = None
+    """Share of each source that is kept for validation; unset: the mixture's own, or 0.02."""
+    objective: Literal["ul2", "causal"] = "ul2"
+    """A mixture of denoisers, or each token from those before it."""
+    shares: tuple[float, float, float] = (0.25, 0.25, 0.5)
+    """Of the rows: R (a few short spans hidden), X (long spans, or half of the text), S (the end of the text)."""
+    prefix: float = 0.5
+    """The mean share of a text that S hides; UL2's table says 0.25, its code 0.5."""
+    vocab_size: int = 8192
+    """Tokens of the tokenizer, which is learned from the mixture: bytes, every digit by itself, modes and sentinels."""
+    sentinels: int = SENTINELS
+    """Marks for hidden spans; a longer context can need more."""
+    model: palm.Config = SMALL
+    """The vocabulary is the tokenizer's, whatever is given here."""
+    training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
+    """How to learn it."""
+    gaps: tuple[str, ...] = ("She was born in ___ and died in ___.", "彼女は___が好きです。")
+    """What the samples fill in."""
+    prompts: tuple[str, ...] = ("The city is", "私は")
+    """What the samples go on with."""
+
+
+@dataclass(frozen=True)
+class PreparedMixture:
+    """A mixture made ready: its sources as ids, and the tokenizer that made them."""
+
+    mixture: Mixture
+    tokenizer: Tokenizer
+    sources: list[WeightedSource]
+
+
+def prepare(mixture: Mixture, vocab_size: int, sentinels: int = SENTINELS) -> PreparedMixture:
+    """Fetches, learns the tokenizer and tokenises, each once: what was made before is found again."""
+    tokenizer = tokenizer_of(mixture, vocab_size, sentinels)
+    pairs = zip(mixture.sources, prepare_mixture(mixture, tokenizer), strict=True)
+    total = sum(source.weight for source in mixture.sources)
+    return PreparedMixture(
+        mixture, tokenizer, [WeightedSource(source.name, source.weight / total, own) for source, own in pairs]
+    )
+
+
+def tokenizer_of(mixture: Mixture, vocab_size: int, sentinels: int) -> Tokenizer:
+    """Byte-level BPE learned from the mixture by its weights, so that no text has a character that it cannot spell."""
+    content = hashlib.sha256(content_hash(mixture).encode()).hexdigest()
+    directory = cache() / "tokenizers" / f"mixture-bpe-{vocab_size}-{sentinels}-{content[:16]}"
+    if not (directory / "tokenizer_config.json").exists():  # the last file that is written
+        print(f"Learning a tokenizer of {vocab_size} tokens from the mixture {mixture.name} ...", flush=True)
+        special = special_tokens(sentinels)
+        train_tokenizer("bpe", texts(mixture, CHARACTERS), vocab_size, special, split_digits=True).save(directory)
+    return load_tokenizer(directory)
+
+
+def losses_by_mode(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer, which puts [S2S] before a text by itself: whoever loads the model goes on with texts so."""
+    backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
+    special = tokenizer.special | {"bos_token": SEQUENTIAL}
+    put_around_text(backend, special, bos=True, eos=False)
+    return Tokenizer(backend, special)
+
+
+def task_of(recipe: Recipe, tokenizer: Tokenizer) -> tuple[CorruptionTask, dict[str, Check]]:
+    """What is made of the text, and what is measured of each source: bits a byte, and the loss of what is hidden."""
+    context = recipe.model.context_length
+    if recipe.objective == "causal":
+        return CausalBatches(context), {"bits_per_byte": Check(CausalBatches(context - 1), _bits)}
+    markers = Markers.of(tokenizer, recipe.sentinels)
+    decoder = DecoderRows(markers, context)
+    regular = SpanCorruption("[NLU]", 0.15, 3)
+    checks = {
+        "bits_per_byte": Check(CausalBatches(context, markers.modes[SEQUENTIAL]), _bits),
+        "infilling": Check(InfillingExamples(SpanCorruptionBatches([regular], decoder))),
+    }
+    return SpanCorruptionBatches(ul2(recipe.shares, recipe.prefix), decoder), checks
+
+
+def _bits(shards: Shards) -> float:
+    return shards.bits_per_byte(1.0)
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+    """Trains into `out`, which keifu.load, keifu generate, keifu evaluate and transformers read afterwards."""
+    mixture = read_mixture(recipe.mixture)
+    if recipe.held_out is not None:
+        mixture = replace(mixture, held_out=recipe.held_out)
+    return learn(recipe, prepare(mixture, recipe.vocab_size, recipe.sentinels), out, resume)
+
+
+def learn(recipe: Recipe, found: PreparedMixture, out: Path, resume: bool = False) -> Summary:
+    """The same from a mixture that is ready."""
+    config = replace(recipe.model, vocab_size=found.tokenizer.vocab_size)
+    torch.manual_seed(recipe.training.seed)
+    model = palm.build(config).to(choose())
+    task, checks = task_of(recipe, found.tokenizer)
+    training = recipe.training
+    data = MixedText(found.sources, task, config.context_length, training.growth, training.seed, checks)
+    objective = partial(masked_share_loss, objective=span_corruption, names=data.figures)
+    saved = losses_by_mode(found.tokenizer) if recipe.objective == "ul2" else found.tokenizer
+    epochs = data.epochs(training.steps)
+    _print_losses(epochs)
+
+    def save(directory: Path) -> None:
+        checkpoints.save(model, saved, directory)
+        sources = {s.name: _keep_best(asdict(s)) for s in found.mixture.sources}
+        content = {"held_out": found.mixture.held_out, "sources": sources}
+        write_atomic(directory / "mixture.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    run = _run(recipe, found, epochs, model, out, resume)
+    return train(model, objective, data, training, run, _sampler(recipe, model, saved), save, data.largest())
+
+
+def _keep_best(source: dict[str, Any]) -> dict[str, Any]:
+    """A source as a mixture's file has it."""
+    return {key: value for key, value in source.items() if value and key != "name"}
+
+
+def _print_losses(epochs: dict[str, float]) -> None:
+    often = [f"{name} ({count:.1f})" for name, count in epochs.items() if count > OFTEN]
+    if often:
+        print(f"These sources are small for their weight and come more than {OFTEN} times: {', '.join(often)}.")
+
+
+def _run(
+    recipe: Recipe, found: PreparedMixture, epochs: dict[str, float], model: nn.Module, out: Path, resume: bool
+) -> Run:
+    own: Any = model.config
+    mixture = {source.name: [source.data, source.weight] for source in found.mixture.sources}
+    told = {"objective": recipe.objective, "shares": recipe.shares, "prefix": recipe.prefix}
+    facts = [_facts(*pair, epochs) for pair in zip(found.mixture.sources, found.sources, strict=True)]
+    return Run(
+        directory=out,
+        resume=resume,
+        options={"model": asdict(own), "recipe": told, "mixture": mixture},
+        about={"title": "palm2", "parameters": sum(p.numel() for p in model.parameters()), "data": facts},
+    )
+
+
+def _facts(source: Any, made: WeightedSource, epochs: dict[str, float]) -> dict[str, Any]:
+    index = made.shards.index
+    tokens = {f"{part} tokens": index[part]["tokens"] for part in ("training", "validation")}
+    facts = {"source": source.name, "data": source.data, "weight": round(made.weight, 6), **tokens}
+    facts |= {"bytes per token": round(made.shards.bytes_per_token, 3), "epochs": round(epochs[source.name], 2)}
+    return facts | attribution_of("tatoeba-en" if source.data.startswith("tatoeba-") else source.data)
+
+
+def _sampler(recipe: Recipe, model: nn.Module, tokenizer: Tokenizer) -> Callable[[int], str]:
+    """Texts with their gaps filled, where that is learned, and prompts that are gone on with."""
+    gaps = recipe.gaps if recipe.objective == "ul2" else ()
+
+    def sample(step: int) -> str:
+        chance = sampling_for(tokenizer, {"max_tokens": 40, "seed": step})
+        filled = (f"{text}\n  = {infill(model, tokenizer, text).text}" for text in gaps)
+        gone_on = (text + continuation(model, tokenizer, text, chance) for text in recipe.prompts)
+        return "\n".join([*filled, *gone_on])
+
+    return sample

@@ -1,0 +1,1 @@
+"""Recipes for the perceptron and the multi-layer network."""

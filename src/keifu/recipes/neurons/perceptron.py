@@ -1,0 +1,214 @@
+"""Perceptron (Rosenblatt, 1958): one step neuron that learns AND, OR or a CSV file of two classes from its mistakes.
+
+Paper: F. Rosenblatt, "The perceptron: a probabilistic model for information storage and organization in the brain",
+Psychological Review 65 (1958); the bound: A. Novikoff, "On convergence proofs on perceptrons" (1962).
+Command: keifu train perceptron --data and
+Cost: under a second on one core; a CSV file of thousands of rows and hundreds of columns, up to a minute.
+Expected: AND and OR learned without a mistake left, in fewer corrections than the bound that is printed; XOR refused,
+with the proof that no line parts its classes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from keifu import checkpoints
+from keifu.data.classification import toy
+from keifu.data.classification.tables import Table, standardisation
+from keifu.errors import UserError
+from keifu.evaluation.plots import decision_boundary
+from keifu.evaluation.plots.html_page import write_page
+from keifu.files import write_atomic
+from keifu.models import perceptron
+from keifu.models.perceptron import Config, Perceptron, Separation
+
+Plane = Float[Tensor, "dim1"]  # weights, then bias
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of the run."""
+
+    data: str = "and"
+    """and, or, xor, moons, spirals, or a CSV file: columns of numbers, and one of labels with two values."""
+    label: str | None = None
+    """The CSV file's column of labels; the last one where it is not given."""
+    rate: float = 1.0
+    """The learning rate η; from zero weights it sizes the weights, and changes no decision."""
+    max_updates: int = 100_000
+    """Stop with an error after so many corrections."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """A table as the neuron sees it: `seen` are its inputs with each column's mean and deviation taken out.
+
+    That moves no row across a plane, and lets a CSV file's small columns count as much as its large ones. The toy sets
+    stay as they are.
+    """
+
+    table: Table
+    mean: Float[Tensor, "dim"]
+    scale: Float[Tensor, "dim"]
+
+    @property
+    def seen(self) -> Float[Tensor, "rows dim"]:
+        return (self.table.inputs - self.mean) / self.scale
+
+    def unscaled(self, plane: Plane) -> Plane:
+        """The plane among the table's own numbers."""
+        weights = plane[:-1] / self.scale
+        return torch.cat([weights, (plane[-1] - weights @ self.mean)[None]])
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Learns, prints the corrections and the bound, and saves the neuron and, of two columns, boundary.png.
+
+    There is nothing to resume: the rule draws no random number, so it starts over to the same end. Raises UserError,
+    with the proof, where no plane parts the classes.
+    """
+    lesson = prepare(recipe)
+    table, targets = lesson.table, lesson.table.targets.double()
+    found = perceptron.separate(lesson.seen, targets)
+    if found.separator is None:
+        refuse(recipe, table, found, out)
+    print(
+        f"{recipe.data}: {len(targets)} rows; widest margin γ = {found.margin:.4g}, longest row R = {found.radius:.4g}."
+    )
+    stages = list(learn(lesson, recipe))
+    updates, plane = stages[-1]
+    neuron = build_neuron(plane)
+    if wrong := int((neuron(table.inputs) != targets).sum()):
+        raise UserError(
+            f"After {updates} corrections {wrong} of {len(targets)} rows are still wrong, and the bound is (R/γ)² = "
+            f"{found.bound:,.0f}: allow more with --max-updates."
+        )
+    checkpoints.save(neuron, None, out)
+    text = (
+        f"Learned after {updates} corrections; Novikoff's bound is (R/γ)² = {found.bound:,.1f}.\n"
+        f"The output is {table.classes[1]} where {formula(plane, table.columns)}, else {table.classes[0]}."
+    )
+    facts = {"corrections": updates, "bound": found.bound, "margin γ": found.margin, "longest row R": found.radius}
+    pictures = {"boundary": draw(lesson, stages)} if len(table.columns) == 2 else {}
+    write_page(out, f"A perceptron learns “{Path(recipe.data).stem}”", text, facts | vars(recipe), pictures)
+    print(f"{text}\nThe neuron is in {out}; report.html there shows how it learned.")
+
+
+def refuse(recipe: Recipe, table: Table, found: Separation, out: Path) -> NoReturn:
+    """Raises the error that says why no plane parts the classes, and draws the reason where there are two columns."""
+    text = refusal(recipe, table, found)
+    if found.exact and len(table.columns) == 2:
+        title = f"{Path(recipe.data).stem}: no line parts the classes"
+        write_atomic(out / "proof.png", decision_boundary.crossing(points(table), found.mixture, title))
+        text += f" {out / 'proof.png'} shows it."
+    raise UserError(text)
+
+
+def prepare(recipe: Recipe) -> Lesson:
+    """The table that the recipe names, which must have two classes."""
+    if not recipe.rate > 0:
+        raise UserError(f"The learning rate must be above 0, and it is {recipe.rate}.")
+    table = toy.toy_table(recipe.data, recipe.label)
+    if len(table.classes) != 2:
+        raise UserError(
+            f"One neuron parts two classes, and {recipe.data} has {len(table.classes)} ({', '.join(table.classes[:5])}"
+            f"{', ...' if len(table.classes) > 5 else ''}): use keifu train mlp --data {recipe.data}."
+        )
+    if recipe.data in toy.TOYS:
+        zeros = table.inputs.new_zeros(len(table.columns))
+        return Lesson(table, zeros, zeros + 1)
+    return Lesson(table, *standardisation(table.inputs))
+
+
+def learn(lesson: Lesson, recipe: Recipe) -> Iterator[tuple[int, Plane]]:
+    """The number of corrections and the plane, among the table's own numbers: first, after each one, or only at last.
+
+    Of more than two columns no picture is drawn, so only the last plane is given.
+    """
+    neuron = perceptron.build(Config(len(lesson.table.columns)))
+    drawn, updates = len(lesson.table.columns) == 2, 0
+    corrections = perceptron.learn(neuron, lesson.seen, lesson.table.targets.double(), recipe.rate)
+    if drawn:
+        yield 0, plane_of(neuron)
+    for updates, _ in enumerate(islice(corrections, recipe.max_updates), 1):
+        if drawn:
+            yield updates, lesson.unscaled(plane_of(neuron))
+    if not drawn:
+        yield updates, lesson.unscaled(plane_of(neuron))
+
+
+def plane_of(neuron: Perceptron) -> Plane:
+    """Its weights, then its bias."""
+    return torch.cat([neuron.weight, neuron.bias[None]])
+
+
+def build_neuron(plane: Plane) -> Perceptron:
+    """The neuron with that plane."""
+    neuron = perceptron.build(Config(len(plane) - 1))
+    neuron.weight.copy_(plane[:-1])
+    neuron.bias.copy_(plane[-1])
+    return neuron
+
+
+def formula(plane: Plane, columns: tuple[str, ...]) -> str:
+    """The neuron as a person writes it: its weighted sum and the threshold -b."""
+    *weights, bias = plane.tolist()
+    terms = " + ".join(f"{weight:.4g}·{name}" for weight, name in zip(weights, columns, strict=True))
+    return f"{terms if len(weights) <= 6 else 'Σ w x'} ≥ {-bias + 0.0:.4g}".replace("+ -", "- ")
+
+
+def refusal(recipe: Recipe, table: Table, found: Separation) -> str:
+    """That the data cannot be parted, why that is certain, and what to use instead."""
+    advice = f"Use keifu train mlp --data {recipe.data}: a hidden layer can part them."
+    if not found.exact:
+        return (
+            f"{recipe.data} is not linearly separable as far as float64 can tell: no plane leaves a margin above "
+            f"{found.margin:.1e} (the longest row is {found.radius:.3g}). {advice}"
+        )
+    sides = [describe(table, found.mixture, kind) for kind in (1, 0)]
+    shared = 2 * ((found.mixture * (table.targets == 1)) @ table.inputs)
+    where = f" {numbers(shared.tolist())}" if len(shared) <= 6 else ""
+    return (
+        f"{recipe.data} is not linearly separable, so no single neuron can learn it: the point{where} is a mixture "
+        f"of {sides[0]}, and also one of {sides[1]}. {advice}"
+    )
+
+
+def describe(table: Table, mixture: Float[Tensor, "rows"], kind: int) -> str:
+    """The rows of a class that meet in the shared point."""
+    rows = table.inputs[(table.targets == kind) & (mixture > 0)].tolist()
+    if len(rows) > 4 or len(table.columns) > 6:
+        return f"{len(rows)} rows of class {table.classes[kind]}"
+    return f"{', '.join(map(numbers, rows))} of class {table.classes[kind]}"
+
+
+def numbers(row: list[float]) -> str:
+    """A row as a person writes it."""
+    return f"({', '.join(f'{value:.4g}' for value in row)})"
+
+
+def points(table: Table) -> decision_boundary.Points:
+    """The table for a picture."""
+    return decision_boundary.Points(table.inputs, table.targets, table.columns, table.classes)
+
+
+def draw(lesson: Lesson, stages: list[tuple[int, Plane]]) -> bytes:
+    """The boundary at stages of learning, as PNG."""
+    shown = points(lesson.table)
+    panels = []
+    for place in decision_boundary.spread(range(len(stages))):
+        updates, plane = stages[place]
+        neuron = build_neuron(plane)
+        wrong = int((neuron(shown.inputs) != shown.targets).sum())
+        shares = decision_boundary.class_shares_on(
+            shown, lambda x, neuron=neuron: torch.stack([1 - neuron(x), neuron(x)], 1), 400
+        )
+        title = f"{updates} correction{'' if updates == 1 else 's'}\n{wrong} of {len(shown.inputs)} wrong"
+        panels.append((title, shares))
+    return decision_boundary.strip(shown, panels)

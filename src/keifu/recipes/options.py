@@ -1,0 +1,106 @@
+"""What every recipe's options have in common: some of them, and all as JSON and back by the names that the command line
+gives them; knows no recipe.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from keifu.training.settings import listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """Where the figures of a run go beside its folder; what every recipe has."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events too."""
+    wandb: bool = False
+    """Log to Weights & Biases too."""
+
+    def logging(self) -> dict[str, Any]:
+        """Both as `Settings` names them."""
+        return {"tensorboard": self.tensorboard, "wandb": self.wandb}
+
+
+ARGUMENT: Any = type(tyro.conf.arg())  # the class of annotations that name an option, which tyro does not export
+
+
+def to_json(recipe: Any) -> dict[str, Any]:
+    """All options, nested as in the dataclass, with lists for tuples and texts for paths."""
+    return {name: _plain(value) for name, value in asdict(recipe).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return str(value) if isinstance(value, Path) else listed(value)
+
+
+def from_json(usual: Any, json: Mapping[str, Any]) -> Any:
+    """The recipe `usual` with the options that `to_json` wrote; what the file does not name keeps its usual value."""
+    hints = get_type_hints(type(usual))
+    known = {field.name for field in fields(usual)} & json.keys()
+    return replace(usual, **{name: _value(hints[name], json[name], vars(usual)[name]) for name in known})
+
+
+def _value(hint: Any, value: Any, usual: Any) -> Any:
+    """JSON has no tuples, paths and dataclasses: the field's type says where one stood."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(value, dict):
+        if is_dataclass(usual):
+            return from_json(usual, value)
+        inner = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
+        return from_json(inner[0](), value) if inner else value
+    return Path(value) if isinstance(value, str) and Path in kinds and str not in kinds else _tupled(value)
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+
+
+def by_option(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `to_json` by the names of their options, such as model.n-layers, without the dashes before."""
+    return {name: value for name, _, value in _walk(kind, values, "", ())}
+
+
+def paths(kind: type, values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Where each option stands in what `to_json` gives."""
+    return {name: path for name, path, _ in _walk(kind, values, "", ())}
+
+
+def _walk(
+    kind: type, values: Mapping[str, Any], prefix: str, above: tuple[str, ...]
+) -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    hints = get_type_hints(kind, include_extras=True)
+    for field, value in values.items():
+        name, inner, path = _option(field, hints.get(field), prefix), _dataclass(hints.get(field)), (*above, field)
+        if isinstance(value, Mapping) and inner:
+            yield from _walk(inner, value, name, path)
+        else:
+            yield name, path, value
+
+
+def _option(field: str, hint: Any, prefix: str) -> str:
+    """A field's name on the command line; tyro leaves out what is annotated with an empty name."""
+    own = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    given = [each.name for each in own if isinstance(each, ARGUMENT)]
+    word = given[0] if given and given[0] is not None else field.replace("_", "-")
+    return ".".join(part for part in (prefix, word) if part)
+
+
+def _dataclass(hint: Any) -> type | None:
+    bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    kinds = get_args(bare) if get_origin(bare) in (Union, UnionType) else (bare,)
+    return next((kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)), None)
+
+
+def put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Sets an option in what `to_json` gave."""
+    for field in path[:-1]:
+        values = values[field]
+    values[path[-1]] = value

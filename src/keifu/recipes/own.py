@@ -1,0 +1,82 @@
+"""Training a model of one's own with keifu's loop: any module, any loss, any data; what `keifu.train` is."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from keifu import checkpoints
+from keifu.data.own_batches import Examples, OwnBatches
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.training.loop import Summary
+from keifu.training.loop import train as run_loop
+from keifu.training.protocols import Batch, Data, LossOutput, Objective, Run, Sample, Save
+from keifu.training.settings import Settings
+
+Loss = Callable[[nn.Module, Batch], Tensor | LossOutput]
+
+
+def train(
+    model: nn.Module,
+    objective: Loss,
+    data: Data | Mapping[str, Tensor] | Examples,
+    settings: Settings = Settings(),  # noqa: B008 (it is frozen)
+    out: str | Path = "runs/own",
+    *,
+    tokenizer: Tokenizer | None = None,
+    sample: Sample | None = None,
+    title: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    unit: str = "rows",
+    resume: bool = False,
+    replace: bool = False,
+) -> Summary:
+    """Trains a model of your own, on the device where its parameters are, and leaves a run's folder (docs/python.md).
+
+    objective: from the model and a batch, the mean loss over the rows, or an `LossOutput` of sums. data: tensors by name,
+    a data set (a tenth of either is held out), or batches. sample: from the steps done, a text or a PNG picture.
+    options: what else decides the result, compared on resuming. unit: what the objective counts. resume goes on to the
+    same bits; replace starts over where the folder holds a run, which is a `UserError` otherwise.
+
+    >>> import tempfile, torch, keifu
+    >>> data = {"x": torch.eye(3).repeat(70, 1), "y": torch.arange(3.0).repeat(70)}
+    >>> def loss(model, batch): return torch.nn.functional.mse_loss(model(batch["x"]).squeeze(-1), batch["y"])
+    >>> settings = keifu.Settings(steps=200, batch_size=32, learning_rate=0.1, weight_decay=0.0)
+    >>> keifu.train(torch.nn.Linear(3, 1), loss, data, settings, tempfile.mkdtemp()).figures["validation_loss"] < 0.01
+    True
+    """
+    run = Run(
+        directory=Path(out),
+        resume=resume,
+        replace=replace,
+        options={"model": repr(model), **(options or {})},
+        about={"title": title or type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())},
+        unit=unit,
+    )
+    batches = data if isinstance(data, Data) else OwnBatches(data, settings.batch_size, settings.seed)
+    return run_loop(model, _summed(objective), batches, settings, run, sample, _saver(model, tokenizer))
+
+
+def _saver(model: nn.Module, tokenizer: Tokenizer | None) -> Save:
+    def save(folder: Path) -> None:
+        checkpoints.save(model, tokenizer, folder)
+
+    return save
+
+
+def _summed(objective: Loss) -> Objective:
+    """The objective as the loop needs it: a mean over rows as their sum and number."""
+
+    def summed(model: nn.Module, batch: Batch) -> LossOutput:
+        loss = objective(model, batch)
+        if isinstance(loss, LossOutput):
+            return loss
+        if not isinstance(loss, Tensor) or loss.dim():
+            seen = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UserError(f"The objective gave {seen}; it must give the mean loss as one number, or an Outcome.")
+        rows = len(next(iter(batch.values())))
+        return LossOutput(loss * rows, rows)
+
+    return summed

@@ -1,0 +1,295 @@
+"""What the recipes for translation have in common: pairs, tokenizer, batches, one call of the loop; knows no model."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from keifu import checkpoints
+from keifu.data.catalogue import catalogue
+from keifu.data.catalogue.download import cache
+from keifu.data.text.dataset_report import coverage
+from keifu.data.text.documents import in_catalogue
+from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.special_tokens import put_around_text
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.data.translation.batches import Batching, EncodedPairs, PairData, SpecialIds, encode
+from keifu.data.translation.pairs import Pair, Pairs, Split, pair_names, read_pairs, split, split_beside
+from keifu.devices import choose
+from keifu.errors import UserError
+from keifu.generation.text.translation import TranslationParams, translate_texts
+from keifu.recipes.options import Logging
+from keifu.training.loop import Summary, train
+from keifu.training.objectives.language_modeling import translation
+from keifu.training.optim.weight_averaging import averaged_weights
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+from keifu.training.setup import steps_of, steps_within
+
+LEARNED = "bpe", "unigram"  # kinds of tokenizer that have an end token and lose no character
+PAD = "<pad>"
+MINUTES = 45.0
+SAMPLES = 6
+# what a resumed run may change, or its config says
+FREE = {"steps", "minutes", "micro_batch", "average", "keep", "model", "tensorboard", "wandb"}
+
+
+@dataclass(frozen=True)
+class Options(Logging):
+    """What every recipe for translation can be told."""
+
+    data: str = "tatoeba-ja-en"
+    """A catalogue name (tatoeba-ja-en, tatoeba-en-ja); a file: .tsv, or records with a field for each side (.csv,
+    .jsonl, .json, .parquet); or two files A,B whose lines belong together."""
+    source_field: str | None = None
+    """The field, or column, of the source in a file of records; unset: source, or the first of two."""
+    target_field: str | None = None
+    """The field of the translation; unset: target, or the second of two."""
+    encoding: str = "utf-8"
+    """Of files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
+    validation_data: str | None = None
+    """Pairs to validate on, like --data; training pairs that share a sentence with one of them are left out."""
+    test_data: str | None = None
+    """Pairs that are kept from training in the same way, for keifu evaluate."""
+    reverse: bool = False
+    """Swap the sides of the pairs: the second is the source."""
+    tokenizer: str = "bpe"
+    """bpe or unigram to learn one for both languages from the training pairs; or a catalogue name, file or folder."""
+    vocab_size: int = 8000
+    """Tokens of a learned tokenizer, both languages together."""
+    steps: int | None = None
+    """Updates of the weights."""
+    minutes: float | None = None
+    """Train for so long instead: the steps are fixed by the pace before the start. Unset, with no steps: 45."""
+    tokens_per_batch: int = 4000
+    """Source and target tokens in a step, padding counted."""
+    micro_batch: int | None = None
+    """Rows of the largest batch computed at a time; unset: as many as fit in memory."""
+    keep: int = 2
+    """Saved states that are kept, 2% of the run apart."""
+    seed: int = 0
+    """Of the weights, the order of the data and dropout."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Pairs made ready: what they are, their three parts, and a tokenizer for both sides."""
+
+    pairs: Pairs
+    parts: Split
+    tokenizer: Tokenizer
+
+    @property
+    def special(self) -> SpecialIds:
+        """The ids around a sentence. A tokenizer without an end token is a `UserError`."""
+        return _special(self.tokenizer)
+
+
+def _special(tokenizer: Tokenizer) -> SpecialIds:
+    start, end, pad = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    if end is None:
+        raise UserError("This tokenizer has no end token, so a translation could not end: take another.")
+    return SpecialIds(end if start is None else start, end, end if pad is None else pad)
+
+
+def prepare_pairs(options: Options) -> Task:
+    """Reads and splits the pairs, and learns the tokenizer from the training part, once; says what was found."""
+    pairs = _read(options, options.data)
+    validation, test = (
+        None if each is None else _read(options, each) for each in (options.validation_data, options.test_data)
+    )
+    parts = split_beside(pairs, validation, test) if validation or test else split(pairs)
+    tokenizer = _tokenizer(options, parts.train)
+    _print_sentence(pairs.left_out)
+    _print_sentence(parts.sentence())
+    for side, name in enumerate(("source", "target")):
+        _print_sentence(
+            coverage(tokenizer.sides[side], (pair[side] for pair in parts.train)).sentence(f"the {name} side")
+        )
+    return Task(pairs, parts, tokenizer)
+
+
+def _read(options: Options, source: str) -> Pairs:
+    return read_pairs(source, options.reverse, (options.source_field, options.target_field), options.encoding)
+
+
+def _print_sentence(sentence: str) -> None:
+    if sentence:
+        print(sentence, flush=True)
+
+
+def _tokenizer(options: Options, train: list[Pair]) -> Tokenizer:
+    kind = options.tokenizer
+    if kind not in LEARNED:
+        return load_tokenizer(catalogue.fetch(kind) if in_catalogue(kind) else Path(kind))
+    texts = sorted(side for pair in train for side in pair)  # one tokenizer for both directions
+    content = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    directory = cache() / "tokenizers" / f"pairs-{kind}-{options.vocab_size}-{content[:16]}"
+    if not (directory / "tokenizer_config.json").exists():  # the last file that is written
+        _print_sentence(f"Learning a {kind} tokenizer of {options.vocab_size} tokens from {options.data} ...")
+        learned = train_tokenizer(kind, texts, options.vocab_size, [PAD])
+        put_around_text(learned.backend, learned.special, bos=False, eos=True)  # sources end so, as Marian's do
+        Tokenizer(learned.backend, learned.special | {"pad_token": PAD}).save(directory)
+    return load_tokenizer(directory)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a recipe builds and trains its model.
+
+    settings: for a number of steps. batching: from the sizes of the rows. average: the model that is left is the mean
+    of the last so many saved states.
+    """
+
+    build: Callable[[Any], nn.Module]
+    config: Any
+    settings: Callable[[int], Settings]
+    batching: Callable[[np.ndarray], Batching]
+    smoothing: float = 0.0
+    average: int = 1
+
+
+def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> Summary:
+    """Trains an encoder-decoder on pairs into a run folder. The vocabulary and the ids that begin, end and pad a
+    sentence are the tokenizer's, whatever the config says."""
+    if options.steps and options.minutes:
+        raise UserError(f"--steps {options.steps} and --minutes {options.minutes:g} are two budgets: give one of them.")
+    task = prepare_pairs(options)
+    start, end, pad = task.special
+    ids = {"start_id": start, "end_id": end, "pad_id": pad}
+    config = replace(plan.config, vocab_size=task.tokenizer.vocab_size, **ids, **_two_vocabularies(task, plan.config))
+    torch.manual_seed(options.seed)
+    model = plan.build(config).to(choose())
+    data = _data(options, task, config.context_length, plan.batching)
+    objective = partial(translation, label_smoothing=plan.smoothing)
+    chosen = {"micro_batch": options.micro_batch, "seed": options.seed, "keep": max(options.keep, plan.average)}
+    chosen |= options.logging()
+
+    def within(minutes: float) -> int:
+        return steps_within(minutes, model, objective, data, replace(plan.settings(1000), **chosen), data.largest())
+
+    def save(directory: Path) -> None:
+        with averaged_weights(model, directory, plan.average):
+            checkpoints.save(model, task.tokenizer, directory)
+
+    steps = _steps(options, within, out, resume)
+    settings = replace(plan.settings(steps), **chosen, minutes=_minutes(options))
+    run = _run(name, options, task, data, model, out, resume)
+    return train(model, objective, data, settings, run, _sampler(task, model), save, data.largest())
+
+
+def _two_vocabularies(task: Task, config: Any) -> dict[str, Any]:
+    """What a config says of a target that has a vocabulary of its own: its size, and no embedding for both."""
+    size = task.tokenizer.target_vocab_size
+    if size is None:
+        return {}
+    shared = {"shared": False} if any(field.name == "shared" for field in fields(config)) else {}
+    return {"target_vocab_size": size, **shared}
+
+
+def _data(options: Options, task: Task, context_length: int, batching: Callable[[np.ndarray], Batching]) -> PairData:
+    """Both parts as ids; what is too long for the model is left out, and said."""
+    own = task.tokenizer.sides[0]
+    source = task.special if own.eos_id is None else _special(own)
+    train, validation = (_fitting(task, part, context_length) for part in (task.parts.train, task.parts.validation))
+    return PairData(
+        train,
+        validation,
+        task.special,
+        batching(train.sizes()),
+        options.seed,
+        max(8000, options.tokens_per_batch),
+        source,
+    )
+
+
+def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
+    ways = task.tokenizer.encode_batch, task.tokenizer.encode_target_batch
+    source, target = (encode(way, [pair[side] for pair in rows]) for side, way in enumerate(ways))
+    found = EncodedPairs(source, target).fitting(context_length)
+    if found.left_out:
+        limit = f"{context_length} tokens, which is all that the model takes"
+        _print_sentence(f"{found.left_out:,} of {len(rows):,} pairs have a side longer than {limit}, and are left out.")
+    return found
+
+
+def _steps(options: Options, within: Callable[[float], int], out: Path, resume: bool) -> int:
+    """The steps that were asked for, or that fit the time at first sight, which a resumed run keeps."""
+    if options.steps:
+        return options.steps
+    if resume:
+        return steps_of(out)
+    minutes = _minutes(options) or MINUTES
+    _print_sentence(f"Trying the pace, to fit the training into {minutes:g} minutes ...")
+    return within(minutes)
+
+
+def _minutes(options: Options) -> float | None:
+    """The minutes that a run has; None where it has a number of steps."""
+    return None if options.steps else MINUTES if options.minutes is None else options.minutes
+
+
+def intervals(steps: int, warmup: int) -> dict[str, Any]:
+    """Steps and warm-up, and how often such a run is looked at and saved, as `Settings` has them."""
+    return {
+        "steps": steps,
+        "warmup": warmup,
+        "evaluate_every": max(1, steps // 20),
+        "sample_every": max(1, steps // 10),
+        "save_every": max(1, steps // 50),
+    }
+
+
+def _run(name: str, options: Options, task: Task, data: PairData, model: nn.Module, out: Path, resume: bool) -> Run:
+    own: Any = model.config
+    told = {name: value for name, value in asdict(options).items() if name not in FREE}
+    texts = [target for _, target in task.parts.validation]
+    tokens = len(data.held_out.target.ids) + len(data.held_out)
+    return Run(
+        directory=out,
+        resume=resume,
+        options={"model": asdict(own), "recipe": told},
+        about={
+            "title": name,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "languages": task.pairs.languages,
+            "data": [_source(options, task, data)],
+        },
+        bytes_per_unit=sum(len(text.encode()) for text in texts) / tokens,
+    )
+
+
+def _source(options: Options, task: Task, data: PairData) -> dict[str, Any]:
+    facts = {
+        "source": options.data + (", sides swapped" if options.reverse else ""),
+        "fingerprint": task.pairs.fingerprint,
+        "training pairs": len(data.train),
+        "validation pairs": len(data.held_out),
+        "test pairs": len(task.parts.test),
+        "steps an epoch": data.steps_per_epoch,
+    }
+    if options.data in pair_names():
+        entry = catalogue.CATALOGUE[pair_names()[options.data][0]]
+        facts |= {"licence": entry.licence, "attribution": entry.attribution}
+    return facts
+
+
+def _sampler(task: Task, model: nn.Module) -> Callable[[int], str]:
+    """Translates the first held-out sentences that the model takes, word for word the likeliest."""
+    room: Any = model.config
+    shown = [pair for pair in task.parts.validation if len(task.tokenizer.encode(pair[0])) < room.context_length]
+
+    def sample(step: int) -> str:
+        sources = [source for source, _ in shown[:SAMPLES]]
+        found = translate_texts(model, task.tokenizer, sources, TranslationParams(beam=1), lambda text: [text])
+        rows = zip(shown, found, strict=False)
+        return "\n".join(f"{source}\n  = {target}\n  > {made.text}" for (source, target), [made] in rows)
+
+    return sample

@@ -1,0 +1,69 @@
+"""The Transformer (Vaswani et al., 2017) as a translator, from sentence pairs alone.
+
+Paper: "Attention Is All You Need". `--recipe-of paper` trains as it says: Adam with β 0.9 and 0.98 and ε 1e-9, a rate
+that rises for 4,000 steps and falls with their root, label smoothing 0.1, the mean of the last 5 saved states. The
+default is for a budget of minutes on a processor: Muon, and a rate that falls to zero within the budget.
+Command: keifu train transformer --data tatoeba-ja-en
+Cost: 45 minutes of training unless --minutes or --steps say otherwise; the first run learns its tokenizer before it.
+Expected: BLEU and chrF on the held-out pairs, with the machine that they were reached on, are in docs/results.md.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from keifu.data.translation.batches import ByTokens
+from keifu.models import transformer
+from keifu.recipes.translation.common import Options, Plan, intervals, learn
+from keifu.training.settings import Settings
+
+PAPER_WARMUP = 4000
+
+
+@dataclass(frozen=True)
+class Recipe(Options):
+    """Options of the run."""
+
+    recipe_of: Literal["keifu", "paper"] = "keifu"
+    """Whose way to train; the model is the one below either way."""
+    model: transformer.Config = transformer.Config(
+        context_length=128, dim=256, hidden_dim=1024, n_layers=3, n_heads=4, dropout=0.0
+    )
+    """The vocabulary is the tokenizer's, whatever is given here. The paper's base model: dim 512, hidden-dim 2048,
+    n-layers 6, n-heads 8, dropout 0.1, which also pays off here once the pairs are seen more than a few times."""
+    learning_rate: float = 2e-3
+    """AdamW's highest rate, for embeddings and gains; the paper's follows from dim."""
+    matrix_rate: float = 0.02
+    """Muon's highest rate, for hidden matrices."""
+    label_smoothing: float = 0.1
+    """Share of the probability that is spread over all tokens."""
+    average: int | None = None
+    """The model left is the mean of the last so many saved states, 2% of the run apart; unset: 1, the paper's 5."""
+
+
+def settings(recipe: Recipe, steps: int) -> Settings:
+    """How `keifu` trains for so many steps."""
+    return Settings(
+        **intervals(steps, min(400, -(-steps // 5))), optimizer="muon", learning_rate=recipe.learning_rate,
+        matrix_rate=recipe.matrix_rate, schedule="linear", final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.98),
+    )  # fmt: skip
+
+
+def paper_settings(recipe: Recipe, steps: int) -> Settings:
+    """Section 5.3: the rate is d^-0.5 · min(step^-0.5, step · 4000^-1.5), of a shorter run its rising part alone."""
+    warmup = min(PAPER_WARMUP, steps)
+    return Settings(
+        **intervals(steps, warmup), learning_rate=recipe.model.dim**-0.5 * warmup * PAPER_WARMUP**-1.5,
+        schedule="inverse_sqrt", weight_decay=0.0, betas=(0.9, 0.98), epsilon=1e-9, clip=0.0,
+    )  # fmt: skip
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Trains into `out`, which keifu translate, keifu evaluate, keifu.load and transformers read afterwards."""
+    how, usual = {"keifu": (settings, 1), "paper": (paper_settings, 5)}[recipe.recipe_of]
+    plan = Plan(
+        transformer.build, recipe.model, partial(how, recipe), partial(ByTokens, tokens=recipe.tokens_per_batch),
+        recipe.label_smoothing, usual if recipe.average is None else recipe.average,
+    )  # fmt: skip
+    learn("transformer", recipe, plan, out, resume)

@@ -1,0 +1,1 @@
+"""Memory, FLOPs and number formats of the machine that trains."""

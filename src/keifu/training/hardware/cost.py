@@ -1,0 +1,291 @@
+"""What a run will cost, measured on a few rows before it starts: memory, time, operations; knows no model.
+
+Memory of a step = parameters + gradients + what the optimizer keeps + activations, of which some are fixed and some
+grow with the rows computed at a time.
+
+How much memory there is for this process and how much some work takes, on a CPU or a GPU; knows no model.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from keifu.errors import UserError
+from keifu.layers.dropout import DropoutKeys
+from keifu.training.hardware import flops as peak
+from keifu.training.hardware.precision import autocast
+from keifu.training.optim.optimizers import Optimizers
+from keifu.training.protocols import Batch, Objective
+from keifu.training.run.progress import format_bytes, format_count, format_seconds, number
+
+GROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that may still be taken: of the GPU, or of the machine and of the container that this process runs in."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return max(0, min(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory(), _machine()))
+    return min([_machine(), *container()])
+
+
+def taken(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes that some work takes at most beside what is there before it, as CUDA's allocator counts them."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def release(device: torch.device) -> None:
+    """Gives back memory that an allocator holds and nothing uses, as after a step that did not fit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def _machine() -> int:
+    """Linux and Windows say what is available; elsewhere it is what is free, or all there is."""
+    if PROC.exists():
+        fields = dict(line.split(":", 1) for line in PROC.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    if not hasattr(os, "sysconf"):
+        return _windows()
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of Windows."""
+
+    _fields_ = [
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        *[(name, ctypes.c_uint64) for name in ("total", "available", *"abcde")],
+    ]
+
+
+def _windows() -> int:
+    """Bytes of memory that Windows says are available."""
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # pyright: ignore[reportAttributeAccessIssue]
+        raise ctypes.WinError()  # pyright: ignore[reportAttributeAccessIssue]
+    return status.available
+
+
+def container(groups: Path = GROUPS) -> list[int]:
+    """What control groups leave, for each of version 2 and 1 that limits; caches that can be dropped count as free."""
+    places = (
+        (groups / "memory.max", groups / "memory.current", groups / "memory.stat", "inactive_file"),
+        (
+            groups / "memory/memory.limit_in_bytes",
+            groups / "memory/memory.usage_in_bytes",
+            groups / "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    )
+    return [left for place in places if (left := _left(*place)) is not None]
+
+
+def _left(limit: Path, usage: Path, statistics: Path, droppable: str) -> int | None:
+    if not (limit.exists() and usage.exists()) or limit.read_text().strip() == "max":
+        return None
+    lines = statistics.read_text().splitlines() if statistics.exists() else []
+    caches = sum(int(line.split()[1]) for line in lines if line.split()[0] == droppable)
+    return max(0, int(limit.read_text()) - int(usage.read_text()) + caches)
+
+
+SAFETY = 0.8  # the share of the free memory that a run plans with
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes, seconds and FLOPs of a run. `row_bytes` grows with the rows computed at a time, `fixed_bytes` does not."""
+
+    parameters: int
+    parameter_bytes: int
+    optimizer_bytes: int
+    fixed_bytes: int
+    row_bytes: int
+    available: int
+    micro_batch: int
+    step_seconds: float
+    flops_per_unit: float
+    units_per_step: float
+
+    @property
+    def total_bytes(self) -> int:
+        """The largest amount of memory that a step takes; the gradients are as large as the parameters."""
+        return 2 * self.parameter_bytes + self.optimizer_bytes + self.activation_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """What is kept between the forward and the backward pass, and what a pass needs for a moment."""
+        return self.fixed_bytes + self.row_bytes * self.micro_batch
+
+    def sentence(self, steps: int, unit: str, whole_steps: float) -> str:
+        """What is said before a run starts; its smaller batches are counted as shares of whole steps."""
+        up_to = "up to " if whole_steps < steps else ""
+        parts = f"{format_bytes(2 * self.parameter_bytes)} parameters and gradients, {format_bytes(self.optimizer_bytes)} optimizer, "
+        parts += f"{format_bytes(self.activation_bytes)} activations"
+        units = f"{up_to}{self.units_per_step:,.0f} {unit}, {format_count(whole_steps * self.units_per_step)} in all"
+        return (
+            f"{format_count(self.parameters)} parameters; {number(steps, 'step')} of {units}: "
+            f"about {format_seconds(whole_steps * self.step_seconds)}, validations and samples not counted, and "
+            f"{format_bytes(self.total_bytes)} of memory ({parts}), of {format_bytes(self.available)} that are free."
+        )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How to try a step: the parts of a run that it needs."""
+
+    model: nn.Module
+    objective: Objective
+    optimisers: Optimizers
+    device: torch.device
+    dtype: torch.dtype
+
+    @cached_property
+    def dropout(self) -> DropoutKeys:
+        """What dropout draws from, as in a step."""
+        return DropoutKeys(self.model, 0, self.device)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, float]:
+        """The loss of a batch and its number of elements."""
+        self.dropout.set(0, 0, len(next(iter(batch.values()))))
+        with autocast(self.device, self.dtype):
+            outcome = self.objective(self.model, batch)
+        return outcome.total, float(outcome.weight)
+
+    def backward(self, batch: Batch) -> None:
+        """A forward and a backward pass."""
+        self.forward(batch)[0].backward()
+
+    def activations(self, batch: Batch) -> tuple[int, int]:
+        """Bytes kept for the backward pass, parameters not counted, and of those the largest single tensor.
+
+        On CUDA, all that the passes take at most, as its allocator counts it: nothing has to be added to that.
+        """
+        if self.device.type == "cuda":
+            self.backward(batch)  # gradients, and what libraries set up once
+            return taken(lambda: self.backward(batch), self.device), 0
+        known = {p.untyped_storage().data_ptr() for p in [*self.model.parameters(), *self.model.buffers()]}
+        kept: dict[int, tuple[int, Tensor]] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.forward(batch)
+        sizes = [n for n, _ in kept.values()]
+        return sum(sizes), max(sizes, default=0)
+
+
+def estimate(probe: Probe, batch: Batch, micro_batch: int | None, advice: str) -> Cost:
+    """Measures a run on rows of its first batch. Weights, buffers and random numbers are as before afterwards.
+
+    Without `micro_batch`, as many rows are computed at a time as 80% of the free memory holds. A run for which not even
+    one row fits is a `UserError`, with the amounts and the advice.
+    """
+    rows = len(next(iter(batch.values())))
+    with preserve_state(probe):
+        fixed, per_row = _linear(probe, batch, rows)
+        parameter_bytes = sum(p.nbytes for p in probe.optimisers.parameters.values())
+        optimizer_bytes, update_seconds = _optimizer(probe)
+        available = available_memory(probe.device)
+        base = 2 * parameter_bytes + optimizer_bytes + fixed - sum(p.nbytes for p in probe.model.parameters())
+        fitting = int((SAFETY * available - base) / max(1, per_row))
+        if fitting < 1:
+            needed = f"one row at a time needs about {format_bytes(base + per_row)} of memory, and {format_bytes(available)} are free"
+            raise UserError(f"The run does not fit: {needed}; {advice}.")
+        chosen = min(micro_batch or _even(rows, fitting), rows)
+        seconds, units, flops = _timed(probe, batch, chosen)
+    return Cost(
+        parameters=sum(p.numel() for p in probe.model.parameters()),
+        parameter_bytes=parameter_bytes,
+        optimizer_bytes=optimizer_bytes,
+        fixed_bytes=fixed,
+        row_bytes=per_row,
+        available=available,
+        micro_batch=chosen,
+        step_seconds=seconds * rows / chosen + update_seconds,
+        flops_per_unit=flops / max(units, 1),
+        units_per_step=units * rows / chosen,
+    )
+
+
+def first_rows(batch: Batch, rows: int) -> Batch:
+    """The first rows of a batch."""
+    return {name: tensor[:rows] for name, tensor in batch.items()}
+
+
+def _even(rows: int, fitting: int) -> int:
+    """The rows of a batch in as few equal parts as fit."""
+    parts = -(-rows // min(rows, fitting))
+    return -(-rows // parts)
+
+
+def _linear(probe: Probe, batch: Batch, rows: int) -> tuple[int, int]:
+    """Activations as a fixed part and a part for each row, from passes over one and two rows.
+
+    Twice the largest tensor is added for what a backward pass holds for a moment: a gradient and what it is made of.
+    """
+    one, two = (
+        kept + 2 * largest for kept, largest in (probe.activations(first_rows(batch, n)) for n in (1, min(2, rows)))
+    )
+    per_row = two - one if rows > 1 else one
+    return max(0, one - per_row), per_row
+
+
+def _optimizer(probe: Probe) -> tuple[int, float]:
+    """What the optimizers keep and how long they take, by a step with the rate 0, which is forgotten again."""
+
+    def step() -> None:
+        for parameter in probe.optimisers.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        probe.optimisers.update(dict.fromkeys(probe.optimisers.all, 0.0))
+
+    step()
+    kept = sum(tensor.nbytes for tensor in probe.optimisers.state().values())
+    seconds = peak.time_call(step, probe.device)
+    probe.optimisers.forget()
+    return kept, seconds
+
+
+def _timed(probe: Probe, batch: Batch, rows: int) -> tuple[float, float, int]:
+    """Seconds, elements and FLOPs of a pass forward and backward over some rows."""
+    part = first_rows(batch, rows)
+    flops = peak.count_flops(lambda: probe.backward(part))  # also the pass that warms up
+    with torch.no_grad():
+        units = probe.forward(part)[1]
+    return peak.time_call(lambda: probe.backward(part), probe.device), units, flops
+
+
+@contextmanager
+def preserve_state(probe: Probe) -> Iterator[None]:
+    """Puts buffers, gradients and random numbers back."""
+    buffers = [(buffer, buffer.clone()) for buffer in probe.model.buffers()]
+    kind = probe.device.type
+    devices: list[Any] = [] if kind == "cpu" else [probe.device]
+    with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
+        yield
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    probe.dropout.clear()
+    probe.optimisers.drop_gradients()

@@ -1,0 +1,154 @@
+"""What went wrong in a step, said so that a person can act; knows kinds of failure, no loop and no model."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.training.run.progress import format_bytes
+
+ALLOCATION = re.compile(r"out of memory|can't allocate memory|not enough memory|DefaultCPUAllocator")
+ASKED = re.compile(r"(?:allocate:?|allocating) *([\d.]+) *(bytes|[KMGT]i?B)?")
+NOT_AGAIN = "it did not happen again when the step was repeated"
+UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+class NotFinite(UserError):
+    """The loss or a gradient of a step is not a finite number; the step was not made."""
+
+
+class OutOfMemory(UserError):
+    """A step did not fit in memory; the step was not made."""
+
+
+@contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Turns every kind of out-of-memory error into one that says how much was asked for, and the advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not ALLOCATION.search(str(error)):
+            raise
+        raise OutOfMemory(f"There is not enough memory{_requested_bytes(str(error))}; {advice}.") from error
+
+
+def _requested_bytes(message: str) -> str:
+    found = ASKED.search(message)
+    if not found:
+        return ""
+    return f": {format_bytes(float(found[1].rstrip('.')) * UNITS.get(found[2] or 'bytes', 1))} more were asked for"
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every number is finite; waits for the device."""
+    return bool(tensor.isfinite().all())
+
+
+def first_not_finite(model: nn.Module, work: Callable[[], Tensor]) -> str:
+    """Which part of a pass is the first whose numbers are not finite, in a few words.
+
+    `work` runs the forward pass and gives the loss. Weights are looked at first, then the modules' outputs in the order
+    in which they come, then the loss, then gradients in the order in which they come.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not is_finite(tensor):
+            return f"{name} itself holds {_bad(tensor)}"
+    found: list[str] = []
+    with _watch_modules(model, found):
+        loss = work()
+        if not found and not is_finite(loss):
+            found.append("the loss is the first number that is not finite: the outputs of all modules are")
+        if not found:
+            loss.backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None and not is_finite(parameter.grad):
+                    found.append(f"the gradient of {name} holds {_bad(parameter.grad)}")
+    return found[0] if found else NOT_AGAIN
+
+
+@contextmanager
+def _watch_modules(model: nn.Module, found: list[str]) -> Iterator[None]:
+    """Notes every module whose output, or the gradient of whose output, is not finite."""
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_hook(_forward_hook(found, "output", name or "the model")))
+        handles.append(module.register_full_backward_pre_hook(_backward_hook(found, name or "the model")))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Full backward hook is firing")  # for modules without a gradient's input
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forward_hook(found: list[str], what: str, name: str) -> Callable[[nn.Module, tuple, object], None]:
+    def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+        _check_tensors(found, f"{what} of {name} ({type(module).__name__})", output)
+
+    return hook
+
+
+def _backward_hook(found: list[str], name: str) -> Callable[[nn.Module, object], None]:
+    def hook(module: nn.Module, gradients: object) -> None:
+        _check_tensors(found, f"gradient that reaches {name} ({type(module).__name__})", gradients)
+
+    return hook
+
+
+def _check_tensors(found: list[str], what: str, value: object) -> None:
+    tensors = value if isinstance(value, tuple | list) else (value,)
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_finite(tensor):
+            found.append(f"the {what} is the first that holds {_bad(tensor)}")
+            return
+
+
+def _bad(tensor: Tensor) -> str:
+    nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    kinds = [f"{n:,} {word}" for n, word in ((nan, "NaN"), (infinite, "infinite")) if n]
+    return f"{' and '.join(kinds)} of {tensor.numel():,} values"
+
+
+class Running:
+    """A mean and a deviation of what is read, which forget with 0.9 a reading."""
+
+    def __init__(self, mean: float = 0.0, variance: float = 0.0, readings: int = 0):
+        self.mean, self.variance, self.readings = mean, variance, readings
+
+    def far_below(self, loss: float, rise: float) -> bool:
+        """Whether a loss stands above the mean by six deviations, and by the share `rise` of the mean."""
+        return self.readings >= 5 and loss > self.mean + max(6 * self.variance**0.5, rise * abs(self.mean))
+
+    def take(self, loss: float) -> None:
+        """Takes a reading in."""
+        share = max(0.1, 1 / (self.readings + 1))
+        change = loss - self.mean
+        self.mean += share * change
+        self.variance = (1 - share) * (self.variance + share * change**2)
+        self.readings += 1
+
+    def facts(self) -> dict[str, float]:
+        """What the constructor takes, for a state."""
+        return {"mean": self.mean, "variance": self.variance, "readings": self.readings}
+
+
+class Divergence(Running):
+    """Watches the loss: `watch` gives a warning when it stands far above where it was, by half at least. It warns once,
+    until the loss is back."""
+
+    warned = False
+
+    def watch(self, loss: float) -> str | None:
+        """A sentence, where one is due."""
+        far = self.far_below(loss, 0.5)
+        warning = far and not self.warned
+        self.warned = far
+        text = f"The loss is {loss:.4g}, far above its running mean of {self.mean:.4g}: the run may be diverging; "
+        if not far:
+            self.take(loss)
+        return text + "a lower learning rate, a longer warm-up or a smaller clip helps." if warning else None

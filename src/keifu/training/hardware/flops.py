@@ -1,0 +1,107 @@
+"""How many operations a device can do, and how many a pass needs; knows no model.
+
+A multiplication and an addition count as two operations (FLOPs).
+"""
+
+import functools
+import re
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+SECONDS = 0.2
+# Makers' figures of dense matrix products with sums in float32, in TFLOP/s: in bfloat16, in float16, in float32 (by
+# tensor cores as TF32 where there are any for it). The first pattern that a GPU's name has counts; of AMD's cards with
+# two dies each die is a device.
+TFLOPS = {
+    r"\bB200\b": (2250, 2250, 1125),
+    r"\bH100 PCIe\b": (756, 756, 378),
+    r"\bH100 NVL\b": (835, 835, 418),
+    r"\b(H100|H200|GH200)\b": (989, 989, 495),
+    r"\b(A100|A800)\b": (312, 312, 156),
+    r"\bA30$": (165, 165, 82),
+    r"\bA40$": (150, 150, 75),
+    r"\bA10$": (125, 125, 62.5),
+    r"\bRTX A6000$": (155, 155, 77.4),
+    r"\bL40S$": (362, 362, 183),
+    r"\bL40$": (181, 181, 90.5),
+    r"\bL4$": (121, 121, 60.5),
+    r"\bT4$": (0, 65, 8.1),
+    r"\bV100\b.*PCIE": (0, 112, 14),
+    r"\bV100\b": (0, 125, 15.7),
+    r"\bRTX 3090$": (71, 71, 35.6),
+    r"\bRTX 4090$": (165, 165, 82.6),
+    r"\bRTX 5090$": (209.5, 209.5, 104.8),
+    r"\bMI100\b": (92.3, 184.6, 46.1),
+    r"\bMI210\b": (181, 181, 45.3),
+    r"\bMI250X\b": (191.5, 191.5, 47.9),
+    r"\bMI250\b": (181, 181, 45.3),
+    r"\bMI300A\b": (981, 981, 490),
+    r"\b(MI300X|MI325X)\b": (1307, 1307, 654),
+}
+FORMATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of matrix products on the device: its maker's figure for common GPUs, else measured."""
+    published = named_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+    return published or matmul_peak(device, dtype)
+
+
+def named_peak(name: str, dtype: torch.dtype) -> float | None:
+    """The maker's figure for a GPU by its name; None for one that is not in the table, or a format that it has not."""
+    row = next((figures for pattern, figures in TFLOPS.items() if re.search(pattern, name)), None)
+    return row[FORMATS.index(dtype)] * 1e12 or None if row else None
+
+
+@functools.cache
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large square matrix product, the best of those that fit in 0.2 s after a first one."""
+    size = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while best == float("inf") or time.perf_counter() < end:
+        best = min(best, time_call(lambda: torch.mm(a, b), device))
+    return 2 * size**3 / best
+
+
+def time_call(work: Callable[[], object], device: torch.device) -> float:
+    """How long some work takes, with what it has put into the device's queue."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device's queue; a CPU has none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """FLOPs of the matrix products, convolutions and attention in some work, forward and backward, counted by torch.
+
+    For a language model this is PaLM's 6N + 12·L·H·Q·T per token (appendix B): causal attention counts in full.
+    """
+    aten = torch.ops.aten
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
+    return 2 * sdpa_flop_count(query, key, value)

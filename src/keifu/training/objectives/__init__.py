@@ -1,0 +1,1 @@
+"""Objectives: from a model and a batch to sums of losses."""

@@ -1,0 +1,191 @@
+"""Learning to make pictures small and large again: the loss of an autoencoder with normal latents; knows no network.
+
+Axes: batch, channels, height, width.
+
+Learning a codebook for pictures, and learning to say texts and pictures: DALL-E's two losses; knows no network.
+
+Axes: batch; codebook; rows, columns = of the grid; text = tokens of every text; places = rows · columns.
+
+Batches of texts and pictures that were turned into entries of a codebook before; knows no model and no tokenizer.
+
+Axes: picture, rows, columns = of the grid; batch, text = tokens of every text.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from keifu.data.images.io import to_signed
+from keifu.layers.counter_rng import gumbel, normal
+from keifu.layers.losses import cross_entropy
+from keifu.training.protocols import Batch, Data, LossOutput
+
+Values = Float[Tensor, "batch channels height width"]
+
+
+@dataclass(frozen=True)
+class AutoencoderKLLoss:
+    """The loss of latent diffusion's autoencoder (Rombach et al., 2022, section 3.1): an objective of the loop.
+
+    Of a picture: the mean absolute difference, and the squared one, which finds colours sooner, plus `edges` times that
+    of its edges (see `edge_difference`), which keep lines sharp where the released code has a perceptual and an
+    adversarial term, plus `kl_weight` times the divergence of its latents from the standard normal distribution, in
+    nats for each number of the picture.
+
+    A batch has "pictures", bytes, and "draws", the seed of each row's latents (see `diffusion.WithDraws`).
+    """
+
+    kl_weight: float = 1e-3
+    edges: float = 1.0
+
+    def __call__(self, model: Any, batch: Batch) -> LossOutput:
+        """The sum over pictures; figures: `absolute_error`, `edge_error`, `squared_error`, of numbers from -1 to 1, and
+        `kl`, in nats for each number of the latents."""
+        picture = to_signed(batch["pictures"])
+        found = model.encode(picture)
+        again = model.decode(found.sample(normal(batch["draws"], found.mean.shape[1:])))
+        apart, kl, edges = (again - picture).flatten(1), found.kl(), edge_difference(again, picture)
+        absolute, squared = apart.abs().mean(1), apart.square().mean(1)
+        total = absolute + squared + self.edges * edges + self.kl_weight * kl / picture[0].numel()
+        figures = {"absolute_error": absolute.sum(), "edge_error": edges.sum(), "kl": kl.sum() / found.mean[0].numel()}
+        figures["squared_error"] = squared.sum()
+        return LossOutput(total.sum(), len(picture), figures)
+
+
+def edge_difference(x: Values, y: Values) -> Float[Tensor, " batch"]:
+    """How far the steps from pixel to pixel differ in size, down and across: the mean of ||Δx| - |Δy|| (Mathieu,
+    Couprie and LeCun, 2016, "Deep multi-scale video prediction beyond mean square error", section 3.2)."""
+    parts = [(torch.diff(x, dim=way).abs() - torch.diff(y, dim=way).abs()).abs().flatten(1).mean(1) for way in (2, 3)]
+    return parts[0] + parts[1]
+
+
+TEMPERATURE, KL_WEIGHT = "temperature", "kl_weight"
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A number that goes from `start` to `end` by half a cosine in the first `steps` steps, and stays there."""
+
+    start: float
+    end: float
+    steps: int
+
+    def at(self, step: int) -> float:
+        """Its value in a step, counted from 0."""
+        share = 0.5 - 0.5 * math.cos(math.pi * min(1.0, step / max(1, self.steps)))
+        return self.start + (self.end - self.start) * share
+
+
+class RampedBatches:
+    """Data whose batches also have numbers that change from step to step, by name, the same for each row [batch].
+
+    Held-out batches have their last values.
+    """
+
+    def __init__(self, data: Data, ramps: Mapping[str, Ramp]):
+        self.data, self.ramps = data, ramps
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the data and with any ramp."""
+        return f"{self.data.fingerprint}:{dict(self.ramps)}"
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step."""
+        return self._told(self.data.batch(step), lambda ramp: ramp.at(step))
+
+    def validation(self) -> Iterator[Batch]:
+        """The held-out batches."""
+        for batch in self.data.validation():
+            yield self._told(batch, lambda ramp: ramp.end)
+
+    def _told(self, batch: Batch, value: Callable[[Ramp], float]) -> Batch:
+        rows = len(next(iter(batch.values())))
+        return {**batch, **{name: torch.full((rows,), value(ramp)) for name, ramp in self.ramps.items()}}
+
+
+def discrete_vae_loss(model: Any, batch: Batch) -> LossOutput:
+    """The bound that DALL-E's autoencoder learns by (Ramesh et al., 2021, section 2.1 and appendix A): an objective.
+
+    Entries are chosen by a softmax of logits and Gumbel noise over "temperature". The loss is the negative
+    logit-Laplace likelihood for each number of the picture, and "kl_weight" times the divergence of the choice from an
+    even one, of all places together, for each number too (the paper's β/192). A batch has "pictures", bytes, "draws",
+    the seeds of the noise (see `diffusion.WithDraws`), and both ramps. Figures: `squared_error` of numbers from -1 to
+    1, through the likeliest entries, `kl`, in nats a place, and `used`, e to the entropy of the batch's mean choice.
+    """
+    picture = to_signed(batch["pictures"])
+    logits = model.logits(picture)
+    noise = gumbel(batch["draws"], logits.shape[1:])
+    shares = ((logits + noise) / batch[TEMPERATURE][:, None, None, None]).softmax(1)
+    likelihood = model.relaxed(shares).log_likelihood(model.values(picture)).flatten(1).mean(1)
+    log_shares = logits.log_softmax(1)
+    even = (log_shares.exp() * (log_shares + math.log(logits.shape[1]))).sum(1).flatten(1)
+    total = -likelihood + batch[KL_WEIGHT] * even.sum(1) / picture[0].numel()
+    with torch.no_grad():
+        error = (model.decode(logits.argmax(1)) - picture).square().flatten(1).mean(1)
+        mean = log_shares.exp().mean((0, 2, 3))
+        used = torch.exp(-(mean * torch.log(mean + 1e-12)).sum())
+    figures = {"squared_error": error.sum(), "kl": even.mean(1).sum(), "used": used * len(picture)}
+    return LossOutput(total.sum(), len(picture), figures)
+
+
+@dataclass(frozen=True)
+class TextImageLoss:
+    """The loss of a decoder over a text and a picture's entries: an objective (Ramesh et al., 2021, section 2.2).
+
+    The cross-entropy of the text and that of the picture, each a mean over its tokens in the batch, count 1/8 and 7/8.
+    A batch has "tokens" and "real" [batch, text], "codes" [batch, rows, columns] and "text_share" [batch]: its rows
+    over its real tokens, the same for each, so that it may be split anywhere. Figures: `text_loss` and `picture_loss`,
+    in nats a token.
+    """
+
+    text_weight: float = 1 / 8
+
+    def __call__(self, model: Any, batch: Batch) -> LossOutput:
+        """The sum over rows."""
+        tokens, real, codes = batch["tokens"], batch["real"], batch["codes"].flatten(1)
+        said = model(tokens, real, batch["codes"])
+        words = cross_entropy(said.text, tokens, real) * batch["text_share"][0]
+        picture = cross_entropy(said.picture, codes) / codes.shape[1]
+        total = self.text_weight * words + (1 - self.text_weight) * picture
+        return LossOutput(total, len(tokens), {"text_loss": words, "picture_loss": picture})
+
+
+Codes = Int[Tensor, "picture rows columns"]
+
+
+class ImageTokenBatches:
+    """Data with "indices" and "tokens" whose pictures were encoded before, once: "codes" stand in their place.
+
+    real: where the tokens of texts are no padding. "text_share" is a batch's rows over its real tokens, the same for
+    each row.
+    """
+
+    def __init__(self, data: Data, training: Codes, held: Tensor | None, real: Callable[[Tensor], Tensor]):
+        self.data, self.training, self.held, self.real = data, training, held, real
+        digest = hashlib.sha256(data.fingerprint.encode())
+        for part in (training, held):
+            digest.update(b"|" if part is None else part.numpy().tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step."""
+        return self._in_codes(self.data.batch(step), self.training)
+
+    def validation(self) -> Iterator[Batch]:
+        """The held-out batches."""
+        for batch in self.data.validation():
+            assert self.held is not None
+            yield self._in_codes(batch, self.held)
+
+    def _in_codes(self, batch: Batch, codes: Codes) -> Batch:
+        tokens = batch["tokens"]
+        real = self.real(tokens)
+        share = torch.full((len(tokens),), len(tokens) / float(real.sum()))
+        return {"tokens": tokens, "real": real, "codes": codes[batch["indices"]], "text_share": share}

@@ -1,0 +1,266 @@
+"""Learning to remove noise: what each row of a batch draws, and the loss of a prediction; knows no network and no loop.
+
+Which timestep and which noise a picture gets, only the seed, the step and its row decide, so a batch may be split
+anywhere and a run resumed at any step. Axes: batch, channels, height, width.
+
+Learning to remove noise from what a text describes: the loss, and latents that were computed once; knows no network,
+no tokenizer and no loop.
+
+Axes: batch, channels, height, width; length = tokens of a text.
+
+Pictures of bytes as numbers without steps, each byte somewhere in its own 256th; knows no model and no loop.
+
+Axes: batch, channels, height, width.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from keifu.data.images.io import to_signed
+from keifu.layers.counter_rng import bits, normal, uniform
+from keifu.layers.diffusion.noise_schedule import (
+    Noise,
+    Posterior,
+    Weighting,
+    add_noise,
+    at,
+    discretised_log_likelihood,
+    loss_weights,
+    normal_kl,
+    posterior,
+    predicted_x0,
+    training_target,
+)
+from keifu.training.protocols import Batch, Data, LossOutput
+
+TIMESTEP, DROPPED = 2**40, 2**40 + 1  # places in a row's stream, far behind those of its noise
+HELD_OUT = -1  # the step whose draws the held-out pictures have
+
+
+class NoisedBatches:
+    """Data whose batches also have "draws" [batch], int64: the seed of each row's timestep, noise and dropped label.
+
+    Held-out rows have the same draws each time, so that their losses can be compared.
+    """
+
+    def __init__(self, data: Data, seed: int):
+        self.data, self.seed = data, seed
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the data and with the seed."""
+        return f"{self.data.fingerprint}:{self.seed}"
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step."""
+        return self._drawn(self.data.batch(step), step, 0)
+
+    def validation(self) -> Iterator[Batch]:
+        """The held-out batches."""
+        first = 0
+        for batch in self.data.validation():
+            batch = self._drawn(batch, HELD_OUT, first)
+            first += len(batch["draws"])
+            yield batch
+
+    def _drawn(self, batch: Batch, step: int, first: int) -> Batch:
+        return {**batch, "draws": draw_noise(self.seed, step, len(next(iter(batch.values()))), first)}
+
+
+def draw_noise(seed: int, step: int, rows: int, first: int = 0) -> Int[Tensor, " rows"]:
+    """A seed for each row of a step."""
+    of_step = bits(torch.tensor([seed]), torch.tensor([step]))
+    return bits(of_step.expand(rows), torch.arange(first, first + rows))
+
+
+@dataclass(frozen=True)
+class DiffusionLoss:
+    """The loss of a network that is told x and the timestep and says its `Noise`'s target: an objective of the loop.
+
+    A batch has "pictures" [batch, channels, height, width], bytes or numbers from -1 to 1, "draws" (see `NoisedBatches`),
+    and "labels" [batch] where there are some, -1 for none. The loss of a picture is the mean of the squared error over
+    its numbers, times the weight of its timestep.
+
+    weighting, gamma: see `loss_weights`. label_dropout: the share of labels that are left out, which guidance needs.
+    bound_weight: with a learned variance, what the variational bound counts in bits per number, as a sum over all
+    timesteps; its gradient teaches the variance alone (Nichol and Dhariwal, 2021, section 3.1).
+    """
+
+    noise: Noise
+    weighting: Weighting = "simple"
+    gamma: float | None = None
+    label_dropout: float = 0.0
+    bound_weight: float = 0.001
+
+    @cached_property
+    def weights(self) -> Float[Tensor, " steps"]:
+        """The weight of each timestep."""
+        return loss_weights(self.noise, self.weighting, self.gamma)
+
+    @cached_property
+    def posterior(self) -> Posterior:
+        """The exact step back."""
+        return posterior(self.noise)
+
+    def __call__(self, model: Any, batch: Batch) -> LossOutput:
+        """The sum over pictures; figures: `squared_error`, without weights, and `bits`, of the bound's sum, where the
+        variance is learned."""
+        given = batch["pictures"]
+        picture = to_signed(given) if given.dtype == torch.uint8 else given
+        draws = batch["draws"]
+        timestep = (uniform(draws, torch.full_like(draws, TIMESTEP)) * self.noise.steps).long()
+        added = normal(draws, picture.shape[1:]).to(picture.dtype)
+        x = add_noise(picture, added, self.noise.alpha_bar, timestep)
+        output = self.output(model, x, timestep, batch).to(x.dtype)
+        share = None
+        if self.noise.variance == "learned_range":
+            output, share = output.chunk(2, 1)
+        error = (output - training_target(self.noise, picture, added, timestep)).square().flatten(1).mean(1)
+        total = (error * self.weights.to(error)[timestep]).sum()
+        figures = {"squared_error": error.sum()} if self.weighting != "simple" else {}
+        if share is not None:
+            frozen = predicted_x0(self.noise, output.detach(), x, timestep)
+            bound = self.noise.steps * bits_of_step(self.noise, self.posterior, picture, frozen, x, timestep, share)
+            total = total + self.bound_weight * bound.sum()
+            figures["bits"] = bound.sum()
+        return LossOutput(total, len(picture), figures)
+
+    def output(self, model: Any, x: Tensor, timestep: Int[Tensor, " batch"], batch: Batch) -> Tensor:
+        """What the model says of noisy pictures, told the labels of the batch."""
+        return model(x, timestep, self._labels(model, batch))
+
+    def dropped(self, batch: Batch) -> Bool[Tensor, " batch"]:
+        """The rows that are not told what they show."""
+        draws = batch["draws"]
+        return uniform(draws, torch.full_like(draws, DROPPED)) < self.label_dropout
+
+    def _labels(self, model: Any, batch: Batch) -> Tensor | None:
+        """The labels, those left out as the null class."""
+        none = model.config.n_classes
+        if not none or "labels" not in batch:
+            return None
+        if not model.config.null_class:
+            return batch["labels"]
+        labels = batch["labels"].masked_fill(batch["labels"] < 0, none)
+        return labels.masked_fill(self.dropped(batch), none)
+
+
+def bits_of_step(
+    noise: Noise,
+    exact: Posterior,
+    picture: Float[Tensor, "batch *shape"],
+    predicted: Float[Tensor, "batch *shape"],
+    x: Float[Tensor, "batch *shape"],
+    timestep: Int[Tensor, " batch"],
+    share: Tensor | None,
+) -> Float[Tensor, " batch"]:
+    """L_{t-1} of the variational bound (Ho et al., 2020, equation 5), in bits per number of each picture.
+
+    The divergence of the model's step back from the exact one; at timestep 0, what the step needs to say the grey
+    values themselves.
+    """
+    of_picture, of_x = at(exact.of_picture, timestep, x), at(exact.of_x, timestep, x)
+    mean, right = of_picture * predicted + of_x * x, of_picture * picture + of_x * x
+    log_variance = exact.log_variance(noise, timestep, share, x).expand_as(x)
+    apart = normal_kl(right, at(exact.log_small, timestep, x), mean, log_variance)
+    spoken = -discretised_log_likelihood(picture, mean, log_variance)
+    last = (timestep == 0).reshape(-1, *[1] * (x.ndim - 1))
+    return torch.where(last, spoken, apart).flatten(1).mean(1) / math.log(2)
+
+
+LATENT = 2**40 + 2  # the place in a row's stream from which the noise inside its latents is seeded
+
+
+@dataclass(frozen=True, eq=False)
+class TextDiffusionLoss(DiffusionLoss):
+    """`DiffusionLoss` of a network that looks at the text of each row ("tokens" [batch, length] in a batch).
+
+    The model offers `encode_text`, which learns where its weights are not frozen, and `project`. `empty` are the tokens
+    of no text at all, which a share of `label_dropout` of the rows have, so that guidance can lead away from it (Ho and
+    Salimans, 2022).
+    """
+
+    empty: Int[Tensor, " length"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+    def output(self, model: Any, x: Tensor, timestep: Int[Tensor, " batch"], batch: Batch) -> Tensor:
+        """What the model says of noisy latents, told the texts of the batch."""
+        empty = self.empty.to(batch["tokens"].device)
+        tokens = torch.where(self.dropped(batch)[:, None], empty, batch["tokens"])
+        return model(x, timestep, model.project(model.encode_text(tokens)))
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImages:
+    """The latents of a set of pictures, each a normal distribution, as diffusion sees them."""
+
+    mean: Float[Tensor, "picture channels height width"]
+    deviation: Float[Tensor, "picture channels height width"]
+
+    def batch(self, batch: Batch) -> Batch:
+        """The batch with latents in the place of its "pictures", found by "indices" and drawn by "draws"."""
+        places, draws = batch["indices"], batch["draws"]
+        noise = normal(bits(draws, torch.full_like(draws, LATENT)), self.mean.shape[1:])
+        return {**batch, "pictures": self.mean[places] + self.deviation[places] * noise}
+
+
+class LatentBatches:
+    """Data with "indices" and "draws" (see `WithDraws`), whose pictures were encoded before, once."""
+
+    def __init__(self, data: Data, training: EncodedImages, held: EncodedImages | None):
+        self.data, self.training, self.held = data, training, held
+        digest = hashlib.sha256(data.fingerprint.encode())
+        for part in (training, held):
+            for tensor in (part.mean, part.deviation) if part else ():
+                digest.update(tensor.numpy().tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step."""
+        return self.training.batch(self.data.batch(step))
+
+    def validation(self) -> Iterator[Batch]:
+        """The held-out batches."""
+        for batch in self.data.validation():
+            assert self.held is not None
+            yield self.held.batch(batch)
+
+
+PLACES = 2**41  # in a row's stream, behind those of its noise, timestep and label
+
+
+class DequantizedBatches:
+    """Data whose pictures are (byte + u) / 128 - 1 with u uniform in [0, 1) (Theis et al., 2016, section 3.1): the
+    density of such numbers bounds the probability of the bytes. Which u, the row's own draws decide."""
+
+    def __init__(self, data: NoisedBatches):
+        self.data = data
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the data."""
+        return f"{self.data.fingerprint}:dequantised"
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step."""
+        return dequantize(self.data.batch(step))
+
+    def validation(self) -> Iterator[Batch]:
+        """The held-out batches, the same each time."""
+        return map(dequantize, self.data.validation())
+
+
+def dequantize(batch: Batch) -> Batch:
+    """A batch with "pictures" as numbers from -1 to below 1, by its "draws"."""
+    pictures, draws = batch["pictures"], batch["draws"]
+    numbers = pictures[0].numel()
+    places = torch.arange(PLACES, PLACES + numbers, device=draws.device).repeat(len(draws))
+    spread = uniform(draws.repeat_interleave(numbers), places).view_as(pictures).float()
+    return {**batch, "pictures": (pictures + spread) / 128 - 1}

@@ -1,0 +1,165 @@
+"""What a model is trained to do, as functions of a model and a batch; they know no loop and no particular model.
+
+Axes: batch, length = tokens; each function gives sums over the elements that count.
+
+What BERT is pretrained to do, as a function of a model and a batch: fill in words, tell neighbours; knows no model.
+
+Axes: row, place = tokens of a row, masked = the places of a row that are to be filled in, vocab.
+
+What a decoder is fine-tuned to do, as a function of a model and a batch: a task, and beside it to go on writing.
+
+It knows no loop and no particular model. Axes: batch = examples, sequences = of one example, length = tokens.
+
+What a mixture of denoisers trains a decoder to do, and figures beside the loss; knows no loop and no model.
+
+Axes: batch, length = tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keifu.layers.losses import IGNORED, cross_entropy, linear_cross_entropy, smoothed_linear_cross_entropy
+from keifu.training.protocols import Batch, LossOutput, Objective
+
+
+def causal_language_modeling(model: Any, batch: Batch, z_loss: float = 0.0) -> LossOutput:
+    """Next-token prediction: -log p of each token of batch["tokens"] [batch, length + 1] given those before it.
+
+    The model offers `hidden(tokens)` and `head_weight`, so that never all logits exist. Where batch["mask"]
+    [batch, length + 1] is there, only tokens for which it is True are predicted; where batch["documents"] is, none sees
+    another document of its row. `z_loss` · log²Z a token, Z being the softmax's normaliser (PaLM, section 5), is for
+    training mode alone, where the figure `nats` is the loss without it.
+    """
+    inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+    if "mask" in batch:
+        targets = targets.masked_fill(~batch["mask"][:, 1:], IGNORED)
+    z_loss = z_loss if model.training else 0.0
+    apart = {"documents": batch["documents"][:, :-1]} if "documents" in batch else {}
+    hidden = model.hidden(inputs, **apart)
+    total, nats = smoothed_linear_cross_entropy(hidden, model.head_weight, None, targets, z_loss=z_loss)
+    figures = {"nats": nats} if z_loss else {}
+    return LossOutput(total, (targets != IGNORED).sum() if "mask" in batch else targets.numel(), figures)
+
+
+def classification(model: Any, batch: Batch) -> LossOutput:
+    """-log p of the label batch["targets"] [batch] of each row of batch["tokens"] [batch, length].
+
+    batch["mask"] [batch, length] is True on real tokens. The model offers `classify(tokens, segments, mask)`.
+    """
+    logits, targets = model.classify(batch["tokens"], None, batch["mask"]), batch["targets"]
+    return LossOutput(cross_entropy(logits, targets), len(targets), {"accuracy": (logits.argmax(-1) == targets).sum()})
+
+
+def translation(model: Any, batch: Batch, label_smoothing: float = 0.0) -> LossOutput:
+    """Prediction of each token of batch["target"] [batch, length + 1] after its first, given those before it and
+    batch["source"]; masks are True on real tokens.
+
+    The model offers `start`, `hidden`, `head_weight` and `head_bias`, so that never all logits exist. Label smoothing
+    (Szegedy et al., 2016) is for training mode alone, where the figure `nats` is the loss without it.
+    """
+    inputs, mask = batch["target"][:, :-1], batch["source_mask"]
+    targets = batch["target"][:, 1:].masked_fill(~batch["target_mask"][:, 1:], IGNORED)
+    whole = mask.device.type == "cpu" and bool(mask.all())  # a GPU would be waited for
+    hidden = model.hidden(inputs, model.start(batch["source"], None if whole else mask))
+    smoothing = label_smoothing if model.training else 0.0
+    total, nats = smoothed_linear_cross_entropy(
+        hidden, model.head_weight, model.head_bias, targets, label_smoothing=smoothing
+    )
+    return LossOutput(total, (targets != IGNORED).sum(), {"nats": nats} if model.training else {})
+
+
+def masked_language_modeling(model: Any, batch: Batch) -> LossOutput:
+    """The mean loss of the masked words plus that of the sentence pairs (Devlin et al., 2018, appendix A.2), in nats.
+
+    A batch is what `keifu.data.text.masked_lm.MaskedText` makes; without "random_next" there are words alone. The two means
+    have two denominators, and the loop divides by one, the number of tokens: "word_weight" and "pair_weight" are that
+    number by each of the two, for the whole batch that this may be a part of. The model offers `encode`, `pool`,
+    `next_sentence`, `word_states`, `head_weight` and `head_bias`; only hidden words get logits. How many words are
+    right is counted in evaluation mode alone, for it needs their logits again.
+    """
+    hidden = model.encode(batch["tokens"], batch.get("segments"), batch["mask"])
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+    states, targets = model.word_states(hidden[rows, batch["places"]]), batch["targets"]
+    head = model.head_weight, model.head_bias
+    total = batch["word_weight"][0] * smoothed_linear_cross_entropy(states, *head, targets)[0]
+    figures = {"word_loss": total}
+    if not model.training:
+        right = (torch.nn.functional.linear(states, *head).argmax(-1) == targets) & (targets != IGNORED)
+        figures["word_accuracy"] = batch["word_weight"][0] * right.sum()
+    if "random_next" in batch:
+        loss, right = _pairs(model.next_sentence(model.pool(hidden)), batch["random_next"])
+        figures |= {"pair_loss": batch["pair_weight"][0] * loss, "pair_accuracy": batch["pair_weight"][0] * right}
+        total = total + figures["pair_loss"]
+    return LossOutput(total, batch["mask"].sum(), figures)
+
+
+def _pairs(logits: Tensor, random_next: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss of the pairs, and how many are right."""
+    return cross_entropy(logits, random_next), (logits.argmax(-1) == random_next).sum()
+
+
+LM_WEIGHT = 0.5  # of the paper (section 4.1)
+
+
+def finetuning_loss(model: Any, batch: Batch, lm_weight: float = LM_WEIGHT) -> LossOutput:
+    """-log p of the right label or answer batch["targets"] [batch], plus `lm_weight` times the loss of the words.
+
+    (Radford et al., 2018, equations 4 and 5.) The loss of the words is that of each next token, special ones included,
+    as a mean over a sequence's tokens and then over an example's sequences, as in the released code. batch["tokens"]
+    and batch["mask"], True on real tokens, are [batch, sequences, length]. The model offers `hidden(tokens)`,
+    `judge(hidden, mask)` and `head_weight`.
+    """
+    tokens, mask, targets = batch["tokens"], batch["mask"], batch["targets"]
+    hidden = model.hidden(tokens)
+    logits = model.judge(hidden, mask)
+    task = total = cross_entropy(logits, targets)
+    figures = {"accuracy": (logits.argmax(-1) == targets).sum(), "task_loss": task}
+    if lm_weight:
+        figures["lm_loss"] = _words(model.head_weight, hidden, tokens, mask)
+        total = task + lm_weight * figures["lm_loss"]
+    return LossOutput(total, len(targets), figures)
+
+
+def _words(head_weight: Tensor, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """The sum over examples of the mean loss of their words."""
+    predicted = mask[..., 1:]
+    counted = predicted.sum(-1, keepdim=True).clamp(min=1) * mask.any(-1).sum(-1)[:, None, None].clamp(min=1)
+    shares = torch.where(predicted, 1.0 / counted, 0.0)
+    return linear_cross_entropy(hidden[:, :, :-1], head_weight, tokens[..., 1:], mask=predicted, shares=shares)
+
+
+def span_corruption(model: Any, batch: Batch) -> LossOutput:
+    """Prediction of the tokens of batch["tokens"] [batch, length + 1] for which batch["mask"] is True, or of all.
+
+    A batch is what `keifu.data.text.span_corruption` makes. The attention is causal over the prefix too, so that the model is
+    an ordinary decoder wherever it is loaded; an encoder-decoder, which reads its inputs in both directions, learns the
+    same tasks by `keifu.training.objectives.language_modeling.translation`. Only targets get logits: of a mixture of denoisers they are
+    less than half of the tokens. The model offers `hidden` and `head_weight`.
+    """
+    hidden, targets = model.hidden(batch["tokens"][:, :-1]), batch["tokens"][:, 1:]
+    if "mask" not in batch:
+        return LossOutput(linear_cross_entropy(hidden, model.head_weight, targets), targets.numel())
+    wanted = batch["mask"][:, 1:]
+    if wanted.device.type == "cpu":  # a GPU would be waited for
+        hidden, targets = hidden[wanted], targets[wanted]
+    else:
+        targets = targets.masked_fill(~wanted, IGNORED)
+    return LossOutput(linear_cross_entropy(hidden, model.head_weight, targets), wanted.sum())
+
+
+def masked_share_loss(model: nn.Module, batch: Batch, objective: Objective, names: list[str]) -> LossOutput:
+    """The objective, and in evaluation mode the figures `names` beside it, of the batches that are there for one.
+
+    batch["figure"] [batch] says which figure a batch is for, counted from 1; such a batch counts for nothing else. Its
+    loss times batch["factor"] [batch] is what it adds to the figure (see `keifu.data.text.mixture.MixedText`).
+    """
+    outcome = objective(model, batch)
+    if model.training or "figure" not in batch:
+        return outcome
+    figures = dict.fromkeys(names, outcome.total.new_zeros(()))
+    if place := int(batch["figure"][0]):
+        figures[names[place - 1]] = outcome.total * batch["factor"][0]
+        return LossOutput(outcome.total * 0, 0.0, figures)
+    return LossOutput(outcome.total, outcome.weight, figures)

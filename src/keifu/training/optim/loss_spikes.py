@@ -1,0 +1,103 @@
+"""When the loss has spiked, and where the run goes on then (PaLM, section 5.1); knows no loop, no model and no file.
+
+PaLM's authors restarted from a checkpoint about 100 steps before a spike and skipped 200 to 500 batches, by hand, some
+twenty times. Here that is a rule, so that a run with spikes is as repeatable as one without.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from keifu.errors import UserError
+from keifu.training.hardware.failures import Running
+
+MOST = 3  # rewinds in a row to the same state, before the run stops
+
+
+@dataclass(frozen=True)
+class SpikeSettings:
+    """Going back where the loss spikes, and leaving batches out: PaLM's numbers, and off.
+
+    A spike is `steps` steps in a row with a loss above the running mean of the steps before by the share `rise`, and by
+    six deviations. The batch of a step is then number step + all that were skipped, also for a batch that grows.
+    """
+
+    rise: float = 0.0
+    """The share of its running mean by which the loss rises in a spike; 0: spikes are not looked for."""
+    steps: int = 3
+    """Steps in a row with such a loss that make a spike."""
+    rewind: int = 100
+    """Steps before the spike that are undone, and up to half as many more: a state is saved at every half of them."""
+    skip: int = 300
+    """Batches that are left out then, those of the spike among them."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("rise", 0.0), ("steps", 1), ("rewind", 1)):
+            if not vars(self)[name] >= least:
+                raise UserError(f"spikes.{name} must be at least {least}, and it is {vars(self)[name]}.")
+        if self.rise and self.skip < self.reach:
+            raise UserError(
+                f"spikes.skip must be at least {self.reach} with a rewind of {self.rewind} steps, so that no batch of "
+                f"a spike comes again, and it is {self.skip}."
+            )
+
+    @property
+    def every(self) -> int:
+        """Steps between the states that a run can go back to."""
+        return max(1, self.rewind // 2)
+
+    @property
+    def reach(self) -> int:
+        """The most steps from such a state to the end of a spike; states are kept for so long, where any are needed."""
+        return self.rewind + self.every + self.steps
+
+
+class SpikeState:
+    """Watches the loss of every step, and counts what was skipped. What the constructor takes beside the rules are the
+    facts of a state."""
+
+    def __init__(
+        self, rules: SpikeSettings, skipped: int = 0, streak: int = 0, back: int = 0, times: int = 0, **running: Any
+    ):
+        self.rules, self.skipped, self.streak, self.back, self.times = rules, skipped, streak, back, times
+        self.running = Running(**running)
+
+    def facts(self) -> dict[str, Any]:
+        """What the constructor takes, for a state."""
+        counts = {"skipped": self.skipped, "streak": self.streak, "back": self.back, "times": self.times}
+        return counts | self.running.facts()
+
+    def due(self, step: int) -> bool:
+        """Whether the state after so many steps is one to go back to."""
+        return bool(self.rules.rise) and step % self.rules.every == 0
+
+    def complete(self, loss: float) -> bool:
+        """Takes the loss of the next step in; whether a spike is now complete."""
+        far = self.running.far_below(loss, self.rules.rise)
+        self.streak = self.streak + 1 if far else 0
+        if not far:
+            self.running.take(loss)
+        return self.streak == self.rules.steps
+
+    def target(self, step: int) -> int:
+        """The step to go back to when a spike is complete before update number `step`; never before the last one."""
+        first = step + 1 - self.rules.steps
+        return max(self.back, (first - self.rules.rewind) // self.rules.every * self.rules.every, 0)
+
+    def sentence(self, target: int, loss: float) -> str:
+        """What is said of a rewind to that step."""
+        batches = f"{self.rules.skip:,} batches that came next are left out, {self.skipped:,} in all"
+        return (
+            f"the loss is {loss:.4g}, far above its running mean for {self.rules.steps} steps; going on from step "
+            f"{target:,}, where it was {self.running.mean:.4g}. The {batches}."
+        )
+
+    def after(self, target: int, then: dict[str, Any]) -> "SpikeState":
+        """The watch as it was at the state to go back to, with what is to be skipped from there."""
+        times = self.times + 1 if self.times and target == self.back else 1
+        if times > MOST:
+            raise UserError(
+                f"The loss has spiked again after {MOST} rewinds to step {target:,}: a lower learning rate, a longer "
+                "warm-up or a smaller clip helps; where the loss may rise like that, raise spikes.rise."
+            )
+        counts = {"skipped": self.skipped + self.rules.skip, "back": target, "times": times}
+        return SpikeState(self.rules, **then | counts)

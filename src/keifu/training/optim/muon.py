@@ -1,0 +1,62 @@
+"""Torch's Muon for many small matrices; knows no model.
+
+Muon (Jordan et al., 2024) replaces the update of a matrix by the nearest orthogonal one. Torch's own class does so for
+one matrix after another, which for the many small ones of a small model costs as much as the rest of a step: stacked by
+shape, with the same operations, it takes a third of the time (2 cores, AMX, width 128: 23 ms → 6 ms; one core: 13 → 7).
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+STACK = 2**20  # elements that are worked on at once, so that they stay in a core's cache; a larger matrix stands alone
+
+
+def orthogonalize(
+    x: Float[Tensor, "matrices rows columns"], coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Float[Tensor, "matrices rows columns"]:
+    """Newton-Schulz iteration on each matrix: singular values go to about 1 (Jordan et al., 2024), in bfloat16."""
+    a, b, c = coefficients
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).bfloat16().contiguous()
+    x = x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class StackedMuon(torch.optim.Muon):
+    """`torch.optim.Muon`, its settings, state and arithmetic, with a `step` over stacks of matrices of one shape."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Updates every matrix that has a gradient."""
+        for group in self.param_groups:
+            for stack in _stacks(p for p in group["params"] if p.grad is not None):
+                self._update(stack, group)
+
+    def _update(self, stack: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = [p.grad for p in stack]
+        for p in stack:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        means = [self.state[p]["momentum_buffer"] for p in stack]
+        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])  # pyright: ignore
+        updates = torch._foreach_lerp(gradients, means, group["momentum"])  # pyright: ignore (Nesterov's)
+        directions = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rate, (rows, columns) = group["lr"], stack[0].shape
+        torch._foreach_mul_(stack, 1 - rate * group["weight_decay"])  # pyright: ignore
+        steps = directions.to(stack[0].dtype) * -(rate * max(1, rows / columns) ** 0.5)
+        torch._foreach_add_(stack, steps.unbind())  # pyright: ignore
+
+
+def _stacks(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Matrices of one shape, as many as `STACK` allows."""
+    for shape, same in groupby(sorted(matrices, key=lambda p: p.shape), key=lambda p: p.shape):
+        alike, size = list(same), max(1, STACK // shape.numel())
+        yield from (alike[i : i + size] for i in range(0, len(alike), size))

@@ -1,0 +1,203 @@
+"""Which parameters are updated how; knows kinds of layers, no model and no loop.
+
+AdamW (Loshchilov and Hutter, 2019), fused, and Adadelta (Zeiler, 2012) are torch's. Muon (Jordan et al., 2024)
+updates hidden matrices, and AdamW everything else. Muon and Adafactor (Shazeer and Stern, 2018) take the parts of a
+joined matrix apart: directions of queries, keys and values have nothing to do with each other. With Muon, after 300
+steps of a small LLaMA on source code, the validation loss is 2.00 with parts and 2.23 without (three seeds each, which
+differ by 0.04 at most).
+
+An optimizer that takes each part of a joined tensor for a tensor of its own; knows no model and no optimizer.
+
+Queries, keys and values stand above each other in one matrix, and what an optimizer says of a whole matrix (its
+direction, its size) is to be said of each.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Adadelta, AdamW, Optimizer
+
+from keifu.layers.linear import JoinedLinear
+from keifu.training.length import Length
+from keifu.training.optim.adafactor import Adafactor
+from keifu.training.optim.muon import StackedMuon
+from keifu.training.optim.weight_averaging import MovingAverage
+from keifu.training.settings import Settings
+
+Rows = tuple[int, ...]
+Named = list[tuple[str, nn.Parameter]]
+
+
+class PartwiseOptimizer:
+    """`make` gets the parts, named `matrix.0`, `matrix.1`: views of the rows of each tensor, whose numbers `tensors`
+    gives. The gradients are views too."""
+
+    def __init__(self, tensors: dict[str, tuple[Tensor, Rows]], make: Callable[[Named], Optimizer]):
+        self.tensors = list(tensors.values())
+        views = (
+            (f"{n}.{i}", part.detach()) for n, (w, rows) in tensors.items() for i, part in enumerate(_split(w, rows))
+        )
+        parts = [(name, nn.Parameter(part)) for name, part in views]
+        self.parts = [part for _, part in parts]
+        self.optimizer = make(parts)
+
+    def attach(self) -> None:
+        """Gives each part its rows of the gradient, without a copy."""
+        gradients = [g for tensor, rows in self.tensors for g in _gradients(tensor, rows)]
+        for part, gradient in zip(self.parts, gradients, strict=True):
+            part.grad = gradient
+
+
+def _gradients(tensor: Tensor, rows: Rows) -> tuple[Tensor | None, ...]:
+    return (None,) * len(rows) if tensor.grad is None else _split(tensor.grad, rows)
+
+
+def _split(tensor: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+    return tensor.split(rows) if tensor.dim() else (tensor,)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, tuple[Tensor, Rows]]:
+    """Every parameter that learns, by its name, with the rows of its parts: one part, but for joined layers."""
+    joined = {id(p): m.parts for m in model.modules() if isinstance(m, JoinedLinear) for p in m.parameters(False)}
+    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: (p, joined.get(id(p)) or tuple(p.shape[:1]) or (1,)) for name, p in named}
+
+
+def hidden_matrices(model: nn.Module) -> dict[str, tuple[Tensor, Rows]]:
+    """The weights of linear layers inside numbered layers (`blocks.3...`), each with the rows of its parts.
+
+    Embeddings and heads lie outside; they, biases and gains are no business of Muon's.
+    """
+    linears = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    numbered = {name for name in linears if any(piece.isdigit() for piece in name.split("."))}
+    return {name: entry for name, entry in trainable_parameters(model).items() if name in numbered}
+
+
+class Optimizers:
+    """Everything that a step updates; its rates follow the schedule. `length`: of a run that is resumed."""
+
+    def __init__(self, model: nn.Module, settings: Settings, length: Length | None = None):
+        self.settings, self.length = settings, length or Length(settings.steps)
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        kind = settings.optimizer
+        tensors = TAKEN[kind](model) if kind in TAKEN else {}
+        self.partwise = PartwiseOptimizer(tensors, lambda parts: KINDS[kind](parts, settings)) if tensors else None
+        rest = [(name, p) for name, p in self.parameters.items() if name not in tensors]
+        usual = "adadelta" if kind == "adadelta" else "adamw"
+        self.all: dict[str, Optimizer] = {usual: KINDS[usual](rest, settings)} if rest else {}
+        if self.partwise:
+            self.all[kind] = self.partwise.optimizer
+        self.average = MovingAverage(self.parameters, settings.ema) if settings.ema else None
+
+    def rates(self, step: int, ahead: float = 0.0) -> dict[str, float]:
+        """The rates that update number `step` (from 0) is made with, under the settings' names; `ahead`: see `Plan`."""
+        s = self.settings
+        share = self.length.rate_share(s, step, ahead)
+        rates = {"learning_rate": share * s.learning_rate}
+        return rates | ({"matrix_rate": share * s.matrix_rate} if "muon" in self.all else {})
+
+    def step(self, step: int, ahead: float = 0.0) -> None:
+        """Makes update number `step` from the gradients, which are then dropped."""
+        self.update(self.rates(step, ahead))
+
+    def update(self, rates: dict[str, float]) -> None:
+        """An update with these rates; with the rate 0 no weight changes."""
+        for kind, rate in zip(self.all, rates.values(), strict=True):
+            for group in self.all[kind].param_groups:
+                group["lr"] = rate * group.get("share", 1.0)
+        if self.partwise:
+            self.partwise.attach()
+        for optimizer in self.all.values():
+            optimizer.step()
+        if self.average:
+            self.average.update()
+        self.drop_gradients()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A block in which the model has the moving average of its weights, where one is kept."""
+        return self.average.applied() if self.average else nullcontext()
+
+    def drop_gradients(self) -> None:
+        """Frees the gradients, also where a step was abandoned."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        if self.partwise:
+            self.partwise.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the optimizers keep, by optimizer, parameter and name, and the moving average."""
+        return (self.average.state() if self.average else {}) | {
+            f"{kind}.{name}.{key}": tensor
+            for kind, optimizer in self.all.items()
+            for name, parameter in _named(optimizer)
+            for key, tensor in optimizer.state[parameter].items()
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes up what `state` gave."""
+        state = self.average.take_up(state) if self.average else state
+        for key, tensor in state.items():
+            kind, _, rest = key.partition(".")
+            name, _, field = rest.rpartition(".")
+            parameter = dict(_named(self.all[kind]))[name]
+            counter = field == "step" and (parameter.device.type == "cpu" or kind in COUNTED_BY_THE_HOST)
+            place = "cpu" if counter else parameter.device
+            self.all[kind].state[parameter][field] = tensor.to(place, copy=True)
+
+    def forget(self) -> None:
+        """Starts as if no step had been made."""
+        for optimizer in self.all.values():
+            optimizer.state.clear()
+        if self.average:
+            self.average.restart()
+
+
+def _groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for tensors of two or more axes, embeddings among them, as GPT-2's and LLaMA's trainers have it;
+    none for biases and gains, which have one axis."""
+    decayed = [(name, p) for name, p in named if p.dim() > 1]
+    others = [(name, p) for name, p in named if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _adamw(named: Named, s: Settings) -> AdamW:
+    """Groups by the share of the rate that weights get: of several beginnings of a name, the first one counts."""
+    shares = {name: next((share for start, share in s.rate_shares if name.startswith(start)), 1.0) for name, _ in named}
+    groups = [
+        group | {"share": share}
+        for share in dict.fromkeys(shares.values())
+        for group in _groups([(name, p) for name, p in named if shares[name] == share], s.weight_decay)
+    ]
+    return AdamW(groups, lr=s.learning_rate, betas=s.betas, eps=s.epsilon, fused=named[0][1].device.type in FUSED)
+
+
+def _adadelta(named: Named, s: Settings) -> Adadelta:
+    """Its weight decay is added to the gradient."""
+    return Adadelta(_groups(named, s.weight_decay), lr=s.learning_rate, rho=0.95, eps=1e-6)
+
+
+def _adafactor(named: Named, s: Settings) -> Adafactor:
+    return Adafactor(_groups(named, s.weight_decay), lr=s.learning_rate, beta1=s.betas[0])
+
+
+def _muon(named: Named, s: Settings) -> StackedMuon:
+    return StackedMuon(named, lr=s.matrix_rate, weight_decay=s.weight_decay, momentum=s.momentum)
+
+
+KINDS: dict[str, Callable[[Named, Settings], Optimizer]] = {
+    "adamw": _adamw, "adadelta": _adadelta, "adafactor": _adafactor, "muon": _muon,
+}  # fmt: skip
+TAKEN = {
+    "muon": hidden_matrices,
+    "adafactor": trainable_parameters,
+}  # what is updated part by part; AdamW takes the rest
+FUSED = ("cpu", "cuda", "mps")  # devices that AdamW is fused on
+COUNTED_BY_THE_HOST = ("adadelta", "adafactor")
+
+
+def _named(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+    groups = optimizer.param_groups
+    return [pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)]

@@ -1,0 +1,107 @@
+"""Means of weights over a run: of the last saved states, or a moving one; knows no model and no loop.
+
+A run's states stay as they are, and so does the model that is trained: only what is measured and written is the mean.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from keifu.training.run import checkpoint as state
+
+
+def average_checkpoints(directory: Path, last: int) -> dict[str, Tensor]:
+    """The mean over the last saved states of a run, at most `last`, of every tensor of the model, by its name there
+    (Vaswani et al., 2017, section 6.1).
+
+    Sums are made in float64. What is no floating-point number is that of the newest state.
+    """
+    *earlier, newest = state.steps(directory)[-last:]
+    tensors = _of_model(directory, newest)
+    sums = {name: tensor.double() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    for step in earlier:
+        before = _of_model(directory, step)
+        sums = {name: total + before[name].double() for name, total in sums.items()}
+    means = {name: total / (1 + len(earlier)) for name, total in sums.items()}
+    return {name: means[name].to(tensor.dtype) if name in means else tensor for name, tensor in tensors.items()}
+
+
+@contextmanager
+@torch.no_grad()
+def averaged_weights(model: nn.Module, directory: Path, last: int) -> Iterator[None]:
+    """Gives the model the mean of its run's last states in this block, and its own weights back after it.
+
+    Without a saved state, or with `last` below 2, the weights are its own in the block too.
+    """
+    if last < 2 or not state.steps(directory):
+        yield
+        return
+    own = {name: tensor.detach().clone() for name, tensor in state.model_tensors(model).items()}
+    state.load_into_model(model, average_checkpoints(directory, last))
+    try:
+        yield
+    finally:
+        state.load_into_model(model, own)
+
+
+def _of_model(directory: Path, step: int) -> dict[str, Tensor]:
+    tensors = state.read(directory, step).tensors
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+
+
+class MovingAverage:
+    """The exponential moving average of parameters (Polyak and Juditsky, 1992; DDPM's decay is 0.9999).
+
+    Update n, from 1, has the decay min(decay, (1 + n) / (10 + n)), so that a short run's average is not its beginning.
+    """
+
+    PREFIX = "average."
+
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float):
+        self.parameters, self.decay = parameters, decay
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Starts from the parameters as they are."""
+        self.updates = 0
+        self.means = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the parameters in; called after each change of theirs."""
+        self.updates += 1
+        share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        means, now = [*self.means.values()], [*self.parameters.values()]
+        torch._foreach_lerp_(means, now, share)  # pyright: ignore[reportPrivateImportUsage]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Gives the parameters their averages in this block, and their own values back after it."""
+        own = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
+        self._put(self.means)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    def state(self) -> dict[str, Tensor]:
+        """What `take_up` takes."""
+        kept = {**self.means, "": torch.tensor(self.updates)}
+        return {f"{self.PREFIX}{name}": tensor for name, tensor in kept.items()}
+
+    @torch.no_grad()
+    def take_up(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Goes on from what `state` gave, and gives back what was not its own."""
+        self.updates = int(state[self.PREFIX])
+        for name, mean in self.means.items():
+            mean.copy_(state[f"{self.PREFIX}{name}"])
+        return {name: tensor for name, tensor in state.items() if not name.startswith(self.PREFIX)}
+
+    @torch.no_grad()
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])

@@ -1,0 +1,189 @@
+"""A run's folder: recipe.json, samples and the question whether it is free; knows no model and no loop.
+
+A command that trains writes the recipe's name and options into recipe.json before anything else, under RECORD, so that
+the folder alone is enough to go on from. A run of several parts has a folder for each inside its own.
+"""
+
+import json
+import platform
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from keifu.errors import UserError
+from keifu.files import sha256, write_atomic
+from keifu.training.hardware.precision import processor_name
+from keifu.training.protocols import Run
+from keifu.training.run import checkpoint, metrics
+
+RECIPE = "recipe.json"
+RECORD = "recipe"  # in recipe.json: name and options of the recipe, and steps where those were changed since
+SAMPLES = "samples"
+BEFORE = ".replaced"  # where an earlier run waits until the one that replaces it has begun
+PACKAGES = ("keifu", "torch", "numpy", "tokenizers", "safetensors")
+
+
+def claim_directory(run: Run) -> None:
+    """Makes sure that a new run writes over no other one; `run.replace` removes what is there."""
+    if run.resume:
+        return
+    if (steps := checkpoint.steps(run.directory)) and not run.replace:
+        raise UserError(
+            f"{run.directory} already holds a run, saved at step {steps[-1]:,}: go on with it "
+            f"({how_to_resume(run)}), or choose another folder."
+        )
+    if read_recipe(run.directory).keys() != {RECORD}:  # that alone is of the run which begins here
+        (run.directory / RECIPE).unlink(missing_ok=True)
+    for name in (checkpoint.FOLDER, SAMPLES):
+        shutil.rmtree(run.directory / name, ignore_errors=True)
+    (run.directory / metrics.FILE).unlink(missing_ok=True)
+
+
+def write_recipe(run: Run, facts: Mapping[str, Any], steps: int) -> None:
+    """recipe.json: what the run is about, everything that was resolved, the versions in use, and the recipe's name and
+    options as they stand there; steps: of the whole run."""
+    record = recorded(run.directory)
+    if "steps" in record:
+        record["steps"] = steps
+    content = {"title": run.directory.name, **run.about, "options": run.options, "versions": versions(), **facts}
+    write(run.directory, content | ({RECORD: record} if record else {}))
+
+
+def write(directory: Path, content: Mapping[str, Any]) -> None:
+    """Writes recipe.json."""
+    write_atomic(directory / RECIPE, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def read_recipe(directory: Path) -> dict[str, Any]:
+    """What recipe.json says, or nothing where there is none; one that is no JSON is a `UserError`."""
+    path = directory / RECIPE
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise UserError(f"{path} is damaged: it is no JSON. Start the run again with --replace.") from None
+
+
+def recorded(directory: Path) -> dict[str, Any]:
+    """The name of the recipe that a run follows, its options, and its steps where they were changed since."""
+    return read_recipe(directory).get(RECORD, {})
+
+
+def record(directory: Path, name: str, options: Mapping[str, Any], **more: Any) -> None:
+    """Writes what `recorded` gives; what else recipe.json says stays."""
+    write(directory, read_recipe(directory) | {RECORD: {"name": name, "options": options, **more}})
+
+
+def how_to_resume(run: Run) -> str:
+    """What goes on with a run: the command of its folder, or of the folder of the run that it is a part of."""
+    for directory in (run.directory, run.directory.parent):
+        if recorded(directory):
+            return command(directory)
+    return f"the same call of keifu.train with out={str(run.directory)!r} and resume=True"
+
+
+def command(directory: Path) -> str:
+    """The command that goes on with the run in a folder."""
+    return f"keifu train --resume {shlex.quote(str(directory))}"
+
+
+def last_step(directory: Path) -> int | None:
+    """The steps of the newest saved state in a run's folder or in those of its parts; None where none was saved."""
+    return max((step for place in _places(directory) for step in checkpoint.steps(place)), default=None)
+
+
+def _places(directory: Path) -> list[Path]:
+    """A run's folder and those of its parts."""
+    parts = (path.parent for path in sorted(directory.glob(f"*/{RECIPE}")))
+    return [directory, *(part for part in parts if part.name != BEFORE)]
+
+
+def check_free(directory: Path) -> None:
+    """Refuses a folder in which a run saved a state or came to its end."""
+    step, finished = last_step(directory), read_recipe(directory).get("finished")
+    if step is not None or finished:
+        where = "a finished run" if step is None else f"a run, saved at step {step:,}"
+        raise UserError(
+            f"{directory} already holds {where}: go on with it ({command(directory)}), start over with --replace, or "
+            "choose another folder with --out."
+        )
+
+
+@contextmanager
+def replaced(directory: Path) -> Iterator[None]:
+    """A block in which a new run takes the place of the one in the folder, which comes back where the new one fails
+    before it has saved a state."""
+    waiting = directory / BEFORE
+    shutil.rmtree(waiting, ignore_errors=True)
+    for path in _files(directory):
+        target = waiting / path.relative_to(directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    try:
+        yield
+    except BaseException:
+        if last_step(directory) is None:
+            _put_back(waiting, directory)
+        raise
+    finally:
+        shutil.rmtree(waiting, ignore_errors=True)
+
+
+def _put_back(waiting: Path, directory: Path) -> None:
+    for path in _files(waiting):
+        target = directory / path.relative_to(waiting)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        path.replace(target)
+
+
+def _files(directory: Path) -> list[Path]:
+    """What a run and its parts have written so that they can be resumed and reported."""
+    names = (RECIPE, metrics.FILE, checkpoint.FOLDER, SAMPLES)
+    return [place / name for place in _places(directory) for name in names if (place / name).exists()]
+
+
+def forget(directory: Path) -> None:
+    """Removes the record of a run that came to nothing before its first step, and the folder if nothing else is in
+    it."""
+    if read_recipe(directory).keys() == {RECORD}:
+        (directory / RECIPE).unlink()
+    with suppress(OSError):
+        directory.rmdir()
+
+
+def close(directory: Path) -> None:
+    """Notes the end of a run that the training loop did not note."""
+    content = read_recipe(directory)
+    if content.keys() == {RECORD}:
+        write(directory, content | {"finished": True})
+
+
+def write_sample(directory: Path, step: int, sample: str | bytes) -> None:
+    """A text or a PNG picture under samples/, by step."""
+    suffix = "txt" if isinstance(sample, str) else "png"
+    write_atomic(directory / SAMPLES / f"step-{step:08d}.{suffix}", sample)
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of every weight file and saved state of a run, by its name in the folder."""
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("*/*.safetensors")])
+    return {path.relative_to(directory).as_posix(): sha256(path) for path in files}
+
+
+def versions() -> dict[str, str]:
+    """What the run was computed by."""
+    programs = {name: version for name in PACKAGES if (version := _version(name))}
+    machine = {"system": platform.platform(), "processor": processor_name()}
+    return {"python": platform.python_version(), **programs, **machine}
+
+
+def _version(package: str) -> str | None:
+    """None where the package is used from its source, without having been installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,137 @@
+"""The figures of a run: a line of JSON each time, and the same to TensorBoard and Weights & Biases; knows no loop."""
+
+import errno
+import json
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+from keifu.errors import UserError
+from keifu.files import write_atomic
+
+FILE = "metrics.jsonl"
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Where figures go beside the file."""
+
+    def write(self, step: int, figures: dict[str, float | int]) -> None:
+        """Takes the figures of a step."""
+        ...
+
+    def close(self) -> None:
+        """Sends what is left."""
+        ...
+
+
+class Metrics:
+    """Appends to metrics.jsonl and to the sinks; a reader always sees whole lines.
+
+    Lines from before a run was resumed that are later than its state, of `step` steps and so many batches `skipped` in
+    rewinds, are dropped. When the disk is full, lines wait in memory until there is room. Used as a context.
+    """
+
+    def __init__(self, directory: Path, sinks: list[Sink], step: int, skipped: int = 0):
+        self.path, self.sinks = directory / FILE, sinks
+        lines = read(directory)
+        self.before = [line for line in lines if (line.get("skipped", 0), line["step"]) <= (skipped, step)]
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.before))
+        self.file = self.path.open("ab", buffering=0)
+        self.pending = b""
+
+    def write(self, step: int, figures: dict[str, float | int]) -> None:
+        """One line for a step."""
+        self.pending += json.dumps({"step": step, **figures}).encode() + b"\n"
+        for sink in self.sinks:
+            sink.write(step, figures)
+        whole = self.file.tell()
+        try:
+            self.pending = self.pending[self.file.write(self.pending) or 0 :]
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self.file.truncate(whole)
+
+    def latest(self) -> dict[str, float | int]:
+        """The latest value of every figure from before the run was resumed."""
+        return {name: value for line in self.before for name, value in line.items() if name != "step"}
+
+    @property
+    def validated(self) -> int | None:
+        """The step of the last validation from before the run was resumed."""
+        return max((line["step"] for line in self.before if "validation_loss" in line), default=None)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.file.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+def read(directory: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out."""
+    path = directory / FILE
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_metrics(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines without those of steps that a rewind has undone."""
+    kept: list[Mapping[str, Any]] = []
+    for line in lines:
+        if "rewound_from" in line:
+            kept = [earlier for earlier in kept if earlier["step"] <= line["step"]]
+        kept.append(line)
+    return kept
+
+
+class TensorBoard:
+    """Events for TensorBoard in the folder `tensorboard` of the run."""
+
+    def __init__(self, directory: Path):
+        _package("tensorboard")
+        self.writer = import_module("torch.utils.tensorboard").SummaryWriter(str(directory / "tensorboard"))
+
+    def write(self, step: int, figures: dict[str, float | int]) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project keifu; the package's own environment variables choose the account, or offline use."""
+
+    def __init__(self, directory: Path, described: dict[str, Any]):
+        wandb = _package("wandb")
+        self.run = wandb.init(project="keifu", name=directory.name, dir=str(directory), config=described)
+
+    def write(self, step: int, figures: dict[str, float | int]) -> None:
+        self.run.log(figures, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, Any]) -> list[Sink]:
+    """The sinks that were asked for; a missing package is a `UserError` before training starts."""
+    wanted: list[Sink] = []
+    if tensorboard:
+        wanted.append(TensorBoard(directory))
+    if wandb:
+        wanted.append(WeightsAndBiases(directory, described))
+    return wanted
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        advice = "pip install 'keifu[logging]', or leave it out"
+        raise UserError(f"{name}=True needs the Python package {name}: {advice}.") from None

@@ -1,0 +1,333 @@
+"""A run's folder as one offline page, report.html; knows the folder's files, no model and no loop.
+
+Line charts as inline SVG whose colours the page's style chooses; knows no run.
+"""
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from keifu.files import write_atomic
+from keifu.training.run import metrics
+from keifu.training.run.directory import RECIPE, SAMPLES
+from keifu.training.run.progress import format_bytes, format_count, format_seconds
+from keifu.training.settings import flat
+
+WIDTH, HEIGHT = 480, 260
+LEFT, RIGHT, TOP, BOTTOM = 68, 14, 16, 42
+POINTS = 400  # more are averaged: a screen shows no more
+
+Point = tuple[float | int, float | int]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A named line through points (x, y); `marked` draws each point, for few and important ones."""
+
+    name: str
+    points: Sequence[Point]
+    marked: bool = False
+
+
+def chart(title: str, y_label: str, curves: Iterable[Curve], x_label: str = "step", from_zero: bool = False) -> str:
+    """An SVG figure of curves that share their axes. Without a finite point there is none."""
+    shown = [Curve(c.name, _averaged(_finite(c.points)), c.marked) for c in curves]
+    shown = [curve for curve in shown if curve.points]
+    if not shown:
+        return ""
+    xs, ys = (_ticks([p[axis] for c in shown for p in c.points], zero) for axis, zero in ((0, True), (1, from_zero)))
+    frame = _Frame(xs, ys)
+    body = [*frame.axes(x_label, y_label), *(frame.curve(number, c) for number, c in enumerate(shown))]
+    legend = "".join(f'<span class="key c{n}">{escape(c.name)}</span>' for n, c in enumerate(shown))
+    names = legend if len(shown) > 1 else ""
+    return (
+        f'<figure><figcaption>{escape(title)} <span class="legend">{names}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg></figure>'
+    )
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where a chart's numbers stand on the paper, from the ticks of both axes."""
+
+    xs: list[float]
+    ys: list[float]
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.xs[0]) / (self.xs[-1] - self.xs[0]) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (value - self.ys[0]) / (self.ys[-1] - self.ys[0]) * (HEIGHT - TOP - BOTTOM)
+
+    def axes(self, x_label: str, y_label: str) -> list[str]:
+        """Grid, numbers and labels."""
+        lines = [f'<path class="grid" d="M{LEFT} {self.y(v):.1f}H{WIDTH - RIGHT}"/>' for v in self.ys]
+        left = [f'<text x="{LEFT - 7}" y="{self.y(v) + 4:.1f}" text-anchor="end">{_number(v)}</text>' for v in self.ys]
+        base = HEIGHT - BOTTOM + 17
+        below = [f'<text x="{self.x(v):.1f}" y="{base}" text-anchor="middle">{_number(v)}</text>' for v in self.xs]
+        middle = (HEIGHT - BOTTOM + TOP) / 2
+        labels = [
+            f'<text x="{(WIDTH + LEFT - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>',
+            f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>',
+        ]
+        return [*lines, *left, *below, *labels]
+
+    def curve(self, number: int, curve: Curve) -> str:
+        """A line, and a dot with its numbers for each marked point."""
+        places = [(self.x(x), self.y(y)) for x, y in curve.points]
+        line = f'<polyline class="line c{number}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
+        marks = zip(places, curve.points, strict=True) if curve.marked or len(places) == 1 else ()
+        dots = (
+            f'<circle class="c{number}" cx="{x:.1f}" cy="{y:.1f}" r="3.2">'
+            f"<title>{escape(curve.name)} {value:.5g} at {at:,.0f}</title></circle>"
+            for (x, y), (at, value) in marks
+        )
+        return line + "".join(dots)
+
+
+def _finite(points: Sequence[Point]) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+
+
+def _averaged(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    size = -(-len(points) // POINTS) or 1
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+
+
+def _ticks(values: list[float], from_zero: bool) -> list[float]:
+    """Round numbers, at most seven, that enclose the values."""
+    low, high = min(values), max(values)
+    if from_zero:
+        low = min(low, 0.0)
+    if low == high:
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    step = next(s for s in _steps((high - low) / 6))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _steps(least: float) -> Iterable[float]:
+    power = 10.0 ** math.floor(math.log10(least))
+    return (m * power for m in (1, 2, 5, 10) if m * power >= least * (1 - 1e-9))
+
+
+def _number(value: float) -> str:
+    if value and abs(value) < 1e-3:
+        return f"{value:.3g}".replace("e-0", "e-")
+    for scale, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= scale:
+            return f"{value / min(scale, 1e3 if letter == 'k' else scale):.4g} {letter}"
+    return f"{value:,.10g}"
+
+
+REPORT = "report.html"
+CURVES = "curves.json"  # charts of a run's own: a list of what `charts.chart` takes, in the run's folder
+SECTIONED = frozenset(  # the fields of recipe.json with a place of their own on the page
+    ["title", "paper", "command", "expected", "data", "options", "settings", "versions", "hashes", "figures", "cost"]
+    + ["resolved", "unit", "finished", "steps", "data_fingerprint", "recipe", "length"]
+)
+NARROW = 240  # pixels: a column of pictures is so wide at least, and a smaller picture is enlarged to it
+
+
+def write_report(directory: Path) -> Path:
+    """Writes report.html from recipe.json, metrics.jsonl, samples/ and the pictures in a run's folder."""
+    title, body = _body(directory)
+    write_atomic(directory / REPORT, _page(title, body))
+    return directory / REPORT
+
+
+def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -> Path:
+    """Writes one report.html of several runs, one after the other, under a title and a text of its own."""
+    bodies = [_body(run)[1] for run in runs]
+    head = f'<h1>{escape(title)}</h1><pre class="soft">{escape(text)}</pre>'
+    write_atomic(directory / REPORT, _page(title, "\n".join([head, *bodies])))
+    return directory / REPORT
+
+
+def _body(directory: Path) -> tuple[str, str]:
+    """A run's title and what its page shows."""
+    recipe = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
+    lines = metrics.read(directory)
+    body = [
+        _head(recipe),
+        _key_figures(recipe),
+        _section("Curves", f'<div class="charts">{"".join(_charts(lines, recipe["unit"]))}{_own(directory)}</div>'),
+        _section("By source", _by_source(recipe.get("figures", {}))),
+        *_samples(directory),
+        _section("Settings", _pairs(recipe["settings"])),
+        _section("Model and options", _pairs(flat(recipe["options"]))),
+        _section("Data", _data(recipe)),
+        _section("Computed with", _pairs(_machine(recipe))),
+        _section("Files, by their SHA-256", _pairs(recipe.get("hashes", {}), code=True)),
+    ]
+    return recipe["title"], "\n".join(part for part in body if part)
+
+
+def _page(title: str, body: str) -> str:
+    style = (resources.files("keifu.training.run") / "report.css").read_text(encoding="utf-8")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>\n{style}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _head(recipe: Mapping[str, Any]) -> str:
+    state = "" if recipe.get("finished") else f' <span class="soft">stopped at step {recipe.get("steps", 0):,}</span>'
+    texts = [recipe[name] for name in ("paper", "expected") if recipe.get(name)]
+    extra = [f"{name.replace('_', ' ')}: {_words(value)}" for name, value in recipe.items() if name not in SECTIONED]
+    extra += [
+        f"after {each['at']:,} steps the length of the run was set to {each['steps']:,}"
+        for each in recipe.get("length", ())
+    ]
+    command = f"<p><code>{escape(recipe['command'])}</code></p>" if recipe.get("command") else ""
+    paragraphs = "".join(f'<p class="soft">{escape(str(text))}</p>' for text in [*texts, *extra])
+    return f"<h1>{escape(recipe['title'])}{state}</h1>{paragraphs}{command}"
+
+
+def _key_figures(recipe: Mapping[str, Any]) -> str:
+    figures, unit = recipe.get("figures", {}), recipe["unit"]
+    words = {
+        "validation_loss": ("validation loss", "{:.4g}".format),
+        "bits_per_byte": ("bits per byte", "{:.4g}".format),
+        "loss": ("training loss", "{:.4g}".format),
+        "seconds": ("of training", format_seconds),
+        f"{unit}_per_second": (f"{unit} per second", "{:,.0f}".format),
+        "flops_utilisation": ("of the matmul peak", "{:.0%}".format),
+    }
+    others = {n: (n.replace("_", " "), "{:.4g}".format) for n in figures if _is_plain(n)}
+    words |= {name: entry for name, entry in others.items() if name not in words}
+    shown = [(text(figures[name]), label) for name, (label, text) in words.items() if name in figures]
+    shown += [(format_count(recipe["cost"]["parameters"]), "parameters"), (f"{recipe.get('steps', 0):,}", "steps")]
+    cards = (f"<div><b>{value}</b><span>{label}</span></div>" for value, label in shown)
+    return f'<div class="figures">{"".join(cards)}</div>'
+
+
+def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
+    standing = metrics.last_metrics(lines)
+    kept = {id(line) for line in standing}
+
+    def curve(field: str, name: str = "", marked: bool = False) -> Curve:
+        return Curve(name or field, [(line["step"], line[field]) for line in standing if field in line], marked)
+
+    undone = [(line["step"], line["loss"]) for line in lines if "loss" in line and id(line) not in kept]
+
+    names = sorted({name for line in lines for name in line if _is_plain(name)} - {"validation_loss"})
+    pairs = [(name.removeprefix("validation_"), name) for name in names]
+    rates = [curve("learning_rate", "AdamW"), curve("matrix_rate", "Muon")]
+    return [
+        chart(
+            "Loss",
+            "loss",
+            [curve("loss", "training"), curve("validation_loss", "validation", True), Curve("undone", undone)],
+        ),
+        *(chart(a.capitalize(), a, [curve(a, "training"), curve(b, "validation", True)]) for a, b in pairs),
+        chart("Bits per byte of the validation text", "bits per byte", [curve("bits_per_byte", marked=True)]),
+        chart("Learning rate", "rate", rates, from_zero=True),
+        chart("Norm of the gradient, before clipping", "norm", [curve("gradient_norm")], from_zero=True),
+        chart("Speed", f"{unit} per second", [curve(f"{unit}_per_second")], from_zero=True),
+    ]
+
+
+def _own(directory: Path) -> str:
+    """The charts that the run itself left beside the report."""
+    path = directory / CURVES
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return "".join(chart(**{**each, "curves": [_curve(**curve) for curve in each["curves"]]}) for each in found)
+
+
+def _curve(name: str, points: Sequence[Sequence[float]], marked: bool = False) -> Curve:
+    return Curve(name, [(x, y) for x, y in points], marked)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a figure is of the whole validation set; those of a part of it are called `part/figure`."""
+    return name.startswith("validation_") and "/" not in name
+
+
+def _by_source(figures: Mapping[str, float | int]) -> str:
+    """A table of the figures called `validation_part/figure`, a row for each part."""
+    found = {name.removeprefix("validation_"): value for name, value in figures.items() if "/" in name}
+    parts, columns = (list(dict.fromkeys(name.split("/")[place] for name in found)) for place in (0, 1))
+    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in ("source", *columns))
+    texts = {key: f"{value:.4g}" for key, value in found.items()}
+    cells = {part: "".join(f"<td>{texts.get(f'{part}/{each}', '')}</td>" for each in columns) for part in parts}
+    rows = "".join(f"<tr><td>{escape(part)}</td>{each}</tr>" for part, each in cells.items())
+    return f"<table><tr>{head}</tr>{rows}</table>" if found else ""
+
+
+def _samples(directory: Path) -> Iterable[str]:
+    """Texts by step, the last one open, and pictures: those sampled and those beside the report."""
+    texts = sorted((directory / SAMPLES).glob("*.txt"))
+    if texts:
+        yield _section("Samples", "".join(_text(path, path == texts[-1]) for path in texts))
+    pictures = [*sorted((directory / SAMPLES).glob("*.png")), *sorted(directory.glob("*.png"))]
+    if pictures:
+        yield _section("Pictures", f'<div class="pictures">{"".join(map(_picture, pictures))}</div>')
+
+
+def _text(path: Path, is_open: bool) -> str:
+    text = escape(path.read_text(encoding="utf-8"))
+    return f"<details{' open' if is_open else ''}><summary>{_when(path)}</summary><pre>{text}</pre></details>"
+
+
+def _picture(path: Path) -> str:
+    content = base64.b64encode(path.read_bytes()).decode()
+    name, wide = _when(path), "" if path.parent.name == SAMPLES else ' class="wide"'
+    small = ' class="small"' if int.from_bytes(path.read_bytes()[16:20]) < NARROW else ""  # the width in PNG's header
+    image = f'<img{small} alt="{name}" src="data:image/png;base64,{content}">'
+    return f"<figure{wide}><figcaption>{name}</figcaption>{image}</figure>"
+
+
+def _when(path: Path) -> str:
+    """`step-00000100` as step 100; another name as it is."""
+    kind, _, number = path.stem.partition("-")
+    return f"step {int(number):,}" if kind == "step" and number.isdigit() else escape(path.stem.replace("_", " "))
+
+
+def _data(recipe: Mapping[str, Any]) -> str:
+    rows = recipe.get("data") or []
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    cells = ["".join(f"<td>{escape(_words(row.get(name, '')))}</td>" for name in columns) for row in rows]
+    table = f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>" if rows else ""
+    return f'{table}<p class="soft">Fingerprint <code>{escape(recipe["data_fingerprint"])}</code></p>'
+
+
+def _machine(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    cost, resolved = recipe["cost"], recipe["resolved"]
+    memory = 2 * cost["parameter_bytes"] + cost["optimizer_bytes"] + cost["fixed_bytes"]
+    memory += cost["row_bytes"] * cost["micro_batch"]
+    measured = {
+        "matmul peak": f"{format_count(resolved['flops_per_second'])}FLOP/s in {resolved['precision']}",
+        "memory, estimated": f"{format_bytes(memory)} of {format_bytes(cost['available'])}",
+        "rows at a time": resolved["micro_batch"],
+    }
+    return {"device": resolved["device"], **measured, **recipe["versions"]}
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{title}</h2>\n{content}" if content else ""
+
+
+def _pairs(values: Mapping[str, Any], code: bool = False) -> str:
+    cell = "<code>{}</code>" if code else "{}"
+    shown = ((escape(name), cell.format(escape(_words(value)))) for name, value in values.items())
+    rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in shown)
+    return f'<div class="columns"><table class="pairs">{rows}</table></div>' if rows else ""
+
+
+def _words(value: Any) -> str:
+    """A setting as a person writes it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(name).replace('_', ' ')} {_words(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
+    return {None: "unset", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)

@@ -1,0 +1,299 @@
+"""What a run needs before its first step: the resumed state, the optimizers, the measured cost; knows no model.
+
+How many steps a run makes in a given time, tried before it starts; knows no model and no loop.
+
+The number is a first estimate: the loop follows the pace from then on (`pace.Budget`), and its states hold the plan.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keifu.devices import device_name, same_kind
+from keifu.errors import UserError
+from keifu.training.hardware import cost, failures
+from keifu.training.hardware.flops import synchronize
+from keifu.training.hardware.precision import LossScale, resolve_dtype, tensor_float32
+from keifu.training.length import Length, length_of
+from keifu.training.loader import on_device
+from keifu.training.optim.loss_spikes import SpikeState
+from keifu.training.optim.optimizers import Optimizers
+from keifu.training.pace import Plan
+from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run
+from keifu.training.run import checkpoint
+from keifu.training.run import directory as run_directory
+from keifu.training.settings import Settings, as_chosen, check_resumed, compare, describe_settings
+from keifu.training.step import Sums, TrainStep, compile_objective, row_elements
+
+ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the model's size"
+DROPOUT = "by row"  # how masks are drawn; a state of an earlier version does not say
+
+
+@dataclass
+class TrainingProgress:
+    """What changes from step to step beside the model and the optimizers, and is part of a state."""
+
+    step: int
+    seconds: float
+    sums: Sums | None
+    divergence: failures.Divergence
+    spikes: SpikeState
+    plan: Plan
+    passed: float = 0.0  # seconds of the whole run when the state was saved
+
+    def facts(self) -> dict[str, Any]:
+        """The part that JSON holds."""
+        own = {"seconds": self.seconds, "passed": self.passed, "plan": dataclasses.asdict(self.plan)}
+        return {**own, "divergence": self.divergence.facts(), "spikes": self.spikes.facts()}
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """Everything in place for the next step."""
+
+    stepper: TrainStep
+    optimisers: Optimizers
+    cost: cost.Cost
+    progressed: TrainingProgress
+    length: Length
+
+    def resolved(self) -> dict[str, Any]:
+        """What the settings left open, as it was decided; a resumed run keeps to it."""
+        dtype = _name(self.stepper.dtype)
+        stepper = self.stepper
+        found = {"micro_batch": stepper.micro_batch, "row_elements": stepper.row_elements}
+        found |= {"precision": dtype, "device": device_name(stepper.device)}
+        return found | ({"dropout": DROPOUT} if stepper.dropout.drops else {})
+
+
+def set_up(
+    model: nn.Module,
+    objective: Objective,
+    data: Data,
+    settings: Settings,
+    run: Run,
+    tell: Callable[[str], None],
+    largest: Batch | None = None,
+) -> TrainingSetup:
+    """Loads the state where the run is resumed, measures the cost on the largest batch, and says both."""
+    device = next(model.parameters()).device
+    found = _resumed(run, tell) if run.resume else None
+    length = _length(found, settings, run.directory) if found else Length(settings.steps)
+    settings = dataclasses.replace(settings, steps=length.begun)
+    if found:
+        _tell_changes(found, length, settings, describe_settings(settings, run.options, data.fingerprint), tell)
+    resolved = _as_resolved(found, device, tell) if found else {}
+    dtype = _format(settings.precision, resolved, device, tell)
+    optimisers = Optimizers(model, settings, length)
+    probe = cost.Probe(model, objective, optimisers, device, dtype)
+    _check_growth(settings, data)
+    batch = on_device(data.batch(found.step if found else 0) if largest is None else largest, device)
+    rows = settings.micro_batch or resolved.get("micro_batch")
+    with failures.explain_out_of_memory(ADVICE):
+        measured = cost.estimate(probe, batch, rows, ADVICE)
+    if found:
+        _take_up(model, optimisers, data, found.tensors)
+    running = compile_objective(objective, device) if settings.compile else objective
+    rows, elements = rows or measured.micro_batch, resolved.get("row_elements", row_elements(batch))
+    stepper = TrainStep(
+        model,
+        running,
+        objective,
+        optimisers,
+        device,
+        dtype,
+        rows,
+        settings.clip,
+        settings.seed,
+        elements,
+        LossScale(dtype, **(found.facts.get("loss_scale", {}) if found else {})),
+    )
+    if found:
+        _tell_dropout(stepper, resolved, tell)
+    done = found.step if found else 0
+    progressed = _progressed(found, settings, device, length)
+    steps, whole = max(done, progressed.plan.steps), settings.whole_steps
+    tell(measured.sentence(steps - done, run.unit, whole(steps) - whole(done)))
+    return TrainingSetup(stepper, optimisers, measured, progressed, length)
+
+
+def _tell_dropout(stepper: TrainStep, resolved: dict[str, Any], tell: Callable[[str], None]) -> None:
+    if stepper.dropout.drops and resolved.get("dropout") != DROPOUT:
+        tell("Dropout is drawn in another way than in the steps before, which an earlier version made.")
+
+
+def _format(precision: str, resolved: dict[str, Any], device: torch.device, tell: Callable[[str], None]) -> torch.dtype:
+    """The format of matrix products, which is said with the device."""
+    dtype = resolve_dtype(resolved.get("precision", precision) if precision == "auto" else precision, device)
+    tell(f"On {device_name(device)}, matrix products in {_name(dtype)}.")
+    return dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _as_resolved(found: checkpoint.State, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
+    """What the run had decided; on a device of another kind, which is said, that is decided anew."""
+    resolved, now = found.facts["resolved"], device_name(device)
+    before = resolved.get("device", now)
+    if same_kind(before, now):
+        return resolved
+    tell(f"The run was on {before} and goes on on {now}, which rounds otherwise: it will not end with the same bits.")
+    return {}
+
+
+def _check_growth(settings: Settings, data: Data) -> None:
+    """Where the settings say that the batch grows, the data must have been told."""
+    growth = settings.growth
+    if len(growth.rows) > 1 and (rows := len(next(iter(data.batch(0).values())))) != growth.at(0):
+        raise UserError(
+            f"batch_stages or batch_ramp begin with {growth.at(0)} rows, and these data with {rows}: their batches do "
+            "not grow; leave the two out."
+        )
+
+
+def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.State:
+    found, complaints = checkpoint.latest(run.directory)
+    for text in complaints:
+        tell(text)
+    return found
+
+
+def _length(found: checkpoint.State, settings: Settings, directory: Path) -> Length:
+    """The length of a run that is resumed. It changes where the settings have other steps than those that it was begun
+    with, or where its recipe.json asks for others."""
+    length = length_of(found.facts["described"]["settings"], found.facts.get("length", ()))
+    asked = run_directory.recorded(directory).get("steps") or length.steps
+    steps = asked if settings.steps == length.begun else settings.steps
+    return length if steps == length.steps else length.changed(found.step, steps, settings.warmup)
+
+
+def _tell_changes(
+    found: checkpoint.State, length: Length, settings: Settings, now: dict[str, Any], tell: Callable[[str], None]
+) -> None:
+    """Checks that the run may go on so, and says what has changed."""
+    then = length_of(found.facts["described"]["settings"], found.facts.get("length", ()))
+    changes = compare({"steps": then.steps}, {"steps": length.steps})
+    changes += check_resumed(found.facts["described"], now)
+    tell(f"Going on from step {found.step:,}" + (f"; changed: {', '.join(changes)}." if changes else "."))
+    if length.steps != then.steps:
+        tell(length.sentence(settings))
+
+
+@torch.no_grad()
+def _take_up(model: nn.Module, optimisers: Optimizers, data: Data, tensors: dict[str, Tensor]) -> None:
+    checkpoint.load_into_model(model, tensors)
+    optimisers.load(_restore("optimisers.", tensors))
+    if isinstance(data, OnPolicy):
+        data.take_up(_restore("data.", tensors))
+
+
+def _progressed(
+    found: checkpoint.State | None, settings: Settings, device: torch.device, length: Length
+) -> TrainingProgress:
+    if found is None:
+        plan = Plan(settings.steps, settings.steps)
+        return TrainingProgress(0, 0.0, None, failures.Divergence(), SpikeState(settings.spikes), plan)
+    sums = _restore("sums.", found.tensors)
+    facts = found.facts
+    taken = Sums.from_tensors(sums, device) if sums else None
+    divergence = failures.Divergence(**facts["divergence"])
+    spikes = SpikeState(settings.spikes, **facts.get("spikes", {}))
+    plan, passed = _plan(facts, settings, length), facts.get("passed", 0.0)
+    return TrainingProgress(found.step, facts["seconds"], taken, divergence, spikes, plan, passed)
+
+
+def _plan(facts: dict[str, Any], settings: Settings, length: Length) -> Plan:
+    """The plan of a state, where the run still has minutes and the schedule that it was made for."""
+    found = facts.get("plan", {})
+    kept = settings.minutes is not None and found.get("scheduled") == length.steps
+    return Plan(**found) if kept else Plan(length.steps, length.steps)
+
+
+def rewind(started: TrainingSetup, found: checkpoint.State, data: Data, settings: Settings) -> TrainingSetup:
+    """The run at an earlier state of its own, from which other batches follow; its clock is not set back."""
+    stepper, now = started.stepper, started.progressed
+    then = _progressed(found, settings, stepper.device, started.length)
+    then.spikes = now.spikes.after(found.step, then.spikes.facts())
+    then.seconds = now.seconds
+    started.optimisers.drop_gradients()
+    started.optimisers.forget()
+    _take_up(stepper.model, started.optimisers, data, found.tensors)
+    return dataclasses.replace(started, progressed=then)
+
+
+def _restore(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def tensors(started: TrainingSetup, data: Data) -> dict[str, Tensor]:
+    """Every tensor of a state: the model's, the optimizers', what the data keep, and the sums since the last line of
+    metrics."""
+    sums = started.progressed.sums
+    kept = data.kept() if isinstance(data, OnPolicy) else {}
+    return {
+        **checkpoint.model_tensors(started.stepper.model),
+        **{f"optimisers.{name}": tensor for name, tensor in started.optimisers.state().items()},
+        **{f"data.{name}": tensor for name, tensor in kept.items()},
+        **{f"sums.{name}": tensor for name, tensor in (sums.tensors() if sums else {}).items()},
+    }
+
+
+SHARE, LEAST_STEPS = 0.02, 8  # of the time that is tried, and the fewest steps
+
+
+def steps_within(
+    minutes: float, model: nn.Module, objective: Objective, data: Data, settings: Settings, largest: Batch
+) -> int:
+    """Steps that fit in so many minutes of training, by the mean of trial steps on the run's own first batches.
+
+    Validation, samples and saving come on top. The trial takes 2% of the time; the model is as before afterwards.
+    """
+    if not minutes > 0:
+        raise UserError(f"minutes must be above 0, and it is {minutes}.")
+    settings, device = as_chosen(settings), next(model.parameters()).device
+    optimisers = Optimizers(model, settings)
+    probe = cost.Probe(model, objective, optimisers, device, resolve_dtype(settings.precision, device))
+    batch = on_device(largest, device)
+    with cost.preserve_state(probe), failures.explain_out_of_memory(ADVICE), tensor_float32(device):
+        rows = cost.estimate(probe, batch, settings.micro_batch, ADVICE).micro_batch
+        stepper = TrainStep(
+            model, objective, objective, optimisers, device, probe.dtype, rows, settings.clip, settings.seed,
+            row_elements(batch), LossScale(probe.dtype),
+        )  # fmt: skip
+        seconds = _seconds_a_step(stepper, data, SHARE * 60 * minutes)
+        optimisers.forget()
+    return max(1, round(60 * minutes / seconds))
+
+
+def _seconds_a_step(stepper: TrainStep, data: Data, budget: float) -> float:
+    """The mean of as many steps as the budget allows, after one that warms up; their rates are 0."""
+    for step in count():
+        if step == 1:
+            start = time.perf_counter()
+        stepper.gradient(step, on_device(data.batch(step), stepper.device), lambda: False)
+        stepper.optimisers.update(dict.fromkeys(stepper.optimisers.all, 0.0))
+        synchronize(stepper.device)
+        spent = time.perf_counter() - start if step else 0.0
+        if step >= LEAST_STEPS and spent > budget:
+            return spent / step
+    raise AssertionError("count() does not end")
+
+
+def steps_of(directory: Path) -> int:
+    """The number of steps that a run in this folder was begun with."""
+    try:
+        return json.loads((directory / run_directory.RECIPE).read_text(encoding="utf-8"))["settings"]["steps"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(
+            f"{directory / run_directory.RECIPE} does not say how many steps its run has: give --steps in place of --minutes."
+        ) from None

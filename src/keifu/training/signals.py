@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM as a wish that the loop can read; knows no loop."""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped on request and its state is saved; the message says how to go on."""
+
+
+class StopRequest:
+    """In its context the first Ctrl-C (or SIGTERM) sets `wanted`, and the second one acts at once, as without it.
+
+    Outside the main thread, where Python allows no handlers, it changes nothing.
+    """
+
+    def __init__(self, tell: Callable[[str], None]):
+        self.tell, self.wanted = tell, False
+        self.previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self._first) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _first(self, number: int, frame: FrameType | None) -> None:
+        self.wanted = True
+        self._restore()
+        self.tell("Stopping and saving the state; once more stops at once, without saving.")
+
+    def _restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
