@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from keifu.checkpoints.load import load_model
+from keifu.checkpoints.loading import load_model
 from keifu.data.images.dataset import read_images, split
 from keifu.evaluation.images.distances import kernel_distance
 from keifu.evaluation.images.features import Extractor, extractor

@@ -17,7 +17,7 @@ from keifu.errors import UserError
 from keifu.training.signals import Interrupted
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
-EXAMPLES = ["keifu", "keifu.recipes.own", "keifu.checkpoints.own_module", "keifu.checkpoints.load",
+EXAMPLES = ["keifu", "keifu.recipes.own", "keifu.checkpoints.own_module", "keifu.checkpoints.loading",
             "keifu.checkpoints.hf.write", "keifu.generation.text.generate", "keifu.data.own_batches"]  # fmt: skip
 X = torch.linspace(-1, 1, 60).unsqueeze(-1)
 DATA = {"x": X, "y": X**2}

@@ -7,7 +7,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from keifu import checkpoints
-from keifu.checkpoints.load import open_source
+from keifu.checkpoints.loading import open_source
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 24, "intermediate_size": 42, "num_hidden_layers": 2,

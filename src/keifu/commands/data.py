@@ -34,7 +34,7 @@ def show(source: str, model: str, count: int, as_json: bool) -> None:
     from rich.text import Text
 
     from keifu.checkpoints.hub import locate
-    from keifu.checkpoints.load import open_source
+    from keifu.checkpoints.loading import open_source
     from keifu.data.chat import conversations
     from keifu.recipes.assistant.common import with_template
 

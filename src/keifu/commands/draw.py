@@ -160,7 +160,7 @@ def _check_sampler(name: str | None) -> None:
 
 def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]":
     """The record of what will be drawn, everything in it resolved, and the model."""
-    from keifu.checkpoints.load import planned
+    from keifu.checkpoints.loading import planned
     from keifu.generation.images.image_to_image import read_input_image
     from keifu.generation.images.pixel_diffusion import ImageRequest
     from keifu.generation.images.png_metadata import ImageRecord

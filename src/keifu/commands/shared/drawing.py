@@ -44,7 +44,7 @@ def usual_dtype(found: "Plan") -> str | None:
 
 def load(found: "Plan", dtype: str | None, loras: "Sequence[LoraRecord]" = ()) -> "ImagePipeline":
     """The model that was opened with these LoRAs worked into it, and with its tokenizer where it reads."""
-    from keifu.checkpoints.load import DTYPES
+    from keifu.checkpoints.loading import DTYPES
     from keifu.checkpoints.lora.diffusion import apply_lora
     from keifu.checkpoints.plan import check_tokenizer
     from keifu.generation.images.pipeline import image_pipeline

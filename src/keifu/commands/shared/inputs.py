@@ -91,7 +91,7 @@ def texts_from(arguments: Sequence[str], file: Path | None, example: str) -> lis
 def load_encoder(name: str, dtype: str | None = None) -> tuple[Any, Any]:
     """A model that reads in both directions, or a CLIP, and its tokenizer; for any other kind a `UserError`."""
     from keifu.checkpoints import load
-    from keifu.checkpoints.load import DTYPES
+    from keifu.checkpoints.loading import DTYPES
     from keifu.evaluation.classification.embeddings import Encoder
     from keifu.evaluation.images.retrieval import TwoTowers
 

@@ -72,7 +72,7 @@ def _find_model(drawing: "ImageRequest", places: Mapping[str, Path | None], path
 
 def _same_model(name: str, record: "ImageRecord", path: Path) -> "ImagePipeline":
     """The model that drew a picture; another one, by the fingerprint of its weights, is a `UserError`."""
-    from keifu.checkpoints.load import planned
+    from keifu.checkpoints.loading import planned
 
     try:
         model = load(planned(name), record.dtype, record.loras)

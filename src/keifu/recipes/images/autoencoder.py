@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.checkpoints.load import load_model
+from keifu.checkpoints.loading import load_model
 from keifu.data.images.dataset import ImageDataset, ImageSplit
 from keifu.data.images.io import to_signed
 from keifu.devices import choose
