@@ -139,7 +139,7 @@ def repeated_lines(files: list[File], window: int = 6) -> tuple[float, list[str]
 
 def model_kinds(files: list[File]) -> tuple[set[str], set[str]]:
     """What code could ask for a model's kind by: the classes of model files, and the names of families."""
-    own = [file for file in files if re.fullmatch(r"keifu\.models\.[a-z]\w*", file.module)]
+    own = [file for file in files if re.fullmatch(r"keifu\.models\.(?!hf|sizes)[a-z][\w.]*", file.module)]
     nodes = [node for file in own for node in ast.walk(file.tree)]
     classes = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
     tables = [n.value for n in nodes if isinstance(n, ast.Assign) and names_in(n.targets[0]) == {"MODEL_TYPES"}]

@@ -83,7 +83,7 @@ def test_a_run_without_a_title_is_called_by_its_folder(tmp_path: Path) -> None:
 
     data = OwnBatches(DATA, 7)
     train(
-        network(), lambda model, batch: keifu.Outcome(loss(model, batch) * 7, 7), data, settings(), Run(tmp_path / "x")
+        network(), lambda model, batch: keifu.LossOutput(loss(model, batch) * 7, 7), data, settings(), Run(tmp_path / "x")
     )
     assert "<h1>x" in (tmp_path / "x/report.html").read_text()
 

@@ -51,7 +51,7 @@ def test_the_pages_show_commands() -> None:
     assert len(FOUND) >= 8
 
 
-RECIPES = sorted((ROOT / "src/keifu/recipes").glob("[!_]*.py"))
+RECIPES = sorted((ROOT / "src/keifu/recipes").rglob("[!_]*.py"))
 SAID = [(p.stem, line) for p in RECIPES for line in re.findall(r"(?m)^Command: (keifu .*)$", p.read_text("utf-8"))]
 
 
@@ -61,7 +61,7 @@ def test_the_command_that_a_recipe_names_is_one(recipe: str, command: str, capsy
 
 
 def test_every_recipe_that_a_recipe_names_exists() -> None:
-    files = [path.read_text(encoding="utf-8") for path in (ROOT / "src/keifu/recipes").glob("*.py")]
+    files = [path.read_text(encoding="utf-8") for path in (ROOT / "src/keifu/recipes").rglob("*.py")]
     named = {name for text in files for name in re.findall(r"keifu train ([a-z][\w-]*)", text)}
     assert named <= recipes().keys()
 

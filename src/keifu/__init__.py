@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from keifu.checkpoints import load, load_weights, save
     from keifu.generation.text.generate import generate
     from keifu.recipes.own import train
-    from keifu.training.protocols import LossOutput as Outcome
+    from keifu.training.protocols import LossOutput
     from keifu.training.settings import Settings
 
 __version__ = "0.1.0"
-__all__ = ["Outcome", "Settings", "__version__", "generate", "load", "load_weights", "save", "train"]
+__all__ = ["LossOutput", "Settings", "__version__", "generate", "load", "load_weights", "save", "train"]
 
 _HOMES = {
     "load": "keifu.checkpoints",
@@ -25,7 +25,7 @@ _HOMES = {
     "save": "keifu.checkpoints",
     "generate": "keifu.generation.text.generate",
     "train": "keifu.recipes.own",
-    "Outcome": "keifu.training.protocols",
+    "LossOutput": "keifu.training.protocols",
     "Settings": "keifu.training.settings",
 }
 

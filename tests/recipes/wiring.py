@@ -162,5 +162,5 @@ def run(name: str, recipe: Any, out: Path, saved: bool = False) -> SimpleNamespa
     """The record of a recipe's last call of the training loop."""
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch, out, saved)
-        import_module(f"{recipes.__name__}.{name}").run(recipe, out, False)
+        import_module(f"{recipes.__name__}.{recipes.RECIPES[name.replace('_', '-')]}").run(recipe, out, False)
     return recorder.calls["last"]
