@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
     """Imports a public function at first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'keifu' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), "LossOutput" if name == "Outcome" else name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
