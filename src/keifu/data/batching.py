@@ -1,14 +1,10 @@
-"""Rows of token ids of unequal length: which go together in a pass, and how they are padded; knows no model.
+"""Building blocks of batches: padding, length buckets, batch-size warm-up, epochs, weighted interleaving of sources.
 
 Axes: batch = rows, length = tokens.
 
-How many rows the batch of each step has, where it grows over a run; knows no text and no model.
-
-Who is next, when several take turns by their shares: exact over time, and known for any turn at once; knows no text.
-
-The turns are those of Webster's (Sainte-Laguë's) method for seats in a parliament: the one with the share w is due at
-the times 0.5 / w, 1.5 / w, 2.5 / w and so on, and a turn goes to who is due next. After any number of turns N each has
-had w · N of them, give or take half a turn and w · n / 2, where n take turns.
+Interleaving is Webster's (Sainte-Laguë's) method for seats in a parliament: a source with the share w is due at the
+times 0.5 / w, 1.5 / w, 2.5 / w and so on, and each row comes from the source that is due next. After any number of
+rows N each source has given w · N of them, to within half a row and w · n / 2, where n is the number of sources.
 """
 
 from bisect import bisect_right

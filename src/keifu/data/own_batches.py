@@ -1,4 +1,4 @@
-"""Batches of a user's own examples, tensors or a data set, in an order that the seed and the step alone decide."""
+"""Batches of a user's own examples (tensors or a data set); their order depends only on the seed and the step."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""A progress display on standard error; knows nothing of the work that it counts."""
+"""A progress bar on standard error."""
 
 import sys
 import time

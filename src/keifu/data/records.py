@@ -1,6 +1,7 @@
-"""The one reader of records: rows of CSV and TSV tables, objects of JSON and JSONL, rows of Parquet, as dictionaries.
+"""Reader of records: CSV and TSV tables, JSON and JSONL objects, and Parquet rows, as dictionaries.
 
-Each comes with its place, "FILE, line N", for errors. The first line of a CSV or TSV file names its columns.
+Each record comes with its place, "FILE, line N", for error messages. The first line of a CSV or TSV file names its
+columns.
 """
 
 import csv

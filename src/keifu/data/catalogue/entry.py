@@ -1,4 +1,4 @@
-"""What a line of the catalogue says; knows no entry."""
+"""The record of one catalogue entry: archive, licence, credit and reader."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

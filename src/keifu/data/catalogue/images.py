@@ -1,4 +1,4 @@
-"""The catalogue's pictures and the names that belong to them, as pinned archives; knows no picture."""
+"""Catalogue entries of image data sets and of the names that belong to them."""
 
 from keifu.data.catalogue.download import Archive
 from keifu.data.catalogue.entry import Entry

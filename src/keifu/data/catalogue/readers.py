@@ -1,7 +1,7 @@
-"""What the catalogue's files hold, as documents, pairs and conversations; knows their formats, not where they are.
+"""Readers of the catalogue's file formats: each turns a file into documents, sentence pairs or conversations.
 
 A document is a string. A pair is a sentence and its translation. A conversation is a list of messages in the form that
-chat templates take, `{"role": "user" or "assistant", "content": ...}`, whose roles take turns.
+chat templates take, `{"role": "user" or "assistant", "content": ...}`, whose roles alternate.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The catalogue's texts, as pinned archives and what reads them; knows no tokenizer and no model."""
+"""Catalogue entries of text data sets, each with the function that reads it."""
 
 import sysconfig
 from functools import partial

@@ -1,4 +1,4 @@
-"""The catalogue's weights, tokenizers and font, as pinned archives; knows no model."""
+"""Catalogue entries of weights, tokenizers and a font."""
 
 from keifu.data.catalogue.download import Archive
 from keifu.data.catalogue.entry import Entry

@@ -1,14 +1,12 @@
-"""Conversations to learn from, out of the files that people have: each is a list of messages; knows no template.
+"""Conversations for fine-tuning: read from files of four published formats, or generated from the catalogue's texts.
 
-A file is one of records: .jsonl (an object a line), .json (a list of objects), or another that `keifu.data.records`
-reads. Four forms are known by their fields, in this order:
+A conversation is a list of messages. A file holds records: .jsonl (an object a line), .json (a list of objects), or
+another format that `keifu.data.records` reads. Its form is recognised by its fields, in this order:
 {"messages": [{"role", "content"}]} (OpenAI), {"conversations": [{"from", "value"}]} (ShareGPT), {"instruction",
 "input", "output"} (Alpaca), {"prompt", "response"} or {"prompt", "completion"}, texts or lists of messages.
 
-Instructions with their answers, made of the catalogue's texts by fixed phrases; knows no template.
-
-Nobody wrote these questions: the answers are Wikipedia's, Wikibooks' and Tatoeba's (see `keifu data list` for licences
-and whom to name), the questions are one phrase each around a title or a sentence. Sums are drawn and worked out here.
+Synthetic conversations put a fixed question around a text of the catalogue: the answers are Wikipedia's, Wikibooks' and
+Tatoeba's (`keifu data list` has licences and credits). Arithmetic problems are generated and solved here.
 """
 
 from collections.abc import Callable, Iterator, Mapping

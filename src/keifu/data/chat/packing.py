@@ -1,5 +1,4 @@
-"""Conversations as rows of ids, several to a row, in batches that are a function of the seed and the step; it knows no
-text and no model.
+"""Batches of conversations as token ids, several packed into a row; each batch depends only on the seed and the step.
 
 Axes: row (of a batch), position.
 """

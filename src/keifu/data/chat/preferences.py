@@ -1,19 +1,15 @@
-"""Answers to the same prompt in the order of somebody's preference, out of the files that people have; knows no model.
+"""Preference data: pairs and rankings of responses to a prompt, read from files or the catalogue, and their batches.
 
-A file is .jsonl or .json. Three forms are known by their fields: {"prompt", "chosen", "rejected"}, texts or lists of
-messages; {"chosen", "rejected"}, two conversations that begin alike (Anthropic, TRL); {"prompt", "answers"}, the best
-first, with {"scores"} in any order.
+A file is .jsonl or .json. Its form is recognised by its fields: {"prompt", "chosen", "rejected"}, texts or lists of
+messages; {"chosen", "rejected"}, two conversations with the same beginning (Anthropic, TRL); {"prompt", "answers"}, the
+best first, or with {"scores"} in any order.
 
-Preferences made of the catalogue's ratings by a fixed rule; knows no model and no template.
+The catalogue's preferences come from chitchat's ratings: people rated their own conversation as witty, upbeat and
+interesting, from 1 to 10. Such a preference compares two whole conversations that begin with the same question. Nobody
+saw the two side by side, and it does not compare two single responses.
 
-chitchat's people rated the talk that they had had as witty, upbeat and interesting, from 1 to 10. So a preference here
-is between two whole talks that had the same question to begin with, and what is asked for is such a talk; nobody saw
-the two beside each other, and it is no preference between two single answers.
-
-Pairs and rankings of answers as ids, in batches that are a function of the seed and the step; it knows no text and
-no model.
-
-Axes: row = pairs or prompts, 2 = the better answer and the worse, K = ranked answers, each with its prompt, position.
+Axes: row = pairs or prompts, 2 = the better and the worse response, K = ranked responses, position; a
+response stands after its prompt.
 """
 
 import hashlib

@@ -1,8 +1,7 @@
-"""Prompts without answers, with whatever a reward needs to know beside them; knows no model and no token.
+"""Prompts for reinforcement learning, each with the data that its reward needs: from files, or from reasoning-gym.
 
-Problems of reasoning-gym (an optional package) as prompts, and its own scorers; knows no model.
-
-A set is named `gym:chain_sum`, with settings of its generator behind it: `gym:chain_sum,min_terms=2,max_digits=1`.
+reasoning-gym is an optional package. A set of its problems is named `gym:chain_sum`, followed by settings of its
+generator if any: `gym:chain_sum,min_terms=2,max_digits=1`. Its own scorers rate the responses.
 """
 
 import hashlib

@@ -1,14 +1,7 @@
-"""Labelled rows of token ids in batches of similar length, a function of the seed and the step; knows no model.
+"""Batches of labelled examples: texts as token ids, examples of several token sequences, and tensors.
 
-Axes: batch, length.
-
-Examples as rows of sequences of token ids, and those in batches; it knows no model.
-
-Axes: batch = examples, sequences = of one example, length = tokens.
-
-Examples with a class each, in batches that are a function of the seed and the step alone; knows no model.
-
-Axes: rows, dim.
+Each batch depends only on the seed and the step. Axes: batch = examples, sequences = of one example, length = tokens;
+of tensors: rows, dim.
 """
 
 import hashlib

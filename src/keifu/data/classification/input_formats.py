@@ -1,13 +1,11 @@
-"""The four forms in which GPT-1 is given a task, and the tokens that hold them together; it knows no table, no model.
+"""GPT-1's input transformations: a task's texts as token sequences with start, delimiter and extract tokens.
 
-(Radford et al., 2018, figure 1 and section 3.3.) A form says how the texts of an example become sequences of tokens:
+Radford et al. (2018), figure 1 and section 3.3:
 
     classification   start text extract
     entailment       start premise delimiter hypothesis extract
     similarity       start first delimiter second extract, and start second delimiter first extract
     choice           start context delimiter answer extract, for each answer
-
-Tables of examples in one of the forms that decoders are fine-tuned on; it knows no tokens and no model.
 
 The texts come from the columns of a .csv, .tsv or .jsonl table, or from a catalogue entry that has labels.
 """

@@ -1,10 +1,6 @@
-"""Texts that have a label each, from tables of records and from the catalogue, and a held-out part of them.
+"""Labelled examples from tables: texts with a label, and numeric columns with a label; and their train/test split.
 
-It knows no model and no tokenizer.
-
-Tables of numbers with a column of labels, from CSV files; knows no model.
-
-Axes: rows, dim = the columns that are not the label.
+Axes: rows, dim = the columns other than the label.
 """
 
 import hashlib
@@ -97,7 +93,7 @@ def key(text: str) -> str:
 
 
 def split(table: LabelledTexts, held_out: int) -> tuple[LabelledTexts, LabelledTexts]:
-    """Rows to learn from, in the order of their keys, and at most `held_out` others to test on (see `split_train_test`)."""
+    """Training rows in the order of their keys, and at most `held_out` test rows (see `split_train_test`)."""
     training, held = split_train_test([key(text) for text in table.texts], table.labels, held_out)
     return table.chosen(training), table.chosen(held)
 

@@ -1,10 +1,6 @@
-"""Small data sets of two numbers a row, made on the spot: logic tables, moons, spirals; knows no model.
+"""Toy data sets for classifiers, each split into training and test rows: logic tables, moons, spirals, digits, CSV.
 
-Axes: rows, and two columns: inputs are float32, targets 0, 1, ...
-
-What a classifier can learn: digits, toy sets and CSV files, each split into rows to learn from and rows held out.
-
-It knows no model. Axes: rows, dim = inputs.
+Axes: rows, dim = inputs. Generated sets have two columns of float32; targets are 0, 1, ...
 """
 
 import math

@@ -1,10 +1,6 @@
-"""Pictures varied by mirroring, moving, turning and colouring, each by the seed, the step and its index; knows no set.
+"""Random image augmentation: flips, shifts, rotation and colour by a hash of seed, step and index; elastic distortion.
 
 Axes: picture, channels, height, width.
-
-Small random distortions of pictures that leave their meaning; knows no model and no file.
-
-Axes: rows = pictures, height, width.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Batches of pictures with labels and tokens, a function of the seed and the step; knows no model and no tokenizer.
+"""Batches of images with labels and tokenized captions; each batch depends only on the seed and the step.
 
 Axes: row (of a batch), channels, height, width, length (of a caption in tokens), language.
 """

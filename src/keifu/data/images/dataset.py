@@ -1,8 +1,6 @@
-"""Sets of pictures as bytes on disk, memory-mapped, with captions, labels and a split without leaks; knows no model.
+"""Image data sets: pixels in one memory-mapped file, captions and labels in an index, and a split without leakage.
 
 Axes: picture, height, width, channels (1 or 3) on disk and in numpy; picture, channels, height, width in tensors.
-
-The pixels of a source in one file and all else in an index beside it, made once; knows no split and no batch.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""Emoji: drawings in two styles joined with their names in 14 languages and their groups; knows no pixel.
+"""Emoji images in two styles (Twemoji, OpenMoji), joined with their names in 14 languages and their groups.
 
-The join is by code points. U+FE0F, which asks for a coloured drawing and says nothing else, is dropped on both sides.
+The join is by code points. U+FE0F, which only asks for a coloured glyph, is dropped on both sides.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""Many pictures laid into one, in rows, with a caption under each; it knows no model and no data set.
+"""Image grids: many images on one sheet, in rows, with a caption under each.
 
 Axes: picture, channels (1 or 3), height, width.
 """

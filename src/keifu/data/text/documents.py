@@ -1,12 +1,12 @@
-"""Documents out of files, folders and the catalogue, streamed; it knows no tokenizer.
+"""Documents streamed from files, folders and the catalogue.
 
 A source is the name of a catalogue entry, a file, a folder (every file under it with one of `SUFFIXES`, in the order of
-their paths), or a pattern such as "src/**/*.py". A name of the catalogue wins over a file of the same name; "./sotu" is
-the file.
+their paths), or a pattern such as "src/**/*.py". A catalogue name wins over a file of the same name; "./sotu" is the
+file.
 
 In a .jsonl, .json, .csv, .tsv or .parquet file each record is a document, whose text stands in one field. An .html file
 is one document: its text without tags, scripts and styles (see `html_text`). Any other file is one document as it
-stands, Markdown with its marks, unless lines that are exactly <|endoftext|> part it into several.
+stands, Markdown with its markup, unless lines that are exactly <|endoftext|> split it into several.
 """
 
 import glob

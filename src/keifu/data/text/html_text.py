@@ -1,4 +1,4 @@
-"""The text of an HTML page: tags dropped, a line for each block, scripts and styles left out."""
+"""The text of an HTML page: tags removed, a line for each block, scripts and styles left out."""
 
 import re
 from collections.abc import Iterable

@@ -1,10 +1,7 @@
-"""Masked words, and pairs of sentences of which half belong together: what BERT is pretrained on; it knows no model.
+"""BERT's pretraining data: masked language modelling (MLM) and next-sentence prediction (NSP).
 
-Axes: row (of a batch), place = tokens of a row, masked = the places of a row that are to be filled in.
-
-Which sentences make a row for BERT: pairs of which half belong together, or one run of sentences; it knows no masks.
-
-Axes: row, bounds = start and end of the first segment, start and end of the second, in tokens.
+Axes: row (of a batch), place = tokens of a row, masked = the places of a row that are masked; bounds = start and end of
+the first segment, start and end of the second, in tokens.
 """
 
 from bisect import bisect_left, bisect_right

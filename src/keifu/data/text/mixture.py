@@ -1,6 +1,6 @@
-"""Named texts with weights, to be learned from together: read from a file, checked, tokenised; knows no model.
+"""Weighted mixtures of texts: the sources, read from a YAML or JSON file and tokenized, and batches of them.
 
-A mixture is one of `MIXTURES`, or a YAML or JSON file:
+A mixture is one of `MIXTURES`, or a file:
 
     sources:
       english:  {data: wiki-summaries, weight: 0.5}
@@ -8,14 +8,16 @@ A mixture is one of `MIXTURES`, or a YAML or JSON file:
       japanese: {data: tatoeba-ja, weight: 0.2}
       parallel: {data: pairs.tsv, weight: 0.1, languages: [German, English]}
 
-`data` is a catalogue name, a file, a folder or a pattern (see `keifu.data.text.documents`; a path may begin at the mixture's
-folder); a Tatoeba language or pair (tatoeba-ja, tatoeba-en-de), whose held-out sentences are kept out of all the
-others (see `keifu.data.translation.tatoeba`); "arithmetic", sums with their steps; or, where `languages` are given, pairs of
-sentences as `keifu.data.translation.pairs` reads them. `field` is that of the text in files of records, `encoding` that of files
-that are not UTF-8. The weights are shares of the tokens and must sum to 1, unless the file says `normalise: true`.
-`held_out: 0.05` beside `sources` is the share of each that is kept for validation.
+`data` is one of:
+- a catalogue name, a file, a folder or a pattern (see `keifu.data.text.documents`), relative to the mixture's folder;
+- a Tatoeba language or pair (tatoeba-ja, tatoeba-en-de), whose held-out sentences are kept out of all the others (see
+  `keifu.data.translation.tatoeba`);
+- "arithmetic", generated problems with their steps;
+- where `languages` are given, pairs of sentences that `keifu.data.translation.pairs` reads.
 
-Batches out of several texts by their weights, and what is measured of each text held out; knows no model.
+`field` names the text's field in files of records, `encoding` the encoding of files that are not UTF-8. The weights are
+shares of the tokens and must sum to 1, unless the file says `normalise: true`. `held_out: 0.05` beside `sources` is the
+share of each source that is kept for validation. Validation also measures each source by itself.
 
 Axes: row, place = tokens of a row.
 """
@@ -287,21 +289,23 @@ class Check:
 
 
 class MixedText:
-    """Training data out of several sources: after any number of rows each has its share of them (`keifu.data.batching`).
+    """Training data from several sources, interleaved by weight: exact shares after any number of rows.
 
-    Each source is cut into windows and read in epochs as by `PackedText`, a small one more often; a batch is a function
-    of the seed and the step alone. `task` makes rows of the windows. `batch_size` may grow over the steps.
+    Each source is cut into windows and read in epochs as by `PackedText`, a small one more often. A batch depends only
+    on the seed and the step. `task` makes rows of the windows. `batch_size` may grow over the steps.
 
-    `validation` gives batches for the loss of the task, of held-out windows by the same shares, and then for each check
-    and each source some of its held-out windows. "figure" [row] is 0 for the former and else the place, counted from 1,
-    in `figures`, the names `source/check`; "factor" [row] is what the batch's summed loss is multiplied with so that
-    the sum of all, divided by the elements of the former, is that figure (see `keifu.training.objectives.language_modeling.masked_share_loss`).
-    Of each source `check_rows` windows are measured, spread evenly; `context_length` tokens are in each.
+    `validation` gives batches for the loss of the task, of held-out windows by the same shares, and then, for each
+    check and each source, some of its held-out windows. "figure" [row] is 0 for the former, otherwise the place in
+    `figures` (names `source/check`), counted from 1; "factor" [row] multiplies the batch's summed loss so that the sum
+    over all batches, divided by the elements of the former, is that figure (see `masked_share_loss` in
+    `keifu.training.objectives.language_modeling`). Of each source `check_rows` windows, spread evenly, are evaluated,
+    each of `context_length` tokens.
     """
 
     def __init__(
-        self, sources: Sequence[WeightedSource], task: CorruptionTask, context_length: int, batch_size: int | BatchSizeSchedule, seed: int = 0,
-        checks: Mapping[str, Check] | None = None, validation_rows: int = 256, check_rows: int = 32,
+        self, sources: Sequence[WeightedSource], task: CorruptionTask, context_length: int,
+        batch_size: int | BatchSizeSchedule, seed: int = 0, checks: Mapping[str, Check] | None = None,
+        validation_rows: int = 256, check_rows: int = 32,
     ):  # fmt: skip
         self.growth = batch_size if isinstance(batch_size, BatchSizeSchedule) else batch_size_stages((), batch_size)
         self.sources, self.task, self.seed = sources, task, seed

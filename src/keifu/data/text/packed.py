@@ -1,4 +1,4 @@
-"""Batches of equally long windows out of a long row of ids; it knows no text and no model.
+"""Batches of windows of equal length from one long row of token ids, for next-token prediction.
 
 Axes: row (of a batch), position.
 """

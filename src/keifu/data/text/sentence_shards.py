@@ -1,6 +1,6 @@
-"""Documents as sentences of token ids on disk, once, memory-mapped ever after; it knows no model and no masks.
+"""Tokenized sentences on disk: documents are split and tokenized once, and memory-mapped afterwards.
 
-Axes: token (all documents one behind the other), sentence, document.
+Axes: token (all documents one after another), sentence, document.
 """
 
 import hashlib

@@ -1,13 +1,8 @@
-"""A mixture of denoisers: rows of tokens of which a part is hidden and asked for, as UL2 has it; knows no text, no file
-and no model.
+"""Span corruption, as in T5 and UL2's mixture of denoisers, and causal rows, for decoders and encoder-decoders.
 
 Tay et al. (2022), "UL2: Unifying Language Learning Paradigms", table 1. A row begins with a token that names its mode.
-Spans are hidden as in T5 (Raffel et al., 2020): a sentinel stands for each in the inputs, and the targets are each
-sentinel followed by what it hides. Axes: row, place = tokens of a row.
-
-Windows of text as rows to learn from: left to right, or a mixture of denoisers for a decoder or an encoder-decoder.
-
-It knows neither of the two, nor any text or file.
+Spans are corrupted as in T5 (Raffel et al., 2020): a sentinel replaces each in the inputs, and the targets are each
+sentinel followed by the span that it replaces.
 
 Axes: row, place = tokens of a row.
 """
@@ -298,8 +293,9 @@ class CausalRows(DecoderRows):
 class EncoderDecoderRows:
     """Rows for an encoder-decoder that takes `context_length` tokens on each side.
 
-    A batch is what `keifu.training.objectives.language_modeling.translation` takes: "source", the mode and the inputs; "target", the
-    token `start`, the targets and an end; both padded, with masks that are True on real tokens.
+    A batch is what the objective `translation` takes (`keifu.training.objectives.language_modeling`): "source", the
+    mode and the inputs; "target", the token `start`, the targets and an end; both padded, with masks that are True on
+    real tokens.
     """
 
     def __init__(self, markers: Markers, context_length: int, start: int):

@@ -1,4 +1,4 @@
-"""Sums in words and digits with the steps to their answers, made on the spot, each step checkable; knows no token.
+"""Synthetic arithmetic problems: sums in words and digits with checkable steps, and chains of sums and differences.
 
 A problem is a question, steps that are equations of two numbers, and an answer, for instance:
     Question: 47 + 38 = ?
@@ -7,9 +7,7 @@ A problem is a question, steps that are equations of two numbers, and an answer,
     70 + 15 = 85
     Answer: 85
 
-Chains of sums and differences, made on the spot, in the form of reasoning-gym's chain_sum; knows no token.
-
-They are not that library's own problems: the numbers are drawn and the question is worded here.
+Chains have the form of reasoning-gym's chain_sum; numbers and wording are generated here, not by that library.
 """
 
 import random

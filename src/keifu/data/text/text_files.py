@@ -1,4 +1,4 @@
-"""Lines of text files in any encoding; a fault comes with its file, line and byte, and with what to try."""
+"""Lines of text files in any encoding; a decoding error names the file, the line and the byte, and a remedy."""
 
 import codecs
 import io

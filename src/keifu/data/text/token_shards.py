@@ -1,6 +1,6 @@
-"""Text into token ids on disk, once, memory-mapped ever after; it knows no model and no training.
+"""Token shards: text is tokenized once into files of token ids, which are memory-mapped afterwards.
 
-The ids of all documents follow each other, with the tokenizer's end-of-text id between two documents. They are raw
+The ids of all documents follow one another, with the tokenizer's end-of-text id between two documents. They are raw
 little-endian integers of 16 bits, or 32 where the vocabulary is larger, beside an index in JSON.
 """
 

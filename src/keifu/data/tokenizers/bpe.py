@@ -1,12 +1,11 @@
-"""Byte-level BPE (GPT-2, 2019) and the ways of cutting text into words before it; knows no file format.
+"""Byte-level BPE (GPT-2, 2019), its pre-tokenizers (rules that split text into words), and CLIP's variant of it.
 
-Cuts have the names that GGUF files give them (`tokenizer.ggml.pre`); families that cut alike share an entry.
+Pre-tokenizers have the names of GGUF files (`tokenizer.ggml.pre`); families with the same rule share an entry.
 
-CLIP's tokenizer (Radford et al., 2021): lower case, then merges of bytes inside words that end with a mark.
-
-It knows OpenAI's own file of merges, and learns others; what transformers writes is a tokenizer.json like any other.
-The rules here are transformers'. OpenAI's code moreover repairs text with the package ftfy and reads HTML entities
-(&amp;) before, which changes no clean caption.
+CLIP's tokenizer (Radford et al., 2021) lowercases, then merges bytes inside words that end with a mark. OpenAI's own
+file of merges is read here, and new merges are learned; what transformers writes is an ordinary tokenizer.json. The
+rules are transformers'. OpenAI's code also repairs text with the package ftfy and decodes HTML entities (&amp;) first,
+which changes no clean caption.
 """
 
 import gzip

@@ -1,6 +1,6 @@
-"""Chat templates: messages to one text, in Jinja's sandbox, as transformers renders them; knows no token ids.
+"""Chat templates: messages rendered to text in Jinja's sandbox, as in transformers, and the assistant-token loss mask.
 
-Which tokens of a text stand between marks, exact to the token; knows no template and not who wrote what.
+The mask is exact to the token: markers in the rendered text show where each assistant turn begins and ends.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Published tokenizer files read from disk; knows each file's form and nothing of models.
+"""Readers of published tokenizer files: tokenizer.json, vocabulary and merges, WordPiece, SentencePiece.
 
-A reader gives a `tokenizers` object and the roles of its special tokens; what stands beside it in a directory
-(tokenizer_config.json, special_tokens_map.json, generation_config.json, chat_template.jinja) is read for all alike.
+A reader gives a `tokenizers` object and the roles of its special tokens. The other files of a directory
+(tokenizer_config.json, special_tokens_map.json, generation_config.json, chat_template.jinja) are read alike for all.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Tokenizers out of and into the metadata of GGUF files (`tokenizer.ggml.*`), as llama.cpp understands it.
+"""Tokenizers read from and written to the metadata of GGUF files (`tokenizer.ggml.*`), as llama.cpp reads them.
 
-It knows two of GGUF's kinds: "gpt2", byte-level BPE by merges, and "llama", SentencePiece's BPE by scores.
+Two of GGUF's kinds are supported: "gpt2", byte-level BPE by merges, and "llama", SentencePiece's BPE by scores.
 """
 
 import re

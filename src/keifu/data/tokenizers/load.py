@@ -1,7 +1,4 @@
-"""Every tokenizer in one place: loaded from any published form, trained, or out of and into a GGUF file.
-
-It knows which reader a path needs; what the files hold is known below it.
-"""
+"""Loads a tokenizer from any published format: finds the reader that a path needs."""
 
 from pathlib import Path
 

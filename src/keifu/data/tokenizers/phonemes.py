@@ -1,7 +1,7 @@
-"""English letters and the phonemes of American English, as the two sides of a tokenizer; it knows no model.
+"""A tokenizer from English letters to the phonemes of American English: source and target vocabulary.
 
 The phonemes are ARPAbet's as the CMU Pronouncing Dictionary writes them: vowels carry their stress, 0, 1 or 2. Their
-order is alphabetical, which is that of g2p-en's weights (Park and Kim, 2019); one vowel is there unstressed too.
+order is alphabetical, as in g2p-en's weights (Park and Kim, 2019); one vowel also exists without stress.
 """
 
 from collections.abc import Sequence

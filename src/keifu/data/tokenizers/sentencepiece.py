@@ -1,17 +1,14 @@
-"""SentencePiece's `.model` files (Kudo and Richardson, 2018), rebuilt as `tokenizers` objects; knows no other format.
+"""SentencePiece's `.model` files (Kudo and Richardson, 2018): rebuilt as `tokenizers` objects, or as pieces of text.
 
-The file is a protocol buffer message; only the few fields that encoding and decoding depend on are read. What is
-built encodes as SentencePiece itself does, with one difference that is wanted: a special token is one only where
-control text is allowed, and the text after it begins with the space that each text begins with. Where a model has a
-table of replacements (NFKC), the `tokenizers` library applies it to whole grapheme clusters: rare combining marks and
-"
-" then come out otherwise. The models of LLaMA's and Mistral's kind have no such table.
+The file is a protocol buffer message; only the few fields that encoding and decoding depend on are read. The
+`tokenizers` object encodes as SentencePiece does, with one intended difference: a special token is recognised only
+where control text is allowed, and the text after it begins with the space that every text begins with. Where a model
+has a normalisation table (NFKC), the `tokenizers` library applies it to whole grapheme clusters, so that rare combining
+marks and a carriage return before a line feed come out otherwise. The models of LLaMA and Mistral have no such table.
 
-Text cut into SentencePiece's pieces themselves, exactly as SentencePiece cuts; knows no ids and no other format.
-
-Marian numbers the pieces by a vocabulary of its own, and looks up even those that the model itself does not know, so
-the pieces are needed as text. The table of replacements is applied here as SentencePiece does it, from left to right,
-the longest match first (the `tokenizers` library goes by grapheme clusters instead).
+`Pieces` splits text exactly as SentencePiece does. Marian numbers the pieces by a vocabulary of its own, and looks up
+even those that the model itself does not know, so it needs them as text. Here the normalisation table is applied as
+SentencePiece does it: from left to right, the longest match first.
 """
 
 import re

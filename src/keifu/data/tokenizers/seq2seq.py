@@ -1,12 +1,10 @@
-"""Marian's tokenizers as Hugging Face has them: two SentencePiece models cut text, a vocabulary numbers the pieces.
+"""Tokenizers with a source and a target side: Marian's in Hugging Face's format, and any two tokenizers.
 
-It knows nothing of the model that translates. The source language is cut by source.spm, the target language by
-target.spm, and vocab.json gives the pieces of both their ids; with target_vocab.json each language has its own ids.
+Marian: the source language is split by source.spm, the target language by target.spm, and vocab.json maps the pieces of
+both to ids; with target_vocab.json each language has ids of its own.
 
-A tokenizer of two vocabularies, one for what a model reads and one for what it writes; it knows neither's rules.
-
-In a directory the side that is read stands where any tokenizer does, and the other beside it in target_tokenizer.json,
-with the tokens of its roles under "target" in tokenizer_config.json.
+Two tokenizers: in a directory the source side stands where any tokenizer does, and the target side beside it in
+target_tokenizer.json, with the tokens of its roles under "target" in tokenizer_config.json.
 """
 
 import hashlib

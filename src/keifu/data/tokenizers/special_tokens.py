@@ -1,8 +1,8 @@
-"""Keeping control tokens out of the reach of text: a twin of a tokenizer in which no text spells a special token.
+"""Prompt-injection guard: text is encoded so that it cannot spell a control token.
 
-A special token such as `<|im_end|>` ends a turn. Text that merely contains those characters must not: so text is
-encoded by a twin of the tokenizer that has the same ids and rules, but whose special tokens bear names that nobody can
-guess. Whoever may write control tokens (a chat template) asks for those names.
+A control token such as `<|im_end|>` ends a turn; text that merely contains those characters must not. So text is
+encoded by a copy of the tokenizer that has the same ids and rules, but whose special tokens have names that nobody can
+guess. Only a caller that may write control tokens (a chat template) gets those names.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""From token ids back to text, whole or token by token; knows a tokenizer only by the description of its decoder.
+"""Decoding of token ids to text, whole or token by token, from the description of a tokenizer's decoder.
 
-Every decoder here is a function from one token to its bytes, so that a stream costs the same for each token however
-long the text has grown, and can hold a character back until its last byte has come.
+Every decoder here is a function from one token to its bytes, so that each token of a stream costs the same however
+long the text is, and a character is held back until its last byte has come.
 """
 
 import codecs

@@ -1,7 +1,7 @@
-"""The tokenizer that the whole of keifu speaks to: text to ids and back; knows no file format but tokenizer.json's own.
+"""`Tokenizer`, the interface that all of keifu uses: text to token ids and back.
 
-It wraps a `tokenizers.Tokenizer` and adds what a language model needs around it: which ids begin, end and pad a text,
-the chat template, a stream decoder, and the rule that text cannot spell control tokens.
+It wraps a `tokenizers.Tokenizer` and adds what a language model needs beside it: the ids that begin, end and pad a
+text, the chat template, a stream decoder, and the guard that keeps text from spelling control tokens.
 """
 
 import hashlib

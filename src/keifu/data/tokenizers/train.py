@@ -1,4 +1,4 @@
-"""Tokenizers learned from text: byte-level BPE, WordPiece, Unigram and single characters; knows no file."""
+"""Training of tokenizers: byte-level BPE, WordPiece, Unigram, CLIP's BPE and single characters."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence

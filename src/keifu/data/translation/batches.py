@@ -1,4 +1,4 @@
-"""Batches of sentence pairs by their number of tokens, as tensors; it knows no text and no model.
+"""Batches of sentence pairs by their number of tokens, as padded tensors.
 
 Axes: row (of a batch), position (source or target), both padded on the right.
 """

@@ -1,14 +1,13 @@
-"""Sentences with their translations, out of the catalogue, a TSV file or two files; it knows no tokenizer and no model.
+"""Parallel sentences: read from the catalogue, a TSV file or two aligned files, and split without leakage.
 
 A source is a catalogue name (tatoeba-ja-en, or tatoeba-en-ja for the other direction); a file of records (.csv, .jsonl
 and others, a .tsv file whose first line names its columns) with a field for each side; a file whose lines are a
-sentence, a tab and its translation; or two files "train.ja,train.en" whose lines belong together.
+sentence, a tab and its translation; or two files "train.ja,train.en" whose lines correspond.
 
-Pairs held out for validation and for testing, without a sentence of theirs left in training; knows no file.
-
-A pair is chosen by a hash of its normalised text: the choice does not depend on the order of the pairs nor on the
-direction. What is kept apart is equal text. Sentences that differ in a word or a name ("Tom likes tea", "Mary likes
-tea"), and paraphrases that share neither side with a held-out pair, are not caught and may stand on both sides.
+A pair is held out by a hash of its normalised text, so that the choice depends neither on the order of the pairs nor on
+the direction, and no held-out sentence is left in training. Only equal text is kept apart. Sentences that differ in a
+word or a name ("Tom likes tea", "Mary likes tea"), and paraphrases that share neither side with a held-out pair, are
+not recognised and may stand on both sides.
 """
 
 import hashlib

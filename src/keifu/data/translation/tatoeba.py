@@ -1,8 +1,8 @@
-"""Tatoeba's sentences in seven languages as parts of one mixture: none held out is learned from; knows no token.
+"""Tatoeba's sentences in seven languages as sources of one mixture, without leakage between its languages.
 
-Sentences come in rows of translations. A row is held out by a hash of its Japanese sentence, and no row is learned
-from that has any sentence, in any language, in common with one held out. So what a mixture holds out of one language
-stands neither in its other texts of that language nor in its translations.
+Sentences come in rows of translations. A row is held out by a hash of its Japanese sentence, and a row that has any
+sentence, in any language, in common with a held-out one is left out of training. So what a mixture holds out in one
+language stands neither in its other texts of that language nor in its translations.
 """
 
 import hashlib

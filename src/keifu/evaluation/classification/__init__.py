@@ -1,1 +1,1 @@
-"""Accuracy and confusion of classifiers; what embeddings tell."""
+"""Evaluation of classifiers (accuracy, confusion matrix) and of text embeddings."""

@@ -1,6 +1,6 @@
-"""Models that choose a label or an answer, whatever they read examples with: encoders, and decoders fine-tuned for it.
+"""One interface for text classifiers and multiple-choice models: encoders, and decoders fine-tuned for it.
 
-It knows no model. Axes: examples, answers = labels, or an example's own answers.
+Axes: examples, answers = labels, or an example's own answers.
 """
 
 from collections.abc import Callable, Sequence

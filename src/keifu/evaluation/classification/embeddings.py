@@ -1,11 +1,9 @@
-"""Texts through an encoder such as BERT, neighbours in length together; knows no model and not what comes of them.
+"""Sentence embeddings from an encoder such as BERT, and nearest neighbours among them.
 
-Axes: texts, batch = texts in one pass, length = tokens, dim = numbers for each text.
+Texts of similar length are encoded together. The embedding is the mean of the last hidden states over a text's tokens,
+scaled to length 1 (Reimers and Gurevych, 2019, "Sentence-BERT").
 
-Sentence embeddings: a text as a point on the unit sphere, and the points nearest to it; knows no model.
-
-The embedding is the mean of the last hidden states over a text's tokens, made as long as 1 (Reimers and Gurevych, 2019,
-"Sentence-BERT"). Axes: texts, queries, among = the texts that are searched, dim.
+Axes: texts, batch = texts in one pass, length = tokens, dim; queries, among = the texts that are searched.
 """
 
 from collections.abc import Callable, Sequence

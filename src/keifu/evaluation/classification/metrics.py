@@ -1,10 +1,6 @@
-"""How well texts are told apart: probabilities from a classifier, accuracy, F1, the confusion matrix; knows no model.
+"""Classification metrics: probabilities, accuracy, F1, the confusion matrix, and a picture of misclassified images.
 
-Axes: texts, labels; of the matrix, rows = the labels that are right, columns = those that were given.
-
-A picture of the pictures that a classifier gets wrong; knows no model.
-
-Axes: rows = pictures, height, width.
+Axes: texts, labels; of the matrix, rows = true labels, columns = predicted labels; of images: picture, height, width.
 """
 
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""Quality of generated pictures, and of matching text with pictures."""
+"""Evaluation of generated images, and of image-text retrieval."""

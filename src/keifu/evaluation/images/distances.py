@@ -1,11 +1,8 @@
-"""How near one set of pictures is to another: Fréchet and kernel distance, precision, recall, nearest; knows no model.
+"""Distances between sets of images (FID, KID, precision, recall, nearest neighbours) and between two (PSNR, SSIM).
 
-All of it compares features, rows of numbers that a network makes of each picture (see picture_features.py). Axes: real
-and drawn = the two sets, dim.
+Sets are compared by features, one row of numbers for each image (see features.py).
 
-How alike two pictures of the same thing are, pixel for pixel: PSNR and SSIM; knows no model.
-
-Axes: picture, channels, height, width.
+Axes: real and drawn = the two sets, dim; of images: picture, channels, height, width.
 """
 
 from collections.abc import Iterator

@@ -1,14 +1,11 @@
-"""Pictures as rows of numbers by which sets of them are compared: Inception's, or those of a random network.
+"""Image features for FID and similar metrics: Inception-v3, or a random network.
 
-It knows no data set and no model that draws. Axes: picture, channels (1 or 3), height, width, dim.
+Inception-v3 of 2015 as the FID uses it, up to its last mean of 2,048 numbers: Szegedy et al., "Rethinking the Inception
+Architecture" (2016), with two differences of TensorFlow's graph from torchvision's network: average pooling leaves out
+the padding, and the last block pools by maximum. The weights are in no package; they are read from a file that the user
+provides, as safetensors with the names of pytorch-fid's pt_inception-2015-12-05-6726825d.pth, which are torchvision's.
 
-Inception-v3 of 2015 as the FID has it, up to its last mean of 2,048 numbers; knows nothing of what is compared.
-
-Szegedy et al., "Rethinking the Inception Architecture" (2016), with what TensorFlow's graph of that name does otherwise
-than torchvision's network: means at the edge leave out what lies outside, and the last block's pooling is a maximum.
-
-The weights are no part of any package. They are read where someone has put them, as safetensors with the names of
-pytorch-fid's pt_inception-2015-12-05-6726825d.pth, which are torchvision's.
+Axes: picture, channels (1 or 3), height, width, dim.
 """
 
 from collections.abc import Callable

@@ -1,16 +1,9 @@
-"""What a model that draws is worth: how near its pictures are to real ones, whether they are copies, how well it finds
-held-out pictures again in noise, and how many bits they cost it; it knows no model by name.
+"""Evaluation of generative image models: FID and KID, memorisation, reconstruction from noise, and bits per dimension.
 
-Axes: picture, channels, height, width.
+Reconstruction removes noise from held-out images and reports PSNR and SSIM. Bits per dimension are the variational
+bound of a diffusion model: Ho et al. (2020), equation 5, with the discretised decoder of equation 13.
 
-How well a model takes noise off pictures that it never saw: PSNR and SSIM of what it finds again, and the bits that
-a picture costs at most. It knows no model by name.
-
-Axes: picture, channels, height, width.
-
-How many bits a diffusion model needs for a picture, at most: the variational bound; knows no kind of network.
-
-Ho et al. (2020), equation 5, with the discretised decoder of equation 13. Axes: batch, steps = T, `*shape` a picture's.
+Axes: picture, channels, height, width; batch, steps = T, `*shape` = of an image.
 """
 
 import math

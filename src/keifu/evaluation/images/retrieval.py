@@ -1,10 +1,6 @@
-"""How well pictures find their captions and captions their pictures: recall among the first 1, 5 and 10; no model.
+"""Image-text retrieval by a CLIP model: embeddings of both kinds, and recall among the first 1, 5 and 10.
 
-Axes: pictures, texts, embedding. With several captions to a picture, any of them is right (Karpathy and Fei-Fei, 2015).
-
-Pictures and texts as points of one sphere, where a picture lies near what is said of it; knows no model.
-
-Axes: pictures, texts, labels, embedding.
+Of several captions of an image, any is correct (Karpathy and Fei-Fei, 2015). Axes: pictures, texts, labels, embedding.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,11 +1,6 @@
-"""What a model that draws from text is worth: how well its pictures fit their captions, and how near they are to real
-ones; it knows no model by name.
+"""Evaluation of text-to-image models: CLIP score of the generated images, and their distance to real ones.
 
-Axes: picture, channels, height, width.
-
-How well pictures fit what was asked for, by a CLIP that looks at both; knows no model that draws.
-
-Axes: picture, channels, height, width; there are as many texts as pictures.
+Axes: picture, channels, height, width; there are as many texts as images.
 """
 
 from collections.abc import Sequence

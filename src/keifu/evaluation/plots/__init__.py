@@ -1,1 +1,1 @@
-"""Pictures for people: attention maps, decision boundaries, pages."""
+"""Plots for people: attention maps, decision boundaries, HTML pages."""

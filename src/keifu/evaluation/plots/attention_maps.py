@@ -1,5 +1,4 @@
-"""What a model's attention looks at, seen from outside while it computes; knows no model, only that attention is a
-softmax over what is seen.
+"""Attention maps: records the attention weights of any model with softmax attention while it computes, and draws them.
 
 Axes: batch, heads, length = queries, seen = keys.
 """

@@ -1,9 +1,7 @@
-"""Pictures of how a classifier of two numbers parts the plane, and of how it learned; knows no model.
+"""Decision boundaries of classifiers with two inputs, in one image or over training; and comparisons of several runs.
 
-Axes: rows, and two columns. Colours are Okabe and Ito's (2008), which colour-blind eyes tell apart; classes differ in
-their markers as well.
-
-A table and pictures that compare networks by their activation and their loss; knows no model and no training.
+Axes: rows, and two columns. Colours are Okabe and Ito's (2008), which colour-blind people can tell apart; classes also
+differ in their markers.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Figures, texts and pictures as one offline page, report.html, for runs without a training loop; knows no run."""
+"""A report of numbers, texts and images as one offline page, report.html."""
 
 import base64
 from collections.abc import Mapping

@@ -1,9 +1,8 @@
-"""How well a language model does a task that it is told by examples in its prompt (Brown et al., 2020); knows no task.
+"""Few-shot evaluation of language models: tasks given by examples in the prompt (Brown et al., 2020).
 
-Choices are compared by their likelihood, in four measures; a written answer when it is normalised; a cloze is right
-where each token is the likeliest. Intervals are Wilson's, 95%. docs/tasks.md has the format of task files.
-
-How sure a figure is that comes from so many items: 95% intervals; knows not what was counted.
+Multiple choice is scored by likelihood, in four measures; generated answers by exact match after normalisation; a cloze
+item is correct where each of its tokens is the most likely. Intervals are 95%: Wilson's or the bootstrap's.
+docs/tasks.md has the format of task files.
 """
 
 import math

@@ -1,9 +1,9 @@
-"""keifu's models in lm-evaluation-harness (lm-eval), under the name "keifu"; knows no task.
+"""keifu's models in lm-evaluation-harness (lm-eval), under the name "keifu".
 
     lm_eval.simple_evaluate(model=KeifuLM("smollm2"), tasks=[...])
 
-Texts become tokens as in the harness's own transformers backend, and what is too long is cut at its beginning, with a
-warning, as there; so the scores of a checkpoint are the same. What prompts share is computed once.
+Texts become tokens as in the harness's own transformers backend, and texts that are too long lose their beginning, with
+a warning, as there; so the scores of a checkpoint are the same. Shared prefixes of prompts are computed once.
 """
 
 import logging

@@ -1,6 +1,4 @@
-"""How well a language model foretells each text of a mixture, and fills it in where it learned to; knows no model by
-name.
-"""
+"""Evaluation of a language model on each text of a mixture: perplexity, and infilling where it was trained on it."""
 
 import math
 from dataclasses import dataclass

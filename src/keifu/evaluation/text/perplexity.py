@@ -1,8 +1,6 @@
-"""How well a language model foretells a text: its loss as perplexity and as bits a byte; knows no model by name.
+"""Perplexity and bits per byte of a language model on a text, and the bigram baseline.
 
-Of a catalogue name the part that keifu holds out counts, of a file all of it. Axes: windows, length = tokens.
-
-The bigram baseline: how well the next token is guessed from the last one by counting; knows no model and no text.
+Of a catalogue name the part that keifu holds out is used, of a file all of it. Axes: windows, length = tokens.
 """
 
 import math

@@ -1,16 +1,11 @@
-"""A task as prompts: items with demonstrations before them, as GPT-3 is told what to do; knows no model and no file.
+"""Few-shot tasks: items and demonstrations as prompts, the built-in tasks, and tasks from files.
 
 Demonstrations are whole items with their answers (Brown et al., 2020, section 2: zero-, one- and few-shot); no weight
-changes. They are drawn once by a seed and are the same before every item, so that a model reads them once.
+changes. They are sampled once by a seed and are the same before every item, so that a model reads them once.
 
-Tasks that need no file: topics and titles of Wikipedia articles, last words of speeches, arithmetic; knows no model.
-
-Each is a function that makes it from the catalogue or from a rule, the same at every call.
-
-A task of one's own from files: a small YAML or JSON description beside its items; knows no model.
-
-docs/tasks.md has the format with an example. What is missing or of the wrong kind is a `UserError` that names the file,
-the line and the field.
+Built-in tasks come from the catalogue or from a rule, the same at every call: topics and titles of Wikipedia articles,
+last words of speeches, arithmetic. A task of one's own is a small YAML or JSON description beside its items;
+docs/tasks.md has the format. A missing or wrong field is a `UserError` that names the file, the line and the field.
 """
 
 import hashlib

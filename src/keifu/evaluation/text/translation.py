@@ -1,11 +1,8 @@
-"""How well a translator translates: BLEU and chrF on pairs that it has not seen; knows neither model nor language by
-name.
+"""Evaluation of translation models: BLEU and chrF by sacrebleu, with the tokenizer that the language needs.
 
-Of a catalogue name the held-out test pairs count, which no training by keifu sees; of a file all pairs.
+Of a catalogue name the held-out test pairs are used, on which keifu never trains; of a file all pairs.
 
-BLEU and chrF by sacrebleu, with the tokenizer that a language needs; knows no model and no file.
-
-BLEU (Papineni et al., 2002) counts equal runs of words, so it depends on what a word is: figures are comparable only
+BLEU (Papineni et al., 2002) counts equal runs of words, so it depends on what a word is: scores are comparable only
 where their signatures are equal (Post, 2018). chrF (Popović, 2015) counts runs of characters and needs no words.
 """
 
