@@ -17,7 +17,7 @@ from keifu.layers.linear import Linear
 from keifu.layers.normalisation import UnitOffsetRMSNorm
 from keifu.layers.transformer.blocks import SandwichNorm
 from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding
-from keifu.models.hf.config import activation_name, read_rope, write_rope
+from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
@@ -127,43 +127,46 @@ UNSUPPORTED: dict[str, Any] = {
 }  # fmt: skip
 
 
+def _write_activation(name: str) -> str:
+    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(name, name)
+
+
+FIELDS: hf.Fields = hf.SIZE_FIELDS | {
+    "vocab_size": hf.Field("vocab_size", 262_208),
+    "context_length": hf.Field("max_position_embeddings", 131_072),
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": hf.Field("head_dim", 256),
+    "norm_eps": hf.Field("rms_norm_eps", 1e-6, float),
+    "activation": hf.Field("hidden_activation", "gelu_pytorch_tanh", hf.activation_name, _write_activation),
+    "sliding_window": hf.Field("sliding_window", 4096),
+    "attention_bias": hf.Field("attention_bias", False),
+    "tied": hf.Field("tie_word_embeddings", True),
+    "dropout": hf.Field("attention_dropout", 0.0, hf.rate),
+}
+
+
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of a Hugging Face config.json of model_type gemma3_text."""
-    (theta, scaling), (local_theta, local_scaling) = _read_ropes(json)
-    n_layers, head_dim = json["num_hidden_layers"], json.get("head_dim", 256)
+    fields = hf.read_fields(json, FIELDS)
     scalar = json.get("query_pre_attn_scalar", 256)
     return Config(
-        vocab_size=json.get("vocab_size", 262_208),
-        context_length=json.get("max_position_embeddings", 131_072),
-        dim=json["hidden_size"],
-        hidden_dim=json["intermediate_size"],
-        n_layers=n_layers,
-        n_heads=json["num_attention_heads"],
-        n_kv_heads=json["num_key_value_heads"],
-        head_dim=head_dim,
-        norm_eps=float(json.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        local_rope_theta=local_theta,
-        local_rope_scaling=local_scaling,
-        activation=activation_name(json.get("hidden_activation", "gelu_pytorch_tanh")),
-        sliding_window=json.get("sliding_window", 4096),
-        global_layers=_read_global_layers(json, n_layers),
-        attention_scale=None if scalar == head_dim else scalar**-0.5,
-        attention_bias=json.get("attention_bias", False),
-        tied=json.get("tie_word_embeddings", True),
-        dropout=float(json.get("attention_dropout") or 0.0),
+        **fields,
+        **_read_ropes(json),
+        global_layers=_read_global_layers(json, fields["n_layers"]),
+        attention_scale=None if scalar == fields["head_dim"] else scalar**-0.5,
     )
 
 
-def _read_ropes(json: dict[str, Any]) -> tuple[tuple[float, RopeScaling | None], tuple[float, RopeScaling | None]]:
+def _read_ropes(json: dict[str, Any]) -> dict[str, Any]:
     """Base and scaling of the global and of the local layers. transformers 5 has both in `rope_parameters`."""
     context = {"max_position_embeddings": json.get("max_position_embeddings", 131_072)}
     both = json.get("rope_parameters") or {}
     old = {"rope_theta": json.get("rope_theta", 1e6), **(json.get("rope_scaling") or {})}
     everywhere = {"rope_theta": 1e6} | both["full_attention"] if both.get("full_attention") else old
     local = {"rope_theta": json.get("rope_local_base_freq", 10_000.0)} | (both.get("sliding_attention") or {})
-    return read_rope(context | {"rope_parameters": everywhere}), read_rope(context | {"rope_parameters": local})
+    return hf.read_rope(context | {"rope_parameters": everywhere}) | {
+        f"local_{name}": value for name, value in hf.read_rope(context | {"rope_parameters": local}).items()
+    }
 
 
 def _read_global_layers(json: dict[str, Any], n_layers: int) -> tuple[int, ...] | None:
@@ -177,34 +180,21 @@ def _read_global_layers(json: dict[str, Any], n_layers: int) -> tuple[int, ...] 
 
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that transformers, vLLM and llama.cpp's converter read."""
-    everywhere = write_rope(config.rope_theta, config.rope_scaling)
-    local = write_rope(config.local_rope_theta, config.local_rope_scaling)
+    everywhere = hf.write_rope(config.rope_theta, config.rope_scaling)
+    local = hf.write_rope(config.local_rope_theta, config.local_rope_scaling)
     scale, full = config.attention_scale, global_layers(config)
     kinds = ["full_attention" if layer in full else "sliding_attention" for layer in range(config.n_layers)]
     return everywhere | {
         "model_type": "gemma3_text",
         "architectures": ["Gemma3ForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
+        **hf.write_fields(config, FIELDS),
         "query_pre_attn_scalar": config.head_dim if scale is None else _scalar(scale),
-        "rms_norm_eps": config.norm_eps,
-        "hidden_activation": {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation),
-        "sliding_window": config.sliding_window,
         "layer_types": kinds,
         "rope_local_base_freq": config.local_rope_theta,
         "rope_parameters": {
             "full_attention": everywhere["rope_parameters"],
             "sliding_attention": local["rope_parameters"],
         },
-        "attention_bias": config.attention_bias,
-        "attention_dropout": config.dropout,
-        "tie_word_embeddings": config.tied,
     }
 
 

@@ -20,6 +20,7 @@ from keifu.layers.initialisation import normal_
 from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PostNorm
 from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
@@ -83,41 +84,38 @@ NOT_WEIGHTS = ("transformer.h.*.attn.bias", "transformer.position_ids")  # old f
 MODEL_TYPES = {"openai-gpt": "OpenAIGPTLMHeadModel"}
 UNSUPPORTED: dict[str, Any] = {}
 
-_ACTIVATIONS = {"gelu": "gelu_tanh", "swish": "silu", "silu": "silu", "relu": "relu"}  # what `afn` may say, and ours
+_ACTIVATIONS = {"gelu": "gelu_tanh", "swish": "silu", "silu": "silu", "relu": "relu"}  # values of `afn`, and our names
+
+
+def _read_activation(afn: str) -> str:
+    if afn not in _ACTIVATIONS:
+        raise UserError(f"afn {afn!r} is not supported. Known: {', '.join(_ACTIVATIONS)}.")
+    return _ACTIVATIONS[afn]
+
+
+def _write_activation(name: str) -> str:
+    return {ours: theirs for theirs, ours in _ACTIVATIONS.items()}.get(name, "gelu")
+
+
+FIELDS: hf.Fields = {
+    "vocab_size": "vocab_size",
+    "context_length": "n_positions",
+    "dim": "n_embd",
+    "n_layers": "n_layer",
+    "n_heads": "n_head",
+    "norm_eps": hf.Field("layer_norm_epsilon", 1e-5, float),
+    "activation": hf.Field("afn", "gelu", _read_activation, _write_activation),
+    "dropout": hf.Field("resid_pdrop", 0.1, float, also=("embd_pdrop", "attn_pdrop")),
+    "tied": hf.Field("tie_word_embeddings", True),
+}
 
 
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of a Hugging Face config.json of model_type openai-gpt."""
-    function = json.get("afn", "gelu")
-    if function not in _ACTIVATIONS:
-        raise UserError(f"afn {function!r} is not supported. Known: {', '.join(_ACTIVATIONS)}.")
-    return Config(
-        vocab_size=json["vocab_size"],
-        context_length=json["n_positions"],
-        dim=json["n_embd"],
-        hidden_dim=4 * json["n_embd"],
-        n_layers=json["n_layer"],
-        n_heads=json["n_head"],
-        norm_eps=float(json.get("layer_norm_epsilon", 1e-5)),
-        activation=_ACTIVATIONS[function],
-        dropout=float(json.get("resid_pdrop", 0.1)),
-        tied=json.get("tie_word_embeddings", True),
-    )
+    return Config(**hf.read_fields(json, FIELDS), hidden_dim=4 * json["n_embd"])
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that transformers reads, which has no word for another `hidden_dim` than 4 · dim."""
-    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
-    return {
-        "model_type": "openai-gpt",
-        "architectures": list(MODEL_TYPES.values()),
-        "afn": names.get(config.activation, "gelu"),
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_embd": config.dim,
-        "n_layer": config.n_layers,
-        "n_head": config.n_heads,
-        "layer_norm_epsilon": config.norm_eps,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
-        "tie_word_embeddings": config.tied,
-    }
+    """The config.json that transformers reads, which has no field for another `hidden_dim` than 4 · dim."""
+    header = {"model_type": "openai-gpt", "architectures": list(MODEL_TYPES.values())}
+    return header | hf.write_fields(config, FIELDS)

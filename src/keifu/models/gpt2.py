@@ -17,7 +17,7 @@ from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
-from keifu.models.hf.config import activation_name, published_activation
+from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
@@ -88,39 +88,25 @@ NOT_WEIGHTS = ("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias") 
 MODEL_TYPES = {"gpt2": "GPT2LMHeadModel"}
 UNSUPPORTED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
+FIELDS: hf.Fields = {
+    "vocab_size": "vocab_size",
+    "context_length": hf.Field("n_positions", also=("n_ctx",)),
+    "dim": "n_embd",
+    "hidden_dim": hf.Field("n_inner", lambda json: 4 * json["n_embd"]),
+    "n_layers": "n_layer",
+    "n_heads": "n_head",
+    "norm_eps": hf.Field("layer_norm_epsilon", 1e-5, float),
+    "activation": hf.activation_field("activation_function", "gelu_new"),
+    "dropout": hf.Field("resid_pdrop", 0.1, float, also=("embd_pdrop", "attn_pdrop")),
+    "tied": hf.Field("tie_word_embeddings", True),
+}
+
 
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of a Hugging Face config.json of model_type gpt2."""
-    return Config(
-        vocab_size=json["vocab_size"],
-        context_length=json["n_positions"],
-        dim=json["n_embd"],
-        hidden_dim=json.get("n_inner") or 4 * json["n_embd"],
-        n_layers=json["n_layer"],
-        n_heads=json["n_head"],
-        norm_eps=float(json.get("layer_norm_epsilon", 1e-5)),
-        activation=activation_name(json.get("activation_function", "gelu_new")),
-        dropout=float(json.get("resid_pdrop", 0.1)),
-        tied=json.get("tie_word_embeddings", True),
-    )
+    return Config(**hf.read_fields(json, FIELDS))
 
 
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that transformers reads."""
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_ctx": config.context_length,
-        "n_embd": config.dim,
-        "n_inner": config.hidden_dim,
-        "n_layer": config.n_layers,
-        "n_head": config.n_heads,
-        "layer_norm_epsilon": config.norm_eps,
-        "activation_function": published_activation(config.activation),
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "tie_word_embeddings": config.tied,
-    }
+    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **hf.write_fields(config, FIELDS)}

@@ -26,7 +26,7 @@ from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import gpt2
-from keifu.models.hf.config import activation_name, published_activation
+from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
@@ -119,27 +119,25 @@ NOT_WEIGHTS = ("transformer.h.*.attn.attention.bias", "transformer.h.*.attn.atte
 MODEL_TYPES = {"gpt_neo": "GPTNeoForCausalLM"}
 UNSUPPORTED: dict[str, Any] = {}
 
+FIELDS: hf.Fields = {  # of GPT-Neo
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "dim": "hidden_size",
+    "hidden_dim": hf.Field("intermediate_size", lambda json: 4 * json["hidden_size"]),
+    "n_layers": "num_layers",
+    "n_heads": "num_heads",
+    "norm_eps": hf.Field("layer_norm_epsilon", 1e-5, float),
+    "activation": hf.activation_field("activation_function", "gelu_new"),
+    "dropout": hf.Field("resid_dropout", 0.0, float, also=("embed_dropout", "attention_dropout")),
+    "tied": hf.Field("tie_word_embeddings", True),
+}
+
 
 def from_published(json: dict[str, Any]) -> Config:
-    """The Config of a config.json of model_type gpt_neo, or of gpt2, which says a dense one."""
+    """The Config of a config.json of model_type gpt_neo, or of gpt2, which describes a dense model."""
     if json["model_type"] == "gpt2":
-        fields = vars(gpt2.from_published(json)).items()
-        return Config(**{name: value for name, value in fields if name != "bias"}, band=None)
-    return Config(
-        vocab_size=json["vocab_size"],
-        context_length=json["max_position_embeddings"],
-        dim=json["hidden_size"],
-        hidden_dim=json.get("intermediate_size") or 4 * json["hidden_size"],
-        n_layers=json["num_layers"],
-        n_heads=json["num_heads"],
-        norm_eps=float(json.get("layer_norm_epsilon", 1e-5)),
-        activation=activation_name(json.get("activation_function", "gelu_new")),
-        dropout=float(json.get("resid_dropout", 0.0)),
-        band=_read_band(json),
-        qkv_bias=False,
-        scaled_attention=False,
-        tied=json.get("tie_word_embeddings", True),
-    )
+        return Config(**hf.read_fields(json, gpt2.FIELDS), band=None)
+    return Config(**hf.read_fields(json, FIELDS), band=_read_band(json), qkv_bias=False, scaled_attention=False)
 
 
 def _read_band(json: dict[str, Any]) -> int | None:
@@ -166,21 +164,11 @@ def _attention_types(n_layers: int, banded: bool) -> list[list[Any]]:
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json of GPT-2 for a dense model with its attention, else of GPT-Neo, which has another attention."""
     if config.band is None and config.qkv_bias and config.scaled_attention:
-        shared = vars(config).keys() & vars(gpt2.Config()).keys()
-        return gpt2.to_published(gpt2.Config(**{key: vars(config)[key] for key in shared}))
+        return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **hf.write_fields(config, gpt2.FIELDS)}
     return {
         "model_type": "gpt_neo",
         "architectures": ["GPTNeoForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_layers": config.n_layers,
-        "num_heads": config.n_heads,
+        **hf.write_fields(config, FIELDS),
         "attention_types": _attention_types(config.n_layers, config.band is not None),
         "window_size": config.band or 256,
-        "layer_norm_epsilon": config.norm_eps,
-        "activation_function": published_activation(config.activation),
-        **dict.fromkeys(("resid_dropout", "embed_dropout", "attention_dropout"), config.dropout),
-        "tie_word_embeddings": config.tied,
     }

@@ -18,14 +18,7 @@ from keifu.layers.linear import Linear
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
-from keifu.models.hf.config import (
-    activation_name,
-    published_activation,
-    read_rope,
-    read_window,
-    write_rope,
-    write_window,
-)
+from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
@@ -166,62 +159,45 @@ NOT_WEIGHTS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old files kee
 MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 UNSUPPORTED: dict[str, Any] = {}
 
+FIELDS: hf.Fields = hf.SIZE_FIELDS | {
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": hf.Field("head_dim", None),
+    "norm_eps": hf.Field("rms_norm_eps", 1e-6, float),
+    "activation": hf.activation_field("hidden_act", "silu"),
+    "tied": hf.Field("tie_word_embeddings", False),
+    "dropout": hf.Field("attention_dropout", 0.0, hf.rate),
+}
+
 
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of a Hugging Face config.json of model_type llama, mistral or qwen2."""
-    theta, scaling = read_rope(json)
-    window, first_window_layer = read_window(json)
+    n_kv_heads = hf.Field("num_key_value_heads", 8 if json["model_type"] == "mistral" else None)
     biased = json.get("attention_bias", False)
     return Config(
-        vocab_size=json["vocab_size"],
-        context_length=json["max_position_embeddings"],
-        dim=json["hidden_size"],
-        hidden_dim=json["intermediate_size"],
-        n_layers=json["num_hidden_layers"],
-        n_heads=json["num_attention_heads"],
-        n_kv_heads=json.get("num_key_value_heads", 8 if json["model_type"] == "mistral" else None),
-        head_dim=json.get("head_dim"),
-        norm_eps=float(json.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        activation=activation_name(json.get("hidden_act", "silu")),
-        sliding_window=window,
-        first_window_layer=first_window_layer,
+        **hf.read_fields(json, FIELDS | {"n_kv_heads": n_kv_heads}),
+        **hf.read_rope(json),
+        **hf.read_window(json),
         qkv_bias=biased or json["model_type"] == "qwen2",
         out_bias=biased,
         feedforward_bias=json.get("mlp_bias", False),
-        tied=json.get("tie_word_embeddings", False),
-        dropout=float(json.get("attention_dropout") or 0.0),
     )
 
 
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that transformers, vLLM and llama.cpp's converter read."""
     kind = "llama"
+    more: dict[str, Any] = {"attention_bias": config.out_bias, "mlp_bias": config.feedforward_bias}
     if config.sliding_window:
         kind = "mistral"
+        more = {"sliding_window": config.sliding_window}
     if config.qkv_bias and not config.out_bias:
         kind = "qwen2"
-    json = {
+        more = hf.write_window(config.sliding_window, config.first_window_layer)
+    return {
         "model_type": kind,
         "architectures": [MODEL_TYPES[kind]],
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads or config.n_heads,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": published_activation(config.activation),
-        "attention_dropout": config.dropout,
-        "tie_word_embeddings": config.tied,
-        **write_rope(config.rope_theta, config.rope_scaling),
+        "num_key_value_heads": config.n_heads,  # where the Config leaves it to the default
+        **hf.write_fields(config, FIELDS),
+        **hf.write_rope(config.rope_theta, config.rope_scaling),
+        **more,
     }
-    if config.head_dim is not None:
-        json["head_dim"] = config.head_dim
-    if kind == "llama":
-        return json | {"attention_bias": config.out_bias, "mlp_bias": config.feedforward_bias}
-    if kind == "mistral":
-        return json | {"sliding_window": config.sliding_window}
-    return json | write_window(config.sliding_window, config.first_window_layer)

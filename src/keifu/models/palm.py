@@ -22,7 +22,7 @@ from keifu.layers.linear import Linear
 from keifu.layers.normalisation import ScaledLayerNorm
 from keifu.layers.transformer.blocks import Parallel
 from keifu.layers.transformer.decoder import DecoderLM
-from keifu.models.hf.config import activation_name, published_activation, read_rope, write_rope
+from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
@@ -100,50 +100,29 @@ NOT_WEIGHTS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old files kee
 MODEL_TYPES = {"cohere": "CohereForCausalLM"}
 UNSUPPORTED = {"attention_bias": False, "use_qk_norm": False}
 
+FIELDS: hf.Fields = hf.SIZE_FIELDS | {
+    "n_kv_heads": hf.Field("num_key_value_heads", lambda json: json["num_attention_heads"]),
+    "head_dim": hf.Field("head_dim", None),  # transformers takes it, where heads are not dim / n_heads wide
+    "norm_eps": hf.Field("layer_norm_eps", 1e-5, float),
+    "activation": hf.activation_field("hidden_act", "silu"),
+    "logit_scale": hf.Field("logit_scale", lambda json: 0.0625, float),
+    "dropout": hf.Field("attention_dropout", 0.0, hf.rate),
+    "tied": hf.Field("tie_word_embeddings", True),
+}
+
 
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of a Hugging Face config.json of model_type cohere."""
-    scale = json.get("logit_scale")
-    context_length = json["max_position_embeddings"]
-    theta, scaling = read_rope({"rope_theta": 500_000.0} | json)  # Cohere's own default
-    return Config(
-        vocab_size=json["vocab_size"],
-        context_length=context_length,
-        dim=json["hidden_size"],
-        hidden_dim=json["intermediate_size"],
-        n_layers=json["num_hidden_layers"],
-        n_heads=json["num_attention_heads"],
-        n_kv_heads=json.get("num_key_value_heads") or json["num_attention_heads"],
-        head_dim=json.get("head_dim"),
-        norm_eps=float(json.get("layer_norm_eps", 1e-5)),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        activation=activation_name(json.get("hidden_act", "silu")),
-        logit_scale=0.0625 if scale is None else float(scale),
-        dropout=float(json.get("attention_dropout") or 0.0),
-        tied=json.get("tie_word_embeddings", True),
-    )
+    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json, default_theta=500_000.0))
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that transformers reads; `head_dim`, where heads are not dim / n_heads wide, it takes as well."""
-    heads = {} if config.head_dim is None else {"head_dim": config.head_dim}
-    return heads | {
+    """The config.json that transformers reads."""
+    return {
         "model_type": "cohere",
         "architectures": ["CohereForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "layer_norm_eps": config.norm_eps,
-        "hidden_act": published_activation(config.activation),
-        "logit_scale": config.dim**-0.5 if config.logit_scale is None else config.logit_scale,
-        "attention_dropout": config.dropout,
-        "attention_bias": False,
-        "use_qk_norm": False,
-        "tie_word_embeddings": config.tied,
-        **write_rope(config.rope_theta, config.rope_scaling),
+        "logit_scale": config.dim**-0.5,  # where the Config leaves it to the default
+        **hf.write_fields(config, FIELDS),
+        **UNSUPPORTED,
+        **hf.write_rope(config.rope_theta, config.rope_scaling),
     }

@@ -18,14 +18,7 @@ from keifu.layers.linear import Linear
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
-from keifu.models.hf.config import (
-    activation_name,
-    published_activation,
-    read_rope,
-    read_window,
-    write_rope,
-    write_window,
-)
+from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
@@ -111,30 +104,20 @@ NOT_WEIGHTS: tuple[str, ...] = ()
 MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM"}
 UNSUPPORTED: dict[str, Any] = {}
 
+FIELDS: hf.Fields = hf.SIZE_FIELDS | {
+    "n_kv_heads": hf.Field("num_key_value_heads", lambda json: json["num_attention_heads"]),
+    "head_dim": hf.Field("head_dim", lambda json: json["hidden_size"] // json["num_attention_heads"]),
+    "norm_eps": hf.Field("rms_norm_eps", 1e-6, float),
+    "activation": hf.activation_field("hidden_act", "silu"),
+    "attention_bias": hf.Field("attention_bias", False),
+    "tied": hf.Field("tie_word_embeddings", False),
+    "dropout": hf.Field("attention_dropout", 0.0, hf.rate),
+}
+
 
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of a Hugging Face config.json of model_type qwen3."""
-    theta, scaling = read_rope(json)
-    window, first_window_layer = read_window(json)
-    return Config(
-        vocab_size=json["vocab_size"],
-        context_length=json["max_position_embeddings"],
-        dim=json["hidden_size"],
-        hidden_dim=json["intermediate_size"],
-        n_layers=json["num_hidden_layers"],
-        n_heads=json["num_attention_heads"],
-        n_kv_heads=json.get("num_key_value_heads") or json["num_attention_heads"],
-        head_dim=json.get("head_dim") or json["hidden_size"] // json["num_attention_heads"],
-        norm_eps=float(json.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        activation=activation_name(json.get("hidden_act", "silu")),
-        sliding_window=window,
-        first_window_layer=first_window_layer,
-        attention_bias=json.get("attention_bias", False),
-        tied=json.get("tie_word_embeddings", False),
-        dropout=float(json.get("attention_dropout") or 0.0),
-    )
+    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json), **hf.read_window(json))
 
 
 def to_published(config: Config) -> dict[str, Any]:
@@ -142,19 +125,7 @@ def to_published(config: Config) -> dict[str, Any]:
     return {
         "model_type": "qwen3",
         "architectures": ["Qwen3ForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": published_activation(config.activation),
-        "attention_bias": config.attention_bias,
-        "attention_dropout": config.dropout,
-        "tie_word_embeddings": config.tied,
-        **write_rope(config.rope_theta, config.rope_scaling),
-        **write_window(config.sliding_window, config.first_window_layer),
+        **hf.write_fields(config, FIELDS),
+        **hf.write_rope(config.rope_theta, config.rope_scaling),
+        **hf.write_window(config.sliding_window, config.first_window_layer),
     }

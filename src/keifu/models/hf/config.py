@@ -1,10 +1,89 @@
-"""Rotary settings and activation names as Hugging Face's config.json writes them; knows no model's layers."""
+"""The fields of a published config.json, read and written by a table for each model; with them the settings that many
+models of transformers share: activation names, rotary positions, sliding windows."""
 
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from keifu.errors import UserError
 from keifu.layers.activations import ACTIVATIONS
 from keifu.layers.attention.positions import RopeScaling
+
+_REQUIRED: Any = object()
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+class Field(NamedTuple):
+    """One field of a published config, as a model's table of fields has it beside the name of the Config's field.
+
+    name: the published name. default: the published value of a config that leaves the field out, or a function that
+    gives it for the config (null counts as left out then); without a default the field is required. read, write:
+    convert the published value to the Config's, and back. also: further names under which the value is written.
+    """
+
+    name: str
+    default: Any = _REQUIRED
+    read: Callable[[Any], Any] = _unchanged
+    write: Callable[[Any], Any] = _unchanged
+    also: tuple[str, ...] = ()
+
+
+Fields = dict[str, str | Field]  # by the name of the Config's field; a bare name is that of a required field
+
+
+def read_fields(json: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
+    """The values of a Config's fields. A required one that is absent is a `KeyError` (the loader's names the file), one
+    whose value cannot be converted a `UserError`."""
+    return {ours: _read(json, field) for ours, field in _rows(fields)}
+
+
+def _rows(fields: Fields) -> Iterator[tuple[str, Field]]:
+    for ours, field in fields.items():
+        yield ours, field if isinstance(field, Field) else Field(field)
+
+
+def _read(json: Mapping[str, Any], field: Field) -> Any:
+    name, default = field.name, field.default
+    value = json[name] if default is _REQUIRED else json.get(name, None if callable(default) else default)
+    if value is None and callable(default):
+        value = default(json)
+    try:
+        return field.read(value)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} cannot be {value!r}.") from error
+
+
+def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
+    """The published fields of a Config; None, which leaves a value to the model, is not written."""
+    written = {}
+    for ours, field in _rows(fields):
+        if (value := vars(config)[ours]) is not None:
+            written |= dict.fromkeys((field.name, *field.also), field.write(value))
+    return written
+
+
+def activation_field(name: str, default: str) -> Field:
+    """The field of an activation, whose names differ."""
+    return Field(name, default, activation_name, published_activation)
+
+
+def rate(value: float | None) -> float:
+    """A dropout rate; null is 0."""
+    return float(value or 0.0)
+
+
+SIZE_FIELDS: Fields = {  # of most configs of transformers since BERT
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+}
 
 # theirs -> ours, where the names differ
 _ACTIVATIONS = {
@@ -51,17 +130,18 @@ def published_activation(name: str) -> str:
     return {"gelu_tanh": "gelu_new", "identity": "linear"}.get(name, name)
 
 
-def read_rope(json: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling. `rope_parameters` (transformers 5) goes before `rope_scaling` with `rope_theta`."""
+def read_rope(json: Mapping[str, Any], default_theta: float = 10_000.0) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of the Config. `rope_parameters` (transformers 5) takes precedence over
+    `rope_scaling` with `rope_theta`."""
     rope = json.get("rope_parameters") or json.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", json.get("rope_theta", 10_000.0))
+    theta = float(rope.get("rope_theta", json.get("rope_theta", default_theta)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", json.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
         raise UserError(
             f"partial_rotary_factor {rope.get('partial_rotary_factor')} is not supported: a whole head turns."
         )
     if kind == "default":
-        return float(theta), None
+        return {"rope_theta": theta, "rope_scaling": None}
     context = json["max_position_embeddings"]
     given = {ours: _number(ours, rope[theirs]) for ours, theirs in _FIELDS.items() if rope.get(theirs) is not None}
     original = json.get("original_max_position_embeddings", context)
@@ -69,7 +149,7 @@ def read_rope(json: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if kind == "dynamic":  # published code stretches from the configured length, whatever else is written
         given["original_context_length"] = context
     factor = rope["factor"] if rope.get("factor") is not None else context / given["original_context_length"]
-    return float(theta), RopeScaling(kind, float(factor), **given)
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(kind, float(factor), **given)}
 
 
 def _number(name: str, value: Any) -> Any:
@@ -91,12 +171,17 @@ def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
     }
 
 
-def read_window(json: dict[str, Any]) -> tuple[int | None, int]:
-    """The window and the first layer that has it. Qwen2 and 3 say both in several ways; Mistral means all layers."""
-    if not json.get("use_sliding_window", json["model_type"] == "mistral"):
-        return None, 0
-    kinds, default = json.get("layer_types"), 0 if json["model_type"] == "mistral" else 28
-    first = json.get("max_window_layers", default)
+_NO_WINDOW = {"sliding_window": None, "first_window_layer": 0}
+
+
+def read_window(json: Mapping[str, Any]) -> dict[str, Any]:
+    """`sliding_window` and `first_window_layer` of the Config. Qwen2 and Qwen3 write them in several ways; in Mistral
+    every layer has the window."""
+    mistral = json["model_type"] == "mistral"
+    if not json.get("use_sliding_window", mistral):
+        return _NO_WINDOW
+    kinds = json.get("layer_types")
+    first = json.get("max_window_layers", 0 if mistral else 28)
     if kinds:
         first = kinds.index("sliding_attention") if "sliding_attention" in kinds else len(kinds)
         if kinds != ["full_attention"] * first + ["sliding_attention"] * (len(kinds) - first):
@@ -104,9 +189,11 @@ def read_window(json: dict[str, Any]) -> tuple[int | None, int]:
                 f"layer_types {kinds} mixes windows in an order that is not supported: full ones come first."
             )
     window = json.get("sliding_window", 4096)
-    return (window, first) if window and first < json["num_hidden_layers"] else (None, 0)
+    if not window or first >= json["num_hidden_layers"]:
+        return _NO_WINDOW
+    return {"sliding_window": window, "first_window_layer": first}
 
 
 def write_window(window: int | None, first_layer: int) -> dict[str, Any]:
-    """What `read_window` reads, as Qwen2 and Qwen3 write it."""
+    """The fields of a sliding window as Qwen2 and Qwen3 write them."""
     return {"sliding_window": window, "max_window_layers": first_layer, "use_sliding_window": window is not None}
