@@ -205,9 +205,9 @@ def build_resnet(config: ResNetConfig) -> ResNet:
     nn.init.normal_(model.pool.positions.weight, std=std)
     for linear in (model.pool.q, model.pool.kv, model.pool.out):
         nn.init.normal_(linear.weight, std=std)
-    for module in model.stages.modules():
-        if isinstance(module, AntialiasedBottleneck):
-            nn.init.zeros_(module.norm3.weight)
+    for name, parameter in model.stages.named_parameters():
+        if name.endswith("norm3.weight"):
+            nn.init.zeros_(parameter)
     return model
 
 
