@@ -9,7 +9,7 @@ from keifu.data.images.io import to_signed
 from keifu.generation.images.autoregressive import real_tokens, sample_image_tokens
 from keifu.generation.images.latent_diffusion import text_denoiser
 from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise, draw_images
-from keifu.generation.images.samplers import plan_route
+from keifu.generation.images.samplers import configure_sampler
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.losses import LOSSES
 from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, mlp, palm, perceptron, qwen3, seq2seq, transformer
@@ -262,9 +262,9 @@ def test_latent_diffusion_learns_two_pictures_by_heart():
     )  # fmt: skip
     assert losses[0] > 0.7 and sum(losses[-20:]) < 20 * 0.3
     network = text_denoiser(model.eval(), tokens)
-    path = plan_route(noise, "ddim", 20, None, False, 0.0)
+    path = configure_sampler(noise, "ddim", 20, None, False, 0.0)
     with torch.no_grad():
-        *_, last = path.walk(path.denoiser(network), torch.randn(2, 2, 4, 4), path.path, SeededNoise([1, 2]))
+        *_, last = path.run(path.denoiser(network), torch.randn(2, 2, 4, 4), path.schedule, SeededNoise([1, 2]))
     apart = (last.x[:, None] - latents).abs().mean((2, 3, 4))
     assert apart.argmin(1).tolist() == [0, 1]
 
@@ -291,13 +291,15 @@ def test_unclip_learns_what_two_captions_mean_by_heart():
     losses = learned(model, aim, settings, lambda step: {**batch, "draws": draw_noise(0, step, 16)})
     assert losses[0] > 1 and sum(losses[-10:]) < 10 * 0.25
     model.eval()
-    random, way = SeededNoise([1, 2]), plan_route(seen, "ddim", 10)
+    random, way = SeededNoise([1, 2]), configure_sampler(seen, "ddim", 10)
     with torch.no_grad():
         caption = model.encode_text(tokens, real)
-        *_, last = way.walk(way.denoiser(lambda x, t: model.imagine(x, t, caption)), random(points), way.path, random)
+        *_, last = way.run(
+            way.denoiser(lambda x, t: model.imagine(x, t, caption)), random(points), way.schedule, random
+        )
         assert (last.x - points).abs().mean() < 0.25
         told, x = model.tell(model.restored(last.x), caption), random(torch.empty(2, 1, 8, 8))
-        *_, last = way.walk(way.denoiser(lambda x, t: model(x, t, told)), x, way.path, random)
+        *_, last = way.run(way.denoiser(lambda x, t: model(x, t, told)), x, way.schedule, random)
     apart = (last.x[:, None] - (bars.float() / 127.5 - 1)).abs().mean((2, 3, 4))
     assert apart.argmin(1).tolist() == [0, 1] and apart.min(1).values.max() < 0.25
 

@@ -75,7 +75,7 @@ def test_texts_are_drawn_as_diffusers_draws_them(unclip_pipeline, painter, prior
     random = SeededNoise(SEEDS)
     states = [*painter.drawing(wanted, SEEDS, TEXTS, random)]
     assert len(states) == 5 and states[-1].x.shape == (2, 3, 8, 8)
-    drawn = (painter.enlarged(states[-1].x, wanted, random) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    drawn = (painter.upsample(states[-1].x, wanted, random) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert drawn.shape == expected.shape == (2, 16, 16, 3) and expected.std() > 0.05
     # The first step divides by √ᾱ = 5e-5, what the cosine leaves of a picture: of 1e-7 the bound lets 1e-4 through.
     np.testing.assert_allclose(drawn, expected, rtol=0, atol=3e-4)
@@ -91,7 +91,7 @@ def test_a_picture_is_varied_as_diffusers_varies_it(seeing, picture) -> None:
     ).pixel_values  # fmt: skip
     with torch.no_grad():
         expected = encoder(pixels).image_embeds
-    got = ours.seen(read_input_image(picture), 2)
+    got = ours.encode_image(read_input_image(picture), 2)
     torch.testing.assert_close(got[1:], expected, rtol=1e-5, atol=1e-5)
     wanted = ours.resolved(ImageRequest("ddim", 3, 1, guidance=3.0, init=read_input_image(picture)))
     assert wanted.size == (8, 8) and wanted.upsampling_steps is None and wanted.strength is None
@@ -106,7 +106,7 @@ def test_a_way_from_one_to_another(seeing, picture) -> None:
     settings = {"guidance": 2.0, "prior_steps": 3, "count": 3}
     wanted = ours.resolved(ImageRequest("ddim", 2, 5, text="a red heart", towards="a blue cat", **settings))
     seeds = [5, 6, 7]
-    ends = [ours.imagined([text], wanted, SeededNoise([5])) for text in ("a red heart", "a blue cat")]
+    ends = [ours.sample_embeddings([text], wanted, SeededNoise([5])) for text in ("a red heart", "a blue cat")]
     found = ours.embeddings(wanted, seeds, ["a red heart"] * 3, SeededNoise([5] * 3))
     torch.testing.assert_close(found[[0, 2]], torch.cat(ends), rtol=1e-4, atol=1e-5)
     between = torch.nn.functional.cosine_similarity(found[1:2], torch.cat(ends))
@@ -131,8 +131,8 @@ def test_an_arc_keeps_its_ends_and_its_lengths() -> None:
 def test_the_nearest_of_several_embeddings_is_taken(painter) -> None:
     few = painter.resolved(ImageRequest("ddpm", 2, 1, text="a red heart", prior_steps=3))
     random = SeededNoise([1])
-    first, second = (painter.imagined(["a red heart"], few, random) for _ in range(2))
-    best = painter.imagined(["a red heart"], replace(few, candidates=2), SeededNoise([1]))
+    first, second = (painter.sample_embeddings(["a red heart"], few, random) for _ in range(2))
+    best = painter.sample_embeddings(["a red heart"], replace(few, candidates=2), SeededNoise([1]))
     said = painter._caption(["a red heart"], False).embedding
     near = [float(torch.cosine_similarity(each, said)) for each in (first, second)]
     assert torch.equal(best, (first, second)[near[1] > near[0]]) and not torch.equal(first, second)

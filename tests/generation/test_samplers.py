@@ -16,7 +16,7 @@ diffusers = pytest.importorskip("diffusers")
 from keifu.generation.images.pixel_diffusion import SeededNoise  # noqa: E402
 from keifu.generation.images.samplers import (
     SAMPLERS,
-    plan_route,  # noqa: E402
+    configure_sampler,  # noqa: E402
 )
 from keifu.layers.diffusion.noise_schedule import Noise  # noqa: E402
 
@@ -117,15 +117,15 @@ def compare(name: str, noise: Noise, steps: int, karras: bool = False, eta: floa
     """
     seeds, random = [3, 11, 5], SeededNoise([3, 11, 5])
     start = random(torch.empty(SHAPE, dtype=kind))
-    found = plan_route(noise, name, steps, karras=karras, eta=eta)
-    walk = found.walk(found.denoiser(predict), start * found.path.start, found.path, random)
+    found = configure_sampler(noise, name, steps, karras=karras, eta=eta)
+    walk = found.run(found.denoiser(predict), start * found.schedule.initial_sigma, found.schedule, random)
     mine = [state.x for state in walk]
     other = theirs(name, noise, steps, karras, eta, start, seeds, predict)
     assert len(mine) == len(other) == steps
     lost = 0.0
-    for number, (a, b, stride) in enumerate(zip(mine, other, found.path.strides, strict=True), 1):
+    for number, (a, b, step) in enumerate(zip(mine, other, found.schedule.steps, strict=True), 1):
         difference = float((a - b).abs().max() / b.abs().max().clamp(min=1))
-        lost = max(lost, 2**-22 * stride.here.ratio * stride.there.alpha if name.startswith("euler") else 0.0)
+        lost = max(lost, 2**-22 * step.level.ratio * step.next_level.alpha if name.startswith("euler") else 0.0)
         assert difference < 1e-5 + lost, f"step {number} of {steps}: {difference:.1e}"
 
 

@@ -19,11 +19,11 @@ from keifu.layers.diffusion.noise_schedule import (
 )
 from keifu.layers.diffusion.sampling_schedule import (
     CLEAN,
-    continuous_path,
-    inner_path,
-    jumping_path,
+    continuous_schedule,
+    ddim_schedule,
+    ddpm_schedule,
+    dpm_solver_schedule,
     timesteps,
-    whole_path,
 )
 
 NAMES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
@@ -137,15 +137,15 @@ def test_kl_of_normals() -> None:
     torch.testing.assert_close(normal_kl(*numbers), torch.distributions.kl_divergence(p, q))
 
 
-def test_paths_go_down_to_the_picture() -> None:
+def test_schedules_go_down_to_the_picture() -> None:
     noise = Noise()
-    for path in (whole_path, jumping_path, continuous_path, inner_path):
+    for schedule in (ddpm_schedule, ddim_schedule, continuous_schedule, dpm_solver_schedule):
         for spacing in ("leading", "trailing", "linspace", "quadratic"):
-            strides = path(noise, 10, spacing).strides
-            assert len(strides) == 10 and strides[-1].there == CLEAN
-            assert all(stride.there.sigma < stride.here.sigma for stride in strides)
-            assert all(abs(s.here.alpha**2 + s.here.sigma**2 - 1) < 1e-6 for s in strides)
-    stays = jumping_path(Noise(last_alpha_one=False), 10).strides[-1].there
+            steps = schedule(noise, 10, spacing).steps
+            assert len(steps) == 10 and steps[-1].next_level == CLEAN
+            assert all(step.next_level.sigma < step.level.sigma for step in steps)
+            assert all(abs(step.level.alpha**2 + step.level.sigma**2 - 1) < 1e-6 for step in steps)
+    stays = ddim_schedule(Noise(last_alpha_one=False), 10).steps[-1].next_level
     assert stays.timestep == 0 and stays.sigma == pytest.approx(0.01, rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""From what a user types to a file or folder on this machine: a path, a catalogue name, a hub id; it opens none."""
+"""Locating a model: from a path, a catalogue name or a hub id to a file or folder on this machine."""
 
 import re
 from pathlib import Path

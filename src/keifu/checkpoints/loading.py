@@ -1,4 +1,4 @@
-"""Loading, inspecting and converting a model wherever it is; knows the formats by name and no model."""
+"""Loading, inspecting and converting models: opens a file or folder in whichever format it has."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""NumPy archives as models to be loaded: g2p-en's weights, which are published in no other form. It knows no other.
+"""NumPy archives (.npz) as models: g2p-en's weights, which are published in no other form.
 
-The archive holds arrays alone; that they are a recurrent encoder-decoder without attention, and what its rows stand
-for, is known here. Nothing in it is ever unpickled.
+The archive holds arrays alone; that they are a recurrent encoder-decoder without attention, and what each row stands
+for, is written here. Nothing is ever unpickled.
 """
 
 import zipfile

@@ -1,6 +1,6 @@
-"""A user's own module as a folder: its settings as config.json, its weights as model.safetensors; knows no layers.
+"""A user's own `nn.Module` as a folder: its settings as config.json, its weights as model.safetensors.
 
-What loads it again is the module itself: `load_weights` fills one that is built the same way.
+`load_weights` fills a module that is built the same way.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""A model as it stands in a file, whatever the format, and the way from there to a built model; knows no format.
+"""The load plan: which tensors of a file make which parameters of a model, for every format.
 
-A plan is made from names, shapes and types alone, so that a report costs no reading; then the weights are filled in.
+A plan is made from names, shapes and types alone, so that a load report reads no weights; `Plan.fill` then reads them.
 Axes: those of the stored tensors.
 """
 

@@ -1,8 +1,7 @@
-"""Every model that keifu knows, by the model_type of its config.json: the one place that lists them; knows no files.
+"""Registry of model families: how each model_type's config.json is read and written, and how its weights are named.
 
-A model's file is imported when a model_type of it is asked for, and no other. A new model costs a line in `MODELS`.
-
-How a family's files differ from what their config says or from what is written today; knows no model and no file.
+A model's file is imported when one of its model_types is asked for, and no other. A new model needs a line in `MODELS`,
+and one in `_MAKERS` if its files differ from `_published`'s rules.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What loading a model does, tensor by tensor, and the settings in use; it reads no weight and knows no format."""
+"""Load report: what loading a model does, tensor by tensor, and the settings in use. No weight is read for it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,1 +1,1 @@
-"""How models write text and sample pictures."""
+"""Inference: text generation and image sampling."""

@@ -1,7 +1,7 @@
-"""diffusers' layout: a model's own folder, and a pipeline's, with a folder for each of its parts; knows no layers.
+"""diffusers' directory layout: a model in its own folder, and a pipeline with a folder for each component.
 
-A model's config.json tells its class, a pipeline's model_index.json the classes of its parts. A scheduler is no model:
-its file is read into the config of the network that it belongs to.
+A model's config.json gives its class, a pipeline's model_index.json the classes of its components. A scheduler is not a
+model: its file is read into the config of the network that it belongs to.
 """
 
 from collections.abc import Mapping, Sequence

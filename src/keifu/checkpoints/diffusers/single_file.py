@@ -1,8 +1,8 @@
-"""The original one-file checkpoint of Stable Diffusion 1 (CompVis's names, .safetensors): its tensors under diffusers'
-names, and the Config that their shapes tell; knows no layers.
+"""Single-file checkpoints of Stable Diffusion 1 (CompVis's tensor names, .safetensors), read as a diffusers pipeline.
 
-The file says nothing but weights. What shapes do not tell is what every Stable Diffusion 1 has: 8 heads in the U-Net,
-heads of 64 numbers in the text's encoder, and the autoencoder's scale.
+The tensors get diffusers' names, and the Config is inferred from their shapes, for the file holds nothing else. What
+shapes do not show is the same in every Stable Diffusion 1: 8 heads in the U-Net, a head dimension of 64 in the text
+encoder, and the autoencoder's scale.
 """
 
 import re

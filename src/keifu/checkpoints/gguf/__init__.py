@@ -1,1 +1,1 @@
-"""GGUF files of llama.cpp: reading, writing, and the fields of each architecture."""
+"""GGUF files of llama.cpp: reading, writing, and the metadata of each architecture."""

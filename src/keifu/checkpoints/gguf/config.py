@@ -1,12 +1,10 @@
-"""What GGUF's metadata say of a model, and our Config for it, both ways; knows no bytes.
+"""Conversion between GGUF metadata and model Configs, rotary scaling included.
 
-An architecture is GGUF's word for the program that runs the model in llama.cpp. What that program fixes (an activation,
-say) is no field of the file: it is here, and a Config that differs cannot be written.
+An architecture is GGUF's name for the code that runs the model in llama.cpp. What that code fixes (an activation, for
+example) is no field of the file: it is listed here, and a Config that differs cannot be written.
 
-Rotary scalings as GGUF files write them, both ways; knows no model.
-
-linear and yarn are metadata. llama3 is a tensor of divisors, one a pair, whose formula must be found again: only a
-formula that gives the same divisors is taken. dynamic has no form in GGUF.
+Of the rotary scalings, linear and yarn are metadata. llama3 is a tensor of divisors, one for each pair, whose formula
+must be inferred: only a formula that gives the same divisors is accepted. dynamic has no form in GGUF.
 
 Axes: pairs = half of a rotary head.
 """

@@ -1,7 +1,7 @@
-"""What the numbers of GGUF's quantised tensors mean: the commonest types by PyTorch, which computes on several threads
-at once, all others by the gguf package, whose numbers these are bit for bit.
+"""Dequantisation of GGUF tensors: the commonest types by PyTorch on several threads, all others by the gguf package.
 
-Axes: blocks = groups of numbers that share a scale, bytes = of one block as it is stored, then its numbers.
+Both give the gguf package's numbers bit for bit. Axes: blocks = groups of numbers that share a scale, bytes = of one
+block as it is stored, then its numbers.
 """
 
 from collections.abc import Callable

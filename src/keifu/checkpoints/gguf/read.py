@@ -1,10 +1,8 @@
-"""GGUF files as bytes: metadata and tensors read from a memory map; knows no model and no tokenizer.
+"""Reading GGUF files: metadata and tensors from a memory map, and the model that they describe.
 
-The gguf package's own reader makes two arrays for each of a vocabulary's strings, which takes seconds; this one reads
-the same header in a tenth of one and says which byte count is wrong when a file is torn. What the numbers of a
-quantised tensor mean is the gguf package's knowledge alone.
-
-A GGUF file as a model to be loaded; knows no byte and no architecture.
+The gguf package's own reader makes two arrays for each string of the vocabulary, which takes seconds; this one reads
+the same header in a tenth of a second and reports the wrong byte count of a truncated file. Dequantisation is in
+`numbers`.
 """
 
 import math

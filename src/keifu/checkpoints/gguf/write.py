@@ -1,4 +1,4 @@
-"""Writing GGUF files that llama.cpp loads; knows no architecture and no tokenizer from within."""
+"""Writing GGUF files that llama.cpp loads."""
 
 import errno
 from collections.abc import Callable, Mapping

@@ -1,6 +1,7 @@
-"""Configurations as plain JSON, field by field, for models that no other program knows; knows no model.
+"""keifu's own config.json: a Config as plain JSON, field by field, for models without a published format.
 
-The model_type is then keifu_ and the name of the model's file; every field has our name for it.
+The model_type is then keifu_ and the name of the model; every field has the Config's own name. `check_types` validates
+the values of any Config.
 """
 
 from dataclasses import asdict, fields, is_dataclass

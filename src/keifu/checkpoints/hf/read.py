@@ -1,6 +1,6 @@
-"""Reading Hugging Face directories: config.json and safetensors, whole or in shards; knows no model.
+"""Reading Hugging Face directories: config.json, and safetensors files in one piece or in shards.
 
-Nothing is ever unpickled: a directory with PyTorch's own .bin files is refused with a sentence.
+Nothing is ever unpickled: a directory that has only PyTorch's own .bin files is refused with an explanation.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Decoders with a task's head as files: transformers' class where one computes the same, else keifu's own form.
+"""Decoders with a task head as files: transformers' class where it computes the same, else keifu's own form.
 
-`ForSequenceClassification` reads the last token of one sequence with a matrix that has no bias: classification and
-entailment are that, and a score where it has one label (a reward model). `DoubleHeadsModel` gives each answer a number:
-choice, for the two models that have it. No class adds two orders, and Cohere's has no head for labels: those are
-written under `keifu_finetuned`. It knows no model's layers; beside what the class needs, config.json
-tells the form and the special tokens.
+`ForSequenceClassification` applies a matrix without bias to the last token of one sequence: classification and
+entailment are stored so, and so is a score, with one label (a reward model). `DoubleHeadsModel` gives each answer a
+number: choice, for the two models that have that class. No class adds up two orders of the texts, and Cohere's has no
+head for labels: those are written as `keifu_finetuned`. Beside the fields of the class, config.json holds the form and
+the special tokens.
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,9 @@
-"""The language of WEIGHT_NAMES: which tensors of a published file make which parameter of a model; knows no file.
+"""Weight-name tables (WEIGHT_NAMES): which tensors of a published file make up which parameter of a model.
 
-A table says ours -> theirs. Either side is the name of a module, whose `.weight` and `.bias` carry over, or of one
-tensor. `*` is a layer's number; `[a,b,c]` are several of theirs that lie one above the other in one of ours; a `.T` at
-the end says that matrices are stored transposed, a `+1` that the file's numbers are larger by one. Instead of a table,
-None says that both sides have the same names.
+A table maps our names to theirs. Either side is the name of a module, whose `.weight` and `.bias` carry over, or of one
+tensor. `*` is a layer's number; `[a,b,c]` are several of theirs, stacked by rows in one of ours; `.T` at the end means
+that matrices are stored transposed, `+1` that the file's numbers are larger by one. None in place of a table means that
+both sides have the same names.
 
 Axes: rows = a matrix's outputs, columns = its inputs; a bias has rows alone.
 """

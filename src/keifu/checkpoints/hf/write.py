@@ -1,6 +1,6 @@
-"""Writing Hugging Face directories that transformers, vLLM or diffusers load as they are; knows no model.
+"""Writing Hugging Face directories that transformers, vLLM or diffusers load directly.
 
-Everything is written beside the old files first and renamed at the end, so that a crash or a full disk leaves the old
+Everything is first written beside the old files and renamed at the end, so that a crash or a full disk leaves the old
 checkpoint whole.
 """
 

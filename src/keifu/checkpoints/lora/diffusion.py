@@ -1,9 +1,9 @@
-"""LoRAs of models that draw from a text, one .safetensors file in any of the published spellings, in and out; it knows
-no model: which layers there are, and what they are called, the family's table of weight names says.
+"""LoRAs of text-to-image models: one .safetensors file in any of the published naming schemes, read and written.
 
 peft: `unet.….to_q.lora_A.weight` (diffusers today). diffusers: `unet.….to_q.lora.down.weight`, and its older
-`….processor.to_q_lora.down.weight`. kohya: `lora_unet_…_to_q.lora_down.weight` beside `.alpha`, the text's encoder as
-`lora_te_…`. All are read; names are compared with their dots as underscores, as kohya writes them.
+`….processor.to_q_lora.down.weight`. kohya: `lora_unet_…_to_q.lora_down.weight` beside `.alpha`, the text encoder as
+`lora_te_…`. All are read; names are compared with their dots as underscores, as kohya writes them. Which layers there
+are, and their published names, is given by the family's table of weight names.
 """
 
 from collections.abc import Mapping

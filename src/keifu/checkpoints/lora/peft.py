@@ -1,6 +1,6 @@
-"""PEFT's directories of low-rank adapters, in and out: adapter_config.json and adapter_model.safetensors.
+"""PEFT adapter directories (LoRA), read and written: adapter_config.json and adapter_model.safetensors.
 
-It knows no model: which layers there are, and what a file calls them, the family's table of weight names says.
+Which layers there are, and their published names, is given by the family's table of weight names.
 """
 
 import json
@@ -64,8 +64,8 @@ def lora_config(rank: int, alpha: float, dropout: float = 0.0, dora: bool = Fals
 
 
 def adapt(model: nn.Module, targets: Sequence[str], low: LoraSettings) -> nn.Module:
-    """Attaches new adapters to the linear layers of these names (see `match_targets`), or with all-linear to every one, in
-    place."""
+    """Attaches new adapters, in place, to the linear layers of these names (see `match_targets`), or with all-linear to
+    every one."""
     known = linears(model)
     return attach(
         model, dict.fromkeys(known.values() if [*targets] == [ALL] else match_targets(known, targets, ALL), low)

@@ -34,10 +34,10 @@ from keifu.generation.images.pixel_diffusion import (
     require_diffusion_model,
     trained_size,
 )
-from keifu.generation.images.samplers import SamplerRoute, plan_route
+from keifu.generation.images.samplers import ConfiguredSampler, configure_sampler
 from keifu.layers.counter_rng import normal
 from keifu.layers.diffusion.noise_schedule import Noise, add_noise, at, normal_kl, posterior
-from keifu.layers.diffusion.sampling_schedule import Level, SamplingPath
+from keifu.layers.diffusion.sampling_schedule import Level, Schedule
 from keifu.training.objectives.diffusion import HELD_OUT, bits_of_step, draw_noise
 
 
@@ -78,7 +78,7 @@ def bound(
         x = add_noise(pictures, added, noise.alpha_bar, timestep)
         left = float(noise.alpha_bar[step])
         seen = denoise(x, Level(float(step), math.sqrt(left), math.sqrt(1 - left)))
-        bits = bits_of_step(noise, exact, pictures, seen.picture, x, timestep, seen.share)
+        bits = bits_of_step(noise, exact, pictures, seen.picture, x, timestep, seen.variance_fraction)
         rows.append(torch.stack([bits, (seen.noise - added).square().flatten(1).mean(1)]))
         advance()
     steps, errors = torch.stack(rows, -1)
@@ -146,7 +146,7 @@ def reconstruct(
     By DDIM (η = 0), along what is left from there of a path of so many steps. Figures are those of the middle level.
     SSIM has no number for pictures smaller than its window.
     """
-    way, rows = plan_route(model.noise, "ddim", steps or min(STEPS, model.noise.steps)), []
+    way, rows = configure_sampler(model.noise, "ddim", steps or min(STEPS, model.noise.steps)), []
     with counting("Finding pictures again", len(LEFT) * len(pictures), "pictures") as advance:
         for place, left in enumerate(LEFT):
             parts: list[Reconstruction] = []
@@ -162,16 +162,14 @@ def reconstruct(
 
 @torch.inference_mode()
 def reconstruct_again(
-    model: DiffusionModel, way: SamplerRoute, pictures: Bytes, label: Tensor | None, left: float, seeds: Tensor
+    model: DiffusionModel, way: ConfiguredSampler, pictures: Bytes, label: Tensor | None, left: float, seeds: Tensor
 ) -> Reconstruction:
     """Pictures with noise of these seeds, at the noisiest level of the path where at least the share `left` of their
     variance is left, and what the path leads to from there."""
-    strides = [stride for stride in way.path.strides if stride.here.alpha**2 >= left] or [*way.path.strides[-1:]]
-    level, clean = strides[0].here, to_signed(pictures)
+    steps = [step for step in way.schedule.steps if step.level.alpha**2 >= left] or [*way.schedule.steps[-1:]]
+    level, clean = steps[0].level, to_signed(pictures)
     x = level.alpha * clean + level.sigma * normal(seeds.to(clean.device), clean.shape[1:])
-    walk = way.walk(
-        way.denoiser(label_denoiser(model, label)), x, SamplingPath(tuple(strides)), SeededNoise(seeds.tolist())
-    )
+    walk = way.run(way.denoiser(label_denoiser(model, label)), x, Schedule(tuple(steps)), SeededNoise(seeds.tolist()))
     return Reconstruction(level, to_bytes(x).cpu(), to_bytes(deque(walk, maxlen=1)[0].x).cpu())
 
 

@@ -1,1 +1,1 @@
-"""Sampling of pictures: pipelines, denoisers, diffusion samplers."""
+"""Image generation: pipelines, denoisers and diffusion samplers."""

@@ -1,6 +1,6 @@
-"""From a text to pictures by a model that says one entry of a picture's grid after the other; knows no kind of network.
+"""Autoregressive image generation (DALL-E): predicts the image tokens of a text one after another, then decodes them.
 
-Axes: batch, text = tokens of every text, rows and columns of the grid, codebook.
+Axes: batch, text = tokens of every text, rows and columns of the grid of image tokens, codebook.
 """
 
 import secrets
@@ -18,7 +18,7 @@ from keifu.generation.images.latent_diffusion import text_tokens
 from keifu.generation.images.pixel_diffusion import BY_TOKEN, ImageRequest, to_pixels
 from keifu.generation.images.png_metadata import fingerprint
 from keifu.generation.images.samplers import SamplerStep
-from keifu.generation.text.sampler import draw as drawn_token
+from keifu.generation.text.sampler import sample
 from keifu.layers.counter_rng import uniform
 
 Codes = Int[Tensor, "batch rows columns"]
@@ -75,7 +75,7 @@ def sample_image_tokens(
     own = torch.tensor(list(seeds), device=tokens.device)
     logits, caches = model.begin(tokens, real)
     for place in range(height * width):
-        codes[:, place] = drawn_token(logits.float(), uniform(own, torch.full_like(own, place)))
+        codes[:, place] = sample(logits.float(), uniform(own, torch.full_like(own, place)))
         watch(codes.unflatten(1, (height, width)))
         if place + 1 < height * width:
             logits = model.go_on(codes[:, place], place, caches)

@@ -1,6 +1,7 @@
-"""A network at a noise level as the picture and the noise that it sees; knows no sampler and no kind of network.
+"""Denoisers: turn a network's output at a noise level into the predicted clean image and the predicted noise.
 
-Axes: batch, `*shape` = a picture's own (channels, height, width).
+Here are also classifier-free guidance and dynamic thresholding. Axes: batch, `*shape` = an image's own (channels,
+height, width).
 """
 
 import math
@@ -20,11 +21,11 @@ Network: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # from x and the timest
 
 @runtime_checkable
 class DiffusionConfig(Protocol):
-    """What is asked of a denoising model's config: its pictures' height and width, channels and labels."""
+    """Interface of a diffusion model's config: size, channels and classes of its images."""
 
     @property
     def size(self) -> int | tuple[int, int] | None:
-        """Height and width that it was trained with, one number for both; None where nothing says so."""
+        """Height and width that it was trained with, or one number for both; None if unknown."""
         ...
 
     @property
@@ -34,23 +35,23 @@ class DiffusionConfig(Protocol):
 
     @property
     def n_classes(self) -> int:
-        """Labels that it knows; 0 for a model without."""
+        """Number of classes; 0 for an unconditional model."""
         ...
 
     @property
     def null_class(self) -> bool:
-        """Whether the label `n_classes` stands for none, as guidance needs it."""
+        """Whether the label `n_classes` means no condition, which classifier-free guidance needs."""
         ...
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The labels' names, where they have some."""
+        """Names of the classes, if they have any."""
         ...
 
 
 @runtime_checkable
 class DiffusionModel(Protocol):
-    """A network that was trained to remove noise, and the noise that it was trained with.
+    """Interface of a diffusion model: a denoising network and the noise schedule that it was trained with.
 
     `model(x [batch, channels, height, width], timestep [batch], label [batch] | None)` gives its target for each row;
     with a learned variance, twice the channels.
@@ -58,7 +59,7 @@ class DiffusionModel(Protocol):
 
     @property
     def noise(self) -> Noise:
-        """The noise that it removes."""
+        """The noise schedule that it was trained with."""
         ...
 
     @property
@@ -81,22 +82,22 @@ class DiffusionModel(Protocol):
 
 
 class DenoiserOutput(NamedTuple):
-    """What a network sees in x = alpha · picture + sigma · noise.
+    """The prediction for x = alpha · picture + sigma · noise.
 
-    picture: clipped where the denoiser clips. noise: as the network has it, whatever was clipped.
-    share: the network's word on the variance, from -1 (β̃) to 1 (β), where it gives one.
+    picture: clipped where the denoiser clips. noise: by the network's own output, before any clipping.
+    variance_fraction: predicted interpolation between log β̃ (-1) and log β (1), if the network predicts it.
     """
 
     picture: Tensor
     noise: Tensor
-    share: Tensor | None = None
+    variance_fraction: Tensor | None = None
 
 
 class Denoiser:
-    """The picture and the noise that a network sees at a level, by what it was trained to predict.
+    """Converts the network's prediction target (noise, image or velocity) to an image and noise.
 
-    `clip` and `threshold` say whether the bounds of the `Noise` are put to use: samplers differ in it. Outputs in half
-    precision are read in x's type.
+    `clip` and `threshold`: whether the bounds of the `Noise` are applied, in which samplers differ. Outputs in half
+    precision are converted to x's type.
     """
 
     def __init__(self, network: Network, noise: Noise, clip: bool = True, threshold: bool = True):
@@ -110,20 +111,20 @@ class Denoiser:
         self.threshold = noise.threshold if threshold else None
 
     def __call__(self, x: Float[Tensor, "batch *shape"], level: Level) -> DenoiserOutput:
-        """The picture and the noise in x."""
+        """The image and the noise predicted from x."""
         return self.read(self.output(x, level), x, level)
 
     def output(self, x: Float[Tensor, "batch *shape"], level: Level) -> Tensor:
-        """What the network says, before it is read; whole timesteps are given as int64, others as float32."""
+        """The network's raw output; whole timesteps are passed as int64, others as float32."""
         kind = torch.int64 if level.timestep.is_integer() else torch.float32
-        told = torch.full((len(x),), level.timestep, dtype=kind, device=x.device)
-        return self.network(x, told).to(x.dtype)
+        timestep = torch.full((len(x),), level.timestep, dtype=kind, device=x.device)
+        return self.network(x, timestep).to(x.dtype)
 
     def read(self, output: Tensor, x: Float[Tensor, "batch *shape"], level: Level) -> DenoiserOutput:
-        """What an output says of x, by the target."""
-        share = None
+        """The image and the noise that a raw output means, by the prediction target."""
+        fraction = None
         if self.noise.variance == "learned_range":
-            output, share = output.chunk(2, 1)
+            output, fraction = output.chunk(2, 1)
         (_, alpha, sigma), target = level, self.noise.target
         if target == "noise":
             picture, noise = (x - sigma * output) / alpha, output
@@ -131,7 +132,7 @@ class Denoiser:
             picture, noise = output, (x - alpha * output) / sigma
         else:
             picture, noise = alpha * x - sigma * output, alpha * output + sigma * x
-        return DenoiserOutput(self._bounded(picture), noise, share)
+        return DenoiserOutput(self._bounded(picture), noise, fraction)
 
     def _bounded(self, picture: Tensor) -> Tensor:
         if self.threshold is not None:
@@ -142,8 +143,8 @@ class Denoiser:
 def dynamic_threshold(
     picture: Float[Tensor, "batch *shape"], share: float, most: float
 ) -> Float[Tensor, "batch *shape"]:
-    """Each picture clipped at the quantile `share` of its own absolute numbers, held between 1 and `most`, and divided
-    by it (dynamic thresholding; Saharia et al., 2022, section 2.3)."""
+    """Dynamic thresholding (Saharia et al., 2022, section 2.3): each image is clipped at the quantile `share` of its
+    absolute numbers, which is held between 1 and `most`, and divided by it."""
     flat = picture.flatten(1)
     bound = flat.abs().quantile(share, dim=1, keepdim=True).clamp(1, most)
     return (flat.clamp(-bound, bound) / bound).view_as(picture)
@@ -155,11 +156,11 @@ def guide(
     guidance: float,
     rescale: float = 0.0,
 ) -> Float[Tensor, "batch *shape"]:
-    """Classifier-free guidance: from the prediction without a condition through the one with it, and on.
+    """Classifier-free guidance: extrapolates from the unconditional through the conditional prediction.
 
     `guidance` is the s of unconditional + s · (conditional - unconditional): 1 is the conditional prediction itself,
-    and Ho and Salimans (2022) write s = 1 + w. `rescale` goes that far towards the standard deviation that each
-    picture's conditional prediction had (Lin et al., 2023, equations 15 and 16).
+    and Ho and Salimans (2022) write s = 1 + w. `rescale` moves the result that far towards the standard
+    deviation of each image's conditional prediction (Lin et al., 2023, equations 15 and 16).
     """
     moved = unconditional + guidance * (conditional - unconditional)
     if not rescale:
@@ -175,10 +176,10 @@ def guided_denoiser(
     guidance: float,
     rescale: float = 0.0,
 ) -> Network:
-    """A network guided by its own prediction without the condition.
+    """A network with classifier-free guidance.
 
-    `conditional` gives both outputs, with and without the condition, of x at a timestep. The variance that a network
-    predicts beside its target is that with the condition.
+    `conditional` gives both outputs for x at a timestep, with and without the condition. A predicted variance is that
+    with the condition.
     """
 
     def network(x: Tensor, timestep: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def guided_denoiser(
 def label_denoiser(
     model: DiffusionModel, label: Int[Tensor, " batch"] | None, guidance: float = 1.0, rescale: float = 0.0
 ) -> Network:
-    """The network of a model for these labels; guided, both predictions are made in one batch."""
+    """The network of a model for these labels; with guidance, both predictions are made in one batch."""
     if label is None or guidance == 1:
         return lambda x, timestep: model(x, timestep, label)
     both = torch.cat([label, torch.full_like(label, model.config.n_classes)])
@@ -206,6 +207,6 @@ def label_denoiser(
     return guided_denoiser(conditional, model.noise, guidance, rescale)
 
 
-def standard_deviation(here: Level, there: Level) -> float:
-    """The standard deviation of x there, given x here and the picture: √β̃ (Ho et al., 2020, equation 7)."""
-    return there.sigma / here.sigma * math.sqrt(max(0.0, 1 - (here.alpha / there.alpha) ** 2))
+def standard_deviation(level: Level, next_level: Level) -> float:
+    """The standard deviation of x at the next level given x and the image: √β̃ (Ho et al., 2020, equation 7)."""
+    return next_level.sigma / level.sigma * math.sqrt(max(0.0, 1 - (level.alpha / next_level.alpha) ** 2))

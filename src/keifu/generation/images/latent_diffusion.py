@@ -1,10 +1,6 @@
-"""From a text to pictures by a model that removes noise from latents; knows no sampler and no kind of network.
+"""Text-to-image pipeline of latent diffusion (Stable Diffusion), and the interface that a model must offer to it.
 
-Axes: batch, channels, height, width of latents; length = tokens of a text, as many for every text.
-
-What is asked of a model that draws latents from a text, so that it can be drawn with; knows no model.
-
-Axes: batch, channels, height, width of latents; length = tokens of a text, as many for every text.
+Axes: batch, channels, height, width of latents; length = tokens of a text, the same for every text.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +21,7 @@ from keifu.generation.images.png_metadata import fingerprint
 from keifu.generation.images.samplers import Random, SamplerStep
 from keifu.generation.images.tiled_vae import LatentCodec, tile_of
 from keifu.layers.diffusion.noise_schedule import Noise
-from keifu.layers.diffusion.sampling_schedule import SamplingPath
+from keifu.layers.diffusion.sampling_schedule import Schedule
 from keifu.layers.unet.prepacked_conv import prepack
 
 Tokens = Int[Tensor, "batch length"]
@@ -34,7 +30,7 @@ Latents = Float[Tensor, "batch channels height width"]
 
 @runtime_checkable
 class TextConditionedConfig(Protocol):
-    """What is asked of the config of a model that draws from text."""
+    """Interface of the config of a latent diffusion model."""
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -58,7 +54,7 @@ class TextConditionedConfig(Protocol):
 
     @property
     def masked(self) -> bool:
-        """Whether it reads a mask and what the mask leaves of a picture too."""
+        """Whether the network takes a mask and the masked image as extra input channels (an inpainting model)."""
         ...
 
     @property
@@ -69,14 +65,14 @@ class TextConditionedConfig(Protocol):
 
 @runtime_checkable
 class TextConditionedModel(Protocol):
-    """A network that was trained to remove noise from latents, and that looks at a text while it does.
+    """Interface of a latent diffusion model: a denoiser of latents that is conditioned on text.
 
     `model(x, timestep [batch], projected)` gives its target for each row.
     """
 
     @property
     def noise(self) -> Noise:
-        """The noise that it removes."""
+        """The noise schedule that it was trained with."""
         ...
 
     @property
@@ -90,21 +86,21 @@ class TextConditionedModel(Protocol):
 
     @property
     def coding(self) -> nn.Module | None:
-        """The autoencoder, which the two methods below compute with, if there is one."""
+        """The autoencoder that `to_latents` and `to_pictures` use, if there is one."""
         ...
 
     def encode_text(self, tokens: Tokens) -> Float[Tensor, "batch length dim"]:
-        """What the network looks at."""
+        """The hidden states that the network is conditioned on by cross-attention."""
         ...
 
     def project(self, context: Float[Tensor, "batch length dim"]) -> Any:
-        """What every step needs of the texts."""
+        """Keys and values of the texts, computed once for all steps."""
         ...
 
     def to_latents(
         self, pictures: Float[Tensor, "batch colours rows columns"], noise: Tensor | None = None
     ) -> Float[Tensor, "sampled channels height width"]:
-        """The latents of pictures from -1 to 1 that each row of standard normal noise picks, or the likeliest."""
+        """Latents of images from -1 to 1: sampled with each row of standard normal noise, or the mode without noise."""
         ...
 
     def to_pictures(self, latents: Latents) -> Float[Tensor, "batch colours rows columns"]:
@@ -127,10 +123,10 @@ def text_denoiser(
     rescale: float = 0.0,
     beside: Float[Tensor, "batch more height width"] | None = None,
 ) -> Network:
-    """The network of a model for a text of each row, which is encoded and projected here, once.
+    """The denoising network of a model conditioned on a text for each row; texts are encoded and projected once, here.
 
-    Guided, `without` is what each row is led away from, and both predictions are made in one batch. `beside`: what the
-    network reads of each row besides x, in channels after it.
+    With guidance, `without` are the negative prompts, and both predictions are made in one batch. `beside`: further
+    input channels of each row, after those of x.
     """
 
     def seen(x: Tensor) -> Tensor:
@@ -149,15 +145,15 @@ def text_denoiser(
 
 
 def _project(model: TextConditionedModel, tokens: Tokens) -> Any:
-    """Every text is encoded once, however many rows have it."""
+    """The projection of each row's text; equal texts are encoded once."""
     texts, places = tokens.unique(dim=0, return_inverse=True)
     return model.project(model.encode_text(texts)[places])
 
 
 def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncate: bool = False) -> Tokens:
-    """The ids of texts with the tokens around them, filled up to this length with the padding's.
+    """The ids of texts with the special tokens around them, padded to this length.
 
-    A longer text is a `UserError` with both lengths, or loses its end with `truncate`.
+    A longer text is a `UserError` with both lengths, or is truncated with `truncate`.
     """
     rows = tokenizer.encode_batch(texts, special=True)
     for place, (text, row) in enumerate(zip(texts, rows, strict=True)):
@@ -172,7 +168,7 @@ def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncat
 
 
 class LatentDiffusionPipeline:
-    """A model that draws from text, with the tokenizer of its texts: a `Drawer`."""
+    """The `ImagePipeline` of a latent diffusion model and its tokenizer."""
 
     usual_guidance = 7.5  # the released Stable Diffusion's
     usual_sampler = "dpm++-2m"  # 20 steps of it for the 50 of others
@@ -183,7 +179,7 @@ class LatentDiffusionPipeline:
 
     @property
     def noise(self) -> Noise:
-        """What its latents are freed of."""
+        """The noise schedule of its latents."""
         return self.model.noise
 
     def fingerprint(self) -> str:
@@ -195,7 +191,7 @@ class LatentDiffusionPipeline:
         raise UserError(f"This model draws from a text and knows no classes: say {name!r} in the text.")
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """The same with everything said that was left open, and checked against the model."""
+        """The same request with every default filled in, checked against the model."""
         if wanted.text is None:
             raise UserError("This model draws from a text, and there is none: say what to draw.")
         if wanted.label is not None:
@@ -226,7 +222,7 @@ class LatentDiffusionPipeline:
         return whole
 
     def tokens(self, texts: Sequence[str], truncate: bool = False) -> Tokens:
-        """The ids of texts, filled up to the model's length: see `text_tokens`."""
+        """The ids of texts, padded to the model's length: see `text_tokens`."""
         return text_tokens(self.tokenizer, texts, self.model.config.context_length, truncate)
 
     @torch.inference_mode()
@@ -238,26 +234,27 @@ class LatentDiffusionPipeline:
         wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None. Convolutions are
         packed for it once, which takes about as long as a step and their memory a second time.
         """
-        chosen = wanted.route(self.noise)
-        path, random = wanted.path(chosen.path), SeededNoise(seeds)
+        chosen = wanted.configure_sampler(self.noise)
+        schedule, random = wanted.schedule(chosen.schedule), SeededNoise(seeds)
         given = self.tokens(texts or [wanted.text or ""] * len(seeds), wanted.truncate)
         without = self.tokens([wanted.negative] * len(seeds), wanted.truncate)
-        x, kept, beside = self._begun(wanted, path, len(seeds), random)
+        x, kept, beside = self._initial_latents(wanted, schedule, len(seeds), random)
         tokens = given.to(x.device), without.to(x.device)
         quick = cast(TextConditionedModel, prepack(cast(Any, self.model)))
         network = text_denoiser(quick, *tokens, wanted.guidance, wanted.guidance_rescale, beside)
-        yield from run_inpainting(chosen, network, x, path, random, kept)
+        yield from run_inpainting(chosen, network, x, schedule, random, kept)
 
-    def _begun(
-        self, wanted: ImageRequest, path: SamplingPath, count: int, random: Random
+    def _initial_latents(
+        self, wanted: ImageRequest, schedule: Schedule, count: int, random: Random
     ) -> tuple[Latents, KeptRegion | None, Tensor | None]:
-        """The latents that so many drawings begin with, what is kept of them, and what a network that fills in masks
-        reads beside them: the mask, and the latents of the picture with grey in the mask's place."""
+        """The initial latents, the region that is kept, and the extra input channels of an inpainting network.
+
+        Those are the mask, and the latents of the image with grey in the mask's place."""
         config, device = self.model.config, next(cast(Any, self.model).parameters()).device
         assert wanted.size is not None
         empty = torch.empty((count, config.channels, *(side // config.factor for side in wanted.size)), device=device)
         if wanted.init is None:
-            return random(empty) * path.start, None, None
+            return random(empty) * schedule.initial_sigma, None, None
         picture = wanted.init.pixels(wanted.size, config.colours)[None].to(device)
         whole = wanted.anew()
         anew = None if whole is None else downscale_mask(whole.to(device), config.factor)
@@ -265,7 +262,10 @@ class LatentDiffusionPipeline:
         if not (wanted.from_noise and config.masked):
             latents = self._coder(wanted).latents(picture, random(empty))
         noise = random(empty)
-        x = noise * path.start if wanted.from_noise or latents is None else add_initial_noise(latents, noise, path)
+        if wanted.from_noise or latents is None:
+            x = noise * schedule.initial_sigma
+        else:
+            x = add_initial_noise(latents, noise, schedule)
         if whole is None or anew is None:
             return x, None, None
         if not config.masked:
@@ -275,7 +275,7 @@ class LatentDiffusionPipeline:
         return x, None, torch.cat([anew.to(x.dtype).expand(count, 1, -1, -1), left], 1)
 
     def decoded(self, latents: Latents, wanted: ImageRequest) -> Float[Tensor, "batch colours rows columns"]:
-        """The pictures of latents, about from -1 to 1."""
+        """The images of latents, approximately from -1 to 1."""
         return self._coder(wanted).pictures(latents)
 
     def _coder(self, wanted: ImageRequest) -> LatentCodec:
@@ -284,7 +284,7 @@ class LatentDiffusionPipeline:
     def draw(
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[SamplerStep], object] = lambda state: None
     ) -> Bytes:
-        """A finished picture of each seed, as `pictures.draw` gives it."""
+        """A finished picture of each seed, as `draw_images` gives it."""
         x = torch.empty(0)
         for state in self.drawing(wanted, seeds):
             watch(state)
@@ -299,7 +299,7 @@ class LatentDiffusionPipeline:
         return self._whole(to_pixels(self.decoded(last.x, wanted)), wanted)
 
     def _whole(self, drawn: Bytes, wanted: ImageRequest) -> Bytes:
-        """What was drawn, and where a mask keeps a picture its own pixels, which latents do not hold exactly."""
+        """The sampled image, with the input image's own pixels where a mask keeps them: latents are not exact."""
         anew = wanted.anew()
         if wanted.init is None or wanted.size is None or anew is None:
             return drawn
@@ -307,5 +307,5 @@ class LatentDiffusionPipeline:
 
 
 def downscale_mask(mask: Bool[Tensor, "1 height width"], factor: int) -> Bool[Tensor, "1 rows columns"]:
-    """A mask of pixels for latents: each takes its upper left pixel's, as diffusers does."""
+    """A mask of pixels at the resolution of latents: each takes its upper left pixel's, as in diffusers."""
     return mask[:, ::factor, ::factor]

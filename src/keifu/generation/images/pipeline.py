@@ -1,4 +1,4 @@
-"""Models that draw, in pixels or from a text, behind one face for commands; knows no kind of network."""
+"""Image pipelines: one interface for pixel diffusion, latent diffusion, unCLIP and DALL-E."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
@@ -20,9 +20,9 @@ from keifu.layers.diffusion.noise_schedule import Noise
 
 @runtime_checkable
 class ImagePipeline(Protocol):
-    """A model as a command draws with it.
+    """Interface of a model with everything that it needs to generate images.
 
-    usual_guidance, usual_sampler: where none is asked for. pixels: whether its steps are pictures.
+    usual_guidance, usual_sampler: the defaults. pixels: whether its steps are images, not latents.
     """
 
     usual_guidance: float
@@ -30,7 +30,7 @@ class ImagePipeline(Protocol):
     pixels: bool
 
     def fingerprint(self) -> str:
-        """Equal for models that draw alike."""
+        """A digest of weights, config and tokenizer: equal ones generate the same images."""
         ...
 
     def label(self, name: str) -> int:
@@ -38,31 +38,31 @@ class ImagePipeline(Protocol):
         ...
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """The same with everything said that was left open; what the model cannot draw is a `UserError`."""
+        """The same request with every default filled in; what the model cannot generate is a `UserError`."""
         ...
 
     def draw(
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[SamplerStep], object] = lambda state: None
     ) -> UInt8[Tensor, "batch colours rows columns"]:
-        """A finished picture of each seed, as bytes on the CPU; `watch` is given what each step leads to."""
+        """A finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step."""
         ...
 
 
 @runtime_checkable
 class TextToImagePipeline(ImagePipeline, Protocol):
-    """One that draws from text. colours: 1 for grey, 3 for colour."""
+    """A text-to-image pipeline. colours: 1 for grey, 3 for colour."""
 
     colours: int
 
     def draw_texts(
         self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]
     ) -> UInt8[Tensor, "batch colours rows columns"]:
-        """A finished picture of each seed and text; `wanted` as `resolved` gives it."""
+        """A finished image of each seed and text; `wanted` as `resolved` gives it."""
         ...
 
 
 class PixelPipeline:
-    """A model that removes noise from pictures: a `ImagePipeline`."""
+    """The `ImagePipeline` of a pixel diffusion model."""
 
     usual_guidance = 1.0
     usual_sampler = "ddim"
@@ -73,7 +73,7 @@ class PixelPipeline:
 
     @property
     def noise(self) -> Noise:
-        """What it removes."""
+        """The noise schedule."""
         return self.model.noise
 
     def fingerprint(self) -> str:
@@ -85,25 +85,25 @@ class PixelPipeline:
         return label_number(self.model, name)
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """See `Drawing.resolved`."""
+        """See `ImageRequest.resolved`."""
         return wanted.resolved(self.model)
 
     def draw(
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[SamplerStep], object] = lambda state: None
     ) -> UInt8[Tensor, "batch colours rows columns"]:
-        """See `pictures.draw`."""
+        """See `draw_images`."""
         return draw_images(cast(Any, self.model), wanted, seeds, watch)
 
 
 def is_text_to_image(model: nn.Module) -> bool:
-    """Whether it draws from a text alone."""
+    """Whether the model generates images from text alone."""
     if isinstance(model, UnclipModel):
         return model.config.imagines
     return isinstance(model, ImageTokenModel) or (isinstance(model, TextConditionedModel) and not model.config.masked)
 
 
 def text_to_image_pipeline(model: nn.Module, tokenizer: Tokenizer | None) -> TextToImagePipeline:
-    """The model as one that draws from text; any other is a `UserError`."""
+    """The text-to-image pipeline of a model; any other model is a `UserError`."""
     found = image_pipeline(model, lambda: tokenizer)
     if not isinstance(found, TextToImagePipeline):
         raise UserError(f"A {type(model).__name__} draws from no text: choose a model that reads.")
@@ -111,7 +111,7 @@ def text_to_image_pipeline(model: nn.Module, tokenizer: Tokenizer | None) -> Tex
 
 
 def image_pipeline(model: nn.Module, tokenizer: Callable[[], Tokenizer | None]) -> ImagePipeline:
-    """The model as one that draws, with its tokenizer where it reads; any other is a `UserError`."""
+    """The pipeline of an image model, with its tokenizer if it is conditioned on text; any other is a `UserError`."""
     if not isinstance(model, TextConditionedModel | ImageTokenModel | UnclipModel):
         return PixelPipeline(require_diffusion_model(model))
     found = tokenizer()

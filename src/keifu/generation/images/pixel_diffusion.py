@@ -1,12 +1,9 @@
-"""Pictures from noise in one call, or step by step: what a request for pictures may ask; knows no kind of network.
+"""Pixel diffusion: settings of an image request, and sampling of images from noise in one call or step by step.
 
-A seed belongs to a picture: with the same settings and seed it comes alone or among others, but for the last digits of
-products that are computed for several pictures at once. Axes: batch, channels, height, width.
-
-Noise for several pictures, each from a seed of its own; knows no sampler.
-
-A picture's numbers are those of `torch.Generator().manual_seed(seed)` on the CPU, in the order they are asked for: the
-same picture comes alone or in a batch, on any device, and with diffusers' generators too.
+A seed belongs to an image: with the same settings and seed the image is the same alone or in a batch, except for
+rounding of products that are computed for several images at once. Its noise is that of
+`torch.Generator().manual_seed(seed)` on the CPU, in the order of the calls, on any device; diffusers' generators give
+the same. Axes: batch, channels, height, width.
 """
 
 import secrets
@@ -26,12 +23,12 @@ from keifu.generation.images.image_to_image import (
     KeptRegion,
     add_initial_noise,
     run_inpainting,
-    truncate_path,
+    truncate_schedule,
 )
-from keifu.generation.images.samplers import SamplerRoute, SamplerStep, plan_route, sampler
+from keifu.generation.images.samplers import ConfiguredSampler, SamplerStep, configure_sampler, sampler
 from keifu.generation.images.tiled_vae import NO_TILES
 from keifu.layers.diffusion.noise_schedule import Noise, Spacing
-from keifu.layers.diffusion.sampling_schedule import SamplingPath
+from keifu.layers.diffusion.sampling_schedule import Schedule
 from keifu.layers.unet.prepacked_conv import prepack
 
 
@@ -53,28 +50,28 @@ OF_EMBEDDINGS = ("prior_steps", "prior_guidance", "candidates", "upsampling_step
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """The settings of a picture.
+    """The settings of an image.
 
     Attributes:
-        sampler: a name in `SAMPLERS`, or `BY_TOKEN` where a model says a picture token by token.
-        steps: None for as many as are usual with the sampler.
-        seed: the same seed gives the same picture; None draws a fresh one.
-        label: the class to draw, by number; None for any.
-        guidance: how far to go from the prediction without the label through that with it; 1 is that with it.
-        guidance_rescale: how much of the contrast that guidance adds is taken back (Lin et al., 2023: 0.7).
+        sampler: a name in `SAMPLERS`, or `BY_TOKEN` for an autoregressive model.
+        steps: None for the sampler's default.
+        seed: the same seed gives the same image; None chooses one at random.
+        label: the class to condition on, by number; None for unconditional sampling.
+        guidance: scale of classifier-free guidance; 1 is the conditional prediction itself.
+        guidance_rescale: share of the contrast added by guidance that is removed (Lin et al., 2023: 0.7).
         size: height and width in pixels; None for those that the model was trained with.
-        spacing, karras, eta: of the path, see `noise_levels.py`, and DDIM's share of fresh noise.
-        text, negative: what a model that reads is to draw, and what guidance leads away from.
-        truncate: whether a text that is too long for the model loses its end.
-        init: the picture that the drawing begins with; None for noise alone.
-        strength: which share of the steps it is taken through, the last ones; None for `STRENGTH`, and 1 with a mask.
-        mask: white where that picture is drawn anew; None draws all of it anew.
-        tile: the side in pixels of the tiles in which a large picture is made of latents; 0 for none, None for 512
-            where it has more than 1024 x 1024 pixels.
-        prior_steps, prior_guidance: of the embedding that a model with a prior draws from, beside those of the picture.
-        candidates: embeddings that are imagined, of which the one nearest to the text is taken.
-        upsampling_steps: in which such a model enlarges its pictures; None for as many as are usual.
-        towards: where a series of `count` pictures leads such a model, from `text` or `init`: a text or a picture.
+        spacing, karras: of the sampling schedule, see `sampling_schedule.py`. eta: DDIM's share of fresh noise.
+        text, negative: the prompt and the negative prompt of a text-to-image model.
+        truncate: whether a text that is too long for the model is truncated.
+        init: the input image of image-to-image and inpainting; None for noise alone.
+        strength: share of the steps that are run, the last ones; None for `STRENGTH`, or 1 with a mask.
+        mask: white where the image is generated anew; None for the whole image.
+        tile: side in pixels of the tiles in which a large image is decoded; 0 for none, None for 512 where it has more
+            than 1024 x 1024 pixels.
+        prior_steps, prior_guidance: those of unCLIP's prior, beside those of its decoder.
+        candidates: embeddings that the prior samples, of which the one nearest to the text is used.
+        upsampling_steps: those of unCLIP's super-resolution; None for the default.
+        towards: a text or image to which unCLIP interpolates from `text` or `init`, in `count` images.
     """
 
     sampler: str = "ddim"
@@ -119,12 +116,12 @@ class ImageRequest:
         if not 0 <= self.guidance_rescale <= 1:
             raise UserError(f"guidance_rescale is a share between 0 and 1, not {self.guidance_rescale}.")
 
-    def route(self, noise: Noise) -> SamplerRoute:
-        """The sampler, ready for a model's noise."""
-        return plan_route(noise, self.sampler, self.steps, self.spacing, self.karras, self.eta)
+    def configure_sampler(self, noise: Noise) -> ConfiguredSampler:
+        """The sampler with these settings for a model's noise."""
+        return configure_sampler(noise, self.sampler, self.steps, self.spacing, self.karras, self.eta)
 
     def resolved(self, model: DiffusionModel) -> "ImageRequest":
-        """The same with everything said that was left open, and checked against the model."""
+        """The same request with every default filled in, checked against the model."""
         if self.text is not None or self.negative:
             text = self.text or self.negative
             raise UserError(f"This model reads no text, so {text!r} means nothing to it: leave it out (see --label).")
@@ -136,28 +133,29 @@ class ImageRequest:
         return self.completed(model.noise, size)
 
     def completed(self, noise: Noise, size: tuple[int, int]) -> "ImageRequest":
-        """The same with this size, and with the steps, the seed, the spacing and the strength that were left open."""
+        """The same request with this size, and with defaults for steps, seed, spacing and strength."""
         if given := [name for name in OF_EMBEDDINGS if vars(self)[name] not in (None, 1)]:
-            told = f"--{given[0].replace('_', '-')}"
-            raise UserError(f"{told} is for a model that draws by way of an embedding (unCLIP): leave it out.")
-        steps, seed = len(self.route(noise).path.strides), secrets.randbits(32) if self.seed is None else self.seed
+            option = f"--{given[0].replace('_', '-')}"
+            raise UserError(f"{option} is for a model that draws by way of an embedding (unCLIP): leave it out.")
+        steps = len(self.configure_sampler(noise).schedule.steps)
+        seed = secrets.randbits(32) if self.seed is None else self.seed
         usual = None if self.init is None else 1.0 if self.mask else STRENGTH
         whole = replace(self, strength=self.strength or usual, steps=steps, size=size, seed=seed)
-        whole.path(whole.route(noise).path)
+        whole.schedule(whole.configure_sampler(noise).schedule)
         self._check_mask(size)
         return replace(whole, spacing=self.spacing or noise.spacing)
 
     def sides(self) -> tuple[int, int] | None:
-        """Height and width that were asked for, or those of the picture that the drawing begins with."""
+        """Height and width that were asked for, or those of the input image."""
         return self.size or (self.init.size() if self.init else None)
 
-    def path(self, whole: SamplingPath) -> SamplingPath:
-        """The part of a sampler's path that is walked."""
-        return whole if self.strength is None else truncate_path(whole, self.strength)
+    def schedule(self, whole: Schedule) -> Schedule:
+        """The part of a sampler's schedule that is run, by the strength."""
+        return whole if self.strength is None else truncate_schedule(whole, self.strength)
 
     @property
     def taken(self) -> int:
-        """The steps that are walked, once their number is known."""
+        """The number of steps that are run, by the strength."""
         return int((self.steps or 0) * (1 if self.strength is None else self.strength))
 
     @property
@@ -225,25 +223,25 @@ def label_number(model: DiffusionModel, name: str) -> int:
 
 @torch.inference_mode()
 def sample_images(model: DiffusionModel, wanted: ImageRequest, seeds: Sequence[int]) -> Iterator[SamplerStep]:
-    """x and the predicted pictures after each step, for a picture of each seed, on the model's device.
+    """x and the predicted images after each step, for an image of each seed, on the model's device.
 
-    The convolutions are packed for it once, which takes about as long as a step.
+    The convolutions' weights are prepacked once, which takes about as long as a step.
     """
-    chosen = wanted.route(model.noise)
+    chosen = wanted.configure_sampler(model.noise)
     device = next(cast(Any, model).parameters()).device
     shape = len(seeds), model.config.channels, *(wanted.size or trained_size(model))
     label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)
     network = label_denoiser(cast(Any, prepack(cast(Any, model))), label, wanted.guidance, wanted.guidance_rescale)
-    random, path = SeededNoise(seeds), wanted.path(chosen.path)
+    random, schedule = SeededNoise(seeds), wanted.schedule(chosen.schedule)
     noise = random(torch.empty(shape, device=device))
     if wanted.init is None:
-        yield from run_inpainting(chosen, network, noise * path.start, path, random)
+        yield from run_inpainting(chosen, network, noise * schedule.initial_sigma, schedule, random)
         return
     picture = wanted.init.pixels(shape[2:], shape[1]).to(device).expand_as(noise)
     anew = wanted.anew()
     kept = None if anew is None else KeptRegion(picture, noise, anew.to(device))
-    x = noise * path.start if wanted.from_noise else add_initial_noise(picture, noise, path)
-    yield from run_inpainting(chosen, network, x, path, random, kept)
+    x = noise * schedule.initial_sigma if wanted.from_noise else add_initial_noise(picture, noise, schedule)
+    yield from run_inpainting(chosen, network, x, schedule, random, kept)
 
 
 def draw_images(
@@ -252,9 +250,9 @@ def draw_images(
     seeds: Sequence[int],
     watch: Callable[[SamplerStep], object] = lambda state: None,
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """A finished picture of each seed, as bytes on the CPU; `watch` is given what each step leads to.
+    """A finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step.
 
-    A picture that is not finite, as of damaged weights, is a `UserError`.
+    An image that is not finite, as from damaged weights, is a `UserError`.
     """
     x = torch.empty(0)
     for state in sample_images(require_diffusion_model(model), wanted, seeds):

@@ -1,4 +1,4 @@
-"""What a PNG says of how it was drawn, so that it can be drawn again bit for bit; knows no kind of network."""
+"""PNG metadata: model, settings and seed of a generated image, so that it can be generated again bit for bit."""
 
 import hashlib
 import json

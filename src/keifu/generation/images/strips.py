@@ -1,4 +1,4 @@
-"""How a picture dissolves into noise, and how one comes out of it, as pictures in a row; knows no kind of network.
+"""Strips of images that show noise being added to an image, or an image emerging from noise during sampling.
 
 Axes: picture, channels, height, width.
 """

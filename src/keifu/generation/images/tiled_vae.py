@@ -1,14 +1,9 @@
-"""Pictures to latents and back, tile by tile where they are large, and in float32 where half precision fails; knows no
-sampler and no kind of network.
+"""Tiled autoencoder (VAE): images to latents and back, in tiles where they are large, in float32 where half fails.
 
-Memory: a whole picture takes what its largest layer takes; in tiles, what a tile takes, and the picture itself.
-Axes: batch, channels, height, width of latents; colours, rows, columns of pictures.
-
-Work on a large picture piece by piece, so that memory is bounded by a piece's; knows no network.
-
-Pieces are all as large as asked for, lie evenly and overlap; where they do, each counts the more the farther its own
-edge is away, so that no seam has a step. (diffusers cuts at fixed distances, and the last pieces, of whatever is left,
-see little around them.) Axes: batch, channels, height, width.
+A whole image needs the memory of its largest layer; in tiles, that of one tile and of the image itself. All tiles are
+as large as asked for, evenly spaced and overlapping; in an overlap each tile is weighted by the distance to its own
+edge, so that no seam shows. (diffusers cuts at fixed distances, so that its last tiles are smaller and see little
+context.) Axes: batch, channels, height, width of latents; colours, rows, columns of images.
 """
 
 import math

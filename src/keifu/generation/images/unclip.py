@@ -1,11 +1,7 @@
-"""From a text or a picture to pictures by way of an embedding: imagined or seen, drawn, enlarged; knows no sampler and
-no kind of network.
+"""unCLIP pipeline (DALL-E 2, Karlo): prior from text to image embedding, decoder, super-resolution; model interface.
 
-Axes: batch, channels, height, width of pictures; embedding = numbers of an embedding.
-
-What is asked of a model that draws by way of an embedding, so that it can be drawn with; knows no model.
-
-Axes: batch, channels, height, width of pictures; length = tokens of a text, embedding = numbers of an embedding.
+The embedding is sampled by the prior from a text, or computed from an image. Axes: batch, channels, height, width of
+images; length = tokens of a text; embedding = dimensions of an embedding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +21,7 @@ from keifu.generation.images.image_to_image import InputImage
 from keifu.generation.images.latent_diffusion import text_tokens
 from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise, to_pixels
 from keifu.generation.images.png_metadata import fingerprint
-from keifu.generation.images.samplers import Random, SamplerRoute, SamplerStep, plan_route
+from keifu.generation.images.samplers import ConfiguredSampler, Random, SamplerStep, configure_sampler
 from keifu.layers.diffusion.noise_schedule import Noise
 
 Tokens = Int[Tensor, "batch length"]
@@ -35,36 +31,36 @@ Pixels = Float[Tensor, "batch channels height width"]
 
 @runtime_checkable
 class UnclipConfig(Protocol):
-    """What is asked of its config."""
+    """Interface of an unCLIP model's config."""
 
     @property
     def pixels(self) -> Any:
-        """What a picture becomes before it is seen; None where none is."""
+        """Preprocessing of images for the image encoder; None without an image encoder."""
         ...
 
     @property
     def prior_noise(self) -> Noise:
-        """What is removed from embeddings."""
+        """The noise schedule of the prior."""
         ...
 
     @property
     def decoder_noise(self) -> Noise:
-        """What is removed from pictures."""
+        """The noise schedule of the decoder."""
         ...
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of finished pictures; None where nothing says so."""
+        """Height and width of finished images; None if unknown."""
         ...
 
     @property
     def small_size(self) -> tuple[int, int] | None:
-        """The same before they are enlarged."""
+        """Height and width before super-resolution."""
         ...
 
     @property
     def upsampling_noise(self) -> Noise | None:
-        """What is removed while they are enlarged; None where they are not."""
+        """The noise schedule of super-resolution; None without it."""
         ...
 
     @property
@@ -74,7 +70,7 @@ class UnclipConfig(Protocol):
 
     @property
     def embedding_dim(self) -> int:
-        """Numbers of an embedding."""
+        """Dimensions of an embedding."""
         ...
 
     @property
@@ -84,15 +80,15 @@ class UnclipConfig(Protocol):
 
     @property
     def imagines(self) -> bool:
-        """Whether it draws what a text says, and not only what a picture shows."""
+        """Whether there is a prior, so that it can generate from text and not only vary images."""
         ...
 
 
 @runtime_checkable
 class UnclipModel(Protocol):
-    """A model that guesses the embedding of a picture from a text, and draws the picture from that.
+    """Interface of an unCLIP model: a prior predicts an image embedding from a text, a decoder generates the image.
 
-    `model(x, timestep [batch], told)` gives the target of the noise of pictures.
+    `model(x, timestep [batch], condition)` is the decoder's prediction.
     """
 
     @property
@@ -105,46 +101,45 @@ class UnclipModel(Protocol):
         ...
 
     def encode_text(self, tokens: Tokens, real: Bool[Tensor, "batch length"]) -> Any:
-        """What is told of texts; its `embedding` is theirs in the space of the pictures'."""
+        """The encoded texts; their `embedding` is in the joint space of texts and images."""
         ...
 
     def encode_image(self, pixels: Pixels) -> Embedding:
-        """Embeddings of pictures that `config.pixels` has made ready."""
+        """Embeddings of images preprocessed by `config.pixels`."""
         ...
 
     def imagine(self, x: Embedding, timestep: Tensor, caption: Any) -> Embedding:
-        """The prediction for noisy embeddings, normalised ones."""
+        """The prior's prediction for noisy normalised embeddings."""
         ...
 
     def restored(self, x: Embedding) -> Embedding:
-        """Embeddings of normalised ones."""
+        """Embeddings from normalised ones: the inverse of the normalisation."""
         ...
 
     def nothing(self, batch: int) -> Embedding:
-        """What stands for an embedding that is not told."""
+        """The null embedding, for unconditional predictions."""
         ...
 
     def tell(self, image: Embedding, caption: Any) -> Any:
-        """What every step of the drawing is told."""
+        """The condition of every step of the decoder."""
         ...
 
     def enlarge(self, x: Pixels, timestep: Tensor, small: Pixels, last: bool) -> Tensor:
-        """The prediction for large noisy pictures beside the small ones, brought to their size."""
+        """Super-resolution's prediction for large noisy images, given the small ones resized to that size."""
         ...
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuses pictures, by their pixels before they are enlarged, that do not fit, in a `UserError`."""
+        """A size before super-resolution that does not fit the network is a `UserError`."""
         ...
 
 
 PRIOR_GUIDANCE, PRIOR_STEPS, UPSAMPLING_STEPS = 4.0, 25, 7  # Karlo's, the published unCLIP
-OF_PIXELS = ("strength", "mask", "tile")  # what means nothing where a picture is drawn anew from its embedding
+OF_PIXELS = ("strength", "mask", "tile")  # without meaning where an image is generated from an embedding
 OWN = ("init", "towards", "prior_steps", "prior_guidance", "candidates", "upsampling_steps")
 
 
 def slerp(a: Embedding, b: Embedding, share: Float[Tensor, " batch"]) -> Embedding:
-    """From a to b along the arc between their directions, their lengths in proportion (Ramesh et al., 2022, section
-    3.2)."""
+    """Spherical interpolation from a to b; lengths are interpolated linearly (Ramesh et al., 2022, section 3.2)."""
     share = share[:, None].to(a.dtype)
     one, other = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     angle = (one * other).sum(-1, keepdim=True).clamp(-1, 1).acos()
@@ -155,7 +150,7 @@ def slerp(a: Embedding, b: Embedding, share: Float[Tensor, " batch"]) -> Embeddi
 
 
 class UnclipPipeline:
-    """A model that draws by way of an embedding, with the tokenizer of its texts: a `Drawer`."""
+    """The `ImagePipeline` of an unCLIP model and its tokenizer."""
 
     usual_guidance = 8.0  # Karlo's
     usual_sampler = "ddim"
@@ -166,7 +161,7 @@ class UnclipPipeline:
 
     @property
     def noise(self) -> Noise:
-        """What pictures are freed of before they are enlarged."""
+        """The noise schedule of the decoder."""
         return self.model.config.decoder_noise
 
     def fingerprint(self) -> str:
@@ -178,7 +173,7 @@ class UnclipPipeline:
         raise UserError(f"This model draws from a text and knows no classes: say {name!r} in the text.")
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """The same with everything said that was left open, and checked against the model."""
+        """The same request with every default filled in, checked against the model."""
         self._check(wanted)
         size = wanted.size or self.model.config.size
         if size is None:
@@ -189,9 +184,9 @@ class UnclipPipeline:
         prior = PRIOR_GUIDANCE if wanted.prior_guidance is None else wanted.prior_guidance
         own = {name: vars(wanted)[name] for name in OWN} | {"prior_guidance": prior}
         done = replace(done, **own)
-        own = {"prior_steps": len(self._prior_route(done).path.strides)}
+        own = {"prior_steps": len(self._prior_sampler(done).schedule.steps)}
         if not self.pixels:
-            own["upsampling_steps"] = len(self._upsampling_route(done).path.strides)
+            own["upsampling_steps"] = len(self._upsampling_sampler(done).schedule.steps)
         return replace(done, **own)
 
     def _check(self, wanted: ImageRequest) -> None:
@@ -223,27 +218,28 @@ class UnclipPipeline:
         self._caption(said, wanted.truncate)
 
     def _small(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width before pictures are enlarged to this size."""
+        """Height and width before super-resolution to this size."""
         whole, small = self.model.config.size, self.model.config.small_size
         if self.pixels or whole is None or small is None:
             return size
         height, width = (max(1, round(side * of / to)) for side, of, to in zip(size, small, whole, strict=True))
         return height, width
 
-    def _prior_route(self, wanted: ImageRequest) -> SamplerRoute:
-        return self._route(self.model.config.prior_noise, wanted, wanted.prior_steps or PRIOR_STEPS)
+    def _prior_sampler(self, wanted: ImageRequest) -> ConfiguredSampler:
+        return self._configure_sampler(self.model.config.prior_noise, wanted, wanted.prior_steps or PRIOR_STEPS)
 
-    def _upsampling_route(self, wanted: ImageRequest) -> SamplerRoute:
+    def _upsampling_sampler(self, wanted: ImageRequest) -> ConfiguredSampler:
         noise = self.model.config.upsampling_noise
         assert noise is not None
-        return self._route(noise, wanted, wanted.upsampling_steps or UPSAMPLING_STEPS)
+        return self._configure_sampler(noise, wanted, wanted.upsampling_steps or UPSAMPLING_STEPS)
 
-    def _route(self, noise: Noise, wanted: ImageRequest, steps: int) -> SamplerRoute:
-        """The drawing's sampler for the prior or the upsampler."""
-        return plan_route(noise, wanted.sampler, min(steps, noise.steps), wanted.spacing, wanted.karras, wanted.eta)
+    def _configure_sampler(self, noise: Noise, wanted: ImageRequest, steps: int) -> ConfiguredSampler:
+        """The request's sampler for the prior or for super-resolution."""
+        steps = min(steps, noise.steps)
+        return configure_sampler(noise, wanted.sampler, steps, wanted.spacing, wanted.karras, wanted.eta)
 
     def _caption(self, texts: Sequence[str], truncate: bool) -> Any:
-        """What is told of texts."""
+        """The encoded texts."""
         length = self.model.config.context_length
         tokens = text_tokens(self.tokenizer, texts, length, truncate)
         lengths = torch.tensor([len(row) for row in self.tokenizer.encode_batch(texts, special=True)])
@@ -252,16 +248,17 @@ class UnclipPipeline:
             return self.model.encode_text(tokens.to(device), (torch.arange(length) < lengths[:, None]).to(device))
 
     def _both(self, texts: Sequence[str], wanted: ImageRequest) -> Any:
-        """What is told of texts, and below it of what each is led away from."""
+        """The encoded texts, and after them as many negative prompts."""
         return self._caption([*texts, *[wanted.negative] * len(texts)], wanted.truncate)
 
     @torch.no_grad()
-    def imagined(self, texts: Sequence[str], wanted: ImageRequest, random: Random) -> Embedding:
-        """An embedding of a picture for each text: of `wanted.candidates`, the one nearest to the text's own (Ramesh et
-        al., 2022, section 2.2)."""
+    def sample_embeddings(self, texts: Sequence[str], wanted: ImageRequest, random: Random) -> Embedding:
+        """An image embedding for each text, by the prior: the best of `wanted.candidates`.
+
+        That is the one nearest to the text's embedding (Ramesh et al., 2022, section 2.2)."""
         guided, count = wanted.prior_guidance != 1, len(texts)
         caption = self._both(texts, wanted) if guided else self._caption(texts, wanted.truncate)
-        noise, chosen = self.model.config.prior_noise, self._prior_route(wanted)
+        noise, chosen = self.model.config.prior_noise, self._prior_sampler(wanted)
 
         def conditional(x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
             towards, away = self.model.imagine(x.repeat(2, 1), timestep.repeat(2), caption).chunk(2)
@@ -273,28 +270,33 @@ class UnclipPipeline:
         empty = torch.empty(count, self.model.config.embedding_dim, device=caption.embedding.device)
         found = []
         for _ in range(wanted.candidates):
-            *_, last = chosen.walk(chosen.denoiser(network), random(empty) * chosen.path.start, chosen.path, random)
+            x = random(empty) * chosen.schedule.initial_sigma
+            *_, last = chosen.run(chosen.denoiser(network), x, chosen.schedule, random)
             found.append(self.model.restored(last.x))
         said = F.normalize(caption.embedding[:count].float(), dim=-1)
         near = torch.stack([(F.normalize(each.float(), dim=-1) * said).sum(-1) for each in found])
         return torch.stack(found)[near.argmax(0), torch.arange(count, device=empty.device)]
 
     @torch.no_grad()
-    def seen(self, picture: InputImage, count: int) -> Embedding:
-        """The embedding of a picture, so many times."""
+    def encode_image(self, picture: InputImage, count: int) -> Embedding:
+        """The embedding of an image, repeated `count` times."""
         like = next(cast(Any, self.model).parameters())
         pixels = Preprocessing(**vars(self.model.config.pixels))([picture.image()])
         return self.model.encode_image(pixels.to(like)).expand(count, -1)
 
     def embeddings(self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str], random: Random) -> Embedding:
-        """What each picture is drawn from."""
-        start = self.seen(wanted.init, len(seeds)) if wanted.init else self.imagined(texts, wanted, random)
+        """The embedding that each image is generated from."""
+        start = (
+            self.encode_image(wanted.init, len(seeds)) if wanted.init else self.sample_embeddings(texts, wanted, random)
+        )
         if wanted.towards is None:
             return start
         if isinstance(wanted.towards, str):
-            end = self.imagined([wanted.towards] * len(seeds), wanted, SeededNoise([wanted.seed or 0] * len(seeds)))
+            end = self.sample_embeddings(
+                [wanted.towards] * len(seeds), wanted, SeededNoise([wanted.seed or 0] * len(seeds))
+            )
         else:
-            end = self.seen(wanted.towards, len(seeds))
+            end = self.encode_image(wanted.towards, len(seeds))
         first, steps = wanted.seed or 0, max(1, wanted.count - 1)
         return slerp(start, end, torch.tensor([(seed - first) / steps for seed in seeds], device=start.device))
 
@@ -306,25 +308,25 @@ class UnclipPipeline:
         texts: Sequence[str] | None = None,
         random: Random | None = None,
     ) -> Iterator[SamplerStep]:
-        """x and the predicted pictures after each step, before they are enlarged, on the model's device.
+        """x and the predicted images after each step of the decoder, on the model's device.
 
-        wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None. All pictures of a way
-        `towards` something have the first one's noise, and no text is told beside their embeddings.
+        wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None. All images of an
+        interpolation have the first one's noise, and no text besides their embeddings.
         """
         random = self._random(wanted, seeds) if random is None else random
         texts = texts or [wanted.text or ""] * len(seeds)
         image = self.embeddings(wanted, seeds, texts, random)
         texts = texts if wanted.towards is None else [""] * len(seeds)
-        chosen, network = wanted.route(self.noise), self._decoder(image, texts, wanted)
+        chosen, network = wanted.configure_sampler(self.noise), self._decoder(image, texts, wanted)
         shape = len(seeds), self.model.config.channels, *self._small(wanted.size or (0, 0))
-        x = random(torch.empty(shape, device=image.device)) * chosen.path.start
-        yield from chosen.walk(chosen.denoiser(network), x, chosen.path, random)
+        x = random(torch.empty(shape, device=image.device)) * chosen.schedule.initial_sigma
+        yield from chosen.run(chosen.denoiser(network), x, chosen.schedule, random)
 
     def _random(self, wanted: ImageRequest, seeds: Sequence[int]) -> Random:
         return SeededNoise(seeds if wanted.towards is None else [wanted.seed or 0] * len(seeds))
 
     def _decoder(self, image: Embedding, texts: Sequence[str], wanted: ImageRequest) -> Network:
-        """What draws pictures of these embeddings; guided, both predictions are made in one batch."""
+        """The decoder conditioned on these embeddings; with guidance, both predictions are made in one batch."""
         if wanted.guidance == 1:
             alone = self.model.tell(image, self._caption(texts, wanted.truncate))
             return lambda x, timestep: self.model(x, timestep, alone)
@@ -337,33 +339,33 @@ class UnclipPipeline:
         return guided_denoiser(conditional, self.noise, wanted.guidance, wanted.guidance_rescale)
 
     @torch.no_grad()
-    def enlarged(
+    def upsample(
         self, small: Float[Tensor, "batch channels height width"], wanted: ImageRequest, random: Random
     ) -> Float[Tensor, "batch channels rows columns"]:
-        """Small pictures as large as is wanted."""
+        """Super-resolution of small images to the requested size."""
         if self.pixels or wanted.size is None:
             return small
-        chosen = self._upsampling_route(wanted)
+        chosen = self._upsampling_sampler(wanted)
         beside = F.interpolate(small.clamp(-1, 1), list(wanted.size), mode="bicubic", antialias=True)
-        final = chosen.path.strides[-1].here.timestep
+        final = chosen.schedule.steps[-1].level.timestep
 
         def network(x: Tensor, timestep: Tensor) -> Tensor:
             return self.model.enlarge(x, timestep, beside, last=float(timestep[0]) == final)
 
-        x = random(beside) * chosen.path.start
-        *_, last = chosen.walk(chosen.denoiser(network), x, chosen.path, random)
+        x = random(beside) * chosen.schedule.initial_sigma
+        *_, last = chosen.run(chosen.denoiser(network), x, chosen.schedule, random)
         return last.x
 
     def draw(
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[SamplerStep], object] = lambda state: None
     ) -> UInt8[Tensor, "batch channels rows columns"]:
-        """A finished picture of each seed, as bytes on the CPU."""
+        """A finished image of each seed, as bytes on the CPU."""
         return self._drawn(wanted, seeds, None, watch)
 
     def draw_texts(
         self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]
     ) -> UInt8[Tensor, "batch channels rows columns"]:
-        """A finished picture of each seed and text."""
+        """A finished image of each seed and text."""
         return self._drawn(wanted, seeds, texts, lambda state: None)
 
     def _drawn(
@@ -377,4 +379,4 @@ class UnclipPipeline:
         for state in self.drawing(wanted, seeds, texts, random):
             watch(state)
             x = state.x
-        return to_pixels(self.enlarged(x, wanted, random))
+        return to_pixels(self.upsample(x, wanted, random))

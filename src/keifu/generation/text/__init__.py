@@ -1,1 +1,1 @@
-"""Decoding of text: sampling, beam search, likelihood, chat, translation."""
+"""Text generation: sampling, beam search, likelihoods, chat, translation."""

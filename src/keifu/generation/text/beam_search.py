@@ -1,17 +1,11 @@
-"""Beam search: the likeliest texts that a decoder writes, a token a step for all beams of all sources at once; knows no
-text and no model.
+"""Beam search for causal models and encoder-decoders, one step for all beams of all sources at once.
 
-A step is a tensor program: no loop over sources or beams. Ended texts lie in tensors too, and a source that is decided
-leaves the batch. Axes: sources, beams = open texts of a source, rows = sources · beams, in that order, vocab, longest.
+A step is a tensor program without a loop over sources or beams. Finished texts are kept in tensors too, and a source
+that is decided leaves the batch. A `BeamModel` gives the logits: `CausalBeamModel` continues prompts,
+`EncoderDecoderBeamModel` writes targets of sources.
 
-The best ended texts of each source of a beam search, in tensors; knows neither how they are found nor what they say.
-
-Axes: sources, kept = texts kept of each, new = texts that are added, longest.
-
-What a beam search asks for logits: a causal model and its prompts, or an encoder-decoder and its sources; knows no
-search.
-
-Axes: batch = prompts or sources, length, rows = texts that are open, vocab.
+Axes: sources (or prompts), beams = open texts of a source, rows = sources · beams in that order, vocab, longest; kept =
+finished texts kept of each source, new = texts offered in a step.
 """
 
 from collections.abc import Callable, Collection, Sequence

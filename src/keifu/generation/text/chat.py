@@ -1,4 +1,4 @@
-"""A conversation: its history, laid out by the chat template, and the model's answers; knows no terminal."""
+"""A conversation: its history, formatted by the chat template, and the model's replies."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Unpack

@@ -1,7 +1,7 @@
-"""How a model generates text when nothing is said: as its generation_config.json recommends, or else as keifu does.
+"""Default sampling settings of a model: those of its generation_config.json, else keifu's own.
 
-A model with a chat template then answers greedily; quantised or small, it errs often where tokens are sampled. A base
-model, whose greedy text repeats itself, samples with filters that leave out unlikely tokens.
+Models with a chat template then answer greedily: quantised or small ones err often when tokens are sampled. Base
+models, whose greedy text repeats itself, sample with filters that exclude unlikely tokens.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
-"""Several requests written at once, piece by piece, until the last has ended; knows no model and no settings.
+"""The decode loop: prompts into key-value caches, then one token a step for every request of a batch, streamed.
 
-The decode loop: prompts into caches, then one token a step for every text of a batch; knows no text and no model.
-
-Axes: batch = texts, length = tokens, vocab. Texts of different lengths begin with padding, so that all end together.
+Batching is static: requests start together, and finished ones leave the batch. Axes: batch = texts, length = tokens,
+vocab. Shorter prompts are padded on the left, so that all end together.
 """
 
 import threading
@@ -31,7 +30,7 @@ Padding = Int[Tensor, " batch"] | None
 
 @runtime_checkable
 class Model(Protocol):
-    """What a causal model offers to decoding; its `config` has `vocab_size` and `context_length`."""
+    """Interface of a causal language model; its `config` has `vocab_size` and `context_length`."""
 
     config: Any
 
@@ -43,8 +42,8 @@ class Model(Protocol):
 
 
 @runtime_checkable
-class EncoderDecoderModel(Protocol):
-    """What a model offers that sees both sides of every token, and so cannot go on with a text."""
+class BidirectionalEncoder(Protocol):
+    """Interface of an encoder such as BERT, whose attention is bidirectional: it cannot continue a text."""
 
     def encode(self, tokens: Tokens, segments: Tokens | None, mask: Tensor | None) -> Tensor: ...
 
@@ -52,36 +51,36 @@ class EncoderDecoderModel(Protocol):
 
 
 @runtime_checkable
-class CausalLM(Protocol):
-    """What a model offers that reads a source before it writes: an encoder-decoder."""
+class EncoderDecoderModel(Protocol):
+    """Interface of an encoder-decoder, which encodes a source before it writes a target."""
 
     def start(self, source: Tokens, source_mask: Tensor | None, capacity: int | None) -> Any: ...
 
 
 @runtime_checkable
-class BatchSampler(Protocol):
-    """What a model offers that was fine-tuned to choose a label or an answer."""
+class TaskHeadModel(Protocol):
+    """Interface of a model fine-tuned to choose a label or an answer."""
 
     def judge(self, hidden: Tensor, mask: Tensor) -> Tensor: ...
 
 
 def explain_not_causal(model: nn.Module) -> str:
-    """The sentence for a model that is asked to write and cannot: what it can do instead."""
+    """Why a model cannot generate text, and what it can do instead, as the end of an error message."""
     name = type(model).__name__
-    if isinstance(model, EncoderDecoderModel):
+    if isinstance(model, BidirectionalEncoder):
         return (
             f"a {name} reads both sides of a text and cannot go on with one; it can embed texts (keifu embed), "
             "classify them (keifu classify) or fill in [MASK] (keifu.generation.text.fill.fill); smollm2 can write."
         )
-    if isinstance(model, CausalLM):
+    if isinstance(model, EncoderDecoderModel):
         return "as an encoder-decoder, it turns one text into another and does not go on with it: use keifu translate."
-    if isinstance(model, BatchSampler):
+    if isinstance(model, TaskHeadModel):
         return "it was fine-tuned to choose a label or an answer: use keifu classify."
     return f"a {name} cannot; choose a language model, such as smollm2."
 
 
 def causal(model: nn.Module) -> Model:
-    """The same model, known to be one that can write; any other is a `UserError`."""
+    """The same model, checked to be a causal language model; any other is a `UserError`."""
     if not isinstance(model, Model):
         raise UserError(f"This model writes no text: {explain_not_causal(model)}")
     return model
@@ -90,14 +89,14 @@ def causal(model: nn.Module) -> Model:
 def step(model: Model, tokens: Tokens, caches: Sequence[Cache], padding: Padding) -> Float[Tensor, "batch vocab"]:
     """Logits, in float32, of the token after the last one.
 
-    Every pass that chooses a token is this call: a model whose `hidden` is compiled or whose layers are replaced needs
-    nothing more.
+    Every token is chosen from the result of this call, so a model whose `hidden` is compiled or whose layers are
+    replaced needs no further change.
     """
     return model.logits(model.hidden(tokens, caches, padding)[:, -1]).float()
 
 
 def prefill(model: Model, tokens: Tokens, caches: Sequence[Cache], padding: Padding) -> Float[Tensor, "batch vocab"]:
-    """Takes prompts into the caches, some at a time so that memory stays bounded; the logits after the last token."""
+    """Fills the caches with the prompts, in chunks so that memory stays bounded; the logits after the last token."""
     *earlier, last = tokens.split(max(1, PREFILL_TOKENS // len(tokens)), 1)
     for chunk in earlier:
         model.hidden(chunk, caches, padding)
@@ -113,9 +112,9 @@ def pad_left(texts: Sequence[Sequence[int]], device: torch.device | None = None)
 
 
 class Batch:
-    """Texts that grow together, a token a step, each by its own settings (which must have a seed).
+    """Texts that are decoded together, one token a step, each with its own settings (which must have a seed).
 
-    caches: with room for all; they may hold the beginning of the prompts already.
+    caches: with room for all tokens; they may hold the beginning of the prompts already.
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class Batch:
         return choice
 
     def keep(self, rows: list[int]) -> None:
-        """Goes on with these texts only, and of the padding with what differs between them."""
+        """Continues with these texts only, and drops padding that all of them have."""
         index, start = torch.tensor(rows, device=self.caches[0].keys.device), 0
         if self.padding is not None:
             padding = self.padding[index]
@@ -149,7 +148,7 @@ class Batch:
 
 @torch.inference_mode()
 def decode(model: nn.Module, tokens: Tokens, n: int, sampling: SamplingParams = GREEDY) -> Int[Tensor, "batch n"]:
-    """The next `n` tokens of texts of equal length, whatever they are: no token stops one. Rows share the seed."""
+    """The next `n` tokens of texts of equal length; no token ends a text early. Rows share the seed."""
     length, context = tokens.shape[1], causal(model).config.context_length
     if length + n > context:
         raise UserError(f"{length} tokens and {n} more do not fit this model's context of {context}: ask for fewer.")
@@ -161,7 +160,7 @@ def decode(model: nn.Module, tokens: Tokens, n: int, sampling: SamplingParams = 
 
 @dataclass
 class _Modes:
-    """The mode of each module before the first of several users, who may leave in any order."""
+    """The training mode of each module before the first of several users, who may leave in any order."""
 
     modes: list[tuple[nn.Module, bool]]
     users: int = 0
@@ -173,8 +172,8 @@ _lock = threading.Lock()
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model without dropout. When the last of all that use it so has left, in whatever order they came and go (two
-    streams that are read in turn), every module is in the mode it was in before the first."""
+    """The model in evaluation mode. Several users may overlap and leave in any order (two streams read in turn): when
+    the last has left, every module is back in the mode that it had before the first."""
     with _lock:
         held = _evaluated.get(model)
         if held is None:
@@ -193,16 +192,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def batch_capacity(requests: Sequence[Request]) -> int:
-    """How many tokens the caches must hold for these requests; the last token of a text is never fed back."""
+    """How many tokens the caches must hold for these requests; the last token of a text is not fed back."""
     return max(len(request.prompt) for request in requests) + max(request.limit for request in requests) - 1
 
 
 @torch.inference_mode()
 def write(model: nn.Module, requests: Sequence[Request], caches: list[Cache]) -> Iterator[Piece]:
-    """Writes the texts to their ends: a piece for every token of every text, in turn.
+    """Decodes all requests to their ends: yields a piece for every token of every text, in turn.
 
-    caches: room for `capacity(requests)`. They may hold the beginning of all prompts already, and in the end, if there
-    is one request, hold all its tokens but the last. Texts that end leave the batch: the others go on faster.
+    caches: with room for `batch_capacity(requests)`. They may hold the beginning of all prompts already; at the end, if
+    there is one request, they hold all its tokens but the last. Texts that end leave the batch: the others get
+    faster.
     """
     tokens, padding = pad_left([request.prompt for request in requests], caches[0].keys.device)
     with evaluation_mode(model):

@@ -1,8 +1,6 @@
-"""The likeliest words for each [MASK] in a text, by a model that reads both sides of it; knows no model.
+"""Filling in text: the likeliest words for each [MASK] (BERT), and whole spans for gaps (span corruption, UL2).
 
 Axes: place = tokens of the text, vocab.
-
-What stands in the gaps of a text, written by a model that learned a mixture of denoisers; knows no model by name.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""Text from prompts in one call: as a stream, as strings, or with all that is known about it; knows no model.
+"""Text generation in one call: as a stream of pieces, as strings, or as completions with their log-probabilities.
 
-A seed belongs to a request: the same prompt, settings and seed give the same text alone or among others.
+A seed belongs to a request: the same prompt, settings and seed give the same text alone or in a batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ class Completion:
     """A finished text.
 
     text: what the model wrote, without the stop token or stop string that ended it.
-    tokens: all that were drawn, the stop token or those of the stop string included.
+    tokens: all that were sampled, the stop token or those of the stop string included.
     log_probabilities, sampled_log_probabilities: one a token, as in `Piece`; None if not asked for.
     finish_reason: "stop", "length" or "context", as in `Piece`.
     seed: with it the same text comes again.
@@ -49,7 +49,7 @@ def stream(
     """The pieces of all texts as they are written, a token of each text in turn.
 
     prompts: texts, or lists of token ids. samplings: one for all, or one for each.
-    What cannot be is a `UserError` at once, before the first piece. Ends of texts are told by `finish_reason`.
+    An invalid request is a `UserError` at once, before the first piece. `finish_reason` marks the last piece of a text.
     """
     each = _one_each(samplings, len(prompts))
     tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
@@ -117,7 +117,7 @@ def generate(
     A model with a chat template answers the prompt as a message; `raw` continues it as plain text instead.
 
     sampling: any of max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
-    frequency_penalty, stop, seed; `SamplingParams` says what they mean. Each that is not given has the model's recommended
+    frequency_penalty, stop, seed, as described in `SamplingParams`. One that is not given has the model's recommended
     value, from its generation_config.json, or where there is none: temperature=0 (greedy) for chat models;
     temperature=0.8, top_k=40, top_p=0.95, min_p=0.05 for base models; and max_tokens=256.
 
@@ -136,8 +136,8 @@ def generate(
 
 
 def as_prompt(tokenizer: Tokenizer, text: str, raw: bool = False) -> str | list[int]:
-    """What a model is given of a text: a message in the chat template where it has one; otherwise, or if `raw`, the
-    text as it is."""
+    """The prompt made from a text: a message in the chat template where the tokenizer has one; otherwise, or if `raw`,
+    the text itself."""
     if raw or tokenizer.chat_template is None:
         return text
     return tokenizer.render_chat([{"role": "user", "content": text}])

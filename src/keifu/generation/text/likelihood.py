@@ -1,12 +1,10 @@
-"""How likely a model finds a finished text, token by token, in one pass; knows no text.
+"""Log-likelihoods: of the tokens of a finished text, and of candidate answers to a prompt.
 
-Axes: batch = texts, length = tokens, vocab. Logits exist for a few tokens at a time, so that memory does not grow with
-length · vocab.
+Logits exist for a few tokens at a time, so that memory does not grow with length · vocab. For answers, the common
+prefix of prompts is computed once: a pass takes prompts padded to the same end, each followed by its longest answer;
+the other answers follow one at a time, each starting from the cached prompt.
 
-How likely a model finds each of several answers to a prompt, what prompts share computed once; knows no task.
-
-A pass takes in prompts, which end together, each with its longest answer behind it; the other answers follow one after
-another, each from where the prompt ended. Axes: batch = prompts of a pass, length = tokens, answers, vocab.
+Axes: batch = texts, or prompts of a pass; length = tokens; answers; vocab.
 """
 
 from collections import defaultdict
@@ -38,7 +36,7 @@ def score(
     """ln P(token | those before it) of every token but the first, [batch, length - 1] in float32.
 
     This is what `log_probability` reports while a text is written. `padding` counts the zeros before shorter texts (see
-    `left_padded`); what stands there has no meaning. A text longer than the context is a `UserError`.
+    `engine.pad_left`); what stands there has no meaning. A text longer than the context is a `UserError`.
     """
     hidden, targets = _hidden(model, tokens, padding).flatten(0, 1), tokens[:, 1:].flatten()
     pairs = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
@@ -104,7 +102,7 @@ class Likelihood:
 
 
 def first_context(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
-    """What the tokenizer puts before a text: a BOS, or nothing; told by the first of these texts that is not empty."""
+    """What the tokenizer puts before a text: a BOS, or nothing; found with the first text that is not empty."""
     text = next(filter(None, texts), "")
     plain, whole = (tokenizer.encode(text, special=special) for special in (False, True))
     return whole[: next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)]
@@ -120,14 +118,14 @@ def join_tokens(
     behind a prompt than alone. Where the two grow together into no more tokens than the prompt, the answer is encoded
     apart. An empty prompt is the token that begins a text. An answer without tokens is a `UserError`.
     """
-    parted = [(prompt.rstrip(), prompt[len(prompt.rstrip()) :] + answer) for prompt, answer in texts]
-    prompts = list(dict.fromkeys(prompt for prompt, _ in parted))
-    front = first_context(tokenizer, [*prompts, *(answer for _, answer in parted)])
+    split = [(prompt.rstrip(), prompt[len(prompt.rstrip()) :] + answer) for prompt, answer in texts]
+    prompts = list(dict.fromkeys(prompt for prompt, _ in split))
+    front = first_context(tokenizer, [*prompts, *(answer for _, answer in split)])
     ids = dict(zip(prompts, tokenizer.encode_batch(prompts, allow_special=allow_special), strict=True))
     begun = {prompt: tuple(open_prefixes(front, each) or common_beginning(tokenizer)) for prompt, each in ids.items()}
     found = []
-    for start in range(0, len(parted), ENCODED):  # of whole texts only their ends are kept
-        some = parted[start : start + ENCODED]
+    for start in range(0, len(split), ENCODED):  # of whole texts only their ends are kept
+        some = split[start : start + ENCODED]
         wholes = tokenizer.encode_batch([prompt + answer for prompt, answer in some], allow_special=allow_special)
         for (prompt, answer), whole in zip(some, wholes, strict=True):
             tail = whole[len(ids[prompt]) :] or tokenizer.encode(answer)
@@ -153,7 +151,7 @@ def common_beginning(tokenizer: Tokenizer) -> list[int]:
 
 @dataclass
 class _Request:
-    """A prompt with its answers, the longest first; `found` has what is known of each."""
+    """A prompt with its answers, the longest first; `found`: log-probabilities of each, and whether it is greedy."""
 
     prompt: Tokens
     answers: list[Tokens]
@@ -164,10 +162,11 @@ class _Request:
 def likelihoods(
     model: nn.Module, pairs: Sequence[ScoredPair], batch_size: int | None = None, advance: Advance | None = None
 ) -> list[Likelihood]:
-    """Of each answer after its prompt, in the order given; neither that nor the batches change one beyond rounding.
+    """The likelihood of each answer after its prompt, in the order given; batching changes it by rounding only.
 
-    Equal pairs are computed once. batch_size: the most prompts in a pass. `advance` is told how many prompts are done.
-    A pair that does not fit the context (all but its last token must) is a `UserError` with both lengths.
+    Equal pairs are computed once. batch_size: the most prompts in a pass. `advance` is called with the number of
+    prompts done.
+    A pair whose tokens but the last do not fit the context is a `UserError` with both lengths.
     """
     _check(causal(model), pairs)
     by_prompt: dict[Tokens, dict[Tokens, None]] = defaultdict(dict)
@@ -202,7 +201,7 @@ def _check(model: Model, pairs: Sequence[ScoredPair]) -> None:
 
 
 class _Pass:
-    """Some prompts on their way through the model together."""
+    """Prompts that are computed together, in one batch."""
 
     def __init__(self, prefix: Prefix, asked: Sequence[_Request]):
         self.prefix, self.asked = prefix, asked
@@ -236,29 +235,29 @@ class _Pass:
         return self.prefix.model.hidden(tokens, self.caches, padding)
 
     def _first_tokens(self, hidden: Float[Tensor, "batch dim"]) -> None:
-        """Of all answers: one row of logits serves all of a prompt."""
+        """Scores the first token of all answers: those of a prompt share one row of logits."""
         rows = [row for row, each in enumerate(self.asked) for _ in each.answers]
         targets = [answer[0] for each in self.asked for answer in each.answers]
-        values, best = self._foretold(hidden, rows, targets)
+        values, best = self._target_log_probabilities(hidden, rows, targets)
         each_found = zip(rows, values.tolist(), best.tolist(), strict=True)
         for row, value, greedy in each_found:
             self.asked[row].found.append(([value], greedy))
 
     def _later_tokens(self, hidden: Float[Tensor, "batch length dim"], turn: int) -> None:
-        """Of each prompt's answer of this turn, from the hidden states of its tokens but the last."""
+        """Scores the later tokens of each prompt's answer of this turn; `hidden`: of its tokens but the last."""
         answers = [each.answers[turn] if turn < len(each.answers) else () for each in self.asked]
         places = [(row, n) for row, answer in enumerate(answers) for n in range(len(answer) - 1)]
         if not places:
             return
         rows, columns = torch.tensor(places, device=self.device).T
         targets = [token for answer in answers for token in answer[1:]]
-        values, best = self._foretold(hidden[rows, columns], range(len(places)), targets)
+        values, best = self._target_log_probabilities(hidden[rows, columns], range(len(places)), targets)
         for (row, _), value, greedy in zip(places, values.tolist(), best.tolist(), strict=True):
             known, so_far = self.asked[row].found[turn]
             known.append(value)
             self.asked[row].found[turn] = (known, so_far and greedy)
 
-    def _foretold(
+    def _target_log_probabilities(
         self, hidden: Float[Tensor, "states dim"], rows: Sequence[int], targets: Sequence[int]
     ) -> tuple[Float[Tensor, " answers"], Bool[Tensor, " answers"]]:
         """ln P of each target after the hidden state of its row (`rows` ascend), and whether it is the likeliest."""
@@ -274,7 +273,7 @@ class _Pass:
 def _of_chunk(
     logits: Float[Tensor, "rows vocab"], row: Int[Tensor, " answers"], target: Int[Tensor, " answers"]
 ) -> tuple[Float[Tensor, " here"], Bool[Tensor, " here"]]:
-    """Of those targets whose row is in this chunk of logits."""
+    """`_target_log_probabilities` for those targets whose row is in this chunk of logits."""
     here = (row >= 0) & (row < len(logits))
     row, target = row[here], target[here]
     return logits[row, target] - logits.logsumexp(-1)[row], logits.argmax(-1)[row] == target

@@ -1,9 +1,9 @@
-"""From a model's logits to those of the distribution that is sampled from; knows no model and no request.
+"""Logits processors: penalties, temperature, top-k, top-p and min-p, on all rows at once.
 
-Every function is pure, takes one parameter per row, and works on all rows at once. Settings act in this order, which is
-transformers': repetition penalty; presence and frequency penalty (as OpenAI and vLLM place them); temperature; top-k;
-top-p; min-p. Each sees what the one before it left. Equally likely tokens are kept or removed together, so that the
-result does not depend on how a sort breaks ties.
+Every function is pure and takes one parameter per row. They are applied in this order, which is transformers':
+repetition penalty; presence and frequency penalty (where OpenAI and vLLM place them); temperature; top-k; top-p; min-p.
+Each sees what the one before it left. Equally likely tokens are kept or removed together, so that the result does not
+depend on how a sort breaks ties.
 
 Axes: rows = independent distributions, vocab. A parameter has one value for each row, or one for all.
 """

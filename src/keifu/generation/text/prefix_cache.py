@@ -1,8 +1,8 @@
-"""Prompts that begin alike: what they share goes through the model once; knows no text and no task.
+"""Prefix caching: the common prefix of several prompts is computed once, and its keys and values serve all of them.
 
-A row goes on from the shared beginning with the rest of its prompt, and all prompts of a pass end together: a shorter
-one has padding before it, and where that takes the place of the beginning's last tokens it reads these again. So the
-keys and values of the beginning serve rows of any length, in every causal model.
+A row continues from the shared prefix with the rest of its prompt, and all prompts of a pass end together: a shorter
+one is padded on the left, and where the padding takes the place of the prefix's last tokens these are computed again.
+So the keys and values of the prefix serve rows of any length, in every causal model.
 """
 
 from collections.abc import Callable, Iterator, Sequence

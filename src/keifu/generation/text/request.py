@@ -1,7 +1,4 @@
-"""One text being written: from tokens to pieces of text, and when it ends; knows neither model nor tensors.
-
-Text that ends before a stop string, however the string is cut into pieces; knows no tokens.
-"""
+"""A generation request: turns sampled tokens into pieces of text, and ends at a stop token, stop string or limit."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,10 +10,11 @@ from keifu.generation.text.sampling_params import SamplingParams
 
 
 class StopText:
-    """Passes text on as it comes, but holds back whatever may become a stop string.
+    """Passes text on as it comes, but holds back a suffix that may become a stop string.
 
-    `found` tells that one has come. The text then ends where the first stop string to be complete begins; of several
-    that are complete at the same character, the one that begins first counts. So the pieces do not change the text.
+    `found`: whether a stop string has come. The text then ends where the stop string that is complete first begins; of
+    several that end at the same character, the one that begins first counts. So the result does not depend on how the
+    text is cut into pieces.
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -34,12 +32,12 @@ class StopText:
         return text[:end]
 
     def flush(self) -> str:
-        """What was held back and, since no more text comes, is no stop string."""
+        """The text held back, which is no stop string since no more text comes."""
         held, self._held = self._held, ""
         return held
 
     def _beginning(self, text: str) -> int:
-        """How many characters at the end of the text begin a stop string."""
+        """How many characters at the end of the text are the beginning of a stop string."""
         longest = min(len(text), max(map(len, self.stops), default=1) - 1)
         return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self.stops)), 0)
 
@@ -49,10 +47,10 @@ class Piece:
     """One more token of one text.
 
     index: which of the prompts it continues.
-    text: the characters that are complete and sure with this token, often none; never a part of a stop string.
+    text: the characters that this token completes, often none; never a part of a stop string.
     log_probability: ln of the token's probability under the model; None if not asked for.
-    sampled_log_probability: the same under the distribution it was drawn from, after penalties, temperature and filters
-        (0 for greedy choice); None if not asked for.
+    sampled_log_probability: the same under the distribution sampled from, after penalties, temperature and filters (0
+        for greedy choice); None if not asked for.
     finish_reason: None while the text goes on; "stop" (a stop token or a stop string), "length" (max_tokens written) or
         "context" (no room is left in the model's context).
     """
@@ -66,9 +64,9 @@ class Piece:
 
 
 class Request:
-    """A prompt and its settings, checked against a context; `take` adds a token and tells what came of it.
+    """A prompt and its settings, checked against the context; `take` adds a token and returns its `Piece`.
 
-    A prompt that is empty or leaves no room in the context is a `UserError`; nothing is ever cut.
+    A prompt that is empty or leaves no room in the context is a `UserError`; a prompt is never truncated.
     """
 
     def __init__(
@@ -89,7 +87,7 @@ class Request:
         self._stop_ids, self._decoder, self._text = tokenizer.stop_ids, tokenizer.stream(), StopText(sampling.stop)
 
     def take(self, token: float, largest: float, *log_probabilities: float) -> Piece:
-        """The piece that this token makes. The numbers are a row of `Choice.figures`.
+        """Adds a token and returns its piece. The numbers are a row of `SampledTokens.figures`.
 
         A character whose last bytes have not come by the end of the text is left out.
         """
@@ -109,9 +107,9 @@ class Request:
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """The ids of a prompt as the tokenizer begins a text; an empty one is the token that begins a text, if any.
+    """The ids of a prompt, with the BOS if the tokenizer adds one; an empty prompt is the BOS alone, if it has one.
 
-    Text cannot spell control tokens; who wants them gives ids.
+    Text cannot spell control tokens; give ids to use them.
     """
     if not isinstance(prompt, str):
         return list(prompt)

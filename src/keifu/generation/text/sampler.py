@@ -1,10 +1,7 @@
-"""Chooses the next token of every row of a batch, each by its own settings and seed; knows no model and no text.
+"""Token sampling: chooses the next token of every row of a batch, each with its own settings and seed.
 
-Axes: rows = texts being written, vocab.
-
-One token from each distribution by one uniform number that only the row's seed and place decide; knows no text.
-
-Axes: rows = independent distributions, vocab.
+A row's token depends on its logits and on one uniform number, which its seed and position determine. Axes: rows =
+texts being written, or independent distributions; vocab.
 """
 
 from collections.abc import Sequence
@@ -17,24 +14,22 @@ from torch import Tensor
 
 from keifu.generation.text import logits_processors
 from keifu.generation.text.sampling_params import SamplingParams
-from keifu.layers.counter_rng import BITS, uniform
+from keifu.layers.counter_rng import uniform
 from keifu.layers.wide import wide
 
-__all__ = ["BITS", "draw", "uniform"]
 
-
-def draw(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """The first token at which the running sum of probabilities passes u (inverse transform sampling).
+def sample(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """Inverse transform sampling: the first token at which the cumulative probability passes u.
 
     One number a row suffices, where the Gumbel trick needs one for each token of the vocabulary. The sum is float64, so
-    that rare tokens keep their share; tokens with no probability are never drawn.
+    that rare tokens keep their probability; tokens of probability 0 are never sampled.
     """
     mass = wide(logits.softmax(-1)).cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(mass, wide(u)[:, None] * mass[:, -1:], right=True)[:, 0].to(logits.device)
 
 
 class RowSettings:
-    """The settings of several rows as tensors; calling it makes the logits of the distribution that is sampled from.
+    """The settings of several rows as tensors; a call turns logits into those of the distribution to sample from.
 
     One row's settings serve any number of distributions, as when a finished text is scored.
     """
@@ -53,12 +48,12 @@ class RowSettings:
         self.min_p = self._column([s.min_p for s in samplings], 0.0)
 
     def _column(self, values: list[Any], neutral: float | int) -> Tensor | None:
-        """One value a row; None when no row wants anything, so that the step costs nothing."""
+        """One value a row; None where all are neutral, so that the step is skipped."""
         kind = torch.float32 if isinstance(neutral, float) else torch.int64
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=kind, device=self.device)
 
-    def penalised(self, logits: logits_processors.Logits, history: "History") -> logits_processors.Logits:
-        """The logits after the penalties: what greedy choice takes the largest of."""
+    def apply_penalties(self, logits: logits_processors.Logits, history: "History") -> logits_processors.Logits:
+        """The logits after the penalties; greedy decoding takes the largest of these."""
         if self.repetition is not None and history.seen is not None:
             logits = logits_processors.repetition_penalty(logits, history.seen, self.repetition)
         if self.presence is not None and history.counts is not None:
@@ -68,7 +63,7 @@ class RowSettings:
         return logits
 
     def __call__(self, logits: logits_processors.Logits, history: "History") -> logits_processors.Logits:
-        logits = self.penalised(logits, history)
+        logits = self.apply_penalties(logits, history)
         best = logits_processors.likeliest(logits) if self.any_greedy else None
         if self.all_greedy and best is not None:
             return best
@@ -87,7 +82,7 @@ class RowSettings:
 
 @dataclass
 class History:
-    """What the penalties look at; None where no row has such a penalty."""
+    """The tokens so far, as the penalties need them; None where no row has such a penalty."""
 
     seen: Bool[Tensor, "rows vocab"] | None  # in the prompt or the output
     counts: Float[Tensor, "rows vocab"] | None  # how often in the output
@@ -100,7 +95,7 @@ class History:
         rows, length = tokens.shape
         seen = counts = None
         if settings.repetition is not None:
-            if padding is not None:  # what is padding goes to a column of its own
+            if padding is not None:  # padding is counted in an extra column, which is dropped
                 tokens = tokens.masked_fill(torch.arange(length, device=tokens.device) < padding[:, None], vocab)
             seen = tokens.new_zeros(rows, vocab + 1, dtype=torch.bool).scatter_(1, tokens, True)[:, :vocab]
         if settings.presence is not None or settings.frequency is not None:
@@ -135,8 +130,8 @@ class History:
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """The chosen tokens, and a table to be read by the host in one go: token, largest logit and, if any row wants them,
-    its log-probability under the model and under the distribution sampled from."""
+    """The chosen tokens, and a table to be read by the host in one copy: token, largest logit and, if any row asks for
+    them, its log-probability under the model and under the distribution sampled from."""
 
     tokens: Int[Tensor, " rows"]
     figures: Float[Tensor, "rows columns"]
@@ -155,7 +150,7 @@ class Sampler:
         self.settings = RowSettings(samplings, prompts.device)
         self.history = History.of_prompts(self.settings, prompts, padding, vocab)
         self.seeds = torch.tensor([s.seed for s in samplings], device=prompts.device)
-        self.positions = torch.full_like(self.seeds, prompts.shape[1])  # of the token to be drawn, in its own text
+        self.positions = torch.full_like(self.seeds, prompts.shape[1])  # of the token to be sampled, in its own text
         if padding is not None:
             self.positions = self.positions - padding
         self.reports = any(s.log_probabilities for s in samplings)
@@ -163,10 +158,10 @@ class Sampler:
     def choose(self, logits: logits_processors.Logits) -> SampledTokens:
         """One token for each row; the next call is for the tokens after these."""
         if self.settings.all_greedy:
-            sampled, tokens = None, self.settings.penalised(logits, self.history).argmax(-1)
+            sampled, tokens = None, self.settings.apply_penalties(logits, self.history).argmax(-1)
         else:
             sampled = self.settings(logits, self.history)
-            tokens = draw(sampled, uniform(self.seeds, self.positions))
+            tokens = sample(sampled, uniform(self.seeds, self.positions))
         columns = [tokens, logits.amax(-1)]
         if self.reports:
             columns.append(logits_processors.log_probability(logits, tokens))

@@ -1,4 +1,4 @@
-"""What a request for text may ask: how tokens are chosen, and where the text ends; knows no tensors."""
+"""Sampling parameters of a text request: how tokens are chosen, and where the text ends."""
 
 import math
 import secrets

@@ -1,9 +1,6 @@
-"""Texts into texts of another language by an encoder-decoder: sentences, batches, beam search; knows no model by name.
+"""Translation by an encoder-decoder: splits texts into sentences, batches them by length, and searches with beams.
 
-A text's translation is the same alone and among others.
-
-A text cut into sentences by its punctuation, Latin or Japanese, and put together again; knows no model, and of
-languages no more than where they put their full stops.
+A text's translation is the same alone and in a batch. Sentences are found by their punctuation, Latin or Japanese.
 """
 
 import re
@@ -25,18 +22,18 @@ from keifu.generation.text.beam_search import (
     device_of,
     paper_penalty,
 )
-from keifu.generation.text.engine import EncoderDecoderModel, Model, evaluation_mode
+from keifu.generation.text.engine import BidirectionalEncoder, Model, evaluation_mode
 
 OPENING, CLOSING = "「『（〈《【［｛“(", "」』）〉》】］｝”)"
 FULL_WIDTH = "。！？｡"  # a sentence ends here whatever follows
 HALF_WIDTH = ".!?…"  # and here where a space follows
 QUOTES = "\"'»’"
-PARTICLES = tuple("とっをはがにのもでへやなだじ、")  # what goes on with the sentence after a Japanese quotation
-WORD = 60  # the longest word and the most spaces that are looked at
+PARTICLES = tuple("とっをはがにのもでへやなだじ、")  # a sentence continues with one of these after a Japanese quotation
+WORD = 60  # the longest word and the most spaces that are examined
 SHORTENED = """mr mrs ms dr prof st sr jr vs no nos vol pp ed eds cf al fig figs gen col capt lt sgt rev hon approx dept
 est jan feb mar apr jun jul aug sep sept oct nov dec bzw ca vgl nr str mme mlle sra srta"""
 ABBREVIATIONS = frozenset(SHORTENED.split())  # a name or a number may follow; single letters are seen without them
-LANGUAGE = re.compile(r"\s*(>>[^<>\s]+<<)\s*")  # how Marian's multilingual models are told the language to write
+LANGUAGE = re.compile(r"\s*(>>[^<>\s]+<<)\s*")  # target-language token of Marian's multilingual models
 WIDE = re.compile(r"[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uff9f]")
 
 
@@ -44,8 +41,8 @@ def sentences(text: str) -> list[str]:
     """The sentences of a text, in order and without the spaces between them; none of a text of spaces.
 
     A full stop inside a quotation or brackets that are closed later ends no sentence, nor does one after an initial, a
-    usual abbreviation or within a number. A text without such marks is one sentence, however long. A language's mark at
-    the beginning (>>fra<<) is put before each sentence.
+    usual abbreviation or within a number. A text without such marks is one sentence, however long. A language
+    token at the beginning (>>fra<<) is put before each sentence.
     """
     if mark := LANGUAGE.match(text):
         return [f"{mark[1]} {sentence}" for sentence in sentences(text[mark.end() :])]
@@ -122,7 +119,7 @@ class TranslationParams:
     """How sentences are translated."""
 
     beam: int = 4
-    """Texts held open; 1 takes the likeliest token at each step."""
+    """Beams; 1 takes the likeliest token at each step."""
     alpha: float = 0.6
     """Exponent of the length penalty ((5 + length) / 6)^alpha: more gives longer translations."""
     max_tokens: int | None = None
@@ -157,16 +154,16 @@ class Translation:
 
 
 def is_translator(model: nn.Module) -> bool:
-    """Whether it is an encoder-decoder."""
+    """Whether the model is an encoder-decoder."""
     return isinstance(model, Translator)
 
 
 def explain_not_translator(model: nn.Module) -> str:
-    """The sentence for a model that is asked to translate and cannot: what it can do instead."""
+    """Why a model cannot translate, and what it can do instead, as the end of an error message."""
     name = type(model).__name__
     if isinstance(model, Translator):
         return f"this {name} has no tokenizer, so it cannot read a text."
-    if isinstance(model, EncoderDecoderModel):
+    if isinstance(model, BidirectionalEncoder):
         return f"a {name} can embed texts (keifu embed) or classify them (keifu classify)."
     if isinstance(model, Model):
         return f"a {name} can continue a text (keifu generate)."
@@ -174,7 +171,7 @@ def explain_not_translator(model: nn.Module) -> str:
 
 
 def translator(model: nn.Module) -> Translator:
-    """The same model, known to be one that translates; any other is a `UserError`."""
+    """The same model, checked to be an encoder-decoder; any other is a `UserError`."""
     if not isinstance(model, Translator):
         raise UserError(f"This model does not translate: {explain_not_translator(model)}")
     return model
@@ -198,7 +195,7 @@ def translate_texts(
 ) -> list[list[Translation]]:
     """For each text the translations of its sentences, in order; an empty text has none.
 
-    split: what makes sentences of a text. progress: is told how many sentences are done.
+    split: cuts a text into sentences. progress: called with the number of sentences done.
     A sentence longer than the model takes is a `UserError` with both lengths.
     """
     parts = [[part for part in split(text) if part.strip()] for text in texts]
@@ -211,7 +208,7 @@ def translate_texts(
 
 
 def source_ids(model: Translator, tokenizer: Tokenizer, texts: Sequence[str], places: Sequence[str]) -> list[list[int]]:
-    """The tokens of sentences with the end token behind; one too long is a `UserError` that says which it is."""
+    """The tokens of sentences, each with the end token; one that is too long is a `UserError` that names it."""
     room = model.config.context_length
     ids = [[*each, model.config.end_id] for each in tokenizer.encode_batch(texts)]
     for place, each in zip(places, ids, strict=True):
@@ -226,7 +223,7 @@ def source_ids(model: Translator, tokenizer: Tokenizer, texts: Sequence[str], pl
 def search(
     model: Translator, sources: Sequence[Sequence[int]], settings: TranslationParams, progress: Progress | None = None
 ) -> list[Hypothesis]:
-    """The best target of each source, in their order; neighbours in length are translated together."""
+    """The best target of each source, in their order; sources of similar length are translated together."""
     config = model.config
     idle = {config.pad_id, config.start_id} - {config.end_id}
     penalty = partial(paper_penalty, alpha=settings.alpha)

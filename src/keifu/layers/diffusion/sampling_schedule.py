@@ -1,11 +1,11 @@
-"""Which noise levels a sampler visits, and from which to which it goes; knows no network and no sampler's arithmetic.
+"""Sampling schedules: which noise levels a diffusion sampler visits, and the level that each step goes to.
 
-A level is a share of picture and one of noise, x = alpha · picture + sigma · noise with alpha² + sigma² = 1, and the
-timestep that the network is told. Samplers that are published with x / alpha and the ratio sigma / alpha (Karras et
-al., 2022) are written with these too: one notation, and x always is what the network sees.
+A level is x = alpha · image + sigma · noise with alpha² + sigma² = 1, and the timestep that the network is conditioned
+on. Samplers that are published in terms of x / alpha and the ratio sigma / alpha (Karras et al., 2022) are written in
+these terms too: there is one notation, and x is always what the network sees.
 
-Three families of timesteps are in use, and so are here: whole ones (DDPM, DDIM, PLMS), a continuous scale (Euler, Heun,
-LMS) and whole ones without the lowest (DPM-Solver++, UniPC).
+Three families of timesteps are in use: whole ones (DDPM, DDIM, PLMS), a continuous scale (Euler, Heun, LMS), and whole
+ones without the lowest (DPM-Solver++, UniPC).
 """
 
 import math
@@ -19,12 +19,12 @@ from torch import Tensor
 from keifu.errors import UserError
 from keifu.layers.diffusion.noise_schedule import Noise, Spacing
 
-RHO = 7.0  # how far Karras levels crowd towards little noise (Karras et al., 2022, table 1)
+RHO = 7.0  # how strongly Karras levels are concentrated at low noise (Karras et al., 2022, table 1)
 LEAST_ALPHA_BAR = 2.0**-24  # in place of 0 where a sampler divides by it: the smallest number of half precision
 
 
 class Level(NamedTuple):
-    """x = alpha · picture + sigma · noise, which the network knows as this timestep."""
+    """The noise level of x = alpha · image + sigma · noise, and its timestep."""
 
     timestep: float
     alpha: float
@@ -41,18 +41,18 @@ class Level(NamedTuple):
         return math.log(self.alpha / self.sigma) if self.sigma else math.inf
 
 
-class Stride(NamedTuple):
-    """One step of a sampler: from this level to that one."""
+class Step(NamedTuple):
+    """One step of a sampler: the level of x, and the level that it goes to."""
 
-    here: Level
-    there: Level
+    level: Level
+    next_level: Level
 
 
-class SamplingPath(NamedTuple):
+class Schedule(NamedTuple):
     """All steps of a sampler, and the standard deviation of the noise that it begins with."""
 
-    strides: tuple[Stride, ...]
-    start: float = 1.0
+    steps: tuple[Step, ...]
+    initial_sigma: float = 1.0
 
 
 CLEAN = Level(-1.0, 1.0, 0.0)
@@ -61,20 +61,21 @@ CLEAN = Level(-1.0, 1.0, 0.0)
 def timesteps(
     noise: Noise, steps: int, spacing: Spacing | None = None, rounded: bool = True
 ) -> Float[Tensor, " steps"]:
-    """So many of the schedule's timesteps, the noisiest first, float64 (Lin et al., 2023, table 2).
+    """`steps` of the noise's timesteps, the noisiest first, in float64 (Lin et al., 2023, table 2).
 
     leading: 0, T // steps, ..., raised by `steps_offset`; trailing: T - 1 downwards by T / steps; linspace: both ends
     and whatever lies evenly between, whole where `rounded`; quadratic: (√(0.8 T) · i / (steps - 1))², whole (Song et
-    al., 2021, D.2). A number that there is no room for is a ValueError.
+    al., 2021, D.2). A number of steps out of range is a `UserError`.
     """
     total = noise.steps
     if not 1 <= steps <= total:
         raise UserError(f"The model knows {total} noise levels, so it takes 1 to {total} steps, not {steps}.")
-    count, kind = torch.arange(steps, dtype=torch.float64, device="cpu"), spacing or noise.spacing
+    kind = spacing or noise.spacing
+    count = torch.arange(steps, dtype=torch.float64, device="cpu")
     if kind == "trailing":
         return (total - count * (total / steps)).round() - 1
     if kind == "leading":
-        return _inside(count * (total // steps) + noise.steps_offset, noise).flip(0)
+        return _check_inside(count * (total // steps) + noise.steps_offset, noise).flip(0)
     share = count / (steps - 1) if steps > 1 else count + 1
     if kind == "quadratic":
         return (share * math.sqrt(0.8 * total)).square().floor().flip(0)
@@ -82,7 +83,7 @@ def timesteps(
     return even.round() if rounded else even
 
 
-def _inside(found: Tensor, noise: Noise) -> Tensor:
+def _check_inside(found: Tensor, noise: Noise) -> Tensor:
     if found.max() >= noise.steps:
         raise UserError(
             f"{len(found)} steps with the offset {noise.steps_offset} begin at timestep {int(found.max())}, and the "
@@ -91,88 +92,90 @@ def _inside(found: Tensor, noise: Noise) -> Tensor:
     return found
 
 
-def whole_path(noise: Noise, steps: int, spacing: Spacing | None = None, last_alpha_one: bool = True) -> SamplingPath:
-    """From each timestep to the next, and at last to the clean picture, or to timestep 0's noise: DDPM's path."""
-    visited = [_whole(noise, int(t)) for t in timesteps(noise, steps, spacing)]
-    end = CLEAN if last_alpha_one else _whole(noise, 0)
-    return SamplingPath(_chain([*visited, end]))
+def ddpm_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, last_alpha_one: bool = True) -> Schedule:
+    """DDPM's schedule: from each timestep to the next, at last to the clean image or to the noise of timestep 0."""
+    visited = [_level_at(noise, int(t)) for t in timesteps(noise, steps, spacing)]
+    end = CLEAN if last_alpha_one else _level_at(noise, 0)
+    return Schedule(_steps_between([*visited, end]))
 
 
-def jumping_path(noise: Noise, steps: int, spacing: Spacing | None = None) -> SamplingPath:
-    """From each timestep down by T // steps, whichever comes next: DDIM's and PLMS's path as diffusers has it.
+def ddim_schedule(noise: Noise, steps: int, spacing: Spacing | None = None) -> Schedule:
+    """DDIM's and PLMS's schedule as in diffusers: from each timestep down by T // steps, whatever the next one is.
 
     With leading spacing, and with trailing where `steps` divides T, that is the next timestep; with linspace it is not.
-    The end obeys `noise.last_alpha_one`.
+    The last step goes to the clean image or to timestep 0, by `noise.last_alpha_one`.
     """
     if (spacing or noise.spacing) == "quadratic":
-        return whole_path(noise, steps, spacing, noise.last_alpha_one)
-    visited, jump = [int(t) for t in timesteps(noise, steps, spacing)], noise.steps // steps
-    end = CLEAN if noise.last_alpha_one else _whole(noise, 0)
-    return SamplingPath(tuple(Stride(_whole(noise, t), _whole(noise, t - jump) if t >= jump else end) for t in visited))
+        return ddpm_schedule(noise, steps, spacing, noise.last_alpha_one)
+    visited = [int(t) for t in timesteps(noise, steps, spacing)]
+    jump = noise.steps // steps
+    end = CLEAN if noise.last_alpha_one else _level_at(noise, 0)
+    return Schedule(tuple(Step(_level_at(noise, t), _level_at(noise, t - jump) if t >= jump else end) for t in visited))
 
 
-def continuous_path(noise: Noise, steps: int, spacing: Spacing | None = None, karras: bool = False) -> SamplingPath:
-    """Levels whose σ = sigma / alpha is interpolated between timesteps, down to the clean picture: k-diffusion's path.
+def continuous_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, karras: bool = False) -> Schedule:
+    """k-diffusion's schedule: σ = sigma / alpha is interpolated between timesteps, down to the clean image.
 
     With `karras` the levels between the first and the last are those of Karras et al. (2022, equation 5), and the
-    network is told the timesteps, no longer whole, that have such σ.
+    network is conditioned on the timesteps that have such σ, which are then fractions.
     """
     ratios, visited = _ratios(noise), timesteps(noise, steps, spacing, rounded=False)
     low = visited.floor().clamp(max=noise.steps - 2).long()
     chosen = torch.lerp(ratios[low], ratios[low + 1], visited - low)
     if karras:
-        chosen = karras_ratios(chosen[0], chosen[-1], steps)
+        chosen = karras_sigmas(chosen[0], chosen[-1], steps)
         visited = timesteps_of(chosen, ratios)
-    path = _path(visited, chosen)
-    return path if (spacing or noise.spacing) == "leading" else path._replace(start=path.strides[0].here.sigma)
+    schedule = _schedule_of(visited, chosen)
+    leading = (spacing or noise.spacing) == "leading"
+    return schedule if leading else schedule._replace(initial_sigma=schedule.steps[0].level.sigma)
 
 
-def inner_path(noise: Noise, steps: int, spacing: Spacing | None = None, karras: bool = False) -> SamplingPath:
-    """Whole timesteps, of one more than asked for all but the lowest, down to the clean picture: DPM-Solver's path.
+def dpm_solver_schedule(noise: Noise, steps: int, spacing: Spacing | None = None, karras: bool = False) -> Schedule:
+    """DPM-Solver's schedule: of steps + 1 whole timesteps all but the lowest, down to the clean image.
 
     With `karras` the levels are those of Karras et al. (2022) between the noisiest and the least noisy of the schedule.
     """
     ratios, kind = _ratios(noise), spacing or noise.spacing
     if karras:
-        chosen = karras_ratios(ratios[-1], ratios[0], steps)
-        return _path(timesteps_of(chosen, ratios).round(), chosen)
+        chosen = karras_sigmas(ratios[-1], ratios[0], steps)
+        return _schedule_of(timesteps_of(chosen, ratios).round(), chosen)
     lowest = kind != "trailing"
     if lowest and steps == noise.steps:
         raise UserError(f"With {kind} spacing this sampler takes at most {noise.steps - 1} steps, not {steps}.")
     visited = timesteps(noise, steps + lowest, spacing)[:steps]
-    return _path(visited, ratios[visited.long()])
+    return _schedule_of(visited, ratios[visited.long()])
 
 
-def karras_ratios(highest: Tensor, lowest: Tensor, steps: int) -> Float[Tensor, " steps"]:
+def karras_sigmas(highest: Tensor, lowest: Tensor, steps: int) -> Float[Tensor, " steps"]:
     """σ from the highest to the lowest, evenly spaced in σ^(1/7) (Karras et al., 2022, equation 5)."""
     ramp = torch.arange(steps, dtype=torch.float64, device="cpu") / max(1, steps - 1)
     return torch.lerp(highest ** (1 / RHO), lowest ** (1 / RHO), ramp) ** RHO
 
 
 def timesteps_of(chosen: Float[Tensor, " n"], ratios: Float[Tensor, " steps"]) -> Float[Tensor, " n"]:
-    """Where in the schedule such σ lie, linear in ln σ between whole timesteps."""
+    """The timesteps that have these σ, interpolated linearly in ln σ between whole timesteps."""
     logs, wanted = ratios.log(), chosen.clamp(min=1e-10).log()
     low = (torch.searchsorted(logs, wanted, right=True) - 1).clamp(0, len(logs) - 2)
     return low + ((wanted - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)
 
 
 def _ratios(noise: Noise) -> Float[Tensor, " steps"]:
-    """sigma / alpha of every timestep, finite also where nothing of the picture is left."""
+    """sigma / alpha of every timestep, finite also where nothing of the image is left."""
     left = noise.rounded_alpha_bar
     left = left.clamp(min=LEAST_ALPHA_BAR) if noise.zero_terminal_snr else left
     return ((1 - left) / left).sqrt()
 
 
-def _whole(noise: Noise, timestep: int) -> Level:
+def _level_at(noise: Noise, timestep: int) -> Level:
     left = float(noise.rounded_alpha_bar[timestep])
     return Level(float(timestep), math.sqrt(left), math.sqrt(1 - left))
 
 
-def _path(visited: Tensor, ratios: Tensor) -> SamplingPath:
+def _schedule_of(visited: Tensor, ratios: Tensor) -> Schedule:
     alphas = (1 + ratios.square()).rsqrt()
     levels = [Level(*row) for row in torch.stack([visited, alphas, ratios * alphas], 1).tolist()]
-    return SamplingPath(_chain([*levels, CLEAN]))
+    return Schedule(_steps_between([*levels, CLEAN]))
 
 
-def _chain(levels: list[Level]) -> tuple[Stride, ...]:
-    return tuple(Stride(*pair) for pair in pairwise(levels))
+def _steps_between(levels: list[Level]) -> tuple[Step, ...]:
+    return tuple(Step(*pair) for pair in pairwise(levels))
