@@ -223,7 +223,7 @@ def test_text_becomes_sentences_once(tmp_path: Path, wordpiece: Tokenizer, monke
         texts += [wordpiece.decode(ids) for ids in spans]
         assert (np.diff(part.documents) == 3).all()
     assert {*texts} == {f"the {noun} a dog cats" for noun in ("cat", "dog", "mat")} and len(texts) == 200
-    monkeypatch.setattr(sentence_shards, "_encoded", None)  # it is not made again
+    monkeypatch.setattr(sentence_shards, "_encode", None)  # it is not made again
     again = prepare_sentences(source, wordpiece, halves, tmp_path / "cache", held_out=0.1)
     assert np.array_equal(again.training.tokens, found.training.tokens) and again.fingerprint == found.fingerprint
 

@@ -158,6 +158,8 @@ def test_the_fingerprint_names_what_the_order_depends_on() -> None:
     [
         ((shards(16), 16, 4), "16 tokens to train on and .* held out, but a context of 16 needs at least 17"),
         ((shards(100, 16), 16, 4), "16 held out.*hold out a share of 0.15, or lower the context length to 15"),
+        ((shards(9, 2), 64, 4), "give more text, or lower the context length to 4 or less and hold out a share of 0.5"),
+        ((shards(1, 1), 64, 4), "at least 65 of each: give more text[.]"),
         ((shards(100), 0, 4), "context_length is 0"),
         ((shards(100), 8, 0), "batch_size is 0"),
     ],

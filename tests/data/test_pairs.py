@@ -139,10 +139,23 @@ def test_neither_order_nor_direction_changes_the_split(pairs: list[tuple[str, st
         return
     shuffled = list(pairs)
     chance.shuffle(shuffled)
-    again = split([(b, a) for a, b in shuffled], held_out=4)
-    for one, other in ((whole.test, again.test), (whole.validation, again.validation)):
-        assert one == [(b, a) for a, b in other]
-    assert sorted(whole.train) == sorted((b, a) for a, b in again.train)
+    again = split(shuffled, held_out=4)
+    assert (whole.test, whole.validation) == (again.test, again.validation)
+    assert sorted(whole.train) == sorted(again.train)
+    turned = split([(b, a) for a, b in shuffled], held_out=4)
+    for one, other in ((whole.test, turned.test), (whole.validation, turned.validation)):
+        # A pair whose mirror is there too is its own mirror image, so either of the two may be held out.
+        assert [sorted(pair) for pair in one] == [sorted(pair) for pair in other]
+        mirrored = [(a, b) for a, b in one if (b, a) in pairs]
+        assert all((b, a) in other for a, b in one if (a, b) not in mirrored)
+    assert sorted(whole.train) == sorted((b, a) for a, b in turned.train)
+
+
+def test_a_pair_and_its_mirror_are_split_alike_in_any_order() -> None:
+    pairs = [("A", "B"), ("B", "A"), *((f"{n} ichi", f"{n} one") for n in range(30))]
+    for seed in range(40):  # some seeds hold the two out
+        one, other = split(pairs, seed), split(pairs[::-1], seed)
+        assert (one.test, one.validation) == (other.test, other.validation)
 
 
 def test_the_split_has_the_sizes_and_says_so() -> None:

@@ -8,11 +8,11 @@ rows N each source has given w · N of them, to within half a row and w · n / 2
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +60,52 @@ def length_buckets(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[l
         yield together
 
 
+def check_step(step: int) -> None:
+    """A negative step is a `UserError`."""
+    if step < 0:
+        raise UserError(f"The step is {step}, but steps are counted from 0.")
+
+
+class Epochs:
+    """An endless stream of epochs over `n` items, each epoch in an order of its own, with random access by step.
+
+    The batch of step s holds the items from s · batch_size on, so it may reach from one epoch into the next. An epoch's
+    order is a random permutation of 0 to n - 1 that depends only on the seed and the epoch's number, or the n items
+    that `order(epoch)` gives. So a resumed run continues at a late step at once, with the batches that it would have
+    had. The orders of two epochs are kept.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, order: Callable[[int], Any] | None = None):
+        self.n = n
+        self.batch_size = batch_size
+        self.seed = seed
+        self._order = lru_cache(maxsize=2)(order or self._permutation)
+
+    @property
+    def steps(self) -> float:
+        """Batches after which every item was seen once."""
+        return self.n / self.batch_size
+
+    def batch(self, step: int) -> np.ndarray:
+        """The items of a step's batch; the first step is 0."""
+        check_step(step)
+        return self.items(step * self.batch_size + np.arange(self.batch_size))
+
+    def items(self, positions: np.ndarray) -> np.ndarray:
+        """The items at these ascending positions of the stream, the first of which is 0."""
+        epochs, places = np.divmod(positions, self.n)
+        return np.concatenate([self._order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    def item(self, step: int) -> Any:
+        """The item of a step, where `order` gives whole batches."""
+        check_step(step)
+        epoch, place = divmod(step, self.n)
+        return self._order(epoch)[place]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.n)
+
+
 @dataclass(frozen=True)
 class BatchSizeSchedule:
     """Batches have rows[i] rows from step starts[i] on, until starts[i + 1]; steps are counted from 0."""
@@ -87,6 +133,7 @@ class BatchSizeSchedule:
 
     def before(self, step: int) -> int:
         """The rows of all steps before this one."""
+        check_step(step)
         stage = bisect_right(self.starts, step) - 1
         return self._before[stage] + (step - self.starts[stage]) * self.rows[stage]
 

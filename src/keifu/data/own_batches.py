@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from keifu.data.batching import Epochs
 from keifu.errors import UserError
 
 
@@ -56,22 +56,23 @@ class OwnBatches:
                 f"({n_held_out} are held out): choose a smaller batch_size."
             )
         self.fingerprint = fingerprint or _fingerprint(source, count, held_out)
-        self._order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, 0, epoch]).permutation(self.training))
+        self._epochs = Epochs(len(self.training), batch_size, seed, self._order)
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The whole batch of a step; what is left at the end of an epoch begins the next one's first batch."""
-        size = len(self.training)
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return self._take([self._order(place // size)[place % size] for place in places])
+        return self._take(self._epochs.batch(step))
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         """The examples that are held out, in batches."""
         for start in range(0, len(self.held_out), self.batch_size):
             yield self._take(self.held_out[start : start + self.batch_size])
 
-    def _take(self, numbers: Any) -> dict[str, Tensor]:
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 0, epoch]).permutation(self.training)
+
+    def _take(self, numbers: np.ndarray) -> dict[str, Tensor]:
         if isinstance(self.source, Mapping):
-            chosen = torch.as_tensor(np.asarray(numbers))
+            chosen = torch.from_numpy(numbers)
             return {name: tensor[chosen] for name, tensor in self.source.items()}
         rows = [self.source[int(number)] for number in numbers]
         if not isinstance(rows[0], Mapping):

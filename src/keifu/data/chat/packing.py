@@ -6,13 +6,14 @@ Axes: row (of a batch), position.
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from keifu.data.batching import Epochs
 from keifu.errors import UserError
 
 TooLong = Literal["error", "drop", "truncate"]
@@ -105,7 +106,7 @@ class PackedConversations:
         self.training, self.held = list(training), list(held)
         self.rows, self.held_rows = (self._rows(part, packed) for part in (training, held))
         self.batch_size = min(batch_size, len(self.rows))
-        self._order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(self.rows)))
+        self._epochs = Epochs(len(self.rows), self.batch_size, seed)
 
     def _rows(self, part: Sequence[TurnMasks], packed: bool) -> list[list[int]]:
         lengths = [len(each.ids) for each in part]
@@ -114,7 +115,7 @@ class PackedConversations:
     @property
     def steps_per_epoch(self) -> float:
         """Batches after which every row was seen once."""
-        return len(self.rows) / self.batch_size
+        return self._epochs.steps
 
     @property
     def fingerprint(self) -> str:
@@ -130,10 +131,7 @@ class PackedConversations:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, counted from 0."""
-        places = step * self.batch_size + np.arange(self.batch_size)
-        epochs, inside = np.divmod(places, len(self.rows))
-        chosen = [self.rows[self._order(int(epoch))[place]] for epoch, place in zip(epochs, inside, strict=True)]
-        return self._made(self.training, chosen)
+        return self._made(self.training, [self.rows[row] for row in self._epochs.batch(step)])
 
     def largest(self) -> dict[str, Tensor]:
         """The batch that needs the most memory, whether or not it is drawn."""

@@ -17,7 +17,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from keifu.data.batching import Epochs
 from keifu.data.catalogue import catalogue, readers
 from keifu.data.chat.conversations import Conversation, objects, validate_messages
 from keifu.data.chat.packing import TurnMasks
@@ -183,12 +184,12 @@ class PreferencePairs:
             raise UserError("There is no preference to learn from.")
         self.parts, self.references = (list(training), list(held)), references
         self.batch_size, self.pad_id, self.seed = min(batch_size, len(training)), pad_id, seed
-        self._order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(training)))
+        self._epochs = Epochs(len(training), self.batch_size, seed)
 
     @property
     def steps_per_epoch(self) -> float:
         """Batches after which every pair was seen once."""
-        return len(self.parts[0]) / self.batch_size
+        return self._epochs.steps
 
     @property
     def fingerprint(self) -> str:
@@ -205,10 +206,7 @@ class PreferencePairs:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, counted from 0."""
-        places = step * self.batch_size + np.arange(self.batch_size)
-        epochs, inside = np.divmod(places, len(self.parts[0]))
-        rows = [int(self._order(int(epoch))[place]) for epoch, place in zip(epochs, inside, strict=True)]
-        return self._made(0, rows)
+        return self._made(0, self._epochs.batch(step).tolist())
 
     def largest(self) -> dict[str, Tensor]:
         """The batch that needs the most memory, whether or not it is drawn: that of the longest pairs."""

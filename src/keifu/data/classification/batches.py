@@ -7,7 +7,7 @@ of tensors: rows, dim.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Generator, Tensor
 
-from keifu.data.batching import Rows, length_buckets, pad
+from keifu.data.batching import Epochs, Rows, length_buckets, pad
 from keifu.data.classification.input_formats import Delimiters, FormExamples, Ids
 from keifu.data.translation.batches import ByRows
 from keifu.errors import UserError
@@ -70,7 +70,7 @@ class LabelledBatches:
         self.training, self.held, self.seed, self.pad_id = training, held, seed, pad_id
         self.batching = ByRows(np.array(training.lengths)[:, None], batch_size, POOL * batch_size)
         self.batch_size, self.whole = batch_size, len(training) // batch_size
-        self._epoch = lru_cache(2)(self._draw)
+        self._epochs = Epochs(self.steps_per_epoch, 1, seed, self._order)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -84,10 +84,7 @@ class LabelledBatches:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, counted from 0."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order, batches = self._epoch(epoch)
-        bounds, number = self.batching.bounds, batches[place]
-        return self.training.batch(order[bounds[number] : bounds[number + 1]].tolist(), self.pad_id)
+        return self.training.batch(self._epochs.item(step).tolist(), self.pad_id)
 
     def largest(self) -> dict[str, Tensor]:
         """The batch that needs the most memory, whether or not it is drawn: that of the longest rows."""
@@ -99,11 +96,11 @@ class LabelledBatches:
         for places in length_buckets(self.held.lengths, VALIDATION_TOKENS, rows=256):
             yield self.held.batch(places, self.pad_id)
 
-    def _draw(self, epoch: int) -> tuple[np.ndarray, list[int]]:
-        """An epoch's rows in its order, and its batches in theirs."""
+    def _order(self, epoch: int) -> list[np.ndarray]:
+        """The rows of each batch of an epoch; a smaller batch is the last one."""
         random = np.random.default_rng([self.seed, epoch])
-        order = self.batching.order(random)
-        return order, [*random.permutation(self.whole).tolist(), *range(self.whole, self.steps_per_epoch)]
+        batches = np.split(self.batching.order(random), self.batching.bounds[1:-1])
+        return [batches[n] for n in (*random.permutation(self.whole), *range(self.whole, self.steps_per_epoch))]
 
 
 Sequences = Sequence[list[Ids]]  # of each example
@@ -223,9 +220,7 @@ class TensorBatches:
     ):
         self.training, self.held = training, held
         self.batch_size, self.seed, self.augment = min(batch_size, len(training)), seed, augment
-        self._order = lru_cache(2)(
-            lambda epoch: torch.randperm(len(training), generator=self._generator("order", epoch))
-        )
+        self._epochs = Epochs(len(training), self.batch_size, seed, self._order)
 
     @property
     def fingerprint(self) -> str:
@@ -238,11 +233,7 @@ class TensorBatches:
 
     def batch(self, step: int) -> Batch:
         """The rows of that step, counted from 0."""
-        first, rows = step * self.batch_size, len(self.training)
-        places = range(first, first + self.batch_size)
-        epochs = range(places.start // rows, (places.stop - 1) // rows + 1)
-        stream = torch.cat([self._order(epoch) for epoch in epochs])
-        chosen = stream[first - epochs.start * rows :][: self.batch_size]
+        chosen = torch.from_numpy(self._epochs.batch(step))
         inputs = self.training.inputs[chosen]
         if self.augment:
             inputs = self.augment(inputs, self._generator("augment", step))
@@ -251,6 +242,9 @@ class TensorBatches:
     def validation(self) -> Iterable[Batch]:
         """The held-out rows, always the same."""
         return [self.held.batch()]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return torch.randperm(len(self.training), generator=self._generator("order", epoch)).numpy()
 
     def _generator(self, use: str, number: int) -> Generator:
         """Random numbers for one use at one place of the run."""

@@ -5,13 +5,14 @@ Axes: row (of a batch), channels, height, width, length (of a caption in tokens)
 
 import hashlib
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from keifu.data.batching import Epochs
 from keifu.data.images.augmentation import Augmentation, uniform
 from keifu.data.images.dataset import ImageDataset
 from keifu.errors import UserError
@@ -51,12 +52,12 @@ class ImageBatches:
         self.training, self.held, self.batch_size, self.seed = training, held, batch_size, seed
         self.augmentation = augmentation or Augmentation()
         self.training_tokens, self.held_tokens = training_tokens, held_tokens
-        self._epoch = lru_cache(maxsize=2)(self._draw)
+        self._epochs = Epochs(len(training), batch_size, seed)
 
     @property
     def steps_per_epoch(self) -> float:
         """Batches after which every picture was seen once."""
-        return len(self.training) / self.batch_size
+        return self._epochs.steps
 
     @cached_property
     def fingerprint(self) -> str:
@@ -69,11 +70,7 @@ class ImageBatches:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
-        if step < 0:
-            raise UserError(f"The step is {step}, but steps are counted from 0.")
-        positions = step * self.batch_size + np.arange(self.batch_size)
-        epochs, places = np.divmod(positions, len(self.training))
-        indices = np.concatenate([self._epoch(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
+        indices = self._epochs.batch(step)
         batch = _made(self.training, indices)
         batch["pictures"] = self.augmentation(batch["pictures"], self.seed, step, indices)
         if self.training_tokens is not None:
@@ -90,9 +87,6 @@ class ImageBatches:
             if self.held_tokens is not None:
                 batch |= _worded(self.held_tokens, indices, indices % len(self.held_tokens))
             yield batch
-
-    def _draw(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.training))
 
 
 def _made(pictures: ImageDataset, indices: np.ndarray) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ the first segment, start and end of the second, in tokens.
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from random import Random
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keifu.data.batching import Epochs
 from keifu.data.text.sentence_shards import Sentences, SentenceShards
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -203,8 +204,8 @@ class MaskedText:
         self.shards, self.vocabulary, self.masking = shards, vocabulary, masking
         self.batch_size, self.seed, self.validation_rows = batch_size, seed, validation_rows
         self._planner = self._planned(shards.training)
-        self._epoch = lru_cache(maxsize=2)(self._draw)
         self.steps_per_epoch = max(1, len(self._planner.rows(np.random.default_rng([seed, 0]))[1]) // batch_size)
+        self._epochs = Epochs(self.steps_per_epoch, 1, seed, self._order)
 
     @property
     def fingerprint(self) -> str:
@@ -214,15 +215,14 @@ class MaskedText:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        bounds, elsewhere = (column[place] for column in self._epoch(epoch))
+        bounds, elsewhere = self._epochs.item(step)
         random = np.random.default_rng([self.seed, step, 1])
         return _loss_weights([self._made(self.shards.training, bounds, elsewhere, random)])[0]
 
     @property
     def largest(self) -> dict[str, Tensor]:
         """A batch of the longest rows, for measuring memory."""
-        bounds, elsewhere = (column.reshape(-1, *column.shape[2:]) for column in self._epoch(0))
+        bounds, elsewhere = map(np.concatenate, zip(*self._order(0), strict=True))
         longest = np.argsort(-_sizes(bounds), kind="stable")[: self.batch_size]
         random = np.random.default_rng(self.seed)
         return _loss_weights([self._made(self.shards.training, bounds[longest], elsewhere[longest], random)])[0]
@@ -245,8 +245,9 @@ class MaskedText:
         masking = self.masking
         return RowPlanner(sentences, masking.length - 2 - masking.sentence_pairs, masking.short, masking.sentence_pairs)
 
-    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's rows as [step, row, ...]. As many as in the first epoch: a few are left out, or come twice.
+    def _order(self, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The rows of each batch of an epoch: bounds and `random_next`. An epoch has as many rows as the first one: a
+        few are left out, or come twice.
 
         Rows are in a random order, of which `POOL` batches at a time are sorted by length, and their batches come in a
         random order: that leaves little padding and little order.
@@ -257,7 +258,7 @@ class MaskedText:
         pools = np.arange(len(order)) // (self.batch_size * POOL)
         order = order[np.lexsort((_sizes(bounds)[order], pools))].reshape(-1, self.batch_size)
         order = random.permutation(order)
-        return bounds[order], elsewhere[order]
+        return list(zip(bounds[order], elsewhere[order], strict=True))
 
     def _made(
         self, sentences: Sentences, bounds: np.ndarray, elsewhere: np.ndarray, random: np.random.Generator

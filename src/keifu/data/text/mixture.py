@@ -325,8 +325,6 @@ class MixedText:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
-        if step < 0:
-            raise UserError(f"The step is {step}, but steps are counted from 0.")
         taken = interleave(self.weights, self.growth.before(step), self.growth.before(step + 1))
         windows = np.empty((len(taken.whose), self.task.width), np.int64)
         for place, packed in enumerate(self._packed):

@@ -5,7 +5,6 @@ Axes: row (of a batch), position.
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,11 @@ from jaxtyping import Int64
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from keifu.data.batching import BatchSizeSchedule, batch_size_stages
+from keifu.data.batching import BatchSizeSchedule, Epochs, batch_size_stages
 from keifu.data.text.token_shards import Shards
 from keifu.errors import UserError
+
+SHORT = 8  # a shorter context is of little use: a larger held-out share is advised instead
 
 
 class PackedText:
@@ -51,7 +52,7 @@ class PackedText:
         self.held_out = _spread(validation[::context_length], context_length, validation_tokens)
         self._slack = min(context_length - 1, len(self._windows) - 1)  # offsets go from 0 to this
         self.windows_per_epoch = (len(self._windows) - 1 - self._slack) // context_length + 1
-        self._epoch = lru_cache(maxsize=2)(self._draw)
+        self._epochs = Epochs(self.windows_per_epoch, self.batch_size, seed, self._order)
 
     @property
     def fingerprint(self) -> str:
@@ -61,12 +62,10 @@ class PackedText:
     @property
     def steps_per_epoch(self) -> float:
         """Batches, the largest ones, after which every window was seen once."""
-        return self.windows_per_epoch / self.batch_size
+        return self._epochs.steps
 
     def batch(self, step: int) -> dict[str, Int64[Tensor, "row position"]]:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
-        if step < 0:
-            raise UserError(f"The step is {step}, but steps are counted from 0.")
         return _tensors(self.windows(self.growth.numbers(step)))
 
     def largest(self) -> dict[str, Int64[Tensor, "row position"]]:
@@ -75,16 +74,14 @@ class PackedText:
 
     def windows(self, numbers: np.ndarray) -> np.ndarray:
         """The windows with these numbers, [row, position], counted over all epochs; the numbers ascend."""
-        epochs, places = np.divmod(numbers, self.windows_per_epoch)
-        starts = np.concatenate([self._epoch(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
-        return self._windows[starts]
+        return self._windows[self._epochs.items(numbers)]
 
     def validation(self) -> Iterator[dict[str, Int64[Tensor, "row position"]]]:
         """The held-out windows in batches, always the same; no token is predicted twice; the last may be smaller."""
         for first in range(0, len(self.held_out), self.batch_size):
             yield _tensors(self.held_out[first : first + self.batch_size])
 
-    def _draw(self, epoch: int) -> np.ndarray:
+    def _order(self, epoch: int) -> np.ndarray:
         """Where each window of an epoch begins, in the epoch's order."""
         random = np.random.default_rng([self.seed, epoch])
         offset = random.integers(self._slack + 1)
@@ -100,10 +97,11 @@ def _check_lengths(shards: Shards, context_length: int) -> None:
     ways = ["give more text"]
     if total >= 2 * needed:
         ways.append(f"hold out a share of {math.ceil(100 * needed / total) / 100:g}")
-    if held > 1 and training > 1:
-        ways.append(f"lower the context length to {min(training, held) - 1} or less")
-    elif total >= 4:
-        ways.append(f"lower the context length to {total // 2 - 1} or less and hold out a share of 0.5")
+    longest, longest_with_half = min(training, held) - 1, total // 2 - 1
+    if longest >= min(SHORT, longest_with_half) > 0:
+        ways.append(f"lower the context length to {longest} or less")
+    elif longest_with_half > 0:
+        ways.append(f"lower the context length to {longest_with_half} or less and hold out a share of 0.5")
     raise UserError(
         f"{shards.index['source']} has {training:,} tokens to train on and {held:,} held out, but a context of "
         f"{context_length} needs at least {needed} of each: {', or '.join(ways)}."

@@ -6,7 +6,6 @@ Axes: row (of a batch), position (source or target), both padded on the right.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keifu.data.batching import Epochs
 from keifu.errors import UserError
 
 Batch = dict[str, Tensor]
@@ -189,7 +189,7 @@ class PairData:
         self.train, self.held_out, self.special, self.batching, self.seed = train, validation, special, batching, seed
         longest = int(validation.sizes().sum(1).max())
         self._validation = ByTokens(validation.sizes(), max(tokens_at_once, longest))
-        self._epoch = lru_cache(maxsize=2)(self._draw)
+        self._epochs = Epochs(self.steps_per_epoch, 1, seed, self._order)
 
     @property
     def fingerprint(self) -> str:
@@ -206,19 +206,13 @@ class PairData:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
-        if step < 0:
-            raise UserError(f"The step is {step}, but steps are counted from 0.")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        rows, batches = self._epoch(epoch)
-        return self._batch(rows, int(batches[place]))
+        return self._batch(self._epochs.item(step))
 
     def largest(self) -> Batch:
         """The batch of the first epoch with the most tokens, padding counted: what needs the most memory."""
-        rows, _ = self._epoch(0)
-        sizes, bounds = self.train.sizes()[rows], self.batching.bounds
-        ranges = zip(bounds, bounds[1:], strict=False)
-        padded = [(stop - start) * sizes[start:stop].max(0).sum() for start, stop in ranges]
-        return self._batch(rows, int(np.argmax(padded)))
+        sizes = self.train.sizes()
+        batches = self._cut(self.batching.order(np.random.default_rng([self.seed, 0])))
+        return self._batch(max(batches, key=lambda rows: len(rows) * sizes[rows].max(0).sum()))
 
     def validation(self) -> Iterator[Batch]:
         """The held-out pairs in batches, always the same."""
@@ -226,11 +220,14 @@ class PairData:
         for start, stop in zip(bounds, bounds[1:], strict=False):
             yield self.held_out.batch(rows[start:stop], self.special, self.source_special)
 
-    def _batch(self, rows: np.ndarray, place: int) -> Batch:
-        start, stop = self.batching.bounds[place : place + 2]
-        return self.train.batch(rows[start:stop], self.special, self.source_special)
+    def _batch(self, rows: np.ndarray) -> Batch:
+        return self.train.batch(rows, self.special, self.source_special)
 
-    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's rows, and its batches, each in an order of its own."""
+    def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
+        return np.split(rows, self.batching.bounds[1:-1])
+
+    def _order(self, epoch: int) -> list[np.ndarray]:
+        """The rows of each batch of an epoch."""
         random = np.random.default_rng([self.seed, epoch])
-        return self.batching.order(random), random.permutation(self.steps_per_epoch)
+        batches = self._cut(self.batching.order(random))
+        return [batches[n] for n in random.permutation(self.steps_per_epoch)]

@@ -268,7 +268,9 @@ def split(pairs: Pairs | Iterable[Pair], seed: int = 0, held_out: int = HELD_OUT
     sides = [(normalize(a), normalize(b)) for a, b in rows]
     size = max(1, min(held_out, len(rows) // 10))
     seen: set[str] = set()
-    chosen = _disjoint(sorted(range(len(rows)), key=lambda i: (_key(sides[i], seed), sorted(rows[i]))), sides, seen)
+    # The pair itself comes last: it decides only between a pair and its mirror.
+    order = sorted(range(len(rows)), key=lambda i: (_key(sides[i], seed), sorted(rows[i]), rows[i]))
+    chosen = _disjoint(order, sides, seen)
     test, validation = ([i for _, i in zip(range(size), chosen, strict=False)] for _ in range(2))
     train = [pair for pair, both in zip(rows, sides, strict=True) if seen.isdisjoint(both)]
     if not (train and validation and test):
