@@ -36,7 +36,7 @@ from keifu import checkpoints
 from keifu.data.chat import conversations
 from keifu.data.text.packed import PackedText
 from keifu.data.text.token_shards import prepare
-from keifu.evaluation.pairwise import wilson
+from keifu.evaluation.intervals import wilson
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.recipes.assistant import dpo, ppo, reward, sft

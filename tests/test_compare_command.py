@@ -1,7 +1,6 @@
 """`keifu compare` with scripted input: blind, in an order of the seed, kept when chosen, gone on with; the interval."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from keifu.cli import parse
 from keifu.data.chat.preferences import read_preferences
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.pairwise import Tally, a_is_left, wilson
+from keifu.evaluation.pairwise import Tally, a_is_left
 from keifu.models import llama
 
 WORDS = ["one", "two", "three", "four", "five"]
@@ -110,14 +109,6 @@ def test_another_comparison_in_the_folder_is_refused(
 def test_the_order_is_of_the_seed_and_falls_both_ways() -> None:
     lefts = [a_is_left(seed, [{"role": "user", "content": word}]) for seed in range(20) for word in WORDS]
     assert 30 < sum(lefts) < 70
-
-
-@pytest.mark.parametrize(("wins", "of"), [(0, 5), (5, 5), (9, 20), (70, 100)])
-def test_wilson(wins: int, of: int) -> None:
-    """Its ends are the shares p for which the wins are 1.96 deviations away (Wilson, 1927)."""
-    for end in wilson(wins, of):
-        assert abs(wins / of - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / of), abs=1e-6)
-    assert wilson(0, 0) == (0.0, 1.0)
 
 
 def test_sentences() -> None:

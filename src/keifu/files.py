@@ -1,10 +1,12 @@
-"""Writing files so that a crash leaves the old one or the new one, never half; knows nothing of their content."""
+"""Files: atomic writing (a crash leaves the old file or the new one, never a part of it), hashing, and JSON."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from keifu.errors import UserError
 
@@ -44,3 +46,19 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content; one that is not JSON is a `UserError` that names the line."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}.") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; anything else is a `UserError`."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__} where a JSON object is needed.")
+    return content

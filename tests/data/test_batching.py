@@ -1,4 +1,4 @@
-"""Epochs: every item once an epoch, in an order that the seed and the epoch decide, at any step without those before."""
+"""Epochs: every item once an epoch, in an order that the seed and the epoch decide, with random access by step."""
 
 import numpy as np
 import pytest

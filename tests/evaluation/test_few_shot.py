@@ -16,7 +16,7 @@ from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest
 from keifu.evaluation.text import few_shot, tasks
-from keifu.evaluation.text.few_shot import baselines, bootstrap, normal_interval, wilson
+from keifu.evaluation.text.few_shot import baselines, normalize_answer
 from keifu.evaluation.text.tasks import FewShotTask, TaskItem, is_task, read_task
 from keifu.generation.text.generate import generate
 from keifu.generation.text.likelihood import score
@@ -235,7 +235,7 @@ def test_shots_that_do_not_fit_are_refused_with_both_lengths(
     ],
 )
 def test_what_makes_no_other_answer(text: str, bare: str) -> None:
-    assert normal_interval(text) == bare
+    assert normalize_answer(text) == bare
 
 
 def test_baselines_need_no_model() -> None:
@@ -248,14 +248,6 @@ def test_baselines_need_no_model() -> None:
     }
 
 
-def test_intervals() -> None:
-    assert wilson(0, 10) == pytest.approx((0.0, 3.8415 / 13.8415), abs=1e-5)  # z² / (n + z²)
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe, 1998, table I
-    assert wilson(10, 10)[1] == pytest.approx(1) and wilson(0, 0) == (0.0, 1.0)
-    low, high = bootstrap([1.0, 2.0, 3.0] * 30)
-    assert 1.8 < low < 2 < high < 2.2 and bootstrap([1.0, 2.0, 3.0] * 30) == (low, high)
-
-
 @pytest.mark.parametrize("name", [name for name in tasks.TASKS if "digit" in name])
 def test_arithmetic_is_right_and_always_the_same(name: str) -> None:
     task = tasks.TASKS[name]()
@@ -265,7 +257,7 @@ def test_arithmetic_is_right_and_always_the_same(name: str) -> None:
     for item in (*task.items, *shown):
         sum_ = re.sub(r"plus|minus|times", lambda word: {"p": "+", "m": "-", "t": "*"}[word[0][0]], item.prompt)
         assert str(eval(sum_[len("Q: What is ") : sum_.index("?")])) == item.answer
-        assert normal_interval(item.answer) == item.answer
+        assert normalize_answer(item.answer) == item.answer
 
 
 def out(capsys: pytest.CaptureFixture, *words: str) -> str:

@@ -10,11 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 from keifu.data.chat.conversations import Conversation
 from keifu.errors import UserError
+from keifu.evaluation.intervals import wilson
 from keifu.files import write_atomic
 
 Choice = Literal["A", "B", "even", "skipped"]
 JUDGEMENTS, PREFERENCES = "judgements.jsonl", "preferences.jsonl"
-NINETY_FIVE = 1.959963984540054  # deviations on either side of a normal distribution's middle 95%
 
 
 class Judgement(NamedTuple):
@@ -51,16 +51,6 @@ class Tally(NamedTuple):
         verdict = "which leaves open who is better" if told["from"] <= 0.5 <= told["to"] else "away from chance"
         rate = f"B wins {told['win_rate_of_b']:.1%} of {self.a + self.b} decided"
         return f"{counts} {rate}; 95% interval {span}, {verdict}."
-
-
-def wilson(wins: int, of: int, deviations: float = NINETY_FIVE) -> tuple[float, float]:
-    """The interval of a share (Wilson, 1927): its shares are those for which so many wins are not unusual."""
-    if not of:
-        return 0.0, 1.0
-    share, square = wins / of, deviations**2
-    middle = (share + square / (2 * of)) / (1 + square / of)
-    half = deviations / (1 + square / of) * math.sqrt(share * (1 - share) / of + square / (4 * of * of))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def seed_of(seed: int, prompt: Conversation, what: str) -> int:

@@ -10,11 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from keifu.checkpoints.hf.read import WEIGHTS as TRANSFORMERS_WEIGHTS
-from keifu.checkpoints.hf.read import read_json, source_of, weight_files
+from keifu.checkpoints.hf.read import source_of, weight_files
 from keifu.checkpoints.hf.weight_names import Link
 from keifu.checkpoints.plan import Source
 from keifu.checkpoints.registry import FAMILIES, Family, read_config
 from keifu.errors import UserError, unknown
+from keifu.files import read_json_object
 
 PIPELINE, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model.safetensors"
 SCHEDULER, TOKENIZER, PIXELS = "scheduler", "tokenizer", "feature_extractor"
@@ -60,7 +61,7 @@ def is_diffusers(path: Path) -> bool:
     """Whether a folder has diffusers' layout."""
     if (path / PIPELINE).exists():
         return True
-    return (path / CONFIG).exists() and "_class_name" in read_json(path / CONFIG)
+    return (path / CONFIG).exists() and "_class_name" in read_json_object(path / CONFIG)
 
 
 def open_diffusers(path: Path) -> Source:
@@ -70,13 +71,13 @@ def open_diffusers(path: Path) -> Source:
     """
     if not (path / PIPELINE).exists():
         return _network(path, path, {}, ("There is no scheduler beside this network: DDPM's noise is assumed.",))
-    index = read_json(path / PIPELINE)
+    index = read_json_object(path / PIPELINE)
     kind = str(index.get("_class_name"))
     if kind not in (*KINDS, *_NETWORK):
         raise unknown("diffusers pipeline", kind, [*KINDS, *_NETWORK])
     if kind in _NETWORK:
         files = _files(path, kind, ("unet", SCHEDULER))
-        return _network(path, path / "unet", {SCHEDULER: read_json(files[SCHEDULER])}, ())
+        return _network(path, path / "unet", {SCHEDULER: read_json_object(files[SCHEDULER])}, ())
     pipeline = PIPELINES[KINDS[kind]]
     wanted = (*pipeline.models, *pipeline.beside)
     there = [part for part in wanted if part not in pipeline.optional or any(index.get(part) or ())]
@@ -97,7 +98,7 @@ def _files(path: Path, kind: str, parts: Sequence[str]) -> dict[str, Path]:
 
 def _network(path: Path, folder: Path, beside: Mapping[str, Any], notes: tuple[str, ...]) -> Source:
     """A network in its folder; `beside` is what its config takes from the files of other parts."""
-    json = read_json(folder / CONFIG)
+    json = read_json_object(folder / CONFIG)
     kind = _kind(json)
     if kind not in FAMILIES or not _is_network(kind):
         raise unknown("model of diffusers", kind, [each for each in FAMILIES if _is_network(each) and each != SIMPLE])
@@ -123,7 +124,7 @@ def _component_prefixes(path: Path, kind: str, files: Mapping[str, Path], notes:
     """A pipeline of several models: their tensors, each under the name of its part."""
     whole, models = dict[str, Any]({"model_type": kind}), PIPELINES[kind].models
     for part, file in files.items():
-        whole[part] = read_json(file)
+        whole[part] = read_json_object(file)
         if part in models:
             if (found := _kind(whole[part])) != models[part]:
                 raise UserError(f"{file} describes a {found}, and what is implemented as {part} is {models[part]}.")

@@ -16,6 +16,7 @@ from keifu.checkpoints.hf.task_heads import read_config
 from keifu.checkpoints.plan import Source, Stored
 from keifu.checkpoints.registry import Family
 from keifu.errors import UserError
+from keifu.files import read_json_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = {"config.json": None, "open_clip_config.json": "open_clip"}  # and the model_type that is meant where it is so
@@ -64,23 +65,12 @@ def source_of(
 
 def _with_preprocessor(where: Path) -> dict[str, Any]:
     """A config, with what stands beside it about pictures."""
-    kind, json = CONFIGS[where.name], read_json(where)
+    kind, json = CONFIGS[where.name], read_json_object(where)
     json |= {"model_type": kind} if kind else {}
     beside, whole = where.with_name(f"{PREPROCESSOR}.json"), where.with_name("processor_config.json")
     if beside.exists():
-        return json | {PREPROCESSOR: read_json(beside)}
-    return json | {PREPROCESSOR: read_json(whole).get("image_processor") if whole.exists() else None}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; anything else is a `UserError` with the place."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__} where a JSON object is needed.")
-    return content
+        return json | {PREPROCESSOR: read_json_object(beside)}
+    return json | {PREPROCESSOR: read_json_object(whole).get("image_processor") if whole.exists() else None}
 
 
 def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
@@ -89,7 +79,7 @@ def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
         return [path / weights]
     listing = path / f"{weights}.index.json"
     if listing.exists():
-        index = read_json(listing).get("weight_map")
+        index = read_json_object(listing).get("weight_map")
         if not isinstance(index, dict):
             raise UserError(f"{listing} has no weight_map, so it names no shards.")
         files = sorted({path / name for name in index.values()})
@@ -106,7 +96,7 @@ def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
 def pickled_only(path: Path, names: Sequence[str]) -> UserError:
     """The error for weights that only unpickling would read: that runs whatever program is inside."""
     where = path / "config.json"
-    json = read_json(where) if where.exists() else {}
+    json = read_json_object(where) if where.exists() else {}
     named, library = json.get("architectures"), "diffusers" if "_class_name" in json else "transformers"
     reader = json.get("_class_name") or (named[0] if isinstance(named, list) and named else "AutoModelForCausalLM")
     return UserError(

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keifu.checkpoints.hf.read import read_json
 from keifu.checkpoints.hf.weight_names import links
 from keifu.checkpoints.registry import describe
 from keifu.errors import UserError, unknown
-from keifu.files import write_atomic
+from keifu.files import read_json_object, write_atomic
 from keifu.layers.lora import Adapter, LoraSettings, Target, adapters, attach
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -135,7 +134,7 @@ def is_adapter(path: Path) -> bool:
 
 def base_of(path: Path) -> str:
     """Where the model that the adapters belong to is to be had."""
-    base = read_json(path / CONFIG).get("base_model_name_or_path")
+    base = read_json_object(path / CONFIG).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{path / CONFIG} does not say what model its adapters belong to (base_model_name_or_path).")
     return base
@@ -197,7 +196,7 @@ def attach_tensors(
 
 def _check_pair(path: Path) -> dict[str, Any]:
     """The config, once it is sure that nothing in it changes the numbers unseen."""
-    config = read_json(path / CONFIG)
+    config = read_json_object(path / CONFIG)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path / CONFIG} is of the kind {config.get('peft_type')!r}, and keifu reads LORA alone.")
     for name, fine in UNSUPPORTED.items():

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from keifu.data.catalogue import catalogue
 from keifu.data.catalogue.download import build_once
+from keifu.data.classification.tables import sorted_labels
 from keifu.data.images import sources
 from keifu.data.images.io import Fit, ImageItem, fit_image
 from keifu.data.images.sources import in_catalogue
@@ -98,7 +99,7 @@ class _Collector:
 
     def index(self) -> dict[str, Any]:
         items = self.items
-        classes = sorted({item.label for item in items if item.label}, key=_by_value)
+        classes = list(sorted_labels(item.label for item in items if item.label))
         languages = items[0].captions
         return {
             "names": [item.name for item in items], "parts": [item.part for item in items], "classes": classes,
@@ -110,10 +111,6 @@ class _Collector:
 
 def _gone(size: int | None) -> Any:
     raise AssertionError("read already")
-
-
-def _by_value(label: str) -> tuple[bool, int, str]:
-    return not label.isdecimal(), int(label) if label.isdecimal() else 0, label
 
 
 def _counted(places: list[str], remark: str) -> str:

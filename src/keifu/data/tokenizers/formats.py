@@ -18,20 +18,13 @@ from keifu.data.tokenizers.sentencepiece import backend_from_pieces, parse
 from keifu.data.tokenizers.special_tokens import put_around_text
 from keifu.data.tokenizers.tokenizer import ROLES, Tokenizer
 from keifu.errors import UserError
+from keifu.files import read_json, read_json_object
 
 Read = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token of each role that the file itself names
 GENERATION_CONFIG = "generation_config.json"
 WORD_END, UNKNOWN = "</w>", "<unk>"  # of GPT-1
 BERT_ROLES = dict(zip(("unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
                       ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"), strict=True))  # fmt: skip
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content; one that is not JSON is a `UserError` that names the line."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
 
 
 def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> Read:
@@ -212,9 +205,7 @@ def _content(token: Any) -> str:
 def generation_config(directory: Path) -> dict[str, Any]:
     """What generation_config.json says; empty where there is none."""
     path = directory / GENERATION_CONFIG
-    found = read_json(path) if path.exists() else {}
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__} where a JSON object is needed.")
+    found = read_json_object(path) if path.exists() else {}
     return {key: value for key, value in found.items() if value is not None and not key.startswith("_")}
 
 

@@ -23,7 +23,6 @@ from keifu.data.tokenizers.formats import (
     check_ids,
     finish_backend,
     generation_config,
-    read_json,
     reader,
     roles_beside,
     settings_beside,
@@ -32,7 +31,7 @@ from keifu.data.tokenizers.formats import (
 from keifu.data.tokenizers.sentencepiece import Pieces, decoder
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
-from keifu.files import write_atomic
+from keifu.files import read_json, write_atomic
 
 SOURCE, TARGET, VOCABULARY, TARGET_VOCABULARY = "source.spm", "target.spm", "vocab.json", "target_vocab.json"
 LANGUAGE = re.compile(r">>.*?<<", re.DOTALL)  # at the start of a text: which language a multilingual model is to write

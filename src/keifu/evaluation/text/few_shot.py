@@ -15,40 +15,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.evaluation.intervals import bootstrap, wilson
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.evaluation.text.tasks import SCORES, TASKS, SampledItem, TaskItem, is_task, read_task
 from keifu.generation.text.engine import Model, causal
 from keifu.generation.text.likelihood import Likelihood, ScoredPair, join_tokens, likelihoods
 from keifu.generation.text.prefix_cache import complete_prefixes
 from keifu.generation.text.sampling_params import SamplingParams
-
-Z = 1.959964  # of a normal distribution, 95% lies within so many deviations
-
-
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a share of `total` items: within 0 and 1, and sound for few items and shares
-    near the ends."""
-    if not total:
-        return 0.0, 1.0
-    share, spread = right / total, Z * Z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def bootstrap(values: Sequence[float], draws: int = 1000) -> tuple[float, float]:
-    """The percentile interval (Efron, 1979) of a mean, from as many items drawn again and again, always the same."""
-    items, generator = np.asarray(values, dtype=np.float64), np.random.default_rng(0)
-    means = [items[generator.integers(0, len(items), len(items))].mean() for _ in range(draws)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
 
 ABOUT = "a language model on a task told by examples in the prompt: accuracy with its 95% interval"
 OPTIONS = {"shots", "by_shots", "seed", "metric", "batch_size", "output"}
@@ -118,12 +96,12 @@ def baselines(items: Sequence[TaskItem]) -> dict[str, float | str]:
         kinds = Counter(item.answer if shared else f"choice {item.right + 1}" for item in items)
         chance = {"chance": round(sum(1 / len(item.choices) for item in items) / len(items), 4)}
     else:
-        kinds, chance = Counter(normal_interval(item.answer) for item in items), {}
+        kinds, chance = Counter(normalize_answer(item.answer) for item in items), {}
     answer, count = kinds.most_common(1)[0]
     return {"majority": round(count / len(items), 4), "majority answer": answer, **chance}
 
 
-def normal_interval(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """A written answer without what does not make it another one: NFKC, lower case, single spaces, no commas in
     numbers, no punctuation at its end and no quotation marks around it."""
     text = NUMBER.sub("", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
@@ -213,8 +191,8 @@ def _by_exact(asking: _Prompting) -> ScoredItem:
     with counting(f"Asking with {asking.shots} shots", len(prompts), "prompts") as progress:
         each = [sampling] * len(prompts)
         written = complete_prefixes(asking.model, asking.tokenizer, prompts, each, asking.batch_size, progress)
-    accepted = [{normal_interval(text) for text in (item.answer, *item.accepted)} for item in items]
-    right = [normal_interval(done.text) in able for done, able in zip(written, accepted, strict=True)]
+    accepted = [{normalize_answer(text) for text in (item.answer, *item.accepted)} for item in items]
+    right = [normalize_answer(done.text) in able for done, able in zip(written, accepted, strict=True)]
     return ScoredItem({"exact match": right}, [done.text for done in written], [done.finish_reason for done in written])
 
 
