@@ -16,8 +16,9 @@ from keifu.commands.train import parse
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.models import gpt2, llama, task_head
-from keifu.recipes.assistant import common
+from keifu.recipes.assistant import common, instruct
 from keifu.recipes.assistant import ppo as recipe
+from keifu.recipes.options import old_options
 from keifu.training.run import metrics
 
 CONFIG: dict[str, Any] = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
@@ -37,13 +38,13 @@ def answers(rows: int, length: int) -> torch.Tensor:
     return (places >= starts) & (places < ends)
 
 
-@pytest.mark.parametrize(("discount", "trace"), [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (1.0, 0.0)])
-def test_rewards_and_advantages_are_those_of_numpy(discount: float, trace: float) -> None:
+@pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (1.0, 0.0)])
+def test_rewards_and_advantages_are_those_of_numpy(discount: float, gae_lambda: float) -> None:
     mask, beta = answers(9, 17), 0.1
     old, reference, values = (torch.randn(9, 17) for _ in range(3))
     scores = torch.randn(9)
     rewards = ppo.kl_penalized_rewards(scores, old, reference, mask, beta)
-    found = ppo.advantages(rewards, values, mask, discount, trace)
+    found = ppo.advantages(rewards, values, mask, discount, gae_lambda)
     for row in range(9):
         places = [int(at) for at in mask[row].nonzero()]
         following, estimate = 0.0, 0.0
@@ -51,7 +52,7 @@ def test_rewards_and_advantages_are_those_of_numpy(discount: float, trace: float
             reward = -beta * float(old[row, at] - reference[row, at]) + (float(scores[row]) if at == places[-1] else 0)
             assert float(rewards[row, at]) == pytest.approx(reward, abs=1e-6)
             error = reward + discount * following - float(values[row, at])
-            estimate = error + discount * trace * estimate
+            estimate = error + discount * gae_lambda * estimate
             following = float(values[row, at])
             assert float(found[row, at]) == pytest.approx(estimate, abs=1e-6)
     assert not found[~mask].any() and not rewards[~mask].any()
@@ -191,7 +192,16 @@ def test_reward_rises(base: Path, task: Path, tmp_path: Path, capsys: pytest.Cap
 CHOICES: dict[str, list[str]] = {
     "all": ["--epochs", "2"],
     "text": ["--text.data", "text.txt", "--text.length", "16", "--text.each", "2", "--text.held-out", "0.2"],
-    "adapters": ["--lora.rank", "2", "--lora.dropout", "0.3", "--cut-off", "1.0", "--measured", "rewards.py:letters"],
+    "adapters": [
+        "--lora.rank",
+        "2",
+        "--lora.dropout",
+        "0.3",
+        "--missing-eos-penalty",
+        "1.0",
+        "--measured",
+        "rewards.py:letters",
+    ],
 }
 
 
@@ -212,6 +222,28 @@ def test_resumed_to_the_bit_in_the_midst_of_a_rollout(
     keys = metrics.read(whole)[-1].keys()
     assert ("validation_text_loss" in keys) == (choice == "text")
     assert ("validation_measured_letters" in keys) == (choice == "adapters")
+
+
+def test_options_by_their_old_names(base: Path, task: Path, tmp_path: Path) -> None:
+    """On the command line, in the recipe.json of a run that an earlier version began, and within instruct."""
+    old = ["--beta", "0.3", "--trace=0.9", "--cut_off", "0.5"]
+    out = go(base, task, tmp_path / "run", "--rollouts", "1", *old)
+    content = json.loads((out / "recipe.json").read_text())
+    options, facts = content["recipe"]["options"], content["options"]
+    assert (options["kl_coef"], options["gae_lambda"], options["missing_eos_penalty"]) == (0.3, 0.9, 0.5)
+    assert (facts["beta"], facts["trace"], facts["cut_off"]) == (0.3, 0.9, 0.5)
+    for name, new in recipe.Recipe.RENAMED.items():
+        options[name] = options.pop(new)
+    (out / "recipe.json").write_text(json.dumps(content))
+    weights = (out / "model.safetensors").read_bytes()
+    last = max((out / "state").glob("*.json")).stem
+    for file in [out / "model.safetensors", *(out / "state").glob(f"{last}.*")]:
+        file.unlink()
+    with pytest.raises(UserError, match=r"--kl-coef 0.3 → 0.4"):
+        parse(["ppo", "--out", str(out), "--resume", "--beta", "0.4"])()
+    parse(["--resume", str(out)])()
+    assert weights == (out / "model.safetensors").read_bytes()
+    assert old_options(instruct.Recipe)["ppo.cut-off"] == "ppo.missing-eos-penalty"
 
 
 def test_the_value_model_begins_as_the_reward_model_or_the_policy(base: Path, task: Path, judge: Path) -> None:
@@ -268,8 +300,8 @@ def test_a_reward_model_of_other_tokens_is_refused(base: Path, task: Path, judge
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--clip", "1.5"], "clip, discount and trace lie between 0 and 1"),
-        (["--beta", "-1"], "weights of PPO are 0 or more"),
+        (["--clip", "1.5"], "clip, discount and gae_lambda lie between 0 and 1"),
+        (["--kl-coef", "-1"], "weights of PPO are 0 or more"),
         (["--minibatches", "3"], "16 answers do not part into 3 minibatches"),
         (["--value", "last-number"], "--value last-number is no model"),
         (["--text.each", "0"], "at least 1 of 1 token"),

@@ -19,7 +19,7 @@ from keifu.data.text.token_shards import prepare
 from keifu.data.tokenizers.chat_template import PLAIN
 from keifu.models import task_head
 
-RULE = PPOSettings(beta=0.3, discount=0.9, trace=0.7, cut_off=0.6, temperature=0.7)
+RULE = PPOSettings(kl_coef=0.3, discount=0.9, gae_lambda=0.7, missing_eos_penalty=0.6, temperature=0.7)
 PLAN = RolloutPlan(prompts=6, group=1, max_tokens=5, temperature=0.7, seed=3, minibatches=2, epochs=2)
 
 

@@ -237,12 +237,12 @@ def of_ppo(toys: Toys) -> tuple[Any, list[Group]]:
         "value": Reach("policy", lambda r: round(value_sum(r), 5), DIFFERENT),
         "measured": Reach(("exact", "last-number"), lambda r: len(r.data.scorers), 3),
         "temperature": Reach(0.7, ("data.plan.temperature", "objective.rule.temperature")),
-        "beta": Reach(0.31, ("objective.rule.beta", "data.rule.beta")),
+        "kl_coef": Reach(0.31, ("objective.rule.kl_coef", "data.rule.kl_coef")),
         "clip": Reach(0.13, "objective.rule.clip"),
         "value_clip": Reach(0.14, "objective.rule.value_clip"),
         "discount": Reach(0.91, "data.rule.discount"),
-        "trace": Reach(0.92, "data.rule.trace"),
-        "cut_off": Reach(0.93, "data.rule.cut_off"),
+        "gae_lambda": Reach(0.92, "data.rule.gae_lambda"),
+        "missing_eos_penalty": Reach(0.93, "data.rule.missing_eos_penalty"),
         "rollouts": Reach(7, lambda r: r.settings.steps // r.data.plan.updates),
         "ema": Reach(0.81, "settings.ema"),
     }
@@ -348,10 +348,11 @@ def test_every_option_reaches_what_it_names(name: str, toys: Toys, tmp_path: Pat
 
 PAPERS: dict[str, dict[str, Any]] = {
     "ppo": {
-        "objective.rule.beta": 0.02, "objective.rule.clip": 0.2, "objective.rule.text_weight": 27.8,
+        "objective.rule.kl_coef": 0.02, "objective.rule.clip": 0.2, "objective.rule.text_weight": 27.8,
         "objective.rule.discount": 1.0, "objective.rule.temperature": 1.0, "settings.ema": 0.992,
         "settings.warmup": 10, "settings.betas": (0.9, 0.95), "settings.weight_decay": 0.0, "data.plan.epochs": 1,
-        "data.plan.minibatches": 8, "data.plan.group": 1, "settings.learning_rate": 5e-6, "objective.rule.trace": 0.95,
+        "data.plan.minibatches": 8, "data.plan.group": 1, "settings.learning_rate": 5e-6,
+        "objective.rule.gae_lambda": 0.95,
         "settings.schedule": "constant", "settings.precision": "float32", "objective.rule.value_weight": 0.1,
     },
     "grpo": {
@@ -410,7 +411,7 @@ def test_rates_of_adapters(toys: Toys, tmp_path: Path) -> None:
 def test_paper_figures_stand_once() -> None:
     """The recipe's are the rule's own."""
     recipe, rule = ppo.Recipe(), PPOSettings()
-    for name in ("beta", "clip", "value_clip", "discount", "trace", "cut_off", "temperature"):
+    for name in ("kl_coef", "clip", "value_clip", "discount", "gae_lambda", "missing_eos_penalty", "temperature"):
         assert vars(recipe)[name] == vars(rule)[name]
     assert recipe.text.weight == rule.text_weight and recipe.text.each == 8 and recipe.ema == 0.992
 

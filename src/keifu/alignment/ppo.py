@@ -1,12 +1,9 @@
-"""Proximal policy optimisation as InstructGPT has it (Schulman et al., 2017; Ouyang et al., 2022, section 3.5 and C.4):
-a policy, a value model and a frozen reference; it knows no model by name, no reward and no file.
+"""Proximal policy optimisation (PPO) as InstructGPT uses it (Schulman et al., 2017; Ouyang et al., 2022, sections 3.5
+and C.4): rewards with a KL penalty, generalised advantage estimation, the clipped losses of policy and value model, and
+the batches of responses that they are computed from, with pretraining text beside them (PPO-ptx).
 
-Axes: batch = answers, length = tokens of a prompt and its answer, n = tokens of answers, k = texts beside an answer.
-
-Answers as PPO learns from them: what each token is worth beside what was expected of it, and pretraining text beside
-the answers; knows no model by name and no file.
-
-Axes: row = answers, position = tokens of a prompt and its answer, k = texts beside an answer, length = of a text.
+Axes: batch, row = responses; length, position = tokens of a prompt and its response; n = tokens of responses;
+k = pretraining texts for each response.
 """
 
 import hashlib
@@ -34,29 +31,30 @@ Mask = Bool[Tensor, "batch length"]
 
 @dataclass(frozen=True)
 class PPOSettings:
-    """What is learned from answers: the numbers are InstructGPT's where it gives them.
+    """Coefficients of PPO; the defaults are InstructGPT's where it gives them.
 
-    beta: of the KL penalty a token. clip: of the ratio. value_clip: how far a value may move from that of the rollout.
-    discount, trace: γ and λ of the advantages. value_weight: of the value's loss beside the policy's. text_weight: of
-    the loss on pretraining text (PPO-ptx's γ). cut_off: what an answer that does not end loses of its reward.
+    kl_coef: weight β of the KL penalty on each token. clip: range of the probability ratio. value_clip: how far a value
+    may move from the one of the rollout. discount, gae_lambda: γ and λ of the advantages. value_weight: of the value
+    loss beside the policy's. text_weight: of the loss on pretraining text (PPO-ptx's γ). missing_eos_penalty:
+    subtracted from the reward of a response without an end-of-text token. temperature: of sampling.
     """
 
-    beta: float = 0.02
+    kl_coef: float = 0.02
     clip: float = 0.2
     value_clip: float = 0.2
     discount: float = 1.0
-    trace: float = 0.95
+    gae_lambda: float = 0.95
     value_weight: float = 0.1
     text_weight: float = 27.8
-    cut_off: float = 0.0
+    missing_eos_penalty: float = 0.0
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.beta, self.value_clip, self.value_weight, self.text_weight, self.cut_off) < 0:
+        if min(self.kl_coef, self.value_clip, self.value_weight, self.text_weight, self.missing_eos_penalty) < 0:
             raise UserError(f"The weights of PPO are 0 or more, and they are {self}.")
-        if not (0 < self.clip < 1 and 0 <= self.discount <= 1 and 0 <= self.trace <= 1):
-            told = f"clip {self.clip}, discount {self.discount} and trace {self.trace}"
-            raise UserError(f"clip, discount and trace lie between 0 and 1, and they are {told}.")
+        if not (0 < self.clip < 1 and 0 <= self.discount <= 1 and 0 <= self.gae_lambda <= 1):
+            told = f"clip {self.clip}, discount {self.discount} and gae_lambda {self.gae_lambda}"
+            raise UserError(f"clip, discount and gae_lambda lie between 0 and 1, and they are {told}.")
 
 
 class ActorCritic(nn.Module):
@@ -68,15 +66,15 @@ class ActorCritic(nn.Module):
 
 
 def kl_penalized_rewards(
-    scores: Float[Tensor, " batch"], old: Places, reference: Places, mask: Mask, beta: float
+    scores: Float[Tensor, " batch"], old: Places, reference: Places, mask: Mask, kl_coef: float
 ) -> Float[Tensor, "batch length"]:
     """The reward of each token: -β ln(p / p_reference), and of an answer's last one its score too."""
-    rewards = torch.where(mask, beta * (reference - old), 0.0)
+    rewards = torch.where(mask, kl_coef * (reference - old), 0.0)
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1, keepdim=True)
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 
 
-def advantages(rewards: Places, values: Places, mask: Mask, discount: float = 1.0, trace: float = 0.95) -> Places:
+def advantages(rewards: Places, values: Places, mask: Mask, discount: float = 1.0, gae_lambda: float = 0.95) -> Places:
     """Generalised advantage estimates (Schulman et al., 2015, equation 16) of the tokens that the mask marks, which
     follow each other.
 
@@ -87,7 +85,7 @@ def advantages(rewards: Places, values: Places, mask: Mask, discount: float = 1.
     errors = torch.where(mask, rewards.double() + discount * after - expected, 0.0)
     places = torch.arange(mask.shape[1], device=mask.device)
     ahead = places[:, None] - places  # row: where an error is, column: what it counts for
-    decay = torch.where(ahead >= 0, (discount * trace) ** ahead.clamp(min=0).double(), 0.0)
+    decay = torch.where(ahead >= 0, (discount * gae_lambda) ** ahead.clamp(min=0).double(), 0.0)
     return torch.where(mask, errors @ decay, 0.0).float()
 
 
@@ -167,15 +165,15 @@ NORMAL = {
         -0.5,
         20.0,
         "below 0, sampling and scoring do not agree; above, the policy is far from what it began with, and the reward "
-        "tells less there: more --beta, or fewer rollouts",
+        "tells less there: more --kl-coef, or fewer rollouts",
     ),
-    "entropy": Range(0.01, float("inf"), "the policy has collapsed to one answer: a lower rate or more --beta"),
+    "entropy": Range(0.01, float("inf"), "the policy has collapsed to one answer: a lower rate or more --kl-coef"),
     "clip_fraction": Range(0.0, 0.3, "the policy moves too far on one rollout: a lower rate or fewer epochs"),
     "update_kl": Range(0.0, 0.1, "the policy moves too far on one rollout: a lower rate or fewer epochs"),
     "explained_variance": Range(
         0.0, 1.0, "the value model tells less than a mean would: usual at first, later a higher --value-rate"
     ),
-    "finished": Range(0.5, 1.0, "most answers are cut off: more --max-tokens, or --cut-off"),
+    "finished": Range(0.5, 1.0, "most answers are cut off: more --max-tokens, or --missing-eos-penalty"),
     "length": Range(0.33, 3.0, "answers are far from as long as they were at first: look at the reward", True),
 }
 
@@ -233,9 +231,9 @@ class PPOBatches(Rollouts):
 
     def _rated(self, made: dict[str, Tensor], group: int) -> dict[str, Tensor]:
         mask, rule, values = made["mask"], self.rule, self._values(made)
-        scores = made["reward"] - rule.cut_off * (1 - made["finished"])
-        rewards = kl_penalized_rewards(scores, made["old"], made["reference"], mask, rule.beta)
-        found = advantages(rewards, values, mask, rule.discount, rule.trace)
+        scores = made["reward"] - rule.missing_eos_penalty * (1 - made["finished"])
+        rewards = kl_penalized_rewards(scores, made["old"], made["reference"], mask, rule.kl_coef)
+        found = advantages(rewards, values, mask, rule.discount, rule.gae_lambda)
         returns = found + values
         whole = {
             "reward_spread": float(made["reward"].std(correction=0)),

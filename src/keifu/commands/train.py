@@ -12,6 +12,7 @@ from keifu.commands.shared import flags, resuming, tables
 from keifu.commands.shared.recipe_files import path_of, recipe_module, recipe_options, recipes
 from keifu.devices import Choice
 from keifu.errors import UserError
+from keifu.recipes.options import old_options
 from keifu.training.run import directory as folder
 
 OLD = re.compile(r"^--training\.")  # options of the loop had this before their names in some recipes
@@ -75,7 +76,8 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     if flags.asks_for_help(arguments):
         kind, about = recipe_options(name)
         flags.parse(with_folder(kind, name), arguments, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", about))
-    module, words = recipe_module(name), [OLD.sub("--", word) for word in arguments]
+    module = recipe_module(name)
+    words = _renamed(module.Recipe, arguments)
     kind, name = with_folder(module.Recipe, name), str(Path(name).resolve()) if name.endswith(".py") else name
     found = None
     if "--resume" in words:
@@ -89,6 +91,13 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
         return flags.placed(choice, lambda: resuming.go_on(found, module, options.recipe, options.out))
     replaces = options.replace or replaces
     return flags.placed(choice, lambda: resuming.begin(name, module, options.recipe, options.out, replaces))
+
+
+def _renamed(kind: type, arguments: Sequence[str]) -> list[str]:
+    """The words with the names that options have now in place of those that they had in earlier versions."""
+    names = {f"--{old}": f"--{new}" for old, new in old_options(kind).items()}
+    split = [OLD.sub("--", word).partition("=") for word in arguments]
+    return [names.get(name.replace("_", "-"), name) + sign + value for name, sign, value in split]
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from keifu.errors import UserError
-from keifu.recipes.options import by_option, from_json, paths, put, to_json
+from keifu.recipes.options import by_option, current, from_json, paths, put, to_json
 from keifu.training.run import checkpoint
 from keifu.training.run import directory as run_directory
 from keifu.training.settings import ADJUSTABLE, flat
@@ -63,7 +63,7 @@ def stored(name: str, module: ModuleType, out: Path) -> Stored | None:
             f"{out} holds a run of keifu train {record['name']}, not of {name}: go on with it by "
             f"{run_directory.command(out)}, or choose another folder with --out."
         )
-    options = by_option(type(usual), record["options"])
+    options = by_option(type(usual), current(type(usual), record["options"]))
     then = from_json(usual, record["options"])
     return Stored(name, then, frozenset(options), record.get("steps"), record.get("place"))
 
@@ -84,7 +84,7 @@ def name_of(out: Path) -> str:
 def _of_an_earlier_version(name: str, usual: Any, content: Mapping[str, Any]) -> Stored:
     """What can be read of a run whose folder does not name its options: settings and facts of the same name."""
     values, known = to_json(usual), set[str]()
-    facts, settings = flat(content.get("options", {})), content.get("settings", {})
+    facts, settings = current(type(usual), flat(content.get("options", {}))), content.get("settings", {})
     for option, path in paths(type(usual), values).items():
         found = _found(path, facts, settings)
         kind = type(by_option(type(usual), values)[option])

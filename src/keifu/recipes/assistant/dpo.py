@@ -61,7 +61,7 @@ class Recipe(Logging):
     loss: Loss = "dpo"
     """dpo, robust (for labels that are wrong at times), ipo, or normalised by the answers' lengths."""
     beta: float = 0.1
-    """How dear it is to leave the model that it began with; more keeps closer to it."""
+    """β of the loss: a larger one keeps the policy closer to the reference model."""
     label_smoothing: float = 0.0
     """Share of the pairs that are taken to be labelled the wrong way round."""
     lora: Lora = field(default_factory=Lora)

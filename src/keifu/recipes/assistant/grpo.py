@@ -77,7 +77,7 @@ class Recipe(Logging):
     clip: float = 0.2
     """How far a token's probability may move, as a share, before it counts no more."""
     beta: float = 0.04
-    """How dear it is to leave the model that it began with; 0 keeps no copy of that."""
+    """Weight β of the KL penalty, which keeps the policy near the reference model; 0 keeps no reference model."""
     lora: Lora = field(default_factory=Lora)
     """Low-rank adapters."""
     steps: int = 200

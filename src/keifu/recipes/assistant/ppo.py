@@ -13,7 +13,7 @@ Expected: the reward in metrics.jsonl rises, and kl stays inside its range.
 import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from keifu.alignment.monitor import DivergenceMonitor
 from keifu.alignment.ppo import NORMAL, ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
@@ -68,6 +68,8 @@ class Text(TextOptions):
 class Recipe(Logging):
     """Options of the run."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"beta": "kl_coef", "trace": "gae_lambda", "cut_off": "missing_eos_penalty"}
+
     model: str = "runs/sft"
     """The policy as it begins, and the reference: one that has learned to answer (keifu train sft)."""
     reward: str = "runs/reward"
@@ -99,18 +101,18 @@ class Recipe(Logging):
     """Of an answer, at most."""
     temperature: float = PPOSettings.temperature
     """Of the answers' sampling."""
-    beta: float = PPOSettings.beta
-    """How dear a token's distance from the model that it began with is."""
+    kl_coef: float = PPOSettings.kl_coef
+    """Weight β of the KL penalty on each token, which keeps the policy near the reference model."""
     clip: float = PPOSettings.clip
     """How far a token's probability may move, as a share, before it counts no more."""
     value_clip: float = PPOSettings.value_clip
     """How far a value may move from that of the rollout before it counts no more."""
     discount: float = PPOSettings.discount
     """What a reward counts a token earlier."""
-    trace: float = PPOSettings.trace
-    """λ of the advantages: 1 asks the value model least, 0 most."""
-    cut_off: float = PPOSettings.cut_off
-    """What an answer that does not end loses of its reward."""
+    gae_lambda: float = PPOSettings.gae_lambda
+    """λ of generalised advantage estimation: 0 relies on the value model alone, 1 on the rewards alone."""
+    missing_eos_penalty: float = PPOSettings.missing_eos_penalty
+    """Subtracted from the reward of a response that reaches max_tokens without an end-of-text token."""
     lora: Lora = field(default_factory=Lora)
     """Low-rank adapters, of the policy and of the value model."""
     rollouts: int = 100
@@ -152,9 +154,15 @@ def prepare(recipe: Recipe) -> Task:
         recipe.prompts, 1, recipe.max_tokens, recipe.temperature, recipe.seed, recipe.minibatches, recipe.epochs
     )
     rule = PPOSettings(
-        recipe.beta, recipe.clip, recipe.value_clip, recipe.discount, recipe.trace, text_weight=recipe.text.weight,
-        cut_off=recipe.cut_off, temperature=recipe.temperature,
-    )  # fmt: skip
+        kl_coef=recipe.kl_coef,
+        clip=recipe.clip,
+        value_clip=recipe.value_clip,
+        discount=recipe.discount,
+        gae_lambda=recipe.gae_lambda,
+        text_weight=recipe.text.weight,
+        missing_eos_penalty=recipe.missing_eos_penalty,
+        temperature=recipe.temperature,
+    )
     by = make_rewards(recipe.reward)
     parts = split_prompts(prompts(recipe.data, recipe.sums, recipe.seed), recipe.held_out)
     policy, tokenizer = open_model(recipe.model, recipe.template)
@@ -241,7 +249,9 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> tuple[
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool, watched: DivergenceMonitor) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
     options: dict[str, Any] = {"reward": recipe.reward, "reward's file": task.rewarding.digest, "value": recipe.value}
-    options |= {"begins with": recipe.model, "measured": list(recipe.measured), **asdict(task.rule)}
+    then = {now: old for old, now in Recipe.RENAMED.items()}  # as runs of earlier versions have them
+    options |= {then.get(name, name): value for name, value in asdict(task.rule).items()}
+    options |= {"begins with": recipe.model, "measured": list(recipe.measured)}
     return Run(
         directory=out,
         resume=resume,
