@@ -11,7 +11,7 @@ from typing import get_type_hints
 import pytest
 
 from keifu.cli import VERBS
-from keifu.commands.shared.recipe_files import recipes
+from keifu.commands.shared.recipe_files import path_of, recipe_module, recipes
 from keifu.recipes.options import _dataclass, _option
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +19,7 @@ SOURCE = ROOT / "src/keifu"
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z]")
 OF_TRAINING = {"--out", "--resume", "--replace", "--help", "--device"}
 BELOW = ("data", "layers", "models", "training")
-OTHERS = {"--version"}  # of keifu itself
+OTHERS = {"--version", "--quiet", "--verbose"}  # of keifu itself
 ELSEWHERE = {"data/catalogue/download.py", "checkpoints/gguf/read.py"}  # they name options of pip and of llama.cpp's tools
 WRITTEN_OF = {"commands/shared/flags.py", "commands/train.py"}  # they speak of options as such
 
@@ -37,7 +37,7 @@ def names(kind: type, prefix: str = "") -> set[str]:
 @cache
 def of_recipe(name: str) -> frozenset[str]:
     """The options of a recipe."""
-    return frozenset(names(import_module(f"keifu.recipes.{name.replace('-', '_')}").Recipe) | OF_TRAINING)
+    return frozenset(names(recipe_module(name).Recipe) | OF_TRAINING)
 
 
 @cache
@@ -66,7 +66,7 @@ def any_option() -> frozenset[str]:
 def test_a_recipe_names_its_own_options_and_those_of_recipes_that_it_sends_people_to() -> None:
     wrong = []
     for name in recipes():
-        path = SOURCE / f"recipes/{name.replace('-', '_')}.py"
+        path = path_of(name)
         named = set(re.findall(r"keifu train ([a-z][\w-]*)", path.read_text(encoding="utf-8"))) & recipes().keys()
         known = of_recipe(name).union(*map(of_recipe, named), of_verbs())
         wrong += [f"{path.name}:{line}: {word}" for line, word in words(path) if word not in known]
@@ -79,7 +79,7 @@ def test_what_recipes_and_verbs_share_names_options_that_there_are() -> None:
     for path in sorted(SOURCE.rglob("*.py")):
         if path.relative_to(SOURCE).as_posix() in ELSEWHERE | WRITTEN_OF:
             continue
-        known = of_recipes if path.parent.name in BELOW else any_option() | OTHERS
+        known = of_recipes if path.relative_to(SOURCE).parts[0] in BELOW else any_option() | OTHERS
         wrong += [f"{path.relative_to(SOURCE)}:{line}: {word}" for line, word in words(path) if word not in known]
     assert wrong == []
 
@@ -89,7 +89,8 @@ def test_pages_name_options_that_there_are(page: str) -> None:
     path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
     quoted = re.findall(r"`([^`\n]*)`", re.sub(r"(?ms)^```.*?^```", "", path.read_text(encoding="utf-8")))
     shown = [text for text in quoted if not text.startswith(("python", "pytest", "make", "git", "pip", "docker"))]
-    assert [word for text in shown for word in OPTION.findall(text) if word not in any_option() | OTHERS] == []
+    known = any_option() | OTHERS | {word for file in ROOT.glob("benchmarks/*.py") for _, word in words(file)}
+    assert [word for text in shown for word in OPTION.findall(text) if word not in known] == []
 
 
 def test_every_recipe_that_trains_has_the_same_names() -> None:

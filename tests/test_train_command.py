@@ -122,7 +122,7 @@ def test_a_stop_before_the_first_step_says_how_to_go_on(tmp_path: Path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(mlp, "learnable", stop)
+        patch.setattr(mlp, "check_learnable", stop)
         with pytest.raises(KeyboardInterrupt, match=f"before a state was saved.*\nkeifu train --resume {tmp_path}"):
             go(*WORDS, "--steps", "6", "--out", str(tmp_path))
     go("--resume", str(tmp_path))

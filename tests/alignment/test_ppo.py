@@ -328,14 +328,14 @@ def test_a_model_that_scores_nothing_is_no_reward(base: Path, task: Path, tmp_pa
     ],
 )
 def test_measured_rewards_of_one_name_are_told_apart(names: list[str], figures: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(common, "rewarding", lambda name: common.RewardOptions(lambda p, a: [], None, name))
+    monkeypatch.setattr(common, "make_rewards", lambda name: common.RewardOptions(lambda p, a: [], None, name))
     found = common.measured(names)
     assert {figure: each.digest for figure, each in found.items()} == dict(zip(figures, names, strict=True))
 
 
 @pytest.mark.parametrize("names", [["a.py:score", "a.py:score"], ["a/r", "./a/r"]])
 def test_a_reward_that_is_measured_twice_is_refused(names: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(common, "rewarding", lambda name: common.RewardOptions(lambda p, a: [], None, name))
+    monkeypatch.setattr(common, "make_rewards", lambda name: common.RewardOptions(lambda p, a: [], None, name))
     with pytest.raises(UserError, match="--measured"):
         common.measured(names)
 
