@@ -20,7 +20,7 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z]")
 OF_TRAINING = {"--out", "--resume", "--replace", "--help", "--device"}
 BELOW = ("data", "layers", "models", "training")
 OTHERS = {"--version", "--quiet", "--verbose"}  # of keifu itself
-ELSEWHERE = {"data/catalogue/download.py", "checkpoints/gguf/read.py"}  # they name options of pip and of llama.cpp's tools
+ELSEWHERE = {"data/catalogue/download.py", "checkpoints/gguf/read.py"}  # options of pip and of llama.cpp
 WRITTEN_OF = {"commands/shared/flags.py", "commands/train.py"}  # they speak of options as such
 
 
