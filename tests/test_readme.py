@@ -11,23 +11,31 @@ from keifu.commands.shared.recipe_files import recipes
 from keifu.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = ROOT / "examples/data/README.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", EXAMPLES, *sorted((ROOT / "docs").rglob("*.md"))]
+IN_ORDER = [ROOT / "README.md", ROOT / "docs/commands.md", ROOT / "docs/own-data.md", EXAMPLES]  # to be run as printed
+PLACEHOLDERS = {"RECIPE": "gpt", "VERB": "train"}
 FENCE = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def commands(page: str) -> list[str]:
-    """Every `keifu ...` line of the page's code blocks, and every `keifu VERB ...` between backquotes in its text."""
+    """Every line of the page's code blocks that runs `keifu`, and every `keifu VERB ...` in backquotes in its text."""
     blocks = [line for block in FENCE.findall(page) for line in block.replace("\\\n", " ").splitlines()]
     shown = [line.removeprefix("$ ").strip() for line in blocks]
     inline = re.findall(r"`(keifu [a-z][^`]*)`", FENCE.sub("", page))
-    return [line for line in [*shown, *inline] if line.startswith("keifu ")]
+    return [line for line in [*shown, *inline] if re.match(r"keifu |[^#]*\| keifu ", line)]
+
+
+def words_of(command: str) -> list[str]:
+    """What is given to `keifu` in a line that may have pipes."""
+    parts = " ".join(map(shlex.quote, shlex.split(command, comments=True))).split(" '|' ")
+    return shlex.split(next(part for part in parts if part.startswith("keifu ")))[1:]
 
 
 def check(command: str) -> None:
-    """Parses one command; a placeholder such as RECIPE is no word of it. `--help` leaves through SystemExit(0)."""
-    words = shlex.split(command, comments=True)[1:]
+    """Parses one command, with a recipe in place of RECIPE. `--help` leaves through SystemExit(0)."""
     try:
-        parse(words[: words.index("|")] if "|" in words else words)
+        parse([PLACEHOLDERS.get(word, word) for word in words_of(command)])
     except SystemExit as stop:
         assert not stop.code
 
@@ -36,7 +44,10 @@ FOUND = [(page.name, command) for page in PAGES for command in commands(page.rea
 
 
 @pytest.mark.parametrize(("page", "command"), FOUND)
-def test_command_is_one_that_the_command_line_takes(page: str, command: str, capsys: pytest.CaptureFixture) -> None:
+def test_command_is_one_that_the_command_line_takes(
+    page: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no run stands whose options --resume would take
     check(command)
 
 
@@ -49,6 +60,71 @@ def test_a_wrong_command_would_be_seen(command: str) -> None:
 
 def test_the_pages_show_commands() -> None:
     assert len(FOUND) >= 8
+
+
+SUFFIXES = "txt|md|html|[ct]sv|jsonl?|ya?ml|png|jpg|npy|py|gguf|safetensors|parquet"
+FILE = re.compile(rf"(runs|examples|docs)/.*|.*/|[^ ]*\.({SUFFIXES})")
+OUTPUTS = ("--out", "-o", "--output")
+
+
+def named_files(command: str) -> list[str]:
+    """The files and folders that a command reads; A,B are two, and :SCALE or :FUNCTION is no part of a name."""
+    words = shlex.split(command, comments=True)
+    given = [word for before, word in zip(["", *words], words, strict=False) if before not in OUTPUTS]
+    pieces = [re.sub(r"(?<=.):[\w.]+$", "", piece) for word in given for piece in word.split(",")]
+    return [piece for piece in pieces if FILE.fullmatch(piece) and piece != made_by_convert(words)]
+
+
+def made_by_convert(words: list[str]) -> str | None:
+    return words[3] if words[1] == "convert" else None
+
+
+def made_files(command: str) -> set[str]:
+    """The files and folders that a command makes: those it names as its output, else its recipe's runs/NAME."""
+    words = shlex.split(command, comments=True)
+    made = {word for before, word in zip(words, words[1:], strict=False) if before in OUTPUTS}
+    if words[1] == "train" and len(words) > 2 and not words[2].startswith("-") and "--help" not in words:
+        made |= set() if made else {f"runs/{words[2]}"}
+    return made | {name for name in [made_by_convert(words)] if name}
+
+
+def not_yet_there(page: str) -> list[str]:
+    """The files that commands of a page name before an earlier one has made them, in a checkout as it is published."""
+    made: set[str] = set()
+    missing: list[str] = []
+    for command in commands(page):
+        for name in named_files(command):
+            inside_made = any(name == each or name.startswith(f"{each}/") for each in made)
+            if not inside_made and (name.startswith("runs/") or not (ROOT / name).exists()):
+                missing.append(f"{command}: {name}")
+        made |= made_files(command)
+    return missing
+
+
+@pytest.mark.parametrize("page", IN_ORDER, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_each_file_that_a_command_names_is_there_or_was_made_by_an_earlier_one(page: Path) -> None:
+    assert not_yet_there(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "missing"),
+    [
+        ("keifu generate runs/gpt x\nkeifu train gpt", ["runs/gpt"]),
+        ("keifu train gpt --out runs/a\nkeifu generate runs/gpt x", ["runs/gpt"]),
+        ("keifu train gpt --help\nkeifu generate runs/gpt x", ["runs/gpt"]),
+        ("keifu train --resume runs/gpt", ["runs/gpt"]),
+        ("keifu train dalle\nkeifu draw runs/dalle x --clip runs/dalle/clip", []),
+        ("keifu train ddpm\nkeifu draw runs/ddpm -o runs/a.png\nkeifu draw --again runs/a.png", []),
+        ("keifu train classifier --data reviews.csv", ["reviews.csv"]),
+        ("cat letter.txt | keifu chat smollm2 x", ["letter.txt"]),
+        ("keifu train grpo --reward rewards.py:score", ["rewards.py"]),
+        ("keifu train transformer --data a.txt,b.txt", ["a.txt", "b.txt"]),
+        ("keifu convert smollm2 runs/out --to hf\nkeifu inspect runs/out", []),
+        ("keifu chat owner/name 'How high is Mt. Fuji?'", []),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_there_would_be_seen(lines: str, missing: list[str]) -> None:
+    assert [line.rpartition(": ")[2] for line in not_yet_there(f"```\n{lines}\n```\n")] == missing
 
 
 RECIPES = sorted((ROOT / "src/keifu/recipes").rglob("[!_]*.py"))

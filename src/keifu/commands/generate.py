@@ -32,7 +32,7 @@ class Options(flags.OnDevice):
     file: Path | None = None
     """The file that has the text."""
     raw: bool = False
-    """Give a chat model the text as it is, to be read_rest, and not as a message in its chat template."""
+    """Give a chat model the text as it is, to be continued, and not as a message in its chat template."""
     json: bool = False
     """Print text, tokens, log-probabilities, seed, sampling and the reason for the end as JSON."""
     stream: bool = False
