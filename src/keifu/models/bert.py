@@ -21,7 +21,7 @@ from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import truncated_normal_
 from keifu.layers.linear import Linear, linear
 from keifu.layers.transformer.blocks import PostNorm
-from keifu.models.hf.config import activation_name, published_activation
+from keifu.models.hf import config as hf
 
 Tokens = Int[Tensor, "batch length"]
 Hidden = Float[Tensor, "batch length dim"]
@@ -208,6 +208,13 @@ ARCHITECTURES = {
     "BertModel": (False, False, False, False),
 }
 
+FIELDS: hf.Fields = hf.SIZE_FIELDS | {
+    "norm_eps": hf.Field("layer_norm_eps", 1e-12, float),
+    "activation": hf.activation_field("hidden_act", "gelu"),
+    "dropout": hf.Field("hidden_dropout_prob", 0.1, float, also=("attention_probs_dropout_prob",)),
+    "type_vocab_size": hf.Field("type_vocab_size", 2),
+}
+
 
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of a Hugging Face config.json of model_type bert."""
@@ -218,16 +225,7 @@ def from_published(json: dict[str, Any]) -> Config:
     if words and not json.get("tie_word_embeddings", True):
         raise ValueError("its head for words is not tied to the embedding (tie_word_embeddings is false).")
     return Config(
-        vocab_size=json["vocab_size"],
-        context_length=json["max_position_embeddings"],
-        dim=json["hidden_size"],
-        hidden_dim=json["intermediate_size"],
-        n_layers=json["num_hidden_layers"],
-        n_heads=json["num_attention_heads"],
-        norm_eps=float(json.get("layer_norm_eps", 1e-12)),
-        activation=activation_name(json.get("hidden_act", "gelu")),
-        dropout=float(json.get("hidden_dropout_prob", 0.1)),
-        type_vocab_size=json.get("type_vocab_size", 2),
+        **hf.read_fields(json, FIELDS),
         pooled=json.get("add_pooling_layer", pooled),
         words=words,
         next_sentence=next_sentence,
@@ -251,17 +249,7 @@ def to_published(config: Config) -> dict[str, Any]:
     json = {
         "model_type": "bert",
         "architectures": [named.get(heads, "BertForPreTraining")],
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "layer_norm_eps": config.norm_eps,
-        "hidden_act": published_activation(config.activation),
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-        "type_vocab_size": config.type_vocab_size,
+        **hf.write_fields(config, FIELDS),
         "add_pooling_layer": config.pooled,
         "tie_word_embeddings": True,
     }

@@ -22,7 +22,7 @@ from keifu.layers.initialisation import xavier_
 from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import CrossPostNorm, PostNorm
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
-from keifu.models.hf.config import activation_name, published_activation
+from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
@@ -154,32 +154,37 @@ def aliases(config: Config) -> dict[str, tuple[str, ...]]:
     return {"source_embedding": ("model.shared",), "target_embedding": (*heads, "model.shared")}
 
 
+FIELDS: hf.Fields = {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "dim": "d_model",
+    "hidden_dim": "encoder_ffn_dim",
+    "decoder_hidden_dim": "decoder_ffn_dim",
+    "n_layers": "encoder_layers",
+    "n_decoder_layers": "decoder_layers",
+    "n_heads": "encoder_attention_heads",
+    "n_decoder_heads": "decoder_attention_heads",
+    "activation": hf.activation_field("activation_function", "gelu"),
+    "dropout": hf.Field("dropout", 0.1, float),
+    "attention_dropout": hf.Field("attention_dropout", 0.0, float),
+    "activation_dropout": hf.Field("activation_dropout", 0.0, float),
+    "scaled": hf.Field("scale_embedding", False),
+    "start_id": "decoder_start_token_id",
+    "end_id": hf.Field("eos_token_id", also=("forced_eos_token_id",)),
+    "pad_id": "pad_token_id",
+}
+
+
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of a Hugging Face config.json of model_type marian."""
     tied = json.get("tie_word_embeddings", True)
     shared = json.get("share_encoder_decoder_embeddings", True) and tied  # untied, transformers shares nothing
     target = json.get("decoder_vocab_size") or json["vocab_size"]
     return Config(
-        vocab_size=json["vocab_size"],
+        **hf.read_fields(json, FIELDS),
         target_vocab_size=target if not shared and target != json["vocab_size"] else None,
-        context_length=json["max_position_embeddings"],
-        dim=json["d_model"],
-        hidden_dim=json["encoder_ffn_dim"],
-        decoder_hidden_dim=json["decoder_ffn_dim"],
-        n_layers=json["encoder_layers"],
-        n_decoder_layers=json["decoder_layers"],
-        n_heads=json["encoder_attention_heads"],
-        n_decoder_heads=json["decoder_attention_heads"],
-        activation=activation_name(json.get("activation_function", "gelu")),
-        dropout=float(json.get("dropout", 0.1)),
-        attention_dropout=float(json.get("attention_dropout", 0.0)),
-        activation_dropout=float(json.get("activation_dropout", 0.0)),
         shared=shared,
         tied=tied,
-        scaled=json.get("scale_embedding", False),
-        start_id=json["decoder_start_token_id"],
-        end_id=json["eos_token_id"],
-        pad_id=json["pad_token_id"],
     )
 
 
@@ -189,28 +194,14 @@ def to_published(config: Config) -> dict[str, Any]:
         "model_type": "marian",
         "architectures": ["MarianMTModel"],
         "is_encoder_decoder": True,
-        "vocab_size": config.vocab_size,
         "decoder_vocab_size": config.target_vocab_size or config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "d_model": config.dim,
-        "encoder_ffn_dim": config.hidden_dim,
-        "decoder_ffn_dim": config.decoder_hidden_dim or config.hidden_dim,
-        "encoder_layers": config.n_layers,
-        "decoder_layers": config.n_decoder_layers or config.n_layers,
-        "encoder_attention_heads": config.n_heads,
-        "decoder_attention_heads": config.n_decoder_heads or config.n_heads,
-        "activation_function": published_activation(config.activation),
-        "dropout": config.dropout,
-        "attention_dropout": config.attention_dropout,
-        "activation_dropout": config.activation_dropout,
+        "decoder_ffn_dim": config.hidden_dim,  # these three where the Config leaves them to the encoder's
+        "decoder_layers": config.n_layers,
+        "decoder_attention_heads": config.n_heads,
+        **hf.write_fields(config, FIELDS),
         "share_encoder_decoder_embeddings": config.shared,
         "tie_word_embeddings": config.tied,
-        "scale_embedding": config.scaled,
         "static_position_embeddings": True,
-        "decoder_start_token_id": config.start_id,
-        "eos_token_id": config.end_id,
-        "forced_eos_token_id": config.end_id,
-        "pad_token_id": config.pad_id,
         "bos_token_id": None,
         "bad_words_ids": [[token] for token in sorted({config.start_id, config.pad_id} - {config.end_id})],
     }
