@@ -1,1 +1,1 @@
-"""The landmarks, one file a paper: each offers Config, SIZES, build and, where weights were published, their names."""
+"""The models, one file a paper: each offers Config, SIZES, build and, where weights were published, their names."""

@@ -1,6 +1,6 @@
-"""BERT (Devlin et al., 2018, "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding"): an
-encoder that sees both sides of every token, since it learns by filling in masked words instead of the next one, and by
-telling whether one sentence follows another; then it is fine-tuned. It knows nothing of training, text or files.
+"""BERT (Devlin et al., 2018, "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding"): a
+bidirectional encoder. New are its pretraining tasks, masked language modelling and next-sentence prediction, which let
+every token attend to both sides; it is then fine-tuned on a task.
 
 Axes: batch, length = tokens, dim, vocab, labels.
 """
@@ -29,7 +29,7 @@ Hidden = Float[Tensor, "batch length dim"]
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are BERT-base as it is pretrained. The last four fields say what stands on top of the encoder."""
+    """The defaults are BERT-base as it is pretrained. The last four fields are the heads on top of the encoder."""
 
     vocab_size: int = 30_522
     context_length: int = 512
@@ -42,9 +42,9 @@ class Config:
     dropout: float = 0.1
     type_vocab_size: int = 2  # segments: sentence A and sentence B
     pooled: bool = True
-    words: bool = True  # the head that fills in masked words
+    words: bool = True  # the head of masked language modelling
     next_sentence: bool = True
-    labels: tuple[str, ...] = ()  # of classification; none: no such head
+    labels: tuple[str, ...] = ()  # of the classification head; empty: no such head
 
 
 # Printed are 110 M and 340 M, which leave out the heads of pretraining.
@@ -57,7 +57,7 @@ PAPER_PARAMETERS = {"bert-base": 110e6, "bert-large": 340e6, "all-minilm-l6-v2":
 
 
 class WordHead(nn.Module):
-    """What turns a hidden state into one that looks like the embedding of the word that stood there."""
+    """The head of masked language modelling, up to its last matrix, which is the embedding."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -70,7 +70,7 @@ class WordHead(nn.Module):
 
 
 class Bert(nn.Module):
-    """The encoder, and those heads that its config names; the others are None."""
+    """The encoder, and the heads that its config names; the others are None."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -114,7 +114,7 @@ class Bert(nn.Module):
         return linear(self.word_states(hidden), self.head_weight, self.head_bias)
 
     def word_states(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """What `head_weight` and `head_bias` make logits of, for losses that do not want all logits at once."""
+        """The head's hidden states before `head_weight` and `head_bias`, for losses that compute logits in chunks."""
         return _there(self.word_head, "head for masked words")(hidden)
 
     @property
@@ -128,7 +128,7 @@ class Bert(nn.Module):
         return _there(self.word_head, "head for masked words").bias
 
     def next_sentence(self, pooled: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch 2"]:
-        """Logits of: the second sentence follows the first; it was taken from elsewhere."""
+        """Logits of the two classes: the second sentence follows the first, or is a random one."""
         return _there(self.next_head, "head for the next sentence")(pooled)
 
     def classify(

@@ -1,7 +1,8 @@
-"""Gemma 3 (Gemma Team, 2025), its text model: five layers that see a window for each that sees everything, so that the
-cache of a long text stays small; norms before and after each sublayer and of queries and keys; embeddings times √dim.
+"""Gemma 3 (Gemma Team, 2025), its text model: five layers of sliding-window attention for each of full attention, so
+that the key-value cache of a long text stays small; norms before and after each sublayer, QK-norm, embeddings times
+√dim.
 
-Layers with a window turn by the base 10,000, the others by 1,000,000. Norms multiply with 1 + weight.
+The rotary base is 10,000 in local layers (sliding window) and 1,000,000 in global ones. Norms multiply by 1 + weight.
 """
 
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Config:
     local_rope_theta: float = 10_000.0
     local_rope_scaling: RopeScaling | None = None
     activation: str = "gelu_tanh"
-    sliding_window: int = 512  # tokens that a local layer sees, the token itself included
+    sliding_window: int = 512  # tokens that a local layer attends to, the token itself included
     global_layers: tuple[int, ...] | None = None  # None: every sixth, from layer 5 on
     attention_scale: float | None = None  # 1 / √head_dim
     attention_bias: bool = False
@@ -64,7 +65,7 @@ PAPER_PARAMETERS = {  # table 1, embedding and the rest, without the picture enc
 
 
 def build(config: Config) -> DecoderLM:
-    """A model drawn from N(0, 0.02²) with scaled residual writers, as GPT-2: the report does not print its own."""
+    """A model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the report does not print its own."""
     model = DecoderLM(
         ScaledEmbedding(config.vocab_size, config.dim, config.dim**0.5),
         [_block(config, layer) for layer in range(config.n_layers)],
@@ -79,7 +80,7 @@ def build(config: Config) -> DecoderLM:
 
 
 def global_layers(config: Config) -> tuple[int, ...]:
-    """The layers that see everything."""
+    """The layers with full attention."""
     return tuple(range(5, config.n_layers, 6)) if config.global_layers is None else config.global_layers
 
 
@@ -170,7 +171,7 @@ def _read_ropes(json: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_global_layers(json: dict[str, Any], n_layers: int) -> tuple[int, ...] | None:
-    """The layers that see everything, by `layer_types` or by the older `sliding_window_pattern`; None: every sixth."""
+    """The layers with full attention, by `layer_types` or by the older `sliding_window_pattern`; None: every sixth."""
     every = json.get("sliding_window_pattern", 6)
     found = tuple(range(every - 1, n_layers, every))
     if kinds := json.get("layer_types"):

@@ -1,8 +1,6 @@
-"""GPT-1 (Radford et al., 2018, "Improving Language Understanding by Generative Pre-Training"): the decoder of the
-Transformer alone, taught to write first and a task afterwards. New against the Transformer of 2017: no encoder and
-nothing to look across to, learned positions, and GELU; the norms still stand after each sublayer.
-
-This file knows nothing of training, text or files.
+"""GPT-1 (Radford et al., 2018, "Improving Language Understanding by Generative Pre-Training"): a decoder-only
+Transformer, pretrained as a language model and then fine-tuned on a task. New against the Transformer of 2017: no
+encoder and no cross-attention, learned positions, and GELU. The norms still stand after each sublayer (post-norm).
 """
 
 from dataclasses import dataclass
@@ -44,7 +42,8 @@ PAPER_PARAMETERS = {"gpt1": 117e6}  # not in its own paper; GPT-2's table 2 coun
 
 
 def build(config: Config) -> DecoderLM:
-    """A model drawn from N(0, 0.02²), positions too. There is no last norm: the last block ends in one."""
+    """A model whose weights, positions too, are initialised from N(0, 0.02²). There is no final norm: the last block
+    ends in one."""
     norm = partial(nn.LayerNorm, config.dim, config.norm_eps)
     blocks = [
         PostNorm(

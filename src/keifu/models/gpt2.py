@@ -1,6 +1,6 @@
-"""GPT-2 (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners"): GPT-1 with the norms moved to
-the front of each block and one more at the end, residual weights scaled at the start, and prompts instead of
-fine-tuning. This file knows nothing of training, text or files.
+"""GPT-2 (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners"): new against GPT-1 are
+pre-norm blocks with a final norm, an initialisation scaled for the number of residual layers, and prompts in place of
+fine-tuning.
 """
 
 from dataclasses import dataclass

@@ -1,13 +1,12 @@
-"""GPT-3 (Brown et al., 2020, "Language Models are Few-Shot Learners"): GPT-2 a hundred times as large, told its task by
-examples in the prompt. New in the model: every second layer sees only a band of the nearest tokens (section 2.1, after
-Child et al., 2019), so that its cost grows with the band and not with the square of the length.
+"""GPT-3 (Brown et al., 2020, "Language Models are Few-Shot Learners"): GPT-2 a hundred times as large, which learns a
+task from examples in the prompt (few-shot). New in the model: banded (local) attention in every second layer (section
+2.1, after Child et al., 2019), whose cost grows with the band's width and not with the square of the length.
 
 Where table 2.1 does not add up, this file keeps to d_model = n_heads · d_head: XL has 16 heads of 128 (printed: 24,
 which would make it 1.5 billion and not 1.3), 13B has dim 5120 (printed: 5140, which 40 heads do not divide). The band's
-width was not published: 256 is GPT-Neo's, whose weights were (Black et al., 2021; the same layers, with attention
-unscaled and no biases on q, k and v). Nor were the pattern's start, dense here as there, and dropout: here is none.
-
-This file knows nothing of training, text or files.
+width was not published: 256 is that of GPT-Neo, whose weights were (Black et al., 2021; the same layers, with unscaled
+attention and no biases on q, k and v). Nor was it published whether the first layer is dense (here it is, as in
+GPT-Neo) or banded, nor the dropout (here 0).
 """
 
 from dataclasses import dataclass
@@ -42,9 +41,9 @@ class Config:
     norm_eps: float = 1e-5
     activation: str = "gelu_tanh"
     dropout: float = 0.0
-    band: int | None = 256  # tokens that the layers 1, 3, 5, ... see, the token itself included
+    band: int | None = 256  # width of the attention in layers 1, 3, 5, ..., the token itself included
     qkv_bias: bool = True
-    scaled_attention: bool = True  # by 1 / √(dim / n_heads); GPT-Neo has its products as they are
+    scaled_attention: bool = True  # by 1 / √(dim / n_heads); GPT-Neo does not scale
     tied: bool = True
 
 

@@ -1,7 +1,5 @@
-"""LLaMA (Touvron et al., 2023) and the heirs whose layers are the same: LLaMA 2 and 3, SmolLM2, TinyLlama, Mistral
+"""LLaMA (Touvron et al., 2023) and later models with the same layers: LLaMA 2 and 3, SmolLM2, TinyLlama, Mistral
 (sliding window), Qwen2 (biased q, k, v). New against GPT-2: RMSNorm, SwiGLU, rotary positions, no biases.
-
-This file knows nothing of training, text or files.
 """
 
 from dataclasses import dataclass
@@ -37,8 +35,8 @@ class Config:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     activation: str = "silu"
-    sliding_window: int | None = None  # Mistral: each token sees this many, itself included
-    first_window_layer: int = 0  # Qwen2: layers below it see everything
+    sliding_window: int | None = None  # Mistral: a token attends to this many, itself included
+    first_window_layer: int = 0  # Qwen2: layers below it have full attention
     qkv_bias: bool = False
     out_bias: bool = False
     feedforward_bias: bool = False
@@ -114,7 +112,8 @@ PAPER_PARAMETERS = {
 
 
 def build(config: Config) -> DecoderLM:
-    """A model drawn from N(0, 0.02²) with scaled residual writers, as GPT-2: the LLaMA papers do not print theirs."""
+    """A model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the LLaMA papers do not print
+    theirs."""
     blocks = [_block(config, layer) for layer in range(config.n_layers)]
     head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
     embedding, norm = nn.Embedding(config.vocab_size, config.dim), RMSNorm(config.dim, config.norm_eps)

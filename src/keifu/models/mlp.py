@@ -1,5 +1,6 @@
 """The multi-layer network (Rumelhart, Hinton and Williams, 1986, "Learning representations by back-propagating
-errors"): layers of units between input and output, all trained by the gradient of one error. It knows no data.
+errors"): layers of units between input and output, all trained by the gradient of one error
+(backpropagation).
 
 What was new: the step is replaced by a smooth unit (the paper's is the sigmoid), so that the chain rule carries the
 error of the outputs back through every layer and the hidden units find features of their own. What one neuron cannot
@@ -25,7 +26,7 @@ from keifu.layers.dropout import Dropout
 class Config:
     """`hidden_dims` is the width of each hidden layer, `output` the activation of the last one.
 
-    `classes` names the outputs, where they have names. `dropout` is the share of hidden units left out of a step.
+    `classes` names the outputs, where they have names. `dropout` is the fraction of hidden units dropped in a step.
     """
 
     dim: int = 2

@@ -1,11 +1,9 @@
-"""PaLM (Chowdhery et al., 2022): attention and feed-forward side by side on one norm, so that their first products are
-one step; a single head of keys and values (multi-query), so that a cache is n_heads times smaller; SwiGLU, rotary
-positions, no biases anywhere, and a head that is the embedding, its logits divided by √dim.
+"""PaLM (Chowdhery et al., 2022): parallel attention and feed-forward layers behind one norm, so that their first matrix
+products can be one; a single head of keys and values (multi-query attention), so that the key-value cache is n_heads
+times smaller; SwiGLU, rotary positions, no biases, and a head tied to the embedding, its logits divided by √dim.
 
 No PaLM weights were published. Cohere's Command-R has the same layer, and its files are read and written here. Rotary
-pairs are neighbours, as Cohere has them; the paper does not say. Nor does it print the norms' ε.
-
-This file knows nothing of training, text or files.
+pairs are interleaved, as in Cohere's code; the paper does not say. Nor does it print the norms' ε.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,10 @@
-"""The perceptron (Rosenblatt, 1958): one step neuron that learns from its mistakes; knows no file and no picture.
+"""The perceptron (Rosenblatt, 1958): one neuron with a step function, trained by correcting its mistakes.
 
 What was new: McCulloch and Pitts' threshold neuron (1943) computed, but its weights were set by hand. Rosenblatt gave
 it a rule that finds them: w ← w + η (t - y) x, b ← b + η (t - y), applied only where the output y is not the target t.
 A step has no gradient; the rule needs none. If a plane parts the two classes, the rule finds one after at most (R/γ)²
-corrections (Novikoff, 1962); if none does (XOR), it never ends, so that is decided beforehand, with a proof in hand.
+corrections (Novikoff, 1962); if none does (XOR), it never ends, so linear separability is decided beforehand, with a
+proof.
 
 Axes: rows = examples, dim = inputs. A signed row is ±(x, 1): the bias is the weight of a constant 1, and the sign is
 that of the class, so that a separator is a vector whose product with every signed row is positive.

@@ -1,6 +1,7 @@
-"""Qwen3 (Yang et al., 2025): LLaMA's layers, with an RMSNorm of each head's queries and keys where Qwen2 had biases.
+"""Qwen3 (Yang et al., 2025): LLaMA's layers, with QK-norm (an RMSNorm of each head's queries and keys) in
+place of Qwen2's biases.
 
-The norms keep the products of queries and keys from growing, so that training is stable (Dehghani et al., 2023).
+QK-norm keeps attention logits from growing, so that training is stable (Dehghani et al., 2023).
 """
 
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Config:
     rope_scaling: RopeScaling | None = None
     activation: str = "silu"
     sliding_window: int | None = None  # each token sees this many, itself included
-    first_window_layer: int = 0  # layers below it see everything
+    first_window_layer: int = 0  # layers below it have full attention
     attention_bias: bool = False
     tied: bool = False
     dropout: float = 0.0
@@ -59,7 +60,7 @@ PAPER_PARAMETERS = {
 
 
 def build(config: Config) -> DecoderLM:
-    """A model drawn from N(0, 0.02²) with scaled residual writers, as GPT-2: the report does not print its own."""
+    """A model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the report does not print its own."""
     blocks = [_block(config, layer) for layer in range(config.n_layers)]
     head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
     embedding, norm = nn.Embedding(config.vocab_size, config.dim), RMSNorm(config.dim, config.norm_eps)

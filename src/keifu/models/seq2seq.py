@@ -1,14 +1,13 @@
 """The encoder-decoder with attention (Bahdanau, Cho and Bengio, 2014, "Neural Machine Translation by Jointly Learning
-to Align and Translate"), and the ones before it without (Cho et al., 2014; Sutskever et al., 2014). It knows nothing of
-training, text or files.
+to Align and Translate"), and the ones before it without (Cho et al., 2014; Sutskever et al., 2014).
 
-What was new: the source is no longer squeezed into one vector. It stays as long as it is, one state for each token,
-read from both sides, and before each word the decoder weighs all of them anew and takes their mean: attention. The
-weights are a softmax of a small network's scores, so that aligning is learned together with translating.
+What was new: the source is not one vector of fixed size but one state a token, from a bidirectional encoder, and before
+each word the decoder takes a weighted mean of them: attention. The weights are a softmax of the scores of a small
+network, so that alignment is learned together with translation.
 
 What the paper leaves open: which state and context stand in the output. Section 3.1 writes g(y_{i-1}, s_i, c_i), the
 appendix U_o s_{i-1} + V_o E y_{i-1} + C_o c_i (copies differ in the index of c). This file follows the appendix with
-c_i, the context that s_{i-1} chose, so that y_{i-1}, which is given to both, is not looked at through an old context.
+c_i, the context computed from s_{i-1}, so that y_{i-1}, an input of both, meets the current context.
 Biases, which the paper leaves out of its formulas, are in the recurrent layers, s_0 and the output's pairs. The reset
 gate stands where torch has it: see `keifu.layers.recurrent.gru`.
 
@@ -44,7 +43,7 @@ class Config:
     encoder: "bidirectional", or "forward" as before this paper. context: what of the source the decoder has at a step,
     "attention", "fixed" (Cho et al.: the encoder's last states at every step) or "none" (Sutskever et al.: only as its
     first state). output: "maxout" of pairs, or "state", the new state itself. The ids are those of the tokens that
-    begin a target, end either side and fill up a row; `context_length` is what the training took.
+    begin a target, end either side and pad a row; `context_length` is that of the training.
     """
 
     vocab_size: int = 30_000
@@ -70,7 +69,7 @@ class Config:
 
 
 class Maxout(nn.Module):
-    """The larger of each two sums of what is known before a word: the state, the word before, the context (A.2.2)."""
+    """Maxout over pairs of sums of the state, the previous word and the context (A.2.2)."""
 
     def __init__(self, config: Config, context_dim: int):
         super().__init__()
@@ -85,7 +84,7 @@ class Maxout(nn.Module):
 
 
 class LastState(nn.Module):
-    """The decoder's new state itself, which has read the word before (Sutskever et al., 2014)."""
+    """The decoder's new state itself, after it has read the previous word (Sutskever et al., 2014)."""
 
     def __init__(self, config: Config, context_dim: int):
         super().__init__()
@@ -159,7 +158,7 @@ class Seq2Seq(nn.Module):
         return DecoderState(memory, hidden, capacity)
 
     def hidden(self, target: Int[Tensor, "batch length"], state: DecoderState) -> Float[Tensor, "batch length hidden"]:
-        """What predicts the token after each. With a capacity, `target` are the new tokens alone."""
+        """Hidden states that predict the next token. With a capacity, `target` holds the new tokens alone."""
         embedded = self.target_dropout(self.target_embedding(target))
         return self.output_dropout(self.output(self._steps(embedded, state), embedded))
 
@@ -169,7 +168,7 @@ class Seq2Seq(nn.Module):
         target: Int[Tensor, "batch length"],
         source_mask: Bool[Tensor, "batch source_length"] | None = None,
     ) -> Float[Tensor, "batch length source_length"]:
-        """How much of each source token is in the context that predicts the token after each of the target (figure 3).
+        """Attention weights of the source tokens for each prediction of a next target token (figure 3).
 
         A model without attention has none: a ValueError.
         """
@@ -184,7 +183,7 @@ class Seq2Seq(nn.Module):
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab hidden"]:
-        """The matrix of the head, for losses that do not want all logits at once."""
+        """The matrix of the head, for losses that compute logits in chunks."""
         return self.head.weight
 
     @property

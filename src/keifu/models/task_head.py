@@ -1,7 +1,7 @@
-"""Any decoder with a head for a task on top: the second half of GPT-1 (Radford et al., 2018, sections 3.2 and 3.3).
+"""A pretrained decoder with a task head: fine-tuning as in GPT-1 (Radford et al., 2018, sections 3.2 and 3.3).
 
-The decoder that learned to write is taken as it is; new are the rows of a few special tokens and one matrix, which
-reads the hidden state of a sequence's last token. It knows no text, no files, and not which decoder it holds.
+The decoder is unchanged; new are the embeddings of a few special tokens and one matrix, which reads the hidden state of
+a sequence's last token.
 
 Axes: batch = examples, sequences = of one example, length = tokens, padded on the right, dim, answers = the logits.
 """
@@ -27,7 +27,8 @@ Extracted = Float[Tensor, "batch sequences dim"]
 
 @dataclass(frozen=True)
 class Config:
-    """`decoder` is the decoder's own Config. `form` names how an example becomes sequences, so which head reads them.
+    """`decoder` is the decoder's own Config. `form` names the input transformation (GPT-1, figure 1), and so the
+    head.
 
     labels: what a head for labels chooses from; none where an example's own answers are chosen from. The ids are those
     of the tokens around and between the parts of a sequence; None where a text stands as the tokenizer makes it.
@@ -142,7 +143,7 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {  # for each form, from the
 
 
 def add_head(decoder: DecoderLM, config: Config) -> ModelWithHead:
-    """A decoder with a new head, drawn from N(0, 0.02²)."""
+    """A decoder with a new head, initialised from N(0, 0.02²)."""
     if config.form not in HEADS:
         raise UserError(f"There is no form {config.form!r}. Known: {', '.join(HEADS)}.")
     head = HEADS[config.form](decoder.embedding.embedding_dim, len(config.labels))
@@ -151,7 +152,7 @@ def add_head(decoder: DecoderLM, config: Config) -> ModelWithHead:
 
 
 def builder(build: Callable[[Any], DecoderLM]) -> Callable[[Config], ModelWithHead]:
-    """From what builds a decoder, what builds it with a head."""
+    """The function that builds a decoder with a head, from the one that builds the decoder."""
     return lambda config: add_head(build(config.decoder), config)
 
 

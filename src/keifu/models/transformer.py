@@ -1,10 +1,10 @@
-"""The Transformer (Vaswani et al., 2017, "Attention Is All You Need"): a translator of attention and feed-forward
-layers alone, without recurrence, so that all places of a text are computed at once. Marian's models have its layers.
+"""The Transformer (Vaswani et al., 2017, "Attention Is All You Need"): an encoder-decoder for translation. New:
+attention and feed-forward layers alone, without recurrence, so that all positions of a text are computed in parallel.
+Marian's models have its layers.
 
 The norms stand after each sublayer, as in the paper; the released tensor2tensor code has them before. Sines and cosines
-of the positions are in two halves, as in that code and in Marian; the paper interleaves them. The two orders make one
-model: all that differs is how the dimensions are numbered, which no layer minds. This file knows nothing of training,
-text or files.
+of the positions are in two halves, as in that code and in Marian; the paper interleaves them. The two orders are
+equivalent: they differ in the numbering of the dimensions alone.
 """
 
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ from keifu.models.hf import config as hf
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are the paper's base model for English-German. The decoder is like the encoder where it is None.
+    """The defaults are the paper's base model for English-German. A decoder field that is None is as the encoder's.
 
-    A target begins with the token `start_id` and ends with `end_id`; `pad_id` fills shorter texts up. `shared`: one
+    A target begins with the token `start_id` and ends with `end_id`; `pad_id` pads shorter texts. `shared`: one
     matrix embeds both languages; `tied`: the target's is also the head; `scaled`: embeddings are multiplied by √dim.
     """
 

@@ -1,6 +1,6 @@
-"""CLIP (Radford et al., 2021, "Learning Transferable Visual Models From Natural Language Supervision"): a tower for
-pictures and one for captions, trained so that a picture and its own caption point the same way among all of a batch.
-Any words are then a classifier. It is no generator. This file knows nothing of training, text or files.
+"""CLIP (Radford et al., 2021, "Learning Transferable Visual Models From Natural Language Supervision"): an image
+encoder and a text encoder, trained by a contrastive loss over the image-caption pairs of a batch, so that a matching
+pair has similar embeddings. Any set of captions is then a zero-shot classifier.
 
 Axes: images, texts, length = tokens, channels, rows and columns of pixels, embedding = the shared space.
 """
@@ -24,7 +24,7 @@ Tokens = Int[Tensor, "texts length"]
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are ViT-B/32 as OpenAI released it. `pixels` is what a picture becomes before the tower sees it."""
+    """The defaults are ViT-B/32 as OpenAI released it. `pixels` is the preprocessing of images."""
 
     text: clip_text.Config = field(default_factory=clip_text.Config)
     image: clip_image.Config | clip_image.ResNetConfig = field(default_factory=clip_image.Config)
@@ -32,7 +32,7 @@ class Config:
 
     @property
     def vocab_size(self) -> int:
-        """The tokens that captions are made of."""
+        """Size of the vocabulary."""
         return self.text.vocab_size
 
     @property
@@ -73,7 +73,7 @@ PAPER_PARAMETERS = {  # of the released weights, as open_clip lists them; the pa
 
 
 class Clip(nn.Module):
-    """The two towers, and the logarithm of what their similarities are multiplied by."""
+    """The two encoders, and the logarithm of the scale of the logits (the inverse temperature)."""
 
     def __init__(self, config: Config, text: nn.Module, image: nn.Module):
         super().__init__()
@@ -84,13 +84,13 @@ class Clip(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, pixels: Float[Tensor, "images channels rows columns"]) -> Float[Tensor, "images embedding"]:
-        """A vector for each picture, of any length; pixels are made by the config's `pixels`."""
+        """An embedding for each image, not normalised; the images are preprocessed by the config's `pixels`."""
         return self.image(pixels)
 
     def encode_text(
         self, tokens: Tokens, mask: Bool[Tensor, "texts length"] | None = None
     ) -> Float[Tensor, "texts embedding"]:
-        """A vector for each caption, of any length; `mask` is True on real tokens (see `TextTower.encode`)."""
+        """An embedding for each caption, not normalised; `mask` is True on real tokens (see `TextTower.encode`)."""
         return self.text(tokens, mask)
 
     def forward(
@@ -99,18 +99,18 @@ class Clip(nn.Module):
         tokens: Tokens,
         mask: Bool[Tensor, "texts length"] | None = None,
     ) -> Float[Tensor, "images texts"]:
-        """Logits: how well each caption fits each picture, the cosine of their vectors times exp(logit_scale)."""
+        """Logits of every image and caption: the cosine of their embeddings times exp(logit_scale)."""
         return self.logits(self.encode_image(pixels), self.encode_text(tokens, mask))
 
     def logits(
         self, images: Float[Tensor, "images embedding"], texts: Float[Tensor, "texts embedding"]
     ) -> Float[Tensor, "images texts"]:
-        """The same of vectors of any length."""
+        """Logits of embeddings, which need not be normalised."""
         return self.logit_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
 
 
 def build(config: Config) -> Clip:
-    """A model with the released code's initialisation; similarities begin multiplied by 1 / 0.07."""
+    """A model with the released code's initialisation; the logits' scale begins at 1 / 0.07."""
     return Clip(config, clip_text.build(config.text), clip_image.BUILDERS[type(config.image)](config.image))
 
 
@@ -143,7 +143,7 @@ def from_published(json: dict[str, Any]) -> Config:
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that transformers reads, and in it the content of preprocessor_config.json.
 
-    It has no words for a ResNet, which is left out: what is read back then differs, and open_clip's config is written.
+    It has no fields for a ResNet, which is left out: what is read back then differs, and open_clip's config is written.
     """
     vision = clip_image.to_published(config.image) if isinstance(config.image, clip_image.Config) else {}
     return {

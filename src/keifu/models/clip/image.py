@@ -1,12 +1,9 @@
-"""CLIP's image towers (Radford et al., 2021, section 2.4): a vision transformer with one more norm at its start, and a
-ResNet with three changes: three small convolutions at the start, strides that average, attention in place of the last
-average. This file knows nothing of words, training or files.
+"""CLIP's image encoders (Radford et al., 2021, section 2.4): a vision transformer with an extra norm at its start, and
+a ResNet with three changes: three convolutions in the stem, antialiased strides (average pooling), and attention
+pooling in place of global average pooling.
 
-Axes: batch, channels, rows, columns of pixels; length = 1 + patches, dim, embedding = the space shared with captions.
-
-What a network sees pictures with: patches as tokens, a residual block that does not alias, pooling by attention.
-
-It knows no model. Axes: batch, channels, rows and columns of pixels or of what is left of them, patches, dim.
+Axes: batch, channels, rows and columns of pixels or of a feature map; length = 1 + patches, dim, embedding = the space
+shared with captions.
 """
 
 from dataclasses import dataclass
@@ -29,8 +26,8 @@ Pixels = Float[Tensor, "batch channels rows columns"]
 
 
 class PatchEmbedding(nn.Module):
-    """A picture as a sequence of tokens (ViT, Dosovitskiy et al., 2020): its patches, each through one matrix, after a
-    learned token for the whole; learned positions are added. What is left over at the right and below is not seen."""
+    """An image as a sequence of tokens (ViT, Dosovitskiy et al., 2020): a learned class token, then the patches, each
+    through one matrix; learned positions are added. Pixels at the right and below that fill no patch are cut off."""
 
     def __init__(self, image_size: int, patch_size: int, channels: int, dim: int):
         super().__init__()
@@ -78,7 +75,8 @@ class AntialiasedBottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One vector for all places of a picture: their mean asks, all of them and the mean answer (CLIP, section 2.4)."""
+    """Attention pooling of a feature map: the query is the mean of all positions; keys and values are all positions and
+    the mean (CLIP, section 2.4)."""
 
     def __init__(self, places: int, dim: int, n_heads: int, out_dim: int):
         super().__init__()
@@ -100,8 +98,8 @@ class AttentionPool(nn.Module):
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are the vision transformer of ViT-B/32. Without `with_projection` the last matrix, into the shared space,
-    is left out."""
+    """The defaults are the vision transformer of ViT-B/32. `projected` False leaves out the last matrix, into the
+    shared space."""
 
     image_size: int = 224
     patch_size: int = 32
@@ -134,7 +132,7 @@ PAPER_PARAMETERS: dict[str, float] = {}
 
 
 class VisionTransformer(nn.Module):
-    """Patches and a token for the whole, through blocks; the token for the whole stands for the picture."""
+    """A class token and patches through blocks; the class token's last state represents the image."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -146,20 +144,21 @@ class VisionTransformer(nn.Module):
         self.projection = Linear(config.dim, config.embedding_dim, bias=False) if config.projected else None
 
     def encode(self, pixels: Pixels) -> Float[Tensor, "batch length dim"]:
-        """Hidden states of the whole and of each patch, before the last norm. Pixels are normalised as in training."""
+        """Hidden states of the class token and of each patch, before the last norm. Pixels are normalised as in
+        training."""
         x, everything = self.first_norm(self.embedding(pixels)), PaddingMask()
         for each in self.blocks:
             x = each(x, mask=everything)
         return x
 
     def forward(self, pixels: Pixels) -> Float[Tensor, "batch embedding"]:
-        """A vector for each picture, of any length; without `with_projection` that of the whole after its norm."""
+        """An embedding for each image, not normalised; without a projection the class token's state after its norm."""
         pooled = self.norm(self.encode(pixels)[:, 0])
         return pooled if self.projection is None else self.projection(pooled)
 
 
 class ResNet(nn.Module):
-    """Three convolutions, four stages of blocks, pooling by attention."""
+    """Three convolutions, four stages of blocks, attention pooling."""
 
     def __init__(self, config: ResNetConfig):
         super().__init__()
@@ -178,7 +177,7 @@ class ResNet(nn.Module):
         self.pool = AttentionPool((config.image_size // 32) ** 2, 32 * width, config.n_heads, config.embedding_dim)
 
     def forward(self, pixels: Pixels) -> Float[Tensor, "batch embedding"]:
-        """A vector for each picture, of any length. Pixels are normalised as in training."""
+        """An embedding for each image, not normalised. Pixels are normalised as in training."""
         check_size(pixels, self.config.image_size)
         x = F.relu(self.norm1(self.conv1(pixels)), inplace=True)
         x = F.relu(self.norm2(self.conv2(x)), inplace=True)
@@ -189,7 +188,8 @@ class ResNet(nn.Module):
 
 
 def build(config: Config) -> VisionTransformer:
-    """A vision transformer as the released code begins it: torch's own layers but for what is drawn by its width."""
+    """A vision transformer initialised as in the released code: PyTorch's default, but embeddings and projection scaled
+    by the width."""
     model, std = VisionTransformer(config), config.dim**-0.5
     multihead_(model)
     nn.init.normal_(model.embedding.whole, std=std)
@@ -200,7 +200,8 @@ def build(config: Config) -> VisionTransformer:
 
 
 def build_resnet(config: ResNetConfig) -> ResNet:
-    """A ResNet as the released code begins it: pooling drawn by its width, and every block adds nothing at first."""
+    """A ResNet initialised as in the released code: pooling scaled by its width, and the last norm of every block
+    zero."""
     model, std = ResNet(config), (32 * config.width) ** -0.5
     nn.init.normal_(model.pool.positions.weight, std=std)
     for linear in (model.pool.q, model.pool.kv, model.pool.out):

@@ -1,6 +1,6 @@
-"""CLIP's text tower (Radford et al., 2021): GPT-2's layers, and the hidden state at the end of a caption stands for it.
+"""CLIP's text encoder (Radford et al., 2021): GPT-2's layers; the hidden state at a caption's end token represents it.
 
-Alone it is the text encoder of Stable Diffusion. This file knows nothing of pictures, training or files.
+Alone it is the text encoder of Stable Diffusion.
 
 Axes: batch, length = tokens, dim, embedding = the space shared with pictures.
 """
@@ -28,7 +28,7 @@ Hidden = Float[Tensor, "batch length dim"]
 @dataclass(frozen=True)
 class Config:
     """The defaults are the text tower of ViT-B/32. A caption ends at the first `end_id`; None: at its highest id, which
-    in OpenAI's vocabulary is the end. Without `with_projection` the last matrix, into the shared space, is left out."""
+    in OpenAI's vocabulary is the end. `projected` False leaves out the last matrix, into the shared space."""
 
     vocab_size: int = 49_408
     context_length: int = 77
@@ -83,13 +83,13 @@ class TextTower(nn.Module):
     def forward(
         self, tokens: Tokens, mask: Bool[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch embedding"]:
-        """A vector for each caption, of any length; without `with_projection` the pooled hidden state."""
+        """An embedding for each caption, not normalised; without a projection the pooled hidden state."""
         pooled = self.pool(self.encode(tokens, mask), tokens)
         return pooled if self.projection is None else self.projection(pooled)
 
 
 def block(config: Any) -> PreNorm:
-    """A block of either tower: what its config says."""
+    """A block of the text or the image encoder."""
     attention = Attention(config.dim, config.n_heads, dropout=config.attention_dropout)
     feedforward = FeedForward(config.dim, config.hidden_dim, activation(config.activation))
     norms = (nn.LayerNorm(config.dim, config.norm_eps), nn.LayerNorm(config.dim, config.norm_eps))
@@ -97,7 +97,8 @@ def block(config: Any) -> PreNorm:
 
 
 def build(config: Config) -> TextTower:
-    """A tower with the released code's initialisation: blocks by their width and number, biases by torch's layers."""
+    """A text encoder initialised as in the released code: blocks by their width and number, biases by PyTorch's
+    default."""
     model, dim = TextTower(config), config.dim
     nn.init.normal_(model.embedding.weight, std=0.02)
     nn.init.normal_(model.positions.weight, std=0.01)
@@ -115,7 +116,7 @@ def build(config: Config) -> TextTower:
 
 
 def layer_names(where: str) -> dict[str, str]:
-    """The names that transformers has for the parts of a block of either tower."""
+    """The names that transformers has for the weights of a block of the text or the image encoder."""
     parts = {
         "attention_norm": "layer_norm1",
         "attention.qkv": "self_attn.[q_proj,k_proj,v_proj]",
@@ -166,7 +167,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def with_projection(json: dict[str, Any], plain: str) -> bool:
-    """Whether a tower's own config says that it has a projection; one inside a CLIP's config says nothing and has."""
+    """Whether an encoder has a projection, by its own config's architecture; one inside a CLIP's config always has."""
     names = {plain: False, f"{plain}WithProjection": True}
     architecture = (json.get("architectures") or [plain])[0]
     if architecture not in names:
@@ -188,7 +189,7 @@ def to_published(config: Config) -> dict[str, Any]:
 
 
 def tower_to_published(config: Any) -> dict[str, Any]:
-    """What transformers calls the settings that both towers have."""
+    """The published fields that the text and the image encoder share."""
     return {
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_dim,

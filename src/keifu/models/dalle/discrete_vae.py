@@ -62,7 +62,8 @@ PAPER_PARAMETERS: dict[str, float] = {}
 
 
 class Laplace(NamedTuple):
-    """What the decoder says of each grey value: the logit-Laplace distribution's location, and its scale's logarithm."""
+    """What the decoder says of each grey value: the logit-Laplace distribution's location, and its scale's
+    logarithm."""
 
     location: Pixels
     log_scale: Pixels

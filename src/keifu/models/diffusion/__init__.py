@@ -1,1 +1,1 @@
-"""DDPM, latent diffusion, and the networks that they are made of."""
+"""DDPM, latent diffusion, and their networks."""

@@ -1,6 +1,7 @@
 """The autoencoder of latent diffusion (Rombach et al., 2022, "High-Resolution Image Synthesis with Latent Diffusion
-Models", section 3.1): a picture becomes a small one of few channels that keeps what the eye sees, so that diffusion is
-spared the rest. A weak pull towards the normal distribution (KL) keeps its numbers tame. It knows no diffusion.
+Models", section 3.1): a variational autoencoder compresses images to small latents that keep what the eye sees, so that
+the diffusion model need not generate imperceptible detail. A small KL penalty keeps the latents near the normal
+distribution.
 
 Axes: batch, channels, height, width; latents have 1/factor of the sides.
 """
@@ -30,11 +31,11 @@ class Config:
     """The defaults are Stable Diffusion's.
 
     Attributes:
-        size: the side of the pictures it was trained with, or their height and width.
-        channels, latent_channels: of pictures and of latents.
+        size: the side of the training images in pixels, or their height and width.
+        channels, latent_channels: of images and of latents.
         widths: channels of each level, the finest first; each but the last halves the sides.
         n_residual_blocks: of each level of the encoder; the decoder's have one more.
-        scale: what latents are multiplied by to have a variance near 1, before diffusion sees them.
+        scale: factor that gives latents a variance near 1 for the diffusion model.
     """
 
     size: int | tuple[int, int] = 512
@@ -48,7 +49,7 @@ class Config:
 
     @property
     def factor(self) -> int:
-        """How many pixels of a side become one."""
+        """Downsampling factor of the encoder: pixels of a side to one latent."""
         return 2 ** (len(self.widths) - 1)
 
 
@@ -60,17 +61,17 @@ PAPER_PARAMETERS = {"stable-diffusion-autoencoder": 83.65e6}  # of the released 
 
 
 class Gaussian(NamedTuple):
-    """What the encoder says of a picture: a normal distribution of latents, its mean the likeliest."""
+    """The encoder's output for an image: a diagonal normal distribution of latents."""
 
     mean: Latents
     log_variance: Latents
 
     def sample(self, noise: Latents) -> Latents:
-        """The latents that this standard normal noise picks."""
+        """A sample of latents from standard normal noise (reparametrisation)."""
         return self.mean + torch.exp(0.5 * self.log_variance) * noise
 
     def kl(self) -> Float[Tensor, " batch"]:
-        """The KL divergence from the standard normal distribution, in nats a picture."""
+        """The KL divergence from the standard normal distribution, in nats an image."""
         return 0.5 * (self.mean.square() + self.log_variance.exp() - 1 - self.log_variance).sum((1, 2, 3))
 
 
@@ -99,7 +100,7 @@ class PixelDecoder(PixelEncoder):
 
 
 class AutoencoderKL(nn.Module):
-    """PixelEncoder and decoder, and a 1×1 convolution on each side of the latents."""
+    """`PixelEncoder`, `PixelDecoder`, and a 1×1 convolution on each side of the latents."""
 
     def __init__(self, config: Config, encoder: PixelEncoder, decoder: PixelDecoder):
         super().__init__()
@@ -108,7 +109,7 @@ class AutoencoderKL(nn.Module):
         self.from_latents = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, pictures: Pixels) -> Gaussian:
-        """The distribution of a picture's latents, in the type that it came in; pictures lie between -1 and 1.
+        """The distribution of an image's latents, in the image's dtype; pixels lie between -1 and 1.
 
         Sides that the encoder cannot halve so often are a `UserError` with the nearest that it can.
         """
@@ -118,11 +119,11 @@ class AutoencoderKL(nn.Module):
         return Gaussian(mean, log_variance.clamp(-30, 20))
 
     def decode(self, latents: Latents) -> Float[Tensor, "batch channels large_height large_width"]:
-        """The pictures, about between -1 and 1, in the type that the latents came in."""
+        """The images, about between -1 and 1, in the latents' dtype."""
         return self.decoder(self.from_latents(latents.to(self.from_latents.weight.dtype))).to(latents.dtype)
 
     def forward(self, pictures: Pixels) -> Pixels:
-        """Pictures through their likeliest latents and back."""
+        """The reconstruction of images from the mean of their latents."""
         return self.decode(self.encode(pictures).mean)
 
     def check_size(self, height: int, width: int) -> None:
@@ -137,7 +138,7 @@ class AutoencoderKL(nn.Module):
 
 
 def build(config: Config) -> AutoencoderKL:
-    """A model with torch's own initialisation, as the released code has it."""
+    """A model with PyTorch's default initialisation, as in the released code."""
     norm = partial(nn.GroupNorm, config.norm_groups, eps=1e-6)
     residual = partial(ResidualBlock, norm=norm, activation=activation(config.activation))
     widths, last, count = config.widths, len(config.widths) - 1, config.n_residual_blocks

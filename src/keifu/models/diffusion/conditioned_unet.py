@@ -1,6 +1,5 @@
-"""The U-Net of latent diffusion (Rombach et al., 2022, section 3.3): DDPM's, and after each of its residual blocks a
-transformer whose pixels look at each other and at a context, such as an encoded text. It knows no autoencoder, no text
-and no training.
+"""The U-Net of latent diffusion (Rombach et al., 2022, section 3.3): DDPM's, with a transformer after each residual
+block, whose self-attention is between pixels and whose cross-attention is to a context, such as an encoded text.
 
 Axes: batch, channels, height, width; seen = tokens of the context. The stages are those of `layers/unet/unet.py`.
 """
@@ -32,15 +31,16 @@ class Config:
     """The defaults are Stable Diffusion 1's. Levels count resolutions from 0, the finest.
 
     Attributes:
-        size: the side of what it was trained on, or its height and width; None where nothing says so.
-        channels, predicted_channels: of what it reads and gives: inpainting reads more.
+        size: the side of the training samples, or their height and width; None where it is not known.
+        channels, predicted_channels: of the input and of the output; for inpainting the input has more.
         widths: channels of each level; each but the last halves the sides.
         n_residual_blocks: of each level on the way down; on the way up it has one more.
         attention, up_attention: the levels that have transformers on the way down and up.
         n_heads: of every level, or of each.
         n_layers: blocks of each transformer.
         context_dim: numbers in a token of the context.
-        linear: whether a transformer's first and last matrix are plain ones (Stable Diffusion 2) or 1×1 convolutions.
+        linear: whether a transformer's input and output projections are linear layers (Stable Diffusion 2) or 1×1
+            convolutions.
         middle: whether there is a middle.
         pad_around: whether convolutions that halve the resolution pad all sides, not below and right alone.
         time_dim: of the embedding of the noise level; None for four times the first width.
@@ -100,7 +100,7 @@ PAPER_PARAMETERS = {  # of the released weights
 
 
 class ConditionedUNet(nn.Module):
-    """The U-Net, and how it is told how much noise there is."""
+    """The U-Net and its timestep embedding."""
 
     def __init__(self, config: Any, time: nn.Module, unet: UNet):
         super().__init__()
@@ -112,7 +112,7 @@ class ConditionedUNet(nn.Module):
         return 1 if self.unet.flexible else self.unet.factor
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
-        """Keys and values of a context for every transformer: made once a picture, used at every step."""
+        """Keys and values of a context for every transformer: computed once an image, used at every step."""
         return memories(self.unet, context.to(next(self.parameters()).dtype))
 
     def predict(
@@ -154,8 +154,8 @@ class ConditionedUNet(nn.Module):
 
 
 def build(config: Config) -> ConditionedUNet:
-    """A network with torch's own initialisation, but zero for what each block, transformer and the network end with, as
-    the released code has it."""
+    """A network with PyTorch's default initialisation, but zero for the last layer of each block, of each transformer
+    and of the network, as in the released code."""
     sinusoids = TimestepSinusoids(config.widths[0], config.frequency_shift, config.cosine_first)
     model = ConditionedUNet(config, TimeEmbedding(sinusoids, config.widths[0], config.time_width), _unet(config))
     zero_(model, ".conv2", ".last")

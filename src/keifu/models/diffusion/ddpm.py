@@ -1,6 +1,6 @@
-"""DDPM (Ho et al., 2020, "Denoising Diffusion Probabilistic Models"): pictures are drawn by removing, a little at a
-time, noise that nobody added; what learns this is a U-Net that is told how much noise there is, and is asked which.
-Improved DDPM (Nichol and Dhariwal, 2021) lets it learn the variance of each step too. It knows no training and no file.
+"""DDPM (Ho et al., 2020, "Denoising Diffusion Probabilistic Models"): a diffusion model that generates images from
+noise by removing a little noise at each step; a U-Net, given the timestep, predicts the noise. Improved DDPM (Nichol
+and Dhariwal, 2021) learns the variance of each step too.
 
 Axes: batch, channels, height, width. The stages are those of `layers/unet/unet.py`.
 """
@@ -40,7 +40,7 @@ class Config:
     """The defaults are the paper's network for CIFAR-10. Levels count resolutions from 0, the finest.
 
     Attributes:
-        size: the side of a picture in pixels, or its height and width; None where nothing says so.
+        size: the side of an image in pixels, or its height and width; None where it is not known.
         out_channels: None for as many as `channels`, or twice as many where the variance is learned.
         dim, multipliers: a level has `dim` times its multiplier channels.
         n_residual_blocks: of each level on the way down; on the way up it has one more.
@@ -48,19 +48,20 @@ class Config:
         n_heads, head_dim: of attention; where `head_dim` is given, a level has as many heads as fit.
         middle, middle_attention: whether there is a middle, and whether it has attention.
         middle_groups: of the norm before the middle's attention; None for no norm.
-        middle_scale: what the middle's sums are divided by.
-        residual_down, residual_up: levels that a residual block leads out of, and not a convolution.
+        middle_scale: divisor of the residual sums in the middle.
+        residual_down, residual_up: levels whose resolution is changed by a residual block, not by a convolution.
         pad_around: whether convolutions that halve the resolution pad all sides, not below and right alone.
-        scale_shift: whether the noise level scales and shifts what the norm gives (improved DDPM), or is added to it.
-        time_dim: of the embedding of the noise level; None for 4 · dim.
+        scale_shift: whether the timestep embedding scales and shifts the norm's output (improved DDPM), or is added.
+        time_dim: of the timestep embedding; None for 4 · dim.
         cosine_first, frequency_shift: of its sinusoids.
-        learned_times: rows of a learned table in their place.
-        centered: whether pictures lie between -1 and 1; those between 0 and 1 are moved there first.
-        label: what is told with a picture: one of `n_classes` classes, a number, or a vector of `time_dim` numbers.
-        n_classes: 0 for a network that is told nothing.
-        null_class: whether there is one class more, number n_classes, that stands for none, as guidance needs it.
+        learned_times: rows of a learned table in place of sinusoids.
+        centered: whether pixels lie between -1 and 1; those between 0 and 1 are moved there first.
+        label: what the model is conditioned on: one of `n_classes` classes, a number, or a vector of `time_dim`
+            numbers.
+        n_classes: 0 for an unconditional model.
+        null_class: whether there is a null class, number n_classes, for classifier-free guidance.
         classes: the names of the classes, where they have some.
-        noise: what the network was trained to remove.
+        noise: the noise schedule and prediction target of the training.
     """
 
     size: int | tuple[int, int] | None = 32
@@ -121,7 +122,7 @@ class Config:
 
     @property
     def predicted_channels(self) -> int:
-        """What the network gives: twice `channels` where it predicts the variance too."""
+        """Channels of the output: twice `channels` where the variance is predicted too."""
         return self.out_channels or self.channels * (1 + (self.noise.variance == "learned_range"))
 
 
@@ -148,7 +149,7 @@ PAPER_PARAMETERS = {
 
 
 class DDPM(nn.Module):
-    """The U-Net and what it is told: how much noise there is, and what the picture should be of, if anything."""
+    """The U-Net with its timestep embedding and, in a conditional model, its class embedding."""
 
     def __init__(self, config: Config, time: nn.Module, label: nn.Module | None, unet: UNet):
         super().__init__()
@@ -166,9 +167,10 @@ class DDPM(nn.Module):
         timestep: Num[Tensor, "*batch"],
         label: Num[Tensor, "batch *vector"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """The prediction for noisy pictures, one timestep for all or one each, in the type that they came in.
+        """The prediction for noisy images [batch, channels, height, width], in their dtype; one timestep for all or one
+        each.
 
-        label: a class [batch], or a number [batch] or vector [batch, time_dim] where the Config says so; None for the
+        label: a class [batch], or a number [batch] or vector [batch, time_dim] where the Config says so; None is the
         null class where there is one. Another size or number of channels than the network takes is a `UserError`.
         """
         self.check_size(*x.shape[1:])
@@ -199,7 +201,8 @@ class DDPM(nn.Module):
 
 
 def build(config: Config) -> DDPM:
-    """A network with the code's initialisation: Glorot's, and zero for what each block and the network end with."""
+    """A network initialised as in the released code: Glorot's, and zero for the last layer of each block and of the
+    network."""
     sinusoids = TimestepSinusoids(config.dim, config.frequency_shift, config.cosine_first)
     table = nn.Embedding(config.learned_times, config.dim) if config.learned_times else sinusoids
     model = DDPM(config, TimeEmbedding(table, config.dim, config.time_width), _label(config), _unet(config))
@@ -218,7 +221,7 @@ def _label(config: Config) -> nn.Module | None:
 
 
 def _unet(config: Config) -> UNet:
-    """The paper's U-Net, whose attentions look from pixel to pixel."""
+    """The paper's U-Net, with self-attention between pixels."""
     up_levels = config.attention if config.up_attention is None else config.up_attention
     look = partial(SpatialAttention, n_heads=config.n_heads, head_dim=config.head_dim)
     norm = group_norm(config, config.norm_groups)
@@ -252,7 +255,7 @@ _LABELS: dict[Any, str | None] = {"class": None, "number": "timestep", "vector":
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of diffusers' config.json of a UNet2DModel, with the scheduler's file as its "scheduler".
 
-    Names that begin with "_" are keifu's own: diffusers passes over them.
+    Names that begin with "_" are keifu's own: diffusers ignores them.
     """
     size, shift, kind = (
         json.get("sample_size"),

@@ -1,9 +1,9 @@
-"""Latent diffusion from text (Rombach et al., 2022; Stable Diffusion): DDPM in an autoencoder's latents, where a step
-costs a fraction of one in pixels, by a U-Net that looks at an encoded text. It knows no sampler, no guidance, no file.
+"""Text-conditional latent diffusion (Rombach et al., 2022; Stable Diffusion): a diffusion model in an autoencoder's
+latents, where a step costs a fraction of one in pixels; its U-Net has cross-attention to an encoded text.
 
-Without an autoencoder the same network works in pixels, for comparison: its latents are the pictures themselves.
+Without an autoencoder the same network works in pixels, for comparison: its latents are the images themselves.
 
-Axes: batch, channels, height, width; length = tokens of a text, each seen by the U-Net.
+Axes: batch, channels, height, width; length = tokens of a text.
 """
 
 from collections.abc import Mapping
@@ -28,10 +28,11 @@ NOISE = Noise(
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are Stable Diffusion 1's. `noise` is what the U-Net was trained to remove.
+    """The defaults are Stable Diffusion 1's. `noise` is the noise schedule and prediction target of the training.
 
     autoencoder: None for a U-Net that works in pixels.
-    masked: whether the U-Net reads, beside noisy latents, a mask and the latents of what the mask leaves (inpainting).
+    masked: whether the U-Net's input has, beside noisy latents, a mask and the latents of the masked image
+        (inpainting).
     """
 
     text: clip_text.Config = field(default_factory=lambda: clip_text.SIZES["stable-diffusion-text"])
@@ -50,7 +51,7 @@ class Config:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of the pictures it was trained with, in pixels; None where nothing says so."""
+        """Height and width of the training images, in pixels; None where they are not known."""
         size, factor = self.unet.size, self.factor
         sides = (size, size) if isinstance(size, int) else size
         return None if sides is None else (sides[0] * factor, sides[1] * factor)
@@ -62,27 +63,27 @@ class Config:
 
     @property
     def factor(self) -> int:
-        """How many pixels of a side become one number of the latents."""
+        """Downsampling factor of the autoencoder: pixels of a side to one latent."""
         return 1 if self.autoencoder is None else self.autoencoder.factor
 
     @property
     def scale(self) -> float:
-        """What latents are multiplied by before diffusion sees them."""
+        """Factor by which latents are scaled for the diffusion model."""
         return 1.0 if self.autoencoder is None else self.autoencoder.scale
 
     @property
     def colours(self) -> int:
-        """Channels of its pictures."""
+        """Channels of the images."""
         return self.channels if self.autoencoder is None else self.autoencoder.channels
 
     @property
     def masked(self) -> bool:
-        """Whether the U-Net reads a mask and what it leaves beside noisy latents."""
+        """Whether it is an inpainting model, whose U-Net takes a mask and the masked image too."""
         return self.unet.channels > self.channels
 
     @property
     def vocab_size(self) -> int:
-        """The tokens that texts are made of."""
+        """Size of the text encoder's vocabulary."""
         return self.text.vocab_size
 
     @property
@@ -110,7 +111,7 @@ PAPER_PARAMETERS: dict[str, float] = {}
 
 
 class LatentDiffusion(nn.Module):
-    """The text's encoder, the U-Net and the autoencoder, if there is one."""
+    """The text encoder, the U-Net and the autoencoder, if there is one."""
 
     def __init__(
         self,
@@ -124,20 +125,20 @@ class LatentDiffusion(nn.Module):
 
     @property
     def noise(self) -> Noise:
-        """What the U-Net was trained to remove."""
+        """The noise schedule and prediction target of the training."""
         return self.config.noise
 
     @property
     def coding(self) -> nn.Module | None:
-        """What pictures and latents are made of each other with, if they are not the same."""
+        """The autoencoder; None for a model in pixels."""
         return self.autoencoder
 
     def encode_text(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length dim"]:
-        """What the U-Net looks at: the text's hidden states after the last norm, padding's too."""
+        """The context of the U-Net: the text's hidden states after the last norm, padding included."""
         return self.text.encode(tokens)
 
     def project(self, context: Float[Tensor, "batch length dim"]) -> Memories:
-        """The context's keys and values in every transformer of the U-Net: made once a picture."""
+        """The context's keys and values in every transformer of the U-Net: computed once an image."""
         return self.unet.project(context)
 
     def forward(
@@ -174,7 +175,7 @@ class LatentDiffusion(nn.Module):
 
 
 def build(config: Config) -> LatentDiffusion:
-    """A model whose parts begin as they do alone."""
+    """A model whose parts are initialised as each is alone."""
     autoencoder = None if config.autoencoder is None else autoencoder_kl.build(config.autoencoder)
     return LatentDiffusion(config, clip_text.build(config.text), conditioned_unet.build(config.unet), autoencoder)
 

@@ -1,6 +1,6 @@
-"""A U-Net put together from a Config: every part but what its attentions look at, which is each model's own.
+"""Builds a U-Net from a Config; the attention layers are passed in, since they differ from model to model.
 
-The Config has the fields of `ddpm.Config` that say how stages are made. Levels count resolutions from 0, the finest.
+The Config has the fields of `ddpm.Config` that describe the stages. Levels count resolutions from 0, the finest.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def _middle(config: Any, attention: nn.Module | None) -> Middle | None:
 
 
 def group_norm(config: Any, groups: int) -> Callable[[int], nn.Module]:
-    """Makes the norm for so many channels, which the groups must divide."""
+    """A group norm for `channels` channels, which the number of groups must divide."""
     return partial(nn.GroupNorm, groups, eps=config.norm_eps)
 
 
