@@ -7,7 +7,7 @@ Axes: those of the stored tensors.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass, replace
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ NAMED = 10  # how many tensors of a kind an error names
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: its shape, the file's word for its type, and what is read from it; None cannot be read."""
+    """A tensor in a file: its shape, the file's name for its type, and its dtype when read; None if unreadable."""
 
     shape: tuple[int, ...]
     kind: str
@@ -31,7 +31,7 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """An opened model. `read` gives one tensor by its name in the file; `tokenizer` reads what writes its text.
+    """An opened model file or folder. `read` gives one tensor by its name in the file; `tokenizer` loads the tokenizer.
 
     `names` is the file's table of weight names, `head_dim` the size of a rotary head where the rows of q and k are
     stored with interleaved pairs.
@@ -48,13 +48,23 @@ class Source:
     head_dim: int | None = None
     notes: tuple[str, ...] = ()
 
+    @cached_property
+    def has_prefix(self) -> bool:
+        """Whether the file's names have the family's prefix: some files omit it from all of them."""
+        return any(name.startswith(self.family.prefix) for name in self.stored)
+
+    def stored_name(self, name: str) -> str:
+        """The name of a tensor as this file spells it: without the family's prefix, or as older files do."""
+        name = name if self.has_prefix else name.removeprefix(self.family.prefix)
+        return self.family.dialect.spelled(name, self.stored)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be loaded: the model on the meta device, its links, the type it is held in, and what is worth saying.
+    """What will be loaded: the model on the meta device, its links, its dtype in memory, and notes for the report.
 
     `exact` is the narrowest type that holds every stored number, `dtype` the one that will be used. `skipped` are
-    tensors of the file that are not weights of the model, or are there twice.
+    tensors of the file that are not weights of the model, or duplicates.
     """
 
     source: Source
@@ -66,14 +76,14 @@ class Plan:
     notes: Sequence[str]
 
     def held_in(self, dtype: torch.dtype) -> "Plan":
-        """The same, in another type."""
-        said = _cast(self.exact, self.dtype)
-        notes = [note for note in self.notes if note not in said]
+        """The same plan with another dtype."""
+        old = _cast(self.exact, self.dtype)
+        notes = [note for note in self.notes if note not in old]
         return replace(self, dtype=dtype, notes=[*notes, *_cast(self.exact, dtype)])
 
     @property
     def parameters(self) -> int:
-        """Of the model, all in all."""
+        """The model's number of parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def fill(self, device: torch.device | str = "cpu") -> nn.Module:
@@ -82,7 +92,7 @@ class Plan:
         On a CPU, weights that need no change stay in the file's own memory map.
         """
         place = torch.device(device)
-        if place.type == "mps" and self.dtype == torch.float64:  # which Apple's GPU has not
+        if place.type == "mps" and self.dtype == torch.float64:  # Apple's GPU has no float64
             place = torch.device("cpu")
         with ThreadPoolExecutor(torch.get_num_threads()) as workers:
             state = dict(workers.map(partial(self._tensor, device=place), self.links))
@@ -100,15 +110,18 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     `dtype` None: the type that holds every stored number exactly, but on a CPU float32 for float16, whose products are
     very slow there.
     """
-    source, twice, notes = _settle_aliases(source) if source.family.aliases else _settle_head(source)
-    source, copies = _settle_dialect(source)
+    source, twice, notes = _resolve_aliases(source) if source.family.aliases else _resolve_tied_head(source)
+    source, copies = _resolve_dialect(source)
     twice = [*twice, *copies]
     parts = [settings(source.config), *(vars(part) for part in vars(source.config).values() if is_dataclass(part))]
     layers = max(part.get(key) or 0 for part in parts for key in ("n_layers", "n_decoder_layers"))
     if layers > len(source.stored):  # building that many could take forever
         raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {layers} layers.")
     model = build(source.family, source.config, str(source.path))
-    found = [_as_stored(link, source) for link in permute_rotary(links(model, source.names), source.head_dim)]
+    found = [
+        replace(link, theirs=tuple(map(source.stored_name, link.theirs)))
+        for link in permute_rotary(links(model, source.names), source.head_dim)
+    ]
     used = {name for link in found for name in link.theirs}
     patterns = source.family.not_weights
     patterns += tuple(pattern.removeprefix(source.family.prefix) for pattern in patterns)
@@ -121,19 +134,19 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """The fields of a Config, and in place of a Config inside it that one's."""
+    """The fields of a Config; those of a decoder's Config inside it take the place of that field."""
     fields = dict(vars(config))
     inner = fields.pop("decoder", None)
     return fields | (vars(inner) if inner else {})
 
 
-def _settle_head(source: Source) -> tuple[Source, Sequence[str], list[str]]:
-    """Decides whether a head that should be the embedding is; gives also the names that are there twice, and notes."""
+def _resolve_tied_head(source: Source) -> tuple[Source, Sequence[str], list[str]]:
+    """Resolves weight tying: the source with `tied` as the file has it, duplicate names, and notes for the report."""
     family = source.family
     if source.names is None or not family.tied_by_name:
         return source, (), []
     ours = [f"{family.inside}{part}" for part in ("head", "embedding")]
-    head, embedding = (_own_prefix(f"{source.names[part]}.weight", source) for part in ours)
+    head, embedding = (source.stored_name(f"{source.names[part]}.weight") for part in ours)
     if not source.config.tied:
         if head in source.stored or not family.inside:
             return source, (), []
@@ -150,10 +163,10 @@ def _settle_head(source: Source) -> tuple[Source, Sequence[str], list[str]]:
     return replace(source, config=family.tie(source.config, False)), (), [note]
 
 
-def _settle_aliases(source: Source) -> tuple[Source, Sequence[str], list[str]]:
-    """Finds each matrix that serves in several places under whichever of its names the file has it.
+def _resolve_aliases(source: Source) -> tuple[Source, Sequence[str], list[str]]:
+    """Finds each shared matrix by whichever of its names the file has it under.
 
-    Gives also the names that are there twice, and notes. A head that differs from what it is tied to is kept apart.
+    Returns also duplicate names, and notes for the report. A head that differs from what it is tied to is untied.
     """
     assert source.names is not None and source.family.aliases is not None
     names, twice, notes, tied = dict(source.names), list[str](), list[str](), source.config.tied
@@ -172,29 +185,17 @@ def _settle_aliases(source: Source) -> tuple[Source, Sequence[str], list[str]]:
     return replace(source, names=names, config=replace(source.config, tied=tied)), twice, notes
 
 
-def _settle_dialect(source: Source) -> tuple[Source, list[str]]:
-    """Gives the Config those parts that the file has anyway; and the tensors that repeat another."""
+def _resolve_dialect(source: Source) -> tuple[Source, list[str]]:
+    """The source with the Config's switches on for parts that the file has, and the tensors that repeat another."""
     dialect, stored = source.family.dialect, source.stored
-    has = {field: True for field, name in dialect.in_file.items() if _own_prefix(name, source) in stored}
-    copies = {copy: _own_prefix(name, source) for copy, name in dialect.copies.items() if copy in stored}
+    has = {field: True for field, name in dialect.in_file.items() if source.stored_name(name) in stored}
+    copies = {copy: source.stored_name(name) for copy, name in dialect.copies.items() if copy in stored}
     same = [copy for copy, name in copies.items() if name in stored and torch.equal(*map(source.read, (copy, name)))]
     return replace(source, config=replace(source.config, **has)), same
 
 
-def _own_prefix(name: str, source: Source) -> str:
-    """A name as this file has it: without the family's prefix where no name of the file has that."""
-    prefix = source.family.prefix
-    if prefix and not any(n.startswith(prefix) for n in source.stored):
-        name = name.removeprefix(prefix)
-    return source.family.dialect.spelled(name, source.stored)
-
-
-def _as_stored(link: Link, source: Source) -> Link:
-    return replace(link, theirs=tuple(_own_prefix(name, source) for name in link.theirs))
-
-
 def permute_rotary(found: Iterable[Link], head_dim: int | None) -> list[Link]:
-    """Marks the queries and keys of attention, where their rotary pairs are stored interleaved."""
+    """Marks the queries and keys of attention as stored with interleaved rotary pairs, if `head_dim` is given."""
     if head_dim is None:
         return list(found)
     joined = (".attention.qkv.weight", ".attention.qkv.bias")
@@ -222,7 +223,7 @@ def _list_names(names: Sequence[str]) -> str:
 
 
 def _exact_dtype(stored: Mapping[str, Stored], path: Path) -> torch.dtype:
-    """The narrowest type that holds all these exactly."""
+    """The narrowest dtype that holds all these tensors exactly."""
     unread = [f"{name} as {tensor.kind}" for name, tensor in stored.items() if tensor.dtype is None]
     if unread:
         raise UserError(f"{path} stores {_list_names(unread)}, which keifu does not read; convert it to BF16 or F32.")
@@ -231,7 +232,7 @@ def _exact_dtype(stored: Mapping[str, Stored], path: Path) -> torch.dtype:
 
 
 def _cast(exact: torch.dtype, held: torch.dtype) -> list[str]:
-    """What to say where the model is held in another type than its file's."""
+    """A note if the model's dtype differs from its file's."""
     if exact == held:
         return []
     why = ": products in float16 are very slow on a CPU" if (exact, held) == (torch.float16, torch.float32) else ""
@@ -239,12 +240,12 @@ def _cast(exact: torch.dtype, held: torch.dtype) -> list[str]:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """PyTorch's name of a type, as configs write it."""
+    """PyTorch's name of a dtype, as configs write it."""
     return str(dtype).removeprefix("torch.")
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Refuses a tokenizer that gives ids for which the model has no embedding."""
+    """A tokenizer with more ids than the model has embeddings is a `UserError`."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens and the model embeds {vocab_size:,}: they do not "

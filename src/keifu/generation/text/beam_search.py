@@ -242,13 +242,14 @@ def continuations(
 
     A prompt that is empty or leaves no room in the context is a `UserError`.
     """
-    context = causal(model).config.context_length
+    writer = causal(model)
+    context = writer.config.context_length
     for prompt in prompts:
         if not 0 < len(prompt) < context:
             raise UserError(f"A prompt has {len(prompt)} tokens, but it must have from 1 to {context - 1}.")
     limits = [min(max_tokens, context - len(prompt)) for prompt in prompts]
     with evaluation_mode(model):
-        return beam_search(CausalBeamModel(causal(model), prompts, max(limits), device_of(model)), search, limits)
+        return beam_search(CausalBeamModel(writer, prompts, max(limits), device_of(model)), search, limits)
 
 
 class _Beams:

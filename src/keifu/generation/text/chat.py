@@ -25,7 +25,8 @@ class Conversation:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, system: str | None = None):
-        self.model, self.config = model, causal(model).config
+        self.model = causal(model)
+        self.config = self.model.config
         self.tokenizer, self.system = tokenizer, system
         self.reset()
 
@@ -69,7 +70,7 @@ class Conversation:
         return self._answer(Request(0, prompt, settings, self.tokenizer, context), messages)
 
     def _answer(self, request: Request, messages: list[dict[str, str]]) -> Iterator[str]:
-        """Writes the answer; whatever ends it, the history and the caches afterwards tell the same."""
+        """Generates the answer; however it ends, the history and the caches agree afterwards."""
         caches = self._reused(request)
         self._caches, self.finish_reason, answer = None, None, ""
         try:
@@ -96,4 +97,4 @@ class Conversation:
                     cache.rollback(same)
                     cache.reserve(room)
                 return self._caches
-        return causal(self.model).new_caches(1, room)
+        return self.model.new_caches(1, room)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -149,12 +149,13 @@ class Batch:
 @torch.inference_mode()
 def decode(model: nn.Module, tokens: Tokens, n: int, sampling: SamplingParams = GREEDY) -> Int[Tensor, "batch n"]:
     """The next `n` tokens of texts of equal length; no token ends a text early. Rows share the seed."""
-    length, context = tokens.shape[1], causal(model).config.context_length
+    writer, length = causal(model), tokens.shape[1]
+    context = writer.config.context_length
     if length + n > context:
         raise UserError(f"{length} tokens and {n} more do not fit this model's context of {context}: ask for fewer.")
     with evaluation_mode(model):
-        caches = causal(model).new_caches(len(tokens), length + n - 1)
-        batch = Batch(causal(model), tokens, None, [sampling.seeded()] * len(tokens), caches)
+        caches = writer.new_caches(len(tokens), length + n - 1)
+        batch = Batch(writer, tokens, None, [sampling.seeded()] * len(tokens), caches)
         return torch.stack([batch.advance().tokens for _ in range(n)], 1)
 
 
@@ -197,16 +198,16 @@ def batch_capacity(requests: Sequence[Request]) -> int:
 
 
 @torch.inference_mode()
-def write(model: nn.Module, requests: Sequence[Request], caches: list[Cache]) -> Iterator[Piece]:
+def write(model: Model, requests: Sequence[Request], caches: list[Cache]) -> Iterator[Piece]:
     """Decodes all requests to their ends: yields a piece for every token of every text, in turn.
 
-    caches: with room for `batch_capacity(requests)`. They may hold the beginning of all prompts already; at the end, if
-    there is one request, they hold all its tokens but the last. Texts that end leave the batch: the others get
-    faster.
+    model: as `causal` gives it. caches: with room for `batch_capacity(requests)`. They may hold the beginning of all
+    prompts already; at the end, if there is one request, they hold all its tokens but the last. Texts that end leave
+    the batch: the others get faster.
     """
     tokens, padding = pad_left([request.prompt for request in requests], caches[0].keys.device)
-    with evaluation_mode(model):
-        batch = Batch(causal(model), tokens, padding, [request.sampling for request in requests], caches)
+    with evaluation_mode(cast(nn.Module, model)):
+        batch = Batch(model, tokens, padding, [request.sampling for request in requests], caches)
         going = list(requests)
         while going:
             rows = batch.advance().figures.tolist()  # the one time in a step that the host waits for the device

@@ -53,13 +53,14 @@ def stream(
     """
     each = _one_each(samplings, len(prompts))
     tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
-    config = causal(model).config
+    writer = causal(model)
+    config = writer.config
     check_tokens(tokens, config.vocab_size)
     pairs = enumerate(zip(tokens, each, strict=True))
     requests = [Request(i, *pair, tokenizer, config.context_length) for i, pair in pairs]
     if not requests:
         return iter(())
-    return write(model, requests, causal(model).new_caches(len(requests), batch_capacity(requests)))
+    return write(writer, requests, writer.new_caches(len(requests), batch_capacity(requests)))
 
 
 def generate_batch(

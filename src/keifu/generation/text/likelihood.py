@@ -10,7 +10,7 @@ Axes: batch = texts, or prompts of a pass; length = tokens; answers; vocab.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,9 +38,11 @@ def score(
     This is what `log_probability` reports while a text is written. `padding` counts the zeros before shorter texts (see
     `engine.pad_left`); what stands there has no meaning. A text longer than the context is a `UserError`.
     """
-    hidden, targets = _hidden(model, tokens, padding).flatten(0, 1), tokens[:, 1:].flatten()
+    writer = causal(model)
+    hidden = _hidden(writer, tokens, padding).flatten(0, 1)
+    targets = tokens[:, 1:].flatten()
     pairs = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    return torch.cat([log_probability(causal(model).logits(h).float(), t) for h, t in pairs]).view(tokens[:, 1:].shape)
+    return torch.cat([log_probability(writer.logits(h).float(), t) for h, t in pairs]).view(tokens[:, 1:].shape)
 
 
 @torch.inference_mode()
@@ -53,28 +55,29 @@ def score_sampled(
     """
     if not 1 <= prompt_length <= len(tokens):
         raise UserError(f"The prompt's length is {prompt_length}, which must be from 1 to the text's {len(tokens)}.")
-    hidden = _hidden(model, tokens[None], None)[0, prompt_length - 1 :]
+    writer = causal(model)
+    hidden = _hidden(writer, tokens[None], None)[0, prompt_length - 1 :]
     settings = RowSettings([sampling], tokens.device)
-    history = History.of_prompts(settings, tokens[None, :prompt_length], None, causal(model).config.vocab_size)
+    history = History.of_prompts(settings, tokens[None, :prompt_length], None, writer.config.vocab_size)
     found = [hidden.new_zeros(0, dtype=torch.float32)]
     for start in range(0, len(hidden), CHUNK):
         states = hidden[start : start + CHUNK]
         targets = tokens[prompt_length + start :][: len(states)]
-        logits = causal(model).logits(states).float()
+        logits = writer.logits(states).float()
         logits = settings(logits, history.before_each(targets, logits.shape[1]))
         found.append(log_probability(logits, targets))
     return torch.cat(found)
 
 
-def _hidden(model: nn.Module, tokens: Tensor, padding: Tensor | None) -> Float[Tensor, "batch length dim"]:
+def _hidden(model: Model, tokens: Tensor, padding: Tensor | None) -> Float[Tensor, "batch length dim"]:
     """The hidden states that predict the tokens after the first."""
-    longest, context = tokens.shape[1], causal(model).config.context_length
+    longest, context = tokens.shape[1], model.config.context_length
     if padding is not None:
         longest -= int(padding.min())
     if longest > context:
         raise UserError(f"The text has {longest} tokens, but this model's context is {context}: shorten it.")
-    with evaluation_mode(model):
-        return causal(model).hidden(tokens, None, padding)[:, :-1]
+    with evaluation_mode(cast(nn.Module, model)):
+        return model.hidden(tokens, None, padding)[:, :-1]
 
 
 Tokens = tuple[int, ...]
@@ -168,7 +171,8 @@ def likelihoods(
     prompts done.
     A pair whose tokens but the last do not fit the context is a `UserError` with both lengths.
     """
-    _check(causal(model), pairs)
+    writer = causal(model)
+    _check(writer, pairs)
     by_prompt: dict[Tokens, dict[Tokens, None]] = defaultdict(dict)
     for prompt, answer in pairs:
         by_prompt[prompt][answer] = None
@@ -176,7 +180,7 @@ def likelihoods(
     done = 0
     with evaluation_mode(model):
         for places, shared in groups([each.prompt for each in asked]):
-            prefix = Prefix(causal(model), asked[places[0]].prompt[:shared], device_of(model))
+            prefix = Prefix(writer, asked[places[0]].prompt[:shared], device_of(model))
             sizes = [CacheSize(len(asked[p].prompt) - shared, len(asked[p].answers[0]) - 1) for p in places]
             for rows in plan_passes(sizes, prefix, batch_size):
                 _Pass(prefix, [asked[places[row]] for row in rows]).run()

@@ -170,8 +170,9 @@ def complete_prefixes(
     batch_size: int | None = None,
     advance: Advance | None = None,
 ) -> list[Completion]:
-    """As `generate_batch`, for prompts of token ids that begin alike: `advance` is told how many are done."""
-    config, device = causal(model).config, device_of(model)
+    """As `generate_batch`, for prompts of token ids that begin alike: `advance` is called with the number done."""
+    writer, device = causal(model), device_of(model)
+    config = writer.config
     check_tokens(prompts, config.vocab_size)
     given = enumerate(zip(prompts, samplings, strict=True))
     requests = [Request(i, prompt, each, tokenizer, config.context_length) for i, (prompt, each) in given]
@@ -179,13 +180,13 @@ def complete_prefixes(
     done = 0
     for places, shared in groups(prompts):
         with evaluation_mode(model):
-            prefix = Prefix(causal(model), prompts[places[0]][:shared], device)
+            prefix = Prefix(writer, prompts[places[0]][:shared], device)
         sizes = [CacheSize(len(prompts[place]) - shared, later=requests[place].limit) for place in places]
         for rows in plan_passes(sizes, prefix, batch_size):
             batch = [requests[places[row]] for row in rows]
             longest = max(len(request.prompt) for request in batch)
             padding = [longest - len(request.prompt) for request in batch]
-            for piece in write(model, batch, prefix.rows(padding, batch_capacity(batch))):
+            for piece in write(writer, batch, prefix.rows(padding, batch_capacity(batch))):
                 pieces[piece.index].append(piece)
             done += len(batch)
             if advance:
