@@ -119,12 +119,12 @@ class Bert(nn.Module):
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab dim"]:
-        """The matrix of the head for words."""
+        """The last matrix of the masked-language-modelling head: the embedding."""
         return self.embedding.weight
 
     @property
     def head_bias(self) -> Float[Tensor, " vocab"]:
-        """The bias of the head for words."""
+        """The bias of the masked-language-modelling head."""
         return _there(self.word_head, "head for masked words").bias
 
     def next_sentence(self, pooled: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch 2"]:

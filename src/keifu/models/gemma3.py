@@ -59,7 +59,7 @@ SIZES = {
         dim=5376, hidden_dim=21_504, n_layers=62, n_heads=32, n_kv_heads=16, head_dim=128, attention_scale=168**-0.5
     ),
 }
-PAPER_PARAMETERS = {  # table 1, embedding and the rest, without the picture encoder; 270M is of the model's card
+PAPER_PARAMETERS = {  # table 1, embedding and the rest, without the vision encoder; 270M is from the model card
     "gemma3-270m": 270e6, "gemma3-1b": 1.000e9, "gemma3-4b": 3.884e9, "gemma3-12b": 11.771e9, "gemma3-27b": 27.016e9,
 }  # fmt: skip
 
@@ -200,6 +200,6 @@ def to_published(config: Config) -> dict[str, Any]:
 
 
 def _scalar(scale: float) -> int | float:
-    """What the scale is 1 / √ of: a whole number in every published config."""
+    """The number whose 1 / √ is the scale: a whole number in every published config."""
     scalar = scale**-2
     return round(scalar) if abs(round(scalar) ** -0.5 - scale) < 1e-12 else scalar

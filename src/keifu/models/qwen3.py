@@ -38,7 +38,7 @@ class Config:
     rope_theta: float = 1e6
     rope_scaling: RopeScaling | None = None
     activation: str = "silu"
-    sliding_window: int | None = None  # each token sees this many, itself included
+    sliding_window: int | None = None  # a token attends to this many, itself included
     first_window_layer: int = 0  # layers below it have full attention
     attention_bias: bool = False
     tied: bool = False

@@ -150,7 +150,7 @@ class Seq2Seq(nn.Module):
         capacity: int | None = None,
     ) -> DecoderState:
         """Reads the sources. With `capacity` the state takes up to that many tokens of each target, a few at a time;
-        without it a whole target is given at once and nothing of it is kept. A source without a token is a ValueError.
+        without it a whole target is given at once and nothing of it is kept. An empty source is a ValueError.
         """
         mask = torch.ones_like(source, dtype=torch.bool) if source_mask is None else source_mask
         reading = self.encoder(self.source_dropout(self.source_embedding(source)), mask)

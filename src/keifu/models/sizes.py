@@ -1,7 +1,7 @@
-"""Every published size as a table: its parameters counted, and the paper's figure; needs no torch.
+"""The table of all published sizes: counted parameters and the paper's number. Reading it does not import torch.
 
-Counting builds a model, which takes seconds for all of them: so the counts are kept, and a test compares them with the
-models built. `python -m keifu.models.sizes` counts again and writes them.
+Counting builds the models, which takes seconds: so the counts are stored, and a test compares them with the models.
+`python -m keifu.models.sizes` counts again and writes them.
 """
 
 import json
@@ -14,7 +14,7 @@ TABLE = Path(__file__).with_name("sizes.json")
 
 
 class Size(NamedTuple):
-    """A published size: the file of its model, its parameters (a shared tensor once), and the paper's figure where it
+    """A published size: the file of its model, its parameters (a shared tensor once), and the paper's number where it
     gives one."""
 
     name: str
@@ -24,12 +24,12 @@ class Size(NamedTuple):
 
 
 def published_sizes() -> list[Size]:
-    """The table as it is kept, in the order of the models' files."""
+    """The stored table, in the order of the models' files."""
     return [Size(*row) for row in json.loads(TABLE.read_text(encoding="utf-8"))]
 
 
 def count_sizes(models: Iterable[str]) -> list[Size]:
-    """The table counted anew, on models that are built without memory."""
+    """The table counted on models on the meta device."""
     found = {name: import_module(f"keifu.models.{name}") for name in models}
     return [
         Size(size, name, count(module, config), module.PAPER_PARAMETERS.get(size))
@@ -39,7 +39,7 @@ def count_sizes(models: Iterable[str]) -> list[Size]:
 
 
 def count(module: Any, config: Any) -> int:
-    """The number of parameters of a size, without memory for any."""
+    """The number of parameters of a size, from a model on the meta device."""
     from keifu.layers.meta import on_meta
 
     with on_meta():
@@ -47,7 +47,7 @@ def count(module: Any, config: Any) -> int:
 
 
 def write(models: Iterable[str]) -> None:
-    """Counts again and keeps the table, a line a size."""
+    """Counts again and writes the table, one line a size."""
     rows = ",\n".join(json.dumps(row) for row in count_sizes(models))
     TABLE.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
 

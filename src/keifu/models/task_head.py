@@ -114,7 +114,7 @@ class ModelWithHead(nn.Module):
     forward = classify
 
     def hidden(self, tokens: Tokens) -> Float[Tensor, "batch sequences length dim"]:
-        """Hidden states; padding on the right is seen by no real token, since each looks to the left alone."""
+        """Hidden states; padding on the right changes no real token's, since attention is causal."""
         return self.decoder.hidden(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
     def judge(self, hidden: Float[Tensor, "batch sequences length dim"], mask: Mask) -> Float[Tensor, "batch answers"]:
@@ -124,12 +124,12 @@ class ModelWithHead(nn.Module):
         return self.task_head(self.dropout(extracted), mask.any(-1)) + self.config.bias
 
     def scores_along(self, tokens: Tokens) -> Float[Tensor, "batch sequences length"]:
-        """Of a head that scores: what it says at every token, of all up to there."""
+        """Scores at every token, of the sequence up to it (score heads alone)."""
         return self.task_head(self.hidden(tokens)) + self.config.bias
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab dim"]:
-        """The matrix of the decoder's head, for the loss of its words."""
+        """The matrix of the decoder's head, for its language-modelling loss."""
         return self.decoder.head_weight
 
 
@@ -172,7 +172,8 @@ def shift(model: ModelWithHead, by: float) -> None:
 
 @torch.no_grad()
 def grow_vocabulary(decoder: DecoderLM, vocab_size: int, fresh: Sequence[int], std: float = 0.02) -> None:
-    """Gives a decoder rows for new tokens: at least `vocab_size` in all, those of `fresh` ids drawn from N(0, std²)."""
+    """Gives a decoder rows for new tokens: at least `vocab_size` in all, those of `fresh` ids initialised from N(0,
+    std²)."""
     rows = _grow_rows(decoder.embedding.weight, vocab_size, fresh, std)
     decoder.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
     if decoder.head is not None:

@@ -32,7 +32,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, image_size: int, patch_size: int, channels: int, dim: int):
         super().__init__()
         if not 0 < patch_size <= image_size:
-            raise UserError(f"A patch of {patch_size} pixels does not fit a picture of {image_size}.")
+            raise UserError(f"A patch of {patch_size} pixels does not fit an image of {image_size}.")
         self.image_size = image_size
         self.patches = nn.Conv2d(channels, dim, patch_size, patch_size, bias=False)
         self.whole = nn.Parameter(torch.empty(dim))
@@ -45,7 +45,7 @@ class PatchEmbedding(nn.Module):
 
 
 def check_size(pixels: Tensor, image_size: int) -> None:
-    """A ValueError with the one size that a network with learned positions takes, where a picture has another one."""
+    """Refuses images of another size than the one that learned positions allow, with that size: a ValueError."""
     rows, columns = pixels.shape[-2:]
     if (rows, columns) != (image_size, image_size):
         raise UserError(f"Pictures of {columns} x {rows} pixels: this network takes {image_size} x {image_size}.")
@@ -127,7 +127,7 @@ class ResNetConfig:
     embedding_dim: int = 1024
 
 
-SIZES: dict[str, Config] = {}  # they come with their text towers, in clip.py
+SIZES: dict[str, Config] = {}  # they come with their text encoders, in clip.py
 PAPER_PARAMETERS: dict[str, float] = {}
 
 
@@ -219,7 +219,7 @@ WEIGHT_NAMES = {
     "embedding.whole": f"{_EMBEDDINGS}.class_embedding",
     "embedding.patches": f"{_EMBEDDINGS}.patch_embedding",
     "embedding.positions": f"{_EMBEDDINGS}.position_embedding",
-    "first_norm": "vision_model.pre_layrnorm",  # so it is spelled there
+    "first_norm": "vision_model.pre_layrnorm",  # the published spelling
     **layer_names("vision_model"),
     "norm": "vision_model.post_layernorm",
     "projection": "visual_projection",
@@ -254,7 +254,7 @@ def square(size: Any, name: str) -> int:
     """A size that may be written as two equal ones."""
     sides = set(size) if isinstance(size, list | tuple) else {size}
     if len(sides) != 1 or not isinstance(next(iter(sides)), int):
-        raise UserError(f"{name} is {size!r}, and CLIP here sees squares only.")
+        raise UserError(f"{name} is {size!r}, and CLIP is implemented for squares only.")
     return sides.pop()
 
 

@@ -27,8 +27,8 @@ Hidden = Float[Tensor, "batch length dim"]
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are the text tower of ViT-B/32. A caption ends at the first `end_id`; None: at its highest id, which
-    in OpenAI's vocabulary is the end. `projected` False leaves out the last matrix, into the shared space."""
+    """The defaults are the text encoder of ViT-B/32. A caption ends at the first `end_id`; None: at its highest id,
+    which in OpenAI's vocabulary is the end. `projected` False leaves out the last matrix, into the shared space."""
 
     vocab_size: int = 49_408
     context_length: int = 77
@@ -63,8 +63,8 @@ class TextTower(nn.Module):
         self.projection = Linear(config.dim, config.embedding_dim, bias=False) if config.projected else None
 
     def encode(self, tokens: Tokens, mask: Bool[Tensor, "batch length"] | None = None) -> Hidden:
-        """Hidden states after the last norm. `mask` is True on real tokens; padding at the end needs none, since no
-        token sees those after it."""
+        """Hidden states after the last norm. `mask` is True on real tokens; padding at the end needs none, since
+        attention is causal."""
         length = tokens.shape[1]
         if length > self.config.context_length:
             room = f"the {self.config.context_length} positions of the text tower"
@@ -141,8 +141,8 @@ NOT_WEIGHTS = ("text_model.embeddings.position_ids",)
 MODEL_TYPES = {"clip_text_model": "CLIPTextModel"}
 UNSUPPORTED: dict[str, Any] = {}
 IN_FILE = {"projected": "text_projection.weight"}
-START = 49_406  # what transformers takes as the first token of a caption where a config does not say
-HIGHEST_ID = 2  # the eos_token_id of old files, by which transformers knows that the highest id is the end
+START = 49_406  # transformers' default for the first token of a caption
+HIGHEST_ID = 2  # the eos_token_id of old files, for which transformers takes the highest id as the end
 
 
 def from_published(json: dict[str, Any]) -> Config:

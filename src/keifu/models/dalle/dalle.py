@@ -1,8 +1,7 @@
-"""DALL-E (Ramesh et al., 2021, "Zero-Shot Text-to-Image Generation"): a text and a picture are one row of tokens, the
-picture's made by a discrete autoencoder, and a decoder says each from those before it, which is to draw. It knows no
-sampling, no training and no file.
+"""DALL-E (Ramesh et al., 2021, "Zero-Shot Text-to-Image Generation"): a decoder-only Transformer over text tokens
+followed by image tokens of a discrete autoencoder; it generates an image by predicting its tokens one by one.
 
-Axes: batch, text = tokens of every text, padding among them; rows, columns = of the grid of a picture; places = rows ·
+Axes: batch, text = tokens of every text, padding among them; rows, columns = of an image's grid; places = rows ·
 columns; length = text + places and a start before each.
 """
 
@@ -25,7 +24,7 @@ from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.models.dalle import discrete_vae
 
-STARTS = 2  # before the text, and before the picture
+STARTS = 2  # start tokens: before the text, and before the image
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Config:
 
     Attributes:
         vocab_size, context_length: of texts; shorter ones are padded.
-        vae: of the autoencoder, whose codebook is the picture's vocabulary and whose grid its length.
-        kernel: the side of the last layer's window.
-        sparse: whether places see few others (see `pattern`), or all that came before.
+        vae: of the autoencoder, whose codebook is the vocabulary of the image tokens and whose grid their number.
+        kernel: the side of the last layer's window (convolutional attention).
+        sparse: whether image tokens have sparse attention (see `pattern`), or full causal attention.
     """
 
     vocab_size: int = 16_384
@@ -52,22 +51,22 @@ class Config:
 
     @property
     def grid(self) -> Grid:
-        """The text and the picture behind it as attention sees them."""
+        """The layout of text and image tokens, from which attention masks are made."""
         return Grid(self.context_length + STARTS, self.vae.grid, self.vae.grid, self.kernel)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of its pictures."""
+        """Height and width of the images."""
         return self.vae.size, self.vae.size
 
     @property
     def colours(self) -> int:
-        """Channels of its pictures."""
+        """Channels of the images."""
         return self.vae.channels
 
     def pattern(self, layer: int) -> Pattern:
-        """What the places see in a layer, counted from 1: column in the second and every fourth after it, row in the
-        others, and a window in the last (appendix B.1)."""
+        """The sparse attention of image tokens in a layer, counted from 1: column attention in the second and every
+        fourth after it, row attention in the others, convolutional attention in the last (appendix B.1)."""
         if not self.sparse:
             return "full"
         if layer == self.n_layers:
@@ -80,17 +79,17 @@ PAPER_PARAMETERS = {"dall-e": 12e9}
 
 
 class Logits(NamedTuple):
-    """What is said of each token of the text and of each place of the picture, by those before it."""
+    """Logits of each text token and of each image token, from the tokens before it."""
 
     text: Float[Tensor, "batch text vocab"]
     picture: Float[Tensor, "batch places codebook"]
 
 
 class Dalle(nn.Module):
-    """The decoder over both kinds of tokens, and the autoencoder that makes the second kind.
+    """The decoder over text and image tokens, and the autoencoder that makes the image tokens.
 
-    A text's padding has a vector of its own at each position, which is learned (section 2.2). A place of the picture
-    has the sum of its entry's, its row's and its column's.
+    Padding has a learned embedding of its own at each position (section 2.2). The embedding of an image token is the
+    sum of its code's, its row's and its column's.
     """
 
     def __init__(self, config: Config, vae: discrete_vae.DiscreteVAE):
@@ -113,7 +112,7 @@ class Dalle(nn.Module):
         real: Bool[Tensor, "batch text"],
         codes: Int[Tensor, "batch rows columns"],
     ) -> Logits:
-        """Logits of every token; `real` is True where a text is no padding."""
+        """Logits of every token; `real` is True on text tokens that are not padding."""
         x = torch.cat([self.embed_text(tokens, real), self.embed_codes(codes.flatten(1))], 1)
         for block in self.blocks:
             x = block(x)
@@ -123,7 +122,7 @@ class Dalle(nn.Module):
     def embed_text(
         self, tokens: Int[Tensor, "batch text"], real: Bool[Tensor, "batch text"]
     ) -> Float[Tensor, "batch prefix dim"]:
-        """A text between the two starts."""
+        """Embeddings of a text between the two start tokens."""
         length = self.config.context_length
         if tokens.shape[1] != length:
             raise UserError(f"Texts have {tokens.shape[1]} tokens, and the model reads {length}: pad them.")
@@ -132,14 +131,14 @@ class Dalle(nn.Module):
         return torch.cat([before, words + self.positions.weight, behind], 1)
 
     def embed_codes(self, codes: Int[Tensor, "batch some"], first: int = 0) -> Float[Tensor, "batch some dim"]:
-        """Entries at the places from `first` on, in raster order."""
+        """Embeddings of image tokens at the places from `first` on, in raster order."""
         places, width = torch.arange(first, first + codes.shape[1], device=codes.device), self.config.grid.width
         return self.entries(codes) + self.rows(places // width) + self.columns(places % width)
 
     def begin(
         self, tokens: Int[Tensor, "batch text"], real: Bool[Tensor, "batch text"]
     ) -> tuple[Float[Tensor, "batch codebook"], list[Cache]]:
-        """Logits of a picture's first entry, and the memory of the text with room for the picture."""
+        """Logits of the first image token, and the key-value caches of the text with room for the image."""
         x, grid = self.embed_text(tokens, real), self.config.grid
         capacity = grid.prefix + grid.places
         blocks: Sequence[PreNorm] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
@@ -149,7 +148,7 @@ class Dalle(nn.Module):
     def go_on(
         self, codes: Int[Tensor, " batch"], place: int, caches: Sequence[Cache]
     ) -> Float[Tensor, "batch codebook"]:
-        """Logits of the entry behind the one of this place."""
+        """Logits of the image token after the one at this place."""
         return self._after(self.embed_codes(codes[:, None], place), caches)
 
     def _after(self, x: Float[Tensor, "batch some dim"], caches: Sequence[Cache]) -> Float[Tensor, "batch codebook"]:
@@ -158,7 +157,7 @@ class Dalle(nn.Module):
         return self.picture_head(self.norm(x[:, -1]))
 
     def to_pictures(self, codes: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch channels height width"]:
-        """The pictures of entries, from -1 to 1."""
+        """The images of image tokens, from -1 to 1."""
         return self.vae.decode(codes)
 
 
@@ -170,7 +169,7 @@ def _block(config: Config, layer: int) -> PreNorm:
 
 
 def build(config: Config) -> Dalle:
-    """A model with GPT-2's initialisation, whose paper this one follows where it says nothing."""
+    """A model with GPT-2's initialisation, since the paper prints none."""
     model = Dalle(config, discrete_vae.build(config.vae))
     for part in model.children():
         if part is not model.vae:

@@ -1,9 +1,8 @@
-"""The discrete autoencoder of DALL-E (Ramesh et al., 2021, "Zero-Shot Text-to-Image Generation", section 2.1).
+"""The discrete variational autoencoder (dVAE) of DALL-E (Ramesh et al., 2021, "Zero-Shot Text-to-Image Generation",
+section 2.1): an image becomes a small grid of codes from a codebook, which are trained through a relaxation of the
+discrete choice (Gumbel-softmax).
 
-A picture becomes a small grid of entries of a codebook, as a text is a row of words; through a relaxed choice between
-them (Gumbel-softmax) the gradient finds its way. It knows no text and no training.
-
-Axes: batch, channels, height, width; rows, columns = of the grid, 1/factor of the sides; codebook = its entries.
+Axes: batch, channels, height, width; rows, columns = of the grid, 1/factor of the sides; codebook = its codes.
 """
 
 import math
@@ -29,13 +28,13 @@ class Config:
     """The defaults are the released model's.
 
     Attributes:
-        size: the side of the pictures it was trained with.
-        channels: of pictures.
-        codebook_size: entries of the codebook.
+        size: the side of the training images.
+        channels: of images.
+        codebook_size: codes in the codebook.
         widths: channels of each level, the finest first; each but the last halves the sides.
         n_residual_blocks: of each level, on either side.
-        code_dim: channels that an entry of the codebook has in the decoder.
-        edge: ε; grey values lie between ε and 1 - ε where the logit-Laplace distribution describes them (appendix A.3).
+        code_dim: dimension of a code's embedding in the decoder.
+        edge: ε; pixel values lie between ε and 1 - ε for the logit-Laplace distribution (appendix A.3).
     """
 
     size: int = 256
@@ -48,12 +47,12 @@ class Config:
 
     @property
     def factor(self) -> int:
-        """How many pixels of a side become one entry."""
+        """Downsampling factor of the encoder: pixels of a side to one code."""
         return 2 ** (len(self.widths) - 1)
 
     @property
     def grid(self) -> int:
-        """The side of the grid of a picture of `size`."""
+        """The side of the grid of codes of an image of `size`."""
         return self.size // self.factor
 
 
@@ -62,21 +61,20 @@ PAPER_PARAMETERS: dict[str, float] = {}
 
 
 class Laplace(NamedTuple):
-    """What the decoder says of each grey value: the logit-Laplace distribution's location, and its scale's
-    logarithm."""
+    """The decoder's output for each pixel value: location and log-scale of the logit-Laplace distribution."""
 
     location: Pixels
     log_scale: Pixels
 
     def log_likelihood(self, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The logarithm of its density at values between 0 and 1, neither of them (appendix A.3)."""
+        """The log-density at values strictly between 0 and 1 (appendix A.3)."""
         logit = torch.logit(values)
         spread = (logit - self.location).abs() * torch.exp(-self.log_scale)
         return -spread - self.log_scale - math.log(2) - torch.log(values * (1 - values))
 
 
 class BottleneckBlock(nn.Module):
-    """x + gain · convolutions(x), each after a ReLU, inside a quarter of the channels (appendix A.2).
+    """x + gain · convolutions(x), each after a ReLU, with a quarter of the channels inside (appendix A.2).
 
     `kernels`: the sides of the four; the gain is one over the square of the number of all blocks on that side.
     """
@@ -100,7 +98,7 @@ class BottleneckBlock(nn.Module):
 
 
 class CodeEncoder(nn.Module):
-    """A 7×7 convolution, levels with the larger half of each 2×2 pixels between them, and a logit for each entry."""
+    """A 7×7 convolution, levels with 2×2 max-pooling between them, and a logit for each code."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -117,7 +115,8 @@ class CodeEncoder(nn.Module):
 
 
 class CodeDecoder(nn.Module):
-    """The entries' vectors, levels with each pixel four times between them, and two numbers for each grey value."""
+    """Embeddings of codes, levels with nearest-neighbour upsampling between them, and two numbers for each pixel
+    value."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -160,12 +159,12 @@ class DiscreteVAE(nn.Module):
         self.config, self.encoder, self.decoder = config, encoder, decoder
 
     def values(self, pictures: Pixels) -> Pixels:
-        """Pictures from -1 to 1 as numbers from ε to 1 - ε, which both sides speak of."""
+        """Images from -1 to 1 as values from ε to 1 - ε, the encoder's input and the decoder's target."""
         edge = self.config.edge
         return (pictures + 1) / 2 * (1 - 2 * edge) + edge
 
     def logits(self, pictures: Pixels) -> Logits:
-        """How well each entry fits each place of pictures from -1 to 1, in their type.
+        """Logits of the codes at each place of images from -1 to 1, in their dtype.
 
         Sides that cannot be halved so often are a `UserError` with the nearest that can.
         """
@@ -174,22 +173,22 @@ class DiscreteVAE(nn.Module):
         return self.encoder(self.values(pictures).to(weight.dtype)).to(pictures.dtype)
 
     def encode(self, pictures: Pixels) -> Codes:
-        """The likeliest entry of each place."""
+        """The most likely code of each place."""
         return self.logits(pictures).argmax(1)
 
     def relaxed(self, shares: Logits) -> Laplace:
-        """What the decoder says of shares of the entries at each place, which add up to one."""
+        """The decoder's output for relaxed codes: weights of the codebook at each place, which sum to one."""
         said = self.decoder(shares.to(self.decoder.first.weight.dtype)).to(shares.dtype)
         return Laplace(*said.chunk(2, 1))
 
     def decode(self, codes: Codes) -> Pixels:
-        """The pictures of entries, from -1 to 1, float32: the medians of what the decoder says."""
+        """The images of codes, from -1 to 1, float32: medians of the decoder's distributions."""
         location = self.decoder.of_codes(codes).float().chunk(2, 1)[0]
         edge = self.config.edge
         return (location.sigmoid() - edge).div(1 - 2 * edge).clamp(0, 1) * 2 - 1
 
     def forward(self, pictures: Pixels) -> Pixels:
-        """Pictures through their likeliest entries and back."""
+        """The reconstruction of images from their most likely codes."""
         return self.decode(self.encode(pictures))
 
     def check_size(self, height: int, width: int) -> None:
@@ -204,7 +203,7 @@ class DiscreteVAE(nn.Module):
 
 
 def build(config: Config) -> DiscreteVAE:
-    """A model with the released code's initialisation: deviations of 1/√(inputs), biases zero."""
+    """A model with the released code's initialisation: standard deviations of 1/√(inputs), biases zero."""
     if wrong := [width for width in config.widths if width % 4]:
         raise UserError(f"A level has {wrong[0]} channels, and blocks take a quarter of them: choose multiples of 4.")
     model = DiscreteVAE(config, CodeEncoder(config), CodeDecoder(config))

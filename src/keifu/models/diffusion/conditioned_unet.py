@@ -108,7 +108,7 @@ class ConditionedUNet(nn.Module):
 
     @property
     def factor(self) -> int:
-        """What sides must be whole multiples of; 1 for the published ones, which come up to any side again."""
+        """Number of which sides must be multiples; 1 for the published networks, which take any side."""
         return 1 if self.unet.flexible else self.unet.factor
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
@@ -137,8 +137,8 @@ class ConditionedUNet(nn.Module):
         context: Float[Tensor, "batch seen context_dim"],
         mask: Bool[Tensor, "batch seen"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """`predict` of a context. `mask` is True on its real tokens; None sees all, padding too, as Stable Diffusion
-        does. A size that the network cannot take is a `UserError` with the nearest that it can."""
+        """`predict` of a context. `mask` is True on its real tokens; None attends to all, padding too, as Stable
+        Diffusion does. A size that the network cannot take is a `UserError` with the nearest that it can."""
         return self.predict(x, timestep, self.project(context), PaddingMask(mask))
 
     def check_size(self, channels: int, height: int, width: int) -> None:

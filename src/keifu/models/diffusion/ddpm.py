@@ -130,7 +130,7 @@ _IMPROVED = Config(
     n_residual_blocks=3, attention=(1, 2), n_heads=4, pad_around=True, scale_shift=True, norm_eps=1e-5, dropout=0.3,
     cosine_first=True, frequency_shift=0.0, noise=Noise(schedule="cosine", steps=4000, variance="learned_range"),
 )  # fmt: skip
-_KARLO = Config(  # reads noise and the small picture, enlarged
+_KARLO = Config(  # an upsampler: its input is noise and the small image, resized
     size=256, channels=6, out_channels=3, dim=320, multipliers=(1, 2, 3, 4), n_residual_blocks=3, attention=(),
     up_attention=(), middle_attention=False, residual_down=(0, 1, 2), residual_up=(1, 2, 3), pad_around=True,
     norm_eps=1e-5, dropout=0.0, head_dim=8, cosine_first=True, frequency_shift=0.0,
@@ -183,7 +183,7 @@ class DDPM(nn.Module):
         return self.unet(given, self.activation(time)).to(x.dtype)
 
     def check_size(self, channels: int, height: int, width: int) -> None:
-        """Refuses pictures that do not fit the network, with the nearest size that does."""
+        """Refuses images that do not fit the network, with the nearest size that does."""
         if channels != self.config.channels:
             raise UserError(f"The network reads {self.config.channels} channels, and these pictures have {channels}.")
         factor = self.unet.factor

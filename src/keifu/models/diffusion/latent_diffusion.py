@@ -150,8 +150,8 @@ class LatentDiffusion(nn.Module):
     def to_latents(
         self, pictures: Float[Tensor, "batch colours rows columns"], noise: Tensor | None = None
     ) -> Float[Tensor, "sampled channels height width"]:
-        """Latents as diffusion sees them, of pictures from -1 to 1: those that standard normal `noise` picks, of one
-        picture as many as there are rows of it, or the likeliest ones."""
+        """Scaled latents of images from -1 to 1: samples by standard normal `noise` (as many of one image as `noise`
+        has rows), or, without it, the means."""
         if self.autoencoder is None:
             return pictures if noise is None else pictures.expand_as(noise)
         found = self.autoencoder.encode(pictures)
@@ -160,11 +160,11 @@ class LatentDiffusion(nn.Module):
     def to_pictures(
         self, latents: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch colours rows columns"]:
-        """The pictures of latents as diffusion sees them, about from -1 to 1."""
+        """The images of scaled latents, about from -1 to 1."""
         return latents if self.autoencoder is None else self.autoencoder.decode(latents / self.config.scale)
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuses pictures, by their pixels, that do not fit the network, with the nearest size that does."""
+        """Refuses sizes of images, in pixels, that do not fit the network, with the nearest size that does."""
         factor = self.config.factor * self.unet.factor
         near = [max(1, round(side / factor)) * factor for side in (height, width)]
         if near != [height, width]:

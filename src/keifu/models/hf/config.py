@@ -95,7 +95,7 @@ _ACTIVATIONS = {
     "linear": "identity",
 }
 
-# ours -> theirs, for what a scaling may say beside its kind and factor
+# ours -> theirs, for the fields of a scaling beside its kind and factor
 _FIELDS = {
     "original_context_length": "original_max_position_embeddings",
     "low_freq_factor": "low_freq_factor",
@@ -118,7 +118,7 @@ _WRITTEN = {
 
 
 def activation_name(published: str) -> str:
-    """Our name of an activation that transformers calls `published`; an unknown one is a `ValueError`."""
+    """Our name of the activation that transformers calls `published`; an unknown one is a `ValueError`."""
     name = _ACTIVATIONS.get(published, published)
     if name not in ACTIVATIONS:
         raise UserError(f"The activation {published!r} is not supported. Known: {', '.join(sorted(ACTIVATIONS))}.")

@@ -1,4 +1,4 @@
-"""What a picture becomes before a network sees it, as transformers' preprocessor_config.json says; knows no network."""
+"""Image preprocessing (resize, crop, normalise) as in transformers' preprocessor_config.json."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,8 @@ FIXED = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_norm
 
 @dataclass(frozen=True)
 class Pixels:
-    """The shorter side becomes `size` pixels by the filter `resample`, both do where `squash` is set; of the middle
-    `crop` x `crop` are kept; and numbers from 0 to 1 lose `mean` and are divided by `std`, channel by channel.
+    """The shorter side is resized to `size` pixels by the filter `resample`, both sides where `squash` is set; the
+    centre `crop` x `crop` is kept; values from 0 to 1 are normalised by `mean` and `std` of each channel.
 
     The defaults are OpenAI's.
     """
@@ -26,7 +26,7 @@ class Pixels:
 
 
 def read_pixels(json: dict[str, Any] | None, image_size: int) -> Pixels:
-    """What a preprocessor_config.json says; without one, the published way for pictures of `image_size`."""
+    """The content of a preprocessor_config.json; without one, the published defaults for images of `image_size`."""
     json = json or {}
     for name, fine in FIXED.items():
         if json.get(name, fine) not in (None, fine):

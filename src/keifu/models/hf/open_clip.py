@@ -1,6 +1,6 @@
-"""open_clip's config and names of weights, which are those of OpenAI's own files, for CLIP; knows no tensors.
+"""CLIP's config and weight names in open_clip's files; the names are those of OpenAI's own files.
 
-Settings that change numbers and have no counterpart in our towers are refused by name.
+Settings that change the numbers and are not implemented are refused by name.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ WEIGHT_NAMES = {
     "image.pool.out": "visual.attnpool.c_proj",
     "logit_scale": "logit_scale",
 }
-OPENAI = 49_408  # tokens: with another number, open_clip must be told to take the tokenizer of the directory
+OPENAI = 49_408  # tokens: with another number, the config must name the tokenizer of the directory for open_clip
 FILES = "open_clip_config.json", "open_clip_model.safetensors"
 NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # the last three in OpenAI's archives
 
@@ -148,7 +148,7 @@ def to_open_clip(config: clip.Config) -> dict[str, Any]:
 
 
 def _widths(config: clip_text.Config | clip_image.Config) -> dict[str, Any]:
-    """What a tower has beyond its heads; defaults are left out."""
+    """The published fields of an encoder but for its heads; defaults are left out."""
     norm = {} if config.norm_eps == 1e-5 else {"norm_kwargs": {"eps": config.norm_eps}}
     act = {"act_kwargs": {"approximate": "tanh"}} if config.activation == "gelu_tanh" else {}
     exact = config.hidden_dim / config.dim

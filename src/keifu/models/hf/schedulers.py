@@ -1,6 +1,7 @@
-"""Noise as diffusers' scheduler_config.json writes it; knows no network and no sampler.
+"""The noise schedule and prediction target in diffusers' scheduler_config.json.
 
-A scheduler's file names a sampler too, and the sampler's own options; which sampler draws is not the model's business.
+A scheduler's file names a sampler too, and the sampler's own options; those are not read, since the sampler is not part
+of the model.
 """
 
 from typing import Any
@@ -13,8 +14,8 @@ TARGETS = {"epsilon": "noise", "sample": "picture", "v_prediction": "velocity"}
 VARIANCES = {name: name for name in ("fixed_small", "fixed_large", "learned_range")}
 VARIANCES |= {"fixed_small_log": "fixed_small"}  # computed through its logarithm
 UNCLIP = "UnCLIPScheduler"
-SILENT = {UNCLIP: "squaredcos_cap_v2"}  # the schedule of a file that does not say
-# class -> what it takes where its file is silent: clip_sample, timestep_spacing, set_alpha_to_one
+SILENT = {UNCLIP: "squaredcos_cap_v2"}  # the default schedule of a class
+# class -> its defaults of clip_sample, timestep_spacing, set_alpha_to_one
 CLASSES = {
     "DDPMScheduler": (True, "leading", True),
     "DDIMScheduler": (True, "leading", True),
@@ -87,8 +88,8 @@ def write_scheduler(noise: Noise) -> dict[str, Any]:
 
 
 def write_unclip_scheduler(noise: Noise) -> dict[str, Any]:
-    """The scheduler_config.json of diffusers' UnCLIPScheduler, which knows the cosine schedule, two targets and evenly
-    spaced timesteps alone: what it has no words for is left out, and differs when it is read back."""
+    """The scheduler_config.json of diffusers' UnCLIPScheduler, which has the cosine schedule, two targets and evenly
+    spaced timesteps alone: what it has no fields for is left out, and differs when it is read back."""
     return {
         "_class_name": UNCLIP,
         "num_train_timesteps": noise.steps,

@@ -1,4 +1,4 @@
-"""A U-Net's Config as diffusers' config.json writes it, and how its files call the weights; knows no layers.
+"""The config.json and the weight names that diffusers has for a U-Net.
 
 Levels count resolutions from 0, the finest; diffusers lists the way up from the coarsest.
 """
@@ -18,7 +18,7 @@ DOWN: Blocks = {
 UP: Blocks = {"UpBlock2D": (False, False), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, True)}
 Layout = tuple[Sequence[int], Sequence[int]]
 RESAMPLING = ("conv", "resnet")
-IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # where not every value is; the first is what diffusers takes unless told
+IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # where not every value is; the first is diffusers' default
     "time_embedding_type": ("positional", "learned"),
     "mid_block_type": ("UNetMidBlock2D", None),
     "downsample_padding": (1, 0),
@@ -28,7 +28,7 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # where not every value is; the fir
     "class_embed_type": (None, "timestep", "identity"),
     "act_fn": ("silu", "swish", "mish", "gelu", "relu"),
 }
-FIELDS = {  # ours: theirs, and what diffusers takes unless told
+FIELDS = {  # ours: theirs, and diffusers' default
     "channels": ("in_channels", 3),
     "out_channels": ("out_channels", 3),
     "n_residual_blocks": ("layers_per_block", 2),
@@ -82,7 +82,7 @@ OLD_ATTENTION = {  # diffusers before 0.15 called the parts of attention so
 
 
 def conditioning_fields(json: dict[str, Any], name: str) -> Any:
-    """The value of a field in `IMPLEMENTED`, or what diffusers takes unless told; another value is a ValueError."""
+    """The value of a field in `IMPLEMENTED`, or diffusers' default; another value is a ValueError."""
     known = IMPLEMENTED[name]
     value = json.get(name, known[0])
     if value not in known:
@@ -98,7 +98,7 @@ def read_fields(json: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_fields(config: Any) -> dict[str, Any]:
-    """diffusers' words for the fields of `FIELDS` and `NUMBERS`."""
+    """The published fields of `FIELDS` and `NUMBERS`."""
     return {theirs: vars(config)[ours] for ours, (theirs, _) in (FIELDS | NUMBERS).items()}
 
 
@@ -119,7 +119,7 @@ def read_layout(json: dict[str, Any]) -> dict[str, Any]:
 
 
 Read = list[tuple[bool, bool]]
-Silent = tuple[list[str], Blocks]  # the blocks of a file that does not say, and those that there are
+Silent = tuple[list[str], Blocks]  # the default blocks, and the known ones
 
 
 def read_sides(json: dict[str, Any], widths: Sequence[int], down: Silent, up: Silent) -> tuple[Read, Read]:
@@ -148,8 +148,8 @@ def levels_of(switches: Any) -> tuple[int, ...]:
 
 
 def write_layout(widths: Sequence[int], down: Layout, up: Layout) -> dict[str, Any]:
-    """diffusers' words for a layout: down and up, the levels with attention, and those that a residual block leads out
-    of. One that the words cannot say, where that differs between levels with attention, comes out as another.
+    """The published fields of a layout: down and up, the levels with attention, and those that a residual block leads
+    out of. One that the words cannot say, where that differs between levels with attention, comes out as another.
     """
     levels = range(len(widths))
     return {
@@ -185,7 +185,7 @@ def read_sizes(json: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_sizes(config: Any) -> dict[str, Any]:
-    """diffusers' words for the widths and for the fields of `read_sizes`."""
+    """The published widths and fields of `read_sizes`."""
     return {
         "sample_size": config.size,
         "in_channels": config.channels,

@@ -1,5 +1,5 @@
-"""What unCLIP's decoder is told (Ramesh et al., 2022, section 2.1): CLIP's embedding of a picture, added to that of the
-noise level and as tokens before those of the caption. It knows no CLIP, no U-Net and no sampler.
+"""Conditioning of unCLIP's decoder (Ramesh et al., 2022, section 2.1): CLIP's image embedding is added to the timestep
+embedding, and projected to tokens before those of the caption.
 
 Axes: batch, length = tokens of a caption, embedding = numbers of CLIP's vectors.
 """
@@ -18,7 +18,7 @@ Embedding = Float[Tensor, "batch embedding"]
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are those of Karlo. `n_tokens` is how many the picture's embedding becomes."""
+    """The defaults are those of Karlo. `n_tokens` is the number of tokens of the image embedding."""
 
     n_tokens: int = 4
     embedding_dim: int = 768
@@ -26,12 +26,12 @@ class Config:
     context_dim: int = 1536
 
 
-SIZES: dict[str, Config] = {}  # they come with the whole, in unclip.py
+SIZES: dict[str, Config] = {}  # they come with the whole model, in unclip.py
 PAPER_PARAMETERS: dict[str, float] = {}
 
 
 class Conditions(nn.Module):
-    """`none` is learned, and stands for the embedding of a picture that is not told, as guidance needs it."""
+    """`none` is the learned null image embedding, for classifier-free guidance."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -44,7 +44,8 @@ class Conditions(nn.Module):
     def forward(
         self, image: Embedding, caption: Embedding, tokens: Float[Tensor, "batch length embedding"]
     ) -> tuple[Float[Tensor, "batch time_dim"], Float[Tensor, "batch seen context_dim"]]:
-        """What is added to the noise level's embedding, and what attention looks at: `n_tokens` more than the caption.
+        """The addition to the timestep embedding, and the context of attention, `n_tokens` tokens longer than the
+        caption.
 
         image, caption: CLIP's embeddings. tokens: its hidden states of the caption.
         """
@@ -54,7 +55,7 @@ class Conditions(nn.Module):
 
 
 def build(config: Config) -> Conditions:
-    """With torch's own initialisation, and zeros for the picture that is not told."""
+    """With PyTorch's default initialisation, and zeros for the null image embedding."""
     return Conditions(config)
 
 

@@ -1,6 +1,5 @@
-"""The decoder of unCLIP (Ramesh et al., 2022, section 2.1; DALL-E 2): improved DDPM's U-Net, told an embedding of a
-picture beside the noise level, whose attention looks at a context and at the pixels at once, as GLIDE's does. It knows
-no CLIP, no sampler and no training.
+"""The decoder of unCLIP (Ramesh et al., 2022, section 2.1; DALL-E 2): improved DDPM's U-Net, conditioned on CLIP's
+image embedding; its attention is over a context and the pixels jointly, as in GLIDE.
 
 Axes: batch, channels, height, width; seen = tokens of the context. The stages are those of `layers/unet/unet.py`.
 """
@@ -31,16 +30,17 @@ class Config:
     """The defaults are those of Karlo, whose weights are public; OpenAI's are not. Levels count from 0, the finest.
 
     Attributes:
-        size: the side of what it was trained on, or its height and width; None where nothing says so.
+        size: the side of the training images, or their height and width; None where it is not known.
         predicted_channels: twice `channels` where it predicts the variance too.
         widths: channels of each level; a residual block leads from each to the next.
         n_residual_blocks: of each level on the way down; on the way up it has one more.
         attention, up_attention: the levels that have it on the way down and up.
         head_dim: numbers in a head of attention, which must divide the channels of every level that has it.
         context_dim: numbers in a token of the context.
-        label: what is told beside the noise level: a vector of `time_width` numbers, one of `label_dim` numbers that a
+        label: what is conditioned on beside the timestep: a vector of `time_width` numbers, one of `label_dim` numbers
+            that a
             matrix brings there, or one of `label_dim` classes.
-        scale_shift: whether the noise level scales and shifts what the norm gives, or is added to it.
+        scale_shift: whether the timestep embedding scales and shifts the norm's output, or is added to it.
     """
 
     activation: ClassVar[str] = "silu"
@@ -92,14 +92,14 @@ PAPER_PARAMETERS = {"karlo-decoder": 900e6}  # as its makers round it; DALL-E 2'
 
 
 class Decoder(nn.Module):
-    """The U-Net, and how it is told what the picture is of."""
+    """The U-Net with its timestep embedding and conditioning."""
 
     def __init__(self, config: Config, label: nn.Module, network: ConditionedUNet):
         super().__init__()
         self.config, self.label, self.network = config, label, network
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
-        """Keys and values of a context for every attention: made once a picture, used at every step."""
+        """Keys and values of a context for every attention: computed once an image, used at every step."""
         return self.network.project(context)
 
     def predict(
@@ -116,13 +116,13 @@ class Decoder(nn.Module):
         context: Float[Tensor, "batch seen context_dim"],
         mask: Bool[Tensor, "batch seen"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """`predict` of a context, `mask` being True on its real tokens; None sees all."""
+        """`predict` of a context, `mask` being True on its real tokens; None attends to all."""
         return self.predict(x, timestep, label, self.project(context), PaddingMask(mask))
 
 
 def build(config: Config) -> Decoder:
-    """A network with torch's own initialisation, but zero for what each block, attention and the network end with, as
-    improved DDPM's code has it."""
+    """A network with PyTorch's default initialisation, but zero for the last layer of each block, of each attention and
+    of the network, as in improved DDPM's code."""
     sinusoids = TimestepSinusoids(config.widths[0], config.frequency_shift, config.cosine_first)
     time = TimeEmbedding(sinusoids, config.widths[0], config.time_width)
     norm = partial(nn.GroupNorm, config.norm_groups, eps=1e-5)

@@ -1,6 +1,6 @@
-"""The diffusion prior of unCLIP (Ramesh et al., 2022, section 2.2; DALL-E 2): from a caption to CLIP's embedding of a
-picture of it. A causal transformer reads the caption, the noise level and the noisy embedding, and gives at its last
-token the embedding itself, not the noise. It knows no sampler, no CLIP and no pixels.
+"""The diffusion prior of unCLIP (Ramesh et al., 2022, section 2.2; DALL-E 2): a diffusion model of CLIP's image
+embedding, given a caption. A causal Transformer reads the caption, the timestep and the noisy embedding, and predicts
+at its last token the embedding itself, not the noise.
 
 Axes: batch, length = tokens of a caption, embedding = numbers of CLIP's vectors.
 """
@@ -30,14 +30,13 @@ class Config:
 
     Attributes:
         context_length: tokens of every caption.
-        embedding_dim: numbers of a picture's embedding, and of each token of an encoded caption.
+        embedding_dim: dimension of an image embedding, and of each token of an encoded caption.
         caption_dim: numbers of a caption's embedding; None for as many.
         predicted_dim: numbers that it gives; None for as many.
         first_norm: whether there is a norm before the first block.
         caption_norm: whether there is one before the matrix that reads the caption's embedding.
-        query: whether a learned token stands at the end, at which the answer is read; else it is read at the noisy
-            embedding's own.
-        time_dim: inside the embedding of the noise level; None for the width of the blocks.
+        query: whether a learned token at the end gives the prediction; else the noisy embedding's token does.
+        time_dim: hidden dimension of the timestep embedding; None for the width of the blocks.
     """
 
     context_length: int = 77
@@ -69,8 +68,7 @@ PAPER_PARAMETERS = {"karlo-prior": 1e9}  # as its makers round it; DALL-E 2's ha
 
 
 class Prior(nn.Module):
-    """`mean` and `std` are those of the training pictures' embeddings, and what it removes noise from is normalised by
-    them."""
+    """`mean` and `std` are those of the image embeddings in training; diffusion is in embeddings normalised by them."""
 
     mean: Tensor
     std: Tensor
@@ -99,7 +97,7 @@ class Prior(nn.Module):
         tokens: Float[Tensor, "batch length embedding"],
         mask: Bool[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch predicted"]:
-        """The normalised embedding in noisy ones, one timestep for all or one each.
+        """The prediction of the normalised embedding from noisy ones, one timestep for all or one each.
 
         caption, tokens: CLIP's embedding of each caption, and its hidden states. `mask` is True on real tokens, and
         each token then sees those before it; None: all see all, as diffusers has it.
@@ -121,11 +119,11 @@ class Prior(nn.Module):
         return self.out(self.norm(hidden[:, -1])).to(kind)
 
     def normalised(self, embedding: Embedding) -> Embedding:
-        """What noise is added to."""
+        """CLIP's embeddings, normalised for diffusion."""
         return (embedding - self.mean) / self.std
 
     def restored(self, x: Embedding) -> Embedding:
-        """CLIP's embedding of a normalised one."""
+        """CLIP's embeddings from normalised ones."""
         return x * self.std + self.mean
 
 
@@ -198,7 +196,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def _conditioning_tokens(json: dict[str, Any], name: str, known: tuple[Any, ...]) -> bool:
-    """Whether a field has the second of the values that it may have, and not the first."""
+    """Whether a field has the second of its two implemented values, not the first."""
     if json.get(name) not in known:
         raise ValueError(f"its {name} is {json[name]!r}, and what is implemented is {known[0]!r} and {known[1]!r}.")
     return json.get(name) == known[1]

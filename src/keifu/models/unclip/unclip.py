@@ -1,6 +1,6 @@
-"""unCLIP (Ramesh et al., 2022, "Hierarchical Text-Conditional Image Generation with CLIP Latents"; DALL-E 2): CLIP read
-backwards. A prior guesses the embedding of a picture from a caption, a decoder draws a picture of an embedding, and
-networks of DDPM's kind enlarge it. It knows no sampler, no guidance and no file.
+"""unCLIP (Ramesh et al., 2022, "Hierarchical Text-Conditional Image Generation with CLIP Latents"; DALL-E 2): CLIP's
+image encoder inverted by diffusion. A prior generates an image embedding from a caption, a decoder generates an image
+from the embedding, and diffusion upsamplers enlarge it.
 
 Axes: batch, channels, height, width; length = tokens of a caption, embedding = numbers of CLIP's vectors.
 """
@@ -39,10 +39,10 @@ class Config:
     """The defaults are Karlo's, the unCLIP whose weights are public.
 
     Attributes:
-        prior: None where only pictures are varied.
-        image, pixels: what makes embeddings of pictures, and what they become before; None where none is varied.
-        upsampler, last_upsampler: of all steps but the last, and of that one; None where nothing is enlarged.
-        prior_noise, decoder_noise: what these two were trained to remove; the upsampler's is in its own Config.
+        prior: None in a model for image variations alone.
+        image, pixels: CLIP's image encoder and its preprocessing, for image variations; None without them.
+        upsampler, last_upsampler: for all steps but the last, and for the last; None without upsampling.
+        prior_noise, decoder_noise: their noise schedules and prediction targets; the upsampler's is in its Config.
     """
 
     text: clip_text.Config = field(
@@ -83,22 +83,22 @@ class Config:
 
     @property
     def small_size(self) -> tuple[int, int] | None:
-        """Height and width that the decoder was trained with; None where nothing says so."""
+        """Height and width of the decoder's training images; None where they are not known."""
         return _sides(self.decoder.size)
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of finished pictures."""
+        """Height and width of the images after upsampling."""
         return self.small_size if self.upsampler is None else _sides(self.upsampler.size)
 
     @property
     def upsampling_noise(self) -> Noise | None:
-        """What the upsamplers were trained to remove."""
+        """The noise schedule and prediction target of the upsamplers."""
         return None if self.upsampler is None else self.upsampler.noise
 
     @property
     def vocab_size(self) -> int:
-        """The tokens that captions are made of."""
+        """Size of the vocabulary of captions."""
         return self.text.vocab_size
 
     @property
@@ -108,12 +108,12 @@ class Config:
 
     @property
     def embedding_dim(self) -> int:
-        """Numbers of CLIP's vectors."""
+        """Dimension of CLIP's embeddings."""
         return self.conditions.embedding_dim
 
     @property
     def imagines(self) -> bool:
-        """Whether it has a prior, and so draws what a text says."""
+        """Whether it has a prior, and so generates images from text."""
         return self.prior is not None
 
 
@@ -134,7 +134,7 @@ class Caption(NamedTuple):
 
 
 class UnclipConditioning(NamedTuple):
-    """What the decoder is told at every step."""
+    """The conditioning of the decoder, the same at every step."""
 
     beside: Float[Tensor, "batch time_dim"]
     projected: Memories
@@ -159,35 +159,35 @@ class Unclip(nn.Module):
     last_upsampler: ddpm.DDPM
 
     def encode_text(self, tokens: Int[Tensor, "batch length"], real: Bool[Tensor, "batch length"]) -> Caption:
-        """What prior and decoder are told of captions; padding follows the end of each."""
+        """Captions encoded for prior and decoder; padding follows the end of each."""
         hidden = self.text.encode(tokens)
         assert self.text.projection is not None
         return Caption(self.text.projection(self.text.pool(hidden, tokens)), hidden, real)
 
     def encode_image(self, pixels: Float[Tensor, "batch channels rows columns"]) -> Embedding:
-        """CLIP's embeddings of pictures, which the config's `pixels` has made ready."""
+        """CLIP's embeddings of images, preprocessed by the config's `pixels`."""
         if self.config.image is None:
             raise UserError("This unCLIP has no image_encoder, so it cannot see a picture: give a text.")
         return self.image(pixels)
 
     def imagine(self, x: Embedding, timestep: Num[Tensor, "*batch"], caption: Caption) -> Embedding:
-        """The prior's prediction: the normalised embedding of a picture in noisy ones."""
+        """The prior's prediction of the normalised image embedding from noisy ones."""
         return self.prior(x, timestep, *caption)
 
     def normalised(self, embedding: Embedding) -> Embedding:
-        """What the prior removes noise from, of CLIP's embeddings."""
+        """CLIP's embeddings, normalised for the prior."""
         return self.prior.normalised(embedding)
 
     def restored(self, x: Embedding) -> Embedding:
-        """CLIP's embedding of a normalised one."""
+        """CLIP's embeddings from normalised ones."""
         return self.prior.restored(x)
 
     def nothing(self, batch: int) -> Embedding:
-        """The embedding that stands for a picture that is not told."""
+        """The null image embedding."""
         return self.conditions.none.expand(batch, -1)
 
     def tell(self, image: Embedding, caption: Caption) -> UnclipConditioning:
-        """What the decoder is told of embeddings and captions: made once a picture, used at every step."""
+        """The decoder's conditioning from embeddings and captions: computed once an image, used at every step."""
         image = image.to(self.conditions.none.dtype)
         beside, context = self.conditions(image, caption.embedding, caption.tokens)
         real = F.pad(caption.real, (self.conditions.config.n_tokens, 0), value=True)
@@ -196,18 +196,18 @@ class Unclip(nn.Module):
     def forward(
         self, x: Sample, timestep: Num[Tensor, "*batch"], told: UnclipConditioning
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """The decoder's prediction for noisy pictures, one timestep for all or one each."""
+        """The decoder's prediction for noisy images, one timestep for all or one each."""
         return self.decoder.predict(x, timestep, *told)
 
     def enlarge(
         self, x: Sample, timestep: Num[Tensor, "*batch"], small: Sample, last: bool = False
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """The upsampler's prediction for noisy pictures beside the small ones, brought to their size; `last` is for the
-        step that ends at the clean picture."""
+        """The upsampler's prediction for noisy images, given the small ones resized to theirs; `last` is for the step
+        that ends at the clean image."""
         return (self.last_upsampler if last else self.upsampler)(torch.cat([x, small], 1), timestep)
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuses pictures that the decoder cannot draw, with the nearest size that it can."""
+        """Refuses sizes that the decoder cannot generate, with the nearest size that it can."""
         self.decoder.network.check_size(self.config.channels, height, width)
 
 
@@ -223,7 +223,7 @@ BUILDERS = {
 
 
 def build(config: Config) -> Unclip:
-    """A model whose parts begin as they do alone."""
+    """A model whose parts are initialised as each is alone."""
     made = {name: vars(config)[name] for name in BUILDERS}
     return Unclip(config, **{name: part and BUILDERS[name](part) for name, part in made.items()})
 
