@@ -22,7 +22,8 @@ import torch
 from _rounds import interleaved, machine
 from torch import Tensor
 
-from keifu.layers.attention.attention import Attention, CausalMask
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.masks import CausalMask
 
 KINDS = ("dense, written out", "dense", "banded")
 STEPS = 32  # tokens that are decoded in a round

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from keifu.layers.attention import attention
-from keifu.layers.attention.attention import Attention, CausalMask, CrossAttention, PaddingMask, attend
+from keifu.layers.attention.attention import Attention, CrossAttention, attend
+from keifu.layers.attention.masks import CausalMask, PaddingMask
 
 
 def formula(q, k, v, allowed):

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keifu.layers.attention import attention
-from keifu.layers.attention.attention import Attention, CausalMask, attend
-from keifu.layers.attention.masks import Band
+from keifu.layers.attention.attention import Attention, attend
+from keifu.layers.attention.masks import Band, CausalMask
 
 
 def masked(start: int, length: int, window: int, padding: torch.Tensor | None = None) -> torch.Tensor:

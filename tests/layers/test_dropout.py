@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from keifu.layers.attention.attention import Attention, CausalMask, attend
+from keifu.layers.attention.attention import Attention, attend
+from keifu.layers.attention.masks import CausalMask
 from keifu.layers.counter_rng import bits, bits16
 from keifu.layers.dropout import LEVELS, Dropout, DropoutKeys, dropout_mask
 

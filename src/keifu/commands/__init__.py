@@ -1,1 +1,1 @@
-"""The command line's verbs, one file each with `parse(arguments)`; nothing else in keifu knows them."""
+"""The verbs of the command line, one file each with `parse(arguments)`."""

@@ -1,4 +1,4 @@
-"""`keifu chat`: a conversation in the terminal, or one answer to a question; knows no model and no template."""
+"""`keifu chat`: a conversation in the terminal, or one answer to a question."""
 
 from dataclasses import dataclass
 from pathlib import Path

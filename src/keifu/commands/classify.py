@@ -1,6 +1,6 @@
-"""`keifu classify`: a label for each text or picture, or how many of a table's labels a model finds; knows no model.
+"""`keifu classify`: a label for each text or image, or the accuracy on a table of labelled ones.
 
-`keifu classify` with a CLIP: labels in words for pictures it was never trained to tell apart; knows no model.
+A fine-tuned classifier has labels of its own; a CLIP classifies images zero-shot, by labels given in words.
 """
 
 import json

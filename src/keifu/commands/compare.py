@@ -1,4 +1,4 @@
-"""`keifu compare`: two models' answers side by side, and which is better; knows no model and no way to write."""
+"""`keifu compare`: two models' answers side by side; you choose the better one blindly, or a reward model does."""
 
 import json
 import shutil

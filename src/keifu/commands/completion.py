@@ -1,4 +1,4 @@
-"""`keifu completion`: a script that makes a shell complete verbs, recipes and options; knows no verb's work."""
+"""`keifu completion`: a shell script that completes verbs, recipes and options."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

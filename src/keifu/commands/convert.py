@@ -1,4 +1,4 @@
-"""`keifu convert`: loads a model and writes it in a published format; knows no format from within."""
+"""`keifu convert`: loads a model and writes it in a published format."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""`keifu data`: lists, fetches, checks and shows training data; knows no data set by name.
-
-Conversations as a model will learn them, with what it learns of them in colour; knows no training.
-"""
+"""`keifu data`: lists, downloads, checks and shows training data, conversations with the trained tokens in colour."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""`keifu demo`: the recipe of that name under a verb of its own; knows nothing of what it does."""
+"""`keifu demo`: the recipe of that name as a verb."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,6 +1,4 @@
-"""`keifu draw`: pictures from a model that removes noise, of a text too, and a picture once more; knows no model and no
-sampler.
-"""
+"""`keifu draw`: images from a diffusion model or DALL-E, by text or label, and an image reproduced from its record."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

@@ -1,4 +1,4 @@
-"""`keifu embed`: texts and pictures as vectors, and which are nearest to each other; knows no model."""
+"""`keifu embed`: embeddings of texts and images, and their nearest neighbours."""
 
 import io
 import json

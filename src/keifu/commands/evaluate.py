@@ -1,4 +1,4 @@
-"""`keifu evaluate`: finds the evaluation that fits a model and its data, and prints what it found; knows no figure."""
+"""`keifu evaluate`: finds the evaluation that fits a model and its data, and prints the results."""
 
 import json
 from dataclasses import dataclass, fields

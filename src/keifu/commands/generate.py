@@ -1,4 +1,4 @@
-"""`keifu generate`: a model continues a text, or answers it; knows no model and no way to choose a token."""
+"""`keifu generate`: a model continues a text, or answers it."""
 
 import sys
 from dataclasses import dataclass

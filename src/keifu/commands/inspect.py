@@ -1,4 +1,4 @@
-"""`keifu inspect`: the load report of a model; knows no format and no family."""
+"""`keifu inspect`: the load report of a model."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`keifu models`: every published size with its parameters counted; knows no model by name."""
+"""`keifu models`: every published model size with its number of parameters."""
 
 from dataclasses import dataclass
 from typing import Annotated

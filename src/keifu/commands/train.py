@@ -1,4 +1,4 @@
-"""`keifu train`: finds a recipe by its name and makes its fields options; knows no recipe and no loop."""
+"""`keifu train`: finds a recipe by its name and turns its fields into options."""
 
 import re
 from collections.abc import Callable, Sequence

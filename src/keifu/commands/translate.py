@@ -1,4 +1,4 @@
-"""`keifu translate`: an argument, a file or a pipe into another language, a line for a line; knows no model."""
+"""`keifu translate`: translates an argument, a file or a pipe, line by line."""
 
 import json
 import sys

@@ -1,1 +1,1 @@
-"""What models are made of: attention, Transformer blocks, recurrent networks, U-Net, noise schedules, losses, LoRA."""
+"""Parts of models: attention, Transformer blocks, recurrent networks, U-Net, noise schedules, LoRA, losses."""

@@ -1,4 +1,4 @@
-"""Activation functions by name, each acting on every number alone; knows no layer and no model."""
+"""Activation functions by name; each acts elementwise."""
 
 from collections.abc import Callable
 from difflib import get_close_matches

@@ -1,8 +1,8 @@
-"""Random numbers that are a function of a seed and a place alone: SplitMix64 as a counter; knows no generator's state.
+"""Counter-based random numbers (SplitMix64): a function of a seed and a position alone, without a generator's state.
 
-A row draws the same whatever the other rows do and however many there are, on any device.
+A row's numbers are the same whatever the other rows are and however many there are, on any device.
 
-Axes: rows = independent streams; the `...` behind it are places in a stream.
+Axes: rows = independent streams; the `...` after it are positions in a stream.
 """
 
 import math

@@ -1,7 +1,8 @@
-"""Dropout (Srivastava et al., 2014) whose masks in a training step are a function of seed, step, layer and row alone.
+"""Dropout (Srivastava et al., 2014) whose masks in a training step depend on seed, step, layer and row alone.
 
-So a batch may be computed in parts of any size, on any device or number of processes, and a layer may be computed again
-in the backward pass: the masks are the same bits. Outside a training step dropout draws from torch's global generator.
+So a batch may be split into micro-batches of any size, on any device or number of processes, and a layer may be
+recomputed in the backward pass: the masks are the same bits. Outside a training step dropout uses torch's global
+generator.
 
 Axes: rows = of the batch that is computed, layers = the dropout layers of a model.
 """

@@ -1,6 +1,6 @@
-"""What a block does to each token alone; knows no model and no other token.
+"""Feed-forward networks (MLPs) of Transformer blocks, which act on each token separately.
 
-Axes: batch, length, dim; hidden = the wide middle.
+Axes: batch, length, dim; hidden = the inner dimension.
 """
 
 from functools import partial

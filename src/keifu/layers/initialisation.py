@@ -1,4 +1,4 @@
-"""How weights are drawn before training; knows the kinds of layers, no model."""
+"""Weight initialisation by kind of layer."""
 
 from torch import nn
 

@@ -1,7 +1,4 @@
-"""Matrix products: one that knows when it has a single row, and matrices joined so that one product serves several.
-
-It knows nothing of what they are used for.
-"""
+"""Linear layers: one with a fast path for a single row, and joined matrices with one product for several (q, k, v)."""
 
 from collections.abc import Sequence
 

@@ -1,8 +1,8 @@
 """Low-rank adapters on the linear layers and convolutions of a built model (LoRA, Hu et al., 2021; DoRA, Liu et al.,
-2024); knows no model and no file.
+2024).
 
-A layer's matrix W stays as it is; beside it stands B A · scale, of a low rank, and only that is trained. Where a joined
-matrix has parts (queries, keys and values), each has an adapter of its own or none. Axes: in, out, rank.
+A layer's matrix W stays fixed; the product B A · scale, of low rank, is added to it, and only that is trained. Where a
+joined matrix has parts (queries, keys and values), each has an adapter of its own or none. Axes: in, out, rank.
 """
 
 import math

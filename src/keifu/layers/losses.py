@@ -1,10 +1,6 @@
-"""Losses as sums over elements, and their weights; knows no model and no loop.
+"""Losses as sums over elements with their weights, and log-probabilities of given tokens, without all logits in memory.
 
-Axes: `...` any leading axes, vocab = classes.
-
-ln p of chosen tokens, one number each and with a gradient, without all logits; knows no model and no loss.
-
-Axes: n = positions, dim, vocab.
+Axes: `...` any leading axes, n = positions, dim, vocab = classes.
 """
 
 from typing import Any

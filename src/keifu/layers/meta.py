@@ -1,4 +1,4 @@
-"""Building a model without memory: every tensor on the meta device, and nothing drawn for it."""
+"""Building a model on the meta device: without memory and without initialisation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

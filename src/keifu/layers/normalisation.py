@@ -1,4 +1,4 @@
-"""Normalisations that torch lacks or that need the published rounding; knows no model. (LayerNorm alone is torch's.)"""
+"""Normalisations that torch lacks, or whose published rounding differs from torch's. (LayerNorm alone is torch's.)"""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Numbers of 64 bits on devices that have none (Apple's GPU): what needs them is computed in the CPU's memory."""
+"""64-bit numbers on devices that have none (Apple's GPU): such computations are done in the CPU's memory."""
 
 import torch
 from torch import Tensor

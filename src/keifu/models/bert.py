@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.activations import activation
-from keifu.layers.attention.attention import Attention, PaddingMask
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.masks import PaddingMask
 from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.dropout import Dropout
 from keifu.layers.feedforward import FeedForward

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: messages that are answered, and the commands between them; knows no model."""
+"""A conversation in the terminal: messages, replies, and slash commands."""
 
 import json
 import sys

@@ -1,9 +1,7 @@
-"""What drawing and drawing once more have in common: the model by its name, the pictures of a record, their PNG files;
-knows no model and no sampler.
+"""Shared by drawing and redrawing: loading the model, its LoRAs, the images of a record, reranking, and PNG files.
 
-`--lora PATH[:SCALE]`: LoRAs that change a model before it draws, each known by its digest; knows no model.
-
-The best of several pictures of a text, as a CLIP sees them (DALL-E's reranking); knows no model that draws.
+`--lora PATH[:SCALE]` adds LoRAs, each identified by its digest. Reranking keeps the best of several images of a
+text, as scored by a CLIP (as in DALL-E).
 """
 
 from collections.abc import Sequence

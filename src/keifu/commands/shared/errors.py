@@ -1,4 +1,4 @@
-"""What went wrong, as one sentence for a person; knows the kinds of error, and no verb."""
+"""Exceptions as one sentence for the user."""
 
 import re
 import tempfile

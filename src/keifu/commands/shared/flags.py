@@ -1,4 +1,4 @@
-"""A dataclass's fields as a verb's options, and what is wrong with them as one sentence; knows no verb."""
+"""A dataclass's fields as a verb's options; errors in them as one sentence."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What `--help` prints: usage, what a verb does, and a line for each argument and option; knows no verb."""
+"""The text of `--help`: usage, what a verb does, and a line for each argument and option."""
 
 import inspect
 import re

@@ -1,9 +1,4 @@
-"""What the verbs for language models share: a model that writes, and a text from wherever it comes; knows no verb.
-
-What the verbs for encoders share: a model that reads, texts that come one a line, and their ids; knows no verb.
-
-Pictures that are named where texts could stand, and points for both; knows no verb and no model.
-"""
+"""Inputs of verbs: models with their tokenizers, texts from arguments, files and pipes, and image files among them."""
 
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""The files of recipes: keifu's own and a user's, and the options of one without running it.
+"""Recipe files: keifu's own and a user's, and a recipe's options without running it.
 
-A recipe's file imports what it trains with, and so torch, which takes longer than a help text may. So for a help text
-only the class of its options is made, and of the files that it takes anything from, only that.
+A recipe's file imports what it trains with, and so torch, which takes longer than a help text may. For a help text only
+the class of its options is therefore built, and from the files that it imports only what that class needs.
 """
 
 import ast

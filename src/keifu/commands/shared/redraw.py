@@ -1,6 +1,4 @@
-"""`keifu draw --again`: a picture once more by its own record, and whether each bit is the same; knows no model and no
-sampler.
-"""
+"""`keifu draw --again`: reproduces an image from its PNG metadata, and checks that every bit is the same."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,7 @@
-"""How `keifu train` begins a run, starts one over and goes on with one; knows no recipe and no loop.
+"""How `keifu train` starts, restarts and resumes a run.
 
-The name of the recipe and all its options stand in recipe.json, so a run goes on from its folder alone. Options that
-are given beside --resume are compared with those by name: those that change no step may change, others are refused.
+The name of the recipe and all its options are in recipe.json, so a run is resumed from its folder alone. Options given
+beside --resume are compared with those by name: those that do not change the training may differ, others are refused.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Tables for people in a terminal, and the same cells separated by tabs in a pipe; knows nothing of their content."""
+"""Tables for the terminal, and the same cells separated by tabs in a pipe."""
 
 import sys
 from collections.abc import Iterable, Sequence

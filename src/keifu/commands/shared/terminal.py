@@ -1,4 +1,4 @@
-"""What a person types at a terminal: a line, or a text of several; knows no model and no verb."""
+"""Input at a terminal: a line, or a text of several lines."""
 
 from contextlib import suppress
 from typing import NoReturn

@@ -1,4 +1,4 @@
-"""What `keifu generate` and `keifu chat` share: the options of sampling, what is in force, and one text printed."""
+"""Shared by `keifu generate` and `keifu chat`: sampling options, the settings in use, and printing of a text."""
 
 import json
 import sys

@@ -1,1 +1,1 @@
-"""Attention: masks, key-value cache, positions, and axial patterns."""
+"""Attention, its masks, key-value caches, position encodings, and axial patterns."""

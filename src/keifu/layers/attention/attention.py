@@ -1,93 +1,21 @@
-"""Attention: queries look at keys and bring back values; knows no model, and not who else reads its tokens.
+"""Multi-head attention: scaled dot products, grouped-query heads, self-attention with a cache, cross-attention.
 
 Axes: batch, length = queries, seen = keys, heads, head_dim, dim = heads · head_dim where they are joined.
 """
 
 from collections.abc import Callable
-from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.attention.kv_cache import Cache, KeyValueCache, WindowCache
-from keifu.layers.attention.masks import Band, band
+from keifu.layers.attention.masks import Band, Mask, Visible
 from keifu.layers.attention.positions import Positions, Rotary
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import JoinedLinear, Linear
-
-Visible = Bool[Tensor, "#batch 1 #length seen"] | Band | Literal["causal"] | None
-
-
-@runtime_checkable
-class Mask(Protocol):
-    """What each query may see. `visible(seen, window)` is None for everything, "causal" for the plain triangle, and a
-    `Band` where there are more queries than the window is wide."""
-
-    def visible(self, seen: int, window: int | None) -> Visible: ...
-
-
-class CausalMask:
-    """Each token sees itself and those before it, but no left padding; one object serves all layers of a pass.
-
-    `start` tokens came in earlier passes, `length` are in this one; `padding` [batch] counts each row's padding.
-    The mask is made on `device`, or where the padding is.
-    """
-
-    def __init__(
-        self,
-        start: int,
-        length: int,
-        padding: Int[Tensor, " batch"] | None = None,
-        device: torch.device | None = None,
-    ):
-        self.start, self.length, self.padding = start, length, padding
-        self.device = device if padding is None else padding.device
-        self._made: dict[tuple[int, int | None], Visible] = {}
-
-    def visible(self, seen: int, window: int | None) -> Visible:
-        window = None if window is None or window >= seen else window
-        if (seen, window) not in self._made:
-            self._made[seen, window] = self._make(seen, window)
-        return self._made[seen, window]
-
-    def _make(self, seen: int, window: int | None) -> Visible:
-        if self.padding is None and window is None and (self.length == 1 or self.length == seen):
-            return None if self.length == 1 else "causal"
-        if window is not None and self.length > window:
-            return band(self.start, self.length, seen, window, self.padding, self.device)
-        end = self.start + self.length
-        queries = torch.arange(self.start, end, device=self.device)[:, None]
-        keys = torch.arange(end - seen, end, device=self.device)[None]
-        mask = keys <= queries
-        if window is not None:
-            mask &= keys > queries - window
-        if self.padding is not None:  # a padding token sees itself, so that no row of the softmax is empty
-            mask = mask & (keys >= self.padding[:, None, None]) | (keys == queries)
-        return mask.reshape(-1, 1, self.length, seen)
-
-
-class PaddingMask:
-    """Every query sees every real token, in both directions; `real` is True there."""
-
-    def __init__(self, real: Bool[Tensor, "batch seen"] | None = None):
-        self.mask = None if real is None else real[:, None, None, :]
-
-    def visible(self, seen: int, window: int | None) -> Visible:
-        return self.mask
-
-
-class CausalPaddingMask:
-    """Each token sees itself and those before it that are real; `real` is True there."""
-
-    def __init__(self, real: Bool[Tensor, "batch length"]):
-        causal = torch.ones(2 * real.shape[1:], dtype=torch.bool, device=real.device).tril()
-        self.mask = ((real[:, None] & causal) | torch.eye(real.shape[1], dtype=torch.bool, device=real.device))[:, None]
-
-    def visible(self, seen: int, window: int | None) -> Visible:
-        return self.mask
 
 
 def attend(

@@ -1,8 +1,8 @@
-"""Attention of a text and a picture's grid behind it, in which a place of the grid sees the text and few earlier places
-(DALL-E; Ramesh et al., 2021, appendix B.1 and figure 11); it knows no model.
+"""Axial sparse attention for a text followed by a grid of image tokens (DALL-E).
 
-Axes: batch, heads, length = prefix + places, head_dim; prefix = tokens before the grid; places in raster order, row by
-row; window = places that a row of the grid has to look at.
+A place of the grid attends to the text and to few earlier places: its row, its column or its neighbourhood (Ramesh et
+al., 2021, appendix B.1 and figure 11). Axes: batch, heads, length = prefix + places, head_dim; prefix = tokens before
+the grid; places in raster order, row by row; window = places that a row of the grid may attend to.
 """
 
 from dataclasses import dataclass

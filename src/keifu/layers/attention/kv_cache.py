@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far, in memory taken once; knows nothing of who attends to them.
+"""Key-value caches: keys and values of the tokens so far, in memory allocated once.
 
 Axes: batch, heads = heads of keys and values, length = tokens, head_dim.
 """

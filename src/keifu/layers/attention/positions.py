@@ -1,4 +1,4 @@
-"""How a token's place is told: learned vectors, sinusoids, rotations of queries and keys; knows no model.
+"""Position encodings: learned embeddings, sinusoids, and rotary embeddings of queries and keys.
 
 Axes: batch, length = tokens, heads, head_dim; pairs = head_dim / 2.
 """

@@ -1,15 +1,9 @@
-"""How pictures dissolve into noise, as a table of what is left of the picture after each step, and what a network may
-predict of it; knows no network, no sampler and no random numbers.
+"""Noise schedules of diffusion (ᾱ of every timestep), prediction targets, loss weights, and the exact posterior.
 
-x_t = √ᾱ_t · picture + √(1 - ᾱ_t) · noise (Ho et al., 2020, equation 4). Tables are float64 on the CPU: differences of
-neighbouring ᾱ, which every sampler takes, lose half their digits in float32.
+x_t = √ᾱ_t · picture + √(1 - ᾱ_t) · noise (Ho et al., 2020, equation 4), SNR = ᾱ / (1 - ᾱ). Tables are float64 on the
+CPU: differences of neighbouring ᾱ, which every sampler takes, lose half their digits in float32.
 
-Axes: batch, `*shape` = whatever the picture has, steps = T of the schedule; timesteps go from 0 (least noise) to T - 1.
-
-What a network learns to predict of a noisy picture, how much each timestep counts, and the exact step back; knows no
-network and no loop.
-
-SNR = ᾱ / (1 - ᾱ). Axes: batch, `*shape` = a picture's own, steps = T of the schedule.
+Axes: batch, `*shape` = an image's own, steps = T of the schedule; timesteps go from 0 (least noise) to T - 1.
 """
 
 import math

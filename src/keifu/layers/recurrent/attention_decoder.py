@@ -1,15 +1,11 @@
-"""Recurrent decoders, by what each has of its source at a step: attention, a fixed context, or nothing; knows no model.
+"""Recurrent decoders of encoder-decoders: with additive attention, with a fixed context, or without a source.
 
-Axes: batch, length = steps, in_dim = what a step reads, dim = a state, seen = tokens of the source, width = a source
-token's state.
+Additive attention (Bahdanau et al., 2014): score(s, h_j) = v · tanh(W_a s + U_a h_j), a softmax α over j, and the
+context c = Σ α_j h_j; the state s is the one before the step. What does not depend on the state is computed once:
+U_a h_j, and W_c h_j, whose mean by α is the W_c c that a step needs.
 
-A recurrent layer that looks back at a source before every step (Bahdanau et al., 2014); knows no model.
-
-score(s, h_j) = v · tanh(W_a s + U_a h_j), a softmax α over j, and the context c = Σ α_j h_j; the state s is the one
-before the step. What needs no state is made once: U_a h_j, and W_c h_j, whose mean by α is the W_c c that a step needs.
-
-Axes: batch, length = steps, seen = tokens of the source, dim = a state, gates = 3 dim, width = a source token's state,
-attention_dim.
+Axes: batch, length = steps, in_dim = inputs of a step, seen = tokens of the source, dim = a state, gates = 3 dim,
+width = a source token's state, attention_dim.
 """
 
 from typing import Any, NamedTuple

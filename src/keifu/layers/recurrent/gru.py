@@ -1,12 +1,12 @@
-"""Gated recurrent units (Cho et al., 2014) over whole sequences, and encoders made of them; knows no model.
+"""Gated recurrent units (GRU; Cho et al., 2014) over whole sequences, and encoders made of them.
 
 The gates are torch.nn.GRU's: h' = (1 - z) · n + z · h, with r applied after the recurrent product, n = tanh(W x + b +
 r · (U h + c)), so that weights copy to and from torch. Cho and Bahdanau write h' = (1 - z) · h + z · n, whose z is
 1 - z here (the same network with W_z, U_z and b_z negated), and apply r before the product, n = tanh(W x + U (r · h)),
-which is another network of the same size: theirs costs a second product in every step that has to wait for r.
+which is another network of the same size: it needs a second product in every step, which has to wait for r.
 
-Axes: batch, length = tokens, dim = a state, gates = 3 dim (reset, update, new), directions = ways of reading, `...` =
-what a step is made of beside the last axis. What runs over time has the length first.
+Axes: batch, length = tokens, dim = a state, gates = 3 dim (reset, update, new), directions = directions of reading,
+`...` = what a step consists of beside the last axis. What runs over time has the length first.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""How attention and feed-forward are put around the residual stream; knows not what kind of either it holds.
+"""Transformer blocks: attention and feed-forward on the residual stream, with the norms before or after them.
 
 Axes: batch, length, dim. Whatever else is given to a block goes to its attention.
 """

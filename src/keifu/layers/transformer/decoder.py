@@ -1,4 +1,4 @@
-"""A causal language model made of the parts it is given; knows not which model that makes.
+"""Decoder-only Transformer: a causal language model composed of the parts it is given.
 
 Axes: batch, length = tokens, dim, vocab.
 """
@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.attention.attention import CausalMask
 from keifu.layers.attention.kv_cache import Cache
-from keifu.layers.attention.masks import DocumentMask, positions_in
+from keifu.layers.attention.masks import CausalMask, DocumentMask, positions_in
 from keifu.layers.attention.positions import LearnedPositions, Positions
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import linear

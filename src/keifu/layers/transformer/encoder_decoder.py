@@ -1,7 +1,7 @@
-"""An encoder-decoder made of the parts it is given: one side reads a text, the other writes one that answers to it.
+"""Encoder-decoder Transformer composed of given parts: the encoder reads a source, the decoder writes a target.
 
-It knows not which model that makes. Axes: batch, length = tokens of the target, source_length, dim, vocab; a batch may
-have several rows for one source (beams), which then lie side by side.
+Axes: batch, length = tokens of the target, source_length, dim, vocab; a batch may have several rows for one source
+(beams), which are then adjacent.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from keifu.layers.attention.attention import CausalMask, PaddingMask
 from keifu.layers.attention.kv_cache import Cache
+from keifu.layers.attention.masks import CausalMask, PaddingMask
 from keifu.layers.attention.positions import SinusoidalPositions
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import linear

@@ -1,7 +1,7 @@
-"""What pictures pass through: residual blocks, changes of resolution, looks from pixel to pixel; knows no model.
+"""Convolutional blocks of U-Nets: residual blocks, down- and upsampling, and self-attention over pixels.
 
-Axes: batch, channels, height, width; time_dim = the embedding of the noise level, through its activation already.
-Pictures lie in memory channels last, where convolutions are fastest and a row of pixels is a row of tokens for free.
+Axes: batch, channels, height, width; time_dim = the embedding of the noise level, after its activation. Images are in
+channels-last memory format, where convolutions are fastest and a row of pixels is a row of tokens without a copy.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.activations import Activation
-from keifu.layers.attention.attention import Attention, PaddingMask
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.masks import PaddingMask
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import Linear
 

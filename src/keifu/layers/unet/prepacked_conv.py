@@ -1,7 +1,7 @@
-"""Convolutions whose kernels lie in memory as the processor's library reads them, for inference; knows no model.
+"""Prepacked convolution weights for inference: kernels in the memory layout of the CPU's library (oneDNN).
 
-torch puts a kernel into that order at every call, which for a single picture takes as long as the products at a U-Net's
-coarse resolutions. Here it is done once. Adapters and training come before it.
+torch reorders a kernel at every call, which for a single image takes as long as the products at a U-Net's coarse
+resolutions. Here it is done once. Adapters and training come before it.
 """
 
 import copy

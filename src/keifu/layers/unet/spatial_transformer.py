@@ -1,7 +1,7 @@
-"""Attention over the pixels of a picture that looks at something else too, such as a text; knows no model.
+"""Spatial transformer: self-attention over the pixels of an image, and cross-attention to a condition such as a text.
 
-What is looked at does not change from step to step of a drawing, so its keys and values are made once (`memories`) and
-handed to every block. Axes: batch, channels, height, width; seen = tokens of what is looked at.
+The condition is the same at every sampling step, so its keys and values are computed once (`memories`) and passed to
+every block. Axes: batch, channels, height, width; seen = tokens of the condition.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.attention.attention import CrossAttention, Mask, attend
+from keifu.layers.attention.attention import CrossAttention, attend
+from keifu.layers.attention.masks import Mask
 from keifu.layers.linear import JoinedLinear, Linear
 from keifu.layers.transformer.blocks import CrossPreNorm
 from keifu.layers.unet.conv import EVERYWHERE, Norm, Pixels

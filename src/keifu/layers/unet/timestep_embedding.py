@@ -1,4 +1,4 @@
-"""How a network is told the noise level: sinusoids of the timestep, then two layers; knows no model and no schedule.
+"""Timestep embedding: how a network is conditioned on the noise level, by sinusoids and two layers.
 
 Axes: batch, dim.
 """

@@ -1,6 +1,7 @@
-"""The U-Net (Ronneberger et al., 2015; Ho et al., 2020, appendix B): down through the resolutions and up again, each
-step up beside what the way down has seen. Its parts are passed in, so that what the stages look at besides the picture
-(a text, for example) is their attentions' business; knows no model and no noise.
+"""The U-Net (Ronneberger et al., 2015; Ho et al., 2020, appendix B): downsampling stages, upsampling stages, and skip
+connections between them.
+
+Its parts are passed in, so that conditioning (on a text, for example) is left to the stages' attentions.
 
 Axes: batch, channels, height, width. `context` goes to the attentions.
 """

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.attention.attention import PaddingMask, attend
+from keifu.layers.attention.attention import attend
+from keifu.layers.attention.masks import PaddingMask
 from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.initialisation import multihead_
 from keifu.layers.linear import JoinedLinear, Linear

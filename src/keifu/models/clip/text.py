@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.activations import activation
-from keifu.layers.attention.attention import Attention, CausalMask, CausalPaddingMask
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.masks import CausalMask, CausalPaddingMask
 from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.linear import Linear

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.attention.attention import Attention, CrossAttention, PaddingMask
+from keifu.layers.attention.attention import Attention, CrossAttention
+from keifu.layers.attention.masks import PaddingMask
 from keifu.layers.feedforward import GEGLU
 from keifu.layers.initialisation import zero_
 from keifu.layers.transformer.blocks import CrossPreNorm

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.attention.attention import PaddingMask
+from keifu.layers.attention.masks import PaddingMask
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.unet.spatial_transformer import Memories
 from keifu.models.clip import text as clip_text

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.attention.attention import PaddingMask
+from keifu.layers.attention.masks import PaddingMask
 from keifu.layers.initialisation import zero_
 from keifu.layers.linear import Linear
 from keifu.layers.unet.spatial_transformer import JointAttention, Memories

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.attention.attention import Attention, CausalPaddingMask, PaddingMask
+from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.masks import CausalPaddingMask, PaddingMask
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.linear import Linear
