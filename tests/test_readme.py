@@ -13,7 +13,10 @@ from keifu.errors import UserError
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples/data/README.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", EXAMPLES, *sorted((ROOT / "docs").rglob("*.md"))]
-IN_ORDER = [ROOT / "README.md", ROOT / "docs/commands.md", ROOT / "docs/own-data.md", EXAMPLES]  # to be run as printed
+IN_ORDER = [  # pages whose commands can be run as printed, from top to bottom
+    ROOT / "README.md", EXAMPLES, *(ROOT / "docs" / name for name in ("commands.md", "own-data.md", "threads.md")),
+]  # fmt: skip
+RUN = re.compile(r"(?:\w+=\S* )*keifu |[^#]*\| keifu ")  # perhaps after variables of the environment, or behind a pipe
 PLACEHOLDERS = {"RECIPE": "gpt", "VERB": "train"}
 FENCE = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -23,13 +26,14 @@ def commands(page: str) -> list[str]:
     blocks = [line for block in FENCE.findall(page) for line in block.replace("\\\n", " ").splitlines()]
     shown = [line.removeprefix("$ ").strip() for line in blocks]
     inline = re.findall(r"`(keifu [a-z][^`]*)`", FENCE.sub("", page))
-    return [line for line in [*shown, *inline] if re.match(r"keifu |[^#]*\| keifu ", line)]
+    return [line for line in [*shown, *inline] if RUN.match(line)]
 
 
 def words_of(command: str) -> list[str]:
     """What is given to `keifu` in a line that may have pipes."""
-    parts = " ".join(map(shlex.quote, shlex.split(command, comments=True))).split(" '|' ")
-    return shlex.split(next(part for part in parts if part.startswith("keifu ")))[1:]
+    words = shlex.split(command, comments=True)
+    given = words[words.index("keifu") + 1 :]
+    return given[: given.index("|")] if "|" in given else given
 
 
 def check(command: str) -> None:
@@ -72,20 +76,17 @@ def named_files(command: str) -> list[str]:
     words = shlex.split(command, comments=True)
     given = [word for before, word in zip(["", *words], words, strict=False) if before not in OUTPUTS]
     pieces = [re.sub(r"(?<=.):[\w.]+$", "", piece) for word in given for piece in word.split(",")]
-    return [piece for piece in pieces if FILE.fullmatch(piece) and piece != made_by_convert(words)]
-
-
-def made_by_convert(words: list[str]) -> str | None:
-    return words[3] if words[1] == "convert" else None
+    return [piece for piece in pieces if FILE.fullmatch(piece) and piece not in made_files(command)]
 
 
 def made_files(command: str) -> set[str]:
     """The files and folders that a command makes: those it names as its output, else its recipe's runs/NAME."""
-    words = shlex.split(command, comments=True)
+    words = words_of(command)
     made = {word for before, word in zip(words, words[1:], strict=False) if before in OUTPUTS}
-    if words[1] == "train" and len(words) > 2 and not words[2].startswith("-") and "--help" not in words:
-        made |= set() if made else {f"runs/{words[2]}"}
-    return made | {name for name in [made_by_convert(words)] if name}
+    if words[0] == "convert":
+        return {words[2]}
+    trains = words[0] == "train" and words[1:2] != ["--resume"] and "--help" not in words
+    return made or ({f"runs/{words[1]}"} if trains and len(words) > 1 else set())
 
 
 def not_yet_there(page: str) -> list[str]:
@@ -120,6 +121,8 @@ def test_each_file_that_a_command_names_is_there_or_was_made_by_an_earlier_one(p
         ("keifu train grpo --reward rewards.py:score", ["rewards.py"]),
         ("keifu train transformer --data a.txt,b.txt", ["a.txt", "b.txt"]),
         ("keifu convert smollm2 runs/out --to hf\nkeifu inspect runs/out", []),
+        ("keifu convert runs/out runs/other --to hf", ["runs/out"]),
+        ("OMP_NUM_THREADS=1 keifu train gpt --data a.txt\nkeifu generate runs/gpt x", ["a.txt"]),
         ("keifu chat owner/name 'How high is Mt. Fuji?'", []),
     ],
 )  # fmt: skip
