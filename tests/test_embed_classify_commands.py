@@ -118,7 +118,7 @@ def test_a_long_text_is_cut_only_where_that_is_asked_for(models: dict[str, str],
         ("plain", ["cat", "--file", "x.txt"], "There are two sources of texts, the arguments and x.txt"),
         ("plain", ["--file", "nowhere.txt"], "There is no file 'nowhere.txt'."),
         ("plain", ["cat", "-o", "v.txt"], "go into a .npy or a .json file, and v.txt is neither"),
-        ("plain", ["cat", "--nearest", "1"], "1 nearest texts were asked for, and there are 0"),
+        ("plain", ["cat", "--nearest", "1"], "1 nearest texts were requested, and there are 0"),
         ("plain", ["cat", "--nearest", "0"], "--nearest must be at least 1"),
         ("plain", ["cat", "--among", "x.txt"], "say how many with --nearest"),
         ("plain", ["cat", "--batch-size", "0"], "--batch-size must be at least 1"),
@@ -172,7 +172,7 @@ def test_a_table_with_labels_gives_figures_and_a_picture(
 @pytest.mark.parametrize(
     ("model", "words", "sentence"),
     [
-        ("causal", ["cat"], "writes and has no head for labels: fine-tune it first (keifu train gpt1-finetune --model"),
+        ("causal", ["cat"], "generates text and has no head for labels: fine-tune it first (keifu train gpt1-finetune --model"),
         ("plain", ["cat"], "has no classification head: train one with keifu train classifier"),
         ("labelled", ["cat", "--picture", "c.png"], "name the table with --on"),
         ("labelled", ["cat", "--on", "table.csv"], "There are two sources of texts, table.csv"),

@@ -149,7 +149,7 @@ def test_labels_are_told_by_their_names() -> None:
     assert condition_labels(Knowing(noise, (0.1, 0.2), ("b", "a")), pictures).tolist() == [1, 0, 1, 0]
     assert condition_labels(Knowing(noise, (0.1, 0.2)), pictures).tolist() == [0, 1, 0, 1]
     assert condition_labels(Knowing(noise, (0.1, 0.2), ("b", "c")), pictures) is None
-    with pytest.raises(UserError, match="must be told a class of each picture, and those of toys"):
+    with pytest.raises(UserError, match="is conditioned on classes, and those of toys"):
         condition_labels(Knowing(noise, (0.1, 0.2), ("b", "c"), free=False), pictures)
 
 
@@ -180,7 +180,7 @@ def test_through_the_command_line(network: str, tmp_path: Path, capsys: pytest.C
     cli.main([*words, "--metric", "reconstruction"])
     assert "picture left in the noise" in capsys.readouterr().out
     for more, said in (
-        (["--metric", "distance"], "no metric of a model that draws 'distance'. Did you mean 'distances'?"),
+        (["--metric", "distance"], "no metric of a diffusion model 'distance'. Did you mean 'distances'?"),
         (["--beam", "2"], "--beam has no meaning here"),
     ):
         with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Tasks told by examples: prompts, task files and what is wrong with them, the four scores, intervals, the verb."""
+"""Few-shot tasks: prompts, task files and what is wrong with them, the four scores, intervals, the verb."""
 
 import json
 import re
@@ -124,29 +124,29 @@ def test_answers_may_be_numbers_of_choices_and_several_texts(tmp_path: Path) -> 
 
 def test_prompts_have_their_examples_in_front() -> None:
     task = FewShotTask("t", ITEMS, instruction="Say.", delimiter="=", separator="|")
-    drawn = task.drawn(2, seed=1, limit=3)
+    drawn = task.sample(2, seed=1, limit=3)
     one, two = (f"{each.prompt}={each.answer}|" for each in drawn.examples)
     assert drawn.prompts(2)[1] == f"Say.|{one}{two}{drawn.items[1].prompt}"
     assert drawn.prompts(1)[1] == f"Say.|{one}{drawn.items[1].prompt}"
-    assert replace(task, instruction="").drawn(0).prompts(0) == [item.prompt for item in ITEMS]
+    assert replace(task, instruction="").sample(0).prompts(0) == [item.prompt for item in ITEMS]
 
 
 def test_no_item_is_its_own_example_and_the_draw_is_the_seeds() -> None:
     task = FewShotTask("t", ITEMS)
     for limit in (None, 3, 7, 8):
-        drawn = task.drawn(4, 3, limit)
+        drawn = task.sample(4, 3, limit)
         assert len(drawn.examples) == 4 and not set(drawn.examples) & set(drawn.items)
         assert len(drawn.items) == min(limit or 5, 5 if limit != 3 else 3)
-        assert [*task.drawn(2, 3, limit).examples] == [*drawn.examples[:2]]
-    assert task.drawn(4, 3, 3).items == ITEMS[:3]  # where others can be shown, the same items are asked
+        assert [*task.sample(2, 3, limit).examples] == [*drawn.examples[:2]]
+    assert task.sample(4, 3, 3).items == ITEMS[:3]  # where others can be shown, the same items are asked
     shuffled = FewShotTask("t", ITEMS[::-1])
-    assert shuffled.drawn(4, 3).examples == task.drawn(4, 3).examples != task.drawn(4, 5).examples
+    assert shuffled.sample(4, 3).examples == task.sample(4, 3).examples != task.sample(4, 5).examples
     own = FewShotTask("t", ITEMS[:4], demonstrations=ITEMS)
-    assert set(own.drawn(5).examples) == set(ITEMS[4:]) and own.drawn(5).items == ITEMS[:4]
+    assert set(own.sample(5).examples) == set(ITEMS[4:]) and own.sample(5).items == ITEMS[:4]
     with pytest.raises(UserError, match="6 shots were wanted, but t has 5 items to draw them from"):
-        own.drawn(6)
-    with pytest.raises(UserError, match="9 shots were wanted, but t has 9 items .* one at least must be left"):
-        task.drawn(9)
+        own.sample(6)
+    with pytest.raises(UserError, match="9 shots were wanted, but t has 9 items .* at least one must be left"):
+        task.sample(9)
 
 
 def by_hand(model: nn.Module, tokenizer: Tokenizer, prompt: str, answer: str) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_choices_have_four_scores(model: nn.Module, tokenizer: Tokenizer, monkey
     task = FewShotTask("t", ITEMS, unconditional="Answer:", score="character")
     monkeypatch.setitem(few_shot.TASKS, "t", lambda: task)
     found = few_shot.evaluate(model, tokenizer, EvalRequest("t", by_shots=(0, 2), seed=4, batch_size=3))
-    drawn = task.drawn(2, 4)
+    drawn = task.sample(2, 4)
     rows: list[tuple[Any, ...]] = []
     for shots in (0, 2):
         right = {name: 0 for name in ("sum", "token", "character", "unconditional")}
@@ -217,7 +217,7 @@ def test_shots_that_do_not_fit_are_refused_with_both_lengths(
     )
     with pytest.raises(UserError, match=told) as error:
         few_shot.evaluate(model, tokenizer, EvalRequest("t", shots=5))
-    longest = max(len(tokenizer.encode(each + " a")) - 1 for each in FewShotTask("t", long).drawn(5).prompts(5))
+    longest = max(len(tokenizer.encode(each + " a")) - 1 for each in FewShotTask("t", long).sample(5).prompts(5))
     assert f" {longest} tokens" in str(error.value)
     with pytest.raises(UserError, match="The number of shots is -1"):
         few_shot.evaluate(model, tokenizer, EvalRequest("t", shots=-1))

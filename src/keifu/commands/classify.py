@@ -211,7 +211,7 @@ def _judge(options: Options) -> None:
             f"{options.on} has labels that {options.model} never saw: {_some(unseen)}. It knows {_some(judge.labels)}: "
             "take those rows out, or train with them."
         )
-    confusion = judge.compared(examples, _probabilities(judge, examples, options.cut))
+    confusion = judge.confusion(examples, _probabilities(judge, examples, options.cut))
     if options.picture:
         write_atomic(options.picture, confusion.picture())
     if options.json:
@@ -244,7 +244,7 @@ def _probabilities(judge: "TextClassifier", examples: "FormExamples", cut: bool)
     rows, shortened = judge.read(examples, cut)
     if shortened:
         print(f"{shortened} of {len(examples)} texts were cut to the model's {judge.limit} tokens.", file=sys.stderr)
-    return judge.weigh(rows)
+    return judge.predict_proba(rows)
 
 
 parse = flags.parser(Options, run, "keifu classify")

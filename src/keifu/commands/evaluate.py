@@ -30,8 +30,8 @@ class Options(flags.OnDevice):
 
     A translator: BLEU and chrF on pairs (a catalogue name such as tatoeba-ja-en, a TSV file, or two files A,B). A
     language model: perplexity and bits per byte on a text (a catalogue name, a file, a folder), or on each text of a
-    mixture (multilingual, or a .yaml or .json file of one); or accuracy on a task that it is told by examples in the
-    prompt (topics, titles, last-word, 2-digit-addition, ..., or a .yaml or .json file of one, as in docs/tasks.md). Of
+    mixture (multilingual, or a .yaml or .json file of one); or accuracy on a task given by examples in the prompt
+    (topics, titles, last-word, 2-digit-addition, ..., or a .yaml or .json file of one, as in docs/tasks.md). Of
     a catalogue name and of a mixture the part counts that keifu keeps from training.
     """
 

@@ -18,7 +18,7 @@ JUDGEMENTS, PREFERENCES = "judgements.jsonl", "preferences.jsonl"
 
 
 class Judgement(NamedTuple):
-    """A prompt, A's and B's answer to it, and which is better; even where both are equally good."""
+    """A prompt, the responses of A and B, and which is better; "even" where both are equally good."""
 
     prompt: Conversation
     answers: tuple[str, str]
@@ -26,7 +26,7 @@ class Judgement(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """How often A and B were better, neither, and how often nothing was said."""
+    """How often A was better, B, neither, and how often the person skipped."""
 
     a: int
     b: int
@@ -41,35 +41,35 @@ class Tally(NamedTuple):
         return {**self._asdict(), "win_rate_of_b": rate, "from": low, "to": high}
 
     def sentence(self, a: str, b: str) -> str:
-        """The same for people."""
+        """The same as a sentence."""
         even = f", {self.even} even" if self.even else ""
         counts = f"A ({a}) was better {self.a} times, B ({b}) {self.b} times{even}."
         if not self.a + self.b:
             return f"{counts} Nothing is decided yet."
-        told = self.figures()
-        span = f"{told['from']:.1%} to {told['to']:.1%}"
-        verdict = "which leaves open who is better" if told["from"] <= 0.5 <= told["to"] else "away from chance"
-        rate = f"B wins {told['win_rate_of_b']:.1%} of {self.a + self.b} decided"
+        figures = self.figures()
+        span = f"{figures['from']:.1%} to {figures['to']:.1%}"
+        verdict = "which leaves open who is better" if figures["from"] <= 0.5 <= figures["to"] else "away from chance"
+        rate = f"B wins {figures['win_rate_of_b']:.1%} of {self.a + self.b} decided"
         return f"{counts} {rate}; 95% interval {span}, {verdict}."
 
 
 def seed_of(seed: int, prompt: Conversation, what: str) -> int:
-    """A number that a prompt has whatever other prompts there are."""
+    """A seed for one prompt that does not depend on the other prompts."""
     said = json.dumps([seed, prompt, what], ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(said.encode()).digest()[:4])
 
 
 def a_is_left(seed: int, prompt: Conversation) -> bool:
-    """Whether A's answer stands on the left: a coin of the seed and the prompt."""
+    """Whether A's response is shown on the left: a coin flip that depends only on the seed and the prompt."""
     return bool(seed_of(seed, prompt, "order") % 2)
 
 
 class Judgements:
-    """Choices in a folder, each written as it is made; a folder that holds some goes on.
+    """The choices of a comparison in a folder, each written as it is made; a comparison can be continued.
 
-    judgements.jsonl has what the comparison is about in its first line and then a choice a line; preferences.jsonl has
-    those that were decided, as the recipes dpo and reward read them, but for pairs in which one answer says nothing. A
-    folder that is about something else is a `UserError`.
+    judgements.jsonl describes the comparison in its first line and has one choice on each following line;
+    preferences.jsonl has the decided ones, as the recipes dpo and reward read them, except where a response is empty. A
+    folder with another comparison is a `UserError`.
     """
 
     def __init__(self, directory: Path, about: Mapping[str, Any]):
@@ -87,11 +87,11 @@ class Judgements:
         write_atomic(self.path, _lines([self.about, *map(_written, self.made)]))  # without a line that was cut off
 
     def holds(self, prompt: Conversation) -> bool:
-        """Whether something was said about it."""
+        """Whether there is a choice for this prompt already."""
         return any(each.prompt == prompt for each in self.made)
 
     def add(self, judgement: Judgement) -> None:
-        """Notes a choice; it is on disk afterwards."""
+        """Adds a choice and writes it to disk."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_lines([_written(judgement)]))
             file.flush()
@@ -101,7 +101,7 @@ class Judgements:
         write_atomic(self.path.parent / PREFERENCES, _lines(map(self._preference, decided)))
 
     def tally(self) -> Tally:
-        """What the choices add up to."""
+        """The counts of all choices."""
         choices = [each.choice for each in self.made]
         return Tally(*(choices.count(each) for each in ("A", "B", "even", "skipped")))
 

@@ -5,7 +5,7 @@ An evaluation is a module, and a line in commands/evaluate.py. It offers:
 ABOUT: what it measures, in a line. OPTIONS: the options of `keifu evaluate` that it uses beyond the common ones;
 "output" is one where it has `items`. takes(model) -> bool: whether it can evaluate such a model. names() -> names of
 data that it has. accepts(on) -> bool: whether `on` is one of them or a file.
-evaluate(model, tokenizer, asked) -> EvalResult.
+evaluate(model, tokenizer, request) -> EvalResult.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ from keifu.errors import UserError
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What is to be evaluated, on what and how; a task heeds the fields that it names in its OPTIONS.
+    """What to evaluate, on which data and how; an evaluation uses the fields that it names in its OPTIONS.
 
-    on: a catalogue name, a file or files. limit: at most so many of its items. towers: a CLIP that looks at pictures,
-    with its tokenizer. text_field to encoding: how text lies in files. languages: what the model was trained to
+    on: a catalogue name, a file or files. limit: at most so many of its items. towers: a CLIP with its
+    tokenizer. text_field to encoding: how text lies in files. languages: what the model was trained to
     translate from and into, and held_out: the share of the pictures that was kept from training and whether only
     distinct ones were taken, where its run says so.
     """
@@ -65,9 +65,9 @@ class ResultTable:
 class EvalResult:
     """What an evaluation found.
 
-    figures: each with its name. notes: sentences that a reader of the figures must know. tables: details, by name, that
-    were asked for. items: what the figures were computed from, one row an item, for a file. picture: a PNG that shows
-    some of them, for a file.
+    figures: each with its name. notes: sentences that a reader of the figures must know. tables: requested details, by
+    name. items: what the figures were computed from, one row an item, for a file. picture: a PNG that shows some of
+    them, for a file.
     """
 
     figures: dict[str, float | int | str]

@@ -36,7 +36,7 @@ class ClassifierFamily(Protocol):
 
 
 class ClassifierOutput(NamedTuple):
-    """Examples as ids, and how many were cut."""
+    """Examples as token ids, and how many were truncated."""
 
     rows: Sequence[Any]
     cut: int
@@ -44,10 +44,10 @@ class ClassifierOutput(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TextClassifier:
-    """A model that chooses, and how it reads.
+    """A classifier or multiple-choice model with its tokenization.
 
-    form: what an example must have. labels: what it chooses from; none where examples have answers of their own.
-    limit: how many tokens it takes. read: examples to ids, of which too long ones may be cut. weigh: ids to
+    form: what an example must have. labels: the classes; none where examples have answers of their own. limit: the
+    model's context length in tokens. read: examples to ids, truncating too long ones if asked. predict_proba: ids to
     probabilities; where an example has fewer answers than another, they are 0 at its end.
     """
 
@@ -55,13 +55,13 @@ class TextClassifier:
     labels: tuple[str, ...]
     limit: int
     read: Callable[[FormExamples, bool], ClassifierOutput]
-    weigh: Callable[[Sequence[Any]], Float[Tensor, "examples answers"]]
+    predict_proba: Callable[[Sequence[Any]], Float[Tensor, "examples answers"]]
 
     def choices(self, row: Example) -> tuple[str, ...]:
         """What the columns of an example's probabilities stand for."""
         return row.texts[1:] if self.form.answers else self.labels
 
-    def compared(self, examples: FormExamples, given: Float[Tensor, "examples answers"]) -> Confusion:
+    def confusion(self, examples: FormExamples, given: Float[Tensor, "examples answers"]) -> Confusion:
         """Right labels against the likeliest ones; the labels of answers are their numbers."""
         labels = tuple(map(str, range(given.shape[1]))) if self.form.answers else self.labels
         numbers = {label: number for number, label in enumerate(labels)}
@@ -70,7 +70,7 @@ class TextClassifier:
 
 
 def text_classifier(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> TextClassifier:
-    """How a model chooses; one that cannot is a `UserError` that says how to make one. `name` is for errors."""
+    """A model as a classifier; any other is a `UserError` that says how to train one. `name` is for errors."""
     if isinstance(model, ClassifierFamily) and model.config.form == "score":
         raise UserError(f"{name or 'This model'} gives a score and knows no labels: it says how good an answer is.")
     if isinstance(model, ClassifierFamily):
@@ -78,8 +78,8 @@ def text_classifier(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> T
     if isinstance(model, Model):
         who, option = (name, f" --model {name}") if name else (f"This {type(model).__name__}", "")
         raise UserError(
-            f"{who} writes and has no head for labels: fine-tune it first (keifu train gpt1-finetune{option} --data "
-            "TABLE), and classify with that run."
+            f"{who} generates text and has no head for labels: fine-tune it first (keifu train "
+            f"gpt1-finetune{option} --data TABLE), and classify with that run."
         )
     reader = classifier(model, name)
     limit = reader.config.context_length
@@ -87,10 +87,10 @@ def text_classifier(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> T
     def read(examples: FormExamples, cut: bool) -> ClassifierOutput:
         return ClassifierOutput(*encode_texts(tokenizer, [row.texts[0] for row in examples.rows], limit, cut))
 
-    def weigh(rows: Sequence[Any]) -> Float[Tensor, "examples answers"]:
+    def predict_proba(rows: Sequence[Any]) -> Float[Tensor, "examples answers"]:
         return probabilities(model, rows, tokenizer.pad_id or 0)
 
-    return TextClassifier(form_of("classification"), reader.config.labels, limit, read, weigh)
+    return TextClassifier(form_of("classification"), reader.config.labels, limit, read, predict_proba)
 
 
 def _decoder(model: Any, tokenizer: Tokenizer) -> TextClassifier:
@@ -100,10 +100,10 @@ def _decoder(model: Any, tokenizer: Tokenizer) -> TextClassifier:
     def read(examples: FormExamples, cut: bool) -> ClassifierOutput:
         return ClassifierOutput(*encode_form(tokenizer, examples, marks, config.context_length, cut))
 
-    def weigh(rows: Sequence[Any]) -> Float[Tensor, "examples answers"]:
+    def predict_proba(rows: Sequence[Any]) -> Float[Tensor, "examples answers"]:
         return class_probabilities(model, rows, tokenizer.pad_id or 0)
 
-    return TextClassifier(form, config.labels, config.context_length, read, weigh)
+    return TextClassifier(form, config.labels, config.context_length, read, predict_proba)
 
 
 def class_probabilities(

@@ -28,7 +28,7 @@ Advance = Callable[[int], object]
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What a model that reads in both directions offers; its `config` has `context_length` and `labels`."""
+    """A bidirectional encoder such as BERT; its `config` has `context_length` and `labels`."""
 
     config: Any
 
@@ -38,7 +38,7 @@ class Encoder(Protocol):
 
 
 def encoder(model: nn.Module) -> Encoder:
-    """The same model, known to be one that encodes; any other is a `UserError`."""
+    """The model, checked to be an encoder; any other is a `UserError`."""
     if not isinstance(model, Encoder):
         raise UserError(f"A {type(model).__name__} gives no vectors for texts: choose an encoder, such as minilm.")
     return model
@@ -91,8 +91,8 @@ def in_batches(
 ) -> Float[Tensor, "texts dim"]:
     """What `work` gives for each row, in the order of the rows, the model in evaluation mode.
 
-    batch_size: the most rows in a pass. `advance` is told how many rows are done. `pack` makes tokens and mask of some
-    rows, and `size` tells how many tokens a row has.
+    batch_size: the most rows in a pass. `advance` is called with the number of rows that are done. `pack` makes tokens
+    and mask of some rows; `size` gives the number of tokens of a row.
     """
     if not rows:
         raise UserError("There is no text: give at least one.")
@@ -136,7 +136,7 @@ def embed(
 def embed_rows(
     model: nn.Module, rows: Rows, pad_id: int, batch_size: int = BATCH, advance: Advance | None = None
 ) -> Float[Tensor, "texts dim"]:
-    """The embeddings of texts whose ids, special tokens among them, are `rows`; `advance` is told how many are done."""
+    """The embeddings of texts given as ids with special tokens; `advance` is called with the number done."""
     reader = encoder(model)
 
     def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch dim"]:
@@ -148,7 +148,7 @@ def embed_rows(
 def mean(
     hidden: Float[Tensor, "batch length dim"], mask: Bool[Tensor, "batch length"] | None
 ) -> Float[Tensor, "batch dim"]:
-    """The mean over the tokens that are real, in float32."""
+    """The mean over the real tokens (not padding), in float32."""
     if mask is None:
         return hidden.mean(1, dtype=torch.float32)
     total = hidden.masked_fill(~mask[..., None], 0.0).sum(1, dtype=torch.float32)
@@ -168,7 +168,7 @@ def nearest(
     """
     others = len(among) - themselves
     if not 1 <= count <= others:
-        raise UserError(f"{count} nearest texts were asked for, and there are {others} to choose from.")
+        raise UserError(f"{count} nearest texts were requested, and there are {others} to choose from.")
     found = []
     rows = max(1, SEARCHED // len(among))
     for start in range(0, len(queries), rows):

@@ -19,7 +19,7 @@ from keifu.evaluation.plots.decision_boundary import canvas, png
 
 
 def classifier(model: nn.Module, name: str = "") -> Encoder:
-    """The same model, known to have labels; any other is a `UserError` that says how to make one."""
+    """The model, checked to have a classification head; any other is a `UserError` that says how to train one."""
     reader = encoder(model)
     if not reader.config.labels:
         who, option = (name, f" --model {name}") if name else (f"This {type(model).__name__}", "")
@@ -42,20 +42,20 @@ def probabilities(model: nn.Module, rows: Rows, pad_id: int, batch_size: int = 2
 
 @dataclass(frozen=True, eq=False)
 class Confusion:
-    """How often a text of the label in the row was given the label in the column."""
+    """The confusion matrix: how many texts of the row's true label were predicted as the column's label."""
 
     counts: Int[Tensor, "labels labels"]
     labels: tuple[str, ...]
 
     @classmethod
     def of(cls, right: Int[Tensor, "texts"], given: Int[Tensor, "texts"], labels: Sequence[str]) -> "Confusion":
-        """From the numbers of the right labels and of those that were given."""
+        """From the numbers of the true labels and of the predicted ones."""
         size = len(labels)
         return cls(torch.bincount(right * size + given, minlength=size * size).view(size, size), tuple(labels))
 
     @property
     def accuracy(self) -> float:
-        """The share of texts that were given their label."""
+        """The share of texts whose predicted label is the true one."""
         return float(self.counts.trace() / self.counts.sum())
 
     @property
@@ -66,12 +66,12 @@ class Confusion:
 
     @cached_property
     def precision(self) -> Float[Tensor, "labels"]:
-        """Of the texts that were given a label, the share that have it; 0 where none was given it."""
+        """Of the texts predicted as a label, the share that have it; 0 where there is none."""
         return self.counts.diag() / self.counts.sum(0).clamp_min(1)
 
     @cached_property
     def recall(self) -> Float[Tensor, "labels"]:
-        """Of the texts that have a label, the share that were given it; 0 where none has it."""
+        """Of the texts that have a label, the share predicted as it; 0 where there is none."""
         return self.counts.diag() / self.counts.sum(1).clamp_min(1)
 
     @cached_property
@@ -81,7 +81,7 @@ class Confusion:
 
     @property
     def macro_f1(self) -> float:
-        """The mean F1 of the labels that some text has or was given."""
+        """The mean F1 of the labels that some text has or is predicted as."""
         seen = (self.counts.sum(0) + self.counts.sum(1)) > 0
         return float(self.f1[seen].mean())
 
@@ -157,7 +157,7 @@ def picture(
     predicted: Int[Tensor, " rows"],
     classes: Sequence[str],
 ) -> bytes:
-    """The first wrong ones, dark on white, each with its class and what it was taken for, as PNG."""
+    """The first misclassified images, dark on white, each with its true and its predicted class, as PNG."""
     wrong = (predicted != targets).nonzero().flatten()
     truth, taken = targets.tolist(), predicted.tolist()
     high, wide = (size + GAP for size in pictures.shape[1:])

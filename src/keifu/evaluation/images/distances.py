@@ -39,7 +39,7 @@ class Kernel(NamedTuple):
 
 
 class Manifold(NamedTuple):
-    """The share of drawn pictures among the real ones, and of real ones among the drawn."""
+    """Precision: the share of generated images near real ones. Recall: the share of real ones near generated ones."""
 
     precision: float
     recall: float

@@ -94,7 +94,7 @@ def _fold_batch_norm(weights: dict[str, Tensor], name: str) -> tuple[Tensor, Ten
 
 
 def place() -> Path:
-    """Where the weights are looked for."""
+    """The path at which the weights are expected."""
     return cache() / FILE
 
 
@@ -115,9 +115,9 @@ PAPERS, OWN = ("FID", "KID"), ("Fréchet distance", "kernel distance")
 
 @dataclass(frozen=True)
 class Extractor:
-    """What makes features, with its name, and what the two distances are called by them.
+    """A feature extractor, with its name and the names of the two distances computed from it.
 
-    Figures by different ones cannot be compared.
+    Figures from different extractors cannot be compared.
     """
 
     name: str
@@ -141,8 +141,8 @@ class Extractor:
 class RandomFeatures(nn.Module):
     """Four stages of fixed random 3 x 3 convolutions; features are the means of each over the whole picture.
 
-    Nothing is learned: what is compared is how often edges, colours and their combinations come, at four scales, and
-    not what is drawn. Weights as of He et al. (2015), from seed 0.
+    Nothing is trained: the features say how often edges, colours and their combinations occur at four scales, not what
+    the image shows. Weights as of He et al. (2015), from seed 0.
     """
 
     def __init__(self):
@@ -166,7 +166,7 @@ class RandomFeatures(nn.Module):
 
 
 def extractor() -> Extractor:
-    """Inception's features where its weights are at hand, else those of the random network."""
+    """Inception's features where its weights are available, otherwise those of the random network."""
     network = inception()
     if network is not None:
         return Extractor("Inception-v3 (2015), 2048 features", network, PAPERS)

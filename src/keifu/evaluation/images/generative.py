@@ -45,7 +45,7 @@ from keifu.training.objectives.diffusion import HELD_OUT, bits_of_step, draw_noi
 class Bound:
     """Bits per dimension (number of a picture) of each picture.
 
-    prior: what the end of the noising still tells of it. steps [batch, T]: each step back, the decoder's at timestep 0.
+    prior: the term of x_T, its divergence from noise. steps [batch, T]: each step back, the decoder's at timestep 0.
     squared_error [batch, T]: of the noise that the network sees, for comparison with the training's loss.
     """
 
@@ -131,7 +131,7 @@ Bytes = UInt8[Tensor, "picture channels height width"]
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Pictures that were noised to a level, and what was found in them again, bytes both."""
+    """Images with noise of one level added, and their reconstructions, both as bytes."""
 
     level: Level
     noisy: Bytes
@@ -141,7 +141,7 @@ class Reconstruction:
 def reconstruct(
     model: DiffusionModel, pictures: ImageDataset, seed: int, batch_size: int, steps: int | None = None
 ) -> tuple[dict[str, float | int | str], ResultTable]:
-    """Mean PSNR in decibels and SSIM of pictures that were noised to each level of `LEFT` and denoised without chance.
+    """Mean PSNR in decibels and SSIM of images noised to each level of `LEFT` and denoised deterministically.
 
     By DDIM (η = 0), along what is left from there of a path of so many steps. Figures are those of the middle level.
     SSIM has no number for pictures smaller than its window.
@@ -185,10 +185,10 @@ def bits(model: DiffusionModel, pictures: ImageDataset, seed: int, batch_size: i
 
 
 def condition_labels(model: DiffusionModel, pictures: ImageDataset) -> Tensor | None:
-    """Each picture's class as the model numbers it; None where the model is told none.
+    """Each image's class as the model numbers it; None for an unconditional model.
 
-    A model without names for its classes has the pictures' own order. What it must be told and the pictures do not say
-    is a `UserError`.
+    A model without names for its classes has the data set's own order. Images without a class are a `UserError` where
+    the model is conditioned on classes.
     """
     if not model.config.n_classes:
         return None
@@ -198,9 +198,7 @@ def condition_labels(model: DiffusionModel, pictures: ImageDataset) -> Tensor | 
         return torch.tensor([known.index(name) for name in names])
     if model.config.null_class:
         return None
-    raise UserError(
-        f"This model must be told a class of each picture, and those of {pictures.source} are not of its classes."
-    )
+    raise UserError(f"This model is conditioned on classes, and those of {pictures.source} are not its classes.")
 
 
 def _batches(model: DiffusionModel, pictures: ImageDataset, size: int) -> Iterator[tuple[int, Bytes, Tensor | None]]:
@@ -245,7 +243,7 @@ class Neighbours:
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether it draws pictures out of noise, without a text."""
+    """Whether it is a diffusion model without text conditioning."""
     return isinstance(model, DiffusionModel) and isinstance(model.config, DiffusionConfig)
 
 
@@ -259,19 +257,19 @@ def accepts(on: str) -> bool:
     return on in names() or Path(on).expanduser().exists() or on.endswith(".tar")
 
 
-def evaluate(model: nn.Module, tokenizer: object, asked: EvalRequest) -> EvalResult:
+def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalResult:
     """The figures of `metric`, or of each one.
 
-    distances: drawn pictures beside those that keifu trains on, by features, and by pixels for copies. reconstruction
-    and bits: of pictures that it keeps from training (see denoised.py).
+    distances: generated images against keifu's training images, by features, and by pixels to find copies.
+    reconstruction and bits: of held-out images.
     """
     drawer = require_diffusion_model(model)
-    if asked.metric not in (None, *METRICS):
-        raise unknown("metric of a model that draws", asked.metric, METRICS)
-    real, parts = _real_images(drawer, asked)
-    found = [_generate_beside(model, drawer, real, parts, asked)] if asked.metric in (None, "distances") else []
-    if asked.metric != "distances":
-        found.append(_held_out(drawer, parts.test, asked))
+    if request.metric not in (None, *METRICS):
+        raise unknown("metric of a diffusion model", request.metric, METRICS)
+    real, parts = _real_images(drawer, request)
+    found = [_generate_beside(model, drawer, real, parts, request)] if request.metric in (None, "distances") else []
+    if request.metric != "distances":
+        found.append(_held_out(drawer, parts.test, request))
     return EvalResult(
         {name: value for each in found for name, value in each.figures.items()},
         tuple(note for each in found for note in each.notes),
@@ -282,63 +280,65 @@ def evaluate(model: nn.Module, tokenizer: object, asked: EvalRequest) -> EvalRes
 
 
 def _generate_beside(
-    model: nn.Module, drawer: DiffusionModel, real: ImageDataset, parts: ImageSplit, asked: EvalRequest
+    model: nn.Module, drawer: DiffusionModel, real: ImageDataset, parts: ImageSplit, request: EvalRequest
 ) -> EvalResult:
-    """Draws pictures and compares them with the real ones."""
+    """Generates images and compares them with the real ones."""
     any_class = 0 if drawer.config.n_classes and not drawer.config.null_class else None
-    wanted = ImageRequest(asked.sampler or "ddim", asked.steps, asked.seed, any_class).resolved(drawer)
-    drawn = _generated(model, drawer, wanted, asked.limit or DRAWN, asked.batch_size or BATCH)
-    return write_neighbours(drawn, real, parts.test if len(parts.train) else None, asked, wanted)
+    wanted = ImageRequest(request.sampler or "ddim", request.steps, request.seed, any_class).resolved(drawer)
+    drawn = _generated(model, drawer, wanted, request.limit or DRAWN, request.batch_size or BATCH)
+    return write_neighbours(drawn, real, parts.test if len(parts.train) else None, request, wanted)
 
 
 def write_neighbours(
-    drawn: Bytes, real: ImageDataset, held: ImageDataset | None, asked: EvalRequest, wanted: ImageRequest
+    drawn: Bytes, real: ImageDataset, held: ImageDataset | None, request: EvalRequest, wanted: ImageRequest
 ) -> EvalResult:
-    """Pictures that were drawn beside real ones: distances, remarks, the nearest real one of each, and a picture."""
+    """Compares generated images with real ones: distances, remarks, the nearest real one of each, and a picture."""
     seen = extractor()
     near, figures = compare_images(seen, drawn, real, held)
     notes = [
         f"{len(drawn):,} pictures by {wanted.sampler} in {wanted.steps} steps, seeds {wanted.seed} and on, beside "
-        f"{len(real):,} of {asked.on} at {real.shape[2]} x {real.shape[1]}; features: {seen.name}.",
+        f"{len(real):,} of {request.on} at {real.shape[2]} x {real.shape[1]}; features: {seen.name}.",
         "The Fréchet distance falls with the number of drawn pictures: compare it between equal numbers only.",
     ]
     if seen.titles != PAPERS:
         notes.append(f"Inception's weights are not at {place()}: these are no FID and KID as papers print them.")
     columns = "seed", "nearest by pixels", "difference", "nearest by features"
     rows = [
-        (asked.seed + n, real.names[one], round(difference, 3), real.names[other])
+        (request.seed + n, real.names[one], round(difference, 3), real.names[other])
         for n, (one, difference, other) in enumerate(
             zip(near.by_pixels.tolist(), near.differences.tolist(), near.by_features.tolist(), strict=True)
         )
     ]
     return EvalResult(
-        figures, tuple(notes), {}, ResultTable(columns, rows), side_by_side(drawn, real, near, asked.seed)
+        figures, tuple(notes), {}, ResultTable(columns, rows), side_by_side(drawn, real, near, request.seed)
     )
 
 
-def _held_out(drawer: DiffusionModel, held: ImageDataset, asked: EvalRequest) -> EvalResult:
-    """Reconstruction and bits of pictures that were held out; where that cannot be, a note, or a `UserError` if it was
-    asked for by name."""
+def _held_out(drawer: DiffusionModel, held: ImageDataset, request: EvalRequest) -> EvalResult:
+    """Reconstruction and bits of held-out images; where that cannot be, a note, or a `UserError` if it was requested
+    by name."""
     try:
         if not len(held):
-            raise UserError(f"Too few pictures are in {asked.on} to hold one out, so none can be found again in noise.")
+            raise UserError(
+                f"Too few pictures are in {request.on} to hold one out, so none can be found again in noise."
+            )
         condition_labels(drawer, held)
     except UserError as error:
-        if asked.metric:
+        if request.metric:
             raise
         return EvalResult({}, (str(error),))
-    figures, tables, notes, size = {}, {}, [], asked.batch_size or BATCH
-    if asked.metric in (None, "reconstruction"):
-        chosen = held.spread(asked.limit or AGAIN)
-        figures, tables["reconstruction"] = reconstruct(drawer, chosen, asked.seed, size)
+    figures, tables, notes, size = {}, {}, [], request.batch_size or BATCH
+    if request.metric in (None, "reconstruction"):
+        chosen = held.spread(request.limit or AGAIN)
+        figures, tables["reconstruction"] = reconstruct(drawer, chosen, request.seed, size)
         notes.append(
             f"PSNR and SSIM: {len(chosen):,} held-out pictures, noise added until a half of their variance is left "
             "(the table has other shares), and taken off by ddim without chance (η = 0) along the rest of a path of "
             f"{min(STEPS, drawer.noise.steps)} steps."
         )
-    if asked.metric in (None, "bits"):
-        chosen = held.spread(asked.limit or COUNTED)
-        figures |= bits(drawer, chosen, asked.seed, size)
+    if request.metric in (None, "bits"):
+        chosen = held.spread(request.limit or COUNTED)
+        figures |= bits(drawer, chosen, request.seed, size)
         notes.append(
             f"bits/dim: the variational bound of {len(chosen):,} held-out pictures, one draw of noise for each of "
             f"{drawer.noise.steps:,} steps; the decoder gives each number one of 256 grey values."
@@ -349,7 +349,7 @@ def _held_out(drawer: DiffusionModel, held: ImageDataset, asked: EvalRequest) ->
 def compare_images(
     seen: Extractor, drawn: Bytes, real: ImageDataset, held: ImageDataset | None
 ) -> tuple[Neighbours, dict[str, float | int | str]]:
-    """The figures of drawn pictures beside real ones, and, where some were held out, of those beside the same."""
+    """The figures of generated images against real ones; and of held-out images against the same, if any."""
     known = real.spread(COMPARED)
     features, known_features = seen(drawn), seen(known.take(slice(None)))
     figures = _figures(seen, known_features, features, "")
@@ -393,7 +393,7 @@ def nearest_neighbours(
 
 
 def side_by_side(drawn: Bytes, real: ImageDataset, near: Neighbours, seed: int) -> bytes:
-    """A PNG: each of some drawn pictures, the nearest real one by pixels, and the nearest by features."""
+    """A PNG: some generated images, each with the nearest real one by pixels and the nearest by features."""
     count = min(SHOWN, len(drawn))
     one, other = near.by_pixels[:count].tolist(), near.by_features[:count].tolist()
     triples = torch.stack([drawn[:count], real.take(one), real.take(other)], 1)
@@ -412,19 +412,19 @@ def _sentence(pictures: ImageDataset, place: int) -> str:
     return pictures.classes[pictures.labels[place]] if pictures.labels[place] >= 0 else pictures.names[place]
 
 
-def _real_images(model: DiffusionModel, asked: EvalRequest) -> tuple[ImageDataset, ImageSplit]:
-    """The pictures that are learned from, as the model has them; of a set that is held out whole, all."""
+def _real_images(model: DiffusionModel, request: EvalRequest) -> tuple[ImageDataset, ImageSplit]:
+    """The training images at the model's size; of a set that is held out whole, all."""
     height, width = trained_size(model)
     if height != width:
         raise UserError(f"This model draws {width} x {height} pictures, and only squares can be compared.")
-    pictures = read_images(asked.on, height, 1 if model.config.channels == 1 else 3)
-    told = asked.held_out
+    pictures = read_images(request.on, height, 1 if model.config.channels == 1 else 3)
+    told = request.held_out
     parts = split(pictures.distinct() if told.get("distinct") else pictures, told.get("share", 0.05))
     return (parts.train if len(parts.train) else parts.test), parts
 
 
 def _generated(model: nn.Module, drawer: DiffusionModel, wanted: ImageRequest, count: int, batch_size: int) -> Bytes:
-    """So many pictures, whose seeds follow each other; a model that must be told a class draws them in turn."""
+    """So many images with consecutive seeds; a model conditioned on classes gets each class in turn."""
     classes, free = drawer.config.n_classes, drawer.config.null_class
     labels: Sequence[int | None] = [None] if free or not classes else range(classes)
     pictures: dict[int, Tensor] = {}

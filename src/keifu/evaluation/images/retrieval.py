@@ -30,7 +30,7 @@ BATCH = 64  # pictures in a pass
 
 @runtime_checkable
 class TwoTowers(Protocol):
-    """What a model with a tower for pictures and one for texts offers. Its `config` has `pixels`, what a picture
+    """A model with an image tower and a text tower, such as CLIP. Its `config` has `pixels`, what a picture
     becomes before its tower sees it, and `context_length`; similarities are multiplied by exp(logit_scale)."""
 
     config: Any
@@ -42,7 +42,7 @@ class TwoTowers(Protocol):
 
 
 def two_towers(model: nn.Module) -> TwoTowers:
-    """The same model, known to have both towers; any other is a `UserError`."""
+    """The model, checked to have both towers; any other is a `UserError`."""
     if not isinstance(model, TwoTowers):
         raise UserError(f"A {type(model).__name__} does not see pictures and texts in one space: choose a CLIP.")
     return model
@@ -70,7 +70,7 @@ def padding(tokenizer: Tokenizer) -> int:
 def embed_rows(
     model: nn.Module, rows: Rows, pad_id: int, batch_size: int = 256, advance: Advance | None = None
 ) -> Float[Tensor, "texts embedding"]:
-    """The points of texts whose ids, start and end among them, are `rows`; `advance` is told how many are done."""
+    """The embeddings of texts given as ids with start and end; `advance` is called with the number done."""
     towers = two_towers(model)
 
     def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch dim"]:
@@ -93,7 +93,7 @@ def embed_pictures(
 def embed_bytes(
     model: nn.Module, batches: Iterable[UInt8[Tensor, "batch channels rows columns"]], advance: Advance | None = None
 ) -> Float[Tensor, "pictures embedding"]:
-    """The points of pictures that have the model's size already, batch by batch, the model in evaluation mode."""
+    """The embeddings of images that have the model's size already, in batches, the model in evaluation mode."""
     towers, ready, like = two_towers(model), preprocessing(model), next(model.parameters())
     training, points, done = model.training, list[Tensor](), 0
     model.eval()
@@ -162,7 +162,7 @@ def ranks(
 ) -> Int[Tensor, " queries"]:
     """The place, from 1, at which each query finds the first of those among which `answers` equals its `right`.
 
-    Whatever is as near as the answer counts as before it, so that a model which knows nothing gains nothing.
+    Ties count as nearer than the answer, so that a model with constant embeddings gains nothing.
     """
     found, rows = [], max(1, AT_ONCE // len(among))
     for start in range(0, len(queries), rows):
@@ -211,21 +211,21 @@ def accepts(on: str) -> bool:
     return in_catalogue(on) or on.endswith(".tar") or Path(on).expanduser().is_dir()
 
 
-def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: EvalRequest) -> EvalResult:
+def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
     """R@1, R@5 and R@10 in both directions, for each language of the captions that the model has learned, where its run
     says which, and else for each that there is."""
-    pictures = select_pairs(asked.on, preprocessing(model).crop)
+    pictures = select_pairs(request.on, preprocessing(model).crop)
     if not pictures.captions:
-        raise UserError(f"The pictures of {asked.on} have no captions to be found; add metadata.jsonl with text.")
-    if asked.language:
-        pictures.texts(asked.language)  # an unknown one is an error
-    if asked.limit:
-        pictures = pictures.chosen(range(min(asked.limit, len(pictures))))
-    points = embed_pictures(model, images(asked.on, pictures, preprocessing(model).crop))
+        raise UserError(f"The pictures of {request.on} have no captions to be found; add metadata.jsonl with text.")
+    if request.language:
+        pictures.texts(request.language)  # an unknown one is an error
+    if request.limit:
+        pictures = pictures.chosen(range(min(request.limit, len(pictures))))
+    points = embed_pictures(model, images(request.on, pictures, preprocessing(model).crop))
     figures: dict[str, float | int | str] = {"pictures": len(pictures)}
     rows = []
-    learned = [code for code in asked.languages if code in pictures.captions]
-    for language in [asked.language] if asked.language else learned or pictures.captions:
+    learned = [code for code in request.languages if code in pictures.captions]
+    for language in [request.language] if request.language else learned or pictures.captions:
         texts = embed_texts(model, tokenizer, pictures.captions[language])
         alike = equal(pictures.captions[language]).to(points.device)
         captions, found = recall_both_ways(points, texts, alike, alike)

@@ -71,7 +71,7 @@ class GeneratedImages:
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether it draws from a text alone."""
+    """Whether it is a text-to-image model that needs a text alone."""
     return is_text_to_image(model)
 
 
@@ -85,61 +85,61 @@ def accepts(on: str) -> bool:
     return drawn_pictures.accepts(on)
 
 
-def evaluate(model: nn.Module, tokenizer: Any, asked: EvalRequest) -> EvalResult:
+def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResult:
     """The figures of `metric`, or of both: of pictures of captions that were trained on, and of held-out ones.
 
-    clip-score needs a CLIP; without one it is left out, or a `UserError` where it was asked for by name.
+    clip-score needs a CLIP; without one it is left out, or a `UserError` where it was requested by name.
     """
-    if asked.metric not in (None, *METRICS):
-        raise unknown("metric of a model that draws from text", asked.metric, METRICS)
-    if asked.metric == "clip-score" and asked.towers is None:
+    if request.metric not in (None, *METRICS):
+        raise unknown("metric of a text-to-image model", request.metric, METRICS)
+    if request.metric == "clip-score" and request.towers is None:
         raise UserError("A CLIP must look at the pictures: name one with --clip (a run, a folder, a hub id).")
     drawer = text_to_image_pipeline(model, tokenizer)
-    parts, wanted = _requested(drawer, asked)
+    parts, wanted = _requested(drawer, request)
     train, test = parts.train if len(parts.train) else parts.test, parts.test if len(parts.train) else None
     sets = {"": train, " of held-out captions": test}
-    drawn = {name: _generate(drawer, wanted, part, asked) for name, part in sets.items() if part and len(part) > 1}
-    figures, notes = {}, [_sentence(drawn, wanted, asked)]
-    if asked.metric != "distances" and asked.towers is not None:
-        figures = {name: value for where, each in drawn.items() for name, value in _score(where, each, asked).items()}
-    if asked.metric == "clip-score":
+    drawn = {name: _generate(drawer, wanted, part, request) for name, part in sets.items() if part and len(part) > 1}
+    figures, notes = {}, [_sentence(drawn, wanted, request)]
+    if request.metric != "distances" and request.towers is not None:
+        figures = {name: value for where, each in drawn.items() for name, value in _score(where, each, request).items()}
+    if request.metric == "clip-score":
         return EvalResult(figures, tuple(notes), {}, _items(drawn), _save_grid(drawn))
-    found = drawn_pictures.write_neighbours(drawn[""].pictures, train, test, asked, wanted)
+    found = drawn_pictures.write_neighbours(drawn[""].pictures, train, test, request, wanted)
     return EvalResult(figures | found.figures, (*notes, *found.notes), {}, found.items, found.picture)
 
 
-def _requested(drawer: TextToImagePipeline, asked: EvalRequest) -> tuple[ImageSplit, ImageRequest]:
-    """The pictures of the model's size with captions, in parts, and how each is drawn."""
-    guidance = drawer.usual_guidance if asked.guidance is None else asked.guidance
-    sampler = asked.sampler or drawer.usual_sampler
-    wanted = ImageRequest(sampler, asked.steps, asked.seed, guidance=guidance, text="a", truncate=True)
+def _requested(drawer: TextToImagePipeline, request: EvalRequest) -> tuple[ImageSplit, ImageRequest]:
+    """Captioned images of the model's size, split, and the request with which each is generated."""
+    guidance = drawer.usual_guidance if request.guidance is None else request.guidance
+    sampler = request.sampler or drawer.usual_sampler
+    wanted = ImageRequest(sampler, request.steps, request.seed, guidance=guidance, text="a", truncate=True)
     wanted = drawer.resolved(wanted)
     height, width = wanted.size or (0, 0)
     if height != width:
         raise UserError(f"This model draws {width} x {height} pictures, and only squares can be compared.")
-    pictures = read_images(asked.on, height, 1 if drawer.colours == 1 else 3)
-    pictures.texts(asked.language)  # an unknown language is said before anything is drawn
+    pictures = read_images(request.on, height, 1 if drawer.colours == 1 else 3)
+    pictures.texts(request.language)  # an unknown language is an error before anything is generated
     return split(pictures), wanted
 
 
 def _generate(
-    drawer: TextToImagePipeline, wanted: ImageRequest, part: ImageDataset, asked: EvalRequest
+    drawer: TextToImagePipeline, wanted: ImageRequest, part: ImageDataset, request: EvalRequest
 ) -> GeneratedImages:
-    """A picture of each of some captions, spread over the set; their seeds follow each other."""
-    chosen = part.spread(min(asked.limit or DRAWN, len(part)))
-    captions, size, made = chosen.texts(asked.language), asked.batch_size or BATCH, list[Tensor]()
+    """An image for each of some captions, spread over the set, with consecutive seeds."""
+    chosen = part.spread(min(request.limit or DRAWN, len(part)))
+    captions, size, made = chosen.texts(request.language), request.batch_size or BATCH, list[Tensor]()
     with counting("Drawing", len(captions), "pictures") as advance:
         for first in range(0, len(captions), size):
             texts = captions[first : first + size]
-            seeds = [asked.seed + first + number for number in range(len(texts))]
+            seeds = [request.seed + first + number for number in range(len(texts))]
             made.append(drawer.draw_texts(wanted, seeds, texts))
             advance(first + len(texts))
     return GeneratedImages(chosen, captions, torch.cat(made))
 
 
-def _score(where: str, drawn: GeneratedImages, asked: EvalRequest) -> dict[str, float | int | str]:
-    """CLIP scores, with their own captions and with all others, of what was drawn and of the real pictures."""
-    towers, tokenizer = asked.towers
+def _score(where: str, drawn: GeneratedImages, request: EvalRequest) -> dict[str, float | int | str]:
+    """CLIP scores, with their own captions and with all others, of the generated and of the real images."""
+    towers, tokenizer = request.towers
     figures = {}
     for whose, pictures in (("", drawn.pictures), (" of real pictures", drawn.real.take(slice(None)))):
         found = cosines(towers, tokenizer, pictures, drawn.captions)
@@ -151,10 +151,10 @@ def _score(where: str, drawn: GeneratedImages, asked: EvalRequest) -> dict[str, 
     return figures
 
 
-def _sentence(drawn: dict[str, GeneratedImages], wanted: ImageRequest, asked: EvalRequest) -> str:
+def _sentence(drawn: dict[str, GeneratedImages], wanted: ImageRequest, request: EvalRequest) -> str:
     counts = " and ".join(f"{len(each.captions):,}{name or ' of captions in training'}" for name, each in drawn.items())
     return (
-        f"Drawn: {counts}, in the language {asked.language or 'that comes first'}, with a guidance of "
+        f"Drawn: {counts}, in the language {request.language or 'that comes first'}, with a guidance of "
         f"{wanted.guidance:g}. The CLIP score is 100 · max(cosine, 0), and depends on the CLIP that looks."
     )
 
@@ -165,7 +165,7 @@ def _items(drawn: dict[str, GeneratedImages]) -> ResultTable:
 
 
 def _save_grid(drawn: dict[str, GeneratedImages]) -> bytes:
-    """A PNG: some drawn pictures, each beside the real one that has its caption."""
+    """A PNG: some generated images, each beside the real one that has its caption."""
     count = drawn_pictures.SHOWN // len(drawn)
     pairs = [
         torch.stack([each.pictures[:count], each.real.take(slice(0, count))], 1).flatten(0, 1)

@@ -20,7 +20,7 @@ SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """While this is open, every attention of the model leaves its weights here, under its module's name, pass by pass.
+    """Records the weights of every attention layer, by module name and pass, while the context is open.
 
     Weights of fused attention are [batch, heads, length, seen]; those of a softmax that is written out have its shape.
     To be used without gradients, in evaluation mode.
@@ -44,7 +44,7 @@ def _attention_modules(module: nn.Module, name: str, inside: list[str]) -> list[
 
 
 class _AttentionRecorder(TorchFunctionMode):
-    """Sees every call of a function of torch, and keeps what attention weighs with."""
+    """Intercepts every call of a torch function and keeps the attention weights."""
 
     def __init__(self, maps: dict[str, list[Tensor]], inside: Sequence[str]):
         super().__init__()
@@ -73,7 +73,7 @@ def draw_maps(
 ) -> bytes:
     """A PNG with a square for each head: `maps` gives [heads, rows, columns] weights for each name.
 
-    rows are the words that look (queries), columns those that are looked at (keys).
+    rows are the query tokens, columns the key tokens.
     """
     import matplotlib
 

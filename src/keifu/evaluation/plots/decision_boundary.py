@@ -158,9 +158,9 @@ DASHES = ("-", "--", ":")
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What became of one network: accuracy on held-out rows at the end, seconds of training, and figures by step.
+    """The result of training one network: final held-out accuracy, seconds of training, and figures by step.
 
-    `plane` is its decision on a grid (see `boundaries.shares_on`), of data with two columns.
+    `plane` is its decision on a grid (see `class_shares_on`), of data with two columns.
     """
 
     activation: str
@@ -220,7 +220,7 @@ def _lines(
 
 
 def boundaries(results: Sequence[Result], points: Points) -> bytes:
-    """The plane as each network parts it, as PNG: one row a loss, one column an activation."""
+    """The decision boundary of each network as PNG: one row a loss, one column an activation."""
     activations, losses = names(results)
     figure, panels = canvas(len(results), len(activations), 1.5)
     for axes, result in zip(panels, results, strict=True):

@@ -28,7 +28,7 @@ from keifu.generation.text.likelihood import Likelihood, ScoredPair, join_tokens
 from keifu.generation.text.prefix_cache import complete_prefixes
 from keifu.generation.text.sampling_params import SamplingParams
 
-ABOUT = "a language model on a task told by examples in the prompt: accuracy with its 95% interval"
+ABOUT = "a language model on a task given by examples in the prompt: accuracy with its 95% interval"
 OPTIONS = {"shots", "by_shots", "seed", "metric", "batch_size", "output"}
 SHARE = ("accuracy", "95% from", "95% to")
 ROW = ("shots", "prompt", "right", "given", "correct", "details")
@@ -37,7 +37,7 @@ NUMBER = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether it gives the probability of a text."""
+    """Whether it is a language model."""
     return isinstance(model, Model)
 
 
@@ -53,7 +53,7 @@ def accepts(on: str) -> bool:
 
 @dataclass(frozen=True)
 class ScoredItem:
-    """What came of the items: for each way to score them which are right; what was given; figures besides."""
+    """The scored items: which are correct by each measure, the model's answers, and further figures."""
 
     right: dict[str, list[bool]]
     given: list[str]
@@ -61,25 +61,25 @@ class ScoredItem:
     figures: dict[str, float | str] = field(default_factory=dict)
 
 
-def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: EvalRequest) -> EvalResult:
-    """Asks the items with each number of examples; the last number's figures are the headline."""
-    task = TASKS[asked.on]() if asked.on in TASKS else read_task(Path(asked.on))
-    task = task if asked.metric is None else replace(task, metric=asked.metric)
-    numbers = asked.by_shots or (asked.shots or 0,)
+def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
+    """Evaluates the items with each number of shots; the last number's figures are the headline."""
+    task = TASKS[request.on]() if request.on in TASKS else read_task(Path(request.on))
+    task = task if request.metric is None else replace(task, metric=request.metric)
+    numbers = request.by_shots or (request.shots or 0,)
     if min(numbers) < 0:
         raise UserError(f"The number of shots is {min(numbers)}, which must be 0 or more.")
-    drawn = task.drawn(max(numbers), asked.seed, asked.limit)
+    drawn = task.sample(max(numbers), request.seed, request.limit)
     lines: list[tuple[Any, ...]] = []
     items: list[tuple[Any, ...]] = []
     figures, start = {}, time.perf_counter()
     for shots in numbers:
-        asking = _Prompting(model, tokenizer, drawn, drawn.prompts(shots), shots, asked.batch_size)
-        judged = JUDGES[task.metric](asking)
-        headline = task.score if task.score in judged.right else next(iter(judged.right))
-        lines += [(shots, name, *_share(right)) for name, right in judged.right.items()]
-        items += asking.rows(judged, headline)
-        figures = {**dict(zip(SHARE, _share(judged.right[headline]), strict=True)), "scored by": headline}
-        figures |= judged.figures
+        asking = _Prompting(model, tokenizer, drawn, drawn.prompts(shots), shots, request.batch_size)
+        scored = SCORERS[task.metric](asking)
+        headline = task.score if task.score in scored.right else next(iter(scored.right))
+        lines += [(shots, name, *_share(right)) for name, right in scored.right.items()]
+        items += asking.rows(scored, headline)
+        figures = {**dict(zip(SHARE, _share(scored.right[headline]), strict=True)), "scored by": headline}
+        figures |= scored.figures
     seconds = time.perf_counter() - start
     figures |= {"shots": numbers[-1], "items": len(drawn.items), **baselines(drawn.items)}
     figures["items/s"] = round(len(numbers) * len(drawn.items) / seconds, 2)
@@ -90,7 +90,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: EvalRequest) -> Eval
 
 
 def baselines(items: Sequence[TaskItem]) -> dict[str, float | str]:
-    """What needs no model: the share of the most frequent answer, and that of a guess among the choices."""
+    """Baselines without a model: accuracy of the most frequent answer, and of guessing among the choices."""
     if all(item.choices for item in items):
         shared = len({item.choices for item in items}) == 1
         kinds = Counter(item.answer if shared else f"choice {item.right + 1}" for item in items)
@@ -102,15 +102,15 @@ def baselines(items: Sequence[TaskItem]) -> dict[str, float | str]:
 
 
 def normalize_answer(text: str) -> str:
-    """A written answer without what does not make it another one: NFKC, lower case, single spaces, no commas in
-    numbers, no punctuation at its end and no quotation marks around it."""
+    """A generated answer, normalised for exact match: NFKC, lower case, single spaces, no commas in numbers, no
+    punctuation at its end and no quotation marks around it."""
     text = NUMBER.sub("", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
     return text.lstrip(f"{QUOTES} ").rstrip(f"{QUOTES} .,;:!?")
 
 
 @dataclass(frozen=True)
 class _Prompting:
-    """The prompts of some items, with so many shots in each, and the model that they go to."""
+    """The prompts of some items, each with so many shots, and the model that is evaluated on them."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -137,20 +137,20 @@ class _Prompting:
                 f"context is {context:,}: {fewer}."
             )
 
-    def rows(self, judged: ScoredItem, headline: str) -> list[tuple[Any, ...]]:
-        """What was asked and what came of it, one row an item."""
-        columns = judged.given, judged.right[headline], judged.details
+    def rows(self, scored: ScoredItem, headline: str) -> list[tuple[Any, ...]]:
+        """Prompt, answer and score of each item, one row an item."""
+        columns = scored.given, scored.right[headline], scored.details
         each = zip(self.prompts, self.drawn.items, *columns, strict=True)
         return [(self.shots, prompt, item.answer, given, good, more) for prompt, item, given, good, more in each]
 
     def likelihoods(self, pairs: Sequence[ScoredPair]) -> list[Likelihood]:
-        """Of each pair, with a display of the prompts that are done."""
+        """Of each pair, with a progress bar over the prompts."""
         with counting(f"Asking with {self.shots} shots", len({p.prompt for p in pairs}), "prompts") as progress:
             return likelihoods(self.model, pairs, self.batch_size, progress)
 
 
 def _by_choice(asking: _Prompting) -> ScoredItem:
-    """The likeliest choice, by each of `SCORES`; of equals the first."""
+    """The most likely choice, by each of `SCORES`; the first one of a tie."""
     task, items = asking.drawn.task, asking.drawn.items
     pairs = asking.pairs([item.choices for item in items])
     alone = list(dict.fromkeys(choice for item in items for choice in item.choices))
@@ -184,7 +184,7 @@ def _best(values: Sequence[float]) -> int:
 
 
 def _by_exact(asking: _Prompting) -> ScoredItem:
-    """What the model writes, greedily, up to a stop string."""
+    """Exact match of the greedily generated answer, up to a stop string."""
     task, items = asking.drawn.task, asking.drawn.items
     prompts = [each.prompt for [each] in asking.pairs([[item.answer] for item in items])]
     sampling = SamplingParams(max_tokens=task.max_tokens, temperature=0, stop=task.until, seed=0)
@@ -197,7 +197,7 @@ def _by_exact(asking: _Prompting) -> ScoredItem:
 
 
 def _by_cloze(asking: _Prompting) -> ScoredItem:
-    """Whether the answer is what greedy choice would write, and how likely it is."""
+    """Whether greedy decoding would generate the answer, and how likely the answer is."""
     found = asking.likelihoods([each for [each] in asking.pairs([[item.answer] for item in asking.drawn.items])])
     losses = [-each.total for each in found]
     perplexities = [math.exp(min(value, 700.0)) for value in (sum(losses) / len(losses), *bootstrap(losses))]
@@ -208,7 +208,7 @@ def _by_cloze(asking: _Prompting) -> ScoredItem:
     return ScoredItem({"greedy answer": [each.greedy for each in found]}, given, details, figures)
 
 
-JUDGES: dict[str, Callable[[_Prompting], ScoredItem]] = {"choice": _by_choice, "exact": _by_exact, "cloze": _by_cloze}
+SCORERS: dict[str, Callable[[_Prompting], ScoredItem]] = {"choice": _by_choice, "exact": _by_exact, "cloze": _by_cloze}
 
 
 def _share(right: Sequence[bool]) -> tuple[float, float, float]:

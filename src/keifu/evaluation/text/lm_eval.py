@@ -45,7 +45,7 @@ SAMPLING = {
     "top_p",
     "min_p",
     "repetition_penalty",
-}  # of a task's settings, those that are heeded
+}  # of a task's settings, those that are used
 log = logging.getLogger(__name__)
 
 
@@ -74,7 +74,7 @@ class KeifuLM(LM):
         self.batch_size = max_batch_size if batch_size in (None, "auto") else int(batch_size)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """ln P of each continuation after its context, and whether greedy choice would write it."""
+        """ln P of each continuation after its context, and whether greedy decoding would generate it."""
         texts = [request.args for request in requests]
         pairs = [self._cut(pair) for pair in join_tokens(self.tokenizer, texts, allow_special=True)]
         found = [(each.total, each.greedy) for each in self._likelihoods(pairs)]
@@ -100,7 +100,7 @@ class KeifuLM(LM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to one of the stop strings."""
+        """The continuation of each context, up to one of the stop strings."""
         asked = [request.args for request in requests]
         settings = [_sampling(given, seed) for seed, (_, given) in enumerate(asked)]
         texts = [text for text, _ in asked]
@@ -123,7 +123,7 @@ class KeifuLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness tells cached requests apart by."""
+        """The name by which the harness distinguishes cached requests."""
         return self.tokenizer.fingerprint
 
     def get_model_info(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class KeifuLM(LM):
         return ScoredPair(pair.prompt[extra:], pair.answer)
 
     def _room(self, prompt: list[int], sampling: SamplingParams) -> list[int]:
-        """The end of a prompt that leaves room for what is to be written."""
+        """The end of a prompt, cut so that the continuation fits into the context."""
         room = self.context - (sampling.max_tokens or 0)
         if room < 1:
             raise UserError(
@@ -168,7 +168,7 @@ def _sampling(given: dict[str, Any], seed: int) -> SamplingParams:
     stop = (until,) if isinstance(until, str) else tuple(each for each in until if each)
     if given.get("num_beams", 1) != 1:
         raise UserError(
-            f"num_beams is {given['num_beams']}, and here a text is written greedily or drawn: leave it out."
+            f"num_beams is {given['num_beams']}, and keifu decodes greedily or by sampling here: leave it out."
         )
     most = next((given[name] for name in MOST if given.get(name) is not None), WRITTEN)
     settings = SamplingParams(max_tokens=int(most), temperature=0, stop=stop, seed=seed)

@@ -43,7 +43,7 @@ class MixtureLosses:
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether it gives the probability of a text."""
+    """Whether it is a language model."""
     return isinstance(model, Model)
 
 
@@ -57,16 +57,16 @@ def accepts(on: str) -> bool:
     return is_mixture(on)
 
 
-def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: EvalRequest) -> EvalResult:
-    """The losses on what is held out of each source."""
-    mixture = read_mixture(asked.on)
+def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
+    """The losses on the held-out text of each source."""
+    mixture = read_mixture(request.on)
     context = min(causal(model).config.context_length, LONGEST)
     tasks = tasks_for(tokenizer, context)
     every = prepare_mixture(mixture, tokenizer)
     rows, bits = [], 0.0
     with counting("Evaluating", len(every), "sources") as progress:
         for number, (source, shards) in enumerate(zip(mixture.sources, every, strict=True), 1):
-            found = losses(model, shards, tasks, context, asked.limit or WINDOWS, asked.batch_size or BATCH_SIZE)
+            found = losses(model, shards, tasks, context, request.limit or WINDOWS, request.batch_size or BATCH_SIZE)
             bits += source.weight * shards.bits_per_byte(found["loss"].loss)
             rows.append(_row(source.name, source.weight, shards, found))
             progress(number)

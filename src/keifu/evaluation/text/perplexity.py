@@ -28,7 +28,7 @@ BATCH_SIZE = 8
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether it gives the probability of a text."""
+    """Whether it is a language model."""
     return isinstance(model, Model)
 
 
@@ -42,18 +42,18 @@ def accepts(on: str) -> bool:
     return on in names() or Path(on).exists()
 
 
-def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: EvalRequest) -> EvalResult:
-    """The loss over windows as long as the context, each without what stands before it."""
-    ids, bytes_per_token = _held_out(asked.on, tokenizer) if asked.on in names() else _whole(asked, tokenizer)
+def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
+    """The loss over windows as long as the context, each scored independently."""
+    ids, bytes_per_token = _held_out(request.on, tokenizer) if request.on in names() else _whole(request, tokenizer)
     context = causal(model).config.context_length
     begin = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), None)
     ids = ids if begin is None else np.concatenate([[begin], ids])
     if len(ids) < 2:
-        raise UserError(f"{asked.on} has {len(ids)} tokens, too few to foretell one from another: give more text.")
+        raise UserError(f"{request.on} has {len(ids)} tokens, too few to predict one from another: give more text.")
     start, total, count, device = time.perf_counter(), 0.0, 0, next(model.parameters()).device
-    windows = [ids[i : i + context] for i in range(0, len(ids) - 1, context - 1)][: asked.limit]
+    windows = [ids[i : i + context] for i in range(0, len(ids) - 1, context - 1)][: request.limit]
     with counting("Evaluating", len(windows), "windows") as progress:
-        for done, batch in _batches(windows, asked.batch_size or BATCH_SIZE):
+        for done, batch in _batches(windows, request.batch_size or BATCH_SIZE):
             total -= float(score(model, batch.to(device)).cpu().double().sum())
             count += batch[:, 1:].numel()
             progress(done)
@@ -73,9 +73,9 @@ def _held_out(name: str, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
     return np.asarray(shards.validation, dtype=np.int64), shards.bytes_per_token
 
 
-def _whole(asked: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
+def _whole(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
     """All documents of a file or folder, an end-of-text token behind each where there is one."""
-    texts = list(documents(asked.on, TextFormat(asked.text_field, asked.encoding)))
+    texts = list(documents(request.on, TextFormat(request.text_field, request.encoding)))
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ids = np.array([i for each in tokenizer.encode_batch(texts) for i in [*each, *end]], dtype=np.int64)
     return ids, sum(len(text.encode()) for text in texts) / max(len(ids), 1)

@@ -40,8 +40,8 @@ SCORES = {
 
 @dataclass(frozen=True)
 class TaskItem:
-    """What is asked, as it stands in the prompt, and its answer. `choices` has the answer among others, or is empty;
-    `accepted` are other right answers where it is written."""
+    """A question, as it stands in the prompt, and its answer. `choices` has the answer among others, or is empty;
+    `accepted` are other correct answers where the answer is generated."""
 
     prompt: str
     answer: str
@@ -56,13 +56,13 @@ class TaskItem:
 
 @dataclass(frozen=True)
 class FewShotTask:
-    """Items, and how they are put to a model.
+    """Items, and how they are presented to a model.
 
-    demonstrations: where examples are drawn from; None: from the items, of which those are then not asked.
+    demonstrations: the pool of few-shot examples; None: the items, of which those are then not evaluated.
     instruction: stands before everything, if it is not empty. delimiter: between a prompt and its answer. separator:
     between an example and what follows. unconditional: the prompt with which an answer's own likelihood is measured.
-    metric, score: of `METRICS` and `SCORES`, the ones whose figure is the headline. until: strings that end a written
-    answer, of at most `max_tokens` tokens. note: what a reader of the figures must know.
+    metric, score: of `METRICS` and `SCORES`, the ones whose figure is the headline. until: strings that end a
+    generated answer, of at most `max_tokens` tokens. note: what a reader of the figures must know.
     """
 
     name: str
@@ -85,8 +85,8 @@ class FewShotTask:
         if self.metric == "choice" and not all(item.choices for item in self.items):
             raise UserError(f"{self.name} has no choices to choose from: evaluate it with the metric exact or cloze.")
 
-    def drawn(self, most: int, seed: int = 0, limit: int | None = None) -> "SampledItem":
-        """Up to `most` examples, in the order in which they are drawn, and the items to ask, at most `limit`.
+    def sample(self, most: int, seed: int = 0, limit: int | None = None) -> "SampledItem":
+        """Samples up to `most` examples, in a random order, and the items to evaluate, at most `limit`.
 
         Where the items have no demonstrations of their own, examples come from those beyond the limit, if there are
         enough, else from all. No item is its own example. Fewer than the shots are a `UserError`.
@@ -98,7 +98,7 @@ class FewShotTask:
         known = {item.prompt for item in asked} if pool is not self.items else set()
         able = [item for item in pool if item.prompt not in known]
         if most > len(able) or (pool is self.items and most and most >= len(able)):
-            left = "" if pool is not self.items else ", and one at least must be left to be asked"
+            left = "" if pool is not self.items else ", and at least one must be left to evaluate"
             raise UserError(f"{most} shots were wanted, but {self.name} has {len(able)} items to draw them from{left}.")
         examples = sorted(able, key=lambda item: _key(seed, item))[:most]
         if pool is self.items:
@@ -108,7 +108,7 @@ class FewShotTask:
 
 @dataclass(frozen=True)
 class SampledItem:
-    """A task's examples and the items that are asked."""
+    """A task's few-shot examples and the items to evaluate."""
 
     task: FewShotTask
     examples: Sequence[TaskItem]
@@ -123,7 +123,7 @@ class SampledItem:
 
 
 def _key(seed: int, item: TaskItem) -> bytes:
-    """A number for an item that looks random, whatever order the items have."""
+    """A hash of an item, for a pseudorandom order that does not depend on the order of the items."""
     return hashlib.blake2b(json.dumps([seed, item.prompt, item.answer]).encode(), digest_size=16).digest()
 
 
@@ -157,7 +157,7 @@ class _Article(NamedTuple):
 
 
 def titles() -> FewShotTask:
-    """Which of four articles of one topic a short description belongs to; the other three are drawn by a hash."""
+    """Which of four articles of one topic a short description belongs to; the other three are chosen by a hash."""
     content = json.loads(catalogue.fetch("wiki-summaries").read_text(encoding="utf-8"))
     articles = [_Article(title, each.get("description") or "", each["topic"]) for title, each in content.items()]
     by_topic: dict[str, list[str]] = defaultdict(list)
@@ -205,7 +205,7 @@ OPERATIONS = {
 
 
 def arithmetic(digits: int, operation: str) -> FewShotTask:
-    """Questions such as "Q: What is 48 plus 76?", with numbers from 0 on, drawn evenly (GPT-3, section 3.9.1)."""
+    """Questions such as "Q: What is 48 plus 76?", with numbers from 0 on, sampled uniformly (GPT-3, section 3.9.1)."""
     word, compute = OPERATIONS[operation]
 
     def question(draw: Random) -> TaskItem:
@@ -228,7 +228,7 @@ def composite_arithmetic() -> FewShotTask:
 
 
 def _generated(name: str, question: Callable[[Random], TaskItem]) -> FewShotTask:
-    """Distinct questions, always the same ones; the first are asked, the others are there to be shown."""
+    """Distinct questions, always the same; the first are the items, the others the demonstrations."""
     draw, items = Random(name), dict[TaskItem, None]()
     while len(items) < INSTANCES + EXAMPLES:
         items[question(draw)] = None

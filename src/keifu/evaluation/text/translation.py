@@ -89,7 +89,7 @@ def language_of(texts: Iterable[str]) -> str:
 
 
 def _tokenizer(language: str) -> tuple[str, str]:
-    """What sacrebleu parts a language's texts into words with, and a remark."""
+    """sacrebleu's tokenizer for a language, and a remark."""
     if language != "ja":
         return ("zh", "") if language == "zh" else ("13a", "")
     try:
@@ -115,7 +115,7 @@ OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length", "o
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether it translates."""
+    """Whether it is a translation model."""
     return is_translator(model)
 
 
@@ -131,13 +131,13 @@ def accepts(on: str) -> bool:
     return on in names() or all(Path(part.strip()).expanduser().is_file() for part in on.split(","))
 
 
-def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: EvalRequest) -> EvalResult:
+def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
     """Translates the sources, each whole as it stands, and scores all translations together."""
-    pairs, notes = test_pairs(asked)
+    pairs, notes = test_pairs(request)
     sources, references = map(list, zip(*pairs.rows, strict=True))
-    scorer = Scorer(asked.language or pairs.languages[1] or language_of(references))
+    scorer = Scorer(request.language or pairs.languages[1] or language_of(references))
     start = time.perf_counter()
-    found = _translate(model, tokenizer, sources, asked)
+    found = _translate(model, tokenizer, sources, request)
     seconds = time.perf_counter() - start
     texts = [each.text for each in found]
     scores = scorer(texts, references)
@@ -150,7 +150,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: EvalRequest) -> Eval
         "chrF signature": scores.chrf_signature,
     }
     tables = {}
-    if asked.by_length:
+    if request.by_length:
         spaced = (pairs.languages[0] or language_of(sources)) not in WITHOUT_SPACES
         bins = scorer.by_length(sources, texts, references, spaced)
         rows = [(length, n, round(part.bleu, 2), round(part.chrf, 2)) for length, n, part in bins]
@@ -161,25 +161,25 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, asked: EvalRequest) -> Eval
     return EvalResult(figures, (*notes, *remarks(found), *filter(None, [scorer.note])), tables, items)
 
 
-def test_pairs(asked: EvalRequest) -> tuple[Pairs, list[str]]:
-    """The pairs that count, in the model's direction where that is known, and what is to be said about them."""
-    pairs = read_pairs(asked.on, asked.reverse, (asked.source_field, asked.target_field), asked.encoding)
+def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
+    """The test pairs, in the model's direction where that is known, and notes about them."""
+    pairs = read_pairs(request.on, request.reverse, (request.source_field, request.target_field), request.encoding)
     notes = [pairs.left_out] if pairs.left_out else []
-    trained, known = asked.languages, all(asked.languages) and all(pairs.languages)
-    if known and pairs.languages == trained[::-1] and not asked.reverse:
+    trained, known = request.languages, all(request.languages) and all(pairs.languages)
+    if known and pairs.languages == trained[::-1] and not request.reverse:
         pairs = pairs.reversed()
-        notes.append(f"The model translates from {trained[0]} into {trained[1]}: the sides of {asked.on} are swapped.")
+        notes.append(f"The model translates from {trained[0]} into {trained[1]}: {request.on} is swapped.")
     elif known and pairs.languages != trained:
         own, given = (" into ".join(each) for each in (trained, pairs.languages))
         notes.append(f"The model was trained to translate from {own}, and these pairs are from {given}.")
-    rows = split(pairs).test if asked.on in pair_names() else pairs.rows
-    languages = pairs.languages if any(pairs.languages) or asked.reverse else trained
-    return Pairs(pairs.name, rows[: asked.limit], languages), notes
+    rows = split(pairs).test if request.on in pair_names() else pairs.rows
+    languages = pairs.languages if any(pairs.languages) or request.reverse else trained
+    return Pairs(pairs.name, rows[: request.limit], languages), notes
 
 
-def _translate(model: nn.Module, tokenizer: Tokenizer, sources: list[str], asked: EvalRequest) -> list[Translation]:
-    """One translation a source: a pair is not parted into sentences, since its reference is not."""
-    given = {each.name: vars(asked)[each.name] for each in fields(TranslationParams) if each.name in vars(asked)}
+def _translate(model: nn.Module, tokenizer: Tokenizer, sources: list[str], request: EvalRequest) -> list[Translation]:
+    """One translation for each source text, which is not split into sentences, since its reference is not."""
+    given = {each.name: vars(request)[each.name] for each in fields(TranslationParams) if each.name in vars(request)}
     settings = TranslationParams(**{name: value for name, value in given.items() if value is not None})
     with counting("Translating", len(sources), "sentences") as progress:
         found = translate_texts(model, tokenizer, sources, settings, lambda text: [text], progress)
@@ -187,7 +187,7 @@ def _translate(model: nn.Module, tokenizer: Tokenizer, sources: list[str], asked
 
 
 def remarks(found: list[Translation]) -> list[str]:
-    """What the figures alone would hide."""
+    """Notes on what the figures alone would hide."""
     cut, unknown = sum(not each.complete for each in found), sum(each.unknown for each in found)
     notes = []
     if cut:

@@ -210,7 +210,7 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
 def evaluate_examples(task: Task) -> Confusion:
     """How the held-out examples are told apart."""
     how = text_classifier(task.model, task.tokenizer)
-    return how.compared(task.tested, how.weigh(task.held.rows))
+    return how.confusion(task.tested, how.predict_proba(task.held.rows))
 
 
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
