@@ -99,7 +99,7 @@ def test_many_texts_show_how_far_the_work_has_come(
     monkeypatch.setattr("keifu.commands.embed.SILENT", 3)
     cli.main(["embed", models["plain"], *WORDS[:6]])
     told = capsys.readouterr()
-    assert len(told.out.splitlines()) == 6 and "Embedding: done, 6.0 texts" in told.err
+    assert len(told.out.splitlines()) == 6 and "Embedding: done, 6 texts" in told.err
 
 
 def test_a_long_text_is_cut_only_where_that_is_asked_for(models: dict[str, str], capsys: pytest.CaptureFixture) -> None:

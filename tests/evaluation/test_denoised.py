@@ -49,7 +49,8 @@ class Knowing(nn.Module):
 
     def __init__(self, noise: Noise, greys: tuple[float, ...] = (0.2,), classes: tuple[str, ...] = (), free=True):
         super().__init__()
-        self.greys, self.noise = torch.tensor(greys), noise
+        self.greys = nn.Parameter(torch.tensor(greys), requires_grad=False)  # its device is the model's
+        self.noise = noise
         self.config = SimpleNamespace(
             size=SIDE, channels=3, n_classes=len(greys) if len(greys) > 1 else 0, null_class=free, classes=classes
         )
