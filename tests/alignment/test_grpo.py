@@ -143,7 +143,7 @@ def test_adapters_are_held_to_the_model_they_are_on(dora: bool, base: Path, task
     assert (made["old"] - made["reference"]).abs().max() > 0.01
     copy = recipe.prepare(recipe.Recipe(str(base), *data, **few)).data
     assert copy.reference is not copy.model
-    torch.testing.assert_close(made["reference"], copy._logs(copy.reference, made), rtol=0, atol=1e-6)
+    torch.testing.assert_close(made["reference"], copy._log_probabilities(copy.reference, made), rtol=0, atol=1e-6)
     assert torch.equal(rollouts.batch(0)["old"], made["old"])  # the adapters are back
 
 
@@ -234,7 +234,7 @@ def test_the_built_in_task_is_labelled(base: Path, tmp_path: Path) -> None:
     [
         (["--beta", "-1"], "beta is 0 or more"),
         (["--group", "1"], "2 answers or more"),
-        (["--minibatches", "3"], "16 answers do not part into 3 minibatches"),
+        (["--minibatches", "3"], "16 answers cannot be split into 3 minibatches"),
         (["--max-tokens", "48"], "this model's context is 48"),
         (["--reward", "lst-number"], "Did you mean 'last-number'"),
         (["--reward", "absent.py:f"], "There is no file absent.py"),

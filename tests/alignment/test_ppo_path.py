@@ -12,7 +12,7 @@ import torch
 from keifu import checkpoints
 from keifu.alignment.grpo import GRPOBatches, grpo
 from keifu.alignment.ppo import ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
-from keifu.alignment.rollouts import RolloutPlan
+from keifu.alignment.rollouts import RolloutInputs, RolloutPlan
 from keifu.data.chat.prompts import prompt
 from keifu.data.text.packed import PackedText
 from keifu.data.text.token_shards import prepare
@@ -54,10 +54,12 @@ class Parts:
             parameter.data = parameter + 0.1 * torch.randn_like(parameter)
         return found.requires_grad_(False)
 
-    def given(self, plan: RolloutPlan = PLAN) -> tuple[Any, ...]:
-        """What data of answers take."""
-        models = (self.policy, self.reference)
-        return models, self.tokenizer, self.prompts, lambda prompts, answers: [price(p.text) for p in prompts], plan
+    def inputs(self, plan: RolloutPlan = PLAN) -> RolloutInputs:
+        """What rollouts are made from."""
+        return RolloutInputs(
+            self.policy, self.reference, self.tokenizer, *self.prompts,
+            reward=lambda prompts, answers: [price(p.text) for p in prompts], plan=plan,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def expected_of(parts: Parts, row: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def test_what_is_learned_of_answers_is_that_of_numpy(parts: Parts) -> None:
     """Both minibatches of a rollout, of which the advantages are whitened together, after the returns were made."""
-    data = PPOBatches(parts.value, RULE, None, *parts.given())
+    data = PPOBatches(parts.inputs(), parts.value, RULE)
     rows = []
     for step in range(2):
         batch = {name: tensor.numpy() for name, tensor in data.batch(step).items()}
@@ -126,11 +128,11 @@ def test_what_is_learned_of_answers_is_that_of_numpy(parts: Parts) -> None:
 def test_what_was_just_written_has_a_ratio_of_one(method: str, parts: Parts) -> None:
     """Also where the temperature is not 1: it belongs to sampling and to learning."""
     if method == "ppo":
-        data, model = PPOBatches(parts.value, RULE, None, *parts.given()), ActorCritic(parts.policy, parts.value)
+        data, model = PPOBatches(parts.inputs(), parts.value, RULE), ActorCritic(parts.policy, parts.value)
         figures = ppo(RULE)(model, data.batch(0)).figures
         assert float(figures["update_kl"]) == pytest.approx(0, abs=1e-8)
     else:
-        data = GRPOBatches(*parts.given(RolloutPlan(prompts=3, group=2, max_tokens=5, temperature=0.7, seed=3)))
+        data = GRPOBatches(parts.inputs(RolloutPlan(prompts=3, group=2, max_tokens=5, temperature=0.7, seed=3)))
         batch = data.batch(0)
         figures, kept = grpo(0.2, 0.1, 0.7)(parts.policy, batch).figures, batch["mask"]
         away = [(r - o)[m].double() for r, o, m in zip(batch["reference"], batch["old"], kept, strict=True)]
@@ -140,7 +142,7 @@ def test_what_was_just_written_has_a_ratio_of_one(method: str, parts: Parts) -> 
 
 
 def test_answers_of_a_rollout_are_gone_through_in_parts_and_twice(parts: Parts) -> None:
-    data = PPOBatches(parts.value, RULE, None, *parts.given())
+    data = PPOBatches(parts.inputs(), parts.value, RULE)
     steps = [data.batch(step)["tokens"] for step in range(4)]
     texts = [{tuple(row[row != 0].tolist()) for row in tokens} for tokens in steps]
     assert texts[0] | texts[1] == texts[2] | texts[3] and len(texts[0] | texts[1]) > len(texts[0])
@@ -153,18 +155,19 @@ def test_text_moves_on_and_covers_an_epoch(parts: Parts, tmp_path: Path, monkeyp
     (tmp_path / "text.txt").write_text(" ".join(chance.choice(words, 900)))
     shards = prepare(str(tmp_path / "text.txt"), parts.tokenizer, held_out=0.2)
     text = PackedText(shards, 12, 1, 4)
-    data = PPOBatches(parts.value, RULE, PretrainingMix(text, 4), *parts.given())
+    mix = PretrainingMix(text, 4)
+    data = PPOBatches(parts.inputs(), parts.value, RULE, mix)
     seen: list[tuple[int, ...]] = []
     for step in range(-(-text.windows_per_epoch // 12)):
-        found = data.beside.batch(step, 3)
+        found = mix.batch(step, 3)
         assert found.shape == (3, 4, 13)
         seen += [tuple(row) for row in found.flatten(0, 1).tolist()]
     texts = [data.batch(step)["text"] for step in range(2)]  # the step's own, of as many rows as answers
-    assert all(torch.equal(text, data.beside.batch(step, 3)) for step, text in enumerate(texts))
+    assert all(torch.equal(text, mix.batch(step, 3)) for step, text in enumerate(texts))
     epoch = {tuple(row) for row in text.windows(np.arange(text.windows_per_epoch)).tolist()}
     assert len(epoch) > 20 and set(seen[: text.windows_per_epoch]) == epoch
-    held = [tuple(row) for row in data.beside.held_out(0, 3).flatten(0, 1).tolist()]
-    held += [tuple(row) for row in data.beside.held_out(3, 3).flatten(0, 1).tolist()]
+    held = [tuple(row) for row in mix.held_out(0, 3).flatten(0, 1).tolist()]
+    held += [tuple(row) for row in mix.held_out(3, 3).flatten(0, 1).tolist()]
     assert held == [tuple(row) for row in np.resize(text.held_out, (24, 13)).tolist()]
     batches = list(data.validation())
     assert batches[0]["text"].shape == (1, 4, 13)

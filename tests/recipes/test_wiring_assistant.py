@@ -247,14 +247,14 @@ def of_ppo(toys: Toys) -> tuple[Any, list[Group]]:
         "ema": Reach(0.81, "settings.ema"),
     }
     text = {
-        "text.data": Reach(toys["text-other.txt"], "data.beside.text.shards.index.source"),
+        "text.data": Reach(toys["text-other.txt"], "data.pretraining.text.shards.index.source"),
         "text.weight": Reach(3.1, "objective.rule.text_weight"),
-        "text.each": Reach(3, "data.beside.each"),
-        "text.length": Reach(11, "data.beside.text.context_length"),
-        "text.held_out": Reach(0.3, lambda r: len(r.data.beside.text.held_out), DIFFERENT),
+        "text.each": Reach(3, "data.pretraining.each"),
+        "text.length": Reach(11, "data.pretraining.text.context_length"),
+        "text.held_out": Reach(0.3, lambda r: len(r.data.pretraining.text.held_out), DIFFERENT),
         "text.text_field": Reach("body", lambda r: of_text(r)["field"]),
         "text.encoding": Reach("cp932", lambda r: of_text(r).get("encoding")),
-        "seed": Reach(5, "data.beside.text.seed"),
+        "seed": Reach(5, "data.pretraining.text.seed"),
     }
     value = {"value_rate": Reach(5e-3, lambda r: dict(r.settings.rate_shares)["value."] * r.settings.learning_rate)}
     base = ppo.Recipe(
@@ -264,7 +264,7 @@ def of_ppo(toys: Toys) -> tuple[Any, list[Group]]:
     apart = {"text.validation_data": Reach(toys["text-other.txt"], lambda r: of_text(r).get("validation"), DIFFERENT)}
 
     def of_text(record: Any) -> dict[str, Any]:
-        return record.data.beside.text.shards.index["settings"]
+        return record.data.pretraining.text.shards.index["settings"]
 
     wide = Group(rows, {"value": None})
     sums = sums_group({"reward": "last-number"})

@@ -52,12 +52,12 @@ def same(one: Path, other: Path) -> bool:
 @pytest.fixture
 def ahead(monkeypatch) -> None:
     """Batches are made ahead on a CPU too."""
-    monkeypatch.setattr("keifu.training.loop.beside", lambda device: True)
+    monkeypatch.setattr("keifu.training.loop.prefetches", lambda device: True)
 
 
 def test_batches_made_ahead_change_no_bit_and_none_is_made_in_vain(tmp_path: Path, monkeypatch) -> None:
     train(toy(), objective, Sequences(), settings(), run(tmp_path / "plain"))
-    monkeypatch.setattr("keifu.training.loop.beside", lambda device: True)
+    monkeypatch.setattr("keifu.training.loop.prefetches", lambda device: True)
     data = Counted()
     train(toy(), objective, data, settings(), run(tmp_path / "ahead"))
     assert same(tmp_path / "plain", tmp_path / "ahead")

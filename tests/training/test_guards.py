@@ -57,7 +57,7 @@ def test_what_is_not_finite_stops_the_run_and_names_the_layer(tmp_path: Path, ki
         train(model, objective, Sequences(), settings(micro_batch=4), run(tmp_path))
     step = checkpoint.steps(tmp_path)[-1]
     assert f"Stopped after step {step}, whose state is saved" in str(error.value)
-    assert "To go on: train again with Run" in str(error.value)
+    assert "To go on: the same call of keifu.train" in str(error.value)
     assert 0 < step < 12 and all(tensor.isfinite().all() for tensor in weights(model).values())
     saved = checkpoint.latest(tmp_path)[0].tensors
     assert all(torch.equal(saved[f"model.{name}"], tensor) for name, tensor in weights(model).items())
@@ -129,7 +129,7 @@ def test_another_error_is_left_as_it_is() -> None:
 
 
 def test_what_cannot_fit_is_said_before_the_start(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(cost, "available", lambda device: 5000)
+    monkeypatch.setattr(cost, "available_memory", lambda device: 5000)
     with pytest.raises(UserError, match=r"does not fit: one row .* needs about [\d.]+ kB .* 5 kB are free; lower"):
         train(toy(), objective, Sequences(), settings(), run(tmp_path))
 
@@ -171,7 +171,7 @@ def test_an_error_of_the_data_is_raised_after_the_state_is_saved(tmp_path: Path)
     with pytest.raises(RuntimeError, match="the shard is gone") as caught:
         train(toy(), objective, Broken(), settings(), run(tmp_path))
     assert checkpoint.steps(tmp_path)[-1] == 8
-    assert "To go on: train again with Run" in caught.value.__notes__[0]
+    assert "To go on: the same call of keifu.train" in caught.value.__notes__[0]
 
 
 def test_a_full_disk_at_the_end_keeps_the_state_before(tmp_path: Path, monkeypatch) -> None:

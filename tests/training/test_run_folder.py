@@ -216,7 +216,7 @@ def test_the_cost_is_said_before_the_first_step(tmp_path: Path, capsys) -> None:
 def test_the_peak_is_the_fastest_of_several_products_and_measured_once(monkeypatch) -> None:
     times = iter([3.0, 2.0, 4.0])
     asked = iter([0.0, 0.05, 0.1, 9.0])
-    monkeypatch.setattr(flops, "seconds", lambda work, device: next(times))
+    monkeypatch.setattr(flops, "time_call", lambda work, device: next(times))
     monkeypatch.setattr(flops.time, "perf_counter", lambda: next(asked))
     measured = flops.matmul_peak.__wrapped__
     assert measured(CPU, torch.float32) == 2 * 1024**3 / 2.0

@@ -205,11 +205,11 @@ class Watched(Sequences):
     def validation(self) -> list[dict[str, torch.Tensor]]:
         return []
 
-    def kept(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def take_up(self, kept: dict[str, torch.Tensor]) -> None:
-        assert not kept
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        assert not state
 
 
 def test_some_weights_learn_with_a_share_of_the_rate() -> None:

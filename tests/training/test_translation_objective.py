@@ -184,7 +184,7 @@ def test_the_steps_are_those_that_fit(monkeypatch) -> None:
     clock = iter(range(10**6))
     monkeypatch.setattr(setup.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(TrainStep, "gradient", lambda *arguments: None)
-    monkeypatch.setattr(setup.cost.peak, "seconds", lambda work, device: work() and 0.0 or 0.0)
+    monkeypatch.setattr(setup.cost.peak, "time_call", lambda work, device: work() and 0.0 or 0.0)
     steps = setup.steps_within(50.0, toy(), objective, Sequences(), settings(), Sequences().batch(0))
     assert steps == pytest.approx(3000, rel=0.02)  # a step takes a second of this clock
 

@@ -1,1 +1,1 @@
-"""Learning from preferences and rewards: DPO, reward models, PPO and GRPO; knows no model and no file."""
+"""Learning from preferences and rewards: DPO, reward models, PPO and GRPO."""

@@ -1,6 +1,6 @@
-"""Direct preference optimisation (Rafailov et al., 2023): a model learns from pairs of answers, without a reward model.
+"""Direct preference optimisation, DPO (Rafailov et al., 2023): learning from pairs of answers without a reward model.
 
-It knows no model by name and no file. Axes: batch = pairs, 2 = the better answer and the worse, length = tokens.
+Axes: batch = pairs, 2 = the better answer and the worse, length = tokens.
 """
 
 from functools import partial
@@ -20,7 +20,8 @@ Each = Float[Tensor, "batch 2"]
 
 
 def sequence_log_probabilities(model: Any, batch: Batch) -> Each:
-    """ln p of each answer: the sum over the tokens of batch["tokens"] [batch, 2, length] that batch["mask"] marks.
+    """The log-probability of each answer: the sum over the tokens of batch["tokens"] [batch, 2, length] that
+    batch["mask"] marks.
 
     The model offers `hidden(tokens)` and `head_weight`.
     """
@@ -35,9 +36,10 @@ def losses(
 ) -> Float[Tensor, " batch"]:
     """The loss of each pair, from ln p(answer) - ln p_reference(answer) and the answers' lengths in tokens.
 
-    dpo: -ln σ(β Δ) (equation 7), with `label_smoothing` the same for pairs of which so many are labelled the wrong way
-    round (Mitchell, 2023). robust: that, made unbiased (Chowdhury et al., 2024). ipo: (Δ / length - 1 / 2β)² (Azar et
-    al., 2023, equation 17, a token at a time, as its authors have it). normalised: dpo of Δ / length.
+    Δ is the difference of the two ratios, the better answer's minus the worse one's. dpo: -ln σ(β Δ) (equation 7);
+    `label_smoothing` is the assumed share of pairs with swapped labels (conservative DPO, Mitchell, 2023). robust: the
+    same, unbiased (Chowdhury et al., 2024). ipo: (Δ / length - 1 / 2β)² (Azar et al., 2023, equation 17, averaged over
+    tokens, as its authors do). normalised: dpo of Δ / length.
     """
     better, worse = (ratios / lengths if loss in ("ipo", "normalised") else ratios).unbind(1)
     margin = better - worse
@@ -50,14 +52,15 @@ def losses(
 
 
 def dpo(loss: Loss, beta: float, label_smoothing: float = 0.0) -> Objective:
-    """The objective for the training loop; its batches also hold "reference" [batch, 2], what the model began with.
+    """The objective for the training loop; its batches also hold "reference" [batch, 2], the log-probabilities under
+    the reference model.
 
-    Figures: how often the better answer has the higher reward β ln(p / p_reference), and both rewards.
+    Figures: `accuracy`, how often the better answer has the higher reward β ln(p / p_reference), and both rewards.
     """
-    return partial(_outcome, loss, beta, label_smoothing)
+    return partial(_loss, loss, beta, label_smoothing)
 
 
-def _outcome(loss: Loss, beta: float, label_smoothing: float, model: Any, batch: Batch) -> LossOutput:
+def _loss(loss: Loss, beta: float, label_smoothing: float, model: Any, batch: Batch) -> LossOutput:
     ratios = sequence_log_probabilities(model, batch) - batch["reference"]
     lengths = batch["mask"][..., 1:].sum(-1).clamp(min=1)
     total = losses(ratios, lengths.to(ratios.dtype), loss, beta, label_smoothing).sum()
@@ -68,6 +71,6 @@ def _outcome(loss: Loss, beta: float, label_smoothing: float, model: Any, batch:
 
 @torch.no_grad()
 def reference(model: Any, batch: Batch) -> Each:
-    """What `dpo` compares with, of a model as it is now."""
+    """The log-probabilities for "reference" of a batch (see `dpo`), under a model as it is now."""
     with evaluation_mode(model):
         return sequence_log_probabilities(model, batch)

@@ -1,5 +1,5 @@
-"""Group relative policy optimisation (Shao et al., 2024, DeepSeekMath): answers to one prompt are compared with each
-other, so no value model is needed; it knows no model by name and no reward.
+"""Group relative policy optimisation, GRPO (Shao et al., 2024, DeepSeekMath): the advantage of an answer is its reward
+relative to the other answers to the same prompt, so no value model is needed.
 
 Axes: batch = answers, group = answers to one prompt, length = tokens of a prompt and its answer, n = tokens of answers.
 """
@@ -16,11 +16,11 @@ from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities,
 from keifu.generation.text.engine import evaluation_mode
 from keifu.training.protocols import Batch, LossOutput, Objective
 
-EPSILON = 1e-4  # beside a group's deviation; where all rewards are equal, every advantage is 0
+EPSILON = 1e-4  # added to a group's standard deviation; where all rewards are equal, every advantage is 0
 
 
 class GRPOTerms(NamedTuple):
-    """Of each token: the loss, how far the policy has left the reference (k3), and whether clipping holds it back."""
+    """For each token: the loss, the KL divergence from the reference (k3), and whether the ratio is clipped."""
 
     loss: Tokens
     kl: Tokens
@@ -28,35 +28,37 @@ class GRPOTerms(NamedTuple):
 
 
 def advantages(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
-    """(r - mean) / (deviation + 1e-4) within each group; the deviation has n - 1 below the line, as TRL's."""
+    """(r - mean) / (standard deviation + 1e-4) within each group; the deviation divides by n - 1, as in TRL."""
     rewards = rewards.double()
-    spread = rewards.std(1, keepdim=True) + EPSILON
-    return ((rewards - rewards.mean(1, keepdim=True)) / spread).float()
+    deviation = rewards.std(1, keepdim=True) + EPSILON
+    return ((rewards - rewards.mean(1, keepdim=True)) / deviation).float()
 
 
 def terms(logs: Tokens, old: Tokens, reference: Tokens, advantage: Tokens, clip: float, beta: float) -> GRPOTerms:
     """-min(ratio A, clip(ratio) A) + β KL of each token (equation 3), ratio = p / p_old.
 
-    KL is Schulman's estimator k3 = p_ref/p - ln(p_ref/p) - 1 (equation 4): never negative, without bias.
+    KL is Schulman's estimator k3 = p_ref/p - ln(p_ref/p) - 1 (equation 4): never negative, unbiased.
     """
-    ratio, away = (logs - old).exp(), reference - logs
-    kept = ratio.clamp(1 - clip, 1 + clip)
-    kl = away.exp() - away - 1
-    surrogate = torch.minimum(ratio * advantage, kept * advantage)
-    return GRPOTerms(beta * kl - surrogate, kl.detach(), (kept * advantage < ratio * advantage).detach())
+    ratio = (logs - old).exp()
+    log_ratio = reference - logs
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    kl = log_ratio.exp() - log_ratio - 1
+    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+    return GRPOTerms(beta * kl - surrogate, kl.detach(), (clipped * advantage < ratio * advantage).detach())
 
 
 def grpo(clip: float, beta: float, temperature: float = 1.0) -> Objective:
     """The objective for the training loop: the mean over answers of the mean over an answer's tokens.
 
-    Its batches hold "tokens" and "mask", True on the answers, "old" and "reference" (what policy and reference gave as
-    ln p; without the latter kl is 0) [batch, length], and of each answer "advantage" and figures to be told [batch].
-    Figures: those, kl, entropy, clip_fraction and length. There is no dropout: ratios compare one function.
+    Its batches hold "tokens", "mask" (True on the answers), "old" and "reference" (log-probabilities under the sampling
+    policy and the reference; without the latter kl is 0) [batch, length], and for each answer "advantage" and figures
+    to report [batch]. Figures: those, kl, entropy, clip_fraction and length. Dropout is off, so that ratios compare the
+    same function.
     """
-    return partial(_outcome, clip, beta, temperature)
+    return partial(_loss, clip, beta, temperature)
 
 
-def _outcome(clip: float, beta: float, temperature: float, model: Any, batch: Batch) -> LossOutput:
+def _loss(clip: float, beta: float, temperature: float, model: Any, batch: Batch) -> LossOutput:
     with evaluation_mode(model):
         logs, entropy, rows = answer_log_probabilities(model, batch, temperature)
     mask = batch["mask"][:, 1:]
@@ -69,17 +71,17 @@ def _outcome(clip: float, beta: float, temperature: float, model: Any, batch: Ba
 
 
 class GRPOBatches(Rollouts):
-    """The training loop's data; of each answer there are "advantage", "reward", "finished" and "varied" (not all of its
-    group have one reward)."""
+    """The data of the training loop, with "advantage" and "varied" for each answer: whether its group has different
+    rewards, without which nothing is learned from it."""
 
-    def _rated(self, made: Batch, group: int) -> Batch:
-        groups = made["reward"].view(-1, group)
+    def _targets(self, rollout: Batch, group: int) -> Batch:
+        groups = rollout["reward"].view(-1, group)
         return {
-            "advantage": advantages(groups).flatten() if group > 1 else torch.zeros_like(made["reward"]),
+            "advantage": advantages(groups).flatten() if group > 1 else torch.zeros_like(rollout["reward"]),
             "varied": (groups != groups[:, :1]).any(1).float().repeat_interleave(group),
         }
 
-    def _blank(self, rows: int) -> Batch:
+    def _zero_targets(self, rows: int) -> Batch:
         return dict.fromkeys(("advantage", "varied"), torch.zeros(rows))
 
 
@@ -88,10 +90,10 @@ NORMAL = {
         0.001, 1.0, "no group has answers with different rewards, so nothing is learned: look at the reward"
     ),
     "finished": Range(0.5, 1.0, "most answers are cut off: more --max-tokens, or a model that has learned to end"),
-    "kl": Range(0.0, 0.5, "the model moves far from what it began with: a lower learning rate or more --beta"),
+    "kl": Range(0.0, 0.5, "the policy moves far from the reference model: a lower learning rate or more --beta"),
     "entropy": Range(
-        0.01, float("inf"), "the model says always the same: a higher --temperature or a lower learning rate"
+        0.01, float("inf"), "the policy always writes the same: a higher --temperature or a lower learning rate"
     ),
     "clip_fraction": Range(0.0, 0.2, "many tokens are clipped: a lower learning rate or fewer updates for a rollout"),
-    "length": Range(0.33, 3.0, "answers are far from as long as they were at first: look at the reward", True),
+    "length": Range(0.33, 3.0, "answers are much shorter or longer than at first: look at the reward", True),
 }

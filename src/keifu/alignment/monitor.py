@@ -1,4 +1,4 @@
-"""Figures of a run beside their normal range, and a warning where one leaves it; knows no method and no loop."""
+"""Monitoring of training figures (reward, KL, entropy, ...): a warning where one leaves its normal range."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 
 class Range(NamedTuple):
-    """A figure's least and largest value, and what it may mean that it is outside.
+    """The normal range of a figure, and what a value outside of it may mean, with what to do.
 
-    relative: both are multiples of what the figure was at first.
+    relative: `least` and `largest` are multiples of the figure's first value.
     """
 
     least: float
@@ -17,15 +17,15 @@ class Range(NamedTuple):
     relative: bool = False
 
     def bounds(self, first: float) -> tuple[float, float]:
-        """The least and the largest value where the figure was that at first."""
+        """The least and the largest value of a figure with this first value."""
         return (self.least * first, self.largest * first) if self.relative else (self.least, self.largest)
 
 
 @dataclass
 class DivergenceMonitor:
-    """Warnings where a figure leaves its normal range: one each time that it does, not one a step.
+    """Gives a warning each time that a figure leaves its normal range, and no more until it has come back.
 
-    first: what the figures were at first; of those that are not there, what is seen first counts.
+    first: the first values of figures; for those that are missing, the first value that is seen is taken.
     """
 
     normal: Mapping[str, Range]
@@ -33,19 +33,19 @@ class DivergenceMonitor:
     outside: set[str] = field(default_factory=set)
 
     def __call__(self, figures: Mapping[str, float]) -> Iterator[str]:
-        """The warnings that these figures of a step give."""
+        """The warnings for the figures of a step."""
         for name, value in figures.items():
             if name not in self.normal:
                 continue
             least, largest = self.normal[name].bounds(self.first.setdefault(name, value))
             inside = least - 1e-6 <= value <= largest + 1e-6
             if not inside and name not in self.outside:
-                told = f"{name.replace('_', ' ')} is {value:.3g}, normal is {least:.2g} to {largest:.2g}"
-                yield f"{told}: {self.normal[name].meaning}."
+                text = f"{name.replace('_', ' ')} is {value:.3g}, normal is {least:.2g} to {largest:.2g}"
+                yield f"{text}: {self.normal[name].meaning}."
             self.outside = self.outside - {name} if inside else self.outside | {name}
 
     def table(self, figures: Mapping[str, float]) -> str:
-        """The figures that have a normal range, each beside it, a line each."""
+        """A line for each figure that has a normal range: its value and the range."""
         lines = []
         for name, normal in self.normal.items():
             if name in figures:

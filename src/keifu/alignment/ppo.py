@@ -1,9 +1,10 @@
-"""Proximal policy optimisation (PPO) as InstructGPT uses it (Schulman et al., 2017; Ouyang et al., 2022, sections 3.5
-and C.4): rewards with a KL penalty, generalised advantage estimation, the clipped losses of policy and value model, and
-the batches of responses that they are computed from, with pretraining text beside them (PPO-ptx).
+"""Proximal policy optimisation (PPO) as in InstructGPT, with a policy, a value model and a frozen reference model.
 
-Axes: batch, row = responses; length, position = tokens of a prompt and its response; n = tokens of responses;
-k = pretraining texts for each response.
+(Schulman et al., 2017; Ouyang et al., 2022, section 3.5 and appendix C.4.) Here are the loss, and the batches: rewards
+with a KL penalty, advantages and returns for each token, and pretraining text beside the answers (PPO-ptx).
+
+Axes: batch or row = answers, length or position = tokens of a prompt and its answer, n = tokens of all answers, k =
+windows of pretraining text for each answer.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from keifu.alignment.monitor import Range
-from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics
+from keifu.alignment.rollouts import RolloutInputs, Rollouts, Tokens, answer_log_probabilities, response_statistics
 from keifu.data.text.packed import PackedText
 from keifu.errors import UserError
 from keifu.generation.text.engine import evaluation_mode
@@ -58,211 +59,238 @@ class PPOSettings:
 
 
 class ActorCritic(nn.Module):
-    """What the loop trains: a policy, which writes, and a value model, which tells what it expects of a beginning."""
+    """The module that is trained: a policy, which writes answers, and a value model, which predicts their return."""
 
     def __init__(self, policy: nn.Module, value: nn.Module):
         super().__init__()
-        self.policy, self.value = policy, value
+        self.policy = policy
+        self.value = value
 
 
 def kl_penalized_rewards(
     scores: Float[Tensor, " batch"], old: Places, reference: Places, mask: Mask, kl_coef: float
 ) -> Float[Tensor, "batch length"]:
-    """The reward of each token: -β ln(p / p_reference), and of an answer's last one its score too."""
+    """The reward of each token: -β ln(p / p_reference), plus the score of the answer at its last token."""
     rewards = torch.where(mask, kl_coef * (reference - old), 0.0)
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1, keepdim=True)
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 
 
 def advantages(rewards: Places, values: Places, mask: Mask, discount: float = 1.0, gae_lambda: float = 0.95) -> Places:
-    """Generalised advantage estimates (Schulman et al., 2015, equation 16) of the tokens that the mask marks, which
-    follow each other.
+    """Generalised advantage estimation, GAE (Schulman et al., 2015, equation 16), of the tokens that the mask marks,
+    which are consecutive.
 
-    values: what was expected before each token. Behind the last token nothing is expected, also of an answer cut off.
+    values: the value model's prediction before each token. The value after the last token is 0, also of an answer that
+    reached the limit of tokens.
     """
-    expected = torch.where(mask, values.double(), 0.0)
-    after = torch.cat([expected[:, 1:], expected.new_zeros(len(mask), 1)], 1)
-    errors = torch.where(mask, rewards.double() + discount * after - expected, 0.0)
-    places = torch.arange(mask.shape[1], device=mask.device)
-    ahead = places[:, None] - places  # row: where an error is, column: what it counts for
+    values = torch.where(mask, values.double(), 0.0)
+    following = torch.cat([values[:, 1:], values.new_zeros(len(mask), 1)], 1)
+    errors = torch.where(mask, rewards.double() + discount * following - values, 0.0)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    ahead = positions[:, None] - positions  # [position of the error, position whose advantage it adds to]
     decay = torch.where(ahead >= 0, (discount * gae_lambda) ** ahead.clamp(min=0).double(), 0.0)
     return torch.where(mask, errors @ decay, 0.0).float()
 
 
 def whiten(values: Places, mask: Mask) -> Float[Tensor, "batch length"]:
-    """With mean 0 and variance 1 over what the mask marks; 0 elsewhere. A single value stays what it is."""
+    """Values with mean 0 and variance 1 over the mask, and 0 elsewhere; a single value is left as it is."""
     chosen = values[mask].double()
     if len(chosen) < 2:
         return torch.where(mask, values, 0.0)
-    normal = (values.double() - chosen.mean()) / (chosen.var() + 1e-8).sqrt()
-    return torch.where(mask, normal, 0.0).float()
+    whitened = (values.double() - chosen.mean()) / (chosen.var() + 1e-8).sqrt()
+    return torch.where(mask, whitened, 0.0).float()
 
 
 def explained_variance(values: Places, returns: Places, mask: Mask) -> float:
-    """1 - Var(return - value) / Var(return): 1 of a value model that knows all, 0 of one that says always the same."""
-    told, came = values[mask].double(), returns[mask].double()
-    spread = float(came.var(correction=0))
-    return 1 - float((came - told).var(correction=0)) / spread if spread > 1e-12 else 0.0
+    """1 - Var(return - value) / Var(return): 1 for a perfect value model, 0 for a constant one."""
+    predicted = values[mask].double()
+    observed = returns[mask].double()
+    variance = float(observed.var(correction=0))
+    return 1 - float((observed - predicted).var(correction=0)) / variance if variance > 1e-12 else 0.0
+
+
+class TokenTargets(NamedTuple):
+    """For each token: the value prediction, the whitened advantage, and the return."""
+
+    values: Places
+    advantage: Places
+    returns: Places
+
+
+def token_targets(
+    scores: Float[Tensor, " batch"], old: Places, reference: Places, values: Places, mask: Mask, rule: PPOSettings
+) -> TokenTargets:
+    """The targets of a rollout from the scores of its answers: rewards with the KL penalty, GAE, and returns; the
+    advantages are whitened over the whole rollout, after the returns are computed."""
+    rewards = kl_penalized_rewards(scores, old, reference, mask, rule.kl_coef)
+    found = advantages(rewards, values, mask, rule.discount, rule.gae_lambda)
+    return TokenTargets(values, whiten(found, mask), found + values)
 
 
 class PPOTerms(NamedTuple):
-    """Of each token: the policy's loss, the value's, whether clipping holds the policy back, and its squared step."""
+    """For each token: the policy loss, the value loss, whether the ratio is clipped, and k2, half the squared change of
+    the log-probability (an estimate of the KL divergence of the update)."""
 
     policy: Tokens
     value: Tokens
     clipped: Bool[Tensor, " n"]
-    moved: Tokens
+    update_kl: Tokens
 
 
 def terms(
     logs: Tokens, old: Tokens, advantage: Tokens, values: Tokens, old_values: Tokens, returns: Tokens, rule: PPOSettings
 ) -> PPOTerms:
-    """max(-A ratio, -A clip(ratio)), ratio = p / p_old (Schulman et al., 2017, equation 7), and half the larger of
-    (V - R)² and (clip(V) - R)², V clipped around what it was in the rollout."""
+    """The clipped surrogate loss max(-A ratio, -A clip(ratio)), ratio = p / p_old (Schulman et al., 2017, equation 7),
+    and the clipped value loss: half the larger of (V - R)² and (clip(V) - R)², V clipped around its old value."""
     ratio = (logs - old).exp()
-    kept = ratio.clamp(1 - rule.clip, 1 + rule.clip)
-    near = old_values + (values - old_values).clamp(-rule.value_clip, rule.value_clip)
-    value = torch.maximum((values - returns).square(), (near - returns).square()) / 2
-    policy = torch.maximum(-advantage * ratio, -advantage * kept)
-    clipped = (-advantage * kept > -advantage * ratio).detach()
+    clipped_ratio = ratio.clamp(1 - rule.clip, 1 + rule.clip)
+    clipped_values = old_values + (values - old_values).clamp(-rule.value_clip, rule.value_clip)
+    value = torch.maximum((values - returns).square(), (clipped_values - returns).square()) / 2
+    policy = torch.maximum(-advantage * ratio, -advantage * clipped_ratio)
+    clipped = (-advantage * clipped_ratio > -advantage * ratio).detach()
     return PPOTerms(policy, value, clipped, (logs - old).detach().square() / 2)
 
 
 def ppo(rule: PPOSettings) -> Objective:
-    """The objective for the training loop, of an `ActorCritic`; the mean over all tokens of a minibatch's answers.
+    """The objective of an `ActorCritic` for the training loop: the mean over all tokens of a minibatch's answers.
 
-    Its batches hold "tokens" and "mask", True on the answers, "old", "values", "advantage" and "returns", all of the
-    rollout [batch, length]; of each answer "share", answers for each token of the minibatch, and figures to be told
-    [batch]; and where text is learned too, "text" [batch, k, text length]. There is no dropout: ratios compare one
+    Its batches hold "tokens", "mask" (True on the answers), "old", "values", "advantage" and "returns", all of the
+    rollout [batch, length]; for each answer "share" (the answers per token of the minibatch) and figures to report
+    [batch]; and with pretraining text, "text" [batch, k, text length]. Dropout is off, so that ratios compare the same
     function.
     """
-    return partial(_outcome, rule)
+    return partial(_loss, rule)
 
 
-def _outcome(rule: PPOSettings, model: Any, batch: Batch) -> LossOutput:
+def _loss(rule: PPOSettings, model: Any, batch: Batch) -> LossOutput:
     mask = batch["mask"][:, 1:]
     with evaluation_mode(model):
         logs, entropy, rows = answer_log_probabilities(model.policy, batch, rule.temperature)
         values = model.value.scores_along(batch["tokens"][:, None, :-1])[:, 0][mask]
-    old, advantage, expected, returns = (batch[name][:, 1:][mask] for name in ("old", "advantage", "values", "returns"))
-    found, share = terms(logs, old, advantage, values, expected, returns, rule), batch["share"][rows]
+    old, advantage, old_values, returns = (
+        batch[name][:, 1:][mask] for name in ("old", "advantage", "values", "returns")
+    )
+    found = terms(logs, old, advantage, values, old_values, returns, rule)
+    share = batch["share"][rows]
     means = {"policy_loss": found.policy, "value_loss": found.value, "entropy": entropy}
-    means |= {"clip_fraction": found.clipped, "update_kl": found.moved}
+    means |= {"clip_fraction": found.clipped, "update_kl": found.update_kl}
     figures = {name: (each.detach() * share).sum() for name, each in means.items()} | response_statistics(batch)
     total = ((found.policy + rule.value_weight * found.value) * share).sum()
     if "text" in batch:
-        read = causal_language_modeling(model.policy, {"tokens": batch["text"].flatten(0, 1)})
-        nats = read.total * (len(mask) / read.weight)  # a mean for each answer
-        total, figures["text_loss"] = total + rule.text_weight * nats, nats.detach()
+        text = causal_language_modeling(model.policy, {"tokens": batch["text"].flatten(0, 1)})
+        text_loss = text.total * (len(mask) / text.weight)  # the mean over tokens, counted once for each answer
+        total = total + rule.text_weight * text_loss
+        figures["text_loss"] = text_loss.detach()
     return LossOutput(total, len(mask), figures)
 
 
 NORMAL = {
     "reward_spread": Range(
-        1e-4, float("inf"), "all answers have one reward, so only the distance is learned: look at the reward"
+        1e-4, float("inf"), "all answers have the same reward, so only the KL penalty is learned: look at the reward"
     ),
     "kl": Range(
         -0.5,
         20.0,
-        "below 0, sampling and scoring do not agree; above, the policy is far from what it began with, and the reward "
-        "tells less there: more --kl-coef, or fewer rollouts",
+        "below 0, sampling and scoring do not agree; above, the policy is far from the reference model, where the "
+        "reward is less reliable: more --kl-coef, or fewer rollouts",
     ),
     "entropy": Range(0.01, float("inf"), "the policy has collapsed to one answer: a lower rate or more --kl-coef"),
     "clip_fraction": Range(0.0, 0.3, "the policy moves too far on one rollout: a lower rate or fewer epochs"),
     "update_kl": Range(0.0, 0.1, "the policy moves too far on one rollout: a lower rate or fewer epochs"),
     "explained_variance": Range(
-        0.0, 1.0, "the value model tells less than a mean would: usual at first, later a higher --value-rate"
+        0.0, 1.0, "the value model predicts worse than a constant: usual at first, later a higher --value-rate"
     ),
     "finished": Range(0.5, 1.0, "most answers are cut off: more --max-tokens, or --missing-eos-penalty"),
-    "length": Range(0.33, 3.0, "answers are far from as long as they were at first: look at the reward", True),
+    "length": Range(0.33, 3.0, "answers are much shorter or longer than at first: look at the reward", True),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class PretrainingMix:
-    """Pretraining text (PPO-ptx), and how many of its windows go with each answer of an update."""
+    """Pretraining text (PPO-ptx): `each` windows of it for every answer of an update."""
 
     text: PackedText
     each: int
 
     def batch(self, step: int, rows: int) -> Tensor:
-        """The windows of an update, [row, k, length]."""
+        """The windows of an update [row, k, text length]."""
         count = rows * self.each
-        return self._shaped(self.text.windows(step * count + np.arange(count)), rows)
+        return self._reshape(self.text.windows(step * count + np.arange(count)), rows)
 
-    def held_out(self, at: int, rows: int) -> Tensor:
-        """Windows that are not learned from, all in turn."""
-        held = self.text.held_out
-        return self._shaped(held[(at * self.each + np.arange(rows * self.each)) % len(held)], rows)
+    def held_out(self, start: int, rows: int) -> Tensor:
+        """The held-out windows of the answers from number `start` on; after the last window, the first one again."""
+        windows = self.text.held_out
+        return self._reshape(windows[(start * self.each + np.arange(rows * self.each)) % len(windows)], rows)
 
-    def _shaped(self, windows: np.ndarray, rows: int) -> Tensor:
+    def _reshape(self, windows: np.ndarray, rows: int) -> Tensor:
         return torch.from_numpy(windows.astype(np.int64)).view(rows, self.each, -1)
 
 
 class PPOBatches(Rollouts):
-    """The training loop's data; `keifu.alignment.ppo.ppo` says what a batch holds.
+    """The data of the training loop; `ppo` says what a batch holds.
 
-    Of each answer there are also kl, ln(p / p_reference) of it whole, and of its rollout, the same for each answer,
-    reward_spread, the rewards' deviation, and explained_variance.
+    For each answer a batch also has kl, ln(p / p_reference) of the whole answer; and, the same for all answers of a
+    rollout, reward_spread, the standard deviation of the rewards, and explained_variance. value: the value model.
+    pretraining: text that is learned beside the answers.
     """
 
-    def __init__(self, value: Any, rule: PPOSettings, beside: PretrainingMix | None, *given: Any, **options: Any):
-        super().__init__(*given, **options)
-        self.value, self.rule, self.beside = value, rule, beside
+    def __init__(self, inputs: RolloutInputs, value: Any, rule: PPOSettings, pretraining: PretrainingMix | None = None):
+        super().__init__(inputs)
+        self.value = value
+        self.rule = rule
+        self.pretraining = pretraining
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the prompts, of how answers are drawn, and of the text."""
-        text = f" {self.beside.text.fingerprint} {self.beside.each}" if self.beside else ""
+        """A hash of the prompts, of the settings of the rollouts, and of the pretraining text."""
+        text = f" {self.pretraining.text.fingerprint} {self.pretraining.each}" if self.pretraining else ""
         return hashlib.sha256(f"{super().fingerprint}{text}".encode()).hexdigest()
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """The minibatch of a step, and the text of that step."""
-        found = _shared(super().batch(step))
-        return found | ({"text": self.beside.batch(step, len(found["mask"]))} if self.beside else {})
+        """The minibatch of a step, with its pretraining text."""
+        batch = _with_share(super().batch(step))
+        return batch | ({"text": self.pretraining.batch(step, len(batch["mask"]))} if self.pretraining else {})
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
-        """The likeliest answers to the held-out prompts, and held-out text."""
-        at = 0
-        for found in super().validation():
-            rows = len(found["mask"])
-            yield _shared(found) | ({"text": self.beside.held_out(at, rows)} if self.beside else {})
-            at += rows
+        """Greedy answers to the held-out prompts, with held-out text."""
+        start = 0
+        for batch in super().validation():
+            rows = len(batch["mask"])
+            yield _with_share(batch) | ({"text": self.pretraining.held_out(start, rows)} if self.pretraining else {})
+            start += rows
 
-    def _rated(self, made: dict[str, Tensor], group: int) -> dict[str, Tensor]:
-        mask, rule, values = made["mask"], self.rule, self._values(made)
-        scores = made["reward"] - rule.missing_eos_penalty * (1 - made["finished"])
-        rewards = kl_penalized_rewards(scores, made["old"], made["reference"], mask, rule.kl_coef)
-        found = advantages(rewards, values, mask, rule.discount, rule.gae_lambda)
-        returns = found + values
-        whole = {
-            "reward_spread": float(made["reward"].std(correction=0)),
-            "explained_variance": explained_variance(values, returns, mask),
+    def _targets(self, rollout: dict[str, Tensor], group: int) -> dict[str, Tensor]:
+        old, reference, mask = rollout["old"], rollout["reference"], rollout["mask"]
+        scores = rollout["reward"] - self.rule.missing_eos_penalty * (1 - rollout["finished"])
+        targets = token_targets(scores, old, reference, self._predict_values(rollout), mask, self.rule)
+        kl = ((old - reference) * mask).sum(1)
+        of_rollout = {
+            "reward_spread": float(rollout["reward"].std(correction=0)),
+            "explained_variance": explained_variance(targets.values, targets.returns, mask),
         }
-        places = {"values": values, "advantage": whiten(found, mask), "returns": returns}
-        kl = ((made["old"] - made["reference"]) * mask).sum(1)
-        return places | {"kl": kl} | {name: torch.full_like(kl, value) for name, value in whole.items()}
+        figures = {name: torch.full_like(kl, value) for name, value in of_rollout.items()}
+        return {**targets._asdict(), "kl": kl, **figures}
 
-    def _blank(self, rows: int) -> dict[str, Tensor]:
-        zeros = torch.zeros(rows, self.longest)
-        each = dict.fromkeys(("kl", "reward_spread", "explained_variance", "share"), torch.zeros(rows))
-        text = {"text": self.beside.batch(0, rows)} if self.beside else {}
-        return dict.fromkeys(("values", "advantage", "returns"), zeros) | each | text
+    def _zero_targets(self, rows: int) -> dict[str, Tensor]:
+        tokens = dict.fromkeys(TokenTargets._fields, torch.zeros(rows, self.longest))
+        figures = dict.fromkeys(("kl", "reward_spread", "explained_variance", "share"), torch.zeros(rows))
+        return tokens | figures | ({"text": self.pretraining.batch(0, rows)} if self.pretraining else {})
 
     @torch.no_grad()
-    def _values(self, made: dict[str, Tensor]) -> Tensor:
-        """What was expected before each token of the answers, at the places of the tokens."""
-        found = torch.zeros_like(made["old"])
+    def _predict_values(self, rollout: dict[str, Tensor]) -> Tensor:
+        """The value model's prediction before each token of the answers [row, position]; 0 elsewhere."""
+        values = torch.zeros_like(rollout["old"])
         device = next(self.value.parameters()).device
         with evaluation_mode(self.value):
-            for at in range(0, len(found), self.at_a_time):
-                some = slice(at, at + self.at_a_time)
-                tokens = made["tokens"][some, None, :-1].to(device)
-                found[some, 1:] = self.value.scores_along(tokens)[:, 0].float().cpu()
-        return found * made["mask"]
+            for start in range(0, len(values), self.at_a_time):
+                rows = slice(start, start + self.at_a_time)
+                tokens = rollout["tokens"][rows, None, :-1].to(device)
+                values[rows, 1:] = self.value.scores_along(tokens)[:, 0].float().cpu()
+        return values * rollout["mask"]
 
 
-def _shared(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the answers for each token, so that a sum over answers is a mean over tokens, however the batch is split."""
-    rows = len(found["mask"])
-    return found | {"share": torch.full((rows,), rows / float(found["mask"].sum()))}
+def _with_share(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with "share", its answers per token: a sum over answers is then a mean over tokens, however the batch
+    is split."""
+    rows = len(batch["mask"])
+    return batch | {"share": torch.full((rows,), rows / float(batch["mask"].sum()))}

@@ -1,6 +1,6 @@
 """Reward models (Ouyang et al., 2022, section 3.5): a score for an answer to a prompt, learned from rankings.
 
-It knows no model by name and no file. Axes: batch = prompts, K = ranked answers of each, length = tokens.
+Axes: batch = prompts, K = ranked answers of each, length = tokens.
 """
 
 import math
@@ -25,15 +25,16 @@ Scores = Float[Tensor, "batch K"]
 def ranking_losses(scores: Scores, levels: Scores) -> Float[Tensor, " batch"]:
     """-1/C(K, 2) Σ ln σ(r_better - r_worse) of each prompt (equation 1), over all pairs of its answers.
 
-    levels: of two answers, the one with the higher is better; a pair that is even, or one of which is no number (an
-    answer that is not there), does not count. K = 2 is Bradley and Terry's model of pairs.
+    levels: the ratings of the answers, higher is better, NaN where there is no answer; pairs with equal or missing
+    ratings do not count. K = 2 is the Bradley-Terry model.
     """
     better, share = pairs(levels)
     return -(F.logsigmoid(scores[:, :, None] - scores[:, None, :]) * better * share).sum((1, 2))
 
 
 def pairs(levels: Scores) -> tuple[Float[Tensor, "batch K K"], Float[Tensor, "batch 1 1"]]:
-    """1 where the first answer is better than the second, and what each pair of a prompt counts."""
+    """1 where the first answer of a pair is better than the second, and the weight of each pair of a prompt: 1 over
+    their number."""
     better = (levels[:, :, None] > levels[:, None, :]).float()
     return better, 1 / better.sum((1, 2), keepdim=True).clamp(min=1)
 
@@ -41,14 +42,14 @@ def pairs(levels: Scores) -> tuple[Float[Tensor, "batch K K"], Float[Tensor, "ba
 def ranking_loss(model: Any, batch: Batch) -> LossOutput:
     """The objective: batch["tokens"] and batch["mask"] [batch, K, length], batch["levels"] [batch, K].
 
-    The model offers `classify(tokens, mask)`, a score an answer. Figures: the share of a prompt's pairs in which the
-    better answer has the higher score (`accuracy`), and how much higher it is on average (`margin`).
+    The model offers `classify(tokens, mask)`, one score per answer. Figures: `accuracy`, the share of a prompt's pairs
+    in which the better answer has the higher score, and `margin`, the mean difference of their scores.
     """
     scores = model.classify(batch["tokens"], batch["mask"]).float()
     total = ranking_losses(scores, batch["levels"]).sum()
     better, share = pairs(batch["levels"])
-    apart = (scores[:, :, None] - scores[:, None, :]).detach()
-    figures = {"accuracy": ((apart > 0) * better * share).sum(), "margin": (apart * better * share).sum()}
+    margin = (scores[:, :, None] - scores[:, None, :]).detach()
+    figures = {"accuracy": ((margin > 0) * better * share).sum(), "margin": (margin * better * share).sum()}
     return LossOutput(total, len(scores), figures)
 
 
@@ -66,10 +67,10 @@ def margins(model: Any, batches: Iterable[Batch]) -> Float[Tensor, " pairs"]:
 
 
 class Calibration(NamedTuple):
-    """How sure a model is of what it prefers, and how often it is right: a point for each bin that holds a pair.
+    """Calibration of a reward model: confidence and accuracy in each bin that holds a pair.
 
     sure: the mean of max(p, 1 - p), p = σ(r_better - r_worse). right: the share of pairs with p > 1/2. count: pairs.
-    error: the mean over pairs of |sure - right| of their bin.
+    error: the expected calibration error, the mean over pairs of |sure - right| of their bin.
     """
 
     sure: list[float]
@@ -79,7 +80,7 @@ class Calibration(NamedTuple):
 
 
 def calibration(margins: Float[Tensor, " pairs"], bins: int = 10) -> Calibration:
-    """Of the differences of scores, in bins of equal width from 1/2 to 1."""
+    """The calibration from the differences of scores, in bins of equal width from 1/2 to 1."""
     sure, right = torch.sigmoid(margins.double().abs()), (margins > 0).double()
     place = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     count = torch.bincount(place, minlength=bins)
@@ -91,7 +92,7 @@ def calibration(margins: Float[Tensor, " pairs"], bins: int = 10) -> Calibration
 
 @torch.no_grad()
 def scores_of(model: Any, texts: Sequence[Sequence[int]], pad_id: int, batch_size: int = 32) -> Float[Tensor, " texts"]:
-    """The score of each text, given as ids; texts of similar length are read together."""
+    """The score of each text, given as token ids; texts of similar length share a batch."""
     order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
     found, device = torch.zeros(len(texts)), next(model.parameters()).device
     with evaluation_mode(model):
@@ -107,13 +108,13 @@ def scores_of(model: Any, texts: Sequence[Sequence[int]], pad_id: int, batch_siz
 
 @dataclass(frozen=True, eq=False)
 class ModelReward:
-    """A `Scorer`: a reward model, which reads each prompt with its answer by its own tokenizer and template."""
+    """A reward model as a `Scorer`, with its own tokenizer and chat template."""
 
     model: Any
     tokenizer: Tokenizer
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """The scores; one that is no finite number, or a text that is too long, is a `UserError`."""
+        """The scores; one that is not finite, or a text longer than the context, is a `UserError`."""
         talks = [[*p.messages, {"role": "assistant", "content": a}] for p, a in zip(prompts, answers, strict=True)]
         texts = [self.tokenizer.render_chat(talk, add_generation_prompt=False) for talk in talks]
         if (longest := max(map(len, texts), default=0)) > (room := self.model.config.context_length):

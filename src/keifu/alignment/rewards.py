@@ -1,4 +1,4 @@
-"""Rewards that a program can give: a Python function of the prompt, the answer and the example; knows no model."""
+"""Programmatic rewards: a Python function of the prompt, the answer and the example."""
 
 import hashlib
 import math
@@ -36,8 +36,8 @@ OWN: dict[str, Reward] = {"last-number": last_number, "exact": exact, gym.SCORER
 
 
 def reward(name: str) -> Reward:
-    """The reward of that name, or of `file.py:function`, a file whose code is then run. What is not there is a
-    `UserError`."""
+    """The built-in reward of that name, or the one of `file.py:function`, whose code is then run; an unknown name, a
+    missing file or function is a `UserError`."""
     path, colon, function = name.rpartition(":")
     if not colon:
         if name not in OWN:
@@ -52,7 +52,7 @@ def reward(name: str) -> Reward:
 
 
 def text_hash(name: str) -> str:
-    """A hash of the file that a reward is from, so that a resumed run notices a change; empty for those named here."""
+    """A hash of the file of a reward, so that a resumed run notices a change; empty for built-in rewards."""
     path, colon, _ = name.rpartition(":")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if colon else ""
 
@@ -70,7 +70,7 @@ def _module(path: Path) -> Any:
 
 
 def score_responses(function: Reward) -> Scorer:
-    """The scorer that asks a function of each answer."""
+    """The scorer that calls a reward function on each answer."""
     return lambda prompts, answers: [
         score(function, prompt.text, answer, prompt.record) for prompt, answer in zip(prompts, answers, strict=True)
     ]

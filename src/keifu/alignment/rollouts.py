@@ -1,18 +1,16 @@
-"""Answers that a model writes while it learns, with their rewards: what is made for a step is a function of the
-weights, the seed and the step; knows no model, no file and not what is made of the rewards.
+"""Rollouts: answers that the policy samples during training, with their rewards and log-probabilities.
 
-A rollout serves one update, or several: its answers are then parted into minibatches, and may be gone through more than
-once. Axes: row = answers, those to one prompt together; position = tokens of a prompt and its answer, padded on the
-right.
+A rollout is a function of the weights, the seed and its number. It serves one update, or several: its answers are then
+split into minibatches, over one epoch or more. What a method computes from the rewards (advantages, returns) is added
+by a subclass.
 
-ln p of the tokens of answers, which every method that learns from answers of its own asks for; knows no reward.
-
-Axes: batch = answers, length = tokens of a prompt and its answer, n = tokens of all answers, row by row.
+Axes: batch or row = answers, those to one prompt together; length or position = tokens of a prompt and its answer,
+padded on the right; n = tokens of all answers, row by row.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -33,11 +31,13 @@ from keifu.layers.losses import token_log_probabilities
 from keifu.training.protocols import Batch
 
 Tokens = Float[Tensor, " n"]
-TARGETS = ("advantage", "share")  # numbers of an answer that are no figures
+TARGETS = ("advantage", "share")  # per-answer tensors of a batch that the loss uses and no report shows
+MAX_BATCH_TOKENS = 16_384  # tokens of prompts and answers that are generated or scored at a time
+MAX_BATCH_ANSWERS = 256  # answers that are generated or scored at a time
 
 
 class PolicyOutput(NamedTuple):
-    """Of each token of all answers: ln p, the entropy there in nats, and the answer that it is of."""
+    """For each token of all answers: its log-probability, the entropy in nats there, and the row of its answer."""
 
     logs: Tokens
     entropy: Tokens
@@ -45,30 +45,31 @@ class PolicyOutput(NamedTuple):
 
 
 def answer_log_probabilities(model: Any, batch: Batch, temperature: float = 1.0) -> PolicyOutput:
-    """Of the tokens of batch["tokens"] [batch, length] that batch["mask"] marks, row by row.
+    """Log-probabilities of the tokens of batch["tokens"] [batch, length] that batch["mask"] marks, row by row.
 
     The model offers `hidden(tokens)` and `head_weight`.
     """
-    tokens, mask = batch["tokens"], batch["mask"][:, 1:]
+    tokens = batch["tokens"]
+    mask = batch["mask"][:, 1:]
     hidden = model.hidden(tokens[:, :-1])[mask]
-    found, entropy = token_log_probabilities(hidden, model.head_weight, tokens[:, 1:][mask], temperature)
-    return PolicyOutput(found, entropy, mask.nonzero()[:, 0])
+    logs, entropy = token_log_probabilities(hidden, model.head_weight, tokens[:, 1:][mask], temperature)
+    return PolicyOutput(logs, entropy, mask.nonzero()[:, 0])
 
 
 def response_statistics(batch: Batch) -> dict[str, Tensor]:
-    """The sums of what a batch holds of each answer, a number each, to be told; and of the answers' lengths."""
-    told = {name: each.sum() for name, each in batch.items() if each.dim() == 1 and name not in TARGETS}
-    return told | {"length": batch["mask"].sum().float()}
-
-
-TOGETHER = 16_384  # tokens of the answers, with their prompts, that are written or read at a time
-MOST = 256  # answers at a time
+    """Sums over the answers of every per-answer figure of a batch (rewards, ...), and of the answers' lengths."""
+    sums = {name: values.sum() for name, values in batch.items() if values.dim() == 1 and name not in TARGETS}
+    return sums | {"length": batch["mask"].sum().float()}
 
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """How answers are drawn: prompts of a rollout, answers to each, the tokens that one has at most; and how they are
-    learned from: in so many minibatches, so many times over."""
+    """Settings of a rollout.
+
+    prompts: of a rollout. group: answers to each prompt. max_tokens: of an answer. minibatches: equal parts of a
+    rollout, each of which makes one update. epochs: passes over the answers of a rollout. Settings that are not
+    positive, or answers that cannot be split evenly, are a `UserError`.
+    """
 
     prompts: int = 8
     group: int = 8
@@ -85,162 +86,183 @@ class RolloutPlan:
                 "temperature is more than 0."
             )
         if self.answers % self.minibatches:
-            raise UserError(f"{self.answers} answers do not part into {self.minibatches} minibatches of one size.")
+            raise UserError(f"{self.answers} answers cannot be split into {self.minibatches} minibatches of one size.")
 
     @property
     def answers(self) -> int:
-        """Of a rollout."""
+        """The number of answers of a rollout."""
         return self.prompts * self.group
 
     @property
     def updates(self) -> int:
-        """For each rollout."""
+        """The number of updates that a rollout serves."""
         return self.minibatches * self.epochs
 
 
-class Rollouts:
-    """The training loop's data, which it makes anew when a rollout has served its updates.
+@dataclass(frozen=True, eq=False)
+class RolloutInputs:
+    """What rollouts are made from.
 
-    A batch holds "tokens", "mask", True on the answers, "old", ln p when each token was drawn, and where there is a
-    `reference`, the model that the policy is held to (or the policy itself, whose adapters are then left out),
-    "reference", its ln p [row, position]; "reward", "finished" and what else `measured` scores [row]; and what a method
-    makes of these.
+    policy: the model that is trained and writes the answers. reference: the model that the KL penalty is measured
+    against, or the policy itself, whose adapters are then left out; None: no penalty. prompts, held_out: for training
+    and for validation. reward: the scorer that is learned from. metrics: further scorers, which are only reported.
+    """
+
+    policy: nn.Module
+    reference: nn.Module | None
+    tokenizer: Tokenizer
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    reward: Scorer
+    plan: RolloutPlan
+    metrics: Mapping[str, Scorer] = field(default_factory=dict)
+
+
+class Rollouts:
+    """The data of the training loop: minibatches of a rollout, which is generated anew when its updates are made.
+
+    A batch holds "tokens", "mask" (True on the answers), "old" (log-probability of each token when it was sampled) and,
+    where there is a reference, "reference" (its log-probabilities), all [row, position]; "reward", "finished" (1 where
+    the answer ended by itself) and the further metrics [row]; and the targets of the method (see `_targets`).
+    Without prompts, or with prompts too long for the model's context, it raises a `UserError`.
     """
 
     on_policy = True
 
-    def __init__(
-        self,
-        models: tuple[nn.Module, nn.Module | None],
-        tokenizer: Tokenizer,
-        parts: tuple[Sequence[Prompt], Sequence[Prompt]],
-        reward: Scorer,
-        plan: RolloutPlan,
-        measured: Mapping[str, Scorer] | None = None,
-    ):
-        if not parts[0]:
+    def __init__(self, inputs: RolloutInputs):
+        if not inputs.prompts:
             raise UserError("There is no prompt to learn from.")
-        (self.model, self.reference), self.tokenizer = models, tokenizer
-        self.parts, self.plan, self.scorers = parts, plan, {"reward": reward, **(measured or {})}
-        self.ids = tuple([tokenizer.render_chat(each.messages) for each in part] for part in parts)
-        self.longest = max(len(ids) for part in self.ids for ids in part) + plan.max_tokens
-        if self.longest > (room := causal(self.model).config.context_length):
+        self.model = inputs.policy
+        self.reference = inputs.reference
+        self.tokenizer = inputs.tokenizer
+        self.plan = inputs.plan
+        self.parts = (inputs.prompts, inputs.held_out)
+        self.scorers = {"reward": inputs.reward, **inputs.metrics}
+        self.ids = tuple([self.tokenizer.render_chat(prompt.messages) for prompt in part] for part in self.parts)
+        self.longest = max(len(ids) for part in self.ids for ids in part) + self.plan.max_tokens
+        if self.longest > (context := causal(self.model).config.context_length):
             raise UserError(
                 f"The longest prompt and its answer have up to {self.longest} tokens, and this model's context is "
-                f"{room}: shorten the prompts, or lower --max-tokens."
+                f"{context}: shorten the prompts, or lower --max-tokens."
             )
-        self.at_a_time = max(1, min(MOST, TOGETHER // self.longest))
-        total = len(parts[0])
-        self._order = lru_cache(2)(lambda epoch: np.random.default_rng([plan.seed, epoch]).permutation(total))
-        self._held: dict[str, Tensor] = {}
+        self.at_a_time = max(1, min(MAX_BATCH_ANSWERS, MAX_BATCH_TOKENS // self.longest))
+        seed, total = self.plan.seed, len(inputs.prompts)
+        self._order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(total))
+        self._rollout: dict[str, Tensor] = {}
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all prompts and what belongs to them, and of how answers are drawn."""
+        """A hash of all prompts with their records, and of the settings of the rollouts."""
         prompts = [fingerprint(part) for part in self.parts]
         return hashlib.sha256(f"{self.plan} {prompts}".encode()).hexdigest()
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """The minibatch of a step, counted from 0: of answers of the model as it is now, where a rollout begins."""
-        number, place = divmod(step, self.plan.updates)
-        if not place:
-            self._held = self._rollout(number)
-        assert self._held, "a rollout that later weights cannot make again is part of the state"
+        """The minibatch of a step (from 0); where a new rollout begins, it is generated by the model as it is now."""
+        number, update = divmod(step, self.plan.updates)
+        if not update:
+            self._rollout = self._generate_rollout(number)
+        assert self._rollout, "a rollout cannot be generated again by later weights, so it is part of the state"
         if self.plan.updates == 1:
-            return self._held
-        epoch, part = divmod(place, self.plan.minibatches)
+            return self._rollout
+        epoch, part = divmod(update, self.plan.minibatches)
         order = np.random.default_rng([self.plan.seed, number, epoch]).permutation(self.plan.answers)
-        return slice_rollouts(self._held, np.split(order, self.plan.minibatches)[part])
+        return slice_rollouts(self._rollout, np.split(order, self.plan.minibatches)[part])
 
-    def kept(self) -> dict[str, Tensor]:
-        """The rollout, where later weights may ask for it."""
-        return self._held if self.plan.updates > 1 else {}
+    def state(self) -> dict[str, Tensor]:
+        """The current rollout, where later updates need it; otherwise nothing."""
+        return self._rollout if self.plan.updates > 1 else {}
 
-    def take_up(self, kept: dict[str, Tensor]) -> None:
-        """Goes on with a rollout."""
-        self._held = dict(kept)
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state` gave."""
+        self._rollout = dict(state)
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
-        """The likeliest answers to the held-out prompts."""
+        """Greedy answers to the held-out prompts."""
         greedy = SamplingParams(max_tokens=self.plan.max_tokens, temperature=0, seed=0, log_probabilities=True)
         rows = range(len(self.parts[1]))
-        for at in rows[:: self.at_a_time]:
-            chosen = rows[at : at + self.at_a_time]
-            yield self._made(1, chosen, [greedy] * len(chosen), 1)
+        for start in rows[:: self.at_a_time]:
+            chosen = rows[start : start + self.at_a_time]
+            yield self._generate(1, chosen, [greedy] * len(chosen), 1)
 
     def largest(self) -> dict[str, Tensor]:
-        """A batch as large as one can be, without an answer of any model in it."""
+        """A batch of the largest possible size, filled with zeros, to measure memory with before a run."""
         rows = self.plan.answers // self.plan.minibatches
-        tokens, zeros = torch.zeros(rows, self.longest, dtype=torch.long), torch.zeros(rows, self.longest)
+        tokens = torch.zeros(rows, self.longest, dtype=torch.long)
+        zeros = torch.zeros(rows, self.longest)
         mask = (torch.arange(self.longest) >= self.longest - self.plan.max_tokens).expand(rows, -1).clone()
-        each = dict.fromkeys((*self.scorers, "finished"), torch.zeros(rows))
-        return {"tokens": tokens, "mask": mask, "old": zeros, "reference": zeros, **each, **self._blank(rows)}
+        scores = dict.fromkeys((*self.scorers, "finished"), torch.zeros(rows))
+        return {"tokens": tokens, "mask": mask, "old": zeros, "reference": zeros, **scores, **self._zero_targets(rows)}
 
-    def _rollout(self, number: int) -> dict[str, Tensor]:
+    def _generate_rollout(self, number: int) -> dict[str, Tensor]:
         plan = self.plan
-        places = number * plan.prompts + np.arange(plan.prompts)
-        epochs, inside = np.divmod(places, len(self.parts[0]))
-        chosen = [int(self._order(int(epoch))[place]) for epoch, place in zip(epochs, inside, strict=True)]
+        epochs, places = np.divmod(number * plan.prompts + np.arange(plan.prompts), len(self.parts[0]))
+        chosen = [int(self._order(int(epoch))[place]) for epoch, place in zip(epochs, places, strict=True)]
         rows = [row for row in chosen for _ in range(plan.group)]
-        drawn = np.random.SeedSequence([plan.seed, number]).generate_state(len(rows), np.uint32)
-        samplings = [
+        seeds = np.random.SeedSequence([plan.seed, number]).generate_state(len(rows), np.uint32)
+        sampling = [
             SamplingParams(
                 max_tokens=plan.max_tokens, temperature=plan.temperature, seed=int(seed), log_probabilities=True
             )
-            for seed in drawn
+            for seed in seeds
         ]
-        return self._made(0, rows, samplings, plan.group)
+        return self._generate(0, rows, sampling, plan.group)
 
-    def _made(
-        self, part: int, rows: Sequence[int], samplings: Sequence[SamplingParams], group: int
+    def _generate(
+        self, part: int, rows: Sequence[int], sampling: Sequence[SamplingParams], group: int
     ) -> dict[str, Tensor]:
-        prompts = [self.ids[part][row] for row in rows]
-        answers = generate_batch(self.model, self.tokenizer, prompts, samplings, self.at_a_time)
-        made = stack_responses(prompts, answers, self.tokenizer.pad_id or 0)
-        examples, texts = [self.parts[part][row] for row in rows], [answer.text for answer in answers]
-        made |= {name: torch.tensor(scorer(examples, texts)).float() for name, scorer in self.scorers.items()}
-        made["finished"] = torch.tensor([float(answer.finish_reason == "stop") for answer in answers])
-        if part == 1:  # drawn greedily, where ln p is 0
-            made["old"] = self._logs(self.model, made)
+        """Answers to these prompts of a part (0: training, 1: held out), with everything that a batch holds."""
+        ids = [self.ids[part][row] for row in rows]
+        answers = generate_batch(self.model, self.tokenizer, ids, sampling, self.at_a_time)
+        rollout = stack_responses(ids, answers, self.tokenizer.pad_id or 0)
+        prompts = [self.parts[part][row] for row in rows]
+        texts = [answer.text for answer in answers]
+        rollout |= {name: torch.tensor(scorer(prompts, texts)).float() for name, scorer in self.scorers.items()}
+        rollout["finished"] = torch.tensor([float(answer.finish_reason == "stop") for answer in answers])
+        if part == 1:  # greedy sampling reports a log-probability of 0
+            rollout["old"] = self._log_probabilities(self.model, rollout)
         if self.reference is not None:
             with unadapted(self.reference):
-                made["reference"] = self._logs(self.reference, made)
-        return made | self._rated(made, group)
+                rollout["reference"] = self._log_probabilities(self.reference, rollout)
+        return rollout | self._targets(rollout, group)
 
-    def _rated(self, made: dict[str, Tensor], group: int) -> dict[str, Tensor]:
-        """What a method makes of answers and rewards, by name; a row for each answer."""
+    def _targets(self, rollout: dict[str, Tensor], group: int) -> dict[str, Tensor]:
+        """What the method learns from, computed from a rollout with `group` answers to each prompt: named tensors
+        [row] or [row, position]."""
         raise NotImplementedError
 
-    def _blank(self, rows: int) -> dict[str, Tensor]:
-        """What `_rated` gives, of no answers, in the shape of the longest."""
+    def _zero_targets(self, rows: int) -> dict[str, Tensor]:
+        """Zeros in the shapes of `_targets`, for the longest prompt and answer."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def _logs(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """ln p of the answers' tokens under a model, at the places of the tokens."""
-        found = torch.zeros_like(batch["old"])
+    def _log_probabilities(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The log-probability of each token of the answers under a model [row, position]; 0 elsewhere."""
+        result = torch.zeros_like(batch["old"])
         device = next(model.parameters()).device
         with evaluation_mode(model):
-            for at in range(0, len(found), self.at_a_time):
-                some = slice(at, at + self.at_a_time)
-                part = {name: batch[name][some].to(device) for name in ("tokens", "mask")}
+            for start in range(0, len(result), self.at_a_time):
+                rows = slice(start, start + self.at_a_time)
+                part = {name: batch[name][rows].to(device) for name in ("tokens", "mask")}
                 logs = answer_log_probabilities(model, part, self.plan.temperature).logs
-                found[some][batch["mask"][some]] = logs.cpu()
-        return found
+                result[rows][batch["mask"][rows]] = logs.cpu()
+        return result
 
 
 def slice_rollouts(batch: dict[str, Tensor], rows: np.ndarray) -> dict[str, Tensor]:
-    """Some rows, without the places that none of them reaches."""
+    """Some rows of a batch, without the positions on the right where none of them has a token."""
     some = {name: tensor[torch.from_numpy(rows)] for name, tensor in batch.items()}
-    reached = int(some["mask"].any(0).nonzero().max()) + 1
-    return {name: tensor[:, :reached] if tensor.dim() == 2 else tensor for name, tensor in some.items()}
+    length = int(some["mask"].any(0).nonzero().max()) + 1
+    return {name: tensor[:, :length] if tensor.dim() == 2 else tensor for name, tensor in some.items()}
 
 
 def stack_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Completion], pad_id: int) -> dict[str, Any]:
-    """{"tokens", "mask": True on the answers, "old": ln p when each token was drawn [row, position]}."""
+    """Prompts and their answers as padded tensors [row, position]: "tokens", "mask" (True on the answers) and "old"
+    (the log-probability of each token when it was sampled)."""
     lengths = [len(prompt) + len(answer.tokens) for prompt, answer in zip(prompts, answers, strict=True)]
     shape = len(lengths), max(lengths)
-    tokens, mask, old = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+    tokens = torch.full(shape, pad_id)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    old = torch.zeros(shape)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         tokens[row, : lengths[row]] = torch.tensor([*prompt, *answer.tokens])
         mask[row, len(prompt) : lengths[row]] = True

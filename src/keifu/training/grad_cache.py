@@ -1,9 +1,9 @@
-"""Losses that compare the rows of a batch with each other, computed part by part all the same; knows no model.
+"""Gradient caching (GradCache): contrastive losses, which compare the rows of a batch, under micro-batching.
 
-Gradient caching (Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"): first
-what each row gives, without keeping anything for a backward pass; then the loss of all of these and its gradient by
-them; then each part again, which that gradient is sent through. The gradient is that of the whole batch, to rounding;
-the price is a second forward pass. A batch norm sees each part by itself.
+(Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup".) First the outputs of all
+rows are computed without keeping activations; then the loss of all outputs and its gradient with respect to them; then
+each micro-batch again, with a backward pass from its part of that gradient. The gradient is that of the whole batch, up
+to rounding; the cost is a second forward pass. Batch normalisation uses the statistics of each micro-batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from keifu.training.protocols import Batch, LossOutput
 
-Rows = tuple[Tensor, ...]  # what a batch gives, several tensors of a row for each of its rows
+Rows = tuple[Tensor, ...]  # the outputs of a batch: tensors with one row for each of its rows
 
 
 @dataclass(frozen=True)
 class WholeBatchObjective:
-    """An objective in two steps: `rows` may be computed of a part of the batch, `loss` is of all of its rows."""
+    """An objective in two steps: `rows` computes outputs of any part of a batch, `loss` needs those of all its rows."""
 
     rows: Callable[[Any, Batch], Rows]
     loss: Callable[[Any, Rows], LossOutput]
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        """The loss of a batch that fits in memory."""
+        """The loss of a batch that fits into memory."""
         return self.loss(model, self.rows(model, batch))
 
 
@@ -39,11 +39,11 @@ def whole_batch_outputs(
     begin: Callable[[int], None],
     scale: float = 1.0,
 ) -> Iterator[LossOutput]:
-    """Outcomes whose sums, and whose gradients, added up, are those of the whole batch.
+    """Outputs whose sums and gradients add up to those of the whole batch.
 
-    `context` surrounds forward passes. `begin` is called with a part's number before each of the two passes over it,
-    which draw the same random numbers. Where no gradient is asked for, there is one outcome.
-    `scale` is what the caller multiplies each total with before it goes back through it.
+    `context`: surrounds forward passes. `begin`: called with a part's number before each of the two passes over it, so
+    that both have the same random numbers. `scale`: the factor by which the caller multiplies each total before its
+    backward pass. Where gradients are disabled, there is one output.
     """
     if len(parts) == 1:
         begin(0)
@@ -57,7 +57,7 @@ def whole_batch_outputs(
     if not torch.is_grad_enabled():
         yield whole
         return
-    (whole.total * scale).backward()  # into the cached rows, and into what the loss itself has learned
+    (whole.total * scale).backward()  # into the cached outputs, and into the loss's own parameters
     gradients = zip(*(each.grad.split([_size(part) for part in parts]) for each in cached), strict=True)  # pyright: ignore
     for number, (part, wanted) in enumerate(zip(parts, gradients, strict=True)):
         begin(number)
@@ -65,7 +65,7 @@ def whole_batch_outputs(
             rows = objective.rows(model, part)
         each = [(row.float() * gradient.float()).sum() for row, gradient in zip(rows, wanted, strict=True)]
         carrier = torch.stack(each).sum() / scale
-        share = 0.0 if number else 1.0  # the first part carries all sums, the others none
+        share = 0.0 if number else 1.0  # the first part has all sums, the others none
         figures = {name: value * share for name, value in whole.figures.items()}
         yield LossOutput(carrier - carrier.detach() + share * whole.total.detach(), whole.weight * share, figures)
 
@@ -77,7 +77,7 @@ def _cache_outputs(
     context: Callable[[], AbstractContextManager[object]],
     begin: Callable[[int], None],
 ) -> Rows:
-    """What all rows give, as leaves that collect a gradient; running statistics stay as they were."""
+    """The outputs of all rows, as leaf tensors that collect a gradient; buffers (running statistics) are restored."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     found = []
     with torch.no_grad():

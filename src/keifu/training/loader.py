@@ -1,6 +1,6 @@
-"""Batches on their way to a device: the next one is made and copied while this one is computed; knows no loop.
+"""Prefetching of batches: a thread makes the next batch and copies it to the GPU while the current one is computed.
 
-On a CPU there is nothing beside which to make it, so a batch is made when it is asked for.
+For training on a CPU, a batch is made when it is needed: a thread would only take time from the computation.
 """
 
 from collections.abc import Callable
@@ -12,23 +12,23 @@ import torch
 from keifu.training.protocols import Batch
 
 
-def beside(device: torch.device) -> bool:
-    """Whether the device computes while the CPU makes the next batch."""
+def prefetches(device: torch.device) -> bool:
+    """Whether batches for this device are made ahead: not for a CPU."""
     return device.type != "cpu"
 
 
 class Loaded(NamedTuple):
-    """A batch on its device, and on CUDA the event after which it is there."""
+    """A batch on its device, and on CUDA the event that marks the end of the copy."""
 
     batch: Batch
-    there: Any = None
+    copied: Any = None
 
 
 class Loader:
-    """Makes the batches of numbers that are asked for; `ahead` makes the next one in a thread of its own.
+    """Gives batches by their number; with `ahead`, a thread makes the next one.
 
-    On CUDA the copy starts in pinned memory and goes through a stream of its own, so that neither the host nor the
-    computation waits for it. A batch depends on its number alone, so making it ahead changes nothing.
+    On CUDA the copy starts in pinned memory and has its own stream, so that neither the host nor the computation waits
+    for it. A batch depends on its number alone, so prefetching does not change it.
     """
 
     def __init__(self, make: Callable[[int], Batch], device: torch.device, ahead: bool):
@@ -39,21 +39,21 @@ class Loader:
         self.next: Future[Loaded] | None = None
 
     def get(self, number: int, following: int | None = None) -> Batch:
-        """The batch of that number; meanwhile the one of `following` is begun, where there will be one."""
+        """The batch of this number; then starts to make the one of number `following`, if there is one."""
         self.wait()
         loaded = self.next.result() if self.next and self.number == number else self._load(number)
         self.number = self.next = None
         if self.worker and following is not None:
             self.number, self.next = following, self.worker.submit(self._load, following)
-        return self._taken(loaded)
+        return self._synchronize(loaded)
 
     def wait(self) -> None:
-        """Waits until nothing is being made, so that the data may be used for something else."""
+        """Waits until the thread is idle, so that the data may be used for something else."""
         if self.next:
             self.next.exception()
 
     def close(self) -> None:
-        """Ends the thread, once it has made what it is making."""
+        """Ends the thread after its current batch."""
         if self.worker:
             self.worker.shutdown()
 
@@ -65,17 +65,18 @@ class Loader:
             moved = on_device(batch, self.device)
             return Loaded(moved, self.stream.record_event())
 
-    def _taken(self, loaded: Loaded) -> Batch:
-        if loaded.there is not None:
+    def _synchronize(self, loaded: Loaded) -> Batch:
+        """The batch, for which the computation's stream waits."""
+        if loaded.copied is not None:
             current = torch.cuda.current_stream(self.device)
-            current.wait_event(loaded.there)
+            current.wait_event(loaded.copied)
             for tensor in loaded.batch.values():
-                tensor.record_stream(current)  # its memory is not used again before the computation is done with it
+                tensor.record_stream(current)  # its memory is not reused before the computation has read it
         return loaded.batch
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch moved to a device; to a GPU without waiting for the copy."""
+    """A batch copied to a device; to CUDA without waiting for the copy."""
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in batch.items()}
     return {

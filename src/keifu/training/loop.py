@@ -1,7 +1,7 @@
-"""The one training loop: steps, what happens between them, and how a run ends, stops and goes on; knows no model.
+"""The training loop: steps, and between them metrics, validation, samples and checkpoints; for every model.
 
-What a batch is, data say; what a loss is, the objective says. Everything random in a step is a function of the seed and
-the step, so a run that was stopped and resumed gives the same bits as one that never was.
+The data make the batches, the objective computes the loss. All randomness in a step is a function of the seed and the
+step, so a run that was stopped and resumed ends with the same bits as one that was not.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from keifu.training.hardware import cost as machine
 from keifu.training.hardware import failures
 from keifu.training.hardware.flops import peak
 from keifu.training.hardware.precision import tensor_float32
-from keifu.training.loader import Loader, beside
+from keifu.training.loader import Loader, prefetches
 from keifu.training.pace import Budget, Pace, TimeLeft
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
 from keifu.training.run import checkpoint, metrics
@@ -36,7 +36,7 @@ from keifu.training.step import Gradient
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run reached: its steps, its seconds of training, and the last figures (see metrics.jsonl)."""
+    """The result of a finished run: its steps, its seconds of training, and the last figures (see metrics.jsonl)."""
 
     directory: Path
     steps: int
@@ -54,13 +54,13 @@ def train(
     save: Save | None = None,
     largest: Batch | None = None,
 ) -> Summary:
-    """Trains a model, on the device where its parameters are, and leaves a run's folder.
+    """Trains a model, on the device where its parameters are, and writes a run directory.
 
-    `sample` is called with the number of steps done and gives a text or a PNG picture; `save` writes the model into the
-    folder. Memory is measured on the first batch; where batches differ in shape, on `largest`, which data that are
-    `OnPolicy` need, since the first batch is made before a resumed run's weights are taken up. Ctrl-C raises `Interrupted`
-    after the state is saved. A number that is not finite, or too little memory, is a `UserError`, raised before the
-    step is made and after the state before it is saved.
+    `sample`: called with the number of steps done, gives a text or a PNG picture. `save`: writes the model into the
+    directory. `largest`: the batch to measure memory on; unset: the first one. Data that are `OnPolicy` need it, since
+    memory is measured before the weights of a resumed run are loaded. Ctrl-C raises `Interrupted` after the state is
+    saved. A number that is not finite, or too little memory, is a `UserError`, raised before the step is made and
+    after the state before it is saved.
     """
     follow_load()
     run_directory.claim_directory(run)
@@ -109,13 +109,13 @@ class _Loop:
         self.saved = self.at.step if self.run.resume else -1
         self.on_policy = isinstance(self.data, OnPolicy)
         device = self.stepper.device
-        self.loader = Loader(self.data.batch, device, beside(device) and not self.on_policy)
+        self.loader = Loader(self.data.batch, device, prefetches(device) and not self.on_policy)
         self.facts = describe_settings(self.settings, self.run.options, self.data.fingerprint)
         self.how = run_directory.how_to_resume(self.run)
         self._write_recipe({})
 
     def go(self) -> None:
-        """Makes all steps that are left."""
+        """Makes all remaining steps."""
         self.stepper.model.train()
         if self.at.spikes.due(self.at.step):
             self._save_state()
@@ -132,7 +132,7 @@ class _Loop:
                 self._between()
 
     def finish(self) -> Summary:
-        """The last validation, sample and state, the model and the report."""
+        """Makes the last validation, sample and checkpoint, and writes the model and the report."""
         if self.validated != self.at.step:
             self._evaluate()
             self._sample()
@@ -143,17 +143,17 @@ class _Loop:
         return Summary(self.run.directory, self.at.step, self.at.seconds, self.figures)
 
     def _batch(self) -> Batch:
-        """The batch of the next step; the one after it is begun, where the data are not made by the weights."""
+        """The batch of the next step; the one after it is prefetched, unless it depends on the weights."""
         with self._whole():
             index = self.at.step + self.at.spikes.skipped
             more = self.at.step + 1 < self.at.plan.steps and not self.on_policy
             return self.loader.get(index, index + 1 if more else None)
 
     def _finite(self, batch: Batch) -> Gradient | None:
-        """The gradient, once every number of it is finite; None where a stop was asked for.
+        """The gradient, checked to be finite; None where a stop was requested.
 
-        Whether it is finite is the one thing in a step that the host waits for. What float16 did not hold is computed
-        again with a lower scale of the loss.
+        This check is the only point in a step where the host waits for the device. An overflow in float16 is computed
+        again with a lower loss scale.
         """
         while True:
             gradient = None if self.stop() else self._gradient(batch)
@@ -164,7 +164,7 @@ class _Loop:
             self.started.optimisers.drop_gradients()
 
     def _gradient(self, batch: Batch) -> Gradient | None:
-        """The gradient; where it does not fit in memory, of half as many rows at a time, down to one."""
+        """The gradient; where it does not fit into memory, with half as many rows at a time, down to one."""
         with self._whole():
             while True:
                 try:
@@ -181,7 +181,7 @@ class _Loop:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """What happens here leaves the weights alone: where it fails, their state is saved first."""
+        """A block that does not change the weights: where it fails, the state is saved first."""
         try:
             with failures.explain_out_of_memory(ADVICE):
                 yield
@@ -199,7 +199,7 @@ class _Loop:
         self.display.advance(at.step)
 
     def _rewind(self, gradient: Gradient) -> None:
-        """Goes back to a state before a spike, past which batches are left out; the step is not made."""
+        """Goes back to a checkpoint before a loss spike and skips batches; the step is not made."""
         spiked, loss = self.at.step, gradient.sums.means()["loss"]
         with self.pace.paused():
             try:
@@ -215,7 +215,7 @@ class _Loop:
         self.display.note(f"Step {spiked:,}: {self.at.spikes.sentence(self.at.step, loss)}")
 
     def _between(self) -> None:
-        """What is due after a step; training's clock stands still meanwhile."""
+        """Metrics, validation, samples and checkpoints that are due after a step; not counted as training time."""
         s, last = self.settings, self.at.step == self.at.plan.steps
         if last or self.at.step % s.log_every == 0:
             self._log()
@@ -236,7 +236,7 @@ class _Loop:
             self._expectation()
 
     def _expectation(self) -> None:
-        """What a validation, a sample and saving take, when it is first known, and with them the rest of the run."""
+        """Shows how long validation, a sample and a checkpoint take, when first measured, and the time left with them."""
         took = ", ".join(f"a {name} took {format_seconds(seconds)}" for name, seconds in self.pace.lasted.items())
         left = self.budget.left(self.at.step, self.at.plan.steps)
         self.display.note(
@@ -244,7 +244,7 @@ class _Loop:
         )
 
     def _plan(self, steps: int) -> None:
-        """Another number of steps, where the pace has changed; it is in the metrics, and in the states from now on."""
+        """Changes the number of steps to what fits into the time; recorded in the metrics and in checkpoints."""
         if steps != self.at.plan.steps:
             self.at.plan = self.at.plan.changed(self.at.step, steps)
             self._record({"planned_steps": steps})
@@ -252,11 +252,11 @@ class _Loop:
             self.left.total = self.settings.whole_steps(steps)
 
     def _due(self, every: int) -> bool:
-        """Whether something that happens `every` so many steps happens now; the end has a time of its own."""
+        """Whether something with this interval is due now; the last step is handled by `finish`."""
         return bool(every) and self.at.step % every == 0 and self.at.step < self.at.plan.steps
 
     def _log(self) -> None:
-        """A line of metrics from the sums since the last one; here, and only here, a GPU is waited for."""
+        """Writes a line of metrics from the sums since the last one; reading them waits for the device."""
         at = self.at
         assert at.sums is not None
         units, means = float(at.sums.weight), at.sums.means()
@@ -278,7 +278,7 @@ class _Loop:
             self.display.note(f"Step {at.step:,}: {warning}")
 
     def _evaluate(self) -> None:
-        """The validation figures, and bits per byte where the data say how many bytes an element has."""
+        """The validation figures, and bits per byte where the run gives the bytes per element."""
         self.loader.wait()
         with self._whole(), self.started.optimisers.averaged():
             means = self.stepper.validation(self.data.validation())
@@ -324,7 +324,7 @@ class _Loop:
 
     @contextmanager
     def _tolerating(self, what: str) -> Iterator[None]:
-        """A file that cannot be written does not stop a run that is well: it is said, and tried again when next due."""
+        """A block in which a failed write does not stop the run: it is shown, and tried again when next due."""
         try:
             yield
         except (OSError, UserError) as error:
@@ -342,13 +342,13 @@ class _Loop:
         raise failures.NotFinite(self._refuse(f"In the next step {reason}. {advice}"))
 
     def _refuse(self, text: str) -> str:
-        """Saves the state of the last whole step, and says so."""
+        """Saves the state of the last complete step; gives the text of the error with how to resume."""
         self.started.optimisers.drop_gradients()
         self._save_state()
         return f"Stopped after step {self.at.step:,}, whose state is saved. {text} To go on: {self.how}"
 
     def _leave(self, outcome: dict[str, Any]) -> None:
-        """The model, what came out of the run, and the report."""
+        """Writes the model, the results into recipe.json, and the report."""
         if self.save:
             self.stepper.model.eval()
             with self.started.optimisers.averaged():

@@ -1,4 +1,4 @@
-"""How fast a run goes, and how many steps fit in its minutes while the pace changes; knows no model and no loop."""
+"""Timing of a run: time per step, time left, and how many steps fit into a given time."""
 
 import math
 import time
@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-CHECK, TOLERANCE = 0.02, 0.02  # shares of a budget: time between looks at the pace, steps not worth a change
+CHECK = 0.02  # the share of a time budget between two checks of the pace
+TOLERANCE = 0.02  # the relative change of the number of steps below which the plan stays
 
 
 class Pace:
-    """A stopwatch of training alone: `seconds` is its sum at the last lap, earlier parts of a resumed run included.
+    """A stopwatch for training alone, without validation, samples and checkpoints.
 
-    `lasted` has the seconds of the last validation, sample and saving, by name.
+    `seconds`: training time up to the last lap, including the time before a run was resumed. `lasted`: the seconds of
+    the last validation, sample and checkpoint, by name.
     """
 
     def __init__(self, seconds: float = 0.0, passed: float = 0.0):
@@ -22,18 +24,18 @@ class Pace:
 
     @property
     def passed(self) -> float:
-        """Seconds of the whole run, everything counted, earlier parts of a resumed one included."""
+        """Seconds of the whole run so far, including everything beside training and the time before it was resumed."""
         return time.perf_counter() - self.start
 
     @property
     def trained(self) -> float:
-        """Seconds of training until now."""
+        """Seconds of training so far."""
         self._read()
         return self.seconds + self.lap_seconds
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """How long this block takes is noted under the name."""
+        """Measures a block and stores its seconds in `lasted` under the name."""
         start = time.perf_counter()
         yield
         self.lasted[name] = time.perf_counter() - start
@@ -47,7 +49,7 @@ class Pace:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in this block does not count."""
+        """A block whose time does not count as training."""
         self._read()
         yield
         self.since = time.perf_counter()
@@ -59,7 +61,8 @@ class Pace:
 
 
 class TimeLeft:
-    """How long the rest takes at the speed of all steps so far, everything counted; smaller steps are fractions."""
+    """The time left at the mean speed of all steps so far, everything included; steps with smaller batches count as
+    fractions."""
 
     def __init__(self, first: float, total: float):
         self.first, self.total, self.start = first, total, time.perf_counter()
@@ -71,10 +74,10 @@ class TimeLeft:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps a run makes, and how its learning rate follows where that number is changed on the way.
+    """The number of steps of a run with a time budget, and how the learning rate follows when that number changes.
 
-    The rate is a function of the position in the schedule of `scheduled` steps. From step `since` on, at `position`, it
-    goes on evenly to the schedule's end at `steps`.
+    The rate is a function of the position in the schedule of `scheduled` steps. From step `since` on, where the
+    position is `position`, it advances evenly, so that the schedule ends at step `steps`.
     """
 
     steps: int
@@ -88,15 +91,15 @@ class Plan:
         return self.position + (step - self.since) * stride - step
 
     def changed(self, step: int, steps: int) -> "Plan":
-        """From this step on, another number of steps."""
+        """The plan with another number of steps from this step on."""
         return replace(self, steps=steps, since=step, position=step + self.ahead(step))
 
 
 class Budget:
-    """What the rest of a run takes, and how many steps fit where it has so many `seconds`.
+    """The time that the rest of a run takes, and the number of steps that fit into `seconds` (None: no limit).
 
-    Validations, samples and saving are included, once each was seen: `every` has the steps between them, by their names
-    in `Pace.lasted`. Each comes once more at the end.
+    Validation, samples and checkpoints are included once each has been measured: `every` is the number of steps between
+    them, by their names in `Pace.lasted`. Each comes once more at the end.
     """
 
     def __init__(self, seconds: float | None, pace: Pace, step: int, every: Mapping[str, int]):
@@ -105,8 +108,8 @@ class Budget:
         self.step_seconds: float | None = None
 
     def steps(self, step: int, planned: int) -> int:
-        """The steps of the whole run at the present pace, at least one more; or those that were planned, where they
-        still fit or the last look was a moment ago."""
+        """The number of steps of the whole run at the current pace, at least one more; the planned number where it
+        still fits, or where the last check was a moment ago."""
         if self.seconds is None or self.pace.passed - self.looked < CHECK * self.seconds:
             return planned
         each, after = self._costs(step)
@@ -114,12 +117,13 @@ class Budget:
         return planned if abs(fitting - planned) <= TOLERANCE * planned else fitting
 
     def left(self, step: int, steps: int) -> float:
-        """Seconds that the rest takes at the present pace."""
+        """Seconds that the rest takes at the current pace."""
         each, after = self._costs(step)
         return (steps - step) * each + after
 
     def _costs(self, step: int) -> tuple[float, float]:
-        """Seconds of a step, with its share of what comes between steps, and of what comes after the last one."""
+        """Seconds per step, with its share of validation, samples and checkpoints; and seconds of the last ones, at the
+        end."""
         trained, lasted = self.pace.trained, self.pace.lasted
         if step > self.step:
             recent = (trained - self.trained) / (step - self.step)

@@ -1,7 +1,7 @@
-"""What the loop asks of data and objectives; knows neither's content.
+"""The interfaces between the training loop, its data and its objectives.
 
-A batch is a dict of tensors whose first axis is rows. An objective turns a model and a batch into sums over elements
-(tokens, pictures, rows of a table), so that a batch may be split anywhere without changing the loss.
+A batch is a dict of tensors whose first axis is rows. An objective computes sums over elements (tokens, pictures, rows
+of a table) from a model and a batch, so that a batch may be split anywhere without changing the loss.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,21 +23,21 @@ class LossOutput(NamedTuple):
 
 
 Objective: TypeAlias = Callable[[nn.Module, Batch], LossOutput]
-Sample: TypeAlias = Callable[[int], str | bytes]  # from the number of steps done: a text, or a picture as PNG
-Save: TypeAlias = Callable[[Path], None]  # writes the model into the run's folder
+Sample: TypeAlias = Callable[[int], str | bytes]  # the number of steps done → a text, or a picture as PNG
+Save: TypeAlias = Callable[[Path], None]  # writes the model into the run's directory
 
 
 @runtime_checkable
 class Data(Protocol):
-    """Batches as a function of the seed and the step alone, and a validation set that is always the same."""
+    """Training data: batches as a function of the seed and the step alone, and a fixed validation set."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the data do; resuming with another one is an error."""
+        """A hash of the data; a run cannot be resumed with data of another fingerprint."""
         ...
 
     def batch(self, step: int) -> Batch:
-        """The whole batch of a step; the loop splits it by rows."""
+        """The whole batch of a step (from 0); the loop splits it by rows."""
         ...
 
     def validation(self) -> Iterable[Batch]:
@@ -47,35 +47,34 @@ class Data(Protocol):
 
 @runtime_checkable
 class OnPolicy(Protocol):
-    """What data declare whose batches are a function of the weights too: none is made before the update before it.
-
-    Where several updates share what was made with the weights before the first of them, a state holds that too.
+    """Data whose batches also depend on the current weights, as rollouts do: a batch is made only after the update
+    before it. Where several updates share one rollout, a checkpoint holds it too.
     """
 
     on_policy: Literal[True]
 
-    def kept(self) -> Batch:
-        """What batches to come are made of and later weights could not make again; empty where there is nothing."""
+    def state(self) -> Batch:
+        """What later batches are made from and later weights could not make again; empty where there is nothing."""
         ...
 
-    def take_up(self, kept: Batch) -> None:
-        """Goes on with what `kept` gave."""
+    def load_state(self, state: Batch) -> None:
+        """Restores what `state` gave."""
         ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run lives, what it is about, and how it starts.
+    """A run: its directory, its description, and how it starts.
 
-    `options` is what decides the result beside the settings (the model's config, the data's options): it is compared on
-    resuming. `about` is shown in the report: title, paper, command, data (a list of dicts), and whatever else. `unit`
-    names the elements that the objective counts. `bytes_per_unit` turns the loss into bits per byte. `watch` turns
-    the means of a line of metrics into warnings.
+    `options`: what decides the result beside the settings (the model's config, the data's options); compared when the
+    run is resumed. `about`: shown in the report: title, paper, command, data (a list of dicts), and anything else.
+    `unit`: the name of the elements that the objective counts. `bytes_per_unit`: turns the loss into bits per byte.
+    `watch`: called with the figures of each line of metrics, gives warnings.
     """
 
     directory: Path
     resume: bool = False
-    replace: bool = False  # start over although the folder holds a run: its state, metrics and samples are removed
+    replace: bool = False  # start over in a directory that holds a run: its state, metrics and samples are removed
     options: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
     unit: str = "tokens"

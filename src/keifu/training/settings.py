@@ -1,4 +1,4 @@
-"""What a run of the training loop can be told, checked before anything starts; knows no model and no data."""
+"""The settings of a training run: checked before anything starts, and compared when a run is resumed."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +15,7 @@ Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 RateBy = Literal["steps", "rows"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
-# What a resumed run may change: how long, how often, and how a batch is split, never what a step computes.
+# What may change when a run is resumed: its length, intervals, and how a batch is split; never what a step computes.
 ADJUSTABLE = frozenset(
     ["steps", "minutes", "micro_batch", "compile", "log_every", "evaluate_every", "sample_every", "save_every", "keep"]
     + ["tensorboard", "wandb"]
@@ -29,73 +29,74 @@ class Settings:
     steps: int = 1000
     """Updates of the weights."""
     minutes: float | None = None
-    """How long the run may take, validations, samples and saving included: `steps` is then a first estimate, which
-    follows the pace of the machine, and the rate falls over the steps that there are."""
+    """The time limit of the run, including validation, samples and saving: `steps` is then a first estimate, which is
+    adjusted to the speed of the machine, and the learning rate schedule with it."""
     batch_size: int = 32
-    """Rows in a step."""
+    """Rows per step."""
     batch_stages: tuple[tuple[int, int], ...] = ()
-    """Smaller batches at first, as pairs: rows, and the step up to which a step has them (PaLM: 512 50000 1024 115000).
-    """
+    """Batch-size warm-up in stages, as pairs: rows per step, and the step up to which that holds (PaLM: 512 50000 1024
+    115000)."""
     batch_ramp: tuple[int, int] | None = None
-    """A batch that grows evenly instead (GPT-3): the rows of the first step, and after how many rows it is whole."""
+    """Linear batch-size warm-up (GPT-3): the rows of the first step, and the number of rows after which the batch has
+    its full size."""
     micro_batch: int | None = None
-    """Rows computed at a time; fewer need less memory and change no loss, dropout included. Unset: as many as fit in
-    memory. Where rows differ in length, shorter ones go together in larger numbers."""
+    """Rows computed at a time; fewer need less memory and do not change the loss, nor dropout. Unset: as many as fit in
+    memory. Where rows differ in length, more of the shorter ones are computed together."""
     optimizer: Optimizer = "adamw"
     """muon: Muon for hidden matrices, AdamW for everything else. adadelta: Zeiler's (2012), ρ 0.95, ε 1e-6.
     adafactor: PaLM's (2022), without factoring, updates scaled by the size of each matrix."""
     learning_rate: float = 3e-4
-    """The highest rate of AdamW; Adadelta's, which its paper has as 1; Adafactor's, a share of each matrix's size."""
+    """The highest learning rate, of AdamW, Adadelta (1 in its paper), or Adafactor (relative to each matrix's size)."""
     matrix_rate: float = 0.02
-    """The highest rate of Muon."""
+    """The highest learning rate of Muon."""
     schedule: Schedule = "cosine"
-    """How the rate falls after the warm-up."""
+    """How the learning rate decays after the warm-up."""
     warmup: int = 0
-    """Steps in which the rate rises from 0."""
+    """Steps in which the learning rate rises linearly from 0."""
     hold: int = 0
-    """Steps after them in which it stays the highest (PaLM: 10,000, then inverse_sqrt)."""
+    """Steps after the warm-up at the highest rate (PaLM: 10,000, then inverse_sqrt)."""
     final_ratio: float = 0.1
-    """The last rate as a share of the highest one (linear and cosine)."""
+    """The last learning rate as a share of the highest one (linear and cosine)."""
     decay_steps: int | None = None
-    """Steps after which linear and cosine have fallen, and the rate stays; unset: all."""
+    """Steps after which the decay ends, linear or cosine, and the rate stays constant; unset: all steps."""
     rate_shares: tuple[tuple[str, float], ...] = ()
-    """Weights whose names begin so learn with that share of AdamW's rate, as pairs: a beginning, and the share."""
+    """AdamW's rate for some weights, as pairs: the beginning of their names, and the share of the learning rate."""
     rate_by: RateBy = "steps"
-    """What is counted for the rate. rows: a step counts as the share of batch_size that its batch has, so that rates
-    follow the tokens seen while the batch grows."""
+    """What the schedule counts. rows: a step with a smaller batch counts as its share of batch_size, so that the rate
+    follows the number of tokens seen during batch-size warm-up."""
     weight_decay: float = 0.1
-    """Applied to matrices and embeddings, times the rate, or for adafactor its square (1 is PaLM's); never to biases
-    and gains."""
+    """Weight decay of matrices and embeddings, times the learning rate, or for adafactor its square (1 in PaLM); never
+    of biases and gains."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay of the mean and of the square of the gradient; the first is Adafactor's too."""
+    """AdamW's β₁ and β₂, the decays of the mean and of the mean square of the gradient; β₁ is Adafactor's too."""
     epsilon: float = 1e-8
-    """AdamW's, added to the root of the mean square."""
+    """AdamW's ε, added to the root of the mean square."""
     momentum: float = 0.95
-    """Muon's."""
+    """Muon's momentum."""
     clip: float = 1.0
-    """The largest norm of the whole gradient; 0 does not clip."""
+    """Gradient clipping: the largest norm of the whole gradient; 0 does not clip."""
     ema: float = 0.0
-    """Keep a moving average of the weights with this decay (DDPM: 0.9999), lower in the first steps, and validate,
-    sample and save with it; 0 keeps none."""
+    """Decay of an exponential moving average of the weights (DDPM: 0.9999), lower in the first steps, which is used for
+    validation, samples and the saved model; 0 keeps none."""
     spikes: SpikeSettings = SpikeSettings()
-    """What is done where the loss spikes."""
+    """Recovery from loss spikes."""
     precision: Precision = "auto"
-    """Of matrix products; auto: bfloat16 where the hardware has it, else float16 on a GPU and float32 on a CPU. Weights
-    stay in float32."""
+    """Number format of matrix products; auto: bfloat16 where the hardware has it, else float16 on a GPU and float32 on
+    a CPU. Weights stay in float32."""
     compile: bool = False
     """Compile the objective and the model with torch.compile."""
     seed: int = 0
-    """Of dropout; recipes use it for the weights and the order of the data too."""
+    """Seed of dropout; recipes use it for the initial weights and the order of the data too."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 250
-    """Steps between validation losses; 0: only at the end."""
+    """Steps between validations; 0: only at the end."""
     sample_every: int = 0
     """Steps between samples; 0: only at the end."""
     save_every: int = 500
-    """Steps between saved states; 0: only at the end."""
+    """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Saved states that are kept; with 2 or more, a damaged one loses no more than the steps since the one before."""
+    """Checkpoints that are kept; with 2 or more, a run can go on from the one before if the last is damaged."""
     tensorboard: bool = False
     """Write TensorBoard events too."""
     wandb: bool = False
@@ -122,11 +123,11 @@ class Settings:
             raise UserError(f"rate_shares are of adamw's rate, and the optimizer is {self.optimizer}: leave them out.")
         if self.warmup > self.steps:
             raise UserError(f"A warm-up of {self.warmup} steps does not fit a run of {self.steps}; make it shorter.")
-        _ = self.growth  # what cannot be is said at once
+        _ = self.growth  # raises its errors at once
 
     @cached_property
     def growth(self) -> BatchSizeSchedule:
-        """How many rows each step has."""
+        """The batch size of each step."""
         if self.batch_stages and self.batch_ramp:
             raise UserError("batch_stages and batch_ramp are two ways to make the batch grow: give one of them.")
         if self.batch_ramp:
@@ -134,18 +135,18 @@ class Settings:
         return batch_size_stages(self.batch_stages, self.batch_size)
 
     def whole_steps(self, step: int) -> float:
-        """The steps before this one, each counted as the share of batch_size that its batch has."""
+        """The number of steps before this one, where a smaller batch counts as its share of batch_size."""
         return self.growth.before(step) / self.batch_size
 
     def counted(self, step: int) -> float | int:
-        """The steps before this one, as the rate counts them."""
+        """The number of steps before this one, as the learning rate schedule counts them (see `rate_by`)."""
         return self.whole_steps(step) if self.rate_by == "rows" else step
 
 
 def as_chosen(settings: Settings) -> Settings:
-    """The settings with the precision and the compilation that the command line says, where it does."""
-    said = {"precision": chosen().precision, "compile": chosen().compile}
-    return replace(settings, **{name: value for name, value in said.items() if value is not None})
+    """The settings with the precision and the compilation of the command line, where it names them."""
+    options = {"precision": chosen().precision, "compile": chosen().compile}
+    return replace(settings, **{name: value for name, value in options.items() if value is not None})
 
 
 CHOICES = {

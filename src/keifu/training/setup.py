@@ -1,8 +1,7 @@
-"""What a run needs before its first step: the resumed state, the optimizers, the measured cost; knows no model.
+"""Setup of a run before its first step: optimizers, the state of a resumed run, and the estimate of its cost.
 
-How many steps a run makes in a given time, tried before it starts; knows no model and no loop.
-
-The number is a first estimate: the loop follows the pace from then on (`pace.Budget`), and its states hold the plan.
+Also the number of steps that fit into a given time, measured before a run starts. That is a first estimate: the loop
+adjusts it to the pace (`pace.Budget`), and checkpoints hold the current plan.
 """
 
 import dataclasses
@@ -34,12 +33,13 @@ from keifu.training.settings import Settings, as_chosen, check_resumed, compare,
 from keifu.training.step import Sums, TrainStep, compile_objective, row_elements
 
 ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the model's size"
-DROPOUT = "by row"  # how masks are drawn; a state of an earlier version does not say
+DROPOUT = "by row"  # how dropout masks are seeded; missing in checkpoints of earlier versions
 
 
 @dataclass
 class TrainingProgress:
-    """What changes from step to step beside the model and the optimizers, and is part of a state."""
+    """The part of the training state that changes from step to step, beside the model and the optimizers; a checkpoint
+    holds it."""
 
     step: int
     seconds: float
@@ -47,17 +47,17 @@ class TrainingProgress:
     divergence: failures.Divergence
     spikes: SpikeState
     plan: Plan
-    passed: float = 0.0  # seconds of the whole run when the state was saved
+    passed: float = 0.0  # seconds of the whole run when the checkpoint was saved
 
     def facts(self) -> dict[str, Any]:
-        """The part that JSON holds."""
+        """Everything but the sums as JSON, for a checkpoint."""
         own = {"seconds": self.seconds, "passed": self.passed, "plan": dataclasses.asdict(self.plan)}
         return {**own, "divergence": self.divergence.facts(), "spikes": self.spikes.facts()}
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """Everything in place for the next step."""
+    """A run that is ready for its next step."""
 
     stepper: TrainStep
     optimisers: Optimizers
@@ -66,7 +66,7 @@ class TrainingSetup:
     length: Length
 
     def resolved(self) -> dict[str, Any]:
-        """What the settings left open, as it was decided; a resumed run keeps to it."""
+        """The automatic settings as they were decided (micro-batch, precision, device); a resumed run keeps them."""
         dtype = _name(self.stepper.dtype)
         stepper = self.stepper
         found = {"micro_batch": stepper.micro_batch, "row_elements": stepper.row_elements}
@@ -83,7 +83,11 @@ def set_up(
     tell: Callable[[str], None],
     largest: Batch | None = None,
 ) -> TrainingSetup:
-    """Loads the state where the run is resumed, measures the cost on the largest batch, and says both."""
+    """Builds the optimizers and the training step, loads the state of a resumed run, and measures the cost on the
+    largest batch. `tell` shows a message.
+
+    A missing or damaged state, changed data or settings, or a model that does not fit into memory is a `UserError`.
+    """
     device = next(model.parameters()).device
     found = _resumed(run, tell) if run.resume else None
     length = _length(found, settings, run.directory) if found else Length(settings.steps)
@@ -100,7 +104,7 @@ def set_up(
     with failures.explain_out_of_memory(ADVICE):
         measured = cost.estimate(probe, batch, rows, ADVICE)
     if found:
-        _take_up(model, optimisers, data, found.tensors)
+        _load_state(model, optimisers, data, found.tensors)
     running = compile_objective(objective, device) if settings.compile else objective
     rows, elements = rows or measured.micro_batch, resolved.get("row_elements", row_elements(batch))
     stepper = TrainStep(
@@ -127,11 +131,11 @@ def set_up(
 
 def _tell_dropout(stepper: TrainStep, resolved: dict[str, Any], tell: Callable[[str], None]) -> None:
     if stepper.dropout.drops and resolved.get("dropout") != DROPOUT:
-        tell("Dropout is drawn in another way than in the steps before, which an earlier version made.")
+        tell("Dropout masks are sampled in another way than in the steps before, which an earlier version made.")
 
 
 def _format(precision: str, resolved: dict[str, Any], device: torch.device, tell: Callable[[str], None]) -> torch.dtype:
-    """The format of matrix products, which is said with the device."""
+    """The number format of matrix products, which is shown with the device."""
     dtype = resolve_dtype(resolved.get("precision", precision) if precision == "auto" else precision, device)
     tell(f"On {device_name(device)}, matrix products in {_name(dtype)}.")
     return dtype
@@ -142,7 +146,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _as_resolved(found: checkpoint.State, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
-    """What the run had decided; on a device of another kind, which is said, that is decided anew."""
+    """The automatic settings of the resumed run; none on a device of another kind, where they are decided anew."""
     resolved, now = found.facts["resolved"], device_name(device)
     before = resolved.get("device", now)
     if same_kind(before, now):
@@ -152,7 +156,7 @@ def _as_resolved(found: checkpoint.State, device: torch.device, tell: Callable[[
 
 
 def _check_growth(settings: Settings, data: Data) -> None:
-    """Where the settings say that the batch grows, the data must have been told."""
+    """A `UserError` where the settings have batch-size warm-up and the data do not."""
     growth = settings.growth
     if len(growth.rows) > 1 and (rows := len(next(iter(data.batch(0).values())))) != growth.at(0):
         raise UserError(
@@ -169,8 +173,8 @@ def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.State:
 
 
 def _length(found: checkpoint.State, settings: Settings, directory: Path) -> Length:
-    """The length of a run that is resumed. It changes where the settings have other steps than those that it was begun
-    with, or where its recipe.json asks for others."""
+    """The length of a resumed run. It changes where the settings have other steps than the run started with, or where
+    its recipe.json asks for others."""
     length = length_of(found.facts["described"]["settings"], found.facts.get("length", ()))
     asked = run_directory.recorded(directory).get("steps") or length.steps
     steps = asked if settings.steps == length.begun else settings.steps
@@ -180,7 +184,7 @@ def _length(found: checkpoint.State, settings: Settings, directory: Path) -> Len
 def _tell_changes(
     found: checkpoint.State, length: Length, settings: Settings, now: dict[str, Any], tell: Callable[[str], None]
 ) -> None:
-    """Checks that the run may go on so, and says what has changed."""
+    """Checks that the run may be resumed with these settings, and shows what has changed."""
     then = length_of(found.facts["described"]["settings"], found.facts.get("length", ()))
     changes = compare({"steps": then.steps}, {"steps": length.steps})
     changes += check_resumed(found.facts["described"], now)
@@ -190,11 +194,11 @@ def _tell_changes(
 
 
 @torch.no_grad()
-def _take_up(model: nn.Module, optimisers: Optimizers, data: Data, tensors: dict[str, Tensor]) -> None:
+def _load_state(model: nn.Module, optimisers: Optimizers, data: Data, tensors: dict[str, Tensor]) -> None:
     checkpoint.load_into_model(model, tensors)
     optimisers.load(_restore("optimisers.", tensors))
     if isinstance(data, OnPolicy):
-        data.take_up(_restore("data.", tensors))
+        data.load_state(_restore("data.", tensors))
 
 
 def _progressed(
@@ -213,21 +217,21 @@ def _progressed(
 
 
 def _plan(facts: dict[str, Any], settings: Settings, length: Length) -> Plan:
-    """The plan of a state, where the run still has minutes and the schedule that it was made for."""
+    """The plan of a checkpoint, if the run still has a time limit and the schedule that the plan was made for."""
     found = facts.get("plan", {})
     kept = settings.minutes is not None and found.get("scheduled") == length.steps
     return Plan(**found) if kept else Plan(length.steps, length.steps)
 
 
 def rewind(started: TrainingSetup, found: checkpoint.State, data: Data, settings: Settings) -> TrainingSetup:
-    """The run at an earlier state of its own, from which other batches follow; its clock is not set back."""
+    """The run at an earlier checkpoint, after which other batches follow; its training time is not set back."""
     stepper, now = started.stepper, started.progressed
     then = _progressed(found, settings, stepper.device, started.length)
     then.spikes = now.spikes.after(found.step, then.spikes.facts())
     then.seconds = now.seconds
     started.optimisers.drop_gradients()
     started.optimisers.forget()
-    _take_up(stepper.model, started.optimisers, data, found.tensors)
+    _load_state(stepper.model, started.optimisers, data, found.tensors)
     return dataclasses.replace(started, progressed=then)
 
 
@@ -236,10 +240,9 @@ def _restore(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tensors(started: TrainingSetup, data: Data) -> dict[str, Tensor]:
-    """Every tensor of a state: the model's, the optimizers', what the data keep, and the sums since the last line of
-    metrics."""
+    """All tensors of a checkpoint: of the model, the optimizers, the data, and the sums since the last line of metrics."""
     sums = started.progressed.sums
-    kept = data.kept() if isinstance(data, OnPolicy) else {}
+    kept = data.state() if isinstance(data, OnPolicy) else {}
     return {
         **checkpoint.model_tensors(started.stepper.model),
         **{f"optimisers.{name}": tensor for name, tensor in started.optimisers.state().items()},
@@ -248,15 +251,16 @@ def tensors(started: TrainingSetup, data: Data) -> dict[str, Tensor]:
     }
 
 
-SHARE, LEAST_STEPS = 0.02, 8  # of the time that is tried, and the fewest steps
+SHARE = 0.02  # the share of the time that trial steps take
+LEAST_STEPS = 8  # trial steps, at least
 
 
 def steps_within(
     minutes: float, model: nn.Module, objective: Objective, data: Data, settings: Settings, largest: Batch
 ) -> int:
-    """Steps that fit in so many minutes of training, by the mean of trial steps on the run's own first batches.
+    """The number of steps that fit into so many minutes of training, from trial steps on the first batches of the run.
 
-    Validation, samples and saving come on top. The trial takes 2% of the time; the model is as before afterwards.
+    Validation, samples and checkpoints are not included. The trial takes 2% of the time and does not change the model.
     """
     if not minutes > 0:
         raise UserError(f"minutes must be above 0, and it is {minutes}.")
@@ -276,7 +280,7 @@ def steps_within(
 
 
 def _seconds_a_step(stepper: TrainStep, data: Data, budget: float) -> float:
-    """The mean of as many steps as the budget allows, after one that warms up; their rates are 0."""
+    """The mean seconds of as many steps as fit into the budget, after one to warm up; their learning rates are 0."""
     for step in count():
         if step == 1:
             start = time.perf_counter()
@@ -290,10 +294,11 @@ def _seconds_a_step(stepper: TrainStep, data: Data, budget: float) -> float:
 
 
 def steps_of(directory: Path) -> int:
-    """The number of steps that a run in this folder was begun with."""
+    """The number of steps that the run in this directory started with."""
     try:
         return json.loads((directory / run_directory.RECIPE).read_text(encoding="utf-8"))["settings"]["steps"]
     except (OSError, ValueError, KeyError):
         raise UserError(
-            f"{directory / run_directory.RECIPE} does not say how many steps its run has: give --steps in place of --minutes."
+            f"{directory / run_directory.RECIPE} does not say how many steps its run has: give --steps in place of "
+            "--minutes."
         ) from None

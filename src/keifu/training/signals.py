@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the loop can read; knows no loop."""
+"""Signal handling: Ctrl-C and SIGTERM set a flag that the training loop reads between micro-batches."""
 
 import signal
 import threading
@@ -10,17 +10,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped on request and its state is saved; the message says how to go on."""
+    """A run was stopped on request and its state is saved; the message names the command to resume it."""
 
 
 class StopRequest:
-    """In its context the first Ctrl-C (or SIGTERM) sets `wanted`, and the second one acts at once, as without it.
+    """A context in which the first Ctrl-C (or SIGTERM) sets `wanted`, and the second one stops at once, as usual.
 
-    Outside the main thread, where Python allows no handlers, it changes nothing.
+    Outside the main thread, where Python allows no signal handlers, it does nothing. `notify` shows a message.
     """
 
-    def __init__(self, tell: Callable[[str], None]):
-        self.tell, self.wanted = tell, False
+    def __init__(self, notify: Callable[[str], None]):
+        self.notify = notify
+        self.wanted = False
         self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -34,7 +35,7 @@ class StopRequest:
     def _first(self, number: int, frame: FrameType | None) -> None:
         self.wanted = True
         self._restore()
-        self.tell("Stopping and saving the state; once more stops at once, without saving.")
+        self.notify("Stopping and saving the state; once more stops at once, without saving.")
 
     def _restore(self) -> None:
         for number, handler in self.previous.items():

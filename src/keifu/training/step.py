@@ -1,4 +1,4 @@
-"""One update of a model by one batch, and the validation loss; knows no schedule, no file and no model."""
+"""One training step: the gradient of a batch, computed in micro-batches; and the validation loss."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,7 @@ from keifu.training.protocols import Batch, LossOutput, Objective
 
 @dataclass
 class Sums:
-    """Running sums over elements, left on the device until they are read."""
+    """Running sums of the loss, the number of elements and the figures; they stay on the device until they are read."""
 
     total: Tensor
     weight: Tensor
@@ -29,7 +29,7 @@ class Sums:
 
     @classmethod
     def of(cls, outcome: LossOutput) -> "Sums":
-        """The sums of one part of a batch, without their gradients."""
+        """The sums of one micro-batch, detached."""
         total = outcome.total.detach()
         figures = {name: torch.as_tensor(value).detach() for name, value in outcome.figures.items()}
         return cls(total, torch.as_tensor(outcome.weight, dtype=torch.float32, device=total.device), figures)
@@ -39,32 +39,33 @@ class Sums:
         return Sums(self.total + other.total, self.weight + other.weight, figures)
 
     def means(self) -> dict[str, float]:
-        """The loss and the figures for each element; waits for the device."""
+        """The mean loss and figures per element; waits for the device."""
         weight = float(self.weight) or 1.0
         return {"loss": float(self.total) / weight, **{name: float(v) / weight for name, v in self.figures.items()}}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `from_tensors` takes, each in memory of its own: a figure may be the total itself."""
+        """Copies for a checkpoint, which `from_tensors` takes; each has memory of its own, since a figure may be the
+        total itself."""
         named = {"total": self.total, "weight": self.weight} | {f"figures.{n}": v for n, v in self.figures.items()}
         return {name: tensor.clone() for name, tensor in named.items()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> "Sums":
-        """Sums that were saved."""
+        """The sums of a checkpoint."""
         placed = {name: tensor.to(device) for name, tensor in tensors.items()}
         total, weight = placed.pop("total"), placed.pop("weight")
         return cls(total, weight, {name.removeprefix("figures."): value for name, value in placed.items()})
 
 
 class Gradient(NamedTuple):
-    """What a batch gave: its sums, and the norm of its mean gradient before clipping."""
+    """The result of a batch: its sums, and the norm of its mean gradient before clipping."""
 
     sums: Sums
     norm: Tensor
 
 
-class Part(NamedTuple):
-    """Some rows of a batch, which begin with row `first` of it."""
+class MicroBatch(NamedTuple):
+    """Consecutive rows of a batch; `first` is the number of their first row in it."""
 
     first: int
     batch: Batch
@@ -72,11 +73,11 @@ class Part(NamedTuple):
 
 @dataclass
 class TrainStep:
-    """Computes gradients: of the mean over a whole batch, however it is split.
+    """Computes the gradient of the mean loss over a whole batch, however it is split into micro-batches.
 
-    `plain` is the objective before compilation, for the search for a number that is not finite. `micro_batch` rows are
-    computed at a time; where `row_elements` is given, as many rows as have the elements of that many such rows, so that
-    more rows which are shorter stay together.
+    `plain`: the objective before compilation, for the search for a number that is not finite. `micro_batch`: rows
+    computed at a time. `row_elements`: the elements of a row that `micro_batch` is meant for; batches of shorter rows
+    are split into micro-batches of more rows, with about the same number of elements.
     """
 
     model: nn.Module
@@ -96,10 +97,11 @@ class TrainStep:
         self.dropout = DropoutKeys(self.model, self.seed, self.device)
 
     def gradient(self, step: int, batch: Batch, stop: Callable[[], bool]) -> Gradient | None:
-        """The gradient of a batch, clipped, in the parameters' `grad`; None where `stop` said so between two parts.
+        """Computes the clipped gradient of a batch into the parameters' `grad`; None where `stop()` is true between two
+        micro-batches. A batch without rows is a `UserError`.
 
-        Dropout is a function of the seed, the step and the row. torch's global generator is seeded for each part, for
-        modules that are not keifu's, whose numbers `micro_batch` changes.
+        Dropout is a function of the seed, the step and the row. torch's global generator is seeded for each
+        micro-batch, for modules that are not keifu's; their random numbers depend on `micro_batch`.
         """
         sums: Sums | None = None
         try:
@@ -116,7 +118,7 @@ class TrainStep:
         return Gradient(sums, self._scale(sums.weight))
 
     def explain(self, step: int, batch: Batch) -> str:
-        """Which layer made the first number of a step that is not finite, by computing the step again."""
+        """A sentence that names the layer with the first number that is not finite; computes the step again."""
         self.optimisers.drop_gradients()
         texts = []
         for part in self._parts(batch):
@@ -131,7 +133,7 @@ class TrainStep:
 
     @torch.no_grad()
     def validation(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Means over all elements of the batches, the model in evaluation mode; empty where there are no batches."""
+        """The mean loss and figures over all elements of the batches, in evaluation mode; empty without batches."""
         self.model.eval()
         sums: Sums | None = None
         for batch in batches:
@@ -142,9 +144,11 @@ class TrainStep:
         return sums.means() if sums else {}
 
     def _outcomes(self, batch: Batch, step: int | None = None) -> Iterator[LossOutput]:
-        """Outcomes that add up to the whole batch, computed one after the other; the step is None in evaluation.
+        """The outputs of the micro-batches, one after the other, which add up to the whole batch; `step` is None in
+        evaluation.
 
-        What dropout draws from stays as it is until the next part, for layers that the backward pass computes again.
+        The dropout keys stay until the next micro-batch, for layers that the backward pass computes again (activation
+        checkpointing).
         """
         parts = self._parts(batch)
 
@@ -161,13 +165,13 @@ class TrainStep:
                 begin(number)
                 yield self._forward(part.batch, self.objective)
 
-    def _begin(self, step: int, part: Part) -> None:
-        """Puts everything random where the pass over a part of a step begins."""
+    def _begin(self, step: int, part: MicroBatch) -> None:
+        """Sets all random state for a pass over a micro-batch."""
         torch.manual_seed((self.seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part.first) % 2**63)
         self.dropout.set(step, part.first, rows_of(part.batch))
 
     def halve(self, batch: Batch) -> bool:
-        """Computes at most half as many rows of such a batch at a time from now on; False where it was one already."""
+        """Halves the number of rows of such a batch that are computed at a time, from now on; False where it is 1."""
         rows = min(self._rows(batch), len(next(iter(batch.values()))))
         if rows < 2:
             return False
@@ -176,21 +180,22 @@ class TrainStep:
         return True
 
     def _rows(self, batch: Batch) -> int:
-        """Rows of such a batch that are computed at a time."""
+        """The number of rows of such a batch that are computed at a time."""
         if self.row_elements is None:
             return self.micro_batch
         return max(1, self.micro_batch * self.row_elements // max(1, row_elements(batch)))
 
-    def _parts(self, batch: Batch) -> list[Part]:
+    def _parts(self, batch: Batch) -> list[MicroBatch]:
         rows = self._rows(batch)
-        return [Part(number * rows, part) for number, part in enumerate(split(batch, rows))]
+        return [MicroBatch(number * rows, part) for number, part in enumerate(split(batch, rows))]
 
     def _forward(self, part: Batch, objective: Objective) -> LossOutput:
         with autocast(self.device, self.dtype):
             return objective(self.model, part)
 
     def _scale(self, weight: Tensor) -> Tensor:
-        """Turns the gradient of the sum into that of the mean and clips it, in one pass; gives the norm before."""
+        """Divides the gradient of the sum by the number of elements and clips it, in one pass; gives the norm before
+        clipping."""
         gradients = [p.grad for p in self.optimisers.parameters.values() if p.grad is not None]
         weight = torch.where(weight > 0, weight, 1.0) * self.scale.value
         norm = torch.nn.utils.get_total_norm(gradients) / weight
@@ -200,23 +205,24 @@ class TrainStep:
 
 
 def row_elements(batch: Batch) -> int:
-    """Numbers in a row of a batch, all its tensors together."""
+    """The number of elements in a row of a batch, over all its tensors."""
     return sum(tensor.numel() for tensor in batch.values()) // max(1, rows_of(batch))
 
 
 def rows_of(batch: Batch) -> int:
-    """The rows of a batch."""
+    """The number of rows of a batch."""
     return len(next(iter(batch.values())))
 
 
 def split(batch: Batch, rows: int) -> Iterator[Batch]:
-    """A batch in parts of at most `rows` rows."""
+    """A batch split into parts of at most `rows` rows."""
     for start in range(0, rows_of(batch), rows):
         yield {name: tensor[start : start + rows] for name, tensor in batch.items()}
 
 
 def compile_objective(objective: Objective, device: torch.device) -> Objective:
-    """The objective, and with it the model that it is given, through torch.compile."""
+    """The objective and the model's forward pass in it through torch.compile; no C++ compiler on a CPU is a
+    `UserError`."""
     if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         advice = "install g++ or clang++, or leave it out"
         raise UserError(f"compile=True needs a C++ compiler, and none was found; {advice}.")

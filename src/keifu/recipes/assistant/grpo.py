@@ -17,7 +17,7 @@ from torch import nn
 
 from keifu.alignment.grpo import NORMAL, GRPOBatches, grpo
 from keifu.alignment.monitor import DivergenceMonitor
-from keifu.alignment.rollouts import RolloutPlan
+from keifu.alignment.rollouts import RolloutInputs, RolloutPlan
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.recipes.assistant.common import (
@@ -119,7 +119,8 @@ def prepare(recipe: Recipe) -> Task:
     model, tokenizer = open_model(recipe.model, recipe.template)
     reference = reference_model(model, recipe.lora) if recipe.beta else None
     model = to_train(model, recipe.lora, recipe.seed)
-    return Task(model, tokenizer, GRPOBatches((model, reference), tokenizer, parts, by.scorer, plan), by)
+    inputs = RolloutInputs(model, reference, tokenizer, *parts, by.scorer, plan)
+    return Task(model, tokenizer, GRPOBatches(inputs), by)
 
 
 def settings(recipe: Recipe) -> Settings:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from keifu.alignment.monitor import DivergenceMonitor
 from keifu.alignment.ppo import NORMAL, ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
-from keifu.alignment.rollouts import RolloutPlan
+from keifu.alignment.rollouts import RolloutInputs, RolloutPlan
 from keifu.data.text.packed import PackedText
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -169,10 +169,10 @@ def prepare(recipe: Recipe) -> Task:
     reference = reference_model(policy, recipe.lora)
     value = value_model(recipe, by, policy, tokenizer)
     model = ActorCritic(to_train(policy, recipe.lora, recipe.seed), value)
-    beside = pretraining_mix(recipe, policy, tokenizer)
+    mix = pretraining_mix(recipe, policy, tokenizer)
     scorers = {name: each.scorer for name, each in measured(recipe.measured).items()}
-    given = (model.policy, reference), tokenizer, parts, by.scorer, plan, scorers
-    return Task(model, tokenizer, PPOBatches(value, rule, beside, *given), rule, by)
+    inputs = RolloutInputs(model.policy, reference, tokenizer, *parts, by.scorer, plan, scorers)
+    return Task(model, tokenizer, PPOBatches(inputs, value, rule, mix), rule, by)
 
 
 def value_model(recipe: Recipe, by: RewardOptions, policy: Any, tokenizer: Tokenizer) -> Any:

@@ -1,1 +1,1 @@
-"""Memory, FLOPs and number formats of the machine that trains."""
+"""Hardware of a training run: memory, FLOPs, number formats, and errors such as out of memory."""

@@ -1,9 +1,7 @@
-"""What a run will cost, measured on a few rows before it starts: memory, time, operations; knows no model.
+"""Estimates of memory, time and FLOPs of a run, measured on a few rows before it starts; and the free memory.
 
-Memory of a step = parameters + gradients + what the optimizer keeps + activations, of which some are fixed and some
-grow with the rows computed at a time.
-
-How much memory there is for this process and how much some work takes, on a CPU or a GPU; knows no model.
+Memory of a step = parameters + gradients + optimizer state + activations. One part of the activations is fixed, the
+other grows with the rows computed at a time.
 """
 
 import ctypes
@@ -31,7 +29,7 @@ GROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that may still be taken: of the GPU, or of the machine and of the container that this process runs in."""
+    """Bytes of free memory: of the GPU, or of the machine within the limits of the container."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -40,8 +38,8 @@ def available_memory(device: torch.device) -> int:
     return min([_machine(), *container()])
 
 
-def taken(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes that some work takes at most beside what is there before it, as CUDA's allocator counts them."""
+def peak_memory(work: Callable[[], object], device: torch.device) -> int:
+    """The largest number of bytes that a function allocates, by CUDA's allocator, beyond those allocated before it."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     work()
@@ -49,7 +47,7 @@ def taken(work: Callable[[], object], device: torch.device) -> int:
 
 
 def release(device: torch.device) -> None:
-    """Gives back memory that an allocator holds and nothing uses, as after a step that did not fit."""
+    """Frees memory that an allocator caches, as after a step that did not fit."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -57,7 +55,7 @@ def release(device: torch.device) -> None:
 
 
 def _machine() -> int:
-    """Linux and Windows say what is available; elsewhere it is what is free, or all there is."""
+    """Available memory on Linux and Windows; elsewhere free memory, or all memory."""
     if PROC.exists():
         fields = dict(line.split(":", 1) for line in PROC.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
@@ -78,7 +76,7 @@ class _MemoryStatus(ctypes.Structure):
 
 
 def _windows() -> int:
-    """Bytes of memory that Windows says are available."""
+    """Bytes of available memory on Windows."""
     status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
     if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # pyright: ignore[reportAttributeAccessIssue]
         raise ctypes.WinError()  # pyright: ignore[reportAttributeAccessIssue]
@@ -86,7 +84,7 @@ def _windows() -> int:
 
 
 def container(groups: Path = GROUPS) -> list[int]:
-    """What control groups leave, for each of version 2 and 1 that limits; caches that can be dropped count as free."""
+    """Bytes left by each control group (version 2, version 1) that has a limit; droppable caches count as free."""
     places = (
         (groups / "memory.max", groups / "memory.current", groups / "memory.stat", "inactive_file"),
         (
@@ -107,12 +105,12 @@ def _left(limit: Path, usage: Path, statistics: Path, droppable: str) -> int | N
     return max(0, int(limit.read_text()) - int(usage.read_text()) + caches)
 
 
-SAFETY = 0.8  # the share of the free memory that a run plans with
+SAFETY = 0.8  # the share of the free memory that a run may use
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes, seconds and FLOPs of a run. `row_bytes` grows with the rows computed at a time, `fixed_bytes` does not."""
+    """Bytes, seconds and FLOPs of a run. Activations take `fixed_bytes`, and `row_bytes` per row of a micro-batch."""
 
     parameters: int
     parameter_bytes: int
@@ -127,19 +125,19 @@ class Cost:
 
     @property
     def total_bytes(self) -> int:
-        """The largest amount of memory that a step takes; the gradients are as large as the parameters."""
+        """The peak memory of a step; the gradients are as large as the parameters."""
         return 2 * self.parameter_bytes + self.optimizer_bytes + self.activation_bytes
 
     @property
     def activation_bytes(self) -> int:
-        """What is kept between the forward and the backward pass, and what a pass needs for a moment."""
+        """Activations that are kept for the backward pass, and temporary memory of a pass."""
         return self.fixed_bytes + self.row_bytes * self.micro_batch
 
     def sentence(self, steps: int, unit: str, whole_steps: float) -> str:
-        """What is said before a run starts; its smaller batches are counted as shares of whole steps."""
+        """The sentence before a run starts; steps with smaller batches count as fractions of whole steps."""
         up_to = "up to " if whole_steps < steps else ""
-        parts = f"{format_bytes(2 * self.parameter_bytes)} parameters and gradients, {format_bytes(self.optimizer_bytes)} optimizer, "
-        parts += f"{format_bytes(self.activation_bytes)} activations"
+        parts = f"{format_bytes(2 * self.parameter_bytes)} parameters and gradients, "
+        parts += f"{format_bytes(self.optimizer_bytes)} optimizer, {format_bytes(self.activation_bytes)} activations"
         units = f"{up_to}{self.units_per_step:,.0f} {unit}, {format_count(whole_steps * self.units_per_step)} in all"
         return (
             f"{format_count(self.parameters)} parameters; {number(steps, 'step')} of {units}: "
@@ -150,7 +148,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Probe:
-    """How to try a step: the parts of a run that it needs."""
+    """The parts of a run that are needed to measure a step."""
 
     model: nn.Module
     objective: Objective
@@ -160,7 +158,7 @@ class Probe:
 
     @cached_property
     def dropout(self) -> DropoutKeys:
-        """What dropout draws from, as in a step."""
+        """The dropout keys, as in a step."""
         return DropoutKeys(self.model, 0, self.device)
 
     def forward(self, batch: Batch) -> tuple[Tensor, float]:
@@ -175,20 +173,20 @@ class Probe:
         self.forward(batch)[0].backward()
 
     def activations(self, batch: Batch) -> tuple[int, int]:
-        """Bytes kept for the backward pass, parameters not counted, and of those the largest single tensor.
+        """Bytes kept for the backward pass, without parameters, and the bytes of the largest tensor among them.
 
-        On CUDA, all that the passes take at most, as its allocator counts it: nothing has to be added to that.
+        On CUDA, the peak memory of both passes by its allocator, and 0: nothing has to be added to that.
         """
         if self.device.type == "cuda":
-            self.backward(batch)  # gradients, and what libraries set up once
-            return taken(lambda: self.backward(batch), self.device), 0
+            self.backward(batch)  # allocates the gradients, and what libraries allocate once
+            return peak_memory(lambda: self.backward(batch), self.device), 0
         known = {p.untyped_storage().data_ptr() for p in [*self.model.parameters(), *self.model.buffers()]}
         kept: dict[int, tuple[int, Tensor]] = {}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+                kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # a reference, so that no address is used twice
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -198,10 +196,10 @@ class Probe:
 
 
 def estimate(probe: Probe, batch: Batch, micro_batch: int | None, advice: str) -> Cost:
-    """Measures a run on rows of its first batch. Weights, buffers and random numbers are as before afterwards.
+    """Measures a run on rows of its first batch; weights, buffers and the state of random generators are restored.
 
-    Without `micro_batch`, as many rows are computed at a time as 80% of the free memory holds. A run for which not even
-    one row fits is a `UserError`, with the amounts and the advice.
+    Without `micro_batch`, as many rows are computed at a time as fit into 80% of the free memory. Where not even one
+    row fits, it raises a `UserError` with the amounts and the advice.
     """
     rows = len(next(iter(batch.values())))
     with preserve_state(probe):
@@ -212,8 +210,8 @@ def estimate(probe: Probe, batch: Batch, micro_batch: int | None, advice: str) -
         base = 2 * parameter_bytes + optimizer_bytes + fixed - sum(p.nbytes for p in probe.model.parameters())
         fitting = int((SAFETY * available - base) / max(1, per_row))
         if fitting < 1:
-            needed = f"one row at a time needs about {format_bytes(base + per_row)} of memory, and {format_bytes(available)} are free"
-            raise UserError(f"The run does not fit: {needed}; {advice}.")
+            needed = f"one row at a time needs about {format_bytes(base + per_row)} of memory"
+            raise UserError(f"The run does not fit: {needed}, and {format_bytes(available)} are free; {advice}.")
         chosen = min(micro_batch or _even(rows, fitting), rows)
         seconds, units, flops = _timed(probe, batch, chosen)
     return Cost(
@@ -236,15 +234,15 @@ def first_rows(batch: Batch, rows: int) -> Batch:
 
 
 def _even(rows: int, fitting: int) -> int:
-    """The rows of a batch in as few equal parts as fit."""
+    """The micro-batch size that splits a batch into as few equal parts as fit."""
     parts = -(-rows // min(rows, fitting))
     return -(-rows // parts)
 
 
 def _linear(probe: Probe, batch: Batch, rows: int) -> tuple[int, int]:
-    """Activations as a fixed part and a part for each row, from passes over one and two rows.
+    """The activations' fixed bytes and bytes per row, from passes over one and two rows.
 
-    Twice the largest tensor is added for what a backward pass holds for a moment: a gradient and what it is made of.
+    Twice the largest tensor is added for the temporary memory of a backward pass: a gradient and its input.
     """
     one, two = (
         kept + 2 * largest for kept, largest in (probe.activations(first_rows(batch, n)) for n in (1, min(2, rows)))
@@ -254,7 +252,7 @@ def _linear(probe: Probe, batch: Batch, rows: int) -> tuple[int, int]:
 
 
 def _optimizer(probe: Probe) -> tuple[int, float]:
-    """What the optimizers keep and how long they take, by a step with the rate 0, which is forgotten again."""
+    """Bytes of the optimizers' state and seconds of an update, by an update with rate 0, which is undone."""
 
     def step() -> None:
         for parameter in probe.optimisers.parameters.values():
@@ -269,9 +267,9 @@ def _optimizer(probe: Probe) -> tuple[int, float]:
 
 
 def _timed(probe: Probe, batch: Batch, rows: int) -> tuple[float, float, int]:
-    """Seconds, elements and FLOPs of a pass forward and backward over some rows."""
+    """Seconds, elements and FLOPs of a forward and a backward pass over some rows."""
     part = first_rows(batch, rows)
-    flops = peak.count_flops(lambda: probe.backward(part))  # also the pass that warms up
+    flops = peak.count_flops(lambda: probe.backward(part))  # also warms up
     with torch.no_grad():
         units = probe.forward(part)[1]
     return peak.time_call(lambda: probe.backward(part), probe.device), units, flops
@@ -279,7 +277,7 @@ def _timed(probe: Probe, batch: Batch, rows: int) -> tuple[float, float, int]:
 
 @contextmanager
 def preserve_state(probe: Probe) -> Iterator[None]:
-    """Puts buffers, gradients and random numbers back."""
+    """A block after which buffers, gradients and the state of random generators are restored."""
     buffers = [(buffer, buffer.clone()) for buffer in probe.model.buffers()]
     kind = probe.device.type
     devices: list[Any] = [] if kind == "cpu" else [probe.device]

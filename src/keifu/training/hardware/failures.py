@@ -1,4 +1,4 @@
-"""What went wrong in a step, said so that a person can act; knows kinds of failure, no loop and no model."""
+"""Failures of a training step and their explanation: NaN or infinite numbers, out of memory, divergence."""
 
 import re
 import warnings
@@ -18,16 +18,16 @@ UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 class NotFinite(UserError):
-    """The loss or a gradient of a step is not a finite number; the step was not made."""
+    """The loss or a gradient of a step is not finite; the step was not made."""
 
 
 class OutOfMemory(UserError):
-    """A step did not fit in memory; the step was not made."""
+    """A step did not fit into memory; the step was not made."""
 
 
 @contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Turns every kind of out-of-memory error into one that says how much was asked for, and the advice."""
+    """Turns every kind of out-of-memory error into an `OutOfMemory` with the amount requested and the advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -49,10 +49,10 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def first_not_finite(model: nn.Module, work: Callable[[], Tensor]) -> str:
-    """Which part of a pass is the first whose numbers are not finite, in a few words.
+    """A phrase that names the first tensor of a step that is not finite.
 
-    `work` runs the forward pass and gives the loss. Weights are looked at first, then the modules' outputs in the order
-    in which they come, then the loss, then gradients in the order in which they come.
+    `work` runs the forward pass and gives the loss. Checked are, in this order, the weights, the modules' outputs as
+    they are computed, the loss, and the gradients as they are computed.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not is_finite(tensor):
@@ -72,14 +72,14 @@ def first_not_finite(model: nn.Module, work: Callable[[], Tensor]) -> str:
 
 @contextmanager
 def _watch_modules(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Notes every module whose output, or the gradient of whose output, is not finite."""
+    """A block in which every module whose output, or the gradient of it, is not finite is added to `found`."""
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_hook(_forward_hook(found, "output", name or "the model")))
         handles.append(module.register_full_backward_pre_hook(_backward_hook(found, name or "the model")))
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Full backward hook is firing")  # for modules without a gradient's input
+            warnings.filterwarnings("ignore", "Full backward hook is firing")  # modules whose inputs have no gradient
             yield
     finally:
         for handle in handles:
@@ -115,17 +115,17 @@ def _bad(tensor: Tensor) -> str:
 
 
 class Running:
-    """A mean and a deviation of what is read, which forget with 0.9 a reading."""
+    """The running mean and variance of a series, an exponential moving average with decay 0.9."""
 
     def __init__(self, mean: float = 0.0, variance: float = 0.0, readings: int = 0):
         self.mean, self.variance, self.readings = mean, variance, readings
 
     def far_below(self, loss: float, rise: float) -> bool:
-        """Whether a loss stands above the mean by six deviations, and by the share `rise` of the mean."""
+        """Whether a loss is above the mean by six standard deviations, and by `rise` times the mean."""
         return self.readings >= 5 and loss > self.mean + max(6 * self.variance**0.5, rise * abs(self.mean))
 
     def take(self, loss: float) -> None:
-        """Takes a reading in."""
+        """Updates the mean and the variance."""
         share = max(0.1, 1 / (self.readings + 1))
         change = loss - self.mean
         self.mean += share * change
@@ -133,18 +133,18 @@ class Running:
         self.readings += 1
 
     def facts(self) -> dict[str, float]:
-        """What the constructor takes, for a state."""
+        """The constructor's arguments, for a checkpoint."""
         return {"mean": self.mean, "variance": self.variance, "readings": self.readings}
 
 
 class Divergence(Running):
-    """Watches the loss: `watch` gives a warning when it stands far above where it was, by half at least. It warns once,
-    until the loss is back."""
+    """Detects divergence: `watch` gives a warning when the loss is far above its running mean, by half at least. It
+    warns once, until the loss has come back."""
 
     warned = False
 
     def watch(self, loss: float) -> str | None:
-        """A sentence, where one is due."""
+        """A warning, where there is one."""
         far = self.far_below(loss, 0.5)
         warning = far and not self.warned
         self.warned = far

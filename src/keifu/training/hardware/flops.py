@@ -1,6 +1,6 @@
-"""How many operations a device can do, and how many a pass needs; knows no model.
+"""FLOPs: the peak FLOPs per second of a device, and the FLOPs of a forward and backward pass.
 
-A multiplication and an addition count as two operations (FLOPs).
+A multiplication and an addition count as two operations.
 """
 
 import functools
@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 SECONDS = 0.2
-# Makers' figures of dense matrix products with sums in float32, in TFLOP/s: in bfloat16, in float16, in float32 (by
-# tensor cores as TF32 where there are any for it). The first pattern that a GPU's name has counts; of AMD's cards with
-# two dies each die is a device.
+# Published peaks of dense matrix products with sums in float32, in TFLOP/s: in bfloat16, in float16, in float32 (TF32
+# on tensor cores where there are any). The first pattern that matches a GPU's name counts; of AMD's cards with two
+# dies, each die is a device.
 TFLOPS = {
     r"\bB200\b": (2250, 2250, 1125),
     r"\bH100 PCIe\b": (756, 756, 378),
@@ -45,20 +45,20 @@ FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of matrix products on the device: its maker's figure for common GPUs, else measured."""
+    """The peak FLOPs per second of matrix products on a device: published for common GPUs, otherwise measured."""
     published = named_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
     return published or matmul_peak(device, dtype)
 
 
 def named_peak(name: str, dtype: torch.dtype) -> float | None:
-    """The maker's figure for a GPU by its name; None for one that is not in the table, or a format that it has not."""
+    """The published peak of a GPU by its name; None for an unknown GPU, or a format that it does not support."""
     row = next((figures for pattern, figures in TFLOPS.items() if re.search(pattern, name)), None)
     return row[FORMATS.index(dtype)] * 1e12 or None if row else None
 
 
 @functools.cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of a large square matrix product, the best of those that fit in 0.2 s after a first one."""
+    """FLOPs per second of a large square matrix product, the best of all repetitions in 0.2 s."""
     size = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + SECONDS
@@ -68,7 +68,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def time_call(work: Callable[[], object], device: torch.device) -> float:
-    """How long some work takes, with what it has put into the device's queue."""
+    """The seconds that a function takes, until the device has finished its work."""
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -77,7 +77,7 @@ def time_call(work: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device's queue; a CPU has none."""
+    """Waits until a GPU has finished its queued work; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -85,7 +85,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """FLOPs of the matrix products, convolutions and attention in some work, forward and backward, counted by torch.
+    """FLOPs of the matrix products, convolutions and attention in a function, forward and backward, counted by torch.
 
     For a language model this is PaLM's 6N + 12·L·H·Q·T per token (appendix B): causal attention counts in full.
     """

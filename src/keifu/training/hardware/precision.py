@@ -1,4 +1,4 @@
-"""In which number format matrix products are computed, by what the hardware has; knows no model."""
+"""Mixed precision: the number format of matrix products, autocast, TF32, and loss scaling for float16."""
 
 import functools
 import platform
@@ -15,7 +15,7 @@ NATIVE = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")  # the flags of x86 and 
 
 @functools.cache
 def processor(field: str) -> str:
-    """A field of what Linux says about the processor; nothing on other systems."""
+    """A field of Linux's /proc/cpuinfo; empty on other systems."""
     source = Path("/proc/cpuinfo")
     text = source.read_text() if source.exists() else ""
     found = re.search(rf"^(?:{field})\s*:(.*)$", text, re.MULTILINE)
@@ -23,12 +23,12 @@ def processor(field: str) -> str:
 
 
 def processor_name() -> str:
-    """The processor as its maker calls it."""
+    """The model name of the processor."""
     return processor("model name") or platform.processor() or platform.machine()
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices itself, and not through float32."""
+    """Whether the device multiplies bfloat16 matrices natively, not emulated in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "mps":
@@ -37,8 +37,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The format that a setting stands for on this device: `auto` is bfloat16 where the device has it, else float16 on
-    a GPU and float32 on a CPU."""
+    """The number format of a precision setting on this device: `auto` is bfloat16 where the device has it, otherwise
+    float16 on a GPU and float32 on a CPU."""
     if precision == "auto":
         half = torch.float32 if device.type == "cpu" else torch.float16
         return torch.bfloat16 if has_bfloat16(device) else half
@@ -46,13 +46,13 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context in which a forward pass runs; it does nothing for float32."""
+    """The autocast context of a forward pass; it does nothing for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @contextmanager
 def tensor_float32(device: torch.device) -> Iterator[None]:
-    """A block in which an NVIDIA GPU makes float32 products by tensor cores, with TF32's 10 bits behind the point."""
+    """A block in which an NVIDIA GPU computes float32 products as TF32 (10 bits of mantissa) on tensor cores."""
     if device.type != "cuda":
         yield
         return
@@ -69,11 +69,12 @@ def tensor_float32(device: torch.device) -> Iterator[None]:
 
 
 class LossScale:
-    """What a loss is multiplied with before the backward pass, so that small gradients do not vanish in float16
-    (Micikevicius et al., 2018, section 3.2); 1 for every other format.
+    """Dynamic loss scaling: the factor of the loss before the backward pass, so that small gradients do not underflow
+    in float16 (Micikevicius et al., 2018, section 3.2); 1 for every other format.
 
-    As torch.amp.GradScaler, it begins with 65,536, is halved where a gradient is not finite, and doubled after 2,000
-    steps without. A step whose gradient was not finite is computed again with the lower one, not left out.
+    Like torch.amp.GradScaler, it starts at 65,536, is halved where a gradient is not finite, and doubled after 2,000
+    steps without. Unlike there, a step whose gradient was not finite is computed again with the lower scale, not
+    skipped.
     """
 
     FIRST, INTERVAL = 65_536.0, 2_000
@@ -84,7 +85,7 @@ class LossScale:
         self.steps = steps
 
     def lower(self) -> bool:
-        """Halves it; False where it does not move, or is 1 already."""
+        """Halves the scale; False where it is fixed, or already 1."""
         if not self.moves or self.value <= 1:
             return False
         self.value /= 2
@@ -92,12 +93,12 @@ class LossScale:
         return True
 
     def count(self) -> None:
-        """Takes note of a step that was made."""
+        """Counts a step that was made, and doubles the scale when it is time."""
         self.steps += self.moves
         if self.steps == self.INTERVAL:
             self.value *= 2
             self.steps = 0
 
     def facts(self) -> dict[str, float]:
-        """What the constructor takes beside the format, for a state."""
+        """The constructor's arguments without the format, for a checkpoint."""
         return {"value": self.value, "steps": self.steps}
