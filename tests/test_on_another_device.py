@@ -225,7 +225,7 @@ def dpo_case():
 def ppo_case():
     model = nn.Module()
     model.policy, model.value = WRITERS["gpt2"](), headed("score", ("reward",))
-    batch = answers() | {"advantage": torch.randn(3, 9), "text": words(3, 1, 6)}
+    batch = answers() | {"advantage": torch.randn(3, 9), "pretraining": words(3, 1, 6)}
     return model, ppo(PPOSettings()), batch
 
 

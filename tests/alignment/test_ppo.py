@@ -72,7 +72,7 @@ def made_up(rows: int, length: int) -> dict[str, torch.Tensor]:
     batch = {"tokens": torch.randint(0, 29, (rows, length)), "mask": mask, **places, **each}
     batch["old"] = torch.randn(rows, length) * 0.3 - np.log(29)
     batch["share"] = torch.full((rows,), rows / float(mask.sum()))
-    return batch | {"text": torch.randint(0, 29, (rows, 2, 8))}
+    return batch | {"pretraining": torch.randint(0, 29, (rows, 2, 8))}
 
 
 def written_out(
@@ -104,8 +104,8 @@ def test_objective_is_that_of_numpy_however_it_is_split() -> None:
     with torch.no_grad():
         logits = policy(batch["tokens"]).numpy()
         values = model.value.scores_along(batch["tokens"][:, None])[:, 0].numpy()
-        nats = -policy(batch["text"].flatten(0, 1)[:, :-1]).log_softmax(-1)
-    text = float(nats.gather(-1, batch["text"].flatten(0, 1)[:, 1:, None]).mean())
+        nats = -policy(batch["pretraining"].flatten(0, 1)[:, :-1]).log_softmax(-1)
+    text = float(nats.gather(-1, batch["pretraining"].flatten(0, 1)[:, 1:, None]).mean())
     told = {name: tensor.numpy() for name, tensor in batch.items()}
     policy_loss, value_loss, clipped = written_out(told, logits, values, rule)
     means = {name: float(value) / 7 for name, value in found.figures.items()}

@@ -162,7 +162,7 @@ def test_text_moves_on_and_covers_an_epoch(parts: Parts, tmp_path: Path, monkeyp
         found = mix.batch(step, 3)
         assert found.shape == (3, 4, 13)
         seen += [tuple(row) for row in found.flatten(0, 1).tolist()]
-    texts = [data.batch(step)["text"] for step in range(2)]  # the step's own, of as many rows as answers
+    texts = [data.batch(step)["pretraining"] for step in range(2)]  # the step's own, of as many rows as answers
     assert all(torch.equal(text, mix.batch(step, 3)) for step, text in enumerate(texts))
     epoch = {tuple(row) for row in text.windows(np.arange(text.windows_per_epoch)).tolist()}
     assert len(epoch) > 20 and set(seen[: text.windows_per_epoch]) == epoch
@@ -170,4 +170,4 @@ def test_text_moves_on_and_covers_an_epoch(parts: Parts, tmp_path: Path, monkeyp
     held += [tuple(row) for row in mix.held_out(3, 3).flatten(0, 1).tolist()]
     assert held == [tuple(row) for row in np.resize(text.held_out, (24, 13)).tolist()]
     batches = list(data.validation())
-    assert batches[0]["text"].shape == (1, 4, 13)
+    assert batches[0]["pretraining"].shape == (1, 4, 13)

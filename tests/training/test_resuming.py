@@ -200,7 +200,7 @@ def test_another_model_is_named_tensor_by_tensor(tmp_path: Path) -> None:
 
 def test_a_new_run_does_not_write_over_another(tmp_path: Path) -> None:
     finished(tmp_path)
-    with pytest.raises(UserError, match="already holds a run, saved at step 12: go on with it \\(the same call of keifu.train"):
+    with pytest.raises(UserError, match="already holds a run, saved at step 12: go on with it \\(the same call of"):
         train(toy(), objective, Sequences(), settings(), run(tmp_path))
     train(toy(), objective, Sequences(), settings(steps=4), run(tmp_path, replace=True))
     assert checkpoint.steps(tmp_path) == [3, 4]

@@ -156,8 +156,8 @@ def ppo(rule: PPOSettings) -> Objective:
 
     Its batches hold "tokens", "mask" (True on the answers), "old", "values", "advantage" and "returns", all of the
     rollout [batch, length]; for each answer "share" (the answers per token of the minibatch) and figures to report
-    [batch]; and with pretraining text, "text" [batch, k, text length]. Dropout is off, so that ratios compare the same
-    function.
+    [batch]; and where text is learned too, "pretraining" [batch, k, text length]. Dropout is off, so that ratios
+    compare the same function.
     """
     return partial(_loss, rule)
 
@@ -176,8 +176,8 @@ def _loss(rule: PPOSettings, model: Any, batch: Batch) -> LossOutput:
     means |= {"clip_fraction": found.clipped, "update_kl": found.update_kl}
     figures = {name: (each.detach() * share).sum() for name, each in means.items()} | response_statistics(batch)
     total = ((found.policy + rule.value_weight * found.value) * share).sum()
-    if "text" in batch:
-        text = causal_language_modeling(model.policy, {"tokens": batch["text"].flatten(0, 1)})
+    if "pretraining" in batch:
+        text = causal_language_modeling(model.policy, {"tokens": batch["pretraining"].flatten(0, 1)})
         text_loss = text.total * (len(mask) / text.weight)  # the mean over tokens, counted once for each answer
         total = total + rule.text_weight * text_loss
         figures["text_loss"] = text_loss.detach()
@@ -249,14 +249,16 @@ class PPOBatches(Rollouts):
     def batch(self, step: int) -> dict[str, Tensor]:
         """The minibatch of a step, with its pretraining text."""
         batch = _with_share(super().batch(step))
-        return batch | ({"text": self.pretraining.batch(step, len(batch["mask"]))} if self.pretraining else {})
+        return batch | ({"pretraining": self.pretraining.batch(step, len(batch["mask"]))} if self.pretraining else {})
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         """Greedy answers to the held-out prompts, with held-out text."""
         start = 0
         for batch in super().validation():
             rows = len(batch["mask"])
-            yield _with_share(batch) | ({"text": self.pretraining.held_out(start, rows)} if self.pretraining else {})
+            yield _with_share(batch) | (
+                {"pretraining": self.pretraining.held_out(start, rows)} if self.pretraining else {}
+            )
             start += rows
 
     def _targets(self, rollout: dict[str, Tensor], group: int) -> dict[str, Tensor]:
@@ -274,7 +276,7 @@ class PPOBatches(Rollouts):
     def _zero_targets(self, rows: int) -> dict[str, Tensor]:
         tokens = dict.fromkeys(TokenTargets._fields, torch.zeros(rows, self.longest))
         figures = dict.fromkeys(("kl", "reward_spread", "explained_variance", "share"), torch.zeros(rows))
-        return tokens | figures | ({"text": self.pretraining.batch(0, rows)} if self.pretraining else {})
+        return tokens | figures | ({"pretraining": self.pretraining.batch(0, rows)} if self.pretraining else {})
 
     @torch.no_grad()
     def _predict_values(self, rollout: dict[str, Tensor]) -> Tensor:

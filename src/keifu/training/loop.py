@@ -236,7 +236,7 @@ class _Loop:
             self._expectation()
 
     def _expectation(self) -> None:
-        """Shows how long validation, a sample and a checkpoint take, when first measured, and the time left with them."""
+        """Shows how long validation, samples and checkpoints take, when first measured, and the time left."""
         took = ", ".join(f"a {name} took {format_seconds(seconds)}" for name, seconds in self.pace.lasted.items())
         left = self.budget.left(self.at.step, self.at.plan.steps)
         self.display.note(

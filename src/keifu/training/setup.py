@@ -240,7 +240,7 @@ def _restore(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tensors(started: TrainingSetup, data: Data) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: of the model, the optimizers, the data, and the sums since the last line of metrics."""
+    """All tensors of a checkpoint: model, optimizers, data, and the sums since the last line of metrics."""
     sums = started.progressed.sums
     kept = data.state() if isinstance(data, OnPolicy) else {}
     return {

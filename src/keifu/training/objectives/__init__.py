@@ -1,1 +1,1 @@
-"""Objectives: from a model and a batch to sums of losses."""
+"""Objectives: functions that compute the summed loss of a model on a batch."""

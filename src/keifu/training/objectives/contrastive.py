@@ -1,4 +1,4 @@
-"""What CLIP learns: a picture and its own caption fit better than any others of the batch; knows no particular model.
+"""CLIP's contrastive loss: each picture is matched with its own caption among all captions of the batch.
 
 Axes: images and texts = the rows of the batch, embedding.
 """
@@ -15,16 +15,16 @@ from keifu.layers.losses import cross_entropy
 from keifu.training.grad_cache import Rows, WholeBatchObjective
 from keifu.training.protocols import Batch, LossOutput
 
-LARGEST = math.log(100)  # of logit_scale: no similarity counts more than a hundredfold (CLIP, section 2.5)
+LARGEST = math.log(100)  # the limit of logit_scale: similarities are multiplied by at most 100 (CLIP, section 2.5)
 
 
 def contrastive_loss(prepare: Callable[[Tensor], Tensor]) -> WholeBatchObjective:
     """The symmetric loss of CLIP (Radford et al., 2021, figure 3): the mean of two cross-entropies, of each picture's
     caption among all captions and of each caption's picture among all pictures.
 
-    A batch has "pictures", bytes that `prepare` turns into what the model sees, and "tokens" [batch, length]. Figures
-    are the shares of captions and of pictures that are found. The model offers `encode_image`, `encode_text`, `logits`
-    and `logit_scale`, which is held at ln 100, as the released code holds it after each update.
+    A batch has "pictures", bytes that `prepare` turns into the model's input, and "tokens" [batch, length]. Figures are
+    the accuracies of finding the caption of a picture and the picture of a caption. The model offers `encode_image`,
+    `encode_text`, `logits` and `logit_scale`, which is limited to ln 100, as in the released code.
     """
     return WholeBatchObjective(partial(_rows, prepare), _loss)
 
@@ -37,7 +37,7 @@ def _loss(model: Any, rows: Rows) -> LossOutput:
     images, texts = rows
     with torch.no_grad():
         model.logit_scale.clamp_(max=LARGEST)
-    with torch.autocast(images.device.type, enabled=False):  # a hundredfold of eight bits is no logit
+    with torch.autocast(images.device.type, enabled=False):  # bfloat16 is too coarse for logits of up to 100
         logits = model.logits(images.float(), texts.float())
     right = torch.arange(len(logits), device=logits.device)
     total = (cross_entropy(logits, right) + cross_entropy(logits.T, right)) / 2

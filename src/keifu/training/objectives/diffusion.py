@@ -1,16 +1,10 @@
-"""Learning to remove noise: what each row of a batch draws, and the loss of a prediction; knows no network and no loop.
+"""Diffusion objectives: the loss of a denoising network (DDPM and its variants, conditioned on labels or texts), and
+its batches: random seeds for each row, precomputed latents, dequantised pixels.
 
-Which timestep and which noise a picture gets, only the seed, the step and its row decide, so a batch may be split
-anywhere and a run resumed at any step. Axes: batch, channels, height, width.
-
-Learning to remove noise from what a text describes: the loss, and latents that were computed once; knows no network,
-no tokenizer and no loop.
+The timestep and the noise of a picture are functions of the seed, the step and its row, so a batch may be split
+anywhere and a run resumed at any step.
 
 Axes: batch, channels, height, width; length = tokens of a text.
-
-Pictures of bytes as numbers without steps, each byte somewhere in its own 256th; knows no model and no loop.
-
-Axes: batch, channels, height, width.
 """
 
 import hashlib
@@ -41,14 +35,17 @@ from keifu.layers.diffusion.noise_schedule import (
 )
 from keifu.training.protocols import Batch, Data, LossOutput
 
-TIMESTEP, DROPPED = 2**40, 2**40 + 1  # places in a row's stream, far behind those of its noise
-HELD_OUT = -1  # the step whose draws the held-out pictures have
+# Positions in the random stream of a row, far behind those of its noise: for the timestep, and for label dropout.
+TIMESTEP = 2**40
+DROPPED = 2**40 + 1
+HELD_OUT = -1  # the step number whose seeds held-out pictures have
 
 
 class NoisedBatches:
-    """Data whose batches also have "draws" [batch], int64: the seed of each row's timestep, noise and dropped label.
+    """Data whose batches also have "draws" [batch], int64: the random seed of each row, for its timestep, noise and
+    label dropout.
 
-    Held-out rows have the same draws each time, so that their losses can be compared.
+    Held-out rows have the same seeds each time, so that their losses can be compared.
     """
 
     def __init__(self, data: Data, seed: int):
@@ -61,37 +58,37 @@ class NoisedBatches:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step."""
-        return self._drawn(self.data.batch(step), step, 0)
+        return self._with_seeds(self.data.batch(step), step, 0)
 
     def validation(self) -> Iterator[Batch]:
         """The held-out batches."""
         first = 0
         for batch in self.data.validation():
-            batch = self._drawn(batch, HELD_OUT, first)
+            batch = self._with_seeds(batch, HELD_OUT, first)
             first += len(batch["draws"])
             yield batch
 
-    def _drawn(self, batch: Batch, step: int, first: int) -> Batch:
+    def _with_seeds(self, batch: Batch, step: int, first: int) -> Batch:
         return {**batch, "draws": draw_noise(self.seed, step, len(next(iter(batch.values()))), first)}
 
 
 def draw_noise(seed: int, step: int, rows: int, first: int = 0) -> Int[Tensor, " rows"]:
-    """A seed for each row of a step."""
+    """A random seed for each row of a step, whose first row has number `first`."""
     of_step = bits(torch.tensor([seed]), torch.tensor([step]))
     return bits(of_step.expand(rows), torch.arange(first, first + rows))
 
 
 @dataclass(frozen=True)
 class DiffusionLoss:
-    """The loss of a network that is told x and the timestep and says its `Noise`'s target: an objective of the loop.
+    """The loss of a network that predicts the target of its `Noise` from noisy pictures and timesteps: an objective.
 
-    A batch has "pictures" [batch, channels, height, width], bytes or numbers from -1 to 1, "draws" (see `NoisedBatches`),
-    and "labels" [batch] where there are some, -1 for none. The loss of a picture is the mean of the squared error over
+    A batch has "pictures" [batch, channels, height, width], bytes or numbers from -1 to 1, "draws" (see
+    `NoisedBatches`), and optionally "labels" [batch], -1 for none. The loss of a picture is the mean squared error over
     its numbers, times the weight of its timestep.
 
-    weighting, gamma: see `loss_weights`. label_dropout: the share of labels that are left out, which guidance needs.
-    bound_weight: with a learned variance, what the variational bound counts in bits per number, as a sum over all
-    timesteps; its gradient teaches the variance alone (Nichol and Dhariwal, 2021, section 3.1).
+    weighting, gamma: see `loss_weights`. label_dropout: the share of labels replaced by the null class, for
+    classifier-free guidance. bound_weight: with a learned variance, the weight of the variational bound in bits per
+    number, summed over all timesteps; its gradient trains the variance alone (Nichol and Dhariwal, 2021, section 3.1).
     """
 
     noise: Noise
@@ -107,12 +104,12 @@ class DiffusionLoss:
 
     @cached_property
     def posterior(self) -> Posterior:
-        """The exact step back."""
+        """The exact posterior of a reverse step."""
         return posterior(self.noise)
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
-        """The sum over pictures; figures: `squared_error`, without weights, and `bits`, of the bound's sum, where the
-        variance is learned."""
+        """The sum over pictures; figures: `squared_error`, without weights, and with a learned variance `bits`, the
+        variational bound."""
         given = batch["pictures"]
         picture = to_signed(given) if given.dtype == torch.uint8 else given
         draws = batch["draws"]
@@ -134,16 +131,16 @@ class DiffusionLoss:
         return LossOutput(total, len(picture), figures)
 
     def output(self, model: Any, x: Tensor, timestep: Int[Tensor, " batch"], batch: Batch) -> Tensor:
-        """What the model says of noisy pictures, told the labels of the batch."""
+        """The model's output for noisy pictures, conditioned on the labels of the batch."""
         return model(x, timestep, self._labels(model, batch))
 
     def dropped(self, batch: Batch) -> Bool[Tensor, " batch"]:
-        """The rows that are not told what they show."""
+        """The rows whose condition is dropped."""
         draws = batch["draws"]
         return uniform(draws, torch.full_like(draws, DROPPED)) < self.label_dropout
 
     def _labels(self, model: Any, batch: Batch) -> Tensor | None:
-        """The labels, those left out as the null class."""
+        """The labels, with the null class where a label is missing or dropped."""
         none = model.config.n_classes
         if not none or "labels" not in batch:
             return None
@@ -164,34 +161,35 @@ def bits_of_step(
 ) -> Float[Tensor, " batch"]:
     """L_{t-1} of the variational bound (Ho et al., 2020, equation 5), in bits per number of each picture.
 
-    The divergence of the model's step back from the exact one; at timestep 0, what the step needs to say the grey
-    values themselves.
+    The KL divergence of the model's reverse step from the exact posterior; at timestep 0, the negative log-likelihood
+    of the pixel values.
     """
     of_picture, of_x = at(exact.of_picture, timestep, x), at(exact.of_x, timestep, x)
-    mean, right = of_picture * predicted + of_x * x, of_picture * picture + of_x * x
+    mean = of_picture * predicted + of_x * x
+    exact_mean = of_picture * picture + of_x * x
     log_variance = exact.log_variance(noise, timestep, share, x).expand_as(x)
-    apart = normal_kl(right, at(exact.log_small, timestep, x), mean, log_variance)
-    spoken = -discretised_log_likelihood(picture, mean, log_variance)
+    divergence = normal_kl(exact_mean, at(exact.log_small, timestep, x), mean, log_variance)
+    nats = -discretised_log_likelihood(picture, mean, log_variance)
     last = (timestep == 0).reshape(-1, *[1] * (x.ndim - 1))
-    return torch.where(last, spoken, apart).flatten(1).mean(1) / math.log(2)
+    return torch.where(last, nats, divergence).flatten(1).mean(1) / math.log(2)
 
 
-LATENT = 2**40 + 2  # the place in a row's stream from which the noise inside its latents is seeded
+LATENT = 2**40 + 2  # the position in a row's random stream that seeds the sampling of its latents
 
 
 @dataclass(frozen=True, eq=False)
 class TextDiffusionLoss(DiffusionLoss):
-    """`DiffusionLoss` of a network that looks at the text of each row ("tokens" [batch, length] in a batch).
+    """`DiffusionLoss` of a network conditioned on texts ("tokens" [batch, length] in a batch).
 
-    The model offers `encode_text`, which learns where its weights are not frozen, and `project`. `empty` are the tokens
-    of no text at all, which a share of `label_dropout` of the rows have, so that guidance can lead away from it (Ho and
+    The model offers `encode_text`, which is trained unless its weights are frozen, and `project`. `empty`: the tokens
+    of the empty text, which replaces a share of `label_dropout` of the texts, for classifier-free guidance (Ho and
     Salimans, 2022).
     """
 
     empty: Int[Tensor, " length"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     def output(self, model: Any, x: Tensor, timestep: Int[Tensor, " batch"], batch: Batch) -> Tensor:
-        """What the model says of noisy latents, told the texts of the batch."""
+        """The model's output for noisy latents, conditioned on the texts of the batch."""
         empty = self.empty.to(batch["tokens"].device)
         tokens = torch.where(self.dropped(batch)[:, None], empty, batch["tokens"])
         return model(x, timestep, model.project(model.encode_text(tokens)))
@@ -199,20 +197,20 @@ class TextDiffusionLoss(DiffusionLoss):
 
 @dataclass(frozen=True, eq=False)
 class EncodedImages:
-    """The latents of a set of pictures, each a normal distribution, as diffusion sees them."""
+    """Precomputed latents of a set of pictures, each a normal distribution, scaled as for diffusion."""
 
     mean: Float[Tensor, "picture channels height width"]
     deviation: Float[Tensor, "picture channels height width"]
 
     def batch(self, batch: Batch) -> Batch:
-        """The batch with latents in the place of its "pictures", found by "indices" and drawn by "draws"."""
+        """The batch with "pictures" replaced by the latents of its "indices", sampled by its "draws"."""
         places, draws = batch["indices"], batch["draws"]
         noise = normal(bits(draws, torch.full_like(draws, LATENT)), self.mean.shape[1:])
         return {**batch, "pictures": self.mean[places] + self.deviation[places] * noise}
 
 
 class LatentBatches:
-    """Data with "indices" and "draws" (see `WithDraws`), whose pictures were encoded before, once."""
+    """Data with "indices" and "draws" (see `NoisedBatches`), whose pictures are replaced by precomputed latents."""
 
     def __init__(self, data: Data, training: EncodedImages, held: EncodedImages | None):
         self.data, self.training, self.held = data, training, held
@@ -233,12 +231,12 @@ class LatentBatches:
             yield self.held.batch(batch)
 
 
-PLACES = 2**41  # in a row's stream, behind those of its noise, timestep and label
+PLACES = 2**41  # the first position in a row's random stream for dequantisation
 
 
 class DequantizedBatches:
-    """Data whose pictures are (byte + u) / 128 - 1 with u uniform in [0, 1) (Theis et al., 2016, section 3.1): the
-    density of such numbers bounds the probability of the bytes. Which u, the row's own draws decide."""
+    """Data with uniform dequantisation: pictures are (byte + u) / 128 - 1 with u uniform in [0, 1), sampled by "draws"
+    (Theis et al., 2016, section 3.1). The density of such numbers bounds the probability of the bytes."""
 
     def __init__(self, data: NoisedBatches):
         self.data = data
@@ -258,7 +256,7 @@ class DequantizedBatches:
 
 
 def dequantize(batch: Batch) -> Batch:
-    """A batch with "pictures" as numbers from -1 to below 1, by its "draws"."""
+    """A batch with dequantised "pictures", numbers from -1 to below 1, sampled by its "draws"."""
     pictures, draws = batch["pictures"], batch["draws"]
     numbers = pictures[0].numel()
     places = torch.arange(PLACES, PLACES + numbers, device=draws.device).repeat(len(draws))

@@ -1,18 +1,9 @@
-"""What a model is trained to do, as functions of a model and a batch; they know no loop and no particular model.
+"""Objectives on text: causal and masked language modeling, translation, classification, fine-tuning with an auxiliary
+language-modeling loss (GPT-1), and span corruption (UL2).
 
-Axes: batch, length = tokens; each function gives sums over the elements that count.
+Each is a function of a model and a batch that gives sums over the elements that count.
 
-What BERT is pretrained to do, as a function of a model and a batch: fill in words, tell neighbours; knows no model.
-
-Axes: row, place = tokens of a row, masked = the places of a row that are to be filled in, vocab.
-
-What a decoder is fine-tuned to do, as a function of a model and a batch: a task, and beside it to go on writing.
-
-It knows no loop and no particular model. Axes: batch = examples, sequences = of one example, length = tokens.
-
-What a mixture of denoisers trains a decoder to do, and figures beside the loss; knows no loop and no model.
-
-Axes: batch, length = tokens.
+Axes: batch = rows or examples, length = tokens, sequences = of one example.
 """
 
 from typing import Any
@@ -27,17 +18,17 @@ from keifu.training.protocols import Batch, LossOutput, Objective
 def causal_language_modeling(model: Any, batch: Batch, z_loss: float = 0.0) -> LossOutput:
     """Next-token prediction: -log p of each token of batch["tokens"] [batch, length + 1] given those before it.
 
-    The model offers `hidden(tokens)` and `head_weight`, so that never all logits exist. Where batch["mask"]
-    [batch, length + 1] is there, only tokens for which it is True are predicted; where batch["documents"] is, none sees
-    another document of its row. `z_loss` · log²Z a token, Z being the softmax's normaliser (PaLM, section 5), is for
-    training mode alone, where the figure `nats` is the loss without it.
+    The model offers `hidden(tokens)` and `head_weight`, so that the whole matrix of logits is never in memory. With
+    batch["mask"] [batch, length + 1], only tokens where it is True are predicted; with batch["documents"], attention
+    stays within a document. `z_loss` · log²Z is added for each token in training mode, Z being the softmax's normaliser
+    (PaLM, section 5); the figure `nats` is then the loss without it.
     """
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     if "mask" in batch:
         targets = targets.masked_fill(~batch["mask"][:, 1:], IGNORED)
     z_loss = z_loss if model.training else 0.0
-    apart = {"documents": batch["documents"][:, :-1]} if "documents" in batch else {}
-    hidden = model.hidden(inputs, **apart)
+    documents = {"documents": batch["documents"][:, :-1]} if "documents" in batch else {}
+    hidden = model.hidden(inputs, **documents)
     total, nats = smoothed_linear_cross_entropy(hidden, model.head_weight, None, targets, z_loss=z_loss)
     figures = {"nats": nats} if z_loss else {}
     return LossOutput(total, (targets != IGNORED).sum() if "mask" in batch else targets.numel(), figures)
@@ -56,8 +47,9 @@ def translation(model: Any, batch: Batch, label_smoothing: float = 0.0) -> LossO
     """Prediction of each token of batch["target"] [batch, length + 1] after its first, given those before it and
     batch["source"]; masks are True on real tokens.
 
-    The model offers `start`, `hidden`, `head_weight` and `head_bias`, so that never all logits exist. Label smoothing
-    (Szegedy et al., 2016) is for training mode alone, where the figure `nats` is the loss without it.
+    The model offers `start`, `hidden`, `head_weight` and `head_bias`, so that the whole matrix of logits is never in
+    memory. Label smoothing (Szegedy et al., 2016) is applied in training mode only; the figure `nats` is then the loss
+    without it.
     """
     inputs, mask = batch["target"][:, :-1], batch["source_mask"]
     targets = batch["target"][:, 1:].masked_fill(~batch["target_mask"][:, 1:], IGNORED)
@@ -71,13 +63,13 @@ def translation(model: Any, batch: Batch, label_smoothing: float = 0.0) -> LossO
 
 
 def masked_language_modeling(model: Any, batch: Batch) -> LossOutput:
-    """The mean loss of the masked words plus that of the sentence pairs (Devlin et al., 2018, appendix A.2), in nats.
+    """BERT's loss (Devlin et al., 2018, appendix A.2): the mean over masked tokens plus that over sentence pairs, in nats.
 
-    A batch is what `keifu.data.text.masked_lm.MaskedText` makes; without "random_next" there are words alone. The two means
-    have two denominators, and the loop divides by one, the number of tokens: "word_weight" and "pair_weight" are that
-    number by each of the two, for the whole batch that this may be a part of. The model offers `encode`, `pool`,
-    `next_sentence`, `word_states`, `head_weight` and `head_bias`; only hidden words get logits. How many words are
-    right is counted in evaluation mode alone, for it needs their logits again.
+    A batch is one of `keifu.data.text.masked_lm.MaskedText`; without "random_next" there are no sentence pairs. The two
+    means have two denominators, and the loop divides by one, the number of tokens: "word_weight" and "pair_weight" are
+    that number divided by each of the two, for the whole batch. The model offers `encode`, `pool`, `next_sentence`,
+    `word_states`, `head_weight` and `head_bias`; only masked tokens get logits. The accuracy on them is computed in
+    evaluation mode only, since it needs their logits again.
     """
     hidden = model.encode(batch["tokens"], batch.get("segments"), batch["mask"])
     rows = torch.arange(len(hidden), device=hidden.device)[:, None]
@@ -104,12 +96,13 @@ LM_WEIGHT = 0.5  # of the paper (section 4.1)
 
 
 def finetuning_loss(model: Any, batch: Batch, lm_weight: float = LM_WEIGHT) -> LossOutput:
-    """-log p of the right label or answer batch["targets"] [batch], plus `lm_weight` times the loss of the words.
+    """GPT-1's fine-tuning loss: -log p of the label or answer batch["targets"] [batch], plus `lm_weight` times the
+    language-modeling loss.
 
-    (Radford et al., 2018, equations 4 and 5.) The loss of the words is that of each next token, special ones included,
-    as a mean over a sequence's tokens and then over an example's sequences, as in the released code. batch["tokens"]
-    and batch["mask"], True on real tokens, are [batch, sequences, length]. The model offers `hidden(tokens)`,
-    `judge(hidden, mask)` and `head_weight`.
+    (Radford et al., 2018, equations 4 and 5.) The language-modeling loss is that of each next token, special ones
+    included, averaged over a sequence's tokens and then over an example's sequences, as in the released code.
+    batch["tokens"] and batch["mask"], True on real tokens, are [batch, sequences, length]. The model offers
+    `hidden(tokens)`, `judge(hidden, mask)` and `head_weight`.
     """
     tokens, mask, targets = batch["tokens"], batch["mask"], batch["targets"]
     hidden = model.hidden(tokens)
@@ -123,7 +116,7 @@ def finetuning_loss(model: Any, batch: Batch, lm_weight: float = LM_WEIGHT) -> L
 
 
 def _words(head_weight: Tensor, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """The sum over examples of the mean loss of their words."""
+    """The sum over examples of their mean language-modeling loss."""
     predicted = mask[..., 1:]
     counted = predicted.sum(-1, keepdim=True).clamp(min=1) * mask.any(-1).sum(-1)[:, None, None].clamp(min=1)
     shares = torch.where(predicted, 1.0 / counted, 0.0)
@@ -133,10 +126,10 @@ def _words(head_weight: Tensor, hidden: Tensor, tokens: Tensor, mask: Tensor) ->
 def span_corruption(model: Any, batch: Batch) -> LossOutput:
     """Prediction of the tokens of batch["tokens"] [batch, length + 1] for which batch["mask"] is True, or of all.
 
-    A batch is what `keifu.data.text.span_corruption` makes. The attention is causal over the prefix too, so that the model is
-    an ordinary decoder wherever it is loaded; an encoder-decoder, which reads its inputs in both directions, learns the
-    same tasks by `keifu.training.objectives.language_modeling.translation`. Only targets get logits: of a mixture of denoisers they are
-    less than half of the tokens. The model offers `hidden` and `head_weight`.
+    A batch is one of `keifu.data.text.span_corruption`. Attention is causal over the prefix too, so that the model is
+    an ordinary decoder; an encoder-decoder, with bidirectional attention over its inputs, is trained on the same tasks by
+    `translation`. Only targets get logits: with UL2's mixture of denoisers they are less than half of the tokens. The
+    model offers `hidden` and `head_weight`.
     """
     hidden, targets = model.hidden(batch["tokens"][:, :-1]), batch["tokens"][:, 1:]
     if "mask" not in batch:
@@ -150,10 +143,11 @@ def span_corruption(model: Any, batch: Batch) -> LossOutput:
 
 
 def masked_share_loss(model: nn.Module, batch: Batch, objective: Objective, names: list[str]) -> LossOutput:
-    """The objective, and in evaluation mode the figures `names` beside it, of the batches that are there for one.
+    """The objective, with separate validation figures `names` in evaluation mode.
 
-    batch["figure"] [batch] says which figure a batch is for, counted from 1; such a batch counts for nothing else. Its
-    loss times batch["factor"] [batch] is what it adds to the figure (see `keifu.data.text.mixture.MixedText`).
+    batch["figure"] [batch] is the number, from 1, of the figure that a batch is for, 0 for none; such a batch counts
+    for nothing else. It adds its loss times batch["factor"] [batch] to the figure (see
+    `keifu.data.text.mixture.MixedText`).
     """
     outcome = objective(model, batch)
     if model.training or "figure" not in batch:
