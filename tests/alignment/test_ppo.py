@@ -286,7 +286,7 @@ def test_a_constant_reward_is_warned_of_once(
     base: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     go(base, task, tmp_path / "run", "--rollouts", "2", reward="constant")
-    assert capsys.readouterr().err.count("so only the distance is learned: look at the reward") == 1
+    assert capsys.readouterr().err.count("so only the KL penalty is learned: look at the reward") == 1
 
 
 def test_a_reward_model_of_other_tokens_is_refused(base: Path, task: Path, judge: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def translation(model: Any, batch: Batch, label_smoothing: float = 0.0) -> LossO
 
 
 def masked_language_modeling(model: Any, batch: Batch) -> LossOutput:
-    """BERT's loss (Devlin et al., 2018, appendix A.2): the mean over masked tokens plus that over sentence pairs, in nats.
+    """BERT's loss (Devlin et al., 2018, appendix A.2): the mean over masked tokens plus that over sentence pairs.
 
     A batch is one of `keifu.data.text.masked_lm.MaskedText`; without "random_next" there are no sentence pairs. The two
     means have two denominators, and the loop divides by one, the number of tokens: "word_weight" and "pair_weight" are
@@ -127,9 +127,9 @@ def span_corruption(model: Any, batch: Batch) -> LossOutput:
     """Prediction of the tokens of batch["tokens"] [batch, length + 1] for which batch["mask"] is True, or of all.
 
     A batch is one of `keifu.data.text.span_corruption`. Attention is causal over the prefix too, so that the model is
-    an ordinary decoder; an encoder-decoder, with bidirectional attention over its inputs, is trained on the same tasks by
-    `translation`. Only targets get logits: with UL2's mixture of denoisers they are less than half of the tokens. The
-    model offers `hidden` and `head_weight`.
+    an ordinary decoder; an encoder-decoder, with bidirectional attention over its inputs, is trained on the same tasks
+    by `translation`. Only targets get logits: with UL2's mixture of denoisers they are less than half of the tokens.
+    The model offers `hidden` and `head_weight`.
     """
     hidden, targets = model.hidden(batch["tokens"][:, :-1]), batch["tokens"][:, 1:]
     if "mask" not in batch:
