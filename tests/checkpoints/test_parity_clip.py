@@ -271,7 +271,7 @@ def test_published_configs_are_the_sizes_of_those_names() -> None:
 
 def test_the_format_that_is_asked_for_must_have_the_model(tmp_path) -> None:
     tower = clip_text.build(clip_text.Config(11, 8, 12, 24, 1, 3))
-    with pytest.raises(UserError, match="open_clip has no clip_text"):
+    with pytest.raises(UserError, match=r"open_clip has no clip\.text"):
         checkpoints.save(tower, None, tmp_path, kind="open_clip")
 
 
