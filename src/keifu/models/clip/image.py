@@ -20,8 +20,8 @@ from keifu.layers.attention.masks import PaddingMask
 from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.initialisation import multihead_
 from keifu.layers.linear import JoinedLinear, Linear
-from keifu.models.clip.text import block, layer_names, tower_to_published, with_projection
-from keifu.models.hf.config import activation_name
+from keifu.models.clip.text import ENCODER_FIELDS, block, layer_names, with_projection
+from keifu.models.hf import config as hf
 
 Pixels = Float[Tensor, "batch channels rows columns"]
 
@@ -232,23 +232,19 @@ MODEL_TYPES = {"clip_vision_model": "CLIPVisionModel"}
 UNSUPPORTED: dict[str, Any] = {}
 IN_FILE = {"projected": "visual_projection.weight"}
 
+FIELDS: hf.Fields = ENCODER_FIELDS | {
+    "dim": hf.Field("hidden_size", 768),
+    "hidden_dim": hf.Field("intermediate_size", 3072),
+    "n_heads": hf.Field("num_attention_heads", 12),
+    "image_size": hf.Field("image_size", 224, lambda size: square(size, "image_size")),
+    "patch_size": hf.Field("patch_size", 32, lambda size: square(size, "patch_size")),
+    "channels": hf.Field("num_channels", 3),
+}
+
 
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of a config.json of model_type clip_vision_model, or of the vision_config in a CLIP's."""
-    return Config(
-        image_size=square(json.get("image_size", 224), "image_size"),
-        patch_size=square(json.get("patch_size", 32), "patch_size"),
-        channels=json.get("num_channels", 3),
-        dim=json.get("hidden_size", 768),
-        hidden_dim=json.get("intermediate_size", 3072),
-        n_layers=json.get("num_hidden_layers", 12),
-        n_heads=json.get("num_attention_heads", 12),
-        norm_eps=float(json.get("layer_norm_eps", 1e-5)),
-        activation=activation_name(json.get("hidden_act", "quick_gelu")),
-        attention_dropout=float(json.get("attention_dropout", 0.0)),
-        embedding_dim=json.get("projection_dim", 512),
-        projected=with_projection(json, "CLIPVisionModel"),
-    )
+    return Config(**hf.read_fields(json, FIELDS), projected=with_projection(json, "CLIPVisionModel"))
 
 
 def square(size: Any, name: str) -> int:
@@ -264,8 +260,5 @@ def to_published(config: Config) -> dict[str, Any]:
     return {
         "model_type": "clip_vision_model",
         "architectures": [f"CLIPVisionModel{'WithProjection' if config.projected else ''}"],
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": config.channels,
-        **tower_to_published(config),
+        **hf.write_fields(config, FIELDS),
     }

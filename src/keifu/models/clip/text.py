@@ -20,7 +20,7 @@ from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PreNorm
-from keifu.models.hf.config import activation_name, published_activation
+from keifu.models.hf import config as hf
 
 Tokens = Int[Tensor, "batch length"]
 Hidden = Float[Tensor, "batch length dim"]
@@ -145,26 +145,29 @@ IN_FILE = {"projected": "text_projection.weight"}
 START = 49_406  # transformers' default for the first token of a caption
 HIGHEST_ID = 2  # the eos_token_id of old files, for which transformers takes the highest id as the end
 
+ENCODER_FIELDS: hf.Fields = {  # of the text and the image encoder, which differ in the defaults
+    "hidden_dim": hf.Field("intermediate_size", 2048),
+    "dim": hf.Field("hidden_size", 512),
+    "n_layers": hf.Field("num_hidden_layers", 12),
+    "n_heads": hf.Field("num_attention_heads", 8),
+    "norm_eps": hf.Field("layer_norm_eps", 1e-5, float),
+    "activation": hf.activation_field("hidden_act", "quick_gelu"),
+    "attention_dropout": hf.Field("attention_dropout", 0.0, float),
+    "embedding_dim": hf.Field("projection_dim", 512),
+}
+FIELDS: hf.Fields = ENCODER_FIELDS | {
+    "vocab_size": hf.Field("vocab_size", 49_408),
+    "context_length": hf.Field("max_position_embeddings", 77),
+}
+
 
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of a config.json of model_type clip_text_model, or of the text_config in a CLIP's."""
     end = json.get("eos_token_id", 49_407)
     if not isinstance(end, int):
         raise UserError(f"eos_token_id is {end!r}; a caption must end with one token.")
-    return Config(
-        vocab_size=json.get("vocab_size", 49_408),
-        context_length=json.get("max_position_embeddings", 77),
-        dim=json.get("hidden_size", 512),
-        hidden_dim=json.get("intermediate_size", 2048),
-        n_layers=json.get("num_hidden_layers", 12),
-        n_heads=json.get("num_attention_heads", 8),
-        norm_eps=float(json.get("layer_norm_eps", 1e-5)),
-        activation=activation_name(json.get("hidden_act", "quick_gelu")),
-        attention_dropout=float(json.get("attention_dropout", 0.0)),
-        end_id=None if end == HIGHEST_ID else end,
-        embedding_dim=json.get("projection_dim", 512),
-        projected=with_projection(json, "CLIPTextModel"),
-    )
+    projected = with_projection(json, "CLIPTextModel")
+    return Config(**hf.read_fields(json, FIELDS), end_id=None if end == HIGHEST_ID else end, projected=projected)
 
 
 def with_projection(json: dict[str, Any], plain: str) -> bool:
@@ -181,23 +184,7 @@ def to_published(config: Config) -> dict[str, Any]:
     return {
         "model_type": "clip_text_model",
         "architectures": [f"CLIPTextModel{'WithProjection' if config.projected else ''}"],
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        **tower_to_published(config),
+        **hf.write_fields(config, FIELDS),
         "eos_token_id": HIGHEST_ID if config.end_id is None else config.end_id,
         **({} if config.vocab_size > START else {"bos_token_id": None}),
-    }
-
-
-def tower_to_published(config: Any) -> dict[str, Any]:
-    """The published fields that the text and the image encoder share."""
-    return {
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "layer_norm_eps": config.norm_eps,
-        "hidden_act": published_activation(config.activation),
-        "attention_dropout": config.attention_dropout,
-        "projection_dim": config.embedding_dim,
     }

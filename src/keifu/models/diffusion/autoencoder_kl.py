@@ -20,7 +20,7 @@ from keifu.errors import UserError
 from keifu.layers.activations import activation
 from keifu.layers.unet.conv import Downsample, Pixels, ResidualBlock, SpatialAttention, Upsample
 from keifu.layers.unet.unet import Middle
-from keifu.models.hf.config import activation_name, published_activation
+from keifu.models.hf import config as hf
 from keifu.models.hf.unet import ATTENTION, OLD_ATTENTION, RESIDUAL
 
 Latents = Float[Tensor, "batch latent_channels height width"]
@@ -193,26 +193,27 @@ UNSUPPORTED: dict[str, Any] = {
 }  # fmt: skip
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
+FIELDS: hf.Fields = {
+    "latent_channels": hf.Field("latent_channels", 4),
+    "widths": hf.Field("block_out_channels", (64,), tuple, list),
+    "n_residual_blocks": hf.Field("layers_per_block", 1),
+    "norm_groups": hf.Field("norm_num_groups", 32),
+    "activation": hf.activation_field("act_fn", "silu"),
+    "scale": hf.Field("scaling_factor", 0.18215, float),
+}
+
 
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of diffusers' config.json of an AutoencoderKL."""
-    widths, size = tuple(json.get("block_out_channels", (64,))), json.get("sample_size", 32)
+    fields = hf.read_fields(json, FIELDS)
+    levels, size = len(fields["widths"]), json.get("sample_size", 32)
     for field, kind in _BLOCKS.items():
-        if json.get(field, [kind]) != [kind] * len(widths):
-            raise ValueError(f"its {field} are {json.get(field)}, and what is implemented is {len(widths)} {kind}.")
+        if json.get(field, [kind]) != [kind] * levels:
+            raise ValueError(f"its {field} are {json.get(field)}, and what is implemented is {levels} {kind}.")
     channels = json.get("in_channels", 3)
     if json.get("out_channels", 3) != channels:
         raise ValueError(f"it reads {channels} channels and gives {json.get('out_channels', 3)}.")
-    return Config(
-        size=tuple(size) if isinstance(size, list) else size,
-        channels=channels,
-        latent_channels=json.get("latent_channels", 4),
-        widths=widths,
-        n_residual_blocks=json.get("layers_per_block", 1),
-        norm_groups=json.get("norm_num_groups", 32),
-        activation=activation_name(json.get("act_fn", "silu")),
-        scale=float(json.get("scaling_factor", 0.18215)),
-    )
+    return Config(**fields, size=tuple(size) if isinstance(size, list) else size, channels=channels)
 
 
 def to_published(config: Config) -> dict[str, Any]:
@@ -222,11 +223,6 @@ def to_published(config: Config) -> dict[str, Any]:
         "sample_size": config.size,
         "in_channels": config.channels,
         "out_channels": config.channels,
-        "latent_channels": config.latent_channels,
-        "block_out_channels": [*config.widths],
-        "layers_per_block": config.n_residual_blocks,
-        "norm_num_groups": config.norm_groups,
-        "act_fn": published_activation(config.activation),
-        "scaling_factor": config.scale,
+        **hf.write_fields(config, FIELDS),
         **{field: [kind] * len(config.widths) for field, kind in _BLOCKS.items()},
     }

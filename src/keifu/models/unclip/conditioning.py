@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.layers.linear import Linear
+from keifu.models.hf import config as hf
 
 Embedding = Float[Tensor, "batch embedding"]
 
@@ -72,23 +73,19 @@ NOT_WEIGHTS = ()
 MODEL_TYPES = {"UnCLIPTextProjModel": "UnCLIPTextProjModel"}
 UNSUPPORTED: dict[str, Any] = {}
 
+FIELDS: hf.Fields = {
+    "n_tokens": hf.Field("clip_extra_context_tokens", 4),
+    "embedding_dim": hf.Field("clip_embeddings_dim", 768),
+    "time_dim": "time_embed_dim",
+    "context_dim": "cross_attention_dim",
+}
+
 
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of diffusers' config.json of a UnCLIPTextProjModel."""
-    return Config(
-        n_tokens=json.get("clip_extra_context_tokens", 4),
-        embedding_dim=json.get("clip_embeddings_dim", 768),
-        time_dim=json["time_embed_dim"],
-        context_dim=json["cross_attention_dim"],
-    )
+    return Config(**hf.read_fields(json, FIELDS))
 
 
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that diffusers reads."""
-    return {
-        "model_type": "UnCLIPTextProjModel",
-        "clip_extra_context_tokens": config.n_tokens,
-        "clip_embeddings_dim": config.embedding_dim,
-        "time_embed_dim": config.time_dim,
-        "cross_attention_dim": config.context_dim,
-    }
+    return {"model_type": "UnCLIPTextProjModel", **hf.write_fields(config, FIELDS)}

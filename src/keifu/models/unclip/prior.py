@@ -21,6 +21,7 @@ from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
+from keifu.models.hf import config as hf
 
 Embedding = Float[Tensor, "batch embedding"]
 
@@ -170,56 +171,51 @@ PREFIX = ""
 NOT_WEIGHTS = ()
 MODEL_TYPES = {"PriorTransformer": "PriorTransformer"}
 UNSUPPORTED: dict[str, Any] = {"time_embed_act_fn": "silu"}
-_NORMS, _QUERIES = (None, "layer"), (None, "prd")
+
+
+def _switch(name: str, default: str | None, on: str) -> hf.Field:
+    """The field of a switch: null is off, `on` is on, and no other value is implemented."""
+
+    def read(value: str | None) -> bool:
+        if value not in (None, on):
+            raise UserError(f"its {name} is {value!r}, and what is implemented is None and {on!r}.")
+        return value == on
+
+    return hf.Field(name, default, read, lambda value: on if value else None)
+
+
+FIELDS: hf.Fields = {
+    "context_length": hf.Field("num_embeddings", 77),
+    "embedding_dim": hf.Field("embedding_dim", 768),
+    "caption_dim": hf.Field("embedding_proj_dim", None),
+    "predicted_dim": hf.Field("clip_embed_dim", None),
+    "n_layers": hf.Field("num_layers", 20),
+    "n_heads": hf.Field("num_attention_heads", 32),
+    "head_dim": hf.Field("attention_head_dim", 64),
+    "first_norm": _switch("norm_in_type", None, "layer"),
+    "caption_norm": _switch("embedding_proj_norm_type", None, "layer"),
+    "query": _switch("added_emb_type", "prd", "prd"),
+    "time_dim": hf.Field("time_embed_dim", None),
+    "dropout": hf.Field("dropout", 0.0, float),
+}
 
 
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of diffusers' config.json of a PriorTransformer that reads a caption's tokens."""
     if json.get("encoder_hid_proj_type", "linear") != "linear":
         raise ValueError("its encoder_hid_proj_type is not 'linear', so it reads no caption.")
-    config = Config(
-        context_length=json.get("num_embeddings", 77),
-        embedding_dim=json.get("embedding_dim", 768),
-        caption_dim=json.get("embedding_proj_dim"),
-        predicted_dim=json.get("clip_embed_dim"),
-        n_layers=json.get("num_layers", 20),
-        n_heads=json.get("num_attention_heads", 32),
-        head_dim=json.get("attention_head_dim", 64),
-        first_norm=_conditioning_tokens(json, "norm_in_type", _NORMS),
-        caption_norm=_conditioning_tokens(json, "embedding_proj_norm_type", _NORMS),
-        query=_conditioning_tokens({"added_emb_type": "prd", **json}, "added_emb_type", _QUERIES),
-        time_dim=json.get("time_embed_dim"),
-        dropout=float(json.get("dropout", 0.0)),
-    )
+    config = Config(**hf.read_fields(json, FIELDS))
     if (beside := json.get("additional_embeddings", 4)) != config.n_tokens_beside:
         raise ValueError(f"its additional_embeddings are {beside}, and there are {config.n_tokens_beside} such tokens.")
     return config
-
-
-def _conditioning_tokens(json: dict[str, Any], name: str, known: tuple[Any, ...]) -> bool:
-    """Whether a field has the second of its two implemented values, not the first."""
-    if json.get(name) not in known:
-        raise ValueError(f"its {name} is {json[name]!r}, and what is implemented is {known[0]!r} and {known[1]!r}.")
-    return json.get(name) == known[1]
 
 
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that diffusers reads."""
     return {
         "model_type": "PriorTransformer",
-        "num_embeddings": config.context_length,
         "additional_embeddings": config.n_tokens_beside,
-        "embedding_dim": config.embedding_dim,
-        "embedding_proj_dim": config.caption_dim,
-        "clip_embed_dim": config.predicted_dim,
-        "num_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "attention_head_dim": config.head_dim,
-        "norm_in_type": _NORMS[config.first_norm],
-        "embedding_proj_norm_type": _NORMS[config.caption_norm],
         "encoder_hid_proj_type": "linear",
-        "added_emb_type": _QUERIES[config.query],
-        "time_embed_dim": config.time_dim,
         "time_embed_act_fn": "silu",
-        "dropout": config.dropout,
+        **hf.write_fields(config, FIELDS),
     }
