@@ -2,6 +2,7 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
+PARALLEL := -n auto --dist loadfile # a process for each core
 
 .PHONY: demo test test-all test-gpu check clean
 .DEFAULT_GOAL := demo
@@ -10,11 +11,11 @@ demo: .venv/.run-time
 	@$(BIN)/keifu demo
 
 test: .venv/.development
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 # With the libraries that are only compared with, and with the tests that take more than half a minute each.
 test-all: .venv/.test-all
-	@$(BIN)/python -m pytest -m "slow or not slow"
+	@$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 test-gpu: .venv/.development
 	@$(BIN)/python -m pytest -m gpu -rs

@@ -22,13 +22,14 @@ import torch  # noqa: E402
 
 from keifu.threads import follow_load  # noqa: E402
 
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # beside other processes of the tests, one each
 follow_load()  # tests beside other programs, or beside each other, would wait for cores most of the time
 warnings.filterwarnings("ignore", module="beartype")
 
 
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
 
 
@@ -69,6 +70,26 @@ def _nothing_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
 
 
+SLOW: list[int] = []  # how many slow tests were left out; of several processes, each leaves out the same
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Counts the slow tests that are left out."""
+    SLOW.append(sum(1 for item in items if item.get_closest_marker("slow")))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of pytest-xdist hands its count to the one that sums up."""
+    if "workeroutput" in vars(session.config):
+        vars(session.config)["workeroutput"]["slow"] = sum(SLOW)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Takes the count of a process that has ended."""
+    SLOW[:] = [vars(node).get("workeroutput", {}).get("slow", 0)]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says in one line what was not checked, with the reason and how many tests that are."""
     reasons: dict[str, int] = {}
@@ -76,7 +97,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         reason = reason.removeprefix("Skipped: ").removeprefix("could not import ").partition(": ")[0].strip("'.")
         reasons[reason] = reasons.get(reason, 0) + 1
-    if slow := sum(1 for item in terminalreporter.stats.get("deselected", []) if item.get_closest_marker("slow")):
+    if slow := sum(SLOW):
         reasons["slow"] = slow
     if reasons:
         told = ", ".join(f"{reason} ({count})" for reason, count in sorted(reasons.items()))

@@ -144,7 +144,8 @@ def model_kinds(files: list[File]) -> tuple[set[str], set[str]]:
     classes = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
     tables = [n.value for n in nodes if isinstance(n, ast.Assign) and names_in(n.targets[0]) == {"MODEL_TYPES"}]
     published = {key for table in tables for key in texts_in(table)}
-    return classes | {"DecoderLM"}, {file.module.split(".")[-1] for file in own} | published
+    names = {"_".join(dict.fromkeys(file.module.split(".")[2:])) for file in own}
+    return classes | {"DecoderLM"}, names | published
 
 
 def names_in(node: ast.AST) -> set[str]:

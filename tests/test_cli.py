@@ -166,7 +166,10 @@ def test_bash_completes() -> None:
     assert done.stdout.splitlines() == ["generate", "gpt gpt1 gpt1-finetune gpt2 gpt3", "--depth", "--temperature"]
 
 
-def test_an_own_recipe_file_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_own_recipe_file_is_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # runs/my_own is made there
     own = tmp_path / "my_own.py"
     own.write_text(OWN_RECIPE)
     with pytest.raises(SystemExit):

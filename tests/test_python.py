@@ -67,7 +67,7 @@ def test_a_run_of_ones_own_goes_on_bit_for_bit(tmp_path: Path) -> None:
             signal.raise_signal(signal.SIGINT)  # Ctrl-C
         return loss(model, batch)
 
-    with pytest.raises(Interrupted, match="To go on: the same call of keifu.train"):
+    with pytest.raises(Interrupted, match="To go on:\nthe same call of keifu.train"):
         keifu.train(parted, stopping, DATA, settings(save_every=2), tmp_path / "parted")
     with pytest.raises(UserError, match=r"the same call of keifu.train with out=.*resume=True"):
         keifu.train(network(), loss, DATA, settings(save_every=2), tmp_path / "parted")

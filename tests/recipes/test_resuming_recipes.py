@@ -109,7 +109,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Texts, tables and conversations."""
     folder, words = tmp_path_factory.mktemp("files"), ["one", "two", "three", "four", "five", "six"]
     text, mixture = folder / "text.txt", folder / "mixture.yaml"
-    text.write_text("".join(f"The {words[n % 6]} sees the {words[n * 7 % 6]} in {n} houses.\n" for n in range(400)))
+    text.write_text("".join(f"The {words[n % 6]} sees the {words[n * 7 % 6]} in {n} houses.\n" for n in range(600)))
     mixture.write_text(f"sources:\n  prose: {{data: {text.name}, weight: 1.0}}\n")
     stories = [" ".join(f"The {words[(n + i) % 6]} is {words[n * i % 6]}." for i in range(6)) for n in range(60)]
     labels = [{"text": f"{words[n % 6]} {n}", "label": "ab"[n % 2]} for n in range(24)]

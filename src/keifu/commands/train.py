@@ -8,12 +8,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from keifu.commands.shared import flags, resuming, tables
+from keifu.commands.shared import flags, tables
 from keifu.commands.shared.recipe_files import path_of, recipe_module, recipe_options, recipes
 from keifu.devices import Choice
 from keifu.errors import UserError
-from keifu.recipes.options import old_options
-from keifu.training.run import directory as folder
 
 OLD = re.compile(r"^--training\.")  # options of the loop had this before their names in some recipes
 
@@ -37,8 +35,13 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
         return _list
     words = _folder_of_resume(arguments)
     if words[0] == "--out":
+        from keifu.commands.shared import resuming  # it imports torch, which a help text does without
+        from keifu.training.run import directory as folder
+
         out = Path(words[1])
-        return _later(out, words) if not folder.read_recipe(out) else _parse_named(resuming.name_of(out), words)
+        if not folder.read_recipe(out):
+            return lambda: print(resuming.name_of(out))  # an error, when it is time to run
+        return _parse_named(resuming.name_of(out), words)
     return _parse_named(words[0], words[1:])
 
 
@@ -58,15 +61,6 @@ def _folder_of_resume(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _later(out: Path, words: Sequence[str]) -> Callable[[], None]:
-    """The error that there is no run in a folder, when it is time to run."""
-
-    def run() -> None:
-        resuming.name_of(out)
-
-    return run
-
-
 def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bool = False) -> Callable[[], None]:
     """A recipe's run from its `Recipe` fields, `--out`, `--resume`, `--replace` and how to compute.
 
@@ -76,6 +70,8 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     if flags.asks_for_help(arguments):
         kind, about = recipe_options(name)
         flags.parse(with_folder(kind, name), arguments, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", about))
+    from keifu.commands.shared import resuming
+
     module = recipe_module(name)
     words = _renamed(module.Recipe, arguments)
     kind, name = with_folder(module.Recipe, name), str(Path(name).resolve()) if name.endswith(".py") else name
@@ -95,6 +91,8 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
 
 def _renamed(kind: type, arguments: Sequence[str]) -> list[str]:
     """The words with the names that options have now in place of those that they had in earlier versions."""
+    from keifu.recipes.options import old_options
+
     names = {f"--{old}": f"--{new}" for old, new in old_options(kind).items()}
     split = [OLD.sub("--", word).partition("=") for word in arguments]
     return [names.get(name.replace("_", "-"), name) + sign + value for name, sign, value in split]

@@ -89,11 +89,8 @@ def set_up(
     A missing or damaged state, changed data or settings, or a model that does not fit into memory is a `UserError`.
     """
     device = next(model.parameters()).device
-    found = _resumed(run, tell) if run.resume else None
-    length = _length(found, settings, run.directory) if found else Length(settings.steps)
+    found, length = _begin(run, settings, data, tell)
     settings = dataclasses.replace(settings, steps=length.begun)
-    if found:
-        _tell_changes(found, length, settings, describe_settings(settings, run.options, data.fingerprint), tell)
     resolved = _as_resolved(found, device, tell) if found else {}
     dtype = _format(settings.precision, resolved, device, tell)
     optimisers = Optimizers(model, settings, length)
@@ -107,18 +104,9 @@ def set_up(
         _load_state(model, optimisers, data, found.tensors)
     running = compile_objective(objective, device) if settings.compile else objective
     rows, elements = rows or measured.micro_batch, resolved.get("row_elements", row_elements(batch))
+    scale = LossScale(dtype, **(found.facts.get("loss_scale", {}) if found else {}))
     stepper = TrainStep(
-        model,
-        running,
-        objective,
-        optimisers,
-        device,
-        dtype,
-        rows,
-        settings.clip,
-        settings.seed,
-        elements,
-        LossScale(dtype, **(found.facts.get("loss_scale", {}) if found else {})),
+        model, running, objective, optimisers, device, dtype, rows, settings.clip, settings.seed, elements, scale
     )
     if found:
         _tell_dropout(stepper, resolved, tell)
@@ -163,6 +151,19 @@ def _check_growth(settings: Settings, data: Data) -> None:
             f"batch_stages or batch_ramp begin with {growth.at(0)} rows, and these data with {rows}: their batches do "
             "not grow; leave the two out."
         )
+
+
+def _begin(
+    run: Run, settings: Settings, data: Data, tell: Callable[[str], None]
+) -> tuple[checkpoint.State | None, Length]:
+    """The state of a run that is resumed, checked, and the length of the run."""
+    if not run.resume:
+        return None, Length(settings.steps)
+    found = _resumed(run, tell)
+    length = _length(found, settings, run.directory)
+    begun = dataclasses.replace(settings, steps=length.begun)
+    _tell_changes(found, length, begun, describe_settings(begun, run.options, data.fingerprint), tell)
+    return found, length
 
 
 def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.State:
