@@ -131,6 +131,8 @@ def test_config_that_is_no_json(folder) -> None:
         ({"num_hidden_layers": 0}, ["0 for n_layers", "at least 1"]),
         ({"vocab_size": 97.5}, ["config.json", "97.5"]),
         ({"hidden_act": "cubic"}, ["activation 'cubic'"]),
+        ({"rms_norm_eps": "small"}, ["config.json", "rms_norm_eps cannot be 'small'"]),
+        ({"rms_norm_eps": None}, ["config.json", "rms_norm_eps cannot be None"]),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, ["'longrope'", "yarn"]),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5"]),
         ({"rope_parameters": "linear"}, ["config.json cannot be read as a 'llama' model"]),

@@ -59,10 +59,8 @@ def build(config: Config) -> DecoderLM:
         )
         for _ in range(config.n_layers)
     ]
-    embedding, positions = (
-        nn.Embedding(config.vocab_size, config.dim),
-        LearnedPositions(config.context_length, config.dim),
-    )
+    embedding = nn.Embedding(config.vocab_size, config.dim)
+    positions = LearnedPositions(config.context_length, config.dim)
     head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
     model = DecoderLM(embedding, blocks, norm(), positions=positions, head=head, dropout=config.dropout, config=config)
     normal_(model, std=0.02)

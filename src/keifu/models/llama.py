@@ -116,7 +116,8 @@ def build(config: Config) -> DecoderLM:
     theirs."""
     blocks = [_block(config, layer) for layer in range(config.n_layers)]
     head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
-    embedding, norm = nn.Embedding(config.vocab_size, config.dim), RMSNorm(config.dim, config.norm_eps)
+    embedding = nn.Embedding(config.vocab_size, config.dim)
+    norm = RMSNorm(config.dim, config.norm_eps)
     model = DecoderLM(embedding, blocks, norm, head=head, dropout=config.dropout, config=config)
     normal_(model, std=0.02)
     scale_residual_(model, config.n_layers)
