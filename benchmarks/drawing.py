@@ -49,7 +49,9 @@ def measure(options: argparse.Namespace) -> tuple[list[tuple[int, float, float]]
     found, rows = [], []
     for step, minutes in states(options.run, model):
         drawn = torch.cat([
-            draw_images(model, ImageRequest("dpm++-2m", options.steps, label=label), range(first, min(first + 64, each)))
+            draw_images(
+                model, ImageRequest("dpm++-2m", options.steps, label=label), range(first, min(first + 64, each))
+            )
             for label in labels
             for each in [-(-options.pictures // len(labels))]
             for first in range(0, each, 64)

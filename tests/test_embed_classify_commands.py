@@ -172,7 +172,7 @@ def test_a_table_with_labels_gives_figures_and_a_picture(
 @pytest.mark.parametrize(
     ("model", "words", "sentence"),
     [
-        ("causal", ["cat"], "generates text and has no head for labels: fine-tune it first (keifu train gpt1-finetune --model"),
+        ("causal", ["cat"], "generates text and has no head for labels: fine-tune it first (keifu train gpt1-finetune"),
         ("plain", ["cat"], "has no classification head: train one with keifu train classifier"),
         ("labelled", ["cat", "--picture", "c.png"], "name the table with --on"),
         ("labelled", ["cat", "--on", "table.csv"], "There are two sources of texts, table.csv"),

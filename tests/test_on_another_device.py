@@ -246,7 +246,10 @@ def mlp_case():
 
 
 CASES = {
-    **{name: lambda name=name: (WRITERS[name](), causal_language_modeling, {"tokens": words(3, 9)}) for name in WRITERS},
+    **{
+        name: lambda name=name: (WRITERS[name](), causal_language_modeling, {"tokens": words(3, 9)})
+        for name in WRITERS
+    },
     **{name: lambda name=name: (TRANSLATORS[name](), translation, sides()) for name in TRANSLATORS},
     **{name: lambda name=name: ddpm_case(name) for name in DRAWERS},
     "denoising": lambda: (WRITERS["palm"](), span_corruption, {"tokens": words(3, 9), "mask": torch.rand(3, 9) < 0.5}),

@@ -81,10 +81,10 @@ def test_a_run_without_a_title_is_called_by_its_folder(tmp_path: Path) -> None:
     from keifu.training.loop import train
     from keifu.training.protocols import Run
 
-    data = OwnBatches(DATA, 7)
-    train(
-        network(), lambda model, batch: keifu.LossOutput(loss(model, batch) * 7, 7), data, settings(), Run(tmp_path / "x")
-    )
+    def objective(model, batch) -> keifu.LossOutput:
+        return keifu.LossOutput(loss(model, batch) * 7, 7)
+
+    train(network(), objective, OwnBatches(DATA, 7), settings(), Run(tmp_path / "x"))
     assert "<h1>x" in (tmp_path / "x/report.html").read_text()
 
 

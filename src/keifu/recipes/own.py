@@ -35,8 +35,8 @@ def train(
 ) -> Summary:
     """Trains a model of your own, on the device where its parameters are, and leaves a run's folder (docs/python.md).
 
-    objective: from the model and a batch, the mean loss over the rows, or an `LossOutput` of sums. data: tensors by name,
-    a data set (a tenth of either is held out), or batches. sample: from the steps done, a text or a PNG picture.
+    objective: from the model and a batch, the mean loss over the rows, or a `LossOutput` of sums. data: tensors by
+    name, a data set (a tenth of either is held out), or batches. sample: from the steps done, a text or a PNG picture.
     options: what else decides the result, compared on resuming. unit: what the objective counts. resume goes on to the
     same bits; replace starts over where the folder holds a run, which is a `UserError` otherwise.
 

@@ -76,8 +76,8 @@ def name_of(out: Path) -> str:
     if run_directory.RECORD in content:
         return content[run_directory.RECORD]["name"]
     raise UserError(
-        f"{out / run_directory.RECIPE} was written by an earlier version and does not name its recipe: add it, as in keifu "
-        f"train RECIPE --out {out} --resume, with the options of that run."
+        f"{out / run_directory.RECIPE} was written by an earlier version and does not name its recipe: add it, as in "
+        f"keifu train RECIPE --out {out} --resume, with the options of that run."
     )
 
 
@@ -131,8 +131,8 @@ def go_on(found: Stored | None, module: ModuleType, wanted: Any, out: Path) -> N
     lengths = _check(found, wanted)
     if missing := sorted(by_option(type(wanted), to_json(wanted)).keys() - found.known):
         print(
-            f"{out / run_directory.RECIPE} was written by an earlier version and does not say these options, which are taken "
-            f"as given or as usual: {', '.join(f'--{each}' for each in missing)}.",
+            f"{out / run_directory.RECIPE} was written by an earlier version and does not say these options, which are "
+            f"taken as given or as usual: {', '.join(f'--{each}' for each in missing)}.",
             flush=True,
         )
     recipe, steps = _lengthened(found, wanted, lengths, out)

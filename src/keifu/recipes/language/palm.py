@@ -49,7 +49,8 @@ def paper_settings(recipe: Recipe) -> Settings:
     until = [recipe.share(step / STEPS) for step in GROWS]
     growing = until[0] < until[1] and until[0] > 0  # else the run is too short to grow in
     return Settings(
-        **default_settings(recipe), batch_stages=tuple(zip(rows, until, strict=True)) if growing else (), optimizer="adafactor",
+        **default_settings(recipe), batch_stages=tuple(zip(rows, until, strict=True)) if growing else (),
+        optimizer="adafactor",
         learning_rate=recipe.learning_rate or 1e-2, schedule="inverse_sqrt", hold=max(1, recipe.share(HELD / STEPS)),
         weight_decay=1.0, clip=1.0, spikes=recipe.spikes,
     )  # fmt: skip
