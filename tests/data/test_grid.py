@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from keifu.data.images import grid as module
-from keifu.data.images.grid import grid, png, sheet, wrapped
+from keifu.data.images.grid import grid, png, sheet, wrap
 from keifu.errors import UserError
 
 
@@ -36,15 +36,15 @@ def test_captions_stand_below_and_enlarge_small_pictures() -> None:
 
 
 def test_captions_are_cut_to_two_lines() -> None:
-    assert wrapped("one two", 500) == "one two"
-    first, second = wrapped("a rather long name of something that is not short", 72).split("\n")
+    assert wrap("one two", 500) == "one two"
+    first, second = wrap("a rather long name of something that is not short", 72).split("\n")
     assert first == "a rather long" and second.endswith("…")
-    assert wrapped("unbreakableunbreakable", 72).count("\n") == 1 and wrapped("", 72) == ""
+    assert wrap("unbreakableunbreakable", 72).count("\n") == 1 and wrap("", 72) == ""
 
 
 def test_japanese_words_get_a_font_that_has_them(monkeypatch) -> None:
-    asked, font = [], module._opened(False)
-    monkeypatch.setattr(module, "_opened", lambda far_east: asked.append(far_east) or font)
+    asked, font = [], module._open_font(False)
+    monkeypatch.setattr(module, "_open_font", lambda far_east: asked.append(far_east) or font)
     for text in ("été", "日本", "カタカナ", "😀", "中文"):
         module._font(text)
     assert asked == [False, True, True, False, True]

@@ -119,7 +119,7 @@ def test_no_part_shares_a_sentence_with_another(pairs: list[tuple[str, str]], se
     try:
         found = split(Pairs("p", pairs), seed, held_out=3)
     except UserError as error:
-        assert "cannot be parted" in str(error)
+        assert "cannot be split" in str(error)
         return
     parts = found.train, found.validation, found.test
     sides = [{normalize(side) for pair in part for side in pair} for part in parts]
@@ -168,9 +168,9 @@ def test_the_split_has_the_sizes_and_says_so() -> None:
 
 
 def test_what_cannot_be_parted_is_refused() -> None:
-    with pytest.raises(UserError, match="2 distinct pairs cannot be parted"):
+    with pytest.raises(UserError, match="2 distinct pairs cannot be split"):
         split([("a", "b"), ("c", "d"), ("a", "b")])
-    with pytest.raises(UserError, match="30 distinct pairs cannot be parted .* give more pairs"):
+    with pytest.raises(UserError, match="30 distinct pairs cannot be split .* give more pairs"):
         split([("same", f"other {n}") for n in range(30)])
 
 

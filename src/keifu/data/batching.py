@@ -138,7 +138,7 @@ class BatchSizeSchedule:
         return self._before[stage] + (step - self.starts[stage]) * self.rows[stage]
 
     def numbers(self, step: int) -> np.ndarray:
-        """The numbers of a step's rows, where the rows of all steps are counted through."""
+        """The positions of a step's rows in the stream of all rows."""
         return self.before(step) + np.arange(self.at(step))
 
     @property
@@ -159,7 +159,7 @@ def batch_size_stages(smaller: Iterable[tuple[int, int]], last: int) -> BatchSiz
 
 
 def linear_batch_size(first: int, over: int, last: int) -> BatchSizeSchedule:
-    """Batches that grow from `first` to `last` rows, linearly in the rows seen, over so many rows (GPT-3, appendix B).
+    """Batch-size warm-up from `first` to `last` rows, linear in the rows seen, over so many rows (GPT-3, appendix B).
 
     A step has first + ⌊(last − first) · seen / over⌋ rows.
     """
@@ -176,16 +176,16 @@ def linear_batch_size(first: int, over: int, last: int) -> BatchSizeSchedule:
 
 
 class InterleaveState(NamedTuple):
-    """Of some turns in a row: whose each is, and how many turns that one had had before it."""
+    """For consecutive rows: the source of each, and how many rows that source gave before it."""
 
     whose: np.ndarray
     numbers: np.ndarray
 
 
 def interleave(shares: np.ndarray, start: int, stop: int) -> InterleaveState:
-    """The turns from `start` until before `stop`, counted from 0; shares are above 0 and their sum is 1.
+    """The sources of rows `start` to `stop` - 1, counted from 0; shares are above 0 and their sum is 1.
 
-    It costs the same for late turns as for early ones.
+    It costs the same for late rows as for early ones.
     """
     count = len(shares)
     first = np.maximum(np.floor(shares * (start - count)).astype(np.int64) - 1, 0)  # those before are surely over
@@ -199,7 +199,7 @@ def interleave(shares: np.ndarray, start: int, stop: int) -> InterleaveState:
 
 
 def source_of_row(shares: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Whose turn each of these is; they may be in any order."""
+    """The source of each of these rows, which may be in any order."""
     if not len(numbers):
         return np.zeros(0, np.int64)
     start = int(numbers.min())

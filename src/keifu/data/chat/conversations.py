@@ -22,7 +22,7 @@ from keifu.errors import UserError, unknown
 
 
 def question_and_answer(question: str, answer: str) -> Dialogue:
-    """A conversation of one question."""
+    """A conversation of one question and its answer."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -52,13 +52,13 @@ def translations() -> Iterator[Dialogue]:
 
 
 def arithmetic() -> Iterator[Dialogue]:
-    """Chains of two to four numbers of one or two digits, with what they come to."""
+    """Sums and differences of two to four numbers of one or two digits, with their results."""
     for record in chain_sums(10_000, (2, 4), 2, seed=1):
         yield question_and_answer(record["prompt"], record["answer"])
 
 
 class SyntheticSource(NamedTuple):
-    """The catalogue entry that a set is made of, empty where it is none, and how."""
+    """The catalogue entry from which a synthetic set is made ("" where there is none), and how."""
 
     entry: str
     how: str
@@ -85,7 +85,7 @@ INSTRUCTIONS: dict[str, Callable[[], Iterator[Dialogue]]] = {
 Message = dict[str, str]
 Conversation = list[Message]
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-FOLLOWS = {  # whom a turn may come after; None is the start
+FOLLOWS = {  # the roles that each role may follow; None is the start
     "system": {None},
     "user": {None, "system", "assistant"},
     "assistant": {"user", "tool"},
@@ -116,7 +116,7 @@ def names() -> list[str]:
 
 
 def _ends_with_answer(conversation: Conversation) -> Conversation:
-    """Without a last turn that nobody answers: in talks between people either may have the last word."""
+    """The conversation without a last user message, which has no answer."""
     return conversation[:-1] if conversation[-1]["role"] == "user" else conversation
 
 
@@ -174,7 +174,7 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
 
 
 def validate_messages(messages: Any, place: str) -> Conversation:
-    """The messages, once it is sure that they are a conversation whose last turn is an answer."""
+    """The messages, checked to be a conversation that ends with the assistant; otherwise a `UserError`."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{place}: a conversation is a list of messages, and this is {str(messages)[:40]!r}.")
     before = None

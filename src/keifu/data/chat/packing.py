@@ -21,7 +21,7 @@ NO_DOCUMENT = -1
 
 
 class TurnMasks(NamedTuple):
-    """The ids of a conversation, and of each whether it is to be learned."""
+    """The token ids of a conversation, and its loss mask: which tokens are trained on."""
 
     ids: list[int]
     learned: list[bool]
@@ -35,9 +35,9 @@ class FittedConversations(NamedTuple):
     shortened: int
 
     def sentence(self, context_length: int) -> str:
-        """What was done to those too long, for people; empty where nothing was."""
-        told = [(self.dropped, "left out"), (self.shortened, f"cut to their first {context_length} tokens")]
-        parts = [f"{count:,} were {what}" for count, what in told if count]
+        """A sentence on the conversations that were too long; empty where there were none."""
+        counts = [(self.dropped, "left out"), (self.shortened, f"cut to their first {context_length} tokens")]
+        parts = [f"{count:,} were {what}" for count, what in counts if count]
         total = len(self.kept) + self.dropped
         return f"Of {total:,} conversations {' and '.join(parts)}, being longer." if parts else ""
 
@@ -47,7 +47,7 @@ def fit_conversations(
 ) -> FittedConversations:
     """Those of at most context_length tokens; longer ones are a `UserError`, left out, or cut at their end.
 
-    A conversation of which nothing is left to learn is left out too.
+    A conversation without a token to train on is left out too.
     """
     long = [len(each.ids) for each in conversations if len(each.ids) > context_length]
     if long and too_long == "error":
@@ -68,7 +68,7 @@ def fit_conversations(
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which go together in rows of at most `capacity` tokens: the longest first, each where it leaves least room."""
+    """Best-fit-decreasing bin packing into rows of at most `capacity` tokens: the places of each row."""
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # of each row that has any, sorted
     for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
@@ -83,11 +83,11 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class PackedConversations:
-    """The training loop's data: {"tokens", "mask": True on what is to be learned, "documents"}, [row, position] each.
+    """Training data: {"tokens", "mask": True on tokens that are trained on, "documents"}, [row, position] each.
 
-    A row holds several conversations, which `documents` numbers; what is empty at its end is a document of its own.
-    Which go together is fixed; every epoch takes every row once, in an order of its own, and a batch may reach into the
-    next epoch. With `packed` False each row is one conversation.
+    A row holds several conversations, which `documents` numbers; the padding at its end is a document of its own. The
+    packing is fixed; every epoch takes every row once, in an order of its own, and a batch may reach into the next
+    epoch. With `packed` False each row is one conversation.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class PackedConversations:
         packed: bool = True,
     ):
         if not training:
-            raise UserError("There is no conversation to learn from.")
+            raise UserError("There is no conversation to train on.")
         self.seed, self.pad_id, self.context_length = seed, pad_id, context_length
         self.training, self.held = list(training), list(held)
         self.rows, self.held_rows = (self._rows(part, packed) for part in (training, held))
@@ -119,7 +119,7 @@ class PackedConversations:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all ids and masks, and of what goes together."""
+        """A hash of all ids and masks, and of the packing."""
         return self._hash
 
     @cached_property
@@ -131,19 +131,19 @@ class PackedConversations:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, counted from 0."""
-        return self._made(self.training, [self.rows[row] for row in self._epochs.batch(step)])
+        return self._make_batch(self.training, [self.rows[row] for row in self._epochs.batch(step)])
 
     def largest(self) -> dict[str, Tensor]:
-        """The batch that needs the most memory, whether or not it is drawn."""
+        """The batch that needs the most memory, whether or not any step has it."""
         size = {id(row): sum(len(self.training[place].ids) for place in row) for row in self.rows}
-        return self._made(self.training, sorted(self.rows, key=lambda row: -size[id(row)])[: self.batch_size])
+        return self._make_batch(self.training, sorted(self.rows, key=lambda row: -size[id(row)])[: self.batch_size])
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         """The held-out conversations, always the same."""
         for first in range(0, len(self.held_rows), self.batch_size):
-            yield self._made(self.held, self.held_rows[first : first + self.batch_size])
+            yield self._make_batch(self.held, self.held_rows[first : first + self.batch_size])
 
-    def _made(self, part: Sequence[TurnMasks], rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    def _make_batch(self, part: Sequence[TurnMasks], rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         length = max(sum(len(part[place].ids) for place in row) for row in rows)
         tokens = np.full((len(rows), length), self.pad_id, np.int64)
         mask, documents = np.zeros((len(rows), length), bool), np.full((len(rows), length), NO_DOCUMENT, np.int64)

@@ -35,13 +35,13 @@ from keifu.data.chat.packing import TurnMasks
 from keifu.data.records import listed
 from keifu.errors import UserError, unknown
 
-UNTOUCHED = 5  # where the form's sliders stood: a talk of which all three are this was perhaps not rated
-APART = 3.0  # how much a pair's mean ratings differ at least
+UNTOUCHED = 5  # the sliders' initial value: a conversation with this for all three was perhaps not rated
+APART = 3.0  # the least difference of a pair's mean ratings
 
 
 def chitchat_preferences() -> Iterator[dict[str, Any]]:
-    """Pairs of talks on one question, as preferences are written; of each question the best with the worst, the second
-    best with the second worst, and so on, each talk once."""
+    """Preferences between two conversations on one question: the best rated against the worst, the second best against
+    the second worst, and so on, each conversation once."""
     content = json.loads(catalogue.fetch("chitchat").read_text(encoding="utf-8"))
     rated: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for talk in content.values():
@@ -63,14 +63,14 @@ PREFERENCES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"chitchat-pref
 
 @dataclass(frozen=True)
 class RankedResponses:
-    """A prompt, and at least two answers to it, the best first. `levels`: answers with the same number are as good."""
+    """A prompt and at least two responses to it, the best first. `levels`: answers with the same number are as good."""
 
     prompt: Conversation
     answers: tuple[str, ...]
     levels: tuple[float, ...]
 
     def pairs(self) -> list[tuple[int, int]]:
-        """Places of each better answer with each worse one."""
+        """The places of every pair of a better and a worse response."""
         places = combinations(range(len(self.answers)), 2)
         return [(first, second) for first, second in places if self.levels[first] > self.levels[second]]
 
@@ -129,7 +129,7 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], RankedResponses]
 
 
 def _prompt(given: Any, place: str) -> Conversation:
-    """Messages that somebody is to answer."""
+    """Messages that end where a response is expected."""
     messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
     return validate_messages([*messages, {"role": "assistant", "content": "?"}], f"{place}, prompt")[:-1]
 
@@ -152,14 +152,14 @@ def _validate(found: RankedResponses, place: str) -> RankedResponses:
 
 
 class Pair(NamedTuple):
-    """Two answers with their prompt; of each, what is learned is the answer alone."""
+    """Two responses, each after its prompt; the loss mask covers the response alone."""
 
     better: TurnMasks
     worse: TurnMasks
 
 
 class Ranking(NamedTuple):
-    """Answers to one prompt, each with it, and how good each is: of two, the one with the higher level is better."""
+    """Responses to one prompt, each after it, with a level each: the higher level is the better response."""
 
     answers: list[TurnMasks]
     levels: list[float]
@@ -168,7 +168,7 @@ class Ranking(NamedTuple):
 class PreferencePairs:
     """The training loop's data: {"tokens", "mask": True on the answers [row, 2, position], "reference" [row, 2]}.
 
-    `references` [pairs, 2], of the training pairs and of those held out, are handed on with the pairs.
+    `references` [pairs, 2], the reference model's log-probabilities for training and held-out pairs, come with them.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class PreferencePairs:
         references: tuple[Float[Tensor, "n k"], Float[Tensor, "m k"]],
     ):
         if not training:
-            raise UserError("There is no preference to learn from.")
+            raise UserError("There is no preference to train on.")
         self.parts, self.references = (list(training), list(held)), references
         self.batch_size, self.pad_id, self.seed = min(batch_size, len(training)), pad_id, seed
         self._epochs = Epochs(len(training), self.batch_size, seed)
@@ -206,19 +206,19 @@ class PreferencePairs:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, counted from 0."""
-        return self._made(0, self._epochs.batch(step).tolist())
+        return self._make_batch(0, self._epochs.batch(step).tolist())
 
     def largest(self) -> dict[str, Tensor]:
-        """The batch that needs the most memory, whether or not it is drawn: that of the longest pairs."""
+        """The batch that needs the most memory, whether or not any step has it: that of the longest pairs."""
         lengths = [max(len(each.ids) for each in pair) for pair in self.parts[0]]
-        return self._made(0, np.argsort(lengths)[-self.batch_size :].tolist())
+        return self._make_batch(0, np.argsort(lengths)[-self.batch_size :].tolist())
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         """The held-out pairs, always the same."""
         rows = range(len(self.parts[1]))
-        yield from (self._made(1, rows[at : at + self.batch_size]) for at in rows[:: self.batch_size])
+        yield from (self._make_batch(1, rows[at : at + self.batch_size]) for at in rows[:: self.batch_size])
 
-    def _made(self, part: int, rows: Sequence[int]) -> dict[str, Tensor]:
+    def _make_batch(self, part: int, rows: Sequence[int]) -> dict[str, Tensor]:
         made = stack_rows([self.parts[part][row] for row in rows], self.pad_id)
         return made | {"reference": self.references[part][list(rows)]}
 
@@ -226,7 +226,7 @@ class PreferencePairs:
 class RankedAnswers(PreferencePairs):
     """The training loop's data: {"tokens", "mask": True on real tokens [row, K, position], "levels" [row, K]}.
 
-    All answers of a prompt are one row (InstructGPT, section 3.5); the level of one that is not there is no number.
+    All responses to a prompt are one row (InstructGPT, section 3.5); a missing response has the level NaN.
     """
 
     def __init__(self, training: Sequence[Ranking], held: Sequence[Ranking], batch_size: int, seed: int, pad_id: int):
@@ -240,17 +240,17 @@ class RankedAnswers(PreferencePairs):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all ids and of what is better than what."""
+        """A hash of all ids and levels."""
         levels = b"".join(part.numpy().tobytes() for part in self.references)
         return hashlib.sha256(self._hash.encode() + levels).hexdigest()
 
-    def _made(self, part: int, rows: Sequence[int]) -> dict[str, Tensor]:
+    def _make_batch(self, part: int, rows: Sequence[int]) -> dict[str, Tensor]:
         made = stack_rows([self.parts[part][row] for row in rows], self.pad_id)
         return made | {"levels": self.references[part][list(rows), : made["tokens"].shape[1]]}
 
 
 def stack_rows(pairs: Sequence[Sequence[TurnMasks]], pad_id: int) -> dict[str, Tensor]:
-    """Pairs, or more answers of each, as tensors, padded on the right."""
+    """Pairs or rankings as tensors, padded on the right."""
     length, most = max(len(each.ids) for pair in pairs for each in pair), max(map(len, pairs))
     tokens, mask = np.full((len(pairs), most, length), pad_id, np.int64), np.zeros((len(pairs), most, length), bool)
     for row, pair in enumerate(pairs):

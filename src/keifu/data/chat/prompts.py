@@ -20,7 +20,7 @@ from keifu.errors import UserError, unknown
 
 @dataclass(frozen=True)
 class Prompt:
-    """What somebody is to answer, and the whole record that it stands in."""
+    """A prompt as messages, and the record that it comes from."""
 
     messages: Conversation
     record: Mapping[str, Any]
@@ -33,7 +33,7 @@ class Prompt:
 
 def read_prompts(source: str | Path) -> Iterator[Prompt]:
     """The prompts of a .jsonl or .json file, whose objects have a "prompt", a text or messages, and other fields; or
-    of conversations that keifu has by name, what is said before their last answer, and that as "answer"."""
+    of conversations that keifu has by name, all but the last message, and that one as "answer"."""
     path = Path(source)
     if source in conversations.names():
         for number, talk in enumerate(conversations.read(str(source)), 1):
@@ -71,8 +71,7 @@ def reasoning_gym() -> Any:
     try:
         return import_module("reasoning_gym")
     except ImportError as error:
-        told = f"reasoning-gym cannot be used ({error})"
-        raise UserError(f"{told}: pip install 'keifu[gym]'.") from error
+        raise UserError(f"reasoning-gym cannot be used ({error}): pip install 'keifu[gym]'.") from error
 
 
 def gym_problems(source: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -90,7 +89,7 @@ def gym_problems(source: str, count: int, seed: int) -> Iterator[dict[str, Any]]
 
 
 def gym_score(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
-    """What the library's scorer says, from 0 to 1; the example is one of `gym_problems`."""
+    """The score of the library's own scorer, from 0 to 1, for an example of `gym_problems`."""
     if "entry" not in example:
         raise UserError(f"the example is none of reasoning-gym's: choose --data {PREFIX}NAME, or another reward")
     entry = example["entry"]

@@ -21,7 +21,7 @@ from keifu.data.classification.input_formats import Delimiters, FormExamples, Id
 from keifu.data.translation.batches import ByRows
 from keifu.errors import UserError
 
-POOL = 32  # batches whose rows are drawn together and then sorted by length
+POOL = 32  # batches whose rows are sorted by length together
 VALIDATION_TOKENS = 8192  # in a batch of held-out rows
 
 
@@ -60,10 +60,10 @@ class EncodedTexts:
 
 
 class LabelledBatches:
-    """The training loop's data: batches as the rows make them (see `Encoded.batch`).
+    """The training loop's data: batches as the rows make them (see `EncodedTexts.batch`).
 
-    Every epoch shows every row once. Rows are drawn, those of `POOL` batches are sorted by length, and the batches come
-    in a random order: that leaves little padding and little order. The last batch of an epoch may be smaller.
+    Every epoch has every row once. Rows are shuffled, those of `POOL` batches are sorted by length, and the batches are
+    shuffled: that leaves little padding and little order. The last batch of an epoch may be smaller.
     """
 
     def __init__(self, training: EncodedTexts, held: EncodedTexts, batch_size: int, seed: int, pad_id: int):
@@ -79,7 +79,7 @@ class LabelledBatches:
 
     @property
     def fingerprint(self) -> str:
-        """Of the training rows and of the held-out ones."""
+        """A hash of the training rows and of the held-out ones."""
         return f"{self.training.fingerprint}|{self.held.fingerprint}"
 
     def batch(self, step: int) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ class LabelledBatches:
         return self.training.batch(self._epochs.item(step).tolist(), self.pad_id)
 
     def largest(self) -> dict[str, Tensor]:
-        """The batch that needs the most memory, whether or not it is drawn: that of the longest rows."""
+        """The batch that needs the most memory, whether or not any step has it: that of the longest rows."""
         longest = np.argsort(self.batching.lengths)[-self.batch_size :]
         return self.training.batch(longest.tolist(), self.pad_id)
 
@@ -247,6 +247,6 @@ class TensorBatches:
         return torch.randperm(len(self.training), generator=self._generator("order", epoch)).numpy()
 
     def _generator(self, use: str, number: int) -> Generator:
-        """Random numbers for one use at one place of the run."""
+        """A generator for one use and one epoch or step."""
         digest = hashlib.sha256(f"{self.seed} {use} {number}".encode()).digest()
         return Generator().manual_seed(int.from_bytes(digest[:7], "big"))

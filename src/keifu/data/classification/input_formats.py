@@ -45,7 +45,7 @@ class Delimiters(NamedTuple):
 class Form:
     """How an example is read and laid out.
 
-    columns: what its texts' columns are called unless told otherwise. orders: from the number of its texts, which of
+    columns: the default names of its texts' columns. orders: from the number of its texts, which of
     them each sequence holds. answers: whether its label is the number of one of its texts.
     """
 
@@ -157,7 +157,7 @@ class FormExamples:
         return FormExamples(self.source, self.form, tuple(self.rows[place] for place in places))
 
     def split(self, held_out: int) -> tuple["FormExamples", "FormExamples"]:
-        """Rows to learn from and at most `held_out` others, by a hash of the first text: what shares it stays together.
+        """Training rows and at most `held_out` test rows, by a hash of the first text: what shares it stays together.
 
         Premises come with several hypotheses, contexts with several questions.
         """

@@ -88,7 +88,7 @@ CATALOGUED: dict[str, Callable[[], Iterator[Row]]] = {"wiki-summaries": _topics}
 
 
 def key(text: str) -> str:
-    """A number in hexadecimal for what a text says: case, spaces and punctuation aside (see `normalize`)."""
+    """A hash of a text without its case, spaces and punctuation (see `normalize`), in hexadecimal."""
     return hashlib.sha256(normalize(text).encode()).hexdigest()
 
 
@@ -99,10 +99,10 @@ def split(table: LabelledTexts, held_out: int) -> tuple[LabelledTexts, LabelledT
 
 
 def split_train_test(keys: Sequence[str], labels: Sequence[str], held_out: int) -> tuple[list[int], list[int]]:
-    """The places of rows to learn from, in the order of their keys, and of at most `held_out` others to test on.
+    """The places of training rows, in the order of their keys, and of at most `held_out` test rows.
 
-    Which rows those are, only their keys decide: those with the smallest. Rows with the same key stay together, so that
-    none is on both sides, and a label that would only be held out is learned from instead.
+    The test rows are those with the smallest keys. Rows with the same key stay together, so that none is on both sides,
+    and a label that would only be held out stays in training.
     """
     if not 0 <= held_out < len(keys):
         raise UserError(f"{held_out} of {len(keys)} rows cannot be held out: give a number between.")

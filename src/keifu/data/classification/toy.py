@@ -68,7 +68,7 @@ ENOUGH = 50  # rows; with fewer, none is held out
 
 @dataclass(frozen=True, eq=False)
 class ToyDataset:
-    """Rows to learn from, rows held out, mean and scale of each input, and the names of columns and classes.
+    """Training and held-out rows, mean and scale of each input, and the names of columns and classes.
 
     Where there are too few rows to hold any out, the same ones are both. Pictures have no names of columns.
     """
@@ -82,7 +82,7 @@ class ToyDataset:
 
 
 def toy_dataset(name: str, label: str | None = None) -> ToyDataset:
-    """The subject of that name, or the CSV file there with its column of labels (see `read_table`)."""
+    """The data set of that name, or the CSV file there with its column of labels (see `read_table`)."""
     if name != "mnist":
         return _table(name, label)
     if label is not None:
@@ -105,7 +105,7 @@ def _table(name: str, label: str | None) -> ToyDataset:
         raise unknown("data set or CSV file", name, NAMES)
     table = toy_table(name, label)
     if len(table.classes) == 1:
-        raise UserError(f"There is nothing to tell apart in {name}: all its rows have the label {table.classes[0]!r}.")
+        raise UserError(f"There is nothing to classify in {name}: all its rows have the label {table.classes[0]!r}.")
     rows = LabelledTensors(table.inputs.float(), table.targets)
     training = held = rows
     if len(rows) >= ENOUGH:

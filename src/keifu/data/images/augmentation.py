@@ -22,7 +22,7 @@ Values = Float[Tensor, "picture channels height width"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How much pictures are varied; nothing is, unless it is asked for."""
+    """The strength of each augmentation; by default none."""
 
     flip: bool = False
     """Mirror every second one from left to right; not for letters and digits."""
@@ -49,19 +49,19 @@ class Augmentation:
             raise UserError("augmentation's crop is 1.0, which would leave nothing: it must be below 1.")
 
     def __call__(self, pictures: Bytes, seed: int, step: int, indices: np.ndarray) -> Bytes:
-        """The pictures varied; what happens to one depends on the seed, the step and its own index alone."""
+        """The augmented images; each one's transformation depends only on the seed, the step and its own index."""
         if self == Augmentation():
             return pictures
         chance = torch.from_numpy(uniform(seed, step, indices, 10).T.copy()).float()
         values = pictures.float()
         if self.flip or self.shift or self.crop or self.rotation:
-            values = self._moved(values, chance)
+            values = self._move(values, chance)
         if self.brightness or self.contrast or self.saturation:
-            values = self._coloured(values, chance)
+            values = self._recolour(values, chance)
         return values.round().clamp(0, 255).to(torch.uint8)
 
-    def _moved(self, values: Values, chance: Float[Tensor, "10 picture"]) -> Values:
-        """One resampling for all moves: the place of an output pixel goes through `lines` to its place in the input."""
+    def _move(self, values: Values, chance: Float[Tensor, "10 picture"]) -> Values:
+        """One resampling for all moves: an affine map from the place of an output pixel to its place in the input."""
         height, width = values.shape[2:]
         sign = torch.where(chance[0] < 0.5, -1.0, 1.0) if self.flip else torch.ones(len(values))
         scale = 1 - self.crop * chance[1]
@@ -77,7 +77,7 @@ class Augmentation:
         grid = F.affine_grid(torch.stack(rows, 1), list(values.shape), align_corners=False)
         return F.grid_sample(values, grid, "bilinear", "border", align_corners=False)
 
-    def _coloured(self, values: Values, chance: Float[Tensor, "10 picture"]) -> Values:
+    def _recolour(self, values: Values, chance: Float[Tensor, "10 picture"]) -> Values:
         signed = (2 * chance[7:] - 1)[..., None, None, None]
         values = values + 255 * self.brightness * signed[0]
         mean = values.mean((1, 2, 3), keepdim=True)
@@ -105,7 +105,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Distortion:
-    """How far pictures are moved, turned, sized and bent: each is the largest change, for `bend` the usual one."""
+    """The strength of shift, rotation, scaling and elastic deformation: each the maximum, for `bend` the deviation."""
 
     shift: float = 1.5  # pixels, along each axis
     turn: float = 12.0  # degrees
@@ -117,7 +117,7 @@ class Distortion:
     def __call__(
         self, pictures: Float[Tensor, "rows height width"], generator: Generator
     ) -> Float[Tensor, "rows height width"]:
-        """Each picture distorted by numbers of its own, drawn from the generator; what comes from outside is zero."""
+        """Each image distorted by random numbers of its own from the generator; outside the image is zero."""
         rows, height, width = pictures.shape
         grid = F.affine_grid(self._affine(rows, width, generator), [rows, 1, height, width], align_corners=False)
         field = torch.randn(rows, 2, self.cells, self.cells, generator=generator) * (2 * self.bend / width)

@@ -24,9 +24,9 @@ HeldTokens = Int64[Tensor, "language held_picture held_length"]
 class ImageBatches:
     """The training loop's data, for pictures alone, with classes or with captions.
 
-    A batch has "pictures" uint8 [row, channels, height, width] (see `images.signed` for -1 to 1), "indices" [row], the
-    places in the set that they come from, "labels" [row] where the set has classes, and "tokens" [row, length] where
-    captions were given as tokens, in one of the languages, drawn anew each time; "languages" [row] says which.
+    A batch has "pictures" uint8 [row, channels, height, width] (see `to_signed` for -1 to 1), "indices" [row], their
+    places in the set, "labels" [row] where the set has classes, and "tokens" [row, length] where captions were given as
+    tokens, in one of the languages, sampled at each step; "languages" [row] says which.
 
     An epoch takes every picture once, in an order of its own. What a picture looks like by the augmentation, and the
     language of its caption, only the seed, the step and its index decide. Held-out pictures come as they are, and their
@@ -71,29 +71,29 @@ class ImageBatches:
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
         indices = self._epochs.batch(step)
-        batch = _made(self.training, indices)
+        batch = _make_batch(self.training, indices)
         batch["pictures"] = self.augmentation(batch["pictures"], self.seed, step, indices)
         if self.training_tokens is not None:
             drawn = uniform(self.seed + 1, step, indices, 1)[:, 0]
             languages = (drawn * len(self.training_tokens)).astype(np.int64)
-            batch |= _worded(self.training_tokens, indices, languages)
+            batch |= _caption_tokens(self.training_tokens, indices, languages)
         return batch
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         """The held-out pictures in batches, always the same; the last may be smaller."""
         for first in range(0, len(self.held), self.batch_size):
             indices = np.arange(first, min(first + self.batch_size, len(self.held)))
-            batch = _made(self.held, indices)
+            batch = _make_batch(self.held, indices)
             if self.held_tokens is not None:
-                batch |= _worded(self.held_tokens, indices, indices % len(self.held_tokens))
+                batch |= _caption_tokens(self.held_tokens, indices, indices % len(self.held_tokens))
             yield batch
 
 
-def _made(pictures: ImageDataset, indices: np.ndarray) -> dict[str, Tensor]:
+def _make_batch(pictures: ImageDataset, indices: np.ndarray) -> dict[str, Tensor]:
     batch = {"pictures": pictures.take(indices), "indices": torch.from_numpy(indices)}
     return batch | ({"labels": torch.from_numpy(pictures.labels[indices])} if pictures.classes else {})
 
 
-def _worded(tokens: Tokens, indices: np.ndarray, languages: np.ndarray) -> dict[str, Tensor]:
+def _caption_tokens(tokens: Tokens, indices: np.ndarray, languages: np.ndarray) -> dict[str, Tensor]:
     which = torch.from_numpy(languages)
     return {"tokens": tokens[which, torch.from_numpy(indices)], "languages": which}

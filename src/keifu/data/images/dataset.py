@@ -37,7 +37,7 @@ SHOWN = 3  # faults that a note names
 
 
 class ImageFormat(NamedTuple):
-    """What pictures are brought to: the side of a square, the channels, and how."""
+    """The format that images are converted to: the side of a square, the channels, and how they are fitted."""
 
     size: int | None
     channels: int | None
@@ -75,7 +75,7 @@ def _with_advice(fault: str) -> str:
 
 @dataclass
 class _Collector:
-    """What is known of the pictures that were read so far, and which of them are alike."""
+    """Collects the facts of the images read so far, and which of them are duplicates."""
 
     items: list[ImageItem] = field(default_factory=list)
     alike: list[tuple[str, ...]] = field(default_factory=list)
@@ -248,7 +248,7 @@ class ImageDataset:
         return torch.from_numpy(np.ascontiguousarray(taken.transpose(0, 3, 1, 2)))
 
     def chosen(self, places: Iterable[int] | np.ndarray) -> "ImageDataset":
-        """Some of the pictures, in the order asked for."""
+        """Some of the images, in the given order."""
         chosen = np.array(list(places), np.int64)
 
         def pick(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -316,7 +316,7 @@ def read_images(
     leave_out: bool = False,
     cache_dir: str | Path | None = None,
 ) -> ImageDataset:
-    """The pictures of a source (see `picture_sources`), made once and found again while nothing has changed.
+    """The pictures of a source (see `keifu.data.images.sources`), made once and found again while nothing has changed.
 
     size: the side of the squares they are brought to by `fit`: the middle is cut out ("crop"), white is added ("pad")
     or they are stretched; unset, they must all have one size. channels: 1 for grey, 3 for colour; unset, grey where the

@@ -54,7 +54,7 @@ def sheet(
     pen = ImageDraw.Draw(image)
     for place, caption in enumerate(captions or ()):
         left, top = margin + place % columns * cell[1], margin + place // columns * cell[0] + height * scale + 1
-        pen.multiline_text((left, top), wrapped(caption, width * scale), "black", _font(caption), spacing=1)
+        pen.multiline_text((left, top), wrap(caption, width * scale), "black", _font(caption), spacing=1)
     return image
 
 
@@ -78,7 +78,7 @@ def png(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
     return file.getvalue()
 
 
-def wrapped(text: str, width: int, lines: int = LINES) -> str:
+def wrap(text: str, width: int, lines: int = LINES) -> str:
     """A caption broken into lines of at most so many pixels, after spaces where there are some; the rest is cut off."""
     font, rest, found = _font(text), " ".join(text.split()), []
     while rest and len(found) < lines:
@@ -102,11 +102,11 @@ def _fitting(font: ImageFont.FreeTypeFont, text: str, width: int) -> int:
 
 
 def _font(text: str) -> ImageFont.FreeTypeFont:
-    return _opened(any(ord(character) in FAR_EAST for character in text))
+    return _open_font(any(ord(character) in FAR_EAST for character in text))
 
 
 @cache
-def _opened(far_east: bool) -> ImageFont.FreeTypeFont:
+def _open_font(far_east: bool) -> ImageFont.FreeTypeFont:
     """IPAex Gothic for Japanese and Chinese signs, fetched when it is first needed, DejaVu Sans for all else."""
     if far_east:
         return ImageFont.truetype(catalogue.fetch("japanese-font"), LETTERS)

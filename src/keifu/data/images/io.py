@@ -159,7 +159,7 @@ def stratified_sample(
 
 
 def to_signed(pictures: UInt8[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """Bytes as numbers from -1 to 1, float32: what networks that draw are trained on."""
+    """Bytes as numbers from -1 to 1, float32: the range that generative models are trained on."""
     return pictures.float() / 127.5 - 1
 
 
@@ -173,7 +173,7 @@ UNSTATED = "und"  # the code for a language that is not known (BCP 47)
 
 @dataclass(frozen=True)
 class ImageItem:
-    """`name` tells it from the others of its set, `where` names it in errors, `read` gives it; its size is a wish.
+    """`name` is unique in its set, `where` names it in errors, `read` gives it; its size is a wish.
 
     captions: by language code, `UNSTATED` where the source does not say. alike: keys; pictures that share one stay on
     the same side of a split. part: "validation" or "test" where the source has held the picture out, else "".

@@ -38,7 +38,7 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def cut(self, image: Image.Image) -> UInt8[Tensor, "channels crop crop"]:
-        """One picture as bytes. What it makes of transparency and 16 bits, `picture_files` has decided before."""
+        """One picture as bytes. Transparency and 16 bits were handled by `keifu.data.images.io` before."""
         image = image.convert("RGB" if len(self.mean) == 3 else "L")
         width, height = self._resized(*image.size)
         if image.size != (width, height):

@@ -67,7 +67,7 @@ def _digits() -> Iterator[ImageItem]:
 
 
 def _clothes() -> Iterator[ImageItem]:
-    """Fashion-MNIST: 60,000 to train on, then 10,000 to test on, as its authors have parted them."""
+    """Fashion-MNIST: 60,000 to train on, then 10,000 to test on, as its authors split them."""
     folder = catalogue.fetch("fashion-mnist")
     for prefix, part in (("train", ""), ("t10k", "test")):
         pictures, labels = (read_idx(folder / f"{prefix}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
@@ -237,7 +237,7 @@ def _shards(paths: list[Path], problem: Problem) -> Iterator[ImageItem]:
 
 
 def _key(name: str) -> tuple[str, str]:
-    """What samples are told apart by, and what the file is to its sample: a/000 and .png of a/000.png."""
+    """The key of a sample and the extension of its file: a/000 and .png of a/000.png."""
     path = PurePosixPath(name)
     stem, dot, rest = path.name.partition(".")
     return str(path.with_name(stem or path.name)), (dot + rest).lower()

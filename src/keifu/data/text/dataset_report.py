@@ -40,7 +40,7 @@ class TokenizerCoverage:
         return 1 - self.missing / max(1, self.characters)
 
     def sentence(self, name: str) -> str:
-        """What is said about a text."""
+        """The coverage of a text as a sentence."""
         if not self.missing:
             return f"Every character of {name} stands in the tokenizer's vocabulary."
         rest = "are spelled in bytes, so nothing is unknown"
@@ -130,13 +130,13 @@ def bytes_to_scripts(text: np.ndarray) -> np.ndarray:
     return np.repeat(script_numbers(points), spans)
 
 
-FAULTS_SHOWN = 20  # faults that are told one by one; the rest are counted
+FAULTS_SHOWN = 20  # faults that are listed one by one; the rest are counted
 CHUNK = 1 << 20  # characters that are encoded at a time
 
 
 @runtime_checkable
 class SpellingTokenizer(TextTokenizer, Protocol):
-    """A tokenizer that also tells what bytes a token stands for."""
+    """A tokenizer that also gives the bytes of a token."""
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; they need not be whole characters."""
@@ -183,7 +183,7 @@ class DatasetReport:
             self.problems.append(sentence)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as JSON takes it."""
+        """The whole report as a JSON object."""
         rates = {name: asdict(each) | {"tokens_per_byte": each.tokens_per_byte} for name, each in self.scripts.items()}
         return asdict(self) | {"lengths": {str(key): n for key, n in self.lengths.items()}, "scripts": rates}
 

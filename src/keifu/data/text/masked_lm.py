@@ -24,7 +24,7 @@ Bounds = tuple[int, int, int, int]
 
 
 class RowPlanner:
-    """Rows from all documents, drawn anew for each epoch (Devlin et al., 2018, appendix A.2).
+    """Plans rows from all documents, anew for each epoch (Devlin et al., 2018, appendix A.2).
 
     room: tokens of a row without the special ones. short: how often a row is meant to be shorter, of any length, so
     that a model which is fine-tuned on short texts has seen some. pairs: two segments, the second of which in half of
@@ -116,13 +116,13 @@ def _truncate(bounds: np.ndarray, room: int, random: np.random.Generator) -> np.
 
 
 NOT_COUNTED = -100  # the target of a place in `places` that a row does not have
-POOL = 16  # batches whose rows are drawn together and then sorted by length
+POOL = 16  # batches whose rows are sorted by length together
 VALIDATION = 20_181_011  # the seed of what is held out, so that runs of different seeds are compared on the same
 
 
 @dataclass(frozen=True)
 class MaskingScheme:
-    """What a row is, and what of it is hidden (Devlin et al., 2018, section 3.1)."""
+    """The length of a row, and what of it is masked (Devlin et al., 2018, section 3.1)."""
 
     length: int = 128
     """Tokens of a row, [CLS] and [SEP] included."""
@@ -146,7 +146,7 @@ class MaskingScheme:
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The ids of the special tokens, those that may stand for a masked one, and which tokens go on with a word."""
+    """The ids of the special tokens, those that may stand for a masked one, and which tokens continue a word."""
 
     cls: int
     sep: int
@@ -181,12 +181,12 @@ class Vocabulary:
 
 
 class MaskedText:
-    """The loop's data: each epoch draws rows and masks anew, and a batch is a function of the seed and the step alone.
+    """Training data for BERT: new rows and masks in each epoch; a batch depends only on the seed and the step.
 
-    A batch has "tokens" [row, place] with words hidden in them, "mask" (True on real tokens), "places" [row, masked] of
-    what is hidden and "targets", what stood there, -100 where a row has fewer; for sentence pairs also "segments" and
-    "random_next" [row], 1 where the second sentence is not the first one's. "word_weight" and "pair_weight" [row] say
-    how many tokens of the whole batch there are for each target and each pair, so that a batch can be split (see
+    A batch has "tokens" [row, place] with masked words, "mask" (True on real tokens), "places" [row, masked] of
+    the masked tokens and "targets", the original tokens, -100 where a row has fewer; for sentence pairs also "segments"
+    and "random_next" [row], 1 where the second sentence does not follow the first. "word_weight" and "pair_weight"
+    [row] are the tokens of the whole batch for each target and each pair, so that a batch can be split (see
     `keifu.training.objectives.language_modeling`).
     """
 
@@ -203,7 +203,7 @@ class MaskedText:
             raise UserError("whole_words needs a tokenizer that marks what goes on with a word, as wordpiece does.")
         self.shards, self.vocabulary, self.masking = shards, vocabulary, masking
         self.batch_size, self.seed, self.validation_rows = batch_size, seed, validation_rows
-        self._planner = self._planned(shards.training)
+        self._planner = self._row_planner(shards.training)
         self.steps_per_epoch = max(1, len(self._planner.rows(np.random.default_rng([seed, 0]))[1]) // batch_size)
         self._epochs = Epochs(self.steps_per_epoch, 1, seed, self._order)
 
@@ -217,7 +217,7 @@ class MaskedText:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
         bounds, elsewhere = self._epochs.item(step)
         random = np.random.default_rng([self.seed, step, 1])
-        return _loss_weights([self._made(self.shards.training, bounds, elsewhere, random)])[0]
+        return _loss_weights([self._make_batch(self.shards.training, bounds, elsewhere, random)])[0]
 
     @property
     def largest(self) -> dict[str, Tensor]:
@@ -225,7 +225,7 @@ class MaskedText:
         bounds, elsewhere = map(np.concatenate, zip(*self._order(0), strict=True))
         longest = np.argsort(-_sizes(bounds), kind="stable")[: self.batch_size]
         random = np.random.default_rng(self.seed)
-        return _loss_weights([self._made(self.shards.training, bounds[longest], elsewhere[longest], random)])[0]
+        return _loss_weights([self._make_batch(self.shards.training, bounds[longest], elsewhere[longest], random)])[0]
 
     def validation(self) -> Iterable[dict[str, Tensor]]:
         """Held-out rows, spread evenly, with masks that are always the same; every row counts alike."""
@@ -234,14 +234,14 @@ class MaskedText:
     @cached_property
     def _validation(self) -> list[dict[str, Tensor]]:
         random = np.random.default_rng(VALIDATION)
-        bounds, elsewhere = self._planned(self.shards.validation).rows(random)
+        bounds, elsewhere = self._row_planner(self.shards.validation).rows(random)
         count = min(len(bounds), self.validation_rows)
         chosen = np.arange(count) * len(bounds) // count
         parts = [chosen[start : start + self.batch_size] for start in range(0, count, self.batch_size)]
-        made = [self._made(self.shards.validation, bounds[part], elsewhere[part], random) for part in parts]
+        made = [self._make_batch(self.shards.validation, bounds[part], elsewhere[part], random) for part in parts]
         return _loss_weights(made)
 
-    def _planned(self, sentences: Sentences) -> RowPlanner:
+    def _row_planner(self, sentences: Sentences) -> RowPlanner:
         masking = self.masking
         return RowPlanner(sentences, masking.length - 2 - masking.sentence_pairs, masking.short, masking.sentence_pairs)
 
@@ -260,7 +260,7 @@ class MaskedText:
         order = random.permutation(order)
         return list(zip(bounds[order], elsewhere[order], strict=True))
 
-    def _made(
+    def _make_batch(
         self, sentences: Sentences, bounds: np.ndarray, elsewhere: np.ndarray, random: np.random.Generator
     ) -> dict[str, Tensor]:
         pairs, v = self.masking.sentence_pairs, self.vocabulary

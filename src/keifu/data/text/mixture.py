@@ -282,7 +282,7 @@ class WeightedSource:
 
 @dataclass(frozen=True)
 class Check:
-    """Something that is measured of each source's held-out text: the loss of `task`, times `scale(shards)`."""
+    """A validation metric of each source's held-out text: the loss of `task`, times `scale(shards)`."""
 
     task: CorruptionTask
     scale: Callable[[Shards], float] = lambda shards: 1.0

@@ -99,7 +99,7 @@ class Markers:
     def of(cls, tokenizer: Vocabulary, sentinels: int = SENTINELS) -> "Markers":
         """The tokenizer's own; one that lacks an end token, a mode or the sentinels is a `UserError`."""
         if tokenizer.eos_id is None:
-            raise UserError("This tokenizer has no end-of-text token, so nothing can tell where hidden text ends.")
+            raise UserError("This tokenizer has no end-of-text token, so nothing can mark where a masked span ends.")
         ids = [tokenizer.token_id(token) for token in special_tokens(sentinels)]
         pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
         return cls(dict(zip(MODES, ids, strict=False)), np.array(ids[len(MODES) :]), tokenizer.eos_id, pad)
@@ -149,7 +149,7 @@ Windows = Int[np.ndarray, "row place"]
 
 @runtime_checkable
 class CorruptionTask(Protocol):
-    """What is made of windows of `width` tokens. `name` says all that the rows depend on beside text and randomness."""
+    """Makes training rows from windows of `width` tokens. `name` states all settings that the rows depend on."""
 
     width: int
     name: str

@@ -43,7 +43,7 @@ def problem(number: int, seed: int = 0) -> Problem:
 
 
 def documents(count: int, held_out: float, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Documents of eight of the first `count` problems, to learn from and held out; no question is in both."""
+    """Documents of eight of the first `count` problems, for training and held out; no question is in both."""
     both: tuple[dict[str, Problem], dict[str, Problem]] = {}, {}
     for number in range(count):
         found = problem(number, seed)

@@ -23,7 +23,7 @@ SNIFFED = 8192  # bytes from the start of a file, and of the line with a fault
 
 
 def refuse(problem: str) -> None:
-    """What is done about a fault in the data unless told otherwise: stop, with the sentence that names its place."""
+    """The default for a fault in the data: a `UserError` with the sentence that names its place."""
     raise UserError(problem)
 
 

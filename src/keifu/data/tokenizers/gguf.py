@@ -88,9 +88,9 @@ def _generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sampling_fields(generation: Mapping[str, Any]) -> dict[str, Any]:
     """The general.sampling.* of a generation_config: what `_generation_config` reads."""
-    told = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
-    told |= {"temperature": 0.0} if generation.get("do_sample") is False else {}
-    return {f"general.sampling.{SAMPLING_KEYS[key][0]}": SAMPLING_KEYS[key][1](value) for key, value in told.items()}
+    known = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
+    known |= {"temperature": 0.0} if generation.get("do_sample") is False else {}
+    return {f"general.sampling.{SAMPLING_KEYS[key][0]}": SAMPLING_KEYS[key][1](value) for key, value in known.items()}
 
 
 def _needed(fields: Mapping[str, Any], name: str) -> Any:

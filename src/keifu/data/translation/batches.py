@@ -41,7 +41,7 @@ class EncodedSide:
         return np.diff(self.starts)
 
     def keep(self, rows: np.ndarray) -> "EncodedSide":
-        """Some of the sentences, in the order asked for."""
+        """Some of the sentences, in the given order."""
         lengths, starts = self.lengths[rows], self.starts[rows]
         places = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
         return EncodedSide(self.ids[places], _starts(lengths))

@@ -275,7 +275,7 @@ def split(pairs: Pairs | Iterable[Pair], seed: int = 0, held_out: int = HELD_OUT
     train = [pair for pair, both in zip(rows, sides, strict=True) if seen.isdisjoint(both)]
     if not (train and validation and test):
         raise UserError(
-            f"{len(rows):,} distinct pairs cannot be parted into training, validation and test without a sentence in "
+            f"{len(rows):,} distinct pairs cannot be split into training, validation and test without a sentence in "
             "two of them: give more pairs."
         )
     parts = [rows[i] for i in validation], [rows[i] for i in test]

@@ -24,7 +24,7 @@ FORMATS: tuple[Callable[[str, str, Pair], str], ...] = (  # the names of both la
     lambda source, target, pair: f"{target} for “{pair[0]}”: {pair[1]}",
 )
 Row = dict[str, str]
-Parts = tuple[list[str], list[str]]  # documents to learn from, and documents held out
+Parts = tuple[list[str], list[str]]  # training documents and held-out documents
 
 
 def names() -> dict[str, tuple[str, ...]]:
@@ -44,7 +44,7 @@ def parts(name: str, held_out: float) -> Parts:
 
 @lru_cache(maxsize=1)
 def rows(held_out: float) -> tuple[list[Row], list[Row]]:
-    """The rows to learn from and those held out, about that share of all; rows that share a sentence are dropped."""
+    """Training and held-out rows, the latter about that share of all; rows that share a sentence are dropped."""
     return split_sentences([*readers.tatoeba(catalogue.fetch(ENTRY))], held_out)
 
 
