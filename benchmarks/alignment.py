@@ -81,7 +81,7 @@ def ours_sft(folder: Path, options: argparse.Namespace, rank: int, packed: bool)
 def ours_grpo(folder: Path, options: argparse.Namespace) -> float:
     """Answers a second of keifu's recipe."""
     recipe = grpo.Recipe(
-        str(folder / "model"), str(folder / "prompts.jsonl"), f"{folder / 'rewards.py'}:length", held_out=0.0,
+        str(folder / "model"), str(folder / "prompts.jsonl"), reward=f"{folder / 'rewards.py'}:length", held_out=0.0,
         prompts=options.batch, group=GROUP, max_tokens=ANSWER, steps=options.steps + WARM,
     )  # fmt: skip
     grpo.learn(recipe, grpo.prepare(recipe), folder / "run")
@@ -91,7 +91,7 @@ def ours_grpo(folder: Path, options: argparse.Namespace) -> float:
 def ours_ppo(folder: Path, options: argparse.Namespace) -> float:
     """Answers a second, the value model of the policy's size among it."""
     recipe = ppo.Recipe(
-        str(folder / "model"), f"{folder / 'rewards.py'}:length", data=str(folder / "prompts.jsonl"), held_out=0.0,
+        str(folder / "model"), str(folder / "prompts.jsonl"), reward=f"{folder / 'rewards.py'}:length", held_out=0.0,
         prompts=options.batch * GROUP, minibatches=1, max_tokens=ANSWER, rollouts=options.steps + WARM,
     )  # fmt: skip
     ppo.learn(recipe, ppo.prepare(recipe), folder / "run")

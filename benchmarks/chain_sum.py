@@ -120,8 +120,8 @@ def tuned(options: argparse.Namespace, folder: Path, model: Path, name: str, ste
 def rewarded(options: argparse.Namespace, folder: Path) -> float:
     """Learns from the reward on prompts alone; the seconds that it took."""
     recipe = grpo.Recipe(
-        str(folder / "sft"), str(folder / "prompts.jsonl"), "last-number", held_out=0.02, prompts=options.prompts,
-        group=options.group, max_tokens=LONGEST, beta=options.beta, steps=options.grpo_steps,
+        str(folder / "sft"), str(folder / "prompts.jsonl"), reward="last-number", held_out=0.02,
+        prompts=options.prompts, group=options.group, max_tokens=LONGEST, beta=options.beta, steps=options.grpo_steps,
         learning_rate=options.rate, warmup=20, seed=options.seed,
     )  # fmt: skip
     return timed(lambda: grpo.run(recipe, folder / "grpo", False))

@@ -134,14 +134,14 @@ def test_adapters_are_held_to_the_model_they_are_on(dora: bool, base: Path, task
     """Without a copy of it: the reference is the policy, whose adapters are left out."""
     data = str(task / "prompts.jsonl"), f"{task / 'rewards.py'}:letters"
     few = {"prompts": 2, "group": 3, "max_tokens": 6}
-    rollouts = recipe.prepare(recipe.Recipe(str(base), *data, **few, lora=Lora(2, dora=dora))).data
+    rollouts = recipe.prepare(recipe.Recipe(str(base), data[0], reward=data[1], **few, lora=Lora(2, dora=dora))).data
     assert rollouts.reference is rollouts.model
     with torch.no_grad():
         for adapter in adapters(rollouts.model):
             adapter.b.normal_(std=0.5)
     made = rollouts.batch(0)
     assert (made["old"] - made["reference"]).abs().max() > 0.01
-    copy = recipe.prepare(recipe.Recipe(str(base), *data, **few)).data
+    copy = recipe.prepare(recipe.Recipe(str(base), data[0], reward=data[1], **few)).data
     assert copy.reference is not copy.model
     torch.testing.assert_close(made["reference"], copy._log_probabilities(copy.reference, made), rtol=0, atol=1e-6)
     assert torch.equal(rollouts.batch(0)["old"], made["old"])  # the adapters are back
@@ -167,7 +167,7 @@ def test_resumed_to_the_bit(parts: list[str], base: Path, task: Path, tmp_path: 
 
 def test_answers_are_of_the_seed_the_step_and_the_weights(base: Path, task: Path) -> None:
     data = str(task / "prompts.jsonl"), f"{task / 'rewards.py'}:letters"
-    options = recipe.Recipe(str(base), *data, prompts=2, group=3, max_tokens=6)
+    options = recipe.Recipe(str(base), data[0], reward=data[1], prompts=2, group=3, max_tokens=6)
     rollouts = recipe.prepare(options).data
     first, again, later = rollouts.batch(3), rollouts.batch(3), rollouts.batch(4)
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -250,7 +250,7 @@ def test_the_value_model_begins_as_the_reward_model_or_the_policy(base: Path, ta
     data = {"data": str(task / "prompts.jsonl"), "prompts": 4, "minibatches": 1, "max_tokens": 6}
     reward: Any = checkpoints.load_model(judge)
     tokens = torch.randint(5, 200, (3, 1, 9))
-    made = recipe.prepare(recipe.Recipe(str(base), str(judge), **data))
+    made = recipe.prepare(recipe.Recipe(str(base), reward=str(judge), **data))
     torch.testing.assert_close(made.model.value.scores_along(tokens), reward.scores_along(tokens))
     first = made.data.batch(0)
     assert float(first["advantage"][first["mask"]].mean()) == pytest.approx(0, abs=1e-5)
@@ -258,7 +258,7 @@ def test_the_value_model_begins_as_the_reward_model_or_the_policy(base: Path, ta
     assert all(torch.equal(first[name], again[name]) for name in first)
     largest = made.data.largest()
     assert largest.keys() == first.keys() and largest["tokens"].numel() >= first["tokens"].numel()
-    new = recipe.prepare(recipe.Recipe(str(base), str(judge), value="policy", **data))
+    new = recipe.prepare(recipe.Recipe(str(base), reward=str(judge), value="policy", **data))
     assert not torch.equal(new.model.value.scores_along(tokens), reward.scores_along(tokens))
     policy = {name: tensor for name, tensor in new.model.policy.state_dict().items()}
     assert all(torch.equal(policy[name], each) for name, each in new.model.value.decoder.state_dict().items())

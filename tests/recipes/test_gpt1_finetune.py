@@ -225,7 +225,7 @@ def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = tables(tmp_path, "choice")
-    recipe = Recipe(str(table), "choice", model=str(bases["gpt1"]), epochs=2, batch_size=8, micro_batch=3)
+    recipe = Recipe(data=str(table), form="choice", model=str(bases["gpt1"]), epochs=2, batch_size=8, micro_batch=3)
     whole = final(recipe, tmp_path / "a")
 
     def failing(self: LabelledBatches, step: int, made: Any = LabelledBatches.batch) -> Any:

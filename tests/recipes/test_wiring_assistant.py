@@ -226,7 +226,8 @@ def of_grpo(toys: Toys) -> tuple[Any, list[Group]]:
         "steps": Reach(41, "settings.steps"),
     }
     batch = {"prompts": Reach(6, "settings.batch_size", 12)}
-    base = grpo.Recipe(toys["base"], toys["prompts.jsonl"], f"{toys['rewards.py']}:length", max_tokens=5, group=2)
+    by = f"{toys['rewards.py']}:length"
+    base = grpo.Recipe(toys["base"], toys["prompts.jsonl"], reward=by, max_tokens=5, group=2)
     beta = {"beta": Reach(0.3, "objective.beta")}
     return base, [Group(rows), Group(batch), Group(beta), sums_group({}), *lora_groups()]
 
@@ -258,7 +259,7 @@ def of_ppo(toys: Toys) -> tuple[Any, list[Group]]:
     }
     value = {"value_rate": Reach(5e-3, lambda r: dict(r.settings.rate_shares)["value."] * r.settings.learning_rate)}
     base = ppo.Recipe(
-        toys["base"], toys["judge-base"], data=toys["prompts.jsonl"], prompts=4, minibatches=2, max_tokens=5
+        toys["base"], reward=toys["judge-base"], data=toys["prompts.jsonl"], prompts=4, minibatches=2, max_tokens=5
     )
     begun = {"text.data": toys["text.txt"], "text.length": 16}
     apart = {"text.validation_data": Reach(toys["text-other.txt"], lambda r: of_text(r).get("validation"), DIFFERENT)}
@@ -293,7 +294,7 @@ def table_rows() -> dict[str, Reach]:
 
 
 def of_classifier(toys: Toys) -> tuple[Any, list[Group]]:
-    base = classifier.Recipe(toys["table.csv"], model=toys["bert"])
+    base = classifier.Recipe(data=toys["table.csv"], model=toys["bert"])
     rows = table_rows() | {
         "data": Reach(toys["table-other.csv"], lambda r: sum(counts(r)), 16),
         "model": Reach(toys["bert-wide"], "model.config.dim", 32),
@@ -311,7 +312,7 @@ def of_classifier(toys: Toys) -> tuple[Any, list[Group]]:
 
 
 def of_gpt1_finetune(toys: Toys) -> tuple[Any, list[Group]]:
-    base = gpt1_finetune.Recipe(toys["table.csv"], model=toys["base"])
+    base = gpt1_finetune.Recipe(data=toys["table.csv"], model=toys["base"])
     rows = table_rows() | {
         "data": Reach(toys["table-other.csv"], lambda r: sum(counts(r)), 16),
         "model": Reach(toys["wide"], decoder_dim, 32),

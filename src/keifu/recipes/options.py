@@ -1,6 +1,4 @@
-"""What every recipe's options have in common: some of them, and all as JSON and back by the names that the command line
-gives them; knows no recipe.
-"""
+"""Options of recipes: those that all have, their names on the command line, and reading and writing them as JSON."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace

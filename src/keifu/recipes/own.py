@@ -1,4 +1,4 @@
-"""Training a model of one's own with keifu's loop: any module, any loss, any data; what `keifu.train` is."""
+"""`keifu.train`: the training loop for a model of one's own, with any module, loss and data."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,12 +1,5 @@
-"""What the recipes that make an assistant of a language model have in common; knows no objective.
-
-What they begin with, its chat template, what of it is trained, and what is left in the run's folder.
-
-What the recipes that learn from ranked answers have in common: reading, rendering, and none longer than a row; it
-knows no objective.
-
-What the recipes that learn from answers of their own have in common: prompts, what rewards the answers, how far the
-run is normal; it knows no objective.
+"""What the recipes that make an assistant of a language model share: options, loading with a chat template, adapters,
+ranked responses, prompts with rewards, and saving.
 """
 
 import copy
@@ -14,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,6 +19,7 @@ from keifu import checkpoints
 from keifu.alignment.monitor import DivergenceMonitor, Range, describe
 from keifu.alignment.reward_model import ModelReward
 from keifu.alignment.rewards import OWN, Scorer, reward, score_responses, text_hash
+from keifu.alignment.rollouts import RolloutPlan
 from keifu.checkpoints.hf.write import generation_config
 from keifu.checkpoints.hub import locate
 from keifu.checkpoints.lora.peft import adapt, lora_config, save_adapter
@@ -41,10 +35,12 @@ from keifu.errors import UserError
 from keifu.files import sha256, write_atomic
 from keifu.generation.text.engine import causal
 from keifu.layers.lora import adapters, merge
-from keifu.recipes.language.common import attribution_of
+from keifu.recipes.finetuning import FinetuneOptions, describe_run
+from keifu.training.protocols import Run
 from keifu.training.run import metrics
 
 Template = Literal["own", "plain", "chatml"]
+CHAIN_SUM = "chain-sum"
 TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
 T = TypeVar("T")
 
@@ -63,6 +59,38 @@ class Lora:
     """Of the adapters' inputs."""
     dora: bool = False
     """Learn the length of each row apart from its direction (Liu et al., 2024)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssistantOptions(FinetuneOptions):
+    """Options of every recipe that trains a language model on conversations."""
+
+    template: Template = "own"
+    """The chat template; own: the tokenizer's, or plain where it has none, which needs no token but the end of text."""
+    lora: Lora = field(default_factory=Lora)
+    """Low-rank adapters."""
+
+    def origin(self) -> dict[str, Any]:
+        """What a resumed run must begin with too."""
+        return super().origin() | {"lora": asdict(self.lora)}
+
+    def rate(self, full: float, adapters: float) -> float:
+        """The learning rate that was given, or else one for all weights or one for adapters."""
+        return self.learning_rate or (adapters if self.lora.rank else full)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedOptions(AssistantOptions):
+    """Options of the recipes that learn from ranked responses."""
+
+    context_length: int | None = None
+    """Tokens of a prompt with its response; unset: 1024, or all that the model takes where that is less."""
+    drop_long: bool = False
+    """Leave out what is longer; without it that is an error."""
+    batch_size: int = 8
+    """Examples in a step."""
+    warmup: float = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
 
 
 def open_model(name: str, template: Template) -> tuple[Any, Tokenizer]:
@@ -146,9 +174,6 @@ def save_result(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: s
     write_atomic(directory / GENERATION_CONFIG, json.dumps(generation_config(tokenizer), indent=2) + "\n")
 
 
-T = TypeVar("T")
-
-
 def prompt_parts(source: str, share: float) -> tuple[list[RankedResponses], list[RankedResponses]]:
     """To learn from, and held out; the same question is never on both sides."""
     found = list(read_preferences(source))
@@ -178,9 +203,6 @@ def fitting_pairs(
     return [one for one, size in zip(found, longest, strict=True) if size <= length]
 
 
-CHAIN_SUM = "chain-sum"
-
-
 @dataclass(frozen=True)
 class SumPrompts:
     """The built-in task."""
@@ -191,6 +213,43 @@ class SumPrompts:
     """The fewest and the most numbers of a problem."""
     digits: int = 1
     """Of a number, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions(AssistantOptions):
+    """Options of the recipes that learn from responses which the model samples itself (reinforcement learning)."""
+
+    data: str = field(default=CHAIN_SUM, kw_only=False)
+    """Prompts: a .jsonl or .json file of them, with whatever the reward needs; or conversations by name, as keifu train
+    sft takes them; or gym:NAME, problems of reasoning-gym (gym:chain_sum,max_terms=3); or chain-sum, the built-in task.
+    """
+    sums: SumPrompts = field(default_factory=SumPrompts)
+    """Of chain-sum."""
+    prompts: int = 8
+    """Prompts of a rollout."""
+    max_tokens: int = 64
+    """Of a response, at most."""
+    temperature: float = 1.0
+    """Sampling temperature of the responses."""
+    minibatches: int = 1
+    """Parts of a rollout, each of which makes an update."""
+    epochs: int = 1
+    """Passes over the responses of a rollout."""
+    clip: float = 0.2
+    """Range of the ratio of a token's probability to that of the rollout, 1 - clip to 1 + clip; outside it, a token has
+    no gradient."""
+    warmup: int = 0
+    """Updates in which the learning rate rises from 0."""
+
+    def plan(self, group: int) -> RolloutPlan:
+        """The plan of a rollout with `group` responses to each prompt."""
+        return RolloutPlan(
+            self.prompts, group, self.max_tokens, self.temperature, self.seed, self.minibatches, self.epochs
+        )
+
+    def parts(self) -> tuple[list[Prompt], list[Prompt]]:
+        """Prompts to learn from, and held out."""
+        return split_prompts(prompts(self.data, self.sums, self.seed), self.held_out)
 
 
 def prompts(source: str, sums: SumPrompts, seed: int) -> Sequence[Prompt]:
@@ -207,23 +266,32 @@ def split_prompts(found: Sequence[Prompt], share: float) -> tuple[list[Prompt], 
     return held_out(found, [each.text for each in found], share)
 
 
-def source_of(data: str, sums: SumPrompts) -> dict[str, Any]:
-    """Where prompts are from, for a report."""
-    made = {"source": "sums in the form of reasoning-gym's chain_sum, made here", **asdict(sums)}
-    return made if data == CHAIN_SUM else {"source": data} | attribution_of(data)
-
-
-def about(
-    recipe: Any, paper: str, normal: Mapping[str, Range], parts: tuple[Sequence[Prompt], Sequence[Prompt]]
-) -> dict[str, Any]:
-    """What a report says of a run of such a recipe; parts: the prompts to learn from, and those held out."""
-    counts = {"prompts to learn from": len(parts[0]), "prompts held out": len(parts[1])}
-    return {
-        "title": f"{recipe.model} learns from the reward {Path(recipe.reward).name}",
-        "paper": paper,
-        "normal ranges": describe(normal),
-        "data": [source_of(recipe.data, recipe.sums) | counts],
-    }
+def describe_rollouts(
+    recipe: Any,
+    task: Any,
+    out: Path,
+    resume: bool,
+    *,
+    paper: str,
+    options: Mapping[str, Any],
+    watched: DivergenceMonitor,
+) -> Run:
+    """The run of a recipe that learns from sampled responses; options: what else decides its result."""
+    learned, held = task.data.parts
+    made = {"source": "sums in the form of reasoning-gym's chain_sum, made here", **asdict(recipe.sums)}
+    counts = {"prompts to learn from": len(learned), "prompts held out": len(held)}
+    return describe_run(
+        recipe,
+        out,
+        resume,
+        title=f"{recipe.model} learns from the reward {Path(recipe.reward).name}",
+        paper=paper,
+        unit="answers",
+        options={"reward": recipe.reward, "reward's file": task.rewarding.digest, **options},
+        data=(made if recipe.data == CHAIN_SUM else {}) | counts,
+        watch=watched,
+        **{"normal ranges": describe(watched.normal)},
+    )
 
 
 @dataclass(frozen=True, eq=False)

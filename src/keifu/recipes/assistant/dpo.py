@@ -1,18 +1,17 @@
-"""Direct preference optimisation (Rafailov et al., 2023): a model learns which of two answers people prefer.
+"""Direct preference optimisation (DPO; Rafailov et al., 2023) on pairs of a chosen and a rejected response.
 
 Paper: "Direct Preference Optimization: Your Language Model is Secretly a Reward Model": β 0.1, batches of 64 pairs, a
-rate of 1e-6 and a warm-up of 150 steps there. What it began with is computed once, before the first step, so no second
-model stays in memory. `--loss ipo`, `robust` and `normalised` are its common variants.
+rate of 1e-6 and a warm-up of 150 steps there. The log-probabilities of the reference model are computed once, before
+the first step, so no second model stays in memory. `--loss ipo`, `robust` and `normalised` are common variants.
 Command: keifu train dpo --model runs/sft --data preferences.jsonl
 Cost: printed before it starts, measured on the machine.
-Expected: see docs/results.md.
+Expected: see docs/results.md, "What InstructGPT's pipeline bought".
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,7 @@ from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.recipes.assistant.common import (
-    Lora,
-    Template,
+    RankedOptions,
     fitting_pairs,
     open_model,
     prompt_parts,
@@ -33,53 +31,32 @@ from keifu.recipes.assistant.common import (
     save_result,
     to_train,
 )
-from keifu.recipes.language.common import attribution_of
-from keifu.recipes.options import Logging
+from keifu.recipes.finetuning import describe_run, finetune_settings
 from keifu.training.loader import on_device
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
 from keifu.training.settings import Settings
 
 
-@dataclass(frozen=True)
-class Recipe(Logging):
+@dataclass(frozen=True, kw_only=True)
+class Recipe(RankedOptions):
     """Options of the run."""
 
-    model: str = "smollm2"
-    """What it begins with, best one that has learned to answer: a run, a directory, a catalogue name or a hub id."""
-    data: str = "preferences.jsonl"
+    data: str = field(default="preferences.jsonl", kw_only=False)
     """A .jsonl or .json file: prompt, chosen and rejected; or prompt and answers, the best first; or
     chitchat-preferences, talks that their speakers rated 3 of 10 apart or more."""
-    template: Template = "own"
-    """The chat template; own: the tokenizer's, or plain where it has none."""
-    context_length: int | None = None
-    """Tokens of a prompt with its answer; unset: 1024, or all that the model takes where that is less."""
-    drop_long: bool = False
-    """Leave out what is longer; without it that is an error."""
-    held_out: float = 0.1
-    """Share of the prompts that is kept for validation, chosen by a hash of the text."""
     loss: Loss = "dpo"
-    """dpo, robust (for labels that are wrong at times), ipo, or normalised by the answers' lengths."""
+    """dpo, robust (for noisy labels), ipo, or normalised by the lengths of the responses."""
     beta: float = 0.1
     """β of the loss: a larger one keeps the policy closer to the reference model."""
     label_smoothing: float = 0.0
     """Share of the pairs that are taken to be labelled the wrong way round."""
-    lora: Lora = field(default_factory=Lora)
-    """Low-rank adapters."""
-    epochs: float = 1.0
-    """How often every pair is seen."""
-    steps: int | None = None
-    """Updates of the weights, in place of epochs."""
     batch_size: int = 16
     """Pairs in a step."""
-    micro_batch: int | None = None
-    """Pairs computed at a time; unset: as many as fit in memory."""
     learning_rate: float | None = None
-    """AdamW's highest rate; unset: 1e-6, and 2e-5 for adapters."""
+    """AdamW's highest learning rate; unset: 1e-6, and 2e-5 for adapters."""
     warmup: float = 0.1
-    """Share of the steps in which the rate rises from 0."""
-    seed: int = 0
-    """Of the adapters and the order of the pairs."""
+    """Share of the steps in which the learning rate rises from 0."""
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -139,22 +116,16 @@ def with_reference(model: nn.Module, found: Sequence[Pair], batch_size: int, pad
 
 def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
     """The training loop's settings for so many steps an epoch."""
-    steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch))
-    return Settings(
-        steps=steps,
+    steps = recipe.total_steps(steps_per_epoch)
+    return finetune_settings(
+        recipe,
+        steps,
         batch_size=recipe.batch_size,
-        micro_batch=recipe.micro_batch,
-        learning_rate=recipe.learning_rate or (2e-5 if recipe.lora.rank else 1e-6),
+        learning_rate=recipe.rate(1e-6, 2e-5),
         schedule="linear",
         final_ratio=0.0,
         warmup=round(recipe.warmup * steps),
-        weight_decay=0.0,
-        betas=(0.9, 0.999),
         precision="float32",  # differences of log-probabilities are small beside what bfloat16 rounds away
-        evaluate_every=max(1, steps // 5),
-        save_every=max(1, steps // 10),
-        seed=recipe.seed,
-        **recipe.logging(),
     )
 
 
@@ -174,19 +145,15 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
     counts = {"pairs to learn from": len(task.data.parts[0]), "pairs held out": len(task.data.parts[1])}
-    told: dict[str, Any] = {"loss": recipe.loss, "beta": recipe.beta, "label_smoothing": recipe.label_smoothing}
-    return Run(
-        directory=out,
-        resume=resume,
-        options=told | {"begins with": recipe.model, "lora": asdict(recipe.lora)},
-        about={
-            "title": f"{recipe.model} learns what is preferred in “{Path(recipe.data).stem}”",
-            "paper": "Rafailov et al., Direct Preference Optimization (2023)",
-            "data": [
-                {"source": recipe.data, **counts, "too long, left out": task.dropped} | attribution_of(recipe.data)
-            ],
-        },
+    return describe_run(
+        recipe,
+        out,
+        resume,
+        title=f"{recipe.model} learns what is preferred in “{Path(recipe.data).stem}”",
+        paper="Rafailov et al., Direct Preference Optimization (2023)",
         unit="pairs",
+        options={"loss": recipe.loss, "beta": recipe.beta, "label_smoothing": recipe.label_smoothing},
+        data=counts | {"too long, left out": task.dropped},
     )
 
 

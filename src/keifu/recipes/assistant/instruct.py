@@ -1,11 +1,11 @@
-"""InstructGPT's three steps in one command (Ouyang et al., 2022): answers shown, answers ranked, answers rewarded.
+"""InstructGPT's three steps in one command (Ouyang et al., 2022): supervised fine-tuning, reward model, PPO.
 
 Paper: "Training language models to follow instructions with human feedback". Each step is the recipe of its name, with
 all of its options: sft, reward and ppo, in a folder each; the second and the third begin with what the first has left.
 One report shows all three. A run that was stopped goes on where it was, within a step too.
 Command: keifu train instruct --model smollm2 --sft.data chats.jsonl --reward.data preferences.jsonl
 Cost: that of each step is printed before it starts.
-Expected: see docs/results.md.
+Expected: see docs/results.md, "What InstructGPT's pipeline bought".
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation as InstructGPT did it (Ouyang et al., 2022): a model learns from a learned reward.
+"""Proximal policy optimisation as InstructGPT did it (Ouyang et al., 2022): a policy is trained on a reward model.
 
 Paper: "Training language models to follow instructions with human feedback", sections 3.5 and C.4: 512 answers of 512
 prompts a rollout, 8 minibatches, one pass, β 0.02 a token, clip 0.2, no discount, temperature 1, the weights' moving
@@ -7,7 +7,8 @@ times 27.8 (PPO-ptx), 8 texts for each answer. The policy's rate is not printed 
 the text. What pretraining text is, and how long, is yours to say.
 Command: keifu train ppo --model runs/sft --reward runs/reward --data prompts.jsonl
 Cost: printed before it starts, measured on the machine, without the writing of the answers.
-Expected: the reward in metrics.jsonl rises, and kl stays inside its range.
+Expected: the reward in metrics.jsonl rises, and kl stays inside its range:
+docs/results.md, "What InstructGPT's pipeline bought".
 """
 
 import copy
@@ -17,32 +18,28 @@ from typing import Any, ClassVar
 
 from keifu.alignment.monitor import DivergenceMonitor
 from keifu.alignment.ppo import NORMAL, ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
-from keifu.alignment.rollouts import RolloutInputs, RolloutPlan
+from keifu.alignment.rollouts import RolloutInputs
 from keifu.data.text.packed import PackedText
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.recipes.assistant.common import (
-    CHAIN_SUM,
     Lora,
     RewardOptions,
-    SumPrompts,
-    Template,
-    about,
+    RolloutOptions,
+    describe_rollouts,
     kl_watch,
     make_rewards,
     measured,
     open_model,
     print_sentence,
-    prompts,
     reference_model,
     row_length,
     save_result,
-    split_prompts,
     to_train,
 )
 from keifu.recipes.assistant.reward import with_score_head
+from keifu.recipes.finetuning import finetune_settings
 from keifu.recipes.language.common import TextOptions
-from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
 from keifu.training.settings import Settings
@@ -64,14 +61,14 @@ class Text(TextOptions):
     """Tokens of one."""
 
 
-@dataclass(frozen=True)
-class Recipe(Logging):
+@dataclass(frozen=True, kw_only=True)
+class Recipe(RolloutOptions):
     """Options of the run."""
 
     RENAMED: ClassVar[dict[str, str]] = {"beta": "kl_coef", "trace": "gae_lambda", "cut_off": "missing_eos_penalty"}
 
-    model: str = "runs/sft"
-    """The policy as it begins, and the reference: one that has learned to answer (keifu train sft)."""
+    model: str = field(default="runs/sft", kw_only=False)
+    """The policy as it begins, and the reference model: a model that was fine-tuned to answer (keifu train sft)."""
     reward: str = "runs/reward"
     """A reward model, a run of keifu train reward; or file.py:function, called with a prompt, an answer and the example
     (a dict); or last-number or exact, which compare with the example's field answer; or reasoning-gym, its scorers."""
@@ -79,36 +76,24 @@ class Recipe(Logging):
     """What the value model begins as: a reward model, or policy, which is the policy with a new head; unset: the reward
     model, or the policy where the reward is a function."""
     measured: tuple[str, ...] = ()
-    """Further rewards that the answers are scored by and nothing is learned from, each a figure by its name."""
-    data: str = CHAIN_SUM
-    """A .jsonl or .json file of prompts, with whatever the reward needs; or conversations by name, as keifu train sft
-    takes them; or gym:NAME, problems of reasoning-gym (gym:chain_sum,max_terms=3); or chain-sum, which is made here."""
-    template: Template = "own"
-    """The chat template; own: the tokenizer's, or plain where it has none."""
-    held_out: float = 0.1
-    """Share of the prompts that is kept for validation, chosen by a hash of the text."""
-    sums: SumPrompts = field(default_factory=SumPrompts)
-    """Of chain-sum."""
+    """Further rewards that are computed and reported under their names, but not learned from."""
     text: Text = field(default_factory=Text)
     """Pretraining text."""
     prompts: int = 64
-    """Of a rollout, with an answer to each."""
+    """Prompts of a rollout, with one response to each."""
     minibatches: int = 8
     """Parts of a rollout, each of which makes an update."""
-    epochs: int = 1
-    """How often the answers of a rollout are gone through."""
-    max_tokens: int = 64
-    """Of an answer, at most."""
     temperature: float = PPOSettings.temperature
-    """Of the answers' sampling."""
+    """Sampling temperature of the responses."""
     kl_coef: float = PPOSettings.kl_coef
     """Weight β of the KL penalty on each token, which keeps the policy near the reference model."""
     clip: float = PPOSettings.clip
-    """How far a token's probability may move, as a share, before it counts no more."""
+    """Range of the ratio of a token's probability to that of the rollout, 1 - clip to 1 + clip; outside it, a token has
+    no gradient."""
     value_clip: float = PPOSettings.value_clip
-    """How far a value may move from that of the rollout before it counts no more."""
+    """How far a value may move from that of the rollout; further away, it has no gradient."""
     discount: float = PPOSettings.discount
-    """What a reward counts a token earlier."""
+    """γ: what a reward counts one token earlier."""
     gae_lambda: float = PPOSettings.gae_lambda
     """λ of generalised advantage estimation: 0 relies on the value model alone, 1 on the rewards alone."""
     missing_eos_penalty: float = PPOSettings.missing_eos_penalty
@@ -116,21 +101,17 @@ class Recipe(Logging):
     lora: Lora = field(default_factory=Lora)
     """Low-rank adapters, of the policy and of the value model."""
     rollouts: int = 100
-    """Rounds of answers; each serves minibatches times epochs updates."""
+    """Rounds of sampling; each serves minibatches times epochs updates."""
     steps: int | None = None
-    """Updates of the weights, in place of rollouts."""
-    micro_batch: int | None = None
-    """Answers computed at a time; unset: as many as fit in memory."""
+    """Updates of the weights; replaces rollouts."""
     learning_rate: float | None = None
-    """AdamW's highest rate for the policy; unset: 5e-6, and 5e-5 for adapters."""
+    """AdamW's highest learning rate for the policy; unset: 5e-6, and 5e-5 for adapters."""
     value_rate: float | None = None
     """The same for the value model; unset: 9e-6, and 9e-5 for adapters."""
     warmup: int = 10
-    """Updates in which the rates rise from 0."""
+    """Updates in which the learning rates rise from 0."""
     ema: float = 0.992
-    """Decay of the moving average of the weights, which is what validates and is written; 0 keeps none."""
-    seed: int = 0
-    """Of the new head, the adapters, the problems, the order of the prompts, and the answers."""
+    """Decay of the moving average of the weights, which is validated and saved; 0 keeps none."""
 
     def __post_init__(self) -> None:
         if self.text.each < 1 or self.text.length < 1:
@@ -150,9 +131,6 @@ class Task:
 
 def prepare(recipe: Recipe) -> Task:
     """Loads policy and reward, reads the prompts and the text, and keeps what the policy began with."""
-    plan = RolloutPlan(
-        recipe.prompts, 1, recipe.max_tokens, recipe.temperature, recipe.seed, recipe.minibatches, recipe.epochs
-    )
     rule = PPOSettings(
         kl_coef=recipe.kl_coef,
         clip=recipe.clip,
@@ -164,14 +142,14 @@ def prepare(recipe: Recipe) -> Task:
         temperature=recipe.temperature,
     )
     by = make_rewards(recipe.reward)
-    parts = split_prompts(prompts(recipe.data, recipe.sums, recipe.seed), recipe.held_out)
+    parts = recipe.parts()
     policy, tokenizer = open_model(recipe.model, recipe.template)
     reference = reference_model(policy, recipe.lora)
     value = value_model(recipe, by, policy, tokenizer)
     model = ActorCritic(to_train(policy, recipe.lora, recipe.seed), value)
     mix = pretraining_mix(recipe, policy, tokenizer)
     scorers = {name: each.scorer for name, each in measured(recipe.measured).items()}
-    inputs = RolloutInputs(model.policy, reference, tokenizer, *parts, by.scorer, plan, scorers)
+    inputs = RolloutInputs(model.policy, reference, tokenizer, *parts, by.scorer, recipe.plan(1), scorers)
     return Task(model, tokenizer, PPOBatches(inputs, value, rule, mix), rule, by)
 
 
@@ -213,25 +191,21 @@ def settings(recipe: Recipe) -> Settings:
     """The training loop's settings; every update has a line of metrics."""
     updates = recipe.minibatches * recipe.epochs
     steps = recipe.steps or recipe.rollouts * updates
-    rate = recipe.learning_rate or (5e-5 if recipe.lora.rank else 5e-6)
+    rate = recipe.rate(5e-6, 5e-5)
     value_rate = recipe.value_rate or (9e-5 if recipe.lora.rank else 9e-6)
-    return Settings(
-        steps=steps,
+    return finetune_settings(
+        recipe,
+        steps,
         batch_size=recipe.prompts // recipe.minibatches,
-        micro_batch=recipe.micro_batch,
         learning_rate=rate,
         rate_shares=(("value.", value_rate / rate),),
         schedule="constant",
         warmup=min(recipe.warmup, steps),
-        weight_decay=0.0,
         betas=(0.9, 0.95),
         ema=recipe.ema,
         precision="float32",  # ratios of probabilities lie close to 1
         log_every=1,
         evaluate_every=max(1, steps // updates // 5) * updates,
-        save_every=max(1, steps // 10),
-        seed=recipe.seed,
-        **recipe.logging(),
     )
 
 
@@ -248,18 +222,11 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> tuple[
 
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool, watched: DivergenceMonitor) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    options: dict[str, Any] = {"reward": recipe.reward, "reward's file": task.rewarding.digest, "value": recipe.value}
     then = {now: old for old, now in Recipe.RENAMED.items()}  # as runs of earlier versions have them
-    options |= {then.get(name, name): value for name, value in asdict(task.rule).items()}
-    options |= {"begins with": recipe.model, "measured": list(recipe.measured)}
-    return Run(
-        directory=out,
-        resume=resume,
-        options=options | {"lora": asdict(recipe.lora), "text": asdict(recipe.text)},
-        about=about(recipe, "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4", NORMAL, task.data.parts),
-        unit="answers",
-        watch=watched,
-    )
+    options: dict[str, Any] = {then.get(name, name): value for name, value in asdict(task.rule).items()}
+    options |= {"value": recipe.value, "measured": list(recipe.measured), "text": asdict(recipe.text)}
+    paper = "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4"
+    return describe_rollouts(recipe, task, out, resume, paper=paper, options=options, watched=watched)
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

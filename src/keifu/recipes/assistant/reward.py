@@ -1,16 +1,16 @@
-"""A reward model: how good an answer is, learned from what people prefer (Ouyang et al., 2022, section 3.5).
+"""A reward model, which scores responses, trained on ranked responses (Ouyang et al., 2022, section 3.5).
 
 Paper: "Training language models to follow instructions with human feedback": 4 to 9 ranked answers of each of 64
 prompts in a step, one epoch, a rate of 9e-6 there. All pairs of a prompt are one element of the loss. In the end the
 demonstrations' mean score is made zero; without a file of them, the best answers of the rankings are that.
 Command: keifu train reward --model runs/sft --data preferences.jsonl
 Cost: printed before it starts, measured on the machine.
-Expected: see docs/results.md.
+Expected: see docs/results.md, "What InstructGPT's pipeline bought".
 """
 
 import copy
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from keifu.layers.lora import merge
 from keifu.models import task_head
 from keifu.recipes.assistant.common import (
     Lora,
-    Template,
+    RankedOptions,
     fitting_pairs,
     open_model,
     padding,
@@ -36,8 +36,7 @@ from keifu.recipes.assistant.common import (
     sample_answer,
     to_train,
 )
-from keifu.recipes.language.common import attribution_of
-from keifu.recipes.options import Logging
+from keifu.recipes.finetuning import describe_run, finetune_settings
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
 from keifu.training.run.report import CURVES
@@ -46,41 +45,23 @@ from keifu.training.settings import Settings
 DEMONSTRATIONS = 256  # at most so many are scored for the bias
 
 
-@dataclass(frozen=True)
-class Recipe(Logging):
+@dataclass(frozen=True, kw_only=True)
+class Recipe(RankedOptions):
     """Options of the run."""
 
-    model: str = "smollm2"
-    """What it begins with, best one that has learned to answer: a run, a directory, a catalogue name or a hub id."""
-    data: str = "preferences.jsonl"
+    data: str = field(default="preferences.jsonl", kw_only=False)
     """A .jsonl or .json file: prompt and answers, the best first, or with scores, where equal ones are as good;
     or prompt, chosen and rejected; or chitchat-preferences, talks that their speakers rated 3 of 10 apart or more."""
     demonstrations: str | None = None
     """Conversations whose mean score is made zero, as keifu train sft reads them; unset: the best answers."""
-    template: Template = "own"
-    """The chat template; own: the tokenizer's, or plain where it has none."""
-    context_length: int | None = None
-    """Tokens of a prompt with its answer; unset: 1024, or all that the model takes where that is less."""
-    drop_long: bool = False
-    """Leave out what is longer; without it that is an error."""
-    held_out: float = 0.1
-    """Share of the prompts that is kept for validation, chosen by a hash of the text."""
     lora: Lora = field(default_factory=Lora)
-    """Low-rank adapters, worked into the model in the end."""
+    """Low-rank adapters, merged into the model in the end."""
     epochs: float = 1.0
-    """How often every prompt is seen; more than one is learned by heart (section C.2)."""
-    steps: int | None = None
-    """Updates of the weights, in place of epochs."""
+    """Passes over the training examples; more than one overfits (section C.2)."""
     batch_size: int = 8
     """Prompts in a step."""
-    micro_batch: int | None = None
-    """Prompts computed at a time; unset: as many as fit in memory."""
     learning_rate: float | None = None
-    """AdamW's highest rate; unset: 9e-6, and 1e-4 for adapters."""
-    warmup: float = 0.03
-    """Share of the steps in which the rate rises from 0."""
-    seed: int = 0
-    """Of the new head, the adapters and the order of the prompts."""
+    """AdamW's highest learning rate; unset: 9e-6, and 1e-4 for adapters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,18 +118,14 @@ def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> lis
 
 def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
     """The training loop's settings for so many steps an epoch."""
-    steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch))
-    return Settings(
-        steps=steps,
+    steps = recipe.total_steps(steps_per_epoch)
+    return finetune_settings(
+        recipe,
+        steps,
         batch_size=recipe.batch_size,
-        micro_batch=recipe.micro_batch,
-        learning_rate=recipe.learning_rate or (1e-4 if recipe.lora.rank else 9e-6),
+        learning_rate=recipe.rate(9e-6, 1e-4),
         warmup=round(recipe.warmup * steps),
-        weight_decay=0.0,
-        evaluate_every=max(1, steps // 5),
-        save_every=max(1, steps // 10),
-        seed=recipe.seed,
-        **recipe.logging(),
+        betas=(0.9, 0.95),
     )
 
 
@@ -189,18 +166,15 @@ def calibration_chart(told: Calibration) -> dict[str, Any]:
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
     counts = {"prompts to learn from": len(task.data.parts[0]), "prompts held out": len(task.data.parts[1])}
-    return Run(
-        directory=out,
-        resume=resume,
-        options={"begins with": recipe.model, "lora": asdict(recipe.lora), "template": task.tokenizer.chat_template},
-        about={
-            "title": f"{recipe.model} learns to score answers from “{Path(recipe.data).stem}”",
-            "paper": "Ouyang et al., InstructGPT (2022), section 3.5",
-            "data": [
-                {"source": recipe.data, **counts, "too long, left out": task.dropped} | attribution_of(recipe.data)
-            ],
-        },
+    return describe_run(
+        recipe,
+        out,
+        resume,
+        title=f"{recipe.model} learns to score answers from “{Path(recipe.data).stem}”",
+        paper="Ouyang et al., InstructGPT (2022), section 3.5",
         unit="prompts",
+        options={"template": task.tokenizer.chat_template},
+        data=counts | {"too long, left out": task.dropped},
     )
 
 

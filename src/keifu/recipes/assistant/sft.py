@@ -1,15 +1,16 @@
-"""Supervised fine-tuning: a language model learns to answer, from conversations (Ouyang et al., 2022, section 3.5).
+"""Supervised fine-tuning of a language model on conversations (Ouyang et al., 2022, section 3.5).
 
 Paper: "Training language models to follow instructions with human feedback": 16 epochs there, a cosine to a tenth, no
-warm-up. What is learned is what the assistant says, the token that ends its turn included; conversations are packed
-into rows in which none sees another. `--lora.rank` trains low-rank adapters (Hu et al., 2021) in place of the model.
+warm-up. The loss is on the tokens of the assistant's turns alone, their end-of-turn token included; conversations are
+packed into rows in which none attends to another. `--lora.rank` trains low-rank adapters (Hu et al.,
+2021) in place of the model.
 Command: keifu train sft --model smollm2 --data summary-instructions --lora.rank 8
 Cost: printed before it starts, measured on the machine.
-Expected: see docs/results.md.
+Expected: see docs/results.md, "A new behaviour for SmolLM2 by LoRA".
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -20,9 +21,8 @@ from keifu.data.chat.packing import FittedConversations, PackedConversations, To
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.chat import Conversation as Talk
-from keifu.recipes.assistant.common import Lora, Template, held_out, open_model, row_length, save_result, to_train
-from keifu.recipes.language.common import attribution_of
-from keifu.recipes.options import Logging
+from keifu.recipes.assistant.common import AssistantOptions, held_out, open_model, row_length, save_result, to_train
+from keifu.recipes.finetuning import describe_run, finetune_settings
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.protocols import Run
@@ -31,46 +31,32 @@ from keifu.training.settings import Settings
 SAMPLES = 3
 
 
-@dataclass(frozen=True)
-class Recipe(Logging):
+@dataclass(frozen=True, kw_only=True)
+class Recipe(AssistantOptions):
     """Options of the run."""
 
-    model: str = "smollm2"
-    """What is fine-tuned: a run, a directory, a .gguf file, a catalogue name or a hub id."""
-    data: str = "summary-instructions"
+    data: str = field(default="summary-instructions", kw_only=False)
     """A .jsonl or .json file of conversations (OpenAI messages, ShareGPT, Alpaca, prompt and response), or a name:
     chitchat, chatterbot, summary-instructions, recipe-instructions, translation-instructions, arithmetic-instructions.
     """
     limit: int | None = None
     """At most so many conversations, spread over all."""
-    template: Template = "own"
-    """The chat template; own: the tokenizer's, or plain where it has none, which needs no token but the end of text."""
     context_length: int | None = None
     """Tokens of a row; unset: 1024, or all that the model takes where that is less."""
     too_long: TooLong = "error"
     """What happens to a conversation longer than a row: an error, drop it, or truncate it at its end."""
     packed: bool = True
-    """Put several conversations into a row; none sees another."""
+    """Pack several conversations into a row; none attends to another."""
     held_out: float = 0.05
     """Share of the conversations that is kept for validation, chosen by a hash of the text."""
-    lora: Lora = field(default_factory=Lora)
-    """Low-rank adapters."""
-    epochs: float = 1.0
-    """How often every conversation is seen."""
-    steps: int | None = None
-    """Updates of the weights, in place of epochs."""
     batch_size: int = 8
     """Rows in a step."""
-    micro_batch: int | None = None
-    """Rows computed at a time; unset: as many as fit in memory."""
     learning_rate: float | None = None
-    """AdamW's highest rate; unset: 2e-5, and 2e-4 for adapters."""
+    """AdamW's highest learning rate; unset: 2e-5, and 2e-4 for adapters."""
     weight_decay: float = 0.0
-    """How strongly AdamW pulls matrices towards zero."""
+    """AdamW's weight decay, of matrices alone."""
     warmup: float = 0.03
-    """Share of the steps in which the rate rises from 0."""
-    seed: int = 0
-    """Of the adapters, the order of the rows and dropout."""
+    """Share of the steps in which the learning rate rises from 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,20 +97,15 @@ def split(found: Sequence[Conversation], share: float) -> tuple[list[Conversatio
 
 def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
     """The training loop's settings for so many steps an epoch."""
-    steps = recipe.steps or max(1, round(recipe.epochs * steps_per_epoch))
-    return Settings(
-        steps=steps,
+    steps = recipe.total_steps(steps_per_epoch)
+    return finetune_settings(
+        recipe,
+        steps,
         batch_size=recipe.batch_size,
-        micro_batch=recipe.micro_batch,
-        learning_rate=recipe.learning_rate or (2e-4 if recipe.lora.rank else 2e-5),
+        learning_rate=recipe.rate(2e-5, 2e-4),
         warmup=round(recipe.warmup * steps),
         weight_decay=recipe.weight_decay,
-        betas=(0.9, 0.999),
-        evaluate_every=max(1, steps // 5),
         sample_every=max(1, steps // 3),
-        save_every=max(1, steps // 10),
-        seed=recipe.seed,
-        **recipe.logging(),
     )
 
 
@@ -161,16 +142,15 @@ def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
     kept = {"learned from": len(task.training.kept), "held out": len(task.held.kept)}
     gone = {"too long, left out": task.training.dropped, "too long, cut": task.training.shortened}
-    return Run(
-        directory=out,
-        resume=resume,
-        options={"begins with": recipe.model, "lora": asdict(recipe.lora), "template": task.tokenizer.chat_template},
-        about={
-            "title": f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
-            "paper": "Ouyang et al., InstructGPT (2022), section 3.5",
-            "data": [{"source": recipe.data} | kept | gone | attribution_of(recipe.data)],
-        },
+    return describe_run(
+        recipe,
+        out,
+        resume,
+        title=f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
+        paper="Ouyang et al., InstructGPT (2022), section 3.5",
         unit="tokens",
+        options={"template": task.tokenizer.chat_template},
+        data=kept | gone,
     )
 
 

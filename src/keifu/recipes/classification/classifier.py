@@ -1,4 +1,4 @@
-"""Text classification (Devlin et al., 2018, section 4.1): a BERT, pretrained or new, learns the labels of a table.
+"""Text classification by fine-tuning BERT (Devlin et al., 2018, section 4.1), on the labelled rows of a table.
 
 Paper: "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding"; appendix A.3 gives the ranges
 that fine-tuning works in: batch 16 or 32, rate 2e-5 to 5e-5, 2 to 4 epochs, dropout 0.1; the released code adds a
@@ -6,17 +6,17 @@ warm-up of a tenth of the steps and a rate that falls linearly to 0.
 Command: keifu train classifier --data reviews.csv --text text --label label
 Cost: printed before it starts, for rows as long as the longest; minilm on 9,000 summaries of 100 tokens, 10 minutes on
 2 cores with bfloat16.
-Expected: see docs/results.md for the topics of the Wikipedia summaries (--data wiki-summaries).
+Expected: see docs/results.md, "What bidirectional pretraining bought" (--data wiki-summaries).
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from keifu import checkpoints
-from keifu.data.classification.batches import EncodedTexts, LabelledBatches
+from keifu.data.classification.batches import EncodedTexts
 from keifu.data.classification.tables import LabelledTexts, read, split
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -25,10 +25,15 @@ from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import encode_texts, encoder
 from keifu.evaluation.classification.metrics import Confusion, probabilities
-from keifu.files import write_atomic
 from keifu.models import bert
-from keifu.recipes.options import Logging
-from keifu.training.loop import Summary, train
+from keifu.recipes.classification.common import (
+    TableOptions,
+    batches,
+    classifier_settings,
+    describe_classifier,
+    train_classifier,
+)
+from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import classification
 from keifu.training.protocols import Run
 from keifu.training.settings import Settings
@@ -37,40 +42,22 @@ SCRATCH = "scratch"
 SMALL = bert.Config(context_length=128, dim=256, hidden_dim=1024, n_layers=4, n_heads=4)
 
 
-@dataclass(frozen=True)
-class Recipe(Logging):
+@dataclass(frozen=True, kw_only=True)
+class Recipe(TableOptions):
     """Options of the run."""
 
-    data: str = "wiki-summaries"
-    """A .csv, .tsv or .jsonl table of texts with labels, or wiki-summaries with its 12 topics."""
+    model: str = field(default="minilm", kw_only=False)
+    """The BERT to begin with: a run, a directory, a hub id or a catalogue name; or scratch for a new one."""
     text: str = "text"
     """The table's column of texts."""
-    label: str = "label"
-    """The table's column of labels."""
-    held_out: float = 0.1
-    """Share of the rows that is kept for testing, chosen by a hash of the text."""
-    model: str = "minilm"
-    """The BERT to begin with: a run, a directory, a hub id or a catalogue name; or scratch for a new one."""
     size: bert.Config = SMALL
-    """The new one's, with --model scratch; its vocabulary and heads follow from the tokenizer and the labels."""
+    """Config of the new model, with --model scratch; its vocabulary and heads follow from the tokenizer and labels."""
     tokenizer: str = "minilm"
-    """The new one's tokenizer: a catalogue name, a file or a directory; or wordpiece to learn it from the texts."""
+    """Tokenizer of the new model: a catalogue name, a file or a directory; or wordpiece to train it on the texts."""
     cut: int | None = None
     """Keep the first so many tokens of longer texts; unset, a text longer than the model takes is an error."""
-    epochs: int = 3
-    """How often every text is seen."""
-    steps: int | None = None
-    """Updates of the weights, in place of epochs."""
-    batch_size: int = 16
-    """Texts in a step."""
-    micro_batch: int | None = None
-    """Texts computed at a time; unset: as many as fit in memory."""
     learning_rate: float | None = None
-    """AdamW's highest rate; unset: 5e-5, and 5e-4 for a new model."""
-    weight_decay: float = 0.01
-    """How strongly AdamW pulls matrices towards zero."""
-    seed: int = 0
-    """Of the new weights, the order of the texts and dropout."""
+    """AdamW's highest learning rate; unset: 5e-5, and 5e-4 for a new model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,43 +125,20 @@ def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...])
 
 def settings(recipe: Recipe, steps_per_epoch: int) -> Settings:
     """The training loop's settings for so many steps an epoch."""
-    steps = recipe.steps or recipe.epochs * steps_per_epoch
-    return Settings(
-        steps=steps,
-        batch_size=recipe.batch_size,
-        micro_batch=recipe.micro_batch,
+    return classifier_settings(
+        recipe,
+        steps_per_epoch,
         learning_rate=recipe.learning_rate or (5e-4 if recipe.model == SCRATCH else 5e-5),
-        schedule="linear",
-        warmup=steps // 10,
-        final_ratio=0.0,
-        weight_decay=recipe.weight_decay,
-        betas=(0.9, 0.999),
-        evaluate_every=max(1, steps_per_epoch // 2),
-        save_every=max(50, steps_per_epoch // 2),
-        seed=recipe.seed,
-        **recipe.logging(),
+        warmup=recipe.total_steps(steps_per_epoch) // 10,
     )
 
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
     """Trains the task's model into a run folder, and draws the confusion matrix of the held-out texts there."""
-    data = LabelledBatches(task.training, task.held, recipe.batch_size, recipe.seed, task.tokenizer.pad_id or 0)
-
-    def sample(step: int) -> str:
-        confusion = evaluate_classifier(task)
-        write_atomic(out / "confusion.png", confusion.picture())
-        return confusion.page()
-
-    return train(
-        task.model,
-        classification,
-        data,
-        settings(recipe, data.steps_per_epoch),
-        describe(recipe, task, out, resume),
-        sample=sample if len(task.held) else None,
-        save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
-        largest=data.largest(),
-    )
+    data = batches(recipe, task)
+    chosen = settings(recipe, data.steps_per_epoch)
+    run = describe(recipe, task, out, resume)
+    return train_classifier(task, classification, data, chosen, run, evaluate_classifier)
 
 
 def evaluate_classifier(task: Task) -> Confusion:
@@ -185,17 +149,16 @@ def evaluate_classifier(task: Task) -> Confusion:
 
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    rows = {"source": recipe.data, "learned from": len(task.training), "held out": len(task.held), "cut": task.cut}
-    return Run(
-        directory=out,
-        resume=resume,
-        options={"begins with": recipe.model, "model": asdict(task.model.config), "cut": recipe.cut},
-        about={
-            "title": f"A classifier learns “{Path(recipe.data).stem}”",
-            "paper": "Devlin et al., BERT (2018)",
-            "data": [rows | {"labels": ", ".join(task.labels)}],
-        },
+    return describe_classifier(
+        recipe,
+        task,
+        out,
+        resume,
+        title=f"A classifier learns “{Path(recipe.data).stem}”",
+        paper="Devlin et al., BERT (2018)",
         unit="texts",
+        options={},
+        data={"labels": ", ".join(task.labels)},
     )
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning as GPT-1 does it (Radford et al., 2018): any decoder, pretrained, learns a task from a table.
+"""Fine-tuning as GPT-1 does it (Radford et al., 2018): a pretrained decoder learns a task from a table.
 
 Paper: "Improving Language Understanding by Generative Pre-Training", sections 3.2, 3.3 and 4.1: start, delimiter and
 extract tokens are new rows of the embedding, one matrix reads the last token's state, and the loss is the task's plus
@@ -6,11 +6,11 @@ half of the language model's. Batch 32, 3 epochs, rate 6.25e-5 with a warm-up of
 dropout 0.1 on what is classified; weight decay 0.01 and clipping at 1 as in the released code.
 Command: keifu train gpt1-finetune --model runs/gpt1 --data wiki-summaries --cut 128
 Cost: printed before it starts, for rows as long as the longest. --lm-weight 0 saves the loss of the words.
-Expected: see docs/results.md for the topics of the Wikipedia summaries.
+Expected: see docs/results.md, "What generative pretraining bought" (--data wiki-summaries).
 """
 
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from keifu import checkpoints
-from keifu.data.classification.batches import FormBatches, LabelledBatches, encode_form
+from keifu.data.classification.batches import FormBatches, encode_form
 from keifu.data.classification.input_formats import (
     Form,
     FormExamples,
@@ -32,11 +32,16 @@ from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.evaluation.classification.classifiers import ClassifierFamily, text_classifier
 from keifu.evaluation.classification.metrics import Confusion
-from keifu.files import write_atomic
 from keifu.generation.text.engine import causal
 from keifu.models import task_head
-from keifu.recipes.options import Logging
-from keifu.training.loop import Summary, train
+from keifu.recipes.classification.common import (
+    TableOptions,
+    batches,
+    classifier_settings,
+    describe_classifier,
+    train_classifier,
+)
+from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import LM_WEIGHT, finetuning_loss
 from keifu.training.protocols import Run
 from keifu.training.settings import Settings
@@ -44,12 +49,12 @@ from keifu.training.settings import Settings
 LEAST_CUT = 8  # tokens: room for the special ones and something between them
 
 
-@dataclass(frozen=True)
-class Recipe(Logging):
+@dataclass(frozen=True, kw_only=True)
+class Recipe(TableOptions):
     """Options of the run."""
 
-    data: str = "wiki-summaries"
-    """A .csv, .tsv or .jsonl table of examples, or wiki-summaries with its 12 topics."""
+    model: str = field(default="runs/gpt1", kw_only=False)
+    """The decoder to begin with: a run, a directory, a .gguf file, a hub id or a catalogue name."""
     form: Literal["classification", "entailment", "similarity", "choice"] = "classification"
     """What an example is: a text; a premise and a hypothesis; two texts in no order; a context and answers to it."""
     columns: tuple[str, ...] = ()
@@ -57,34 +62,20 @@ class Recipe(Logging):
     answers are a list in one column (JSON), or one column each."""
     label: str = "label"
     """The table's column of labels; of a choice, the number of the right answer from 0, or its letter from A."""
-    held_out: float = 0.1
-    """Share of the rows that is kept for testing, chosen by a hash of the first text."""
     test: str | None = None
     """A second table to test on; then no rows of the first are held out."""
-    model: str = "runs/gpt1"
-    """The decoder to begin with: a run, a directory, a .gguf file, a hub id or a catalogue name."""
     cut: int | None = None
     """Keep so many tokens of longer examples; unset, one longer than the model takes is an error."""
     lm_weight: float = LM_WEIGHT
-    """What the language model's loss counts beside the task's; 0: not at all."""
-    epochs: int = 3
-    """How often every example is seen."""
-    steps: int | None = None
-    """Updates of the weights, in place of epochs."""
+    """Weight of the language modelling loss beside the classification loss; 0: none."""
     batch_size: int = 32
     """Examples in a step."""
-    micro_batch: int | None = None
-    """Examples computed at a time; unset: as many as fit in memory."""
     learning_rate: float = 6.25e-5
-    """AdamW's highest rate; models smaller than GPT-1 take a higher one."""
+    """AdamW's highest learning rate; models smaller than GPT-1 take a higher one."""
     warmup: float = 0.002
-    """Share of the steps in which the rate rises from 0."""
-    weight_decay: float = 0.01
-    """How strongly AdamW pulls matrices towards zero."""
+    """Share of the steps in which the learning rate rises from 0."""
     classifier_dropout: float = 0.1
-    """Share of the extracted state that is dropped in training."""
-    seed: int = 0
-    """Of the new weights, the order of the examples and dropout."""
+    """Dropout of the state that is classified."""
 
     def __post_init__(self) -> None:
         for name in ("held_out", "warmup", "classifier_dropout"):
@@ -168,43 +159,16 @@ def start_model(recipe: Recipe, labels: tuple[str, ...]) -> tuple[task_head.Mode
 
 def settings(recipe: Recipe, steps_per_epoch: int) -> Settings:
     """The training loop's settings for so many steps an epoch."""
-    steps = recipe.steps or recipe.epochs * steps_per_epoch
-    return Settings(
-        steps=steps,
-        batch_size=recipe.batch_size,
-        micro_batch=recipe.micro_batch,
-        learning_rate=recipe.learning_rate,
-        schedule="linear",
-        warmup=round(recipe.warmup * steps),
-        final_ratio=0.0,
-        weight_decay=recipe.weight_decay,
-        betas=(0.9, 0.999),
-        evaluate_every=max(1, steps_per_epoch // 2),
-        save_every=max(50, steps_per_epoch // 2),
-        seed=recipe.seed,
-        **recipe.logging(),
-    )
+    warmup = round(recipe.warmup * recipe.total_steps(steps_per_epoch))
+    return classifier_settings(recipe, steps_per_epoch, warmup=warmup)
 
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
     """Trains the task's model into a run folder, and draws the confusion matrix of the held-out examples there."""
-    data = LabelledBatches(task.training, task.held, recipe.batch_size, recipe.seed, task.tokenizer.pad_id or 0)
-
-    def sample(step: int) -> str:
-        confusion = evaluate_examples(task)
-        write_atomic(out / "confusion.png", confusion.picture())
-        return confusion.page()
-
-    return train(
-        task.model,
-        partial(finetuning_loss, lm_weight=recipe.lm_weight),
-        data,
-        settings(recipe, data.steps_per_epoch),
-        describe(recipe, task, out, resume),
-        sample=sample if len(task.held) else None,
-        save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
-        largest=data.largest(),
-    )
+    data = batches(recipe, task)
+    chosen = settings(recipe, data.steps_per_epoch)
+    objective = partial(finetuning_loss, lm_weight=recipe.lm_weight)
+    return train_classifier(task, objective, data, chosen, describe(recipe, task, out, resume), evaluate_examples)
 
 
 def evaluate_examples(task: Task) -> Confusion:
@@ -215,21 +179,17 @@ def evaluate_examples(task: Task) -> Confusion:
 
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    rows = {"source": recipe.data, "learned from": len(task.training), "held out": len(task.held), "cut": task.cut}
-    return Run(
-        directory=out,
-        resume=resume,
-        options={
-            "begins with": recipe.model, "model": asdict(task.model.config), "cut": recipe.cut,
-            "lm_weight": recipe.lm_weight,
-        },
-        about={
-            "title": f"A decoder learns “{Path(recipe.data).stem}”",
-            "paper": "Radford et al., GPT-1 (2018)",
-            "data": [rows | {"form": recipe.form, "labels": ", ".join(task.model.config.labels)}],
-        },
+    return describe_classifier(
+        recipe,
+        task,
+        out,
+        resume,
+        title=f"A decoder learns “{Path(recipe.data).stem}”",
+        paper="Radford et al., GPT-1 (2018)",
         unit="examples",
-    )  # fmt: skip
+        options={"lm_weight": recipe.lm_weight},
+        data={"form": recipe.form, "labels": ", ".join(task.model.config.labels)},
+    )
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

@@ -29,7 +29,7 @@ BATCH, MEASURED = 64, 500  # pictures encoded at a time, and those whose latents
 
 @dataclass(frozen=True)
 class AutoencoderOptions:
-    """What is asked of it: its sizes, its loss and its training; `budget` as `steps_for` has it."""
+    """Options of the autoencoder: its sizes, its loss and its training; `budget` as `steps_for` has it."""
 
     config: autoencoder_kl.Config
     loss: AutoencoderKLLoss

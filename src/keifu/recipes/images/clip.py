@@ -1,4 +1,4 @@
-"""CLIP (Radford et al., 2021): pictures and their captions, in English and Japanese, learn to point the same way.
+"""CLIP (Radford et al., 2021): contrastive training of an image and a text encoder on captioned pictures.
 
 Paper: "Learning Transferable Visual Models From Natural Language Supervision"; 400 million pairs, batches of 32,768,
 32 epochs, AdamW with weight decay 0.2 (not of gains and biases), rate 5e-4, betas 0.9 and 0.98, epsilon 1e-6 (ResNets:
@@ -6,7 +6,7 @@ Paper: "Learning Transferable Visual Models From Natural Language Supervision"; 
 batches of 256, weight decay, betas, epsilon and the cosine as in the paper, and a learned tokenizer by CLIP's rules.
 Command: keifu train clip --data emoji --languages en ja
 Cost: printed before it starts; the default settings are meant for half an hour on 2 cores with bfloat16.
-Expected: see docs/results.md for retrieval by held-out names and in a held-out drawing style.
+Expected: see docs/results.md, "CLIP on emoji and their names".
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ class Recipe:
     data: str = "emoji"
     """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
     languages: tuple[str, ...] = ("en", "ja")
-    """Codes of the captions to learn; each time one is drawn for a picture. und: of a set in one language."""
+    """Codes of the captions' languages; each step samples one for a picture. und: captions of one, unnamed language."""
     tokenizer: str = LEARNED
     """learned: CLIP's rules, merges learned from the captions; or a catalogue name (clip-bpe), a file, a folder."""
     vocab_size: int = 4096
@@ -72,7 +72,7 @@ class Recipe:
     start: str | None = None
     """Begin with this CLIP (a run, a folder, a hub id) and its tokenizer, in place of a new one; its sizes count."""
     tower: Literal["vit", "resnet"] = "vit"
-    """What sees pictures."""
+    """The architecture of the image tower."""
     image: clip_image.Config = clip_image.Config(
         image_size=72, patch_size=9, dim=192, hidden_dim=768, n_layers=6, n_heads=3, activation=ACTIVATION,
         embedding_dim=EMBEDDING,
@@ -90,9 +90,9 @@ class Recipe:
     augmentation: Augmentation = Augmentation(
         shift=4, crop=0.15, rotation=8.0, brightness=0.1, contrast=0.2, saturation=0.3
     )
-    """How pictures are varied."""
+    """Augmentation of the pictures."""
     training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
-    """How to learn it."""
+    """Settings of the training loop."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,9 @@
-"""Runs of several parts, each with a folder of its own inside the run's; knows no model.
+"""Training runs of several models in one command: each part has a folder of its own inside the run's.
 
 A part that is done is found again and one that was stopped goes on, each by the training loop's own rules, so that the
 whole is resumed bit for bit. The run's one page shows them all.
 
-What the samples of runs that draw from text show; knows no model.
+Also the prompts of the samples of text-to-image runs.
 """
 
 import json

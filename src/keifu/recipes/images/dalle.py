@@ -1,4 +1,4 @@
-"""DALL-E 1 (Ramesh et al., 2021): a text and a picture are one row of tokens, and a decoder learns to go on with it.
+"""DALL-E 1 (Ramesh et al., 2021): autoregressive text-to-image: caption and picture are one sequence of tokens.
 
 Paper: "Zero-Shot Text-to-Image Generation"; a discrete autoencoder (8,192 entries, 32 x 32 of them for 256 x 256
 pixels, 3 million steps), then a decoder of 12 B parameters over 256 text and 1,024 picture tokens with row, column and
@@ -10,7 +10,7 @@ dropout.
 Command: keifu train dalle --data emoji
 Cost: 85 minutes of training by default, of which each part's are an option, and a few for samples; a part's steps are
 fixed before it starts. What a stopped run lacks, --resume goes on with.
-Expected: see docs/results.md.
+Expected: see docs/results.md, "Emoji from text: what latents, embeddings and tokens bought".
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ class Recipe(Logging):
     data: str = "emoji"
     """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
     languages: tuple[str, ...] = ("en", "ja")
-    """Codes of the captions to learn; each time one is drawn for a picture. und: of a set in one language."""
+    """Codes of the captions' languages; each step samples one for a picture. und: captions of one, unnamed language."""
     truncate: bool = False
     """Keep the beginning of a caption that is longer than the texts of CLIP; without it that is an error."""
     size: int = 64
@@ -106,11 +106,11 @@ class Recipe(Logging):
     learning_rate: float = 1e-3
     """For the decoder."""
     ema: float = 0.999
-    """Decay of the moving average of the decoder that is measured, drawn with and saved."""
+    """Decay of the moving average of the decoder's weights, which is evaluated, sampled from and saved."""
     prompts: tuple[str, ...] = PROMPTS
     """What the samples show."""
     precision: Precision = "auto"
-    """Of products; auto: bfloat16 where the hardware has it."""
+    """Of matrix products; auto: bfloat16 where the hardware has it."""
     keep: int = 2
     """Saved states that are kept, a twentieth of the last part's run apart, or 1,000 steps."""
     seed: int = 0

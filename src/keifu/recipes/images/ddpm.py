@@ -1,4 +1,4 @@
-"""DDPM (Ho et al., 2020): a U-Net learns to draw pictures like those it is shown, by taking noise off, of a class too.
+"""DDPM (Ho et al., 2020): a diffusion model of pictures, conditioned on a class if wanted.
 
 Paper: "Denoising Diffusion Probabilistic Models"; CIFAR-10: 35.7 M parameters, T 1000, linear β, the noise as target,
 plain squared error, Adam at 2e-4 after 5,000 steps of warm-up, batches of 128, dropout 0.1, mirrored pictures, a moving
@@ -7,7 +7,7 @@ predicts the velocity under a cosine schedule (Salimans and Ho, 2022; Nichol and
 (Hang et al., 2023), at five times the rate, which falls to 0.
 Command: keifu train ddpm --data emoji
 Cost: printed before it starts; the default is as many steps as fit in 25 minutes on the machine.
-Expected: see docs/results.md.
+Expected: see docs/results.md, "Drawing digits" and "Drawing emoji".
 """
 
 import math
@@ -71,9 +71,9 @@ class Recipe(Logging):
     dequantise: bool = False
     """Spread each grey value evenly over its 256th."""
     classes: bool = False
-    """Learn to draw each class when asked for it."""
+    """Condition the model on the class of a picture."""
     label_dropout: float = 0.1
-    """With --classes: the share of pictures whose class is not told, which guidance needs."""
+    """With --classes: the share of pictures whose class is left out in training, which guidance needs."""
     dim: int | None = None
     """Channels of the finest level; the other levels have multiples."""
     multipliers: tuple[int, ...] | None = None
@@ -81,9 +81,9 @@ class Recipe(Logging):
     residual_blocks: int | None = None
     """A level, on the way down."""
     attention: tuple[int, ...] | None = None
-    """Levels that look from pixel to pixel, 0 the finest; of fewer levels than usual, the coarsest."""
+    """Levels with self-attention, 0 the finest; of fewer levels than usual, the coarsest."""
     dropout: float | None = None
-    """The share of hidden numbers that each step leaves out."""
+    """Dropout probability."""
     scale_shift: bool | None = None
     """Whether the noise level scales and shifts, as in improved DDPM, or is added."""
     schedule: Schedule | None = None
@@ -109,9 +109,9 @@ class Recipe(Logging):
     learning_rate: float | None = None
     """AdamW's highest rate."""
     ema: float | None = None
-    """Decay of the moving average that is measured, drawn with and saved."""
+    """Decay of the moving average of the weights, which is evaluated, sampled from and saved."""
     precision: Precision = "auto"
-    """Of products; auto: bfloat16 where the hardware has it."""
+    """Of matrix products; auto: bfloat16 where the hardware has it."""
     keep: int = 2
     """Saved states that are kept, a twentieth of the run apart, or 1,000 steps."""
     held_out: float = 0.05

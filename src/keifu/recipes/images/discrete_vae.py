@@ -1,7 +1,4 @@
-"""The discrete autoencoder of DALL-E as a part of a run: trained, and pictures turned into entries with it once.
-
-It knows no text.
-"""
+"""The discrete autoencoder of DALL-E as a part of a run: trained, and pictures turned into entries with it once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +26,7 @@ TEMPERATURES = 1.0, 1 / 16
 
 @dataclass(frozen=True)
 class DiscreteVAEOptions:
-    """What is asked of it: its sizes, its loss and its training; `budget` as `steps_for` has it.
+    """Options of the discrete autoencoder: its sizes, its loss and its training; `budget` as `steps_for` has it.
 
     kl_weight: β, at its highest. anneal: the share of the steps in which the temperature falls; β rises in a tenth.
     """

@@ -1,4 +1,4 @@
-"""Latent diffusion (Rombach et al., 2022): pictures drawn from a text, in the small space of an autoencoder.
+"""Latent diffusion (Rombach et al., 2022): text-to-image diffusion in the latent space of an autoencoder.
 
 Paper: "High-Resolution Image Synthesis with Latent Diffusion Models"; Stable Diffusion 1: an autoencoder that makes one
 number of 8 x 8 pixels, CLIP's ViT-L/14 for the text, a U-Net of 860 M parameters, noise as target, a text left out of
@@ -9,7 +9,7 @@ same network without the autoencoder, whose time it gets: what latents buy.
 Command: keifu train latent-diffusion --data emoji
 Cost: 85 minutes of training by default, of which each part's are an option, and a few for samples. A part's steps are
 fixed before it starts.
-Expected: see docs/results.md.
+Expected: see docs/results.md, "Emoji from text: what latents, embeddings and tokens bought".
 """
 
 import math
@@ -57,7 +57,7 @@ class Recipe(Logging):
     data: str = "emoji"
     """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
     languages: tuple[str, ...] = ("en", "ja")
-    """Codes of the captions to learn; each time one is drawn for a picture. und: of a set in one language."""
+    """Codes of the captions' languages; each step samples one for a picture. und: captions of one, unnamed language."""
     truncate: bool = False
     """Keep the beginning of a caption that is longer than the text tower takes; without it that is an error."""
     space: Literal["latents", "pixels"] = "latents"
@@ -121,7 +121,7 @@ class Recipe(Logging):
     guidance: float = 3.0
     """How far the samples are led towards their text."""
     precision: Precision = "auto"
-    """Of products; auto: bfloat16 where the hardware has it."""
+    """Of matrix products; auto: bfloat16 where the hardware has it."""
     keep: int = 2
     """Saved states that are kept, a twentieth of the last part's run apart, or 1,000 steps."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""A LoRA for a model that draws from text (Hu et al., 2021): a style, or a thing, from a few pictures, as a small file.
+"""A LoRA for a text-to-image diffusion model (Hu et al., 2021): a style or an object, learned from a few pictures.
 
 Paper: "LoRA: Low-Rank Adaptation of Large Language Models". The model stays as it is; beside the four matrices of every
 look of its U-Net, at the picture and at the text, two thin ones learn, by the noise and the target that the model was
@@ -89,7 +89,7 @@ class Recipe(Logging):
     guidance: float = LatentDiffusionPipeline.usual_guidance
     """How far the samples are led towards their text."""
     precision: Precision = "auto"
-    """Of products; auto: bfloat16 where the hardware has it."""
+    """Of matrix products; auto: bfloat16 where the hardware has it."""
     seed: int = 0
     """Of the adapters, the order of the pictures, their noise and the samples."""
 

@@ -1,4 +1,4 @@
-"""unCLIP (Ramesh et al., 2022; DALL-E 2): pictures drawn from a text by way of CLIP's embedding of a picture.
+"""unCLIP (Ramesh et al., 2022; DALL-E 2): text-to-image by way of CLIP's image embedding.
 
 Paper: "Hierarchical Text-Conditional Image Generation with CLIP Latents"; a prior of about 1 B parameters that predicts
 the embedding itself, a decoder of 3.5 B with 10% of the embeddings and 50% of the texts left out, upsamplers of 700 M
@@ -7,7 +7,7 @@ is trained first (or --clip RUN) and then frozen; the last step's upsampler is t
 Command: keifu train unclip --data emoji
 Cost: 85 minutes of training by default, 18 of them for CLIP, and a few for samples; the steps are fixed before it
 starts. What a stopped run lacks, --resume goes on with.
-Expected: see docs/results.md.
+Expected: see docs/results.md, "Emoji from text: what latents, embeddings and tokens bought".
 
 The networks of `keifu train unclip` around a CLIP, and what that CLIP sees in pictures; knows no training.
 
@@ -131,7 +131,7 @@ class Recipe(Logging):
     data: str = "emoji"
     """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
     languages: tuple[str, ...] = ("en", "ja")
-    """Codes of the captions to learn; each time one is drawn for a picture. und: of a set in one language."""
+    """Codes of the captions' languages; each step samples one for a picture. und: captions of one, unnamed language."""
     truncate: bool = False
     """Keep the beginning of a caption that is longer than the text tower takes; without it that is an error."""
     clip: str | None = None
@@ -191,7 +191,7 @@ class Recipe(Logging):
     guidance: float = 3.0
     """How far the samples are led from a prediction without text and embedding through that with them."""
     precision: Precision = "auto"
-    """Of products; auto: bfloat16 where the hardware has it."""
+    """Of matrix products; auto: bfloat16 where the hardware has it."""
     keep: int = 2
     """Saved states that are kept, a twentieth of the run apart, or 1,000 steps."""
     seed: int = 0

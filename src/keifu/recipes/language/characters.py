@@ -1,11 +1,12 @@
-"""Characters of one text: nanoGPT's example for a CPU, learned the way keifu learns by default.
+"""A character-level language model: nanoGPT's example for a CPU, with keifu's own training settings.
 
 The same text, characters, depth, heads, width and context as nanoGPT's example (Karpathy, 2022; its README, "I only
 have a macbook": 4 layers, 4 heads, width 128, context 64, 2,000 steps of 12 rows), but LLaMA's block, Muon, and more
 rows a step. `--recipe-of nanogpt` trains GPT-2's block with nanoGPT's own settings instead.
 Command: keifu train characters --data input.txt
 Cost: under a minute on 2 cores.
-Expected: on tiny Shakespeare, nanoGPT's loss of 1.88 nats a character is passed within half a minute: docs/results.md.
+Expected: on tiny Shakespeare, nanoGPT's loss of 1.88 nats a character is passed within half a minute:
+docs/results.md, "Characters: nanoGPT's example for a CPU".
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,6 +1,5 @@
-"""What the recipes for causal language models have in common: text, tokenizer, one call of the loop; knows no model.
-
-What the recipes of PaLM and GPT-3 have in common: their options, and keifu's own way to train; knows no model.
+"""What the language model recipes share: text, tokenizer, the training run, and the options and settings that GPT-3 and
+PaLM have in common.
 """
 
 from collections.abc import Callable, Iterator
@@ -177,12 +176,12 @@ def attribution_of(data: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Options(Logging):
-    """What both can be told."""
+    """Options of the GPT-3 and PaLM recipes."""
 
     text: Annotated[Text, tyro.conf.arg(name="")] = Text()
     """What to learn from."""
     recipe_of: Literal["keifu", "paper"] = "keifu"
-    """Whose way to train; the model is the one below either way."""
+    """Whose training settings: keifu's or the paper's; the model is the same."""
     steps: int = 2000
     """Updates of the weights; the paper's numbers of steps shrink with them."""
     batch_size: int = 32

@@ -1,11 +1,11 @@
-"""A language model of any size by one dial: --depth sets width, heads, context, rate, batch and steps.
+"""A language model whose size one option sets: --depth decides width, heads, context, learning rate, batch and steps.
 
 The model is LLaMA's block (Touvron et al., 2023), the optimiser Muon with AdamW; sizes follow nanochat's idea of one
 dial, the number of tokens Hoffmann et al. (2022): 20 a parameter, but at most 4 passes over the text (Muennighoff et
 al., 2023).
 Command: keifu train gpt --depth 4 --data english
 Cost: printed before it starts, measured on the machine; depth 4 is about 5 M parameters and an hour on 2 cores.
-Expected: see docs/results.md.
+Expected: see docs/results.md, "Loss and size".
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""GPT-1 (Radford et al., 2018) from scratch: the decoder that learns to write before it learns a task, on any text.
+"""GPT-1 (Radford et al., 2018) from scratch: generative pretraining of a decoder, on any text.
 
 Paper: "Improving Language Understanding by Generative Pre-Training", section 4.1. `--recipe-of paper` trains as it
 says: 64 rows of 512 tokens, Adam with a rate of 2.5e-4 that rises over 2,000 steps and falls as a cosine to 0, decay
@@ -8,7 +8,7 @@ fall. The published size: --model.context-length 512 --model.dim 768 --model.hid
 --tokenizer names them; a learned one is byte-level BPE, which has an end-of-text token and loses no character.
 Command: keifu train gpt1 --data english
 Cost: printed before it starts; the default model has 5 M parameters.
-Expected: see docs/results.md, and benchmarks/pretraining.py for what it buys; keifu train gpt1-finetune goes on.
+Expected: see docs/results.md, "What generative pretraining bought"; keifu train gpt1-finetune goes on.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Recipe(Logging):
     text: Annotated[Text, tyro.conf.arg(name="")] = Text()
     """What to learn from."""
     recipe_of: Literal["keifu", "paper"] = "keifu"
-    """Whose way to train; the model is the one below either way."""
+    """Whose training settings: keifu's or the paper's; the model is the same."""
     model: gpt1.Config = SMALL
     """The vocabulary is the tokenizer's, whatever is given here. The paper has dropout 0.1, for 100 passes."""
     epochs: float | None = None

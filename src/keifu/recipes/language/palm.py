@@ -1,4 +1,4 @@
-"""PaLM (Chowdhery et al., 2022) from scratch: parallel layers, one head of keys and values, on any text.
+"""PaLM (Chowdhery et al., 2022) from scratch: parallel attention and feed-forward, multi-query attention, on any text.
 
 Paper: "PaLM: Scaling Language Modeling with Pathways", section 5. `--recipe-of paper` trains as it says: Adafactor
 without factoring, updates scaled by the size of each matrix, at a rate of 0.01 that is held and then falls with the
@@ -11,7 +11,7 @@ The paper's 8B: --steps 255000 --batch-size 2048 --model.context-length 2048 --m
 whether Adafactor clips each update; here both are as in T5X, which trained it.
 Command: keifu train palm --recipe-of paper --data english
 Cost: printed before it starts; the default model has 6 M parameters and sees 16 M tokens, fewer where the batch grows.
-Expected: see docs/results.md; what each part buys is measured by benchmarks/palm.py and benchmarks/spike.py.
+Expected: see docs/results.md, "What PaLM's layer and optimizer bought: learning" and "PaLM's way out of a spike".
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""PaLM 2 (Anil et al., 2023) as the public reading has it: PaLM's block, UL2's denoisers, many languages at once.
+"""PaLM 2 (Anil et al., 2023) as far as it is public: PaLM's block, UL2's denoising objectives, many languages.
 
 What is public, in the "PaLM 2 Technical Report": a Transformer, smaller than PaLM and trained for longer; "a tuned
 mixture of different pre-training objectives" after the results of UL2; more languages, parallel text, code and
@@ -9,7 +9,7 @@ too, and the sources of `keifu.data.text.mixture` with weights that we chose. No
 Command: keifu train palm2 --mixture multilingual
 Cost: printed before it starts, for a model of 6 M parameters and 25 M tokens; the texts are fetched and tokenised
 before it, once.
-Expected: see docs/results.md; what the mixture of objectives buys is measured by benchmarks/mixture.py.
+Expected: see docs/results.md, "What a mixture of objectives bought: nothing yet".
 """
 
 import hashlib

@@ -70,9 +70,9 @@ class Recipe(Logging):
     loss: str = "cross_entropy"
     """cross_entropy, binary_cross_entropy, mean_squared_error or mean_absolute_error."""
     augment: bool = False
-    """Shift, turn, size and bend the pictures of mnist anew at every step."""
+    """Augment the pictures of mnist at every step: shifts, rotations, scales and elastic distortions."""
     dropout: float | None = None
-    """The share of hidden units that each step leaves out."""
+    """Dropout probability of the hidden layers."""
     steps: int | None = None
     """Updates of the weights."""
     batch_size: int | None = None
@@ -80,7 +80,7 @@ class Recipe(Logging):
     learning_rate: float | None = None
     """The highest rate of AdamW."""
     weight_decay: float | None = None
-    """How strongly AdamW pulls the weights towards zero."""
+    """AdamW's weight decay."""
     seed: int = 0
     """Of the weights, the order of the rows, dropout and augmentation."""
 

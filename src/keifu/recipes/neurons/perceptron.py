@@ -1,4 +1,4 @@
-"""Perceptron (Rosenblatt, 1958): one step neuron that learns AND, OR or a CSV file of two classes from its mistakes.
+"""Perceptron (Rosenblatt, 1958): a linear classifier of two classes, trained on AND, OR or a CSV file.
 
 Paper: F. Rosenblatt, "The perceptron: a probabilistic model for information storage and organization in the brain",
 Psychological Review 65 (1958); the bound: A. Novikoff, "On convergence proofs on perceptrons" (1962).

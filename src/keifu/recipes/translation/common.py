@@ -1,4 +1,4 @@
-"""What the recipes for translation have in common: pairs, tokenizer, batches, one call of the loop; knows no model."""
+"""What the translation recipes share: options, sentence pairs, tokenizer, batches and the training run."""
 
 import hashlib
 from collections.abc import Callable
@@ -43,7 +43,7 @@ FREE = {"steps", "minutes", "micro_batch", "average", "keep", "model", "tensorbo
 
 @dataclass(frozen=True)
 class Options(Logging):
-    """What every recipe for translation can be told."""
+    """Options of every translation recipe."""
 
     data: str = "tatoeba-ja-en"
     """A catalogue name (tatoeba-ja-en, tatoeba-en-ja); a file: .tsv, or records with a field for each side (.csv,
@@ -221,7 +221,7 @@ def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
 
 
 def _steps(options: Options, within: Callable[[float], int], out: Path, resume: bool) -> int:
-    """The steps that were asked for, or that fit the time at first sight, which a resumed run keeps."""
+    """The steps that were asked for, or as many as fit the minutes by the pace at first; a resumed run keeps them."""
     if options.steps:
         return options.steps
     if resume:

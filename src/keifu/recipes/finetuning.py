@@ -1,0 +1,86 @@
+"""Options, optimizer settings and run description that all fine-tuning recipes share."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keifu.recipes.language.common import attribution_of
+from keifu.recipes.options import Logging
+from keifu.training.protocols import Run
+from keifu.training.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(Logging):
+    """Options of every fine-tuning recipe, each of which sets its own defaults."""
+
+    model: str = field(default="smollm2", kw_only=False)
+    """The pretrained model: a run, a directory, a .gguf file, a catalogue name or a hub id."""
+    data: str = field(default="preferences.jsonl", kw_only=False)
+    """What is learned from."""
+    held_out: float = 0.1
+    """Share of the prompts that is kept for validation, chosen by a hash of the text."""
+    epochs: float = 1.0
+    """Passes over the training examples."""
+    steps: int | None = None
+    """Updates of the weights; replaces epochs."""
+    micro_batch: int | None = None
+    """Examples computed at a time; unset: as many as fit in memory."""
+    learning_rate: float | None = None
+    """AdamW's highest learning rate."""
+    seed: int = 0
+    """Of all random numbers: new weights, the order of the examples, dropout and sampling."""
+
+    def origin(self) -> dict[str, Any]:
+        """What a resumed run must begin with too."""
+        return {"begins with": self.model}
+
+    def total_steps(self, steps_per_epoch: float | int) -> int:
+        """Steps of the whole run."""
+        return self.steps or max(1, round(self.epochs * steps_per_epoch))
+
+
+def finetune_settings(recipe: FinetuneOptions, steps: int, **different: Any) -> Settings:
+    """AdamW without weight decay, five validations and ten checkpoints in `steps` steps; `different` are the fields of
+    `Settings` in which a recipe differs from that."""
+    usual: dict[str, Any] = {
+        "steps": steps,
+        "micro_batch": recipe.micro_batch,
+        "learning_rate": recipe.learning_rate,
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.999),
+        "evaluate_every": max(1, steps // 5),
+        "save_every": max(1, steps // 10),
+        "seed": recipe.seed,
+    }
+    return Settings(**usual | recipe.logging() | different)
+
+
+def describe_run(
+    recipe: FinetuneOptions,
+    out: Path,
+    resume: bool,
+    *,
+    title: str,
+    paper: str,
+    unit: str,
+    options: Mapping[str, Any],
+    data: Mapping[str, Any],
+    watch: Callable[[Mapping[str, float]], Iterable[str]] | None = None,
+    **about: Any,
+) -> Run:
+    """The run for the training loop.
+
+    options: what decides the result beside the settings and `recipe.origin()`, compared on resuming. data: counts of
+    the examples, for the report. about: further lines of the report.
+    """
+    source = {"source": recipe.data, **data} | attribution_of(recipe.data)
+    return Run(
+        directory=out,
+        resume=resume,
+        options={**recipe.origin(), **options},
+        about={"title": title, "paper": paper, **about, "data": [source]},
+        unit=unit,
+        watch=watch,
+    )
