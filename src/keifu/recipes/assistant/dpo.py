@@ -48,7 +48,7 @@ class Recipe(RankedOptions):
     loss: Loss = "dpo"
     """dpo, robust (for noisy labels), ipo, or normalised by the lengths of the responses."""
     beta: float = 0.1
-    """β of the loss: a larger one keeps the policy closer to the reference model."""
+    """Strength β of the KL constraint: a larger one keeps the policy closer to the reference model."""
     label_smoothing: float = 0.0
     """Share of the pairs that are taken to be labelled the wrong way round."""
     batch_size: int = 16
