@@ -28,7 +28,7 @@ from keifu.training.run import checkpoint, metrics
 from keifu.training.run import directory as run_directory
 from keifu.training.run.progress import Display, format_seconds, number
 from keifu.training.run.report import REPORT, write_report
-from keifu.training.settings import Settings, as_chosen, describe_settings
+from keifu.training.settings import Settings, as_chosen
 from keifu.training.setup import ADVICE, TrainingSetup, rewind, set_up, tensors
 from keifu.training.signals import Interrupted, StopRequest
 from keifu.training.step import Gradient
@@ -65,16 +65,14 @@ def train(
     follow_load()
     run_directory.claim_directory(run)
     settings = as_chosen(settings)
-    facts = describe_settings(settings, run.options, data.fingerprint)
-    sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, facts)
     tensor_cores = tensor_float32(next(model.parameters()).device)
     with Display(settings.steps, run.unit) as display, StopRequest(display.note) as stop, tensor_cores:
         started = set_up(model, objective, data, settings, run, display.note, largest)
         display.expect(started.progressed.plan.steps)
-        settings = dataclasses.replace(settings, steps=started.length.begun)
+        sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, started.described)
         at = started.progressed
         with metrics.Metrics(run.directory, sinks, at.step, at.spikes.skipped) as lines:
-            loop = _Loop(started, data, settings, run, sample, save, display, lines, lambda: stop.wanted)
+            loop = _Loop(started, data, started.settings, run, sample, save, display, lines, lambda: stop.wanted)
             try:
                 loop.go()
                 return loop.finish()
@@ -110,7 +108,6 @@ class _Loop:
         self.on_policy = isinstance(self.data, OnPolicy)
         device = self.stepper.device
         self.loader = Loader(self.data.batch, device, prefetches(device) and not self.on_policy)
-        self.facts = describe_settings(self.settings, self.run.options, self.data.fingerprint)
         self.how = run_directory.how_to_resume(self.run)
         self._write_recipe({})
 
@@ -204,7 +201,7 @@ class _Loop:
         with self.pace.paused():
             try:
                 before = checkpoint.read(self.run.directory, self.at.spikes.target(spiked))
-                self.started = rewind(self.started, before, self.data, self.settings)
+                self.started = rewind(self.started, before, self.data)
             except UserError as error:
                 raise UserError(self._refuse(str(error))) from None
             self.at = self.started.progressed
@@ -313,7 +310,7 @@ class _Loop:
     def _save_state(self) -> None:
         if self.saved != self.at.step:
             self.at.passed = self.pace.passed
-            facts = {"described": self.facts, "resolved": self.started.resolved(), **self.at.facts()}
+            facts = {"described": self.started.described, "resolved": self.started.resolved(), **self.at.facts()}
             facts["length"] = self.started.length.facts()
             facts["loss_scale"] = self.stepper.scale.facts()
             rules = self.settings.spikes
@@ -360,7 +357,11 @@ class _Loop:
     def _write_recipe(self, outcome: dict[str, Any]) -> None:
         measured = {"flops_per_second": self.peak}
         cost = dataclasses.asdict(self.started.cost)
-        facts = {"settings": self.facts["settings"], "resolved": self.started.resolved() | measured, "cost": cost}
-        facts |= {"data_fingerprint": self.facts["data"], "unit": self.run.unit}
+        facts = {
+            "settings": self.started.described["settings"],
+            "resolved": self.started.resolved() | measured,
+            "cost": cost,
+        }
+        facts |= {"data_fingerprint": self.started.described["data"], "unit": self.run.unit}
         facts |= {"length": self.started.length.facts()}
         run_directory.write_recipe(self.run, facts | outcome, self.started.length.steps)

@@ -57,13 +57,19 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """A run that is ready for its next step."""
+    """A run that is ready for its next step.
+
+    settings: those of the run, with the steps that it started with. described: what decides its result (see
+    `describe_settings`), computed here once: compared on resuming, stored in checkpoints and recipe.json.
+    """
 
     stepper: TrainStep
     optimisers: Optimizers
     cost: cost.Cost
     progressed: TrainingProgress
     length: Length
+    settings: Settings
+    described: dict[str, Any]
 
     def resolved(self) -> dict[str, Any]:
         """The automatic settings as they were decided (micro-batch, precision, device); a resumed run keeps them."""
@@ -89,8 +95,12 @@ def set_up(
     A missing or damaged state, changed data or settings, or a model that does not fit into memory is a `UserError`.
     """
     device = next(model.parameters()).device
-    found, length = _begin(run, settings, data, tell)
+    found = _resumed(run, tell) if run.resume else None
+    length = _length(found, settings, run.directory) if found else Length(settings.steps)
     settings = dataclasses.replace(settings, steps=length.begun)
+    described = describe_settings(settings, run.options, data.fingerprint)
+    if found:
+        _tell_changes(found, length, settings, described, tell)
     resolved = _as_resolved(found, device, tell) if found else {}
     dtype = _format(settings.precision, resolved, device, tell)
     optimisers = Optimizers(model, settings, length)
@@ -102,19 +112,35 @@ def set_up(
         measured = cost.estimate(probe, batch, rows, ADVICE)
     if found:
         _load_state(model, optimisers, data, found.tensors)
-    running = compile_objective(objective, device) if settings.compile else objective
-    rows, elements = rows or measured.micro_batch, resolved.get("row_elements", row_elements(batch))
-    scale = LossScale(dtype, **(found.facts.get("loss_scale", {}) if found else {}))
-    stepper = TrainStep(
-        model, running, objective, optimisers, device, dtype, rows, settings.clip, settings.seed, elements, scale
-    )
+    elements = resolved.get("row_elements", row_elements(batch))
+    stepper = _train_step(probe, settings, rows or measured.micro_batch, elements, found)
     if found:
         _tell_dropout(stepper, resolved, tell)
-    done = found.step if found else 0
     progressed = _progressed(found, settings, device, length)
-    steps, whole = max(done, progressed.plan.steps), settings.whole_steps
+    done, whole = progressed.step, settings.whole_steps
+    steps = max(done, progressed.plan.steps)
     tell(measured.sentence(steps - done, run.unit, whole(steps) - whole(done)))
-    return TrainingSetup(stepper, optimisers, measured, progressed, length)
+    return TrainingSetup(stepper, optimisers, measured, progressed, length, settings, described)
+
+
+def _train_step(
+    probe: cost.Probe, settings: Settings, rows: int, elements: int, found: checkpoint.State | None
+) -> TrainStep:
+    """The training step of a run, compiled where the settings ask for it, with the loss scale of a resumed run."""
+    compiled = compile_objective(probe.objective, probe.device) if settings.compile else probe.objective
+    return TrainStep(
+        model=probe.model,
+        objective=compiled,
+        plain=probe.objective,
+        optimisers=probe.optimisers,
+        device=probe.device,
+        dtype=probe.dtype,
+        micro_batch=rows,
+        clip=settings.clip,
+        seed=settings.seed,
+        row_elements=elements,
+        scale=LossScale(probe.dtype, **(found.facts.get("loss_scale", {}) if found else {})),
+    )
 
 
 def _tell_dropout(stepper: TrainStep, resolved: dict[str, Any], tell: Callable[[str], None]) -> None:
@@ -151,19 +177,6 @@ def _check_growth(settings: Settings, data: Data) -> None:
             f"batch_stages or batch_ramp begin with {growth.at(0)} rows, and these data with {rows}: their batches do "
             "not grow; leave the two out."
         )
-
-
-def _begin(
-    run: Run, settings: Settings, data: Data, tell: Callable[[str], None]
-) -> tuple[checkpoint.State | None, Length]:
-    """The state of a run that is resumed, checked, and the length of the run."""
-    if not run.resume:
-        return None, Length(settings.steps)
-    found = _resumed(run, tell)
-    length = _length(found, settings, run.directory)
-    begun = dataclasses.replace(settings, steps=length.begun)
-    _tell_changes(found, length, begun, describe_settings(begun, run.options, data.fingerprint), tell)
-    return found, length
 
 
 def _resumed(run: Run, tell: Callable[[str], None]) -> checkpoint.State:
@@ -224,10 +237,10 @@ def _plan(facts: dict[str, Any], settings: Settings, length: Length) -> Plan:
     return Plan(**found) if kept else Plan(length.steps, length.steps)
 
 
-def rewind(started: TrainingSetup, found: checkpoint.State, data: Data, settings: Settings) -> TrainingSetup:
+def rewind(started: TrainingSetup, found: checkpoint.State, data: Data) -> TrainingSetup:
     """The run at an earlier checkpoint, after which other batches follow; its training time is not set back."""
     stepper, now = started.stepper, started.progressed
-    then = _progressed(found, settings, stepper.device, started.length)
+    then = _progressed(found, started.settings, stepper.device, started.length)
     then.spikes = now.spikes.after(found.step, then.spikes.facts())
     then.seconds = now.seconds
     started.optimisers.drop_gradients()
