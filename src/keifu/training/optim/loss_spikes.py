@@ -1,4 +1,4 @@
-"""When the loss has spiked, and where the run goes on then (PaLM, section 5.1); knows no loop, no model and no file.
+"""Recovery from loss spikes: going back to a checkpoint and skipping batches (PaLM, section 5.1).
 
 PaLM's authors restarted from a checkpoint about 100 steps before a spike and skipped 200 to 500 batches, by hand, some
 twenty times. Here that is a rule, so that a run with spikes is as repeatable as one without.
@@ -15,7 +15,7 @@ MOST = 3  # rewinds in a row to the same state, before the run stops
 
 @dataclass(frozen=True)
 class SpikeSettings:
-    """Going back where the loss spikes, and leaving batches out: PaLM's numbers, and off.
+    """Settings of the recovery from loss spikes: PaLM's numbers, and off by default.
 
     A spike is `steps` steps in a row with a loss above the running mean of the steps before by the share `rise`, and by
     six deviations. The batch of a step is then number step + all that were skipped, also for a batch that grows.
@@ -52,8 +52,8 @@ class SpikeSettings:
 
 
 class SpikeState:
-    """Watches the loss of every step, and counts what was skipped. What the constructor takes beside the rules are the
-    facts of a state."""
+    """Detects loss spikes from the loss of every step, and counts skipped batches. The constructor's arguments beside
+    the rules are what `facts` gives."""
 
     def __init__(
         self, rules: SpikeSettings, skipped: int = 0, streak: int = 0, back: int = 0, times: int = 0, **running: Any

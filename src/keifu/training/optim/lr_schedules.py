@@ -1,4 +1,4 @@
-"""The learning rate over a run, as a share of its highest value; knows no optimizer."""
+"""Learning rate schedules: the rate at each update, as a share of the highest rate."""
 
 import math
 

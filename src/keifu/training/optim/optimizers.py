@@ -1,15 +1,10 @@
-"""Which parameters are updated how; knows kinds of layers, no model and no loop.
+"""Optimizers of a run: which parameters are updated by AdamW, Adadelta, Adafactor or Muon, and at which rates.
 
-AdamW (Loshchilov and Hutter, 2019), fused, and Adadelta (Zeiler, 2012) are torch's. Muon (Jordan et al., 2024)
-updates hidden matrices, and AdamW everything else. Muon and Adafactor (Shazeer and Stern, 2018) take the parts of a
-joined matrix apart: directions of queries, keys and values have nothing to do with each other. With Muon, after 300
-steps of a small LLaMA on source code, the validation loss is 2.00 with parts and 2.23 without (three seeds each, which
-differ by 0.04 at most).
-
-An optimizer that takes each part of a joined tensor for a tensor of its own; knows no model and no optimizer.
-
-Queries, keys and values stand above each other in one matrix, and what an optimizer says of a whole matrix (its
-direction, its size) is to be said of each.
+AdamW (Loshchilov and Hutter, 2019), fused, and Adadelta (Zeiler, 2012) are torch's. Muon (Jordan et al., 2024) updates
+hidden matrices, and AdamW everything else. Muon and Adafactor (Shazeer and Stern, 2018), whose update depends on a
+whole matrix, update the query, key and value parts of a fused matrix separately. With Muon, after 300 steps of a small
+LLaMA on source code, the validation loss is 2.00 with separate parts and 2.23 without (three seeds each, which differ
+by 0.04 at most).
 """
 
 from collections.abc import Callable
@@ -31,8 +26,11 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 class PartwiseOptimizer:
-    """`make` gets the parts, named `matrix.0`, `matrix.1`: views of the rows of each tensor, whose numbers `tensors`
-    gives. The gradients are views too."""
+    """An optimizer over the parts of fused weights: each part is a view of some rows of a tensor, as is its gradient.
+
+    tensors: each tensor with the numbers of rows of its parts. make: builds the optimizer from the parts, which are
+    named `matrix.0`, `matrix.1`.
+    """
 
     def __init__(self, tensors: dict[str, tuple[Tensor, Rows]], make: Callable[[Named], Optimizer]):
         self.tensors = list(tensors.values())
@@ -59,7 +57,7 @@ def _split(tensor: Tensor, rows: Rows) -> tuple[Tensor, ...]:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, tuple[Tensor, Rows]]:
-    """Every parameter that learns, by its name, with the rows of its parts: one part, but for joined layers."""
+    """Every trainable parameter by its name, with the numbers of rows of its parts (several in fused layers)."""
     joined = {id(p): m.parts for m in model.modules() if isinstance(m, JoinedLinear) for p in m.parameters(False)}
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     return {name: (p, joined.get(id(p)) or tuple(p.shape[:1]) or (1,)) for name, p in named}
@@ -68,7 +66,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, tuple[Tensor, Rows]]:
 def hidden_matrices(model: nn.Module) -> dict[str, tuple[Tensor, Rows]]:
     """The weights of linear layers inside numbered layers (`blocks.3...`), each with the rows of its parts.
 
-    Embeddings and heads lie outside; they, biases and gains are no business of Muon's.
+    Embeddings, heads, biases and gains, which Muon does not update, are not among them.
     """
     linears = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     numbered = {name for name in linears if any(piece.isdigit() for piece in name.split("."))}
@@ -76,7 +74,7 @@ def hidden_matrices(model: nn.Module) -> dict[str, tuple[Tensor, Rows]]:
 
 
 class Optimizers:
-    """Everything that a step updates; its rates follow the schedule. `length`: of a run that is resumed."""
+    """All optimizers of a run, with the learning rate schedule and the moving average. `length`: of a resumed run."""
 
     def __init__(self, model: nn.Module, settings: Settings, length: Length | None = None):
         self.settings, self.length = settings, length or Length(settings.steps)
@@ -92,14 +90,14 @@ class Optimizers:
         self.average = MovingAverage(self.parameters, settings.ema) if settings.ema else None
 
     def rates(self, step: int, ahead: float = 0.0) -> dict[str, float]:
-        """The rates that update number `step` (from 0) is made with, under the settings' names; `ahead`: see `Plan`."""
+        """The learning rates of update number `step` (from 0), by their names in the settings; `ahead`: see `Plan`."""
         s = self.settings
         share = self.length.rate_share(s, step, ahead)
         rates = {"learning_rate": share * s.learning_rate}
         return rates | ({"matrix_rate": share * s.matrix_rate} if "muon" in self.all else {})
 
     def step(self, step: int, ahead: float = 0.0) -> None:
-        """Makes update number `step` from the gradients, which are then dropped."""
+        """Makes update number `step` from the gradients, and frees them."""
         self.update(self.rates(step, ahead))
 
     def update(self, rates: dict[str, float]) -> None:
@@ -120,7 +118,7 @@ class Optimizers:
         return self.average.applied() if self.average else nullcontext()
 
     def drop_gradients(self) -> None:
-        """Frees the gradients, also where a step was abandoned."""
+        """Frees the gradients."""
         for parameter in self.parameters.values():
             parameter.grad = None
         if self.partwise:
@@ -136,7 +134,7 @@ class Optimizers:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Takes up what `state` gave."""
+        """Restores what `state` gave."""
         state = self.average.take_up(state) if self.average else state
         for key, tensor in state.items():
             kind, _, rest = key.partition(".")
@@ -147,7 +145,7 @@ class Optimizers:
             self.all[kind].state[parameter][field] = tensor.to(place, copy=True)
 
     def forget(self) -> None:
-        """Starts as if no step had been made."""
+        """Resets all state, as before the first step."""
         for optimizer in self.all.values():
             optimizer.state.clear()
         if self.average:

@@ -1,6 +1,6 @@
-"""Means of weights over a run: of the last saved states, or a moving one; knows no model and no loop.
+"""Weight averaging: the mean of the last checkpoints, or an exponential moving average during training.
 
-A run's states stay as they are, and so does the model that is trained: only what is measured and written is the mean.
+Training itself is not affected: the average is used for validation, samples and the saved model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ def average_checkpoints(directory: Path, last: int) -> dict[str, Tensor]:
     """The mean over the last saved states of a run, at most `last`, of every tensor of the model, by its name there
     (Vaswani et al., 2017, section 6.1).
 
-    Sums are made in float64. What is no floating-point number is that of the newest state.
+    Sums are in float64. Tensors that are not floating-point are those of the newest state.
     """
     *earlier, newest = state.steps(directory)[-last:]
     tensors = _of_model(directory, newest)
@@ -72,7 +72,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the parameters in; called after each change of theirs."""
+        """Updates the averages; called after each update of the parameters."""
         self.updates += 1
         share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         means, now = [*self.means.values()], [*self.parameters.values()]

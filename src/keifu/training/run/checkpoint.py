@@ -1,7 +1,8 @@
-"""What resuming needs, on disk: tensors, and a JSON file that says what they are; knows no model and no loop.
+"""Checkpoints: the training state on disk, from which a run is resumed.
 
-A state is `state/step-N.safetensors` and `state/step-N.json`. The JSON file holds the tensors' SHA-256 and is written
-last, so a state without it was never finished. Randomness is not stored: each step draws from a seed of its own.
+A state is `state/step-N.safetensors` (the tensors) and `state/step-N.json` (everything else). The JSON file holds the
+tensors' SHA-256 and is written last, so a state without it is incomplete. The state of random generators is not stored:
+each step has its own seed.
 """
 
 import errno
@@ -23,7 +24,7 @@ FOLDER = "state"
 
 @dataclass(frozen=True)
 class State:
-    """A state that was read: the steps done, the facts stored with it and its tensors."""
+    """A state read from disk: the steps done, the content of its JSON file, and its tensors."""
 
     step: int
     facts: dict[str, Any]
@@ -33,11 +34,11 @@ class State:
 def save(
     directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int, reach: int = 0
 ) -> str:
-    """Writes a state into a run's folder, removes all but the last `keep` and those less than `reach` steps older, and
-    gives the hash of the tensors.
+    """Writes a state into a run directory, removes old ones, and gives the hash of the tensors.
 
-    Until the new one is whole on disk the earlier ones stay, so a full disk or a crash loses nothing. States of later
-    steps are removed too: they are damaged ones that this run could not be resumed from.
+    The last `keep` states are kept, and those at most `reach` steps older than these. Old ones are removed only when
+    the new one is complete on disk, so a full disk or a crash loses nothing. States of later steps are removed too:
+    they are damaged ones that this run could not be resumed from.
     """
     tensor_file, facts_file = _files(directory, step)
     with replacing(tensor_file) as temporary:
@@ -53,7 +54,7 @@ def save(
 
 
 def latest(directory: Path) -> tuple[State, list[str]]:
-    """The newest whole state of a run, and a sentence for each newer one that is damaged; an error if there is none."""
+    """The newest complete state of a run, and a sentence for each newer one that is damaged; a `UserError` if none."""
     complaints = []
     for step in reversed(steps(directory)):
         try:
@@ -67,7 +68,7 @@ def latest(directory: Path) -> tuple[State, list[str]]:
 
 
 def latest_facts(directory: Path) -> dict[str, Any]:
-    """The facts of the newest state whose JSON file can be read, without its tensors; nothing where there is none."""
+    """The content of the newest JSON file that can be read, without tensors; empty where there is none."""
     for step in reversed(steps(directory)):
         try:
             return json.loads(_files(directory, step)[1].read_text(encoding="utf-8"))
@@ -77,19 +78,19 @@ def latest_facts(directory: Path) -> dict[str, Any]:
 
 
 def steps(directory: Path) -> list[int]:
-    """The steps whose states were written to the end, in order."""
+    """The steps of all complete states, in order."""
     found = (path.stem.removeprefix("step-") for path in (directory / FOLDER).glob("step-*.json"))
     return sorted(int(step) for step in found if step.isdigit())
 
 
 def remove(directory: Path, step: int) -> None:
-    """Removes a state, the JSON file first, so that what a crash leaves is not taken for one."""
+    """Removes a state, the JSON file first, so that the rest is not taken for a complete state after a crash."""
     for path in reversed(_files(directory, step)):
         path.unlink(missing_ok=True)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under `model.`, those with several names once; frozen parameters are as they came."""
+    """Trainable parameters and buffers, named `model.…`; shared ones are stored once, frozen parameters not at all."""
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
     held = model.state_dict(keep_vars=True)
     named = {n: t.detach() for n, t in held.items() if t.requires_grad or not isinstance(t, nn.Parameter)}
@@ -110,11 +111,11 @@ def load_into_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Tensors as safetensors; a full disk is an `OSError` as everywhere else."""
+    """Writes tensors as safetensors; a full disk is an `OSError`, as for other files."""
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
-        if "os error 28" in str(error):  # the package tells a full disk in its own words
+        if "os error 28" in str(error):  # the package has its own error for a full disk
             raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
         raise
 
@@ -125,7 +126,7 @@ def _files(directory: Path, step: int) -> tuple[Path, Path]:
 
 
 def read(directory: Path, step: int) -> State:
-    """The state of a step; one that is damaged or torn is a `UserError` that names the file."""
+    """The state of a step; a damaged or incomplete one is a `UserError` that names the file."""
     tensor_file, facts_file = _files(directory, step)
     try:
         facts = json.loads(facts_file.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""A run's folder: recipe.json, samples and the question whether it is free; knows no model and no loop.
+"""The run directory: recipe.json and samples, checks that a new run overwrites no other, and hashes of its files.
 
-A command that trains writes the recipe's name and options into recipe.json before anything else, under RECORD, so that
-the folder alone is enough to go on from. A run of several parts has a folder for each inside its own.
+A command that trains first writes the recipe's name and options into recipe.json, under RECORD, so that the directory
+alone is enough to resume. A run of several parts has a subdirectory for each.
 """
 
 import json
@@ -21,14 +21,14 @@ from keifu.training.protocols import Run
 from keifu.training.run import checkpoint, metrics
 
 RECIPE = "recipe.json"
-RECORD = "recipe"  # in recipe.json: name and options of the recipe, and steps where those were changed since
+RECORD = "recipe"  # in recipe.json: name and options of the recipe, and the steps where they were changed later
 SAMPLES = "samples"
-BEFORE = ".replaced"  # where an earlier run waits until the one that replaces it has begun
+BEFORE = ".replaced"  # holds an earlier run until the one that replaces it has saved a state
 PACKAGES = ("keifu", "torch", "numpy", "tokenizers", "safetensors")
 
 
 def claim_directory(run: Run) -> None:
-    """Makes sure that a new run writes over no other one; `run.replace` removes what is there."""
+    """Makes sure that a new run overwrites no other one (a `UserError`); `run.replace` removes the other one."""
     if run.resume:
         return
     if (steps := checkpoint.steps(run.directory)) and not run.replace:
@@ -36,7 +36,7 @@ def claim_directory(run: Run) -> None:
             f"{run.directory} already holds a run, saved at step {steps[-1]:,}: go on with it "
             f"({how_to_resume(run)}), or choose another folder."
         )
-    if read_recipe(run.directory).keys() != {RECORD}:  # that alone is of the run which begins here
+    if read_recipe(run.directory).keys() != {RECORD}:  # the record alone belongs to this run
         (run.directory / RECIPE).unlink(missing_ok=True)
     for name in (checkpoint.FOLDER, SAMPLES):
         shutil.rmtree(run.directory / name, ignore_errors=True)
@@ -44,8 +44,8 @@ def claim_directory(run: Run) -> None:
 
 
 def write_recipe(run: Run, facts: Mapping[str, Any], steps: int) -> None:
-    """recipe.json: what the run is about, everything that was resolved, the versions in use, and the recipe's name and
-    options as they stand there; steps: of the whole run."""
+    """Writes recipe.json: the description of the run, its settings and results, the versions in use, and the recipe's
+    name and options that are already there; steps: of the whole run."""
     record = recorded(run.directory)
     if "steps" in record:
         record["steps"] = steps
@@ -59,7 +59,7 @@ def write(directory: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_recipe(directory: Path) -> dict[str, Any]:
-    """What recipe.json says, or nothing where there is none; one that is no JSON is a `UserError`."""
+    """The content of recipe.json, empty where there is none; invalid JSON is a `UserError`."""
     path = directory / RECIPE
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -73,12 +73,12 @@ def recorded(directory: Path) -> dict[str, Any]:
 
 
 def record(directory: Path, name: str, options: Mapping[str, Any], **more: Any) -> None:
-    """Writes what `recorded` gives; what else recipe.json says stays."""
+    """Writes what `recorded` reads; the rest of recipe.json stays."""
     write(directory, read_recipe(directory) | {RECORD: {"name": name, "options": options, **more}})
 
 
 def how_to_resume(run: Run) -> str:
-    """What goes on with a run: the command of its folder, or of the folder of the run that it is a part of."""
+    """How to resume a run: the command for its directory, or for the run that it is a part of."""
     for directory in (run.directory, run.directory.parent):
         if recorded(directory):
             return command(directory)
@@ -86,23 +86,23 @@ def how_to_resume(run: Run) -> str:
 
 
 def command(directory: Path) -> str:
-    """The command that goes on with the run in a folder."""
+    """The command that resumes the run in a directory."""
     return f"keifu train --resume {shlex.quote(str(directory))}"
 
 
 def last_step(directory: Path) -> int | None:
-    """The steps of the newest saved state in a run's folder or in those of its parts; None where none was saved."""
+    """The step of the newest saved state of a run or its parts; None where none was saved."""
     return max((step for place in _places(directory) for step in checkpoint.steps(place)), default=None)
 
 
 def _places(directory: Path) -> list[Path]:
-    """A run's folder and those of its parts."""
+    """The directories of a run and of its parts."""
     parts = (path.parent for path in sorted(directory.glob(f"*/{RECIPE}")))
     return [directory, *(part for part in parts if part.name != BEFORE)]
 
 
 def check_free(directory: Path) -> None:
-    """Refuses a folder in which a run saved a state or came to its end."""
+    """A `UserError` where a run in this directory has saved a state or finished."""
     step, finished = last_step(directory), read_recipe(directory).get("finished")
     if step is not None or finished:
         where = "a finished run" if step is None else f"a run, saved at step {step:,}"
@@ -114,8 +114,8 @@ def check_free(directory: Path) -> None:
 
 @contextmanager
 def replaced(directory: Path) -> Iterator[None]:
-    """A block in which a new run takes the place of the one in the folder, which comes back where the new one fails
-    before it has saved a state."""
+    """A block in which a new run replaces the one in the directory; the old one is restored if the new one fails before
+    it has saved a state."""
     waiting = directory / BEFORE
     shutil.rmtree(waiting, ignore_errors=True)
     for path in _files(directory):
@@ -141,14 +141,13 @@ def _put_back(waiting: Path, directory: Path) -> None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """What a run and its parts have written so that they can be resumed and reported."""
+    """The files and directories that a run and its parts have written for resuming and for the report."""
     names = (RECIPE, metrics.FILE, checkpoint.FOLDER, SAMPLES)
     return [place / name for place in _places(directory) for name in names if (place / name).exists()]
 
 
 def forget(directory: Path) -> None:
-    """Removes the record of a run that came to nothing before its first step, and the folder if nothing else is in
-    it."""
+    """Removes the record of a run that failed before its first step, and the directory if it is then empty."""
     if read_recipe(directory).keys() == {RECORD}:
         (directory / RECIPE).unlink()
     with suppress(OSError):
@@ -156,33 +155,33 @@ def forget(directory: Path) -> None:
 
 
 def close(directory: Path) -> None:
-    """Notes the end of a run that the training loop did not note."""
+    """Marks a run as finished that did not use the training loop."""
     content = read_recipe(directory)
     if content.keys() == {RECORD}:
         write(directory, content | {"finished": True})
 
 
 def write_sample(directory: Path, step: int, sample: str | bytes) -> None:
-    """A text or a PNG picture under samples/, by step."""
+    """Writes a text or a PNG picture under samples/, named by its step."""
     suffix = "txt" if isinstance(sample, str) else "png"
     write_atomic(directory / SAMPLES / f"step-{step:08d}.{suffix}", sample)
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    """SHA-256 of every weight file and saved state of a run, by its name in the folder."""
+    """SHA-256 of every weight file and saved state of a run, by its relative path."""
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("*/*.safetensors")])
     return {path.relative_to(directory).as_posix(): sha256(path) for path in files}
 
 
 def versions() -> dict[str, str]:
-    """What the run was computed by."""
+    """Versions of Python, the main packages and the system, and the processor."""
     programs = {name: version for name in PACKAGES if (version := _version(name))}
     machine = {"system": platform.platform(), "processor": processor_name()}
     return {"python": platform.python_version(), **programs, **machine}
 
 
 def _version(package: str) -> str | None:
-    """None where the package is used from its source, without having been installed."""
+    """The version of a package; None where it is not installed but used from its source."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The figures of a run: a line of JSON each time, and the same to TensorBoard and Weights & Biases; knows no loop."""
+"""Metrics of a run: lines of JSON in metrics.jsonl, and the same to TensorBoard and Weights & Biases."""
 
 import errno
 import json
@@ -16,22 +16,22 @@ FILE = "metrics.jsonl"
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where figures go beside the file."""
+    """A destination of metrics beside the file."""
 
     def write(self, step: int, figures: dict[str, float | int]) -> None:
-        """Takes the figures of a step."""
+        """Writes the figures of a step."""
         ...
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Writes what is buffered, and closes."""
         ...
 
 
 class Metrics:
-    """Appends to metrics.jsonl and to the sinks; a reader always sees whole lines.
+    """Appends to metrics.jsonl and to the sinks; a reader always sees complete lines. A context manager.
 
-    Lines from before a run was resumed that are later than its state, of `step` steps and so many batches `skipped` in
-    rewinds, are dropped. When the disk is full, lines wait in memory until there is room. Used as a context.
+    On resuming, lines that are later than the loaded state (of `step` steps, with `skipped` batches skipped in rewinds)
+    are dropped. When the disk is full, lines stay in memory until there is space.
     """
 
     def __init__(self, directory: Path, sinks: list[Sink], step: int, skipped: int = 0):
@@ -43,7 +43,7 @@ class Metrics:
         self.pending = b""
 
     def write(self, step: int, figures: dict[str, float | int]) -> None:
-        """One line for a step."""
+        """Writes a line for a step."""
         self.pending += json.dumps({"step": step, **figures}).encode() + b"\n"
         for sink in self.sinks:
             sink.write(step, figures)
@@ -56,12 +56,12 @@ class Metrics:
             self.file.truncate(whole)
 
     def latest(self) -> dict[str, float | int]:
-        """The latest value of every figure from before the run was resumed."""
+        """The latest value of every figure before the run was resumed."""
         return {name: value for line in self.before for name, value in line.items() if name != "step"}
 
     @property
     def validated(self) -> int | None:
-        """The step of the last validation from before the run was resumed."""
+        """The step of the last validation before the run was resumed."""
         return max((line["step"] for line in self.before if "validation_loss" in line), default=None)
 
     def __enter__(self) -> "Metrics":
@@ -74,14 +74,14 @@ class Metrics:
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out."""
+    """All lines of a run's metrics.jsonl; an incomplete last line, as after a crash, is left out."""
     path = directory / FILE
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def last_metrics(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The lines without those of steps that a rewind has undone."""
+    """The lines without those of steps that were undone by a rewind."""
     kept: list[Mapping[str, Any]] = []
     for line in lines:
         if "rewound_from" in line:
@@ -120,7 +120,7 @@ class WeightsAndBiases:
 
 
 def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, Any]) -> list[Sink]:
-    """The sinks that were asked for; a missing package is a `UserError` before training starts."""
+    """The sinks of the settings; a missing package is a `UserError`."""
     wanted: list[Sink] = []
     if tensorboard:
         wanted.append(TensorBoard(directory))

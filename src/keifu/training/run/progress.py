@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar on a terminal, plain lines in a pipe; knows no model and no loop."""
+"""The progress display of a run: a progress bar on a terminal, plain lines otherwise; and formats of figures."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ PLAIN_SECONDS = 10.0  # between plain lines
 
 
 class Display:
-    """Shows how far a run is; used as a context. Notes stand above the bar and stay."""
+    """Shows the progress of a run, as a context manager. Notes are printed above the bar and stay."""
 
     def __init__(self, total: int, unit: str):
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
@@ -34,19 +34,19 @@ class Display:
             self.live.stop()
 
     def advance(self, done: int) -> None:
-        """Tells how many steps are done."""
+        """Sets the number of steps done."""
         self.done = done
         if self.live and self.task is not None:
             self.live.update(self.task, completed=done)
 
     def expect(self, total: int) -> None:
-        """Another number of steps in all."""
+        """Sets the total number of steps."""
         self.total = total
         if self.live and self.task is not None:
             self.live.update(self.task, total=total)
 
     def show(self, figures: dict[str, Any]) -> None:
-        """The latest figures; in a pipe at most one line in ten seconds."""
+        """Shows the latest figures; without a terminal at most one line in ten seconds."""
         text = format_figures(figures, self.unit)
         if self.live and self.task is not None:
             self.live.update(self.task, description=escape(text))
@@ -55,12 +55,12 @@ class Display:
             self.last_line = time.monotonic()
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self.console.print(text, markup=False)
 
 
 def format_figures(figures: dict[str, Any], unit: str) -> str:
-    """Figures of a step in a few words, those that are there."""
+    """The main figures of a step as a short text."""
     words = {
         "loss": lambda x: f"loss {x:.4g}",
         f"{unit}_per_second": lambda x: f"{x:,.0f} {unit}/s",
@@ -71,7 +71,7 @@ def format_figures(figures: dict[str, Any], unit: str) -> str:
 
 
 def format_seconds(seconds: float | int) -> str:
-    """A duration as a person says it: 42 s, 3:07 min, 2:30 h, 3 d 4 h."""
+    """A duration as text: 42 s, 3:07 min, 2:30 h, 3 d 4 h."""
     whole = round(seconds)
     if whole < 100:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"

@@ -1,7 +1,4 @@
-"""A run's folder as one offline page, report.html; knows the folder's files, no model and no loop.
-
-Line charts as inline SVG whose colours the page's style chooses; knows no run.
-"""
+"""The report of a run: report.html, one offline page from the files of its directory, with charts as inline SVG."""
 
 import base64
 import json
@@ -54,7 +51,7 @@ def chart(title: str, y_label: str, curves: Iterable[Curve], x_label: str = "ste
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where a chart's numbers stand on the paper, from the ticks of both axes."""
+    """The mapping from a chart's values to coordinates, from the ticks of both axes."""
 
     xs: list[float]
     ys: list[float]
@@ -237,7 +234,7 @@ def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
 
 
 def _own(directory: Path) -> str:
-    """The charts that the run itself left beside the report."""
+    """The charts that the run has written itself, in curves.json."""
     path = directory / CURVES
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return "".join(chart(**{**each, "curves": [_curve(**curve) for curve in each["curves"]]}) for each in found)
@@ -325,7 +322,7 @@ def _pairs(values: Mapping[str, Any], code: bool = False) -> str:
 
 
 def _words(value: Any) -> str:
-    """A setting as a person writes it."""
+    """A setting as text."""
     if isinstance(value, Mapping):
         return ", ".join(f"{str(name).replace('_', ' ')} {_words(inner)}" for name, inner in value.items())
     if isinstance(value, list):
