@@ -69,7 +69,7 @@ def test_the_run_goes_back_and_the_batches_of_the_spike_never_come_again(whole: 
     assert event["spike_loss"] > 2
     asked = [number for number in json.loads((whole / "asked").read_text()) if number < 10**5]  # no validation
     rewound = asked.index(53)
-    assert asked[:rewound] == [0, 0, *range(1, 44)]  # the first also for the cost; 43 was made ready
+    assert asked[:rewound] == [0, 0, *range(1, 43)]  # the first also for the cost; on a CPU none is made ready ahead
     assert asked[rewound : rewound + 27] == list(range(53, 80)) and not set(asked[rewound:]) & set(BAD)
     last = checkpoint.latest(whole)[0]
     assert last.step == 60 and last.facts["spikes"]["skipped"] == 20

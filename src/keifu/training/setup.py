@@ -110,11 +110,10 @@ def set_up(
     rows = settings.micro_batch or resolved.get("micro_batch")
     with failures.explain_out_of_memory(ADVICE):
         measured = cost.estimate(probe, batch, rows, ADVICE)
-    if found:
-        _load_state(model, optimisers, data, found.tensors)
     elements = resolved.get("row_elements", row_elements(batch))
     stepper = _train_step(probe, settings, rows or measured.micro_batch, elements, found)
     if found:
+        _load_state(model, optimisers, data, found.tensors)
         _tell_dropout(stepper, resolved, tell)
     progressed = _progressed(found, settings, device, length)
     done, whole = progressed.step, settings.whole_steps
