@@ -132,7 +132,7 @@ def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(
         patched.setattr(LabelledBatches, "batch", failing)
         with pytest.raises(RuntimeError, match="The disk is gone"):
             final(recipe, tmp_path / "b")
-    assert checkpoint.steps(tmp_path / "b")[-1] == 6
+    assert checkpoint.steps(tmp_path / "b")[-1] == 7
     resumed = final(recipe, tmp_path / "b", resume=True)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

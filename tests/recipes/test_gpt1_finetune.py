@@ -250,7 +250,7 @@ def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(
         ("classification", ("--cut", "4"), "cut keeps from 8 to 24 tokens"),
         ("classification", ("--held-out", "1"), "held_out is a share from 0 up to below 1"),
         ("classification", ("--lm-weight", "-1"), "lm_weight must be at least 0"),
-        ("classification", ("--form", "poem"), "Invalid choice 'poem'"),
+        ("classification", ("--form", "poem"), "There is no --form called 'poem'"),
         ("classification", ("--test", "other.jsonl"), "line 2: nothing that is learned from has the label"),
         ("classification", ("--test", "long.jsonl"), "long.jsonl, line 1: this example has 61 tokens, and 24 is the"),
     ],
