@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from keifu import checkpoints, cli
-from keifu.checkpoints import load
+from keifu.checkpoints import loading
 from keifu.commands import draw
 from keifu.commands.shared import drawing as drawn
 from keifu.generation.images.png_metadata import read_record
@@ -99,7 +99,7 @@ def test_an_unknown_sampler_is_said_before_the_model_is_opened(capsys: pytest.Ca
 def test_a_model_is_opened_and_planned_once(model: str, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
     opened, made = [], []
-    for calls, module, name in ((opened, load, "open_source"), (made, load, "plan")):
+    for calls, module, name in ((opened, loading, "open_source"), (made, loading, "plan")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, real=real, calls=calls: [calls.append(args), real(*args)][1])
     run(capsys, model, "--steps", "1", "--seed", "5", "-o", "once.png")

@@ -175,7 +175,7 @@ def dalle_case():
     model = dalle.build(dalle.Config(31, 3, 16, 24, 4, 4, kernel=3, vae=vae))
     model.vae.requires_grad_(False)
     real = torch.tensor([[True, True, False], [True, True, True]])
-    codes = model.to_codes(torch.rand(2, 1, 8, 8) * 2 - 1)
+    codes = model.vae.encode(torch.rand(2, 1, 8, 8) * 2 - 1).flatten(1)
     return model, TextImageLoss(), {"tokens": words(2, 3), "real": real, "codes": codes, "text_share": torch.ones(2)}
 
 

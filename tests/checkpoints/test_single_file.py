@@ -223,14 +223,14 @@ def test_the_tokenizer_beside_it_or_clips_or_a_sentence(made, tmp_path, monkeypa
     cli.main(["draw", "--again", "a.png"])
     assert "bit for bit" in capsys.readouterr().err
 
-    from keifu.checkpoints import load
+    from keifu.checkpoints import loading
     from keifu.checkpoints.diffusers import single_file
 
     def none(_: str) -> Path:
         raise UserError("There is no network.")
 
     monkeypatch.setattr("keifu.data.catalogue.catalogue.fetch", none)
-    source = load.open_source(alone)
+    source = loading.open_source(alone)
     whole = single_file.replace(source.config, text=single_file.clip_text.SIZES["stable-diffusion-text"],
                                 unet=latent_diffusion.SIZES["stable-diffusion-1"].unet)  # fmt: skip
     with pytest.raises(UserError, match=r"keifu data get clip-bpe\): There is no network"):

@@ -253,7 +253,7 @@ def test_a_file_that_was_cut_is_not_called_another_file(tmp_path: Path, monkeypa
         (folder / archive.file).write_bytes((tmp_path / "links" / archive.file).read_bytes()[:40])
         return folder / archive.file
 
-    monkeypatch.setattr(download, "_fetched", cut)
+    monkeypatch.setattr(download, "_fetch_archive", cut)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda place: type("Usage", (), {"free": free}))
     with pytest.raises(UserError, match=sentence):
         fetch(archive)

@@ -94,7 +94,7 @@ class Remembering(nn.Module):
 @pytest.mark.parametrize("free", [True, False])
 def test_a_model_that_must_be_told_a_class_draws_them_in_turn(free: bool, monkeypatch) -> None:
     real = toys(40, 0)
-    monkeypatch.setattr(module, "read_pictures", lambda source, size, channels: real)
+    monkeypatch.setattr(module, "read_images", lambda source, size, channels: real)
     known = real.take([4, 9]).float() / 127.5 - 1
     found = evaluate(Remembering(known, free), None, EvalRequest("mnist", limit=6, steps=3, batch_size=2, seed=11))
     assert [row[0] for row in found.items.rows] == list(range(11, 17))

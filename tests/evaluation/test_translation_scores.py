@@ -111,7 +111,7 @@ def test_a_file_counts_whole_and_the_figures_are_those_of_its_translations(
 def test_of_a_catalogue_name_the_held_out_pairs_count(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [(f"文{n}。", f"Sentence {n}.") for n in range(60)]
     pairs = Pairs("tatoeba-ja-en", rows, ("ja", "en"))
-    monkeypatch.setattr(translation, "read_pairs", lambda name, reverse: pairs.reversed() if reverse else pairs)
+    monkeypatch.setattr(translation, "read_pairs", lambda name, reverse, *how: pairs.reversed() if reverse else pairs)
     forward, _ = translation.test_pairs(EvalRequest("tatoeba-ja-en"))
     backward, _ = translation.test_pairs(EvalRequest("tatoeba-ja-en", reverse=True))
     assert forward.rows == split(pairs).test and backward.rows == [(b, a) for a, b in forward.rows]
@@ -120,7 +120,7 @@ def test_of_a_catalogue_name_the_held_out_pairs_count(monkeypatch: pytest.Monkey
 
 def test_the_direction_is_the_models_where_its_run_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = Pairs("tatoeba-ja-en", [(f"文{n}。", f"Sentence {n}.") for n in range(60)], ("ja", "en"))
-    monkeypatch.setattr(translation, "read_pairs", lambda name, reverse: pairs.reversed() if reverse else pairs)
+    monkeypatch.setattr(translation, "read_pairs", lambda name, reverse, *how: pairs.reversed() if reverse else pairs)
     told = {
         (("ja", "en"), False): (("ja", "en"), 0),
         (("en", "ja"), False): (("en", "ja"), 1),  # swapped, and said

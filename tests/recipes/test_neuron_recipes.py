@@ -90,7 +90,7 @@ def test_bytes_that_are_no_text_and_files_that_are_not_there(tmp_path, capsys):
     path = tmp_path / "table.csv"
     path.write_bytes(b"a,b,kind\n1,2,x\n1,\xff,y\n")
     for data, sentence in (
-        (path, r"no text in UTF-8 \(line 3\)"),
+        (path, r"line 3: 0xFF at byte 3 of the line is not UTF-8"),
         (tmp_path / "no.csv", "There is no file"),
         ("xr", "mean 'xor'"),
     ):
@@ -164,7 +164,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
 
     def go(out, resume, sample):
         learned, model = network()
-        data = mlp.Examples(learned.training, learned.held, 32, 0)
+        data = mlp.TensorBatches(learned.training, learned.held, 32, 0)
         chosen = replace(mlp.settings(recipe), save_every=5, sample_every=10)
         mlp.train(model, mlp.objective(recipe.loss), data, chosen, mlp.describe(recipe, learned, out, resume), sample)
         return torch.cat([weight.flatten() for weight in model.state_dict().values()])

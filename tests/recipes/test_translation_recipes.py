@@ -96,7 +96,7 @@ def test_minutes_become_steps_and_a_finished_run_resumed_makes_no_more(table: Pa
     go("transformer", table, "timed", "--minutes", "0.2", "--resume")  # at the pace so far
     assert (
         checkpoint.steps(out)[-1] > steps
-        and json.loads((out / "recipe.json").read_text())["settings"]["steps"] == steps
+        and json.loads((out / "recipe.json").read_text())["settings"]["steps"] == first
     )
     with pytest.raises(UserError, match="--steps 5 and --minutes 1 are two budgets"):
         go("transformer", table, "timed", "--minutes", "1", "--steps", "5")

@@ -180,7 +180,7 @@ def of_ddpm(toys: Toys) -> tuple[Any, list[Group]]:
     classes = {"classes": Reach(True, ("model.config.n_classes"), 2)}
     dropout = {"label_dropout": Reach(0.35, "objective.label_dropout")}
     none = {"label_dropout": Reach(0.0, ("model.config.null_class", "objective.label_dropout"), 0.0)}
-    spread = {"dequantise": Reach(True, lambda r: type(r.data).__name__, "Dequantised")}
+    spread = {"dequantise": Reach(True, lambda r: type(r.data).__name__, "DequantizedBatches")}
     minutes = {"minutes": Reach(0.5, "settings.steps", MINUTES // 2)}
     paper = {"recipe_of": Reach("paper", "settings.schedule", "constant")}
     seed = {"seed": Reach(5, ("data.seed", "sample.seeds.0"))}
@@ -391,7 +391,7 @@ def test_ddpm_reads_pictures_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append((pictures if pictures == "distinct" else "all", share))
         raise InterruptedError
 
-    monkeypatch.setattr(ddpm, "read_pictures", lambda *given: (asked.append(given), Read())[1])
+    monkeypatch.setattr(ddpm, "read_images", lambda *given: (asked.append(given), Read())[1])
     monkeypatch.setattr(ddpm, "split", split)
     for distinct in (True, False):
         with pytest.raises(InterruptedError):

@@ -212,12 +212,12 @@ def kind_of_model(record: Any) -> str:
 def of_bert(toys: Toys) -> tuple[Any, list[Group]]:
     text = Text(toys.text, "wordpiece", 52, held_out=0.2)
     small = bert.Config(**TINY | {"context_length": 40})
-    base = bert_recipe.Recipe(text, model=small, training=SMALL, masking=bert_recipe.Masking(length=20))
+    base = bert_recipe.Recipe(text, model=small, training=SMALL, masking=bert_recipe.MaskingScheme(length=20))
     tokenizer, heads = "sample.tokenizer", ("vocab_size", "pooled", "next_sentence", "words")
     rows = {name: row for name, row in text_rows(toys, "text.").items() if "tokenizer" not in name}
     rows["text.vocab_size"] = Reach(47, f"{tokenizer}.vocab_size")
     rows["text.held_out"] = Reach(0.4, lambda r: r.data.shards.index["validation"]["tokens"], DIFFERENT)
-    masking = bert_recipe.Masking(18, 0.4, 5, True, False, 0.3)
+    masking = bert_recipe.MaskingScheme(18, 0.4, 5, True, False, 0.3)
     rows |= {
         "lowercase": Reach(False, lambda r: (t := wiring.look(r, tokenizer)).encode("Blue") == t.encode("blue"), False),
         "masking": Reach(masking, "data.masking"),
@@ -250,7 +250,7 @@ def of_palm2(toys: Toys) -> tuple[Any, list[Group]]:
         "gaps": Reach(("cat ___ two.",), "sample.gaps"),
         "prompts": Reach(("cat",), "sample.recipe.prompts"),
     }
-    causal = {"objective": Reach("causal", lambda r: type(r.data.task).__name__, "LeftToRight")}
+    causal = {"objective": Reach("causal", lambda r: type(r.data.task).__name__, "CausalBatches")}
     drawn = {"training": Reach(replace(SMALL, seed=8, batch_size=3), ("data.growth", "data.seed", weights), DIFFERENT)}
     return base, [Group(rows), Group(causal), Group(drawn)]
 
@@ -414,7 +414,7 @@ def test_published_settings() -> None:
         assert (found.optimizer, found.learning_rate, found.batch_size) == ("adamw", rate, rows)
     assert bert_recipe.LEARNING.betas == (0.9, 0.999) and bert_recipe.LEARNING.schedule == "linear"
     assert (bert_recipe.LEARNING.weight_decay, bert_recipe.LEARNING.final_ratio) == (0.01, 0.0)
-    masking = bert_recipe.Masking()
+    masking = bert_recipe.MaskingScheme()
     assert (masking.share, masking.short, masking.sentence_pairs) == (0.15, 0.1, True)
     assert palm2.LEARNING.optimizer == "muon" and palm2.LEARNING.final_ratio == 0.0
 

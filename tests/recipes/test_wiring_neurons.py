@@ -59,7 +59,7 @@ ELSEWHERE = {  # options that need data of another kind, and the tests that hold
 
 @pytest.mark.parametrize("name", TABLE)
 def test_every_option_reaches_what_it_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlp_compare.comparison, "curves", lambda results: b"")
+    monkeypatch.setattr(mlp_compare.decision_boundary, "curves", lambda results: b"")
     base, groups = TABLE[name]()
     groups = wiring.logged(base, groups)
     assert not wiring.uncovered(base, groups, ELSEWHERE[name]), "an option without a row in the table above"

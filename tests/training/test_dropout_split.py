@@ -232,4 +232,4 @@ def test_a_run_whose_state_does_not_say_how_dropout_was_drawn_goes_on(tmp_path, 
 
     monkeypatch.setattr(checkpoint, "read", older)
     train(toy(), objective, Sequences(), settings(steps=3), run(tmp_path / "run", resume=True))
-    assert "Dropout is drawn in another way" in capsys.readouterr().err
+    assert "Dropout masks are sampled in another way" in capsys.readouterr().err

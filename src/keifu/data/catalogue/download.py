@@ -162,7 +162,7 @@ def fetch(archive: Archive) -> Path:
     with build_once(folder) as place:
         if not folder.is_dir():
             given = cache() / "archives" / archive.file
-            file = given if given.is_file() else _is_fetched(archive, place, given.parent)
+            file = given if given.is_file() else _fetch_archive(archive, place, given.parent)
             _check(archive, file)
             _extract(archive, file, place / "members")
             (place / "members").rename(folder)
@@ -183,7 +183,7 @@ def _check(archive: Archive, file: Path) -> None:
         )
 
 
-def _is_fetched(archive: Archive, folder: Path, given: Path) -> Path:
+def _fetch_archive(archive: Archive, folder: Path, given: Path) -> Path:
     """The archive's file, from the machine that has it; a disk without room for it is a `UserError` before."""
     free = shutil.disk_usage(folder).free
     if free < archive.size:
