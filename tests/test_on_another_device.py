@@ -48,7 +48,7 @@ from keifu.layers.counter_rng import (
     uniform,  # noqa: E402
 )
 from keifu.layers.diffusion.noise_schedule import Noise  # noqa: E402
-from keifu.models import bert, gpt1, gpt2, gpt3, llama, mlp, palm, seq2seq, task_head, transformer
+from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, mlp, palm, qwen3, seq2seq, task_head, transformer
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
@@ -96,6 +96,10 @@ WRITERS = {
     "gpt3": lambda: gpt3.build(gpt3.Config(**SMALL, band=4)),
     "palm": lambda: palm.build(palm.Config(**SMALL, head_dim=6)),
     "llama": lambda: llama.build(llama.Config(**SMALL, n_kv_heads=2)),
+    "qwen3": lambda: qwen3.build(qwen3.Config(**SMALL, n_kv_heads=2, head_dim=8)),
+    "gemma3": lambda: gemma3.build(
+        gemma3.Config(**SMALL, n_kv_heads=1, head_dim=8, sliding_window=5, global_layers=(1,))
+    ),
     "mistral": lambda: llama.build(llama.Config(**SMALL, n_kv_heads=1, sliding_window=5, tied=True)),
 }
 TRANSLATORS = {
@@ -175,7 +179,7 @@ def dalle_case():
     model = dalle.build(dalle.Config(31, 3, 16, 24, 4, 4, kernel=3, vae=vae))
     model.vae.requires_grad_(False)
     real = torch.tensor([[True, True, False], [True, True, True]])
-    codes = model.vae.encode(torch.rand(2, 1, 8, 8) * 2 - 1).flatten(1)
+    codes = model.vae.encode(torch.rand(2, 1, 8, 8) * 2 - 1)
     return model, TextImageLoss(), {"tokens": words(2, 3), "real": real, "codes": codes, "text_share": torch.ones(2)}
 
 

@@ -99,7 +99,7 @@ def test_minutes_become_steps_and_a_finished_run_resumed_makes_no_more(table: Pa
         and json.loads((out / "recipe.json").read_text())["settings"]["steps"] == first
     )
     with pytest.raises(UserError, match="--steps 5 and --minutes 1 are two budgets"):
-        go("transformer", table, "timed", "--minutes", "1", "--steps", "5")
+        go("transformer", table, "both", "--minutes", "1", "--steps", "5")
 
 
 def test_the_papers_transformer_leaves_the_mean_of_its_last_states(table: Path) -> None:

@@ -114,9 +114,9 @@ def _recommended(name: str | Path, tokenizer: Any) -> Any:
         return tokenizer
     from keifu.data.catalogue.catalogue import CATALOGUE
 
-    if str(name) not in CATALOGUE:
+    recommended = CATALOGUE[str(name)].generation_config if str(name) in CATALOGUE else {}
+    if not recommended:
         return tokenizer
-    recommended = CATALOGUE[str(name)].generation_config
     return tokenizer.replace(generation_config={**recommended, **tokenizer.generation_config})
 
 

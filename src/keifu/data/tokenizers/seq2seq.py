@@ -198,6 +198,10 @@ class TwoSidedTokenizer(Tokenizer):
         """The ids of each text that the model is to write."""
         return self.target.encode_batch(texts, special)
 
+    def replace(self, **parts: Any) -> "TwoSidedTokenizer":
+        """The same tokenizer with some parts of the second one changed."""
+        return TwoSidedTokenizer(self.source, self.target.replace(**parts))
+
     @property
     def sides(self) -> tuple[Tokenizer, Tokenizer]:
         return self.source, self.target
