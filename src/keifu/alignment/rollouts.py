@@ -11,7 +11,6 @@ padded on the right; n = tokens of all answers, row by row.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.alignment.rewards import Scorer
+from keifu.data.batching import Epochs
 from keifu.data.chat.prompts import Prompt, fingerprint
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -146,8 +146,7 @@ class Rollouts:
                 f"{context}: shorten the prompts, or lower --max-tokens."
             )
         self.at_a_time = max(1, min(MAX_BATCH_ANSWERS, MAX_BATCH_TOKENS // self.longest))
-        seed, total = self.plan.seed, len(inputs.prompts)
-        self._order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(total))
+        self._epochs = Epochs(len(inputs.prompts), self.plan.prompts, self.plan.seed)
         self._rollout: dict[str, Tensor] = {}
 
     @property
@@ -195,8 +194,7 @@ class Rollouts:
 
     def _generate_rollout(self, number: int) -> dict[str, Tensor]:
         plan = self.plan
-        epochs, places = np.divmod(number * plan.prompts + np.arange(plan.prompts), len(self.parts[0]))
-        chosen = [int(self._order(int(epoch))[place]) for epoch, place in zip(epochs, places, strict=True)]
+        chosen = self._epochs.batch(number).tolist()
         rows = [row for row in chosen for _ in range(plan.group)]
         seeds = np.random.SeedSequence([plan.seed, number]).generate_state(len(rows), np.uint32)
         sampling = [
