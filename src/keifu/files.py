@@ -1,8 +1,9 @@
-"""Files: atomic writing (a crash leaves the old file or the new one, never a part of it), hashing, and JSON."""
+"""Files: atomic writing (a crash leaves the old file or the new one, never a part), hashing, JSON, and the cache."""
 
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,3 +63,26 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__} where a JSON object is needed.")
     return content
+
+
+def cache() -> Path:
+    """The folder for everything that is fetched or derived: `KEIFU_CACHE`, or ~/.cache/keifu."""
+    return Path(os.environ.get("KEIFU_CACHE") or "~/.cache/keifu").expanduser()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds what is made at `path` for one process at a time; another one that waits says so."""
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Waiting for another process that is making {path.name}.", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -58,7 +58,7 @@ def _archives(monkeypatch, tmp_path: Path) -> None:
 
 
 def place(name: str) -> Path:
-    from keifu.data.catalogue.download import cache
+    from keifu.files import cache
 
     entry = CATALOGUE[name]
     return cache() / entry.archive.folder / entry.member

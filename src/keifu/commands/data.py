@@ -145,7 +145,7 @@ def _list() -> None:
 
 def _cache() -> None:
     from keifu.data.catalogue.cache import cached
-    from keifu.data.catalogue.download import cache
+    from keifu.files import cache
 
     found = cached()
     rows = [(", ".join(each.names), _megabytes(each.size), each.about) for each in found]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keifu.data.catalogue.catalogue import CATALOGUE
-from keifu.data.catalogue.download import cache
 from keifu.errors import UserError, unknown
+from keifu.files import cache
 
 MADE = {  # folders of what is made of data, by name
     "tokenizers": "learned tokenizers", "tokens": "texts as ids", "sentences": "sentences as ids",

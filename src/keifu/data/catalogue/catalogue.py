@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from keifu.data.catalogue import download, readers
-from keifu.data.catalogue.download import cache
 from keifu.data.catalogue.entry import Entry
 from keifu.data.catalogue.images import ENTRIES as PICTURES
 from keifu.data.catalogue.readers import Dialogue
 from keifu.data.catalogue.texts import ENTRIES as TEXTS
 from keifu.data.catalogue.weights import ENTRIES as WEIGHTS
 from keifu.errors import UserError, unknown
+from keifu.files import cache
 
 __all__ = ["CATALOGUE", "Entry", "cache", "conversations", "documents", "fetch", "identity", "pairs", "rows"]
 

@@ -104,40 +104,18 @@ class Archive:
         return f"{self.package}-{self.version}-{sha256(repr((self.sha256, self.members)).encode()).hexdigest()[:8]}"
 
 
-def cache() -> Path:
-    """The folder for everything that is fetched or derived: `KEIFU_CACHE`, or ~/.cache/keifu."""
-    return Path(os.environ.get("KEIFU_CACHE") or "~/.cache/keifu").expanduser()
-
-
 @contextmanager
 def build_once(folder: Path) -> Iterator[Path]:
     """An empty place beside `folder` to make its content in, for one process at a time; it is gone after the block.
 
     What a killed process has left there is removed; its lock ended with it. A full disk is a `UserError`.
     """
-    with _locked(folder):
+    with files.locked(folder):
         for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
             shutil.rmtree(left, ignore_errors=True)
         place = TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
         with place as temporary, _room_for(folder.name):
             yield Path(temporary)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"Waiting for another process that is making {path.name}.", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -156,12 +134,12 @@ def fetch(archive: Archive) -> Path:
     A file of the right name in `cache()/archives` is taken instead of fetching, for machines without a network.
     A wrong hash, a missing member, no network or a full disk is a `UserError`, and nothing is kept.
     """
-    folder = cache() / archive.folder
+    folder = files.cache() / archive.folder
     if folder.is_dir():
         return folder
     with build_once(folder) as place:
         if not folder.is_dir():
-            given = cache() / "archives" / archive.file
+            given = files.cache() / "archives" / archive.file
             file = given if given.is_file() else _fetch_archive(archive, place, given.parent)
             _check(archive, file)
             _extract(archive, file, place / "members")
@@ -188,7 +166,7 @@ def _fetch_archive(archive: Archive, folder: Path, given: Path) -> Path:
     free = shutil.disk_usage(folder).free
     if free < archive.size:
         raise UserError(
-            f"{archive.file} has {archive.size / 1e6:,.0f} MB, and the disk of {cache()} has {free / 1e6:,.0f} MB "
+            f"{archive.file} has {archive.size / 1e6:,.0f} MB, and the disk of {files.cache()} has {free / 1e6:,.0f} MB "
             "free: free some space (keifu data clear removes what was fetched), or set KEIFU_CACHE to another folder."
         )
     if archive.file.endswith(".deb"):
@@ -262,7 +240,7 @@ def _failure(archive: Archive, log: str) -> UserError:
     return UserError(
         f"`pip download {wanted}` gave no file: {reason}. Check the network and pip's settings (`pip config list`); "
         f"or fetch {archive.file} on another machine with `pip download --no-deps {wanted}` and put it into "
-        f"{cache() / 'archives'}."
+        f"{files.cache() / 'archives'}."
     )
 
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from keifu.data.catalogue.download import build_once, cache
+from keifu.data.catalogue.download import build_once
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextFormat, chunks
 from keifu.data.text.token_shards import TextTokenizer, apart
 from keifu.errors import UserError
-from keifu.files import write_atomic
+from keifu.files import cache, write_atomic
 
 FORMAT = 1  # goes up when the same source would give other sentences than before
 MANY = 100  # documents; where there are fewer, each counts as several

@@ -18,12 +18,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from keifu.data.catalogue.download import build_once, cache
+from keifu.data.catalogue.download import build_once
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextChunk, TextFormat, chunks, documents
 from keifu.errors import UserError
-from keifu.files import write_atomic
+from keifu.files import cache, write_atomic
 
 __all__ = ["Shards", "TextTokenizer", "documents", "prepare", "prepare_parts"]
 

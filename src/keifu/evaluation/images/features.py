@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from keifu.data.catalogue.download import cache
 from keifu.data.images.io import to_signed
 from keifu.data.progress import counting
 from keifu.errors import UserError
+from keifu.files import cache
 
 FILE = "inception-2015.safetensors"
 SIDE, EPSILON = 299, 1e-3

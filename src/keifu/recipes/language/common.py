@@ -13,7 +13,6 @@ import tyro
 
 from keifu import checkpoints
 from keifu.data.catalogue import catalogue
-from keifu.data.catalogue.download import cache
 from keifu.data.chat.conversations import MADE_OF
 from keifu.data.text.documents import TextFormat, content_hash, documents, in_catalogue
 from keifu.data.text.packed import PackedText
@@ -22,6 +21,7 @@ from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import KINDS, train_tokenizer
 from keifu.devices import choose
+from keifu.files import cache
 from keifu.generation.text.generate import generate
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.recipes.options import Logging

@@ -25,7 +25,6 @@ import tyro
 from torch import nn
 
 from keifu import checkpoints
-from keifu.data.catalogue.download import cache
 from keifu.data.text.mixture import (
     Check,
     MixedText,
@@ -55,7 +54,7 @@ from keifu.data.tokenizers.special_tokens import put_around_text
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.devices import choose
-from keifu.files import write_atomic
+from keifu.files import cache, write_atomic
 from keifu.generation.text.defaults import sampling_for
 from keifu.generation.text.fill import continuation, infill
 from keifu.models import palm

@@ -13,7 +13,6 @@ from torch import nn
 
 from keifu import checkpoints
 from keifu.data.catalogue import catalogue
-from keifu.data.catalogue.download import cache
 from keifu.data.text.dataset_report import coverage
 from keifu.data.text.documents import in_catalogue
 from keifu.data.tokenizers.load import load_tokenizer
@@ -24,6 +23,7 @@ from keifu.data.translation.batches import Batching, EncodedPairs, PairData, Spe
 from keifu.data.translation.pairs import Pair, Pairs, Split, pair_names, read_pairs, split, split_beside
 from keifu.devices import choose
 from keifu.errors import UserError
+from keifu.files import cache
 from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
