@@ -167,7 +167,8 @@ def _fetch_archive(archive: Archive, folder: Path, given: Path) -> Path:
     if free < archive.size:
         raise UserError(
             f"{archive.file} has {archive.size / 1e6:,.0f} MB, and the disk of {files.cache()} has "
-            f"{free / 1e6:,.0f} MB free: free some space (keifu data clear removes what was fetched), or set KEIFU_CACHE to another folder."
+            f"{free / 1e6:,.0f} MB free: free some space (keifu data clear removes what was fetched), or "
+            "set KEIFU_CACHE to another folder."
         )
     if archive.file.endswith(".deb"):
         return download(archive.package, archive.version, archive.file, folder, given)
