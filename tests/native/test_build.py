@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from keifu.errors import UserError
 from keifu.native import build
 
 SMALL = 'extern "C" int answer() { return 42; }'
@@ -16,7 +15,7 @@ SMALL = 'extern "C" int answer() { return 42; }'
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small source of its own, an empty cache, and the machine's compiler and CPU."""
+    """A small source of its own, an empty cache and the machine's compiler."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "small.cpp").write_text(SMALL)
@@ -24,7 +23,6 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "SOURCE", source)
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.delenv(build.VARIABLE, raising=False)
 
 
 def answer(library: Path) -> int:
@@ -32,44 +30,39 @@ def answer(library: Path) -> int:
 
 
 def test_built_once_and_said_in_one_line(capfd) -> None:
-    library = build.build("portable")
+    library = build.build()
     assert answer(library) == 42
     assert capfd.readouterr().err.count("\n") == 1
     before = library.stat()
-    assert build.build("portable") == library and library.stat() == before
+    assert build.build() == library and library.stat() == before
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("changed", ["small.cpp", "small.h"])
 def test_another_source_is_another_library(changed: str) -> None:
-    first = build.build("portable")
+    first = build.build()
     (build.SOURCE / changed).write_text(SMALL.replace("42", "43") if changed.endswith("cpp") else "// more")
-    second = build.build("portable")
+    second = build.build()
     assert second != first and answer(second) == (43 if changed.endswith("cpp") else 42)
-
-
-def test_instruction_sets_are_libraries_of_their_own() -> None:
-    sets = build.instruction_sets()
-    assert len({build.build(name) for name in sets}) == len(sets)
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "unmarked"])
 def test_a_damaged_library_is_built_again(damage: str, capfd) -> None:
-    library = build.build("portable")
+    library = build.build()
     whole = library.read_bytes()
     if damage == "unmarked":
         library.with_suffix(".sha256").unlink()
     else:
         library.write_bytes(whole[: len(whole) // 2] if damage == "cut" else whole[:-9] + b"x" * 9)
     capfd.readouterr()
-    assert answer(build.build("portable")) == 42
+    assert answer(build.build()) == 42
     assert "Building" in capfd.readouterr().err
 
 
 def test_two_processes_build_once(tmp_path: Path) -> None:
     program = f"""
 import pathlib; from keifu.native import build
-build.SOURCE = pathlib.Path({str(build.SOURCE)!r}); print(build.build("portable"))
+build.SOURCE = pathlib.Path({str(build.SOURCE)!r}); print(build.build())
 """
     command = [sys.executable, "-c", program]
     started = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=os.environ) for _ in range(3)]
@@ -83,66 +76,33 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         build.Unavailable, match=r"needs a C\+\+ compiler, and none of c\+\+, g\+\+, clang\+\+ is there"
     ):
-        build.build("portable")
+        build.build()
     monkeypatch.setenv("CXX", "nowhere++ -O1")
     with pytest.raises(build.Unavailable, match=r"CXX, nowhere\+\+, is not there"):
-        build.build("portable")
+        build.build()
 
 
 def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (build.SOURCE / "small.cpp").write_text("int wrong(")
     with pytest.raises(build.Unavailable, match="did not build it: .*error"):
-        build.build("portable")
+        build.build()
     assert not list((tmp_path / "cache/native").glob("*.so"))
     broken = tmp_path / "broken++"
     broken.write_text("no program")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(build.Unavailable, match="does not run"):
-        build.build("portable")
+        build.build()
 
 
 def test_cxx_may_have_options(monkeypatch: pytest.MonkeyPatch) -> None:
     (build.SOURCE / "small.cpp").write_text(SMALL.replace("42", "MEANING"))
     monkeypatch.setenv("CXX", "c++ -DMEANING=7")
-    assert answer(build.build("portable")) == 7
+    assert answer(build.build()) == 7
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "file"))
     with pytest.raises(build.Unavailable, match="cannot be written"):
-        build.build("portable")
-
-
-@pytest.mark.parametrize(
-    ("flags", "sets"),
-    [
-        ("flags : fpu sse4_2", ["portable"]),
-        ("fma f16c avx2", ["avx2", "portable"]),
-        ("fma f16c avx2 avx512f avx512bw avx512dq avx512vl", ["avx2", "portable"]),  # Skylake-X: no VNNI
-        (
-            "fma f16c avx2 avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16",
-            ["avx512", "avx2", "portable"],
-        ),
-        ("", ["portable"]),
-    ],
-)
-def test_sets_by_what_the_cpu_has(flags: str, sets: list[str]) -> None:
-    assert build.instruction_sets(flags) == sets
-
-
-def test_the_set_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert build.usable_sets() == build.instruction_sets()
-    monkeypatch.setenv(build.VARIABLE, "portable")
-    assert build.usable_sets() == ["portable"]
-    monkeypatch.setenv(build.VARIABLE, "off")
-    with pytest.raises(build.Unavailable, match="KEIFU_NATIVE is off"):
-        build.usable_sets()
-    monkeypatch.setenv(build.VARIABLE, "avx")
-    with pytest.raises(UserError, match="no KEIFU_NATIVE called 'avx'. Did you mean 'avx2'"):
-        build.usable_sets()
-    monkeypatch.setenv(build.VARIABLE, "amx")
-    monkeypatch.setattr(build, "instruction_sets", lambda: ["avx2", "portable"])
-    with pytest.raises(build.Unavailable, match="KEIFU_NATIVE is amx, and this CPU has avx2, portable alone"):
-        build.usable_sets()
+        build.build()
