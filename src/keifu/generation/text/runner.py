@@ -1,8 +1,8 @@
-"""The runner of a causal model: tokens of several sequences go through it in one step, their keys and values in blocks.
+"""The runner of a causal model: tokens of several sequences go through it in one step, keys and values lie in blocks.
 
-Keys and values lie in a pool of `n_blocks` blocks of `block_size` tokens each. The token at position p of a sequence has
-its own in block `blocks[p // block_size]` of the sequence's block table, at place p % block_size. Which sequence has
-which blocks is the scheduler's business. Axes: wanted = tokens whose logits are asked for, vocab.
+Keys and values are in a pool of `n_blocks` blocks, each of `block_size` tokens. The token at position p of a sequence
+has its own in block `blocks[p // block_size]` of the sequence's block table, at place p % block_size. Which sequence
+has which blocks is decided by the scheduler. Axes: wanted = tokens whose logits are asked for, vocab.
 """
 
 from collections.abc import Sequence
