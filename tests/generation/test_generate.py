@@ -1,5 +1,6 @@
 """Text in and text out: characters, stop strings, ends, what is refused, and the public call."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,6 +140,22 @@ def test_pieces_of_a_batch_come_in_turn(model: nn.Module, tokenizer: Tokenizer) 
     pieces = list(stream(model, bare, [[5], [6, 7], [8]], samplings))
     assert [piece.index for piece in pieces] == [0, 1, 2, 1, 2, 1, 1]
     assert [piece.index for piece in pieces if piece.finish_reason == "length"] == [0, 2, 1]
+
+
+def test_the_likeliest_tokens_are_reported_as_many_as_each_asks_for(model: nn.Module, tokenizer: Tokenizer) -> None:
+    sampling = SamplingParams(max_tokens=3, temperature=0, log_probabilities=True)
+    counts = [0, 2, 5]
+    wanted = [replace(sampling, top_log_probabilities=count) for count in counts]
+    for piece in stream(model, tokenizer, ["abc"] * 3, wanted):
+        top = piece.top_log_probabilities
+        assert len(top) == counts[piece.index]
+        assert not top or top[0] == (piece.token, pytest.approx(piece.log_probability, abs=1e-5))
+        assert [value for _, value in top] == sorted((value for _, value in top), reverse=True)
+
+
+def test_a_bias_of_a_hundred_decides(model: nn.Module, tokenizer: Tokenizer) -> None:
+    sampling = SamplingParams(max_tokens=4, temperature=0, logit_bias=((97, 1e6),))
+    assert [piece.token for piece in stream(model, tokenizer, ["xyz"], sampling)] == [97] * 4
 
 
 def test_text_cannot_spell_control_tokens(script: Any, tokenizer: Tokenizer) -> None:

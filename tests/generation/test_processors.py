@@ -8,7 +8,7 @@ import transformers as hf
 from torch import Tensor
 
 from keifu.generation.text import logits_processors
-from keifu.generation.text.sampler import History, RowSettings
+from keifu.generation.text.sampler import History, RowSettings, Sampler
 from keifu.generation.text.sampling_params import SamplingParams
 
 ROWS, VOCAB = 4, 203
@@ -54,6 +54,36 @@ def test_repetition_penalty_equals_transformers() -> None:
     values = [0.5, 1.0, 1.3, 2.0]
     ours = logits_processors.repetition_penalty(logits(), seen, torch.tensor(values))
     agree(ours, each_row(hf.RepetitionPenaltyLogitsProcessor, values, tokens))
+
+
+def test_logit_bias_equals_transformers_row_by_row() -> None:
+    pairs = [((3, 2.5), (7, -100.0)), (), ((202, 1.0), (0, 4.0), (5, -1.0)), ((3, -2.0),)]
+    settings = RowSettings([SamplingParams(logit_bias=each) for each in pairs], CPU)
+    ours = settings.apply_penalties(logits(), History(None, None))
+    for row, each in enumerate(pairs):
+        own = logits()[row : row + 1]
+        theirs = hf.SequenceBiasLogitsProcessor({(token,): bias for token, bias in each}) if each else None
+        agree(ours[row : row + 1], own if theirs is None else theirs(torch.zeros(1, 1, dtype=torch.long), own))
+
+
+def test_one_bias_serves_many_distributions() -> None:
+    ours = RowSettings([SamplingParams(logit_bias=((3, 9.0),))], CPU).apply_penalties(logits(), History(None, None))
+    agree(ours - logits(), torch.zeros(ROWS, VOCAB).index_fill(1, torch.tensor(3), 9.0))
+
+
+def test_only_allowed_tokens_are_chosen_and_the_likeliest_are_reported_of_all() -> None:
+    settings = [SamplingParams(seed=n, log_probabilities=n != 1, top_log_probabilities=n) for n in range(ROWS)]
+    allowed = torch.zeros(ROWS, VOCAB, dtype=torch.bool)
+    allowed[:, 11] = True
+    sampler = Sampler(settings, torch.zeros(ROWS, 1, dtype=torch.long), None, VOCAB)
+    rows_found = sampler.choose(logits(), allowed).figures
+    logs = logits().log_softmax(-1)
+    assert rows_found[:, 0].tolist() == [11] * ROWS
+    torch.testing.assert_close(rows_found[:, 2].float(), logs[:, 11])
+    torch.testing.assert_close(rows_found[:, 3].float(), torch.zeros(ROWS))
+    values, tokens = logs.topk(3)
+    torch.testing.assert_close(rows_found[:, 5::2].float(), values)
+    assert torch.equal(rows_found[:, 4::2].long(), tokens)
 
 
 def test_presence_and_frequency_follow_the_formula_of_openai() -> None:

@@ -24,6 +24,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["a", ""]}, "stop is .*strings of at least one character"),
     ({"seed": -1}, "seed is -1, which must be a whole number from 0"),
     ({"seed": 2**63}, "seed is 9223372036854775808"),
+    ({"top_log_probabilities": 21}, "top_log_probabilities is 21, which must be from 0 to 20"),
+    ({"logit_bias": ((1, float("inf")),)}, "logit_bias is .* pairs of a token's id and a finite number"),
     ({"temprature": 1.0}, "no sampling option 'temprature'. Did you mean 'temperature'?"),
 ]
 

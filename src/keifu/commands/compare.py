@@ -56,7 +56,8 @@ def run(options: Options) -> None:
     from keifu.evaluation.pairwise import Judgement, Judgements
 
     about = {"A": options.a, "B": options.b, "by": options.by or "a person", "seed": options.start}
-    drawn = {name: value for name, value in asdict(options.sampling).items() if name not in ("seed", "stop")}
+    apart = ("seed", "stop", "logit_bias")  # told below, or no option
+    drawn = {name: value for name, value in asdict(options.sampling).items() if name not in apart}
     kept = Judgements(options.out, about | drawn)
     left = [prompt for prompt in [*read_prompts(options.prompts)][: options.limit] if not kept.holds(prompt.messages)]
     chooser = by_reward(options.by) if options.by else by_hand(options.start, len(left))

@@ -40,6 +40,8 @@ class Continuation(SamplingParams):
 
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     log_probabilities: tyro.conf.Suppress[bool] = False
+    top_log_probabilities: tyro.conf.Suppress[int] = 0
+    logit_bias: tyro.conf.Suppress[tuple[tuple[int, float], ...]] = ()
 
 
 def parser(kind: type[Options], run: Callable[[Options], None], program: str) -> Callable[[Sequence[str]], Callable]:

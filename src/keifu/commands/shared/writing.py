@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 OWN = tyro.conf.arg(help_behavior_hint="(unset: the model's own)")
 FILTERS = ("top_k", "top_p", "min_p")
+REPORTED = ("seed", "log_probabilities", "top_log_probabilities", "logit_bias")  # elsewhere, or no option of a verb
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def print_text(
 
     if as_json:
         [done] = generate_batch(model, tokenizer, [prompt], replace(sampling, log_probabilities=True))
-        settings = {key: value for key, value in asdict(sampling).items() if key not in ("seed", "log_probabilities")}
+        settings = {key: value for key, value in asdict(sampling).items() if key not in REPORTED}
         print(json.dumps({**vars(done), "sampling": settings}, ensure_ascii=False))
         return done.finish_reason
     text, reason = [], None

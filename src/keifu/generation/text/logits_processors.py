@@ -1,7 +1,8 @@
 """Logits processors: penalties, temperature, top-k, top-p and min-p, on all rows at once.
 
 Every function is pure and takes one parameter per row. They are applied in this order, which is transformers':
-repetition penalty; presence and frequency penalty (where OpenAI and vLLM place them); temperature; top-k; top-p; min-p.
+repetition penalty; presence and frequency penalty (where OpenAI and vLLM place them); logit bias; temperature; top-k;
+top-p; min-p.
 Each sees what the one before it left. Equally likely tokens are kept or removed together, so that the result does not
 depend on how a sort breaks ties.
 
@@ -33,6 +34,11 @@ def presence_penalty(logits: Logits, counts: Float[Tensor, "rows vocab"], penalt
 def frequency_penalty(logits: Logits, counts: Float[Tensor, "rows vocab"], penalty: Parameter) -> Logits:
     """Takes the penalty off the logit of every token as many times as the output holds it."""
     return logits - penalty[:, None] * counts
+
+
+def logit_bias(logits: Logits, tokens: Int[Tensor, "#rows biased"], bias: Float[Tensor, "#rows biased"]) -> Logits:
+    """Adds to each row's logits of its `tokens`; a row that has fewer is filled up with a bias of 0."""
+    return logits.scatter_add(1, tokens.expand(len(logits), -1), bias.expand(len(logits), -1))
 
 
 def temperature(logits: Logits, t: Parameter) -> Logits:

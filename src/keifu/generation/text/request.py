@@ -51,6 +51,7 @@ class Piece:
     log_probability: ln of the token's probability under the model; None if not asked for.
     sampled_log_probability: the same under the distribution sampled from, after penalties, temperature and filters (0
         for greedy choice); None if not asked for.
+    top_log_probabilities: the likeliest tokens here with ln of their probabilities under the model, in order.
     finish_reason: None while the text goes on; "stop" (a stop token or a stop string), "length" (max_tokens written) or
         "context" (no room is left in the model's context).
     """
@@ -60,6 +61,7 @@ class Piece:
     token: int
     log_probability: float | None = None
     sampled_log_probability: float | None = None
+    top_log_probabilities: tuple[tuple[int, float], ...] = ()
     finish_reason: str | None = None
 
 
@@ -102,8 +104,12 @@ class Request:
         reason = "stop" if ends or self._text.found else self._full if len(self.tokens) >= self.limit else None
         if reason:
             text += self._text.flush()
-        figures = log_probabilities if self.sampling.log_probabilities else (None, None)
-        return Piece(self.index, text, self.tokens[-1], *figures, finish_reason=reason)
+        if not self.sampling.log_probabilities:
+            return Piece(self.index, text, self.tokens[-1], finish_reason=reason)
+        own, sampled, *likeliest = log_probabilities
+        pairs = zip(map(int, likeliest[::2]), likeliest[1::2], strict=True)
+        top = tuple(pairs)[: self.sampling.top_log_probabilities]
+        return Piece(self.index, text, self.tokens[-1], own, sampled, top, reason)
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:

@@ -46,21 +46,28 @@ class RowSettings:
         self.top_k = self._column([s.top_k for s in samplings], 0)
         self.top_p = self._column([s.top_p for s in samplings], 1.0)
         self.min_p = self._column([s.min_p for s in samplings], 0.0)
+        self.bias = self._biases([s.logit_bias for s in samplings])
 
     def _column(self, values: list[Any], neutral: float | int) -> Tensor | None:
         """One value a row; None where all are neutral, so that the step is skipped."""
         kind = torch.float32 if isinstance(neutral, float) else torch.int64
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=kind, device=self.device)
 
+    def _biases(self, pairs: Sequence[tuple[tuple[int, float], ...]]) -> tuple[Tensor, Tensor] | None:
+        """Each row's biased tokens and their biases, filled up to equal length; None where there are none."""
+        longest = max(map(len, pairs))
+        full = torch.tensor([[*row, *[(0, 0.0)] * (longest - len(row))] for row in pairs], dtype=torch.float64)
+        return (full[..., 0].long().to(self.device), full[..., 1].float().to(self.device)) if longest else None
+
     def apply_penalties(self, logits: logits_processors.Logits, history: "History") -> logits_processors.Logits:
-        """The logits after the penalties; greedy decoding takes the largest of these."""
+        """The logits after the penalties and the bias; greedy decoding takes the largest of these."""
         if self.repetition is not None and history.seen is not None:
             logits = logits_processors.repetition_penalty(logits, history.seen, self.repetition)
         if self.presence is not None and history.counts is not None:
             logits = logits_processors.presence_penalty(logits, history.counts, self.presence)
         if self.frequency is not None and history.counts is not None:
             logits = logits_processors.frequency_penalty(logits, history.counts, self.frequency)
-        return logits
+        return logits if self.bias is None else logits_processors.logit_bias(logits, *self.bias)
 
     def __call__(self, logits: logits_processors.Logits, history: "History") -> logits_processors.Logits:
         logits = self.apply_penalties(logits, history)
@@ -131,7 +138,8 @@ class History:
 @dataclass(frozen=True)
 class SampledTokens:
     """The chosen tokens, and a table to be read by the host in one copy: token, largest logit and, if any row asks for
-    them, its log-probability under the model and under the distribution sampled from."""
+    them, its log-probability under the model and under the distribution sampled from, then the likeliest tokens under
+    the model, as many as any row wants, each with its log-probability."""
 
     tokens: Int[Tensor, " rows"]
     figures: Float[Tensor, "rows columns"]
@@ -154,19 +162,27 @@ class Sampler:
         if padding is not None:
             self.positions = self.positions - padding
         self.reports = any(s.log_probabilities for s in samplings)
+        self.top = max((s.top_log_probabilities for s in samplings if s.log_probabilities), default=0)
 
-    def choose(self, logits: logits_processors.Logits) -> SampledTokens:
-        """One token for each row; the next call is for the tokens after these."""
+    def choose(
+        self, logits: logits_processors.Logits, allowed: Bool[Tensor, "rows vocab"] | None = None
+    ) -> SampledTokens:
+        """One token for each row; the next call is for the tokens after these. `allowed`: those that may be chosen."""
+        raw = logits
+        logits = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
         if self.settings.all_greedy:
             sampled, tokens = None, self.settings.apply_penalties(logits, self.history).argmax(-1)
         else:
             sampled = self.settings(logits, self.history)
             tokens = sample(sampled, uniform(self.seeds, self.positions))
-        columns = [tokens, logits.amax(-1)]
+        columns = [tokens, raw.amax(-1)]
         if self.reports:
-            columns.append(logits_processors.log_probability(logits, tokens))
+            columns.append(logits_processors.log_probability(raw, tokens))
             certain = torch.zeros_like(columns[-1])
             columns.append(certain if sampled is None else logits_processors.log_probability(sampled, tokens))
+            values, likeliest = raw.topk(min(self.top, raw.shape[1]))
+            logs = values - raw.logsumexp(-1, keepdim=True)
+            columns += [column for pair in zip(likeliest.T, logs.T, strict=True) for column in pair]
         self.positions = self.positions + 1
         self.history.add(tokens)
         return SampledTokens(tokens, torch.stack([wide(column).double() for column in columns], -1))

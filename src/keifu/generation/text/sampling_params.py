@@ -28,6 +28,8 @@ class SamplingParams:
         stop: strings at which the text ends, before them.
         seed: the same seed gives the same text; None draws a fresh one, which the answer reports.
         log_probabilities: report the log-probability of every token.
+        top_log_probabilities: with them, those of so many likeliest tokens at every place (at most 20).
+        logit_bias: pairs of a token and what is added to its logit (OpenAI's), before the temperature.
 
     A value out of its range is a `UserError`. `processors.py` has the order in which the settings act.
     """
@@ -43,6 +45,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     log_probabilities: bool = False
+    top_log_probabilities: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name, (holds, allowed) in _RANGES.items():
@@ -77,6 +81,11 @@ _RANGES = {
         lambda s: s is None or _whole(s) and 0 <= s < 2**63,
         "a whole number from 0 to 2^63 - 1, or None for a fresh one",
     ),
+    "top_log_probabilities": (lambda n: _whole(n) and 0 <= n <= 20, "from 0 to 20"),
+    "logit_bias": (
+        lambda pairs: all(_whole(token) and token >= 0 and math.isfinite(bias) for token, bias in pairs),
+        "pairs of a token's id and a finite number",
+    ),
 }
 
 
@@ -94,6 +103,8 @@ class SamplingOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     seed: int | None
     log_probabilities: bool
+    top_log_probabilities: int
+    logit_bias: tuple[tuple[int, float], ...]
 
 
 def sampling_params_from(options: Mapping[str, Any]) -> SamplingParams:
