@@ -11,15 +11,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from keifu import files
 
 SOURCE = Path(__file__).parent / "source"
 COMPILERS = ("c++", "g++", "clang++")
 SECONDS = 300  # after which a compiler is given up
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno")
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi")
+OWN_FLAGS = "// x86-64 flags: "  # what the first line of a file for one instruction set begins with
 
 
 class Unavailable(Exception):
@@ -64,12 +67,28 @@ def _is_whole(library: Path) -> bool:
 
 
 def _compile(command: list[str], library: Path) -> None:
-    with files.replacing(library) as temporary:
-        done = _run(*command, "-o", str(temporary), *map(str, sorted(SOURCE.glob("*.cpp"))))
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "error" in line] or [f"status {done.returncode}"]
-            raise Unavailable(f"{command[0]} did not build it: {said[0].strip()}")
+    """Compiles the files beside one another and links them."""
+    with files.replacing(library) as temporary, TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        sources = sorted(SOURCE.glob("*.cpp"))
+        objects = [str(Path(folder, source.with_suffix(".o").name)) for source in sources]
+        own = [[*_own_flags(source), "-c", str(source), "-o"] for source in sources]
+        list(pool.map(lambda flags, to: _checked([*command, *flags, to]), own, objects))
+        _checked([*command, "-shared", "-o", str(temporary), *objects])
     files.write_atomic(library.with_suffix(".sha256"), files.sha256(library))
+
+
+def _own_flags(source: Path) -> list[str]:
+    """The flags of the instruction set that a file is for."""
+    first = source.read_text("utf-8").split("\n", 1)[0]
+    asked = first.startswith(OWN_FLAGS) and platform.machine() in ("x86_64", "AMD64")
+    return first.removeprefix(OWN_FLAGS).split() if asked else []
+
+
+def _checked(command: list[str]) -> None:
+    done = _run(*command)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if "error" in line] or [f"status {done.returncode}"]
+        raise Unavailable(f"{command[0]} did not build it: {said[0].strip()}")
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -5,6 +5,9 @@
  * a description (structs and the arrays of KeifuBatch) after the call; the weights, norms, biases and frequencies that
  * a description points at are used in place and must stay where they are until keifu_destroy().
  *
+ * Building: each .cpp file on its own, with -std=c++17 -O2 -pthread -ffp-contract=off and, on x86-64, the flags of its
+ * first line; all of them make one library, which chooses among the instruction sets when it runs.
+ *
  * Threads: one model runs one forward at a time; models share one pool of threads, so that forwards of two models from
  * two threads wait for each other.
  */
@@ -38,7 +41,7 @@ int32_t keifu_use_threads(int32_t n);       /* 1 to 256; waits for a forward tha
 /* ---- packed matrices ----
  *
  * A matrix [rows, columns] is used as y = matrix · x, rows being outputs (as in torch's Linear). It is packed as tiles
- * of 16 rows; a tile goes through the columns in groups of 32. Rows are padded to 16 and columns to 32 with zeros, so
+ * of 16 rows; a tile goes through the columns in groups of 32. Rows are padded to 16 and columns to 64 with zeros, so
  * that any shape can be packed. The bytes are the same for all instruction sets; `data` must be 64-byte aligned.
  *
  *   format            value of a weight                      bits a weight   same values as
@@ -46,8 +49,8 @@ int32_t keifu_use_threads(int32_t n);       /* 1 to 256; waits for a forward tha
  *   KEIFU_INT8        scale · q, q in -128..127              8.5             GGUF Q8_0 (and Q5_0)
  *   KEIFU_INT4        scale · (q - 8), q in 0..15            4.5             GGUF Q4_0
  *   KEIFU_INT4_MIN    scale · q + min                        5               GGUF Q4_1
- *   KEIFU_INT4_SUPER  (d · scale) · q - (dmin · min)         4.625           GGUF Q4_K: d and dmin of 8 groups, 6-bit
- *                                                                            scales and mins
+ *   KEIFU_INT4_SUPER  (d · scale) · q - (dmin · min)         4.625           GGUF Q4_K: d and dmin of 8 groups, scales
+ *                                                                            and mins in bytes
  *   KEIFU_INT6_SUPER  (d · scale) · (q - 32), q in 0..63     8.5625          GGUF Q6_K: d of 8 groups, scales of 16
  *                                                                            columns in int8 (q is kept in a byte)
  * scale, min, d and dmin are float16, a number for each row and group.
@@ -155,7 +158,8 @@ int32_t keifu_copy_block(KeifuModel *model, int32_t from, int32_t to); /* all la
  * A batch lists the new tokens of some sequences: one for a sequence that decodes, many for a prompt (or a part of it).
  * The tokens of one sequence stand side by side, at consecutive positions; keys and values of its earlier positions
  * must be in its blocks. The logits of a token have the same bits however its sequence was cut into forwards, whatever
- * else is in the batch, and for any number of threads. */
+ * else is in the batch, and for any number of threads; also for every instruction set with fused multiplication (all
+ * but KEIFU_PORTABLE on x86-64). */
 typedef struct {
     int32_t n_tokens;
     const int32_t *tokens, *positions; /* [n_tokens] */

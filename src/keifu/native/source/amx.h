@@ -1,0 +1,212 @@
+// Products on AMX's tiles: C[rows, 16] += A[rows, columns of a group] · B[columns of a group, 16]. A is rows of the
+// input, B a packed tile's group as it lies in memory. The sums are those of product.h, bit for bit.
+
+#pragma once
+namespace KEIFU_NAMESPACE {
+
+constexpr int AMX_ROWS = 6;  // from so many rows on, tiles are faster than vectors for quantised weights
+
+// Registers 0-3 are C, 4 and 5 are A, 6 and 7 are B.
+struct __attribute__((packed)) TileConfig {
+    uint8_t palette = 1;
+    uint8_t start = 0;
+    uint8_t reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    void set(int tile, int n_rows, int n_bytes) {
+        rows[tile] = (uint8_t)n_rows;
+        bytes[tile] = (uint16_t)n_bytes;
+    }
+};
+
+static thread_local int configured = 0;  // what the thread's tiles are configured for
+
+// Dense: C0, C1 and A4 have `first` rows, C2, C3 and A5 `second`.
+static void configure_dense(int first, int second) {
+    const int wanted = first * 32 + second;
+    if (configured == wanted) return;
+    TileConfig config;
+    for (int c = 0; c < 4; c++) config.set(c, c < 2 ? first : second, 64);
+    config.set(4, first, 64);
+    config.set(5, second, 64);
+    config.set(6, 16, 64);
+    config.set(7, 16, 64);
+    _tile_loadconfig(&config);
+    configured = wanted;
+}
+
+// Quantised: A4 and B6 take 32 columns, A5 and B7 16.
+static void configure_quantised(int rows) {
+    if (configured == -rows) return;
+    TileConfig config;
+    for (int c = 0; c < 4; c++) config.set(c, rows, 64);
+    config.set(4, rows, 32);
+    config.set(5, rows, 16);
+    config.set(6, 8, 64);
+    config.set(7, 4, 64);
+    _tile_loadconfig(&config);
+    configured = -rows;
+}
+
+// Up to 16 rows, up to 4 tiles.
+template <class At>
+INLINE void dense_low(At at, int tiles, int groups, const Dense *x, int64_t stride, int rows, float *out,
+                      int64_t out_stride) {
+    configure_dense(rows, rows);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int g = 0; g < groups; g++) {
+        _tile_loadd(4, x + g * GROUP, stride * 2);
+        _tile_loadd(6, at(0, g), 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (tiles < 2) continue;
+        _tile_loadd(7, at(1, g), 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (tiles < 3) continue;
+        _tile_loadd(6, at(2, g), 64);
+        _tile_dpbf16ps(2, 4, 6);
+        if (tiles < 4) continue;
+        _tile_loadd(7, at(3, g), 64);
+        _tile_dpbf16ps(3, 4, 7);
+    }
+    _tile_stored(0, out, out_stride * 4);
+    if (tiles > 1) _tile_stored(1, out + 16, out_stride * 4);
+    if (tiles > 2) _tile_stored(2, out + 32, out_stride * 4);
+    if (tiles > 3) _tile_stored(3, out + 48, out_stride * 4);
+}
+
+// 16 rows and up to 16 more, 2 tiles.
+template <class At>
+INLINE void dense_square(At at, int groups, const Dense *x, int64_t stride, int more, float *out, int64_t out_stride) {
+    configure_dense(16, more);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    const Dense *below = x + 16 * stride;
+    for (int g = 0; g < groups; g++) {
+        _tile_loadd(4, x + g * GROUP, stride * 2);
+        _tile_loadd(6, at(0, g), 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, at(1, g), 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, below + g * GROUP, stride * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, out, out_stride * 4);
+    _tile_stored(1, out + 16, out_stride * 4);
+    _tile_stored(2, out + 16 * out_stride, out_stride * 4);
+    _tile_stored(3, out + 16 * out_stride + 16, out_stride * 4);
+}
+
+// Products of up to four bf16 tiles with rows; at(s, g) is where group g of tile s lies.
+template <class At>
+INLINE void dense_product(At at, int tiles, int groups, const Dense *x, int64_t stride, int rows, float *out,
+                          int64_t out_stride) {
+    int b = 0;
+    while (rows - b > 16 && tiles % 2 == 0) {
+        const int more = rows - b < 32 ? rows - b - 16 : 16;
+        for (int s = 0; s < tiles; s += 2) {
+            const auto here = [&](int i, int g) { return at(s + i, g); };
+            dense_square(here, groups, x + b * stride, stride, more, out + b * out_stride + s * TILE, out_stride);
+        }
+        b += 16 + more;
+    }
+    for (; b < rows; b += 16) {
+        const int here = rows - b < 16 ? rows - b : 16;
+        dense_low(at, tiles, groups, x + b * stride, stride, here, out + b * out_stride, out_stride);
+    }
+}
+
+template <int FORMAT>
+INLINE v16 add_group(v16 total, i16 low, i16 high, v16 scale, v16 second, const CodeGroup &row);
+template <int FORMAT>
+INLINE void read_scales(const uint8_t *super, const uint8_t *header, int g, v16 &scale, v16 &second);
+
+// Spreads the 4-bit codes of a tile to bytes, as numbers with a sign: [pairs][2 groups][512].
+template <int FORMAT> INLINE void spread_codes(const uint8_t *tile, int64_t pairs, uint8_t *out) {
+    constexpr Layout L = LAYOUTS[FORMAT];
+    const __m512i low_half = _mm512_set1_epi8(15);
+    const __m512i offset = _mm512_set1_epi8(L.offset);
+    for (int64_t pair = 0; pair < pairs; pair++) {
+        const uint8_t *codes = tile + pair_offset(L, pair) + L.group(0);
+        for (int group = 0; group < 2; group++)
+            for (int quad = 0; quad < 4; quad++) {
+                const __m512i w = (__m512i)load_ints(codes + (group * 4 + quad) * 64);
+                const __m512i low = _mm512_sub_epi8(_mm512_and_si512(w, low_half), offset);
+                const __m512i high = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(w, 4), low_half), offset);
+                _mm512_storeu_si512(out + pair * 1024 + group * 512 + quad * 64, low);
+                _mm512_storeu_si512(out + pair * 1024 + group * 512 + (quad + 4) * 64, high);
+            }
+    }
+}
+
+// A group's exact sums for up to 16 rows, to sums[half][row][16].
+template <bool HALVES>
+INLINE void sum_tile(const int8_t *x, int64_t stride, const uint8_t *codes, int32_t *sums) {
+    _tile_zero(0);
+    if constexpr (HALVES) {
+        _tile_zero(1);
+        _tile_loadd(5, x, stride);
+        _tile_loadd(7, codes, 64);
+        _tile_dpbssd(0, 5, 7);
+        _tile_loadd(5, x + TILE, stride);
+        _tile_loadd(7, codes + 256, 64);
+        _tile_dpbssd(1, 5, 7);
+        _tile_stored(1, sums + 256, 64);
+    } else {
+        _tile_loadd(4, x, stride);
+        _tile_loadd(6, codes, 64);
+        _tile_dpbssd(0, 4, 6);
+    }
+    _tile_stored(0, sums, 64);
+}
+
+// One tile times `n` of R rows.
+template <int FORMAT, int R>
+INLINE void quantised_tile(const uint8_t *tile, const uint8_t *spread, const Rows &rows, int64_t row, int n,
+                           int32_t *sums, float *out) {
+    constexpr Layout L = LAYOUTS[FORMAT];
+    configure_quantised(n);
+    v16 total[R] = {};
+    for (int64_t group = 0; group < rows.n_groups(); group++) {
+        const int64_t pair = group / 2;
+        const int g = group % 2;
+        const uint8_t *codes = spread ? spread + group * 512 : tile + pair_offset(L, pair) + L.group(g);
+        int32_t *here = sums + group % 2 * 512;
+        sum_tile<L.halves>(rows.codes + row * rows.columns + group * GROUP, rows.columns, codes, here);
+        v16 scale;
+        v16 second{};
+        read_scales<FORMAT>(tile + super_offset(L, pair), tile + pair_offset(L, pair), g, scale, second);
+        const CodeGroup *about = rows.groups + row * rows.n_groups() + group;
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            const i16 high = L.halves ? load_ints(here + 256 + r * TILE) : i16{};
+            total[r] = add_group<FORMAT>(total[r], load_ints(here + r * TILE), high, scale, second,
+                                         about[(r < n ? r : 0) * rows.n_groups()]);
+        }
+    }
+    for (int r = 0; r < n; r++) store(out + r * OUT, total[r]);
+}
+
+template <int FORMAT>
+void amx_quantised(const uint8_t *const *tiles, int n, const Rows &rows, int64_t row, int n_rows, Scratch &scratch,
+                   float *out) {
+    constexpr bool SPREAD = LAYOUTS[FORMAT].codes == 256;
+    for (int s = 0; s < n; s++) {
+        if (SPREAD) spread_codes<FORMAT>(tiles[s], rows.columns / PAIR, scratch.codes);
+        const uint8_t *spread = SPREAD ? scratch.codes : nullptr;
+        for (int b = 0; b < n_rows; b += 16) {
+            const int here = n_rows - b < 16 ? n_rows - b : 16;
+            float *y = out + b * OUT + s * TILE;
+            if (here > 8) quantised_tile<FORMAT, 16>(tiles[s], spread, rows, row + b, here, scratch.sums, y);
+            else quantised_tile<FORMAT, 8>(tiles[s], spread, rows, row + b, here, scratch.sums, y);
+        }
+    }
+}
+
+}  // namespace KEIFU_NAMESPACE

@@ -1,0 +1,174 @@
+// Attention of some tokens of one sequence over its cached keys and values, for the query heads of one kv head.
+//
+// Positions are taken in tiles of 32 from the beginning of the sequence (or of the window), and what a query must not
+// see has the weight 0, so that a query's sums do not depend on which others it is computed with.
+
+#pragma once
+#include "product.h"
+
+namespace KEIFU_NAMESPACE {
+
+// out = norm(x) of n numbers; `out` has room for the next multiple of 16.
+INLINE void normalise(const KeifuNorm &norm, const float *x, float *out, int n) {
+    float mean = 0;
+    if (norm.kind == KEIFU_LAYER_NORM) {
+        v16 total{};
+        for (int i = 0; i < n; i += 16) total += load_first(x + i, n - i);
+        mean = sum(total) / (float)n;
+    }
+    v16 squares{};
+    for (int i = 0; i < n; i += 16) {
+        const v16 d = first(load_first(x + i, n - i) - mean, n - i);
+        squares = fma(d, d, squares);
+    }
+    const float inverse = norm.kind ? 1.f / __builtin_sqrtf(sum(squares) / (float)n + norm.eps) : 1.f;
+    for (int i = 0; i < n; i += 16) {
+        v16 y = (load_first(x + i, n - i) - mean) * inverse;
+        if (norm.weight) y *= load_first(norm.weight + i, n - i);
+        if (norm.bias) y += load_first(norm.bias + i, n - i);
+        store(out + i, y);
+    }
+}
+
+// Turns the pairs of a head by the angles of token `t`.
+INLINE void rotate(const Layer &layer, int t, float *head) {
+    const Rotation *rotation = layer.rotation;
+    if (!rotation) return;
+    const int n = rotation->pairs;
+    const int step = layer.rotary_interleaved ? 2 : 1;
+    const int apart = layer.rotary_interleaved ? 1 : n;
+    const float *cos = rotation->cos + (int64_t)t * n;
+    const float *sin = rotation->sin + (int64_t)t * n;
+    for (int i = 0; i < n; i++) {
+        const float a = head[i * step];
+        const float b = head[i * step + apart];
+        head[i * step] = a * cos[i] - b * sin[i];
+        head[i * step + apart] = b * cos[i] + a * sin[i];
+    }
+}
+
+INLINE void make_head(const Layer &layer, const KeifuNorm &norm, int t, const float *from, float *head, int head_dim) {
+    normalise(norm, from, head, head_dim);
+    rotate(layer, t, head);
+}
+
+INLINE uint8_t *cached_head(const Forward &f, int layer, int t, int64_t position, int head) {
+    const Cache &c = f.model->cache;
+    const int64_t row = f.batch.sequences[t];
+    const int64_t block = f.batch.block_tables[row * f.batch.table_width + position / c.block_size];
+    return c.data + layer * c.layer + block * c.block + head * c.head;
+}
+
+// Writes the key and the value of token `t` into its place in the cache.
+INLINE void store_token(const Forward &f, int index, int t, int head, float *scratch) {
+    const KeifuModel &m = *f.model;
+    const Layer &layer = m.layers[index];
+    const int head_dim = m.about.head_dim;
+    const int position = f.batch.positions[t];
+    const int place = position % m.cache.block_size;
+    uint8_t *base = cached_head(f, index, t, position, head);
+    uint16_t *keys = (uint16_t *)(base + place / TILE * m.cache.key_tile) + place % TILE * 2;
+    uint16_t *values = (uint16_t *)(base + m.cache.values) + place / 2 * 32 + place % 2;
+    for (int i = 0; i < head_dim; i += 2) __builtin_prefetch(keys + i * 16, 1);
+    uint16_t rounded[256 + TILE];
+    make_head(layer, layer.key_norm, t, m.key + t * m.kv_width + head * head_dim, scratch, head_dim);
+    for (int i = 0; i < head_dim; i += TILE) store_bfloat16(rounded + i, load(scratch + i));
+    for (int i = 0; i < head_dim; i++) keys[i / 2 * 32 + i % 2] = rounded[i];
+    const float *value = m.value + t * m.kv_width + head * head_dim;
+    for (int i = 0; i < head_dim; i += TILE) store_bfloat16(rounded + i, load_first(value + i, head_dim - i));
+    for (int i = 0; i < head_dim; i++) values[i / TILE * (m.cache.value_tile / 2) + i % TILE * 2] = rounded[i];
+}
+
+// The queries of a task, normalised, rotated and rounded: [token, head of the group, head_dim padded to GROUP].
+INLINE int make_queries(const Forward &f, const Layer &layer, const AttentionTask &task, int head, Scratch &scratch) {
+    const KeifuModel &m = *f.model;
+    const int head_dim = m.about.head_dim;
+    const int group = m.about.n_heads / m.about.n_kv_heads;
+    const int width = (int)round_up(head_dim, GROUP);
+    Dense *out = (Dense *)scratch.queries;
+    for (int t = task.first; t < task.first + task.n_tokens; t++)
+        for (int h = 0; h < group; h++, out += width) {
+            const float *query = m.query + t * m.query_width + (head * group + h) * head_dim;
+            make_head(layer, layer.query_norm, t, query, scratch.heads, head_dim);
+            for (int i = 0; i < width; i += TILE)
+                store_dense(out + i, i < head_dim ? first(load(scratch.heads + i), head_dim - i) : v16{});
+        }
+    return task.n_tokens * group;
+}
+
+// weights = exp(score · scale - maximum), rounded, where visible, else 0; gives 1 / their sum. `n`: a multiple of 32.
+INLINE float soften(float *scores, Dense *weights, int n, int seen_from, int seen_to, float scale) {
+    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const int from = seen_from / TILE * TILE;
+    v16 most = splat(-3e38f);
+    for (int i = from; i <= seen_to; i += TILE) {
+        const i16 place = lane + i;
+        v16 x = load(scores + i) * scale;
+        x = (place >= seen_from) & (place <= seen_to) ? x : splat(-3e38f);
+        store(scores + i, x);
+        most = max(most, x);
+    }
+    const float highest = maximum(most);
+    v16 total{};
+    for (int i = 0; i < n; i += TILE) {
+        v16 w{};
+        if (i >= from && i <= seen_to) w = round_to_bfloat16(exp(load(scores + i) - highest));
+        total += w;
+        store_dense(weights + i, w);
+    }
+    return 1.f / sum(total);
+}
+
+// Attends for one task and one kv head; writes model.attended.
+INLINE void attend(const Forward &f, int index, const AttentionTask &task, int head, Scratch &scratch) {
+    const KeifuModel &m = *f.model;
+    const Layer &layer = m.layers[index];
+    const Cache &c = m.cache;
+    const int head_dim = m.about.head_dim;
+    const int group = m.about.n_heads / m.about.n_kv_heads;
+    const int first_position = f.batch.positions[task.first];
+    const int window = layer.window ? layer.window : m.max_positions;
+    const int earliest = first_position - window + 1 > 0 ? first_position - window + 1 : 0;
+    const int start = earliest / GROUP * GROUP;
+    const int n = (int)round_up(first_position + task.n_tokens - start, GROUP);
+    const int64_t stride = m.max_positions + PAIR;
+    const int rows = make_queries(f, layer, task, head, scratch);
+
+    const int width = (int)round_up(head_dim, GROUP);
+    for (int i = 0; i < n; i += CHUNK * TILE) {
+        const int tiles = n - i < CHUNK * TILE ? (n - i) / TILE : CHUNK;
+        const uint8_t *keys[CHUNK];
+        for (int s = 0; s < tiles; s++) {
+            const int position = start + i + s * TILE;
+            keys[s] = cached_head(f, index, task.first, position, head) + position % c.block_size / TILE * c.key_tile;
+        }
+        const auto at = [&](int s, int g) { return keys[s] + g * 1024; };
+        dense_product(at, tiles, width / GROUP, (const Dense *)scratch.queries, width, rows, scratch.scores + i, stride);
+    }
+
+    Dense *weights = (Dense *)scratch.weights;
+    float inverse[MAX_TASK_ROWS];
+    for (int r = 0; r < rows; r++) {
+        const int place = first_position + r / group - start;
+        const int from = place - window + 1 > 0 ? place - window + 1 : 0;
+        inverse[r] = soften(scratch.scores + r * stride, weights + r * stride, n, from, place, layer.attention_scale);
+    }
+
+    const auto at = [&](int s, int g) {
+        const int position = start + g * GROUP;
+        return cached_head(f, index, task.first, position, head) + c.values + s * c.value_tile +
+               position % c.block_size / GROUP * 1024;
+    };
+    const int padded = (int)round_up(head_dim, TILE);
+    for (int s = 0; s < padded / TILE; s += CHUNK) {
+        const int tiles = padded / TILE - s < CHUNK ? padded / TILE - s : CHUNK;
+        const auto here = [&](int i, int g) { return at(s + i, g); };
+        dense_product(here, tiles, n / GROUP, weights, stride, rows, scratch.heads + s * TILE, padded);
+    }
+    for (int r = 0; r < rows; r++) {
+        float *out = m.attended + (task.first + r / group) * m.query_width + (head * group + r % group) * head_dim;
+        for (int i = 0; i < head_dim; i++) out[i] = scratch.heads[r * padded + i] * inverse[r];
+    }
+}
+
+}  // namespace KEIFU_NAMESPACE

@@ -1,0 +1,301 @@
+// Models: their descriptions are checked, their buffers and cache made, their batches checked and cut into tasks.
+#include "model.h"
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+namespace keifu {
+namespace {
+
+// ---- memory ----
+
+void *allocate(int64_t bytes) {  // zeros, in huge pages where the system gives them
+    constexpr size_t PAGE = 2 << 20;
+    const size_t size = (size_t)round_up(bytes > 0 ? bytes : 1, bytes >= (int64_t)PAGE ? PAGE : 64);
+    void *memory = std::aligned_alloc(bytes >= (int64_t)PAGE ? PAGE : 64, size);
+    if (!memory) return nullptr;
+#if defined(MADV_HUGEPAGE)
+    if (size >= PAGE) madvise(memory, size, MADV_HUGEPAGE);
+#endif
+    std::memset(memory, 0, size);
+    return memory;
+}
+
+// Memory of a model or a thread, freed together; `complete` is false where the system had no more.
+class Arena {
+  public:
+    ~Arena() {
+        for (void *p : all) std::free(p);
+    }
+    template <class T> T *take(int64_t n) {
+        void *p = allocate(n * (int64_t)sizeof(T));
+        complete = complete && p;
+        all.push_back(p);
+        return static_cast<T *>(p);
+    }
+    bool complete = true;
+
+  private:
+    std::vector<void *> all;
+};
+
+Rows make_rows(Arena &arena, int64_t n, int64_t columns) {
+    Rows rows;
+    rows.columns = round_up(columns, PAIR);
+    rows.dense = arena.take<float>(n * rows.columns);
+    rows.codes = arena.take<int8_t>(n * rows.columns);
+    rows.groups = arena.take<CodeGroup>(n * rows.n_groups());
+    return rows;
+}
+
+struct Owned : KeifuModel {  // the model with what it owns
+    Arena arena;
+    std::vector<Layer> own_layers;
+    std::vector<Rotation> own_rotations;
+    std::vector<Scratch> own_scratch;
+    std::vector<std::unique_ptr<Arena>> scratch_arenas;
+};
+
+Scratch make_scratch(const KeifuModel &m, Arena &arena) {
+    const int64_t widest = m.width > m.query_width ? m.width : m.query_width;
+    const int64_t scores = MAX_TASK_ROWS * ((int64_t)m.max_positions + PAIR);
+    Scratch s;
+    s.out = arena.take<float>(BLOCK_ROWS * CHUNK * TILE);
+    s.row = arena.take<float>(widest);
+    s.heads = arena.take<float>(MAX_TASK_ROWS * round_up(m.about.head_dim, PAIR));
+    s.queries = arena.take<float>(MAX_TASK_ROWS * round_up(m.about.head_dim, PAIR));
+    s.scores = arena.take<float>(scores);
+    s.weights = arena.take<float>(scores);
+    s.codes = arena.take<uint8_t>(TILE * (widest > m.hidden.columns ? widest : m.hidden.columns));
+    s.sums = arena.take<int32_t>(4 * TILE * TILE);
+    s.own = make_rows(arena, 1, widest);
+    return s;
+}
+
+bool give_scratch(Owned &m) {  // to each thread of the pool
+    while ((int)m.own_scratch.size() < pool_threads()) {
+        m.scratch_arenas.push_back(std::make_unique<Arena>());
+        m.own_scratch.push_back(make_scratch(m, *m.scratch_arenas.back()));
+        if (!m.scratch_arenas.back()->complete) return false;
+    }
+    m.scratch = m.own_scratch.data();
+    return true;
+}
+
+// ---- checks ----
+
+int check_matrix(const KeifuMatrix &w, const char *name, int layer, int64_t rows, int64_t columns) {
+    if (!w.data) return fail("Layer %d has no %s matrix.", layer, name);
+    if (w.format < 0 || w.format >= N_FORMATS) return fail("The %s matrix of layer %d has format %d.", name, layer, w.format);
+    if (w.rows != rows || w.columns != columns)
+        return fail("The %s matrix of layer %d is %lld x %lld; %lld x %lld is needed.", name, layer, (long long)w.rows,
+                    (long long)w.columns, (long long)rows, (long long)columns);
+    return 0;
+}
+
+int check_same_input(const KeifuMatrix &a, const KeifuMatrix &b, const char *names, int layer) {
+    if ((a.format == KEIFU_BF16) == (b.format == KEIFU_BF16)) return 0;
+    return fail("The %s matrices of layer %d have the same input, so that all of them must be bf16, or none.", names, layer);
+}
+
+int check_layer(const KeifuModelDescription &about, const KeifuLayer &l, int i) {
+    const int64_t dim = about.dim;
+    const int64_t inner = (int64_t)about.n_heads * about.head_dim;
+    const int64_t kv = (int64_t)about.n_kv_heads * about.head_dim;
+    if (check_matrix(l.query, "query", i, inner, dim) || check_matrix(l.key, "key", i, kv, dim) ||
+        check_matrix(l.value, "value", i, kv, dim) || check_matrix(l.out, "out", i, dim, inner) ||
+        check_matrix(l.up, "up", i, l.up.rows, dim) || check_matrix(l.down, "down", i, dim, l.up.rows) ||
+        (l.gate.data && check_matrix(l.gate, "gate", i, l.up.rows, dim)))
+        return -1;
+    if (check_same_input(l.query, l.key, "query and key", i) || check_same_input(l.query, l.value, "query and value", i) ||
+        (l.gate.data && check_same_input(l.gate, l.up, "gate and up", i)))
+        return -1;
+    if (l.rotary_frequencies && (l.rotary_pairs < 1 || 2 * l.rotary_pairs > about.head_dim))
+        return fail("Layer %d turns %d pairs; heads of %d have 1 to %d.", i, l.rotary_pairs, about.head_dim, about.head_dim / 2);
+    if (l.activation < KEIFU_SILU || l.activation > KEIFU_RELU) return fail("Layer %d has activation %d.", i, l.activation);
+    if (l.window < 0) return fail("Layer %d has a window of %d.", i, l.window);
+    return 0;
+}
+
+int check(const KeifuModelDescription &about) {
+    if (about.dim < 1 || about.n_heads < 1 || about.n_kv_heads < 1 || about.head_dim < 1 || about.vocab_size < 1 ||
+        about.n_layers < 0 || about.context_length < 1)
+        return fail("A model's sizes must be above 0.");
+    if (about.head_dim > 256) return fail("Heads of %d are wider than the 256 that are supported.", about.head_dim);
+    if (about.n_heads % about.n_kv_heads || about.n_heads / about.n_kv_heads > MAX_TASK_ROWS)
+        return fail("%d heads cannot share %d kv heads.", about.n_heads, about.n_kv_heads);
+    if (check_matrix(about.embedding, "embedding", -1, about.vocab_size, about.dim) ||
+        check_matrix(about.head, "head", -1, about.vocab_size, about.dim))
+        return -1;
+    for (int i = 0; i < about.n_layers; i++)
+        if (check_layer(about, about.layers[i], i)) return -1;
+    return 0;
+}
+
+Cache plan_cache(const KeifuModelDescription &about, int n_blocks, int block_size) {
+    Cache c{};
+    c.n_blocks = n_blocks;
+    c.block_size = block_size;
+    c.key_tile = round_up(about.head_dim, GROUP) * TILE * 2;
+    c.value_tile = (int64_t)block_size * TILE * 2;
+    c.values = block_size / TILE * c.key_tile;
+    c.head = c.values + (about.head_dim + TILE - 1) / TILE * c.value_tile;
+    c.block = about.n_kv_heads * c.head;
+    c.layer = n_blocks * c.block;
+    return c;
+}
+
+// ---- a model's parts ----
+
+void make_rotations(Owned &m, int64_t max_tokens) {
+    for (Layer &layer : m.own_layers) {
+        if (!layer.rotary_frequencies) continue;
+        size_t i = 0;
+        while (i < m.own_rotations.size() && (m.own_rotations[i].frequencies != layer.rotary_frequencies ||
+                                              m.own_rotations[i].magnitude != layer.rotary_magnitude))
+            i++;
+        if (i < m.own_rotations.size()) continue;
+        const int64_t n = max_tokens * layer.rotary_pairs;
+        m.own_rotations.push_back({layer.rotary_frequencies, layer.rotary_pairs, layer.rotary_magnitude,
+                                   m.arena.take<float>(n), m.arena.take<float>(n)});
+    }
+    for (Layer &layer : m.own_layers)
+        for (const Rotation &rotation : m.own_rotations)
+            if (rotation.frequencies == layer.rotary_frequencies && rotation.magnitude == layer.rotary_magnitude)
+                layer.rotation = &rotation;
+    m.rotations = m.own_rotations.data();
+    m.n_rotations = (int)m.own_rotations.size();
+}
+
+void make_buffers(Owned &m, int64_t n) {
+    const KeifuModelDescription &about = m.about;
+    int64_t widest = 1;
+    for (const Layer &layer : m.own_layers) widest = layer.up.rows > widest ? layer.up.rows : widest;
+    m.width = round_up(about.dim, PAIR);
+    m.query_width = round_up((int64_t)about.n_heads * about.head_dim, PAIR);
+    m.kv_width = round_up((int64_t)about.n_kv_heads * about.head_dim, PAIR);
+    for (float **buffer : {&m.x, &m.added}) *buffer = m.arena.take<float>(n * m.width);
+    for (float **buffer : {&m.query, &m.attended}) *buffer = m.arena.take<float>(n * m.query_width);
+    for (float **buffer : {&m.key, &m.value}) *buffer = m.arena.take<float>(n * m.kv_width);
+    m.normed = make_rows(m.arena, n, about.dim);
+    m.mixed = make_rows(m.arena, n, m.query_width);
+    m.hidden = make_rows(m.arena, n, widest);
+}
+
+// ---- a batch ----
+
+constexpr int MAX_LAYER_PHASES = 11;  // of step.h: with norms after both sublayers, and a prompt
+
+int check_batch(const KeifuModel &m, const KeifuBatch &b) {
+    if (b.n_tokens < 1 || b.n_tokens > m.max_tokens)
+        return fail("A batch of %d tokens; 1 to %d are taken.", b.n_tokens, m.max_tokens);
+    for (int t = 0; t < b.n_tokens; t++) {
+        if (b.tokens[t] < 0 || b.tokens[t] >= m.about.vocab_size)
+            return fail("Token %d is not one of the vocabulary of %d.", b.tokens[t], m.about.vocab_size);
+        if (b.positions[t] < 0 || b.positions[t] >= m.max_positions ||
+            b.positions[t] / m.cache.block_size >= b.table_width)
+            return fail("Position %d is beyond the %d of the model and its cache, or the block table of %d.", b.positions[t],
+                        m.max_positions, b.table_width);
+        if (b.sequences[t] < 0 || b.sequences[t] >= b.n_sequences)
+            return fail("Sequence %d is not one of the batch's %d.", b.sequences[t], b.n_sequences);
+        const int32_t *table = b.block_tables + (int64_t)b.sequences[t] * b.table_width;
+        for (int i = 0; i <= b.positions[t] / m.cache.block_size; i++)
+            if (table[i] < 0 || table[i] >= m.cache.n_blocks)
+                return fail("Block %d is not one of the cache's %d.", table[i], m.cache.n_blocks);
+    }
+    for (int i = 0; i < b.n_wanted; i++)
+        if (b.wanted[i] < 0 || b.wanted[i] >= b.n_tokens)
+            return fail("Logits of token %d are wanted; the batch has %d.", b.wanted[i], b.n_tokens);
+    return 0;
+}
+
+class ForwardJob : public Job {
+  public:
+    ForwardJob(KeifuModel *model, const KeifuBatch &batch) : Job(model->about.n_layers * MAX_LAYER_PHASES + 4), use(kernels()) {
+        const int group = model->about.n_heads / model->about.n_kv_heads;
+        const int most = MAX_TASK_ROWS / group;
+        bool whole = true;
+        for (int t = 0; t < batch.n_tokens;) {
+            const int first = t;
+            while (t < batch.n_tokens && batch.sequences[t] == batch.sequences[first] && t - first < most) t++;
+            tasks.push_back({first, t - first});
+            whole = whole && (first == 0 || batch.sequences[first] != batch.sequences[first - 1]);
+        }
+        forward = {model, batch, tasks.data(), (int)tasks.size(), whole};
+    }
+
+    void run(int thread) override {
+        Walk walk(*this, thread);
+        use.forward(forward, walk);
+    }
+
+  private:
+    const Kernels &use;
+    std::vector<AttentionTask> tasks;
+    Forward forward;
+};
+
+}  // namespace
+}  // namespace keifu
+
+using namespace keifu;
+
+int64_t keifu_cache_bytes(const KeifuModelDescription *about, int32_t n_blocks, int32_t block_size) {
+    return plan_cache(*about, n_blocks, block_size).layer * about->n_layers;
+}
+
+KeifuModel *keifu_create(const KeifuModelDescription *about, int32_t n_blocks, int32_t block_size, int32_t max_tokens) {
+    if (check(*about)) return nullptr;
+    if (n_blocks < 1 || block_size < GROUP || block_size % GROUP || max_tokens < 1) {
+        fail("A cache of %d blocks of %d positions, for %d tokens a forward: blocks must be multiples of 32.", n_blocks,
+             block_size, max_tokens);
+        return nullptr;
+    }
+    auto m = std::make_unique<Owned>();
+    m->about = *about;
+    for (int i = 0; i < about->n_layers; i++) {
+        Layer layer;
+        static_cast<KeifuLayer &>(layer) = about->layers[i];
+        layer.rotation = nullptr;
+        m->own_layers.push_back(layer);
+    }
+    m->layers = m->own_layers.data();
+    m->about.layers = nullptr;
+    m->max_tokens = max_tokens;
+    m->cache = plan_cache(*about, n_blocks, block_size);
+    const int64_t room = (int64_t)n_blocks * block_size;
+    m->max_positions = (int)(room < about->context_length ? room : about->context_length);
+    make_rotations(*m, max_tokens);
+    make_buffers(*m, max_tokens);
+    m->cache.data = m->arena.take<uint8_t>(keifu_cache_bytes(about, n_blocks, block_size));
+    if (m->arena.complete && give_scratch(*m)) return m.release();
+    fail("There is not memory enough for a cache of %lld MB and the buffers of %d tokens.",
+         (long long)(keifu_cache_bytes(about, n_blocks, block_size) >> 20), max_tokens);
+    return nullptr;
+}
+
+void keifu_destroy(KeifuModel *model) {
+    wait_for_pool();
+    delete static_cast<Owned *>(model);
+}
+
+int32_t keifu_copy_block(KeifuModel *model, int32_t from, int32_t to) {
+    const Cache &c = model->cache;
+    if (from < 0 || from >= c.n_blocks || to < 0 || to >= c.n_blocks)
+        return fail("Block %d cannot be copied to %d: the cache has %d.", from, to, c.n_blocks);
+    for (int layer = 0; layer < model->about.n_layers; layer++) {
+        uint8_t *base = c.data + layer * c.layer;
+        std::memcpy(base + to * c.block, base + from * c.block, (size_t)c.block);
+    }
+    return 0;
+}
+
+int32_t keifu_forward(KeifuModel *model, const KeifuBatch *batch) {
+    if (check_batch(*model, *batch)) return -1;
+    if (!give_scratch(static_cast<Owned &>(*model))) return fail("There is not memory enough for the threads' buffers.");
+    run_on_pool(std::make_shared<ForwardJob>(model, *batch));
+    return 0;
+}

@@ -1,0 +1,109 @@
+// A model, its cache and its buffers, and one forward pass of it as a job of the pool. Plain data: what is computed
+// with it is in step.h, once per instruction set.
+#pragma once
+#include "formats.h"
+#include "pool.h"
+
+namespace keifu {
+
+constexpr int MAX_TASK_ROWS = 32;  // queries (tokens times heads of a group) that one attention task takes
+constexpr int BLOCK_ROWS = 64;     // rows of a product that are computed before they are handed on
+constexpr int CHUNK = 4;           // tiles of a matrix in one task
+
+// One group of 32 numbers of a row, rounded to int8: number = scale · code.
+struct CodeGroup {
+    float scale;
+    float moment;     // scale · sum, for formats with a min
+    int32_t sum;      // of the codes
+    int32_t half[2];  // of the first 16 codes and the others
+    int32_t unused[3];
+};
+
+// The rows of a product's input as the kernels want them: bfloat16 for bf16 weights, int8 in groups for the others.
+struct Rows {
+    int64_t columns;   // padded to PAIR; also the distance between rows
+    void *dense;       // bfloat16 with AMX, else float32 rounded to bfloat16
+    int8_t *codes;
+    CodeGroup *groups;
+
+    int64_t n_groups() const { return columns / GROUP; }
+};
+
+// What a thread needs for itself.
+struct Scratch {
+    float *out;       // [BLOCK_ROWS, CHUNK · TILE] of a product
+    float *row;       // numbers of one row, padded
+    float *heads;     // [MAX_TASK_ROWS, head_dim padded to TILE]
+    void *queries;    // [MAX_TASK_ROWS, head_dim padded to GROUP] dense
+    float *scores;    // [MAX_TASK_ROWS, longest sequence + PAIR]
+    void *weights;    // the same, dense
+    uint8_t *codes;   // a tile whose 4-bit codes are spread to bytes
+    int32_t *sums;    // [4, 16, 16] of AMX
+    Rows own;         // rows that the thread makes for itself where there are few
+};
+
+// Where keys and values lie: [layer][block][kv head][keys | values]. Keys of 16 positions are a bf16 tile; values are
+// tiles of 16 numbers of the head whose columns are positions.
+struct Cache {
+    uint8_t *data;
+    int block_size, n_blocks;
+    int64_t key_tile, value_tile;       // bytes of a tile of a block
+    int64_t values, head, block, layer;  // offset of the values; bytes of a head, of a block, of a layer
+};
+
+struct Rotation {  // the rotary tables of the tokens of a batch
+    const float *frequencies;
+    int pairs;
+    float magnitude;
+    float *cos, *sin;  // [max_tokens, pairs]
+};
+
+struct Layer : KeifuLayer {
+    const Rotation *rotation;  // or nullptr
+};
+
+}  // namespace keifu
+
+struct KeifuModel {
+    KeifuModelDescription about;
+    keifu::Layer *layers;
+    keifu::Rotation *rotations;
+    int n_rotations, max_tokens, max_positions;
+    int64_t width, query_width, kv_width;  // of the buffers' rows, padded to PAIR
+    float *x, *added, *query, *key, *value, *attended;
+    keifu::Rows normed, mixed, hidden;  // inputs of q, k, v and up; of out; of down
+    keifu::Scratch *scratch;            // one a thread
+    keifu::Cache cache;
+};
+
+namespace keifu {
+
+struct AttentionTask {  // tokens of one sequence, side by side
+    int first, n_tokens;
+};
+
+struct Forward {
+    KeifuModel *model;
+    KeifuBatch batch;
+    const AttentionTask *tasks;
+    int n_tasks;
+    bool whole_spans;  // each sequence's new tokens are one task, which can store their keys and values itself
+};
+
+// What an instruction set gives.
+struct Kernels {
+    void (*forward)(const Forward &forward, Walk &walk);
+    int64_t (*pack)(int format, int source_type, const void *row, int64_t columns, int lane, uint8_t *tile);
+    void (*unpack)(int format, const uint8_t *data, int64_t columns, int64_t row, float *out);
+    int dense_bytes;  // of a number of Rows::dense
+};
+
+const Kernels *portable_kernels();
+const Kernels *avx2_kernels();
+const Kernels *avx512_kernels();
+const Kernels *amx_kernels();
+const Kernels &kernels();  // those in use
+
+int32_t fail(const char *format, ...) __attribute__((format(printf, 1, 2)));  // sets the last error, gives -1
+
+}  // namespace keifu

@@ -1,0 +1,201 @@
+// Packed matrices: sizes, packing numbers, repacking GGUF's blocks, reading.
+#include <atomic>
+#include <cstring>
+
+#include "model.h"
+
+namespace keifu {
+namespace {
+
+// Deals the tiles of a matrix to the pool's threads.
+template <class Tile> class OverTiles : public Job {
+  public:
+    OverTiles(int64_t tiles, Tile tile) : Job(1), tiles(tiles), tile(tile) {}
+    void run(int thread) override {
+        Walk walk(*this, thread);
+        walk.deal((int)tiles, tile);
+    }
+
+  private:
+    const int64_t tiles;
+    const Tile tile;
+};
+
+template <class Tile> void over_tiles(int64_t tiles, Tile tile) {
+    run_on_pool(std::make_shared<OverTiles<Tile>>(tiles, tile));
+}
+
+// ---- GGUF's blocks ----
+
+struct Block {  // of a ggml type
+    int type, format, columns, bytes;
+};
+
+constexpr Block BLOCKS[] = {
+    {2, KEIFU_INT4, 32, 18},         // Q4_0: d, 16 bytes
+    {3, KEIFU_INT4_MIN, 32, 20},     // Q4_1: d, m, 16 bytes
+    {6, KEIFU_INT8, 32, 22},         // Q5_0: d, 32 fifth bits, 16 bytes
+    {8, KEIFU_INT8, 32, 34},         // Q8_0: d, 32 bytes
+    {12, KEIFU_INT4_SUPER, 256, 144},  // Q4_K: d, dmin, 12 bytes of scales and mins, 128 bytes
+    {14, KEIFU_INT6_SUPER, 256, 210},  // Q6_K: 128 low bytes, 64 high bytes, 16 scales, d
+};
+
+const Block *find_block(int type) {
+    for (const Block &block : BLOCKS)
+        if (block.type == type) return &block;
+    return nullptr;
+}
+
+// Where a block's groups go: one row of a tile.
+class Row {
+  public:
+    Row(const Layout &layout, uint8_t *tile, int lane) : layout(layout), tile(tile), lane(lane) {}
+
+    void put_half(int64_t group, int index, const uint8_t *bits) { copy_half(header(group) + index * 2 * TILE, bits); }
+    void put_super(int64_t group, int index, const uint8_t *bits) {
+        copy_half(tile + super_offset(layout, group / 2) + index * 2 * TILE, bits);
+    }
+    void put_byte(int64_t group, int index, uint8_t byte) { header(group)[index * TILE + lane] = byte; }
+    void put_nibble(int64_t group, int i, int code) {
+        codes(group)[nibble_place(i, lane)] |= (uint8_t)(code << nibble_shift(i));
+    }
+    void put_code(int64_t group, int i, int code) { codes(group)[code_place(i, lane)] = (uint8_t)code; }
+
+  private:
+    void copy_half(uint8_t *base, const uint8_t *bits) { std::memcpy(base + 2 * lane, bits, 2); }
+    uint8_t *header(int64_t group) { return tile + pair_offset(layout, group / 2); }
+    uint8_t *codes(int64_t group) { return header(group) + layout.group((int)(group % 2)); }
+
+    const Layout &layout;
+    uint8_t *tile;
+    int lane;
+};
+
+// Blocks of 32 columns: a scale, perhaps a min, and codes.
+void repack_small(int type, const uint8_t *block, int64_t group, Row &row) {
+    const int halves = type == 3 ? 2 : 1;
+    for (int h = 0; h < halves; h++) row.put_half(group, (int)(group % 2) * halves + h, block + 2 * h);
+    const uint8_t *codes = block + 2 * halves;
+    uint32_t fifth = 0;
+    if (type == 6) {
+        std::memcpy(&fifth, codes, 4);
+        codes += 4;
+    }
+    for (int i = 0; i < GROUP; i++) {
+        if (type == 8) row.put_code(group, i, (int8_t)codes[i]);
+        const int nibble = codes[i % 16] >> (i / 16 * 4) & 15;
+        if (type == 6) row.put_code(group, i, (nibble | (int)(fifth >> i & 1) << 4) - 16);
+        if (type == 2 || type == 3) row.put_nibble(group, i, nibble);
+    }
+}
+
+void repack_q4_k(const uint8_t *block, int64_t first, Row &row) {
+    row.put_super(first, 0, block);
+    row.put_super(first, 1, block + 2);
+    const uint8_t *six = block + 4;  // 6-bit scales and mins: four of each whole, the others' upper bits above those
+    for (int g = 0; g < 8; g++) {
+        const int scale = g < 4 ? six[g] & 63 : (six[g + 4] & 15) | six[g - 4] >> 6 << 4;
+        const int min = g < 4 ? six[g + 4] & 63 : six[g + 4] >> 4 | six[g] >> 6 << 4;
+        row.put_byte(first + g, 2 * (g % 2), (uint8_t)scale);
+        row.put_byte(first + g, 2 * (g % 2) + 1, (uint8_t)min);
+        const uint8_t *codes = block + 16 + g / 2 * 32;
+        for (int i = 0; i < GROUP; i++) row.put_nibble(first + g, i, codes[i] >> (g % 2 * 4) & 15);
+    }
+}
+
+void repack_q6_k(const uint8_t *block, int64_t first, Row &row) {
+    row.put_super(first, 0, block + 208);
+    for (int g = 0; g < 8; g++) {
+        for (int h = 0; h < 2; h++) row.put_byte(first + g, 2 * (g % 2) + h, block[192 + 2 * g + h]);
+        const uint8_t *low = block + g / 4 * 64 + g % 2 * 32;  // groups 0, 1 of a half in the low nibbles, 2, 3 above
+        const uint8_t *high = block + 128 + g / 4 * 32;
+        for (int i = 0; i < GROUP; i++) {
+            const int four = low[i] >> (g % 4 / 2 * 4) & 15;
+            const int two = high[i] >> (g % 4 * 2) & 3;
+            row.put_code(first + g, i, (four | two << 4) - 32);
+        }
+    }
+}
+
+void repack_row(const Block &kind, const uint8_t *blocks, int64_t columns, Row &row) {
+    for (int64_t b = 0; b < columns / kind.columns; b++) {
+        const uint8_t *block = blocks + b * kind.bytes;
+        if (kind.type == 12) repack_q4_k(block, b * 8, row);
+        else if (kind.type == 14) repack_q6_k(block, b * 8, row);
+        else repack_small(kind.type, block, b, row);
+    }
+}
+
+bool known(int32_t format, int64_t rows, int64_t columns) {
+    return format >= 0 && format < N_FORMATS && rows > 0 && columns > 0;
+}
+
+}  // namespace
+}  // namespace keifu
+
+using namespace keifu;
+
+int64_t keifu_packed_size(int32_t format, int64_t rows, int64_t columns) {
+    if (!known(format, rows, columns))
+        return fail("No packed matrix has format %d and %lld x %lld numbers.", format, (long long)rows, (long long)columns);
+    return n_tiles(rows) * tile_bytes(format, columns);
+}
+
+int32_t keifu_pack(int32_t format, int32_t source_type, const void *source, int64_t rows, int64_t columns,
+                   int64_t row_stride, void *packed) {
+    if (keifu_packed_size(format, rows, columns) < 0) return -1;
+    if (format == KEIFU_INT6_SUPER) return fail("Numbers cannot be packed to format %d, only GGUF's Q6_K.", format);
+    if (source_type < KEIFU_FROM_FLOAT32 || source_type > KEIFU_FROM_FLOAT16)
+        return fail("There is no source type %d; known are 0 to 2.", source_type);
+    const Kernels &use = kernels();
+    const int64_t bytes = tile_bytes(format, columns);
+    const int64_t number = source_type == KEIFU_FROM_FLOAT32 ? 4 : 2;
+    std::atomic<int64_t> bad{-1};
+    over_tiles(n_tiles(rows), [&](int t) {
+        uint8_t *tile = (uint8_t *)packed + t * bytes;
+        std::memset(tile, 0, (size_t)bytes);
+        for (int64_t row = (int64_t)t * TILE; row < rows && row < ((int64_t)t + 1) * TILE; row++) {
+            const char *from = (const char *)source + row * row_stride * number;
+            const int64_t column = use.pack(format, source_type, from, columns, (int)(row % TILE), tile);
+            if (column >= 0) bad = row * columns + column;
+        }
+    });
+    if (bad < 0) return 0;
+    return fail("Row %lld has a NaN or an infinity at column %lld or one of the 31 after it.",
+                (long long)(bad / columns), (long long)(bad % columns));
+}
+
+int32_t keifu_gguf_format(int32_t ggml_type) {
+    const Block *block = find_block(ggml_type);
+    return block ? block->format : fail("GGUF blocks of type %d cannot be repacked.", ggml_type);
+}
+
+int32_t keifu_repack_gguf(int32_t ggml_type, const void *blocks, int64_t rows, int64_t columns, void *packed) {
+    if (keifu_gguf_format(ggml_type) < 0) return -1;
+    const Block &kind = *find_block(ggml_type);
+    if (keifu_packed_size(kind.format, rows, columns) < 0) return -1;
+    if (columns % kind.columns)
+        return fail("Blocks of type %d have %d columns, which do not divide the %lld of this matrix.", ggml_type,
+                    kind.columns, (long long)columns);
+    const int64_t bytes = tile_bytes(kind.format, columns);
+    over_tiles(n_tiles(rows), [&](int t) {
+        uint8_t *tile = (uint8_t *)packed + t * bytes;
+        std::memset(tile, 0, (size_t)bytes);
+        for (int64_t row = (int64_t)t * TILE; row < rows && row < ((int64_t)t + 1) * TILE; row++) {
+            Row to(LAYOUTS[kind.format], tile, (int)(row % TILE));
+            repack_row(kind, (const uint8_t *)blocks + row * (columns / kind.columns * kind.bytes), columns, to);
+        }
+    });
+    return 0;
+}
+
+int32_t keifu_unpack(int32_t format, const void *packed, int64_t rows, int64_t columns, int64_t first, int64_t n_rows,
+                     float *out) {
+    if (keifu_packed_size(format, rows, columns) < 0) return -1;
+    if (first < 0 || n_rows < 0 || first + n_rows > rows)
+        return fail("Rows %lld to %lld were asked for; the matrix has %lld.", (long long)first,
+                    (long long)(first + n_rows - 1), (long long)rows);
+    for (int64_t row = 0; row < n_rows; row++)
+        kernels().unpack(format, (const uint8_t *)packed, columns, first + row, out + row * columns);
+    return 0;
+}

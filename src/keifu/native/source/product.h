@@ -1,0 +1,293 @@
+// Products of packed tiles with rows: y[row][16 s + i] = sum over columns of tile s, row i.
+//
+// The order of the sums is the same for every number of rows and every instruction set. bf16: even and odd columns of a
+// group of 32 are added up apart from zero, then their sum is added to the total: AMX's order (TDPBF16PS). Quantised:
+// the codes of a group are multiplied and added up exactly in int32, then the sum times both scales is added.
+#pragma once
+#include "model.h"
+#include "vector.h"
+
+namespace KEIFU_NAMESPACE {
+
+using namespace keifu;
+
+#if defined(__AMX_TILE__)
+typedef uint16_t Dense;
+INLINE void store_dense(Dense *p, v16 x) { store_bfloat16(p, x); }
+#else
+typedef float Dense;
+INLINE void store_dense(Dense *p, v16 x) { store(p, round_to_bfloat16(x)); }
+#endif
+
+constexpr int OUT = CHUNK * TILE;  // floats from one row of a product's output to the next
+
+// ---- rows ----
+
+INLINE void encode_codes(const Rows &rows, int64_t row, int64_t group, v16 a, v16 b) {
+    const float most = maximum(max(abs(a), abs(b)));
+    const float inverse = most > 0 ? 127.f / most : 0.f;
+    const i16 p = round_to_int(a * inverse);
+    const i16 q = round_to_int(b * inverse);
+    int8_t *codes = rows.codes + row * rows.columns + group * GROUP;
+    *(b16 *)codes = __builtin_convertvector(p, b16);
+    *(b16 *)(codes + TILE) = __builtin_convertvector(q, b16);
+    CodeGroup &about = rows.groups[row * rows.n_groups() + group];
+    about.half[0] = (int32_t)sum(to_float(p));
+    about.half[1] = (int32_t)sum(to_float(q));
+    about.sum = about.half[0] + about.half[1];
+    about.scale = most / 127.f;
+    about.moment = about.scale * (float)about.sum;
+}
+
+// Rounds 32 numbers of a row to what the weights of a product are multiplied with.
+INLINE void encode(const Rows &rows, bool quantised, int64_t row, int64_t group, v16 a, v16 b) {
+    if (quantised) return encode_codes(rows, row, group, a, b);
+    Dense *dense = (Dense *)rows.dense + row * rows.columns + group * GROUP;
+    store_dense(dense, a);
+    store_dense(dense + TILE, b);
+}
+
+// ---- blocks of a product ----
+
+template <int N> struct Constant {
+    static constexpr int value = N;
+};
+
+// Cuts tiles x rows into blocks whose sums fit the registers, and calls block(S, B, first tile, first row).
+template <class Block> INLINE void cut(int tiles, int rows, Block block) {
+#if defined(__AVX512F__)
+    constexpr int ALONE = 4;  // tiles at once where there is one row: as many streams of weights
+    constexpr int SHARED = 2;
+    constexpr int B = 4;
+#else
+    constexpr int ALONE = 1;
+    constexpr int SHARED = 1;
+    constexpr int B = 2;
+#endif
+    int b = 0;
+    for (; b + B <= rows; b += B) {
+        int s = 0;
+        for (; s + SHARED <= tiles; s += SHARED) block(Constant<SHARED>(), Constant<B>(), s, b);
+        for (; s < tiles; s++) block(Constant<1>(), Constant<B>(), s, b);
+    }
+    for (; b < rows; b++) {
+        int s = 0;
+        for (; s + ALONE <= tiles; s += ALONE) block(Constant<ALONE>(), Constant<1>(), s, b);
+        for (; s < tiles; s++) block(Constant<1>(), Constant<1>(), s, b);
+    }
+}
+
+// ---- bf16 ----
+
+#if defined(__AMX_TILE__)
+}  // namespace KEIFU_NAMESPACE
+#include "amx.h"
+namespace KEIFU_NAMESPACE {
+#else
+template <int S, int B, class At>
+INLINE void dense_block(At at, int groups, const float *x, int64_t stride, float *out, int64_t out_stride) {
+    v16 total[S][B] = {};
+    for (int g = 0; g < groups; g++) {
+        v16 even[S][B] = {};
+        v16 odd[S][B] = {};
+        const uint8_t *tile[S];
+        for (int s = 0; s < S; s++) tile[s] = at(s, g);
+#pragma GCC unroll 4
+        for (int pair = 0; pair < GROUP / 2; pair++)
+            for (int s = 0; s < S; s++) {
+                const i16 w = load_ints(tile[s] + pair * 64);
+                const v16 low = as_float(w << 16);
+                const v16 high = as_float(w & (int32_t)0xffff0000);
+                for (int b = 0; b < B; b++) {
+                    const float *two = x + b * stride + g * GROUP + 2 * pair;
+                    even[s][b] = fma(splat(two[0]), low, even[s][b]);
+                    odd[s][b] = fma(splat(two[1]), high, odd[s][b]);
+                }
+            }
+        for (int s = 0; s < S; s++)
+            for (int b = 0; b < B; b++) total[s][b] += even[s][b] + odd[s][b];
+    }
+    for (int s = 0; s < S; s++)
+        for (int b = 0; b < B; b++) store(out + b * out_stride + s * TILE, total[s][b]);
+}
+
+// Products of up to four bf16 tiles with up to MAX_TASK_ROWS rows; at(s, g) is where group g of tile s lies.
+template <class At>
+INLINE void dense_product(At at, int tiles, int groups, const Dense *x, int64_t stride, int rows, float *out,
+                          int64_t out_stride) {
+    cut(tiles, rows, [&](auto S, auto B, int s, int b) {
+        const auto here = [&](int i, int g) { return at(s + i, g); };
+        dense_block<S.value, B.value>(here, groups, x + b * stride, stride, out + b * out_stride + s * TILE, out_stride);
+    });
+}
+#endif
+
+// ---- quantised ----
+
+// The scales of group g of a pair: `scale` of all columns, or of the first half; `second`: the min, or the other half's.
+template <int FORMAT> INLINE void read_scales(const uint8_t *super, const uint8_t *header, int g, v16 &scale, v16 &second) {
+    if constexpr (FORMAT == KEIFU_INT4_MIN) {
+        scale = load_half(header + g * 64);
+        second = load_half(header + g * 64 + 32);
+    } else if constexpr (FORMAT == KEIFU_INT4_SUPER) {
+        scale = load_half(super) * load_bytes(header + g * 32);
+        second = -(load_half(super + 32) * load_bytes(header + g * 32 + 16));
+    } else if constexpr (FORMAT == KEIFU_INT6_SUPER) {
+        const v16 d = load_half(super);
+        scale = d * load_bytes((const int8_t *)header + g * 32);
+        second = d * load_bytes((const int8_t *)header + g * 32 + 16);
+    } else {
+        scale = load_half(header + g * 32);
+    }
+}
+
+// Adds a group's exact sums, times the scales of weights and row, to the total.
+template <int FORMAT>
+INLINE v16 add_group(v16 total, i16 low, i16 high, v16 scale, v16 second, const CodeGroup &row) {
+    constexpr Layout L = LAYOUTS[FORMAT];
+    if constexpr (!L.halves) low += high;
+    total = fma(to_float(low), scale * row.scale, total);
+    if constexpr (L.halves) total = fma(to_float(high), second * row.scale, total);
+    if constexpr (L.has_min) total = fma(second, splat(row.moment), total);
+    return total;
+}
+
+// dot: each of 16 sums gains the products of four codes of a weight's row with four of x.
+#if defined(__AVX512VNNI__)
+constexpr int32_t CODE_BIAS = 128;  // VPDPBUSD wants unsigned weights: they are raised by this, and the sum corrected
+constexpr int HIGH_SHIFT = 4;       // high halves of bytes are used in place, 16 times too large
+INLINE i16 dot_codes(i16 total, i16 w, int32_t x) {
+    return (i16)_mm512_dpbusd_epi32((__m512i)total, (__m512i)(w ^ (int32_t)0x80808080), (__m512i)splat(x));
+}
+INLINE i16 dot_low(i16 total, i16 w, int32_t x) {
+    return (i16)_mm512_dpbusd_epi32((__m512i)total, (__m512i)(w & 0x0f0f0f0f), (__m512i)splat(x));
+}
+INLINE i16 dot_high(i16 total, i16 w, int32_t x) {
+    return (i16)_mm512_dpbusd_epi32((__m512i)total, (__m512i)(w & (int32_t)0xf0f0f0f0), (__m512i)splat(x));
+}
+#elif defined(__AVX2__)
+constexpr int32_t CODE_BIAS = 0;
+constexpr int HIGH_SHIFT = 0;
+INLINE __m256i multiply_bytes(__m256i unsigned_bytes, __m256i signed_bytes) {  // no overflow up to 128 · 127 · 2
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned_bytes, signed_bytes), _mm256_set1_epi16(1));
+}
+template <class Half> INLINE i16 by_halves(i16 total, i16 w, Half half) {
+    __m256i parts[4];
+    memcpy(parts, &w, 64);
+    memcpy(parts + 2, &total, 64);
+    for (int i = 0; i < 2; i++) parts[2 + i] = _mm256_add_epi32(parts[2 + i], half(parts[i]));
+    memcpy(&total, parts + 2, 64);
+    return total;
+}
+INLINE i16 dot_codes(i16 total, i16 w, int32_t x) {
+    const __m256i four = _mm256_set1_epi32(x);
+    return by_halves(total, w, [&](__m256i h) { return multiply_bytes(_mm256_abs_epi8(h), _mm256_sign_epi8(four, h)); });
+}
+INLINE i16 dot_low(i16 total, i16 w, int32_t x) {
+    const __m256i four = _mm256_set1_epi32(x);
+    return by_halves(total, w & 0x0f0f0f0f, [&](__m256i h) { return multiply_bytes(h, four); });
+}
+INLINE i16 dot_high(i16 total, i16 w, int32_t x) { return dot_low(total, w >> 4, x); }
+#else
+constexpr int32_t CODE_BIAS = 0;
+constexpr int HIGH_SHIFT = 0;
+INLINE i16 dot_codes(i16 total, i16 w, int32_t x) {
+    for (int i = 0; i < 4; i++) total += ((w << (24 - 8 * i)) >> 24) * ((x << (24 - 8 * i)) >> 24);
+    return total;
+}
+INLINE i16 dot_low(i16 total, i16 w, int32_t x) { return dot_codes(total, w & 0x0f0f0f0f, x); }
+INLINE i16 dot_high(i16 total, i16 w, int32_t x) { return dot_low(total, w >> 4, x); }
+#endif
+
+INLINE int32_t four_codes(const int8_t *p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return four;
+}
+
+// Sums of one group: `low` and `high` of the two halves of its columns.
+template <int FORMAT, int S, int B>
+INLINE void sum_group(const uint8_t *const (&codes)[S], const int8_t *x, int64_t stride, const CodeGroup *about,
+                      int64_t about_stride, i16 (&low)[S][B], i16 (&high)[S][B]) {
+    constexpr Layout L = LAYOUTS[FORMAT];
+    constexpr bool NIBBLES = L.codes == 256;
+    for (int b = 0; b < B; b++) {
+        const CodeGroup &row = about[b * about_stride];
+        for (int s = 0; s < S; s++) {
+            low[s][b] = splat(NIBBLES ? -L.offset * row.sum : -CODE_BIAS * (L.halves ? row.half[0] : row.sum));
+            high[s][b] = splat(L.halves ? -CODE_BIAS * row.half[1] : 0);
+        }
+    }
+#pragma GCC unroll 4
+    for (int quad = 0; quad < 4; quad++)
+        for (int s = 0; s < S; s++) {
+            const i16 w = load_ints(codes[s] + quad * 64);
+            const i16 v = NIBBLES ? w : load_ints(codes[s] + (quad + 4) * 64);
+            for (int b = 0; b < B; b++) {
+                const int32_t first = four_codes(x + b * stride + quad * 4);
+                const int32_t second = four_codes(x + b * stride + quad * 4 + TILE);
+                low[s][b] = NIBBLES ? dot_low(low[s][b], w, first) : dot_codes(low[s][b], w, first);
+                high[s][b] = NIBBLES ? dot_high(high[s][b], w, second) : dot_codes(high[s][b], v, second);
+            }
+        }
+    if constexpr (NIBBLES && HIGH_SHIFT)
+        for (int s = 0; s < S; s++)
+            for (int b = 0; b < B; b++) high[s][b] >>= HIGH_SHIFT;
+}
+
+template <int FORMAT, int S, int B>
+INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64_t row, float *out) {
+    constexpr Layout L = LAYOUTS[FORMAT];
+    v16 total[S][B] = {};
+    for (int64_t group = 0; group < rows.n_groups(); group++) {
+        const int64_t pair = group / 2;
+        const int g = group % 2;
+        const uint8_t *codes[S];
+        for (int s = 0; s < S; s++) codes[s] = tiles[s] + pair_offset(L, pair) + L.group(g);
+        const CodeGroup *about = rows.groups + row * rows.n_groups() + group;
+        const int8_t *x = rows.codes + row * rows.columns + group * GROUP;
+        i16 low[S][B];
+        i16 high[S][B];
+        sum_group<FORMAT, S, B>(codes, x, rows.columns, about, rows.n_groups(), low, high);
+        for (int s = 0; s < S; s++) {
+            v16 scale;
+            v16 second{};
+            read_scales<FORMAT>(tiles[s] + super_offset(L, pair), tiles[s] + pair_offset(L, pair), g, scale, second);
+            for (int b = 0; b < B; b++)
+                total[s][b] = add_group<FORMAT>(total[s][b], low[s][b], high[s][b], scale, second,
+                                                about[b * rows.n_groups()]);
+        }
+    }
+    for (int s = 0; s < S; s++)
+        for (int b = 0; b < B; b++) store(out + b * OUT + s * TILE, total[s][b]);
+}
+
+template <int FORMAT>
+void quantised_product(const uint8_t *const *tiles, int n, const Rows &rows, int64_t row, int n_rows,
+                       [[maybe_unused]] Scratch &scratch, float *out) {
+#if defined(__AMX_TILE__)
+    if (n_rows >= AMX_ROWS) return amx_quantised<FORMAT>(tiles, n, rows, row, n_rows, scratch, out);
+#endif
+    cut(n, n_rows, [&](auto S, auto B, int s, int b) {
+        quantised_block<FORMAT, S.value, B.value>(tiles + s, rows, row + b, out + b * OUT + s * TILE);
+    });
+}
+
+// out[r][16 s + i] = row i of tile s times row `row` + r, for up to CHUNK tiles and BLOCK_ROWS rows.
+static void product(int format, const uint8_t *const *tiles, int n, const Rows &rows, int64_t row, int n_rows,
+                    Scratch &scratch, float *out) {
+    switch (format) {
+    case KEIFU_BF16: {
+        const auto at = [&](int s, int g) { return tiles[s] + g * LAYOUTS[KEIFU_BF16].codes; };
+        const Dense *x = (const Dense *)rows.dense + row * rows.columns;
+        return dense_product(at, n, (int)rows.n_groups(), x, rows.columns, n_rows, out, OUT);
+    }
+    case KEIFU_INT8: return quantised_product<KEIFU_INT8>(tiles, n, rows, row, n_rows, scratch, out);
+    case KEIFU_INT4: return quantised_product<KEIFU_INT4>(tiles, n, rows, row, n_rows, scratch, out);
+    case KEIFU_INT4_MIN: return quantised_product<KEIFU_INT4_MIN>(tiles, n, rows, row, n_rows, scratch, out);
+    case KEIFU_INT4_SUPER: return quantised_product<KEIFU_INT4_SUPER>(tiles, n, rows, row, n_rows, scratch, out);
+    case KEIFU_INT6_SUPER: return quantised_product<KEIFU_INT6_SUPER>(tiles, n, rows, row, n_rows, scratch, out);
+    }
+}
+
+}  // namespace KEIFU_NAMESPACE

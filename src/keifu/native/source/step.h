@@ -1,0 +1,270 @@
+// A forward pass, phase by phase. All threads run this; what they deal out among themselves is tokens (norms), chunks
+// of four tiles (products) and kv heads (attention).
+
+#pragma once
+#include "attention.h"
+#include "packing.h"
+
+namespace KEIFU_NAMESPACE {
+
+constexpr int OWN_ROWS = 1;  // so few rows each thread normalises for itself, which costs less than waiting for another
+
+INLINE v16 activate(int which, v16 x) {
+    switch (which) {
+    case KEIFU_SILU: return x * sigmoid(x);
+    case KEIFU_GELU_TANH: return x * sigmoid(1.5957691216f * x * (1.f + 0.044715f * x * x));
+    case KEIFU_GELU_ERF: return 0.5f * x * (1.f + erf(x * 0.70710678f));
+    default: return max(x, v16{});
+    }
+}
+
+INLINE bool quantised(const KeifuMatrix &w) { return w.format != KEIFU_BF16; }
+
+INLINE v16 bias(const KeifuMatrix &w, int64_t column) {
+    const int64_t left = w.rows - column;
+    return w.bias && left > 0 ? load_first(w.bias + column, left < TILE ? (int)left : TILE) : v16{};
+}
+
+struct Target {  // a matrix of a product and where its results go
+    const KeifuMatrix *matrix;
+    float *out;
+    int64_t stride;
+};
+
+class Step {
+  public:
+    Step(const Forward &f, Walk &walk) : f(f), m(*f.model), walk(walk), scratch(m.scratch[walk.thread]) {}
+
+    void run() {
+        walk.deal(f.batch.n_tokens, [&](int t) { embed(t); });
+        for (int index = 0; index < m.about.n_layers; index++) {
+            const Layer &layer = m.layers[index];
+            attention(index);
+            if (layer.parallel) hidden(layer, layer.attention_norm);
+            add_attended(layer);
+            if (!layer.parallel) hidden(layer, layer.feedforward_norm);
+            add_hidden(layer);
+        }
+        logits();
+    }
+
+  private:
+    void embed(int t) {
+        const KeifuModelDescription &about = m.about;
+        float *x = m.x + t * m.width;
+        const int position = f.batch.positions[t];
+        unpack(about.embedding.format, (const uint8_t *)about.embedding.data, about.dim, f.batch.tokens[t], x);
+        for (int i = 0; i < about.dim; i++) x[i] *= about.embedding_scale;
+        if (about.positions)
+            for (int i = 0; i < about.dim; i++) x[i] += about.positions[(int64_t)position * about.dim + i];
+        for (const Rotation *r = m.rotations; r < m.rotations + m.n_rotations; r++)
+            for (int i = 0; i < r->pairs; i++) {
+                const float angle = (float)position * r->frequencies[i];
+                r->cos[(int64_t)t * r->pairs + i] = __builtin_cosf(angle) * r->magnitude;
+                r->sin[(int64_t)t * r->pairs + i] = __builtin_sinf(angle) * r->magnitude;
+            }
+    }
+
+    void attention(int index) {
+        const Layer &layer = m.layers[index];
+        const Target targets[] = {{&layer.query, m.query, m.query_width},
+                                  {&layer.key, m.key, m.kv_width},
+                                  {&layer.value, m.value, m.kv_width}};
+        multiply(targets, 3, layer.attention_norm);
+        const int heads = m.about.n_kv_heads;
+        if (!f.whole_spans)
+            walk.deal(f.batch.n_tokens * heads,
+                      [&](int i) { store_token(f, index, i / heads, i % heads, scratch.heads); });
+        walk.deal(f.n_tasks * heads, [&](int i) {
+            const AttentionTask &task = f.tasks[i / heads];
+            for (int t = 0; t < task.n_tokens && f.whole_spans; t++)
+                store_token(f, index, task.first + t, i % heads, scratch.heads);
+            attend(f, index, task, i % heads, scratch);
+        });
+    }
+
+    void add_attended(const Layer &layer) {
+        const int inner = m.about.n_heads * m.about.head_dim;
+        const auto mix = [&](const Rows &rows, int r) {
+            encode_row(rows, quantised(layer.out), r, m.attended + r * m.query_width, inner);
+        };
+        from_rows(m.mixed, f.batch.n_tokens, mix, n_chunks(layer.out), [&](const Rows &rows, int chunk) {
+            add_products(layer.out, layer.post_attention_norm, rows, chunk);
+        });
+        add_normed(layer.post_attention_norm);
+    }
+
+    void hidden(const Layer &layer, const KeifuNorm &norm) {
+        const int width = layer.gate.data ? 2 : CHUNK;
+        const int chunks = (int)((n_tiles(layer.up.rows) + width - 1) / width);
+        const auto make = [&](const Rows &rows, int r) { norm_row(rows, quantised(layer.up), r, norm, r); };
+        from_rows(m.normed, f.batch.n_tokens, make, chunks, [&](const Rows &rows, int chunk) {
+            for (int r = 0; r < f.batch.n_tokens; r += BLOCK_ROWS) activate_rows(layer, rows, chunk, r);
+        });
+    }
+
+    void add_hidden(const Layer &layer) {
+        walk.deal(n_chunks(layer.down), [&](int chunk) {
+            add_products(layer.down, layer.post_feedforward_norm, m.hidden, chunk);
+        });
+        add_normed(layer.post_feedforward_norm);
+    }
+
+    void logits() {
+        const KeifuMatrix &head = m.about.head;
+        const auto make = [&](const Rows &rows, int r) {
+            norm_row(rows, quantised(head), r, m.about.norm, f.batch.wanted[r]);
+        };
+        from_rows(m.normed, f.batch.n_wanted, make, n_chunks(head), [&](const Rows &rows, int chunk) {
+            const float cap = m.about.logit_softcap;
+            over_chunk(head, rows, f.batch.n_wanted, chunk, [&](int r, int64_t column, v16 y) {
+                y = (y + bias(head, column)) * m.about.logit_scale;
+                if (cap > 0) y = cap * (2.f * sigmoid(y * (2.f / cap)) - 1.f);
+                float *out = f.batch.logits + (int64_t)r * head.rows + column;
+                if (head.rows - column >= TILE) return store(out, y);
+                for (int i = 0; i < head.rows - column; i++) out[i] = y[i];
+            });
+        });
+    }
+
+    // ---- rows ----
+
+    // Makes the rows of a product's input and works through its chunks. Few rows are made by each thread for itself.
+    template <class Make, class Work> void from_rows(const Rows &shared, int n, Make make, int chunks, Work work) {
+        if (n > OWN_ROWS) {
+            walk.deal(n, [&](int r) { make(shared, r); });
+            walk.deal(chunks, [&](int chunk) { work(shared, chunk); });
+            return;
+        }
+        Rows own = scratch.own;
+        own.columns = shared.columns;
+        bool made = false;
+        walk.deal(chunks, [&](int chunk) {
+            for (int r = 0; r < n && !made; r++) make(own, r);
+            made = true;
+            work(own, chunk);
+        });
+    }
+
+    void encode_row(const Rows &rows, bool codes, int r, const float *x, int n) {
+        for (int i = 0; i < rows.columns; i += GROUP) {
+            const v16 a = i < n ? first(load(x + i), n - i) : v16{};
+            const v16 b = i + TILE < n ? first(load(x + i + TILE), n - i - TILE) : v16{};
+            encode(rows, codes, r, i / GROUP, a, b);
+        }
+    }
+
+    void norm_row(const Rows &rows, bool codes, int r, const KeifuNorm &norm, int t) {
+        normalise(norm, m.x + t * m.width, scratch.row, m.about.dim);
+        encode_row(rows, codes, r, scratch.row, m.about.dim);
+    }
+
+    // ---- products ----
+
+    int n_chunks(const KeifuMatrix &w) { return (int)((n_tiles(w.rows) + CHUNK - 1) / CHUNK); }
+
+    // Calls take(row, column, 16 results) for all rows of a chunk of a matrix.
+    template <class Take> void over_chunk(const KeifuMatrix &w, const Rows &rows, int n, int chunk, Take take) {
+        const uint8_t *tiles[CHUNK];
+        const int64_t left = n_tiles(w.rows) - chunk * CHUNK;
+        const int count = left < CHUNK ? (int)left : CHUNK;
+        point(w, chunk * CHUNK, count, tiles);
+        for (int row = 0; row < n; row += BLOCK_ROWS) {
+            const int here = n - row < BLOCK_ROWS ? n - row : BLOCK_ROWS;
+            product(w.format, tiles, count, rows, row, here, scratch, scratch.out);
+            for (int r = 0; r < here; r++)
+                for (int s = 0; s < count; s++)
+                    take(row + r, ((int64_t)chunk * CHUNK + s) * TILE, load(scratch.out + r * OUT + s * TILE));
+        }
+    }
+
+    void point(const KeifuMatrix &w, int64_t tile, int count, const uint8_t **tiles) {
+        const int64_t bytes = tile_bytes(w.format, w.columns);
+        for (int s = 0; s < count; s++) tiles[s] = (const uint8_t *)w.data + (tile + s) * bytes;
+    }
+
+    // Products of several matrices with the normalised stream.
+    void multiply(const Target *targets, int n, const KeifuNorm &norm) {
+        int chunks = 0;
+        for (int i = 0; i < n; i++) chunks += n_chunks(*targets[i].matrix);
+        const bool codes = quantised(*targets[0].matrix);
+        const auto make = [&](const Rows &rows, int r) { norm_row(rows, codes, r, norm, r); };
+        from_rows(m.normed, f.batch.n_tokens, make, chunks, [&](const Rows &rows, int chunk) {
+            const Target *target = targets;
+            for (; chunk >= n_chunks(*target->matrix); target++) chunk -= n_chunks(*target->matrix);
+            over_chunk(*target->matrix, rows, f.batch.n_tokens, chunk, [&](int r, int64_t column, v16 y) {
+                store(target->out + r * target->stride + column, y + bias(*target->matrix, column));
+            });
+        });
+    }
+
+    // A chunk of a sublayer's last product: to the stream, or beside it where a norm comes first.
+    void add_products(const KeifuMatrix &w, const KeifuNorm &norm, const Rows &rows, int chunk) {
+        over_chunk(w, rows, f.batch.n_tokens, chunk, [&](int r, int64_t column, v16 y) {
+            y += bias(w, column);
+            float *x = m.x + r * m.width + column;
+            if (norm.kind) store(m.added + r * m.width + column, y);
+            else store(x, load(x) + y);
+        });
+    }
+
+    void add_normed(const KeifuNorm &norm) {
+        if (!norm.kind) return;
+        walk.deal(f.batch.n_tokens, [&](int r) {
+            normalise(norm, m.added + r * m.width, scratch.row, m.about.dim);
+            for (int i = 0; i < m.about.dim; i++) m.x[r * m.width + i] += scratch.row[i];
+        });
+    }
+
+    // One chunk of the feed-forward's hidden numbers, for up to BLOCK_ROWS rows from `row` on.
+    void activate_rows(const Layer &layer, const Rows &rows, int chunk, int row) {
+        const bool gated = layer.gate.data != nullptr;
+        const int width = gated ? 2 : CHUNK;
+        const int64_t left = n_tiles(layer.up.rows) - chunk * width;
+        const int count = left < width ? (int)left : width;
+        const int here = f.batch.n_tokens - row < BLOCK_ROWS ? f.batch.n_tokens - row : BLOCK_ROWS;
+        const uint8_t *tiles[CHUNK];
+        point(layer.up, chunk * width, count, tiles);
+        if (gated) point(layer.gate, chunk * width, count, tiles + count);
+        const bool together = gated && layer.gate.format == layer.up.format;
+        product(layer.up.format, tiles, together ? 2 * count : count, rows, row, here, scratch, scratch.out);
+        if (gated && !together)
+            product(layer.gate.format, tiles + count, count, rows, row, here, scratch, scratch.out + count * TILE);
+        for (int r = 0; r < here; r++) {
+            v16 y[CHUNK] = {};
+            for (int s = 0; s < count; s++) {
+                const int64_t column = (int64_t)(chunk * width + s) * TILE;
+                const v16 up = load(scratch.out + r * OUT + s * TILE) + bias(layer.up, column);
+                if (!gated) y[s] = activate(layer.activation, up);
+                else y[s] = activate(layer.activation, load(scratch.out + r * OUT + (count + s) * TILE) +
+                                                           bias(layer.gate, column)) * up;
+            }
+            for (int g = 0; g < width / 2; g++)
+                encode(m.hidden, quantised(layer.down), row + r, chunk * width / 2 + g, y[2 * g], y[2 * g + 1]);
+        }
+    }
+
+    const Forward &f;
+    const KeifuModel &m;
+    Walk &walk;
+    Scratch &scratch;
+};
+
+static void forward(const Forward &f, Walk &walk) {
+#if defined(__x86_64__)
+    const unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode | 0x8040);  // numbers below 1e-38 are zeros, as they are in AMX's tiles
+#endif
+#if defined(__AMX_TILE__)
+    configured = 0;
+#endif
+    Step(f, walk).run();
+#if defined(__AMX_TILE__)
+    _tile_release();
+#endif
+#if defined(__x86_64__)
+    _mm_setcsr(mode);
+#endif
+}
+
+}  // namespace KEIFU_NAMESPACE

@@ -1,0 +1,133 @@
+// Sixteen floats at once, on any CPU: the compiler splits them into the registers that the instruction set has.
+//
+// This file is compiled once per instruction set, inside its namespace (see kernels.h); it defines no symbol that
+// another could take for its own. Multiplications and additions are joined only where fma() says so, so that a row has
+// the same bits in every function that it goes through.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace KEIFU_NAMESPACE {
+
+typedef float v16 __attribute__((vector_size(64)));
+typedef int32_t i16 __attribute__((vector_size(64)));
+typedef float v16_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t i16_unaligned __attribute__((vector_size(64), aligned(1), may_alias));
+typedef uint16_t h16 __attribute__((vector_size(32), aligned(1), may_alias));
+typedef int8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint8_t u16 __attribute__((vector_size(16), aligned(1), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE v16 splat(float x) { return v16{} + x; }
+INLINE i16 splat(int32_t x) { return i16{} + x; }
+INLINE v16 load(const float *p) { return *(const v16_unaligned *)p; }
+INLINE i16 load_ints(const void *p) { return *(const i16_unaligned *)p; }
+INLINE void store(float *p, v16 x) { *(v16_unaligned *)p = x; }
+INLINE v16 first(v16 x, int n) {  // zeros from number n on
+    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lane < n ? x : v16{};
+}
+INLINE v16 load_first(const float *p, int n) {  // reads no more than n numbers; zeros after them
+    if (n >= 16) return load(p);
+    float t[16] = {};
+    for (int i = 0; i < n; i++) t[i] = p[i];
+    return load(t);
+}
+INLINE v16 to_float(i16 x) { return __builtin_convertvector(x, v16); }
+INLINE v16 as_float(i16 x) { return (v16)x; }
+INLINE v16 max(v16 a, v16 b) { return a > b ? a : b; }
+INLINE v16 abs(v16 x) { return as_float((i16)x & 0x7fffffff); }
+
+INLINE v16 fma(v16 a, v16 b, v16 c) {  // a · b + c, rounded once where the CPU can
+#if defined(__AVX512F__)
+    return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FP_FAST_FMAF) || defined(__FMA__)
+    v16 r;
+    for (int i = 0; i < 16; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return r;
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE float sum(v16 x) {  // in one order: halves onto halves
+    float t[16];
+    store(t, x);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) t[i] += t[i + width];
+    return t[0];
+}
+
+INLINE float maximum(v16 x) {
+    float t[16];
+    store(t, x);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) t[i] = t[i] > t[i + width] ? t[i] : t[i + width];
+    return t[0];
+}
+
+INLINE i16 round_to_int(v16 x) {  // to the nearest, ties to even; |x| < 2^22
+    const float magic = 12582912.f;
+    return (i16)(x + magic) - (i16)splat(magic);
+}
+
+INLINE v16 exp(v16 x) {  // 2^n · e^r; 0 below -87
+    x = x > -87.f ? x : splat(-87.f);
+    x = x < 88.f ? x : splat(88.f);
+    i16 n = round_to_int(x * 1.44269504f);
+    v16 r = fma(to_float(n), splat(-0.693145752f), x);
+    r = fma(to_float(n), splat(-1.42860677e-6f), r);
+    v16 p = splat(1.f / 720);
+    p = fma(p, r, splat(1.f / 120));
+    p = fma(p, r, splat(1.f / 24));
+    p = fma(p, r, splat(1.f / 6));
+    p = fma(p, r, splat(.5f));
+    p = fma(p, r, splat(1.f));
+    p = fma(p, r, splat(1.f));
+    v16 y = p * as_float((n + 127) << 23);
+    return x > -87.f ? y : v16{};
+}
+
+INLINE v16 sigmoid(v16 x) { return 1.f / (1.f + exp(-x)); }
+
+INLINE v16 erf(v16 x) {  // Abramowitz and Stegun, 7.1.26: absolute error below 1.5e-7
+    v16 t = 1.f / fma(abs(x), splat(0.3275911f), splat(1.f));
+    v16 p = splat(1.061405429f);
+    p = fma(p, t, splat(-1.453152027f));
+    p = fma(p, t, splat(1.421413741f));
+    p = fma(p, t, splat(-0.284496736f));
+    p = fma(p, t, splat(0.254829592f));
+    v16 y = 1.f - p * t * exp(-x * x);
+    return x < 0.f ? -y : y;
+}
+
+INLINE i16 bfloat16_bits(v16 x) {  // rounded to the nearest, ties to even; NaN stays NaN
+    i16 u = (i16)x;
+    i16 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return (x == x ? rounded : (u >> 16) | 0x40) & 0xffff;
+}
+INLINE v16 round_to_bfloat16(v16 x) { return as_float(bfloat16_bits(x) << 16); }
+INLINE void store_bfloat16(uint16_t *p, v16 x) { *(h16 *)p = __builtin_convertvector(bfloat16_bits(x), h16); }
+
+INLINE v16 load_half(const void *p) {  // float16
+#if defined(__AVX512F__)
+    return (v16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#else
+    i16 h = __builtin_convertvector(*(const h16 *)p, i16);
+    i16 exponent = h & 0x7c00;
+    i16 mantissa = h & 0x3ff;
+    v16 normal = as_float(((h & 0x7fff) << 13) + (112 << 23));
+    v16 infinite = as_float((mantissa << 13) | 0x7f800000);
+    v16 tiny = to_float(mantissa) * 5.9604644775390625e-8f;
+    v16 size = exponent == 0 ? tiny : exponent == 0x7c00 ? infinite : normal;
+    return as_float((i16)size | ((h & 0x8000) << 16));
+#endif
+}
+INLINE v16 load_bytes(const uint8_t *p) { return to_float(__builtin_convertvector(*(const u16 *)p, i16)); }
+INLINE v16 load_bytes(const int8_t *p) { return to_float(__builtin_convertvector(*(const b16 *)p, i16)); }
+
+}  // namespace KEIFU_NAMESPACE
