@@ -163,12 +163,13 @@ class Rotary(nn.Module):
         return self.head_dim, self.theta, self.scaling, self.interleaved
 
     def forward(self, positions: Int[Tensor, "*batch length"]) -> Rotation:
-        frequencies = self._frequencies(positions)
+        frequencies = self.frequencies(positions)
         angles = positions[..., None].float() * frequencies
         size = self.scaling.magnitude() if self.scaling else 1.0
         return Rotation(angles.cos() * size, angles.sin() * size, self.interleaved)
 
-    def _frequencies(self, positions: Tensor) -> Float[Tensor, " pairs"]:
+    def frequencies(self, positions: Tensor) -> Float[Tensor, " pairs"]:
+        """Radians a position, of each pair; only dynamic scaling looks at the positions."""
         theta = self.theta
         if self.scaling and self.scaling.kind == "dynamic":
             theta = self._dynamic_theta(self.scaling, int(positions.max()) + 1)

@@ -1,0 +1,167 @@
+"""The binding of the native step: the structs and functions of source/keifu_native.h, by ctypes."""
+
+import ctypes
+import os
+import sys
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from functools import cache as once
+from typing import Any
+
+from keifu.errors import UserError, unknown
+from keifu.native.build import Unavailable, build
+
+VARIABLE = "KEIFU_NATIVE"
+INSTRUCTIONS = ("portable", "avx2", "avx512", "amx")
+BF16, INT8, INT4, INT4_MIN, INT4_SUPER, INT6_SUPER = range(6)
+
+
+class Matrix(Structure):
+    """A packed matrix and its bias."""
+
+    _fields_ = [("format", c_int32), ("rows", c_int64), ("columns", c_int64), ("data", c_void_p), ("bias", c_void_p)]
+
+
+class Norm(Structure):
+    """A normalisation; of kind 0, none."""
+
+    _fields_ = [("kind", c_int32), ("eps", c_float), ("weight", c_void_p), ("bias", c_void_p)]
+
+
+class Layer(Structure):
+    """A block of attention and feed-forward."""
+
+    _fields_ = [
+        *((name, Matrix) for name in ("query", "key", "value", "out", "gate", "up", "down")),
+        *((name, Norm) for name in ("attention_norm", "post_attention_norm", "feedforward_norm")),
+        *((name, Norm) for name in ("post_feedforward_norm", "query_norm", "key_norm")),
+        *((name, c_int32) for name in ("parallel", "activation", "window")),
+        ("attention_scale", c_float),
+        ("rotary_frequencies", c_void_p),
+        ("rotary_pairs", c_int32),
+        ("rotary_interleaved", c_int32),
+        ("rotary_magnitude", c_float),
+    ]
+
+
+class ModelDescription(Structure):
+    """A causal Transformer."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("dim", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "n_layers")),
+        ("embedding", Matrix),
+        ("embedding_scale", c_float),
+        ("positions", c_void_p),
+        ("context_length", c_int32),
+        ("layers", POINTER(Layer)),
+        ("norm", Norm),
+        ("head", Matrix),
+        ("logit_scale", c_float),
+        ("logit_softcap", c_float),
+    ]
+
+
+class Batch(Structure):
+    """The new tokens of some sequences, and where their logits go."""
+
+    _fields_ = [
+        ("n_tokens", c_int32),
+        *((name, c_void_p) for name in ("tokens", "positions", "sequences")),
+        ("n_sequences", c_int32),
+        ("table_width", c_int32),
+        ("block_tables", c_void_p),
+        ("n_wanted", c_int32),
+        ("wanted", c_void_p),
+        ("logits", c_void_p),
+    ]
+
+
+_RESULTS = {"last_error": c_char_p, "packed_size": c_int64, "cache_bytes": c_int64, "create": c_void_p}
+_ARGUMENTS = {
+    "abi_version": (),
+    "last_error": (),
+    "best_instructions": (),
+    "instructions": (),
+    "use_instructions": (c_int32,),
+    "available_threads": (),
+    "threads": (),
+    "use_threads": (c_int32,),
+    "packed_size": (c_int32, c_int64, c_int64),
+    "pack": (c_int32, c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p),
+    "gguf_format": (c_int32,),
+    "repack_gguf": (c_int32, c_void_p, c_int64, c_int64, c_void_p),
+    "unpack": (c_int32, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p),
+    "cache_bytes": (POINTER(ModelDescription), c_int32, c_int32),
+    "create": (POINTER(ModelDescription), c_int32, c_int32, c_int32),
+    "destroy": (c_void_p,),
+    "copy_block": (c_void_p, c_int32, c_int32),
+    "forward": (c_void_p, POINTER(Batch)),
+}
+
+
+class Library:
+    """The functions of the header without their prefix: `library.call("pack", ...)`."""
+
+    def __init__(self, path: str):
+        self._functions: dict[str, Any] = {}
+        loaded = ctypes.CDLL(path)
+        for name, arguments in _ARGUMENTS.items():
+            function = loaded[f"keifu_{name}"]
+            function.argtypes, function.restype = arguments, _RESULTS.get(name, c_int32)
+            self._functions[name] = function
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """The function's result; a failure is a `UserError` in its own words."""
+        result = self._functions[name](*arguments)
+        if result == -1 or result is None:
+            raise UserError(self._functions["last_error"]().decode())
+        return result
+
+    def gguf_format(self, ggml_type: int) -> int | None:
+        """The format that blocks of this type are repacked to without loss, where there is one."""
+        found = self._functions["gguf_format"](ggml_type)
+        return None if found < 0 else found
+
+    def destroy(self, model: int) -> None:
+        """Frees a model's caches."""
+        self._functions["destroy"](model)
+
+
+def open_library() -> Library:
+    """The library, built where it must be, with KEIFU_NATIVE's instructions in use, or the best of this CPU.
+
+    Raises `Unavailable` where KEIFU_NATIVE is off or asks for what the CPU lacks, and where there is no library. A word
+    that is none of its words is a `UserError`.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "off":
+        raise Unavailable(f"{VARIABLE} is off")
+    if wanted and wanted not in INSTRUCTIONS:
+        raise unknown(f"{VARIABLE} called", wanted, [*INSTRUCTIONS, "off"])
+    library = _loaded()
+    if isinstance(library, Unavailable):
+        raise library
+    best = library.call("best_instructions")
+    which = INSTRUCTIONS.index(wanted) if wanted else best
+    if which > best:
+        raise Unavailable(f"{VARIABLE} is {wanted}, and the best that this CPU has is {INSTRUCTIONS[best]}")
+    library.call("use_instructions", which)
+    return library
+
+
+@once
+def _loaded() -> Library | Unavailable:
+    """The library or the reason why there is none: it is looked for once."""
+    if sys.byteorder != "little":
+        return Unavailable("it is written for CPUs that put the lower byte first")
+    try:
+        return Library(str(build()))
+    except Unavailable as reason:
+        return reason
+    except OSError as error:
+        return Unavailable(f"the library that was built does not load: {error}")
+
+
+@once
+def say_why(reason: str) -> None:
+    """One sentence, once, of why PyTorch generates where the native step could have."""
+    print(f"PyTorch generates, not the native step: {reason}.", file=sys.stderr, flush=True)

@@ -1,0 +1,169 @@
+"""Causal models computed natively: packed once, then run for any number of engines, each with caches of its own.
+
+Axes: batch, length, vocab; wanted = tokens whose logits are asked for.
+"""
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.native import library as native
+from keifu.native.describe import LayerPart, ModelPart, describe
+from keifu.native.library import open_library
+from keifu.native.pack import ModuleWeights, Packer, Weights, formats
+
+BLOCK_SIZE = 32
+MOST_TOKENS = 512  # of one forward pass
+
+
+class Span(Protocol):
+    """Interface of the new tokens of one sequence, as the engine's `Span` is."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def blocks(self) -> Sequence[int]: ...
+    @property
+    def wanted(self) -> int: ...
+
+
+class NativeLM(nn.Module):
+    """A causal language model whose weights are packed for the CPU. It has no parameters that could be trained.
+
+    weights: bf16, int8 or int4. config: the model's. format sizes: see docs/native.md.
+    """
+
+    def __init__(self, part: ModelPart, source: Weights, weights: str, config: Any):
+        """Packs the weights. What cannot be packed is a `UserError` that names the tensor; raises `Unavailable` where
+        there is no native step on this machine."""
+        super().__init__()
+        self.config, self.weights = config, weights
+        self.library = open_library()
+        self.packer = Packer(self.library, source, formats(weights))
+        self._layers = (native.Layer * len(part.layers))(*(_layer(each, part, self.packer) for each in part.layers))
+        self.description = _description(part, self._layers, self.packer)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the packed matrices."""
+        return self.packer.arena.size
+
+    def runner(self, n_blocks: int, block_size: int = BLOCK_SIZE) -> "NativeRunner":
+        """What computes the steps of an engine, with caches of so many blocks of so many tokens each."""
+        return NativeRunner(self, n_blocks, block_size)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length vocab"]:
+        """Logits of the token after each."""
+        batch, length = tokens.shape
+        each = -(-length // BLOCK_SIZE)
+        runner = self.runner(each)
+        blocks = list(range(each))
+        rows = [runner.run([_Text(row, 0, blocks, length)]) for row in tokens.tolist()]
+        return torch.stack(rows) if rows else torch.empty(0, length, runner.vocab_size)
+
+
+class _Text:
+    """A whole text as a span."""
+
+    def __init__(self, tokens: Sequence[int], start: int, blocks: Sequence[int], wanted: int):
+        self.tokens, self.start, self.blocks, self.wanted = tokens, start, blocks, wanted
+
+
+class NativeRunner:
+    """Computes the steps of an engine (the `Runner` of keifu.generation.text.runner) for one packed model."""
+
+    def __init__(self, model: NativeLM, n_blocks: int, block_size: int = BLOCK_SIZE):
+        self.model, self.n_blocks, self.block_size = model, n_blocks, block_size
+        self.vocab_size: int = model.description.vocab_size
+        self.context_length: int = model.description.context_length
+        described = ctypes.byref(model.description)
+        self.token_bytes = model.library.call("cache_bytes", described, 1, block_size) // block_size
+        self._handle = model.library.call("create", described, n_blocks, block_size, MOST_TOKENS)
+
+    def __del__(self) -> None:
+        if "_handle" in vars(self):
+            self.model.library.destroy(self._handle)
+
+    def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
+        """Logits in float32 after each wanted token, span by span."""
+        lengths = [len(span.tokens) for span in batch]
+        tokens = _ints(token for span in batch for token in span.tokens)
+        positions = _ints(p for s, n in zip(batch, lengths, strict=True) for p in range(s.start, s.start + n))
+        rows = np.repeat(np.arange(len(batch), dtype=np.int32), lengths)
+        ends = np.cumsum(lengths)
+        wanted = _ints(i for s, end in zip(batch, ends, strict=True) for i in range(end - s.wanted, end))
+        tables = np.zeros((len(batch), max(len(span.blocks) for span in batch)), np.int32)
+        for row, span in zip(tables, batch, strict=True):
+            row[: len(span.blocks)] = span.blocks
+        logits = torch.empty(len(wanted), self.vocab_size)
+        for first in range(0, len(tokens), MOST_TOKENS):
+            piece = slice(first, first + MOST_TOKENS)
+            asked = slice(*np.searchsorted(wanted, [first, first + MOST_TOKENS]))
+            self._forward(tokens[piece], positions[piece], rows[piece], tables, wanted[asked] - first, logits[asked])
+        return logits
+
+    def _forward(self, tokens, positions, rows, tables, wanted, logits: Tensor) -> None:
+        batch = native.Batch(
+            len(tokens), _at(tokens), _at(positions), _at(rows), *tables.shape, _at(tables), len(wanted), _at(wanted),
+            logits.data_ptr(),
+        )  # fmt: skip
+        self.model.library.call("forward", self._handle, ctypes.byref(batch))
+
+    def forget(self, sequence: int) -> None:
+        """Nothing is kept of a sequence but its blocks."""
+
+
+def _ints(numbers: Iterable[int]) -> np.ndarray:
+    return np.fromiter(numbers, np.int32)
+
+
+def _at(numbers: np.ndarray) -> int:
+    return numbers.ctypes.data
+
+
+def pack(model: nn.Module, weights: str) -> NativeLM:
+    """The model with its weights packed as bf16, int8 or int4; the model itself stays as it is.
+
+    A weight that is not finite, and an unknown word for the format, are `UserError`s. Raises `Unavailable` where the
+    native step does not know one of the model's layers, and where this machine has no native step.
+    """
+    return NativeLM(describe(model), ModuleWeights(model), weights, model.config)
+
+
+def _layer(part: LayerPart, whole: ModelPart, packer: Packer) -> native.Layer:
+    names = [name for name, kind, *_ in native.Layer._fields_ if kind is native.Matrix]
+    norms = [name for name, kind, *_ in native.Layer._fields_ if kind is native.Norm]
+    rotary = part.rotary
+    layer = native.Layer(
+        *(packer.matrix(part.matrices.get(name), whole) for name in names),
+        *(packer.norm(part.norms.get(name)) for name in norms),
+        part.parallel, part.activation, part.window, part.scale,
+    )  # fmt: skip
+    if rotary is not None:
+        layer.rotary_frequencies = packer.keep(rotary.frequencies)
+        layer.rotary_pairs, layer.rotary_interleaved = len(rotary.frequencies), rotary.interleaved
+        layer.rotary_magnitude = rotary.magnitude
+    return layer
+
+
+def _description(part: ModelPart, layers: Any, packer: Packer) -> native.ModelDescription:
+    heads = {each.heads for each in part.layers}
+    if len(heads) != 1:
+        raise UserError(f"Its layers have different numbers of heads, {sorted(heads)}: leave out weights.")
+    n_heads, n_kv_heads, head_dim = heads.pop()
+    positions = packer.floats(part.positions)
+    return native.ModelDescription(
+        part.embedding.columns, n_heads, n_kv_heads, head_dim, part.embedding.rows, len(part.layers),
+        packer.matrix(part.embedding, part), part.embedding_scale, None if positions is None else positions.data_ptr(),
+        part.context_length, layers,
+        packer.norm(part.norm), packer.matrix(part.head, part), part.logit_scale, 0.0,
+    )  # fmt: skip

@@ -1,0 +1,184 @@
+"""Weights packed for the native step: formats, the memory they lie in, and where they come from.
+
+Axes: rows, columns = of a matrix; bytes = of a row of GGUF's blocks.
+"""
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from keifu.errors import UserError, unknown
+from keifu.native import library as native
+from keifu.native.describe import MatrixPart, ModelPart, NormPart
+from keifu.native.library import Library
+
+CHUNK = 64 << 20  # bytes of memory that are asked for at a time
+SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+HUGE_PAGES = 14  # Linux's MADV_HUGEPAGE
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The formats of a model's matrices, and of its embedding and head, whose errors reach every logit directly.
+
+    exact: whether blocks of a GGUF file stay what they are, where the native step has their numbers.
+    """
+
+    layers: int
+    embedding: int
+    exact: bool = True
+
+
+FORMATS = {
+    "bf16": Formats(native.BF16, native.BF16, exact=False),
+    "int8": Formats(native.INT8, native.INT8),
+    "int4": Formats(native.INT4, native.INT8),
+}
+
+
+def formats(weights: str) -> Formats:
+    """The formats by their name: bf16, int8 or int4; another one is a `UserError` with the nearest."""
+    if weights not in FORMATS:
+        raise unknown("format of weights", weights, FORMATS)
+    return FORMATS[weights]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of a matrix as blocks of a GGUF file: GGML's number of their type, and their bytes."""
+
+    kind: int
+    data: UInt8[Tensor, "rows bytes"]
+
+
+class Weights(Protocol):
+    """Interface of where a model's parameters come from: a built model, or a file that is read piece by piece."""
+
+    def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"] | Blocks:
+        """Some rows of a matrix, by the name of the parameter."""
+        ...
+
+    def numbers(self, name: str) -> Tensor:
+        """A whole parameter."""
+        ...
+
+    def release(self) -> None:
+        """What was read for `rows` is no longer needed."""
+        ...
+
+
+class ModuleWeights:
+    """The parameters of a built model."""
+
+    def __init__(self, model: nn.Module):
+        self._parameters: Mapping[str, Tensor] = {name: each.detach() for name, each in model.named_parameters()}
+
+    def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
+        """Some rows of a matrix."""
+        return self._parameters[name][first : first + rows]
+
+    def numbers(self, name: str) -> Tensor:
+        """A whole parameter."""
+        return self._parameters[name]
+
+    def release(self) -> None:
+        """The model keeps its parameters."""
+
+
+class Arena:
+    """Memory for packed weights, in huge pages where the system has them; it is given back with the arena."""
+
+    def __init__(self) -> None:
+        self._maps: list[mmap.mmap] = []
+        self._next = self._end = 0
+        self.size = 0  # bytes that are used
+
+    def take(self, size: int) -> int:
+        """The address of so many bytes, 64-byte aligned."""
+        size = (size + 63) // 64 * 64
+        if self._next + size > self._end:
+            mapped = mmap.mmap(-1, max(size, CHUNK))
+            if sys.platform == "linux":
+                mapped.madvise(HUGE_PAGES)
+            self._maps.append(mapped)
+            self._next = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+            self._end = self._next + len(mapped)
+        self._next += size
+        self.size += size
+        return self._next - size
+
+
+class Packer:
+    """Packs the parts of one model, and keeps all that native code points at."""
+
+    def __init__(self, library: Library, weights: Weights, chosen: Formats):
+        self.library, self.weights, self.chosen = library, weights, chosen
+        self.arena = Arena()
+        self._floats: dict[tuple[str, float], Tensor] = {}
+        self._kept: dict[bytes, Tensor] = {}
+        self.matrices: dict[tuple[str, int], native.Matrix] = {}
+
+    def floats(self, name: str | None, offset: float = 0.0) -> Tensor | None:
+        """A parameter in float32 plus the offset, which stays where it is; None without a name."""
+        if name is None:
+            return None
+        if (name, offset) not in self._floats:
+            found = self.weights.numbers(name).to("cpu", torch.float32) + offset  # a copy, whatever it was
+            if not bool(found.isfinite().all()):
+                raise UserError(f"{name} holds a number that is not finite: such weights cannot be used.")
+            self._floats[name, offset] = found.contiguous()
+        return self._floats[name, offset]
+
+    def keep(self, numbers: Tensor) -> int:
+        """The address of these float32 numbers, which are kept; the same numbers have the same address."""
+        return self._kept.setdefault(numbers.numpy().tobytes(), numbers.contiguous()).data_ptr()
+
+    def norm(self, part: NormPart | None) -> native.Norm:
+        """A norm, or none."""
+        if part is None:
+            return native.Norm()
+        weight, bias = self.floats(part.weight, part.offset), self.floats(part.bias)
+        return native.Norm(part.kind, part.eps, _address(weight), _address(bias))
+
+    def matrix(self, part: MatrixPart | None, whole: ModelPart) -> native.Matrix:
+        """A matrix, packed; one that serves twice is packed once."""
+        if part is None:
+            return native.Matrix()
+        key = part.weight, part.first
+        if key not in self.matrices:
+            at_ends = part.weight in (whole.embedding.weight, whole.head.weight)
+            self.matrices[key] = self._pack(part, self.chosen.embedding if at_ends else self.chosen.layers)
+        return self.matrices[key]
+
+    def _pack(self, part: MatrixPart, wanted: int) -> native.Matrix:
+        source = self.weights.rows(part.weight, part.first, part.rows)
+        format_ = self.library.gguf_format(source.kind) if isinstance(source, Blocks) else wanted
+        assert format_ is not None
+        address = self.arena.take(self.library.call("packed_size", format_, part.rows, part.columns))
+        shape = part.rows, part.columns
+        try:
+            if isinstance(source, Blocks):
+                data = source.data.contiguous()
+                self.library.call("repack_gguf", source.kind, data.data_ptr(), *shape, address)
+            else:
+                numbers = source if source.dtype in SOURCES and source.device.type == "cpu" else source.cpu().float()
+                numbers = numbers if numbers.stride(1) == 1 else numbers.contiguous()
+                kind, at, stride = SOURCES[numbers.dtype], numbers.data_ptr(), numbers.stride(0)
+                self.library.call("pack", format_, kind, at, *shape, stride, address)
+        except UserError as error:
+            raise UserError(f"{part.weight} {list(shape)} cannot be packed: {error}") from error
+        self.weights.release()
+        bias = self.floats(part.bias)
+        bias = None if bias is None else bias.data_ptr() + 4 * part.first
+        return native.Matrix(format_, *shape, address, bias)
+
+
+def _address(numbers: Tensor | None) -> int | None:
+    return None if numbers is None else numbers.data_ptr()
