@@ -12,6 +12,7 @@ from keifu.checkpoints.gguf.read import is_gguf
 from keifu.checkpoints.hf.read import CONFIGS, INDEX, PICKLED, WEIGHTS, open_directory, pickled_only
 from keifu.checkpoints.hub import locate
 from keifu.checkpoints.lora.peft import base_of, is_adapter, load_adapter
+from keifu.checkpoints.packing import load_packed, pack_or_keep
 from keifu.checkpoints.plan import Plan, Source, check_tokenizer, plan
 from keifu.checkpoints.report import Report, report
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
@@ -19,19 +20,25 @@ from keifu.data.tokenizers.load import load_tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError, unknown
 from keifu.layers.lora import merge
+from keifu.native.pack import formats
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load(
-    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    name: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    weights: str | None = None,
 ) -> tuple[nn.Module, Any]:
     """A model with its weights, ready for evaluation, and its tokenizer.
 
     name: a run of keifu or another Hugging Face directory, a folder of PEFT's adapters (which are attached to their
     base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name". dtype: as stored where None, but
     on a CPU float32 for float16, whose products are very slow there. device: "cpu", "cuda", "cuda:1" or "mps"; None for
-    the one that `devices.choose` gives. The tokenizer is None for models that write no text.
+    the one that `devices.choose` gives. weights: "bf16", "int8" or "int4" packs a causal language model for native
+    code on a CPU (docs/native.md); it can then write and score texts, but not be trained. The tokenizer is None for
+    models that write no text.
 
     On a CPU, weights that need no change stay memory-mapped. A file that is torn, a tensor that is missing, extra or
     misshapen, a setting that is not implemented, a tokenizer that does not fit: each is a `UserError` that names it.
@@ -41,21 +48,35 @@ def load(
     >>> type(model).__name__, tokenizer.encode("Hello")
     ('DecoderLM', [19556])
     """
-    device, path = choose(device), locate(name)
+    device, path = _device_for(weights, device), locate(name)
     if is_adapter(path):
         model, tokenizer = load(base_of(path), dtype, device)
         tokenizer = _adapted(path, tokenizer) if (path / "tokenizer_config.json").exists() else tokenizer
         model = load_adapter(merge(model), path)
+        model = model if weights is None else pack_or_keep(merge(model), weights)
     else:
         found = plan(open_source(path), dtype, device)
         with ThreadPoolExecutor(1) as beside:  # the weights are read meanwhile
             reading = beside.submit(found.source.tokenizer)
-            model = found.fill(device)
+            model = found.fill(device) if weights is None else load_packed(found, weights)
             tokenizer = _recommended(name, reading.result())
     if tokenizer is not None:
         own: Any = model.config
         check_tokenizer(tokenizer, own.vocab_size)
     return model, tokenizer
+
+
+def _device_for(weights: str | None, device: torch.device | str | None) -> torch.device:
+    """Where the model is to be; weights that are packed are for the CPU."""
+    if weights is None:
+        return choose(device)
+    formats(weights)
+    chosen = choose(device or "cpu")
+    if chosen.type != "cpu":
+        raise UserError(
+            f"Weights are packed for the CPU, not for {chosen}: leave out weights={weights}, or the device."
+        )
+    return chosen
 
 
 def load_model(

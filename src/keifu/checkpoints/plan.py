@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from keifu.checkpoints.hf.weight_names import Link, Table, links, matches
 from keifu.checkpoints.registry import Family, build
 from keifu.errors import UserError
+from keifu.native.pack import Blocks
 
 NAMED = 10  # how many tensors of a kind an error names
 
@@ -34,7 +35,7 @@ class Source:
     """An opened model file or folder. `read` gives one tensor by its name in the file; `tokenizer` loads the tokenizer.
 
     `names` is the file's table of weight names, `head_dim` the size of a rotary head where the rows of q and k are
-    stored with interleaved pairs.
+    stored with interleaved pairs. `blocks` gives a tensor as it is stored where that is in blocks (GGUF).
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Source:
     names: Table
     head_dim: int | None = None
     notes: tuple[str, ...] = ()
+    blocks: Callable[[str], Blocks | None] | None = None
 
     @cached_property
     def has_prefix(self) -> bool:

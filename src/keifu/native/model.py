@@ -5,7 +5,7 @@ Axes: batch, length, vocab; wanted = tokens whose logits are asked for.
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ BLOCK_SIZE = 32
 MOST_TOKENS = 512  # of one forward pass
 
 
+@runtime_checkable
 class Span(Protocol):
     """Interface of the new tokens of one sequence, as the engine's `Span` is."""
 

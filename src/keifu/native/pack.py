@@ -8,7 +8,7 @@ import mmap
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -58,11 +58,16 @@ class Blocks:
     data: UInt8[Tensor, "rows bytes"]
 
 
+@runtime_checkable
 class Weights(Protocol):
     """Interface of where a model's parameters come from: a built model, or a file that is read piece by piece."""
 
-    def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"] | Blocks:
+    def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
         """Some rows of a matrix, by the name of the parameter."""
+        ...
+
+    def blocks(self, name: str, first: int, rows: int) -> Blocks | None:
+        """The same rows as a file's blocks, where it has them so."""
         ...
 
     def numbers(self, name: str) -> Tensor:
@@ -70,7 +75,7 @@ class Weights(Protocol):
         ...
 
     def release(self) -> None:
-        """What was read for `rows` is no longer needed."""
+        """What was read of matrices is no longer needed."""
         ...
 
 
@@ -83,6 +88,9 @@ class ModuleWeights:
     def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
         """Some rows of a matrix."""
         return self._parameters[name][first : first + rows]
+
+    def blocks(self, name: str, first: int, rows: int) -> Blocks | None:
+        """None: a built model has plain numbers."""
 
     def numbers(self, name: str) -> Tensor:
         """A whole parameter."""
@@ -158,26 +166,31 @@ class Packer:
         return self.matrices[key]
 
     def _pack(self, part: MatrixPart, wanted: int) -> native.Matrix:
-        source = self.weights.rows(part.weight, part.first, part.rows)
-        format_ = self.library.gguf_format(source.kind) if isinstance(source, Blocks) else wanted
-        assert format_ is not None
-        address = self.arena.take(self.library.call("packed_size", format_, part.rows, part.columns))
+        rows = part.weight, part.first, part.rows
+        blocks = self.weights.blocks(*rows) if self.chosen.exact else None
+        exact = None if blocks is None else self.library.gguf_format(blocks.kind)
+        format_ = wanted if exact is None else exact
         shape = part.rows, part.columns
+        address = self.arena.take(self.library.call("packed_size", format_, *shape))
         try:
-            if isinstance(source, Blocks):
-                data = source.data.contiguous()
-                self.library.call("repack_gguf", source.kind, data.data_ptr(), *shape, address)
+            if blocks is None or exact is None:
+                numbers = _plain(self.weights.rows(*rows))
+                source = SOURCES[numbers.dtype], numbers.data_ptr()
+                self.library.call("pack", format_, *source, *shape, numbers.stride(0), address)
             else:
-                numbers = source if source.dtype in SOURCES and source.device.type == "cpu" else source.cpu().float()
-                numbers = numbers if numbers.stride(1) == 1 else numbers.contiguous()
-                kind, at, stride = SOURCES[numbers.dtype], numbers.data_ptr(), numbers.stride(0)
-                self.library.call("pack", format_, kind, at, *shape, stride, address)
+                data = blocks.data.contiguous()
+                self.library.call("repack_gguf", blocks.kind, data.data_ptr(), *shape, address)
         except UserError as error:
             raise UserError(f"{part.weight} {list(shape)} cannot be packed: {error}") from error
         self.weights.release()
         bias = self.floats(part.bias)
-        bias = None if bias is None else bias.data_ptr() + 4 * part.first
-        return native.Matrix(format_, *shape, address, bias)
+        return native.Matrix(format_, *shape, address, None if bias is None else bias.data_ptr() + 4 * part.first)
+
+
+def _plain(numbers: Tensor) -> Tensor:
+    """The numbers on the CPU in a type that is packed from, each row in one piece."""
+    numbers = numbers.cpu() if numbers.dtype in SOURCES else numbers.cpu().float()
+    return numbers if numbers.stride(1) == 1 else numbers.contiguous()
 
 
 def _address(numbers: Tensor | None) -> int | None:

@@ -23,6 +23,7 @@ from keifu.checkpoints.hf.native_config import check_types
 from keifu.checkpoints.plan import Source, Stored
 from keifu.checkpoints.registry import describe
 from keifu.errors import UserError
+from keifu.native.pack import Blocks
 
 # GGUF's numbers for the types of values, and struct's letters for them
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -62,6 +63,15 @@ class GGUFFile:
             return torch.from_numpy(raw).view(PLAIN[place.kind]).view(place.shape)
         block, size = _block(place.kind)
         return read_blocks(torch.from_numpy(raw).view(-1, size), place.kind, block).view(place.shape)
+
+    def blocks(self, name: str) -> Blocks | None:
+        """A quantised tensor as it is stored, a row after the other; None for a plain one."""
+        from gguf import GGMLQuantizationType
+
+        place = self.places[name]
+        raw = torch.from_numpy(self.bytes[place.start : place.start + place.size])
+        kind = GGMLQuantizationType[place.kind].value
+        return None if place.kind in PLAIN else Blocks(kind, raw.view(place.shape[0], -1))
 
 
 def _block(kind: str) -> tuple[int, int]:
@@ -214,7 +224,7 @@ def open_gguf(path: Path) -> Source:
     stored = {key: tensor for key, tensor in file.stored().items() if key != FREQS}
     return Source(
         path, "GGUF", family, config, stored, file.read, _tokenizer(file.fields), architecture.names,
-        rotary_head_dim(architecture, config), _notes(file),
+        rotary_head_dim(architecture, config), _notes(file), file.blocks,
     )  # fmt: skip
 
 

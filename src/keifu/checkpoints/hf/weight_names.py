@@ -47,8 +47,12 @@ class Link:
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Ours, made of theirs. It is theirs itself, without a copy, where nothing has to be done."""
-        parts = [halves(part, size) for part, size in zip(map(self._turn, tensors), self._heads(), strict=True)]
+        parts = [self.part(index, tensor) for index, tensor in enumerate(tensors)]
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+    def part(self, index: int, tensor: Tensor) -> Tensor:
+        """The rows of ours that the tensor makes, which is one of theirs, by its number."""
+        return halves(self._turn(tensor), self._heads()[index])
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Theirs, taken out of ours."""

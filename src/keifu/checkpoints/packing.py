@@ -1,0 +1,117 @@
+"""Weights read from a file straight into the formats of the native step, one matrix after the other.
+
+What was read of a memory-mapped file is given back to the system as it was packed, so that loading needs little more
+memory than the packed weights. Axes: rows, columns = of one of our matrices; bytes = of a row of GGUF's blocks.
+"""
+
+import ctypes
+import mmap
+import sys
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keifu.checkpoints.hf.weight_names import Link
+from keifu.checkpoints.plan import Plan
+from keifu.native.build import Unavailable
+from keifu.native.describe import describe
+from keifu.native.library import say_why
+from keifu.native.model import NativeLM, pack
+from keifu.native.pack import Blocks
+
+MAPS = Path("/proc/self/maps")
+ENOUGH = 32 << 20  # bytes that were read before they are given back
+DONTNEED = 4  # Linux's MADV_DONTNEED
+
+
+def load_packed(found: Plan, weights: str) -> nn.Module:
+    """The planned model with its weights packed as bf16, int8 or int4; where native code cannot have it, one sentence
+    says why, and the model is filled as without `weights`."""
+    try:
+        return NativeLM(describe(found.model), FileWeights(found), weights, found.source.config)
+    except Unavailable as reason:
+        say_why(str(reason))
+        return found.fill("cpu")
+
+
+def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:
+    """The same of a model that is built already."""
+    try:
+        return pack(model, weights)
+    except Unavailable as reason:
+        say_why(str(reason))
+        return model
+
+
+class FileWeights:
+    """The parameters of a planned model, read from its file."""
+
+    def __init__(self, found: Plan):
+        self._source = found.source
+        self._links = {link.ours: link for link in found.links}
+        self._read: list[tuple[int, int]] = []  # addresses and sizes of what was read and is still in memory
+
+    def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
+        """Some rows of a matrix, in the type that the file has."""
+        link = self._links[name]
+        parts = [(self._tensor(theirs), index, own) for theirs, index, own in _parts(link, first, rows)]
+        found = [link.part(index, tensor)[own] for tensor, index, own in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def blocks(self, name: str, first: int, rows: int) -> Blocks | None:
+        """The same rows as blocks of a GGUF file; None where the file has plain numbers."""
+        link = self._links[name]
+        parts = _parts(link, first, rows)
+        if self._source.blocks is None or link.transposed or len(parts) != 1:
+            return None
+        [(theirs, index, own)] = parts
+        blocks = self._source.blocks(theirs)
+        if blocks is None:
+            return None
+        self._remember(blocks.data)
+        return Blocks(blocks.kind, link.part(index, blocks.data)[own])
+
+    def numbers(self, name: str) -> Tensor:
+        """A whole parameter."""
+        link = self._links[name]
+        return link.join([link.subtract_offset(self._source.read(theirs)) for theirs in link.theirs])
+
+    def release(self) -> None:
+        """Gives memory back that holds nothing but what can be read from the file again."""
+        if sys.platform != "linux" or sum(size for _, size in self._read) < ENOUGH:
+            return
+        mapped = _mapped_files()
+        for address, size in self._read:
+            start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+            if any(low <= start < end <= high for low, high in mapped):
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONTNEED)
+        self._read.clear()
+
+    def _tensor(self, theirs: str) -> Tensor:
+        tensor = self._source.read(theirs)
+        self._remember(tensor)
+        return tensor
+
+    def _remember(self, tensor: Tensor) -> None:
+        self._read.append((tensor.data_ptr(), tensor.nbytes))
+
+
+def _parts(link: Link, first: int, rows: int) -> list[tuple[str, int, slice]]:
+    """Which of theirs hold these rows of ours: the name, its number, and the rows within it."""
+    found, start = [], 0
+    for index, (theirs, count) in enumerate(zip(link.theirs, link.rows, strict=True)):
+        low, high = max(first, start) - start, min(first + rows, start + count) - start
+        if low < high:
+            found.append((theirs, index, slice(low, high)))
+        start += count
+    return found
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """From where to where files are mapped into this process's memory."""
+    lines = [line.split() for line in MAPS.read_text().splitlines()]
+    ranges = [words[0].split("-") for words in lines if words[4] != "0"]
+    return [(int(low, 16), int(high, 16)) for low, high in ranges]

@@ -1,0 +1,30 @@
+"""Lets the tests of the native step import what they share, and sets the instructions that a test asks for."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from keifu.native import library
+from keifu.native.build import Unavailable
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(params=library.INSTRUCTIONS)
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set that this CPU has, in use."""
+    monkeypatch.setenv(library.VARIABLE, request.param)
+    try:
+        library.open_library()
+    except Unavailable as reason:
+        pytest.skip(f"no native step with {request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _best_again() -> None:
+    """What a test chose is not what the next one computes with."""
+    yield
+    if not isinstance(library._loaded(), Unavailable):
+        library._loaded().call("use_instructions", library._loaded().call("best_instructions"))

@@ -1,0 +1,67 @@
+"""A toy of every kind of model that native code knows, with odd shapes, and what its packed weights stand for."""
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from keifu.layers.attention.positions import RopeScaling
+from keifu.models import gemma3, gpt2, gpt3, llama, palm, qwen3
+from keifu.native.model import NativeLM
+
+SMALL = {"vocab_size": 101, "context_length": 80, "dim": 60, "hidden_dim": 88, "n_layers": 3}
+GROUPED = {**SMALL, "n_heads": 6, "n_kv_heads": 2}
+YARN = RopeScaling("yarn", 4.0, 20)
+LLAMA3 = RopeScaling("llama3", 8.0, 32)
+
+TOYS = {
+    "llama": lambda: llama.build(llama.Config(**GROUPED)),
+    "llama of one head": lambda: llama.build(llama.Config(**SMALL, n_heads=1, tied=True)),
+    "mistral": lambda: llama.build(llama.Config(**GROUPED, sliding_window=7)),
+    "qwen2": lambda: llama.build(llama.Config(**GROUPED, qkv_bias=True, tied=True, rope_theta=1e6)),
+    "llama with biases": lambda: llama.build(
+        llama.Config(**GROUPED, qkv_bias=True, out_bias=True, feedforward_bias=True, activation="gelu")
+    ),
+    "llama 3": lambda: llama.build(llama.Config(**GROUPED, rope_scaling=LLAMA3, head_dim=24)),
+    "yarn": lambda: llama.build(llama.Config(**GROUPED, rope_scaling=YARN)),
+    "qwen3": lambda: qwen3.build(qwen3.Config(**GROUPED, head_dim=16)),
+    "gemma3": lambda: gemma3.build(
+        gemma3.Config(**{**GROUPED, "n_heads": 3, "n_kv_heads": 1}, head_dim=22, sliding_window=9, global_layers=(1,))
+    ),
+    "gpt2": lambda: gpt2.build(gpt2.Config(**SMALL, n_heads=5)),
+    "gpt2 without biases": lambda: gpt2.build(gpt2.Config(**SMALL, n_heads=5, bias=False, tied=False)),
+    "gpt3": lambda: gpt3.build(gpt3.Config(**SMALL, n_heads=4, band=6)),
+    "gpt-neo": lambda: gpt3.build(
+        gpt3.Config(**SMALL, n_heads=4, band=6, scaled_attention=False, qkv_bias=False, activation="relu")
+    ),
+    "palm": lambda: palm.build(palm.Config(**SMALL, n_heads=4, n_kv_heads=1, head_dim=14)),
+    "cohere": lambda: palm.build(
+        palm.Config(**SMALL, n_heads=4, n_kv_heads=4, head_dim=None if SMALL["dim"] % 8 == 0 else 16, tied=False)
+    ),
+}
+
+
+def toy(kind: str) -> nn.Module:
+    """The model with weights large enough that every layer counts."""
+    torch.manual_seed(1)
+    model = TOYS[kind]().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 1.0 if "embedding" in name else parameter.shape[1] ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+def unpacked(model: nn.Module, packed: NativeLM) -> nn.Module:
+    """The model in float32 with the numbers that the packed weights stand for."""
+    model = deepcopy(model).float()
+    state = model.state_dict()
+    for (name, first), matrix in packed.packer.matrices.items():
+        rows = torch.empty(matrix.rows, matrix.columns)
+        packed.library.call(
+            "unpack", matrix.format, matrix.data, matrix.rows, matrix.columns, 0, matrix.rows, rows.data_ptr()
+        )
+        state[name][first : first + matrix.rows] = rows
+    return model

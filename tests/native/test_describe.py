@@ -1,0 +1,86 @@
+"""Models as data: by the layers they are made of, and refused with the layer's name where native code lacks one."""
+
+import pytest
+import torch
+from torch import nn
+
+from keifu.layers.lora import LoraSettings, Target, attach, merge
+from keifu.layers.meta import on_meta
+from keifu.models import bert, gpt1, llama
+from keifu.native.build import Unavailable
+from keifu.native.describe import describe
+from native_toys import GROUPED, TOYS, toy
+
+
+@pytest.mark.parametrize("kind", TOYS)
+def test_every_parameter_is_described_once(kind: str) -> None:
+    model = toy(kind)
+    part, taken = describe(model), dict[str, int]()
+    matrices = {(each.weight, each.first): each for layer in part.layers for each in layer.matrices.values()}
+    matrices |= {(each.weight, 0): each for each in (part.embedding, part.head)}
+    for each in matrices.values():
+        taken[each.weight] = taken.get(each.weight, 0) + each.rows
+    norms = [norm for layer in part.layers for norm in layer.norms.values()] + [part.norm]
+    vectors = {n for norm in norms for n in (norm.weight, norm.bias)} | {each.bias for each in matrices.values()}
+    expected = dict(model.named_parameters())
+    assert vectors - {None} == {name for name, each in expected.items() if each.ndim == 1}
+    assert taken == {n: len(each) for n, each in expected.items() if each.ndim == 2 and n != "positions.weight"}
+    assert part.positions == ("positions.weight" if "positions.weight" in expected else None)
+
+
+def test_a_model_without_memory_is_described_too() -> None:
+    with on_meta():
+        model = llama.build(llama.Config(**GROUPED))
+    frequencies = [layer.rotary and layer.rotary.frequencies for layer in describe(model).layers]
+    assert all(each is not None and each.device.type == "cpu" for each in frequencies)
+
+
+def scaled() -> nn.Module:
+    from keifu.layers.attention.positions import RopeScaling
+
+    return llama.build(llama.Config(**GROUPED, rope_scaling=RopeScaling("dynamic", 2.0, 40)))
+
+
+REFUSED = {
+    "blocks.0 is a PostNorm": lambda: gpt1.build(
+        gpt1.Config(vocab_size=9, context_length=8, dim=8, hidden_dim=8, n_layers=1, n_heads=2)
+    ),
+    "the model is a": lambda: bert.build(
+        bert.Config(vocab_size=9, context_length=8, dim=8, hidden_dim=8, n_layers=1, n_heads=2)
+    ),
+    "blocks.0.attention.rotary has dynamic scaling": scaled,
+    "blocks.0.feedforward has an activation": lambda: llama.build(llama.Config(**GROUPED, activation="mish")),
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_native_code_lacks_is_named(sentence: str) -> None:
+    with pytest.raises(Unavailable, match=sentence):
+        describe(REFUSED[sentence]())
+
+
+def test_a_layer_of_ones_own_is_named() -> None:
+    class Clipped(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).clamp(-1, 1)
+
+    model = toy("llama")
+    model.set_submodule("blocks.2.feedforward.down", Clipped(88, 60))
+    with pytest.raises(Unavailable, match="blocks.2.feedforward.down is a Clipped"):
+        describe(model)
+
+
+def test_hooks_are_refused() -> None:
+    model = toy("llama")
+    handle = model.get_submodule("blocks.1.attention").register_forward_hook(lambda *_: None)
+    with pytest.raises(Unavailable, match="blocks.1.attention has hooks"):
+        describe(model)
+    handle.remove()
+    describe(model)
+
+
+def test_adapters_must_be_merged() -> None:
+    model = attach(toy("llama"), {Target("blocks.1.attention.out", 0, 60, "o_proj"): LoraSettings(2)})
+    with pytest.raises(Unavailable, match=r"blocks.1.attention.out has adapters \(LoRA\)"):
+        describe(model)
+    describe(merge(model))

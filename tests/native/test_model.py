@@ -1,0 +1,140 @@
+"""Logits of packed models: those of PyTorch with the same numbers, and the same bits whatever else is computed."""
+
+import random
+
+import pytest
+import torch
+from native_toys import TOYS, toy, unpacked
+from torch import Tensor
+
+from keifu.errors import UserError
+from keifu.generation.text.runner import Span
+from keifu.native.model import NativeLM, NativeRunner, pack
+
+WEIGHTS = ("bf16", "int8", "int4")
+
+
+def tokens(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 101, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("kind", TOYS)
+def test_logits_are_those_of_the_same_numbers_in_pytorch(kind: str, weights: str, instructions: str) -> None:
+    """What is left is the rounding of what goes between the layers: to bfloat16, or to int8 in groups."""
+    model = toy(kind)
+    packed = pack(model, weights)
+    rows = torch.tensor([tokens(40), tokens(40, seed=1)])
+    with torch.inference_mode():
+        expected = unpacked(model, packed)(rows)
+    error = (packed(rows) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max() < 0.05 and error.median() < 0.02
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3", "gpt3", "palm"])
+def test_same_bits_alone_together_in_pieces_and_on_any_number_of_threads(
+    kind: str, weights: str, instructions: str
+) -> None:
+    packed = pack(toy(kind), weights)
+    texts = [tokens(length, length) for length in (70, 1, 33, 32, 5, 64, 17, 2, 40)]
+    packed.library.call("use_threads", 1)
+    alone = [run_alone(packed, text) for text in texts]
+    packed.library.call("use_threads", 2)
+    for number, text in enumerate(texts):
+        assert torch.equal(run_alone(packed, text), alone[number])
+    for seed in range(3):
+        for number, rows in run_together(packed.runner(40), texts, random.Random(seed)).items():
+            assert torch.equal(rows, alone[number]), f"text {number}, seed {seed}"
+
+
+def run_alone(packed: NativeLM, text: list[int]) -> Tensor:
+    return packed(torch.tensor([text]))[0]
+
+
+def run_together(runner: NativeRunner, texts: list[list[int]], chance: random.Random) -> dict[int, Tensor]:
+    """Logits of all texts, which go through the runner in pieces of random lengths beside each other, in blocks that
+    were given out at random."""
+    free = chance.sample(range(40), 40)
+    tables: list[list[int]] = [[] for _ in texts]
+    done = [0] * len(texts)
+    found: dict[int, list[Tensor]] = {number: [] for number in range(len(texts))}
+    while going := [number for number, text in enumerate(texts) if done[number] < len(text)]:
+        batch, chosen = [], chance.sample(going, chance.randint(1, len(going)))
+        for number in chosen:
+            text, start = texts[number], done[number]
+            end = min(len(text), start + chance.choice((1, 1, 3, 16, 50)))
+            while len(tables[number]) * runner.block_size < end:
+                tables[number].append(free.pop())
+            batch.append(Span(number, text[start:end], start, tables[number], end - start))
+            done[number] = end
+        pieces = runner.run(batch).split([span.wanted for span in batch])
+        for number, piece in zip(chosen, pieces, strict=True):
+            found[number].append(piece)
+    return {number: torch.cat(pieces) for number, pieces in found.items()}
+
+
+def test_only_wanted_logits_come_back() -> None:
+    packed = pack(toy("llama"), "int8")
+    text, runner = tokens(40), packed.runner(8)
+    alone = run_alone(packed, text)
+    batch = [Span(0, text[:30], 0, [0], 0), Span(1, text, 0, [2, 3], 3), Span(2, text[:20], 0, [4], 1)]
+    batch[0] = Span(0, text[:30], 0, [0], 0)
+    assert torch.equal(runner.run(batch), torch.cat([alone[-3:], alone[19:20]]))
+    assert torch.equal(runner.run([Span(0, text[30:], 30, [0, 1], 1)]), alone[-1:])
+
+
+def test_more_tokens_than_fit_one_pass() -> None:
+    packed = pack(toy("llama"), "int8")
+    text = tokens(78)
+    batch = [Span(n, text, 0, [3 * n, 3 * n + 1, 3 * n + 2], 78 if n % 2 else 2) for n in range(9)]
+    alone = run_alone(packed, text)
+    expected = [alone if n % 2 else alone[-2:] for n in range(9)]
+    assert torch.equal(packed.runner(27).run(batch), torch.cat(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_any_type_are_packed(dtype: torch.dtype) -> None:
+    model = toy("qwen2").to(torch.bfloat16)
+    expected = pack(model, "int8")(torch.tensor([tokens(9)]))
+    assert torch.equal(pack(model.to(dtype), "int8")(torch.tensor([tokens(9)])), expected)
+
+
+def test_bfloat16_weights_stay_what_they_are() -> None:
+    model = toy("gpt2").to(torch.bfloat16)
+    for name, each in unpacked(model, pack(model, "bf16")).named_parameters():
+        assert torch.equal(each, model.get_parameter(name).float()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("blocks.1.feedforward.gate_up.weight", r"blocks.1.feedforward.gate_up.weight \[88, 60\] cannot be packed: "),
+        ("blocks.2.attention_norm.weight", "blocks.2.attention_norm.weight holds a number that is not finite"),
+        ("embedding.weight", r"embedding.weight \[101, 60\] cannot be packed: "),
+    ],
+)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_weight_that_is_no_number_is_named(name: str, sentence: str, weights: str) -> None:
+    model = toy("llama")
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = torch.nan
+    with pytest.raises(UserError, match=sentence):
+        pack(model, weights)
+
+
+def test_unknown_weights_are_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="There is no format of weights 'int5'. Did you mean 'int"):
+        pack(toy("llama"), "int5")
+
+
+def test_tokens_and_places_out_of_range_are_refused() -> None:
+    runner = pack(toy("llama"), "int8").runner(4)
+    for span in (Span(0, [101], 0, [0]), Span(0, [-1], 0, [0]), Span(0, [1], 0, [4]), Span(0, [1], 80, [0, 1, 2])):
+        with pytest.raises(UserError):
+            runner.run([span])
+
+
+def test_a_tied_head_is_packed_once() -> None:
+    tied = toy("qwen2")
+    assert pack(tied, "bf16").nbytes < 1.2 * 2 * sum(each.numel() for each in tied.parameters()) + 64 * 40
