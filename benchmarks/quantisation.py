@@ -1,0 +1,71 @@
+"""What packed weights cost: perplexity of a model on held-out text in each format, beside llama.cpp's at the same bits.
+
+python benchmarks/quantisation.py [--model smollm2] [--on sotu] [--windows 16] [--length 512]
+"""
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from _llama_cpp import LlamaCpp, quantised
+from _rounds import machine
+
+from keifu import checkpoints
+from keifu.data.text.token_shards import prepare
+from keifu.native.model import pack
+from keifu.native.pack import FORMATS
+
+PEERS = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k")}
+
+
+def windows(name: str, tokenizer, count: int, length: int) -> torch.Tensor:
+    """Windows of the part of a text that is held out of training, each begun with the token that begins texts."""
+    held_out = np.asarray(prepare(name, tokenizer).validation, dtype=np.int64)
+    begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    rows = held_out[: count * (length - 1)].reshape(-1, length - 1)
+    return torch.from_numpy(np.concatenate([np.full((len(rows), 1), begin), rows], 1))
+
+
+def losses(logits: torch.Tensor, window: torch.Tensor) -> float:
+    """Nats of the window's tokens after its first, summed."""
+    return float(torch.nn.functional.cross_entropy(logits[:-1].double(), window[1:], reduction="sum"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--on", default="sotu")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    options = parser.parse_args()
+    model, tokenizer = checkpoints.load(options.model)
+    texts = windows(options.on, tokenizer, options.windows, options.length)
+    count, parameters = texts[:, 1:].numel(), sum(each.numel() for each in model.parameters())
+    print(f"{machine()}; {options.model} on {options.on}, {count} tokens in windows of {options.length}\n")
+    print("| | bits a weight | perplexity |\n|---|---:|---:|")
+
+    def report(name: str, nbytes: float, nats: list[float]) -> None:
+        print(f"| {name} | {8 * nbytes / parameters:.2f} | {math.exp(sum(nats) / count):.3f} |", flush=True)
+
+    with torch.inference_mode():
+        report("PyTorch, float32", 4 * parameters, [losses(model(each[None])[0], each) for each in texts])
+    with tempfile.TemporaryDirectory() as folder:
+        for weights in FORMATS:
+            packed = pack(model, weights)
+            report(f"keifu, {weights}", packed.nbytes, [losses(packed(each[None])[0], each) for each in texts])
+            for kind in PEERS[weights]:
+                path = quantised(model, kind, Path(folder))
+                peer = LlamaCpp(path, 1, options.length, 2)
+                nats = []
+                for each in texts:
+                    peer.clear()
+                    nats.append(losses(torch.from_numpy(peer.run([each.tolist()], 0, len(each))), each))
+                peer.close()
+                report(f"llama.cpp, {kind}", path.stat().st_size, nats)
+
+
+if __name__ == "__main__":
+    main()
