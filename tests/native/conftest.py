@@ -22,9 +22,11 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def _best_again() -> None:
-    """What a test chose is not what the next one computes with."""
-    yield
-    if not isinstance(library._loaded(), Unavailable):
-        library._loaded().call("use_instructions", library._loaded().call("best_instructions"))
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> library.Library:
+    """The library, where this machine can build it."""
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    try:
+        return library.open_library()
+    except Unavailable as reason:
+        pytest.skip(f"no native step: {reason}")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from native_toys import GROUPED, TOYS, toy
 from torch import nn
 
 from keifu.layers.lora import LoraSettings, Target, attach, merge
@@ -9,7 +10,6 @@ from keifu.layers.meta import on_meta
 from keifu.models import bert, gpt1, llama
 from keifu.native.build import Unavailable
 from keifu.native.describe import describe
-from native_toys import GROUPED, TOYS, toy
 
 
 @pytest.mark.parametrize("kind", TOYS)

@@ -31,9 +31,7 @@ def test_structs_are_the_headers(tmp_path: Path) -> None:
     assert told == [*expected, *(f"{name} {ctypes.sizeof(struct)}" for name, struct in STRUCTS.items())]
 
 
-def test_the_instructions_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(library.VARIABLE, raising=False)
-    opened = library.open_library()
+def test_the_instructions_may_be_chosen(opened: library.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     best = opened.call("best_instructions")
     assert opened.call("instructions") == best
     for which in range(best + 1):

@@ -11,6 +11,7 @@ from keifu.errors import UserError
 from keifu.generation.text.runner import Span
 from keifu.native.model import NativeLM, NativeRunner, pack
 
+pytestmark = pytest.mark.usefixtures("opened")
 WEIGHTS = ("bf16", "int8", "int4")
 
 
