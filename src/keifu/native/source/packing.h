@@ -232,7 +232,7 @@ INLINE int64_t pack_row(int source_type, const void *row, int64_t columns, int l
             places[i] = {tile + super_offset(L, group / 2), header, header + L.group(g), g, lane};
             x[i] = {read_numbers(source_type, row, group * GROUP, columns),
                     read_numbers(source_type, row, group * GROUP + TILE, columns)};
-            if (!(maximum(max(abs(x[i].a * 0.f), abs(x[i].b * 0.f))) == 0.f)) return group * GROUP;
+            if (sum(x[i].a * 0.f + x[i].b * 0.f) != 0.f) return group * GROUP;  // a maximum may lose a NaN
             if constexpr (FORMAT != KEIFU_INT4_SUPER) pack_group<FORMAT>(places[i], x[i]);
         }
         if constexpr (FORMAT == KEIFU_INT4_SUPER) pack_super(places, x, n);
