@@ -23,7 +23,7 @@ PARTS = {  # each part, and those it may import; a part may also import what tho
     "evaluation": {"training", "generation"},
     "checkpoints": {"models", "data", "native"},
     "recipes": {"models", "checkpoints", "training", "generation", "alignment", "evaluation"},
-    "serving": {"generation", "checkpoints"},
+    "serving": {"generation", "checkpoints", "evaluation"},
     "commands": {"recipes", "serving"},
     "cli": {"commands"},
     "keifu": {"cli"},

@@ -69,6 +69,28 @@ def score_sampled(
     return torch.cat(found)
 
 
+class LikeliestTokens(NamedTuple):
+    """For every token of a text but the first: ln of its probability, and the likeliest tokens with theirs."""
+
+    values: list[float]
+    top: list[list[tuple[int, float]]]
+
+
+@torch.inference_mode()
+def score_likeliest(model: nn.Module, tokens: Int[Tensor, " length"], count: int) -> LikeliestTokens:
+    """As `score` for one text, with the `count` likeliest tokens at each place."""
+    writer = causal(model)
+    values, top = list[float](), list[list[tuple[int, float]]]()
+    for hidden, targets in zip(
+        _hidden(writer, tokens[None], None)[0].split(CHUNK), tokens[1:].split(CHUNK), strict=True
+    ):
+        logits = writer.logits(hidden).float()
+        values += log_probability(logits, targets).tolist()
+        logs, likeliest = (logits - logits.logsumexp(-1, keepdim=True)).topk(count)
+        top += [list(zip(*row, strict=True)) for row in zip(likeliest.tolist(), logs.tolist(), strict=True)]
+    return LikeliestTokens(values, top)
+
+
 def _hidden(model: Model, tokens: Tensor, padding: Tensor | None) -> Float[Tensor, "batch length dim"]:
     """The hidden states that predict the tokens after the first."""
     longest, context = tokens.shape[1], model.config.context_length

@@ -1,0 +1,106 @@
+"""`keifu serve`: models behind OpenAI's API and a page in the browser."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from keifu.commands.shared import flags
+from keifu.errors import UserError
+
+KEYS = "KEIFU_API_KEY"
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+USUAL = ("smollm2", "minilm")  # of the catalogue, where no model is named
+
+
+@dataclass(frozen=True)
+class Options(flags.OnDevice):
+    """Serve models: OpenAI's API for programs (under /v1), and a page for people at /.
+
+    Without a model: the runs in runs/ and, of the catalogue, smollm2 and what else was fetched. A model is loaded when
+    first asked for. Ctrl-C or SIGTERM ends the server once the running answers are finished.
+    """
+
+    models: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="[MODEL ...]", help="Runs, Hugging Face directories or hub ids, .gguf files, names."),
+    ] = ()
+    host: str = "127.0.0.1"
+    """The address to listen at; 0.0.0.0 lets other machines ask too."""
+    port: int = 8000
+    """The port to listen at; 0 takes one that is free."""
+    socket: Path | None = None
+    """Listen at a Unix socket of this path, in place of a port."""
+    memory: str | None = None
+    """How much the weights of all models may take, such as 4G: the one not used longest goes."""
+    slots: int = 16
+    """Texts that a model writes at the same time."""
+    queue: int = 128
+    """Texts that may wait for a model; what comes then is answered with status 429."""
+    timeout: float = 600.0
+    """Seconds after which an answer is given up."""
+    max_body: str = "16M"
+    """The largest request that is read."""
+    api_key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A key that opens /v1; none (here, in --api-key-file or in KEIFU_API_KEY): everyone may ask."""
+    api_key_file: Path | None = None
+    """The file that has a key on each line."""
+    cors: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An origin whose pages may ask this server, such as https://example.org."""
+    access_log: bool = field(default=True)
+    """Write a line of JSON for each request, without what was asked or answered, on stderr."""
+
+
+def run(options: Options) -> None:
+    """Serves until it is told to stop."""
+    from keifu.serving.app import Access, application
+    from keifu.serving.metrics import Metrics
+    from keifu.serving.models import ServedModels
+    from keifu.serving.server import Address, serve
+    from keifu.serving.worker import Limits
+
+    for name in ("slots", "queue", "timeout"):
+        if (value := vars(options)[name]) <= 0:
+            raise UserError(f"--{name} is {value}, which must be more than 0.")
+    address = Address(options.host, options.port, options.socket)
+    memory = None if options.memory is None else size_of(options.memory, "--memory")
+    limits = Limits(options.slots, options.queue, options.timeout)
+    keys, body = keys_of(options), size_of(options.max_body, "--max-body")
+    models = ServedModels(options.models or found_models(), limits, Metrics(), memory)
+    for each in models.descriptions.values():
+        print(f"{each.name}: {', '.join(each.uses)}")
+    hosts = ("localhost", "127.0.0.1", "[::1]") if address.local and address.path is None else ("*",)
+    serve(application(models, Access(keys, options.cors, hosts, body)), address, options.access_log)
+
+
+def size_of(text: str, option: str) -> int:
+    """Bytes from words such as "4G" or "500M"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])?(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = int(float(found[1]) * UNITS.get((found[2] or "").upper(), 1)) if found else 0
+    if not size:
+        raise UserError(f"{option} is {text!r}, which must be a size such as 500M or 4G.")
+    return size
+
+
+def keys_of(options: Options) -> tuple[str, ...]:
+    """The keys from the options, the file and the environment."""
+    lines = options.api_key_file.read_text(encoding="utf-8").splitlines() if options.api_key_file else []
+    keys = [*options.api_key, *lines, *os.environ.get(KEYS, "").split(",")]
+    found = tuple(key.strip() for key in keys if key.strip())
+    if options.api_key_file and not found:
+        raise UserError(f"{options.api_key_file} holds no key: put one on each line.")
+    return found
+
+
+def found_models() -> tuple[str, ...]:
+    """What there is: the runs in runs/, then of the catalogue smollm2 and what was fetched before."""
+    from keifu.data.catalogue.catalogue import is_cached
+
+    runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.json"))
+    return (*runs, *(name for name in USUAL if name == USUAL[0] or is_cached(name)))
+
+
+parse = flags.parser(Options, run, "keifu serve")

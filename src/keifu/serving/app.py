@@ -1,0 +1,81 @@
+"""The application: routes, middleware and the state of the whole service."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import Response
+
+from keifu import __version__
+from keifu.serving import chat, completions, errors, middleware
+from keifu.serving.models import ServedModels
+from keifu.serving.streaming import json_response
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask what. keys: any of them opens /v1; none: everyone. origins: pages of other servers that may ask.
+    hosts: the names that this server goes by, for those that bind to this machine alone. body: bytes of a request."""
+
+    keys: Sequence[str] = ()
+    origins: Sequence[str] = ()
+    hosts: Sequence[str] = ("*",)
+    body: int = 2**24
+
+
+def application(models: ServedModels, access: Access = Access()) -> FastAPI:  # noqa: B008 (it is frozen)
+    """The service over these models."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await models.close()
+
+    app = FastAPI(title="keifu", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    errors.install(app)
+    for part in (chat, completions):
+        app.include_router(part.routes(models))
+    _state_routes(app, models)
+    app.add_middleware(middleware.BodyLimit, limit=access.body)
+    app.add_middleware(middleware.ApiKeys, keys=access.keys)
+    if access.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=access.hosts)
+    app.add_middleware(middleware.AccessLog, metrics=models.metrics)
+    return app
+
+
+def _state_routes(app: FastAPI, models: ServedModels) -> None:
+    """What is served, and how the service is."""
+
+    def entry(name: str) -> dict[str, Any]:
+        each = models.descriptions[name]
+        about = {"uses": each.uses, "context_length": each.context_length, "loaded": name in models.workers}
+        return {"id": name, "object": "model", "created": models.began, "owned_by": "keifu", **about}
+
+    @app.get("/v1/models", summary="The models of this server", tags=["state"])
+    async def list_models() -> Response:
+        return json_response({"object": "list", "data": [entry(name) for name in models.descriptions]})
+
+    @app.get("/v1/models/{name:path}", summary="One model", tags=["state"])
+    async def one_model(name: str) -> Response:
+        return json_response(entry(models.named(name).name))
+
+    @app.get("/health", summary="Whether the server runs", tags=["state"])
+    async def health() -> Response:
+        return json_response({"status": "ok"})
+
+    @app.get("/ready", summary="Whether the server takes requests", tags=["state"])
+    async def ready() -> Response:
+        waiting = {name: worker.pending for name, worker in models.workers.items()}
+        return json_response({"status": "ready", "pending": waiting})
+
+    @app.get("/metrics", summary="Figures for Prometheus", tags=["state"])
+    async def metrics() -> Response:
+        return Response(models.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

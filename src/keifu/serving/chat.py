@@ -1,0 +1,102 @@
+"""POST /v1/chat/completions: messages in, an answer out, whole or as a stream."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from keifu.generation.text.request import Piece
+from keifu.generation.text.sampling_params import ANSWER_TOKENS
+from keifu.serving.generation import REASONS, Answer, is_end, prepare, token_bytes, token_text
+from keifu.serving.models import ServedModels
+from keifu.serving.schemas import ChatRequest
+from keifu.serving.streaming import EventStream, whole
+
+
+def routes(models: ServedModels) -> APIRouter:
+    """The route, for these models."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", summary="Answer a conversation", tags=["text"])
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        def prompts(tokenizer: Any) -> list[list[int]]:
+            return [tokenizer.render_chat([message.plain() for message in body.messages])]
+
+        answer = await prepare(models, body, "chat", prompts, "chatcmpl", ANSWER_TOKENS)
+        if body.stream:
+            return EventStream(_events(answer, body), models.limits.timeout)
+        return await whole(request, _completion(answer, body))
+
+    return router
+
+
+def _head(answer: Answer, kind: str) -> dict[str, Any]:
+    return {
+        "id": answer.id,
+        "object": kind,
+        "created": answer.created,
+        "model": answer.description.name,
+        "seed": answer.seed,
+    }
+
+
+async def _completion(answer: Answer, body: ChatRequest) -> dict[str, Any]:
+    """The whole answer."""
+    texts = ["" for _ in answer.requests]
+    reasons: list[str | None] = [None for _ in answer.requests]
+    tokens: list[list[dict[str, Any]]] = [[] for _ in answer.requests]
+    async with aclosing(answer.pieces()) as pieces:
+        async for place, piece in pieces:
+            texts[place] += piece.text
+            reasons[place] = piece.finish_reason
+            tokens[place] += _tokens(answer, piece)
+    choices = [
+        {
+            "index": place,
+            "message": {"role": "assistant", "content": texts[place], "refusal": None},
+            "logprobs": {"content": tokens[place], "refusal": None} if body.logprobs else None,
+            "finish_reason": REASONS[reasons[place] or "length"],
+        }
+        for place in range(len(texts))
+    ]
+    return {**_head(answer, "chat.completion"), "choices": choices, "usage": answer.usage}
+
+
+async def _events(answer: Answer, body: ChatRequest) -> AsyncGenerator[dict[str, Any], None]:
+    """The answer in chunks; a token's probability comes with the text that it completes."""
+    head = _head(answer, "chat.completion.chunk")
+    usage = {"usage": None} if body.includes_usage else {}
+    held: list[list[dict[str, Any]]] = [[] for _ in answer.requests]
+
+    def chunk(place: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        logprobs = {"content": held[place], "refusal": None} if body.logprobs and held[place] else None
+        held[place] = []
+        choice = {"index": place, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**head, "choices": [choice], **usage}
+
+    for place in range(len(answer.requests)):
+        yield chunk(place, {"role": "assistant", "content": ""})
+    async with aclosing(answer.pieces()) as pieces:
+        async for place, piece in pieces:
+            held[place] += _tokens(answer, piece)
+            if piece.text or (piece.finish_reason and held[place]):
+                yield chunk(place, {"content": piece.text})
+            if piece.finish_reason:
+                yield chunk(place, {}, REASONS[piece.finish_reason])
+    if body.includes_usage:
+        yield {**head, "choices": [], "usage": answer.usage}
+
+
+def _tokens(answer: Answer, piece: Piece) -> list[dict[str, Any]]:
+    """A piece's token with its probability and the likeliest others, where they were asked for."""
+    tokenizer = answer.description.tokenizer
+    if piece.log_probability is None or is_end(tokenizer, piece):
+        return []
+
+    def entry(token: int, value: float) -> dict[str, Any]:
+        return {"token": token_text(tokenizer, token), "logprob": value, "bytes": [*token_bytes(tokenizer, token)]}
+
+    top = [entry(*pair) for pair in piece.top_log_probabilities]
+    return [{**entry(piece.token, piece.log_probability), "top_logprobs": top}]

@@ -1,0 +1,134 @@
+"""POST /v1/completions: texts that are continued, whole or as a stream; with `echo` the prompts and their scores."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+import torch
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+from torch import nn
+
+from keifu.generation.text.likelihood import LikeliestTokens, score_likeliest
+from keifu.generation.text.request import prompt_tokens
+from keifu.serving.generation import REASONS, Answer, likeliest, prepare, token_text
+from keifu.serving.models import ServedModels
+from keifu.serving.schemas import CompletionRequest
+from keifu.serving.streaming import EventStream, whole
+
+
+def routes(models: ServedModels) -> APIRouter:
+    """The route, for these models."""
+    router = APIRouter()
+
+    @router.post("/v1/completions", summary="Continue texts", tags=["text"])
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        def prompts(tokenizer: Any) -> list[list[int]]:
+            return [prompt_tokens(tokenizer, prompt) for prompt in body.prompts()]
+
+        answer = await prepare(models, body, "completion", prompts, "cmpl", None)
+        if body.stream:
+            return EventStream(_events(answer, body), models.limits.timeout)
+        return await whole(request, _completion(answer, body))
+
+    return router
+
+
+class Choice:
+    """A text as it grows, with its tokens and their probabilities where they were asked for."""
+
+    def __init__(self, answer: Answer, body: CompletionRequest, place: int):
+        self.tokenizer = answer.description.tokenizer
+        self.place, self.top = place, body.logprobs
+        self.text, self.length = "", 0  # what was not yet handed out; characters of the whole
+        self.tokens: list[tuple[int, int, float | None, dict[str, float] | None]] = []
+
+    def add(self, text: str, token: int, value: float | None, top: Any) -> None:
+        """One more token, and the text that it completes."""
+        if self.top is not None:
+            found = dict(likeliest(self.tokenizer, top)) if self.top and value is not None else None
+            self.tokens.append((self.length, token, value, found))
+        self.add_text(text)
+
+    def add_text(self, text: str) -> None:
+        """More text, of no token in particular."""
+        self.text += text
+        self.length += len(text)
+
+    def take(self, reason: str | None) -> dict[str, Any]:
+        """What came since the last call, as the API has it."""
+        logprobs = None
+        if self.top is not None:
+            logprobs = {
+                "tokens": [token_text(self.tokenizer, token) for _, token, _, _ in self.tokens],
+                "token_logprobs": [value for _, _, value, _ in self.tokens],
+                "top_logprobs": [top for *_, top in self.tokens] if self.top else None,
+                "text_offset": [offset for offset, *_ in self.tokens],
+            }
+        text, self.text, self.tokens = self.text, "", []
+        return {"index": self.place, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+async def _begin(answer: Answer, body: CompletionRequest) -> list[Choice]:
+    """The choices before the first token: empty, or with `echo` holding the prompts."""
+    choices = [Choice(answer, body, place) for place in range(len(answer.requests))]
+    if not body.echo:
+        return choices
+    for first in range(0, len(choices), answer.choices):
+        prompt = answer.requests[first].prompt
+        scores = None
+        if body.logprobs is not None:
+            scores = await answer.worker.call(partial(_score, prompt, body.logprobs))
+        for choice in choices[first : first + answer.choices]:
+            _echo(choice, prompt, scores)
+    return choices
+
+
+def _score(prompt: list[int], top: int, model: nn.Module, _: Any) -> LikeliestTokens:
+    device = next(model.parameters()).device
+    return score_likeliest(model, torch.tensor(prompt, device=device), top)
+
+
+def _echo(choice: Choice, prompt: list[int], scores: LikeliestTokens | None) -> None:
+    """Puts the prompt's text and, where there are scores, its tokens before what is written; the first has no score."""
+    stream = choice.tokenizer.stream(skip_special=False)
+    for place, token in enumerate(prompt):
+        text = stream.push(token)
+        if scores is None or not place:
+            choice.add(text, token, None, ())
+        else:
+            choice.add(text, token, scores.values[place - 1], scores.top[place - 1])
+
+
+def _head(answer: Answer) -> dict[str, Any]:
+    name = answer.description.name
+    return {"id": answer.id, "object": "text_completion", "created": answer.created, "model": name, "seed": answer.seed}
+
+
+async def _completion(answer: Answer, body: CompletionRequest) -> dict[str, Any]:
+    """The whole answer."""
+    choices = await _begin(answer, body)
+    reasons = ["length" for _ in choices]
+    async with aclosing(answer.pieces()) as pieces:
+        async for place, piece in pieces:
+            choices[place].add(piece.text, piece.token, piece.log_probability, piece.top_log_probabilities)
+            reasons[place] = REASONS[piece.finish_reason or "length"]
+    found = [choice.take(reason) for choice, reason in zip(choices, reasons, strict=True)]
+    return {**_head(answer), "choices": found, "usage": answer.usage}
+
+
+async def _events(answer: Answer, body: CompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
+    """The answer in chunks."""
+    usage = {"usage": None} if body.includes_usage else {}
+    choices = await _begin(answer, body)
+    for choice in choices if body.echo else ():
+        yield {**_head(answer), "choices": [choice.take(None)], **usage}
+    async with aclosing(answer.pieces()) as pieces:
+        async for place, piece in pieces:
+            choices[place].add(piece.text, piece.token, piece.log_probability, piece.top_log_probabilities)
+            if choices[place].text or piece.finish_reason:
+                reason = REASONS[piece.finish_reason] if piece.finish_reason else None
+                yield {**_head(answer), "choices": [choices[place].take(reason)], **usage}
+    if body.includes_usage:
+        yield {**_head(answer), "choices": [], "usage": answer.usage}

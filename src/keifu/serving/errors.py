@@ -1,0 +1,115 @@
+"""Errors of the service in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, each one sentence."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from keifu.errors import UserError
+
+LOG = logging.getLogger("keifu.serving")
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+UNION = r"body|str|int|float|bool|(?!\d)[\w-]+\[.*|function-.*"  # parts of a place that name a type and no field
+BODY = {  # what may be wrong with a body before its fields are looked at
+    UnicodeDecodeError: "The body is not UTF-8 text: send JSON in UTF-8.",
+    RecursionError: "The body's JSON is nested too deeply: send a flatter one.",
+}
+
+
+class ApiError(Exception):
+    """What the client is told. param: the field that is wrong. code: a short name for programs. retry_after: seconds
+    after which the same request may succeed."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The whole answer. Text that is no Unicode (half a surrogate pair) is escaped, so that it can be sent."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        content = json.dumps(self.body(), ensure_ascii=True)
+        return Response(content, self.status, headers, "application/json")
+
+
+def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:
+    """The error that a client is told for any exception; what is no fault of the client goes to the log.
+
+    fields: of the request; a `UserError` that begins with the name of one is about that field.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UserError):
+        first = re.match(r"\w+", str(error))
+        return ApiError(400, str(error), first[0] if first and first[0] in fields else None)
+    if isinstance(error, TimeoutError):
+        return ApiError(504, "The answer took longer than this server allows: ask for fewer tokens.", code="timeout")
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return ApiError(503, "There is not enough memory for this request: make it smaller.", code="out_of_memory")
+    LOG.error("A request failed by a fault of keifu's.", exc_info=error)
+    return ApiError(500, f"This is a fault of the server, not yours ({type(error).__name__}); its log says more.")
+
+
+def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Of the errors that pydantic found the one that lies deepest, which of the kinds that a field may have is of the
+    one that was meant, as a sentence with the field's name and the value seen."""
+    first = max(errors, key=lambda each: len(each["loc"]))
+    place = ".".join(str(part) for part in first["loc"] if not re.fullmatch(UNION, str(part)))
+    kind, message = first["type"], str(first["msg"]).removeprefix("Value error, ").rstrip(".")
+    if kind == "json_invalid":
+        where = f" at character {first['loc'][-1]}" if len(first["loc"]) > 1 else ""
+        reason = first.get("ctx", {}).get("error", message)
+        return ApiError(400, f"The body is not JSON{where}: {reason}.", code="invalid_json")
+    if kind == "missing":
+        return ApiError(400, f"The field {place or 'body'} is missing.", place or None, "missing_field")
+    if kind in ("unknown_field", "refused_field"):
+        name = first["ctx"]["name"]
+        return ApiError(400, str(first["msg"]), f"{place}.{name}" if place else name, kind)
+    seen = json.dumps(first.get("input"), default=str)
+    shown = seen if len(seen) <= 60 else f"{seen[:60]}…"
+    return ApiError(400, f"{place or 'The body'} is {shown}: {message[:1].lower()}{message[1:]}.", place or None)
+
+
+def install(app: FastAPI) -> None:
+    """Has every error of the app answered in this shape."""
+
+    async def validation(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return of_validation(error.errors()).response()
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        cause = BODY.get(type(error.__cause__))  # type: ignore[arg-type]
+        if error.status_code == 404:
+            message = f"There is nothing at {request.url.path}: /openapi.json lists what there is."
+        elif error.status_code == 405:
+            message = f"{request.method} is not for {request.url.path}: /openapi.json says what is."
+        else:
+            message = cause or str(error.detail)
+        return ApiError(error.status_code, message).response()
+
+    async def anything(request: Request, error: Exception) -> Response:
+        return of_exception(error).response()
+
+    app.add_exception_handler(RequestValidationError, validation)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ApiError, anything)
+    app.add_exception_handler(UserError, anything)
+    app.add_exception_handler(Exception, anything)

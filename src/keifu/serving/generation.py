@@ -1,0 +1,115 @@
+"""From a request's fields to what the engine takes, and from its pieces to tokens with probabilities and usage."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.text.defaults import sampling_for
+from keifu.generation.text.request import Piece, Request, check_tokens
+from keifu.generation.text.sampling_params import SamplingParams
+from keifu.serving.errors import of_exception
+from keifu.serving.models import Description, ServedModels
+from keifu.serving.schemas import Sampling
+
+REASONS = {"stop": "stop", "length": "length", "context": "length"}
+
+
+@dataclass
+class Answer:
+    """What is asked of a model and written: `requests` are the choices of the first prompt, then those of the next."""
+
+    models: ServedModels
+    description: Description
+    requests: list[Request]
+    choices: int
+    seed: int
+    prefix: str
+    written: int = 0
+    id: str = field(init=False)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.worker = self.models.worker(self.description.name)
+        self.worker.check_room(len(self.requests))
+        self.models.metrics.prompt.labels(self.description.name).inc(self.prompt_tokens)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompts, each counted once."""
+        return sum(len(request.prompt) for request in self.requests[:: self.choices])
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """The numbers of tokens up to now."""
+        total = self.prompt_tokens + self.written
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.written, "total_tokens": total}
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Each piece with the place of its request, as they are written."""
+        async with aclosing(self.worker.generate(self.requests)) as steps:
+            async for found in steps:
+                self.written += len(found)
+                for each in found:
+                    yield each
+
+
+async def prepare(
+    models: ServedModels, body: Sampling, use: str, prompts: Any, prefix: str, max_tokens: int | None
+) -> Answer:
+    """The answer to a body, checked and not begun. prompts: makes the ids of each from the tokenizer, in a thread
+    beside, so that a long one stops nobody."""
+    description = models.find(body.model, use)
+    try:
+        sampling = sampling_for(description.tokenizer, body.options(), max_tokens).seeded()
+        return await asyncio.to_thread(_prepare, models, description, body, sampling, prompts, prefix)
+    except UserError as error:
+        raise of_exception(error, tuple(type(body).model_fields)) from error
+
+
+def _prepare(
+    models: ServedModels, description: Description, body: Sampling, sampling: SamplingParams, prompts: Any, prefix: str
+) -> Answer:
+    tokenizer, config, choices = description.tokenizer, description.config, body.n or 1
+    ids = prompts(tokenizer)
+    check_tokens(ids, config.vocab_size)
+    if sampling.logit_bias:
+        check_bias(sampling, config.vocab_size)
+    seed = sampling.seed or 0
+    each = [replace(sampling, seed=(seed + choice) % 2**63) for choice in range(choices)]
+    places = [(prompt, one) for prompt in ids for one in each]
+    requests = [Request(n, *pair, tokenizer, config.context_length) for n, pair in enumerate(places)]
+    return Answer(models, description, requests, choices, seed, prefix)
+
+
+def check_bias(sampling: SamplingParams, vocab_size: int) -> None:
+    """Refuses a bias for a token that the model has not."""
+    largest = max(token for token, _ in sampling.logit_bias)
+    if largest >= vocab_size:
+        raise UserError(f"logit_bias names the token {largest}, but the model knows only 0 to {vocab_size - 1}.")
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes of a token; none for an id beyond the tokenizer's, which a padded embedding has."""
+    return tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token as text; bytes that are no whole character become U+FFFD."""
+    return token_bytes(tokenizer, token).decode("utf-8", "replace")
+
+
+def likeliest(tokenizer: Tokenizer, pairs: Sequence[tuple[int, float]]) -> Iterator[tuple[str, float]]:
+    """The texts of tokens with their log-probabilities."""
+    return ((token_text(tokenizer, token), value) for token, value in pairs)
+
+
+def is_end(tokenizer: Tokenizer, piece: Piece) -> bool:
+    """Whether the piece's token ended the text and is no part of it."""
+    return piece.token in tokenizer.stop_ids

@@ -1,0 +1,185 @@
+"""The bodies of requests. Every field is honoured or refused by name: an unknown one with the nearest known name, one
+of OpenAI's that this server does not have unless it asks for what happens anyway.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from keifu.errors import unknown
+from keifu.generation.text.sampling_params import SamplingOptions
+
+MAX_CHOICES = 128
+EXACT = ConfigDict(extra="forbid", strict=True)
+Refused = dict[str, tuple[Any, ...]]
+
+
+def _about(kind: Literal["unknown_field", "refused_field"], name: str, sentence: str) -> PydanticCustomError:
+    return PydanticCustomError(kind, "{sentence}", {"name": name, "sentence": sentence})
+
+
+class Body(BaseModel):
+    """A JSON object of known fields. refused: fields of OpenAI's that this server does not have, each with the values
+    (beside null) that change nothing and are let pass."""
+
+    model_config = EXACT
+    refused: ClassVar[Refused] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, value in data.items():
+            if name in cls.refused and value is not None and value not in cls.refused[name]:
+                raise _about("refused_field", name, f"{name} is not supported by this server: leave it out.")
+            if name not in cls.refused and name not in cls.model_fields:
+                raise _about("unknown_field", name, str(unknown("field", name, cls.model_fields)))
+        return {name: value for name, value in data.items() if name not in cls.refused}
+
+
+class StreamOptions(Body):
+    """include_usage: a last event with the numbers of tokens."""
+
+    include_usage: bool = False
+    refused: ClassVar[Refused] = {"include_obfuscation": (False,)}
+
+
+class Sampling(Body):
+    """What chat and plain completions have in common. A setting that is not given has the model's own value."""
+
+    model: str
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    seed: int | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        wrong = [token for token in bias or () if not token.isdecimal()]
+        if wrong:
+            raise ValueError(f"its names must be ids of tokens, and {wrong[0]!r} is none")
+        return bias
+
+    def options(self) -> SamplingOptions:
+        """The fields of `SamplingParams` that were given."""
+        names = SamplingOptions.__annotations__.keys() & type(self).model_fields.keys() - {"logit_bias"}
+        found: Any = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.logit_bias:
+            found["logit_bias"] = tuple((int(token), bias) for token, bias in self.logit_bias.items())
+        return found
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class TextPart(Body):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Body):
+    """A call of a function as the model wrote it; `arguments` is JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    """One call of a tool."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class Message(Body):
+    """A message of a conversation; "developer" is another name for "system"."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refused: ClassVar[Refused] = {
+        "annotations": ([],), "audio": (), "function_call": (), "refusal": (), "tool_calls": ([],),
+    }  # fmt: skip
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "Message":
+        if self.content is None:
+            raise ValueError(f"a message of the role {self.role!r} needs content")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The message as chat templates take it: parts are joined by line breaks."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or ())
+        found = {"role": "system" if self.role == "developer" else self.role, "content": content, "name": self.name}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    refused: ClassVar[Refused] = {
+        "audio": (), "function_call": ("auto", "none"), "functions": ([],), "metadata": ({},),
+        "modalities": (["text"],),
+        "parallel_tool_calls": (True,), "prediction": (), "prompt_cache_key": (), "reasoning_effort": ("none",),
+        "response_format": ({"type": "text"},), "safety_identifier": (), "service_tier": ("auto", "default"),
+        "store": (False,), "tool_choice": ("auto", "none"), "tools": ([],), "verbosity": ("medium",),
+        "web_search_options": (),
+    }  # fmt: skip
+
+    @model_validator(mode="after")
+    def _agree(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        return self
+
+    def options(self) -> SamplingOptions:
+        """As of `Sampling`."""
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        top = {"log_probabilities": bool(self.logprobs), "top_log_probabilities": self.top_logprobs or 0}
+        return {**super().options(), **({} if limit is None else {"max_tokens": limit}), **top}  # type: ignore[return-value]
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions. prompt: a text, several, the ids of one, or those of several."""
+
+    prompt: str | list[int] | Annotated[list[str] | list[list[int]], Field(min_length=1, max_length=MAX_CHOICES)]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    refused: ClassVar[Refused] = {"best_of": (1,), "suffix": ("",)}
+
+    def options(self) -> SamplingOptions:
+        """As of `Sampling`; OpenAI's limit is 16 tokens where none is given."""
+        top = {"log_probabilities": self.logprobs is not None, "top_log_probabilities": self.logprobs or 0}
+        return {"max_tokens": 16, **super().options(), **top}  # type: ignore[return-value]
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or several."""
+        given: Any = self.prompt
+        several = isinstance(given, list) and given and not isinstance(given[0], int)
+        return list(given) if several else [given]

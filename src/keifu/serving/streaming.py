@@ -1,0 +1,81 @@
+"""Answers that end when the client leaves: whole ones, and streams of server-sent events."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from keifu.serving.errors import of_exception
+
+Result = TypeVar("Result")
+LEFT = 499  # as nginx has it: nobody reads this answer
+
+
+async def _disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """What the work gives; None, and the work is cancelled, where the client leaves before."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def whole(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
+    """The JSON that the work gives."""
+    content = await while_connected(request.receive, work)
+    return Response(status_code=LEFT) if content is None else json_response(content)
+
+
+def json_response(content: Any) -> Response:
+    """JSON as bytes; half a surrogate pair in a text is sent as the replacement character."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return Response(text.encode("utf-8", "replace"), media_type="application/json")
+
+
+class EventStream(Response):
+    """Server-sent events, each a JSON object; an error on the way is the last of them. `timeout` seconds after its
+    begin, a reader that is not done is left."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None], timeout: float, named: bool = False):
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.events, self.timeout, self.named = events, timeout, named
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async with asyncio.timeout(self.timeout + 5):
+                await while_connected(receive, self._send_events(send))
+        except TimeoutError:
+            pass
+        finally:
+            await self.events.aclose()
+
+    async def _send_events(self, send: Send) -> None:
+        try:
+            async for event in self.events:
+                await send({"type": "http.response.body", "body": self._framed(event), "more_body": True})
+        except Exception as error:
+            body = of_exception(error).body()
+            await send({"type": "http.response.body", "body": self._framed(body), "more_body": True})
+        last = b"" if self.named else b"data: [DONE]\n\n"
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _framed(self, event: dict[str, Any]) -> bytes:
+        name = f"event: {event.get('type', 'error')}\n" if self.named else ""
+        return f"{name}data: {json.dumps(event, ensure_ascii=False)}\n\n".encode("utf-8", "replace")

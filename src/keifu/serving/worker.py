@@ -1,0 +1,231 @@
+"""The thread that owns a model: requests come in by a queue, pieces of text go out to asyncio.
+
+Whatever a model computes is computed in its thread, between two steps of its engine, so nothing needs a lock.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from torch import nn
+
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.text.engine import causal
+from keifu.generation.text.request import Piece, Request
+from keifu.serving.errors import ApiError
+from keifu.serving.interleaved import Engine
+from keifu.serving.metrics import Metrics
+
+LOG = logging.getLogger("keifu.serving")
+Result = TypeVar("Result")
+Pieces = list[tuple[int, Piece]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """slots: requests of a model that are written at the same time. queue: those that may wait beside them. timeout:
+    seconds after which an answer is given up."""
+
+    slots: int = 16
+    queue: int = 128
+    timeout: float = 600.0
+
+
+@dataclass(eq=False)
+class Job:
+    """Requests that belong to one answer, and where their pieces go."""
+
+    requests: Sequence[Request]
+    loop: asyncio.AbstractEventLoop
+    out: asyncio.Queue[Pieces | Exception] = field(default_factory=asyncio.Queue)
+    began: float = field(default_factory=time.monotonic)
+    numbers: list[int] = field(default_factory=list)  # the engine's, of those that are not finished
+    started: bool = False
+
+    def put(self, item: Pieces | Exception) -> None:
+        """Hands pieces to the loop that reads them; one that has been closed reads no more."""
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self.out.put_nowait, item)
+
+
+class Worker:
+    """Loads a model in a thread of its own and computes there until it is closed.
+
+    load: gives the model and its tokenizer. What it raises is raised by everything that is asked of the worker.
+    """
+
+    def __init__(self, name: str, load: Callable[[], tuple[nn.Module, Any]], limits: Limits, metrics: Metrics):
+        self.name, self.limits, self.metrics = name, limits, metrics
+        self.pending = 0  # answers that are being computed or wait, counted in the loop's thread
+        self._load, self._commands = load, SimpleQueue[Callable[[], None] | None]()
+        self._engine: Engine | None = None
+        self._jobs: dict[int, tuple[Job, int]] = {}
+        self._mean_seconds = 1.0
+        self._thread = threading.Thread(target=self._run, name=f"keifu {name}", daemon=True)
+        self._thread.start()
+
+    async def call(self, work: Callable[[nn.Module, Any], Result]) -> Result:
+        """What `work` makes of the model and its tokenizer, in the model's thread."""
+        self.check_room(1)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
+
+        def command() -> None:
+            try:
+                result = work(*self._loaded())
+            except Exception as error:
+                self._tell(loop, future, error)
+            else:
+                self._tell(loop, future, result)
+
+        self.pending += 1
+        try:
+            self._commands.put(command)
+            async with asyncio.timeout(self.limits.timeout):
+                return await future
+        finally:
+            self.pending -= 1
+
+    def check_room(self, count: int) -> None:
+        """Refuses so many more requests where the queue has no room for them."""
+        room = self.limits.slots + self.limits.queue
+        if count > room:
+            raise ApiError(400, f"{count} texts were asked for at a time; this server writes at most {room}.", "n")
+        if self.pending + count > room:
+            wait = max(1, min(60, round(self._mean_seconds)))
+            text = f"{self.pending} requests are being answered or wait for {self.name}: try again."
+            raise ApiError(429, text, code="queue_full", retry_after=wait)
+
+    async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[Pieces, None]:
+        """The pieces of all requests as they are written, each with the place of its request. Closing the iterator
+        frees what the requests hold, within a step."""
+        job = Job(requests, asyncio.get_running_loop())
+        self.pending += len(requests)
+        going = len(requests)
+        try:
+            self._commands.put(lambda: self._add(job))
+            while going:
+                left = job.began + self.limits.timeout - time.monotonic()
+                item = await asyncio.wait_for(job.out.get(), left)
+                if isinstance(item, Exception):
+                    raise item
+                going -= sum(piece.finish_reason is not None for _, piece in item)
+                yield item
+        finally:
+            self.pending -= len(requests)
+            if going:
+                self._commands.put(lambda: self._abort(job))
+            seconds = time.monotonic() - job.began
+            self._mean_seconds += (seconds - self._mean_seconds) / 8
+
+    def end(self) -> None:
+        """Has the thread end, and the model's memory freed, once what was asked before is done."""
+        self._commands.put(None)
+
+    async def close(self) -> None:
+        """As `end`, and waits for it."""
+        self.end()
+        await asyncio.to_thread(self._thread.join)
+
+    @staticmethod
+    def _tell(loop: asyncio.AbstractEventLoop, future: asyncio.Future, outcome: Any) -> None:
+        def tell() -> None:
+            if future.done():
+                return
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+        with suppress(RuntimeError):  # the loop has been closed
+            loop.call_soon_threadsafe(tell)
+
+    # What follows runs in the model's thread.
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        try:
+            self._model = self._load()
+            LOG.info("%s was loaded in %.1f s.", self.name, time.monotonic() - began)
+        except Exception as error:
+            self._model = error
+        closing = False
+        while not closing or self._jobs:
+            closing = not self._obey() or closing
+            if self._jobs:
+                self._step()
+
+    def _obey(self) -> bool:
+        """Does what was asked since the last step, or waits for something where nothing runs; False at the end."""
+        try:
+            command = self._commands.get(block=not self._jobs)
+            while command is not None:
+                command()
+                command = self._commands.get(block=False)
+        except Empty:
+            return True
+        return False
+
+    def _loaded(self) -> tuple[nn.Module, Tokenizer]:
+        if isinstance(self._model, Exception):
+            raise self._model
+        return self._model
+
+    def _add(self, job: Job) -> None:
+        try:
+            model, _ = self._loaded()
+            self._engine = self._engine or Engine(causal(model), self.limits.slots)
+            for place, request in enumerate(job.requests):
+                number = self._engine.add(request)
+                self._jobs[number] = job, place
+                job.numbers.append(number)
+        except Exception as error:
+            self._abort(job)
+            job.put(error)
+
+    def _abort(self, job: Job) -> None:
+        for number in job.numbers:
+            self._jobs.pop(number, None)
+            if self._engine is not None:
+                self._engine.abort(number)
+                self._count()
+        job.numbers.clear()
+
+    def _step(self) -> None:
+        """One step of the engine; where it fails, every request that it was working on is told."""
+        assert self._engine is not None
+        try:
+            found = self._engine.step()
+        except Exception as error:
+            told = error if not isinstance(error, UserError) else ApiError(500, str(error))
+            for job in {job for job, _ in self._jobs.values()}:
+                self._abort(job)
+                job.put(told)
+            return
+        pieces: dict[Job, Pieces] = {}
+        for number, piece in found:
+            job, place = self._jobs[number]
+            pieces.setdefault(job, []).append((place, piece))
+            if piece.finish_reason is not None:
+                del self._jobs[number]
+                job.numbers.remove(number)
+        for job, each in pieces.items():
+            if not job.started:
+                self.metrics.first_token.labels(self.name).observe(time.monotonic() - job.began)
+                job.started = True
+            job.put(each)
+        self.metrics.generated.labels(self.name).inc(len(found))
+        self._count()
+
+    def _count(self) -> None:
+        assert self._engine is not None
+        waiting, running = self._engine.counts
+        self.metrics.waiting.labels(self.name).set(waiting)
+        self.metrics.running.labels(self.name).set(running)

@@ -1,0 +1,174 @@
+"""What the service refuses, each in a sentence of OpenAI's shape, and that it goes on afterwards."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from serving_toys import running, until
+
+from keifu.serving.app import Access
+from keifu.serving.worker import Limits
+
+JSON = {"content-type": "application/json"}
+MESSAGES = [{"role": "user", "content": "Hello"}]
+FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
+    ({"temprature": 1}, "There is no field 'temprature'. Did you mean 'temperature'?", "temprature"),
+    ({"messages": []}, "messages is []: list should have at least 1 item", "messages"),
+    ({"messages": [{"role": "user", "contnt": "x"}]}, "Did you mean 'content'?", "messages.0.contnt"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, 'messages.0.role is "wizard"', "messages.0.role"),
+    ({"messages": [{"role": "user"}]}, "a message of the role 'user' needs content", "messages.0"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", None),
+    ({"temperature": "hot"}, 'temperature is "hot": input should be a valid number', "temperature"),
+    ({"temperature": -1}, "temperature is -1.0, which must be 0", "temperature"),
+    ({"max_tokens": 0}, "max_tokens is 0, which must be at least 1", "max_tokens"),
+    ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens and max_completion_tokens differ", None),
+    ({"n": 0}, "n is 0: input should be greater than or equal to 1", "n"),
+    ({"top_logprobs": 3}, "top_logprobs needs logprobs to be true", None),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is 21", "top_logprobs"),
+    ({"logit_bias": {"x": 1}}, "ids of tokens, and 'x' is none", "logit_bias"),
+    ({"logit_bias": {"9999": 1}}, "logit_bias names the token 9999, but the model knows only 0 to 260", "logit_bias"),
+    ({"stop": ["a", ""]}, "strings of at least one character", "stop"),
+    ({"seed": -1}, "seed is -1", "seed"),
+    ({"store": True}, "store is not supported by this server: leave it out.", "store"),
+    ({"service_tier": "flex"}, "service_tier is not supported", "service_tier"),
+    ({"stream_options": {"include_usag": True}}, "Did you mean 'include_usage'?", "stream_options.include_usag"),
+]
+BODIES: list[tuple[bytes, str]] = [
+    (b"", "missing"),
+    (b'{"model": ', "The body is not JSON at character 10"),
+    (b"[1, 2]", "valid dictionary"),
+    (b'"\xff\xfe"', "The body is not UTF-8 text"),
+    (bytes(range(256)) * 10, "UTF-8|JSON"),
+    (b"[" * 100_000 + b"]" * 100_000, "nested too deeply|JSON"),
+]
+
+
+@pytest.mark.parametrize(("field", "words", "param"), FIELDS, ids=[str(field) for field, _, _ in FIELDS])
+def test_each_wrong_field_is_named(
+    served: Any, chat: str, field: dict[str, Any], words: str, param: str | None
+) -> None:
+    found = served.post("/v1/chat/completions", {"model": chat, "messages": MESSAGES, **field})
+    error = found.json()["error"]
+    assert found.status_code == 400 and words in error["message"], error
+    assert error["type"] == "invalid_request_error" and (param is None or error["param"] == param)
+
+
+@pytest.mark.parametrize("neutral", [{"store": False}, {"tools": []}, {"user": "me"}, {"stop": None}, {"n": None}])
+def test_what_asks_for_nothing_else_is_let_pass(served: Any, chat: str, neutral: dict[str, Any]) -> None:
+    body = {"model": chat, "messages": MESSAGES, "max_tokens": 1, **neutral}
+    assert served.post("/v1/chat/completions", body).status_code == 200
+
+
+@pytest.mark.parametrize(("body", "words"), BODIES, ids=[str(body[:12]) for body, _ in BODIES])
+def test_what_is_no_request_is_told_in_a_sentence(served: Any, body: bytes, words: str) -> None:
+    found = httpx.post(f"{served.url}/v1/chat/completions", content=body, headers=JSON)
+    assert found.status_code == 400
+    assert any(word in found.json()["error"]["message"] for word in words.split("|")), found.text
+
+
+def test_half_a_surrogate_pair_is_refused_and_can_be_told(served: Any, chat: str) -> None:
+    body = b'{"model": "%s", "messages": [{"role": "user", "content": "\\ud800"}]}' % chat.encode()
+    found = httpx.post(f"{served.url}/v1/chat/completions", content=body, headers=JSON)
+    assert found.status_code == 400 and "surrogate" in found.json()["error"]["message"]
+    body = b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}'
+    assert httpx.post(f"{served.url}/v1/chat/completions", content=body, headers=JSON).status_code == 404
+
+
+def test_unknown_places_and_methods(served: Any) -> None:
+    assert "There is nothing at /v1/chat" in served.post("/v1/chat", {}).json()["error"]["message"]
+    found = httpx.get(f"{served.url}/v1/chat/completions")
+    assert found.status_code == 405 and "GET is not for" in found.json()["error"]["message"]
+    assert httpx.get(f"{served.url}/v1/models/none").status_code == 404
+
+
+def test_another_name_of_the_host_is_refused_where_names_are_given(folder: Path) -> None:
+    with running([str(folder / "base")], Limits(), Access(hosts=("127.0.0.1",))) as served:
+        assert httpx.get(f"{served.url}/health").status_code == 200
+        assert httpx.get(f"{served.url}/health", headers={"host": "evil.example"}).status_code == 400
+
+
+@pytest.fixture(scope="module")
+def small(folder: Path) -> Iterator[Any]:
+    """A server with keys, little room and small bodies."""
+    limits, access = Limits(slots=1, queue=1, timeout=20.0), Access(keys=("first", "second"), body=2000)
+    with running([str(folder / "chat")], limits, access) as found:
+        yield found
+
+
+def ask(served: Any, key: str | bytes | None = "second", **fields: Any) -> httpx.Response:
+    name = next(iter(served.models.descriptions))
+    headers = {} if key is None else {"authorization": b"Bearer " + (key.encode() if isinstance(key, str) else key)}
+    return served.post("/v1/chat/completions", {"model": name, "messages": MESSAGES, **fields}, headers=headers)
+
+
+def test_a_key_opens(small: Any) -> None:
+    assert ask(small, max_tokens=1).status_code == ask(small, "first", max_tokens=1).status_code == 200
+    for key in (None, "firs", "firstsecond", "\xff".encode("latin-1")):
+        found = ask(small, key)
+        assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{small.url}/health").status_code == 200
+    assert httpx.get(f"{small.url}/metrics").status_code == 401
+
+
+def test_a_large_body_is_refused_by_its_length_and_by_what_comes(small: Any) -> None:
+    assert ask(small, user="x" * 3000).status_code == 413
+
+    def chunks() -> Iterator[bytes]:
+        yield from [b" " * 1000] * 5
+
+    headers = {"authorization": "Bearer first", **JSON}
+    found = httpx.post(f"{small.url}/v1/chat/completions", content=chunks(), headers=headers)
+    assert found.status_code == 413 and "2,000 bytes" in found.json()["error"]["message"]
+
+
+def test_a_full_queue_answers_429_and_a_client_that_leaves_makes_room(small: Any) -> None:
+    client = openai.OpenAI(base_url=f"{small.url}/v1", api_key="first", max_retries=0)
+    name = next(iter(small.models.descriptions))
+    long = {"model": name, "messages": MESSAGES, "max_tokens": 400, "logit_bias": {"258": -1e5, "0": -1e5, "257": -1e5}}
+    streams = [client.chat.completions.create(**long, stream=True) for _ in range(2)]
+    [next(stream) for stream in streams[:1]]
+    worker = small.models.workers[name]
+    until(lambda: worker.pending == 2)
+    refused = ask(small, max_tokens=1)
+    assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+    assert "try again" in refused.json()["error"]["message"]
+    assert ask(small, n=3).status_code == 400
+    for stream in streams:
+        stream.close()
+    until(lambda: worker.pending == 0 and not worker._jobs)
+    assert ask(small, max_tokens=1).status_code == 200
+
+
+def test_a_client_that_leaves_before_its_answer_makes_room(small: Any) -> None:
+    name = next(iter(small.models.descriptions))
+    worker = small.models.workers[name]
+    body = b'{"model": "%s", "messages": [{"role": "user", "content": "x"}], "max_tokens": 450}' % name.encode()
+    head = [
+        "POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json",
+        "Authorization: Bearer first", f"Content-Length: {len(body)}",
+    ]  # fmt: skip
+    port = int(small.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
+        until(lambda: worker.pending == 1)
+    until(lambda: worker.pending == 0 and not worker._jobs)
+
+
+def test_an_answer_that_takes_too_long_is_given_up(folder: Path) -> None:
+    with running([str(folder / "chat")], Limits(timeout=0.01), Access()) as served:
+        found = ask(served, None, max_tokens=450)
+        assert found.status_code == 504 and found.json()["error"]["code"] == "timeout"
+        streamed = ask(served, None, max_tokens=450, stream=True)
+        assert streamed.status_code == 200 and '"code": "timeout"' in streamed.text
+
+
+def test_figures_are_counted(served: Any, base: str) -> None:
+    served.post("/v1/completions", {"model": base, "prompt": "abc", "max_tokens": 3})
+    text = httpx.get(f"{served.url}/metrics").text
+    assert f'keifu_generated_tokens_total{{model="{base}"}}' in text
+    assert 'keifu_requests_total{path="/v1/completions",status="200"}' in text
+    assert httpx.get(f"{served.url}/ready").json()["status"] == "ready"
