@@ -9,10 +9,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-import jaxtyping  # noqa: E402 (the environment must be set before)
+from pathlib import Path  # noqa: E402 (the environment must be set before)
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import shape_checks  # noqa: E402
 
 if os.environ.get("KEIFU_NO_SHAPES") != "1":  # the hook breaks torch.compile(fullgraph=True): such tests run without it
-    jaxtyping.install_import_hook("keifu", "beartype.beartype")
+    shape_checks.install()
 
 import math  # noqa: E402
 from collections.abc import Callable  # noqa: E402

@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import median
 
@@ -56,6 +56,7 @@ def part_of(module: str) -> str:
     return "floor" if first in FLOOR else first
 
 
+@cache
 def source() -> list[File]:
     names = {path: ".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in sorted(SOURCE.rglob("*.py"))}
     return [File(name.removesuffix(".__init__"), path.read_text(encoding="utf-8")) for path, name in names.items()]

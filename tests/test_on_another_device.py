@@ -391,7 +391,7 @@ def test_beams_there_are_those_of_the_cpu(name: str) -> None:
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_pictures_drawn_there_are_those_of_the_cpu(sampler: str) -> None:
     torch.manual_seed(0)
-    model = DRAWERS["ddpm"]().eval()
+    model = ddpm.build(ddpm.Config(**NETWORK, noise=Noise(steps=30))).eval()
     wanted = ImageRequest(steps=None if sampler == "ddpm" else 4, sampler=sampler)
     expected = draw_images(model, wanted, [1, 2])
     with simulated():

@@ -58,6 +58,7 @@ def words(path: Path) -> list[tuple[int, str]]:
     return [(node.lineno, word) for node in texts for word in OPTION.findall(str(node.value))]
 
 
+@cache
 def any_option() -> frozenset[str]:
     """What any recipe or verb has."""
     return of_verbs().union(*map(of_recipe, recipes()))

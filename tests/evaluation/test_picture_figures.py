@@ -106,8 +106,9 @@ def test_a_model_that_must_be_told_a_class_draws_them_in_turn(free: bool, monkey
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> str:
-    groups = {"norm_groups": 4, "middle_groups": 4}
-    config = ddpm.Config(size=SIZE, dim=8, multipliers=(1, 1), n_residual_blocks=1, attention=(), **groups)
+    noise = Noise(steps=60)  # the bound is a sum over all of them
+    sizes = {"size": SIZE, "dim": 8, "multipliers": (1, 1), "n_residual_blocks": 1, "attention": ()}
+    config = ddpm.Config(**sizes, norm_groups=4, middle_groups=4, noise=noise)
     path = tmp_path_factory.mktemp("ddpm")
     checkpoints.save(ddpm.build(config), None, path)
     return str(path)

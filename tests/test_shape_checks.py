@@ -1,0 +1,46 @@
+"""The checks of shapes that every test runs under: a wrong call is caught, the first time and after right ones."""
+
+import pytest
+import torch
+from beartype import beartype
+from beartype.roar import BeartypeCallHintParamViolation
+from jaxtyping import Float, TypeCheckError
+from shape_checks import check_once
+from torch import Tensor
+
+Matrix = Float[Tensor, "rows dim"]
+
+
+def add(x: Matrix, y: Matrix, by: dict[str, int] | None = None) -> Float[Tensor, "rows"]:
+    return (x + y).sum(1 if by is None else by["axis"])
+
+
+def test_shapes_are_checked_the_first_time_and_after_right_calls() -> None:
+    checked = check_once(add, typechecker=beartype)
+    two, three = torch.ones(2, 4), torch.ones(3, 4)
+    with pytest.raises(TypeCheckError, match="parameters"):
+        checked(two, three)
+    assert checked(two, two).tolist() == [8.0, 8.0] == checked(two, two).tolist()
+    for wrong in (three, two.long(), two[0], [two]):
+        with pytest.raises(TypeCheckError, match="parameters"):
+            checked(two, wrong)
+    assert checked(three, three).shape == (3,)
+
+
+def test_a_result_of_another_shape_is_caught_though_the_arguments_look_the_same() -> None:
+    checked = check_once(add, typechecker=beartype)
+    two = torch.ones(2, 4)
+    assert checked(two, two, {"axis": 1}).shape == (2,)
+    for _ in range(2):
+        with pytest.raises(TypeCheckError, match="return value"):
+            checked(two, two, {"axis": 0})
+
+
+def test_a_function_without_shapes_is_checked_at_every_call() -> None:
+    def double(number: int) -> int:
+        return number * 2
+
+    checked = check_once(double, typechecker=beartype)
+    assert checked(2) == 4
+    with pytest.raises(BeartypeCallHintParamViolation):
+        checked("2")
