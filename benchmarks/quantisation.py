@@ -50,7 +50,7 @@ def main() -> None:
     def report(name: str, nbytes: float, nats: list[float]) -> None:
         print(f"| {name} | {8 * nbytes / parameters:.2f} | {math.exp(sum(nats) / count):.3f} |", flush=True)
 
-    with torch.inference_mode():
+    with torch.no_grad():
         report("PyTorch, float32", 4 * parameters, [losses(model(each[None])[0], each) for each in texts])
     with tempfile.TemporaryDirectory() as folder:
         for weights in FORMATS:

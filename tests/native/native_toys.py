@@ -26,8 +26,16 @@ TOYS = {
     "yarn": lambda: llama.build(llama.Config(**GROUPED, rope_scaling=YARN)),
     "qwen3": lambda: qwen3.build(qwen3.Config(**GROUPED, head_dim=16)),
     "gemma3": lambda: gemma3.build(
-        gemma3.Config(**{**GROUPED, "n_heads": 3, "n_kv_heads": 1}, head_dim=22, sliding_window=9, global_layers=(1,))
+        gemma3.Config(
+            **{**GROUPED, "n_heads": 3, "n_kv_heads": 1},
+            head_dim=22,
+            sliding_window=9,
+            global_layers=(1,),
+            attention_scale=0.3,
+            tied=False,
+        )
     ),
+    "gemma3 of windows": lambda: gemma3.build(gemma3.Config(**GROUPED, head_dim=16, sliding_window=9, tied=True)),
     "gpt2": lambda: gpt2.build(gpt2.Config(**SMALL, n_heads=5)),
     "gpt2 without biases": lambda: gpt2.build(gpt2.Config(**SMALL, n_heads=5, bias=False, tied=False)),
     "gpt3": lambda: gpt3.build(gpt3.Config(**SMALL, n_heads=4, band=6)),

@@ -52,13 +52,12 @@ def load(
     if is_adapter(path):
         model, tokenizer = load(base_of(path), dtype, device)
         tokenizer = _adapted(path, tokenizer) if (path / "tokenizer_config.json").exists() else tokenizer
-        model = load_adapter(merge(model), path)
-        model = model if weights is None else pack_or_keep(merge(model), weights)
+        model = _adapted_model(model, path, weights)
     else:
         found = plan(open_source(path), dtype, device)
         with ThreadPoolExecutor(1) as beside:  # the weights are read meanwhile
             reading = beside.submit(found.source.tokenizer)
-            model = found.fill(device) if weights is None else load_packed(found, weights)
+            model = _fill(found, device, weights)
             tokenizer = _recommended(name, reading.result())
     if tokenizer is not None:
         own: Any = model.config
@@ -80,13 +79,26 @@ def _device_for(weights: str | None, device: torch.device | str | None) -> torch
 
 
 def load_model(
-    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    name: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    weights: str | None = None,
 ) -> nn.Module:
     """The model alone (see `load`), for weights without a tokenizer beside them."""
-    device, path = choose(device), locate(name)
+    device, path = _device_for(weights, device), locate(name)
     if is_adapter(path):
-        return load_adapter(merge(load_model(base_of(path), dtype, device)), path)
-    return plan(open_source(path), dtype, device).fill(device)
+        return _adapted_model(load_model(base_of(path), dtype, device), path, weights)
+    return _fill(plan(open_source(path), dtype, device), device, weights)
+
+
+def _fill(found: Plan, device: torch.device, weights: str | None) -> nn.Module:
+    return found.fill(device) if weights is None else load_packed(found, weights)
+
+
+def _adapted_model(base: nn.Module, path: Path, weights: str | None) -> nn.Module:
+    """The base with the adapters beside its layers; packed, they are merged."""
+    model = load_adapter(merge(base), path)
+    return model if weights is None else pack_or_keep(merge(model), weights)
 
 
 def inspect(name: str | Path, dtype: torch.dtype | None = None) -> Report:

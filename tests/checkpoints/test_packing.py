@@ -1,0 +1,171 @@
+"""Weights packed straight from a file: the same bits as packed from the loaded model; GGUF's blocks without loss."""
+
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from keifu import checkpoints
+from keifu.errors import UserError
+from keifu.native import library
+from keifu.native.build import Unavailable
+from keifu.native.model import NativeLM, pack
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "native"))
+from native_toys import TOYS, toy, unpacked
+
+WRITABLE = {"llama", "qwen2", "qwen3", "gpt2", "gemma3 of windows"}  # as GGUF
+TOKENS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(autouse=True)
+def _opened() -> None:
+    try:
+        library.open_library()
+    except Unavailable as reason:
+        pytest.skip(f"no native step: {reason}")
+
+
+def equal(one: NativeLM, other: NativeLM) -> bool:
+    return torch.equal(one(TOKENS), other(TOKENS))
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", sorted(set(TOYS) - {"llama of one head", "yarn"}))
+def test_from_a_directory(kind: str, weights: str, tmp_path: Path) -> None:
+    model = toy(kind)
+    checkpoints.save(model, None, tmp_path)
+    loaded = checkpoints.load_model(tmp_path, weights=weights)
+    assert isinstance(loaded, NativeLM) and loaded.config == checkpoints.load_model(tmp_path).config
+    assert equal(loaded, pack(model, weights))
+
+
+@pytest.mark.parametrize("kind", sorted(WRITABLE))
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_from_gguf(kind: str, dtype: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    checkpoints.save_gguf(toy(kind), None, path, dtype)
+    model = checkpoints.load_model(path)
+    for weights in ("bf16", "int8", "int4"):
+        loaded = checkpoints.load_model(path, weights=weights)
+        assert isinstance(loaded, NativeLM) and equal(loaded, pack(model, weights))
+
+
+BLOCKS = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K"]
+
+
+def random_blocks(rows: int, columns: int, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Rows of blocks of random bytes, with scales that are numbers of a usual size."""
+    chance = np.random.default_rng(rows * columns)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = chance.integers(0, 256, (rows * columns // block, size), np.uint8)
+    places = {"Q4_1": [0, 2], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q6_K": [size - 2]}.get(kind.name, [0])
+    for place in places:
+        scale = chance.uniform(0.0001, 0.001, len(blocks)).astype(np.float16)
+        blocks[:, place : place + 2] = scale.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(rows, -1)
+
+
+def write_blocks(path: Path, kind: str) -> None:
+    """A LLaMA of 256 · n columns whose matrices are such blocks, its embedding in Q8_0."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in {
+        writer.add_block_count: 2, writer.add_context_length: 80, writer.add_embedding_length: 256,
+        writer.add_feed_forward_length: 512, writer.add_head_count: 8, writer.add_head_count_kv: 4,
+        writer.add_vocab_size: 101, writer.add_rope_dimension_count: 32, writer.add_layer_norm_rms_eps: 1e-5,
+    }.items():  # fmt: skip
+        add(value)
+    writer.add_tokenizer_model("none")
+    shapes = {"attn_q": (256, 256), "attn_k": (128, 256), "attn_v": (128, 256), "attn_output": (256, 256)}
+    shapes |= {"ffn_gate": (512, 256), "ffn_up": (512, 256), "ffn_down": (256, 512)}
+    matrices = {f"blk.{n}.{name}.weight": (shape, kind) for n in range(2) for name, shape in shapes.items()}
+    matrices |= {"token_embd.weight": ((101, 256), "Q8_0"), "output.weight": ((101, 256), kind)}
+    for name, (shape, own) in matrices.items():
+        number = gguf.GGMLQuantizationType[own]
+        writer.add_tensor(name, random_blocks(*shape, number), raw_dtype=number)
+    for name in ("output_norm", *(f"blk.{n}.{each}_norm" for n in range(2) for each in ("attn", "ffn"))):
+        writer.add_tensor(f"{name}.weight", np.ones(256, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_keep_their_numbers_bit_for_bit(kind: str, weights: str, tmp_path: Path) -> None:
+    write_blocks(tmp_path / "model.gguf", kind)
+    model = checkpoints.load_model(tmp_path / "model.gguf")
+    loaded = checkpoints.load_model(tmp_path / "model.gguf", weights=weights)
+    assert isinstance(loaded, NativeLM)
+    for name, each in unpacked(model, loaded).named_parameters():
+        assert torch.equal(each, model.get_parameter(name)), name
+    with torch.inference_mode():
+        expected = model(TOKENS)
+    error = (loaded(TOKENS) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < 0.05
+
+
+def test_blocks_as_bfloat16_are_rounded(tmp_path: Path) -> None:
+    write_blocks(tmp_path / "model.gguf", "Q4_1")
+    model = checkpoints.load_model(tmp_path / "model.gguf")
+    loaded = checkpoints.load_model(tmp_path / "model.gguf", weights="bf16")
+    assert equal(loaded, pack(model, "bf16"))
+
+
+def test_a_type_without_a_format_is_packed_from_its_numbers(tmp_path: Path) -> None:
+    write_blocks(tmp_path / "model.gguf", "Q5_1")
+    model = checkpoints.load_model(tmp_path / "model.gguf")
+    loaded = checkpoints.load_model(tmp_path / "model.gguf", weights="int4")
+    formats = {matrix.format for (name, _), matrix in loaded.packer.matrices.items() if "blocks" in name}
+    assert formats == {loaded.packer.chosen.layers}
+    assert torch.isfinite(loaded(TOKENS)).all() and model.config == loaded.config
+
+
+def test_adapters_are_merged(tmp_path: Path) -> None:
+    from keifu.checkpoints.lora.peft import adapt, save_adapter
+    from keifu.layers.lora import LoraSettings, adapters, merge
+
+    model = toy("llama")
+    checkpoints.save(model, None, tmp_path / "base")
+    for adapter in adapters(adapt(model, ["q_proj", "down_proj"], LoraSettings(2))):
+        torch.nn.init.normal_(adapter.b)
+    save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
+    loaded = checkpoints.load_model(tmp_path / "adapter", weights="int8")
+    assert isinstance(loaded, NativeLM) and equal(loaded, pack(merge(model), "int8"))
+
+
+def test_refusals(tmp_path: Path) -> None:
+    checkpoints.save(toy("llama"), None, tmp_path)
+    with pytest.raises(UserError, match="There is no format of weights 'int3'. Did you mean 'int"):
+        checkpoints.load(tmp_path, weights="int3")
+    with pytest.raises(UserError, match="Weights are packed for the CPU, not for meta"):
+        checkpoints.load(tmp_path, weights="int8", device=torch.device("meta"))
+
+
+def test_without_native_code_pytorch_has_the_weights_as_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    model = toy("llama")
+    checkpoints.save(model, None, tmp_path)
+    monkeypatch.setenv(library.VARIABLE, "off")
+    loaded = checkpoints.load_model(tmp_path, weights="int8")
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_a_model_that_native_code_lacks_stays_in_pytorch(tmp_path: Path, capfd) -> None:
+    model = TOYS["yarn"]()
+    from dataclasses import replace
+
+    from keifu.layers.attention.positions import RopeScaling
+    from keifu.models import llama
+
+    model = llama.build(replace(model.config, rope_scaling=RopeScaling("dynamic", 2.0, 80)))
+    checkpoints.save(model, None, tmp_path)
+    loaded = checkpoints.load_model(tmp_path, weights="int8")
+    assert not isinstance(loaded, NativeLM)
+    assert "PyTorch" in capfd.readouterr().err
