@@ -11,7 +11,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import Response
 
 from keifu import __version__
-from keifu.serving import chat, completions, errors, middleware
+from keifu.serving import chat, completions, errors, middleware, page
 from keifu.serving.models import ServedModels
 from keifu.serving.streaming import json_response
 
@@ -39,6 +39,7 @@ def application(models: ServedModels, access: Access = Access()) -> FastAPI:  # 
     errors.install(app)
     for part in (chat, completions):
         app.include_router(part.routes(models))
+    app.include_router(page.routes())
     _state_routes(app, models)
     app.add_middleware(middleware.BodyLimit, limit=access.body)
     app.add_middleware(middleware.ApiKeys, keys=access.keys)

@@ -1,0 +1,54 @@
+"""The page for people at /: files of this package, and the policy that lets it load and ask this server alone."""
+
+import hashlib
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from keifu.errors import unknown
+from keifu.serving.errors import ApiError
+
+FOLDER = Path(__file__).parent / "page"
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+POLICY = {
+    "default-src": "'none'",
+    "script-src": "'self'",
+    "style-src": "'self'",
+    "connect-src": "'self'",
+    "img-src": "'self' data: blob:",
+    "base-uri": "'none'",
+    "form-action": "'none'",
+    "frame-ancestors": "'none'",
+}
+HEADERS = {
+    "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in POLICY.items()),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def routes() -> APIRouter:
+    """The page and its files, read once."""
+    router = APIRouter(include_in_schema=False)
+    files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in TYPES}
+
+    def answer(name: str, request: Request) -> Response:
+        tag = f'"{hashlib.sha256(files[name]).hexdigest()[:16]}"'
+        headers = {**HEADERS, "ETag": tag}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(files[name], headers=headers, media_type=f"{TYPES[Path(name).suffix]}; charset=utf-8")
+
+    @router.get("/")
+    async def index(request: Request) -> Response:
+        return answer("index.html", request)
+
+    @router.get("/page/{name}")
+    async def part(name: str, request: Request) -> Response:
+        if name not in files:
+            raise ApiError(404, str(unknown("file of the page called", name, files)))
+        return answer(name, request)
+
+    return router

@@ -1,0 +1,129 @@
+"""The page in a real browser, where there is one: it asks its own server alone and obeys no markup of a model."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from serving_toys import until
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def test_its_files_come_with_a_policy_that_lets_it_ask_this_server_alone(served: Any) -> None:
+    index = httpx.get(served.url)
+    assert index.status_code == 200 and index.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in index.headers["content-security-policy"]
+    parts = re.findall(r'(?:src|href)="(/page/[^"]+)"', index.text)
+    assert len(parts) >= 2
+    for part in parts:
+        found = httpx.get(served.url + part)
+        assert found.status_code == 200 and "script-src 'self'" in found.headers["content-security-policy"]
+        again = httpx.get(served.url + part, headers={"if-none-match": found.headers["etag"]})
+        assert again.status_code == 304 and not again.content
+    assert "Did you mean 'style.css'" in httpx.get(f"{served.url}/page/styles.css").json()["error"]["message"]
+    assert httpx.get(f"{served.url}/page/..%2Fpage.py").status_code == 404
+
+
+def test_no_file_of_it_names_another_server_or_turns_text_into_markup(served: Any) -> None:
+    names = ["style.css", "chat.js", "api.js", "render.js", "store.js", "words.js"]
+    text = "".join(httpx.get(f"{served.url}/page/{name}").text for name in names) + httpx.get(served.url).text
+    assert not re.search(r"https?://|innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
+
+
+def test_each_word_is_there_in_both_languages(served: Any) -> None:
+    text = httpx.get(f"{served.url}/page/words.js").text
+    english, japanese = (set(re.findall(r"(\w+): \"", part)) for part in text.split("ja: {"))
+    used = re.findall(r'data-(?:text|label|placeholder)="(\w+)"', httpx.get(served.url).text)
+    assert english == japanese and set(used) <= english
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if BROWSER is None:
+        pytest.skip("no Chromium")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
+def test_a_conversation(served: Any, chat: str, browser: Any, width: int, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 700}, color_scheme=scheme, locale="en-GB")
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto(served.url)
+    page.wait_for_selector("#model option", state="attached")
+    page.select_option("#model", chat)
+    page.click("#show-settings")
+    page.fill("#max_tokens", "12")
+    page.fill("#temperature", "1")
+    page.click("#settings form > button")
+    page.fill("#message", "<img src=x onerror=alert(1)> **bold**")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("article.assistant")
+    page.wait_for_selector("#send:visible")
+    assert "tokens/s" in page.inner_text("#status")
+    assert page.locator("article img").count() == 0 and page.inner_text("article.user strong") == "bold"
+    page.click("#show-settings")
+    page.check("#probabilities")
+    page.click("#settings form > button")
+    page.click("article.assistant .tools button:last-child")  # once more, with probabilities
+    page.wait_for_selector("article.assistant .token")
+    assert "2/2" in page.inner_text("article.assistant .tools")
+    page.focus("article.assistant .text[tabindex]")
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#alternatives tr").count() >= 5 and "%" in page.inner_text("#alternatives")
+    page.click("article.user .tools button:last-child")  # edit
+    page.fill(".edit textarea", "Another question")
+    page.click(".edit button")
+    page.wait_for_selector("#send:visible")
+    assert "Another question" in page.inner_text("article.user") and "2/2" in page.inner_text("article.user .tools")
+    page.reload()
+    page.wait_for_selector("article.assistant")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.click("#language")
+    assert page.get_attribute("html", "lang") == "ja" and page.inner_text("#send") == "送信"
+    assert errors == []
+    context.close()
+
+
+def test_a_long_answer_can_be_stopped(served: Any, chat: str, browser: Any) -> None:
+    page = browser.new_page(locale="en-GB")
+    page.goto(served.url)
+    page.wait_for_selector("#model option", state="attached")
+    page.select_option("#model", chat)
+    page.click("#show-settings")
+    page.fill("#temperature", "1")
+    page.click("#settings form > button")
+    page.fill("#message", "x")
+    page.click("#send")
+    page.wait_for_selector("article.assistant")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#send:visible")
+    until(lambda: not served.models.workers[chat].pending)
+    page.close()
+
+
+def test_text_is_shown_and_never_obeyed(served: Any, browser: Any) -> None:
+    page = browser.new_page()
+    page.goto(served.url)
+    shown = page.evaluate(
+        """async (text) => {
+          const { formatted } = await import('/page/render.js');
+          const box = document.createElement('div');
+          box.append(...formatted(text));
+          const formulas = [...box.querySelectorAll('.formula')].map((each) => each.textContent);
+          const obeyed = box.querySelectorAll('script, img, b').length;
+          return [box.textContent, obeyed, box.querySelector('pre').dataset.language, formulas];
+        }""",
+        "<script>alert(1)</script><img src=x>\n```python\n<b>x</b>\n```\n$a_1 + b$ costs $5 and \\(c\\)",
+    )
+    assert shown[1:] == [0, "python", ["a_1 + b", "c"]]
+    assert "<script>alert(1)</script><img src=x>" in shown[0] and "<b>x</b>" in shown[0]
