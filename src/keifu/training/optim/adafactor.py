@@ -1,18 +1,18 @@
-"""Adafactor without factoring (Shazeer and Stern, 2018), as PaLM was trained with; knows no model and no schedule.
+"""Adafactor without factoring (Shazeer and Stern, 2018), the optimizer of PaLM (Chowdhery et al., 2022, section 5).
 
-"Adam with parameter scaling" (Chowdhery et al., 2022, section 5). It is written as T5X, which trained PaLM, has it: the
-momentum is of the finished update, without a correction of its first steps, and what decays is the weight itself.
-PaLM's paper does not say whether the update's own clip was on; here it is, at Shazeer and Stern's 1.
+PaLM's paper calls it Adam with parameter scaling. It follows T5X, with which PaLM was trained: the momentum is that of
+the finished update, without bias correction, and the weight decay is decoupled. PaLM's paper does not say whether
+updates were clipped; here they are, with Shazeer and Stern's threshold d = 1.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 SQUARE_EPSILON, SCALE_EPSILON = 1e-30, 1e-3  # ε₁ and ε₂ of the paper's section 8
-LARGEST = 1.0  # d of section 6: the root mean square of an update, before it is scaled
+CLIP_THRESHOLD = 1.0  # d of section 6: the largest root mean square of an update, before it is scaled
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -21,32 +21,53 @@ class Adafactor(torch.optim.Optimizer):
     V ← β₂ V + (1 − β₂)(G² + ε₁), with β₂ = 1 − k^−0.8;  U = G / √V;  U ← U / max(1, RMS(U));
     M ← β₁ M + (1 − β₁) · lr · max(ε₂, RMS(X)) · U;  X ← (1 − weight_decay · lr²) X − M.
 
-    All tensors are worked on together, and none is read by the host. `lr` is relative: 0.01 moves a tensor by 1% of its
-    size. The decay of lr² is PaLM's; transformers' class decays by lr · max(ε₂, RMS(X)), torch's, which has no
-    momentum, by lr, and both factor matrices.
+    rows: the numbers of rows of the matrices that a joined parameter consists of, each of which is such an X. `lr` is
+    relative: 0.01 changes a tensor by 1% of its size. Weight decay is times lr², as PaLM's; transformers' class has
+    lr · max(ε₂, RMS(X)) there, torch's, which has no momentum, lr, and both factor matrices. All tensors are updated
+    together, without a copy to the host.
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-2, beta1: float = 0.9, decay: float = 0.8, weight_decay: float = 0.0
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        beta1: float = 0.9,
+        decay: float = 0.8,
+        weight_decay: float = 0.0,
+        rows: Mapping[Tensor, tuple[int, ...]] | None = None,
     ):
         super().__init__(params, {"lr": lr, "beta1": beta1, "decay": decay, "weight_decay": weight_decay})
+        self.rows = rows or {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Updates every tensor that has a gradient."""
         for group in self.param_groups:
-            if weights := [p for p in group["params"] if p.grad is not None]:
-                self._update(weights, group)
+            if parameters := [p for p in group["params"] if p.grad is not None]:
+                self._update(parameters, group)
 
-    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self._state(p) for p in weights]
-        directions = _directions(states, [p.grad for p in weights], group["decay"])
-        scales = _scales(weights, directions, group["lr"])
-        torch._foreach_mul_(directions, scales)  # pyright: ignore
-        means = [state["mean"] for state in states]
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self._state(p) for p in parameters]
+        torch._foreach_add_([state["step"] for state in states], 1)  # pyright: ignore
+        weights = self._split(parameters, parameters)
+        counts = [(float(state["step"]), len(self._of(p))) for state, p in zip(states, parameters, strict=True)]
+        new = [step ** -group["decay"] for step, matrices in counts for _ in range(matrices)]
+        squares = self._split(parameters, [state["square"] for state in states])
+        directions = _directions(squares, self._split(parameters, [p.grad for p in parameters]), new)
+        torch._foreach_mul_(directions, _scales(weights, directions, group["lr"]))  # pyright: ignore
+        means = self._split(parameters, [state["mean"] for state in states])
         torch._foreach_lerp_(means, directions, 1 - group["beta1"])  # pyright: ignore
         torch._foreach_mul_(weights, 1 - group["weight_decay"] * group["lr"] ** 2)  # pyright: ignore
         torch._foreach_sub_(weights, means)  # pyright: ignore
+
+    def _of(self, p: Tensor) -> tuple[int, ...]:
+        """The rows of each matrix of a parameter."""
+        return self.rows.get(p) or tuple(p.shape[:1]) or (1,)
+
+    def _split(self, parameters: list[Tensor], tensors: list[Any]) -> list[Tensor]:
+        """Tensors in the shapes of the parameters, split into the matrices of each."""
+        pairs = zip(parameters, tensors, strict=True)
+        return [part for p, tensor in pairs for part in (tensor.split(self._of(p)) if tensor.dim() else (tensor,))]
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         if not self.state[p]:  # the step stays on the host, where β₂ is made of it
@@ -54,11 +75,8 @@ class Adafactor(torch.optim.Optimizer):
         return self.state[p]
 
 
-def _directions(states: list[dict[str, Tensor]], gradients: list[Any], decay: float) -> list[Tensor]:
-    """U before its clip, after V has taken the gradients in."""
-    squares, steps = [state["square"] for state in states], [state["step"] for state in states]
-    torch._foreach_add_(steps, 1)  # pyright: ignore
-    new = [float(step) ** -decay for step in steps]  # 1 − β₂
+def _directions(squares: list[Tensor], gradients: list[Tensor], new: list[float]) -> list[Tensor]:
+    """U before its clip, after V has taken the gradients in; new: 1 − β₂ of each."""
     torch._foreach_mul_(squares, [1 - share for share in new])  # pyright: ignore
     torch._foreach_addcmul_(squares, gradients, gradients, new)  # pyright: ignore
     torch._foreach_add_(squares, [share * SQUARE_EPSILON for share in new])  # pyright: ignore
@@ -70,7 +88,7 @@ def _directions(states: list[dict[str, Tensor]], gradients: list[Any], decay: fl
 def _scales(weights: list[Tensor], directions: list[Tensor], rate: float) -> tuple[Tensor, ...]:
     """rate · max(ε₂, RMS(X)) / max(1, RMS(U)) of each tensor, where the tensors are."""
     size, change = _root_mean_squares(weights), _root_mean_squares(directions)
-    return (rate * size.clamp(min=SCALE_EPSILON) / (change / LARGEST).clamp(min=1)).unbind()
+    return (rate * size.clamp(min=SCALE_EPSILON) / (change / CLIP_THRESHOLD).clamp(min=1)).unbind()
 
 
 def _root_mean_squares(tensors: list[Tensor]) -> Tensor:

@@ -1,13 +1,13 @@
-"""Torch's Muon for many small matrices; knows no model.
+"""Muon for many small matrices at once.
 
 Muon (Jordan et al., 2024) replaces the update of a matrix by the nearest orthogonal one. Torch's own class does so for
 one matrix after another, which for the many small ones of a small model costs as much as the rest of a step: stacked by
 shape, with the same operations, it takes a third of the time (2 cores, AMX, width 128: 23 ms → 6 ms; one core: 13 → 7).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -30,33 +30,56 @@ def orthogonalize(
     return x.mT if tall else x
 
 
+class Matrix(NamedTuple):
+    """Rows of a parameter that are updated as one matrix, with the same rows of its gradient and of its momentum."""
+
+    weight: Tensor
+    gradient: Tensor
+    momentum: Tensor
+
+
 class StackedMuon(torch.optim.Muon):
-    """`torch.optim.Muon`, its settings, state and arithmetic, with a `step` over stacks of matrices of one shape."""
+    """`torch.optim.Muon`, its settings, state and arithmetic, with a `step` over stacks of matrices of one shape.
+
+    rows: the numbers of rows of the matrices that a joined parameter consists of; another one is a matrix as a whole.
+    """
+
+    def __init__(self, params: Iterable[Any], rows: Mapping[Tensor, tuple[int, ...]] | None = None, **settings: Any):
+        super().__init__(params, **settings)
+        self.rows = rows or {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Updates every matrix that has a gradient."""
         for group in self.param_groups:
-            for stack in _stacks(p for p in group["params"] if p.grad is not None):
+            for stack in _stacks(self._matrices(group)):
                 self._update(stack, group)
 
-    def _update(self, stack: list[Tensor], group: dict[str, Any]) -> None:
-        gradients = [p.grad for p in stack]
-        for p in stack:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        means = [self.state[p]["momentum_buffer"] for p in stack]
+    def _matrices(self, group: dict[str, Any]) -> Iterator[Matrix]:
+        for p in group["params"]:
+            if p.grad is not None:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                tensors = p, p.grad, self.state[p]["momentum_buffer"]
+                yield from map(Matrix, *(tensor.split(self.rows.get(p, len(p))) for tensor in tensors))
+
+    def _update(self, stack: list[Matrix], group: dict[str, Any]) -> None:
+        weights, gradients, means = (list(tensors) for tensors in zip(*stack, strict=True))
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])  # pyright: ignore
         updates = torch._foreach_lerp(gradients, means, group["momentum"])  # pyright: ignore (Nesterov's)
         directions = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
-        rate, (rows, columns) = group["lr"], stack[0].shape
-        torch._foreach_mul_(stack, 1 - rate * group["weight_decay"])  # pyright: ignore
-        steps = directions.to(stack[0].dtype) * -(rate * max(1, rows / columns) ** 0.5)
-        torch._foreach_add_(stack, steps.unbind())  # pyright: ignore
+        rate, (rows, columns) = group["lr"], weights[0].shape
+        torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])  # pyright: ignore
+        steps = directions.to(weights[0].dtype) * -(rate * max(1, rows / columns) ** 0.5)
+        torch._foreach_add_(weights, steps.unbind())  # pyright: ignore
 
 
-def _stacks(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def _stacks(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
     """Matrices of one shape, as many as `STACK` allows."""
-    for shape, same in groupby(sorted(matrices, key=lambda p: p.shape), key=lambda p: p.shape):
+    for shape, same in groupby(sorted(matrices, key=_shape), key=_shape):
         alike, size = list(same), max(1, STACK // shape.numel())
         yield from (alike[i : i + size] for i in range(0, len(alike), size))
+
+
+def _shape(matrix: Matrix) -> torch.Size:
+    return matrix.weight.shape
