@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 
-from keifu.training.hardware.precision import resolve_dtype
 from keifu.training.objectives.language_modeling import causal_language_modeling
-from keifu.training.optim.optimizers import Optimizers
 from keifu.training.protocols import Batch, Data, Objective
 from keifu.training.settings import Settings
-from keifu.training.step import TrainStep, compile_objective
+from keifu.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 RATE, BETAS, CLIP = 6e-4, (0.9, 0.95), 1.0
@@ -27,15 +25,13 @@ def ours(
 ) -> Callable[[], None]:
     """A step of keifu's loop, without what happens between steps."""
     rows = len(next(iter(batch(0).values())))
-    settings = Settings(steps=100_000, batch_size=rows, learning_rate=RATE, betas=BETAS)
-    optimisers = Optimizers(model, settings)
-    run = compile_objective(objective, CPU) if compile else objective
-    stepper = TrainStep(model, run, objective, optimisers, CPU, dtype, rows, CLIP, 0)
+    settings = Settings(steps=100_000, batch_size=rows, learning_rate=RATE, betas=BETAS, clip=CLIP, compile=compile)
+    trainer = Trainer(model, objective, settings, dtype=dtype)
 
     def step() -> None:
-        gradient = stepper.gradient(len(losses), batch(len(losses)), lambda: False)
+        gradient = trainer.gradient(len(losses), batch(len(losses)))
         assert gradient
-        optimisers.step(len(losses))
+        trainer.update(gradient)
         losses.append(gradient.sums.means()["loss"])
 
     return step
@@ -75,24 +71,14 @@ def learned(
 
     `between` is called with the number of steps done, and its time is not counted.
     """
-    optimisers, dtype = Optimizers(model, settings), resolve_dtype(settings.precision, CPU)
-    stepper = TrainStep(
-        model,
-        causal_language_modeling,
-        causal_language_modeling,
-        optimisers,
-        CPU,
-        dtype,
-        settings.batch_size,
-        settings.clip,
-        settings.seed,
-    )
+    trainer = Trainer(model, causal_language_modeling, settings)
     seconds = 0.0
     for step in range(settings.steps):
         start = time.perf_counter()
         model.train()
-        stepper.gradient(step, data.batch(step), lambda: False)
-        optimisers.step(step)
+        gradient = trainer.gradient(step, data.batch(step))
+        assert gradient
+        trainer.update(gradient)
         seconds += time.perf_counter() - start
         between(step + 1)
     model.eval()

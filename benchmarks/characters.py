@@ -27,11 +27,9 @@ from keifu.data.text.packed import PackedText
 from keifu.models import gpt2, llama
 from keifu.recipes.language.characters import WAYS
 from keifu.recipes.language.common import Text, prepare_text
-from keifu.training.hardware.precision import resolve_dtype
 from keifu.training.objectives.language_modeling import causal_language_modeling
-from keifu.training.optim.optimizers import Optimizers
 from keifu.training.settings import Settings
-from keifu.training.step import TrainStep
+from keifu.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -71,19 +69,8 @@ def measure(way: Way, source: str, target: float) -> tuple[str, Curve]:
     config = replace(way.config, vocab_size=task.tokenizer.vocab_size)
     torch.manual_seed(0)
     model = way.build(config).train()
-    settings, optimisers = way.settings, Optimizers(model, way.settings)
-    dtype = resolve_dtype(settings.precision, CPU)
-    stepper = TrainStep(
-        model,
-        causal_language_modeling,
-        causal_language_modeling,
-        optimisers,
-        CPU,
-        dtype,
-        settings.batch_size,
-        settings.clip,
-        0,
-    )
+    settings = way.settings
+    trainer = Trainer(model, causal_language_modeling, settings)
     data = PackedText(task.shards, config.context_length, settings.batch_size)
     judge = PackedText(task.shards, config.context_length, 256, validation_tokens=25_600)
     whole = PackedText(task.shards, config.context_length, 256)
@@ -91,17 +78,18 @@ def measure(way: Way, source: str, target: float) -> tuple[str, Curve]:
     curve: Curve = []
     for step in range(settings.steps):
         start = time.perf_counter()
-        stepper.gradient(step, data.batch(step), lambda: False)
-        optimisers.step(step)
+        gradient = trainer.gradient(step, data.batch(step))
+        assert gradient
+        trainer.update(gradient)
         seconds += time.perf_counter() - start
         if (step + 1) % 25 == 0:
-            loss = stepper.validation(judge.validation())["loss"]
+            loss = trainer.validation(judge.validation())["loss"]
             curve.append((seconds, loss))
             if loss <= target and reached == "not reached":
                 reached = f"{step + 1} steps, {seconds:.1f} s"
                 if settings.steps == 2000:  # what comes after is not asked of these lines
                     break
-    loss = stepper.validation(whole.validation())["loss"]
+    loss = trainer.validation(whole.validation())["loss"]
     return f"| {way.name} | {reached} | {loss:.3f} after {step + 1} steps, {seconds:.1f} s |", curve
 
 

@@ -32,9 +32,9 @@ from keifu.models import llama  # noqa: E402
 from keifu.training.hardware import cost, flops
 from keifu.training.loop import train  # noqa: E402
 from keifu.training.objectives.language_modeling import causal_language_modeling  # noqa: E402
-from keifu.training.optim.optimizers import Optimizers  # noqa: E402
 from keifu.training.run import checkpoint  # noqa: E402
 from keifu.training.settings import Settings  # noqa: E402
+from keifu.training.trainer import Trainer  # noqa: E402
 
 GPU = devices.available()[0]
 pytestmark = pytest.mark.gpu
@@ -99,12 +99,12 @@ def test_texts_and_pictures_are_those_of_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.skipif(not GPU.startswith("cuda"), reason="only CUDA counts the most memory that was taken")
 def test_the_memory_that_is_promised_is_that_which_is_taken() -> None:
     model = llama.build(llama.Config(1000, 256, 256, 512, 4, 4)).to(GPU)
-    optimisers, batch = Optimizers(model, Settings(steps=1)), {"tokens": torch.randint(0, 1000, (16, 257), device=GPU)}
-    probe = cost.Probe(model, causal_language_modeling, optimisers, torch.device(GPU), torch.bfloat16)
-    promised = cost.estimate(probe, batch, 16, "").total_bytes
+    batch = {"tokens": torch.randint(0, 1000, (16, 257), device=GPU)}
+    trainer = Trainer(model, causal_language_modeling, Settings(steps=1, precision="bfloat16"))
+    promised = cost.estimate(trainer, batch, 16, "").total_bytes
     torch.cuda.reset_peak_memory_stats()
-    probe.backward(batch)
-    optimisers.step(0)
+    cost.backward(trainer, batch)
+    trainer.optimizers.step(0)
     assert 0.6 < torch.cuda.max_memory_allocated() / promised < 1.4
 
 

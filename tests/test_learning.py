@@ -26,9 +26,8 @@ from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, TextDiffusionLoss, draw_noise
 from keifu.training.objectives.language_modeling import causal_language_modeling, masked_language_modeling, translation
 from keifu.training.objectives.unclip import DecoderLoss, PriorLoss, UnclipLoss
-from keifu.training.optim.optimizers import Optimizers
 from keifu.training.settings import Settings
-from keifu.training.step import TrainStep
+from keifu.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 31, "context_length": 16, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
@@ -52,16 +51,8 @@ def test_a_language_model_learns_rows_by_heart(name, optimizer):
     torch.manual_seed(0)
     model = module.build(config).train()
     settings = Settings(steps=150, batch_size=8, optimizer=optimizer, learning_rate=1e-2, weight_decay=0.0)
-    optimisers = Optimizers(model, settings)
-    stepper = TrainStep(
-        model, causal_language_modeling, causal_language_modeling, optimisers, CPU, torch.float32, 8, 1.0, 0
-    )
     batch = {"tokens": torch.randint(0, 31, (8, 13))}
-    losses = []
-    for step in range(settings.steps):
-        gradient = stepper.gradient(step, batch, lambda: False)
-        losses.append(gradient.sums.means()["loss"])
-        optimisers.step(step)
+    losses = learned(model, causal_language_modeling, settings, lambda step: batch)
     assert losses[0] > 3.0  # nothing was known: log 31 is 3.43
     # The first token of a row cannot be known from anything before it, so a row's second token may stay open.
     assert losses[-1] < 0.35
@@ -84,17 +75,11 @@ def test_an_encoder_decoder_learns_pairs_by_heart(name):
     torch.manual_seed(0)
     model = module.build(config).train()
     settings = Settings(steps=150, batch_size=8, learning_rate=1e-2, weight_decay=0.0)
-    optimisers = Optimizers(model, settings)
-    stepper = TrainStep(model, translation, translation, optimisers, CPU, torch.float32, 8, 1.0, 0)
     lengths = torch.randint(2, 8, (2, 8, 1))
     masks = [torch.arange(7) < lengths[0], torch.arange(9) < lengths[1] + 2]
     batch = {"source": torch.randint(3, 31, (8, 7)), "target": torch.randint(3, 31, (8, 9))}
     batch |= {"source_mask": masks[0], "target_mask": masks[1]}
-    losses = []
-    for step in range(settings.steps):
-        gradient = stepper.gradient(step, batch, lambda: False)
-        losses.append(gradient.sums.means()["loss"])
-        optimisers.step(step)
+    losses = learned(model, translation, settings, lambda step: batch)
     assert losses[0] > 3.0 and losses[-1] < 0.3
 
 
@@ -102,10 +87,6 @@ def test_bert_learns_masked_words_and_neighbours_by_heart():
     torch.manual_seed(0)
     model = bert.build(bert.Config(**SMALL, dropout=0.0)).train()
     settings = Settings(steps=150, batch_size=8, learning_rate=5e-3, weight_decay=0.0)
-    optimisers = Optimizers(model, settings)
-    stepper = TrainStep(
-        model, masked_language_modeling, masked_language_modeling, optimisers, CPU, torch.float32, 8, 1.0, 0
-    )
     tokens, places = torch.randint(1, 31, (8, 13)), torch.stack([torch.randperm(13)[:3] for _ in range(8)])
     batch = {
         "tokens": tokens.scatter(1, places, 0), "targets": tokens.gather(1, places), "places": places,
@@ -113,10 +94,7 @@ def test_bert_learns_masked_words_and_neighbours_by_heart():
         "mask": torch.ones(8, 13, dtype=torch.bool), "word_weight": torch.full((8,), 104 / 24),
         "pair_weight": torch.full((8,), 104 / 8),
     }  # fmt: skip
-    losses = []
-    for step in range(settings.steps):
-        losses.append(stepper.gradient(step, batch, lambda: False).sums.means()["loss"])
-        optimisers.step(step)
+    losses = learned(model, masked_language_modeling, settings, lambda step: batch)
     assert losses[0] > 3.9  # nothing was known: log 31 + log 2 is 4.13
     assert losses[-1] < 0.05
 
@@ -143,16 +121,12 @@ def test_a_drawing_network_learns_two_pictures_by_heart(name):
     config = DRAWING[name]
     model = ddpm.build(config).train()
     settings = Settings(steps=250, batch_size=32, learning_rate=1e-2, warmup=20, weight_decay=0.0, final_ratio=0.0)
-    optimisers, loss = Optimizers(model, settings), DiffusionLoss(config.noise, label_dropout=0.1)
-    stepper = TrainStep(model, loss, loss, optimisers, CPU, torch.float32, 32, 1.0, 0)
     bars = torch.full((2, 1, 8, 8), -1.0)
     bars[0, 0, :, 3:5] = bars[1, 0, 3:5] = 1.0
-    labels, losses = torch.arange(32) % 2, []
-    for step in range(settings.steps):
-        batch = {"pictures": bars[labels], "labels": labels, "draws": draw_noise(0, step, 32)}
-        batch = batch if config.n_classes else {name: batch[name] for name in ("pictures", "draws")}
-        losses.append(stepper.gradient(step, batch, lambda: False).sums.means()["loss"])
-        optimisers.step(step)
+    labels = torch.arange(32) % 2
+    given = {"pictures": bars[labels]} | ({"labels": labels} if config.n_classes else {})
+    loss = DiffusionLoss(config.noise, label_dropout=0.1)
+    losses = learned(model, loss, settings, lambda step: given | {"draws": draw_noise(0, step, 32)})
     assert losses[0] > 0.7 and sum(losses[-20:]) < 20 * 0.12
     model.eval()
     for label in range(2) if config.n_classes else [None]:
@@ -174,27 +148,22 @@ def test_clip_learns_pairs_by_heart(name):
     text, image = clip_text.Config(31, 8, 32, 64, 1, 4, end_id=30, embedding_dim=16), TOWERS[name]
     model = clip.build(clip.Config(text, image)).train()
     aim = contrastive_loss(lambda pixels: pixels / 127.5 - 1)
-    optimisers = Optimizers(model, Settings(steps=60, batch_size=8, learning_rate=3e-3, weight_decay=0.0, warmup=5))
-    stepper = TrainStep(model, aim, aim, optimisers, CPU, torch.float32, 8, 1.0, 0)
+    settings = Settings(steps=60, batch_size=8, learning_rate=3e-3, weight_decay=0.0, warmup=5)
     tokens = torch.cat([torch.randint(0, 30, (8, 6)), torch.full((8, 1), 30)], 1)
     size = image.image_size
     batch = {"pictures": torch.randint(0, 256, (8, 3, size, size)).byte(), "tokens": tokens}
-    losses = []
-    for step in range(60):
-        losses.append(stepper.gradient(step, batch, lambda: False).sums.means()["loss"])
-        optimisers.step(step)
+    losses = learned(model, aim, settings, lambda step: batch)
     assert losses[0] > 1.5  # nothing was known: log 8 is 2.08
     assert losses[-1] < 0.1
 
 
 def learned(model, objective, settings, batch) -> list[float]:
     """The loss of each step; `batch` is told the step."""
-    optimisers = Optimizers(model, settings)
-    stepper = TrainStep(model, objective, objective, optimisers, CPU, torch.float32, settings.batch_size, 1.0, 0)
-    losses = []
+    trainer, losses = Trainer(model, objective, settings, dtype=torch.float32), []
     for step in range(settings.steps):
-        losses.append(stepper.gradient(step, batch(step), lambda: False).sums.means()["loss"])
-        optimisers.step(step)
+        gradient = trainer.gradient(step, batch(step))
+        losses.append(gradient.sums.means()["loss"])
+        trainer.update(gradient)
     return losses
 
 

@@ -81,9 +81,8 @@ from keifu.training.objectives.unclip import (
     PriorLoss,
     UnclipLoss,  # noqa: E402
 )
-from keifu.training.optim.optimizers import Optimizers  # noqa: E402
 from keifu.training.settings import Settings  # noqa: E402
-from keifu.training.step import TrainStep  # noqa: E402
+from keifu.training.trainer import Trainer  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 31, "context_length": 16, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4}
@@ -277,13 +276,12 @@ CASES = {
 
 def gradients(model: nn.Module, objective, batch: dict[str, Tensor], place: torch.device) -> tuple[dict, dict]:
     """Means and gradients of a step, computed in two parts, and of a validation."""
-    optimisers = Optimizers(model, Settings(steps=1, batch_size=3))
-    stepper = TrainStep(model, objective, objective, optimisers, place, torch.float32, 2, 1.0, 0)
+    trainer = Trainer(model, objective, Settings(steps=1, batch_size=3, micro_batch=2, precision="float32"))
     batch = {name: tensor.to(place) for name, tensor in batch.items()}
-    found = stepper.gradient(0, batch, lambda: False)
+    found = trainer.gradient(0, batch)
     named = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-    optimisers.step(0)
-    return found.sums.means() | {"after": stepper.validation([batch])["loss"]}, named
+    trainer.update(found)
+    return found.sums.means() | {"after": trainer.validation([batch])["loss"]}, named
 
 
 @pytest.mark.parametrize("name", CASES)

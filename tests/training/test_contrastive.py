@@ -10,9 +10,8 @@ from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.training.objectives.contrastive import contrastive_loss
-from keifu.training.optim.optimizers import Optimizers
 from keifu.training.settings import Settings
-from keifu.training.step import TrainStep
+from keifu.training.trainer import Trainer
 
 TEXT = clip_text.Config(31, 9, 16, 24, 1, 2, end_id=30, embedding_dim=8)
 IMAGE = clip_image.Config(12, 4, 3, 16, 24, 1, 2, embedding_dim=8)
@@ -32,9 +31,9 @@ def batch(rows: int = 7) -> dict[str, torch.Tensor]:
     return {"pictures": torch.randint(0, 256, (rows, 3, 12, 12), generator=random).byte(), "tokens": tokens}
 
 
-def stepper(model: clip.Clip, rows: int, **changed) -> TrainStep:
-    settings = Settings(clip=0.0, weight_decay=0.0, **changed)
-    return TrainStep(model, LOSS, LOSS, Optimizers(model, settings), torch.device("cpu"), torch.float32, rows, 0.0, 1)
+def trainer(model: clip.Clip, rows: int, **changed) -> Trainer:
+    settings = Settings(clip=0.0, weight_decay=0.0, micro_batch=rows, seed=1, precision="float32", **changed)
+    return Trainer(model, LOSS, settings)
 
 
 def test_the_loss_is_transformers_loss() -> None:
@@ -51,8 +50,8 @@ def test_the_loss_is_transformers_loss() -> None:
 @pytest.mark.parametrize("rows", [1, 2, 3, 6])
 def test_the_gradient_does_not_depend_on_the_split(rows: int, dropout: float) -> None:
     whole, parts = made(dropout), made(dropout)
-    expected = stepper(whole, 7).gradient(0, batch(), lambda: False)
-    got = stepper(parts, rows).gradient(0, batch(), lambda: False)
+    expected = trainer(whole, 7).gradient(0, batch())
+    got = trainer(parts, rows).gradient(0, batch())
     assert expected and got
     assert got.sums.means() == pytest.approx(expected.sums.means(), abs=1e-6)
     for name, parameter in parts.named_parameters():
@@ -63,7 +62,7 @@ def test_the_gradient_does_not_depend_on_the_split(rows: int, dropout: float) ->
 
 def test_validation_is_of_the_whole_batch_too() -> None:
     model = made()
-    alone, split = (stepper(model, rows).validation([batch(), batch(5)]) for rows in (7, 2))
+    alone, split = (trainer(model, rows).validation([batch(), batch(5)]) for rows in (7, 2))
     assert alone == pytest.approx(split, abs=1e-6)
     assert alone["captions_found"] <= 1
 
@@ -80,12 +79,12 @@ def test_the_temperature_stops_at_a_hundred() -> None:
 
 def test_pairs_are_learned_by_heart() -> None:
     model, given = made(), batch(12)
-    step = stepper(model, 5, steps=60, warmup=5, learning_rate=3e-3)
+    step = trainer(model, 5, steps=60, warmup=5, learning_rate=3e-3)
     losses = []
     for number in range(60):
-        found = step.gradient(number, given, lambda: False)
+        found = step.gradient(number, given)
         assert found is not None
         losses.append(found.sums.means()["loss"])
-        step.optimisers.step(number)
+        step.update(found)
     assert losses[0] > 2.0 and losses[-1] < 0.1  # log 12 is 2.48
     assert step.validation([given])["pictures_found"] == 1.0

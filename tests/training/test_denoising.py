@@ -15,9 +15,9 @@ from keifu.training.objectives.language_modeling import (
     span_corruption,
     translation,
 )
-from keifu.training.optim.optimizers import Optimizers
 from keifu.training.settings import Settings
-from keifu.training.step import Sums, TrainStep
+from keifu.training.state import Sums
+from keifu.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 MARKERS = Markers(dict(zip(MODES, (1, 2, 3), strict=True)), np.arange(4, 14), 0, 14)
@@ -32,9 +32,11 @@ def batch(form, rows: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in made.items()}
 
 
-def learner(model, objective, steps: int, micro: int = 8) -> TrainStep:
-    settings = Settings(steps=steps, batch_size=8, learning_rate=1e-2, weight_decay=0.0)
-    return TrainStep(model, objective, objective, Optimizers(model, settings), CPU, torch.float32, micro, 1.0, 0)
+def learner(model, objective, steps: int, micro: int = 8) -> Trainer:
+    settings = Settings(
+        steps=steps, batch_size=8, micro_batch=micro, learning_rate=1e-2, weight_decay=0.0, precision="float32"
+    )
+    return Trainer(model, objective, settings)
 
 
 def test_the_loss_is_that_of_the_targets_alone() -> None:
@@ -54,7 +56,7 @@ def test_a_split_changes_neither_loss_nor_gradient(micro: int) -> None:
     for rows in (8, micro):
         torch.manual_seed(1)
         model = palm.build(palm.Config(**SIZES, head_dim=8)).train()
-        gradient = learner(model, span_corruption, 1, rows).gradient(0, batch(DECODER), lambda: False)
+        gradient = learner(model, span_corruption, 1, rows).gradient(0, batch(DECODER))
         found.append((gradient.sums.means()["loss"], [p.grad for p in model.parameters()]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1], strict=True))
@@ -93,9 +95,10 @@ def test_both_kinds_of_model_learn_a_mixture_of_denoisers_by_heart(kind: str) ->
     module, config, form, objective = KINDS[kind]
     torch.manual_seed(0)
     model = module.build(config).train()
-    stepper, given, losses = learner(model, objective, 150), batch(form), []
+    trainer, given, losses = learner(model, objective, 150), batch(form), []
     for step in range(150):
-        losses.append(stepper.gradient(step, given, lambda: False).sums.means()["loss"])
-        stepper.optimisers.step(step)
+        gradient = trainer.gradient(step, given)
+        losses.append(gradient.sums.means()["loss"])
+        trainer.update(gradient)
     assert losses[0] > 3.3  # nothing was known: log 40 is 3.69
     assert losses[-1] < 0.3

@@ -25,11 +25,10 @@ from keifu.training.objectives.language_modeling import (
     masked_language_modeling,
     translation,
 )
-from keifu.training.optim.optimizers import Optimizers
 from keifu.training.protocols import Batch, LossOutput, Objective
 from keifu.training.run import checkpoint
 from keifu.training.settings import Settings
-from keifu.training.step import TrainStep
+from keifu.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 ROWS, VOCAB = 8, 23
@@ -152,9 +151,8 @@ def gradients(name: str, micro_batch: int, step: int = 5) -> tuple[float, dict[s
     model = build().train()
     torch.manual_seed(2)
     batch = data()
-    optimisers = Optimizers(model, Settings())
-    stepper = TrainStep(model, aim, aim, optimisers, CPU, torch.float32, micro_batch, 0.0, 3)
-    found = stepper.gradient(step, batch, lambda: False)
+    changed = Settings(micro_batch=micro_batch, clip=0.0, seed=3, precision="float32")
+    found = Trainer(model, aim, changed).gradient(step, batch)
     assert found is not None
     return found.sums.means()["loss"], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -189,20 +187,20 @@ def test_rows_that_are_shorter_and_stay_together_have_the_same_masks() -> None:
     found = []
     for elements in (None, 26):
         model, batch = toy(), Sequences().batch(0)
-        optimisers = Optimizers(model, settings())
-        stepper = TrainStep(model, objective, objective, optimisers, CPU, torch.float32, 1, 0.0, 3, elements)
-        found.append(stepper.gradient(0, batch, lambda: False).sums.means()["loss"])
+        trainer = Trainer(model, objective, settings(micro_batch=1, clip=0.0, seed=3))
+        trainer.row_elements = elements
+        found.append(trainer.gradient(0, batch).sums.means()["loss"])
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def test_after_a_step_nothing_is_left_that_dropout_draws_from(tmp_path) -> None:
     model = toy()
-    stepper = TrainStep(model, objective, objective, Optimizers(model, settings()), CPU, torch.float32, 4, 0.0, 3)
+    trainer = Trainer(model, objective, settings(micro_batch=4))
     for stop in (False, True):
-        stepper.gradient(0, Sequences().batch(0), lambda stop=stop: stop)
-        assert stepper.dropout.table is None
-    stepper.explain(0, Sequences().batch(0))
-    assert stepper.dropout.table is None
+        trainer.gradient(0, Sequences().batch(0), lambda stop=stop: stop)
+        assert trainer.dropout.table is None
+    trainer.explain(0, Sequences().batch(0))
+    assert trainer.dropout.table is None
 
 
 @pytest.mark.slow
@@ -211,9 +209,9 @@ def test_a_model_is_not_compiled_anew_at_each_step() -> None:
     build, aim, data = CASES["gpt2"]
     model, batch, losses = build().train(), data(), {}
     for name, running in (("plain", aim), ("compiled", torch.compile(aim, backend="aot_eager"))):
-        stepper = TrainStep(model, running, aim, Optimizers(model, Settings()), CPU, torch.float32, 4, 0.0, 3)
+        trainer = Trainer(model, running, Settings(micro_batch=4, clip=0.0, seed=3, precision="float32"))
         with torch._dynamo.config.patch(error_on_recompile=True):
-            found = [stepper.gradient(step, batch, lambda: False) for step in range(3)]
+            found = [trainer.gradient(step, batch) for step in range(3)]
         losses[name] = [each.sums.means()["loss"] for each in found if each]
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5) and len(set(losses["plain"])) == 3
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from keifu.models import bert
 from keifu.training.objectives.language_modeling import masked_language_modeling
-from keifu.training.optim.optimizers import Optimizers
 from keifu.training.protocols import Batch
 from keifu.training.settings import Settings
-from keifu.training.step import Sums, TrainStep
+from keifu.training.state import Sums
+from keifu.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 CONFIG = bert.Config(23, 12, 16, 24, 2, 4, dropout=0.0)
@@ -64,10 +64,8 @@ def test_a_split_changes_neither_loss_nor_gradient(micro: int) -> None:
     def gradients(rows: int) -> tuple[dict[str, float], dict[str, Any]]:
         torch.manual_seed(3)
         model = bert.build(CONFIG).train()
-        optimisers = Optimizers(model, Settings())
-        found = TrainStep(
-            model, masked_language_modeling, masked_language_modeling, optimisers, CPU, torch.float32, rows, 0.0, 0
-        ).gradient(0, given, lambda: False)
+        changed = Settings(micro_batch=rows, clip=0.0, precision="float32")
+        found = Trainer(model, masked_language_modeling, changed).gradient(0, given)
         assert found is not None
         return found.sums.means(), {name: p.grad for name, p in model.named_parameters()}
 

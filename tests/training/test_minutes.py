@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from torch import nn
 from training_toys import Sequences, objective, run, settings, toy, weights
 
 from keifu.training import pace
+from keifu.training.length import Length, with_plan
 from keifu.training.loop import Summary, train
 from keifu.training.optim.optimizers import Optimizers
-from keifu.training.pace import Budget, Pace, Plan
+from keifu.training.pace import Budget, Pace
 from keifu.training.protocols import Batch
 from keifu.training.run import checkpoint, metrics
 
@@ -97,15 +97,17 @@ def test_stopped_and_resumed_with_the_plan_of_its_state_it_has_the_same_bits(clo
 
 def test_a_changed_plan_goes_on_evenly_to_the_end_of_the_schedule() -> None:
     optimisers = Optimizers(toy(), settings(steps=100, schedule="linear", warmup=0, final_ratio=0.0))
-    plan = Plan(100, 100)
-    assert [plan.ahead(step) for step in range(100)] == [0.0] * 100
-    changed = plan.changed(40, 60)
-    rates = [optimisers.rates(step, changed.ahead(step))["learning_rate"] for step in range(40, 61)]
-    assert rates[0] == optimisers.rates(40)["learning_rate"], "no jump"
+    before = [optimisers.rates(step)["learning_rate"] for step in range(100)]
+    optimisers.length = Length(100).fitted(3, 100)
+    assert [optimisers.rates(step)["learning_rate"] for step in range(100)] == before, "the same number changes nothing"
+    optimisers.length = changed = Length(100).fitted(40, 60)
+    rates = [optimisers.rates(step)["learning_rate"] for step in range(40, 61)]
+    assert rates[0] == before[40], "no jump"
     assert rates[-1] == 0.0 and rates == sorted(rates, reverse=True)
     assert rates[10] == pytest.approx(1e-2 * (1 - 70 / 99), rel=1e-3)
-    again = changed.changed(50, 100)
-    assert again.position == 70 and again.ahead(100) == pytest.approx(0) and Plan(**asdict(again)) == again
+    again = changed.fitted(50, 100)
+    assert again.position == 70 and again.rate_share(optimisers.settings, 99) == pytest.approx(0, abs=0.05)
+    assert with_plan(Length(100), again.facts()) == again and with_plan(Length(90), again.facts()) == Length(90)
 
 
 def test_what_is_left_counts_what_comes_between_steps_and_after_the_last_one(clock: Clock) -> None:

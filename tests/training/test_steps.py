@@ -19,15 +19,15 @@ from keifu.training.optim.lr_schedules import ratio
 from keifu.training.optim.muon import StackedMuon, orthogonalize
 from keifu.training.optim.optimizers import Optimizers, hidden_matrices
 from keifu.training.protocols import LossOutput
+from keifu.training.ranks import Ranks
 from keifu.training.settings import Settings, check_choice
-from keifu.training.step import TrainStep, compile_objective, split
+from keifu.training.trainer import Trainer, compile_objective
 
 CPU = torch.device("cpu")
 
 
-def stepper(model: nn.Module, rows: int, clip: float = 0.0, aim=objective, **changed) -> TrainStep:
-    optimisers = Optimizers(model, settings(**changed))
-    return TrainStep(model, aim, aim, optimisers, CPU, torch.float32, rows, clip, seed=1)
+def trainer(model: nn.Module, rows: int, clip: float = 0.0, aim=objective, **changed) -> Trainer:
+    return Trainer(model, aim, settings(micro_batch=rows, clip=clip, seed=1, **changed))
 
 
 def masked(model: nn.Module, batch: dict) -> LossOutput:
@@ -43,8 +43,8 @@ def masked(model: nn.Module, batch: dict) -> LossOutput:
 def test_the_gradient_does_not_depend_on_the_split(rows: int) -> None:
     batch = Sequences().batch(0) | {"lengths": torch.tensor([5, 1, 0, 4, 2, 3])}
     whole, parts = toy(dropout=0.0), toy(dropout=0.0)
-    expected = stepper(whole, 6, aim=masked).gradient(0, batch, lambda: False)
-    got = stepper(parts, rows, aim=masked).gradient(0, batch, lambda: False)
+    expected = trainer(whole, 6, aim=masked).gradient(0, batch)
+    got = trainer(parts, rows, aim=masked).gradient(0, batch)
     assert expected and got
     assert got.sums.means()["loss"] == pytest.approx(expected.sums.means()["loss"], abs=1e-6)
     assert float(got.norm) == pytest.approx(float(expected.norm), rel=1e-5)
@@ -54,7 +54,7 @@ def test_the_gradient_does_not_depend_on_the_split(rows: int) -> None:
 
 def test_the_gradient_is_that_of_the_mean_loss() -> None:
     model, batch = toy(dropout=0.0), Sequences().batch(0)
-    stepper(model, 2).gradient(0, batch, lambda: False)
+    trainer(model, 2).gradient(0, batch)
     got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     outcome = objective(model, batch)
@@ -66,7 +66,7 @@ def test_the_gradient_is_that_of_the_mean_loss() -> None:
 @pytest.mark.parametrize(("clip", "norm"), [(0.01, 0.01), (100.0, None), (0.0, None)])
 def test_clipping_bounds_the_norm_and_reports_the_one_before(clip: float, norm: float | None) -> None:
     model = toy(dropout=0.0)
-    gradient = stepper(model, 3, clip=clip).gradient(0, Sequences().batch(0), lambda: False)
+    gradient = trainer(model, 3, clip=clip).gradient(0, Sequences().batch(0))
     assert gradient is not None
     after = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     assert float(after) == pytest.approx(float(gradient.norm) if norm is None else norm, rel=1e-3)
@@ -75,24 +75,24 @@ def test_clipping_bounds_the_norm_and_reports_the_one_before(clip: float, norm: 
 
 def test_dropout_is_drawn_from_the_seed_and_the_step() -> None:
     model, batch = toy(dropout=0.5), Sequences().batch(0)
-    losses = [stepper(model, 6).gradient(step, batch, lambda: False) for step in (0, 1, 0)]
+    losses = [trainer(model, 6).gradient(step, batch) for step in (0, 1, 0)]
     first, second, again = (gradient.sums.total.item() for gradient in losses if gradient)
     assert first == again != second
 
 
 def test_a_stop_between_two_parts_leaves_nothing() -> None:
     model, asked = toy(), iter([False, True])
-    assert stepper(model, 2).gradient(0, Sequences().batch(0), lambda: next(asked)) is None
+    assert trainer(model, 2).gradient(0, Sequences().batch(0), lambda: next(asked)) is None
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_batch_without_rows_is_an_error() -> None:
     with pytest.raises(UserError, match="batch of step 3 has no rows"):
-        stepper(toy(), 2).gradient(3, {"tokens": torch.zeros(0, 6, dtype=torch.long)}, lambda: False)
+        trainer(toy(), 2).gradient(3, {"tokens": torch.zeros(0, 6, dtype=torch.long)})
 
 
 def test_splitting_keeps_every_row_in_order() -> None:
-    parts = [part["tokens"] for part in split(Sequences().batch(0), 4)]
+    parts = [part.batch["tokens"] for part in Ranks().micro_batches(Sequences().batch(0), 4)]
     assert [len(part) for part in parts] == [4, 2]
     assert torch.equal(torch.cat(parts), Sequences().batch(0)["tokens"])
 

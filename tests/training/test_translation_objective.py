@@ -20,7 +20,7 @@ from keifu.training.optim.optimizers import Optimizers
 from keifu.training.optim.weight_averaging import average_checkpoints, averaged_weights
 from keifu.training.protocols import Batch
 from keifu.training.run import checkpoint
-from keifu.training.step import TrainStep
+from keifu.training.trainer import Trainer
 
 SMALL = transformer.Config(
     vocab_size=13, context_length=16, dim=16, hidden_dim=24, n_layers=1, n_heads=2, dropout=0.0, start_id=1
@@ -183,7 +183,7 @@ def test_trying_the_pace_changes_nothing(optimizer: str) -> None:
 def test_the_steps_are_those_that_fit(monkeypatch) -> None:
     clock = iter(range(10**6))
     monkeypatch.setattr(setup.time, "perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr(TrainStep, "gradient", lambda *arguments: None)
+    monkeypatch.setattr(Trainer, "gradient", lambda *arguments: None)
     monkeypatch.setattr(setup.cost.peak, "time_call", lambda work, device: work() and 0.0 or 0.0)
     steps = setup.steps_within(50.0, toy(), objective, Sequences(), settings(), Sequences().batch(0))
     assert steps == pytest.approx(3000, rel=0.02)  # a step takes a second of this clock

@@ -7,7 +7,6 @@ to rounding; the cost is a second forward pass. Batch normalisation uses the sta
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from keifu.training.protocols import Batch, LossOutput
+from keifu.training.ranks import Ranks
 
 Rows = tuple[Tensor, ...]  # the outputs of a batch: tensors with one row for each of its rows
 
@@ -34,62 +34,57 @@ class WholeBatchObjective:
 def whole_batch_outputs(
     objective: WholeBatchObjective,
     model: nn.Module,
-    parts: Sequence[Batch],
-    context: Callable[[], AbstractContextManager[object]],
-    begin: Callable[[int], None],
+    call: Callable[..., Any],
+    passes: Callable[[], Iterator[Batch]],
+    sizes: Sequence[int],
     scale: float = 1.0,
+    ranks: Ranks = Ranks(),  # noqa: B008 (it is frozen)
 ) -> Iterator[LossOutput]:
-    """Outputs whose sums and gradients add up to those of the whole batch.
+    """Outputs whose sums and gradients, over all ranks, add up to those of the whole batch.
 
-    `context`: surrounds forward passes. `begin`: called with a part's number before each of the two passes over it, so
-    that both have the same random numbers. `scale`: the factor by which the caller multiplies each total before its
-    backward pass. Where gradients are disabled, there is one output.
+    `call`: computes a function of the model. `passes`: goes through this rank's micro-batches, of `sizes` rows, with
+    the same random numbers each time. `scale`: the factor by which the caller multiplies each total before its backward
+    pass. Where gradients are disabled, there is one output.
     """
-    if len(parts) == 1:
-        begin(0)
-        with context():
-            found = objective(model, parts[0])
-        yield found
+    if len(sizes) == ranks.world == 1:
+        yield from (call(objective, part) for part in passes())
         return
-    cached = _cache_outputs(objective, model, parts, context, begin)
-    with context():
-        whole = objective.loss(model, cached)
-    if not torch.is_grad_enabled():
-        yield whole
+    own = _cache_outputs(objective, model, call, passes)
+    keeps = torch.is_grad_enabled()
+    outputs = tuple(ranks.gather(rows).requires_grad_(keeps) for rows in own)
+    whole = call(objective.loss, outputs)
+    counted = 0.0 if ranks.rank else 1.0  # every rank computes the whole loss, and the first counts it
+    if not keeps:
+        yield _share_of(whole, counted)
         return
-    (whole.total * scale).backward()  # into the cached outputs, and into the loss's own parameters
-    gradients = zip(*(each.grad.split([_size(part) for part in parts]) for each in cached), strict=True)  # pyright: ignore
-    for number, (part, wanted) in enumerate(zip(parts, gradients, strict=True)):
-        begin(number)
-        with context():
-            rows = objective.rows(model, part)
-        each = [(row.float() * gradient.float()).sum() for row, gradient in zip(rows, wanted, strict=True)]
-        carrier = torch.stack(each).sum() / scale
-        share = 0.0 if number else 1.0  # the first part has all sums, the others none
-        figures = {name: value * share for name, value in whole.figures.items()}
-        yield LossOutput(carrier - carrier.detach() + share * whole.total.detach(), whole.weight * share, figures)
+    part_of_scale = scale / ranks.world  # each rank gives an equal part of the gradient of the loss's own parameters
+    (whole.total * part_of_scale).backward()
+    first = sum(ranks.counts(own[0])[: ranks.rank])
+    mine = (output.grad[first : first + len(own[0])].split(list(sizes)) for output in outputs)  # pyright: ignore
+    for number, (part, gradients) in enumerate(zip(passes(), zip(*mine, strict=True), strict=True)):
+        rows = call(objective.rows, part)
+        each = [(row.float() * gradient.float()).sum() for row, gradient in zip(rows, gradients, strict=True)]
+        carrier = torch.stack(each).sum() / part_of_scale
+        found = _share_of(whole, 0.0 if number else counted)  # the first part has all sums, the others none
+        yield found._replace(total=carrier - carrier.detach() + found.total)
+
+
+def _share_of(whole: LossOutput, share: float) -> LossOutput:
+    """A share of the sums, detached."""
+    figures = {name: value * share for name, value in whole.figures.items()}
+    return LossOutput(share * whole.total.detach(), whole.weight * share, figures)
 
 
 def _cache_outputs(
     objective: WholeBatchObjective,
     model: nn.Module,
-    parts: Sequence[Batch],
-    context: Callable[[], AbstractContextManager[object]],
-    begin: Callable[[int], None],
+    call: Callable[..., Any],
+    passes: Callable[[], Iterator[Batch]],
 ) -> Rows:
-    """The outputs of all rows, as leaf tensors that collect a gradient; buffers (running statistics) are restored."""
+    """The outputs of this rank's rows without activations; buffers (running statistics) are restored."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    found = []
     with torch.no_grad():
-        for number, part in enumerate(parts):
-            begin(number)
-            with context():
-                found.append(objective.rows(model, part))
+        found = [call(objective.rows, part) for part in passes()]
         for buffer, before in buffers:
             buffer.copy_(before)
-    keeps = torch.is_grad_enabled()
-    return tuple(torch.cat(pieces).requires_grad_(keeps) for pieces in zip(*found, strict=True))
-
-
-def _size(part: Batch) -> int:
-    return len(next(iter(part.values())))
+    return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))

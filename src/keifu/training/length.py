@@ -1,4 +1,4 @@
-"""The number of steps of a run, and its learning rate when that number is changed on resuming.
+"""The number of steps of a run, and its learning rate when that number is changed on resuming or by a time budget.
 
 A run that is made longer or shorter keeps its warm-up and everything else that was derived from its first number of
 steps (batch-size warm-up, checkpoint interval). From then on its learning rate is that of a run of the new length: the
@@ -6,8 +6,9 @@ decay is stretched to the new end. So that the rate does not jump, the differenc
 that step fades linearly, over as many updates as the warm-up has, but at most over half of the remaining ones.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from keifu.errors import UserError
@@ -27,15 +28,29 @@ class Change:
 
 @dataclass(frozen=True)
 class Length:
-    """The number of steps that a run started with, and every change of it since."""
+    """The number of steps of a run: those that it started with, every change of them since, and, in a run with a time
+    budget, the number that fits.
+
+    The learning rate is a function of the position in the schedule of `scheduled` steps. Where `fitting` steps fit into
+    the time, the position from step `since` on, where it is `position`, advances evenly, so that the schedule ends at
+    that step.
+    """
 
     begun: int
     changes: tuple[Change, ...] = ()
+    fitting: int | None = None
+    since: int = 0
+    position: float = 0.0
 
-    @property
-    def steps(self) -> int:
-        """The current number of steps of the whole run."""
+    @cached_property
+    def scheduled(self) -> int:
+        """The number of steps that the run was last asked for."""
         return self.changes[-1].steps if self.changes else self.begun
+
+    @cached_property
+    def steps(self) -> int:
+        """The number of steps that the run makes."""
+        return self.scheduled if self.fitting is None else self.fitting
 
     def changed(self, at: int, steps: int, warmup: int) -> "Length":
         """The length after a change to `steps` at step `at`; fewer steps than are already done is a `UserError`."""
@@ -43,15 +58,24 @@ class Length:
             raise UserError(f"{at:,} steps are done, so the run cannot be made as short as {steps:,}: choose more.")
         return Length(self.begun, (*self.changes, Change(at, steps, max(1, min(warmup, (steps - at) // 2)))))
 
-    def rate_share(self, settings: Settings, step: int, ahead: float = 0.0) -> float:
-        """The learning rate of update number `step` (from 0) as a share of the highest one; ahead: see `pace.Plan`."""
+    def fitted(self, step: int, steps: int) -> "Length":
+        """The length where only `steps` steps fit into the time, as measured at step `step`."""
+        return replace(self, fitting=steps, since=step, position=step + self._ahead(step))
+
+    def rate_share(self, settings: Settings, step: int) -> float:
+        """The learning rate of update number `step` (from 0) as a share of the highest one."""
         past = [change for change in self.changes if change.at <= step]
         lengths = [self.begun, *(change.steps for change in past)]
-        share = self._curve(settings, lengths[-1], step, ahead)
+        share = self._curve(settings, lengths[-1], step, self._ahead(step))
         for before, change in zip(lengths, past, strict=False):
             gap = self._curve(settings, before, change.at) - self._curve(settings, change.steps, change.at)
             share += gap * max(0.0, 1.0 - (step - change.at) / change.over)
         return max(0.0, share) if past else share
+
+    def _ahead(self, step: int) -> float:
+        """The position of a step in the schedule minus its number: 0 where all steps fit."""
+        stride = (self.scheduled - self.position) / max(1, self.steps - self.since)
+        return self.position + (step - self.since) * stride - step if self.fitting is not None else 0.0
 
     def _curve(self, s: Settings, steps: int, step: int, ahead: float = 0.0) -> float:
         """The same for a run that has had `steps` steps from its start, with the warm-up of this one."""
@@ -71,11 +95,21 @@ class Length:
             f"{last.over:,} {'update' if last.over == 1 else 'updates'}."
         )
 
-    def facts(self) -> list[dict[str, int]]:
-        """The changes as JSON, for a checkpoint and recipe.json."""
-        return [asdict(change) for change in self.changes]
+    def facts(self) -> dict[str, Any]:
+        """The changes, and where a number of steps fits into the time the plan, as JSON, for a checkpoint."""
+        plan = {"steps": self.steps, "scheduled": self.scheduled, "since": self.since, "position": self.position}
+        return {"length": [asdict(change) for change in self.changes], "plan": plan}
 
 
-def length_of(settings: Mapping[str, Any], changes: Sequence[Mapping[str, int]]) -> Length:
-    """The length of a saved run, from its settings and its changes (none in checkpoints of earlier versions)."""
-    return Length(settings["steps"], tuple(Change(**change) for change in changes))
+def length_of(state: Mapping[str, Any]) -> Length:
+    """The length of a saved run without its plan, from the facts of its state (no changes in earlier versions)."""
+    changes = (Change(**change) for change in state.get("length", ()))
+    return Length(state["described"]["settings"]["steps"], tuple(changes))
+
+
+def with_plan(length: Length, state: Mapping[str, Any]) -> Length:
+    """The length with the plan of a state, if that was made for the same number of steps."""
+    plan = state.get("plan", {})
+    if plan.get("scheduled") != length.scheduled:
+        return length
+    return replace(length, fitting=plan["steps"], since=plan["since"], position=plan["position"])

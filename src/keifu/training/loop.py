@@ -4,12 +4,11 @@ The data make the batches, the objective computes the loss. All randomness in a 
 step, so a run that was stopped and resumed ends with the same bits as one that was not.
 """
 
-import dataclasses
 import math
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,9 +28,9 @@ from keifu.training.run import directory as run_directory
 from keifu.training.run.progress import Display, format_seconds, number
 from keifu.training.run.report import REPORT, write_report
 from keifu.training.settings import Settings, as_chosen
-from keifu.training.setup import ADVICE, TrainingSetup, rewind, set_up, tensors
+from keifu.training.setup import ADVICE, Setup, set_up
 from keifu.training.signals import Interrupted, StopRequest
-from keifu.training.step import Gradient
+from keifu.training.trainer import Gradient
 
 
 @dataclass(frozen=True)
@@ -67,117 +66,120 @@ def train(
     settings = as_chosen(settings)
     tensor_cores = tensor_float32(next(model.parameters()).device)
     with Display(settings.steps, run.unit) as display, StopRequest(display.note) as stop, tensor_cores:
-        started = set_up(model, objective, data, settings, run, display.note, largest)
-        display.expect(started.progressed.plan.steps)
-        sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, started.described)
-        at = started.progressed
-        with metrics.Metrics(run.directory, sinks, at.step, at.spikes.skipped) as lines:
-            loop = _Loop(started, data, started.settings, run, sample, save, display, lines, lambda: stop.wanted)
+        setup = set_up(model, objective, data, settings, run, display.note, largest)
+        state = setup.trainer.state
+        display.expect(state.length.steps)
+        sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, setup.described)
+        with metrics.Metrics(run.directory, sinks, state.step, state.spikes.skipped) as lines:
+            loop = _Loop(setup, data, run, sample, save, display, lines, lambda: stop.wanted)
             try:
-                loop.go()
+                loop.make_steps()
                 return loop.finish()
             finally:
                 loop.loader.close()
 
 
-@dataclass
 class _Loop:
-    """A run between its start and its end."""
+    """A run of a trainer in a directory: its steps, and what comes between them."""
 
-    started: TrainingSetup
-    data: Data
-    settings: Settings
-    run: Run
-    sample: Sample | None
-    save: Save | None
-    display: Display
-    lines: metrics.Metrics
-    stop: Callable[[], bool]
-
-    def __post_init__(self) -> None:
-        self.stepper, self.at = self.started.stepper, self.started.progressed
-        s, whole = self.settings, self.settings.whole_steps
-        self.pace = Pace(self.at.seconds, self.at.passed)
-        self.left = TimeLeft(whole(self.at.step), whole(self.at.plan.steps))
-        every = {"validation": s.evaluate_every, "sample": s.sample_every, "state": s.save_every}
-        seconds = None if s.minutes is None else 60 * s.minutes
-        self.budget = Budget(seconds, self.pace, self.at.step, every)
-        self.peak = peak(self.stepper.device, self.stepper.dtype)
-        self.figures, self.validated, self.gradient_norm = self.lines.latest(), self.lines.validated, math.nan
-        self.saved = self.at.step if self.run.resume else -1
-        self.on_policy = isinstance(self.data, OnPolicy)
-        device = self.stepper.device
-        self.loader = Loader(self.data.batch, device, prefetches(device) and not self.on_policy)
-        self.how = run_directory.how_to_resume(self.run)
+    def __init__(
+        self,
+        setup: Setup,
+        data: Data,
+        run: Run,
+        sample: Sample | None,
+        save: Save | None,
+        display: Display,
+        lines: metrics.Metrics,
+        stop: Callable[[], bool],
+    ):
+        self.trainer, self.cost, self.described = setup
+        self.state, self.settings = self.trainer.state, self.trainer.settings
+        self.data, self.run, self.sample, self.save = data, run, sample, save
+        self.display, self.lines, self.stop = display, lines, stop
+        s, state, device = self.settings, self.state, self.trainer.device
+        self.pace = Pace(state.seconds, state.passed)
+        self.left = TimeLeft(s.whole_steps(state.step), s.whole_steps(state.length.steps))
+        self.every = {"validation": s.evaluate_every, "sample": s.sample_every, "state": s.save_every}
+        self.budget = Budget(None if s.minutes is None else 60 * s.minutes, self.pace, state.step, self.every)
+        self.peak = peak(device, self.trainer.dtype)
+        self.figures, self.validated, self.gradient_norm = lines.latest(), lines.validated, math.nan
+        self.saved = state.step if run.resume else -1
+        self.on_policy = isinstance(data, OnPolicy)
+        self.loader = Loader(data.batch, device, prefetches(device) and not self.on_policy)
         self._write_recipe({})
 
-    def go(self) -> None:
+    def make_steps(self) -> None:
         """Makes all remaining steps."""
-        self.stepper.model.train()
-        if self.at.spikes.due(self.at.step):
+        self.trainer.model.train()
+        if self.state.spikes.due(self.state.step):
             self._save_state()
-        while self.at.step < self.at.plan.steps:
-            gradient = self._finite(self._batch())
+        while self.state.step < self.state.length.steps:
+            gradient = self._gradient()
             if gradient is None:
                 self._stopped()
-            if self.settings.spikes.rise and self.at.spikes.complete(gradient.sums.means()["loss"]):
+            elif self.settings.spikes.rise and self.state.spikes.complete(gradient.sums.means()["loss"]):
                 self._rewind(gradient)
             else:
-                self.started.optimisers.step(self.at.step, self.at.plan.ahead(self.at.step))
-                self.stepper.scale.count()
-                self._count(gradient)
+                self.trainer.update(gradient)
+                self.gradient_norm = gradient.norm
+                self.display.advance(self.state.step)
                 self._between()
 
     def finish(self) -> Summary:
         """Makes the last validation, sample and checkpoint, and writes the model and the report."""
-        if self.validated != self.at.step:
+        state = self.state
+        if self.validated != state.step:
             self._evaluate()
             self._sample()
         self._save_state()
         self._leave({"finished": True})
         report = self.run.directory / REPORT
-        self.display.note(f"Done: {number(self.at.step, 'step')} in {format_seconds(self.at.seconds)}. See {report}.")
-        return Summary(self.run.directory, self.at.step, self.at.seconds, self.figures)
+        self.display.note(f"Done: {number(state.step, 'step')} in {format_seconds(state.seconds)}. See {report}.")
+        return Summary(self.run.directory, state.step, state.seconds, self.figures)
+
+    def _gradient(self) -> Gradient | None:
+        """The gradient of the next step, checked to be finite; None where a stop was requested.
+
+        The check is the only point in a step where the host waits for the device. An overflow in float16 is computed
+        again with a lower loss scale.
+        """
+        with self._saving_on_failure():
+            batch = self._batch()
+            gradient = self._fitting_gradient(batch)
+        while gradient is not None and not failures.is_finite(gradient.norm + gradient.sums.total):
+            if not (failures.is_finite(gradient.sums.total) and self.state.scale.lower()):
+                self._not_finite(batch)
+            self.trainer.optimizers.drop_gradients()
+            with self._saving_on_failure():
+                gradient = self._fitting_gradient(batch)
+        return gradient
 
     def _batch(self) -> Batch:
         """The batch of the next step; the one after it is prefetched, unless it depends on the weights."""
-        with self._whole():
-            index = self.at.step + self.at.spikes.skipped
-            more = self.at.step + 1 < self.at.plan.steps and not self.on_policy
-            return self.loader.get(index, index + 1 if more else None)
+        index = self.state.step + self.state.spikes.skipped
+        more = self.state.step + 1 < self.state.length.steps and not self.on_policy
+        return self.loader.get(index, index + 1 if more else None)
 
-    def _finite(self, batch: Batch) -> Gradient | None:
-        """The gradient, checked to be finite; None where a stop was requested.
-
-        This check is the only point in a step where the host waits for the device. An overflow in float16 is computed
-        again with a lower loss scale.
-        """
-        while True:
-            gradient = None if self.stop() else self._gradient(batch)
-            if gradient is None or failures.is_finite(gradient.norm + gradient.sums.total):
-                return gradient
-            if not (failures.is_finite(gradient.sums.total) and self.stepper.scale.lower()):
-                self._not_finite(batch)
-            self.started.optimisers.drop_gradients()
-
-    def _gradient(self, batch: Batch) -> Gradient | None:
+    def _fitting_gradient(self, batch: Batch) -> Gradient | None:
         """The gradient; where it does not fit into memory, with half as many rows at a time, down to one."""
-        with self._whole():
-            while True:
-                try:
-                    with failures.explain_out_of_memory(ADVICE):
-                        return self.stepper.gradient(self.at.step, batch, self.stop)
-                except failures.OutOfMemory as error:
-                    reason = str(error).partition(";")[0]
-                    if not self.stepper.halve(batch):
-                        raise
-                self.started.optimisers.drop_gradients()
-                machine.release(self.stepper.device)
-                now = f"from here {self.stepper.micro_batch} rows are computed at a time, which changes no loss"
-                self.display.note(f"Step {self.at.step + 1:,}: {reason}; {now}.")
+        trainer, step = self.trainer, self.state.step
+        while not self.stop():
+            try:
+                with failures.explain_out_of_memory(ADVICE):
+                    return trainer.gradient(step, batch, self.stop)
+            except failures.OutOfMemory as error:
+                reason = str(error).partition(";")[0]
+                if not trainer.halve(batch):
+                    raise
+            trainer.optimizers.drop_gradients()
+            machine.release(trainer.device)
+            now = f"from here {trainer.micro_batch} rows are computed at a time, which changes no loss"
+            self.display.note(f"Step {step + 1:,}: {reason}; {now}.")
+        return None
 
     @contextmanager
-    def _whole(self) -> Iterator[None]:
+    def _saving_on_failure(self) -> Iterator[None]:
         """A block that does not change the weights: where it fails, the state is saved first."""
         try:
             with failures.explain_out_of_memory(ADVICE):
@@ -188,136 +190,124 @@ class _Loop:
             error.add_note(self._refuse("See above."))
             raise
 
-    def _count(self, gradient: Gradient) -> None:
-        at = self.at
-        at.step += 1
-        at.sums = gradient.sums if at.sums is None else at.sums + gradient.sums
-        self.gradient_norm = gradient.norm
-        self.display.advance(at.step)
-
     def _rewind(self, gradient: Gradient) -> None:
         """Goes back to a checkpoint before a loss spike and skips batches; the step is not made."""
-        spiked, loss = self.at.step, gradient.sums.means()["loss"]
+        state = self.state
+        spiked, loss = state.step, gradient.sums.means()["loss"]
         with self.pace.paused():
             try:
-                before = checkpoint.read(self.run.directory, self.at.spikes.target(spiked))
-                self.started = rewind(self.started, before, self.data)
+                state.rewind(checkpoint.read(self.run.directory, state.spikes.target(spiked)))
             except UserError as error:
                 raise UserError(self._refuse(str(error))) from None
-            self.at = self.started.progressed
             self._record({"rewound_from": spiked, "spike_loss": loss})
             self.saved = -1
             self._save_state()
-        self.display.advance(self.at.step)
-        self.display.note(f"Step {spiked:,}: {self.at.spikes.sentence(self.at.step, loss)}")
+        self.display.advance(state.step)
+        self.display.note(f"Step {spiked:,}: {state.spikes.sentence(state.step, loss)}")
 
     def _between(self) -> None:
         """Metrics, validation, samples and checkpoints that are due after a step; not counted as training time."""
-        s, last = self.settings, self.at.step == self.at.plan.steps
-        if last or self.at.step % s.log_every == 0:
+        step, steps = self.state.step, self.state.length.steps
+        if step == steps or step % self.settings.log_every == 0:
             self._log()
-        if not last:
-            self._plan(self.budget.steps(self.at.step, self.at.plan.steps))
-        known = {*self.pace.lasted}
-        with self.pace.paused():
-            if self._due(s.evaluate_every):
-                with self.pace.timed("validation"):
-                    self._evaluate()
-            if self._due(s.sample_every):
-                with self.pace.timed("sample"):
-                    self._sample()
-            if self._due(s.save_every) or (self.at.spikes.due(self.at.step) and not last):
-                with self.pace.timed("state"), self._tolerating(f"The state of step {self.at.step:,}"):
-                    self._save_state()
-        if {*self.pace.lasted} - known - {"state"}:
-            self._expectation()
+        if step == steps:
+            return  # the rest is made by `finish`
+        if self.settings.minutes is not None:
+            self._fit(self.budget.steps(step, steps))
+        due = [name for name, every in self.every.items() if every and step % every == 0]
+        if self.settings.spikes.rise and self.state.spikes.due(step) and "state" not in due:
+            due.append("state")
+        if due:
+            with self.pace.paused():
+                self._make(due)
 
-    def _expectation(self) -> None:
-        """Shows how long validation, samples and checkpoints take, when first measured, and the time left."""
-        took = ", ".join(f"a {name} took {format_seconds(seconds)}" for name, seconds in self.pace.lasted.items())
-        left = self.budget.left(self.at.step, self.at.plan.steps)
-        self.display.note(
-            f"Step {self.at.step:,}: {took}; with what is to come, about {format_seconds(left)} are left."
-        )
+    def _make(self, due: list[str]) -> None:
+        """Makes what is due; shows how long it takes when it is first measured, with the time left."""
+        new = {*due} - {*self.pace.lasted, "state"}
+        work = {"validation": self._evaluate, "sample": self._sample, "state": self._save_state_or_tell}
+        for name in due:
+            with self.pace.timed(name):
+                work[name]()
+        if new:
+            took = ", ".join(f"a {name} took {format_seconds(seconds)}" for name, seconds in self.pace.lasted.items())
+            left = format_seconds(self.budget.left(self.state.step, self.state.length.steps))
+            self.display.note(f"Step {self.state.step:,}: {took}; with what is to come, about {left} are left.")
 
-    def _plan(self, steps: int) -> None:
+    def _fit(self, steps: int) -> None:
         """Changes the number of steps to what fits into the time; recorded in the metrics and in checkpoints."""
-        if steps != self.at.plan.steps:
-            self.at.plan = self.at.plan.changed(self.at.step, steps)
+        if steps != self.state.length.steps:
+            self.trainer.optimizers.length = self.state.length.fitted(self.state.step, steps)
             self._record({"planned_steps": steps})
             self.display.expect(steps)
             self.left.total = self.settings.whole_steps(steps)
 
-    def _due(self, every: int) -> bool:
-        """Whether something with this interval is due now; the last step is handled by `finish`."""
-        return bool(every) and self.at.step % every == 0 and self.at.step < self.at.plan.steps
-
     def _log(self) -> None:
         """Writes a line of metrics from the sums since the last one; reading them waits for the device."""
-        at = self.at
-        assert at.sums is not None
-        units, means = float(at.sums.weight), at.sums.means()
+        state = self.state
+        assert state.sums is not None
+        units, means = float(state.sums.weight), state.sums.means()
         rate = units / self.pace.lap()
-        at.seconds, at.sums = self.pace.seconds, None
+        state.seconds, state.sums = self.pace.seconds, None
         figures = {
             **means,
-            **self.started.optimisers.rates(at.step - 1, at.plan.ahead(at.step - 1)),
+            **self.trainer.optimizers.rates(state.step - 1),
             "gradient_norm": float(self.gradient_norm),
             f"{self.run.unit}_per_second": rate,
-            "flops_utilisation": rate * self.started.cost.flops_per_unit / self.peak,
-            "seconds": at.seconds,
+            "flops_utilisation": rate * self.cost.flops_per_unit / self.peak,
+            "seconds": state.seconds,
         }
         self._record(figures)
-        self.display.show({**figures, "seconds_left": self.left.seconds(self.settings.whole_steps(at.step))})
-        if warning := at.divergence.watch(means["loss"]):
-            self.display.note(f"Step {at.step:,}: {warning}")
+        self.display.show({**figures, "seconds_left": self.left.seconds(self.settings.whole_steps(state.step))})
+        if warning := state.divergence.watch(means["loss"]):
+            self.display.note(f"Step {state.step:,}: {warning}")
         for warning in self.run.watch(means) if self.run.watch else ():
-            self.display.note(f"Step {at.step:,}: {warning}")
+            self.display.note(f"Step {state.step:,}: {warning}")
 
     def _evaluate(self) -> None:
         """The validation figures, and bits per byte where the run gives the bytes per element."""
         self.loader.wait()
-        with self._whole(), self.started.optimisers.averaged():
-            means = self.stepper.validation(self.data.validation())
+        with self._saving_on_failure(), self.trainer.optimizers.averaged():
+            means = self.trainer.validation(self.data.validation())
         figures = {f"validation_{name}": value for name, value in means.items()}
         if means and self.run.bytes_per_unit:
             figures["bits_per_byte"] = means["loss"] / math.log(2) / self.run.bytes_per_unit
         if figures:
             self._record(figures)
             words = (f"{n.replace('_', ' ')} {value:.4g}" for n, value in figures.items() if "/" not in n)
-            self.display.note(f"step {self.at.step:,}  {'  '.join(words)}")
-        self.validated = self.at.step
+            self.display.note(f"step {self.state.step:,}  {'  '.join(words)}")
+        self.validated = self.state.step
 
     def _record(self, figures: dict[str, float | int]) -> None:
-        skipped = self.at.spikes.skipped
+        skipped = self.state.spikes.skipped
         figures = figures | ({"skipped": skipped} if skipped else {})
         self.figures |= figures
-        self.lines.write(self.at.step, figures)
+        self.lines.write(self.state.step, figures)
 
     def _sample(self) -> None:
         if self.sample is None:
             return
         self.loader.wait()
-        self.stepper.model.eval()
-        with self._whole(), self.started.optimisers.averaged():
-            sample = self.sample(self.at.step)
-        self.stepper.model.train()
-        with self._tolerating(f"The sample of step {self.at.step:,}"):
-            run_directory.write_sample(self.run.directory, self.at.step, sample)
+        self.trainer.model.eval()
+        with self._saving_on_failure(), self.trainer.optimizers.averaged():
+            sample = self.sample(self.state.step)
+        self.trainer.model.train()
+        with self._tolerating(f"The sample of step {self.state.step:,}"):
+            run_directory.write_sample(self.run.directory, self.state.step, sample)
         if isinstance(sample, str):
             self.display.note(textwrap.indent(sample, "  | "))
 
     def _save_state(self) -> None:
-        if self.saved != self.at.step:
-            self.at.passed = self.pace.passed
-            facts = {"described": self.started.described, "resolved": self.started.resolved(), **self.at.facts()}
-            facts["length"] = self.started.length.facts()
-            facts["loss_scale"] = self.stepper.scale.facts()
-            rules = self.settings.spikes
+        state, rules = self.state, self.settings.spikes
+        if self.saved != state.step:
+            state.passed = self.pace.passed
+            facts = {"described": self.described, "resolved": self.trainer.resolved(), **state.facts()}
             reach = rules.reach if rules.rise else 0
-            held = tensors(self.started, self.data)
-            checkpoint.save(self.run.directory, self.at.step, held, facts, self.settings.keep, reach)
-            self.saved = self.at.step
+            checkpoint.save(self.run.directory, state.step, state.tensors(), facts, self.settings.keep, reach)
+            self.saved = state.step
+
+    def _save_state_or_tell(self) -> None:
+        with self._tolerating(f"The state of step {self.state.step:,}"):
+            self._save_state()
 
     @contextmanager
     def _tolerating(self, what: str) -> Iterator[None]:
@@ -330,38 +320,40 @@ class _Loop:
     def _stopped(self) -> NoReturn:
         self._save_state()
         self._leave({"finished": False})
-        raise Interrupted(f"Stopped after step {self.at.step:,}; the state is saved. To go on:\n{self.how}")
+        how = run_directory.how_to_resume(self.run)
+        raise Interrupted(f"Stopped after step {self.state.step:,}; the state is saved. To go on:\n{how}")
 
     def _not_finite(self, batch: Batch) -> NoReturn:
         with self.pace.paused():
-            reason = self.stepper.explain(self.at.step, batch)
+            reason = self.trainer.explain(self.state.step, batch)
         advice = "A lower learning rate, a longer warm-up, a smaller clip or float32 helps."
         raise failures.NotFinite(self._refuse(f"In the next step {reason}. {advice}"))
 
     def _refuse(self, text: str) -> str:
         """Saves the state of the last complete step; gives the text of the error with how to resume."""
-        self.started.optimisers.drop_gradients()
+        self.trainer.optimizers.drop_gradients()
         self._save_state()
-        return f"Stopped after step {self.at.step:,}, whose state is saved. {text} To go on: {self.how}"
+        how = run_directory.how_to_resume(self.run)
+        return f"Stopped after step {self.state.step:,}, whose state is saved. {text} To go on: {how}"
 
     def _leave(self, outcome: dict[str, Any]) -> None:
         """Writes the model, the results into recipe.json, and the report."""
         if self.save:
-            self.stepper.model.eval()
-            with self.started.optimisers.averaged():
+            self.trainer.model.eval()
+            with self.trainer.optimizers.averaged():
                 self.save(self.run.directory)
-        figures = {"steps": self.at.step, "figures": self.figures}
+        figures = {"steps": self.state.step, "figures": self.figures}
         self._write_recipe({**outcome, **figures, "hashes": run_directory.hashes(self.run.directory)})
         write_report(self.run.directory)
 
     def _write_recipe(self, outcome: dict[str, Any]) -> None:
-        measured = {"flops_per_second": self.peak}
-        cost = dataclasses.asdict(self.started.cost)
+        length = self.state.length
         facts = {
-            "settings": self.started.described["settings"],
-            "resolved": self.started.resolved() | measured,
-            "cost": cost,
+            "settings": self.described["settings"],
+            "resolved": self.trainer.resolved() | {"flops_per_second": self.peak},
+            "cost": asdict(self.cost),
+            "data_fingerprint": self.described["data"],
+            "unit": self.run.unit,
+            "length": length.facts()["length"],
         }
-        facts |= {"data_fingerprint": self.started.described["data"], "unit": self.run.unit}
-        facts |= {"length": self.started.length.facts()}
-        run_directory.write_recipe(self.run, facts | outcome, self.started.length.steps)
+        run_directory.write_recipe(self.run, facts | outcome, length.scheduled)

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
 CHECK = 0.02  # the share of a time budget between two checks of the pace
 TOLERANCE = 0.02  # the relative change of the number of steps below which the plan stays
@@ -70,29 +69,6 @@ class TimeLeft:
     def seconds(self, done: float) -> float:
         """Seconds from now to the end."""
         return (time.perf_counter() - self.start) / max(1, done - self.first) * (self.total - done)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The number of steps of a run with a time budget, and how the learning rate follows when that number changes.
-
-    The rate is a function of the position in the schedule of `scheduled` steps. From step `since` on, where the
-    position is `position`, it advances evenly, so that the schedule ends at step `steps`.
-    """
-
-    steps: int
-    scheduled: int
-    since: int = 0
-    position: float = 0.0
-
-    def ahead(self, step: int) -> float:
-        """The position of a step in the schedule minus its number: 0 in a run whose number of steps never changed."""
-        stride = (self.scheduled - self.position) / max(1, self.steps - self.since)
-        return self.position + (step - self.since) * stride - step
-
-    def changed(self, step: int, steps: int) -> "Plan":
-        """The plan with another number of steps from this step on."""
-        return replace(self, steps=steps, since=step, position=step + self.ahead(step))
 
 
 class Budget:

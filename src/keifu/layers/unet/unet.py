@@ -63,15 +63,15 @@ class Middle(Stage):
 
 
 class Up(Stage):
-    """A stage of the way up: each residual block takes the newest of the `states` off the list and reads it too. An
-    `Upsample` that leads out of it is told the next one's size."""
+    """A stage of the way up: each residual block reads one of the `states` too, the newest first. An `Upsample` that
+    leads out of it is told the size of the next one."""
 
     def forward(self, x: Pixels, states: list[Tensor], time: Time, **context: Any) -> Resampled:
-        for residual, attention in self.pairs():
-            x = residual(torch.cat([x, states.pop()], 1), time)
+        for (residual, attention), state in zip(self.pairs(), reversed(states), strict=False):
+            x = residual(torch.cat([x, state], 1), time)
             x = x if attention is None else attention(x, **context)
         if isinstance(self.resample, Upsample):
-            return self.resample(x, states[-1].shape[2:])
+            return self.resample(x, states[-1 - len(self.residuals)].shape[2:])
         return x if self.resample is None else self.resample(x, time)
 
 
@@ -103,6 +103,7 @@ class UNet(nn.Module):
         x = states[-1] if self.middle is None else self.middle(states[-1], time, **context)
         for stage in self.up:
             x = stage(x, states, time, **context)
+            del states[-len(stage.residuals) :]  # pyright: ignore[reportArgumentType]
         return self.last(F.silu(self.norm(x)))
 
 

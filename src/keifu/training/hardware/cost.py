@@ -9,21 +9,19 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from keifu.errors import UserError
-from keifu.layers.dropout import DropoutKeys
 from keifu.training.hardware import flops as peak
-from keifu.training.hardware.precision import autocast
-from keifu.training.optim.optimizers import Optimizers
-from keifu.training.protocols import Batch, Objective
+from keifu.training.protocols import Batch, LossOutput
+from keifu.training.ranks import rows_of
 from keifu.training.run.progress import format_bytes, format_count, format_seconds, number
+from keifu.training.trainer import Trainer
 
 GROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 
@@ -146,76 +144,61 @@ class Cost:
         )
 
 
-@dataclass(frozen=True)
-class Probe:
-    """The parts of a run that are needed to measure a step."""
+def activations(trainer: Trainer, batch: Batch) -> tuple[int, int]:
+    """Bytes kept for the backward pass, without parameters, and the bytes of the largest tensor among them.
 
-    model: nn.Module
-    objective: Objective
-    optimisers: Optimizers
-    device: torch.device
-    dtype: torch.dtype
+    On CUDA, the peak memory of both passes by its allocator, and 0: nothing has to be added to that.
+    """
+    if trainer.device.type == "cuda":
+        backward(trainer, batch)  # allocates the gradients, and what libraries allocate once
+        return peak_memory(lambda: backward(trainer, batch), trainer.device), 0
+    known = {p.untyped_storage().data_ptr() for p in [*trainer.model.parameters(), *trainer.model.buffers()]}
+    kept: dict[int, tuple[int, Tensor]] = {}
 
-    @cached_property
-    def dropout(self) -> DropoutKeys:
-        """The dropout keys, as in a step."""
-        return DropoutKeys(self.model, 0, self.device)
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # a reference, so that no address is used twice
+        return tensor
 
-    def forward(self, batch: Batch) -> tuple[Tensor, float]:
-        """The loss of a batch and its number of elements."""
-        self.dropout.set(0, 0, len(next(iter(batch.values()))))
-        with autocast(self.device, self.dtype):
-            outcome = self.objective(self.model, batch)
-        return outcome.total, float(outcome.weight)
-
-    def backward(self, batch: Batch) -> None:
-        """A forward and a backward pass."""
-        self.forward(batch)[0].backward()
-
-    def activations(self, batch: Batch) -> tuple[int, int]:
-        """Bytes kept for the backward pass, without parameters, and the bytes of the largest tensor among them.
-
-        On CUDA, the peak memory of both passes by its allocator, and 0: nothing has to be added to that.
-        """
-        if self.device.type == "cuda":
-            self.backward(batch)  # allocates the gradients, and what libraries allocate once
-            return peak_memory(lambda: self.backward(batch), self.device), 0
-        known = {p.untyped_storage().data_ptr() for p in [*self.model.parameters(), *self.model.buffers()]}
-        kept: dict[int, tuple[int, Tensor]] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # a reference, so that no address is used twice
-            return tensor
-
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            self.forward(batch)
-        sizes = [n for n, _ in kept.values()]
-        return sum(sizes), max(sizes, default=0)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward(trainer, batch)
+    sizes = [n for n, _ in kept.values()]
+    return sum(sizes), max(sizes, default=0)
 
 
-def estimate(probe: Probe, batch: Batch, micro_batch: int | None, advice: str) -> Cost:
+def forward(trainer: Trainer, batch: Batch) -> LossOutput:
+    """The loss of a batch, with dropout as in a step."""
+    trainer.dropout.set(0, 0, rows_of(batch))
+    return trainer.forward(batch)
+
+
+def backward(trainer: Trainer, batch: Batch) -> None:
+    """A forward and a backward pass."""
+    forward(trainer, batch).total.backward()
+
+
+def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None, advice: str) -> Cost:
     """Measures a run on rows of its first batch; weights, buffers and the state of random generators are restored.
 
     Without `micro_batch`, as many rows are computed at a time as fit into 80% of the free memory. Where not even one
     row fits, it raises a `UserError` with the amounts and the advice.
     """
-    rows = len(next(iter(batch.values())))
-    with preserve_state(probe):
-        fixed, per_row = _linear(probe, batch, rows)
-        parameter_bytes = sum(p.nbytes for p in probe.optimisers.parameters.values())
-        optimizer_bytes, update_seconds = _optimizer(probe)
-        available = available_memory(probe.device)
-        base = 2 * parameter_bytes + optimizer_bytes + fixed - sum(p.nbytes for p in probe.model.parameters())
+    rows = rows_of(batch)
+    with preserve_state(trainer):
+        fixed, per_row = _linear(trainer, batch, rows)
+        parameter_bytes = sum(p.nbytes for p in trainer.optimizers.parameters.values())
+        optimizer_bytes, update_seconds = _optimizer(trainer)
+        available = available_memory(trainer.device)
+        base = 2 * parameter_bytes + optimizer_bytes + fixed - sum(p.nbytes for p in trainer.model.parameters())
         fitting = int((SAFETY * available - base) / max(1, per_row))
         if fitting < 1:
             needed = f"one row at a time needs about {format_bytes(base + per_row)} of memory"
             raise UserError(f"The run does not fit: {needed}, and {format_bytes(available)} are free; {advice}.")
         chosen = min(micro_batch or _even(rows, fitting), rows)
-        seconds, units, flops = _timed(probe, batch, chosen)
+        seconds, units, flops = _timed(trainer, batch, chosen)
     return Cost(
-        parameters=sum(p.numel() for p in probe.model.parameters()),
+        parameters=sum(p.numel() for p in trainer.model.parameters()),
         parameter_bytes=parameter_bytes,
         optimizer_bytes=optimizer_bytes,
         fixed_bytes=fixed,
@@ -239,51 +222,51 @@ def _even(rows: int, fitting: int) -> int:
     return -(-rows // parts)
 
 
-def _linear(probe: Probe, batch: Batch, rows: int) -> tuple[int, int]:
+def _linear(trainer: Trainer, batch: Batch, rows: int) -> tuple[int, int]:
     """The activations' fixed bytes and bytes per row, from passes over one and two rows.
 
     Twice the largest tensor is added for the temporary memory of a backward pass: a gradient and its input.
     """
     one, two = (
-        kept + 2 * largest for kept, largest in (probe.activations(first_rows(batch, n)) for n in (1, min(2, rows)))
+        kept + 2 * largest for kept, largest in (activations(trainer, first_rows(batch, n)) for n in (1, min(2, rows)))
     )
     per_row = two - one if rows > 1 else one
     return max(0, one - per_row), per_row
 
 
-def _optimizer(probe: Probe) -> tuple[int, float]:
+def _optimizer(trainer: Trainer) -> tuple[int, float]:
     """Bytes of the optimizers' state and seconds of an update, by an update with rate 0, which is undone."""
 
     def step() -> None:
-        for parameter in probe.optimisers.parameters.values():
+        for parameter in trainer.optimizers.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
-        probe.optimisers.update(dict.fromkeys(probe.optimisers.all, 0.0))
+        trainer.optimizers.update(dict.fromkeys(trainer.optimizers.all, 0.0))
 
     step()
-    kept = sum(tensor.nbytes for tensor in probe.optimisers.state().values())
-    seconds = peak.time_call(step, probe.device)
-    probe.optimisers.forget()
+    kept = sum(tensor.nbytes for tensor in trainer.optimizers.state().values())
+    seconds = peak.time_call(step, trainer.device)
+    trainer.optimizers.forget()
     return kept, seconds
 
 
-def _timed(probe: Probe, batch: Batch, rows: int) -> tuple[float, float, int]:
+def _timed(trainer: Trainer, batch: Batch, rows: int) -> tuple[float, float, int]:
     """Seconds, elements and FLOPs of a forward and a backward pass over some rows."""
     part = first_rows(batch, rows)
-    flops = peak.count_flops(lambda: probe.backward(part))  # also warms up
+    flops = peak.count_flops(lambda: backward(trainer, part))  # also warms up
     with torch.no_grad():
-        units = probe.forward(part)[1]
-    return peak.time_call(lambda: probe.backward(part), probe.device), units, flops
+        units = float(forward(trainer, part).weight)
+    return peak.time_call(lambda: backward(trainer, part), trainer.device), units, flops
 
 
 @contextmanager
-def preserve_state(probe: Probe) -> Iterator[None]:
+def preserve_state(trainer: Trainer) -> Iterator[None]:
     """A block after which buffers, gradients and the state of random generators are restored."""
-    buffers = [(buffer, buffer.clone()) for buffer in probe.model.buffers()]
-    kind = probe.device.type
-    devices: list[Any] = [] if kind == "cpu" else [probe.device]
+    buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
+    kind = trainer.device.type
+    devices: list[Any] = [] if kind == "cpu" else [trainer.device]
     with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
         yield
     for buffer, before in buffers:
         buffer.copy_(before)
-    probe.dropout.clear()
-    probe.optimisers.drop_gradients()
+    trainer.dropout.clear()
+    trainer.optimizers.drop_gradients()

@@ -79,8 +79,12 @@ class LossScale:
 
     FIRST, INTERVAL = 65_536.0, 2_000
 
-    def __init__(self, dtype: torch.dtype, value: float | None = None, steps: int = 0):
+    def __init__(self, dtype: torch.dtype):
         self.moves = dtype == torch.float16
+        self.load()
+
+    def load(self, value: float | None = None, steps: int = 0) -> None:
+        """Restores what `facts` gave, or begins anew."""
         self.value = (value or self.FIRST) if self.moves else 1.0
         self.steps = steps
 
@@ -100,5 +104,5 @@ class LossScale:
             self.steps = 0
 
     def facts(self) -> dict[str, float]:
-        """The constructor's arguments without the format, for a checkpoint."""
+        """The scale and the steps since it was changed, for a checkpoint."""
         return {"value": self.value, "steps": self.steps}

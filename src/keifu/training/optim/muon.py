@@ -7,6 +7,7 @@ shape, with the same operations, it takes a third of the time (2 cores, AMX, wid
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -55,16 +56,18 @@ class StackedMuon(torch.optim.Muon):
             for stack in _stacks(self._matrices(group)):
                 self._update(stack, group)
 
-    def _matrices(self, group: dict[str, Any]) -> Iterator[Matrix]:
+    def _matrices(self, group: dict[str, Any]) -> list[Matrix]:
+        found: list[Matrix] = []
         for p in group["params"]:
             if p.grad is not None:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                tensors = p, p.grad, self.state[p]["momentum_buffer"]
-                yield from map(Matrix, *(tensor.split(self.rows.get(p, len(p))) for tensor in tensors))
+                rows = self.rows.get(p, len(p))
+                found += map(Matrix, p.split(rows), p.grad.split(rows), self.state[p]["momentum_buffer"].split(rows))
+        return found
 
     def _update(self, stack: list[Matrix], group: dict[str, Any]) -> None:
-        weights, gradients, means = (list(tensors) for tensors in zip(*stack, strict=True))
+        weights, gradients, means = map(list, zip(*stack, strict=True))
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])  # pyright: ignore
         updates = torch._foreach_lerp(gradients, means, group["momentum"])  # pyright: ignore (Nesterov's)
         directions = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
@@ -76,10 +79,7 @@ class StackedMuon(torch.optim.Muon):
 
 def _stacks(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
     """Matrices of one shape, as many as `STACK` allows."""
-    for shape, same in groupby(sorted(matrices, key=_shape), key=_shape):
+    by_shape = attrgetter("weight.shape")
+    for shape, same in groupby(sorted(matrices, key=by_shape), key=by_shape):
         alike, size = list(same), max(1, STACK // shape.numel())
         yield from (alike[i : i + size] for i in range(0, len(alike), size))
-
-
-def _shape(matrix: Matrix) -> torch.Size:
-    return matrix.weight.shape

@@ -55,16 +55,16 @@ class Optimizers:
         self.all = {kind: KINDS[kind](some, settings, rows) for kind, some in named.items()}
         self.average = MovingAverage(self.parameters, settings.ema) if settings.ema else None
 
-    def rates(self, step: int, ahead: float = 0.0) -> dict[str, float]:
-        """The learning rates of update number `step` (from 0), by their names in the settings; `ahead`: see `Plan`."""
+    def rates(self, step: int) -> dict[str, float]:
+        """The learning rates of update number `step` (from 0), by their names in the settings."""
         s = self.settings
-        share = self.length.rate_share(s, step, ahead)
+        share = self.length.rate_share(s, step)
         rates = {"learning_rate": share * s.learning_rate}
         return rates | ({"matrix_rate": share * s.matrix_rate} if "muon" in self.all else {})
 
-    def step(self, step: int, ahead: float = 0.0) -> None:
+    def step(self, step: int) -> None:
         """Makes update number `step` from the gradients, and frees them."""
-        self.update(self.rates(step, ahead))
+        self.update(self.rates(step))
 
     def update(self, rates: dict[str, float]) -> None:
         """An update with these rates; with the rate 0 no weight changes."""
@@ -107,8 +107,8 @@ class Optimizers:
             self.all[kind].state[parameter][field] = tensor.to(place, copy=True)
 
     def _joined(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state of an earlier version, which held each matrix of a parameter by itself (`muon.qkv.0.momentum_buffer`),
-        as it is now."""
+        """A state as it is now, of an earlier version too, where each matrix of a parameter had tensors of its own
+        (`muon.qkv.0.momentum_buffer`)."""
         found: dict[str, list[Tensor]] = {}
         for key, tensor in state.items():
             kind, _, rest = key.partition(".")

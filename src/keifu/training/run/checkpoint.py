@@ -91,11 +91,11 @@ def remove(directory: Path, step: int) -> None:
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters and buffers, named `model.…`; shared ones are stored once, frozen parameters not at all."""
-    seen: dict[tuple[int, tuple[int, ...]], str] = {}
-    held = model.state_dict(keep_vars=True)
-    named = {n: t.detach() for n, t in held.items() if t.requires_grad or not isinstance(t, nn.Parameter)}
-    once = {name for name, t in named.items() if seen.setdefault((t.data_ptr(), tuple(t.shape)), name) == name}
-    return {f"model.{name}": tensor for name, tensor in named.items() if name in once}
+    first: dict[Tensor, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
+            first.setdefault(tensor, name)
+    return {f"model.{name}": tensor.detach() for tensor, name in first.items()}
 
 
 def load_into_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,134 @@
+"""The state of a training run: what a state file holds, from which a run is resumed to the same bits."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keifu.training.hardware.failures import Divergence
+from keifu.training.hardware.precision import LossScale
+from keifu.training.length import Length, with_plan
+from keifu.training.optim.loss_spikes import SpikeState
+from keifu.training.optim.optimizers import Optimizers
+from keifu.training.protocols import LossOutput, OnPolicy
+from keifu.training.run import checkpoint
+
+
+@dataclass
+class Sums:
+    """Running sums of the loss, the number of elements and the figures; they stay on the device until they are read."""
+
+    total: Tensor
+    weight: Tensor
+    figures: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, outcome: LossOutput) -> "Sums":
+        """The sums of one micro-batch, detached."""
+        total = outcome.total.detach()
+        figures = {name: torch.as_tensor(value).detach() for name, value in outcome.figures.items()}
+        return cls(total, torch.as_tensor(outcome.weight, dtype=torch.float32, device=total.device), figures)
+
+    def __add__(self, other: "Sums") -> "Sums":
+        figures = {name: value + other.figures[name] for name, value in self.figures.items()}
+        return Sums(self.total + other.total, self.weight + other.weight, figures)
+
+    def zeros(self) -> "Sums":
+        """Sums of nothing."""
+        return Sums(self.total * 0, self.weight * 0, {name: value * 0 for name, value in self.figures.items()})
+
+    def means(self) -> dict[str, float]:
+        """The mean loss and figures per element; waits for the device."""
+        weight = float(self.weight) or 1.0
+        return {"loss": float(self.total) / weight, **{name: float(v) / weight for name, v in self.figures.items()}}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name, which `from_tensors` takes."""
+        return {"total": self.total, "weight": self.weight} | {f"figures.{n}": v for n, v in self.figures.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> "Sums":
+        """The sums of a state."""
+        placed = {name: tensor.to(device) for name, tensor in tensors.items()}
+        total, weight = placed.pop("total"), placed.pop("weight")
+        return cls(total, weight, {name.removeprefix("figures."): value for name, value in placed.items()})
+
+
+@dataclass
+class TrainState:
+    """The weights, and all that changes from step to step.
+
+    on_policy: data that keep a state of their own. step: steps done. sums: since the last line of metrics. seconds: of
+    training. passed: of the whole run, when the state was saved.
+    """
+
+    model: nn.Module
+    optimizers: Optimizers
+    scale: LossScale
+    spikes: SpikeState
+    on_policy: OnPolicy | None = None
+    divergence: Divergence = field(default_factory=Divergence)
+    step: int = 0
+    sums: Sums | None = None
+    seconds: float = 0.0
+    passed: float = 0.0
+
+    @property
+    def length(self) -> Length:
+        """The number of steps of the run, which the learning rate depends on."""
+        return self.optimizers.length
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name: of the model, the optimizers, the data and the sums."""
+        sums = self.sums.tensors() if self.sums else {}
+        return {
+            **checkpoint.model_tensors(self.model),
+            **{f"optimisers.{name}": tensor for name, tensor in self.optimizers.state().items()},
+            **{f"data.{name}": tensor for name, tensor in (self.on_policy.state() if self.on_policy else {}).items()},
+            **{f"sums.{name}": tensor.clone() for name, tensor in sums.items()},  # a figure may be the total itself
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Everything else, as JSON."""
+        return {
+            "seconds": self.seconds,
+            "passed": self.passed,
+            "divergence": self.divergence.facts(),
+            "spikes": self.spikes.facts(),
+            "loss_scale": self.scale.facts(),
+            **self.length.facts(),
+        }
+
+    @torch.no_grad()
+    def load(self, found: checkpoint.State) -> None:
+        """Restores a saved state; the loss scale is that of the state too."""
+        self._load(found)
+        self.spikes = SpikeState(self.spikes.rules, **found.facts.get("spikes", {}))
+        self.scale.load(**found.facts.get("loss_scale", {}))
+        self.seconds = found.facts["seconds"]
+        self.passed = found.facts.get("passed", 0.0)
+
+    @torch.no_grad()
+    def rewind(self, found: checkpoint.State) -> None:
+        """Goes back to an earlier state of this run, after which other batches follow; its time is not set back."""
+        self.spikes = self.spikes.after(found.step, SpikeState(self.spikes.rules, **found.facts["spikes"]).facts())
+        self.optimizers.drop_gradients()
+        self.optimizers.forget()
+        self._load(found)
+
+    def _load(self, found: checkpoint.State) -> None:
+        checkpoint.load_into_model(self.model, found.tensors)
+        self.optimizers.load(_with_prefix("optimisers.", found.tensors))
+        if self.optimizers.settings.minutes is not None:
+            self.optimizers.length = with_plan(self.length, found.facts)
+        if self.on_policy:
+            self.on_policy.load_state(_with_prefix("data.", found.tensors))
+        sums = _with_prefix("sums.", found.tensors)
+        self.sums = Sums.from_tensors(sums, next(self.model.parameters()).device) if sums else None
+        self.divergence = Divergence(**found.facts["divergence"])
+        self.step = found.step
+
+
+def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,249 @@
+"""The trainer: the gradient of a batch in micro-batches, the update of the weights by it, and the validation loss.
+
+It knows neither files nor time (see `loop`). All randomness of a step is a function of the seed, the step and the row.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from keifu.devices import device_name
+from keifu.errors import UserError
+from keifu.layers.dropout import DropoutKeys
+from keifu.training.grad_cache import WholeBatchObjective, whole_batch_outputs
+from keifu.training.hardware import failures
+from keifu.training.hardware.precision import LossScale, autocast, resolve_dtype
+from keifu.training.length import Length
+from keifu.training.loader import on_device
+from keifu.training.optim.loss_spikes import SpikeState
+from keifu.training.optim.optimizers import Optimizers
+from keifu.training.protocols import Batch, LossOutput, Objective, OnPolicy
+from keifu.training.ranks import MicroBatch, Ranks, row_elements, rows_of
+from keifu.training.settings import Settings
+from keifu.training.state import Sums, TrainState
+
+DROPOUT = "by row"  # how dropout masks are seeded; missing in states of earlier versions
+Parallelize = Callable[[nn.Module], nn.Module]
+
+
+class Gradient(NamedTuple):
+    """The result of a batch: its sums, and the norm of its mean gradient before clipping."""
+
+    sums: Sums
+    norm: Tensor
+
+
+class ObjectiveModule(nn.Module):
+    """A model as the one module whose forward pass computes whatever an objective needs of it.
+
+    FSDP and activation checkpointing act in a module's forward pass, and objectives call more than that of the model
+    (`hidden`, `encode_image`, `head_weight`): through this module they do so inside one.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """What the function gives for the model and the inputs."""
+        return function(self.model, *inputs)
+
+
+class Trainer:
+    """Trains a model by the gradient of its mean loss over each batch, however that is split.
+
+    length, data: of a run that is resumed or whose data depend on the weights. dtype: of matrix products; unset: by the
+    settings. rank, world: the number of this process and the number of processes that share each batch (see `Ranks`).
+    parallelize: splits the `ObjectiveModule` of the model over the processes, as FSDP2's `fully_shard` does, and gives
+    it back; gradients must be summed over them, not averaged.
+
+    micro_batch: rows computed at a time; row_elements: the elements of a row for which that holds. Batches of shorter
+    rows are split into micro-batches of more rows, with about the same number of elements. None: always so many rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        settings: Settings,
+        *,
+        length: Length | None = None,
+        data: object = None,
+        dtype: torch.dtype | None = None,
+        rank: int = 0,
+        world: int = 1,
+        parallelize: Parallelize | None = None,
+    ):
+        self.model, self.settings = model, settings
+        self.device = next(model.parameters()).device
+        self.dtype = dtype or resolve_dtype(settings.precision, self.device)
+        self.objective = compile_objective(objective, self.device) if settings.compile else objective
+        self.plain = objective  # not compiled, for the search for a number that is not finite
+        self.ranks = Ranks(rank, world)
+        module = ObjectiveModule(model)
+        self.module = parallelize(module) if parallelize else module
+        self.split = world > 1 or parallelize is not None
+        self.micro_batch = settings.micro_batch or settings.batch_size
+        self.row_elements: int | None = None
+        self.dropout = DropoutKeys(model, settings.seed, self.device)
+        self.optimizers = Optimizers(model, settings, length)
+        on_policy = data if isinstance(data, OnPolicy) else None
+        scale = LossScale(self.dtype)
+        self.state = TrainState(model, self.optimizers, scale, SpikeState(settings.spikes), on_policy)
+
+    def gradient(self, step: int, batch: Batch, stop: Callable[[], bool] = lambda: False) -> Gradient | None:
+        """Computes the clipped gradient of a batch into the parameters' `grad`; None where `stop()` is true between two
+        micro-batches. A batch without rows, or with fewer rows than there are ranks, is a `UserError`.
+
+        Dropout is a function of the seed, the step and the row. torch's global generator is seeded for each
+        micro-batch, for modules that are not keifu's; their random numbers depend on `micro_batch`.
+        """
+        if rows_of(batch) < self.ranks.world:
+            rows, world = rows_of(batch), self.ranks.world
+            said = f"{rows:,} rows for {world} processes" if rows else "no rows"
+            raise UserError(f"The batch of step {step} has {said}; look at the data.")
+        sums: Sums | None = None
+        scale = self.state.scale
+        try:
+            for outcome in self._losses(batch, step):
+                if stop():
+                    self.optimizers.drop_gradients()
+                    return None
+                (outcome.total * scale.value if scale.moves else outcome.total).backward()
+                sums = Sums.of(outcome) if sums is None else sums + Sums.of(outcome)
+        finally:
+            self.dropout.clear()
+        assert sums is not None
+        sums = self._of_all_ranks(sums) if self.ranks.world > 1 else sums
+        return Gradient(sums, self._average(sums.weight))
+
+    def update(self, gradient: Gradient) -> None:
+        """Updates the weights by their gradients: one step more is done."""
+        state = self.state
+        self.optimizers.step(state.step)
+        state.scale.count()
+        state.step += 1
+        state.sums = gradient.sums if state.sums is None else state.sums + gradient.sums
+
+    @torch.no_grad()
+    def validation(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The mean loss and figures over all elements of the batches, in evaluation mode; empty without batches."""
+        self.model.eval()
+        sums: Sums | None = None
+        for batch in batches:
+            shared = rows_of(batch) >= self.ranks.world  # a smaller one is whole on all ranks, and the first counts it
+            for outcome in self._losses(on_device(batch, self.device)):
+                new = Sums.of(outcome) if shared or not self.ranks.rank else Sums.of(outcome).zeros()
+                sums = new if sums is None else sums + new
+        self.model.train()
+        sums = self._of_all_ranks(sums) if sums and self.ranks.world > 1 else sums
+        return sums.means() if sums else {}
+
+    def explain(self, step: int, batch: Batch) -> str:
+        """A sentence that names the layer with the first number that is not finite; computes the step again."""
+        self.optimizers.drop_gradients()
+        texts = []
+        for part in self._micro_batches(batch):
+            self._begin(step, part)
+            forward = partial(self.forward, part.batch)
+            texts.append(failures.first_not_finite(self.model, lambda forward=forward: forward().total))
+            if texts[-1] != failures.NOT_AGAIN:
+                break
+        self.dropout.clear()
+        self.optimizers.drop_gradients()
+        return texts[-1]
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """The objective of rows that are computed at once, not compiled."""
+        return self._call(self.plain, batch)
+
+    def halve(self, batch: Batch) -> bool:
+        """Halves the number of rows of such a batch that are computed at a time, from now on; False where it is 1."""
+        rows = min(self._rows(batch), rows_of(batch))
+        if rows < 2:
+            return False
+        self.micro_batch = rows // 2
+        self.row_elements = None if self.row_elements is None else row_elements(batch)
+        return True
+
+    def resolved(self) -> dict[str, Any]:
+        """The automatic settings as they were decided (micro-batch, precision, device); a resumed run keeps them."""
+        found = {"micro_batch": self.micro_batch, "row_elements": self.row_elements}
+        found |= {"precision": str(self.dtype).removeprefix("torch."), "device": device_name(self.device)}
+        return found | ({"dropout": DROPOUT} if self.dropout.drops else {})
+
+    def _losses(self, batch: Batch, step: int | None = None) -> Iterator[LossOutput]:
+        """The outputs of this rank's micro-batches, one after the other, which add up to the whole batch over all
+        ranks; `step` is None in evaluation.
+
+        The dropout keys stay until the next micro-batch, for layers that the backward pass computes again (activation
+        checkpointing).
+        """
+        parts = self._micro_batches(batch)
+
+        def passes() -> Iterator[Batch]:
+            for part in parts:
+                if step is not None:
+                    self._begin(step, part)
+                yield part.batch
+
+        if isinstance(self.objective, WholeBatchObjective):
+            sizes, scale = [rows_of(part.batch) for part in parts], self.state.scale.value
+            ranks = self.ranks if rows_of(batch) >= self.ranks.world else Ranks()
+            yield from whole_batch_outputs(self.objective, self.model, self._call, passes, sizes, scale, ranks)
+        else:
+            for part in passes():
+                yield self._call(self.objective, part)
+
+    def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """A function of the model, in its number format."""
+        with autocast(self.device, self.dtype):
+            return self.module(function, *inputs)
+
+    def _begin(self, step: int, part: MicroBatch) -> None:
+        """Sets all random state for a pass over a micro-batch."""
+        torch.manual_seed((self.settings.seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part.first) % 2**63)
+        self.dropout.set(step, part.first, rows_of(part.batch))
+
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        return self.ranks.micro_batches(batch, self._rows(batch))
+
+    def _rows(self, batch: Batch) -> int:
+        """The number of rows of such a batch that are computed at a time."""
+        if self.row_elements is None:
+            return self.micro_batch
+        return max(1, self.micro_batch * self.row_elements // max(1, row_elements(batch)))
+
+    def _of_all_ranks(self, sums: Sums) -> Sums:
+        return Sums.from_tensors(self.ranks.sum(sums.tensors()), self.device)
+
+    def _average(self, weight: Tensor) -> Tensor:
+        """Divides the gradient of the sum by the number of elements and clips it, in one pass; gives the norm before
+        clipping."""
+        gradients = [p.grad for p in self.optimizers.parameters.values() if p.grad is not None]
+        weight = torch.where(weight > 0, weight, 1.0) * self.state.scale.value
+        if self.split:
+            gradients, total = self.ranks.sum_gradients(gradients)
+        else:
+            total = torch.nn.utils.get_total_norm(gradients)
+        norm = total / weight
+        clip = self.settings.clip
+        share = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
+        torch._foreach_mul_(gradients, share / weight)  # pyright: ignore[reportPrivateImportUsage]
+        return norm
+
+
+def compile_objective(objective: Objective, device: torch.device) -> Objective:
+    """The objective and the model's forward pass in it through torch.compile; no C++ compiler on a CPU is a
+    `UserError`."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        advice = "install g++ or clang++, or leave it out"
+        raise UserError(f"compile=True needs a C++ compiler, and none was found; {advice}.")
+    if isinstance(objective, WholeBatchObjective):
+        return replace(objective, rows=torch.compile(objective.rows))
+    return torch.compile(objective)

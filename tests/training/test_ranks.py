@@ -1,0 +1,230 @@
+"""A batch that several ranks share: the sums, gradients and weights are those of one rank; and FSDP's shards of a model
+are trained with the losses of the whole model."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from training_toys import Sequences, objective, settings, toy
+
+from keifu.errors import UserError
+from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.models import bert, llama
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.models.diffusion import ddpm
+from keifu.training import ranks
+from keifu.training.objectives.contrastive import contrastive_loss
+from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
+from keifu.training.objectives.language_modeling import causal_language_modeling, masked_language_modeling
+from keifu.training.protocols import Batch, LossOutput
+from keifu.training.ranks import Ranks
+from keifu.training.trainer import Trainer
+
+
+class Threads:
+    """torch.distributed's sums and gathers between threads of this process, one for each rank."""
+
+    def __init__(self, world: int):
+        self.world = world
+        self.barrier = threading.Barrier(world, timeout=60)
+        self.given: list[Any] = [None] * world
+        self.rank = threading.local()
+
+    def exchanged(self, tensor: Tensor) -> list[Tensor]:
+        self.given[self.rank.value] = tensor.clone()
+        self.barrier.wait()
+        found = list(self.given)
+        self.barrier.wait()
+        return found
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        tensor.copy_(torch.stack(self.exchanged(tensor)).sum(0))
+
+    def all_gather(self, found: list[Tensor], tensor: Tensor) -> None:
+        for place, other in zip(found, self.exchanged(tensor), strict=True):
+            place.copy_(other)
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        """What the work gives on every rank."""
+        results: list[Any] = [None] * self.world
+
+        def on(rank: int) -> None:
+            self.rank.value = rank
+            try:
+                results[rank] = work(rank)
+            except BaseException as error:
+                results[rank] = error
+                self.barrier.abort()
+
+        threads = [threading.Thread(target=on, args=(rank,)) for rank in range(self.world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+
+def weighted(model: nn.Module, batch: Batch) -> LossOutput:
+    """A loss whose rows have different weights: of row i, the first `lengths` tokens count."""
+    tokens = batch["tokens"]
+    counts = torch.arange(5) < batch["lengths"][:, None]
+    targets = tokens[:, 1:].masked_fill(~counts, -100)
+    total = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), targets.flatten(), reduction="sum")
+    return LossOutput(total, counts.sum(), {"counted": counts.sum()})
+
+
+SMALL = {"vocab_size": 31, "context_length": 16, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+
+
+def clip_model() -> nn.Module:
+    text = clip_text.Config(31, 8, 32, 48, 1, 4, end_id=30, embedding_dim=16)
+    return clip.build(clip.Config(text, clip_image.Config(12, 4, 3, 32, 48, 1, 4, embedding_dim=16)))
+
+
+def pairs(rows: int) -> Batch:
+    tokens = torch.cat([torch.randint(0, 30, (rows, 6)), torch.full((rows, 1), 30)], 1)
+    return {"pictures": torch.randint(0, 256, (rows, 3, 12, 12)).byte(), "tokens": tokens}
+
+
+def masked_tokens(rows: int) -> Batch:
+    return {
+        "tokens": torch.randint(1, 31, (rows, 13)), "targets": torch.randint(1, 31, (rows, 3)),
+        "places": torch.arange(1, 10, 3).expand(rows, 3), "mask": torch.ones(rows, 13, dtype=torch.bool),
+        "segments": (torch.arange(13) > 6).long().expand(rows, 13), "random_next": torch.randint(0, 2, (rows,)),
+        "word_weight": torch.full((rows,), 13 / 3), "pair_weight": torch.full((rows,), 13.0),
+    }  # fmt: skip
+
+
+def pictures(rows: int) -> Batch:
+    return {"pictures": torch.randint(0, 256, (rows, 1, 8, 8)).byte(), "draws": draw_noise(0, 0, rows)}
+
+
+UNET = ddpm.Config(size=8, channels=1, dim=16, n_residual_blocks=1, multipliers=(1, 2), norm_groups=4, dropout=0.1)
+CASES: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[int], Batch]]] = {
+    "gpt": (
+        lambda: llama.build(llama.Config(**SMALL, n_kv_heads=2, tied=True)), causal_language_modeling,
+        lambda rows: {"tokens": torch.randint(0, 31, (rows, 13))},
+    ),
+    "bert": (lambda: bert.build(bert.Config(**SMALL, dropout=0.1)), masked_language_modeling, masked_tokens),
+    "unet": (lambda: ddpm.build(UNET), DiffusionLoss(Noise()), pictures),
+    "clip": (clip_model, contrastive_loss(lambda pixels: pixels / 127.5 - 1), pairs),
+}  # fmt: skip
+
+
+def made(name: str, rows: int) -> tuple[nn.Module, Any, Batch]:
+    build, aim, data = CASES[name]
+    torch.manual_seed(0)
+    return build().train(), aim, data(rows)
+
+
+def trained(trainer: Trainer, batch: Batch, steps: int = 3) -> list[float]:
+    """The loss and the norm of the gradient of each step, and the validation loss."""
+    found: list[float] = []
+    for step in range(steps):
+        gradient = trainer.gradient(step, batch)
+        assert gradient is not None
+        found += [gradient.sums.means()["loss"], float(gradient.norm)]
+        trainer.update(gradient)
+    return [*found, trainer.validation([batch])["loss"]]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 16])
+def test_every_row_is_of_one_rank_in_as_many_parts_as_the_others(world: int, rows: int) -> None:
+    for total in range(world, 12):
+        parts = [Ranks(rank, world).micro_batches({"x": torch.arange(total)}, rows) for rank in range(world)]
+        assert len({len(each) for each in parts}) == 1
+        flat = [part for each in parts for part in each]
+        assert torch.cat([part.batch["x"] for part in flat]).tolist() == list(range(total))
+        assert all(part.first == part.batch["x"][0] for part in flat)
+        assert max(len(part.batch["x"]) for part in flat) <= rows + (world > 1)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_weighted_losses_and_their_gradients_are_those_of_one_rank(
+    world: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with no weight at all on one rank, dropout, and clipping by the norm of the whole gradient."""
+    batch = Sequences(rows=7).batch(0) | {"lengths": torch.tensor([5, 1, 3, 5, 2, 0, 0])}
+    chosen = settings(batch_size=7, micro_batch=micro_batch, clip=0.05)
+    alone = toy()
+    expected = Trainer(alone, weighted, chosen).gradient(3, batch)
+    threads = Threads(world)
+    monkeypatch.setattr(ranks, "distributed", threads)
+    models = [toy() for _ in range(world)]
+    trainers = [Trainer(model, weighted, chosen, rank=rank, world=world) for rank, model in enumerate(models)]
+    found = threads.run(lambda rank: trainers[rank].gradient(3, batch))
+    assert expected is not None
+    for gradient, model in zip(found, models, strict=True):
+        assert gradient.sums.means() == pytest.approx(expected.sums.means(), rel=1e-6)
+        assert gradient.sums.weight == 16 and float(gradient.norm) == pytest.approx(float(expected.norm), rel=1e-5)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, alone.get_parameter(name).grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_learn_what_one_learns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows for three ranks; and a validation of fewer rows than there are ranks."""
+    model, aim, batch = made(name, 5)
+    chosen = settings(batch_size=5, micro_batch=1, steps=3)
+    small = {key: tensor[:2] for key, tensor in batch.items()}
+    trainer = Trainer(model, aim, chosen)
+    expected = trained(trainer, batch, 2)
+    validated = trainer.validation([batch, small])
+    threads = Threads(3)
+    monkeypatch.setattr(ranks, "distributed", threads)
+    trainers = [Trainer(made(name, 5)[0], aim, chosen, rank=rank, world=3) for rank in range(3)]
+    found = threads.run(lambda rank: (trained(trainers[rank], batch, 2), trainers[rank].validation([batch, small])))
+    for result, last in found:
+        assert result == pytest.approx(expected, rel=1e-4) and last == pytest.approx(validated, rel=1e-4)
+
+
+def test_a_batch_smaller_than_the_ranks_is_refused() -> None:
+    trainer = Trainer(toy(), objective, settings(), rank=1, world=7)
+    with pytest.raises(UserError, match="The batch of step 2 has 6 rows for 7 processes"):
+        trainer.gradient(2, Sequences().batch(0))
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def sharded(module: Any) -> nn.Module:
+    """Every part that is in a list, and the rest, as FSDP2 shards them."""
+    mesh = init_device_mesh("cpu", (1,))
+    scalars = {parameter for parameter in module.parameters() if not parameter.dim()}  # FSDP shards none of them
+    for part in reversed([*module.modules()]):  # the innermost first
+        if isinstance(part, nn.ModuleList):
+            for block in part:
+                fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh, ignored_params=scalars)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)  # a sum over the ranks, not a mean
+    return module
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shards_of_a_model_have_the_losses_of_the_whole(name: str, group: None) -> None:
+    model, aim, batch = made(name, 4)
+    chosen = settings(batch_size=4, micro_batch=2, steps=3)
+    expected = trained(Trainer(model, aim, chosen), batch)
+    model, aim, batch = made(name, 4)
+    trainer = Trainer(model, aim, chosen, parallelize=sharded)
+    assert any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters())
+    assert trained(trainer, batch) == pytest.approx(expected, rel=1e-5)
