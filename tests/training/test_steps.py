@@ -266,6 +266,26 @@ def test_muon_treats_a_joined_matrix_as_its_parts() -> None:
     torch.testing.assert_close(joined[0].weight, torch.cat([alone[0].weight, alone[1].weight]))
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_a_state_in_which_each_matrix_had_tensors_of_its_own_is_read(optimizer: str) -> None:
+    model = toy()
+    optimizers = Optimizers(model, settings(optimizer=optimizer))
+    objective(model, Sequences().batch(0)).total.backward()
+    optimizers.step(0)
+    old: dict[str, torch.Tensor] = {}
+    for key, tensor in optimizers.state().items():
+        name, _, field = key.rpartition(".")
+        if key.startswith(optimizer):
+            parts = tensor.split((6, 10)) if "layers.0" in key and tensor.dim() else [tensor]
+            old |= {f"{name}.{n}.{field}": part for n, part in enumerate(parts)}
+        else:
+            old[key] = tensor
+    again = Optimizers(toy(), settings(optimizer=optimizer))
+    again.load(old)
+    assert again.state().keys() == optimizers.state().keys() and len(old) > len(again.state())
+    assert all(torch.equal(tensor, again.state()[key]) for key, tensor in optimizers.state().items())
+
+
 def test_a_frozen_parameter_is_left_alone(tmp_path: Path) -> None:
     model = toy()
     model.embedding.weight.requires_grad_(False)
