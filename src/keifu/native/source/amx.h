@@ -145,25 +145,41 @@ template <int FORMAT> INLINE void spread_codes(const uint8_t *tile, int64_t pair
     }
 }
 
-// A group's exact sums for up to 16 rows, to sums[half][row][16].
-template <bool HALVES>
-INLINE void sum_tile(const int8_t *x, int64_t stride, const uint8_t *codes, int32_t *sums) {
+constexpr int BATCH = 8;  // groups whose sums are stored before the first is read: a tile's store takes long to be seen
+
+// Exact sums of two groups for up to 16 rows, to sums[group][half][row][16].
+template <bool HALVES> INLINE void sum_pair(const int8_t *x, int64_t stride, const uint8_t *codes, int32_t *sums) {
     _tile_zero(0);
+    _tile_zero(1);
     if constexpr (HALVES) {
-        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
         _tile_loadd(5, x, stride);
         _tile_loadd(7, codes, 64);
         _tile_dpbssd(0, 5, 7);
         _tile_loadd(5, x + TILE, stride);
         _tile_loadd(7, codes + 256, 64);
         _tile_dpbssd(1, 5, 7);
+        _tile_loadd(5, x + 2 * TILE, stride);
+        _tile_loadd(7, codes + 512, 64);
+        _tile_dpbssd(2, 5, 7);
+        _tile_loadd(5, x + 3 * TILE, stride);
+        _tile_loadd(7, codes + 768, 64);
+        _tile_dpbssd(3, 5, 7);
+        _tile_stored(0, sums, 64);
         _tile_stored(1, sums + 256, 64);
+        _tile_stored(2, sums + 512, 64);
+        _tile_stored(3, sums + 768, 64);
     } else {
         _tile_loadd(4, x, stride);
         _tile_loadd(6, codes, 64);
         _tile_dpbssd(0, 4, 6);
+        _tile_loadd(4, x + GROUP, stride);
+        _tile_loadd(6, codes + 512, 64);
+        _tile_dpbssd(1, 4, 6);
+        _tile_stored(0, sums, 64);
+        _tile_stored(1, sums + 512, 64);
     }
-    _tile_stored(0, sums, 64);
 }
 
 // One tile times `n` of R rows.
@@ -171,26 +187,32 @@ template <int FORMAT, int R>
 INLINE void quantised_tile(const uint8_t *tile, const uint8_t *spread, const Rows &rows, int64_t row, int n,
                            int32_t *sums, float *out) {
     constexpr Layout L = LAYOUTS[FORMAT];
+    const int64_t groups = rows.n_groups();
+    const int8_t *x = rows.codes + row * rows.columns;
+    const CodeGroup *about = rows.about(row, 0);
     configure_quantised(n);
     v16 total[R] = {};
-    for (int64_t group = 0; group < rows.n_groups(); group++) {
-        const int64_t pair = group / 2;
-        const int g = group % 2;
-        const uint8_t *codes = spread ? spread + group * 512 : tile + pair_offset(L, pair) + L.group(g);
-        int32_t *here = sums + group % 2 * 512;
-        sum_tile<L.halves>(rows.codes + row * rows.columns + group * GROUP, rows.columns, codes, here);
-        v16 scale;
-        v16 second{};
-        read_scales<FORMAT>(tile + super_offset(L, pair), tile + pair_offset(L, pair), g, scale, second);
-        const CodeGroup *about = rows.groups + row * rows.n_groups() + group;
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-            const i16 high = L.halves ? load_ints(here + 256 + r * TILE) : i16{};
-            total[r] = add_group<FORMAT>(total[r], load_ints(here + r * TILE), high, scale, second,
-                                         about[(r < n ? r : 0) * rows.n_groups()]);
+    for (int64_t first = 0; first < groups; first += BATCH) {
+        const int64_t end = first + BATCH < groups ? first + BATCH : groups;
+        for (int64_t group = first; group < end; group += 2) {
+            const uint8_t *codes = spread ? spread + group * 512 : tile + pair_offset(L, group / 2) + L.group(0);
+            for (int i = 0; i < L.pair() && !spread; i += 64) _mm_prefetch(codes + BATCH / 2 * L.pair() + i, _MM_HINT_T0);
+            sum_pair<L.halves>(x + group * GROUP, rows.columns, codes, sums + (group - first) * 512);
+        }
+        for (int64_t group = first; group < end; group++) {
+            const int32_t *here = sums + (group - first) * 512;
+            const uint8_t *header = tile + pair_offset(L, group / 2);
+            v16 scale;
+            v16 second{};
+            read_scales<FORMAT>(tile + super_offset(L, group / 2), header, group % 2, scale, second);
+            UNROLL for (int r = 0; r < R; r++) {
+                const i16 high = L.halves ? load_ints(here + 256 + r * TILE) : i16{};
+                total[r] = add_group<FORMAT>(total[r], load_ints(here + r * TILE), high, scale, second, about[group * TILE + r]);
+            }
         }
     }
-    for (int r = 0; r < n; r++) store(out + r * OUT, total[r]);
+    UNROLL for (int r = 0; r < R; r++)
+        if (r < n) store(out + r * OUT, total[r]);
 }
 
 template <int FORMAT>

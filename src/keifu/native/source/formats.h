@@ -13,6 +13,9 @@
 
 #include "keifu_native.h"
 
+// What is inline here must not become a symbol: the linker would keep one instruction set's copy for all.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace keifu {
 
 constexpr int TILE = 16;
@@ -28,8 +31,8 @@ struct Layout {
     bool has_min;   // value = scale · q + min
     bool halves;    // two scales a group, one for each 16 columns
 
-    constexpr int group(int g) const { return header + g * codes; }  // where the codes of group 0 or 1 of a pair are
-    constexpr int pair() const { return header + 2 * codes; }
+    ALWAYS_INLINE constexpr int group(int g) const { return header + g * codes; }  // where the codes of group 0 or 1 of a pair are
+    ALWAYS_INLINE constexpr int pair() const { return header + 2 * codes; }
 };
 
 constexpr Layout LAYOUTS[] = {
@@ -42,28 +45,28 @@ constexpr Layout LAYOUTS[] = {
 };
 constexpr int N_FORMATS = sizeof(LAYOUTS) / sizeof(Layout);
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+static ALWAYS_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-constexpr int64_t tile_bytes(int format, int64_t columns) {
+static ALWAYS_INLINE constexpr int64_t tile_bytes(int format, int64_t columns) {
     const Layout &l = LAYOUTS[format];
     const int64_t pairs = (columns + PAIR - 1) / PAIR;
     return pairs * l.pair() + (pairs + SUPER_PAIRS - 1) / SUPER_PAIRS * l.super;
 }
 
-constexpr int64_t n_tiles(int64_t rows) { return (rows + TILE - 1) / TILE; }
+static ALWAYS_INLINE constexpr int64_t n_tiles(int64_t rows) { return (rows + TILE - 1) / TILE; }
 
 // Where pair `p` of a tile begins: its own header; and the super header above it.
-constexpr int64_t pair_offset(const Layout &l, int64_t p) {
+static ALWAYS_INLINE constexpr int64_t pair_offset(const Layout &l, int64_t p) {
     return (p / SUPER_PAIRS + 1) * l.super + p * l.pair();
 }
-constexpr int64_t super_offset(const Layout &l, int64_t p) {
+static ALWAYS_INLINE constexpr int64_t super_offset(const Layout &l, int64_t p) {
     return p / SUPER_PAIRS * (l.super + SUPER_PAIRS * l.pair());
 }
 
 // Where column i of a group stands for a row of the tile: which byte of the codes (in 4 bits: which half of it).
-constexpr int code_place(int i, int row) { return i / 4 * 64 + row * 4 + i % 4; }
-constexpr int nibble_place(int i, int row) { return i % 16 / 4 * 64 + row * 4 + i % 4; }
-constexpr int nibble_shift(int i) { return i / 16 * 4; }
-constexpr int bfloat16_place(int i, int row) { return i / 2 * 32 + row * 2 + i % 2; }
+static ALWAYS_INLINE constexpr int code_place(int i, int row) { return i / 4 * 64 + row * 4 + i % 4; }
+static ALWAYS_INLINE constexpr int nibble_place(int i, int row) { return i % 16 / 4 * 64 + row * 4 + i % 4; }
+static ALWAYS_INLINE constexpr int nibble_shift(int i) { return i / 16 * 4; }
+static ALWAYS_INLINE constexpr int bfloat16_place(int i, int row) { return i / 2 * 32 + row * 2 + i % 2; }
 
 }  // namespace keifu

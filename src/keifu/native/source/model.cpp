@@ -47,7 +47,7 @@ Rows make_rows(Arena &arena, int64_t n, int64_t columns) {
     rows.columns = round_up(columns, PAIR);
     rows.dense = arena.take<float>(n * rows.columns);
     rows.codes = arena.take<int8_t>(n * rows.columns);
-    rows.groups = arena.take<CodeGroup>(n * rows.n_groups());
+    rows.groups = arena.take<CodeGroup>(round_up(n, TILE) * rows.n_groups());
     return rows;
 }
 
@@ -70,7 +70,7 @@ Scratch make_scratch(const KeifuModel &m, Arena &arena) {
     s.scores = arena.take<float>(scores);
     s.weights = arena.take<float>(scores);
     s.codes = arena.take<uint8_t>(TILE * (widest > m.hidden.columns ? widest : m.hidden.columns));
-    s.sums = arena.take<int32_t>(4 * TILE * TILE);
+    s.sums = arena.take<int32_t>(16 * TILE * TILE);
     s.own = make_rows(arena, 1, widest);
     return s;
 }

@@ -24,9 +24,12 @@ struct Rows {
     int64_t columns;   // padded to PAIR; also the distance between rows
     void *dense;       // bfloat16 with AMX, else float32 rounded to bfloat16
     int8_t *codes;
-    CodeGroup *groups;
+    CodeGroup *groups;  // [rows / TILE][groups][TILE]
 
-    int64_t n_groups() const { return columns / GROUP; }
+    ALWAYS_INLINE int64_t n_groups() const { return columns / GROUP; }
+    ALWAYS_INLINE CodeGroup *about(int64_t row, int64_t group) const {
+        return groups + (row / TILE * n_groups() + group) * TILE + row % TILE;
+    }
 };
 
 // What a thread needs for itself.
@@ -38,7 +41,7 @@ struct Scratch {
     float *scores;    // [MAX_TASK_ROWS, longest sequence + PAIR]
     void *weights;    // the same, dense
     uint8_t *codes;   // a tile whose 4-bit codes are spread to bytes
-    int32_t *sums;    // [4, 16, 16] of AMX
+    int32_t *sums;    // [8, 2, 16, 16] of AMX
     Rows own;         // rows that the thread makes for itself where there are few
 };
 

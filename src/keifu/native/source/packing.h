@@ -213,7 +213,7 @@ INLINE v16 read_numbers(int source_type, const void *row, int64_t column, int64_
     }
     memcpy(halves, (const uint16_t *)row + column, (size_t)n * 2);
     if (source_type == KEIFU_FROM_FLOAT16) return load_half(halves);
-    return as_float(__builtin_convertvector(*(const h16 *)halves, i16) << 16);
+    return load_bfloat16(halves);
 }
 
 template <int FORMAT>

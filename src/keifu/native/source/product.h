@@ -29,11 +29,10 @@ INLINE void encode_codes(const Rows &rows, int64_t row, int64_t group, v16 a, v1
     const i16 p = round_to_int(a * inverse);
     const i16 q = round_to_int(b * inverse);
     int8_t *codes = rows.codes + row * rows.columns + group * GROUP;
-    *(b16 *)codes = __builtin_convertvector(p, b16);
-    *(b16 *)(codes + TILE) = __builtin_convertvector(q, b16);
-    CodeGroup &about = rows.groups[row * rows.n_groups() + group];
-    about.half[0] = (int32_t)sum(to_float(p));
-    about.half[1] = (int32_t)sum(to_float(q));
+    narrow(codes, p);
+    narrow(codes + TILE, q);
+    CodeGroup &about = *rows.about(row, group);
+    sum_two(p, q, about.half);
     about.sum = about.half[0] + about.half[1];
     about.scale = most / 127.f;
     about.moment = about.scale * (float)about.sum;
@@ -91,24 +90,21 @@ INLINE void dense_block(At at, int groups, const float *x, int64_t stride, float
         v16 even[S][B] = {};
         v16 odd[S][B] = {};
         const uint8_t *tile[S];
-        for (int s = 0; s < S; s++) tile[s] = at(s, g);
-#pragma GCC unroll 4
+        UNROLL for (int s = 0; s < S; s++) tile[s] = at(s, g);
         for (int pair = 0; pair < GROUP / 2; pair++)
-            for (int s = 0; s < S; s++) {
+            UNROLL for (int s = 0; s < S; s++) {
                 const i16 w = load_ints(tile[s] + pair * 64);
                 const v16 low = as_float(w << 16);
                 const v16 high = as_float(w & (int32_t)0xffff0000);
-                for (int b = 0; b < B; b++) {
+                UNROLL for (int b = 0; b < B; b++) {
                     const float *two = x + b * stride + g * GROUP + 2 * pair;
                     even[s][b] = fma(splat(two[0]), low, even[s][b]);
                     odd[s][b] = fma(splat(two[1]), high, odd[s][b]);
                 }
             }
-        for (int s = 0; s < S; s++)
-            for (int b = 0; b < B; b++) total[s][b] += even[s][b] + odd[s][b];
+        UNROLL for (int i = 0; i < S * B; i++) total[i / B][i % B] += even[i / B][i % B] + odd[i / B][i % B];
     }
-    for (int s = 0; s < S; s++)
-        for (int b = 0; b < B; b++) store(out + b * out_stride + s * TILE, total[s][b]);
+    UNROLL for (int i = 0; i < S * B; i++) store(out + i % B * out_stride + i / B * TILE, total[i / B][i % B]);
 }
 
 // Products of up to four bf16 tiles with up to MAX_TASK_ROWS rows; at(s, g) is where group g of tile s lies.
@@ -208,58 +204,56 @@ INLINE int32_t four_codes(const int8_t *p) {
 // Sums of one group: `low` and `high` of the two halves of its columns.
 template <int FORMAT, int S, int B>
 INLINE void sum_group(const uint8_t *const (&codes)[S], const int8_t *x, int64_t stride, const CodeGroup *about,
-                      int64_t about_stride, i16 (&low)[S][B], i16 (&high)[S][B]) {
+                      i16 (&low)[S][B], i16 (&high)[S][B]) {
     constexpr Layout L = LAYOUTS[FORMAT];
     constexpr bool NIBBLES = L.codes == 256;
-    for (int b = 0; b < B; b++) {
-        const CodeGroup &row = about[b * about_stride];
-        for (int s = 0; s < S; s++) {
-            low[s][b] = splat(NIBBLES ? -L.offset * row.sum : -CODE_BIAS * (L.halves ? row.half[0] : row.sum));
-            high[s][b] = splat(L.halves ? -CODE_BIAS * row.half[1] : 0);
-        }
+    UNROLL for (int b = 0; b < B; b++) {
+        const CodeGroup &row = about[b];
+        const i16 first = splat(NIBBLES ? -L.offset * row.sum : -CODE_BIAS * (L.halves ? row.half[0] : row.sum));
+        const i16 second = splat(L.halves ? -CODE_BIAS * row.half[1] : 0);
+        UNROLL for (int s = 0; s < S; s++) low[s][b] = first, high[s][b] = second;
     }
-#pragma GCC unroll 4
-    for (int quad = 0; quad < 4; quad++)
-        for (int s = 0; s < S; s++) {
+    UNROLL for (int quad = 0; quad < 4; quad++)
+        UNROLL for (int s = 0; s < S; s++) {
             const i16 w = load_ints(codes[s] + quad * 64);
             const i16 v = NIBBLES ? w : load_ints(codes[s] + (quad + 4) * 64);
-            for (int b = 0; b < B; b++) {
+            UNROLL for (int b = 0; b < B; b++) {
                 const int32_t first = four_codes(x + b * stride + quad * 4);
                 const int32_t second = four_codes(x + b * stride + quad * 4 + TILE);
                 low[s][b] = NIBBLES ? dot_low(low[s][b], w, first) : dot_codes(low[s][b], w, first);
-                high[s][b] = NIBBLES ? dot_high(high[s][b], w, second) : dot_codes(high[s][b], v, second);
+                high[s][b] = NIBBLES ? dot_high(high[s][b], v, second) : dot_codes(high[s][b], v, second);
             }
         }
     if constexpr (NIBBLES && HIGH_SHIFT)
-        for (int s = 0; s < S; s++)
-            for (int b = 0; b < B; b++) high[s][b] >>= HIGH_SHIFT;
+        UNROLL for (int i = 0; i < S * B; i++) high[i / B][i % B] >>= HIGH_SHIFT;
 }
 
 template <int FORMAT, int S, int B>
 INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64_t row, float *out) {
     constexpr Layout L = LAYOUTS[FORMAT];
+    const int64_t n = rows.n_groups();
+    const CodeGroup *about = rows.about(row, 0);
+    const int8_t *x = rows.codes + row * rows.columns;
     v16 total[S][B] = {};
-    for (int64_t group = 0; group < rows.n_groups(); group++) {
-        const int64_t pair = group / 2;
-        const int g = group % 2;
-        const uint8_t *codes[S];
-        for (int s = 0; s < S; s++) codes[s] = tiles[s] + pair_offset(L, pair) + L.group(g);
-        const CodeGroup *about = rows.groups + row * rows.n_groups() + group;
-        const int8_t *x = rows.codes + row * rows.columns + group * GROUP;
-        i16 low[S][B];
-        i16 high[S][B];
-        sum_group<FORMAT, S, B>(codes, x, rows.columns, about, rows.n_groups(), low, high);
-        for (int s = 0; s < S; s++) {
-            v16 scale;
-            v16 second{};
-            read_scales<FORMAT>(tiles[s] + super_offset(L, pair), tiles[s] + pair_offset(L, pair), g, scale, second);
-            for (int b = 0; b < B; b++)
-                total[s][b] = add_group<FORMAT>(total[s][b], low[s][b], high[s][b], scale, second,
-                                                about[b * rows.n_groups()]);
+    for (int64_t pair = 0; pair < n / 2; pair++) {
+        const int64_t super = super_offset(L, pair);
+        const int64_t header = pair_offset(L, pair);
+        for (int g = 0; g < 2; g++, about += TILE, x += GROUP) {
+            const uint8_t *codes[S];
+            UNROLL for (int s = 0; s < S; s++) codes[s] = tiles[s] + header + L.group(g);
+            i16 low[S][B];
+            i16 high[S][B];
+            sum_group<FORMAT, S, B>(codes, x, rows.columns, about, low, high);
+            UNROLL for (int s = 0; s < S; s++) {
+                v16 scale;
+                v16 second{};
+                read_scales<FORMAT>(tiles[s] + super, tiles[s] + header, g, scale, second);
+                UNROLL for (int b = 0; b < B; b++)
+                    total[s][b] = add_group<FORMAT>(total[s][b], low[s][b], high[s][b], scale, second, about[b]);
+            }
         }
     }
-    for (int s = 0; s < S; s++)
-        for (int b = 0; b < B; b++) store(out + b * OUT + s * TILE, total[s][b]);
+    UNROLL for (int i = 0; i < S * B; i++) store(out + i % B * OUT + i / B * TILE, total[i / B][i % B]);
 }
 
 template <int FORMAT>

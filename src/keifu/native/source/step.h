@@ -256,11 +256,13 @@ static void forward(const Forward &f, Walk &walk) {
     _mm_setcsr(mode | 0x8040);  // numbers below 1e-38 are zeros, as they are in AMX's tiles
 #endif
 #if defined(__AMX_TILE__)
+    TileConfig others;  // other libraries on this thread rely on the tiles as they configured them
+    _tile_storeconfig(&others);
     configured = 0;
 #endif
     Step(f, walk).run();
 #if defined(__AMX_TILE__)
-    _tile_release();
+    _tile_loadconfig(&others);
 #endif
 #if defined(__x86_64__)
     _mm_setcsr(mode);

@@ -16,11 +16,9 @@ typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
 typedef float v16_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t i16_unaligned __attribute__((vector_size(64), aligned(1), may_alias));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(1), may_alias));
-typedef int8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef uint8_t u16 __attribute__((vector_size(16), aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")  // so that the arrays of sums are registers
 
 INLINE v16 splat(float x) { return v16{} + x; }
 INLINE i16 splat(int32_t x) { return i16{} + x; }
@@ -37,6 +35,24 @@ INLINE v16 load_first(const float *p, int n) {  // reads no more than n numbers;
     for (int i = 0; i < n; i++) t[i] = p[i];
     return load(t);
 }
+// Between int32 and narrower integers; GCC 12 would take __builtin_convertvector apart, number by number.
+#if defined(__AVX512F__)
+INLINE i16 widen(const uint8_t *p) { return (i16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+INLINE i16 widen(const int8_t *p) { return (i16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+INLINE i16 widen(const uint16_t *p) { return (i16)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE void narrow(int8_t *p, i16 x) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)x)); }
+INLINE void narrow(uint16_t *p, i16 x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)x)); }
+#else
+template <class T> INLINE i16 widen(const T *p) {
+    i16 x;
+    for (int i = 0; i < 16; i++) x[i] = p[i];
+    return x;
+}
+template <class T> INLINE void narrow(T *p, i16 x) {
+    for (int i = 0; i < 16; i++) p[i] = (T)x[i];
+}
+#endif
+
 INLINE v16 to_float(i16 x) { return __builtin_convertvector(x, v16); }
 INLINE v16 as_float(i16 x) { return (v16)x; }
 INLINE v16 max(v16 a, v16 b) { return a > b ? a : b; }
@@ -54,20 +70,40 @@ INLINE v16 fma(v16 a, v16 b, v16 c) {  // a · b + c, rounded once where the CPU
 #endif
 }
 
+#if defined(__clang__)
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, i16{__VA_ARGS__})
+#endif
+#define ROTATE_8(x) SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+#define SWAP_4(x) SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+#define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+#define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+
 INLINE float sum(v16 x) {  // in one order: halves onto halves
-    float t[16];
-    store(t, x);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) t[i] += t[i + width];
-    return t[0];
+    x += ROTATE_8(x);
+    x += SWAP_4(x);
+    x += SWAP_2(x);
+    x += SWAP_1(x);
+    return x[0];
 }
 
 INLINE float maximum(v16 x) {
-    float t[16];
-    store(t, x);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) t[i] = t[i] > t[i + width] ? t[i] : t[i + width];
-    return t[0];
+    x = max(x, ROTATE_8(x));
+    x = max(x, SWAP_4(x));
+    x = max(x, SWAP_2(x));
+    x = max(x, SWAP_1(x));
+    return x[0];
+}
+
+INLINE void sum_two(i16 x, i16 y, int32_t *sums) {  // sums[0] of x, sums[1] of y
+    i16 both = SHUFFLE(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               SHUFFLE(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    both += SWAP_4(both);
+    both += SWAP_2(both);
+    both += SWAP_1(both);
+    sums[0] = both[0];
+    sums[1] = both[8];
 }
 
 INLINE i16 round_to_int(v16 x) {  // to the nearest, ties to even; |x| < 2^22
@@ -111,13 +147,14 @@ INLINE i16 bfloat16_bits(v16 x) {  // rounded to the nearest, ties to even; NaN 
     return (x == x ? rounded : (u >> 16) | 0x40) & 0xffff;
 }
 INLINE v16 round_to_bfloat16(v16 x) { return as_float(bfloat16_bits(x) << 16); }
-INLINE void store_bfloat16(uint16_t *p, v16 x) { *(h16 *)p = __builtin_convertvector(bfloat16_bits(x), h16); }
+INLINE void store_bfloat16(uint16_t *p, v16 x) { narrow(p, bfloat16_bits(x)); }
+INLINE v16 load_bfloat16(const uint16_t *p) { return as_float(widen(p) << 16); }
 
 INLINE v16 load_half(const void *p) {  // float16
 #if defined(__AVX512F__)
     return (v16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 #else
-    i16 h = __builtin_convertvector(*(const h16 *)p, i16);
+    i16 h = widen((const uint16_t *)p);
     i16 exponent = h & 0x7c00;
     i16 mantissa = h & 0x3ff;
     v16 normal = as_float(((h & 0x7fff) << 13) + (112 << 23));
@@ -127,7 +164,6 @@ INLINE v16 load_half(const void *p) {  // float16
     return as_float((i16)size | ((h & 0x8000) << 16));
 #endif
 }
-INLINE v16 load_bytes(const uint8_t *p) { return to_float(__builtin_convertvector(*(const u16 *)p, i16)); }
-INLINE v16 load_bytes(const int8_t *p) { return to_float(__builtin_convertvector(*(const b16 *)p, i16)); }
+template <class T> INLINE v16 load_bytes(const T *p) { return to_float(widen(p)); }
 
 }  // namespace KEIFU_NAMESPACE
