@@ -117,8 +117,8 @@ class Step {
         };
         from_rows(m.normed, f.batch.n_wanted, make, n_chunks(head), [&](const Rows &rows, int chunk) {
             const float cap = m.about.logit_softcap;
-            over_chunk(head, rows, f.batch.n_wanted, chunk, [&](int r, int64_t column, v16 y) {
-                y = (y + bias(head, column)) * m.about.logit_scale;
+            over_chunk(head, rows, f.batch.n_wanted, chunk, [&](int r, int64_t column, const float *results) {
+                v16 y = (load(results) + bias(head, column)) * m.about.logit_scale;
                 if (cap > 0) y = cap * (2.f * sigmoid(y * (2.f / cap)) - 1.f);
                 float *out = f.batch.logits + (int64_t)r * head.rows + column;
                 if (head.rows - column >= TILE) return store(out, y);
@@ -163,7 +163,7 @@ class Step {
 
     int n_chunks(const KeifuMatrix &w) { return (int)((n_tiles(w.rows) + CHUNK - 1) / CHUNK); }
 
-    // Calls take(row, column, 16 results) for all rows of a chunk of a matrix.
+    // Calls take(row, column, its 16 results) for all rows of a chunk of a matrix.
     template <class Take> void over_chunk(const KeifuMatrix &w, const Rows &rows, int n, int chunk, Take take) {
         const uint8_t *tiles[CHUNK];
         const int64_t left = n_tiles(w.rows) - chunk * CHUNK;
@@ -174,7 +174,7 @@ class Step {
             product(w.format, tiles, count, rows, row, here, scratch, scratch.out);
             for (int r = 0; r < here; r++)
                 for (int s = 0; s < count; s++)
-                    take(row + r, ((int64_t)chunk * CHUNK + s) * TILE, load(scratch.out + r * OUT + s * TILE));
+                    take(row + r, ((int64_t)chunk * CHUNK + s) * TILE, scratch.out + r * OUT + s * TILE);
         }
     }
 
@@ -192,16 +192,16 @@ class Step {
         from_rows(m.normed, f.batch.n_tokens, make, chunks, [&](const Rows &rows, int chunk) {
             const Target *target = targets;
             for (; chunk >= n_chunks(*target->matrix); target++) chunk -= n_chunks(*target->matrix);
-            over_chunk(*target->matrix, rows, f.batch.n_tokens, chunk, [&](int r, int64_t column, v16 y) {
-                store(target->out + r * target->stride + column, y + bias(*target->matrix, column));
+            over_chunk(*target->matrix, rows, f.batch.n_tokens, chunk, [&](int r, int64_t column, const float *results) {
+                store(target->out + r * target->stride + column, load(results) + bias(*target->matrix, column));
             });
         });
     }
 
     // A chunk of a sublayer's last product: to the stream, or beside it where a norm comes first.
     void add_products(const KeifuMatrix &w, const KeifuNorm &norm, const Rows &rows, int chunk) {
-        over_chunk(w, rows, f.batch.n_tokens, chunk, [&](int r, int64_t column, v16 y) {
-            y += bias(w, column);
+        over_chunk(w, rows, f.batch.n_tokens, chunk, [&](int r, int64_t column, const float *results) {
+            const v16 y = load(results) + bias(w, column);
             float *x = m.x + r * m.width + column;
             if (norm.kind) store(m.added + r * m.width + column, y);
             else store(x, load(x) + y);
