@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,27 +15,56 @@ from serving_toys import SIZE, Served, byte_tokenizer, running, sharp
 
 import keifu
 from keifu.data.tokenizers.chat_template import CHATML
-from keifu.models import gpt2, llama
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.models import bert, gpt2, llama, transformer
+from keifu.models.diffusion import ddpm
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits
+
+ALL = ("chat", "base", "encoder", "translator", "ddpm")
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toys as checkpoints: `chat`, a LLaMA with a chat template, and `base`, a GPT-2 without."""
+    """The toys as checkpoints: `chat`, a LLaMA with a chat template, `base`, a GPT-2 without, `encoder`, a BERT,
+    `translator`, a Transformer, and `ddpm`, which draws."""
     place = tmp_path_factory.mktemp("models")
     torch.manual_seed(5)
     tokenizer = byte_tokenizer()
     chat = tokenizer.with_chat_template(CHATML).replace(stop_ids=[tokenizer.token_id("<|im_end|>")])
     keifu.save(sharp(llama.build(llama.Config(**SIZE, n_heads=4, head_dim=6, n_kv_heads=2))), chat, place / "chat")
     keifu.save(sharp(gpt2.build(gpt2.Config(**SIZE, n_heads=4))), tokenizer, place / "base")
+    _save_others(place)
     return place
+
+
+def _save_others(place: Path) -> None:
+    """The toys that write no text."""
+    words = train_tokenizer("wordpiece", ["the cat sat on a mat while seven dogs ran far away"] * 2, 200)
+    small: dict[str, Any] = {"dim": 24, "hidden_dim": 40, "n_layers": 1}
+    encoder = bert.Config(
+        vocab_size=words.vocab_size, context_length=16, n_heads=3, words=False, next_sentence=False, **small
+    )
+    keifu.save(bert.build(encoder), words, place / "encoder")
+    letters = train_tokenizer("characters", ["abcdefghijklmnopqrstuvwxyz ."], 64, special_tokens=["<pad>", "</s>"])
+    letters = Tokenizer(letters.backend, {"pad_token": "<pad>", "eos_token": "</s>"})
+    ids = {"start_id": letters.pad_id, "end_id": letters.eos_id, "pad_id": letters.pad_id}
+    translator = transformer.Config(letters.vocab_size, context_length=24, n_heads=2, **small, **ids)
+    keifu.save(transformer.build(translator), letters, place / "translator")
+    classes: dict[str, Any] = {"n_classes": 2, "null_class": True, "classes": ("cat", "dog")}
+    drawing = ddpm.Config(
+        size=8, channels=3, dim=8, multipliers=(1,), n_residual_blocks=1, attention=(), norm_groups=4, middle_groups=4,
+        dropout=0.0, noise=Noise(steps=20, beta_end=0.3), **classes,
+    )  # fmt: skip
+    keifu.save(sharp(ddpm.build(drawing)), None, place / "ddpm")
 
 
 @pytest.fixture(scope="session")
 def served(folder: Path) -> Iterator[Served]:
     """A server over all toys, in their folder's names."""
-    with running([str(folder / name) for name in ("chat", "base")], Limits(), Access()) as found:
+    with running([str(folder / name) for name in ALL], Limits(), Access()) as found:
         yield found
 
 

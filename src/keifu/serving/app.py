@@ -11,7 +11,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import Response
 
 from keifu import __version__
-from keifu.serving import chat, completions, errors, middleware, page
+from keifu.serving import chat, completions, embeddings, errors, images, middleware, page, translations
 from keifu.serving.models import ServedModels
 from keifu.serving.streaming import json_response
 
@@ -37,7 +37,7 @@ def application(models: ServedModels, access: Access = Access()) -> FastAPI:  # 
 
     app = FastAPI(title="keifu", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     errors.install(app)
-    for part in (chat, completions):
+    for part in (chat, completions, embeddings, translations, images):
         app.include_router(part.routes(models))
     app.include_router(page.routes())
     _state_routes(app, models)

@@ -97,6 +97,13 @@ class ServedModels:
             raise ApiError(404, str(unknown("model", name, self.descriptions)), "model", "model_not_found")
         return self.descriptions[name]
 
+    def reader(self, name: str) -> Description:
+        """The model of that name, if it reads text; otherwise an `ApiError`."""
+        found = self.named(name)
+        if found.tokenizer is None:
+            raise ApiError(400, f"The model {name!r} reads no text, so it has no tokens.", "model", "wrong_model")
+        return found
+
     def find(self, name: str, use: str) -> Description:
         """The model of that name, if it can be used so; otherwise an `ApiError`."""
         found = self.named(name)

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.engine import causal
 from keifu.generation.text.request import Piece, Request
@@ -78,6 +77,8 @@ class Worker:
         future: asyncio.Future[Result] = loop.create_future()
 
         def command() -> None:
+            if future.cancelled():
+                return
             try:
                 result = work(*self._loaded())
             except Exception as error:
@@ -173,7 +174,7 @@ class Worker:
             return True
         return False
 
-    def _loaded(self) -> tuple[nn.Module, Tokenizer]:
+    def _loaded(self) -> tuple[nn.Module, Any]:
         if isinstance(self._model, Exception):
             raise self._model
         return self._model

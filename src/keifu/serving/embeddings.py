@@ -1,0 +1,71 @@
+"""POST /v1/embeddings and /v1/rerank: texts as vectors of length 1, and documents by how near they are to a query."""
+
+import base64
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+from torch import Tensor, nn
+
+from keifu.evaluation.classification import embeddings
+from keifu.evaluation.classification.embeddings import encode_texts
+from keifu.evaluation.images import retrieval
+from keifu.serving.models import ServedModels
+from keifu.serving.schemas import EmbeddingRequest, RerankRequest
+from keifu.serving.streaming import whole
+
+
+def routes(models: ServedModels) -> APIRouter:
+    """The routes, for these models."""
+    router = APIRouter()
+
+    async def embedded(name: str, texts: list[str], cut: bool) -> tuple[Tensor, int]:
+        found = models.find(name, "embedding")
+        limit = found.config.context_length
+        work = partial(_embed, texts=texts, cut=cut, limit=limit)
+        return await models.worker(name).call(work)
+
+    async def embed(body: EmbeddingRequest) -> dict[str, Any]:
+        vectors, tokens = await embedded(body.model, body.texts, body.cut)
+        rows = _base64(vectors) if body.encoding_format == "base64" else vectors.tolist()
+        data = [{"object": "embedding", "index": place, "embedding": row} for place, row in enumerate(rows)]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return {"object": "list", "data": data, "model": body.model, "usage": usage}
+
+    async def rank(body: RerankRequest) -> dict[str, Any]:
+        vectors, tokens = await embedded(body.model, [body.query, *body.documents], body.cut)
+        scores = vectors[1:] @ vectors[0]
+        best = scores.topk(min(body.top_n or len(scores), len(scores)))
+        results = [
+            {"index": place, "relevance_score": score}
+            | ({"document": {"text": body.documents[place]}} if body.return_documents else {})
+            for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        return {"object": "list", "model": body.model, "results": results, "usage": {"total_tokens": tokens}}
+
+    @router.post("/v1/embeddings", summary="Texts as vectors", tags=["vectors"])
+    async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        return await whole(request, embed(body))
+
+    @router.post("/v1/rerank", summary="Documents by their nearness to a query", tags=["vectors"])
+    async def rerank(body: RerankRequest, request: Request) -> Response:
+        return await whole(request, rank(body))
+
+    return router
+
+
+def _embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], cut: bool, limit: int) -> tuple[Tensor, int]:
+    """The vectors on the CPU, and how many tokens were read."""
+    rows = encode_texts(tokenizer, texts, limit, cut).rows
+    if isinstance(model, retrieval.TwoTowers):
+        vectors = retrieval.embed_rows(model, rows, retrieval.padding(tokenizer))
+    else:
+        vectors = embeddings.embed_rows(model, rows, tokenizer.pad_id or 0)
+    return vectors.cpu(), sum(map(len, rows))
+
+
+def _base64(vectors: Tensor) -> list[str]:
+    """Each vector as little-endian float32, which OpenAI's client asks for."""
+    return [base64.b64encode(row.tobytes()).decode("ascii") for row in vectors.numpy().astype("<f4")]

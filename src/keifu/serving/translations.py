@@ -1,0 +1,62 @@
+"""POST /v1/translations and /v1/tokenize: what an encoder-decoder makes of texts, and texts as tokens."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+from torch import nn
+
+from keifu.generation.text.request import prompt_tokens
+from keifu.generation.text.translation import Translation, TranslationParams, join_sentences, translate_texts
+from keifu.serving.generation import token_bytes, token_text
+from keifu.serving.models import ServedModels
+from keifu.serving.schemas import TokenizeRequest, TranslationRequest
+from keifu.serving.streaming import json_response, whole
+
+
+def routes(models: ServedModels) -> APIRouter:
+    """The routes, for these models."""
+    router = APIRouter()
+
+    async def translated(body: TranslationRequest) -> dict[str, Any]:
+        models.find(body.model, "translation")
+        settings = TranslationParams(body.beam, body.alpha, body.max_tokens)
+        found = await models.worker(body.model).call(partial(_translate, texts=body.texts, settings=settings))
+        data = [
+            {
+                "object": "translation",
+                "index": place,
+                "text": join_sentences(part.text for part in parts),
+                "sentences": [asdict(part) for part in parts],
+            }
+            for place, parts in enumerate(found)
+        ]
+        every = [part for parts in found for part in parts]
+        read, written = sum(part.source_tokens for part in every), sum(part.tokens for part in every)
+        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        return {"object": "list", "data": data, "model": body.model, "usage": usage}
+
+    @router.post("/v1/translations", summary="Translate texts, sentence by sentence", tags=["text"])
+    async def translations(body: TranslationRequest, request: Request) -> Response:
+        return await whole(request, translated(body))
+
+    @router.post("/v1/tokenize", summary="A text as tokens", tags=["text"])
+    def tokenize(body: TokenizeRequest) -> Response:
+        tokenizer = models.reader(body.model).tokenizer
+        if body.messages is None:
+            ids = prompt_tokens(tokenizer, body.input or "")
+        else:
+            ids = tokenizer.render_chat([message.plain() for message in body.messages])
+        entries = [{"text": token_text(tokenizer, each), "bytes": [*token_bytes(tokenizer, each)]} for each in ids]
+        return json_response({"object": "tokens", "model": body.model, "ids": ids, "tokens": entries})
+
+    return router
+
+
+def _translate(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], settings: TranslationParams
+) -> list[list[Translation]]:
+    return translate_texts(model, tokenizer, texts, settings)

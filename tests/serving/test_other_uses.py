@@ -1,0 +1,140 @@
+"""Embeddings, reranking, translations, tokens and pictures over HTTP are the library's; several models share memory."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from PIL import Image
+from serving_toys import running
+
+import keifu
+from keifu import cli
+from keifu.errors import UserError
+from keifu.evaluation.classification.embeddings import embed
+from keifu.generation.text.translation import translate
+from keifu.serving.app import Access
+from keifu.serving.metrics import Metrics
+from keifu.serving.models import ServedModels
+from keifu.serving.worker import Limits
+
+TEXTS = ["the cat", "seven dogs ran", "a mat"]
+
+
+def name_of(folder: Path, kind: str) -> str:
+    return str(folder / kind)
+
+
+@pytest.mark.parametrize("form", ["float", "base64"])
+def test_embeddings_are_the_librarys(served: Any, folder: Path, form: str) -> None:
+    name = name_of(folder, "encoder")
+    model, tokenizer = keifu.load(name)
+    found = served.openai.embeddings.create(model=name, input=TEXTS, encoding_format=form)
+    rows = [each.embedding for each in found.data]
+    if form == "base64":
+        rows = [torch.frombuffer(bytearray(base64.b64decode(row)), dtype=torch.float32).tolist() for row in rows]
+    torch.testing.assert_close(torch.tensor(rows), embed(model, tokenizer, TEXTS))
+    assert found.usage.prompt_tokens == sum(map(len, tokenizer.encode_batch(TEXTS, special=True)))
+    alone = served.openai.embeddings.create(model=name, input=TEXTS[0]).data[0].embedding
+    assert alone == pytest.approx(rows[0], abs=1e-6)
+
+
+def test_what_cannot_be_embedded_is_refused(served: Any, folder: Path, chat: str) -> None:
+    ask = served.openai.embeddings.create
+    with pytest.raises(openai.BadRequestError, match="dimensions is not supported"):
+        ask(model=name_of(folder, "encoder"), input="cat", dimensions=8)
+    with pytest.raises(openai.BadRequestError, match="Text 2 of 2 has .* tokens; the model takes 16"):
+        ask(model=name_of(folder, "encoder"), input=["cat", "cat " * 30])
+    with pytest.raises(openai.BadRequestError, match="Text 1 of 1 is empty"):
+        ask(model=name_of(folder, "encoder"), input=" ")
+    with pytest.raises(openai.BadRequestError, match="for this, ask .*encoder"):
+        ask(model=chat, input="cat")
+
+
+def test_documents_are_ranked_by_their_cosine(served: Any, folder: Path) -> None:
+    name = name_of(folder, "encoder")
+    model, tokenizer = keifu.load(name)
+    found = served.post("/v1/rerank", {"model": name, "query": "a cat", "documents": TEXTS, "top_n": 2}).json()
+    query, *points = embed(model, tokenizer, ["a cat", *TEXTS])
+    scores = torch.stack(points) @ query
+    order = scores.argsort(descending=True).tolist()[:2]
+    assert [each["index"] for each in found["results"]] == order
+    assert [each["relevance_score"] for each in found["results"]] == pytest.approx(scores[order].tolist(), abs=1e-5)
+    assert [each["document"]["text"] for each in found["results"]] == [TEXTS[place] for place in order]
+
+
+def test_translations_are_the_librarys(served: Any, folder: Path) -> None:
+    name = name_of(folder, "translator")
+    model, tokenizer = keifu.load(name)
+    texts = ["a pen. the cat.", "dogs"]
+    found = served.post("/v1/translations", {"model": name, "input": texts, "beam": 3}).json()
+    assert [each["text"] for each in found["data"]] == translate(model, tokenizer, texts, beam=3)
+    assert len(found["data"][0]["sentences"]) >= 1
+    refused = served.post("/v1/translations", {"model": name, "input": "a" * 40}).json()["error"]
+    assert "has 41 tokens, but this model takes 24" in refused["message"]
+
+
+def test_tokens_are_those_that_the_model_reads(served: Any, chat: str, folder: Path) -> None:
+    _, tokenizer = keifu.load(chat)
+    messages = [{"role": "user", "content": "é <|im_end|>"}]
+    found = served.post("/v1/tokenize", {"model": chat, "messages": messages}).json()
+    assert found["ids"] == tokenizer.render_chat(messages)
+    plain = served.post("/v1/tokenize", {"model": chat, "input": "é"}).json()
+    assert plain["ids"] == tokenizer.encode("é", special=True)
+    assert bytes(sum((token["bytes"] for token in plain["tokens"]), [])).decode() == "é"
+    assert "either input or messages" in served.post("/v1/tokenize", {"model": chat}).json()["error"]["message"]
+    refused = served.post("/v1/tokenize", {"model": name_of(folder, "ddpm"), "input": "x"})
+    assert refused.status_code == 400 and "reads no text" in refused.json()["error"]["message"]
+
+
+def test_a_picture_says_how_it_was_drawn_and_is_drawn_again_bit_for_bit(
+    served: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    body = {"model": name_of(folder, "ddpm"), "n": 2, "seed": 5, "steps": 3, "label": "dog"}
+    data = served.post("/v1/images/generations", body).json()["data"]
+    assert [each["seed"] for each in data] == [5, 6] and data[0]["b64_json"] != data[1]["b64_json"]
+    for number, each in enumerate(data):
+        file = tmp_path / f"{number}.png"
+        file.write_bytes(base64.b64decode(each["b64_json"]))
+        cli.main(["draw", "--again", str(file), "-o", str(tmp_path / "again.png")])
+        pixels = [Image.open(io.BytesIO(path.read_bytes())).tobytes() for path in (file, tmp_path / "again.png")]
+        assert pixels[0] == pixels[1], capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ({"prompt": "a cat"}, "This model reads no text"),
+        ({"label": "dgo"}, "dog"),
+        ({"sampler": "dimm"}, "Did you mean 'ddim'?"),
+        ({"size": "8by8"}, 'size is "8by8": it must be WIDTHxHEIGHT'),
+        ({"response_format": "url"}, 'response_format is "url"'),
+        ({"quality": "hd"}, "quality is not supported"),
+        ({"n": 17}, "n is 17"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(served: Any, folder: Path, field: dict[str, Any], words: str) -> None:
+    found = served.post("/v1/images/generations", {"model": name_of(folder, "ddpm"), "steps": 2, **field})
+    assert found.status_code == 400 and words in found.json()["error"]["message"], found.text
+
+
+def test_memory_is_bounded_by_letting_the_model_go_that_was_not_used_longest(folder: Path) -> None:
+    names = [name_of(folder, kind) for kind in ("encoder", "base", "chat")]
+    with running(names, Limits(), Access()) as served:
+        sizes = {name: served.models.descriptions[name].size for name in names}
+    memory = sizes[names[0]] + sizes[names[2]] + 1
+    with running(names, Limits(), Access(), memory) as served:
+        for name in (names[0], names[2]):
+            assert served.post("/v1/tokenize", {"model": name, "input": "the cat"}).status_code == 200
+        served.openai.embeddings.create(model=names[0], input="the cat")
+        served.openai.completions.create(model=names[2], prompt="the cat", max_tokens=2)
+        assert set(served.models.workers) == {names[0], names[2]}
+        served.openai.embeddings.create(model=names[0], input="the cat")
+        served.openai.completions.create(model=names[1], prompt="the cat", max_tokens=2)
+        assert names[2] not in served.models.workers and names[1] in served.models.workers
+        assert sum(sizes[name] for name in served.models.workers) <= memory
+    with pytest.raises(UserError, match="takes .* MiB, but --memory allows"):
+        ServedModels(names, Limits(), Metrics(), 1000)
