@@ -7,7 +7,10 @@ memory than the packed weights. Axes: rows, columns = of one of our matrices; by
 import ctypes
 import mmap
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,7 +25,7 @@ from keifu.native.model import NativeLM, pack
 from keifu.native.pack import Blocks
 
 MAPS = Path("/proc/self/maps")
-ENOUGH = 32 << 20  # bytes that were read before they are given back
+ENOUGH = 16 << 20  # bytes that were read before they are given back
 DONTNEED = 4  # Linux's MADV_DONTNEED
 
 
@@ -51,27 +54,33 @@ class FileWeights:
     def __init__(self, found: Plan):
         self._source = found.source
         self._links = {link.ours: link for link in found.links}
+        self._part: tuple[Any, Tensor] = None, torch.empty(0)  # what one of theirs made, while its rows are asked for
         self._read: list[tuple[int, int]] = []  # addresses and sizes of what was read and is still in memory
 
     def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
         """Some rows of a matrix, in the type that the file has."""
-        link = self._links[name]
-        parts = [(self._tensor(theirs), index, own) for theirs, index, own in _parts(link, first, rows)]
-        found = [link.part(index, tensor)[own] for tensor, index, own in parts]
+        link, read = self._links[name], self._source.read
+        found = [self._piece(link, part, partial(read, part[0]), read) for part in _parts(link, first, rows)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def blocks(self, name: str, first: int, rows: int) -> Blocks | None:
         """The same rows as blocks of a GGUF file; None where the file has plain numbers."""
-        link = self._links[name]
-        parts = _parts(link, first, rows)
-        if self._source.blocks is None or link.transposed or len(parts) != 1:
+        link, parts = self._links[name], _parts(self._links[name], first, rows)
+        stored = self._source.blocks(parts[0][0]) if self._source.blocks and len(parts) == 1 else None
+        if stored is None or link.transposed:
             return None
-        [(theirs, index, own)] = parts
-        blocks = self._source.blocks(theirs)
-        if blocks is None:
-            return None
-        self._remember(blocks.data)
-        return Blocks(blocks.kind, link.part(index, blocks.data)[own])
+        return Blocks(stored.kind, self._piece(link, parts[0], lambda: stored.data, self._source.blocks))
+
+    def _piece(self, link: Link, part: tuple[str, int, slice], read: Callable[[], Tensor], kind: Any) -> Tensor:
+        theirs, index, rows = part
+        if self._part[0] != (theirs, kind):
+            stored = read()
+            self._part = (theirs, kind), link.part(index, stored)
+            if self._part[1].data_ptr() != stored.data_ptr():
+                self._remember(stored)
+        piece = self._part[1][rows]
+        self._remember(piece)
+        return piece
 
     def numbers(self, name: str) -> Tensor:
         """A whole parameter."""
@@ -89,11 +98,6 @@ class FileWeights:
             if any(low <= start < end <= high for low, high in mapped):
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONTNEED)
         self._read.clear()
-
-    def _tensor(self, theirs: str) -> Tensor:
-        tensor = self._source.read(theirs)
-        self._remember(tensor)
-        return tensor
 
     def _remember(self, tensor: Tensor) -> None:
         self._read.append((tensor.data_ptr(), tensor.nbytes))

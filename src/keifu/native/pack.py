@@ -21,6 +21,8 @@ from keifu.native.library import Library
 
 CHUNK = 64 << 20  # bytes of memory that are asked for at a time
 SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TILE = 16  # rows that are packed together
+PIECE = 8 << 20  # bytes, as float32, that are read and packed at a time
 HUGE_PAGES = 14  # Linux's MADV_HUGEPAGE
 
 
@@ -166,31 +168,37 @@ class Packer:
         return self.matrices[key]
 
     def _pack(self, part: MatrixPart, wanted: int) -> native.Matrix:
-        rows = part.weight, part.first, part.rows
-        blocks = self.weights.blocks(*rows) if self.chosen.exact else None
+        blocks = self.weights.blocks(part.weight, part.first, 1) if self.chosen.exact else None
         exact = None if blocks is None else self.library.gguf_format(blocks.kind)
         format_ = wanted if exact is None else exact
-        shape = part.rows, part.columns
-        address = self.arena.take(self.library.call("packed_size", format_, *shape))
-        try:
-            if blocks is None or exact is None:
-                numbers = _plain(self.weights.rows(*rows))
-                source = SOURCES[numbers.dtype], numbers.data_ptr()
-                self.library.call("pack", format_, *source, *shape, numbers.stride(0), address)
-            else:
-                data = blocks.data.contiguous()
-                self.library.call("repack_gguf", blocks.kind, data.data_ptr(), *shape, address)
-        except UserError as error:
-            raise UserError(f"{part.weight} {list(shape)} cannot be packed: {error}") from error
-        self.weights.release()
+        tile = self.library.call("packed_size", format_, TILE, part.columns)
+        address = self.arena.take(-(-part.rows // TILE) * tile)
+        step = max(1, PIECE // (4 * TILE * part.columns)) * TILE
+        for first in range(0, part.rows, step):
+            rows = part.weight, part.first + first, min(step, part.rows - first)
+            to = address + first // TILE * tile
+            try:
+                if exact is None:
+                    self._pack_numbers(format_, self.weights.rows(*rows), to)
+                else:
+                    self._pack_blocks(self.weights.blocks(*rows), part.columns, to)
+            except UserError as error:
+                raise UserError(f"{part.weight} cannot be packed, of the rows from {rows[1]} on: {error}") from error
+            self.weights.release()
         bias = self.floats(part.bias)
-        return native.Matrix(format_, *shape, address, None if bias is None else bias.data_ptr() + 4 * part.first)
+        bias_address = None if bias is None else bias.data_ptr() + 4 * part.first
+        return native.Matrix(format_, part.rows, part.columns, address, bias_address)
 
+    def _pack_numbers(self, format_: int, found: Float[Tensor, "rows columns"], to: int) -> None:
+        numbers = found.cpu() if found.dtype in SOURCES else found.cpu().float()
+        numbers = numbers if numbers.stride(1) == 1 else numbers.contiguous()
+        source = SOURCES[numbers.dtype], numbers.data_ptr()
+        self.library.call("pack", format_, *source, *numbers.shape, numbers.stride(0), to)
 
-def _plain(numbers: Tensor) -> Tensor:
-    """The numbers on the CPU in a type that is packed from, each row in one piece."""
-    numbers = numbers.cpu() if numbers.dtype in SOURCES else numbers.cpu().float()
-    return numbers if numbers.stride(1) == 1 else numbers.contiguous()
+    def _pack_blocks(self, found: Blocks | None, columns: int, to: int) -> None:
+        assert found is not None
+        data = found.data.contiguous()
+        self.library.call("repack_gguf", found.kind, data.data_ptr(), len(data), columns, to)
 
 
 def _address(numbers: Tensor | None) -> int | None:
