@@ -16,12 +16,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from _attention_maps import draw_maps, record_attention
 from _rounds import machine
 from safetensors.torch import load_file
 
 import keifu
 from keifu.data.translation.pairs import read_pairs, split
-from keifu.evaluation.plots.attention_maps import draw_maps, record_attention
 from keifu.evaluation.registry import EvalRequest
 from keifu.evaluation.text.translation import Scorer, evaluate, language_of
 from keifu.generation.text.translation import translate

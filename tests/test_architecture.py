@@ -39,6 +39,7 @@ class File:
 
     module: str
     text: str
+    package: bool = False  # a folder's __init__.py
 
     @cached_property
     def tree(self) -> ast.Module:
@@ -59,7 +60,10 @@ def part_of(module: str) -> str:
 @cache
 def source() -> list[File]:
     names = {path: ".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in sorted(SOURCE.rglob("*.py"))}
-    return [File(name.removesuffix(".__init__"), path.read_text(encoding="utf-8")) for path, name in names.items()]
+    return [
+        File(name.removesuffix(".__init__"), path.read_text(encoding="utf-8"), path.name == "__init__.py")
+        for path, name in names.items()
+    ]
 
 
 def imports(nodes: Iterator[ast.AST]) -> Iterator[str]:

@@ -1,13 +1,18 @@
 """What is seen from outside is what the model computes: weights that sum to one, see nothing hidden, and are the same
 numbers as the softmax written out."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from keifu.errors import UserError
-from keifu.evaluation.plots.attention_maps import draw_maps, record_attention
 from keifu.models import gpt2, llama
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from _attention_maps import draw_maps, record_attention
 
 CONFIG = {"vocab_size": 31, "context_length": 16, "dim": 24, "hidden_dim": 32, "n_layers": 2, "n_heads": 4}
 

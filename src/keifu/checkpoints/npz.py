@@ -1,18 +1,26 @@
 """NumPy archives (.npz) as models: g2p-en's weights, which are published in no other form.
 
 The archive holds arrays alone; that they are a recurrent encoder-decoder without attention, and what each row stands
-for, is written here. Nothing is ever unpickled.
+for, is written here. Nothing is ever unpickled. The phonemes that it writes are ARPAbet's as the CMU Pronouncing
+Dictionary has them: vowels carry their stress, 0, 1 or 2. Their order is alphabetical, as in g2p-en's weights (Park and
+Kim, 2019); one vowel also exists without stress.
 """
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import ascii_lowercase
 
+import tokenizers
 import torch
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from keifu.checkpoints.plan import Source, Stored
 from keifu.checkpoints.registry import describe
+from keifu.data.tokenizers.seq2seq import TwoSidedTokenizer
+from keifu.data.tokenizers.special_tokens import put_around_text
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.models import seq2seq
 
@@ -33,9 +41,13 @@ NAMES = {
 # The archive numbers the tokens of a target <pad>, <unk>, <s>, </s>, those of a source <pad>, <unk>, </s>. In keifu one
 # id ends both sides, so the two rows of a target change places.
 EXCHANGED = ("dec_emb", "fc_w", "fc_b")
-START, END = 2, 3
+START_ROW, END_ROW = 2, 3
 NOTE = f"The rows of <s> and </s> in {', '.join(EXCHANGED)} have changed places, so that 2 is the end of both sides."
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+VOWELS = ["AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"]
+CONSONANTS = ["CH", "DH", "HH", "JH", "NG", "SH", "TH", "ZH", *"BDFGKLMNPRSTVWYZ"]
+PHONEMES = sorted([*CONSONANTS, "UW", *(vowel + stress for vowel in VOWELS for stress in "012")])
+PAD, UNKNOWN, END, START = "<pad>", "<unk>", "</s>", "<s>"
 
 
 def open_npz(path: Path) -> Source:
@@ -49,8 +61,8 @@ def open_npz(path: Path) -> Source:
         )
     family, _ = describe(config)
     stored = {name: Stored(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.dtype) for name, t in arrays.items()}
-    return Source(path, "NumPy", family, config, stored, lambda name: _exchanged(name, arrays[name]), _tokenizer,
-                  NAMES, notes=(NOTE,))  # fmt: skip
+    return Source(path, "NumPy", family, config, stored, lambda name: _exchanged(name, arrays[name]),
+                  letters_to_phonemes, NAMES, notes=(NOTE,))  # fmt: skip
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
@@ -73,11 +85,29 @@ def _exchanged(name: str, tensor: Tensor) -> Tensor:
     if name not in EXCHANGED:
         return tensor
     rows = torch.arange(len(tensor))
-    rows[[START, END]] = rows[[END, START]]
+    rows[[START_ROW, END_ROW]] = rows[[END_ROW, START_ROW]]
     return tensor[rows]
 
 
-def _tokenizer() -> object:
-    from keifu.data.tokenizers.phonemes import letters_to_phonemes
+def letters_to_phonemes() -> TwoSidedTokenizer:
+    """Letters in, phonemes out. Capitals and accents are taken off a word; what else is no letter is unknown.
 
-    return letters_to_phonemes()
+    Both sides give padding, unknown and end the ids 0, 1, 2; the token that begins a row of phonemes has 3.
+    """
+    letters = _words([PAD, UNKNOWN, END, *ascii_lowercase], {})
+    letters.backend.normalizer = normalizers.Sequence(
+        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
+    letters.backend.pre_tokenizer = pre_tokenizers.FixedLength(1)
+    phonemes = _words([PAD, UNKNOWN, END, START, *PHONEMES], {"bos_token": START})
+    phonemes.backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return TwoSidedTokenizer(letters, phonemes)
+
+
+def _words(vocabulary: Sequence[str], more: dict[str, str]) -> Tokenizer:
+    """A tokenizer whose tokens are whole words, numbered in this order, with an end token after a text."""
+    special = {"pad_token": PAD, "unk_token": UNKNOWN, "eos_token": END, **more}
+    backend = tokenizers.Tokenizer(models.WordLevel({word: n for n, word in enumerate(vocabulary)}, UNKNOWN))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
+    put_around_text(backend, special, bos=False, eos=True)
+    return Tokenizer(backend, special)

@@ -206,7 +206,7 @@ def _strip(model: "ImagePipeline", picture: "Tensor", states: "Sequence[SamplerS
     import torch
 
     from keifu.data.images.grid import grid
-    from keifu.generation.images.strips import denoising_strip, noising_strip
+    from keifu.generation.images.pixel_diffusion import denoising_strip, noising_strip
 
     out = denoising_strip(states)
     into = noising_strip(picture, cast(Any, model).noise, out.columns)

@@ -83,7 +83,7 @@ def sample_image_tokens(
 
 
 class AutoregressivePipeline:
-    """A model that says a picture's entries, with the tokenizer of its texts: a `TextDrawer`."""
+    """The `TextToImagePipeline` of a model of image tokens and its tokenizer."""
 
     usual_guidance = 1.0
     usual_sampler = ImageRequest.sampler  # it has none

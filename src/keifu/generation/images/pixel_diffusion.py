@@ -1,4 +1,5 @@
-"""Pixel diffusion: settings of an image request, and sampling of images from noise in one call or step by step.
+"""Pixel diffusion: settings of an image request, sampling of images from noise in one call or step by step, and strips
+that show noise being added to an image, or an image emerging from it.
 
 A seed belongs to an image: with the same settings and seed the image is the same alone or in a batch, except for
 rounding of products that are computed for several images at once. Its noise is that of
@@ -9,13 +10,13 @@ the same. Axes: batch, channels, height, width.
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from keifu.data.images.io import to_bytes
+from keifu.data.images.io import to_bytes, to_signed
 from keifu.errors import UserError, unknown
 from keifu.generation.images.denoiser import DiffusionConfig, DiffusionModel, label_denoiser
 from keifu.generation.images.image_to_image import (
@@ -27,7 +28,7 @@ from keifu.generation.images.image_to_image import (
 )
 from keifu.generation.images.samplers import ConfiguredSampler, SamplerStep, configure_sampler, sampler
 from keifu.generation.images.tiled_vae import NO_TILES
-from keifu.layers.diffusion.noise_schedule import Noise, Spacing
+from keifu.layers.diffusion.noise_schedule import Noise, Spacing, add_noise
 from keifu.layers.diffusion.sampling_schedule import Schedule
 from keifu.layers.unet.prepacked_conv import prepack
 
@@ -269,3 +270,34 @@ def to_pixels(x: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, 
             "them; try float32."
         )
     return to_bytes(x).cpu()
+
+
+class Strip(NamedTuple):
+    """Pictures and a caption for each, for a sheet of one row or two."""
+
+    pictures: UInt8[Tensor, "picture channels height width"]
+    captions: list[str]
+    columns: int
+
+
+def noising_strip(
+    picture: UInt8[Tensor, "channels height width"], noise: Noise, count: int = 8, seed: int = 0
+) -> Strip:
+    """A picture at evenly spaced timesteps, from itself to the last, with the same noise growing on it."""
+    clean = to_signed(picture)[None].expand(count, -1, -1, -1)
+    added = SeededNoise([seed])(clean[:1]).expand_as(clean)
+    timestep = torch.linspace(0, noise.steps - 1, count).round().long()
+    noisy = torch.cat([clean[:1], add_noise(clean, added, noise.alpha_bar, timestep)[1:]])
+    return Strip(to_bytes(noisy), ["picture", *(f"t = {t}" for t in timestep[1:].tolist())], count)
+
+
+def denoising_strip(states: Sequence[SamplerStep], place: int = 0, count: int = 8) -> Strip:
+    """One picture's way out of noise, evenly spaced: x above, and below it the picture that the network saw in it."""
+    steps = torch.linspace(0, len(states) - 1, min(count, len(states))).round().long().tolist()
+    chosen = [states[step] for step in steps]
+    rows: list[Float[Tensor, "picture channels height width"]] = [
+        torch.stack([state.x[place] for state in chosen]),
+        torch.stack([state.picture[place] for state in chosen]),
+    ]
+    captions = [f"{name}, step {step + 1}" for name in ("x", "seen") for step in steps]
+    return Strip(to_bytes(torch.cat(rows)).cpu(), captions, len(steps))

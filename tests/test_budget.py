@@ -1,0 +1,127 @@
+"""The size of the tree: lines of code, files in a folder, files too small to be looked up, words that were given up."""
+
+import ast
+import io
+import re
+import tokenize
+from collections import Counter, defaultdict
+
+import pytest
+from test_architecture import File, imports, source
+
+MOST_LINES = 35_000  # code lines of the whole package: to be lowered with it, never raised without a reason
+MOST_FILES = 15  # in a folder, beside __init__.py
+SMALL, IMPORTERS = 40, 3  # a file with fewer code lines than this has at least so many importers
+ONE_EACH = ("keifu.commands.", "keifu.recipes.")  # folders where a file is a verb or a run, whatever its size
+SMALL_ON_PURPOSE = {
+    "keifu.checkpoints.gguf.numbers": "bit arithmetic, apart from the reading of files",
+    "keifu.commands.shared.verbs": "the command line's start must import nothing else",
+    "keifu.evaluation.intervals": "statistics, which know no model",
+    "keifu.evaluation.plots.html_page": "HTML, apart from the recipes that fill it",
+    "keifu.generation.text.logits_processors": "the field's word for them",
+    "keifu.generation.text.runner": "the one place that calls the model",
+    "keifu.models.sizes": "run as a program, too",
+    "keifu.serving.interleaved": "tokens of several requests in turn",
+    "keifu.training.objectives.contrastive": "an objective each",
+    "keifu.training.optim.lr_schedules": "the field's word for them",
+}
+GIVEN_UP = {  # names of earlier versions, and what the field calls the same
+    "Optimisers": "Optimizers", "Stepper": "TrainStep", "Partwise": "PartwiseOptimizer", "Adapted": "AdaptedLinear",
+    "Shield": "ControlTokenGuard", "Turns": "TurnMasks", "Ranked": "RankedResponses", "Growth": "BatchSizeSchedule",
+    "Preflight": "DatasetReport", "Masking": "MaskingScheme", "Asked": "EvalRequest", "Judge": "TextClassifier",
+    "Drawer": "ImagePipeline", "TextDrawer": "TextToImagePipeline", "Painter": "LatentDiffusionPipeline",
+    "Drawing": "ImageRequest", "Original": "InputImage", "Saying": "ImageTokenModel", "Imagining": "UnclipModel",
+    "Episodes": "PPOBatches", "Finetuned": "ModelWithHead", "Rewinding": "SpikeSettings", "Outcome": "LossOutput",
+    "told": "describe", "opened": "open_model", "described": "describe", "spoken": "conversation_of", "begun": "start",
+    "encoded": "encode", "joined": "join", "stacked": "stack", "fitted": "fit", "guided": "guide", "noisy": "add_noise",
+    "finetuned": "add_head", "evaluating": "evaluation_mode", "whitened": "whiten", "truncated": "truncate",
+    "synchronise": "synchronize", "dequantised": "dequantize", "trace": "gae_lambda", "foretell": "predict",
+}  # fmt: skip
+
+
+def code_lines(file: File) -> int:
+    """Lines with code on them: neither blank, nor comment, nor docstring."""
+    documentation: set[int] = set()
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            documentation.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(file.text).readline):
+        if token.type not in layout:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - documentation)
+
+
+def too_much_code(files: list[File], most: int = MOST_LINES) -> list[str]:
+    total = sum(map(code_lines, files))
+    return [f"{total:,} code lines, of at most {most:,}"] if total > most else []
+
+
+def crowded_folders(files: list[File]) -> list[str]:
+    """Folders with too many files; of the verbs, which are looked up by their names, there may be a few more."""
+    counts = Counter(file.module.rpartition(".")[0] for file in files if not file.package)
+    most = {"keifu.commands": MOST_FILES + 3}
+    return [f"{folder}: {n} files" for folder, n in counts.items() if n > most.get(folder, MOST_FILES)]
+
+
+def lonely_small_files(files: list[File]) -> list[str]:
+    """Small files that few others import: what they hold belongs into one of those."""
+    importers: dict[str, set[str]] = defaultdict(set)
+    for file in files:
+        for name in imports(ast.walk(file.tree)):
+            importers[name].add(file.module)
+    wrong = []
+    for file in files:
+        free = file.package or file.module.startswith(ONE_EACH) or file.module.endswith("__main__")
+        if free or file.module in SMALL_ON_PURPOSE or code_lines(file) >= SMALL:
+            continue
+        if len(importers[file.module]) < IMPORTERS:
+            wrong.append(f"{file.module}: {code_lines(file)} lines, {len(importers[file.module])} importers")
+    return wrong
+
+
+def given_up_words(files: list[File]) -> list[str]:
+    """Functions and classes under a name that was given up, and texts that still speak of such a class."""
+    wrong = []
+    for file in files:
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        names = {node.name for node in ast.walk(file.tree) if isinstance(node, kinds)}
+        names |= {word for word in re.findall(r"`(\w+)`", file.text) if word[0].isupper()}
+        wrong += [f"{file.module}: {name} is {GIVEN_UP[name]} here" for name in sorted(names & GIVEN_UP.keys())]
+    return wrong
+
+
+LINES = "".join(f"x{number} = 1\n" for number in range(9))
+BAD = {  # for each rule the smallest tree that breaks it
+    too_much_code: [File("keifu.a", "x = 1\n" * (MOST_LINES + 1))],
+    crowded_folders: [File(f"keifu.data.a{number}", "") for number in range(MOST_FILES + 1)],
+    lonely_small_files: [File("keifu.data.a", LINES), File("keifu.data.b", "import keifu.data.a\n" + LINES * SMALL)],
+    given_up_words: [File("keifu.a", "class Stepper:\n    pass\n")],
+}
+
+
+@pytest.mark.parametrize("rule", BAD, ids=lambda rule: rule.__name__)
+def test_tree_keeps_the_rule(rule) -> None:
+    assert rule(source()) == []
+
+
+@pytest.mark.parametrize("rule", BAD, ids=lambda rule: rule.__name__)
+def test_rule_can_fail(rule) -> None:
+    assert len(rule(BAD[rule])) == 1
+
+
+def test_only_code_is_counted() -> None:
+    head = '"""Docstring\nof two lines."""\n\n# a comment\nx = (\n    1,  # one\n)\n'
+    text = head + '\n\ndef f():\n    """What."""\n    return x\n'
+    assert code_lines(File("keifu.a", text)) == 5
+
+
+def test_three_importers_are_enough() -> None:
+    several = [File(f"keifu.b{number}", "import keifu.data.a\n" + LINES * SMALL) for number in range(3)]
+    assert lonely_small_files([File("keifu.data.a", LINES), *several]) == []
+
+
+def test_a_text_that_speaks_of_a_class_by_its_old_name_is_seen() -> None:
+    assert given_up_words([File("keifu.a", '"""What a `Stepper` does."""')]) != []
+    assert given_up_words([File("keifu.a", '"""Stepper motors."""')]) == []
