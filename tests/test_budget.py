@@ -33,7 +33,7 @@ GIVEN_UP = {  # names of earlier versions, and what the field calls the same
     "Drawing": "ImageRequest", "Original": "InputImage", "Saying": "ImageTokenModel", "Imagining": "UnclipModel",
     "Episodes": "PPOBatches", "Finetuned": "ModelWithHead", "Rewinding": "SpikeSettings", "Outcome": "LossOutput",
     "told": "describe", "opened": "open_model", "described": "describe", "spoken": "conversation_of", "begun": "start",
-    "encoded": "encode", "joined": "join", "stacked": "stack", "fitted": "fit", "guided": "guide", "noisy": "add_noise",
+    "encoded": "encode", "joined": "join", "stacked": "stack", "guided": "guide", "noisy": "add_noise",
     "finetuned": "add_head", "evaluating": "evaluation_mode", "whitened": "whiten", "truncated": "truncate",
     "synchronise": "synchronize", "dequantised": "dequantize", "trace": "gae_lambda", "foretell": "predict",
 }  # fmt: skip
@@ -59,9 +59,9 @@ def too_much_code(files: list[File], most: int = MOST_LINES) -> list[str]:
 
 
 def crowded_folders(files: list[File]) -> list[str]:
-    """Folders with too many files; of the verbs, which are looked up by their names, there may be a few more."""
+    """Folders with too many files; of verbs and routes, which are looked up by their names, there may be a few more."""
     counts = Counter(file.module.rpartition(".")[0] for file in files if not file.package)
-    most = {"keifu.commands": MOST_FILES + 3}
+    most = {"keifu.commands": MOST_FILES + 3, "keifu.serving": MOST_FILES + 3}
     return [f"{folder}: {n} files" for folder, n in counts.items() if n > most.get(folder, MOST_FILES)]
 
 
