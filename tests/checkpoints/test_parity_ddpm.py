@@ -307,7 +307,7 @@ def test_wrong_tensors_are_named(tmp_path) -> None:
 
 def test_sizes_that_the_network_cannot_take() -> None:
     model = ddpm.build(ddpm.Config(dim=8, multipliers=(1, 1, 1), attention=(), norm_groups=4, middle_groups=4))
-    with pytest.raises(UserError, match="Pictures of 30 x 9 pixels .* nearest size that does is 32 x 8"):
+    with pytest.raises(UserError, match="30 x 9 does not fit .* nearest size that does is 32 x 8"):
         model(torch.randn(1, 3, 30, 9), torch.tensor([0]))
     with pytest.raises(UserError, match="reads 3 channels, and these pictures have 1"):
         model(torch.randn(1, 1, 32, 32), torch.tensor([0]))

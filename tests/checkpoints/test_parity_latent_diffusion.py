@@ -206,7 +206,7 @@ def test_an_autoencoder_that_is_not_implemented_is_named(changed, named, tmp_pat
 
 def test_sizes_that_the_networks_cannot_take() -> None:
     small = autoencoder_kl.build(autoencoder_kl.Config(widths=(4, 4, 4), norm_groups=2))
-    with pytest.raises(UserError, match="Pictures of 30 x 9 pixels .* nearest size that does is 32 x 8"):
+    with pytest.raises(UserError, match="30 x 9 does not fit .* nearest size that does is 32 x 8"):
         small.encode(torch.randn(1, 3, 30, 9))
     config = conditioned_unet.Config(
         widths=(4, 4), attention=(0,), up_attention=(0,), norm_groups=2, n_heads=1, pad_around=False

@@ -92,8 +92,8 @@ def test_nothing_is_enlarged_where_the_sizes_are_the_same(drawings, towers, tmp_
     ("changed", "told"),
     [
         ({"attention": (3,)}, "attention names level 3"),
-        ({"small": 9}, "9 x 9 does not fit a network"),
-        ({"crop": 7}, "Pictures of 7 x 7 pixels do not fit"),
+        ({"small": 9}, "9 x 9 does not fit this network"),
+        ({"crop": 7}, "A size of 7 x 7 does not fit"),
         ({"prompts": ("a red disc " * 40,)}, "and the model reads 32"),
     ],
 )

@@ -18,6 +18,7 @@ from keifu.layers.linear import Linear
 from keifu.layers.normalisation import UnitOffsetRMSNorm
 from keifu.layers.transformer.blocks import SandwichNorm
 from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding
+from keifu.models import qwen3
 from keifu.models.hf import config as hf
 
 
@@ -105,20 +106,10 @@ def _block(config: Config, layer: int) -> SandwichNorm:
     return SandwichNorm(attention, feedforward, norms, config.dropout)
 
 
-WEIGHT_NAMES = {
-    "embedding": "model.embed_tokens",
-    "blocks.*.attention_norm": "model.layers.*.input_layernorm",
-    "blocks.*.attention.qkv": "model.layers.*.self_attn.[q,k,v]_proj",
-    "blocks.*.attention.q_norm": "model.layers.*.self_attn.q_norm",
-    "blocks.*.attention.k_norm": "model.layers.*.self_attn.k_norm",
-    "blocks.*.attention.out": "model.layers.*.self_attn.o_proj",
+WEIGHT_NAMES = qwen3.WEIGHT_NAMES | {
     "blocks.*.post_attention_norm": "model.layers.*.post_attention_layernorm",
     "blocks.*.feedforward_norm": "model.layers.*.pre_feedforward_layernorm",
-    "blocks.*.feedforward.gate_up": "model.layers.*.mlp.[gate,up]_proj",
-    "blocks.*.feedforward.down": "model.layers.*.mlp.down_proj",
     "blocks.*.post_feedforward_norm": "model.layers.*.post_feedforward_layernorm",
-    "norm": "model.norm",
-    "head": "lm_head",
 }
 PREFIX = "model."
 NOT_WEIGHTS: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ from keifu.layers.linear import Linear
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models import llama
 from keifu.models.hf import config as hf
 
 
@@ -88,32 +89,19 @@ def _block(config: Config, layer: int) -> PreNorm:
     return PreNorm(attention, feedforward, (norm(config.dim), norm(config.dim)), config.dropout)
 
 
-WEIGHT_NAMES = {
-    "embedding": "model.embed_tokens",
-    "blocks.*.attention_norm": "model.layers.*.input_layernorm",
-    "blocks.*.attention.qkv": "model.layers.*.self_attn.[q,k,v]_proj",
+WEIGHT_NAMES = llama.WEIGHT_NAMES | {
     "blocks.*.attention.q_norm": "model.layers.*.self_attn.q_norm",
     "blocks.*.attention.k_norm": "model.layers.*.self_attn.k_norm",
-    "blocks.*.attention.out": "model.layers.*.self_attn.o_proj",
-    "blocks.*.feedforward_norm": "model.layers.*.post_attention_layernorm",
-    "blocks.*.feedforward.gate_up": "model.layers.*.mlp.[gate,up]_proj",
-    "blocks.*.feedforward.down": "model.layers.*.mlp.down_proj",
-    "norm": "model.norm",
-    "head": "lm_head",
 }
 PREFIX = "model."
 NOT_WEIGHTS: tuple[str, ...] = ()
 MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM"}
 UNSUPPORTED: dict[str, Any] = {}
 
-FIELDS: hf.Fields = hf.SIZE_FIELDS | {
+FIELDS: hf.Fields = llama.FIELDS | {
     "n_kv_heads": hf.Field("num_key_value_heads", lambda json: json["num_attention_heads"]),
     "head_dim": hf.Field("head_dim", lambda json: json["hidden_size"] // json["num_attention_heads"]),
-    "norm_eps": hf.Field("rms_norm_eps", 1e-6, float),
-    "activation": hf.activation_field("hidden_act", "silu"),
     "attention_bias": hf.Field("attention_bias", False),
-    "tied": hf.Field("tie_word_embeddings", False),
-    "dropout": hf.Field("attention_dropout", 0.0, hf.rate),
 }
 
 

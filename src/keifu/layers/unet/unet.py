@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from keifu.errors import UserError
 from keifu.layers.unet.conv import Downsample, Pixels, Resampled, Upsample
 
 Time = Float[Tensor, "batch time_dim"]
@@ -148,3 +149,13 @@ def _each(attention: PerhapsAtLevel, level: int, width: int, blocks: Sequence[nn
 
 def _next(resample: AtLevel, level: int, width: int, last: int) -> nn.Module | None:
     return None if level == last else resample(level, width)
+
+
+def check_sides(height: int, width: int, factor: int) -> None:
+    """Refuses images whose sides are not multiples of `factor`, with the nearest size that fits, in a `UserError`."""
+    near = [max(1, round(side / factor)) * factor for side in (height, width)]
+    if near != [height, width]:
+        raise UserError(
+            f"A size of {height} x {width} does not fit this network, whose sides are multiples of {factor}: the "
+            f"nearest size that does is {near[0]} x {near[1]} (height x width)."
+        )

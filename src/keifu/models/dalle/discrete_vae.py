@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.unet.conv import grow_kernel
+from keifu.layers.unet.unet import check_sides
 
 Pixels = Float[Tensor, "batch channels height width"]
 Logits = Float[Tensor, "batch codebook rows columns"]
@@ -193,13 +194,7 @@ class DiscreteVAE(nn.Module):
 
     def check_size(self, height: int, width: int) -> None:
         """Refuses sides that are no multiples of the factor, with the nearest that are."""
-        factor = self.config.factor
-        near = [max(1, round(side / factor)) * factor for side in (height, width)]
-        if near != [height, width]:
-            raise UserError(
-                f"Pictures of {height} x {width} pixels do not fit an autoencoder that makes one entry of {factor} x "
-                f"{factor} pixels: the nearest size that does is {near[0]} x {near[1]}."
-            )
+        check_sides(height, width, self.config.factor)
 
 
 def build(config: Config) -> DiscreteVAE:

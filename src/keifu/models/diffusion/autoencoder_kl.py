@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keifu.errors import UserError
 from keifu.layers.activations import activation
 from keifu.layers.unet.conv import Downsample, Pixels, ResidualBlock, SpatialAttention, Upsample
-from keifu.layers.unet.unet import Middle
+from keifu.layers.unet.unet import Middle, check_sides
 from keifu.models.hf import config as hf
 from keifu.models.hf.unet import ATTENTION, OLD_ATTENTION, RESIDUAL
 
@@ -128,13 +127,7 @@ class AutoencoderKL(nn.Module):
 
     def check_size(self, height: int, width: int) -> None:
         """Refuses sides that are no multiples of the factor, with the nearest that are."""
-        factor = self.config.factor
-        near = [max(1, round(side / factor)) * factor for side in (height, width)]
-        if near != [height, width]:
-            raise UserError(
-                f"Pictures of {height} x {width} pixels do not fit an autoencoder that makes one number of {factor} x "
-                f"{factor} pixels: the nearest size that does is {near[0]} x {near[1]}."
-            )
+        check_sides(height, width, self.config.factor)
 
 
 def build(config: Config) -> AutoencoderKL:

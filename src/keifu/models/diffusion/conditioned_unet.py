@@ -20,7 +20,7 @@ from keifu.layers.initialisation import zero_
 from keifu.layers.transformer.blocks import CrossPreNorm
 from keifu.layers.unet.spatial_transformer import Memories, PixelLinear, SpatialTransformer, memories
 from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
-from keifu.layers.unet.unet import UNet
+from keifu.layers.unet.unet import UNet, check_sides
 from keifu.models.diffusion.unet_builder import assemble_unet
 from keifu.models.hf.unet import conditioning_fields, levels_of, read_sides, read_sizes, unet_names, write_sizes
 
@@ -146,12 +146,7 @@ class ConditionedUNet(nn.Module):
         """Refuses samples that do not fit the network, with the nearest size that does."""
         if channels != self.config.channels:
             raise UserError(f"The network reads {self.config.channels} channels, and was given {channels}.")
-        near = [max(1, round(side / self.factor)) * self.factor for side in (height, width)]
-        if near != [height, width]:
-            raise UserError(
-                f"{height} x {width} does not fit a network that goes down to 1/{self.factor} of it: the nearest size "
-                f"that does is {near[0]} x {near[1]}."
-            )
+        check_sides(height, width, self.factor)
 
 
 def build(config: Config) -> ConditionedUNet:

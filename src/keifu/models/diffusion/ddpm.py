@@ -19,7 +19,7 @@ from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.initialisation import xavier_, zero_
 from keifu.layers.unet.conv import SpatialAttention
 from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
-from keifu.layers.unet.unet import UNet
+from keifu.layers.unet.unet import UNet, check_sides
 from keifu.models.diffusion.unet_builder import assemble_unet, group_norm
 from keifu.models.hf.schedulers import read_scheduler, write_scheduler
 from keifu.models.hf.unet import (
@@ -186,13 +186,7 @@ class DDPM(nn.Module):
         """Refuses images that do not fit the network, with the nearest size that does."""
         if channels != self.config.channels:
             raise UserError(f"The network reads {self.config.channels} channels, and these pictures have {channels}.")
-        factor = self.unet.factor
-        near = [max(1, round(side / factor)) * factor for side in (height, width)]
-        if near != [height, width]:
-            raise UserError(
-                f"Pictures of {height} x {width} pixels do not fit a network that goes down to 1/{factor} of them: "
-                f"the nearest size that does is {near[0]} x {near[1]} (height x width)."
-            )
+        check_sides(height, width, self.unet.factor)
 
     def _labels(self, count: int, device: torch.device) -> Tensor:
         if not self.config.null_class:

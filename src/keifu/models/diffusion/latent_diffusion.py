@@ -17,6 +17,7 @@ from keifu.errors import UserError
 from keifu.layers.attention.masks import PaddingMask
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.unet.spatial_transformer import Memories
+from keifu.layers.unet.unet import check_sides
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet
 from keifu.models.hf.schedulers import read_scheduler, write_scheduler
@@ -165,13 +166,7 @@ class LatentDiffusion(nn.Module):
 
     def check_size(self, height: int, width: int) -> None:
         """Refuses sizes of images, in pixels, that do not fit the network, with the nearest size that does."""
-        factor = self.config.factor * self.unet.factor
-        near = [max(1, round(side / factor)) * factor for side in (height, width)]
-        if near != [height, width]:
-            raise UserError(
-                f"Pictures of {height} x {width} pixels do not fit a model whose sides are multiples of {factor}: "
-                f"the nearest size that does is {near[0]} x {near[1]} (height x width)."
-            )
+        check_sides(height, width, self.config.factor * self.unet.factor)
 
 
 def build(config: Config) -> LatentDiffusion:
