@@ -18,7 +18,7 @@ FETCHED = re.compile(r".+-[0-9a-f]{8}")  # see Archive.folder
 
 @dataclass(frozen=True)
 class Cached:
-    """A folder of the cache: what it is called by, what is in it, and its size in bytes."""
+    """A folder of the cache: its name, what it holds, and its size in bytes."""
 
     names: tuple[str, ...]
     about: str
@@ -44,7 +44,7 @@ def cached() -> list[Cached]:
 
 
 def of_name(name: str | None) -> list[Cached]:
-    """What a name stands for: a catalogue entry with its parts, a folder of the cache, or, for None, all of it."""
+    """The folders that a name means: a catalogue entry with its parts, a folder of the cache; for None, all of them."""
     found = cached()
     if name is None:
         return found

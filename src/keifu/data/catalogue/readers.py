@@ -51,7 +51,7 @@ def translations(file: Path, first: str, second: str) -> Iterator[tuple[str, str
 def read_chats(file: Path, turns: int = 4) -> Iterator[Dialogue]:
     """Conversations between two people of at least `turns` turns.
 
-    What one person sends in a row is one turn, its messages on one line each; the first to speak has the role `user`.
+    Consecutive messages of one person are one turn, each on its own line; the first to speak has the role `user`.
     """
     for chat in _json(file).values():
         if len(found := conversation_of(chat)) >= turns:
@@ -59,7 +59,7 @@ def read_chats(file: Path, turns: int = 4) -> Iterator[Dialogue]:
 
 
 def conversation_of(chat: Mapping[str, Any]) -> Dialogue:
-    """One of these conversations, out of its record."""
+    """The messages of one conversation's record."""
     messages = [message for turn in chat["messages"] for message in turn if message["text"].strip()]
     turns = [[m["text"].strip() for m in group] for _, group in groupby(messages, key=lambda m: m["sender"])]
     return _taking_turns("\n".join(lines) for lines in turns)

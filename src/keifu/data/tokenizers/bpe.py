@@ -52,7 +52,10 @@ WHOLE_WORDS = (LLAMA3, GPT4O, TEKKEN)
 
 
 def pre_tokenizer(cut: str) -> pre_tokenizers.PreTokenizer:
-    """What cuts text into words and spells them in the byte alphabet. An unknown cut is a `UserError`."""
+    """The pre-tokenizer of this name: it splits text into words and writes their bytes in the byte alphabet.
+
+    An unknown name is a `UserError`.
+    """
     if cut not in CUTS:
         raise unknown("way of cutting text (tokenizer.ggml.pre)", cut, CUTS)
     patterns = CUTS[cut]
@@ -66,7 +69,7 @@ def pre_tokenizer(cut: str) -> pre_tokenizers.PreTokenizer:
 
 
 def cut_of(backend: tokenizers.Tokenizer) -> str | None:
-    """The canonical name of the way this tokenizer cuts text; None if it has none of the known ways."""
+    """The name of this tokenizer's pre-tokenizer, as GGUF files have it; None if it is none of the known ones."""
     if backend.pre_tokenizer is None:
         return None
     mine = _shape(backend.pre_tokenizer)
@@ -74,7 +77,7 @@ def cut_of(backend: tokenizers.Tokenizer) -> str | None:
 
 
 def _shape(cutter: pre_tokenizers.PreTokenizer) -> str:
-    """Its description without what changes no token: offsets, and a sequence of one."""
+    """A pre-tokenizer's description without what does not change tokens: offsets, and a sequence of a single step."""
     described = json.loads(cutter.__getstate__())
     steps = described.get("pretokenizers", [described])
     return json.dumps([{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps], sort_keys=True)
@@ -115,7 +118,7 @@ def clip_backend(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]
 
 
 def clip_merges(path: Path, config: Mapping[str, Any]) -> Made:
-    """OpenAI's bpe_simple_vocab_16e6.txt.gz: a line about itself, then a merge a line."""
+    """Reads OpenAI's bpe_simple_vocab_16e6.txt.gz: the first line is a comment, each further line is a merge."""
     try:
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : MERGES + 1]
     except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -127,7 +130,7 @@ def clip_merges(path: Path, config: Mapping[str, Any]) -> Made:
 
 
 def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """The ids that follow from the merges: bytes, bytes that end a word, what each merge makes, the two ends."""
+    """The token ids that follow from the merges: bytes, bytes that end a word, each merge's result, two end tokens."""
     letters = list(byte_alphabet())
     tokens = [*letters, *(letter + WORD_END for letter in letters), *map("".join, merges), START, END]
     return {token: number for number, token in enumerate(tokens)}
@@ -136,7 +139,7 @@ def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A tokenizer with CLIP's rules and at most `vocab_size` tokens, whose merges are learned from these texts.
 
-    514 tokens are there in any case: 256 bytes, 256 that end a word, and the two ends.
+    514 tokens are always there: 256 bytes, 256 bytes that end a word, and the two end tokens.
     """
     fixed = len(vocabulary_of([]))
     if vocab_size < fixed:

@@ -80,7 +80,7 @@ def _tojson(
 
 @lru_cache(maxsize=32)
 def compile_template(template: str) -> Template:
-    """The template made ready, once. One that is not Jinja is a `UserError` with the line."""
+    """The compiled template, cached. A template that is not valid Jinja is a `UserError` with the line."""
     extensions = ["jinja2.ext.loopcontrols", _GenerationTag]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
@@ -98,11 +98,11 @@ def render(
     add_generation_prompt: bool,
     variables: Mapping[str, Any],
 ) -> str:
-    """The text that the template makes of the messages.
+    """Renders messages to text.
 
-    template: Jinja source; None is a `UserError` that says what can be done.
+    template: Jinja source; None is a `UserError` that says what to do.
     messages: mappings with at least a "role"; entries that are None are left out, as templates expect.
-    variables: what else the template may use: the special tokens by role, `tools`, `documents`, ...
+    variables: further values for the template: the special tokens by role, `tools`, `documents`, ...
     """
     if template is None:
         raise UserError(
@@ -129,7 +129,7 @@ def _plain(message: Any, place: int) -> dict[str, Any]:
 
 
 def _template_line(trace: TracebackType | None) -> int:
-    """The line of the template that was running: Jinja gives its frames the template's own line numbers."""
+    """The line of the template where an error happened: Jinja's stack frames have the template's own line numbers."""
     line = 0
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<template>":
@@ -145,11 +145,11 @@ def render_marked(
     marks: str,
     special: Iterable[str],
 ) -> str:
-    """The text of a whole conversation in which `marks`, two characters, stand around each answer of the assistant.
+    """Renders a whole conversation with `marks`, two characters, around each answer of the assistant.
 
-    Where the template itself says what that is, with `{% generation %}`, that counts. Otherwise it is what an answer
-    adds to the text that asks for it, but for blank space after a special token, which ends the turn. A template that
-    writes earlier turns otherwise later on is a `UserError` then.
+    Where the template has `{% generation %}`, that block is the answer. Otherwise it is the text that the answer's
+    message adds to the prompt, without white space after the special token that ends the turn; a template that renders
+    earlier turns differently once more turns follow is a `UserError` then.
     """
     ends = tuple(special)
     whole = render(template, messages, False, {**variables, **dict(zip(TURN, marks, strict=True))})
@@ -173,9 +173,9 @@ def render_marked(
 
 
 def encode_turns(backend: tokenizers.Tokenizer, text: str, marks: str) -> tuple[list[int], list[bool]]:
-    """The ids of a text without its marks, and of each id whether it stands between an opening mark and a closing one.
+    """The token ids of a text without its marks, and for each id whether it lies between an opening and a closing mark.
 
-    A token counts that has a character inside, as in transformers' masks of assistant tokens.
+    A token with at least one character inside counts, as in transformers' masks of assistant tokens.
     """
     pieces = re.split(f"[{re.escape(marks)}]", text)
     ends = [0]

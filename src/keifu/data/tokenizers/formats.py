@@ -44,7 +44,7 @@ def _numbered(vocabulary: Mapping[str, int] | list[Any]) -> Mapping[str, int]:
 
 
 def check_ids(vocabulary: Mapping[str, int], path: Path) -> None:
-    """Refuses a vocabulary that gives one id to two tokens; they would silently become one."""
+    """Refuses a vocabulary in which two tokens have the same id: they would silently become one."""
     owner: dict[int, str] = {}
     for token, number in vocabulary.items():
         if not isinstance(number, int) or owner.setdefault(number, token) != token:
@@ -77,8 +77,8 @@ def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
 
 
 def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> Read:
-    """CLIP's rules where its two ends are there, else GPT-1's: BERT's words in lower case, then merges inside each one,
-    whose last piece says that it ends a word.
+    """A vocabulary whose word-final pieces have a mark: CLIP's rules if it has CLIP's two end tokens, else GPT-1's,
+    which split text into words as BERT does, in lower case, and merge inside each word.
 
     (Radford et al., 2018; Sennrich et al., 2016, for the mark.)
     """
@@ -121,7 +121,7 @@ def _wordpiece_vocabulary(path: Path, config: Mapping[str, Any]) -> Read:
 def wordpiece_backend(
     vocabulary: Mapping[str, int], lowercase: bool, strip_accents: bool | None, split_ideographs: bool = True
 ) -> Read:
-    """BERT's rules: words at spaces and signs, then the longest pieces of each word (Devlin et al., 2018)."""
+    """BERT's rules: words between spaces and punctuation, then each word's longest pieces (Devlin et al., 2018)."""
     backend = tokenizers.Tokenizer(models.WordPiece(dict(vocabulary), unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(
         lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=split_ideographs
@@ -156,7 +156,7 @@ READERS: dict[str, Callable[[Path, Mapping[str, Any]], Read]] = {  # in the orde
 
 
 def reader(path: Path) -> Callable[[Path, Mapping[str, Any]], Read]:
-    """The reader for a single file, by its name or, failing that, by its ending."""
+    """The reader of a single file, chosen by its name, or else by its extension."""
     endings = {".model": _sentencepiece, ".txt": _wordpiece_vocabulary, ".json": _tokenizer_json}
     known = READERS.get(path.name) or endings.get(path.suffix)
     if known is None and ".model" in path.suffixes:  # tokenizer.model.v1
@@ -168,7 +168,7 @@ def reader(path: Path) -> Callable[[Path, Mapping[str, Any]], Read]:
 
 
 def settings_beside(directory: Path) -> dict[str, Any]:
-    """What tokenizer_config.json says, with special_tokens_map.json for the roles that it leaves out."""
+    """The content of tokenizer_config.json; roles that it leaves out come from special_tokens_map.json."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (directory / name).exists():
@@ -178,7 +178,7 @@ def settings_beside(directory: Path) -> dict[str, Any]:
 
 
 def finish_backend(read: Read, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer with all that stands beside its file: roles, chat template, ids that end an answer, length."""
+    """The tokenizer, completed by the files beside it: roles, chat template, ids that end an answer, maximum length."""
     backend, roles = read
     named, limit = roles_beside(config)
     special = roles | named
@@ -192,7 +192,7 @@ def finish_backend(read: Read, directory: Path, config: Mapping[str, Any]) -> To
 
 
 def roles_beside(config: Mapping[str, Any]) -> tuple[dict[str, str], int | None]:
-    """The token of each role that tokenizer_config.json names, and the longest text that it foresees, if it says."""
+    """The token of each role in tokenizer_config.json, and the maximum length of a text, if it gives one."""
     length = config.get("model_max_length")
     limit = int(length) if isinstance(length, int | float) and length < 1e9 else None  # 1e30 stands for "none said"
     return {role: _content(config[role]) for role in ROLES if role in config}, limit
@@ -203,7 +203,7 @@ def _content(token: Any) -> str:
 
 
 def generation_config(directory: Path) -> dict[str, Any]:
-    """What generation_config.json says; empty where there is none."""
+    """The content of generation_config.json; empty if there is no such file."""
     path = directory / GENERATION_CONFIG
     found = read_json_object(path) if path.exists() else {}
     return {key: value for key, value in found.items() if value is not None and not key.startswith("_")}
@@ -216,7 +216,7 @@ def stop_ids(generation: Mapping[str, Any]) -> set[int]:
 
 
 def chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: chat_template.jinja if there is one, else tokenizer_config.json's (its default one)."""
+    """The chat template: chat_template.jinja, or else the (default) one in tokenizer_config.json."""
     if (directory / "chat_template.jinja").exists():
         return (directory / "chat_template.jinja").read_text(encoding="utf-8")
     written = config.get("chat_template")

@@ -57,7 +57,7 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that these fields of a GGUF file describe.
 
     fields: at least "tokenizer.ggml.model" and "tokenizer.ggml.tokens"; arrays are sequences of plain values.
-    A kind of vocabulary or a way of cutting text that keifu does not know is a `UserError` that lists the known ones.
+    A kind of vocabulary or a pre-tokenizer that keifu does not know is a `UserError` that lists the known ones.
     """
     kind = _needed(fields, "model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
@@ -137,7 +137,7 @@ def _roles(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
 
 
 def _ends_of_turn(fields: Mapping[str, Any], tokens: list[str], template: str | None) -> set[int]:
-    """The tokens that end an answer: those the file names, else those of the usual names that its template writes."""
+    """The tokens that end an answer: those that the file names, else those with usual names in its chat template."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom")]
     named = {int(fields[key]) for key in keys if fields.get(key) is not None}
     return named or {tokens.index(end) for end in ENDS_OF_TURN if end in (template or "") and end in tokens}
@@ -147,7 +147,7 @@ def to_gguf_fields(tokenizer: Tokenizer) -> dict[str, Any]:
     """The GGUF fields for this tokenizer: strings, whole numbers, booleans and lists; scores are a list of floats.
 
     `token_type` is to be written as int32, ids as uint32, scores as float32. Byte-level BPE and SentencePiece's BPE
-    can be written. Any other, or one whose rules GGUF has no name for, is a `UserError` that says what is in the way.
+    can be written. Any other, or one whose rules have no name in GGUF, is a `UserError` that says why.
     """
     described = tokenizer.description()
     model, decoder = described["model"], described["decoder"] or {}
@@ -192,7 +192,8 @@ def _byte_level_fields(tokenizer: Tokenizer, described: dict[str, Any]) -> dict[
 
 
 def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    """Scores from the merges: the earlier a token is made, the higher it scores; and whether that says it all."""
+    """Scores from the merges: the earlier a merge, the higher the score of its token; and whether scores alone give the
+    same merges."""
     merges = [(left, right) for left, right in described["model"]["merges"]]
     made = {token: -float(rank) for rank, token in reversed(list(enumerate("".join(pair) for pair in merges)))}
     own = described["pre_tokenizer"] or {}
@@ -215,13 +216,13 @@ def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[
 
 
 def _kinds(steps: Mapping[str, Any] | None) -> list[str]:
-    """The names of a normalizer's or pre-tokenizer's steps."""
+    """The types of a normalizer's or pre-tokenizer's steps."""
     parts = [] if steps is None else steps.get("normalizers", steps.get("pretokenizers", [steps]))
     return [step["type"] for step in parts]
 
 
 def _own_tokens(pre_tokenizer: Mapping[str, Any], tokens: Sequence[str]) -> set[str]:
-    """The user-defined pieces, which the pre-tokenizer cuts out of the text whole."""
+    """The user-defined pieces, which the pre-tokenizer never splits."""
     if pre_tokenizer.get("type") != "Split":
         return set()
     pattern = re.compile(pre_tokenizer["pattern"]["Regex"])
@@ -229,7 +230,7 @@ def _own_tokens(pre_tokenizer: Mapping[str, Any], tokens: Sequence[str]) -> set[
 
 
 def _space_prefix(described: Mapping[str, Any]) -> bool | None:
-    """Whether a space is put before each text; None if text is prepared in a way that SentencePiece's BPE has not."""
+    """Whether a space is put before each text; None if text is normalised otherwise than by SentencePiece's BPE."""
     normalizer, cutter = described["normalizer"], described["pre_tokenizer"]
     if normalizer is None and cutter is not None and cutter["type"] == "Metaspace" and not cutter.get("split", True):
         return cutter.get("prepend_scheme", "always") != "never"

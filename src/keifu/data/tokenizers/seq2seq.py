@@ -1,9 +1,9 @@
 """Tokenizers with a source and a target side: Marian's in Hugging Face's format, and any two tokenizers.
 
-Marian: the source language is split by source.spm, the target language by target.spm, and vocab.json maps the pieces of
-both to ids; with target_vocab.json each language has ids of its own.
+Marian: text of the source language is split by source.spm, text of the target language by target.spm, and vocab.json
+maps the pieces of both to ids; with target_vocab.json each language has its own ids.
 
-Two tokenizers: in a directory the source side stands where any tokenizer does, and the target side beside it in
+Two tokenizers: a directory has the source side in the usual files, and the target side beside it in
 target_tokenizer.json, with the tokens of its roles under "target" in tokenizer_config.json.
 """
 
@@ -40,7 +40,7 @@ ROLES = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 @dataclass(frozen=True)
 class Files:
-    """What a Marian directory holds for its tokenizer; `target_vocabulary` is None where both sides share the ids."""
+    """The files of a Marian tokenizer; `target_vocabulary` is None where both sides share the ids."""
 
     source: bytes
     target: bytes
@@ -143,7 +143,7 @@ class MarianTokenizer(Tokenizer):
 
 
 def _numbered_words(vocabulary: Mapping[str, int], special: Mapping[str, str], shown: Any) -> tokenizers.Tokenizer:
-    """A backend that only numbers and joins pieces: nothing is ever cut by it."""
+    """A backend that only maps pieces to ids and joins them: it never splits text."""
     backend = tokenizers.Tokenizer(models.WordLevel(dict(vocabulary), special["unk_token"]))
     backend.decoder = shown
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
@@ -180,7 +180,7 @@ SOURCE_TOKENIZER, TARGET_TOKENIZER = "tokenizer.json", "target_tokenizer.json"
 
 
 class TwoSidedTokenizer(Tokenizer):
-    """Encodes with one tokenizer and decodes with another; ids that begin, end and pad are those of the second.
+    """Encodes with one tokenizer and decodes with another; the BOS, EOS and padding ids are those of the second.
 
     `vocab_size` counts the first one's tokens. Text of the second kind, for training, is encoded by
     `encode_target_batch`.

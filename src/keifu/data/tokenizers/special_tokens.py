@@ -41,8 +41,8 @@ class ControlTokenGuard:
     def name(self, rendered: str, marks: str) -> str:
         """Gives the special tokens of a rendered text their secret names, and takes the marks away.
 
-        What stands between marks came from a message: it keeps its text and stays text. A mark that a template has
-        parted from its token still keeps the text on its two sides from joining into a special token.
+        Text between marks came from a message and stays plain text. A mark that a template has separated from its token
+        still keeps the text on its two sides from joining into a special token.
         """
         every = "|".join(map(re.escape, self._every)) or "(?!)"
         start, end = map(re.escape, marks)
@@ -62,9 +62,8 @@ class ControlTokenGuard:
 def names_in_text(original: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     """Finds the special tokens that a text spells; None where only the twin can tell.
 
-    What this does not find in a text, the tokenizer itself cannot take for a special token, if nothing rewrites the
-    text before and the names are plain ASCII, which stays as it is in every alphabet of bytes. To search is much
-    quicker than to make a twin.
+    If the tokenizer does not normalise text and the names are plain ASCII (the same in every byte alphabet), text in
+    which nothing is found cannot contain a special token. Searching is much faster than building the twin.
     """
     special = [token for token in original.get_added_tokens_decoder().values() if token.special]
     plain = all(re.fullmatch(r"[!-~]+", token.content) and not token.normalized for token in special)
@@ -74,7 +73,7 @@ def names_in_text(original: tokenizers.Tokenizer) -> re.Pattern[str] | None:
 
 
 def put_around_text(backend: tokenizers.Tokenizer, special: Mapping[str, str], bos: bool, eos: bool) -> None:
-    """Makes the tokenizer itself put its BOS before a text or its EOS after it, where it has such tokens."""
+    """Makes the tokenizer add its BOS before a text or its EOS after it, if it has such tokens."""
     tokens = [special[role] if role in special and on else "" for role, on in (("bos_token", bos), ("eos_token", eos))]
     single = " ".join(f"{token}:0" if token else "" for token in (tokens[0], "$A", tokens[1])).strip()
     given = [(token, backend.token_to_id(token)) for token in dict.fromkeys(tokens) if token]
@@ -82,23 +81,23 @@ def put_around_text(backend: tokenizers.Tokenizer, special: Mapping[str, str], b
 
 
 def nothing_around_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy of the tokenizer that puts no token around a text: a text by itself has the same ids in both."""
+    """A copy of the tokenizer that adds no token around a text; the ids of the text itself are the same."""
     description = json.loads(backend.to_str())
     return tokenizers.Tokenizer.from_str(json.dumps(description | {"post_processor": None}))
 
 
 def unused_characters(value: Any, count: int = 2) -> str:
-    """Private-use characters that no string of `value` contains, so that nobody can have put them there."""
+    """Private-use characters that no string of `value` contains."""
     seen = set(json.dumps(value, ensure_ascii=False, default=str))
     free = (chr(code) for code in range(0x100000, 0x10FFFD))
     return "".join(character for character, _ in zip((c for c in free if c not in seen), range(count), strict=False))
 
 
 def _renamed(original: tokenizers.Tokenizer, names: dict[str, str]) -> tokenizers.Tokenizer:
-    """A copy of the tokenizer with the same ids, in which these tokens are spelled otherwise, in the model too.
+    """A copy of the tokenizer with the same ids, in which these tokens have other names, in the model's vocabulary too.
 
-    The model must forget the spellings as well: a Unigram model would take `<s>` from any text, since it stands in its
-    vocabulary, and byte-pair merges may lead to it.
+    The vocabulary must lose the old names as well: a Unigram model would find `<s>` in any text, and BPE merges may
+    produce it.
     """
     description = json.loads(original.to_str())
     model = description["model"]

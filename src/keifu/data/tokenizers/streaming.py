@@ -51,7 +51,7 @@ codecs.register_error("keifu.each-byte", _each_byte)
 
 @dataclass(frozen=True)
 class DecodingRule:
-    """How tokens become bytes. `piece(token, first)` is one token's bytes; `first` says that none came before it."""
+    """How tokens become bytes. `piece(token, first)` gives one token's bytes; `first`: is it the first token."""
 
     piece: Callable[[str, bool], bytes]
     strip: int = 0  # how many spaces the whole text loses at its start (the space that encoding put there)
@@ -90,7 +90,7 @@ def _wordpiece(prefix: str, cleanup: bool) -> DecodingRule:
 
 
 def _sequence(steps: list[dict[str, Any]]) -> DecodingRule:
-    """SentencePiece's decoders: replacements in each token, bytes for byte tokens, and a space off the front."""
+    """SentencePiece's decoders: replacements in each token, bytes for byte tokens, and no space at the start."""
     kinds = [step["type"] for step in steps]
     if len(steps) == 1:
         return decoding_rule(steps[0])
@@ -159,7 +159,7 @@ class StreamDecoder:
         return self._utf8.decode(self._bytes(token_id))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character whose last bytes never came."""
+        """The rest of the text at the end: U+FFFD for an incomplete character."""
         return self._utf8.decode(b"", True)
 
     def whole(self, token_ids: Iterable[int]) -> str:

@@ -1,7 +1,7 @@
 """`Tokenizer`, the interface that all of keifu uses: text to token ids and back.
 
-It wraps a `tokenizers.Tokenizer` and adds what a language model needs beside it: the ids that begin, end and pad a
-text, the chat template, a stream decoder, and the guard that keeps text from spelling control tokens.
+It wraps a `tokenizers.Tokenizer` and adds what a language model needs: the BOS, EOS and padding ids, the chat template,
+a stream decoder, and the guard that keeps text from spelling control tokens.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 class Tokenizer:
     """Text to token ids and back.
 
-    backend: the rules, vocabulary and added tokens. Its truncation and padding are switched off: nothing is cut.
+    backend: the rules, vocabulary and added tokens. Its truncation and padding are switched off.
     special: the token that has each role, of `ROLES`: {"bos_token": "<s>", ...}.
     stop_ids: ids that end an answer besides the end-of-text token, such as the end of a turn.
     chat_template: the Jinja template that turns messages into a prompt, if there is one.
-    max_length: the longest text, in tokens, that the model's makers foresaw, if they said so.
+    max_length: the maximum length of a text in tokens, if the model's makers gave one.
     generation_config: how the model's makers recommend to generate text, in the terms of generation_config.json.
 
     A vocabulary in which two tokens share an id, or an id has no token, is a `UserError` that names it.
@@ -74,17 +74,17 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def encode_target_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """The ids of each text that a translator is to write: another vocabulary's where the tokenizer has two."""
+        """The ids of each target text of a translation model: of the second vocabulary if there are two."""
         return self.encode_batch(texts, special)
 
     @property
     def sides(self) -> tuple["Tokenizer", "Tokenizer"]:
-        """The tokenizer of what a model reads and that of what it writes, which may be the same."""
+        """The source and the target tokenizer, which may be the same."""
         return self, self
 
     @property
     def target_vocab_size(self) -> int | None:
-        """Tokens of a vocabulary of its own for what a model writes; None where there is but one."""
+        """The size of a separate target vocabulary; None if there is only one vocabulary."""
         return None
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
@@ -97,7 +97,7 @@ class Tokenizer:
 
     @contextmanager
     def _explaining(self, texts: Sequence[str]) -> Iterator[None]:
-        """Around the encoding of texts: what fails is a `UserError` that names the character."""
+        """Context in which texts are encoded: a failure is a `UserError` that names the character."""
         try:
             yield
         except Exception as error:  # `tokenizers` raises bare Exceptions and, for surrogates, TypeErrors
@@ -120,7 +120,7 @@ class Tokenizer:
         return self._decoding.piece(token, False)
 
     def token_id(self, token: str) -> int:
-        """The id of the token that is spelled so in the vocabulary; the nearest one is named when there is none."""
+        """The id of a token of the vocabulary; an unknown one is a `UserError` with the nearest."""
         found = self.backend.token_to_id(token)
         if found is None:
             raise unknown("token", token, self.backend.get_vocab())
@@ -150,9 +150,9 @@ class Tokenizer:
         return self.encode(self._shield.name(text, marks))
 
     def render_turns(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[list[int], list[bool]]:
-        """The ids of a whole conversation, and of each whether the assistant wrote it, as what it is to learn.
+        """The ids of a whole conversation, and for each whether the assistant wrote it: the loss mask of training.
 
-        The token that ends its turn belongs to it, line breaks that the template puts after that do not.
+        The token that ends the assistant's turn is included, line breaks of the template after it are not.
         """
         from keifu.data.tokenizers.chat_template import encode_turns, render_marked
 
@@ -171,7 +171,7 @@ class Tokenizer:
         return self.replace(chat_template=template)
 
     def with_max_length(self, length: int) -> "Tokenizer":
-        """The same tokenizer for a model that reads so many tokens."""
+        """The same tokenizer for a model with this maximum number of tokens."""
         return self.replace(max_length=length)
 
     def __repr__(self) -> str:
@@ -213,7 +213,7 @@ class Tokenizer:
 
     @property
     def _parts(self) -> dict[str, Any]:
-        """The arguments that make this tokenizer again, in the constructor's order."""
+        """The arguments of the constructor that make this tokenizer again, in order."""
         return {
             "backend": self.backend,
             "special": self.special,
@@ -238,7 +238,7 @@ class Tokenizer:
         return json.loads(self.backend.to_str())
 
     def _spelled(self, value: Any) -> bool:
-        """Whether a text somewhere in `value` may spell a special token, so that the shield is needed."""
+        """Whether a text somewhere in `value` may spell a special token, so that the guard is needed."""
         return self._names is None or any(self._names.search(text) for text in _texts(value))
 
     @cached_property
@@ -285,7 +285,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _checked_size(vocabulary: Mapping[str, int]) -> int:
-    """The number of tokens, once it is sure that the ids are 0, 1, 2, ... with one token each."""
+    """The number of tokens, after a check that the ids are 0, 1, 2, ... with one token each."""
     by_id: dict[int, str] = {}
     for token, number in vocabulary.items():
         if number in by_id:

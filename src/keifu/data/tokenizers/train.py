@@ -31,7 +31,7 @@ Made = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token o
 
 @dataclass(frozen=True)
 class _TokenizerSpec:
-    """What was asked for; see `train_tokenizer`."""
+    """The arguments of `train_tokenizer`."""
 
     vocab_size: int
     special_tokens: list[str]
@@ -46,7 +46,7 @@ class _TokenizerSpec:
 
 
 class _WordCounts:
-    """The texts that are not empty, handed on one by one and counted, with all their characters."""
+    """Iterates over the texts that are not empty, and counts them and their characters."""
 
     def __init__(self, texts: Iterable[str]):
         self._texts = texts
@@ -61,7 +61,7 @@ class _WordCounts:
                 yield text
 
     def check(self) -> None:
-        """Refuses, after the reading, texts of which there were none."""
+        """Refuses, after reading, texts that were all empty."""
         if not self.count:
             raise UserError("There is no text to learn a tokenizer from: every text given is empty.")
 
@@ -84,9 +84,9 @@ def train_tokenizer(
     split_digits: bpe only: every digit is a word of its own, so that numbers are spelled digit by digit.
     lowercase: wordpiece only: text is put in lower case and loses its accents, as in "uncased" BERT.
 
-    The same texts give the same tokenizer for bpe and characters; for wordpiece and unigram, tokens that come out even
-    may be chosen or numbered otherwise the next time (the `tokenizers` library goes through its counts in no fixed
-    order). Texts that are all empty, and a `vocab_size` too small for the kind and the texts, are `UserError`s.
+    The same texts give the same tokenizer for bpe and characters; for wordpiece and unigram, tokens with equal
+    counts may be chosen or numbered differently the next time (the `tokenizers` library goes through its counts in no
+    fixed order). Texts that are all empty, and a `vocab_size` too small for the kind and the texts, are `UserError`s.
     """
     if kind not in KINDS:
         raise unknown("kind of tokenizer", kind, KINDS)
