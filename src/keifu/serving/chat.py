@@ -24,7 +24,8 @@ def routes(models: ServedModels) -> APIRouter:
         def prompts(tokenizer: Any) -> list[list[int]]:
             return [tokenizer.render_chat([message.plain() for message in body.messages])]
 
-        answer = await prepare(models, body, "chat", prompts, "chatcmpl", ANSWER_TOKENS)
+        schema = body.response_format.schema if body.response_format else None
+        answer = await prepare(models, body, "chat", prompts, "chatcmpl", ANSWER_TOKENS, schema)
         if body.stream:
             return EventStream(_events(answer, body), models.limits.timeout)
         return await whole(request, _completion(answer, body))

@@ -13,6 +13,7 @@ from keifu.errors import UserError
 from keifu.generation.text.defaults import sampling_for
 from keifu.generation.text.request import Piece, Request, check_tokens
 from keifu.generation.text.sampling_params import SamplingParams
+from keifu.serving.constraints import schema_constraint
 from keifu.serving.errors import of_exception
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.schemas import Sampling
@@ -61,31 +62,39 @@ class Answer:
 
 
 async def prepare(
-    models: ServedModels, body: Sampling, use: str, prompts: Any, prefix: str, max_tokens: int | None
+    models: ServedModels,
+    body: Sampling,
+    use: str,
+    prompts: Any,
+    prefix: str,
+    max_tokens: int | None,
+    schema: dict[str, Any] | None = None,
 ) -> Answer:
     """The answer to a body, checked and not begun. prompts: makes the ids of each from the tokenizer, in a thread
-    beside, so that a long one stops nobody."""
+    beside, so that a long one stops nobody. schema: what each text must follow, if anything."""
     description = models.find(body.model, use)
     try:
         sampling = sampling_for(description.tokenizer, body.options(), max_tokens).seeded()
-        return await asyncio.to_thread(_prepare, models, description, body, sampling, prompts, prefix)
+        requests = await asyncio.to_thread(_requests, description, body, sampling, prompts, schema)
+        return Answer(models, description, requests, body.n or 1, sampling.seed or 0, prefix)
     except UserError as error:
         raise of_exception(error, tuple(type(body).model_fields)) from error
 
 
-def _prepare(
-    models: ServedModels, description: Description, body: Sampling, sampling: SamplingParams, prompts: Any, prefix: str
-) -> Answer:
-    tokenizer, config, choices = description.tokenizer, description.config, body.n or 1
+def _requests(
+    description: Description, body: Sampling, sampling: SamplingParams, prompts: Any, schema: dict[str, Any] | None
+) -> list[Request]:
+    """The requests of all prompts and choices, each with its own seed."""
+    tokenizer, config = description.tokenizer, description.config
     ids = prompts(tokenizer)
     check_tokens(ids, config.vocab_size)
     if sampling.logit_bias:
         check_bias(sampling, config.vocab_size)
-    seed = sampling.seed or 0
-    each = [replace(sampling, seed=(seed + choice) % 2**63) for choice in range(choices)]
-    places = [(prompt, one) for prompt in ids for one in each]
-    requests = [Request(n, *pair, tokenizer, config.context_length) for n, pair in enumerate(places)]
-    return Answer(models, description, requests, choices, seed, prefix)
+    constraint = (lambda: None) if schema is None else schema_constraint(schema, tokenizer, config.vocab_size)
+    seeds = [((sampling.seed or 0) + choice) % 2**63 for choice in range(body.n or 1)]
+    places = [(prompt, replace(sampling, seed=seed)) for prompt in ids for seed in seeds]
+    room = config.context_length
+    return [Request(n, *pair, tokenizer, room, constraint()) for n, pair in enumerate(places)]
 
 
 def check_bias(sampling: SamplingParams, vocab_size: int) -> None:

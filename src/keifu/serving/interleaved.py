@@ -8,7 +8,7 @@ from torch import nn
 
 from keifu.generation.text.beam_search import device_of
 from keifu.generation.text.engine import Batch, Model, batch_capacity, evaluation_mode
-from keifu.generation.text.request import Piece, Request
+from keifu.generation.text.request import Piece, Request, allowed_tokens
 
 
 class Engine:
@@ -44,7 +44,9 @@ class Engine:
                 self._running[number] = request, Batch(self.model, tokens, None, [request.sampling], caches)
                 del self._waiting[number]
             for number, (request, batch) in list(self._running.items()):
-                piece = request.take(*batch.advance().figures.tolist()[0])
+                device = device_of(cast(nn.Module, self.model))
+                allowed = allowed_tokens([request], self.model.config.vocab_size, device)
+                piece = request.take(*batch.advance(allowed).figures.tolist()[0])
                 pieces.append((number, piece))
                 if piece.finish_reason:
                     self.abort(number)

@@ -35,8 +35,9 @@ class Body(BaseModel):
         for name, value in data.items():
             if name in cls.refused and value is not None and value not in cls.refused[name]:
                 raise _about("refused_field", name, f"{name} is not supported by this server: leave it out.")
-            if name not in cls.refused and name not in cls.model_fields:
-                raise _about("unknown_field", name, str(unknown("field", name, cls.model_fields)))
+            known = [field.alias or own for own, field in cls.model_fields.items()]
+            if name not in cls.refused and name not in known:
+                raise _about("unknown_field", name, str(unknown("field", name, known)))
         return {name: value for name, value in data.items() if name not in cls.refused}
 
 
@@ -135,6 +136,35 @@ class Message(Body):
         return {name: value for name, value in found.items() if value is not None}
 
 
+class JsonSchema(Body):
+    """A schema by name; what is written always follows it, `strict` or not."""
+
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {"type": "object"}
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """The form of an answer: any text, any JSON object, or JSON that follows a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema, which needs it")
+        return self
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """What an answer must follow; None for any text."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
@@ -142,11 +172,12 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
     refused: ClassVar[Refused] = {
         "audio": (), "function_call": ("auto", "none"), "functions": ([],), "metadata": ({},),
         "modalities": (["text"],),
         "parallel_tool_calls": (True,), "prediction": (), "prompt_cache_key": (), "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},), "safety_identifier": (), "service_tier": ("auto", "default"),
+        "safety_identifier": (), "service_tier": ("auto", "default"),
         "store": (False,), "tool_choice": ("auto", "none"), "tools": ([],), "verbosity": ("medium",),
         "web_search_options": (),
     }  # fmt: skip

@@ -12,11 +12,11 @@ from typing import Any, Protocol, cast, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.generation.text.request import Piece, Request
+from keifu.generation.text.request import Piece, Request, allowed_tokens
 from keifu.generation.text.sampler import SampledTokens, Sampler
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.layers.attention.kv_cache import Cache
@@ -125,11 +125,11 @@ class Batch:
         self._tokens: Tensor | None = None
         self._sampler = Sampler(samplings, tokens, padding, self._logits.shape[1])
 
-    def advance(self) -> SampledTokens:
-        """The next token of every text, after those of the last call."""
+    def advance(self, allowed: Bool[Tensor, "batch vocab"] | None = None) -> SampledTokens:
+        """The next token of every text, after those of the last call, of those that are allowed."""
         if self._tokens is not None:
             self._logits = step(self.model, self._tokens, self.caches, self.padding)
-        choice = self._sampler.choose(self._logits)
+        choice = self._sampler.choose(self._logits, allowed)
         self._tokens = choice.tokens[:, None]
         return choice
 
@@ -210,7 +210,8 @@ def write(model: Model, requests: Sequence[Request], caches: list[Cache]) -> Ite
         batch = Batch(model, tokens, padding, [request.sampling for request in requests], caches)
         going = list(requests)
         while going:
-            rows = batch.advance().figures.tolist()  # the one time in a step that the host waits for the device
+            allowed = allowed_tokens(going, model.config.vocab_size, tokens.device)
+            rows = batch.advance(allowed).figures.tolist()  # the one time in a step that the host waits for the device
             pieces = [request.take(*row) for request, row in zip(going, rows, strict=True)]
             yield from pieces
             kept = [row for row, piece in enumerate(pieces) if piece.finish_reason is None]

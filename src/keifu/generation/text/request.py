@@ -3,6 +3,11 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -65,14 +70,34 @@ class Piece:
     finish_reason: str | None = None
 
 
+@runtime_checkable
+class Constraint(Protocol):
+    """Interface of what decides at each place of one text which tokens may come next."""
+
+    def allowed(self) -> Bool[Tensor, " vocab"]:
+        """The tokens that may be chosen now, on the CPU; at least one, such as the one that ends the text."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The token was chosen."""
+        ...
+
+
 class Request:
     """A prompt and its settings, checked against the context; `take` adds a token and returns its `Piece`.
 
-    A prompt that is empty or leaves no room in the context is a `UserError`; a prompt is never truncated.
+    constraint: what holds the text to a form; None for any text. A prompt that is empty or leaves no room in the
+    context is a `UserError`; a prompt is never truncated.
     """
 
     def __init__(
-        self, index: int, prompt: Sequence[int], sampling: SamplingParams, tokenizer: Tokenizer, context_length: int
+        self,
+        index: int,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        tokenizer: Tokenizer,
+        context_length: int,
+        constraint: Constraint | None = None,
     ):
         self.index, self.prompt, self.sampling = index, list(prompt), sampling.seeded()
         room = context_length - len(prompt)
@@ -86,6 +111,7 @@ class Request:
         wanted = sampling.max_tokens
         self.limit, self._full = (room, "context") if wanted is None or wanted > room else (wanted, "length")
         self.tokens: list[int] = []
+        self.constraint = constraint
         self._stop_ids, self._decoder, self._text = tokenizer.stop_ids, tokenizer.stream(), StopText(sampling.stop)
 
     def take(self, token: float, largest: float, *log_probabilities: float) -> Piece:
@@ -99,6 +125,8 @@ class Request:
                 f"{largest}): its weights are damaged, or its type is too narrow; load it in float32 or bfloat16."
             )
         self.tokens.append(int(token))
+        if self.constraint is not None:
+            self.constraint.accept(self.tokens[-1])
         ends = self.tokens[-1] in self._stop_ids
         text = "" if ends else self._text.push(self._decoder.push(self.tokens[-1]))
         reason = "stop" if ends or self._text.found else self._full if len(self.tokens) >= self.limit else None
@@ -110,6 +138,17 @@ class Request:
         pairs = zip(map(int, likeliest[::2]), likeliest[1::2], strict=True)
         top = tuple(pairs)[: self.sampling.top_log_probabilities]
         return Piece(self.index, text, self.tokens[-1], own, sampled, top, reason)
+
+
+def allowed_tokens(
+    requests: Sequence[Request], vocab_size: int, device: torch.device
+) -> Bool[Tensor, "rows vocab"] | None:
+    """The tokens that each request's constraint allows now; None where no request has one."""
+    if all(request.constraint is None for request in requests):
+        return None
+    free = torch.ones(vocab_size, dtype=torch.bool)
+    rows = [free if request.constraint is None else request.constraint.allowed() for request in requests]
+    return torch.stack(rows).to(device)
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:

@@ -1,0 +1,61 @@
+"""Answers that follow a JSON schema: at each place only the tokens that its grammar allows (llguidance)."""
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from llguidance import LLMatcher, LLTokenizer
+from torch import Tensor
+
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.serving.errors import ApiError
+
+LAYOUT = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}  # white space without end is none
+BITS = torch.arange(8, dtype=torch.uint8)
+
+
+class GrammarConstraint:
+    """The `Constraint` of one text. vocab_size: of the model, whose last ids the tokenizer may not have."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int):
+        self.matcher, self.vocab_size = matcher, vocab_size
+
+    def allowed(self) -> Bool[Tensor, " vocab"]:
+        """Which tokens may come next; those that end the text where the grammar is at an end."""
+        packed = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
+        found = ((packed[:, None] >> BITS) & 1).bool().flatten()[: self.vocab_size]
+        return torch.nn.functional.pad(found, (0, self.vocab_size - len(found)))
+
+    def accept(self, token: int) -> None:
+        """The token was chosen."""
+        self.matcher.consume_token(token)
+
+
+@lru_cache(maxsize=16)
+def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
+    """The tokenizer as llguidance has it, which takes a second to make."""
+    return LLTokenizer(
+        json.dumps(tokenizer.description()), n_vocab=tokenizer.vocab_size, eos_token=[*tokenizer.stop_ids]
+    )
+
+
+def schema_constraint(schema: Any, tokenizer: Tokenizer, vocab_size: int) -> Callable[[], GrammarConstraint]:
+    """Makes the constraint of each text that is to follow the schema. One that nothing satisfies, or that says what
+    cannot be held to, is an `ApiError` with the reason."""
+    if not tokenizer.stop_ids:
+        text = "This model has no token that ends a text, so none can be held to a schema: choose another model."
+        raise ApiError(400, text, "response_format", "no_end_token")
+    vocabulary = _vocabulary(tokenizer)
+    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT)
+    wrong, reasons = LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
+    if wrong:
+        reason = " ".join(" ".join(reasons).split()).rstrip(".")
+        raise ApiError(400, f"The schema cannot be followed: {reason}.", "response_format", "invalid_schema")
+    return lambda: GrammarConstraint(LLMatcher(vocabulary, grammar), vocab_size)
