@@ -26,7 +26,7 @@ check: .venv/.development
 
 .venv/.run-time: pyproject.toml | .venv/bin/pip
 	@echo "Installing keifu into .venv: a minute or two, once."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[serve]'
 	@touch $@
 
 .venv/.development: pyproject.toml | .venv/bin/pip

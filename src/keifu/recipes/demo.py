@@ -49,7 +49,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print(f"\nDone in {time.monotonic() - began:.0f} s. Next:")
     print(f'   keifu generate {out} "The President of the United States"')
     print('   keifu chat smollm2 "What is the capital of Italy?"')
-    print("   keifu chat smollm2")
+    print(f"   keifu serve {out} smollm2    # both at http://127.0.0.1:8000, for people and for programs")
     print("   keifu train gpt --depth 4 --data FILE-OR-FOLDER-OF-YOUR-OWN")
 
 

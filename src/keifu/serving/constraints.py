@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema: at each place only the tokens that its grammar allows (llguidance)."""
+"""Which tokens an answer may have: those that the grammar of a JSON schema allows at each place (llguidance)."""
 
 import json
 from collections.abc import Callable
@@ -11,13 +11,12 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.text.sampling_params import SamplingParams
 from keifu.serving.errors import ApiError
 
-LAYOUT = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-}  # white space without end is none
+# Without these a small model could write white space without end.
+LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 BITS = torch.arange(8, dtype=torch.uint8)
 
 
@@ -59,3 +58,10 @@ def schema_constraint(schema: Any, tokenizer: Tokenizer, vocab_size: int) -> Cal
         reason = " ".join(" ".join(reasons).split()).rstrip(".")
         raise ApiError(400, f"The schema cannot be followed: {reason}.", "response_format", "invalid_schema")
     return lambda: GrammarConstraint(LLMatcher(vocabulary, grammar), vocab_size)
+
+
+def check_bias(sampling: SamplingParams, vocab_size: int) -> None:
+    """Refuses a bias for a token that the model has not."""
+    largest = max(token for token, _ in sampling.logit_bias)
+    if largest >= vocab_size:
+        raise UserError(f"logit_bias names the token {largest}, but the model knows only 0 to {vocab_size - 1}.")

@@ -13,7 +13,7 @@ from keifu.errors import UserError
 from keifu.generation.text.defaults import sampling_for
 from keifu.generation.text.request import Piece, Request, check_tokens
 from keifu.generation.text.sampling_params import SamplingParams
-from keifu.serving.constraints import schema_constraint
+from keifu.serving.constraints import check_bias, schema_constraint
 from keifu.serving.errors import of_exception
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.schemas import Sampling
@@ -95,13 +95,6 @@ def _requests(
     places = [(prompt, replace(sampling, seed=seed)) for prompt in ids for seed in seeds]
     room = config.context_length
     return [Request(n, *pair, tokenizer, room, constraint()) for n, pair in enumerate(places)]
-
-
-def check_bias(sampling: SamplingParams, vocab_size: int) -> None:
-    """Refuses a bias for a token that the model has not."""
-    largest = max(token for token, _ in sampling.logit_bias)
-    if largest >= vocab_size:
-        raise UserError(f"logit_bias names the token {largest}, but the model knows only 0 to {vocab_size - 1}.")
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import signal
 import socket
 import sys
 from contextlib import suppress
@@ -93,6 +94,7 @@ def serve(app: FastAPI, address: Address, access_log: bool = True) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("keifu.serving").setLevel(logging.INFO)
     logging.getLogger("keifu.serving.access").setLevel(logging.INFO if access_log else logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it once more at its end
     listening = address.open()
     listening.listen(BACKLOG)
     place = f"the socket {address.path}" if address.path else f"http://{address.host}:{listening.getsockname()[1]}/"

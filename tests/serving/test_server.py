@@ -1,0 +1,125 @@
+"""The server's address and its end: a port in use is told with its user, a Unix socket, SIGTERM under load."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving_toys import until
+
+from keifu import cli
+from keifu.commands.serve import Options, keys_of, size_of
+from keifu.errors import UserError
+from keifu.serving.server import Address
+
+ASK = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 300, "temperature": 1, "seed": 1}
+
+
+def test_a_port_in_use_is_told_with_the_process_that_has_it() -> None:
+    taken = Address(port=0).open()
+    taken.listen()
+    port = taken.getsockname()[1]
+    with pytest.raises(UserError, match=f"Port {port} is in use") as error:
+        Address(port=port).open()
+    if Path("/proc/net/tcp").exists():
+        assert f"by process {os.getpid()} (" in str(error.value)
+    taken.close()
+    Address(port=port).open().close()
+
+
+def test_an_address_that_is_none() -> None:
+    with pytest.raises(UserError, match="203.0.113.1:80 cannot be listened at"):
+        Address("203.0.113.1", 80).open()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no Unix sockets")
+def test_a_socket_that_was_left_behind_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:
+    address = Address(path=tmp_path / "keifu.sock")
+    first = address.open()
+    first.listen()
+    with pytest.raises(UserError, match="A server listens at .*keifu.sock already"):
+        address.open()
+    first.close()
+    address.open().close()
+    with pytest.raises(UserError, match="cannot be listened at"):
+        Address(path=tmp_path / "none" / "keifu.sock").open()
+
+
+@pytest.mark.parametrize(("text", "size"), [("4G", 4 * 2**30), ("500M", 500 * 2**20), ("1.5 gib", 3 * 2**29), ("9", 9)])
+def test_sizes(text: str, size: int) -> None:
+    assert size_of(text, "--memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "0", "4X", "four"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UserError, match="must be a size such as 500M or 4G"):
+        size_of(text, "--memory")
+
+
+def test_keys_come_from_options_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("second\n\nthird\n")
+    monkeypatch.setenv("KEIFU_API_KEY", "fourth,fifth")
+    assert keys_of(Options(api_key=("first",), api_key_file=file)) == ("first", "second", "third", "fourth", "fifth")
+    monkeypatch.delenv("KEIFU_API_KEY")
+    file.write_text("\n")
+    with pytest.raises(UserError, match="holds no key"):
+        keys_of(Options(api_key_file=file))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--slots", "0"], "--slots is 0, which must be more than 0"),
+        (["--memory", "lots"], "--memory is 'lots'"),
+        (["smolm2"], "Did you mean 'smollm2'?"),
+    ],
+)
+def test_wrong_options_are_told(words: list[str], told: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", *words])
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
+def test_what_runs_is_finished_before_the_end_and_nothing_of_it_is_logged(chat: str, tmp_path: Path) -> None:
+    place = tmp_path / "keifu.sock"
+    command = [sys.executable, "-m", "keifu", "serve", chat, "--socket", str(place)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until(place.exists, 60)
+    client = httpx.Client(transport=httpx.HTTPTransport(uds=str(place)), timeout=60)
+    until(lambda: answers(client), 60)
+    came: list[str] = []
+
+    def read() -> None:
+        body = {"model": chat, **ASK, "stream": True}
+        with client.stream("POST", "http://keifu/v1/chat/completions", json=body) as stream:
+            came.extend(line for line in stream.iter_lines() if line)
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    until(lambda: len(came) > 3)
+    process.send_signal(signal.SIGTERM)
+    reading.join(60)
+    assert came[-1] == "data: [DONE]"
+    assert json.loads(came[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("length", "stop")
+    out, log = process.communicate(timeout=60)
+    assert process.returncode == 0 and b"Listening at the socket" in out
+    lines: list[Any] = [json.loads(line) for line in log.decode().splitlines() if line.startswith("{")]
+    assert {"path": "/v1/chat/completions", "status": 200}.items() <= lines[-1].items()
+    assert b"messages" not in log and b"Traceback" not in log
+    assert not place.exists()
+
+
+def answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("http://keifu/health").status_code == 200
+    except (OSError, httpx.TransportError):
+        return False
