@@ -12,7 +12,7 @@ import torch
 from keifu.data.images.dataset import ImageDataset, groups, read_images, split
 from keifu.errors import UserError
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from pictures_toys import COLOURS, folder, imagefolder, picture, shard  # noqa: E402
 
 

@@ -23,7 +23,7 @@ from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models.diffusion import ddpm
 from keifu.training.objectives.diffusion import HELD_OUT, draw_noise
 
-sys.path[:0] = [str(Path(__file__).parent.parent / "data")]
+sys.path[:0] = [str(Path(__file__).parents[2] / "data")]
 from pictures_toys import folder, picture  # noqa: E402
 
 SIDE = 12

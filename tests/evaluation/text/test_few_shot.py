@@ -22,7 +22,7 @@ from keifu.generation.text.generate import generate
 from keifu.generation.text.likelihood import score
 from keifu.models import gpt2
 
-PAGE = Path(__file__).parent.parent.parent / "docs/tasks.md"
+PAGE = Path(__file__).parents[3] / "docs/tasks.md"
 TEXT = "Q: What is the capital of France? A: Paris, Lyon, Tokyo, Osaka, Cusco, Lima, Ottawa, Toronto. Answer: "
 ITEMS = tuple(
     TaskItem(f"Q: {n}\nA:", "ab"[n % 2] * (n % 3 + 1), ("a", "b", "aa", "bb", "aaa", "bbb")) for n in range(9)

@@ -23,7 +23,7 @@ from keifu.evaluation.registry import EvalRequest
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models.diffusion import ddpm
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "data"))
 from pictures_toys import folder, picture  # noqa: E402
 
 SIZE = 8
