@@ -45,9 +45,9 @@ class LlamaCpp:
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(settings.n_batch, 0, 1)
 
-    def clear(self) -> None:
-        """Forgets all texts."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+    def rollback(self, length: int) -> None:
+        """Forgets all tokens of each text but the first `length`."""
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), -1, length, -1)
 
     def run(self, texts: list[list[int]], start: int, wanted: int) -> np.ndarray:
         """The next tokens of each stream, from position `start` on; logits after the last `wanted` tokens of each."""

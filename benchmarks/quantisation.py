@@ -61,7 +61,7 @@ def main() -> None:
                 peer = LlamaCpp(path, 1, options.length, 2)
                 nats = []
                 for each in texts:
-                    peer.clear()
+                    peer.rollback(0)
                     nats.append(losses(torch.from_numpy(peer.run([each.tolist()], 0, len(each))), each))
                 peer.close()
                 report(f"llama.cpp, {kind}", path.stat().st_size, nats)

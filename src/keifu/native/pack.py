@@ -41,7 +41,7 @@ class Formats:
 FORMATS = {
     "bf16": Formats(native.BF16, native.BF16, exact=False),
     "int8": Formats(native.INT8, native.INT8),
-    "int4": Formats(native.INT4, native.INT8),
+    "int4": Formats(native.INT4_SUPER, native.INT8),
 }
 
 

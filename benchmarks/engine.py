@@ -1,0 +1,142 @@
+"""Tokens a second of decoding and of reading a prompt, beside llama.cpp and transformers on the same weights.
+
+python benchmarks/engine.py [--shape 110m|1.1b|smollm2] [--weights bf16 int8 int4] [--streams 1 8 32] [--rounds 3]
+
+The contenders take turns in one process. Of llama.cpp, bf16 stands beside bf16, q8_0 beside int8 and q4_0 (and q4_k,
+which has more bits) beside int4.
+"""
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from _llama_cpp import LlamaCpp, quantised
+from _rounds import interleaved, machine
+
+from keifu import checkpoints
+from keifu.generation.text.runner import Span
+from keifu.models import llama
+from keifu.native.model import BLOCK_SIZE, NativeLM, pack
+
+SHAPES = {
+    "110m": llama.Config(dim=768, n_layers=12, n_heads=12, hidden_dim=2048, tied=True),
+    "1.1b": llama.SIZES["tinyllama-1.1b"],
+    "smollm2": llama.SIZES["smollm2-135m"],
+}
+PEERS = {"bf16": ["bf16"], "int8": ["q8_0"], "int4": ["q4_0", "q4_k"]}
+PROMPT = 32  # tokens before those that are timed
+
+
+class Native:
+    """Streams of texts of `length` tokens, decoded greedily by the native step."""
+
+    def __init__(self, model: NativeLM, streams: int, length: int):
+        each = -(-length // BLOCK_SIZE)
+        self.runner = model.runner(streams * each)
+        self.tables = [list(range(each * n, each * (n + 1))) for n in range(streams)]
+
+    def run(self, texts: list[list[int]], start: int) -> list[int]:
+        """The likeliest next token of each, after these."""
+        pairs = enumerate(zip(texts, self.tables, strict=True))
+        return self.runner.run([Span(n, text, start, blocks) for n, (text, blocks) in pairs]).argmax(-1).tolist()
+
+
+class Peer:
+    """The same by llama.cpp."""
+
+    def __init__(self, path: Path, streams: int, length: int):
+        self.engine = LlamaCpp(path, streams, length, torch.get_num_threads())
+
+    def run(self, texts: list[list[int]], start: int) -> list[int]:
+        """The likeliest next token of each, after these."""
+        self.engine.rollback(start)
+        return self.engine.run(texts, start, 1).argmax(-1).tolist()
+
+
+class Transformers:
+    """The same by transformers, in bfloat16."""
+
+    def __init__(self, model: torch.nn.Module, folder: Path):
+        import transformers
+
+        checkpoints.save(model, None, folder)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+    @torch.inference_mode()
+    def run(self, texts: list[list[int]], start: int) -> list[int]:
+        """The likeliest next token of each, after these."""
+        if start:
+            self.past.crop(start)
+        past = self.past if start else None
+        out = self.model(torch.tensor(texts), past_key_values=past, use_cache=True, logits_to_keep=1)
+        self.past = out.past_key_values
+        return out.logits[:, -1].argmax(-1).tolist()
+
+
+def decoding(contender: Native | Peer | Transformers, prompts: list[list[int]], count: int) -> Callable[[], None]:
+    """Writes `count` tokens after each prompt, which is read once, before."""
+    first = contender.run(prompts, 0)
+
+    def work() -> None:
+        tokens = first
+        for place in range(len(prompts[0]), len(prompts[0]) + count):
+            tokens = contender.run([[token] for token in tokens], place)
+
+    return work
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="110m")
+    parser.add_argument("--weights", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--transformers", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = llama.build(SHAPES[options.shape]).to(torch.bfloat16).eval()
+    print(f"{machine()}; {options.shape} shape, {options.rounds} rounds, medians\n")
+    print("| | task | tokens/s | keifu / it (min to max) |\n|---|---|---:|---:|", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for weights in options.weights:
+            packed = pack(model, weights)
+            paths = {kind: quantised(model, kind, folder, pure=kind != "q4_k") for kind in PEERS[weights]}
+            for streams in options.streams:
+                length = PROMPT + options.tokens + 1
+                made = _contenders(packed, paths, streams, length, options.transformers, model, folder)
+                prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (streams, PROMPT)).tolist()
+                timed = {each: decoding(made[each], prompts, options.tokens) for each in made}
+                _report(weights, f"{streams} streams", timed, options.rounds, streams * options.tokens)
+            made = _contenders(packed, paths, 1, options.prefill, options.transformers, model, folder)
+            prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, options.prefill)).tolist()
+            timed = {each: partial(made[each].run, prompt, 0) for each in made}
+            _report(weights, f"prompt of {options.prefill}", timed, options.rounds, options.prefill)
+
+
+def _contenders(packed, paths, streams, length, with_transformers, model, folder) -> dict:
+    made: dict = {f"keifu, {packed.weights}": Native(packed, streams, length)}
+    made |= {f"llama.cpp, {kind}": Peer(path, streams, length) for kind, path in paths.items()}
+    if with_transformers and packed.weights == "bf16":
+        made["transformers, bf16"] = Transformers(model, folder / "hf")
+    return made
+
+
+def _report(weights: str, task: str, timed: dict[str, Callable[[], object]], rounds: int, tokens: int) -> None:
+    seconds = interleaved(timed, rounds)
+    own = seconds[f"keifu, {weights}"]
+    for name, each in seconds.items():
+        ratios = [b / a for a, b in zip(own, each, strict=True)]
+        shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| {name} | {task} | {tokens / statistics.median(each):.0f} | {shown} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
