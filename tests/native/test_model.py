@@ -9,7 +9,7 @@ from torch import Tensor
 
 from keifu.errors import UserError
 from keifu.generation.text.runner import Span
-from keifu.native.model import NativeLM, NativeRunner, pack
+from keifu.native.model import NativeLM, NativeRunner, native_form, pack
 
 pytestmark = pytest.mark.usefixtures("opened")
 WEIGHTS = ("bf16", "int8", "int4")
@@ -145,3 +145,27 @@ def test_tokens_and_places_out_of_range_are_refused() -> None:
 def test_a_tied_head_is_packed_once() -> None:
     names = [name for name, _ in pack(toy("qwen2"), "bf16").packer.matrices]
     assert names.count("embedding.weight") == 1 and "head.weight" not in names
+
+
+def test_bfloat16_weights_are_packed_without_being_asked_and_anew_when_they_change() -> None:
+    model = toy("llama").to(torch.bfloat16)
+    first = native_form(model)
+    assert first is not None and native_form(model) is first and native_form(first) is first
+    with torch.no_grad():
+        model.get_parameter("norm.weight").mul_(2)
+    again, rows = native_form(model), torch.tensor([tokens(5)])
+    assert again is not None and not torch.equal(again(rows), first(rows))
+    assert torch.equal(again(rows), pack(model, "bf16")(rows))
+
+
+def test_other_weights_stay_in_pytorch() -> None:
+    assert native_form(toy("llama")) is None
+    assert native_form(toy("llama").to(torch.bfloat16).to("meta")) is None
+
+
+def test_bfloat16_weights_that_native_code_lacks_are_told(capfd) -> None:
+    model = toy("llama").to(torch.bfloat16)
+    model.get_submodule("blocks.0").register_forward_hook(lambda *_: None)
+    assert native_form(model) is None
+    told = "PyTorch generates, not the native step: blocks.0 has hooks, which native code does not call.\n"
+    assert capfd.readouterr().err == told

@@ -6,6 +6,7 @@ Axes: batch, length, vocab; wanted = tokens whose logits are asked for.
 import ctypes
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.native import library as native
+from keifu.native.build import Unavailable
 from keifu.native.describe import LayerPart, ModelPart, describe
-from keifu.native.library import open_library
+from keifu.native.library import open_library, say_why
 from keifu.native.pack import ModuleWeights, Packer, Weights, formats
 
 BLOCK_SIZE = 32
@@ -138,6 +140,30 @@ def pack(model: nn.Module, weights: str) -> NativeLM:
     native step does not know one of the model's layers, and where this machine has no native step.
     """
     return NativeLM(describe(model), ModuleWeights(model), weights, model.config)
+
+
+_packed: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], NativeLM]] = WeakKeyDictionary()
+
+
+def native_form(model: nn.Module) -> NativeLM | None:
+    """What generates in place of a model: itself if its weights are packed; the same weights packed if all of them are
+    bfloat16 in the CPU's memory, anew when they have changed; None where PyTorch is to generate.
+
+    A model of bfloat16 weights that native code does not have, or a machine without it, is told in one sentence.
+    """
+    if isinstance(model, NativeLM):
+        return model
+    weights = list(model.parameters())
+    if not weights or any(each.dtype != torch.bfloat16 or each.device.type != "cpu" for each in weights):
+        return None
+    state = [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in weights]
+    if model not in _packed or _packed[model][0] != state:
+        try:
+            _packed[model] = state, pack(model, "bf16")
+        except Unavailable as reason:
+            say_why(str(reason))
+            return None
+    return _packed[model][1]
 
 
 def _layer(part: LayerPart, whole: ModelPart, packer: Packer) -> native.Layer:
