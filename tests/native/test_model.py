@@ -119,15 +119,15 @@ def test_bfloat16_weights_stay_what_they_are() -> None:
     ],
 )
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("place", [-1, -40, -20])
-def test_a_weight_that_is_no_number_is_named(
-    name: str, sentence: str, weights: str, place: int, instructions: str
-) -> None:
+def test_a_weight_that_is_no_number_is_named(name: str, sentence: str, weights: str, instructions: str) -> None:
     model = toy("llama")
-    with torch.no_grad():
-        model.get_parameter(name).view(-1)[place] = torch.nan
-    with pytest.raises(UserError, match=sentence):
-        pack(model, weights)
+    for place in (-1, -20, -40):
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[place] = torch.nan
+        with pytest.raises(UserError, match=sentence):
+            pack(model, weights)
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[place] = 0.0
 
 
 def test_unknown_weights_are_answered_with_the_nearest() -> None:
