@@ -41,7 +41,7 @@ class Span(Protocol):
 class NativeLM(nn.Module):
     """A causal language model whose weights are packed for the CPU. It has no parameters that could be trained.
 
-    weights: bf16, int8 or int4. config: the model's. format sizes: see docs/native.md.
+    weights: bf16, int8 or int4. config: the model's.
     """
 
     def __init__(self, part: ModelPart, source: Weights, weights: str, config: Any):
