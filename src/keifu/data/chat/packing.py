@@ -6,7 +6,6 @@ Axes: row (of a batch), position.
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -107,6 +106,7 @@ class PackedConversations:
         self.rows, self.held_rows = (self._rows(part, packed) for part in (training, held))
         self.batch_size = min(batch_size, len(self.rows))
         self._epochs = Epochs(len(self.rows), self.batch_size, seed)
+        self.fingerprint = self._hash()
 
     def _rows(self, part: Sequence[TurnMasks], packed: bool) -> list[list[int]]:
         lengths = [len(each.ids) for each in part]
@@ -117,13 +117,8 @@ class PackedConversations:
         """Batches after which every row was seen once."""
         return self._epochs.steps
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all ids and masks, and of the packing."""
-        return self._hash
-
-    @cached_property
     def _hash(self) -> str:
+        """Of all ids and masks, and of the packing."""
         digest = hashlib.sha256(f"{self.rows} {self.held_rows} {self.seed} {self.pad_id}".encode())
         for each in (*self.training, *self.held):
             digest.update(np.array([len(each.ids), *each.ids, *each.learned], dtype=np.int64).tobytes())

@@ -17,7 +17,6 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -185,19 +184,15 @@ class PreferencePairs:
         self.parts, self.references = (list(training), list(held)), references
         self.batch_size, self.pad_id, self.seed = min(batch_size, len(training)), pad_id, seed
         self._epochs = Epochs(len(training), self.batch_size, seed)
+        self.fingerprint = self._hash()
 
     @property
     def steps_per_epoch(self) -> float:
         """Batches after which every pair was seen once."""
         return self._epochs.steps
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all ids and masks."""
-        return self._hash
-
-    @cached_property
     def _hash(self) -> str:
+        """Of all ids and masks."""
         digest = hashlib.sha256(f"{self.seed} {self.pad_id}".encode())
         for pair in (pair for part in self.parts for pair in part):
             for each in pair:
@@ -237,12 +232,8 @@ class RankedAnswers(PreferencePairs):
         ]
         pairs = [[each.answers for each in part] for part in (training, held)]
         super().__init__(pairs[0], pairs[1], batch_size, seed, pad_id, (levels[0], levels[1]))
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all ids and levels."""
-        levels = b"".join(part.numpy().tobytes() for part in self.references)
-        return hashlib.sha256(self._hash.encode() + levels).hexdigest()
+        told = b"".join(part.numpy().tobytes() for part in levels)
+        self.fingerprint = hashlib.sha256(self.fingerprint.encode() + told).hexdigest()
 
     def _make_batch(self, part: int, rows: Sequence[int]) -> dict[str, Tensor]:
         made = stack_rows([self.parts[part][row] for row in rows], self.pad_id)

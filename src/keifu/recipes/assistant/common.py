@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -178,6 +178,20 @@ def prompt_parts(source: str, share: float) -> tuple[list[RankedResponses], list
     """To learn from, and held out; the same question is never on both sides."""
     found = list(read_preferences(source))
     return held_out(found, [each.prompt[-1]["content"] for each in found], share)
+
+
+def ranked_examples(
+    recipe: RankedOptions,
+    make: Callable[[RankedResponses], Iterable[T]],
+    answers: Callable[[T], Sequence[TurnMasks]],
+    length: int,
+    told: tuple[str, str],
+) -> tuple[list[T], list[T], int]:
+    """Training and held-out examples of the preferences, and how many were too long (see `fitting_pairs`)."""
+    sides = prompt_parts(recipe.data, recipe.held_out)
+    training, held = ([example for ranked in side for example in make(ranked)] for side in sides)
+    learned, tested = (fitting_pairs(side, answers, length, recipe.drop_long, told) for side in (training, held))
+    return learned, tested, len(training) + len(held) - len(learned) - len(tested)
 
 
 def sample_answer(tokenizer: Tokenizer, ranked: RankedResponses, place: int) -> TurnMasks:

@@ -10,7 +10,6 @@ Expected: see docs/results.md, "What InstructGPT's pipeline bought".
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,9 +22,8 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.recipes.assistant.common import (
     RankedOptions,
-    fitting_pairs,
     open_model,
-    prompt_parts,
+    ranked_examples,
     row_length,
     sample_answer,
     save_result,
@@ -67,7 +65,7 @@ class Recipe(RankedOptions):
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Everything made ready: the model, its tokenizer, the pairs, and how many were too long."""
+    """A model to train, its tokenizer, the pairs, and how many were too long."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -76,23 +74,15 @@ class Task:
 
 
 def prepare(recipe: Recipe) -> Task:
-    """Loads the model, reads the preferences, and notes how likely the model finds each answer before it learns."""
+    """Loads the model, reads the preferences, and computes the log-probabilities of the reference model."""
     model, tokenizer = open_model(recipe.model, recipe.template)
     length = row_length(model, recipe.context_length)
-    sides = prompt_parts(recipe.data, recipe.held_out)
-    training, held = ([*chain(*(pairs(tokenizer, each) for each in side))] for side in sides)
     told = "pairs are", "has "
-    learned, tested = (fitting_pairs(side, tuple, length, recipe.drop_long, told) for side in (training, held))
-    dropped = len(training) + len(held) - len(learned) - len(tested)
-    pad = tokenizer.pad_id or 0
-    references = (
-        with_reference(model, learned, recipe.batch_size, pad),
-        with_reference(model, tested, recipe.batch_size, pad),
-    )
+    learned, tested, dropped = ranked_examples(recipe, lambda each: pairs(tokenizer, each), tuple, length, told)
+    rows, pad = recipe.batch_size, tokenizer.pad_id or 0
+    references = with_reference(model, learned, rows, pad), with_reference(model, tested, rows, pad)
     model = to_train(model, recipe.lora, recipe.seed)
-    return Task(
-        model, tokenizer, PreferencePairs(learned, tested, recipe.batch_size, recipe.seed, pad, references), dropped
-    )
+    return Task(model, tokenizer, PreferencePairs(learned, tested, rows, recipe.seed, pad, references), dropped)
 
 
 def pairs(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Pair]:
@@ -102,7 +92,7 @@ def pairs(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Pair]:
 
 
 def with_reference(model: nn.Module, found: Sequence[Pair], batch_size: int, pad_id: int) -> Tensor:
-    """How likely the model finds both answers of each pair, [pairs, 2]; similar lengths are computed together."""
+    """The log-probabilities of both answers of each pair, [pairs, 2]; similar lengths are computed together."""
     order = sorted(range(len(found)), key=lambda place: max(len(each.ids) for each in found[place]))
     values = torch.zeros(len(found), 2)
     with counting("Reading the answers", len(found), "pairs") as progress:

@@ -28,10 +28,9 @@ from keifu.models import task_head
 from keifu.recipes.assistant.common import (
     Lora,
     RankedOptions,
-    fitting_pairs,
     open_model,
     padding,
-    prompt_parts,
+    ranked_examples,
     row_length,
     sample_answer,
     to_train,
@@ -66,7 +65,7 @@ class Recipe(RankedOptions):
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Everything made ready: the model with its head, the rankings, and the demonstrations as ids."""
+    """A model with a score head to train, its tokenizer, the rankings, and the demonstrations as ids."""
 
     model: task_head.ModelWithHead
     tokenizer: Tokenizer
@@ -79,15 +78,13 @@ def prepare(recipe: Recipe) -> Task:
     """Loads the model, gives it a head, and reads the rankings."""
     model, tokenizer = open_model(recipe.model, recipe.template)
     length = row_length(model, recipe.context_length)
-    training, held = (
-        [ranking_of(tokenizer, each) for each in side] for side in prompt_parts(recipe.data, recipe.held_out)
+    answers, told = attrgetter("answers"), ("prompts have an answer", "")
+    learned, tested, dropped = ranked_examples(
+        recipe, lambda each: [ranking_of(tokenizer, each)], answers, length, told
     )
-    by, told = attrgetter("answers"), ("prompts have an answer", "")
-    learned, tested = (fitting_pairs(side, by, length, recipe.drop_long, told) for side in (training, held))
     shown = demonstrations(recipe.demonstrations, tokenizer, length) or [each.answers[0].ids for each in learned]
     tokenizer = padding(tokenizer, shown)
     data = RankedAnswers(learned, tested, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
-    dropped = len(training) + len(held) - len(learned) - len(tested)
     return Task(with_score_head(model, recipe.lora, recipe.seed), tokenizer, data, shown[:DEMONSTRATIONS], dropped)
 
 

@@ -1,13 +1,12 @@
-"""Training runs of several models in one command: each part has a folder of its own inside the run's.
+"""What the image recipes share: options and settings, and runs that train several models one after the other.
 
-A part that is done is found again and one that was stopped goes on, each by the training loop's own rules, so that the
-whole is resumed bit for bit. The run's one page shows them all.
-
-Also the prompts of the samples of text-to-image runs.
+Each model of such a run has a directory of its own inside the run's. One that is trained is loaded, and one that was
+stopped is resumed, so that the whole run resumes bit for bit. One report shows them all.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,115 @@ from torch import nn
 
 from keifu.data.images.augmentation import Augmentation
 from keifu.data.images.batches import ImageBatches
-from keifu.data.images.dataset import ImageSplit
+from keifu.data.images.dataset import ImageDataset, ImageSplit
 from keifu.data.images.grid import grid
 from keifu.data.images.io import to_bytes, to_signed
 from keifu.errors import UserError
 from keifu.files import write_atomic
+from keifu.recipes.language.common import attribution_of
+from keifu.recipes.options import Logging
 from keifu.training.objectives.diffusion import NoisedBatches
 from keifu.training.protocols import Data, Objective, Run
 from keifu.training.run import checkpoint, metrics
 from keifu.training.run.directory import SAMPLES
 from keifu.training.run.report import CURVES
-from keifu.training.settings import Settings
+from keifu.training.settings import Precision, Settings
 from keifu.training.setup import steps_of, steps_within
 
 SHOWN = 12  # pictures of a sample
+PROMPTS = (
+    "red heart", "cat face", "green book", "full moon face", "blue apple", "red cat face",
+    "赤いハート", "ネコの顔", "緑の本", "ヒマワリ", "青いリンゴ", "緑のハート",
+)  # fmt: skip
+COLUMNS = 6  # pictures of a row
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImageOptions(Logging):
+    """Options of the recipes that learn to draw from captions, on a CLIP of the same captions."""
+
+    data: str = field(default="emoji", kw_only=False)
+    """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
+    languages: tuple[str, ...] = field(default=("en", "ja"), kw_only=False)
+    """Codes of the captions' languages; each step samples one for a picture. und: captions of one, unnamed language."""
+    truncate: bool = False
+    """Keep the beginning of a caption that is longer than CLIP takes; without it that is an error."""
+    size: int = 64
+    """The side of the finished pictures in pixels."""
+    clip: str | None = None
+    """A CLIP (a run, a folder, a hub id); unset: one is trained first on the same pictures and captions."""
+    clip_minutes: float = 18.0
+    """Time limit of CLIP's training: the number of steps follows from the speed of the machine."""
+    clip_steps: int | None = None
+    """Updates of CLIP's weights, in place of its minutes."""
+    clip_batch: int = 256
+    """Pairs in a step of CLIP."""
+    minutes: float = 45.0
+    """Time limit of the training of the model itself."""
+    steps: int | None = None
+    """Updates of its weights, in place of the minutes."""
+    batch_size: int = 32
+    """Pictures in a step of it."""
+    learning_rate: float = 1e-3
+    """AdamW's highest rate for it."""
+    ema: float = 0.999
+    """Decay of the moving average of its weights, which is evaluated, sampled from and saved."""
+    prompts: tuple[str, ...] = PROMPTS
+    """What the samples show."""
+    precision: Precision = "auto"
+    """Of matrix products; auto: bfloat16 where the hardware has it."""
+    keep: int = 2
+    """Saved states that are kept, a twentieth of the run apart, or 1,000 steps."""
+    seed: int = 0
+    """Of the weights, the order of the pictures, their noise and the samples."""
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise UserError("There is no prompt for the samples: give at least one.")
+
+    @property
+    def budget(self) -> tuple[int | None, float]:
+        """Steps, or else minutes, of the model itself (see `steps_for`)."""
+        return self.steps, self.minutes
+
+    def check_below_one(self, *names: str) -> None:
+        """A `UserError` where one of these options is not a share from 0 up to below 1."""
+        for name in names:
+            if not 0 <= vars(self)[name] < 1:
+                raise UserError(f"{name} is a share from 0 up to below 1, and it is {vars(self)[name]}.")
+
+
+def image_settings(recipe: Any, steps: int, budget: tuple[int | None, float], **different: Any) -> Settings:
+    """AdamW with a warm-up of a twentieth of the steps and a cosine to 0, and as many validations; `different` are the
+    fields of `Settings` in which a recipe differs from that."""
+    often = max(1, steps // 20)
+    usual: dict[str, Any] = {name: vars(recipe)[name] for name in ("batch_size", "learning_rate", "ema", "precision")}
+    usual |= {"steps": steps, "minutes": minutes_of(budget), "warmup": steps // 20, "final_ratio": 0.0}
+    usual |= {"weight_decay": 0.01, "betas": (0.9, 0.99), "evaluate_every": often, "sample_every": 2 * often}
+    usual |= {"save_every": min(often, 1000), "keep": recipe.keep, "seed": recipe.seed}
+    return Settings(**usual | recipe.logging() | different)
+
+
+def describe_run(
+    recipe: Any, out: Path, resume: bool, pictures: ImageDataset, told: Sequence[str], options: Mapping[str, Any],
+    **about: Any,
+) -> Run:  # fmt: skip
+    """The run of a recipe. told: its options that decide the result beside the settings; options: what else does, the
+    model's Config; about: lines of the report."""
+    source = {"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint}
+    return Run(
+        directory=out,
+        resume=resume,
+        options={**options, **{name: vars(recipe)[name] for name in told}},
+        about={**about, "data": [source | attribution_of(recipe.data)]},
+        unit="pictures",
+    )
+
+
+def parameters_of(parts: Mapping[str, nn.Module | None]) -> dict[str, int]:
+    """Lines of the report: the parameters of each part of a model."""
+    counted = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
+    return {f"parameters of the {name}": count for name, count in counted.items()}
 
 
 def is_resuming(directory: Path, resume: bool) -> bool:
@@ -113,16 +207,3 @@ def show(out: Path, parts: Mapping[str, str]) -> None:
         if pictures := sorted((directory / SAMPLES).glob("*.png")):
             write_atomic(out / f"{directory.name}.png", pictures[-1].read_bytes())
     write_atomic(out / CURVES, json.dumps(charts) + "\n")
-
-
-PROMPTS = (
-    "red heart", "cat face", "green book", "full moon face", "blue apple", "red cat face",
-    "赤いハート", "ネコの顔", "緑の本", "ヒマワリ", "青いリンゴ", "緑のハート",
-)  # fmt: skip
-COLUMNS = 6  # pictures of a row
-
-
-def check_prompts(prompts: tuple[str, ...]) -> None:
-    """Refuses to sample nothing."""
-    if not prompts:
-        raise UserError("There is no prompt for the samples: give at least one.")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from keifu import checkpoints
 from keifu.data.images.batches import ImageBatches
@@ -33,94 +34,68 @@ from keifu.layers.meta import on_meta
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.recipes.images import discrete_vae as _discrete_vae
 from keifu.recipes.images import text_encoder
-from keifu.recipes.images.common import COLUMNS, PROMPTS, check_prompts, is_resuming, show, steps_for
-from keifu.recipes.language.common import attribution_of
-from keifu.recipes.options import Logging
+from keifu.recipes.images.common import (
+    COLUMNS,
+    TextToImageOptions,
+    describe_run,
+    image_settings,
+    is_resuming,
+    parameters_of,
+    show,
+    steps_for,
+)
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.autoencoders import ImageTokenBatches, TextImageLoss
 from keifu.training.protocols import Data, Run
-from keifu.training.settings import Precision, Settings
+from keifu.training.settings import Settings
 
 
-@dataclass(frozen=True)
-class Recipe(Logging):
+@dataclass(frozen=True, kw_only=True)
+class Recipe(TextToImageOptions):
     """Options of the run."""
 
-    data: str = "emoji"
-    """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
-    languages: tuple[str, ...] = ("en", "ja")
-    """Codes of the captions' languages; each step samples one for a picture. und: captions of one, unnamed language."""
-    truncate: bool = False
-    """Keep the beginning of a caption that is longer than the texts of CLIP; without it that is an error."""
-    size: int = 64
-    """The side of the squares in pixels."""
-    clip: str | None = None
-    """A CLIP (a run, a folder, a hub id) that ranks pictures and whose tokenizer is used; unset: one is trained first.
-    """
     codebook_size: int = 512
     """Entries of the codebook."""
     vae_widths: tuple[int, ...] = (64, 128, 256)
     """Channels of the autoencoder's levels, the finest first; each but the last halves the sides."""
     code_dim: int = 64
-    """Channels that an entry has in its decoder."""
+    """Dimension of a codebook entry."""
     kl_weight: float = 0.3
     """β of the autoencoder's bound at its highest (the paper: 6.6)."""
     anneal: float = 0.5
-    """The share of its steps in which the temperature falls from 1 to 1/16 (the paper: a twentieth of 3 million)."""
+    """Share of the autoencoder's steps in which the Gumbel-softmax temperature falls from 1 to 1/16 (the paper: a
+    twentieth of 3 million)."""
     flip: bool = True
-    """Mirror every second picture for the autoencoder; captions speak of left and right."""
+    """Mirror every second picture for the autoencoder; the decoder sees none mirrored, as captions say left and right.
+    """
     dim: int = 256
-    """Numbers of each token in the decoder."""
+    """Width of the decoder."""
     hidden_dim: int = 1024
-    """Of its feed-forward layers."""
+    """Width of its feed-forward layers."""
     n_layers: int = 6
     """Its blocks."""
     n_heads: int = 4
-    """Of each block's attention."""
+    """Heads of each attention."""
     kernel: int = 11
-    """The side of the last block's window."""
+    """The side of the local window of the last block's attention."""
     sparse: bool = True
-    """Places see their row, their column or a window; --no-sparse lets them see all that came before."""
+    """Sparse attention by row, column or window; --no-sparse: full causal attention."""
     text_weight: float = TextImageLoss.text_weight
-    """What the text's loss counts; the picture's counts the rest."""
+    """Weight of the text's loss; the image's has the rest."""
     vae_minutes: float = 22.0
-    """Train the autoencoder for so long: the steps are fixed by the pace before the start."""
-    clip_minutes: float = 18.0
-    """The same for CLIP."""
-    minutes: float = 45.0
-    """The same for the decoder."""
+    """Time limit of the autoencoder's training."""
     vae_steps: int | None = None
     """Updates of the autoencoder's weights, in place of its minutes."""
-    clip_steps: int | None = None
-    """Updates of CLIP's."""
-    steps: int | None = None
-    """Updates of the decoder's."""
     vae_batch: int = 16
     """Pictures in a step of the autoencoder."""
-    clip_batch: int = 256
-    """Pairs in a step of CLIP."""
-    batch_size: int = 32
-    """Pairs in a step of the decoder."""
     vae_rate: float = 4e-3
     """AdamW's highest rate for the autoencoder."""
-    learning_rate: float = 1e-3
-    """For the decoder."""
-    ema: float = 0.999
-    """Decay of the moving average of the decoder's weights, which is evaluated, sampled from and saved."""
-    prompts: tuple[str, ...] = PROMPTS
-    """What the samples show."""
-    precision: Precision = "auto"
-    """Of matrix products; auto: bfloat16 where the hardware has it."""
-    keep: int = 2
-    """Saved states that are kept, a twentieth of the last part's run apart, or 1,000 steps."""
-    seed: int = 0
-    """Of the weights, the order of the pictures and the samples."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("text_weight", "anneal"):
             if not 0 <= vars(self)[name] <= 1:
                 raise UserError(f"{name} is a share from 0 to 1, and it is {vars(self)[name]}.")
-        check_prompts(self.prompts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,11 +117,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
     with on_meta():
         planned = dalle.build(model_config(recipe, recipe.codebook_size, 1, wanted.config))
         planned.vae.check_size(*parts.train.shape[1:])
-    ranking = text_encoder.TextEncoderOptions(
-        recipe.clip, recipe.data, recipe.languages, recipe.truncate, (recipe.clip_steps, recipe.clip_minutes),
-        recipe.clip_batch, recipe.precision, recipe.seed, recipe.prompts,
-    )  # fmt: skip
-    towers, tokenizer = text_encoder.two_towers_of(ranking, out, resume)
+    towers, tokenizer = text_encoder.two_towers_of(recipe, out, resume)
     length = towers.config.context_length
     tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
     coder = _discrete_vae.discrete_vae_of(wanted, parts, out, resume)
@@ -193,14 +164,7 @@ def _data(
 
 def settings(recipe: Recipe, steps: int) -> Settings:
     """The training loop's settings for so many steps of the decoder: the paper's betas, decay and clipping."""
-    often = max(1, steps // 20)
-    return Settings(
-        steps=steps, minutes=None if recipe.steps else recipe.minutes,
-        batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, warmup=steps // 20,
-        final_ratio=0.0, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0, ema=recipe.ema, precision=recipe.precision,
-        evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
-        seed=recipe.seed, **recipe.logging(),
-    )  # fmt: skip
+    return image_settings(recipe, steps, recipe.budget, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0)
 
 
 def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
@@ -220,8 +184,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains all parts into `out`, which keifu draw reads afterwards."""
     task = prepare(recipe, out, resume)
     resume, objective = is_resuming(out, resume), TextImageLoss(recipe.text_weight)
-    budget = recipe.steps, recipe.minutes
-    steps = steps_for(budget, out, resume, task.model, objective, task.data, settings(recipe, 1000))
+    steps = steps_for(recipe.budget, out, resume, task.model, objective, task.data, settings(recipe, 1000))
     show(out, {"Autoencoder": _discrete_vae.FOLDER, "CLIP": text_encoder.FOLDER})
     summary = train(
         task.model, objective, task.data, settings(recipe, steps), describe(recipe, task, out, resume),
@@ -234,20 +197,10 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
 
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    told = ("data", "languages", "truncate", "text_weight")
-    facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint} | attribution_of(recipe.data)
-    counted = {name: sum(p.numel() for p in part.parameters()) for name, part in task.model.named_children()}
-    of_vae = counted.pop("vae")
-    return Run(
-        directory=out,
-        resume=resume,
-        options={"model": asdict(task.model.config)} | {name: vars(recipe)[name] for name in told},
-        about={
-            "title": f"DALL-E learns to draw “{Path(recipe.data).stem}” from text",
-            "paper": "Ramesh et al., Zero-Shot Text-to-Image Generation (2021)",
-            "data": [facts],
-            "parameters of the autoencoder": of_vae,
-            "parameters of the decoder": sum(counted.values()),
-        },
-        unit="pictures",
-    )
+    decoder = nn.ModuleList(part for name, part in task.model.named_children() if name != "vae")
+    return describe_run(
+        recipe, out, resume, task.parts.train, ("data", "languages", "truncate", "text_weight"),
+        {"model": asdict(task.model.config)}, title=f"DALL-E learns to draw “{Path(recipe.data).stem}” from text",
+        paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021)",
+        **parameters_of({"autoencoder": task.model.vae, "decoder": decoder}),
+    )  # fmt: skip

@@ -28,8 +28,7 @@ from keifu.errors import UserError
 from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images
 from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
-from keifu.recipes.images.common import steps_for
-from keifu.recipes.language.common import attribution_of
+from keifu.recipes.images.common import describe_run, image_settings, steps_for
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.diffusion import DequantizedBatches, DiffusionLoss, NoisedBatches
@@ -180,28 +179,12 @@ def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Con
 
 def settings(recipe: Recipe, steps: int) -> Settings:
     """The training loop's settings for so many steps."""
-    paper = recipe.recipe_of == "paper"
-    often = max(1, steps // 20)
-    return Settings(
-        steps=steps,
-        minutes=None if recipe.steps else recipe.minutes,
-        batch_size=recipe.batch_size or 1,
-        micro_batch=recipe.micro_batch,
-        learning_rate=recipe.learning_rate or 0.0,
-        schedule="constant" if paper else "cosine",
-        warmup=min(5000, steps // 10) if paper else steps // 20,
-        final_ratio=0.0,
-        weight_decay=0.0 if paper else 0.01,
-        betas=(0.9, 0.999) if paper else (0.9, 0.99),
-        ema=recipe.ema or 0.0,
-        precision=recipe.precision,
-        evaluate_every=often,
-        sample_every=2 * often,
-        save_every=min(often, 1000),
-        keep=recipe.keep,
-        seed=recipe.seed,
-        **recipe.logging(),
-    )
+    budget = recipe.steps, recipe.minutes or 0.0
+    given = {"micro_batch": recipe.micro_batch}
+    if recipe.recipe_of == "keifu":
+        return image_settings(recipe, steps, budget, **given)
+    paper = {"schedule": "constant", "warmup": min(5000, steps // 10), "weight_decay": 0.0, "betas": (0.9, 0.999)}
+    return image_settings(recipe, steps, budget, **given, **paper)
 
 
 def sampler(model: ddpm.DDPM, seed: int) -> Callable[[int], bytes]:
@@ -237,17 +220,10 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
     told = ("data", "recipe_of", "fit", "distinct", "flip", "dequantise", "weighting", "gamma", "label_dropout")
-    facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint} | attribution_of(recipe.data)
-    return Run(
-        directory=out,
-        resume=resume,
-        options={"model": asdict(task.model.config)} | {name: vars(recipe)[name] for name in told},
-        about={
-            "title": f"DDPM learns to draw “{Path(recipe.data).stem}”",
-            "paper": "Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)",
-            "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
-            "data": [facts],
-            "held_out": {"share": recipe.held_out, "distinct": recipe.distinct},
-        },
-        unit="pictures",
-    )
+    return describe_run(
+        recipe, out, resume, task.parts.train, told, {"model": asdict(task.model.config)},
+        title=f"DDPM learns to draw “{Path(recipe.data).stem}”",
+        paper="Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)",
+        parameters=sum(parameter.numel() for parameter in task.model.parameters()),
+        held_out={"share": recipe.held_out, "distinct": recipe.distinct},
+    )  # fmt: skip

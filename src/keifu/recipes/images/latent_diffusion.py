@@ -36,101 +36,81 @@ from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diff
 from keifu.recipes.images import autoencoder as _autoencoder
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import text_encoder
-from keifu.recipes.images.common import COLUMNS, PROMPTS, check_prompts, is_resuming, minutes_of, show, steps_for
-from keifu.recipes.language.common import attribution_of
-from keifu.recipes.options import Logging
+from keifu.recipes.images.common import (
+    COLUMNS,
+    TextToImageOptions,
+    describe_run,
+    image_settings,
+    is_resuming,
+    parameters_of,
+    show,
+    steps_for,
+)
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
 from keifu.training.objectives.diffusion import LatentBatches, NoisedBatches, TextDiffusionLoss
 from keifu.training.protocols import Data, Run
-from keifu.training.settings import Precision, Settings
 
 STEPS = 20  # of a sample's pictures, by DPM-Solver++
 LATENTS: dict[str, Any] = {"widths": (64, 128, 192), "attention": (1, 2)}
 PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
 
 
-@dataclass(frozen=True)
-class Recipe(Logging):
+@dataclass(frozen=True, kw_only=True)
+class Recipe(TextToImageOptions):
     """Options of the run. Unset ones are those of --space."""
 
-    data: str = "emoji"
-    """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
-    languages: tuple[str, ...] = ("en", "ja")
-    """Codes of the captions' languages; each step samples one for a picture. und: captions of one, unnamed language."""
-    truncate: bool = False
-    """Keep the beginning of a caption that is longer than the text tower takes; without it that is an error."""
     space: Literal["latents", "pixels"] = "latents"
-    """Where noise is removed."""
-    size: int = 64
-    """The side of the squares in pixels."""
-    clip: str | None = None
-    """A CLIP (a run, a folder, a hub id) whose text tower is listened to; without it one is trained first."""
+    """Diffusion in the latents of an autoencoder, which is trained first, or in pixels."""
     autoencoder_widths: tuple[int, ...] = (16, 32, 64)
     """Channels of the autoencoder's levels, the finest first; each but the last halves the sides."""
     latent_channels: int = 4
-    """Numbers that each place of the latents has."""
+    """Channels of the latents."""
     kl_weight: float = 1e-3
-    """What the latents' divergence from the normal distribution counts, in nats for each number of the picture."""
+    """Weight of the KL divergence of the latents from the normal distribution in the autoencoder's loss."""
     edges: float = 1.0
-    """What the difference of edges counts beside that of pixels."""
+    """Weight of the gradient difference (edges) in the autoencoder's loss."""
     flip: bool = True
-    """Mirror every second picture for the autoencoder; captions speak of left and right."""
+    """Mirror every second picture for the autoencoder; the U-Net sees none mirrored, as captions say left and right."""
     widths: tuple[int, ...] | None = None
     """Channels of the U-Net's levels."""
     attention: tuple[int, ...] | None = None
-    """Levels that look at the text, 0 the finest."""
+    """Levels of the U-Net with cross-attention to the text, 0 the finest."""
     heads: int = 4
-    """Of each look."""
+    """Heads of each attention."""
     residual_blocks: int = 1
-    """A level, on the way down."""
+    """Residual blocks of a level, on the way down."""
     schedule: Schedule = "cosine"
-    """How noise grows."""
+    """The noise schedule."""
     target: Target = "velocity"
     """What the network predicts."""
     weighting: Weighting = "min_snr"
     """How much each noise level counts in the loss."""
     caption_dropout: float = 0.1
-    """The share of pictures whose caption is not told, which guidance needs."""
+    """Share of the captions that are dropped, for classifier-free guidance."""
     autoencoder_minutes: float = 22.0
-    """Train the autoencoder for so long: the steps are fixed by the pace before the start."""
-    clip_minutes: float = 18.0
-    """The same for CLIP."""
+    """Time limit of the autoencoder's training."""
     minutes: float = 45.0
-    """The same for the U-Net; with --space pixels, the autoencoder's come on top."""
+    """Time limit of the U-Net's training; with --space pixels, the autoencoder's minutes are added."""
     autoencoder_steps: int | None = None
     """Updates of the autoencoder's weights, in place of its minutes."""
-    clip_steps: int | None = None
-    """Updates of CLIP's."""
-    steps: int | None = None
-    """Updates of the U-Net's."""
     autoencoder_batch: int = 16
     """Pictures in a step of the autoencoder."""
-    clip_batch: int = 256
-    """Pairs in a step of CLIP."""
     batch_size: int = 16
     """Pictures in a step of the U-Net."""
     autoencoder_rate: float = 1e-3
     """AdamW's highest rate for the autoencoder."""
-    learning_rate: float = 1e-3
-    """For the U-Net."""
-    ema: float = 0.999
-    """Decay of the moving average of the U-Net that is measured, drawn with and saved."""
-    prompts: tuple[str, ...] = PROMPTS
-    """What the samples show."""
     guidance: float = 3.0
-    """How far the samples are led towards their text."""
-    precision: Precision = "auto"
-    """Of matrix products; auto: bfloat16 where the hardware has it."""
-    keep: int = 2
-    """Saved states that are kept, a twentieth of the last part's run apart, or 1,000 steps."""
-    seed: int = 0
-    """Of the weights, the order of the pictures, their noise and the samples."""
+    """Scale of the classifier-free guidance of the samples."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout < 1:
-            raise UserError(f"caption_dropout is a share from 0 up to below 1, and it is {self.caption_dropout}.")
-        check_prompts(self.prompts)
+        super().__post_init__()
+        self.check_below_one("caption_dropout")
+
+    @property
+    def budget(self) -> tuple[int | None, float]:
+        """Steps, or else minutes, of the U-Net: in pixels it has those of the autoencoder too."""
+        return self.steps, self.minutes + (self.autoencoder_minutes if self.space == "pixels" else 0.0)
 
     def resolved(self) -> "Recipe":
         """With the unset options filled in."""
@@ -160,7 +140,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
     with on_meta():
         planned = model_config(recipe, clip_recipe.Recipe().text, wanted.config if latents else None, channels)
         latent_diffusion.build(planned).check_size(*parts.train.shape[1:])
-    towers, tokenizer = text_encoder.two_towers_of(_text_encoder_options(recipe), out, resume)
+    towers, tokenizer = text_encoder.two_towers_of(recipe, out, resume)
     length = towers.config.context_length
     tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
     autoencoder = _autoencoder.autoencoder_of(wanted, parts, out, resume) if latents else None
@@ -186,14 +166,6 @@ def _autoencoder_options(recipe: Recipe, channels: int) -> _autoencoder.Autoenco
     return _autoencoder.AutoencoderOptions(
         config, loss, recipe.flip, budget, recipe.autoencoder_batch, recipe.autoencoder_rate, recipe.precision,
         recipe.seed,
-    )  # fmt: skip
-
-
-def _text_encoder_options(recipe: Recipe) -> text_encoder.TextEncoderOptions:
-    budget = recipe.clip_steps, recipe.clip_minutes
-    return text_encoder.TextEncoderOptions(
-        recipe.clip, recipe.data, recipe.languages, recipe.truncate, budget, recipe.clip_batch, recipe.precision,
-        recipe.seed, recipe.prompts,
     )  # fmt: skip
 
 
@@ -237,17 +209,6 @@ def caption_batches(
     return LatentBatches(data, latents[0], latents[1])
 
 
-def settings(recipe: Recipe, steps: int) -> Settings:
-    """The training loop's settings for so many steps of the U-Net."""
-    often = max(1, steps // 20)
-    return Settings(
-        steps=steps, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, warmup=steps // 20,
-        final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.99), ema=recipe.ema, precision=recipe.precision,
-        evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
-        seed=recipe.seed, **recipe.logging(),
-    )  # fmt: skip
-
-
 def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
     """Draws the prompts, the same seeds at each call."""
     wanted = ImageRequest("dpm++-2m", STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0])
@@ -266,10 +227,10 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains all parts into `out`, which keifu draw and diffusers' StableDiffusionPipeline read afterwards."""
     recipe = recipe.resolved()
     task = prepare(recipe, out, resume)
-    extra = 0.0 if recipe.space == "latents" else recipe.autoencoder_minutes
-    budget, trial, resume = (recipe.steps, recipe.minutes + extra), settings(recipe, 1000), is_resuming(out, resume)
+    budget, resume = recipe.budget, is_resuming(out, resume)
+    trial = image_settings(recipe, 1000, budget)
     steps = steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
-    chosen = replace(settings(recipe, steps), minutes=minutes_of(budget))
+    chosen = image_settings(recipe, steps, budget)
     show(out, {"Autoencoder": _autoencoder.FOLDER, "CLIP": text_encoder.FOLDER})
     summary = train(
         task.model, task.objective, task.data, chosen, describe(recipe, task, out, resume),
@@ -283,20 +244,12 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
 
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    told = ("data", "languages", "truncate", "space", "weighting", "caption_dropout")
-    facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint} | attribution_of(recipe.data)
     parts = {"autoencoder": task.model.autoencoder, "text encoder": task.model.text, "U-Net": task.model.unet}
-    counted = {f"parameters of the {name}": sum(p.numel() for p in part.parameters())
-               for name, part in parts.items() if part is not None}  # fmt: skip
-    return Run(
-        directory=out,
-        resume=resume,
-        options={"model": asdict(task.model.config)} | {name: vars(recipe)[name] for name in told},
-        about={
-            "title": f"Latent diffusion learns to draw “{Path(recipe.data).stem}” from text",
-            "paper": "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
-            **counted,
-            "data": [facts],
-        },  # fmt: skip
-        unit="pictures",
-    )
+    return describe_run(
+        recipe, out, resume, task.parts.train,
+        ("data", "languages", "truncate", "space", "weighting", "caption_dropout"),
+        {"model": asdict(task.model.config)},
+        title=f"Latent diffusion learns to draw “{Path(recipe.data).stem}” from text",
+        paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
+        **parameters_of(parts),
+    )  # fmt: skip

@@ -29,9 +29,9 @@ from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.layers.diffusion.noise_schedule import Weighting
 from keifu.layers.lora import LoraSettings, Target, attach
+from keifu.recipes.images.common import describe_run
 from keifu.recipes.images.latent_diffusion import caption_batches
 from keifu.recipes.images.text_encoder import caption_tokens
-from keifu.recipes.language.common import attribution_of
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.diffusion import TextDiffusionLoss
@@ -47,15 +47,15 @@ class Recipe(Logging):
     """Options of the run."""
 
     model: str = "runs/latent-diffusion"
-    """What learns: a run of keifu train latent-diffusion, a pipeline's directory, a single file or a hub id."""
+    """The model to adapt: a run of keifu train latent-diffusion, a pipeline's directory, a single file or a hub id."""
     data: str = "openmoji"
     """A catalogue name (openmoji), a folder with metadata.jsonl (file_name, text), a folder of pictures, or .tar."""
     limit: int | None = None
-    """Learn from at most so many pictures, spread over all that are not kept apart."""
+    """Train on at most so many pictures, at even distances in the data."""
     languages: tuple[str, ...] = ()
-    """Codes of the captions to learn; unset: the first that there is."""
+    """Codes of the captions' languages; unset: the first that there is."""
     words: str = ""
-    """Put before every caption, to call what was learned by later; the whole caption of pictures without one."""
+    """Trigger words, put before every caption; the whole caption of pictures without one."""
     truncate: bool = False
     """Keep the beginning of a caption that is longer than the model takes; without it that is an error."""
     size: int | None = None
@@ -67,9 +67,9 @@ class Recipe(Logging):
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the U-Net's layers as diffusers calls them, such as proj_in, ff.net.2 or conv1."""
     text_rank: int = 0
-    """Of the adapters of the text's encoder; 0 leaves it as it is."""
+    """Of the adapters of the text encoder; 0: it has none."""
     text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
-    """Ends of the names of the encoder's layers."""
+    """Ends of the names of the text encoder's layers."""
     dora: bool = False
     """Learn the length of each row apart from its direction (Liu et al., 2024)."""
     style: Literal["peft", "diffusers", "kohya"] = "peft"
@@ -77,17 +77,17 @@ class Recipe(Logging):
     weighting: Weighting = "simple"
     """How much each noise level counts in the loss."""
     caption_dropout: float = 0.0
-    """The share of pictures whose caption is not told."""
+    """Share of the captions that are dropped, for classifier-free guidance."""
     steps: int = 500
     """Updates of the adapters."""
     batch_size: int = 4
     """Pictures in a step."""
     learning_rate: float = 1e-4
-    """AdamW's, from the first step to the last."""
+    """AdamW's constant learning rate."""
     prompts: tuple[str, ...] = ()
-    """What the samples show; unset: captions of pictures that were kept apart."""
+    """What the samples show; unset: captions of held-out pictures."""
     guidance: float = LatentDiffusionPipeline.usual_guidance
-    """How far the samples are led towards their text."""
+    """Scale of the classifier-free guidance of the samples."""
     precision: Precision = "auto"
     """Of matrix products; auto: bfloat16 where the hardware has it."""
     seed: int = 0
@@ -233,15 +233,8 @@ def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
         "dora", "weighting", "caption_dropout",
     )  # fmt: skip
     pictures = task.parts.train
-    facts = {"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint}
-    return Run(
-        directory=out,
-        resume=resume,
-        options={name: vars(recipe)[name] for name in told} | {"size": pictures.shape[1]},
-        about={
-            "title": f"{Path(recipe.model).name} learns from “{Path(recipe.data).stem}” by a LoRA",
-            "paper": "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021)",
-            "data": [facts | attribution_of(recipe.data)],
-        },
-        unit="pictures",
-    )
+    return describe_run(
+        recipe, out, resume, pictures, told, {"size": pictures.shape[1]},
+        title=f"{Path(recipe.model).name} learns from “{Path(recipe.data).stem}” by a LoRA",
+        paper="Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021)",
+    )  # fmt: skip

@@ -6,10 +6,8 @@ and 300 M on crops, cosine schedules. Here all three at once, in one network eac
 is trained first (or --clip RUN) and then frozen; the last step's upsampler is the other steps'.
 Command: keifu train unclip --data emoji
 Cost: 85 minutes of training by default, 18 of them for CLIP, and a few for samples; the steps are fixed before it
-starts. What a stopped run lacks, --resume goes on with.
+starts.
 Expected: see docs/results.md, "Emoji from text: what latents, embeddings and tokens bought".
-
-The networks of `keifu train unclip` around a CLIP, and what that CLIP sees in pictures; knows no training.
 
 Axes: picture, channels, height, width; embedding = numbers of CLIP's vectors.
 """
@@ -44,9 +42,16 @@ from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import text_encoder
-from keifu.recipes.images.common import COLUMNS, PROMPTS, check_prompts, is_resuming, show, steps_for
-from keifu.recipes.language.common import attribution_of
-from keifu.recipes.options import Logging
+from keifu.recipes.images.common import (
+    COLUMNS,
+    TextToImageOptions,
+    describe_run,
+    image_settings,
+    is_resuming,
+    parameters_of,
+    show,
+    steps_for,
+)
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.diffusion import NoisedBatches
 from keifu.training.objectives.unclip import (
@@ -59,7 +64,6 @@ from keifu.training.objectives.unclip import (
     real_tokens,
 )
 from keifu.training.protocols import Data, Run
-from keifu.training.settings import Precision, Settings
 
 CHUNK = 64  # pictures that CLIP sees at a time
 
@@ -124,38 +128,28 @@ def embed_images(towers: clip.Clip, pictures: ImageDataset) -> Float[Tensor, "pi
 STEPS = 25  # of a sample's pictures
 
 
-@dataclass(frozen=True)
-class Recipe(Logging):
+@dataclass(frozen=True, kw_only=True)
+class Recipe(TextToImageOptions):
     """Options of the run."""
 
-    data: str = "emoji"
-    """A catalogue name (emoji), a folder with metadata.jsonl (file_name, text, text_ja, ...), or .tar shards."""
-    languages: tuple[str, ...] = ("en", "ja")
-    """Codes of the captions' languages; each step samples one for a picture. und: captions of one, unnamed language."""
-    truncate: bool = False
-    """Keep the beginning of a caption that is longer than the text tower takes; without it that is an error."""
-    clip: str | None = None
-    """A CLIP (a run, a folder, a hub id) to draw by the embeddings of; without it one is trained first."""
-    size: int = 64
-    """The side of finished pictures in pixels."""
     small: int = 32
-    """The side of what the decoder draws; where it is --size, nothing is enlarged."""
+    """The side of the decoder's pictures; with that of --size there is no upsampler."""
     crop: int = 32
-    """The side of the squares on which the upsampler learns."""
+    """The side of the random crops that the upsampler is trained on."""
     prior_layers: int = 4
     """Blocks of the prior."""
     prior_heads: int = 4
     """Heads of each."""
     head_dim: int = 48
-    """Numbers of a head of the prior, which is as wide as all its heads."""
+    """Dimension of each head of the prior; the prior's width is that times its heads."""
     widths: tuple[int, ...] = (32, 64, 128)
     """Channels of the decoder's levels, the finest first; each but the last halves the sides."""
     attention: tuple[int, ...] = (1, 2)
-    """Levels of the decoder that look at the embedding, the text and each other, 0 the finest."""
+    """Levels of the decoder with attention to embedding, text and themselves, 0 the finest."""
     residual_blocks: int = 1
-    """A level of the decoder, on the way down."""
+    """Residual blocks of a level of the decoder, on the way down."""
     context_dim: int = 128
-    """Numbers of each token that the decoder looks at."""
+    """Dimension of the tokens that the decoder attends to."""
     upsampler_widths: tuple[int, ...] = (32, 64)
     """Channels of the upsampler's levels."""
     target: Literal["noise", "picture"] = "noise"
@@ -165,43 +159,19 @@ class Recipe(Logging):
     noise_steps: int = 1000
     """Noise levels, the paper's T."""
     prior_dropout: float = UnclipLoss.prior_dropout
-    """The share of texts that the prior is not told, which guidance needs."""
+    """Share of the texts that are dropped for the prior, for classifier-free guidance."""
     text_dropout: float = UnclipLoss.text_dropout
-    """The share of texts that the decoder is not told."""
+    """Share of the texts that are dropped for the decoder."""
     image_dropout: float = UnclipLoss.image_dropout
-    """The share of embeddings that it is not told."""
+    """Share of the embeddings that are dropped for the decoder."""
     minutes: float = 67.0
-    """Train for so long: the steps are fixed by the pace before the start."""
-    steps: int | None = None
-    """Updates of the weights, in place of the minutes."""
-    clip_minutes: float = 18.0
-    """The same for CLIP."""
-    clip_steps: int | None = None
-    """Updates of CLIP's."""
-    batch_size: int = 32
-    """Pictures in a step."""
-    clip_batch: int = 256
-    """Pairs in a step of CLIP."""
-    learning_rate: float = 1e-3
-    """AdamW's highest rate."""
-    ema: float = 0.999
-    """Decay of the moving average that is measured, drawn with and saved."""
-    prompts: tuple[str, ...] = PROMPTS
-    """What the samples show."""
+    """Time limit of the training after CLIP's."""
     guidance: float = 3.0
-    """How far the samples are led from a prediction without text and embedding through that with them."""
-    precision: Precision = "auto"
-    """Of matrix products; auto: bfloat16 where the hardware has it."""
-    keep: int = 2
-    """Saved states that are kept, a twentieth of the run apart, or 1,000 steps."""
-    seed: int = 0
-    """Of the weights, the order of the pictures, their noise and the samples."""
+    """Scale of the classifier-free guidance of the samples, of decoder and prior."""
 
     def __post_init__(self) -> None:
-        for name in ("prior_dropout", "text_dropout", "image_dropout"):
-            if not 0 <= vars(self)[name] < 1:
-                raise UserError(f"{name} is a share from 0 up to below 1, and it is {vars(self)[name]}.")
-        check_prompts(self.prompts)
+        super().__post_init__()
+        self.check_below_one("prior_dropout", "text_dropout", "image_dropout")
         if not self.crop <= self.size or not self.small <= self.size:
             raise UserError(f"--small {self.small} and --crop {self.crop} must fit into --size {self.size}.")
 
@@ -224,11 +194,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
     if not recipe.clip:
         _check_sizes(recipe)
     print(parts.train.sentence(), parts.sentence(), flush=True)
-    wanted = text_encoder.TextEncoderOptions(
-        recipe.clip, recipe.data, recipe.languages, recipe.truncate, (recipe.clip_steps, recipe.clip_minutes),
-        recipe.clip_batch, recipe.precision, recipe.seed, recipe.prompts,
-    )  # fmt: skip
-    towers, tokenizer = text_encoder.two_towers_of(wanted, out, resume)
+    towers, tokenizer = text_encoder.two_towers_of(recipe, out, resume)
     torch.manual_seed(recipe.seed)
     model = unclip.build(model_config(recipe, towers.config))
     for part, tower in ((model.text, towers.text), (model.image, towers.image)):
@@ -295,18 +261,6 @@ def _objective(recipe: Recipe, model: unclip.Unclip, tokenizer: Tokenizer) -> Un
     )  # fmt: skip
 
 
-def settings(recipe: Recipe, steps: int) -> Settings:
-    """The training loop's settings for so many steps."""
-    often = max(1, steps // 20)
-    return Settings(
-        steps=steps, minutes=None if recipe.steps else recipe.minutes,
-        warmup=steps // 20, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
-        final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.99), ema=recipe.ema, precision=recipe.precision,
-        evaluate_every=often, sample_every=2 * often, save_every=min(often, 1000), keep=recipe.keep,
-        seed=recipe.seed, **recipe.logging(),
-    )  # fmt: skip
-
-
 def complete_config(model: unclip.Unclip) -> unclip.Unclip:
     """The model with the upsampler that it has learned for the last step too."""
     if model.config.last_upsampler is not None:
@@ -332,13 +286,14 @@ def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains all parts into `out`, which keifu draw and diffusers' unCLIP parts read afterwards."""
     task = prepare(recipe, out, resume)
-    budget, resume = (recipe.steps, recipe.minutes), is_resuming(out, resume)
-    steps = steps_for(budget, out, resume, task.model, task.objective, task.data, settings(recipe, 1000))
+    budget, resume = recipe.budget, is_resuming(out, resume)
+    trial = image_settings(recipe, 1000, budget)
+    steps = steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
     if not recipe.clip:
         show(out, {"CLIP": text_encoder.FOLDER})
     summary = train(
-        task.model, task.objective, task.data, settings(recipe, steps), describe(recipe, task, out, resume),
-        sample=sampler(task, recipe),
+        task.model, task.objective, task.data, image_settings(recipe, steps, budget),
+        describe(recipe, task, out, resume), sample=sampler(task, recipe),
         save=lambda directory: checkpoints.save(complete_config(task.model), task.tokenizer, directory),
     )  # fmt: skip
     print(f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --guidance {recipe.guidance:g}')
@@ -348,13 +303,10 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
     told = ("data", "languages", "truncate", "crop", "weighting", "prior_dropout", "text_dropout", "image_dropout")
-    facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint} | attribution_of(recipe.data)
-    counted = {f"parameters of the {name}": sum(p.numel() for p in part.parameters())
-               for name, part in task.model.named_children() if name != "last_upsampler"}  # fmt: skip
-    about = {
-        "title": f"unCLIP learns to draw “{Path(recipe.data).stem}” from text",
-        "paper": "Ramesh et al., Hierarchical Text-Conditional Image Generation with CLIP Latents (2022)",
-        "data": [facts],
-    }
-    options = {"model": asdict(task.model.config)} | {name: vars(recipe)[name] for name in told}
-    return Run(out, resume, options=options, about=about | counted, unit="pictures")
+    parts = {name: part for name, part in task.model.named_children() if name != "last_upsampler"}
+    return describe_run(
+        recipe, out, resume, task.parts.train, told, {"model": asdict(task.model.config)},
+        title=f"unCLIP learns to draw “{Path(recipe.data).stem}” from text",
+        paper="Ramesh et al., Hierarchical Text-Conditional Image Generation with CLIP Latents (2022)",
+        **parameters_of(parts),
+    )  # fmt: skip

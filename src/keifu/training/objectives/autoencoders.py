@@ -1,14 +1,8 @@
-"""Learning to make pictures small and large again: the loss of an autoencoder with normal latents; knows no network.
+"""Objectives of image autoencoders and of models on their codes: the KL autoencoder of latent diffusion, DALL-E's
+discrete VAE, and DALL-E's decoder over text and image tokens, with its batches.
 
-Axes: batch, channels, height, width.
-
-Learning a codebook for pictures, and learning to say texts and pictures: DALL-E's two losses; knows no network.
-
-Axes: batch; codebook; rows, columns = of the grid; text = tokens of every text; places = rows · columns.
-
-Batches of texts and pictures that were turned into entries of a codebook before; knows no model and no tokenizer.
-
-Axes: picture, rows, columns = of the grid; batch, text = tokens of every text.
+Axes: batch, channels, height, width; picture = of a data set; codebook; rows, columns = of the grid of image tokens;
+text = tokens of every text.
 """
 
 import hashlib
@@ -31,14 +25,14 @@ Values = Float[Tensor, "batch channels height width"]
 
 @dataclass(frozen=True)
 class AutoencoderKLLoss:
-    """The loss of latent diffusion's autoencoder (Rombach et al., 2022, section 3.1): an objective of the loop.
+    """The loss of latent diffusion's autoencoder (Rombach et al., 2022, section 3.1): an objective.
 
-    Of a picture: the mean absolute difference, and the squared one, which finds colours sooner, plus `edges` times that
-    of its edges (see `edge_difference`), which keep lines sharp where the released code has a perceptual and an
-    adversarial term, plus `kl_weight` times the divergence of its latents from the standard normal distribution, in
-    nats for each number of the picture.
+    The loss of a picture is the mean absolute error of its reconstruction, plus the mean squared error, which learns
+    colours sooner, plus `edges` times the gradient difference (see `edge_difference`), which keeps lines sharp (the
+    released code has a perceptual and an adversarial loss for that), plus `kl_weight` times the KL divergence of its
+    latents from the standard normal distribution, in nats for each number of the picture.
 
-    A batch has "pictures", bytes, and "draws", the seed of each row's latents (see `diffusion.WithDraws`).
+    A batch has "pictures", bytes, and "draws", the seed of each row's latents (see `diffusion.NoisedBatches`).
     """
 
     kl_weight: float = 1e-3
@@ -59,8 +53,9 @@ class AutoencoderKLLoss:
 
 
 def edge_difference(x: Values, y: Values) -> Float[Tensor, " batch"]:
-    """How far the steps from pixel to pixel differ in size, down and across: the mean of ||Δx| - |Δy|| (Mathieu,
-    Couprie and LeCun, 2016, "Deep multi-scale video prediction beyond mean square error", section 3.2)."""
+    """The gradient difference loss: the mean of ||Δx| - |Δy||, Δ being the difference of neighbouring pixels, down and
+    across (Mathieu, Couprie and LeCun, 2016, "Deep multi-scale video prediction beyond mean square error", section
+    3.2)."""
     parts = [(torch.diff(x, dim=way).abs() - torch.diff(y, dim=way).abs()).abs().flatten(1).mean(1) for way in (2, 3)]
     return parts[0] + parts[1]
 
@@ -70,22 +65,21 @@ TEMPERATURE, KL_WEIGHT = "temperature", "kl_weight"
 
 @dataclass(frozen=True)
 class Ramp:
-    """A number that goes from `start` to `end` by half a cosine in the first `steps` steps, and stays there."""
+    """A schedule: half a cosine from `start` to `end` over the first `steps` steps, and `end` after them."""
 
     start: float
     end: float
     steps: int
 
     def at(self, step: int) -> float:
-        """Its value in a step, counted from 0."""
+        """The value at a step (from 0)."""
         share = 0.5 - 0.5 * math.cos(math.pi * min(1.0, step / max(1, self.steps)))
         return self.start + (self.end - self.start) * share
 
 
 class RampedBatches:
-    """Data whose batches also have numbers that change from step to step, by name, the same for each row [batch].
-
-    Held-out batches have their last values.
+    """Data whose batches also have scheduled values by name, the same for each row [batch]. Held-out batches have the
+    last values.
     """
 
     def __init__(self, data: Data, ramps: Mapping[str, Ramp]):
@@ -98,26 +92,28 @@ class RampedBatches:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step."""
-        return self._told(self.data.batch(step), lambda ramp: ramp.at(step))
+        return self._with_values(self.data.batch(step), lambda ramp: ramp.at(step))
 
     def validation(self) -> Iterator[Batch]:
         """The held-out batches."""
         for batch in self.data.validation():
-            yield self._told(batch, lambda ramp: ramp.end)
+            yield self._with_values(batch, lambda ramp: ramp.end)
 
-    def _told(self, batch: Batch, value: Callable[[Ramp], float]) -> Batch:
+    def _with_values(self, batch: Batch, value: Callable[[Ramp], float]) -> Batch:
         rows = len(next(iter(batch.values())))
         return {**batch, **{name: torch.full((rows,), value(ramp)) for name, ramp in self.ramps.items()}}
 
 
 def discrete_vae_loss(model: Any, batch: Batch) -> LossOutput:
-    """The bound that DALL-E's autoencoder learns by (Ramesh et al., 2021, section 2.1 and appendix A): an objective.
+    """The evidence lower bound of DALL-E's discrete VAE (Ramesh et al., 2021, section 2.1 and appendix A): an
+    objective.
 
-    Entries are chosen by a softmax of logits and Gumbel noise over "temperature". The loss is the negative
-    logit-Laplace likelihood for each number of the picture, and "kl_weight" times the divergence of the choice from an
-    even one, of all places together, for each number too (the paper's β/192). A batch has "pictures", bytes, "draws",
-    the seeds of the noise (see `diffusion.WithDraws`), and both ramps. Figures: `squared_error` of numbers from -1 to
-    1, through the likeliest entries, `kl`, in nats a place, and `used`, e to the entropy of the batch's mean choice.
+    Codebook entries are sampled by Gumbel-softmax with "temperature". The loss is the negative logit-Laplace
+    log-likelihood for each number of the picture, plus "kl_weight" times the KL divergence of the entries' distribution
+    from the uniform one, summed over the grid, for each number too (the paper's β/192). A batch has "pictures", bytes,
+    "draws", the seeds of the noise (see `diffusion.NoisedBatches`), and both scheduled values. Figures: `squared_error`
+    of the reconstruction from the likeliest entries, of numbers from -1 to 1; `kl`, in nats for each place of the grid;
+    and `used`, the exponential of the entropy of the batch's mean distribution: how many entries are in use.
     """
     picture = to_signed(batch["pictures"])
     logits = model.logits(picture)
@@ -137,7 +133,7 @@ def discrete_vae_loss(model: Any, batch: Batch) -> LossOutput:
 
 @dataclass(frozen=True)
 class TextImageLoss:
-    """The loss of a decoder over a text and a picture's entries: an objective (Ramesh et al., 2021, section 2.2).
+    """The loss of a decoder over the tokens of a text and an image: an objective (Ramesh et al., 2021, section 2.2).
 
     The cross-entropy of the text and that of the picture, each a mean over its tokens in the batch, count 1/8 and 7/8.
     A batch has "tokens" and "real" [batch, text], "codes" [batch, rows, columns] and "text_share" [batch]: its rows
@@ -150,9 +146,9 @@ class TextImageLoss:
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
         """The sum over rows."""
         tokens, real, codes = batch["tokens"], batch["real"], batch["codes"].flatten(1)
-        said = model(tokens, real, batch["codes"])
-        words = cross_entropy(said.text, tokens, real) * batch["text_share"][0]
-        picture = cross_entropy(said.picture, codes) / codes.shape[1]
+        logits = model(tokens, real, batch["codes"])
+        words = cross_entropy(logits.text, tokens, real) * batch["text_share"][0]
+        picture = cross_entropy(logits.picture, codes) / codes.shape[1]
         total = self.text_weight * words + (1 - self.text_weight) * picture
         return LossOutput(total, len(tokens), {"text_loss": words, "picture_loss": picture})
 
@@ -161,10 +157,10 @@ Codes = Int[Tensor, "picture rows columns"]
 
 
 class ImageTokenBatches:
-    """Data with "indices" and "tokens" whose pictures were encoded before, once: "codes" stand in their place.
+    """Data with "indices" and "tokens", whose pictures are replaced by their precomputed image tokens, "codes".
 
-    real: where the tokens of texts are no padding. "text_share" is a batch's rows over its real tokens, the same for
-    each row.
+    real: gives True for the tokens of texts that are not padding. "text_share" is a batch's rows over its real tokens,
+    the same for each row.
     """
 
     def __init__(self, data: Data, training: Codes, held: Tensor | None, real: Callable[[Tensor], Tensor]):

@@ -1,5 +1,7 @@
-"""Learning to imagine an embedding from a text, to draw a picture of it, and to enlarge that: three losses of one
-batch; knows no network, no tokenizer and no loop.
+"""The objective of unCLIP: the sum of the diffusion losses of its prior, decoder and upsampler; and its batches.
+
+The prior predicts CLIP's image embedding from a text, the decoder draws a picture from the embedding and the text, and
+the upsampler enlarges that.
 
 Axes: batch, channels, height, width; length = tokens of a text, embedding = numbers of an embedding.
 """
@@ -20,52 +22,51 @@ from keifu.layers.counter_rng import bits, uniform
 from keifu.training.objectives.diffusion import DiffusionLoss
 from keifu.training.protocols import Batch, Data, LossOutput
 
-PLACES = 2**40 + 16  # in a row's stream, from which on its other draws are seeded
-BLUR = 0.6  # the largest deviation, in pixels, of what the upsampler's small pictures are blurred with
+PLACES = 2**40 + 16  # the first position in a row's random stream for what is not noise
+BLUR = 0.6  # the largest standard deviation, in pixels, of the blur of the upsampler's small pictures
 
 Pixels = Float[Tensor, "batch channels height width"]
 
 
 @dataclass(frozen=True, eq=False)
 class PriorLoss(DiffusionLoss):
-    """Of a prior, whose "pictures" are normalised embeddings."""
+    """The loss of the prior, whose "pictures" are normalised image embeddings."""
 
     def output(self, model: Any, x: Tensor, timestep: Int[Tensor, " batch"], batch: Any) -> Tensor:
-        """What it says of noisy embeddings, told captions."""
+        """The prior's output for noisy embeddings, conditioned on captions."""
         return model.imagine(x, timestep, batch["caption"])
 
 
 @dataclass(frozen=True, eq=False)
 class DecoderLoss(DiffusionLoss):
-    """Of a decoder."""
+    """The loss of the decoder."""
 
     def output(self, model: Any, x: Tensor, timestep: Int[Tensor, " batch"], batch: Any) -> Tensor:
-        """What it says of noisy pictures, told embeddings and captions."""
+        """The decoder's output for noisy pictures, conditioned on embeddings and captions."""
         return model(x, timestep, model.tell(batch["image"], batch["caption"]))
 
 
 @dataclass(frozen=True, eq=False)
 class UpsamplerLoss(DiffusionLoss):
-    """Of an upsampler."""
+    """The loss of the upsampler."""
 
     def output(self, model: Any, x: Tensor, timestep: Int[Tensor, " batch"], batch: Any) -> Tensor:
-        """What it says of large noisy pictures, told the small ones."""
+        """The upsampler's output for large noisy pictures, conditioned on the small ones."""
         return model.enlarge(x, timestep, batch["small"])
 
 
 @dataclass(frozen=True, eq=False)
 class UnclipLoss:
-    """The sum of the losses of prior, decoder and upsampler, which share no weights: an objective of the loop.
+    """The sum of the losses of prior, decoder and upsampler, which share no weights: an objective.
 
-    A batch has "pictures", bytes [batch, channels, height, width] of the finished size, "embeddings" [batch, embedding]
-    of each, "tokens" and "real" [batch, length], the caption's and which of them are real, and "draws" (see
-    `diffusion.WithDraws`). The model offers what `generation.imagining.Imagining` asks for, and its text's encoder does
-    not learn here.
+    A batch has "pictures", bytes [batch, channels, height, width] of the finished size, their "embeddings" [batch,
+    embedding], the captions' "tokens" and "real" [batch, length], True where a token is not padding, and "draws" (see
+    `diffusion.NoisedBatches`). The model is a `models.unclip.unclip.Unclip`; its text encoder is frozen.
 
-    small: the decoder's height and width. empty: tokens and which are real of no text at all. The prior is told no text
-    in a share `prior_dropout` of the rows, the decoder none in `text_dropout`, and no embedding in `image_dropout`:
-    0.1, 0.5 and 0.1 in the paper. The upsampler learns on squares of `crop` pixels, cut out where the row's seed says,
-    beside the small picture a little blurred (Ramesh et al., 2022, section 2.1 and appendix C).
+    small: the decoder's height and width. empty: tokens and "real" of the empty text. For classifier-free guidance, the
+    text of the prior is dropped in a share `prior_dropout` of the rows, that of the decoder in `text_dropout`, and the
+    embedding in `image_dropout`: 0.1, 0.5 and 0.1 in the paper. The upsampler is trained on random crops of `crop`
+    pixels, conditioned on the small picture with a random blur (Ramesh et al., 2022, section 2.1 and appendix C).
     """
 
     prior: PriorLoss
@@ -82,25 +83,26 @@ class UnclipLoss:
         """The sum over pictures; figures: `prior`, `decoder` and `upsampler`, the loss of each."""
         whole, embeddings, draws = to_signed(batch["pictures"]), batch["embeddings"], batch["draws"]
         with torch.no_grad():
-            said, silent = model.encode_text(batch["tokens"], batch["real"]), model.encode_text(*self._silent(draws))
-        heard, told = (
-            _without(said, silent, self._chance(draws, place) < share)
+            caption = model.encode_text(batch["tokens"], batch["real"])
+            null = model.encode_text(*self._empty(draws))
+        of_prior, of_decoder = (
+            _drop_captions(caption, null, self._chance(draws, place) < share)
             for place, share in ((0, self.prior_dropout), (1, self.text_dropout))
         )
         image = torch.where(
             (self._chance(draws, 2) < self.image_dropout)[:, None], model.nothing(len(draws)), embeddings
         )
         small = F.interpolate(whole, self.small, mode="bicubic", antialias=True).clamp(-1, 1)
-        prior = {"pictures": model.normalised(embeddings), "caption": heard, "draws": self._seed(draws, 3)}
+        prior = {"pictures": model.normalised(embeddings), "caption": of_prior, "draws": self._seed(draws, 3)}
         found = {"prior": self.prior(model, prior)}
-        decoder = {"pictures": small, "caption": told, "image": image, "draws": self._seed(draws, 4)}
+        decoder = {"pictures": small, "caption": of_decoder, "image": image, "draws": self._seed(draws, 4)}
         found["decoder"] = self.decoder(model, decoder)
         if self.upsampler is not None:
             found["upsampler"] = self.upsampler(model, self._cut(whole, small, draws))
         total = torch.stack([outcome.total for outcome in found.values()]).sum()
         return LossOutput(total, len(whole), {name: outcome.total.detach() for name, outcome in found.items()})
 
-    def _silent(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def _empty(self, draws: Tensor) -> tuple[Tensor, Tensor]:
         tokens, real = self.empty
         return tokens.to(draws.device), real.to(draws.device)
 
@@ -113,7 +115,7 @@ class UnclipLoss:
     def _cut(
         self, whole: Pixels, small: Float[Tensor, "batch channels rows columns"], draws: Int[Tensor, " batch"]
     ) -> dict[str, Any]:
-        """Squares of large pictures, and of the small ones, blurred and enlarged."""
+        """Random crops of the large pictures, and the same of the small ones, blurred and enlarged."""
         beside = F.interpolate(blur_images(small, BLUR * self._chance(draws, 8)), whole.shape[2:], mode="bicubic",
                                antialias=True)  # fmt: skip
         top, left = (
@@ -124,14 +126,14 @@ class UnclipLoss:
         return {"pictures": pictures, "small": beside, "draws": self._seed(draws, 5)}
 
 
-def _without(said: Any, silent: Any, dropped: Bool[Tensor, " batch"]) -> Any:
-    """Captions, of which those of some rows are none at all."""
-    rows = [torch.where(dropped.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(said, silent, strict=True)]
-    return type(said)(*rows)
+def _drop_captions(caption: Any, null: Any, dropped: Bool[Tensor, " batch"]) -> Any:
+    """Encoded captions, those of some rows replaced by the null caption."""
+    rows = [torch.where(dropped.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(caption, null, strict=True)]
+    return type(caption)(*rows)
 
 
 def blur_images(x: Pixels, deviation: Float[Tensor, " batch"]) -> Pixels:
-    """Pictures through a 3 x 3 normal blur, each of its own deviation in pixels; 0 leaves a picture as it is."""
+    """Pictures after a 3 x 3 Gaussian blur, each with its own standard deviation in pixels; 0 changes nothing."""
     side = torch.exp(-0.5 / deviation.clamp(min=0.05).square()).to(x.dtype)[:, None, None, None]
     for axis in (2, 3):
         rim = (0, 0, 1, 1) if axis == 2 else (1, 1, 0, 0)
@@ -144,7 +146,7 @@ def blur_images(x: Pixels, deviation: Float[Tensor, " batch"]) -> Pixels:
 def random_crops(
     x: Pixels, top: Int[Tensor, " batch"], left: Int[Tensor, " batch"], side: int
 ) -> Float[Tensor, "batch channels side side"]:
-    """A square out of each picture."""
+    """A square of `side` pixels from each picture."""
     steps = torch.arange(side, device=x.device)
     rows, columns = (top[:, None] + steps)[:, :, None], (left[:, None] + steps)[:, None, :]
     picked = x.permute(0, 2, 3, 1)[torch.arange(len(x), device=x.device)[:, None, None], rows, columns]
@@ -152,8 +154,8 @@ def random_crops(
 
 
 class EmbeddingBatches:
-    """Data with "indices" whose batches also have "embeddings", found by them, and "real", True up to the first end of
-    a text in "tokens", whose id is `end`."""
+    """Data with "indices", whose batches also have the precomputed "embeddings" of these pictures, and "real", True up
+    to the first end-of-text token (`end`) in "tokens"."""
 
     def __init__(self, data: Data, end: int, training: Tensor, held: Tensor | None):
         self.data, self.end, self.training, self.held = data, end, training, held
@@ -177,12 +179,12 @@ class EmbeddingBatches:
 
 
 def real_tokens(tokens: Int[Tensor, "batch length"], end: int) -> Bool[Tensor, "batch length"]:
-    """True up to the first end of each text."""
+    """True up to the first end-of-text token of each text."""
     first = (tokens == end).int().argmax(1)
     return torch.arange(tokens.shape[1], device=tokens.device) <= first[:, None]
 
 
 def embedding_moments(embeddings: Float[Tensor, "picture embedding"]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each number, by which the prior's embeddings are normalised."""
+    """Mean and standard deviation of each number, by which the prior normalises embeddings."""
     deviation = embeddings.std(0, keepdim=True) if len(embeddings) > 1 else torch.ones_like(embeddings[:1])
     return embeddings.mean(0, keepdim=True), deviation.clamp(min=math.ulp(1.0) ** 0.5)
