@@ -145,7 +145,7 @@ template <int FORMAT> INLINE void spread_codes(const uint8_t *tile, int64_t pair
     }
 }
 
-constexpr int BATCH = 8;  // groups whose sums are stored before the first is read: a tile's store takes long to be seen
+constexpr int BATCH = 4;  // groups whose sums are stored before the first is read: a tile's store takes long to be seen
 
 // Exact sums of two groups for up to 16 rows, to sums[group][half][row][16].
 template <bool HALVES> INLINE void sum_pair(const int8_t *x, int64_t stride, const uint8_t *codes, int32_t *sums) {
@@ -182,10 +182,10 @@ template <bool HALVES> INLINE void sum_pair(const int8_t *x, int64_t stride, con
     }
 }
 
-// One tile times `n` of R rows.
+// One tile times `n` of R rows. `ahead`: what will be read later, as far from here as from the tile; or nullptr.
 template <int FORMAT, int R>
-INLINE void quantised_tile(const uint8_t *tile, const uint8_t *spread, const Rows &rows, int64_t row, int n,
-                           int32_t *sums, float *out) {
+INLINE void quantised_tile(const uint8_t *tile, const uint8_t *spread, const uint8_t *ahead, const Rows &rows,
+                           int64_t row, int n, int32_t *sums, float *out) {
     constexpr Layout L = LAYOUTS[FORMAT];
     const int64_t groups = rows.n_groups();
     const int8_t *x = rows.codes + row * rows.columns;
@@ -196,7 +196,8 @@ INLINE void quantised_tile(const uint8_t *tile, const uint8_t *spread, const Row
         const int64_t end = first + BATCH < groups ? first + BATCH : groups;
         for (int64_t group = first; group < end; group += 2) {
             const uint8_t *codes = spread ? spread + group * 512 : tile + pair_offset(L, group / 2) + L.group(0);
-            for (int i = 0; i < L.pair() && !spread; i += 64) _mm_prefetch(codes + BATCH / 2 * L.pair() + i, _MM_HINT_T0);
+            for (int i = 0; i < L.pair() && ahead; i += 64)
+                _mm_prefetch(ahead + pair_offset(L, group / 2) + i, _MM_HINT_T1);
             sum_pair<L.halves>(x + group * GROUP, rows.columns, codes, sums + (group - first) * 512);
         }
         for (int64_t group = first; group < end; group++) {
@@ -219,14 +220,16 @@ template <int FORMAT>
 void amx_quantised(const uint8_t *const *tiles, int n, const Rows &rows, int64_t row, int n_rows, Scratch &scratch,
                    float *out) {
     constexpr bool SPREAD = LAYOUTS[FORMAT].codes == 256;
+    const int64_t distance = SPREAD ? tile_bytes(FORMAT, rows.columns) : 4 * LAYOUTS[FORMAT].pair();
     for (int s = 0; s < n; s++) {
         if (SPREAD) spread_codes<FORMAT>(tiles[s], rows.columns / PAIR, scratch.codes);
         const uint8_t *spread = SPREAD ? scratch.codes : nullptr;
         for (int b = 0; b < n_rows; b += 16) {
             const int here = n_rows - b < 16 ? n_rows - b : 16;
             float *y = out + b * OUT + s * TILE;
-            if (here > 8) quantised_tile<FORMAT, 16>(tiles[s], spread, rows, row + b, here, scratch.sums, y);
-            else quantised_tile<FORMAT, 8>(tiles[s], spread, rows, row + b, here, scratch.sums, y);
+            const uint8_t *ahead = b ? nullptr : tiles[s] + distance;
+            if (here > 8) quantised_tile<FORMAT, 16>(tiles[s], spread, ahead, rows, row + b, here, scratch.sums, y);
+            else quantised_tile<FORMAT, 8>(tiles[s], spread, ahead, rows, row + b, here, scratch.sums, y);
         }
     }
 }
