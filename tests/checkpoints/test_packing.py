@@ -169,3 +169,12 @@ def test_a_model_that_native_code_lacks_stays_in_pytorch(tmp_path: Path, capfd) 
     loaded = checkpoints.load_model(tmp_path, weights="int8")
     assert not isinstance(loaded, NativeLM)
     assert "PyTorch" in capfd.readouterr().err
+
+
+def test_packed_weights_are_not_saved(tmp_path: Path) -> None:
+    packed = pack(toy("llama"), "int8")
+    with pytest.raises(UserError, match="Weights packed as int8 cannot be saved"):
+        checkpoints.save(packed, None, tmp_path / "model")
+    with pytest.raises(UserError, match="Weights packed as int8 cannot be saved"):
+        checkpoints.save_gguf(packed, None, tmp_path / "model.gguf")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -59,6 +59,12 @@ class NativeLM(nn.Module):
         """The bytes of the packed matrices."""
         return self.packer.arena.size
 
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        """Refused: packed weights are not those of any published format."""
+        raise UserError(
+            f"Weights packed as {self.weights} cannot be saved: load the model without weights, and save that."
+        )
+
     def runner(self, n_blocks: int, block_size: int = BLOCK_SIZE) -> "NativeRunner":
         """What computes the steps of an engine, with caches of so many blocks of so many tokens each."""
         return NativeRunner(self, n_blocks, block_size)
