@@ -114,7 +114,11 @@ PAPER_PARAMETERS = {
 def build(config: Config) -> DecoderLM:
     """A model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the LLaMA papers do not print
     theirs."""
-    blocks = [_block(config, layer) for layer in range(config.n_layers)]
+    return build_of(config, [_block(config, layer) for layer in range(config.n_layers)])
+
+
+def build_of(config: Any, blocks: list[PreNorm]) -> DecoderLM:
+    """A model of these blocks, for a Config with LLaMA's fields."""
     head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
     embedding = nn.Embedding(config.vocab_size, config.dim)
     norm = RMSNorm(config.dim, config.norm_eps)

@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import RopeScaling, Rotary
 from keifu.layers.feedforward import GatedFeedForward
-from keifu.layers.initialisation import normal_, scale_residual_
-from keifu.layers.linear import Linear
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
@@ -62,14 +58,7 @@ PAPER_PARAMETERS = {
 
 def build(config: Config) -> DecoderLM:
     """A model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the report does not print its own."""
-    blocks = [_block(config, layer) for layer in range(config.n_layers)]
-    head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
-    embedding = nn.Embedding(config.vocab_size, config.dim)
-    norm = RMSNorm(config.dim, config.norm_eps)
-    model = DecoderLM(embedding, blocks, norm, head=head, dropout=config.dropout, config=config)
-    normal_(model, std=0.02)
-    scale_residual_(model, config.n_layers)
-    return model
+    return llama.build_of(config, [_block(config, layer) for layer in range(config.n_layers)])
 
 
 def _block(config: Config, layer: int) -> PreNorm:
