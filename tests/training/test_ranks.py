@@ -1,16 +1,19 @@
 """A batch that several ranks share: the sums, gradients and weights are those of one rank; and FSDP's shards of a model
 are trained with the losses of the whole model."""
 
+import json
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from training_toys import Sequences, objective, settings, toy
+from training_toys import Sequences, learn_as_rank, losses, objective, settings, sharded, toy
 
 from keifu.errors import UserError
 from keifu.layers.diffusion.noise_schedule import Noise
@@ -204,19 +207,21 @@ def group() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def sharded(module: Any) -> nn.Module:
-    """Every part that is in a list, and the rest, as FSDP2 shards them."""
-    mesh = init_device_mesh("cpu", (1,))
-    scalars = {parameter for parameter in module.parameters() if not parameter.dim()}  # FSDP shards none of them
-    for part in reversed([*module.modules()]):  # the innermost first
-        if isinstance(part, nn.ModuleList):
-            for block in part:
-                fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh, ignored_params=scalars)
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.set_gradient_divide_factor(1.0)  # a sum over the ranks, not a mean
-    return module
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
+    """With gloo, seven rows and clipping; the model whole on both, and sharded over them."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the process that forks, which does not get it otherwise
+    processes = get_context("forkserver")
+    started = [processes.Process(target=learn_as_rank, args=(rank, 2, tmp_path)) for rank in range(2)]
+    for process in started:
+        process.start()
+    expected = losses(Trainer(toy().train(), objective, settings(batch_size=7, micro_batch=2, clip=0.05)))
+    for rank, process in enumerate(started):
+        process.join(timeout=300)
+        assert process.exitcode == 0
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["whole"] == pytest.approx(expected, rel=1e-5)
+        assert found["sharded"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)

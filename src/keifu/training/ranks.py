@@ -72,19 +72,23 @@ class Ranks:
     def sum_gradients(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Sums gradients over all ranks, in place; gives this rank's part of each, and the norm of all.
 
-        FSDP has summed those that it has sharded (DTensors).
+        FSDP has averaged those that it has sharded (DTensors).
         """
         from torch.distributed.tensor import DTensor  # takes a second to import
 
         sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
         whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-        for gradient in whole if self.world > 1 else ():
-            distributed.all_reduce(gradient)
+        parts = [gradient.to_local() for gradient in sharded]
+        if self.world > 1:
+            for gradient in whole:
+                distributed.all_reduce(gradient)
+            for part in parts:
+                part.mul_(self.world)
         norms = [get_total_norm(whole)] if whole else []
         if sharded:
             norm = get_total_norm(sharded)
             norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        return [*whole, *(gradient.to_local() for gradient in sharded)], torch.stack(norms).norm()
+        return [*whole, *parts], torch.stack(norms).norm()
 
     def counts(self, rows: Tensor) -> list[int]:
         """The number of rows of such a tensor on every rank."""

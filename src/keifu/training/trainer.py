@@ -60,7 +60,7 @@ class Trainer:
     length, data: of a run that is resumed or whose data depend on the weights. dtype: of matrix products; unset: by the
     settings. rank, world: the number of this process and the number of processes that share each batch (see `Ranks`).
     parallelize: splits the `ObjectiveModule` of the model over the processes, as FSDP2's `fully_shard` does, and gives
-    it back; gradients must be summed over them, not averaged.
+    it back.
 
     micro_batch: rows computed at a time; row_elements: the elements of a row for which that holds. Batches of shorter
     rows are split into micro-batches of more rows, with about the same number of elements. None: always so many rows.
