@@ -51,24 +51,25 @@ def check_once(function: Any = None, *, typechecker: Any) -> Any:
     seen: set[Hashable] = set()
     results: list[Any] = []
 
+    @functools.cache  # checks are made when they are needed first: most functions are never called
+    def check_of(checked: Any) -> Any:
+        return _check_every_call(checked, typechecker=typechecker)
+
     @functools.wraps(function)
     def take_result(*args: Any, **kwargs: Any) -> Any:
         return results.pop()
-
-    check_call = _check_every_call(function, typechecker=typechecker)
-    check_result = _check_every_call(take_result, typechecker=typechecker)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         arguments = _signature(args), _signature(kwargs)
         if arguments not in seen:
-            result = check_call(*args, **kwargs)
+            result = check_of(function)(*args, **kwargs)
             seen.update((arguments, (arguments, _signature(result))))
             return result
         result = function(*args, **kwargs)
         if (both := (arguments, _signature(result))) not in seen:
             results.append(result)
-            check_result(*args, **kwargs)
+            check_of(take_result)(*args, **kwargs)
             seen.add(both)
         return result
 
