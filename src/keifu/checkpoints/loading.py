@@ -37,8 +37,8 @@ def load(
     base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name". dtype: as stored where None, but
     on a CPU float32 for float16, whose products are very slow there. device: "cpu", "cuda", "cuda:1" or "mps"; None for
     the one that `devices.choose` gives. weights: "bf16", "int8" or "int4" packs a causal language model for native
-    code on a CPU (docs/native.md); it can then write and score texts, but not be trained. The tokenizer is None for
-    models that write no text.
+    code on a CPU (`keifu.native`): it gives logits and computes the steps of an engine, but cannot be trained. The
+    tokenizer is None for models that write no text.
 
     On a CPU, weights that need no change stay memory-mapped. A file that is torn, a tensor that is missing, extra or
     misshapen, a setting that is not implemented, a tokenizer that does not fit: each is a `UserError` that names it.
