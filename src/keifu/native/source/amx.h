@@ -145,7 +145,9 @@ template <int FORMAT> INLINE void spread_codes(const uint8_t *tile, int64_t pair
     }
 }
 
-constexpr int BATCH = 4;  // groups whose sums are stored before the first is read: a tile's store takes long to be seen
+// Sums are read so many pairs of groups after they were stored: a tile's store takes long to be seen.
+constexpr int BEHIND = 2;
+constexpr int SLOTS = 4;
 
 // Exact sums of two groups for up to 16 rows, to sums[group][half][row][16].
 template <bool HALVES> INLINE void sum_pair(const int8_t *x, int64_t stride, const uint8_t *codes, int32_t *sums) {
@@ -192,23 +194,24 @@ INLINE void quantised_tile(const uint8_t *tile, const uint8_t *spread, const uin
     const CodeGroup *about = rows.about(row, 0);
     configure_quantised(n);
     v16 total[R] = {};
-    for (int64_t first = 0; first < groups; first += BATCH) {
-        const int64_t end = first + BATCH < groups ? first + BATCH : groups;
-        for (int64_t group = first; group < end; group += 2) {
-            const uint8_t *codes = spread ? spread + group * 512 : tile + pair_offset(L, group / 2) + L.group(0);
-            for (int i = 0; i < L.pair() && ahead; i += 64)
-                _mm_prefetch(ahead + pair_offset(L, group / 2) + i, _MM_HINT_T1);
-            sum_pair<L.halves>(x + group * GROUP, rows.columns, codes, sums + (group - first) * 512);
+    for (int64_t now = 0; now < groups / 2 + BEHIND; now++) {
+        if (now < groups / 2) {
+            const int64_t here = pair_offset(L, now);
+            for (int i = 0; i < L.pair() && ahead; i += 64) _mm_prefetch(ahead + here + i, _MM_HINT_T1);
+            const uint8_t *codes = spread ? spread + now * 1024 : tile + here + L.group(0);
+            sum_pair<L.halves>(x + now * PAIR, rows.columns, codes, sums + now % SLOTS * 1024);
         }
-        for (int64_t group = first; group < end; group++) {
-            const int32_t *here = sums + (group - first) * 512;
-            const uint8_t *header = tile + pair_offset(L, group / 2);
+        const int64_t pair = now - BEHIND;
+        if (pair < 0) continue;
+        for (int g = 0; g < 2; g++) {
+            const int32_t *here = sums + pair % SLOTS * 1024 + g * 512;
             v16 scale;
             v16 second{};
-            read_scales<FORMAT>(tile + super_offset(L, group / 2), header, group % 2, scale, second);
+            read_scales<FORMAT>(tile + super_offset(L, pair), tile + pair_offset(L, pair), g, scale, second);
             UNROLL for (int r = 0; r < R; r++) {
                 const i16 high = L.halves ? load_ints(here + 256 + r * TILE) : i16{};
-                total[r] = add_group<FORMAT>(total[r], load_ints(here + r * TILE), high, scale, second, about[group * TILE + r]);
+                total[r] = add_group<FORMAT>(total[r], load_ints(here + r * TILE), high, scale, second,
+                                             about[(2 * pair + g) * TILE + r]);
             }
         }
     }

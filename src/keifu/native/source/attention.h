@@ -10,6 +10,10 @@ namespace KEIFU_NAMESPACE {
 
 // out = norm(x) of n numbers; `out` has room for the next multiple of 16.
 INLINE void normalise(const KeifuNorm &norm, const float *x, float *out, int n) {
+    if (norm.kind == KEIFU_NO_NORM) {
+        for (int i = 0; i < n; i += 16) store(out + i, load_first(x + i, n - i));
+        return;
+    }
     float mean = 0;
     if (norm.kind == KEIFU_LAYER_NORM) {
         v16 total{};
@@ -21,7 +25,7 @@ INLINE void normalise(const KeifuNorm &norm, const float *x, float *out, int n) 
         const v16 d = first(load_first(x + i, n - i) - mean, n - i);
         squares = fma(d, d, squares);
     }
-    const float inverse = norm.kind ? 1.f / __builtin_sqrtf(sum(squares) / (float)n + norm.eps) : 1.f;
+    const float inverse = 1.f / __builtin_sqrtf(sum(squares) / (float)n + norm.eps);
     for (int i = 0; i < n; i += 16) {
         v16 y = (load_first(x + i, n - i) - mean) * inverse;
         if (norm.weight) y *= load_first(norm.weight + i, n - i);
@@ -39,7 +43,14 @@ INLINE void rotate(const Layer &layer, int t, float *head) {
     const int apart = layer.rotary_interleaved ? 1 : n;
     const float *cos = rotation->cos + (int64_t)t * n;
     const float *sin = rotation->sin + (int64_t)t * n;
-    for (int i = 0; i < n; i++) {
+    int i = 0;
+    for (; apart > 1 && i + 16 <= n; i += 16) {
+        const v16 a = load(head + i);
+        const v16 b = load(head + i + n);
+        store(head + i, a * load(cos + i) - b * load(sin + i));
+        store(head + i + n, b * load(cos + i) + a * load(sin + i));
+    }
+    for (; i < n; i++) {
         const float a = head[i * step];
         const float b = head[i * step + apart];
         head[i * step] = a * cos[i] - b * sin[i];
@@ -73,7 +84,8 @@ INLINE void store_token(const Forward &f, int index, int t, int head, float *scr
     uint16_t rounded[256 + TILE];
     make_head(layer, layer.key_norm, t, m.key + t * m.kv_width + head * head_dim, scratch, head_dim);
     for (int i = 0; i < head_dim; i += TILE) store_bfloat16(rounded + i, load(scratch + i));
-    for (int i = 0; i < head_dim; i++) keys[i / 2 * 32 + i % 2] = rounded[i];
+    if (head_dim % 2) rounded[head_dim] = 0;
+    for (int i = 0; i < head_dim; i += 2) memcpy(keys + i * 16, rounded + i, 4);
     const float *value = m.value + t * m.kv_width + head * head_dim;
     for (int i = 0; i < head_dim; i += TILE) store_bfloat16(rounded + i, load_first(value + i, head_dim - i));
     for (int i = 0; i < head_dim; i++) values[i / TILE * (m.cache.value_tile / 2) + i % TILE * 2] = rounded[i];
@@ -167,7 +179,9 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, int h
     }
     for (int r = 0; r < rows; r++) {
         float *out = m.attended + (task.first + r / group) * m.query_width + (head * group + r % group) * head_dim;
-        for (int i = 0; i < head_dim; i++) out[i] = scratch.heads[r * padded + i] * inverse[r];
+        int i = 0;
+        for (; i + TILE <= head_dim; i += TILE) store(out + i, load(scratch.heads + r * padded + i) * inverse[r]);
+        for (; i < head_dim; i++) out[i] = scratch.heads[r * padded + i] * inverse[r];
     }
 }
 
