@@ -70,9 +70,9 @@ class Transformers:
     @torch.inference_mode()
     def run(self, texts: list[list[int]], start: int) -> list[int]:
         """The likeliest next token of each, after these."""
-        if start:
-            self.past.crop(start)
         past = self.past if start else None
+        if past is not None and past.get_seq_length() > start:
+            past.crop(start - past.get_seq_length())
         out = self.model(torch.tensor(texts), past_key_values=past, use_cache=True, logits_to_keep=1)
         self.past = out.past_key_values
         return out.logits[:, -1].argmax(-1).tolist()
