@@ -11,7 +11,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import Response
 
 from keifu import __version__
-from keifu.serving import chat, completions, embeddings, errors, images, middleware, page, translations
+from keifu.serving import chat, completions, embeddings, errors, images, middleware, page, responses, translations
 from keifu.serving.models import ServedModels
 from keifu.serving.streaming import json_response
 
@@ -37,7 +37,7 @@ def application(models: ServedModels, access: Access = Access()) -> FastAPI:  # 
 
     app = FastAPI(title="keifu", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     errors.install(app)
-    for part in (chat, completions, embeddings, translations, images):
+    for part in (chat, completions, responses, embeddings, translations, images):
         app.include_router(part.routes(models))
     app.include_router(page.routes())
     _state_routes(app, models)
@@ -45,7 +45,7 @@ def application(models: ServedModels, access: Access = Access()) -> FastAPI:  # 
     app.add_middleware(middleware.ApiKeys, keys=access.keys)
     if access.origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
         )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=access.hosts)
     app.add_middleware(middleware.AccessLog, metrics=models.metrics)

@@ -197,6 +197,90 @@ class ChatRequest(Sampling):
         return {**super().options(), **({} if limit is None else {"max_tokens": limit}), **top}  # type: ignore[return-value]
 
 
+class ItemPart(Body):
+    """A part of an item's text, the user's or, of an earlier answer, the model's."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
+    refused: ClassVar[Refused] = {"annotations": ([],), "logprobs": ([],)}
+
+
+class Item(Body):
+    """A message among the input of a response."""
+
+    type: Literal["message"] = "message"
+    id: str | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ItemPart]
+    refused: ClassVar[Refused] = {"status": ("completed", "incomplete"), "phase": ()}
+
+    def plain(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class TextFormat(JsonSchema):
+    """As `ResponseFormat`, with the schema in the same object."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str = ""
+
+    @property
+    def followed(self) -> dict[str, Any] | None:
+        """What an answer must follow; None for any text."""
+        return None if self.type == "text" else self.schema_ if self.type == "json_schema" else {"type": "object"}
+
+
+class TextOptions(Body):
+    """The form of a response's text."""
+
+    format: TextFormat | None = None
+    refused: ClassVar[Refused] = {"verbosity": ("medium",)}
+
+
+class ResponseRequest(Sampling):
+    """POST /v1/responses. store: keep the response in memory, for `previous_response_id` and to be asked for again."""
+
+    input: str | Annotated[list[Item], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    metadata: dict[str, str] | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    text: TextOptions | None = None
+    refused: ClassVar[Refused] = {
+        "background": (False,), "conversation": (), "include": ([],), "max_tokens": (), "max_tool_calls": (), "n": (1,),
+        "parallel_tool_calls": (True, False), "prompt": (), "prompt_cache_key": (), "reasoning": (),
+        "safety_identifier": (), "service_tier": ("auto", "default"), "stream_options": (),
+        "tool_choice": ("auto", "none"), "tools": ([],), "top_logprobs": (0,), "truncation": ("disabled",),
+    }  # fmt: skip
+
+    def options(self) -> SamplingOptions:
+        """As of `Sampling`."""
+        found = super().options()
+        return found if self.max_output_tokens is None else {**found, "max_tokens": self.max_output_tokens}
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The input as messages."""
+        given = self.input
+        return [{"role": "user", "content": given}] if isinstance(given, str) else [item.plain() for item in given]
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """What the text must follow; None for any."""
+        return self.text.format.followed if self.text and self.text.format else None
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The form of the text, as the response repeats it."""
+        given = self.text and self.text.format
+        if given and given.type == "json_schema":
+            return given.model_dump(by_alias=True)
+        return {"type": given.type if given else "text"}
+
+
 class CompletionRequest(Sampling):
     """POST /v1/completions. prompt: a text, several, the ids of one, or those of several."""
 
