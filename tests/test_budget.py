@@ -21,7 +21,6 @@ SMALL_ON_PURPOSE = {
     "keifu.generation.text.logits_processors": "the field's word for them",
     "keifu.generation.text.runner": "the one place that calls the model",
     "keifu.models.sizes": "run as a program, too",
-    "keifu.serving.interleaved": "tokens of several requests in turn",
     "keifu.training.objectives.contrastive": "an objective each",
     "keifu.training.optim.lr_schedules": "the field's word for them",
 }
