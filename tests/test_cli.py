@@ -335,12 +335,12 @@ class Outer:
 
     name: tyro.conf.Positional[str]
     model: Inner = Inner()
-    rate: float = 0.1
+    bias: float = 0.1
 
 
 def test_flags_reach_nested_settings() -> None:
     assert flags.parse(Outer, ["a", "--model.width", "6"], "keifu x") == Outer("a", Inner(6))
-    assert flags.flags(Outer) == ["--help", "--model.width", "--rate"]
+    assert flags.flags(Outer) == ["--bias", "--help", "--model.width"]
 
 
 def test_an_impossible_setting_says_so_in_its_own_words() -> None:
@@ -349,4 +349,4 @@ def test_an_impossible_setting_says_so_in_its_own_words() -> None:
 
 
 def test_a_word_that_begins_with_a_dash_can_be_an_argument() -> None:
-    assert flags.parse(Outer, ["--rate", "-1", "--", "--a"], "keifu x") == Outer("--a", rate=-1.0)
+    assert flags.parse(Outer, ["--bias", "-1", "--", "--a"], "keifu x") == Outer("--a", bias=-1.0)

@@ -1,68 +1,126 @@
-"""Threads follow the load: the decision from made-up readings, what is read, and the team that ends spinning."""
+"""Threads follow the load: the decision from made-up readings, what is read, and what is done then."""
 
 import ctypes
 import math
+import os
+import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from keifu import threads
-from keifu.threads import FREE, LONGEST, SHORTEST, IdleTeam, Waiting, lacked, quota
+from keifu.threads import TAKE, IdleTeam, Placement, move, quota, used
 
 TICK = 0.5
+TWO = frozenset({0, 1})
 
 
-def states(readings: list[float], waiting: Waiting | None = None) -> list[bool]:
-    waiting = waiting or Waiting()
-    return [waiting.read(TICK * number, lacking) for number, lacking in enumerate(readings)]
+def test_a_process_alone_keeps_all_cores_however_it_computes() -> None:
+    placement = Placement(TWO)
+    for number, own in enumerate((2.0, 1.9, 1.3, 0.4, 2.0, 0.0)):
+        assert not placement.read(TICK * number, {0: own / 2 + 0.05, 1: own / 2 + 0.05}, own)
+    assert placement.held is None
 
 
-def test_threads_spin_on_free_cores_and_sleep_as_soon_as_they_lack_one() -> None:
-    assert states([0.0, 0.2, 0.0]) == [False, False, False]
-    assert states([0.0, 1.2, 0.5]) == [False, True, True]
+def test_cores_are_given_to_a_program_that_uses_one_and_taken_back_when_it_has_ended() -> None:
+    placement, changes = Placement(TWO), []
+    for number in range(20):
+        ended = number >= 10
+        busy = dict.fromkeys(TWO, 1.0)
+        if placement.held:
+            busy = {core: 1.0 if core in placement.held else 0.0 if ended else 1.0 for core in TWO}
+        own = 1.0 if placement.held else 2.0 if ended else 1.3
+        if placement.read(TICK * number, busy, own):
+            changes.append((TICK * number, len(placement.held or TWO)))
+    assert changes == [(0.5, 1), (5.0 + TAKE, 2)]
 
 
-def test_nothing_is_decided_while_nothing_is_computed() -> None:
-    waiting = Waiting()
-    states([1.0], waiting)
-    assert all(waiting.read(float(number), lacking=0.0, computing=0.01) for number in range(1, 100))
-    assert waiting.read(99.5, lacking=0.0) and not waiting.read(103.0, lacking=0.0)
+@pytest.mark.parametrize(
+    ("busy", "own"),
+    [
+        ({0: 1.0, 1: 1.0}, 1.9),  # a moment of something else
+        ({0: 0.9, 1: 0.7}, 0.9),  # cores are left
+        ({0: 1.0, 1: 1.0}, 0.2),  # nothing to lose
+    ],
+)
+def test_no_core_is_given_where_nothing_is_lost(busy: dict[int, float], own: float) -> None:
+    placement = Placement(TWO)
+    assert not any(placement.read(TICK * number, busy, own) for number in range(10))
 
 
-def test_they_spin_again_when_no_core_was_lacking_for_a_while() -> None:
-    free = round(SHORTEST / TICK)
-    after = states([1.0, 0.3, 0.3] + [0.0] * (free + 1))
-    assert after[: 3 + free - 1] == [True] * (3 + free - 1) and after[-1] is False
-    assert all(states([1.0] + [0.0, FREE * 2] * 50)), "a core that is lacking now and then is not a free one"
+def test_one_reading_alone_changes_nothing() -> None:
+    placement = Placement(TWO)
+    for number in range(20):
+        assert not placement.read(TICK * number, dict.fromkeys(TWO, 1.0), 2.0 if number % 2 else 1.2)
 
 
-def test_a_try_to_spin_that_fails_at_once_is_repeated_after_twice_the_time_and_no_more_than_the_longest() -> None:
-    waiting, lengths, length = Waiting(), [], 0
-    for number in range(2000):
-        asleep = waiting.asleep
-        now_asleep = waiting.read(TICK * number, 0.0 if asleep else 1.0)  # nothing is seen of the load while they sleep
-        length += 1
-        if asleep and not now_asleep:
-            lengths.append(length * TICK)
-            length = 0
-    assert lengths[:3] == pytest.approx([SHORTEST, 2 * SHORTEST, 4 * SHORTEST], abs=2 * TICK)
-    assert max(lengths) <= LONGEST + 2 * TICK and lengths[-1] >= LONGEST
+def test_of_many_cores_those_that_others_use_are_left_to_them() -> None:
+    cores = frozenset(range(8))
+    placement = Placement(cores)
+    for number in range(3):
+        placement.read(TICK * number, dict.fromkeys(cores, 1.0), 5.0)
+    assert placement.held and len(placement.held) == 5
+    others = cores - placement.held
+    for number in range(3, 20):  # one of three programs ends: its core is taken back
+        busy = {core: 1.0 if core in placement.held or core in sorted(others)[:2] else 0.0 for core in cores}
+        placement.read(TICK * number, busy, float(len(placement.held)))
+    assert len(placement.held) == 6 and not placement.held & {*sorted(others)[:2]}
 
 
-def test_after_a_good_time_of_spinning_the_first_try_comes_soon_again() -> None:
-    waiting = Waiting(patience=LONGEST)
-    states([0.0] * 20 + [1.0], waiting)
-    assert waiting.asleep and waiting.patience == SHORTEST
+def test_processes_that_follow_the_load_find_different_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes of two threads each on two cores, whose readings come at moments of their own."""
+    draw = random.Random(0)
+    monkeypatch.setattr(random, "random", draw.random)
+    for _ in range(50):
+        both, last, now = [Placement(TWO), Placement(TWO)], [-1.0, -0.7], 0.0
+        for _ in range(400):
+            now += 0.1
+            for number, placement in enumerate(both):
+                if now - last[number] < draw.uniform(0.4, 0.6):
+                    continue
+                last[number] = now
+                other = both[1 - number]
+                alone = placement.held and other.held and placement.held != other.held
+                own = 1.0 if alone else 0.5 if placement.held == other.held and placement.held else 1.0
+                busy = dict.fromkeys(TWO, 1.0)
+                if placement.held and placement.held == other.held:
+                    busy = {core: float(core in placement.held) for core in TWO}
+                placement.read(now, busy, own)
+        assert both[0].held and both[1].held and both[0].held != both[1].held
 
 
-def test_lacked_sums_the_waits_of_all_threads(tmp_path: Path) -> None:
-    for number, text in enumerate(["9000000000 2000000000 0\n", "1 500000000 10000\n", "nonsense"]):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "schedstat").write_text(text)
-    (tmp_path / "gone").mkdir()
-    assert lacked(tmp_path) == pytest.approx(2.0 + 0.5)
+def test_used_counts_what_competes_on_each_core(tmp_path: Path) -> None:
+    tick = os.sysconf("SC_CLK_TCK")
+    row = [1 * tick, 5 * tick, 2 * tick, 90 * tick, 7 * tick, 3 * tick, 4 * tick, 8 * tick, 0, 0]
+    lines = ["cpu  1 2 3 4 5 6 7 8 9 10", "cpu0 " + " ".join(map(str, row)), "cpu13 " + "0 " * 10, "intr 5 6"]
+    (tmp_path / "stat").write_text("\n".join(lines))
+    assert used(tmp_path / "stat") == {0: 1 + 2 + 3 + 4 + 5 * (os.nice(0) > 0), 13: 0}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen on Linux alone")
+def test_threads_move_and_come_back_but_for_those_whose_cores_were_chosen() -> None:
+    cores = frozenset(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("there is one core")
+    some, end = frozenset({min(cores)}), threading.Event()
+    own = threading.Thread(target=lambda: (os.sched_setaffinity(0, {max(cores)}), end.wait()))
+    own.start()
+    while os.sched_getaffinity(own.native_id or 0) != {max(cores)}:
+        time.sleep(0.001)
+    try:
+        move(cores, some)
+        assert os.sched_getaffinity(0) == some and os.sched_getaffinity(own.native_id or 0) == {max(cores)}
+        later = threading.Thread(target=end.wait)
+        later.start()
+        assert os.sched_getaffinity(later.native_id or 0) == some
+        move(some, cores)
+        assert os.sched_getaffinity(0) == os.sched_getaffinity(later.native_id or 0) == cores
+    finally:
+        end.set()
+        os.sched_setaffinity(0, cores)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +151,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     monkeypatch.setattr(threads, "_started", threading.Lock())
     monkeypatch.setattr(threads, "quota", lambda: 1.5)
-    for name in (*threads.WAY, *threads.COUNT):
+    for name in (*threads.WAY, *threads.WHERE, *threads.COUNT):
         monkeypatch.delenv(name, raising=False)
 
     class Thread(threading.Thread):
@@ -112,8 +170,10 @@ def test_a_container_gets_as_many_threads_as_it_may_use_cores_and_one_that_watch
     assert len(begun) == threads.TASKS.exists()
 
 
-@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
-def test_who_says_how_threads_wait_is_obeyed(begun: list[str], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND"])
+def test_who_says_how_threads_wait_or_where_they_run_is_obeyed(
+    begun: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setenv(name, "1")
     threads.follow_load()
     assert begun == []

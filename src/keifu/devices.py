@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 VARIABLE = "KEIFU_DEVICE"
-KIND = re.compile(r" \(cuda[^)]*\)$|, \d+ threads$")  # what is no part of a kind's name
+KIND = re.compile(r" \(cuda[^)]*\)$|, \d+ threads?$")  # what is no part of a kind's name
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,10 @@ def device_name(device: "torch.device") -> str:
 
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
-    return "Apple's GPU (mps)" if device.type == "mps" else f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type == "mps":
+        return "Apple's GPU (mps)"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def same_kind(one: str, other: str) -> bool:

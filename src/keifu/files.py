@@ -86,3 +86,8 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def listed(value: Any) -> Any:
+    """Tuples as the lists that JSON makes of them."""
+    return [listed(inner) for inner in value] if isinstance(value, tuple) else value

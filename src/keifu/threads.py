@@ -1,7 +1,9 @@
-"""How threads that compute wait for each other, and how many there are: both follow the machine; imports no torch.
+"""How threads that compute wait for each other, and where: both follow the machine's load; imports no torch.
 
 OpenMP's threads wait for their next work in a loop ("spin"), which is the fastest way on free cores. Where other
-programs use the cores, a thread that spins takes a core from one that works, and everything is several times slower.
+programs use the cores, a thread that spins takes a core from one that works, and threads that wait for one that has no
+core stand still. So while others use cores, threads sleep where they wait, and all run on the cores that are left.
+
 GNU's OpenMP, which PyTorch's wheels for Linux have, reads its rule from the environment when it is loaded, but spins
 only for some microseconds while the process has more OpenMP threads than there are cores (libgomp's manual,
 GOMP_SPINCOUNT). So a team of threads that has nothing to do, and sleeps, switches spinning off, and its end switches it
@@ -11,20 +13,26 @@ on again. As many threads compute as before, so results have the same bits.
 import ctypes
 import math
 import os
+import random
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 WAY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_THREAD_LIMIT")  # if one is set, how threads wait is left alone
+WHERE = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")  # and where they run
 COUNT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")  # and how many there are
 INTERVAL = 0.5  # seconds between readings
-BUSY, FREE = 0.25, 0.15  # seconds a second that threads have no core: above, they sleep; below, they may spin again
-IDLE = 0.1  # seconds a second that threads compute, below which nothing is learnt about the cores
-SHORTEST, LONGEST = 2.0, 32.0  # seconds of free cores before they spin again
+TAKEN, FREE = 0.35, 0.15  # cores that others use: above the first they are in the way, below the second they are not
+FULL = 0.3  # idle cores below which all cores are in use
+IDLE = 0.5  # cores that this process uses, below which it has nothing to lose
+GIVE, TAKE = 0.3, 2.0  # seconds that readings ask for it, before cores are given to others, and taken back
 TASKS, GROUPS, OWN_GROUP = Path("/proc/self/task"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+STATISTICS = Path("/proc/stat")
 _started = threading.Lock()  # taken by the first call, and kept
 
 
@@ -37,34 +45,52 @@ def follow_load() -> None:
         return
     if not any(name in os.environ for name in COUNT):
         _limit(quota())
-    if TASKS.exists() and not any(name in os.environ for name in WAY):
+    if TASKS.exists() and STATISTICS.exists() and not any(name in os.environ for name in (*WAY, *WHERE)):
         threading.Thread(target=_watch, name="keifu-threads", daemon=True).start()
 
 
 @dataclass
-class Waiting:
-    """Decides whether threads that wait should sleep, from readings of how long threads that were ready had no core.
+class Placement:
+    """Decides on which cores the threads of this process run: on all, or while others use some, on the rest (`held`).
 
-    Threads that sleep seldom lack a core, so that little is seen then of what spinning would cost: where a try to spin
-    again fails at once, the next one comes after twice the time.
+    Several processes that do this find different cores: each moves to cores that it sees unused, at a random moment.
     """
 
-    asleep: bool = False
-    patience: float = SHORTEST
-    since: float = -math.inf  # when they last began to spin, or when, while they sleep, the last core was lacking
+    cores: frozenset[int]
+    held: frozenset[int] | None = None
+    since: float = math.inf  # when readings began to ask for a change
 
-    def read(self, now: float, lacking: float, computing: float = 1.0) -> bool:
-        """Whether they should sleep: `now` in seconds, `lacking` the seconds a second that threads had no core, and
-        `computing` those that they used one: while nothing is computed, no core is known to be free."""
-        if self.asleep and (lacking > FREE or computing < IDLE):
-            self.since = now
-        elif self.asleep and now - self.since >= self.patience:
-            self.asleep, self.since = False, now
-        elif not self.asleep and lacking > BUSY:
-            failed = now - self.since < SHORTEST
-            self.patience = min(2 * self.patience, LONGEST) if failed else SHORTEST
-            self.asleep, self.since = True, now
-        return self.asleep
+    def read(self, now: float, busy: Mapping[int, float], own: float) -> bool:
+        """Whether the cores change: `now` in seconds, `busy` the share of time that each core was used by anyone, and
+        `own` the cores that this process used."""
+        others = max(0.0, math.fsum(busy.values()) - own)
+        wanted = max(1, len(self.cores) - max(1, round(others)))
+        if not self._asks(busy, own, others, wanted):
+            self.since = math.inf
+            return False
+        self.since = min(self.since, now)
+        if now - self.since < (GIVE if self.held is None else TAKE):
+            return False
+        self.since = math.inf
+        if self.held and others < FREE:
+            self.held = None
+        else:
+            shares = (
+                {core: busy[core] - (own / len(self.held) if core in self.held else 0.0) for core in busy}
+                if self.held
+                else dict.fromkeys(self.cores, 0.0)
+            )
+            self.held = frozenset(sorted(self.cores, key=lambda core: (shares[core] > TAKEN, random.random()))[:wanted])
+        return True
+
+    def _asks(self, busy: Mapping[int, float], own: float, others: float, wanted: int) -> bool:
+        """Whether a reading asks for other cores than those of now."""
+        if self.held is None:
+            full = math.fsum(busy.values()) > len(self.cores) - FULL
+            return len(self.cores) > 1 and full and others > TAKEN and own > IDLE
+        disturbed = math.fsum(busy[core] for core in self.held) - own > TAKEN
+        elsewhere = min((busy[core] for core in self.cores - self.held), default=1.0) < FREE
+        return others < FREE or wanted != len(self.held) or (disturbed and elsewhere)
 
 
 class IdleTeam:
@@ -92,38 +118,49 @@ class IdleTeam:
 
 
 def _watch() -> None:
-    """Reads how long threads lacked a core, twice a second, until the process ends."""
-    waiting, team = Waiting(), None
+    """Reads the load of the cores, about twice a second, until the process ends."""
+    placement, team = Placement(frozenset(os.sched_getaffinity(0))), None
     before = _clocks()
     while True:
-        time.sleep(INTERVAL)
+        time.sleep(INTERVAL * random.uniform(0.8, 1.2))
         clocks = _clocks()
-        passed, without, computing = (max(0.0, now - then) for now, then in zip(clocks, before, strict=True))
+        passed = clocks[0] - before[0]
+        busy = {core: (clocks[2][core] - before[2].get(core, 0.0)) / passed for core in placement.cores & {*clocks[2]}}
+        last = placement.held
+        changed = placement.read(clocks[0], busy, (clocks[1] - before[1]) / passed)
         before = clocks
-        asleep = waiting.read(clocks[0], without / passed, computing / passed)
-        if asleep and team is None and (openmp := _openmp()):
+        if not changed:
+            continue
+        if placement.held and team is None and (openmp := _openmp()):
             team = IdleTeam(openmp)
             team.start()
-        elif team and not asleep:
+        elif team and not placement.held:
             team.stop()
             team = None
+        move(last or placement.cores, placement.held or placement.cores)
 
 
-def _clocks() -> tuple[float, float, float]:
-    """Seconds that have passed, that threads had no core, and that they computed."""
-    return time.perf_counter(), lacked(), time.process_time()
+def _clocks() -> tuple[float, float, dict[int, float]]:
+    """Seconds that have passed, that this process computed, and that each core did."""
+    return time.perf_counter(), time.process_time(), used()
 
 
-def lacked(tasks: Path = TASKS) -> float:
-    """Seconds so far that this process's threads were ready to run and had no core."""
-    return sum(_lacked(task / "schedstat") for task in tasks.iterdir())
+def used(statistics: Path = STATISTICS) -> dict[int, float]:
+    """Seconds so far that each core was used, by anyone of a priority that competes with this process."""
+    fields = [line.split() for line in statistics.read_text().splitlines() if line[:3] == "cpu" and line[3].isdigit()]
+    lower = os.nice(0) > 0  # the second number is of lower priorities, which give way to others
+    ticks = {int(row[0][3:]): [int(field) for field in row[1:8]] for row in fields}
+    seconds = os.sysconf("SC_CLK_TCK")
+    return {core: (n[0] + n[1] * lower + n[2] + n[5] + n[6]) / seconds for core, n in ticks.items()}
 
 
-def _lacked(file: Path) -> float:
-    try:
-        return int(file.read_text().split()[1]) / 1e9
-    except (OSError, IndexError):  # a thread that has just ended
-        return 0.0
+def move(last: frozenset[int], cores: frozenset[int], tasks: Path = TASKS) -> None:
+    """Moves all threads of this process from some cores to others; those that run elsewhere, as their maker wanted,
+    stay there."""
+    for task in tasks.iterdir():
+        with suppress(OSError):  # a thread that has just ended
+            if os.sched_getaffinity(int(task.name)) == last:
+                os.sched_setaffinity(int(task.name), cores)
 
 
 def _openmp() -> Any:

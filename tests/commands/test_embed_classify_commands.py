@@ -119,9 +119,9 @@ def test_a_long_text_is_cut_only_where_that_is_asked_for(models: dict[str, str],
         ("plain", ["--file", "nowhere.txt"], "There is no file 'nowhere.txt'."),
         ("plain", ["cat", "-o", "v.txt"], "go into a .npy or a .json file, and v.txt is neither"),
         ("plain", ["cat", "--nearest", "1"], "1 nearest texts were requested, and there are 0"),
-        ("plain", ["cat", "--nearest", "0"], "--nearest must be at least 1"),
+        ("plain", ["cat", "--nearest", "0"], "--nearest must be a whole number from 1"),
         ("plain", ["cat", "--among", "x.txt"], "say how many with --nearest"),
-        ("plain", ["cat", "--batch-size", "0"], "--batch-size must be at least 1"),
+        ("plain", ["cat", "--batch-size", "0"], "--batch-size must be a whole number from 1"),
     ],
 )
 def test_what_cannot_be_embedded_is_one_sentence(

@@ -125,7 +125,7 @@ def test_mistakes_are_one_sentence(
     assert "Sentence 2 of text 1 has 31 tokens, but this model takes 24" in said(
         capsys, "translate", model, "I am. " + "B" * 30
     )
-    assert "beam is 0" in said(capsys, "translate", model, "a", "--beam", "0")
+    assert "--beam must be a whole number from 1" in said(capsys, "translate", model, "a", "--beam", "0")
     told = said(capsys, "translate", writer, "a")
     assert "does not translate" in told and "keifu generate" in told
     checkpoints.save(perceptron.build(perceptron.Config()), None, tmp_path)
@@ -173,7 +173,8 @@ def test_data_that_does_not_fit_names_what_does(model: str, writer: str, capsys:
     assert "Did you mean 'tatoeba-ja-en'?" in said(capsys, "evaluate", model, "--on", "tatoba-ja-en")
     assert "evaluates a language model" in said(capsys, "evaluate", model, "--on", "sotu")
     assert "evaluates a translator" in said(capsys, "evaluate", writer, "--on", "tatoeba-en-ja")
-    assert "limit is 0" in said(capsys, "evaluate", model, "--on", "tatoeba-ja-en", "--limit", "0")
+    said_of_zero = said(capsys, "evaluate", model, "--on", "tatoeba-ja-en", "--limit", "0")
+    assert "--limit must be a whole number from 1" in said_of_zero
 
 
 def test_the_languages_are_read_from_a_run(tmp_path: Path) -> None:

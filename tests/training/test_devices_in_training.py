@@ -218,6 +218,41 @@ def test_the_peak_of_a_known_gpu_is_its_makers(name: str, dtype: torch.dtype, te
     assert flops.named_peak(name, dtype) == (None if tera is None else tera * 1e12)
 
 
+@pytest.mark.parametrize(
+    ("name", "units", "gigahertz", "operations"),
+    [
+        ("NVIDIA H100 PCIe", 114, 1.620, (4096, 4096, 2048)),
+        ("NVIDIA H100 80GB HBM3", 132, 1.830, (4096, 4096, 2048)),
+        ("NVIDIA A100-SXM4-80GB", 108, 1.410, (2048, 2048, 1024)),
+        ("NVIDIA A30", 56, 1.440, (2048, 2048, 1024)),
+        ("NVIDIA A40", 84, 1.740, (1024, 1024, 512)),
+        ("NVIDIA A10", 72, 1.695, (1024, 1024, 512)),
+        ("NVIDIA RTX A6000", 84, 1.800, (1024, 1024, 512)),
+        ("NVIDIA L40S", 142, 2.520, (1024, 1024, 512)),
+        ("NVIDIA L40", 142, 2.490, (512, 512, 256)),
+        ("NVIDIA L4", 58, 2.040, (1024, 1024, 512)),
+        ("Tesla T4", 40, 1.590, (0, 1024, 128)),
+        ("Tesla V100-PCIE-32GB", 80, 1.380, (0, 1024, 128)),
+        ("Tesla V100-SXM2-32GB", 80, 1.530, (0, 1024, 128)),
+        ("NVIDIA GeForce RTX 3090", 82, 1.695, (512, 512, 256)),
+        ("NVIDIA GeForce RTX 4090", 128, 2.520, (512, 512, 256)),
+        ("NVIDIA GeForce RTX 5090", 170, 2.407, (512, 512, 256)),
+        ("AMD Instinct MI100", 120, 1.502, (512, 1024, 256)),
+        ("AMD Instinct MI210", 104, 1.700, (1024, 1024, 256)),
+        ("AMD Instinct MI250X", 110, 1.700, (1024, 1024, 256)),
+        ("AMD Instinct MI250", 104, 1.700, (1024, 1024, 256)),
+        ("AMD Instinct MI300A", 228, 2.100, (2048, 2048, 1024)),
+        ("AMD Instinct MI300X", 304, 2.100, (2048, 2048, 1024)),
+    ],
+)
+def test_a_peak_is_units_times_clock_times_operations(
+    name: str, units: int, gigahertz: float, operations: tuple[int, int, int]
+) -> None:
+    for dtype, each in zip(flops.FORMATS, operations, strict=True):
+        computed = units * gigahertz * 1e9 * each
+        assert (flops.named_peak(name, dtype) or 0.0) == pytest.approx(computed, rel=0.03)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adadelta", "adafactor"])
 def test_a_run_on_another_device_is_that_on_the_cpu(tmp_path: Path, optimizer: str) -> None:
     changed = {"optimizer": optimizer, "ema": 0.9, "micro_batch": 4, "save_every": 4}

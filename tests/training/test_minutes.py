@@ -76,7 +76,8 @@ def test_the_minutes_are_kept_where_the_pace_changes_or_validations_take_long(
     start = clock.now
     summary, _ = go(tmp_path, Slowing(clock, slow, later, validating))
     assert summary.steps == pytest.approx(steps, abs=7)
-    assert clock.now - start == pytest.approx(100, abs=2 * later + validating / 2)
+    counting = validating  # the batches of a validation are counted before the run, which takes no time but here
+    assert clock.now - start - counting == pytest.approx(100, abs=2 * later + validating / 2)
     lines = metrics.read(tmp_path)
     assert [line["planned_steps"] for line in lines if "planned_steps" in line][-1] == summary.steps
     rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
@@ -117,5 +118,59 @@ def test_what_is_left_counts_what_comes_between_steps_and_after_the_last_one(clo
     for name, seconds in (("validation", 5.0), ("sample", 3.0)):
         with watch.paused(), watch.timed(name):
             clock.now += seconds
-    assert budget.left(10, 30) == pytest.approx(20 * (2.0 + 5.0 / 10) + 5.0 + 3.0)
+    assert budget.left(10, 30) == pytest.approx(20 * 2.0 + 2 * 5.0 + 3.0), "validations at 20 and 30, a sample at 30"
     assert budget.steps(10, 30) == 30, "without a budget"
+
+
+class Checked(Slowing):
+    """Has a validation as large as so many batches."""
+
+    def __init__(self, clock: Clock, batches: int):
+        super().__init__(clock)
+        self.batches = batches
+
+    def validation(self) -> Iterable[Batch]:
+        return [Sequences.batch(self, 10**6 + number) for number in range(self.batches)]
+
+
+def validated(directory: Path) -> list[int]:
+    return [line["step"] for line in metrics.read(directory) if "validation_loss" in line]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.1, [0, 54, 100]), (0.5, [0, 20, 40, 60, 80, 100]), (1.0, None)])
+def test_validations_take_no_more_than_their_share(
+    clock: Clock, tmp_path: Path, share: float, expected: list[int] | None, capsys: pytest.CaptureFixture
+) -> None:
+    every = 20 if expected else 5
+    train(
+        toy(),
+        objective,
+        Checked(clock, 18),
+        settings(steps=100, evaluate_every=every, evaluate_share=share, save_every=0),
+        run(tmp_path),
+    )
+    assert validated(tmp_path) == (expected or [*range(0, 101, 5)])
+    said = "A validation takes about as long as 6.0 steps, so one comes every 54 steps, not 20."
+    assert (said in capsys.readouterr().err) == (share == 0.1)
+
+
+def test_a_resumed_run_validates_at_the_same_steps(clock: Clock, tmp_path: Path) -> None:
+    chosen = settings(steps=60, evaluate_every=1, save_every=20, keep=9)
+    for directory in (tmp_path / "whole", tmp_path / "again"):
+        train(toy(), objective, Checked(clock, 5), chosen, run(directory))
+    for step in checkpoint.steps(tmp_path / "again")[1:]:
+        checkpoint.remove(tmp_path / "again", step)
+    train(toy(), objective, Checked(clock, 5), chosen, run(tmp_path / "again", resume=True))
+    assert validated(tmp_path / "again") == validated(tmp_path / "whole") == [0, *range(15, 60, 15), 60]
+
+
+def test_the_estimate_includes_validations_and_samples(
+    clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def sample(step: int) -> str:
+        clock.now += 100.0
+        return "a sample"
+
+    chosen = settings(steps=20, evaluate_every=10, sample_every=5, save_every=0)
+    train(toy(), objective, Slowing(clock, validating=1000.0), chosen, run(tmp_path), sample)
+    assert "20 steps of 30 tokens, 600 in all: about 40:00 min" in capsys.readouterr().err  # 2 validations, 4 samples

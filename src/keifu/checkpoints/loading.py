@@ -21,6 +21,7 @@ from keifu.devices import choose
 from keifu.errors import UserError, unknown
 from keifu.layers.lora import merge
 from keifu.native.pack import formats
+from keifu.threads import follow_load
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -48,6 +49,7 @@ def load(
     >>> type(model).__name__, tokenizer.encode("Hello")
     ('DecoderLM', [19556])
     """
+    follow_load()
     device, path = _device_for(weights, device), locate(name)
     if is_adapter(path):
         model, tokenizer = load(base_of(path), dtype, device)

@@ -192,8 +192,6 @@ def _show(source: str, options: Options) -> None:
     """Says what there is and writes the sheet."""
     from keifu.data.images.dataset import read_images, split
 
-    if options.count < 1:
-        raise UserError(f"count is {options.count}, but a sheet has at least 1 picture.")
     if holds_conversations(source):
         show(source, options.tokenizer or "smollm2", options.count, options.json)
         return

@@ -125,8 +125,6 @@ def run(options: Options) -> None:
     if options.model is None:
         raise UserError("There is no model: name one (keifu draw MODEL), or a picture with --again.")
     check_png(options.out, options.strip)
-    if options.count < 1 or options.batch_size < 1:
-        raise UserError(f"--count is {options.count} and --batch-size {options.batch_size}: both must be at least 1.")
     _check_sampler(options.sampler)
     drawing.check(options.count, options.best_of, options.clip, options.text)
     record, model = _prepare(options, options.model)

@@ -73,9 +73,6 @@ def _check(options: Options) -> None:
         raise UserError(f"The vectors go into a .npy or a .json file, and {options.out} is neither.")
     if options.among and options.nearest is None:
         raise UserError(f"{options.among} would be searched, but nothing is: say how many with --nearest.")
-    for name, value in (("--nearest", options.nearest), ("--batch-size", options.batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, and it is {value}.")
 
 
 def _embed(model: Any, tokenizer: Any, texts: Sequence[str], options: Options) -> "Tensor":

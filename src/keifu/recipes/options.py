@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from keifu.training.settings import listed
+from keifu.files import listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,11 @@ class Logging:
     def logging(self) -> dict[str, Any]:
         """Both as `Settings` names them."""
         return {"tensorboard": self.tensorboard, "wandb": self.wandb}
+
+
+def given(value: float | int | None, usual: float | int) -> float | int:
+    """The value where one is given, 0 too; else the usual one."""
+    return usual if value is None else value
 
 
 ARGUMENT: Any = type(tyro.conf.arg())  # the class of annotations that name an option, which tyro does not export

@@ -93,14 +93,14 @@ class _Loop:
         lines: metrics.Metrics,
         stop: Callable[[], bool],
     ):
-        self.trainer, self.cost, self.described = setup
+        self.trainer, self.cost, self.described, evaluate_every = setup
         self.state, self.settings = self.trainer.state, self.trainer.settings
         self.data, self.run, self.sample, self.save = data, run, sample, save
         self.display, self.lines, self.stop = display, lines, stop
         s, state, device = self.settings, self.state, self.trainer.device
-        self.pace = Pace(state.seconds, state.passed)
+        self.pace = Pace(state.seconds, state.passed, state.lasted)
         self.left = TimeLeft(s.whole_steps(state.step), s.whole_steps(state.length.steps))
-        self.every = {"validation": s.evaluate_every, "sample": s.sample_every, "state": s.save_every}
+        self.every = {"validation": evaluate_every, "sample": s.sample_every, "state": s.save_every}
         self.budget = Budget(None if s.minutes is None else 60 * s.minutes, self.pace, state.step, self.every)
         self.peak = peak(device, self.trainer.dtype)
         self.figures, self.validated, self.gradient_norm = lines.latest(), lines.validated, math.nan
@@ -114,6 +114,10 @@ class _Loop:
         self.trainer.model.train()
         if self.state.spikes.due(self.state.step):
             self._save_state()
+        if not self.state.step:  # the model as it begins; it also shows how long both take
+            with self.pace.paused():
+                self._make(["validation", "sample"] if self.validated is None else ["sample"])
+        self._estimate()
         while self.state.step < self.state.length.steps:
             gradient = self._gradient()
             if gradient is None:
@@ -222,16 +226,19 @@ class _Loop:
                 self._make(due)
 
     def _make(self, due: list[str]) -> None:
-        """Makes what is due; shows how long it takes when it is first measured, with the time left."""
-        new = {*due} - {*self.pace.lasted, "state"}
+        """Makes what is due, and measures how long it takes."""
         work = {"validation": self._evaluate, "sample": self._sample, "state": self._save_state_or_tell}
         for name in due:
             with self.pace.timed(name):
                 work[name]()
-        if new:
-            took = ", ".join(f"a {name} took {format_seconds(seconds)}" for name, seconds in self.pace.lasted.items())
-            left = format_seconds(self.budget.left(self.state.step, self.state.length.steps))
-            self.display.note(f"Step {self.state.step:,}: {took}; with what is to come, about {left} are left.")
+
+    def _estimate(self) -> None:
+        """Shows what the rest of the run is estimated to take, with the validations and samples in it."""
+        done, whole = self.state.step, self.settings.whole_steps
+        steps = max(done, self.state.length.steps)
+        extra = self.budget.left(done, steps)
+        note = self.cost.sentence(steps - done, self.run.unit, whole(steps) - whole(done), extra, self.on_policy)
+        self.display.note(note)
 
     def _fit(self, steps: int) -> None:
         """Changes the number of steps to what fits into the time; recorded in the metrics and in checkpoints."""
@@ -299,7 +306,7 @@ class _Loop:
     def _save_state(self) -> None:
         state, rules = self.state, self.settings.spikes
         if self.saved != state.step:
-            state.passed = self.pace.passed
+            state.passed, state.lasted = self.pace.passed, dict(self.pace.lasted)
             facts = {"described": self.described, "resolved": self.trainer.resolved(), **state.facts()}
             reach = rules.reach if rules.rise else 0
             checkpoint.save(self.run.directory, state.step, state.tensors(), facts, self.settings.keep, reach)

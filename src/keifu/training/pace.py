@@ -16,10 +16,10 @@ class Pace:
     the last validation, sample and checkpoint, by name.
     """
 
-    def __init__(self, seconds: float = 0.0, passed: float = 0.0):
+    def __init__(self, seconds: float = 0.0, passed: float = 0.0, lasted: Mapping[str, float] | None = None):
         self.seconds, self.lap_seconds, self.since = seconds, 0.0, time.perf_counter()
         self.start = self.since - passed
-        self.lasted: dict[str, float] = {}
+        self.lasted = dict(lasted or {})
 
     @property
     def passed(self) -> float:
@@ -88,22 +88,23 @@ class Budget:
         still fits, or where the last check was a moment ago."""
         if self.seconds is None or self.pace.passed - self.looked < CHECK * self.seconds:
             return planned
-        each, after = self._costs(step)
+        lasted = self.pace.lasted
+        between = math.fsum(seconds / self.every[name] for name, seconds in lasted.items() if self.every[name])
+        each, after = self._step_seconds(step) + between, math.fsum(lasted.values())
         fitting = step + max(1, int((self.seconds - self.pace.passed - after) / each))
         return planned if abs(fitting - planned) <= TOLERANCE * planned else fitting
 
     def left(self, step: int, steps: int) -> float:
-        """Seconds that the rest takes at the current pace."""
-        each, after = self._costs(step)
-        return (steps - step) * each + after
+        """Seconds that the rest takes at the current pace; before the first step, those beside the steps."""
+        times = {name: (steps - 1) // every - step // every if every else 0 for name, every in self.every.items()}
+        between = math.fsum(seconds * (times[name] + 1) for name, seconds in self.pace.lasted.items())
+        return (steps - step) * self._step_seconds(step) + between
 
-    def _costs(self, step: int) -> tuple[float, float]:
-        """Seconds per step, with its share of validation, samples and checkpoints; and seconds of the last ones, at the
-        end."""
-        trained, lasted = self.pace.trained, self.pace.lasted
+    def _step_seconds(self, step: int) -> float:
+        """Seconds per step at the current pace; 0 before the first one."""
+        trained = self.pace.trained
         if step > self.step:
             recent = (trained - self.trained) / (step - self.step)
             self.step_seconds = recent if self.step_seconds is None else (self.step_seconds + recent) / 2
             self.step, self.trained, self.looked = step, trained, self.pace.passed
-        between = math.fsum(seconds / self.every[name] for name, seconds in lasted.items() if self.every[name])
-        return (self.step_seconds or 0.0) + between, math.fsum(lasted.values())
+        return self.step_seconds or 0.0

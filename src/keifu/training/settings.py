@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 from keifu.data.batching import BatchSizeSchedule, batch_size_stages, linear_batch_size
 from keifu.devices import chosen
 from keifu.errors import UserError, unknown
+from keifu.files import listed
+from keifu.ranges import check
 from keifu.training.optim.loss_spikes import SpikeSettings
 
 Optimizer = Literal["adamw", "muon", "adadelta", "adafactor"]
@@ -17,8 +19,8 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 # What may change when a run is resumed: its length, intervals, and how a batch is split; never what a step computes.
 ADJUSTABLE = frozenset(
-    ["steps", "minutes", "micro_batch", "compile", "log_every", "evaluate_every", "sample_every", "save_every", "keep"]
-    + ["tensorboard", "wandb"]
+    ["steps", "minutes", "micro_batch", "compile", "log_every", "evaluate_every", "evaluate_share", "sample_every"]
+    + ["save_every", "keep", "tensorboard", "wandb"]
 )
 
 
@@ -90,9 +92,12 @@ class Settings:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 250
-    """Steps between validations; 0: only at the end."""
+    """Steps between validations; 0: only at the start and at the end."""
+    evaluate_share: float = 0.1
+    """The share of all computation that validations may take: where they would take more, they come more seldom than
+    `evaluate_every`; 1: as often as that, whatever they take."""
     sample_every: int = 0
-    """Steps between samples; 0: only at the end."""
+    """Steps between samples; 0: only at the start and at the end."""
     save_every: int = 500
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
@@ -106,19 +111,7 @@ class Settings:
         for name in CHOICES:
             check_choice(name, vars(self)[name])
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name, least in LEAST.items():
-            value = vars(self)[name]
-            if value is not None and not value >= least:
-                raise UserError(f"{name} must be at least {least}, and it is {value}.")
-        shares = {
-            "final_ratio": [self.final_ratio],
-            "betas": self.betas,
-            "momentum": [self.momentum],
-            "ema": [self.ema],
-        }
-        for name, values in shares.items():
-            if not all(0 <= value < 1 or (value == 1 and name == "final_ratio") for value in values):
-                raise UserError(f"{name} must lie between 0 and 1, and it is {vars(self)[name]}.")
+        check(vars(self))
         if self.rate_shares and self.optimizer != "adamw":
             raise UserError(f"rate_shares are of adamw's rate, and the optimizer is {self.optimizer}: leave them out.")
         if self.warmup > self.steps:
@@ -153,12 +146,6 @@ CHOICES = {
     "optimizer": get_args(Optimizer), "schedule": get_args(Schedule), "rate_by": get_args(RateBy),
     "precision": get_args(Precision),
 }  # fmt: skip
-LEAST = {
-    **dict.fromkeys(("steps", "batch_size", "micro_batch", "log_every", "keep", "decay_steps"), 1),
-    "minutes": 0.0,
-    **dict.fromkeys(("evaluate_every", "sample_every", "save_every", "warmup", "hold", "seed"), 0),
-    **dict.fromkeys(("learning_rate", "matrix_rate", "weight_decay", "epsilon", "clip"), 0.0),
-}
 
 
 def check_choice(setting: str, value: str) -> None:
@@ -173,11 +160,6 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         inside = (flat(inner, f"{prefix}.{key}" if prefix else key) for key, inner in value.items())
         return {name: inner for part in inside for name, inner in part.items()}
     return {prefix: listed(value)}
-
-
-def listed(value: Any) -> Any:
-    """Tuples as the lists that JSON makes of them."""
-    return [listed(inner) for inner in value] if isinstance(value, tuple) else value
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

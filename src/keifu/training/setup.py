@@ -5,6 +5,7 @@ adjusts it to the pace (`pace.Budget`), and states hold the current number.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from keifu.training.hardware.flops import synchronize
 from keifu.training.hardware.precision import resolve_dtype, tensor_float32
 from keifu.training.length import Length, length_of
 from keifu.training.loader import on_device
-from keifu.training.protocols import Batch, Data, Objective, Run
+from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run
 from keifu.training.ranks import row_elements, rows_of
 from keifu.training.run import checkpoint
 from keifu.training.run import directory as run_directory
@@ -33,11 +34,13 @@ ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the
 
 
 class Setup(NamedTuple):
-    """A run that is ready for its next step; described: what decides its result (see `describe_settings`)."""
+    """A run that is ready for its next step; described: what decides its result (see `describe_settings`);
+    evaluate_every: steps between validations."""
 
     trainer: Trainer
     cost: cost.Cost
     described: dict[str, Any]
+    evaluate_every: int
 
 
 def set_up(
@@ -75,10 +78,25 @@ def set_up(
         trainer.state.load(found)
         if trainer.dropout.drops and resolved.get("dropout") != DROPOUT:
             tell("Dropout masks are sampled in another way than in the steps before, which an earlier version made.")
-    done, whole = trainer.state.step, settings.whole_steps
-    steps = max(done, trainer.state.length.steps)
-    tell(measured.sentence(steps - done, run.unit, whole(steps) - whole(done)))
-    return Setup(trainer, measured, described)
+    every = _evaluate_every(settings, data, largest or (data.batch(0) if found else batch), tell)
+    return Setup(trainer, measured, described, every)
+
+
+def _evaluate_every(settings: Settings, data: Data, batch: Batch, tell: Callable[[str], None]) -> int:
+    """Steps between validations, so many that these take no more than their share of the computation.
+
+    An element of a validation counts as a third of one in a step: the backward pass takes twice the forward pass
+    (Kaplan et al., 2020, section 2.1). Rollouts, which are generated for each validation, are not counted.
+    """
+    asked, share = settings.evaluate_every, settings.evaluate_share
+    if not asked or isinstance(data, OnPolicy):
+        return asked
+    elements = sum(rows_of(part) * row_elements(part) for part in data.validation())
+    steps = elements / (3 * rows_of(batch) * row_elements(batch))
+    every = max(asked, math.ceil(steps * (1 / share - 1)))
+    if every > asked:
+        tell(f"A validation takes about as long as {steps:.1f} steps, so one comes every {every} steps, not {asked}.")
+    return every
 
 
 def _format(precision: str, resolved: dict[str, Any], device: torch.device, tell: Callable[[str], None]) -> torch.dtype:

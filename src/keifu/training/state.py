@@ -60,7 +60,8 @@ class TrainState:
     """The weights, and all that changes from step to step.
 
     on_policy: data that keep a state of their own. step: steps done. sums: since the last line of metrics. seconds: of
-    training. passed: of the whole run, when the state was saved.
+    training. passed: of the whole run, when the state was saved. lasted: seconds of the last validation, sample and
+    state, by name.
     """
 
     model: nn.Module
@@ -73,6 +74,7 @@ class TrainState:
     sums: Sums | None = None
     seconds: float = 0.0
     passed: float = 0.0
+    lasted: dict[str, float] = field(default_factory=dict)
 
     @property
     def length(self) -> Length:
@@ -94,6 +96,7 @@ class TrainState:
         return {
             "seconds": self.seconds,
             "passed": self.passed,
+            "lasted": self.lasted,
             "divergence": self.divergence.facts(),
             "spikes": self.spikes.facts(),
             "loss_scale": self.scale.facts(),
@@ -108,6 +111,7 @@ class TrainState:
         self.scale.load(**found.facts.get("loss_scale", {}))
         self.seconds = found.facts["seconds"]
         self.passed = found.facts.get("passed", 0.0)
+        self.lasted = found.facts.get("lasted", {})
 
     @torch.no_grad()
     def rewind(self, found: checkpoint.State) -> None:

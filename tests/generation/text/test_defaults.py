@@ -87,7 +87,7 @@ def test_a_greedy_models_temperature_brings_the_filters_too(chatter: Tokenizer) 
 
 
 def test_an_impossible_setting_names_its_file(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"generation_config\.json, top_k is -1, which must be"):
+    with pytest.raises(UserError, match=r"generation_config\.json, top_k must be a whole number from 0"):
         defaults(told(tokenizer, do_sample=True, top_k=-1))
 
 

@@ -130,9 +130,9 @@ def test_a_run_is_a_model_a_report_and_pictures(tmp_path, capsys):
     train("mlp", "--data", "moons", "--steps", 48, "--out", tmp_path)
     assert float(re.search(r"Right: ([\d.]+)% of 80 held-out rows", capsys.readouterr().out)[1]) > 80
     assert (tmp_path / "boundary.png").read_bytes().startswith(PNG)
-    assert len(list((tmp_path / "samples").glob("step-*.png"))) == 12
+    assert len(list((tmp_path / "samples").glob("step-*.png"))) == 13
     page = (tmp_path / "report.html").read_text()
-    assert "A multi-layer network learns “moons”" in page and page.count("data:image/png") == 13
+    assert "A multi-layer network learns “moons”" in page and page.count("data:image/png") == 14
     assert "keifu train mlp --data moons --steps 48" in page
 
 

@@ -40,8 +40,9 @@ def test_what_is_validated_sampled_and_saved(ema: float, tmp_path: Path) -> None
 
     train(model, objective, Sequences(), chosen, run(tmp_path), sample=sample, save=save)
     validated = [line["validation_loss"] for line in metrics.read(tmp_path) if "validation_loss" in line]
-    assert len(validated) == len(seen) == 2
-    for number, step in enumerate((3, 6)):
+    assert len(validated) == len(seen) == 3
+    assert torch.equal(seen[0], toy().head.weight), "before the first step"
+    for number, step in ((1, 3), (2, 6)):
         tensors = checkpoint.read(tmp_path, step).tensors
         prefix = "optimisers.average." if ema else "model."
         weights = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}

@@ -59,7 +59,7 @@ def test_metrics_have_every_figure(folder: Path) -> None:
     names = {"step", "loss", "accuracy", "learning_rate", "gradient_norm", "tokens_per_second"}
     assert names | {"flops_utilisation", "seconds"} == training[0].keys()
     validation = [line for line in lines if "validation_loss" in line]
-    assert [line["step"] for line in validation] == [4, 8, 12]
+    assert [line["step"] for line in validation] == [0, 4, 8, 12], "also before the first step"
     for line in validation:
         assert line["bits_per_byte"] == pytest.approx(line["validation_loss"] / math.log(2) / 1.5)
 
@@ -145,7 +145,7 @@ def test_the_loggers_get_every_figure(tmp_path: Path, monkeypatch) -> None:
     )
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: logged))
     train(toy(), objective, Sequences(), settings(tensorboard=True, wandb=True), run(tmp_path))
-    line = metrics.read(tmp_path)[0]
+    line = next(line for line in metrics.read(tmp_path) if "loss" in line)
     assert ("open", str(tmp_path / "tensorboard")) in got and ("loss", line["loss"], 2) in got
     assert ("wandb", {name: value for name, value in line.items() if name != "step"}, 2) in got
     assert got[-2:] == [("closed",), ("end",)]
@@ -205,10 +205,11 @@ def test_rows_at_a_time_are_what_fits_in_equal_parts(monkeypatch, free: float, r
 
 def test_the_cost_is_said_before_the_first_step(tmp_path: Path, capsys) -> None:
     train(toy(), objective, Sequences(), settings(), run(tmp_path))
-    place, first, *others = capsys.readouterr().err.splitlines()
+    place, begins, first, *others = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"On cpu, \d+ threads, matrix products in float32\.", place)
+    assert begins.startswith("step 0  validation loss")
     assert first.startswith("483 parameters; 12 steps of 30 tokens, 360 in all: about ")
-    assert re.search(r" s, validations and samples not counted, and .* kB of memory \(", first)
+    assert re.search(r" s, validations and samples included, and .* kB of memory \(", first)
     assert any(line.startswith("step 4  validation loss") for line in others)
     assert others[-1].startswith("Done: 12 steps in")
 

@@ -201,9 +201,11 @@ def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 def _place(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int) -> Place:
     from gguf import GGMLQuantizationType
 
-    if kind not in list(GGMLQuantizationType):
-        raise UserError(f"{path} stores {name} in the number format {kind}, which the gguf package does not know.")
-    known = GGMLQuantizationType(kind).name
+    try:
+        known = GGMLQuantizationType(kind).name
+    except ValueError:
+        unknown_format = f"the number format {kind}, which the gguf package does not know"
+        raise UserError(f"{path} stores {name} in {unknown_format}.") from None
     block, size = _block(known)
     if not shape or shape[-1] % block:
         raise UserError(f"{path} stores {name} {list(shape)} as {known}, whose rows come in blocks of {block}.")

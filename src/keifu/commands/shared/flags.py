@@ -3,10 +3,10 @@
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -14,6 +14,8 @@ from keifu.commands.shared.help_text import Argument, arguments_of, help_text
 from keifu.devices import Choice, choose, choosing
 from keifu.errors import UserError, unknown
 from keifu.generation.text.sampling_params import SamplingParams
+from keifu.ranges import check
+from keifu.recipes.options import by_option, to_json
 
 Options = TypeVar("Options")
 Model = Annotated[
@@ -91,7 +93,17 @@ def parse(
         raise _complaint(kind, arguments, program) from None
     if extra:
         raise _unrecognised(kind, extra, program)
+    check_ranges(kind, to_json(options))
     return options
+
+
+def check_ranges(kind: type, values: Mapping[str, Any]) -> None:
+    """A `UserError` for the first number outside its range, by the name of its option; values: as of `to_json`."""
+    for option, value in by_option(kind, values).items():
+        name = option.rpartition(".")[2].replace("-", "_")
+        number = isinstance(value, (int, float, list)) and not isinstance(value, bool)
+        if number and (name, value) != ("max_tokens", 0):  # 0 is the whole context, for the verbs that have that
+            check({name: value}, lambda _, option=option: f"--{option}")
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:

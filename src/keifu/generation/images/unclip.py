@@ -266,7 +266,9 @@ class UnclipPipeline:
 
         network: Network = lambda x, timestep: self.model.imagine(x, timestep, caption)  # noqa: E731
         if guided:
-            network = guided_denoiser(conditional, noise, wanted.prior_guidance or 1.0)
+            network = guided_denoiser(
+                conditional, noise, 1.0 if wanted.prior_guidance is None else wanted.prior_guidance
+            )
         empty = torch.empty(count, self.model.config.embedding_dim, device=caption.embedding.device)
         found = []
         for _ in range(wanted.candidates):

@@ -15,6 +15,7 @@ from keifu.generation.text.defaults import sampling_for
 from keifu.generation.text.engine import batch_capacity, causal, write
 from keifu.generation.text.request import Piece, Request, check_tokens, prompt_tokens
 from keifu.generation.text.sampling_params import SamplingOptions, SamplingParams
+from keifu.threads import follow_load
 
 Prompts = Sequence[str | Sequence[int]]
 
@@ -130,6 +131,7 @@ def generate(
     >>> keifu.generate(model, tokenizer, "Once upon a time, in a small", max_tokens=3, raw=True)
     ' town, there'
     """
+    follow_load()
     settings = sampling_for(tokenizer, sampling)
     prompts = [as_prompt(tokenizer, each, raw) for each in ([prompt] if isinstance(prompt, str) else prompt)]
     texts = [done.text for done in generate_batch(model, tokenizer, prompts, settings)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 from keifu.errors import UserError, unknown
+from keifu.ranges import check
 
 ANSWER_TOKENS = 1024  # the most that an answer in a conversation has, unless another number is asked for
 
@@ -49,44 +50,15 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, (holds, allowed) in _RANGES.items():
-            value = vars(self)[name]
-            try:
-                fits = holds(value)
-            except TypeError:  # such as text where a number belongs
-                fits = False
-            if not fits:
-                raise UserError(f"{name} is {value!r}, which must be {allowed}.")
+        check(vars(self))
+        if not all(self.stop):
+            raise UserError(f"stop is {self.stop!r}, which must be strings of at least one character.")
+        if not all(isinstance(token, int) and token >= 0 and math.isfinite(bias) for token, bias in self.logit_bias):
+            raise UserError(f"logit_bias is {self.logit_bias!r}, which must be pairs of a token's id and a number.")
 
     def seeded(self) -> "SamplingParams":
         """The same settings with a seed: a fresh one, below 2^53 so that JSON can hold it, if there is none."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(53))
-
-
-def _whole(n: Any) -> bool:
-    return isinstance(n, int)
-
-
-_RANGES = {
-    "max_tokens": (lambda n: n is None or _whole(n) and n >= 1, "at least 1, or None for the whole context"),
-    "temperature": (lambda t: 0 <= t < math.inf, "0 (always the likeliest token) or more"),
-    "top_k": (lambda k: _whole(k) and k >= 0, "the number of tokens to choose from, or 0 for all"),
-    "top_p": (lambda p: 0 < p <= 1, "more than 0 and at most 1 (which keeps all tokens)"),
-    "min_p": (lambda p: 0 <= p <= 1, "between 0 (which keeps all tokens) and 1"),
-    "repetition_penalty": (lambda r: 0 < r < math.inf, "more than 0; 1 changes nothing"),
-    "presence_penalty": (math.isfinite, "a finite number; 0 changes nothing"),
-    "frequency_penalty": (math.isfinite, "a finite number; 0 changes nothing"),
-    "stop": (all, "strings of at least one character"),
-    "seed": (
-        lambda s: s is None or _whole(s) and 0 <= s < 2**63,
-        "a whole number from 0 to 2^63 - 1, or None for a fresh one",
-    ),
-    "top_log_probabilities": (lambda n: _whole(n) and 0 <= n <= 20, "from 0 to 20"),
-    "logit_bias": (
-        lambda pairs: all(_whole(token) and token >= 0 and math.isfinite(bias) for token, bias in pairs),
-        "pairs of a token's id and a finite number",
-    ),
-}
 
 
 class SamplingOptions(TypedDict, total=False):

@@ -23,6 +23,7 @@ from keifu.generation.text.beam_search import (
     paper_penalty,
 )
 from keifu.generation.text.engine import BidirectionalEncoder, Model, evaluation_mode
+from keifu.ranges import check
 
 OPENING, CLOSING = "「『（〈《【［｛“(", "」』）〉》】］｝”)"
 FULL_WIDTH = "。！？｡"  # a sentence ends here whatever follows
@@ -128,10 +129,7 @@ class TranslationParams:
     """Most sentences at a time: it changes the speed and no translation."""
 
     def __post_init__(self) -> None:
-        for name in ("beam", "max_tokens", "batch_size"):
-            value = vars(self)[name]
-            if value is not None and value < 1:
-                raise UserError(f"{name.replace('_', '-')} is {value}, which must be at least 1.")
+        check(vars(self))
         if not -10 <= self.alpha <= 10:
             raise UserError(f"alpha is {self.alpha}, which must be from -10 to 10; the paper has 0.6.")
 

@@ -36,6 +36,7 @@ from keifu.files import sha256, write_atomic
 from keifu.generation.text.engine import causal
 from keifu.layers.lora import adapters, merge
 from keifu.recipes.finetuning import FinetuneOptions, describe_run
+from keifu.recipes.options import given
 from keifu.training.protocols import Run
 from keifu.training.run import metrics
 
@@ -76,7 +77,7 @@ class AssistantOptions(FinetuneOptions):
 
     def rate(self, full: float, adapters: float) -> float:
         """The learning rate that was given, or else one for all weights or one for adapters."""
-        return self.learning_rate or (adapters if self.lora.rank else full)
+        return given(self.learning_rate, adapters if self.lora.rank else full)
 
 
 @dataclass(frozen=True, kw_only=True)

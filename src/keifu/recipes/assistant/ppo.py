@@ -40,6 +40,7 @@ from keifu.recipes.assistant.common import (
 from keifu.recipes.assistant.reward import with_score_head
 from keifu.recipes.finetuning import finetune_settings
 from keifu.recipes.language.common import TextOptions
+from keifu.recipes.options import given
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Run
 from keifu.training.settings import Settings
@@ -192,7 +193,7 @@ def settings(recipe: Recipe) -> Settings:
     updates = recipe.minibatches * recipe.epochs
     steps = recipe.steps or recipe.rollouts * updates
     rate = recipe.rate(5e-6, 5e-5)
-    value_rate = recipe.value_rate or (9e-5 if recipe.lora.rank else 9e-6)
+    value_rate = given(recipe.value_rate, 9e-5 if recipe.lora.rank else 9e-6)
     return finetune_settings(
         recipe,
         steps,

@@ -24,7 +24,7 @@ from keifu.devices import choose
 from keifu.files import cache
 from keifu.generation.text.generate import generate
 from keifu.layers.transformer.decoder import DecoderLM
-from keifu.recipes.options import Logging
+from keifu.recipes.options import Logging, given
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.protocols import Run
@@ -223,6 +223,6 @@ def own_settings(options: Options, **more: Any) -> Settings:
     """How keifu trains: Muon, and rates that fall to 0 in a line."""
     return Settings(
         **default_settings(options), warmup=min(100, -(-options.steps // 10)), optimizer="muon", schedule="linear",
-        learning_rate=options.learning_rate or 2e-3, matrix_rate=options.matrix_rate, final_ratio=0.0,
+        learning_rate=given(options.learning_rate, 2e-3), matrix_rate=options.matrix_rate, final_ratio=0.0,
         weight_decay=0.01, **more,
     )  # fmt: skip

@@ -21,7 +21,7 @@ import tyro
 from keifu.errors import UserError
 from keifu.models import gpt1
 from keifu.recipes.language.common import Text, prepare_text, pretrain
-from keifu.recipes.options import Logging
+from keifu.recipes.options import Logging, given
 from keifu.training.loop import Summary
 from keifu.training.settings import Settings
 
@@ -65,7 +65,8 @@ def settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
     """How `keifu` trains for so many steps."""
     return Settings(
         **_every(recipe, steps, batch_size), warmup=min(100, -(-steps // 10)), optimizer="muon", schedule="linear",
-        learning_rate=recipe.learning_rate or 2e-3, matrix_rate=recipe.matrix_rate, final_ratio=0.0, weight_decay=0.01,
+        learning_rate=given(recipe.learning_rate, 2e-3), matrix_rate=recipe.matrix_rate, final_ratio=0.0,
+        weight_decay=0.01,
     )  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def paper_settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
     """Section 4.1; a run shorter than its warm-up has its rising part alone, and clipping is the released code's."""
     return Settings(
         **_every(recipe, steps, batch_size), warmup=min(PAPER_WARMUP, steps), schedule="cosine", final_ratio=0.0,
-        learning_rate=recipe.learning_rate or 2.5e-4, weight_decay=0.01, betas=(0.9, 0.999), clip=1.0,
+        learning_rate=given(recipe.learning_rate, 2.5e-4), weight_decay=0.01, betas=(0.9, 0.999), clip=1.0,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from keifu.models import palm
 from keifu.recipes.language.common import Options, default_settings, own_settings, prepare_text, pretrain
+from keifu.recipes.options import given
 from keifu.training.loop import Summary
 from keifu.training.optim.loss_spikes import SpikeSettings
 from keifu.training.settings import Settings
@@ -50,9 +51,8 @@ def paper_settings(recipe: Recipe) -> Settings:
     growing = until[0] < until[1] and until[0] > 0  # else the run is too short to grow in
     return Settings(
         **default_settings(recipe), batch_stages=tuple(zip(rows, until, strict=True)) if growing else (),
-        optimizer="adafactor",
-        learning_rate=recipe.learning_rate or 1e-2, schedule="inverse_sqrt", hold=max(1, recipe.share(HELD / STEPS)),
-        weight_decay=1.0, clip=1.0, spikes=recipe.spikes,
+        optimizer="adafactor", learning_rate=given(recipe.learning_rate, 1e-2), schedule="inverse_sqrt",
+        hold=max(1, recipe.share(HELD / STEPS)), weight_decay=1.0, clip=1.0, spikes=recipe.spikes,
     )  # fmt: skip
 
 

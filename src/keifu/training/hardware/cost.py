@@ -131,15 +131,19 @@ class Cost:
         """Activations that are kept for the backward pass, and temporary memory of a pass."""
         return self.fixed_bytes + self.row_bytes * self.micro_batch
 
-    def sentence(self, steps: int, unit: str, whole_steps: float) -> str:
-        """The sentence before a run starts; steps with smaller batches count as fractions of whole steps."""
+    def sentence(self, steps: int, unit: str, whole_steps: float, extra: float, on_policy: bool = False) -> str:
+        """The sentence before a run starts; steps with smaller batches count as fractions of whole steps.
+
+        `extra`: seconds of validations and samples. `on_policy`: batches are rollouts, whose time is not measured.
+        """
         up_to = "up to " if whole_steps < steps else ""
         parts = f"{format_bytes(2 * self.parameter_bytes)} parameters and gradients, "
         parts += f"{format_bytes(self.optimizer_bytes)} optimizer, {format_bytes(self.activation_bytes)} activations"
         units = f"{up_to}{self.units_per_step:,.0f} {unit}, {format_count(whole_steps * self.units_per_step)} in all"
         return (
             f"{format_count(self.parameters)} parameters; {number(steps, 'step')} of {units}: "
-            f"about {format_seconds(whole_steps * self.step_seconds)}, validations and samples not counted, and "
+            f"about {format_seconds(whole_steps * self.step_seconds + extra)}, validations and samples included"
+            f"{' and rollouts not' if on_policy else ''}, and "
             f"{format_bytes(self.total_bytes)} of memory ({parts}), of {format_bytes(self.available)} that are free."
         )
 

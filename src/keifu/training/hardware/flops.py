@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 SECONDS = 0.2
 # Published peaks of dense matrix products with sums in float32, in TFLOP/s: in bfloat16, in float16, in float32 (TF32
-# on tensor cores where there are any). The first pattern that matches a GPU's name counts; of AMD's cards with two
-# dies, each die is a device.
+# on tensor cores where there are any): units x clock x operations in a clock, which the tests compute again. Those of
+# B200 and H100 NVL stand in NVIDIA's data sheets alone: no published clock gives them. The first pattern that matches a
+# GPU's name counts; of AMD's cards with two dies, each die is a device.
 TFLOPS = {
     r"\bB200\b": (2250, 2250, 1125),
     r"\bH100 PCIe\b": (756, 756, 378),

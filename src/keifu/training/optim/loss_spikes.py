@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keifu.errors import UserError
+from keifu.ranges import check
 from keifu.training.hardware.failures import Running
 
 MOST = 3  # rewinds in a row to the same state, before the run stops
@@ -31,9 +32,7 @@ class SpikeSettings:
     """Batches that are left out then, those of the spike among them."""
 
     def __post_init__(self) -> None:
-        for name, least in (("rise", 0.0), ("steps", 1), ("rewind", 1)):
-            if not vars(self)[name] >= least:
-                raise UserError(f"spikes.{name} must be at least {least}, and it is {vars(self)[name]}.")
+        check(vars(self), "spikes.{}".format)
         if self.rise and self.skip < self.reach:
             raise UserError(
                 f"spikes.skip must be at least {self.reach} with a rewind of {self.rewind} steps, so that no batch of "
