@@ -60,11 +60,11 @@ _NAMES = {
         hidden hidden_dim image_size keep kernel latent_channels layers length limit log_every max_updates maxout_dim
         micro_batch minibatches most multipliers n_decoder_heads n_decoder_layers n_heads n_kv_heads n_layers nearest
         noise_steps original_context_length patch_size prior_heads prior_layers prior_steps prompts residual_blocks
-        rewind rollouts sentinels sliding_window small steps target_vocab_size terms tile tokens_per_batch
+        rewind rollouts sentinels sliding_window slots small steps target_vocab_size terms tile tokens_per_batch
         type_vocab_size upsampler_widths upsampling_steps vae_batch vae_steps vae_widths vocab_size width widths
         """,
     FROM_ZERO: """
-        attention by_shots end_id evaluate_every first_window_layer hold pad_id rank sample_every save_every shift
+        attention by_shots end_id evaluate_every first_window_layer hold pad_id queue rank sample_every save_every shift
         shots skip start_id text_rank
         """,
     SEED: "seed",
@@ -76,7 +76,7 @@ _NAMES = {
         """,
     POSITIVE: """
         attention_factor autoencoder_minutes beta_fast beta_slow clip_minutes epochs factor gamma high_freq_factor
-        logit_scale low_freq_factor minutes mscale mscale_all_dim rate rope_theta vae_minutes
+        logit_scale low_freq_factor minutes mscale mscale_all_dim rate rope_theta timeout vae_minutes
         """,
     SHARE: """
         anneal caption_dropout discount eta final_ratio gae_lambda guidance_rescale image_dropout label_dropout prefix
@@ -99,6 +99,7 @@ RANGES = {name: kind for kind, names in _NAMES.items() for name in names.split()
     "top_p": Range(0, 1, above=True, note=" (1: all tokens)"),
     "min_p": Range(0, 1, note=" (0: all tokens)"),
     "repetition_penalty": Range(1e-6, LIMIT, note=" (1 changes nothing)"),
+    "port": Range(0, 65_535, whole=True),
     "presence_penalty": Range(-LIMIT, LIMIT, note=" (0 changes nothing)"),
     "frequency_penalty": Range(-LIMIT, LIMIT, note=" (0 changes nothing)"),
 }
