@@ -29,7 +29,8 @@ class Range:
 
     def holds(self, value: Any) -> bool:
         """Whether a value is such a number."""
-        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
+        kind: Any = Integral if self.whole else Real
+        if isinstance(value, bool) or not isinstance(value, kind):
             return False
         inside = self.least <= value <= self.most
         excluded = (self.above and value == self.least) or (self.below and value == self.most)
