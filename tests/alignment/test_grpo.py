@@ -232,14 +232,14 @@ def test_the_built_in_task_is_labelled(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--beta", "-1"], "beta is 0 or more"),
+        (["--beta", "-1"], "--beta must be a number from 0"),
         (["--group", "1"], "2 answers or more"),
         (["--minibatches", "3"], "16 answers cannot be split into 3 minibatches"),
         (["--max-tokens", "48"], "this model's context is 48"),
         (["--reward", "lst-number"], "Did you mean 'last-number'"),
         (["--reward", "absent.py:f"], "There is no file absent.py"),
         (["--data", "absent.jsonl"], "There is no file absent.jsonl"),
-        (["--sums.digits", "0", "--data", "chain-sum"], "of 1 digit or more"),
+        (["--sums.digits", "0", "--data", "chain-sum"], "--sums.digits must be a whole number from 1"),
     ],
 )
 def test_bad_options(arguments: list[str], said: str, base: Path, task: Path, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_published_reward_model_loads_and_goes_back(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--context-length", "6"], "prompts have an answer longer than 6 tokens"),
-        (["--held-out", "1.0"], "held_out is a share"),
+        (["--held-out", "1.0"], "--held-out must be a number from 0 and below 1"),
         (["--lora.rank", "2", "--lora.targets", "q_projj"], "q_proj"),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_full_context_is_said(model: str, capsys: pytest.CaptureFixture) -> No
         (["Once", "--file", "x.txt"], "There is no file 'x.txt'."),
         (["--file", "nowhere.txt"], "There is no file 'nowhere.txt'."),
         (["Once " * 40], "48"),
-        (["Once", "--temperature", "-1"], "temperature is -1"),
+        (["Once", "--temperature", "-1"], "--temperature must be 0 or a number from 1e-06"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(model: str, words: list[str], told: str, capsys: pytest.CaptureFixture) -> None:

@@ -179,8 +179,8 @@ def test_the_command_draws_varies_and_draws_again(unclip_pipeline, seeing, pictu
         (["a cat", "--towards", "a dog", "--init", "P", "--count", "2"], "There is no picture a dog"),
         (["a cat", "--negative", "a dog", "--guidance", "1"], "with a guidance of 1 there is none"),
         (["a cat", "--size", "18"], "nearest size that does is 8 x 8"),
-        (["a cat", "--candidates", "0"], "candidates is 0"),
-        (["a cat", "--prior-steps", "0"], "at least 1 step, not 0"),
+        (["a cat", "--candidates", "0"], "--candidates must be a whole number from 1"),
+        (["a cat", "--prior-steps", "0"], "--prior-steps must be a whole number from 1"),
         (["a red heart " * 9], "the model reads 12"),
     ],
 )

@@ -136,7 +136,7 @@ def test_resumed_to_the_bit(rank: str, base: Path, talks: Path, tmp_path: Path) 
         (["--context-length", "8"], "are longer than the 8 tokens of a row"),
         (["--lora.rank", "2", "--lora.targets", "q_projj"], "q_proj"),
         (["--limit", "1"], "at least 2"),
-        (["--held-out", "1.5"], "held_out is a share"),
+        (["--held-out", "1.5"], "--held-out must be a number from 0 and below 1"),
     ],
 )
 def test_bad_options(arguments: list[str], said: str, base: Path, talks: Path, tmp_path: Path) -> None:

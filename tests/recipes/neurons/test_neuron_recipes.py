@@ -184,8 +184,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
         (("--data", "mnst"), "Did you mean 'mnist'"),
         (("--augment",), "--augment distorts pictures, and 'xor' has none"),
         (("--data", "mnist", "--label", "digit"), "the data are 'mnist': leave it out"),
-        (("--hidden", "4", "0"), "at least one unit"),
-        (("--dropout", "1.5"), "dropout is a share"),
+        (("--hidden", "4", "0"), "--hidden must be a whole number from 1"),
+        (("--dropout", "1.5"), "--dropout must be a number from 0 and below 1"),
         (("--data", "moons", "--hiden", "4"), "--hidden"),
     ],
 )

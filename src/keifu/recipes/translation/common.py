@@ -243,7 +243,7 @@ def intervals(steps: int, warmup: int) -> dict[str, Any]:
         "warmup": warmup,
         "evaluate_every": max(1, steps // 20),
         "sample_every": max(1, steps // 10),
-        "save_every": max(10, steps // 50),
+        "save_every": max(1, steps // 50),
     }
 
 
