@@ -144,7 +144,7 @@ def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(
         (ROWS, ("--label", "lable"), "Did you mean 'label'?"),
         ([(text, "one") for text, _ in ROWS], (), "There is nothing to tell apart in"),
         (ROWS, ("--cut", "200"), "cut keeps from 3 to 16 tokens"),
-        (ROWS, ("--held-out", "1"), "held_out is a share from 0 up to below 1"),
+        (ROWS, ("--held-out", "1"), "--held-out must be a number from 0 and below 1"),
         (ROWS, ("--size.dim", "64"), "--size and --tokenizer are for a new model"),
         ([("cat " * 40, "animal"), *ROWS], (), "has 42 tokens; the model takes 16"),
     ],
