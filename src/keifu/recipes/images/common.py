@@ -95,11 +95,12 @@ class TextToImageOptions(Logging):
 
 def image_settings(recipe: Any, steps: int, budget: tuple[int | None, float], **different: Any) -> Settings:
     """AdamW with a warm-up of a twentieth of the steps and a cosine to 0, and as many validations; `different` are the
-    fields of `Settings` in which a recipe differs from that."""
+    fields of `Settings` in which a recipe differs from that. A sample takes as long as several steps: at least 50 lie
+    between two."""
     often = max(1, steps // 20)
     usual: dict[str, Any] = {name: vars(recipe)[name] for name in ("batch_size", "learning_rate", "ema", "precision")}
     usual |= {"steps": steps, "minutes": minutes_of(budget), "warmup": steps // 20, "final_ratio": 0.0}
-    usual |= {"weight_decay": 0.01, "betas": (0.9, 0.99), "evaluate_every": often, "sample_every": 2 * often}
+    usual |= {"weight_decay": 0.01, "betas": (0.9, 0.99), "evaluate_every": often, "sample_every": max(50, 2 * often)}
     usual |= {"save_every": min(often, 1000), "keep": recipe.keep, "seed": recipe.seed}
     return Settings(**usual | recipe.logging() | different)
 
