@@ -57,6 +57,15 @@ def test_one_reading_alone_changes_nothing() -> None:
         assert not placement.read(TICK * number, dict.fromkeys(TWO, 1.0), 2.0 if number % 2 else 1.2)
 
 
+def test_a_process_that_waits_for_work_holds_no_cores() -> None:
+    placement = Placement(TWO)
+    for number in range(2):
+        placement.read(TICK * number, dict.fromkeys(TWO, 1.0), 1.0)
+    assert placement.held
+    assert placement.read(2 * TICK, dict.fromkeys(TWO, 1.0), 0.0) and placement.held is None
+    assert not placement.read(3 * TICK, dict.fromkeys(TWO, 1.0), 0.0)
+
+
 def test_of_many_cores_those_that_others_use_are_left_to_them() -> None:
     cores = frozenset(range(8))
     placement = Placement(cores)

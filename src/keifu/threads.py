@@ -26,18 +26,19 @@ from typing import Any
 WAY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_THREAD_LIMIT")  # if one is set, how threads wait is left alone
 WHERE = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")  # and where they run
 COUNT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")  # and how many there are
-INTERVAL = 0.5  # seconds between readings
+INTERVAL = 0.25  # seconds between readings
 TAKEN, FREE = 0.35, 0.15  # cores that others use: above the first they are in the way, below the second they are not
 FULL = 0.3  # idle cores below which all cores are in use
 IDLE = 0.5  # cores that this process uses, below which it has nothing to lose
-GIVE, TAKE = 0.3, 2.0  # seconds that readings ask for it, before cores are given to others, and taken back
+UNUSED = 0.05  # cores that it uses while it waits for work, at most
+GIVE, TAKE = 0.2, 2.0  # seconds that readings ask for it, before cores are given to others, and taken back
 TASKS, GROUPS, OWN_GROUP = Path("/proc/self/task"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 STATISTICS = Path("/proc/stat")
 _started = threading.Lock()  # taken by the first call, and kept
 
 
 def follow_load() -> None:
-    """Lets this process follow the load of the machine from now on: a thread looks at it twice a second.
+    """Lets this process follow the load of the machine from now on: a thread looks at it four times a second.
 
     It may be called often. Where a variable of the environment says how threads wait, or how many there are, it stays.
     """
@@ -63,6 +64,9 @@ class Placement:
     def read(self, now: float, busy: Mapping[int, float], own: float) -> bool:
         """Whether the cores change: `now` in seconds, `busy` the share of time that each core was used by anyone, and
         `own` the cores that this process used."""
+        if self.held and own < UNUSED:  # it holds nothing while it waits for work
+            self.held, self.since = None, math.inf
+            return True
         others = max(0.0, math.fsum(busy.values()) - own)
         wanted = max(1, len(self.cores) - max(1, round(others)))
         if not self._asks(busy, own, others, wanted):
@@ -118,7 +122,7 @@ class IdleTeam:
 
 
 def _watch() -> None:
-    """Reads the load of the cores, about twice a second, until the process ends."""
+    """Reads the load of the cores, about four times a second, until the process ends."""
     placement, team = Placement(frozenset(os.sched_getaffinity(0))), None
     before = _clocks()
     while True:
