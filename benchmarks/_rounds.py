@@ -37,16 +37,3 @@ def table(seconds: Mapping[str, list[float]], amount: float, unit: str, base: st
         rate = amount / statistics.median(own)
         lines.append(f"| {name} | {rate:.{1 if rate >= 1 else 3}f} | {ratio} | {notes.get(name, '')} |")
     return "\n".join(lines)
-
-
-def read_bandwidth() -> float:
-    """Bytes a second at which the cores read memory: products of matrices too large for any cache with one vector."""
-    matrices = [torch.randn(8192, 4096) for _ in range(8)]  # 1 GiB
-    vector = torch.randn(4096)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        for matrix in matrices:
-            torch.mv(matrix, vector)
-        best = min(best, time.perf_counter() - start)
-    return sum(matrix.nbytes for matrix in matrices) / best

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from _rounds import interleaved, machine, read_bandwidth, table
+from _rounds import interleaved, machine, table
 
 from keifu import checkpoints
 from keifu.generation.text.engine import decode
+from keifu.memory import read_bandwidth
 
 SHAPES = {
     "llama": transformers.LlamaConfig(
@@ -44,7 +45,7 @@ def main() -> None:
     }
     same = torch.equal(contenders["transformers"]()[0, 16:], contenders["keifu"]()[0])
     seconds = interleaved(contenders, options.rounds)
-    bandwidth, weights = read_bandwidth(), sum(p.nbytes for p in ours.parameters())
+    bandwidth, weights = read_bandwidth(prompt.device), sum(p.nbytes for p in ours.parameters())
     if ours.head is not None:  # then a token reads one row of the embedding
         weights -= ours.embedding.weight.nbytes
     shares = {n: f"{weights * options.tokens / statistics.median(s) / bandwidth:.0%} of it" for n, s in seconds.items()}

@@ -29,7 +29,7 @@ from _training import CPU, learned, ours, validation
 from torch import Tensor, nn
 
 from keifu.data.text.packed import PackedText
-from keifu.generation.text.engine import step as decoding_step
+from keifu.generation.text.model import step as decoding_step
 from keifu.layers.linear import JoinedLinear
 from keifu.layers.transformer.blocks import Parallel, PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
@@ -114,19 +114,18 @@ class Decoding:
 
 def stepping(model: DecoderLM, length: int, batch: int) -> tuple[Callable[[], None], float]:
     """Some tokens, one after the other, behind `length` others; and the megabytes of the cache."""
-    caches = model.new_caches(batch, length + TOKENS)
-    for cache in caches:
-        like = cache.keys[:, :, :length]
-        cache.append(torch.randn_like(like), torch.randn_like(like))
+    state = model.new_state(batch, length + TOKENS)
+    for held in (*state.keys, *state.values):
+        held.normal_()
+    state.lengths = [length] * batch
     token = torch.zeros(batch, 1, dtype=torch.int64)
 
     def work() -> None:
-        for cache in caches:
-            cache.rollback(length)
+        state.rollback(length)
         for _ in range(TOKENS):
-            decoding_step(model, token, caches, None)
+            decoding_step(model, token, state)
 
-    return work, sum(cache.keys.nbytes + cache.values.nbytes for cache in caches) / 1e6
+    return work, batch * (length + TOKENS) * state.token_bytes / 1e6
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.layers.attention.kv_cache import KeyValueCache
+from keifu.layers.attention.kv_cache import KVState
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, palm, qwen3
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -70,18 +70,19 @@ class Script(nn.Module):
         self.tokens, self.asked = torch.tensor(tokens), asked
         self.config = SimpleNamespace(vocab_size=vocab_size, context_length=context_length)
 
-    def hidden(self, tokens: Tensor, caches: list[KeyValueCache], padding: Tensor | None) -> Tensor:
-        start = caches[0].length
-        caches[0].append(*[tokens.new_zeros(len(tokens), 1, tokens.shape[1], 1).float()] * 2)
-        places = torch.arange(start, start + tokens.shape[1]) - (0 if padding is None else padding[:, None])
+    def hidden(self, tokens: Tensor, state: Any, padding: Tensor | None = None) -> Tensor:
+        places = state.positions(tokens.shape[1], padding)
+        new = [tokens.new_zeros(len(tokens), 1, tokens.shape[1], 1).float()] * 3
+        state.layer(0).attend(*new, None, None, None)
+        state.advance()
         return (places - self.asked + 1).expand(tokens.shape)[..., None].float()
 
     def logits(self, hidden: Tensor) -> Tensor:
         places = hidden[..., 0].long().clamp(0, len(self.tokens) - 1)
         return 50.0 * F.one_hot(self.tokens[places], self.config.vocab_size)
 
-    def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
-        return [KeyValueCache(batch, 1, capacity, 1, torch.zeros(1))]
+    def new_state(self, rows: int, capacity: int) -> KVState:
+        return KVState([(1, 1)], rows, capacity, torch.zeros(1))
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_loss_sees_the_scaled_logits(tied):
 
 def test_cache_holds_one_head():
     model = palm.build(palm.Config(**SMALL, head_dim=20))
-    assert [cache.keys.shape for cache in model.new_caches(2, 9)] == [(2, 1, 9, 20)] * 2
+    assert [keys.shape for keys in model.new_state(2, 9).keys] == [(2, 1, 9, 20)] * 2
 
 
 @pytest.mark.parametrize("setting", ["use_qk_norm", "attention_bias"])

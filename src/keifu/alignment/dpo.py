@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from keifu.generation.text.engine import evaluation_mode
+from keifu.generation.text.model import evaluation_mode
 from keifu.layers.losses import token_log_probabilities
 from keifu.training.protocols import Batch, LossOutput, Objective
 

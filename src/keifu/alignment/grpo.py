@@ -13,7 +13,7 @@ from torch import Tensor
 
 from keifu.alignment.monitor import Range
 from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics
-from keifu.generation.text.engine import evaluation_mode
+from keifu.generation.text.model import evaluation_mode
 from keifu.training.protocols import Batch, LossOutput, Objective
 
 EPSILON = 1e-4  # added to a group's standard deviation; where all rewards are equal, every advantage is 0

@@ -22,7 +22,7 @@ from keifu.alignment.monitor import Range
 from keifu.alignment.rollouts import RolloutInputs, Rollouts, Tokens, answer_log_probabilities, response_statistics
 from keifu.data.text.packed import PackedText
 from keifu.errors import UserError
-from keifu.generation.text.engine import evaluation_mode
+from keifu.generation.text.model import evaluation_mode
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.protocols import Batch, LossOutput, Objective
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from keifu.data.chat.prompts import Prompt
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.engine import evaluation_mode
+from keifu.generation.text.model import evaluation_mode
 from keifu.training.protocols import Batch, LossOutput
 
 Scores = Float[Tensor, "batch K"]

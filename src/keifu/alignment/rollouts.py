@@ -23,8 +23,8 @@ from keifu.data.batching import Epochs
 from keifu.data.chat.prompts import Prompt, fingerprint
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.engine import causal, evaluation_mode
 from keifu.generation.text.generate import Completion, generate_batch
+from keifu.generation.text.model import causal, evaluation_mode
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.layers.lora import unadapted
 from keifu.layers.losses import token_log_probabilities

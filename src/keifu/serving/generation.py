@@ -94,7 +94,7 @@ def _requests(
     seeds = [((sampling.seed or 0) + choice) % 2**63 for choice in range(body.n or 1)]
     places = [(prompt, replace(sampling, seed=seed)) for prompt in ids for seed in seeds]
     room = config.context_length
-    return [Request(n, *pair, tokenizer, room, constraint()) for n, pair in enumerate(places)]
+    return [Request(*pair, tokenizer, room, constraint()) for pair in places]
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:

@@ -17,7 +17,7 @@ from keifu.errors import UserError, unknown
 from keifu.evaluation.classification.embeddings import Encoder
 from keifu.evaluation.images.retrieval import TwoTowers
 from keifu.generation.images.pipeline import image_pipeline
-from keifu.generation.text.engine import Model, explain_not_causal
+from keifu.generation.text.model import Model, OwnRunner, explain_not_causal
 from keifu.generation.text.translation import is_translator
 from keifu.serving.errors import ApiError
 from keifu.serving.metrics import Metrics
@@ -59,7 +59,7 @@ def describe(name: str) -> Description:
 
 def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
     """What a model of this kind, with this tokenizer, can be asked for."""
-    if isinstance(model, Model) and tokenizer is not None:
+    if isinstance(model, Model | OwnRunner) and tokenizer is not None:
         return ("completion",) if tokenizer.chat_template is None else ("chat", "completion")
     if isinstance(model, Encoder | TwoTowers) and tokenizer is not None:
         return ("embedding",)

@@ -11,70 +11,19 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from keifu.errors import UserError
-from keifu.generation.text.beam_search import device_of
-from keifu.generation.text.engine import Batch, Model, batch_capacity, causal, evaluation_mode
-from keifu.generation.text.request import Piece, Request, allowed_tokens
+from keifu.generation.text.engine import Engine
+from keifu.generation.text.request import Piece, Request
 from keifu.serving.errors import ApiError
 from keifu.serving.metrics import Metrics
 
 LOG = logging.getLogger("keifu.serving")
 Result = TypeVar("Result")
 Pieces = list[tuple[int, Piece]]
-
-
-class Engine:
-    """Requests decoded in turn, one token of each a step; they join and leave at any step.
-
-    max_running: how many are decoded at a time; the others wait.
-    """
-
-    def __init__(self, model: Model, max_running: int = 32):
-        self.model, self.max_running = model, max_running
-        self._waiting: dict[int, Request] = {}
-        self._running: dict[int, tuple[Request, Batch]] = {}
-        self._next = 0
-
-    def add(self, request: Request) -> int:
-        """Takes a request up; its number."""
-        self._next += 1
-        self._waiting[self._next] = request
-        return self._next
-
-    def abort(self, number: int) -> None:
-        """Forgets a request, if it is not finished."""
-        self._waiting.pop(number, None)
-        self._running.pop(number, None)
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """How many requests wait, and how many are decoded."""
-        return len(self._waiting), len(self._running)
-
-    @torch.inference_mode()
-    def step(self) -> Pieces:
-        """The next piece of each request that is decoded, with its number."""
-        pieces = []
-        with evaluation_mode(cast(nn.Module, self.model)):
-            while self._waiting and len(self._running) < self.max_running:
-                number, request = next(iter(self._waiting.items()))
-                tokens = torch.tensor([request.prompt], device=device_of(cast(nn.Module, self.model)))
-                caches = self.model.new_caches(1, batch_capacity([request]))
-                self._running[number] = request, Batch(self.model, tokens, None, [request.sampling], caches)
-                del self._waiting[number]
-            for number, (request, batch) in list(self._running.items()):
-                device = device_of(cast(nn.Module, self.model))
-                allowed = allowed_tokens([request], self.model.config.vocab_size, device)
-                piece = request.take(*batch.advance(allowed).figures.tolist()[0])
-                pieces.append((number, piece))
-                if piece.finish_reason:
-                    self.abort(number)
-        return pieces
 
 
 @dataclass(frozen=True)
@@ -231,8 +180,8 @@ class Worker:
 
     def _add(self, job: Job) -> None:
         try:
-            model, _ = self._loaded()
-            self._engine = self._engine or Engine(causal(model), self.limits.slots)
+            model, tokenizer = self._loaded()
+            self._engine = self._engine or Engine(model, tokenizer, max_running=self.limits.slots)
             for place, request in enumerate(job.requests):
                 number = self._engine.add(request)
                 self._jobs[number] = job, place
@@ -261,7 +210,8 @@ class Worker:
                 job.put(told)
             return
         pieces: dict[Job, Pieces] = {}
-        for number, piece in found:
+        for piece in found:
+            number = piece.index
             job, place = self._jobs[number]
             pieces.setdefault(job, []).append((place, piece))
             if piece.finish_reason is not None:

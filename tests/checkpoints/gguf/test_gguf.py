@@ -364,9 +364,9 @@ def test_smollm2_answers(loaded) -> None:
     model, tokenizer = loaded
     ids = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}])
     answer: list[int] = []
-    caches, new = model.new_caches(1, len(ids) + 12), torch.tensor([ids])
+    state, new = model.new_state(1, len(ids) + 12), torch.tensor([ids])
     with torch.inference_mode():
-        while len(answer) < 12 and (token := int(model(new, caches)[0, -1].argmax())) not in tokenizer.stop_ids:
+        while len(answer) < 12 and (token := int(model(new, state)[0, -1].argmax())) not in tokenizer.stop_ids:
             answer.append(token)
             new = torch.tensor([[token]])
     assert "Paris" in tokenizer.decode(answer)

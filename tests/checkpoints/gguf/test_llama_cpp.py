@@ -48,9 +48,9 @@ def random(config) -> torch.nn.Module:
 
 
 def greedy(model, tokens: list[int], count: int) -> list[int]:
-    caches, new = model.new_caches(1, len(tokens) + count), tokens
+    state, new = model.new_state(1, len(tokens) + count), tokens
     for _ in range(count):
-        new = [int(model(torch.tensor([new]), caches)[0, -1].argmax())]
+        new = [int(model(torch.tensor([new]), state)[0, -1].argmax())]
         tokens = tokens + new
     return tokens
 

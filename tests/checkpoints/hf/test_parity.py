@@ -128,8 +128,8 @@ def test_logits_both_ways(case, published, weights, tmp_path) -> None:
     assert torch.equal(again(tokens).logits, expected)
 
     if case != "dynamic":  # whose angles for the first tokens depend on how many follow
-        caches = model.new_caches(2, length)
-        pieces = [model(tokens[:, :11], caches), *(model(tokens[:, i : i + 1], caches) for i in range(11, length))]
+        state = model.new_state(2, length)
+        pieces = [model(tokens[:, :11], state), *(model(tokens[:, i : i + 1], state) for i in range(11, length))]
         assert close(torch.cat(pieces, 1), expected)
         short = tokens[1:, : length - 6]
         padded = torch.cat([tokens[:1], torch.cat([torch.zeros(1, 6, dtype=torch.long), short], 1)])

@@ -9,10 +9,10 @@ from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text import engine
-from keifu.generation.text.engine import decode, evaluation_mode
+from keifu.generation.text.engine import Engine, decode
 from keifu.generation.text.generate import Completion, generate_batch, stream
 from keifu.generation.text.likelihood import score, score_sampled
+from keifu.generation.text.model import evaluation_mode, pad_left
 from keifu.generation.text.sampling_params import SamplingParams
 
 EVERYTHING = SamplingParams(
@@ -73,7 +73,7 @@ def test_prompts_read_in_chunks_give_the_same(
 ) -> None:
     prompts = [prompt(23), prompt(7), prompt(31)]
     whole = generate_batch(model, tokenizer, prompts, PLAIN)
-    monkeypatch.setattr(engine, "PREFILL_TOKENS", chunk * len(prompts))
+    monkeypatch.setattr("keifu.generation.text.generate.PREFILL_TOKENS", chunk * len(prompts))
     for a, b in zip(generate_batch(model, tokenizer, prompts, PLAIN), whole, strict=True):
         same(a, b)
 
@@ -127,7 +127,7 @@ def test_a_fresh_seed_is_reported_and_reproduces(model: nn.Module, tokenizer: To
 
 def test_padded_texts_score_as_alone(model: nn.Module) -> None:
     texts = [prompt(n, n) for n in (19, 3, 30)]
-    tokens, padding = engine.pad_left(texts)
+    tokens, padding = pad_left(texts)
     together = score(model, tokens, padding)
     for row, text in enumerate(texts):
         close(together[row, 30 - len(text) :].tolist(), score(model, torch.tensor([text]))[0])
@@ -196,20 +196,18 @@ def test_bfloat16_writes_and_scores_alike(model: nn.Module, tokenizer: Tokenizer
     assert difference.median() < 0.3  # three digits: sharp weights make much of it
 
 
-def test_what_the_caches_hold_is_no_more_than_needed(
-    model: nn.Module, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[tuple[int, int]] = []
-    plain: Any = model.new_caches
-
-    def spy(batch: int, capacity: int) -> Any:
-        made.append((batch, capacity))
-        return plain(batch, capacity)
-
-    monkeypatch.setattr(model, "new_caches", spy)
-    generate_batch(model, tokenizer, [prompt(5), prompt(9)], replace(PLAIN, max_tokens=8))
-    generate_batch(model, tokenizer, [prompt(5)], replace(PLAIN, max_tokens=10**9))
-    assert made == [(2, 9 + 8 - 1), (1, 67 - 1)]
+def test_what_the_engine_holds_is_no_more_than_needed(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Blocks and rows are made for the tokens that come, not for those that may come; rows go with their requests."""
+    engine = Engine(model, tokenizer)
+    first = engine.add(engine.request(prompt(5), replace(PLAIN, max_tokens=10**9)))
+    engine.add(engine.request(prompt(9), replace(PLAIN, max_tokens=24)))
+    runner: Any = engine.runner
+    while engine.work:
+        engine.step()
+        for size, rows in runner._rows.items():
+            assert rows.state.capacity == size <= 128 and len(rows.state.lengths) <= 2
+    assert not runner._rows and len(runner._pool.lengths) <= 2 * 5 + 1
+    engine.abort(first)  # it has ended
 
 
 def test_streams_that_are_read_in_turn_write_what_each_writes_alone(model: nn.Module, tokenizer: Tokenizer) -> None:

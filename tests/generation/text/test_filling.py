@@ -8,9 +8,9 @@ from keifu.data.catalogue.catalogue import fetch
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.engine import causal
 from keifu.generation.text.fill import fill
 from keifu.generation.text.generate import generate
+from keifu.generation.text.model import causal
 from keifu.models import bert, gpt2
 
 

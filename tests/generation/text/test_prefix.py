@@ -14,7 +14,7 @@ from keifu.errors import UserError
 from keifu.generation.text import prefix_cache
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.likelihood import ScoredPair, first_context, join_tokens, likelihoods, score
-from keifu.generation.text.prefix_cache import CacheSize, Prefix, complete_prefixes, groups, plan_passes
+from keifu.generation.text.prefix_cache import CacheSize, Prefix, groups, plan_passes
 from keifu.generation.text.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=9, seed=0)
@@ -78,13 +78,10 @@ def test_nothing_has_no_likelihood(model: nn.Module, pair: ScoredPair) -> None:
         likelihoods(model, [pair])
 
 
-def test_texts_are_those_of_one_prompt_at_a_time(
-    model: nn.Module, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prefix_cache, "OVERHEAD", 0)
+def test_texts_are_those_of_one_prompt_at_a_time(model: nn.Module, tokenizer: Tokenizer) -> None:
     asked = prompts(6)
     settings = [replace(GREEDY, max_tokens=5, temperature=n % 2, seed=n, log_probabilities=True) for n in range(6)]
-    found = complete_prefixes(model, tokenizer, asked, settings, 2)
+    found = generate_batch(model, tokenizer, asked, settings, 2)
     for prompt, sampling, done in zip(asked, settings, found, strict=True):
         [alone] = generate_batch(model, tokenizer, [prompt], sampling)
         assert (done.text, done.tokens, done.finish_reason) == (alone.text, alone.tokens, alone.finish_reason)
@@ -95,13 +92,13 @@ def test_what_is_shared_is_computed_once(tokenizer: Tokenizer, script: Any) -> N
     rng = random.Random(4)
     base, counted, told = some(rng, 300), [], script([98])
     plain = told.hidden
-    told.hidden = lambda tokens, caches, padding: counted.append(tokens.numel()) or plain(tokens, caches, padding)
+    told.hidden = lambda tokens, state, padding=None: counted.append(tokens.numel()) or plain(tokens, state, padding)
     asked = [base + some(rng, 5) for _ in range(40)]
     likelihoods(told, [ScoredPair(tuple(each), (n,)) for each in asked for n in range(12)])
     assert sum(counted) == 300 + 40 * 5
     counted.clear()
-    complete_prefixes(told, tokenizer, asked, [replace(GREEDY, max_tokens=1)] * 40)
-    assert sum(counted) == 300 + 40 * 5
+    generate_batch(told, tokenizer, asked, replace(GREEDY, max_tokens=1))
+    assert sum(counted) == 305 + 39 * (305 - 288)  # blocks of 16 tokens are shared
 
 
 @pytest.mark.parametrize("seed", range(20))

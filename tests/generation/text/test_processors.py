@@ -75,8 +75,9 @@ def test_only_allowed_tokens_are_chosen_and_the_likeliest_are_reported_of_all() 
     settings = [SamplingParams(seed=n, log_probabilities=n != 1, top_log_probabilities=n) for n in range(ROWS)]
     allowed = torch.zeros(ROWS, VOCAB, dtype=torch.bool)
     allowed[:, 11] = True
-    sampler = Sampler(settings, torch.zeros(ROWS, 1, dtype=torch.long), None, VOCAB)
-    rows_found = sampler.choose(logits(), allowed).figures
+    sampler = Sampler(VOCAB, CPU)
+    sampler.add(settings, [[0]] * ROWS, [0] * ROWS)
+    rows_found = sampler.choose(logits(), allowed=allowed).figures
     logs = logits().log_softmax(-1)
     assert rows_found[:, 0].tolist() == [11] * ROWS
     torch.testing.assert_close(rows_found[:, 2].float(), logs[:, 11])
@@ -131,7 +132,7 @@ def test_all_settings_together_equal_transformers_in_its_order(t: float, k: int,
     prompt = torch.randint(0, VOCAB, (ROWS, 9), generator=torch.Generator().manual_seed(3))
     written = torch.randint(0, VOCAB, (ROWS, 5), generator=torch.Generator().manual_seed(4))
     settings = RowSettings([sampling] * ROWS, CPU)
-    history = History.of_prompts(settings, prompt, None, VOCAB)
+    history = History.of_texts(settings, prompt.tolist(), [0] * ROWS, VOCAB)
     for tokens in written.unbind(1):
         history.add(tokens)
     theirs = hf.LogitsProcessorList(
@@ -154,12 +155,12 @@ def test_every_row_has_its_own_settings() -> None:
         SamplingParams(top_p=0.5, repetition_penalty=1.5),
         SamplingParams(min_p=0.2, frequency_penalty=0.9),
     ]
-    prompt = torch.randint(0, VOCAB, (ROWS, 9), generator=torch.Generator().manual_seed(3))
-    padding = torch.tensor([0, 3, 2, 0])
+    prompt = torch.randint(0, VOCAB, (ROWS, 9), generator=torch.Generator().manual_seed(3)).tolist()
+    texts = [text[skipped:] for text, skipped in zip(prompt, (0, 3, 2, 0), strict=True)]
 
     def processed(chosen: list[int]) -> Tensor:
         settings = RowSettings([samplings[row] for row in chosen], CPU)
-        history = History.of_prompts(settings, prompt[chosen], padding[chosen], VOCAB)
+        history = History.of_texts(settings, [texts[row] for row in chosen], [0] * len(chosen), VOCAB)
         history.add(logits()[chosen].argmax(-1))
         return settings(logits()[chosen], history)
 
@@ -169,10 +170,48 @@ def test_every_row_has_its_own_settings() -> None:
         assert torch.equal(together[row], processed([row])[0])
 
 
-def test_padding_is_no_token_that_was_seen() -> None:
-    settings = RowSettings([SamplingParams(repetition_penalty=2.0)], CPU)
-    history = History.of_prompts(settings, torch.tensor([[0, 0, 7]]), torch.tensor([2]), 9)
-    assert history.seen is not None and history.seen.nonzero()[:, 1].tolist() == [7]
+def test_penalties_see_the_prompt_or_only_what_was_written() -> None:
+    settings = RowSettings([SamplingParams(repetition_penalty=2.0, frequency_penalty=1.0)] * 2, CPU)
+    history = History.of_texts(settings, [[7], [7, 3, 3, 8]], [0, 3], 9)
+    assert history.seen is not None and history.seen.nonzero().tolist() == [[0, 7], [1, 3], [1, 7], [1, 8]]
+    assert history.counts is not None and history.counts[1].tolist() == [0, 0, 0, 2, 0, 0, 0, 0, 1]
+
+
+def test_rows_that_come_and_go_draw_what_they_draw_alone() -> None:
+    """Rows with and without penalties, added one after another, taken out, and chosen for in part."""
+    samplings = [
+        SamplingParams(temperature=0, seed=1),
+        SamplingParams(temperature=2.0, frequency_penalty=0.9, seed=2),
+        SamplingParams(temperature=2.0, repetition_penalty=1.5, seed=3),
+        SamplingParams(temperature=2.0, seed=2),
+    ]
+    texts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1]]
+
+    def alone(row: int, count: int) -> list[int]:
+        sampler = Sampler(VOCAB, CPU)
+        sampler.add([samplings[row]], [texts[row]], [1])
+        return [int(sampler.choose(logits()[row : row + 1]).tokens) for _ in range(count)]
+
+    sampler = Sampler(VOCAB, CPU)
+    found: list[list[int]] = [[] for _ in texts]
+
+    def choose(rows: list[int], some: list[int] | None = None) -> None:
+        chosen = rows if some is None else [rows[place] for place in some]
+        for row, token in zip(chosen, sampler.choose(logits()[chosen], some).tokens.tolist(), strict=True):
+            found[row].append(token)
+
+    for row in (0, 1):
+        sampler.add([samplings[row]], [texts[row]], [1])
+        choose(list(range(row + 1)))
+    sampler.add(samplings[2:], texts[2:], [1, 1])
+    choose([0, 1, 2, 3])
+    choose([0, 1, 2, 3], [1, 3])
+    sampler.select([3, 1, 2])
+    choose([3, 1, 2])
+    choose([3, 1, 2], [2])
+    sampler.select([2])
+    choose([2])
+    assert found == [alone(row, count) for row, count in enumerate((3, 4, 4, 3))]
 
 
 def test_top_p_keeps_no_token_more_than_the_mass_needs() -> None:

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from keifu.layers.attention import attention
 from keifu.layers.attention.attention import Attention, attend
+from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import Band, CausalMask
 
 
@@ -58,14 +59,16 @@ def test_blocks_in_bfloat16_have_the_gradient_of_float32():
 def test_pieces_through_a_cache_are_the_whole(window, cuts, padded):
     layer, x = Attention(12, 4, 2, window=window), torch.randn(3, 30, 12)
     padding = torch.tensor([0, 2, 9]) if padded else None
-    cache, pieces = layer.new_cache(3, 30, x), []
+    state, pieces = KVState([(2, 3)], 3, 30, x), []
     for start, end in pairwise([0, *cuts]):
-        pieces.append(layer(x[:, start:end], CausalMask(start, end - start, padding), cache=cache))
-    assert cache.keys.shape[2] == 2 * window  # the band is all that is kept
+        state.positions(end - start, None if padding is None else (padding - start).clamp(0, end - start))
+        pieces.append(layer(x[:, start:end], cache=state.layer(0)))
+        state.advance()
     layer.window = None
     heads = layer.qkv(x).unflatten(-1, (-1, 3)).transpose(1, 2).split([4, 2, 2], 1)
     whole = layer.out(attend(*heads, masked(0, 30, window, padding)))
-    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    real = torch.arange(30) >= (torch.zeros(3, 1) if padding is None else padding[:, None])
+    torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real])
 
 
 class Largest(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Caches that lose rows, go back and grow must hold what caches filled in the plain way hold."""
+"""The key-value cache: rows that differ in length, go, go back, grow and begin alike hold what plain ones hold."""
 
 from itertools import pairwise
 
@@ -6,113 +6,118 @@ import pytest
 import torch
 from torch import Tensor
 
-from keifu.layers.attention.kv_cache import Cache, KeyValueCache, WindowCache
+from keifu.layers.attention.kv_cache import KVState
 
-BATCH, HEADS, DIM, WINDOW, LENGTH = 3, 2, 4, 5, 31
-TOKENS = torch.randn(BATCH, HEADS, LENGTH, DIM, generator=torch.Generator().manual_seed(1))
-
-
-def make(kind: str, batch: int = BATCH, capacity: int = LENGTH) -> Cache:
-    like = torch.zeros(1)
-    if kind == "window":
-        return WindowCache(batch, HEADS, WINDOW, DIM, like)
-    return KeyValueCache(batch, HEADS, capacity, DIM, like)
+ROWS, HEADS, DIM, LENGTH = 3, 2, 4, 31
+TOKENS = torch.randn(ROWS, HEADS, LENGTH, DIM, generator=torch.Generator().manual_seed(1))
 
 
-def fill(cache: Cache, cuts: list[int], tokens: Tensor = TOKENS) -> Tensor:
-    """Appends tokens in pieces that end at the cuts; the keys that the last piece may see."""
-    keys = tokens[:, :, :0]
-    for start, end in pairwise([cache.length, *cuts]):
-        keys, values = cache.append(tokens[:, :, start:end], -tokens[:, :, start:end])
-        assert torch.equal(values, -keys)
+def make(rows: int = ROWS, capacity: int = LENGTH) -> KVState:
+    return KVState([(HEADS, DIM), (1, DIM)], rows, capacity, torch.zeros(1))
+
+
+def put(state: KVState, new: Tensor, padding: Tensor | None = None, window: int | None = None) -> Tensor:
+    """Appends tokens to both layers; the keys that the first shows."""
+    state.positions(new.shape[2], padding)
+    keys, values = state.layer(0).append(new, -new, window)
+    assert torch.equal(values, -keys)
+    other, _ = state.layer(1).append(2 * new[:, :1], new[:, :1], window)
+    assert torch.equal(other, 2 * keys[:, :1])
+    state.advance()
     return keys
 
 
-def seen(cache: Cache, keys: Tensor) -> Tensor:
-    """The part of the keys that one new token's attention reads."""
-    return keys[:, :, -WINDOW:] if isinstance(cache, WindowCache) else keys
+def fill(state: KVState, cuts: list[int], tokens: Tensor = TOKENS) -> Tensor:
+    keys = tokens[:, :, :0]
+    for start, end in pairwise([state.longest, *cuts]):
+        keys = put(state, tokens[:, :, start:end])
+    return keys
 
 
-@pytest.mark.parametrize("kind", ["whole", "window"])
-@pytest.mark.parametrize("cuts", [[3], [12], [30], [2, 9, 11, 24], list(range(1, 31))])
-@pytest.mark.parametrize("rows", [[0, 1, 2], [2], [1, 0]])
-@pytest.mark.parametrize("start", [0, 2])
-def test_selected_rows_go_on_as_if_alone(kind: str, cuts: list[int], rows: list[int], start: int) -> None:
-    cache, alone = make(kind), make(kind, len(rows))
-    fill(cache, cuts)
-    cache.select(torch.tensor(rows), start)
-    fill(alone, [cut - start for cut in cuts if cut > start], TOKENS[rows, :, start:])
-    assert cache.length == alone.length == cuts[-1] - start
-    for _ in range(LENGTH - cuts[-1]):
-        end = cache.length + 1
-        keys = fill(cache, [end], TOKENS[rows, :, start:])
-        assert torch.equal(seen(cache, keys), seen(alone, fill(alone, [end], TOKENS[rows, :, start:])))
+def holds(state: KVState, texts: list[Tensor]) -> None:
+    """Each row holds this text."""
+    assert state.lengths == [text.shape[1] for text in texts]
+    for row, text in enumerate(texts):
+        assert torch.equal(state.keys[0][row, :, : text.shape[1]], text)
+        assert torch.equal(state.values[1][row, :, : text.shape[1]], text[:1])
 
 
-@pytest.mark.parametrize("kind", ["whole", "window"])
-@pytest.mark.parametrize("cuts", [[4], [8], [29], [3, 11, 13], list(range(1, 20))])
-def test_rollback_to_any_length_that_it_allows(kind: str, cuts: list[int]) -> None:
+@pytest.mark.parametrize("cuts", [[3], [30], [2, 9, 11, 24], list(range(1, 31))])
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2], [1, 0], [2, 2, 0, 1, 1]])
+def test_selected_rows_go_on_as_if_alone(cuts: list[int], rows: list[int]) -> None:
+    state = make()
+    fill(state, cuts)
+    state.select(torch.tensor(rows))
+    holds(state, [TOKENS[row, :, : cuts[-1]] for row in rows])
+    assert torch.equal(fill(state, [LENGTH], TOKENS[rows]), TOKENS[rows])
+
+
+def test_rows_of_different_lengths_take_the_tokens_after_their_own() -> None:
+    """Padding before the new ones is not kept; one token at a time, or several."""
+    state, lengths = make(), [4, 0, 9]
+    put(
+        state,
+        torch.stack([TOKENS[row, :, :9].roll(9 - n, 1) for row, n in enumerate(lengths)]),
+        torch.tensor([5, 9, 0]),
+    )
+    holds(state, [TOKENS[row, :, :n] for row, n in enumerate(lengths)])
+    for count in (1, 1, 5):
+        new = torch.stack([TOKENS[row, :, n : n + count] for row, n in enumerate(state.lengths)])
+        assert put(state, new).shape[2] == max(state.lengths)
+        lengths = [n + count for n in lengths]
+        holds(state, [TOKENS[row, :, :n] for row, n in enumerate(lengths)])
+    state.select(torch.tensor([2, 0]))
+    holds(state, [TOKENS[2, :, :16], TOKENS[0, :, :11]])
+    state.add(1)
+    state.rollback([3, 11, 0])
+    holds(state, [TOKENS[2, :, :3], TOKENS[0, :, :11], TOKENS[1, :, :0]])
+
+
+@pytest.mark.parametrize("cuts", [[4], [29], [3, 11, 13]])
+def test_rollback_to_any_length(cuts: list[int]) -> None:
     for length in range(cuts[-1] + 1):
-        cache, plain = make(kind), make(kind)
-        fill(cache, cuts)
-        if length < cache.earliest:
-            with pytest.raises(ValueError, match=f"between {cache.earliest} and {cuts[-1]} tokens, not to {length}"):
-                cache.rollback(length)
-            continue
-        cache.rollback(length)
+        state = make()
+        fill(state, cuts)
+        state.rollback(length)
         other = torch.cat([TOKENS[:, :, :length], -TOKENS[:, :, length:]], 2)  # what follows now is another text
-        fill(plain, [length] if length else [], other)
-        for end in range(length + 1, LENGTH):
-            keys = fill(cache, [end], other)
-            assert torch.equal(seen(cache, keys), seen(plain, fill(plain, [end], other)))
+        assert torch.equal(fill(state, [LENGTH], other), other)
+    with pytest.raises(ValueError, match="A row holds 31 tokens and cannot go back to 32"):
+        state.rollback(32)
 
 
-def test_a_whole_cache_goes_back_to_anything_and_a_window_only_where_it_is_whole() -> None:
-    whole, window = make("whole"), make("window")
-    fill(whole, [20])
-    fill(window, [20])
-    assert whole.earliest == 0
-    assert window.earliest == 20  # a long prompt leaves just the window
-    fill(window, [21, 22, 23])
-    assert window.earliest == 20
+@pytest.mark.parametrize("window", [1, 4, 40])
+def test_a_window_shows_what_its_tokens_see(window: int) -> None:
+    state = make()
+    for start, end in pairwise([0, 7, 8, 13]):
+        shown = put(state, TOKENS[:, :, start:end], window=window)
+        assert torch.equal(shown, TOKENS[:, :, max(0, start - window + 1) : end])
 
 
-def test_reserve_keeps_what_is_held_and_makes_room() -> None:
-    cache = make("whole", capacity=7)
-    fill(cache, [6])
+def test_reserve_and_add_keep_what_is_held_and_make_room() -> None:
+    state = make(capacity=7)
+    fill(state, [6])
     with pytest.raises(ValueError, match="room for 7 tokens and was given 9"):
-        fill(cache, [9])
-    cache.reserve(9)
-    assert torch.equal(fill(cache, [9]), TOKENS[:, :, :9])
-    cache.reserve(3)  # never less
-    assert cache.keys.shape[2] == 9
-    window = make("window")
-    window.reserve(1000)
-    assert window.keys.shape[2] == 2 * WINDOW
+        fill(state, [9])
+    holds(state, [TOKENS[row, :, :6] for row in range(ROWS)])  # a pass that fails changes nothing
+    state.reserve(9)
+    assert torch.equal(fill(state, [9]), TOKENS[:, :, :9])
+    state.reserve(3)  # never less
+    assert state.capacity == 9
+    state.add(2)
+    holds(state, [*TOKENS[:, :, :9], TOKENS[0, :, :0], TOKENS[0, :, :0]])
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_a_whole_cache_shows_what_a_window_sees_and_goes_back_to_anything(window: int | None) -> None:
-    like = torch.zeros(1)
-    made = KeyValueCache(1, 2, 20, 3, like) if window is None else WindowCache(1, 2, window, 3, like)
-    cache, keys = made.whole(2, 20), torch.randn(2, 2, 20, 3)
-    for start, end in ((0, 7), (7, 8), (8, 13)):
-        shown, values = cache.append(keys[:, :, start:end], -keys[:, :, start:end])
-        first = 0 if window is None else max(0, start - window + 1)
-        assert torch.equal(shown, keys[:, :, first:end]) and torch.equal(values, -shown)
-    cache.rollback(2)
-    assert cache.earliest == 0 and torch.equal(cache.append(keys[:, :, 2:3], keys[:, :, 2:3])[0], keys[:, :, :3])
+def test_an_interrupted_pass_is_written_over() -> None:
+    state = make()
+    fill(state, [6])
+    state.positions(3)
+    state.layer(0).append(*[torch.full((ROWS, HEADS, 3, DIM), 9.0)] * 2)  # and never the second layer
+    assert torch.equal(fill(state, [7, 12]), TOKENS[:, :, :12])
 
 
-def test_rows_begin_with_what_one_row_holds_behind_their_padding() -> None:
-    like = torch.zeros(1)
-    beginning, keys = KeyValueCache(1, 2, 5, 3, like), torch.randn(1, 2, 5, 3)
-    beginning.append(keys, -keys)
-    cache = KeyValueCache(4, 2, 9, 3, like)
-    cache.keys.fill_(torch.nan)
-    cache.begin(beginning, [0, 2, 5, 7])
-    assert cache.length == 5
-    for row, front in enumerate((0, 2, 5, 5)):
-        assert torch.equal(cache.keys[row, :, front:5], keys[0, :, : 5 - front])
-        assert torch.equal(cache.values[row, :, front:5], -keys[0, :, : 5 - front])
-        assert not cache.keys[row, :, :front].any()
+def test_rows_begin_with_what_a_row_of_another_state_holds() -> None:
+    beginning, state = make(1), make(4)
+    fill(beginning, [5], TOKENS[:1])
+    state.begin(beginning, 0, 4, [1, 3])
+    holds(state, [TOKENS[0, :, :n] for n in (0, 4, 0, 4)])
+    assert state.token_bytes == 2 * (HEADS + 1) * DIM * 4

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from keifu.layers.attention.axial import Grid, GridAttention, grid_attend
+from keifu.layers.attention.kv_cache import KVState
 
 PATTERNS = ("row", "column", "convolution", "full")
 
@@ -54,6 +55,9 @@ def test_sparse_is_dense_in_both_directions(pattern, shape) -> None:
 def test_place_by_place_is_the_whole(pattern) -> None:
     grid = Grid(4, 5, 3, kernel=3)
     layer, x = GridAttention(12, 2, grid, pattern), torch.randn(2, 19, 12)
-    cache = layer.new_cache(2, 19, x)
-    parts = [layer(x[:, :4], cache=cache), *(layer(x[:, place : place + 1], cache=cache) for place in range(4, 19))]
+    state, parts = KVState([(2, 6)], 2, 19, x), []
+    for start, end in ((0, 4), *((place, place + 1) for place in range(4, 19))):
+        state.positions(end - start)
+        parts.append(layer(x[:, start:end], cache=state.layer(0)))
+        state.advance()
     assert (torch.cat(parts, 1) - layer(x)).abs().max() < 1e-6

@@ -124,9 +124,9 @@ def test_entry_by_entry_is_the_whole(sparse) -> None:
     tokens, codes = torch.randint(0, 31, (2, 5)), torch.randint(0, 9, (2, 6, 6))
     real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     whole = model(tokens, real, codes).picture
-    logits, caches = model.begin(tokens, real)
+    logits, state = model.begin(tokens, real)
     found = [logits]
-    found += [model.go_on(codes.flatten(1)[:, place], place, caches) for place in range(35)]
+    found += [model.go_on(codes.flatten(1)[:, place], place, state) for place in range(35)]
     assert (torch.stack(found, 1) - whole).abs().max() < 1e-5
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from training_toys import Sequences, Toy, objective, run, settings, toy, weights
 
+from keifu import memory
 from keifu.errors import UserError
 from keifu.training.hardware import cost, failures
 from keifu.training.loop import train
@@ -242,19 +243,19 @@ def test_a_falling_loss_and_the_first_readings_raise_no_alarm() -> None:
 
 
 def test_memory_is_read_within_the_limits_of_the_container(tmp_path: Path) -> None:
-    assert cost.container(tmp_path) == []
+    assert memory.container(tmp_path) == []
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("700\n")
-    assert cost.container(tmp_path) == []
+    assert memory.container(tmp_path) == []
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 200\n")
-    assert cost.container(tmp_path) == [500]
+    assert memory.container(tmp_path) == [500]
     old = tmp_path / "memory"
     old.mkdir()
     (old / "memory.limit_in_bytes").write_text("400")
     (old / "memory.usage_in_bytes").write_text("900")
-    assert cost.container(tmp_path) == [500, 0]
-    assert 0 < cost.available_memory(torch.device("cpu")) < 2**50
+    assert memory.container(tmp_path) == [500, 0]
+    assert 0 < memory.available_memory(torch.device("cpu")) < 2**50
 
 
 @pytest.fixture
@@ -274,11 +275,11 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("resource", "fcntl", "termios", "pwd", "readline"):
         monkeypatch.setitem(sys.modules, name, None)
     for name in ("PROC", "GROUPS"):
-        monkeypatch.setattr(cost, name, Path("nothing-of-the-kind"))
+        monkeypatch.setattr(memory, name, Path("nothing-of-the-kind"))
 
 
 def test_memory_is_known_where_there_is_no_sysconf(windows: None) -> None:
-    assert cost.available_memory(torch.device("cpu")) == 2**33
+    assert memory.available_memory(torch.device("cpu")) == 2**33
 
 
 def test_a_run_needs_nothing_that_windows_lacks(windows: None, tmp_path: Path) -> None:

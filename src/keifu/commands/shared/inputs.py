@@ -15,10 +15,10 @@ def load_writer(name: str) -> tuple[Any, Any]:
     """
     notice(f"Loading {name} ...")
     from keifu.checkpoints import load
-    from keifu.generation.text.engine import Model, explain_not_causal
+    from keifu.generation.text.model import Model, OwnRunner, explain_not_causal
 
     model, tokenizer = load(name)
-    if tokenizer is None or not isinstance(model, Model):
+    if tokenizer is None or not isinstance(model, Model | OwnRunner):
         raise UserError(f"{name} writes no text: {explain_not_causal(model)}")
     return model, tokenizer
 

@@ -10,6 +10,7 @@ VERBS = {  # each is a file of that name in keifu/commands
     "translate": "translate a text, line for line, with an encoder-decoder",
     "compare": "two models' answers side by side: which is better, and how often",
     "evaluate": "how good a model is: BLEU and chrF, perplexity",
+    "bench": "how fast a model reads and writes here, in tokens a second",
     "serve": "models behind OpenAI's API, and a page in the browser",
     "convert": "write a model as a Hugging Face directory or as GGUF",
     "inspect": "the load report: every tensor of a model, and the settings in use",

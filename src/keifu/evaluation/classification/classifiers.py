@@ -18,7 +18,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import encode_texts, in_batches
 from keifu.evaluation.classification.metrics import Confusion, classifier, probabilities
-from keifu.generation.text.engine import Model
+from keifu.generation.text.model import Model
 
 
 @runtime_checkable

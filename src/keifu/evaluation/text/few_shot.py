@@ -23,9 +23,9 @@ from keifu.errors import UserError
 from keifu.evaluation.intervals import bootstrap, wilson
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.evaluation.text.tasks import SCORES, TASKS, SampledItem, TaskItem, is_task, read_task
-from keifu.generation.text.engine import Model, causal
+from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.likelihood import Likelihood, ScoredPair, join_tokens, likelihoods
-from keifu.generation.text.prefix_cache import complete_prefixes
+from keifu.generation.text.model import Model, causal
 from keifu.generation.text.sampling_params import SamplingParams
 
 ABOUT = "a language model on a task given by examples in the prompt: accuracy with its 95% interval"
@@ -190,7 +190,7 @@ def _by_exact(asking: _Prompting) -> ScoredItem:
     sampling = SamplingParams(max_tokens=task.max_tokens, temperature=0, stop=task.until, seed=0)
     with counting(f"Asking with {asking.shots} shots", len(prompts), "prompts") as progress:
         each = [sampling] * len(prompts)
-        written = complete_prefixes(asking.model, asking.tokenizer, prompts, each, asking.batch_size, progress)
+        written = generate_batch(asking.model, asking.tokenizer, prompts, each, asking.batch_size or 32, progress)
     accepted = [{normalize_answer(text) for text in (item.answer, *item.accepted)} for item in items]
     right = [normalize_answer(done.text) in able for done, able in zip(written, accepted, strict=True)]
     return ScoredItem({"exact match": right}, [done.text for done in written], [done.finish_reason for done in written])

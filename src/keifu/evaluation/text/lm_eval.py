@@ -17,7 +17,7 @@ from torch import nn
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.engine import causal
+from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.likelihood import (
     Likelihood,
     ScoredPair,
@@ -27,7 +27,7 @@ from keifu.generation.text.likelihood import (
     likelihoods,
     open_prefixes,
 )
-from keifu.generation.text.prefix_cache import complete_prefixes
+from keifu.generation.text.model import causal
 from keifu.generation.text.sampling_params import SamplingParams
 
 try:
@@ -108,7 +108,7 @@ class KeifuLM(LM):
         ids = self.tokenizer.encode_batch(texts, allow_special=True)
         prompts = [self._room(open_prefixes(front, own), each) for own, each in zip(ids, settings, strict=True)]
         with counting("lm-eval, writing", len(prompts), "prompts") as progress:
-            done = complete_prefixes(self.model, self.tokenizer, prompts, settings, self.batch_size, progress)
+            done = generate_batch(self.model, self.tokenizer, prompts, settings, self.batch_size or 32, progress)
         for args, each in zip(asked, done, strict=True):
             self.cache_hook.add_partial("generate_until", args, each.text)
         return [each.text for each in done]

@@ -23,7 +23,7 @@ from keifu.data.text.token_shards import Shards
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
-from keifu.generation.text.engine import Model, causal, evaluation_mode
+from keifu.generation.text.model import Model, causal, evaluation_mode
 from keifu.layers.losses import cross_entropy
 
 ABOUT = "a language model on a mixture of texts: bits per byte of each"

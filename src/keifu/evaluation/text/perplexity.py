@@ -19,8 +19,8 @@ from keifu.data.text.token_shards import prepare
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest, EvalResult
-from keifu.generation.text.engine import Model, causal
 from keifu.generation.text.likelihood import score
+from keifu.generation.text.model import Model, causal
 
 ABOUT = "a language model on a text: perplexity and bits per byte"
 OPTIONS = {"batch_size", "text_field", "encoding"}

@@ -44,7 +44,7 @@ class ImageTokenModel(Protocol):
         """Logits of a picture's first entry, and what the model remembers of the text."""
         ...
 
-    def go_on(self, codes: Tensor, place: int, caches: Any) -> Tensor:
+    def go_on(self, codes: Tensor, place: int, state: Any) -> Tensor:
         """Logits of the entry behind those at this place."""
         ...
 
@@ -73,12 +73,12 @@ def sample_image_tokens(
     height, width = model.config.grid.height, model.config.grid.width
     codes = torch.zeros(len(tokens), height * width, dtype=torch.long, device=tokens.device)
     own = torch.tensor(list(seeds), device=tokens.device)
-    logits, caches = model.begin(tokens, real)
+    logits, state = model.begin(tokens, real)
     for place in range(height * width):
         codes[:, place] = sample(logits.float(), uniform(own, torch.full_like(own, place)))
         watch(codes.unflatten(1, (height, width)))
         if place + 1 < height * width:
-            logits = model.go_on(codes[:, place], place, caches)
+            logits = model.go_on(codes[:, place], place, state)
     return codes.unflatten(1, (height, width))
 
 

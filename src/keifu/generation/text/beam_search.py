@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from keifu.data.batching import pad
 from keifu.errors import UserError
-from keifu.generation.text.engine import Model, causal, evaluation_mode, pad_left, prefill, step
+from keifu.generation.text.model import Model, causal, device_of, evaluation_mode, pad_left, prefill, step
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,16 @@ class CausalBeamModel:
     ):
         self.model = model
         self.tokens, self.padding = pad_left(prompts, device)
-        self.caches = model.new_caches(len(prompts), self.tokens.shape[1] + longest - 1)
+        self.state = model.new_state(len(prompts), self.tokens.shape[1] + longest - 1)
 
     def first(self) -> Logits:
-        return prefill(self.model, self.tokens, self.caches, self.padding)
+        return prefill(self.model, self.tokens, self.state, self.padding)
 
     def next(self, tokens: Int[Tensor, " rows"]) -> Logits:
-        return step(self.model, tokens[:, None], self.caches, self.padding)
+        return step(self.model, tokens[:, None], self.state)
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        self.padding = None if self.padding is None else self.padding[rows]
-        for cache in self.caches:
-            cache.select(rows)
+        self.state.select(rows)
 
 
 @runtime_checkable
@@ -150,11 +148,6 @@ class EncoderDecoderBeamModel:
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         self.state.select(rows)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's weights are; the CPU for one without any."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 Lengths = Float[Tensor, " #sources"]

@@ -8,10 +8,9 @@ from torch import nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.defaults import sampling_for
-from keifu.generation.text.engine import batch_capacity, causal, write
-from keifu.generation.text.request import Request, check_tokens
+from keifu.generation.text.engine import Engine
+from keifu.generation.text.model import text_model
 from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingOptions
-from keifu.layers.attention.kv_cache import Cache
 
 
 class Conversation:
@@ -25,8 +24,8 @@ class Conversation:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, system: str | None = None):
-        self.model = causal(model)
-        self.config = self.model.config
+        self.model = model
+        self.config = text_model(model).config
         self.tokenizer, self.system = tokenizer, system
         self.reset()
 
@@ -34,8 +33,7 @@ class Conversation:
         """Forgets everything but the system prompt."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         self.finish_reason: str | None = None
-        self._caches: list[Cache] | None = None
-        self._held: list[int] = []  # the tokens whose keys and values the caches hold
+        self.engine = Engine(self.model, self.tokenizer)
 
     def instruct(self, system: str | None) -> None:
         """Changes the system prompt, or takes it away; what was said stays."""
@@ -65,36 +63,19 @@ class Conversation:
                 f"The conversation has {len(prompt)} tokens with this message, but this model's context is {context} "
                 "and must hold the answer too: write a shorter message, or start afresh with /reset."
             )
-        check_tokens([prompt], self.config.vocab_size)
         settings = sampling_for(self.tokenizer, sampling, ANSWER_TOKENS)
-        return self._answer(Request(0, prompt, settings, self.tokenizer, context), messages)
+        return self._answer(self.engine.add(self.engine.request(prompt, settings)), messages)
 
-    def _answer(self, request: Request, messages: list[dict[str, str]]) -> Iterator[str]:
-        """Generates the answer; however it ends, the history and the caches agree afterwards."""
-        caches = self._reused(request)
-        self._caches, self.finish_reason, answer = None, None, ""
+    def _answer(self, number: int, messages: list[dict[str, str]]) -> Iterator[str]:
+        """Generates the answer; however it ends, the history and the engine agree afterwards."""
+        self.finish_reason, answer = None, ""
         try:
-            for piece in write(self.model, [request], caches):
-                answer, self.finish_reason = answer + piece.text, piece.finish_reason
-                if piece.text:
-                    yield piece.text
+            while self.engine.work:
+                for piece in self.engine.step():
+                    answer, self.finish_reason = answer + piece.text, piece.finish_reason
+                    if piece.text:
+                        yield piece.text
         finally:
+            self.engine.abort(number)
             if answer or self.finish_reason:
                 self.messages = [*messages, {"role": "assistant", "content": answer}]
-            lengths = {cache.length for cache in caches}
-            if len(lengths) == 1:  # not if the model was interrupted between two layers
-                self._caches, self._held = caches, [*request.prompt, *request.tokens][: lengths.pop()]
-
-    def _reused(self, request: Request) -> list[Cache]:
-        """Caches with room for the request, which hold as much of its prompt as earlier turns have left."""
-        room = batch_capacity([request])
-        if self._caches is not None:
-            pairs = enumerate(zip(self._held, request.prompt, strict=False))
-            same = next((i for i, (old, new) in pairs if old != new), min(len(self._held), len(request.prompt)))
-            same = min(same, len(request.prompt) - 1)  # the last token is always read, for its logits
-            if same >= max(cache.earliest for cache in self._caches):
-                for cache in self._caches:
-                    cache.rollback(same)
-                    cache.reserve(room)
-                return self._caches
-        return self.model.new_caches(1, room)

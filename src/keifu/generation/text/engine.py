@@ -1,220 +1,182 @@
-"""The decode loop: prompts into key-value caches, then one token a step for every request of a batch, streamed.
+"""The engine: everything that writes text goes through its steps; requests come and go at any of them.
 
-Batching is static: requests start together, and finished ones leave the batch. Axes: batch = texts, length = tokens,
-vocab. Shorter prompts are padded on the left, so that all end together.
+A step reads a chunk of new prompts and writes a token of every running text (continuous batching: Orca, Yu et al.,
+2022). A request's tokens and log-probabilities depend on its prompt, settings and seed alone, not on who else is there.
 """
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence as Tokens
+from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.request import Piece, Request, allowed_tokens
-from keifu.generation.text.sampler import SampledTokens, Sampler
+from keifu.generation.text.blocks import BlockManager
+from keifu.generation.text.model import PREFILL_TOKENS, evaluation_mode, text_model
+from keifu.generation.text.request import Piece, Request, check_tokens, prompt_tokens
+from keifu.generation.text.runner import Runner, Span, runner_of
+from keifu.generation.text.sampler import Sampler
 from keifu.generation.text.sampling_params import SamplingParams
-from keifu.layers.attention.kv_cache import Cache
+from keifu.generation.text.scheduler import Part, Scheduler, Sequence
 
-PREFILL_TOKENS = 4096  # of all rows together in one pass: enough to fill a matrix product, few enough for memory
 GREEDY = SamplingParams(temperature=0, seed=0)
 
-Tokens = Int[Tensor, "batch length"]
-Padding = Int[Tensor, " batch"] | None
 
+class Engine:
+    """Writes the texts of many requests at a time: `add` them at any time, and call `step` while there is `work`.
 
-@runtime_checkable
-class Model(Protocol):
-    """Interface of a causal language model; its `config` has `vocab_size` and `context_length`."""
-
-    config: Any
-
-    def hidden(self, tokens: Tokens, caches: Sequence[Cache] | None, padding: Padding) -> Tensor: ...
-
-    def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]: ...
-
-    def new_caches(self, batch: int, capacity: int) -> list[Cache]: ...
-
-
-@runtime_checkable
-class BidirectionalEncoder(Protocol):
-    """Interface of an encoder such as BERT, whose attention is bidirectional: it cannot continue a text."""
-
-    def encode(self, tokens: Tokens, segments: Tokens | None, mask: Tensor | None) -> Tensor: ...
-
-    def pool(self, hidden: Tensor) -> Tensor: ...
-
-
-@runtime_checkable
-class EncoderDecoderModel(Protocol):
-    """Interface of an encoder-decoder, which encodes a source before it writes a target."""
-
-    def start(self, source: Tokens, source_mask: Tensor | None, capacity: int | None) -> Any: ...
-
-
-@runtime_checkable
-class TaskHeadModel(Protocol):
-    """Interface of a model fine-tuned to choose a label or an answer."""
-
-    def judge(self, hidden: Tensor, mask: Tensor) -> Tensor: ...
-
-
-def explain_not_causal(model: nn.Module) -> str:
-    """Why a model cannot generate text, and what it can do instead, as the end of an error message."""
-    name = type(model).__name__
-    if isinstance(model, BidirectionalEncoder):
-        return (
-            f"a {name} reads both sides of a text and cannot go on with one; it can embed texts (keifu embed), "
-            "classify them (keifu classify) or fill in [MASK] (keifu.generation.text.fill.fill); smollm2 can write."
-        )
-    if isinstance(model, EncoderDecoderModel):
-        return "as an encoder-decoder, it turns one text into another and does not go on with it: use keifu translate."
-    if isinstance(model, TaskHeadModel):
-        return "it was fine-tuned to choose a label or an answer: use keifu classify."
-    return f"a {name} cannot; choose a language model, such as smollm2."
-
-
-def causal(model: nn.Module) -> Model:
-    """The same model, checked to be a causal language model; any other is a `UserError`."""
-    if not isinstance(model, Model):
-        raise UserError(f"This model writes no text: {explain_not_causal(model)}")
-    return model
-
-
-def step(model: Model, tokens: Tokens, caches: Sequence[Cache], padding: Padding) -> Float[Tensor, "batch vocab"]:
-    """Logits, in float32, of the token after the last one.
-
-    Every token is chosen from the result of this call, so a model whose `hidden` is compiled or whose layers are
-    replaced needs no further change.
-    """
-    return model.logits(model.hidden(tokens, caches, padding)[:, -1]).float()
-
-
-def prefill(model: Model, tokens: Tokens, caches: Sequence[Cache], padding: Padding) -> Float[Tensor, "batch vocab"]:
-    """Fills the caches with the prompts, in chunks so that memory stays bounded; the logits after the last token."""
-    *earlier, last = tokens.split(max(1, PREFILL_TOKENS // len(tokens)), 1)
-    for chunk in earlier:
-        model.hidden(chunk, caches, padding)
-    return step(model, last, caches, padding)
-
-
-def pad_left(texts: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[Tokens, Padding]:
-    """The texts as one tensor, with zeros before the shorter ones, and how many; None if all are equally long."""
-    longest = max(map(len, texts))
-    tokens = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts], device=device)
-    counts = [longest - len(text) for text in texts]
-    return tokens, torch.tensor(counts, device=device) if any(counts) else None
-
-
-class Batch:
-    """Texts that are decoded together, one token a step, each with its own settings (which must have a seed).
-
-    caches: with room for all tokens; they may hold the beginning of the prompts already.
+    tokenizer: None gives tokens without text. runner: what computes a step; None is the model's own. max_running: the
+    most texts that are written at a time. step_tokens: the most tokens of a step; more of them read prompts faster, and
+    let a text that is being written wait longer. guesses: the most tokens that are guessed to come next, from what
+    followed the same three tokens earlier in the text; the text is the same without (prompt lookup, Saxena, 2023).
     """
 
     def __init__(
-        self, model: Model, tokens: Tokens, padding: Padding, samplings: Sequence[SamplingParams], caches: list[Cache]
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer | None,
+        runner: Runner | None = None,
+        max_running: int = 32,
+        step_tokens: int = 512,
+        guesses: int = 0,
     ):
-        self.model, self.padding, self.caches = model, padding, caches
-        self._logits = prefill(model, tokens[:, caches[0].length :], caches, padding)
-        self._tokens: Tensor | None = None
-        self._sampler = Sampler(samplings, tokens, padding, self._logits.shape[1])
+        self.model, self.tokenizer = model, tokenizer
+        self.runner = runner_of(model) if runner is None else runner
+        blocks = BlockManager(self.runner.n_blocks, self.runner.block_size)
+        self.scheduler = Scheduler(blocks, max_running, step_tokens)
+        self.guesses = min(guesses, self.scheduler.step_tokens // max_running - 1)
+        self._sequences: dict[int, Sequence] = {}
+        self._count = 0
+        self._writing: list[Sequence] = []  # the rows of the sampler
+        self._sampler: Sampler | None = None
 
-    def advance(self, allowed: Bool[Tensor, "batch vocab"] | None = None) -> SampledTokens:
-        """The next token of every text, after those of the last call, of those that are allowed."""
-        if self._tokens is not None:
-            self._logits = step(self.model, self._tokens, self.caches, self.padding)
-        choice = self._sampler.choose(self._logits, allowed)
-        self._tokens = choice.tokens[:, None]
-        return choice
+    @property
+    def work(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._sequences)
 
-    def keep(self, rows: list[int]) -> None:
-        """Continues with these texts only, and drops padding that all of them have."""
-        index, start = torch.tensor(rows, device=self.caches[0].keys.device), 0
-        if self.padding is not None:
-            padding = self.padding[index]
-            start = int(padding.min())
-            self.padding = padding - start if int(padding.max()) > start else None
-        for cache in self.caches:
-            cache.select(index, start)
-        self._sampler.select(rows)
-        self._tokens = None if self._tokens is None else self._tokens[index]
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many requests wait and run."""
+        return len(self.scheduler.waiting), len(self.scheduler.running)
+
+    def request(self, prompt: str | Tokens[int], sampling: SamplingParams) -> Request:
+        """A request for this model, of a text or of token ids; one that is invalid is a `UserError`."""
+        tokens = prompt_tokens(self.tokenizer, prompt)
+        check_tokens([tokens], self.runner.vocab_size)
+        return Request(tokens, sampling, self.tokenizer, self.runner.context_length)
+
+    def add(self, request: Request) -> int:
+        """Takes a request in; its number, from 0 on, which its pieces bear as their index.
+
+        One that does not fit the memory for keys and values is a `UserError`; where it names no number of tokens, that
+        memory ends its text as the context would.
+        """
+        length, pool = len(request.prompt), self.runner.n_blocks * self.runner.block_size
+        if length + request.limit - 1 > pool:  # the last token is not kept
+            wanted = request.sampling.max_tokens
+            if wanted is not None or length > pool:
+                raise UserError(
+                    f"A prompt of {length} tokens and {wanted or 1} more do not fit the memory for keys and values, "
+                    f"which holds {pool} tokens: shorten it, ask for fewer, or free some memory."
+                )
+            request.limit = pool + 1 - length
+        request.index = self._count
+        self._count += 1
+        sequence = self._sequences[request.index] = Sequence(request.index, request, list(request.prompt))
+        self.scheduler.add(sequence)
+        return request.index
+
+    def abort(self, number: int) -> None:
+        """Gives a request up; one that has ended already is no fault."""
+        if (sequence := self._sequences.pop(number, None)) is not None:
+            self.scheduler.remove(sequence)
+            self.runner.forget(number)
+
+    def step(self) -> list[Piece]:
+        """Computes a step; the tokens that came out of it, none while only prompts were read."""
+        with torch.inference_mode(), evaluation_mode(self.model):
+            parts = self.scheduler.schedule()
+            if not parts:
+                return []
+            for sequence in self.scheduler.preempted:
+                self.runner.forget(sequence.number)
+            samples = {part.sequence: part for part in parts if part.samples}
+            going = [sequence for sequence in self._writing if sequence in samples]  # their rows keep their order
+            order = [*going, *(sequence for sequence in samples if sequence not in going)]
+            parts = [*(samples[sequence] for sequence in order), *(part for part in parts if not part.samples)]
+            logits = self.runner.run([_span(part) for part in parts])
+            return self._write(parts, logits, self._sampler_of(going, order, logits))
+
+    def _sampler_of(self, going: list[Sequence], order: list[Sequence], logits: torch.Tensor) -> Sampler:
+        """The sampler with a row for each sequence, in this order, of which some had one before."""
+        sampler = self._sampler = self._sampler or Sampler(logits.shape[1], logits.device)
+        if len(going) < len(self._writing):
+            sampler.select([row for row, sequence in enumerate(self._writing) if sequence in going])
+        if new := order[len(going) :]:
+            requests = [sequence.request for sequence in new]
+            written = [len(request.tokens) for request in requests]
+            sampler.add([request.sampling for request in requests], [each.tokens for each in new], written)
+        self._writing = order
+        return sampler
+
+    def _write(self, parts: list[Part], logits: torch.Tensor, sampler: Sampler) -> list[Piece]:
+        """Samples a token for each part that samples, and further ones as long as its guesses turn out right."""
+        counts = [1 + len(part.sequence.guesses) for part in parts if part.samples]
+        first = [sum(counts[:row]) for row in range(len(counts))]
+        rows, depth = list(range(len(counts))), 0
+        pieces: list[Piece] = []
+        computed = [part.count - 1 if part.samples else part.count for part in parts]
+        while rows:
+            some = logits if len(rows) == len(logits) else logits[[first[row] + depth for row in rows]]
+            figures = sampler.choose(some, rows if depth else None).figures.tolist()
+            new = [parts[row].sequence.take(figure) for row, figure in zip(rows, figures, strict=True)]
+            pieces += new
+            for row in rows:
+                computed[row] += 1
+            rows = [row for row, piece in zip(rows, new, strict=True) if _guessed(parts[row].sequence, piece, depth)]
+            depth += 1
+        for part, count in zip(parts, computed, strict=True):
+            self.scheduler.done(part.sequence, count)
+            if part.samples and self.guesses:
+                part.sequence.guess(self.guesses)
+        for piece in pieces:
+            if piece.finish_reason:
+                self.abort(piece.index)
+        return pieces
+
+
+def _span(part: Part) -> Span:
+    """What the runner is told of a part."""
+    sequence = part.sequence
+    tokens = sequence.tokens[sequence.computed : sequence.computed + part.count] + sequence.guesses
+    wanted = 1 + len(sequence.guesses) if part.samples else 0
+    return Span(sequence.number, tokens, sequence.computed, sequence.blocks, wanted)
+
+
+def _guessed(sequence: Sequence, piece: Piece, depth: int) -> bool:
+    """Whether the token was the guess at this depth, so that the logits after it are known."""
+    return piece.finish_reason is None and sequence.guesses[depth : depth + 1] == [piece.token]
 
 
 @torch.inference_mode()
-def decode(model: nn.Module, tokens: Tokens, n: int, sampling: SamplingParams = GREEDY) -> Int[Tensor, "batch n"]:
+def decode(
+    model: nn.Module, tokens: Int[Tensor, "batch length"], n: int, sampling: SamplingParams = GREEDY
+) -> Int[Tensor, "batch n"]:
     """The next `n` tokens of texts of equal length; no token ends a text early. Rows share the seed."""
-    writer, length = causal(model), tokens.shape[1]
-    context = writer.config.context_length
-    if length + n > context:
-        raise UserError(f"{length} tokens and {n} more do not fit this model's context of {context}: ask for fewer.")
+    context = text_model(model).config.context_length
+    if tokens.shape[1] + n > context:
+        raise UserError(
+            f"{tokens.shape[1]} tokens and {n} more do not fit this model's context of {context}: ask for fewer."
+        )
+    engine = Engine(model, None, max_running=len(tokens), step_tokens=PREFILL_TOKENS)
+    written: list[list[int]] = [[] for _ in tokens]
     with evaluation_mode(model):
-        caches = writer.new_caches(len(tokens), length + n - 1)
-        batch = Batch(writer, tokens, None, [sampling.seeded()] * len(tokens), caches)
-        return torch.stack([batch.advance().tokens for _ in range(n)], 1)
-
-
-@dataclass
-class _Modes:
-    """The training mode of each module before the first of several users, who may leave in any order."""
-
-    modes: list[tuple[nn.Module, bool]]
-    users: int = 0
-
-
-_evaluated: WeakKeyDictionary[nn.Module, _Modes] = WeakKeyDictionary()
-_lock = threading.Lock()
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode. Several users may overlap and leave in any order (two streams read in turn): when
-    the last has left, every module is back in the mode that it had before the first."""
-    with _lock:
-        held = _evaluated.get(model)
-        if held is None:
-            held = _evaluated[model] = _Modes([(module, module.training) for module in model.modules()])
-        held.users += 1
-    model.eval()
-    try:
-        yield
-    finally:
-        with _lock:
-            held.users -= 1
-            if not held.users:
-                del _evaluated[model]
-                for module, mode in held.modes:
-                    module.training = mode
-
-
-def batch_capacity(requests: Sequence[Request]) -> int:
-    """How many tokens the caches must hold for these requests; the last token of a text is not fed back."""
-    return max(len(request.prompt) for request in requests) + max(request.limit for request in requests) - 1
-
-
-@torch.inference_mode()
-def write(model: Model, requests: Sequence[Request], caches: list[Cache]) -> Iterator[Piece]:
-    """Decodes all requests to their ends: yields a piece for every token of every text, in turn.
-
-    model: as `causal` gives it. caches: with room for `batch_capacity(requests)`. They may hold the beginning of all
-    prompts already; at the end, if there is one request, they hold all its tokens but the last. Texts that end leave
-    the batch: the others get faster.
-    """
-    tokens, padding = pad_left([request.prompt for request in requests], caches[0].keys.device)
-    with evaluation_mode(cast(nn.Module, model)):
-        batch = Batch(model, tokens, padding, [request.sampling for request in requests], caches)
-        going = list(requests)
-        while going:
-            allowed = allowed_tokens(going, model.config.vocab_size, tokens.device)
-            rows = batch.advance(allowed).figures.tolist()  # the one time in a step that the host waits for the device
-            pieces = [request.take(*row) for request, row in zip(going, rows, strict=True)]
-            yield from pieces
-            kept = [row for row, piece in enumerate(pieces) if piece.finish_reason is None]
-            going = [going[row] for row in kept]
-            if going and len(going) < len(pieces):
-                batch.keep(kept)
+        for row in tokens.tolist():
+            engine.add(engine.request(row, replace(sampling, max_tokens=n)))
+        while engine.work:
+            for piece in engine.step():
+                written[piece.index].append(piece.token)
+    return torch.tensor(written, device=tokens.device)

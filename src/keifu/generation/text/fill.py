@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from keifu.data.text.span_corruption import EXTREME, REGULAR, SEQUENTIAL, Markers
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
-from keifu.generation.text.engine import evaluation_mode
 from keifu.generation.text.generate import generate_batch
+from keifu.generation.text.model import evaluation_mode
 from keifu.generation.text.sampling_params import SamplingParams
 
 

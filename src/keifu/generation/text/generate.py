@@ -3,7 +3,7 @@
 A seed belongs to a request: the same prompt, settings and seed give the same text alone or in a batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Unpack, overload
 
@@ -12,8 +12,9 @@ from torch import nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.defaults import sampling_for
-from keifu.generation.text.engine import batch_capacity, causal, write
-from keifu.generation.text.request import Piece, Request, check_tokens, prompt_tokens
+from keifu.generation.text.engine import Engine
+from keifu.generation.text.model import PREFILL_TOKENS, evaluation_mode
+from keifu.generation.text.request import Piece, prompt_tokens
 from keifu.generation.text.sampling_params import SamplingOptions, SamplingParams
 from keifu.threads import follow_load
 
@@ -52,16 +53,17 @@ def stream(
     prompts: texts, or lists of token ids. samplings: one for all, or one for each.
     An invalid request is a `UserError` at once, before the first piece. `finish_reason` marks the last piece of a text.
     """
-    each = _one_each(samplings, len(prompts))
-    tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
-    writer = causal(model)
-    config = writer.config
-    check_tokens(tokens, config.vocab_size)
-    pairs = enumerate(zip(tokens, each, strict=True))
-    requests = [Request(i, *pair, tokenizer, config.context_length) for i, pair in pairs]
-    if not requests:
-        return iter(())
-    return write(writer, requests, writer.new_caches(len(requests), batch_capacity(requests)))
+    engine = Engine(model, tokenizer, max_running=max(1, len(prompts)))
+    for prompt, sampling in zip(prompts, _one_each(samplings, len(prompts)), strict=True):
+        engine.add(engine.request(prompt, sampling))
+    return _pieces(engine)
+
+
+def _pieces(engine: Engine) -> Iterator[Piece]:
+    """Everything that the engine's requests write, to their ends."""
+    with evaluation_mode(engine.model):
+        while engine.work:
+            yield from engine.step()
 
 
 def generate_batch(
@@ -70,19 +72,24 @@ def generate_batch(
     prompts: Prompts,
     samplings: SamplingParams | Sequence[SamplingParams],
     batch_size: int = 32,
+    advance: Callable[[int], object] | None = None,
 ) -> list[Completion]:
-    """The completion of every prompt, in their order; `batch_size` of similar length are written at a time."""
+    """The completion of every prompt, in their order; at most `batch_size` are written at a time.
+
+    What prompts share at their beginning is computed once. `advance` is called with the number of prompts done.
+    """
     each = [sampling.seeded() for sampling in _one_each(samplings, len(prompts))]
     tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-    done: dict[int, Completion] = {}
-    for start in range(0, len(order), batch_size):
-        group = order[start : start + batch_size]
-        pieces: list[list[Piece]] = [[] for _ in group]
-        for piece in stream(model, tokenizer, [tokens[i] for i in group], [each[i] for i in group]):
-            pieces[piece.index].append(piece)
-        done |= {i: completion(p, each[i].seed or 0, len(tokens[i])) for i, p in zip(group, pieces, strict=True)}
-    return [done[i] for i in range(len(tokens))]
+    engine = Engine(model, tokenizer, max_running=batch_size, step_tokens=PREFILL_TOKENS)
+    for prompt, sampling in zip(tokens, each, strict=True):
+        engine.add(engine.request(prompt, sampling))
+    pieces: list[list[Piece]] = [[] for _ in tokens]
+    done = 0
+    for piece in _pieces(engine):
+        pieces[piece.index].append(piece)
+        if piece.finish_reason and advance:
+            advance(done := done + 1)
+    return [completion(p, s.seed or 0, len(t)) for p, s, t in zip(pieces, each, tokens, strict=True)]
 
 
 def completion(pieces: Sequence[Piece], seed: int, prompt_length: int) -> Completion:

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.beam_search import device_of
-from keifu.generation.text.engine import Model, causal, evaluation_mode
 from keifu.generation.text.logits_processors import log_probability
+from keifu.generation.text.model import Model, causal, device_of, evaluation_mode
 from keifu.generation.text.prefix_cache import Advance, CacheSize, Prefix, groups, plan_passes
 from keifu.generation.text.request import check_tokens
 from keifu.generation.text.sampler import History, RowSettings
@@ -58,7 +57,7 @@ def score_sampled(
     writer = causal(model)
     hidden = _hidden(writer, tokens[None], None)[0, prompt_length - 1 :]
     settings = RowSettings([sampling], tokens.device)
-    history = History.of_prompts(settings, tokens[None, :prompt_length], None, writer.config.vocab_size)
+    history = History.of_texts(settings, [tokens[:prompt_length].tolist()], [0], writer.config.vocab_size)
     found = [hidden.new_zeros(0, dtype=torch.float32)]
     for start in range(0, len(hidden), CHUNK):
         states = hidden[start : start + CHUNK]
@@ -231,34 +230,30 @@ class _Pass:
 
     def __init__(self, prefix: Prefix, asked: Sequence[_Request]):
         self.prefix, self.asked = prefix, asked
-        self.end = max(len(each.prompt) for each in asked)
-        self.padding = [self.end - len(each.prompt) for each in asked]
-        longest = max(len(each.answers[0]) for each in asked) - 1
-        self.caches = prefix.rows(self.padding, self.end + longest)
-        self.device = self.caches[0].keys.device
+        self.lengths = [len(each.prompt) for each in asked]
+        self.longest = max(self.lengths) + max(len(each.answers[0]) for each in asked) - 1
+        self.state = prefix.rows(len(asked), self.longest)
+        self.device = self.state.device
 
     def run(self) -> None:
         """Finds the likelihood of every answer."""
-        prompts = [[0] * pad + [*each.prompt] for pad, each in zip(self.padding, self.asked, strict=True)]
-        tails = [each.answers[0][:-1] for each in self.asked]
         start = self.prefix.length
-        hidden = self._hidden([row[start:] + [*tail] for row, tail in zip(prompts, tails, strict=True)])
-        self._first_tokens(hidden[:, self.end - start - 1])
-        self._later_tokens(hidden[:, self.end - start :], 0)
+        hidden = self._hidden([[*each.prompt[start:], *each.answers[0][:-1]] for each in self.asked])
+        lasts = [length - start - 1 for length in self.lengths]
+        self._first_tokens(hidden[range(len(lasts)), lasts])
+        self._later_tokens(hidden, 0, [last + 1 for last in lasts])
         for turn in range(1, max(len(each.answers) for each in self.asked)):
             tails = [each.answers[turn][:-1] if turn < len(each.answers) else () for each in self.asked]
             if not any(tails):
                 return  # the answers that are left have one token each
-            for cache in self.caches:
-                cache.rollback(self.end)
-            self._later_tokens(self._hidden(tails), turn)
+            self.state.rollback(self.lengths)
+            self._later_tokens(self._hidden(tails), turn, [0] * len(tails))
 
     def _hidden(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "batch length dim"]:
         """The hidden states of these tokens, with zeros behind the shorter rows: nothing sees what comes after it."""
         width = max(map(len, rows))
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.device)
-        padding = torch.tensor(self.padding, device=self.device) if any(self.padding) else None
-        return self.prefix.model.hidden(tokens, self.caches, padding)
+        return self.prefix.model.hidden(tokens, self.state)
 
     def _first_tokens(self, hidden: Float[Tensor, "batch dim"]) -> None:
         """Scores the first token of all answers: those of a prompt share one row of logits."""
@@ -269,10 +264,10 @@ class _Pass:
         for row, value, greedy in each_found:
             self.asked[row].found.append(([value], greedy))
 
-    def _later_tokens(self, hidden: Float[Tensor, "batch length dim"], turn: int) -> None:
-        """Scores the later tokens of each prompt's answer of this turn; `hidden`: of its tokens but the last."""
+    def _later_tokens(self, hidden: Float[Tensor, "batch length dim"], turn: int, first: Sequence[int]) -> None:
+        """Scores the later tokens of each prompt's answer of this turn; in `hidden` its tokens begin at `first`."""
         answers = [each.answers[turn] if turn < len(each.answers) else () for each in self.asked]
-        places = [(row, n) for row, answer in enumerate(answers) for n in range(len(answer) - 1)]
+        places = [(row, first[row] + n) for row, answer in enumerate(answers) for n in range(len(answer) - 1)]
         if not places:
             return
         rows, columns = torch.tensor(places, device=self.device).T

@@ -1,8 +1,6 @@
 """Prefix caching: the common prefix of several prompts is computed once, and its keys and values serve all of them.
 
-A row continues from the shared prefix with the rest of its prompt, and all prompts of a pass end together: a shorter
-one is padded on the left, and where the padding takes the place of the prefix's last tokens these are computed again.
-So the keys and values of the prefix serve rows of any length, in every causal model.
+A row continues from the shared prefix with the rest of its prompt.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
-from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.generation.text.beam_search import device_of
-from keifu.generation.text.engine import PREFILL_TOKENS, Model, batch_capacity, causal, evaluation_mode, write
-from keifu.generation.text.generate import Completion, completion
-from keifu.generation.text.request import Piece, Request, check_tokens
-from keifu.generation.text.sampling_params import SamplingParams
-from keifu.layers.attention.kv_cache import Cache, KeyValueCache
+from keifu.generation.text.model import PREFILL_TOKENS, Model
+from keifu.layers.attention.kv_cache import KVState
 
 Prompts = Sequence[Sequence[int]]
 Advance = Callable[[int], object]
@@ -103,26 +95,21 @@ class Prefix:
 
     def __init__(self, model: Model, tokens: Sequence[int], device: torch.device):
         self.model, self.length = model, len(tokens)
-        self.caches = _whole_caches(model, 1, self.length)
+        self.state = model.new_state(1, self.length)
         if tokens:
             for chunk in torch.tensor([list(tokens)], device=device).split(PREFILL_TOKENS, 1):
-                model.hidden(chunk, self.caches, None)
+                model.hidden(chunk, self.state)
 
-    def rows(self, padding: Sequence[int], capacity: int) -> list[Cache]:
-        """Caches with room for `batch_capacity` tokens that hold the beginning behind each row's padding."""
-        caches = _whole_caches(self.model, len(padding), capacity)
-        for cache, beginning in zip(caches, self.caches, strict=True):
-            cache.begin(beginning, padding)
-        return [*caches]
+    def rows(self, count: int, capacity: int) -> KVState:
+        """A state with room for `capacity` tokens in each of so many rows, which all hold the beginning."""
+        state = self.model.new_state(count, capacity)
+        state.begin(self.state, 0, self.length, range(count))
+        return state
 
     @property
     def token_bytes(self) -> int:
         """What the keys and values of one more token of one row take."""
-        return sum(2 * c.keys.shape[1] * c.keys.shape[3] * c.keys.element_size() for c in self.caches)
-
-
-def _whole_caches(model: Model, batch: int, capacity: int) -> list[KeyValueCache]:
-    return [cache.whole(batch, capacity) for cache in model.new_caches(1, capacity)]
+        return self.state.token_bytes
 
 
 class CacheSize(NamedTuple):
@@ -159,36 +146,3 @@ def plan_passes(sizes: Sequence[CacheSize], prefix: Prefix, batch_size: int | No
         now, ahead = max(now, size.now), max(ahead, size.now + size.later)
     if together:
         yield together
-
-
-@torch.inference_mode()
-def complete_prefixes(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompts: Prompts,
-    samplings: Sequence[SamplingParams],
-    batch_size: int | None = None,
-    advance: Advance | None = None,
-) -> list[Completion]:
-    """As `generate_batch`, for prompts of token ids that begin alike: `advance` is called with the number done."""
-    writer, device = causal(model), device_of(model)
-    config = writer.config
-    check_tokens(prompts, config.vocab_size)
-    given = enumerate(zip(prompts, samplings, strict=True))
-    requests = [Request(i, prompt, each, tokenizer, config.context_length) for i, (prompt, each) in given]
-    pieces: list[list[Piece]] = [[] for _ in requests]
-    done = 0
-    for places, shared in groups(prompts):
-        with evaluation_mode(model):
-            prefix = Prefix(writer, prompts[places[0]][:shared], device)
-        sizes = [CacheSize(len(prompts[place]) - shared, later=requests[place].limit) for place in places]
-        for rows in plan_passes(sizes, prefix, batch_size):
-            batch = [requests[places[row]] for row in rows]
-            longest = max(len(request.prompt) for request in batch)
-            padding = [longest - len(request.prompt) for request in batch]
-            for piece in write(writer, batch, prefix.rows(padding, batch_capacity(batch))):
-                pieces[piece.index].append(piece)
-            done += len(batch)
-            if advance:
-                advance(done)
-    return [completion(p, r.sampling.seed or 0, len(r.prompt)) for p, r in zip(pieces, requests, strict=True)]

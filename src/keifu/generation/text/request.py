@@ -51,7 +51,7 @@ class StopText:
 class Piece:
     """One more token of one text.
 
-    index: which of the prompts it continues.
+    index: the number of its request in the engine.
     text: the characters that this token completes, often none; never a part of a stop string.
     log_probability: ln of the token's probability under the model; None if not asked for.
     sampled_log_probability: the same under the distribution sampled from, after penalties, temperature and filters (0
@@ -87,19 +87,19 @@ class Request:
     """A prompt and its settings, checked against the context; `take` adds a token and returns its `Piece`.
 
     constraint: what holds the text to a form; None for any text. A prompt that is empty or leaves no room in the
-    context is a `UserError`; a prompt is never truncated.
+    context is a `UserError`; a prompt is never truncated. Without a tokenizer the pieces have no text, and no token
+    ends it.
     """
 
     def __init__(
         self,
-        index: int,
         prompt: Sequence[int],
         sampling: SamplingParams,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         context_length: int,
         constraint: Constraint | None = None,
     ):
-        self.index, self.prompt, self.sampling = index, list(prompt), sampling.seeded()
+        self.index, self.prompt, self.sampling = 0, list(prompt), sampling.seeded()  # the engine gives it its number
         room = context_length - len(prompt)
         if not prompt:
             raise UserError("The prompt is empty, and this tokenizer has no token that begins a text: give some text.")
@@ -112,7 +112,9 @@ class Request:
         self.limit, self._full = (room, "context") if wanted is None or wanted > room else (wanted, "length")
         self.tokens: list[int] = []
         self.constraint = constraint
-        self._stop_ids, self._decoder, self._text = tokenizer.stop_ids, tokenizer.stream(), StopText(sampling.stop)
+        self._stop_ids = frozenset[int]() if tokenizer is None else tokenizer.stop_ids
+        self._decoder = None if tokenizer is None else tokenizer.stream()
+        self._text = StopText(sampling.stop)
 
     def take(self, token: float, largest: float, *log_probabilities: float) -> Piece:
         """Adds a token and returns its piece. The numbers are a row of `SampledTokens.figures`.
@@ -128,7 +130,7 @@ class Request:
         if self.constraint is not None:
             self.constraint.accept(self.tokens[-1])
         ends = self.tokens[-1] in self._stop_ids
-        text = "" if ends else self._text.push(self._decoder.push(self.tokens[-1]))
+        text = "" if ends or self._decoder is None else self._text.push(self._decoder.push(self.tokens[-1]))
         reason = "stop" if ends or self._text.found else self._full if len(self.tokens) >= self.limit else None
         if reason:
             text += self._text.flush()
@@ -151,13 +153,14 @@ def allowed_tokens(
     return torch.stack(rows).to(device)
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+def prompt_tokens(tokenizer: Tokenizer | None, prompt: str | Sequence[int]) -> list[int]:
     """The ids of a prompt, with the BOS if the tokenizer adds one; an empty prompt is the BOS alone, if it has one.
 
     Text cannot spell control tokens; give ids to use them.
     """
     if not isinstance(prompt, str):
         return list(prompt)
+    assert tokenizer is not None, "a text is read by a tokenizer"
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return tokenizer.encode(prompt, special=True) or begin
 

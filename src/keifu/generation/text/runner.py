@@ -7,10 +7,17 @@ has which blocks is decided by the scheduler. Axes: wanted = tokens whose logits
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float
-from torch import Tensor
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.generation.text.model import Model, OwnRunner, causal, device_of
+from keifu.layers.attention.kv_cache import KVState, LayerCache, Pass
+from keifu.layers.dropout import Dropout
+from keifu.memory import available_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +40,9 @@ class Span:
     wanted: int = 1
 
 
+@runtime_checkable
 class Runner(Protocol):
-    """Interface of what computes a step, in PyTorch (`TorchRunner`) or natively (`keifu.native`).
+    """Interface of what computes the steps of one engine, in PyTorch (`TorchRunner`) or natively (`keifu.native`).
 
     block_size, n_blocks: tokens of a block, and blocks of the pool. vocab_size, context_length: of the model.
     token_bytes: what the keys and values of a token take.
@@ -58,3 +66,214 @@ class Runner(Protocol):
     def forget(self, sequence: int) -> None:
         """The sequence has ended or was preempted: what the runner keeps of it beside the blocks may go."""
         ...
+
+
+POOL = 0.25  # the share of the free memory that the pool may take; `TorchRunner` holds what runs a second time
+
+
+def runner_of(model: nn.Module) -> Runner:
+    """The model's own runner, or else PyTorch's, with as many blocks as a share of the free memory has room for."""
+    make = model.runner if isinstance(model, OwnRunner) else partial(TorchRunner, causal(model))
+    probe: Runner = make(1)
+    return make(max(1, int(POOL * available_memory(device_of(model))) // (probe.token_bytes * probe.block_size)))
+
+
+SMALLEST = 64  # tokens of the smallest row
+
+
+class TorchRunner:
+    """Runs any causal model in PyTorch, on any device. All tokens of a step go through the linear layers together.
+
+    Attention reads each sequence's keys and values from a row of its own, where they lie one after the other: gathered
+    from blocks at every step they took 3 to 10 times as long to read, measured on a CPU. A row has the next power of
+    two of tokens; the rows of one size are attended to together. Full blocks are copied to the pool, from which a
+    sequence that shares them begins its row.
+    """
+
+    def __init__(self, model: Model, n_blocks: int, block_size: int = 16):
+        self.model, self.n_blocks, self.block_size = model, n_blocks, block_size
+        self.vocab_size: int = model.config.vocab_size
+        self.context_length: int = model.config.context_length
+        self._pool = model.new_state(0, block_size)  # a row a block; it grows with what is used
+        self.token_bytes = self._pool.token_bytes
+        self.device = self._pool.device
+        self._rows: dict[int, _Rows] = {}  # by their size
+        self._size_of: dict[int, int] = {}  # each sequence's row
+
+    def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
+        for span in batch:
+            self._seat(span)
+        step = _Step(self._groups(batch), self.device)
+        tokens = [token for group in step.groups for span in group.spans for token in span.tokens]
+        hidden = self.model.hidden(torch.tensor([tokens], device=self.device), step)
+        for span in batch:
+            self._store(span)
+        wanted = step.wanted(batch)
+        return self.model.logits(hidden[0, torch.tensor(wanted, dtype=torch.long, device=self.device)]).float()
+
+    def forget(self, sequence: int) -> None:
+        if (size := self._size_of.pop(sequence, None)) is not None:
+            self._rows[size].leave(sequence)
+            if not self._rows[size].owners:
+                del self._rows[size]
+
+    def _seat(self, span: Span) -> None:
+        """A row for the span's sequence with room for its new tokens, which holds those before them."""
+        end, number = span.start + len(span.tokens), span.sequence
+        held = self._size_of.get(number, 0)
+        if held < end:
+            size = max(SMALLEST, 1 << (end - 1).bit_length())
+            rows = self._rows.setdefault(size, _Rows(self.model.new_state(0, size)))
+            row = rows.enter(number)
+            if held:
+                old = self._rows[held]
+                rows.state.begin(old.state, old.owners.index(number), span.start, [row])
+                self.forget(number)
+            elif span.start:
+                self._load(rows.state, row, span)
+            self._size_of[number] = size
+        rows = self._rows[self._size_of[number]]
+        rows.state.lengths[rows.owners.index(number)] = span.start
+
+    def _load(self, state: KVState, row: int, span: Span) -> None:
+        """Fills the beginning of a row from the pool."""
+        blocks = torch.tensor(span.blocks[: -(-span.start // self.block_size)], device=self.device)
+        for mine, pool in ((state.keys, self._pool.keys), (state.values, self._pool.values)):
+            for x, held in zip(mine, pool, strict=True):
+                x[row, :, : span.start] = held[blocks].transpose(0, 1).flatten(1, 2)[:, : span.start]
+
+    def _store(self, span: Span) -> None:
+        """Copies the blocks that the span has filled from its row to the pool."""
+        first, last = span.start // self.block_size, (span.start + len(span.tokens)) // self.block_size
+        if first == last:
+            return
+        made, needed = len(self._pool.lengths), max(span.blocks[first:last]) + 1
+        if needed > made:
+            self._pool.add(max(needed, min(2 * made, self.n_blocks)) - made)
+            self._pool.lengths = [self.block_size] * len(self._pool.lengths)
+        rows = self._rows[self._size_of[span.sequence]]
+        row, blocks = rows.owners.index(span.sequence), torch.tensor(span.blocks[first:last], device=self.device)
+        filled = slice(first * self.block_size, last * self.block_size)
+        for mine, pool in ((rows.state.keys, self._pool.keys), (rows.state.values, self._pool.values)):
+            for x, held in zip(mine, pool, strict=True):
+                held[blocks] = x[row, :, filled].unflatten(1, (-1, self.block_size)).transpose(0, 1)
+
+    def _groups(self, batch: Sequence[Span]) -> "list[_Group]":
+        """The spans in groups that attend together: those of one token by the size of their rows, the others alone."""
+        found = []
+        for size, rows in self._rows.items():
+            single = [span for span in batch if len(span.tokens) == 1 and self._size_of[span.sequence] == size]
+            if single:
+                rows.put_first([span.sequence for span in single])
+                by_number = {span.sequence: span for span in single}
+                found.append(_Group(rows.state, 0, [by_number[number] for number in rows.owners[: len(single)]]))
+        for span in batch:
+            if len(span.tokens) > 1:
+                rows = self._rows[self._size_of[span.sequence]]
+                found.append(_Group(rows.state, rows.owners.index(span.sequence), [span]))
+        return found
+
+
+class _Rows:
+    """Rows of one size; `owners` are the sequences in the first of them."""
+
+    def __init__(self, state: KVState):
+        self.state = state
+        self.owners: list[int] = []
+
+    def enter(self, sequence: int) -> int:
+        """The place of a row for one more sequence."""
+        if len(self.owners) == len(self.state.lengths):
+            self.state.add(max(1, len(self.owners)))
+        self.owners.append(sequence)
+        return len(self.owners) - 1
+
+    def leave(self, sequence: int) -> None:
+        """The last row takes the place of the one that is given back."""
+        row, last = self.owners.index(sequence), len(self.owners) - 1
+        if row != last:
+            self.state.begin(self.state, last, self.state.lengths[last], [row])
+            self.owners[row] = self.owners[last]
+        self.owners.pop()
+        self.state.lengths[last] = 0
+
+    def put_first(self, sequences: Sequence[int]) -> None:
+        """These sequences take the first rows; as few rows as possible change their places."""
+        chosen, count = set(sequences), len(sequences)
+        order = list(range(len(self.state.lengths)))
+        behind = [row for row in range(count, len(self.owners)) if self.owners[row] in chosen]
+        for row in range(count):
+            if self.owners[row] not in chosen:
+                other = behind.pop()
+                order[row], order[other] = other, row
+                self.owners[row], self.owners[other] = self.owners[other], self.owners[row]
+        if order != sorted(order):
+            self.state.select(torch.tensor(order, device=self.state.device))
+
+
+class _Group:
+    """Spans of the same number of tokens in neighbouring rows of a state, from `row` on."""
+
+    def __init__(self, state: KVState, row: int, spans: Sequence[Span]):
+        self.state, self.spans, self.width = state, spans, len(spans[0].tokens)
+        self.rows = slice(row, row + len(spans))
+        self.now = Pass([span.start for span in spans], self.width, [0] * len(spans), state.device)
+
+
+class _Step:
+    """The state of a step, as `DecoderLM` asks for it: the tokens of all groups one after the other in one row."""
+
+    def __init__(self, groups: "Sequence[_Group]", device: torch.device):
+        self.groups, self.device = groups, device
+        self.longest = max(max(group.now.starts) for group in groups)
+
+    def positions(self, length: int, padding: Tensor | None = None) -> Int[Tensor, "1 length"]:
+        """Where the tokens stand, each in its own sequence."""
+        starts = [start for group in self.groups for start in group.now.starts for _ in range(group.width)]
+        offsets = [offset for group in self.groups for _ in group.spans for offset in range(group.width)]
+        return torch.tensor([[a + b for a, b in zip(starts, offsets, strict=True)]], device=self.device)
+
+    def layer(self, index: int) -> "_StepCache":
+        return _StepCache(self.groups, index)
+
+    def advance(self) -> None:
+        for group in self.groups:
+            group.state.lengths[group.rows] = group.now.ends
+
+    def wanted(self, batch: Sequence[Span]) -> list[int]:
+        """The places of the tokens whose logits are wanted, in the order of the batch."""
+        ends: dict[int, int] = {}
+        end = 0
+        for group in self.groups:
+            for span in group.spans:
+                end += group.width
+                ends[span.sequence] = end
+        return [place for span in batch for place in range(ends[span.sequence] - span.wanted, ends[span.sequence])]
+
+
+class _StepCache:
+    """The keys and values of one layer in a step: each group attends to its own rows."""
+
+    def __init__(self, groups: Sequence[_Group], index: int):
+        self.groups, self.index = groups, index
+
+    def attend(
+        self,
+        q: Float[Tensor, "1 heads length head_dim"],
+        keys: Float[Tensor, "1 kv_heads length head_dim"],
+        values: Float[Tensor, "1 kv_heads length head_dim"],
+        window: int | None,
+        dropout: Dropout | None,
+        scale: float | None,
+    ) -> Float[Tensor, "1 length dim"]:
+        found, start = [], 0
+        for group in self.groups:
+            shape = len(group.spans), group.width
+            end = start + shape[0] * shape[1]
+            new = (x[0, :, start:end].unflatten(1, shape).transpose(0, 1) for x in (q, keys, values))
+            state = group.state
+            rows = group.rows
+            held = LayerCache(state.keys[self.index][rows], state.values[self.index][rows], group.now)
+            found.append(held.attend(*new, window, dropout, scale).flatten(0, 1))
+            start = end
+        return torch.cat(found)[None] if len(found) > 1 else found[0][None]

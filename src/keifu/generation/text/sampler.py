@@ -55,7 +55,7 @@ class RowSettings:
 
     def _biases(self, pairs: Sequence[tuple[tuple[int, float], ...]]) -> tuple[Tensor, Tensor] | None:
         """Each row's biased tokens and their biases, filled up to equal length; None where there are none."""
-        longest = max(map(len, pairs))
+        longest = max(map(len, pairs), default=0)
         full = torch.tensor([[*row, *[(0, 0.0)] * (longest - len(row))] for row in pairs], dtype=torch.float64)
         return (full[..., 0].long().to(self.device), full[..., 1].float().to(self.device)) if longest else None
 
@@ -95,26 +95,48 @@ class History:
     counts: Float[Tensor, "rows vocab"] | None  # how often in the output
 
     @classmethod
-    def of_prompts(
-        cls, settings: RowSettings, tokens: Int[Tensor, "rows length"], padding: Int[Tensor, " rows"] | None, vocab: int
+    def of_texts(
+        cls, settings: RowSettings, texts: Sequence[Sequence[int]], written: Sequence[int], vocab: int
     ) -> "History":
-        """The history before the first new token."""
-        rows, length = tokens.shape
+        """The history after these texts, whose last `written` tokens are the model's own."""
         seen = counts = None
         if settings.repetition is not None:
-            if padding is not None:  # padding is counted in an extra column, which is dropped
-                tokens = tokens.masked_fill(torch.arange(length, device=tokens.device) < padding[:, None], vocab)
-            seen = tokens.new_zeros(rows, vocab + 1, dtype=torch.bool).scatter_(1, tokens, True)[:, :vocab]
+            seen = torch.zeros(len(texts), vocab, dtype=torch.bool, device=settings.device)
+            for row, text in enumerate(texts):
+                seen[row, torch.tensor(text, device=settings.device)] = True
         if settings.presence is not None or settings.frequency is not None:
-            counts = torch.zeros(rows, vocab, device=tokens.device)
+            own = [
+                torch.tensor(text[len(text) - n :], dtype=torch.long) for text, n in zip(texts, written, strict=True)
+            ]
+            counts = torch.stack([each.bincount(minlength=vocab).float() for each in own]).to(settings.device)
         return cls(seen, counts)
 
-    def add(self, tokens: Int[Tensor, " rows"]) -> None:
-        """Counts one new token of each row."""
+    def add(self, tokens: Int[Tensor, " rows"], rows: Int[Tensor, " rows"] | None = None) -> None:
+        """Counts one new token of each row, or of these rows."""
+        rows = torch.arange(len(tokens), device=tokens.device) if rows is None else rows
         if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+            self.seen[rows, tokens] = True
         if self.counts is not None:
-            self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.float32))
+            self.counts[rows, tokens] += 1
+
+    def join(self, other: "History", rows: int, more: int) -> "History":
+        """This one of `rows` rows, and behind them the other's; a row without a penalty needs no history."""
+
+        def joined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            if a is None and b is None:
+                return None
+            like = b if a is None else a
+            assert like is not None
+            a, b = (like.new_zeros(n, like.shape[1]) if x is None else x for x, n in ((a, rows), (b, more)))
+            return torch.cat([a, b])
+
+        return History(joined(self.seen, other.seen), joined(self.counts, other.counts))
+
+    def at(self, rows: Int[Tensor, " kept"]) -> "History":
+        """That of some rows."""
+        return History(
+            None if self.seen is None else self.seen[rows], None if self.counts is None else self.counts[rows]
+        )
 
     def before_each(self, tokens: Int[Tensor, " length"], vocab: int) -> "History":
         """The history of the one row before each of the tokens that follow, a row for each; this one then holds all."""
@@ -129,11 +151,6 @@ class History:
         self.counts = None if self.counts is None else self.counts + after[-1:]
         return History(seen, counts)
 
-    def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keeps only these rows."""
-        self.seen = None if self.seen is None else self.seen[rows]
-        self.counts = None if self.counts is None else self.counts[rows]
-
 
 @dataclass(frozen=True)
 class SampledTokens:
@@ -146,50 +163,75 @@ class SampledTokens:
 
 
 class Sampler:
-    """Settings, seeds and history of the rows of a batch. Every sampling must have a seed."""
+    """Settings, seeds and history of the texts that are being written; rows come and go while it runs."""
 
-    def __init__(
-        self,
-        samplings: Sequence[SamplingParams],
-        prompts: Int[Tensor, "rows length"],
-        padding: Int[Tensor, " rows"] | None,
-        vocab: int,
-    ):
-        self.settings = RowSettings(samplings, prompts.device)
-        self.history = History.of_prompts(self.settings, prompts, padding, vocab)
-        self.seeds = torch.tensor([s.seed for s in samplings], device=prompts.device)
-        self.positions = torch.full_like(self.seeds, prompts.shape[1])  # of the token to be sampled, in its own text
-        if padding is not None:
-            self.positions = self.positions - padding
-        self.reports = any(s.log_probabilities for s in samplings)
-        self.top = max((s.top_log_probabilities for s in samplings if s.log_probabilities), default=0)
+    def __init__(self, vocab: int, device: torch.device):
+        self.vocab, self.device = vocab, device
+        self.samplings: list[SamplingParams] = []
+        self.history = History(None, None)
+        self.seeds = torch.zeros(0, dtype=torch.long, device=device)
+        self.positions = torch.zeros(0, dtype=torch.long, device=device)  # of the next token, in its own text
+        self._prepare()
+
+    def add(self, samplings: Sequence[SamplingParams], texts: Sequence[Sequence[int]], written: Sequence[int]) -> None:
+        """More rows behind the others: their settings, which must have a seed, and their texts so far, of which the
+        last `written` tokens are the model's own."""
+        new = History.of_texts(RowSettings(samplings, self.device), texts, written, self.vocab)
+        self.history = self.history.join(new, len(self.samplings), len(texts))
+        self.samplings += samplings
+        self.seeds = torch.cat([self.seeds, torch.tensor([s.seed for s in samplings], device=self.device)])
+        self.positions = torch.cat([self.positions, torch.tensor([len(text) for text in texts], device=self.device)])
+        self._prepare()
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps only these rows, in this order."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.device)
+        self.samplings = [self.samplings[row] for row in rows]
+        self.seeds, self.positions, self.history = self.seeds[index], self.positions[index], self.history.at(index)
+        self._prepare()
 
     def choose(
-        self, logits: logits_processors.Logits, allowed: Bool[Tensor, "rows vocab"] | None = None
+        self,
+        logits: logits_processors.Logits,
+        rows: Sequence[int] | None = None,
+        allowed: Bool[Tensor, "rows vocab"] | None = None,
     ) -> SampledTokens:
-        """One token for each row; the next call is for the tokens after these. `allowed`: those that may be chosen."""
-        raw = logits
-        logits = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
-        if self.settings.all_greedy:
-            sampled, tokens = None, self.settings.apply_penalties(logits, self.history).argmax(-1)
+        """One token for each row, or for each of these rows; the next call is for the tokens after these.
+
+        allowed: the tokens that may be chosen.
+        """
+        index, settings, history = None, self.settings, self.history
+        if rows is not None:
+            index = torch.tensor(rows, dtype=torch.long, device=self.device)
+            settings, history = RowSettings([self.samplings[row] for row in rows], self.device), history.at(index)
+        open_logits = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
+        if settings.all_greedy:
+            sampled, tokens = None, settings.apply_penalties(open_logits, history).argmax(-1)
         else:
-            sampled = self.settings(logits, self.history)
-            tokens = sample(sampled, uniform(self.seeds, self.positions))
-        columns = [tokens, raw.amax(-1)]
+            sampled = settings(open_logits, history)
+            places = (self.seeds, self.positions) if index is None else (self.seeds[index], self.positions[index])
+            tokens = sample(sampled, uniform(*places))
+        self.history.add(tokens, index)
+        if index is None:
+            self.positions = self.positions + 1
+        else:
+            self.positions[index] += 1
+        return SampledTokens(tokens, self._figures(logits, sampled, tokens))
+
+    def _figures(
+        self, logits: logits_processors.Logits, sampled: logits_processors.Logits | None, tokens: Tensor
+    ) -> Float[Tensor, "rows columns"]:
+        columns = [tokens, logits.amax(-1)]
         if self.reports:
-            columns.append(logits_processors.log_probability(raw, tokens))
+            columns.append(logits_processors.log_probability(logits, tokens))
             certain = torch.zeros_like(columns[-1])
             columns.append(certain if sampled is None else logits_processors.log_probability(sampled, tokens))
-            values, likeliest = raw.topk(min(self.top, raw.shape[1]))
-            logs = values - raw.logsumexp(-1, keepdim=True)
+            values, likeliest = logits.topk(min(self.top, logits.shape[1]))
+            logs = values - logits.logsumexp(-1, keepdim=True)
             columns += [column for pair in zip(likeliest.T, logs.T, strict=True) for column in pair]
-        self.positions = self.positions + 1
-        self.history.add(tokens)
-        return SampledTokens(tokens, torch.stack([wide(column).double() for column in columns], -1))
+        return torch.stack([wide(column).double() for column in columns], -1)
 
-    def select(self, rows: list[int]) -> None:
-        """Keeps only these rows."""
-        self.settings = RowSettings([self.settings.samplings[row] for row in rows], self.settings.device)
-        index = torch.tensor(rows, device=self.seeds.device)
-        self.seeds, self.positions = self.seeds[index], self.positions[index]
-        self.history.select(index)
+    def _prepare(self) -> None:
+        self.settings = RowSettings(self.samplings, self.device)
+        self.reports = any(s.log_probabilities for s in self.samplings)
+        self.top = max((s.top_log_probabilities for s in self.samplings if s.log_probabilities), default=0)

@@ -19,10 +19,9 @@ from keifu.generation.text.beam_search import (
     Search,
     Translator,
     beam_search,
-    device_of,
     paper_penalty,
 )
-from keifu.generation.text.engine import BidirectionalEncoder, Model, evaluation_mode
+from keifu.generation.text.model import BidirectionalEncoder, Model, device_of, evaluation_mode
 from keifu.ranges import check
 
 OPENING, CLOSING = "「『（〈《【［｛“(", "」』）〉》】］｝”)"

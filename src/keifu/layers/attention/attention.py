@@ -4,6 +4,7 @@ Axes: batch, length = queries, seen = keys, heads, head_dim, dim = heads · head
 """
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.attention.kv_cache import Cache, KeyValueCache, WindowCache
 from keifu.layers.attention.masks import Band, Mask, Visible
 from keifu.layers.attention.positions import Positions, Rotary
 from keifu.layers.dropout import Dropout
@@ -67,6 +67,21 @@ def _explicit(
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
+@runtime_checkable
+class Cache(Protocol):
+    """Interface of a layer's keys and values of earlier tokens: `attend` adds those of new ones and attends to all."""
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads length head_dim"],
+        keys: Float[Tensor, "batch kv_heads length head_dim"],
+        values: Float[Tensor, "batch kv_heads length head_dim"],
+        window: int | None,
+        dropout: Dropout | None,
+        scale: float | None,
+    ) -> Float[Tensor, "batch length dim"]: ...
+
+
 class Attention(nn.Module):
     """Self-attention (Vaswani et al., 2017, section 3.2): multi-head; grouped-query (Ainslie et al., 2023) with fewer
     `n_kv_heads` than `n_heads`; multi-query (Shazeer, 2019) with one. What may be seen is the mask's business.
@@ -109,10 +124,11 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch length dim"],
-        mask: Mask,
+        mask: Mask | None = None,
         positions: Positions | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "batch length dim"]:
+        """With a cache `x` are new tokens, which see those before; otherwise `mask` says what is seen (None: all)."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], 2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -122,15 +138,9 @@ class Attention(nn.Module):
             qk = positions.rotation(self.rotary).apply(qk)
         q, k, v = qk[:, :, : self.n_heads].transpose(1, 2), qk[:, :, self.n_heads :].transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(k, v)
-        visible = mask.visible(k.shape[2], self.window)
+            return self.out(cache.attend(q, k, v, self.window, self.dropout, self.scale))
+        visible = None if mask is None else mask.visible(k.shape[2], self.window)
         return self.out(attend(q, k, v, visible, self.dropout, self.scale))
-
-    def new_cache(self, batch: int, capacity: int, like: Tensor) -> Cache:
-        """An empty cache for `capacity` tokens in all, of the type and on the device of `like`."""
-        if self.window is not None and self.window < capacity:
-            return WindowCache(batch, self.n_kv_heads, self.window, self.head_dim, like)
-        return KeyValueCache(batch, self.n_kv_heads, capacity, self.head_dim, like)
 
 
 class CrossAttention(nn.Module):

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keifu.layers.attention.attention import Attention, attend
-from keifu.layers.attention.kv_cache import Cache, KeyValueCache
+from keifu.layers.attention.kv_cache import LayerCache
 
 Pattern = Literal["row", "column", "convolution", "full"]
 Heads = Float[Tensor, "batch heads length head_dim"]
@@ -86,7 +86,7 @@ class GridAttention(Attention):
         self.pattern: Pattern = pattern
 
     def forward(
-        self, x: Float[Tensor, "batch length dim"], cache: Cache | None = None
+        self, x: Float[Tensor, "batch length dim"], cache: LayerCache | None = None
     ) -> Float[Tensor, "batch length dim"]:
         """All tokens at once; with a cache the text and the places that came, or one new place behind them."""
         heads = self.qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim))
@@ -98,10 +98,6 @@ class GridAttention(Attention):
             return self.out(attend(q, k, v, "causal"))
         seen = _visible_from(self.grid, self.pattern, k.shape[2] - 1 - self.grid.prefix, x.device)
         return self.out(attend(q, k[:, :, seen], v[:, :, seen]))
-
-    def new_cache(self, batch: int, capacity: int, like: Tensor) -> KeyValueCache:
-        """An empty cache for `capacity` tokens in all."""
-        return KeyValueCache(batch, self.n_heads, capacity, self.head_dim, like)
 
 
 @lru_cache(maxsize=8192)

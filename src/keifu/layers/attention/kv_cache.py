@@ -1,6 +1,7 @@
-"""Key-value caches: keys and values of the tokens so far, in memory allocated once.
+"""Key-value cache: the keys and values of the tokens so far, of all layers of a model, in memory allocated once.
 
-Axes: batch, heads = heads of keys and values, length = tokens, head_dim.
+Every row of a batch has a length of its own: rows of different lengths lie side by side without padding. Axes: rows,
+heads = heads of keys and values, length = new tokens of a pass, seen = tokens that a pass attends to, head_dim.
 """
 
 from collections.abc import Sequence
@@ -9,171 +10,173 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-KeysValues = tuple[Float[Tensor, "batch heads seen head_dim"], Float[Tensor, "batch heads seen head_dim"]]
+from keifu.layers.attention.attention import attend
+from keifu.layers.attention.masks import CausalMask, RaggedMask
+from keifu.layers.dropout import Dropout
+
+New = Float[Tensor, "rows heads length head_dim"]
+Seen = Float[Tensor, "rows heads seen head_dim"]
 
 
-class KeyValueCache:
-    """Room for `capacity` tokens; `append` writes the new ones behind the old and returns views of all."""
+class KVState:
+    """Room for `capacity` tokens in each of `rows` rows; `lengths` are the numbers of tokens that they hold.
 
-    def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, like: Tensor):
-        self.keys = like.new_empty(batch, heads, capacity, head_dim)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
+    layers: heads of keys and values, and their size, for each layer. A pass begins with `positions`, which says where
+    its tokens stand; then each layer takes its part (`layer`); `advance` ends it. A pass that is interrupted before
+    leaves the state as it was.
+    """
 
-    def append(
-        self, keys: Float[Tensor, "batch heads length head_dim"], values: Float[Tensor, "batch heads length head_dim"]
-    ) -> KeysValues:
-        """All keys and values seen, the given ones last. More than the capacity is a `ValueError`."""
-        end, capacity = self.length + keys.shape[2], self.keys.shape[2]
-        if end > capacity:
-            raise ValueError(f"The cache has room for {capacity} tokens and was given {end}; make a larger one.")
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    def __init__(self, layers: Sequence[tuple[int, int]], rows: int, capacity: int, like: Tensor):
+        shapes = [(rows, heads, capacity, head_dim) for heads, head_dim in layers]
+        self.keys = [like.new_zeros(shape) for shape in shapes]  # nobody sees what is not written; NaN would spread
+        self.values = [like.new_zeros(shape) for shape in shapes]
+        self.lengths = [0] * rows
+        self._pass: Pass | None = None
 
     @property
-    def earliest(self) -> int:
-        """The smallest length that `rollback` can go back to."""
-        return 0
+    def capacity(self) -> int:
+        """Tokens that a row has room for."""
+        return self.keys[0].shape[2]
 
-    def rollback(self, length: int) -> None:
-        """Forgets all tokens but the first `length`."""
-        _check_rollback(length, self.earliest, self.length)
-        self.length = length
+    @property
+    def longest(self) -> int:
+        """The most tokens that a row holds."""
+        return max(self.lengths, default=0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the keys and values are."""
+        return self.keys[0].device
+
+    @property
+    def token_bytes(self) -> int:
+        """What the keys and values of one more token of one row take."""
+        return sum(2 * keys.shape[1] * keys.shape[3] * keys.element_size() for keys in self.keys)
+
+    def positions(self, length: int, padding: Int[Tensor, " rows"] | None = None) -> Int[Tensor, "*rows length"]:
+        """Begins a pass of `length` tokens a row: their positions, [length] where all rows have the same.
+
+        padding: how many tokens at the beginning of each row are padding; these are not kept.
+        More tokens than there is room for is a `ValueError`.
+        """
+        pads = [0] * len(self.lengths) if padding is None else padding.tolist()
+        self._pass = Pass(self.lengths, length, pads, self.device)
+        if (end := max(self._pass.ends, default=0)) > self.capacity:
+            raise ValueError(f"The cache has room for {self.capacity} tokens and was given {end}; make a larger one.")
+        return self._pass.positions
+
+    def layer(self, index: int) -> "LayerCache":
+        """The part of one layer in the pass that was begun."""
+        assert self._pass is not None, "`positions` begins a pass"
+        return LayerCache(self.keys[index], self.values[index], self._pass)
+
+    def advance(self) -> None:
+        """Ends the pass: its tokens are held."""
+        assert self._pass is not None, "`positions` begins a pass"
+        self.lengths, self._pass = self._pass.ends, None
+
+    def rollback(self, lengths: int | Sequence[int]) -> None:
+        """Forgets all tokens but the first so many, of all rows or of each."""
+        wanted = [lengths] * len(self.lengths) if isinstance(lengths, int) else list(lengths)
+        for length, held in zip(wanted, self.lengths, strict=True):
+            if not 0 <= length <= held:
+                raise ValueError(f"A row holds {held} tokens and cannot go back to {length}.")
+        self.lengths = wanted
 
     def reserve(self, capacity: int) -> None:
-        """Makes room for `capacity` tokens in all, if there is less; what is held stays."""
-        if capacity > self.keys.shape[2]:
-            self.keys, self.values = (_shift(x[:, :, : self.length], capacity) for x in (self.keys, self.values))
+        """Makes room for `capacity` tokens in each row, if there is less; what is held stays."""
+        if capacity > self.capacity:
+            self._resize(len(self.lengths), capacity)
 
-    def whole(self, batch: int, capacity: int) -> "KeyValueCache":
-        """An empty cache for `batch` rows of the same layer that forgets nothing: any length can be gone back to."""
-        return KeyValueCache(batch, self.keys.shape[1], capacity, self.keys.shape[3], self.keys)
+    def add(self, rows: int) -> None:
+        """So many more rows, empty, behind the others."""
+        self._resize(len(self.lengths) + rows, self.capacity)
+        self.lengths = [*self.lengths, *[0] * rows]
 
-    def begin(self, beginning: "KeyValueCache", padding: Sequence[int]) -> None:
-        """Every row begins with what the one row of `beginning` holds, behind so much padding, and all end together.
-
-        What a row's padding leaves no room for is left out: the row goes on from an earlier token.
-        """
-        length = beginning.length
-        for row, front in enumerate(padding):
-            front = min(front, length)
-            for own, given in ((self.keys, beginning.keys), (self.values, beginning.values)):
-                own[row, :, :front] = 0.0  # nobody sees it, but nothing times NaN is NaN
-                own[row, :, front:length] = given[0, :, : length - front]
-        self.length = length
-
-    def select(self, rows: Int[Tensor, " kept"], start: int = 0) -> None:
-        """Keeps only these rows of the batch, without their first `start` tokens, which must be padding.
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keeps these rows, in this order; a row may be named several times.
 
         As many rows or fewer stay in the memory that they have, and those that keep their place are not touched.
         """
-        if not start and len(rows) <= len(self.keys):
-            moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
-            for held in (self.keys[:, :, : self.length], self.values[:, :, : self.length]):
-                held[moved] = held[rows[moved]]
-            self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
+        longest, count = self.longest, len(rows)
+        same = len(set(self.lengths)) == 1
+        self.lengths = self.lengths[:1] * count if same else [self.lengths[row] for row in rows.tolist()]
+        if count > len(self.keys[0]):
+            self.keys, self.values = ([x[rows] for x in held] for held in (self.keys, self.values))
             return
-        capacity, held = self.keys.shape[2] - start, slice(start, self.length)
-        self.keys, self.values = (_shift(x[:, :, held][rows], capacity) for x in (self.keys, self.values))
-        self.length -= start
+        moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
+        for held in (self.keys, self.values):
+            for x in held:
+                x[moved, :, :longest] = x[rows[moved], :, :longest]
+        self.keys, self.values = ([x[:count] for x in held] for held in (self.keys, self.values))
+
+    def begin(self, other: "KVState", row: int, length: int, into: Sequence[int]) -> None:
+        """These rows begin with the first `length` tokens of a row of a state of the same layers."""
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for x, y in zip(mine, theirs, strict=True):
+                x[into, :, :length] = y[row, :, :length]
+        for each in into:
+            self.lengths[each] = length
+
+    def _resize(self, rows: int, capacity: int) -> None:
+        """New memory that begins with what is held."""
+        longest = self.longest
+        for held in (self.keys, self.values):
+            for i, old in enumerate(held):
+                held[i] = old.new_zeros(rows, old.shape[1], capacity, old.shape[3])
+                held[i][: len(old), :, :longest] = old[:, :, :longest]
 
 
-class WholeWindowCache(KeyValueCache):
-    """Holds all tokens and shows what a sliding window sees: a `WindowCache` that can go back to any length."""
+class Pass:
+    """Where the new tokens of each row stand, and what they may see; one object serves all layers of a pass."""
 
-    def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, like: Tensor, window: int):
-        super().__init__(batch, heads, capacity, head_dim, like)
-        self.window = window
+    def __init__(self, starts: Sequence[int], length: int, pads: Sequence[int], device: torch.device):
+        self.starts, self.pads = starts, pads
+        self.ends = [start + length - pad for start, pad in zip(starts, pads, strict=True)]
+        self.even = len(set(starts)) <= 1 and not any(pads)
+        self.first, self.last = min(starts, default=0), max(self.ends, default=0)
+        if self.even:
+            self.positions = torch.arange(self.first, self.last, device=device)
+            self.mask = CausalMask(self.first, length, None, device)
+            return
+        first, before = (torch.tensor(each, device=device)[:, None] for each in (starts, pads))
+        self.positions = first + (torch.arange(length, device=device) - before).clamp(min=0)
+        self.mask = RaggedMask(self.positions, self.last)
 
-    def append(
-        self, keys: Float[Tensor, "batch heads length head_dim"], values: Float[Tensor, "batch heads length head_dim"]
-    ) -> KeysValues:
-        """The keys and values that the given tokens may see, oldest first, the given ones last."""
-        all_keys, all_values = super().append(keys, values)
-        first = max(0, self.length - keys.shape[2] - self.window + 1)
-        return all_keys[:, :, first:], all_values[:, :, first:]
-
-
-class WindowCache:
-    """Keeps what a sliding window still sees: the last `window` - 1 tokens and the new ones.
-
-    The buffer has twice the room of the window; when it is full the part still needed moves to the front, so that a
-    token costs a constant amount of copying on average.
-    """
-
-    def __init__(self, batch: int, heads: int, window: int, head_dim: int, like: Tensor):
-        self.keys = like.new_empty(batch, heads, 2 * window, head_dim)
-        self.values = torch.empty_like(self.keys)
-        self.window, self.length, self.used = window, 0, 0
-
-    def append(
-        self, keys: Float[Tensor, "batch heads length head_dim"], values: Float[Tensor, "batch heads length head_dim"]
-    ) -> KeysValues:
-        """The keys and values that the given tokens may see, oldest first, the given ones last."""
-        new, keep = keys.shape[2], min(self.used, self.window - 1)
-        self.length += new
-        if keep + new > self.keys.shape[2]:  # a long prompt: attend to it as it is, keep only its end
-            joined = self._joined(keep, keys, values)
-            self.used = self.window - 1
-            self.keys[:, :, : self.used], self.values[:, :, : self.used] = (
-                x[:, :, x.shape[2] - self.used :] for x in joined
-            )
-            return joined
-        if self.used + new > self.keys.shape[2]:
-            for buffer in (self.keys, self.values):
-                buffer[:, :, :keep] = buffer[:, :, self.used - keep : self.used].clone()
-            self.used = keep
-        end, start = self.used + new, self.used - keep if self.used > keep else 0
-        self.keys[:, :, self.used : end], self.values[:, :, self.used : end] = keys, values
-        self.used = end
-        return self.keys[:, :, start:end], self.values[:, :, start:end]
-
-    @property
-    def earliest(self) -> int:
-        """The smallest length that `rollback` can go back to: there the window must still be whole."""
-        dropped = self.length - self.used
-        return dropped + self.window - 1 if dropped else 0
-
-    def rollback(self, length: int) -> None:
-        """Forgets all tokens but the first `length`; `ValueError` below `earliest`."""
-        _check_rollback(length, self.earliest, self.length)
-        self.used -= self.length - length
-        self.length = length
-
-    def reserve(self, capacity: int) -> None:
-        """There is room for any number of tokens already."""
-
-    def whole(self, batch: int, capacity: int) -> KeyValueCache:
-        """An empty cache for `batch` rows of the same layer that forgets nothing: any length can be gone back to."""
-        return WholeWindowCache(batch, self.keys.shape[1], capacity, self.keys.shape[3], self.keys, self.window)
-
-    def select(self, rows: Int[Tensor, " kept"], start: int = 0) -> None:
-        """Keeps only these rows of the batch, without their first `start` tokens, which must be padding."""
-        kept = min(self.used, self.length - start)
-        held = slice(self.used - kept, self.used)
-        self.keys, self.values = (_shift(x[:, :, held][rows], 2 * self.window) for x in (self.keys, self.values))
-        self.length, self.used = self.length - start, kept
-
-    def _joined(self, keep: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        old = slice(self.used - keep, self.used)
-        return torch.cat([self.keys[:, :, old], keys], 2), torch.cat([self.values[:, :, old], values], 2)
+    def write(self, buffer: Float[Tensor, "rows heads capacity head_dim"], new: New) -> None:
+        """Puts the new tokens of each row, without its padding, behind those that it holds."""
+        if self.even:
+            buffer[:, :, self.first : self.last] = new
+        elif new.shape[2] == 1:
+            buffer[torch.arange(len(buffer), device=buffer.device), :, self.positions[:, 0]] = new[:, :, 0]
+        else:
+            for row, (start, end, pad) in enumerate(zip(self.starts, self.ends, self.pads, strict=True)):
+                buffer[row, :, start:end] = new[row, :, pad:]
 
 
-def _shift(held: Float[Tensor, "batch heads length head_dim"], capacity: int) -> Tensor:
-    """A new buffer with room for `capacity` tokens that begins with the ones held."""
-    batch, heads, length, head_dim = held.shape
-    buffer = held.new_empty(batch, heads, capacity, head_dim)
-    buffer[:, :, :length] = held
-    return buffer
+class LayerCache:
+    """The keys and values of one layer, in a pass."""
 
+    def __init__(self, keys: Tensor, values: Tensor, now: Pass):
+        self.keys, self.values, self._pass = keys, values, now
 
-def _check_rollback(length: int, earliest: int, latest: int) -> None:
-    if not earliest <= length <= latest:
-        raise ValueError(
-            f"The cache can go back to between {earliest} and {latest} tokens, not to {length}: fill a new one."
-        )
+    def append(self, keys: New, values: New, window: int | None = None) -> tuple[Seen, Seen]:
+        """All keys and values, the given ones behind those held; with a window only those that a given token sees."""
+        now = self._pass
+        now.write(self.keys, keys)
+        now.write(self.values, values)
+        first = 0 if window is None else max(0, now.first - window + 1)
+        return self.keys[:, :, first : now.last], self.values[:, :, first : now.last]
 
-
-Cache = KeyValueCache | WindowCache
+    def attend(
+        self,
+        q: Float[Tensor, "rows q_heads length head_dim"],
+        keys: New,
+        values: New,
+        window: int | None,
+        dropout: Dropout | None,
+        scale: float | None,
+    ) -> Float[Tensor, "rows length dim"]:
+        """What the new tokens bring back from those before them and themselves; see `attend`."""
+        keys, values = self.append(keys, values, window)
+        return attend(q, keys, values, self._pass.mask.visible(keys.shape[2], window), dropout, scale)

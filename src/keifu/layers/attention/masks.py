@@ -151,6 +151,24 @@ class CausalMask:
         return mask.reshape(-1, 1, self.length, seen)
 
 
+class RaggedMask:
+    """Each token sees those up to its own position, where rows stand at different positions; see `KVState`.
+
+    positions: of the queries; keys are the last ones before position `end`.
+    """
+
+    def __init__(self, positions: Int[Tensor, "batch length"], end: int):
+        self.positions, self.end = positions[:, None, :, None], end
+        self._made: dict[tuple[int, int | None], Tensor] = {}
+
+    def visible(self, seen: int, window: int | None) -> Bool[Tensor, "batch 1 length seen"]:
+        if (seen, window) not in self._made:
+            keys = torch.arange(self.end - seen, self.end, device=self.positions.device)
+            near = keys <= self.positions
+            self._made[seen, window] = near if window is None else near & (keys > self.positions - window)
+        return self._made[seen, window]
+
+
 class PaddingMask:
     """Every query sees every real token, in both directions; `real` is True there."""
 

@@ -4,15 +4,16 @@ Axes: batch, length = tokens, dim, vocab.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.attention.kv_cache import Cache
-from keifu.layers.attention.masks import CausalMask, DocumentMask, positions_in
+from keifu.layers.attention.attention import Cache
+from keifu.layers.attention.kv_cache import KVState
+from keifu.layers.attention.masks import CausalMask, DocumentMask, Mask, positions_in
 from keifu.layers.attention.positions import LearnedPositions, Positions
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import linear
@@ -30,6 +31,23 @@ class ScaledEmbedding(nn.Embedding):
     def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:  # noqa: A002
         rows = super().forward(input)
         return rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)  # rounded as the rows are
+
+
+@runtime_checkable
+class State(Protocol):
+    """Interface of the tokens so far: `positions` begins a pass, each layer uses its `layer`, `advance` ends it.
+
+    longest: the most tokens that a row holds.
+    """
+
+    @property
+    def longest(self) -> int: ...
+
+    def positions(self, length: int, padding: Int[Tensor, " batch"] | None) -> Int[Tensor, "*batch length"]: ...
+
+    def layer(self, index: int) -> Cache: ...
+
+    def advance(self) -> None: ...
 
 
 class DecoderLM(nn.Module):
@@ -54,16 +72,16 @@ class DecoderLM(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "batch length"],
-        caches: Sequence[Cache] | None = None,
+        state: State | None = None,
         padding: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch length vocab"]:
-        """Logits of the token after each. `caches` hold earlier tokens; `padding` counts each row's left padding."""
-        return self.logits(self.hidden(tokens, caches, padding))
+        """Logits of the token after each. `state` holds earlier tokens; `padding` counts each row's left padding."""
+        return self.logits(self.hidden(tokens, state, padding))
 
     def hidden(
         self,
         tokens: Int[Tensor, "batch length"],
-        caches: Sequence[Cache] | None = None,
+        state: State | None = None,
         padding: Int[Tensor, " batch"] | None = None,
         documents: Int[Tensor, "batch length"] | None = None,
     ) -> Hidden:
@@ -71,22 +89,28 @@ class DecoderLM(nn.Module):
 
         `documents` numbers the document of each token where a row holds several: none sees or counts another's.
         """
-        start, length = caches[0].length if caches else 0, tokens.shape[1]
-        positions = torch.arange(start, start + length, device=tokens.device)
+        if state is not None:
+            return self._hidden(tokens, state.positions(tokens.shape[1], padding), state=state)
+        length = tokens.shape[1]
+        positions = torch.arange(length, device=tokens.device)
+        if documents is not None:
+            return self._hidden(tokens, positions_in(documents), mask=DocumentMask(documents))
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)
-        if documents is not None:
-            positions = positions_in(documents)
+        return self._hidden(tokens, positions, mask=CausalMask(0, length, padding, tokens.device))
+
+    def _hidden(
+        self, tokens: Tensor, positions: Tensor, state: State | None = None, mask: Mask | None = None
+    ) -> Hidden:
         x = self.embedding(tokens)
         if self.positions is not None:
-            x = x + self.positions(self._within(positions, start + length))
+            x = x + self.positions(self._within(positions, tokens.shape[1] + (state.longest if state else 0)))
         x = self.dropout(x)
-        context = {
-            "mask": CausalMask(start, length, padding, tokens.device) if documents is None else DocumentMask(documents),
-            "positions": Positions(positions),
-        }
+        places = Positions(positions)
         for i, block in enumerate(self.blocks):
-            x = block(x, **context, cache=caches[i] if caches else None)
+            x = block(x, mask=mask, positions=places, cache=None if state is None else state.layer(i))
+        if state is not None:
+            state.advance()
         return self.norm(x)
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
@@ -98,15 +122,20 @@ class DecoderLM(nn.Module):
         """The matrix of the head, for losses that do not want all logits at once."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def new_caches(self, batch: int, capacity: int) -> list[Cache]:
-        """Empty caches, one a block, for `capacity` tokens (padding included) in `batch` rows."""
-        blocks: list[Any] = list(self.blocks)
-        return [block.attention.new_cache(batch, capacity, self.embedding.weight) for block in blocks]
+    def new_state(self, rows: int, capacity: int) -> KVState:
+        """An empty key-value cache for `capacity` tokens in each of `rows` rows."""
+        return KVState(self.cache_layers, rows, capacity, self.embedding.weight)
 
-    def _within(self, positions: Tensor, length: int) -> Tensor:
-        room = self.positions.num_embeddings if self.positions else length
-        if length > room and int(positions.max()) >= room:
+    @property
+    def cache_layers(self) -> list[tuple[int, int]]:
+        """Heads of keys and values, and their size, for each layer."""
+        blocks: list[Any] = list(self.blocks)
+        return [(block.attention.n_kv_heads, block.attention.head_dim) for block in blocks]
+
+    def _within(self, positions: Tensor, longest: int) -> Tensor:
+        room = self.positions.num_embeddings if self.positions else longest
+        if longest > room and (longest := int(positions.max()) + 1) > room:
             raise UserError(
-                f"{length} tokens do not fit the {room} positions that this model has learned; shorten them."
+                f"{longest} tokens do not fit the {room} positions that this model has learned; shorten them."
             )
         return positions

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from keifu.layers.attention.kv_cache import Cache
+from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import CausalMask, PaddingMask
 from keifu.layers.attention.positions import SinusoidalPositions
 from keifu.layers.dropout import Dropout
@@ -31,9 +31,9 @@ class State:
         self,
         memory: Sequence[tuple[Tensor, Tensor]],
         source_mask: Bool[Tensor, "sources source_length"] | None,
-        caches: Sequence[Cache] | None,
+        targets: KVState | None,
     ):
-        self.memory, self.mask, self.caches = memory, PaddingMask(source_mask), caches
+        self.memory, self.mask, self.targets = memory, PaddingMask(source_mask), targets
         self._source_mask = source_mask
         self._owners = torch.arange(len(memory[0][0]), device=memory[0][0].device)  # of each row, its source's place
 
@@ -45,12 +45,12 @@ class State:
     @property
     def length(self) -> int:
         """How many tokens of the target it has taken; 0 where the target is given at once."""
-        return self.caches[0].length if self.caches else 0
+        return 0 if self.targets is None else self.targets.longest
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keeps these rows, in this order, in place; a row may be named several times."""
-        for cache in self.caches or ():
-            cache.select(rows)
+        if self.targets is not None:
+            self.targets.select(rows)
         owners = self._owners[rows]
         kept, counts = owners.unique_consecutive(return_counts=True)
         if len(counts) and bool((counts != counts[0]).any()):
@@ -116,20 +116,23 @@ class EncoderDecoder(nn.Module):
             x = block(x, mask=mask)
         blocks: list[Any] = list(self.decoder)
         memory = [block.cross_attention.project(x) for block in blocks]
-        like = memory[0][0]
-        caches = None if capacity is None else [b.attention.new_cache(len(source), capacity, like) for b in blocks]
-        return State(memory, source_mask, caches)
+        layers = [(block.attention.n_kv_heads, block.attention.head_dim) for block in blocks]
+        targets = None if capacity is None else KVState(layers, len(source), capacity, memory[0][0])
+        return State(memory, source_mask, targets)
 
     def hidden(self, target: Int[Tensor, "batch length"], state: State) -> Hidden:
         """Hidden states that predict the token after each. With a capacity, `target` are the new tokens alone."""
         if len(target) != state.rows:
             raise ValueError(f"The state is for {state.rows} targets and was given tokens of {len(target)}.")
-        start = state.length
-        x = self.target_dropout(self._embedded(self._of(self.target_embedding), target, start))
-        mask = CausalMask(start, target.shape[1])
+        x = self.target_dropout(self._embedded(self._of(self.target_embedding), target, state.length))
+        mask, before = CausalMask(0, target.shape[1], None, target.device), state.targets
+        if before is not None:
+            before.positions(target.shape[1])
         for i, block in enumerate(self.decoder):
-            cache = state.caches[i] if state.caches else None
+            cache = None if before is None else before.layer(i)
             x = block(x, memory=state.memory[i], memory_mask=state.mask, mask=mask, cache=cache)
+        if before is not None:
+            before.advance()
         return x
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:

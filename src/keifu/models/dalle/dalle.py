@@ -5,7 +5,6 @@ Axes: batch, text = tokens of every text, padding among them; rows, columns = of
 columns; length = text + places and a start before each.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from keifu.errors import UserError
 from keifu.layers.activations import activation
 from keifu.layers.attention.axial import Grid, GridAttention, Pattern
-from keifu.layers.attention.kv_cache import Cache
+from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
@@ -137,23 +136,22 @@ class Dalle(nn.Module):
 
     def begin(
         self, tokens: Int[Tensor, "batch text"], real: Bool[Tensor, "batch text"]
-    ) -> tuple[Float[Tensor, "batch codebook"], list[Cache]]:
-        """Logits of the first image token, and the key-value caches of the text with room for the image."""
-        x, grid = self.embed_text(tokens, real), self.config.grid
-        capacity = grid.prefix + grid.places
-        blocks: Sequence[PreNorm] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
-        caches = [block.attention.new_cache(len(tokens), capacity, x) for block in blocks]  # pyright: ignore
-        return self._after(x, caches), caches
+    ) -> tuple[Float[Tensor, "batch codebook"], KVState]:
+        """Logits of the first image token, and the key-value cache of the text with room for the image."""
+        x, config = self.embed_text(tokens, real), self.config
+        layers = [(config.n_heads, config.dim // config.n_heads)] * config.n_layers
+        state = KVState(layers, len(tokens), config.grid.prefix + config.grid.places, x)
+        return self._after(x, state), state
 
-    def go_on(
-        self, codes: Int[Tensor, " batch"], place: int, caches: Sequence[Cache]
-    ) -> Float[Tensor, "batch codebook"]:
+    def go_on(self, codes: Int[Tensor, " batch"], place: int, state: KVState) -> Float[Tensor, "batch codebook"]:
         """Logits of the image token after the one at this place."""
-        return self._after(self.embed_codes(codes[:, None], place), caches)
+        return self._after(self.embed_codes(codes[:, None], place), state)
 
-    def _after(self, x: Float[Tensor, "batch some dim"], caches: Sequence[Cache]) -> Float[Tensor, "batch codebook"]:
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block(x, cache=cache)
+    def _after(self, x: Float[Tensor, "batch some dim"], state: KVState) -> Float[Tensor, "batch codebook"]:
+        state.positions(x.shape[1])
+        for i, block in enumerate(self.blocks):
+            x = block(x, cache=state.layer(i))
+        state.advance()
         return self.picture_head(self.norm(x[:, -1]))
 
     def to_pictures(self, codes: Int[Tensor, "batch rows columns"]) -> Float[Tensor, "batch channels height width"]:

@@ -33,7 +33,7 @@ from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.files import sha256, write_atomic
-from keifu.generation.text.engine import causal
+from keifu.generation.text.model import causal
 from keifu.layers.lora import adapters, merge
 from keifu.recipes.finetuning import FinetuneOptions, describe_run
 from keifu.recipes.options import given

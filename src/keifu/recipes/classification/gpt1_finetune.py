@@ -32,7 +32,7 @@ from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.evaluation.classification.classifiers import ClassifierFamily, text_classifier
 from keifu.evaluation.classification.metrics import Confusion
-from keifu.generation.text.engine import causal
+from keifu.generation.text.model import causal
 from keifu.models import task_head
 from keifu.recipes.classification.common import (
     TableOptions,

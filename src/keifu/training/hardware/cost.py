@@ -1,15 +1,12 @@
-"""Estimates of memory, time and FLOPs of a run, measured on a few rows before it starts; and the free memory.
+"""Estimates of memory, time and FLOPs of a run, measured on a few rows before it starts.
 
 Memory of a step = parameters + gradients + optimizer state + activations. One part of the activations is fixed, the
 other grows with the rows computed at a time.
 """
 
-import ctypes
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,23 +14,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from keifu.errors import UserError
+from keifu.memory import available_memory
 from keifu.training.hardware import flops as peak
 from keifu.training.protocols import Batch, LossOutput
 from keifu.training.ranks import rows_of
 from keifu.training.run.progress import format_bytes, format_count, format_seconds, number
 from keifu.training.trainer import Trainer
-
-GROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes of free memory: of the GPU, or of the machine within the limits of the container."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "mps":
-        return max(0, min(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory(), _machine()))
-    return min([_machine(), *container()])
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
@@ -50,57 +36,6 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
-
-
-def _machine() -> int:
-    """Available memory on Linux and Windows; elsewhere free memory, or all memory."""
-    if PROC.exists():
-        fields = dict(line.split(":", 1) for line in PROC.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    if not hasattr(os, "sysconf"):
-        return _windows()
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
-class _MemoryStatus(ctypes.Structure):
-    """MEMORYSTATUSEX of Windows."""
-
-    _fields_ = [
-        ("length", ctypes.c_uint32),
-        ("load", ctypes.c_uint32),
-        *[(name, ctypes.c_uint64) for name in ("total", "available", *"abcde")],
-    ]
-
-
-def _windows() -> int:
-    """Bytes of available memory on Windows."""
-    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
-    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # pyright: ignore[reportAttributeAccessIssue]
-        raise ctypes.WinError()  # pyright: ignore[reportAttributeAccessIssue]
-    return status.available
-
-
-def container(groups: Path = GROUPS) -> list[int]:
-    """Bytes left by each control group (version 2, version 1) that has a limit; droppable caches count as free."""
-    places = (
-        (groups / "memory.max", groups / "memory.current", groups / "memory.stat", "inactive_file"),
-        (
-            groups / "memory/memory.limit_in_bytes",
-            groups / "memory/memory.usage_in_bytes",
-            groups / "memory/memory.stat",
-            "total_inactive_file",
-        ),
-    )
-    return [left for place in places if (left := _left(*place)) is not None]
-
-
-def _left(limit: Path, usage: Path, statistics: Path, droppable: str) -> int | None:
-    if not (limit.exists() and usage.exists()) or limit.read_text().strip() == "max":
-        return None
-    lines = statistics.read_text().splitlines() if statistics.exists() else []
-    caches = sum(int(line.split()[1]) for line in lines if line.split()[0] == droppable)
-    return max(0, int(limit.read_text()) - int(usage.read_text()) + caches)
 
 
 SAFETY = 0.8  # the share of the free memory that a run may use

@@ -1,0 +1,153 @@
+"""`keifu bench`: how fast a model reads prompts and writes texts on this machine."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from keifu.commands.shared import flags
+from keifu.commands.shared.inputs import notice
+from keifu.errors import UserError
+
+if TYPE_CHECKING:
+    from keifu.generation.text.engine import Engine
+
+
+@dataclass(frozen=True)
+class Options(flags.OnDevice):
+    """Tokens a second of a language model: in prefill, when prompts are read, and in decoding, when texts are written.
+
+    The prompts are random tokens, and every text is written greedily to its full length; no tokenizer is needed.
+    Figures are of all streams together. The bandwidth is that at which decoding reads the weights and the keys and
+    values; the peak is measured with matrices too large for any cache.
+    """
+
+    model: flags.Model
+    weights: str | None = None
+    """bf16, int8 or int4 weights for the native step; unset: those of the model."""
+    streams: int = 1
+    """Texts that are written at the same time."""
+    prompt: int = 512
+    """Tokens of a prompt."""
+    tokens: int = 128
+    """Tokens that are written after each prompt."""
+    threads: int | None = None
+    """Threads of the CPU; unset: as many as there are cores."""
+    json: bool = False
+    """Print the figures as JSON: prefill and decode in tokens a second, bandwidth and peak in GB/s, memory in bytes."""
+
+
+def run(options: Options) -> None:
+    """Prints the figures."""
+    for name in ("streams", "prompt", "tokens", "threads"):
+        if (value := vars(options)[name]) is not None and value < 1:
+            raise UserError(f"--{name} is {value}, which must be at least 1.")
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    notice(f"Loading {options.model} ...")
+    from keifu.checkpoints import load_model
+    from keifu.generation.text.engine import Engine
+    from keifu.generation.text.model import device_of, text_model
+
+    model = load_model(options.model, weights=options.weights)
+    context, longest = text_model(model).config.context_length, options.prompt + options.tokens + 1
+    if longest > context:
+        raise UserError(
+            f"{options.prompt} tokens of a prompt and {options.tokens + 1} more do not fit this model's context of "
+            f"{context}: ask for fewer."
+        )
+    engine = Engine(model, None, max_running=options.streams, step_tokens=max(512, 33 * options.streams))
+    _check_room(engine, options.streams, longest)
+    figures = asdict(options) | {"device": str(device_of(model)), "threads": torch.get_num_threads()}
+    figures |= _speeds(engine, options)
+    figures |= _memory(engine, model, options, figures["decode"])
+    print(json.dumps(figures) if options.json else _told(figures))
+
+
+def _check_room(engine: "Engine", streams: int, longest: int) -> None:
+    """Refuses more streams than the memory for keys and values holds."""
+    runner = engine.runner
+    each = -(-longest // runner.block_size)
+    if streams * each > runner.n_blocks:
+        raise UserError(
+            f"{streams} streams of {longest} tokens need {streams * each * runner.block_size * runner.token_bytes:,} "
+            f"bytes for keys and values; {runner.n_blocks // each} streams fit the memory that is free."
+        )
+
+
+def _speeds(engine: "Engine", options: Options) -> dict[str, Any]:
+    """Tokens a second of reading prompts and of writing, after a short run that is not counted."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shape = options.streams + 1, options.prompt
+    warm, *prompts = torch.randint(0, engine.runner.vocab_size, shape, generator=generator).tolist()
+    _write(engine, [warm[:32]] * options.streams, 4)
+    start = time.perf_counter()
+    _write(engine, prompts, 1)
+    prefill = options.streams * options.prompt / (time.perf_counter() - start)
+    _add(engine, prompts, options.tokens + 1)  # what was read is still held, but for the last block
+    begun: set[int] = set()
+    while len(begun) < options.streams:
+        begun |= {piece.index for piece in engine.step()}
+    start = time.perf_counter()
+    count = 0
+    while engine.work:
+        count += len(engine.step())
+    return {"prefill": prefill, "decode": count / (time.perf_counter() - start)}
+
+
+def _add(engine: "Engine", prompts: list[list[int]], tokens: int) -> None:
+    from keifu.generation.text.sampling_params import SamplingParams
+
+    for prompt in prompts:
+        engine.add(engine.request(prompt, SamplingParams(temperature=0, max_tokens=tokens, seed=0)))
+
+
+def _write(engine: "Engine", prompts: list[list[int]], tokens: int) -> None:
+    _add(engine, prompts, tokens)
+    while engine.work:
+        engine.step()
+
+
+def _memory(engine: "Engine", model: Any, options: Options, decode: float) -> dict[str, Any]:
+    """Bytes of weights and of keys and values, and the bandwidth of decoding beside the peak."""
+    from keifu.generation.text.model import device_of
+    from keifu.memory import read_bandwidth
+
+    held = options.streams * (options.prompt + options.tokens) * engine.runner.token_bytes
+    weights = _weight_bytes(model)
+    step = weights + held - options.streams * options.tokens // 2 * engine.runner.token_bytes  # half of it, on average
+    bandwidth, peak = step * decode / options.streams / 1e9, read_bandwidth(device_of(model)) / 1e9
+    return {"bandwidth": bandwidth, "peak": peak, "share": bandwidth / peak, "memory": weights + held}
+
+
+def _weight_bytes(model: Any) -> int:
+    """The bytes of weights that a step reads: all but an embedding that is no head as well, of which it reads rows."""
+    from torch import nn
+
+    from keifu.generation.text.model import OwnRunner
+
+    if isinstance(model, OwnRunner):
+        return model.nbytes
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    rows = sum(each.nbytes for each in embeddings if each is not model.head_weight)
+    return sum(parameter.nbytes for parameter in model.parameters()) - rows
+
+
+def _told(figures: dict[str, Any]) -> str:
+    """The figures as lines for people."""
+    streams = "1 stream" if figures["streams"] == 1 else f"{figures['streams']} streams together"
+    return (
+        f"{figures['model']}, {figures['weights'] or 'its own'} weights, {figures['device']}, {figures['threads']} "
+        f"threads, {streams}\n"
+        f"prefill    {figures['prefill']:,.1f} tokens/s, prompts of {figures['prompt']}\n"
+        f"decode     {figures['decode']:,.1f} tokens/s, {figures['tokens']} after each prompt\n"
+        f"bandwidth  {figures['bandwidth']:.1f} GB/s, {figures['share']:.0%} of {figures['peak']:.1f} GB/s\n"
+        f"memory     {figures['memory'] / 1e6:,.0f} MB of weights, keys and values"
+    )
+
+
+parse = flags.parser(Options, run, "keifu bench")

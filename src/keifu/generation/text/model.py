@@ -1,0 +1,164 @@
+"""What is asked of a model that writes text: a causal language model, in evaluation mode, its key-value cache.
+
+Axes: batch = texts, length = tokens, vocab.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keifu.errors import UserError
+from keifu.layers.attention.kv_cache import KVState
+
+PREFILL_TOKENS = 4096  # of all rows together in one pass: enough to fill a matrix product, few enough for memory
+
+Tokens = Int[Tensor, "batch length"]
+Padding = Int[Tensor, " batch"] | None
+
+
+@runtime_checkable
+class Model(Protocol):
+    """Interface of a causal language model; its `config` has `vocab_size` and `context_length`."""
+
+    config: Any
+
+    def hidden(self, tokens: Tokens, state: Any, padding: Padding = None) -> Tensor: ...
+
+    def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]: ...
+
+    def new_state(self, rows: int, capacity: int) -> KVState: ...
+
+
+@runtime_checkable
+class OwnRunner(Protocol):
+    """Interface of a causal model that is computed in its own way, such as natively; it has no hidden states to offer.
+
+    `runner` makes what computes the steps of an engine, the `Runner` of keifu.generation.text.runner. nbytes: of the
+    weights that a step reads.
+    """
+
+    config: Any
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def runner(self, n_blocks: int) -> Any: ...
+
+
+@runtime_checkable
+class BidirectionalEncoder(Protocol):
+    """Interface of an encoder such as BERT, whose attention is bidirectional: it cannot continue a text."""
+
+    def encode(self, tokens: Tokens, segments: Tokens | None, mask: Tensor | None) -> Tensor: ...
+
+    def pool(self, hidden: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class EncoderDecoderModel(Protocol):
+    """Interface of an encoder-decoder, which encodes a source before it writes a target."""
+
+    def start(self, source: Tokens, source_mask: Tensor | None, capacity: int | None) -> Any: ...
+
+
+@runtime_checkable
+class TaskHeadModel(Protocol):
+    """Interface of a model fine-tuned to choose a label or an answer."""
+
+    def judge(self, hidden: Tensor, mask: Tensor) -> Tensor: ...
+
+
+def explain_not_causal(model: nn.Module) -> str:
+    """Why a model cannot generate text, and what it can do instead, as the end of an error message."""
+    name = type(model).__name__
+    if isinstance(model, BidirectionalEncoder):
+        return (
+            f"a {name} reads both sides of a text and cannot go on with one; it can embed texts (keifu embed), "
+            "classify them (keifu classify) or fill in [MASK] (keifu.generation.text.fill.fill); smollm2 can write."
+        )
+    if isinstance(model, EncoderDecoderModel):
+        return "as an encoder-decoder, it turns one text into another and does not go on with it: use keifu translate."
+    if isinstance(model, TaskHeadModel):
+        return "it was fine-tuned to choose a label or an answer: use keifu classify."
+    return f"a {name} cannot; choose a language model, such as smollm2."
+
+
+def causal(model: nn.Module) -> Model:
+    """The same model, checked to be a causal language model; any other is a `UserError`."""
+    if not isinstance(model, Model):
+        raise UserError(f"This model writes no text: {explain_not_causal(model)}")
+    return model
+
+
+def text_model(model: nn.Module) -> Model | OwnRunner:
+    """The same model, checked to be one that an engine can run; any other is a `UserError`."""
+    return model if isinstance(model, OwnRunner) else causal(model)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights are; the CPU for one without any."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def step(model: Model, tokens: Tokens, state: KVState, padding: Padding = None) -> Float[Tensor, "batch vocab"]:
+    """Logits, in float32, of the token after the last one."""
+    return model.logits(model.hidden(tokens, state, padding)[:, -1]).float()
+
+
+def prefill(model: Model, tokens: Tokens, state: KVState, padding: Padding) -> Float[Tensor, "batch vocab"]:
+    """Reads the prompts into the state, in chunks so that memory stays bounded; the logits after the last token."""
+    width, before = max(1, PREFILL_TOKENS // len(tokens)), padding
+    *earlier, last = tokens.split(width, 1)
+    for chunk in earlier:
+        model.hidden(chunk, state, None if before is None else before.clamp(max=width))
+        before = None if before is None else (before - width).clamp(min=0)
+    return step(model, last, state, before)
+
+
+def pad_left(texts: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[Tokens, Padding]:
+    """The texts as one tensor, with zeros before the shorter ones, and how many; None if all are equally long."""
+    longest = max(map(len, texts))
+    tokens = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts], device=device)
+    counts = [longest - len(text) for text in texts]
+    return tokens, torch.tensor(counts, device=device) if any(counts) else None
+
+
+@dataclass
+class _Modes:
+    """The training mode of each module before the first of several users, who may leave in any order."""
+
+    modes: list[tuple[nn.Module, bool]]
+    users: int = 0
+
+
+_evaluated: WeakKeyDictionary[nn.Module, _Modes] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode. Several users may overlap and leave in any order (two streams read in turn): when
+    the last has left, every module is back in the mode that it had before the first."""
+    with _lock:
+        held = _evaluated.get(model)
+        if held is None:
+            held = _evaluated[model] = _Modes([(module, module.training) for module in model.modules()])
+        held.users += 1
+    if held.users == 1 or model.training:
+        model.eval()
+    try:
+        yield
+    finally:
+        with _lock:
+            held.users -= 1
+            if not held.users:
+                del _evaluated[model]
+                for module, mode in held.modes:
+                    module.training = mode

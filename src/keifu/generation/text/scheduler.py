@@ -1,0 +1,166 @@
+"""The scheduler: which sequences take part in the next step, and with how many tokens each.
+
+First come, first served. Sequences that write go first, one token each; what is left of the step's tokens goes to
+prompts, in chunks, so that a long prompt does not stall the others (Sarathi, Agrawal et al., 2023). A request waits
+until there are blocks for its whole prompt. Where blocks run out, the sequence that came last loses its own, and is
+computed again later (preemption by recomputation; vLLM, Kwon et al., 2023, section 4.5).
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from keifu.generation.text.blocks import BlockManager, digests
+from keifu.generation.text.request import Piece, Request
+
+NGRAM = 3  # tokens by which a guess is found
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request that waits or runs: its tokens so far, and how many of them have their keys and values in its blocks.
+
+    guesses: tokens that may come next; they are computed with the last one, and kept as far as they are right.
+    """
+
+    number: int
+    request: Request
+    tokens: list[int]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    guesses: list[int] = field(default_factory=list)
+    _after: dict[tuple[int, ...], int] = field(default_factory=dict)  # where three tokens stood last, and how many of
+    _known: int = NGRAM  # the tokens it was made from
+
+    @property
+    def left(self) -> int:
+        """Tokens that are not computed yet: one while it writes, more while its prompt is read."""
+        return len(self.tokens) - self.computed
+
+    def take(self, figures: Iterable[float]) -> Piece:
+        """One more token, as the sampler gives it."""
+        piece = self.request.take(*figures)
+        self.tokens.append(piece.token)
+        return piece
+
+    def guess(self, most: int) -> None:
+        """Guesses that what followed the last three tokens when they came before follows again."""
+        for end in range(self._known, len(self.tokens)):
+            self._after[tuple(self.tokens[end - NGRAM : end])] = end
+        self._known = max(self._known, len(self.tokens))
+        start = self._after.get(tuple(self.tokens[-NGRAM:]), len(self.tokens))
+        most = min(most, self.request.limit - len(self.request.tokens) - 1)
+        self.guesses = self.tokens[start : start + most]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A sequence's part in a step: its next `count` tokens, then its guesses; `samples`: a token comes of it."""
+
+    sequence: Sequence
+    count: int
+    samples: bool
+
+
+class Scheduler:
+    """Waiting and running sequences. `step_tokens`: the most tokens of a step, and `max_running`: of sequences."""
+
+    def __init__(self, blocks: BlockManager, max_running: int, step_tokens: int):
+        self.blocks, self.max_running, self.step_tokens = blocks, max_running, max(step_tokens, max_running)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # by the order in which they were admitted
+        self.preempted: list[Sequence] = []  # by the last `schedule`
+
+    def add(self, sequence: Sequence) -> None:
+        """A request comes: it waits behind the others."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence has ended or is given up."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[Part]:
+        """The parts of the next step; `done` follows for each of them when it has been computed."""
+        self.preempted = []
+        budget = self.step_tokens
+        parts: list[Part] = []
+        for sequence in list(self.running):
+            count = min(sequence.left, budget)
+            if sequence not in self.running or not count:
+                continue  # it was preempted for an earlier one, or waits for the next step
+            sequence.guesses = sequence.guesses[: max(0, budget - count)] if sequence.left == 1 else []
+            if self._extend(sequence, sequence.computed + count + len(sequence.guesses)):
+                parts.append(Part(sequence, count, count == sequence.left))
+                budget -= count + len(sequence.guesses)
+        if self.waiting and not self.preempted:
+            parts += self._admit(budget)
+        return parts
+
+    def done(self, sequence: Sequence, count: int) -> None:
+        """So many more of a sequence's tokens were computed: its full blocks may be shared from now on."""
+        size = self.blocks.block_size
+        before, sequence.computed = sequence.computed // size, sequence.computed + count
+        if sequence.computed // size > before:
+            self._hash(sequence)
+            for place in range(before, sequence.computed // size):
+                self.blocks.remember(sequence.blocks[place], sequence.hashes[place])
+
+    def _admit(self, budget: int) -> Iterator[Part]:
+        """Takes waiting sequences in while there are tokens and blocks for them."""
+        filling = {digest for sequence in self.running for digest in self._unfilled(sequence)}
+        for sequence in list(self.waiting):
+            if not budget or len(self.running) >= self.max_running:
+                return
+            self._hash(sequence)
+            wanted = sequence.hashes[: (len(sequence.tokens) - 1) // self.blocks.block_size]  # the last one is computed
+            shared = self.blocks.shared(wanted)
+            if any(digest in filling for digest in wanted[len(shared) :][:1]):
+                continue  # a sequence that runs computes what this one needs: it waits for that
+            needed = self._blocks_for(len(sequence.tokens)) - len(shared)
+            if needed + self.blocks.unused(shared) > self.blocks.free:
+                return
+            self.waiting.remove(sequence)
+            self.blocks.share(shared)
+            sequence.blocks = shared + self.blocks.allocate(needed)
+            sequence.computed = len(shared) * self.blocks.block_size
+            self.running.append(sequence)
+            filling.update(self._unfilled(sequence))
+            count = min(sequence.left, budget)
+            budget -= count
+            yield Part(sequence, count, count == sequence.left)
+
+    def _extend(self, sequence: Sequence, length: int) -> bool:
+        """Blocks for so many tokens of a running sequence; False if it had to give up its own instead."""
+        lacking = self._blocks_for(length) - len(sequence.blocks)
+        while lacking > self.blocks.free:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is sequence:
+                return False
+        sequence.blocks += self.blocks.allocate(max(0, lacking))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+        self.preempted.append(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.blocks)
+        sequence.blocks, sequence.computed, sequence.guesses = [], 0, []
+
+    def _hash(self, sequence: Sequence) -> None:
+        sequence.hashes = digests(sequence.tokens, self.blocks.block_size, sequence.hashes)
+
+    def _unfilled(self, sequence: Sequence) -> list[bytes]:
+        """The hashes of the blocks that a sequence has still to fill, while its prompt is read."""
+        return sequence.hashes[sequence.computed // self.blocks.block_size :]
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.blocks.block_size)

@@ -1,0 +1,241 @@
+"""The engine: requests that come and go, chunks, shared blocks, preemption and guesses change no token of any text."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOYS
+from torch import nn
+
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.generation.text.blocks import BlockManager, digests
+from keifu.generation.text.engine import Engine
+from keifu.generation.text.model import causal
+from keifu.generation.text.request import Piece
+from keifu.generation.text.runner import Span, TorchRunner
+from keifu.generation.text.sampling_params import SamplingParams
+
+PLAIN = SamplingParams(max_tokens=20, seed=5, log_probabilities=True)
+Asked = tuple[list[int], SamplingParams]
+
+
+def small(model: nn.Module, blocks: int, size: int = 4) -> TorchRunner:
+    return TorchRunner(causal(model), blocks, size)
+
+
+def requests(count: int, seed: int = 1) -> list[Asked]:
+    """Prompts of 1 to 50 tokens, of which some begin alike, with settings of every kind."""
+    rng = random.Random(seed)
+    roots = [[rng.randrange(261) for _ in range(30)] for _ in range(3)]
+    kinds = [
+        SamplingParams(temperature=0),
+        SamplingParams(),
+        SamplingParams(temperature=0.7, top_k=30, repetition_penalty=1.3),
+        SamplingParams(top_p=0.8, presence_penalty=0.5),
+        SamplingParams(temperature=1.5, min_p=0.02, frequency_penalty=0.4),
+    ]
+
+    def asked(number: int) -> Asked:
+        own = [rng.randrange(261) for _ in range(rng.randrange(1, 20))]
+        prompt = rng.choice(roots)[: rng.randrange(31)] + own
+        return prompt, replace(rng.choice(kinds), max_tokens=rng.randrange(1, 13), seed=number, log_probabilities=True)
+
+    return [asked(number) for number in range(count)]
+
+
+def run(engine: Engine, asked: list[Asked], arrivals: random.Random | None = None) -> list[list[Piece]]:
+    """All pieces of each request; with `arrivals` they come a few at a time, between steps."""
+    waiting, found = iter(asked), [[] for _ in asked]
+    for prompt, sampling in waiting if arrivals is None else ():
+        engine.add(engine.request(prompt, sampling))
+    left = 0 if arrivals is None else len(asked)
+    while engine.work or left:
+        for _ in range(min(left, arrivals.randrange(4)) if arrivals else 0):
+            engine.add(engine.request(*next(waiting)))
+            left -= 1
+        for piece in engine.step():
+            found[piece.index].append(piece)
+    return found
+
+
+def same(found: list[list[Piece]], expected: list[list[Piece]]) -> None:
+    for pieces, alone in zip(found, expected, strict=True):
+        ours, theirs = ([(p.token, p.text, p.finish_reason) for p in each] for each in (pieces, alone))
+        assert ours == theirs
+        figures = [[(p.log_probability, p.sampled_log_probability) for p in each] for each in (pieces, alone)]
+        torch.testing.assert_close(*map(torch.tensor, figures), atol=1e-4, rtol=1e-4)
+
+
+def alone(model: nn.Module, tokenizer: Tokenizer, asked: list[Asked]) -> list[list[Piece]]:
+    """Each in an engine of its own, its prompt read at once."""
+    found = []
+    for prompt, sampling in asked:
+        [pieces] = run(Engine(model, tokenizer, small(model, 64)), [(prompt, sampling)])
+        found.append(pieces)
+    return found
+
+
+class Watched(TorchRunner):
+    """Counts tokens and preemptions, and holds what every block must hold against the spans that read it."""
+
+    def __init__(self, model: nn.Module, blocks: int, size: int = 4):
+        super().__init__(causal(model), blocks, size)
+        self.tokens, self.steps, self.widest = 0, 0, 0
+
+    def run(self, batch: Any) -> torch.Tensor:
+        self.tokens += sum(len(span.tokens) for span in batch)
+        self.steps, self.widest = self.steps + 1, max(self.widest, len(batch))
+        written = [block for span in batch for block in span.blocks[span.start // self.block_size :]]
+        assert len(set(written)) == len(written), "a block that is written belongs to one sequence alone"
+        return super().run(batch)
+
+
+QUICK = ("gpt2", "grouped", "windows and global layers")
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [(name, 60) for name in QUICK] + [pytest.param(name, 1000, marks=pytest.mark.slow) for name in TOYS],
+    indirect=["model"],
+)
+def test_no_text_depends_on_the_others(model: nn.Module, tokenizer: Tokenizer, count: int) -> None:
+    """Alone, against arriving at random, in steps of few tokens, in a pool so small that texts are preempted."""
+    asked = requests(count)
+    expected = alone(model, tokenizer, asked)
+    runner = Watched(model, 40)
+    engine = Engine(model, tokenizer, runner, step_tokens=40)
+    preempted: list[int] = []
+    plain = engine.scheduler._preempt
+    engine.scheduler._preempt = lambda s: preempted.append(s.number) or plain(s)  # type: ignore[method-assign]
+    same(run(engine, asked, random.Random(2)), expected)
+    assert len(preempted) >= count // 20 and runner.widest > 6
+    assert engine.scheduler.blocks.free == 40 and not runner._rows
+    same(run(Engine(model, tokenizer, small(model, 500, 16), guesses=5), asked), expected)
+
+
+def test_shared_beginnings_are_computed_once(model: nn.Module, tokenizer: Tokenizer) -> None:
+    rng = random.Random(4)
+    base = [rng.randrange(261) for _ in range(41)]
+    asked = [([*base, n, n + 1], replace(PLAIN, max_tokens=3, seed=n)) for n in range(9)]
+    runner = Watched(model, 500)
+    engine = Engine(model, tokenizer, runner)
+    same(run(engine, asked), alone(model, tokenizer, asked))
+    read = 43 + 8 * (43 - 40) + 9 * 2  # ten blocks of four are shared; two of three tokens are fed back
+    assert runner.tokens == read
+    again = engine.add(engine.request(*asked[0]))
+    while engine.work:
+        engine.step()
+    assert again == 9 and runner.tokens == read + 3 + 2  # what has ended is still known
+
+
+def test_the_least_recently_used_blocks_go_first() -> None:
+    blocks = BlockManager(4, 2)
+    names = digests([1, 2, 3, 4, 5, 6, 7], 2)
+    assert len(names) == 3 and digests([1, 2, 3, 4], 2, names[:1]) == names[:2] != digests([3, 4, 1, 2], 2)
+    mine = blocks.allocate(3)
+    for block, name in zip(mine, names, strict=True):
+        blocks.remember(block, name)
+    assert blocks.free == 1 and blocks.shared(names) == mine and blocks.unused(mine) == 0
+    blocks.share(mine[:1])
+    blocks.release(mine)
+    assert blocks.free == 3 and blocks.unused(mine) == 2
+    other = blocks.allocate(2)  # the one that was never used, and the last of the text
+    assert mine[2] in other and blocks.shared(names) == mine[:2]
+    blocks.release(other)
+    blocks.release(mine[:1])
+    blocks.share(blocks.shared(names)[:1])  # the first is used again
+    assert blocks.allocate(3).count(mine[1]) == 1 and blocks.shared(names) == mine[:1]
+
+
+def test_requests_are_served_as_they_came_and_long_prompts_stall_nobody(model: nn.Module, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, small(model, 200), max_running=2, step_tokens=8)
+    engine.add(engine.request([7] * 3, replace(PLAIN, max_tokens=12)))
+    assert [piece.index for piece in engine.step()] == [0]
+    engine.add(engine.request([8] * 40, replace(PLAIN, max_tokens=3)))
+    engine.add(engine.request([9] * 2, replace(PLAIN, max_tokens=3)))
+    order = []
+    while engine.work:
+        pieces = engine.step()
+        order.append([piece.index for piece in pieces])
+    assert order[:6] == [[0]] * 5 + [[0, 1]]  # 40 tokens at 7 a step, while the first goes on
+    firsts = [next(n for n, each in enumerate(order) if index in each) for index in (0, 1, 2)]
+    assert firsts == sorted(firsts)
+
+
+def test_a_request_can_be_given_up_at_any_time(model: nn.Module, tokenizer: Tokenizer) -> None:
+    asked = requests(3, seed=9)
+    expected = alone(model, tokenizer, asked[1:2])
+    engine = Engine(model, tokenizer, small(model, 100), max_running=2, step_tokens=16)
+    for prompt, sampling in [(asked[0][0], replace(PLAIN, max_tokens=40)), *asked[1:]]:
+        engine.add(engine.request(prompt, sampling))
+    found = [engine.step(), engine.step()]
+    engine.abort(0)
+    engine.abort(2)  # it waits, or is being read
+    engine.abort(17)  # there is none
+    while engine.work:
+        found.append(engine.step())
+    same([[piece for pieces in found for piece in pieces if piece.index == 1]], expected)
+    assert engine.scheduler.blocks.free == 100
+
+
+def test_guesses_that_are_right_save_steps(script: Any, tokenizer: Tokenizer) -> None:
+    """A text that repeats itself is written several tokens at a time, to the same end, limit and stop string."""
+    says = [98, 99, 100, 101] * 20
+    for sampling in (replace(PLAIN, max_tokens=50), replace(PLAIN, max_tokens=70, stop=("cdab",))):
+        plain, guessed = (Watched(script(says), 100, 16) for _ in range(2))
+        expected = run(Engine(plain.model, tokenizer, plain), [([7], sampling)])  # type: ignore[arg-type]
+        same(run(Engine(guessed.model, tokenizer, guessed, guesses=6), [([7], sampling)]), expected)  # type: ignore[arg-type]
+        assert guessed.steps < plain.steps / 2 or plain.steps < 9
+
+
+def test_what_does_not_fit_the_pool_is_refused(model: nn.Module, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, small(model, 5))
+    with pytest.raises(UserError, match="prompt of 10 tokens and 30 more do not fit .* which holds 20 tokens"):
+        engine.add(engine.request([7] * 10, replace(PLAIN, max_tokens=30)))
+    with pytest.raises(UserError, match="prompt of 25 tokens and 1 more do not fit .* which holds 20 tokens"):
+        engine.add(engine.request([7] * 25, replace(PLAIN, max_tokens=None)))
+    engine.add(engine.request([7] * 10, replace(PLAIN, max_tokens=None, temperature=0)))
+    pieces = [piece for piece in steps(engine)]
+    assert len(pieces) <= 11 and (pieces[-1].finish_reason == "context" or len(pieces) < 11)
+    with pytest.raises(UserError, match="The prompt has the token 300, but the model knows only 0 to 260"):
+        engine.add(engine.request([300], PLAIN))
+
+
+def steps(engine: Engine) -> Iterator[Piece]:
+    while engine.work:
+        yield from engine.step()
+
+
+@torch.inference_mode()
+def test_a_runner_gives_the_logits_that_are_wanted(model: nn.Module) -> None:
+    """Mixed spans in any order, blocks in any order, rows that outgrow their size and rows that are taken up again."""
+    generator = torch.Generator().manual_seed(8)
+    texts = torch.randint(0, 261, (4, 66), generator=generator).tolist()
+    whole = [model(torch.tensor([text]))[0] for text in texts]
+    runner = small(model, 100)
+    tables = torch.randperm(100, generator=generator)[:68].view(4, 17).tolist()
+    done = [0, 0, 0, 0]
+    rng = random.Random(3)
+    while min(done) < 66:
+        batch, expected = [], []
+        for number in rng.sample(range(4), 3):
+            count = min(rng.choice((1, 1, 1, 2, 11)), 66 - done[number])
+            if count < 1:
+                continue
+            start, end = done[number], done[number] + count
+            wanted = rng.randrange(count + 1)
+            batch.append(Span(number, texts[number][start:end], start, tables[number], wanted))
+            expected.append(whole[number][end - wanted : end])
+            done[number] = end
+            if rng.random() < 0.1:
+                end -= end % 4  # preempted: what is in full blocks is taken up again
+                done[number] = end
+        if batch:
+            torch.testing.assert_close(runner.run(batch), torch.cat(expected), atol=1e-4, rtol=1e-4)
+        for span in batch:
+            if done[span.sequence] < span.start + len(span.tokens):
+                runner.forget(span.sequence)
