@@ -19,7 +19,6 @@ SMALL_ON_PURPOSE = {
     "keifu.evaluation.intervals": "statistics, which know no model",
     "keifu.evaluation.plots.html_page": "HTML, apart from the recipes that fill it",
     "keifu.generation.text.logits_processors": "the field's word for them",
-    "keifu.generation.text.runner": "the one place that calls the model",
     "keifu.models.sizes": "run as a program, too",
     "keifu.training.objectives.contrastive": "an objective each",
     "keifu.training.optim.lr_schedules": "the field's word for them",

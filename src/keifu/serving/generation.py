@@ -10,9 +10,8 @@ from typing import Any
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.defaults import sampling_for
 from keifu.generation.text.request import Piece, Request, check_tokens
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.generation.text.sampling_params import SamplingParams, sampling_for
 from keifu.serving.constraints import check_bias, schema_constraint
 from keifu.serving.errors import of_exception
 from keifu.serving.models import Description, ServedModels

@@ -10,9 +10,8 @@ from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.chat import Conversation
-from keifu.generation.text.defaults import defaults, in_words, sampling_for
 from keifu.generation.text.generate import generate, generate_batch
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.generation.text.sampling_params import SamplingParams, defaults, in_words, sampling_for
 
 BASE = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 

@@ -11,10 +11,19 @@ from torch import nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.text import prefix_cache
+from keifu.generation.text import likelihood
 from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.likelihood import ScoredPair, first_context, join_tokens, likelihoods, score
-from keifu.generation.text.prefix_cache import CacheSize, Prefix, groups, plan_passes
+from keifu.generation.text.likelihood import (
+    CacheSize,
+    Prefix,
+    ScoredPair,
+    first_context,
+    groups,
+    join_tokens,
+    likelihoods,
+    plan_passes,
+    score,
+)
 from keifu.generation.text.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=9, seed=0)
@@ -46,7 +55,7 @@ def test_likelihoods_are_those_of_one_pair_at_a_time(model: nn.Module, monkeypat
         with torch.inference_mode():
             greedy.append(torch.equal(model(whole)[0, start - 1 : -1].argmax(-1), whole[0, start:]))
     for overhead, batch_size in ((0, None), (5, 3), (256, 4), (10**6, 1)):
-        monkeypatch.setattr(prefix_cache, "OVERHEAD", overhead)
+        monkeypatch.setattr(likelihood, "OVERHEAD", overhead)
         found = likelihoods(model, pairs, batch_size)
         assert [each.greedy for each in found] == greedy
         for each, expected in zip(found, alone, strict=True):
@@ -126,7 +135,7 @@ def test_groups_are_worth_their_pass() -> None:
 
 def test_passes_keep_their_bounds(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Prefix(script([98], context_length=150), [1] * 100, torch.device("cpu"))
-    monkeypatch.setattr(prefix_cache, "ROOM", 600 * held.token_bytes)
+    monkeypatch.setattr(likelihood, "ROOM", 600 * held.token_bytes)
     rng = random.Random(6)
     sizes = [CacheSize(rng.randrange(1, 40), rng.randrange(0, 10), rng.randrange(0, 9)) for _ in range(200)]
     found = list(plan_passes(sizes, held, 5))

@@ -49,7 +49,7 @@ class SamplingFlags:
 
 def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> "tuple[SamplingParams, str]":
     """The settings in force, with a seed, and a line about them; an option that cannot act is told on stderr."""
-    from keifu.generation.text.defaults import defaults, in_words
+    from keifu.generation.text.sampling_params import defaults, in_words
 
     given = flags.given()
     own = defaults(tokenizer, max_tokens)

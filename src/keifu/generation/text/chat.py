@@ -7,10 +7,9 @@ from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.defaults import sampling_for
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.model import text_model
-from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingOptions
+from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingOptions, sampling_for
 
 
 class Conversation:

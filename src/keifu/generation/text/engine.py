@@ -15,7 +15,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.blocks import BlockManager
 from keifu.generation.text.model import PREFILL_TOKENS, evaluation_mode, text_model
-from keifu.generation.text.request import Piece, Request, check_tokens, prompt_tokens
+from keifu.generation.text.request import Piece, Request, allowed_tokens, check_tokens, prompt_tokens
 from keifu.generation.text.runner import Runner, Span, runner_of
 from keifu.generation.text.sampler import Sampler
 from keifu.generation.text.sampling_params import SamplingParams
@@ -131,7 +131,9 @@ class Engine:
         computed = [part.count - 1 if part.samples else part.count for part in parts]
         while rows:
             some = logits if len(rows) == len(logits) else logits[[first[row] + depth for row in rows]]
-            figures = sampler.choose(some, rows if depth else None).figures.tolist()
+            requests = [parts[row].sequence.request for row in rows]
+            allowed = allowed_tokens(requests, logits.shape[1], logits.device)
+            figures = sampler.choose(some, rows if depth else None, allowed).figures.tolist()
             new = [parts[row].sequence.take(figure) for row, figure in zip(rows, figures, strict=True)]
             pieces += new
             for row in rows:

@@ -11,11 +11,10 @@ from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.defaults import sampling_for
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.model import PREFILL_TOKENS, evaluation_mode
 from keifu.generation.text.request import Piece, prompt_tokens
-from keifu.generation.text.sampling_params import SamplingOptions, SamplingParams
+from keifu.generation.text.sampling_params import SamplingOptions, SamplingParams, sampling_for
 from keifu.threads import follow_load
 
 Prompts = Sequence[str | Sequence[int]]

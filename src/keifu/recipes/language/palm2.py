@@ -55,8 +55,8 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.devices import choose
 from keifu.files import cache, write_atomic
-from keifu.generation.text.defaults import sampling_for
 from keifu.generation.text.fill import continuation, infill
+from keifu.generation.text.sampling_params import sampling_for
 from keifu.models import palm
 from keifu.recipes.language.common import attribution_of
 from keifu.training.loop import Summary, train
