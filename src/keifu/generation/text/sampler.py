@@ -122,7 +122,7 @@ class History:
     def join(self, other: "History", rows: int, more: int) -> "History":
         """This one of `rows` rows, and behind them the other's; a row without a penalty needs no history."""
 
-        def joined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        def rows_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
             if a is None and b is None:
                 return None
             like = b if a is None else a
@@ -130,7 +130,7 @@ class History:
             a, b = (like.new_zeros(n, like.shape[1]) if x is None else x for x, n in ((a, rows), (b, more)))
             return torch.cat([a, b])
 
-        return History(joined(self.seen, other.seen), joined(self.counts, other.counts))
+        return History(rows_of(self.seen, other.seen), rows_of(self.counts, other.counts))
 
     def at(self, rows: Int[Tensor, " kept"]) -> "History":
         """That of some rows."""
