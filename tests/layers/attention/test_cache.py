@@ -121,3 +121,10 @@ def test_rows_begin_with_what_a_row_of_another_state_holds() -> None:
     state.begin(beginning, 0, 4, [1, 3])
     holds(state, [TOKENS[0, :, :n] for n in (0, 4, 0, 4)])
     assert state.token_bytes == 2 * (HEADS + 1) * DIM * 4
+
+
+def test_a_row_begins_with_another_of_the_same_state() -> None:
+    state = make(capacity=9)
+    fill(state, [9])
+    state.begin(state, 2, 9, [0])
+    holds(state, [TOKENS[row, :, :9] for row in (2, 1, 2)])

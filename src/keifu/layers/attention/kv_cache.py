@@ -114,7 +114,8 @@ class KVState:
         """These rows begin with the first `length` tokens of a row of a state of the same layers."""
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for x, y in zip(mine, theirs, strict=True):
-                x[into, :, :length] = y[row, :, :length]
+                held = y[row, :, :length]
+                x[into, :, :length] = held.clone() if other is self else held
         for each in into:
             self.lengths[each] = length
 
