@@ -18,7 +18,7 @@ EXAMPLE = 'keifu chat MODEL "What is the capital of France?"'
 
 
 @dataclass(frozen=True)
-class Options(flags.OnDevice):
+class Options(flags.Packed):
     """Talk with a model: without a question in the terminal, where /help lists the commands, and with one for one
     answer. A file and a pipe are one question too; where there are several of these, an empty line joins them.
 
@@ -45,7 +45,7 @@ def run(options: Options) -> None:
     question = join_texts(options.question, options.file)
     if not question and (options.json or not at_terminal()):
         no_text(EXAMPLE)
-    model, tokenizer = load_writer(options.model)
+    model, tokenizer = load_writer(options.model, options.weights)
     check_chats(options.model, tokenizer)
     sampling, line = choose_sampling(tokenizer, options.sampling, ANSWER_TOKENS)
     if not question:

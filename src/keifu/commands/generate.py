@@ -16,7 +16,7 @@ EXAMPLE = 'keifu generate MODEL "Once upon a time"'
 
 
 @dataclass(frozen=True)
-class Options(flags.OnDevice):
+class Options(flags.Packed):
     """Continue a text; a chat model answers it. It stands behind the model, in a file, or comes through a pipe, or
     several of these, which are then joined by an empty line.
 
@@ -43,7 +43,7 @@ class Options(flags.OnDevice):
 def run(options: Options) -> None:
     """Prints what the model writes, without the prompt."""
     text = join_texts(options.prompt, options.file) or (ask("Prompt: ", EXAMPLE) if at_terminal() else "")
-    model, tokenizer = load_writer(options.model)
+    model, tokenizer = load_writer(options.model, options.weights)
     from keifu.generation.text.generate import as_prompt
 
     sampling, line = choose_sampling(tokenizer, options.sampling, max_tokens=256)

@@ -26,6 +26,9 @@ Model = Annotated[
 Device = Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda|cuda:1|mps", help=(
     "Where the model runs. Unset: what KEIFU_DEVICE says, else CUDA or ROCm if there is one, else MPS, else the CPU."
 ))]  # fmt: skip
+Weights = Annotated[str | None, tyro.conf.arg(metavar="bf16|int8|int4", help=(
+    "Compute natively on the CPU, with weights of this many bits (docs/native.md). Unset: as they are stored."
+))]  # fmt: skip
 NAMES = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 
 
@@ -34,6 +37,13 @@ class OnDevice:
     """What every verb that runs a model can be told."""
 
     device: Device = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Packed(OnDevice):
+    """What a verb whose model may be packed can be told besides."""
+
+    weights: Weights = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from keifu.errors import UserError
 
 
-def load_writer(name: str) -> tuple[Any, Any]:
-    """A model that writes text, and its tokenizer; for any other kind of model a `UserError`.
+def load_writer(name: str, weights: str | None = None) -> tuple[Any, Any]:
+    """A model that writes text, its weights packed if `weights` says so, and its tokenizer; for any other kind of model
+    a `UserError`.
 
     A person at a terminal is told that it is being loaded.
     """
@@ -17,7 +18,7 @@ def load_writer(name: str) -> tuple[Any, Any]:
     from keifu.checkpoints import load
     from keifu.generation.text.model import Model, OwnRunner, explain_not_causal
 
-    model, tokenizer = load(name)
+    model, tokenizer = load(name, weights=weights)
     if tokenizer is None or not isinstance(model, Model | OwnRunner):
         raise UserError(f"{name} writes no text: {explain_not_causal(model)}")
     return model, tokenizer
