@@ -37,7 +37,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     began = time.monotonic()
     dial = gpt.Recipe(depth=4, data=recipe.data, steps=recipe.steps, vocab_size=4096, context_length=256, batch_size=16)
     task, config, settings = gpt.prepare(dial)
-    settings = replace(settings, evaluate_every=90, sample_every=120, save_every=0)
+    settings = replace(settings, evaluate_every=180, sample_every=120, save_every=0)
     baseline = _baseline(task)
     print(
         f"\n1. A LLaMA-type model of {gpt.parameters(config) / 1e6:.1f} M parameters learns {recipe.data}.", flush=True
