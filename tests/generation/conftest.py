@@ -1,7 +1,6 @@
 """What the generation tests share: models with sharp random weights, a byte tokenizer, a model that says a script."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,27 +13,10 @@ from torch import Tensor, nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.layers.attention.kv_cache import KVState
-from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, palm, qwen3
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-SIZE: dict[str, Any] = {"vocab_size": 261, "context_length": 67, "dim": 20, "hidden_dim": 36, "n_layers": 3}
-LLAMA = {**SIZE, "n_heads": 4, "head_dim": 6}
-TOYS: dict[str, Callable[[], nn.Module]] = {
-    "gpt2": lambda: gpt2.build(gpt2.Config(**SIZE, n_heads=5, dropout=0.3)),
-    "gpt1": lambda: gpt1.build(gpt1.Config(**SIZE, n_heads=5)),
-    "gpt3": lambda: gpt3.build(gpt3.Config(**SIZE, n_heads=5, band=6)),
-    "palm": lambda: palm.build(palm.Config(**LLAMA)),
-    "grouped": lambda: llama.build(llama.Config(**LLAMA, n_kv_heads=2)),
-    "norms of queries and keys": lambda: qwen3.build(qwen3.Config(**LLAMA, n_kv_heads=2)),
-    "windows and global layers": lambda: gemma3.build(
-        gemma3.Config(**LLAMA, n_kv_heads=2, sliding_window=5, global_layers=(1,))
-    ),
-    "window": lambda: llama.build(llama.Config(**LLAMA, n_kv_heads=2, sliding_window=5)),
-    "late window": lambda: llama.build(
-        llama.Config(**LLAMA, n_kv_heads=1, sliding_window=4, first_window_layer=1, qkv_bias=True, tied=True)
-    ),
-}
+from generation_toys import TOYS  # noqa: E402 (the path must be set before)
 
 
 @pytest.fixture(autouse=True)

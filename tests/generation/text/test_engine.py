@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOYS
+from generation_toys import TOYS
 from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer

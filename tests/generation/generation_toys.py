@@ -1,0 +1,26 @@
+"""A toy of every kind of causal model, for the tests of text."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, palm, qwen3
+
+SIZE: dict[str, Any] = {"vocab_size": 261, "context_length": 67, "dim": 20, "hidden_dim": 36, "n_layers": 3}
+LLAMA = {**SIZE, "n_heads": 4, "head_dim": 6}
+TOYS: dict[str, Callable[[], nn.Module]] = {
+    "gpt2": lambda: gpt2.build(gpt2.Config(**SIZE, n_heads=5, dropout=0.3)),
+    "gpt1": lambda: gpt1.build(gpt1.Config(**SIZE, n_heads=5)),
+    "gpt3": lambda: gpt3.build(gpt3.Config(**SIZE, n_heads=5, band=6)),
+    "palm": lambda: palm.build(palm.Config(**LLAMA)),
+    "grouped": lambda: llama.build(llama.Config(**LLAMA, n_kv_heads=2)),
+    "norms of queries and keys": lambda: qwen3.build(qwen3.Config(**LLAMA, n_kv_heads=2)),
+    "windows and global layers": lambda: gemma3.build(
+        gemma3.Config(**LLAMA, n_kv_heads=2, sliding_window=5, global_layers=(1,))
+    ),
+    "window": lambda: llama.build(llama.Config(**LLAMA, n_kv_heads=2, sliding_window=5)),
+    "late window": lambda: llama.build(
+        llama.Config(**LLAMA, n_kv_heads=1, sliding_window=4, first_window_layer=1, qkv_bias=True, tied=True)
+    ),
+}
