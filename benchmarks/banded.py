@@ -23,6 +23,7 @@ from _rounds import interleaved, machine
 from torch import Tensor
 
 from keifu.layers.attention.attention import Attention
+from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import CausalMask
 
 KINDS = ("dense, written out", "dense", "banded")
@@ -54,17 +55,22 @@ def prefill(kind: str, length: int, options: argparse.Namespace) -> Callable[[],
 def decoding(kind: str, length: int, options: argparse.Namespace) -> tuple[Callable[[], None], int]:
     """Tokens one at a time behind `length` others, and the bytes of the cache that holds them."""
     attention = layer(kind, options)
-    cache = attention.new_cache(1, length + STEPS, torch.empty(0))
-    attention(torch.randn(1, length, options.dim), CausalMask(0, length), cache=cache)
+    heads = attention.n_kv_heads, attention.head_dim
+    state = KVState([heads], 1, length + STEPS, torch.empty(0))
     x = torch.randn(1, 1, options.dim)
 
-    def steps() -> None:
-        if cache.length > length and cache.earliest <= length:
-            cache.rollback(length)
-        for _ in range(STEPS):
-            attention(x, CausalMask(cache.length, 1), cache=cache)
+    def step(tokens: Tensor) -> None:
+        state.positions(tokens.shape[1])
+        attention(tokens, cache=state.layer(0))
+        state.advance()
 
-    return steps, cache.keys.nbytes + cache.values.nbytes
+    def steps() -> None:
+        state.rollback(length)
+        for _ in range(STEPS):
+            step(x)
+
+    step(torch.randn(1, length, options.dim))
+    return steps, (length + STEPS) * state.token_bytes
 
 
 def peak(kind: str, length: int, options: argparse.Namespace) -> float:
