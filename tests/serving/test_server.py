@@ -76,7 +76,7 @@ def test_keys_come_from_options_a_file_and_the_environment(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--slots", "0"], "--slots is 0, which must be more than 0"),
+        (["--slots", "0"], "--slots must be a whole number from 1"),
         (["--memory", "lots"], "--memory is 'lots'"),
         (["smolm2"], "Did you mean 'smollm2'?"),
     ],

@@ -41,7 +41,7 @@ def small(drawings: Path, towers: Path, **changes: Any) -> unclip.Recipe:
 
 def test_it_learns_and_what_is_saved_draws(drawings, towers, tmp_path, capsys, monkeypatch) -> None:
     out = tmp_path / "run"
-    unclip.run(small(drawings, towers, steps=6), out, False)
+    unclip.run(small(drawings, towers, steps=12), out, False)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for name in ("prior", "decoder", "upsampler"):
         found = [line[f"validation_{name}"] for line in lines if f"validation_{name}" in line]
