@@ -20,7 +20,7 @@ TASKS = (
 
 
 @dataclass(frozen=True)
-class Options(flags.Packed):
+class Options(flags.OnDevice):
     """How good a model is, in figures.
 
     A CLIP: how well captions and pictures find each other (a catalogue name such as emoji, a folder, .tar shards). A
@@ -97,7 +97,7 @@ def run(options: Options) -> None:
     from keifu.files import write_atomic
 
     check_known(options.on)
-    model, tokenizer = load(options.model, weights=options.weights)
+    model, tokenizer = load(options.model)
     task = select_task(model, options.on)
     given = {field.name: vars(options)[field.name] for field in fields(EvalRequest) if field.name in vars(options)}
     check_options(options, task)
@@ -151,7 +151,7 @@ def select_task(model: Any, on: str) -> Any:
 
 def check_options(options: Options, task: Any) -> None:
     """Refuses an option that the task would not heed."""
-    everyones = {"model", "on", "limit", "json", "device", "weights"}
+    everyones = {"model", "on", "limit", "json", "device"}
     for field in fields(options):
         if field.name not in everyones | task.OPTIONS and vars(options)[field.name] != field.default:
             flag = "--" + field.name.replace("_", "-")
