@@ -39,9 +39,6 @@ class Options(flags.OnDevice):
 
 def run(options: Options) -> None:
     """Prints the figures."""
-    for name in ("streams", "prompt", "tokens", "threads"):
-        if (value := vars(options)[name]) is not None and value < 1:
-            raise UserError(f"--{name} is {value}, which must be at least 1.")
     import torch
 
     if options.threads is not None:

@@ -62,9 +62,6 @@ def run(options: Options) -> None:
     from keifu.serving.server import Address, serve
     from keifu.serving.worker import Limits
 
-    for name in ("slots", "queue", "timeout"):
-        if (value := vars(options)[name]) <= 0:
-            raise UserError(f"--{name} is {value}, which must be more than 0.")
     address = Address(options.host, options.port, options.socket)
     memory = None if options.memory is None else size_of(options.memory, "--memory")
     limits = Limits(options.slots, options.queue, options.timeout)
