@@ -85,10 +85,12 @@ def test_what_recipes_and_verbs_share_names_options_that_there_are() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(p.name for p in ROOT.glob("docs/*.md"))])
-def test_pages_name_options_that_there_are(page: str) -> None:
-    path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
-    quoted = re.findall(r"`([^`\n]*)`", re.sub(r"(?ms)^```.*?^```", "", path.read_text(encoding="utf-8")))
+PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_pages_name_options_that_there_are(page: Path) -> None:
+    quoted = re.findall(r"`([^`\n]*)`", re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8")))
     shown = [text for text in quoted if not text.startswith(("python", "pytest", "make", "git", "pip", "docker"))]
     known = any_option() | OTHERS | {word for file in ROOT.glob("benchmarks/*.py") for _, word in words(file)}
     assert [word for text in shown for word in OPTION.findall(text) if word not in known] == []
