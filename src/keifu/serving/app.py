@@ -11,8 +11,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import Response
 
 from keifu import __version__
-from keifu.serving import chat, completions, embeddings, errors, images, middleware, page, responses, translations
+from keifu.serving import errors, middleware, page, translations
 from keifu.serving.models import ServedModels
+from keifu.serving.openai import chat, completions, embeddings, images, responses
 from keifu.serving.streaming import json_response
 
 

@@ -3,18 +3,48 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from pydantic import Field, model_validator
 from starlette.responses import Response
 from torch import nn
 
 from keifu.generation.text.request import prompt_tokens
 from keifu.generation.text.translation import Translation, TranslationParams, join_sentences, translate_texts
-from keifu.serving.generation import token_bytes, token_text
 from keifu.serving.models import ServedModels
-from keifu.serving.schemas import TokenizeRequest, TranslationRequest
+from keifu.serving.openai.generation import token_bytes, token_text
+from keifu.serving.openai.schemas import Body, Message
 from keifu.serving.streaming import json_response, whole
+
+
+class TranslationRequest(Body):
+    """POST /v1/translations. beam, alpha, max_tokens: as `keifu translate` has them."""
+
+    model: str
+    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
+    beam: Annotated[int, Field(ge=1, le=64)] = 4
+    alpha: float = 0.6
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, one or several."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
+class TokenizeRequest(Body):
+    """POST /v1/tokenize: the tokens of a text, or of messages as the model's chat template lays them out."""
+
+    model: str
+    input: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "TokenizeRequest":
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("give either input or messages")
+        return self
 
 
 def routes(models: ServedModels) -> APIRouter:

@@ -12,9 +12,9 @@ from torch import nn
 
 from keifu.generation.text.likelihood import LikeliestTokens, score_likeliest
 from keifu.generation.text.request import prompt_tokens
-from keifu.serving.generation import REASONS, Answer, likeliest, prepare, token_text
 from keifu.serving.models import ServedModels
-from keifu.serving.schemas import CompletionRequest
+from keifu.serving.openai.generation import REASONS, Answer, likeliest, prepare, token_text
+from keifu.serving.openai.schemas import CompletionRequest
 from keifu.serving.streaming import EventStream, whole
 
 

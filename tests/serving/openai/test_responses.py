@@ -5,7 +5,7 @@ from typing import Any
 import openai
 import pytest
 
-from keifu.serving import responses
+from keifu.serving.openai import responses
 
 ASK: dict[str, Any] = {"temperature": 0, "max_output_tokens": 8}
 

@@ -9,9 +9,9 @@ from starlette.responses import Response
 
 from keifu.generation.text.request import Piece
 from keifu.generation.text.sampling_params import ANSWER_TOKENS
-from keifu.serving.generation import REASONS, Answer, is_end, prepare, token_bytes, token_text
 from keifu.serving.models import ServedModels
-from keifu.serving.schemas import ChatRequest
+from keifu.serving.openai.generation import REASONS, Answer, is_end, prepare, token_bytes, token_text
+from keifu.serving.openai.schemas import ChatRequest
 from keifu.serving.streaming import EventStream, whole
 
 

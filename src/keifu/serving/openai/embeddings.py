@@ -3,9 +3,10 @@
 import base64
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
+from pydantic import Field
 from starlette.responses import Response
 from torch import Tensor, nn
 
@@ -13,8 +14,36 @@ from keifu.evaluation.classification import embeddings
 from keifu.evaluation.classification.embeddings import encode_texts
 from keifu.evaluation.images import retrieval
 from keifu.serving.models import ServedModels
-from keifu.serving.schemas import EmbeddingRequest, RerankRequest
+from keifu.serving.openai.schemas import Body, Refused
 from keifu.serving.streaming import whole
+
+
+class EmbeddingRequest(Body):
+    """POST /v1/embeddings. input: a text or several; a CLIP takes texts too. cut: keep the beginning of a text that is
+    longer than the model takes."""
+
+    model: str
+    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] | None = None
+    cut: bool = False
+    user: str | None = None
+    refused: ClassVar[Refused] = {"dimensions": ()}
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, one or several."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
+class RerankRequest(Body):
+    """POST /v1/rerank: documents by how near they are to a query. top_n: only so many, the nearest."""
+
+    model: str
+    query: str
+    documents: Annotated[list[str], Field(min_length=1, max_length=2048)]
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: bool = True
+    cut: bool = False
 
 
 def routes(models: ServedModels) -> APIRouter:

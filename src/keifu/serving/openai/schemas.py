@@ -2,7 +2,6 @@
 of OpenAI's that this server does not have unless it asks for what happens anyway.
 """
 
-import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -299,89 +298,3 @@ class CompletionRequest(Sampling):
         given: Any = self.prompt
         several = isinstance(given, list) and given and not isinstance(given[0], int)
         return list(given) if several else [given]
-
-
-class EmbeddingRequest(Body):
-    """POST /v1/embeddings. input: a text or several; a CLIP takes texts too. cut: keep the beginning of a text that is
-    longer than the model takes."""
-
-    model: str
-    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
-    encoding_format: Literal["float", "base64"] | None = None
-    cut: bool = False
-    user: str | None = None
-    refused: ClassVar[Refused] = {"dimensions": ()}
-
-    @property
-    def texts(self) -> list[str]:
-        """The texts, one or several."""
-        return [self.input] if isinstance(self.input, str) else self.input
-
-
-class RerankRequest(Body):
-    """POST /v1/rerank: documents by how near they are to a query. top_n: only so many, the nearest."""
-
-    model: str
-    query: str
-    documents: Annotated[list[str], Field(min_length=1, max_length=2048)]
-    top_n: Annotated[int, Field(ge=1)] | None = None
-    return_documents: bool = True
-    cut: bool = False
-
-
-class TranslationRequest(Body):
-    """POST /v1/translations. beam, alpha, max_tokens: as `keifu translate` has them."""
-
-    model: str
-    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
-    beam: Annotated[int, Field(ge=1, le=64)] = 4
-    alpha: float = 0.6
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-
-    @property
-    def texts(self) -> list[str]:
-        """The texts, one or several."""
-        return [self.input] if isinstance(self.input, str) else self.input
-
-
-class TokenizeRequest(Body):
-    """POST /v1/tokenize: the tokens of a text, or of messages as the model's chat template lays them out."""
-
-    model: str
-    input: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> "TokenizeRequest":
-        if (self.input is None) == (self.messages is None):
-            raise ValueError("give either input or messages")
-        return self
-
-
-class ImageGenerationRequest(Body):
-    """POST /v1/images/generations. prompt: for models that read. size: WIDTHxHEIGHT, or auto for the model's own. The
-    other fields are those of `keifu draw`."""
-
-    model: str
-    prompt: str | None = None
-    n: Annotated[int, Field(ge=1, le=16)] | None = None
-    size: str | None = None
-    response_format: Literal["b64_json"] | None = None
-    seed: int | None = None
-    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
-    sampler: str | None = None
-    guidance: float | None = None
-    negative: str = ""
-    label: str | None = None
-    user: str | None = None
-    refused: ClassVar[Refused] = {
-        "background": ("auto",), "moderation": ("auto",), "output_compression": (), "output_format": ("png",),
-        "partial_images": (0,), "quality": ("auto", "standard"), "stream": (False,), "style": (),
-    }  # fmt: skip
-
-    @field_validator("size")
-    @classmethod
-    def _sides(cls, size: str | None) -> str | None:
-        if size not in (None, "auto") and not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", size):
-            raise ValueError("it must be WIDTHxHEIGHT, such as 64x64, or auto")
-        return size

@@ -12,10 +12,10 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.request import Piece, Request, check_tokens
 from keifu.generation.text.sampling_params import SamplingParams, sampling_for
-from keifu.serving.constraints import check_bias, schema_constraint
 from keifu.serving.errors import of_exception
 from keifu.serving.models import Description, ServedModels
-from keifu.serving.schemas import Sampling
+from keifu.serving.openai.constraints import check_bias, schema_constraint
+from keifu.serving.openai.schemas import Sampling
 
 REASONS = {"stop": "stop", "length": "length", "context": "length"}
 

@@ -10,9 +10,9 @@ from starlette.responses import Response
 
 from keifu.generation.text.sampling_params import ANSWER_TOKENS
 from keifu.serving.errors import ApiError
-from keifu.serving.generation import REASONS, Answer, prepare
 from keifu.serving.models import ServedModels
-from keifu.serving.schemas import ResponseRequest
+from keifu.serving.openai.generation import REASONS, Answer, prepare
+from keifu.serving.openai.schemas import ResponseRequest
 from keifu.serving.streaming import EventStream, json_response, whole
 
 Messages = list[dict[str, Any]]

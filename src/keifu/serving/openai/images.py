@@ -1,15 +1,17 @@
 """POST /v1/images/generations: pictures from a text or a label, as PNG that says how it was drawn."""
 
 import base64
+import re
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from PIL import Image
+from pydantic import Field, field_validator
 from starlette.responses import Response
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from keifu.generation.images.png_metadata import ImageRecord
 from keifu.generation.images.samplers import SAMPLERS, SamplerStep
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
-from keifu.serving.schemas import ImageGenerationRequest
+from keifu.serving.openai.schemas import Body, Refused
 from keifu.serving.streaming import whole
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -33,6 +35,35 @@ class Drawn:
 
     png: bytes
     seed: int
+
+
+class ImageGenerationRequest(Body):
+    """POST /v1/images/generations. prompt: for models that read. size: WIDTHxHEIGHT, or auto for the model's own. The
+    other fields are those of `keifu draw`."""
+
+    model: str
+    prompt: str | None = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    size: str | None = None
+    response_format: Literal["b64_json"] | None = None
+    seed: int | None = None
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    sampler: str | None = None
+    guidance: float | None = None
+    negative: str = ""
+    label: str | None = None
+    user: str | None = None
+    refused: ClassVar[Refused] = {
+        "background": ("auto",), "moderation": ("auto",), "output_compression": (), "output_format": ("png",),
+        "partial_images": (0,), "quality": ("auto", "standard"), "stream": (False,), "style": (),
+    }  # fmt: skip
+
+    @field_validator("size")
+    @classmethod
+    def _sides(cls, size: str | None) -> str | None:
+        if size not in (None, "auto") and not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", size):
+            raise ValueError("it must be WIDTHxHEIGHT, such as 64x64, or auto")
+        return size
 
 
 def routes(models: ServedModels) -> APIRouter:

@@ -1,0 +1,1 @@
+"""OpenAI's API: the bodies that it takes, and its routes."""
