@@ -1,10 +1,10 @@
-# demo, test, test-all, test-gpu and check; each first makes its own .venv where that is missing or older than pyproject.toml.
+# demo, test, test-all, test-gpu, check and docs; each first makes its own .venv where that is missing or older than pyproject.toml.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 PARALLEL := -n auto --dist loadfile # a process for each core
 
-.PHONY: demo test test-all test-gpu check clean
+.PHONY: demo test test-all test-gpu check docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.run-time
@@ -23,6 +23,10 @@ test-gpu: .venv/.development
 check: .venv/.development
 	@$(BIN)/ruff check src tests $(wildcard benchmarks)
 	@$(BIN)/basedpyright
+
+# The documentation in both languages, into site/: open site/index.html. A link that leads nowhere is an error.
+docs: .venv/.development
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 .venv/.run-time: pyproject.toml | .venv/bin/pip
 	@echo "Installing keifu into .venv: a minute or two, once."

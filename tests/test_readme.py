@@ -12,7 +12,7 @@ from keifu.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples/data/README.md"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", EXAMPLES, *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", EXAMPLES, *sorted((ROOT / "docs").rglob("*.md"))]
 IN_ORDER = [  # pages whose commands can be run as printed, from top to bottom
     ROOT / "README.md", EXAMPLES, *(ROOT / "docs" / name for name in ("commands.md", "own-data.md", "threads.md")),
 ]  # fmt: skip

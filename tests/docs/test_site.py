@@ -1,0 +1,111 @@
+"""The site is built without a warning, in both languages; every link in it leads somewhere, and nothing is fetched."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+
+pytest.importorskip("mkdocs_static_i18n")
+
+ROOT = Path(__file__).parents[2]
+LOADED = {("script", "src"), ("link", "href"), ("img", "src"), ("iframe", "src")}  # what a browser fetches by itself
+
+
+class Links(HTMLParser):
+    """The links of a page, those that are fetched with it, and its anchors."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Takes what a tag refers to."""
+        given = {name: value or "" for name, value in attrs}
+        self.anchors |= {given[name] for name in ("id", "name") if name in given}
+        for name in ("href", "src"):
+            if name in given:
+                self.links.append(given[name])
+                self.loaded += [given[name]] if (tag, name) in LOADED and given.get("rel") != "canonical" else []
+
+
+def outside(link: str) -> bool:
+    return bool(re.match(r"[a-z]+:|//", link))
+
+
+def dead_links(site: Path) -> Iterator[str]:
+    """Links between files of a folder whose file or anchor is not there."""
+    pages = {path: Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
+    for path, page in pages.items():
+        for link in page.links:
+            target, anchor = urldefrag(link)
+            if outside(link) or path.name == "404.html":
+                continue
+            found = path if not target else Path(os.path.normpath(path.parent / unquote(target)))
+            if not found.exists() or (anchor and found in pages and unquote(anchor) not in pages[found].anchors):
+                yield f"{path.relative_to(site)}: {link}"
+
+
+def fetched(site: Path) -> list[str]:
+    """What pages would load from elsewhere."""
+    pages = [Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")]
+    return [link for page in pages for link in page.loaded if outside(link) and not link.startswith("data:")]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as `make docs` builds it."""
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert not built.returncode, built.stdout + built.stderr
+    return out
+
+
+def test_every_link_leads_to_a_file_and_an_anchor(site: Path) -> None:
+    assert [*dead_links(site)] == []
+
+
+def test_nothing_is_fetched_from_another_machine(site: Path) -> None:
+    assert fetched(site) == []
+
+
+def test_formulas_are_set_without_a_script(site: Path) -> None:
+    texts = [path.read_text(encoding="utf-8") for path in site.rglob("*.html")]
+    assert not any('class="arithmatex"' in text for text in texts)
+
+
+def test_each_page_is_there_in_both_languages(site: Path) -> None:
+    pages = {path.relative_to(site) for path in site.rglob("*.html")} - {Path("404.html")}
+    japanese = {path for path in pages if path.parts[0] == "ja"}
+    assert {Path("ja") / path for path in pages - japanese} == japanese
+    assert 'lang="ja"' in (site / "ja/index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("page", "dead"),
+    [
+        ('<a href="b.html">', ["a.html: b.html"]),
+        ('<a href="#there">', ["a.html: #there"]),
+        ('<a href="#there"><p id="there">', []),
+        ('<a href="https://example.org/x">', []),
+        ('<img src="x.png">', ["a.html: x.png"]),
+    ],
+)
+def test_a_dead_link_would_be_seen(tmp_path: Path, page: str, dead: list[str]) -> None:
+    (tmp_path / "a.html").write_text(page)
+    assert [*dead_links(tmp_path)] == dead
+
+
+def test_a_script_from_elsewhere_would_be_seen(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<script src="https://example.org/x.js"></script><a href="https://example.org">')
+    assert fetched(tmp_path) == ["https://example.org/x.js"]

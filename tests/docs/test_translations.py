@@ -1,0 +1,75 @@
+"""Each Japanese page says what the English one beside it says: its headings, code, pictures, links and numbers."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+COMMENT = re.compile(r"(^|\s+)#\s.*$")
+PAIRS = [
+    (page.with_name(page.name.replace(".ja.md", ".md")), page)
+    for page in sorted([*(ROOT / "docs").rglob("*.ja.md"), *ROOT.glob("README.ja.md")])
+]
+
+
+def headings(page: str) -> list[int]:
+    """The levels of the headings, in order."""
+    return [len(marks) for marks in re.findall(r"(?m)^(#+) ", FENCE.sub("", page))]
+
+
+def blocks(page: str) -> list[list[str]]:
+    """The lines of each block of code, without what is said in words: comments, and blocks that are plain text."""
+    found = [text for language, text in FENCE.findall(page) if language != "text"]
+    return [[line for each in text.splitlines() if (line := COMMENT.sub("", each).rstrip())] for text in found]
+
+
+def pictures(page: str) -> list[str]:
+    """The pictures, in order."""
+    return [Path(name).name for name in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", page)]
+
+
+def links(page: str) -> list[str]:
+    """Where the page's links lead, sorted; to pages in Japanese as to those in English."""
+    found = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#\s]+)", FENCE.sub("", page))
+    return sorted({link.replace(".ja.md", ".md") for link in found})
+
+
+def numbers(page: str) -> set[str]:
+    """Numbers of two digits or more, or with a point, outside of code and links."""
+    text = re.sub(r"\]\([^)]*\)", "]", FENCE.sub("", page))
+    found = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)
+    return {number.replace(",", "") for number in found if len(number) > 1}
+
+
+ASPECTS = [headings, blocks, pictures, links, numbers]
+
+
+@pytest.mark.parametrize("aspect", ASPECTS, ids=lambda each: each.__name__)
+@pytest.mark.parametrize(("english", "japanese"), PAIRS, ids=lambda path: path.name)
+def test_both_languages_say_the_same(english: Path, japanese: Path, aspect) -> None:
+    assert aspect(japanese.read_text(encoding="utf-8")) == aspect(english.read_text(encoding="utf-8"))
+
+
+PAGE = "# A\n\n```\nkeifu chat smollm2   # talk\n```\n\n## B\n\n![x](../pictures/x.png) [y](y.md) is 1,024 and 0.5 s.\n"
+
+
+@pytest.mark.parametrize(
+    ("aspect", "was", "becomes"),
+    [
+        (headings, "## B", "### B"),
+        (blocks, "smollm2 ", "smollm3 "),
+        (pictures, "x.png", "z.png"),
+        (links, "y.md", "z.md"),
+        (numbers, "1,024", "1,025"),
+        (numbers, "0.5", "0.6"),
+    ],
+)
+def test_a_difference_would_be_seen(aspect, was: str, becomes: str) -> None:
+    assert aspect(PAGE.replace(was, becomes)) != aspect(PAGE)
+
+
+def test_words_may_differ() -> None:
+    japanese = PAGE.replace("# talk", "# 会話").replace("is", "は").replace(" and ", "と").replace("y.md", "y.ja.md")
+    assert all(aspect(japanese) == aspect(PAGE) for aspect in ASPECTS)
