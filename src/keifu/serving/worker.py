@@ -18,7 +18,7 @@ from torch import nn
 from keifu.errors import UserError
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.request import Piece, Request
-from keifu.serving.errors import ApiError
+from keifu.serving.errors import ApiError, of_exception
 from keifu.serving.metrics import Metrics
 
 LOG = logging.getLogger("keifu.serving")
@@ -167,7 +167,10 @@ class Worker:
         try:
             command = self._commands.get(block=not self._jobs)
             while command is not None:
-                command()
+                try:
+                    command()
+                except Exception as error:  # the thread lives on for the others
+                    of_exception(error)
                 command = self._commands.get(block=False)
         except Empty:
             return True

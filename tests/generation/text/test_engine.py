@@ -182,6 +182,20 @@ def test_a_request_can_be_given_up_at_any_time(model: nn.Module, tokenizer: Toke
     assert engine.scheduler.blocks.free == 100
 
 
+def test_the_first_of_several_that_write_can_be_given_up(model: nn.Module, tokenizer: Tokenizer) -> None:
+    asked = [([5 + n, 7], replace(PLAIN, max_tokens=30, seed=n)) for n in range(3)]
+    engine = Engine(model, tokenizer)
+    for prompt, sampling in asked:
+        engine.add(engine.request(prompt, sampling))
+    found = [engine.step() for _ in range(4)]
+    engine.abort(0)
+    while engine.work:
+        found.append(engine.step())
+    for number in (1, 2):
+        own = [piece for pieces in found for piece in pieces if piece.index == number]
+        same([own], alone(model, tokenizer, [asked[number]]))
+
+
 def test_guesses_that_are_right_save_steps(script: Any, tokenizer: Tokenizer) -> None:
     """A text that repeats itself is written several tokens at a time, to the same end, limit and stop string."""
     says = [98, 99, 100, 101] * 20

@@ -107,9 +107,10 @@ class Tokenizer:
         """The text of these ids; bytes that make no character, and ids that no token has, become U+FFFD."""
         return self.stream(skip_special).whole(ids)
 
-    def stream(self, skip_special: bool = True) -> StreamDecoder:
-        """A decoder for ids that come one at a time; it never gives half a character."""
-        skipped = self.special_ids if skip_special else frozenset()
+    def stream(self, skip_special: bool = True, shown: Iterable[int] = ()) -> StreamDecoder:
+        """A decoder for ids that come one at a time; it never gives half a character. shown: special tokens that it
+        does not skip."""
+        skipped = self.special_ids.difference(shown) if skip_special else frozenset()
         return StreamDecoder(self._decoding, self.backend.id_to_token, skipped)
 
     def token_bytes(self, token_id: int) -> bytes:

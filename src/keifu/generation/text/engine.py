@@ -89,6 +89,7 @@ class Engine:
         self.scheduler.add(sequence)
         return request.index
 
+    @torch.inference_mode()
     def abort(self, number: int) -> None:
         """Gives a request up; one that has ended already is no fault."""
         if (sequence := self._sequences.pop(number, None)) is not None:

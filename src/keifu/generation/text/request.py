@@ -86,9 +86,9 @@ class Constraint(Protocol):
 class Request:
     """A prompt and its settings, checked against the context; `take` adds a token and returns its `Piece`.
 
-    constraint: what holds the text to a form; None for any text. A prompt that is empty or leaves no room in the
-    context is a `UserError`; a prompt is never truncated. Without a tokenizer the pieces have no text, and no token
-    ends it.
+    constraint: what holds the text to a form; None for any text. shown: special tokens that are text nevertheless. A
+    prompt that is empty or leaves no room in the context is a `UserError`; a prompt is never truncated. Without a
+    tokenizer the pieces have no text, and no token ends it.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Request:
         tokenizer: Tokenizer | None,
         context_length: int,
         constraint: Constraint | None = None,
+        shown: Iterable[int] = (),
     ):
         self.index, self.prompt, self.sampling = 0, list(prompt), sampling.seeded()  # the engine gives it its number
         room = context_length - len(prompt)
@@ -113,7 +114,7 @@ class Request:
         self.tokens: list[int] = []
         self.constraint = constraint
         self._stop_ids = frozenset[int]() if tokenizer is None else tokenizer.stop_ids
-        self._decoder = None if tokenizer is None else tokenizer.stream()
+        self._decoder = None if tokenizer is None else tokenizer.stream(shown=shown)
         self._text = StopText(sampling.stop)
 
     def take(self, token: float, largest: float, *log_probabilities: float) -> Piece:

@@ -10,8 +10,9 @@ from starlette.responses import Response
 from keifu.generation.text.request import Piece
 from keifu.generation.text.sampling_params import ANSWER_TOKENS
 from keifu.serving.models import ServedModels
-from keifu.serving.openai.generation import REASONS, Answer, is_end, prepare, token_bytes, token_text
+from keifu.serving.openai.generation import Answer, finish_reason, is_end, prepare, token_bytes, token_text
 from keifu.serving.openai.schemas import ChatRequest
+from keifu.serving.openai.tools import Delta, Reply, render
 from keifu.serving.streaming import EventStream, whole
 
 
@@ -22,10 +23,11 @@ def routes(models: ServedModels) -> APIRouter:
     @router.post("/v1/chat/completions", summary="Answer a conversation", tags=["text"])
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         def prompts(tokenizer: Any) -> list[list[int]]:
-            return [tokenizer.render_chat([message.plain() for message in body.messages])]
+            return [render(tokenizer, [message.plain() for message in body.messages], tools.functions if tools else ())]
 
+        tools = body.tool_use()
         schema = body.response_format.schema if body.response_format else None
-        answer = await prepare(models, body, "chat", prompts, "chatcmpl", ANSWER_TOKENS, schema)
+        answer = await prepare(models, body, "chat", prompts, "chatcmpl", ANSWER_TOKENS, schema, tools)
         if body.stream:
             return EventStream(_events(answer, body), models.limits.timeout)
         return await whole(request, _completion(answer, body))
@@ -45,24 +47,39 @@ def _head(answer: Answer, kind: str) -> dict[str, Any]:
 
 async def _completion(answer: Answer, body: ChatRequest) -> dict[str, Any]:
     """The whole answer."""
-    texts = ["" for _ in answer.requests]
-    reasons: list[str | None] = [None for _ in answer.requests]
+    replies = [answer.reply() for _ in answer.requests]
+    reasons: list[str] = ["length" for _ in answer.requests]
     tokens: list[list[dict[str, Any]]] = [[] for _ in answer.requests]
     async with aclosing(answer.pieces()) as pieces:
         async for place, piece in pieces:
-            texts[place] += piece.text
-            reasons[place] = piece.finish_reason
+            replies[place].push(piece.text, piece.finish_reason is not None)
+            reasons[place] = finish_reason(piece, replies[place]) or "length"
             tokens[place] += _tokens(answer, piece)
     choices = [
         {
             "index": place,
-            "message": {"role": "assistant", "content": texts[place], "refusal": None},
+            "message": _message(reply),
             "logprobs": {"content": tokens[place], "refusal": None} if body.logprobs else None,
-            "finish_reason": REASONS[reasons[place] or "length"],
+            "finish_reason": reasons[place],
         }
-        for place in range(len(texts))
+        for place, reply in enumerate(replies)
     ]
     return {**_head(answer, "chat.completion"), "choices": choices, "usage": answer.usage}
+
+
+def _message(reply: Reply) -> dict[str, Any]:
+    calls = {"tool_calls": reply.calls} if reply.calls else {}
+    return {"role": "assistant", "content": reply.text or (None if calls else ""), "refusal": None, **calls}
+
+
+def _delta(part: Delta, reply: Reply) -> dict[str, Any]:
+    """A part of an answer as the API has it; the first of a call has its id and name."""
+    if part.call < 0:
+        return {"content": part.content}
+    if not part.name:
+        return {"tool_calls": [{"index": part.call, "function": {"arguments": part.arguments}}]}
+    call = {"index": part.call, "id": reply.calls[part.call]["id"], "type": "function"}
+    return {"tool_calls": [{**call, "function": {"name": part.name, "arguments": ""}}]}
 
 
 async def _events(answer: Answer, body: ChatRequest) -> AsyncGenerator[dict[str, Any], None]:
@@ -70,6 +87,7 @@ async def _events(answer: Answer, body: ChatRequest) -> AsyncGenerator[dict[str,
     head = _head(answer, "chat.completion.chunk")
     usage = {"usage": None} if body.includes_usage else {}
     held: list[list[dict[str, Any]]] = [[] for _ in answer.requests]
+    replies = [answer.reply() for _ in answer.requests]
 
     def chunk(place: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         logprobs = {"content": held[place], "refusal": None} if body.logprobs and held[place] else None
@@ -82,10 +100,10 @@ async def _events(answer: Answer, body: ChatRequest) -> AsyncGenerator[dict[str,
     async with aclosing(answer.pieces()) as pieces:
         async for place, piece in pieces:
             held[place] += _tokens(answer, piece)
-            if piece.text or (piece.finish_reason and held[place]):
-                yield chunk(place, {"content": piece.text})
+            for part in replies[place].push(piece.text, piece.finish_reason is not None):
+                yield chunk(place, _delta(part, replies[place]))
             if piece.finish_reason:
-                yield chunk(place, {}, REASONS[piece.finish_reason])
+                yield chunk(place, {}, finish_reason(piece, replies[place]))
     if body.includes_usage:
         yield {**head, "choices": [], "usage": answer.usage}
 

@@ -1,9 +1,9 @@
-"""Which tokens an answer may have: those that the grammar of a JSON schema allows at each place (llguidance)."""
+"""Which tokens an answer may have: those that a grammar, as of a JSON schema, allows at each place (llguidance)."""
 
 import json
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -45,19 +45,30 @@ def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
     )
 
 
-def schema_constraint(schema: Any, tokenizer: Tokenizer, vocab_size: int) -> Callable[[], GrammarConstraint]:
-    """Makes the constraint of each text that is to follow the schema. One that nothing satisfies, or that says what
-    cannot be held to, is an `ApiError` with the reason."""
+class Grammar(NamedTuple):
+    """What a text may be, as llguidance has it, and the field of the request that says so."""
+
+    source: str
+    field: str
+
+
+def schema_grammar(schema: Any) -> Grammar:
+    """The JSON that follows a schema."""
+    return Grammar(LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT), "response_format")
+
+
+def constraints(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int) -> Callable[[], GrammarConstraint]:
+    """Makes the constraint of each text that is to follow the grammar. A schema that nothing satisfies, or that says
+    what cannot be held to, is an `ApiError` with the reason."""
     if not tokenizer.stop_ids:
         text = "This model has no token that ends a text, so none can be held to a schema: choose another model."
-        raise ApiError(400, text, "response_format", "no_end_token")
+        raise ApiError(400, text, grammar.field, "no_end_token")
     vocabulary = _vocabulary(tokenizer)
-    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT)
-    wrong, reasons = LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
+    wrong, reasons = LLMatcher.validate_grammar_with_warnings(grammar.source, vocabulary)
     if wrong:
         reason = " ".join(" ".join(reasons).split()).rstrip(".")
-        raise ApiError(400, f"The schema cannot be followed: {reason}.", "response_format", "invalid_schema")
-    return lambda: GrammarConstraint(LLMatcher(vocabulary, grammar), vocab_size)
+        raise ApiError(400, f"The schema cannot be followed: {reason}.", grammar.field, "invalid_schema")
+    return lambda: GrammarConstraint(LLMatcher(vocabulary, grammar.source), vocab_size)
 
 
 def check_bias(sampling: SamplingParams, vocab_size: int) -> None:

@@ -14,8 +14,9 @@ from keifu.generation.text.request import Piece, Request, check_tokens
 from keifu.generation.text.sampling_params import SamplingParams, sampling_for
 from keifu.serving.errors import of_exception
 from keifu.serving.models import Description, ServedModels
-from keifu.serving.openai.constraints import check_bias, schema_constraint
+from keifu.serving.openai.constraints import check_bias, constraints, schema_grammar
 from keifu.serving.openai.schemas import Sampling
+from keifu.serving.openai.tools import Reply, ToolUse, tool_format
 
 REASONS = {"stop": "stop", "length": "length", "context": "length"}
 
@@ -30,6 +31,7 @@ class Answer:
     choices: int
     seed: int
     prefix: str
+    tools: ToolUse | None = None
     written: int = 0
     id: str = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -51,6 +53,11 @@ class Answer:
         total = self.prompt_tokens + self.written
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.written, "total_tokens": total}
 
+    def reply(self) -> Reply:
+        """What splits a choice into text and calls."""
+        tokenizer = self.description.tokenizer
+        return Reply(form := tool_format(tokenizer), form.trigger(tokenizer)) if self.tools else Reply()
+
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Each piece with the place of its request, as they are written."""
         async with aclosing(self.worker.generate(self.requests)) as steps:
@@ -68,20 +75,22 @@ async def prepare(
     prefix: str,
     max_tokens: int | None,
     schema: dict[str, Any] | None = None,
+    tools: ToolUse | None = None,
 ) -> Answer:
     """The answer to a body, checked and not begun. prompts: makes the ids of each from the tokenizer, in a thread
-    beside, so that a long one stops nobody. schema: what each text must follow, if anything."""
+    beside, so that a long one stops nobody. schema: what each text must follow, if anything. tools: those that it
+    may call."""
     description = models.find(body.model, use)
     try:
         sampling = sampling_for(description.tokenizer, body.options(), max_tokens).seeded()
-        requests = await asyncio.to_thread(_requests, description, body, sampling, prompts, schema)
-        return Answer(models, description, requests, body.n or 1, sampling.seed or 0, prefix)
+        requests = await asyncio.to_thread(_requests, description, body, sampling, prompts, schema, tools)
+        return Answer(models, description, requests, body.n or 1, sampling.seed or 0, prefix, tools)
     except UserError as error:
         raise of_exception(error, tuple(type(body).model_fields)) from error
 
 
 def _requests(
-    description: Description, body: Sampling, sampling: SamplingParams, prompts: Any, schema: dict[str, Any] | None
+    description: Description, body: Sampling, sampling: SamplingParams, prompts: Any, schema: Any, tools: ToolUse | None
 ) -> list[Request]:
     """The requests of all prompts and choices, each with its own seed."""
     tokenizer, config = description.tokenizer, description.config
@@ -89,11 +98,19 @@ def _requests(
     check_tokens(ids, config.vocab_size)
     if sampling.logit_bias:
         check_bias(sampling, config.vocab_size)
-    constraint = (lambda: None) if schema is None else schema_constraint(schema, tokenizer, config.vocab_size)
+    grammar = tools.grammar(tokenizer, schema) if tools else None if schema is None else schema_grammar(schema)
+    constraint = (lambda: None) if grammar is None else constraints(grammar, tokenizer, config.vocab_size)
+    shown = tool_format(tokenizer).special(tokenizer).values() if tools else ()
     seeds = [((sampling.seed or 0) + choice) % 2**63 for choice in range(body.n or 1)]
     places = [(prompt, replace(sampling, seed=seed)) for prompt in ids for seed in seeds]
     room = config.context_length
-    return [Request(*pair, tokenizer, room, constraint()) for pair in places]
+    return [Request(*pair, tokenizer, room, constraint(), shown) for pair in places]
+
+
+def finish_reason(piece: Piece, reply: Reply) -> str | None:
+    """Why the answer ended with this piece, as the API has it; None while it goes on."""
+    reason = REASONS[piece.finish_reason] if piece.finish_reason else None
+    return "tool_calls" if reason == "stop" and reply.calls else reason
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:

@@ -1,7 +1,8 @@
 """/v1/responses: OpenAI's newer form of a conversation, whose earlier turns the server keeps in memory."""
 
+import json
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -11,8 +12,9 @@ from starlette.responses import Response
 from keifu.generation.text.sampling_params import ANSWER_TOKENS
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
-from keifu.serving.openai.generation import REASONS, Answer, prepare
+from keifu.serving.openai.generation import Answer, finish_reason, prepare
 from keifu.serving.openai.schemas import ResponseRequest
+from keifu.serving.openai.tools import Delta, render
 from keifu.serving.streaming import EventStream, json_response, whole
 
 Messages = list[dict[str, Any]]
@@ -47,7 +49,7 @@ class Stored:
 
 
 def _size(messages: Messages) -> int:
-    return sum(len(message["content"]) for message in messages)
+    return sum(len(message["content"]) + len(json.dumps(message.get("tool_calls", ""))) for message in messages)
 
 
 def routes(models: ServedModels) -> APIRouter:
@@ -62,9 +64,10 @@ def routes(models: ServedModels) -> APIRouter:
         told: Messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
 
         def prompts(tokenizer: Any) -> list[list[int]]:
-            return [tokenizer.render_chat([*told, *messages])]
+            return [render(tokenizer, [*told, *messages], tools.functions if tools else ())]
 
-        answer = await prepare(models, body, "chat", prompts, "resp", ANSWER_TOKENS, body.schema)
+        tools = body.tool_use()
+        answer = await prepare(models, body, "chat", prompts, "resp", ANSWER_TOKENS, body.schema, tools)
         turn = Turn(answer, body, messages, None if body.store is False else stored)
         if body.stream:
             return EventStream(turn.events(), models.limits.timeout, named=True)
@@ -87,16 +90,16 @@ class Turn:
 
     def __init__(self, answer: Answer, body: ResponseRequest, messages: Messages, stored: Stored | None):
         self.answer, self.body, self.messages, self.stored = answer, body, messages, stored
-        self.text, self.reason = "", "stop"
-        self.item_id = f"msg_{answer.id}"
+        self.reply, self.reason = answer.reply(), "stop"
+        self.output: list[dict[str, Any]] = []  # the items, of which the last may be unfinished
 
     async def response(self) -> dict[str, Any]:
         """The whole response."""
-        async with aclosing(self.answer.pieces()) as pieces:
-            async for _, piece in pieces:
-                self.text += piece.text
-                self.reason = REASONS[piece.finish_reason or "stop"]
-        return self._finish()
+        async with aclosing(self._events()) as events:
+            async for event in events:
+                if "response" in event:
+                    found = event["response"]
+        return found
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The response as events, numbered."""
@@ -108,32 +111,72 @@ class Turn:
 
     async def _events(self) -> AsyncGenerator[dict[str, Any], None]:
         begun = self._object("in_progress")
-        item = {"output_index": 0, "item_id": self.item_id, "content_index": 0}
         yield {"type": "response.created", "response": begun}
         yield {"type": "response.in_progress", "response": begun}
-        yield {"type": "response.output_item.added", "output_index": 0, "item": self._item("in_progress", [])}
-        yield {"type": "response.content_part.added", **item, "part": _part("")}
         async with aclosing(self.answer.pieces()) as pieces:
             async for _, piece in pieces:
-                self.text += piece.text
-                self.reason = REASONS[piece.finish_reason or "stop"]
-                if piece.text:
-                    yield {"type": "response.output_text.delta", **item, "delta": piece.text, "logprobs": []}
-        yield {"type": "response.output_text.done", **item, "text": self.text, "logprobs": []}
-        yield {"type": "response.content_part.done", **item, "part": _part(self.text)}
-        found = self._finish()
-        yield {"type": "response.output_item.done", "output_index": 0, "item": found["output"][0]}
+                self.reason = finish_reason(piece, self.reply) or self.reason
+                for part in self.reply.push(piece.text, piece.finish_reason is not None):
+                    for event in self._go_on(part):
+                        yield event
+        for event in self._go_on(Delta()) if not self.output else ():
+            yield event
+        cut = self.reason == "length"
+        for event in self._end("incomplete" if cut else "completed"):
+            yield event
+        found = self._finish("incomplete" if cut else "completed")
         yield {"type": f"response.{found['status']}", "response": found}
 
-    def _finish(self) -> dict[str, Any]:
-        """The finished response, stored where it is to be."""
-        found = self._object("completed" if self.reason == "stop" else "incomplete")
-        if self.stored is not None:
-            self.stored.add(found, [*self.messages, {"role": "assistant", "content": self.text}])
-        return found
+    def _go_on(self, part: Delta) -> Iterator[dict[str, Any]]:
+        """The events of one more part: a new item where it begins one."""
+        if not self.output or part.name:
+            yield from self._end("completed")
+            place = len(self.output)
+            self.output.append(self._call(place, part) if part.name else _message(place, self.answer.id))
+            item = {**self.output[-1], "content": []} if not part.name else self.output[-1]
+            yield {"type": "response.output_item.added", "output_index": place, "item": dict(item)}
+            if not part.name:
+                yield {"type": "response.content_part.added", **self._place(), "content_index": 0, "part": _part("")}
+        item = self.output[-1]
+        if part.content:
+            item["content"][0]["text"] += part.content
+            more = {"content_index": 0, "delta": part.content, "logprobs": []}
+            yield {"type": "response.output_text.delta", **self._place(), **more}
+        if part.arguments:
+            item["arguments"] += part.arguments
+            yield {"type": "response.function_call_arguments.delta", **self._place(), "delta": part.arguments}
 
-    def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"type": "message", "id": self.item_id, "status": status, "role": "assistant", "content": content}
+    def _end(self, status: str) -> Iterator[dict[str, Any]]:
+        """The events of the end of the last item, if there is one."""
+        if not self.output:
+            return
+        item, place = self.output[-1], self._place()
+        item["status"] = status
+        if item["type"] == "message":
+            part = dict(item["content"][0])
+            text = {"content_index": 0, "text": part["text"], "logprobs": []}
+            yield {"type": "response.output_text.done", **place, **text}
+            yield {"type": "response.content_part.done", **place, "content_index": 0, "part": part}
+        else:
+            told = {"name": item["name"], "arguments": item["arguments"]}
+            yield {"type": "response.function_call_arguments.done", **place, **told}
+        yield {"type": "response.output_item.done", "output_index": place["output_index"], "item": dict(item)}
+
+    def _place(self) -> dict[str, Any]:
+        return {"output_index": len(self.output) - 1, "item_id": self.output[-1]["id"]}
+
+    def _call(self, place: int, part: Delta) -> dict[str, Any]:
+        told = {"call_id": self.reply.calls[part.call]["id"], "name": part.name, "arguments": ""}
+        return {"type": "function_call", "id": f"fc_{self.answer.id}_{place}", "status": "in_progress", **told}
+
+    def _finish(self, status: str) -> dict[str, Any]:
+        """The finished response, stored where it is to be."""
+        found = self._object(status)
+        if self.stored is not None:
+            calls = {"tool_calls": self.reply.calls} if self.reply.calls else {}
+            answer = {"role": "assistant", "content": self.reply.text, **calls}
+            self.stored.add(found, [*self.messages, answer])
+        return found
 
     def _object(self, status: str) -> dict[str, Any]:
         answer, body, going = self.answer, self.body, status == "in_progress"
@@ -149,20 +192,25 @@ class Turn:
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
             "model": answer.description.name,
-            "output": [] if going else [self._item(status, [_part(self.text)])],
-            "parallel_tool_calls": True,
+            "output": [] if going else self.output,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
             "seed": answer.seed,
             "store": self.stored is not None,
             "temperature": sampling.temperature,
             "text": {"format": body.form},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": body.model_dump(include={"tool_choice"})["tool_choice"] or "auto",
+            "tools": [{"strict": True, **tool.model_dump(exclude_none=True)} for tool in body.tools or ()],
             "top_p": sampling.top_p,
             "truncation": "disabled",
             "usage": None if going else _usage(answer.usage),
             "user": body.user,
         }
+
+
+def _message(place: int, name: str) -> dict[str, Any]:
+    item = {"type": "message", "id": f"msg_{name}_{place}", "status": "in_progress", "role": "assistant"}
+    return {**item, "content": [_part("")]}
 
 
 def _part(text: str) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 of OpenAI's that this server does not have unless it asks for what happens anyway.
 """
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from keifu.errors import unknown
 from keifu.generation.text.sampling_params import SamplingOptions
+from keifu.serving.openai.tools import ToolUse
 
 MAX_CHOICES = 128
 EXACT = ConfigDict(extra="forbid", strict=True)
@@ -96,11 +99,21 @@ class TextPart(Body):
     text: str
 
 
+def _json_object(text: str) -> str:
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("it must be a JSON object, as text")
+    return text or "{}"
+
+
 class FunctionCall(Body):
     """A call of a function as the model wrote it; `arguments` is JSON."""
 
     name: str
-    arguments: str
+    arguments: Annotated[str, AfterValidator(_json_object)]
 
 
 class ToolCall(Body):
@@ -118,21 +131,90 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    refused: ClassVar[Refused] = {
-        "annotations": ([],), "audio": (), "function_call": (), "refusal": (), "tool_calls": ([],),
-    }  # fmt: skip
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refused: ClassVar[Refused] = {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
 
     @model_validator(mode="after")
     def _has_content(self) -> "Message":
-        if self.content is None:
+        if self.content is None and not self.tool_calls:
             raise ValueError(f"a message of the role {self.role!r} needs content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are the assistant's, and the role is {self.role!r}")
         return self
 
     def plain(self) -> dict[str, Any]:
         """The message as chat templates take it: parts are joined by line breaks."""
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or ())
         found = {"role": "system" if self.role == "developer" else self.role, "content": content, "name": self.name}
+        calls = [call.model_dump(exclude={"index"}) for call in self.tool_calls or ()] or None
+        found |= {"tool_calls": calls, "tool_call_id": self.tool_call_id}
         return {name: value for name, value in found.items() if value is not None}
+
+
+class Function(Body):
+    """What may be called. parameters: the JSON schema of its arguments, which calls follow, `strict` or not."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _object(cls, parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+        if parameters and parameters.get("type", "object") != "object":
+            raise ValueError("it must be the schema of an object")
+        return parameters
+
+
+class Tool(Body):
+    """A tool of /v1/chat/completions."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Body):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class FlatTool(Function):
+    """A tool of /v1/responses."""
+
+    type: Literal["function"]
+
+
+class FlatNamedTool(FunctionName):
+    """The tool that must be called, in /v1/responses."""
+
+    type: Literal["function"]
+
+
+def tool_use(functions: Sequence[Function], choice: Any, name: str | None, parallel: bool | None) -> ToolUse | None:
+    """What may be called; None for nothing. name: of the function that must be called."""
+    known = [each.name for each in functions]
+    if len(set(known)) < len(known):
+        raise ValueError("tools has two functions of one name")
+    if name is not None and name not in known:
+        raise ValueError(
+            f"tool_choice names a function that is not among the tools. {unknown('function', name, known)}"
+        )
+    if choice == "required" and not known:
+        raise ValueError("tool_choice is required, and there are no tools")
+    if not known or choice == "none":
+        return None
+    told = [each.model_dump(exclude_none=True, exclude={"strict", "type"}) for each in functions]
+    return ToolUse(told, name or choice or "auto", parallel is not False and name is None)
 
 
 class JsonSchema(Body):
@@ -172,12 +254,15 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     refused: ClassVar[Refused] = {
         "audio": (), "function_call": ("auto", "none"), "functions": ([],), "metadata": ({},),
         "modalities": (["text"],),
-        "parallel_tool_calls": (True,), "prediction": (), "prompt_cache_key": (), "reasoning_effort": ("none",),
+        "prediction": (), "prompt_cache_key": (), "reasoning_effort": ("none",),
         "safety_identifier": (), "service_tier": ("auto", "default"),
-        "store": (False,), "tool_choice": ("auto", "none"), "tools": ([],), "verbosity": ("medium",),
+        "store": (False,), "verbosity": ("medium",),
         "web_search_options": (),
     }  # fmt: skip
 
@@ -187,7 +272,14 @@ class ChatRequest(Sampling):
             raise ValueError("top_logprobs needs logprobs to be true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        self.tool_use()
         return self
+
+    def tool_use(self) -> ToolUse | None:
+        """What may be called; None for nothing."""
+        name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        functions = [each.function for each in self.tools or ()]
+        return tool_use(functions, self.tool_choice, name, self.parallel_tool_calls)
 
     def options(self) -> SamplingOptions:
         """As of `Sampling`."""
@@ -219,6 +311,36 @@ class Item(Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
+class CallItem(Body):
+    """A call among the input of a response: what the model wrote earlier."""
+
+    type: Literal["function_call"]
+    id: str | None = None
+    call_id: str
+    name: str
+    arguments: Annotated[str, AfterValidator(_json_object)]
+    refused: ClassVar[Refused] = {"status": ("completed", "incomplete")}
+
+    def plain(self) -> dict[str, Any]:
+        """The call as a message."""
+        call = {"id": self.call_id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+class ResultItem(Body):
+    """The result of a call."""
+
+    type: Literal["function_call_output"]
+    id: str | None = None
+    call_id: str
+    output: str
+    refused: ClassVar[Refused] = {"status": ("completed", "incomplete")}
+
+    def plain(self) -> dict[str, Any]:
+        """The result as a message."""
+        return {"role": "tool", "content": self.output, "tool_call_id": self.call_id}
+
+
 class TextFormat(JsonSchema):
     """As `ResponseFormat`, with the schema in the same object."""
 
@@ -241,18 +363,21 @@ class TextOptions(Body):
 class ResponseRequest(Sampling):
     """POST /v1/responses. store: keep the response in memory, for `previous_response_id` and to be asked for again."""
 
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[list[Item | CallItem | ResultItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = None
     metadata: dict[str, str] | None = None
     previous_response_id: str | None = None
     store: bool | None = None
     text: TextOptions | None = None
+    tools: Annotated[list[FlatTool], Field(max_length=128)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | FlatNamedTool | None = None
+    parallel_tool_calls: bool | None = None
     refused: ClassVar[Refused] = {
         "background": (False,), "conversation": (), "include": ([],), "max_tokens": (), "max_tool_calls": (), "n": (1,),
-        "parallel_tool_calls": (True, False), "prompt": (), "prompt_cache_key": (), "reasoning": (),
+        "prompt": (), "prompt_cache_key": (), "reasoning": (),
         "safety_identifier": (), "service_tier": ("auto", "default"), "stream_options": (),
-        "tool_choice": ("auto", "none"), "tools": ([],), "top_logprobs": (0,), "truncation": ("disabled",),
+        "top_logprobs": (0,), "truncation": ("disabled",),
     }  # fmt: skip
 
     def options(self) -> SamplingOptions:
@@ -262,9 +387,26 @@ class ResponseRequest(Sampling):
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The input as messages."""
-        given = self.input
-        return [{"role": "user", "content": given}] if isinstance(given, str) else [item.plain() for item in given]
+        """The input as messages; calls belong to the message of the assistant before them."""
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        found: list[dict[str, Any]] = []
+        for each in (item.plain() for item in self.input):
+            if "tool_calls" in each and found and found[-1]["role"] == "assistant":
+                found[-1]["tool_calls"] = [*found[-1].get("tool_calls", ()), *each["tool_calls"]]
+            else:
+                found.append(each)
+        return found
+
+    @model_validator(mode="after")
+    def _tools_agree(self) -> "ResponseRequest":
+        self.tool_use()
+        return self
+
+    def tool_use(self) -> ToolUse | None:
+        """What may be called; None for nothing."""
+        name = self.tool_choice.name if isinstance(self.tool_choice, FlatNamedTool) else None
+        return tool_use(self.tools or (), self.tool_choice, name, self.parallel_tool_calls)
 
     @property
     def schema(self) -> dict[str, Any] | None:

@@ -1,0 +1,272 @@
+"""Tools: how a model's chat template writes calls of functions, the grammar that holds an answer to it, and its parser.
+
+The format is read off the template, which renders a call of a function that does not exist. A model whose template
+knows no tools is told of them in the system message, and calls them as Hermes and Qwen do.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from llguidance import LLMatcher
+
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
+from keifu.serving.openai.constraints import LAYOUT, Grammar
+
+Messages = Sequence[Mapping[str, Any]]
+PROBES = ("first_probe", "second_probe")
+TOLD = """\
+You can call functions. These are their descriptions, one a line:
+{functions}
+To call one, answer in exactly this form:
+<tool_call>
+{{"name": NAME, "arguments": ARGUMENTS}}
+</tool_call>"""
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """The text of calls: opening NAME middle ARGUMENTS, between NAME middle ARGUMENTS for each further one, closing.
+
+    between: None where the template writes one call at a time. native: whether the template knows tools itself.
+    """
+
+    opening: str
+    middle: str
+    between: str | None
+    closing: str
+    native: bool = True
+
+    def trigger(self, tokenizer: Tokenizer) -> str:
+        """The beginning of the opening by which calls are told from text: a token of its own, or all before JSON."""
+        added = [each.content for each in tokenizer.backend.get_added_tokens_decoder().values()]
+        tokens = [token for token in added if self.opening.startswith(token)]
+        return max(tokens, key=len, default="") or re.split(r"[{\[]", self.opening)[0].rstrip() or self.opening
+
+    def special(self, tokenizer: Tokenizer) -> dict[str, int]:
+        """The special tokens in it with their ids."""
+        whole = "\n".join((self.opening, self.middle, self.between or "", self.closing))
+        return {each: token for token in tokenizer.special_ids if (each := _token(tokenizer, token)) in whole}
+
+
+HERMES = ToolFormat(
+    '<tool_call>\n{"name": "', '", "arguments": ', '}\n</tool_call>\n<tool_call>\n{"name": "', "}\n</tool_call>", False
+)
+
+
+def _token(tokenizer: Tokenizer, number: int) -> str:
+    return tokenizer.backend.id_to_token(number) or ""
+
+
+@lru_cache(maxsize=16)
+def tool_format(tokenizer: Tokenizer) -> ToolFormat:
+    """How the tokenizer's template writes calls; Hermes' way where it does not, or not as JSON."""
+    for count in (2, 1):
+        with suppress(UserError):
+            if found := _probe(tokenizer, PROBES[:count]):
+                return found
+    return HERMES
+
+
+def _probe(tokenizer: Tokenizer, names: Sequence[str]) -> ToolFormat | None:
+    """The format, from what the template makes of a turn that calls these functions."""
+    asked = [{"role": "user", "content": "x"}]
+    calls = [_call(name, json.dumps({"probe": name}), "000000000") for name in names]  # Mistral wants nine signs
+    results = [{"role": "tool", "name": c["function"]["name"], "tool_call_id": c["id"], "content": "y"} for c in calls]
+    turn = {"role": "assistant", "content": "", "tool_calls": calls}
+    tools = [{"type": "function", "function": {"name": name, "description": "", "parameters": {}}} for name in names]
+    prompt = tokenizer.chat_text(asked, tools=tools)
+    whole = tokenizer.chat_text(with_objects([*asked, turn, *results]), tools=tools)
+    if names[0] not in prompt or not whole.startswith(prompt):
+        return None
+    answer = whole[len(prompt) :]
+    found = [re.search(rf'{name}(.*?)\{{\s*"probe":\s*"{name}"\s*\}}', answer, re.DOTALL) for name in names]
+    first, last = found[0], found[-1]
+    if first is None or last is None or first[1] != last[1]:
+        return None
+    ends = [place for end in tokenizer.stop_ids if (place := answer.find(_token(tokenizer, end), last.end())) >= 0]
+    between = answer[first.end() : last.start()] if len(names) > 1 else None
+    closing = answer[last.end() : min(ends)] if ends else ""
+    return ToolFormat(answer[: first.start()], first[1], between, closing) if ends else None
+
+
+def _call(name: str, arguments: str, number: str) -> dict[str, Any]:
+    return {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def with_objects(messages: Messages) -> list[dict[str, Any]]:
+    """The messages with the arguments of calls as objects, which templates expect."""
+
+    def with_object(call: Any) -> dict[str, Any]:
+        return call | {"function": call["function"] | {"arguments": json.loads(call["function"]["arguments"])}}
+
+    calls = [[with_object(call) for call in each.get("tool_calls") or ()] for each in messages]
+    return [{**each, "tool_calls": own or None} for each, own in zip(messages, calls, strict=True)]
+
+
+def render(tokenizer: Tokenizer, messages: Messages, functions: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The ids of a conversation in which these functions may be called, and others have been."""
+    if not functions and not any(each.get("tool_calls") or each["role"] == "tool" for each in messages):
+        return tokenizer.render_chat(messages)
+    if tool_format(tokenizer).native:
+        tools = [{"type": "function", "function": {"parameters": {}, **each}} for each in functions]
+        return tokenizer.render_chat(with_objects(messages), tools=tools or None)
+    return tokenizer.render_chat(_in_words(messages, functions))
+
+
+def _in_words(messages: Messages, functions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation for a template that knows no tools: what there is in the system message, calls as words of the
+    assistant, results as words of the user."""
+    told = TOLD.format(functions="\n".join(json.dumps(each, ensure_ascii=False) for each in functions))
+    found: list[dict[str, Any]] = [{"role": "system", "content": told}] if functions else []
+    for each in messages:
+        role, text = each["role"], each.get("content") or ""
+        if role == "tool":
+            role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
+        for call in each.get("tool_calls") or ():
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            text += ("\n" if text else "") + HERMES.opening + name + HERMES.middle + arguments + HERMES.closing
+        if found and role == found[-1]["role"]:
+            both = [found.pop()["content"], text]
+            text = "\n\n".join(reversed(both) if role == "system" else both)
+        found.append({"role": role, "content": text})
+    return found
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The functions that an answer may call. choice: "auto", "required", or the name of the one that it must call."""
+
+    functions: Sequence[Mapping[str, Any]]
+    choice: str = "auto"
+    parallel: bool = True
+
+    def grammar(self, tokenizer: Tokenizer, schema: dict[str, Any] | None) -> Grammar:
+        """What an answer may be: calls, or with "auto" also text, which may follow a schema."""
+        form = tool_format(tokenizer)
+        special = form.special(tokenizer)
+
+        def literal(text: str) -> str:
+            parts = re.split(f"({'|'.join(map(re.escape, special)) or '(?!)'})", text)
+            return " ".join(f"<[{special[part]}]>" if part in special else json.dumps(part) for part in parts if part)
+
+        able = [each for each in self.functions if self.choice in ("auto", "required", each["name"])]
+        calls = [f"{literal(each['name'] + form.middle)} a{place}" for place, each in enumerate(able)]
+        more = f"({literal(form.between)} call)*" if self.parallel and form.between else ""
+        start = self._start(form, tokenizer, literal, schema)
+        rules = [f"call: {' | '.join(calls)}", f"calls: call {more} {literal(form.closing)}"]
+        for place, each in enumerate(able):
+            own = {"type": "object", "properties": {}, **(each.get("parameters") or {"additionalProperties": False})}
+            rules.append(f"a{place}: %json {json.dumps(own | {'x-guidance': LAYOUT})}")
+        return Grammar(LLMatcher.grammar_from_lark("\n".join([*start, *rules])), "tools")
+
+    def _start(self, form: ToolFormat, tokenizer: Tokenizer, literal: Any, schema: Any) -> list[str]:
+        if self.choice != "auto":
+            return [f"start: {literal(form.opening)} calls"]
+        if schema is not None:
+            text = f"text: %json {json.dumps(schema | {'x-guidance': LAYOUT})}"
+            return [f"start: text | {literal(form.opening)} calls", text]
+        trigger = form.trigger(tokenizer)
+        rest = literal(form.opening[len(trigger) :])
+        before = "lead: TEXT" if trigger in form.special(tokenizer) else "lead[lazy]: /(.|\\n)*/"
+        lead = f"{before} {literal(trigger)}"
+        return [f"start: TEXT | lead {rest} calls", "TEXT: /(.|\\n)*/", lead]
+
+
+class Delta(NamedTuple):
+    """What an answer goes on with: text, or of call number `call` the name, and then the arguments as they come."""
+
+    content: str = ""
+    call: int = -1
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass
+class Reply:
+    """An answer as it grows, split into text and calls. form: None where nothing may be called."""
+
+    form: ToolFormat | None = None
+    trigger: str = ""
+    text: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    _held: str = ""
+    _state: str = "text"
+    _depth: int = 0
+    _quoted: bool = False
+
+    def push(self, text: str, last: bool = False) -> list[Delta]:
+        """What more text makes sure."""
+        if self.form is None:
+            self.text += text
+            return [Delta(text)] if text else []
+        self._held += text
+        found: list[Delta] = []
+        while (delta := self._next(self.form, last)) is not None:
+            found.append(delta)
+        found = [each for each in found if any((each.content, each.name, each.arguments))]
+        self.text += "".join(each.content for each in found)
+        return found
+
+    def _next(self, form: ToolFormat, last: bool) -> Delta | None:
+        """One step; None where more text is needed."""
+        if self._state == "text":
+            return self._plain(form, last)
+        if self._state == "name":
+            name, middle, _ = self._held.partition(form.middle)
+            if not middle:
+                return None
+            self._cut(len(name + middle), "arguments")
+            self.calls.append(_call(name, "", f"{secrets.randbits(36):09x}"))
+            return Delta(call=len(self.calls) - 1, name=name)
+        if self._state == "arguments":
+            return self._arguments()
+        between = form.between or form.closing
+        if self._state == "after" and form.between and self._held.startswith(between):
+            self._cut(len(between), "name")
+            return Delta()
+        return None
+
+    def _plain(self, form: ToolFormat, last: bool) -> Delta | None:
+        start = self._held.find(self.trigger)
+        if start >= 0:
+            if len(self._held) < start + len(form.opening):
+                return None if not start else self._cut(start, "text")
+            found = Delta(self._held[:start])
+            self._cut(start + len(form.opening), "name")
+            return found
+        most = min(len(self._held), len(self.trigger) - 1)
+        ends = (n for n in range(most, 0, -1) if self._held.endswith(self.trigger[:n]))
+        kept = 0 if last else next(ends, 0)  # it may become the trigger
+        return self._cut(len(self._held) - kept, "text") if len(self._held) > kept else None
+
+    def _arguments(self) -> Delta | None:
+        """The arguments as far as they have come; they end with the brace that closes the first."""
+        if not self._held:
+            return None
+        length, state = len(self._held), "arguments"
+        for found in re.finditer(r'\\.|["{}\[\]]', self._held, re.DOTALL):
+            sign = found[0]
+            if sign == '"':
+                self._quoted = not self._quoted
+            elif not self._quoted and len(sign) == 1:
+                self._depth += 1 if sign in "{[" else -1
+                if not self._depth:
+                    length, state = found.end(), "after"
+                    break
+        if state == "arguments" and len(self._held) - len(self._held.rstrip("\\")) & 1:
+            length -= 1  # what it escapes has not come
+        part = self._cut(length, state).content
+        self.calls[-1]["function"]["arguments"] += part
+        return Delta(call=len(self.calls) - 1, arguments=part) if part else None
+
+    def _cut(self, length: int, state: str) -> Delta:
+        """Takes so much text, which goes out as it is where the state stays text."""
+        text, self._held, self._state = self._held[:length], self._held[length:], state
+        return Delta(text)
