@@ -1,10 +1,11 @@
 """The command line: finds the verb and turns every error into one sentence; knows no verb's options or work."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from importlib import import_module
 from typing import NoReturn
 
@@ -43,7 +44,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `keifu`: exits with 0, 1 after an error, 2 where the command line is wrong, 70 after a fault of
-    keifu's own, 130 after Ctrl-C."""
+    keifu's own, 130 after Ctrl-C (128 and the number of another signal)."""
     follow_load()  # before torch is imported, which reads how many threads there are
     words, quiet, verbose = without_volume(sys.argv[1:] if arguments is None else arguments)
     began = time.perf_counter()
@@ -55,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt as stop:
-        _fail(str(stop) or "Stopped.", 130)
+        from keifu.training.signals import Interrupted
+
+        _fail(str(stop) or "Stopped.", 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT))
 
 
 def without_volume(arguments: Sequence[str]) -> tuple[list[str], bool, bool]:
@@ -98,5 +101,6 @@ def _work(arguments: Sequence[str], quiet: bool, traceback: bool) -> None:
 
 
 def _fail(sentence: str, status: int) -> NoReturn:
-    print(sentence, file=sys.stderr)
+    with suppress(OSError, ValueError):  # nobody reads it
+        print(sentence, file=sys.stderr)
     sys.exit(status)

@@ -1,15 +1,26 @@
 """Files: atomic writing (a crash leaves the old file or the new one, never a part), hashing, JSON, and the cache."""
 
+import errno
 import hashlib
 import json
 import os
+import re
+import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from keifu.errors import UserError
+
+FULL = {errno.ENOSPC: "disk", errno.EDQUOT: "quota"}  # what has no space left, by the system's error number
+LEFT = re.compile(r"\..+\.\d+\.part|\.tmp\w{6}")  # temporary files of `replacing`, and of the package safetensors
+LARGEST_TEXT = 2**28  # bytes of a JSON, YAML or vocabulary file
+DEEPEST = 100  # lists and objects inside each other
+MOST_VALUES = 2 * 10**7  # in all of them
+_HELD: set[Path] = set()  # directories that this process holds
 
 
 @contextmanager
@@ -21,20 +32,46 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask wants it; some libraries write files of mode 0600
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        temporary.chmod(mode)
+        sync(temporary)
         temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno == 28:  # ENOSPC
+        sync(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:
             raise UserError(
-                f"The disk is full: {path} was not written and its old content is kept; free some space."
+                f"The {FULL[error.errno]} is full: {path} was not written and its old content is kept; free some space."
             ) from error
         raise
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
+    """Writes tensors as safetensors with the usual mode; the system's errors are `OSError`s, as for other files."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    except SafetensorError as error:  # its text carries the system's error number
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+    path.chmod(mode)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -49,12 +86,73 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's content; one that is not JSON is a `UserError` that names the line."""
+def read_text(path: Path) -> str:
+    """A file's text; one that is not UTF-8, or larger than any text that keifu reads whole, is a `UserError`."""
+    if (size := path.stat().st_size) > LARGEST_TEXT:
+        raise UserError(f"{path} has {size:,} bytes, and at most {LARGEST_TEXT:,} are read of a file of this kind.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: at byte {error.start:,} stands 0x{error.object[error.start]:02x}.") from None
+
+
+def parse_json(text: str | bytes, name: Any) -> Any:
+    """What JSON says; `name` is the file's in errors. What is no JSON, or nested too deeply, is a `UserError`."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{name} is nested more than {DEEPEST} deep.") from None
+    except ValueError as error:
+        raise UserError(f"{name} is not JSON: {str(error).rstrip('.')}.") from error
+    return _within_limits(found, name)
+
+
+def parse_yaml(text: str, name: Any, loader: Any = None) -> Any:
+    """What YAML says, or by `loader` a part of it; what is no YAML, is nested too deeply, or grows by its references to
+    more than any file that keifu reads, is a `UserError`."""
+    import yaml
+
+    try:
+        return _within_limits(yaml.load(text, loader or yaml.SafeLoader), name)  # noqa: S506 (safe ones alone)
+    except RecursionError:
+        raise UserError(f"{name} is nested more than {DEEPEST} deep.") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name} is not YAML that can be read: {' '.join(str(error).split())}.") from error
+
+
+def _within_limits(content: Any, name: Any) -> Any:
+    """The content, if it is neither too deep nor too large for those who walk through it."""
+    level, depth, count = [content], 0, 0
+    while level := [value for value in level if isinstance(value, dict | list)]:
+        depth, count = depth + 1, count + sum(map(len, level))
+        if depth > DEEPEST:
+            raise UserError(f"{name} is nested more than {DEEPEST} deep.")
+        if count > MOST_VALUES:
+            raise UserError(f"{name} holds more than {MOST_VALUES:,} values.")
+        level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content (see `parse_json`)."""
+    return parse_json(read_text(path), path)
+
+
+@contextmanager
+def reading(path: Any) -> Iterator[None]:
+    """A block that reads a file of someone else: whatever a reader, or a library inside it, raises because the file is
+    damaged becomes one `UserError` that names the file. The cause stays with it, for --verbose."""
+    try:
+        yield
+    except (UserError, OSError, ImportError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # panics of libraries in Rust are no Exceptions
+        if re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+        raise UserError(f"{path} is damaged, or of a form that keifu does not read ({what}).") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -86,6 +184,57 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def hold(directory: Path, name: str = ".lock") -> Iterator[bool]:
+    """Holds a directory for this process alone; gives whether it did not before. Where another process has it, a
+    `UserError` says which one. A dead process holds nothing, since the lock (flock) is the system's.
+    """
+    place = directory.resolve()
+    if place in _HELD:
+        yield False
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    file = _locked_file(place / name)
+    _HELD.add(place)
+    try:
+        yield True
+    finally:
+        _HELD.discard(place)
+        with suppress(OSError):
+            (place / name).unlink()
+            place.rmdir()  # where nothing was written
+        file.close()
+
+
+def _locked_file(path: Path) -> Any:
+    """The lock file, open and locked, with the name of this process in it."""
+    import fcntl
+
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise UserError(f"{path.parent} is in use by {holder}: wait for its end, or take another folder.") from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # the process that held it has just removed it
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+    file.flush()
+    return file
+
+
+def remove_left(directory: Path) -> None:
+    """Removes the temporary files that a dead process left in a directory and below; nobody else may write there."""
+    for path in [*directory.rglob(".*")]:
+        if LEFT.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def listed(value: Any) -> Any:

@@ -62,10 +62,15 @@ def train(
     after the state before it is saved.
     """
     follow_load()
-    run_directory.claim_directory(run)
     settings = as_chosen(settings)
     tensor_cores = tensor_float32(next(model.parameters()).device)
-    with Display(settings.steps, run.unit) as display, StopRequest(display.note) as stop, tensor_cores:
+    with (
+        run_directory.owned(run.directory),
+        Display(settings.steps, run.unit) as display,
+        StopRequest(display.note) as stop,
+        tensor_cores,
+    ):
+        run_directory.claim_directory(run)
         setup = set_up(model, objective, data, settings, run, display.note, largest)
         state = setup.trainer.state
         display.expect(state.length.steps)
@@ -106,7 +111,11 @@ class _Loop:
         self.figures, self.validated, self.gradient_norm = lines.latest(), lines.validated, math.nan
         self.saved = state.step if run.resume else -1
         self.on_policy = isinstance(data, OnPolicy)
+        self.record = run_directory.recorded(run.directory)
         self.loader = Loader(data.batch, device, prefetches(device) and not self.on_policy)
+        if lines.damaged:
+            where = ", ".join(map(str, lines.damaged))
+            display.note(f"{lines.path} is damaged in line {where}, which is left out.")
         self._write_recipe({})
 
     def make_steps(self) -> None:
@@ -288,6 +297,9 @@ class _Loop:
         skipped = self.state.spikes.skipped
         figures = figures | ({"skipped": skipped} if skipped else {})
         self.figures |= figures
+        if not self.lines.path.exists():
+            self.display.note(f"{self.run.directory} was taken away while the run wrote there: it is written anew.")
+            run_directory.restore(self.run.directory, self.record)
         self.lines.write(self.state.step, figures)
 
     def _sample(self) -> None:
@@ -309,8 +321,14 @@ class _Loop:
             state.passed, state.lasted = self.pace.passed, dict(self.pace.lasted)
             facts = {"described": self.described, "resolved": self.trainer.resolved(), **state.facts()}
             reach = rules.reach if rules.rise else 0
-            checkpoint.save(self.run.directory, state.step, state.tensors(), facts, self.settings.keep, reach)
+            keep = self.settings.keep
+            checkpoint.save(self.run.directory, state.step, state.tensors(), facts, keep, reach, self._has_state)
             self.saved = state.step
+
+    def _has_state(self, step: int) -> bool:
+        """Whether the state after so many steps is saved, however often the run is stopped."""
+        every, last = self.every["state"], self.state.length.steps
+        return step == last or bool(every and step % every == 0) or self.state.spikes.due(step)
 
     def _save_state_or_tell(self) -> None:
         with self._tolerating(f"The state of step {self.state.step:,}"):

@@ -4,7 +4,6 @@ Also the number of steps that fit into a given time, measured before a run start
 adjusts it to the pace (`pace.Budget`), and states hold the current number.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -195,8 +194,8 @@ def _seconds_a_step(trainer: Trainer, data: Data, budget: float) -> float:
 def steps_of(directory: Path) -> int:
     """The number of steps that the run in this directory started with."""
     try:
-        return json.loads((directory / run_directory.RECIPE).read_text(encoding="utf-8"))["settings"]["steps"]
-    except (OSError, ValueError, KeyError):
+        return run_directory.read_recipe(directory)["settings"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{directory / run_directory.RECIPE} does not say how many steps its run has: give --steps in place of "
             "--minutes."

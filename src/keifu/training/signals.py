@@ -1,4 +1,4 @@
-"""Signal handling: Ctrl-C and SIGTERM set a flag that the training loop reads between micro-batches."""
+"""Signal handling: Ctrl-C, SIGTERM and SIGHUP set a flag that the training loop reads between micro-batches."""
 
 import signal
 import threading
@@ -6,34 +6,46 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped on request and its state is saved; the message names the command to resume it."""
+    """A run was stopped on request and its state is saved; the message names the command to resume it, `number` is the
+    signal's."""
+
+    def __init__(self, text: str, number: int = signal.SIGINT):
+        super().__init__(text)
+        self.number = number
 
 
 class StopRequest:
-    """A context in which the first Ctrl-C (or SIGTERM) sets `wanted`, and the second one stops at once, as usual.
+    """A context in which the first Ctrl-C (SIGTERM, SIGHUP) sets `wanted`, and the second one stops at once, as usual.
 
-    Outside the main thread, where Python allows no signal handlers, it does nothing. `notify` shows a message.
+    SIGHUP stays ignored where it was, as under nohup. Outside the main thread, where Python allows no signal handlers,
+    it does nothing. `notify` shows a message.
     """
 
     def __init__(self, notify: Callable[[str], None]):
         self.notify = notify
         self.wanted = False
+        self.number: int = signal.SIGINT
         self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._first) for number in SIGNALS}
+            ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            heard = SIGNALS[:-1] if ignored else SIGNALS
+            self.previous = {number: signal.signal(number, self._first) for number in heard}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
+        if isinstance(error, Interrupted):
+            error.number = self.number
 
     def _first(self, number: int, frame: FrameType | None) -> None:
         self.wanted = True
+        self.number = number
         self._restore()
         self.notify("Stopping and saving the state; once more stops at once, without saving.")
 

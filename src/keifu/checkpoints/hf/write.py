@@ -4,7 +4,6 @@ Everything is first written beside the old files and renamed at the end, so that
 checkpoint whole.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from keifu.checkpoints.plan import check_tokenizer, name_of
 from keifu.checkpoints.registry import describe_as
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.errors import UserError
+from keifu.files import FULL, write_tensors
 
 STAGE = ".saving-"
 ROLES = ("bos", "eos", "pad")
@@ -95,8 +95,9 @@ def _save_known(
             _write_texts(config, dtype, tokenizer, stage, family.files[0])
         _move(stage, directory)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"The disk is full: {directory} keeps what it held; free some space.") from error
+        if error.errno in FULL:
+            full = FULL[error.errno]
+            raise UserError(f"The {full} is full: {directory} keeps what it held; free some space.") from error
         raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -133,22 +134,11 @@ def _write_weights(model: nn.Module, found: Sequence[Link], file: Path, limit: i
     tensors = published_tensors(model, found)
     file.parent.mkdir(exist_ok=True)
     for name, group in zip(names, groups, strict=True):
-        _save_file({key: tensor for key, tensor in (next(tensors) for _ in group)}, file.with_name(name))
+        write_tensors({key: tensor for key, tensor in (next(tensors) for _ in group)}, file.with_name(name))
     if len(groups) > 1:
         owner = {key: name for name, group in zip(names, groups, strict=True) for key in group}
         index = {"metadata": {"total_size": sum(each.values())}, "weight_map": owner}
         _write_json(file.with_name(f"{file.name}.index.json"), index)
-
-
-def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # its text carries the system's error number
-        number = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
-        raise OSError(number, str(error), str(path)) from error
 
 
 def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path, file: str) -> None:

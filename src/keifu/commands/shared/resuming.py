@@ -107,19 +107,24 @@ def _found(path: tuple[str, ...], facts: Mapping[str, Any], settings: Mapping[st
 
 def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) -> None:
     """A new run; the folder is checked before anything is read or fetched."""
-    if not replace:
-        run_directory.check_free(out)
-    with run_directory.replaced(out) if replace else nullcontext():
-        run_directory.record(out, name, to_json(recipe), place=str(Path.cwd()))
-        try:
-            module.run(recipe, out, False)
-        except KeyboardInterrupt as stop:
-            _stop(out, stop)
-        except BaseException:
-            if run_directory.last_step(out) is None:
-                run_directory.forget(out)
-            raise
-        run_directory.close(out)
+    with run_directory.owned(out):
+        if not replace:
+            run_directory.check_free(out)
+        with run_directory.replaced(out) if replace else nullcontext():
+            _begin(name, module, recipe, out)
+
+
+def _begin(name: str, module: ModuleType, recipe: Any, out: Path) -> None:
+    run_directory.record(out, name, to_json(recipe), place=str(Path.cwd()))
+    try:
+        module.run(recipe, out, False)
+    except KeyboardInterrupt as stop:
+        _stop(out, stop)
+    except BaseException:
+        if run_directory.last_step(out) is None:
+            run_directory.forget(out)
+        raise
+    run_directory.close(out)
 
 
 def go_on(found: Stored | None, module: ModuleType, wanted: Any, out: Path) -> None:
@@ -128,6 +133,11 @@ def go_on(found: Stored | None, module: ModuleType, wanted: Any, out: Path) -> N
         raise UserError(
             f"There is no run in {out} to go on with: it has no {run_directory.RECIPE}. Start without --resume."
         )
+    with run_directory.owned(out):
+        _go_on(found, module, wanted, out)
+
+
+def _go_on(found: Stored, module: ModuleType, wanted: Any, out: Path) -> None:
     lengths = _check(found, wanted)
     if missing := sorted(by_option(type(wanted), to_json(wanted)).keys() - found.known):
         print(

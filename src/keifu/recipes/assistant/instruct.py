@@ -103,7 +103,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         try:
             phase.run(phase.recipe, phase.folder, bool(checkpoint.steps(phase.folder)))
         except Interrupted as stop:
-            raise Interrupted(f"Stopped in step {number} of 3, {phase.name}. To go on:\n{command(out)}") from stop
+            where = f"Stopped in step {number} of 3, {phase.name}."
+            raise Interrupted(f"{where} To go on:\n{command(out)}", stop.number) from stop
         done[phase.name] = flat(asdict(phase.recipe))
         write_atomic(out / PHASES, json.dumps(done, indent=1, ensure_ascii=False) + "\n")
     report = write_joined(out, f"{recipe.model} becomes an assistant", summary(steps), [each.folder for each in steps])

@@ -1,25 +1,29 @@
 """Checkpoints: the training state on disk, from which a run is resumed.
 
 A state is `state/step-N.safetensors` (the tensors) and `state/step-N.json` (everything else). The JSON file holds the
-tensors' SHA-256 and is written last, so a state without it is incomplete. The state of random generators is not stored:
-each step has its own seed.
+version, the tensors' SHA-256 and its own, and is written last, so a state without it is incomplete. The state of random
+generators is not stored: each step has its own seed.
 """
 
-import errno
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from keifu import __version__
 from keifu.errors import UserError
-from keifu.files import replacing, sha256, write_atomic
+from keifu.files import read_json_object, replacing, sha256, write_atomic, write_tensors
 
 FOLDER = "state"
+FORMAT = 2  # of the JSON file; 1, of versions before 0.2, says neither this nor its own hash
+OF_FORMAT_1 = {"sha256": str, "described": dict, "resolved": dict, "divergence": dict, "seconds": float}
 
 
 @dataclass(frozen=True)
@@ -32,25 +36,40 @@ class State:
 
 
 def save(
-    directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int, reach: int = 0
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    keep: int,
+    reach: int = 0,
+    due: Callable[[int], bool] = lambda step: True,
 ) -> str:
     """Writes a state into a run directory, removes old ones, and gives the hash of the tensors.
 
     The last `keep` states are kept, and those at most `reach` steps older than these. Old ones are removed only when
     the new one is complete on disk, so a full disk or a crash loses nothing. States of later steps are removed too:
-    they are damaged ones that this run could not be resumed from.
+    they are damaged ones that this run could not be resumed from. due: whether a step has a state in any case; those of
+    other steps, where a run was stopped, are removed by the next one, so that the same states are left as without.
     """
     tensor_file, facts_file = _files(directory, step)
     with replacing(tensor_file) as temporary:
-        write(tensors, temporary)
+        write_tensors(tensors, temporary)
         digest = sha256(temporary)
-    write_atomic(facts_file, json.dumps({"step": step, "sha256": digest, **facts}, indent=1, ensure_ascii=False))
-    written = [other for other in steps(directory) if other <= step]
-    oldest = written[-keep:][0] - reach
+    content = {"step": step, "sha256": digest, "format": FORMAT, "version": __version__, **facts}
+    content["facts_sha256"] = _hash(content)
+    write_atomic(facts_file, json.dumps(content, indent=1, ensure_ascii=False))
+    kept = [other for other in steps(directory) if other < step and due(other)]
+    oldest = [*kept, step][-keep:][0] - reach if due(step) else 0
     for other in steps(directory):
-        if other > step or other < oldest:
+        if other > step or other < oldest or (due(step) and other < step and not due(other)):
             remove(directory, other)
     return digest
+
+
+def _hash(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of what a state's JSON file says."""
+    plain = json.loads(json.dumps(facts))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def latest(directory: Path) -> tuple[State, list[str]]:
@@ -70,11 +89,16 @@ def latest(directory: Path) -> tuple[State, list[str]]:
 def latest_facts(directory: Path) -> dict[str, Any]:
     """The content of the newest JSON file that can be read, without tensors; empty where there is none."""
     for step in reversed(steps(directory)):
-        try:
-            return json.loads(_files(directory, step)[1].read_text(encoding="utf-8"))
-        except ValueError:
-            continue
+        with suppress(UserError):
+            return _facts(_files(directory, step)[1], step)
     return {}
+
+
+def remove_halves(directory: Path) -> None:
+    """Removes tensors whose JSON file a dead process has not come to write."""
+    for path in (directory / FOLDER).glob("step-*.safetensors"):
+        if not path.with_suffix(".json").exists():
+            path.unlink(missing_ok=True)
 
 
 def steps(directory: Path) -> list[int]:
@@ -110,16 +134,6 @@ def load_into_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         tensor.copy_(theirs[name])
 
 
-def write(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes tensors as safetensors; a full disk is an `OSError`, as for other files."""
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        if "os error 28" in str(error):  # the package has its own error for a full disk
-            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
-        raise
-
-
 def _files(directory: Path, step: int) -> tuple[Path, Path]:
     stem = directory / FOLDER / f"step-{step:08d}"
     return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
@@ -128,13 +142,29 @@ def _files(directory: Path, step: int) -> tuple[Path, Path]:
 def read(directory: Path, step: int) -> State:
     """The state of a step; a damaged or incomplete one is a `UserError` that names the file."""
     tensor_file, facts_file = _files(directory, step)
+    facts = _facts(facts_file, step)
+    if not tensor_file.exists():
+        raise UserError(f"{tensor_file} is missing.")
+    if sha256(tensor_file) != facts["sha256"]:
+        raise UserError(f"{tensor_file} is damaged: its hash is not the one stored.")
     try:
-        facts = json.loads(facts_file.read_text(encoding="utf-8"))
-        whole = tensor_file.exists() and sha256(tensor_file) == facts["sha256"]
-        tensors = load_file(tensor_file) if whole else {}
-    except (ValueError, KeyError, SafetensorError):
-        raise UserError(f"{facts_file} is damaged.") from None
-    if not whole:
-        what = "damaged: its hash is not the one stored" if tensor_file.exists() else "missing"
-        raise UserError(f"{tensor_file} is {what}.")
-    return State(step, facts, tensors)
+        return State(step, facts, load_file(tensor_file))
+    except SafetensorError as error:
+        raise UserError(f"{tensor_file} is damaged: {error}.") from None
+
+
+def _facts(path: Path, step: int) -> dict[str, Any]:
+    """The content of a state's JSON file; a damaged one, or one of a later version, is a `UserError`."""
+    try:
+        facts = read_json_object(path)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {str(error).removeprefix(f'{path} ')}") from None
+    if not isinstance(form := facts.get("format", 1), int) or form > FORMAT:
+        raise UserError(
+            f"{path} is of keifu {facts.get('version')}, in a form that {__version__} does not know: update keifu."
+        )
+    stored = facts.pop("facts_sha256", None)
+    whole = stored == _hash(facts) if form > 1 else all(isinstance(facts.get(n), k) for n, k in OF_FORMAT_1.items())
+    if not whole or facts.get("step") != step:
+        raise UserError(f"{path} is damaged: {'its hash is not the one stored' if form > 1 else 'parts are missing'}.")
+    return facts

@@ -5,6 +5,7 @@ alone is enough to resume. A run of several parts has a subdirectory for each.
 """
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from keifu.errors import UserError
-from keifu.files import sha256, write_atomic
+from keifu.files import hold, read_json_object, remove_left, sha256, write_atomic
 from keifu.training.hardware.precision import processor_name
 from keifu.training.protocols import Run
 from keifu.training.run import checkpoint, metrics
@@ -24,7 +25,28 @@ RECIPE = "recipe.json"
 RECORD = "recipe"  # in recipe.json: name and options of the recipe, and the steps where they were changed later
 SAMPLES = "samples"
 BEFORE = ".replaced"  # holds an earlier run until the one that replaces it has saved a state
+MOVING = ".replacing"  # the same while files are moved there or back
 PACKAGES = ("keifu", "torch", "numpy", "tokenizers", "safetensors")
+
+
+@contextmanager
+def owned(directory: Path) -> Iterator[None]:
+    """Holds a run directory for this process alone (see `files.hold`), and puts right what a dead one left there.
+
+    Of several processes that share a run (torchrun), the first holds it for all.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with hold(directory) as first:
+        if first:
+            remove_left(directory)
+            if (directory / MOVING).exists() or ((directory / BEFORE).exists() and last_step(directory) is None):
+                _put_back(directory)
+            shutil.rmtree(directory / BEFORE, ignore_errors=True)
+            for place in _places(directory):
+                checkpoint.remove_halves(place)
+        yield
 
 
 def claim_directory(run: Run) -> None:
@@ -36,7 +58,10 @@ def claim_directory(run: Run) -> None:
             f"{run.directory} already holds a run, saved at step {steps[-1]:,}: go on with it "
             f"({how_to_resume(run)}), or choose another folder."
         )
-    if read_recipe(run.directory).keys() != {RECORD}:  # the record alone belongs to this run
+    content = read_recipe(run.directory)
+    if RECORD in content and not (run.replace and len(content) > 1):  # alone, or of a run killed early: of this one
+        write(run.directory, {RECORD: content[RECORD]})
+    else:
         (run.directory / RECIPE).unlink(missing_ok=True)
     for name in (checkpoint.FOLDER, SAMPLES):
         shutil.rmtree(run.directory / name, ignore_errors=True)
@@ -62,9 +87,9 @@ def read_recipe(directory: Path) -> dict[str, Any]:
     """The content of recipe.json, empty where there is none; invalid JSON is a `UserError`."""
     path = directory / RECIPE
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        raise UserError(f"{path} is damaged: it is no JSON. Start the run again with --replace.") from None
+        return read_json_object(path) if path.is_file() else {}
+    except UserError as error:
+        raise UserError(f"{path} is damaged ({error}). Start the run again with --replace.") from None
 
 
 def recorded(directory: Path) -> dict[str, Any]:
@@ -75,6 +100,13 @@ def recorded(directory: Path) -> dict[str, Any]:
 def record(directory: Path, name: str, options: Mapping[str, Any], **more: Any) -> None:
     """Writes what `recorded` reads; the rest of recipe.json stays."""
     write(directory, read_recipe(directory) | {RECORD: {"name": name, "options": options, **more}})
+
+
+def restore(directory: Path, record: Mapping[str, Any]) -> None:
+    """Makes a run directory again that was taken away, with the record that it had, if any."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if record:
+        write(directory, {RECORD: record})
 
 
 def how_to_resume(run: Run) -> str:
@@ -98,7 +130,7 @@ def last_step(directory: Path) -> int | None:
 def _places(directory: Path) -> list[Path]:
     """The directories of a run and of its parts."""
     parts = (path.parent for path in sorted(directory.glob(f"*/{RECIPE}")))
-    return [directory, *(part for part in parts if part.name != BEFORE)]
+    return [directory, *(part for part in parts if part.name not in (BEFORE, MOVING))]
 
 
 def check_free(directory: Path) -> None:
@@ -116,28 +148,33 @@ def check_free(directory: Path) -> None:
 def replaced(directory: Path) -> Iterator[None]:
     """A block in which a new run replaces the one in the directory; the old one is restored if the new one fails before
     it has saved a state."""
-    waiting = directory / BEFORE
-    shutil.rmtree(waiting, ignore_errors=True)
-    for path in _files(directory):
-        target = waiting / path.relative_to(directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
+    _move(directory, directory / MOVING)
+    if (directory / MOVING).exists():
+        (directory / MOVING).rename(directory / BEFORE)
     try:
         yield
     except BaseException:
         if last_step(directory) is None:
-            _put_back(waiting, directory)
+            _put_back(directory)
         raise
     finally:
-        shutil.rmtree(waiting, ignore_errors=True)
+        shutil.rmtree(directory / BEFORE, ignore_errors=True)
 
 
-def _put_back(waiting: Path, directory: Path) -> None:
-    for path in _files(waiting):
-        target = directory / path.relative_to(waiting)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
-        path.replace(target)
+def _put_back(directory: Path) -> None:
+    """Restores a replaced run; begun again after a crash, it goes on."""
+    if (directory / BEFORE).exists():
+        (directory / BEFORE).rename(directory / MOVING)
+    _move(directory / MOVING, directory)
+    shutil.rmtree(directory / MOVING, ignore_errors=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    for path in _files(source):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        path.replace(place)
 
 
 def _files(directory: Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """Metrics of a run: lines of JSON in metrics.jsonl, and the same to TensorBoard and Weights & Biases."""
 
-import errno
 import json
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -9,7 +8,7 @@ from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 from keifu.errors import UserError
-from keifu.files import write_atomic
+from keifu.files import FULL, write_atomic
 
 FILE = "metrics.jsonl"
 
@@ -36,7 +35,7 @@ class Metrics:
 
     def __init__(self, directory: Path, sinks: list[Sink], step: int, skipped: int = 0):
         self.path, self.sinks = directory / FILE, sinks
-        lines = read(directory)
+        lines, self.damaged = read_lines(directory)
         self.before = [line for line in lines if (line.get("skipped", 0), line["step"]) <= (skipped, step)]
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.before))
         self.file = self.path.open("ab", buffering=0)
@@ -49,9 +48,12 @@ class Metrics:
             sink.write(step, figures)
         whole = self.file.tell()
         try:
+            if not self.path.exists():  # the folder was taken away: it is written anew
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = self.path.open("ab", buffering=0)
             self.pending = self.pending[self.file.write(self.pending) or 0 :]
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in FULL:
                 raise
             self.file.truncate(whole)
 
@@ -74,10 +76,26 @@ class Metrics:
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl; an incomplete last line, as after a crash, is left out."""
+    """All lines of a run's metrics.jsonl; damaged ones, and an incomplete last one, as after a crash, are left out."""
+    return read_lines(directory)[0]
+
+
+def read_lines(directory: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of metrics.jsonl, and the numbers of damaged ones, counted from 1."""
     path = directory / FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    texts = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    found = [_line(text) for text in texts if text.endswith(b"\n")]
+    return [line for line in found if line], [number for number, line in enumerate(found, 1) if not line]
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """A line's figures; None where it is no JSON, has no step, or a figure that is no number."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    numbers = isinstance(line, dict) and all(isinstance(value, int | float) for value in line.values())
+    return line if numbers and isinstance(line.get("step"), int) else None
 
 
 def last_metrics(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

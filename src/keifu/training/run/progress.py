@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -30,8 +31,9 @@ class Display:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.live:
-            self.live.stop()
+        with suppress(OSError):
+            if self.live:
+                self.live.stop()
 
     def advance(self, done: int) -> None:
         """Sets the number of steps done."""
@@ -56,7 +58,8 @@ class Display:
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""
-        self.console.print(text, markup=False)
+        with suppress(OSError):  # a terminal that was closed is no reason to lose a run
+            self.console.print(text, markup=False)
 
 
 def format_figures(figures: dict[str, Any], unit: str) -> str:

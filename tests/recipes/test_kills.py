@@ -1,0 +1,77 @@
+"""Killed at any file operation or moment and gone on with, a run leaves every file as one that was never killed.
+
+KEIFU_KILLS says how many kills of each recipe the slow test makes; what came of them stands in docs/reliability.md.
+"""
+
+import os
+import random
+import shlex
+from collections import Counter
+from difflib import unified_diff
+from pathlib import Path
+
+import killing
+import pytest
+from test_resuming_recipes import CLIP, TABLE
+
+KILLS = int(os.environ.get("KEIFU_KILLS", "6"))
+RECIPES = ("gpt", "sft", "ppo", "grpo", "ddpm", "latent-diffusion", "clip", "transformer")
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture
+def words(
+    files: dict[str, Path], models: dict[str, Path], drawings: Path, request: pytest.FixtureRequest
+) -> list[str]:
+    """The command of a recipe without its folder."""
+    name = request.node.callspec.params["name"]
+    options = TABLE[name][0]
+    given = {**files, **models, "drawings": drawings, "clip": CLIP, "prompt": "'a red disc'"}
+    given |= {"towers": request.getfixturevalue("towers")} if "{towers}" in options else {}
+    return ["train", name, *shlex.split(options.format(**given))]
+
+
+def kill(words: list[str], whole: Path, operations: int, seconds: float, number: int, folder: Path) -> str:
+    """Kills a run twice, by turns at a file operation and at a moment; what came of it, in a word."""
+    choice = random.Random(number)
+    out = folder / str(number) / "run"
+    out.parent.mkdir()
+    begun = [*words, "--out", str(out)]
+    for attempt in range(2):
+        going_on = ["train", "--resume", str(out)] if (out / "recipe.json").exists() else begun
+        if number % 2:
+            code = killing.run(going_on, out, at=choice.randint(1, operations))
+        else:
+            code = killing.run(going_on, out, seconds=choice.random() * seconds)
+        assert code in (0, -9), (out.parent / "output").read_text()[-2000:]
+        if code == 0 and not attempt:
+            return "ended before the kill"
+    killing.to_the_end(begun, out)
+    left, expected = killing.files(out), killing.files(whole)
+    differing = sorted(name for name in left.keys() | expected.keys() if left.get(name) != expected.get(name))
+    for name in differing:
+        if name.endswith((".json", ".jsonl")):
+            texts = [(place / name).read_text().splitlines() for place in (whole, out) if (place / name).exists()]
+            print(f"kill {number}, {name}:", *list(unified_diff(*texts, n=0, lineterm=""))[2:12], sep="\n")
+    return f"{', '.join(differing)} differ" if differing else "the same files"
+
+
+def outcomes(words: list[str], folder: Path, kills: int) -> Counter[str]:
+    whole = folder / "whole" / "run"
+    whole.parent.mkdir()
+    seconds = killing.timed([*words, "--out", str(whole)], whole)
+    operations = killing.operations(whole)
+    return Counter(kill(words, whole, operations, seconds, number, folder) for number in range(kills))
+
+
+@pytest.mark.parametrize("name", ["gpt"])
+def test_two_kills_leave_no_trace(name: str, words: list[str], tmp_path: Path) -> None:
+    assert outcomes(words, tmp_path, 3).keys() <= {"the same files", "ended before the kill"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_many_kills_leave_no_trace(name: str, words: list[str], tmp_path: Path) -> None:
+    found = outcomes(words, tmp_path, KILLS)
+    print(f"{name}: {dict(found)}")
+    assert found.keys() <= {"the same files", "ended before the kill"}
