@@ -19,6 +19,8 @@ SOURCES = "source"  # the folder of the site that files outside docs/ are copied
 LINK = re.compile(r"(?<!!)\[([^\]\[]*(?:\[[^\]]*\][^\]\[]*)*)\]\(((?:\.\./)+[^)#\s]*|[A-Z]+\.md)(#[^)]*)?\)")
 MATHEMATICS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
+WIDE = "[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]"  # Japanese characters and punctuation
+BROKEN = re.compile(rf"(?<={WIDE})\n *(?={WIDE})")  # a line break within a Japanese sentence, which would be a space
 FENCE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 copied: set[Path] = set()
 
@@ -40,7 +42,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         return f'<a href="{Path(up).as_posix()}">{found[1]}</a>'
 
     parts = FENCE.split(reference.fill(markdown))
-    return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in parts)
+    return "".join(part if part.startswith("```") else LINK.sub(link, BROKEN.sub("", part)) for part in parts)
 
 
 def on_page_content(html: str, **_: object) -> str:
