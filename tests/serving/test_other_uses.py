@@ -2,9 +2,11 @@
 
 import base64
 import io
+import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -102,6 +104,79 @@ def test_a_picture_says_how_it_was_drawn_and_is_drawn_again_bit_for_bit(
         cli.main(["draw", "--again", str(file), "-o", str(tmp_path / "again.png")])
         pixels = [Image.open(io.BytesIO(path.read_bytes())).tobytes() for path in (file, tmp_path / "again.png")]
         assert pixels[0] == pixels[1], capsys.readouterr()
+
+
+def picture(mode: str, colour: Any, size: tuple[int, int] = (8, 8)) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_picture_is_drawn_on_and_what_the_mask_keeps_stays(
+    served: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 255))
+    half.paste((0, 0, 0, 0), (0, 0, 4, 8))  # the left half is to be drawn anew
+    file = io.BytesIO()
+    half.save(file, "PNG")
+    ask = {"model": name_of(folder, "ddpm"), "image": ("red.png", picture("RGB", (250, 10, 10)))}
+    ask |= {"prompt": "", "mask": ("half.png", file.getvalue()), "extra_body": {"steps": 4, "label": "cat", "seed": 3}}
+    with pytest.raises(openai.BadRequestError, match="reads no text"):
+        served.openai.images.edit(**ask | {"prompt": "x"})
+    del ask["prompt"]
+    fields = {"model": ask["model"], "steps": "4", "label": "cat", "seed": "3"}
+    files = {"image": ask["image"], "mask": ask["mask"]}
+    found = httpx.post(f"{served.url}/v1/images/edits", data=fields, files=files, timeout=30)
+    data = base64.b64decode(found.json()["data"][0]["b64_json"])
+    image = Image.open(io.BytesIO(data))
+    pixels = [image.getpixel((x, y)) for y in range(8) for x in range(8)]
+    assert all(pixel == (250, 10, 10) for place, pixel in enumerate(pixels) if place % 8 >= 4)
+    assert not all(pixel == (250, 10, 10) for place, pixel in enumerate(pixels) if place % 8 < 4)
+    (tmp_path / "red.png").write_bytes(ask["image"][1])
+    (tmp_path / "drawn.png").write_bytes(httpx_edit(served, {**fields, "strength": "0.5"}, files["image"]))
+    again = ["draw", "--again", str(tmp_path / "drawn.png"), "--init", str(tmp_path / "red.png")]
+    cli.main([*again, "-o", str(tmp_path / "again.png")])
+    assert "bit for bit" in capsys.readouterr().err
+
+
+def httpx_edit(served: Any, fields: dict[str, str], image: tuple[str, bytes]) -> bytes:
+    found = httpx.post(f"{served.url}/v1/images/edits", data=fields, files={"image": image}, timeout=30).json()
+    return base64.b64decode(found["data"][0]["b64_json"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "words"),
+    [
+        ({}, {}, "send one as image"),
+        ({}, {"image": ("x.png", b"no picture")}, "x.png is not a picture"),
+        ({}, {"image": ("x.png", picture("RGB", 7, (90, 64))[:60])}, "x.png is damaged or cut off"),
+        ({"steps": "many"}, {"image": ("x.png", picture("L", 0))}, 'steps is "many"'),
+        ({"strenght": "1"}, {"image": ("x.png", picture("L", 0))}, "Did you mean 'strength'?"),
+        ({}, {"image": ("x.png", picture("L", 0)), "maks": ("y.png", picture("L", 0))}, "as mask if any"),
+        (
+            {},
+            {"image": ("x.png", picture("L", 0)), "mask": ("y.png", picture("L", 9, (3, 3)))},
+            "must have the same size",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_on_is_refused(served: Any, folder: Path, fields: Any, files: Any, words: str) -> None:
+    fields = {"model": name_of(folder, "ddpm"), "label": "cat", **fields}
+    found = httpx.post(f"{served.url}/v1/images/edits", data=fields, files=files, timeout=30)
+    assert found.status_code == 400 and words in found.json()["error"]["message"], found.text
+
+
+def test_a_stream_shows_the_noise_go_and_ends_with_the_same_picture(served: Any, folder: Path) -> None:
+    ask = {"model": name_of(folder, "ddpm"), "seed": 5, "steps": 6, "label": "dog"}
+    whole = served.post("/v1/images/generations", ask).json()["data"][0]
+    found = served.post("/v1/images/generations", {**ask, "stream": True, "partial_images": 3})
+    events = [json.loads(line[6:]) for line in found.text.splitlines() if line.startswith("data: ")]
+    kinds = [event["type"].removeprefix("image_generation.") for event in events]
+    assert kinds == ["partial_image"] * 3 + ["completed"]
+    assert [event["partial_image_index"] for event in events[:3]] == [0, 1, 2]
+    assert events[-1]["b64_json"] == whole["b64_json"] and events[0]["b64_json"] != events[1]["b64_json"]
+    wrong = served.post("/v1/images/generations", {**ask, "label": "dgo", "stream": True}).text
+    assert "dog" in json.loads(wrong.split("data: ")[1])["error"]["message"]
 
 
 @pytest.mark.parametrize(

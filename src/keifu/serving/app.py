@@ -8,13 +8,15 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from keifu import __version__
 from keifu.serving import errors, middleware, page, translations
 from keifu.serving.models import ServedModels
 from keifu.serving.openai import chat, completions, embeddings, images, responses
 from keifu.serving.streaming import json_response
+
+RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": errors.ERROR, "5XX": errors.ERROR}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ def application(models: ServedModels, access: Access = Access()) -> FastAPI:  # 
         yield
         await models.close()
 
-    app = FastAPI(title="keifu", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="keifu", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=RESPONSES
+    )
     errors.install(app)
     for part in (chat, completions, responses, embeddings, translations, images):
         app.include_router(part.routes(models))
@@ -78,6 +82,6 @@ def _state_routes(app: FastAPI, models: ServedModels) -> None:
         waiting = {name: worker.pending for name, worker in models.workers.items()}
         return json_response({"status": "ready", "pending": waiting})
 
-    @app.get("/metrics", summary="Figures for Prometheus", tags=["state"])
+    @app.get("/metrics", summary="Figures for Prometheus", tags=["state"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(models.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

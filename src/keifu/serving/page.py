@@ -45,6 +45,10 @@ def routes() -> APIRouter:
     async def index(request: Request) -> Response:
         return answer("index.html", request)
 
+    @router.get("/docs")
+    async def docs(request: Request) -> Response:
+        return answer("docs.html", request)
+
     @router.get("/page/{name}")
     async def part(name: str, request: Request) -> Response:
         if name not in files:

@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 from keifu.serving.errors import of_exception
 
 Result = TypeVar("Result")
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # what may come beside JSON
 LEFT = 499  # as nginx has it: nobody reads this answer
 
 

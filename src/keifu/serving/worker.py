@@ -224,6 +224,7 @@ class Worker:
             if not job.started:
                 self.metrics.first_token.labels(self.name).observe(time.monotonic() - job.began)
                 job.started = True
+                self.metrics.cached.labels(self.name).inc(sum(request.cached for request in job.requests))
             job.put(each)
         self.metrics.generated.labels(self.name).inc(len(found))
         self._count()
@@ -233,3 +234,5 @@ class Worker:
         waiting, running = self._engine.counts
         self.metrics.waiting.labels(self.name).set(waiting)
         self.metrics.running.labels(self.name).set(running)
+        blocks = self._engine.scheduler.blocks
+        self.metrics.cache_used.labels(self.name).set(1 - blocks.free / blocks.n_blocks)

@@ -1,8 +1,10 @@
 """OpenAI's own client against the service: its answers are those of the library, whole, streamed and side by side."""
 
 import asyncio
+import re
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -41,7 +43,7 @@ def test_a_stream_says_the_same_and_no_half_character(served: Any, chat: str) ->
     assert body[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in body) == whole.choices[0].message.content
     assert [chunk.choices[0].finish_reason for chunk in body][-1] == whole.choices[0].finish_reason
-    assert last.choices == [] and last.usage == whole.usage
+    assert last.choices == [] and last.usage.total_tokens == whole.usage.total_tokens
     assert all(chunk.usage is None for chunk in body)
 
 
@@ -152,6 +154,21 @@ def test_roles_and_parts_go_through_the_template(served: Any, chat: str) -> None
     ask: dict[str, Any] = {"model": chat, "max_completion_tokens": 8, "temperature": 0}
     found = served.openai.chat.completions.create(messages=given, **ask)
     assert found.choices[0].message.content == expected(chat, plain, max_tokens=8, temperature=0).text
+
+
+def test_the_second_turn_of_a_chat_finds_the_first_in_the_cache(served: Any, chat: str) -> None:
+    asked = [{"role": "user", "content": "A long question, " * 12}]
+    ask: dict[str, Any] = {"model": chat, "max_tokens": 20, "temperature": 0}
+    first = served.openai.chat.completions.create(messages=asked, **ask)
+    asked += [{"role": "assistant", "content": first.choices[0].message.content}, {"role": "user", "content": "And?"}]
+    second = served.openai.chat.completions.create(messages=asked, **ask)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert first.usage.prompt_tokens - 16 <= cached < second.usage.prompt_tokens
+    assert second.choices[0].message.content == expected(chat, asked, max_tokens=20, temperature=0).text
+    text = httpx.get(f"{served.url}/metrics").text
+    (counted,) = re.findall(rf'keifu_cached_tokens_total{{model="{re.escape(chat)}"}} (\S+)', text)
+    (used,) = re.findall(rf'keifu_cache_used_ratio{{model="{re.escape(chat)}"}} (\S+)', text)
+    assert float(counted) >= cached and 0 <= float(used) <= 1
 
 
 def test_what_is_wrong_is_raised_by_name(served: Any, chat: str, base: str) -> None:

@@ -128,6 +128,8 @@ class Scheduler:
             self.blocks.share(shared)
             sequence.blocks = shared + self.blocks.allocate(needed)
             sequence.computed = len(shared) * self.blocks.block_size
+            if not sequence.request.tokens:
+                sequence.request.cached = sequence.computed
             self.running.append(sequence)
             filling.update(self._unfilled(sequence))
             count = min(sequence.left, budget)

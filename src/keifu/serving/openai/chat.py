@@ -13,14 +13,14 @@ from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import Answer, finish_reason, is_end, prepare, token_bytes, token_text
 from keifu.serving.openai.schemas import ChatRequest
 from keifu.serving.openai.tools import Delta, Reply, render
-from keifu.serving.streaming import EventStream, whole
+from keifu.serving.streaming import STREAM, EventStream, whole
 
 
 def routes(models: ServedModels) -> APIRouter:
     """The route, for these models."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", summary="Answer a conversation", tags=["text"])
+    @router.post("/v1/chat/completions", summary="Answer a conversation", tags=["text"], responses=STREAM)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         def prompts(tokenizer: Any) -> list[list[int]]:
             return [render(tokenizer, [message.plain() for message in body.messages], tools.functions if tools else ())]

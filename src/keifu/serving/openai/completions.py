@@ -15,14 +15,14 @@ from keifu.generation.text.request import prompt_tokens
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import REASONS, Answer, likeliest, prepare, token_text
 from keifu.serving.openai.schemas import CompletionRequest
-from keifu.serving.streaming import EventStream, whole
+from keifu.serving.streaming import STREAM, EventStream, whole
 
 
 def routes(models: ServedModels) -> APIRouter:
     """The route, for these models."""
     router = APIRouter()
 
-    @router.post("/v1/completions", summary="Continue texts", tags=["text"])
+    @router.post("/v1/completions", summary="Continue texts", tags=["text"], responses=STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         def prompts(tokenizer: Any) -> list[list[int]]:
             return [prompt_tokens(tokenizer, prompt) for prompt in body.prompts()]

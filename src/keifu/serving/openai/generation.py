@@ -48,10 +48,12 @@ class Answer:
         return sum(len(request.prompt) for request in self.requests[:: self.choices])
 
     @property
-    def usage(self) -> dict[str, int]:
-        """The numbers of tokens up to now."""
+    def usage(self) -> dict[str, Any]:
+        """The numbers of tokens up to now; cached: those of the prompts that had been computed before."""
         total = self.prompt_tokens + self.written
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.written, "total_tokens": total}
+        cached = {"cached_tokens": sum(request.cached for request in self.requests[:: self.choices])}
+        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.written, "total_tokens": total}
+        return {**counts, "prompt_tokens_details": cached}
 
     def reply(self) -> Reply:
         """What splits a choice into text and calls."""

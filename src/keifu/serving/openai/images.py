@@ -1,22 +1,31 @@
-"""POST /v1/images/generations: pictures from a text or a label, as PNG that says how it was drawn."""
+"""POST /v1/images/generations and /v1/images/edits: pictures from a text, a label or a picture, as PNG that says how it
+was drawn, at once or as a stream that shows the noise go.
+"""
 
+import asyncio
 import base64
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
+from starlette.datastructures import UploadFile
 from starlette.responses import Response
 from torch import Tensor, nn
 
 from keifu.data.images.grid import png
+from keifu.data.images.io import read_image, to_bytes
 from keifu.errors import unknown
+from keifu.generation.images.image_to_image import InputImage, digest_of
 from keifu.generation.images.pipeline import ImagePipeline, image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.generation.images.png_metadata import ImageRecord
@@ -24,28 +33,24 @@ from keifu.generation.images.samplers import SAMPLERS, SamplerStep
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.schemas import Body, Refused
-from keifu.serving.streaming import whole
+from keifu.serving.streaming import STREAM, EventStream, whole
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A PNG file and the seed of its picture."""
-
-    png: bytes
-    seed: int
+Files = Mapping[str, tuple[str, bytes]]  # the name and the bytes of "image" and "mask"
+Show = Callable[[int, int, Tensor], None]  # which picture, how many were shown of it before, and what it is like now
 
 
 class ImageGenerationRequest(Body):
-    """POST /v1/images/generations. prompt: for models that read. size: WIDTHxHEIGHT, or auto for the model's own. The
-    other fields are those of `keifu draw`."""
+    """POST /v1/images/generations. prompt: for models that read. size: WIDTHxHEIGHT, or auto for the model's own.
+    partial_images: how many states a stream shows before the picture. The other fields are those of `keifu draw`."""
 
     model: str
     prompt: str | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     size: str | None = None
     response_format: Literal["b64_json"] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=100)] | None = None
     seed: int | None = None
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     sampler: str | None = None
@@ -54,8 +59,8 @@ class ImageGenerationRequest(Body):
     label: str | None = None
     user: str | None = None
     refused: ClassVar[Refused] = {
-        "background": ("auto",), "moderation": ("auto",), "output_compression": (), "output_format": ("png",),
-        "partial_images": (0,), "quality": ("auto", "standard"), "stream": (False,), "style": (),
+        "background": ("auto",), "input_fidelity": (), "moderation": ("auto",), "output_compression": (),
+        "output_format": ("png",), "quality": ("auto", "standard"), "style": (),
     }  # fmt: skip
 
     @field_validator("size")
@@ -66,41 +71,112 @@ class ImageGenerationRequest(Body):
         return size
 
 
+class ImageEditRequest(ImageGenerationRequest):
+    """POST /v1/images/edits, beside the picture. strength: the share of the steps that are run on it."""
+
+    strength: float | None = None
+
+
 def routes(models: ServedModels) -> APIRouter:
-    """The route, for these models."""
+    """The routes, for these models."""
     router = APIRouter()
     fingerprints: dict[str, str] = {}
 
-    def draw(model: nn.Module, tokenizer: Any, body: ImageGenerationRequest, left: Event) -> list[Drawn]:
+    def draw(
+        model: nn.Module, tokenizer: Any, body: ImageGenerationRequest, files: Files, left: Event, show: Show
+    ) -> Any:
         pipeline = image_pipeline(model, lambda: tokenizer)
-        wanted = pipeline.resolved(_request(pipeline, body))
-        if body.model not in fingerprints:
-            fingerprints[body.model] = pipeline.fingerprint()
-        place = str(Path(body.model).resolve()) if Path(body.model).exists() else body.model
-        count, device = body.n or 1, next(model.parameters()).device.type
-        record = ImageRecord(place, fingerprints[body.model], wanted, count, 1, 0, device=device)
-        return [_draw(pipeline, record, number, left) for number in range(count)]
+        with TemporaryDirectory() as folder:
+            given = {name: _written(Path(folder) / name, *file) for name, file in files.items()}
+            wanted = pipeline.resolved(_request(pipeline, body, given))
+            if body.model not in fingerprints:
+                fingerprints[body.model] = pipeline.fingerprint()
+            place = str(Path(body.model).resolve()) if Path(body.model).exists() else body.model
+            count, device = body.n or 1, next(model.parameters()).device.type
+            record = ImageRecord(place, fingerprints[body.model], wanted, count, 1, 0, device=device)
+            names = {role: file[0] for role, file in files.items()}
+            shown = body.partial_images or 0 if body.stream else 0
+            return [_draw(pipeline, replace(record, number=n), names, shown, left, show) for n in range(count)]
 
-    async def drawn(body: ImageGenerationRequest) -> dict[str, Any]:
-        models.find(body.model, "image")
+    async def drawn(body: ImageGenerationRequest, files: Files, show: Show = lambda *_: None) -> dict[str, Any]:
         if body.sampler is not None and body.sampler not in SAMPLERS:
             raise ApiError(400, str(unknown("sampler", body.sampler, SAMPLERS)), "sampler")
         left = Event()
         try:
-            found = await models.worker(body.model).call(partial(draw, body=body, left=left))
+            work = partial(draw, body=body, files=files, left=left, show=show)
+            data = await models.worker(body.model).call(work)
         finally:
             left.set()
-        data = [{"b64_json": base64.b64encode(each.png).decode("ascii"), "seed": each.seed} for each in found]
         return {"created": int(time.time()), "data": data}
 
-    @router.post("/v1/images/generations", summary="Draw pictures", tags=["pictures"])
+    async def answer(body: ImageGenerationRequest, request: Request, files: Files, kind: str) -> Response:
+        models.find(body.model, "image")
+        if body.stream:
+            return EventStream(_events(partial(drawn, body, files), kind), models.limits.timeout, named=True)
+        return await whole(request, drawn(body, files))
+
+    @router.post("/v1/images/generations", summary="Draw pictures", tags=["pictures"], responses=STREAM)
     async def generations(body: ImageGenerationRequest, request: Request) -> Response:
-        return await whole(request, drawn(body))
+        return await answer(body, request, {}, "image_generation")
+
+    @router.post(
+        "/v1/images/edits", summary="Draw on a picture", tags=["pictures"], responses=STREAM, openapi_extra=_form()
+    )
+    async def edits(request: Request) -> Response:
+        async with request.form(max_files=2) as form:
+            given = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
+            files = {n: (v.filename or n, await v.read()) for n, v in given if isinstance(v, UploadFile)}
+        try:
+            body = ImageEditRequest.model_validate_strings({n: v for n, v in given if isinstance(v, str)}, strict=False)
+        except ValidationError as error:
+            raise RequestValidationError(error.errors()) from error
+        if "image" not in files or files.keys() - {"image", "mask"}:
+            raise ApiError(400, f"The files are {sorted(files)}: send one as image, and one as mask if any.", "image")
+        return await answer(body, request, files, "image_edit")
 
     return router
 
 
-def _request(pipeline: ImagePipeline, body: ImageGenerationRequest) -> ImageRequest:
+def _form() -> dict[str, Any]:
+    """The fields of /v1/images/edits, as OpenAPI has them."""
+    schema = ImageEditRequest.model_json_schema()
+    schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in ("image", "mask")}
+    schema["required"] = ["model", "image"]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+async def _events(work: Callable[[Show], Any], kind: str) -> AsyncGenerator[dict[str, Any], None]:
+    """The states of a picture as they come, then the pictures."""
+    loop, out = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+    def show(number: int, place: int, picture: Tensor) -> None:
+        told = {"index": number, "partial_image_index": place, "b64_json": _encoded(picture, {})}
+        loop.call_soon_threadsafe(out.put_nowait, {"type": f"{kind}.partial_image", **told})
+
+    task = asyncio.ensure_future(work(show))
+    task.add_done_callback(lambda _: out.put_nowait(None))
+    try:
+        while (event := await out.get()) is not None:
+            yield event
+        found = await task
+        for number, each in enumerate(found["data"]):
+            yield {"type": f"{kind}.completed", "index": number, "created_at": found["created"], **each}
+    finally:
+        task.cancel()
+
+
+def _written(path: Path, name: str, data: bytes) -> InputImage:
+    """A file of the request, checked; where a mask is transparent, it is drawn anew, as OpenAI has it."""
+    read_image(data, name)
+    path.write_bytes(data)
+    if path.name == "mask":
+        with Image.open(path) as image:
+            if "A" in image.getbands():
+                image.getchannel("A").point(lambda alpha: 255 - alpha).save(path, "PNG")
+    return InputImage(str(path), digest_of(path))
+
+
+def _request(pipeline: ImagePipeline, body: ImageGenerationRequest, files: Mapping[str, InputImage]) -> ImageRequest:
     """The settings in the library's terms, not yet resolved."""
     width, _, height = (body.size or "auto").partition("x")
     return ImageRequest(
@@ -112,18 +188,40 @@ def _request(pipeline: ImagePipeline, body: ImageGenerationRequest) -> ImageRequ
         size=(int(height), int(width)) if height else None,
         text=body.prompt,
         negative=body.negative,
+        init=files.get("image"),
+        mask=files.get("mask"),
+        strength=body.strength if isinstance(body, ImageEditRequest) else None,
     )
 
 
-def _draw(pipeline: ImagePipeline, record: ImageRecord, number: int, left: Event) -> Drawn:
-    """One picture, alone, so that `keifu draw --again` draws its file bit for bit; given up once the client `left`."""
+def _draw(
+    pipeline: ImagePipeline, record: ImageRecord, names: Mapping[str, str], count: int, left: Event, show: Show
+) -> dict[str, Any]:
+    """One picture, alone, so that `keifu draw --again` draws its file bit for bit; given up once the client `left`.
 
-    def watch(_: SamplerStep) -> None:
+    names: those of the files that it is drawn on. count: how many states are shown.
+    """
+    number, steps, done, shown = record.number or 0, max(1, record.drawing.taken), 0, 0
+
+    def watch(state: SamplerStep) -> None:
+        nonlocal done, shown
         if left.is_set():
             raise ApiError(499, "The client has left.")
+        done += 1
+        if done * count // steps > shown:
+            x = state.x if pipeline.pixels else state.x[:, :3] / state.x[:, :3].abs().amax()
+            show(number, shown, to_bytes(x)[0].cpu())
+            shown = done * count // steps
 
     seed = (record.drawing.seed or 0) + number
-    own = ImageRecord(**{**vars(record), "number": number})
     picture: Tensor = pipeline.draw(record.drawing, [seed], watch)[0]
+    roles = {"image": "init", "mask": "mask"}
+    own = {roles[role]: replace(vars(record.drawing)[roles[role]], place=name) for role, name in names.items()}
+    told = replace(record, drawing=replace(record.drawing, **own))
+    return {"b64_json": _encoded(picture, told.texts()), "seed": seed}
+
+
+def _encoded(picture: Tensor, texts: Mapping[str, str]) -> str:
+    """A PNG file with these texts, in base64."""
     image = Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).contiguous().numpy(), MODES[len(picture)])
-    return Drawn(png(image, own.texts()), seed)
+    return base64.b64encode(png(image, texts)).decode("ascii")

@@ -15,7 +15,7 @@ from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import Answer, finish_reason, prepare
 from keifu.serving.openai.schemas import ResponseRequest
 from keifu.serving.openai.tools import Delta, render
-from keifu.serving.streaming import EventStream, json_response, whole
+from keifu.serving.streaming import STREAM, EventStream, json_response, whole
 
 Messages = list[dict[str, Any]]
 KEPT_RESPONSES, KEPT_CHARACTERS = 1000, 2**26
@@ -57,7 +57,7 @@ def routes(models: ServedModels) -> APIRouter:
     router = APIRouter()
     stored = Stored()
 
-    @router.post("/v1/responses", summary="Answer a conversation that the server keeps", tags=["text"])
+    @router.post("/v1/responses", summary="Answer a conversation that is kept", tags=["text"], responses=STREAM)
     async def create(body: ResponseRequest, request: Request) -> Response:
         earlier = stored.find(body.previous_response_id)[1] if body.previous_response_id else []
         messages = [*earlier, *body.messages]
@@ -217,10 +217,10 @@ def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _usage(usage: dict[str, int]) -> dict[str, Any]:
+def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": usage["prompt_tokens_details"],
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage["total_tokens"],
