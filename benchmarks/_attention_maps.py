@@ -1,71 +1,11 @@
-"""Attention maps: records the attention weights of any model with softmax attention while it computes, and draws them.
+"""Attention maps as pictures: one square for each head of any model with softmax attention."""
 
-Axes: batch, heads, length = queries, seen = keys.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from io import BytesIO
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from keifu.errors import UserError
-
-SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
-
-
-@contextmanager
-def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Records the weights of every attention layer, by module name and pass, while the context is open.
-
-    Weights of fused attention are [batch, heads, length, seen]; those of a softmax that is written out have its shape.
-    To be used without gradients, in evaluation mode.
-    """
-    maps: dict[str, list[Tensor]] = {}
-    inside: list[str] = []
-    hooks = [hook for name, module in model.named_modules() for hook in _attention_modules(module, name, inside)]
-    try:
-        with _AttentionRecorder(maps, inside):
-            yield maps
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _attention_modules(module: nn.Module, name: str, inside: list[str]) -> list[Any]:
-    """Hooks that keep the names of the modules that compute at the moment, the innermost last."""
-    enter = module.register_forward_pre_hook(lambda *_: inside.append(name))
-    leave = module.register_forward_hook(lambda *_: inside.pop() and None, always_call=True)
-    return [enter, leave]
-
-
-class _AttentionRecorder(TorchFunctionMode):
-    """Intercepts every call of a torch function and keeps the attention weights."""
-
-    def __init__(self, maps: dict[str, list[Tensor]], inside: Sequence[str]):
-        super().__init__()
-        self.maps, self.inside = maps, inside
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is F.scaled_dot_product_attention:
-            self._keep(_weights(*args, **(kwargs or {})))
-        elif func in SOFTMAX:
-            self._keep(result)
-        return result
-
-    def _keep(self, weights: Tensor) -> None:
-        self.maps.setdefault(self.inside[-1] if self.inside else "", []).append(weights.detach().float())
-
-
-def _weights(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The same attention with the identity for values brings back its weights, whatever mask, scale and groups are."""
-    eye = torch.eye(k.shape[-2], dtype=v.dtype, device=v.device).expand(*k.shape[:-1], k.shape[-2])
-    return F.scaled_dot_product_attention(q, k, eye, *args, **kwargs)
 
 
 def draw_maps(

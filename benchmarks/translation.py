@@ -16,13 +16,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from _attention_maps import draw_maps, record_attention
+from _attention_maps import draw_maps
 from _rounds import machine
 from safetensors.torch import load_file
 
 import keifu
 from keifu.data.translation.pairs import read_pairs, split
 from keifu.evaluation.registry import EvalRequest
+from keifu.evaluation.text.inspection import record_attention
 from keifu.evaluation.text.translation import Scorer, evaluate, language_of
 from keifu.generation.text.translation import translate
 from keifu.training.run.checkpoint import load_into_model

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,20 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models import bert, gpt2, llama, transformer
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import ddpm
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits
 
-ALL = ("chat", "base", "encoder", "translator", "ddpm")
+ALL = ("chat", "base", "encoder", "masked", "translator", "ddpm", "clip")
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toys as checkpoints: `chat`, a LLaMA with a chat template, `base`, a GPT-2 without, `encoder`, a BERT,
-    `translator`, a Transformer, and `ddpm`, which draws."""
+    """The toys as checkpoints: `chat`, a LLaMA with a chat template, `base`, a GPT-2 without, `encoder` and
+    `masked`, BERTs, the latter with its head, `translator`, a Transformer, `ddpm`, which draws, and `clip`."""
     place = tmp_path_factory.mktemp("models")
     torch.manual_seed(5)
     tokenizer = byte_tokenizer()
@@ -48,6 +52,10 @@ def _save_others(place: Path) -> None:
         vocab_size=words.vocab_size, context_length=16, n_heads=3, words=False, next_sentence=False, **small
     )
     keifu.save(bert.build(encoder), words, place / "encoder")
+    keifu.save(sharp(bert.build(replace(encoder, words=True))), words, place / "masked")
+    image = clip_image.Config(16, 8, 3, 20, 40, 2, 2, embedding_dim=12)
+    text = clip_text.Config(words.vocab_size, 16, 24, 40, 2, 2, end_id=words.token_id("[SEP]"), embedding_dim=12)
+    keifu.save(clip.build(clip.Config(text, image, clip.Pixels(16, 16))), words, place / "clip")
     letters = train_tokenizer("characters", ["abcdefghijklmnopqrstuvwxyz ."], 64, special_tokens=["<pad>", "</s>"])
     letters = Tokenizer(letters.backend, {"pad_token": "<pad>", "eos_token": "</s>"})
     ids = {"start_id": letters.pad_id, "end_id": letters.eos_id, "pad_id": letters.pad_id}

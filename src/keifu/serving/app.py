@@ -11,7 +11,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse, Response
 
 from keifu import __version__
-from keifu.serving import errors, middleware, page, translations
+from keifu.serving import errors, inspection, middleware, page, translations
 from keifu.serving.models import ServedModels
 from keifu.serving.openai import chat, completions, embeddings, images, responses
 from keifu.serving.streaming import json_response
@@ -42,7 +42,7 @@ def application(models: ServedModels, access: Access = Access()) -> FastAPI:  # 
         title="keifu", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=RESPONSES
     )
     errors.install(app)
-    for part in (chat, completions, responses, embeddings, translations, images):
+    for part in (chat, completions, responses, embeddings, translations, images, inspection):
         app.include_router(part.routes(models))
     app.include_router(page.routes())
     _state_routes(app, models)

@@ -29,6 +29,8 @@ USES = {  # what a client may ask of a model: the path that it asks at
     "embedding": "/v1/embeddings",
     "translation": "/v1/translations",
     "image": "/v1/images/generations",
+    "inspection": "/v1/inspect",
+    "match": "/v1/match",
 }
 
 
@@ -59,12 +61,15 @@ def describe(name: str) -> Description:
 
 def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
     """What a model of this kind, with this tokenizer, can be asked for."""
+    inside = ("inspection",) if tokenizer is not None and not isinstance(model, OwnRunner) else ()
     if isinstance(model, Model | OwnRunner) and tokenizer is not None:
-        return ("completion",) if tokenizer.chat_template is None else ("chat", "completion")
-    if isinstance(model, Encoder | TwoTowers) and tokenizer is not None:
-        return ("embedding",)
+        return (*(("completion",) if tokenizer.chat_template is None else ("chat", "completion")), *inside)
+    if isinstance(model, TwoTowers) and tokenizer is not None:
+        return "embedding", "match"
+    if isinstance(model, Encoder) and tokenizer is not None:
+        return "embedding", *inside
     if is_translator(model) and tokenizer is not None:
-        return ("translation",)
+        return "translation", *inside
     try:
         image_pipeline(model, lambda: tokenizer)
     except UserError:

@@ -143,7 +143,7 @@ def test_several_prompts_are_answered_in_order(served: Any, base: str) -> None:
 
 def test_the_models_are_listed_with_what_they_are_for(served: Any, chat: str, base: str) -> None:
     listed = {model.id: model.uses for model in served.openai.models.list()}
-    assert listed[chat] == ["chat", "completion"] and listed[base] == ["completion"]
+    assert listed[chat] == ["chat", "completion", "inspection"] and listed[base] == ["completion", "inspection"]
     assert served.openai.models.retrieve(base).id == base
 
 

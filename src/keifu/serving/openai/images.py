@@ -35,6 +35,7 @@ from keifu.serving.models import ServedModels
 from keifu.serving.openai.schemas import Body, Refused
 from keifu.serving.streaming import STREAM, EventStream, whole
 
+ROLES = {"image": "init", "mask": "mask"}  # the files of a form, in the library's terms
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 Files = Mapping[str, tuple[str, bytes]]  # the name and the bytes of "image" and "mask"
 Show = Callable[[int, int, Tensor], None]  # which picture, how many were shown of it before, and what it is like now
@@ -82,28 +83,10 @@ def routes(models: ServedModels) -> APIRouter:
     router = APIRouter()
     fingerprints: dict[str, str] = {}
 
-    def draw(
-        model: nn.Module, tokenizer: Any, body: ImageGenerationRequest, files: Files, left: Event, show: Show
-    ) -> Any:
-        pipeline = image_pipeline(model, lambda: tokenizer)
-        with TemporaryDirectory() as folder:
-            given = {name: _written(Path(folder) / name, *file) for name, file in files.items()}
-            wanted = pipeline.resolved(_request(pipeline, body, given))
-            if body.model not in fingerprints:
-                fingerprints[body.model] = pipeline.fingerprint()
-            place = str(Path(body.model).resolve()) if Path(body.model).exists() else body.model
-            count, device = body.n or 1, next(model.parameters()).device.type
-            record = ImageRecord(place, fingerprints[body.model], wanted, count, 1, 0, device=device)
-            names = {role: file[0] for role, file in files.items()}
-            shown = body.partial_images or 0 if body.stream else 0
-            return [_draw(pipeline, replace(record, number=n), names, shown, left, show) for n in range(count)]
-
     async def drawn(body: ImageGenerationRequest, files: Files, show: Show = lambda *_: None) -> dict[str, Any]:
-        if body.sampler is not None and body.sampler not in SAMPLERS:
-            raise ApiError(400, str(unknown("sampler", body.sampler, SAMPLERS)), "sampler")
         left = Event()
         try:
-            work = partial(draw, body=body, files=files, left=left, show=show)
+            work = partial(_draw_all, body=body, files=files, fingerprints=fingerprints, left=left, show=show)
             data = await models.worker(body.model).call(work)
         finally:
             left.set()
@@ -111,6 +94,8 @@ def routes(models: ServedModels) -> APIRouter:
 
     async def answer(body: ImageGenerationRequest, request: Request, files: Files, kind: str) -> Response:
         models.find(body.model, "image")
+        if body.sampler is not None and body.sampler not in SAMPLERS:
+            raise ApiError(400, str(unknown("sampler", body.sampler, SAMPLERS)), "sampler")
         if body.stream:
             return EventStream(_events(partial(drawn, body, files), kind), models.limits.timeout, named=True)
         return await whole(request, drawn(body, files))
@@ -119,22 +104,28 @@ def routes(models: ServedModels) -> APIRouter:
     async def generations(body: ImageGenerationRequest, request: Request) -> Response:
         return await answer(body, request, {}, "image_generation")
 
-    @router.post(
-        "/v1/images/edits", summary="Draw on a picture", tags=["pictures"], responses=STREAM, openapi_extra=_form()
-    )
+    more: Any = {"responses": STREAM, "openapi_extra": _form()}
+
+    @router.post("/v1/images/edits", summary="Draw on a picture", tags=["pictures"], **more)
     async def edits(request: Request) -> Response:
-        async with request.form(max_files=2) as form:
-            given = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
-            files = {n: (v.filename or n, await v.read()) for n, v in given if isinstance(v, UploadFile)}
-        try:
-            body = ImageEditRequest.model_validate_strings({n: v for n, v in given if isinstance(v, str)}, strict=False)
-        except ValidationError as error:
-            raise RequestValidationError(error.errors()) from error
-        if "image" not in files or files.keys() - {"image", "mask"}:
-            raise ApiError(400, f"The files are {sorted(files)}: send one as image, and one as mask if any.", "image")
-        return await answer(body, request, files, "image_edit")
+        return await answer(*await _read_form(request), "image_edit")
 
     return router
+
+
+async def _read_form(request: Request) -> tuple[ImageEditRequest, Request, Files]:
+    """The fields and the files of a form."""
+    async with request.form(max_files=2) as form:
+        given = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
+        files = {n: (v.filename or n, await v.read()) for n, v in given if isinstance(v, UploadFile)}
+    try:
+        fields = {name: value for name, value in given if isinstance(value, str)}
+        body = ImageEditRequest.model_validate_strings(fields, strict=False)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+    if "image" not in files or files.keys() - {"image", "mask"}:
+        raise ApiError(400, f"The files are {sorted(files)}: send one as image, and one as mask if any.", "image")
+    return body, request, files
 
 
 def _form() -> dict[str, Any]:
@@ -163,6 +154,30 @@ async def _events(work: Callable[[Show], Any], kind: str) -> AsyncGenerator[dict
             yield {"type": f"{kind}.completed", "index": number, "created_at": found["created"], **each}
     finally:
         task.cancel()
+
+
+def _draw_all(
+    model: nn.Module,
+    tokenizer: Any,
+    body: ImageGenerationRequest,
+    files: Files,
+    fingerprints: dict[str, str],
+    left: Event,
+    show: Show,
+) -> list[dict[str, Any]]:
+    """All pictures of a request. fingerprints: of the models that have drawn; one is computed where there is none."""
+    pipeline = image_pipeline(model, lambda: tokenizer)
+    with TemporaryDirectory() as folder:
+        given = {name: _written(Path(folder) / name, *file) for name, file in files.items()}
+        wanted = pipeline.resolved(_request(pipeline, body, given))
+        if body.model not in fingerprints:
+            fingerprints[body.model] = pipeline.fingerprint()
+        place = str(Path(body.model).resolve()) if Path(body.model).exists() else body.model
+        count, device = body.n or 1, next(model.parameters()).device.type
+        record = ImageRecord(place, fingerprints[body.model], wanted, count, 1, 0, device=device)
+        names = {ROLES[name]: file[0] for name, file in files.items()}
+        shown = body.partial_images or 0 if body.stream else 0
+        return [_draw(pipeline, replace(record, number=n), names, shown, left, show) for n in range(count)]
 
 
 def _written(path: Path, name: str, data: bytes) -> InputImage:
@@ -215,8 +230,7 @@ def _draw(
 
     seed = (record.drawing.seed or 0) + number
     picture: Tensor = pipeline.draw(record.drawing, [seed], watch)[0]
-    roles = {"image": "init", "mask": "mask"}
-    own = {roles[role]: replace(vars(record.drawing)[roles[role]], place=name) for role, name in names.items()}
+    own = {role: replace(vars(record.drawing)[role], place=name) for role, name in names.items()}
     told = replace(record, drawing=replace(record.drawing, **own))
     return {"b64_json": _encoded(picture, told.texts()), "seed": seed}
 

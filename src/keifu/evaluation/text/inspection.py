@@ -1,0 +1,151 @@
+"""What happens inside a model while it reads: where each head looks, and what each layer would say.
+
+Axes: heads, length = queries, seen = keys, layer, place = tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from keifu.errors import UserError
+from keifu.generation.text.model import device_of, evaluation_mode
+from keifu.generation.text.translation import TranslationParams, search, translator
+
+SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
+Likely = list[tuple[int, float]]  # tokens with their probabilities, the likeliest first
+
+
+@runtime_checkable
+class Layered(Protocol):
+    """A causal language model whose layers can be read one by one."""
+
+    blocks: nn.ModuleList
+    norm: nn.Module
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Aligner(Protocol):
+    """A translator that tells its one alignment itself."""
+
+    def alignment(self, source: Tensor, target: Tensor) -> Tensor: ...
+
+
+@contextmanager
+def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Records the weights of every attention layer, by module name and pass, while the context is open.
+
+    Weights of fused attention are [batch, heads, length, seen]; those of a softmax that is written out have its shape.
+    To be used without gradients, in evaluation mode.
+    """
+    maps: dict[str, list[Tensor]] = {}
+    inside: list[str] = []
+    hooks = [hook for name, module in model.named_modules() for hook in _attention_modules(module, name, inside)]
+    try:
+        with _AttentionRecorder(maps, inside):
+            yield maps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _attention_modules(module: nn.Module, name: str, inside: list[str]) -> list[Any]:
+    """Hooks that keep the names of the modules that compute at the moment, the innermost last."""
+    enter = module.register_forward_pre_hook(lambda *_: inside.append(name))
+    leave = module.register_forward_hook(lambda *_: inside.pop() and None, always_call=True)
+    return [enter, leave]
+
+
+class _AttentionRecorder(TorchFunctionMode):
+    """Intercepts every call of a torch function and keeps the attention weights."""
+
+    def __init__(self, maps: dict[str, list[Tensor]], inside: Sequence[str]):
+        super().__init__()
+        self.maps, self.inside = maps, inside
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            self._keep(_weights(*args, **(kwargs or {})))
+        elif func in SOFTMAX:
+            self._keep(result)
+        return result
+
+    def _keep(self, weights: Tensor) -> None:
+        self.maps.setdefault(self.inside[-1] if self.inside else "", []).append(weights.detach().float())
+
+
+def _weights(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The same attention with the identity for values brings back its weights, whatever mask, scale and groups are."""
+    eye = torch.eye(k.shape[-2], dtype=v.dtype, device=v.device).expand(*k.shape[:-1], k.shape[-2])
+    return F.scaled_dot_product_attention(q, k, eye, *args, **kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What was seen. rows: tokens that look; columns: those looked at. attention: of each layer, by its name. lens: for
+    each layer and place the likeliest tokens there, of causal models.
+    """
+
+    rows: list[int]
+    columns: list[int]
+    attention: dict[str, Float[Tensor, "heads length seen"]]
+    lens: list[list[Likely]]
+
+
+@torch.inference_mode()
+def inspect_text(model: nn.Module, ids: Sequence[int], top: int = 5) -> Inspection:
+    """A text that a causal model or an encoder reads. The lens puts each layer's states through the last norm and the
+    head (nostalgebraist, 2020)."""
+    states: list[Tensor] = []
+    blocks = model.blocks if isinstance(model, Layered) else ()
+    hooks = [block.register_forward_hook(lambda *args: states.append(args[2])) for block in blocks]
+    try:
+        with evaluation_mode(model), record_attention(model) as maps:
+            model(torch.tensor([list(ids)], device=device_of(model)))
+            head = model if isinstance(model, Layered) else None
+            lens = [] if head is None else [_likeliest(head.logits(head.norm(x[0])), top) for x in states]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Inspection(list(ids), list(ids), _whole(maps, len(ids), len(ids)), lens)
+
+
+def _likeliest(logits: Tensor, top: int) -> list[Likely]:
+    found = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
+    rows = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    return [list(zip(*pair, strict=True)) for pair in rows]
+
+
+def _whole(maps: dict[str, list[Tensor]], rows: int, columns: int) -> dict[str, Tensor]:
+    """The maps over all rows and columns; a layer that computes its window in pieces has none."""
+    found = {name: passes[0] for name, passes in maps.items()}
+    return {name: each[0].cpu() for name, each in found.items() if each.ndim == 4 and each.shape[2:] == (rows, columns)}
+
+
+@torch.inference_mode()
+def inspect_translation(model: nn.Module, source: Sequence[int]) -> Inspection:
+    """What an encoder-decoder makes of a sentence's ids, and where it looked in them for each token that it wrote. A
+    model that looks nowhere (one without attention) is a `UserError`."""
+    config = translator(model).config
+    target = list(search(translator(model), [source], TranslationParams())[0].tokens)
+    device = device_of(model)
+    given = torch.tensor([[config.start_id, *target]], device=device)[:, : len(target) or 1]
+    read = torch.tensor([list(source)], device=device)
+    with evaluation_mode(model), record_attention(model) as maps:
+        found = {"alignment": model.alignment(read, given)[0][None].cpu()} if isinstance(model, Aligner) else {}
+        if not found:
+            model(read, given)
+            crossed = {name: each for name, each in maps.items() if name.endswith("cross_attention")}
+            found = _whole(crossed, given.shape[1], len(source))
+    if not found:
+        raise UserError(f"A {type(model).__name__} has no attention over its source, so there is nothing to look at.")
+    return Inspection(target or [config.end_id], list(source), found, [])

@@ -1,0 +1,107 @@
+"""POST /v1/inspect and /v1/match: what happens inside a model while it reads, and pictures against words."""
+
+import base64
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+from torch import Tensor, nn
+
+from keifu.data.images.io import read_image
+from keifu.errors import UserError
+from keifu.evaluation.images.retrieval import embed_pictures, embed_texts, label_shares
+from keifu.evaluation.text.inspection import inspect_text, inspect_translation
+from keifu.generation.text.fill import fill
+from keifu.generation.text.request import prompt_tokens
+from keifu.generation.text.translation import source_ids, translator
+from keifu.serving.models import Description, ServedModels
+from keifu.serving.openai.generation import likeliest, token_text
+from keifu.serving.openai.schemas import Body
+from keifu.serving.streaming import whole
+
+MOST_TOKENS = 128  # whose attention is looked at: it grows with their square
+
+
+class InspectRequest(Body):
+    """POST /v1/inspect. input: a text; with the tokenizer's mask token in it, for models that fill in words. top: how
+    many tokens of the lens, or for a mask."""
+
+    model: str
+    input: Annotated[str, Field(min_length=1)]
+    top: Annotated[int, Field(ge=1, le=20)] = 5
+
+
+class MatchRequest(Body):
+    """POST /v1/match. images: files in base64. texts: what they may show."""
+
+    model: str
+    images: Annotated[list[str], Field(min_length=1, max_length=64)]
+    texts: Annotated[list[str], Field(min_length=1, max_length=256)]
+
+
+def routes(models: ServedModels) -> APIRouter:
+    """The routes, for these models."""
+    router = APIRouter()
+
+    @router.post("/v1/inspect", summary="What happens inside a model while it reads", tags=["insight"])
+    async def inspect(body: InspectRequest, request: Request) -> Response:
+        work = partial(_inspect, body=body, about=models.find(body.model, "inspection"))
+        return await whole(request, models.worker(body.model).call(work))
+
+    @router.post("/v1/match", summary="Pictures against words", tags=["vectors"])
+    async def match(body: MatchRequest, request: Request) -> Response:
+        models.find(body.model, "match")
+        return await whole(request, models.worker(body.model).call(partial(_match, body=body)))
+
+    return router
+
+
+def _inspect(model: nn.Module, tokenizer: Any, body: InspectRequest, about: Description) -> dict[str, Any]:
+    masks: list[Any] = []
+    source, target = tokenizer.sides
+    if "translation" in about.uses:
+        ids = source_ids(translator(model), tokenizer, [body.input], ["The text"])[0]
+    elif (mask := tokenizer.special.get("mask_token")) and mask in body.input:
+        guesses = fill(model, tokenizer, body.input, body.top)
+        masks = [[[each.word, each.probability] for each in some] for some in guesses]
+        ids = tokenizer.encode(body.input, special=True, allow_special=True)
+    elif "embedding" in about.uses:
+        ids = tokenizer.encode(body.input, special=True)
+    else:
+        ids = prompt_tokens(tokenizer, body.input)
+    room = min(MOST_TOKENS, about.context_length or MOST_TOKENS)
+    if len(ids) > room:
+        raise UserError(f"input has {len(ids)} tokens, and {room} can be looked at: shorten it.")
+    found = inspect_translation(model, ids) if "translation" in about.uses else inspect_text(model, ids, body.top)
+    maps = found.attention.items()
+    return {
+        "object": "inspection",
+        "model": body.model,
+        "rows": [token_text(target, each) for each in found.rows],
+        "columns": [token_text(source, each) for each in found.columns],
+        "attention": [{"layer": name, "heads": len(each), "bytes": _bytes(each)} for name, each in maps],
+        "lens": [[list(likeliest(tokenizer, place)) for place in layer] for layer in found.lens],
+        "masks": masks,
+    }
+
+
+def _bytes(weights: Tensor) -> str:
+    """Weights as bytes, 255 for 1, in base64: each head's rows one after another."""
+    return base64.b64encode((255 * weights).round().byte().numpy().tobytes()).decode("ascii")
+
+
+def _match(model: nn.Module, tokenizer: Any, body: MatchRequest) -> dict[str, Any]:
+    """The cosine of each picture and each text, and each text's share among all."""
+    try:
+        files = [base64.b64decode(each, validate=True) for each in body.images]
+    except ValueError as error:
+        raise UserError(f"images must be files in base64, and one is not: {error}.") from error
+    pictures = embed_pictures(model, [read_image(file, f"Picture {n}").image for n, file in enumerate(files, 1)])
+    with torch.no_grad():
+        texts = embed_texts(model, tokenizer, body.texts)
+        shares = label_shares(model, pictures, texts)
+    cosines = (pictures @ texts.T).cpu()
+    return {"object": "match", "model": body.model, "cosines": cosines.tolist(), "shares": shares.cpu().tolist()}
