@@ -30,7 +30,7 @@ PARTS = {  # each part, and those it may import; a part may also import what tho
     "__main__": {"cli"},
     "floor": set(),
 }
-FLOOR = {"devices", "errors", "files", "memory", "ranges", "threads", "__version__"}
+FLOOR = {"devices", "errors", "files", "lineage", "memory", "ranges", "threads", "__version__"}
 
 
 @dataclass(eq=False)

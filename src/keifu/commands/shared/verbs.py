@@ -16,6 +16,7 @@ VERBS = {  # each is a file of that name in keifu/commands
     "inspect": "the load report: every tensor of a model, and the settings in use",
     "data": "list, fetch and check training data",
     "models": "every published size, parameters counted beside the paper's figure",
+    "lineage": "the landmarks in order of years: what was new, and what it bought here",
     "demo": "train a small model, then talk with a published one",
     "completion": "what makes a shell complete keifu's words with Tab",
 }

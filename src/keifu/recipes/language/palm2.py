@@ -4,8 +4,9 @@ What is public, in the "PaLM 2 Technical Report": a Transformer, smaller than Pa
 mixture of different pre-training objectives" after the results of UL2; more languages, parallel text, code and
 mathematics; near-duplicates removed; data and parameters grown in step. What is not: sizes, layers, the mixture of
 objectives, the sources and their weights. All that is our reading here: PaLM's block (Chowdhery et al., 2022), the
-seven denoisers of UL2's table 1 (Tay et al., 2022) in shares that we chose, attention that is causal over the prefix
-too, and the sources of `keifu.data.text.mixture` with weights that we chose. No figure of this run is one of PaLM 2.
+seven denoisers of UL2's table 1 (Tay et al., 2022) in the shares that U-PaLM prints (Tay et al., 2022b, section 2.3),
+attention that is causal over the prefix too, and the sources of `keifu.data.text.mixture` with weights that we chose.
+No figure of this run is one of PaLM 2.
 Command: keifu train palm2 --mixture multilingual
 Cost: printed before it starts, for a model of 6 M parameters and 25 M tokens; the texts are fetched and tokenised
 before it, once.

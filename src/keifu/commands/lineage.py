@@ -1,0 +1,48 @@
+"""`keifu lineage`: the landmarks in order of years, what was new and what it bought here; as one offline page too."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from keifu import lineage
+from keifu.commands.shared import flags, tables
+from keifu.errors import unknown
+from keifu.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Options:
+    """The landmarks in order of years: where each came from, what was new, what it bought here, how to repeat it."""
+
+    name: Annotated[
+        tyro.conf.Positional[str | None],
+        tyro.conf.arg(metavar="[NAME]", help="Only this landmark, such as gpt2, with all that is said of it."),
+    ] = None
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
+    """Write one offline page with the arrows and pictures of all."""
+
+
+def run(options: Options) -> None:
+    """Prints the table, or what is said of one landmark, and writes the page where it is asked for."""
+    found = {each.name: each for each in lineage.landmarks()}
+    if options.output is not None:
+        write_atomic(options.output, lineage.page())
+        print(f"The lineage is in {options.output}: open it in a browser.")
+    elif options.name is None:
+        rows = [(str(e.year), e.name, ", ".join(e.parents) or "-", e.new, e.bought) for e in found.values()]
+        tables.show(("year", "landmark", "came from", "what was new", "what it bought here"), rows)
+    elif options.name not in found:
+        raise unknown("landmark", options.name, found)
+    else:
+        one = found[options.name]
+        facts = (
+            ("landmark", f"{one.title} ({one.authors}, {one.year})"), ("came from", ", ".join(one.parents) or "-"),
+            ("what was new", one.new), ("bought here", one.bought), ("published", one.published),
+            ("repeat it", one.command), ("results", f"{one.section} (docs/results.md)"),
+        )  # fmt: skip
+        tables.show(("", ""), facts)
+
+
+parse = flags.parser(Options, run, "keifu lineage")

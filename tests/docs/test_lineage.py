@@ -1,0 +1,155 @@
+"""The lineage's pages: in order, linked both ways, with code that runs beside keifu's, and figures of the results."""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from keifu import cli, lineage
+from keifu.cli import parse
+from keifu.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+ROWS = json.loads((DOCS / "lineage/lineage.json").read_text(encoding="utf-8"))
+LANDMARKS = lineage.landmarks()
+NAMES = [each.name for each in LANDMARKS]
+HEADINGS = [
+    "What was new", "In code", "Run it", "What it bought here", "Often told wrong", "Where this departs from the paper",
+]  # fmt: skip
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = [path for folder in ("lineage", "parts") for path in sorted((DOCS / folder).glob("*.md"))]
+WITH_CODE = [path for path in PAGES if PYTHON.search(path.read_text(encoding="utf-8"))]
+
+
+def code(path: Path) -> str:
+    """The code of a page, all of its blocks in order."""
+    return "\n".join(PYTHON.findall(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: f"{path.parent.name}-{path.name}")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_code_of_a_page_runs_and_agrees_with_the_library(path: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    text = code(path)
+    exec(compile(text, str(path), "exec"), {"__name__": "page"})  # the pages are files of this repository
+    assert "from keifu" in text
+    assert "assert" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_page_whose_code_says_something_else_would_be_seen() -> None:
+    text = code(DOCS / "lineage/llama.md")
+    wrong = text.replace("a * angles.cos() - b", "a * angles.cos() + b")
+    assert wrong != text
+    with pytest.raises(AssertionError):
+        exec(wrong, {})
+
+
+def test_every_landmark_has_its_page_with_code() -> None:
+    there = {path.stem for path in (DOCS / "lineage").glob("*.md") if not path.name.endswith(".ja.md")}
+    assert set(NAMES) <= there
+    assert {f"{name}.md" for name in NAMES} <= {path.name for path in WITH_CODE if path.parent.name == "lineage"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_has_all_its_parts(name: str) -> None:
+    page = (DOCS / f"lineage/{name}.md").read_text(encoding="utf-8")
+    assert re.findall(r"(?m)^## (.*)$", page) == HEADINGS
+    assert "](../pictures/" in page
+    assert len(page.partition("## Where this departs from the paper")[2]) > 200
+    assert next(row for row in ROWS if row["name"] == name)["command"].split(" --")[0] in page
+
+
+def test_the_landmarks_are_in_order_of_years_and_come_from_earlier_ones() -> None:
+    assert all(a.year <= b.year for a, b in pairwise(LANDMARKS))
+    assert all(NAMES.index(parent) < NAMES.index(each.name) for each in LANDMARKS for parent in each.parents)
+
+
+@pytest.mark.parametrize("ending", [".md", ".ja.md"])
+def test_pages_are_linked_forwards_and_backwards(ending: str) -> None:
+    links = {}
+    for name in NAMES:
+        head = (DOCS / f"lineage/{name}{ending}").read_text(encoding="utf-8").partition("\n## ")[0]
+        links[name] = set(re.findall(r"\]\((\w+)\.md\)", head))
+    for before, after in pairwise(NAMES):
+        assert after in links[before]
+        assert before in links[after]
+    for each in LANDMARKS:
+        assert {*each.parents, "index"} <= links[each.name]
+        assert all(each.name in links[parent] for parent in each.parents)
+
+
+@pytest.mark.parametrize("ending", [".md", ".ja.md"])
+def test_the_index_has_all_in_order(ending: str) -> None:
+    page = (DOCS / f"lineage/index{ending}").read_text(encoding="utf-8")
+    title = "title_ja" if ending == ".ja.md" else "title"
+    assert re.findall(r"(?m)^\| (\d+) \| \[(.*?)\]\((\w+)\.md\)", page) == [
+        (str(row["year"]), row[title], row["name"]) for row in ROWS
+    ]
+    assert ending == ".ja.md" or all(f"| {each.new} |" in page for each in LANDMARKS)
+
+
+def section(title: str) -> str:
+    """The text of a section of the results, on whichever page it stands; empty where there is none."""
+    for path in (DOCS / "results").glob("*.md"):
+        found = re.search(
+            rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", path.read_text("utf-8"), re.DOTALL | re.MULTILINE
+        )
+        if found and not path.name.endswith(".ja.md"):
+            return found[1]
+    return ""
+
+
+def figures(text: str) -> set[str]:
+    """The numbers of a text that have a point or two digits and more."""
+    return {number for number in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text) if len(number) > 1}
+
+
+@pytest.mark.parametrize("each", LANDMARKS, ids=lambda each: each.name)
+def test_the_figures_are_those_of_the_results(each: lineage.Landmark) -> None:
+    found = section(each.section)
+    assert figures(each.bought)
+    assert figures(each.bought) <= figures(found)
+
+
+def test_another_figure_would_be_seen() -> None:
+    assert not figures("BLEU 19.55") <= figures(section("Translation: what attention bought"))
+    assert section("No such section") == ""
+
+
+@pytest.mark.parametrize("each", LANDMARKS, ids=lambda each: each.name)
+def test_the_command_is_one(each: lineage.Landmark) -> None:
+    parse(each.command.split()[1:])
+
+
+def test_the_page_needs_no_other_file_and_shows_all() -> None:
+    page = lineage.page()
+    assert page.count("data:image/png;base64,") == page.count("<img") == page.count("<section") == len(LANDMARKS)
+    assert page.count("marker-end") == sum(len(each.parents) for each in LANDMARKS)
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+
+
+def test_the_verb_prints_the_table_and_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    cli.main(["lineage"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[1] for line in lines[1:]] == NAMES
+    cli.main(["lineage", "palm"])
+    assert "10.32" in capsys.readouterr().out
+    cli.main(["lineage", "-o", str(tmp_path / "all.html")])
+    assert (tmp_path / "all.html").read_text(encoding="utf-8") == lineage.page()
+
+
+def test_an_unknown_landmark_is_answered_with_the_nearest(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["lineage", "gpt22"])
+    assert "gpt2" in capsys.readouterr().err
+
+
+def test_an_installation_without_the_pages_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lineage, "DOCS", (tmp_path,))
+    with pytest.raises(UserError, match="not installed"):
+        lineage.landmarks()
