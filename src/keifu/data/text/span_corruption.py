@@ -56,8 +56,8 @@ def ul2(shares: Sequence[float | int] = (0.25, 0.25, 0.5), prefix: float | int =
     """The seven denoisers of UL2's table 1, so that R, X and S have these shares of the rows, evenly within each.
 
     The default is U-PaLM's: 25% R, 25% X and 50% S (Tay et al., 2022b, "Transcending Scaling Laws with 0.1% Extra
-    Compute", section 2.3). `prefix` is the mean share of a text that S hides: UL2's table says 0.25, the code in its appendix
-    0.5, as does a start drawn evenly over the text (U-PaLM).
+    Compute", section 2.3). `prefix` is the mean share of a text that S hides: UL2's table says 0.25, the code in its
+    appendix 0.5, as does a start drawn evenly over the text (U-PaLM).
     """
     if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise UserError(
