@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from latex2mathml.converter import convert
+from markdown.extensions.toc import slugify, unique
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.pages import Page
 
@@ -19,6 +20,7 @@ SOURCES = "source"  # the folder of the site that files outside docs/ are copied
 LINK = re.compile(r"(?<!!)\[([^\]\[]*(?:\[[^\]]*\][^\]\[]*)*)\]\(((?:\.\./)+[^)#\s]*|[A-Z]+\.md)(#[^)]*)?\)")
 MATHEMATICS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
+HEADING = re.compile(r"^#+ +(.*)$", re.MULTILINE)
 WIDE = "[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]"  # Japanese characters and punctuation
 BROKEN = re.compile(rf"(?<={WIDE})\n *(?={WIDE})")  # a line break within a Japanese sentence, which would be a space
 FENCE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
@@ -41,8 +43,22 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         up = os.path.relpath(f"{SOURCES}/{target.relative_to(ROOT).as_posix()}.txt", Path(page.file.dest_uri).parent)
         return f'<a href="{Path(up).as_posix()}">{found[1]}</a>'
 
+    english = ROOT / "docs" / f"{page.file.src_uri.removesuffix('.ja.md')}.md"
+    if page.file.src_uri.endswith(".ja.md") and english.exists():
+        markdown = with_anchors(markdown, english.read_text(encoding="utf-8"))
     parts = FENCE.split(reference.fill(markdown))
     return "".join(part if part.startswith("```") else LINK.sub(link, BROKEN.sub("", part)) for part in parts)
+
+
+def with_anchors(page: str, english: str) -> str:
+    """The Japanese page, each heading with the anchor of the English heading in its place, so that links serve both."""
+    seen: set[str] = set()
+    titles = [re.sub(r"[*`]|\]\([^)]*\)", "", title) for title in HEADING.findall(FENCE.sub("", english))]
+    anchors = iter([unique(slugify(title, "-"), seen) for title in titles])
+    parts = FENCE.split(page)
+    named = [HEADING.sub(lambda found: f"{found[0]} {{ #{next(anchors, '')} }}", part) for part in parts[::2]]
+    parts[::2] = named
+    return "".join(parts)
 
 
 def on_page_content(html: str, **_: object) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from keifu.training.protocols import LossOutput
     from keifu.training.settings import Settings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["LossOutput", "Settings", "__version__", "generate", "load", "load_weights", "save", "train"]
 
 _HOMES = {

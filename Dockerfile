@@ -1,0 +1,26 @@
+# A service for SmolLM2 on a CPU: docker build -t keifu . && docker run --rm -p 8000:8000 keifu
+FROM python:3.12-slim
+
+# The compiler builds the native step for the processor that runs the image.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/keifu
+COPY pyproject.toml README.md LICENSE ./
+COPY src ./src
+RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '.[serve]' \
+    && useradd --create-home keifu
+
+USER keifu
+WORKDIR /home/keifu
+ENV KEIFU_CACHE=/home/keifu/cache
+# The weights are part of the image, so that it needs no network when it runs.
+RUN keifu data get smollm2
+
+EXPOSE 8000
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+# Whoever reaches the port may ask; --api-key or KEIFU_API_KEY closes it.
+ENTRYPOINT ["keifu", "serve", "--host", "0.0.0.0"]
+CMD ["smollm2"]
