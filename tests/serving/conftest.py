@@ -1,5 +1,6 @@
 """What the service's tests share: toy models on disk, and a server over them."""
 
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ from keifu.models.diffusion import ddpm
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits
 
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ALL = ("chat", "base", "encoder", "masked", "translator", "ddpm", "clip")
 
 
@@ -74,6 +76,17 @@ def served(folder: Path) -> Iterator[Served]:
     """A server over all toys, in their folder's names."""
     with running([str(folder / name) for name in ALL], Limits(), Access()) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if BROWSER is None:
+        pytest.skip("no Chromium")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield found
+        found.close()
 
 
 @pytest.fixture(scope="session")

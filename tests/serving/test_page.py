@@ -1,8 +1,6 @@
 """The page in a real browser, where there is one: it asks its own server alone and obeys no markup of a model."""
 
 import re
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -10,8 +8,6 @@ import pytest
 from serving_toys import until
 
 from keifu.serving.page import FOLDER
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def test_its_files_come_with_a_policy_that_lets_it_ask_this_server_alone(served: Any) -> None:
@@ -39,18 +35,12 @@ def test_each_word_is_there_in_both_languages(served: Any) -> None:
     text = httpx.get(f"{served.url}/page/words.js").text
     english, japanese = (set(re.findall(r"(\w+): \"", part)) for part in text.split("ja: {"))
     used = re.findall(r'data-(?:text|label|placeholder)="(\w+)"', httpx.get(served.url).text)
-    assert english == japanese and set(used) <= english
+    said = [name for path in FOLDER.glob("*.js") for name in re.findall(r'\bsay\("(\w+)"', path.read_text("utf-8"))]
+    assert english == japanese and {*used, *said} <= english
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if BROWSER is None:
-        pytest.skip("no Chromium")
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield found
-        found.close()
+def test_it_is_small() -> None:
+    assert sum(len(path.read_text("utf-8").splitlines()) for path in FOLDER.iterdir()) < 1500
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])

@@ -63,6 +63,7 @@ def _state_routes(app: FastAPI, models: ServedModels) -> None:
     def entry(name: str) -> dict[str, Any]:
         each = models.descriptions[name]
         about = {"uses": each.uses, "context_length": each.context_length, "loaded": name in models.workers}
+        about |= {"reads_text": each.tokenizer is not None, "labels": vars(each.config).get("classes") or None}
         return {"id": name, "object": "model", "created": models.began, "owned_by": "keifu", **about}
 
     @app.get("/v1/models", summary="The models of this server", tags=["state"])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from keifu.data.images.grid import png
 from keifu.data.images.io import read_image, to_bytes
-from keifu.errors import unknown
+from keifu.errors import UserError, unknown
 from keifu.generation.images.image_to_image import InputImage, digest_of
 from keifu.generation.images.pipeline import ImagePipeline, image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
@@ -169,7 +169,10 @@ def _draw_all(
     pipeline = image_pipeline(model, lambda: tokenizer)
     with TemporaryDirectory() as folder:
         given = {name: _written(Path(folder) / name, *file) for name, file in files.items()}
-        wanted = pipeline.resolved(_request(pipeline, body, given))
+        try:
+            wanted = pipeline.resolved(_request(pipeline, body, given))
+        except UserError as error:  # the client knows the files by their roles
+            raise UserError(str(error).replace(f"{folder}/", "")) from error
         if body.model not in fingerprints:
             fingerprints[body.model] = pipeline.fingerprint()
         place = str(Path(body.model).resolve()) if Path(body.model).exists() else body.model
@@ -186,7 +189,7 @@ def _written(path: Path, name: str, data: bytes) -> InputImage:
     path.write_bytes(data)
     if path.name == "mask":
         with Image.open(path) as image:
-            if "A" in image.getbands():
+            if "A" in image.getbands() and any(image.getchannel("A").histogram()[:-1]):
                 image.getchannel("A").point(lambda alpha: 255 - alpha).save(path, "PNG")
     return InputImage(str(path), digest_of(path))
 
@@ -217,6 +220,7 @@ def _draw(
     names: those of the files that it is drawn on. count: how many states are shown.
     """
     number, steps, done, shown = record.number or 0, max(1, record.drawing.taken), 0, 0
+    count = min(count, steps)
 
     def watch(state: SamplerStep) -> None:
         nonlocal done, shown

@@ -1,8 +1,9 @@
 // The page's requests to its own server.
 
-function headers() {
+function headers(body) {
   const key = sessionStorage.getItem("keifu.key");
-  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  const type = body instanceof FormData ? {} : { "Content-Type": "application/json" };
+  return { ...type, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 
 async function checked(response) {
@@ -15,13 +16,20 @@ async function checked(response) {
 }
 
 export async function models() {
-  return (await (await checked(await fetch("/v1/models", { headers: headers() }))).json()).data;
+  return (await (await checked(await fetch("/v1/models", { headers: headers({}) }))).json()).data;
 }
+
+function post(path, body, signal) {
+  const data = body instanceof FormData ? body : JSON.stringify(body);
+  return fetch(path, { method: "POST", headers: headers(body), body: data, signal }).then(checked);
+}
+
+export const ask = async (path, body) => (await post(path, body)).json();
 
 // The events of a stream, each a JSON object; an error of the server on the way is thrown.
 export async function* events(path, body, signal) {
-  const options = { method: "POST", headers: headers(), body: JSON.stringify({ ...body, stream: true }), signal };
-  const response = await checked(await fetch(path, options));
+  if (body instanceof FormData) body.set("stream", "true");
+  const response = await post(path, body instanceof FormData ? body : { ...body, stream: true }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
@@ -31,7 +39,7 @@ export async function* events(path, body, signal) {
     const parts = held.split("\n\n");
     held = parts.pop();
     for (const part of parts) {
-      const data = part.replace(/^data: /, "");
+      const data = part.replace(/^(event: .*\n)?data: /, "");
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
       if (event.error) throw new Error(event.error.message);

@@ -217,7 +217,9 @@ function download(name, text, type) {
 
 async function listModels() {
   try {
-    served = (await models()).filter((model) => model.uses.includes("completion"));
+    const all = await models();
+    document.dispatchEvent(new CustomEvent("models", { detail: all }));
+    served = all.filter((model) => model.uses.includes("completion"));
     const kept = JSON.parse(localStorage.getItem("keifu.settings") ?? "{}").model;
     at("model").replaceChildren(...served.map((model) => element("option", { value: model.id }, model.id)));
     if (served.some((model) => model.id === kept)) at("model").value = kept;

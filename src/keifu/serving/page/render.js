@@ -50,8 +50,8 @@ function groups(tokens) {
   return found;
 }
 
-const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(1)} %`;
-const visible = (token) => token.replace(/\n/g, "⏎").replace(/^ | $/g, "␣");
+export const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(1)} %`;
+export const visible = (token) => token.replace(/\n/g, "⏎").replace(/^ | $/g, "␣");
 
 function showAlternatives(span, group) {
   const box = document.getElementById("alternatives");
