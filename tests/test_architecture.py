@@ -19,18 +19,19 @@ PARTS = {  # each part, and those it may import; a part may also import what tho
     "training": {"layers", "data"},
     "native": {"layers"},
     "generation": {"layers", "data", "native"},
+    "distributed": {"layers", "training"},
     "alignment": {"training", "generation"},
     "evaluation": {"training", "generation"},
     "checkpoints": {"models", "data", "native"},
     "recipes": {"models", "checkpoints", "training", "generation", "alignment", "evaluation"},
     "serving": {"generation", "checkpoints", "evaluation"},
-    "commands": {"recipes", "serving"},
+    "commands": {"recipes", "serving", "distributed"},
     "cli": {"commands"},
     "keifu": {"cli"},
     "__main__": {"cli"},
     "floor": set(),
 }
-FLOOR = {"devices", "errors", "files", "lineage", "memory", "ranges", "threads", "__version__"}
+FLOOR = {"devices", "errors", "files", "lineage", "memory", "processes", "ranges", "threads", "__version__"}
 
 
 @dataclass(eq=False)

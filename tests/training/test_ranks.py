@@ -1,19 +1,13 @@
-"""A batch that several ranks share: the sums, gradients and weights are those of one rank; and FSDP's shards of a model
-are trained with the losses of the whole model."""
+"""A batch that several ranks share: the sums, gradients and weights are those of one rank."""
 
-import json
-import os
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from multiprocessing import get_context
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
-from training_toys import Sequences, learn_as_rank, losses, objective, settings, sharded, toy
+from training_toys import Sequences, objective, settings, toy
 
 from keifu.errors import UserError
 from keifu.layers.diffusion.noise_schedule import Noise
@@ -32,7 +26,9 @@ from keifu.training.trainer import Trainer
 
 
 class Threads:
-    """torch.distributed's sums and gathers between threads of this process, one for each rank."""
+    """torch.distributed's exchanges between threads of this process, one for each rank."""
+
+    ReduceOp = distributed.ReduceOp
 
     def __init__(self, world: int):
         self.world = world
@@ -47,10 +43,15 @@ class Threads:
         self.barrier.wait()
         return found
 
-    def all_reduce(self, tensor: Tensor) -> None:
-        tensor.copy_(torch.stack(self.exchanged(tensor)).sum(0))
+    def all_reduce(self, tensor: Tensor, operation: Any, group: None) -> None:
+        assert operation == distributed.ReduceOp.MAX
+        tensor.copy_(torch.stack(self.exchanged(tensor)).amax(0))
 
-    def all_gather(self, found: list[Tensor], tensor: Tensor) -> None:
+    def all_to_all_single(self, found: Tensor, tensor: Tensor, group: None) -> None:
+        parts = [other.view(self.world, -1)[self.rank.value] for other in self.exchanged(tensor)]
+        found.copy_(torch.cat(parts))
+
+    def all_gather(self, found: list[Tensor], tensor: Tensor, group: None) -> None:
         for place, other in zip(found, self.exchanged(tensor), strict=True):
             place.copy_(other)
 
@@ -166,7 +167,7 @@ def test_weighted_losses_and_their_gradients_are_those_of_one_rank(
     threads = Threads(world)
     monkeypatch.setattr(ranks, "distributed", threads)
     models = [toy() for _ in range(world)]
-    trainers = [Trainer(model, weighted, chosen, rank=rank, world=world) for rank, model in enumerate(models)]
+    trainers = [Trainer(model, weighted, chosen, ranks=Ranks(rank, world)) for rank, model in enumerate(models)]
     found = threads.run(lambda rank: trainers[rank].gradient(3, batch))
     assert expected is not None
     for gradient, model in zip(found, models, strict=True):
@@ -187,49 +188,43 @@ def test_ranks_learn_what_one_learns(name: str, monkeypatch: pytest.MonkeyPatch)
     validated = trainer.validation([batch, small])
     threads = Threads(3)
     monkeypatch.setattr(ranks, "distributed", threads)
-    trainers = [Trainer(made(name, 5)[0], aim, chosen, rank=rank, world=3) for rank in range(3)]
+    trainers = [Trainer(made(name, 5)[0], aim, chosen, ranks=Ranks(rank, 3)) for rank in range(3)]
     found = threads.run(lambda rank: (trained(trainers[rank], batch, 2), trainers[rank].validation([batch, small])))
     for result, last in found:
         assert result == pytest.approx(expected, rel=1e-4) and last == pytest.approx(validated, rel=1e-4)
 
 
 def test_a_batch_smaller_than_the_ranks_is_refused() -> None:
-    trainer = Trainer(toy(), objective, settings(), rank=1, world=7)
+    trainer = Trainer(toy(), objective, settings(), ranks=Ranks(1, 7))
     with pytest.raises(UserError, match="The batch of step 2 has 6 rows for 7 processes"):
         trainer.gradient(2, Sequences().batch(0))
 
 
-@pytest.fixture
-def group() -> Iterator[None]:
-    """A process group of this process alone."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_gradients_are_added_in_the_order_of_the_ranks(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, for tensors that fill no exchange evenly, of two types, in several exchanges."""
+    threads = Threads(world)
+    monkeypatch.setattr(ranks, "distributed", threads)
+    monkeypatch.setattr(ranks, "BUCKET", 20)
+    shapes = [(3, 7), (5,), (1,), (2, 2, 3)]
+    given = [[torch.randn(shape, dtype=torch.float64 if len(shape) == 1 else torch.float32) for shape in shapes]
+             for _ in range(world)]  # fmt: skip
+    copies = [[tensor.clone() for tensor in each] for each in given]
+    expected = [sum(parts[1:], start=parts[0]) for parts in zip(*copies, strict=True)]
+    threads.run(lambda rank: ranks.sum_in_order(given[rank], world))
+    for each in given:
+        assert all(torch.equal(one, other) for one, other in zip(each, expected, strict=True))
 
 
-@pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
-    """With gloo, seven rows and clipping; the model whole on both, and sharded over them."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the process that forks, which does not get it otherwise
-    processes = get_context("forkserver")
-    started = [processes.Process(target=learn_as_rank, args=(rank, 2, tmp_path)) for rank in range(2)]
-    for process in started:
-        process.start()
-    expected = losses(Trainer(toy().train(), objective, settings(batch_size=7, micro_batch=2, clip=0.05)))
-    for rank, process in enumerate(started):
-        process.join(timeout=300)
-        assert process.exitcode == 0
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found["whole"] == pytest.approx(expected, rel=1e-5)
-        assert found["sharded"] == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_shards_of_a_model_have_the_losses_of_the_whole(name: str, group: None) -> None:
-    model, aim, batch = made(name, 4)
-    chosen = settings(batch_size=4, micro_batch=2, steps=3)
-    expected = trained(Trainer(model, aim, chosen), batch)
-    model, aim, batch = made(name, 4)
-    trainer = Trainer(model, aim, chosen, parallelize=sharded)
-    assert any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters())
-    assert trained(trainer, batch) == pytest.approx(expected, rel=1e-5)
+def test_a_weight_that_no_rank_uses_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight decay would change it otherwise; one that a single rank uses has that rank's."""
+    threads = Threads(2)
+    monkeypatch.setattr(ranks, "distributed", threads)
+    given = [{name: nn.Parameter(torch.ones(3)) for name in ("unused", "one", "both")} for _ in range(2)]
+    given[0]["one"].grad = torch.ones(3)
+    for each in given:
+        each["both"].grad = torch.ones(3)
+    threads.run(lambda rank: Ranks(rank, 2).sum_gradients(given[rank]))
+    for each in given:
+        assert each["unused"].grad is None
+        assert torch.equal(each["one"].grad, torch.ones(3)) and torch.equal(each["both"].grad, torch.full((3,), 2.0))

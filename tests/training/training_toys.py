@@ -1,17 +1,13 @@
 """A small model with dropout and numbered layers, its data, and a run of it: what the tests of training share."""
 
-import json
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch._dynamo  # optimizers import it when they are made, which takes seconds: here it is done once
-from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor, nn
 
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import JoinedLinear
@@ -19,7 +15,6 @@ from keifu.training.loop import train
 from keifu.training.protocols import Batch, LossOutput, Run
 from keifu.training.run import checkpoint
 from keifu.training.settings import Settings
-from keifu.training.trainer import Trainer
 
 
 class Toy(nn.Module):
@@ -100,41 +95,3 @@ def train_slowly(directory: Path, optimizer: str, said: Path) -> None:
     with said.open("a") as sys.stderr:
         out = run(directory, resume=bool(checkpoint.steps(directory)))
         train(toy(), objective, Slow(), settings(steps=40, micro_batch=4, optimizer=optimizer), out)
-
-
-def sharded(module: Any) -> nn.Module:
-    """Every part that is in a list, and the rest, as FSDP2 shards them over the default group."""
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    scalars = {parameter for parameter in module.parameters() if not parameter.dim()}  # FSDP shards none of them
-    for part in reversed([*module.modules()]):  # the innermost first
-        if isinstance(part, nn.ModuleList):
-            for block in part:
-                fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh, ignored_params=scalars)
-    return module
-
-
-def learn_as_rank(rank: int, world: int, folder: Path) -> None:
-    """Losses of five steps as one of several processes, whole and sharded, written as JSON."""
-    torch.set_num_threads(1)
-    store = distributed.FileStore(str(folder / "store"), world)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    found = {}
-    for name, parallelize in (("whole", None), ("sharded", sharded)):
-        model = toy().train()
-        shares = {"rank": rank, "world": world, "parallelize": parallelize}
-        trainer = Trainer(model, objective, settings(batch_size=7, micro_batch=2, clip=0.05), **shares)
-        found[name] = losses(trainer)
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    distributed.destroy_process_group()
-
-
-def losses(trainer: Trainer, steps: int = 5) -> list[float]:
-    """The loss and the norm of the gradient of each step, and the validation loss."""
-    found: list[float] = []
-    for step in range(steps):
-        gradient = trainer.gradient(step, Sequences(rows=7).batch(step))
-        assert gradient is not None
-        found += [gradient.sums.means()["loss"], float(gradient.norm)]
-        trainer.update(gradient)
-    return [*found, trainer.validation(Sequences(rows=7).validation())["loss"]]

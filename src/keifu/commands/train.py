@@ -3,14 +3,18 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from keifu.commands.shared import flags, tables
+from keifu.commands.shared.errors import explain
 from keifu.commands.shared.recipe_files import path_of, recipe_module, recipe_options, recipes
 from keifu.devices import Choice
+from keifu.distributed import launch
+from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
 
 OLD = re.compile(r"^--training\.")  # options of the loop had this before their names in some recipes
@@ -71,22 +75,30 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
         kind, about = recipe_options(name)
         flags.parse(with_folder(kind, name), arguments, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", about))
     from keifu.commands.shared import resuming
+    from keifu.training.run.directory import last_step
 
     module = recipe_module(name)
     words = _renamed(module.Recipe, arguments)
     kind, name = with_folder(module.Recipe, name), str(Path(name).resolve()) if name.endswith(".py") else name
-    found = None
+    found, out = None, Path(_value_of("--out", words) or Path("runs") / Path(name).stem)
+    if launch.is_restart() and last_step(out) is not None:
+        words = [*(word for word in words if word != "--replace"), "--resume"]
     if "--resume" in words:
-        found = resuming.stored(name, module, Path(_value_of("--out", words) or Path("runs") / Path(name).stem))
+        found = resuming.stored(name, module, out)
     usual = kind(recipe=found.usual(words)) if found else None
     options = flags.parse(kind, words, program, usual=usual)
     if options.resume and options.replace:
         raise UserError("--resume goes on with a run and --replace starts over: give one of them.")
+    processes = options.processes or options.mesh.asks
+    if processes > 1 and not launch.is_started():
+        options.mesh.fit(processes)
+        return lambda: launch.start(processes, options.restarts, ["train", name, *words])
     choice = Choice(options.device, **{each: vars(options).get(each) or None for each in COMPUTING})
     if options.resume:
-        return flags.placed(choice, lambda: resuming.go_on(found, module, options.recipe, options.out))
-    replaces = options.replace or replaces
-    return flags.placed(choice, lambda: resuming.begin(name, module, options.recipe, options.out, replaces))
+        work = partial(resuming.go_on, found, module, options.recipe, options.out)
+    else:
+        work = partial(resuming.begin, name, module, options.recipe, options.out, options.replace or replaces)
+    return flags.placed(choice, partial(launch.together, options.mesh, work, explain) if launch.is_started() else work)
 
 
 def _renamed(kind: type, arguments: Sequence[str]) -> list[str]:
@@ -114,6 +126,11 @@ def with_folder(kind: type, name: str) -> Any:
         ("resume", Annotated[bool, tyro.conf.arg(help="Go on with the run in that folder, with its options.")], False),
         ("replace", Annotated[bool, tyro.conf.arg(help="Start over although a run stands in that folder.")], False),
         ("device", flags.Device, field(default=None)),
+        ("mesh", Mesh, Mesh()),
+        ("processes", Annotated[int | None, tyro.conf.arg(help="Processes on this machine that share the training.")],
+         None),
+        ("restarts", Annotated[int, tyro.conf.arg(help="Times that the processes are started again, from the last "
+         "state, where one dies.")], 0),
         *((name, COMPUTING[name], UNSET[name]) for name in COMPUTING if not _has(kind, name)),
     ]
     return make_dataclass("Train", own, frozen=True)

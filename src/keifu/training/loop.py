@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from keifu.errors import UserError
+from keifu.processes import current
 from keifu.threads import follow_load
 from keifu.training.hardware import cost as machine
 from keifu.training.hardware import failures
@@ -71,12 +72,13 @@ def train(
         tensor_cores,
     ):
         run_directory.claim_directory(run)
+        current().wait()
         setup = set_up(model, objective, data, settings, run, display.note, largest)
         state = setup.trainer.state
         display.expect(state.length.steps)
         sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, setup.described)
         with metrics.Metrics(run.directory, sinks, state.step, state.spikes.skipped) as lines:
-            loop = _Loop(setup, data, run, sample, save, display, lines, lambda: stop.wanted)
+            loop = _Loop(setup, data, run, sample, save, display, lines, lambda: current().same(stop.wanted))
             try:
                 loop.make_steps()
                 return loop.finish()
@@ -177,10 +179,11 @@ class _Loop:
     def _fitting_gradient(self, batch: Batch) -> Gradient | None:
         """The gradient; where it does not fit into memory, with half as many rows at a time, down to one."""
         trainer, step = self.trainer, self.state.step
+        current().begin(step)
         while not self.stop():
             try:
                 with failures.explain_out_of_memory(ADVICE):
-                    return trainer.gradient(step, batch, self.stop)
+                    return trainer.gradient(step, batch, self.stop if current().count == 1 else lambda: False)
             except failures.OutOfMemory as error:
                 reason = str(error).partition(";")[0]
                 if not trainer.halve(batch):
@@ -208,6 +211,7 @@ class _Loop:
         state = self.state
         spiked, loss = state.step, gradient.sums.means()["loss"]
         with self.pace.paused():
+            current().wait()
             try:
                 state.rewind(checkpoint.read(self.run.directory, state.spikes.target(spiked)))
             except UserError as error:
@@ -226,7 +230,7 @@ class _Loop:
         if step == steps:
             return  # the rest is made by `finish`
         if self.settings.minutes is not None:
-            self._fit(self.budget.steps(step, steps))
+            self._fit(current().same(self.budget.steps(step, steps)))
         due = [name for name, every in self.every.items() if every and step % every == 0]
         if self.settings.spikes.rise and self.state.spikes.due(step) and "state" not in due:
             due.append("state")
@@ -303,8 +307,8 @@ class _Loop:
         self.lines.write(self.state.step, figures)
 
     def _sample(self) -> None:
-        if self.sample is None:
-            return
+        if self.sample is None or not current().whole or not current().first:
+            return  # a split model is not sampled from
         self.loader.wait()
         self.trainer.model.eval()
         with self._saving_on_failure(), self.trainer.optimizers.averaged():
@@ -321,8 +325,10 @@ class _Loop:
             state.passed, state.lasted = self.pace.passed, dict(self.pace.lasted)
             facts = {"described": self.described, "resolved": self.trainer.resolved(), **state.facts()}
             reach = rules.reach if rules.rise else 0
-            keep = self.settings.keep
-            checkpoint.save(self.run.directory, state.step, state.tensors(), facts, keep, reach, self._has_state)
+            keep, due = self.settings.keep, self._has_state
+            save = checkpoint.save if current().whole else current().save
+            if current().first or not current().whole:
+                save(self.run.directory, state.step, state.tensors(), facts, keep, reach, due)
             self.saved = state.step
 
     def _has_state(self, step: int) -> bool:
@@ -357,19 +363,23 @@ class _Loop:
     def _refuse(self, text: str) -> str:
         """Saves the state of the last complete step; gives the text of the error with how to resume."""
         self.trainer.optimizers.drop_gradients()
-        self._save_state()
+        if current().whole:  # other processes may not come to save theirs
+            self._save_state()
         how = run_directory.how_to_resume(self.run)
         return f"Stopped after step {self.state.step:,}, whose state is saved. {text} To go on: {how}"
 
     def _leave(self, outcome: dict[str, Any]) -> None:
         """Writes the model, the results into recipe.json, and the report."""
-        if self.save:
+        if self.save and (current().first or not current().whole):
             self.trainer.model.eval()
             with self.trainer.optimizers.averaged():
                 self.save(self.run.directory)
-        figures = {"steps": self.state.step, "figures": self.figures}
-        self._write_recipe({**outcome, **figures, "hashes": run_directory.hashes(self.run.directory)})
-        write_report(self.run.directory)
+        current().flush()
+        if current().first:
+            figures = {"steps": self.state.step, "figures": self.figures}
+            self._write_recipe({**outcome, **figures, "hashes": run_directory.hashes(self.run.directory)})
+            write_report(self.run.directory)
+        current().wait()
 
     def _write_recipe(self, outcome: dict[str, Any]) -> None:
         length = self.state.length

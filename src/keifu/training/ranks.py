@@ -6,12 +6,13 @@ rows, and are divided by the sum of the weights of all ranks: the split changes 
 Axes: row = of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, distributed
 from torch.nn.utils import get_total_norm
 
@@ -25,15 +26,33 @@ class MicroBatch(NamedTuple):
     batch: Batch
 
 
+@runtime_checkable
+class Pod(Protocol):
+    """Processes that a model is split over."""
+
+    def complete(self, gradients: Mapping[str, Tensor]) -> None:
+        """Sums, in place, what several processes have computed a part of."""
+        ...
+
+    def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """The norm of the whole gradient, of which each process has a part."""
+        ...
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes that share each batch: this one is number `rank` of `world`, counted from 0.
 
-    With more than one, torch.distributed's default group must be initialised.
+    group: the processes that share the batch; None: all. pods: the number of processes that hold the same part of the
+    model, `pods_group`. pod: where the model is split over the processes of a pod, how gradients are completed there.
     """
 
     rank: int = 0
     world: int = 1
+    group: Any = None
+    pods: int = 1
+    pods_group: Any = None
+    pod: Pod | None = None
 
     def bounds(self, rows: int, rank: int) -> tuple[int, int]:
         """The first row of a rank's slice of `rows` rows, and the one behind its last; sizes differ by one at most."""
@@ -61,41 +80,47 @@ class Ranks:
         ]
 
     def sum(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The sums over all ranks of numbers without axes."""
+        """The sums over all ranks of numbers without axes, each in its own type, in the order of the ranks."""
         if self.world == 1:
             return tensors
         numbers = torch.stack([tensor.double() for tensor in tensors.values()])
-        distributed.all_reduce(numbers)
-        pairs = zip(tensors.items(), numbers, strict=True)
-        return {name: number.to(tensor.dtype) for (name, tensor), number in pairs}
+        found = [torch.empty_like(numbers) for _ in range(self.world)]
+        distributed.all_gather(found, numbers, group=self.group)
+        columns = zip(tensors.items(), torch.stack(found, 1), strict=True)
+        return {name: _add(column.to(tensor.dtype).unbind()) for (name, tensor), column in columns}
 
-    def sum_gradients(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Sums gradients over all ranks, in place; gives this rank's part of each, and the norm of all.
+    def sum_gradients(self, parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Sums the gradients of parameters over all ranks, in place; gives this rank's part of each, and the norm of
+        all.
 
-        FSDP has averaged those that it has sharded (DTensors).
+        A parameter that no rank has a gradient of has none afterwards; where only some ranks have one, the others add
+        zeros. FSDP has already added up those that it has sharded (DTensors) over the processes of a pod.
         """
         from torch.distributed.tensor import DTensor  # takes a second to import
 
-        sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-        whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-        parts = [gradient.to_local() for gradient in sharded]
+        used = torch.tensor([p.grad is not None for p in parameters.values()], dtype=torch.int32)
         if self.world > 1:
-            for gradient in whole:
-                distributed.all_reduce(gradient)
-            for part in parts:
-                part.mul_(self.world)
-        norms = [get_total_norm(whole)] if whole else []
-        if sharded:
-            norm = get_total_norm(sharded)
-            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        return [*whole, *parts], torch.stack(norms).norm()
+            used = used.to(next(iter(parameters.values())).device)
+            distributed.all_reduce(used, distributed.ReduceOp.MAX, group=self.group)
+        chosen = {n: p for (n, p), wanted in zip(parameters.items(), used.tolist(), strict=True) if wanted}
+        for p in chosen.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        sharded = {name: p.grad.to_local() for name, p in chosen.items() if isinstance(p.grad, DTensor)}
+        whole = {name: p.grad for name, p in chosen.items() if p.grad is not None and name not in sharded}
+        if self.pod:
+            self.pod.complete(whole | sharded)
+        sum_in_order([*whole.values()], self.world, self.group)
+        sum_in_order([*sharded.values()], self.pods, self.pods_group)
+        gradients = whole | sharded
+        norm = self.pod.norm(gradients) if self.pod else get_total_norm([*gradients.values()])
+        return [*gradients.values()], norm
 
     def counts(self, rows: Tensor) -> list[int]:
         """The number of rows of such a tensor on every rank."""
         if self.world == 1:
             return [len(rows)]
         found = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(self.world)]
-        distributed.all_gather(found, torch.full_like(found[0], len(rows)))
+        distributed.all_gather(found, torch.full_like(found[0], len(rows)), group=self.group)
         return [int(count) for count in found]
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -106,8 +131,57 @@ class Ranks:
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         found = [torch.empty_like(padded) for _ in counts]
-        distributed.all_gather(found, padded)
+        distributed.all_gather(found, padded, group=self.group)
         return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+
+
+BUCKET = 2**24  # elements that are exchanged at a time
+
+
+def sum_in_order(tensors: Sequence[Tensor], world: int, group: Any = None) -> None:
+    """Sums tensors over the ranks of a group, in place: ((rank 0 + rank 1) + rank 2) + ..., the same on every rank.
+
+    So one process that adds up as many micro-batches has these bits too. Each rank adds up its part of all elements,
+    and sends as many bytes as in an all-reduce: 2 (world - 1) / world of the tensors.
+    """
+    if world == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        padded = F.pad(flat, (0, -len(flat) % world))
+        received = torch.empty_like(padded)
+        distributed.all_to_all_single(received, padded, group=group)
+        total = _add(received.view(world, -1).unbind())
+        distributed.all_gather([*padded.view(world, -1).unbind()], total, group=group)
+        for tensor, part in zip(bucket, padded[: len(flat)].split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _add(parts: Sequence[Tensor]) -> Tensor:
+    """The sum from left to right."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one type, together about `BUCKET` elements."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        bucket, filled = [], 0
+        for tensor in (tensor for tensor in tensors if tensor.dtype == dtype):
+            bucket.append(tensor)
+            filled += tensor.numel()
+            if filled >= BUCKET:
+                yield bucket
+                bucket, filled = [], 0
+        if bucket:
+            yield bucket
+
+
+def local(tensor: Any) -> Tensor:
+    """What this process holds of a tensor: a part, where FSDP has sharded it."""
+    return tensor.detach() if type(tensor.data) is Tensor else tensor.to_local().detach()
 
 
 def rows_of(batch: Batch) -> int:

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from keifu import __version__
 from keifu.devices import device_name, same_kind
 from keifu.errors import UserError
+from keifu.processes import current
 from keifu.training.hardware import cost, failures
 from keifu.training.hardware.flops import synchronize
 from keifu.training.hardware.precision import resolve_dtype, tensor_float32
@@ -26,7 +28,7 @@ from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run
 from keifu.training.ranks import row_elements, rows_of
 from keifu.training.run import checkpoint
 from keifu.training.run import directory as run_directory
-from keifu.training.settings import Settings, as_chosen, check_resumed, compare, describe_settings
+from keifu.training.settings import Settings, as_chosen, check_resumed, compare, describe_settings, flat
 from keifu.training.trainer import DROPOUT, Trainer
 
 ADVICE = "lower micro_batch (it changes no loss), the length of the rows, or the model's size"
@@ -61,6 +63,7 @@ def set_up(
     length = _length(found, settings, run.directory) if found else Length(settings.steps)
     settings = replace(settings, steps=length.begun)
     described = describe_settings(settings, run.options, data.fingerprint)
+    check_alike(described)
     if found:
         _tell_changes(found, length, settings, described, tell)
     resolved = _as_resolved(found, device, tell) if found else {}
@@ -71,7 +74,7 @@ def set_up(
     rows = settings.micro_batch or resolved.get("micro_batch")
     with failures.explain_out_of_memory(ADVICE):
         measured = cost.estimate(trainer, batch, rows, ADVICE)
-    trainer.micro_batch = rows or measured.micro_batch
+    trainer.micro_batch = rows or current().same(measured.micro_batch)
     trainer.row_elements = resolved.get("row_elements", row_elements(batch))
     if found:
         trainer.state.load(found)
@@ -79,6 +82,19 @@ def set_up(
             tell("Dropout masks are sampled in another way than in the steps before, which an earlier version made.")
     every = _evaluate_every(settings, data, largest or (data.batch(0) if found else batch), tell)
     return Setup(trainer, measured, described, every)
+
+
+def check_alike(described: dict[str, Any]) -> None:
+    """A `UserError` where another process has other data, settings or versions than the first one."""
+    versions = {"keifu": __version__, "torch": torch.__version__}
+    here = flat({"version": versions, **described}) | {"data": described["data"]}
+    first, *others = map(json.loads, current().texts(json.dumps(here, default=str)))
+    for number, other in enumerate(others, 1):
+        if changed := compare(first, other):
+            raise UserError(
+                f"Process {number} has not what the first one has: {', '.join(changed)}. Start all of them from the "
+                "same files, with the same options and versions."
+            )
 
 
 def _evaluate_every(settings: Settings, data: Data, batch: Batch, tell: Callable[[str], None]) -> int:
@@ -186,8 +202,8 @@ def _seconds_a_step(trainer: Trainer, data: Data, budget: float) -> float:
         trainer.optimizers.update(dict.fromkeys(trainer.optimizers.all, 0.0))
         synchronize(trainer.device)
         spent = time.perf_counter() - start if step else 0.0
-        if step >= LEAST_STEPS and spent > budget:
-            return spent / step
+        if step >= LEAST_STEPS and current().same(spent > budget):
+            return current().same(spent / step)
     raise AssertionError("count() does not end")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keifu.processes import current
 from keifu.training.hardware.failures import Divergence
 from keifu.training.hardware.precision import LossScale
 from keifu.training.length import Length, with_plan
@@ -13,6 +14,8 @@ from keifu.training.optim.loss_spikes import SpikeState
 from keifu.training.optim.optimizers import Optimizers
 from keifu.training.protocols import LossOutput, OnPolicy
 from keifu.training.run import checkpoint
+
+OTHERS = ("data.", "sums.")  # tensors of a state that are neither the model's nor the optimizers'
 
 
 @dataclass
@@ -122,13 +125,18 @@ class TrainState:
         self._load(found)
 
     def _load(self, found: checkpoint.State) -> None:
-        checkpoint.load_into_model(self.model, found.tensors)
-        self.optimizers.load(_with_prefix("optimisers.", found.tensors))
+        tensors = found.tensors
+        if current().whole:
+            checkpoint.load_into_model(self.model, tensors)
+            self.optimizers.load(_with_prefix("optimisers.", tensors))
+        else:
+            self.optimizers.prime()
+            tensors = current().load(found.path, {n: t for n, t in self.tensors().items() if not n.startswith(OTHERS)})
         if self.optimizers.settings.minutes is not None:
             self.optimizers.length = with_plan(self.length, found.facts)
         if self.on_policy:
-            self.on_policy.load_state(_with_prefix("data.", found.tensors))
-        sums = _with_prefix("sums.", found.tensors)
+            self.on_policy.load_state(_with_prefix("data.", tensors))
+        sums = _with_prefix("sums.", tensors)
         self.sums = Sums.from_tensors(sums, next(self.model.parameters()).device) if sums else None
         self.divergence = Divergence(**found.facts["divergence"])
         self.step = found.step

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from keifu.devices import device_name
 from keifu.errors import UserError
 from keifu.layers.dropout import DropoutKeys
+from keifu.processes import current
 from keifu.training.grad_cache import WholeBatchObjective, whole_batch_outputs
 from keifu.training.hardware import failures
 from keifu.training.hardware.precision import LossScale, autocast, resolve_dtype
@@ -28,7 +29,6 @@ from keifu.training.settings import Settings
 from keifu.training.state import Sums, TrainState
 
 DROPOUT = "by row"  # how dropout masks are seeded; missing in states of earlier versions
-Parallelize = Callable[[nn.Module], nn.Module]
 
 
 class Gradient(NamedTuple):
@@ -58,9 +58,8 @@ class Trainer:
     """Trains a model by the gradient of its mean loss over each batch, however that is split.
 
     length, data: of a run that is resumed or whose data depend on the weights. dtype: of matrix products; unset: by the
-    settings. rank, world: the number of this process and the number of processes that share each batch (see `Ranks`).
-    parallelize: splits the `ObjectiveModule` of the model over the processes, as FSDP2's `fully_shard` does, and gives
-    it back.
+    settings. ranks: which rows of each batch this process computes; unset: as its processes say, which also split the
+    model.
 
     micro_batch: rows computed at a time; row_elements: the elements of a row for which that holds. Batches of shorter
     rows are split into micro-batches of more rows, with about the same number of elements. None: always so many rows.
@@ -75,19 +74,16 @@ class Trainer:
         length: Length | None = None,
         data: object = None,
         dtype: torch.dtype | None = None,
-        rank: int = 0,
-        world: int = 1,
-        parallelize: Parallelize | None = None,
+        ranks: Ranks | None = None,
     ):
         self.model, self.settings = model, settings
         self.device = next(model.parameters()).device
         self.dtype = dtype or resolve_dtype(settings.precision, self.device)
         self.objective = compile_objective(objective, self.device) if settings.compile else objective
         self.plain = objective  # not compiled, for the search for a number that is not finite
-        self.ranks = Ranks(rank, world)
-        module = ObjectiveModule(model)
-        self.module = parallelize(module) if parallelize else module
-        self.split = world > 1 or parallelize is not None
+        self.module = current().split(ObjectiveModule(model))
+        self.ranks = ranks or current().ranks or Ranks()
+        self.split = self.ranks.world > 1 or not current().whole
         self.micro_batch = settings.micro_batch or settings.batch_size
         self.row_elements: int | None = None
         self.dropout = DropoutKeys(model, settings.seed, self.device)
@@ -225,11 +221,11 @@ class Trainer:
     def _average(self, weight: Tensor) -> Tensor:
         """Divides the gradient of the sum by the number of elements and clips it, in one pass; gives the norm before
         clipping."""
-        gradients = [p.grad for p in self.optimizers.parameters.values() if p.grad is not None]
         weight = torch.where(weight > 0, weight, 1.0) * self.state.scale.value
         if self.split:
-            gradients, total = self.ranks.sum_gradients(gradients)
+            gradients, total = self.ranks.sum_gradients(self.optimizers.parameters)
         else:
+            gradients = [p.grad for p in self.optimizers.parameters.values() if p.grad is not None]
             total = torch.nn.utils.get_total_norm(gradients)
         norm = total / weight
         clip = self.settings.clip

@@ -5,8 +5,10 @@ checkpoint whole.
 """
 
 import json
+import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from keifu.checkpoints.registry import describe_as
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.errors import UserError
 from keifu.files import FULL, write_tensors
+from keifu.processes import current
 
 STAGE = ".saving-"
 ROLES = ("bos", "eos", "pad")
@@ -79,13 +82,17 @@ def _save_known(
     family, config = describe(own) if kind is None else describe_as(own, kind)
     if tokenizer is not None:
         check_tokenizer(tokenizer, own.vocab_size)
+    found = links(model, family.table(config))
+    if not current().first:  # it gives its parts of a split model, and does not write
+        for links_there in weight_places(family, found).values() if not current().whole else ():
+            deque(published_tensors(model, links_there), maxlen=0)
+        return
     stage = directory / f"{STAGE}{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for old in directory.glob(f"{STAGE}*"):  # left by a crash
             shutil.rmtree(old, ignore_errors=True)
         stage.mkdir()
-        found = links(model, family.table(config))
         for place, links_there in weight_places(family, found).items():
             _write_weights(model, links_there, stage / place, max_shard_bytes)
         dtype = name_of(next(model.parameters()).dtype)
@@ -107,7 +114,8 @@ def published_tensors(model: nn.Module, found: Sequence[Link]) -> Iterator[tuple
     """Every tensor of the file by its published name, on the CPU, in the model's order."""
     state = model.state_dict()
     for link in found:
-        yield from zip(link.theirs, link.split(state[link.ours].detach().cpu()), strict=True)
+        whole = current().join(link.ours, state[link.ours].detach())
+        yield from zip(link.theirs, link.split(whole.cpu()), strict=True)
 
 
 def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
@@ -126,7 +134,7 @@ def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
 def _write_weights(model: nn.Module, found: Sequence[Link], file: Path, limit: int | float) -> None:
     """Writes the weights as this file, or as shards of its name with their index."""
     state = model.state_dict()
-    each = {name: state[link.ours].nbytes * rows // sum(link.rows)
+    each = {name: _bytes(link.ours, state[link.ours]) * rows // sum(link.rows)
             for link in found for name, rows in zip(link.theirs, link.rows, strict=True)}  # fmt: skip
     groups = shards(each, limit)
     names = [f"{file.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
@@ -139,6 +147,12 @@ def _write_weights(model: nn.Module, found: Sequence[Link], file: Path, limit: i
         owner = {key: name for name, group in zip(names, groups, strict=True) for key in group}
         index = {"metadata": {"total_size": sum(each.values())}, "weight_map": owner}
         _write_json(file.with_name(f"{file.name}.index.json"), index)
+
+
+def _bytes(name: str, tensor: Tensor) -> int:
+    """The size of a tensor, of a split model the whole one's."""
+    layout = current().layout(name)
+    return math.prod(layout.shape if layout else tensor.shape) * tensor.element_size()
 
 
 def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path, file: str) -> None:

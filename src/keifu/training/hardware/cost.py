@@ -17,7 +17,7 @@ from keifu.errors import UserError
 from keifu.memory import available_memory
 from keifu.training.hardware import flops as peak
 from keifu.training.protocols import Batch, LossOutput
-from keifu.training.ranks import rows_of
+from keifu.training.ranks import local, rows_of
 from keifu.training.run.progress import format_bytes, format_count, format_seconds, number
 from keifu.training.trainer import Trainer
 
@@ -91,7 +91,7 @@ def activations(trainer: Trainer, batch: Batch) -> tuple[int, int]:
     if trainer.device.type == "cuda":
         backward(trainer, batch)  # allocates the gradients, and what libraries allocate once
         return peak_memory(lambda: backward(trainer, batch), trainer.device), 0
-    known = {p.untyped_storage().data_ptr() for p in [*trainer.model.parameters(), *trainer.model.buffers()]}
+    known = {local(p).untyped_storage().data_ptr() for p in [*trainer.model.parameters(), *trainer.model.buffers()]}
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -176,14 +176,9 @@ def _linear(trainer: Trainer, batch: Batch, rows: int) -> tuple[int, int]:
 def _optimizer(trainer: Trainer) -> tuple[int, float]:
     """Bytes of the optimizers' state and seconds of an update, by an update with rate 0, which is undone."""
 
-    def step() -> None:
-        for parameter in trainer.optimizers.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
-        trainer.optimizers.update(dict.fromkeys(trainer.optimizers.all, 0.0))
-
-    step()
+    trainer.optimizers.prime()
     kept = sum(tensor.nbytes for tensor in trainer.optimizers.state().values())
-    seconds = peak.time_call(step, trainer.device)
+    seconds = peak.time_call(trainer.optimizers.prime, trainer.device)
     trainer.optimizers.forget()
     return kept, seconds
 

@@ -18,12 +18,16 @@ STACK = 2**20  # elements that are worked on at once, so that they stay in a cor
 
 
 def orthogonalize(
-    x: Float[Tensor, "matrices rows columns"], coefficients: tuple[float, float, float], steps: int, eps: float
+    x: Float[Tensor, "matrices rows columns"],
+    coefficients: tuple[float, float, float],
+    steps: int,
+    eps: float,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "matrices rows columns"]:
-    """Newton-Schulz iteration on each matrix: singular values go to about 1 (Jordan et al., 2024), in bfloat16."""
+    """Newton-Schulz iteration on each matrix: singular values go to about 1 (Jordan et al., 2024: in bfloat16)."""
     a, b, c = coefficients
     tall = x.shape[1] > x.shape[2]
-    x = (x.mT if tall else x).bfloat16().contiguous()
+    x = (x.mT if tall else x).to(dtype).contiguous()
     x = x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
     for _ in range(steps):
         gram = x @ x.mT
@@ -43,11 +47,18 @@ class StackedMuon(torch.optim.Muon):
     """`torch.optim.Muon`, its settings, state and arithmetic, with a `step` over stacks of matrices of one shape.
 
     rows: the numbers of rows of the matrices that a joined parameter consists of; another one is a matrix as a whole.
+    dtype: of the products.
     """
 
-    def __init__(self, params: Iterable[Any], rows: Mapping[Tensor, tuple[int, ...]] | None = None, **settings: Any):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        rows: Mapping[Tensor, tuple[int, ...]] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        **settings: Any,
+    ):
         super().__init__(params, **settings)
-        self.rows = rows or {}
+        self.rows, self.dtype = rows or {}, dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -70,7 +81,8 @@ class StackedMuon(torch.optim.Muon):
         weights, gradients, means = map(list, zip(*stack, strict=True))
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])  # pyright: ignore
         updates = torch._foreach_lerp(gradients, means, group["momentum"])  # pyright: ignore (Nesterov's)
-        directions = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        how = group["ns_coefficients"], group["ns_steps"], group["eps"], self.dtype
+        directions = orthogonalize(torch.stack(updates), *how)
         rate, (rows, columns) = group["lr"], weights[0].shape
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])  # pyright: ignore
         steps = directions.to(weights[0].dtype) * -(rate * max(1, rows / columns) ** 0.5)

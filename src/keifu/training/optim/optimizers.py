@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Adadelta, AdamW, Optimizer
 
 from keifu.layers.linear import JoinedLinear
+from keifu.processes import current
 from keifu.training.length import Length
 from keifu.training.optim.adafactor import Adafactor
 from keifu.training.optim.muon import StackedMuon
 from keifu.training.optim.weight_averaging import MovingAverage
+from keifu.training.ranks import local
 from keifu.training.settings import Settings
 
 Rows = tuple[int, ...]
@@ -71,11 +73,34 @@ class Optimizers:
         for kind, rate in zip(self.all, rates.values(), strict=True):
             for group in self.all[kind].param_groups:
                 group["lr"] = rate * group.get("share", 1.0)
-        for optimizer in self.all.values():
-            optimizer.step()
+        for kind, optimizer in self.all.items():
+            if kind in OF_WHOLE_MATRICES and not current().whole:
+                self._update_whole(kind, optimizer)
+            else:
+                optimizer.step()
         if self.average:
             self.average.update()
         self.drop_gradients()
+
+    @torch.no_grad()
+    def _update_whole(self, kind: str, optimizer: Optimizer) -> None:
+        """Updates the parameters of a split model, each as a whole: its processes join it, and keep their parts."""
+        processes = current()
+        for group in optimizer.param_groups:
+            options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if p.grad is None:
+                    continue
+                whole = nn.Parameter(processes.join(name, p.detach()).clone())
+                whole.grad = processes.join(name, p.grad)
+                alone = KINDS[kind]([(name, whole)], self.settings, {whole: processes.layout(name).parts})
+                alone.param_groups[0].update(options)
+                alone.state[whole] = {key: processes.join(name, part) for key, part in optimizer.state[p].items()}
+                alone.step()
+                local(p).copy_(processes.take(name, whole.detach()))
+                optimizer.state[p] = {
+                    key: processes.take(name, part) if part.dim() else part for key, part in alone.state[whole].items()
+                }
 
     def averaged(self) -> AbstractContextManager[None]:
         """A block in which the model has the moving average of its weights, where one is kept."""
@@ -117,6 +142,12 @@ class Optimizers:
             found.setdefault(f"{kind}.{whole}.{field}", []).append(tensor)
         return {key: torch.cat(parts) if parts[0].dim() else parts[0] for key, parts in found.items()}
 
+    def prime(self) -> None:
+        """Makes all state, to be filled: an update by nothing."""
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.update(dict.fromkeys(self.all, 0.0))
+
     def forget(self) -> None:
         """Resets all state, as before the first step."""
         for optimizer in self.all.values():
@@ -155,12 +186,14 @@ def _adafactor(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> Adafactor
 
 
 def _muon(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> StackedMuon:
-    return StackedMuon(named, rows, lr=s.matrix_rate, weight_decay=s.weight_decay, momentum=s.momentum)
+    dtype = torch.float32 if s.precision == "float32" else torch.bfloat16
+    return StackedMuon(named, rows, dtype, lr=s.matrix_rate, weight_decay=s.weight_decay, momentum=s.momentum)
 
 
 KINDS: dict[str, Callable[[Named, Settings, dict[Tensor, Rows]], Optimizer]] = {
     "adamw": _adamw, "adadelta": _adadelta, "adafactor": _adafactor, "muon": _muon,
 }  # fmt: skip
+OF_WHOLE_MATRICES = ("muon", "adafactor")  # whose update of a number depends on the others of its matrix
 FUSED = ("cpu", "cuda", "mps")  # devices that AdamW is fused on
 COUNTED_BY_THE_HOST = ("adadelta", "adafactor")
 

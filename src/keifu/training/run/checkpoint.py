@@ -7,12 +7,14 @@ generators is not stored: each step has its own seed.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from keifu import __version__
 from keifu.errors import UserError
 from keifu.files import read_json_object, replacing, sha256, write_atomic, write_tensors
+from keifu.processes import current
 
 FOLDER = "state"
 FORMAT = 2  # of the JSON file; 1, of versions before 0.2, says neither this nor its own hash
@@ -28,11 +31,12 @@ OF_FORMAT_1 = {"sha256": str, "described": dict, "resolved": dict, "divergence":
 
 @dataclass(frozen=True)
 class State:
-    """A state read from disk: the steps done, the content of its JSON file, and its tensors."""
+    """A state read from disk: the steps done, the content of its JSON file, its tensors, and where these are."""
 
     step: int
     facts: dict[str, Any]
     tensors: dict[str, Tensor]
+    path: Path = Path()
 
 
 def save(
@@ -55,15 +59,23 @@ def save(
     with replacing(tensor_file) as temporary:
         write_tensors(tensors, temporary)
         digest = sha256(temporary)
-    content = {"step": step, "sha256": digest, "format": FORMAT, "version": __version__, **facts}
+    commit(directory, step, {"sha256": digest, **facts}, keep, reach, due)
+    return digest
+
+
+def commit(
+    directory: Path, step: int, facts: Mapping[str, Any], keep: int, reach: int = 0,
+    due: Callable[[int], bool] = lambda step: True,
+) -> None:  # fmt: skip
+    """Writes the JSON file of a state whose tensors are on disk, and removes old ones (see `save`)."""
+    content = {"step": step, "format": FORMAT, "version": __version__, **facts}
     content["facts_sha256"] = _hash(content)
-    write_atomic(facts_file, json.dumps(content, indent=1, ensure_ascii=False))
+    write_atomic(_files(directory, step)[1], json.dumps(content, indent=1, ensure_ascii=False))
     kept = [other for other in steps(directory) if other < step and due(other)]
     oldest = [*kept, step][-keep:][0] - reach if due(step) else 0
     for other in steps(directory):
         if other > step or other < oldest or (due(step) and other < step and not due(other)):
             remove(directory, other)
-    return digest
 
 
 def _hash(facts: Mapping[str, Any]) -> str:
@@ -111,6 +123,7 @@ def remove(directory: Path, step: int) -> None:
     """Removes a state, the JSON file first, so that the rest is not taken for a complete state after a crash."""
     for path in reversed(_files(directory, step)):
         path.unlink(missing_ok=True)
+    shutil.rmtree(folder(directory, step), ignore_errors=True)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -134,21 +147,30 @@ def load_into_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         tensor.copy_(theirs[name])
 
 
+def folder(directory: Path, step: int) -> Path:
+    """Where a state of a split model lies, with a file for each process; another one's file has this name too."""
+    return directory / FOLDER / f"step-{step:08d}"
+
+
 def _files(directory: Path, step: int) -> tuple[Path, Path]:
-    stem = directory / FOLDER / f"step-{step:08d}"
+    stem = folder(directory, step)
     return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
 
 
 def read(directory: Path, step: int) -> State:
-    """The state of a step; a damaged or incomplete one is a `UserError` that names the file."""
+    """The state of a step; a damaged or incomplete one is a `UserError` that names the file. Where the model is split,
+    each process reads its parts when it loads the state."""
     tensor_file, facts_file = _files(directory, step)
     facts = _facts(facts_file, step)
+    if "files" in facts:
+        return _read_parts(folder(directory, step), step, facts)
     if not tensor_file.exists():
         raise UserError(f"{tensor_file} is missing.")
     if sha256(tensor_file) != facts["sha256"]:
         raise UserError(f"{tensor_file} is damaged: its hash is not the one stored.")
     try:
-        return State(step, facts, load_file(tensor_file))
+        tensors = load_file(tensor_file) if current().whole else {}
+        return State(step, facts, tensors, tensor_file)
     except SafetensorError as error:
         raise UserError(f"{tensor_file} is damaged: {error}.") from None
 
@@ -168,3 +190,26 @@ def _facts(path: Path, step: int) -> dict[str, Any]:
     if not whole or facts.get("step") != step:
         raise UserError(f"{path} is damaged: {'its hash is not the one stored' if form > 1 else 'parts are missing'}.")
     return facts
+
+
+def _read_parts(place: Path, step: int, facts: dict[str, Any]) -> State:
+    """A state that several processes have written, for one that holds the whole model."""
+    for name, digest in facts["files"].items():
+        if not (place / name).exists():
+            raise UserError(f"{place / name} is missing.")
+        if current().first and sha256(place / name) != digest:
+            raise UserError(f"{place / name} is damaged: its hash is not the one stored.")
+    if not current().whole:
+        return State(step, facts, {}, place)
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    reader = HuggingFaceStorageReader(str(place))
+    known: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {name: torch.empty(md.size, dtype=md.properties.dtype) for name, md in known.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
+    parts = sorted((name for name in tensors if "#" in name), key=lambda name: int(name.rpartition("#")[2]))
+    joined: dict[str, list[Tensor]] = {}
+    for name in parts:
+        joined.setdefault(name.rpartition("#")[0], []).append(tensors.pop(name))
+    return State(step, facts, tensors | {name: torch.cat(each) for name, each in joined.items()}, place)

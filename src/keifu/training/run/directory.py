@@ -5,7 +5,6 @@ alone is enough to resume. A run of several parts has a subdirectory for each.
 """
 
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 
 from keifu.errors import UserError
 from keifu.files import hold, read_json_object, remove_left, sha256, write_atomic
+from keifu.processes import current
 from keifu.training.hardware.precision import processor_name
 from keifu.training.protocols import Run
 from keifu.training.run import checkpoint, metrics
@@ -35,7 +35,7 @@ def owned(directory: Path) -> Iterator[None]:
 
     Of several processes that share a run (torchrun), the first holds it for all.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not current().first:
         yield
         return
     with hold(directory) as first:
@@ -51,7 +51,7 @@ def owned(directory: Path) -> Iterator[None]:
 
 def claim_directory(run: Run) -> None:
     """Makes sure that a new run overwrites no other one (a `UserError`); `run.replace` removes the other one."""
-    if run.resume:
+    if run.resume or not current().first:
         return
     if (steps := checkpoint.steps(run.directory)) and not run.replace:
         raise UserError(
@@ -79,8 +79,9 @@ def write_recipe(run: Run, facts: Mapping[str, Any], steps: int) -> None:
 
 
 def write(directory: Path, content: Mapping[str, Any]) -> None:
-    """Writes recipe.json."""
-    write_atomic(directory / RECIPE, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+    """Writes recipe.json, where this is the first process."""
+    if current().first:
+        write_atomic(directory / RECIPE, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def read_recipe(directory: Path) -> dict[str, Any]:
@@ -148,6 +149,9 @@ def check_free(directory: Path) -> None:
 def replaced(directory: Path) -> Iterator[None]:
     """A block in which a new run replaces the one in the directory; the old one is restored if the new one fails before
     it has saved a state."""
+    if not current().first:
+        yield
+        return
     _move(directory, directory / MOVING)
     if (directory / MOVING).exists():
         (directory / MOVING).rename(directory / BEFORE)
@@ -185,6 +189,8 @@ def _files(directory: Path) -> list[Path]:
 
 def forget(directory: Path) -> None:
     """Removes the record of a run that failed before its first step, and the directory if it is then empty."""
+    if not current().first:
+        return
     if read_recipe(directory).keys() == {RECORD}:
         (directory / RECIPE).unlink()
     with suppress(OSError):

@@ -1,6 +1,7 @@
 """Metrics of a run: lines of JSON in metrics.jsonl, and the same to TensorBoard and Weights & Biases."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from keifu.errors import UserError
 from keifu.files import FULL, write_atomic
+from keifu.processes import current
 
 FILE = "metrics.jsonl"
 
@@ -30,15 +32,17 @@ class Metrics:
     """Appends to metrics.jsonl and to the sinks; a reader always sees complete lines. A context manager.
 
     On resuming, lines that are later than the loaded state (of `step` steps, with `skipped` batches skipped in rewinds)
-    are dropped. When the disk is full, lines stay in memory until there is space.
+    are dropped. Only the first of several processes writes. When the disk is full, lines stay in memory until there is
+    space.
     """
 
     def __init__(self, directory: Path, sinks: list[Sink], step: int, skipped: int = 0):
         self.path, self.sinks = directory / FILE, sinks
         lines, self.damaged = read_lines(directory)
         self.before = [line for line in lines if (line.get("skipped", 0), line["step"]) <= (skipped, step)]
-        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.before))
-        self.file = self.path.open("ab", buffering=0)
+        if current().first:
+            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.before))
+        self.file = (self.path if current().first else Path(os.devnull)).open("ab", buffering=0)
         self.pending = b""
 
     def write(self, step: int, figures: dict[str, float | int]) -> None:
@@ -140,9 +144,9 @@ class WeightsAndBiases:
 def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, Any]) -> list[Sink]:
     """The sinks of the settings; a missing package is a `UserError`."""
     wanted: list[Sink] = []
-    if tensorboard:
+    if tensorboard and current().first:
         wanted.append(TensorBoard(directory))
-    if wandb:
+    if wandb and current().first:
         wanted.append(WeightsAndBiases(directory, described))
     return wanted
 

@@ -1,0 +1,165 @@
+"""States of a split model, by torch's distributed checkpoints: each process writes and reads its parts as safetensors.
+
+A state is written by a thread while training goes on, beside its name; its JSON file comes last. The matrices of a
+joined parameter are stored as `name#0`, `name#1`, ..., so that any mesh can read them, and one process too.
+"""
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from keifu.distributed.pod import Pod
+from keifu.errors import UserError
+from keifu.files import sha256
+from keifu.training.ranks import local as local_part
+from keifu.training.run import checkpoint
+
+
+class Chunks(Tensor):
+    """A part of a larger tensor as torch's checkpoints know it: chunks, by their offsets in the whole."""
+
+    chunks: dict[torch.Size, Tensor]
+    whole: torch.Size
+
+    @classmethod
+    def of(cls, chunks: Mapping[tuple[int, ...], Tensor], whole: tuple[int, ...]) -> "Chunks":
+        """Chunks by their offsets."""
+        made = torch.Tensor._make_subclass(cls, torch.empty(0))
+        made.chunks = {torch.Size(place): chunk for place, chunk in chunks.items()}
+        made.whole = torch.Size(whole)
+        return made
+
+    def __create_write_items__(self, name: str, tensor: "Chunks") -> list[WriteItem]:
+        return [
+            WriteItem(
+                MetadataIndex(name, place), WriteItemType.SHARD,
+                tensor_data=TensorWriteData(ChunkStorageMetadata(place, chunk.shape),
+                                            TensorProperties.create_from_tensor(chunk), self.whole),
+            )
+            for place, chunk in self.chunks.items()
+        ]  # fmt: skip
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(place, chunk.shape) for place, chunk in self.chunks.items()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.chunks[torch.Size(index.offset or ())]
+
+
+class States:
+    """Writes the states of a run whose model is split over a pod; `main`: whether this process is the first."""
+
+    def __init__(self, main: bool):
+        self.main = main
+        self.group: Any = distributed.new_group(backend="gloo")  # the thread's own, beside those of training
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def save(
+        self, pod: Pod, directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int,
+        reach: int, due: Callable[[int], bool],
+    ) -> None:  # fmt: skip
+        """Copies the tensors, and lets a thread write them; where the state before could not be written, an error."""
+        self.flush()
+        if self.main:
+            shutil.rmtree(_beside(checkpoint.folder(directory, step)), ignore_errors=True)
+        distributed.barrier(self.group)
+        copies = {
+            name: chunks if not isinstance(chunks, Chunks) else _copy(chunks)
+            for name, chunks in chunked(pod, tensors, apart=True).items()
+        }
+        commit = partial(checkpoint.commit, directory, step, keep=keep, reach=reach, due=due)
+        where = checkpoint.folder(directory, step)
+        self.thread = threading.Thread(target=self._write, args=(where, copies, dict(facts), commit))
+        self.thread.start()
+
+    def flush(self) -> None:
+        """Waits until the last state is on disk; a `UserError` where it is not."""
+        if self.thread:
+            self.thread.join()
+        error, self.thread, self.error = self.error, None, None
+        if isinstance(error, dcp.api.CheckpointException):
+            number, (reason, _) = next(iter(error.failures.items()))
+            raise UserError(f"Process {number} could not write its part of the state: {reason}.") from error
+        if error:
+            raise UserError(f"The state could not be written: {error}.") from error
+
+    def _write(
+        self, folder: Path, copies: dict[str, Any], facts: dict[str, Any], commit: Callable[..., None]
+    ) -> None:  # fmt: skip
+        part = _beside(folder)
+        try:
+            writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+            dcp.save(copies, storage_writer=writer, process_group=self.group)  # pyright: ignore
+            if self.main:
+                shutil.rmtree(folder, ignore_errors=True)
+                part.rename(folder)
+                files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+                commit({"files": files, **facts})
+        except BaseException as error:
+            self.error = error
+
+
+def load(pod: Pod, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fills tensors with this process's parts of a state, a folder or a file; gives the state's other ones, whole."""
+    with tempfile.TemporaryDirectory() as place:
+        if path.is_file():  # a state of one process
+            Path(place, path.name).symlink_to(path.resolve())
+        reader = HuggingFaceStorageReader(str(place if path.is_file() else path))
+        known: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        wanted: dict[str, Any] = chunked(pod, tensors, apart=path.is_dir())
+        if missing := sorted(wanted.keys() - known.keys()):
+            raise UserError(f"The state does not fit the model: it has no {', '.join(missing)}.")
+        others = {name: torch.empty(md.size, dtype=md.properties.dtype) for name, md in known.items()
+                  if name not in wanted}  # fmt: skip
+        dcp.load(wanted | others, storage_reader=reader, no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
+    return others
+
+
+def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, Tensor]:
+    """Tensors of a run by the names of a state, as parts of the whole ones; apart: joined matrices as one name each."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        owner = next((part for part in (_inner(name), _inner(name).rpartition(".")[0]) if part in pod.layouts), "")
+        local = local_part(tensor)
+        if not owner or not local.dim():
+            found[name] = local
+            continue
+        layout, chunks = pod.layouts[owner], {}
+        starts = [min(rows[number].start for rows in layout.rows) for number in range(len(layout.parts))]
+        for piece in layout.pieces(*pod.place):
+            several = apart and len(starts) > 1
+            key = f"{name}#{piece.part}" if several else name
+            place = (piece.row - several * starts[piece.part], piece.column, *layout.shape[2:])[: local.dim()]
+            place = (*place[:2], *[0] * (local.dim() - 2))
+            chunks.setdefault(key, {})[place] = local[piece.start : piece.stop]
+        for key, parts in chunks.items():
+            rows = layout.parts[int(key.rpartition("#")[2])] if key != name else layout.shape[0]
+            found[key] = Chunks.of(parts, (rows, *layout.shape[1:]))
+    return found
+
+
+def _inner(name: str) -> str:
+    """The name of the parameter in `model.NAME`, `optimisers.average.NAME` and `optimisers.KIND.NAME`."""
+    first, _, rest = name.partition(".")
+    return rest if first == "model" else rest.partition(".")[2]
+
+
+def _beside(folder: Path) -> Path:
+    """Where a state is written before it is whole."""
+    return folder.with_name(f".{folder.name}.part")
+
+
+def _copy(chunks: Chunks) -> Chunks:
+    return Chunks.of({place: chunk.detach().cpu().clone() for place, chunk in chunks.chunks.items()}, chunks.whole)

@@ -1,0 +1,128 @@
+"""What is said when one of several processes fails, hangs or dies: one sentence, by the first process.
+
+Each process gives a sign of life twice a second. One that fails leaves its sentence in the store. One that only sees
+that another has gone waits for that one's sentence, or finds out which gives no more signs.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+from torch import distributed
+
+from keifu.errors import UserError
+from keifu.processes import Processes
+
+BEAT = 0.5  # seconds between signs of life
+GRACE = 5.0  # seconds that another process has to say why it failed
+FAILED, SHOWN = "failed", "shown"
+
+
+class Lost(UserError):
+    """Another process failed, or gave no sign of life."""
+
+
+@contextmanager
+def explained(group: Processes, store: Any, explain: Callable[[Exception], str | None]) -> Iterator[None]:
+    """A block that all processes run: where one fails, the first one says which and why, and all end.
+
+    explain: an exception as a sentence; None where it is no error of the user's.
+    """
+    signs = Signs(group.number, group.count, store.clone())
+    signs.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        signs.stop()
+        if group.first:
+            raise Lost(signs.reason()) from error if exchange_failed(error) else error
+        signs.leave(error, explain)
+        raise SystemExit(1) from error
+    finally:
+        signs.stop()
+        if group.first:
+            signs.store.set(SHOWN, "")
+
+
+def exchange_failed(error: BaseException | None) -> bool:
+    """Whether an exception says that another process could not be reached."""
+    while error is not None:
+        named = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Gloo"))
+        if named or isinstance(error, distributed.DistError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class Signs:
+    """The signs of life of the processes, in a thread with its own connection to the store."""
+
+    def __init__(self, number: int, count: int, store: Any):
+        self.number, self.count, self.store = number, count, store
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._beat, name="keifu-signs", daemon=True)
+
+    def start(self) -> None:
+        """Begins to give them; the first process also looks whether another one has failed."""
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Gives no more."""
+        self.ended.set()
+
+    def leave(self, error: Exception, explain: Callable[[Exception], str | None]) -> None:
+        """Leaves the sentence of this process, and waits until the first process has shown it."""
+        if not exchange_failed(error):
+            text = explain(error) or "".join(traceback.format_exception(error))
+            self.store.set(FAILED, json.dumps([self.number, text]))
+        with suppress(distributed.DistError):
+            self.store.wait([SHOWN], timedelta(seconds=2 * GRACE))
+
+    def reason(self) -> str:
+        """Why the exchange with other processes failed."""
+        before, end = self._counts(), time.monotonic() + GRACE
+        while time.monotonic() < end:
+            if self.store.check([FAILED]):
+                return self._sentence()
+            time.sleep(BEAT / 5)
+        after = self._counts()
+        others = range(1, self.count)
+        gone = [n for n in others if before[n] == after[n]]
+        steps = [int(self._text(f"step/{n}") or -1) for n in range(self.count)]
+        late = gone or [n for n in others if steps[n] < max(steps)] or [*others]
+        names = ", ".join(map(str, late))
+        what = "has died or stands still" if gone else "did not answer within the time limit"
+        return (
+            f"Process {names} of {self.count} (counted from 0) {what}, at step {max(steps) + 1:,}: start again with "
+            "--resume, or let torchrun do so (--max-restarts)."
+        )
+
+    def _beat(self) -> None:
+        beats = 0
+        with suppress(distributed.DistError):  # the store goes with the process that holds it
+            while not self.ended.wait(BEAT):
+                beats += 1
+                self.store.set(f"alive/{self.number}", str(beats))
+                if self.number == 0 and self.store.check([FAILED]) and not self.ended.wait(GRACE):
+                    print(self._sentence(), file=sys.stderr, flush=True)
+                    self.store.set(SHOWN, "")
+                    os._exit(1)  # the main thread waits for a process that will not come
+
+    def _counts(self) -> list[str]:
+        return [self._text(f"alive/{number}") for number in range(self.count)]
+
+    def _text(self, key: str) -> str:
+        return self.store.get(key).decode() if self.store.check([key]) else ""
+
+    def _sentence(self) -> str:
+        number, text = json.loads(self.store.get(FAILED))
+        return f"Process {number} of {self.count} (counted from 0): {text}"

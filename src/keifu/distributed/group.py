@@ -1,0 +1,140 @@
+"""This process as one of several that train a model: its place in the mesh, and what the processes agree on.
+
+They exchange tensors through torch.distributed, and short texts through its store.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from keifu.devices import choose
+from keifu.distributed import checkpoint
+from keifu.distributed.launch import is_restart
+from keifu.distributed.mesh import Mesh
+from keifu.distributed.parallelize import parallelize
+from keifu.distributed.pod import Pod
+from keifu.distributed.tensor import tensor_parallel
+from keifu.processes import Processes, use
+from keifu.training.ranks import Ranks
+
+KEPT = 100  # values that stay in the store
+
+
+class Group(Processes):
+    """One of `count` processes, with its mesh."""
+
+    def __init__(self, mesh: Mesh, store: Any, number: int, count: int, device: torch.device):
+        self.mesh, self.store, self.number, self.count = mesh, store, number, count
+        self.shape = pods, shard, tensor = mesh.fit(count, fewer=is_restart())
+        self.whole = shard == tensor == 1
+        self.devices = init_device_mesh(device.type, (pods, shard, tensor), mesh_dim_names=self.shape._fields)
+        numbers = torch.arange(count).view(self.shape)
+        self.data_group = None if tensor == 1 else _own([*numbers.flatten(0, 1).T], number)
+        self.pod_group = None if pods == 1 else _own([*numbers.flatten(1)], number)
+        self.states = checkpoint.States(self.first)
+        self.values = 0
+        self.modules: dict[int, Any] = {}
+        self.pod: Pod | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        pods, shard, tensor = self.shape
+        pods_group = None if self.whole else self.devices.get_group("pods")
+        return Ranks(self.number // tensor, pods * shard, self.data_group, pods, pods_group, self.pod)
+
+    def wait(self) -> None:
+        distributed.all_reduce(torch.zeros(1))
+
+    def same(self, value: Any) -> Any:
+        self.values += 1
+        if self.first:
+            self.store.set(f"value/{self.values}", json.dumps(value))
+            self.store.delete_key(f"value/{self.values - KEPT}")
+            return value
+        return json.loads(self.store.get(f"value/{self.values}"))
+
+    def texts(self, text: str) -> list[str]:
+        self.values += 1
+        self.store.set(f"text/{self.values}/{self.number}", text)
+        numbers = range(self.count) if self.first else ()
+        return [self.store.get(f"text/{self.values}/{number}").decode() for number in numbers] or [text]
+
+    def begin(self, step: int) -> None:
+        self.store.set(f"step/{self.number}", str(step))
+
+    def split(self, module: Any) -> nn.Module:
+        if self.whole and not self.mesh.activation_checkpointing and not self.mesh.compile_blocks:
+            return module
+        if id(module.model) not in self.modules:
+            layouts, partial = {}, set()
+            if self.shape.tensor > 1:
+                place = self.devices["tensor"]
+                found = place.get_group(), place.get_local_rank(), place.size()
+                layouts, partial = tensor_parallel(module.model, *found)
+            self.modules[id(module.model)] = parallelize(module, self.mesh, self.devices)
+            if not self.whole:
+                self.pod = Pod(module.model, self.devices, self.pod_group, layouts, partial)
+        return self.modules[id(module.model)]
+
+    def join(self, name: str, tensor: Any) -> Any:
+        return tensor if self.pod is None else self.pod.join(name, tensor)
+
+    def take(self, name: str, whole: Any) -> Any:
+        return whole if self.pod is None else self.pod.take(name, whole)
+
+    def save(self, *state: Any) -> None:
+        assert self.pod
+        self.states.save(self.pod, *state)
+
+    def flush(self) -> None:
+        self.states.flush()
+
+    def load(self, path: Any, tensors: Any) -> dict[str, Any]:
+        assert self.pod
+        return checkpoint.load(self.pod, path, tensors)
+
+    def layout(self, name: str) -> Any:
+        return None if self.pod is None else self.pod.layouts.get(name)
+
+
+def _own(groups: list[torch.Tensor], number: int) -> Any:
+    """Of these groups of processes, which all make together, the one that this process is in."""
+    made = [(distributed.new_group(members.tolist()), members) for members in groups]
+    return next(group for group, members in made if number in members)
+
+
+@contextmanager
+def join(mesh: Mesh) -> Iterator[Group]:
+    """Makes this process one of those that torchrun has started, in this block. Only the first one prints."""
+    place = int(os.environ.get("LOCAL_RANK", 0))
+    device = choose()
+    if device.type == "cuda":
+        torch.cuda.set_device(place)
+    limit = timedelta(seconds=mesh.time_limit)
+    store, number, count = next(rendezvous("env://", timeout=limit))
+    store.set_timeout(limit)
+    if number and os.environ.get("KEIFU_DEBUG") != "1":
+        _silence()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
+    group = Group(mesh, store, number, count, device)
+    with use(group):
+        yield group
+        group.wait()
+    distributed.destroy_process_group()  # after an error the others may not answer
+
+
+def _silence() -> None:
+    """What this process prints goes nowhere from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())

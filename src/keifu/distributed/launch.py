@@ -1,0 +1,62 @@
+"""Starting the processes of one machine, as torchrun does, and running work in each of them.
+
+torchrun sets the environment variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: where they are there, this is one
+of several processes.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from keifu.distributed.mesh import Mesh
+from keifu.errors import UserError
+
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+ENDING = 120  # seconds that processes have to save their state after Ctrl-C
+VOLUME = ("-q", "--quiet", "-v", "--verbose")
+
+
+def is_started() -> bool:
+    """Whether torchrun, or `start`, has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_restart() -> bool:
+    """Whether this process takes the place of one that died."""
+    return int(os.environ.get(RESTARTS, 0)) > 0
+
+
+def together(mesh: Mesh, work: Callable[[], None], explain: Callable[[Exception], str | None]) -> None:
+    """Does the work as one of the processes that torchrun has started."""
+    from keifu.distributed.failures import explained
+    from keifu.distributed.group import join
+
+    with join(mesh) as group, explained(group, group.store, explain):
+        work()
+
+
+def start(processes: int, restarts: int, words: Sequence[str]) -> None:
+    """Runs `keifu` with these words on so many processes of this machine, again at most `restarts` times where one
+    dies; exits as they do."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    volume = [word for word in sys.argv[1:] if word in VOLUME]
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        run_id=f"keifu-{os.getpid()}", max_restarts=restarts, shutdown_timeout=ENDING,
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-m", "keifu", *words, *volume)
+    except SignalException as stop:
+        raise SystemExit(128 + int(stop.sigval)) from stop
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            raise UserError(f"Process {number} of {processes} was ended by {name}; go on with --resume.") from None
+        raise SystemExit(failure.exitcode) from None

@@ -1,0 +1,59 @@
+"""The mesh: how many processes share a model, and how. Options of `keifu train`, and how they fit the processes."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from keifu.errors import UserError
+
+
+class Shape(NamedTuple):
+    """Processes along each axis of the mesh. Neighbours in number are neighbours along `tensor`."""
+
+    pods: int
+    shard: int
+    tensor: int
+
+    def __str__(self) -> str:
+        return " × ".join(f"{name} {size}" for name, size in self._asdict().items())
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How several processes share the training of a model. Where nothing is given, each holds the whole model and
+    computes a part of each batch."""
+
+    pods: int | None = None
+    """Copies of the model: pods exchange gradients once a step. Unset: as many as the processes allow."""
+    shard: int | None = None
+    """Processes that share the weights, gradients and optimizer states of a copy (FSDP). Unset: 1, or where pods are
+    given, all of a pod."""
+    tensor: int = 1
+    """Processes that share each matrix product of a Transformer (tensor, sequence and loss parallelism)."""
+    activation_checkpointing: bool = False
+    """Compute the activations of each block again in the backward pass: less memory, a third more computation."""
+    offload: bool = False
+    """Keep sharded weights and optimizer states in the host's memory (with shard, on GPUs)."""
+    compile_blocks: bool = False
+    """Compile each block with torch.compile."""
+    time_limit: int = 600
+    """Seconds that a process waits for another one before the run is given up."""
+
+    @property
+    def asks(self) -> int:
+        """The number of processes that it takes, as far as it says."""
+        return (self.pods or 1) * (self.shard or 1) * self.tensor
+
+    def fit(self, count: int, fewer: bool = False) -> Shape:
+        """The shape on so many processes; a `UserError` where they do not fit. fewer: after a restart, which may have
+        fewer pods."""
+        shard = self.shard or (max(1, count // (self.pods * self.tensor)) if self.pods else 1)
+        pods = self.pods or count // (shard * self.tensor)
+        if fewer and count % (shard * self.tensor) == 0:
+            pods = min(pods, count // (shard * self.tensor))
+        shape = Shape(pods, shard, self.tensor)
+        if pods * shard * self.tensor != count:
+            raise UserError(
+                f"The mesh does not fit: {shape} are {max(pods, 1) * shard * self.tensor} processes or a multiple of "
+                f"{shard * self.tensor}, and there are {count}; change --processes or the mesh."
+            )
+        return shape

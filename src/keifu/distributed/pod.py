@@ -1,0 +1,92 @@
+"""The processes of a pod, which a model is split over: their parts of every parameter, and what they add up."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+
+from keifu.distributed.layout import Layout
+from keifu.layers.linear import JoinedLinear
+
+
+class Pod:
+    """A model that is split over the axes `shard` and `tensor` of a device mesh, whose processes are `group`.
+
+    layouts: of the parameters that are split along `tensor`. partial: the names of those whose gradients each process
+    there has computed a part of.
+    """
+
+    def __init__(self, model: nn.Module, devices: Any, group: Any, layouts: Mapping[str, Layout], partial: set[str]):
+        self.group, self.partial = group, partial
+        shard, tensor = devices["shard"], devices["tensor"]
+        self.place = shard.get_local_rank(), tensor.get_local_rank()
+        self.places = [*product(range(shard.size()), range(tensor.size()))]
+        self.tensor_group, self.size = tensor.get_group(), tensor.size()
+        joined = {id(p): m.parts for m in model.modules() if isinstance(m, JoinedLinear) for p in m.parameters(False)}
+        self.layouts = {
+            name: replace(
+                layouts.get(name) or Layout.whole(p, self.size, joined.get(id(p), ())),
+                shards=shard.size() if isinstance(p, DTensor) else 1,
+            )
+            for name, p in model.named_parameters()
+        }
+
+    def join(self, name: str, tensor: Tensor) -> Tensor:
+        """The whole of a tensor that belongs to a parameter; of others, and of numbers without axes, the tensor."""
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        known = name in self.layouts and tensor.dim()
+        return self.layouts[name].join(local, self.places, self.group) if known else local
+
+    def take(self, name: str, whole: Tensor) -> Tensor:
+        """This process's part of such a tensor."""
+        return self.layouts[name].take(whole, *self.place)
+
+    def complete(self, gradients: Mapping[str, Tensor]) -> None:
+        """Sums over the axis `tensor` what its processes have computed parts of: gradients of what is in the blocks and
+        not split, and of heads of keys and values that several processes have."""
+        if self.size == 1:
+            return
+        from keifu.training.ranks import sum_in_order
+
+        sum_in_order([gradient for name, gradient in gradients.items() if name in self.partial],
+                     self.size, self.tensor_group)  # fmt: skip
+        for name, gradient in gradients.items():
+            pieces = [set(self.layouts[name].pieces(self.place[0], tensor)) for tensor in range(self.size)]
+            if name not in self.partial and len(set.union(*pieces)) < sum(map(len, pieces)) and self._split(name):
+                found = [torch.empty_like(gradient) for _ in range(self.size)]
+                distributed.all_gather(found, gradient.contiguous(), group=self.tensor_group)
+                for piece in pieces[self.place[1]]:
+                    parts = [part[piece.start : piece.stop] for part, own in zip(found, pieces, strict=True)
+                             if piece in own]  # fmt: skip
+                    gradient[piece.start : piece.stop] = sum(parts[1:], start=parts[0])
+
+    def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """The norm of the whole gradient."""
+        parts = [part for name, gradient in gradients.items() for part in self._counted(name, gradient)]
+        norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()  # pyright: ignore
+        total = (norms.square() / torch.tensor([copies for _, copies in parts], device=norms.device)).sum()
+        distributed.all_reduce(total, group=self.group)
+        return total.sqrt().float()
+
+    def _split(self, name: str) -> bool:
+        """Whether a parameter is split along the axis `tensor`."""
+        layout = self.layouts[name]
+        return layout.columns is not None or len({*map(str, layout.rows)}) > 1
+
+    def _counted(self, name: str, gradient: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Parts of a gradient, and how many processes of the pod have the same."""
+        layout = self.layouts[name]
+        if not layout.shape:
+            yield gradient, len(self.places)
+            return
+        everywhere = [_lying(piece) for place in self.places for piece in layout.pieces(*place)]
+        for piece in layout.pieces(*self.place):
+            yield gradient[piece.start : piece.stop], everywhere.count(_lying(piece))
+
+
+def _lying(piece: Any) -> tuple[int, int, int]:
+    return piece.row, piece.stop - piece.start, piece.column

@@ -1,0 +1,247 @@
+"""Tensor parallelism (Shoeybi et al., 2019) with sequence parallelism (Korthikanti et al., 2022), put into a built
+model from outside.
+
+Each process has some heads of every attention and some units of every feed-forward network. Between them, where norms
+and dropout act on each token separately, it has some of the tokens. Axes: batch, length = tokens, dim.
+"""
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+
+from keifu.distributed.layout import Layout
+from keifu.errors import UserError
+from keifu.layers.attention.attention import Attention, CrossAttention
+from keifu.layers.dropout import LEVELS, Dropout, dropout_mask
+from keifu.layers.feedforward import GEGLU, FeedForward, GatedFeedForward
+from keifu.layers.linear import JoinedLinear, Linear, linear
+
+
+class Tokens:
+    """The tokens of a list of blocks, split over the processes of a group; `length`: of the rows that are computed."""
+
+    def __init__(self, group: Any, index: int, size: int):
+        self.group, self.index, self.size, self.length = group, index, size, 0
+
+    def own(self, x: Tensor) -> Tensor:
+        """This process's tokens, with padding where the length is no multiple of the processes."""
+        return self._parts(x)[self.index].contiguous()
+
+    def all(self, x: Tensor, length: int) -> Tensor:
+        """The tokens of all processes."""
+        found = [torch.empty_like(x) for _ in range(self.size)]
+        distributed.all_gather(found, x.contiguous(), group=self.group)
+        return torch.cat(found, 1)[:, :length]
+
+    def add(self, x: Tensor) -> Tensor:
+        """The sum over all processes, of this process's tokens."""
+        parts = [part.contiguous() for part in self._parts(x)]
+        found = torch.empty_like(parts[0])
+        distributed.reduce_scatter(found, parts, group=self.group)
+        return found
+
+    def enter(self, module: nn.Module, inputs: tuple) -> tuple:
+        """A hook before the first block: from here on, each process has its own tokens."""
+        self.length = inputs[0].shape[1]
+        return (_Own.apply(inputs[0], self), *inputs[1:])
+
+    def leave(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        """A hook behind the last block: from here on, each process has all tokens."""
+        return _All.apply(output, self, False)
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        size = -(-x.shape[1] // self.size)
+        return F.pad(x, (0, 0, 0, size * self.size - x.shape[1])).split(size, 1)
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tokens) -> Tensor:
+        ctx.tokens, ctx.length = tokens, x.shape[1]
+        return tokens.own(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        return ctx.tokens.all(gradient, ctx.length), None
+
+
+class _All(torch.autograd.Function):
+    """adds: whether each process computes another part of the gradient, or all compute the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tokens, adds: bool) -> Tensor:
+        ctx.tokens, ctx.adds = tokens, adds
+        return tokens.all(x, tokens.length)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        return (ctx.tokens.add if ctx.adds else ctx.tokens.own)(gradient), None, None
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tokens) -> Tensor:
+        ctx.tokens, ctx.length = tokens, x.shape[1]
+        return tokens.add(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        return ctx.tokens.all(gradient, ctx.length), None
+
+
+class _Shared(torch.autograd.Function):
+    """What every process has whole and uses for its own tokens: the gradient is the sum over all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        gradient = gradient.clone()
+        distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class ColumnParallel(JoinedLinear):
+    """Some outputs of a linear layer, for all tokens; the input has this process's tokens."""
+
+    def __init__(self, whole: Linear, rows: list[range], tokens: Tokens):
+        super().__init__(whole.in_features, [*map(len, rows)], whole.bias is not None)
+        self.tokens = tokens
+        self.weight = _taken(whole.weight, lambda weight: torch.cat([weight[part.start : part.stop] for part in rows]))
+        if whole.bias is not None:
+            self.bias = _taken(whole.bias, lambda bias: torch.cat([bias[part.start : part.stop] for part in rows]))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return super().forward(_All.apply(input, self.tokens, True))
+
+
+class RowParallel(Linear):
+    """A linear layer of some inputs, summed over the processes; the output has this process's tokens."""
+
+    def __init__(self, whole: Linear, columns: range, tokens: Tokens):
+        super().__init__(len(columns), whole.out_features, whole.bias is not None)
+        self.tokens = tokens
+        self.weight = _taken(whole.weight, lambda weight: weight[:, columns.start : columns.stop].clone())
+        if whole.bias is not None:
+            self.bias = whole.bias
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        y = _Add.apply(linear(input, self.weight), self.tokens)
+        return y if self.bias is None else y + self.bias
+
+
+def _taken(parameter: Tensor, take: Any) -> nn.Parameter:
+    return nn.Parameter(take(parameter.detach()), parameter.requires_grad)
+
+
+class SplitDropout(Dropout):
+    """Dropout with the mask of the whole tensor, of which the input is a part: some tokens, or a part of an axis."""
+
+    def __init__(self, p: float, tokens: Tokens, axis: int | None = None):
+        super().__init__(p)
+        self.tokens, self.axis = tokens, axis
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        table = None if self.keys is None else self.keys.table
+        if not self.active or table is None or self.p == 1:
+            return super().forward(input)
+        dropped, shape, tokens = round(self.p * LEVELS), [*input.shape], self.tokens
+        axis = 1 if self.axis is None else self.axis
+        size = shape[axis]
+        shape[axis] = tokens.length if self.axis is None else size * tokens.size
+        mask = dropout_mask(table[self.index], prod(shape), dropped).view(shape)
+        mask = tokens.own(mask) if self.axis is None else mask.narrow(axis, tokens.index * size, size)
+        return input.masked_fill(mask, 0) * (LEVELS / (LEVELS - dropped))
+
+
+def tensor_parallel(model: nn.Module, group: Any, index: int, size: int) -> tuple[dict[str, Layout], set[str]]:
+    """Splits the blocks of a model. Gives the layout of each parameter that is split, and the names of those whose
+    gradients have to be summed over the group: of the other parameters in the blocks."""
+    kinds = (Attention, FeedForward, GatedFeedForward, GEGLU)
+    layouts: dict[str, Layout] = {}
+    partial: set[str] = set()
+    for name, blocks in [*model.named_modules()]:
+        inner = [part for part in blocks if any(isinstance(m, kinds) for m in part.children())] if isinstance(
+            blocks, nn.ModuleList) else []  # fmt: skip
+        if not inner or len(inner) != len(list(blocks.children())):
+            continue
+        tokens = Tokens(group, index, size)
+        inner[0].register_forward_pre_hook(tokens.enter)
+        inner[-1].register_forward_hook(tokens.leave)
+        for place, block in enumerate(inner):
+            found = dict(_split_block(block, tokens))
+            layouts |= {f"{name}.{place}.{key}": layout for key, layout in found.items()}
+            partial |= {f"{name}.{place}.{key}" for key, _ in block.named_parameters() if key not in found}
+    if not layouts:
+        raise UserError("This model has no Transformer block to split: leave --mesh.tensor out, or use --mesh.shard.")
+    return layouts, partial
+
+
+def _split_block(block: nn.Module, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
+    for name, part in [*block.named_modules()]:
+        if isinstance(part, Attention):
+            for key, layout in _split_attention(part, tokens):
+                yield f"{name}.{key}", layout
+        elif isinstance(part, FeedForward | GatedFeedForward | GEGLU):
+            for key, layout in _split_feedforward(part, tokens):
+                yield f"{name}.{key}", layout
+        elif isinstance(part, CrossAttention):
+            if part.dropout.p:
+                raise UserError("Dropout inside of a cross-attention cannot be split: leave --mesh.tensor out.")
+            part.kv.register_forward_pre_hook(lambda _, inputs: _Shared.apply(inputs[0], tokens.group))
+        elif type(part) is Dropout and name.count(".") == 0:
+            setattr(block, name, SplitDropout(part.p, tokens))
+
+
+def _split_attention(part: Attention, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
+    heads, kv_heads, size = part.n_heads, part.n_kv_heads, tokens.size
+    if heads % size or (kv_heads % size and size % kv_heads):
+        raise UserError(
+            f"{heads} heads with {kv_heads} of keys and values cannot be split over --mesh.tensor {size}: it must "
+            "divide the first, and divide the second or be a multiple of it."
+        )
+    inner, kv = heads * part.head_dim, kv_heads * part.head_dim
+    of_q = [_share(inner, index, size) for index in range(size)]
+    of_kv = [_share(kv, index * min(kv_heads, size) // size, min(kv_heads, size)) for index in range(size)]
+    rows = [[q, _moved(k, inner), _moved(k, inner + kv)] for q, k in zip(of_q, of_kv, strict=True)]
+    yield from _layouts("qkv", part.qkv, rows)
+    yield "out.weight", Layout(tuple(part.out.weight.shape), [[range(part.out.out_features)]] * size, of_q)
+    part.qkv = ColumnParallel(part.qkv, rows[tokens.index], tokens)
+    part.out = RowParallel(part.out, of_q[tokens.index], tokens)
+    part.n_heads, part.n_kv_heads = heads // size, max(1, kv_heads // size)
+    part.dropout = SplitDropout(part.dropout.p, tokens, 1)
+
+
+def _split_feedforward(part: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
+    name = next(each for each in ("up", "gate_up", "up_gate") if each in dict(part.named_children()))
+    first, hidden, size = getattr(part, name), part.down.in_features, tokens.size
+    if hidden % size:
+        raise UserError(f"hidden_dim ({hidden}) cannot be split over --mesh.tensor {size}: it must divide it.")
+    own = [_share(hidden, index, size) for index in range(size)]
+    rows = [[_moved(each, start) for start in range(0, first.out_features, hidden)] for each in own]
+    yield from _layouts(name, first, rows)
+    yield "down.weight", Layout(tuple(part.down.weight.shape), [[range(part.down.out_features)]] * size, own)
+    setattr(part, name, ColumnParallel(first, rows[tokens.index], tokens))
+    part.down = RowParallel(part.down, own[tokens.index], tokens)
+    if "dropout" in dict(part.named_children()):
+        part.dropout = SplitDropout(part.dropout.p, tokens, -1)
+
+
+def _layouts(name: str, layer: Linear, rows: list[list[range]]) -> Iterator[tuple[str, Layout]]:
+    for key, parameter in layer.named_parameters():
+        yield f"{name}.{key}", Layout(tuple(parameter.shape), rows)
+
+
+def _share(total: int, index: int, size: int) -> range:
+    return range(total * index // size, total * (index + 1) // size)
+
+
+def _moved(part: range, start: int) -> range:
+    return range(part.start + start, part.stop + start)

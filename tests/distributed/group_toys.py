@@ -1,0 +1,160 @@
+"""Small models of every kind, trained by several processes at once; run as a program, one of those processes.
+
+`python group_toys.py FOLDER CASES` trains each case of a JSON list and writes the losses and a hash of the weights.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import PrefixStore
+
+from keifu.distributed.group import Group, join
+from keifu.distributed.mesh import Mesh
+from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.models import gpt2, llama, palm, transformer
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.models.diffusion import ddpm
+from keifu.processes import use
+from keifu.training.loop import train
+from keifu.training.objectives.contrastive import contrastive_loss
+from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
+from keifu.training.objectives.language_modeling import causal_language_modeling, translation
+from keifu.training.protocols import Batch, Run
+from keifu.training.run import checkpoint
+from keifu.training.settings import Settings
+
+WORDS = {"vocab_size": 31, "context_length": 16, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+TEXT = clip_text.Config(31, 8, 32, 48, 1, 4, end_id=30, embedding_dim=16)
+UNET = ddpm.Config(size=8, channels=1, dim=16, n_residual_blocks=1, multipliers=(1, 2), norm_groups=4, dropout=0.1)
+
+
+def tokens(step: int, rows: int) -> Batch:
+    return {"tokens": _counting(step, rows, 14)}
+
+
+def pairs(step: int, rows: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    ends = torch.full((rows, 1), 30)
+    pictures = torch.randint(0, 256, (rows, 3, 12, 12), generator=generator).byte()
+    return {"pictures": pictures, "tokens": torch.cat([_counting(step, rows, 6), ends], 1)}
+
+
+def pictures(step: int, rows: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    return {"pictures": torch.randint(0, 256, (rows, 1, 8, 8), generator=generator).byte(),
+            "draws": draw_noise(0, step, rows)}  # fmt: skip
+
+
+def sentences(step: int, rows: int) -> Batch:
+    source, target = _counting(step, rows, 9), _counting(step + 1, rows, 11)
+    return {"source": source, "target": target, "source_mask": torch.arange(9) < 7 + torch.arange(rows)[:, None] % 3,
+            "target_mask": torch.arange(11) < 8 + torch.arange(rows)[:, None] % 4}  # fmt: skip
+
+
+def _counting(step: int, rows: int, length: int) -> torch.Tensor:
+    """Numbers that count up by 1 to 3 from a random start, below 30."""
+    generator = torch.Generator().manual_seed(step)
+    start, stride = (torch.randint(n, (rows, 1), generator=generator) for n in (30, 3))
+    return (start + (1 + stride) * torch.arange(length)) % 30
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[int, int], Batch]]] = {
+    "gpt2": (lambda: gpt2.build(gpt2.Config(**WORDS)), causal_language_modeling, tokens),
+    "llama": (lambda: llama.build(llama.Config(**WORDS, n_kv_heads=2)), causal_language_modeling, tokens),
+    "palm": (
+        lambda: palm.build(palm.Config(**WORDS, head_dim=6, dropout=0.1)), causal_language_modeling, tokens,
+    ),
+    "translation": (
+        lambda: transformer.build(transformer.Config(**WORDS)), translation, sentences,
+    ),
+    "ddpm": (lambda: ddpm.build(UNET), DiffusionLoss(Noise()), pictures),
+    "clip": (
+        lambda: clip.build(clip.Config(TEXT, clip_image.Config(12, 4, 3, 32, 48, 1, 4, embedding_dim=16))),
+        contrastive_loss(lambda pixels: pixels / 127.5 - 1), pairs,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ToyData:
+    """Batches of a kind, and one more for validation."""
+
+    kind: str
+    rows: int
+    fingerprint: str = "toys"
+
+    def batch(self, step: int) -> Batch:
+        return KINDS[self.kind][2](step, self.rows)
+
+    def validation(self) -> Iterable[Batch]:
+        return [self.batch(10**6)]
+
+
+def learn(kind: str, folder: Path, steps: int = 50, rows: int = 6, stop: int = 0, **changed: Any) -> dict[str, Any]:
+    """The losses of a run in a folder, goes on with one that stands there; and the hash of the weights at its end.
+
+    stop: the step after which the run is cut off and resumed.
+    """
+    torch.set_num_threads(1)
+    for end in [stop, steps] if stop else [steps]:
+        torch.manual_seed(0)
+        build, objective, _ = KINDS[kind]
+        model = build().train()
+        standard = {"learning_rate": 1e-3, "batch_size": rows, "micro_batch": rows, "precision": "float32"}
+        often = {"log_every": 1, "evaluate_every": 25, "save_every": 10, "warmup": 5}
+        settings = Settings(**{**standard, **often, "steps": end, "schedule": "constant", **changed})
+        train(model, objective, ToyData(kind, rows), settings, Run(folder, resume=bool(checkpoint.steps(folder))))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in _whole(model)))
+    return {
+        "losses": [line["loss"] for line in lines if "loss" in line],
+        "validation": [line["validation_loss"] for line in lines if "validation_loss" in line],
+        "norms": [line["gradient_norm"] for line in lines if "gradient_norm" in line],
+        "weights": digest.hexdigest(),
+    }
+
+
+def _whole(model: nn.Module) -> list[Any]:
+    """The parameters; of a split model, this process's part of each."""
+    return [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+
+
+def start(folder: Path, cases: list[dict[str, Any]], world: int) -> dict[str, Any]:
+    """What each case gives on so many processes, by its name, as the first process sees it."""
+    keep = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        keep |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "KEIFU_DEVICE": "cpu"}
+    words = [sys.executable, __file__, str(folder), json.dumps(cases)]
+    ranks = [subprocess.Popen(words, env=keep | {"RANK": str(rank)}) for rank in range(world)]
+    assert [rank.wait(timeout=600) for rank in ranks] == [0] * world
+    return json.loads((folder / "found.json").read_text())
+
+
+def work(folder: Path, cases: list[dict[str, Any]]) -> None:
+    """Trains every case as one of several processes."""
+    found = {}
+    with join(Mesh()) as first:
+        for case in cases:
+            name, mesh = case.pop("name"), Mesh(**case.pop("mesh", {}))
+            store = PrefixStore(name, first.store)
+            with use(Group(mesh, store, first.number, first.count, torch.device("cpu"))):
+                found[name] = learn(folder=folder / name, **case)
+        if first.first:
+            (folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,133 @@
+"""Several processes learn what one learns: by data parallelism to the bits of one that adds up micro-batches, split by
+any mesh to rounding; a state of one is resumed by any other."""
+
+from pathlib import Path
+from typing import Any
+
+import group_toys
+import pytest
+from group_toys import KINDS, learn
+
+from keifu.distributed.mesh import Mesh, Shape
+from keifu.errors import UserError
+
+Found = dict[str, Any]
+
+
+def close(found: Found, expected: Found, tolerance: float = 1e-6) -> None:
+    for name in ("losses", "validation"):
+        assert found[name] == pytest.approx(expected[name], rel=tolerance), name
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+def cases(meshes: list[dict[str, Any]], kinds: list[str], **more: Any) -> list[dict[str, Any]]:
+    return [{"name": f"{kind}{place}", "kind": kind, "mesh": mesh, **more}
+            for kind in kinds for place, mesh in enumerate(meshes)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found]]:
+    """What two processes found, and the folder of their runs."""
+    folder = tmp_path_factory.mktemp("two")
+    wanted = cases([{}], ["gpt2", "ddpm", "clip"], steps=8)
+    wanted += cases([{"shard": 2}, {"tensor": 2}], ["llama"], steps=12, optimizer="muon", ema=0.9)
+    wanted.append({"name": "palm", "kind": "palm", "steps": 12, "stop": 5})
+    wanted.append({"name": "joined", "kind": "palm", "mesh": {"tensor": 2, "activation_checkpointing": True},
+                   "steps": 8, "optimizer": "adafactor"})  # fmt: skip
+    return folder, group_toys.start(folder, wanted, 2)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "ddpm"])
+def test_two_pods_have_the_bits_of_one_process_with_two_micro_batches(kind: str, two: Any, tmp_path: Path) -> None:
+    alone = learn(kind, tmp_path, 8, micro_batch=3)
+    assert two[1][f"{kind}0"]["losses"] == alone["losses"]
+    assert two[1][f"{kind}0"]["weights"] == alone["weights"]
+
+
+def test_contrastive_losses_are_those_of_the_large_batch(two: Any, tmp_path: Path) -> None:
+    close(two[1]["clip0"], learn("clip", tmp_path, 8))
+
+
+def test_two_pods_resume_to_the_bits_of_one_process(two: Any, tmp_path: Path) -> None:
+    alone = learn("palm", tmp_path, 12, micro_batch=3)
+    assert two[1]["palm"]["weights"] == alone["weights"]
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["shard", "tensor"])
+def test_a_split_model_has_the_losses_of_the_whole(place: int, two: Any, tmp_path: Path) -> None:
+    """Grouped heads and dropout; Muon, whose update depends on whole matrices; a moving average for validation."""
+    close(two[1][f"llama{place}"], learn("llama", tmp_path, 12, optimizer="muon", ema=0.9), 1e-5)
+
+
+def test_one_head_of_keys_is_on_both_processes(two: Any, tmp_path: Path) -> None:
+    close(two[1]["joined"], learn("palm", tmp_path, 8, optimizer="adafactor"))
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["shard", "tensor"])
+def test_one_process_goes_on_with_a_split_model(place: int, two: Any, tmp_path: Path) -> None:
+    found = learn("llama", two[0] / f"llama{place}", 16, optimizer="muon", ema=0.9)
+    expected = learn("llama", tmp_path, 16, optimizer="muon", ema=0.9)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+
+
+MESHES = {
+    3: [{}, {"shard": 3}],
+    4: [{}, {"pods": 2}, {"pods": 2, "shard": 1, "tensor": 2}, {"shard": 2, "tensor": 2}, {"tensor": 4}],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", MESHES)
+def test_any_mesh_has_the_losses_of_one_process(world: int, tmp_path: Path) -> None:
+    """Fifty steps; rows that are no multiple of the processes."""
+    words = ["gpt2", "palm", "llama", "translation"]
+    whole = [mesh for mesh in MESHES[world] if "tensor" not in mesh]
+    wanted = cases(MESHES[world], words, rows=7) + cases(whole, ["ddpm", "clip"], rows=7)
+    found = group_toys.start(tmp_path, wanted, world)
+    for kind in KINDS:
+        alone = learn(kind, tmp_path / f"alone-{kind}", rows=7)
+        for name, other in found.items():
+            if name[:-1] == kind:
+                close(other, alone, 2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "palm", "ddpm"])
+def test_two_pods_have_these_bits_through_a_hundred_steps(kind: str, tmp_path: Path) -> None:
+    found = group_toys.start(tmp_path, [{"name": "two", "kind": kind, "steps": 100, "stop": 37}], 2)["two"]
+    alone = learn(kind, tmp_path / "alone", 100, micro_batch=3)
+    assert found["losses"] == alone["losses"] and found["weights"] == alone["weights"]
+
+
+@pytest.mark.slow
+def test_any_mesh_goes_on_with_the_state_of_another(tmp_path: Path) -> None:
+    """From one process to two and three, and from a mesh to another one."""
+    expected = learn("llama", tmp_path / "alone", 30)
+    learn("llama", tmp_path / "run", 10)
+    steps = [(2, {"tensor": 2}), (3, {"shard": 3}), (2, {}), (4, {"shard": 2, "tensor": 2})]
+    for number, (world, mesh) in enumerate(steps, 3):
+        case = {"name": "run", "kind": "llama", "steps": 5 * number, "mesh": mesh}
+        found = group_toys.start(tmp_path, [case], world)["run"]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "count", "shape"),
+    [
+        (Mesh(), 4, Shape(4, 1, 1)), (Mesh(pods=2), 4, Shape(2, 2, 1)), (Mesh(shard=2), 4, Shape(2, 2, 1)),
+        (Mesh(pods=2, tensor=2), 8, Shape(2, 2, 2)), (Mesh(tensor=4), 4, Shape(1, 1, 4)),
+        (Mesh(pods=2), 2, Shape(2, 1, 1)),
+    ],
+)  # fmt: skip
+def test_a_mesh_fills_the_processes(mesh: Mesh, count: int, shape: Shape) -> None:
+    assert mesh.fit(count) == shape
+
+
+@pytest.mark.parametrize("mesh", [Mesh(pods=3), Mesh(shard=3), Mesh(tensor=8), Mesh(pods=4, shard=2)])
+def test_a_mesh_that_does_not_fit_is_refused(mesh: Mesh) -> None:
+    with pytest.raises(UserError, match="The mesh does not fit: pods .* there are 4"):
+        mesh.fit(4)
+
+
+def test_after_a_restart_there_may_be_fewer_pods() -> None:
+    assert Mesh(pods=2, shard=2).fit(2, fewer=True) == Shape(1, 2, 1)
