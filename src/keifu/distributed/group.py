@@ -20,8 +20,7 @@ from keifu.devices import choose
 from keifu.distributed import checkpoint
 from keifu.distributed.launch import is_restart
 from keifu.distributed.mesh import Mesh
-from keifu.distributed.parallelize import parallelize
-from keifu.distributed.pod import Pod
+from keifu.distributed.pod import Pod, parallelize
 from keifu.distributed.tensor import tensor_parallel
 from keifu.processes import Processes, use
 from keifu.training.ranks import Ranks

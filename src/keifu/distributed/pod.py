@@ -1,15 +1,24 @@
-"""The processes of a pod, which a model is split over: their parts of every parameter, and what they add up."""
+"""The processes of a pod, which a model is split over: their parts of every parameter, and what they add up.
+
+FSDP2, activation checkpointing and compilation act on the blocks, which are the modules in the model's lists. Each is
+gathered when it is computed; what is in none of them, while the whole model is.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from keifu.distributed.layout import Layout
+from keifu.distributed.mesh import Mesh
+from keifu.layers.attention.attention import CrossAttention
 from keifu.layers.linear import JoinedLinear
 
 
@@ -90,3 +99,28 @@ class Pod:
 
 def _lying(piece: Any) -> tuple[int, int, int]:
     return piece.row, piece.stop - piece.start, piece.column
+
+
+def parallelize(module: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:
+    """The module, split over the axis `shard` of a device mesh as `mesh` says. Gradients are summed over that axis."""
+    blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
+    if mesh.activation_checkpointing:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if mesh.compile_blocks:
+        for block in blocks:
+            block.compile()
+    if devices["shard"].size() == 1:
+        return module
+    scalars = {parameter for parameter in module.parameters() if not parameter.dim()}  # FSDP shards none of them
+    offload = CPUOffloadPolicy() if mesh.offload and devices.device_type != "cpu" else OffloadPolicy()
+    apart = [part.kv for part in module.modules() if isinstance(part, CrossAttention)]  # called outside of its block
+    chosen = {id(part) for part in (*blocks, *apart) if any(p.dim() for p in part.parameters())}
+    for part in reversed([*module.modules()]):  # the innermost first
+        if id(part) in chosen or part is module:
+            fully_shard(part, mesh=devices["shard"], ignored_params=scalars, offload_policy=offload)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+    return module

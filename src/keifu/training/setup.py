@@ -4,6 +4,7 @@ Also the number of steps that fit into a given time, measured before a run start
 adjusts it to the pace (`pace.Budget`), and states hold the current number.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable
