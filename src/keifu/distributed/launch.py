@@ -46,7 +46,8 @@ def start(processes: int, restarts: int, words: Sequence[str]) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     threads = os.environ["OMP_NUM_THREADS"]
-    print(f"Starting {processes} processes of {threads} thread{'s' * (threads != '1')} each.", file=sys.stderr, flush=True)
+    each = f"{threads} thread{'s' * (threads != '1')} each"
+    print(f"Starting {processes} processes of {each}.", file=sys.stderr, flush=True)
     volume = [word for word in sys.argv[1:] if word in VOLUME]
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",

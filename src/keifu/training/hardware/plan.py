@@ -1,0 +1,223 @@
+"""What a run would take on given devices, on paper: the mesh, memory by part, the time of a step, days and energy.
+
+Time of a step = matrix products at a share of the peak + elementwise work at the memory's bandwidth + exchanges within
+a machine + what of the exchanges between machines is longer than the computation that hides it. One set of constants
+serves all models and devices; `benchmarks/plan.py` holds it against published runs.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from keifu.errors import UserError, unknown
+from keifu.training.hardware.flops import TFLOPS
+
+
+@dataclass(frozen=True)
+class DeviceKind:
+    """A kind of device: FLOP/s in 16 bits, bytes of memory, bytes/s of memory, within a machine and between machines,
+    watts, and devices of a machine that are connected by the fast links."""
+
+    flops: float | int
+    memory: float | int
+    bandwidth: float | int
+    link: float | int
+    network: float | int
+    watts: float | int
+    machine: int = 8
+
+
+def _kind(
+    name: str, gigabytes: int, terabytes_a_second: float, link: int, network: float | int, watts: int
+) -> DeviceKind:  # fmt: skip
+    tflops = next(max(row[:2]) for pattern, row in TFLOPS.items() if re.search(pattern, name))
+    return DeviceKind(tflops * 1e12, gigabytes * 1e9, terabytes_a_second * 1e12, link * 1e9, network * 1e9, watts)
+
+
+# Data sheets: memory, its bandwidth, NVLink's (or its like) one way, power; the network of a usual machine of 8, a
+# device's share of it. Of TPUs: Jouppi et al., 2023 (v4) and Google's documentation (v5p).
+DEVICES = {
+    "A100-40G": _kind("A100", 40, 1.555, 300, 25, 400),
+    "A100-80G": _kind("A100", 80, 2.039, 300, 25, 400),
+    "H100-80G": _kind("H100", 80, 3.35, 450, 50, 700),
+    "H200-141G": _kind("H200", 141, 4.8, 450, 50, 700),
+    "B200-180G": _kind("B200", 180, 8.0, 900, 50, 1000),
+    "V100-32G": _kind("V100", 32, 0.9, 150, 12.5, 300),
+    "MI300X-192G": _kind("MI300X", 192, 5.3, 448, 50, 750),
+    "TPU-v4": DeviceKind(275e12, 32e9, 1.2e12, 270e9, 100e9, 192, 64),
+    "TPU-v5p": DeviceKind(459e12, 95e9, 2.765e12, 540e9, 150e9, 350, 64),
+}
+PRODUCTS = 0.58  # the share of the peak that large matrix products reach
+ELEMENTWISE = 150  # bytes that elementwise work moves for each token, layer and unit of width, forward and backward
+LINKS = 0.7  # the share of a link's bandwidth that exchanges reach
+USED = 0.92  # the share of the memory that a run may use; the rest is the library's and what fragments
+STATE = 16  # bytes a parameter: weights and gradients in 16 bits, and AdamW's two averages and the weights in 32
+POWER = 1.1  # a data centre's power beside that of its devices
+ACTIVATIONS = 34  # bytes a token, layer and unit of width that the backward pass needs (Korthikanti et al., 2022)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A Transformer by its sizes; width: of all heads together; kv_width: of the heads of keys and values."""
+
+    parameters: int
+    layers: int
+    dim: int
+    width: int
+    kv_width: int
+    heads: int
+    vocab: int
+    context: int
+
+    @property
+    def flops(self) -> int:
+        """FLOPs a token, forward and backward, with attention (PaLM's appendix B)."""
+        return 6 * self.parameters + 12 * self.layers * self.width * self.context
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How devices share a model; checkpointing: activations are computed again; rows: at a time, on a copy's group."""
+
+    pods: int
+    shard: int
+    tensor: int
+    rows: int
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layout, bytes a device by part, and seconds a step by part."""
+
+    layout: Layout
+    memory: dict[str, float]
+    seconds: dict[str, float]
+    tokens: float | int
+    flops: float | int
+    devices: int
+    kind: DeviceKind
+
+    @property
+    def step(self) -> float:
+        """Seconds a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second on each device."""
+        return self.tokens / self.step / self.devices
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs utilisation."""
+        return self.rate * self.flops / self.kind.flops
+
+    def hours(self, tokens: float | int) -> float:
+        """Device hours for so many tokens."""
+        return tokens / self.rate / 3600
+
+
+def parse_devices(text: str) -> tuple[int, DeviceKind]:
+    """`2048xA100-80G` as a number and a kind; anything else is a `UserError`."""
+    number, _, name = text.partition("x")
+    if not number.isdigit() or not int(number):
+        raise UserError(f"--devices is a number, x and a kind, such as 2048xA100-80G, and not {text!r}.")
+    if name not in DEVICES:
+        raise unknown("device", name, DEVICES)
+    return int(number), DEVICES[name]
+
+
+def parse_amount(text: str) -> float:
+    """`1.4T` as a number; anything else is a `UserError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBT]?)", text)
+    if not match or not float(match[1]):
+        raise UserError(f"--tokens is a number such as 300B or 1.4T, and not {text!r}.")
+    return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2]]
+
+
+def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int) -> Plan:
+    """The fastest layout that fits into memory, for steps of about so many tokens; none is a `UserError`."""
+    found = [_planned(model, layout, devices, kind, batch) for layout in _layouts(model, devices, kind, batch)]
+    fitting = [each for each in found if sum(each.memory.values()) <= USED * kind.memory]
+    if not fitting:
+        least = min((sum(each.memory.values()) for each in found), default=math.inf)
+        raise UserError(
+            f"The training does not fit: it takes at least {least / 1e9:,.0f} GB on each device, which has "
+            f"{kind.memory / 1e9:.0f} GB; take more devices."
+        )
+    return min(fitting, key=lambda each: each.step)
+
+
+def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float | int) -> Iterator[Layout]:
+    """Every layout of powers of two, or of what divides the devices, with at least a row for each group."""
+    for tensor, checkpointing in product((1, 2, 4, 8, 16), (False, True)):
+        if tensor > kind.machine or devices % tensor or model.heads % tensor:
+            continue
+        groups = devices // tensor
+        rows = max(1, round(batch / model.context / groups))
+        for shard in (each for each in range(1, groups + 1) if groups % each == 0):
+            for part in {1, 2, 4, 8, rows} if rows > 1 else {1}:
+                if part <= rows:
+                    yield Layout(groups // shard, shard, tensor, part, checkpointing)
+
+
+def _planned(model: Architecture, layout: Layout, devices: int, kind: DeviceKind, batch: float | int) -> Plan:
+    """What a layout takes, by part; each kind of exchange at the bandwidth of the links that it goes over."""
+    rows = max(1, round(batch / model.context / (devices // layout.tensor)))  # of a group in a step
+    tokens = rows * model.context / layout.tensor  # on a device
+    again = 4 / 3 if layout.checkpointing else 1.0
+    width = model.layers * model.dim
+    weights = 2 * model.parameters / layout.tensor  # bytes of a device's part before sharding
+    seconds = {
+        "products": again * tokens * model.flops / (kind.flops * PRODUCTS),
+        "elementwise": again * tokens * width * ELEMENTWISE / kind.bandwidth,
+    }
+    passes = math.ceil(rows / layout.rows)
+    moved = tokens * layout.tensor * width * 2 * (layout.tensor - 1) / layout.tensor
+    seconds["tensor exchanges"] = (8 * again) * moved / (kind.link * LINKS)
+    hidden = seconds["products"] + seconds["elementwise"]
+    gathers = (3 if layout.shard > 1 else 0) * passes * weights * (1 - 1 / layout.shard)
+    fast = layout.shard * layout.tensor <= kind.machine
+    exchange = gathers / (LINKS * (kind.link if fast else kind.network))
+    pods = 2 * weights / layout.shard * (1 - 1 / layout.pods) * 2 / (LINKS * kind.network) if layout.pods > 1 else 0.0
+    seconds["other exchanges"] = max(0.0, exchange - 0.8 * hidden) + 0.5 * pods
+    return Plan(layout, _memory(model, layout), seconds, rows * model.context * (devices // layout.tensor),
+                model.flops, devices, kind)  # fmt: skip
+
+
+def _memory(model: Architecture, layout: Layout) -> dict[str, float]:
+    """Bytes on a device, by part."""
+    own = model.parameters / layout.tensor / layout.shard
+    tokens = layout.rows * model.context / layout.tensor
+    layer = tokens * model.dim * ACTIVATIONS
+    kept = tokens * model.dim * 2 * model.layers + layer if layout.checkpointing else layer * model.layers
+    gathered = 2 * 2 * model.parameters / layout.tensor / model.layers if layout.shard > 1 else 0.0
+    return {
+        "weights": 2 * own,
+        "gradients": 2 * own,
+        "optimizer": (STATE - 4) * own,
+        "activations": kept + tokens * model.vocab * 6 / 8,  # logits in parts
+        "gathered layers": gathered,
+    }
+
+
+def inference(model: Architecture, devices: int, kind: DeviceKind, context: int) -> dict[str, Any]:
+    """Decoding in 16 bits on devices that share each product: sequences that fit, bytes of cache for each, tokens/s."""
+    cache = 2 * 2 * model.layers * model.kv_width * context
+    free = USED * devices * kind.memory - 2 * model.parameters
+    batch = int(free // cache)
+    if batch < 1:
+        raise UserError(
+            f"{2 * model.parameters / 1e9:,.0f} GB of weights and a cache of {cache / 1e9:.2f} GB do not fit into "
+            f"{devices} x {kind.memory / 1e9:.0f} GB; take more devices."
+        )
+    read = (2 * model.parameters + batch * cache / 2) / (devices * kind.bandwidth * 0.8)  # caches are half full
+    products = 2 * model.parameters * batch / (devices * kind.flops * PRODUCTS)
+    exchange = 2 * 2 * model.layers * batch * model.dim * 2 / (kind.link * LINKS) if devices > 1 else 0.0
+    step = max(read, products) + exchange
+    alone = 2 * model.parameters / (devices * kind.bandwidth * 0.8) + (4 * model.layers * 10e-6 if devices > 1 else 0)
+    return {"sequences": batch, "cache_bytes": cache, "rate": batch / step / devices, "alone": 1 / alone}

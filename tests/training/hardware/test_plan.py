@@ -1,0 +1,76 @@
+"""Plans on paper: beside what was published, how they follow the devices, and what is refused."""
+
+import pytest
+
+from keifu.commands.plan import architecture, parse
+from keifu.errors import UserError
+from keifu.models.sizes import published_sizes
+from keifu.training.hardware import plan
+from keifu.training.hardware.plan import DEVICES, Plan, parse_amount, parse_devices
+
+SIZES = {size.name: size for size in published_sizes()}
+
+
+def planned(name: str, devices: str, batch: float = 4e6) -> Plan:
+    return plan.plan(architecture(SIZES[name]), *parse_devices(devices), batch)
+
+
+def test_training_takes_about_what_was_published() -> None:
+    """LLaMA (section 2.4), PaLM (table 3), Llama 2 (table 2), GPT-3 (appendix D)."""
+    llama, palm = planned("llama-65b", "2048xA100-80G"), planned("palm-540b", "6144xTPU-v4", 2048 * 2048)
+    assert llama.rate == pytest.approx(380, rel=0.25)
+    assert llama.hours(1.4e12) / 24 / 2048 == pytest.approx(21, rel=0.25)
+    assert palm.utilisation == pytest.approx(0.462, rel=0.25)
+    assert planned("llama2-70b", "2000xA100-80G").hours(2e12) == pytest.approx(1.72e6, rel=0.25)
+    assert architecture(SIZES["gpt3-175b"]).flops * 300e9 / 8.64e19 == pytest.approx(3640, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-7b", "qwen3-4b", "gemma3-1b", "palm-8b", "llama3.1-70b"])
+@pytest.mark.parametrize("kind", ["A100-40G", "H100-80G", "TPU-v5p"])
+def test_a_plan_fits_its_devices(name: str, kind: str) -> None:
+    made = planned(name, f"64x{kind}")
+    layout = made.layout
+    assert layout.pods * layout.shard * layout.tensor == 64
+    assert sum(made.memory.values()) < DEVICES[kind].memory
+    assert 0 < made.utilisation < 1 and made.step > 0
+
+
+def test_more_devices_take_fewer_days_and_no_fewer_hours() -> None:
+    few, many = planned("llama-7b", "64xA100-80G"), planned("llama-7b", "512xA100-80G")
+    assert many.hours(1e12) / 512 < few.hours(1e12) / 64
+    assert many.hours(1e12) >= few.hours(1e12) * 0.99
+
+
+def test_grouped_heads_leave_room_for_more_sequences() -> None:
+    many, few = (plan.inference(architecture(SIZES[name]), *parse_devices("8xA100-80G"), 4096)
+                 for name in ("llama2-70b", "llama-65b"))  # fmt: skip
+    assert many["cache_bytes"] * 7 < few["cache_bytes"]
+    assert many["sequences"] > 7 * few["sequences"] and many["rate"] > few["rate"]
+
+
+@pytest.mark.parametrize(("text", "amount"), [("300B", 3e11), ("1.4T", 1.4e12), ("5000", 5e3), ("2k", 2e3)])
+def test_amounts_have_letters(text: str, amount: float) -> None:
+    assert parse_amount(text) == amount
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["llama-65b", "--devices", "2xA100-80G"], "does not fit: it takes at least .* GB on each device"),
+        (["llama-7b", "--devices", "2048xA100-80"], "no device 'A100-80'. Did you mean 'A100-80G'"),
+        (["llama-7b", "--devices", "lots"], "is a number, x and a kind"),
+        (["llama-7b", "--tokens", "many"], "is a number such as 300B"),
+        (["lama-7b"], "Did you mean .*'llama-7b'"),
+        (["stable-diffusion-1"], "is no Transformer of tokens alone"),
+        (["llama3.1-405b", "--inference", "--devices", "8xA100-80G"], "do not fit into"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(words: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        parse(words)()
+
+
+def test_the_command_prints_the_mesh_that_train_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    parse(["llama-65b", "--devices", "2048xA100-80G", "--tokens", "1.4T"])()
+    text = capsys.readouterr().out
+    assert "--mesh.pods 1 --mesh.shard 256 --mesh.tensor 8" in text and "days" in text and "MWh" in text
