@@ -16,18 +16,8 @@ from keifu.errors import UserError
 LOG = logging.getLogger("keifu.serving")
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 UNION = r"body|str|int|float|bool|(?!\d)[\w-]+\[.*|function-.*"  # parts of a place that name a type and no field
-ERROR = {  # how the description of the API has them
-    "description": "An error, in a sentence",
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["error"],
-                "properties": {"error": {"type": "object", "required": ["message", "type", "param", "code"]}},
-            }
-        }
-    },
-}
+FORM = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "required": ["message"]}}}
+ERROR = {"description": "An error, in a sentence", "content": {"application/json": {"schema": FORM}}}
 BODY = {  # what may be wrong with a body before its fields are looked at
     UnicodeDecodeError: "The body is not UTF-8 text: send JSON in UTF-8.",
     RecursionError: "The body's JSON is nested too deeply: send a flatter one.",

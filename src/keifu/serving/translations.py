@@ -14,23 +14,16 @@ from keifu.generation.text.request import prompt_tokens
 from keifu.generation.text.translation import Translation, TranslationParams, join_sentences, translate_texts
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import token_bytes, token_text
-from keifu.serving.openai.schemas import Body, Message
+from keifu.serving.openai.schemas import Body, Message, Texts
 from keifu.serving.streaming import json_response, whole
 
 
-class TranslationRequest(Body):
+class TranslationRequest(Texts):
     """POST /v1/translations. beam, alpha, max_tokens: as `keifu translate` has them."""
 
-    model: str
-    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
     beam: Annotated[int, Field(ge=1, le=64)] = 4
     alpha: float = 0.6
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-
-    @property
-    def texts(self) -> list[str]:
-        """The texts, one or several."""
-        return [self.input] if isinstance(self.input, str) else self.input
 
 
 class TokenizeRequest(Body):
@@ -55,15 +48,9 @@ def routes(models: ServedModels) -> APIRouter:
         models.find(body.model, "translation")
         settings = TranslationParams(body.beam, body.alpha, body.max_tokens)
         found = await models.worker(body.model).call(partial(_translate, texts=body.texts, settings=settings))
-        data = [
-            {
-                "object": "translation",
-                "index": place,
-                "text": join_sentences(part.text for part in parts),
-                "sentences": [asdict(part) for part in parts],
-            }
-            for place, parts in enumerate(found)
-        ]
+        texts = [join_sentences(part.text for part in parts) for parts in found]
+        rows = enumerate(zip(texts, ([asdict(part) for part in parts] for parts in found), strict=True))
+        data = [{"object": "translation", "index": n, "text": text, "sentences": each} for n, (text, each) in rows]
         every = [part for parts in found for part in parts]
         read, written = sum(part.source_tokens for part in every), sum(part.tokens for part in every)
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}

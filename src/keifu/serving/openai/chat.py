@@ -35,16 +35,6 @@ def routes(models: ServedModels) -> APIRouter:
     return router
 
 
-def _head(answer: Answer, kind: str) -> dict[str, Any]:
-    return {
-        "id": answer.id,
-        "object": kind,
-        "created": answer.created,
-        "model": answer.description.name,
-        "seed": answer.seed,
-    }
-
-
 async def _completion(answer: Answer, body: ChatRequest) -> dict[str, Any]:
     """The whole answer."""
     replies = [answer.reply() for _ in answer.requests]
@@ -64,7 +54,7 @@ async def _completion(answer: Answer, body: ChatRequest) -> dict[str, Any]:
         }
         for place, reply in enumerate(replies)
     ]
-    return {**_head(answer, "chat.completion"), "choices": choices, "usage": answer.usage}
+    return {**answer.head("chat.completion"), "choices": choices, "usage": answer.usage}
 
 
 def _message(reply: Reply) -> dict[str, Any]:
@@ -84,7 +74,7 @@ def _delta(part: Delta, reply: Reply) -> dict[str, Any]:
 
 async def _events(answer: Answer, body: ChatRequest) -> AsyncGenerator[dict[str, Any], None]:
     """The answer in chunks; a token's probability comes with the text that it completes."""
-    head = _head(answer, "chat.completion.chunk")
+    head = answer.head("chat.completion.chunk")
     usage = {"usage": None} if body.includes_usage else {}
     held: list[list[dict[str, Any]]] = [[] for _ in answer.requests]
     replies = [answer.reply() for _ in answer.requests]

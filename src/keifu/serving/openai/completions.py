@@ -101,11 +101,6 @@ def _echo(choice: Choice, prompt: list[int], scores: LikeliestTokens | None) -> 
             choice.add(text, token, scores.values[place - 1], scores.top[place - 1])
 
 
-def _head(answer: Answer) -> dict[str, Any]:
-    name = answer.description.name
-    return {"id": answer.id, "object": "text_completion", "created": answer.created, "model": name, "seed": answer.seed}
-
-
 async def _completion(answer: Answer, body: CompletionRequest) -> dict[str, Any]:
     """The whole answer."""
     choices = await _begin(answer, body)
@@ -115,7 +110,7 @@ async def _completion(answer: Answer, body: CompletionRequest) -> dict[str, Any]
             choices[place].add(piece.text, piece.token, piece.log_probability, piece.top_log_probabilities)
             reasons[place] = REASONS[piece.finish_reason or "length"]
     found = [choice.take(reason) for choice, reason in zip(choices, reasons, strict=True)]
-    return {**_head(answer), "choices": found, "usage": answer.usage}
+    return {**answer.head("text_completion"), "choices": found, "usage": answer.usage}
 
 
 async def _events(answer: Answer, body: CompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
@@ -123,12 +118,12 @@ async def _events(answer: Answer, body: CompletionRequest) -> AsyncGenerator[dic
     usage = {"usage": None} if body.includes_usage else {}
     choices = await _begin(answer, body)
     for choice in choices if body.echo else ():
-        yield {**_head(answer), "choices": [choice.take(None)], **usage}
+        yield {**answer.head("text_completion"), "choices": [choice.take(None)], **usage}
     async with aclosing(answer.pieces()) as pieces:
         async for place, piece in pieces:
             choices[place].add(piece.text, piece.token, piece.log_probability, piece.top_log_probabilities)
             if choices[place].text or piece.finish_reason:
                 reason = REASONS[piece.finish_reason] if piece.finish_reason else None
-                yield {**_head(answer), "choices": [choices[place].take(reason)], **usage}
+                yield {**answer.head("text_completion"), "choices": [choices[place].take(reason)], **usage}
     if body.includes_usage:
-        yield {**_head(answer), "choices": [], "usage": answer.usage}
+        yield {**answer.head("text_completion"), "choices": [], "usage": answer.usage}

@@ -14,25 +14,18 @@ from keifu.evaluation.classification import embeddings
 from keifu.evaluation.classification.embeddings import encode_texts
 from keifu.evaluation.images import retrieval
 from keifu.serving.models import ServedModels
-from keifu.serving.openai.schemas import Body, Refused
+from keifu.serving.openai.schemas import Body, Refused, Texts
 from keifu.serving.streaming import whole
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(Texts):
     """POST /v1/embeddings. input: a text or several; a CLIP takes texts too. cut: keep the beginning of a text that is
     longer than the model takes."""
 
-    model: str
-    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
     encoding_format: Literal["float", "base64"] | None = None
     cut: bool = False
     user: str | None = None
     refused: ClassVar[Refused] = {"dimensions": ()}
-
-    @property
-    def texts(self) -> list[str]:
-        """The texts, one or several."""
-        return [self.input] if isinstance(self.input, str) else self.input
 
 
 class RerankRequest(Body):

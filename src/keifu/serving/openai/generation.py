@@ -55,6 +55,11 @@ class Answer:
         counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.written, "total_tokens": total}
         return {**counts, "prompt_tokens_details": cached}
 
+    def head(self, kind: str) -> dict[str, Any]:
+        """What every object of this answer begins with."""
+        name = self.description.name
+        return {"id": self.id, "object": kind, "created": self.created, "model": name, "seed": self.seed}
+
     def reply(self) -> Reply:
         """What splits a choice into text and calls."""
         tokenizer = self.description.tokenizer

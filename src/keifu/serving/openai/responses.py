@@ -173,7 +173,7 @@ class Turn:
         """The finished response, stored where it is to be."""
         found = self._object(status)
         if self.stored is not None:
-            calls = {"tool_calls": self.reply.calls} if self.reply.calls else {}
+            calls = {"tool_calls": self.reply.calls} if self.reply.calls and status == "completed" else {}  # else torn
             answer = {"role": "assistant", "content": self.reply.text, **calls}
             self.stored.add(found, [*self.messages, answer])
         return found
@@ -181,31 +181,20 @@ class Turn:
     def _object(self, status: str) -> dict[str, Any]:
         answer, body, going = self.answer, self.body, status == "in_progress"
         sampling = answer.requests[0].sampling
+        tools = [{"strict": True, **tool.model_dump(exclude_none=True)} for tool in body.tools or ()]
+        asked = {
+            "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "user": body.user,
+            "metadata": body.metadata or {}, "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id, "text": {"format": body.form}, "tools": tools,
+            "tool_choice": body.model_dump(include={"tool_choice"})["tool_choice"] or "auto", "truncation": "disabled",
+        }  # fmt: skip
         return {
-            "id": answer.id,
-            "object": "response",
-            "created_at": answer.created,
-            "status": status,
-            "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens,
-            "metadata": body.metadata or {},
-            "model": answer.description.name,
-            "output": [] if going else self.output,
-            "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": body.previous_response_id,
-            "seed": answer.seed,
-            "store": self.stored is not None,
-            "temperature": sampling.temperature,
-            "text": {"format": body.form},
-            "tool_choice": body.model_dump(include={"tool_choice"})["tool_choice"] or "auto",
-            "tools": [{"strict": True, **tool.model_dump(exclude_none=True)} for tool in body.tools or ()],
-            "top_p": sampling.top_p,
-            "truncation": "disabled",
+            **asked, "id": answer.id, "object": "response", "created_at": answer.created, "status": status,
+            "error": None, "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "model": answer.description.name, "output": [] if going else self.output, "seed": answer.seed,
+            "store": self.stored is not None, "temperature": sampling.temperature, "top_p": sampling.top_p,
             "usage": None if going else _usage(answer.usage),
-            "user": body.user,
-        }
+        }  # fmt: skip
 
 
 def _message(place: int, name: str) -> dict[str, Any]:
@@ -218,10 +207,6 @@ def _part(text: str) -> dict[str, Any]:
 
 
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": usage["prompt_tokens_details"],
-        "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage["total_tokens"],
-    }
+    read = {"input_tokens": usage["prompt_tokens"], "input_tokens_details": usage["prompt_tokens_details"]}
+    written = {"output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0}}
+    return {**read, **written, "total_tokens": usage["total_tokens"]}

@@ -43,6 +43,18 @@ class Body(BaseModel):
         return {name: value for name, value in data.items() if name not in cls.refused}
 
 
+class Texts(Body):
+    """One text for a model, or several."""
+
+    model: str
+    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, one or several."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
 class StreamOptions(Body):
     """include_usage: a last event with the numbers of tokens."""
 
