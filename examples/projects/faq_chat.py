@@ -13,9 +13,9 @@ from keifu.generation.text.chat import Conversation
 
 FAQ = {
     "When is the shop open?": "We are open from 9 to 18 o'clock from Monday to Saturday, and closed on Sundays.",
-    "How much is the delivery?": "Delivery is 4 euros, and free for orders of 50 euros or more.",
+    "How much is the delivery to my house?": "Delivery is 4 euros, and free for orders of 50 euros or more.",
     "How long does delivery take?": "Orders arrive within 3 working days, abroad within 10.",
-    "How do I send something back?": "Send it back within 30 days, unused; the label lies in the parcel.",
+    "Can I return what I bought?": "Yes, send it back within 30 days, unused; the return label lies in the parcel.",
     "Which ways of payment are there?": "You can pay by card, by bank transfer, or in the shop in cash.",
     "Do you repair what you sell?": "Yes: bring it to the shop. Within two years a repair costs nothing.",
     "Do you have gift cards?": "Yes, of 10, 25 and 50 euros, at the till and on our page.",
@@ -31,14 +31,14 @@ class Helper:
     def __init__(self, writer: str | None):
         self.encoder = keifu.load("minilm")
         self.writer = keifu.load(writer) if writer else None
-        self.questions = embed(*self.encoder, list(FAQ))
+        self.entries = embed(*self.encoder, [text for entry in FAQ.items() for text in entry])  # question, answer, ...
 
     def find(self, question: str) -> tuple[str | None, float]:
-        """The question of the list that is nearest, if one is near, and its cosine."""
-        [cosines] = embed(*self.encoder, [question]) @ self.questions.T
+        """The question of the list that is nearest, by itself or by its answer, if one is near, and the cosine."""
+        [cosines] = embed(*self.encoder, [question]) @ self.entries.T
         best = int(torch.argmax(cosines))
         near = float(cosines[best])
-        return (list(FAQ)[best] if near >= NEAR else None), near
+        return (list(FAQ)[best // 2] if near >= NEAR else None), near
 
     def answer(self, question: str) -> str:
         """The shop's answer, in the words of the model where there is one."""
