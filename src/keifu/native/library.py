@@ -11,7 +11,7 @@ from keifu.errors import UserError, unknown
 from keifu.native.build import Unavailable, build
 
 VARIABLE = "KEIFU_NATIVE"
-INSTRUCTIONS = ("portable", "avx2", "avx512", "amx")
+INSTRUCTIONS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 BF16, INT8, INT4, INT4_MIN, INT4_SUPER, INT6_SUPER = range(6)
 
 
@@ -133,7 +133,7 @@ def open_library() -> Library:
     that is none of its words is a `UserError`.
     """
     wanted = os.environ.get(VARIABLE, "")
-    if wanted == "off":
+    if switched_off():
         raise Unavailable(f"{VARIABLE} is off")
     if wanted and wanted not in INSTRUCTIONS:
         raise unknown(f"{VARIABLE} called", wanted, [*INSTRUCTIONS, "off"])
@@ -146,6 +146,18 @@ def open_library() -> Library:
         raise Unavailable(f"{VARIABLE} is {wanted}, and the best that this CPU has is {INSTRUCTIONS[best]}")
     library.call("use_instructions", which)
     return library
+
+
+def use_threads(count: int) -> None:
+    """So many threads for native code; nothing where there is none."""
+    library = None if switched_off() else _loaded()
+    if isinstance(library, Library):
+        library.call("use_threads", count)
+
+
+def switched_off() -> bool:
+    """Whether KEIFU_NATIVE asks for PyTorch."""
+    return os.environ.get(VARIABLE) == "off"
 
 
 @once

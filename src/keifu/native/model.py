@@ -17,7 +17,7 @@ from keifu.errors import UserError
 from keifu.native import library as native
 from keifu.native.build import Unavailable
 from keifu.native.describe import LayerPart, ModelPart, describe
-from keifu.native.library import open_library, say_why
+from keifu.native.library import open_library, say_why, switched_off
 from keifu.native.pack import ModuleWeights, Packer, Weights, formats
 
 BLOCK_SIZE = 32
@@ -161,6 +161,8 @@ def native_form(model: nn.Module) -> NativeLM | None:
         return model
     weights = list(model.parameters())
     if not weights or any(each.dtype != torch.bfloat16 or each.device.type != "cpu" for each in weights):
+        return None
+    if switched_off():
         return None
     state = [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in weights]
     if model not in _packed or _packed[model][0] != state:

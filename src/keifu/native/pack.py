@@ -43,13 +43,14 @@ FORMATS = {
     "int8": Formats(native.INT8, native.INT8),
     "int4": Formats(native.INT4_SUPER, native.INT8),
 }
+OWN = "own"  # a GGUF file's own blocks, where all of its matrices have native ones; else as without a format
 
 
 def formats(weights: str) -> Formats:
     """The formats by their name: bf16, int8 or int4; another one is a `UserError` with the nearest."""
-    if weights not in FORMATS:
-        raise unknown("format of weights", weights, FORMATS)
-    return FORMATS[weights]
+    if weights not in (*FORMATS, OWN):
+        raise unknown("format of weights", weights, [*FORMATS, OWN])
+    return FORMATS["int8" if weights == OWN else weights]
 
 
 @dataclass(frozen=True)

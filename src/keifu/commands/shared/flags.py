@@ -27,7 +27,8 @@ Device = Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda|cuda:1|mps", help
     "Where the model runs. Unset: what KEIFU_DEVICE says, else CUDA or ROCm if there is one, else MPS, else the CPU."
 ))]  # fmt: skip
 Weights = Annotated[str | None, tyro.conf.arg(metavar="bf16|int8|int4", help=(
-    "Compute natively on the CPU, with weights of this many bits (docs/native.md). Unset: as they are stored."
+    "Compute natively on the CPU, with weights of this many bits (docs/native.md). Unset: as they are stored, which is "
+    "native for bf16 and for the blocks of GGUF files."
 ))]  # fmt: skip
 NAMES = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 

@@ -9,8 +9,8 @@ from keifu.errors import UserError
 
 
 def load_writer(name: str, weights: str | None = None) -> tuple[Any, Any]:
-    """A model that writes text, its weights packed if `weights` says so, and its tokenizer; for any other kind of model
-    a `UserError`.
+    """A model that writes text, its weights packed as `weights` says or, of a GGUF file, as they are, and its
+    tokenizer; for any other kind of model a `UserError`.
 
     A person at a terminal is told that it is being loaded.
     """
@@ -18,7 +18,7 @@ def load_writer(name: str, weights: str | None = None) -> tuple[Any, Any]:
     from keifu.checkpoints import load
     from keifu.generation.text.model import Model, OwnRunner, explain_not_causal
 
-    model, tokenizer = load(name, weights=weights)
+    model, tokenizer = load(name, weights=weights or "own")
     if tokenizer is None or not isinstance(model, Model | OwnRunner):
         raise UserError(f"{name} writes no text: {explain_not_causal(model)}")
     return model, tokenizer

@@ -25,7 +25,7 @@ from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.evaluation.text.tasks import SCORES, TASKS, SampledItem, TaskItem, is_task, read_task
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.likelihood import Likelihood, ScoredPair, join_tokens, likelihoods
-from keifu.generation.text.model import Model, causal
+from keifu.generation.text.model import is_writer, text_model
 from keifu.generation.text.sampling_params import SamplingParams
 
 ABOUT = "a language model on a task given by examples in the prompt: accuracy with its 95% interval"
@@ -38,7 +38,7 @@ NUMBER = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 def takes(model: nn.Module) -> bool:
     """Whether it is a language model."""
-    return isinstance(model, Model)
+    return is_writer(model)
 
 
 def names() -> list[str]:
@@ -129,7 +129,7 @@ class _Prompting:
         return found
 
     def _check(self, longest: int) -> None:
-        context = causal(self.model).config.context_length
+        context = text_model(self.model).config.context_length
         if longest > context:
             fewer = "ask for fewer shots" if self.shots else "shorten the items"
             raise UserError(

@@ -27,7 +27,7 @@ from keifu.generation.text.likelihood import (
     likelihoods,
     open_prefixes,
 )
-from keifu.generation.text.model import causal
+from keifu.generation.text.model import text_model
 from keifu.generation.text.sampling_params import SamplingParams
 
 try:
@@ -70,7 +70,7 @@ class KeifuLM(LM):
             raise UserError("This model has no tokenizer, so it cannot read a text: give one with it.")
         self.model = loaded if device is None else loaded.to(device)
         self.tokenizer, self.name = tokenizer, model if isinstance(model, str) else type(model).__name__
-        self.context: int = causal(self.model).config.context_length
+        self.context: int = text_model(self.model).config.context_length
         self.batch_size = max_batch_size if batch_size in (None, "auto") else int(batch_size)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -20,7 +20,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest, EvalResult
 from keifu.generation.text.likelihood import score
-from keifu.generation.text.model import Model, causal
+from keifu.generation.text.model import is_writer, text_model
 
 ABOUT = "a language model on a text: perplexity and bits per byte"
 OPTIONS = {"batch_size", "text_field", "encoding"}
@@ -29,7 +29,7 @@ BATCH_SIZE = 8
 
 def takes(model: nn.Module) -> bool:
     """Whether it is a language model."""
-    return isinstance(model, Model)
+    return is_writer(model)
 
 
 def names() -> list[str]:
@@ -45,7 +45,7 @@ def accepts(on: str) -> bool:
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
     """The loss over windows as long as the context, each scored independently."""
     ids, bytes_per_token = _held_out(request.on, tokenizer) if request.on in names() else _whole(request, tokenizer)
-    context = causal(model).config.context_length
+    context = text_model(model).config.context_length
     begin = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), None)
     ids = ids if begin is None else np.concatenate([[begin], ids])
     if len(ids) < 2:

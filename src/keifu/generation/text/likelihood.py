@@ -10,7 +10,7 @@ Axes: batch = texts, or prompts of a pass; length = tokens; answers; vocab.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,17 @@ from torch import Tensor, nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.logits_processors import log_probability
-from keifu.generation.text.model import PREFILL_TOKENS, Model, causal, device_of, evaluation_mode
+from keifu.generation.text.model import (
+    PREFILL_TOKENS,
+    Model,
+    OwnRunner,
+    causal,
+    device_of,
+    evaluation_mode,
+    text_model,
+)  # fmt: skip
 from keifu.generation.text.request import check_tokens
+from keifu.generation.text.runner import Reader, Span, own_form, runner_of
 from keifu.generation.text.sampler import History, RowSettings
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.layers.attention.kv_cache import KVState
@@ -38,11 +47,12 @@ def score(
     This is what `log_probability` reports while a text is written. `padding` counts the zeros before shorter texts (see
     `engine.pad_left`); what stands there has no meaning. A text longer than the context is a `UserError`.
     """
-    writer = causal(model)
-    hidden = _hidden(writer, tokens, padding).flatten(0, 1)
-    targets = tokens[:, 1:].flatten()
-    pairs = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    return torch.cat([log_probability(writer.logits(h).float(), t) for h, t in pairs]).view(tokens[:, 1:].shape)
+    left = tokens[:, 1:].flatten()
+    found = [left.new_zeros(0, dtype=torch.float32)]
+    for logits in _predictions(model, tokens, padding):
+        found.append(log_probability(logits, left[: len(logits)]))
+        left = left[len(logits) :]
+    return torch.cat(found).view(tokens[:, 1:].shape)
 
 
 @torch.inference_mode()
@@ -55,15 +65,13 @@ def score_sampled(
     """
     if not 1 <= prompt_length <= len(tokens):
         raise UserError(f"The prompt's length is {prompt_length}, which must be from 1 to the text's {len(tokens)}.")
-    writer = causal(model)
-    hidden = _hidden(writer, tokens[None], None)[0, prompt_length - 1 :]
     settings = RowSettings([sampling], tokens.device)
-    history = History.of_texts(settings, [tokens[:prompt_length].tolist()], [0], writer.config.vocab_size)
-    found = [hidden.new_zeros(0, dtype=torch.float32)]
-    for start in range(0, len(hidden), CHUNK):
-        states = hidden[start : start + CHUNK]
-        targets = tokens[prompt_length + start :][: len(states)]
-        logits = writer.logits(states).float()
+    vocab_size = text_model(model).config.vocab_size
+    history = History.of_texts(settings, [tokens[:prompt_length].tolist()], [0], vocab_size)
+    left = tokens[prompt_length:]
+    found = [left.new_zeros(0, dtype=torch.float32)]
+    for logits in _predictions(model, tokens[None], None, prompt_length - 1):
+        targets, left = left[: len(logits)], left[len(logits) :]
         logits = settings(logits, history.before_each(targets, logits.shape[1]))
         found.append(log_probability(logits, targets))
     return torch.cat(found)
@@ -79,27 +87,50 @@ class LikeliestTokens(NamedTuple):
 @torch.inference_mode()
 def score_likeliest(model: nn.Module, tokens: Int[Tensor, " length"], count: int) -> LikeliestTokens:
     """As `score` for one text, with the `count` likeliest tokens at each place."""
-    writer = causal(model)
     values, top = list[float](), list[list[tuple[int, float]]]()
-    for hidden, targets in zip(
-        _hidden(writer, tokens[None], None)[0].split(CHUNK), tokens[1:].split(CHUNK), strict=True
-    ):
-        logits = writer.logits(hidden).float()
-        values += log_probability(logits, targets).tolist()
+    for logits in _predictions(model, tokens[None], None):
+        values += log_probability(logits, tokens[len(values) + 1 :][: len(logits)]).tolist()
         logs, likeliest = (logits - logits.logsumexp(-1, keepdim=True)).topk(count)
         top += [list(zip(*row, strict=True)) for row in zip(likeliest.tolist(), logs.tolist(), strict=True)]
     return LikeliestTokens(values, top)
 
 
-def _hidden(model: Model, tokens: Tensor, padding: Tensor | None) -> Float[Tensor, "batch length dim"]:
-    """The hidden states that predict the tokens after the first."""
-    longest, context = tokens.shape[1], model.config.context_length
+def _predictions(
+    model: nn.Module, tokens: Int[Tensor, "batch length"], padding: Tensor | None, first: int = 0
+) -> Iterator[Float[Tensor, "chunk vocab"]]:
+    """The logits that predict the tokens after number `first`, text after text, some at a time."""
+    context, longest = text_model(model).config.context_length, tokens.shape[1]
     if padding is not None:
         longest -= int(padding.min())
     if longest > context:
         raise UserError(f"The text has {longest} tokens, but this model's context is {context}: shorten it.")
-    with evaluation_mode(cast(nn.Module, model)):
-        return model.hidden(tokens, None, padding)[:, :-1]
+    own = own_form(model)
+    if own is not None:
+        skipped = [0] * len(tokens) if padding is None else padding.tolist()
+        for text, skip in zip(tokens.tolist(), skipped, strict=True):
+            yield from _own_predictions(own, text[skip:-1], len(text) - 1 - first)
+        return
+    writer = causal(model)
+    with evaluation_mode(model):
+        hidden = writer.hidden(tokens, None, padding)[:, first:-1]
+    for states in hidden.flatten(0, 1).split(CHUNK):
+        yield writer.logits(states).float()
+
+
+def _own_predictions(own: OwnRunner, text: Sequence[int], wanted: int) -> Iterator[Float[Tensor, "chunk vocab"]]:
+    """The logits after the last `wanted` tokens of a text; zeros for those that it lacks."""
+    vocab_size = own.config.vocab_size
+    if wanted > len(text):
+        yield torch.zeros(wanted - len(text), vocab_size)
+    if not text:
+        return
+    runner = own.runner(-(-len(text) // own.runner(1).block_size))
+    for start in range(0, len(text), CHUNK):
+        piece = text[start : start + CHUNK]
+        asked = max(0, min(len(piece), start + len(piece) - (len(text) - wanted)))
+        logits = runner.run([Span(0, piece, start, range(runner.n_blocks), asked)])
+        if asked:
+            yield logits
 
 
 Tokens = tuple[int, ...]
@@ -327,13 +358,15 @@ def likelihoods(
     prompts done.
     A pair whose tokens but the last do not fit the context is a `UserError` with both lengths.
     """
-    writer = causal(model)
-    _check(writer, pairs)
+    _check(text_model(model).config, pairs)
     by_prompt: dict[Tokens, dict[Tokens, None]] = defaultdict(dict)
     for prompt, answer in pairs:
         by_prompt[prompt][answer] = None
     asked = [_Request(prompt, sorted(answers, key=len, reverse=True)) for prompt, answers in by_prompt.items()]
-    done = 0
+    if own_form(model) is not None:
+        found = _own_likelihoods(Reader(runner_of(model)), asked, advance)
+        return [found[pair] for pair in pairs]
+    writer, done = causal(model), 0
     with evaluation_mode(model):
         for places, shared in groups([each.prompt for each in asked]):
             prefix = Prefix(writer, asked[places[0]].prompt[:shared], device_of(model))
@@ -343,12 +376,34 @@ def likelihoods(
                 done += len(rows)
                 if advance:
                     advance(done)
-    found = {(a.prompt, answer): each for a in asked for answer, each in zip(a.answers, a.found, strict=True)}
+    found = {ScoredPair(a.prompt, answer): each for a in asked for answer, each in zip(a.answers, a.found, strict=True)}
     return [Likelihood(tuple(values), greedy) for values, greedy in (found[pair] for pair in pairs)]
 
 
-def _check(model: Model, pairs: Sequence[ScoredPair]) -> None:
-    context = model.config.context_length
+def _own_likelihoods(
+    reader: Reader, asked: Sequence[_Request], advance: Advance | None
+) -> dict[ScoredPair, Likelihood]:
+    """The same by a model's own runner: a text for each answer but its last token, which has no part in the logits."""
+    texts = [
+        (each.prompt, body, [answer for answer in each.answers if answer[:-1] == body])
+        for each in sorted(asked, key=lambda each: each.prompt)
+        for body in dict.fromkeys(answer[:-1] for answer in each.answers)
+    ]
+    found, prompts = {}, set[Tokens]()
+    each_read = reader.read(((*prompt, *body), len(body) + 1) for prompt, body, _ in texts)
+    for (prompt, _, answers), logits in zip(texts, each_read, strict=True):
+        likeliest = logits.argmax(-1).tolist()
+        for answer in answers:
+            values = log_probability(logits, torch.tensor(answer)).tolist()
+            found[ScoredPair(prompt, answer)] = Likelihood(tuple(values), likeliest == list(answer))
+        prompts.add(prompt)
+        if advance:
+            advance(len(prompts))
+    return found
+
+
+def _check(config: Any, pairs: Sequence[ScoredPair]) -> None:
+    context = config.context_length
     for prompt, answer in pairs:
         if not prompt or not answer:
             raise UserError("A prompt and its answer must have a token each: one of a pair has none.")
@@ -357,7 +412,7 @@ def _check(model: Model, pairs: Sequence[ScoredPair]) -> None:
                 f"A prompt of {len(prompt)} tokens and its answer of {len(answer)} do not fit this model's context of "
                 f"{context}: shorten them."
             )
-    check_tokens([row for pair in pairs for row in pair], model.config.vocab_size)
+    check_tokens([row for pair in pairs for row in pair], config.vocab_size)
 
 
 class _Pass:

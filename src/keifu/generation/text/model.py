@@ -102,6 +102,11 @@ def text_model(model: nn.Module) -> Model | OwnRunner:
     return model if isinstance(model, OwnRunner) else causal(model)
 
 
+def is_writer(model: nn.Module) -> bool:
+    """Whether it is a causal language model, in PyTorch or computed in its own way."""
+    return isinstance(model, Model | OwnRunner)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's weights are; the CPU for one without any."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -5,7 +5,7 @@ has its own in block `blocks[p // block_size]` of the sequence's block table, at
 has which blocks is decided by the scheduler. Axes: wanted = tokens whose logits are asked for, vocab.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -14,10 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from keifu.generation.text.blocks import BlockManager, digests
 from keifu.generation.text.model import Model, OwnRunner, causal, device_of
 from keifu.layers.attention.kv_cache import KVState, LayerCache, Pass
 from keifu.layers.dropout import Dropout
 from keifu.memory import available_memory
+from keifu.native.model import native_form
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +73,60 @@ class Runner(Protocol):
 POOL = 0.25  # the share of the free memory that the pool may take; `TorchRunner` holds what runs a second time
 
 
+def own_form(model: nn.Module) -> OwnRunner | None:
+    """What computes a model in its own way: itself, or its native form (bfloat16 weights on a CPU). None: PyTorch."""
+    return model if isinstance(model, OwnRunner) else native_form(model)
+
+
 def runner_of(model: nn.Module) -> Runner:
-    """The model's own runner, or else PyTorch's, with as many blocks as a share of the free memory has room for."""
-    make = model.runner if isinstance(model, OwnRunner) else partial(TorchRunner, causal(model))
+    """The runner of a model's own form, or else PyTorch's; its blocks may take a share of the free memory."""
+    own = own_form(model)
+    make = partial(TorchRunner, causal(model)) if own is None else own.runner
     probe: Runner = make(1)
     return make(max(1, int(POOL * available_memory(device_of(model))) // (probe.token_bytes * probe.block_size)))
+
+
+STEP_TOKENS = 512  # of texts that are read together
+
+
+class Reader:
+    """Reads whole texts by a runner, for their logits; what texts share at their beginning is computed once."""
+
+    def __init__(self, runner: Runner):
+        self.runner, self.blocks = runner, BlockManager(runner.n_blocks, runner.block_size)
+        self._batch: list[tuple[Span, list[bytes]]] = []
+
+    def read(self, texts: Iterable[tuple[Sequence[int], int]]) -> Iterator[Float[Tensor, "wanted vocab"]]:
+        """The logits after the last `wanted` tokens of each text, in the order of the texts."""
+        size = self.runner.block_size
+        for number, (tokens, wanted) in enumerate(texts):
+            hashes = digests(tokens, size)
+            usable = hashes[: (len(tokens) - wanted) // size]
+            shared = self.blocks.shared(usable)
+            lacking = -(-len(tokens) // size) - len(shared)
+            filling = {digest for span, own in self._batch for digest in own[span.start // size :]}
+            full = sum(len(span.tokens) for span, _ in self._batch) >= STEP_TOKENS
+            if full or filling & set(usable) or lacking + self.blocks.unused(shared) > self.blocks.free:
+                yield from self._run()
+                shared = self.blocks.shared(usable)
+                lacking = -(-len(tokens) // size) - len(shared)
+            self.blocks.share(shared)
+            blocks = shared + self.blocks.allocate(lacking)
+            start = len(shared) * size
+            self._batch.append((Span(number, tokens[start:], start, blocks, wanted), hashes))
+        yield from self._run()
+
+    def _run(self) -> Iterator[Float[Tensor, "wanted vocab"]]:
+        """Reads the texts that were gathered."""
+        batch, self._batch = self._batch, []
+        if not batch:
+            return
+        yield from self.runner.run([span for span, _ in batch]).split([span.wanted for span, _ in batch])
+        for span, hashes in batch:
+            for block, digest in zip(span.blocks, hashes, strict=False):
+                self.blocks.remember(block, digest)
+            self.blocks.release(span.blocks)
+            self.runner.forget(span.sequence)
 
 
 SMALLEST = 64  # tokens of the smallest row

@@ -70,6 +70,14 @@ INLINE uint8_t *cached_head(const Forward &f, int layer, int t, int64_t position
     return c.data + layer * c.layer + block * c.block + head * c.head;
 }
 
+// Fetches the keys and values that a task of one token will read (the first of them: what fits the nearer caches).
+INLINE void fetch_heads(const Forward &f, int index, const AttentionTask &task, int head) {
+    const Cache &c = f.model->cache;
+    const int position = f.batch.positions[task.first];
+    for (int from = 0; task.n_tokens == 1 && from <= position && from < 512; from += c.block_size)
+        fetch(cached_head(f, index, task.first, from, head), (int)c.head);
+}
+
 // Writes the key and the value of token `t` into its place in the cache.
 INLINE void store_token(const Forward &f, int index, int t, int head, float *scratch) {
     const KeifuModel &m = *f.model;

@@ -40,7 +40,8 @@ int find_best() {
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl") ||
         !__builtin_cpu_supports("avx512vnni"))
         return KEIFU_AVX2;
-    return tiles_allowed() ? KEIFU_AMX : KEIFU_AVX512;
+    if (tiles_allowed()) return KEIFU_AMX;
+    return __builtin_cpu_supports("avx512bf16") ? KEIFU_AVX512_BF16 : KEIFU_AVX512;
 #else
     return KEIFU_PORTABLE;
 #endif
@@ -49,6 +50,7 @@ int find_best() {
 const Kernels *table(int which) {
     switch (which) {
     case KEIFU_AMX: return amx_kernels();
+    case KEIFU_AVX512_BF16: return avx512_bf16_kernels();
     case KEIFU_AVX512: return avx512_kernels();
     case KEIFU_AVX2: return avx2_kernels();
     default: return portable_kernels();
@@ -87,7 +89,7 @@ int32_t keifu_best_instructions(void) { return best(); }
 int32_t keifu_instructions(void) { return in_use(); }
 
 int32_t keifu_use_instructions(int32_t which) {
-    if (which < KEIFU_PORTABLE || which > KEIFU_AMX) return fail("There is no instruction set %d; known are 0 to 3.", which);
+    if (which < KEIFU_PORTABLE || which > KEIFU_AMX) return fail("There is no instruction set %d; known are 0 to 4.", which);
     if (which > best()) return fail("This CPU has instruction set %d at most; %d was asked for.", best(), which);
     in_use() = which;
     return 0;

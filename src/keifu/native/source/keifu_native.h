@@ -28,7 +28,7 @@ const char *keifu_last_error(void); /* of the calling thread; never NULL */
 
 /* ---- the CPU ---- */
 
-enum KeifuInstructions { KEIFU_PORTABLE = 0, KEIFU_AVX2 = 1, KEIFU_AVX512 = 2, KEIFU_AMX = 3 };
+enum KeifuInstructions { KEIFU_PORTABLE = 0, KEIFU_AVX2 = 1, KEIFU_AVX512 = 2, KEIFU_AVX512_BF16 = 3, KEIFU_AMX = 4 };
 
 int32_t keifu_best_instructions(void);      /* the best that this CPU (and its kernel) has */
 int32_t keifu_instructions(void);           /* those in use; the best at first */
@@ -159,7 +159,7 @@ int32_t keifu_copy_block(KeifuModel *model, int32_t from, int32_t to); /* all la
  * The tokens of one sequence stand side by side, at consecutive positions; keys and values of its earlier positions
  * must be in its blocks. The logits of a token have the same bits however its sequence was cut into forwards, whatever
  * else is in the batch, and for any number of threads; also for every instruction set with fused multiplication (all
- * but KEIFU_PORTABLE on x86-64). */
+ * but KEIFU_PORTABLE on x86-64, and KEIFU_AMX where there are bf16 weights). */
 typedef struct {
     int32_t n_tokens;
     const int32_t *tokens, *positions; /* [n_tokens] */

@@ -1,8 +1,20 @@
-// All that is compiled once per instruction set: the files that include this say in which namespace, and with which
-// flags. Only their tables of functions are used by others, so that no code for a better CPU runs on one that lacks it.
+// All that is compiled once per instruction set: the files that include this say for which (SET), and with which flags.
+// Only the table of functions is used by others, so that no code for a better CPU runs on one that lacks it.
 #pragma once
+#define JOIN_WORDS(a, b) a##b
+#define JOIN(a, b) JOIN_WORDS(a, b)
+#define KEIFU_NAMESPACE JOIN(keifu_, SET)
+#include "model.h"
+#if defined(SET_PORTABLE) || defined(__x86_64__)
 #include "attention.h"
 #include "packing.h"
 #include "product.h"
 #include "step.h"
-#include "vector.h"
+
+const keifu::Kernels *keifu::JOIN(SET, _kernels)() {
+    static const Kernels table = {KEIFU_NAMESPACE::forward, KEIFU_NAMESPACE::pack, KEIFU_NAMESPACE::unpack};
+    return &table;
+}
+#else
+const keifu::Kernels *keifu::JOIN(SET, _kernels)() { return nullptr; }
+#endif

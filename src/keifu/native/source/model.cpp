@@ -12,40 +12,49 @@ namespace {
 
 // ---- memory ----
 
-void *allocate(int64_t bytes) {  // zeros, in huge pages where the system gives them
-    constexpr size_t PAGE = 2 << 20;
-    const size_t size = (size_t)round_up(bytes > 0 ? bytes : 1, bytes >= (int64_t)PAGE ? PAGE : 64);
-    void *memory = std::aligned_alloc(bytes >= (int64_t)PAGE ? PAGE : 64, size);
-    if (!memory) return nullptr;
-#if defined(MADV_HUGEPAGE)
-    if (size >= PAGE) madvise(memory, size, MADV_HUGEPAGE);
-#endif
-    std::memset(memory, 0, size);
-    return memory;
-}
-
-// Memory of a model or a thread, freed together; `complete` is false where the system had no more.
+// Memory of a model or a thread, all zeros, freed together; `complete` is false where the system had no more. What is
+// large is mapped, in huge pages where the system gives them, and takes memory only where it was written.
 class Arena {
   public:
+    Arena() = default;
+    Arena(const Arena &) = delete;
     ~Arena() {
-        for (void *p : all) std::free(p);
+        for (const auto &[start, size] : mapped) munmap(start, size);
+        for (void *p : small) std::free(p);
     }
     template <class T> T *take(int64_t n) {
-        void *p = allocate(n * (int64_t)sizeof(T));
+        const size_t bytes = (size_t)round_up(n > 0 ? n * (int64_t)sizeof(T) : 1, 64);
+        void *p = bytes < PAGE ? std::aligned_alloc(64, bytes) : map(bytes + PAGE);
         complete = complete && p;
-        all.push_back(p);
+        if (p && bytes < PAGE) {
+            std::memset(p, 0, bytes);
+            small.push_back(p);
+        }
         return static_cast<T *>(p);
     }
     bool complete = true;
 
   private:
-    std::vector<void *> all;
+    static constexpr size_t PAGE = 2 << 20;
+
+    void *map(size_t bytes) {  // aligned to PAGE
+        void *start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (start == MAP_FAILED) return nullptr;
+        mapped.push_back({start, bytes});
+#if defined(MADV_HUGEPAGE)
+        madvise(start, bytes, MADV_HUGEPAGE);
+#endif
+        return (void *)round_up((int64_t)start, PAGE);
+    }
+
+    std::vector<std::pair<void *, size_t>> mapped;
+    std::vector<void *> small;
 };
 
 Rows make_rows(Arena &arena, int64_t n, int64_t columns) {
     Rows rows;
     rows.columns = round_up(columns, PAIR);
-    rows.dense = arena.take<float>(n * rows.columns);
+    rows.dense = arena.take<uint16_t>(n * rows.columns);
     rows.codes = arena.take<int8_t>(n * rows.columns);
     rows.groups = arena.take<CodeGroup>(round_up(n, TILE) * rows.n_groups());
     return rows;
@@ -63,7 +72,7 @@ Scratch make_scratch(const KeifuModel &m, Arena &arena) {
     const int64_t widest = m.width > m.query_width ? m.width : m.query_width;
     const int64_t scores = MAX_TASK_ROWS * ((int64_t)m.max_positions + PAIR);
     Scratch s;
-    s.out = arena.take<float>(BLOCK_ROWS * CHUNK * TILE);
+    s.out = arena.take<float>(2 * BLOCK_ROWS * CHUNK * TILE);
     s.row = arena.take<float>(widest);
     s.heads = arena.take<float>(MAX_TASK_ROWS * round_up(m.about.head_dim, PAIR));
     s.queries = arena.take<float>(MAX_TASK_ROWS * round_up(m.about.head_dim, PAIR));

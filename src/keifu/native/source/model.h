@@ -22,7 +22,7 @@ struct CodeGroup {
 // The rows of a product's input as the kernels want them: bfloat16 for bf16 weights, int8 in groups for the others.
 struct Rows {
     int64_t columns;   // padded to PAIR; also the distance between rows
-    void *dense;       // bfloat16 with AMX, else float32 rounded to bfloat16
+    uint16_t *dense;   // bfloat16
     int8_t *codes;
     CodeGroup *groups;  // [rows / TILE][groups][TILE]
 
@@ -34,7 +34,7 @@ struct Rows {
 
 // What a thread needs for itself.
 struct Scratch {
-    float *out;       // [BLOCK_ROWS, CHUNK · TILE] of a product
+    float *out;       // [2, BLOCK_ROWS, CHUNK · TILE] of two products
     float *row;       // numbers of one row, padded
     float *heads;     // [MAX_TASK_ROWS, head_dim padded to TILE]
     void *queries;    // [MAX_TASK_ROWS, head_dim padded to GROUP] dense
@@ -93,17 +93,25 @@ struct Forward {
     bool whole_spans;  // each sequence's new tokens are one task, which can store their keys and values itself
 };
 
+struct Numbers {  // rows that are to be packed
+    int type;       // KeifuSource
+    const char *data;
+    int64_t stride, size;  // bytes from one row to the next, and of a number
+    int rows;
+    int64_t columns;
+};
+
 // What an instruction set gives.
 struct Kernels {
     void (*forward)(const Forward &forward, Walk &walk);
-    int64_t (*pack)(int format, int source_type, const void *row, int64_t columns, int lane, uint8_t *tile);
+    int64_t (*pack)(int format, const Numbers &from, uint8_t *tile);
     void (*unpack)(int format, const uint8_t *data, int64_t columns, int64_t row, float *out);
-    int dense_bytes;  // of a number of Rows::dense
 };
 
 const Kernels *portable_kernels();
 const Kernels *avx2_kernels();
 const Kernels *avx512_kernels();
+const Kernels *avx512_bf16_kernels();
 const Kernels *amx_kernels();
 const Kernels &kernels();  // those in use
 

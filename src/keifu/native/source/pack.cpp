@@ -56,10 +56,8 @@ class Row {
         copy_half(tile + super_offset(layout, group / 2) + index * 2 * TILE, bits);
     }
     void put_byte(int64_t group, int index, uint8_t byte) { header(group)[index * TILE + lane] = byte; }
-    void put_nibble(int64_t group, int i, int code) {
-        codes(group)[nibble_place(i, lane)] |= (uint8_t)(code << nibble_shift(i));
-    }
-    void put_code(int64_t group, int i, int code) { codes(group)[code_place(i, lane)] = (uint8_t)code; }
+    // Columns 4 quad, 4 quad + 1, ... of a group; in 4 bits also those 16 further on, in the upper halves.
+    void put_quad(int64_t group, int quad, uint32_t four) { std::memcpy(codes(group) + quad * 64 + 4 * lane, &four, 4); }
 
   private:
     void copy_half(uint8_t *base, const uint8_t *bits) { std::memcpy(base + 2 * lane, bits, 2); }
@@ -71,6 +69,14 @@ class Row {
     int lane;
 };
 
+uint32_t word(const uint8_t *bytes, int index) {
+    uint32_t four;
+    std::memcpy(&four, bytes + 4 * index, 4);
+    return four;
+}
+
+uint32_t less(uint32_t four, uint32_t n) { return ((four | 0x80808080) - n * 0x01010101) ^ 0x80808080; }  // each byte
+
 // Blocks of 32 columns: a scale, perhaps a min, and codes.
 void repack_small(int type, const uint8_t *block, int64_t group, Row &row) {
     const int halves = type == 3 ? 2 : 1;
@@ -81,11 +87,13 @@ void repack_small(int type, const uint8_t *block, int64_t group, Row &row) {
         std::memcpy(&fifth, codes, 4);
         codes += 4;
     }
-    for (int i = 0; i < GROUP; i++) {
-        if (type == 8) row.put_code(group, i, (int8_t)codes[i]);
-        const int nibble = codes[i % 16] >> (i / 16 * 4) & 15;
-        if (type == 6) row.put_code(group, i, (nibble | (int)(fifth >> i & 1) << 4) - 16);
-        if (type == 2 || type == 3) row.put_nibble(group, i, nibble);
+    for (int quad = 0; quad < 8; quad++) {
+        const uint32_t both = word(codes, type == 8 ? quad : quad % 4);  // of Q5_0: as in 4 bits
+        uint32_t four = both >> (quad / 4 * 4) & 0x0f0f0f0f;
+        for (int i = 0; i < 4 && type == 6; i++) four |= (fifth >> (4 * quad + i) & 1) << (8 * i + 4);
+        if (type == 8) row.put_quad(group, quad, both);
+        else if (type == 6) row.put_quad(group, quad, less(four, 16));
+        else if (quad < 4) row.put_quad(group, quad, both);
     }
 }
 
@@ -99,7 +107,10 @@ void repack_q4_k(const uint8_t *block, int64_t first, Row &row) {
         row.put_byte(first + g, 2 * (g % 2), (uint8_t)scale);
         row.put_byte(first + g, 2 * (g % 2) + 1, (uint8_t)min);
         const uint8_t *codes = block + 16 + g / 2 * 32;
-        for (int i = 0; i < GROUP; i++) row.put_nibble(first + g, i, codes[i] >> (g % 2 * 4) & 15);
+        const int shift = g % 2 * 4;
+        for (int quad = 0; quad < 4; quad++)
+            row.put_quad(first + g, quad, (word(codes, quad) >> shift & 0x0f0f0f0f) |
+                                              (word(codes, quad + 4) >> shift & 0x0f0f0f0f) << 4);
     }
 }
 
@@ -109,10 +120,10 @@ void repack_q6_k(const uint8_t *block, int64_t first, Row &row) {
         for (int h = 0; h < 2; h++) row.put_byte(first + g, 2 * (g % 2) + h, block[192 + 2 * g + h]);
         const uint8_t *low = block + g / 4 * 64 + g % 2 * 32;  // groups 0, 1 of a half in the low nibbles, 2, 3 above
         const uint8_t *high = block + 128 + g / 4 * 32;
-        for (int i = 0; i < GROUP; i++) {
-            const int four = low[i] >> (g % 4 / 2 * 4) & 15;
-            const int two = high[i] >> (g % 4 * 2) & 3;
-            row.put_code(first + g, i, (four | two << 4) - 32);
+        for (int quad = 0; quad < 8; quad++) {
+            const uint32_t four = word(low, quad) >> (g % 4 / 2 * 4) & 0x0f0f0f0f;
+            const uint32_t two = word(high, quad) >> (g % 4 * 2) & 0x03030303;
+            row.put_quad(first + g, quad, less(four | two << 4, 32));
         }
     }
 }
@@ -154,11 +165,11 @@ int32_t keifu_pack(int32_t format, int32_t source_type, const void *source, int6
     over_tiles(n_tiles(rows), [&](int t) {
         uint8_t *tile = (uint8_t *)packed + t * bytes;
         std::memset(tile, 0, (size_t)bytes);
-        for (int64_t row = (int64_t)t * TILE; row < rows && row < ((int64_t)t + 1) * TILE; row++) {
-            const char *from = (const char *)source + row * row_stride * number;
-            const int64_t column = use.pack(format, source_type, from, columns, (int)(row % TILE), tile);
-            if (column >= 0) bad = row * columns + column;
-        }
+        const int64_t row = (int64_t)t * TILE;
+        const int here = (int)(rows - row < TILE ? rows - row : TILE);
+        const char *from = (const char *)source + row * row_stride * number;
+        const int64_t found = use.pack(format, {source_type, from, row_stride * number, number, here, columns}, tile);
+        if (found >= 0) bad = row * columns + found;
     });
     if (bad < 0) return 0;
     return fail("Row %lld has a NaN or an infinity at column %lld or one of the 31 after it.",

@@ -1,5 +1,5 @@
-// Packing a tile of a matrix: numbers to bf16 or to codes with scales that make the squared error small; and reading a
-// row of a packed matrix.
+// Packing a tile of a matrix, a lane for each of its rows: numbers to bf16 or to codes with scales that make the squared
+// error small; and reading a row of a packed matrix.
 
 #pragma once
 #include "product.h"
@@ -49,75 +49,92 @@ static void unpack(int format, const uint8_t *data, int64_t columns, int64_t row
     }
 }
 
-// ---- choosing scales ----
+// ---- choosing scales, of 16 groups at a time ----
 
-struct Numbers {  // a group
-    v16 a, b;
-};
+typedef v16 Group[GROUP];
 
-INLINE float dot(v16 a, v16 b, v16 c, v16 d) { return sum(a * b + c * d); }
+INLINE v16 nearest(v16 x) { return (x + 12582912.f) - 12582912.f; }  // whole numbers, ties to even
 
 INLINE v16 clamp(v16 x, float low, float high) {
     x = x < low ? splat(low) : x;
     return x > high ? splat(high) : x;
 }
 
-INLINE Numbers codes_of(Numbers x, float scale, float min, float low, float high) {
-    const float inverse = scale != 0 ? 1.f / scale : 0.f;
-    const v16 a = clamp((x.a - min) * inverse, low, high);
-    const v16 b = clamp((x.b - min) * inverse, low, high);
-    return {to_float(round_to_int(a)), to_float(round_to_int(b))};
+INLINE v16 inverse_of(v16 x) { return x != 0.f ? 1.f / x : v16{}; }
+
+INLINE v16 code_of(v16 x, v16 inverse, v16 min, float low, float high) { return nearest(clamp((x - min) * inverse, low, high)); }
+
+INLINE void extremes(const Group &x, v16 &low, v16 &high) {
+    low = high = x[0];
+    for (int i = 1; i < GROUP; i++) {
+        low = x[i] < low ? x[i] : low;
+        high = max(x[i], high);
+    }
 }
 
+constexpr int FEWEST = -12;  // scales that are tried, around that of the largest number
+constexpr int MOST = 12;
+
 // The scale of codes -8..7 with the least squared error of those near the largest number / -8.
-INLINE float symmetric_scale(Numbers x) {
-    const float most = maximum(max(abs(x.a), abs(x.b)));
-    if (most == 0) return 0;
-    const float extreme = maximum(max(x.a, x.b)) == most ? most : -most;
-    float best = 0;
-    float scale = 0;
-    for (int step = -12; step <= 12; step++) {
-        const Numbers q = codes_of(x, extreme / (-8.f - 0.1f * (float)step), 0, -8, 7);
-        const float xq = dot(x.a, q.a, x.b, q.b);
-        const float qq = dot(q.a, q.a, q.b, q.b);
-        if (qq > 0 && xq * xq > best * qq) {
-            best = xq * xq / qq;
-            scale = xq / qq;
+INLINE v16 symmetric_scale(const Group &x) {
+    v16 low, high;
+    extremes(x, low, high);
+    const v16 extreme = high >= -low ? high : low;
+    v16 best{};
+    v16 scale{};
+    for (int step = FEWEST; step <= MOST; step++) {
+        const v16 inverse = (-8.f - 0.1f * (float)step) * inverse_of(extreme);
+        v16 xq{};
+        v16 qq{};
+        for (int i = 0; i < GROUP; i++) {
+            const v16 q = code_of(x[i], inverse, v16{}, -8, 7);
+            xq += x[i] * q;
+            qq += q * q;
         }
+        const v16 gain = xq * xq * inverse_of(qq);
+        scale = gain > best ? xq * inverse_of(qq) : scale;
+        best = max(gain, best);
     }
     return scale;
 }
 
 struct Affine {
-    float scale, min;
+    v16 scale, min;
 };
 
 // Scale and min of codes 0..15 with the least squared error, by least squares from several first scales. The min is 0
 // or below where `below` is set.
-INLINE Affine affine_scale(Numbers x, bool below) {
-    float low = -maximum(max(-x.a, -x.b));
-    const float high = maximum(max(x.a, x.b));
-    if (below && low > 0) low = 0;
-    Affine best{0, low};
-    if (high <= low) return best;
-    const float sum_x = sum(x.a + x.b);
-    float least = 3e38f;
-    for (int step = -12; step <= 12; step++) {
-        const Numbers q = codes_of(x, (high - low) / (15.f + 0.1f * (float)step), low, 0, 15);
-        const float sum_q = sum(q.a + q.b);
-        const float qq = dot(q.a, q.a, q.b, q.b);
-        const float xq = dot(x.a, q.a, x.b, q.b);
-        const float determinant = GROUP * qq - sum_q * sum_q;
-        if (determinant <= 0) continue;
-        Affine now{(GROUP * xq - sum_x * sum_q) / determinant, (qq * sum_x - sum_q * xq) / determinant};
-        if (below && now.min > 0) now = {xq / qq, 0};
-        const v16 a = x.a - (q.a * now.scale + now.min);
-        const v16 b = x.b - (q.b * now.scale + now.min);
-        const float error = dot(a, a, b, b);
-        if (error < least && now.scale > 0) {
-            least = error;
-            best = now;
+INLINE Affine affine_scale(const Group &x, bool below) {
+    v16 low, high;
+    extremes(x, low, high);
+    if (below) low = low > 0.f ? v16{} : low;
+    Affine best{v16{}, low};
+    v16 least = splat(3e38f);
+    v16 sum_x{};
+    for (int i = 0; i < GROUP; i++) sum_x += x[i];
+    for (int step = FEWEST; step <= MOST; step++) {
+        const v16 inverse = (15.f + 0.1f * (float)step) * inverse_of(high - low);
+        v16 sum_q{};
+        v16 qq{};
+        v16 xq{};
+        for (int i = 0; i < GROUP; i++) {
+            const v16 q = code_of(x[i], inverse, low, 0, 15);
+            sum_q += q;
+            qq += q * q;
+            xq += x[i] * q;
         }
+        const v16 determinant = inverse_of((float)GROUP * qq - sum_q * sum_q);
+        v16 scale = ((float)GROUP * xq - sum_x * sum_q) * determinant;
+        v16 min = (qq * sum_x - sum_q * xq) * determinant;
+        if (below) {
+            scale = min > 0.f ? xq * inverse_of(qq) : scale;
+            min = min > 0.f ? v16{} : min;
+        }
+        v16 error = scale * (scale * qq + 2.f * (min * sum_q - xq)) + min * ((float)GROUP * min - 2.f * sum_x);
+        error = (determinant > 0.f) & (scale > 0.f) ? error : splat(3e38f);
+        best.scale = error < least ? scale : best.scale;
+        best.min = error < least ? min : best.min;
+        least = error < least ? error : least;
     }
     return best;
 }
@@ -136,118 +153,137 @@ INLINE uint16_t half_bits(float x) {  // float16, rounded to the nearest; what i
     return (uint16_t)(sign | (uint32_t)__builtin_rintf(size * 16777216.f));
 }
 
-INLINE float half(uint16_t bits) {
-    uint16_t all[16] = {bits};
-    return load_half(all)[0];
+// Writes a float16 for each row, and gives what it stands for.
+INLINE v16 put_halves(uint8_t *to, v16 x) {
+    for (int lane = 0; lane < TILE; lane++) {
+        const uint16_t bits = half_bits(x[lane]);
+        memcpy(to + 2 * lane, &bits, 2);
+    }
+    return load_half(to);
 }
 
-struct Place {  // a row's group in a tile
-    uint8_t *super, *header, *codes;
-    int g, lane;
+// Writes a byte for each row: the nearest multiple of d, at most 255; gives what it stands for.
+INLINE v16 put_multiples(uint8_t *to, v16 x, v16 d) {
+    const v16 n = clamp(nearest(x * inverse_of(d)), 0, 255);
+    for (int lane = 0; lane < TILE; lane++) to[lane] = (uint8_t)n[lane];
+    return d * n;
+}
 
-    uint16_t &halfword(uint8_t *base, int index) const { return ((uint16_t *)base)[index * TILE + lane]; }
-    uint8_t &byte(int index) const { return header[index * TILE + lane]; }
-};
-
-template <int FORMAT> INLINE void put_codes(const Place &place, Numbers q) {
-    float codes[GROUP];
-    store(codes, q.a);
-    store(codes + TILE, q.b);
+template <int FORMAT> INLINE void put_codes(uint8_t *codes, const Group &x, v16 scale, v16 min) {
     constexpr Layout L = LAYOUTS[FORMAT];
-    for (int i = 0; i < GROUP; i++) {
-        const int code = (int)codes[i] + L.offset;
-        if (L.codes == 256) place.codes[nibble_place(i, place.lane)] |= (uint8_t)(code << nibble_shift(i));
-        else place.codes[code_place(i, place.lane)] = (uint8_t)code;
+    constexpr bool NIBBLES = L.codes == 256;
+    const float low = L.has_min ? 0 : NIBBLES ? -8 : -127;
+    const float high = L.has_min ? 15 : NIBBLES ? 7 : 127;
+    const v16 inverse = inverse_of(scale);
+    for (int quad = 0; quad < 8; quad++) {
+        i16 word{};
+        for (int k = 0; k < 4; k++) {
+            const v16 code = code_of(x[4 * quad + k], inverse, min, low, high);
+            word |= ((round_to_int(code) + L.offset) & 255) << (8 * k);
+        }
+        uint8_t *to = codes + (NIBBLES ? quad % 4 : quad) * 64;
+        if (NIBBLES && quad >= 4) word = word << 4 | load_ints(to);
+        memcpy(to, &word, 64);
     }
 }
 
-template <int FORMAT> INLINE void pack_group(const Place &place, Numbers x) {
+template <int FORMAT> INLINE void pack_group(uint8_t *header, int g, const Group &x) {
+    uint8_t *codes = header + LAYOUTS[FORMAT].group(g);
     if constexpr (FORMAT == KEIFU_BF16) {
-        uint16_t bits[GROUP];
-        store_bfloat16(bits, x.a);
-        store_bfloat16(bits + TILE, x.b);
-        for (int i = 0; i < GROUP; i++) ((uint16_t *)place.codes)[bfloat16_place(i, place.lane)] = bits[i];
+        for (int i = 0; i < GROUP; i += 2) {
+            const i16 pair = bfloat16_bits(x[i]) | bfloat16_bits(x[i + 1]) << 16;
+            memcpy(codes + i * 32, &pair, 64);
+        }
     } else if constexpr (FORMAT == KEIFU_INT4_MIN) {
         const Affine best = affine_scale(x, false);
-        const uint16_t scale = place.halfword(place.header, 2 * place.g) = half_bits(best.scale);
-        const uint16_t min = place.halfword(place.header, 2 * place.g + 1) = half_bits(best.min);
-        put_codes<FORMAT>(place, codes_of(x, half(scale), half(min), 0, 15));
+        const v16 scale = put_halves(header + g * 64, best.scale);
+        put_codes<FORMAT>(codes, x, scale, put_halves(header + g * 64 + 32, best.min));
+    } else if constexpr (FORMAT == KEIFU_INT4) {
+        put_codes<FORMAT>(codes, x, put_halves(header + g * 32, symmetric_scale(x)), v16{});
     } else {
-        constexpr bool EIGHT = FORMAT == KEIFU_INT8;
-        const float best = EIGHT ? maximum(max(abs(x.a), abs(x.b))) / 127.f : symmetric_scale(x);
-        const uint16_t scale = place.halfword(place.header, place.g) = half_bits(best);
-        put_codes<FORMAT>(place, codes_of(x, half(scale), 0, EIGHT ? -127 : -8, EIGHT ? 127 : 7));
+        v16 low, high;
+        extremes(x, low, high);
+        put_codes<FORMAT>(codes, x, put_halves(header + g * 32, max(high, -low) / 127.f), v16{});
     }
 }
 
 // The groups of a super block together: their scales and mins are multiples of d and dmin.
-INLINE void pack_super(const Place *places, const Numbers *x, int n) {
+INLINE void pack_super(uint8_t *super, uint8_t *const *headers, const Group *x, int n) {
     Affine best[2 * SUPER_PAIRS];
-    float scale = 0;
-    float min = 0;
+    v16 scale{};
+    v16 min{};
     for (int g = 0; g < n; g++) {
         best[g] = affine_scale(x[g], true);
-        scale = best[g].scale > scale ? best[g].scale : scale;
-        min = -best[g].min > min ? -best[g].min : min;
+        scale = max(best[g].scale, scale);
+        min = max(-best[g].min, min);
     }
-    const float d = half(places[0].halfword(places[0].super, 0) = half_bits(scale / 255.f));
-    const float dmin = half(places[0].halfword(places[0].super, 1) = half_bits(min / 255.f));
+    const v16 d = put_halves(super, scale / 255.f);
+    const v16 dmin = put_halves(super + 32, min / 255.f);
     for (int g = 0; g < n; g++) {
-        const float multiple = d > 0 ? __builtin_rintf(best[g].scale / d) : 0.f;
-        const float below = dmin > 0 ? __builtin_rintf(-best[g].min / dmin) : 0.f;
-        const float s = places[g].byte(2 * places[g].g) = (uint8_t)(multiple < 255.f ? multiple : 255.f);
-        const float m = places[g].byte(2 * places[g].g + 1) = (uint8_t)(below < 255.f ? below : 255.f);
-        put_codes<KEIFU_INT4_SUPER>(places[g], codes_of(x[g], d * s, -(dmin * m), 0, 15));
+        uint8_t *bytes = headers[g] + g % 2 * 32;
+        const v16 s = put_multiples(bytes, best[g].scale, d);
+        const v16 m = put_multiples(bytes + 16, -best[g].min, dmin);
+        put_codes<KEIFU_INT4_SUPER>(headers[g] + LAYOUTS[KEIFU_INT4_SUPER].group(g % 2), x[g], s, -m);
     }
 }
 
-// Up to 16 numbers from column `column` on of a row, as floats, zeros after its end.
-INLINE v16 read_numbers(int source_type, const void *row, int64_t column, int64_t columns) {
-    const int n = columns - column < TILE ? (int)(columns - column) : TILE;
-    float numbers[TILE] = {};
-    uint16_t halves[TILE] = {};
-    if (n <= 0) return v16{};
-    if (source_type == KEIFU_FROM_FLOAT32) {
-        memcpy(numbers, (const float *)row + column, (size_t)n * 4);
-        return load(numbers);
+// A group of each row, zeros beyond the rows and the columns.
+INLINE void read_group(const Numbers &from, int64_t column, Group &x) {
+    float numbers[GROUP][TILE] = {};
+    const int n = from.columns - column < GROUP ? (int)(from.columns - column) : GROUP;
+    for (int row = 0; row < from.rows; row++) {
+        const char *start = from.data + row * from.stride + column * from.size;
+        for (int i = 0; i < n; i++)
+            if (from.size == 4) memcpy(&numbers[i][row], start + 4 * i, 4);
+            else memcpy(&numbers[i][row], start + 2 * i, 2);
     }
-    memcpy(halves, (const uint16_t *)row + column, (size_t)n * 2);
-    if (source_type == KEIFU_FROM_FLOAT16) return load_half(halves);
-    return load_bfloat16(halves);
+    for (int i = 0; i < GROUP; i++) {
+        uint16_t halves[2 * TILE];
+        memcpy(halves, numbers[i], sizeof halves);
+        for (int row = 0; row < TILE; row++) halves[row] = halves[2 * row];
+        x[i] = from.type == KEIFU_FROM_FLOAT32 ? load(numbers[i]) : from.type == KEIFU_FROM_FLOAT16 ? load_half(halves) : load_bfloat16(halves);
+    }
 }
 
-template <int FORMAT>
-INLINE int64_t pack_row(int source_type, const void *row, int64_t columns, int lane, uint8_t *tile) {
+// The first row of a group that has a NaN or an infinity, or -1. (A maximum may lose a NaN.)
+INLINE int find_bad(const Group &x) {
+    v16 zeros{};
+    for (int i = 0; i < GROUP; i++) zeros += x[i] * 0.f;
+    for (int row = 0; row < TILE; row++)
+        if (zeros[row] != 0.f) return row;
+    return -1;
+}
+
+template <int FORMAT> INLINE int64_t pack_tile(const Numbers &from, uint8_t *tile) {
     constexpr Layout L = LAYOUTS[FORMAT];
     constexpr int UNIT = 2 * SUPER_PAIRS;
-    const int64_t groups = round_up(columns, PAIR) / GROUP;
+    const int64_t groups = round_up(from.columns, PAIR) / GROUP;
     for (int64_t first_group = 0; first_group < groups; first_group += UNIT) {
-        Place places[UNIT];
-        Numbers x[UNIT];
+        uint8_t *headers[UNIT];
+        Group x[UNIT];
         const int n = groups - first_group < UNIT ? (int)(groups - first_group) : UNIT;
         for (int i = 0; i < n; i++) {
             const int64_t group = first_group + i;
-            uint8_t *header = tile + pair_offset(L, group / 2);
-            const int g = (int)(group % 2);
-            places[i] = {tile + super_offset(L, group / 2), header, header + L.group(g), g, lane};
-            x[i] = {read_numbers(source_type, row, group * GROUP, columns),
-                    read_numbers(source_type, row, group * GROUP + TILE, columns)};
-            if (sum(x[i].a * 0.f + x[i].b * 0.f) != 0.f) return group * GROUP;  // a maximum may lose a NaN
-            if constexpr (FORMAT != KEIFU_INT4_SUPER) pack_group<FORMAT>(places[i], x[i]);
+            headers[i] = tile + pair_offset(L, group / 2);
+            read_group(from, group * GROUP, x[i]);
+            const int bad = find_bad(x[i]);
+            if (bad >= 0) return bad * from.columns + group * GROUP;
+            if constexpr (FORMAT != KEIFU_INT4_SUPER) pack_group<FORMAT>(headers[i], i % 2, x[i]);
         }
-        if constexpr (FORMAT == KEIFU_INT4_SUPER) pack_super(places, x, n);
+        if constexpr (FORMAT == KEIFU_INT4_SUPER) pack_super(tile + super_offset(L, first_group / 2), headers, x, n);
     }
     return -1;
 }
 
-// Packs a row into its tile, whose bytes were 0; gives -1, or the first column of a group with a NaN or an infinity.
-static int64_t pack(int format, int source_type, const void *row, int64_t columns, int lane, uint8_t *tile) {
+// Packs up to 16 rows as a tile, whose bytes were 0; gives -1, or of a group with a NaN or an infinity its row ·
+// columns + its first column.
+static int64_t pack(int format, const Numbers &from, uint8_t *tile) {
     switch (format) {
-    case KEIFU_BF16: return pack_row<KEIFU_BF16>(source_type, row, columns, lane, tile);
-    case KEIFU_INT8: return pack_row<KEIFU_INT8>(source_type, row, columns, lane, tile);
-    case KEIFU_INT4: return pack_row<KEIFU_INT4>(source_type, row, columns, lane, tile);
-    case KEIFU_INT4_MIN: return pack_row<KEIFU_INT4_MIN>(source_type, row, columns, lane, tile);
-    default: return pack_row<KEIFU_INT4_SUPER>(source_type, row, columns, lane, tile);
+    case KEIFU_BF16: return pack_tile<KEIFU_BF16>(from, tile);
+    case KEIFU_INT8: return pack_tile<KEIFU_INT8>(from, tile);
+    case KEIFU_INT4: return pack_tile<KEIFU_INT4>(from, tile);
+    case KEIFU_INT4_MIN: return pack_tile<KEIFU_INT4_MIN>(from, tile);
+    default: return pack_tile<KEIFU_INT4_SUPER>(from, tile);
     }
 }
 

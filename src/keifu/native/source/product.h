@@ -1,8 +1,10 @@
 // Products of packed tiles with rows: y[row][16 s + i] = sum over columns of tile s, row i.
 //
-// The order of the sums is the same for every number of rows and every instruction set. bf16: even and odd columns of a
-// group of 32 are added up apart from zero, then their sum is added to the total: AMX's order (TDPBF16PS). Quantised:
-// the codes of a group are multiplied and added up exactly in int32, then the sum times both scales is added.
+// The order of the sums is the same for every number of rows. Quantised: the codes of a group are multiplied and added
+// up exactly in int32, then the sum times both scales is added; the same bits on every CPU. bf16: of each pair of
+// columns the odd one is added to the total first, as VDPBF16PS does; AMX's tiles have an order of their own. Keys and
+// values are multiplied in AMX's order everywhere: even and odd columns of a group of 32 apart from zero, then their
+// sum is added to the total.
 #pragma once
 #include "model.h"
 #include "vector.h"
@@ -41,9 +43,9 @@ INLINE void encode_codes(const Rows &rows, int64_t row, int64_t group, v16 a, v1
 // Rounds 32 numbers of a row to what the weights of a product are multiplied with.
 INLINE void encode(const Rows &rows, bool quantised, int64_t row, int64_t group, v16 a, v16 b) {
     if (quantised) return encode_codes(rows, row, group, a, b);
-    Dense *dense = (Dense *)rows.dense + row * rows.columns + group * GROUP;
-    store_dense(dense, a);
-    store_dense(dense + TILE, b);
+    uint16_t *dense = rows.dense + row * rows.columns + group * GROUP;
+    store_bfloat16(dense, a);
+    store_bfloat16(dense + TILE, b);
 }
 
 // ---- blocks of a product ----
@@ -52,31 +54,31 @@ template <int N> struct Constant {
     static constexpr int value = N;
 };
 
-// Cuts tiles x rows into blocks whose sums fit the registers, and calls block(S, B, first tile, first row).
-template <class Block> INLINE void cut(int tiles, int rows, Block block) {
 #if defined(__AVX512F__)
-    constexpr int ALONE = 4;  // tiles at once where there is one row: as many streams of weights
-    constexpr int SHARED = 2;
-    constexpr int B = 4;
+constexpr int ALONE = CHUNK;  // tiles at once where there is one row: as many streams of weights
+constexpr int SHARED = 2;
+constexpr int ROWS = 4;
+constexpr int BFLOAT16_ROWS = 8;
 #else
-    constexpr int ALONE = 1;
-    constexpr int SHARED = 1;
-    constexpr int B = 2;
+constexpr int ALONE = 1;
+constexpr int SHARED = 1;
+constexpr int ROWS = 2;
+constexpr int BFLOAT16_ROWS = 4;
 #endif
-    int b = 0;
-    for (; b + B <= rows; b += B) {
-        int s = 0;
-        for (; s + SHARED <= tiles; s += SHARED) block(Constant<SHARED>(), Constant<B>(), s, b);
-        for (; s < tiles; s++) block(Constant<1>(), Constant<B>(), s, b);
-    }
-    for (; b < rows; b++) {
-        int s = 0;
-        for (; s + ALONE <= tiles; s += ALONE) block(Constant<ALONE>(), Constant<1>(), s, b);
-        for (; s < tiles; s++) block(Constant<1>(), Constant<1>(), s, b);
-    }
+
+// Cuts CHUNK tiles x rows into blocks whose sums fit the registers, and calls block(S, B, first tile, first row).
+template <int B, class Block> INLINE void cut(int b, int rows, Block block) {
+    constexpr int S = B == 1 ? ALONE : SHARED;
+    for (; b + B <= rows; b += B)
+        for (int s = 0; s < CHUNK; s += S) block(Constant<S>(), Constant<B>(), s, b);
+    if constexpr (B > 1) cut<B / 2>(b, rows, block);
 }
 
-// ---- bf16 ----
+INLINE void fetch(const uint8_t *p, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+// ---- keys and values ----
 
 #if defined(__AMX_TILE__)
 }  // namespace KEIFU_NAMESPACE
@@ -111,12 +113,64 @@ INLINE void dense_block(At at, int groups, const float *x, int64_t stride, float
 template <class At>
 INLINE void dense_product(At at, int tiles, int groups, const Dense *x, int64_t stride, int rows, float *out,
                           int64_t out_stride) {
-    cut(tiles, rows, [&](auto S, auto B, int s, int b) {
+    const auto run = [&](auto S, auto B, int s, int b) {
         const auto here = [&](int i, int g) { return at(s + i, g); };
         dense_block<S.value, B.value>(here, groups, x + b * stride, stride, out + b * out_stride + s * TILE, out_stride);
-    });
+    };
+    int b = 0;
+    for (; b + ROWS <= rows; b += ROWS) {
+        int s = 0;
+        for (; s + SHARED <= tiles; s += SHARED) run(Constant<SHARED>(), Constant<ROWS>(), s, b);
+        for (; s < tiles; s++) run(Constant<1>(), Constant<ROWS>(), s, b);
+    }
+    for (; b < rows; b++) {
+        int s = 0;
+        for (; s + ALONE <= tiles; s += ALONE) run(Constant<ALONE>(), Constant<1>(), s, b);
+        for (; s < tiles; s++) run(Constant<1>(), Constant<1>(), s, b);
+    }
 }
 #endif
+
+// ---- bf16 ----
+
+// Two columns of 16 rows times two numbers of x.
+INLINE v16 dot_pair(v16 total, i16 w, i16 x) {
+#if defined(__AVX512BF16__)
+    return (v16)_mm512_dpbf16_ps((__m512)total, (__m512bh)w, (__m512bh)x);
+#else
+    total = fma(as_float(x & (int32_t)0xffff0000), as_float(w & (int32_t)0xffff0000), total);
+    return fma(as_float(x << 16), as_float(w << 16), total);
+#endif
+}
+
+INLINE int32_t four_bytes(const void *p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return four;
+}
+
+// Which part of the tiles that come next a block fetches: every (mask + 1)th step, from `turn` on. (One row alone is as
+// fast as memory without.)
+struct Turn {
+    int64_t mask, turn;
+};
+
+template <int S, int B>
+INLINE void bfloat16_block(const uint8_t *const *tiles, const Rows &rows, int64_t row, Turn turn, float *out) {
+    const uint16_t *x = rows.dense + row * rows.columns;
+    v16 total[S][B] = {};
+    for (int64_t line = 0; line < rows.columns / 2; line += 4) {
+        if (B > 1 && (line / 4 & turn.mask) == turn.turn)
+            UNROLL for (int s = 0; s < S; s++) fetch(tiles[CHUNK + s] + line * 64, 256);
+        UNROLL for (int i = 0; i < 4; i++)
+            UNROLL for (int s = 0; s < S; s++) {
+                const i16 w = load_ints(tiles[s] + (line + i) * 64);
+                UNROLL for (int b = 0; b < B; b++)
+                    total[s][b] = dot_pair(total[s][b], w, splat(four_bytes(x + b * rows.columns + 2 * (line + i))));
+            }
+    }
+    UNROLL for (int i = 0; i < S * B; i++) store(out + i % B * OUT + i / B * TILE, total[i / B][i % B]);
+}
 
 // ---- quantised ----
 
@@ -195,12 +249,6 @@ INLINE i16 dot_low(i16 total, i16 w, int32_t x) { return dot_codes(total, w & 0x
 INLINE i16 dot_high(i16 total, i16 w, int32_t x) { return dot_low(total, w >> 4, x); }
 #endif
 
-INLINE int32_t four_codes(const int8_t *p) {
-    int32_t four;
-    memcpy(&four, p, 4);
-    return four;
-}
-
 // Sums of one group: `low` and `high` of the two halves of its columns.
 template <int FORMAT, int S, int B>
 INLINE void sum_group(const uint8_t *const (&codes)[S], const int8_t *x, int64_t stride, const CodeGroup *about,
@@ -218,8 +266,8 @@ INLINE void sum_group(const uint8_t *const (&codes)[S], const int8_t *x, int64_t
             const i16 w = load_ints(codes[s] + quad * 64);
             const i16 v = NIBBLES ? w : load_ints(codes[s] + (quad + 4) * 64);
             UNROLL for (int b = 0; b < B; b++) {
-                const int32_t first = four_codes(x + b * stride + quad * 4);
-                const int32_t second = four_codes(x + b * stride + quad * 4 + TILE);
+                const int32_t first = four_bytes(x + b * stride + quad * 4);
+                const int32_t second = four_bytes(x + b * stride + quad * 4 + TILE);
                 low[s][b] = NIBBLES ? dot_low(low[s][b], w, first) : dot_codes(low[s][b], w, first);
                 high[s][b] = NIBBLES ? dot_high(high[s][b], v, second) : dot_codes(high[s][b], v, second);
             }
@@ -229,7 +277,7 @@ INLINE void sum_group(const uint8_t *const (&codes)[S], const int8_t *x, int64_t
 }
 
 template <int FORMAT, int S, int B>
-INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64_t row, float *out) {
+INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64_t row, Turn turn, float *out) {
     constexpr Layout L = LAYOUTS[FORMAT];
     const int64_t n = rows.n_groups();
     const CodeGroup *about = rows.about(row, 0);
@@ -238,6 +286,8 @@ INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64
     for (int64_t pair = 0; pair < n / 2; pair++) {
         const int64_t super = super_offset(L, pair);
         const int64_t header = pair_offset(L, pair);
+        if (B > 1 && (pair & turn.mask) == turn.turn)
+            UNROLL for (int s = 0; s < S; s++) fetch(tiles[CHUNK + s] + header, L.pair());
         for (int g = 0; g < 2; g++, about += TILE, x += GROUP) {
             const uint8_t *codes[S];
             UNROLL for (int s = 0; s < S; s++) codes[s] = tiles[s] + header + L.group(g);
@@ -257,30 +307,37 @@ INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64
 }
 
 template <int FORMAT>
-void quantised_product(const uint8_t *const *tiles, int n, const Rows &rows, int64_t row, int n_rows,
-                       [[maybe_unused]] Scratch &scratch, float *out) {
+void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int n_rows,
+                [[maybe_unused]] Scratch &scratch, float *out) {
 #if defined(__AMX_TILE__)
-    if (n_rows >= AMX_ROWS) return amx_quantised<FORMAT>(tiles, n, rows, row, n_rows, scratch, out);
+    if constexpr (FORMAT == KEIFU_BF16) {
+        const auto at = [&](int s, int g) { return tiles[s] + g * LAYOUTS[KEIFU_BF16].codes; };
+        return dense_product(at, CHUNK, (int)rows.n_groups(), rows.dense + row * rows.columns, rows.columns, n_rows, out, OUT);
+    } else if (n_rows >= AMX_ROWS) {
+        return amx_quantised<FORMAT>(tiles, CHUNK, rows, row, n_rows, scratch, out);
+    }
 #endif
-    cut(n, n_rows, [&](auto S, auto B, int s, int b) {
-        quantised_block<FORMAT, S.value, B.value>(tiles + s, rows, row + b, out + b * OUT + s * TILE);
+    constexpr int B = FORMAT == KEIFU_BF16 ? BFLOAT16_ROWS : ROWS;
+    const int64_t mask = n_rows < 2 * B ? 0 : n_rows < 4 * B ? 1 : 3;
+    cut<B>(0, n_rows, [&](auto S, auto B, int s, int b) {
+        const Turn turn{mask, b / B.value};
+        float *y = out + b * OUT + s * TILE;
+        if constexpr (FORMAT == KEIFU_BF16) bfloat16_block<S.value, B.value>(tiles + s, rows, row + b, turn, y);
+        else quantised_block<FORMAT, S.value, B.value>(tiles + s, rows, row + b, turn, y);
     });
 }
 
-// out[r][16 s + i] = row i of tile s times row `row` + r, for up to CHUNK tiles and BLOCK_ROWS rows.
-static void product(int format, const uint8_t *const *tiles, int n, const Rows &rows, int64_t row, int n_rows,
-                    Scratch &scratch, float *out) {
+// out[r][16 s + i] = row i of tile s times row `row` + r, for CHUNK tiles and up to BLOCK_ROWS rows. Behind the tiles
+// stand CHUNK more, which this thread will probably be given next: they are fetched meanwhile.
+static void product(int format, const uint8_t *const *tiles, const Rows &rows, int64_t row, int n_rows, Scratch &scratch,
+                    float *out) {
     switch (format) {
-    case KEIFU_BF16: {
-        const auto at = [&](int s, int g) { return tiles[s] + g * LAYOUTS[KEIFU_BF16].codes; };
-        const Dense *x = (const Dense *)rows.dense + row * rows.columns;
-        return dense_product(at, n, (int)rows.n_groups(), x, rows.columns, n_rows, out, OUT);
-    }
-    case KEIFU_INT8: return quantised_product<KEIFU_INT8>(tiles, n, rows, row, n_rows, scratch, out);
-    case KEIFU_INT4: return quantised_product<KEIFU_INT4>(tiles, n, rows, row, n_rows, scratch, out);
-    case KEIFU_INT4_MIN: return quantised_product<KEIFU_INT4_MIN>(tiles, n, rows, row, n_rows, scratch, out);
-    case KEIFU_INT4_SUPER: return quantised_product<KEIFU_INT4_SUPER>(tiles, n, rows, row, n_rows, scratch, out);
-    case KEIFU_INT6_SUPER: return quantised_product<KEIFU_INT6_SUPER>(tiles, n, rows, row, n_rows, scratch, out);
+    case KEIFU_BF16: return product_of<KEIFU_BF16>(tiles, rows, row, n_rows, scratch, out);
+    case KEIFU_INT8: return product_of<KEIFU_INT8>(tiles, rows, row, n_rows, scratch, out);
+    case KEIFU_INT4: return product_of<KEIFU_INT4>(tiles, rows, row, n_rows, scratch, out);
+    case KEIFU_INT4_MIN: return product_of<KEIFU_INT4_MIN>(tiles, rows, row, n_rows, scratch, out);
+    case KEIFU_INT4_SUPER: return product_of<KEIFU_INT4_SUPER>(tiles, rows, row, n_rows, scratch, out);
+    case KEIFU_INT6_SUPER: return product_of<KEIFU_INT6_SUPER>(tiles, rows, row, n_rows, scratch, out);
     }
 }
 

@@ -33,7 +33,7 @@ struct Target {  // a matrix of a product and where its results go
 
 class Step {
   public:
-    Step(const Forward &f, Walk &walk) : f(f), m(*f.model), walk(walk), scratch(m.scratch[walk.thread]) {}
+    Step(const Forward &f, Walk &walk) : f(f), m(*f.model), walk(walk), scratch(m.scratch[walk.thread]), threads(pool_threads()) {}
 
     void run() {
         walk.deal(f.batch.n_tokens, [&](int t) { embed(t); });
@@ -77,6 +77,7 @@ class Step {
                       [&](int i) { store_token(f, index, i / heads, i % heads, scratch.heads); });
         walk.deal(f.n_tasks * heads, [&](int i) {
             const AttentionTask &task = f.tasks[i / heads];
+            if (i + threads < f.n_tasks * heads) fetch_heads(f, index, f.tasks[(i + threads) / heads], (i + threads) % heads);
             for (int t = 0; t < task.n_tokens && f.whole_spans; t++)
                 store_token(f, index, task.first + t, i % heads, scratch.heads);
             attend(f, index, task, i % heads, scratch);
@@ -165,22 +166,28 @@ class Step {
 
     // Calls take(row, column, its 16 results) for all rows of a chunk of a matrix.
     template <class Take> void over_chunk(const KeifuMatrix &w, const Rows &rows, int n, int chunk, Take take) {
-        const uint8_t *tiles[CHUNK];
-        const int64_t left = n_tiles(w.rows) - chunk * CHUNK;
-        const int count = left < CHUNK ? (int)left : CHUNK;
-        point(w, chunk * CHUNK, count, tiles);
+        const uint8_t *tiles[2 * CHUNK];
+        const int count = point(w, chunk, CHUNK, tiles);
         for (int row = 0; row < n; row += BLOCK_ROWS) {
             const int here = n - row < BLOCK_ROWS ? n - row : BLOCK_ROWS;
-            product(w.format, tiles, count, rows, row, here, scratch, scratch.out);
+            product(w.format, tiles, rows, row, here, scratch, scratch.out);
             for (int r = 0; r < here; r++)
                 for (int s = 0; s < count; s++)
                     take(row + r, ((int64_t)chunk * CHUNK + s) * TILE, scratch.out + r * OUT + s * TILE);
         }
     }
 
-    void point(const KeifuMatrix &w, int64_t tile, int count, const uint8_t **tiles) {
+    // Where the tiles of a chunk of a matrix lie (the last one again where there are fewer), and those that come next;
+    // gives their number.
+    int point(const KeifuMatrix &w, int64_t chunk, int width, const uint8_t **tiles) {
         const int64_t bytes = tile_bytes(w.format, w.columns);
-        for (int s = 0; s < count; s++) tiles[s] = (const uint8_t *)w.data + (tile + s) * bytes;
+        const int64_t left = n_tiles(w.rows) - chunk * width;
+        const int count = left < width ? (int)left : width;
+        for (int s = 0; s < width; s++) {
+            tiles[s] = (const uint8_t *)w.data + (chunk * width + (s < count ? s : count - 1)) * bytes;
+            tiles[CHUNK + s] = tiles[s] + width * threads * bytes;
+        }
+        return count;
     }
 
     // Products of several matrices with the normalised stream.
@@ -216,27 +223,34 @@ class Step {
         });
     }
 
+    // Two tiles of `up` and two of `gate`, whose formats differ.
+    void multiply_apart(const Layer &layer, const uint8_t *const *tiles, const Rows &rows, int row, int n) {
+        float *gate = scratch.out + BLOCK_ROWS * OUT;
+        const uint8_t *twice[2][2 * CHUNK];
+        for (int i = 0; i < 2 * CHUNK; i++)
+            for (int g = 0; g < 2; g++) twice[g][i] = tiles[i / CHUNK * CHUNK + 2 * g + i % 2];
+        product(layer.gate.format, twice[1], rows, row, n, scratch, gate);
+        product(layer.up.format, twice[0], rows, row, n, scratch, scratch.out);
+        for (int i = 0; i < n; i++) memcpy(scratch.out + i * OUT + 2 * TILE, gate + i * OUT, 2 * TILE * sizeof(float));
+    }
+
     // One chunk of the feed-forward's hidden numbers, for up to BLOCK_ROWS rows from `row` on.
     void activate_rows(const Layer &layer, const Rows &rows, int chunk, int row) {
         const bool gated = layer.gate.data != nullptr;
         const int width = gated ? 2 : CHUNK;
-        const int64_t left = n_tiles(layer.up.rows) - chunk * width;
-        const int count = left < width ? (int)left : width;
         const int here = f.batch.n_tokens - row < BLOCK_ROWS ? f.batch.n_tokens - row : BLOCK_ROWS;
-        const uint8_t *tiles[CHUNK];
-        point(layer.up, chunk * width, count, tiles);
-        if (gated) point(layer.gate, chunk * width, count, tiles + count);
-        const bool together = gated && layer.gate.format == layer.up.format;
-        product(layer.up.format, tiles, together ? 2 * count : count, rows, row, here, scratch, scratch.out);
-        if (gated && !together)
-            product(layer.gate.format, tiles + count, count, rows, row, here, scratch, scratch.out + count * TILE);
+        const uint8_t *tiles[2 * CHUNK];
+        const int count = point(layer.up, chunk, width, tiles);
+        if (gated) point(layer.gate, chunk, width, tiles + width);
+        if (gated && layer.gate.format != layer.up.format) multiply_apart(layer, tiles, rows, row, here);
+        else product(layer.up.format, tiles, rows, row, here, scratch, scratch.out);
         for (int r = 0; r < here; r++) {
             v16 y[CHUNK] = {};
             for (int s = 0; s < count; s++) {
                 const int64_t column = (int64_t)(chunk * width + s) * TILE;
                 const v16 up = load(scratch.out + r * OUT + s * TILE) + bias(layer.up, column);
                 if (!gated) y[s] = activate(layer.activation, up);
-                else y[s] = activate(layer.activation, load(scratch.out + r * OUT + (count + s) * TILE) +
+                else y[s] = activate(layer.activation, load(scratch.out + r * OUT + (width + s) * TILE) +
                                                            bias(layer.gate, column)) * up;
             }
             for (int g = 0; g < width / 2; g++)
@@ -248,6 +262,7 @@ class Step {
     const KeifuModel &m;
     Walk &walk;
     Scratch &scratch;
+    const int threads;
 };
 
 static void forward(const Forward &f, Walk &walk) {
