@@ -15,6 +15,8 @@ from keifu.commands.shared.inputs import decode_utf8, join_texts, text_from
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.models import llama, perceptron
+from keifu.native import library
+from keifu.native.build import Unavailable
 
 LETTERS = "Once upon a time there was a small model."
 
@@ -175,3 +177,19 @@ def test_data_lists_its_licences_and_checks_a_file(model: str, capsys: pytest.Ca
     text.write_text(LETTERS)
     report = json.loads(out(capsys, "data", "check", str(text), "--tokenizer", model, "--json"))
     assert report["characters"] == len(LETTERS) and report["n_problems"] == 0
+
+
+@pytest.mark.parametrize("weights", [[], ["--weights", "int8"]])
+def test_bench_prints_its_figures_as_json(capsys: pytest.CaptureFixture, model: str, weights: list[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        numbers = "--prompt 9 --tokens 4 --streams 3 --threads 1 --json"
+        figures = json.loads(out(capsys, "bench", model, *numbers.split(), *weights))
+        pool = library.open_library().call("threads") if weights else 1
+    except Unavailable as reason:
+        pytest.skip(f"no native step: {reason}")
+    finally:
+        torch.set_num_threads(threads)
+        library.use_threads(threads)
+    assert (figures["threads"], figures["streams"], pool) == (1, 3, 1)
+    assert all(figures[name] > 0 for name in ("prefill", "decode", "bandwidth", "peak", "share", "memory"))

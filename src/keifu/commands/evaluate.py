@@ -20,7 +20,7 @@ TASKS = (
 
 
 @dataclass(frozen=True)
-class Options(flags.OnDevice):
+class Options(flags.Packed):
     """How good a model is, in figures.
 
     A CLIP: how well captions and pictures find each other (a catalogue name such as emoji, a folder, .tar shards). A
@@ -97,7 +97,7 @@ def run(options: Options) -> None:
     from keifu.files import write_atomic
 
     check_known(options.on)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options.model, weights=options.weights)
     task = select_task(model, options.on)
     given = {field.name: vars(options)[field.name] for field in fields(EvalRequest) if field.name in vars(options)}
     check_options(options, task)

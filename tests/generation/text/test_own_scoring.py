@@ -22,7 +22,7 @@ from keifu.native.build import Unavailable
 from keifu.native.model import NativeLM, NativeRunner, pack
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "native"))
-from native_toys import toy
+from native_toys import toy  # pyright: ignore[reportMissingImports]
 
 
 @pytest.fixture(autouse=True)

@@ -55,23 +55,21 @@ template <int N> struct Constant {
 };
 
 #if defined(__AVX512F__)
-constexpr int ALONE = CHUNK;  // tiles at once where there is one row: as many streams of weights
-constexpr int SHARED = 2;
+constexpr int SHARED = 2;  // tiles at once
 constexpr int ROWS = 4;
 constexpr int BFLOAT16_ROWS = 8;
 #else
-constexpr int ALONE = 1;
 constexpr int SHARED = 1;
 constexpr int ROWS = 2;
 constexpr int BFLOAT16_ROWS = 4;
 #endif
 
 // Cuts CHUNK tiles x rows into blocks whose sums fit the registers, and calls block(S, B, first tile, first row).
-template <int B, class Block> INLINE void cut(int b, int rows, Block block) {
+template <int ALONE, int B, class Block> INLINE void cut(int b, int rows, Block block) {
     constexpr int S = B == 1 ? ALONE : SHARED;
     for (; b + B <= rows; b += B)
         for (int s = 0; s < CHUNK; s += S) block(Constant<S>(), Constant<B>(), s, b);
-    if constexpr (B > 1) cut<B / 2>(b, rows, block);
+    if constexpr (B > 1) cut<ALONE, B / 2>(b, rows, block);
 }
 
 INLINE void fetch(const uint8_t *p, int bytes) {
@@ -125,7 +123,7 @@ INLINE void dense_product(At at, int tiles, int groups, const Dense *x, int64_t 
     }
     for (; b < rows; b++) {
         int s = 0;
-        for (; s + ALONE <= tiles; s += ALONE) run(Constant<ALONE>(), Constant<1>(), s, b);
+        for (; s + CHUNK <= tiles; s += CHUNK) run(Constant<CHUNK>(), Constant<1>(), s, b);
         for (; s < tiles; s++) run(Constant<1>(), Constant<1>(), s, b);
     }
 }
@@ -149,8 +147,9 @@ INLINE int32_t four_bytes(const void *p) {
     return four;
 }
 
-// Which part of the tiles that come next a block fetches: every (mask + 1)th step, from `turn` on. (One row alone is as
-// fast as memory without.)
+constexpr int AHEAD = 3072;  // bytes, of a stream of 4-bit weights for one row; others are as fast as memory without
+
+// Which part of the tiles that come next a block fetches: every (mask + 1)th step, from `turn` on.
 struct Turn {
     int64_t mask, turn;
 };
@@ -249,12 +248,14 @@ INLINE i16 dot_low(i16 total, i16 w, int32_t x) { return dot_codes(total, w & 0x
 INLINE i16 dot_high(i16 total, i16 w, int32_t x) { return dot_low(total, w >> 4, x); }
 #endif
 
-// Sums of one group: `low` and `high` of the two halves of its columns.
+// Sums of one group: `low` and `high` of the two halves of its columns, or `low` of all where neither the format nor the
+// latency of few sums asks for two.
 template <int FORMAT, int S, int B>
 INLINE void sum_group(const uint8_t *const (&codes)[S], const int8_t *x, int64_t stride, const CodeGroup *about,
                       i16 (&low)[S][B], i16 (&high)[S][B]) {
     constexpr Layout L = LAYOUTS[FORMAT];
     constexpr bool NIBBLES = L.codes == 256;
+    constexpr bool APART = L.halves || S * B < 8 || !NIBBLES;
     UNROLL for (int b = 0; b < B; b++) {
         const CodeGroup &row = about[b];
         const i16 first = splat(NIBBLES ? -L.offset * row.sum : -CODE_BIAS * (L.halves ? row.half[0] : row.sum));
@@ -264,15 +265,16 @@ INLINE void sum_group(const uint8_t *const (&codes)[S], const int8_t *x, int64_t
     UNROLL for (int quad = 0; quad < 4; quad++)
         UNROLL for (int s = 0; s < S; s++) {
             const i16 w = load_ints(codes[s] + quad * 64);
-            const i16 v = NIBBLES ? w : load_ints(codes[s] + (quad + 4) * 64);
+            const i16 v = !NIBBLES ? load_ints(codes[s] + (quad + 4) * 64) : APART ? w : w >> 4;
             UNROLL for (int b = 0; b < B; b++) {
                 const int32_t first = four_bytes(x + b * stride + quad * 4);
                 const int32_t second = four_bytes(x + b * stride + quad * 4 + TILE);
                 low[s][b] = NIBBLES ? dot_low(low[s][b], w, first) : dot_codes(low[s][b], w, first);
-                high[s][b] = NIBBLES ? dot_high(high[s][b], v, second) : dot_codes(high[s][b], v, second);
+                if (!APART) low[s][b] = NIBBLES ? dot_low(low[s][b], v, second) : dot_codes(low[s][b], v, second);
+                else high[s][b] = NIBBLES ? dot_high(high[s][b], v, second) : dot_codes(high[s][b], v, second);
             }
         }
-    if constexpr (NIBBLES && HIGH_SHIFT)
+    if constexpr (NIBBLES && APART && HIGH_SHIFT)
         UNROLL for (int i = 0; i < S * B; i++) high[i / B][i % B] >>= HIGH_SHIFT;
 }
 
@@ -286,6 +288,7 @@ INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64
     for (int64_t pair = 0; pair < n / 2; pair++) {
         const int64_t super = super_offset(L, pair);
         const int64_t header = pair_offset(L, pair);
+        if (B == 1 && L.codes == 256) fetch(tiles[0] + header + AHEAD, L.pair());
         if (B > 1 && (pair & turn.mask) == turn.turn)
             UNROLL for (int s = 0; s < S; s++) fetch(tiles[CHUNK + s] + header, L.pair());
         for (int g = 0; g < 2; g++, about += TILE, x += GROUP) {
@@ -319,7 +322,8 @@ void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int 
 #endif
     constexpr int B = FORMAT == KEIFU_BF16 ? BFLOAT16_ROWS : ROWS;
     const int64_t mask = n_rows < 2 * B ? 0 : n_rows < 4 * B ? 1 : 3;
-    cut<B>(0, n_rows, [&](auto S, auto B, int s, int b) {
+    constexpr int ALONE = FORMAT == KEIFU_BF16 ? CHUNK : 1;  // for one row: a stream of its own for each
+    cut<ALONE, B>(0, n_rows, [&](auto S, auto B, int s, int b) {
         const Turn turn{mask, b / B.value};
         float *y = out + b * OUT + s * TILE;
         if constexpr (FORMAT == KEIFU_BF16) bfloat16_block<S.value, B.value>(tiles + s, rows, row + b, turn, y);
