@@ -57,12 +57,11 @@ def landmarks() -> list[Landmark]:
 def page() -> str:
     """The offline page: a drawing of who came from whom, then a part for each landmark with its picture."""
     found = landmarks()
-    style = (resources.files("keifu.training.run") / "report.css").read_text(encoding="utf-8")
     body = "<h1>keifu <span lang='ja'>系譜</span>: the lineage</h1>\n" + drawing(found) + "\n".join(map(_part, found))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>The lineage</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>\n{style}{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"<style>{style()}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
 
 
@@ -75,6 +74,11 @@ svg { max-width: 100%; height: auto; } svg rect { fill: none; stroke: currentCol
 svg text { fill: currentColor; font-size: 13px; } svg path { fill: none; stroke: currentColor; opacity: .55; }
 svg marker path { fill: currentColor; stroke: none; } section img { max-width: 100%; background: white; }
 """
+
+
+def style() -> str:
+    """The style sheet of the page: that of reports, and of the drawing."""
+    return (resources.files("keifu.training.run") / "report.css").read_text(encoding="utf-8") + STYLE
 
 
 def drawing(found: list[Landmark]) -> str:

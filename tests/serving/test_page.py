@@ -1,5 +1,7 @@
 """The page in a real browser, where there is one: it asks its own server alone and obeys no markup of a model."""
 
+import base64
+import hashlib
 import re
 from typing import Any
 
@@ -7,6 +9,7 @@ import httpx
 import pytest
 from serving_toys import until
 
+from keifu import lineage
 from keifu.serving.page import FOLDER
 
 
@@ -23,6 +26,17 @@ def test_its_files_come_with_a_policy_that_lets_it_ask_this_server_alone(served:
         assert again.status_code == 304 and not again.content
     assert "Did you mean 'style.css'" in httpx.get(f"{served.url}/page/styles.css").json()["error"]["message"]
     assert httpx.get(f"{served.url}/page/..%2Fpage.py").status_code == 404
+
+
+def test_the_lineage_is_a_page_whose_style_the_policy_allows(served: Any) -> None:
+    assert 'href="/lineage"' in httpx.get(served.url).text
+    found = httpx.get(f"{served.url}/lineage")
+    assert found.status_code == 200
+    assert found.text == lineage.page()
+    style = re.findall(r"<style>(.*?)</style>", found.text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style[0].encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in found.headers["content-security-policy"]
+    assert len(style) == 1
 
 
 def test_no_file_of_it_names_another_server_or_turns_text_into_markup(served: Any) -> None:

@@ -1,12 +1,14 @@
 """The page for people at /: files of this package, and the policy that lets it load and ask this server alone."""
 
+import base64
 import hashlib
 from pathlib import Path
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from keifu.errors import unknown
+from keifu import lineage
+from keifu.errors import UserError, unknown
 from keifu.serving.errors import ApiError
 
 FOLDER = Path(__file__).parent / "page"
@@ -48,6 +50,17 @@ def routes() -> APIRouter:
     @router.get("/docs")
     async def docs(request: Request) -> Response:
         return answer("docs.html", request)
+
+    @router.get("/lineage")
+    async def landmarks() -> Response:
+        try:
+            page, digest = lineage.page(), hashlib.sha256(lineage.style().encode()).digest()
+        except UserError as error:
+            raise ApiError(404, str(error)) from None
+        source = f"style-src 'sha256-{base64.b64encode(digest).decode()}'"
+        own = HEADERS["Content-Security-Policy"].replace("style-src 'self'", source)
+        headers = {**HEADERS, "Content-Security-Policy": own}
+        return Response(page, headers=headers, media_type="text/html; charset=utf-8")
 
     @router.get("/page/{name}")
     async def part(name: str, request: Request) -> Response:
