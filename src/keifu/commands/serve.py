@@ -17,7 +17,7 @@ USUAL = ("smollm2", "minilm")  # of the catalogue, where no model is named
 
 
 @dataclass(frozen=True)
-class Options(flags.OnDevice):
+class Options(flags.Packed):
     """Serve models: OpenAI's API for programs (under /v1), and a page for people at /.
 
     Without a model: the runs in runs/ and, of the catalogue, smollm2 and what else was fetched. A model is loaded when
@@ -66,7 +66,7 @@ def run(options: Options) -> None:
     memory = None if options.memory is None else size_of(options.memory, "--memory")
     limits = Limits(options.slots, options.queue, options.timeout)
     keys, body = keys_of(options), size_of(options.max_body, "--max-body")
-    models = ServedModels(options.models or found_models(), limits, Metrics(), memory)
+    models = ServedModels(options.models or found_models(), limits, Metrics(), memory, options.weights)
     for each in models.descriptions.values():
         print(f"{each.name}: {', '.join(each.uses)}")
     hosts = ("localhost", "127.0.0.1", "[::1]") if address.local and address.path is None else ("*",)

@@ -15,7 +15,7 @@ from keifu.errors import UserError
 
 LOG = logging.getLogger("keifu.serving")
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-UNION = r"body|str|int|float|bool|(?!\d)[\w-]+\[.*|function-.*"  # parts of a place that name a type and no field
+UNION = r"body|str|int|float|bool|(?!\d)[\w-]+\[.*|function-.*|\w*(?:Item|NamedTool)"  # parts of a place that name a type and no field
 FORM = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "required": ["message"]}}}
 ERROR = {"description": "An error, in a sentence", "content": {"application/json": {"schema": FORM}}}
 BODY = {  # what may be wrong with a body before its fields are looked at
@@ -72,7 +72,7 @@ def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """Of the errors that pydantic found the one that lies deepest, which of the kinds that a field may have is of the
     one that was meant, as a sentence with the field's name and the value seen."""
-    first = max(errors, key=lambda each: len(each["loc"]))
+    first = max(errors, key=lambda each: (len(each["loc"]), each["type"] == "literal_error"))
     place = ".".join(str(part) for part in first["loc"] if not re.fullmatch(UNION, str(part)))
     kind, message = first["type"], str(first["msg"]).removeprefix("Value error, ").rstrip(".")
     if kind == "json_invalid":

@@ -4,7 +4,7 @@ is bounded.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -78,13 +78,24 @@ def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
 
 
 class ServedModels:
-    """The models by name. memory: bytes that the weights of all loaded models may take; None for no bound.
+    """The models by name. memory: bytes that the weights of all loaded models may take; None for no bound. weights:
+    bf16, int8 or int4 packs those that write text for native code.
 
     A model that alone is larger is a `UserError`.
     """
 
-    def __init__(self, names: Sequence[str], limits: Limits, metrics: Metrics, memory: int | None = None):
-        self.descriptions = {name: describe(name) for name in names}
+    def __init__(
+        self,
+        names: Sequence[str],
+        limits: Limits,
+        metrics: Metrics,
+        memory: int | None = None,
+        weights: str | None = None,
+    ):
+        found = {name: describe(name) for name in names}
+        self.packed = {name: weights for name in names if "completion" in found[name].uses} if weights else {}
+        plain = {name: replace(found[name], uses=found[name].uses[:-1]) for name in self.packed}  # not to be inspected
+        self.descriptions = found | plain
         self.limits, self.metrics, self.memory = limits, metrics, memory
         self.began = int(time.time())
         self.workers: dict[str, Worker] = {}
@@ -124,7 +135,7 @@ class ServedModels:
         self._used[name] = time.monotonic()
         if name not in self.workers:
             self._make_room(self.descriptions[name].size)
-            loading: Callable[[], tuple[nn.Module, Any]] = partial(load, name)
+            loading: Callable[[], tuple[nn.Module, Any]] = partial(load, name, weights=self.packed.get(name))
             self.workers[name] = Worker(name, loading, self.limits, self.metrics)
             self.metrics.loaded_bytes.labels(name).set(self.descriptions[name].size)
         return self.workers[name]

@@ -62,7 +62,7 @@ def test_its_text_can_follow_a_schema(served: Any, chat: str) -> None:
 @pytest.mark.parametrize(
     ("field", "words"),
     [
-        ({"tools": [{"type": "web_search"}]}, "tools is not supported"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"background": True}, "background is not supported"),
         ({"n": 2}, "n is not supported"),
         ({"max_output_token": 1}, "Did you mean 'max_output_tokens'?"),

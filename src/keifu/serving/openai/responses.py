@@ -1,6 +1,5 @@
 """/v1/responses: OpenAI's newer form of a conversation, whose earlier turns the server keeps in memory."""
 
-import json
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -49,7 +48,7 @@ class Stored:
 
 
 def _size(messages: Messages) -> int:
-    return sum(len(message["content"]) + len(json.dumps(message.get("tool_calls", ""))) for message in messages)
+    return sum(len(message["content"]) + len(str(message.get("tool_calls", ""))) for message in messages)
 
 
 def routes(models: ServedModels) -> APIRouter:
