@@ -21,26 +21,26 @@ test-gpu: .venv/.development
 	@$(BIN)/python -m pytest -m gpu -rs
 
 check: .venv/.development
-	@$(BIN)/ruff check src tests $(wildcard benchmarks)
+	@$(BIN)/ruff check src tests pretrained $(wildcard benchmarks)
 	@$(BIN)/basedpyright
 
 # The documentation in both languages, into site/: open site/index.html. A link that leads nowhere is an error.
 docs: .venv/.development
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-.venv/.run-time: pyproject.toml | .venv/bin/pip
+.venv/.run-time: pyproject.toml pretrained/pyproject.toml | .venv/bin/pip
 	@echo "Installing keifu into .venv: a minute or two, once."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[serve]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[serve]' -e ./pretrained
 	@touch $@
 
-.venv/.development: pyproject.toml | .venv/bin/pip
+.venv/.development: pyproject.toml pretrained/pyproject.toml | .venv/bin/pip
 	@echo "Installing keifu and its development tools into .venv: a few minutes, once."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[development]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[development]' -e ./pretrained
 	@touch $@ .venv/.run-time
 
-.venv/.test-all: pyproject.toml | .venv/bin/pip
+.venv/.test-all: pyproject.toml pretrained/pyproject.toml | .venv/bin/pip
 	@echo "Installing all that keifu is compared with into .venv: llama.cpp is compiled, which takes minutes, once."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test-all]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test-all]' -e ./pretrained
 	@touch $@ .venv/.development .venv/.run-time
 
 .venv/bin/pip:

@@ -93,7 +93,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: at byte {error.start:,} stands 0x{error.object[error.start]:02x}.") from None
+        raise UserError(
+            f"{path} is not UTF-8 text: at byte {error.start:,} stands 0x{error.object[error.start]:02x}."
+        ) from None
 
 
 def parse_json(text: str | bytes, name: Any) -> Any:

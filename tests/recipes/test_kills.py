@@ -20,9 +20,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
-def words(
-    files: dict[str, Path], models: dict[str, Path], drawings: Path, request: pytest.FixtureRequest
-) -> list[str]:
+def words(files: dict[str, Path], models: dict[str, Path], drawings: Path, request: pytest.FixtureRequest) -> list[str]:
     """The command of a recipe without its folder."""
     name = request.node.callspec.params["name"]
     options = TABLE[name][0]

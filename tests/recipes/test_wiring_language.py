@@ -299,6 +299,14 @@ def more_of_translation(toys: Toys) -> list[Group]:
     return [*own, Group(reverse), Group(average), Group(minutes, {"steps": None}), Group(kinds), seeded()]
 
 
+def started(toys: Toys, module: Any, config: Any) -> Group:
+    """From a translator that was made before, whose vocabulary and width it takes."""
+    folder = Path(toys.pairs).with_name(module.__name__)
+    tokenizer = train_tokenizer("bpe", [toys.pairs] * 5, 270, ["<pad>"])
+    checkpoints.save(module.build(replace(config, dim=24, vocab_size=tokenizer.vocab_size)), tokenizer, folder)
+    return Group({"start_from": Reach(str(folder), ("model.config.dim",), 24)})
+
+
 def of_transformer(toys: Toys) -> tuple[Any, list[Group]]:
     config = transformer.Config(**TINY | {"context_length": 60}, dropout=0.0)
     base = transformer_recipe.Recipe(toys.pairs, vocab_size=280, steps=30, tokens_per_batch=200, model=config)
@@ -306,7 +314,12 @@ def of_transformer(toys: Toys) -> tuple[Any, list[Group]]:
     rows = {"model": Reach(replace(config, dim=24, dropout=0.3), "model.config", but=ids)}
     rows |= {"matrix_rate": Reach(0.033, "settings.matrix_rate")}
     paper = {"recipe_of": Reach("paper", ("settings.schedule",), "inverse_sqrt")}
-    return base, [Group(pair_rows(toys) | rows), Group(paper), *more_of_translation(toys)]
+    return base, [
+        Group(pair_rows(toys) | rows),
+        Group(paper),
+        started(toys, transformer, config),
+        *more_of_translation(toys),
+    ]
 
 
 def of_seq2seq(toys: Toys) -> tuple[Any, list[Group]]:
@@ -316,7 +329,8 @@ def of_seq2seq(toys: Toys) -> tuple[Any, list[Group]]:
     rows = {"model": Reach(replace(config, dim=24, dropout=0.3), "model.config", but=ids)}
     paper = {"recipe_of": Reach("paper", ("settings.optimizer",), "adadelta")}
     context = {"attention": Reach("none", "model.config.context", "fixed")}
-    return base, [Group(pair_rows(toys) | rows), Group(paper), Group(context), *more_of_translation(toys)]
+    own = [Group(pair_rows(toys) | rows), Group(paper), Group(context), started(toys, seq2seq, config)]
+    return base, [*own, *more_of_translation(toys)]
 
 
 def of_gpt2(toys: Toys) -> tuple[Any, list[Group]]:

@@ -37,16 +37,12 @@ def run_zero_shot(options: Any) -> None:
 
 
 def _predict_zero_shot(options: Any) -> None:
-    from keifu.evaluation.images.retrieval import embed_pictures, label_points, label_shares
-
-    files, labels = list(options.texts), _labels(options.labels)
+    files = list(options.texts)
     if wrong := [file for file in files if not is_picture(file)]:
         raise UserError(f"{wrong[0]!r} is no picture's file, and --labels are for pictures: name a .png or .jpg file.")
     if not files:
         raise UserError('There is no picture: keifu classify MODEL picture.png --labels "a dog,a cat".')
-    model, tokenizer = _load_zero_shot(options.model)
-    points = embed_pictures(model, open_image(files))
-    shares = label_shares(model, points, label_points(model, tokenizer, labels, options.template or PLAIN)).tolist()
+    labels, shares = _shares_of_pictures(options, files)
     rows = []
     for file, row in zip(files, shares, strict=True):
         order = sorted(range(len(labels)), key=lambda place: -row[place])
@@ -57,6 +53,24 @@ def _predict_zero_shot(options: Any) -> None:
             print(json.dumps(told, ensure_ascii=False))
     if not options.json:
         tables.show(["label", "probability", "next", "picture"], rows)
+
+
+def _shares_of_pictures(options: Any, files: list[str]) -> tuple[Sequence[str], list[list[float]]]:
+    """The labels, and the probability of each for each picture: a network's own labels, or those given to a CLIP."""
+    from keifu.checkpoints import load
+    from keifu.evaluation.classification.neurons import RowClassifier, row_of
+    from keifu.evaluation.images.retrieval import embed_pictures, label_points, label_shares, two_towers
+
+    model, tokenizer = load(options.model)
+    if isinstance(model, RowClassifier):
+        if options.labels is not None:
+            raise UserError(f"{options.model} has labels of its own: leave --labels out.")
+        return model.classes, [model.predict_proba(row_of(model, one))[0].tolist() for one in open_image(files)]
+    two_towers(model)
+    labels = _labels(options.labels)
+    points = embed_pictures(model, open_image(files))
+    texts = label_points(model, tokenizer, labels, options.template or PLAIN)
+    return labels, label_shares(model, points, texts).tolist()
 
 
 def _judge_zero_shot(options: Any) -> None:

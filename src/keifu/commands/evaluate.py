@@ -15,7 +15,7 @@ from keifu.errors import UserError, unknown
 # Each is a file in keifu/evaluation (see its task.py).
 TASKS = (
     "text.translation", "images.retrieval", "images.generative", "images.text_to_image", "text.few_shot",
-    "text.mixture", "text.perplexity",
+    "text.mixture", "text.perplexity", "classification.neurons",
 )  # fmt: skip
 
 

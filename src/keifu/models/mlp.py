@@ -81,6 +81,19 @@ class MLP(nn.Module):
         """The class with the largest output, where x is; the network may be elsewhere."""
         return self(x.to(self.mean.device)).argmax(-1).to(x.device)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the outputs, or their numbers."""
+        return self.config.classes or tuple(map(str, range(self.config.n_outputs)))
+
+    @torch.inference_mode()
+    def predict_proba(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
+        """Each class's share of the decision: softmax of logits, or sigmoids divided by their sum."""
+        outputs = self(x.to(self.mean)).float().to(x.device)
+        if self.config.output == "identity":
+            return outputs.softmax(-1)
+        return outputs / outputs.sum(-1, keepdim=True).clamp_min(1e-9)
+
 
 def build(config: Config) -> MLP:
     """A network whose weights differ ("to break symmetry") and neither swell nor shrink what passes through them."""

@@ -51,6 +51,16 @@ class Perceptron(nn.Module):
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
         return step(x @ self.weight + self.bias)
 
+    @property
+    def classes(self) -> tuple[str, str]:
+        """The names of both classes."""
+        return "0", "1"
+
+    def predict_proba(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
+        """1 for the class of each row, 0 for the other: a step is never in doubt."""
+        fires = self(x.to(self.weight)).to(x)
+        return torch.stack([1 - fires, fires], -1)
+
     def correct(self, x: Float[Tensor, "dim"], target: float, rate: float = 1.0) -> None:
         """The perceptron rule on one row; it changes nothing where the output is right already."""
         error = rate * (target - self(x))

@@ -1,4 +1,4 @@
-"""The demonstration: a small LLaMA-type model learns English here, then a published one answers questions.
+"""The demonstration: models trained before are shown, a LLaMA-type model learns English, a published one answers.
 
 Papers: Touvron et al. (2023) for the model that is trained; SmolLM2 (Allal et al., 2025) for the one that answers.
 Command: keifu demo
@@ -9,16 +9,25 @@ Expected: a validation loss well below the bigram baseline that is printed besid
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from keifu import checkpoints
 from keifu.data.catalogue import catalogue
+from keifu.data.classification.toy import logic, toy_dataset
 from keifu.evaluation.text.perplexity import bigram_loss
 from keifu.generation.text.chat import Conversation
+from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.models import llama
 from keifu.recipes.language import gpt
 from keifu.recipes.language.common import VALIDATION_TOKENS, Task, pretrain
 from keifu.training.settings import Settings
 
+WIDE = 14  # characters of a drawn digit
+BLOCKS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
+SENTENCES = "猫が好きです。", "明日は雨が降ると思いますか。"
 QUESTIONS = ("What is the capital of France?", "What is the capital of Japan?")
 
 
@@ -33,24 +42,59 @@ class Recipe:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Both parts, each with what it takes and what comes of it."""
+    """All parts, each with what it takes and what comes of it."""
     began = time.monotonic()
+    print("\n1. Three landmarks, in small models that these recipes trained before.", flush=True)
+    _show_pretrained()
     dial = gpt.Recipe(depth=4, data=recipe.data, steps=recipe.steps, vocab_size=4096, context_length=256, batch_size=16)
     task, config, settings = gpt.prepare(dial)
     settings = replace(settings, evaluate_every=180, sample_every=120, save_every=0)
     baseline = _baseline(task)
     print(
-        f"\n1. A LLaMA-type model of {gpt.parameters(config) / 1e6:.1f} M parameters learns {recipe.data}.", flush=True
+        f"\n2. A LLaMA-type model of {gpt.parameters(config) / 1e6:.1f} M parameters learns {recipe.data}.", flush=True
     )
     _train(task, config, settings, baseline, out, resume)
     print(f"   Report: {out / 'report.html'}")
-    print("\n2. SmolLM2-135M-Instruct, read from its published GGUF file, answers.", flush=True)
+    print("\n3. SmolLM2-135M-Instruct, read from its published GGUF file, answers.", flush=True)
     _ask()
     print(f"\nDone in {time.monotonic() - began:.0f} s. Next:")
     print(f'   keifu generate {out} "The President of the United States"')
     print('   keifu chat smollm2 "What is the capital of Italy?"')
     print(f"   keifu serve {out} smollm2    # both at http://127.0.0.1:8000, for people and for programs")
     print("   keifu train gpt --depth 4 --data FILE-OR-FOLDER-OF-YOUR-OWN")
+    print("   keifu lineage    # the landmarks in order of years: what was new, and what it bought")
+
+
+def _show_pretrained() -> None:
+    """A neuron computes, a network reads a digit, a Transformer translates: each from the package of trained models."""
+    missing = [name for name in ("neuron", "network", "ja-en") if not catalogue.is_cached(name)]
+    if missing:
+        print(f"   Left out: {', '.join(missing)} (pip install ./pretrained brings them).")
+        return
+    neuron, _ = checkpoints.load("neuron")
+    rows = logic("and")[0]
+    table = [f"{int(a)} AND {int(b)} = {int(y)}" for (a, b), y in zip(rows, neuron(rows.double()), strict=True)]
+    print(f"   1958, a neuron: {', '.join(table)}")
+    network: Any = checkpoints.load("network")[0]
+    held = toy_dataset("mnist").held.inputs[:8]
+    shares, digits = network.predict_proba(held).max(-1)
+    print("   1986, a network reads digits that it has not seen before:", flush=True)
+    print(_drawn(held))
+    print("".join(f"{f'{digit} ({share:.0%})':^{WIDE + 1}}" for digit, share in zip(digits, shares, strict=True)))
+    translator, tokenizer = checkpoints.load("ja-en")
+    for [found] in translate_texts(translator, tokenizer, list(SENTENCES), TranslationParams()):
+        print(f"   2017, a Transformer: {found.source} → {found.text}")
+
+
+def _drawn(digits: Float[Tensor, "digit pixels"]) -> str:
+    """The digits side by side in characters, two rows of pixels to a line of text."""
+    halves = digits.view(len(digits), WIDE, 2, WIDE, 2).amax(-1).transpose(0, 1)  # row, digit, its half, column
+    return "\n".join(" ".join(map(_characters, line)) for line in halves.gt(0.4).tolist())
+
+
+def _characters(halves: list[list[bool]]) -> str:
+    """Two rows of pixels as one line of characters."""
+    return "".join(BLOCKS[pair] for pair in zip(*halves, strict=True))
 
 
 def _baseline(task: Task) -> float:

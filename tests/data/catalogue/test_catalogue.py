@@ -34,7 +34,7 @@ def test_entry_is_consistent(name: str) -> None:
     entry = CATALOGUE[name]
     assert entry.licence and entry.attribution and entry.about and entry.kind in NAMES
     assert bool(entry.gives) == (entry.kind == "text") == (entry.reader is not None or "text" in kinds_of(entry))
-    assert [entry.archive is not None, bool(entry.parts), bool(entry.place)].count(True) == 1
+    assert [entry.archive is not None, *map(bool, (entry.parts, entry.place, entry.package))].count(True) == 1
     assert all(part in CATALOGUE and not CATALOGUE[part].parts for part in entry.parts)
     if entry.archive:
         assert len(entry.archive.sha256) == 64 and int(entry.archive.sha256, 16)

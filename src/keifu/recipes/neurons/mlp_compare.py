@@ -101,7 +101,7 @@ def learn(pair: mlp.Recipe, subject: ToyDataset, directory: Path, resume: bool =
     where = Run(directory, resume, not resume, options=vars(pair.resolved()), about=about, unit="rows")
     summary = train(model, mlp.objective(pair.loss), data, settings, where)
     lines = metrics.read(directory)
-    plane = class_shares_on(mlp.points(subject), mlp.shares(model), 100) if len(subject.columns) == 2 else None
+    plane = class_shares_on(mlp.points(subject), model.predict_proba, 100) if len(subject.columns) == 2 else None
     return Result(
         activation=pair.activation,
         loss=pair.loss,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from keifu import checkpoints
+from keifu.checkpoints.hub import locate
 from keifu.data.catalogue import catalogue
 from keifu.data.text.dataset_report import coverage
 from keifu.data.text.documents import in_catalogue
@@ -64,6 +65,9 @@ class Options(Logging):
     """bpe or unigram to learn one for both languages from the training pairs; or a catalogue name, file or folder."""
     vocab_size: int = 8000
     """Tokens of a learned tokenizer, both languages together."""
+    start_from: str | None = None
+    """A translator of the same kind (a run, a folder, a catalogue name such as ja-en) whose weights and tokenizer the
+    run starts from: to adapt it to pairs of one's own, or to train it longer. Its sizes are the model's."""
     steps: int | None = None
     """Updates of the weights."""
     minutes: float | None = None
@@ -127,6 +131,8 @@ def _print_sentence(sentence: str) -> None:
 
 def _tokenizer(options: Options, train: list[Pair]) -> Tokenizer:
     kind = options.tokenizer
+    if options.start_from is not None:
+        return load_tokenizer(locate(options.start_from))
     if kind not in LEARNED:
         return load_tokenizer(catalogue.fetch(kind) if in_catalogue(kind) else Path(kind))
     texts = sorted(side for pair in train for side in pair)  # one tokenizer for both directions
@@ -166,8 +172,9 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
     ids = {"start_id": start, "end_id": end, "pad_id": pad}
     config = replace(plan.config, vocab_size=task.tokenizer.vocab_size, **ids, **_two_vocabularies(task, plan.config))
     torch.manual_seed(options.seed)
-    model = plan.build(config).to(choose())
-    data = _data(options, task, config.context_length, plan.batching)
+    model: Any = plan.build(config) if options.start_from is None else _started(options.start_from, plan)
+    model = model.to(choose())
+    data = _data(options, task, model.config.context_length, plan.batching)
     objective = partial(translation, label_smoothing=plan.smoothing)
     chosen = {"micro_batch": options.micro_batch, "seed": options.seed, "keep": max(options.keep, plan.average)}
     chosen |= options.logging()
@@ -183,6 +190,17 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
     settings = replace(plan.settings(steps), **chosen, minutes=_minutes(options))
     run = _run(name, options, task, data, model, out, resume)
     return train(model, objective, data, settings, run, _sampler(task, model), save, data.largest())
+
+
+def _started(name: str, plan: Plan) -> Any:
+    """A model with the sizes and the weights of another, and the dropout of this run."""
+    found: Any = checkpoints.load_model(name, torch.float32)
+    if not isinstance(found.config, type(plan.config)):
+        raise UserError(f"--start-from {name} is a {type(found).__name__}, which this recipe does not train.")
+    own = {field.name: vars(plan.config)[field.name] for field in fields(plan.config) if "dropout" in field.name}
+    model = plan.build(replace(found.config, **own))
+    model.load_state_dict(found.state_dict())
+    return model
 
 
 def _two_vocabularies(task: Task, config: Any) -> dict[str, Any]:

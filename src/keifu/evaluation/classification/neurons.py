@@ -1,0 +1,80 @@
+"""Evaluation of networks of neurons on rows of numbers: accuracy on digits, a toy set or a CSV file.
+
+Axes: rows, dim = inputs, classes; of a picture: row, column.
+"""
+
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from keifu.data.classification.toy import NAMES, toy_dataset
+from keifu.errors import UserError
+from keifu.evaluation.classification.metrics import Confusion
+from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+
+ABOUT = "a network of neurons on rows of numbers with classes: accuracy"
+OPTIONS: set[str] = set()
+
+
+@runtime_checkable
+class RowClassifier(Protocol):
+    """Interface of a network that gives each row of `config.dim` numbers a class; `classes` are their names."""
+
+    config: Any
+    classes: Any
+
+    def predict_proba(self, x: Float[Tensor, "rows dim"], /) -> Float[Tensor, "rows classes"]:
+        """Each class's probability."""
+        ...
+
+
+def takes(model: nn.Module) -> bool:
+    """Whether it classifies rows of numbers."""
+    return isinstance(model, RowClassifier)
+
+
+def names() -> list[str]:
+    """The digits and the toy sets."""
+    return list(NAMES)
+
+
+def accepts(on: str) -> bool:
+    """Whether `on` is one of them or a table."""
+    return on in NAMES or on.endswith(".csv")
+
+
+def evaluate(model: nn.Module, tokenizer: None, request: EvalRequest) -> EvalResult:
+    """The share of the held-out rows that get their class; of a set too small to hold any out, of all its rows."""
+    assert isinstance(model, RowClassifier)
+    data = toy_dataset(request.on)
+    inputs, targets = data.held.inputs[: request.limit], data.held.targets[: request.limit]
+    own, given = (model.config.dim, len(model.classes)), (inputs.shape[1], len(data.classes))
+    if own != given:
+        raise UserError(
+            f"{request.on} has rows of {given[0]} numbers in {given[1]} classes, and the network is for {own[0]} in "
+            f"{own[1]}: evaluate it on what it was trained for."
+        )
+    confusion = Confusion.of(targets, model.predict_proba(inputs).argmax(-1), data.classes)
+    figures = {"accuracy": round(confusion.accuracy, 4), "rows": len(targets)}
+    columns, rows = confusion.by_label()
+    named = tuple(name.replace("texts", "rows") for name in columns)
+    return EvalResult(figures, tables={"by class": ResultTable(named, [tuple(row) for row in rows])})
+
+
+def row_of(model: RowClassifier, picture: Image.Image) -> Float[Tensor, "1 dim"]:
+    """A picture as a row of the network's input: a grey square, 0 the paper and 1 the ink, as MNIST has them.
+
+    A picture whose edge is bright is dark ink on bright paper, and is inverted. A network that reads no square number
+    of inputs reads no pictures: a `UserError`.
+    """
+    side = math.isqrt(model.config.dim)
+    if side * side != model.config.dim or side < 8:
+        raise UserError(f"The network reads {model.config.dim} numbers, which are no square picture: give it a table.")
+    grey = torch.from_numpy(np.asarray(picture.convert("L").resize((side, side)), dtype=np.float32) / 255)
+    edge = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    return (1 - grey if edge.mean() > 0.5 else grey).reshape(1, -1)

@@ -1,0 +1,30 @@
+"""The demonstration's first part: what the package of trained models shows, and what is said where it is missing."""
+
+import re
+
+import pytest
+import torch
+
+from keifu.data.catalogue import catalogue
+from keifu.recipes import demo
+
+
+def test_trained_models_are_shown_at_work(capsys: pytest.CaptureFixture) -> None:
+    demo._show_pretrained()
+    told = capsys.readouterr().out
+    assert "0 AND 1 = 0, 1 AND 0 = 0, 1 AND 1 = 1" in told
+    assert len(re.findall(r"\d \(\d+%\)", told)) == 8 and "█" in told
+    assert "猫が好きです。 → I like cats." in told
+
+
+def test_without_the_package_it_goes_on(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "is_cached", lambda name: name != "network")
+    demo._show_pretrained()
+    assert capsys.readouterr().out == "   Left out: network (pip install ./pretrained brings them).\n"
+
+
+def test_a_character_is_two_pixels() -> None:
+    digit = torch.zeros(1, 28, 28)
+    digit[0, 0, 0] = digit[0, 3, 2] = 1  # the first line's upper half, the second's lower half
+    lines = demo._drawn(digit.flatten(1)).split("\n")
+    assert lines[:3] == ["▀" + " " * 13, " ▄" + " " * 12, " " * 14]

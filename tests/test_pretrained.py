@@ -1,0 +1,76 @@
+"""The package of small models trained here: their cards, their size, what they answer, what they did not see."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+import keifu
+from keifu.data.catalogue import catalogue
+from keifu.errors import UserError
+from keifu.evaluation.classification import neurons
+from keifu.evaluation.registry import EvalRequest
+
+MOST_BYTES = 64_000_000
+ROOT = Path(__file__).parent.parent / "pretrained" / "src" / "keifu_pretrained"
+NAMES = sorted(folder.parent.name for folder in ROOT.glob("*/card.json"))
+SENTENCES = {"ja-en": ("これはペンです。", "This is a pen.")}
+
+
+def card(name: str) -> dict:
+    return json.loads((ROOT / name / "card.json").read_text(encoding="utf-8"))
+
+
+def test_the_catalogue_has_what_the_package_has() -> None:
+    assert sorted(name for name, entry in catalogue.CATALOGUE.items() if entry.package) == NAMES
+    assert [name for name in NAMES if not catalogue.is_cached(name)] == []
+
+
+def test_the_package_is_small() -> None:
+    assert sum(file.stat().st_size for file in ROOT.rglob("*") if file.is_file()) <= MOST_BYTES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card_is_about_these_weights(name: str) -> None:
+    weights = hashlib.sha256((ROOT / name / "model.safetensors").read_bytes()).hexdigest()
+    text = (ROOT / name / "README.md").read_text(encoding="utf-8")
+    assert card(name)["weights_sha256"] == weights
+    assert weights in text and card(name)["command"] in text and card(name)["evaluation"] in text
+    for word in ("Figures", "Limits", "licence"):
+        assert word in text
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_it_translates_a_simple_sentence(name: str) -> None:
+    from keifu.generation.text.translation import TranslationParams, translate_texts
+
+    source, target = SENTENCES[name]
+    model, tokenizer = keifu.load(name)
+    [[found]] = translate_texts(model, tokenizer, [source], TranslationParams())
+    assert found.text == target
+
+
+@pytest.mark.parametrize("name", ["network", "neuron"])
+def test_a_network_is_as_right_as_its_card_says(name: str) -> None:
+    model, _ = keifu.load(name)
+    on = card(name)["evaluation"].split()[4]
+    assert neurons.evaluate(model, None, EvalRequest(on)).figures == card(name)["figures"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SENTENCES)
+def test_it_was_trained_on_a_part_that_shares_nothing_with_the_test_pairs(name: str) -> None:
+    """The pairs are those that were split then, and the split, a function of them alone, keeps the parts apart."""
+    from keifu.data.translation.pairs import normalize, read_pairs, split
+
+    pairs = read_pairs(f"tatoeba-{name}")
+    assert pairs.fingerprint == card(name)["data_sha256"]
+    parts = split(pairs)
+    trained, tested = ({normalize(side) for pair in part for side in pair} for part in (parts.train, parts.test))
+    assert trained.isdisjoint(tested)
+
+
+def test_a_package_that_is_not_installed_is_named() -> None:
+    with pytest.raises(UserError, match="keifu-pretrained-2 has it, and is not installed: pip install"):
+        catalogue._folder("keifu_pretrained_2")
