@@ -15,7 +15,7 @@ from keifu.errors import UserError
 from keifu.files import read_json
 
 DOCS = Path(__file__).parent / "docs", Path(__file__).parents[2] / "docs"  # of a wheel, of a checkout
-WIDTH, HEIGHT, ACROSS, DOWN = 168, 30, 190, 46  # of a box in the drawing, and from one box to the next
+WIDTH, HEIGHT, ACROSS, DOWN = 212, 30, 226, 46  # of a box in the drawing, and from one box to the next
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ HEAD = (
     '<path d="M0 0 8 4 0 8z"/></marker>'
 )
 STYLE = """
-svg { max-width: 100%; height: auto; } svg rect { fill: none; stroke: currentColor; }
+svg { max-width: 100%; height: auto; } svg rect { fill: var(--page); stroke: currentColor; }
 svg text { fill: currentColor; font-size: 13px; } svg path { fill: none; stroke: currentColor; opacity: .55; }
 svg marker path { fill: currentColor; stroke: none; } section img { max-width: 100%; background: white; }
 """

@@ -1,0 +1,87 @@
+"""What moving the norms bought: GPT-1's blocks (post-norm) and GPT-2's (pre-norm), from shallow to deep.
+
+python benchmarks/norm_placement.py [--depths 2 6 12 24] [--steps 300] [--seeds 0 1 2] [--picture PNG]
+
+GPT-1 and GPT-2 of width 64 with 2 heads, each with its own initialisation (GPT-2's divides by √N what writes to the
+residual stream). Both see the same windows of 64 tokens in the same order with AdamW, the same rate and a warm-up of a
+tenth of the steps; seeds change weights and order. The loss is that of held-out text: the mean over the seeds, in
+brackets the lowest and the highest.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from _rounds import machine
+from _training import learned, validation
+
+from keifu.data.text.packed import PackedText
+from keifu.models import gpt1, gpt2
+from keifu.recipes.language.common import Task, Text, prepare_text
+from keifu.training.settings import Settings
+
+MODELS: dict[str, Any] = {"post-norm (GPT-1)": gpt1, "pre-norm (GPT-2)": gpt2}
+CONTEXT, DIM, HEADS = 64, 64, 2
+
+
+def run(name: str, depth: int, seed: int, task: Task, options: argparse.Namespace) -> float:
+    """Trains a model and gives its held-out loss."""
+    settings = Settings(
+        steps=options.steps, batch_size=options.rows, learning_rate=options.rate, warmup=options.steps // 10,
+        final_ratio=0.0, weight_decay=0.1, seed=seed,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": task.tokenizer.vocab_size, "context_length": CONTEXT, "dim": DIM, "hidden_dim": 4 * DIM}
+    model = MODELS[name].build(MODELS[name].Config(**sizes, n_layers=depth, n_heads=HEADS, dropout=0.0))
+    data = PackedText(task.shards, CONTEXT, options.rows, seed, validation_tokens=20_000)
+    learned(model, data, settings)
+    return validation(model, data)
+
+
+def draw(losses: dict[str, dict[int, list[float]]], path: Path) -> None:
+    """Held-out loss over depth, a line for each place of the norms; bars from the lowest seed to the highest."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, by_depth in losses.items():
+        means = [mean(seeds) for seeds in by_depth.values()]
+        bars = [[m - min(s) for m, s in zip(means, by_depth.values(), strict=True)]]
+        bars.append([max(s) - m for m, s in zip(means, by_depth.values(), strict=True)])
+        axes.errorbar([*by_depth], means, yerr=bars, marker="o", capsize=3, label=name)
+    axes.set(xlabel="blocks", ylabel="held-out loss, nats a token", xscale="log")
+    axes.set_xticks([*by_depth], [str(depth) for depth in by_depth])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--depths", type=int, nargs="+", default=[2, 6, 12, 24])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=16, help="of 64 tokens in a step")
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--data", default="sotu")
+    parser.add_argument("--vocab-size", type=int, default=512)
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
+    print(f"{machine()}; {options.steps} steps of {options.rows * CONTEXT:,} tokens, seeds {options.seeds}\n")
+    print("| blocks |" + "".join(f" {name} |" for name in MODELS))
+    print("|---:|" + "---:|" * len(MODELS), flush=True)
+    losses: dict[str, dict[int, list[float]]] = {name: {} for name in MODELS}
+    for depth in options.depths:
+        cells = []
+        for name, by_depth in losses.items():
+            seeds = by_depth[depth] = [run(name, depth, seed, task, options) for seed in options.seeds]
+            cells.append(f"{mean(seeds):.3f} ({min(seeds):.3f} to {max(seeds):.3f})")
+        print(f"| {depth} | {' | '.join(cells)} |", flush=True)
+    if options.picture:
+        draw(losses, options.picture)
+
+
+if __name__ == "__main__":
+    main()
