@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 BIN := .venv/bin
 PARALLEL := -n auto --dist loadfile # a process for each core
 
-.PHONY: demo test test-all test-gpu check docs clean
+.PHONY: demo test test-all test-gpu check audit docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.run-time
@@ -23,6 +23,11 @@ test-gpu: .venv/.development
 check: .venv/.development
 	@$(BIN)/ruff check src tests pretrained $(wildcard benchmarks)
 	@$(BIN)/basedpyright
+	@$(BIN)/bandit --quiet --recursive --configfile pyproject.toml src
+
+# Known faults of the installed packages; needs the network.
+audit: .venv/.development
+	@$(BIN)/pip-audit --local --skip-editable
 
 # The documentation in both languages, into site/: open site/index.html. A link that leads nowhere is an error.
 docs: .venv/.development

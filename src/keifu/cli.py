@@ -45,6 +45,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `keifu`: exits with 0, 1 after an error, 2 where the command line is wrong, 70 after a fault of
     keifu's own, 130 after Ctrl-C (128 and the number of another signal)."""
+    _open_standard_streams()
     follow_load()  # before torch is imported, which reads how many threads there are
     words, quiet, verbose = without_volume(sys.argv[1:] if arguments is None else arguments)
     began = time.perf_counter()
@@ -53,12 +54,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if verbose:
             print(f"{_versions()}: {time.perf_counter() - began:.2f} s", file=sys.stderr)
     except BrokenPipeError:  # the reader of a pipe has gone, as in `keifu models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         sys.exit(1)
     except KeyboardInterrupt as stop:
         from keifu.training.signals import Interrupted
 
         _fail(str(stop) or "Stopped.", 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT))
+
+
+def _open_standard_streams() -> None:
+    """Standard streams that were closed lead nowhere: else the next file that is opened would take their place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if vars(sys)[name] is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the whole process)
+
+
+def _give_up_output() -> None:
+    """What is still to be printed goes nowhere, so that Python does not try it once more at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def without_volume(arguments: Sequence[str]) -> tuple[list[str], bool, bool]:
@@ -102,5 +116,9 @@ def _work(arguments: Sequence[str], quiet: bool, traceback: bool) -> None:
 
 def _fail(sentence: str, status: int) -> NoReturn:
     with suppress(OSError, ValueError):  # nobody reads it
-        print(sentence, file=sys.stderr)
+        print(sentence, file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:  # as on a full disk
+        _give_up_output()
     sys.exit(status)

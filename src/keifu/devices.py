@@ -22,11 +22,15 @@ KIND = re.compile(r" \(cuda[^)]*\)$|, \d+ threads?$")  # what is no part of a ki
 
 @dataclass(frozen=True)
 class Choice:
-    """How to compute, where a command line says so; None leaves it to the environment, the machine or the recipe."""
+    """How to compute, where a command line says so; None leaves it to the environment, the machine or the recipe.
+
+    allow_nonfinite: load weights that are not finite.
+    """
 
     device: str | None = None
     precision: str | None = None
     compile: bool | None = None
+    allow_nonfinite: bool | None = None
 
 
 _choice = Choice()

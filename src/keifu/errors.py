@@ -1,11 +1,17 @@
 """Errors that a person can put right; knows nothing of what went wrong elsewhere."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(ValueError):
     """One sentence with the value seen and what to do; the command line prints it and exits with status 1."""
+
+
+def printable(text: str) -> str:
+    """A text without characters that tell a terminal something: names in files may hold any."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -19,7 +19,9 @@ FULL = {errno.ENOSPC: "disk", errno.EDQUOT: "quota"}  # what has no space left, 
 LEFT = re.compile(r"\..+\.\d+\.part|\.tmp\w{6}")  # temporary files of `replacing`, and of the package safetensors
 LARGEST_TEXT = 2**28  # bytes of a JSON, YAML or vocabulary file
 DEEPEST = 100  # lists and objects inside each other
+LONGEST_PATTERN = 100_000  # characters of a regular expression: some list every word
 MOST_VALUES = 2 * 10**7  # in all of them
+HUB: dict[str, str] = {}  # the hub ids that this process has read, and the revision of each
 _HELD: set[Path] = set()  # directories that this process holds
 
 
@@ -91,11 +93,10 @@ def read_text(path: Path) -> str:
     if (size := path.stat().st_size) > LARGEST_TEXT:
         raise UserError(f"{path} has {size:,} bytes, and at most {LARGEST_TEXT:,} are read of a file of this kind.")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: at byte {error.start:,} stands 0x{error.object[error.start]:02x}."
-        ) from None
+        byte = error.object[error.start]
+        raise UserError(f"{path} is not UTF-8 text: at byte {error.start:,} stands 0x{byte:02x}.") from None
 
 
 def parse_json(text: str | bytes, name: Any) -> Any:
@@ -115,7 +116,7 @@ def parse_yaml(text: str, name: Any, loader: Any = None) -> Any:
     import yaml
 
     try:
-        return _within_limits(yaml.load(text, loader or yaml.SafeLoader), name)  # noqa: S506 (safe ones alone)
+        return _within_limits(yaml.load(text, loader or yaml.SafeLoader), name)  # nosec B506
     except RecursionError:
         raise UserError(f"{name} is nested more than {DEEPEST} deep.") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
@@ -135,6 +136,23 @@ def _within_limits(content: Any, name: Any) -> Any:
             raise UserError(f"{name} holds more than {MOST_VALUES:,} values.")
         level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
     return content
+
+
+def check_pattern(pattern: str, name: str) -> None:
+    """Refuses a regular expression of someone else that could take forever: a repeated group that holds a repetition or
+    alternatives, and one that is longer than any in use."""
+    plain = re.sub(r"\[(?:\\.|[^\]\\])*\]", "x", re.sub(r"\\[pP]\{[^}]*\}|\\.", "x", pattern))
+    groups = [False]
+    for token in re.finditer(r"\(\?[!=:<a-z-]*|[(|+*]|\{\d+,\d*\}|\)(\{\d|[+*])?", plain):
+        if token[0].startswith("("):
+            groups.append(False)
+            continue
+        inside = groups.pop() if token[0].startswith(")") and len(groups) > 1 else False
+        if inside and token[1]:
+            raise UserError(f"{name} has a regular expression that could take forever: {pattern[:100]!r}.")
+        groups[-1] |= inside or not token[0].startswith(")") or bool(token[1])
+    if len(pattern) > LONGEST_PATTERN:
+        raise UserError(f"{name} has a regular expression of {len(pattern):,} characters.")
 
 
 def read_json(path: Path) -> Any:
@@ -163,6 +181,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__} where a JSON object is needed.")
     return content
+
+
+def check_output(path: Path, option: str, folder: bool) -> None:
+    """Refuses a place where no file, or no folder, could be written: before the work, not after it."""
+    if path.exists() and path.is_dir() != folder:
+        kinds = ("file", "folder") if folder else ("folder", "file")
+        raise UserError(f"{option} {path} is a {kinds[0]}, and a {kinds[1]} is to be written: give another name.")
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir() and there != path:
+        raise UserError(f"{option} {path} cannot be written: {there} is a file.")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{option} {path} cannot be written: {there} is read-only for you.")
 
 
 def cache() -> Path:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from multiprocessing import get_context
@@ -50,6 +51,7 @@ def hold_clocks() -> None:
     """Whatever is written of seconds and of free memory is the same in every run."""
     pace.Pace.lap = lambda self: 1.0  # pyright: ignore
     pace.Pace.passed = pace.Pace.trained = property(lambda self: 0.0)  # pyright: ignore
+    pace.Pace.timed = lambda self, name: nullcontext()  # pyright: ignore
     pace.time = type("Clock", (), {"perf_counter": staticmethod(float)})  # pyright: ignore
     loop.peak = lambda device, dtype: 1e12
     every = {"log_every": 2, "evaluate_every": 2, "sample_every": 2, "save_every": 1}

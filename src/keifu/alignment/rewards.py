@@ -64,7 +64,7 @@ def _module(path: Path) -> Any:
     module = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
     return module
 
@@ -81,7 +81,7 @@ def score(function: Reward, prompt: str, answer: str, example: Mapping[str, Any]
     of = f"for the answer {answer[:80]!r} to {prompt[:80]!r}"
     try:
         value = function(prompt, answer, example)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"The reward raised {type(error).__name__} {of}: {error}.") from error
     try:
         number = float(value)

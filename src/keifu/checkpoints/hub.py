@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 from keifu.errors import UserError, unknown
+from keifu.files import HUB
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?")
 WANTED = (
     "*.json", "model*.safetensors", "adapter_model.safetensors", "*.jinja", "tokenizer.model", "*.spm", "merges.txt",
     "vocab.txt", "*diffusion_pytorch_model.safetensors", "*diffusion_pytorch_model-*.safetensors",
@@ -18,6 +19,8 @@ def locate(name: str | Path) -> Path:
 
     A name that is none of these is a `UserError` with the nearest known one.
     """
+    if not str(name).strip() or "\0" in str(name):
+        raise UserError(f"{str(name)!r} is no name of a model: give a path, a catalogue name or a hub id.")
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -42,13 +45,17 @@ def _may_be_model(path: Path) -> bool:
 
 
 def download(name: str) -> Path:
-    """The folder of a model on the hub, downloaded unless it is in the hub's own cache."""
+    """The folder of a model on the hub, downloaded unless it is in the hub's own cache; "owner/name@revision" pins a
+    commit, tag or branch. The commit is kept in `files.HUB`, for a run to record."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     here = f"There is no folder {name!r} here, and"
     try:
-        return Path(snapshot_download(name, allow_patterns=[*WANTED]))
+        repository, _, revision = name.partition("@")
+        found = Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*WANTED]))  # nosec B615
+        HUB[name] = found.name
+        return found
     except RepositoryNotFoundError as error:
         raise UserError(f"{here} the hub has no such model for everyone.") from error
     except LocalEntryNotFoundError as error:

@@ -17,8 +17,9 @@ from keifu.checkpoints.plan import Plan, Source, check_tokenizer, plan
 from keifu.checkpoints.report import Report, report
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.data.tokenizers.load import load_tokenizer
-from keifu.devices import choose
+from keifu.devices import Choice, choose, choosing
 from keifu.errors import UserError, unknown
+from keifu.files import reading
 from keifu.layers.lora import merge
 from keifu.native.pack import OWN, formats
 from keifu.threads import follow_load
@@ -31,6 +32,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     weights: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> tuple[nn.Module, Any]:
     """A model with its weights, ready for evaluation, and its tokenizer.
 
@@ -40,7 +42,7 @@ def load(
     the one that `devices.choose` gives. weights: "bf16", "int8" or "int4" packs a causal language model for native
     code on a CPU (`keifu.native`): it gives logits and computes the steps of an engine, but cannot be trained; "own"
     does so with a GGUF file's own blocks where native code has them, and nothing elsewhere. The tokenizer is None for
-    models that write no text.
+    models that write no text. allow_nonfinite: load weights that hold infinities, too.
 
     On a CPU, weights that need no change stay memory-mapped. A file that is torn, a tensor that is missing, extra or
     misshapen, a setting that is not implemented, a tokenizer that does not fit: each is a `UserError` that names it.
@@ -52,6 +54,13 @@ def load(
     """
     follow_load()
     device, path = _device_for(weights, device), locate(name)
+    with choosing(Choice(allow_nonfinite=allow_nonfinite or None)), reading(path):
+        return _load(name, path, dtype, device, weights)
+
+
+def _load(
+    name: str | Path, path: Path, dtype: torch.dtype | None, device: torch.device, weights: str | None
+) -> tuple[nn.Module, Any]:
     if is_adapter(path):
         model, tokenizer = load(base_of(path), dtype, device)
         tokenizer = _adapted(path, tokenizer) if (path / "tokenizer_config.json").exists() else tokenizer
@@ -89,9 +98,10 @@ def load_model(
 ) -> nn.Module:
     """The model alone (see `load`), for weights without a tokenizer beside them."""
     device, path = _device_for(weights, device), locate(name)
-    if is_adapter(path):
-        return _adapted_model(load_model(base_of(path), dtype, device), path, weights)
-    return _fill(plan(open_source(path), dtype, device), device, weights)
+    with reading(path):
+        if is_adapter(path):
+            return _adapted_model(load_model(base_of(path), dtype, device), path, weights)
+        return _fill(plan(open_source(path), dtype, device), device, weights)
 
 
 def _fill(found: Plan, device: torch.device, weights: str | None) -> nn.Module:
@@ -166,7 +176,9 @@ def _adapted(path: Path, base: Any) -> Any:
 
 def planned(name: str | Path, dtype: torch.dtype | None = None) -> Plan:
     """What `load` would fill: a model on the meta device, with its file opened, for whoever looks at it first."""
-    return plan(open_source(locate(name)), dtype)
+    path = locate(name)
+    with reading(path):
+        return plan(open_source(path), dtype)
 
 
 def open_source(path: Path) -> Source:

@@ -42,6 +42,7 @@ NAMES = {
 # id ends both sides, so the two rows of a target change places.
 EXCHANGED = ("dec_emb", "fc_w", "fc_b")
 START_ROW, END_ROW = 2, 3
+LARGEST = 2**28  # bytes of an archive, unpacked
 NOTE = f"The rows of <s> and </s> in {', '.join(EXCHANGED)} have changed places, so that 2 is the end of both sides."
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 VOWELS = ["AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"]
@@ -69,9 +70,14 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     import numpy as np
 
     try:
+        with zipfile.ZipFile(path) as members:
+            if (size := sum(member.file_size for member in members.infolist())) > LARGEST:
+                raise UserError(f"{path} would have {size:,} bytes unpacked, and at most {LARGEST:,} are read.")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: np.asarray(archive[name]) for name in archive.files}  # what is no array comes as bytes
     except (ValueError, EOFError, OSError, AttributeError, zipfile.BadZipFile) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is no NumPy archive of plain numbers, or is torn: {error}") from error
     other = [f"{name} as {array.dtype}" for name, array in arrays.items() if str(array.dtype) not in DTYPES]
     if other:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from keifu.checkpoints.hf.weight_names import Link, Table, links, matches
 from keifu.checkpoints.registry import Family, build
+from keifu.devices import chosen
 from keifu.errors import UserError
+from keifu.files import reading
 from keifu.native.pack import Blocks
 
 NAMED = 10  # how many tensors of a kind an error names
@@ -96,7 +98,7 @@ class Plan:
         place = torch.device(device)
         if place.type == "mps" and self.dtype == torch.float64:  # Apple's GPU has no float64
             place = torch.device("cpu")
-        with ThreadPoolExecutor(torch.get_num_threads()) as workers:
+        with reading(self.source.path), ThreadPoolExecutor(torch.get_num_threads()) as workers:
             state = dict(workers.map(partial(self._tensor, device=place), self.links))
         self.model.load_state_dict(state, assign=True)
         return self.model.eval()
@@ -112,6 +114,8 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     `dtype` None: the type that holds every stored number exactly, but on a CPU float32 for float16, whose products are
     very slow there.
     """
+    if not chosen().allow_nonfinite:
+        source = replace(source, read=partial(_read_finite, source))
     source, twice, notes = _resolve_aliases(source) if source.family.aliases else _resolve_tied_head(source)
     source, copies = _resolve_dialect(source)
     twice = [*twice, *copies]
@@ -133,6 +137,19 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     slow = exact == torch.float16 and torch.device(device).type == "cpu"
     held = dtype or (torch.float32 if slow else exact)
     return Plan(source, model, found, exact, held, skipped, [*source.notes, *notes, *_cast(exact, held)])
+
+
+def _read_finite(source: Source, name: str) -> Tensor:
+    """A tensor of the file whose numbers are finite; others are a `UserError`. Their sum says it in one pass."""
+    tensor = source.read(name)
+    if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+        wrong = int(tensor.numel() - tensor.isfinite().sum())
+        if wrong:
+            raise UserError(
+                f"{source.path} has {wrong:,} numbers in {name} that are not finite: it is damaged, or its training "
+                "failed; --allow-nonfinite (allow_nonfinite=True) loads it all the same."
+            )
+    return tensor
 
 
 def settings(config: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from keifu.commands.shared import flags, tables
+from keifu.commands.shared.inputs import at_terminal
 from keifu.errors import UserError
 
 LEARNED, ENDS = "bold green", "⟦⟧"  # on a terminal, and where there is no colour
@@ -163,7 +164,7 @@ def _clear(name: str | None, yes: bool) -> None:
         return
     what = ", ".join(name for each in found for name in each.names)
     if not yes:
-        if not sys.stdin.isatty():
+        if not at_terminal():
             raise UserError(f"This would remove {total}: {what}. Add --yes to do so.")
         if input(f"Remove {total}: {what}? [y/N] ").strip().lower() not in ("y", "yes"):
             print("Nothing was removed.")
@@ -186,6 +187,9 @@ def _check(source: str, options: Options) -> None:
     place = fetch(wanted) if wanted in CATALOGUE else wanted
     report = check_dataset(source, load_tokenizer(place), TextFormat(options.text_field, options.encoding))
     print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
+    if not report.documents:
+        why = f": {'; '.join(report.problems)}" if report.problems else "."
+        raise UserError(f"{source} holds no text to train on{why}")
 
 
 def _show(source: str, options: Options) -> None:

@@ -187,7 +187,7 @@ def _size(given: str | None) -> tuple[int, int] | None:
     if given is None:
         return None
     sides = given.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 10 and int(side) for side in sides):
         raise UserError(f"--size is {given!r}, which must be pixels of a side (64) or WIDTHxHEIGHT (64x48).")
     return int(sides[-1]), int(sides[0])
 

@@ -11,6 +11,7 @@ import tyro
 from keifu.commands.shared import flags, tables
 from keifu.commands.shared.drawing import select_loras as chosen_lora
 from keifu.errors import UserError, unknown
+from keifu.files import read_json_object
 
 # Each is a file in keifu/evaluation (see its task.py).
 TASKS = (
@@ -117,7 +118,7 @@ def run(options: Options) -> None:
 def training_facts(run: Path) -> dict[str, Any]:
     """What a run says of itself that its evaluation heeds: a translator's languages, what was held out of pictures."""
     recipe = run / "recipe.json"
-    told = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    told = read_json_object(recipe) if recipe.is_file() else {}
     read = {"languages": tuple, "held_out": dict}
     return {name: kind(told[name]) for name, kind in read.items() if told.get(name)}
 

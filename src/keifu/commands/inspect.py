@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 
 from keifu.commands.shared import flags
+from keifu.errors import printable
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ def run(options: Options) -> None:
     from keifu.checkpoints import inspect
 
     report = inspect(options.model)
-    print(json.dumps(report.as_dict(), indent=2, default=str) if options.json else report)
+    print(json.dumps(report.as_dict(), indent=2, default=str) if options.json else printable(str(report)))
 
 
 parse = flags.parser(Options, run, "keifu inspect")

@@ -13,6 +13,7 @@ from typing import Any
 
 from keifu.data.text.text_files import Problem, lines, refuse
 from keifu.errors import UserError, unknown
+from keifu.files import parse_json, reading
 
 Row = tuple[str, dict[str, Any]]  # its place, and its values by field
 LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
@@ -112,24 +113,34 @@ def _table(path: Path, rows: Iterator[tuple[str, list[str]]], problem: Problem) 
 def _jsonl(path: Path, problem: Problem, encoding: str | None) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines(path, problem, encoding), 1):
         if line.strip():
+            place = f"{path}, line {number}"
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                problem(f"{path}, line {number}: this is no JSON ({error.msg}, column {error.colno}).")
+                record = parse_json(line, place)
+            except UserError as error:
+                problem(_no_json(place, error))
                 continue
-            yield f"{path}, line {number}", record
+            yield place, record
 
 
 def _json(path: Path, problem: Problem, encoding: str | None) -> Iterator[tuple[str, Any]]:
     try:
-        found = json.loads("".join(lines(path, problem, encoding)) or "[]")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: this is no JSON ({error.msg}, column {error.colno}).") from error
+        found = parse_json("".join(lines(path, problem, encoding)) or "[]", path)
+    except UserError as error:
+        cause = error.__cause__
+        place = f"{path}, line {cause.lineno}" if isinstance(cause, json.JSONDecodeError) else str(path)
+        raise UserError(_no_json(place, error)) from error
     if not isinstance(found, list):
         kind = {dict: "object"}.get(type(found), type(found).__name__)
         raise UserError(f"{path} holds one {kind}, where a list of objects is needed; or write one object a line "
                         "into a .jsonl file.")  # fmt: skip
     yield from ((f"{path}, entry {number}", record) for number, record in enumerate(found, 1))
+
+
+def _no_json(place: str, error: UserError) -> str:
+    """The sentence for what is no JSON: its column where the parser says it."""
+    cause = error.__cause__
+    known = isinstance(cause, json.JSONDecodeError)
+    return f"{place}: this is no JSON ({cause.msg}, column {cause.colno})." if known else str(error)
 
 
 def _parquet(path: Path, only: str | None) -> Iterator[Row]:
@@ -139,12 +150,22 @@ def _parquet(path: Path, only: str | None) -> Iterator[Row]:
         raise UserError(f"Reading {path} needs pyarrow: install it with `pip install 'keifu[parquet]'`.") from None
     try:
         file = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
+    except (ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is no Parquet file, or it is damaged: {error}") from error
     with file:
         columns = [only] if only in file.schema_arrow.names else None
-        rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
-        yield from ((f"{path}, row {number}", record) for number, record in enumerate(rows, 1))
+        number, batches = 0, iter(file.iter_batches(columns=columns))
+        while rows := _next_rows(path, batches):
+            yield from ((f"{path}, row {number + place}", record) for place, record in enumerate(rows, 1))
+            number += len(rows)
+
+
+def _next_rows(path: Path, batches: Iterator[Any]) -> list[dict[str, Any]]:
+    try:
+        with reading(path):
+            return next((rows for batch in batches if (rows := batch.to_pylist())), [])
+    except OSError as error:  # pyarrow's own for what is damaged
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
 Reader = Callable[[Path, Problem, str | None], Iterator[tuple[str, Any]]]

@@ -44,7 +44,8 @@ class Sums:
     def means(self) -> dict[str, float]:
         """The mean loss and figures per element; waits for the device."""
         weight = float(self.weight) or 1.0
-        return {"loss": float(self.total) / weight, **{name: float(v) / weight for name, v in self.figures.items()}}
+        figures = sorted(self.figures.items())  # in the order in which a state gives them back
+        return {"loss": float(self.total) / weight, **{name: float(value) / weight for name, value in figures}}
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name, which `from_tensors` takes."""

@@ -23,12 +23,14 @@ from keifu.checkpoints.hf.native_config import check_types
 from keifu.checkpoints.plan import Source, Stored
 from keifu.checkpoints.registry import describe
 from keifu.errors import UserError
+from keifu.files import reading
 from keifu.native.pack import Blocks
 
 # GGUF's numbers for the types of values, and struct's letters for them
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MAGIC = b"GGUF"
+LARGEST_ALIGNMENT = 2**20
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -136,7 +138,7 @@ class _Cursor:
         if inner == STRING:
             return self.strings(self.counted(count))
         if inner == ARRAY:
-            return [self.value(inner) for _ in range(self.counted(count))]
+            raise UserError(f"{self.path} has lists of lists among its fields, which no model needs.")
         return list(self.numbers(self.letter(inner), count))
 
     def letter(self, kind: int) -> str:
@@ -184,12 +186,29 @@ def open_file(path: Path) -> GGUFFile:
     fields = {cursor.string(): cursor.value(cursor.number("I")) for _ in range(n_fields)}
     infos = [_info(cursor) for _ in range(n_tensors)]
     alignment = fields.get("general.alignment", 32)
+    if type(alignment) is not int or not 0 < alignment <= LARGEST_ALIGNMENT:
+        raise UserError(f"{path} is corrupt: its general.alignment is {alignment!r}, and it must be a number of bytes.")
     start = -(-cursor.at // alignment) * alignment
     places = {name: _place(path, name, shape, kind, start + offset) for name, shape, kind, offset in infos}
+    if len(places) < n_tensors or len(fields) < n_fields:
+        raise UserError(f"{path} is corrupt: a name stands there twice.")
+    _check_places(path, places, start, size, alignment)
+    return GGUFFile(path, np.memmap(path, mode="c"), fields, places)
+
+
+def _check_places(path: Path, places: Mapping[str, Place], start: int, size: int, alignment: int) -> None:
+    """Refuses tensors that do not stand one right behind the other up to the file's end: bytes are missing then, or
+    there are some too many, and the numbers of every later tensor would be shifted."""
     end = max((place.start + place.size for place in places.values()), default=start)
     if end > size:
         raise truncated_error(path, end, size)
-    return GGUFFile(path, np.memmap(path, mode="c"), fields, places)
+    expected = start
+    for name, place in sorted(places.items(), key=lambda entry: entry[1].start):
+        if place.start != expected:
+            raise UserError(f"{path} is corrupt: {name} begins at byte {place.start:,}, and should at {expected:,}.")
+        expected = -(-(place.start + place.size) // alignment) * alignment
+    if size != expected:
+        raise UserError(f"{path} is corrupt: it has {size:,} bytes, and its tensors end, filled up, at {expected:,}.")
 
 
 def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
@@ -216,8 +235,8 @@ def open_gguf(path: Path) -> Source:
     """The model in a GGUF file, its weights memory-mapped and not yet read."""
     file = open_file(path)
     parts = file.fields.get("split.count", 1)
-    if parts > 1:
-        raise UserError(f"{path} is one of {parts} parts; join them first with llama.cpp's llama-gguf-split --merge.")
+    if type(parts) is not int or parts > 1:
+        raise UserError(f"{path} is one of {parts!r} parts; join them first with llama.cpp's llama-gguf-split --merge.")
     shapes = {name: place.shape for name, place in file.places.items()}
     freqs = file.read(FREQS) if FREQS in shapes else None
     name, config = read_config(file.fields, shapes, freqs, str(path))
@@ -240,6 +259,7 @@ def _tokenizer(fields: Mapping[str, Any]) -> Callable[[], Any]:
     def read() -> Any:
         from keifu.data.tokenizers.gguf import READ_FIELDS, gguf_tokenizer
 
-        return gguf_tokenizer({key: value for key, value in fields.items() if key.startswith(READ_FIELDS)})
+        with reading("The vocabulary of the GGUF file"):
+            return gguf_tokenizer({key: value for key, value in fields.items() if key.startswith(READ_FIELDS)})
 
     return read

@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from keifu.errors import UserError
+from keifu.ranges import LARGEST
 
 ZERO_ALLOWED = ("first_window_layer", "start_id", "end_id", "pad_id", "steps_offset", "n_classes")
 
@@ -47,6 +48,8 @@ def check_types(config: Any, where: str) -> None:
             raise UserError(f"{where} gives {value!r} for {field.name}, which must be {names}.")
         if type(value) is int and value < (0 if field.name in ZERO_ALLOWED else 1):
             raise UserError(f"{where} gives {value} for {field.name}, which must be at least 1.")
+        if isinstance(value, int | float) and not abs(value) <= LARGEST:  # nor is "not a number" below anything
+            raise UserError(f"{where} gives {value} for {field.name}, which must be a number of at most {LARGEST:,}.")
 
 
 def _plain(hint: Any) -> tuple[type, ...]:

@@ -3,7 +3,6 @@
 Nothing is ever unpickled: a directory that has only PyTorch's own .bin files is refused with an explanation.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +15,7 @@ from keifu.checkpoints.hf.task_heads import read_config
 from keifu.checkpoints.plan import Source, Stored
 from keifu.checkpoints.registry import Family
 from keifu.errors import UserError
-from keifu.files import read_json_object
+from keifu.files import parse_json, read_json_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = {"config.json": None, "open_clip_config.json": "open_clip"}  # and the model_type that is meant where it is so
@@ -82,6 +81,8 @@ def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
         index = read_json_object(listing).get("weight_map")
         if not isinstance(index, dict):
             raise UserError(f"{listing} has no weight_map, so it names no shards.")
+        if outside := [name for name in index.values() if not isinstance(name, str) or Path(name).name != name]:
+            raise UserError(f"{listing} names the shard {outside[0]!r}, and shards are files of the same folder.")
         files = sorted({path / name for name in index.values()})
         missing = [file.name for file in files if not file.exists()]
         if missing:
@@ -129,10 +130,10 @@ def _sizes(path: Path) -> str:
         if size < 8 + header:
             return f"it has {size:,} bytes, and by its first eight the header alone has {header:,}."
         try:
-            tensors = json.loads(file.read(header))
+            tensors = parse_json(file.read(header), path)
             ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
             end = 8 + header + max(ends)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return ""
     return f"it has {size:,} bytes, and its header promises {end:,}." if end != size else ""
 

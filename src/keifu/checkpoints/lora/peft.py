@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from keifu.checkpoints.hf.weight_names import links
 from keifu.checkpoints.registry import describe
 from keifu.errors import UserError, unknown
-from keifu.files import read_json_object, write_atomic
+from keifu.files import check_pattern, read_json_object, write_atomic
 from keifu.layers.lora import Adapter, LoraSettings, Target, adapters, attach
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -135,8 +135,10 @@ def is_adapter(path: Path) -> bool:
 def base_of(path: Path) -> str:
     """Where the model that the adapters belong to is to be had."""
     base = read_json_object(path / CONFIG).get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise UserError(f"{path / CONFIG} does not say what model its adapters belong to (base_model_name_or_path).")
+    if Path(base).is_dir() and is_adapter(Path(base)):
+        raise UserError(f"{path / CONFIG} names {base} as the model of its adapters, which holds adapters itself.")
     return base
 
 
@@ -234,6 +236,8 @@ def _low(config: Mapping[str, Any], label: str, parts: Mapping[str, Tensor]) -> 
     """The settings of one layer's adapter; a pattern is an end of a name, or a regular expression for one."""
 
     def chosen(patterns: Mapping[str, Any] | None, default: Any) -> Any:
+        for pattern in patterns or {}:
+            check_pattern(pattern, CONFIG)
         fits = (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", label))
         return next(fits, default)
 

@@ -4,7 +4,7 @@ import re
 import tempfile
 import traceback
 
-from keifu.errors import UserError
+from keifu.errors import UserError, printable
 
 
 def explain(error: Exception) -> str | None:
@@ -20,7 +20,7 @@ def explain(error: Exception) -> str | None:
             text = _memory(error)
         case _:
             text = None
-    return text and re.sub(r"\s+", " ", text).strip()
+    return text and printable(re.sub(r"\s+", " ", text).strip())
 
 
 def fault(error: Exception) -> str:
@@ -34,11 +34,13 @@ def fault(error: Exception) -> str:
         f"Please report it with the command and with {file.name}, which says where it happened (KEIFU_DEBUG=1 shows "
         "that here).",
     ]
-    return " ".join(sentences)
+    return printable(" ".join(sentences))
 
 
 def _system(error: OSError) -> str:
     """The operating system's complaint with the file it is about."""
+    if isinstance(error, FileNotFoundError) and not error.filename:
+        return "The current folder is not there any more: it was removed or renamed."
     reason = error.strerror or str(error) or type(error).__name__
     place = f": {error.filename}" if error.filename else ""
     if isinstance(error, FileNotFoundError) and error.filename:

@@ -5,7 +5,8 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -13,6 +14,7 @@ import tyro
 from keifu.commands.shared.help_text import Argument, arguments_of, help_text
 from keifu.devices import Choice, choose, choosing
 from keifu.errors import UserError, unknown
+from keifu.files import check_output
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.ranges import check
 from keifu.recipes.options import by_option, to_json
@@ -30,6 +32,7 @@ Weights = Annotated[str | None, tyro.conf.arg(metavar="bf16|int8|int4", help=(
     "Compute natively on the CPU, with weights of this many bits (docs/native.md). Unset: as they are stored, which is "
     "native for bf16 and for the blocks of GGUF files."
 ))]  # fmt: skip
+RESULTS = ("out", "output", "strip", "picture")  # options that name what is written; a folder where one is usual
 NAMES = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 
 
@@ -38,6 +41,8 @@ class OnDevice:
     """What every verb that runs a model can be told."""
 
     device: Device = field(default=None, kw_only=True)
+    allow_nonfinite: bool = field(default=False, kw_only=True)
+    """Load weights that hold infinities or what is not a number."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def parser(kind: type[Options], run: Callable[[Options], None], program: str) ->
         options = parse(kind, arguments, program)
         if not isinstance(options, OnDevice):
             return lambda: run(options)
-        return placed(Choice(options.device), lambda: run(options))
+        return placed(Choice(options.device, allow_nonfinite=options.allow_nonfinite or None), lambda: run(options))
 
     return parsed
 
@@ -105,7 +110,21 @@ def parse(
     if extra:
         raise _unrecognised(kind, extra, program)
     check_ranges(kind, to_json(options))
+    _check_paths(options, arguments)
     return options
+
+
+def _check_paths(options: Any, words: Sequence[str]) -> None:
+    """Refuses an empty path, which would mean the current folder, and a place for results that cannot be written."""
+    empty = any(word == "" or re.fullmatch("--[a-z-]+=", word) for word in words)
+    for each in fields(options):
+        value = vars(options)[each.name]
+        if not isinstance(value, Path):
+            continue
+        if empty and value == Path():
+            raise UserError(f"--{each.name} is empty: give the name of a file or folder.")
+        if each.name in RESULTS and each.default is not MISSING:  # keifu convert writes either
+            check_output(value, f"--{each.name}", folder=each.default is not None)
 
 
 def check_ranges(kind: type, values: Mapping[str, Any]) -> None:

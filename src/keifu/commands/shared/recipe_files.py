@@ -131,7 +131,7 @@ class _Part(ModuleType):
             for each in _read(statement) - {*_bound(statement)} - vars(self).keys():
                 if any(each in _bound(other) for other in self._statements):
                     getattr(self, each)
-        exec(compile(ast.Module([statement], []), str(self.__file__), "exec"), vars(self))
+        exec(compile(ast.Module([statement], []), str(self.__file__), "exec"), vars(self))  # nosec B102
 
 
 def _read(node: ast.AST) -> set[str]:

@@ -11,6 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from keifu.files import parse_yaml, read_text
+
 Dialogue = list[dict[str, str]]
 TATOEBA = ("id", "ja", "en", "nl", "de", "fr", "es", "sv")  # the columns of the sentence file
 
@@ -73,7 +75,7 @@ def read_dialogues(folder: Path) -> Iterator[Dialogue]:
 
     for file in sorted(folder.glob("*.yml")):
         # The base loader leaves everything a string: "no" is an answer here, not a truth value.
-        content = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
+        content = parse_yaml(read_text(file), file, yaml.BaseLoader)
         for conversation in content["conversations"]:
             if isinstance(conversation, list) and len(conversation) > 1 and tuple(conversation) not in seen:
                 seen.add(tuple(conversation))

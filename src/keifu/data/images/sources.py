@@ -13,7 +13,6 @@ Folders called train, validation and test at the top level define the split.
 
 import glob
 import gzip
-import json
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from keifu.data.images.io import UNSTATED, DecodedImage, ImageItem, mnist, read_
 from keifu.data.records import read_records
 from keifu.data.text.text_files import Problem
 from keifu.errors import UserError, unknown
+from keifu.files import parse_json, reading
 
 CLOTHES = "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
 PHOTOS = {
@@ -101,7 +101,8 @@ def _of_array(pixels: np.ndarray) -> Callable[[int | None], DecodedImage]:
 
 def read_idx(path: Path) -> np.ndarray:
     """An array of bytes from a gzipped file of MNIST's own format: two zeros, the type 8, the axes, their lengths."""
-    content = gzip.decompress(path.read_bytes())
+    with reading(path), gzip.open(path) as file:
+        content = file.read(LARGEST_IDX)
     axes = content[3]
     shape = np.frombuffer(content, ">u4", axes, 4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
@@ -117,6 +118,7 @@ CATALOGUED: dict[str, Callable[[], Iterator[ImageItem]]] = {
 
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"
+LARGEST_MEMBER, LARGEST_IDX = 2**28, 2**30  # bytes of one file in an archive, and of MNIST's format, unpacked
 METADATA = "metadata.jsonl", "metadata.csv"
 PARTS = {
     "train": "", "training": "", "validation": "validation", "valid": "validation", "val": "validation",
@@ -226,7 +228,7 @@ def _inside(path: Path, root: Path) -> tuple[str, ...]:
 def _shards(paths: list[Path], problem: Problem) -> Iterator[ImageItem]:
     for path in paths:
         try:
-            with tarfile.open(path) as archive:
+            with reading(path), tarfile.open(path) as archive:
                 plain = (member for member in archive if member.isfile())
                 for key, members in groupby(plain, lambda member: _key(member.name)[0]):
                     contents = {_key(member.name)[1]: _content(archive, member) for member in members}
@@ -244,6 +246,9 @@ def _key(name: str) -> tuple[str, str]:
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > LARGEST_MEMBER or member.issparse():
+        what = f"{member.name} with {member.size:,} bytes"
+        raise UserError(f"{archive.name} holds {what}, and at most {LARGEST_MEMBER:,} are read of one file.")
     opened = archive.extractfile(member)
     assert opened
     return opened.read()
@@ -256,7 +261,7 @@ def _sample(name: str, where: str, contents: dict[str, bytes], problem: Problem)
         problem(f"{where} has {len(pictures)} pictures among {', '.join(contents)}, and one is needed.")
         return None
     try:
-        cells = json.loads(contents.get(".json", b"{}"))
+        cells = parse_json(contents.get(".json", b"{}"), "its .json")
         words = {kind: contents[kind].decode().strip() for kind in (".txt", ".cls") if kind in contents}
     except ValueError as error:
         problem(f"{where}: its .json, .txt or .cls cannot be read: {error}.")

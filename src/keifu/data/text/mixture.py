@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from keifu.data.batching import BatchSizeSchedule, batch_size_stages, interleave, source_of_row
@@ -47,6 +46,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.translation import tatoeba
 from keifu.data.translation.pairs import pair_names, read_pairs, split
 from keifu.errors import UserError, unknown
+from keifu.files import parse_yaml, read_text
 
 SUFFIXES = ".yaml", ".yml", ".json"
 FIELDS = "sources", "normalise", "held_out"
@@ -130,11 +130,7 @@ def read_mixture(given: str) -> Mixture:
     path = Path(given).expanduser()
     if not path.is_file():
         raise unknown("mixture, and no file,", given, MIXTURES)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}.") from error
-    return _mixture(content, path)
+    return _mixture(parse_yaml(read_text(path), path), path)
 
 
 def _mixture(content: Any, path: Path) -> Mixture:

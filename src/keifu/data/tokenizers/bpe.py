@@ -10,6 +10,7 @@ which changes no clean caption.
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def byte_level_backend(
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 MERGES = 48_894  # of the file's lines after the first; the released code leaves the others out
+LARGEST = 2**24  # bytes of that file, unpacked; it has 3.2 million
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 Made = tuple[tokenizers.Tokenizer, dict[str, str]]
 
@@ -120,8 +122,9 @@ def clip_backend(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]
 def clip_merges(path: Path, config: Mapping[str, Any]) -> Made:
     """Reads OpenAI's bpe_simple_vocab_16e6.txt.gz: the first line is a comment, each further line is a merge."""
     try:
-        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : MERGES + 1]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        with gzip.open(path) as file:
+            lines = file.read(LARGEST).decode().split("\n")[1 : MERGES + 1]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path} is not a gzip file of merges: {error}.") from error
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines) if right]
     if len(merges) < len(lines) or not merges:
@@ -148,6 +151,7 @@ def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size + fixed, min_frequency=2, show_progress=False, end_of_word_suffix=WORD_END,
         initial_alphabet=list(byte_alphabet()),
+        special_tokens=[letter + WORD_END for letter in byte_alphabet()],  # else numbered in no fixed order
     )  # fmt: skip
     backend.train_from_iterator(texts, trainer)
     merges = json.loads(backend.to_str())["model"]["merges"]

@@ -17,8 +17,14 @@ from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from keifu.data.tokenizers.template_limits import (
+    LARGEST,
+    LONGEST_SOURCE,
+    LimitedEnvironment,
+    LimitError,
+    limited,
+)
 from keifu.errors import UserError
 
 # A plain template, for models that are to be taught to chat; the tokenizer needs <|im_start|> and <|im_end|>.
@@ -82,14 +88,19 @@ def _tojson(
 def compile_template(template: str) -> Template:
     """The compiled template, cached. A template that is not valid Jinja is a `UserError` with the line."""
     extensions = ["jinja2.ext.loopcontrols", _GenerationTag]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
+    environment.limit()
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    if len(template) > LONGEST_SOURCE:
+        raise UserError(f"The chat template has {len(template):,} characters, and at most {LONGEST_SOURCE:,} are read.")
     try:
         return environment.from_string(template)
     except TemplateSyntaxError as error:
         reason = str(error.message).rstrip(".")
         raise UserError(f"The chat template cannot be read, at its line {error.lineno}: {reason}.") from error
+    except Exception as error:  # Python's own compiler, as of a break outside a loop, or of too deep a nesting
+        raise UserError(f"The chat template cannot be read: {error or type(error).__name__}.") from error
 
 
 def render(
@@ -115,11 +126,23 @@ def render(
     given = {"tools": None, "documents": None, **variables}
     ready = compile_template(template)
     try:
-        return ready.render(messages=plain, add_generation_prompt=add_generation_prompt, **given)
+        with limited():
+            pieces = ready.generate(messages=plain, add_generation_prompt=add_generation_prompt, **given)
+            return _within_limits(pieces)
     except Exception as error:  # a template is a program: whatever goes wrong in it is told with its line
         reason = str(error).rstrip(".") or type(error).__name__
         line = _template_line(error.__traceback__)
         raise UserError(f"The chat template refuses this conversation, at its line {line}: {reason}.") from error
+
+
+def _within_limits(pieces: Iterable[str]) -> str:
+    written, length = list[str](), 0
+    for piece in pieces:
+        written.append(piece)
+        length += len(piece)
+        if length > LARGEST:
+            raise LimitError(f"it writes more than {LARGEST:,} characters")
+    return "".join(written)
 
 
 def _plain(message: Any, place: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A reader gives a `tokenizers` object and the roles of its special tokens. The ot
 (tokenizer_config.json, special_tokens_map.json, generation_config.json, chat_template.jinja) are read alike for all.
 """
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,14 +15,16 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from keifu.data.tokenizers import bpe
 from keifu.data.tokenizers.bpe import byte_level_backend
-from keifu.data.tokenizers.sentencepiece import backend_from_pieces, parse
+from keifu.data.tokenizers.sentencepiece import backend_from_pieces, check_character_map, parse
 from keifu.data.tokenizers.special_tokens import put_around_text
 from keifu.data.tokenizers.tokenizer import ROLES, Tokenizer
 from keifu.errors import UserError
-from keifu.files import read_json, read_json_object
+from keifu.files import check_pattern, read_json, read_json_object, read_text
+from keifu.ranges import LARGEST
 
 Read = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token of each role that the file itself names
 GENERATION_CONFIG = "generation_config.json"
+MODEL_TYPES = ("BPE", "WordPiece", "WordLevel", "Unigram")  # whose vocabularies hold no parts
 WORD_END, UNKNOWN = "</w>", "<unk>"  # of GPT-1
 BERT_ROLES = dict(zip(("unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
                       ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"), strict=True))  # fmt: skip
@@ -33,10 +36,24 @@ def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> Read:
     if not isinstance(model, dict) or "vocab" not in model:
         raise UserError(f"{path} has no model with a vocabulary, so it is not a tokenizer.json.")
     check_ids(_numbered(model["vocab"]), path)
+    described |= {"truncation": None, "padding": None}  # of texts, which keifu neither cuts nor fills up
+    _check_parts(described, path)
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(described)), {}
     except Exception as error:  # `tokenizers` raises bare Exceptions
         raise UserError(f"{path} is not a tokenizer that the tokenizers library reads: {error}.") from error
+
+
+def _check_parts(described: Any, path: Path) -> None:
+    """Refuses a table of replacements, or a regular expression, on which the tokenizers library would die or hang."""
+    for part in described.values() if isinstance(described, dict) else described:
+        if not isinstance(part, dict | list):
+            continue
+        if isinstance(part, dict) and isinstance(table := part.get("precompiled_charsmap"), str):
+            check_character_map(base64.b64decode(table), str(path))
+        if isinstance(part, dict) and isinstance(pattern := part.get("Regex"), str):
+            check_pattern(pattern, str(path))
+        _check_parts({} if isinstance(part, dict) and part.get("type") in MODEL_TYPES else part, path)
 
 
 def _numbered(vocabulary: Mapping[str, int] | list[Any]) -> Mapping[str, int]:
@@ -62,7 +79,7 @@ def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
     merges_path = next((other for other in beside if other.exists()), None)
     if merges_path is None:
         raise UserError(f"{path} is a vocabulary without merges: put merges.txt (or vocab.bpe) beside it.")
-    lines = merges_path.read_text(encoding="utf-8").split("\n")
+    lines = read_text(merges_path).split("\n")
     merges = [pair for pair in map(_merge, lines[lines[0].startswith("#version") :]) if pair]
     unspelled = next((pair for pair in merges if not {*pair, "".join(pair)} <= vocabulary.keys()), None)
     if unspelled:
@@ -104,7 +121,7 @@ def _merge(line: str) -> tuple[str, str] | None:
 
 def _wordpiece_vocabulary(path: Path, config: Mapping[str, Any]) -> Read:
     """BERT's vocab.txt: one token a line, its id the line's number from 0."""
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    lines = read_text(path).removesuffix("\n").split("\n")
     vocabulary: dict[str, int] = {}
     for number, line in enumerate(lines):
         token = line.strip("\r")
@@ -172,7 +189,7 @@ def settings_beside(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (directory / name).exists():
-            content = read_json(directory / name)
+            content = read_json_object(directory / name)
             found |= {key: value for key, value in content.items() if value is not None}
     return found
 
@@ -195,11 +212,14 @@ def roles_beside(config: Mapping[str, Any]) -> tuple[dict[str, str], int | None]
     """The token of each role in tokenizer_config.json, and the maximum length of a text, if it gives one."""
     length = config.get("model_max_length")
     limit = int(length) if isinstance(length, int | float) and length < 1e9 else None  # 1e30 stands for "none said"
-    return {role: _content(config[role]) for role in ROLES if role in config}, limit
+    return {role: _content(config[role], role) for role in ROLES if role in config}, limit
 
 
-def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else token
+def _content(token: Any, role: str) -> str:
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise UserError(f"tokenizer_config.json gives {token!r} for {role}, which must be a token's text.")
+    return text
 
 
 def generation_config(directory: Path) -> dict[str, Any]:
@@ -212,15 +232,20 @@ def generation_config(directory: Path) -> dict[str, Any]:
 def stop_ids(generation: Mapping[str, Any]) -> set[int]:
     """The ids that end an answer, from a generation_config's eos_token_id; empty when there is none."""
     found = generation.get("eos_token_id")
-    return set() if found is None else {found} if isinstance(found, int) else set(found)
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(number) is int and 0 <= number <= LARGEST for number in ids):
+        raise UserError(f"{GENERATION_CONFIG} gives {found!r} for eos_token_id, which must be ids of tokens.")
+    return set(ids)
 
 
 def chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     """The chat template: chat_template.jinja, or else the (default) one in tokenizer_config.json."""
     if (directory / "chat_template.jinja").exists():
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(directory / "chat_template.jinja")
     written = config.get("chat_template")
-    if isinstance(written, list):  # several, by name
-        by_name = {entry["name"]: entry["template"] for entry in written}
-        return by_name.get("default", next(iter(by_name.values()), None))
+    if isinstance(written, list) and all(isinstance(entry, dict) for entry in written):  # several, by name
+        by_name = {entry.get("name"): entry.get("template") for entry in written}
+        written = by_name.get("default", next(iter(by_name.values()), None))
+    if not isinstance(written, str | None):
+        raise UserError(f"{directory / 'tokenizer_config.json'} has a chat_template that is no text.")
     return written

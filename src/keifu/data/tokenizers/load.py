@@ -8,6 +8,7 @@ from keifu.data.tokenizers.seq2seq import SOURCE, TARGET_TOKENIZER, read_marian,
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import KINDS, train_tokenizer
 from keifu.errors import UserError
+from keifu.files import reading
 
 __all__ = ["KINDS", "Tokenizer", "gguf_tokenizer", "load_tokenizer", "to_gguf_fields", "train_tokenizer"]
 
@@ -21,6 +22,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     or a GGUF. What cannot be read is a `UserError` that says why.
     """
     path = _found(path)
+    with reading(path):
+        return _load(path)
+
+
+def _load(path: Path) -> Tokenizer:
     if path.suffix == ".gguf":
         return gguf_tokenizer(read_gguf_fields(path))
     if path.is_dir():

@@ -117,6 +117,7 @@ def parse(data: bytes, name: str) -> Model:
         what = {3: "a word model", 4: "a character model"}.get(kind, "one that puts spaces at the ends of words")
         raise UserError(f"{name} is {what}; keifu reads SentencePiece's BPE and Unigram models.")
     roles = _roles(trainer)
+    check_character_map(bytes(normalizer.get(2, b"")), name)
     settings = Settings(
         model=kind,
         unknown_id=roles.get("unk_token", 0),
@@ -127,6 +128,18 @@ def parse(data: bytes, name: str) -> Model:
         character_map=bytes(normalizer.get(2, b"")),
     )
     return Model(pieces, settings, {role: pieces[place].text for role, place in roles.items() if place < len(pieces)})
+
+
+def check_character_map(table: bytes, name: str) -> None:
+    """Refuses a table of replacements whose tree is longer than it is: the tokenizers library would end the process."""
+    size = int.from_bytes(table[:4], "little")
+    if table and (len(table) < 4 or size % 4 or 4 + size > len(table)):
+        claims = f"{len(table):,} bytes, of which its tree claims {size:,}"
+        raise UserError(f"{name} has a damaged table of character replacements: {claims}.")
+    try:
+        table[4 + size :].decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{name} has a damaged table of character replacements: they are not UTF-8.") from None
 
 
 def _hint(data: bytes) -> str:
@@ -152,6 +165,8 @@ def backend_from_pieces(pieces: Sequence[Piece], settings: Settings) -> tokenize
     for place, piece in enumerate(pieces):
         if texts.setdefault(piece.text, place) != place:
             raise UserError(f"The vocabulary has {piece.text!r} twice, with the ids {texts[piece.text]} and {place}.")
+    if settings.unknown_id >= len(pieces):
+        raise UserError(f"The unknown piece has the id {settings.unknown_id}, and there are {len(pieces)} pieces.")
     unknown_piece = pieces[settings.unknown_id].text
     own = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
     if settings.model == BPE:

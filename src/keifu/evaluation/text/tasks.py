@@ -24,6 +24,7 @@ from keifu.data.classification.tables import LabelledTexts, read, split
 from keifu.data.records import SUFFIXES as TABLES
 from keifu.data.records import Row, listed, read_records
 from keifu.errors import UserError, unknown
+from keifu.files import parse_json, parse_yaml, read_text
 
 METRICS = {
     "choice": "the likeliest of several answers, by four measures of likelihood",
@@ -294,7 +295,7 @@ class _Description:
 
     def __init__(self, path: Path):
         self.path = path
-        self.text = path.read_text(encoding="utf-8-sig")
+        self.text = read_text(path)
         self.given = self._parsed()
         for name, value in self.given.items():
             if name not in KINDS:
@@ -307,10 +308,8 @@ class _Description:
                 raise UserError(f"{path}, line 1: the task has no field {name!r}, which it needs; it has {has}.")
 
     def _parsed(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.text) if self.path.suffix == ".json" else _yaml(self.text)
-        except ValueError as error:
-            raise UserError(f"{self.path} cannot be read: {' '.join(str(error).split())}.") from error
+        parse = parse_json if self.path.suffix == ".json" else parse_yaml
+        found = parse(self.text, self.path)
         if not isinstance(found, dict):
             raise UserError(f"{self.path} is {_kind(found)}, but a task is fields with values (see docs/tasks.md).")
         return found
@@ -337,15 +336,6 @@ class _Description:
         if path.suffix.lower() not in TABLES:
             raise UserError(f"{self.place(name)}: the name of {path} must end in {', '.join(TABLES)}.")
         return path
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
 
 
 def _items(fields: _Description, path: Path) -> Iterator[TaskItem]:

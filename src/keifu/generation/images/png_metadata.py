@@ -13,6 +13,7 @@ from torch import nn
 
 from keifu import __version__
 from keifu.errors import UserError
+from keifu.files import parse_json
 from keifu.generation.images.image_to_image import InputImage
 from keifu.generation.images.pixel_diffusion import ImageRequest
 
@@ -89,7 +90,7 @@ def read_record(path: Path) -> ImageRecord:
     if told is None:
         raise UserError(f"{path} does not say how it was drawn: it was not drawn by keifu, or was saved anew since.")
     try:
-        return _record(json.loads(told))
+        return _record(parse_json(told, path))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"What {path} says of how it was drawn cannot be read ({error}): another keifu wrote it."

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from keifu.data.chat import conversations
 from keifu.data.text.documents import documents
 from keifu.errors import UserError
-from keifu.files import write_atomic
+from keifu.files import read_json_object, write_atomic
 from keifu.recipes.assistant import ppo as third
 from keifu.recipes.assistant import reward as second
 from keifu.recipes.assistant import sft as first
@@ -69,7 +69,7 @@ class Phase(NamedTuple):
     def finished(self) -> bool:
         """Whether it came to its end."""
         path = self.folder / RECIPE
-        return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("finished"))
+        return path.is_file() and bool(read_json_object(path).get("finished"))
 
 
 def phases(recipe: Recipe, out: Path) -> Iterator[Phase]:
@@ -134,7 +134,7 @@ INPUTS: dict[str, Callable[[Any], None]] = {"sft": _demonstrations, "reward": _r
 def describe_phase(out: Path) -> dict[str, dict[str, Any]]:
     """What each finished step was told, by its name."""
     path = out / PHASES
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def check(phase: Phase, done: dict[str, dict[str, Any]]) -> None:
@@ -156,7 +156,7 @@ def summary(steps: list[Phase]) -> str:
     shown["ppo"] = ("reward", "kl", "validation_reward", "validation_kl", "validation_length", "validation_text_loss")
     lines = []
     for phase in steps:
-        figures = json.loads((phase.folder / RECIPE).read_text(encoding="utf-8"))["figures"]
+        figures = read_json_object(phase.folder / RECIPE)["figures"]
         words = [f"{name.replace('_', ' ')} {figures[name]:.4g}" for name in shown[phase.name] if name in figures]
         lines.append(f"{phase.name:7} {'   '.join(words)}")
     return "\n".join(lines)

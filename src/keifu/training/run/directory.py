@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from keifu.errors import UserError
-from keifu.files import hold, read_json_object, remove_left, sha256, write_atomic
+from keifu.files import HUB, hold, read_json_object, remove_left, sha256, write_atomic
 from keifu.processes import current
 from keifu.training.hardware.precision import processor_name
 from keifu.training.protocols import Run
@@ -217,10 +217,11 @@ def hashes(directory: Path) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, the main packages and the system, and the processor."""
+    """Versions of Python, the main packages and the system, the processor, and the revisions of models from the hub."""
     programs = {name: version for name in PACKAGES if (version := _version(name))}
     machine = {"system": platform.platform(), "processor": processor_name()}
-    return {"python": platform.python_version(), **programs, **machine}
+    hub = {f"hub {name}": revision for name, revision in HUB.items()}
+    return {"python": platform.python_version(), **programs, **machine, **hub}
 
 
 def _version(package: str) -> str | None:

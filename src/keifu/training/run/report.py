@@ -1,7 +1,6 @@
 """The report of a run: report.html, one offline page from the files of its directory, with charts as inline SVG."""
 
 import base64
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from keifu.files import write_atomic
+from keifu.files import read_json, read_json_object, write_atomic
 from keifu.training.run import metrics
 from keifu.training.run.directory import RECIPE, SAMPLES
 from keifu.training.run.progress import format_bytes, format_count, format_seconds
@@ -150,7 +149,7 @@ def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -
 
 def _body(directory: Path) -> tuple[str, str]:
     """A run's title and what its page shows."""
-    recipe = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
+    recipe = read_json_object(directory / RECIPE)
     lines = metrics.read(directory)
     body = [
         _head(recipe),
@@ -236,7 +235,7 @@ def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
 def _own(directory: Path) -> str:
     """The charts that the run has written itself, in curves.json."""
     path = directory / CURVES
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    found = read_json(path) if path.exists() else []
     return "".join(chart(**{**each, "curves": [_curve(**curve) for curve in each["curves"]]}) for each in found)
 
 

@@ -1,0 +1,158 @@
+"""Limits of chat templates, which are programs of someone else: on time, on what they write, and on the size of values.
+
+Nothing is computed while a template is compiled. While it renders, each of its lines is a chance to stop, and whatever
+can make a large value in one go (products, powers, fillings, replacements) is looked at before.
+"""
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from inspect import unwrap
+from types import BuiltinMethodType, FrameType
+from typing import Any
+
+from jinja2 import nodes, pass_context
+from jinja2.compiler import CodeGenerator
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import _PassArg
+
+SECONDS = 5.0  # of one rendering
+LARGEST = 10_000_000  # characters of a text, entries of a list, and digits' bits of a number
+WIDE = re.compile(r"\d{7}")  # a number in a format, of so many digits
+LONGEST_SOURCE = 1_000_000  # characters of a template
+GROWING = ("replace", "join", "indent", "wordwrap", "expandtabs", "translate")  # by text that is filled into text
+WHOLE = (  # filters that take lists as lists; the others write them as text, with all that is inside
+    *("attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list"),
+    *("map", "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort"),
+    "unique",
+)
+
+
+class LimitError(Exception):
+    """A template that would take too long, or make too much."""
+
+
+def _refuse_size() -> None:
+    raise LimitError(f"it makes values of more than {LARGEST:,} characters or entries")
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, int):
+        return value.bit_length()
+    return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1
+
+
+def _check_text(value: Any) -> Any:
+    """The value, if it is not too large with all that is inside: the same list may stand there many times."""
+    left, waiting = LARGEST, [value]
+    while waiting and left > 0:
+        part = waiting.pop()
+        left -= len(part) if isinstance(part, str) else 16
+        if isinstance(part, dict):
+            waiting += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            waiting += part
+    return value if left > 0 else _refuse_size()
+
+
+def _check_call(name: str, values: tuple[Any, ...]) -> None:
+    """Refuses a call that could make a value of any size: by a number, a width, or by filling text into text."""
+    sizes = [_size(value) for value in values]
+    texts = [value for value in values if isinstance(value, str)]
+    wide = name in ("format", "format_map", "%") and any(map(WIDE.search, texts))
+    numbers = [value for value in values if isinstance(value, int | float)]
+    product = sizes[0] * max(sizes[1:], default=1) if name in GROWING and sizes else 0
+    if wide or max(sizes, default=0) > LARGEST or product > 10 * LARGEST or any(abs(n) > LARGEST for n in numbers):
+        _refuse_size()
+
+
+def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that looks at its arguments first; since it takes the context, it is never called while compiling."""
+    kind = _PassArg.from_obj(function)
+
+    @pass_context
+    @wraps(function)
+    def limited(context: Context, *given: Any, **named: Any) -> Any:
+        _check_call(name, (*given, *named.values()))
+        if name not in WHOLE:
+            _check_text(given)
+        first = {_PassArg.context: context, _PassArg.eval_context: context.eval_ctx, None: None}
+        before = () if kind is None else (first.get(kind, context.environment),)
+        return function(*before, *given, **named)
+
+    vars(limited)["jinja_pass_arg"] = _PassArg.context  # `wraps` has taken over that of the function
+    return limited
+
+
+class _Generator(CodeGenerator):
+    """Joins texts (`~`) by a function with limits."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:  # noqa: N802 (jinja2's name)
+        self.write("environment.join((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class LimitedEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with limits."""
+
+    code_generator_class = _Generator
+    intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
+
+    def limit(self) -> None:
+        """Puts limits on every filter that is there now, and on what is written."""
+        self.finalize = _check_text
+        self.filters = {name: _limited_filter(name, function) for name, function in self.filters.items()}
+
+    def join(self, parts: tuple[Any, ...]) -> str:
+        """The parts as one text."""
+        return "".join(map(str, _check_text(parts)))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        _check_call(operator, (left, *right) if isinstance(right, tuple) else (left, right))
+        sizes = (_size(left), _size(right))
+        numbers = [value for value in (left, right) if isinstance(value, int | float)]
+        grown = sum(sizes)  # of a sum, and in bits of a product of numbers
+        if operator == "*" and len(numbers) == 1:
+            grown = max(sizes) * abs(numbers[0])
+        elif operator == "**" and len(numbers) == 2:
+            grown = sizes[0] * abs(numbers[1])
+        if grown > LARGEST:
+            _refuse_size()
+        if operator == "%" and isinstance(left, str):
+            _check_text(right)
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Context, function: Any, /, *given: Any, **named: Any) -> Any:
+        inner = unwrap(function) if callable(function) else function  # the sandbox wraps `format`
+        owner = (inner.__self__,) if isinstance(inner, BuiltinMethodType) else ()
+        _check_call(inner.__name__ if owner else "", (*owner, *given, *named.values()))
+        if owner and inner.__name__.startswith("format"):
+            _check_text([*given, *named.values()])
+        return super().call(context, function, *given, **named)
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """A block in which templates render: each line of theirs looks at the clock and at the texts that it has."""
+    end, before = time.monotonic() + SECONDS, sys.gettrace()
+
+    def line(frame: FrameType, event: str, argument: Any) -> Any:
+        if time.monotonic() > end:
+            raise LimitError(f"it takes more than {SECONDS:g} s")
+        return line
+
+    def call(frame: FrameType, event: str, argument: Any) -> Any:
+        return line if frame.f_code.co_filename == "<template>" else None
+
+    sys.settrace(call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

@@ -1,0 +1,27 @@
+"""Damaged files of every kind are refused with a sentence, or load and work: no other exception, no crash, no hang."""
+
+import fuzzing
+import pytest
+from fuzzing import FINE, Case, fuzz
+
+
+def wrong(cases: list[Case]) -> list[Case]:
+    return [case for case in cases if case.outcome not in FINE]
+
+
+def test_300_mutants() -> None:
+    assert wrong(fuzz(300, seed=20_000)) == []
+
+
+@pytest.mark.slow
+def test_10_000_mutants() -> None:
+    cases = fuzz(10_000)
+    assert wrong(cases) == []
+    assert {case.outcome for case in cases} == {*FINE}, "some mutants load, some are refused"
+
+
+def test_the_fuzzer_sees_what_is_wrong(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(place) -> None:
+        raise KeyError("damage")
+
+    assert fuzzing.outcome_of(fail, tmp_path) == ("traceback", "KeyError: 'damage'")
