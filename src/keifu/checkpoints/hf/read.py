@@ -81,10 +81,11 @@ def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
         index = read_json_object(listing).get("weight_map")
         if not isinstance(index, dict):
             raise UserError(f"{listing} has no weight_map, so it names no shards.")
-        if outside := [name for name in index.values() if not isinstance(name, str) or Path(name).name != name]:
-            raise UserError(f"{listing} names the shard {outside[0]!r}, and shards are files of the same folder.")
+        for name in index.values():
+            if not isinstance(name, str) or not name or Path(name).name != name:
+                raise UserError(f"{listing} names the shard {name!r}, and shards are files of the same folder.")
         files = sorted({path / name for name in index.values()})
-        missing = [file.name for file in files if not file.exists()]
+        missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UserError(f"{path} lacks {len(missing)} of its {len(files)} shards: {', '.join(missing[:10])}.")
         return files
