@@ -43,22 +43,22 @@ def worker(tasks: Any, answers: Any, folder: str) -> None:
 
     torch.set_num_threads(1)
     os.chdir(folder)
-    with open(os.devnull, "w") as sys.stderr:
-        while (task := tasks.get()) is not None:
-            kind, file, seed = task
-            place = Path(folder) / kind
-            original = place / file
-            kept = original.read_bytes()
-            original.write_bytes(mutant(original, seed))
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            try:
-                outcome, text = outcome_of(TARGETS[kind].read, place)
-            finally:
-                original.write_bytes(kept)
-            more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
-            if more > MEMORY + 2 * len(kept) / 1e6:
-                outcome, text = "memory", f"{more:.0f} MB; {text}"
-            answers.put((outcome, text))
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the whole process)
+    while (task := tasks.get()) is not None:
+        kind, file, seed = task
+        place = Path(folder) / kind
+        original = place / file
+        kept = original.read_bytes()
+        original.write_bytes(mutant(original, seed))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            outcome, text = outcome_of(TARGETS[kind].read, place)
+        finally:
+            original.write_bytes(kept)
+        more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
+        if more > MEMORY + 2 * len(kept) / 1e6:
+            outcome, text = "memory", f"{more:.0f} MB; {text}"
+        answers.put((outcome, text))
 
 
 def outcome_of(read: Any, place: Path) -> tuple[str, str]:
