@@ -15,7 +15,7 @@ from keifu.errors import UserError
 
 LOG = logging.getLogger("keifu.serving")
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-UNION = r"body|str|int|float|bool|(?!\d)[\w-]+\[.*|function-.*|\w*(?:Item|NamedTool)"  # parts of a place that name a type and no field
+UNION = r"body|str|int|float|bool|(?!\d)[\w-]+\[.*|function-.*|\w*(?:Item|NamedTool)"  # in a place: types, no fields
 FORM = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "required": ["message"]}}}
 ERROR = {"description": "An error, in a sentence", "content": {"application/json": {"schema": FORM}}}
 BODY = {  # what may be wrong with a body before its fields are looked at
