@@ -3,7 +3,7 @@
 python benchmarks/serving.py [--model smollm2] [--weights int8] [--clients 64] [--slots 16] [--minutes 10] [--peer GGUF]
 
 It counts errors, checks that every greedy answer is what the same request gets alone, and prints tokens a second, the
-95th percentile of the time to first token, and the memory in each tenth of the time. Meanwhile some clients leave
+95th percentile of the time to first token, and the memory in each twentieth of the time. Meanwhile some clients leave
 early, some read slowly, and some open a connection and say nothing; at the end the slots must be free. Then SIGTERM
 under load, and SIGKILL and a start. --peer: the same load on llama-cpp-python's server or, where it is found,
 llama-server; the numbers of both come from the same run.
@@ -103,7 +103,7 @@ async def load(url: str, model: str, clients: int, seconds: float, process: int 
     async def watch() -> None:
         while process is not None:
             found.memory.append(resident(process))
-            await asyncio.sleep(seconds / 10)
+            await asyncio.sleep(seconds / 20)
 
     host, port = url.removeprefix("http://").split(":")
     silent = [socket.create_connection((host, int(port))) for _ in range(4)]  # half-open
@@ -193,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--weights")
+    parser.add_argument("--cache", default="1G")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -202,7 +203,8 @@ def main() -> None:
     port, name = free_port(), options.model
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "keifu", "serve", name, "--port", str(port), "--slots", str(options.slots)]
-    command += ["--no-access-log", *(["--weights", options.weights] if options.weights else [])]
+    command += ["--cache", options.cache, "--no-access-log"]
+    command += ["--weights", options.weights] if options.weights else []
     print(machine())
     process, _ = start(command, url, "/ready")
     asyncio.run(check_alone(url, name, {0: ""}, 1))  # loads the model

@@ -36,6 +36,8 @@ class Options(flags.Packed):
     """Listen at a Unix socket of this path, in place of a port."""
     memory: str | None = None
     """How much the weights of all models may take, such as 4G: the one not used longest goes."""
+    cache: str | None = None
+    """How much the keys and values of each model's texts may take, such as 1G. Unset: a quarter of the free memory."""
     slots: int = 16
     """Texts that a model writes at the same time."""
     queue: int = 128
@@ -64,7 +66,8 @@ def run(options: Options) -> None:
 
     address = Address(options.host, options.port, options.socket)
     memory = None if options.memory is None else size_of(options.memory, "--memory")
-    limits = Limits(options.slots, options.queue, options.timeout)
+    cache = None if options.cache is None else size_of(options.cache, "--cache")
+    limits = Limits(options.slots, options.queue, options.timeout, cache)
     keys, body = keys_of(options), size_of(options.max_body, "--max-body")
     models = ServedModels(options.models or found_models(), limits, Metrics(), memory, options.weights)
     for each in models.descriptions.values():

@@ -18,6 +18,7 @@ from torch import nn
 from keifu.errors import UserError
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.request import Piece, Request
+from keifu.generation.text.runner import runner_of
 from keifu.serving.errors import ApiError, of_exception
 from keifu.serving.metrics import Metrics
 
@@ -29,11 +30,13 @@ Pieces = list[tuple[int, Piece]]
 @dataclass(frozen=True)
 class Limits:
     """slots: requests of a model that are written at the same time. queue: those that may wait beside them. timeout:
-    seconds after which an answer is given up."""
+    seconds after which an answer is given up. cache: bytes of a model's keys and values; None for a quarter of the free
+    memory."""
 
     slots: int = 16
     queue: int = 128
     timeout: float = 600.0
+    cache: int | None = None
 
 
 @dataclass(eq=False)
@@ -184,7 +187,8 @@ class Worker:
     def _add(self, job: Job) -> None:
         try:
             model, tokenizer = self._loaded()
-            self._engine = self._engine or Engine(model, tokenizer, max_running=self.limits.slots)
+            if self._engine is None:
+                self._engine = Engine(model, tokenizer, runner_of(model, self.limits.cache), self.limits.slots)
             for place, request in enumerate(job.requests):
                 number = self._engine.add(request)
                 self._jobs[number] = job, place

@@ -78,12 +78,14 @@ def own_form(model: nn.Module) -> OwnRunner | None:
     return model if isinstance(model, OwnRunner) else native_form(model)
 
 
-def runner_of(model: nn.Module) -> Runner:
-    """The runner of a model's own form, or else PyTorch's; its blocks may take a share of the free memory."""
+def runner_of(model: nn.Module, memory: int | None = None) -> Runner:
+    """The runner of a model's own form, or else PyTorch's; its blocks may take so many bytes, or a share of the free
+    memory."""
     own = own_form(model)
     make = partial(TorchRunner, causal(model)) if own is None else own.runner
     probe: Runner = make(1)
-    return make(max(1, int(POOL * available_memory(device_of(model))) // (probe.token_bytes * probe.block_size)))
+    memory = int(POOL * available_memory(device_of(model))) if memory is None else memory
+    return make(max(1, memory // (probe.token_bytes * probe.block_size)))
 
 
 STEP_TOKENS = 512  # of texts that are read together
