@@ -153,6 +153,12 @@ def tell(name: str, found: Outcome) -> None:
               f"{100 * (max(half) / min(half) - 1):.1f}%")  # fmt: skip
 
 
+async def one(url: str, model: str) -> str:
+    """The text of one answer."""
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        return await answer(client, request(0, model), Outcome())
+
+
 async def check_alone(url: str, model: str, texts: dict[int, str], most: int) -> int:
     """How many of the answers are not what the same request gets alone, of `most` that are asked again."""
     wrong = 0
@@ -207,7 +213,7 @@ def main() -> None:
     command += ["--weights", options.weights] if options.weights else []
     print(machine())
     process, _ = start(command, url, "/ready")
-    asyncio.run(check_alone(url, name, {0: ""}, 1))  # loads the model
+    asyncio.run(one(url, name))  # loads the model
     found = asyncio.run(load(url, name, options.clients, 60 * options.minutes, process.pid))
     tell(f"keifu, {options.slots} slots, {options.clients} clients, {found.seconds:.0f} s", found)
     time.sleep(2)
@@ -219,7 +225,7 @@ def main() -> None:
     process.wait()
     process, took = start(command, url, "/ready")
     began = time.monotonic()
-    asyncio.run(check_alone(url, name, {0: ""}, 1))
+    asyncio.run(one(url, name))
     print(f"SIGKILL and start: ready after {took:.2f} s, the first answer {time.monotonic() - began:.2f} s later")
     process.terminate()
     process.wait()

@@ -186,3 +186,23 @@ def test_the_cache_holds_what_it_was_given_and_answers_stay_the_same(folder: Pat
             assert alone == text
         refused = served.post("/v1/completions", {**body, "prompt": "a" * 400})
         assert refused.status_code == 400 and "do not fit the memory" in refused.json()["error"]["message"]
+
+
+def test_pages_of_other_origins_may_ask_only_where_they_are_named(served: Any, folder: Path) -> None:
+    asked = {"origin": "https://example.org", "access-control-request-method": "POST"}
+    with running([str(folder / "base")], Limits(), Access(origins=("https://example.org",))) as named:
+        found = httpx.options(f"{named.url}/v1/completions", headers=asked)
+        assert found.headers["access-control-allow-origin"] == "https://example.org"
+        other = httpx.options(f"{named.url}/v1/completions", headers={**asked, "origin": "https://evil.example"})
+        assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
+    found = httpx.options(f"{served.url}/v1/completions", headers=asked)
+    assert "access-control-allow-origin" not in found.headers
+
+
+def test_a_body_of_100_megabytes_is_refused_before_it_is_read(served: Any) -> None:
+    head = {"content-length": str(100 * 2**20), **JSON}
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as connection:
+        lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", *(f"{name}: {value}" for name, value in head.items())]
+        connection.sendall("\r\n".join([*lines, "", ""]).encode() + b"x" * 1000)
+        assert b" 413 " in connection.recv(1000).split(b"\r\n")[0]
+    assert httpx.get(f"{served.url}/health").status_code == 200
