@@ -65,7 +65,8 @@ for _rollout in range(60):
     with torch.no_grad():
         old, far = logs(model, rows), logs(reference, rows)
     now = logs(model, rows)
-    terms = grpo.terms(now, old, far, advantage[:, None].expand_as(now), clip=0.2, beta=0.02)
+    of_token = advantage.repeat_interleave(LENGTH - 1)
+    terms = grpo.terms(now.flatten(), old.flatten(), far.flatten(), of_token, clip=0.2, beta=0.02)
     optimizer.zero_grad()
     terms.loss.mean().backward()
     optimizer.step()

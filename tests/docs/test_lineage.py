@@ -1,5 +1,6 @@
 """The lineage's pages: in order, linked both ways, with code that runs beside keifu's, and figures of the results."""
 
+import ast
 import json
 import re
 from itertools import pairwise
@@ -155,3 +156,19 @@ def test_an_installation_without_the_pages_says_so(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(lineage, "DOCS", (tmp_path,))
     with pytest.raises(UserError, match="not installed"):
         lineage.landmarks()
+
+
+PARTS = [path for path in sorted((DOCS / "parts").glob("*.md")) if path.stem.partition(".")[0] != "index"]
+
+
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: path.name)
+def test_a_part_has_formulas_code_and_the_picture_that_its_command_makes(path: Path) -> None:
+    name, page = path.name.partition(".")[0], path.read_text(encoding="utf-8")
+    picture = f"part-{name.replace('_', '-')}.png"
+    makes = ast.parse((ROOT / "benchmarks/parts.py").read_text(encoding="utf-8"))
+    assert name in {node.name for node in makes.body if isinstance(node, ast.FunctionDef)}
+    assert f"](../pictures/{picture})" in page
+    assert (DOCS / "pictures" / picture).is_file()
+    assert f"`python benchmarks/parts.py --only {name}`" in page
+    assert page.count("$$") >= 2
+    assert PYTHON.search(page)
