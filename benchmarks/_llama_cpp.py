@@ -14,19 +14,21 @@ FILE_TYPES = {
     "bf16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
     "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
     "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "q4_0_pure": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
     "q4_k": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_S,
 }
 _quiet = llama_cpp.llama_log_callback(lambda *_: None)
 llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
 
 
-def quantised(model: nn.Module, kind: str, folder: Path, pure: bool = False) -> Path:
-    """The model as a GGUF file that llama.cpp quantised; pure: all matrices in the same type, the head too."""
+def quantised(model: nn.Module, kind: str, folder: Path) -> Path:
+    """The model as a GGUF file that llama.cpp quantised: as it does by default, which gives the head of q4_0 and q4_k
+    6 bits, or ("q4_0_pure") with all matrices in the same type."""
     whole, path = folder / "f32.gguf", folder / f"{kind}.gguf"
     if not whole.exists():
         checkpoints.save_gguf(model, None, whole, "f32")
     settings: Any = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.pure, settings.nthread = FILE_TYPES[kind], pure, 2
+    settings.ftype, settings.pure, settings.nthread = FILE_TYPES[kind], kind == "q4_0_pure", 2
     if llama_cpp.llama_model_quantize(str(whole).encode(), str(path).encode(), ctypes.byref(settings)):
         raise RuntimeError(f"llama.cpp did not quantise to {kind}")
     return path

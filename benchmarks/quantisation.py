@@ -18,7 +18,7 @@ from keifu.data.text.token_shards import prepare
 from keifu.native.model import pack
 from keifu.native.pack import FORMATS
 
-PEERS = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k")}
+PEERS = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k"), "int4_pure": ("q4_0_pure",)}
 
 
 def windows(name: str, tokenizer, count: int, length: int) -> torch.Tensor:

@@ -140,7 +140,7 @@ def _at(numbers: np.ndarray) -> int:
 
 
 def pack(model: nn.Module, weights: str) -> NativeLM:
-    """The model with its weights packed as bf16, int8 or int4; the model itself stays as it is.
+    """The model with its weights packed as bf16, int8, int4 or int4_pure; the model itself stays as it is.
 
     A weight that is not finite, and an unknown word for the format, are `UserError`s. Raises `Unavailable` where the
     native step does not know one of the model's layers, and where this machine has no native step.

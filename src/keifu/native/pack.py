@@ -42,12 +42,13 @@ FORMATS = {
     "bf16": Formats(native.BF16, native.BF16, exact=False),
     "int8": Formats(native.INT8, native.INT8),
     "int4": Formats(native.INT4_SUPER, native.INT8),
+    "int4_pure": Formats(native.INT4, native.INT4),
 }
 OWN = "own"  # a GGUF file's own blocks, where all of its matrices have native ones; else as without a format
 
 
 def formats(weights: str) -> Formats:
-    """The formats by their name: bf16, int8 or int4; another one is a `UserError` with the nearest."""
+    """The formats by their name: bf16, int8, int4 or int4_pure; another one is a `UserError` with the nearest."""
     if weights not in (*FORMATS, OWN):
         raise unknown("format of weights", weights, [*FORMATS, OWN])
     return FORMATS["int8" if weights == OWN else weights]

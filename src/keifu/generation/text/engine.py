@@ -4,7 +4,9 @@ A step reads a chunk of new prompts and writes a token of every running text (co
 2022). A request's tokens and log-probabilities depend on its prompt, settings and seed alone, not on who else is there.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -16,7 +18,7 @@ from keifu.errors import UserError
 from keifu.generation.text.blocks import BlockManager
 from keifu.generation.text.model import PREFILL_TOKENS, evaluation_mode, text_model
 from keifu.generation.text.request import Piece, Request, allowed_tokens, check_tokens, prompt_tokens
-from keifu.generation.text.runner import Runner, Span, runner_of
+from keifu.generation.text.runner import Runner, Span, TorchRunner, runner_of
 from keifu.generation.text.sampler import Sampler
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.generation.text.scheduler import Part, Scheduler, Sequence
@@ -44,6 +46,7 @@ class Engine:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.runner = runner_of(model) if runner is None else runner
+        self._threads = nullcontext if isinstance(self.runner, TorchRunner) else _one_thread
         blocks = BlockManager(self.runner.n_blocks, self.runner.block_size)
         self.scheduler = Scheduler(blocks, max_running, step_tokens)
         self.guesses = min(guesses, self.scheduler.step_tokens // max_running - 1)
@@ -98,7 +101,7 @@ class Engine:
 
     def step(self) -> list[Piece]:
         """Computes a step; the tokens that came out of it, none while only prompts were read."""
-        with torch.inference_mode(), evaluation_mode(self.model):
+        with torch.inference_mode(), evaluation_mode(self.model), self._threads():
             parts = self.scheduler.schedule()
             if not parts:
                 return []
@@ -149,6 +152,17 @@ class Engine:
             if piece.finish_reason:
                 self.abort(piece.index)
         return pieces
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch on one thread: its others would wait in a loop on the cores where native code computes the next step."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def _span(part: Part) -> Span:

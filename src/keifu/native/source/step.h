@@ -75,12 +75,16 @@ class Step {
         if (!f.whole_spans)
             walk.deal(f.batch.n_tokens * heads,
                       [&](int i) { store_token(f, index, i / heads, i % heads, scratch.heads); });
-        walk.deal(f.n_tasks * heads, [&](int i) {
-            const AttentionTask &task = f.tasks[i / heads];
-            if (i + threads < f.n_tasks * heads) fetch_heads(f, index, f.tasks[(i + threads) / heads], (i + threads) % heads);
-            for (int t = 0; t < task.n_tokens && f.whole_spans; t++)
-                store_token(f, index, task.first + t, i % heads, scratch.heads);
-            attend(f, index, task, i % heads, scratch);
+        const int n = f.n_tasks * heads;
+        const int each = n < 16 * threads ? 1 : n < 32 * threads ? 2 : 4;  // so many one after the other: each fetches the next
+        walk.deal((n + each - 1) / each, [&](int run) {
+            for (int i = run * each; i < n && i < run * each + each; i++) {
+                const AttentionTask &task = f.tasks[i / heads];
+                if (i % each + 1 < each && i + 1 < n) fetch_heads(f, index, f.tasks[(i + 1) / heads], (i + 1) % heads);
+                for (int t = 0; t < task.n_tokens && f.whole_spans; t++)
+                    store_token(f, index, task.first + t, i % heads, scratch.heads);
+                attend(f, index, task, i % heads, scratch);
+            }
         });
     }
 
@@ -97,10 +101,11 @@ class Step {
 
     void hidden(const Layer &layer, const KeifuNorm &norm) {
         const int width = layer.gate.data ? 2 : CHUNK;
-        const int chunks = (int)((n_tiles(layer.up.rows) + width - 1) / width);
+        const int chunks = (int)((n_tiles(layer.up.rows) + width - 1) / width);  // two a task: a cache line of codes
         const auto make = [&](const Rows &rows, int r) { norm_row(rows, quantised(layer.up), r, norm, r); };
-        from_rows(m.normed, f.batch.n_tokens, make, chunks, [&](const Rows &rows, int chunk) {
-            for (int r = 0; r < f.batch.n_tokens; r += BLOCK_ROWS) activate_rows(layer, rows, chunk, r);
+        from_rows(m.normed, f.batch.n_tokens, make, (chunks + 1) / 2, [&](const Rows &rows, int task) {
+            for (int chunk = 2 * task; chunk < chunks && chunk < 2 * task + 2; chunk++)
+                for (int r = 0; r < f.batch.n_tokens; r += BLOCK_ROWS) activate_rows(layer, rows, chunk, r);
         });
     }
 
@@ -133,7 +138,9 @@ class Step {
     // Makes the rows of a product's input and works through its chunks. Few rows are made by each thread for itself.
     template <class Make, class Work> void from_rows(const Rows &shared, int n, Make make, int chunks, Work work) {
         if (n > OWN_ROWS) {
-            walk.deal(n, [&](int r) { make(shared, r); });
+            walk.deal((n + 1) / 2, [&](int pair) {  // a cache line tells of two rows
+                for (int r = 2 * pair; r < n && r < 2 * pair + 2; r++) make(shared, r);
+            });
             walk.deal(chunks, [&](int chunk) { work(shared, chunk); });
             return;
         }
@@ -167,7 +174,7 @@ class Step {
     // Calls take(row, column, its 16 results) for all rows of a chunk of a matrix.
     template <class Take> void over_chunk(const KeifuMatrix &w, const Rows &rows, int n, int chunk, Take take) {
         const uint8_t *tiles[2 * CHUNK];
-        const int count = point(w, chunk, CHUNK, tiles);
+        const int count = point(w, chunk, CHUNK, threads, tiles);
         for (int row = 0; row < n; row += BLOCK_ROWS) {
             const int here = n - row < BLOCK_ROWS ? n - row : BLOCK_ROWS;
             product(w.format, tiles, rows, row, here, scratch, scratch.out);
@@ -177,15 +184,15 @@ class Step {
         }
     }
 
-    // Where the tiles of a chunk of a matrix lie (the last one again where there are fewer), and those that come next;
-    // gives their number.
-    int point(const KeifuMatrix &w, int64_t chunk, int width, const uint8_t **tiles) {
+    // Where the tiles of a chunk of a matrix lie (the last one again where there are fewer), and those of the chunk that
+    // comes so many later; gives their number.
+    int point(const KeifuMatrix &w, int64_t chunk, int width, int later, const uint8_t **tiles) {
         const int64_t bytes = tile_bytes(w.format, w.columns);
         const int64_t left = n_tiles(w.rows) - chunk * width;
         const int count = left < width ? (int)left : width;
         for (int s = 0; s < width; s++) {
             tiles[s] = (const uint8_t *)w.data + (chunk * width + (s < count ? s : count - 1)) * bytes;
-            tiles[CHUNK + s] = tiles[s] + width * threads * bytes;
+            tiles[CHUNK + s] = tiles[s] + width * later * bytes;
         }
         return count;
     }
@@ -240,8 +247,9 @@ class Step {
         const int width = gated ? 2 : CHUNK;
         const int here = f.batch.n_tokens - row < BLOCK_ROWS ? f.batch.n_tokens - row : BLOCK_ROWS;
         const uint8_t *tiles[2 * CHUNK];
-        const int count = point(layer.up, chunk, width, tiles);
-        if (gated) point(layer.gate, chunk, width, tiles + width);
+        const int later = chunk % 2 ? 2 * threads - 1 : 1;
+        const int count = point(layer.up, chunk, width, later, tiles);
+        if (gated) point(layer.gate, chunk, width, later, tiles + width);
         if (gated && layer.gate.format != layer.up.format) multiply_apart(layer, tiles, rows, row, here);
         else product(layer.up.format, tiles, rows, row, here, scratch, scratch.out);
         for (int r = 0; r < here; r++) {
