@@ -83,7 +83,8 @@ def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
             raise UserError(f"{listing} has no weight_map, so it names no shards.")
         for name in index.values():
             if not isinstance(name, str) or not 0 < len(name) < 200 or Path(name).name != name:
-                raise UserError(f"{listing} names the shard {str(name)[:99]!r}, and shards are files of the same folder.")
+                shown = str(name)[:99]
+                raise UserError(f"{listing} names the shard {shown!r}, and shards are files of the same folder.")
         files = sorted({path / name for name in index.values()})
         missing = [file.name for file in files if not file.is_file()]
         if missing:
