@@ -115,7 +115,7 @@ def test_config_that_is_no_json(folder) -> None:
     (folder / "config.json").write_text("[1]")
     refuses(folder, "holds a list")
     (folder / "config.json").write_bytes(b"\xff\xfe{}")
-    refuses(folder, "config.json is not JSON")
+    refuses(folder, "config.json is not UTF-8 text: at byte 0 stands 0xff")
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,9 @@ def test_config_that_is_no_json(folder) -> None:
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5"]),
         ({"rope_parameters": "linear"}, ["config.json cannot be read as a 'llama' model"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
-        ({"num_hidden_layers": 10**12}, ["111 tensors, too few for its config's 1000000000000 layers"]),
-        ({"hidden_size": 10**12, "head_dim": "absent"}, ["describes a model that cannot be built"]),
+        ({"num_hidden_layers": 10**9}, ["111 tensors, too few for its config's 1000000000 layers"]),
+        ({"num_hidden_layers": 10**12}, ["gives 1000000000000 for n_layers", "at most 2,147,483,647"]),
+        ({"hidden_size": 10**12, "head_dim": "absent"}, ["gives 1000000000000 for dim", "at most 2,147,483,647"]),
         ({"hidden_size": 28}, ["model.embed_tokens.weight is [97, 24] where the config asks for [97, 28]"]),
     ],
 )
