@@ -79,7 +79,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("page", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_guide_runs_as_it_is_written(page: str, checkout: Path) -> None:
-    assert run(ROOT / "docs" / page) >= 3
+    assert run(ROOT / "docs" / page) >= 2
 
 
 def test_every_guide_with_commands_is_run() -> None:
