@@ -109,6 +109,35 @@ def test_blocks_keep_their_numbers_bit_for_bit(kind: str, weights: str, tmp_path
     assert error.median() < 0.05
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
+def test_own_weights_are_the_blocks_where_native_code_has_them(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    write_blocks(path, kind)
+    own = checkpoints.load_model(path, weights="own")
+    assert isinstance(own, NativeLM) and equal(own, checkpoints.load_model(path, weights="int8"))
+    monkeypatch.setenv(library.VARIABLE, "off")
+    assert not isinstance(checkpoints.load_model(path, weights="own"), NativeLM)
+    monkeypatch.delenv(library.VARIABLE)
+    write_blocks(path, "Q5_1")
+    assert not isinstance(checkpoints.load_model(path, weights="own"), NativeLM)
+    checkpoints.save_gguf(toy("llama"), None, path, "f16")
+    assert not isinstance(checkpoints.load_model(path, weights="own"), NativeLM)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
+def test_a_scale_that_is_no_number_is_told(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_blocks(path, kind)
+    reader = gguf.GGUFReader(path, "r+")
+    damaged = next(each for each in reader.tensors if each.name == "blk.1.ffn_up.weight")
+    damaged.data[3, :2] = [1, 0x7E]
+    reader.data.flush()
+    with pytest.raises(UserError, match=r"blocks.1.feedforward.gate_up.weight cannot be packed.*Row 3 has a NaN"):
+        checkpoints.load_model(path, weights="own")
+
+
 def test_blocks_as_bfloat16_are_rounded(tmp_path: Path) -> None:
     write_blocks(tmp_path / "model.gguf", "Q4_1")
     model = checkpoints.load_model(tmp_path / "model.gguf")

@@ -59,8 +59,13 @@ class Row {
     // Columns 4 quad, 4 quad + 1, ... of a group; in 4 bits also those 16 further on, in the upper halves.
     void put_quad(int64_t group, int quad, uint32_t four) { std::memcpy(codes(group) + quad * 64 + 4 * lane, &four, 4); }
 
+    bool finite = true;  // all scales so far
+
   private:
-    void copy_half(uint8_t *base, const uint8_t *bits) { std::memcpy(base + 2 * lane, bits, 2); }
+    void copy_half(uint8_t *base, const uint8_t *bits) {
+        finite = finite && (bits[1] & 0x7c) != 0x7c;
+        std::memcpy(base + 2 * lane, bits, 2);
+    }
     uint8_t *header(int64_t group) { return tile + pair_offset(layout, group / 2); }
     uint8_t *codes(int64_t group) { return header(group) + layout.group((int)(group % 2)); }
 
@@ -189,15 +194,17 @@ int32_t keifu_repack_gguf(int32_t ggml_type, const void *blocks, int64_t rows, i
         return fail("Blocks of type %d have %d columns, which do not divide the %lld of this matrix.", ggml_type,
                     kind.columns, (long long)columns);
     const int64_t bytes = tile_bytes(kind.format, columns);
+    std::atomic<int64_t> bad{-1};
     over_tiles(n_tiles(rows), [&](int t) {
         uint8_t *tile = (uint8_t *)packed + t * bytes;
         std::memset(tile, 0, (size_t)bytes);
         for (int64_t row = (int64_t)t * TILE; row < rows && row < ((int64_t)t + 1) * TILE; row++) {
             Row to(LAYOUTS[kind.format], tile, (int)(row % TILE));
             repack_row(kind, (const uint8_t *)blocks + row * (columns / kind.columns * kind.bytes), columns, to);
+            if (!to.finite) bad = row;
         }
     });
-    return 0;
+    return bad < 0 ? 0 : fail("Row %lld has a NaN or an infinity among its scales.", (long long)bad);
 }
 
 int32_t keifu_unpack(int32_t format, const void *packed, int64_t rows, int64_t columns, int64_t first, int64_t n_rows,
