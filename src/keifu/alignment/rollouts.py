@@ -28,7 +28,9 @@ from keifu.generation.text.model import causal, evaluation_mode
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.layers.lora import unadapted
 from keifu.layers.losses import token_log_probabilities
+from keifu.processes import current
 from keifu.training.protocols import Batch
+from keifu.training.ranks import Ranks
 
 Tokens = Float[Tensor, " n"]
 TARGETS = ("advantage", "share")  # per-answer tensors of a batch that the loss uses and no report shows
@@ -208,7 +210,17 @@ class Rollouts:
     def _generate(
         self, part: int, rows: Sequence[int], sampling: Sequence[SamplingParams], group: int
     ) -> dict[str, Tensor]:
-        """Answers to these prompts of a part (0: training, 1: held out), with everything that a batch holds."""
+        """Answers to these prompts of a part (0: training, 1: held out), with everything that a batch holds. Each of
+        several processes writes some of them."""
+        ranks = current().ranks or Ranks()
+        ranks = Ranks() if len(rows) < ranks.world else ranks
+        own = slice(*ranks.bounds(len(rows), ranks.rank))
+        answers = self._answers(part, rows[own], sampling[own])
+        rollout = ranks.gather_batch(answers, {"tokens": self.tokenizer.pad_id or 0})
+        return rollout | self._targets(rollout, group)
+
+    def _answers(self, part: int, rows: Sequence[int], sampling: Sequence[SamplingParams]) -> dict[str, Tensor]:
+        """Answers with their rewards and log-probabilities."""
         ids = [self.ids[part][row] for row in rows]
         answers = generate_batch(self.model, self.tokenizer, ids, sampling, self.at_a_time)
         rollout = stack_responses(ids, answers, self.tokenizer.pad_id or 0)
@@ -221,7 +233,7 @@ class Rollouts:
         if self.reference is not None:
             with unadapted(self.reference):
                 rollout["reference"] = self._log_probabilities(self.reference, rollout)
-        return rollout | self._targets(rollout, group)
+        return rollout
 
     def _targets(self, rollout: dict[str, Tensor], group: int) -> dict[str, Tensor]:
         """What the method learns from, computed from a rollout with `group` answers to each prompt: named tensors

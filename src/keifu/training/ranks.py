@@ -134,6 +134,19 @@ class Ranks:
         distributed.all_gather(found, padded, group=self.group)
         return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
 
+    def gather_batch(self, batch: Batch, padding: Mapping[str, int]) -> Batch:
+        """The rows of all ranks of a batch whose tensors have one axis, or a second one of positions, which differ in
+        number and are padded on the right, with 0 where nothing is said."""
+        if self.world == 1:
+            return batch
+        found = {}
+        for name, tensor in batch.items():
+            longest = max(self.counts(tensor.mT)) if tensor.dim() == 2 else 0
+            more = (0, longest - tensor.shape[1]) if tensor.dim() == 2 else (0, 0)
+            padded = F.pad(tensor, more, value=padding.get(name, 0))
+            found[name] = self.gather(padded.byte()).bool() if tensor.dtype == torch.bool else self.gather(padded)
+        return found
+
 
 BUCKET = 2**24  # elements that are exchanged at a time
 

@@ -65,6 +65,8 @@ def set_up(
     settings = replace(settings, steps=length.begun)
     described = describe_settings(settings, run.options, data.fingerprint)
     check_alike(described)
+    if isinstance(data, OnPolicy) and not current().whole:
+        raise UserError("Rollouts need the whole model on each process: leave out --mesh.shard and --mesh.tensor.")
     if found:
         _tell_changes(found, length, settings, described, tell)
     resolved = _as_resolved(found, device, tell) if found else {}

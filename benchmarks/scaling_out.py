@@ -1,0 +1,94 @@
+"""Two processes of one thread against one of two threads: the same losses, the speed of each mesh, bytes exchanged.
+
+python benchmarks/scaling_out.py --picture docs/pictures/pathways.png
+
+A small LLaMA learns in float32 on the example texts, each run from the same seed. Two pods are held, bit for bit,
+against one process of one thread that adds up two micro-batches. Bytes are those that the loopback network carried in a
+run, less those of a run with fewer steps, a step.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+TASK = ["gpt", "--depth", "2", "--data", str(ROOT / "examples/data/my-texts"), "--tokenizer", "characters",
+        "--batch-size", "16", "--context-length", "128", "--precision", "float32", "--matrix-rate", "0.01"]  # fmt: skip
+RUNS = {
+    "one process, two threads": (2, []),
+    "one process, one thread, two micro-batches": (1, ["--micro-batch", "8"]),
+    "two pods": (1, ["--processes", "2"]),
+    "sharded over two (FSDP)": (1, ["--mesh.shard", "2"]),
+    "tensor parallel over two": (1, ["--mesh.tensor", "2"]),
+}
+PODS, ALONE = "two pods", "one process, one thread, two micro-batches"
+
+
+def sent() -> int:
+    """Bytes that the loopback network has carried so far."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split(":")[1].split()[8])
+
+
+def train(name: str, folder: Path, steps: int) -> tuple[list[dict[str, Any]], int]:
+    """The lines of metrics of a run, and the bytes that went over the loopback network."""
+    threads, words = RUNS[name]
+    before, out = sent(), folder / f"{name}-{steps}"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT / "src")}
+    line = [sys.executable, "-m", "keifu", "train", *TASK, *words, "--steps", str(steps), "--out", str(out)]
+    subprocess.run(line, env=environment, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], sent() - before
+
+
+def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Two pods' losses over those of one process."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, style in ((ALONE, {"linewidth": 5, "alpha": 0.35}), (PODS, {"linewidth": 1.2, "color": "black"})):
+        axes.plot([line["step"] for line in found[name]], [line["loss"] for line in found[name]], label=name, **style)
+    axes.set(xlabel="step", ylabel="loss, nats a token", title="Two pods and one process: the same bits")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Runs all, prints the table and draws the picture."""
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--steps", type=int, default=60)
+    words.add_argument("--picture", type=Path)
+    options = words.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder, found = Path(place), {}
+        print(f"{'run':44} {'tokens/s':>9} {'ratio':>6} {'MB a step':>10} {'last loss':>18}")
+        for name in RUNS:
+            lines, many = train(name, folder, options.steps)
+            few = train(name, folder, 10)[1] if not name.startswith("one process") else 0
+            found[name] = lines
+            rates = sorted(line["tokens_per_second"] for line in lines[1:])
+            rate = rates[len(rates) // 2]
+            first = first if name != next(iter(RUNS)) else rate  # noqa: F821
+            carried = (many - few) / (options.steps - 10) / 1e6 if few else 0.0
+            print(f"{name:44} {rate:9,.0f} {rate / first:6.2f} {carried:10.2f} {lines[-1]['loss']:18.15f}", flush=True)
+        weights = {name: load_file(folder / f"{name}-{options.steps}" / "model.safetensors") for name in (PODS, ALONE)}
+        count = sum(tensor.numel() for tensor in weights[PODS].values())
+        same = all(tensor.equal(weights[ALONE][name]) for name, tensor in weights[PODS].items())
+        exchanged = 2 * (2 - 1) / 2 * 4 * count / 1e6 * 2
+        print(f"{count:,} parameters; by the formula two pods send 2 (n - 1) / n x 4 bytes a parameter each: "
+              f"{exchanged:.2f} MB a step together.")  # fmt: skip
+        said = "the same bits" if same else "DIFFERENT"
+        print(f"Weights of two pods and of one process with two micro-batches: {said}.")
+    if options.picture:
+        draw(found, options.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""A recipe of a user's file that trains a toy, slowly enough to be killed in, and fails as the test asks."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from group_toys import KINDS, ToyData
+
+from keifu.processes import current
+from keifu.training.loop import train
+from keifu.training.protocols import Batch, Run
+from keifu.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of the run; fault: what happens on process 1 at step 7."""
+
+    kind: str = "gpt2"
+    steps: int = 12
+    seconds: float = 0.0
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class FaultyData(ToyData):
+    """Batches that take their time, with a fault on process 1."""
+
+    seconds: float = 0.0
+    fault: str = ""
+
+    @property
+    def apart(self) -> str:
+        """The fault of this process."""
+        return self.fault if current().number == 1 else ""
+
+    def batch(self, step: int) -> Batch:
+        time.sleep(self.seconds)
+        if step == 7 and self.apart == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == 7 and self.apart == "hang":
+            time.sleep(3600)
+        if step == 7 and self.apart == "fail":
+            raise FileNotFoundError(2, "gone", "part-1.bin")
+        return super().batch(step)
+
+
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Trains into `out`."""
+    torch.manual_seed(0)
+    build, objective, _ = KINDS[recipe.kind]
+    data = FaultyData(recipe.kind, 6, seconds=recipe.seconds, fault=recipe.fault)
+    if data.apart == "other data":
+        object.__setattr__(data, "fingerprint", "others")
+    settings = Settings(
+        steps=recipe.steps, batch_size=6, micro_batch=6, precision="float32", log_every=1, save_every=2,
+        evaluate_every=0, learning_rate=1e-3,
+    )  # fmt: skip
+    train(build().train(), objective, data, settings, Run(out, resume))
