@@ -10,6 +10,7 @@ run, less those of a run with fewer steps, a step.
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,10 +41,18 @@ def sent() -> int:
 def train(name: str, folder: Path, steps: int) -> tuple[list[dict[str, Any]], int]:
     """The lines of metrics of a run, and the bytes that went over the loopback network."""
     threads, words = RUNS[name]
-    before, out = sent(), folder / f"{name}-{steps}"
+    before, out, world = sent(), folder / f"{name}-{steps}", 1 if name.startswith("one process") else 2
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT / "src")}
+    with socket.socket() as free:  # as torchrun does, whose processes have sessions of their own
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    own = [environment | shared | {"RANK": str(rank)} for rank in range(world)] if world > 1 else [environment]
     line = [sys.executable, "-m", "keifu", "train", *TASK, *words, "--steps", str(steps), "--out", str(out)]
-    subprocess.run(line, env=environment, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    silent = subprocess.DEVNULL
+    ranks = [subprocess.Popen(line, env=each, stderr=silent, stdout=silent) for each in own]
+    if any([rank.wait() for rank in ranks]):
+        raise SystemExit(f"{name} failed.")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], sent() - before
 

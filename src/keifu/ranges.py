@@ -60,9 +60,9 @@ _NAMES = {
         context_length cut decay_steps decoder_hidden_dim digits dim each embedding_dim group head_dim heads hidden
         hidden_dim image_size keep kernel latent_channels layers length limit log_every max_updates maxout_dim
         micro_batch minibatches most multipliers n_decoder_heads n_decoder_layers n_heads n_kv_heads n_layers
-        nearest noise_steps original_context_length patch_size pods prior_heads prior_layers prior_steps processes
-        prompt prompts queue residual_blocks rewind rollouts sentinels shard sliding_window slots small steps
-        streams target_vocab_size tensor terms threads time_limit tokens tokens_per_batch type_vocab_size
+        nearest noise_steps of original_context_length patch_size pods prior_heads prior_layers prior_steps
+        processes prompt prompts queue residual_blocks rewind rollouts sentinels shard sliding_window slots small
+        steps streams target_vocab_size tensor terms threads time_limit tokens tokens_per_batch type_vocab_size
         upsampler_widths upsampling_steps vae_batch vae_steps vae_widths vocab_size width widths
         """,
     FROM_ZERO: """

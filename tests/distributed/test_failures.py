@@ -6,10 +6,17 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+
+from keifu.distributed import failures
+from keifu.distributed.checkpoint import States
+from keifu.errors import UserError
 
 RECIPE = Path(__file__).parent / "toy_recipe.py"
 
@@ -34,6 +41,60 @@ def digest(out: Path, step: int) -> str:
 def children(process: subprocess.Popen) -> list[int]:
     task = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(word) for word in task.read_text().split()] if task.exists() else []
+
+
+@pytest.fixture
+def signs(monkeypatch: pytest.MonkeyPatch) -> list[failures.Signs]:
+    """Those of three processes, as threads of this one."""
+    monkeypatch.setattr(failures, "BEAT", 0.02)
+    monkeypatch.setattr(failures, "GRACE", 1.0)
+    store = distributed.TCPStore("localhost", 0, 1, is_master=True)
+    found = [failures.Signs(number, 3, store.clone()) for number in range(3)]
+    for each in found:
+        each.start()
+    return found
+
+
+def test_a_process_that_gives_no_sign_of_life_is_named(signs: list[failures.Signs]) -> None:
+    time.sleep(0.2)
+    signs[2].stop()
+    time.sleep(0.1)
+    assert signs[0].reason().startswith("Process 2 of 3 (counted from 0) has died or stands still, at step 0")
+
+
+def test_a_process_that_is_late_is_named(signs: list[failures.Signs]) -> None:
+    for number, step in enumerate((7, 6, 7)):
+        signs[number].store.set(f"step/{number}", str(step))
+    time.sleep(0.2)
+    assert "Process 1 of 3 (counted from 0) did not answer within the time limit, at step 8" in signs[0].reason()
+
+
+def test_the_sentence_that_a_process_left_is_the_reason(signs: list[failures.Signs]) -> None:
+    signs[0].store.set(failures.SHOWN, "")
+    signs[1].leave(UserError("The disk is full."), str)
+    assert signs[0].reason() == "Process 1 of 3 (counted from 0): The disk is full."
+
+
+@pytest.mark.parametrize(("error", "lost"), [
+    (RuntimeError("[enforce fail at gloo/transport/tcp/pair.cc] Connection closed by peer"), True),
+    (distributed.DistNetworkError("timed out"), True), (RuntimeError("shapes differ"), False),
+    (OSError(28, "full"), False),
+])  # fmt: skip
+def test_an_exchange_that_failed_is_told_from_other_errors(error: Exception, lost: bool) -> None:
+    assert failures.exchange_failed(error) is lost
+    outer = UserError("outside")
+    outer.__cause__ = error
+    assert failures.exchange_failed(outer) is lost
+
+
+def test_a_part_that_could_not_be_written_is_said_at_the_next_state() -> None:
+    states = States.__new__(States)
+    states.thread = threading.Thread(target=lambda: None)
+    states.thread.start()
+    states.error = CheckpointException("write", {1: _wrap_exception(OSError(28, "No space left on device"))})
+    with pytest.raises(UserError, match="Process 1 could not write its part of the state: .*No space left on device"):
+        states.flush()
+    states.flush()
 
 
 @pytest.mark.slow
@@ -73,7 +134,8 @@ def test_a_run_goes_on_with_fewer_processes(tmp_path: Path) -> None:
     ],
 )
 def test_the_first_process_says_what_is_wrong(fault: str, sentence: str, tmp_path: Path) -> None:
-    status, said = finished(tmp_path, "--processes", "2", "--fault", fault, "--mesh.time-limit", "15")
+    limit = "30" if fault == "hang" else "300"
+    status, said = finished(tmp_path, "--processes", "2", "--fault", fault, "--mesh.time-limit", limit)
     assert status != 0 and sentence in said, said
     assert "Traceback" not in said
 

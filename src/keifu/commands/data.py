@@ -71,9 +71,10 @@ class Options:
     what the cache holds, and clear it."""
 
     action: Annotated[
-        tyro.conf.Positional[Literal["list", "get", "check", "show", "cache", "clear"]],
+        tyro.conf.Positional[Literal["list", "get", "check", "prepare", "show", "cache", "clear"]],
         tyro.conf.arg(
-            help="What to do; check reports encoding errors, duplicates and lengths of text; show counts pictures and "
+            help="What to do; check reports encoding errors, duplicates and lengths of text; prepare "
+            "tokenizes the files of a text into shards, on several machines; show counts pictures and "
             "writes a contact sheet of them, or prints conversations with what is learned of them in colour; cache "
             "lists what was fetched and made, with sizes; clear removes it, all or what NAME says."
         ),
@@ -99,7 +100,11 @@ class Options:
     json: bool = False
     """Print the report of check, or conversations as ids, as JSON."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """The PNG file that show writes; unset, it writes none."""
+    """The PNG file that show writes; unset, it writes none. The folder that prepare writes, which is then --data."""
+    rank: int = 0
+    """Which part of the files prepare takes, counted from 0."""
+    of: int = 1
+    """The number of parts."""
     count: int = 64
     """Pictures on the sheet, spread evenly over the set; or conversations, the first."""
     part: Literal["all", "train", "validation", "test"] = "all"
@@ -130,6 +135,8 @@ def run(options: Options) -> None:
         from keifu.data.catalogue.catalogue import fetch
 
         print(fetch(options.name))
+    elif options.action == "prepare":
+        _prepare(options.name, options)
     elif options.action == "show":
         _show(options.name, options)
     else:
@@ -190,6 +197,22 @@ def _check(source: str, options: Options) -> None:
     if not report.documents:
         why = f": {'; '.join(report.problems)}" if report.problems else "."
         raise UserError(f"{source} holds no text to train on{why}")
+
+
+def _prepare(source: str, options: Options) -> None:
+    from keifu.data.catalogue.catalogue import CATALOGUE, fetch
+    from keifu.data.text.documents import TextFormat
+    from keifu.data.text.prepared import prepare_files
+    from keifu.data.tokenizers.load import load_tokenizer
+
+    if options.output is None:
+        raise UserError("keifu data prepare needs a folder for the shards: give --output.")
+    wanted = options.tokenizer or "gpt2-bpe"
+    tokenizer = load_tokenizer(fetch(wanted) if wanted in CATALOGUE else wanted)
+    options.output.mkdir(parents=True, exist_ok=True)
+    form = TextFormat(options.text_field, options.encoding)
+    made = prepare_files(source, tokenizer, options.output, form, options.rank, options.of)
+    print(f"{made} new shard{'s' * (made != 1)} in {options.output}.")
 
 
 def _show(source: str, options: Options) -> None:

@@ -4,6 +4,7 @@ torchrun sets the environment variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER
 of several processes.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -53,6 +54,7 @@ def start(processes: int, restarts: int, words: Sequence[str]) -> None:
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=f"keifu-{os.getpid()}", max_restarts=restarts, shutdown_timeout=ENDING,
     )  # fmt: skip
+    logging.disable(logging.ERROR)  # what its processes say of themselves is enough
     try:
         elastic_launch(config, sys.executable)("-m", "keifu", *words, *volume)
     except SignalException as stop:

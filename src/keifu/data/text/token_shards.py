@@ -150,6 +150,20 @@ def _find_prepared(
     cache_dir: str | Path | None,
     parted: Callable[[], Parted],
 ) -> Shards:
+
+    def make(folder: Path, facts: dict[str, Any]) -> None:
+        _make(source, parted(), tokenizer, folder, facts)
+
+    return find_made(source, settings, make, cache_dir)
+
+
+def find_made(
+    source: str | Path,
+    settings: dict[str, Any],
+    make: Callable[[Path, dict[str, Any]], None],
+    cache_dir: str | Path | None = None,
+) -> Shards:
+    """What was made with these settings; where it is not there, `make` writes it into a new folder."""
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     name = Path(source).stem.replace("*", "") or "text"
     folder = Path(cache_dir or cache() / "tokens") / f"{name}-{fingerprint[:16]}"
@@ -157,7 +171,7 @@ def _find_prepared(
         with build_once(folder) as place:
             if not _whole(folder):
                 facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
-                _make(source, parted(), tokenizer, place / "new", facts)
+                make(place / "new", facts)
                 shutil.rmtree(folder, ignore_errors=True)  # there only when it was damaged
                 (place / "new").rename(folder)
     return _open(folder)
@@ -201,22 +215,27 @@ def _split_documents(source: str | Path, settings: dict[str, Any], form: TextFor
 def _make(source: str | Path, found: Parted, tokenizer: TextTokenizer, folder: Path, facts: dict[str, Any]) -> None:
     """Writes the ids of both parts and the index into a new folder."""
     parted, count, characters = found
-    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    separator = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
+    dtype, separator = number_format(tokenizer)
     if separator is None and count > 1:
         print("This tokenizer has no end-of-text token: nothing marks where a document ends.", file=sys.stderr)
     folder.mkdir()
-    writers = [_Writer(folder / f"{part}.bin", dtype, separator) for part in PARTS]
+    writers = [Writer(folder / f"{part}.bin", dtype, separator) for part in PARTS]
     with counting(f"Tokenising {source}", characters, "characters") as advance:
         written = 0
         for chunk in chunks(parted, CHUNK):
-            _write(chunk, tokenizer, writers)
+            write(chunk, tokenizer, writers)
             written += sum(len(piece.text) for piece in chunk)
             advance(written)
     totals = {part: writer.close() for part, writer in zip(PARTS, writers, strict=True)}
     _need_both(totals, source)
     index = {**facts, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "separator": separator, **totals}
     write_atomic(folder / "index.json", json.dumps(index, indent=2) + "\n")
+
+
+def number_format(tokenizer: TextTokenizer) -> tuple[str, int | None]:
+    """The type of the ids in a file, and the id between documents, if there is one."""
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    return dtype, tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
 
 
 def _measure(pieces: Iterable[TextChunk]) -> tuple[int, int]:
@@ -261,7 +280,8 @@ def _by_tail(pieces: Iterable[TextChunk], cut: int) -> Iterator[TextChunk]:
             yield TextChunk(piece.text[inside:], piece.ends, part=1)
 
 
-def _write(chunk: list[TextChunk], tokenizer: TextTokenizer, writers: list["_Writer"]) -> None:
+def write(chunk: list[TextChunk], tokenizer: TextTokenizer, writers: list["Writer"]) -> None:
+    """Encodes pieces, and appends the ids to the files of their parts."""
     encoded = tokenizer.encode_batch([piece.text for piece in chunk])
     for piece, ids in zip(chunk, encoded, strict=True):
         writers[piece.part].add(piece, ids)
@@ -269,7 +289,7 @@ def _write(chunk: list[TextChunk], tokenizer: TextTokenizer, writers: list["_Wri
         writer.flush()
 
 
-class _Writer:
+class Writer:
     """Appends the ids of one part to its file, and counts."""
 
     def __init__(self, path: Path, dtype: str, separator: int | None):
@@ -281,6 +301,7 @@ class _Writer:
         self.tokens = self.bytes = self.documents = 0
 
     def add(self, piece: TextChunk, ids: list[int]) -> None:
+        """Holds the ids of a piece until `flush`."""
         if self.between:
             self.held.append(self.separator)
         self.held.append(ids)
@@ -289,6 +310,7 @@ class _Writer:
         self.bytes += len(piece.text.encode())
 
     def flush(self) -> None:
+        """Writes what is held."""
         ids = np.fromiter(chain.from_iterable(self.held), dtype=self.dtype)
         self.tokens += len(ids)
         self.file.write(ids.tobytes())

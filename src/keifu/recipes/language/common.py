@@ -16,6 +16,8 @@ from keifu.data.catalogue import catalogue
 from keifu.data.chat.conversations import MADE_OF
 from keifu.data.text.documents import TextFormat, content_hash, documents, in_catalogue
 from keifu.data.text.packed import PackedText
+from keifu.data.text.prepared import is_prepared, open_prepared
+from keifu.data.text.prepared import tokenizer_of as load_prepared_tokenizer
 from keifu.data.text.token_shards import Shards, prepare
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -56,7 +58,9 @@ class TextOptions:
         return {each.name: getattr(self, each.name) for each in fields(TextOptions)}
 
     def shards(self, data: str, tokenizer: Tokenizer) -> Shards:
-        """The ids of both parts of a text."""
+        """The ids of both parts of a text, or of a folder of shards (keifu data prepare)."""
+        if is_prepared(data):
+            return open_prepared(data, self.held_out)
         return prepare(data, tokenizer, held_out=self.held_out, form=self.form, validation=self.validation_data)
 
 
@@ -94,6 +98,8 @@ def tokenizer_of(text: Text, **options: Any) -> Tokenizer:
 
     One that belongs to another model keeps its vocabulary alone: a model that begins to learn is no chat model.
     """
+    if is_prepared(text.data):
+        return load_prepared_tokenizer(text.data)
     if text.tokenizer not in KINDS:
         known = in_catalogue(text.tokenizer)
         found = load_tokenizer(catalogue.fetch(text.tokenizer) if known else Path(text.tokenizer))
