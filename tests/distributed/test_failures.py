@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def children(process: subprocess.Popen) -> list[int]:
 
 
 @pytest.fixture
-def signs(monkeypatch: pytest.MonkeyPatch) -> list[failures.Signs]:
+def signs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[failures.Signs]]:
     """Those of three processes, as threads of this one."""
     monkeypatch.setattr(failures, "BEAT", 0.02)
     monkeypatch.setattr(failures, "GRACE", 1.0)
@@ -52,7 +53,11 @@ def signs(monkeypatch: pytest.MonkeyPatch) -> list[failures.Signs]:
     found = [failures.Signs(number, 3, store.clone()) for number in range(3)]
     for each in found:
         each.start()
-    return found
+    yield found
+    for each in found:
+        each.stop()
+        each.thread.join()
+    del store  # it ends its server
 
 
 def test_a_process_that_gives_no_sign_of_life_is_named(signs: list[failures.Signs]) -> None:

@@ -35,6 +35,8 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
 
     `--resume FOLDER` in place of a recipe goes on with the run of that folder.
     """
+    if launch.is_started():
+        launch.silence()
     if not arguments or arguments[0] in ("-h", "--help"):
         return _list
     words = _folder_of_resume(arguments)

@@ -28,6 +28,14 @@ def is_restart() -> bool:
     return int(os.environ.get(RESTARTS, 0)) > 0
 
 
+def silence() -> None:
+    """What this process prints goes nowhere from now on, unless it is the first one, or KEIFU_DEBUG=1."""
+    if os.environ.get("RANK", "0") != "0" and os.environ.get("KEIFU_DEBUG") != "1":
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+
+
 def together(mesh: Mesh, work: Callable[[], None], explain: Callable[[Exception], str | None]) -> None:
     """Does the work as one of the processes that torchrun has started."""
     from keifu.distributed.failures import explained

@@ -180,10 +180,11 @@ class _Loop:
         """The gradient; where it does not fit into memory, with half as many rows at a time, down to one."""
         trainer, step = self.trainer, self.state.step
         current().begin(step)
-        while not self.stop():
+        alone, stopped = current().count == 1, self.stop()
+        while not stopped:
             try:
                 with failures.explain_out_of_memory(ADVICE):
-                    return trainer.gradient(step, batch, self.stop if current().count == 1 else lambda: False)
+                    return trainer.gradient(step, batch, self.stop if alone else lambda: False)
             except failures.OutOfMemory as error:
                 reason = str(error).partition(";")[0]
                 if not trainer.halve(batch):
@@ -192,6 +193,7 @@ class _Loop:
             machine.release(trainer.device)
             now = f"from here {trainer.micro_batch} rows are computed at a time, which changes no loss"
             self.display.note(f"Step {step + 1:,}: {reason}; {now}.")
+            stopped = alone and self.stop()
         return None
 
     @contextmanager
