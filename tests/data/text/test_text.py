@@ -108,7 +108,7 @@ def test_nothing_is_left_of_a_run_that_breaks_off(tmp_path: Path, monkeypatch) -
     def stop(*_) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(text, "_write", stop)
+    monkeypatch.setattr(text, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(source, Bytes(), tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -118,7 +118,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatc
     def full(*_) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(text, "_write", full)
+    monkeypatch.setattr(text, "write", full)
     with pytest.raises(UserError, match="The disk is full"):
         prepare(folder_of(tmp_path, ["one two three"]), Bytes(), tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
