@@ -213,3 +213,11 @@ def test_memory_is_bounded_by_letting_the_model_go_that_was_not_used_longest(fol
         assert sum(sizes[name] for name in served.models.workers) <= memory
     with pytest.raises(UserError, match="takes .* MiB, but --memory allows"):
         ServedModels(names, Limits(), Metrics(), 1000)
+
+
+def test_packed_weights_write_text_and_are_not_looked_into(folder: Path) -> None:
+    names = [name_of(folder, kind) for kind in ("base", "encoder")]
+    models = ServedModels(names, Limits(), Metrics(), weights="int8")
+    assert models.packed == {names[0]: "int8"}
+    assert models.descriptions[names[0]].uses == ("completion",)
+    assert models.descriptions[names[1]].uses == ("embedding", "inspection")
