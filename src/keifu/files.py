@@ -122,7 +122,8 @@ def parse_yaml(text: str, name: Any, loader: Any = None) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{name} is not YAML that can be read: {' '.join(str(error).split())}.") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name} cannot be read: it is neither YAML nor JSON ({reason}).") from error
 
 
 def _within_limits(content: Any, name: Any) -> Any:
