@@ -193,3 +193,11 @@ def test_bench_prints_its_figures_as_json(capsys: pytest.CaptureFixture, model: 
         library.use_threads(threads)
     assert (figures["threads"], figures["streams"], pool) == (1, 3, 1)
     assert all(figures[name] > 0 for name in ("prefill", "decode", "bandwidth", "peak", "share", "memory"))
+
+
+def test_evaluate_takes_packed_weights(capsys: pytest.CaptureFixture, model: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(f"{LETTERS}\n" * 20)
+    words = ["evaluate", model, "--on", str(text), "--json"]
+    plain, packed = (json.loads(out(capsys, *words, *more)) for more in ([], ["--weights", "int8"]))
+    assert packed["perplexity"] == pytest.approx(plain["perplexity"], rel=0.02)

@@ -152,7 +152,7 @@ def select_task(model: Any, on: str) -> Any:
 
 def check_options(options: Options, task: Any) -> None:
     """Refuses an option that the task would not heed."""
-    everyones = {"model", "on", "limit", "json", "device"}
+    everyones = {"model", "on", "limit", "json", "device", "weights"}
     for field in fields(options):
         if field.name not in everyones | task.OPTIONS and vars(options)[field.name] != field.default:
             flag = "--" + field.name.replace("_", "-")

@@ -20,7 +20,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest, EvalResult
 from keifu.generation.text.likelihood import score
-from keifu.generation.text.model import is_writer, text_model
+from keifu.generation.text.model import device_of, is_writer, text_model
 
 ABOUT = "a language model on a text: perplexity and bits per byte"
 OPTIONS = {"batch_size", "text_field", "encoding"}
@@ -50,7 +50,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     ids = ids if begin is None else np.concatenate([[begin], ids])
     if len(ids) < 2:
         raise UserError(f"{request.on} has {len(ids)} tokens, too few to predict one from another: give more text.")
-    start, total, count, device = time.perf_counter(), 0.0, 0, next(model.parameters()).device
+    start, total, count, device = time.perf_counter(), 0.0, 0, device_of(model)
     windows = [ids[i : i + context] for i in range(0, len(ids) - 1, context - 1)][: request.limit]
     with counting("Evaluating", len(windows), "windows") as progress:
         for done, batch in _batches(windows, request.batch_size or BATCH_SIZE):
