@@ -47,7 +47,7 @@ class Tokens:
     def enter(self, module: nn.Module, inputs: tuple) -> tuple:
         """A hook before the first block: from here on, each process has its own tokens."""
         self.length = inputs[0].shape[1]
-        return (_Own.apply(inputs[0], self), *inputs[1:])
+        return (_Part.apply(inputs[0], self, False), *inputs[1:])
 
     def leave(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         """A hook behind the last block: from here on, each process has all tokens."""
@@ -58,15 +58,17 @@ class Tokens:
         return F.pad(x, (0, 0, 0, size * self.size - x.shape[1])).split(size, 1)
 
 
-class _Own(torch.autograd.Function):
+class _Part(torch.autograd.Function):
+    """This process's tokens of what all have, or where it `adds`, of the sum of what each has."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tokens) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tokens: Tokens, adds: bool) -> Tensor:
         ctx.tokens, ctx.length = tokens, x.shape[1]
-        return tokens.own(x)
+        return (tokens.add if adds else tokens.own)(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        return ctx.tokens.all(gradient, ctx.length), None
+        return ctx.tokens.all(gradient, ctx.length), None, None
 
 
 class _All(torch.autograd.Function):
@@ -80,17 +82,6 @@ class _All(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         return (ctx.tokens.add if ctx.adds else ctx.tokens.own)(gradient), None, None
-
-
-class _Add(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tokens) -> Tensor:
-        ctx.tokens, ctx.length = tokens, x.shape[1]
-        return tokens.add(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        return ctx.tokens.all(gradient, ctx.length), None
 
 
 class _Shared(torch.autograd.Function):
@@ -133,7 +124,7 @@ class RowParallel(Linear):
             self.bias = whole.bias
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        y = _Add.apply(linear(input, self.weight), self.tokens)
+        y = _Part.apply(linear(input, self.weight), self.tokens, True)
         return y if self.bias is None else y + self.bias
 
 
