@@ -243,12 +243,10 @@ def hold(directory: Path, name: str = ".lock") -> Iterator[bool]:
 
 def _locked_file(path: Path) -> Any:
     """The lock file, open and locked, with the name of this process in it."""
-    import fcntl
-
     while True:
         file = path.open("a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             file.seek(0)
             holder = file.read() or "another process"
@@ -261,6 +259,14 @@ def _locked_file(path: Path) -> Any:
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
     file.flush()
     return file
+
+
+def _lock(file: Any) -> None:
+    """Locks a file at once, or it is a `BlockingIOError`; on Windows, which has no flock, a second run is not noticed."""
+    with suppress(ImportError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def remove_left(directory: Path) -> None:

@@ -194,7 +194,11 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def local(tensor: Any) -> Tensor:
     """What this process holds of a tensor: a part, where FSDP has sharded it."""
-    return tensor.detach() if type(tensor.data) is Tensor else tensor.to_local().detach()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return tensor.detach()
+    from torch.distributed.tensor import DTensor
+
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def rows_of(batch: Batch) -> int:

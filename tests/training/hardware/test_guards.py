@@ -194,10 +194,10 @@ def test_a_full_disk_at_the_end_keeps_the_state_before(tmp_path: Path, monkeypat
 
 
 def test_a_full_disk_told_by_safetensors_is_the_same(tmp_path: Path, monkeypatch) -> None:
-    def save_file(tensors: dict, path: Path) -> None:
+    def save_file(tensors: dict, path: Path, metadata: dict) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr("safetensors.torch.save_file", save_file)
     with pytest.raises(UserError, match="The disk is full: .*step-00000001.safetensors was not written"):
         checkpoint.save(tmp_path, 1, checkpoint.model_tensors(toy()), {}, keep=1)
 
