@@ -262,7 +262,7 @@ def _locked_file(path: Path) -> Any:
 
 
 def _lock(file: Any) -> None:
-    """Locks a file at once, or it is a `BlockingIOError`; on Windows, which has no flock, a second run is not noticed."""
+    """Locks a file at once, or it is a `BlockingIOError`; Windows has no flock: there a second run is not noticed."""
     with suppress(ImportError):
         import fcntl
 
