@@ -24,7 +24,7 @@ OTHERS = {"--version", "--quiet", "--verbose"}  # of keifu itself
 ELSEWHERE = {  # options of pip, of llama.cpp and of torchrun; variables of a style sheet
     "data/catalogue/download.py", "checkpoints/gguf/read.py", "distributed/failures.py", "lineage.py",
 }  # fmt: skip
-OF_VERBS = {"training/hardware/plan.py"}  # below them, and for one of them
+OF_VERBS = {"training/hardware/plan.py", "data/text/prepared.py"}  # below them, and for one of them
 WRITTEN_OF = {"commands/shared/flags.py", "commands/train.py"}  # they speak of options as such
 
 
@@ -93,6 +93,7 @@ def test_what_recipes_and_verbs_share_names_options_that_there_are() -> None:
     assert wrong == []
 
 
+TORCHRUN = {"--nnodes", "--node-rank", "--nproc-per-node", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}
 PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 
@@ -100,7 +101,7 @@ PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted(ROO
 def test_pages_name_options_that_there_are(page: Path) -> None:
     quoted = re.findall(r"`([^`\n]*)`", re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8")))
     shown = [text for text in quoted if not text.startswith(("python", "pytest", "make", "git", "pip", "docker"))]
-    known = any_option() | OTHERS | {word for file in ROOT.glob("benchmarks/*.py") for _, word in words(file)}
+    known = any_option() | OTHERS | TORCHRUN | {word for file in ROOT.glob("benchmarks/*.py") for _, word in words(file)}
     assert [word for text in shown for word in OPTION.findall(text) if word not in known] == []
 
 

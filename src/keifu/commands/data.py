@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,6 +12,7 @@ import tyro
 from keifu.commands.shared import flags, tables
 from keifu.commands.shared.inputs import at_terminal
 from keifu.errors import UserError
+from keifu.files import check_output
 
 LEARNED, ENDS = "bold green", "⟦⟧"  # on a terminal, and where there is no colour
 
@@ -99,7 +100,7 @@ class Options:
     """Clear without asking."""
     json: bool = False
     """Print the report of check, or conversations as ids, as JSON."""
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = field(default_factory=lambda: None)  # see `run`
     """The PNG file that show writes; unset, it writes none. The folder that prepare writes, which is then --data."""
     rank: int = 0
     """Which part of the files prepare takes, counted from 0."""
@@ -123,6 +124,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Does what is asked."""
+    if options.output is not None:
+        check_output(options.output, "--output", folder=options.action == "prepare")
     if options.action == "list":
         _list()
     elif options.action == "cache":

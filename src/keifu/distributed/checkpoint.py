@@ -40,6 +40,10 @@ class Chunks(Tensor):
         made.whole = torch.Size(whole)
         return made
 
+    def size(self) -> torch.Size:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """That of the whole, which a state's tensors are compared with."""
+        return self.whole
+
     def __create_write_items__(self, name: str, tensor: "Chunks") -> list[WriteItem]:
         return [
             WriteItem(

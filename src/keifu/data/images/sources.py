@@ -227,15 +227,12 @@ def _inside(path: Path, root: Path) -> tuple[str, ...]:
 
 def _shards(paths: list[Path], problem: Problem) -> Iterator[ImageItem]:
     for path in paths:
-        try:
-            with reading(path), tarfile.open(path) as archive:
-                plain = (member for member in archive if member.isfile())
-                for key, members in groupby(plain, lambda member: _key(member.name)[0]):
-                    contents = {_key(member.name)[1]: _content(archive, member) for member in members}
-                    if item := _sample(f"{path.name}/{key}", f"{path}, {key}", contents, problem):
-                        yield item
-        except (tarfile.TarError, EOFError) as error:
-            raise UserError(f"{path} is no tar archive, or it is cut off: {error}.") from error
+        with reading(path), tarfile.open(path) as archive:
+            plain = (member for member in archive if member.isfile())
+            for key, members in groupby(plain, lambda member: _key(member.name)[0]):
+                contents = {_key(member.name)[1]: _content(archive, member) for member in members}
+                if item := _sample(f"{path.name}/{key}", f"{path}, {key}", contents, problem):
+                    yield item
 
 
 def _key(name: str) -> tuple[str, str]:
