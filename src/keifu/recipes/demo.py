@@ -63,7 +63,6 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print(f"   keifu serve {out} smollm2    # both at http://127.0.0.1:8000, for people and for programs")
     print("   keifu train gpt --depth 4 --data FILE-OR-FOLDER-OF-YOUR-OWN")
     print("   keifu lineage    # the landmarks in order of years, what each brought, and how to repeat it")
-    print("   keifu lineage    # the landmarks in order of years: what was new, and what it bought")
 
 
 def _show_pretrained() -> None:
