@@ -100,7 +100,7 @@ class Options:
     """Clear without asking."""
     json: bool = False
     """Print the report of check, or conversations as ids, as JSON."""
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = field(default_factory=lambda: None)  # see `run`
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = field(default_factory=lambda: None)  # checked below
     """The PNG file that show writes; unset, it writes none. The folder that prepare writes, which is then --data."""
     rank: int = 0
     """Which part of the files prepare takes, counted from 0."""
@@ -121,11 +121,13 @@ class Options:
     leave_out: bool = False
     """Leave out pictures that cannot be read or have no caption where others do, and say which."""
 
+    def __post_init__(self) -> None:
+        if self.output is not None:
+            check_output(self.output, "--output", folder=self.action == "prepare")
+
 
 def run(options: Options) -> None:
     """Does what is asked."""
-    if options.output is not None:
-        check_output(options.output, "--output", folder=options.action == "prepare")
     if options.action == "list":
         _list()
     elif options.action == "cache":
