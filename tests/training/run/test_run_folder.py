@@ -109,6 +109,8 @@ def test_a_chart_keeps_its_points_inside_and_drops_what_is_not_finite() -> None:
     assert len(places) == 2 and svg.count("<circle") == 2
     assert all(0 < x < 480 and 0 < y < 260 for x, y in places) and places[0][1] > places[1][1]
     assert chart("t", "y", [Curve("a", [(1, float("inf"))])]) == ""
+    tiny = chart("t", "y", [Curve("a", [(0, 0.0), (1, 3e-15)])])
+    assert "<path" in tiny and "nan" not in tiny
     assert "<circle" in chart("t", "y", [Curve("a", [(0, 0.0)])])  # one point, no range on either axis
 
 

@@ -36,7 +36,7 @@ class Recipe(Options):
 def paper_settings(recipe: Recipe) -> Settings:
     """Appendix B, its tokens as shares of those of a run whose batches were all whole."""
     first = max(1, round(FIRST * recipe.batch_size))
-    over = round(RAMP / TOKENS * recipe.steps * recipe.batch_size)
+    over = max(1, round(RAMP / TOKENS * recipe.steps * recipe.batch_size))
     return Settings(
         **default_settings(recipe), batch_ramp=(first, over) if first < recipe.batch_size else None, rate_by="rows",
         warmup=recipe.share(WARMUP / TOKENS), decay_steps=max(1, recipe.share(DECAY / TOKENS)), final_ratio=0.1,

@@ -106,7 +106,7 @@ def _ticks(values: list[float], from_zero: bool) -> list[float]:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     step = next(s for s in _steps((high - low) / 6))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def _steps(least: float) -> Iterable[float]:
