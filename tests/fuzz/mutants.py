@@ -1,5 +1,6 @@
 """Mutants of every kind of file that keifu reads: bytes changed, cut or repeated, and values of JSON exchanged."""
 
+import copy
 import json
 import random
 import struct
@@ -36,7 +37,9 @@ def changed_bytes(data: bytes, choice: random.Random) -> bytes:
 
 
 def places_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place inside a JSON value; of long lists and objects the first entries."""
+    """Every place inside a JSON value; of long lists and objects the first entries, of deep ones the upper ones."""
+    if len(path) > 50:
+        return [path]
     entries = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
     return [path, *(place for key, inner in entries[:40] for place in places_of(inner, (*path, key)))]
 
@@ -69,7 +72,7 @@ def changed_json(data: bytes, choice: random.Random) -> bytes:
                 deep = choice.choice((90, 1100, 20_000))
                 return text.replace(":", ": " + "[" * deep + "]" * deep + ', "x":', 1).encode()
             case _ if not isinstance(holder, list) or last < len(holder):
-                holder[last] = choice.choice(STRANGE)
+                holder[last] = copy.deepcopy(choice.choice(STRANGE))
             case _:
                 pass
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")

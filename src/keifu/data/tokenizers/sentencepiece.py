@@ -16,6 +16,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
@@ -131,7 +132,10 @@ def parse(data: bytes, name: str) -> Model:
 
 
 def check_character_map(table: bytes, name: str) -> None:
-    """Refuses a table of replacements whose tree is longer than it is: the tokenizers library would end the process."""
+    """Refuses a table of replacements on which the tokenizers library would end the process.
+
+    A tree (a double array of 32 bits a unit, the highest bit for leaves) leads to places in the text after it.
+    """
     size = int.from_bytes(table[:4], "little")
     if table and (len(table) < 4 or size % 4 or 4 + size > len(table)):
         claims = f"{len(table):,} bytes, of which its tree claims {size:,}"
@@ -140,6 +144,10 @@ def check_character_map(table: bytes, name: str) -> None:
         table[4 + size :].decode()
     except UnicodeDecodeError:
         raise UserError(f"{name} has a damaged table of character replacements: they are not UTF-8.") from None
+    units, text = np.frombuffer(table, "<u4", size // 4, 4 if table else 0), np.frombuffer(table[4 + size :], np.uint8)
+    places = units[units >> 31 == 1] & 0x7FFFFFFF
+    if (places >= len(text)).any() or (text[places] & 0xC0 == 0x80).any():
+        raise UserError(f"{name} has a damaged table of character replacements: its tree leads outside its text.")
 
 
 def _hint(data: bytes) -> str:
