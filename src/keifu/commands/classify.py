@@ -61,13 +61,14 @@ def _shares_of_pictures(options: Any, files: list[str]) -> tuple[Sequence[str], 
     from keifu.evaluation.classification.neurons import RowClassifier, row_of
     from keifu.evaluation.images.retrieval import embed_pictures, label_points, label_shares, two_towers
 
+    given = None if options.labels is None else _labels(options.labels)  # refused before loading
     model, tokenizer = load(options.model)
     if isinstance(model, RowClassifier):
-        if options.labels is not None:
+        if given is not None:
             raise UserError(f"{options.model} has labels of its own: leave --labels out.")
         return model.classes, [model.predict_proba(row_of(model, one))[0].tolist() for one in open_image(files)]
     two_towers(model)
-    labels = _labels(options.labels)
+    labels = given or _labels(None)
     points = embed_pictures(model, open_image(files))
     texts = label_points(model, tokenizer, labels, options.template or PLAIN)
     return labels, label_shares(model, points, texts).tolist()
