@@ -23,8 +23,8 @@ def card(name: str) -> dict:
 
 
 def test_the_catalogue_has_what_the_package_has() -> None:
-    assert sorted(name for name, entry in catalogue.CATALOGUE.items() if entry.package) == NAMES
-    assert [name for name in NAMES if not catalogue.is_cached(name)] == []
+    assert sorted(name for name, entry in catalogue.MODELS.items() if entry.package) == NAMES
+    assert [name for name in NAMES if not catalogue.is_cached(name, catalogue.MODELS)] == []
 
 
 def test_the_package_is_small() -> None:

@@ -24,19 +24,17 @@ def locate(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    from keifu.data.catalogue.catalogue import CATALOGUE, fetch
+    from keifu.data.catalogue.catalogue import CATALOGUE, MODELS, fetch
 
     text = str(name)
+    if text in MODELS:
+        return fetch(text, MODELS)
     if text in CATALOGUE:
-        kind = CATALOGUE[text].kind
-        if kind != "weights":
-            raise UserError(f"{text!r} is {kind} in the catalogue, not a model.")
-        return fetch(text)
-    weights = [one for one, entry in CATALOGUE.items() if entry.kind == "weights"]
+        raise UserError(f"{text!r} is {CATALOGUE[text].kind} in the catalogue, not a model.")
     if HUB_ID.fullmatch(text) and not path.parent.is_dir() and path.suffix != ".gguf":
         return download(text)
     beside = [str(path.parent / one.name) for one in path.parent.glob("*") if _may_be_model(one)]
-    known = beside if path.parent != Path() else [*weights, *beside]
+    known = beside if path.parent != Path() else [*MODELS, *beside]
     raise unknown("model", text, known) if known else UserError(f"There is no file or folder {text!r}.")
 
 

@@ -158,9 +158,9 @@ def _recommended(name: str | Path, tokenizer: Any) -> Any:
     """The tokenizer with the catalogue's settings of text generation for this model, where its own files have none."""
     if tokenizer is None or Path(name).expanduser().exists():
         return tokenizer
-    from keifu.data.catalogue.catalogue import CATALOGUE
+    from keifu.data.catalogue.catalogue import MODELS
 
-    recommended = CATALOGUE[str(name)].generation_config if str(name) in CATALOGUE else {}
+    recommended = MODELS[str(name)].generation_config if str(name) in MODELS else {}
     if not recommended:
         return tokenizer
     return tokenizer.replace(generation_config={**recommended, **tokenizer.generation_config})

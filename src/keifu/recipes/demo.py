@@ -67,7 +67,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
 
 def _show_pretrained() -> None:
     """A neuron computes, a network reads a digit, a Transformer translates: each from the package of trained models."""
-    missing = [name for name in ("neuron", "network", "ja-en") if not catalogue.is_cached(name)]
+    missing = [name for name in ("neuron", "network", "ja-en") if not catalogue.is_cached(name, catalogue.MODELS)]
     if missing:
         print(f"   Left out: {', '.join(missing)} (pip install ./pretrained brings them).")
         return

@@ -4,7 +4,7 @@ Each entry has a name, a source, a licence and the authors to credit. `fetch` do
 `documents`, `pairs` and `conversations` read the entries that are text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,22 @@ from keifu.data.catalogue.weights import ENTRIES as WEIGHTS
 from keifu.errors import UserError, unknown
 from keifu.files import cache
 
-__all__ = ["CATALOGUE", "Entry", "cache", "conversations", "documents", "fetch", "identity", "pairs", "rows"]
+__all__ = ["CATALOGUE", "MODELS", "Entry", "cache", "conversations", "documents", "fetch", "identity", "pairs", "rows"]
 
 CATALOGUE: dict[str, Entry] = {**WEIGHTS, **TEXTS, **PICTURES}
+MODELS = {name: each for name, each in WEIGHTS.items() if each.kind == "weights"}  # a set of data may have such a name
 
 
-def entry(name: str) -> Entry:
+def entry(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Entry:
     """The entry of that name; an unknown name is a `UserError` with the nearest one."""
-    if name not in CATALOGUE:
-        raise unknown("catalogue entry", name, CATALOGUE)
-    return CATALOGUE[name]
+    if name not in among:
+        raise unknown("catalogue entry", name, among)
+    return among[name]
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Path:
     """The file or folder of an entry, downloaded into the cache if it is not there; for a mixture, the cache itself."""
-    found = entry(name)
+    found = entry(name, among)
     if found.parts:
         for part in found.parts:
             fetch(part)
@@ -42,9 +43,9 @@ def fetch(name: str) -> Path:
     return download.fetch(found.archive) / found.member if found.archive else Path(found.place)
 
 
-def is_cached(name: str) -> bool:
+def is_cached(name: str, among: Mapping[str, Entry] = CATALOGUE) -> bool:
     """Whether an entry, with all its parts, is in the cache already, or installed."""
-    found = entry(name)
+    found = entry(name, among)
     if found.package:
         return find_spec(found.package) is not None and (_folder(found.package) / found.member).exists()
     return all(map(is_cached, found.parts)) and (not found.archive or (cache() / found.archive.folder).is_dir())
@@ -96,16 +97,17 @@ def identity(name: str) -> str:
 
 def rows() -> list[dict[str, str]]:
     """The catalogue as a table: each entry's description, download size, licence, and whether it is in the cache."""
-    return [_row(name) for name in CATALOGUE]
+    data = {name: each for name, each in CATALOGUE.items() if each.kind != "weights"}
+    return [_row(name, among) for among in (MODELS, data) for name in among]
 
 
-def _row(name: str) -> dict[str, str]:
-    found = CATALOGUE[name]
+def _row(name: str, among: Mapping[str, Entry]) -> dict[str, str]:
+    found = among[name]
     needed = {part.archive for part in (found, *map(entry, found.parts)) if part.archive}
     size = f"{sum(archive.size for archive in needed) / 1e6:.1f} MB" if needed else "0"
     return {
         "name": name, "kind": found.kind, "download": size, "about": found.about, "licence": found.licence,
-        "attribution": found.attribution, "fetched": "yes" if is_cached(name) else "no",
+        "attribution": found.attribution, "fetched": "yes" if is_cached(name, among) else "no",
     }  # fmt: skip
 
 

@@ -45,9 +45,9 @@ def _load(path: Path) -> Tokenizer:
 def _found(path: str | Path) -> Path:
     if Path(path).exists():
         return Path(path)
-    from keifu.data.catalogue.catalogue import CATALOGUE, fetch
+    from keifu.data.catalogue.catalogue import CATALOGUE, MODELS, fetch
 
-    names = [name for name, entry in CATALOGUE.items() if entry.kind in ("tokenizer", "weights")]
-    if str(path) in names:
-        return fetch(str(path))
-    raise UserError(f"There is no tokenizer at {path}: give a directory, a file, or one of {', '.join(names)}.")
+    known = {name: entry for name, entry in CATALOGUE.items() if entry.kind == "tokenizer"} | MODELS
+    if str(path) in known:
+        return fetch(str(path), known)
+    raise UserError(f"There is no tokenizer at {path}: give a directory, a file, or one of {', '.join(known)}.")
