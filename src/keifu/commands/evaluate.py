@@ -50,10 +50,12 @@ class Options(flags.Packed):
     """What decides which examples are drawn; of pictures, the first one's seed."""
     metric: str | None = None
     """choice (the likeliest of a task's choices), exact (a written answer) or cloze; unset: the task's own. Of a model
-    that draws: distances, reconstruction or bits; unset: all three. Of one that draws from text: clip-score or
-    distances; unset: both."""
+    that draws: distances, reconstruction or bits, unset: all three; or classes (see --judge). Of one that draws from
+    text: clip-score or distances; unset: both."""
     clip: str | None = None
     """The CLIP that looks at pictures drawn from text: a run, a folder or a hub id."""
+    judge: str | None = None
+    """The network that says what is seen in pictures drawn of a class, such as network, for digits."""
     lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH[:SCALE]")] = ()
     """A LoRA for a model that draws from text, as keifu draw takes it; several times for several."""
     guidance: float | None = None
@@ -100,12 +102,14 @@ def run(options: Options) -> None:
     check_known(options.on)
     model, tokenizer = load(options.model, weights=options.weights)
     task = select_task(model, options.on)
-    given = {field.name: vars(options)[field.name] for field in fields(EvalRequest) if field.name in vars(options)}
+    names = {field.name for field in fields(EvalRequest)} - {"judge"}
+    given = {name: value for name, value in vars(options).items() if name in names}
     check_options(options, task)
     for lora in map(chosen_lora, options.lora):
         apply_lora(model, lora.place, lora.scale)
     towers = load(options.clip) if options.clip else None
-    asked = EvalRequest(**given, towers=towers, **training_facts(Path(options.model)))
+    judge = load(options.judge)[0] if options.judge else None
+    asked = EvalRequest(**given, towers=towers, judge=judge, **training_facts(Path(options.model)))
     found = task.evaluate(model, tokenizer, asked)
     if options.output and found.picture and options.output.suffix == ".png":
         write_atomic(options.output, found.picture)

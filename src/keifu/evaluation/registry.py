@@ -20,9 +20,9 @@ class EvalRequest:
     """What to evaluate, on which data and how; an evaluation uses the fields that it names in its OPTIONS.
 
     on: a catalogue name, a file or files. limit: at most so many of its items. towers: a CLIP with its
-    tokenizer. text_field to encoding: how text lies in files. languages: what the model was trained to
-    translate from and into, and held_out: the share of the pictures that was kept from training and whether only
-    distinct ones were taken, where its run says so.
+    tokenizer. judge: a classifier. text_field to encoding: how text lies in files. languages: what the model was
+    trained to translate from and into, and held_out: the share of the pictures that was kept from training and whether
+    only distinct ones were taken, where its run says so.
     """
 
     on: str
@@ -41,6 +41,7 @@ class EvalRequest:
     steps: int | None = None
     guidance: float | None = None
     towers: Any = None
+    judge: Any = None
     text_field: str | None = None
     source_field: str | None = None
     target_field: str | None = None

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,34 @@ def test_a_model_that_must_be_told_a_class_draws_them_in_turn(free: bool, monkey
     assert len(set(nearest)) == (1 if free else 2) and nearest[0] == nearest[2] != (None if free else nearest[1])
     assert "6 pictures by ddim in 3 steps, seeds 11 and on, beside" in found.notes[0]
     assert "no FID and KID as papers print them" in found.notes[2]
+
+
+class Brightness(nn.Module):
+    """A classifier that calls dark rows "dark" and all others "bright"; `classes` in an order of its own."""
+
+    config = SimpleNamespace(dim=3 * SIZE * SIZE)
+    classes = ("bright", "dark")
+
+    def predict_proba(self, x: Tensor) -> Tensor:
+        bright = x.mean(1)
+        return torch.stack([bright, 1 - bright], 1)
+
+
+@pytest.mark.parametrize(("greys", "share"), [((-0.9, 0.9), 1.0), ((0.9, 0.9), 0.4), ((0.9, -0.9), 0.0)])
+@pytest.mark.parametrize("free", [True, False])
+def test_a_classifier_tells_what_was_drawn_of_a_class(greys: tuple, share: float, free: bool, monkeypatch) -> None:
+    model = Remembering(torch.tensor(greys)[:, None, None, None].expand(-1, 3, SIZE, SIZE).clone(), free)
+    model.config.classes = ("dark", "bright")
+    wanted = EvalRequest("mnist", limit=5, steps=2, batch_size=2, metric="classes", judge=Brightness())
+    found = evaluate(model, None, wanted)
+    assert found.figures == {"asked class seen": share, "pictures": 5}
+    assert "5 pictures by ddim in 2 steps, guidance 1, seeds 0" in found.notes[0]
+    for other in (replace(wanted, judge=None), replace(wanted, judge=nn.Linear(1, 1))):
+        with pytest.raises(UserError, match="--judge"):
+            evaluate(model, None, other)
+    model.config.classes = ("dark", "grey")
+    with pytest.raises(UserError, match="of the classes bright, dark"):
+        evaluate(model, None, wanted)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from keifu.data.images.io import to_bytes, to_signed
 from keifu.data.images.sources import CATALOGUED
 from keifu.data.progress import counting
 from keifu.errors import UserError, unknown
+from keifu.evaluation.classification.metrics import Confusion
+from keifu.evaluation.classification.neurons import RowClassifier
 from keifu.evaluation.images.distances import WINDOW, frechet, kernel_distance, manifold, moments, nearest, psnr, ssim
 from keifu.evaluation.images.features import PAPERS, Extractor, extractor, place
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
@@ -222,8 +224,8 @@ def _mean(values: Tensor, digits: int = 2) -> float:
 
 
 ABOUT = "drawing: a model that removes noise, on pictures"
-OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric"}
-METRICS = "distances", "reconstruction", "bits"
+OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric", "guidance", "judge"}
+METRICS = "distances", "reconstruction", "bits", "classes"
 DRAWN, BATCH = 1000, 64
 AGAIN, COUNTED = 256, 64  # held-out pictures that are found again, and whose bits are counted, at most
 COMPARED = 10_000  # real pictures that a network looks at, at most
@@ -261,11 +263,13 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
     """The figures of `metric`, or of each one.
 
     distances: generated images against keifu's training images, by features, and by pixels to find copies.
-    reconstruction and bits: of held-out images.
+    reconstruction and bits: of held-out images. classes: how a classifier sees images drawn of each class.
     """
     drawer = require_diffusion_model(model)
     if request.metric not in (None, *METRICS):
         raise unknown("metric of a diffusion model", request.metric, METRICS)
+    if request.metric == "classes":
+        return class_agreement(model, drawer, request)
     real, parts = _real_images(drawer, request)
     found = [_generate_beside(model, drawer, real, parts, request)] if request.metric in (None, "distances") else []
     if request.metric != "distances":
@@ -279,13 +283,42 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
     )
 
 
+def class_agreement(model: nn.Module, drawer: DiffusionModel, request: EvalRequest) -> EvalResult:
+    """How often a classifier of rows of grey values sees the class in an image that it was drawn of."""
+    judge, classes = request.judge, drawer.config.classes or ()
+    if not isinstance(judge, RowClassifier) or not classes:
+        raise UserError(
+            "The metric classes takes a model conditioned on named classes, and --judge a network of digits."
+        )
+    size = drawer.config.channels * math.prod(trained_size(drawer))
+    if sorted(judge.classes) != sorted(classes) or judge.config.dim != size:
+        raise UserError(
+            f"The judge reads {judge.config.dim} numbers of the classes {', '.join(judge.classes)}: no judge of these."
+        )
+    count, guidance = request.limit or DRAWN, 1.0 if request.guidance is None else request.guidance
+    wanted = ImageRequest(request.sampler or "ddim", request.steps, request.seed, 0, guidance).resolved(drawer)
+    drawn = _generated(model, drawer, wanted, count, request.batch_size or BATCH, range(len(classes)))
+    found = judge.predict_proba(drawn.flatten(1) / 255).argmax(-1).tolist()
+    seen = torch.tensor([classes.index(judge.classes[each]) for each in found])
+    confusion = Confusion.of(torch.arange(count) % len(classes), seen, classes)
+    columns, rows = confusion.by_label()
+    how = f"{wanted.sampler} in {wanted.steps} steps, guidance {guidance:g}, seeds {request.seed} and on"
+    table = ResultTable(tuple(name.replace("texts", "pictures") for name in columns), [tuple(row) for row in rows])
+    return EvalResult(
+        {"asked class seen": round(confusion.accuracy, 4), "pictures": count},
+        (f"{count:,} pictures by {how}.",),
+        {"by class": table},
+    )
+
+
 def _generate_beside(
     model: nn.Module, drawer: DiffusionModel, real: ImageDataset, parts: ImageSplit, request: EvalRequest
 ) -> EvalResult:
     """Generates images and compares them with the real ones."""
     any_class = 0 if drawer.config.n_classes and not drawer.config.null_class else None
     wanted = ImageRequest(request.sampler or "ddim", request.steps, request.seed, any_class).resolved(drawer)
-    drawn = _generated(model, drawer, wanted, request.limit or DRAWN, request.batch_size or BATCH)
+    labels = [None] if any_class is None else range(drawer.config.n_classes)
+    drawn = _generated(model, drawer, wanted, request.limit or DRAWN, request.batch_size or BATCH, labels)
     return write_neighbours(drawn, real, parts.test if len(parts.train) else None, request, wanted)
 
 
@@ -423,16 +456,16 @@ def _real_images(model: DiffusionModel, request: EvalRequest) -> tuple[ImageData
     return (parts.train if len(parts.train) else parts.test), parts
 
 
-def _generated(model: nn.Module, drawer: DiffusionModel, wanted: ImageRequest, count: int, batch_size: int) -> Bytes:
-    """So many images with consecutive seeds; a model conditioned on classes gets each class in turn."""
-    classes, free = drawer.config.n_classes, drawer.config.null_class
-    labels: Sequence[int | None] = [None] if free or not classes else range(classes)
+def _generated(
+    model: nn.Module, drawer: DiffusionModel, wanted: ImageRequest, count: int, size: int, labels: Sequence[int | None]
+) -> Bytes:
+    """So many images with consecutive seeds, of each class in turn."""
     pictures: dict[int, Tensor] = {}
     with counting("Drawing", count, "pictures") as advance:
         for turn, label in enumerate(labels):
             numbers = range(turn, count, len(labels))
-            for first in range(0, len(numbers), batch_size):
-                part = numbers[first : first + batch_size]
+            for first in range(0, len(numbers), size):
+                part = numbers[first : first + size]
                 seeds = [(wanted.seed or 0) + number for number in part]
                 pictures |= dict(zip(part, draw_images(model, replace(wanted, label=label), seeds), strict=True))
                 advance(len(pictures))
