@@ -19,6 +19,7 @@ from keifu.checkpoints.lora.peft import adapt, lora_config, save_adapter
 from keifu.data.images.sources import items
 from keifu.data.records import read_records
 from keifu.data.text.mixture import read_mixture
+from keifu.data.tokenizers import bpe
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
@@ -26,7 +27,11 @@ from keifu.errors import UserError
 from keifu.evaluation.text.tasks import read_task
 from keifu.files import write_tensors
 from keifu.generation.images.png_metadata import read_record
-from keifu.models import bert, gpt1, gpt2, gpt3, llama, palm, qwen3
+from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, mlp, palm, qwen3, seq2seq, transformer
+from keifu.models.clip import clip
+from keifu.models.clip import image as clip_image
+from keifu.models.clip import text as clip_text
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, latent_diffusion
 from keifu.training.run import checkpoint, metrics
 from keifu.training.run.directory import read_recipe
 
@@ -56,6 +61,19 @@ def load(folder: Path) -> None:
         model(torch.tensor([[1, 2, 3]]))
 
 
+def load_model(*inputs: torch.Tensor) -> Callable[[Path], None]:
+    """A model of another kind, which computes on these inputs."""
+
+    def read(folder: Path) -> None:
+        model, tokenizer = checkpoints.load(folder)
+        if tokenizer is not None:
+            tokenizer.decode(tokenizer.encode("a red heart"))
+        with torch.no_grad():
+            model(*inputs)
+
+    return read
+
+
 def saved(module: Any, kind: str = "bpe", shards: float = 5e9, **more: Any) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         torch.manual_seed(0)
@@ -65,6 +83,49 @@ def saved(module: Any, kind: str = "bpe", shards: float = 5e9, **more: Any) -> C
         checkpoints.save(model, tokenizer, folder, max_shard_bytes=shards)
 
     return make
+
+
+def clip_towers(folder: Path) -> None:
+    tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520)
+    text = clip_text.Config(tokenizer.vocab_size, 12, 12, 24, 1, 3, end_id=tokenizer.eos_id, embedding_dim=6)
+    image = clip_image.Config(14, 7, 3, 12, 24, 1, 3, embedding_dim=6)
+    checkpoints.save(clip.build(clip.Config(text, image)), tokenizer, folder)
+
+
+def translator(folder: Path) -> None:
+    tokenizer = train_tokenizer("bpe", TEXTS, 280, special_tokens=["<s>", "</s>", "<pad>"])
+    config = transformer.Config(tokenizer.vocab_size, **SIZES, start_id=256, end_id=257, pad_id=258)
+    checkpoints.save(transformer.build(config), tokenizer, folder)
+
+
+def pixels(folder: Path) -> None:
+    config = ddpm.Config(
+        8, dim=8, multipliers=(1, 1), n_residual_blocks=1, attention=(), norm_groups=4, middle_groups=4
+    )
+    checkpoints.save(ddpm.build(config), None, folder)
+
+
+def latents(folder: Path) -> None:
+    tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(12)
+    text = clip_text.Config(tokenizer.vocab_size, 12, 16, 24, 1, 2, end_id=tokenizer.eos_id, projected=False)
+    unet = conditioned_unet.Config(4, 2, 2, (8,), 1, (0,), (0,), 2, context_dim=16, norm_groups=4)
+    autoencoder = autoencoder_kl.Config(8, 3, 2, (4, 8), 1, 4, scale=1.0)
+    checkpoints.save(latent_diffusion.build(latent_diffusion.Config(text, unet, autoencoder)), tokenizer, folder)
+
+
+def network(folder: Path) -> None:
+    checkpoints.save(mlp.build(mlp.Config(dim=3, hidden_dims=(4, 5), n_outputs=2)), None, folder)
+
+
+def archive(folder: Path) -> None:
+    import numpy as np
+
+    from keifu.checkpoints.npz import EXCHANGED, NAMES
+
+    torch.manual_seed(0)
+    weights = seq2seq.build(seq2seq.SIZES["g2p-en"]).state_dict()
+    np.savez(folder / "a.npz", **{theirs: weights[ours].numpy() for ours, theirs in NAMES.items()})
+    assert set(EXCHANGED) < set(NAMES.values())
 
 
 def gguf(folder: Path, dtype: str | None = "q8_0") -> None:
@@ -187,6 +248,14 @@ def weights(folder: Path) -> None:
 
 
 HF = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+UNET = tuple(f"unet/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors"))
+PIPELINE = "model_index.json", "scheduler/scheduler_config.json", *UNET
+LATENT = (
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json",
+    "tokenizer/tokenizer.json",
+)
 STATES = tuple(f"state/step-0000000{n}.{suffix}" for n in (1, 2) for suffix in ("json", "safetensors"))
 TARGETS = {
     "llama": Target((*HF, "chat_template.jinja"), saved(llama), load),
@@ -194,8 +263,18 @@ TARGETS = {
     "gpt3": Target(HF, saved(gpt3), load),
     "palm": Target(HF, saved(palm, head_dim=8), load),
     "qwen3": Target(HF, saved(qwen3, n_kv_heads=1, head_dim=8), load),
+    "gemma3": Target(HF, saved(gemma3, n_kv_heads=1, head_dim=8), load),
     "bert": Target(HF[:4], saved(bert, "wordpiece"), load),
     "gpt1": Target(HF[:2], weights, load),
+    "translator": Target(
+        HF[:4], translator, load_model(torch.tensor([[5, 6]]), torch.tensor([[256, 7]]), torch.ones(1, 2).bool())
+    ),
+    "clip": Target((*HF[:4], "preprocessor_config.json"), clip_towers, load_model(
+        torch.zeros(1, 3, 14, 14), torch.tensor([[5, 6]]))),
+    "ddpm": Target(PIPELINE, pixels, load_model(torch.zeros(1, 3, 8, 8), torch.tensor([3]))),
+    "latents": Target((*PIPELINE, *LATENT), latents, checkpoints.load),
+    "network": Target(HF[:2], network, load_model(torch.zeros(1, 3))),
+    "archive": Target(("a.npz",), archive, lambda folder: checkpoints.load(folder / "a.npz")),
     "shards": Target(("model.safetensors.index.json", "config.json"), saved(llama, shards=6000), load),
     "gguf": Target(("model.gguf",), gguf, lambda folder: load(folder / "model.gguf")),
     "adapter": Target(
