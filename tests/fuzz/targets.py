@@ -37,7 +37,7 @@ from keifu.training.run.directory import read_recipe
 
 TEXTS = ["one two three four five 12 = 3 <|im_start|> <|im_end|> Hi user assistant system\n"] * 9
 PICTURES = ("png", "jpg", "gif", "webp", "tiff", "bmp", "ppm")
-SIZES = {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2, "context_length": 24}
+SIZES: dict[str, Any] = {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2, "context_length": 24}
 
 
 @dataclass(frozen=True)
