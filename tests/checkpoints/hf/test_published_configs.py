@@ -4,6 +4,7 @@ import pytest
 import transformers
 
 from keifu.checkpoints.registry import FAMILIES, describe, read_config
+from keifu.errors import UserError
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, palm, qwen3
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
@@ -136,3 +137,9 @@ def test_every_size_is_written_and_read_again(kind) -> None:
         assert again == family and describe(back) == (family, json), name
         unpublished = kind == "keifu_mlp" or name.startswith(("gpt3-", "improved-ddpm"))  # a band, a learned variance
         assert json["model_type"].startswith("keifu_") == unpublished, name
+
+
+@pytest.mark.parametrize("layers", [10_001, 2**31, 2**63, 10**30])
+def test_layers_that_no_model_has_take_no_memory(layers: int) -> None:
+    with pytest.raises(UserError, match=f"num_hidden_layers is {layers:,}, and at most 10,000"):
+        read_config({**PUBLISHED["gemma3-1b"], "num_hidden_layers": layers}, "config.json")
