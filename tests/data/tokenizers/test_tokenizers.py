@@ -187,6 +187,7 @@ def model_json(vocabulary: dict[str, int]) -> str:
         ("tokenizer.json", b"\xff\xfe", "is not UTF-8 text: at byte 0 stands 0xff"),
         ("tokenizer.json", "{}", "has no model with a vocabulary"),
         ("tokenizer.json", model_json({"a": 0, "b": 0}), "gives the id 0 to the token 'b', as to 'a'"),
+        ("vocab.json", '{"a": [0], "b": 1}', "gives the id \\[0\\] to the token 'a': ids are whole"),
         ("tokenizer.json", model_json({"a": 0, "b": 2}).replace("[]", '[], "x": 1'), "none with the id 1|not a token"),
         ("tokenizer.json", '{"model": {"type": "Riddle", "vocab": {"a": 0}}}', "not a tokenizer that"),
         ("vocab.json", "[]", "holds no vocabulary"),

@@ -60,13 +60,13 @@ def _numbered(vocabulary: Mapping[str, int] | list[Any]) -> Mapping[str, int]:
     return vocabulary if isinstance(vocabulary, Mapping) else {entry[0]: n for n, entry in enumerate(vocabulary)}
 
 
-def check_ids(vocabulary: Mapping[str, int], path: Path) -> None:
+def check_ids(vocabulary: Mapping[str, Any], path: Path) -> None:
     """Refuses a vocabulary in which two tokens have the same id: they would silently become one."""
     owner: dict[int, str] = {}
     for token, number in vocabulary.items():
         if not isinstance(number, int) or owner.setdefault(number, token) != token:
-            other = f", as to {owner[number]!r}" if number in owner else ""
-            raise UserError(f"{path} gives the id {number!r} to the token {token!r}{other}: ids are whole and unique.")
+            other = f", as to {owner[number]!r}" if isinstance(number, int) else ""
+            raise UserError(f"{path} gives the id {number!r:.40} to the token {token!r}{other}: ids are whole and unique.")
 
 
 def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
