@@ -66,7 +66,8 @@ def check_ids(vocabulary: Mapping[str, Any], path: Path) -> None:
     for token, number in vocabulary.items():
         if not isinstance(number, int) or owner.setdefault(number, token) != token:
             other = f", as to {owner[number]!r}" if isinstance(number, int) else ""
-            raise UserError(f"{path} gives the id {number!r:.40} to the token {token!r}{other}: ids are whole and unique.")
+            given = f"the id {number!r:.40} to the token {token!r}{other}"
+            raise UserError(f"{path} gives {given}: ids are whole and unique.")
 
 
 def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
