@@ -1,6 +1,7 @@
 """Processes that die, hang or differ: the run goes on from its last state, or the first process says why it ends."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 
 from keifu.distributed import failures
 from keifu.distributed.checkpoint import States
+from keifu.distributed.group import _of_this_start
 from keifu.errors import UserError
+from keifu.processes import Processes
 
 RECIPE = Path(__file__).parent / "toy_recipe.py"
 
@@ -37,6 +41,11 @@ def finished(out: Path, *words: str) -> tuple[int, str]:
 
 def digest(out: Path, step: int) -> str:
     return hashlib.sha256((out / "state" / f"step-{step:08d}.safetensors").read_bytes()).hexdigest()
+
+
+def losses(out: Path) -> list[float]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -80,6 +89,39 @@ def test_the_sentence_that_a_process_left_is_the_reason(signs: list[failures.Sig
     assert signs[0].reason() == "Process 1 of 3 (counted from 0): The disk is full."
 
 
+def test_processes_that_start_anew_find_nothing_of_those_before() -> None:
+    """torchrun keeps one store over its restarts: what the dead have written there is not read."""
+    first = distributed.TCPStore("localhost", 0, 1, is_master=True)
+
+    def start(number: int, seconds: float = 20.0) -> distributed.Store:
+        return _of_this_start(first.clone(), number, 3, seconds)
+
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as processes:
+            stores = [*processes.map(start, range(3))]
+        assert not stores[1].check(["value/1"])
+        stores[0].set("value/1", "6")
+        assert stores[2].get("value/1") == b"6"
+        first.set("drawn/2", "of one that died before it was told")
+    with pytest.raises(UserError, match="Process 1 of 3 .* has not come in 0.1 seconds"):
+        start(0, 0.1)
+
+
+@pytest.mark.parametrize(("error", "sentence"), [
+    (UserError("The data differ."), "^The data differ.$"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), "^Process 1 of 2 .* at step 0"),
+])  # fmt: skip
+def test_the_first_process_says_its_own_error_as_it_is(
+    error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "GRACE", 0.1)
+    store, two = distributed.TCPStore("localhost", 0, 1, is_master=True), Processes()
+    two.count = 2
+    with pytest.raises(UserError, match=sentence), failures.explained(two, store, str):
+        raise error
+    assert store.check([failures.SHOWN])
+
+
 @pytest.mark.parametrize(("error", "lost"), [
     (RuntimeError("[enforce fail at gloo/transport/tcp/pair.cc] Connection closed by peer"), True),
     (distributed.DistNetworkError("timed out"), True), (RuntimeError("shapes differ"), False),
@@ -104,28 +146,33 @@ def test_a_part_that_could_not_be_written_is_said_at_the_next_state() -> None:
 
 @pytest.mark.slow
 def test_a_run_whose_processes_are_killed_ends_with_the_bits_of_one_never_disturbed(tmp_path: Path) -> None:
-    """Twenty times, one of two processes at a random moment."""
-    status, said = finished(tmp_path / "calm", "--processes", "2", "--steps", "400")
+    """Twenty times, one of two processes at a random moment, which may be in its start, a step or a state."""
+    status, said = finished(tmp_path / "calm", "--processes", "2", "--steps", "60")
     assert status == 0, said
-    words = ["--processes", "2", "--restarts", "30", "--steps", "400", "--seconds", "0.05"]
-    process, chance, kills = command(tmp_path / "wild", *words), random.Random(0), 0
-    begun = time.monotonic()
-    while process.poll() is None and time.monotonic() - begun < 1800:
-        time.sleep(chance.uniform(5, 15))
-        if kills < 20 and (alive := children(process)):
-            os.kill(chance.choice(alive), signal.SIGKILL)
-            kills += 1
-    assert process.wait() == 0 and kills == 20
-    assert digest(tmp_path / "wild", 400) == digest(tmp_path / "calm", 400)
+    words = ["--processes", "2", "--restarts", "20", "--steps", "60", "--seconds", "0.1", "--until", tmp_path / "end"]
+    process, chance, killed = command(tmp_path / "wild", *map(str, words)), random.Random(0), set[int]()
+    while len(killed) < 20:
+        time.sleep(chance.uniform(0, 8))
+        assert process.poll() is None, process.communicate()[1]
+        if alive := sorted({*children(process)} - killed):
+            chosen = chance.choice(alive)
+            os.kill(chosen, signal.SIGKILL)
+            killed.add(chosen)
+    (tmp_path / "end").touch()
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    assert digest(tmp_path / "wild", 60) == digest(tmp_path / "calm", 60)
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_fewer_processes(tmp_path: Path) -> None:
-    """Three processes, of which one dies; then two. The losses are those of one process."""
+    """Three processes, of which one dies; then two. The losses are those of three that nothing disturbed."""
     status, said = finished(tmp_path / "run", "--processes", "3", "--fault", "die")
     assert status == 1 and "Process 1" in said
-    status, said = finished(tmp_path / "other", "--processes", "3")
-    assert status == 0
+    status, said = finished(tmp_path / "run", "--processes", "2", "--resume")
+    assert status == 0, said
+    assert finished(tmp_path / "calm", "--processes", "3")[0] == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "calm"), rel=1e-6)
 
 
 @pytest.mark.slow

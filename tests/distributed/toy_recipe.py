@@ -20,12 +20,14 @@ from keifu.training.settings import Settings
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of the run; fault: what happens on process 1 at step 7."""
+    """Options of the run; fault: what happens on process 1 at step 7 of a new run. until: a file that the last step
+    waits for."""
 
     kind: str = "gpt2"
     steps: int = 12
     seconds: float = 0.0
     fault: str = ""
+    until: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class FaultyData(ToyData):
 
     seconds: float = 0.0
     fault: str = ""
+    last: int = 0
+    until: Path | None = None
 
     @property
     def apart(self) -> str:
@@ -42,6 +46,8 @@ class FaultyData(ToyData):
 
     def batch(self, step: int) -> Batch:
         time.sleep(self.seconds)
+        while step == self.last and self.until and not self.until.exists():
+            time.sleep(0.05)
         if step == 7 and self.apart == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if step == 7 and self.apart == "hang":
@@ -55,7 +61,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`."""
     torch.manual_seed(0)
     build, objective, _ = KINDS[recipe.kind]
-    data = FaultyData(recipe.kind, 6, seconds=recipe.seconds, fault=recipe.fault)
+    end = {"last": recipe.steps - 1, "until": recipe.until}
+    data = FaultyData(recipe.kind, 6, seconds=recipe.seconds, fault="" if resume else recipe.fault, **end)
     if data.apart == "other data":
         object.__setattr__(data, "fingerprint", "others")
     settings = Settings(

@@ -43,8 +43,10 @@ def explained(group: Processes, store: Any, explain: Callable[[Exception], str |
         raise
     except Exception as error:
         signs.stop()
+        if group.first and exchange_failed(error):
+            raise Lost(signs.reason()) from error
         if group.first:
-            raise Lost(signs.reason()) from error if exchange_failed(error) else error
+            raise
         signs.leave(error, explain)
         raise SystemExit(1) from error
     finally:

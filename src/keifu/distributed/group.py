@@ -5,22 +5,27 @@ They exchange tensors through torch.distributed, and short texts through its sto
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from keifu.devices import choose
 from keifu.distributed import checkpoint
+from keifu.distributed.failures import exchange_failed
 from keifu.distributed.launch import is_restart
 from keifu.distributed.mesh import Mesh
 from keifu.distributed.pod import Pod, parallelize
 from keifu.distributed.tensor import tensor_parallel
+from keifu.errors import UserError
 from keifu.processes import Processes, use
 from keifu.training.ranks import Ranks
 
@@ -110,6 +115,27 @@ def _own(groups: list[torch.Tensor], number: int) -> Any:
     return next(group for group, members in made if number in members)
 
 
+def _of_this_start(store: Any, number: int, count: int, seconds: float) -> Any:
+    """The store without what processes have left there that died: torchrun keeps it when it starts others.
+
+    Each process leaves a number that it draws. The first one tells those of all others its own number, which begins the
+    names of all that they exchange; numbers of the dead are told too, and nobody listens.
+    """
+    drawn, end = uuid4().hex, time.monotonic() + seconds
+    store.set(f"drawn/{number}", drawn)
+    name = drawn if number == 0 else store.get(f"start/{drawn}").decode()
+    store.set(f"{name}/{number}", "")
+    missing = [*range(1, count)] if number == 0 else []
+    while missing := [other for other in missing if not store.check([f"{name}/{other}"])]:
+        if time.monotonic() > end:
+            raise UserError(f"Process {missing[0]} of {count} (counted from 0) has not come in {seconds:g} seconds.")
+        for other in missing:
+            if store.check([f"drawn/{other}"]):
+                store.set(f"start/{store.get(f'drawn/{other}').decode()}", name)
+        time.sleep(0.02)
+    return PrefixStore(name, store)
+
+
 @contextmanager
 def join(mesh: Mesh) -> Iterator[Group]:
     """Makes this process one of those that torchrun has started, in this block. Only the first one prints."""
@@ -120,9 +146,15 @@ def join(mesh: Mesh) -> Iterator[Group]:
     limit = timedelta(seconds=mesh.time_limit)
     store, number, count = next(rendezvous("env://", timeout=limit))
     store.set_timeout(limit)
+    store = _of_this_start(store, number, count, mesh.time_limit)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
-    group = Group(mesh, store, number, count, device)
+    try:
+        distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
+        group = Group(mesh, store, number, count, device)
+    except RuntimeError as error:
+        if not exchange_failed(error):
+            raise
+        raise UserError("Another process ended before all had joined: start again, or with --resume.") from error
     with use(group):
         yield group
         group.wait()
