@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch
 from torch import nn
 from torch.distributed import PrefixStore
 
+from keifu.checkpoints.hf.write import save
 from keifu.distributed.group import Group, join
 from keifu.distributed.mesh import Mesh
 from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.layers.losses import token_log_probabilities
 from keifu.models import gpt2, llama, palm, transformer
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
@@ -31,7 +34,7 @@ from keifu.training.loop import train
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
 from keifu.training.objectives.language_modeling import causal_language_modeling, translation
-from keifu.training.protocols import Batch, Run
+from keifu.training.protocols import Batch, LossOutput, Run
 from keifu.training.run import checkpoint
 from keifu.training.settings import Settings
 
@@ -70,14 +73,24 @@ def _counting(step: int, rows: int, length: int) -> torch.Tensor:
     return (start + (1 + stride) * torch.arange(length)) % 30
 
 
+def scores(model: Any, batch: Batch) -> LossOutput:
+    """The log-probabilities that alignment learns by, whose function takes the whole matrix of a head."""
+    hidden, targets = model.hidden(batch["tokens"][:, :-1]), batch["tokens"][:, 1:].flatten()
+    found, entropy = token_log_probabilities(hidden.flatten(0, 1), model.head_weight, targets)
+    logits = model.logits(hidden.detach()).mean()
+    return LossOutput(-found.sum(), len(targets), {"entropy": entropy.sum(), "logit": logits.detach() * len(targets)})
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[int, int], Batch]]] = {
     "gpt2": (lambda: gpt2.build(gpt2.Config(**WORDS)), causal_language_modeling, tokens),
     "llama": (lambda: llama.build(llama.Config(**WORDS, n_kv_heads=2)), causal_language_modeling, tokens),
     "palm": (
-        lambda: palm.build(palm.Config(**WORDS, head_dim=6, dropout=0.1)), causal_language_modeling, tokens,
+        lambda: palm.build(palm.Config(**WORDS, head_dim=6, dropout=0.1)),
+        partial(causal_language_modeling, z_loss=0.1), tokens,
     ),
+    "scores": (lambda: llama.build(llama.Config(**WORDS, n_kv_heads=2)), scores, tokens),
     "translation": (
-        lambda: transformer.build(transformer.Config(**WORDS)), translation, sentences,
+        lambda: transformer.build(transformer.Config(**WORDS)), partial(translation, label_smoothing=0.1), sentences,
     ),
     "ddpm": (lambda: ddpm.build(UNET), DiffusionLoss(Noise()), pictures),
     "clip": (
@@ -102,10 +115,12 @@ class ToyData:
         return [self.batch(10**6)]
 
 
-def learn(kind: str, folder: Path, steps: int = 50, rows: int = 6, stop: int = 0, **changed: Any) -> dict[str, Any]:
+def learn(
+    kind: str, folder: Path, steps: int = 50, rows: int = 6, stop: int = 0, shard_bytes: int = 0, **changed: Any
+) -> dict[str, Any]:
     """The losses of a run in a folder, goes on with one that stands there; and the hash of the weights at its end.
 
-    stop: the step after which the run is cut off and resumed.
+    stop: the step after which the run is cut off and resumed. shard_bytes: of the files that the model is written in.
     """
     torch.set_num_threads(1)
     for end in [stop, steps] if stop else [steps]:
@@ -115,13 +130,17 @@ def learn(kind: str, folder: Path, steps: int = 50, rows: int = 6, stop: int = 0
         standard = {"learning_rate": 1e-3, "batch_size": rows, "micro_batch": rows, "precision": "float32"}
         often = {"log_every": 1, "evaluate_every": 25, "save_every": 10, "warmup": 5}
         settings = Settings(**{**standard, **often, "steps": end, "schedule": "constant", **changed})
-        train(model, objective, ToyData(kind, rows), settings, Run(folder, resume=bool(checkpoint.steps(folder))))
+        write = partial(save, model, None, max_shard_bytes=shard_bytes) if shard_bytes else None
+        run = Run(folder, resume=bool(checkpoint.steps(folder)))
+        train(model, objective, ToyData(kind, rows), settings, run, save=write)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in _whole(model)))
     return {
         "losses": [line["loss"] for line in lines if "loss" in line],
         "validation": [line["validation_loss"] for line in lines if "validation_loss" in line],
         "norms": [line["gradient_norm"] for line in lines if "gradient_norm" in line],
+        "figures": lines[-1],
+        "rows": {name: len(p) for (name, _), p in zip(model.named_parameters(), _whole(model), strict=True) if p.dim()},
         "weights": digest.hexdigest(),
     }
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import group_toys
 import pytest
+import torch
 from group_toys import KINDS, learn
+from safetensors.torch import load_file
 
 from keifu.distributed.mesh import Mesh, Shape
 from keifu.errors import UserError
@@ -30,10 +32,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found
     """What two processes found, and the folder of their runs."""
     folder = tmp_path_factory.mktemp("two")
     wanted = cases([{}], ["gpt2", "ddpm", "clip"], steps=8)
-    wanted += cases([{"shard": 2}, {"tensor": 2}], ["llama"], steps=12, optimizer="muon", ema=0.9)
+    wanted += cases([{"shard": 2}, {"tensor": 2}], ["llama"], steps=12, optimizer="muon", ema=0.9,
+                    shard_bytes=20_000)  # fmt: skip
     wanted.append({"name": "palm", "kind": "palm", "steps": 12, "stop": 5})
     wanted.append({"name": "joined", "kind": "palm", "mesh": {"tensor": 2, "activation_checkpointing": True},
                    "steps": 8, "optimizer": "adafactor"})  # fmt: skip
+    wanted += cases([{"tensor": 2}], ["scores", "translation"], steps=6)
     return folder, group_toys.start(folder, wanted, 2)
 
 
@@ -61,6 +65,34 @@ def test_a_split_model_has_the_losses_of_the_whole(place: int, two: Any, tmp_pat
 
 def test_one_head_of_keys_is_on_both_processes(two: Any, tmp_path: Path) -> None:
     close(two[1]["joined"], learn("palm", tmp_path, 8, optimizer="adafactor"))
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["shard", "tensor"])
+def test_a_split_model_is_written_in_parts_of_which_none_is_the_whole(place: int, two: Any, tmp_path: Path) -> None:
+    """As Hugging Face's shards, whose numbers are those of one process's model."""
+    learn("llama", tmp_path, 12, optimizer="muon", ema=0.9, shard_bytes=10**9)
+    files = sorted((two[0] / f"llama{place}").glob("model-*.safetensors"))
+    assert len(files) > 3 and max(file.stat().st_size for file in files) < 22_000
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    torch.testing.assert_close(found, load_file(tmp_path / "model.safetensors"), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["scores", "translation"])
+def test_a_head_that_is_split_over_its_classes_gives_the_losses_of_the_whole(
+    kind: str, two: Any, tmp_path: Path
+) -> None:
+    """With label smoothing; and where the whole matrix is asked for, as log-probabilities and logits do."""
+    found, alone = two[1][f"{kind}0"], learn(kind, tmp_path, 6)
+    close(found, alone)
+    figures = [{name: value for name, value in each["figures"].items() if name.startswith("validation_")}
+               for each in (found, alone)]  # fmt: skip
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5) and figures[0]
+
+
+def test_each_process_holds_its_own_classes(two: Any, tmp_path: Path) -> None:
+    assert learn("scores", tmp_path, 1, warmup=0)["rows"]["head.weight"] == 31
+    assert two[1]["scores0"]["rows"]["head.weight"] == 15
+    assert two[1]["joined"]["rows"]["embedding.weight"] == 15
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["shard", "tensor"])

@@ -1,5 +1,8 @@
 """Losses against torch's own formulas, term by term and with their gradients."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,6 +58,44 @@ def test_shares_are_what_each_position_counts(case):
     torch.testing.assert_close(ours, theirs)
     got = torch.autograd.grad(ours, (hidden, weight))
     torch.testing.assert_close(got, torch.autograd.grad(theirs, (hidden, weight)), rtol=1e-5, atol=1e-6)
+
+
+def classes(first: int, barrier: threading.Barrier, found: dict[int, torch.Tensor]) -> losses.Vocabulary:
+    """Those of two threads."""
+
+    def gather(rows: torch.Tensor) -> torch.Tensor:
+        found[first] = rows
+        barrier.wait()
+        both = torch.stack([found[each] for each in sorted(found)])
+        barrier.wait()
+        return both
+
+    return losses.Vocabulary(first, 29, gather)
+
+
+@pytest.mark.parametrize("at_a_time", [13 * 4, 2**26])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_processes_with_some_classes_each_have_the_loss_of_all(case, at_a_time, dtype, monkeypatch):
+    """Where the rows of each come in as many parts; with a bias, label smoothing, shares and the z-loss."""
+    hidden, weight, targets = (each.detach().to(dtype) if each.is_floating_point() else each for each in case)
+    monkeypatch.setattr(losses, "_LOGITS_AT_A_TIME", at_a_time)
+    bias, shares, barrier = torch.randn(29).to(dtype), torch.rand(2, 11), threading.Barrier(2)
+    both: dict[int, torch.Tensor] = {}
+
+    def found(first, end, *more):
+        own = [hidden.clone().requires_grad_(), *(x[first:end].clone().requires_grad_() for x in (weight, bias))]
+        total, plain = losses.smoothed_linear_cross_entropy(*own, targets, None, 0.1, 0.03, shares, *more)
+        return total, plain, *torch.autograd.grad(total, own)
+
+    with ThreadPoolExecutor(2) as threads:
+        parts = [threads.submit(found, first, end, classes(first, barrier, both)) for first, end in ((0, 14), (14, 29))]
+        one, other = (part.result(timeout=30) for part in parts)
+    alone, off = found(0, 29), 1e-5 if dtype == torch.float32 else 0.05
+    assert one[:2] == other[:2]
+    torch.testing.assert_close(one[:2], alone[:2], rtol=off, atol=off)
+    torch.testing.assert_close(one[2] + other[2], alone[2], rtol=off, atol=off)
+    for number in (3, 4):
+        torch.testing.assert_close(torch.cat([one[number], other[number]]), alone[number], rtol=off, atol=off)
 
 
 def test_cross_entropy_terms(case):

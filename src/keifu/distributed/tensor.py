@@ -1,11 +1,12 @@
 """Tensor parallelism (Shoeybi et al., 2019) with sequence parallelism (Korthikanti et al., 2022), put into a built
-model from outside.
+model from outside, and with loss parallelism.
 
 Each process has some heads of every attention and some units of every feed-forward network. Between them, where norms
 and dropout act on each token separately, it has some of the tokens. Axes: batch, length = tokens, dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, distributed, nn
 
 from keifu.distributed.layout import Layout
 from keifu.errors import UserError
+from keifu.layers import losses
 from keifu.layers.attention.attention import Attention, CrossAttention
 from keifu.layers.dropout import LEVELS, Dropout, dropout_mask
 from keifu.layers.feedforward import GEGLU, FeedForward, GatedFeedForward
@@ -26,6 +28,24 @@ class Tokens:
 
     def __init__(self, group: Any, index: int, size: int):
         self.group, self.index, self.size, self.length = group, index, size, 0
+
+    def part(self, x: Tensor, adds: bool) -> Tensor:
+        """This process's tokens of what all have, or where it `adds`, of the sum of what each has."""
+        return _Exchange.apply(x, self.add if adds else self.own, partial(self.all, length=x.shape[1]))
+
+    def whole(self, x: Tensor, adds: bool) -> Tensor:
+        """All tokens; adds: whether each process computes another part of the gradient, or all compute the same."""
+        return _Exchange.apply(x, partial(self.all, length=self.length), self.add if adds else self.own)
+
+    def shared(self, x: Tensor) -> Tensor:
+        """What every process has whole and uses for its own tokens: the gradient is the sum over all."""
+        return _Exchange.apply(x, _same, self.sum)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all processes."""
+        total = x.clone()
+        distributed.all_reduce(total, group=self.group)
+        return total
 
     def own(self, x: Tensor) -> Tensor:
         """This process's tokens, with padding where the length is no multiple of the processes."""
@@ -47,56 +67,32 @@ class Tokens:
     def enter(self, module: nn.Module, inputs: tuple) -> tuple:
         """A hook before the first block: from here on, each process has its own tokens."""
         self.length = inputs[0].shape[1]
-        return (_Part.apply(inputs[0], self, False), *inputs[1:])
+        return (self.part(inputs[0], adds=False), *inputs[1:])
 
     def leave(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         """A hook behind the last block: from here on, each process has all tokens."""
-        return _All.apply(output, self, False)
+        return self.whole(output, adds=False)
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
         size = -(-x.shape[1] // self.size)
         return F.pad(x, (0, 0, 0, size * self.size - x.shape[1])).split(size, 1)
 
 
-class _Part(torch.autograd.Function):
-    """This process's tokens of what all have, or where it `adds`, of the sum of what each has."""
+class _Exchange(torch.autograd.Function):
+    """What a function of the processes gives, whose gradient comes back by another one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tokens, adds: bool) -> Tensor:
-        ctx.tokens, ctx.length = tokens, x.shape[1]
-        return (tokens.add if adds else tokens.own)(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        return ctx.tokens.all(gradient, ctx.length), None, None
-
-
-class _All(torch.autograd.Function):
-    """adds: whether each process computes another part of the gradient, or all compute the same."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tokens, adds: bool) -> Tensor:
-        ctx.tokens, ctx.adds = tokens, adds
-        return tokens.all(x, tokens.length)
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        return (ctx.tokens.add if ctx.adds else ctx.tokens.own)(gradient), None, None
+        return ctx.back(gradient), None, None
 
 
-class _Shared(torch.autograd.Function):
-    """What every process has whole and uses for its own tokens: the gradient is the sum over all."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        gradient = gradient.clone()
-        distributed.all_reduce(gradient, group=ctx.group)
-        return gradient, None
+def _same(x: Tensor) -> Tensor:
+    return x.view_as(x)
 
 
 class ColumnParallel(JoinedLinear):
@@ -110,7 +106,7 @@ class ColumnParallel(JoinedLinear):
             self.bias = _taken(whole.bias, lambda bias: torch.cat([bias[part.start : part.stop] for part in rows]))
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return super().forward(_All.apply(input, self.tokens, True))
+        return super().forward(self.tokens.whole(input, adds=True))
 
 
 class RowParallel(Linear):
@@ -124,7 +120,7 @@ class RowParallel(Linear):
             self.bias = whole.bias
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        y = _Part.apply(linear(input, self.weight), self.tokens, True)
+        y = self.tokens.part(linear(input, self.weight), adds=True)
         return y if self.bias is None else y + self.bias
 
 
@@ -152,12 +148,94 @@ class SplitDropout(Dropout):
         return input.masked_fill(mask, 0) * (LEVELS / (LEVELS - dropped))
 
 
+class Head(Tensor):
+    """This process's rows of a head's matrix, in place of the whole: it computes the loss's part of their classes (loss
+    parallelism), and looks up their tokens. Any other function is given the whole matrix."""
+
+    tokens: Tokens
+    classes: Layout
+
+    @property
+    def own(self) -> range:
+        """The numbers of its classes."""
+        return self.classes.rows[self.tokens.index][0]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The same tensor of every process, one behind the other along a new first axis."""
+        found = [torch.empty_like(rows) for _ in range(self.tokens.size)]
+        distributed.all_gather(found, rows, group=self.tokens.group)
+        return torch.stack(found)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            match func, args:
+                case F.embedding, (tokens, Head() as head, *_):
+                    return head.look_up(tokens)
+                case losses.smoothed_linear_cross_entropy, (hidden, Head() as head, bias, *rest):
+                    return head.loss(hidden, bias, rest)
+            return func(*(each.whole() if isinstance(each, Head) else each for each in args), **(kwargs or {}))
+
+    def whole(self) -> Tensor:
+        """The matrix of all processes, of whose gradient each computes all."""
+        index, size, layout = self.tokens.index, self.tokens.size, self.classes
+        join = partial(layout.join, places=[(0, each) for each in range(size)], group=self.tokens.group)
+        return _Exchange.apply(self.as_subclass(Tensor), join, partial(layout.take, shard=0, tensor=index))
+
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """The rows of tokens, from whichever process has them."""
+        places = tokens - self.own.start
+        there = (places >= 0) & (places < len(self.own))
+        rows = F.embedding(places.where(there, 0), self.as_subclass(Tensor))
+        return _Exchange.apply(rows * there[..., None], self.tokens.sum, _same)
+
+    def loss(self, hidden: Tensor, bias: Tensor | None, rest: list[Any]) -> Any:
+        """The loss over all classes."""
+        classes = losses.Vocabulary(self.own.start, self.classes.shape[0], self.gather)
+        bias = None if bias is None else self.tokens.shared(bias)[self.own.start : self.own.stop]
+        own = self.tokens.shared(hidden), self.as_subclass(Tensor), bias
+        return losses.smoothed_linear_cross_entropy(*own, *rest, vocabulary=classes)
+
+
+class SplitRows:
+    """A layer whose parameter `weight` holds this process's rows of a head's matrix, mixed into the layer's class."""
+
+    tokens: Tokens
+    classes: Layout
+    _parameters: dict[str, Tensor]
+
+    @property
+    def weight(self) -> Head:
+        """Its rows, which know that there are more."""
+        head = self._parameters["weight"].as_subclass(Head)
+        head.tokens, head.classes = self.tokens, self.classes
+        return head
+
+
+def _split_head(model: nn.Module, tokens: Tokens) -> dict[str, Layout]:
+    """Splits the matrix of a language model's head by its classes, and the embedding where that is the same one; none
+    where it is no language model."""
+    models: list[Any] = [part for part in model.modules() if "head_weight" in dir(type(part))]
+    matrices = {id(part.head_weight) for part in models}
+    users: list[Any] = [(name, part) for name, part in model.named_modules()
+                        if any(id(p) in matrices for p in part.parameters(False))]  # fmt: skip
+    if len(users) != 1 or users[0][1].weight.shape[0] < tokens.size:
+        return {}
+    name, user = users[0]
+    total, *rest = user.weight.shape
+    user.classes = Layout((total, *rest), [[_share(total, index, tokens.size)] for index in range(tokens.size)])
+    user.tokens, take = tokens, partial(user.classes.take, shard=0, tensor=tokens.index)
+    user.weight = _taken(user.weight, lambda weight: take(weight).clone())
+    user.__class__ = type(type(user).__name__, (SplitRows, type(user)), {})
+    return {f"{name}.weight": user.classes}
+
+
 def tensor_parallel(model: nn.Module, group: Any, index: int, size: int) -> tuple[dict[str, Layout], set[str]]:
     """Splits the blocks of a model. Gives the layout of each parameter that is split, and the names of those whose
     gradients have to be summed over the group: of the other parameters in the blocks."""
     kinds = (Attention, FeedForward, GatedFeedForward, GEGLU)
     layouts: dict[str, Layout] = {}
-    partial: set[str] = set()
+    summed: set[str] = set()
     for name, blocks in [*model.named_modules()]:
         inner = [part for part in blocks if any(isinstance(m, kinds) for m in part.children())] if isinstance(
             blocks, nn.ModuleList) else []  # fmt: skip
@@ -169,10 +247,11 @@ def tensor_parallel(model: nn.Module, group: Any, index: int, size: int) -> tupl
         for place, block in enumerate(inner):
             found = dict(_split_block(block, tokens))
             layouts |= {f"{name}.{place}.{key}": layout for key, layout in found.items()}
-            partial |= {f"{name}.{place}.{key}" for key, _ in block.named_parameters() if key not in found}
+            summed |= {f"{name}.{place}.{key}" for key, _ in block.named_parameters() if key not in found}
+    layouts |= _split_head(model, Tokens(group, index, size)) if layouts else {}
     if not layouts:
         raise UserError("This model has no Transformer block to split: leave --mesh.tensor out, or use --mesh.shard.")
-    return layouts, partial
+    return layouts, summed
 
 
 def _split_block(block: nn.Module, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
@@ -186,7 +265,7 @@ def _split_block(block: nn.Module, tokens: Tokens) -> Iterator[tuple[str, Layout
         elif isinstance(part, CrossAttention):
             if part.dropout.p:
                 raise UserError("Dropout inside of a cross-attention cannot be split: leave --mesh.tensor out.")
-            part.kv.register_forward_pre_hook(lambda _, inputs: _Shared.apply(inputs[0], tokens.group))
+            part.kv.register_forward_pre_hook(lambda _, inputs: tokens.shared(inputs[0]))
         elif type(part) is Dropout and name.count(".") == 0:
             setattr(block, name, SplitDropout(part.p, tokens))
 

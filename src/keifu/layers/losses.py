@@ -3,24 +3,35 @@
 Axes: `...` any leading axes, n = positions, dim, vocab = classes.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 IGNORED = -100  # the target of a position that does not count
 _LOGITS_AT_A_TIME = 2**26  # 256 MiB of float32 probabilities
 
 
+class Vocabulary(NamedTuple):
+    """The classes of a head of which each of several processes has some.
+
+    first: the number of this process's first one. total: of all processes. gather: gives the same tensor of every
+    process, one behind the other along a new first axis.
+    """
+
+    first: int
+    total: int
+    gather: Callable[[Tensor], Tensor]
+
+
 def cross_entropy(
-    logits: Float[Tensor, "*batch vocab"],
-    targets: Int[Tensor, "*batch"],
-    mask: Bool[Tensor, "*batch"] | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-) -> Float[Tensor, ""]:
+    logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None = None,
+    label_smoothing: float = 0.0, z_loss: float = 0.0,
+) -> Float[Tensor, ""]:  # fmt: skip
     """Sum over positions of -log p(target), in nats, computed in float32.
 
     `mask` is True where a position counts; targets equal to -100 never count. `label_smoothing` mixes the target with
@@ -38,14 +49,10 @@ def cross_entropy(
 
 
 def linear_cross_entropy(
-    hidden: Float[Tensor, "*batch dim"],
-    weight: Float[Tensor, "vocab dim"],
-    targets: Int[Tensor, "*batch"],
-    mask: Bool[Tensor, "*batch"] | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    hidden: Float[Tensor, "*batch dim"], weight: Float[Tensor, "vocab dim"], targets: Int[Tensor, "*batch"],
+    mask: Bool[Tensor, "*batch"] | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0,
     shares: Float[Tensor, "*batch"] | None = None,
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, ""]:  # fmt: skip
     """`cross_entropy(hidden @ weight.T, ...)` with its gradient made on the way, so that few logits exist at a time.
 
     Where autocast is on, the products are in its type; probabilities are in float32 either way. `shares` are what each
@@ -55,28 +62,26 @@ def linear_cross_entropy(
 
 
 def smoothed_linear_cross_entropy(
-    hidden: Float[Tensor, "*batch dim"],
-    weight: Float[Tensor, "vocab dim"],
-    bias: Float[Tensor, " vocab"] | None,
-    targets: Int[Tensor, "*batch"],
-    mask: Bool[Tensor, "*batch"] | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    shares: Float[Tensor, "*batch"] | None = None,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    hidden: Float[Tensor, "*batch dim"], weight: Float[Tensor, "vocab dim"], bias: Float[Tensor, " vocab"] | None,
+    targets: Int[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None = None, label_smoothing: float = 0.0,
+    z_loss: float = 0.0, shares: Float[Tensor, "*batch"] | None = None, vocabulary: Vocabulary | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
     """The loss of `linear_cross_entropy`, of a head that may have a bias, and beside it the sum of -log p(target).
 
-    The second has no gradient and costs nothing: runs with different smoothing are compared by it.
+    The second has no gradient and costs nothing: runs with different smoothing are compared by it. vocabulary: where
+    weight and bias are those of some classes alone; the gradient of `hidden` is then this process's part of a sum.
     """
+    if has_torch_function_unary(weight):  # a tensor that says itself how, as torch's own functions ask
+        given = hidden, weight, bias, targets, mask, label_smoothing, z_loss, shares
+        return handle_torch_function(smoothed_linear_cross_entropy, (weight,), *given)
     targets = targets.flatten()
     if mask is not None:
         targets = targets.masked_fill(~mask.flatten(), IGNORED)
     device = hidden.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     counts = targets != IGNORED if shares is None else shares.flatten() * (targets != IGNORED)
-    return _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, bias, targets, counts, label_smoothing, z_loss, kind
-    )
+    rates = label_smoothing, z_loss
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, targets, counts, rates, kind, vocabulary)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -84,16 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        counts: Tensor,
-        label_smoothing: float,
-        z_loss: float,
-        kind: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor,
+        rates: tuple[float, float], kind: torch.dtype, vocabulary: Vocabulary | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         low, matrix, added = hidden.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
         d_hidden, d_weight = torch.empty_like(low), None
         d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
@@ -102,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(low), rows):
             part = slice(start, start + rows)
             logits = F.linear(low[part], matrix, added)
-            loss, nats, d_logits = _loss_and_gradient(logits, targets[part], counts[part], label_smoothing, z_loss)
+            loss, nats, d_logits = _loss_and_gradient(logits, targets[part], counts[part], *rates, vocabulary)
             total, plain = total + loss, plain + nats
             if not any(ctx.needs_input_grad):
                 continue
@@ -122,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(
-    logits: Tensor, targets: Tensor, counts: Tensor, label_smoothing: float, z_loss: float
+    logits: Tensor, targets: Tensor, counts: Tensor, label_smoothing: float, z_loss: float, classes: Vocabulary | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss of these rows, that of -log p alone, and the loss's gradient by the logits, in their type.
 
@@ -132,15 +130,26 @@ def _loss_and_gradient(
     gradient = torch.softmax(logits, -1, dtype=torch.float32)
     highest, at = logits.max(-1, keepdim=True)
     log_z = highest.float() - gradient.gather(-1, at).log()  # the highest probability is never 0
-    nats = loss = log_z - logits.gather(-1, right).float()
+    total, step = logits.shape[-1], torch.full_like(log_z, label_smoothing - 1)
+    if classes is None:
+        chosen = logits.gather(-1, right).float()
+        mean = logits.mean(-1, keepdim=True, dtype=torch.float32) if label_smoothing else chosen
+    else:
+        own, total = log_z, classes.total
+        inside = (right >= classes.first) & (right < classes.first + logits.shape[-1])
+        right, step = (right - classes.first).where(inside, 0), step * inside
+        mine = logits.gather(-1, right) * inside, logits.sum(-1, keepdim=True, dtype=torch.float32)
+        each = classes.gather(torch.stack([own, *mine]))
+        log_z, chosen, mean = each[:, 0].logsumexp(0), each[:, 1].sum(0), each[:, 2].sum(0) / total
+        gradient *= (own - log_z).exp()
+    nats = loss = log_z - chosen
     if z_loss:
         loss = loss + z_loss * log_z.square()
         gradient *= 1 + 2 * z_loss * log_z
     if label_smoothing:
-        others = log_z - logits.mean(-1, keepdim=True, dtype=torch.float32)
-        loss = loss + label_smoothing * (others - nats)
-        gradient -= label_smoothing / logits.shape[-1]
-    gradient.scatter_add_(-1, right, torch.full_like(loss, label_smoothing - 1))
+        loss = loss + label_smoothing * (log_z - mean - nats)
+        gradient -= label_smoothing / total
+    gradient.scatter_add_(-1, right, step)
     if counts.dtype != torch.bool or not counts.all():
         gradient *= counts
     return (loss * counts).sum(), (nats * counts).sum(), gradient.to(logits.dtype)
@@ -196,6 +205,8 @@ def token_log_probabilities(
     The entropy has no gradient. Logits are made twice, some positions at a time: in the backward pass once more. Where
     autocast is on, products are in its type; probabilities are in float32 either way.
     """
+    if has_torch_function_unary(weight):
+        return handle_torch_function(token_log_probabilities, (weight,), hidden, weight, tokens, temperature)
     device = hidden.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return _TokenLogProbabilities.apply(hidden, weight, tokens, temperature, kind)

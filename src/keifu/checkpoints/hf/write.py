@@ -10,6 +10,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def _save_known(
     family, config = describe(own) if kind is None else describe_as(own, kind)
     if tokenizer is not None:
         check_tokenizer(tokenizer, own.vocab_size)
-    found = links(model, family.table(config))
+    found = [_of_whole(link) for link in links(model, family.table(config))]
     if not current().first:  # it gives its parts of a split model, and does not write
         for links_there in weight_places(family, found).values() if not current().whole else ():
             deque(published_tensors(model, links_there), maxlen=0)
@@ -134,7 +135,7 @@ def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
 def _write_weights(model: nn.Module, found: Sequence[Link], file: Path, limit: int | float) -> None:
     """Writes the weights as this file, or as shards of its name with their index."""
     state = model.state_dict()
-    each = {name: _bytes(link.ours, state[link.ours]) * rows // sum(link.rows)
+    each = {name: math.prod(link.shape) * state[link.ours].element_size() * rows // sum(link.rows)
             for link in found for name, rows in zip(link.theirs, link.rows, strict=True)}  # fmt: skip
     groups = shards(each, limit)
     names = [f"{file.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
@@ -149,10 +150,10 @@ def _write_weights(model: nn.Module, found: Sequence[Link], file: Path, limit: i
         _write_json(file.with_name(f"{file.name}.index.json"), index)
 
 
-def _bytes(name: str, tensor: Tensor) -> int:
-    """The size of a tensor, of a split model the whole one's."""
-    layout = current().layout(name)
-    return math.prod(layout.shape if layout else tensor.shape) * tensor.element_size()
+def _of_whole(link: Link) -> Link:
+    """The same of a split model, whose tensor is a part of that link's."""
+    layout = current().layout(link.ours)
+    return replace(link, shape=layout.shape, rows=layout.parts) if layout else link
 
 
 def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path, file: str) -> None:
