@@ -15,7 +15,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -118,6 +118,17 @@ def build_once(folder: Path) -> Iterator[Path]:
             yield Path(temporary)
 
 
+def made_once(folder: Path, whole: Callable[[], bool], make: Callable[[Path], None]) -> Path:
+    """A folder, which `make` writes under the name that it is given where it is not there and `whole`."""
+    if not whole():
+        with build_once(folder) as place:
+            if not whole():
+                make(place / "new")
+                shutil.rmtree(folder, ignore_errors=True)  # there only when it was damaged
+                (place / "new").rename(folder)
+    return folder
+
+
 @contextmanager
 def _room_for(what: str) -> Iterator[None]:
     try:
@@ -134,17 +145,14 @@ def fetch(archive: Archive) -> Path:
     A file of the right name in `cache()/archives` is taken instead of fetching, for machines without a network.
     A wrong hash, a missing member, no network or a full disk is a `UserError`, and nothing is kept.
     """
-    folder = files.cache() / archive.folder
-    if folder.is_dir():
-        return folder
-    with build_once(folder) as place:
-        if not folder.is_dir():
-            given = files.cache() / "archives" / archive.file
-            file = given if given.is_file() else _fetch_archive(archive, place, given.parent)
-            _check(archive, file)
-            _extract(archive, file, place / "members")
-            (place / "members").rename(folder)
-    return folder
+    folder, given = files.cache() / archive.folder, files.cache() / "archives" / archive.file
+
+    def make(members: Path) -> None:
+        file = given if given.is_file() else _fetch_archive(archive, members.parent, given.parent)
+        _check(archive, file)
+        _extract(archive, file, members)
+
+    return made_once(folder, folder.is_dir, make)
 
 
 def _check(archive: Archive, file: Path) -> None:

@@ -6,7 +6,6 @@ Axes: picture, height, width, channels (1 or 3) on disk and in numpy; picture, c
 import hashlib
 import json
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from keifu.data.catalogue import catalogue
-from keifu.data.catalogue.download import build_once
+from keifu.data.catalogue.download import made_once
 from keifu.data.classification.tables import sorted_labels
 from keifu.data.images import sources
 from keifu.data.images.io import Fit, ImageItem, fit_image
@@ -46,13 +45,7 @@ class ImageFormat(NamedTuple):
 
 def open_index(source: str | Path, folder: Path, form: ImageFormat, leave_out: bool) -> dict[str, Any]:
     """The index of a folder that holds a source's pictures in that form, made if it is not there."""
-    if not _whole(folder):
-        with build_once(folder) as place:
-            if not _whole(folder):
-                _make(source, place / "new", form, leave_out)
-                shutil.rmtree(folder, ignore_errors=True)  # there only when it was damaged
-                (place / "new").rename(folder)
-    index = _read_index(folder)
+    index = _read_index(made_once(folder, lambda: _whole(folder), lambda new: _make(source, new, form, leave_out)))
     if index["faults"] and not leave_out:
         raise UserError(_with_advice(index["faults"][0]))
     return index

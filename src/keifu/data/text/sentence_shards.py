@@ -6,7 +6,6 @@ Axes: token (all documents one after another), sentence, document.
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from keifu.data.catalogue.download import build_once
+from keifu.data.catalogue.download import made_once
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextFormat, chunks
@@ -89,16 +88,14 @@ def prepare_sentences(
         settings |= {"validation": apart(source, validation, form), "held_out": 0}
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     folder = Path(cache_dir or cache() / "sentences") / f"{Path(source).stem or 'text'}-{fingerprint[:16]}"
-    if not (folder / "index.json").is_file():
-        with build_once(folder) as place:
-            if not (folder / "index.json").is_file():
-                facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
-                made = _encode(source, tokenizer, split, form)
-                held = None if validation is None else _encode(validation, tokenizer, split, form)
-                shutil.rmtree(folder, ignore_errors=True)
-                _write(_two_parts(made, facts) if held is None else (made, held), place / "new", facts)
-                (place / "new").rename(folder)
-    return _open(folder)
+
+    def make(new: Path) -> None:
+        facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
+        made = _encode(source, tokenizer, split, form)
+        held = None if validation is None else _encode(validation, tokenizer, split, form)
+        _write(_two_parts(made, facts) if held is None else (made, held), new, facts)
+
+    return _open(made_once(folder, (folder / "index.json").is_file, make))
 
 
 def _encode(source: str | Path, tokenizer: TextTokenizer, split: Splitter, form: TextFormat) -> Sentences:

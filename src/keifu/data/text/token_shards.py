@@ -8,17 +8,17 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from keifu.data.catalogue.download import build_once
+from keifu.data.catalogue.download import made_once
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextChunk, TextFormat, chunks, documents
@@ -151,10 +151,7 @@ def _find_prepared(
     parted: Callable[[], Parted],
 ) -> Shards:
 
-    def make(folder: Path, facts: dict[str, Any]) -> None:
-        _make(source, parted(), tokenizer, folder, facts)
-
-    return find_made(source, settings, make, cache_dir)
+    return find_made(source, settings, lambda new, facts: _make(source, parted(), tokenizer, new, facts), cache_dir)
 
 
 def find_made(
@@ -167,14 +164,8 @@ def find_made(
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     name = Path(source).stem.replace("*", "") or "text"
     folder = Path(cache_dir or cache() / "tokens") / f"{name}-{fingerprint[:16]}"
-    if not _whole(folder):
-        with build_once(folder) as place:
-            if not _whole(folder):
-                facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
-                make(place / "new", facts)
-                shutil.rmtree(folder, ignore_errors=True)  # there only when it was damaged
-                (place / "new").rename(folder)
-    return _open(folder)
+    facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
+    return _open(made_once(folder, partial(_whole, folder), lambda new: make(new, facts)))
 
 
 def _whole(folder: Path) -> bool:
