@@ -11,7 +11,7 @@ Tatoeba's (`keifu data list` has licences and credits). Arithmetic problems are 
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from keifu.data.catalogue import catalogue
 from keifu.data.catalogue.readers import Dialogue
@@ -26,20 +26,12 @@ def question_and_answer(question: str, answer: str) -> Dialogue:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def summaries() -> Iterator[Dialogue]:
-    """ "What is X?" with Wikipedia's summary of X."""
-    for document in catalogue.documents("wiki-summaries"):
-        title, _, summary = document.partition("\n\n")
-        if summary.strip():
-            yield question_and_answer(f"What is {title.strip()}?", summary.strip())
-
-
-def recipes() -> Iterator[Dialogue]:
-    """ "How do I make X?" with Wikibooks' recipe for X."""
-    for document in catalogue.documents("recipes"):
-        title, _, recipe = document.partition("\n\n")
-        if recipe.strip():
-            yield question_and_answer(f"How do I make {title.strip()}?", recipe.strip())
+def titled(entry: str, question: str) -> Iterator[Dialogue]:
+    """A question about each title of an entry's documents, with the text below it."""
+    for document in catalogue.documents(entry):
+        title, _, text = document.partition("\n\n")
+        if text.strip():
+            yield question_and_answer(question.format(title.strip()), text.strip())
 
 
 def translations() -> Iterator[Dialogue]:
@@ -75,13 +67,14 @@ MADE_OF = {
     ),
 }
 INSTRUCTIONS: dict[str, Callable[[], Iterator[Dialogue]]] = {
-    "summary-instructions": summaries,
-    "recipe-instructions": recipes,
+    "summary-instructions": lambda: titled("wiki-summaries", "What is {}?"),
+    "recipe-instructions": lambda: titled("recipes", "How do I make {}?"),
     "translation-instructions": translations,
     "arithmetic-instructions": arithmetic,
 }
 
 
+Form = TypeVar("Form", bound=Callable[..., Any])
 Message = dict[str, str]
 Conversation = list[Message]
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -106,8 +99,7 @@ def read(source: str) -> Iterator[Conversation]:
     elif Path(source).is_file():
         yield from _of_file(Path(source))
     else:
-        beside = [str(each) for each in Path(source).parent.glob("*.json*")] if Path(source).parent.is_dir() else []
-        raise unknown("file or set of conversations", source, [*names(), *beside])
+        raise unknown("file or set of conversations", source, [*names(), *beside(source)])
 
 
 def names() -> list[str]:
@@ -122,7 +114,7 @@ def _ends_with_answer(conversation: Conversation) -> Conversation:
 
 def _of_file(path: Path) -> Iterator[Conversation]:
     for place, record in objects(path, "conversation"):
-        yield validate_messages(_form(record, place)(record), place)
+        yield validate_messages(form_of(record, FORMS, place, "a conversation has")(record), place)
 
 
 def objects(path: Path, what: str) -> Iterator[Row]:
@@ -135,13 +127,24 @@ def objects(path: Path, what: str) -> Iterator[Row]:
         raise UserError(f"There is no {what} in {path}: it is empty.")
 
 
-def _form(record: Mapping[str, Any], place: str) -> Callable[[Mapping[str, Any]], Any]:
-    """How to read a record, by its fields."""
-    for fields, form in FORMS.items():
+def form_of(record: Mapping[str, Any], forms: Mapping[tuple[str, ...], Form], place: str, what: str) -> Form:
+    """How to read a record, by its fields: the first of the forms whose fields it has; none is a `UserError`."""
+    for fields, form in forms.items():
         if {*fields} <= record.keys():
             return form
-    forms = "; ".join(" and ".join(fields) for fields in FORMS)
-    raise UserError(f"{place}: a conversation has one of these sets of fields: {forms}. This has {listed(record)}.")
+    known = "; ".join(" and ".join(fields) for fields in forms)
+    raise UserError(f"{place}: {what} one of these sets of fields: {known}. This has {listed(record)}.")
+
+
+def prompt_of(given: Any, place: str) -> Conversation:
+    """A prompt, a text or a list of messages, as messages after which an answer is expected."""
+    messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
+    return validate_messages([*messages, {"role": "assistant", "content": "?"}], place)[:-1]
+
+
+def beside(source: str | Path) -> list[str]:
+    """The files of records that lie where a source was looked for."""
+    return [str(each) for each in Path(source).parent.glob("*.json*")]
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Any:

@@ -106,16 +106,12 @@ class PackedConversations:
         self.rows, self.held_rows = (self._rows(part, packed) for part in (training, held))
         self.batch_size = min(batch_size, len(self.rows))
         self._epochs = Epochs(len(self.rows), self.batch_size, seed)
+        self.steps_per_epoch = self._epochs.steps
         self.fingerprint = self._hash()
 
     def _rows(self, part: Sequence[TurnMasks], packed: bool) -> list[list[int]]:
         lengths = [len(each.ids) for each in part]
         return pack(lengths, self.context_length) if packed else [[place] for place in range(len(part))]
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Batches after which every row was seen once."""
-        return self._epochs.steps
 
     def _hash(self) -> str:
         """Of all ids and masks, and of the packing."""

@@ -29,9 +29,8 @@ from torch import Tensor
 
 from keifu.data.batching import Epochs
 from keifu.data.catalogue import catalogue, readers
-from keifu.data.chat.conversations import Conversation, objects, validate_messages
+from keifu.data.chat.conversations import Conversation, beside, form_of, objects, prompt_of, validate_messages
 from keifu.data.chat.packing import TurnMasks
-from keifu.data.records import listed
 from keifu.errors import UserError, unknown
 
 UNTOUCHED = 5  # the sliders' initial value: a conversation with this for all three was perhaps not rated
@@ -79,23 +78,15 @@ def read_preferences(source: str | Path) -> Iterator[RankedResponses]:
     what is wrong: no form fits, two conversations that do not begin alike, equal answers, scores that do not match."""
     path, made = Path(source), PREFERENCES.get(str(source))
     if made is None and not path.is_file():
-        beside = [str(each) for each in path.parent.glob("*.json*")] if path.parent.is_dir() else []
-        raise unknown("file or set of preferences", str(source), [*PREFERENCES, *beside])
+        raise unknown("file or set of preferences", str(source), [*PREFERENCES, *beside(source)])
     named = ((f"{source}, entry {number}", record) for number, record in enumerate(made(), 1)) if made else ()
     for place, record in named if made else objects(path, "preference"):
-        for fields, form in FORMS.items():
-            if {*fields} <= record.keys():
-                yield _validate(form(record, place), place)
-                break
-        else:
-            forms = "; ".join(" and ".join(fields) for fields in FORMS)
-            known = f"preferences have one of these sets of fields: {forms}"
-            raise UserError(f"{place}: {known}. This has {listed(record)}.")
+        yield _validate(form_of(record, FORMS, place, "preferences have")(record, place), place)
 
 
 def _pair(record: Mapping[str, Any], place: str) -> RankedResponses:
     answers = [_answer(record[name], f"{place}, {name}") for name in ("chosen", "rejected")]
-    return RankedResponses(_prompt(record["prompt"], place), tuple(answers), (1.0, 0.0))
+    return RankedResponses(prompt_of(record["prompt"], f"{place}, prompt"), tuple(answers), (1.0, 0.0))
 
 
 def _two_conversations(record: Mapping[str, Any], place: str) -> RankedResponses:
@@ -117,7 +108,7 @@ def _list(record: Mapping[str, Any], place: str) -> RankedResponses:
         raise UserError(f"{place}: scores are numbers, and these are {scores}.")
     order = sorted(range(len(answers)), key=lambda number: -scores[number])
     ranked = tuple(answers[number] for number in order), tuple(float(scores[number]) for number in order)
-    return RankedResponses(_prompt(record["prompt"], place), *ranked)
+    return RankedResponses(prompt_of(record["prompt"], f"{place}, prompt"), *ranked)
 
 
 FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], RankedResponses]] = {
@@ -125,12 +116,6 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], RankedResponses]
     ("prompt", "answers"): _list,
     ("chosen", "rejected"): _two_conversations,
 }
-
-
-def _prompt(given: Any, place: str) -> Conversation:
-    """Messages that end where a response is expected."""
-    messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
-    return validate_messages([*messages, {"role": "assistant", "content": "?"}], f"{place}, prompt")[:-1]
 
 
 def _answer(given: Any, place: str) -> str:
@@ -184,12 +169,8 @@ class PreferencePairs:
         self.parts, self.references = (list(training), list(held)), references
         self.batch_size, self.pad_id, self.seed = min(batch_size, len(training)), pad_id, seed
         self._epochs = Epochs(len(training), self.batch_size, seed)
+        self.steps_per_epoch = self._epochs.steps
         self.fingerprint = self._hash()
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Batches after which every pair was seen once."""
-        return self._epochs.steps
 
     def _hash(self) -> str:
         """Of all ids and masks."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keifu.data.chat import conversations
-from keifu.data.chat.conversations import Conversation, objects, validate_messages
+from keifu.data.chat.conversations import Conversation, objects, prompt_of
 from keifu.data.records import listed
 from keifu.errors import UserError, unknown
 
@@ -49,9 +49,7 @@ def prompt(record: Mapping[str, Any], place: str) -> Prompt:
     """One record; a fault is a `UserError` that begins with the place."""
     if "prompt" not in record:
         raise UserError(f"{place}: there is no field prompt, only {listed(record)}.")
-    given = record["prompt"]
-    messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
-    return Prompt(validate_messages([*messages, {"role": "assistant", "content": "?"}], place)[:-1], record)
+    return Prompt(prompt_of(record["prompt"], place), record)
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:

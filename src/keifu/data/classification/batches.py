@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,12 +70,8 @@ class LabelledBatches:
         self.training, self.held, self.seed, self.pad_id = training, held, seed, pad_id
         self.batching = ByRows(np.array(training.lengths)[:, None], batch_size, POOL * batch_size)
         self.batch_size, self.whole = batch_size, len(training) // batch_size
+        self.steps_per_epoch = len(self.batching.bounds) - 1
         self._epochs = Epochs(self.steps_per_epoch, 1, seed, self._order)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches that show every row once."""
-        return len(self.batching.bounds) - 1
 
     @property
     def fingerprint(self) -> str:
@@ -106,13 +102,6 @@ class LabelledBatches:
 Sequences = Sequence[list[Ids]]  # of each example
 
 
-@runtime_checkable
-class TextEncoder(Protocol):
-    """What is needed of a tokenizer."""
-
-    def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[Ids]: ...
-
-
 class EncodedSequence(NamedTuple):
     """The sequences of each example, and how many examples were cut."""
 
@@ -121,7 +110,7 @@ class EncodedSequence(NamedTuple):
 
 
 def encode_form(
-    tokenizer: TextEncoder, examples: FormExamples, marks: Delimiters, limit: int, cut: bool = False
+    tokenizer: Any, examples: FormExamples, marks: Delimiters, limit: int, cut: bool = False
 ) -> EncodedSequence:
     """The ids of examples, their marks among them, in sequences of at most `limit` tokens.
 

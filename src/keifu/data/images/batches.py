@@ -53,11 +53,7 @@ class ImageBatches:
         self.augmentation = augmentation or Augmentation()
         self.training_tokens, self.held_tokens = training_tokens, held_tokens
         self._epochs = Epochs(len(training), batch_size, seed)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Batches after which every picture was seen once."""
-        return self._epochs.steps
+        self.steps_per_epoch = self._epochs.steps
 
     @cached_property
     def fingerprint(self) -> str:

@@ -53,16 +53,12 @@ class PackedText:
         self._slack = min(context_length - 1, len(self._windows) - 1)  # offsets go from 0 to this
         self.windows_per_epoch = (len(self._windows) - 1 - self._slack) // context_length + 1
         self._epochs = Epochs(self.windows_per_epoch, self.batch_size, seed, self._order)
+        self.steps_per_epoch = self._epochs.steps
 
     @property
     def fingerprint(self) -> str:
         """The text's fingerprint and what else the batches depend on."""
         return f"{self.shards.fingerprint}-context{self.context_length}-batch{self.growth}-seed{self.seed}"
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Batches, the largest ones, after which every window was seen once."""
-        return self._epochs.steps
 
     def batch(self, step: int) -> dict[str, Int64[Tensor, "row position"]]:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""

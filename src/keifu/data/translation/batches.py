@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -111,18 +111,6 @@ class EncodedPairs:
         return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
 
 
-@runtime_checkable
-class Batching(Protocol):
-    """How an epoch is cut: batch i holds order(random)[bounds[i] : bounds[i + 1]], the same bounds every epoch."""
-
-    bounds: list[int]
-    name: str  # with all that the order depends on
-
-    def order(self, random: np.random.Generator) -> np.ndarray:
-        """All rows in an order of this epoch's own."""
-        ...
-
-
 class ByTokens:
     """Batches of at most `tokens` source and target tokens, padding counted, of rows of nearly equal length.
 
@@ -171,6 +159,11 @@ class ByRows:
         return shuffled[np.lexsort([self.lengths[shuffled], pools])]
 
 
+# How an epoch is cut: batch i holds order(random)[bounds[i] : bounds[i + 1]], the same bounds every epoch, where order
+# gives all rows in an order of the epoch's own; `name` says all that it depends on.
+Batching = ByTokens | ByRows
+
+
 class PairData:
     """Training data for translation: batches of pairs, in the form that `training.objectives.translation` takes.
 
@@ -189,6 +182,7 @@ class PairData:
         self.train, self.held_out, self.special, self.batching, self.seed = train, validation, special, batching, seed
         longest = int(validation.sizes().sum(1).max())
         self._validation = ByTokens(validation.sizes(), max(tokens_at_once, longest))
+        self.steps_per_epoch = len(batching.bounds) - 1
         self._epochs = Epochs(self.steps_per_epoch, 1, seed, self._order)
 
     @property
@@ -198,11 +192,6 @@ class PairData:
         bounds = hashlib.sha256(repr((self.batching.bounds, *around)).encode()).hexdigest()
         parts = self.train.fingerprint, self.held_out.fingerprint, bounds
         return f"{'-'.join(part[:16] for part in parts)}, {self.batching.name}, seed {self.seed}"
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches after which every pair was seen once."""
-        return len(self.batching.bounds) - 1
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
