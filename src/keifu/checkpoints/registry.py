@@ -1,7 +1,7 @@
 """Registry of model families: how each model_type's config.json is read and written, and how its weights are named.
 
 A model's file is imported when one of its model_types is asked for, and no other. A new model needs a line in `MODELS`,
-and one in `_MAKERS` if its files differ from `_published`'s rules.
+and one in `_MAKERS`, `_FILES` or `_WITHOUT_TEXT` if its files differ from `_published`'s rules.
 """
 
 import sys
@@ -92,22 +92,24 @@ class Family:
         return {ours: theirs.removeprefix(self.prefix) for ours, theirs in self.names.items()}
 
 
-def _published(module: Any, aliases: Aliases | None = None, dialect: Dialect = _PLAIN) -> list[Family]:
+def _published(module: Any) -> list[Family]:
     """One family for each model_type of a file whose model others know too, and one for what only keifu can build."""
+    offered, name = vars(module), _name(module)
     shared = {
         "module": module,
         "names": module.WEIGHT_NAMES,
         "prefix": module.PREFIX,
         "not_weights": module.NOT_WEIGHTS,
         "unsupported": module.UNSUPPORTED,
-        "aliases": aliases,
-        "dialect": dialect,
+        "aliases": offered.get("aliases"),
+        "dialect": Dialect(**{field: offered[each] for each, field in DIALECTS.items() if each in offered}),
     }
+    files = offered.get("FILES", _FILES.get(name, Family.files))
     known = [
-        Family(model_type=kind, read=module.from_published, write=module.to_published, **shared)
+        Family(model_type=kind, read=module.from_published, write=module.to_published, files=files, **shared)
         for kind in module.MODEL_TYPES
     ]
-    return [*known, replace(_own(module), **shared, writes_text=True)]
+    return [*known, replace(_own(module), **shared)]
 
 
 def _own(module: Any) -> Family:
@@ -125,12 +127,17 @@ def _name(module: ModuleType) -> str:
     return module.__name__.removeprefix("keifu.models.")
 
 
-def _files(family: Family, published: tuple[str, str]) -> tuple[str, str]:
-    return published if family.model_type in family.module.MODEL_TYPES else family.files
-
-
-_NETWORK = ("config.json", "diffusion_pytorch_model.safetensors")  # of diffusers
-_PIPELINE = ("model_index.json", _NETWORK[1])
+# Networks with a folder of their own in a pipeline of diffusers, and such pipelines: what their published files are.
+_NETWORKS = (
+    "diffusion.autoencoder_kl", "diffusion.conditioned_unet", "unclip.prior", "unclip.decoder", "unclip.conditioning"
+)  # fmt: skip
+_WITHOUT_TEXT = (*_NETWORKS, "perceptron", "diffusion.ddpm", "clip.image", "dalle.discrete_vae")
+_FILES = dict.fromkeys(_NETWORKS, ("config.json", "diffusion_pytorch_model.safetensors")) | dict.fromkeys(
+    ("diffusion.latent_diffusion", "unclip.unclip"), ("model_index.json", "diffusion_pytorch_model.safetensors")
+)
+DIALECTS = {  # what a model's file may offer, and the field of `Dialect` that it is
+    "IN_FILE": "in_file", "COPIES": "copies", "OLD_ENDINGS": "old_endings", "WITHOUT_PREFIX": "without_prefix"
+}  # fmt: skip
 
 MODELS = {  # each model's file under keifu.models, and the model_types of its configs, keifu's own last
     "bert": ("bert", "keifu_bert"),
@@ -163,45 +170,16 @@ MODELS = {  # each model's file under keifu.models, and the model_types of its c
 
 def _families(module: Any) -> list[Family]:
     """The families of a model's file; most are published ones, and what only keifu can build."""
-    return _MAKERS.get(_name(module), _published)(module)
-
-
-def _bert(module: Any) -> list[Family]:
-    return _published(module, dialect=Dialect(module.IN_FILE, module.COPIES, module.OLD_ENDINGS, module.WITHOUT_PREFIX))
-
-
-def _marian(module: Any) -> list[Family]:
-    return _published(module, module.aliases)
+    name = _name(module)
+    if name in _MAKERS:
+        return _MAKERS[name](module)
+    found = _published(module) if "MODEL_TYPES" in vars(module) else [_own(module)]
+    return [replace(each, writes_text=name not in _WITHOUT_TEXT) for each in found]
 
 
 def _mlp(module: Any) -> list[Family]:
     return [Family(module, "keifu_mlp", module.from_published, module.to_published, module.WEIGHT_NAMES,
                    writes_text=False)]  # fmt: skip
-
-
-def _ddpm(module: Any) -> list[Family]:
-    published, own = _published(module, dialect=Dialect(old_endings=module.OLD_ENDINGS))
-    return [replace(published, writes_text=False, files=module.FILES), replace(own, writes_text=False)]
-
-
-def _network(module: Any, dialect: Dialect = _PLAIN) -> list[Family]:
-    """A network with a folder of its own in a pipeline of diffusers."""
-    found = _published(module, dialect=dialect)
-    return [replace(each, writes_text=False, files=_files(each, _NETWORK)) for each in found]
-
-
-def _autoencoder(module: Any) -> list[Family]:
-    return _network(module, Dialect(old_endings=module.OLD_ENDINGS))
-
-
-def _pipeline(module: Any, dialect: Dialect = _PLAIN) -> list[Family]:
-    return [replace(each, files=_files(each, _PIPELINE)) for each in _published(module, dialect=dialect)]
-
-
-def _latent_diffusion(module: Any) -> list[Family]:
-    from keifu.models.diffusion.autoencoder_kl import OLD_ENDINGS
-
-    return _pipeline(module, Dialect(old_endings=OLD_ENDINGS))
 
 
 def _clip(module: Any) -> list[Family]:
@@ -212,38 +190,11 @@ def _clip(module: Any) -> list[Family]:
         published, model_type="open_clip", names=open_clip.WEIGHT_NAMES, not_weights=open_clip.NOT_WEIGHTS,
         read=open_clip.from_open_clip, write=open_clip.to_open_clip, files=open_clip.FILES,
     )  # fmt: skip
-    return [published, of_open_clip, replace(own, names=open_clip.WEIGHT_NAMES)]  # which has names for a ResNet too
+    own = replace(own, names=open_clip.WEIGHT_NAMES, writes_text=True)  # which has names for a ResNet too
+    return [published, of_open_clip, own]
 
 
-def _clip_text(module: Any) -> list[Family]:
-    return _published(module, dialect=Dialect(module.IN_FILE, without_prefix=module.WITHOUT_PREFIX))
-
-
-def _clip_image(module: Any) -> list[Family]:
-    return [replace(each, writes_text=False) for each in _clip_text(module)]
-
-
-def _own_text(module: Any) -> list[Family]:
-    return [replace(_own(module), writes_text=True)]
-
-
-_MAKERS: dict[str, Callable[[Any], list[Family]]] = {
-    "bert": _bert,
-    "transformer": _marian,
-    "mlp": _mlp,
-    "perceptron": lambda module: [_own(module)],
-    "diffusion.ddpm": _ddpm,
-    "diffusion.autoencoder_kl": _autoencoder,
-    **dict.fromkeys(("diffusion.conditioned_unet", "unclip.prior", "unclip.decoder", "unclip.conditioning"), _network),
-    "diffusion.latent_diffusion": _latent_diffusion,
-    "unclip.unclip": _pipeline,
-    "clip.clip": _clip,
-    "clip.text": _clip_text,
-    "clip.image": _clip_image,
-    "seq2seq": _own_text,
-    "dalle.dalle": _own_text,
-    "dalle.discrete_vae": lambda module: [_own(module)],
-}
+_MAKERS: dict[str, Callable[[Any], list[Family]]] = {"mlp": _mlp, "clip.clip": _clip}
 
 
 @cache
