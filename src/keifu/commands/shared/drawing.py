@@ -95,10 +95,6 @@ def image_of(picture: "Tensor") -> Any:
     return Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).contiguous().numpy(), kinds[len(picture)])
 
 
-if TYPE_CHECKING:
-    from keifu.generation.images.png_metadata import LoraRecord
-
-
 def select_loras(words: str) -> "LoraRecord":
     """What `PATH` or `PATH:SCALE` says, a file or a folder that holds one; where none is there is a `UserError`."""
     from keifu.checkpoints.lora.diffusion import FILE
@@ -135,10 +131,6 @@ def output_paths(loras: "Sequence[LoraRecord]", places: Sequence[str]) -> "tuple
             raise UserError(f"The LoRA {lora.place} is not there, or is another one now: name its place (--lora).")
         found.append(replace(lora, place=where))
     return tuple(found)
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def check(count: int, best_of: int | None, clip: str | None, text: str | None) -> None:
