@@ -11,6 +11,7 @@ import tyro
 from keifu.commands.shared import flags, tables
 from keifu.commands.shared.drawing import select_loras as chosen_lora
 from keifu.errors import UserError, unknown
+from keifu.evaluation.registry import EvalOptions, EvalRequest
 from keifu.files import read_json_object
 
 # Each is a file in keifu/evaluation (see its task.py).
@@ -20,8 +21,8 @@ TASKS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Options(flags.Packed):
+@dataclass(frozen=True, kw_only=True)
+class Options(flags.Packed, EvalOptions):
     """How good a model is, in figures.
 
     A CLIP: how well captions and pictures find each other (a catalogue name such as emoji, a folder, .tar shards). A
@@ -37,54 +38,12 @@ class Options(flags.Packed):
     """
 
     model: flags.Model
-    on: str
-    """The data."""
-    limit: int | None = None
-    """At most so many pairs, windows of text or items of a task; pictures that are drawn (unset: 1000), found again in
-    noise (256) or counted in bits (64)."""
-    shots: int | None = None
-    """Examples with their answers in the prompt of each item; unset: 0."""
-    by_shots: tuple[int, ...] = ()
-    """Several numbers of examples, such as 0 1 4 16, each for the same items."""
-    seed: int = 0
-    """What decides which examples are drawn; of pictures, the first one's seed."""
-    metric: str | None = None
-    """choice (the likeliest of a task's choices), exact (a written answer) or cloze; unset: the task's own. Of a model
-    that draws: distances, reconstruction or bits, unset: all three; or classes (see --judge). Of one that draws from
-    text: clip-score or distances; unset: both."""
     clip: str | None = None
     """The CLIP that looks at pictures drawn from text: a run, a folder or a hub id."""
     judge: str | None = None
     """The network that says what is seen in pictures drawn of a class, such as network, for digits."""
     lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH[:SCALE]")] = ()
     """A LoRA for a model that draws from text, as keifu draw takes it; several times for several."""
-    guidance: float | None = None
-    """How far towards the text they are drawn; unset: 7.5."""
-    sampler: str | None = None
-    """How pictures are drawn; unset: ddim, for a text dpm++-2m."""
-    steps: int | None = None
-    """Steps of the sampler; unset: as many as are usual with it."""
-    reverse: bool = False
-    """Swap the sides of the pairs: the second is the source."""
-    language: str | None = None
-    """The code of the language that is translated into, such as ja, where the data does not tell it; or of the captions
-    that are drawn."""
-    beam: int | None = None
-    """Translations held open at a time; unset: 4."""
-    alpha: float | None = None
-    """Exponent of the length penalty; unset: 0.6."""
-    batch_size: int | None = None
-    """How much is computed at a time: it changes no figure but the speed."""
-    text_field: str | None = None
-    """The field, or column, that holds the text in .jsonl, .json, .csv, .tsv and .parquet files; unset: text."""
-    source_field: str | None = None
-    """The field, or column, of the source in a file of pairs; unset: source, or the first of two."""
-    target_field: str | None = None
-    """The field of the translation; unset: target, or the second of two."""
-    encoding: str = "utf-8"
-    """Of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
-    by_length: bool = False
-    """Show the figures by the length of the source too."""
     output: Path | None = None
     """Write each pair or item, and what the model made of it, to this file: .jsonl, or else columns parted by tabs. Of
     drawn pictures a .png shows some, each beside the nearest of the set by pixels and by features."""
@@ -96,14 +55,12 @@ def run(options: Options) -> None:
     """Evaluates, and prints the figures, remarks and tables."""
     from keifu.checkpoints import load
     from keifu.checkpoints.lora.diffusion import apply_lora
-    from keifu.evaluation.registry import EvalRequest
     from keifu.files import write_atomic
 
     check_known(options.on)
     model, tokenizer = load(options.model, weights=options.weights)
     task = select_task(model, options.on)
-    names = {field.name for field in fields(EvalRequest)} - {"judge"}
-    given = {name: value for name, value in vars(options).items() if name in names}
+    given = {field.name: vars(options)[field.name] for field in fields(EvalOptions)}
     check_options(options, task)
     for lora in map(chosen_lora, options.lora):
         apply_lora(model, lora.place, lora.scale)
@@ -156,7 +113,7 @@ def select_task(model: Any, on: str) -> Any:
 
 def check_options(options: Options, task: Any) -> None:
     """Refuses an option that the task would not heed."""
-    everyones = {"model", "on", "limit", "json", "device", "weights"}
+    everyones = {"model", "on", "limit", "json", *(each.name for each in fields(flags.Packed))}
     for field in fields(options):
         if field.name not in everyones | task.OPTIONS and vars(options)[field.name] != field.default:
             flag = "--" + field.name.replace("_", "-")

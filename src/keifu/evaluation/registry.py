@@ -16,36 +16,64 @@ from keifu.errors import UserError
 
 
 @dataclass(frozen=True)
-class EvalRequest:
-    """What to evaluate, on which data and how; an evaluation uses the fields that it names in its OPTIONS.
-
-    on: a catalogue name, a file or files. limit: at most so many of its items. towers: a CLIP with its
-    tokenizer. judge: a classifier. text_field to encoding: how text lies in files. languages: what the model was
-    trained to translate from and into, and held_out: the share of the pictures that was kept from training and whether
-    only distinct ones were taken, where its run says so.
-    """
+class EvalOptions:
+    """What a user may ask of an evaluation; one uses the fields that it names in its OPTIONS."""
 
     on: str
+    """The data."""
     limit: int | None = None
-    reverse: bool = False
-    language: str | None = None
-    beam: int | None = None
-    alpha: float | None = None
-    batch_size: int | None = None
-    by_length: bool = False
+    """At most so many pairs, windows of text or items of a task; pictures that are drawn (unset: 1000), found again in
+    noise (256) or counted in bits (64)."""
     shots: int | None = None
+    """Examples with their answers in the prompt of each item; unset: 0."""
     by_shots: tuple[int, ...] = ()
+    """Several numbers of examples, such as 0 1 4 16, each for the same items."""
     seed: int = 0
+    """What decides which examples are drawn; of pictures, the first one's seed."""
     metric: str | None = None
-    sampler: str | None = None
-    steps: int | None = None
+    """choice (the likeliest of a task's choices), exact (a written answer) or cloze; unset: the task's own. Of a model
+    that draws: distances, reconstruction or bits, unset: all three; or classes (see --judge). Of one that draws from
+    text: clip-score or distances; unset: both."""
     guidance: float | None = None
+    """How far towards the text they are drawn; unset: 7.5."""
+    sampler: str | None = None
+    """How pictures are drawn; unset: ddim, for a text dpm++-2m."""
+    steps: int | None = None
+    """Steps of the sampler; unset: as many as are usual with it."""
+    reverse: bool = False
+    """Swap the sides of the pairs: the second is the source."""
+    language: str | None = None
+    """The code of the language that is translated into, such as ja, where the data does not tell it; or of the captions
+    that are drawn."""
+    beam: int | None = None
+    """Translations held open at a time; unset: 4."""
+    alpha: float | None = None
+    """Exponent of the length penalty; unset: 0.6."""
+    batch_size: int | None = None
+    """How much is computed at a time: it changes no figure but the speed."""
+    text_field: str | None = None
+    """The field, or column, that holds the text in .jsonl, .json, .csv, .tsv and .parquet files; unset: text."""
+    source_field: str | None = None
+    """The field, or column, of the source in a file of pairs; unset: source, or the first of two."""
+    target_field: str | None = None
+    """The field of the translation; unset: target, or the second of two."""
+    encoding: str = "utf-8"
+    """Of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
+    by_length: bool = False
+    """Show the figures by the length of the source too."""
+
+
+@dataclass(frozen=True)
+class EvalRequest(EvalOptions):
+    """What to evaluate, on which data and how, with what the model brings.
+
+    towers: a CLIP with its tokenizer. judge: a classifier. languages: what the model was trained to translate from and
+    into, and held_out: the share of the pictures that was kept from training and whether only distinct ones were taken,
+    where its run says so.
+    """
+
     towers: Any = None
     judge: Any = None
-    text_field: str | None = None
-    source_field: str | None = None
-    target_field: str | None = None
-    encoding: str = "utf-8"
     languages: tuple[str, str] = ("", "")
     held_out: Mapping[str, Any] = field(default_factory=dict)
 
