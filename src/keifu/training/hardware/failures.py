@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +76,9 @@ def _watch_modules(model: nn.Module, found: list[str]) -> Iterator[None]:
     """A block in which every module whose output, or the gradient of it, is not finite is added to `found`."""
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_hook(_forward_hook(found, "output", name or "the model")))
-        handles.append(module.register_full_backward_pre_hook(_backward_hook(found, name or "the model")))
+        place = f"{name or 'the model'} ({type(module).__name__})"
+        handles.append(module.register_forward_hook(partial(_check_output, found, place)))
+        handles.append(module.register_full_backward_pre_hook(partial(_check_gradient, found, place)))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Full backward hook is firing")  # modules whose inputs have no gradient
@@ -86,18 +88,12 @@ def _watch_modules(model: nn.Module, found: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _forward_hook(found: list[str], what: str, name: str) -> Callable[[nn.Module, tuple, object], None]:
-    def hook(module: nn.Module, inputs: tuple, output: object) -> None:
-        _check_tensors(found, f"{what} of {name} ({type(module).__name__})", output)
-
-    return hook
+def _check_output(found: list[str], place: str, module: nn.Module, inputs: tuple, output: object) -> None:
+    _check_tensors(found, f"output of {place}", output)
 
 
-def _backward_hook(found: list[str], name: str) -> Callable[[nn.Module, object], None]:
-    def hook(module: nn.Module, gradients: object) -> None:
-        _check_tensors(found, f"gradient that reaches {name} ({type(module).__name__})", gradients)
-
-    return hook
+def _check_gradient(found: list[str], place: str, module: nn.Module, gradients: object) -> None:
+    _check_tensors(found, f"gradient that reaches {place}", gradients)
 
 
 def _check_tensors(found: list[str], what: str, value: object) -> None:

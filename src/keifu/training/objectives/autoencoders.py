@@ -5,9 +5,8 @@ Axes: batch, channels, height, width; picture = of a data set; codebook; rows, c
 text = tokens of every text.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,9 @@ from torch import Tensor
 from keifu.data.images.io import to_signed
 from keifu.layers.counter_rng import gumbel, normal
 from keifu.layers.losses import cross_entropy
+from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
 from keifu.training.protocols import Batch, Data, LossOutput
+from keifu.training.ranks import rows_of
 
 Values = Float[Tensor, "batch channels height width"]
 
@@ -77,31 +78,19 @@ class Ramp:
         return self.start + (self.end - self.start) * share
 
 
-class RampedBatches:
+class RampedBatches(MappedData):
     """Data whose batches also have scheduled values by name, the same for each row [batch]. Held-out batches have the
     last values.
     """
 
     def __init__(self, data: Data, ramps: Mapping[str, Ramp]):
-        self.data, self.ramps = data, ramps
+        super().__init__(data, dict(ramps))
+        self.ramps = ramps
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the data and with any ramp."""
-        return f"{self.data.fingerprint}:{dict(self.ramps)}"
-
-    def batch(self, step: int) -> Batch:
-        """The batch of a step."""
-        return self._with_values(self.data.batch(step), lambda ramp: ramp.at(step))
-
-    def validation(self) -> Iterator[Batch]:
-        """The held-out batches."""
-        for batch in self.data.validation():
-            yield self._with_values(batch, lambda ramp: ramp.end)
-
-    def _with_values(self, batch: Batch, value: Callable[[Ramp], float]) -> Batch:
-        rows = len(next(iter(batch.values())))
-        return {**batch, **{name: torch.full((rows,), value(ramp)) for name, ramp in self.ramps.items()}}
+    def change(self, batch: Batch, step: int, first: int) -> Batch:
+        """The batch with the values of its step."""
+        values = {name: ramp.end if step == HELD_OUT else ramp.at(step) for name, ramp in self.ramps.items()}
+        return batch | {name: torch.full((rows_of(batch),), value) for name, value in values.items()}
 
 
 def discrete_vae_loss(model: Any, batch: Batch) -> LossOutput:
@@ -156,7 +145,7 @@ class TextImageLoss:
 Codes = Int[Tensor, "picture rows columns"]
 
 
-class ImageTokenBatches:
+class ImageTokenBatches(MappedData):
     """Data with "indices" and "tokens", whose pictures are replaced by their precomputed image tokens, "codes".
 
     real: gives True for the tokens of texts that are not padding. "text_share" is a batch's rows over its real tokens,
@@ -164,24 +153,13 @@ class ImageTokenBatches:
     """
 
     def __init__(self, data: Data, training: Codes, held: Tensor | None, real: Callable[[Tensor], Tensor]):
-        self.data, self.training, self.held, self.real = data, training, held, real
-        digest = hashlib.sha256(data.fingerprint.encode())
-        for part in (training, held):
-            digest.update(b"|" if part is None else part.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+        super().__init__(data, tables=(training, held))
+        self.real = real
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step."""
-        return self._in_codes(self.data.batch(step), self.training)
-
-    def validation(self) -> Iterator[Batch]:
-        """The held-out batches."""
-        for batch in self.data.validation():
-            assert self.held is not None
-            yield self._in_codes(batch, self.held)
-
-    def _in_codes(self, batch: Batch, codes: Codes) -> Batch:
-        tokens = batch["tokens"]
+    def change(self, batch: Batch, step: int, first: int) -> Batch:
+        """The batch in image tokens."""
+        tokens, codes = batch["tokens"], self.tables[step == HELD_OUT]
+        assert codes is not None
         real = self.real(tokens)
         share = torch.full((len(tokens),), len(tokens) / float(real.sum()))
         return {"tokens": tokens, "real": real, "codes": codes[batch["indices"]], "text_share": share}

@@ -7,9 +7,7 @@ anywhere and a run resumed at any step.
 Axes: batch, channels, height, width; length = tokens of a text.
 """
 
-import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -33,15 +31,16 @@ from keifu.layers.diffusion.noise_schedule import (
     predicted_x0,
     training_target,
 )
+from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
 from keifu.training.protocols import Batch, Data, LossOutput
+from keifu.training.ranks import rows_of
 
 # Positions in the random stream of a row, far behind those of its noise: for the timestep, and for label dropout.
 TIMESTEP = 2**40
 DROPPED = 2**40 + 1
-HELD_OUT = -1  # the step number whose seeds held-out pictures have
 
 
-class NoisedBatches:
+class NoisedBatches(MappedData):
     """Data whose batches also have "draws" [batch], int64: the random seed of each row, for its timestep, noise and
     label dropout.
 
@@ -49,27 +48,12 @@ class NoisedBatches:
     """
 
     def __init__(self, data: Data, seed: int):
-        self.data, self.seed = data, seed
+        super().__init__(data, seed)
+        self.seed = seed
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the data and with the seed."""
-        return f"{self.data.fingerprint}:{self.seed}"
-
-    def batch(self, step: int) -> Batch:
-        """The batch of a step."""
-        return self._with_seeds(self.data.batch(step), step, 0)
-
-    def validation(self) -> Iterator[Batch]:
-        """The held-out batches."""
-        first = 0
-        for batch in self.data.validation():
-            batch = self._with_seeds(batch, HELD_OUT, first)
-            first += len(batch["draws"])
-            yield batch
-
-    def _with_seeds(self, batch: Batch, step: int, first: int) -> Batch:
-        return {**batch, "draws": draw_noise(self.seed, step, len(next(iter(batch.values()))), first)}
+    def change(self, batch: Batch, step: int, first: int) -> Batch:
+        """The batch with "draws"."""
+        return {**batch, "draws": draw_noise(self.seed, step, rows_of(batch), first)}
 
 
 def draw_noise(seed: int, step: int, rows: int, first: int = 0) -> Int[Tensor, " rows"]:
@@ -209,50 +193,34 @@ class EncodedImages:
         return {**batch, "pictures": self.mean[places] + self.deviation[places] * noise}
 
 
-class LatentBatches:
+class LatentBatches(MappedData):
     """Data with "indices" and "draws" (see `NoisedBatches`), whose pictures are replaced by precomputed latents."""
 
     def __init__(self, data: Data, training: EncodedImages, held: EncodedImages | None):
-        self.data, self.training, self.held = data, training, held
-        digest = hashlib.sha256(data.fingerprint.encode())
-        for part in (training, held):
-            for tensor in (part.mean, part.deviation) if part else ():
-                digest.update(tensor.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+        parts = [part for part in (training, held) if part]
+        super().__init__(data, tables=[table for part in parts for table in (part.mean, part.deviation)])
+        self.training, self.held = training, held
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step."""
-        return self.training.batch(self.data.batch(step))
-
-    def validation(self) -> Iterator[Batch]:
-        """The held-out batches."""
-        for batch in self.data.validation():
-            assert self.held is not None
-            yield self.held.batch(batch)
+    def change(self, batch: Batch, step: int, first: int) -> Batch:
+        """The batch in latents."""
+        part = self.held if step == HELD_OUT else self.training
+        assert part is not None
+        return part.batch(batch)
 
 
 PLACES = 2**41  # the first position in a row's random stream for dequantisation
 
 
-class DequantizedBatches:
+class DequantizedBatches(MappedData):
     """Data with uniform dequantisation: pictures are (byte + u) / 128 - 1 with u uniform in [0, 1), sampled by "draws"
     (Theis et al., 2016, section 3.1). The density of such numbers bounds the probability of the bytes."""
 
     def __init__(self, data: NoisedBatches):
-        self.data = data
+        super().__init__(data, "dequantised")
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the data."""
-        return f"{self.data.fingerprint}:dequantised"
-
-    def batch(self, step: int) -> Batch:
-        """The batch of a step."""
-        return dequantize(self.data.batch(step))
-
-    def validation(self) -> Iterator[Batch]:
-        """The held-out batches, the same each time."""
-        return map(dequantize, self.data.validation())
+    def change(self, batch: Batch, step: int, first: int) -> Batch:
+        """The batch with dequantised pictures."""
+        return dequantize(batch)
 
 
 def dequantize(batch: Batch) -> Batch:

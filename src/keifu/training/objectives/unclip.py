@@ -6,9 +6,7 @@ the upsampler enlarges that.
 Axes: batch, channels, height, width; length = tokens of a text, embedding = numbers of an embedding.
 """
 
-import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor
 from keifu.data.images.io import to_signed
 from keifu.layers.counter_rng import bits, uniform
 from keifu.training.objectives.diffusion import DiffusionLoss
+from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
 from keifu.training.protocols import Batch, Data, LossOutput
 
 PLACES = 2**40 + 16  # the first position in a row's random stream for what is not noise
@@ -153,28 +152,18 @@ def random_crops(
     return picked.permute(0, 3, 1, 2)
 
 
-class EmbeddingBatches:
+class EmbeddingBatches(MappedData):
     """Data with "indices", whose batches also have the precomputed "embeddings" of these pictures, and "real", True up
     to the first end-of-text token (`end`) in "tokens"."""
 
     def __init__(self, data: Data, end: int, training: Tensor, held: Tensor | None):
-        self.data, self.end, self.training, self.held = data, end, training, held
-        digest = hashlib.sha256(f"{data.fingerprint}:{end}".encode())
-        for table in (training, held):
-            digest.update(b"|" if table is None else table.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+        super().__init__(data, end, (training, held))
+        self.end = end
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step."""
-        return self._with(self.data.batch(step), self.training)
-
-    def validation(self) -> Iterator[Batch]:
-        """The held-out batches."""
-        for batch in self.data.validation():
-            assert self.held is not None
-            yield self._with(batch, self.held)
-
-    def _with(self, batch: Batch, table: Tensor) -> Batch:
+    def change(self, batch: Batch, step: int, first: int) -> Batch:
+        """The batch with "embeddings" and "real"."""
+        table = self.tables[step == HELD_OUT]
+        assert table is not None
         return {**batch, "embeddings": table[batch["indices"]], "real": real_tokens(batch["tokens"], self.end)}
 
 

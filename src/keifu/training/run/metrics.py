@@ -2,30 +2,17 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from keifu.errors import UserError
 from keifu.files import FULL, write_atomic
 from keifu.processes import current
 
 FILE = "metrics.jsonl"
-
-
-@runtime_checkable
-class Sink(Protocol):
-    """A destination of metrics beside the file."""
-
-    def write(self, step: int, figures: dict[str, float | int]) -> None:
-        """Writes the figures of a step."""
-        ...
-
-    def close(self) -> None:
-        """Writes what is buffered, and closes."""
-        ...
 
 
 class Metrics:
@@ -36,7 +23,7 @@ class Metrics:
     space.
     """
 
-    def __init__(self, directory: Path, sinks: list[Sink], step: int, skipped: int = 0):
+    def __init__(self, directory: Path, sinks: "Sequence[TensorBoard | WeightsAndBiases]", step: int, skipped: int = 0):
         self.path, self.sinks = directory / FILE, sinks
         lines, self.damaged = read_lines(directory)
         self.before = [line for line in lines if (line.get("skipped", 0), line["step"]) <= (skipped, step)]
@@ -141,14 +128,13 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, Any]) -> list[Sink]:
-    """The sinks of the settings; a missing package is a `UserError`."""
-    wanted: list[Sink] = []
-    if tensorboard and current().first:
-        wanted.append(TensorBoard(directory))
-    if wandb and current().first:
-        wanted.append(WeightsAndBiases(directory, described))
-    return wanted
+def sinks(
+    directory: Path, tensorboard: bool, wandb: bool, described: dict[str, Any]
+) -> list[TensorBoard | WeightsAndBiases]:
+    """The destinations of metrics beside the file, by the settings; a missing package is a `UserError`."""
+    first = current().first
+    board = [TensorBoard(directory)] if tensorboard and first else []
+    return [*board, *([WeightsAndBiases(directory, described)] if wandb and first else [])]
 
 
 def _package(name: str) -> Any:

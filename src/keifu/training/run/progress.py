@@ -22,37 +22,32 @@ class Display:
         self.last_line = 0.0
         figures = TextColumn("{task.description}")
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), figures)
-        self.live = Progress(*columns, console=self.console, refresh_per_second=4) if self.console.is_terminal else None
-        self.task = self.live.add_task("", total=total) if self.live else None
+        self.live = Progress(*columns, console=self.console, refresh_per_second=4, disable=not self.console.is_terminal)
+        self.task = self.live.add_task("", total=total)
 
     def __enter__(self) -> "Display":
-        if self.live:
-            self.live.start()
+        self.live.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with suppress(OSError):
-            if self.live:
-                self.live.stop()
+            self.live.stop()
 
     def advance(self, done: int) -> None:
         """Sets the number of steps done."""
         self.done = done
-        if self.live and self.task is not None:
-            self.live.update(self.task, completed=done)
+        self.live.update(self.task, completed=done)
 
     def expect(self, total: int) -> None:
         """Sets the total number of steps."""
         self.total = total
-        if self.live and self.task is not None:
-            self.live.update(self.task, total=total)
+        self.live.update(self.task, total=total)
 
     def show(self, figures: dict[str, Any]) -> None:
         """Shows the latest figures; without a terminal at most one line in ten seconds."""
         text = format_figures(figures, self.unit)
-        if self.live and self.task is not None:
-            self.live.update(self.task, description=escape(text))
-        elif time.monotonic() - self.last_line >= PLAIN_SECONDS:
+        self.live.update(self.task, description=escape(text))
+        if self.live.disable and time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.note(f"step {self.done:,}/{self.total:,}  {text}")
             self.last_line = time.monotonic()
 

@@ -179,10 +179,8 @@ def _head(recipe: Mapping[str, Any]) -> str:
     state = "" if recipe.get("finished") else f' <span class="soft">stopped at step {recipe.get("steps", 0):,}</span>'
     texts = [recipe[name] for name in ("paper", "expected") if recipe.get(name)]
     extra = [f"{name.replace('_', ' ')}: {_words(value)}" for name, value in recipe.items() if name not in SECTIONED]
-    extra += [
-        f"after {each['at']:,} steps the length of the run was set to {each['steps']:,}"
-        for each in recipe.get("length", ())
-    ]
+    changed = "after {at:,} steps the length of the run was set to {steps:,}"
+    extra += [changed.format(**each) for each in recipe.get("length", ())]
     command = f"<p><code>{escape(recipe['command'])}</code></p>" if recipe.get("command") else ""
     paragraphs = "".join(f'<p class="soft">{escape(str(text))}</p>' for text in [*texts, *extra])
     return f"<h1>{escape(recipe['title'])}{state}</h1>{paragraphs}{command}"
@@ -213,18 +211,15 @@ def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
     def curve(field: str, name: str = "", marked: bool = False) -> Curve:
         return Curve(name or field, [(line["step"], line[field]) for line in standing if field in line], marked)
 
-    undone = [(line["step"], line["loss"]) for line in lines if "loss" in line and id(line) not in kept]
+    def both(name: str) -> list[Curve]:
+        return [curve(name, "training"), curve(f"validation_{name}", "validation", True)]
 
+    undone = [(line["step"], line["loss"]) for line in lines if "loss" in line and id(line) not in kept]
     names = sorted({name for line in lines for name in line if _is_plain(name)} - {"validation_loss"})
-    pairs = [(name.removeprefix("validation_"), name) for name in names]
     rates = [curve("learning_rate", "AdamW"), curve("matrix_rate", "Muon")]
     return [
-        chart(
-            "Loss",
-            "loss",
-            [curve("loss", "training"), curve("validation_loss", "validation", True), Curve("undone", undone)],
-        ),
-        *(chart(a.capitalize(), a, [curve(a, "training"), curve(b, "validation", True)]) for a, b in pairs),
+        chart("Loss", "loss", [*both("loss"), Curve("undone", undone)]),
+        *(chart(a.capitalize(), a, both(a)) for a in (name.removeprefix("validation_") for name in names)),
         chart("Bits per byte of the validation text", "bits per byte", [curve("bits_per_byte", marked=True)]),
         chart("Learning rate", "rate", rates, from_zero=True),
         chart("Norm of the gradient, before clipping", "norm", [curve("gradient_norm")], from_zero=True),
@@ -236,11 +231,7 @@ def _own(directory: Path) -> str:
     """The charts that the run has written itself, in curves.json."""
     path = directory / CURVES
     found = read_json(path) if path.exists() else []
-    return "".join(chart(**{**each, "curves": [_curve(**curve) for curve in each["curves"]]}) for each in found)
-
-
-def _curve(name: str, points: Sequence[Sequence[float]], marked: bool = False) -> Curve:
-    return Curve(name, [(x, y) for x, y in points], marked)
+    return "".join(chart(**{**each, "curves": [Curve(**curve) for curve in each["curves"]]}) for each in found)
 
 
 def _is_plain(name: str) -> bool:
@@ -250,13 +241,10 @@ def _is_plain(name: str) -> bool:
 
 def _by_source(figures: Mapping[str, float | int]) -> str:
     """A table of the figures called `validation_part/figure`, a row for each part."""
-    found = {name.removeprefix("validation_"): value for name, value in figures.items() if "/" in name}
-    parts, columns = (list(dict.fromkeys(name.split("/")[place] for name in found)) for place in (0, 1))
-    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in ("source", *columns))
-    texts = {key: f"{value:.4g}" for key, value in found.items()}
-    cells = {part: "".join(f"<td>{texts.get(f'{part}/{each}', '')}</td>" for each in columns) for part in parts}
-    rows = "".join(f"<tr><td>{escape(part)}</td>{each}</tr>" for part, each in cells.items())
-    return f"<table><tr>{head}</tr>{rows}</table>" if found else ""
+    texts = {name.removeprefix("validation_"): f"{value:.4g}" for name, value in figures.items() if "/" in name}
+    parts, columns = (list(dict.fromkeys(name.split("/")[place] for name in texts)) for place in (0, 1))
+    rows = [[part, *(texts.get(f"{part}/{each}", "") for each in columns)] for part in parts]
+    return _table(["source", *(name.replace("_", " ") for name in columns)], rows)
 
 
 def _samples(directory: Path) -> Iterable[str]:
@@ -291,10 +279,15 @@ def _when(path: Path) -> str:
 def _data(recipe: Mapping[str, Any]) -> str:
     rows = recipe.get("data") or []
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    cells = ["".join(f"<td>{escape(_words(row.get(name, '')))}</td>" for name in columns) for row in rows]
-    table = f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>" if rows else ""
+    table = _table(columns, [[_words(row.get(name, "")) for name in columns] for row in rows])
     return f'{table}<p class="soft">Fingerprint <code>{escape(recipe["data_fingerprint"])}</code></p>'
+
+
+def _table(columns: Iterable[str], rows: Sequence[Iterable[str]]) -> str:
+    """A table of texts; empty where it would have no row."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>" if rows else ""
 
 
 def _machine(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""Data for the training loop whose batches are changed on their way: with seeds, schedules or precomputed tensors."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from keifu.training.protocols import Batch, Data
+from keifu.training.ranks import rows_of
+
+HELD_OUT = -1  # the number of the step that held-out batches are of
+
+
+class MappedData:
+    """Data of which each batch is changed by `change`.
+
+    key: what the change depends on beside the data, for the fingerprint. tables: the tensors that it takes numbers
+    from, None where there is none for held-out batches.
+    """
+
+    def __init__(self, data: Data, key: object = None, tables: Sequence[Tensor | None] = ()):
+        self.data, self.key, self.tables = data, key, tables
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the data, the key and the tables."""
+        text = self.data.fingerprint if self.key is None else f"{self.data.fingerprint}:{self.key}"
+        digest = hashlib.sha256(text.encode())
+        for table in self.tables:
+            digest.update(b"|" if table is None else table.numpy().tobytes())
+        return digest.hexdigest() if self.tables else text
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step."""
+        return self.change(self.data.batch(step), step, 0)
+
+    def validation(self) -> Iterator[Batch]:
+        """The held-out batches, the same each time."""
+        first = 0
+        for batch in self.data.validation():
+            yield self.change(batch, HELD_OUT, first)
+            first += rows_of(batch)
+
+    def change(self, batch: Batch, step: int, first: int) -> Batch:
+        """The batch of a step, or of `HELD_OUT`, whose first row has the number `first`, as it is to be."""
+        raise NotImplementedError
