@@ -1,12 +1,14 @@
 """Load on the service: many clients at a time with prompts and answers of mixed lengths, beside llama.cpp's server.
 
-python benchmarks/serving.py [--model smollm2] [--weights int8] [--clients 64] [--slots 16] [--minutes 10] [--peer GGUF]
+python benchmarks/serving.py [--model smollm2] [--weights int8] [--clients 64] [--slots 16] [--minutes 10]
+python benchmarks/serving.py --llama-server PATH [--gguf FILE] [--rounds 3] [--seconds 40]
 
-It counts errors, checks that every greedy answer is what the same request gets alone, and prints tokens a second, the
-95th percentile of the time to first token, and the memory in each twentieth of the time. Meanwhile some clients leave
-early, some read slowly, and some open a connection and say nothing; at the end the slots must be free. Then SIGTERM
-under load, and SIGKILL and a start. --peer: the same load on llama-cpp-python's server or, where it is found,
-llama-server; the numbers of both come from the same run.
+The first counts errors, compares every greedy answer with what the same request got alone before, and tells tokens a
+second, the time to first token and the memory; meanwhile some clients leave early, some read slowly, and some open a
+connection and say nothing. Then: a second turn of a long chat, what clients without manners cost the others, SIGTERM
+under load, and SIGKILL and a start. It ends with status 1 and a sentence for each thing that is not as it must be.
+
+The second gives keifu and llama-server the same file, slots and clients, in turn, and prints the ratio of each round.
 """
 
 import argparse
@@ -14,12 +16,14 @@ import asyncio
 import json
 import os
 import random
-import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +31,13 @@ from typing import Any
 import httpx
 from _rounds import machine
 
+from keifu.data.catalogue.catalogue import fetch
+
 WORDS = ("the", "sea", "is", "wide", "and", "a", "small", "boat", "sails", "to", "an", "old", "town", "of", "stars")
-LEAVE, SLOW = 0.05, 0.05  # the shares of clients that leave early, and that read slowly
+MANNERS = ("leaves", "slow")
+RUDE = 0.1  # the share of clients that leave early or read slowly
+SILENT = 4  # connections over which nothing is said
+FLAT = 0.02  # what memory may grow by in the last half
 
 
 @dataclass
@@ -36,91 +45,127 @@ class Outcome:
     """What the clients of one server saw."""
 
     tokens: int = 0
-    answers: int = 0
     errors: list[str] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
-    texts: dict[int, str] = field(default_factory=dict)
+    rates: list[float] = field(default_factory=list)  # tokens a second of each whole answer, from its first one on
+    texts: list[tuple[int, str, bool]] = field(default_factory=list)  # number, text, and whether it is whole
     memory: list[int] = field(default_factory=list)
     seconds: float = 0.0
+
+    def tell(self, name: str) -> float:
+        """Prints it; tokens a second."""
+        rate, late = self.tokens / self.seconds, statistics.quantiles(self.first, n=20)[-1]
+        print(f"{name}: {len(self.texts)} answers, {rate:.1f} tokens/s, time to first token "
+              f"{statistics.median(self.first):.2f} s at the median and {late:.2f} s at the 95th percentile, "
+              f"{len(self.errors)} errors {self.errors[:3]}", flush=True)  # fmt: skip
+        return rate
 
 
 def request(number: int, model: str) -> dict[str, Any]:
     """The request of this number, always the same: greedy, from 5 to 300 words, from 8 to 96 tokens."""
     own = random.Random(number)
     text = " ".join(own.choices(WORDS, k=own.choice((5, 20, 60, 300))))
-    options = {"max_tokens": own.choice((8, 32, 96)), "temperature": 0, "seed": 1, "stream": True}
-    return {"model": model, "messages": [{"role": "user", "content": f"{number}: {text}"}], **options}
+    return chat(model, [f"{number}: {text}"], own.choice((8, 32, 96)))
 
 
-async def answer(client: httpx.AsyncClient, body: dict[str, Any], found: Outcome, manner: str = "") -> str:
+def chat(model: str, turns: list[str], max_tokens: int) -> dict[str, Any]:
+    """The body of a conversation whose turns begin with the user's."""
+    messages = [{"role": ("user", "assistant")[place % 2], "content": each} for place, each in enumerate(turns)]
+    return {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "seed": 1, "stream": True}
+
+
+async def pieces(url: str, body: dict[str, Any]) -> AsyncGenerator[str, None]:
+    """The texts of the events of one answer. Sockets and lines, since a client on the same cores must cost little."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=2**20)
+    try:
+        sent = json.dumps(body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
+        writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {len(sent)}\r\n\r\n".encode() + sent)
+        status = (await reader.readline()).split()
+        if status[1:2] != [b"200"]:
+            raise OSError(f"{status} {(await reader.read())[-300:]!r}")
+        async for line in reader:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise OSError(str(event["error"]))
+                if event["choices"] and (text := event["choices"][0]["delta"].get("content")):
+                    yield text
+            elif line.startswith(b"data: [DONE]"):
+                return
+        raise OSError("The answer has no end.")
+    finally:
+        writer.close()
+
+
+async def answer(url: str, body: dict[str, Any], found: Outcome, number: int = 0, manner: str = "") -> str:
     """The text of one answer; `manner`: whether the client leaves early or reads slowly."""
-    began, text = time.monotonic(), ""
-    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        if response.status_code != 200:
-            found.errors.append(f"{response.status_code} {(await response.aread())[:200]!r}")
-            return text
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line[6:])
-            if "error" in event:
-                found.errors.append(str(event["error"]))
-                return text
-            piece = event["choices"][0]["delta"].get("content") if event["choices"] else None
-            if piece:
-                if not text:
-                    found.first.append(time.monotonic() - began)
-                text += piece
-                found.tokens += 1
-            if manner == "leaves" and len(text) > 20:
-                return text
+    began, first, text, count = time.monotonic(), 0.0, "", 0
+    async with aclosing(pieces(url, body)) as parts:
+        async for part in parts:
+            first = first or time.monotonic()
+            text, count = text + part, count + 1
+            found.tokens += 1
+            if manner == "leaves" and count > 4:
+                break
             if manner == "slow":
                 await asyncio.sleep(0.2)
-    found.answers += 1
+    if first:
+        found.first.append(first - began)
+    if count > 20 and not manner:
+        found.rates.append((count - 1) / (time.monotonic() - first))
+    found.texts.append((number, text, manner != "leaves"))
     return text
 
 
-async def load(url: str, model: str, clients: int, seconds: float, process: int | None) -> Outcome:
-    """So many clients that ask one request after another."""
-    found, began = Outcome(), time.monotonic()
-    numbers = iter(range(10**9))
-    limits = httpx.Limits(max_connections=clients)
+@dataclass
+class Load:
+    """Clients that ask one request after another. distinct: how many requests there are, None for no end of them."""
 
-    async def ask(client: httpx.AsyncClient) -> None:
-        while time.monotonic() - began < seconds:
-            number = next(numbers)
-            own = random.Random(-number)
-            chance = own.random()
-            manner = "leaves" if chance < LEAVE else "slow" if chance < LEAVE + SLOW else ""
-            try:
-                text = await answer(client, request(number, model), found, manner)
-            except httpx.HTTPError as error:
-                found.errors.append(repr(error))
-                continue
-            if manner != "leaves":
-                found.texts[number] = text
+    url: str
+    model: str
+    clients: int
+    seconds: float
+    distinct: int | None = None
+    rude: float = RUDE
+    silent: int = SILENT
+    process: int | None = None
+    whole: bool = True  # whether answers that are being written at the end are waited for
 
-    async def watch() -> None:
-        while process is not None:
-            found.memory.append(resident(process))
-            await asyncio.sleep(seconds / 20)
-
-    host, port = url.removeprefix("http://").split(":")
-    silent = [socket.create_connection((host, int(port))) for _ in range(4)]  # half-open
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        watching = asyncio.create_task(watch())
-        await asyncio.gather(*(ask(client) for _ in range(clients)))
+    async def run(self, found: Outcome | None = None) -> Outcome:
+        """What they saw, added to what was found before."""
+        found = found or Outcome()
+        began, self._numbers, self._end = time.monotonic(), iter(range(10**9)), time.monotonic() + self.seconds
+        host, port = self.url.removeprefix("http://").split(":")
+        silent = [socket.create_connection((host, int(port))) for _ in range(self.silent)]
+        asking = asyncio.gather(*(self._ask(found) for _ in range(self.clients)))
+        watching = asyncio.create_task(self._watch(found))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asking, None if self.whole else self.seconds)
         watching.cancel()
-    found.seconds = time.monotonic() - began
-    for each in silent:
-        each.close()
-    return found
+        found.seconds += time.monotonic() - began
+        for each in silent:
+            each.close()
+        return found
 
+    async def _ask(self, found: Outcome) -> None:
+        while time.monotonic() < self._end:
+            number = next(self._numbers)
+            chance = random.Random(-number)
+            manner = chance.choice(MANNERS) if chance.random() < self.rude else ""
+            number = number % self.distinct if self.distinct else number
+            try:
+                await answer(self.url, request(number, self.model), found, number, manner)
+            except OSError as error:
+                found.errors.append(repr(error))
+                await asyncio.sleep(0.1)
 
-def resident(process: int) -> int:
-    """Bytes of memory of a process."""
-    pages = Path(f"/proc/{process}/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    async def _watch(self, found: Outcome) -> None:
+        while self.process is not None:
+            pages = Path(f"/proc/{self.process}/statm").read_text().split()[1]
+            found.memory.append(int(pages) * os.sysconf("SC_PAGE_SIZE"))
+            await asyncio.sleep(self.seconds / 20)
 
 
 def start(command: list[str], url: str, path: str, seconds: float = 120) -> tuple[subprocess.Popen, float]:
@@ -133,109 +178,182 @@ def start(command: list[str], url: str, path: str, seconds: float = 120) -> tupl
                 return process, time.monotonic() - began
         except httpx.HTTPError:
             time.sleep(0.02)
+    process.kill()
     raise SystemExit(f"{command} does not answer.")
 
 
-def free_port() -> int:
+def free_url() -> str:
+    """A URL at which nothing listens."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+        return f"http://127.0.0.1:{found.getsockname()[1]}"
 
 
-def tell(name: str, found: Outcome) -> None:
-    first = sorted(found.first)
-    late = first[int(0.95 * len(first))] if first else float("nan")
-    print(f"{name}: {found.answers} answers, {found.tokens / found.seconds:.1f} tokens/s, time to first token")
-    print(f"  p50 {first[len(first) // 2]:.2f} s, p95 {late:.2f} s; {len(found.errors)} errors {found.errors[:3]}")
-    if found.memory:
-        half = found.memory[len(found.memory) // 2 :]
-        print(f"  memory {' '.join(str(each >> 20) for each in found.memory)} MiB, last half within "
-              f"{100 * (max(half) / min(half) - 1):.1f}%")  # fmt: skip
+def keifu(options: argparse.Namespace, url: str, model: str) -> list[str]:
+    """The command of keifu's server."""
+    command = [sys.executable, "-m", "keifu", "serve", model, "--port", url.rpartition(":")[2], "--no-access-log"]
+    command += ["--slots", str(options.slots), "--cache", options.cache]
+    return command + (["--weights", options.weights] if options.weights else [])
 
 
-async def one(url: str, model: str) -> str:
-    """The text of one answer."""
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        return await answer(client, request(0, model), Outcome())
+def llama(options: argparse.Namespace, url: str) -> list[str]:
+    """The command of llama.cpp's server, with as many slots, and a thread for each client."""
+    command = [options.llama_server, "-m", str(options.gguf), "--port", url.rpartition(":")[2], "-np"]
+    command += [str(options.slots), "-c", str(options.slots * 2048), "-t", str(os.cpu_count())]
+    return [*command, "--threads-http", str(options.clients + 2 * SILENT)]
 
 
-async def check_alone(url: str, model: str, texts: dict[int, str], most: int) -> int:
-    """How many of the answers are not what the same request gets alone, of `most` that are asked again."""
-    wrong = 0
-    chosen = random.Random(0).sample(sorted(texts), min(most, len(texts)))
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        for number in chosen:
-            wrong += await answer(client, request(number, model), Outcome()) != texts[number]
-    print(f"  of {len(chosen)} answers {wrong} are not what the request gets alone")
-    return wrong
+async def alone(url: str, model: str, count: int) -> list[str]:
+    """The text of each request, asked when there is no other."""
+    return [await answer(url, request(number, model), Outcome()) for number in range(count)]
 
 
-def stop_under_load(process: subprocess.Popen, url: str, model: str) -> None:
-    """SIGTERM while answers are written: each must come to its end."""
+def second_turn(url: str, model: str) -> float:
+    """Prints the time to first token of two turns of a long chat; how many times as long the first takes."""
 
-    async def several() -> tuple[Outcome, list[str]]:
+    async def ask(turns: list[str]) -> tuple[str, float]:
         found = Outcome()
-        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-            asked = [asyncio.create_task(answer(client, request(number, model), found)) for number in range(8)]
-            while not found.tokens:
-                await asyncio.sleep(0.05)
-            process.send_signal(signal.SIGTERM)
-            return found, await asyncio.gather(*asked)
+        text = await answer(url, chat(model, turns, 32), found)
+        return text, found.first[0]
 
-    found, texts = asyncio.run(several())
-    print(f"SIGTERM under load: {found.answers} of {len(texts)} answers were finished, exit status {process.wait(120)}")
+    async def both(number: int) -> tuple[float, float]:
+        turns = [f"{number} " + " ".join(random.Random(number).choices(WORDS, k=1200))]
+        text, first = await ask(turns)
+        return first, (await ask([*turns, text, "And what then?"]))[1]
+
+    times = [asyncio.run(both(number)) for number in range(5)]
+    first, second = (statistics.median(each) for each in zip(*times, strict=True))
+    print(f"  a chat of 1,200 words: first token after {first:.3f} s in turn 1, {second:.3f} s in turn 2", flush=True)
+    return first / second
 
 
-def peer_command(path: str, port: int, slots: int, context: int) -> tuple[list[str], str, str]:
-    """llama.cpp's server over a GGUF file: its command, its health path and its name."""
-    if found := shutil.which("llama-server"):
-        words = [found, "-m", path, "--port", str(port), "-np", str(slots), "-c", str(slots * context)]
-        return words, "/health", "llama-server"
-    words = [sys.executable, "-m", "llama_cpp.server", "--model", path, "--port", str(port), "--n_ctx", str(context)]
-    return [*words, "--interrupt_requests", "false"], "/v1/models", "llama-cpp-python's server (one slot)"
+def manners(url: str, model: str, clients: int, seconds: float) -> float:
+    """Prints how fast half of the clients get their answers beside others like them, and beside as many that leave or
+    read slowly and 32 that say nothing; the ratio."""
+    rates: dict[float, list[float]] = {0.0: [], 1.0: []}
+
+    async def beside(rude: float) -> list[float]:
+        polite = Load(url, model, clients // 2, seconds, rude=0, silent=0, whole=False)
+        others = Load(url, model, clients // 2, seconds, rude=rude, silent=32 if rude else 0, whole=False)
+        found, _ = await asyncio.gather(polite.run(), others.run())
+        return found.rates
+
+    for _ in range(2):
+        for rude, own in rates.items():
+            own += asyncio.run(beside(rude))
+    calm, rude = (statistics.median(own) for own in rates.values())
+    print(f"  a client's tokens/s: {calm:.1f} beside {clients // 2} others, {rude:.1f} beside as many without manners")
+    return rude / calm
+
+
+def stop_under_load(process: subprocess.Popen, url: str, model: str) -> bool:
+    """SIGTERM while answers are written: whether each came to its end."""
+
+    async def several() -> list[str | BaseException]:
+        found = Outcome()
+        asked = [asyncio.create_task(answer(url, request(number, model), found)) for number in range(8)]
+        while not found.tokens:
+            await asyncio.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    texts = asyncio.run(several())
+    ended = sum(isinstance(text, str) for text in texts)
+    print(f"SIGTERM under load: {ended} of {len(texts)} answers were finished, exit status {process.wait(120)}")
+    return ended == len(texts) and not process.returncode
+
+
+def endure(options: argparse.Namespace) -> Iterable[str]:
+    """The long load; what is not as it must be."""
+    url, name = free_url(), options.model
+    command = keifu(options, url, name)
+    process, _ = start(command, url, "/ready")
+    expected = asyncio.run(alone(url, name, options.distinct))
+    load = Load(url, name, options.clients, 60 * options.minutes, options.distinct, process=process.pid)
+    found = asyncio.run(load.run())
+    found.tell(f"keifu, {options.slots} slots, {options.clients} clients, {found.seconds:.0f} s")
+    half = found.memory[len(found.memory) // 2 :]
+    grown = max(half) / min(half) - 1
+    print(f"  memory {' '.join(str(each >> 20) for each in found.memory)} MiB, last half within {grown:.1%}")
+    same = [text == expected[n] if whole else expected[n].startswith(text) for n, text, whole in found.texts]
+    print(f"  {sum(same)} of {len(same)} answers are what the request gets alone")
+    time.sleep(2)
+    pending = httpx.get(url + "/ready").json()["pending"][name]
+    checks = {
+        f"{len(found.errors)} errors: {found.errors[:3]}": not found.errors,
+        f"{len(same) - sum(same)} answers differ from those alone": all(same),
+        f"memory moved by {grown:.1%} in the last half": grown <= FLAT,
+        f"{pending} answers hold their slots after all clients have left": not pending,
+        "a second turn takes more than half of the time of the first": second_turn(url, name) > 2,
+        "clients without manners slow the others by more than a tenth": manners(url, name, options.slots, 15) > 0.9,
+        "SIGTERM cut answers": stop_under_load(process, url, name),
+        "a start after SIGKILL took 3 s or more": start_again(command, url, name) < 3,
+    }
+    return [sentence for sentence, holds in checks.items() if not holds]
+
+
+def start_again(command: list[str], url: str, model: str) -> float:
+    """Prints and gives the seconds from a start after SIGKILL until the server is ready."""
+    process, _ = start(command, url, "/ready")
+    process.kill()
+    process.wait()
+    process, took = start(command, url, "/ready")
+    began = time.monotonic()
+    asyncio.run(alone(url, model, 1))
+    print(f"SIGKILL and start: ready after {took:.2f} s, the first answer {time.monotonic() - began:.2f} s later")
+    process.terminate()
+    process.wait()
+    return took
+
+
+def compare(options: argparse.Namespace) -> Iterable[str]:
+    """keifu's and llama.cpp's server over the same file, by turns."""
+    urls = {"keifu": free_url(), "llama-server": free_url()}
+    model = str(options.gguf)
+    running = [
+        start(keifu(options, urls["keifu"], model), urls["keifu"], "/ready")[0],
+        start(llama(options, urls["llama-server"]), urls["llama-server"], "/health")[0],
+    ]
+    try:
+        rounds: dict[str, list[float]] = {name: [] for name in urls}
+        found = {name: Outcome() for name in urls}
+        for url in urls.values():
+            asyncio.run(alone(url, model, 2))
+        for _ in range(options.rounds):
+            for name, url in urls.items():
+                before = found[name].tokens
+                asyncio.run(Load(url, model, options.clients, options.seconds, whole=False).run(found[name]))
+                rounds[name].append((found[name].tokens - before) / options.seconds)
+                time.sleep(1)
+        for name, url in urls.items():
+            found[name].tell(f"{name}, {options.slots} slots, {options.clients} clients")
+            second_turn(url, model)
+        ratios = [ours / theirs for ours, theirs in zip(*rounds.values(), strict=True)]
+        print(f"keifu / llama-server: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        return [f"{name}: {outcome.errors[:3]}" for name, outcome in found.items() if outcome.errors]
+    finally:
+        for process in running:
+            process.kill()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--weights")
     parser.add_argument("--cache", default="1G")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--again", type=int, default=50, help="answers that are asked for again, alone")
-    parser.add_argument("--peer", help="a .gguf file for llama.cpp's server")
+    parser.add_argument("--distinct", type=int, default=200, help="requests of the long load, each asked alone before")
+    parser.add_argument("--llama-server", help="llama.cpp's server; compares the two")
+    parser.add_argument("--gguf", type=Path, help="what both serve; smollm2's file unless given")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=40.0, help="of each server in each round")
     options = parser.parse_args()
-    port, name = free_port(), options.model
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "keifu", "serve", name, "--port", str(port), "--slots", str(options.slots)]
-    command += ["--cache", options.cache, "--no-access-log"]
-    command += ["--weights", options.weights] if options.weights else []
-    print(machine())
-    process, _ = start(command, url, "/ready")
-    asyncio.run(one(url, name))  # loads the model
-    found = asyncio.run(load(url, name, options.clients, 60 * options.minutes, process.pid))
-    tell(f"keifu, {options.slots} slots, {options.clients} clients, {found.seconds:.0f} s", found)
-    time.sleep(2)
-    print(f"  afterwards {httpx.get(url + '/ready').json()['pending']} texts are pending")
-    asyncio.run(check_alone(url, name, found.texts, options.again))
-    stop_under_load(process, url, name)
-    process, _ = start(command, url, "/ready")
-    process.kill()
-    process.wait()
-    process, took = start(command, url, "/ready")
-    began = time.monotonic()
-    asyncio.run(one(url, name))
-    print(f"SIGKILL and start: ready after {took:.2f} s, the first answer {time.monotonic() - began:.2f} s later")
-    process.terminate()
-    process.wait()
-    if options.peer:
-        port = free_port()
-        words, path, title = peer_command(options.peer, port, options.slots, 2048)
-        process, _ = start(words, f"http://127.0.0.1:{port}", path)
-        found = asyncio.run(load(f"http://127.0.0.1:{port}", name, options.clients, 60 * options.minutes, process.pid))
-        tell(title, found)
-        process.terminate()
+    print(machine(), flush=True)
+    if options.llama_server:
+        options.gguf = options.gguf or fetch("smollm2")
+    sys.exit("\n".join(compare(options) if options.llama_server else endure(options)) or None)
 
 
 if __name__ == "__main__":

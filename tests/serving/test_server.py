@@ -14,7 +14,7 @@ import pytest
 from serving_toys import until
 
 from keifu import cli
-from keifu.commands.serve import Options, keys_of, size_of
+from keifu.commands.serve import Options, found_models, keys_of, size_of
 from keifu.errors import UserError
 from keifu.serving.server import Address
 
@@ -31,6 +31,19 @@ def test_a_port_in_use_is_told_with_the_process_that_has_it() -> None:
         assert f"by process {os.getpid()} (" in str(error.value)
     taken.close()
     Address(port=port).open().close()
+
+
+def test_without_a_model_what_is_there_and_can_be_served_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("chat", "ddpm", "translator"):
+        (tmp_path / "runs" / name).symlink_to(folder / name)
+    (tmp_path / "runs" / "half").mkdir()
+    (tmp_path / "runs" / "half" / "config.json").write_text("{")
+    monkeypatch.setattr("keifu.data.catalogue.catalogue.is_cached", lambda name: name in ("network", "digits"))
+    assert found_models() == ("runs/chat", "runs/ddpm", "runs/translator", "smollm2")  # a network answers no request
 
 
 def test_an_address_that_is_none() -> None:

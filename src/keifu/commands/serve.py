@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -13,15 +14,15 @@ from keifu.errors import UserError
 
 KEYS = "KEIFU_API_KEY"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-USUAL = ("smollm2", "minilm")  # of the catalogue, where no model is named
+USUAL = "smollm2"  # where no model is named
 
 
 @dataclass(frozen=True)
 class Options(flags.Packed):
     """Serve models: OpenAI's API for programs (under /v1), and a page for people at /.
 
-    Without a model: the runs in runs/ and, of the catalogue, smollm2 and what else was fetched. A model is loaded when
-    first asked for. Ctrl-C or SIGTERM ends the server once the running answers are finished.
+    Without a model: the runs in runs/ and, of the catalogue, smollm2 and what else was fetched or installed. A model is
+    loaded when first asked for. Ctrl-C or SIGTERM ends the server once the running answers are finished.
     """
 
     models: Annotated[
@@ -96,11 +97,19 @@ def keys_of(options: Options) -> tuple[str, ...]:
 
 
 def found_models() -> tuple[str, ...]:
-    """What there is: the runs in runs/, then of the catalogue smollm2 and what was fetched before."""
-    from keifu.data.catalogue.catalogue import is_cached
+    """What there is and can be served: the runs in runs/, then of the catalogue smollm2 and what else is there."""
+    from keifu.data.catalogue.catalogue import MODELS, is_cached
 
-    runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.json"))
-    return (*runs, *(name for name in USUAL if name == USUAL[0] or is_cached(name)))
+    runs = sorted(map(str, Path("runs").glob("*/")))
+    return (*filter(_able, runs), *(name for name in MODELS if name == USUAL or (is_cached(name) and _able(name))))
+
+
+def _able(name: str) -> bool:
+    from keifu.serving.models import describe
+
+    with suppress(UserError):
+        return bool(describe(name))
+    return False
 
 
 parse = flags.parser(Options, run, "keifu serve")

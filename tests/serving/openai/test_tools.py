@@ -161,6 +161,14 @@ def test_text_before_calls_and_several_calls_are_told_apart(form: str | None, st
     assert text == "Let us <tool see: " and calls == [("f", ARGUMENTS), ("g", "{}")]
 
 
+@pytest.mark.parametrize("thought", ["<think>\n", "<think>\n</think>\n\n"])
+def test_a_thought_that_the_template_begins_hides_no_form(thought: str) -> None:
+    opened = TAIL.replace("assistant\n{% endif", f"assistant\n{thought}{{% endif")
+    thinking = tokenizer_of("tagged").with_chat_template(HEAD + TURN + TAGGED + opened)
+    assert thinking.chat_text([{"role": "user", "content": "x"}]).endswith(thought)
+    assert tool_format(thinking) == tool_format(tokenizer_of("tagged"))
+
+
 def test_calls_with_ids_and_calls_without_a_mark() -> None:
     form = tool_format(tokenizer_of("listed"))
     assert form.trigger(tokenizer_of("listed")) == "[CALLS]" and form.between and '"id": ' in form.between

@@ -21,6 +21,7 @@ from keifu.serving.openai.constraints import LAYOUT, Grammar
 
 Messages = Sequence[Mapping[str, Any]]
 PROBES = ("first_probe", "second_probe")
+THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")  # a template may open one for the answer, and in none of before
 TOLD = """\
 You can call functions. These are their descriptions, one a line:
 {functions}
@@ -81,7 +82,7 @@ def _probe(tokenizer: Tokenizer, names: Sequence[str]) -> ToolFormat | None:
     results = [{"role": "tool", "name": c["function"]["name"], "tool_call_id": c["id"], "content": "y"} for c in calls]
     turn = {"role": "assistant", "content": "", "tool_calls": calls}
     tools = [{"type": "function", "function": {"name": name, "description": "", "parameters": {}}} for name in names]
-    prompt = tokenizer.chat_text(asked, tools=tools)
+    prompt = THOUGHT.sub("", tokenizer.chat_text(asked, tools=tools))
     whole = tokenizer.chat_text(with_objects([*asked, turn, *results]), tools=tools)
     if names[0] not in prompt or not whole.startswith(prompt):
         return None
