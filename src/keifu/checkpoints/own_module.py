@@ -6,22 +6,18 @@
 import json
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
 
+from keifu.checkpoints.hf.read import open_weights
+from keifu.checkpoints.plan import misfits
 from keifu.errors import UserError
 from keifu.files import replacing, write_atomic
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "own"
-NAMED = 10  # how many tensors an error names
-
-
-def _is_instance(config: Any) -> TypeGuard[Any]:
-    """Whether it is an object of a dataclass, and not the class."""
-    return is_dataclass(config) and not isinstance(config, type)
 
 
 def save_module(model: nn.Module, tokenizer: Any, directory: Path) -> None:
@@ -31,7 +27,8 @@ def save_module(model: nn.Module, tokenizer: Any, directory: Path) -> None:
 
     config = vars(model).get("config", {})
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    about = {"model_type": MODEL_TYPE, "class": kind, "config": asdict(config) if _is_instance(config) else config}
+    settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
+    about = {"model_type": MODEL_TYPE, "class": kind, "config": settings}
     text = json.dumps(about, indent=2, ensure_ascii=False, default=str) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / WEIGHTS) as temporary:
@@ -53,36 +50,19 @@ def load_weights(model: nn.Module, directory: str | Path) -> nn.Module:
     >>> keifu.load_weights(nn.Linear(3, 2), folder)
     Linear(in_features=3, out_features=2, bias=True)
     """
-    from safetensors import safe_open
-
     path = Path(directory) / WEIGHTS if Path(directory).is_dir() else Path(directory)
     if not path.is_file():
         raise UserError(f"There are no weights in {directory}: it has no {WEIGHTS}.")
     state = model.state_dict(keep_vars=True)
-    with safe_open(path, "pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        twins = file.metadata() or {}  # a tensor that was left out -> the one that holds its numbers
-    for name, kept in twins.items():
+    file = open_weights(path)
+    stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    for name, kept in (file.metadata() or {}).items():  # a tensor that was left out, and the one that holds its numbers
         if name in state and kept in stored:
             stored.setdefault(name, stored[kept])
-    _check(state, stored, path)
+    shapes = [{name: each[name].shape for name in sorted(each)} for each in (state, stored)]
+    if wrong := misfits(shapes[0], shapes[1], {*stored} - {*state}, "the module", "the module has"):
+        raise UserError(f"The tensors of {path} are not those of this module: {wrong}.")
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(stored[name])
     return model.eval()
-
-
-def _check(state: dict[str, Any], stored: dict[str, torch.Tensor], path: Path) -> None:
-    shapes = [
-        f"{name} is {list(stored[name].shape)} where the module has {list(tensor.shape)}"
-        for name, tensor in state.items()
-        if name in stored and stored[name].shape != tensor.shape
-    ]
-    groups = {
-        "missing": [*state.keys() - stored.keys()],
-        "not part of the module": [*stored.keys() - state.keys()],
-        "of another shape": shapes,
-    }
-    wrong = [f"{len(names)} {what} ({', '.join(sorted(names)[:NAMED])})" for what, names in groups.items() if names]
-    if wrong:
-        raise UserError(f"The tensors of {path} are not those of this module: {'; '.join(wrong)}.")

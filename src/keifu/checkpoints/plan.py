@@ -223,17 +223,27 @@ def permute_rotary(found: Iterable[Link], head_dim: int | None) -> list[Link]:
 
 def _check(source: Source, found: Sequence[Link], extra: set[str]) -> None:
     expected = {name: shape for link in found for name, shape in zip(link.theirs, link.stored_shapes(), strict=True)}
-    missing = [name for name in expected if name not in source.stored]
-    shapes = [
-        f"{name} is {list(source.stored[name].shape)} where the config asks for {list(shape)}"
-        for name, shape in expected.items()
-        if name in source.stored and source.stored[name].shape != shape
-    ]
-    groups = ("missing", missing), ("not part of the model", sorted(extra)), ("of another shape", shapes)
-    wrong = [f"{len(names)} {what} ({_list_names(names)})" for what, names in groups if names]
-    if wrong:
+    stored = {name: tensor.shape for name, tensor in source.stored.items()}
+    if wrong := misfits(expected, stored, extra, "the model", "the config asks for"):
         kind = source.family.model_type
-        raise UserError(f"The tensors of {source.path} are not those of its {kind!r} config: {'; '.join(wrong)}.")
+        raise UserError(f"The tensors of {source.path} are not those of its {kind!r} config: {wrong}.")
+
+
+def misfits(
+    expected: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]], extra: set[str], whole: str, asks: str
+) -> str:
+    """What is wrong with the tensors of a file by their shapes, in words; empty where nothing is.
+
+    extra: those that belong to nothing of the `whole`. asks: whose words the expected shapes are.
+    """
+    shapes = [
+        f"{name} is {list(stored[name])} where {asks} {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and tuple(stored[name]) != tuple(shape)
+    ]
+    missing = [name for name in expected if name not in stored]
+    groups = ("missing", missing), (f"not part of {whole}", sorted(extra)), ("of another shape", shapes)
+    return "; ".join(f"{len(names)} {what} ({_list_names(names)})" for what, names in groups if names)
 
 
 def _list_names(names: Sequence[str]) -> str:

@@ -128,13 +128,15 @@ def _name(module: ModuleType) -> str:
 
 
 # Networks with a folder of their own in a pipeline of diffusers, and such pipelines: what their published files are.
-_NETWORKS = (
+_NETWORKS: tuple[str, ...] = (
     "diffusion.autoencoder_kl", "diffusion.conditioned_unet", "unclip.prior", "unclip.decoder", "unclip.conditioning"
 )  # fmt: skip
+_PIPELINES = ("diffusion.latent_diffusion", "unclip.unclip")
 _WITHOUT_TEXT = (*_NETWORKS, "perceptron", "diffusion.ddpm", "clip.image", "dalle.discrete_vae")
-_FILES = dict.fromkeys(_NETWORKS, ("config.json", "diffusion_pytorch_model.safetensors")) | dict.fromkeys(
-    ("diffusion.latent_diffusion", "unclip.unclip"), ("model_index.json", "diffusion_pytorch_model.safetensors")
-)
+_FILES: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(_NETWORKS, ("config.json", "diffusion_pytorch_model.safetensors")),
+    **dict.fromkeys(_PIPELINES, ("model_index.json", "diffusion_pytorch_model.safetensors")),
+}
 DIALECTS = {  # what a model's file may offer, and the field of `Dialect` that it is
     "IN_FILE": "in_file", "COPIES": "copies", "OLD_ENDINGS": "old_endings", "WITHOUT_PREFIX": "without_prefix"
 }  # fmt: skip

@@ -38,12 +38,7 @@ from keifu.processes import current
 
 STAGE = ".saving-"
 ROLES = ("bos", "eos", "pad")
-GENERATION = (
-    "decoder_start_token_id",
-    "forced_eos_token_id",
-    "pad_token_id",
-    "bad_words_ids",
-)  # if the config has them
+GENERATION = ("decoder_start_token_id", "forced_eos_token_id", "pad_token_id", "bad_words_ids")  # of a config with them
 TOKENIZER_FILES = (
     "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
     "merges.txt", "vocab.txt", "source.spm", "target.spm", "target_vocab.json", "tokenizer.json",

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from keifu.checkpoints.lora.peft import attach_tensors, layers, read_tensors, refuse_adapter
+from keifu.checkpoints.lora.peft import attach_tensors, layers, read_tensors
 from keifu.errors import UserError, unknown
 from keifu.files import write_atomic
 from keifu.layers.lora import Adapter, LoraSettings, adapters, merge
@@ -65,8 +65,7 @@ def attach_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Mo
         rank = len(parts["a"]) if "a" in parts and parts["a"].ndim > 1 else 1
         lows[label] = LoraSettings(rank, scale * (rank if alpha is None else float(alpha)), dora="length" in parts)
         found[label] = {part: tensor.flatten(0 if part == "length" else 1) for part, tensor in parts.items()}
-    refuse_adapter(model, path, wrong, known, lows, found, names)
-    return attach_tensors(model, known, lows, found)
+    return attach_tensors(model, path, wrong, known, lows, found, names)
 
 
 def _label(name: str, spelled: Mapping[str, str]) -> tuple[str | None, str | None]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keifu.checkpoints.hf.read import open_weights
 from keifu.checkpoints.hf.weight_names import links
 from keifu.checkpoints.registry import describe
 from keifu.errors import UserError, unknown
@@ -156,14 +157,13 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             strange.append(name)
     wrong = [f"{name} belongs to no layer of this model" for name in strange]
     lows = {label: _low(config, label, parts) for label, parts in found.items()}
-    refuse_adapter(model, path, wrong, known, lows, found, {})
-    return attach_tensors(model, known, lows, found)
+    return attach_tensors(model, path, wrong, known, lows, found, {})
 
 
 Parts = Mapping[str, Mapping[str, Tensor]]  # of each layer by its published name
 
 
-def refuse_adapter(
+def attach_tensors(
     model: nn.Module,
     path: Path,
     wrong: list[str],
@@ -171,8 +171,9 @@ def refuse_adapter(
     lows: Mapping[str, LoraSettings],
     found: Parts,
     names: Mapping[str, Mapping[str, str]],
-) -> None:
-    """One `UserError` for what is wrong with a file, and for its tensors that are missing or misshapen, if any is.
+) -> nn.Module:
+    """Attaches adapters of these tensors to a model, in place; what is wrong with a file, and its tensors that are
+    missing or misshapen, are one `UserError`.
 
     names: what the file calls each of the tensors, where that is not PEFT's way.
     """
@@ -182,12 +183,6 @@ def refuse_adapter(
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         told = "; ".join(wrong[:10]) + more if wrong else "they are empty"
         raise UserError(f"The adapters in {path} do not fit this {type(model).__name__}: {told}.")
-
-
-def attach_tensors(
-    model: nn.Module, known: Mapping[str, Target], lows: Mapping[str, LoraSettings], found: Parts
-) -> nn.Module:
-    """Attaches adapters of these tensors to a model, in place."""
     attach(model, {known[label]: low for label, low in lows.items()})
     with torch.no_grad():
         for adapter in adapters(model):
@@ -215,15 +210,10 @@ def _check_pair(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file; one that is torn or not there is a `UserError`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.exists():
         raise UserError(f"{path.parent} holds no {path.name}: keifu reads adapters as safetensors alone.")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is truncated or corrupt: {error}.") from error
+    file = open_weights(path)
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
 def _label(name: str) -> tuple[str, str]:
