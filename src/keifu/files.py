@@ -196,6 +196,16 @@ def check_output(path: Path, option: str, folder: bool) -> None:
         raise UserError(f"{option} {path} cannot be written: {there} is read-only for you.")
 
 
+def neighbours(path: Path, pattern: str = "*") -> list[str]:
+    """The files beside a place where one was looked for, to tell the nearest name."""
+    return [str(each) for each in path.parent.glob(pattern)]
+
+
+def hidden(path: Path) -> bool:
+    """Whether a file, or a folder on the way to it, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def cache() -> Path:
     """The folder for everything that is fetched or derived: `KEIFU_CACHE`, or ~/.cache/keifu."""
     return Path(os.environ.get("KEIFU_CACHE") or "~/.cache/keifu").expanduser()

@@ -7,6 +7,7 @@ package's control files, and its content as data.tar with a compression.
 
 import glob
 import io
+import json
 import os
 import re
 import shutil
@@ -15,14 +16,14 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import IO, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 from keifu import files
 from keifu.data.progress import Advance, counting
@@ -127,6 +128,22 @@ def made_once(folder: Path, whole: Callable[[], bool], make: Callable[[Path], No
                 shutil.rmtree(folder, ignore_errors=True)  # there only when it was damaged
                 (place / "new").rename(folder)
     return folder
+
+
+def prepared(
+    kind: str, source: str | Path, settings: Mapping[str, Any], cache_dir: str | Path | None,
+    whole: Callable[[Path], bool], make: Callable[[Path, dict[str, Any]], None], usual: str = "text",
+) -> Path:  # fmt: skip
+    """The folder of a source that was prepared with these settings, under `kind` in the cache unless another is given.
+
+    make: writes it, and with it facts: the source, a fingerprint of the settings, and these. usual: what a source
+    without a name is called.
+    """
+    fingerprint = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    name = Path(source).stem.replace("*", "") or usual
+    folder = Path(cache_dir or files.cache() / kind) / f"{name}-{fingerprint[:16]}"
+    facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
+    return made_once(folder, lambda: whole(folder), lambda new: make(new, facts))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from keifu.data.records import Row, listed, read_records
 from keifu.data.text.documents import in_catalogue
 from keifu.data.text.synthetic_math import chain_sums
 from keifu.errors import UserError, unknown
+from keifu.files import neighbours
 
 
 def question_and_answer(question: str, answer: str) -> Dialogue:
@@ -99,7 +100,7 @@ def read(source: str) -> Iterator[Conversation]:
     elif Path(source).is_file():
         yield from _of_file(Path(source))
     else:
-        raise unknown("file or set of conversations", source, [*names(), *beside(source)])
+        raise unknown("file or set of conversations", source, [*names(), *neighbours(Path(source), "*.json*")])
 
 
 def names() -> list[str]:
@@ -140,11 +141,6 @@ def prompt_of(given: Any, place: str) -> Conversation:
     """A prompt, a text or a list of messages, as messages after which an answer is expected."""
     messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
     return validate_messages([*messages, {"role": "assistant", "content": "?"}], place)[:-1]
-
-
-def beside(source: str | Path) -> list[str]:
-    """The files of records that lie where a source was looked for."""
-    return [str(each) for each in Path(source).parent.glob("*.json*")]
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Any:

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from keifu.data.batching import Epochs
 from keifu.data.catalogue import catalogue, readers
-from keifu.data.chat.conversations import Conversation, beside, form_of, objects, prompt_of, validate_messages
+from keifu.data.chat.conversations import Conversation, form_of, objects, prompt_of, validate_messages
 from keifu.data.chat.packing import TurnMasks
 from keifu.errors import UserError, unknown
+from keifu.files import neighbours
 
 UNTOUCHED = 5  # the sliders' initial value: a conversation with this for all three was perhaps not rated
 APART = 3.0  # the least difference of a pair's mean ratings
@@ -78,7 +79,7 @@ def read_preferences(source: str | Path) -> Iterator[RankedResponses]:
     what is wrong: no form fits, two conversations that do not begin alike, equal answers, scores that do not match."""
     path, made = Path(source), PREFERENCES.get(str(source))
     if made is None and not path.is_file():
-        raise unknown("file or set of preferences", str(source), [*PREFERENCES, *beside(source)])
+        raise unknown("file or set of preferences", str(source), [*PREFERENCES, *neighbours(path, "*.json*")])
     named = ((f"{source}, entry {number}", record) for number, record in enumerate(made(), 1)) if made else ()
     for place, record in named if made else objects(path, "preference"):
         yield _validate(form_of(record, FORMS, place, "preferences have")(record, place), place)

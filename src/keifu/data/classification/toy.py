@@ -4,6 +4,7 @@ Axes: rows, dim = inputs. Generated sets have two columns of float32; targets ar
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,12 +50,15 @@ def spirals(
 TOYS = (*LOGIC, "moons", "spirals")
 
 
-def toy_table(name: str, label: str | None = None, rows: int = 400) -> Table:
-    """The toy set of that name (moons and spirals: so many rows), or else the CSV file there (see `read_table`)."""
+def toy_table(name: str, label: str | None = None, rows: int = 400, known: Sequence[str] = TOYS) -> Table:
+    """The toy set of that name (moons and spirals: so many rows), or else the CSV file there (see `read_table`).
+
+    known: the names that the error for an unknown one tells.
+    """
     if name not in TOYS:
         path = Path(name)
         if not path.exists() and path.name == path.stem == name:
-            raise unknown("data set or CSV file", name, TOYS)
+            raise unknown("data set or CSV file", name, known)
         return read_table(path, label)
     if label is not None:
         raise UserError(f"--label names a column of a CSV file, and the data are {name!r}: leave it out.")
@@ -101,9 +105,7 @@ def _digits() -> ToyDataset:
 
 def _table(name: str, label: str | None) -> ToyDataset:
     """A toy set or a CSV file, of which every fifth row is held out where there are enough."""
-    if name not in NAMES and not Path(name).exists() and Path(name).stem == name:
-        raise unknown("data set or CSV file", name, NAMES)
-    table = toy_table(name, label)
+    table = toy_table(name, label, known=NAMES)
     if len(table.classes) == 1:
         raise UserError(f"There is nothing to classify in {name}: all its rows have the label {table.classes[0]!r}.")
     rows = LabelledTensors(table.inputs.float(), table.targets)

@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from keifu.data.catalogue import catalogue
-from keifu.data.catalogue.download import made_once
+from keifu.data.catalogue.download import prepared
 from keifu.data.classification.tables import sorted_labels
 from keifu.data.images import sources
 from keifu.data.images.io import Fit, ImageItem, fit_image
@@ -41,14 +41,6 @@ class ImageFormat(NamedTuple):
     size: int | None
     channels: int | None
     fit: Fit
-
-
-def open_index(source: str | Path, folder: Path, form: ImageFormat, leave_out: bool) -> dict[str, Any]:
-    """The index of a folder that holds a source's pictures in that form, made if it is not there."""
-    index = _read_index(made_once(folder, lambda: _whole(folder), lambda new: _make(source, new, form, leave_out)))
-    if index["faults"] and not leave_out:
-        raise UserError(_with_advice(index["faults"][0]))
-    return index
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -318,18 +310,16 @@ def read_images(
     """
     if size is not None and size < 1:
         raise UserError(f"size is {size}, but a picture has at least 1 pixel.")
-    if in_catalogue(source):
-        content = catalogue.identity(str(source))
-    else:
-        root = Path(source).expanduser()
-        facts = [(path, path.stat()) for path in sources.files(source)]
-        content = "\n".join(f"{path.relative_to(root) if path != root and path.is_relative_to(root) else path.name}:"
-                            f"{stat.st_size}:{stat.st_mtime_ns}" for path, stat in facts)  # fmt: skip
-    settings = {"format": FORMAT, "content": content, "size": size, "channels": channels, "fit": fit}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    name = Path(source).stem.replace("*", "") or "pictures"
-    folder = Path(cache_dir or catalogue.cache() / "pictures") / f"{name}-{key[:16]}"
-    index = open_index(source, folder, ImageFormat(size, channels, fit), leave_out)
+    settings = {"format": FORMAT, "content": _content(source), "size": size, "channels": channels, "fit": fit}
+    form = ImageFormat(size, channels, fit)
+
+    def make(new: Path, facts: Any) -> None:
+        _make(source, new, form, leave_out)
+
+    folder = prepared("pictures", source, settings, cache_dir, _whole, make, usual="pictures")
+    index = _read_index(folder)
+    if index["faults"] and not leave_out:
+        raise UserError(_with_advice(index["faults"][0]))
     pixels = np.memmap(folder / PIXELS, np.uint8, "r", shape=tuple(index["shape"]))
     columns = {column: tuple(index[column]) for column in ("names", "classes", "parts", "notes", "faults")}
     return ImageDataset(
@@ -337,6 +327,16 @@ def read_images(
         groups=np.array(index["groups"], np.int64), stored_fingerprint=index["fingerprint"],
         captions={language: tuple(texts) for language, texts in index["captions"].items()}, **columns,
     )  # fmt: skip
+
+
+def _content(source: str | Path) -> str:
+    """What tells that a source holds the same: of files, their names, sizes and times."""
+    if in_catalogue(source):
+        return catalogue.identity(str(source))
+    root = Path(source).expanduser()
+    facts = [(path, path.stat()) for path in sources.files(source)]
+    return "\n".join(f"{path.relative_to(root) if path != root and path.is_relative_to(root) else path.name}:"
+                     f"{stat.st_size}:{stat.st_mtime_ns}" for path, stat in facts)  # fmt: skip
 
 
 def split(pictures: ImageDataset, share: float = 0.05, seed: int = 0) -> ImageSplit:

@@ -29,7 +29,7 @@ from keifu.data.images.io import UNSTATED, DecodedImage, ImageItem, mnist, read_
 from keifu.data.records import read_records
 from keifu.data.text.text_files import Problem
 from keifu.errors import UserError, unknown
-from keifu.files import parse_json, reading
+from keifu.files import hidden, parse_json, reading
 
 CLOTHES = "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
 PHOTOS = {
@@ -150,7 +150,7 @@ def files(source: str | Path) -> list[Path]:
             raise UserError(f"{path} is one file, and pictures come in a folder or in .tar shards: name its folder.")
         return [path]
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+        return sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file.relative_to(path)))
     if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if name.endswith(".tar")):
         return found
     beside = [str(path.with_name(each.name)) for each in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
@@ -281,7 +281,3 @@ def _captions(cells: dict[str, Any]) -> dict[str, str]:
 def _text(value: Any) -> str | None:
     """A cell as a person wrote it; None where it is empty."""
     return None if value is None else str(value).strip() or None
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

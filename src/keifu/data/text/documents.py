@@ -113,13 +113,12 @@ def paths(source: str | Path, form: TextFormat = PLAIN) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        inside = [file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path))]
+        inside = [file for file in path.rglob("*") if file.is_file() and not files.hidden(file.relative_to(path))]
         kinds = SUFFIXES if form.field is None else (*SUFFIXES, *records.SUFFIXES)
         return sorted(file for file in inside if file.suffix.lower() in kinds) or _nothing(path, inside)
     if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()):
         return found
-    beside = [str(path.with_name(each.name)) for each in path.parent.glob("*")] if path.parent.is_dir() else []
-    raise unknown("file, folder or catalogue entry", str(source), [*_texts(), *beside])
+    raise unknown("file, folder or catalogue entry", str(source), [*_texts(), *files.neighbours(path)])
 
 
 def _all(source: str | Path, form: TextFormat, problem: Problem) -> Iterator[TextChunk]:
@@ -183,10 +182,6 @@ def _in_chunks(text: str) -> Iterator[TextChunk]:
         yield TextChunk(text, True)
     else:
         yield from _gather(text.splitlines(keepends=True))
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _nothing(folder: Path, inside: list[Path]) -> list[Path]:

@@ -3,7 +3,6 @@
 Axes: token (all documents one after another), sentence, document.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -14,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from keifu.data.catalogue.download import made_once
+from keifu.data.catalogue.download import prepared
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextFormat, chunks
 from keifu.data.text.token_shards import TextTokenizer, apart
 from keifu.errors import UserError
-from keifu.files import cache, write_atomic
+from keifu.files import write_atomic
 
 FORMAT = 1  # goes up when the same source would give other sentences than before
 MANY = 100  # documents; where there are fewer, each counts as several
@@ -86,16 +85,15 @@ def prepare_sentences(
     }  # fmt: skip
     if validation is not None:
         settings |= {"validation": apart(source, validation, form), "held_out": 0}
-    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = Path(cache_dir or cache() / "sentences") / f"{Path(source).stem or 'text'}-{fingerprint[:16]}"
 
-    def make(new: Path) -> None:
-        facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
+    def make(new: Path, facts: dict[str, Any]) -> None:
         made = _encode(source, tokenizer, split, form)
         held = None if validation is None else _encode(validation, tokenizer, split, form)
         _write(_two_parts(made, facts) if held is None else (made, held), new, facts)
 
-    return _open(made_once(folder, (folder / "index.json").is_file, make))
+    return _open(
+        prepared("sentences", source, settings, cache_dir, lambda place: (place / "index.json").is_file(), make)
+    )
 
 
 def _encode(source: str | Path, tokenizer: TextTokenizer, split: Splitter, form: TextFormat) -> Sentences:

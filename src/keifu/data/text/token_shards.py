@@ -4,26 +4,24 @@ The ids of all documents follow one another, with the tokenizer's end-of-text id
 little-endian integers of 16 bits, or 32 where the vocabulary is larger, beside an index in JSON.
 """
 
-import hashlib
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from keifu.data.catalogue.download import made_once
+from keifu.data.catalogue.download import prepared
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextChunk, TextFormat, chunks, documents
 from keifu.errors import UserError
-from keifu.files import cache, write_atomic
+from keifu.files import write_atomic
 
 __all__ = ["Shards", "TextTokenizer", "documents", "prepare", "prepare_parts"]
 
@@ -161,11 +159,7 @@ def find_made(
     cache_dir: str | Path | None = None,
 ) -> Shards:
     """What was made with these settings; where it is not there, `make` writes it into a new folder."""
-    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    name = Path(source).stem.replace("*", "") or "text"
-    folder = Path(cache_dir or cache() / "tokens") / f"{name}-{fingerprint[:16]}"
-    facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
-    return _open(made_once(folder, partial(_whole, folder), lambda new: make(new, facts)))
+    return _open(prepared("tokens", source, settings, cache_dir, _whole, make))
 
 
 def _whole(folder: Path) -> bool:

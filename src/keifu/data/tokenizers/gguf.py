@@ -23,6 +23,7 @@ from keifu.data.tokenizers.sentencepiece import (
     Settings,
     backend_from_pieces,
     merges_by_score,
+    numbered,
 )
 from keifu.data.tokenizers.special_tokens import put_around_text
 from keifu.data.tokenizers.streaming import byte_value
@@ -100,10 +101,7 @@ def _needed(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int]) -> Made:
-    vocabulary: dict[str, int] = {}
-    for number, token in enumerate(tokens):
-        if vocabulary.setdefault(token, number) != number:
-            raise UserError(f"The GGUF has the token {token!r} twice, with the ids {vocabulary[token]} and {number}.")
+    vocabulary = numbered(tokens, "The GGUF")
     cut = fields.get("tokenizer.ggml.pre", "default")
     merges = [(left, right) for left, _, right in (str(m).partition(" ") for m in _needed(fields, "merges"))]
     backend = byte_level_backend(vocabulary, merges, cut)

@@ -13,7 +13,7 @@ even those that the model itself does not know, so it needs them as text.
 
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -167,12 +167,18 @@ def merges_by_score(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     return [(left, right) for _, left, right in sorted(ranked)]
 
 
+def numbered(tokens: Iterable[str], where: str) -> dict[str, int]:
+    """The id of each token, which is its place; one that stands there twice is a `UserError`."""
+    ids: dict[str, int] = {}
+    for place, token in enumerate(tokens):
+        if ids.setdefault(token, place) != place:
+            raise UserError(f"{where} has the token {token!r} twice, with the ids {ids[token]} and {place}.")
+    return ids
+
+
 def backend_from_pieces(pieces: Sequence[Piece], settings: Settings) -> tokenizers.Tokenizer:
     """A `tokenizers` object that encodes and decodes as SentencePiece does with these pieces."""
-    texts: dict[str, int] = {}
-    for place, piece in enumerate(pieces):
-        if texts.setdefault(piece.text, place) != place:
-            raise UserError(f"The vocabulary has {piece.text!r} twice, with the ids {texts[piece.text]} and {place}.")
+    texts = numbered((piece.text for piece in pieces), "The vocabulary")
     if settings.unknown_id >= len(pieces):
         raise UserError(f"The unknown piece has the id {settings.unknown_id}, and there are {len(pieces)} pieces.")
     unknown_piece = pieces[settings.unknown_id].text

@@ -23,6 +23,7 @@ from keifu.data.catalogue import catalogue
 from keifu.data.records import SUFFIXES, content, listed, read_cells, read_records
 from keifu.data.text.text_files import lines
 from keifu.errors import UserError, unknown
+from keifu.files import neighbours
 
 Pair = tuple[str, str]
 Fields = tuple[str | None, str | None]  # of the source and of the target; None where they go by their names
@@ -121,8 +122,7 @@ def _check_there(path: Path, name: str) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder: name the file of pairs in it, or its two files as A,B.")
     if not path.is_file():
-        near = [str(path.with_name(each.name)) for each in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise unknown("catalogue name, file of pairs or pair of files", name, [*pair_names(), *near])
+        raise unknown("catalogue name, file of pairs or pair of files", name, [*pair_names(), *neighbours(path)])
 
 
 def _of_records(source: str, path: Path, fields: Fields, encoding: str | None) -> Pairs | None:
