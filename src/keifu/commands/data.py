@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,7 +12,6 @@ import tyro
 from keifu.commands.shared import flags, tables
 from keifu.commands.shared.inputs import at_terminal
 from keifu.errors import UserError
-from keifu.files import check_output
 
 LEARNED, ENDS = "bold green", "⟦⟧"  # on a terminal, and where there is no colour
 
@@ -100,7 +99,7 @@ class Options:
     """Clear without asking."""
     json: bool = False
     """Print the report of check, or conversations as ids, as JSON."""
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = field(default_factory=lambda: None)  # checked below
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """The PNG file that show writes; unset, it writes none. The folder that prepare writes, which is then --data."""
     rank: int = 0
     """Which part of the files prepare takes, counted from 0."""
@@ -120,10 +119,6 @@ class Options:
     """How pictures that are not square are made so: their middle, white added, or changed proportions."""
     leave_out: bool = False
     """Leave out pictures that cannot be read or have no caption where others do, and say which."""
-
-    def __post_init__(self) -> None:
-        if self.output is not None:
-            check_output(self.output, "--output", folder=self.action == "prepare")
 
 
 def run(options: Options) -> None:
@@ -190,14 +185,12 @@ def _megabytes(size: int) -> str:
 
 
 def _check(source: str, options: Options) -> None:
-    from keifu.data.catalogue.catalogue import CATALOGUE, fetch
     from keifu.data.text.dataset_report import check_dataset
     from keifu.data.text.documents import TextFormat
     from keifu.data.tokenizers.load import load_tokenizer
 
-    wanted = options.tokenizer or "gpt2-bpe"
-    place = fetch(wanted) if wanted in CATALOGUE else wanted
-    report = check_dataset(source, load_tokenizer(place), TextFormat(options.text_field, options.encoding))
+    tokenizer = load_tokenizer(options.tokenizer or "gpt2-bpe")
+    report = check_dataset(source, tokenizer, TextFormat(options.text_field, options.encoding))
     print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
     if not report.documents:
         why = f": {'; '.join(report.problems)}" if report.problems else "."
@@ -205,15 +198,13 @@ def _check(source: str, options: Options) -> None:
 
 
 def _prepare(source: str, options: Options) -> None:
-    from keifu.data.catalogue.catalogue import CATALOGUE, fetch
     from keifu.data.text.documents import TextFormat
     from keifu.data.text.prepared import prepare_files
     from keifu.data.tokenizers.load import load_tokenizer
 
     if options.output is None:
         raise UserError("keifu data prepare needs a folder for the shards: give --output.")
-    wanted = options.tokenizer or "gpt2-bpe"
-    tokenizer = load_tokenizer(fetch(wanted) if wanted in CATALOGUE else wanted)
+    tokenizer = load_tokenizer(options.tokenizer or "gpt2-bpe")
     options.output.mkdir(parents=True, exist_ok=True)
     form = TextFormat(options.text_field, options.encoding)
     made = prepare_files(source, tokenizer, options.output, form, options.rank, options.of)

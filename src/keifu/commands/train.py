@@ -134,7 +134,7 @@ def with_folder(kind: type, name: str) -> Any:
         ("restarts", Annotated[int, tyro.conf.arg(help="Times that the processes are started again, from the last "
          "state, where one dies.")], 0),
         *((name, COMPUTING[name], UNSET[name]) for name in COMPUTING if not _has(kind, name)),
-    ]
+    ]  # fmt: skip
     return make_dataclass("Train", own, frozen=True)
 
 

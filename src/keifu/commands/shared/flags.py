@@ -33,6 +33,7 @@ Weights = Annotated[str | None, tyro.conf.arg(metavar="bf16|int8|int4|int4_pure"
     "native for bf16 and for the blocks of GGUF files."
 ))]  # fmt: skip
 RESULTS = ("out", "output", "strip", "picture")  # options that name what is written; a folder where one is usual
+FOLDERS = ("prepare",)  # actions of verbs that write a folder where others write a file
 NAMES = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 
 
@@ -124,7 +125,8 @@ def _check_paths(options: Any, words: Sequence[str]) -> None:
         if empty and value == Path():
             raise UserError(f"--{each.name} is empty: give the name of a file or folder.")
         if each.name in RESULTS and each.default is not MISSING:  # keifu convert writes either
-            check_output(value, f"--{each.name}", folder=each.default is not None)
+            folder = each.default is not None or vars(options).get("action") in FOLDERS
+            check_output(value, f"--{each.name}", folder)
 
 
 def check_ranges(kind: type, values: Mapping[str, Any]) -> None:
