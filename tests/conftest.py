@@ -24,6 +24,8 @@ from collections.abc import Callable  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from keifu.native import library  # noqa: E402
+from keifu.native.build import Unavailable  # noqa: E402
 from keifu.threads import follow_load  # noqa: E402
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # beside other processes of the tests, one each
@@ -35,6 +37,16 @@ warnings.filterwarnings("ignore", module="beartype")
 def _repeatable() -> None:
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> library.Library:
+    """The library of native code; a test is skipped where this machine cannot build it."""
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    try:
+        return library.open_library()
+    except Unavailable as reason:
+        pytest.skip(f"no native step: {reason}")
 
 
 def binomial_bounds(trials: int, share: float, risk: float = 1e-7) -> tuple[int, int]:

@@ -11,7 +11,6 @@ import torch
 from keifu import checkpoints
 from keifu.errors import UserError
 from keifu.native import library
-from keifu.native.build import Unavailable
 from keifu.native.model import NativeLM, pack
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "native"))
@@ -21,12 +20,7 @@ WRITABLE = {"llama", "qwen2", "qwen3", "gpt2", "gemma3 of windows"}  # as GGUF
 TOKENS = torch.arange(3, 40)[None]
 
 
-@pytest.fixture(autouse=True)
-def _opened() -> None:
-    try:
-        library.open_library()
-    except Unavailable as reason:
-        pytest.skip(f"no native step: {reason}")
+pytestmark = pytest.mark.usefixtures("opened")
 
 
 def equal(one: NativeLM, other: NativeLM) -> bool:

@@ -20,13 +20,3 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     except Unavailable as reason:
         pytest.skip(f"no native step with {request.param}: {reason}")
     return request.param
-
-
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> library.Library:
-    """The library, where this machine can build it."""
-    monkeypatch.delenv(library.VARIABLE, raising=False)
-    try:
-        return library.open_library()
-    except Unavailable as reason:
-        pytest.skip(f"no native step: {reason}")

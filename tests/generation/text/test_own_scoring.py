@@ -18,19 +18,12 @@ from keifu.generation.text.likelihood import (
 from keifu.generation.text.runner import Reader, TorchRunner, runner_of
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.native import library
-from keifu.native.build import Unavailable
 from keifu.native.model import NativeLM, NativeRunner, pack
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "native"))
 from native_toys import toy  # pyright: ignore[reportMissingImports]
 
-
-@pytest.fixture(autouse=True)
-def _opened() -> None:
-    try:
-        library.open_library()
-    except Unavailable as reason:
-        pytest.skip(f"no native step: {reason}")
+pytestmark = pytest.mark.usefixtures("opened")
 
 
 @pytest.fixture(scope="module")
