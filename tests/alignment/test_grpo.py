@@ -123,6 +123,17 @@ def test_reward_rises(base: Path, task: Path, tmp_path: Path) -> None:
     assert found[0]["clip_fraction"] == 0 and found[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(base: Path, task: Path, tmp_path: Path) -> None:
+    """Each writes half of the answers, by their own seeds; rewards and gradients are those of the whole rollout."""
+    words = ["--steps", "6", "--learning-rate", "0.015", "--precision", "float32"]
+    alone = lines(go(base, task, tmp_path / "alone", *words))
+    both = lines(go(base, task, tmp_path / "both", *words, "--processes", "2"))
+    for name in ("reward", "loss", "kl", "length", "gradient_norm"):
+        expected = [line[name] for line in alone]
+        assert [line[name] for line in both] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+
+
 def test_adapters_learn_without_a_reference(base: Path, task: Path, tmp_path: Path) -> None:
     out = go(base, task, tmp_path / "run", "--steps", "2", "--lora.rank", "4", "--beta", "0")
     assert (out / "adapter_model.safetensors").is_file()
