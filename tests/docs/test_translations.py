@@ -43,6 +43,11 @@ def numbers(page: str) -> set[str]:
     return {number.replace(",", "") for number in found if len(number) > 1}
 
 
+def test_every_page_is_there_in_japanese() -> None:
+    pages = {page for page in (ROOT / "docs").rglob("*.md") if not page.name.endswith(".ja.md")}
+    assert pages - {english for english, _ in PAIRS} == set()
+
+
 ASPECTS = [headings, blocks, pictures, links, numbers]
 
 
