@@ -328,6 +328,8 @@ def compare(options: argparse.Namespace) -> Iterable[str]:
         for name, url in urls.items():
             found[name].tell(f"{name}, {options.slots} slots, {options.clients} clients")
             second_turn(url, model)
+        for name, rates in rounds.items():
+            print(f"  {name}, each round: {', '.join(f'{rate:.0f}' for rate in rates)} tokens/s")
         ratios = [ours / theirs for ours, theirs in zip(*rounds.values(), strict=True)]
         print(f"keifu / llama-server: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
         return [f"{name}: {outcome.errors[:3]}" for name, outcome in found.items() if outcome.errors]

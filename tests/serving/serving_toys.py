@@ -65,9 +65,11 @@ class Served:
 
 
 @contextmanager
-def running(names: Sequence[str], limits: Limits, access: Access, memory: int | None = None) -> Iterator[Served]:
+def running(
+    names: Sequence[str], limits: Limits, access: Access, memory: int | None = None, weights: str | None = None
+) -> Iterator[Served]:
     """A server in a thread."""
-    models = ServedModels(names, limits, Metrics(), memory)
+    models = ServedModels(names, limits, Metrics(), memory, weights)
     listening = Address(port=0).open()
     listening.listen()
     server = server_of(application(models, access))
