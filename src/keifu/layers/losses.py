@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+Outputs = Float[Tensor, "batch outputs"]
+
 IGNORED = -100  # the target of a position that does not count
 _LOGITS_AT_A_TIME = 2**26  # 256 MiB of float32 probabilities
 
@@ -162,23 +164,17 @@ def categorical_cross_entropy(
     return F.cross_entropy(logits, targets, reduction="sum")
 
 
-def binary_cross_entropy(
-    logits: Float[Tensor, "batch outputs"], targets: Float[Tensor, "batch outputs"]
-) -> Float[Tensor, ""]:
+def binary_cross_entropy(logits: Outputs, targets: Outputs) -> Float[Tensor, ""]:
     """Sum over rows of the mean over outputs of -t log σ(logit) - (1 - t) log(1 - σ(logit)), in nats."""
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1).sum()
 
 
-def mean_squared_error(
-    outputs: Float[Tensor, "batch outputs"], targets: Float[Tensor, "batch outputs"]
-) -> Float[Tensor, ""]:
+def mean_squared_error(outputs: Outputs, targets: Outputs) -> Float[Tensor, ""]:
     """Sum over rows of the mean over outputs of (output - target)²."""
     return (outputs - targets).square().mean(-1).sum()
 
 
-def mean_absolute_error(
-    outputs: Float[Tensor, "batch outputs"], targets: Float[Tensor, "batch outputs"]
-) -> Float[Tensor, ""]:
+def mean_absolute_error(outputs: Outputs, targets: Outputs) -> Float[Tensor, ""]:
     """Sum over rows of the mean over outputs of |output - target|."""
     return (outputs - targets).abs().mean(-1).sum()
 

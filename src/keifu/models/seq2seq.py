@@ -35,6 +35,10 @@ from keifu.layers.recurrent.attention_decoder import (
 )
 from keifu.layers.recurrent.gru import ENCODERS
 
+Tokens = Int[Tensor, "batch length"]
+Source = Int[Tensor, "batch source_length"]
+SourceMask = Bool[Tensor, "batch source_length"]
+
 
 @dataclass(frozen=True)
 class Config:
@@ -135,20 +139,12 @@ class Seq2Seq(nn.Module):
         self.output_dropout = Dropout(config.dropout)
 
     def forward(
-        self,
-        source: Int[Tensor, "batch source_length"],
-        target: Int[Tensor, "batch length"],
-        source_mask: Bool[Tensor, "batch source_length"] | None = None,
+        self, source: Source, target: Tokens, source_mask: SourceMask | None = None
     ) -> Float[Tensor, "batch length vocab"]:
         """Logits of the token after each of the target. `source_mask` is True on real tokens; padding is at the end."""
         return self.logits(self.hidden(target, self.start(source, source_mask)))
 
-    def start(
-        self,
-        source: Int[Tensor, "batch source_length"],
-        source_mask: Bool[Tensor, "batch source_length"] | None = None,
-        capacity: int | None = None,
-    ) -> DecoderState:
+    def start(self, source: Source, source_mask: SourceMask | None = None, capacity: int | None = None) -> DecoderState:
         """Reads the sources. With `capacity` the state takes up to that many tokens of each target, a few at a time;
         without it a whole target is given at once and nothing of it is kept. An empty source is a ValueError.
         """
@@ -157,16 +153,13 @@ class Seq2Seq(nn.Module):
         memory, hidden = self.decoder.start(reading)
         return DecoderState(memory, hidden, capacity)
 
-    def hidden(self, target: Int[Tensor, "batch length"], state: DecoderState) -> Float[Tensor, "batch length hidden"]:
+    def hidden(self, target: Tokens, state: DecoderState) -> Float[Tensor, "batch length hidden"]:
         """Hidden states that predict the next token. With a capacity, `target` holds the new tokens alone."""
         embedded = self.target_dropout(self.target_embedding(target))
         return self.output_dropout(self.output(self._steps(embedded, state), embedded))
 
     def alignment(
-        self,
-        source: Int[Tensor, "batch source_length"],
-        target: Int[Tensor, "batch length"],
-        source_mask: Bool[Tensor, "batch source_length"] | None = None,
+        self, source: Source, target: Tokens, source_mask: SourceMask | None = None
     ) -> Float[Tensor, "batch length source_length"]:
         """Attention weights of the source tokens for each prediction of a next target token (figure 3).
 

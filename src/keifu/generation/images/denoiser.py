@@ -16,6 +16,8 @@ from keifu.errors import UserError
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.diffusion.sampling_schedule import Level
 
+Sample = Float[Tensor, "batch *shape"]
+
 Network: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # from x and the timestep of every row to the output
 
 
@@ -23,30 +25,16 @@ Network: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # from x and the timest
 class DiffusionConfig(Protocol):
     """Interface of a diffusion model's config: size, channels and classes of its images."""
 
-    @property
-    def size(self) -> int | tuple[int, int] | None:
-        """Height and width that it was trained with, or one number for both; None if unknown."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """Of a picture."""
-        ...
-
-    @property
-    def n_classes(self) -> int:
-        """Number of classes; 0 for an unconditional model."""
-        ...
-
-    @property
-    def null_class(self) -> bool:
-        """Whether the label `n_classes` means no condition, which classifier-free guidance needs."""
-        ...
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, if they have any."""
-        ...
+    size: int | tuple[int, int] | None
+    """Height and width that it was trained with, or one number for both; None if unknown."""
+    channels: int
+    """Of a picture."""
+    n_classes: int
+    """Number of classes; 0 for an unconditional model."""
+    null_class: bool
+    """Whether the label `n_classes` means no condition, which classifier-free guidance needs."""
+    classes: tuple[str, ...]
+    """Names of the classes, if they have any."""
 
 
 @runtime_checkable
@@ -57,15 +45,10 @@ class DiffusionModel(Protocol):
     with a learned variance, twice the channels.
     """
 
-    @property
-    def noise(self) -> Noise:
-        """The noise schedule that it was trained with."""
-        ...
-
-    @property
-    def config(self) -> DiffusionConfig:
-        """Its sizes."""
-        ...
+    noise: Noise
+    """The noise schedule that it was trained with."""
+    config: DiffusionConfig
+    """Its sizes."""
 
     def __call__(
         self,
@@ -110,17 +93,17 @@ class Denoiser:
         self.clip = noise.clip if clip else None
         self.threshold = noise.threshold if threshold else None
 
-    def __call__(self, x: Float[Tensor, "batch *shape"], level: Level) -> DenoiserOutput:
+    def __call__(self, x: Sample, level: Level) -> DenoiserOutput:
         """The image and the noise predicted from x."""
         return self.read(self.output(x, level), x, level)
 
-    def output(self, x: Float[Tensor, "batch *shape"], level: Level) -> Tensor:
+    def output(self, x: Sample, level: Level) -> Tensor:
         """The network's raw output; whole timesteps are passed as int64, others as float32."""
         kind = torch.int64 if level.timestep.is_integer() else torch.float32
         timestep = torch.full((len(x),), level.timestep, dtype=kind, device=x.device)
         return self.network(x, timestep).to(x.dtype)
 
-    def read(self, output: Tensor, x: Float[Tensor, "batch *shape"], level: Level) -> DenoiserOutput:
+    def read(self, output: Tensor, x: Sample, level: Level) -> DenoiserOutput:
         """The image and the noise that a raw output means, by the prediction target."""
         fraction = None
         if self.noise.variance == "learned_range":
@@ -140,9 +123,7 @@ class Denoiser:
         return picture if self.clip is None else picture.clamp(-self.clip, self.clip)
 
 
-def dynamic_threshold(
-    picture: Float[Tensor, "batch *shape"], share: float, most: float
-) -> Float[Tensor, "batch *shape"]:
+def dynamic_threshold(picture: Sample, share: float, most: float) -> Sample:
     """Dynamic thresholding (Saharia et al., 2022, section 2.3): each image is clipped at the quantile `share` of its
     absolute numbers, which is held between 1 and `most`, and divided by it."""
     flat = picture.flatten(1)
@@ -150,12 +131,7 @@ def dynamic_threshold(
     return (flat.clamp(-bound, bound) / bound).view_as(picture)
 
 
-def guide(
-    conditional: Float[Tensor, "batch *shape"],
-    unconditional: Float[Tensor, "batch *shape"],
-    guidance: float,
-    rescale: float = 0.0,
-) -> Float[Tensor, "batch *shape"]:
+def guide(conditional: Sample, unconditional: Sample, guidance: float, rescale: float = 0.0) -> Sample:
     """Classifier-free guidance: extrapolates from the unconditional through the conditional prediction.
 
     `guidance` is the s of unconditional + s · (conditional - unconditional): 1 is the conditional prediction itself,
@@ -171,10 +147,7 @@ def guide(
 
 
 def guided_denoiser(
-    conditional: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    noise: Noise,
-    guidance: float,
-    rescale: float = 0.0,
+    conditional: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], noise: Noise, guidance: float, rescale: float = 0.0
 ) -> Network:
     """A network with classifier-free guidance.
 

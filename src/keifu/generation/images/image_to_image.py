@@ -20,7 +20,7 @@ from torch import Tensor
 
 from keifu.data.images.io import fit_image, read_image, to_signed
 from keifu.errors import UserError
-from keifu.generation.images.denoiser import Denoiser, Network
+from keifu.generation.images.denoiser import Denoiser, Network, Sample
 from keifu.generation.images.samplers import ConfiguredSampler, Random, SamplerStep
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.diffusion.sampling_schedule import CLEAN, Level, Schedule
@@ -29,11 +29,11 @@ from keifu.layers.diffusion.sampling_schedule import CLEAN, Level, Schedule
 class KeptRegion(NamedTuple):
     """An image, the initial noise, and the mask of what is generated anew: all else is kept."""
 
-    picture: Float[Tensor, "batch *shape"]
-    noise: Float[Tensor, "batch *shape"]
+    picture: Sample
+    noise: Sample
     anew: Bool[Tensor, "..."]
 
-    def put_back(self, x: Float[Tensor, "batch *shape"], level: Level) -> Float[Tensor, "batch *shape"]:
+    def put_back(self, x: Sample, level: Level) -> Sample:
         """x, and in the kept region the image with its noise at this level."""
         return torch.where(self.anew, x, level.alpha * self.picture + level.sigma * self.noise)
 
@@ -48,7 +48,7 @@ class Inpainting(Denoiser):
         super().__init__(network, noise, clip, threshold)
         self.kept, self.start = kept, start
 
-    def output(self, x: Float[Tensor, "batch *shape"], level: Level) -> Tensor:
+    def output(self, x: Sample, level: Level) -> Tensor:
         """The network's output for x with the kept region put back."""
         return super().output(x if level == self.start else self.kept.put_back(x, level), level)
 
@@ -65,9 +65,7 @@ def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
     return schedule._replace(steps=schedule.steps[steps - taken :])
 
 
-def add_initial_noise(
-    picture: Float[Tensor, "batch *shape"], noise: Tensor, schedule: Schedule
-) -> Float[Tensor, "batch *shape"]:
+def add_initial_noise(picture: Sample, noise: Tensor, schedule: Schedule) -> Sample:
     """The image with noise, at the level where a schedule begins."""
     level = schedule.steps[0].level
     return level.alpha * picture + level.sigma * noise

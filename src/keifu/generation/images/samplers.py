@@ -15,11 +15,10 @@ from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from keifu.errors import UserError, unknown
-from keifu.generation.images.denoiser import Denoiser, DenoiserOutput, Network, standard_deviation
+from keifu.generation.images.denoiser import Denoiser, DenoiserOutput, Network, Sample, standard_deviation
 from keifu.layers.diffusion.noise_schedule import Noise, Spacing
 from keifu.layers.diffusion.sampling_schedule import (
     Level,
@@ -36,16 +35,14 @@ Random: TypeAlias = Callable[[Tensor], Tensor]  # normal noise in the shape of x
 class SamplerStep(NamedTuple):
     """The state after a step: x at the level that the step goes to, and the image predicted in the step."""
 
-    x: Float[Tensor, "batch *shape"]
-    picture: Float[Tensor, "batch *shape"]
+    x: Sample
+    picture: Sample
 
 
 SamplingFunction: TypeAlias = Callable[[Denoiser, Tensor, Schedule, Random], Iterator[SamplerStep]]
 
 
-def ddpm(
-    denoise: Denoiser, x: Float[Tensor, "batch *shape"], schedule: Schedule, random: Random
-) -> Iterator[SamplerStep]:
+def ddpm(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
     """DDPM (Ho et al., 2020, algorithm 2): samples the posterior given the predicted image (equation 7) at each step.
 
     Its variance is that of the denoiser's `Noise`. A step that ends at the clean picture adds no noise; diffusers adds
@@ -74,9 +71,7 @@ def _ddpm_standard_deviation(output: DenoiserOutput, variance: str, level: Level
     return small if variance == "fixed_small" else large
 
 
-def ddim(
-    denoise: Denoiser, x: Float[Tensor, "batch *shape"], schedule: Schedule, random: Random, eta: float = 0.0
-) -> Iterator[SamplerStep]:
+def ddim(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random, eta: float = 0.0) -> Iterator[SamplerStep]:
     """DDIM (Song et al., 2021, equation 12); `eta` scales the fresh noise: 0 none, 1 that of DDPM (equation 16).
 
     The predicted noise is the network's own, also where the predicted image was clipped.
@@ -89,9 +84,7 @@ def ddim(
         yield SamplerStep(x, output.picture)
 
 
-def euler(
-    denoise: Denoiser, x: Float[Tensor, "batch *shape"], schedule: Schedule, random: Random
-) -> Iterator[SamplerStep]:
+def euler(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
     """Euler's method on the probability flow ODE (Karras et al., 2022, algorithm 1 at first order, without churn)."""
     for level, next_level in schedule.steps:
         picture = denoise(x, level).picture
@@ -99,9 +92,7 @@ def euler(
         yield SamplerStep(x, picture)
 
 
-def euler_ancestral(
-    denoise: Denoiser, x: Float[Tensor, "batch *shape"], schedule: Schedule, random: Random
-) -> Iterator[SamplerStep]:
+def euler_ancestral(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
     """Euler's method to a lower level, then fresh noise up to the next level: k-diffusion's (Crowson, 2022).
 
     In exact arithmetic this is DDIM with η = 1 on the continuous schedule.
@@ -115,9 +106,7 @@ def euler_ancestral(
         yield SamplerStep(x, picture)
 
 
-def heun(
-    denoise: Denoiser, x: Float[Tensor, "batch *shape"], schedule: Schedule, random: Random
-) -> Iterator[SamplerStep]:
+def heun(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
     """Heun's method (Karras et al., 2022, algorithm 1 without churn): the mean of the slopes at both ends of a step.
 
     It takes two evaluations a step, one in the last."""
@@ -132,12 +121,12 @@ def heun(
         yield SamplerStep(x, picture)
 
 
-def derivative(x: Float[Tensor, "batch *shape"], picture: Float[Tensor, "batch *shape"], level: Level) -> Tensor:
+def derivative(x: Sample, picture: Sample, level: Level) -> Tensor:
     """d(x / alpha) / dσ of the probability flow ODE, which is the noise in x given this predicted image."""
     return (x - level.alpha * picture) / level.sigma
 
 
-def integrate_to(x: Float[Tensor, "batch *shape"], noise: Tensor, level: Level, next_level: Level) -> Tensor:
+def integrate_to(x: Sample, noise: Tensor, level: Level, next_level: Level) -> Tensor:
     """x at another level, by a constant slope; with the network's noise, this is DDIM's deterministic step."""
     scale = next_level.alpha / level.alpha
     return scale * x + (next_level.sigma - scale * level.sigma) * noise
@@ -152,9 +141,7 @@ ADAMS_BASHFORTH = (
 )  # weights of the outputs, the newest first, by how many there are
 
 
-def lms(
-    denoise: Denoiser, x: Float[Tensor, "batch *shape"], schedule: Schedule, random: Random
-) -> Iterator[SamplerStep]:
+def lms(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
     """LMS: linear multistep in σ with up to four slopes (k-diffusion's; Adams-Bashforth on unevenly spaced levels)."""
     slopes: deque[Tensor] = deque(maxlen=4)
     ratios = [step.level.ratio for step in schedule.steps]
@@ -180,9 +167,7 @@ def lms_weights(known: Sequence[float], start: float, end: float) -> list[float]
     ]
 
 
-def plms(
-    denoise: Denoiser, x: Float[Tensor, "batch *shape"], schedule: Schedule, random: Random
-) -> Iterator[SamplerStep]:
+def plms(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
     """PLMS: pseudo linear multistep (Liu et al., 2022, equation 12) without Runge-Kutta steps: the first step is
     taken twice, with the mean of the outputs at both ends, as in the released Stable Diffusion.
 
@@ -202,7 +187,7 @@ def plms(
 
 
 def dpm_2m(
-    denoise: Denoiser, x: Float[Tensor, "batch *shape"], schedule: Schedule, random: Random, stochastic: bool = False
+    denoise: Denoiser, x: Sample, schedule: Schedule, random: Random, stochastic: bool = False
 ) -> Iterator[SamplerStep]:
     """DPM-Solver++(2M) (Lu et al., 2022, algorithm 2): extrapolates the last two predicted images linearly in λ.
 
@@ -230,9 +215,7 @@ def dpm_2m(
         yield SamplerStep(x, picture)
 
 
-def unipc(
-    denoise: Denoiser, x: Float[Tensor, "batch *shape"], schedule: Schedule, random: Random, order: int = 2
-) -> Iterator[SamplerStep]:
+def unipc(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random, order: int = 2) -> Iterator[SamplerStep]:
     """UniPC (Zhao et al., 2023, algorithms 5 to 8) with image prediction and B₂(h) = e^h - 1.
 
     Each predicted image first corrects the x that it was predicted from, then predicts the next x: the corrector needs
@@ -325,7 +308,11 @@ SAMPLERS = {
     "plms": Sampler(plms, ddim_schedule, "the first default of Stable Diffusion", 50, False),
     "dpm++-2m": Sampler(dpm_2m, dpm_solver_schedule, "good pictures in 10 to 25 steps", 20, threshold=True),
     "dpm++-2m-sde": Sampler(
-        partial(dpm_2m, stochastic=True), dpm_solver_schedule, "the same with fresh noise", 25, threshold=True
+        partial(dpm_2m, stochastic=True),
+        dpm_solver_schedule,
+        "the same with fresh noise",
+        25,
+        threshold=True,
     ),
     "unipc": Sampler(unipc, dpm_solver_schedule, "good pictures in 8 to 20 steps", 20, threshold=True),
 }

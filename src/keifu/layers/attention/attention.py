@@ -17,6 +17,8 @@ from keifu.layers.attention.positions import Positions, Rotary
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import JoinedLinear, Linear
 
+Hidden = Float[Tensor, "batch length dim"]
+
 
 def attend(
     q: Float[Tensor, "batch heads length head_dim"],
@@ -25,7 +27,7 @@ def attend(
     visible: Visible = None,
     dropout: Dropout | None = None,
     scale: float | None = None,
-) -> Float[Tensor, "batch length dim"]:
+) -> Hidden:
     """softmax(q kᵀ · scale) v, the heads joined; each head of keys serves heads / kv_heads neighbouring queries.
 
     The scale is 1 / √head_dim where none is given. `dropout` acts on the softmax; torch's fused attention has none
@@ -55,7 +57,7 @@ def _short(q: Tensor, k: Tensor) -> bool:
 
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: Dropout | None, scale: float | None
-) -> Float[Tensor, "batch length dim"]:
+) -> Hidden:
     """The same as `attend`, written out, each head with its own keys."""
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if visible == "causal":
@@ -79,7 +81,7 @@ class Cache(Protocol):
         window: int | None,
         dropout: Dropout | None,
         scale: float | None,
-    ) -> Float[Tensor, "batch length dim"]: ...
+    ) -> Hidden: ...
 
 
 class Attention(nn.Module):
@@ -122,12 +124,8 @@ class Attention(nn.Module):
         self.k_norm = qk_norm(self.head_dim) if qk_norm else None
 
     def forward(
-        self,
-        x: Float[Tensor, "batch length dim"],
-        mask: Mask | None = None,
-        positions: Positions | None = None,
-        cache: Cache | None = None,
-    ) -> Float[Tensor, "batch length dim"]:
+        self, x: Hidden, mask: Mask | None = None, positions: Positions | None = None, cache: Cache | None = None
+    ) -> Hidden:
         """With a cache `x` are new tokens, which see those before; otherwise `mask` says what is seen (None: all)."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], 2)
@@ -167,9 +165,7 @@ class CrossAttention(nn.Module):
         k, v = (x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for x in self.kv(context).chunk(2, -1))
         return k, v
 
-    def forward(
-        self, x: Float[Tensor, "batch length dim"], keys_values: tuple[Tensor, Tensor], mask: Mask
-    ) -> Float[Tensor, "batch length dim"]:
+    def forward(self, x: Hidden, keys_values: tuple[Tensor, Tensor], mask: Mask) -> Hidden:
         k, v = keys_values
         q = self.q(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
         return self.out(attend(q, k, v, mask.visible(k.shape[2], None), self.dropout))

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+Tokens = Int[Tensor, "batch length"]
+
 
 class DocumentMask:
     """Each token sees itself and those before it in its own document; one object serves all layers of a pass."""
 
-    def __init__(self, documents: Int[Tensor, "batch length"]):
+    def __init__(self, documents: Tokens):
         places = torch.arange(documents.shape[1], device=documents.device)
         self.apart = places[:, None] - places
         self.same = (documents[:, :, None] == documents[:, None]) & (self.apart >= 0)
@@ -30,7 +32,7 @@ class DocumentMask:
         return near[:, None]
 
 
-def positions_in(documents: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+def positions_in(documents: Tokens) -> Tokens:
     """How far each token is from the beginning of its document."""
     places = torch.arange(documents.shape[1], device=documents.device)
     begins = torch.ones_like(documents, dtype=torch.bool)
@@ -119,11 +121,7 @@ class CausalMask:
     """
 
     def __init__(
-        self,
-        start: int,
-        length: int,
-        padding: Int[Tensor, " batch"] | None = None,
-        device: torch.device | None = None,
+        self, start: int, length: int, padding: Int[Tensor, " batch"] | None = None, device: torch.device | None = None
     ):
         self.start, self.length, self.padding = start, length, padding
         self.device = device if padding is None else padding.device
@@ -157,7 +155,7 @@ class RaggedMask:
     positions: of the queries; keys are the last ones before position `end`.
     """
 
-    def __init__(self, positions: Int[Tensor, "batch length"], end: int):
+    def __init__(self, positions: Tokens, end: int):
         self.positions, self.end = positions[:, None, :, None], end
         self._made: dict[tuple[int, int | None], Tensor] = {}
 

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from keifu.errors import UserError
 
+Sample = Float[Tensor, "batch *shape"]
+Timesteps = Int[Tensor, " batch"]
+
 Schedule = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 Target = Literal["noise", "picture", "velocity"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
@@ -145,19 +148,14 @@ def with_zero_terminal_snr(betas: Float[Tensor, " steps"]) -> Float[Tensor, " st
     return 1 - torch.cat([left[:1], left[1:] / left[:-1]])
 
 
-def at(table: Float[Tensor, " steps"], timestep: Int[Tensor, " batch"], x: Tensor) -> Tensor:
+def at(table: Float[Tensor, " steps"], timestep: Timesteps, x: Tensor) -> Tensor:
     """The table's numbers at each row's timestep, shaped to be multiplied with x [batch, *shape]; at least float32."""
     kind = torch.promote_types(x.dtype, torch.float32)
     picked = table.to(x.device, kind)[timestep]
     return picked.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def add_noise(
-    picture: Float[Tensor, "batch *shape"],
-    noise: Float[Tensor, "batch *shape"],
-    alpha_bar: Float[Tensor, " steps"],
-    timestep: Int[Tensor, " batch"],
-) -> Float[Tensor, "batch *shape"]:
+def add_noise(picture: Sample, noise: Sample, alpha_bar: Float[Tensor, " steps"], timestep: Timesteps) -> Sample:
     """x_t: the picture after so many steps of noise at once (Ho et al., 2020, equation 4)."""
     return at(alpha_bar.sqrt(), timestep, picture) * picture + at((1 - alpha_bar).sqrt(), timestep, picture) * noise
 
@@ -182,12 +180,7 @@ Weighting = Literal["simple", "min_snr", "p2"]
 WEIGHTINGS = ("simple", "min_snr", "p2")
 
 
-def training_target(
-    noise: Noise,
-    picture: Float[Tensor, "batch *shape"],
-    added: Float[Tensor, "batch *shape"],
-    timestep: Int[Tensor, " batch"],
-) -> Float[Tensor, "batch *shape"]:
+def training_target(noise: Noise, picture: Sample, added: Sample, timestep: Timesteps) -> Sample:
     """What the network should say of a picture with this noise added."""
     if noise.target == "noise":
         return added
@@ -197,12 +190,7 @@ def training_target(
     return at(alpha_bar.sqrt(), timestep, picture) * added - at((1 - alpha_bar).sqrt(), timestep, picture) * picture
 
 
-def predicted_x0(
-    noise: Noise,
-    output: Float[Tensor, "batch *shape"],
-    x: Float[Tensor, "batch *shape"],
-    timestep: Int[Tensor, " batch"],
-) -> Float[Tensor, "batch *shape"]:
+def predicted_x0(noise: Noise, output: Sample, x: Sample, timestep: Timesteps) -> Sample:
     """The picture that a network's prediction means, in x with the noise of these timesteps; never clipped."""
     if noise.target == "picture":
         return output
@@ -241,7 +229,7 @@ class Posterior(NamedTuple):
     log_small: Tensor
     log_large: Tensor
 
-    def log_variance(self, noise: Noise, timestep: Int[Tensor, " batch"], share: Tensor | None, x: Tensor) -> Tensor:
+    def log_variance(self, noise: Noise, timestep: Timesteps, share: Tensor | None, x: Tensor) -> Tensor:
         """ln of the variance that the model has at these timesteps, shaped as x or to be broadcast to it.
 
         share: what the network says, -1 for β̃ and 1 for β (Nichol and Dhariwal, 2021, equation 15). A fixed large
@@ -276,9 +264,7 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
     return 0.5 * (log_variance2 - log_variance1 - 1 + ratio + (mean1 - mean2).square() * torch.exp(-log_variance2))
 
 
-def discretised_log_likelihood(
-    picture: Float[Tensor, "batch *shape"], mean: Tensor, log_variance: Tensor
-) -> Float[Tensor, "batch *shape"]:
+def discretised_log_likelihood(picture: Sample, mean: Tensor, log_variance: Tensor) -> Sample:
     """ln of the probability that N(mean, variance) gives to each number's grey value, one of 256 from -1 to 1: the
     integral over a bin of width 2/255, the first and last without end (Ho et al., 2020, equation 13)."""
     scale, gap = torch.exp(-0.5 * log_variance), picture - mean

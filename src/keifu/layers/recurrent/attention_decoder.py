@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from keifu.layers.linear import JoinedLinear, Linear
 from keifu.layers.recurrent.gru import GRU, EncoderOutput, RecurrentTape, product_type
 
+Vector = Float[Tensor, "batch dim"]
+Hidden = Float[Tensor, "batch length dim"]
+Inputs = Float[Tensor, "batch length in_dim"]
+
 
 class EncoderStates(NamedTuple):
     """A source as the decoder looks at it: `keys` are U_a h_j, `products` are W_c h_j, `hidden` is 0 or -inf."""
@@ -41,7 +45,7 @@ class _AttentiveRecurrence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, keys: Tensor, products: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, v: Tensor,
-        state: Tensor, kind: torch.dtype,
+        state: Tensor, kind: torch.dtype
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         (length, batch, _), (seen, width) = x.shape, keys.shape[1:]
         low, low_bias, tape = weight.to(kind).mT, bias.to(kind), RecurrentTape.empty(length, state)
@@ -107,7 +111,7 @@ def attend(
     memory: EncoderStates,
     attention: AdditiveAttention,
     recurrent: JoinedLinear,
-    state: Float[Tensor, "batch dim"],
+    state: Vector,
 ) -> tuple[Float[Tensor, "steps batch dim"], Float[Tensor, "length batch seen"]]:
     """The states, from the given one to that after the last step, and each step's weights on the source.
 
@@ -127,8 +131,8 @@ class DecoderSteps(NamedTuple):
     `context` is empty or one tensor [batch, length, width]; `weights` are the shares of the source's tokens in it.
     """
 
-    before: Float[Tensor, "batch length dim"]
-    after: Float[Tensor, "batch length dim"]
+    before: Hidden
+    after: Hidden
     context: tuple[Tensor, ...] = ()
     weights: Float[Tensor, "batch length seen"] | None = None
 
@@ -146,11 +150,11 @@ class DecoderState:
     `capacity`, if given, is the most tokens that it takes; without it nothing is kept of what it reads.
     """
 
-    def __init__(self, memory: Any, hidden: Float[Tensor, "batch dim"], capacity: int | None = None):
+    def __init__(self, memory: Any, hidden: Vector, capacity: int | None = None):
         self.memory, self.hidden, self.capacity, self.length = memory, hidden, capacity, 0
         self._owners = torch.arange(len(hidden), device=hidden.device)  # of each row, its source's place
 
-    def advance(self, hidden: Float[Tensor, "batch dim"], length: int) -> None:
+    def advance(self, hidden: Vector, length: int) -> None:
         """Goes on to the state after `length` more tokens, where there is a capacity."""
         if self.capacity is None:
             return
@@ -182,14 +186,12 @@ class AttentiveDecoder(nn.Module):
         self.first, self.gru = Linear(dim, dim), GRU(in_dim + width, dim)
         self.attention = AdditiveAttention(dim, width, attention_dim)
 
-    def start(self, reading: EncoderOutput) -> tuple[EncoderStates, Float[Tensor, "batch dim"]]:
+    def start(self, reading: EncoderOutput) -> tuple[EncoderStates, Vector]:
         """The source as the steps look at it, and the state before the first."""
         memory = self.attention.memory(reading, self.gru.input.weight[:, self.in_dim :])
         return memory, self.first(reading.ends[:, -self.dim :]).tanh()
 
-    def forward(
-        self, x: Float[Tensor, "batch length in_dim"], memory: EncoderStates, state: Float[Tensor, "batch dim"]
-    ) -> DecoderSteps:
+    def forward(self, x: Inputs, memory: EncoderStates, state: Vector) -> DecoderSteps:
         products = F.linear(x.transpose(0, 1), self.gru.input.weight[:, : self.in_dim], self.gru.input.bias)
         states, weights = attend(products, memory, self.attention, self.gru.recurrent, state)
         states, weights = states.transpose(0, 1), weights.transpose(0, 1)
@@ -207,14 +209,12 @@ class FixedContextDecoder(nn.Module):
         self.in_dim, self.dim, self.context_dim = in_dim, dim, width
         self.first, self.gru = Linear(dim, dim), GRU(in_dim + width, dim)
 
-    def start(self, reading: EncoderOutput) -> tuple[Context, Float[Tensor, "batch dim"]]:
+    def start(self, reading: EncoderOutput) -> tuple[Context, Vector]:
         """The source as the steps have it, and the state before the first."""
         product = F.linear(reading.ends, self.gru.input.weight[:, self.in_dim :], self.gru.input.bias)
         return Context(reading.ends, product), self.first(reading.ends[:, -self.dim :]).tanh()
 
-    def forward(
-        self, x: Float[Tensor, "batch length in_dim"], memory: Context, state: Float[Tensor, "batch dim"]
-    ) -> DecoderSteps:
+    def forward(self, x: Inputs, memory: Context, state: Vector) -> DecoderSteps:
         products = F.linear(x.transpose(0, 1), self.gru.input.weight[:, : self.in_dim]) + memory.product
         before, after = _around(self.gru, products, state)
         return DecoderSteps(before, after, (memory.vector[:, None].expand(-1, x.shape[1], -1),))
@@ -227,19 +227,15 @@ class PlainDecoder(nn.Module):
         super().__init__()
         self.dim, self.context_dim, self.gru = dim, 0, GRU(in_dim, dim)
 
-    def start(self, reading: EncoderOutput) -> tuple[tuple[()], Float[Tensor, "batch dim"]]:
+    def start(self, reading: EncoderOutput) -> tuple[tuple[()], Vector]:
         """Nothing, and the state before the first step."""
         return (), reading.ends[:, -self.dim :]
 
-    def forward(
-        self, x: Float[Tensor, "batch length in_dim"], memory: tuple[()], state: Float[Tensor, "batch dim"]
-    ) -> DecoderSteps:
+    def forward(self, x: Inputs, memory: tuple[()], state: Vector) -> DecoderSteps:
         return DecoderSteps(*_around(self.gru, self.gru.input(x.transpose(0, 1)), state))
 
 
-def _around(
-    gru: GRU, products: Float[Tensor, "length batch gates"], state: Float[Tensor, "batch dim"]
-) -> tuple[Float[Tensor, "batch length dim"], Float[Tensor, "batch length dim"]]:
+def _around(gru: GRU, products: Float[Tensor, "length batch gates"], state: Vector) -> tuple[Hidden, Hidden]:
     """The states before each step and after each."""
     after = gru(products, state)
     before = torch.cat([state.to(after.dtype)[None], after[:-1]])

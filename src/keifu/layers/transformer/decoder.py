@@ -18,6 +18,7 @@ from keifu.layers.attention.positions import LearnedPositions, Positions
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import linear
 
+Tokens = Int[Tensor, "batch length"]
 Hidden = Float[Tensor, "batch length dim"]
 
 
@@ -70,20 +71,17 @@ class DecoderLM(nn.Module):
         self.config = config
 
     def forward(
-        self,
-        tokens: Int[Tensor, "batch length"],
-        state: State | None = None,
-        padding: Int[Tensor, " batch"] | None = None,
+        self, tokens: Tokens, state: State | None = None, padding: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch length vocab"]:
         """Logits of the token after each. `state` holds earlier tokens; `padding` counts each row's left padding."""
         return self.logits(self.hidden(tokens, state, padding))
 
     def hidden(
         self,
-        tokens: Int[Tensor, "batch length"],
+        tokens: Tokens,
         state: State | None = None,
         padding: Int[Tensor, " batch"] | None = None,
-        documents: Int[Tensor, "batch length"] | None = None,
+        documents: Tokens | None = None,
     ) -> Hidden:
         """The last hidden states, after the last norm; positions count from each row's first real token.
 

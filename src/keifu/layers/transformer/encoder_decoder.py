@@ -17,6 +17,8 @@ from keifu.layers.attention.positions import SinusoidalPositions
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import linear
 
+Source = Int[Tensor, "batch source_length"]
+SourceMask = Bool[Tensor, "batch source_length"]
 Hidden = Float[Tensor, "batch length dim"]
 
 
@@ -93,20 +95,12 @@ class EncoderDecoder(nn.Module):
         self.register_buffer("logits_bias", torch.zeros(1, embeddings[-1].num_embeddings))
 
     def forward(
-        self,
-        source: Int[Tensor, "batch source_length"],
-        target: Int[Tensor, "batch length"],
-        source_mask: Bool[Tensor, "batch source_length"] | None = None,
+        self, source: Source, target: Int[Tensor, "batch length"], source_mask: SourceMask | None = None
     ) -> Float[Tensor, "batch length vocab"]:
         """Logits of the token after each of the target. `source_mask` is True on real tokens; padding is at the end."""
         return self.logits(self.hidden(target, self.start(source, source_mask)))
 
-    def start(
-        self,
-        source: Int[Tensor, "batch source_length"],
-        source_mask: Bool[Tensor, "batch source_length"] | None = None,
-        capacity: int | None = None,
-    ) -> State:
+    def start(self, source: Source, source_mask: SourceMask | None = None, capacity: int | None = None) -> State:
         """Reads the sources. With `capacity` the state has room for that many tokens of each target, which then come a
         few at a time; without it a whole target is given at once and nothing of it is kept.
         """

@@ -23,6 +23,8 @@ from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.models.dalle import discrete_vae
 
+RealTokens = Bool[Tensor, "batch text"]
+
 STARTS = 2  # start tokens: before the text, and before the image
 
 
@@ -106,10 +108,7 @@ class Dalle(nn.Module):
         self.picture_head = Linear(dim, config.vae.codebook_size)
 
     def forward(
-        self,
-        tokens: Int[Tensor, "batch text"],
-        real: Bool[Tensor, "batch text"],
-        codes: Int[Tensor, "batch rows columns"],
+        self, tokens: Int[Tensor, "batch text"], real: RealTokens, codes: Int[Tensor, "batch rows columns"]
     ) -> Logits:
         """Logits of every token; `real` is True on text tokens that are not padding."""
         x = torch.cat([self.embed_text(tokens, real), self.embed_codes(codes.flatten(1))], 1)
@@ -118,9 +117,7 @@ class Dalle(nn.Module):
         x, length = self.norm(x), tokens.shape[1]
         return Logits(self.text_head(x[:, :length]), self.picture_head(x[:, length + 1 : -1]))
 
-    def embed_text(
-        self, tokens: Int[Tensor, "batch text"], real: Bool[Tensor, "batch text"]
-    ) -> Float[Tensor, "batch prefix dim"]:
+    def embed_text(self, tokens: Int[Tensor, "batch text"], real: RealTokens) -> Float[Tensor, "batch prefix dim"]:
         """Embeddings of a text between the two start tokens."""
         length = self.config.context_length
         if tokens.shape[1] != length:
@@ -135,7 +132,7 @@ class Dalle(nn.Module):
         return self.entries(codes) + self.rows(places // width) + self.columns(places % width)
 
     def begin(
-        self, tokens: Int[Tensor, "batch text"], real: Bool[Tensor, "batch text"]
+        self, tokens: Int[Tensor, "batch text"], real: RealTokens
     ) -> tuple[Float[Tensor, "batch codebook"], KVState]:
         """Logits of the first image token, and the key-value cache of the text with room for the image."""
         x, config = self.embed_text(tokens, real), self.config
