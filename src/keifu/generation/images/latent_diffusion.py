@@ -32,35 +32,18 @@ Latents = Float[Tensor, "batch channels height width"]
 class TextConditionedConfig(Protocol):
     """Interface of the config of a latent diffusion model."""
 
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Height and width in pixels that it was trained with; None where nothing says so."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """Of latents."""
-        ...
-
-    @property
-    def factor(self) -> int:
-        """Pixels of a side for each number of the latents."""
-        ...
-
-    @property
-    def colours(self) -> int:
-        """Channels of its pictures: 1 for grey, 3 for colour."""
-        ...
-
-    @property
-    def masked(self) -> bool:
-        """Whether the network takes a mask and the masked image as extra input channels (an inpainting model)."""
-        ...
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of every text."""
-        ...
+    size: tuple[int, int] | None
+    """Height and width in pixels that it was trained with; None where nothing says so."""
+    channels: int
+    """Of latents."""
+    factor: int
+    """Pixels of a side for each number of the latents."""
+    colours: int
+    """Channels of its pictures: 1 for grey, 3 for colour."""
+    masked: bool
+    """Whether the network takes a mask and the masked image as extra input channels (an inpainting model)."""
+    context_length: int
+    """Tokens of every text."""
 
 
 @runtime_checkable
@@ -70,24 +53,17 @@ class TextConditionedModel(Protocol):
     `model(x, timestep [batch], projected)` gives its target for each row.
     """
 
-    @property
-    def noise(self) -> Noise:
-        """The noise schedule that it was trained with."""
-        ...
-
-    @property
-    def config(self) -> TextConditionedConfig:
-        """Its sizes."""
-        ...
+    noise: Noise
+    """The noise schedule that it was trained with."""
+    config: TextConditionedConfig
+    """Its sizes."""
 
     def __call__(self, x: Latents, timestep: Tensor, projected: Any) -> Tensor:
         """Its prediction."""
         ...
 
-    @property
-    def coding(self) -> nn.Module | None:
-        """The autoencoder that `to_latents` and `to_pictures` use, if there is one."""
-        ...
+    coding: nn.Module | None
+    """The autoencoder that `to_latents` and `to_pictures` use, if there is one."""
 
     def encode_text(self, tokens: Tokens) -> Float[Tensor, "batch length dim"]:
         """The hidden states that the network is conditioned on by cross-attention."""

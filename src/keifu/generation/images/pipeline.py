@@ -50,9 +50,10 @@ class ImagePipeline(Protocol):
 
 @runtime_checkable
 class TextToImagePipeline(ImagePipeline, Protocol):
-    """A text-to-image pipeline. colours: 1 for grey, 3 for colour."""
+    """A text-to-image pipeline. colours: 1 for grey, 3 for colour. tokenizer: of its texts."""
 
     colours: int
+    tokenizer: Tokenizer
 
     def draw_texts(
         self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]

@@ -76,10 +76,8 @@ Pictures = Float[Tensor, "batch colours rows columns"]
 class AutoencoderModel(Protocol):
     """A model with an autoencoder, as `text_to_picture.Reading` has it."""
 
-    @property
-    def coding(self) -> nn.Module | None:
-        """What both methods compute with."""
-        ...
+    coding: nn.Module | None
+    """What both methods compute with."""
 
     def to_latents(self, pictures: Pictures, noise: Tensor | None = None) -> Tensor:
         """The latents of pictures from -1 to 1."""

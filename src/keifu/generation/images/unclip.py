@@ -33,55 +33,26 @@ Pixels = Float[Tensor, "batch channels height width"]
 class UnclipConfig(Protocol):
     """Interface of an unCLIP model's config."""
 
-    @property
-    def pixels(self) -> Any:
-        """Preprocessing of images for the image encoder; None without an image encoder."""
-        ...
-
-    @property
-    def prior_noise(self) -> Noise:
-        """The noise schedule of the prior."""
-        ...
-
-    @property
-    def decoder_noise(self) -> Noise:
-        """The noise schedule of the decoder."""
-        ...
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Height and width of finished images; None if unknown."""
-        ...
-
-    @property
-    def small_size(self) -> tuple[int, int] | None:
-        """Height and width before super-resolution."""
-        ...
-
-    @property
-    def upsampling_noise(self) -> Noise | None:
-        """The noise schedule of super-resolution; None without it."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """Of a picture."""
-        ...
-
-    @property
-    def embedding_dim(self) -> int:
-        """Dimensions of an embedding."""
-        ...
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of every text."""
-        ...
-
-    @property
-    def imagines(self) -> bool:
-        """Whether there is a prior, so that it can generate from text and not only vary images."""
-        ...
+    pixels: Any
+    """Preprocessing of images for the image encoder; None without an image encoder."""
+    prior_noise: Noise
+    """The noise schedule of the prior."""
+    decoder_noise: Noise
+    """The noise schedule of the decoder."""
+    size: tuple[int, int] | None
+    """Height and width of finished images; None if unknown."""
+    small_size: tuple[int, int] | None
+    """Height and width before super-resolution."""
+    upsampling_noise: Noise | None
+    """The noise schedule of super-resolution; None without it."""
+    channels: int
+    """Of a picture."""
+    embedding_dim: int
+    """Dimensions of an embedding."""
+    context_length: int
+    """Tokens of every text."""
+    imagines: bool
+    """Whether there is a prior, so that it can generate from text and not only vary images."""
 
 
 @runtime_checkable
@@ -91,10 +62,8 @@ class UnclipModel(Protocol):
     `model(x, timestep [batch], condition)` is the decoder's prediction.
     """
 
-    @property
-    def config(self) -> UnclipConfig:
-        """Its sizes and noises."""
-        ...
+    config: UnclipConfig
+    """Its sizes and noises."""
 
     def __call__(self, x: Pixels, timestep: Tensor, told: Any) -> Tensor:
         """Its prediction."""

@@ -8,18 +8,21 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from keifu import checkpoints
 from keifu.data.images.augmentation import Augmentation
 from keifu.data.images.batches import ImageBatches
-from keifu.data.images.dataset import ImageDataset, ImageSplit
+from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
 from keifu.data.images.grid import grid
 from keifu.data.images.io import to_bytes, to_signed
 from keifu.errors import UserError
 from keifu.files import write_atomic
+from keifu.generation.images.pipeline import TextToImagePipeline
+from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.recipes.language.common import attribution_of
 from keifu.recipes.options import Logging
 from keifu.training.objectives.diffusion import NoisedBatches
@@ -91,6 +94,43 @@ class TextToImageOptions(Logging):
         for name in names:
             if not 0 <= vars(self)[name] < 1:
                 raise UserError(f"{name} is a share from 0 up to below 1, and it is {vars(self)[name]}.")
+
+
+@dataclass(frozen=True, eq=False)
+class TextToImageTask:
+    """Everything made ready: the whole model, what draws with it, the pictures, their batches and the loss."""
+
+    model: Any
+    painter: TextToImagePipeline
+    parts: ImageSplit
+    data: Data
+    objective: Any
+
+    def sampler(
+        self, recipe: TextToImageOptions, wanted: ImageRequest, before: Callable[[], object] = lambda: None
+    ) -> Callable[[int], bytes]:
+        """Draws the prompts in the way that is wanted, with the same seeds at each call; `before` is called first."""
+        wanted = self.painter.resolved(wanted)
+        seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
+
+        def sample(step: int) -> bytes:
+            before()
+            how = f"sampler {wanted.sampler}, guidance {wanted.guidance:g}, seeds from {seeds[0]}"
+            drawn = self.painter.draw_texts(wanted, seeds, recipe.prompts)
+            return grid(drawn, recipe.prompts, COLUMNS, about={"keifu": f"step {step}, {how}"})
+
+        return sample
+
+    def save(self, directory: Path) -> None:
+        """Writes the model and its tokenizer."""
+        checkpoints.save(self.model, self.painter.tokenizer, directory)
+
+
+def read_captioned(recipe: TextToImageOptions, channels: Literal[1, 3] | None = None) -> ImageSplit:
+    """The pictures of the recipe in its size, held-out ones apart; says what they are."""
+    parts = split(read_images(recipe.data, recipe.size, channels))
+    print(parts.train.sentence(), parts.sentence(), flush=True)
+    return parts
 
 
 def image_settings(recipe: Any, steps: int, budget: tuple[int | None, float], **different: Any) -> Settings:

@@ -13,7 +13,6 @@ fixed before it starts. What a stopped run lacks, --resume goes on with.
 Expected: see docs/results.md, "Emoji from text: what latents, embeddings and tokens bought".
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from keifu import checkpoints
 from keifu.data.images.batches import ImageBatches
-from keifu.data.images.dataset import ImageSplit, read_images, split
-from keifu.data.images.grid import grid
+from keifu.data.images.dataset import ImageSplit
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError
@@ -32,18 +29,9 @@ from keifu.generation.images.autoregressive import AutoregressivePipeline, real_
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.layers.meta import on_meta
 from keifu.models.dalle import dalle, discrete_vae
+from keifu.recipes.images import common, text_encoder
 from keifu.recipes.images import discrete_vae as _discrete_vae
-from keifu.recipes.images import text_encoder
-from keifu.recipes.images.common import (
-    COLUMNS,
-    TextToImageOptions,
-    describe_run,
-    image_settings,
-    is_resuming,
-    parameters_of,
-    show,
-    steps_for,
-)
+from keifu.recipes.images.common import TextToImageTask, is_resuming, read_captioned
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.autoencoders import ImageTokenBatches, TextImageLoss
 from keifu.training.protocols import Data, Run
@@ -51,23 +39,9 @@ from keifu.training.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(TextToImageOptions):
+class Recipe(_discrete_vae.DiscreteVAEOptions):
     """Options of the run."""
 
-    codebook_size: int = 512
-    """Entries of the codebook."""
-    vae_widths: tuple[int, ...] = (64, 128, 256)
-    """Channels of the autoencoder's levels, the finest first; each but the last halves the sides."""
-    code_dim: int = 64
-    """Dimension of a codebook entry."""
-    kl_weight: float = 0.3
-    """β of the autoencoder's bound at its highest (the paper: 6.6)."""
-    anneal: float = 0.5
-    """Share of the autoencoder's steps in which the Gumbel-softmax temperature falls from 1 to 1/16 (the paper: a
-    twentieth of 3 million)."""
-    flip: bool = True
-    """Mirror every second picture for the autoencoder; the decoder sees none mirrored, as captions say left and right.
-    """
     dim: int = 256
     """Width of the decoder."""
     hidden_dim: int = 1024
@@ -82,14 +56,6 @@ class Recipe(TextToImageOptions):
     """Sparse attention by row, column or window; --no-sparse: full causal attention."""
     text_weight: float = TextImageLoss.text_weight
     """Weight of the text's loss; the image's has the rest."""
-    vae_minutes: float = 22.0
-    """Time limit of the autoencoder's training."""
-    vae_steps: int | None = None
-    """Updates of the autoencoder's weights, in place of its minutes."""
-    vae_batch: int = 16
-    """Pictures in a step of the autoencoder."""
-    vae_rate: float = 4e-3
-    """AdamW's highest rate for the autoencoder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,46 +64,27 @@ class Recipe(TextToImageOptions):
                 raise UserError(f"{name} is a share from 0 to 1, and it is {vars(self)[name]}.")
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """Everything made ready for the decoder."""
-
-    model: dalle.Dalle
-    tokenizer: Tokenizer
-    parts: ImageSplit
-    data: Data
-
-
-def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
+def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     """Trains CLIP and the autoencoder, or finds them again, and builds the decoder. What cannot be is said before
     anything is trained."""
-    parts = split(read_images(recipe.data, recipe.size))
-    print(parts.train.sentence(), parts.sentence(), flush=True)
-    wanted = _discrete_vae_options(recipe, parts.train.shape[0])
+    parts = read_captioned(recipe)
+    vae = recipe.vae(parts.train.shape[0])
     with on_meta():
-        planned = dalle.build(model_config(recipe, recipe.codebook_size, 1, wanted.config))
+        planned = dalle.build(model_config(recipe, recipe.codebook_size, 1, vae))
         planned.vae.check_size(*parts.train.shape[1:])
     towers, tokenizer = text_encoder.two_towers_of(recipe, out, resume)
     length = towers.config.context_length
     tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
-    coder = _discrete_vae.discrete_vae_of(wanted, parts, out, resume)
+    coder = _discrete_vae.discrete_vae_of(recipe, parts, out, resume)
     torch.manual_seed(recipe.seed)
-    model = dalle.build(model_config(recipe, tokenizer.vocab_size, length, wanted.config))
+    model = dalle.build(model_config(recipe, tokenizer.vocab_size, length, vae))
     model.vae.load_state_dict(coder.state_dict())
     model.vae.requires_grad_(False)
     model.to(choose())
-    return Task(model, tokenizer, parts, _data(recipe, parts, tokens, tokenizer, model))
-
-
-def _discrete_vae_options(recipe: Recipe, channels: int) -> _discrete_vae.DiscreteVAEOptions:
-    vae = discrete_vae.Config(
-        size=recipe.size, channels=channels, codebook_size=recipe.codebook_size, widths=recipe.vae_widths,
-        n_residual_blocks=1, code_dim=recipe.code_dim,
-    )  # fmt: skip
-    return _discrete_vae.DiscreteVAEOptions(
-        vae, recipe.kl_weight, recipe.anneal, recipe.flip, (recipe.vae_steps, recipe.vae_minutes), recipe.vae_batch,
-        recipe.vae_rate, recipe.precision, recipe.seed,
-    )  # fmt: skip
+    data = _data(recipe, parts, tokens, tokenizer, model)
+    return TextToImageTask(
+        model, AutoregressivePipeline(model, tokenizer), parts, data, TextImageLoss(recipe.text_weight)
+    )
 
 
 def model_config(recipe: Recipe, vocab_size: int, context_length: int, vae: discrete_vae.Config) -> dalle.Config:
@@ -164,43 +111,30 @@ def _data(
 
 def settings(recipe: Recipe, steps: int) -> Settings:
     """The training loop's settings for so many steps of the decoder: the paper's betas, decay and clipping."""
-    return image_settings(recipe, steps, recipe.budget, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0)
-
-
-def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
-    """Draws the prompts, the same seeds at each call."""
-    painter = AutoregressivePipeline(task.model, task.tokenizer)
-    wanted = painter.resolved(ImageRequest(seed=recipe.seed, text=recipe.prompts[0]))
-    seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
-
-    def sample(step: int) -> bytes:
-        about = {"keifu": f"step {step}, seeds from {seeds[0]}"}
-        return grid(painter.draw_texts(wanted, seeds, recipe.prompts), recipe.prompts, COLUMNS, about=about)
-
-    return sample
+    return common.image_settings(recipe, steps, recipe.budget, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0)
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains all parts into `out`, which keifu draw reads afterwards."""
     task = prepare(recipe, out, resume)
-    resume, objective = is_resuming(out, resume), TextImageLoss(recipe.text_weight)
-    steps = steps_for(recipe.budget, out, resume, task.model, objective, task.data, settings(recipe, 1000))
-    show(out, {"Autoencoder": _discrete_vae.FOLDER, "CLIP": text_encoder.FOLDER})
+    resume, request = is_resuming(out, resume), ImageRequest(seed=recipe.seed, text=recipe.prompts[0])
+    steps = common.steps_for(recipe.budget, out, resume, task.model, task.objective, task.data, settings(recipe, 1000))
+    common.show(out, {"Autoencoder": _discrete_vae.FOLDER, "CLIP": text_encoder.FOLDER})
     summary = train(
-        task.model, objective, task.data, settings(recipe, steps), describe(recipe, task, out, resume),
-        sample=sampler(task, recipe), save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
+        task.model, task.objective, task.data, settings(recipe, steps), describe(recipe, task, out, resume),
+        sample=task.sampler(recipe, request), save=task.save,
     )  # fmt: skip
     ranked = recipe.clip or out / text_encoder.FOLDER
     print(f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --best-of 16 --clip {ranked} -o picture.png')
     return summary
 
 
-def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+def describe(recipe: Recipe, task: TextToImageTask, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
     decoder = nn.ModuleList(part for name, part in task.model.named_children() if name != "vae")
-    return describe_run(
+    return common.describe_run(
         recipe, out, resume, task.parts.train, ("data", "languages", "truncate", "text_weight"),
         {"model": asdict(task.model.config)}, title=f"DALL-E learns to draw “{Path(recipe.data).stem}” from text",
         paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021)",
-        **parameters_of({"autoencoder": task.model.vae, "decoder": decoder}),
+        **common.parameters_of({"autoencoder": task.model.vae, "decoder": decoder}),
     )  # fmt: skip

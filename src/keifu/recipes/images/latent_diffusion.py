@@ -13,18 +13,14 @@ Expected: see docs/results.md, "Emoji from text: what latents, embeddings and to
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from keifu import checkpoints
 from keifu.data.images.batches import ImageBatches
-from keifu.data.images.dataset import ImageSplit, read_images, split
-from keifu.data.images.grid import grid
-from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.images.dataset import ImageSplit
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
@@ -35,19 +31,9 @@ from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
 from keifu.recipes.images import autoencoder as _autoencoder
 from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images import text_encoder
-from keifu.recipes.images.common import (
-    COLUMNS,
-    TextToImageOptions,
-    describe_run,
-    image_settings,
-    is_resuming,
-    parameters_of,
-    show,
-    steps_for,
-)
+from keifu.recipes.images import common, text_encoder
+from keifu.recipes.images.common import TextToImageTask, is_resuming, read_captioned
 from keifu.training.loop import Summary, train
-from keifu.training.objectives.autoencoders import AutoencoderKLLoss
 from keifu.training.objectives.diffusion import LatentBatches, NoisedBatches, TextDiffusionLoss
 from keifu.training.protocols import Data, Run
 
@@ -57,21 +43,11 @@ PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(TextToImageOptions):
+class Recipe(_autoencoder.AutoencoderOptions):
     """Options of the run. Unset ones are those of --space."""
 
     space: Literal["latents", "pixels"] = "latents"
     """Diffusion in the latents of an autoencoder, which is trained first, or in pixels."""
-    autoencoder_widths: tuple[int, ...] = (16, 32, 64)
-    """Channels of the autoencoder's levels, the finest first; each but the last halves the sides."""
-    latent_channels: int = 4
-    """Channels of the latents."""
-    kl_weight: float = 1e-3
-    """Weight of the KL divergence of the latents from the normal distribution in the autoencoder's loss."""
-    edges: float = 1.0
-    """Weight of the gradient difference (edges) in the autoencoder's loss."""
-    flip: bool = True
-    """Mirror every second picture for the autoencoder; the U-Net sees none mirrored, as captions say left and right."""
     widths: tuple[int, ...] | None = None
     """Channels of the U-Net's levels."""
     attention: tuple[int, ...] | None = None
@@ -88,18 +64,10 @@ class Recipe(TextToImageOptions):
     """How much each noise level counts in the loss."""
     caption_dropout: float = 0.1
     """Share of the captions that are dropped, for classifier-free guidance."""
-    autoencoder_minutes: float = 22.0
-    """Time limit of the autoencoder's training."""
     minutes: float = 45.0
     """Time limit of the U-Net's training; with --space pixels, the autoencoder's minutes are added."""
-    autoencoder_steps: int | None = None
-    """Updates of the autoencoder's weights, in place of its minutes."""
-    autoencoder_batch: int = 16
-    """Pictures in a step of the autoencoder."""
     batch_size: int = 16
     """Pictures in a step of the U-Net."""
-    autoencoder_rate: float = 1e-3
-    """AdamW's highest rate for the autoencoder."""
     guidance: float = 3.0
     """Scale of the classifier-free guidance of the samples."""
 
@@ -118,55 +86,29 @@ class Recipe(TextToImageOptions):
         return replace(self, **{name: value for name, value in usual.items() if vars(self)[name] is None})
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """Everything made ready for the U-Net: the whole model, what reads its texts, the data and the loss."""
-
-    model: latent_diffusion.LatentDiffusion
-    painter: LatentDiffusionPipeline
-    tokenizer: Tokenizer
-    parts: ImageSplit
-    data: Data
-    objective: TextDiffusionLoss
-
-
-def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
+def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     """Trains CLIP and the autoencoder, or finds them again, and builds the model; the recipe must be resolved. What
     cannot be is said before anything is trained."""
-    parts = split(read_images(recipe.data, recipe.size))
-    print(parts.train.sentence(), parts.sentence(), flush=True)
+    parts = read_captioned(recipe)
     latents, channels = recipe.space == "latents", parts.train.shape[0]
-    wanted = _autoencoder_options(recipe, channels)
     with on_meta():
-        planned = model_config(recipe, clip_recipe.Recipe().text, wanted.config if latents else None, channels)
+        planned = model_config(
+            recipe, clip_recipe.Recipe().text, recipe.autoencoder(channels) if latents else None, channels
+        )
         latent_diffusion.build(planned).check_size(*parts.train.shape[1:])
     towers, tokenizer = text_encoder.two_towers_of(recipe, out, resume)
     length = towers.config.context_length
     tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
-    autoencoder = _autoencoder.autoencoder_of(wanted, parts, out, resume) if latents else None
+    autoencoder = _autoencoder.autoencoder_of(recipe, parts, out, resume) if latents else None
     config = model_config(recipe, towers.config.text, autoencoder.config if autoencoder else None, channels)
     torch.manual_seed(recipe.seed)
     text, unet = text_encoder.text_conditioned(towers), conditioned_unet.build(config.unet)
-    model = latent_diffusion.LatentDiffusion(config, text, unet, autoencoder).to(choose())
+    model: Any = latent_diffusion.LatentDiffusion(config, text, unet, autoencoder).to(choose())
     painter = LatentDiffusionPipeline(model, tokenizer)
     empty = painter.tokens([""])[0]
     objective = TextDiffusionLoss(config.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)
     data = caption_batches(parts, tokens, model, recipe.batch_size, recipe.seed)
-    return Task(model, painter, tokenizer, parts, data, objective)
-
-
-def _autoencoder_options(recipe: Recipe, channels: int) -> _autoencoder.AutoencoderOptions:
-    widths = recipe.autoencoder_widths
-    config = autoencoder_kl.Config(
-        size=recipe.size, channels=channels, latent_channels=recipe.latent_channels, widths=widths,
-        n_residual_blocks=1, norm_groups=math.gcd(32, max(1, widths[0] // 2), *widths), scale=1.0,
-    )  # fmt: skip
-    loss = AutoencoderKLLoss(recipe.kl_weight, recipe.edges)
-    budget = recipe.autoencoder_steps, recipe.autoencoder_minutes
-    return _autoencoder.AutoencoderOptions(
-        config, loss, recipe.flip, budget, recipe.autoencoder_batch, recipe.autoencoder_rate, recipe.precision,
-        recipe.seed,
-    )  # fmt: skip
+    return TextToImageTask(model, painter, parts, data, objective)
 
 
 def model_config(
@@ -209,32 +151,19 @@ def caption_batches(
     return LatentBatches(data, latents[0], latents[1])
 
 
-def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
-    """Draws the prompts, the same seeds at each call."""
-    wanted = ImageRequest("dpm++-2m", STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0])
-    wanted = task.painter.resolved(wanted)
-    seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
-
-    def sample(step: int) -> bytes:
-        drawn = task.painter.draw_texts(wanted, seeds, recipe.prompts)
-        about = {"keifu": f"step {step}, sampler {wanted.sampler}, guidance {wanted.guidance:g}, seeds from {seeds[0]}"}
-        return grid(drawn, recipe.prompts, COLUMNS, about=about)
-
-    return sample
-
-
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains all parts into `out`, which keifu draw and diffusers' StableDiffusionPipeline read afterwards."""
     recipe = recipe.resolved()
     task = prepare(recipe, out, resume)
     budget, resume = recipe.budget, is_resuming(out, resume)
-    trial = image_settings(recipe, 1000, budget)
-    steps = steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
-    chosen = image_settings(recipe, steps, budget)
-    show(out, {"Autoencoder": _autoencoder.FOLDER, "CLIP": text_encoder.FOLDER})
+    trial = common.image_settings(recipe, 1000, budget)
+    steps = common.steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
+    chosen = common.image_settings(recipe, steps, budget)
+    common.show(out, {"Autoencoder": _autoencoder.FOLDER, "CLIP": text_encoder.FOLDER})
+    request = ImageRequest("dpm++-2m", STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0])
     summary = train(
         task.model, task.objective, task.data, chosen, describe(recipe, task, out, resume),
-        sample=sampler(task, recipe), save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
+        sample=task.sampler(recipe, request), save=task.save,
     )  # fmt: skip
     print(
         f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --guidance {recipe.guidance:g} -o picture.png'
@@ -242,14 +171,14 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     return summary
 
 
-def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+def describe(recipe: Recipe, task: TextToImageTask, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
     parts = {"autoencoder": task.model.autoencoder, "text encoder": task.model.text, "U-Net": task.model.unet}
-    return describe_run(
+    return common.describe_run(
         recipe, out, resume, task.parts.train,
         ("data", "languages", "truncate", "space", "weighting", "caption_dropout"),
         {"model": asdict(task.model.config)},
         title=f"Latent diffusion learns to draw “{Path(recipe.data).stem}” from text",
         paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
-        **parameters_of(parts),
+        **common.parameters_of(parts),
     )  # fmt: skip

@@ -13,8 +13,8 @@ Axes: picture, channels, height, width; embedding = numbers of CLIP's vectors.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,10 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keifu import checkpoints
 from keifu.data.images.batches import ImageBatches
 from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
-from keifu.data.images.grid import grid
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError
@@ -41,28 +39,11 @@ from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
 from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images import text_encoder
-from keifu.recipes.images.common import (
-    COLUMNS,
-    TextToImageOptions,
-    describe_run,
-    image_settings,
-    is_resuming,
-    parameters_of,
-    show,
-    steps_for,
-)
+from keifu.recipes.images import common, text_encoder
+from keifu.recipes.images.common import TextToImageOptions, TextToImageTask, is_resuming, read_captioned
 from keifu.training.loop import Summary, train
+from keifu.training.objectives import unclip as losses
 from keifu.training.objectives.diffusion import NoisedBatches
-from keifu.training.objectives.unclip import (
-    DecoderLoss,
-    EmbeddingBatches,
-    PriorLoss,
-    UnclipLoss,
-    UpsamplerLoss,
-    embedding_moments,
-    real_tokens,
-)
 from keifu.training.protocols import Data, Run
 
 CHUNK = 64  # pictures that CLIP sees at a time
@@ -158,11 +139,11 @@ class Recipe(TextToImageOptions):
     """How much each noise level counts in the decoder's loss."""
     noise_steps: int = 1000
     """Noise levels, the paper's T."""
-    prior_dropout: float = UnclipLoss.prior_dropout
+    prior_dropout: float = losses.UnclipLoss.prior_dropout
     """Share of the texts that are dropped for the prior, for classifier-free guidance."""
-    text_dropout: float = UnclipLoss.text_dropout
+    text_dropout: float = losses.UnclipLoss.text_dropout
     """Share of the texts that are dropped for the decoder."""
-    image_dropout: float = UnclipLoss.image_dropout
+    image_dropout: float = losses.UnclipLoss.image_dropout
     """Share of the embeddings that are dropped for the decoder."""
     minutes: float = 67.0
     """Time limit of the training after CLIP's."""
@@ -176,24 +157,11 @@ class Recipe(TextToImageOptions):
             raise UserError(f"--small {self.small} and --crop {self.crop} must fit into --size {self.size}.")
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """Everything made ready: the whole model, what reads its texts, the data and the loss."""
-
-    model: unclip.Unclip
-    painter: UnclipPipeline
-    tokenizer: Tokenizer
-    parts: ImageSplit
-    data: Data
-    objective: UnclipLoss
-
-
-def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
+def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     """Trains CLIP, or finds it, and builds the model around it. What cannot be is said before anything is trained."""
-    parts = split(read_images(recipe.data, recipe.size, 3))
     if not recipe.clip:
         _check_sizes(recipe)
-    print(parts.train.sentence(), parts.sentence(), flush=True)
+    parts = read_captioned(recipe, 3)
     towers, tokenizer = text_encoder.two_towers_of(recipe, out, resume)
     torch.manual_seed(recipe.seed)
     model = unclip.build(model_config(recipe, towers.config))
@@ -208,10 +176,10 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> Task:
     tables = [embed_images(towers, part) if len(part) else None for part in _visible_images(recipe, towers, parts)]
     assert tables[0] is not None
     with torch.no_grad():
-        for own, found in zip((model.prior.mean, model.prior.std), embedding_moments(tables[0]), strict=True):
+        for own, found in zip((model.prior.mean, model.prior.std), losses.embedding_moments(tables[0]), strict=True):
             own.copy_(found)
     data, objective = _data(recipe, parts, tokenizer, model, tables), _objective(recipe, model, tokenizer)
-    return Task(model, UnclipPipeline(model, tokenizer), tokenizer, parts, data, objective)
+    return TextToImageTask(model, UnclipPipeline(cast(Any, model), tokenizer), parts, data, objective)
 
 
 def _check_sizes(recipe: Recipe) -> None:
@@ -241,7 +209,7 @@ def _data(
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
     training, held = tables
     assert training is not None
-    return EmbeddingBatches(NoisedBatches(batches, recipe.seed), _end(tokenizer), training, held)
+    return losses.EmbeddingBatches(NoisedBatches(batches, recipe.seed), _end(tokenizer), training, held)
 
 
 def _end(tokenizer: Tokenizer) -> int:
@@ -250,13 +218,13 @@ def _end(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_id
 
 
-def _objective(recipe: Recipe, model: unclip.Unclip, tokenizer: Tokenizer) -> UnclipLoss:
+def _objective(recipe: Recipe, model: unclip.Unclip, tokenizer: Tokenizer) -> losses.UnclipLoss:
     config, side = model.config, (recipe.small, recipe.small)
     tokens, noise = text_tokens(tokenizer, [""], config.context_length), config.upsampling_noise
-    empty = tokens, real_tokens(tokens, _end(tokenizer))
-    return UnclipLoss(
-        PriorLoss(config.prior_noise), DecoderLoss(config.decoder_noise, recipe.weighting),
-        None if noise is None else UpsamplerLoss(noise), side, recipe.crop, empty, recipe.prior_dropout,
+    empty = tokens, losses.real_tokens(tokens, _end(tokenizer))
+    return losses.UnclipLoss(
+        losses.PriorLoss(config.prior_noise), losses.DecoderLoss(config.decoder_noise, recipe.weighting),
+        None if noise is None else losses.UpsamplerLoss(noise), side, recipe.crop, empty, recipe.prior_dropout,
         recipe.text_dropout, recipe.image_dropout,
     )  # fmt: skip
 
@@ -268,45 +236,40 @@ def complete_config(model: unclip.Unclip) -> unclip.Unclip:
     return model
 
 
-def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
-    """Draws the prompts, the same seeds at each call."""
-    wanted = ImageRequest("ddim", min(STEPS, recipe.noise_steps), recipe.seed, guidance=recipe.guidance,
-                     prior_guidance=recipe.guidance, text=recipe.prompts[0])  # fmt: skip
-    wanted = task.painter.resolved(wanted)
-    seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
-
-    def sample(step: int) -> bytes:
-        complete_config(task.model)
-        about = {"keifu": f"step {step}, sampler ddim, guidance {wanted.guidance:g}, seeds from {seeds[0]}"}
-        return grid(task.painter.draw_texts(wanted, seeds, recipe.prompts), recipe.prompts, COLUMNS, about=about)
-
-    return sample
-
-
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains all parts into `out`, which keifu draw and diffusers' unCLIP parts read afterwards."""
     task = prepare(recipe, out, resume)
     budget, resume = recipe.budget, is_resuming(out, resume)
-    trial = image_settings(recipe, 1000, budget)
-    steps = steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
+    trial = common.image_settings(recipe, 1000, budget)
+    steps = common.steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
     if not recipe.clip:
-        show(out, {"CLIP": text_encoder.FOLDER})
+        common.show(out, {"CLIP": text_encoder.FOLDER})
+    request = ImageRequest(
+        "ddim", min(STEPS, recipe.noise_steps), recipe.seed, guidance=recipe.guidance,
+        prior_guidance=recipe.guidance, text=recipe.prompts[0],
+    )  # fmt: skip
+    complete = partial(complete_config, task.model)
+
+    def save(directory: Path) -> None:
+        complete()
+        task.save(directory)
+
     summary = train(
-        task.model, task.objective, task.data, image_settings(recipe, steps, budget),
-        describe(recipe, task, out, resume), sample=sampler(task, recipe),
-        save=lambda directory: checkpoints.save(complete_config(task.model), task.tokenizer, directory),
+        task.model, task.objective, task.data, common.image_settings(recipe, steps, budget),
+        describe(recipe, task, out, resume), sample=task.sampler(recipe, request, before=complete),
+        save=save,
     )  # fmt: skip
     print(f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --guidance {recipe.guidance:g}')
     return summary
 
 
-def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
+def describe(recipe: Recipe, task: TextToImageTask, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
     told = ("data", "languages", "truncate", "crop", "weighting", "prior_dropout", "text_dropout", "image_dropout")
     parts = {name: part for name, part in task.model.named_children() if name != "last_upsampler"}
-    return describe_run(
+    return common.describe_run(
         recipe, out, resume, task.parts.train, told, {"model": asdict(task.model.config)},
         title=f"unCLIP learns to draw “{Path(recipe.data).stem}” from text",
         paper="Ramesh et al., Hierarchical Text-Conditional Image Generation with CLIP Latents (2022)",
-        **parameters_of(parts),
+        **common.parameters_of(parts),
     )  # fmt: skip
