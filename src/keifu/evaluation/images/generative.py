@@ -28,14 +28,9 @@ from keifu.evaluation.classification.neurons import RowClassifier
 from keifu.evaluation.images.distances import WINDOW, frechet, kernel_distance, manifold, moments, nearest, psnr, ssim
 from keifu.evaluation.images.features import PAPERS, Extractor, extractor, place
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.generation.images import pixel_diffusion
 from keifu.generation.images.denoiser import Denoiser, DiffusionConfig, DiffusionModel, Network, label_denoiser
-from keifu.generation.images.pixel_diffusion import (
-    ImageRequest,
-    SeededNoise,
-    draw_images,
-    require_diffusion_model,
-    trained_size,
-)
+from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise
 from keifu.generation.images.samplers import ConfiguredSampler, configure_sampler
 from keifu.layers.counter_rng import normal
 from keifu.layers.diffusion.noise_schedule import Noise, add_noise, at, normal_kl, posterior
@@ -265,7 +260,7 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
     distances: generated images against keifu's training images, by features, and by pixels to find copies.
     reconstruction and bits: of held-out images. classes: how a classifier sees images drawn of each class.
     """
-    drawer = require_diffusion_model(model)
+    drawer = pixel_diffusion.require_diffusion_model(model)
     if request.metric not in (None, *METRICS):
         raise unknown("metric of a diffusion model", request.metric, METRICS)
     if request.metric == "classes":
@@ -290,7 +285,7 @@ def class_agreement(model: nn.Module, drawer: DiffusionModel, request: EvalReque
         raise UserError(
             "The metric classes takes a model conditioned on named classes, and --judge a network of digits."
         )
-    size = drawer.config.channels * math.prod(trained_size(drawer))
+    size = drawer.config.channels * math.prod(pixel_diffusion.trained_size(drawer))
     if sorted(judge.classes) != sorted(classes) or judge.config.dim != size:
         raise UserError(
             f"The judge reads {judge.config.dim} numbers of the classes {', '.join(judge.classes)}: no judge of these."
@@ -447,7 +442,7 @@ def _sentence(pictures: ImageDataset, place: int) -> str:
 
 def _real_images(model: DiffusionModel, request: EvalRequest) -> tuple[ImageDataset, ImageSplit]:
     """The training images at the model's size; of a set that is held out whole, all."""
-    height, width = trained_size(model)
+    height, width = pixel_diffusion.trained_size(model)
     if height != width:
         raise UserError(f"This model draws {width} x {height} pictures, and only squares can be compared.")
     pictures = read_images(request.on, height, 1 if model.config.channels == 1 else 3)
@@ -467,6 +462,8 @@ def _generated(
             for first in range(0, len(numbers), size):
                 part = numbers[first : first + size]
                 seeds = [(wanted.seed or 0) + number for number in part]
-                pictures |= dict(zip(part, draw_images(model, replace(wanted, label=label), seeds), strict=True))
+                pictures |= dict(
+                    zip(part, pixel_diffusion.draw_images(model, replace(wanted, label=label), seeds), strict=True)
+                )
                 advance(len(pictures))
     return torch.stack([pictures[number] for number in range(count)])

@@ -17,16 +17,8 @@ from torch import nn
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.text import likelihood
 from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.likelihood import (
-    Likelihood,
-    ScoredPair,
-    common_beginning,
-    first_context,
-    join_tokens,
-    likelihoods,
-    open_prefixes,
-)
 from keifu.generation.text.model import text_model
 from keifu.generation.text.sampling_params import SamplingParams
 
@@ -76,7 +68,7 @@ class KeifuLM(LM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """ln P of each continuation after its context, and whether greedy decoding would generate it."""
         texts = [request.args for request in requests]
-        pairs = [self._cut(pair) for pair in join_tokens(self.tokenizer, texts, allow_special=True)]
+        pairs = [self._cut(pair) for pair in likelihood.join_tokens(self.tokenizer, texts, allow_special=True)]
         found = [(each.total, each.greedy) for each in self._likelihoods(pairs)]
         for text, answer in zip(texts, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", text, answer)
@@ -85,12 +77,12 @@ class KeifuLM(LM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """ln P of each whole text, in windows as long as the context that each begin with the last one's last token."""
         texts = [request.args[0] for request in requests]
-        front, [begin] = first_context(self.tokenizer, texts), common_beginning(self.tokenizer)
-        windows: list[ScoredPair] = []
+        front, [begin] = likelihood.first_context(self.tokenizer, texts), likelihood.common_beginning(self.tokenizer)
+        windows: list[likelihood.ScoredPair] = []
         counts: list[int] = []
         for ids in self.tokenizer.encode_batch(texts, allow_special=True):
-            parts = get_rolling_token_windows(open_prefixes(front, ids), begin, self.context, 1)
-            own = [ScoredPair(tuple(a), tuple(b)) for a, b in map(make_disjoint_window, parts)]
+            parts = get_rolling_token_windows(likelihood.open_prefixes(front, ids), begin, self.context, 1)
+            own = [likelihood.ScoredPair(tuple(a), tuple(b)) for a, b in map(make_disjoint_window, parts)]
             windows += own
             counts.append(len(own))
         found = iter(self._likelihoods(windows))
@@ -104,9 +96,11 @@ class KeifuLM(LM):
         asked = [request.args for request in requests]
         settings = [_sampling(given, seed) for seed, (_, given) in enumerate(asked)]
         texts = [text for text, _ in asked]
-        front = first_context(self.tokenizer, texts)
+        front = likelihood.first_context(self.tokenizer, texts)
         ids = self.tokenizer.encode_batch(texts, allow_special=True)
-        prompts = [self._room(open_prefixes(front, own), each) for own, each in zip(ids, settings, strict=True)]
+        prompts = [
+            self._room(likelihood.open_prefixes(front, own), each) for own, each in zip(ids, settings, strict=True)
+        ]
         with counting("lm-eval, writing", len(prompts), "prompts") as progress:
             done = generate_batch(self.model, self.tokenizer, prompts, settings, self.batch_size or 32, progress)
         for args, each in zip(asked, done, strict=True):
@@ -131,11 +125,11 @@ class KeifuLM(LM):
         weights = [*self.model.parameters()]
         return {"model": self.name, "model_num_parameters": sum(each.numel() for each in weights)}
 
-    def _likelihoods(self, pairs: Sequence[ScoredPair]) -> list[Likelihood]:
+    def _likelihoods(self, pairs: Sequence[likelihood.ScoredPair]) -> list[likelihood.Likelihood]:
         with counting("lm-eval, scoring", len({pair.prompt for pair in pairs}), "prompts") as progress:
-            return likelihoods(self.model, pairs, self.batch_size, progress)
+            return likelihood.likelihoods(self.model, pairs, self.batch_size, progress)
 
-    def _cut(self, pair: ScoredPair) -> ScoredPair:
+    def _cut(self, pair: likelihood.ScoredPair) -> likelihood.ScoredPair:
         """The pair without what is too much for the context, taken off its beginning."""
         extra = len(pair.prompt) + len(pair.answer) - 1 - self.context
         if extra <= 0:
@@ -143,7 +137,7 @@ class KeifuLM(LM):
         if extra >= len(pair.prompt):
             raise UserError(f"A continuation has {len(pair.answer)} tokens, but this model takes {self.context}.")
         log.warning("A prompt and its answer are %d tokens longer than the context: its beginning is cut.", extra)
-        return ScoredPair(pair.prompt[extra:], pair.answer)
+        return likelihood.ScoredPair(pair.prompt[extra:], pair.answer)
 
     def _room(self, prompt: list[int], sampling: SamplingParams) -> list[int]:
         """The end of a prompt, cut so that the continuation fits into the context."""
@@ -154,7 +148,7 @@ class KeifuLM(LM):
             )
         if len(prompt) > room:
             log.warning("A prompt of %d tokens leaves no room for its answer: its beginning is cut.", len(prompt))
-        return prompt[-room:] or common_beginning(self.tokenizer)
+        return prompt[-room:] or likelihood.common_beginning(self.tokenizer)
 
 
 def _load_named(name: str) -> tuple[nn.Module, Tokenizer | None]:

@@ -7,18 +7,8 @@ import torch
 from torch import nn
 
 from keifu.data.progress import counting
+from keifu.data.text import span_corruption
 from keifu.data.text.mixture import MIXTURES, batches, held_out, is_mixture, prepare_mixture, read_mixture
-from keifu.data.text.span_corruption import (
-    MODES,
-    SEQUENTIAL,
-    CausalBatches,
-    CorruptionTask,
-    DecoderRows,
-    InfillingExamples,
-    Markers,
-    SpanCorruption,
-    SpanCorruptionBatches,
-)
 from keifu.data.text.token_shards import Shards
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -78,22 +68,30 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     return EvalResult(figures, (note, *_infilling_rows(tasks)), {"sources": ResultTable(columns, rows)})
 
 
-def tasks_for(tokenizer: Tokenizer, context: int) -> dict[str, CorruptionTask]:
+def tasks_for(tokenizer: Tokenizer, context: int) -> dict[str, span_corruption.CorruptionTask]:
     """From left to right, "loss", after the token that begins a text; and, where the tokenizer has modes and sentinels
     for it, "infilling": hidden tokens given both sides, of UL2's first R-denoiser."""
     vocabulary = tokenizer.backend.get_vocab()
     begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    if not vocabulary.keys() >= {*MODES} or begin != vocabulary[SEQUENTIAL]:
-        return {"loss": CausalBatches(context - (begin is None), begin)}
-    markers = Markers.of(tokenizer, sum(token.startswith("<extra_id_") for token in vocabulary))
-    hidden = InfillingExamples(
-        SpanCorruptionBatches([SpanCorruption(MODES[0], 0.15, 3)], DecoderRows(markers, context))
+    if not vocabulary.keys() >= {*span_corruption.MODES} or begin != vocabulary[span_corruption.SEQUENTIAL]:
+        return {"loss": span_corruption.CausalBatches(context - (begin is None), begin)}
+    markers = span_corruption.Markers.of(tokenizer, sum(token.startswith("<extra_id_") for token in vocabulary))
+    hidden = span_corruption.InfillingExamples(
+        span_corruption.SpanCorruptionBatches(
+            [span_corruption.SpanCorruption(span_corruption.MODES[0], 0.15, 3)],
+            span_corruption.DecoderRows(markers, context),
+        )
     )
-    return {"loss": CausalBatches(context, begin), "infilling": hidden}
+    return {"loss": span_corruption.CausalBatches(context, begin), "infilling": hidden}
 
 
 def losses(
-    model: nn.Module, shards: Shards, tasks: dict[str, CorruptionTask], context: int, rows: int, batch_size: int
+    model: nn.Module,
+    shards: Shards,
+    tasks: dict[str, span_corruption.CorruptionTask],
+    context: int,
+    rows: int,
+    batch_size: int,
 ) -> dict[str, MixtureLosses]:
     """The loss of each task on at most so many held-out windows of `context` tokens."""
     windows = held_out(shards, context, rows)
@@ -128,7 +126,7 @@ def _row(name: str, weight: float, shards: Shards, found: dict[str, MixtureLosse
     return (name, round(weight, 4), *figures, left.tokens, *hidden)
 
 
-def _infilling_rows(tasks: dict[str, CorruptionTask]) -> list[str]:
+def _infilling_rows(tasks: dict[str, span_corruption.CorruptionTask]) -> list[str]:
     if "infilling" not in tasks:
         return []
     return ["infilling: nats a hidden token, 15% of a text in spans of 3 on average, both sides given."]

@@ -21,16 +21,8 @@ from keifu.layers.unet.conv import SpatialAttention
 from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
 from keifu.layers.unet.unet import UNet, check_sides
 from keifu.models.diffusion.unet_builder import assemble_unet, group_norm
+from keifu.models.hf import unet as hf
 from keifu.models.hf.schedulers import read_scheduler, write_scheduler
-from keifu.models.hf.unet import (
-    IMPLEMENTED,
-    OLD_ATTENTION,
-    UNET_NAMES,
-    conditioning_fields,
-    read_fields,
-    write_fields,
-    write_layout,
-)
 
 LARGE = Noise(variance="fixed_large")  # the paper's σ² = β for CIFAR-10
 
@@ -235,12 +227,12 @@ WEIGHT_NAMES = {
     "label": "class_embedding",
     "label.linear1": "class_embedding.linear_1",
     "label.linear2": "class_embedding.linear_2",
-    **{f"unet.{ours}": theirs for ours, theirs in UNET_NAMES.items()},
+    **{f"unet.{ours}": theirs for ours, theirs in hf.UNET_NAMES.items()},
 }
 PREFIX = ""
 FILES = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")  # of a pipeline
 NOT_WEIGHTS = ()
-OLD_ENDINGS = OLD_ATTENTION
+OLD_ENDINGS = hf.OLD_ATTENTION
 MODEL_TYPES = {"UNet2DModel": "DDPMPipeline"}
 UNSUPPORTED: dict[str, Any] = {}
 _LABELS: dict[Any, str | None] = {"class": None, "number": "timestep", "vector": "identity"}
@@ -253,21 +245,21 @@ def from_published(json: dict[str, Any]) -> Config:
     """
     size, shift, kind = (
         json.get("sample_size"),
-        conditioning_fields(json, "resnet_time_scale_shift"),
-        conditioning_fields(json, "class_embed_type"),
+        hf.conditioning_fields(json, "resnet_time_scale_shift"),
+        hf.conditioning_fields(json, "class_embed_type"),
     )
     null_class = json.get("_null_class", False)
     groups = json.get("norm_num_groups", 32) if shift == "default" else None
     return Config(
         size=tuple(size) if isinstance(size, list) else size,
-        **read_fields(json),
-        middle=conditioning_fields(json, "mid_block_type") is not None,
+        **hf.read_fields(json),
+        middle=hf.conditioning_fields(json, "mid_block_type") is not None,
         middle_groups=json.get("attn_norm_num_groups") or groups,
-        pad_around=conditioning_fields(json, "downsample_padding") == 1,
+        pad_around=hf.conditioning_fields(json, "downsample_padding") == 1,
         scale_shift=shift == "scale_shift",
-        activation=conditioning_fields(json, "act_fn"),
+        activation=hf.conditioning_fields(json, "act_fn"),
         learned_times=json["num_train_timesteps"]
-        if conditioning_fields(json, "time_embedding_type") == "learned"
+        if hf.conditioning_fields(json, "time_embedding_type") == "learned"
         else None,
         centered=not json.get("center_input_sample", False),
         label=next(ours for ours, theirs in _LABELS.items() if theirs == kind),
@@ -285,16 +277,16 @@ def to_published(config: Config) -> dict[str, Any]:
     return {
         "model_type": "UNet2DModel",
         "sample_size": config.size,
-        **write_fields(config),
+        **hf.write_fields(config),
         "out_channels": config.predicted_channels,
-        **write_layout(config.widths, (config.attention, config.residual_down), (up, config.residual_up)),
+        **hf.write_layout(config.widths, (config.attention, config.residual_down), (up, config.residual_up)),
         "time_embedding_type": "learned" if config.learned_times else "positional",
         "num_train_timesteps": config.learned_times,
         "mid_block_type": "UNetMidBlock2D" if config.middle else None,
         "attn_norm_num_groups": config.middle_groups,
         "downsample_padding": int(config.pad_around),
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
-        "act_fn": config.activation if config.activation in IMPLEMENTED["act_fn"] else "silu",
+        "act_fn": config.activation if config.activation in hf.IMPLEMENTED["act_fn"] else "silu",
         "center_input_sample": not config.centered,
         "class_embed_type": _LABELS[config.label],
         "num_class_embeds": config.n_classes + config.null_class or None,

@@ -29,15 +29,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import encode_texts
-from keifu.evaluation.images.retrieval import (
-    Recall,
-    embed_bytes,
-    embed_texts,
-    padding,
-    preprocessing,
-    recall_both_ways,
-    two_towers,
-)
+from keifu.evaluation.images import retrieval
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
@@ -109,7 +101,7 @@ def prepare(recipe: Recipe) -> Task:
     """Reads the pictures, holds some out, learns the tokenizer from the captions of the others, builds the model."""
     torch.manual_seed(recipe.training.seed)
     loaded, given = checkpoints.load(recipe.start, torch.float32) if recipe.start else (None, None)
-    pixels = two_towers(loaded).config.pixels if loaded else _pixels(recipe)
+    pixels = retrieval.two_towers(loaded).config.pixels if loaded else _pixels(recipe)
     parts = split(read_images(recipe.data, pixels.crop, 1 if len(pixels.mean) == 1 else 3))
     tokenizer = given or _tokenizer(recipe, parts.train)
     model: Any = loaded or _new(recipe, tokenizer, pixels).to(choose())
@@ -154,15 +146,19 @@ def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: ImageDataset, limit: 
     rows, cut = encode_texts(tokenizer, texts, limit, recipe.truncate)
     if cut:
         print(f"{cut:,} of {len(texts):,} captions were cut to {limit} tokens.", flush=True)
-    ids, _ = pad(rows, padding(tokenizer))
+    ids, _ = pad(rows, retrieval.padding(tokenizer))
     return ids.unflatten(0, (len(recipe.languages), len(pictures)))
 
 
-def retrieval_figures(task: Task, pictures: ImageDataset, languages: Sequence[str]) -> dict[str, tuple[Recall, Recall]]:
+def retrieval_figures(
+    task: Task, pictures: ImageDataset, languages: Sequence[str]
+) -> dict[str, tuple[retrieval.Recall, retrieval.Recall]]:
     """How well captions of these pictures are found by them, and they by captions, by language."""
-    points = embed_bytes(task.model, (pictures.take(slice(n, n + 64)) for n in range(0, len(pictures), 64)))
-    texts = {code: embed_texts(task.model, task.tokenizer, pictures.texts(code), cut=True) for code in languages}
-    return {code: recall_both_ways(points, each) for code, each in texts.items()}
+    points = retrieval.embed_bytes(task.model, (pictures.take(slice(n, n + 64)) for n in range(0, len(pictures), 64)))
+    texts = {
+        code: retrieval.embed_texts(task.model, task.tokenizer, pictures.texts(code), cut=True) for code in languages
+    }
+    return {code: retrieval.recall_both_ways(points, each) for code, each in texts.items()}
 
 
 def describe(task: Task, languages: Sequence[str]) -> str:
@@ -186,7 +182,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     about |= {"parameters": sum(p.numel() for p in task.model.parameters())}
     sample = (lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None
     return train(
-        task.model, contrastive_loss(preprocessing(task.model).normalised), task.data, recipe.training,
+        task.model, contrastive_loss(retrieval.preprocessing(task.model).normalised), task.data, recipe.training,
         Run(out, resume, options=options, about=about, unit="pairs"), sample=sample,
         save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
     )  # fmt: skip
