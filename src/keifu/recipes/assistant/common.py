@@ -35,10 +35,12 @@ from keifu.errors import UserError
 from keifu.files import sha256, write_atomic
 from keifu.generation.text.model import causal
 from keifu.layers.lora import adapters, merge
-from keifu.recipes.finetuning import FinetuneOptions, describe_run
+from keifu.recipes.finetuning import FinetuneOptions, describe_run, finetune_settings
 from keifu.recipes.options import given
-from keifu.training.protocols import Run
+from keifu.training.loop import Summary, train
+from keifu.training.protocols import Objective, Run, Sample, Save
 from keifu.training.run import metrics
+from keifu.training.settings import Settings
 
 Template = Literal["own", "plain", "chatml"]
 CHAIN_SUM = "chain-sum"
@@ -78,6 +80,46 @@ class AssistantOptions(FinetuneOptions):
     def rate(self, full: float, adapters: float) -> float:
         """The learning rate that was given, or else one for all weights or one for adapters."""
         return given(self.learning_rate, adapters if self.lora.rank else full)
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneTask:
+    """Everything made ready: a model to train, its tokenizer, and the data."""
+
+    model: Any
+    tokenizer: Tokenizer
+    data: Any
+
+    @property
+    def result(self) -> nn.Module:
+        """The part of the model that is kept."""
+        return self.model
+
+
+def epoch_settings(recipe: Any, data: Any, rates: tuple[float, float], **different: Any) -> Settings:
+    """The settings of a recipe that passes over its examples. rates: those of all weights and of adapters where none is
+    given; `different` are the fields in which the recipe differs."""
+    steps = recipe.total_steps(data.steps_per_epoch)
+    usual = {"batch_size": recipe.batch_size, "warmup": round(recipe.warmup * steps)}
+    return finetune_settings(recipe, steps, learning_rate=recipe.rate(*rates), **usual, **different)
+
+
+def finetune(
+    recipe: AssistantOptions, task: FinetuneTask, objective: Objective, settings: Settings, run: Run,
+    sample: Sample | None = None, save: Save | None = None,
+) -> Summary:  # fmt: skip
+    """Trains the task's model into a run folder, which then holds the result: a whole model, or its adapters."""
+
+    def save_task(directory: Path) -> None:
+        save_result(task.result, task.tokenizer, directory, recipe.model)
+
+    return train(task.model, objective, task.data, settings, run, sample, save or save_task, task.data.largest())
+
+
+def counted(what: str, parts: Sequence[Any], dropped: int) -> dict[str, int]:
+    """Lines of the report: the examples of both parts, and those that were too long."""
+    learned, held = map(len, parts)
+    return {f"{what} to learn from": learned, f"{what} held out": held, "too long, left out": dropped}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,34 +323,6 @@ def split_prompts(found: Sequence[Prompt], share: float) -> tuple[list[Prompt], 
     return held_out(found, [each.text for each in found], share)
 
 
-def describe_rollouts(
-    recipe: Any,
-    task: Any,
-    out: Path,
-    resume: bool,
-    *,
-    paper: str,
-    options: Mapping[str, Any],
-    watched: DivergenceMonitor,
-) -> Run:
-    """The run of a recipe that learns from sampled responses; options: what else decides its result."""
-    learned, held = task.data.parts
-    made = {"source": "sums in the form of reasoning-gym's chain_sum, made here", **asdict(recipe.sums)}
-    counts = {"prompts to learn from": len(learned), "prompts held out": len(held)}
-    return describe_run(
-        recipe,
-        out,
-        resume,
-        title=f"{recipe.model} learns from the reward {Path(recipe.reward).name}",
-        paper=paper,
-        unit="answers",
-        options={"reward": recipe.reward, "reward's file": task.rewarding.digest, **options},
-        data=(made if recipe.data == CHAIN_SUM else {}) | counts,
-        watch=watched,
-        **{"normal ranges": describe(watched.normal)},
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class RewardOptions:
     """What scores answers; the reward model and its tokenizer, where it is one; a hash of whatever it is."""
@@ -333,6 +347,43 @@ def make_rewards(name: str) -> RewardOptions:
     return RewardOptions(by, by, "+".join(map(sha256, files)))
 
 
+@dataclass(frozen=True, eq=False)
+class RolloutTask(FinetuneTask):
+    """A model, its tokenizer, the prompts that it answers while it learns, and the reward."""
+
+    rewarding: RewardOptions
+
+
+def rollout_settings(recipe: RolloutOptions, steps: int, **different: Any) -> Settings:
+    """The settings of a recipe that learns from sampled responses; every update has a line of metrics. Ratios of
+    probabilities lie close to 1, which takes float32."""
+    return finetune_settings(recipe, steps, schedule="constant", precision="float32", log_every=1, **different)
+
+
+def learn_from_rollouts(
+    recipe: Any, task: RolloutTask, objective: Objective, settings: Settings, out: Path, resume: bool, paper: str,
+    normal: Mapping[str, Range], options: Mapping[str, Any],
+) -> tuple[Summary, DivergenceMonitor]:  # fmt: skip
+    """Trains the task's model into a run folder. options: what decides the result beside the settings and the reward;
+    normal: the figures that are no warning."""
+    watched, (learned, held) = kl_watch(normal, out, resume), task.data.parts
+    made = {"source": "sums in the form of reasoning-gym's chain_sum, made here", **asdict(recipe.sums)}
+    counts = {"prompts to learn from": len(learned), "prompts held out": len(held)}
+    run = describe_run(
+        recipe,
+        out,
+        resume,
+        title=f"{recipe.model} learns from the reward {Path(recipe.reward).name}",
+        paper=paper,
+        unit="answers",
+        options={"reward": recipe.reward, "reward's file": task.rewarding.digest, **options},
+        data=(made if recipe.data == CHAIN_SUM else {}) | counts,
+        watch=watched,
+        **{"normal ranges": describe(watched.normal)},
+    )
+    return finetune(recipe, task, objective, settings, run), watched
+
+
 def measured(names: Sequence[str]) -> dict[str, RewardOptions]:
     """Rewards that are shown and not learned from, each by the end of its name, as much of it as tells it from the
     others: of runs/a/reward and runs/b/reward it is measured_a_reward and measured_b_reward."""
@@ -354,8 +405,9 @@ def kl_watch(normal: Mapping[str, Range], out: Path, resume: bool) -> Divergence
     return DivergenceMonitor(normal, {name: float(value) for name, value in first.items()})
 
 
-def print_sentence(watched: DivergenceMonitor, figures: Mapping[str, float]) -> None:
-    """Prints the last figures beside their normal ranges, and how held-out prompts are answered."""
+def print_sentence(watched: DivergenceMonitor, figures: Mapping[str, float], out: Path) -> None:
+    """Prints the last figures beside their normal ranges, how held-out prompts are answered, and where the model is."""
     print(f"The last figures, each beside its normal range:\n{watched.table(figures)}")
     if (mean := figures.get("validation_reward")) is not None:
         print(f"The likeliest answers to held-out prompts have a mean reward of {mean:.3g}.")
+    print(f"The model is in {out}: keifu chat {out}.")

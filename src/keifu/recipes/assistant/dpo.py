@@ -11,6 +11,7 @@ Expected: see docs/results.md, "What InstructGPT's pipeline bought".
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +21,12 @@ from keifu.data.chat.preferences import Pair, PreferencePairs, RankedResponses, 
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.recipes.assistant.common import (
-    RankedOptions,
-    open_model,
-    ranked_examples,
-    row_length,
-    sample_answer,
-    save_result,
-    to_train,
-)
-from keifu.recipes.finetuning import describe_run, finetune_settings
+from keifu.recipes.assistant import common
+from keifu.recipes.assistant.common import FinetuneTask, RankedOptions, open_model, sample_answer
+from keifu.recipes.finetuning import describe_run
 from keifu.training.loader import on_device
-from keifu.training.loop import Summary, train
+from keifu.training.loop import Summary
 from keifu.training.protocols import Run
-from keifu.training.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,24 +57,21 @@ class Recipe(RankedOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class Task(FinetuneTask):
     """A model to train, its tokenizer, the pairs, and how many were too long."""
 
-    model: nn.Module
-    tokenizer: Tokenizer
-    data: PreferencePairs
     dropped: int
 
 
 def prepare(recipe: Recipe) -> Task:
     """Loads the model, reads the preferences, and computes the log-probabilities of the reference model."""
     model, tokenizer = open_model(recipe.model, recipe.template)
-    length = row_length(model, recipe.context_length)
+    length = common.row_length(model, recipe.context_length)
     told = "pairs are", "has "
-    learned, tested, dropped = ranked_examples(recipe, lambda each: pairs(tokenizer, each), tuple, length, told)
+    learned, tested, dropped = common.ranked_examples(recipe, lambda each: pairs(tokenizer, each), tuple, length, told)
     rows, pad = recipe.batch_size, tokenizer.pad_id or 0
     references = with_reference(model, learned, rows, pad), with_reference(model, tested, rows, pad)
-    model = to_train(model, recipe.lora, recipe.seed)
+    model = common.to_train(model, recipe.lora, recipe.seed)
     return Task(model, tokenizer, PreferencePairs(learned, tested, rows, recipe.seed, pad, references), dropped)
 
 
@@ -104,37 +94,16 @@ def with_reference(model: nn.Module, found: Sequence[Pair], batch_size: int, pad
     return values
 
 
-def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
-    """The training loop's settings for so many steps an epoch."""
-    steps = recipe.total_steps(steps_per_epoch)
-    return finetune_settings(
-        recipe,
-        steps,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.rate(1e-6, 2e-5),
-        schedule="linear",
-        final_ratio=0.0,
-        warmup=round(recipe.warmup * steps),
-        precision="float32",  # differences of log-probabilities are small beside what bfloat16 rounds away
-    )
-
-
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
     """Trains the task's model into a run folder."""
-    return train(
-        task.model,
-        dpo(recipe.loss, recipe.beta, recipe.label_smoothing),
-        task.data,
-        settings(recipe, task.data.steps_per_epoch),
-        describe(recipe, task, out, resume),
-        save=lambda directory: save_result(task.model, task.tokenizer, directory, recipe.model),
-        largest=task.data.largest(),
-    )
+    # float32: differences of log-probabilities are small beside what bfloat16 rounds away
+    more: dict[str, Any] = {"schedule": "linear", "final_ratio": 0.0, "precision": "float32"}
+    chosen, run = common.epoch_settings(recipe, task.data, (1e-6, 2e-5), **more), describe(recipe, task, out, resume)
+    return common.finetune(recipe, task, dpo(recipe.loss, recipe.beta, recipe.label_smoothing), chosen, run)
 
 
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    counts = {"pairs to learn from": len(task.data.parts[0]), "pairs held out": len(task.data.parts[1])}
     return describe_run(
         recipe,
         out,
@@ -143,7 +112,7 @@ def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
         paper="Rafailov et al., Direct Preference Optimization (2023)",
         unit="pairs",
         options={"loss": recipe.loss, "beta": recipe.beta, "label_smoothing": recipe.label_smoothing},
-        data=counts | {"too long, left out": task.dropped},
+        data=common.counted("pairs", task.data.parts, task.dropped),
     )
 
 

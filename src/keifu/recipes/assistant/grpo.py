@@ -12,28 +12,13 @@ prompts; docs/results.md, "What GRPO bought on sums".
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from keifu.alignment.grpo import NORMAL, GRPOBatches, grpo
 from keifu.alignment.monitor import DivergenceMonitor
 from keifu.alignment.rollouts import RolloutInputs
-from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.recipes.assistant.common import (
-    RewardOptions,
-    RolloutOptions,
-    describe_rollouts,
-    kl_watch,
-    make_rewards,
-    open_model,
-    print_sentence,
-    reference_model,
-    save_result,
-    to_train,
-)
-from keifu.recipes.finetuning import finetune_settings
-from keifu.training.loop import Summary, train
-from keifu.training.protocols import Run
+from keifu.recipes.assistant import common
+from keifu.recipes.assistant.common import RolloutOptions, RolloutTask, open_model
+from keifu.training.loop import Summary
 from keifu.training.settings import Settings
 
 
@@ -61,58 +46,31 @@ class Recipe(RolloutOptions):
             raise UserError(f"A group has 2 answers or more, which are compared, and not {self.group}.")
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """Everything made ready: the model, its tokenizer, and the prompts that it answers while it learns."""
-
-    model: nn.Module
-    tokenizer: Tokenizer
-    data: GRPOBatches
-    rewarding: RewardOptions
-
-
-def prepare(recipe: Recipe) -> Task:
+def prepare(recipe: Recipe) -> RolloutTask:
     """Loads the model and the reward, reads or makes the prompts, and keeps what the model began with."""
-    by = make_rewards(recipe.reward)
+    by = common.make_rewards(recipe.reward)
     parts = recipe.parts()
     model, tokenizer = open_model(recipe.model, recipe.template)
-    reference = reference_model(model, recipe.lora) if recipe.beta else None
-    model = to_train(model, recipe.lora, recipe.seed)
+    reference = common.reference_model(model, recipe.lora) if recipe.beta else None
+    model = common.to_train(model, recipe.lora, recipe.seed)
     inputs = RolloutInputs(model, reference, tokenizer, *parts, by.scorer, recipe.plan(recipe.group))
-    return Task(model, tokenizer, GRPOBatches(inputs), by)
+    return RolloutTask(model, tokenizer, GRPOBatches(inputs), by)
 
 
 def settings(recipe: Recipe) -> Settings:
-    """The training loop's settings; every step has a line of metrics."""
-    return finetune_settings(
-        recipe,
-        recipe.steps,
-        batch_size=recipe.prompts * recipe.group // recipe.minibatches,
-        learning_rate=recipe.rate(1e-6, 2e-5),
-        schedule="constant",
-        warmup=recipe.warmup,
-        precision="float32",  # ratios of probabilities lie close to 1
-        log_every=1,
-    )
+    """The training loop's settings."""
+    rows, rate = recipe.prompts * recipe.group // recipe.minibatches, recipe.rate(1e-6, 2e-5)
+    return common.rollout_settings(recipe, recipe.steps, batch_size=rows, learning_rate=rate, warmup=recipe.warmup)
 
 
-def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> tuple[Summary, DivergenceMonitor]:
+def learn(recipe: Recipe, task: RolloutTask, out: Path, resume: bool = False) -> tuple[Summary, DivergenceMonitor]:
     """Trains the task's model into a run folder."""
-    objective, watched = grpo(recipe.clip, recipe.beta, recipe.temperature), kl_watch(NORMAL, out, resume)
-    save, largest = lambda to: save_result(task.model, task.tokenizer, to, recipe.model), task.data.largest()
-    run = describe(recipe, task, out, resume, watched)
-    return train(task.model, objective, task.data, settings(recipe), run, save=save, largest=largest), watched
-
-
-def describe(recipe: Recipe, task: Task, out: Path, resume: bool, watched: DivergenceMonitor) -> Run:
-    """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    options = {"clip": recipe.clip, "beta": recipe.beta}
-    paper = "Shao et al., DeepSeekMath (2024)"
-    return describe_rollouts(recipe, task, out, resume, paper=paper, options=options, watched=watched)
+    objective, chosen = grpo(recipe.clip, recipe.beta, recipe.temperature), settings(recipe)
+    options, paper = {"clip": recipe.clip, "beta": recipe.beta}, "Shao et al., DeepSeekMath (2024)"
+    return common.learn_from_rollouts(recipe, task, objective, chosen, out, resume, paper, NORMAL, options)
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu chat reads afterwards."""
     summary, watched = learn(recipe, prepare(recipe), out, resume)
-    print_sentence(watched, summary.figures)
-    print(f"The model is in {out}: keifu chat {out}.")
+    common.print_sentence(watched, summary.figures, out)

@@ -12,9 +12,11 @@ docs/results.md, "What InstructGPT's pipeline bought".
 """
 
 import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
+
+from torch import nn
 
 from keifu.alignment.monitor import DivergenceMonitor
 from keifu.alignment.ppo import NORMAL, ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
@@ -22,27 +24,12 @@ from keifu.alignment.rollouts import RolloutInputs
 from keifu.data.text.packed import PackedText
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.recipes.assistant.common import (
-    Lora,
-    RewardOptions,
-    RolloutOptions,
-    describe_rollouts,
-    kl_watch,
-    make_rewards,
-    measured,
-    open_model,
-    print_sentence,
-    reference_model,
-    row_length,
-    save_result,
-    to_train,
-)
+from keifu.recipes.assistant import common
+from keifu.recipes.assistant.common import Lora, RewardOptions, RolloutOptions, RolloutTask, open_model, to_train
 from keifu.recipes.assistant.reward import with_score_head
-from keifu.recipes.finetuning import finetune_settings
 from keifu.recipes.language.common import TextOptions
 from keifu.recipes.options import given
-from keifu.training.loop import Summary, train
-from keifu.training.protocols import Run
+from keifu.training.loop import Summary
 from keifu.training.settings import Settings
 
 POLICY = "policy"
@@ -120,43 +107,36 @@ class Recipe(RolloutOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """Everything made ready: the policy with its value model, its tokenizer, and what it answers while it learns."""
+class Task(RolloutTask):
+    """The policy with its value model, its tokenizer, what it answers while it learns, the reward, and PPO's rule."""
 
-    model: ActorCritic
-    tokenizer: Tokenizer
-    data: PPOBatches
     rule: PPOSettings
-    rewarding: RewardOptions
+
+    @property
+    def result(self) -> nn.Module:
+        """The policy alone."""
+        return self.model.policy
 
 
 def prepare(recipe: Recipe) -> Task:
     """Loads policy and reward, reads the prompts and the text, and keeps what the policy began with."""
-    rule = PPOSettings(
-        kl_coef=recipe.kl_coef,
-        clip=recipe.clip,
-        value_clip=recipe.value_clip,
-        discount=recipe.discount,
-        gae_lambda=recipe.gae_lambda,
-        text_weight=recipe.text.weight,
-        missing_eos_penalty=recipe.missing_eos_penalty,
-        temperature=recipe.temperature,
-    )
-    by = make_rewards(recipe.reward)
+    own = {each.name: vars(recipe)[each.name] for each in fields(PPOSettings) if each.name in vars(recipe)}
+    rule = PPOSettings(**own, text_weight=recipe.text.weight)
+    by = common.make_rewards(recipe.reward)
     parts = recipe.parts()
     policy, tokenizer = open_model(recipe.model, recipe.template)
-    reference = reference_model(policy, recipe.lora)
+    reference = common.reference_model(policy, recipe.lora)
     value = value_model(recipe, by, policy, tokenizer)
     model = ActorCritic(to_train(policy, recipe.lora, recipe.seed), value)
     mix = pretraining_mix(recipe, policy, tokenizer)
-    scorers = {name: each.scorer for name, each in measured(recipe.measured).items()}
+    scorers = {name: each.scorer for name, each in common.measured(recipe.measured).items()}
     inputs = RolloutInputs(model.policy, reference, tokenizer, *parts, by.scorer, recipe.plan(1), scorers)
-    return Task(model, tokenizer, PPOBatches(inputs, value, rule, mix), rule, by)
+    return Task(model, tokenizer, PPOBatches(inputs, value, rule, mix), by, rule)
 
 
 def value_model(recipe: Recipe, by: RewardOptions, policy: Any, tokenizer: Tokenizer) -> Any:
     """The value model, ready to be trained, apart from whatever it begins as."""
-    chosen = make_rewards(recipe.value) if recipe.value not in (None, POLICY) else by
+    chosen = common.make_rewards(recipe.value) if recipe.value not in (None, POLICY) else by
     if recipe.value == POLICY or chosen.model is None:
         if recipe.value not in (None, POLICY):
             raise UserError(f"--value {recipe.value} is no model: choose a reward model, or policy.")
@@ -183,55 +163,42 @@ def pretraining_mix(recipe: Recipe, policy: Any, tokenizer: Tokenizer) -> Pretra
     text = recipe.text
     if text.data is None or not text.weight:
         return None
-    length = row_length(policy, text.length)
+    length = common.row_length(policy, text.length)
     packed = PackedText(text.shards(text.data, tokenizer), length, 1, recipe.seed)
     return PretrainingMix(packed, text.each)
 
 
 def settings(recipe: Recipe) -> Settings:
-    """The training loop's settings; every update has a line of metrics."""
+    """The training loop's settings."""
     updates = recipe.minibatches * recipe.epochs
     steps = recipe.steps or recipe.rollouts * updates
     rate = recipe.rate(5e-6, 5e-5)
     value_rate = given(recipe.value_rate, 9e-5 if recipe.lora.rank else 9e-6)
-    return finetune_settings(
+    return common.rollout_settings(
         recipe,
         steps,
         batch_size=recipe.prompts // recipe.minibatches,
         learning_rate=rate,
         rate_shares=(("value.", value_rate / rate),),
-        schedule="constant",
         warmup=min(recipe.warmup, steps),
         betas=(0.9, 0.95),
         ema=recipe.ema,
-        precision="float32",  # ratios of probabilities lie close to 1
-        log_every=1,
         evaluate_every=max(1, steps // updates // 5) * updates,
     )
 
 
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> tuple[Summary, DivergenceMonitor]:
     """Trains the task's model into a run folder, which then holds the policy."""
-    watched, largest = kl_watch(NORMAL, out, resume), task.data.largest()
-    run = describe(recipe, task, out, resume, watched)
-
-    def save(directory: Path) -> None:
-        save_result(task.model.policy, task.tokenizer, directory, recipe.model)
-
-    return train(task.model, ppo(task.rule), task.data, settings(recipe), run, save=save, largest=largest), watched
-
-
-def describe(recipe: Recipe, task: Task, out: Path, resume: bool, watched: DivergenceMonitor) -> Run:
-    """The run for the training loop: what decides its result beside the settings, and what its report says."""
     then = {now: old for old, now in Recipe.RENAMED.items()}  # as runs of earlier versions have them
     options: dict[str, Any] = {then.get(name, name): value for name, value in asdict(task.rule).items()}
     options |= {"value": recipe.value, "measured": list(recipe.measured), "text": asdict(recipe.text)}
     paper = "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4"
-    return describe_rollouts(recipe, task, out, resume, paper=paper, options=options, watched=watched)
+    return common.learn_from_rollouts(
+        recipe, task, ppo(task.rule), settings(recipe), out, resume, paper, NORMAL, options
+    )
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu chat reads afterwards."""
     summary, watched = learn(recipe, prepare(recipe), out, resume)
-    print_sentence(watched, summary.figures)
-    print(f"The model is in {out}: keifu chat {out}.")
+    common.print_sentence(watched, summary.figures, out)

@@ -25,21 +25,12 @@ from keifu.errors import UserError
 from keifu.files import write_atomic
 from keifu.layers.lora import merge
 from keifu.models import task_head
-from keifu.recipes.assistant.common import (
-    Lora,
-    RankedOptions,
-    open_model,
-    padding,
-    ranked_examples,
-    row_length,
-    sample_answer,
-    to_train,
-)
-from keifu.recipes.finetuning import describe_run, finetune_settings
-from keifu.training.loop import Summary, train
+from keifu.recipes.assistant import common
+from keifu.recipes.assistant.common import FinetuneTask, Lora, RankedOptions, open_model, sample_answer
+from keifu.recipes.finetuning import describe_run
+from keifu.training.loop import Summary
 from keifu.training.protocols import Run
 from keifu.training.run.report import CURVES
-from keifu.training.settings import Settings
 
 DEMONSTRATIONS = 256  # at most so many are scored for the bias
 
@@ -64,12 +55,9 @@ class Recipe(RankedOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class Task(FinetuneTask):
     """A model with a score head to train, its tokenizer, the rankings, and the demonstrations as ids."""
 
-    model: task_head.ModelWithHead
-    tokenizer: Tokenizer
-    data: RankedAnswers
     demonstrations: list[list[int]]
     dropped: int
 
@@ -77,13 +65,13 @@ class Task:
 def prepare(recipe: Recipe) -> Task:
     """Loads the model, gives it a head, and reads the rankings."""
     model, tokenizer = open_model(recipe.model, recipe.template)
-    length = row_length(model, recipe.context_length)
+    length = common.row_length(model, recipe.context_length)
     answers, told = attrgetter("answers"), ("prompts have an answer", "")
-    learned, tested, dropped = ranked_examples(
+    learned, tested, dropped = common.ranked_examples(
         recipe, lambda each: [ranking_of(tokenizer, each)], answers, length, told
     )
     shown = demonstrations(recipe.demonstrations, tokenizer, length) or [each.answers[0].ids for each in learned]
-    tokenizer = padding(tokenizer, shown)
+    tokenizer = common.padding(tokenizer, shown)
     data = RankedAnswers(learned, tested, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
     return Task(with_score_head(model, recipe.lora, recipe.seed), tokenizer, data, shown[:DEMONSTRATIONS], dropped)
 
@@ -91,7 +79,7 @@ def prepare(recipe: Recipe) -> Task:
 def with_score_head(decoder: Any, lora: Lora, seed: int) -> task_head.ModelWithHead:
     """The decoder, or adapters on it, and a new head for a score, ready to be trained."""
     config = task_head.Config(decoder.config, "score", ("reward",), classifier_dropout=0.0)
-    to_train(decoder, lora, seed)
+    common.to_train(decoder, lora, seed)
     model = task_head.add_head(decoder, config).to(choose())
     if decoder.head is not None:
         decoder.head.requires_grad_(False)  # of words, which nothing here asks for
@@ -113,30 +101,11 @@ def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> lis
     return short
 
 
-def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
-    """The training loop's settings for so many steps an epoch."""
-    steps = recipe.total_steps(steps_per_epoch)
-    return finetune_settings(
-        recipe,
-        steps,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.rate(9e-6, 1e-4),
-        warmup=round(recipe.warmup * steps),
-        betas=(0.9, 0.95),
-    )
-
-
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
     """Trains the task's model into a run folder."""
-    return train(
-        task.model,
-        ranking_loss,
-        task.data,
-        settings(recipe, task.data.steps_per_epoch),
-        describe(recipe, task, out, resume),
-        save=lambda directory: leave(task, directory),
-        largest=task.data.largest(),
-    )
+    chosen = common.epoch_settings(recipe, task.data, (9e-6, 1e-4), betas=(0.9, 0.95))
+    run = describe(recipe, task, out, resume)
+    return common.finetune(recipe, task, ranking_loss, chosen, run, save=lambda directory: leave(task, directory))
 
 
 def leave(task: Task, directory: Path) -> None:
@@ -162,7 +131,6 @@ def calibration_chart(told: Calibration) -> dict[str, Any]:
 
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    counts = {"prompts to learn from": len(task.data.parts[0]), "prompts held out": len(task.data.parts[1])}
     return describe_run(
         recipe,
         out,
@@ -171,7 +139,7 @@ def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
         paper="Ouyang et al., InstructGPT (2022), section 3.5",
         unit="prompts",
         options={"template": task.tokenizer.chat_template},
-        data=counts | {"too long, left out": task.dropped},
+        data=common.counted("prompts", task.data.parts, task.dropped),
     )
 
 

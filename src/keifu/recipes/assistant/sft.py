@@ -13,20 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
-
 from keifu.data.chat import conversations
 from keifu.data.chat.conversations import Conversation
 from keifu.data.chat.packing import FittedConversations, PackedConversations, TooLong, TurnMasks, fit_conversations
-from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.chat import Conversation as Talk
-from keifu.recipes.assistant.common import AssistantOptions, held_out, open_model, row_length, save_result, to_train
-from keifu.recipes.finetuning import describe_run, finetune_settings
-from keifu.training.loop import Summary, train
+from keifu.recipes.assistant import common
+from keifu.recipes.assistant.common import AssistantOptions, FinetuneTask, held_out, open_model
+from keifu.recipes.finetuning import describe_run
+from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.protocols import Run
-from keifu.training.settings import Settings
 
 SAMPLES = 3
 
@@ -60,27 +57,26 @@ class Recipe(AssistantOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """Everything made ready: the model, its tokenizer with a chat template, the rows, and what was too long."""
+class Task(FinetuneTask):
+    """A model, its tokenizer with a chat template, the rows, what they were made of, and what the samples ask."""
 
-    model: nn.Module
-    tokenizer: Tokenizer
     training: FittedConversations
     held: FittedConversations
     shown: list[Conversation]
-    context_length: int
 
 
 def prepare(recipe: Recipe) -> Task:
     """Loads the model, reads the conversations and renders them."""
     model, tokenizer = open_model(recipe.model, recipe.template)
-    length = row_length(model, recipe.context_length)
+    length = common.row_length(model, recipe.context_length)
     training, held = split(select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
     learned, tested = (
         fit_conversations([TurnMasks(*tokenizer.render_turns(each)) for each in part], length, recipe.too_long)
         for part in (training, held)
     )
-    return Task(to_train(model, recipe.lora, recipe.seed), tokenizer, learned, tested, held[:SAMPLES], length)
+    rows, pad = (learned.kept, tested.kept), tokenizer.pad_id or 0
+    data = PackedConversations(*rows, length, recipe.batch_size, recipe.seed, pad, recipe.packed)
+    return Task(common.to_train(model, recipe.lora, recipe.seed), tokenizer, data, learned, tested, held[:SAMPLES])
 
 
 def select_conversations(found: list[Conversation], limit: int | None) -> list[Conversation]:
@@ -95,36 +91,12 @@ def split(found: Sequence[Conversation], share: float) -> tuple[list[Conversatio
     return held_out(found, [each[0]["content"] for each in found], share)
 
 
-def settings(recipe: Recipe, steps_per_epoch: float) -> Settings:
-    """The training loop's settings for so many steps an epoch."""
-    steps = recipe.total_steps(steps_per_epoch)
-    return finetune_settings(
-        recipe,
-        steps,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.rate(2e-5, 2e-4),
-        warmup=round(recipe.warmup * steps),
-        weight_decay=recipe.weight_decay,
-        sample_every=max(1, steps // 3),
-    )
-
-
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
     """Trains the task's model into a run folder: a whole model, or adapters beside the name of their base."""
-    pad = task.tokenizer.pad_id or 0
-    rows = (task.training.kept, task.held.kept)
-    data = PackedConversations(*rows, task.context_length, recipe.batch_size, recipe.seed, pad, recipe.packed)
-
-    return train(
-        task.model,
-        causal_language_modeling,
-        data,
-        settings(recipe, data.steps_per_epoch),
-        describe(recipe, task, out, resume),
-        sample=lambda step: answers(task),
-        save=lambda directory: save_result(task.model, task.tokenizer, directory, recipe.model),
-        largest=data.largest(),
-    )
+    often = max(1, recipe.total_steps(task.data.steps_per_epoch) // 3)
+    more = {"weight_decay": recipe.weight_decay, "sample_every": often}
+    chosen, run = common.epoch_settings(recipe, task.data, (2e-5, 2e-4), **more), describe(recipe, task, out, resume)
+    return common.finetune(recipe, task, causal_language_modeling, chosen, run, sample=lambda step: answers(task))
 
 
 def answers(task: Task) -> str:
@@ -158,7 +130,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Fine-tunes into `out`, which keifu chat reads afterwards."""
     task = prepare(recipe)
     for part in (task.training, task.held):
-        if said := part.sentence(task.context_length):
+        if said := part.sentence(task.data.context_length):
             print(said)
     learn(recipe, task, out, resume)
     print(f"The model is in {out}: keifu chat {out}.")
