@@ -26,17 +26,9 @@ from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import encode_texts, encoder
 from keifu.evaluation.classification.metrics import Confusion, probabilities
 from keifu.models import bert
-from keifu.recipes.classification.common import (
-    TableOptions,
-    batches,
-    classifier_settings,
-    describe_classifier,
-    train_classifier,
-)
+from keifu.recipes.classification.common import TableOptions, train_classifier
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import classification
-from keifu.training.protocols import Run
-from keifu.training.settings import Settings
 
 SCRATCH = "scratch"
 SMALL = bert.Config(context_length=128, dim=256, hidden_dim=1024, n_layers=4, n_heads=4)
@@ -123,43 +115,20 @@ def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...])
     return model.to(choose()), tokenizer
 
 
-def settings(recipe: Recipe, steps_per_epoch: int) -> Settings:
-    """The training loop's settings for so many steps an epoch."""
-    return classifier_settings(
-        recipe,
-        steps_per_epoch,
-        learning_rate=recipe.learning_rate or (5e-4 if recipe.model == SCRATCH else 5e-5),
-        warmup=recipe.total_steps(steps_per_epoch) // 10,
-    )
-
-
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
     """Trains the task's model into a run folder, and draws the confusion matrix of the held-out texts there."""
-    data = batches(recipe, task)
-    chosen = settings(recipe, data.steps_per_epoch)
-    run = describe(recipe, task, out, resume)
-    return train_classifier(task, classification, data, chosen, run, evaluate_classifier)
+    return train_classifier(
+        recipe, task, classification, evaluate_classifier, out, resume,
+        learning_rate=recipe.learning_rate or (5e-4 if recipe.model == SCRATCH else 5e-5),
+        warmup=lambda steps: steps // 10, title=f"A classifier learns “{Path(recipe.data).stem}”",
+        paper="Devlin et al., BERT (2018)", unit="texts", options={}, data={"labels": ", ".join(task.labels)},
+    )  # fmt: skip
 
 
 def evaluate_classifier(task: Task) -> Confusion:
     """How the held-out texts are told apart."""
     given = probabilities(task.model, task.held.rows, task.tokenizer.pad_id or 0).argmax(-1)
     return Confusion.of(torch.tensor(task.held.targets), given.cpu(), task.labels)
-
-
-def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
-    """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    return describe_classifier(
-        recipe,
-        task,
-        out,
-        resume,
-        title=f"A classifier learns “{Path(recipe.data).stem}”",
-        paper="Devlin et al., BERT (2018)",
-        unit="texts",
-        options={},
-        data={"labels": ", ".join(task.labels)},
-    )
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

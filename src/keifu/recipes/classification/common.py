@@ -1,6 +1,6 @@
 """What the recipes that train a classifier from a labelled table share: options, settings and the training run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from keifu.evaluation.classification.metrics import Confusion
 from keifu.files import write_atomic
 from keifu.recipes.finetuning import FinetuneOptions, describe_run, finetune_settings
 from keifu.training.loop import Summary, train
-from keifu.training.protocols import Objective, Run
-from keifu.training.settings import Settings
+from keifu.training.protocols import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,68 +28,40 @@ class TableOptions(FinetuneOptions):
     """Passes over the training examples."""
     batch_size: int = 16
     """Examples in a step."""
+    cut: int | None = None
+    """Keep so many tokens of longer examples; unset, one longer than the model takes is an error."""
     weight_decay: float = 0.01
     """AdamW's weight decay, of matrices alone."""
 
 
-def classifier_settings(recipe: TableOptions, steps_per_epoch: int, **different: Any) -> Settings:
-    """A learning rate that falls linearly to 0, and two validations in an epoch; `different` are the fields in which a
-    recipe differs from that."""
-    usual = {
-        "batch_size": recipe.batch_size,
-        "schedule": "linear",
-        "final_ratio": 0.0,
-        "weight_decay": recipe.weight_decay,
-        "evaluate_every": max(1, steps_per_epoch // 2),
-        "save_every": max(50, steps_per_epoch // 2),
-    }
-    return finetune_settings(recipe, recipe.total_steps(steps_per_epoch), **usual | different)
-
-
 def train_classifier(
-    task: Any,
-    objective: Objective,
-    data: LabelledBatches,
-    settings: Settings,
-    run: Run,
-    confusion: Callable[[Any], Confusion],
-) -> Summary:
-    """Trains the task's model into a run folder, with the confusion matrix of the held-out examples as its sample."""
+    recipe: TableOptions, task: Any, objective: Objective, confusion: Callable[[Any], Confusion], out: Path,
+    resume: bool, *, learning_rate: float | None, warmup: Callable[[int], int], title: str, paper: str, unit: str,
+    options: Mapping[str, Any], data: Mapping[str, Any],
+) -> Summary:  # fmt: skip
+    """Trains the task's model into a run folder, with the confusion matrix of the held-out examples as its sample.
+
+    The rate falls linearly to 0, with two validations in an epoch. warmup: its steps in a run of so many. options: what
+    decides the result beside the model's config and the cut.
+    """
+    rows = LabelledBatches(task.training, task.held, recipe.batch_size, recipe.seed, task.tokenizer.pad_id or 0)
+    steps, half = recipe.total_steps(rows.steps_per_epoch), rows.steps_per_epoch // 2
+    settings = finetune_settings(
+        recipe, steps, learning_rate=learning_rate, warmup=warmup(steps), batch_size=recipe.batch_size,
+        schedule="linear", final_ratio=0.0, weight_decay=recipe.weight_decay, evaluate_every=max(1, half),
+        save_every=max(50, half),
+    )  # fmt: skip
+    counts = {"learned from": len(task.training), "held out": len(task.held), "cut": task.cut}
+    deciding = {"model": asdict(task.model.config), "cut": recipe.cut, **options}
+    report = {"title": title, "paper": paper, "unit": unit, "options": deciding, "data": {**counts, **data}}
 
     def sample(step: int) -> str:
         found = confusion(task)
-        write_atomic(run.directory / "confusion.png", found.picture())
+        write_atomic(out / "confusion.png", found.picture())
         return found.page()
 
     return train(
-        task.model,
-        objective,
-        data,
-        settings,
-        run,
+        task.model, objective, rows, settings, describe_run(recipe, out, resume, **report),
         sample=sample if len(task.held) else None,
-        save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
-        largest=data.largest(),
-    )
-
-
-def describe_classifier(
-    recipe: Any, task: Any, out: Path, resume: bool, *, title: str, paper: str, unit: str, options: Any, data: Any
-) -> Run:
-    """The run for the training loop; options: what decides its result beside the model's config and the cut."""
-    counts = {"learned from": len(task.training), "held out": len(task.held), "cut": task.cut}
-    return describe_run(
-        recipe,
-        out,
-        resume,
-        title=title,
-        paper=paper,
-        unit=unit,
-        options={"model": asdict(task.model.config), "cut": recipe.cut, **options},
-        data=counts | data,
-    )
-
-
-def batches(recipe: TableOptions, task: Any) -> LabelledBatches:
-    """The rows of a task in batches, padded with its tokenizer's padding token."""
-    return LabelledBatches(task.training, task.held, recipe.batch_size, recipe.seed, task.tokenizer.pad_id or 0)
+        save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory), largest=rows.largest(),
+    )  # fmt: skip

@@ -18,15 +18,8 @@ from typing import Any, Literal
 import torch
 
 from keifu import checkpoints
+from keifu.data.classification import input_formats
 from keifu.data.classification.batches import FormBatches, encode_form
-from keifu.data.classification.input_formats import (
-    Form,
-    FormExamples,
-    add_delimiters,
-    delimiters_of,
-    form_of,
-    read_examples,
-)
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError
@@ -34,17 +27,9 @@ from keifu.evaluation.classification.classifiers import ClassifierFamily, text_c
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.generation.text.model import causal
 from keifu.models import task_head
-from keifu.recipes.classification.common import (
-    TableOptions,
-    batches,
-    classifier_settings,
-    describe_classifier,
-    train_classifier,
-)
+from keifu.recipes.classification.common import TableOptions, train_classifier
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import LM_WEIGHT, finetuning_loss
-from keifu.training.protocols import Run
-from keifu.training.settings import Settings
 
 LEAST_CUT = 8  # tokens: room for the special ones and something between them
 
@@ -64,8 +49,6 @@ class Recipe(TableOptions):
     """The table's column of labels; of a choice, the number of the right answer from 0, or its letter from A."""
     test: str | None = None
     """A second table to test on; then no rows of the first are held out."""
-    cut: int | None = None
-    """Keep so many tokens of longer examples; unset, one longer than the model takes is an error."""
     lm_weight: float = LM_WEIGHT
     """Weight of the language modelling loss beside the classification loss; 0: none."""
     batch_size: int = 32
@@ -91,23 +74,23 @@ class Task:
 
     model: task_head.ModelWithHead
     tokenizer: Tokenizer
-    form: Form
+    form: input_formats.Form
     training: FormBatches
     held: FormBatches
-    tested: FormExamples
+    tested: input_formats.FormExamples
     cut: int
 
 
 def prepare(recipe: Recipe) -> Task:
     """Reads the tables that the recipe names, holds rows out where there is one, and readies the model."""
-    form = form_of(recipe.form)
-    table = read_examples(recipe.data, form, recipe.columns, recipe.label)
+    form = input_formats.form_of(recipe.form)
+    table = input_formats.read_examples(recipe.data, form, recipe.columns, recipe.label)
     if recipe.test is not None:
-        return ready(recipe, table, read_examples(recipe.test, form, recipe.columns, recipe.label))
+        return ready(recipe, table, input_formats.read_examples(recipe.test, form, recipe.columns, recipe.label))
     return ready(recipe, *table.split(round(recipe.held_out * len(table))))
 
 
-def ready(recipe: Recipe, training: FormExamples, held: FormExamples) -> Task:
+def ready(recipe: Recipe, training: input_formats.FormExamples, held: input_formats.FormExamples) -> Task:
     """The task of these examples; all labels must be among those to learn from, two at least."""
     form, labels = training.form, training.classes
     if len(labels) < 2:
@@ -119,10 +102,10 @@ def ready(recipe: Recipe, training: FormExamples, held: FormExamples) -> Task:
     if recipe.cut is not None and not LEAST_CUT <= recipe.cut <= limit:
         raise UserError(f"cut keeps from {LEAST_CUT} to {limit} tokens, which the model takes, and it is {recipe.cut}.")
     config = model.config
-    marks = delimiters_of(tokenizer, (config.start_id, config.delimiter_id, config.extract_id))
+    marks = input_formats.delimiters_of(tokenizer, (config.start_id, config.delimiter_id, config.extract_id))
     numbers = {label: number for number, label in enumerate(labels)}
 
-    def laid(part: FormExamples) -> tuple[FormBatches, int]:
+    def laid(part: input_formats.FormExamples) -> tuple[FormBatches, int]:
         rows, cut = encode_form(tokenizer, part, marks, recipe.cut or limit, recipe.cut is not None)
         return FormBatches(rows, [int(row.label) if form.answers else numbers[row.label] for row in part.rows]), cut
 
@@ -130,7 +113,7 @@ def ready(recipe: Recipe, training: FormExamples, held: FormExamples) -> Task:
     return Task(model, tokenizer, form, learned, asked, held, cut + also_cut)
 
 
-def _check_labels(held: FormExamples, labels: tuple[str, ...]) -> None:
+def _check_labels(held: input_formats.FormExamples, labels: tuple[str, ...]) -> None:
     for row in held.rows if labels else ():
         if row.label not in labels:
             known = ", ".join(map(repr, labels[:5])) + (", ..." if len(labels) > 5 else "")
@@ -149,7 +132,7 @@ def start_model(recipe: Recipe, labels: tuple[str, ...]) -> tuple[task_head.Mode
     decoder: Any = deepcopy(
         loaded.decoder if isinstance(loaded, ClassifierFamily) else causal(loaded)
     )  # out of the file's map
-    marked, ids = add_delimiters(tokenizer)
+    marked, ids = input_formats.add_delimiters(tokenizer)
     fresh = [number for number in ids if number >= tokenizer.vocab_size]
     task_head.grow_vocabulary(decoder, marked.vocab_size, fresh)
     start, delimiter, extract = ids
@@ -157,39 +140,21 @@ def start_model(recipe: Recipe, labels: tuple[str, ...]) -> tuple[task_head.Mode
     return task_head.add_head(decoder, config).to(choose()), marked
 
 
-def settings(recipe: Recipe, steps_per_epoch: int) -> Settings:
-    """The training loop's settings for so many steps an epoch."""
-    warmup = round(recipe.warmup * recipe.total_steps(steps_per_epoch))
-    return classifier_settings(recipe, steps_per_epoch, warmup=warmup)
-
-
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
     """Trains the task's model into a run folder, and draws the confusion matrix of the held-out examples there."""
-    data = batches(recipe, task)
-    chosen = settings(recipe, data.steps_per_epoch)
-    objective = partial(finetuning_loss, lm_weight=recipe.lm_weight)
-    return train_classifier(task, objective, data, chosen, describe(recipe, task, out, resume), evaluate_examples)
+    return train_classifier(
+        recipe, task, partial(finetuning_loss, lm_weight=recipe.lm_weight), evaluate_examples, out, resume,
+        learning_rate=recipe.learning_rate, warmup=lambda steps: round(recipe.warmup * steps),
+        title=f"A decoder learns “{Path(recipe.data).stem}”", paper="Radford et al., GPT-1 (2018)", unit="examples",
+        options={"lm_weight": recipe.lm_weight},
+        data={"form": recipe.form, "labels": ", ".join(task.model.config.labels)},
+    )  # fmt: skip
 
 
 def evaluate_examples(task: Task) -> Confusion:
     """How the held-out examples are told apart."""
     how = text_classifier(task.model, task.tokenizer)
     return how.confusion(task.tested, how.predict_proba(task.held.rows))
-
-
-def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
-    """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    return describe_classifier(
-        recipe,
-        task,
-        out,
-        resume,
-        title=f"A decoder learns “{Path(recipe.data).stem}”",
-        paper="Radford et al., GPT-1 (2018)",
-        unit="examples",
-        options={"lm_weight": recipe.lm_weight},
-        data={"form": recipe.form, "labels": ", ".join(task.model.config.labels)},
-    )
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
