@@ -98,11 +98,9 @@ def _published(module: Any) -> list[Family]:
     shared = {
         "module": module,
         "names": module.WEIGHT_NAMES,
-        "prefix": module.PREFIX,
-        "not_weights": module.NOT_WEIGHTS,
-        "unsupported": module.UNSUPPORTED,
         "aliases": offered.get("aliases"),
         "dialect": Dialect(**{field: offered[each] for each, field in DIALECTS.items() if each in offered}),
+        **{name.lower(): offered[name] for name in ("PREFIX", "NOT_WEIGHTS", "UNSUPPORTED") if name in offered},
     }
     files = offered.get("FILES", _FILES.get(name, Family.files))
     known = [

@@ -81,7 +81,6 @@ WEIGHT_NAMES = {
 PREFIX = "transformer."  # OpenAI's own files have the same names without it
 NOT_WEIGHTS = ("transformer.h.*.attn.bias", "transformer.position_ids")  # old files keep the mask and the numbers
 MODEL_TYPES = {"openai-gpt": "OpenAIGPTLMHeadModel"}
-UNSUPPORTED: dict[str, Any] = {}
 
 _ACTIVATIONS = {"gelu": "gelu_tanh", "swish": "silu", "silu": "silu", "relu": "relu"}  # values of `afn`, and our names
 

@@ -116,7 +116,6 @@ WEIGHT_NAMES = gpt2.WEIGHT_NAMES | {
 PREFIX = gpt2.PREFIX
 NOT_WEIGHTS = ("transformer.h.*.attn.attention.bias", "transformer.h.*.attn.attention.masked_bias")  # causal masks
 MODEL_TYPES = {"gpt_neo": "GPTNeoForCausalLM"}
-UNSUPPORTED: dict[str, Any] = {}
 
 FIELDS: hf.Fields = {  # of GPT-Neo
     "vocab_size": "vocab_size",

@@ -161,7 +161,6 @@ WEIGHT_NAMES = {
 PREFIX = "model."  # files of the model without its head have the same names without it
 NOT_WEIGHTS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old files keep the rotary frequencies
 MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-UNSUPPORTED: dict[str, Any] = {}
 
 FIELDS: hf.Fields = hf.SIZE_FIELDS | {
     "n_kv_heads": "num_key_value_heads",

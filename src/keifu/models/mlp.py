@@ -48,7 +48,6 @@ class Config:
 
 
 SIZES = {"mlp-symmetry": Config(dim=6, hidden_dims=(2,), n_outputs=1, output="sigmoid")}  # the paper's figure 1
-PAPER_PARAMETERS: dict[str, float] = {}  # the paper counts units, not weights
 
 
 class MLP(nn.Module):

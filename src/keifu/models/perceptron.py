@@ -31,7 +31,6 @@ class Config:
 
 
 SIZES: dict[str, Config] = {}  # the paper gives a rule, not a size
-PAPER_PARAMETERS: dict[str, float] = {}
 
 
 class Perceptron(nn.Module):

@@ -85,7 +85,6 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | {
 PREFIX = "model."
 NOT_WEIGHTS: tuple[str, ...] = ()
 MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM"}
-UNSUPPORTED: dict[str, Any] = {}
 
 FIELDS: hf.Fields = llama.FIELDS | {
     "n_kv_heads": hf.Field("num_key_value_heads", lambda json: json["num_attention_heads"]),

@@ -120,7 +120,6 @@ SIZES = {
         context="none", output="state", head_bias=True, start_id=3, end_id=2, pad_id=0,
     ),
 }  # fmt: skip
-PAPER_PARAMETERS: dict[str, float] = {}  # the paper prints sizes of layers, no counts
 
 
 class Seq2Seq(nn.Module):

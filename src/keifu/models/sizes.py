@@ -32,7 +32,7 @@ def count_sizes(models: Iterable[str]) -> list[Size]:
     """The table counted on models on the meta device."""
     found = {name: import_module(f"keifu.models.{name}") for name in models}
     return [
-        Size(size, name, count(module, config), module.PAPER_PARAMETERS.get(size))
+        Size(size, name, count(module, config), vars(module).get("PAPER_PARAMETERS", {}).get(size))
         for name, module in found.items()
         for size, config in module.SIZES.items()
     ]

@@ -119,10 +119,8 @@ WEIGHT_NAMES = {
     **{f"image.{ours}": theirs for ours, theirs in clip_image.WEIGHT_NAMES.items()},
     "logit_scale": "logit_scale",
 }
-PREFIX = ""
 NOT_WEIGHTS = clip_text.NOT_WEIGHTS + clip_image.NOT_WEIGHTS
 MODEL_TYPES = {"clip": "CLIPModel"}
-UNSUPPORTED: dict[str, Any] = {}
 
 
 def from_published(json: dict[str, Any]) -> Config:

@@ -129,7 +129,6 @@ class ResNetConfig:
 
 
 SIZES: dict[str, Config] = {}  # they come with their text encoders, in clip.py
-PAPER_PARAMETERS: dict[str, float] = {}
 
 
 class VisionTransformer(nn.Module):
@@ -229,7 +228,6 @@ PREFIX = "vision_model."
 WITHOUT_PREFIX = ("CLIPVisionModel",)
 NOT_WEIGHTS = ("vision_model.embeddings.position_ids",)
 MODEL_TYPES = {"clip_vision_model": "CLIPVisionModel"}
-UNSUPPORTED: dict[str, Any] = {}
 IN_FILE = {"projected": "visual_projection.weight"}
 
 FIELDS: hf.Fields = ENCODER_FIELDS | {

@@ -58,7 +58,6 @@ class Config:
 
 
 SIZES = {"dall-e-dvae": Config()}
-PAPER_PARAMETERS: dict[str, float] = {}
 
 
 class Laplace(NamedTuple):

@@ -176,8 +176,6 @@ WEIGHT_NAMES = {
     "to_moments": "quant_conv",
     "from_latents": "post_quant_conv",
 }
-PREFIX = ""
-NOT_WEIGHTS = ()
 OLD_ENDINGS = OLD_ATTENTION
 MODEL_TYPES = {"AutoencoderKL": "AutoencoderKL"}
 UNSUPPORTED: dict[str, Any] = {

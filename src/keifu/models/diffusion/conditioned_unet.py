@@ -204,8 +204,6 @@ WEIGHT_NAMES = {
     "time.linear2": "time_embedding.linear_2",
     **{f"unet.{ours}": theirs for ours, theirs in unet_names(_TRANSFORMER).items()},
 }
-PREFIX = ""
-NOT_WEIGHTS = ()
 MODEL_TYPES = {"UNet2DConditionModel": "UNet2DConditionModel"}
 UNSUPPORTED: dict[str, Any] = {
     "center_input_sample": False, "only_cross_attention": False, "mid_block_scale_factor": 1,

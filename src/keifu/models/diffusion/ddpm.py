@@ -229,12 +229,9 @@ WEIGHT_NAMES = {
     "label.linear2": "class_embedding.linear_2",
     **{f"unet.{ours}": theirs for ours, theirs in hf.UNET_NAMES.items()},
 }
-PREFIX = ""
 FILES = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")  # of a pipeline
-NOT_WEIGHTS = ()
 OLD_ENDINGS = hf.OLD_ATTENTION
 MODEL_TYPES = {"UNet2DModel": "DDPMPipeline"}
-UNSUPPORTED: dict[str, Any] = {}
 _LABELS: dict[Any, str | None] = {"class": None, "number": "timestep", "vector": "identity"}
 
 

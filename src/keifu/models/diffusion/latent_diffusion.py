@@ -108,7 +108,6 @@ SIZES = {
         noise=replace(NOISE, target="velocity"),
     ),
 }
-PAPER_PARAMETERS: dict[str, float] = {}
 
 
 class LatentDiffusion(nn.Module):
@@ -192,11 +191,9 @@ def names_of(parts: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
 
 
 WEIGHT_NAMES = names_of(PARTS)
-PREFIX = ""
 NOT_WEIGHTS = ("text_encoder.text_model.embeddings.position_ids",)
 OLD_ENDINGS = autoencoder_kl.OLD_ENDINGS
 MODEL_TYPES = {"StableDiffusionPipeline": "StableDiffusionPipeline"}
-UNSUPPORTED: dict[str, Any] = {}
 
 
 def from_published(json: dict[str, Any]) -> Config:

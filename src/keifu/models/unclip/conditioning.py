@@ -28,7 +28,6 @@ class Config:
 
 
 SIZES: dict[str, Config] = {}  # they come with the whole model, in unclip.py
-PAPER_PARAMETERS: dict[str, float] = {}
 
 
 class Conditions(nn.Module):
@@ -68,10 +67,7 @@ WEIGHT_NAMES = {
     "tokens": "encoder_hidden_states_proj",
     "norm": "text_encoder_hidden_states_norm",
 }
-PREFIX = ""
-NOT_WEIGHTS = ()
 MODEL_TYPES = {"UnCLIPTextProjModel": "UnCLIPTextProjModel"}
-UNSUPPORTED: dict[str, Any] = {}
 
 FIELDS: hf.Fields = {
     "n_tokens": hf.Field("clip_extra_context_tokens", 4),

@@ -145,20 +145,13 @@ def _label(config: Config) -> nn.Module:
     return kind(config.label_dim, config.time_width)
 
 
-_ATTENTION = {
-    "norm": "group_norm",
-    "qkv": "to_[q,k,v]",
-    "kv": "add_[k,v]_proj",
-    "out": "to_out.0",
-}
+_ATTENTION = {"norm": "group_norm", "qkv": "to_[q,k,v]", "kv": "add_[k,v]_proj", "out": "to_out.0"}
 WEIGHT_NAMES = {
     "label": "class_embedding",
     "network.time.linear1": "time_embedding.linear_1",
     "network.time.linear2": "time_embedding.linear_2",
     **{f"network.unet.{ours}": theirs for ours, theirs in unet_names(_ATTENTION).items()},
 }
-PREFIX = ""
-NOT_WEIGHTS = ()
 MODEL_TYPES = {"UNet2DConditionModel/simple": "UNet2DConditionModel"}  # one class of diffusers' for two networks
 _KINDS: dict[Any, str] = {"identity": "vector", "simple_projection": "projected", None: "class"}
 UNSUPPORTED: dict[str, Any] = {

@@ -167,8 +167,6 @@ WEIGHT_NAMES = {
     "mean": "clip_mean",
     "std": "clip_std",
 }
-PREFIX = ""
-NOT_WEIGHTS = ()
 MODEL_TYPES = {"PriorTransformer": "PriorTransformer"}
 UNSUPPORTED: dict[str, Any] = {"time_embed_act_fn": "silu"}
 

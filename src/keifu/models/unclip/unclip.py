@@ -122,7 +122,6 @@ def _sides(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 SIZES = {"karlo": Config()}
-PAPER_PARAMETERS: dict[str, float] = {}
 
 
 class Caption(NamedTuple):
@@ -238,12 +237,10 @@ PARTS = {
     "super_res_last": ("last_upsampler", ddpm),
 }
 WEIGHT_NAMES = names_of(PARTS)
-PREFIX = ""
 NOT_WEIGHTS = (
     "text_encoder.text_model.embeddings.position_ids", "image_encoder.vision_model.embeddings.position_ids",
 )  # fmt: skip
 MODEL_TYPES = {"UnCLIPPipeline": "UnCLIPPipeline"}
-UNSUPPORTED: dict[str, Any] = {}
 
 
 def from_published(json: dict[str, Any]) -> Config:
