@@ -156,10 +156,7 @@ def mean(
 
 
 def nearest(
-    queries: Float[Tensor, "queries dim"],
-    among: Float[Tensor, "among dim"],
-    count: int,
-    themselves: bool = False,
+    queries: Float[Tensor, "queries dim"], among: Float[Tensor, "among dim"], count: int, themselves: bool = False
 ) -> tuple[Float[Tensor, "queries count"], Int[Tensor, "queries count"]]:
     """The cosine similarity and the place of the `count` nearest points to each query, the nearest first.
 

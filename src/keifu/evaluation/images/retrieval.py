@@ -190,10 +190,7 @@ def recall_both_ways(
     same one have the same caption, and each is right for it."""
     numbers = torch.arange(len(pictures), device=pictures.device) if alike is None else alike
     owners = numbers if owners is None else owners
-    return (
-        recall(ranks(pictures, texts, numbers, owners)),
-        recall(ranks(texts, pictures, owners, numbers)),
-    )
+    return recall(ranks(pictures, texts, numbers, owners)), recall(ranks(texts, pictures, owners, numbers))
 
 
 def takes(model: nn.Module) -> bool:

@@ -31,13 +31,7 @@ except ModuleNotFoundError as missing:
 
 WRITTEN = 256  # tokens at most where a task does not say, as in the harness
 MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-SAMPLING = {
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-}  # of a task's settings, those that are used
+SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # of a task's settings, those that are used
 log = logging.getLogger(__name__)
 
 

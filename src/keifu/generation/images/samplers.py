@@ -292,14 +292,7 @@ class Sampler:
 SAMPLERS = {
     "ddpm": Sampler(ddpm, ddpm_schedule, "the chain of the paper, random", None, False, clip=True, threshold=True),
     "ddim": Sampler(
-        ddim,
-        ddim_schedule,
-        "few steps, without chance unless --eta",
-        50,
-        False,
-        True,
-        clip=True,
-        threshold=True,
+        ddim, ddim_schedule, "few steps, without chance unless --eta", 50, False, True, clip=True, threshold=True
     ),
     "euler": Sampler(euler, continuous_schedule, "the plainest solver", 30),
     "euler-ancestral": Sampler(euler_ancestral, continuous_schedule, "Euler with fresh noise", 30),
@@ -308,11 +301,7 @@ SAMPLERS = {
     "plms": Sampler(plms, ddim_schedule, "the first default of Stable Diffusion", 50, False),
     "dpm++-2m": Sampler(dpm_2m, dpm_solver_schedule, "good pictures in 10 to 25 steps", 20, threshold=True),
     "dpm++-2m-sde": Sampler(
-        partial(dpm_2m, stochastic=True),
-        dpm_solver_schedule,
-        "the same with fresh noise",
-        25,
-        threshold=True,
+        partial(dpm_2m, stochastic=True), dpm_solver_schedule, "the same with fresh noise", 25, threshold=True
     ),
     "unipc": Sampler(unipc, dpm_solver_schedule, "good pictures in 8 to 20 steps", 20, threshold=True),
 }

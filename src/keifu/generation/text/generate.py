@@ -42,10 +42,7 @@ class Completion:
 
 
 def stream(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompts: Prompts,
-    samplings: SamplingParams | Sequence[SamplingParams],
+    model: nn.Module, tokenizer: Tokenizer, prompts: Prompts, samplings: SamplingParams | Sequence[SamplingParams]
 ) -> Iterator[Piece]:
     """The pieces of all texts as they are written, a token of each text in turn.
 
