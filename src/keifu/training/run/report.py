@@ -19,7 +19,7 @@ WIDTH, HEIGHT = 480, 260
 LEFT, RIGHT, TOP, BOTTOM = 68, 14, 16, 42
 POINTS = 400  # more are averaged: a screen shows no more
 
-Point = tuple[float | int, float | int]
+Point = Sequence[float | int]  # two numbers: a list where it was read from JSON
 
 
 @dataclass(frozen=True)
