@@ -9,13 +9,13 @@ from dataclasses import fields, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images.latent_diffusion import text_tokens
-from keifu.generation.images.pixel_diffusion import BY_TOKEN, ImageRequest, to_pixels
+from keifu.generation.images.pixel_diffusion import BY_TOKEN, Bytes, ImageRequest, Watch, to_pixels
 from keifu.generation.images.png_metadata import fingerprint
 from keifu.generation.images.samplers import SamplerStep
 from keifu.generation.text.sampler import sample
@@ -126,24 +126,20 @@ class AutoregressivePipeline:
         """The ids of texts, filled up to the model's length: see `text_tokens`."""
         return text_tokens(self.tokenizer, texts, self.model.config.context_length, truncate)
 
-    def draw(
-        self, wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[SamplerStep], object] = lambda state: None
-    ) -> UInt8[Tensor, "batch colours rows columns"]:
+    def draw(self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
         """A finished picture of each seed; `watch` is given the grid after each entry."""
         return self._drawn(
             [wanted.text or ""] * len(seeds), wanted, seeds, lambda codes: watch(SamplerStep(codes, codes))
         )
 
-    def draw_texts(
-        self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]
-    ) -> UInt8[Tensor, "batch colours rows columns"]:
+    def draw_texts(self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]) -> Bytes:
         """A finished picture of each seed and text."""
         return self._drawn(texts, wanted, seeds, lambda codes: None)
 
     @torch.inference_mode()
     def _drawn(
         self, texts: Sequence[str], wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[Tensor], object]
-    ) -> UInt8[Tensor, "batch colours rows columns"]:
+    ) -> Bytes:
         device = next(cast(Any, self.model).parameters()).device
         tokens = self.tokens(texts, wanted.truncate)
         real = real_tokens(tokens, self.tokenizer.eos_id)

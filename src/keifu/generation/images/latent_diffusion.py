@@ -3,12 +3,12 @@
 Axes: batch, channels, height, width of latents; length = tokens of a text, the same for every text.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from keifu.data.images.io import to_bytes
@@ -16,7 +16,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images.denoiser import Network, guided_denoiser
 from keifu.generation.images.image_to_image import KeptRegion, add_initial_noise, run_inpainting
-from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise, to_pixels
+from keifu.generation.images.pixel_diffusion import Bytes, ImageRequest, SeededNoise, Watch, to_pixels
 from keifu.generation.images.png_metadata import fingerprint
 from keifu.generation.images.samplers import Random, SamplerStep
 from keifu.generation.images.tiled_vae import LatentCodec, tile_of
@@ -86,9 +86,6 @@ class TextConditionedModel(Protocol):
     def check_size(self, height: int, width: int) -> None:
         """Refuses pictures, by their pixels, that do not fit the network, in a `UserError`."""
         ...
-
-
-Bytes = UInt8[Tensor, "batch colours rows columns"]
 
 
 def text_denoiser(
@@ -257,9 +254,7 @@ class LatentDiffusionPipeline:
     def _coder(self, wanted: ImageRequest) -> LatentCodec:
         return LatentCodec(self.model, self.model.config.factor, wanted.tile or 0)
 
-    def draw(
-        self, wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[SamplerStep], object] = lambda state: None
-    ) -> Bytes:
+    def draw(self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
         """A finished picture of each seed, as `draw_images` gives it."""
         x = torch.empty(0)
         for state in self.drawing(wanted, seeds):
@@ -267,9 +262,7 @@ class LatentDiffusionPipeline:
             x = state.x
         return self._whole(to_pixels(self.decoded(x, wanted)), wanted)
 
-    def draw_texts(
-        self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]
-    ) -> UInt8[Tensor, "batch colours rows columns"]:
+    def draw_texts(self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]) -> Bytes:
         """A finished picture of each seed and text."""
         *_, last = self.drawing(wanted, seeds, texts)
         return self._whole(to_pixels(self.decoded(last.x, wanted)), wanted)

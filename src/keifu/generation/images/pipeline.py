@@ -3,17 +3,16 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
-from jaxtyping import UInt8
-from torch import Tensor, nn
+from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.images import pixel_diffusion
 from keifu.generation.images.autoregressive import AutoregressivePipeline, ImageTokenModel
 from keifu.generation.images.denoiser import DiffusionModel
 from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline, TextConditionedModel
-from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images, label_number, require_diffusion_model
+from keifu.generation.images.pixel_diffusion import Bytes, ImageRequest, Watch
 from keifu.generation.images.png_metadata import fingerprint
-from keifu.generation.images.samplers import SamplerStep
 from keifu.generation.images.unclip import UnclipModel, UnclipPipeline
 from keifu.layers.diffusion.noise_schedule import Noise
 
@@ -41,9 +40,7 @@ class ImagePipeline(Protocol):
         """The same request with every default filled in; what the model cannot generate is a `UserError`."""
         ...
 
-    def draw(
-        self, wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[SamplerStep], object] = lambda state: None
-    ) -> UInt8[Tensor, "batch colours rows columns"]:
+    def draw(self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
         """A finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step."""
         ...
 
@@ -55,9 +52,7 @@ class TextToImagePipeline(ImagePipeline, Protocol):
     colours: int
     tokenizer: Tokenizer
 
-    def draw_texts(
-        self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]
-    ) -> UInt8[Tensor, "batch colours rows columns"]:
+    def draw_texts(self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]) -> Bytes:
         """A finished image of each seed and text; `wanted` as `resolved` gives it."""
         ...
 
@@ -83,17 +78,15 @@ class PixelPipeline:
 
     def label(self, name: str) -> int:
         """A class by its name, or by its number."""
-        return label_number(self.model, name)
+        return pixel_diffusion.label_number(self.model, name)
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
         """See `ImageRequest.resolved`."""
         return wanted.resolved(self.model)
 
-    def draw(
-        self, wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[SamplerStep], object] = lambda state: None
-    ) -> UInt8[Tensor, "batch colours rows columns"]:
+    def draw(self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
         """See `draw_images`."""
-        return draw_images(cast(Any, self.model), wanted, seeds, watch)
+        return pixel_diffusion.draw_images(cast(Any, self.model), wanted, seeds, watch)
 
 
 def is_text_to_image(model: nn.Module) -> bool:
@@ -114,7 +107,7 @@ def text_to_image_pipeline(model: nn.Module, tokenizer: Tokenizer | None) -> Tex
 def image_pipeline(model: nn.Module, tokenizer: Callable[[], Tokenizer | None]) -> ImagePipeline:
     """The pipeline of an image model, with its tokenizer if it is conditioned on text; any other is a `UserError`."""
     if not isinstance(model, TextConditionedModel | ImageTokenModel | UnclipModel):
-        return PixelPipeline(require_diffusion_model(model))
+        return PixelPipeline(pixel_diffusion.require_diffusion_model(model))
     found = tokenizer()
     if found is None:
         raise UserError(f"A {type(model).__name__} draws from a text, and there is no tokenizer beside it.")

@@ -10,7 +10,7 @@ the same. Axes: batch, channels, height, width.
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -31,6 +31,9 @@ from keifu.generation.images.tiled_vae import NO_TILES
 from keifu.layers.diffusion.noise_schedule import Noise, Spacing, add_noise
 from keifu.layers.diffusion.sampling_schedule import Schedule
 from keifu.layers.unet.prepacked_conv import prepack
+
+Bytes: TypeAlias = UInt8[Tensor, "batch colours rows columns"]
+Watch: TypeAlias = Callable[[SamplerStep], object]  # called with the state after each step
 
 
 class SeededNoise:
@@ -246,11 +249,8 @@ def sample_images(model: DiffusionModel, wanted: ImageRequest, seeds: Sequence[i
 
 
 def draw_images(
-    model: nn.Module,
-    wanted: ImageRequest,
-    seeds: Sequence[int],
-    watch: Callable[[SamplerStep], object] = lambda state: None,
-) -> UInt8[Tensor, "batch channels height width"]:
+    model: nn.Module, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None
+) -> Bytes:
     """A finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step.
 
     An image that is not finite, as from damaged weights, is a `UserError`.

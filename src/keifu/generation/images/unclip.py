@@ -4,13 +4,13 @@ The embedding is sampled by the prior from a text, or computed from an image. Ax
 images; length = tokens of a text; embedding = dimensions of an embedding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keifu.data.images.preprocessing import Preprocessing
@@ -19,7 +19,7 @@ from keifu.errors import UserError
 from keifu.generation.images.denoiser import Network, guided_denoiser
 from keifu.generation.images.image_to_image import InputImage
 from keifu.generation.images.latent_diffusion import text_tokens
-from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise, to_pixels
+from keifu.generation.images.pixel_diffusion import Bytes, ImageRequest, SeededNoise, Watch, to_pixels
 from keifu.generation.images.png_metadata import fingerprint
 from keifu.generation.images.samplers import ConfiguredSampler, Random, SamplerStep, configure_sampler
 from keifu.layers.diffusion.noise_schedule import Noise
@@ -327,25 +327,15 @@ class UnclipPipeline:
         *_, last = chosen.run(chosen.denoiser(network), x, chosen.schedule, random)
         return last.x
 
-    def draw(
-        self, wanted: ImageRequest, seeds: Sequence[int], watch: Callable[[SamplerStep], object] = lambda state: None
-    ) -> UInt8[Tensor, "batch channels rows columns"]:
+    def draw(self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
         """A finished image of each seed, as bytes on the CPU."""
         return self._drawn(wanted, seeds, None, watch)
 
-    def draw_texts(
-        self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]
-    ) -> UInt8[Tensor, "batch channels rows columns"]:
+    def draw_texts(self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]) -> Bytes:
         """A finished image of each seed and text."""
         return self._drawn(wanted, seeds, texts, lambda state: None)
 
-    def _drawn(
-        self,
-        wanted: ImageRequest,
-        seeds: Sequence[int],
-        texts: Sequence[str] | None,
-        watch: Callable[[SamplerStep], object],
-    ) -> UInt8[Tensor, "batch channels rows columns"]:
+    def _drawn(self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str] | None, watch: Watch) -> Bytes:
         random, x = self._random(wanted, seeds), torch.empty(0)
         for state in self.drawing(wanted, seeds, texts, random):
             watch(state)
