@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import keifu
 from keifu.data.catalogue import catalogue
@@ -15,7 +16,7 @@ from keifu.evaluation.registry import EvalRequest
 MOST_BYTES = 64_000_000
 ROOT = Path(__file__).parent.parent / "pretrained" / "src" / "keifu_pretrained"
 NAMES = sorted(folder.parent.name for folder in ROOT.glob("*/card.json"))
-SENTENCES = {"ja-en": ("これはペンです。", "This is a pen.")}
+SENTENCES = {"ja-en": ("これはペンです。", "This is a pen."), "en-ja": ("I like cats.", "猫が好きです。")}
 
 
 def card(name: str) -> dict:
@@ -33,12 +34,22 @@ def test_the_package_is_small() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_card_is_about_these_weights(name: str) -> None:
-    weights = hashlib.sha256((ROOT / name / "model.safetensors").read_bytes()).hexdigest()
+    [file] = (ROOT / name).rglob("*.safetensors")
+    weights = hashlib.sha256(file.read_bytes()).hexdigest()
     text = (ROOT / name / "README.md").read_text(encoding="utf-8")
     assert card(name)["weights_sha256"] == weights
     assert weights in text and card(name)["command"] in text and card(name)["evaluation"] in text
     for word in ("Figures", "Limits", "licence"):
         assert word in text
+
+
+def test_the_list_has_the_figures_of_the_cards() -> None:
+    text = (ROOT.parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = {cells[1].strip(" `"): line for line in text.splitlines() if len(cells := line.split("|")) > 3}
+    for name in NAMES:
+        figure, value = next(iter(card(name)["figures"].items()))
+        shown = f"{value:.1%}" if figure in ("accuracy", "asked class seen") else str(value)
+        assert shown in rows[name], f"{name}: {figure} {value}"
 
 
 @pytest.mark.parametrize("name", SENTENCES)
@@ -56,6 +67,20 @@ def test_a_network_is_as_right_as_its_card_says(name: str) -> None:
     model, _ = keifu.load(name)
     on = card(name)["evaluation"].split()[4]
     assert neurons.evaluate(model, None, EvalRequest(on)).figures == card(name)["figures"]
+
+
+def test_it_draws_the_digit_that_is_asked_for() -> None:
+    from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images
+
+    model, _ = keifu.load("digits")
+    network, _ = keifu.load("network")
+    drawn = [
+        draw_images(model, ImageRequest("dpm++-2m", label=label, seed=3, guidance=2.0).resolved(model), [3])
+        for label in (2, 7)
+    ]
+    pictures = torch.cat(drawn)
+    assert network.predict_proba(pictures.flatten(1) / 255).argmax(-1).tolist() == [2, 7]
+    assert pictures[:, :, 0].float().mean() < 8, "the paper is black"
 
 
 @pytest.mark.slow

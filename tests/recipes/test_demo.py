@@ -13,14 +13,17 @@ def test_trained_models_are_shown_at_work(capsys: pytest.CaptureFixture) -> None
     demo._show_pretrained()
     told = capsys.readouterr().out
     assert "0 AND 1 = 0, 1 AND 0 = 0, 1 AND 1 = 1" in told
-    assert len(re.findall(r"\d \(\d+%\)", told)) == 8 and "█" in told
+    assert len(re.findall(r"\d \(\d+%\)", told)) == 9 and "█" in told
     assert "猫が好きです。 → I like cats." in told
+    assert "forms from noise, in 20 steps" in told and "sees in the last one: 7 (" in told
 
 
 def test_without_the_package_it_goes_on(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue, "is_cached", lambda name: name != "network")
+    monkeypatch.setattr(catalogue, "is_cached", lambda name, among: name == "neuron")
     demo._show_pretrained()
-    assert capsys.readouterr().out == "   Left out: network (pip install ./pretrained brings them).\n"
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("   1958, a neuron: 0 AND 0 = 0")
+    assert told[1:] == ["   Left out: network, ja-en, en-ja, digits (pip install ./pretrained brings them)."]
 
 
 def test_a_character_is_two_pixels() -> None:

