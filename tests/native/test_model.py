@@ -1,14 +1,18 @@
 """Logits of packed models: those of PyTorch with the same numbers, and the same bits whatever else is computed."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
-from native_toys import TOYS, toy, unpacked
+from native_toys import GROUPED, TOYS, toy, unpacked
 from torch import Tensor
 
 from keifu.errors import UserError
+from keifu.generation.text.engine import Engine
 from keifu.generation.text.runner import Span
+from keifu.generation.text.sampling_params import SamplingParams
+from keifu.models import llama
 from keifu.native.model import NativeLM, NativeRunner, native_form, pack
 
 pytestmark = pytest.mark.usefixtures("opened")
@@ -73,6 +77,37 @@ def run_together(runner: NativeRunner, texts: list[list[int]], chance: random.Ra
         for number, piece in zip(chosen, pieces, strict=True):
             found[number].append(piece)
     return {number: torch.cat(pieces) for number, pieces in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "window"), [("mistral", 7), ("gpt3", None), ("gemma3", None), ("gemma3 of windows", 9)]
+)
+def test_the_widest_window_is_that_of_all_layers(kind: str, window: int | None) -> None:
+    assert pack(toy(kind), "int4").runner(1).window == window
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_blocks_before_the_window_are_given_to_others(weights: str, instructions: str) -> None:
+    """Long texts beside each other in a pool that holds only their windows: the tokens that each writes alone."""
+    torch.manual_seed(3)
+    config: dict[str, Any] = {**GROUPED, "context_length": 400}
+    packed = pack(llama.build(llama.Config(**config, sliding_window=37)), weights)
+    asked = [(tokens(n, n), SamplingParams(temperature=1, seed=n, max_tokens=50)) for n in (260, 33, 270, 191, 250)]
+
+    def write(requests: list[tuple[list[int], SamplingParams]], blocks: int) -> tuple[list[list[int]], int]:
+        engine, found, most = Engine(packed, None, packed.runner(blocks), max_running=5, step_tokens=29), {}, 0
+        for prompt, sampling in requests:
+            found[engine.add(engine.request(prompt, sampling))] = []
+        while engine.work:
+            for piece in engine.step():
+                found[piece.index].append(piece.token)
+            most = max(most, len(engine.scheduler.running))
+        assert engine.scheduler.blocks.free == blocks
+        return list(found.values()), most
+
+    together, running = write(asked, 11)
+    assert together == [write([each], 40)[0][0] for each in asked]
+    assert running > 2, "two of these texts have 20 blocks, more than the pool has"
 
 
 def test_only_wanted_logits_come_back() -> None:

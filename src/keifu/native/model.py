@@ -5,7 +5,8 @@ Axes: batch, length, vocab; wanted = tokens whose logits are asked for.
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,18 +25,24 @@ BLOCK_SIZE = 32
 MOST_TOKENS = 512  # of one forward pass
 
 
-@runtime_checkable
-class Span(Protocol):
-    """Interface of the new tokens of one sequence, as the engine's `Span` is."""
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The new tokens of one sequence in a step: one that was just sampled, or a chunk of a prompt.
 
-    @property
-    def tokens(self) -> Sequence[int]: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def blocks(self) -> Sequence[int]: ...
-    @property
-    def wanted(self) -> int: ...
+    sequence: the sequence's number, the same in all its steps. No two spans of a step have the same.
+    tokens: at least one, at positions `start`, `start` + 1, ...
+    start: how many tokens of the sequence came before; their keys and values are in its blocks.
+    blocks: the block table, long enough for the last of the new tokens. A block before the one that holds `start` may
+        be shared with other sequences; those from there on are this sequence's alone.
+    wanted: for how many of the last tokens logits are wanted: 0 for a prompt that goes on, 1 to sample the next token,
+        more to verify guesses or to score a text.
+    """
+
+    sequence: int
+    tokens: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    wanted: int = 1
 
 
 class NativeLM(nn.Module):
@@ -76,15 +83,8 @@ class NativeLM(nn.Module):
         each = -(-length // BLOCK_SIZE)
         runner = self.runner(each)
         blocks = list(range(each))
-        rows = [runner.run([_Text(row, 0, blocks, length)]) for row in tokens.tolist()]
+        rows = [runner.run([Span(0, row, 0, blocks, length)]) for row in tokens.tolist()]
         return torch.stack(rows) if rows else torch.empty(0, length, runner.vocab_size)
-
-
-class _Text:
-    """A whole text as a span."""
-
-    def __init__(self, tokens: Sequence[int], start: int, blocks: Sequence[int], wanted: int):
-        self.tokens, self.start, self.blocks, self.wanted = tokens, start, blocks, wanted
 
 
 class NativeRunner:
@@ -94,6 +94,7 @@ class NativeRunner:
         self.model, self.n_blocks, self.block_size = model, n_blocks, block_size
         self.vocab_size: int = model.description.vocab_size
         self.context_length: int = model.description.context_length
+        self.window = widest([each.window for each in model._layers])
         described = ctypes.byref(model.description)
         self.token_bytes = model.library.call("cache_bytes", described, 1, block_size) // block_size
         self._handle = model.library.call("create", described, n_blocks, block_size, MOST_TOKENS)
@@ -129,6 +130,11 @@ class NativeRunner:
 
     def forget(self, sequence: int) -> None:
         """Nothing is kept of a sequence but its blocks."""
+
+
+def widest(windows: Sequence[int | None]) -> int | None:
+    """The widest of the layers' windows; None where a layer has none and sees all tokens."""
+    return max(filter(None, windows)) if windows and all(windows) else None
 
 
 def _ints(numbers: Iterable[int]) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from generation_toys import TOYS
+from generation_toys import LLAMA, TOYS
 from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -18,6 +18,7 @@ from keifu.generation.text.model import causal
 from keifu.generation.text.request import Piece
 from keifu.generation.text.runner import Span, TorchRunner
 from keifu.generation.text.sampling_params import SamplingParams
+from keifu.models import llama
 
 PLAIN = SamplingParams(max_tokens=20, seed=5, log_probabilities=True)
 Asked = tuple[list[int], SamplingParams]
@@ -217,6 +218,32 @@ def test_what_does_not_fit_the_pool_is_refused(model: nn.Module, tokenizer: Toke
     assert len(pieces) <= 11 and (pieces[-1].finish_reason == "context" or len(pieces) < 11)
     with pytest.raises(UserError, match="The prompt has the token 300, but the model knows only 0 to 260"):
         engine.add(engine.request([300], PLAIN))
+
+
+@pytest.mark.parametrize("window", [1, 4, 5, 13])
+@pytest.mark.parametrize("step_tokens", [3, 40])
+def test_blocks_before_the_window_are_free_again(window: int, step_tokens: int, tokenizer: Tokenizer) -> None:
+    """A text holds its window and what a step adds; texts that share a beginning, or are preempted, stay the same."""
+    torch.manual_seed(2)
+    model = llama.build(llama.Config(**LLAMA, n_kv_heads=2, sliding_window=window)).eval()
+    asked = [([*range(40), number], replace(PLAIN, seed=number)) for number in range(6)]
+    engine = Engine(model, tokenizer, Watched(model, 17), max_running=3, step_tokens=step_tokens)
+    found: list[list[Piece]] = [[] for _ in asked]
+    for prompt, sampling in asked:
+        engine.add(engine.request(prompt, sampling))
+    while engine.work:
+        for piece in engine.step():
+            found[piece.index].append(piece)
+        for each in engine.scheduler.running:
+            held = len(each.blocks) - each.passed
+            assert each.left > 1 or held <= window // 4 + 2, "a text that is written holds more than its window"
+    same(found, alone(model, tokenizer, asked))
+    assert engine.scheduler.blocks.free == 17
+
+
+def test_windows_of_some_layers_free_nothing() -> None:
+    windows = {name: small(toy(), 1).window for name, toy in TOYS.items() if "window" in name or name == "gpt3"}
+    assert windows == {"windows and global layers": None, "window": 5, "late window": None, "gpt3": None}
 
 
 def steps(engine: Engine) -> Iterator[Piece]:

@@ -48,7 +48,7 @@ class Engine:
         self.runner = runner_of(model) if runner is None else runner
         self._threads = nullcontext if isinstance(self.runner, TorchRunner) else _one_thread
         blocks = BlockManager(self.runner.n_blocks, self.runner.block_size)
-        self.scheduler = Scheduler(blocks, max_running, step_tokens)
+        self.scheduler = Scheduler(blocks, max_running, step_tokens, self.runner.window)
         self.guesses = min(guesses, self.scheduler.step_tokens // max_running - 1)
         self._sequences: dict[int, Sequence] = {}
         self._count = 0

@@ -35,6 +35,8 @@ class Model(Protocol):
 
     def new_state(self, rows: int, capacity: int) -> KVState: ...
 
+    def modules(self) -> Iterator[nn.Module]: ...
+
 
 @runtime_checkable
 class OwnRunner(Protocol):

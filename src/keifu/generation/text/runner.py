@@ -6,7 +6,6 @@ has which blocks is decided by the scheduler. Axes: wanted = tokens whose logits
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -16,30 +15,11 @@ from torch import Tensor, nn
 
 from keifu.generation.text.blocks import BlockManager, digests
 from keifu.generation.text.model import Model, OwnRunner, causal, device_of
+from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.kv_cache import KVState, LayerCache, Pass
 from keifu.layers.dropout import Dropout
 from keifu.memory import available_memory
-from keifu.native.model import native_form
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """The new tokens of one sequence in a step: one that was just sampled, or a chunk of a prompt.
-
-    sequence: the sequence's number, the same in all its steps. No two spans of a step have the same.
-    tokens: at least one, at positions `start`, `start` + 1, ...
-    start: how many tokens of the sequence came before; their keys and values are in its blocks.
-    blocks: the block table, long enough for the last of the new tokens. A block before the one that holds `start` may
-        be shared with other sequences; those from there on are this sequence's alone.
-    wanted: for how many of the last tokens logits are wanted: 0 for a prompt that goes on, 1 to sample the next token,
-        more to verify guesses or to score a text.
-    """
-
-    sequence: int
-    tokens: Sequence[int]
-    start: int
-    blocks: Sequence[int]
-    wanted: int = 1
+from keifu.native.model import Span, native_form, widest
 
 
 @runtime_checkable
@@ -47,7 +27,8 @@ class Runner(Protocol):
     """Interface of what computes the steps of one engine, in PyTorch (`TorchRunner`) or natively (`keifu.native`).
 
     block_size, n_blocks: tokens of a block, and blocks of the pool. vocab_size, context_length: of the model.
-    token_bytes: what the keys and values of a token take.
+    token_bytes: what the keys and values of a token take. window: the most tokens that a token sees in any layer, with
+    itself: blocks before them may be another sequence's by then. None: all tokens.
     """
 
     block_size: int
@@ -55,6 +36,7 @@ class Runner(Protocol):
     vocab_size: int
     context_length: int
     token_bytes: int
+    window: int | None
 
     def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
         """Logits in float32 after each wanted token: span by span, within a span in the order of its tokens.
@@ -149,6 +131,7 @@ class TorchRunner:
         self.context_length: int = model.config.context_length
         self._pool = model.new_state(0, block_size)  # a row a block; it grows with what is used
         self.token_bytes = self._pool.token_bytes
+        self.window = widest([layer.window for layer in model.modules() if isinstance(layer, Attention)])
         self.device = self._pool.device
         self._rows: dict[int, _Rows] = {}  # by their size
         self._size_of: dict[int, int] = {}  # each sequence's row

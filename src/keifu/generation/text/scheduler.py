@@ -3,7 +3,8 @@
 First come, first served. Sequences that write go first, one token each; what is left of the step's tokens goes to
 prompts, in chunks, so that a long prompt does not stall the others (Sarathi, Agrawal et al., 2023). A request waits
 until there are blocks for its whole prompt. Where blocks run out, the sequence that came last loses its own, and is
-computed again later (preemption by recomputation; vLLM, Kwon et al., 2023, section 4.5).
+computed again later (preemption by recomputation; vLLM, Kwon et al., 2023, section 4.5). Where every layer has a
+sliding window, a sequence gives up the blocks that no later token sees.
 """
 
 from collections import deque
@@ -21,6 +22,7 @@ class Sequence:
     """A request that waits or runs: its tokens so far, and how many of them have their keys and values in its blocks.
 
     guesses: tokens that may come next; they are computed with the last one, and kept as far as they are right.
+    passed: how many of its first blocks lie before the window, and are its own no longer.
     """
 
     number: int
@@ -28,6 +30,7 @@ class Sequence:
     tokens: list[int]
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    passed: int = 0
     hashes: list[bytes] = field(default_factory=list)
     guesses: list[int] = field(default_factory=list)
     _after: dict[tuple[int, ...], int] = field(default_factory=dict)  # where three tokens stood last, and how many of
@@ -64,9 +67,13 @@ class Part:
 
 
 class Scheduler:
-    """Waiting and running sequences. `step_tokens`: the most tokens of a step, and `max_running`: of sequences."""
+    """Waiting and running sequences. `step_tokens`: the most tokens of a step, and `max_running`: of sequences.
 
-    def __init__(self, blocks: BlockManager, max_running: int, step_tokens: int):
+    window: the last tokens that a token sees in any layer, itself included; None: all of them.
+    """
+
+    def __init__(self, blocks: BlockManager, max_running: int, step_tokens: int, window: int | None = None):
+        self.window = window or 1 << 62
         self.blocks, self.max_running, self.step_tokens = blocks, max_running, max(step_tokens, max_running)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # by the order in which they were admitted
@@ -109,6 +116,9 @@ class Scheduler:
             self._hash(sequence)
             for place in range(before, sequence.computed // size):
                 self.blocks.remember(sequence.blocks[place], sequence.hashes[place])
+        passed = max(0, sequence.computed - self.window + 1) // size
+        self.blocks.release(sequence.blocks[sequence.passed : passed])
+        sequence.passed = passed
 
     def _admit(self, budget: int) -> Iterator[Part]:
         """Takes waiting sequences in while there are tokens and blocks for them."""
@@ -121,13 +131,15 @@ class Scheduler:
             shared = self.blocks.shared(wanted)
             if any(digest in filling for digest in wanted[len(shared) :][:1]):
                 continue  # a sequence that runs computes what this one needs: it waits for that
-            needed = self._blocks_for(len(sequence.tokens)) - len(shared)
+            start = len(shared) * self.blocks.block_size  # with windows, blocks are free again while the prompt is read
+            reach = min(len(sequence.tokens), start + self.step_tokens + self.window)
+            needed = self._blocks_for(reach) - len(shared)
             if needed + self.blocks.unused(shared) > self.blocks.free:
                 return
             self.waiting.remove(sequence)
             self.blocks.share(shared)
             sequence.blocks = shared + self.blocks.allocate(needed)
-            sequence.computed = len(shared) * self.blocks.block_size
+            sequence.computed = start
             if not sequence.request.tokens:
                 sequence.request.cached = sequence.computed
             self.running.append(sequence)
@@ -154,8 +166,8 @@ class Scheduler:
         self.preempted.append(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        self.blocks.release(sequence.blocks)
-        sequence.blocks, sequence.computed, sequence.guesses = [], 0, []
+        self.blocks.release(sequence.blocks[sequence.passed :])
+        sequence.blocks, sequence.passed, sequence.computed, sequence.guesses = [], 0, 0, []
 
     def _hash(self, sequence: Sequence) -> None:
         sequence.hashes = digests(sequence.tokens, self.blocks.block_size, sequence.hashes)
