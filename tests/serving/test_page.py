@@ -10,7 +10,8 @@ import pytest
 from serving_toys import until
 
 from keifu import lineage
-from keifu.serving.page import FOLDER
+from keifu.errors import UserError
+from keifu.serving.page import FOLDER, in_language
 
 
 def test_its_files_come_with_a_policy_that_lets_it_ask_this_server_alone(served: Any) -> None:
@@ -51,6 +52,25 @@ def test_each_word_is_there_in_both_languages(served: Any) -> None:
     used = re.findall(r'data-(?:text|label|placeholder)="(\w+)"', httpx.get(served.url).text)
     said = [name for path in FOLDER.glob("*.js") for name in re.findall(r'\bsay\("(\w+)"', path.read_text("utf-8"))]
     assert english == japanese and {*used, *said} <= english
+
+
+def test_its_language_is_known() -> None:
+    page = (FOLDER / "index.html").read_bytes()
+    assert in_language(page, "") == page != in_language(page, "ja")
+    with pytest.raises(UserError, match="KEIFU_LANG.* 'jp'.*Did you mean 'ja'"):
+        in_language(page, "jp")
+
+
+@pytest.mark.parametrize(("language", "word"), [("ja", "会話"), ("en", "Chat"), ("", "Chat")])
+def test_it_begins_in_the_language_that_is_asked_for(served: Any, browser: Any, language: str, word: str) -> None:
+    page = browser.new_page()
+    body = in_language((FOLDER / "index.html").read_bytes(), language)
+    page.route(f"{served.url}/", lambda route: route.fulfill(body=body, content_type="text/html; charset=utf-8"))
+    page.goto(served.url)
+    page.wait_for_function("document.querySelector('#language').textContent != ''")
+    assert page.evaluate("document.documentElement.lang") == (language or "en")
+    assert word in page.inner_text("body")
+    page.close()
 
 
 def test_it_is_small() -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -23,6 +24,7 @@ POLICY = {
     "form-action": "'none'",
     "frame-ancestors": "'none'",
 }
+LANGUAGES = ("en", "ja")
 HEADERS = {
     "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in POLICY.items()),
     "X-Content-Type-Options": "nosniff",
@@ -31,10 +33,20 @@ HEADERS = {
 }
 
 
+def in_language(page: bytes, language: str) -> bytes:
+    """The page that begins in this language, unless its reader chose another; "": in the browser's."""
+    if not language:
+        return page
+    if language not in LANGUAGES:
+        raise unknown("language (KEIFU_LANG)", language, LANGUAGES)
+    return page.replace(b'<html lang="en"', f'<html lang="{language}" data-language="{language}"'.encode(), 1)
+
+
 def routes() -> APIRouter:
     """The page and its files, read once."""
     router = APIRouter(include_in_schema=False)
     files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in TYPES}
+    files["index.html"] = in_language(files["index.html"], os.environ.get("KEIFU_LANG", ""))
 
     def answer(name: str, request: Request) -> Response:
         tag = f'"{hashlib.sha256(files[name]).hexdigest()[:16]}"'

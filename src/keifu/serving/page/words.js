@@ -57,7 +57,8 @@ const WORDS = {
   },
 };
 
-let language = localStorage.getItem("keifu.language") ?? (navigator.language.startsWith("ja") ? "ja" : "en");
+let language = localStorage.getItem("keifu.language") ?? document.documentElement.dataset.language
+  ?? (navigator.language.startsWith("ja") ? "ja" : "en");
 
 export function say(name, values = {}) {
   return WORDS[language][name].replace(/\{(\w+)\}/g, (_, key) => values[key]);
