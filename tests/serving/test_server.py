@@ -42,8 +42,9 @@ def test_without_a_model_what_is_there_and_can_be_served_is(
         (tmp_path / "runs" / name).symlink_to(folder / name)
     (tmp_path / "runs" / "half").mkdir()
     (tmp_path / "runs" / "half" / "config.json").write_text("{")
-    monkeypatch.setattr("keifu.data.catalogue.catalogue.is_cached", lambda name: name in ("network", "digits"))
-    assert found_models() == ("runs/chat", "runs/ddpm", "runs/translator", "smollm2")  # a network answers no request
+    monkeypatch.setattr("keifu.data.catalogue.catalogue.is_cached", lambda name, among: name in ("network", "digits"))
+    runs = "runs/chat", "runs/ddpm", "runs/translator"
+    assert found_models() == (*runs, "smollm2", "digits")  # a network answers no request
 
 
 def test_an_address_that_is_none() -> None:
