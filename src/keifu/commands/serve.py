@@ -101,7 +101,8 @@ def found_models() -> tuple[str, ...]:
     from keifu.data.catalogue.catalogue import MODELS, is_cached
 
     runs = sorted(map(str, Path("runs").glob("*/")))
-    return (*filter(_able, runs), *(name for name in MODELS if name == USUAL or (is_cached(name, MODELS) and _able(name))))
+    others = (name for name in MODELS if name == USUAL or (is_cached(name, MODELS) and _able(name)))
+    return (*filter(_able, runs), *others)
 
 
 def _able(name: str) -> bool:
