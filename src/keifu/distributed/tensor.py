@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 
 from keifu.distributed.layout import Layout
 from keifu.errors import UserError
@@ -205,9 +206,12 @@ class SplitRows:
     _parameters: dict[str, Tensor]
 
     @property
-    def weight(self) -> Head:
-        """Its rows, which know that there are more."""
-        head = self._parameters["weight"].as_subclass(Head)
+    def weight(self) -> Tensor:
+        """Its rows, which know that there are more; as FSDP keeps them between uses, the parameter itself."""
+        rows = self._parameters["weight"]
+        if isinstance(rows, DTensor):
+            return rows
+        head = rows.as_subclass(Head)
         head.tokens, head.classes = self.tokens, self.classes
         return head
 
