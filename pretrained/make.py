@@ -149,7 +149,9 @@ def pack(run: Path, folder: Path, dtype: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     keifu("convert", str(run), str(folder), "--to", "hf", *(["--dtype", dtype] if dtype in DTYPES else []))
     if (run / "recipe.json").is_file():
-        shutil.copy(run / "recipe.json", folder / "recipe.json")
+        record = json.loads((run / "recipe.json").read_text("utf-8"))
+        record["recipe"].pop("place", None)  # a folder of the machine that trained it
+        (folder / "recipe.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), "utf-8")
 
 
 def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:

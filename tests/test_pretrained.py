@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ def card(name: str) -> dict:
 def test_the_catalogue_has_what_the_package_has() -> None:
     assert sorted(name for name, entry in catalogue.MODELS.items() if entry.package) == NAMES
     assert [name for name in NAMES if not catalogue.is_cached(name, catalogue.MODELS)] == []
+
+
+def test_no_record_names_a_place_of_a_machine() -> None:
+    texts = [file.read_text(encoding="utf-8") for file in ROOT.glob("*/recipe.json")]
+    assert texts and not [text for text in texts if re.search(r'": "(/|[A-Z]:\\)', text)]
 
 
 def test_the_package_is_small() -> None:
