@@ -35,7 +35,7 @@ class EvalOptions:
     that draws: distances, reconstruction or bits, unset: all three; or classes (see --judge). Of one that draws from
     text: clip-score or distances; unset: both."""
     guidance: float | None = None
-    """How far towards the text they are drawn; unset: 7.5."""
+    """How far towards the text, or with --metric classes the class, they are drawn; unset: 7.5, and 1 for a class."""
     sampler: str | None = None
     """How pictures are drawn; unset: ddim, for a text dpm++-2m."""
     steps: int | None = None

@@ -128,6 +128,9 @@ def test_a_classifier_tells_what_was_drawn_of_a_class(greys: tuple, share: float
     for other in (replace(wanted, judge=None), replace(wanted, judge=nn.Linear(1, 1))):
         with pytest.raises(UserError, match="--judge"):
             evaluate(model, None, other)
+    for other in (replace(wanted, metric=None), EvalRequest("mnist", metric="distances", guidance=2.0)):
+        with pytest.raises(UserError, match="are for the metric classes alone"):
+            evaluate(model, None, other)
     model.config.classes = ("dark", "grey")
     with pytest.raises(UserError, match="of the classes bright, dark"):
         evaluate(model, None, wanted)

@@ -265,6 +265,8 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
         raise unknown("metric of a diffusion model", request.metric, METRICS)
     if request.metric == "classes":
         return class_agreement(model, drawer, request)
+    if request.judge is not None or request.guidance is not None:
+        raise UserError("--judge and --guidance are for the metric classes alone: give --metric classes, or neither.")
     real, parts = _real_images(drawer, request)
     found = [_generate_beside(model, drawer, real, parts, request)] if request.metric in (None, "distances") else []
     if request.metric != "distances":

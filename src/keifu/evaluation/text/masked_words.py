@@ -39,8 +39,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     config, device = cast(Any, model).config, device_of(model)
     shards = prepare_sentences(request.on, tokenizer, sentences, form=TextFormat(request.text_field, request.encoding))
     masking = MaskingScheme(min(128, config.context_length), sentence_pairs=config.next_sentence)
-    size, rows = request.batch_size or 32, request.limit or ROWS
-    batches = [*MaskedText(shards, Vocabulary.of(tokenizer), masking, size, validation_rows=rows).validation()]
+    size, most = request.batch_size or 32, request.limit or ROWS
+    batches = [*MaskedText(shards, Vocabulary.of(tokenizer), masking, size, validation_rows=most).validation()]
     sums: dict[str, float] = defaultdict(float)
     with evaluation_mode(model), counting("Evaluating", len(batches), "batches") as progress:
         for done, batch in enumerate(batches, 1):
