@@ -47,6 +47,13 @@ class Processes:
         """A module, split over the processes from outside."""
         return module
 
+    def accumulate(self, module: Any, last: bool) -> None:
+        """Says before a backward pass of a split module whether it is the last one of a step: gradients of the others
+        stay with their process."""
+
+    def drop(self, module: Any) -> None:
+        """Frees such gradients of a step that is given up."""
+
     def join(self, name: str, tensor: Any) -> Any:
         """The whole of a tensor that belongs to the parameter of that name, from what each process holds of it."""
         return tensor

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed import PrefixStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keifu.checkpoints.hf.write import save
 from keifu.distributed.group import Group, join
@@ -29,7 +31,7 @@ from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import ddpm
-from keifu.processes import use
+from keifu.processes import current, use
 from keifu.training.loop import train
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
@@ -37,6 +39,7 @@ from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.protocols import Batch, LossOutput, Run
 from keifu.training.run import checkpoint
 from keifu.training.settings import Settings
+from keifu.training.trainer import Trainer
 
 WORDS = {"vocab_size": 31, "context_length": 16, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
 TEXT = clip_text.Config(31, 8, 32, 48, 1, 4, end_id=30, embedding_dim=16)
@@ -150,6 +153,41 @@ def _whole(model: nn.Module) -> list[Any]:
     return [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
 
 
+class Exchanges(TorchDispatchMode):
+    """Counts the exchanges between processes in its block, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._schema.name.removeprefix("c10d::")] += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def exchanges(kind: str, folder: Path, rows: int = 8, micro_batch: int = 8) -> dict[str, Any]:
+    """How many exchanges of each kind the gradient of a batch takes; its norm and loss; the same after a gradient that
+    was given up behind its first micro-batch."""
+    torch.manual_seed(0)
+    build, objective, make = KINDS[kind]
+    trainer = Trainer(
+        build().train(), objective, Settings(batch_size=rows, micro_batch=micro_batch, precision="float32")
+    )
+    found = {}
+    for name in ("warm", "counted", "again"):
+        with Exchanges() as exchanged:
+            gradient = trainer.gradient(0, make(0, rows))
+        assert gradient
+        found[name] = {"loss": gradient.sums.means()["loss"], "norm": float(gradient.norm)}
+        found[name] |= {key: count for key, count in exchanged.counts.items() if count}
+        trainer.drop_gradients()
+        if name == "counted" and micro_batch < rows:
+            current().accumulate(trainer.module, False)
+            next(trainer._losses(make(1, rows), 0)).total.backward()
+            trainer.drop_gradients()
+    return found
+
+
 def start(folder: Path, cases: list[dict[str, Any]], world: int) -> dict[str, Any]:
     """What each case gives on so many processes, by its name, as the first process sees it."""
     keep = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
@@ -170,7 +208,7 @@ def work(folder: Path, cases: list[dict[str, Any]]) -> None:
             name, mesh = case.pop("name"), Mesh(**case.pop("mesh", {}))
             store = PrefixStore(name, first.store)
             with use(Group(mesh, store, first.number, first.count, torch.device("cpu"))):
-                found[name] = learn(folder=folder / name, **case)
+                found[name] = globals()[case.pop("work", "learn")](folder=folder / name, **case)
         if first.first:
             (folder / "found.json").write_text(json.dumps(found))
 

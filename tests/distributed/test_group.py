@@ -38,7 +38,15 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found
     wanted.append({"name": "joined", "kind": "palm", "mesh": {"tensor": 2, "activation_checkpointing": True},
                    "steps": 8, "optimizer": "adafactor"})  # fmt: skip
     wanted += cases([{"tensor": 2}], ["scores", "translation"], steps=6)
+    wanted += counted([{}, {"shard": 2}, {"shard": 2, "sync_each": True}])
     return folder, group_toys.start(folder, wanted, 2)
+
+
+def counted(meshes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Gradients of 8 rows, in 1 and 4 micro-batches a process."""
+    world = max(mesh.get("pods", 1) * mesh.get("shard", 1) for mesh in meshes)
+    return [{"name": f"counted{place}-{parts}", "work": "exchanges", "kind": "gpt2", "mesh": mesh, "rows": 4 * world,
+             "micro_batch": 4 // parts} for place, mesh in enumerate(meshes) for parts in (1, 4)]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "ddpm"])
@@ -75,6 +83,28 @@ def test_a_split_model_is_written_in_parts_of_which_none_is_the_whole(place: int
     assert len(files) > 3 and max(file.stat().st_size for file in files) < 22_000
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}
     torch.testing.assert_close(found, load_file(tmp_path / "model.safetensors"), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("place", "adds"), [(0, 1), (1, 1), (2, 4)], ids=["whole", "shard", "sync each"])
+def test_gradients_are_exchanged_once_a_step(place: int, adds: int, two: Any) -> None:
+    """However many micro-batches; unless the mesh asks for more. Weights are gathered for each pass; the numbers are
+    those of one micro-batch, after a step that was given up too."""
+    one, four = (two[1][f"counted{place}-{parts}"] for parts in (1, 4))
+    for name in ("alltoall_base_", "_reduce_scatter_base_", "allreduce_", "allgather_"):
+        assert four["counted"].get(name, 0) == one["counted"].get(name, 0) * (adds if "scatter" in name else 1), name
+    assert four["counted"].get("_allgather_base_", 0) == 4 * one["counted"].get("_allgather_base_", 0)
+    for name in ("loss", "norm"):
+        assert four["counted"][name] == pytest.approx(one["counted"][name], rel=1e-6)
+        assert four["again"][name] == four["counted"][name]
+
+
+@pytest.mark.slow
+def test_two_sharded_pods_exchange_gradients_once_a_step(tmp_path: Path) -> None:
+    found = group_toys.start(tmp_path, counted([{"pods": 2, "shard": 2}]), 4)
+    one, four = (found[f"counted0-{parts}"]["counted"] for parts in (1, 4))
+    for name in ("alltoall_base_", "_reduce_scatter_base_", "allreduce_", "allgather_"):
+        assert four[name] == one[name] > 0, name
+    assert four["norm"] == pytest.approx(one["norm"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["scores", "translation"])

@@ -16,6 +16,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 
 from keifu.devices import choose
@@ -87,6 +88,19 @@ class Group(Processes):
             if not self.whole:
                 self.pod = Pod(module.model, self.devices, self.pod_group, layouts, partial)
         return self.modules[id(module.model)]
+
+    def accumulate(self, module: Any, last: bool) -> None:
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(last or self.mesh.sync_each)
+            module.set_is_last_backward(last)
+
+    def drop(self, module: Any) -> None:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.unshard()  # the parameters that hold them
+                for parameter in part.parameters():
+                    parameter.grad = None
+                part.reshard()
 
     def join(self, name: str, tensor: Any) -> Any:
         return tensor if self.pod is None else self.pod.join(name, tensor)

@@ -33,6 +33,9 @@ class Mesh:
     """Compute the activations of each block again in the backward pass: less memory, a third more computation."""
     offload: bool = False
     """Keep sharded weights and optimizer states in the host's memory (with shard, on GPUs)."""
+    sync_each: bool = False
+    """Exchange gradients within a pod after each micro-batch (with shard): no process keeps those of all weights, but
+    there are more exchanges."""
     compile_blocks: bool = False
     """Compile each block with torch.compile."""
     time_limit: int = 600

@@ -189,7 +189,7 @@ class _Loop:
                 reason = str(error).partition(";")[0]
                 if not trainer.halve(batch):
                     raise
-            trainer.optimizers.drop_gradients()
+            trainer.drop_gradients()
             machine.release(trainer.device)
             now = f"from here {trainer.micro_batch} rows are computed at a time, which changes no loss"
             self.display.note(f"Step {step + 1:,}: {reason}; {now}.")

@@ -106,10 +106,12 @@ class Trainer:
         sums: Sums | None = None
         scale = self.state.scale
         try:
-            for outcome in self._losses(batch, step):
+            last = len(self._micro_batches(batch)) - 1
+            for number, outcome in enumerate(self._losses(batch, step)):
                 if stop():
-                    self.optimizers.drop_gradients()
+                    self.drop_gradients()
                     return None
+                current().accumulate(self.module, number == last)
                 (outcome.total * scale.value if scale.moves else outcome.total).backward()
                 sums = Sums.of(outcome) if sums is None else sums + Sums.of(outcome)
         finally:
@@ -117,6 +119,11 @@ class Trainer:
         assert sums is not None
         sums = self._of_all_ranks(sums) if self.ranks.world > 1 else sums
         return Gradient(sums, self._average(sums.weight))
+
+    def drop_gradients(self) -> None:
+        """Frees the gradients of a step that is given up."""
+        self.optimizers.drop_gradients()
+        current().drop(self.module)
 
     def update(self, gradient: Gradient) -> None:
         """Updates the weights by their gradients: one step more is done."""
