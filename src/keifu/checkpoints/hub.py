@@ -8,9 +8,9 @@ from keifu.files import HUB
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?")
 WANTED = (
-    "*.json", "model*.safetensors", "adapter_model.safetensors", "*.jinja", "tokenizer.model", "*.spm", "merges.txt",
-    "vocab.txt", "*diffusion_pytorch_model.safetensors", "*diffusion_pytorch_model-*.safetensors",
-    "text_encoder/model*.safetensors", "tokenizer/merges.txt",
+    "*.json", "model*.safetensors", "adapter_model.safetensors", "open_clip_model.safetensors", "*.jinja", "*.spm",
+    "tokenizer.model", "merges.txt", "vocab.txt", "*diffusion_pytorch_model.safetensors",
+    "*diffusion_pytorch_model-*.safetensors", "*_encoder/model*.safetensors", "tokenizer/merges.txt",
 )  # fmt: skip
 
 
