@@ -2,9 +2,11 @@
 
 import argparse
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,3 +89,96 @@ def test_a_wrong_command_would_be_seen(command: str) -> None:
     assert commands(f"Made by `{command}`.") == commands(f"```\n$ {command}\n```\n") == [command]
     with pytest.raises((SystemExit, argparse.ArgumentError)):
         check(command)
+
+
+DATA = ROOT / "docs/results/data"
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+TABLES = [page for page in RESULTS if page.name != "peers.md" and "\n|---" in page.read_text(encoding="utf-8")]
+
+
+def tables(page: str) -> list[tuple[str, list[list[str]]]]:
+    """The tables of a page: the section that each stands in, and the cells of its lines without the rule."""
+    found, section, lines = list[tuple[str, list[list[str]]]](), "", list[list[str]]()
+    for line in [*FENCE.sub("", page).splitlines(), ""]:
+        section = line.removeprefix("## ") if line.startswith("## ") else section
+        if line.startswith("|"):
+            lines.append([cell.strip() for cell in line[1:-1].split("|")])
+        elif lines:
+            found.append((section, [lines[0], *lines[2:]]))
+            lines = []
+    return found
+
+
+def of_data(page: Path) -> list[dict[str, Any]]:
+    return json.loads((DATA / page.name.replace(".md", ".json")).read_text(encoding="utf-8"))
+
+
+def figures(cells: list[str]) -> list[list[str]]:
+    """The numbers in each cell, whatever their order; not in the first one, where it is a label in words."""
+    given = cells if re.fullmatch(r"[\d,.-]*", cells[0]) else cells[1:]
+    return [sorted(number.replace(",", "") for number in NUMBER.findall(text)) for text in given]
+
+
+def check_tables(page: str, data: list[dict[str, Any]]) -> None:
+    told = [(each["section"], [each["columns"], *each["rows"]]) for each in data]
+    assert tables(page) == told
+
+
+@pytest.mark.parametrize("page", TABLES, ids=lambda path: path.name)
+def test_tables_are_those_of_the_data_files(page: Path) -> None:
+    check_tables(page.read_text(encoding="utf-8"), of_data(page))
+
+
+@pytest.mark.parametrize("page", TABLES, ids=lambda path: path.name)
+def test_tables_in_japanese_have_the_same_figures(page: Path) -> None:
+    japanese = tables(page.with_suffix(".ja.md").read_text(encoding="utf-8"))
+    data = of_data(page)
+    assert len(japanese) == len(data)
+    for (_, lines), each in zip(japanese, data, strict=True):
+        assert [figures(line) for line in lines[1:]] == [figures(line) for line in each["rows"]]
+
+
+@pytest.mark.parametrize("page", TABLES, ids=lambda path: path.name)
+def test_data_name_a_command_that_is_one_and_the_machine(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for each in of_data(page):
+        assert re.search("Xeon|EPYC", each["machine"])
+        section = text.split(f"## {each['section']}\n")[1].split("\n## ")[0]
+        start = " ".join(each["command"].split()[:2])
+        assert start in re.sub(r"\s+", " ", section)
+        if each["command"].startswith("python benchmarks"):
+            check(each["command"])
+
+
+def test_another_figure_in_a_table_would_be_seen() -> None:
+    page = TABLES[0].read_text(encoding="utf-8")
+    figure = of_data(TABLES[0])[0]["rows"][0][1]
+    with pytest.raises(AssertionError):
+        check_tables(page.replace(f"| {figure} |", f"| {figure}1 |", 1), of_data(TABLES[0]))
+
+
+def is_quotient(ratio: str, ours: str, theirs: str) -> bool:
+    """Whether a ratio is that of the two speeds, as it is rounded."""
+    first, second = (float(NUMBER.findall(each)[-1].replace(",", "")) for each in (ours, theirs))
+    return f"{first / second:.{len(ratio.partition('.')[2])}f}" == ratio
+
+
+def test_figures_beside_peers_stand_in_the_sections_that_are_linked() -> None:
+    page = (ROOT / "docs/results/peers.md").read_text(encoding="utf-8")
+    ((_, lines),) = [each for each in tables(page) if each[0] == "Speed"]
+    linked = ""
+    for _, ours, theirs, ratio, link in lines[1:]:
+        linked = found[1] if (found := re.search(r"\(([^)#]*)", link)) else linked
+        there = NUMBER.findall((ROOT / "docs/results" / linked).read_text(encoding="utf-8"))
+        missing = [number for cell in (ours, theirs, ratio) for number in NUMBER.findall(cell) if number not in there]
+        assert missing in ([], [ratio]), f"{missing} not in {linked}"
+        assert not missing or is_quotient(ratio, ours, theirs)
+
+
+def test_the_meshes_table_is_what_the_benchmark_wrote() -> None:
+    wrote = json.loads((ROOT / "docs/results/scaling_out.json").read_text(encoding="utf-8"))
+    (table,) = [each for each in of_data(ROOT / "docs/results/speed.md") if each["section"].startswith("Two pods")]
+    runs = [run for run in wrote.values() if isinstance(run, dict)]
+    forms = {"tokens_per_second": ",.0f", "ratio": ".2f", "megabytes_a_step": ".2f", "last_loss": ".10f"}
+    told = [[format(run[name], form) for name, form in forms.items()] for run in runs]
+    assert [row[1:] for row in table["rows"]] == [["0" if cell == "0.00" else cell for cell in row] for row in told]
