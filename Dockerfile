@@ -1,7 +1,8 @@
 # A service for SmolLM2 on a CPU: docker build -t keifu . && docker run --rm -p 8000:8000 keifu
 FROM python:3.12-slim
 
-# The compiler builds the native step for the processor that runs the image.
+# The compiler builds the native step for the processor that runs the image; any version of it does.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
@@ -9,10 +10,14 @@ RUN apt-get update \
 WORKDIR /opt/keifu
 COPY pyproject.toml README.md LICENSE ./
 COPY src ./src
+COPY docs/lineage/lineage.json docs/lineage/
+COPY docs/pictures docs/pictures
+# What keifu needs, and in which versions, stands in pyproject.toml.
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '.[serve]' \
-    && useradd --create-home keifu
+    && useradd --create-home --uid 1000 keifu
 
-USER keifu
+USER 1000
 WORKDIR /home/keifu
 ENV KEIFU_CACHE=/home/keifu/cache
 # The weights are part of the image, so that it needs no network when it runs.

@@ -8,6 +8,7 @@ alternate, so that a busy machine slows both. Needs scikit-learn (development de
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -21,6 +22,12 @@ from sklearn.neural_network import MLPClassifier
 from keifu import checkpoints
 from keifu.data.classification.toy import ToyDataset
 from keifu.recipes.neurons import mlp
+from keifu.training.hardware.precision import processor_name
+
+SECTION, COLUMNS = (
+    "The neuron and the network",
+    ["", "right, of 1,000 held-out digits", "seconds", "time, to scikit-learn's"],
+)
 
 
 def ours(learned: ToyDataset, hidden: tuple[int, ...], seed: int) -> tuple[float, float]:
@@ -45,11 +52,31 @@ def theirs(learned: ToyDataset, hidden: tuple[int, ...], seed: int) -> tuple[flo
     return float(model.score(learned.held.inputs.numpy(), learned.held.targets.numpy())), seconds
 
 
+def ratio(run: list[tuple[float, float]], beside: list[tuple[float, float]]) -> str:
+    """The ratio of the median times, and in brackets that of each pair of runs."""
+    medians = [statistics.median(seconds for _, seconds in each) for each in (run, beside)]
+    pairs = sorted(one / other for (_, one), (_, other) in zip(run, beside, strict=True))
+    return f"{medians[0] / medians[1]:.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f})"
+
+
+def table(runs: dict[str, list[tuple[float, float]]], command: str) -> str:
+    """The table of docs/results/neurons.md as JSON."""
+    rows = []
+    for name, run in runs.items():
+        right = ", ".join(f"{accuracy:.1%}" for accuracy, _ in run)
+        seconds = f"{statistics.median(seconds for _, seconds in run):.1f}"
+        rows.append([name, right, seconds, "1.00" if name == "scikit-learn" else ratio(run, runs["scikit-learn"])])
+    machine = f"{torch.get_num_threads()} threads on {processor_name()}"
+    found = {"section": SECTION, "command": command, "machine": machine, "columns": COLUMNS, "rows": rows}
+    return json.dumps([found], indent=1, ensure_ascii=False) + "\n"
+
+
 def main() -> None:
     """Prints each pair of runs, then means and the ratio of median times."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 256])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="Where the table is written, with the command and the machine.")
     options = parser.parse_args()
     hidden = tuple(options.hidden)
     learned = mlp.check_learnable(mlp.Recipe("mnist"))
@@ -66,8 +93,9 @@ def main() -> None:
         mean = statistics.mean(accuracies)
         print(f"{name:14}{mean:.2%} held-out accuracy ({min(accuracies):.1%} to {max(accuracies):.1%}), "
               f"median {statistics.median(seconds):.1f} s")  # fmt: skip
-    medians = [statistics.median(seconds for _, seconds in run) for run in runs.values()]
-    print(f"time keifu / scikit-learn: {medians[0] / medians[1]:.2f}")
+    print(f"time keifu / scikit-learn: {ratio(runs['keifu'], runs['scikit-learn'])}")
+    if options.json:
+        options.json.write_text(table(runs, f"python benchmarks/mlp.py --json {options.json}"), encoding="utf-8")
 
 
 if __name__ == "__main__":

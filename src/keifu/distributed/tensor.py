@@ -146,7 +146,7 @@ class SplitDropout(Dropout):
         shape[axis] = tokens.length if self.axis is None else size * tokens.size
         mask = dropout_mask(table[self.index], prod(shape), dropped).view(shape)
         mask = tokens.own(mask) if self.axis is None else mask.narrow(axis, tokens.index * size, size)
-        return input.masked_fill(mask, 0) * (LEVELS / (LEVELS - dropped))
+        return input * (~mask).view(torch.uint8) * (LEVELS / (LEVELS - dropped))
 
 
 class Head(Tensor):

@@ -44,7 +44,7 @@ class Dropout(nn.Dropout):
             return F.dropout(input, self.p)
         dropped = round(self.p * LEVELS)
         mask = dropout_mask(table[self.index], input.numel(), dropped).view(input.shape)
-        return input.masked_fill(mask, 0) * (LEVELS / (LEVELS - dropped))
+        return input * (~mask).view(torch.uint8) * (LEVELS / (LEVELS - dropped))  # a CPU fills masks ten times slower
 
 
 def dropout_mask(keys: Int[Tensor, " rows"], total: int, dropped: int) -> Bool[Tensor, "rows elements"]:

@@ -210,7 +210,8 @@ class Trainer:
 
     def _begin(self, step: int, part: MicroBatch) -> None:
         """Sets all random state for a pass over a micro-batch."""
-        torch.manual_seed((self.settings.seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part.first) % 2**63)
+        seed = (self.settings.seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part.first) % 2**63
+        (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)  # torch's takes 1 ms more
         self.dropout.set(step, part.first, rows_of(part.batch))
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
