@@ -13,17 +13,20 @@ from keifu.cli import main as run
 from keifu.generation.text.translation import translate
 
 GLOSSARY = {
-    "モーター": "motor", "歯車": "gear", "軸受": "bearing", "弁": "valve", "配管": "piping", "圧力計": "pressure gauge",
-    "冷却水": "cooling water", "潤滑油": "lubricating oil", "制御盤": "control panel", "非常停止ボタン": "emergency stop button",
-    "検出器": "sensor", "電源": "power supply", "ベルト": "belt", "ポンプ": "pump", "フィルター": "filter",
-    "警報": "alarm", "安全カバー": "safety cover", "接続端子": "terminal", "油圧シリンダー": "hydraulic cylinder", "搬送装置": "conveyor",
+    "モーター": "motor", "歯車": "gear", "軸受": "bearing", "弁": "valve", "配管": "piping",
+    "圧力計": "pressure gauge", "冷却水": "cooling water", "潤滑油": "lubricating oil", "制御盤": "control panel",
+    "非常停止ボタン": "emergency stop button", "検出器": "sensor", "電源": "power supply", "ベルト": "belt",
+    "ポンプ": "pump", "フィルター": "filter", "警報": "alarm", "安全カバー": "safety cover", "接続端子": "terminal",
+    "油圧シリンダー": "hydraulic cylinder", "搬送装置": "conveyor",
 }  # fmt: skip
 PATTERNS = [
     ("{}を交換してください。", "Please replace the {}."), ("{}を点検してください。", "Please inspect the {}."),
     ("{}は正常です。", "The {} is in order."), ("{}が故障しました。", "The {} has failed."),
-    ("{}の温度が高すぎます。", "The temperature of the {} is too high."), ("{}を外さないでください。", "Do not remove the {}."),
-    ("{}はどこにありますか。", "Where is the {}?"), ("{}を清掃する前に電源を切ります。", "Switch off the power before you clean the {}."),
-    ("毎月{}を点検します。", "The {} is inspected every month."), ("{}から異音がします。", "There is an unusual noise from the {}."),
+    ("{}の温度が高すぎます。", "The temperature of the {} is too high."),
+    ("{}を外さないでください。", "Do not remove the {}."), ("{}はどこにありますか。", "Where is the {}?"),
+    ("{}を清掃する前に電源を切ります。", "Switch off the power before you clean the {}."),
+    ("毎月{}を点検します。", "The {} is inspected every month."),
+    ("{}から異音がします。", "There is an unusual noise from the {}."),
 ]  # fmt: skip
 PAIR_PATTERNS = [
     ("{}と{}を点検してください。", "Please inspect the {} and the {}."),
