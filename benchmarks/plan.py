@@ -1,21 +1,39 @@
-"""`keifu plan` beside what was published: LLaMA-65B, PaLM-540B, GPT-3 175B, Llama 2 70B and Stable Diffusion 1.
+"""`keifu plan` beside what was published: LLaMA-65B, PaLM-540B, GPT-3 175B, Llama 2 70B and Stable Diffusion 1; and
+beside steps of training on this machine.
 
 python benchmarks/plan.py
+python benchmarks/plan.py --here --json docs/results/plan.json
 
-One set of constants for all. Of Stable Diffusion the operations of the U-Net and of the encoder of pictures are counted
-by torch on the meta device, for the steps and sizes of its model card (237,000 steps of 2,048 pictures at 256 pixels,
-934,000 at 512), and taken at the share of the peak that large products have in the plans. MosaicML's repository
+One set of constants for all GPUs. Of Stable Diffusion the operations of the U-Net and of the encoder of pictures are
+counted by torch on the meta device, for the steps and sizes of its model card (237,000 steps of 2,048 pictures at 256
+pixels, 934,000 at 512), and taken at the share of the peak that large products have in the plans. MosaicML's repository
 diffusion says what the U-Net of Stable Diffusion 2 took them on 8 A100 (81.33 days), latents computed before.
+
+Here, three models are trained in processes of their own: the median of steps after the first three, and the peak of the
+process's memory less what it had before the model was built.
 """
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 
 from keifu.commands.plan import architecture
 from keifu.layers.meta import on_meta
+from keifu.models import gpt2, llama
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet
 from keifu.models.sizes import published_sizes
 from keifu.training.hardware import plan
-from keifu.training.hardware.flops import count_flops
+from keifu.training.hardware.flops import count_flops, time_call
+from keifu.training.objectives.language_modeling import causal_language_modeling
+from keifu.training.settings import Settings
+from keifu.training.trainer import Trainer
 
 SIZES = {size.name: size for size in published_sizes()}
 
@@ -37,18 +55,83 @@ def diffusion_hours(unet: str, pictures: dict[int, int], encodes: bool) -> float
             forward = count_flops(lambda: model(x, torch.zeros(1), text))  # noqa: B023
             encoded = count_flops(lambda: vae.encode(torch.zeros(1, 3, side, side))) if encodes else 0  # noqa: B023
             total += count * (3 * forward + encoded)
-    return total / (plan.DEVICES["A100-40G"].flops * plan.PRODUCTS) / 3600
+    device = plan.DEVICES["A100-40G"]
+    return total / (device.flops * device.products) / 3600
+
+
+MODELS: dict[str, tuple[Any, Any, int]] = {  # and rows of a step
+    "a LLaMA of 14 M": (llama, llama.Config(6000, 256, 320, 896, 8, 5), 16),
+    "a LLaMA of 52 M": (llama, llama.Config(20_000, 512, 512, 1376, 10, 8), 6),
+    "GPT-2 of 124 M": (gpt2, gpt2.Config(dropout=0.0), 3),
+}
+STEPS, WARM = 8, 3
+
+
+def expected(name: str) -> tuple[plan.Plan, int]:
+    """The plan of a model on this machine, and its number of parameters."""
+    module, config, rows = MODELS[name]
+    with on_meta():
+        count = sum(parameter.numel() for parameter in module.build(config).parameters())
+    sizes = config.n_layers, config.dim, config.dim, config.dim, config.n_heads, config.vocab_size
+    model = plan.Architecture(count, *sizes, config.context_length)
+    return plan.plan(model, *plan.parse_devices("1xthis-CPU"), rows * config.context_length), count
+
+
+def train(name: str, micro_batch: int) -> None:
+    """Prints the seconds of a step of this model, and the bytes that it has taken."""
+    module, config, rows = MODELS[name]
+    torch.ones(256, 256) @ torch.ones(256, 256)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = module.build(config).train()
+    trainer = Trainer(model, causal_language_modeling, Settings(batch_size=rows, micro_batch=micro_batch))
+    batch = {"tokens": torch.randint(config.vocab_size, (rows, config.context_length + 1))}
+
+    def step() -> None:
+        gradient = trainer.gradient(0, batch)
+        assert gradient
+        trainer.update(gradient)
+
+    seconds = [time_call(step, trainer.device) for _ in range(WARM + STEPS)][WARM:]
+    print(median(seconds), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def here(to: Path | None) -> None:
+    """Prints the table of this machine, and writes it."""
+    table = {}
+    print(f"{'':18} {'s a step':>9} {'measured':>9} {'ratio':>6} {'GB':>7} {'measured':>9} {'ratio':>6}")
+    for name in MODELS:
+        made, count = expected(name)
+        words = [sys.executable, __file__, "--model", name, "--micro-batch", str(made.layout.rows)]
+        found = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+        seconds, size, planned = float(found[0]), int(found[1]), sum(made.memory.values())
+        table[name] = {"parameters": count, "tokens": made.tokens, "planned_seconds": made.step, "seconds": seconds,
+                       "planned_bytes": planned, "bytes": size, "flops_per_second": made.kind.flops,
+                       "bytes_per_second": made.kind.bandwidth, "parts": made.seconds | made.memory}  # fmt: skip
+        print(f"{name:18} {made.step:9.3f} {seconds:9.3f} {made.step / seconds:6.2f} {planned / 1e9:7.2f} "
+              f"{size / 1e9:9.2f} {planned / size:6.2f}", flush=True)  # fmt: skip
+    if to:
+        to.write_text(json.dumps(table, indent=1) + "\n")
 
 
 def main() -> None:
-    """Prints the table."""
-    llama, llama2 = planned("llama-65b", "2048xA100-80G", 4e6), planned("llama2-70b", "2000xA100-80G", 4e6)
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--here", action="store_true", help="Beside this machine, in place of what was published.")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", choices=MODELS, help="Of a process: what it trains.")
+    parser.add_argument("--micro-batch", type=int)
+    options = parser.parse_args()
+    if options.model:
+        return train(options.model, options.micro_batch)
+    if options.here:
+        return here(options.json)
+    llama1, llama2 = planned("llama-65b", "2048xA100-80G", 4e6), planned("llama2-70b", "2000xA100-80G", 4e6)
     palm = planned("palm-540b", "6144xTPU-v4", 2048 * 2048)
     first = diffusion_hours("stable-diffusion-1-unet", {256: 237_000 * 2048, 512: 934_000 * 2048}, encodes=True)
     second = diffusion_hours("stable-diffusion-2-base-unet", {256: 1_126_400_000, 512: 1_740_800_000}, encodes=False)
     rows = [
-        ("LLaMA-65B, 2,048 A100-80G: tokens/s a GPU", llama.rate, 380),
-        ("LLaMA-65B, 1.4 T tokens: days", llama.hours(1.4e12) / 24 / 2048, 21),
+        ("LLaMA-65B, 2,048 A100-80G: tokens/s a GPU", llama1.rate, 380),
+        ("LLaMA-65B, 1.4 T tokens: days", llama1.hours(1.4e12) / 24 / 2048, 21),
         ("PaLM-540B, 6,144 TPU v4: MFU in %", 100 * palm.utilisation, 46.2),
         ("GPT-3 175B, 300 B tokens: PF-days", architecture(SIZES["gpt3-175b"]).flops * 300e9 / 8.64e19, 3640),
         ("Llama 2 70B, 2 T tokens: M GPU hours", llama2.hours(2e12) / 1e6, 1.72),

@@ -105,6 +105,22 @@ def test_a_preference_is_learned_and_holds_for_new_prompts(
     assert checkpoints.load(out)[1].chat_template
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--lora.rank", "4", "--mesh.shard", "2"]], ids=["whole", "shared"])
+def test_two_processes_learn_what_one_learns(
+    arguments: list[str], base: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """Each with half of the pairs, or each with half of every matrix too."""
+    words = ["--steps", "8", "--learning-rate", "0.005", "--held-out", "0.2", "--precision", "float32"]
+    alone = metrics.read(go(base, preferences, tmp_path / "alone", *words, *arguments[:2]))
+    both = metrics.read(go(base, preferences, tmp_path / "both", *words, *arguments, "--processes", "2"))
+    names = [name for line in alone for name in line if "loss" in name or "accuracy" in name or "norm" in name]
+    assert len(names) > 4
+    for expected, found in zip(alone, both, strict=True):
+        chosen = {name: value for name, value in expected.items() if name in names}
+        assert {name: found[name] for name in chosen} == pytest.approx(chosen, rel=1e-4, abs=1e-6)
+
+
 def test_resumed_to_the_bit(base: Path, preferences: Path, tmp_path: Path) -> None:
     fast = ["--steps", "4", "--learning-rate", "0.005"]
     whole, part = (go(base, preferences, tmp_path / name, *fast) for name in ("whole", "part"))

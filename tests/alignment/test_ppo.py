@@ -170,6 +170,21 @@ def lines(out: Path) -> list[dict[str, float]]:
     return [line for line in metrics.read(out) if "reward" in line]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [[], ["--lora.rank", "4"]], ids=["whole", "adapters"])
+def test_two_processes_learn_what_one_learns(adapters: list[str], base: Path, task: Path, tmp_path: Path) -> None:
+    """Each writes half of the answers; advantages are whitened, and gradients of policy, value model and text added
+    up, over both."""
+    text = ["--text.data", str(task / "text.txt"), "--text.length", "16", "--text.each", "2", "--text.held-out", "0.2"]
+    words = ["--steps", "6", "--learning-rate", "0.015", "--value-rate", "0.01", *text, *adapters]
+    alone = lines(go(base, task, tmp_path / "alone", *words))
+    both = lines(go(base, task, tmp_path / "both", *words, "--processes", "2"))
+    assert len(alone) == len(both) == 6
+    for name in (*FIGURES, "loss", "text_loss", "gradient_norm"):
+        expected = [line[name] for line in alone]
+        assert [line[name] for line in both] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+
+
 FIGURES = {
     "reward", "reward_spread", "kl", "entropy", "clip_fraction", "update_kl", "explained_variance", "length",
     "finished", "policy_loss", "value_loss",

@@ -141,6 +141,18 @@ def test_a_ranking_is_learned_and_transformers_has_the_same_scores(
     torch.testing.assert_close(ours, expected + model.config.bias, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(bases: dict[str, Path], rankings: Path, tmp_path: Path) -> None:
+    words = ["--steps", "8", "--learning-rate", "0.005", "--held-out", "0.2", "--precision", "float32"]
+    alone = metrics.read(go(bases["llama"], rankings, tmp_path / "alone", *words))
+    both = metrics.read(go(bases["llama"], rankings, tmp_path / "both", *words, "--processes", "2"))
+    names = [name for line in alone for name in line if "loss" in name or "accuracy" in name or "norm" in name]
+    assert len(names) > 4
+    for expected, found in zip(alone, both, strict=True):
+        chosen = {name: value for name, value in expected.items() if name in names}
+        assert {name: found[name] for name in chosen} == pytest.approx(chosen, rel=1e-4, abs=1e-6)
+
+
 def test_resumed_to_the_bit(bases: dict[str, Path], rankings: Path, tmp_path: Path) -> None:
     fast = ["--steps", "4", "--learning-rate", "0.005", "--lora.rank", "2", "--lora.dropout", "0.1"]
     whole, part = (go(bases["llama"], rankings, tmp_path / name, *fast) for name in ("whole", "part"))

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from torch import nn
 from torch.distributed import PrefixStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from keifu.checkpoints.hf import read as hf_read
 from keifu.checkpoints.hf.write import save
+from keifu.checkpoints.loading import load_model
 from keifu.distributed.group import Group, join
 from keifu.distributed.mesh import Mesh
 from keifu.layers.diffusion.noise_schedule import Noise
@@ -31,12 +34,14 @@ from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import ddpm
-from keifu.processes import current, use
+from keifu.processes import Processes, current, use
+from keifu.recipes.assistant.common import Lora, to_train
 from keifu.training.loop import train
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
 from keifu.training.objectives.language_modeling import causal_language_modeling, translation
 from keifu.training.protocols import Batch, LossOutput, Run
+from keifu.training.ranks import local
 from keifu.training.run import checkpoint
 from keifu.training.settings import Settings
 from keifu.training.trainer import Trainer
@@ -186,6 +191,97 @@ def exchanges(kind: str, folder: Path, rows: int = 8, micro_batch: int = 8) -> d
             next(trainer._losses(make(1, rows), 0)).total.backward()
             trainer.drop_gradients()
     return found
+
+
+class CountedFile:
+    """A file of weights that counts the bytes that are read of it."""
+
+    read = 0
+
+    def __init__(self, file: Any):
+        self.file, self.keys = file, file.keys
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self.count(self.file.get_tensor(name))
+
+    def get_slice(self, name: str) -> "CountedSlice":
+        return CountedSlice(self, self.file.get_slice(name))
+
+    @staticmethod
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        CountedFile.read += tensor.nbytes
+        return tensor
+
+
+class CountedSlice:
+    """A tensor of such a file."""
+
+    def __init__(self, file: CountedFile, piece: Any):
+        self.file, self.piece, self.get_shape, self.get_dtype = file, piece, piece.get_shape, piece.get_dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.file.count(self.piece[index])
+
+
+class PeakMemory:
+    """The most bytes of its own that this process has had in the block, beyond those before."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.before = self.most = self._now()
+        self.ends, self.thread = threading.Event(), threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ends.set()
+        self.thread.join()
+
+    @property
+    def grown(self) -> int:
+        return self.most - self.before
+
+    def _watch(self) -> None:
+        while not self.ends.wait(0.001):
+            self.most = max(self.most, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def peak(folder: Path) -> dict[str, Any]:
+    """The gradient of a model whose activations are larger than its weights: its loss and norm, and the memory."""
+    torch.manual_seed(0)
+    model = llama.build(llama.Config(64, 128, 128, 512, 8, 4)).train()
+    trainer = Trainer(model, causal_language_modeling, Settings(batch_size=16, micro_batch=8, precision="float32"))
+    batch = {"tokens": torch.randint(64, (16, 129))}
+    with PeakMemory() as memory:
+        gradient = trainer.gradient(0, batch)
+    assert gradient
+    return {"grown": memory.grown, "loss": gradient.sums.means()["loss"], "norm": float(gradient.norm)}
+
+
+def published(model: str, folder: Path, lora: int = 0) -> dict[str, Any]:
+    """Reads a published model, as the recipes of assistants do, and splits it: the largest number of bytes that a
+    process has read and has needed, beside the model's own, and whether each has its part of the weights."""
+    hf_read.open_weights, opened = (lambda path: CountedFile(opened(path))), hf_read.open_weights
+    CountedFile.read = 0
+    with PeakMemory() as memory:
+        found: Any = load_model(model)
+        found = to_train(found, Lora(lora), 0)
+        Trainer(found, causal_language_modeling, Settings(precision="float32"))
+    hf_read.open_weights = opened
+    read, group = CountedFile.read, current()
+    with use(Processes()):
+        whole = dict(load_model(model).named_parameters())
+    names = {name: name.replace(".base.", ".") for name, _ in found.named_parameters() if ".adapters." not in name}
+    same = [torch.equal(local(p), group.take(name, whole[names[name]].to(p.dtype)))
+            for name, p in found.named_parameters() if name in names]  # fmt: skip
+    total = sum(p.nbytes for p in whole.values())
+    each = group.texts(json.dumps([read, memory.grown, all(same) and len(same) == len(whole)]))
+    reads, grown, right = zip(*map(json.loads, each), strict=True)
+    return {"read": max(reads) / total, "grown": max(grown) / total, "right": all(right)}
 
 
 def start(folder: Path, cases: list[dict[str, Any]], world: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """docs/cluster.md: its shell and YAML are whole, and every option in it is one of `keifu train`."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -11,7 +12,8 @@ from keifu.commands.shared import flags
 from keifu.commands.train import with_folder
 from keifu.recipes.language.llama import Recipe
 
-PAGE = (Path(__file__).parents[2] / "docs/cluster.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
@@ -32,3 +34,21 @@ def test_every_option_is_one_of_train() -> None:
     known = set(flags.flags(with_folder(Recipe, "llama")))
     own = set(re.findall(r"(?<![\w-])--(?:mesh\.[\w-]+|processes|restarts|resume|out|data)\b", PAGE))
     assert len(own) > 8 and own <= known
+
+
+def test_plans_for_this_machine_are_those_that_were_measured() -> None:
+    """Each within a fifth, in time and in memory."""
+    for name, found in json.loads((ROOT / "docs/results/plan.json").read_text()).items():
+        pairs = ("planned_seconds", "seconds", "{:.3f}", 1.0), ("planned_bytes", "bytes", "{:.2f}", 1e9)
+        cells = [name]
+        for planned, measured, form, unit in pairs:
+            ratio = found[planned] / found[measured]
+            assert 0.8 <= ratio <= 1.2, name
+            cells += [form.format(found[planned] / unit), form.format(found[measured] / unit), f"{ratio:.2f}"]
+        assert f"| {' | '.join(cells)} |" in PAGE
+
+
+def test_what_a_save_costs_is_what_was_measured() -> None:
+    for found in json.loads((ROOT / "docs/results/saving.json").read_text()).values():
+        cells = [f"{found[name]:.2f}" for name in ("step", "held_up", "longer")]
+        assert f"| {' | '.join(cells)} |" in PAGE

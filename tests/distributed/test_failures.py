@@ -198,6 +198,8 @@ def test_the_first_process_says_what_is_wrong(fault: str, sentence: str, tmp_pat
         (["--processes", "3", "--mesh.shard", "2"], "The mesh does not fit"),
         (["--processes", "2", "--mesh.pods", "4"], "The mesh does not fit"),
         (["--processes", "0"], "--processes"),
+        (["--processes", "2", "--mesh.offload"], "--mesh.offload is for shared weights"),
+        (["--mesh.sync-each"], "--mesh.sync-each is for shared weights"),
         (["--mesh.tensr", "2"], "--mesh.tensor"),
     ],
 )

@@ -38,6 +38,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found
     wanted.append({"name": "joined", "kind": "palm", "mesh": {"tensor": 2, "activation_checkpointing": True},
                    "steps": 8, "optimizer": "adafactor"})  # fmt: skip
     wanted += cases([{"tensor": 2}], ["scores", "translation"], steps=6)
+    wanted += [{"name": f"peak{again}", "work": "peak", "mesh": {"shard": 2, "activation_checkpointing": again}}
+               for again in (False, True)]  # fmt: skip
     wanted += counted([{}, {"shard": 2}, {"shard": 2, "sync_each": True}])
     return folder, group_toys.start(folder, wanted, 2)
 
@@ -96,6 +98,13 @@ def test_gradients_are_exchanged_once_a_step(place: int, adds: int, two: Any) ->
     for name in ("loss", "norm"):
         assert four["counted"][name] == pytest.approx(one["counted"][name], rel=1e-6)
         assert four["again"][name] == four["counted"][name]
+
+
+def test_activations_that_are_computed_again_need_no_memory(two: Any) -> None:
+    """With FSDP: the same gradient, and less than half of the memory of a step."""
+    kept, again = two[1]["peakFalse"], two[1]["peakTrue"]
+    assert again["loss"] == kept["loss"] and again["norm"] == pytest.approx(kept["norm"], rel=1e-6)
+    assert again["grown"] < kept["grown"] / 2
 
 
 @pytest.mark.slow

@@ -19,7 +19,9 @@ from keifu.checkpoints.registry import Family, build
 from keifu.devices import chosen
 from keifu.errors import UserError
 from keifu.files import reading
+from keifu.layers.lazy import Index, LazyTensor, Reader
 from keifu.native.pack import Blocks
+from keifu.processes import current
 
 NAMED = 10  # how many tensors of a kind an error names
 
@@ -37,7 +39,8 @@ class Source:
     """An opened model file or folder. `read` gives one tensor by its name in the file; `tokenizer` loads the tokenizer.
 
     `names` is the file's table of weight names, `head_dim` the size of a rotary head where the rows of q and k are
-    stored with interleaved pairs. `blocks` gives a tensor as it is stored where that is in blocks (GGUF).
+    stored with interleaved pairs. `part` reads some rows and columns of a tensor. `blocks` gives a tensor as it is
+    stored where that is in blocks (GGUF).
     """
 
     path: Path
@@ -51,6 +54,11 @@ class Source:
     head_dim: int | None = None
     notes: tuple[str, ...] = ()
     blocks: Callable[[str], Blocks | None] | None = None
+    part: Callable[[str, Index], Tensor] | None = None
+
+    def read_part(self, name: str, index: Index) -> Tensor:
+        """Rows and columns of a tensor of the file; where it has no means to read them alone, of the whole one."""
+        return self.part(name, index) if self.part and index else self.read(name)[index]
 
     @cached_property
     def has_prefix(self) -> bool:
@@ -93,19 +101,27 @@ class Plan:
     def fill(self, device: torch.device | str = "cpu") -> nn.Module:
         """The model with its weights on a device, for evaluation; each tensor goes straight there.
 
-        On a CPU, weights that need no change stay in the file's own memory map.
+        On a CPU, weights that need no change stay in the file's own memory map. Of a model that will be split over
+        processes, weights are read when they are used, so that each process reads its part alone.
         """
         place = torch.device(device)
         if place.type == "mps" and self.dtype == torch.float64:  # Apple's GPU has no float64
             place = torch.device("cpu")
         with reading(self.source.path), ThreadPoolExecutor(torch.get_num_threads()) as workers:
-            state = dict(workers.map(partial(self._tensor, device=place), self.links))
+            read = self._tensor if current().whole else self._lazy
+            state = dict(workers.map(partial(read, device=place), self.links))
         self.model.load_state_dict(state, assign=True)
         return self.model.eval()
 
     def _tensor(self, link: Link, device: torch.device) -> tuple[str, Tensor]:
         tensors = (link.subtract_offset(self.source.read(name)) for name in link.theirs)
         return link.ours, link.join([x.to(device, self.dtype if x.is_floating_point() else None) for x in tensors])
+
+    def _lazy(self, link: Link, device: torch.device) -> tuple[str, Tensor]:
+        if not link.shape or not torch.is_floating_point(self.model.state_dict()[link.ours]):
+            return self._tensor(link, device)
+        like = torch.empty((), dtype=self.dtype, device=device).expand(link.shape)
+        return link.ours, LazyTensor.of(Reader(partial(link.read, self.source.read_part)), like)
 
 
 def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Plan:
@@ -115,7 +131,7 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     very slow there.
     """
     if not chosen().allow_nonfinite:
-        source = replace(source, read=partial(_read_finite, source))
+        source = replace(source, read=partial(_read_finite, source), part=partial(_read_finite, source))
     source, twice, notes = _resolve_aliases(source) if source.family.aliases else _resolve_tied_head(source)
     source, copies = _resolve_dialect(source)
     twice = [*twice, *copies]
@@ -139,9 +155,9 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     return Plan(source, model, found, exact, held, skipped, [*source.notes, *notes, *_cast(exact, held)])
 
 
-def _read_finite(source: Source, name: str) -> Tensor:
+def _read_finite(source: Source, name: str, index: Index = ()) -> Tensor:
     """A tensor of the file whose numbers are finite; others are a `UserError`. Their sum says it in one pass."""
-    tensor = source.read(name)
+    tensor = source.read_part(name, index)
     if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
         wrong = int(tensor.numel() - tensor.isfinite().sum())
         if wrong:

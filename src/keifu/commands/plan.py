@@ -21,7 +21,7 @@ class Options:
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help="A published size (keifu models).")]
     devices: str = "8xH100-80G"
-    """How many of which kind, such as 2048xA100-80G."""
+    """How many of which kind, such as 2048xA100-80G; 1xthis-CPU: this computer's processor, which is measured."""
     amount: Annotated[str | None, tyro.conf.arg(name="tokens", metavar="300B")] = None
     """Tokens to train on; unset: 20 a parameter (Hoffmann et al., 2022)."""
     step: Annotated[str, tyro.conf.arg(name="batch", metavar="4M")] = "4M"
@@ -68,7 +68,11 @@ def _training(made: "Plan", tokens: float | int) -> list[tuple[str, str]]:
         ("a device's memory", f"{sum(made.memory.values()) / 1e9:,.1f} GB of {made.kind.memory / 1e9:,.0f} ({memory})"),
         ("a step", f"{made.tokens:,.0f} tokens in {made.step:,.2f} s ({seconds})"),
         ("speed", f"{made.rate:,.0f} tokens/s on each device, {made.utilisation:.1%} of its peak (MFU)"),
-        ("all", f"{tokens:.3g} tokens: {days:,.1f} days, {made.hours(tokens):,.0f} device hours, {energy:,.3g} MWh"),
+        (
+            "all",
+            f"{tokens:.3g} tokens: {days:,.1f} days, {made.hours(tokens):,.0f} device hours"
+            + f", {energy:,.3g} MWh" * (energy > 0),
+        ),
         ("computation", f"{tokens * made.flops / 8.64e19:,.4g} PF-days"),
     ]
 

@@ -92,7 +92,7 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     if options.resume and options.replace:
         raise UserError("--resume goes on with a run and --replace starts over: give one of them.")
     processes = options.processes or options.mesh.asks
-    if processes > 1 and not launch.is_started():
+    if (processes > 1 or options.mesh != Mesh()) and not launch.is_started():
         options.mesh.fit(processes)
         return lambda: launch.start(processes, options.restarts, ["train", name, *words])
     choice = Choice(options.device, **{each: vars(options).get(each) or None for each in COMPUTING})

@@ -27,6 +27,7 @@ from keifu.distributed.mesh import Mesh
 from keifu.distributed.pod import Pod, parallelize
 from keifu.distributed.tensor import tensor_parallel
 from keifu.errors import UserError
+from keifu.layers.lazy import settle
 from keifu.processes import Processes, use
 from keifu.training.ranks import Ranks
 
@@ -39,6 +40,8 @@ class Group(Processes):
     def __init__(self, mesh: Mesh, store: Any, number: int, count: int, device: torch.device):
         self.mesh, self.store, self.number, self.count = mesh, store, number, count
         self.shape = pods, shard, tensor = mesh.fit(count, fewer=is_restart())
+        if mesh.offload and device.type == "cpu":
+            raise UserError("--mesh.offload moves weights of GPUs to the host's memory, where they are: leave it out.")
         self.whole = shard == tensor == 1
         self.devices = init_device_mesh(device.type, (pods, shard, tensor), mesh_dim_names=self.shape._fields)
         numbers = torch.arange(count).view(self.shape)
@@ -85,6 +88,7 @@ class Group(Processes):
                 found = place.get_group(), place.get_local_rank(), place.size()
                 layouts, partial = tensor_parallel(module.model, *found)
             self.modules[id(module.model)] = parallelize(module, self.mesh, self.devices)
+            settle(module)
             if not self.whole:
                 self.pod = Pod(module.model, self.devices, self.pod_group, layouts, partial)
         return self.modules[id(module.model)]

@@ -20,6 +20,7 @@ from keifu.distributed.layout import Layout
 from keifu.distributed.mesh import Mesh
 from keifu.layers.attention.attention import CrossAttention
 from keifu.layers.linear import JoinedLinear
+from keifu.layers.lora import Adapter
 
 
 class Pod:
@@ -103,7 +104,8 @@ def _lying(piece: Any) -> tuple[int, int, int]:
 
 def parallelize(module: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:
     """The module, split over the axis `shard` of a device mesh as `mesh` says. Gradients are summed over that axis."""
-    blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
+    blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part
+              if not isinstance(block, Adapter)]  # fmt: skip
     if mesh.activation_checkpointing:
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -113,7 +115,7 @@ def parallelize(module: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:
     if devices["shard"].size() == 1:
         return module
     scalars = {parameter for parameter in module.parameters() if not parameter.dim()}  # FSDP shards none of them
-    offload = CPUOffloadPolicy() if mesh.offload and devices.device_type != "cpu" else OffloadPolicy()
+    offload = CPUOffloadPolicy() if mesh.offload else OffloadPolicy()
     apart = [part.kv for part in module.modules() if isinstance(part, CrossAttention)]  # called outside of its block
     chosen = {id(part) for part in (*blocks, *apart) if any(p.dim() for p in part.parameters())}
     for part in reversed([*module.modules()]):  # the innermost first

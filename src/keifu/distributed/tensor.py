@@ -22,6 +22,7 @@ from keifu.layers.attention.attention import Attention, CrossAttention
 from keifu.layers.dropout import LEVELS, Dropout, dropout_mask
 from keifu.layers.feedforward import GEGLU, FeedForward, GatedFeedForward
 from keifu.layers.linear import JoinedLinear, Linear, linear
+from keifu.layers.lora import adapters
 
 
 class Tokens:
@@ -237,6 +238,8 @@ def _split_head(model: nn.Module, tokens: Tokens) -> dict[str, Layout]:
 def tensor_parallel(model: nn.Module, group: Any, index: int, size: int) -> tuple[dict[str, Layout], set[str]]:
     """Splits the blocks of a model. Gives the layout of each parameter that is split, and the names of those whose
     gradients have to be summed over the group: of the other parameters in the blocks."""
+    if next(adapters(model), None) is not None:
+        raise UserError("Adapters cannot be split over --mesh.tensor: use --mesh.shard, or leave --lora.rank out.")
     kinds = (Attention, FeedForward, GatedFeedForward, GEGLU)
     layouts: dict[str, Layout] = {}
     summed: set[str] = set()

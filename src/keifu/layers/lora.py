@@ -64,13 +64,12 @@ class Adapter(nn.Module):
     def __init__(self, weight: Float[Tensor, "out channels *kernel"], target: Target, low: LoraSettings):
         super().__init__()
         self.target, self.low, self.kernel = target, low, tuple(weight.shape[2:])
-        weight = weight.flatten(1)
-        begun = torch.empty(low.rank, weight.shape[1])
+        begun = torch.empty(low.rank, math.prod(weight.shape[1:]))
         nn.init.kaiming_uniform_(begun, a=math.sqrt(5))  # the same numbers wherever the layer is
         self.a = nn.Parameter(begun.to(weight.device))
         self.b = nn.Parameter(torch.zeros(target.rows, low.rank, device=weight.device))
         self.dropout = Dropout(low.dropout)
-        self.length = nn.Parameter(_lengths(weight.detach().float())) if low.dora else None
+        self.length = nn.Parameter(_lengths(weight.detach().flatten(1).float())) if low.dora else None
 
     @property
     def rows(self) -> slice:

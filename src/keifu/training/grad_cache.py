@@ -32,14 +32,9 @@ class WholeBatchObjective:
 
 
 def whole_batch_outputs(
-    objective: WholeBatchObjective,
-    model: nn.Module,
-    call: Callable[..., Any],
-    passes: Callable[[], Iterator[Batch]],
-    sizes: Sequence[int],
-    scale: float = 1.0,
-    ranks: Ranks = Ranks(),  # noqa: B008 (it is frozen)
-) -> Iterator[LossOutput]:
+    objective: WholeBatchObjective, model: nn.Module, call: Callable[..., Any], passes: Callable[[], Iterator[Batch]],
+    sizes: Sequence[int], scale: float = 1.0, ranks: Ranks = Ranks(),  # noqa: B008 (it is frozen)
+) -> Iterator[LossOutput]:  # fmt: skip
     """Outputs whose sums and gradients, over all ranks, add up to those of the whole batch.
 
     `call`: computes a function of the model. `passes`: goes through this rank's micro-batches, of `sizes` rows, with
@@ -76,10 +71,7 @@ def _share_of(whole: LossOutput, share: float) -> LossOutput:
 
 
 def _cache_outputs(
-    objective: WholeBatchObjective,
-    model: nn.Module,
-    call: Callable[..., Any],
-    passes: Callable[[], Iterator[Batch]],
+    objective: WholeBatchObjective, model: nn.Module, call: Callable[..., Any], passes: Callable[[], Iterator[Batch]]
 ) -> Rows:
     """The outputs of this rank's rows without activations; buffers (running statistics) are restored."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

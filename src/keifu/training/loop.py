@@ -45,15 +45,9 @@ class Summary:
 
 
 def train(
-    model: nn.Module,
-    objective: Objective,
-    data: Data,
-    settings: Settings,
-    run: Run,
-    sample: Sample | None = None,
-    save: Save | None = None,
-    largest: Batch | None = None,
-) -> Summary:
+    model: nn.Module, objective: Objective, data: Data, settings: Settings, run: Run, sample: Sample | None = None,
+    save: Save | None = None, largest: Batch | None = None,
+) -> Summary:  # fmt: skip
     """Trains a model, on the device where its parameters are, and writes a run directory.
 
     `sample`: called with the number of steps done, gives a text or a PNG picture. `save`: writes the model into the
@@ -90,16 +84,9 @@ class _Loop:
     """A run of a trainer in a directory: its steps, and what comes between them."""
 
     def __init__(
-        self,
-        setup: Setup,
-        data: Data,
-        run: Run,
-        sample: Sample | None,
-        save: Save | None,
-        display: Display,
-        lines: metrics.Metrics,
-        stop: Callable[[], bool],
-    ):
+        self, setup: Setup, data: Data, run: Run, sample: Sample | None, save: Save | None, display: Display,
+        lines: metrics.Metrics, stop: Callable[[], bool],
+    ):  # fmt: skip
         self.trainer, self.cost, self.described, evaluate_every = setup
         self.state, self.settings = self.trainer.state, self.trainer.settings
         self.data, self.run, self.sample, self.save = data, run, sample, save

@@ -46,14 +46,9 @@ class Setup(NamedTuple):
 
 
 def set_up(
-    model: nn.Module,
-    objective: Objective,
-    data: Data,
-    settings: Settings,
-    run: Run,
-    tell: Callable[[str], None],
+    model: nn.Module, objective: Objective, data: Data, settings: Settings, run: Run, tell: Callable[[str], None],
     largest: Batch | None = None,
-) -> Setup:
+) -> Setup:  # fmt: skip
     """Builds the trainer, measures the cost on the largest batch, and loads the state of a resumed run. `tell` shows a
     message.
 

@@ -66,16 +66,9 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        settings: Settings,
-        *,
-        length: Length | None = None,
-        data: object = None,
-        dtype: torch.dtype | None = None,
-        ranks: Ranks | None = None,
-    ):
+        self, model: nn.Module, objective: Objective, settings: Settings, *, length: Length | None = None,
+        data: object = None, dtype: torch.dtype | None = None, ranks: Ranks | None = None,
+    ):  # fmt: skip
         self.model, self.settings = model, settings
         self.device = next(model.parameters()).device
         self.dtype = dtype or resolve_dtype(settings.precision, self.device)

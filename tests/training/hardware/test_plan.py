@@ -1,5 +1,7 @@
 """Plans on paper: beside what was published, how they follow the devices, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 
 from keifu.commands.plan import architecture, parse
@@ -48,6 +50,27 @@ def test_grouped_heads_leave_room_for_more_sequences() -> None:
     assert many["sequences"] > 7 * few["sequences"] and many["rate"] > few["rate"]
 
 
+def test_this_machine_is_a_device_that_is_measured() -> None:
+    """Its products and its memory are a computer's; elementwise work counts for more than on a GPU."""
+    count, kind = parse_devices("1xthis-CPU")
+    assert count == 1 and 1e9 < kind.flops < 1e14 and 1e8 < kind.bandwidth < 2e12 and kind.memory > 1e8
+    made = plan.plan(architecture(SIZES["gpt2"], 128), 1, kind, 512)
+    assert made.layout.pods == made.layout.shard == made.layout.tensor == 1
+    again = plan.plan(architecture(SIZES["gpt2"], 128), 1, replace(kind, bandwidth=kind.bandwidth / 2), 512)
+    for part, factor in (("products", 1), ("elementwise", 2), ("update", 2)):
+        assert again.seconds[part] == pytest.approx(factor * made.seconds[part]) and made.seconds[part] > 0
+    assert made.memory["optimizer"] == 12 * SIZES["gpt2"].parameters
+
+
+def test_logits_are_made_in_parts() -> None:
+    """Rows that are computed together take activations each, and logits up to 671 MB."""
+    model = architecture(SIZES["gpt2"])
+    few, many, more = (plan._memory(model, plan.Layout(1, 1, 1, rows, False))["activations"] for rows in (1, 64, 128))
+    each = 34 * model.context * model.dim * model.layers
+    assert few == each + 10 * model.context * model.vocab
+    assert more - many == 64 * each and many == 64 * each + 10 * 2**26
+
+
 @pytest.mark.parametrize(("text", "amount"), [("300B", 3e11), ("1.4T", 1.4e12), ("5000", 5e3), ("2k", 2e3)])
 def test_amounts_have_letters(text: str, amount: float) -> None:
     assert parse_amount(text) == amount
@@ -60,6 +83,7 @@ def test_amounts_have_letters(text: str, amount: float) -> None:
         (["llama-7b", "--devices", "2048xA100-80"], "no device 'A100-80'. Did you mean 'A100-80G'"),
         (["llama-7b", "--devices", "lots"], "is a number, x and a kind"),
         (["llama-7b", "--tokens", "many"], "is a number such as 300B"),
+        (["gpt2", "--devices", "2xthis-CPU"], "no device 'this-CPU'. Did you mean '1xthis-CPU'"),
         (["lama-7b"], "Did you mean .*'llama-7b'"),
         (["stable-diffusion-1"], "is no Transformer of tokens alone"),
         (["llama3.1-405b", "--inference", "--devices", "8xA100-80G"], "do not fit into"),

@@ -16,6 +16,7 @@ from keifu.checkpoints.plan import Source, Stored
 from keifu.checkpoints.registry import Family
 from keifu.errors import UserError
 from keifu.files import parse_json, read_json_object
+from keifu.layers.lazy import Index
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = {"config.json": None, "open_clip_config.json": "open_clip"}  # and the model_type that is meant where it is so
@@ -35,15 +36,9 @@ def open_directory(path: Path) -> Source:
 
 
 def source_of(
-    path: Path,
-    layout: str,
-    family: Family,
-    config: Any,
-    files: Sequence[Path],
-    notes: tuple[str, ...] = (),
-    prefixes: Mapping[Path, str] | None = None,
-    texts: Path | None = None,
-) -> Source:
+    path: Path, layout: str, family: Family, config: Any, files: Sequence[Path], notes: tuple[str, ...] = (),
+    prefixes: Mapping[Path, str] | None = None, texts: Path | None = None,
+) -> Source:  # fmt: skip
     """A model of this config whose weights lie in these safetensors files.
 
     prefixes: what each file's names are told with, where several parts have files. texts: where the tokenizer is, if
@@ -58,8 +53,12 @@ def source_of(
         file, name = owner[told]
         return opened[file].get_tensor(name)
 
+    def part(told: str, index: Index) -> Tensor:
+        file, name = owner[told]
+        return opened[file].get_slice(name)[index]
+
     tokenizer = _tokenizer(texts or path, family)
-    return Source(path, layout, family, config, stored, read, tokenizer, family.names, notes=notes)
+    return Source(path, layout, family, config, stored, read, tokenizer, family.names, notes=notes, part=part)
 
 
 def _with_preprocessor(where: Path) -> dict[str, Any]:

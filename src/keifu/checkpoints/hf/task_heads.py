@@ -22,10 +22,7 @@ OWN = "keifu_finetuned"
 TASK = "keifu_task"  # the field of config.json with the form and the ids
 INSIDE = "decoder."
 LABELS, ANSWERS = "ForSequenceClassification", "DoubleHeadsModel"
-CLASSES = {
-    LABELS: ("OpenAIGPT", "GPT2", "GPTNeo", "Llama", "Mistral", "Qwen2"),
-    ANSWERS: ("OpenAIGPT", "GPT2"),
-}
+CLASSES = {LABELS: ("OpenAIGPT", "GPT2", "GPTNeo", "Llama", "Mistral", "Qwen2"), ANSWERS: ("OpenAIGPT", "GPT2")}
 OF_FORM = {"classification": LABELS, "entailment": LABELS, "score": LABELS, "choice": ANSWERS}
 HEAD = {LABELS: "score", ANSWERS: "multiple_choice_head.summary"}
 UNSUPPORTED: dict[str, Mapping[str, Any]] = {

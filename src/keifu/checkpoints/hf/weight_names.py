@@ -9,12 +9,13 @@ Axes: rows = a matrix's outputs, columns = its inputs; a bias has rows alone.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from keifu.layers.lazy import Index
 from keifu.layers.linear import JoinedLinear
 
 Table = Mapping[str, str] | None
@@ -53,6 +54,20 @@ class Link:
     def part(self, index: int, tensor: Tensor) -> Tensor:
         """The rows of ours that the tensor makes, which is one of theirs, by its number."""
         return halves(self._turn(tensor), self._heads()[index])
+
+    def read(self, read: Callable[[str, Index], Tensor], index: Index) -> Tensor:
+        """Rows and columns of ours (all: ()), which `read` reads of theirs."""
+        first, *columns = index or (slice(0, sum(self.rows)),)
+        found, start = [], 0
+        for number, (name, rows) in enumerate(zip(self.theirs, self.rows, strict=True)):
+            own = slice(max(first.start - start, 0), min(first.stop - start, rows))
+            start += rows
+            if self._heads()[number] and own.start < own.stop:
+                found.append(self.part(number, self.subtract_offset(read(name, ())))[(own, *columns)])
+            elif own.start < own.stop:
+                place = (own, *(columns or (slice(None),)))[::-1] if self.transposed else (own, *columns)
+                found.append(self._turn(self.subtract_offset(read(name, place))))
+        return found[0].contiguous() if len(found) == 1 else torch.cat(found)
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Theirs, taken out of ours."""

@@ -148,7 +148,8 @@ def _write_weights(model: nn.Module, found: Sequence[Link], file: Path, limit: i
 def _of_whole(link: Link) -> Link:
     """The same of a split model, whose tensor is a part of that link's."""
     layout = current().layout(link.ours)
-    return replace(link, shape=layout.shape, rows=layout.parts) if layout else link
+    rows = layout.parts if layout and len(link.rows) > 1 else (sum(layout.parts) if layout else 0,)
+    return replace(link, shape=layout.shape, rows=rows) if layout else link
 
 
 def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path, file: str) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from keifu.checkpoints.lora.peft import attach_tensors, layers, read_tensors
+from keifu.checkpoints.lora.peft import attach_tensors, layers, read_tensors, whole_tensors
 from keifu.errors import UserError, unknown
 from keifu.files import write_atomic
 from keifu.layers.lora import Adapter, LoraSettings, adapters, merge
+from keifu.processes import current
 
 ENDS = {  # of a name, and what it is: the lower matrix, the upper one, what scales their product, DoRA's lengths
     ".lora_A.weight": "a", ".lora_linear_layer.down.weight": "a", ".lora.down.weight": "a", "_lora.down.weight": "a",
@@ -113,16 +114,19 @@ def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:
         raise UserError(f"A LoRA's file holds adapters of the U-Net and the text's encoder, not of {strange[0]}.")
     if style == "diffusers" and any(adapter.length is not None for adapter in made):
         raise UserError("The older spelling of diffusers has no word for DoRA's lengths: write it as peft or kohya.")
-    tensors = {name: tensor for adapter in made for name, tensor in _format_weights(adapter, style).items()}
+    whole = whole_tensors(model).items()
+    tensors = {name: tensor for each in whole for name, tensor in _format_weights(*each, style).items()}
+    if not current().first:
+        return
     write_atomic(Path(path), save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"}))
 
 
-def _format_weights(adapter: Adapter, style: str) -> dict[str, Tensor]:
+def _format_weights(adapter: Adapter, held: Mapping[str, Tensor], style: str) -> dict[str, Tensor]:
     """The tensors of one adapter by their names, convolutions' as kernels."""
     label, (down, up) = adapter.target.label, WRITTEN[style]
     if style == "diffusers" and label.startswith("text_encoder."):
         down, up = OF_TEXT
-    a, b = adapter.a.detach().cpu(), adapter.b.detach().cpu()
+    a, b = held["a"], held["b"]
     scale = adapter.low.scale
     if style == "kohya":
         part, _, rest = label.partition(".")
@@ -134,7 +138,7 @@ def _format_weights(adapter: Adapter, style: str) -> dict[str, Tensor]:
     if style == "kohya":
         tensors[".alpha"] = torch.tensor(scale * adapter.low.rank)
     if adapter.length is not None:
-        length = adapter.length.detach().cpu()
+        length = held["length"]
         name, shape = (".dora_scale", (-1, 1)) if style == "kohya" else (".lora_magnitude_vector", (-1,))
         tensors[name] = length.view(*shape)
     return {f"{label}{end}": tensor for end, tensor in tensors.items()}

@@ -18,6 +18,7 @@ from keifu.checkpoints.registry import describe
 from keifu.errors import UserError, unknown
 from keifu.files import check_pattern, read_json_object, write_atomic
 from keifu.layers.lora import Adapter, LoraSettings, Target, adapters, attach
+from keifu.processes import current
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -100,17 +101,25 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str) -> None:
     made = list(adapters(model))
     if not made:
         raise UserError("This model has no adapters to save: save it whole.")
-    tensors = {name: tensor for adapter in made for name, tensor in _name_layers(adapter).items()}
+    tensors = {name: tensor for each in whole_tensors(model).items() for name, tensor in _name_layers(*each).items()}
+    if not current().first:
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     write_atomic(directory / CONFIG, json.dumps(_config(model, made, base), indent=2) + "\n")
 
 
-def _name_layers(adapter: Adapter) -> dict[str, Tensor]:
-    held = {end: getattr(adapter, ours) for end, ours in ENDS.items()}
+def whole_tensors(model: nn.Module) -> dict[Adapter, dict[str, Tensor]]:
+    """The tensors of every adapter, on the CPU; of a split model, its processes join them."""
+    join, named = current().join, [each for each in model.named_modules() if isinstance(each[1], Adapter)]
+    return {part: {end: join(f"{name}.{end}", p.detach()).cpu().contiguous() for end, p in part.named_parameters()}
+            for name, part in named}  # fmt: skip
+
+
+def _name_layers(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     name = f"{PREFIX}{adapter.target.label}"
-    return {f"{name}.{end}": tensor.detach().cpu().contiguous() for end, tensor in held.items() if tensor is not None}
+    return {f"{name}.{end}": tensors[ours] for end, ours in ENDS.items() if ours in tensors}
 
 
 def _config(model: nn.Module, made: Sequence[Adapter], base: str) -> dict[str, Any]:

@@ -18,13 +18,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from keifu.data.tokenizers.template_limits import (
-    LARGEST,
-    LONGEST_SOURCE,
-    LimitedEnvironment,
-    LimitError,
-    limited,
-)
+from keifu.data.tokenizers.template_limits import LARGEST, LONGEST_SOURCE, LimitedEnvironment, LimitError, limited
 from keifu.errors import UserError
 
 # A plain template, for models that are to be taught to chat; the tokenizer needs <|im_start|> and <|im_end|>.

@@ -35,6 +35,7 @@ from keifu.errors import UserError
 from keifu.files import sha256, write_atomic
 from keifu.generation.text.model import causal
 from keifu.layers.lora import adapters, merge
+from keifu.processes import current
 from keifu.recipes.finetuning import FinetuneOptions, describe_run, finetune_settings
 from keifu.recipes.options import given
 from keifu.training.loop import Summary, train
@@ -213,8 +214,9 @@ def save_result(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: s
         checkpoints.save(model, tokenizer, directory)
         return
     save_adapter(model, directory, str(Path(base).resolve()) if Path(base).exists() else base)
-    tokenizer.save(directory)
-    write_atomic(directory / GENERATION_CONFIG, json.dumps(generation_config(tokenizer), indent=2) + "\n")
+    if current().first:
+        tokenizer.save(directory)
+        write_atomic(directory / GENERATION_CONFIG, json.dumps(generation_config(tokenizer), indent=2) + "\n")
 
 
 def prompt_parts(source: str, share: float) -> tuple[list[RankedResponses], list[RankedResponses]]:

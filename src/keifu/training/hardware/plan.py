@@ -2,13 +2,15 @@
 
 Time of a step = matrix products at a share of the peak + elementwise work at the memory's bandwidth + exchanges within
 a machine + what of the exchanges between machines is longer than the computation that hides it. One set of constants
-serves all models and devices; `benchmarks/plan.py` holds it against published runs.
+serves all models and GPUs, another one processors; `benchmarks/plan.py` holds them against published runs and this
+machine.
 """
 
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -19,7 +21,12 @@ from keifu.training.hardware.flops import TFLOPS
 @dataclass(frozen=True)
 class DeviceKind:
     """A kind of device: FLOP/s in 16 bits, bytes of memory, bytes/s of memory, within a machine and between machines,
-    watts, and devices of a machine that are connected by the fast links."""
+    watts, and devices of a machine that are connected by the fast links.
+
+    products: the share of the FLOP/s that large matrix products reach. elementwise, logits, update: bytes that are
+    moved for each token, layer and unit of width; for each token and word of the vocabulary; for each parameter in a
+    step.
+    """
 
     flops: float | int
     memory: float | int
@@ -28,6 +35,10 @@ class DeviceKind:
     network: float | int
     watts: float | int
     machine: int = 8
+    products: float | int = 0.58
+    elementwise: float | int = 150
+    logits: float | int = 0
+    update: float | int = 0
 
 
 def _kind(
@@ -50,13 +61,13 @@ DEVICES = {
     "TPU-v4": DeviceKind(275e12, 32e9, 1.2e12, 270e9, 100e9, 192, 64),
     "TPU-v5p": DeviceKind(459e12, 95e9, 2.765e12, 540e9, 150e9, 350, 64),
 }
-PRODUCTS = 0.58  # the share of the peak that large matrix products reach
-ELEMENTWISE = 150  # bytes that elementwise work moves for each token, layer and unit of width, forward and backward
+HERE = "this-CPU"
+ACTIVATIONS = 34  # bytes a token, layer and unit of width that the backward pass needs (Korthikanti et al., 2022)
+LOGITS = 2**26, 10  # that the loss makes at a time, and the bytes that each takes
 LINKS = 0.7  # the share of a link's bandwidth that exchanges reach
 USED = 0.92  # the share of the memory that a run may use; the rest is the library's and what fragments
 STATE = 16  # bytes a parameter: weights and gradients in 16 bits, and AdamW's two averages and the weights in 32
 POWER = 1.1  # a data centre's power beside that of its devices
-ACTIVATIONS = 34  # bytes a token, layer and unit of width that the backward pass needs (Korthikanti et al., 2022)
 
 
 @dataclass(frozen=True)
@@ -124,11 +135,34 @@ class Plan:
 def parse_devices(text: str) -> tuple[int, DeviceKind]:
     """`2048xA100-80G` as a number and a kind; anything else is a `UserError`."""
     number, _, name = text.partition("x")
+    if text == f"1x{HERE}":
+        return 1, this_machine()
     if not number.isdigit() or not int(number):
         raise UserError(f"--devices is a number, x and a kind, such as 2048xA100-80G, and not {text!r}.")
     if name not in DEVICES:
-        raise unknown("device", name, DEVICES)
+        raise unknown("device", name, [*DEVICES, f"1x{HERE}"])
     return int(number), DEVICES[name]
+
+
+@cache
+def this_machine() -> DeviceKind:
+    """This computer's processor as a device: FLOP/s of products as `keifu train` makes them, and bytes/s, measured.
+
+    The other figures were chosen so that six models fit on an Intel Xeon with AMX. They are larger than a GPU's, since
+    PyTorch's elementwise operations are not joined there, and work in 32 bits.
+    """
+    import torch
+
+    from keifu.memory import available_memory
+    from keifu.training.hardware import flops
+    from keifu.training.hardware.precision import resolve_dtype
+
+    cpu, numbers = torch.device("cpu"), torch.ones(2**26)
+    copy = torch.empty_like(numbers)
+    bandwidth = 2 * numbers.nbytes / min(flops.time_call(lambda: copy.copy_(numbers), cpu) for _ in range(20))
+    peak = flops.matmul_peak(cpu, resolve_dtype("auto", cpu))
+    return DeviceKind(peak, available_memory(cpu), bandwidth, bandwidth, bandwidth, 0, 1,
+                      products=0.78, elementwise=1000, logits=134, update=62)  # fmt: skip
 
 
 def parse_amount(text: str) -> float:
@@ -149,7 +183,7 @@ def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int
             f"The training does not fit: it takes at least {least / 1e9:,.0f} GB on each device, which has "
             f"{kind.memory / 1e9:.0f} GB; take more devices."
         )
-    return min(fitting, key=lambda each: each.step)
+    return min(fitting, key=lambda each: (each.step, -each.layout.rows))
 
 
 def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float | int) -> Iterator[Layout]:
@@ -173,8 +207,9 @@ def _planned(model: Architecture, layout: Layout, devices: int, kind: DeviceKind
     width = model.layers * model.dim
     weights = 2 * model.parameters / layout.tensor  # bytes of a device's part before sharding
     seconds = {
-        "products": again * tokens * model.flops / (kind.flops * PRODUCTS),
-        "elementwise": again * tokens * width * ELEMENTWISE / kind.bandwidth,
+        "products": again * tokens * model.flops / (kind.flops * kind.products),
+        "elementwise": again * tokens * (width * kind.elementwise + model.vocab * kind.logits) / kind.bandwidth,
+        "update": model.parameters / layout.tensor / layout.shard * kind.update / kind.bandwidth,
     }
     passes = math.ceil(rows / layout.rows)
     moved = tokens * layout.tensor * width * 2 * (layout.tensor - 1) / layout.tensor
@@ -200,7 +235,7 @@ def _memory(model: Architecture, layout: Layout) -> dict[str, float]:
         "weights": 2 * own,
         "gradients": 2 * own,
         "optimizer": (STATE - 4) * own,
-        "activations": kept + tokens * model.vocab * 6 / 8,  # logits in parts
+        "activations": kept + min(tokens * model.vocab, LOGITS[0]) * LOGITS[1],
         "gathered layers": gathered,
     }
 
@@ -216,7 +251,7 @@ def inference(model: Architecture, devices: int, kind: DeviceKind, context: int)
             f"{devices} x {kind.memory / 1e9:.0f} GB; take more devices."
         )
     read = (2 * model.parameters + batch * cache / 2) / (devices * kind.bandwidth * 0.8)  # caches are half full
-    products = 2 * model.parameters * batch / (devices * kind.flops * PRODUCTS)
+    products = 2 * model.parameters * batch / (devices * kind.flops * kind.products)
     exchange = 2 * 2 * model.layers * batch * model.dim * 2 / (kind.link * LINKS) if devices > 1 else 0.0
     step = max(read, products) + exchange
     alone = 2 * model.parameters / (devices * kind.bandwidth * 0.8) + (4 * model.layers * 10e-6 if devices > 1 else 0)

@@ -40,14 +40,9 @@ class State:
 
 
 def save(
-    directory: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    facts: Mapping[str, Any],
-    keep: int,
-    reach: int = 0,
+    directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int, reach: int = 0,
     due: Callable[[int], bool] = lambda step: True,
-) -> str:
+) -> str:  # fmt: skip
     """Writes a state into a run directory, removes old ones, and gives the hash of the tensors.
 
     The last `keep` states are kept, and those at most `reach` steps older than these. Old ones are removed only when

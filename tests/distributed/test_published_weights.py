@@ -1,0 +1,49 @@
+"""Published weights that processes share: each reads its part of the file, and none ever holds the whole model."""
+
+from typing import Any
+
+import group_toys
+import pytest
+import torch
+
+from keifu.checkpoints.hf.write import save
+from keifu.models import gpt2, llama
+
+WORDS = {**group_toys.WORDS, "vocab_size": 30}
+MODELS = {  # each has joined q, k and v; of LLaMA gate and up are apart in the file, GPT-2's matrices are transposed
+    "llama": llama.Config(**WORDS, n_kv_heads=2),
+    "tied": llama.Config(**WORDS, n_kv_heads=2, tied=True),
+    "gpt2": gpt2.Config(**WORDS),
+    "large": llama.Config(2000, 64, 512, 1024, 6, 8, n_kv_heads=4),  # 79 MB
+}
+CASES = [(model, mesh, lora) for model in ("llama", "tied", "gpt2") for mesh in ("shard", "tensor") for lora in (0, 2)
+         if not lora or mesh == "shard"]  # fmt: skip
+CASES += [("large", "shard", 0), ("large", "tensor", 0), ("large", "shard", 2)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes found."""
+    folder = tmp_path_factory.mktemp("published")
+    for name, config in MODELS.items():
+        torch.manual_seed(0)
+        model = (gpt2 if name == "gpt2" else llama).build(config)
+        save(model.bfloat16() if name == "tied" else model, None, folder / name)
+    wanted = [{"name": f"{model}-{mesh}-{lora}", "work": "published", "model": str(folder / model), "lora": lora,
+               "mesh": {mesh: 2}} for model, mesh, lora in CASES]  # fmt: skip
+    return group_toys.start(folder, wanted, 2)
+
+
+@pytest.mark.parametrize(("model", "mesh", "lora"), CASES)
+def test_each_process_reads_its_part(model: str, mesh: str, lora: int, found: dict[str, Any]) -> None:
+    """Half of every matrix, with those of a joined one and a tied head; tensor parallelism has norms, and an embedding
+    that is no head, whole."""
+    case = found[f"{model}-{mesh}-{lora}"]
+    assert case["right"]
+    assert case["read"] <= (0.5 if mesh == "shard" else 0.54)
+
+
+@pytest.mark.parametrize(("mesh", "lora"), [("shard", 0), ("tensor", 0), ("shard", 2)])
+def test_no_process_holds_the_whole_model(mesh: str, lora: int, found: dict[str, Any]) -> None:
+    """At any moment, of its memory that is no part of the file."""
+    assert found[f"large-{mesh}-{lora}"]["grown"] < 0.7
