@@ -52,8 +52,8 @@ class Mesh:
         shard = self.shard or (max(1, count // (self.pods * self.tensor)) if self.pods else 1)
         pods = self.pods or count // (shard * self.tensor)
         if shard == 1 and (self.offload or self.sync_each):
-            name = "offload" if self.offload else "sync-each"
-            raise UserError(f"--mesh.{name} is for shared weights: give --mesh.shard too, or leave it out.")
+            name = "--mesh.offload" if self.offload else "--mesh.sync-each"
+            raise UserError(f"{name} is for shared weights: give --mesh.shard too, or leave it out.")
         if fewer and count % (shard * self.tensor) == 0:
             pods = min(pods, count // (shard * self.tensor))
         shape = Shape(pods, shard, self.tensor)
