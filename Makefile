@@ -25,9 +25,9 @@ check: .venv/.development
 	@$(BIN)/basedpyright
 	@$(BIN)/bandit --quiet --recursive --configfile pyproject.toml src
 
-# Known faults of the installed packages; needs the network.
+# Known faults of the installed packages; needs the network, and fails where a package could not be looked up.
 audit: .venv/.development
-	@$(BIN)/pip-audit --local --skip-editable
+	@$(BIN)/pip-audit --strict --local --skip-editable
 
 # The documentation in both languages, into site/: open site/index.html. A link that leads nowhere is an error.
 docs: .venv/.development

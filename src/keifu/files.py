@@ -18,6 +18,7 @@ from keifu.errors import UserError
 FULL = {errno.ENOSPC: "disk", errno.EDQUOT: "quota"}  # what has no space left, by the system's error number
 LEFT = re.compile(r"\..+\.\d+\.part|\.tmp\w{6}")  # temporary files of `replacing`, and of the package safetensors
 LARGEST_TEXT = 2**28  # bytes of a JSON, YAML or vocabulary file
+SURROGATE = r"\\u[dD][89a-fA-F]"  # an escape of half a character in JSON
 DEEPEST = 100  # lists and objects inside each other
 LONGEST_PATTERN = 100_000  # characters of a regular expression: some list every word
 MOST_VALUES = 2 * 10**7  # in all of them
@@ -88,9 +89,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def plain_file(path: Path, what: str = "file") -> Path:
+    """The path of a file that is there and can be read to an end. A folder, a pipe, a device, a link that leads
+    nowhere, and a file that this user may not read are `UserError`s too."""
+    if not path.exists() and not path.is_symlink():
+        raise UserError(f"There is no {what} {path}.")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else "a link that leads nowhere"
+        raise UserError(f"{path} is {kind}, and a file is needed there.")
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise UserError(f"{path} cannot be read: you have no permission to read it.")
+    return path
+
+
 def read_text(path: Path) -> str:
     """A file's text; one that is not UTF-8, or larger than any text that keifu reads whole, is a `UserError`."""
-    if (size := path.stat().st_size) > LARGEST_TEXT:
+    if (size := plain_file(path).stat().st_size) > LARGEST_TEXT:
         raise UserError(f"{path} has {size:,} bytes, and at most {LARGEST_TEXT:,} are read of a file of this kind.")
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -107,7 +121,7 @@ def parse_json(text: str | bytes, name: Any) -> Any:
         raise UserError(f"{name} is nested more than {DEEPEST} deep.") from None
     except ValueError as error:
         raise UserError(f"{name} is not JSON: {str(error).rstrip('.')}.") from error
-    return _within_limits(found, name)
+    return _within_limits(found, name, text)
 
 
 def parse_yaml(text: str, name: Any, loader: Any = None) -> Any:
@@ -116,7 +130,7 @@ def parse_yaml(text: str, name: Any, loader: Any = None) -> Any:
     import yaml
 
     try:
-        return _within_limits(yaml.load(text, loader or yaml.SafeLoader), name)  # nosec B506
+        return _within_limits(yaml.load(text, loader or yaml.SafeLoader), name, text)  # nosec B506
     except RecursionError:
         raise UserError(f"{name} is nested more than {DEEPEST} deep.") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
@@ -126,8 +140,8 @@ def parse_yaml(text: str, name: Any, loader: Any = None) -> Any:
         raise UserError(f"{name} cannot be read: it is neither YAML nor JSON ({reason}).") from error
 
 
-def _within_limits(content: Any, name: Any) -> Any:
-    """The content, if it is neither too deep nor too large for those who walk through it."""
+def _within_limits(content: Any, name: Any, text: str | bytes) -> Any:
+    """The content, if it is neither too deep nor too large for those who walk through it, and its texts are whole."""
     level, depth, count = [content], 0, 0
     while level := [value for value in level if isinstance(value, dict | list)]:
         depth, count = depth + 1, count + sum(map(len, level))
@@ -136,6 +150,12 @@ def _within_limits(content: Any, name: Any) -> Any:
         if count > MOST_VALUES:
             raise UserError(f"{name} holds more than {MOST_VALUES:,} values.")
         level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
+    if re.search(SURROGATE, text) if isinstance(text, str) else re.search(SURROGATE.encode(), text):
+        try:
+            json.dumps(content, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise UserError(f"{name} holds {half}, which is half of a character: no text has it alone.") from None
     return content
 
 
@@ -167,10 +187,11 @@ def reading(path: Any) -> Iterator[None]:
     damaged becomes one `UserError` that names the file. The cause stays with it, for --verbose."""
     try:
         yield
-    except (UserError, OSError, ImportError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (UserError, ImportError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # panics of libraries in Rust are no Exceptions
-        if re.search("out of memory|can't allocate memory", str(error)):
+        system = isinstance(error, OSError) and error.errno not in (None, errno.ENAMETOOLONG)  # None: gzip's own
+        if system or re.search("out of memory|can't allocate memory", str(error)):
             raise
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
         raise UserError(f"{path} is damaged, or of a form that keifu does not read ({what}).") from error

@@ -1,42 +1,44 @@
 """What is fuzzed: small files of every kind that keifu reads, and what reads each of them to its end."""
 
-import gzip
-import io
 import json
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import image_models as image
+import tokenizer_files as words
 import torch
-from PIL import Image
+import training_files as training
+from image_models import LATENT, PIPELINE, load_model
 from safetensors.torch import save_file
+from tokenizer_files import TEXTS, encode
 
 from keifu import checkpoints
 from keifu.checkpoints.gguf.write import save_gguf
 from keifu.checkpoints.lora.peft import adapt, lora_config, save_adapter
-from keifu.data.images.sources import items
-from keifu.data.records import read_records
 from keifu.data.text.mixture import read_mixture
-from keifu.data.tokenizers import bpe
 from keifu.data.tokenizers.chat_template import CHATML
-from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.errors import UserError
-from keifu.evaluation.text.tasks import read_task
 from keifu.files import write_tensors
 from keifu.generation.images.png_metadata import read_record
-from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, mlp, palm, qwen3, seq2seq, transformer
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
-from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, latent_diffusion
-from keifu.training.run import checkpoint, metrics
-from keifu.training.run.directory import read_recipe
+from keifu.models import (
+    bert,
+    gemma3,
+    gpt1,
+    gpt2,
+    gpt3,
+    llama,
+    mlp,
+    palm,
+    perceptron,
+    qwen3,
+    seq2seq,
+    task_head,
+    transformer,
+)
 
-TEXTS = ["one two three four five 12 = 3 <|im_start|> <|im_end|> Hi user assistant system\n"] * 9
-PICTURES = ("png", "jpg", "gif", "webp", "tiff", "bmp", "ppm")
 SIZES: dict[str, Any] = {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2, "context_length": 24}
 
 
@@ -61,19 +63,6 @@ def load(folder: Path) -> None:
         model(torch.tensor([[1, 2, 3]]))
 
 
-def load_model(*inputs: torch.Tensor) -> Callable[[Path], None]:
-    """A model of another kind, which computes on these inputs."""
-
-    def read(folder: Path) -> None:
-        model, tokenizer = checkpoints.load(folder)
-        if tokenizer is not None:
-            tokenizer.decode(tokenizer.encode("a red heart"))
-        with torch.no_grad():
-            model(*inputs)
-
-    return read
-
-
 def saved(module: Any, kind: str = "bpe", shards: float = 5e9, **more: Any) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         torch.manual_seed(0)
@@ -85,36 +74,33 @@ def saved(module: Any, kind: str = "bpe", shards: float = 5e9, **more: Any) -> C
     return make
 
 
-def clip_towers(folder: Path) -> None:
-    tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520)
-    text = clip_text.Config(tokenizer.vocab_size, 12, 12, 24, 1, 3, end_id=tokenizer.eos_id, embedding_dim=6)
-    image = clip_image.Config(14, 7, 3, 12, 24, 1, 3, embedding_dim=6)
-    checkpoints.save(clip.build(clip.Config(text, image)), tokenizer, folder)
+def translator(module: Any, **sizes: Any) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        tokenizer = train_tokenizer("bpe", TEXTS, 280, special_tokens=["<s>", "</s>", "<pad>"])
+        config = module.Config(tokenizer.vocab_size, **sizes, start_id=256, end_id=257, pad_id=258)
+        checkpoints.save(module.build(config), tokenizer, folder)
+
+    return make
 
 
-def translator(folder: Path) -> None:
-    tokenizer = train_tokenizer("bpe", TEXTS, 280, special_tokens=["<s>", "</s>", "<pad>"])
-    config = transformer.Config(tokenizer.vocab_size, **SIZES, start_id=256, end_id=257, pad_id=258)
-    checkpoints.save(transformer.build(config), tokenizer, folder)
+def classifier(module: Any, form: str) -> Callable[[Path], None]:
+    """A decoder with a head for a task."""
 
+    def make(folder: Path) -> None:
+        tokenizer = train_tokenizer("bpe", TEXTS, 280, special_tokens=["<s>", "</s>", "<pad>"])
+        decoder = module.Config(vocab_size=tokenizer.vocab_size, **SIZES)
+        config = task_head.Config(decoder, form, () if form == "choice" else ("a", "b"), 256, 257, 258)
+        checkpoints.save(task_head.builder(module.build)(config), tokenizer, folder)
 
-def pixels(folder: Path) -> None:
-    config = ddpm.Config(
-        8, dim=8, multipliers=(1, 1), n_residual_blocks=1, attention=(), norm_groups=4, middle_groups=4
-    )
-    checkpoints.save(ddpm.build(config), None, folder)
-
-
-def latents(folder: Path) -> None:
-    tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(12)
-    text = clip_text.Config(tokenizer.vocab_size, 12, 16, 24, 1, 2, end_id=tokenizer.eos_id, projected=False)
-    unet = conditioned_unet.Config(4, 2, 2, (8,), 1, (0,), (0,), 2, context_dim=16, norm_groups=4)
-    autoencoder = autoencoder_kl.Config(8, 3, 2, (4, 8), 1, 4, scale=1.0)
-    checkpoints.save(latent_diffusion.build(latent_diffusion.Config(text, unet, autoencoder)), tokenizer, folder)
+    return make
 
 
 def network(folder: Path) -> None:
     checkpoints.save(mlp.build(mlp.Config(dim=3, hidden_dims=(4, 5), n_outputs=2)), None, folder)
+
+
+def first_neuron(folder: Path) -> None:
+    checkpoints.save(perceptron.build(perceptron.Config(dim=3)), None, folder)
 
 
 def archive(folder: Path) -> None:
@@ -128,117 +114,27 @@ def archive(folder: Path) -> None:
     assert set(EXCHANGED) < set(NAMES.values())
 
 
-def gguf(folder: Path, dtype: str | None = "q8_0") -> None:
-    saved(llama, dim=32)(folder / "hf")
-    model, tokenizer = checkpoints.load(folder / "hf")
-    save_gguf(model, tokenizer, folder / "model.gguf", dtype)
+def gguf(module: Any, dtype: str | None, **more: Any) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        saved(module, **{"dim": 32, **more})(folder / "hf")
+        model, tokenizer = checkpoints.load(folder / "hf")
+        save_gguf(model, tokenizer, folder / "model.gguf", dtype)
+
+    return make
 
 
-def adapter(folder: Path) -> None:
-    saved(llama)(folder / "base")
-    model, _ = checkpoints.load(folder / "base")
-    save_adapter(adapt(model, ["all-linear"], lora_config(2, 4.0)), folder / "adapter", str(folder / "base"))
-    path = folder / "adapter/adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"q_proj": 2}}))
+def adapter(**more: Any) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        saved(llama)(folder / "base")
+        model, _ = checkpoints.load(folder / "base")
+        save_adapter(
+            adapt(model, ["all-linear"], lora_config(2, 4.0, **more)), folder / "adapter", str(folder / "base")
+        )
+        path = folder / "adapter/adapter_config.json"
+        patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {".*v_proj": 4.0}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | patterns))
 
-
-def vocabularies(folder: Path) -> None:
-    tokenizer = json.loads(train_tokenizer("bpe", TEXTS, 280).backend.to_str())["model"]
-    (folder / "gpt2").mkdir()
-    (folder / "gpt2/vocab.json").write_text(json.dumps(tokenizer["vocab"]))
-    (folder / "gpt2/merges.txt").write_text("#version\n" + "".join(f"{a} {b}\n" for a, b in tokenizer["merges"]))
-    (folder / "bert").mkdir()
-    (folder / "bert/vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdeon"]))
-    (folder / "clip").mkdir()
-    merges = gzip.compress(b"#version\n" + b"a b\nc d\ne f")
-    (folder / "clip/bpe_simple_vocab_16e6.txt.gz").write_bytes(merges)
-
-
-def sentencepiece_model(folder: Path) -> None:
-    import sentencepiece
-
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
-        sentence_iterator=iter(TEXTS), model_writer=written, vocab_size=60, minloglevel=2, hard_vocab_limit=False
-    )
-    (folder / "tokenizer.model").write_bytes(written.getvalue())
-
-
-def encode(name: str = "") -> Callable[[Path], None]:
-    def read(folder: Path) -> None:
-        tokenizer = load_tokenizer(folder / name)
-        tokenizer.decode(tokenizer.encode("one two ①"))
-
-    return read
-
-
-def tables(folder: Path) -> None:
-    rows = [{"text": f"one {n}", "label": n % 2, "more": [1, {"a": None}]} for n in range(6)]
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "a.json").write_text(json.dumps(rows))
-    (folder / "a.csv").write_text("text,label\n" + "".join(f'"one, {n}",{n}\n' for n in range(6)))
-    (folder / "a.tsv").write_text("text\tlabel\n" + "".join(f"one {n}\t{n}\n" for n in range(6)))
-    import pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table({"text": [row["text"] for row in rows]}), folder / "a.parquet")
-
-
-def read_tables(folder: Path) -> None:
-    for suffix in ("jsonl", "json", "csv", "tsv", "parquet"):
-        list(read_records(folder / f"a.{suffix}"))
-
-
-def descriptions(folder: Path) -> None:
-    (folder / "mixture.yaml").write_text("sources:\n  prose: {data: a.txt, weight: 0.5}\n  b: {data: c, weight: 0.5}\n")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"q": f"{n}", "a": "b"}) + "\n" for n in range(9)))
-    (folder / "task.yaml").write_text("items: a.jsonl\nprompt: 'Q {q}'\nanswer: a\n")
-
-
-def pictures(folder: Path) -> None:
-    image = Image.new("RGB", (6, 5), "red")
-    (folder / "plain").mkdir()
-    for suffix in PICTURES:
-        image.save(folder / f"plain/a.{suffix}")
-    with tarfile.open(folder / "a.tar", "w") as archive:
-        for suffix in ("png", "jpg"):
-            archive.add(folder / f"plain/a.{suffix}", f"{suffix}.{suffix}")
-
-
-def look(folder: Path) -> None:
-    for item in [*items(folder / "plain", _refuse), *items(folder / "a.tar", _refuse)]:
-        item.read(None)
-
-
-def _refuse(problem: str) -> None:
-    raise UserError(problem)
-
-
-def drawn(folder: Path) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
-    from keifu.generation.images.pixel_diffusion import ImageRequest
-    from keifu.generation.images.png_metadata import ImageRecord
-
-    chunks = PngInfo()
-    for name, text in ImageRecord("model", "ab" * 32, ImageRequest(size=(8, 8), seed=1)).texts().items():
-        chunks.add_text(name, text)
-    Image.new("RGB", (8, 8), "blue").save(folder / "a.png", pnginfo=chunks)
-
-
-def run(folder: Path) -> None:
-    facts = {"described": {"settings": {"steps": 2}}, "resolved": {}, "divergence": {}, "seconds": 1.0}
-    for step in (1, 2):
-        checkpoint.save(folder, step, {"model.a": torch.ones(3)}, facts, keep=2)
-    lines = [json.dumps({"step": step, "loss": 1 / (step + 1)}) + "\n" for step in range(3)]
-    (folder / "metrics.jsonl").write_text("".join(lines))
-    (folder / "recipe.json").write_text(json.dumps({"recipe": {"name": "gpt", "options": {}}, "figures": {"a": 1.0}}))
-
-
-def resume(folder: Path) -> None:
-    read_recipe(folder)
-    metrics.read(folder)
-    checkpoint.latest(folder)
+    return make
 
 
 def weights(folder: Path) -> None:
@@ -248,14 +144,10 @@ def weights(folder: Path) -> None:
 
 
 HF = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
-UNET = tuple(f"unet/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors"))
-PIPELINE = "model_index.json", "scheduler/scheduler_config.json", *UNET
-LATENT = (
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/config.json",
-    "tokenizer/tokenizer.json",
-)
+CLIP_INPUTS = torch.zeros(1, 3, 14, 14), torch.tensor([[5, 6]])
+TRANSLATED = torch.tensor([[5, 6]]), torch.tensor([[256, 7]]), torch.ones(1, 2).bool()
+RECURRENT = {"context_length": 24, "dim": 8, "embedding_dim": 8, "attention_dim": 8, "maxout_dim": 4}
+ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 STATES = tuple(f"state/step-0000000{n}.{suffix}" for n in (1, 2) for suffix in ("json", "safetensors"))
 TARGETS = {
     "llama": Target((*HF, "chat_template.jinja"), saved(llama), load),
@@ -266,31 +158,78 @@ TARGETS = {
     "gemma3": Target(HF, saved(gemma3, n_kv_heads=1, head_dim=8), load),
     "bert": Target(HF[:4], saved(bert, "wordpiece"), load),
     "gpt1": Target(HF[:2], weights, load),
-    "translator": Target(
-        HF[:4], translator, load_model(torch.tensor([[5, 6]]), torch.tensor([[256, 7]]), torch.ones(1, 2).bool())
+    "translator": Target(HF[:4], translator(transformer, **SIZES), load_model(*TRANSLATED)),
+    "recurrent": Target(HF[:4], translator(seq2seq, **RECURRENT), load_model(*TRANSLATED)),
+    "classifier": Target(HF[:4], classifier(gpt2, "classification"), load),
+    "choice": Target(HF[:4], classifier(palm, "choice"), load),
+    "clip": Target((*HF[:4], "preprocessor_config.json"), image.clip_towers(), load_model(*CLIP_INPUTS)),
+    "open_clip": Target(
+        ("open_clip_config.json", "open_clip_model.safetensors"), image.clip_towers("open_clip"),
+        load_model(*CLIP_INPUTS),
     ),
-    "clip": Target((*HF[:4], "preprocessor_config.json"), clip_towers, load_model(
-        torch.zeros(1, 3, 14, 14), torch.tensor([[5, 6]]))),
-    "ddpm": Target(PIPELINE, pixels, load_model(torch.zeros(1, 3, 8, 8), torch.tensor([3]))),
-    "latents": Target((*PIPELINE, *LATENT), latents, checkpoints.load),
+    "ddpm": Target(PIPELINE, image.pixels, load_model(torch.zeros(1, 3, 8, 8), torch.tensor([3]))),
+    "latents": Target((*PIPELINE, *LATENT), image.latents, checkpoints.load),
+    "unclip": Target(image.UNCLIP, image.unclip_parts, checkpoints.load),
+    "dalle": Target(HF[:4], image.image_tokens, checkpoints.load),
+    "autoencoder": Target(HF[:2], image.autoencoder, checkpoints.load),
+    "picture loras": Target(
+        ("peft.safetensors", "diffusers.safetensors", "kohya.safetensors"), image.loras, image.read_loras
+    ),
     "network": Target(HF[:2], network, load_model(torch.zeros(1, 3))),
+    "perceptron": Target(HF[:2], first_neuron, checkpoints.load),
     "archive": Target(("a.npz",), archive, lambda folder: checkpoints.load(folder / "a.npz")),
     "shards": Target(("model.safetensors.index.json", "config.json"), saved(llama, shards=6000), load),
-    "gguf": Target(("model.gguf",), gguf, lambda folder: load(folder / "model.gguf")),
-    "adapter": Target(
-        ("adapter/adapter_config.json", "adapter/adapter_model.safetensors"), adapter,
-        lambda folder: load(folder / "adapter"),
+    "gguf": Target(("model.gguf",), gguf(llama, "q8_0"), lambda folder: load(folder / "model.gguf")),
+    "gguf f32": Target(
+        ("model.gguf",), gguf(qwen3, "f32", n_kv_heads=1, head_dim=16), lambda folder: load(folder / "model.gguf")
     ),
-    "sentencepiece": Target(("tokenizer.model",), sentencepiece_model, encode()),
-    "merges": Target(("gpt2/vocab.json", "gpt2/merges.txt"), vocabularies, encode("gpt2")),
-    "wordpiece": Target(("bert/vocab.txt",), vocabularies, encode("bert")),
-    "clip merges": Target(("clip/bpe_simple_vocab_16e6.txt.gz",), vocabularies, encode("clip")),
-    "tables": Target(("a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet"), tables, read_tables),
-    "mixture": Target(("mixture.yaml",), descriptions, lambda folder: read_mixture(str(folder / "mixture.yaml"))),
-    "task": Target(("task.yaml", "a.jsonl"), descriptions, lambda folder: read_task(folder / "task.yaml")),
+    "adapter": Target(ADAPTER, adapter(), lambda folder: load(folder / "adapter")),
+    "dora": Target(ADAPTER, adapter(dora=True, root=True), lambda folder: load(folder / "adapter")),
+    "generation": Target(("generation_config.json",), saved(llama), words.generate),
+    "sentencepiece": Target(("tokenizer.model",), words.sentencepiece_model, encode()),
+    "marian": Target(
+        ("source.spm", "target.spm", "vocab.json", "tokenizer_config.json", "generation_config.json"), words.marian,
+        encode(),
+    ),
+    "two tokenizers": Target(("tokenizer.json", "target_tokenizer.json", HF[3]), words.two_sided, encode()),
+    "tokenizers": Target(
+        (*(f"{kind}/tokenizer.json" for kind in ("unigram", "characters", "wordpiece", "clip", "bpe")),
+         "bpe/tokenizer_config.json"),
+        words.formats, words.read_formats,
+    ),
+    "merges": Target(("gpt2/vocab.json", "gpt2/merges.txt"), words.vocabularies, encode("gpt2")),
+    "marked merges": Target(("gpt1/vocab.json", "gpt1/merges.txt"), words.vocabularies, encode("gpt1")),
+    "wordpiece": Target(
+        ("bert/vocab.txt", "bert/tokenizer_config.json", "bert/special_tokens_map.json"), words.vocabularies,
+        encode("bert"),
+    ),
+    "clip merges": Target(("clip/bpe_simple_vocab_16e6.txt.gz",), words.vocabularies, encode("clip")),
+    "tables": Target(tuple(f"a.{suffix}" for suffix in training.SUFFIXES), training.tables, training.read_tables),
+    "learned": Target(
+        ("chats.jsonl", "preferences.jsonl", "prompts.jsonl", "pairs.tsv", "pairs.jsonl", "numbers.csv",
+         "choice.jsonl"),
+        training.learned, training.read_learned,
+    ),
+    "mixture": Target(
+        ("mixture.yaml",), training.descriptions, lambda folder: read_mixture(str(folder / "mixture.yaml"))
+    ),
+    "task": Target(("task.yaml", "task.json", "a.jsonl"), training.descriptions, training.read_tasks),
     "pictures": Target(
-        (*(f"plain/a.{suffix}" for suffix in PICTURES), "a.tar"), pictures, look
+        (*(f"plain/a.{suffix}" for suffix in training.PICTURES), "a.tar", "mnist.gz"), training.pictures, training.look
     ),
-    "record": Target(("a.png",), drawn, lambda folder: read_record(folder / "a.png")),
-    "run": Target((*STATES, "metrics.jsonl", "recipe.json"), run, resume),
+    "captions": Target(
+        ("json/metadata.jsonl", "csv/metadata.csv", "s.tar", "json/a.png"), training.captions, training.read_captions
+    ),
+    "record": Target(("a.png",), training.drawn, lambda folder: read_record(folder / "a.png")),
+    "run": Target((*STATES, "metrics.jsonl", "recipe.json"), training.run, training.read_run),
+    "stopped run": Target(
+        ("run/recipe.json", "run/metrics.jsonl", *(f"run/{name}" for name in HF[:3]),
+         *(f"run/{state}" for state in STATES)),
+        training.stopped_run, training.resume,
+    ),
 }  # fmt: skip
+if find_spec("diffusers"):  # which writes the pipeline that the file is made of
+    TARGETS["single file"] = Target(
+        ("sd.safetensors", "tokenizer/tokenizer.json"), image.single_file,
+        lambda folder: checkpoints.load(folder / "sd.safetensors"),
+    )  # fmt: skip

@@ -9,13 +9,15 @@ def wrong(cases: list[Case]) -> list[Case]:
     return [case for case in cases if case.outcome not in FINE]
 
 
-def test_300_mutants() -> None:
-    assert wrong(fuzz(300, seed=20_000)) == []
+@pytest.mark.parametrize("style", ["bytes", "structure"])
+def test_300_mutants(style: str) -> None:
+    assert wrong(fuzz(150, seed=20_000, style=style)) == []
 
 
 @pytest.mark.slow
-def test_10_000_mutants() -> None:
-    cases = fuzz(10_000)
+@pytest.mark.parametrize("style", ["bytes", "structure"])
+def test_10_000_mutants(style: str) -> None:
+    cases = fuzz(10_000, style=style)
     assert wrong(cases) == []
     assert {case.outcome for case in cases} == {*FINE}, "some mutants load, some are refused"
 

@@ -57,8 +57,9 @@ def kill(words: list[str], whole: Path, operations: int, seconds: float, number:
     differing = sorted(name for name in left.keys() | expected.keys() if left.get(name) != expected.get(name))
     for name in differing:
         if name.endswith((".json", ".jsonl")):
-            texts = [(place / name).read_text().splitlines() for place in (whole, out) if (place / name).exists()]
-            print(f"kill {number}, {name}:", *list(unified_diff(*texts, n=0, lineterm=""))[2:12], sep="\n")
+            texts = [path.read_text() if path.exists() else "no file" for path in (whole / name, out / name)]
+            changes = unified_diff(*(text.splitlines() for text in texts), n=0, lineterm="")
+            print(f"kill {number}, {name}:", *list(changes)[2:12], sep="\n")
     shutil.rmtree(out.parent)
     return died, f"{', '.join(differing)} differ" if differing else "the same files"
 

@@ -22,6 +22,7 @@ from keifu.data.tokenizers.seq2seq import TwoSidedTokenizer
 from keifu.data.tokenizers.special_tokens import put_around_text
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.files import plain_file
 from keifu.models import seq2seq
 
 NAMES = {
@@ -70,7 +71,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     import numpy as np
 
     try:
-        with zipfile.ZipFile(path) as members:
+        with zipfile.ZipFile(plain_file(path)) as members:
             if (size := sum(member.file_size for member in members.infolist())) > LARGEST:
                 raise UserError(f"{path} would have {size:,} bytes unpacked, and at most {LARGEST:,} are read.")
         with np.load(path, allow_pickle=False) as archive:

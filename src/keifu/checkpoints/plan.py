@@ -131,7 +131,8 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     very slow there.
     """
     if not chosen().allow_nonfinite:
-        source = replace(source, read=partial(_read_finite, source), part=partial(_read_finite, source))
+        read, part = (partial(read_finite, each, source.path) for each in (source.read, source.read_part))
+        source = replace(source, read=read, part=part)
     source, twice, notes = _resolve_aliases(source) if source.family.aliases else _resolve_tied_head(source)
     source, copies = _resolve_dialect(source)
     twice = [*twice, *copies]
@@ -155,16 +156,15 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     return Plan(source, model, found, exact, held, skipped, [*source.notes, *notes, *_cast(exact, held)])
 
 
-def _read_finite(source: Source, name: str, index: Index = ()) -> Tensor:
+def read_finite(read: Callable[..., Tensor], path: Path, name: str, *index: Index) -> Tensor:
     """A tensor of the file whose numbers are finite; others are a `UserError`. Their sum says it in one pass."""
-    tensor = source.read_part(name, index)
-    if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
-        wrong = int(tensor.numel() - tensor.isfinite().sum())
-        if wrong:
-            raise UserError(
-                f"{source.path} has {wrong:,} numbers in {name} that are not finite: it is damaged, or its training "
-                "failed; --allow-nonfinite (allow_nonfinite=True) loads it all the same."
-            )
+    tensor = read(name, *index)
+    suspect = tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite()
+    if suspect and (wrong := int(tensor.numel() - tensor.isfinite().sum())):
+        raise UserError(
+            f"{path} has {wrong:,} numbers in {name} that are not finite: it is damaged, or its training "
+            "failed; --allow-nonfinite (allow_nonfinite=True) loads it all the same."
+        )
     return tensor
 
 

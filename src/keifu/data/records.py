@@ -13,7 +13,7 @@ from typing import Any
 
 from keifu.data.text.text_files import Problem, lines, refuse
 from keifu.errors import UserError, unknown
-from keifu.files import parse_json, reading
+from keifu.files import parse_json, plain_file, reading
 
 Row = tuple[str, dict[str, Any]]  # its place, and its values by field
 LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
@@ -149,7 +149,7 @@ def _parquet(path: Path, only: str | None) -> Iterator[Row]:
     except ModuleNotFoundError:
         raise UserError(f"Reading {path} needs pyarrow: install it with `pip install 'keifu[parquet]'`.") from None
     try:
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(plain_file(path))
     except (ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is no Parquet file, or it is damaged: {error}") from error
     with file:

@@ -99,6 +99,8 @@ class _Loop:
         self.peak = peak(device, self.trainer.dtype)
         self.figures, self.validated, self.gradient_norm = lines.latest(), lines.validated, math.nan
         self.saved = state.step if run.resume else -1
+        if run.resume and current().first:  # a kill may have come before these were removed
+            checkpoint.remove_old(run.directory, state.step, *self._kept())
         self.on_policy = isinstance(data, OnPolicy)
         self.record = run_directory.recorded(run.directory)
         self.loader = Loader(data.batch, device, prefetches(device) and not self.on_policy)
@@ -309,16 +311,19 @@ class _Loop:
             self.display.note(textwrap.indent(sample, "  | "))
 
     def _save_state(self) -> None:
-        state, rules = self.state, self.settings.spikes
+        state = self.state
         if self.saved != state.step:
             state.passed, state.lasted = self.pace.passed, dict(self.pace.lasted)
             facts = {"described": self.described, "resolved": self.trainer.resolved(), **state.facts()}
-            reach = rules.reach if rules.rise else 0
-            keep, due = self.settings.keep, self._has_state
             save = checkpoint.save if current().whole else current().save
             if current().first or not current().whole:
-                save(self.run.directory, state.step, state.tensors(), facts, keep, reach, due)
+                save(self.run.directory, state.step, state.tensors(), facts, *self._kept())
             self.saved = state.step
+
+    def _kept(self) -> tuple[int, int, Callable[[int], bool]]:
+        """How many states are kept, how many steps older ones beside them, and the steps that have one."""
+        rules = self.settings.spikes
+        return self.settings.keep, rules.reach if rules.rise else 0, self._has_state
 
     def _has_state(self, step: int) -> bool:
         """Whether the state after so many steps is saved, however often the run is stopped."""

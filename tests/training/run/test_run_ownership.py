@@ -219,3 +219,14 @@ def test_a_folder_that_is_taken_away_is_written_anew(tmp_path: Path, capsys) -> 
     assert "was taken away while the run wrote there: it is written anew" in capsys.readouterr().err
     assert checkpoint.latest(out)[0].step == 12 and (out / "report.html").exists()
     assert metrics.read(out)[-1]["step"] == 12
+
+
+def test_a_start_removes_states_whose_removal_a_kill_prevented(tmp_path: Path) -> None:
+    directory = finished(tmp_path / "run")
+    shutil.copytree(directory / "state", tmp_path / "kept")
+    older = checkpoint.read(directory, 9)
+    checkpoint.save(directory, 6, older.tensors, {**older.facts, "step": 6}, keep=9)
+    shutil.copytree(tmp_path / "kept", directory / "state", dirs_exist_ok=True)
+    assert checkpoint.steps(directory) == [6, 9, 12]
+    go_on(directory)
+    assert checkpoint.steps(directory) == [9, 12]

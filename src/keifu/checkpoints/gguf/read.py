@@ -23,7 +23,7 @@ from keifu.checkpoints.hf.native_config import check_types
 from keifu.checkpoints.plan import Source, Stored
 from keifu.checkpoints.registry import describe
 from keifu.errors import UserError
-from keifu.files import reading
+from keifu.files import plain_file, reading
 from keifu.native.pack import Blocks
 
 # GGUF's numbers for the types of values, and struct's letters for them
@@ -161,7 +161,7 @@ class _Cursor:
 
 def is_gguf(path: Path) -> bool:
     """Whether a file begins as GGUF files do, whatever its name."""
-    with path.open("rb") as file:
+    with plain_file(path).open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
@@ -172,7 +172,7 @@ def truncated_error(path: Path, needed: int, size: int) -> UserError:
 
 def open_file(path: Path) -> GGUFFile:
     """A GGUF file's header. What is no GGUF, of an unknown version, or torn, is a `UserError`."""
-    size = path.stat().st_size
+    size = plain_file(path).stat().st_size
     if not is_gguf(path):
         raise UserError(f"{path} is no GGUF file: it does not begin with the letters GGUF.")
     with path.open("rb") as file:

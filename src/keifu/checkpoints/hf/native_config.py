@@ -6,7 +6,7 @@ the values of any Config.
 
 from dataclasses import asdict, fields, is_dataclass
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from keifu.errors import UserError
 from keifu.ranges import LARGEST
@@ -36,26 +36,41 @@ def _value(hint: Any, value: Any) -> Any:
 
 
 def check_types(config: Any, where: str) -> None:
-    """Refuses a Config whose whole numbers, names or switches are something else, or whose sizes are below one."""
-    hints = get_type_hints(type(config))
-    for field in fields(config):
-        value, allowed = vars(config)[field.name], _plain(hints[field.name])
+    """Refuses a Config with a value of another kind than its field says, or whose sizes are below one."""
+    check_kinds(config, where)
+    for name, value in vars(config).items():
         if is_dataclass(value):
             check_types(value, where)
+        elif type(value) is int and value < (0 if name in ZERO_ALLOWED else 1):
+            raise UserError(f"{where} gives {value} for {name}, which must be at least 1.")
+        elif isinstance(value, int | float) and not abs(value) <= LARGEST:  # nor is "not a number" below anything
+            raise UserError(f"{where} gives {value} for {name}, which must be a number of at most {LARGEST:,}.")
+
+
+def check_kinds(options: Any, where: str) -> None:
+    """Refuses a dataclass with a value of another kind than its field says, at any depth."""
+    for name, hint in get_type_hints(type(options)).items():
+        if name not in vars(options):  # of the class, not of each
             continue
-        if allowed and not _fits(value, allowed):
-            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
-            raise UserError(f"{where} gives {value!r} for {field.name}, which must be {names}.")
-        if type(value) is int and value < (0 if field.name in ZERO_ALLOWED else 1):
-            raise UserError(f"{where} gives {value} for {field.name}, which must be at least 1.")
-        if isinstance(value, int | float) and not abs(value) <= LARGEST:  # nor is "not a number" below anything
-            raise UserError(f"{where} gives {value} for {field.name}, which must be a number of at most {LARGEST:,}.")
+        if is_dataclass(value := vars(options)[name]):
+            check_kinds(value, where)
+        elif not _fits(value, hint):
+            kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            names = " or ".join(str(kind) if get_args(kind) else kind.__name__ for kind in kinds)
+            names = names.replace("NoneType", "null").replace("typing.", "")
+            raise UserError(f"{where} gives {value!r:.200} for {name}, which must be {names}.")
 
 
-def _plain(hint: Any) -> tuple[type, ...]:
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    return kinds if all(kind in (int, float, str, bool, type(None)) for kind in kinds) else ()
-
-
-def _fits(value: Any, allowed: tuple[type, ...]) -> bool:
-    return type(value) in allowed or (float in allowed and type(value) is int)
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the kind that a hint says; hints of other sorts say nothing."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is Literal:
+        return any(type(value) is type(each) and value == each for each in inner)
+    if origin is tuple:
+        each = inner[:1] * len(value) if isinstance(value, tuple) and inner[1:] == (...,) else inner
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+    if kind in (int, bool, str, float, type(None)):
+        return type(value) in ((float, int) if kind is float else (kind,))
+    return not isinstance(kind, type) or isinstance(value, kind)

@@ -15,7 +15,7 @@ from keifu.checkpoints.hf.task_heads import read_config
 from keifu.checkpoints.plan import Source, Stored
 from keifu.checkpoints.registry import Family
 from keifu.errors import UserError
-from keifu.files import parse_json, read_json_object
+from keifu.files import parse_json, plain_file, read_json_object
 from keifu.layers.lazy import Index
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -118,7 +118,7 @@ def open_weights(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(path, "pt")
+        return safe_open(plain_file(path), "pt")
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or corrupt: {_sizes(path) or f'{error}.'}") from error
 

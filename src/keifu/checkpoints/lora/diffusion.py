@@ -65,7 +65,7 @@ def attach_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Mo
         alpha = parts.pop("alpha", None)
         rank = len(parts["a"]) if "a" in parts and parts["a"].ndim > 1 else 1
         lows[label] = LoraSettings(rank, scale * (rank if alpha is None else float(alpha)), dora="length" in parts)
-        found[label] = {part: tensor.flatten(0 if part == "length" else 1) for part, tensor in parts.items()}
+        found[label] = {part: t.flatten(1 if part != "length" and t.ndim > 1 else 0) for part, t in parts.items()}
     return attach_tensors(model, path, wrong, known, lows, found, names)
 
 

@@ -6,6 +6,7 @@ Which layers there are, and their published names, is given by the family's tabl
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from keifu.checkpoints.hf.read import open_weights
 from keifu.checkpoints.hf.weight_names import links
+from keifu.checkpoints.plan import read_finite
 from keifu.checkpoints.registry import describe
+from keifu.devices import chosen
 from keifu.errors import UserError, unknown
 from keifu.files import check_pattern, read_json_object, write_atomic
 from keifu.layers.lora import Adapter, LoraSettings, Target, adapters, attach
@@ -218,11 +221,12 @@ def _check_pair(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file; one that is torn or not there is a `UserError`."""
+    """Every tensor of a safetensors file; one that is torn, not there or not finite is a `UserError`."""
     if not path.exists():
         raise UserError(f"{path.parent} holds no {path.name}: keifu reads adapters as safetensors alone.")
     file = open_weights(path)
-    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    read = file.get_tensor if chosen().allow_nonfinite else partial(read_finite, file.get_tensor, path)
+    return {name: read(name) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
 def _label(name: str) -> tuple[str, str]:

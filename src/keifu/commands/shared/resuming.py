@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from keifu.checkpoints.hf.native_config import check_kinds
 from keifu.errors import UserError
 from keifu.recipes.options import by_option, current, from_json, paths, put, to_json
 from keifu.training.run import checkpoint
@@ -55,8 +56,7 @@ class Stored:
 def stored(name: str, module: ModuleType, out: Path) -> Stored | None:
     """The run in a folder, if there is one; that of another recipe is a `UserError`."""
     content, usual = run_directory.read_recipe(out), module.Recipe()
-    record = content.get(run_directory.RECORD)
-    if record is None:
+    if (record := content.get(run_directory.RECORD)) is None:
         return _of_an_earlier_version(name, usual, content) if content else None
     if record["name"] != name:
         raise UserError(
@@ -64,7 +64,7 @@ def stored(name: str, module: ModuleType, out: Path) -> Stored | None:
             f"{run_directory.command(out)}, or choose another folder with --out."
         )
     options = by_option(type(usual), current(type(usual), record["options"]))
-    then = from_json(usual, record["options"])
+    check_kinds(then := from_json(usual, record["options"]), str(out / run_directory.RECIPE))
     return Stored(name, then, frozenset(options), record.get("steps"), record.get("place"))
 
 

@@ -147,11 +147,13 @@ def _sharegpt(record: Mapping[str, Any]) -> Any:
     turns = record["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return turns
-    return [{"role": SPEAKERS.get(turn.get("from"), turn.get("from")), "content": turn.get("value")} for turn in turns]
+    spoken = [(turn.get("from"), turn.get("value")) for turn in turns]
+    return [{"role": SPEAKERS.get(str(name), name), "content": value} for name, value in spoken]
 
 
 def _alpaca(record: Mapping[str, Any]) -> Any:
-    asked = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+    parts = [part for part in (record["instruction"], record.get("input")) if part]
+    asked = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else parts
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
 
@@ -179,7 +181,7 @@ def validate_messages(messages: Any, place: str) -> Conversation:
     before = None
     for number, message in enumerate(messages, 1):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if role not in FOLLOWS:
+        if not isinstance(role, str) or role not in FOLLOWS:
             raise unknown(f"role in {place}, message {number}", str(role), FOLLOWS)
         if before not in FOLLOWS[role]:
             after = f"after {before}" if before else "at the start"

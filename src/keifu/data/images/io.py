@@ -21,6 +21,7 @@ from torch import Tensor
 
 from keifu.data.catalogue import catalogue
 from keifu.errors import UserError
+from keifu.files import plain_file
 
 Fit = Literal["crop", "pad", "stretch"]
 WHITE = (255, 255, 255)
@@ -45,7 +46,8 @@ def read_image(file: Path | bytes, where: str = "") -> DecodedImage:
     """
     where = where or str(file)
     try:
-        with warnings.catch_warnings(), Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
+        content = plain_file(file, "picture") if isinstance(file, Path) else io.BytesIO(file)
+        with warnings.catch_warnings(), Image.open(content) as image:
             warnings.simplefilter("ignore")
             several = _several(image)
             image.load()
@@ -55,10 +57,8 @@ def read_image(file: Path | bytes, where: str = "") -> DecodedImage:
         raise UserError(f"{where} is not a picture, or of a kind that cannot be read.") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{where} has too many pixels to be read safely: make it smaller.") from error
-    except FileNotFoundError as error:
-        raise UserError(f"There is no picture {where}.") from error
     except (OSError, SyntaxError, EOFError, ValueError) as error:
-        if isinstance(error, UserError | IsADirectoryError | PermissionError):
+        if isinstance(error, UserError):
             raise
         raise UserError(f"{where} is damaged or cut off: {str(error).rstrip('.')}.") from error
     return DecodedImage(found, (FIRST,) * several + remarks)

@@ -29,7 +29,7 @@ from keifu.data.images.io import UNSTATED, DecodedImage, ImageItem, mnist, read_
 from keifu.data.records import read_records
 from keifu.data.text.text_files import Problem
 from keifu.errors import UserError, unknown
-from keifu.files import hidden, parse_json, reading
+from keifu.files import hidden, parse_json, plain_file, reading
 
 CLOTHES = "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
 PHOTOS = {
@@ -101,11 +101,10 @@ def _of_array(pixels: np.ndarray) -> Callable[[int | None], DecodedImage]:
 
 def read_idx(path: Path) -> np.ndarray:
     """An array of bytes from a gzipped file of MNIST's own format: two zeros, the type 8, the axes, their lengths."""
-    with reading(path), gzip.open(path) as file:
+    with reading(path), gzip.open(plain_file(path)) as file:
         content = file.read(LARGEST_IDX)
-    axes = content[3]
-    shape = np.frombuffer(content, ">u4", axes, 4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+        shape = np.frombuffer(content, ">u4", content[3], 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
 CATALOGUED: dict[str, Callable[[], Iterator[ImageItem]]] = {
@@ -227,7 +226,7 @@ def _inside(path: Path, root: Path) -> tuple[str, ...]:
 
 def _shards(paths: list[Path], problem: Problem) -> Iterator[ImageItem]:
     for path in paths:
-        with reading(path), tarfile.open(path) as archive:
+        with reading(path), tarfile.open(plain_file(path)) as archive:
             plain = (member for member in archive if member.isfile())
             for key, members in groupby(plain, lambda member: _key(member.name)[0]):
                 contents = {_key(member.name)[1]: _content(archive, member) for member in members}

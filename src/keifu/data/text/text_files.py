@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from keifu.errors import UserError, unknown
+from keifu.files import plain_file
 
 Problem = Callable[[str], None]
 UTF8 = "utf-8"
@@ -34,7 +35,7 @@ def lines(path: Path, problem: Problem = refuse, encoding: str | None = None) ->
     line that is not in the encoding, and for a binary file. If it returns, faulty bytes become U+FFFD, and a binary
     file has no lines. An unknown encoding is a `UserError` with the nearest known one.
     """
-    with path.open("rb") as file:
+    with plain_file(path).open("rb") as file:
         start = file.read(SNIFFED)
         mark, name = next((each for each in MARKS if start.startswith(each[0])), (b"", encoding or UTF8))
         if _bits(name) > 8:

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from keifu.data.tokenizers.streaming import byte_alphabet
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
+from keifu.files import plain_file
 
 # GPT-2: English contractions, letters, digits or signs with a space before them, white space (Radford et al., 2019).
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -122,7 +123,7 @@ def clip_backend(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]
 def clip_merges(path: Path, config: Mapping[str, Any]) -> Made:
     """Reads OpenAI's bpe_simple_vocab_16e6.txt.gz: the first line is a comment, each further line is a merge."""
     try:
-        with gzip.open(path) as file:
+        with gzip.open(plain_file(path)) as file:
             lines = file.read(LARGEST).decode().split("\n")[1 : MERGES + 1]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path} is not a gzip file of merges: {error}.") from error

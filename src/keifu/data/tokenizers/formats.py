@@ -19,7 +19,7 @@ from keifu.data.tokenizers.sentencepiece import backend_from_pieces, check_chara
 from keifu.data.tokenizers.special_tokens import put_around_text
 from keifu.data.tokenizers.tokenizer import ROLES, Tokenizer
 from keifu.errors import UserError
-from keifu.files import check_pattern, read_json, read_json_object, read_text
+from keifu.files import check_pattern, plain_file, read_json, read_json_object, read_text
 from keifu.ranges import LARGEST
 
 Read = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token of each role that the file itself names
@@ -157,7 +157,7 @@ def wordpiece_backend(
 
 
 def _sentencepiece(path: Path, config: Mapping[str, Any]) -> Read:
-    model = parse(path.read_bytes(), str(path))
+    model = parse(plain_file(path).read_bytes(), str(path))
     backend = backend_from_pieces(model.pieces, model.settings)
     put_around_text(backend, model.special, bos=True, eos=False)
     return backend, model.special

@@ -31,7 +31,7 @@ from keifu.data.tokenizers.formats import (
 from keifu.data.tokenizers.sentencepiece import Pieces, decoder
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
-from keifu.files import read_json, write_atomic
+from keifu.files import plain_file, read_json, write_atomic
 
 SOURCE, TARGET, VOCABULARY, TARGET_VOCABULARY = "source.spm", "target.spm", "vocab.json", "target_vocab.json"
 LANGUAGE = re.compile(r">>.*?<<", re.DOTALL)  # at the start of a text: which language a multilingual model is to write
@@ -165,8 +165,8 @@ def read_marian(directory: Path, config: Mapping[str, Any]) -> MarianTokenizer:
     special, length = roles_beside(config)
     return MarianTokenizer(
         Files(
-            (directory / SOURCE).read_bytes(),
-            (directory / TARGET).read_bytes(),
+            plain_file(directory / SOURCE).read_bytes(),
+            plain_file(directory / TARGET).read_bytes(),
             vocabularies[0],
             vocabularies[1] if separate else None,
             {role: token for role, token in special.items() if role in ROLES},

@@ -24,7 +24,7 @@ from keifu.data.classification.tables import LabelledTexts, read, split
 from keifu.data.records import SUFFIXES as TABLES
 from keifu.data.records import Row, listed, read_records
 from keifu.errors import UserError, unknown
-from keifu.files import parse_json, parse_yaml, read_text
+from keifu.files import parse_json, parse_yaml, read_text, reading
 
 METRICS = {
     "choice": "the likeliest of several answers, by four measures of likelihood",
@@ -274,8 +274,9 @@ def _field(name: str, text: str) -> re.Match[str] | None:
 
 def read_task(path: Path) -> FewShotTask:
     """The task that a file describes."""
-    fields = _Description(path)
-    items = [*_items(fields, fields.file("items"))]
+    with reading(path):
+        fields = _Description(path)
+        items = [*_items(fields, fields.file("items"))]
     demonstrations = [*_items(fields, fields.file("demonstrations"))] if "demonstrations" in fields.given else None
     if not items:
         raise UserError(f"{fields.file('items')} has no items.")
@@ -348,9 +349,8 @@ def _items(fields: _Description, path: Path) -> Iterator[TaskItem]:
             answers = _texts(row, answer, fields.place("answer"))
             yield TaskItem(prompt, answers[0], (), tuple(answers[1:]))
             continue
-        offered = (
-            fields.texts("choices") if isinstance(choices, list) else _texts(row, choices, fields.place("choices"))
-        )
+        named = isinstance(choices, str)
+        offered = _texts(row, choices, fields.place("choices")) if named else fields.texts("choices")
         yield TaskItem(prompt, _right(row, answer, offered, fields.place("answer")), tuple(offered))
 
 
@@ -407,12 +407,5 @@ def _quietly(function: Callable[[str], Any], text: str) -> Any:
 
 
 def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "a truth value",
-        int: "a number",
-        float: "a number",
-    }
-    return names.get(type(value), "nothing")
+    return {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number",
+            float: "a number"}.get(type(value), "nothing")  # fmt: skip

@@ -13,7 +13,7 @@ from torch import nn
 
 from keifu import __version__
 from keifu.errors import UserError
-from keifu.files import parse_json
+from keifu.files import parse_json, plain_file
 from keifu.generation.images.image_to_image import InputImage
 from keifu.generation.images.pixel_diffusion import ImageRequest
 
@@ -77,15 +77,14 @@ class ImageRecord:
 
 def read_record(path: Path) -> ImageRecord:
     """The record in a PNG file; a file that has none, or one that is damaged, is a `UserError`."""
+    plain_file(path, "picture")
     try:
         with Image.open(path) as image:
             image.load()
             told = image.info.get(CHUNK)
     except UnidentifiedImageError:
         raise UserError(f"{path} is no picture.") from None
-    except (OSError, SyntaxError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise UserError(f"There is no picture {path}.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is damaged: {error}.") from None
     if told is None:
         raise UserError(f"{path} does not say how it was drawn: it was not drawn by keifu, or was saved anew since.")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from keifu import __version__
 from keifu.errors import UserError
-from keifu.files import read_json_object, replacing, sha256, write_atomic, write_tensors
+from keifu.files import plain_file, read_json_object, replacing, sha256, write_atomic, write_tensors
 from keifu.processes import current
 
 FOLDER = "state"
@@ -66,6 +66,11 @@ def commit(
     content = {"step": step, "format": FORMAT, "version": __version__, **facts}
     content["facts_sha256"] = _hash(content)
     write_atomic(_files(directory, step)[1], json.dumps(content, indent=1, ensure_ascii=False))
+    remove_old(directory, step, keep, reach, due)
+
+
+def remove_old(directory: Path, step: int, keep: int, reach: int, due: Callable[[int], bool]) -> None:
+    """Removes the states that are not kept beside that of a step, which is complete on disk (see `save`)."""
     kept = [other for other in steps(directory) if other < step and due(other)]
     oldest = [*kept, step][-keep:][0] - reach if due(step) else 0
     for other in steps(directory):
@@ -110,7 +115,8 @@ def remove_halves(directory: Path) -> None:
 
 def steps(directory: Path) -> list[int]:
     """The steps of all complete states, in order."""
-    found = (path.stem.removeprefix("step-") for path in (directory / FOLDER).glob("step-*.json"))
+    there = (path for path in (directory / FOLDER).glob("step-*.json") if path.is_file())
+    found = (path.stem.removeprefix("step-") for path in there)
     return sorted(int(step) for step in found if step.isdigit())
 
 
@@ -161,7 +167,7 @@ def read(directory: Path, step: int) -> State:
         return _read_parts(folder(directory, step), step, facts)
     if not tensor_file.exists():
         raise UserError(f"{tensor_file} is missing.")
-    if sha256(tensor_file) != facts["sha256"]:
+    if sha256(plain_file(tensor_file)) != facts["sha256"]:
         raise UserError(f"{tensor_file} is damaged: its hash is not the one stored.")
     try:
         tensors = load_file(tensor_file) if current().whole else {}

@@ -88,9 +88,14 @@ def read_recipe(directory: Path) -> dict[str, Any]:
     """The content of recipe.json, empty where there is none; invalid JSON is a `UserError`."""
     path = directory / RECIPE
     try:
-        return read_json_object(path) if path.is_file() else {}
+        content = read_json_object(path) if path.is_file() else {}
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}). Start the run again with --replace.") from None
+    kinds, record = {"name": str, "options": dict, "steps": int | None, "place": str | None}, content.get(RECORD)
+    fine = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+    if RECORD in content and not fine:
+        raise UserError(f"{path} is damaged (its {RECORD} lacks a name, or options). Start again with --replace.")
+    return content
 
 
 def recorded(directory: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from keifu.errors import UserError
-from keifu.files import FULL, write_atomic
+from keifu.files import FULL, plain_file, write_atomic
 from keifu.processes import current
 
 FILE = "metrics.jsonl"
@@ -74,7 +74,7 @@ def read(directory: Path) -> list[dict[str, Any]]:
 def read_lines(directory: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """The lines of metrics.jsonl, and the numbers of damaged ones, counted from 1."""
     path = directory / FILE
-    texts = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    texts = plain_file(path).read_bytes().splitlines(keepends=True) if path.exists() else []
     found = [_line(text) for text in texts if text.endswith(b"\n")]
     return [line for line in found if line], [number for number, line in enumerate(found, 1) if not line]
 
