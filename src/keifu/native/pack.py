@@ -40,9 +40,9 @@ class Formats:
 
 FORMATS = {
     "bf16": Formats(native.BF16, native.BF16, exact=False),
-    "int8": Formats(native.INT8, native.INT8),
-    "int4": Formats(native.INT4_SUPER, native.INT8),
-    "int4_pure": Formats(native.INT4, native.INT4),
+    "int8": Formats(native.INT8_64, native.INT8_64),
+    "int4": Formats(native.INT4_64, native.INT8_64),
+    "int4_pure": Formats(native.INT4_64, native.INT4_64),
 }
 OWN = "own"  # a GGUF file's own blocks, where all of its matrices have native ones; else as without a format
 
@@ -116,7 +116,7 @@ class Arena:
         """The address of so many bytes, 64-byte aligned."""
         size = (size + 63) // 64 * 64
         if self._next + size > self._end:
-            mapped = mmap.mmap(-1, max(size, CHUNK))
+            mapped = mmap.mmap(-1, max(size, CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if sys.platform == "linux":
                 mapped.madvise(HUGE_PAGES)
             self._maps.append(mapped)

@@ -36,17 +36,18 @@ static void configure_dense(int first, int second) {
     configured = wanted;
 }
 
-// Quantised: A4 and B6 take 32 columns, A5 and B7 16.
-static void configure_quantised(int rows) {
-    if (configured == -rows) return;
+// Quantised: A4 and B6 take 64 columns, or 32; A5 and B7 16.
+static void configure_quantised(int rows, bool wide) {
+    const int wanted = -2 * rows - wide;
+    if (configured == wanted) return;
     TileConfig config;
-    for (int c = 0; c < 4; c++) config.set(c, rows, 64);
-    config.set(4, rows, 32);
+    for (int c = 0; c < 2; c++) config.set(c, rows, 64);
+    config.set(4, rows, wide ? 64 : 32);
     config.set(5, rows, 16);
-    config.set(6, 8, 64);
+    config.set(6, wide ? 16 : 8, 64);
     config.set(7, 4, 64);
     _tile_loadconfig(&config);
-    configured = -rows;
+    configured = wanted;
 }
 
 // Up to 16 rows, up to 4 tiles.
@@ -122,97 +123,87 @@ INLINE void dense_product(At at, int tiles, int groups, const Dense *x, int64_t 
     }
 }
 
+struct Scales;
 template <int FORMAT>
-INLINE v16 add_group(v16 total, i16 low, i16 high, v16 scale, v16 second, const CodeGroup &row);
-template <int FORMAT>
-INLINE void read_scales(const uint8_t *super, const uint8_t *header, int g, v16 &scale, v16 &second);
+INLINE v16 add_sums(v16 total, i16 low, i16 high, const Scales &scales, const CodeGroup *row);
+template <int FORMAT> INLINE Scales read_scales(const uint8_t *tile, int64_t pair, int g);
+INLINE i16 read_multipliers(const uint8_t *tile, int64_t pair, int g);
 
-// Spreads the 4-bit codes of a tile to bytes, as numbers with a sign: [pairs][2 groups][512].
+// Spreads the 4-bit codes of a tile to bytes, with a sign, or times m: [pairs][2 groups][512].
 template <int FORMAT> INLINE void spread_codes(const uint8_t *tile, int64_t pairs, uint8_t *out) {
     constexpr Layout L = LAYOUTS[FORMAT];
-    const __m512i low_half = _mm512_set1_epi8(15);
     const __m512i offset = _mm512_set1_epi8(L.offset);
-    for (int64_t pair = 0; pair < pairs; pair++) {
-        const uint8_t *codes = tile + pair_offset(L, pair) + L.group(0);
-        for (int group = 0; group < 2; group++)
-            for (int quad = 0; quad < 4; quad++) {
-                const __m512i w = (__m512i)load_ints(codes + (group * 4 + quad) * 64);
-                const __m512i low = _mm512_sub_epi8(_mm512_and_si512(w, low_half), offset);
-                const __m512i high = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(w, 4), low_half), offset);
-                _mm512_storeu_si512(out + pair * 1024 + group * 512 + quad * 64, low);
-                _mm512_storeu_si512(out + pair * 1024 + group * 512 + (quad + 4) * 64, high);
-            }
-    }
+    for (int64_t pair = 0; pair < pairs; pair++)
+        for (int g = 0; g < 2; g++) {
+            const uint8_t *codes = tile + pair_offset(L, pair) + L.group(g);
+            const i16 m = FORMAT == KEIFU_INT4_64 ? read_multipliers(tile, pair, g) : i16{};
+            for (int quad = 0; quad < 4; quad++, out += 64)
+                for (int high = 0; high < 2; high++) {
+                    const i16 four = load_ints(codes + quad * 64) >> 4 * high & 0x0f0f0f0f;
+                    const __m512i w = (__m512i)(FORMAT == KEIFU_INT4_64 ? four * m : four);  // no byte overflows
+                    _mm512_storeu_si512(out + high * 256, L.offset ? _mm512_sub_epi8(w, offset) : w);
+                }
+            out += 256;
+        }
 }
 
-// Sums are read so many pairs of groups after they were stored: a tile's store takes long to be seen.
-constexpr int BEHIND = 2;
+// Sums are read so many steps after they were stored, as a tile's store takes long to be seen; and the slots fill one
+// page (two for halves): a load with the lowest 12 bits of an unfinished store's address would wait for it.
+constexpr int BEHIND = 3;
 constexpr int SLOTS = 4;
+constexpr int SLOT = TILE * TILE;
 
-// Exact sums of two groups for up to 16 rows, to sums[group][half][row][16].
-template <bool HALVES> INLINE void sum_pair(const int8_t *x, int64_t stride, const uint8_t *codes, int32_t *sums) {
+// Exact sums of a group, or of a pair where the format is wide, for up to 16 rows: to [row][16], of the second half
+// SLOTS · SLOT further on.
+template <int FORMAT> INLINE void sum_codes(const int8_t *x, int64_t stride, const uint8_t *codes, int32_t *sums) {
     _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (HALVES) {
-        _tile_zero(2);
-        _tile_zero(3);
+    if constexpr (LAYOUTS[FORMAT].halves) {
+        _tile_zero(1);
         _tile_loadd(5, x, stride);
         _tile_loadd(7, codes, 64);
         _tile_dpbssd(0, 5, 7);
         _tile_loadd(5, x + TILE, stride);
         _tile_loadd(7, codes + 256, 64);
         _tile_dpbssd(1, 5, 7);
-        _tile_loadd(5, x + 2 * TILE, stride);
-        _tile_loadd(7, codes + 512, 64);
-        _tile_dpbssd(2, 5, 7);
-        _tile_loadd(5, x + 3 * TILE, stride);
-        _tile_loadd(7, codes + 768, 64);
-        _tile_dpbssd(3, 5, 7);
-        _tile_stored(0, sums, 64);
-        _tile_stored(1, sums + 256, 64);
-        _tile_stored(2, sums + 512, 64);
-        _tile_stored(3, sums + 768, 64);
+        _tile_stored(1, sums + SLOTS * SLOT, 64);
     } else {
         _tile_loadd(4, x, stride);
         _tile_loadd(6, codes, 64);
-        _tile_dpbssd(0, 4, 6);
-        _tile_loadd(4, x + GROUP, stride);
-        _tile_loadd(6, codes + 512, 64);
-        _tile_dpbssd(1, 4, 6);
-        _tile_stored(0, sums, 64);
-        _tile_stored(1, sums + 512, 64);
+        if constexpr (FORMAT == KEIFU_INT4_64) _tile_dpbsud(0, 4, 6);
+        else _tile_dpbssd(0, 4, 6);
     }
+    _tile_stored(0, sums, 64);
 }
 
-// One tile times `n` of R rows. `ahead`: what will be read later, as far from here as from the tile; or nullptr.
+// One tile times `n` of R rows. `ahead`: the tile that is read next, of which this call fetches its part.
 template <int FORMAT, int R>
-INLINE void quantised_tile(const uint8_t *tile, const uint8_t *spread, const uint8_t *ahead, const Rows &rows,
+INLINE void quantised_tile(const uint8_t *tile, const uint8_t *spread, const uint8_t *ahead, Turn turn, const Rows &rows,
                            int64_t row, int n, int32_t *sums, float *out) {
     constexpr Layout L = LAYOUTS[FORMAT];
-    const int64_t groups = rows.n_groups();
+    constexpr int STEP = L.wide ? PAIR : GROUP;  // columns
+    const int64_t steps = rows.columns / STEP;
     const int8_t *x = rows.codes + row * rows.columns;
     const CodeGroup *about = rows.about(row, 0);
-    configure_quantised(n);
+    configure_quantised(n, L.wide);
     v16 total[R] = {};
-    for (int64_t now = 0; now < groups / 2 + BEHIND; now++) {
-        if (now < groups / 2) {
-            const int64_t here = pair_offset(L, now);
-            for (int i = 0; i < L.pair() && ahead; i += 64) _mm_prefetch(ahead + here + i, _MM_HINT_T1);
-            const uint8_t *codes = spread ? spread + now * 1024 : tile + here + L.group(0);
-            sum_pair<L.halves>(x + now * PAIR, rows.columns, codes, sums + now % SLOTS * 1024);
+    for (int64_t now = 0; now < steps + BEHIND; now++) {
+        if (now < steps) {
+            const int64_t pair = now * STEP / PAIR;
+            const int g = now * STEP / GROUP % 2;
+            const int64_t here = pair_offset(L, pair);
+            if (g == 0 && (pair & turn.mask) == turn.turn)
+                for (int i = 0; i < L.pair(); i += 64) _mm_prefetch(ahead + here + i, _MM_HINT_T1);
+            const uint8_t *codes = spread ? spread + now * STEP * TILE : tile + here + L.group(g);
+            sum_codes<FORMAT>(x + now * STEP, rows.columns, codes, sums + now % SLOTS * SLOT);
         }
-        const int64_t pair = now - BEHIND;
-        if (pair < 0) continue;
-        for (int g = 0; g < 2; g++) {
-            const int32_t *here = sums + pair % SLOTS * 1024 + g * 512;
-            v16 scale;
-            v16 second{};
-            read_scales<FORMAT>(tile + super_offset(L, pair), tile + pair_offset(L, pair), g, scale, second);
-            UNROLL for (int r = 0; r < R; r++) {
-                const i16 high = L.halves ? load_ints(here + 256 + r * TILE) : i16{};
-                total[r] = add_group<FORMAT>(total[r], load_ints(here + r * TILE), high, scale, second,
-                                             about[(2 * pair + g) * TILE + r]);
-            }
+        const int64_t then = now - BEHIND;
+        if (then < 0) continue;
+        const int32_t *here = sums + then % SLOTS * SLOT;
+        const CodeGroup *row_groups = about + then * STEP / GROUP * TILE;
+        const Scales scales = read_scales<FORMAT>(tile, then * STEP / PAIR, then * STEP / GROUP % 2);
+        UNROLL for (int r = 0; r < R; r++) {
+            const i16 high = L.halves ? load_ints(here + SLOTS * SLOT + r * TILE) : i16{};
+            total[r] = add_sums<FORMAT>(total[r], load_ints(here + r * TILE), high, scales, row_groups + r);
         }
     }
     UNROLL for (int r = 0; r < R; r++)
@@ -223,16 +214,17 @@ template <int FORMAT>
 void amx_quantised(const uint8_t *const *tiles, int n, const Rows &rows, int64_t row, int n_rows, Scratch &scratch,
                    float *out) {
     constexpr bool SPREAD = LAYOUTS[FORMAT].codes == 256;
-    const int64_t distance = SPREAD ? tile_bytes(FORMAT, rows.columns) : 4 * LAYOUTS[FORMAT].pair();
+    const int64_t mask = n_rows <= 16 ? 0 : n_rows <= 48 ? 1 : 3;
     for (int s = 0; s < n; s++) {
         if (SPREAD) spread_codes<FORMAT>(tiles[s], rows.columns / PAIR, scratch.codes);
         const uint8_t *spread = SPREAD ? scratch.codes : nullptr;
+        const uint8_t *ahead = tiles[s + 1];  // behind the last one: the first of those that come next
         for (int b = 0; b < n_rows; b += 16) {
             const int here = n_rows - b < 16 ? n_rows - b : 16;
+            const Turn turn{mask, b / 16};
             float *y = out + b * OUT + s * TILE;
-            const uint8_t *ahead = b ? nullptr : tiles[s] + distance;
-            if (here > 8) quantised_tile<FORMAT, 16>(tiles[s], spread, ahead, rows, row + b, here, scratch.sums, y);
-            else quantised_tile<FORMAT, 8>(tiles[s], spread, ahead, rows, row + b, here, scratch.sums, y);
+            if (here > 8) quantised_tile<FORMAT, 16>(tiles[s], spread, ahead, turn, rows, row + b, here, scratch.sums, y);
+            else quantised_tile<FORMAT, 8>(tiles[s], spread, ahead, turn, rows, row + b, here, scratch.sums, y);
         }
     }
 }

@@ -30,18 +30,21 @@ struct Layout {
     int offset;     // what a code stands above the number that it means (4 bits)
     bool has_min;   // value = scale · q + min
     bool halves;    // two scales a group, one for each 16 columns
+    bool wide;      // one scale for both groups of a pair, whose codes (times m) are added up together
 
     ALWAYS_INLINE constexpr int group(int g) const { return header + g * codes; }  // where the codes of group 0 or 1 of a pair are
     ALWAYS_INLINE constexpr int pair() const { return header + 2 * codes; }
 };
 
 constexpr Layout LAYOUTS[] = {
-    {0, 0, 1024, 0, false, false},     // KEIFU_BF16
-    {0, 64, 512, 0, false, false},     // KEIFU_INT8: 2 x 16 scales
-    {0, 64, 256, 8, false, false},     // KEIFU_INT4: 2 x 16 scales
-    {0, 128, 256, 0, true, false},     // KEIFU_INT4_MIN: 2 x (16 scales, 16 mins)
-    {64, 64, 256, 0, true, false},     // KEIFU_INT4_SUPER: 16 d, 16 dmin; 2 x (16 scales, 16 mins) in bytes
-    {64, 64, 512, 0, false, true},     // KEIFU_INT6_SUPER: 16 d; 2 x 2 x 16 scales in bytes
+    {0, 0, 1024, 0, false, false, false},    // KEIFU_BF16
+    {0, 64, 512, 0, false, false, false},    // KEIFU_INT8: 2 x 16 scales
+    {0, 64, 256, 8, false, false, false},    // KEIFU_INT4: 2 x 16 scales
+    {0, 128, 256, 0, true, false, false},    // KEIFU_INT4_MIN: 2 x (16 scales, 16 mins)
+    {64, 64, 256, 0, true, false, false},    // KEIFU_INT4_SUPER: 16 d, 16 dmin; 2 x (16 scales, 16 mins) in bytes
+    {64, 64, 512, 0, false, true, false},    // KEIFU_INT6_SUPER: 16 d; 2 x 2 x 16 scales in bytes
+    {128, 0, 512, 0, false, false, true},    // KEIFU_INT8_64: 4 x 16 scales of the four pairs
+    {64, 64, 256, 0, true, false, true},     // KEIFU_INT4_64: 16 d, 16 dmin; 16 scales, 16 x 2 m - 1, 2 x 16 mins in bytes
 };
 constexpr int N_FORMATS = sizeof(LAYOUTS) / sizeof(Layout);
 

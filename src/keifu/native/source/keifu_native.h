@@ -41,8 +41,9 @@ int32_t keifu_use_threads(int32_t n);       /* 1 to 256; waits for a forward tha
 /* ---- packed matrices ----
  *
  * A matrix [rows, columns] is used as y = matrix · x, rows being outputs (as in torch's Linear). It is packed as tiles
- * of 16 rows; a tile goes through the columns in groups of 32. Rows are padded to 16 and columns to 64 with zeros, so
- * that any shape can be packed. The bytes are the same for all instruction sets; `data` must be 64-byte aligned.
+ * of 16 rows; a tile goes through the columns in pairs of groups of 32. Rows are padded to 16 and columns to 64 with
+ * zeros, so that any shape can be packed. The bytes are the same for all instruction sets; `data` must be 64-byte
+ * aligned. Quantised weights are multiplied with x rounded to int8 in groups of 64.
  *
  *   format            value of a weight                      bits a weight   same values as
  *   KEIFU_BF16        bfloat16                               16
@@ -53,10 +54,14 @@ int32_t keifu_use_threads(int32_t n);       /* 1 to 256; waits for a forward tha
  *                                                                            and mins in bytes
  *   KEIFU_INT6_SUPER  (d · scale) · (q - 32), q in 0..63     8.5625          GGUF Q6_K: d of 8 groups, scales of 16
  *                                                                            columns in int8 (q is kept in a byte)
+ *   KEIFU_INT8_64     scale · q, of 64 columns               8.25            -
+ *   KEIFU_INT4_64     (d · scale) · (m · q) - (dmin · min)   4.625           - (d and dmin of 8 groups, scales of 64
+ *                                                                            columns and mins in bytes, m in 1..16)
  * scale, min, d and dmin are float16, a number for each row and group.
  */
 enum KeifuFormat {
-    KEIFU_BF16 = 0, KEIFU_INT8 = 1, KEIFU_INT4 = 2, KEIFU_INT4_MIN = 3, KEIFU_INT4_SUPER = 4, KEIFU_INT6_SUPER = 5
+    KEIFU_BF16 = 0, KEIFU_INT8 = 1, KEIFU_INT4 = 2, KEIFU_INT4_MIN = 3, KEIFU_INT4_SUPER = 4, KEIFU_INT6_SUPER = 5,
+    KEIFU_INT8_64 = 6, KEIFU_INT4_64 = 7
 };
 
 enum KeifuSource { KEIFU_FROM_FLOAT32 = 0, KEIFU_FROM_BFLOAT16 = 1, KEIFU_FROM_FLOAT16 = 2 };
@@ -64,9 +69,9 @@ enum KeifuSource { KEIFU_FROM_FLOAT32 = 0, KEIFU_FROM_BFLOAT16 = 1, KEIFU_FROM_F
 /* Bytes of a packed matrix; -1 for an unknown format or a size below 1. */
 int64_t keifu_packed_size(int32_t format, int64_t rows, int64_t columns);
 
-/* Packs numbers to KEIFU_BF16, KEIFU_INT8, KEIFU_INT4, KEIFU_INT4_MIN or KEIFU_INT4_SUPER. `row_stride` counts
- * numbers from one row to the next. Scales are chosen to make the squared error of each group small. Fails at a NaN or
- * an infinity, naming row and column. Uses the pool's threads. */
+/* Packs numbers to KEIFU_BF16, KEIFU_INT8_64 or KEIFU_INT4_64. `row_stride` counts numbers from one row to the next.
+ * Scales are chosen to make the squared error of each group small. Fails at a NaN or an infinity, naming row and column.
+ * Uses the pool's threads. */
 int32_t keifu_pack(int32_t format, int32_t source_type, const void *source, int64_t rows, int64_t columns,
                    int64_t row_stride, void *packed);
 

@@ -72,14 +72,14 @@ Scratch make_scratch(const KeifuModel &m, Arena &arena) {
     const int64_t widest = m.width > m.query_width ? m.width : m.query_width;
     const int64_t scores = MAX_TASK_ROWS * ((int64_t)m.max_positions + PAIR);
     Scratch s;
-    s.out = arena.take<float>(2 * BLOCK_ROWS * CHUNK * TILE);
+    s.out = arena.take<float>(3 * BLOCK_ROWS * CHUNK * TILE);
     s.row = arena.take<float>(widest);
     s.heads = arena.take<float>(MAX_TASK_ROWS * round_up(m.about.head_dim, PAIR));
     s.queries = arena.take<float>(MAX_TASK_ROWS * round_up(m.about.head_dim, PAIR));
     s.scores = arena.take<float>(scores);
     s.weights = arena.take<float>(scores);
     s.codes = arena.take<uint8_t>(TILE * (widest > m.hidden.columns ? widest : m.hidden.columns));
-    s.sums = arena.take<int32_t>(16 * TILE * TILE);
+    s.sums = arena.take<int32_t>(8 * TILE * TILE);
     s.own = make_rows(arena, 1, widest);
     return s;
 }

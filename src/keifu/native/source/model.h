@@ -10,13 +10,14 @@ constexpr int MAX_TASK_ROWS = 32;  // queries (tokens times heads of a group) th
 constexpr int BLOCK_ROWS = 64;     // rows of a product that are computed before they are handed on
 constexpr int CHUNK = 4;           // tiles of a matrix in one task
 
-// One group of 32 numbers of a row, rounded to int8: number = scale · code.
+// One group of 32 numbers of a row, rounded to int8: number = scale · code. Both groups of a pair have the same scale.
 struct CodeGroup {
     float scale;
-    float moment;     // scale · sum, for formats with a min
-    int32_t sum;      // of the codes
-    int32_t half[2];  // of the first 16 codes and the others
-    int32_t unused[3];
+    float moment;         // scale · sum, for formats with a min
+    int32_t sum;          // of the codes
+    int32_t half[2];      // of the first 16 codes and the others
+    int32_t pair_sum;     // of both groups, where this is the first of a pair
+    int32_t unused[2];
 };
 
 // The rows of a product's input as the kernels want them: bfloat16 for bf16 weights, int8 in groups for the others.
@@ -34,14 +35,14 @@ struct Rows {
 
 // What a thread needs for itself.
 struct Scratch {
-    float *out;       // [2, BLOCK_ROWS, CHUNK · TILE] of two products
+    float *out;       // [3, BLOCK_ROWS, CHUNK · TILE]: of two products, and hidden numbers
     float *row;       // numbers of one row, padded
     float *heads;     // [MAX_TASK_ROWS, head_dim padded to TILE]
     void *queries;    // [MAX_TASK_ROWS, head_dim padded to GROUP] dense
     float *scores;    // [MAX_TASK_ROWS, longest sequence + PAIR]
     void *weights;    // the same, dense
     uint8_t *codes;   // a tile whose 4-bit codes are spread to bytes
-    int32_t *sums;    // [8, 2, 16, 16] of AMX
+    int32_t *sums;    // [2, 4, 16, 16] of AMX
     Rows own;         // rows that the thread makes for itself where there are few
 };
 

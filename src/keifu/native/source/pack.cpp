@@ -160,7 +160,8 @@ int64_t keifu_packed_size(int32_t format, int64_t rows, int64_t columns) {
 int32_t keifu_pack(int32_t format, int32_t source_type, const void *source, int64_t rows, int64_t columns,
                    int64_t row_stride, void *packed) {
     if (keifu_packed_size(format, rows, columns) < 0) return -1;
-    if (format == KEIFU_INT6_SUPER) return fail("Numbers cannot be packed to format %d, only GGUF's Q6_K.", format);
+    if (format != KEIFU_BF16 && format < KEIFU_INT8_64)
+        return fail("Numbers cannot be packed to format %d: it is for GGUF's blocks.", format);
     if (source_type < KEIFU_FROM_FLOAT32 || source_type > KEIFU_FROM_FLOAT16)
         return fail("There is no source type %d; known are 0 to 2.", source_type);
     const Kernels &use = kernels();

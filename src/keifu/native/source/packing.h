@@ -13,13 +13,12 @@ template <int FORMAT> INLINE void unpack_row(const uint8_t *tile, int lane, int6
     for (int64_t start = 0; start < columns; start += GROUP) {
         const int64_t pair = start / PAIR;
         const int g = start / GROUP % 2;
-        const uint8_t *header = tile + pair_offset(L, pair);
-        const uint8_t *codes = header + L.group(g);
-        v16 scale{};
-        v16 second{};
-        if constexpr (FORMAT != KEIFU_BF16) read_scales<FORMAT>(tile + super_offset(L, pair), header, g, scale, second);
-        const float scales[2] = {scale[lane], L.halves ? second[lane] : scale[lane]};
-        const float min = second[lane];
+        const uint8_t *codes = tile + pair_offset(L, pair) + L.group(g);
+        Scales all{};
+        if constexpr (FORMAT != KEIFU_BF16) all = read_scales<FORMAT>(tile, pair, g);
+        if constexpr (FORMAT == KEIFU_INT4_64) all.scale *= to_float(read_multipliers(tile, pair, g));
+        const float scales[2] = {all.scale[lane], L.halves ? all.second[lane] : all.scale[lane]};
+        const float min = L.wide && g ? all.third[lane] : all.second[lane];
         const int n = columns - start < GROUP ? (int)(columns - start) : GROUP;
         for (int i = 0; i < n; i++) {
             float value;
@@ -46,6 +45,8 @@ static void unpack(int format, const uint8_t *data, int64_t columns, int64_t row
     case KEIFU_INT4_MIN: return unpack_row<KEIFU_INT4_MIN>(tile, lane, columns, out);
     case KEIFU_INT4_SUPER: return unpack_row<KEIFU_INT4_SUPER>(tile, lane, columns, out);
     case KEIFU_INT6_SUPER: return unpack_row<KEIFU_INT6_SUPER>(tile, lane, columns, out);
+    case KEIFU_INT8_64: return unpack_row<KEIFU_INT8_64>(tile, lane, columns, out);
+    case KEIFU_INT4_64: return unpack_row<KEIFU_INT4_64>(tile, lane, columns, out);
     }
 }
 
@@ -64,9 +65,9 @@ INLINE v16 inverse_of(v16 x) { return x != 0.f ? 1.f / x : v16{}; }
 
 INLINE v16 code_of(v16 x, v16 inverse, v16 min, float low, float high) { return nearest(clamp((x - min) * inverse, low, high)); }
 
-INLINE void extremes(const Group &x, v16 &low, v16 &high) {
+INLINE void extremes(const v16 *x, int n, v16 &low, v16 &high) {
     low = high = x[0];
-    for (int i = 1; i < GROUP; i++) {
+    for (int i = 1; i < n; i++) {
         low = x[i] < low ? x[i] : low;
         high = max(x[i], high);
     }
@@ -75,39 +76,16 @@ INLINE void extremes(const Group &x, v16 &low, v16 &high) {
 constexpr int FEWEST = -12;  // scales that are tried, around that of the largest number
 constexpr int MOST = 12;
 
-// The scale of codes -8..7 with the least squared error of those near the largest number / -8.
-INLINE v16 symmetric_scale(const Group &x) {
-    v16 low, high;
-    extremes(x, low, high);
-    const v16 extreme = high >= -low ? high : low;
-    v16 best{};
-    v16 scale{};
-    for (int step = FEWEST; step <= MOST; step++) {
-        const v16 inverse = (-8.f - 0.1f * (float)step) * inverse_of(extreme);
-        v16 xq{};
-        v16 qq{};
-        for (int i = 0; i < GROUP; i++) {
-            const v16 q = code_of(x[i], inverse, v16{}, -8, 7);
-            xq += x[i] * q;
-            qq += q * q;
-        }
-        const v16 gain = xq * xq * inverse_of(qq);
-        scale = gain > best ? xq * inverse_of(qq) : scale;
-        best = max(gain, best);
-    }
-    return scale;
-}
-
 struct Affine {
     v16 scale, min;
 };
 
-// Scale and min of codes 0..15 with the least squared error, by least squares from several first scales. The min is 0
-// or below where `below` is set.
-INLINE Affine affine_scale(const Group &x, bool below) {
+// Scale and min, which is 0 or below, of codes 0..15 with the least squared error, by least squares from several first
+// scales.
+INLINE Affine affine_scale(const Group &x) {
     v16 low, high;
-    extremes(x, low, high);
-    if (below) low = low > 0.f ? v16{} : low;
+    extremes(x, GROUP, low, high);
+    low = low > 0.f ? v16{} : low;
     Affine best{v16{}, low};
     v16 least = splat(3e38f);
     v16 sum_x{};
@@ -126,10 +104,8 @@ INLINE Affine affine_scale(const Group &x, bool below) {
         const v16 determinant = inverse_of((float)GROUP * qq - sum_q * sum_q);
         v16 scale = ((float)GROUP * xq - sum_x * sum_q) * determinant;
         v16 min = (qq * sum_x - sum_q * xq) * determinant;
-        if (below) {
-            scale = min > 0.f ? xq * inverse_of(qq) : scale;
-            min = min > 0.f ? v16{} : min;
-        }
+        scale = min > 0.f ? xq * inverse_of(qq) : scale;
+        min = min > 0.f ? v16{} : min;
         v16 error = scale * (scale * qq + 2.f * (min * sum_q - xq)) + min * ((float)GROUP * min - 2.f * sum_x);
         error = (determinant > 0.f) & (scale > 0.f) ? error : splat(3e38f);
         best.scale = error < least ? scale : best.scale;
@@ -162,24 +138,18 @@ INLINE v16 put_halves(uint8_t *to, v16 x) {
     return load_half(to);
 }
 
-// Writes a byte for each row: the nearest multiple of d, at most 255; gives what it stands for.
-INLINE v16 put_multiples(uint8_t *to, v16 x, v16 d) {
-    const v16 n = clamp(nearest(x * inverse_of(d)), 0, 255);
-    for (int lane = 0; lane < TILE; lane++) to[lane] = (uint8_t)n[lane];
-    return d * n;
+INLINE void put_bytes(uint8_t *to, v16 x) {
+    for (int lane = 0; lane < TILE; lane++) to[lane] = (uint8_t)x[lane];
 }
 
 template <int FORMAT> INLINE void put_codes(uint8_t *codes, const Group &x, v16 scale, v16 min) {
-    constexpr Layout L = LAYOUTS[FORMAT];
-    constexpr bool NIBBLES = L.codes == 256;
-    const float low = L.has_min ? 0 : NIBBLES ? -8 : -127;
-    const float high = L.has_min ? 15 : NIBBLES ? 7 : 127;
+    constexpr bool NIBBLES = LAYOUTS[FORMAT].codes == 256;
     const v16 inverse = inverse_of(scale);
     for (int quad = 0; quad < 8; quad++) {
         i16 word{};
         for (int k = 0; k < 4; k++) {
-            const v16 code = code_of(x[4 * quad + k], inverse, min, low, high);
-            word |= ((round_to_int(code) + L.offset) & 255) << (8 * k);
+            const v16 code = code_of(x[4 * quad + k], inverse, min, NIBBLES ? 0 : -127, NIBBLES ? 15 : 127);
+            word |= (round_to_int(code) & 255) << (8 * k);
         }
         uint8_t *to = codes + (NIBBLES ? quad % 4 : quad) * 64;
         if (NIBBLES && quad >= 4) word = word << 4 | load_ints(to);
@@ -187,43 +157,47 @@ template <int FORMAT> INLINE void put_codes(uint8_t *codes, const Group &x, v16 
     }
 }
 
-template <int FORMAT> INLINE void pack_group(uint8_t *header, int g, const Group &x) {
-    uint8_t *codes = header + LAYOUTS[FORMAT].group(g);
-    if constexpr (FORMAT == KEIFU_BF16) {
-        for (int i = 0; i < GROUP; i += 2) {
-            const i16 pair = bfloat16_bits(x[i]) | bfloat16_bits(x[i + 1]) << 16;
-            memcpy(codes + i * 32, &pair, 64);
+// Up to 8 groups, which are a super block: scales and mins are multiples of d and dmin.
+INLINE void pack_int4(uint8_t *tile, int64_t first_pair, const Group *x, int pairs) {
+    constexpr Layout L = LAYOUTS[KEIFU_INT4_64];
+    Affine best[2 * SUPER_PAIRS];
+    v16 most_scale{};
+    v16 most_min{};
+    for (int g = 0; g < 2 * pairs; g++) {
+        best[g] = affine_scale(x[g]);
+        most_scale = max(best[g].scale, most_scale);
+        most_min = max(-best[g].min, most_min);
+    }
+    uint8_t *super = tile + super_offset(L, first_pair);
+    const v16 d = put_halves(super, most_scale / (16 * 255.f));
+    const v16 dmin = put_halves(super + 32, most_min / 255.f);
+    for (int pair = 0; pair < pairs; pair++) {
+        const Affine *two = best + 2 * pair;
+        uint8_t *header = tile + pair_offset(L, first_pair + pair);
+        const v16 scale = clamp(nearest(max(two[0].scale, two[1].scale) / 16.f * inverse_of(d)), 0, 255);
+        put_bytes(header, scale);
+        for (int g = 0; g < 2; g++) {
+            const v16 m = clamp(nearest(two[g].scale * inverse_of(d * scale)), 1, 16);
+            const v16 min = clamp(nearest(-two[g].min * inverse_of(dmin)), 0, 255);
+            for (int lane = 0; lane < TILE; lane++) header[TILE + lane] |= ((uint8_t)m[lane] - 1) << 4 * g;
+            put_bytes(header + 32 + g * TILE, min);
+            put_codes<KEIFU_INT4_64>(header + L.group(g), x[2 * pair + g], d * scale * m, -(dmin * min));
         }
-    } else if constexpr (FORMAT == KEIFU_INT4_MIN) {
-        const Affine best = affine_scale(x, false);
-        const v16 scale = put_halves(header + g * 64, best.scale);
-        put_codes<FORMAT>(codes, x, scale, put_halves(header + g * 64 + 32, best.min));
-    } else if constexpr (FORMAT == KEIFU_INT4) {
-        put_codes<FORMAT>(codes, x, put_halves(header + g * 32, symmetric_scale(x)), v16{});
-    } else {
-        v16 low, high;
-        extremes(x, low, high);
-        put_codes<FORMAT>(codes, x, put_halves(header + g * 32, max(high, -low) / 127.f), v16{});
     }
 }
 
-// The groups of a super block together: their scales and mins are multiples of d and dmin.
-INLINE void pack_super(uint8_t *super, uint8_t *const *headers, const Group *x, int n) {
-    Affine best[2 * SUPER_PAIRS];
-    v16 scale{};
-    v16 min{};
-    for (int g = 0; g < n; g++) {
-        best[g] = affine_scale(x[g], true);
-        scale = max(best[g].scale, scale);
-        min = max(-best[g].min, min);
-    }
-    const v16 d = put_halves(super, scale / 255.f);
-    const v16 dmin = put_halves(super + 32, min / 255.f);
-    for (int g = 0; g < n; g++) {
-        uint8_t *bytes = headers[g] + g % 2 * 32;
-        const v16 s = put_multiples(bytes, best[g].scale, d);
-        const v16 m = put_multiples(bytes + 16, -best[g].min, dmin);
-        put_codes<KEIFU_INT4_SUPER>(headers[g] + LAYOUTS[KEIFU_INT4_SUPER].group(g % 2), x[g], s, -m);
+INLINE void pack_int8(uint8_t *tile, int64_t pair, const Group *x) {
+    constexpr Layout L = LAYOUTS[KEIFU_INT8_64];
+    v16 low, high;
+    extremes(x[0], PAIR, low, high);
+    const v16 scale = put_halves(tile + super_offset(L, pair) + pair % SUPER_PAIRS * 32, max(high, -low) / 127.f);
+    for (int g = 0; g < 2; g++) put_codes<KEIFU_INT8_64>(tile + pair_offset(L, pair) + L.group(g), x[g], scale, v16{});
+}
+
+INLINE void pack_bfloat16(uint8_t *tile, int64_t pair, const Group *x) {
+    for (int i = 0; i < PAIR; i += 2) {
+        const i16 two = bfloat16_bits(x[0][i]) | bfloat16_bits(x[0][i + 1]) << 16;
+        memcpy(tile + pair_offset(LAYOUTS[KEIFU_BF16], pair) + i * 32, &two, 64);
     }
 }
 
@@ -255,22 +229,20 @@ INLINE int find_bad(const Group &x) {
 }
 
 template <int FORMAT> INLINE int64_t pack_tile(const Numbers &from, uint8_t *tile) {
-    constexpr Layout L = LAYOUTS[FORMAT];
-    constexpr int UNIT = 2 * SUPER_PAIRS;
-    const int64_t groups = round_up(from.columns, PAIR) / GROUP;
-    for (int64_t first_group = 0; first_group < groups; first_group += UNIT) {
-        uint8_t *headers[UNIT];
-        Group x[UNIT];
-        const int n = groups - first_group < UNIT ? (int)(groups - first_group) : UNIT;
-        for (int i = 0; i < n; i++) {
-            const int64_t group = first_group + i;
-            headers[i] = tile + pair_offset(L, group / 2);
-            read_group(from, group * GROUP, x[i]);
-            const int bad = find_bad(x[i]);
-            if (bad >= 0) return bad * from.columns + group * GROUP;
-            if constexpr (FORMAT != KEIFU_INT4_SUPER) pack_group<FORMAT>(headers[i], i % 2, x[i]);
+    const int64_t all = round_up(from.columns, PAIR) / PAIR;
+    for (int64_t first = 0; first < all; first += SUPER_PAIRS) {
+        Group x[2 * SUPER_PAIRS];
+        const int pairs = all - first < SUPER_PAIRS ? (int)(all - first) : SUPER_PAIRS;
+        for (int g = 0; g < 2 * pairs; g++) {
+            const int64_t column = first * PAIR + g * GROUP;
+            read_group(from, column, x[g]);
+            const int bad = find_bad(x[g]);
+            if (bad >= 0) return bad * from.columns + column;
         }
-        if constexpr (FORMAT == KEIFU_INT4_SUPER) pack_super(tile + super_offset(L, first_group / 2), headers, x, n);
+        if constexpr (FORMAT == KEIFU_INT4_64) pack_int4(tile, first, x, pairs);
+        for (int pair = 0; pair < pairs && FORMAT != KEIFU_INT4_64; pair++)
+            if constexpr (FORMAT == KEIFU_BF16) pack_bfloat16(tile, first + pair, x + 2 * pair);
+            else pack_int8(tile, first + pair, x + 2 * pair);
     }
     return -1;
 }
@@ -280,10 +252,8 @@ template <int FORMAT> INLINE int64_t pack_tile(const Numbers &from, uint8_t *til
 static int64_t pack(int format, const Numbers &from, uint8_t *tile) {
     switch (format) {
     case KEIFU_BF16: return pack_tile<KEIFU_BF16>(from, tile);
-    case KEIFU_INT8: return pack_tile<KEIFU_INT8>(from, tile);
-    case KEIFU_INT4: return pack_tile<KEIFU_INT4>(from, tile);
-    case KEIFU_INT4_MIN: return pack_tile<KEIFU_INT4_MIN>(from, tile);
-    default: return pack_tile<KEIFU_INT4_SUPER>(from, tile);
+    case KEIFU_INT8_64: return pack_tile<KEIFU_INT8_64>(from, tile);
+    default: return pack_tile<KEIFU_INT4_64>(from, tile);
     }
 }
 

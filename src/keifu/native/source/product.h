@@ -25,27 +25,32 @@ constexpr int OUT = CHUNK * TILE;  // floats from one row of a product's output 
 
 // ---- rows ----
 
-INLINE void encode_codes(const Rows &rows, int64_t row, int64_t group, v16 a, v16 b) {
-    const float most = maximum(max(abs(a), abs(b)));
+INLINE void encode_codes(const Rows &rows, int64_t row, int64_t pair, const float *x) {
+    v16 most_of = abs(load(x));
+    for (int i = TILE; i < PAIR; i += TILE) most_of = max(most_of, abs(load(x + i)));
+    const float most = maximum(most_of);
     const float inverse = most > 0 ? 127.f / most : 0.f;
-    const i16 p = round_to_int(a * inverse);
-    const i16 q = round_to_int(b * inverse);
-    int8_t *codes = rows.codes + row * rows.columns + group * GROUP;
-    narrow(codes, p);
-    narrow(codes + TILE, q);
-    CodeGroup &about = *rows.about(row, group);
-    sum_two(p, q, about.half);
-    about.sum = about.half[0] + about.half[1];
-    about.scale = most / 127.f;
-    about.moment = about.scale * (float)about.sum;
+    int8_t *codes = rows.codes + row * rows.columns + pair * PAIR;
+    CodeGroup *both[2];
+    for (int g = 0; g < 2; g++) {
+        const i16 p = round_to_int(load(x + g * GROUP) * inverse);
+        const i16 q = round_to_int(load(x + g * GROUP + TILE) * inverse);
+        narrow(codes + g * GROUP, p);
+        narrow(codes + g * GROUP + TILE, q);
+        CodeGroup &about = *(both[g] = rows.about(row, 2 * pair + g));
+        sum_two(p, q, about.half);
+        about.sum = about.half[0] + about.half[1];
+        about.scale = most / 127.f;
+        about.moment = about.scale * (float)about.sum;
+    }
+    both[0]->pair_sum = both[0]->sum + both[1]->sum;
 }
 
-// Rounds 32 numbers of a row to what the weights of a product are multiplied with.
-INLINE void encode(const Rows &rows, bool quantised, int64_t row, int64_t group, v16 a, v16 b) {
-    if (quantised) return encode_codes(rows, row, group, a, b);
-    uint16_t *dense = rows.dense + row * rows.columns + group * GROUP;
-    store_bfloat16(dense, a);
-    store_bfloat16(dense + TILE, b);
+// Rounds 64 numbers of a row to what the weights of a product are multiplied with.
+INLINE void encode(const Rows &rows, bool quantised, int64_t row, int64_t pair, const float *x) {
+    if (quantised) return encode_codes(rows, row, pair, x);
+    uint16_t *dense = rows.dense + row * rows.columns + pair * PAIR;
+    for (int i = 0; i < PAIR; i += TILE) store_bfloat16(dense + i, load(x + i));
 }
 
 // ---- blocks of a product ----
@@ -71,6 +76,11 @@ template <int ALONE, int B, class Block> INLINE void cut(int b, int rows, Block 
         for (int s = 0; s < CHUNK; s += S) block(Constant<S>(), Constant<B>(), s, b);
     if constexpr (B > 1) cut<ALONE, B / 2>(b, rows, block);
 }
+
+// Which part of the tiles that come next a block fetches: every (mask + 1)th step, from `turn` on.
+struct Turn {
+    int64_t mask, turn;
+};
 
 INLINE void fetch(const uint8_t *p, int bytes) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
@@ -147,12 +157,7 @@ INLINE int32_t four_bytes(const void *p) {
     return four;
 }
 
-constexpr int AHEAD = 3072;  // bytes, of a stream of 4-bit weights for one row; others are as fast as memory without
-
-// Which part of the tiles that come next a block fetches: every (mask + 1)th step, from `turn` on.
-struct Turn {
-    int64_t mask, turn;
-};
+constexpr int AHEAD = 3072;  // bytes, of a stream of quantised weights for one row
 
 template <int S, int B>
 INLINE void bfloat16_block(const uint8_t *const *tiles, const Rows &rows, int64_t row, Turn turn, float *out) {
@@ -173,31 +178,54 @@ INLINE void bfloat16_block(const uint8_t *const *tiles, const Rows &rows, int64_
 
 // ---- quantised ----
 
-// The scales of group g of a pair: `scale` of all columns, or of the first half; `second`: the min, or the other half's.
-template <int FORMAT> INLINE void read_scales(const uint8_t *super, const uint8_t *header, int g, v16 &scale, v16 &second) {
-    if constexpr (FORMAT == KEIFU_INT4_MIN) {
-        scale = load_half(header + g * 64);
-        second = load_half(header + g * 64 + 32);
+struct Scales {
+    v16 scale{};   // of all columns, or of the first half
+    v16 second{};  // the min, or the other half's scale
+    v16 third{};   // the second group's min, where the format is wide
+};
+
+// The scales of group g of a pair, or of both where the format is wide.
+template <int FORMAT> INLINE Scales read_scales(const uint8_t *tile, int64_t pair, int g) {
+    constexpr Layout L = LAYOUTS[FORMAT];
+    const uint8_t *super = tile + super_offset(L, pair);
+    const uint8_t *header = tile + pair_offset(L, pair);
+    Scales s;
+    if constexpr (FORMAT == KEIFU_INT8_64) {
+        s.scale = load_half(super + pair % SUPER_PAIRS * 32);
+    } else if constexpr (FORMAT == KEIFU_INT4_64) {
+        const v16 dmin = -load_half(super + 32);
+        s.scale = load_half(super) * load_bytes(header);
+        s.second = dmin * load_bytes(header + 32);
+        s.third = dmin * load_bytes(header + 48);
+    } else if constexpr (FORMAT == KEIFU_INT4_MIN) {
+        s.scale = load_half(header + g * 64);
+        s.second = load_half(header + g * 64 + 32);
     } else if constexpr (FORMAT == KEIFU_INT4_SUPER) {
-        scale = load_half(super) * load_bytes(header + g * 32);
-        second = -(load_half(super + 32) * load_bytes(header + g * 32 + 16));
+        s.scale = load_half(super) * load_bytes(header + g * 32);
+        s.second = -(load_half(super + 32) * load_bytes(header + g * 32 + 16));
     } else if constexpr (FORMAT == KEIFU_INT6_SUPER) {
         const v16 d = load_half(super);
-        scale = d * load_bytes((const int8_t *)header + g * 32);
-        second = d * load_bytes((const int8_t *)header + g * 32 + 16);
+        s.scale = d * load_bytes((const int8_t *)header + g * 32);
+        s.second = d * load_bytes((const int8_t *)header + g * 32 + 16);
     } else {
-        scale = load_half(header + g * 32);
+        s.scale = load_half(header + g * 32);
     }
+    return s;
 }
 
-// Adds a group's exact sums, times the scales of weights and row, to the total.
+// What the codes of group g of a pair of KEIFU_INT4_64 are multiplied with.
+INLINE i16 read_multipliers(const uint8_t *tile, int64_t pair, int g) {
+    return (widen(tile + pair_offset(LAYOUTS[KEIFU_INT4_64], pair) + TILE) >> 4 * g & 15) + 1;
+}
+
+// Adds exact sums, times the scales of weights and row, to the total. `row`: of the group, and TILE further of the next.
 template <int FORMAT>
-INLINE v16 add_group(v16 total, i16 low, i16 high, v16 scale, v16 second, const CodeGroup &row) {
+INLINE v16 add_sums(v16 total, i16 low, i16 high, const Scales &scales, const CodeGroup *row) {
     constexpr Layout L = LAYOUTS[FORMAT];
-    if constexpr (!L.halves) low += high;
-    total = fma(to_float(low), scale * row.scale, total);
-    if constexpr (L.halves) total = fma(to_float(high), second * row.scale, total);
-    if constexpr (L.has_min) total = fma(second, splat(row.moment), total);
+    total = fma(to_float(low), scales.scale * row->scale, total);
+    if constexpr (L.halves) total = fma(to_float(high), scales.second * row->scale, total);
+    if constexpr (L.has_min) total = fma(scales.second, splat(row->moment), total);
+    if constexpr (L.has_min && L.wide) total = fma(scales.third, splat(row[TILE].moment), total);
     return total;
 }
 
@@ -248,61 +276,80 @@ INLINE i16 dot_low(i16 total, i16 w, int32_t x) { return dot_codes(total, w & 0x
 INLINE i16 dot_high(i16 total, i16 w, int32_t x) { return dot_low(total, w >> 4, x); }
 #endif
 
-// Sums of one group: `low` and `high` of the two halves of its columns, or `low` of all where neither the format nor the
-// latency of few sums asks for two.
-template <int FORMAT, int S, int B>
-INLINE void sum_group(const uint8_t *const (&codes)[S], const int8_t *x, int64_t stride, const CodeGroup *about,
-                      i16 (&low)[S][B], i16 (&high)[S][B]) {
-    constexpr Layout L = LAYOUTS[FORMAT];
-    constexpr bool NIBBLES = L.codes == 256;
-    constexpr bool APART = L.halves || S * B < 8 || !NIBBLES;
-    UNROLL for (int b = 0; b < B; b++) {
-        const CodeGroup &row = about[b];
-        const i16 first = splat(NIBBLES ? -L.offset * row.sum : -CODE_BIAS * (L.halves ? row.half[0] : row.sum));
-        const i16 second = splat(L.halves ? -CODE_BIAS * row.half[1] : 0);
-        UNROLL for (int s = 0; s < S; s++) low[s][b] = first, high[s][b] = second;
-    }
-    UNROLL for (int quad = 0; quad < 4; quad++)
-        UNROLL for (int s = 0; s < S; s++) {
-            const i16 w = load_ints(codes[s] + quad * 64);
-            const i16 v = !NIBBLES ? load_ints(codes[s] + (quad + 4) * 64) : APART ? w : w >> 4;
-            UNROLL for (int b = 0; b < B; b++) {
-                const int32_t first = four_bytes(x + b * stride + quad * 4);
-                const int32_t second = four_bytes(x + b * stride + quad * 4 + TILE);
-                low[s][b] = NIBBLES ? dot_low(low[s][b], w, first) : dot_codes(low[s][b], w, first);
-                if (!APART) low[s][b] = NIBBLES ? dot_low(low[s][b], v, second) : dot_codes(low[s][b], v, second);
-                else high[s][b] = NIBBLES ? dot_high(high[s][b], v, second) : dot_codes(high[s][b], v, second);
-            }
+// Sums of the codes of a group: `low` and `high` of two halves of the columns, or `low` of all where neither the format
+// nor the latency of few sums asks for two.
+template <int FORMAT, int S, int B> struct Sums {
+    static constexpr Layout L = LAYOUTS[FORMAT];
+    static constexpr bool NIBBLES = L.codes == 256;
+    static constexpr bool APART = L.halves || S * B < 8 || !NIBBLES;
+    i16 low[S][B];
+    i16 high[S][B];
+
+    ALWAYS_INLINE void begin(const CodeGroup *about) {
+        UNROLL for (int b = 0; b < B; b++) {
+            const CodeGroup &row = about[b];
+            const int32_t sum = NIBBLES ? -L.offset * row.sum : -CODE_BIAS * (L.wide ? row.pair_sum : L.halves ? row.half[0] : row.sum);
+            const i16 second = splat(L.halves ? -CODE_BIAS * row.half[1] : 0);
+            UNROLL for (int s = 0; s < S; s++) low[s][b] = splat(sum), high[s][b] = second;
         }
-    if constexpr (NIBBLES && APART && HIGH_SHIFT)
-        UNROLL for (int i = 0; i < S * B; i++) high[i / B][i % B] >>= HIGH_SHIFT;
-}
+    }
+
+    ALWAYS_INLINE void add(const uint8_t *const (&codes)[S], const int8_t *x, int64_t stride) {
+        UNROLL for (int quad = 0; quad < 4; quad++)
+            UNROLL for (int s = 0; s < S; s++) {
+                const i16 w = load_ints(codes[s] + quad * 64);
+                const i16 v = !NIBBLES ? load_ints(codes[s] + (quad + 4) * 64) : APART ? w : w >> 4;
+                UNROLL for (int b = 0; b < B; b++) {
+                    const int32_t first = four_bytes(x + b * stride + quad * 4);
+                    const int32_t second = four_bytes(x + b * stride + quad * 4 + TILE);
+                    low[s][b] = NIBBLES ? dot_low(low[s][b], w, first) : dot_codes(low[s][b], w, first);
+                    if (!APART) low[s][b] = NIBBLES ? dot_low(low[s][b], v, second) : dot_codes(low[s][b], v, second);
+                    else high[s][b] = NIBBLES ? dot_high(high[s][b], v, second) : dot_codes(high[s][b], v, second);
+                }
+            }
+    }
+
+    ALWAYS_INLINE void end() {
+        UNROLL for (int i = 0; i < S * B; i++) {
+            if (NIBBLES && APART && HIGH_SHIFT) high[i / B][i % B] >>= HIGH_SHIFT;
+            if (!L.halves && APART) low[i / B][i % B] += high[i / B][i % B];
+        }
+    }
+};
 
 template <int FORMAT, int S, int B>
 INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64_t row, Turn turn, float *out) {
     constexpr Layout L = LAYOUTS[FORMAT];
-    const int64_t n = rows.n_groups();
     const CodeGroup *about = rows.about(row, 0);
     const int8_t *x = rows.codes + row * rows.columns;
     v16 total[S][B] = {};
-    for (int64_t pair = 0; pair < n / 2; pair++) {
-        const int64_t super = super_offset(L, pair);
+    for (int64_t pair = 0; pair < rows.columns / PAIR; pair++) {
         const int64_t header = pair_offset(L, pair);
-        if (B == 1 && L.codes == 256) fetch(tiles[0] + header + AHEAD, L.pair());
+        if (B == 1) fetch(tiles[0] + header + AHEAD, L.pair());
         if (B > 1 && (pair & turn.mask) == turn.turn)
             UNROLL for (int s = 0; s < S; s++) fetch(tiles[CHUNK + s] + header, L.pair());
+        Sums<FORMAT, S, B> sums;
+        i16 before[S][B];
         for (int g = 0; g < 2; g++, about += TILE, x += GROUP) {
             const uint8_t *codes[S];
             UNROLL for (int s = 0; s < S; s++) codes[s] = tiles[s] + header + L.group(g);
-            i16 low[S][B];
-            i16 high[S][B];
-            sum_group<FORMAT, S, B>(codes, x, rows.columns, about, low, high);
+            if (FORMAT != KEIFU_INT8_64 || g == 0) sums.begin(about);
+            sums.add(codes, x, rows.columns);
+            if (FORMAT == KEIFU_INT8_64 && g == 0) continue;
+            sums.end();
             UNROLL for (int s = 0; s < S; s++) {
-                v16 scale;
-                v16 second{};
-                read_scales<FORMAT>(tiles[s] + super, tiles[s] + header, g, scale, second);
+                if constexpr (FORMAT == KEIFU_INT4_64) {
+                    const i16 m = read_multipliers(tiles[s], pair, g);
+                    UNROLL for (int b = 0; b < B; b++) {
+                        if (g == 0) before[s][b] = sums.low[s][b] * m;
+                        else sums.low[s][b] = sums.low[s][b] * m + before[s][b];
+                    }
+                    if (g == 0) continue;
+                }
+                const Scales scales = read_scales<FORMAT>(tiles[s], pair, g);
                 UNROLL for (int b = 0; b < B; b++)
-                    total[s][b] = add_group<FORMAT>(total[s][b], low[s][b], high[s][b], scale, second, about[b]);
+                    total[s][b] = add_sums<FORMAT>(total[s][b], sums.low[s][b], sums.high[s][b], scales,
+                                                   about + b - (L.wide ? TILE : 0));
             }
         }
     }
@@ -314,7 +361,11 @@ void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int 
                 [[maybe_unused]] Scratch &scratch, float *out) {
 #if defined(__AMX_TILE__)
     if constexpr (FORMAT == KEIFU_BF16) {
-        const auto at = [&](int s, int g) { return tiles[s] + g * LAYOUTS[KEIFU_BF16].codes; };
+        const auto at = [&](int s, int g) {
+            const int64_t here = g * LAYOUTS[KEIFU_BF16].codes;
+            if (n_rows == 1) fetch(tiles[CHUNK + s] + here, LAYOUTS[KEIFU_BF16].codes);
+            return tiles[s] + here;
+        };
         return dense_product(at, CHUNK, (int)rows.n_groups(), rows.dense + row * rows.columns, rows.columns, n_rows, out, OUT);
     } else if (n_rows >= AMX_ROWS) {
         return amx_quantised<FORMAT>(tiles, CHUNK, rows, row, n_rows, scratch, out);
@@ -342,6 +393,8 @@ static void product(int format, const uint8_t *const *tiles, const Rows &rows, i
     case KEIFU_INT4_MIN: return product_of<KEIFU_INT4_MIN>(tiles, rows, row, n_rows, scratch, out);
     case KEIFU_INT4_SUPER: return product_of<KEIFU_INT4_SUPER>(tiles, rows, row, n_rows, scratch, out);
     case KEIFU_INT6_SUPER: return product_of<KEIFU_INT6_SUPER>(tiles, rows, row, n_rows, scratch, out);
+    case KEIFU_INT8_64: return product_of<KEIFU_INT8_64>(tiles, rows, row, n_rows, scratch, out);
+    case KEIFU_INT4_64: return product_of<KEIFU_INT4_64>(tiles, rows, row, n_rows, scratch, out);
     }
 }
 

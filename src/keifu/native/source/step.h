@@ -100,12 +100,9 @@ class Step {
     }
 
     void hidden(const Layer &layer, const KeifuNorm &norm) {
-        const int width = layer.gate.data ? 2 : CHUNK;
-        const int chunks = (int)((n_tiles(layer.up.rows) + width - 1) / width);  // two a task: a cache line of codes
         const auto make = [&](const Rows &rows, int r) { norm_row(rows, quantised(layer.up), r, norm, r); };
-        from_rows(m.normed, f.batch.n_tokens, make, (chunks + 1) / 2, [&](const Rows &rows, int task) {
-            for (int chunk = 2 * task; chunk < chunks && chunk < 2 * task + 2; chunk++)
-                for (int r = 0; r < f.batch.n_tokens; r += BLOCK_ROWS) activate_rows(layer, rows, chunk, r);
+        from_rows(m.normed, f.batch.n_tokens, make, n_chunks(layer.up), [&](const Rows &rows, int chunk) {
+            for (int r = 0; r < f.batch.n_tokens; r += BLOCK_ROWS) activate_rows(layer, rows, chunk, r);
         });
     }
 
@@ -155,11 +152,12 @@ class Step {
     }
 
     void encode_row(const Rows &rows, bool codes, int r, const float *x, int n) {
-        for (int i = 0; i < rows.columns; i += GROUP) {
-            const v16 a = i < n ? first(load(x + i), n - i) : v16{};
-            const v16 b = i + TILE < n ? first(load(x + i + TILE), n - i - TILE) : v16{};
-            encode(rows, codes, r, i / GROUP, a, b);
-        }
+        int i = 0;
+        for (; i + PAIR <= n; i += PAIR) encode(rows, codes, r, i / PAIR, x + i);
+        if (i == n) return;
+        float rest[PAIR] = {};
+        memcpy(rest, x + i, (n - i) * sizeof(float));
+        encode(rows, codes, r, i / PAIR, rest);
     }
 
     void norm_row(const Rows &rows, bool codes, int r, const KeifuNorm &norm, int t) {
@@ -241,29 +239,35 @@ class Step {
         for (int i = 0; i < n; i++) memcpy(scratch.out + i * OUT + 2 * TILE, gate + i * OUT, 2 * TILE * sizeof(float));
     }
 
-    // One chunk of the feed-forward's hidden numbers, for up to BLOCK_ROWS rows from `row` on.
+    // One chunk of the feed-forward's hidden numbers, for up to BLOCK_ROWS rows from `row` on. Where there is a gate, two
+    // of its tiles go with two of `up` at a time.
     void activate_rows(const Layer &layer, const Rows &rows, int chunk, int row) {
         const bool gated = layer.gate.data != nullptr;
         const int width = gated ? 2 : CHUNK;
         const int here = f.batch.n_tokens - row < BLOCK_ROWS ? f.batch.n_tokens - row : BLOCK_ROWS;
-        const uint8_t *tiles[2 * CHUNK];
-        const int later = chunk % 2 ? 2 * threads - 1 : 1;
-        const int count = point(layer.up, chunk, width, later, tiles);
-        if (gated) point(layer.gate, chunk, width, later, tiles + width);
-        if (gated && layer.gate.format != layer.up.format) multiply_apart(layer, tiles, rows, row, here);
-        else product(layer.up.format, tiles, rows, row, here, scratch, scratch.out);
-        for (int r = 0; r < here; r++) {
-            v16 y[CHUNK] = {};
-            for (int s = 0; s < count; s++) {
-                const int64_t column = (int64_t)(chunk * width + s) * TILE;
-                const v16 up = load(scratch.out + r * OUT + s * TILE) + bias(layer.up, column);
-                if (!gated) y[s] = activate(layer.activation, up);
-                else y[s] = activate(layer.activation, load(scratch.out + r * OUT + (width + s) * TILE) +
-                                                           bias(layer.gate, column)) * up;
-            }
-            for (int g = 0; g < width / 2; g++)
-                encode(m.hidden, quantised(layer.down), row + r, chunk * width / 2 + g, y[2 * g], y[2 * g + 1]);
+        float *made = scratch.out + 2 * BLOCK_ROWS * OUT;
+        for (int first = 0; first < CHUNK; first += width) {
+            const uint8_t *tiles[2 * CHUNK];
+            const int part = (chunk * CHUNK + first) / width;
+            const int later = first ? 2 * threads - 1 : 1;
+            const int count = part * width < n_tiles(layer.up.rows) ? point(layer.up, part, width, later, tiles) : 0;
+            if (count && gated) point(layer.gate, part, width, later, tiles + width);
+            if (count && gated && layer.gate.format != layer.up.format) multiply_apart(layer, tiles, rows, row, here);
+            else if (count) product(layer.up.format, tiles, rows, row, here, scratch, scratch.out);
+            for (int r = 0; r < here; r++)
+                for (int s = 0; s < width; s++) {
+                    const int64_t column = (int64_t)(chunk * CHUNK + first + s) * TILE;
+                    const float *results = scratch.out + r * OUT + s * TILE;
+                    v16 y{};
+                    if (s < count) {
+                        const v16 up = load(results) + bias(layer.up, column);
+                        if (!gated) y = activate(layer.activation, up);
+                        else y = activate(layer.activation, load(results + width * TILE) + bias(layer.gate, column)) * up;
+                    }
+                    store(made + r * OUT + (first + s) * TILE, y);
+                }
         }
+        for (int r = 0; r < here; r++) encode(m.hidden, quantised(layer.down), row + r, chunk, made + r * OUT);
     }
 
     const Forward &f;
