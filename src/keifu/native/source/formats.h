@@ -44,7 +44,7 @@ constexpr Layout LAYOUTS[] = {
     {64, 64, 256, 0, true, false, false},    // KEIFU_INT4_SUPER: 16 d, 16 dmin; 2 x (16 scales, 16 mins) in bytes
     {64, 64, 512, 0, false, true, false},    // KEIFU_INT6_SUPER: 16 d; 2 x 2 x 16 scales in bytes
     {128, 0, 512, 0, false, false, true},    // KEIFU_INT8_64: 4 x 16 scales of the four pairs
-    {64, 64, 256, 0, true, false, true},     // KEIFU_INT4_64: 16 d, 16 dmin; 16 scales, 16 x 2 m - 1, 2 x 16 mins in bytes
+    {64, 64, 256, 0, true, false, true},     // KEIFU_INT4_64: 16 d, 16 dmin; 16 scales, 16 x 2 of m - 1, 2 x 16 mins
 };
 constexpr int N_FORMATS = sizeof(LAYOUTS) / sizeof(Layout);
 

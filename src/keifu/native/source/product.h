@@ -288,9 +288,10 @@ template <int FORMAT, int S, int B> struct Sums {
     ALWAYS_INLINE void begin(const CodeGroup *about) {
         UNROLL for (int b = 0; b < B; b++) {
             const CodeGroup &row = about[b];
-            const int32_t sum = NIBBLES ? -L.offset * row.sum : -CODE_BIAS * (L.wide ? row.pair_sum : L.halves ? row.half[0] : row.sum);
+            const int32_t sum = L.wide && !NIBBLES ? row.pair_sum : L.halves ? row.half[0] : row.sum;
+            const i16 first = splat((NIBBLES ? -L.offset : -CODE_BIAS) * sum);
             const i16 second = splat(L.halves ? -CODE_BIAS * row.half[1] : 0);
-            UNROLL for (int s = 0; s < S; s++) low[s][b] = splat(sum), high[s][b] = second;
+            UNROLL for (int s = 0; s < S; s++) low[s][b] = first, high[s][b] = second;
         }
     }
 

@@ -1,0 +1,74 @@
+"""A thousand requests of mixed lengths and settings: what each writes alone it writes among the others, to the bit."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from native_toys import toy
+
+from keifu.generation.text.engine import Engine
+from keifu.generation.text.sampling_params import SamplingParams
+from keifu.native.model import NativeLM, pack
+
+pytestmark = pytest.mark.usefixtures("opened")
+Asked = tuple[list[int], SamplingParams]
+Written = list[tuple[int, float | None, float | None]]
+WEIGHTS = ("bf16", "int8", "int4")
+KINDS = (
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=1.3, min_p=0.02, frequency_penalty=0.4),
+    SamplingParams(temperature=0.7, top_k=30, repetition_penalty=1.3),
+    SamplingParams(top_p=0.8, presence_penalty=0.5),
+)
+
+
+def requests(count: int) -> list[Asked]:
+    """Prompts of 1 to 49 tokens, of which some begin alike."""
+    rng = random.Random(count)
+    roots = [[rng.randrange(101) for _ in range(40)] for _ in range(3)]
+
+    def asked(number: int) -> Asked:
+        prompt = rng.choice(roots)[: rng.randrange(41)] + [rng.randrange(101) for _ in range(rng.randrange(1, 10))]
+        return prompt, replace(rng.choice(KINDS), max_tokens=rng.randrange(1, 30), seed=number, log_probabilities=True)
+
+    return [asked(number) for number in range(count)]
+
+
+def alone(packed: NativeLM, asked: list[Asked]) -> list[Written]:
+    return [write(Engine(packed, None, packed.runner(3)), [each], None)[0] for each in asked]
+
+
+def write(engine: Engine, asked: list[Asked], arrivals: random.Random | None) -> list[Written]:
+    """Tokens and log-probabilities of each; with `arrivals` a few requests come between two steps."""
+    waiting, found, added = list(reversed(asked)), [[] for _ in asked], 0
+    while engine.work or waiting:
+        for _ in range(min(len(waiting), arrivals.randrange(5) if arrivals else 1)):
+            engine.add(engine.request(*waiting.pop()))
+            added += 1
+        for piece in engine.step():
+            found[piece.index].append((piece.token, piece.log_probability, piece.sampled_log_probability))
+    assert added == len(asked)
+    return found
+
+
+def check(kind: str, weights: str, count: int) -> None:
+    """Arriving at random, in batches of up to 32, in steps of few tokens, in a pool so small that texts are preempted."""
+    packed, asked = pack(toy(kind), weights), requests(count)
+    engine = Engine(packed, None, packed.runner(9), max_running=32, step_tokens=50)
+    preempted, plain = [], engine.scheduler._preempt
+    engine.scheduler._preempt = lambda s: preempted.append(s.number) or plain(s)  # type: ignore[method-assign]
+    assert write(engine, asked, random.Random(2)) == alone(packed, asked)
+    assert preempted or kind == "mistral", "windows of 7 leave room for all"
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
+def test_no_text_depends_on_the_others(kind: str, weights: str) -> None:
+    check(kind, weights, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma3", "gpt2", "palm"])
+def test_no_text_of_a_thousand_depends_on_the_others(kind: str, weights: str, instructions: str) -> None:
+    check(kind, weights, 1000)
