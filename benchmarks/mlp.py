@@ -8,7 +8,6 @@ alternate, so that a busy machine slows both. Needs scikit-learn (development de
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -16,13 +15,13 @@ import warnings
 from pathlib import Path
 
 import torch
+from _results import write_table
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
 from keifu import checkpoints
 from keifu.data.classification.toy import ToyDataset
 from keifu.recipes.neurons import mlp
-from keifu.training.hardware.precision import processor_name
 
 SECTION, COLUMNS = (
     "The neuron and the network",
@@ -59,16 +58,14 @@ def ratio(run: list[tuple[float, float]], beside: list[tuple[float, float]]) -> 
     return f"{medians[0] / medians[1]:.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f})"
 
 
-def table(runs: dict[str, list[tuple[float, float]]], command: str) -> str:
-    """The table of docs/results/neurons.md as JSON."""
-    rows = []
+def rows(runs: dict[str, list[tuple[float, float]]]) -> list[list[str]]:
+    """The rows of the table in docs/results/neurons.md."""
+    found = []
     for name, run in runs.items():
         right = ", ".join(f"{accuracy:.1%}" for accuracy, _ in run)
         seconds = f"{statistics.median(seconds for _, seconds in run):.1f}"
-        rows.append([name, right, seconds, "1.00" if name == "scikit-learn" else ratio(run, runs["scikit-learn"])])
-    machine = f"{torch.get_num_threads()} threads on {processor_name()}"
-    found = {"section": SECTION, "command": command, "machine": machine, "columns": COLUMNS, "rows": rows}
-    return json.dumps([found], indent=1, ensure_ascii=False) + "\n"
+        found.append([name, right, seconds, "1.00" if name == "scikit-learn" else ratio(run, runs["scikit-learn"])])
+    return found
 
 
 def main() -> None:
@@ -95,7 +92,7 @@ def main() -> None:
               f"median {statistics.median(seconds):.1f} s")  # fmt: skip
     print(f"time keifu / scikit-learn: {ratio(runs['keifu'], runs['scikit-learn'])}")
     if options.json:
-        options.json.write_text(table(runs, f"python benchmarks/mlp.py --json {options.json}"), encoding="utf-8")
+        write_table(options.json, SECTION, f"python benchmarks/mlp.py --json {options.json}", COLUMNS, rows(runs))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What packed weights cost: perplexity of a model on held-out text in each format, beside llama.cpp's at the same bits.
 
-python benchmarks/quantisation.py [--model smollm2] [--on sotu] [--windows 16] [--length 512]
+python benchmarks/quantisation.py [--model smollm2] [--on sotu] [--windows 16] [--length 512] [--json FILE]
 """
 
 import argparse
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _llama_cpp import LlamaCpp, quantised
+from _results import write_table
 from _rounds import machine
 
 from keifu import checkpoints
@@ -18,6 +19,7 @@ from keifu.data.text.token_shards import prepare
 from keifu.native.model import pack
 from keifu.native.pack import FORMATS
 
+SECTION, COLUMNS = "The native step beside llama.cpp", ("", "bits a weight", "perplexity")
 PEERS = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k"), "int4_pure": ("q4_0_pure",)}
 
 
@@ -40,15 +42,18 @@ def main() -> None:
     parser.add_argument("--on", default="sotu")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
     model, tokenizer = checkpoints.load(options.model)
     texts = windows(options.on, tokenizer, options.windows, options.length)
     count, parameters = texts[:, 1:].numel(), sum(each.numel() for each in model.parameters())
     print(f"{machine()}; {options.model} on {options.on}, {count} tokens in windows of {options.length}\n")
     print("| | bits a weight | perplexity |\n|---|---:|---:|")
+    rows = list[list[str]]()
 
     def report(name: str, nbytes: float, nats: list[float]) -> None:
-        print(f"| {name} | {8 * nbytes / parameters:.2f} | {math.exp(sum(nats) / count):.3f} |", flush=True)
+        rows.append([name, f"{8 * nbytes / parameters:.2f}", f"{math.exp(sum(nats) / count):.3f}"])
+        print(f"| {' | '.join(rows[-1])} |", flush=True)
 
     with torch.no_grad():
         report("PyTorch, float32", 4 * parameters, [losses(model(each[None])[0], each) for each in texts])
@@ -65,6 +70,9 @@ def main() -> None:
                     nats.append(losses(torch.from_numpy(peer.run([each.tolist()], 0, len(each))), each))
                 peer.close()
                 report(f"llama.cpp, {kind}", path.stat().st_size, nats)
+    if options.json:
+        given = f"--windows {options.windows} --json {options.json}"
+        write_table(options.json, SECTION, f"python benchmarks/quantisation.py {given}", COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import ast
 import json
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,19 @@ def test_the_meshes_table_is_what_the_benchmark_wrote() -> None:
     forms = {"tokens_per_second": ",.0f", "ratio": ".2f", "megabytes_a_step": ".2f", "last_loss": ".10f"}
     told = [[format(run[name], form) for name, form in forms.items()] for run in runs]
     assert [row[1:] for row in table["rows"]] == [["0" if cell == "0.00" else cell for cell in row] for row in told]
+
+
+def test_a_benchmark_replaces_its_own_table_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    results = import_module("_results")
+    file = tmp_path / "speed.json"
+    before = of_data(ROOT / "docs/results/speed.md")
+    file.write_text(results.as_text(before), encoding="utf-8")
+    assert json.loads(file.read_text(encoding="utf-8")) == before
+    place = 3
+    rows = [["int8", "8.50", "1.234"]]
+    given = before[place]["section"], f"{before[place]['command']} --length 9", before[place]["columns"], rows
+    results.write_table(file, *given)
+    after = json.loads(file.read_text(encoding="utf-8"))
+    assert (after[place]["command"], after[place]["rows"]) == (given[1], rows)
+    assert after[:place] + after[place + 1 :] == before[:place] + before[place + 1 :]

@@ -1,0 +1,38 @@
+"""Tables of docs/results/data: a benchmark replaces its own, with the command that made it and the machine."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from keifu.training.hardware.precision import processor_name
+
+KEYS = ("section", "command", "machine", "columns")
+
+
+def write_table(path: Path, section: str, command: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Puts a table into a data file, in place of the first one of that section and command's benchmark, or at its end.
+
+    Cells are as the page has them; the machine is this one.
+    """
+    tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    machine = f"{os.cpu_count()} cores of {processor_name()}"
+    new = {"section": section, "command": command, "machine": machine, "columns": list(columns), "rows": list(rows)}
+    made_so = [(each["section"], each["command"].split()[:2]) for each in tables]
+    same = [number for number, made in enumerate(made_so) if made == (section, command.split()[:2])]
+    if same:
+        tables[same[0]] = new
+    else:
+        tables.append(new)
+    path.write_text(as_text(tables), encoding="utf-8")
+
+
+def as_text(tables: Sequence[dict]) -> str:
+    """JSON with a line for each row."""
+    return "[\n" + ",\n".join(map(_one, tables)) + "\n]\n"
+
+
+def _one(table: dict) -> str:
+    head = "".join(f"  {json.dumps(key)}: {json.dumps(table[key], ensure_ascii=False)},\n" for key in KEYS)
+    rows = ",\n".join(f"   {json.dumps(list(row), ensure_ascii=False)}" for row in table["rows"])
+    return f' {{\n{head}  "rows": [\n{rows}\n  ]\n }}'
