@@ -15,13 +15,29 @@ from keifu.commands.shared.verbs import VERBS
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import llama
 
-WRONG = ("nan", "inf", "-inf", "1e999", "-1", "x", "", "99999999999999999999", "²")
+WRONG = (
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "1e308",
+    "-1",
+    "x",
+    "",
+    "99999999999999999999",
+    str(2**64),
+    "²",
+    "0x10",
+)
 NUMBERS = {  # the words of a verb, and its numeric options; those in the second part may be 0, inf or a fraction
     "generate {model} Hi": ("max-tokens top-k seed", "temperature top-p min-p repetition-penalty"),
     "chat {model}": ("max-tokens top-k seed", "temperature top-p"),
     "draw {model}": ("count steps seed batch-size", "eta"),
     "evaluate {model} --on perplexity": ("limit", ""),
     "bench {model}": ("prompt tokens", ""),
+    "translate {model} Hi": ("beam max-tokens batch-size", ""),
+    "embed {model} Hi": ("nearest batch-size", ""),
+    "train grpo": ("steps prompts group max-tokens", ""),
     "train gpt": ("depth batch-size context-length vocab-size seed", "learning-rate"),
     "train ddpm": ("dim noise-steps size", ""),
     "train mlp": ("seed", "dropout"),
@@ -60,6 +76,14 @@ OTHER = [  # exit status, words
     (1, "generate {model} --file {binary}"), (1, "generate {model} --file {empty}"),
     (1, "generate {model} --weights int3 Hi"),
     (1, "train --resume ''"), (2, "bench {model} --device nosuch"), (1, "models nosuch"), (1, "classify {model}"),
+    (2, "train gpt --data a\udcff --out {new}"), (2, "train a\udcff"), (1, "generate a\udcff Hi"),
+    (1, "inspect a\udcff"),
+    (1, "data check a\udcff"), (1, "convert a\udcff {new} --to hf"), (1, "evaluate a\udcff --on perplexity"),
+    (1, "inspect {pipe}"), (1, "generate {pipe} Hi"), (1, "data check {pipe}"),
+    (1, "train gpt --data {pipe} --out {new}"),
+    (1, "draw --again {pipe}"), (1, "draw --again {empty}"), (1, "classify {model} --on {pipe}.csv"),
+    (1, "evaluate {model} --on {pipe}.yaml"), (1, "translate {model} --file nosuch"), (1, "inspect /dev/zero"),
+    (1, "data check /dev/zero"), (1, "inspect {loop}"), (1, "data check {loop}"), (2, "train --resume --replace"),
     (1, "embed {model} --file nosuch"), (1, "translate {model} Hi"), (2, "completion nosuch"), (2, "completion"),
 ]  # fmt: skip
 
@@ -75,8 +99,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (folder / "text").write_text("no model\n")
     (folder / "binary").write_bytes(bytes(range(256)) * 9)
     (folder / "empty").mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to("loop")
     (folder / "leaves.py").write_text("import sys\nsys.exit(0)\n")
-    names = {name: str(folder / name) for name in ("model", "text", "binary", "empty", "new")}
+    names = {name: str(folder / name) for name in ("model", "text", "binary", "empty", "new", "pipe", "loop")}
     return {**names, "leaves": str(folder / "leaves.py")}
 
 

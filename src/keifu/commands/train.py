@@ -39,6 +39,8 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
         launch.silence()
     if not arguments or arguments[0] in ("-h", "--help"):
         return _list
+    if strange := next((ascii(word) for word in arguments if re.search("[\ud800-\udfff]", word)), None):
+        raise UserError(f"{strange} is not UTF-8, in which a run's options are kept: give the file another name.")
     words = _folder_of_resume(arguments)
     if words[0] == "--out":
         from keifu.commands.shared import resuming  # it imports torch, which a help text does without

@@ -28,7 +28,7 @@ from keifu.data.images.io import Fit, ImageItem, fit_image
 from keifu.data.images.sources import in_catalogue
 from keifu.data.progress import counting
 from keifu.errors import UserError, unknown
-from keifu.files import write_atomic
+from keifu.files import plain_file, write_atomic
 
 PIXELS, INDEX = "pixels.bin", "index.json"
 CHUNK = 256  # pictures that are read at a time, in parallel
@@ -334,7 +334,7 @@ def _content(source: str | Path) -> str:
     if in_catalogue(source):
         return catalogue.identity(str(source))
     root = Path(source).expanduser()
-    facts = [(path, path.stat()) for path in sources.files(source)]
+    facts = [(path, plain_file(path).stat()) for path in sources.files(source)]
     return "\n".join(f"{path.relative_to(root) if path != root and path.is_relative_to(root) else path.name}:"
                      f"{stat.st_size}:{stat.st_mtime_ns}" for path, stat in facts)  # fmt: skip
 
