@@ -34,6 +34,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found
     wanted = cases([{}], ["gpt2", "ddpm", "clip"], steps=8)
     wanted += cases([{"shard": 2}, {"tensor": 2}], ["llama"], steps=12, optimizer="muon", ema=0.9,
                     shard_bytes=20_000)  # fmt: skip
+    wanted += [{"name": f"joined-{axis}", "kind": "gpt2", "mesh": {axis: 2}, "steps": 6, "shard_bytes": 10**9}
+               for axis in ("shard", "tensor")]  # fmt: skip
     wanted.append({"name": "palm", "kind": "palm", "steps": 12, "stop": 5})
     wanted.append({"name": "joined", "kind": "palm", "mesh": {"tensor": 2, "activation_checkpointing": True},
                    "steps": 8, "optimizer": "adafactor"})  # fmt: skip
@@ -84,6 +86,14 @@ def test_a_split_model_is_written_in_parts_of_which_none_is_the_whole(place: int
     files = sorted((two[0] / f"llama{place}").glob("model-*.safetensors"))
     assert len(files) > 3 and max(file.stat().st_size for file in files) < 22_000
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    torch.testing.assert_close(found, load_file(tmp_path / "model.safetensors"), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", ["shard", "tensor"])
+def test_what_is_one_matrix_in_the_file_is_written_as_one(axis: str, two: Any, tmp_path: Path) -> None:
+    """GPT-2's queries, keys and values, which are three here and split one by one."""
+    learn("gpt2", tmp_path, 6, shard_bytes=10**9)
+    found = load_file(two[0] / f"joined-{axis}" / "model.safetensors")
     torch.testing.assert_close(found, load_file(tmp_path / "model.safetensors"), rtol=1e-3, atol=1e-5)
 
 

@@ -56,7 +56,7 @@ def start(processes: int, restarts: int, words: Sequence[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     threads = os.environ["OMP_NUM_THREADS"]
     each = f"{threads} thread{'s' * (threads != '1')} each"
-    print(f"Starting {processes} processes of {each}.", file=sys.stderr, flush=True)
+    print(f"Starting {processes} process{'es' * (processes != 1)} of {each}.", file=sys.stderr, flush=True)
     volume = [word for word in sys.argv[1:] if word in VOLUME]
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
