@@ -94,6 +94,7 @@ def test_what_recipes_and_verbs_share_names_options_that_there_are() -> None:
 
 
 TORCHRUN = {"--nnodes", "--node-rank", "--nproc-per-node", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}
+PEERS = {"--check-tensors", "--merge", "--debug.deterministic"}  # of llama.cpp and torchtitan
 PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 
@@ -101,7 +102,7 @@ PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted(ROO
 def test_pages_name_options_that_there_are(page: Path) -> None:
     quoted = re.findall(r"`([^`\n]*)`", re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8")))
     shown = [text for text in quoted if not text.startswith(("python", "pytest", "make", "git", "pip", "docker"))]
-    options = any_option() | OTHERS | TORCHRUN
+    options = any_option() | OTHERS | TORCHRUN | PEERS
     known = options | {word for file in ROOT.glob("benchmarks/*.py") for _, word in words(file)}
     assert [word for text in shown for word in OPTION.findall(text) if word not in known] == []
 
