@@ -152,7 +152,7 @@ def _loss_and_gradient(
         loss = loss + label_smoothing * (log_z - mean - nats)
         gradient -= label_smoothing / total
     gradient.scatter_add_(-1, right, step)
-    if counts.dtype != torch.bool or not counts.all():
+    if torch.compiler.is_compiling() or counts.dtype != torch.bool or not counts.all():  # a compiled form has no branch
         gradient *= counts
     return (loss * counts).sum(), (nats * counts).sum(), gradient.to(logits.dtype)
 
