@@ -102,7 +102,7 @@ class Group(Processes):
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 part.unshard()  # the parameters that hold them
-                for parameter in part.parameters():
+                for parameter in part.parameters():  # pyright: ignore[reportAttributeAccessIssue]
                     parameter.grad = None
                 part.reshard()
 

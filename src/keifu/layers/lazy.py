@@ -35,7 +35,7 @@ class LazyTensor(Tensor):
 
     reader: Reader
     index: Index
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def of(reader: Reader, like: Tensor, index: Index = ()) -> "LazyTensor":

@@ -115,9 +115,9 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str) -> None:
 
 def whole_tensors(model: nn.Module) -> dict[Adapter, dict[str, Tensor]]:
     """The tensors of every adapter, on the CPU; of a split model, its processes join them."""
-    join, named = current().join, [each for each in model.named_modules() if isinstance(each[1], Adapter)]
+    join = current().join
     return {part: {end: join(f"{name}.{end}", p.detach()).cpu().contiguous() for end, p in part.named_parameters()}
-            for name, part in named}  # fmt: skip
+            for name, part in model.named_modules() if isinstance(part, Adapter)}  # fmt: skip
 
 
 def _name_layers(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
