@@ -79,7 +79,7 @@ def test_what_is_wrong_with_a_table_is_one_sentence(name: str, content: str, sen
 def test_a_name_that_is_no_file_is_answered_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Did you mean 'wiki-summaries'"):
         read("wiki-sumaries")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="There is no file .*nowhere.csv"):
         read(tmp_path / "nowhere.csv")
 
 

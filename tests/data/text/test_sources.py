@@ -104,7 +104,7 @@ FAULTS = {
     "no text": ("a.jsonl", b'{"text": 3}\n', "a.jsonl, line 1: the field 'text' is int, not text"),
     "no json": ("a.jsonl", b'{"text": "x"}\n{"te', r"a.jsonl, line 2: this is no JSON \(Unterminated string"),
     "no object": ("a.jsonl", b"[1]\n", "a.jsonl, line 1: this is list, where an object with fields"),
-    "surrogate": ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl, line 1: the field 'text' holds half of a surrogate"),
+    "surrogate": ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl, line 1 holds .*, which is half of a character"),
 }
 
 
