@@ -19,7 +19,7 @@ from keifu.distributed.layout import Layout
 from keifu.errors import UserError
 from keifu.layers import losses
 from keifu.layers.attention.attention import Attention, CrossAttention
-from keifu.layers.dropout import LEVELS, Dropout, dropout_mask
+from keifu.layers.dropout import Dropout, dropout_mask
 from keifu.layers.feedforward import GEGLU, FeedForward, GatedFeedForward
 from keifu.layers.linear import JoinedLinear, Linear, linear
 from keifu.layers.lora import adapters
@@ -137,17 +137,12 @@ class SplitDropout(Dropout):
         super().__init__(p)
         self.tokens, self.axis = tokens, axis
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        table = None if self.keys is None else self.keys.table
-        if not self.active or table is None or self.p == 1:
-            return super().forward(input)
-        dropped, shape, tokens = round(self.p * LEVELS), [*input.shape], self.tokens
-        axis = 1 if self.axis is None else self.axis
+    def mask(self, input: Tensor, keys: Tensor, dropped: int) -> Tensor:  # noqa: A002
+        shape, tokens, axis = [*input.shape], self.tokens, 1 if self.axis is None else self.axis
         size = shape[axis]
         shape[axis] = tokens.length if self.axis is None else size * tokens.size
-        mask = dropout_mask(table[self.index], prod(shape), dropped).view(shape)
-        mask = tokens.own(mask) if self.axis is None else mask.narrow(axis, tokens.index * size, size)
-        return input * (~mask).view(torch.uint8) * (LEVELS / (LEVELS - dropped))
+        mask = dropout_mask(keys, prod(shape), dropped).view(shape)
+        return tokens.own(mask) if self.axis is None else mask.narrow(axis, tokens.index * size, size)
 
 
 class Head(Tensor):

@@ -43,8 +43,12 @@ class Dropout(nn.Dropout):
         if table is None or self.p == 1:
             return F.dropout(input, self.p)
         dropped = round(self.p * LEVELS)
-        mask = dropout_mask(table[self.index], input.numel(), dropped).view(input.shape)
+        mask = self.mask(input, table[self.index], dropped)
         return input * (~mask).view(torch.uint8) * (LEVELS / (LEVELS - dropped))  # a CPU fills masks ten times slower
+
+    def mask(self, input: Tensor, keys: Int[Tensor, " rows"], dropped: int) -> Bool[Tensor, "*shape"]:
+        """What of the input is dropped, with the probability `dropped` / 2^16."""
+        return dropout_mask(keys, input.numel(), dropped).view(input.shape)
 
 
 def dropout_mask(keys: Int[Tensor, " rows"], total: int, dropped: int) -> Bool[Tensor, "rows elements"]:

@@ -147,9 +147,10 @@ def _write_weights(model: nn.Module, found: Sequence[Link], file: Path, limit: i
 
 def _of_whole(link: Link) -> Link:
     """The same of a split model, whose tensor is a part of that link's."""
-    layout = current().layout(link.ours)
-    rows = layout.parts if layout and len(link.rows) > 1 else (sum(layout.parts) if layout else 0,)
-    return replace(link, shape=layout.shape, rows=rows) if layout else link
+    if not (layout := current().layout(link.ours)):
+        return link
+    rows = layout.parts if len(link.rows) > 1 else (sum(layout.parts),)
+    return replace(link, shape=layout.shape, rows=rows)
 
 
 def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path, file: str) -> None:
