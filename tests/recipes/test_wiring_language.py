@@ -161,7 +161,16 @@ def of_gpt(toys: Toys) -> tuple[Any, list[Group]]:
         "context_length": Reach(24, ("model.config.context_length", "data.context_length")),
         "compile": Reach(True, "settings.compile"),
     }
-    return base, [Group(rows), seeded()]
+    return base, [Group(rows), Group({"start_from": Reach(begun_gpt(toys), "model.config.n_layers", 3)}), seeded()]
+
+
+def begun_gpt(toys: Toys) -> str:
+    """A language model that was made before."""
+    folder = Path(toys.text).with_name("begun-gpt")
+    tokenizer = train_tokenizer("bpe", ["ab cd"] * 5, 270)
+    config = llama.Config(**TINY | {"n_layers": 3, "vocab_size": tokenizer.vocab_size, "context_length": 128})
+    checkpoints.save(llama.build(config), tokenizer, folder)
+    return str(folder)
 
 
 def of_gpt1(toys: Toys) -> tuple[Any, list[Group]]:

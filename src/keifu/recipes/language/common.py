@@ -132,15 +132,17 @@ def pretrain(
     about: dict[str, Any] | None = None,
     start_over: bool = False,
     z_loss: float = 0.0,
+    row: int | None = None,
 ) -> Summary:
     """Trains a causal model on a text into a run folder. The vocabulary is the tokenizer's, whatever config says.
 
-    `start_over` removes an earlier run in that folder, which is refused otherwise.
+    `start_over` removes an earlier run in that folder, which is refused otherwise. row: tokens of a row, where those
+    are fewer than the model takes.
     """
-    config = replace(config, vocab_size=task.tokenizer.vocab_size)
     torch.manual_seed(settings.seed)
-    model = build(config).to(choose())
-    data = PackedText(task.shards, config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
+    model: Any = build(replace(config, vocab_size=task.tokenizer.vocab_size)).to(choose())
+    config = model.config
+    data = PackedText(task.shards, row or config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
     run = Run(
         directory=out,
         resume=resume,

@@ -10,11 +10,17 @@ Expected: see docs/results.md, "Loss and size".
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from keifu import checkpoints
 from keifu.errors import UserError
+from keifu.generation.text.model import causal
+from keifu.layers.lora import merge
 from keifu.models import llama
 from keifu.recipes.language.common import Task, Text, TextOptions, prepare_text, pretrain
-from keifu.recipes.options import Logging
+from keifu.recipes.options import Logging, given
 from keifu.training.settings import Settings
 
 HEAD_DIM = 64
@@ -33,18 +39,21 @@ class Recipe(TextOptions, Logging):
     """bpe, unigram, wordpiece or characters to learn one from the data; or a catalogue name, a file or a directory."""
     vocab_size: int | None = None
     """Tokens of a learned tokenizer."""
+    start_from: str | None = None
+    """A language model to go on from, with its tokenizer and sizes, to train it longer or on a text of one's own: a
+    run, a folder, a .gguf file, a catalogue name (gpt-en, smollm2) or a hub id. The depth then sets the batch alone."""
     context_length: int | None = None
-    """Tokens that the model sees."""
+    """Tokens that the model sees; of a model that is gone on from, those of a row."""
     steps: int | None = None
     """Updates of the weights."""
     batch_size: int | None = None
     """Rows of context_length tokens in a step."""
     micro_batch: int | None = None
     """Rows computed at a time; unset: as many as fit in memory."""
-    learning_rate: float = 3e-3
-    """AdamW's highest rate, for embeddings and gains."""
-    matrix_rate: float = 0.02
-    """Muon's highest rate, for hidden matrices."""
+    learning_rate: float | None = None
+    """AdamW's highest rate, for embeddings and gains; unset: 3e-3, or with --start-from a tenth of it."""
+    matrix_rate: float | None = None
+    """Muon's highest rate, for hidden matrices; unset: 0.02, or with --start-from a tenth of it."""
     seed: int = 0
     """Of the weights, the order of the data and the samples."""
     compile: bool = False
@@ -62,7 +71,7 @@ def model_config(depth: int, vocab_size: int, context_length: int | None = None)
     dim = HEAD_DIM * depth
     return llama.Config(
         vocab_size=vocab_size,
-        context_length=context_length or min(2048, 128 * 2 ** (depth // 2)),
+        context_length=context_length or usual_context(depth),
         dim=dim,
         hidden_dim=-(-8 * dim // (3 * 64)) * 64,
         n_layers=depth,
@@ -72,24 +81,30 @@ def model_config(depth: int, vocab_size: int, context_length: int | None = None)
     )
 
 
+def usual_context(depth: int) -> int:
+    """Tokens that a model of that depth sees."""
+    return min(2048, 128 * 2 ** (depth // 2))
+
+
 def parameters(config: llama.Config) -> int:
     """Of the blocks and the embedding, norms left out."""
     return config.n_layers * config.dim * (4 * config.dim + 3 * config.hidden_dim) + config.vocab_size * config.dim
 
 
-def settings(recipe: Recipe, config: llama.Config, training_tokens: int) -> Settings:
-    """Batch, steps and rates at one setting of the dial, for a text of so many tokens."""
+def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Settings:
+    """Batch, steps and rates at one setting of the dial, for a model of that size (parameters), rows of so many tokens,
+    and a text of so many."""
     tokens_a_step = 4096 * 2 ** min(8, max(0, (recipe.depth - 2) // 2))
-    batch_size = recipe.batch_size or max(1, tokens_a_step // config.context_length)
-    wanted = min(20 * parameters(config), 4 * training_tokens)
-    steps = recipe.steps or max(100, round(wanted / (batch_size * config.context_length)))
+    batch_size = recipe.batch_size or max(1, tokens_a_step // row)
+    steps = recipe.steps or max(100, round(min(20 * size, 4 * training_tokens) / (batch_size * row)))
+    share = 1.0 if recipe.start_from is None else 0.1
     return Settings(
         steps=steps,
         batch_size=batch_size,
         micro_batch=recipe.micro_batch,
         optimizer="muon",
-        learning_rate=recipe.learning_rate,
-        matrix_rate=recipe.matrix_rate,
+        learning_rate=given(recipe.learning_rate, 3e-3 * share),
+        matrix_rate=given(recipe.matrix_rate, 0.02 * share),
         warmup=min(100, steps // 10),
         final_ratio=0.0,
         weight_decay=0.01,
@@ -107,10 +122,26 @@ def prepare(recipe: Recipe) -> tuple[Task, llama.Config, Settings]:
     vocab_size = recipe.vocab_size or min(32_768, 2048 * recipe.depth)
     task = prepare_text(Text(recipe.data, recipe.tokenizer, vocab_size, **recipe.reading()))
     config = model_config(recipe.depth, task.tokenizer.vocab_size, recipe.context_length)
-    return task, config, settings(recipe, config, len(task.shards.tokens))
+    return task, config, settings(recipe, parameters(config), config.context_length, len(task.shards.tokens))
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu.load, keifu generate and transformers read afterwards."""
+    if recipe.start_from is not None:
+        return _go_on(recipe, recipe.start_from, out, resume)
     task, config, chosen = prepare(recipe)
     pretrain("gpt", task, llama.build, config, chosen, out, resume, recipe.prompt)
+
+
+def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
+    """The same for a model that is there: its weights, sizes and tokenizer, and rows as long as the dial or it has."""
+    loaded, tokenizer = checkpoints.load(name, torch.float32)
+    model: Any = causal(merge(loaded).requires_grad_(True))
+    most = model.config.context_length
+    row = recipe.context_length or min(most, usual_context(recipe.depth))
+    if row > most:
+        raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes.")
+    task = Task(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
+    size = sum(each.numel() for each in model.parameters())
+    chosen = settings(recipe, size, row, len(task.shards.tokens))
+    pretrain("gpt", task, lambda _: model, model.config, chosen, out, resume, recipe.prompt, row=row)

@@ -1,0 +1,71 @@
+"""`keifu train gpt --start-from`: a model that is there goes on from its weights, with its sizes and its tokenizer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from keifu import checkpoints
+from keifu.cli import main
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.models import bert, gpt2
+from keifu.recipes.language import gpt
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _repeatable: None) -> str:
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+    file = tmp_path / "text.txt"
+    file.write_text("the cat sat on the mat and the dog ran\n" * 60)
+    return str(file)
+
+
+def losses(run: Path) -> list[float]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row["validation_loss"] for row in rows if "validation_loss" in row]
+
+
+def test_it_goes_on_where_the_other_ended(text: str, tmp_path: Path) -> None:
+    words = ["train", "gpt", "--data", text, "--batch-size", "4", "--context-length", "16", "--seed", "3"]
+    first, then = tmp_path / "first", tmp_path / "then"
+    main([*words, "--depth", "1", "--vocab-size", "270", "--steps", "30", "--out", str(first)])
+    main([*words, "--start-from", str(first), "--steps", "5", "--out", str(then)])
+    assert losses(then)[0] == pytest.approx(losses(first)[-1], rel=2e-3)  # before the first step; stored in bfloat16
+    for name in ("config.json", "tokenizer.json"):
+        assert (then / name).read_text() == (first / name).read_text()
+
+
+def test_its_rates_are_a_tenth_unless_they_are_given() -> None:
+    given = gpt.Recipe(start_from="it", learning_rate=1e-3, matrix_rate=0.0)
+    asked = [gpt.Recipe(), gpt.Recipe(start_from="it"), given]
+    found = [gpt.settings(each, 10**6, 512, 10**6) for each in asked]
+    assert [each.learning_rate for each in found] == pytest.approx([3e-3, 3e-4, 1e-3])
+    assert [each.matrix_rate for each in found] == pytest.approx([0.02, 0.002, 0.0])
+
+
+def test_every_kind_of_language_model_goes_on_in_rows_that_it_takes(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer = train_tokenizer("bpe", ["the cat"] * 9, 270)
+    config = gpt2.Config(tokenizer.vocab_size, 24, 16, 64, 1, 2, dropout=0.0)
+    folder, out = tmp_path / "gpt2", tmp_path / "out"
+    checkpoints.save(gpt2.build(config), tokenizer, folder)
+    words = ["train", "gpt", "--data", text, "--start-from", str(folder), "--batch-size", "2", "--out", str(out)]
+    main([*words, "--steps", "2"])  # the dial's rows have 512 tokens, the model takes 24
+    saved: dict = json.loads((out / "config.json").read_text())
+    assert (saved["model_type"], saved["n_ctx"]) == ("gpt2", 24)
+    with pytest.raises(SystemExit):
+        main([*words, "--context-length", "25", "--replace"])
+    assert f"--context-length 25 is more than the 24 tokens that {folder} takes." in capsys.readouterr().err
+
+
+def test_what_continues_no_text_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tokenizer = train_tokenizer("wordpiece", ["the cat"] * 9, 40)
+    sizes = {"context_length": 16, "dim": 16, "hidden_dim": 16, "n_layers": 1, "n_heads": 2}
+    config = bert.Config(vocab_size=tokenizer.vocab_size, **sizes)
+    checkpoints.save(bert.build(config), tokenizer, tmp_path / "bert")
+    with pytest.raises(SystemExit):
+        main(["train", "gpt", "--data", text, "--start-from", str(tmp_path / "bert"), "--out", str(tmp_path / "out")])
+    assert "This model writes no text" in capsys.readouterr().err
