@@ -194,6 +194,8 @@ class _Loop:
         except failures.OutOfMemory as error:
             raise failures.OutOfMemory(self._refuse(str(error))) from error
         except Exception as error:
+            if current().count == 1 and self.stop():  # Ctrl-C also ends a compiler that the step was waiting for
+                self._stopped()
             error.add_note(self._refuse("See above."))
             raise
 

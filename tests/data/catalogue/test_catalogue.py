@@ -7,6 +7,7 @@ import pytest
 
 from keifu.data.catalogue import catalogue, readers
 from keifu.data.catalogue.catalogue import CATALOGUE
+from keifu.data.classification import tables
 from keifu.errors import UserError
 
 NAMES = {
@@ -152,3 +153,14 @@ def test_every_entry_arrives_and_reads(name: str) -> None:
     assert catalogue.fetch(name).exists() and catalogue.is_cached(name)
     if CATALOGUE[name].gives:
         assert all(text.strip() for text in catalogue.documents(name))
+
+
+def test_no_summary_that_topics_are_tested_on_is_in_the_training_part(tmp_path: Path) -> None:
+    file = tmp_path / "summaries.json"
+    articles = {f"T{n}": {"title": f"T{n % 35}", "extract": "It is.", "topic": f"{n % 3}"} for n in range(40)}
+    file.write_text(json.dumps(articles))
+    whole = list(readers.summaries(file))
+    _, held = tables.split(tables.LabelledTexts("it", tuple(whole), tuple(f"{n % 3}" for n in range(40))), 12)
+    learned = set(readers.untested_summaries(file, 12))
+    assert len(held.texts) in (11, 12) and not learned & set(held.texts)
+    assert len(learned) >= 22 and learned < set(whole)

