@@ -29,7 +29,6 @@ from _training import CPU, learned, ours, validation
 from torch import Tensor, nn
 
 from keifu.data.text.packed import PackedText
-from keifu.generation.text.model import step as decoding_step
 from keifu.layers.linear import JoinedLinear
 from keifu.layers.transformer.blocks import Parallel, PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
@@ -123,7 +122,7 @@ def stepping(model: DecoderLM, length: int, batch: int) -> tuple[Callable[[], No
     def work() -> None:
         state.rollback(length)
         for _ in range(TOKENS):
-            decoding_step(model, token, state)
+            model.logits(model.hidden(token, state)[:, -1]).float()
 
     return work, batch * (length + TOKENS) * state.token_bytes / 1e6
 

@@ -36,7 +36,7 @@ from keifu.data.images.grid import grid
 from keifu.evaluation.images.distances import kernel_distance, manifold
 from keifu.evaluation.images.features import extractor
 from keifu.evaluation.images.retrieval import embed_pictures
-from keifu.evaluation.images.text_to_image import clip_scores, cosines, image
+from keifu.evaluation.images.text_to_image import clip_scores, cosines
 from keifu.generation.images.image_to_image import read_input_image
 from keifu.generation.images.pipeline import TextToImagePipeline, text_to_image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
@@ -84,7 +84,7 @@ class Contestant:
         made = []
         for first in range(0, len(texts), BATCH):
             part = texts[first : first + BATCH]
-            made.append(self.drawer.draw_texts(wanted, [first + n for n in range(len(part))], part))
+            made.append(self.drawer.draw(wanted, [first + n for n in range(len(part))], texts=part))
         return torch.cat(made)
 
 
@@ -166,7 +166,7 @@ def variations(contestants: Sequence[Contestant], options: argparse.Namespace) -
         with tempfile.TemporaryDirectory() as folder:
             for picture, caption in zip(held.take(slice(None)), held.texts(options.language), strict=True):
                 place = Path(folder) / "picture.png"
-                image(picture).save(place)
+                to_image(picture).save(place)
                 wanted = ImageRequest(
                     options.sampler, options.steps, 0, init=read_input_image(place), guidance=options.guidance
                 )

@@ -8,6 +8,8 @@ import warnings
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process of the tests would compile keifu anew
+sys.dont_write_bytecode = False
 
 from pathlib import Path  # noqa: E402 (the environment must be set before)
 

@@ -46,8 +46,10 @@ def check_once(function: Any = None, *, typechecker: Any) -> Any:
     parts = [part for annotation in function.__annotations__.values() for part in _parts(annotation)]
     if any(isinstance(part, str | ForwardRef) for part in parts):  # a name that may not be there when tests run
         return _check_every_call(function, typechecker=typechecker)
-    if not any(getattr(part, "__module__", "") == "jaxtyping" for part in parts):
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):  # as whoever calls it asks
         return beartype(function)
+    if not any(getattr(part, "__module__", "") == "jaxtyping" for part in parts):
+        return _check_types(function)
     seen: set[Hashable] = set()
     results: list[Any] = []
 
@@ -72,6 +74,19 @@ def check_once(function: Any = None, *, typechecker: Any) -> Any:
             check_of(take_result)(*args, **kwargs)
             seen.add(both)
         return result
+
+    return call
+
+
+def _check_types(function: Any) -> Any:
+    """The types of each call, by a check that is made at the first one."""
+    checked: list[Any] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not checked:
+            checked.append(beartype(function))
+        return checked[0](*args, **kwargs)
 
     return call
 

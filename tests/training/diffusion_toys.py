@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise
 
 
-class Toy(nn.Module):
+class Toy(ImageModel):
     """A convolution, the timestep and the label, as the target of a `Noise`; with a learned variance twice as wide."""
+
+    draws = "pixels"
 
     def __init__(self, noise: Noise, n_classes: int | None = None, channels: int = 2, size: int = 6):
         super().__init__()

@@ -19,6 +19,7 @@ from keifu.evaluation.images import generative
 from keifu.evaluation.images.distances import psnr, ssim
 from keifu.evaluation.images.generative import bits, condition_labels, reconstruct
 from keifu.layers.counter_rng import normal
+from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models.diffusion import ddpm
 from keifu.training.objectives.diffusion import HELD_OUT, draw_noise
@@ -44,8 +45,10 @@ def toys(count: int, classes: tuple[str, ...] = (), side: int = SIDE) -> ImageDa
     )
 
 
-class Knowing(nn.Module):
+class Knowing(ImageModel):
     """A network that says the same grey of every picture, or a class's own, at every noise level."""
+
+    draws = "pixels"
 
     def __init__(self, noise: Noise, greys: tuple[float, ...] = (0.2,), classes: tuple[str, ...] = (), free=True):
         super().__init__()

@@ -21,6 +21,7 @@ from keifu.evaluation.images import generative as module
 from keifu.evaluation.images.features import extractor
 from keifu.evaluation.images.generative import compare_images, evaluate, side_by_side
 from keifu.evaluation.registry import EvalRequest
+from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models.diffusion import ddpm
 
@@ -76,8 +77,10 @@ def test_the_sheet_shows_each_beside_its_nearest() -> None:
         assert np.array_equal(cell, drawn[place // 3].permute(1, 2, 0).numpy())
 
 
-class Remembering(nn.Module):
+class Remembering(ImageModel):
     """A network that knows one picture for each class, and says so at every noise level."""
+
+    draws = "pixels"
 
     def __init__(self, pictures: Tensor, free: bool):
         super().__init__()

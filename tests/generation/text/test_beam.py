@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from beam_rules import power_penalty, until_unlikely
+from beam_rules import continuations, power_penalty, until_unlikely
 from torch import Tensor, nn
 
 from keifu import checkpoints
@@ -21,7 +21,6 @@ from keifu.generation.text.beam_search import (
     Hypothesis,
     Search,
     beam_search,
-    continuations,
     paper_penalty,
     top_candidates,
     until_decided,

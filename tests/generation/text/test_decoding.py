@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from beam_rules import pad_left
+from scored import score_sampled
 from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.engine import Engine, decode
 from keifu.generation.text.generate import Completion, generate_batch, stream
-from keifu.generation.text.likelihood import score, score_sampled
-from keifu.generation.text.model import evaluation_mode, pad_left
+from keifu.generation.text.likelihood import score
+from keifu.generation.text.model import evaluation_mode
 from keifu.generation.text.sampling_params import SamplingParams
 
 EVERYTHING = SamplingParams(

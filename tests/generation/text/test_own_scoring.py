@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scored import score_sampled
 from torch import Tensor
 
 from keifu.errors import UserError
@@ -13,7 +14,6 @@ from keifu.generation.text.likelihood import (
     likelihoods,
     score,
     score_likeliest,
-    score_sampled,
 )
 from keifu.generation.text.runner import Reader, TorchRunner, runner_of
 from keifu.generation.text.sampling_params import SamplingParams

@@ -81,18 +81,9 @@ def draw_images(model: "ImagePipeline", record: "ImageRecord", states: "list[Sam
 def png(pictures: "Tensor", record: "ImageRecord") -> bytes:
     """A picture, or the sheet of all where the record is of none of them, with the record."""
     from keifu.data.images.grid import png, sheet
+    from keifu.data.images.io import to_image
 
-    return png(sheet(pictures) if record.number is None else image_of(pictures[0]), record.texts())
-
-
-def image_of(picture: "Tensor") -> Any:
-    """One picture of pillow's."""
-    from PIL import Image
-
-    kinds = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-    if len(picture) not in kinds:
-        raise UserError(f"A picture of {len(picture)} channels cannot be written as PNG; the model draws no pictures.")
-    return Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).contiguous().numpy(), kinds[len(picture)])
+    return png(sheet(pictures) if record.number is None else to_image(pictures[0]), record.texts())
 
 
 def select_loras(words: str) -> "LoraRecord":

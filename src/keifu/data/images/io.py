@@ -94,6 +94,14 @@ def composite_on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(paper, covered).convert("L" if image.mode in ("L", "LA", "La", "1") else "RGB")
 
 
+def to_image(picture: UInt8[Tensor, "channels row column"]) -> Image.Image:
+    """A picture of 1 to 4 channels as pillow has it; one of more is a `UserError`."""
+    modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+    if len(picture) not in modes:
+        raise UserError(f"A picture of {len(picture)} channels cannot be written as PNG; the model draws no pictures.")
+    return Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).contiguous().cpu().numpy(), modes[len(picture)])
+
+
 def _several(image: Image.Image) -> bool:
     """Whether there is a second frame; the file then stands at the first one."""
     try:

@@ -170,14 +170,8 @@ class Vocabulary:
         ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), sorted(tokenizer.special_ids))
         mark = tokenizer.description()["model"].get("continuing_subword_prefix") or ""
         tokens = [tokenizer.backend.id_to_token(n) or "" for n in range(tokenizer.vocab_size)]
-        return cls(
-            ids[0],
-            ids[1],
-            ids[2],
-            ids[3],
-            ordinary,
-            np.array([bool(mark) and token.startswith(mark) for token in tokens]),
-        )
+        goes_on = np.array([bool(mark) and token.startswith(mark) for token in tokens])
+        return cls(*ids, ordinary=ordinary, goes_on=goes_on)
 
 
 class MaskedText:

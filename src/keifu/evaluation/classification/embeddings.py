@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from keifu.data.batching import Rows, length_buckets, pad
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.generation.text.model import evaluation_mode
 
 PASS_TOKENS = 4096  # in one pass: enough to fill a matrix product, few enough for a cache
 Tokens = Int[Tensor, "batch length"]
@@ -96,24 +97,15 @@ def in_batches(
     """
     if not rows:
         raise UserError("There is no text: give at least one.")
-    device, training, done = next(model.parameters()).device, model.training, 0
-    results: Tensor | None = None
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for places in length_buckets([size(row) for row in rows], PASS_TOKENS, batch_size):
-                tokens, mask = pack([rows[place] for place in places], pad_id)
-                part = work(tokens.to(device), None if mask is None else mask.to(device)).float()
-                with torch.inference_mode(False):  # a tensor that also training can use
-                    results = part.new_empty(len(rows), part.shape[1]) if results is None else results
-                results[torch.tensor(places, device=device)] = part
-                done += len(places)
-                if advance:
-                    advance(done)
-    finally:
-        model.train(training)
-    assert results is not None
-    return results
+    device, parts, order = next(model.parameters()).device, list[Tensor](), list[int]()
+    with evaluation_mode(model), torch.inference_mode():
+        for places in length_buckets([size(row) for row in rows], PASS_TOKENS, batch_size):
+            tokens, mask = pack([rows[place] for place in places], pad_id)
+            parts.append(work(tokens.to(device), None if mask is None else mask.to(device)).float())
+            order += places
+            if advance:
+                advance(len(order))
+    return torch.cat(parts)[torch.tensor(order, device=device).argsort()]  # of no inference mode: training can use it
 
 
 BATCH = 256  # texts in a pass, at most

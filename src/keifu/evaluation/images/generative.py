@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -29,10 +28,11 @@ from keifu.evaluation.images.distances import WINDOW, frechet, kernel_distance, 
 from keifu.evaluation.images.features import PAPERS, Extractor, extractor, place
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.images import pixel_diffusion
-from keifu.generation.images.denoiser import Denoiser, DiffusionConfig, DiffusionModel, Network, label_denoiser
+from keifu.generation.images.denoiser import Denoiser, Network, label_denoiser
 from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise
 from keifu.generation.images.samplers import ConfiguredSampler, configure_sampler
 from keifu.layers.counter_rng import normal
+from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise, add_noise, at, normal_kl, posterior
 from keifu.layers.diffusion.sampling_schedule import Level, Schedule
 from keifu.training.objectives.diffusion import HELD_OUT, bits_of_step, draw_noise
@@ -136,7 +136,7 @@ class Reconstruction:
 
 
 def reconstruct(
-    model: DiffusionModel, pictures: ImageDataset, seed: int, batch_size: int, steps: int | None = None
+    model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int, steps: int | None = None
 ) -> tuple[dict[str, float | int | str], ResultTable]:
     """Mean PSNR in decibels and SSIM of images noised to each level of `LEFT` and denoised deterministically.
 
@@ -159,7 +159,7 @@ def reconstruct(
 
 @torch.inference_mode()
 def reconstruct_again(
-    model: DiffusionModel, way: ConfiguredSampler, pictures: Bytes, label: Tensor | None, left: float, seeds: Tensor
+    model: ImageModel, way: ConfiguredSampler, pictures: Bytes, label: Tensor | None, left: float, seeds: Tensor
 ) -> Reconstruction:
     """Pictures with noise of these seeds, at the noisiest level of the path where at least the share `left` of their
     variance is left, and what the path leads to from there."""
@@ -170,7 +170,7 @@ def reconstruct_again(
     return Reconstruction(level, to_bytes(x).cpu(), to_bytes(deque(walk, maxlen=1)[0].x).cpu())
 
 
-def bits(model: DiffusionModel, pictures: ImageDataset, seed: int, batch_size: int) -> dict[str, float | int | str]:
+def bits(model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int) -> dict[str, float | int | str]:
     """The variational bound in bits per number of a picture, its three parts, and the standard error of its mean."""
     batches = [(to_signed(given), label) for _, given, label in _batches(model, pictures, batch_size)]
     with counting("Counting bits", model.noise.steps * len(batches), "steps") as advance:
@@ -181,7 +181,7 @@ def bits(model: DiffusionModel, pictures: ImageDataset, seed: int, batch_size: i
     return {f"bits/dim{', ' * bool(part)}{part}": round(value, 4) for part, value in found.items()}
 
 
-def condition_labels(model: DiffusionModel, pictures: ImageDataset) -> Tensor | None:
+def condition_labels(model: ImageModel, pictures: ImageDataset) -> Tensor | None:
     """Each image's class as the model numbers it; None for an unconditional model.
 
     A model without names for its classes has the data set's own order. Images without a class are a `UserError` where
@@ -198,9 +198,9 @@ def condition_labels(model: DiffusionModel, pictures: ImageDataset) -> Tensor | 
     raise UserError(f"This model is conditioned on classes, and those of {pictures.source} are not its classes.")
 
 
-def _batches(model: DiffusionModel, pictures: ImageDataset, size: int) -> Iterator[tuple[int, Bytes, Tensor | None]]:
+def _batches(model: ImageModel, pictures: ImageDataset, size: int) -> Iterator[tuple[int, Bytes, Tensor | None]]:
     """The first one's place, the pictures and their labels, on the model's device."""
-    labels, device = condition_labels(model, pictures), next(cast(Any, model).parameters()).device
+    labels, device = condition_labels(model, pictures), next(model.parameters()).device
     for first in range(0, len(pictures), size):
         part = slice(first, first + size)
         yield first, pictures.take(part).to(device), None if labels is None else labels[part].to(device)
@@ -241,7 +241,7 @@ class Neighbours:
 
 def takes(model: nn.Module) -> bool:
     """Whether it is a diffusion model without text conditioning."""
-    return isinstance(model, DiffusionModel) and isinstance(model.config, DiffusionConfig)
+    return isinstance(model, ImageModel) and model.draws == "pixels"
 
 
 def names() -> list[str]:
@@ -280,7 +280,7 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
     )
 
 
-def class_agreement(model: nn.Module, drawer: DiffusionModel, request: EvalRequest) -> EvalResult:
+def class_agreement(model: nn.Module, drawer: ImageModel, request: EvalRequest) -> EvalResult:
     """How often a classifier of rows of grey values sees the class in an image that it was drawn of."""
     judge, classes = request.judge, drawer.config.classes or ()
     if not isinstance(judge, RowClassifier) or not classes:
@@ -309,7 +309,7 @@ def class_agreement(model: nn.Module, drawer: DiffusionModel, request: EvalReque
 
 
 def _generate_beside(
-    model: nn.Module, drawer: DiffusionModel, real: ImageDataset, parts: ImageSplit, request: EvalRequest
+    model: nn.Module, drawer: ImageModel, real: ImageDataset, parts: ImageSplit, request: EvalRequest
 ) -> EvalResult:
     """Generates images and compares them with the real ones."""
     any_class = 0 if drawer.config.n_classes and not drawer.config.null_class else None
@@ -344,7 +344,7 @@ def write_neighbours(
     )
 
 
-def _held_out(drawer: DiffusionModel, held: ImageDataset, request: EvalRequest) -> EvalResult:
+def _held_out(drawer: ImageModel, held: ImageDataset, request: EvalRequest) -> EvalResult:
     """Reconstruction and bits of held-out images; where that cannot be, a note, or a `UserError` if it was requested
     by name."""
     try:
@@ -442,7 +442,7 @@ def _sentence(pictures: ImageDataset, place: int) -> str:
     return pictures.classes[pictures.labels[place]] if pictures.labels[place] >= 0 else pictures.names[place]
 
 
-def _real_images(model: DiffusionModel, request: EvalRequest) -> tuple[ImageDataset, ImageSplit]:
+def _real_images(model: ImageModel, request: EvalRequest) -> tuple[ImageDataset, ImageSplit]:
     """The training images at the model's size; of a set that is held out whole, all."""
     height, width = pixel_diffusion.trained_size(model)
     if height != width:
@@ -454,7 +454,7 @@ def _real_images(model: DiffusionModel, request: EvalRequest) -> tuple[ImageData
 
 
 def _generated(
-    model: nn.Module, drawer: DiffusionModel, wanted: ImageRequest, count: int, size: int, labels: Sequence[int | None]
+    model: nn.Module, drawer: ImageModel, wanted: ImageRequest, count: int, size: int, labels: Sequence[int | None]
 ) -> Bytes:
     """So many images with consecutive seeds, of each class in turn."""
     pictures: dict[int, Tensor] = {}

@@ -24,6 +24,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import Advance, Mask, Tokens, encode_texts, in_batches
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.generation.text.model import evaluation_mode
 
 BATCH = 64  # pictures in a pass
 
@@ -95,18 +96,14 @@ def embed_bytes(
 ) -> Float[Tensor, "pictures embedding"]:
     """The embeddings of images that have the model's size already, in batches, the model in evaluation mode."""
     towers, ready, like = two_towers(model), preprocessing(model), next(model.parameters())
-    training, points, done = model.training, list[Tensor](), 0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for pixels in batches:
-                seen = towers.encode_image(ready.normalised(pixels.to(like.device)).to(like.dtype))
-                points.append(F.normalize(seen.float(), dim=-1))
-                done += len(pixels)
-                if advance:
-                    advance(done)
-    finally:
-        model.train(training)
+    points, done = list[Tensor](), 0
+    with evaluation_mode(model), torch.no_grad():
+        for pixels in batches:
+            seen = towers.encode_image(ready.normalised(pixels.to(like.device)).to(like.dtype))
+            points.append(F.normalize(seen.float(), dim=-1))
+            done += len(pixels)
+            if advance:
+                advance(done)
     if not points:
         raise UserError("There is no picture: give at least one.")
     return torch.cat(points)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor, nn
 
 from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
 from keifu.data.images.grid import grid
+from keifu.data.images.io import to_image
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
@@ -32,14 +32,8 @@ def cosines(
     """The cosine of each picture's point and each text's in CLIP's space."""
     if len(pictures) != len(texts):
         raise UserError(f"{len(pictures)} pictures need as many texts, and {len(texts)} were given.")
-    seen = embed_pictures(towers, map(image, pictures))
+    seen = embed_pictures(towers, map(to_image, pictures))
     return seen @ embed_texts(towers, tokenizer, texts, cut=True).T
-
-
-def image(picture: UInt8[Tensor, "channels height width"]) -> Image.Image:
-    """One picture for what prepares it for a model."""
-    shown = picture.permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(shown[..., 0] if shown.shape[2] == 1 else shown)
 
 
 def clip_scores(found: Float[Tensor, "picture texts"]) -> tuple[Float[Tensor, " picture"], Float[Tensor, " picture"]]:
@@ -132,7 +126,7 @@ def _generate(
         for first in range(0, len(captions), size):
             texts = captions[first : first + size]
             seeds = [request.seed + first + number for number in range(len(texts))]
-            made.append(drawer.draw_texts(wanted, seeds, texts))
+            made.append(drawer.draw(wanted, seeds, texts=texts))
             advance(first + len(texts))
     return GeneratedImages(chosen, captions, torch.cat(made))
 

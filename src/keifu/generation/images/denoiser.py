@@ -6,62 +6,20 @@ height, width).
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from keifu.errors import UserError
+from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.diffusion.sampling_schedule import Level
 
 Sample = Float[Tensor, "batch *shape"]
 
 Network: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # from x and the timestep of every row to the output
-
-
-@runtime_checkable
-class DiffusionConfig(Protocol):
-    """Interface of a diffusion model's config: size, channels and classes of its images."""
-
-    size: int | tuple[int, int] | None
-    """Height and width that it was trained with, or one number for both; None if unknown."""
-    channels: int
-    """Of a picture."""
-    n_classes: int
-    """Number of classes; 0 for an unconditional model."""
-    null_class: bool
-    """Whether the label `n_classes` means no condition, which classifier-free guidance needs."""
-    classes: tuple[str, ...]
-    """Names of the classes, if they have any."""
-
-
-@runtime_checkable
-class DiffusionModel(Protocol):
-    """Interface of a diffusion model: a denoising network and the noise schedule that it was trained with.
-
-    `model(x [batch, channels, height, width], timestep [batch], label [batch] | None)` gives its target for each row;
-    with a learned variance, twice the channels.
-    """
-
-    noise: Noise
-    """The noise schedule that it was trained with."""
-    config: DiffusionConfig
-    """Its sizes."""
-
-    def __call__(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        timestep: Float[Tensor, " batch"] | Int[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Tensor:
-        """Its prediction."""
-        ...
-
-    def check_size(self, channels: int, height: int, width: int) -> None:
-        """Refuses pictures that do not fit the network, with the nearest size that does, in a `UserError`."""
-        ...
 
 
 class DenoiserOutput(NamedTuple):
@@ -166,7 +124,7 @@ def guided_denoiser(
 
 
 def label_denoiser(
-    model: DiffusionModel, label: Int[Tensor, " batch"] | None, guidance: float = 1.0, rescale: float = 0.0
+    model: ImageModel, label: Int[Tensor, " batch"] | None, guidance: float = 1.0, rescale: float = 0.0
 ) -> Network:
     """The network of a model for these labels; with guidance, both predictions are made in one batch."""
     if label is None or guidance == 1:

@@ -1,24 +1,24 @@
-"""Text-to-image pipeline of latent diffusion (Stable Diffusion), and the interface that a model must offer to it.
+"""What text-to-image pipelines share, and the pipeline of latent diffusion (Stable Diffusion).
 
 Axes: batch, channels, height, width of latents; length = tokens of a text, the same for every text.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from keifu.data.images.io import to_bytes
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images.denoiser import Network, guided_denoiser
 from keifu.generation.images.image_to_image import KeptRegion, add_initial_noise, run_inpainting
-from keifu.generation.images.pixel_diffusion import Bytes, ImageRequest, SeededNoise, Watch, to_pixels
+from keifu.generation.images.pixel_diffusion import Bytes, ImageRequest, SeededNoise, Watch, to_pixels, trained_size
 from keifu.generation.images.png_metadata import fingerprint
-from keifu.generation.images.samplers import Random, SamplerStep
+from keifu.generation.images.samplers import Random, SamplerStep, last_x
 from keifu.generation.images.tiled_vae import LatentCodec, tile_of
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.diffusion.sampling_schedule import Schedule
@@ -28,68 +28,8 @@ Tokens = Int[Tensor, "batch length"]
 Latents = Float[Tensor, "batch channels height width"]
 
 
-@runtime_checkable
-class TextConditionedConfig(Protocol):
-    """Interface of the config of a latent diffusion model."""
-
-    size: tuple[int, int] | None
-    """Height and width in pixels that it was trained with; None where nothing says so."""
-    channels: int
-    """Of latents."""
-    factor: int
-    """Pixels of a side for each number of the latents."""
-    colours: int
-    """Channels of its pictures: 1 for grey, 3 for colour."""
-    masked: bool
-    """Whether the network takes a mask and the masked image as extra input channels (an inpainting model)."""
-    context_length: int
-    """Tokens of every text."""
-
-
-@runtime_checkable
-class TextConditionedModel(Protocol):
-    """Interface of a latent diffusion model: a denoiser of latents that is conditioned on text.
-
-    `model(x, timestep [batch], projected)` gives its target for each row.
-    """
-
-    noise: Noise
-    """The noise schedule that it was trained with."""
-    config: TextConditionedConfig
-    """Its sizes."""
-
-    def __call__(self, x: Latents, timestep: Tensor, projected: Any) -> Tensor:
-        """Its prediction."""
-        ...
-
-    coding: nn.Module | None
-    """The autoencoder that `to_latents` and `to_pictures` use, if there is one."""
-
-    def encode_text(self, tokens: Tokens) -> Float[Tensor, "batch length dim"]:
-        """The hidden states that the network is conditioned on by cross-attention."""
-        ...
-
-    def project(self, context: Float[Tensor, "batch length dim"]) -> Any:
-        """Keys and values of the texts, computed once for all steps."""
-        ...
-
-    def to_latents(
-        self, pictures: Float[Tensor, "batch colours rows columns"], noise: Tensor | None = None
-    ) -> Float[Tensor, "sampled channels height width"]:
-        """Latents of images from -1 to 1: sampled with each row of standard normal noise, or the mode without noise."""
-        ...
-
-    def to_pictures(self, latents: Latents) -> Float[Tensor, "batch colours rows columns"]:
-        """The pictures of latents, from -1 to 1."""
-        ...
-
-    def check_size(self, height: int, width: int) -> None:
-        """Refuses pictures, by their pixels, that do not fit the network, in a `UserError`."""
-        ...
-
-
 def text_denoiser(
-    model: TextConditionedModel,
+    model: Any,
     given: Tokens,
     without: Tokens | None = None,
     guidance: float = 1.0,
@@ -117,7 +57,7 @@ def text_denoiser(
     return guided_denoiser(conditional, model.noise, guidance, rescale)
 
 
-def _project(model: TextConditionedModel, tokens: Tokens) -> Any:
+def _project(model: Any, tokens: Tokens) -> Any:
     """The projection of each row's text; equal texts are encoded once."""
     texts, places = tokens.unique(dim=0, return_inverse=True)
     return model.project(model.encode_text(texts)[places])
@@ -140,49 +80,84 @@ def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncat
     return torch.tensor([row + [padding] * (length - len(row)) for row in rows])
 
 
-class LatentDiffusionPipeline:
-    """The `ImagePipeline` of a latent diffusion model and its tokenizer."""
+class TextToImagePipeline:
+    """A text-to-image pipeline, with the tokenizer of its texts. colours: 1 for grey, 3 for colour.
+
+    usual_guidance, usual_sampler: the defaults. pixels: whether its steps are images, not latents.
+    """
+
+    usual_guidance = 1.0
+    usual_sampler = "ddim"
+    pixels = False
+
+    def __init__(self, model: Any, tokenizer: Tokenizer):
+        self.model, self.tokenizer, self.colours = model, tokenizer, int(model.config.colours)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def fingerprint(self) -> str:
+        """A digest of weights, config and tokenizer: equal ones generate the same images."""
+        return fingerprint(self.model, self.tokenizer.fingerprint)
+
+    def label(self, name: str) -> int:
+        """There is none: a `UserError`."""
+        raise UserError(f"This model draws from a text and knows no classes: say {name!r} in the text.")
+
+    def tokens(self, texts: Sequence[str], truncate: bool = False) -> Tokens:
+        """The ids of texts, padded to the model's length: see `text_tokens`."""
+        return text_tokens(self.tokenizer, texts, self.model.config.context_length, truncate)
+
+    def check_conditions(self, wanted: ImageRequest) -> None:
+        """Refuses a class, and a negative prompt without guidance."""
+        if wanted.label is not None:
+            self.label(str(wanted.label))
+        if wanted.negative and wanted.guidance == 1:
+            raise UserError(
+                f"Guidance is what leads away from {wanted.negative!r}, and with a guidance of 1 there is none: "
+                f"{self.usual_guidance:g} is usual."
+            )
+
+    def resolved(self, wanted: ImageRequest) -> ImageRequest:
+        """The same request with every default filled in; what the model cannot generate is a `UserError`."""
+        raise NotImplementedError
+
+    def draw(
+        self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
+        texts: Sequence[str] | None = None,
+    ) -> Bytes:  # fmt: skip
+        """A finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step.
+
+        wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None.
+        """
+        raise NotImplementedError
+
+
+class LatentDiffusionPipeline(TextToImagePipeline):
+    """The pipeline of a latent diffusion model."""
 
     usual_guidance = 7.5  # the released Stable Diffusion's
     usual_sampler = "dpm++-2m"  # 20 steps of it for the 50 of others
-    pixels = False
-
-    def __init__(self, model: TextConditionedModel, tokenizer: Tokenizer):
-        self.model, self.tokenizer, self.colours = model, tokenizer, model.config.colours
 
     @property
     def noise(self) -> Noise:
         """The noise schedule of its latents."""
         return self.model.noise
 
-    def fingerprint(self) -> str:
-        """Of the weights, the config and the tokenizer."""
-        return fingerprint(cast(Any, self.model), self.tokenizer.fingerprint)
-
-    def label(self, name: str) -> int:
-        """There is none: a `UserError`."""
-        raise UserError(f"This model draws from a text and knows no classes: say {name!r} in the text.")
-
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
         """The same request with every default filled in, checked against the model."""
         if wanted.text is None:
             raise UserError("This model draws from a text, and there is none: say what to draw.")
-        if wanted.label is not None:
-            self.label(str(wanted.label))
+        self.check_conditions(wanted)
         if self.model.config.masked and wanted.mask is None:
             raise UserError(
                 "This model fills in what a mask hides of a picture, and draws nothing from a text alone: give both "
                 "(--init, --mask)."
             )
-        if wanted.negative and wanted.guidance == 1:
-            raise UserError(
-                f"Guidance is what leads away from {wanted.negative!r}, and with a guidance of 1 there is none: "
-                f"{self.usual_guidance:g} is usual."
-            )
         self.tokens([wanted.text, wanted.negative], wanted.truncate)
-        size = wanted.sides() or self.model.config.size
-        if size is None:
-            raise UserError("The model does not say how large its pictures are: give their size.")
+        size = wanted.sides() or trained_size(self.model)
         self.model.check_size(*size)
         factor = self.model.config.factor
         whole = replace(wanted.completed(self.noise, size), tile=tile_of(wanted.tile, size, factor))
@@ -193,10 +168,6 @@ class LatentDiffusionPipeline:
                 "latents stands for: make them larger."
             )
         return whole
-
-    def tokens(self, texts: Sequence[str], truncate: bool = False) -> Tokens:
-        """The ids of texts, padded to the model's length: see `text_tokens`."""
-        return text_tokens(self.tokenizer, texts, self.model.config.context_length, truncate)
 
     @torch.inference_mode()
     def drawing(
@@ -213,8 +184,7 @@ class LatentDiffusionPipeline:
         without = self.tokens([wanted.negative] * len(seeds), wanted.truncate)
         x, kept, beside = self._initial_latents(wanted, schedule, len(seeds), random)
         tokens = given.to(x.device), without.to(x.device)
-        quick = cast(TextConditionedModel, prepack(cast(Any, self.model)))
-        network = text_denoiser(quick, *tokens, wanted.guidance, wanted.guidance_rescale, beside)
+        network = text_denoiser(prepack(self.model), *tokens, wanted.guidance, wanted.guidance_rescale, beside)
         yield from run_inpainting(chosen, network, x, schedule, random, kept)
 
     def _initial_latents(
@@ -223,7 +193,7 @@ class LatentDiffusionPipeline:
         """The initial latents, the region that is kept, and the extra input channels of an inpainting network.
 
         Those are the mask, and the latents of the image with grey in the mask's place."""
-        config, device = self.model.config, next(cast(Any, self.model).parameters()).device
+        config, device = self.model.config, self.device
         assert wanted.size is not None
         empty = torch.empty((count, config.channels, *(side // config.factor for side in wanted.size)), device=device)
         if wanted.init is None:
@@ -254,18 +224,13 @@ class LatentDiffusionPipeline:
     def _coder(self, wanted: ImageRequest) -> LatentCodec:
         return LatentCodec(self.model, self.model.config.factor, wanted.tile or 0)
 
-    def draw(self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
-        """A finished picture of each seed, as `draw_images` gives it."""
-        x = torch.empty(0)
-        for state in self.drawing(wanted, seeds):
-            watch(state)
-            x = state.x
+    def draw(
+        self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
+        texts: Sequence[str] | None = None,
+    ) -> Bytes:  # fmt: skip
+        """As of `TextToImagePipeline`."""
+        x = last_x(self.drawing(wanted, seeds, texts), watch)
         return self._whole(to_pixels(self.decoded(x, wanted)), wanted)
-
-    def draw_texts(self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]) -> Bytes:
-        """A finished picture of each seed and text."""
-        *_, last = self.drawing(wanted, seeds, texts)
-        return self._whole(to_pixels(self.decoded(last.x, wanted)), wanted)
 
     def _whole(self, drawn: Bytes, wanted: ImageRequest) -> Bytes:
         """The sampled image, with the input image's own pixels where a mask keeps them: latents are not exact."""

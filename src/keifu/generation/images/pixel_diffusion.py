@@ -10,7 +10,7 @@ the same. Axes: batch, channels, height, width.
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from keifu.data.images.io import to_bytes, to_signed
 from keifu.errors import UserError, unknown
-from keifu.generation.images.denoiser import DiffusionConfig, DiffusionModel, label_denoiser
+from keifu.generation.images.denoiser import label_denoiser
 from keifu.generation.images.image_to_image import (
     InputImage,
     KeptRegion,
@@ -26,8 +26,9 @@ from keifu.generation.images.image_to_image import (
     run_inpainting,
     truncate_schedule,
 )
-from keifu.generation.images.samplers import ConfiguredSampler, SamplerStep, configure_sampler, sampler
+from keifu.generation.images.samplers import ConfiguredSampler, SamplerStep, configure_sampler, last_x, sampler
 from keifu.generation.images.tiled_vae import NO_TILES
+from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise, Spacing, add_noise
 from keifu.layers.diffusion.sampling_schedule import Schedule
 from keifu.layers.unet.prepacked_conv import prepack
@@ -124,7 +125,7 @@ class ImageRequest:
         """The sampler with these settings for a model's noise."""
         return configure_sampler(noise, self.sampler, self.steps, self.spacing, self.karras, self.eta)
 
-    def resolved(self, model: DiffusionModel) -> "ImageRequest":
+    def resolved(self, model: ImageModel) -> "ImageRequest":
         """The same request with every default filled in, checked against the model."""
         if self.text is not None or self.negative:
             text = self.text or self.negative
@@ -186,14 +187,14 @@ class ImageRequest:
             raise UserError(f"The mask {self.mask.place} has no white, so nothing would be drawn anew.")
 
 
-def require_diffusion_model(model: nn.Module) -> DiffusionModel:
+def require_diffusion_model(model: nn.Module) -> ImageModel:
     """The model as one that removes noise; any other is a `UserError`."""
-    if not isinstance(model, DiffusionModel) or not isinstance(model.config, DiffusionConfig):
+    if not isinstance(model, ImageModel) or model.draws != "pixels":
         raise UserError(f"A {type(model).__name__} draws no pictures: choose a model that was trained to remove noise.")
     return model
 
 
-def trained_size(model: DiffusionModel) -> tuple[int, int]:
+def trained_size(model: ImageModel) -> tuple[int, int]:
     """Height and width of the pictures that a model was trained with."""
     size = model.config.size
     if size is None:
@@ -201,7 +202,7 @@ def trained_size(model: DiffusionModel) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def check_label(model: DiffusionModel, label: int | None, guidance: float) -> None:
+def check_label(model: ImageModel, label: int | None, guidance: float) -> None:
     """Refuses a label or guidance that the model cannot have."""
     classes, none = model.config.n_classes, model.config.null_class
     if label is not None and not classes:
@@ -216,7 +217,7 @@ def check_label(model: DiffusionModel, label: int | None, guidance: float) -> No
         raise UserError("This model was trained with labels alone, and guidance needs what it draws without one.")
 
 
-def label_number(model: DiffusionModel, name: str) -> int:
+def label_number(model: ImageModel, name: str) -> int:
     """A class by its name, or by its number."""
     if name in model.config.classes:
         return model.config.classes.index(name)
@@ -226,16 +227,16 @@ def label_number(model: DiffusionModel, name: str) -> int:
 
 
 @torch.inference_mode()
-def sample_images(model: DiffusionModel, wanted: ImageRequest, seeds: Sequence[int]) -> Iterator[SamplerStep]:
+def sample_images(model: ImageModel, wanted: ImageRequest, seeds: Sequence[int]) -> Iterator[SamplerStep]:
     """x and the predicted images after each step, for an image of each seed, on the model's device.
 
     The convolutions' weights are prepacked once, which takes about as long as a step.
     """
     chosen = wanted.configure_sampler(model.noise)
-    device = next(cast(Any, model).parameters()).device
+    device = next(model.parameters()).device
     shape = len(seeds), model.config.channels, *(wanted.size or trained_size(model))
     label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)
-    network = label_denoiser(cast(Any, prepack(cast(Any, model))), label, wanted.guidance, wanted.guidance_rescale)
+    network = label_denoiser(prepack(model), label, wanted.guidance, wanted.guidance_rescale)
     random, schedule = SeededNoise(seeds), wanted.schedule(chosen.schedule)
     noise = random(torch.empty(shape, device=device))
     if wanted.init is None:
@@ -255,11 +256,7 @@ def draw_images(
 
     An image that is not finite, as from damaged weights, is a `UserError`.
     """
-    x = torch.empty(0)
-    for state in sample_images(require_diffusion_model(model), wanted, seeds):
-        watch(state)
-        x = state.x
-    return to_pixels(x)
+    return to_pixels(last_x(sample_images(require_diffusion_model(model), wanted, seeds), watch))
 
 
 def to_pixels(x: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:

@@ -39,6 +39,15 @@ class SamplerStep(NamedTuple):
     picture: Sample
 
 
+def last_x(steps: Iterator[SamplerStep], watch: Callable[[SamplerStep], object] = lambda state: None) -> Tensor:
+    """x after all steps; `watch` is called with the state after each one."""
+    x = torch.empty(0)
+    for state in steps:
+        watch(state)
+        x = state.x
+    return x
+
+
 SamplingFunction: TypeAlias = Callable[[Denoiser, Tensor, Schedule, Random], Iterator[SamplerStep]]
 
 

@@ -10,11 +10,11 @@ import math
 import sys
 from collections.abc import Callable
 from itertools import product
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from keifu.errors import UserError
 
@@ -72,26 +72,11 @@ Latents = Float[Tensor, "batch channels height width"]
 Pictures = Float[Tensor, "batch colours rows columns"]
 
 
-@runtime_checkable
-class AutoencoderModel(Protocol):
-    """A model with an autoencoder, as `text_to_picture.Reading` has it."""
-
-    coding: nn.Module | None
-    """What both methods compute with."""
-
-    def to_latents(self, pictures: Pictures, noise: Tensor | None = None) -> Tensor:
-        """The latents of pictures from -1 to 1."""
-        ...
-
-    def to_pictures(self, latents: Latents) -> Tensor:
-        """The pictures of latents."""
-        ...
-
-
 class LatentCodec:
-    """Codes by a model, `factor` pixels a number of the latents; tile: the side of tiles in pixels, 0 for none."""
+    """Codes by an `ImageModel` of latents with `factor` pixels for each number; tile: the side of tiles in pixels, 0
+    for none."""
 
-    def __init__(self, model: AutoencoderModel, factor: int, tile: int):
+    def __init__(self, model: Any, factor: int, tile: int):
         self.model, self.factor, self.side = model, factor, tile // factor
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""unCLIP pipeline (DALL-E 2, Karlo): prior from text to image embedding, decoder, super-resolution; model interface.
+"""unCLIP pipeline (DALL-E 2, Karlo): prior from text to image embedding, decoder, super-resolution.
 
 The embedding is sampled by the prior from a text, or computed from an image. Axes: batch, channels, height, width of
 images; length = tokens of a text; embedding = dimensions of an embedding.
@@ -6,11 +6,11 @@ images; length = tokens of a text; embedding = dimensions of an embedding.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from keifu.data.images.preprocessing import Preprocessing
@@ -18,88 +18,12 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images.denoiser import Network, guided_denoiser
 from keifu.generation.images.image_to_image import InputImage
-from keifu.generation.images.latent_diffusion import text_tokens
-from keifu.generation.images.pixel_diffusion import Bytes, ImageRequest, SeededNoise, Watch, to_pixels
-from keifu.generation.images.png_metadata import fingerprint
-from keifu.generation.images.samplers import ConfiguredSampler, Random, SamplerStep, configure_sampler
+from keifu.generation.images.latent_diffusion import TextToImagePipeline
+from keifu.generation.images.pixel_diffusion import Bytes, ImageRequest, SeededNoise, Watch, to_pixels, trained_size
+from keifu.generation.images.samplers import ConfiguredSampler, Random, SamplerStep, configure_sampler, last_x
 from keifu.layers.diffusion.noise_schedule import Noise
 
-Tokens = Int[Tensor, "batch length"]
 Embedding = Float[Tensor, "batch embedding"]
-Pixels = Float[Tensor, "batch channels height width"]
-
-
-@runtime_checkable
-class UnclipConfig(Protocol):
-    """Interface of an unCLIP model's config."""
-
-    pixels: Any
-    """Preprocessing of images for the image encoder; None without an image encoder."""
-    prior_noise: Noise
-    """The noise schedule of the prior."""
-    decoder_noise: Noise
-    """The noise schedule of the decoder."""
-    size: tuple[int, int] | None
-    """Height and width of finished images; None if unknown."""
-    small_size: tuple[int, int] | None
-    """Height and width before super-resolution."""
-    upsampling_noise: Noise | None
-    """The noise schedule of super-resolution; None without it."""
-    channels: int
-    """Of a picture."""
-    embedding_dim: int
-    """Dimensions of an embedding."""
-    context_length: int
-    """Tokens of every text."""
-    imagines: bool
-    """Whether there is a prior, so that it can generate from text and not only vary images."""
-
-
-@runtime_checkable
-class UnclipModel(Protocol):
-    """Interface of an unCLIP model: a prior predicts an image embedding from a text, a decoder generates the image.
-
-    `model(x, timestep [batch], condition)` is the decoder's prediction.
-    """
-
-    config: UnclipConfig
-    """Its sizes and noises."""
-
-    def __call__(self, x: Pixels, timestep: Tensor, told: Any) -> Tensor:
-        """Its prediction."""
-        ...
-
-    def encode_text(self, tokens: Tokens, real: Bool[Tensor, "batch length"]) -> Any:
-        """The encoded texts; their `embedding` is in the joint space of texts and images."""
-        ...
-
-    def encode_image(self, pixels: Pixels) -> Embedding:
-        """Embeddings of images preprocessed by `config.pixels`."""
-        ...
-
-    def imagine(self, x: Embedding, timestep: Tensor, caption: Any) -> Embedding:
-        """The prior's prediction for noisy normalised embeddings."""
-        ...
-
-    def restored(self, x: Embedding) -> Embedding:
-        """Embeddings from normalised ones: the inverse of the normalisation."""
-        ...
-
-    def nothing(self, batch: int) -> Embedding:
-        """The null embedding, for unconditional predictions."""
-        ...
-
-    def tell(self, image: Embedding, caption: Any) -> Any:
-        """The condition of every step of the decoder."""
-        ...
-
-    def enlarge(self, x: Pixels, timestep: Tensor, small: Pixels, last: bool) -> Tensor:
-        """Super-resolution's prediction for large noisy images, given the small ones resized to that size."""
-        ...
-
-    def check_size(self, height: int, width: int) -> None:
-        """A size before super-resolution that does not fit the network is a `UserError`."""
-        ...
 
 
 PRIOR_GUIDANCE, PRIOR_STEPS, UPSAMPLING_STEPS = 4.0, 25, 7  # Karlo's, the published unCLIP
@@ -118,14 +42,13 @@ def slerp(a: Embedding, b: Embedding, share: Float[Tensor, " batch"]) -> Embeddi
     return way * ((1 - share) * a.norm(dim=-1, keepdim=True) + share * b.norm(dim=-1, keepdim=True))
 
 
-class UnclipPipeline:
-    """The `ImagePipeline` of an unCLIP model and its tokenizer."""
+class UnclipPipeline(TextToImagePipeline):
+    """The pipeline of an unCLIP model."""
 
     usual_guidance = 8.0  # Karlo's
-    usual_sampler = "ddim"
 
-    def __init__(self, model: UnclipModel, tokenizer: Tokenizer):
-        self.model, self.tokenizer, self.colours = model, tokenizer, model.config.channels
+    def __init__(self, model: Any, tokenizer: Tokenizer):
+        super().__init__(model, tokenizer)
         self.pixels = model.config.upsampling_noise is None
 
     @property
@@ -133,20 +56,10 @@ class UnclipPipeline:
         """The noise schedule of the decoder."""
         return self.model.config.decoder_noise
 
-    def fingerprint(self) -> str:
-        """Of the weights, the config and the tokenizer."""
-        return fingerprint(cast(Any, self.model), self.tokenizer.fingerprint)
-
-    def label(self, name: str) -> int:
-        """There is none: a `UserError`."""
-        raise UserError(f"This model draws from a text and knows no classes: say {name!r} in the text.")
-
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
         """The same request with every default filled in, checked against the model."""
         self._check(wanted)
-        size = wanted.size or self.model.config.size
-        if size is None:
-            raise UserError("The model does not say how large its pictures are: give their size.")
+        size = wanted.size or trained_size(self.model)
         self.model.check_size(*self._small(size))
         usual = ImageRequest()
         done = replace(wanted, **{name: vars(usual)[name] for name in OWN}).completed(self.noise, size)
@@ -160,8 +73,7 @@ class UnclipPipeline:
 
     def _check(self, wanted: ImageRequest) -> None:
         """Refuses what this model cannot draw."""
-        if wanted.label is not None:
-            self.label(str(wanted.label))
+        self.check_conditions(wanted)
         if wanted.text is None and wanted.init is None:
             raise UserError("There is neither a text nor a picture: say what to draw, or give a picture (--init).")
         if wanted.init is None and not self.model.config.imagines:
@@ -178,11 +90,6 @@ class UnclipPipeline:
             raise UserError("A way towards something has two pictures at least, its ends: give a --count.")
         if wanted.upsampling_steps is not None and self.pixels:
             raise UserError("This model enlarges no pictures: leave --upsampling-steps out.")
-        if wanted.negative and wanted.guidance == 1:
-            raise UserError(
-                f"Guidance is what leads away from {wanted.negative!r}, and with a guidance of 1 there is none: "
-                f"{self.usual_guidance:g} is usual."
-            )
         said = [text for text in (wanted.text, wanted.towards, wanted.negative) if isinstance(text, str)]
         self._caption(said, wanted.truncate)
 
@@ -210,11 +117,11 @@ class UnclipPipeline:
     def _caption(self, texts: Sequence[str], truncate: bool) -> Any:
         """The encoded texts."""
         length = self.model.config.context_length
-        tokens = text_tokens(self.tokenizer, texts, length, truncate)
+        tokens = self.tokens(texts, truncate)
         lengths = torch.tensor([len(row) for row in self.tokenizer.encode_batch(texts, special=True)])
-        device = next(cast(Any, self.model).parameters()).device
+        real = torch.arange(length) < lengths[:, None]
         with torch.no_grad():
-            return self.model.encode_text(tokens.to(device), (torch.arange(length) < lengths[:, None]).to(device))
+            return self.model.encode_text(tokens.to(self.device), real.to(self.device))
 
     def _both(self, texts: Sequence[str], wanted: ImageRequest) -> Any:
         """The encoded texts, and after them as many negative prompts."""
@@ -242,8 +149,8 @@ class UnclipPipeline:
         found = []
         for _ in range(wanted.candidates):
             x = random(empty) * chosen.schedule.initial_sigma
-            *_, last = chosen.run(chosen.denoiser(network), x, chosen.schedule, random)
-            found.append(self.model.restored(last.x))
+            x = last_x(chosen.run(chosen.denoiser(network), x, chosen.schedule, random))
+            found.append(self.model.restored(x))
         said = F.normalize(caption.embedding[:count].float(), dim=-1)
         near = torch.stack([(F.normalize(each.float(), dim=-1) * said).sum(-1) for each in found])
         return torch.stack(found)[near.argmax(0), torch.arange(count, device=empty.device)]
@@ -251,7 +158,7 @@ class UnclipPipeline:
     @torch.no_grad()
     def encode_image(self, picture: InputImage, count: int) -> Embedding:
         """The embedding of an image, repeated `count` times."""
-        like = next(cast(Any, self.model).parameters())
+        like = next(self.model.parameters())
         pixels = Preprocessing(**vars(self.model.config.pixels))([picture.image()])
         return self.model.encode_image(pixels.to(like)).expand(count, -1)
 
@@ -289,7 +196,7 @@ class UnclipPipeline:
         image = self.embeddings(wanted, seeds, texts, random)
         texts = texts if wanted.towards is None else [""] * len(seeds)
         chosen, network = wanted.configure_sampler(self.noise), self._decoder(image, texts, wanted)
-        shape = len(seeds), self.model.config.channels, *self._small(wanted.size or (0, 0))
+        shape = len(seeds), self.colours, *self._small(wanted.size or (0, 0))
         x = random(torch.empty(shape, device=image.device)) * chosen.schedule.initial_sigma
         yield from chosen.run(chosen.denoiser(network), x, chosen.schedule, random)
 
@@ -324,20 +231,13 @@ class UnclipPipeline:
             return self.model.enlarge(x, timestep, beside, last=float(timestep[0]) == final)
 
         x = random(beside) * chosen.schedule.initial_sigma
-        *_, last = chosen.run(chosen.denoiser(network), x, chosen.schedule, random)
-        return last.x
+        return last_x(chosen.run(chosen.denoiser(network), x, chosen.schedule, random))
 
-    def draw(self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
-        """A finished image of each seed, as bytes on the CPU."""
-        return self._drawn(wanted, seeds, None, watch)
-
-    def draw_texts(self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str]) -> Bytes:
-        """A finished image of each seed and text."""
-        return self._drawn(wanted, seeds, texts, lambda state: None)
-
-    def _drawn(self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str] | None, watch: Watch) -> Bytes:
-        random, x = self._random(wanted, seeds), torch.empty(0)
-        for state in self.drawing(wanted, seeds, texts, random):
-            watch(state)
-            x = state.x
+    def draw(
+        self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
+        texts: Sequence[str] | None = None,
+    ) -> Bytes:  # fmt: skip
+        """As of `TextToImagePipeline`; the steps are those of the decoder."""
+        random = self._random(wanted, seeds)
+        x = last_x(self.drawing(wanted, seeds, texts, random), watch)
         return to_pixels(self.upsample(x, wanted, random))

@@ -1,10 +1,9 @@
-"""Beam search for causal models and encoder-decoders, one step for all beams of all sources at once.
+"""Beam search for encoder-decoders, one step for all beams of all sources at once.
 
 A step is a tensor program without a loop over sources or beams. Finished texts are kept in tensors too, and a source
-that is decided leaves the batch. A `BeamModel` gives the logits: `CausalBeamModel` continues prompts,
-`EncoderDecoderBeamModel` writes targets of sources.
+that is decided leaves the batch. A `BeamModel` gives the logits, such as `EncoderDecoderBeamModel`.
 
-Axes: sources (or prompts), beams = open texts of a source, rows = sources · beams in that order, vocab, longest; kept =
+Axes: sources, beams = open texts of a source, rows = sources · beams in that order, vocab, longest; kept =
 finished texts kept of each source, new = texts offered in a step.
 """
 
@@ -15,11 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from keifu.data.batching import pad
 from keifu.errors import UserError
-from keifu.generation.text.model import Model, causal, device_of, evaluation_mode, pad_left, prefill, step
 
 
 @dataclass(frozen=True)
@@ -84,26 +82,6 @@ class BeamModel(Protocol):
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Goes on with these rows; one may stand there several times."""
         ...
-
-
-class CausalBeamModel:
-    """Continues prompts, padded on the left; `longest` is the most tokens that are written."""
-
-    def __init__(
-        self, model: Model, prompts: Sequence[Sequence[int]], longest: int, device: torch.device | None = None
-    ):
-        self.model = model
-        self.tokens, self.padding = pad_left(prompts, device)
-        self.state = model.new_state(len(prompts), self.tokens.shape[1] + longest - 1)
-
-    def first(self) -> Logits:
-        return prefill(self.model, self.tokens, self.state, self.padding)
-
-    def next(self, tokens: Int[Tensor, " rows"]) -> Logits:
-        return step(self.model, tokens[:, None], self.state)
-
-    def select(self, rows: Int[Tensor, " kept"]) -> None:
-        self.state.select(rows)
 
 
 @runtime_checkable
@@ -225,24 +203,6 @@ def beam_search(decoder: BeamModel, search: Search, limits: Sequence[int]) -> li
         if len(rows) != len(logits) or not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
             decoder.select(rows)  # spared where every text continues its own row
         logits = decoder.next(tokens)
-
-
-@torch.inference_mode()
-def continuations(
-    model: nn.Module, prompts: Sequence[Sequence[int]], search: Search, max_tokens: int
-) -> list[list[Hypothesis]]:
-    """The best continuations of each prompt by a causal model, best first; the prompts need not be equally long.
-
-    A prompt that is empty or leaves no room in the context is a `UserError`.
-    """
-    writer = causal(model)
-    context = writer.config.context_length
-    for prompt in prompts:
-        if not 0 < len(prompt) < context:
-            raise UserError(f"A prompt has {len(prompt)} tokens, but it must have from 1 to {context - 1}.")
-    limits = [min(max_tokens, context - len(prompt)) for prompt in prompts]
-    with evaluation_mode(model):
-        return beam_search(CausalBeamModel(writer, prompts, max(limits), device_of(model)), search, limits)
 
 
 class _Beams:

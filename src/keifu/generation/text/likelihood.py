@@ -31,8 +31,6 @@ from keifu.generation.text.model import (
 )  # fmt: skip
 from keifu.generation.text.request import check_tokens
 from keifu.generation.text.runner import Reader, Span, own_form, runner_of
-from keifu.generation.text.sampler import History, RowSettings
-from keifu.generation.text.sampling_params import SamplingParams
 from keifu.layers.attention.kv_cache import KVState
 
 CHUNK = 256  # tokens whose logits exist at the same time
@@ -45,7 +43,7 @@ def score(
     """ln P(token | those before it) of every token but the first, [batch, length - 1] in float32.
 
     This is what `log_probability` reports while a text is written. `padding` counts the zeros before shorter texts (see
-    `engine.pad_left`); what stands there has no meaning. A text longer than the context is a `UserError`.
+    `padding`); what stands there has no meaning. A text longer than the context is a `UserError`.
     """
     left = tokens[:, 1:].flatten()
     found = [left.new_zeros(0, dtype=torch.float32)]
@@ -53,28 +51,6 @@ def score(
         found.append(log_probability(logits, left[: len(logits)]))
         left = left[len(logits) :]
     return torch.cat(found).view(tokens[:, 1:].shape)
-
-
-@torch.inference_mode()
-def score_sampled(
-    model: nn.Module, tokens: Int[Tensor, " length"], prompt_length: int, sampling: SamplingParams
-) -> Float[Tensor, " written"]:
-    """ln of the probability with which these settings draw each token after the first `prompt_length`, in float32.
-
-    This is what `sampled_log_probability` reports while a text is written: -inf for a token that the settings exclude.
-    """
-    if not 1 <= prompt_length <= len(tokens):
-        raise UserError(f"The prompt's length is {prompt_length}, which must be from 1 to the text's {len(tokens)}.")
-    settings = RowSettings([sampling], tokens.device)
-    vocab_size = text_model(model).config.vocab_size
-    history = History.of_texts(settings, [tokens[:prompt_length].tolist()], [0], vocab_size)
-    left = tokens[prompt_length:]
-    found = [left.new_zeros(0, dtype=torch.float32)]
-    for logits in _predictions(model, tokens[None], None, prompt_length - 1):
-        targets, left = left[: len(logits)], left[len(logits) :]
-        logits = settings(logits, history.before_each(targets, logits.shape[1]))
-        found.append(log_probability(logits, targets))
-    return torch.cat(found)
 
 
 class LikeliestTokens(NamedTuple):
@@ -96,9 +72,9 @@ def score_likeliest(model: nn.Module, tokens: Int[Tensor, " length"], count: int
 
 
 def _predictions(
-    model: nn.Module, tokens: Int[Tensor, "batch length"], padding: Tensor | None, first: int = 0
+    model: nn.Module, tokens: Int[Tensor, "batch length"], padding: Tensor | None
 ) -> Iterator[Float[Tensor, "chunk vocab"]]:
-    """The logits that predict the tokens after number `first`, text after text, some at a time."""
+    """The logits that predict the tokens after the first, text after text, some at a time."""
     context, longest = text_model(model).config.context_length, tokens.shape[1]
     if padding is not None:
         longest -= int(padding.min())
@@ -108,11 +84,11 @@ def _predictions(
     if own is not None:
         skipped = [0] * len(tokens) if padding is None else padding.tolist()
         for text, skip in zip(tokens.tolist(), skipped, strict=True):
-            yield from _own_predictions(own, text[skip:-1], len(text) - 1 - first)
+            yield from _own_predictions(own, text[skip:-1], len(text) - 1)
         return
     writer = causal(model)
     with evaluation_mode(model):
-        hidden = writer.hidden(tokens, None, padding)[:, first:-1]
+        hidden = writer.hidden(tokens, None, padding)[:, :-1]
     for states in hidden.flatten(0, 1).split(CHUNK):
         yield writer.logits(states).float()
 

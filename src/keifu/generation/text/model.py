@@ -4,7 +4,7 @@ Axes: batch = texts, length = tokens, vocab.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -112,29 +112,6 @@ def is_writer(model: nn.Module) -> bool:
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's weights are; the CPU for one without any."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def step(model: Model, tokens: Tokens, state: KVState, padding: Padding = None) -> Float[Tensor, "batch vocab"]:
-    """Logits, in float32, of the token after the last one."""
-    return model.logits(model.hidden(tokens, state, padding)[:, -1]).float()
-
-
-def prefill(model: Model, tokens: Tokens, state: KVState, padding: Padding) -> Float[Tensor, "batch vocab"]:
-    """Reads the prompts into the state, in chunks so that memory stays bounded; the logits after the last token."""
-    width, before = max(1, PREFILL_TOKENS // len(tokens)), padding
-    *earlier, last = tokens.split(width, 1)
-    for chunk in earlier:
-        model.hidden(chunk, state, None if before is None else before.clamp(max=width))
-        before = None if before is None else (before - width).clamp(min=0)
-    return step(model, last, state, before)
-
-
-def pad_left(texts: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[Tokens, Padding]:
-    """The texts as one tensor, with zeros before the shorter ones, and how many; None if all are equally long."""
-    longest = max(map(len, texts))
-    tokens = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts], device=device)
-    counts = [longest - len(text) for text in texts]
-    return tokens, torch.tensor(counts, device=device) if any(counts) else None
 
 
 @dataclass

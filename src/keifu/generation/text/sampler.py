@@ -138,19 +138,6 @@ class History:
             None if self.seen is None else self.seen[rows], None if self.counts is None else self.counts[rows]
         )
 
-    def before_each(self, tokens: Int[Tensor, " length"], vocab: int) -> "History":
-        """The history of the one row before each of the tokens that follow, a row for each; this one then holds all."""
-        if self.seen is None and self.counts is None:
-            return self
-        new = torch.zeros(len(tokens), vocab, device=tokens.device).scatter_(1, tokens[:, None], 1.0)
-        after = new.cumsum(0)
-        before = after - new
-        seen = None if self.seen is None else self.seen | (before > 0)
-        counts = None if self.counts is None else self.counts + before
-        self.seen = None if self.seen is None else self.seen | (after[-1:] > 0)
-        self.counts = None if self.counts is None else self.counts + after[-1:]
-        return History(seen, counts)
-
 
 @dataclass(frozen=True)
 class SampledTokens:

@@ -7,6 +7,7 @@ resolutions. Here it is done once. Adapters and training come before it.
 import copy
 from collections.abc import Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from keifu.layers.unet.conv import DoublingConv2d, doubling_pays, fold_upsampling, grow_kernel, interleave
 
+T = TypeVar("T", bound=nn.Module)
 Resampled = Float[Tensor, "batch out new_height new_width"]
 
 
@@ -58,7 +60,7 @@ def _pair(value: int | tuple[int, ...] | str) -> list[int]:
     return [value, value] if isinstance(value, int) else [*value]
 
 
-def prepack(model: nn.Module) -> nn.Module:
+def prepack(model: T) -> T:
     """A copy of a model for inference whose convolutions are packed; everything else it shares with the model.
 
     Those of single pixels stay as they are: oneDNN takes up to twenty times as long for them in bfloat16 when packed.

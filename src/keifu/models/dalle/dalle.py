@@ -17,6 +17,7 @@ from keifu.layers.activations import activation
 from keifu.layers.attention.axial import Grid, GridAttention, Pattern
 from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.positions import LearnedPositions
+from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.linear import Linear
@@ -86,12 +87,14 @@ class Logits(NamedTuple):
     picture: Float[Tensor, "batch places codebook"]
 
 
-class Dalle(nn.Module):
+class Dalle(ImageModel):
     """The decoder over text and image tokens, and the autoencoder that makes the image tokens.
 
     Padding has a learned embedding of its own at each position (section 2.2). The embedding of an image token is the
     sum of its code's, its row's and its column's.
     """
+
+    draws = "tokens"
 
     def __init__(self, config: Config, vae: discrete_vae.DiscreteVAE):
         super().__init__()

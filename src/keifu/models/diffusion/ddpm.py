@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.activations import activation
+from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.initialisation import xavier_, zero_
 from keifu.layers.unet.conv import SpatialAttention
@@ -140,8 +141,10 @@ PAPER_PARAMETERS = {
 }  # fmt: skip
 
 
-class DDPM(nn.Module):
+class DDPM(ImageModel):
     """The U-Net with its timestep embedding and, in a conditional model, its class embedding."""
+
+    draws = "pixels"
 
     def __init__(self, config: Config, time: nn.Module, label: nn.Module | None, unet: UNet):
         super().__init__()

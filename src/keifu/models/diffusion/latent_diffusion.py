@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.attention.masks import PaddingMask
+from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.unet.spatial_transformer import Memories
 from keifu.layers.unet.unet import check_sides
@@ -110,8 +111,10 @@ SIZES = {
 }
 
 
-class LatentDiffusion(nn.Module):
+class LatentDiffusion(ImageModel):
     """The text encoder, the U-Net and the autoencoder, if there is one."""
+
+    draws = "latents"
 
     def __init__(
         self,

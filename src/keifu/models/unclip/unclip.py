@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.attention.masks import PaddingMask
+from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.unet.spatial_transformer import Memories
 from keifu.models.clip import image as clip_image
@@ -77,7 +78,7 @@ class Config:
             raise UserError("There is one upsampler without the other: of all steps but the last, and of that one.")
 
     @property
-    def channels(self) -> int:
+    def colours(self) -> int:
         """Of a picture."""
         return self.decoder.channels
 
@@ -140,8 +141,10 @@ class UnclipConditioning(NamedTuple):
     mask: PaddingMask
 
 
-class Unclip(nn.Module):
+class Unclip(ImageModel):
     """All parts; those that the Config leaves out are None."""
+
+    draws = "embeddings"
 
     def __init__(self, config: Config, **parts: nn.Module | None):
         super().__init__()
@@ -207,7 +210,7 @@ class Unclip(nn.Module):
 
     def check_size(self, height: int, width: int) -> None:
         """Refuses sizes that the decoder cannot generate, with the nearest size that it can."""
-        self.decoder.network.check_size(self.config.channels, height, width)
+        self.decoder.network.check_size(self.config.colours, height, width)
 
 
 BUILDERS = {

@@ -116,7 +116,7 @@ class TextToImageTask:
         def sample(step: int) -> bytes:
             before()
             how = f"sampler {wanted.sampler}, guidance {wanted.guidance:g}, seeds from {seeds[0]}"
-            drawn = self.painter.draw_texts(wanted, seeds, recipe.prompts)
+            drawn = self.painter.draw(wanted, seeds, texts=recipe.prompts)
             return grid(drawn, recipe.prompts, COLUMNS, about={"keifu": f"step {step}, {how}"})
 
         return sample

@@ -204,11 +204,11 @@ def sampler(task: Task, recipe: Recipe) -> Callable[[int], bytes]:
     wanted = ImageRequest("dpm++-2m", STEPS, recipe.seed, size=size, guidance=recipe.guidance, text=task.prompts[0])
     wanted = task.painter.resolved(wanted)
     seeds = [recipe.seed + number for number in range(len(task.prompts))]
-    before = open_pipeline(recipe.model).draw_texts(wanted, seeds, task.prompts)
+    before = open_pipeline(recipe.model).draw(wanted, seeds, texts=task.prompts)
     captions = [*task.prompts, *(f"{prompt} (LoRA)" for prompt in task.prompts)]
 
     def sample(step: int) -> bytes:
-        drawn = task.painter.draw_texts(wanted, seeds, task.prompts)
+        drawn = task.painter.draw(wanted, seeds, texts=task.prompts)
         about = {"keifu": f"step {step}, sampler {wanted.sampler}, guidance {wanted.guidance:g}, seeds from {seeds[0]}"}
         return grid(torch.cat([before, drawn]), captions, len(seeds), about=about)
 

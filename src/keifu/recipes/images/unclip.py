@@ -179,7 +179,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
         for own, found in zip((model.prior.mean, model.prior.std), losses.embedding_moments(tables[0]), strict=True):
             own.copy_(found)
     data, objective = _data(recipe, parts, tokenizer, model, tables), _objective(recipe, model, tokenizer)
-    return TextToImageTask(model, UnclipPipeline(cast(Any, model), tokenizer), parts, data, objective)
+    return TextToImageTask(model, UnclipPipeline(model, tokenizer), parts, data, objective)
 
 
 def _check_sizes(recipe: Recipe) -> None:

@@ -27,6 +27,7 @@ from keifu.errors import UserError, unknown
 from keifu.evaluation.classification import metrics
 from keifu.evaluation.plots import decision_boundary
 from keifu.files import write_atomic
+from keifu.generation.text.model import evaluation_mode
 from keifu.layers.activations import ACTIVATIONS, STEP_HAS_NO_GRADIENT
 from keifu.layers.losses import LOSSES
 from keifu.models import mlp
@@ -258,10 +259,8 @@ def wrong_digits(learned: ToyDataset, model: MLP) -> Callable[[int], bytes]:
 
 def accuracy(model: MLP, split: LabelledTensors) -> float:
     """The share of rows whose class the network finds."""
-    training = model.training
-    correct = (model.eval().predict(split.inputs) == split.targets).float().mean()
-    model.train(training)
-    return float(correct)
+    with evaluation_mode(model):
+        return float((model.predict(split.inputs) == split.targets).float().mean())
 
 
 def verdict(learned: ToyDataset, model: MLP) -> str:

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from torch import Tensor, nn
 
 from keifu.data.images.grid import png
-from keifu.data.images.io import read_image, to_bytes
+from keifu.data.images.io import read_image, to_bytes, to_image
 from keifu.errors import UserError, unknown
 from keifu.generation.images.image_to_image import InputImage, digest_of
 from keifu.generation.images.pipeline import ImagePipeline, image_pipeline
@@ -36,7 +36,6 @@ from keifu.serving.openai.schemas import Body, Refused
 from keifu.serving.streaming import STREAM, EventStream, whole
 
 ROLES = {"image": "init", "mask": "mask"}  # the files of a form, in the library's terms
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 Files = Mapping[str, tuple[str, bytes]]  # the name and the bytes of "image" and "mask"
 Show = Callable[[int, int, Tensor], None]  # which picture, how many were shown of it before, and what it is like now
 
@@ -241,5 +240,4 @@ def _draw(
 
 def _encoded(picture: Tensor, texts: Mapping[str, str]) -> str:
     """A PNG file with these texts, in base64."""
-    image = Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).contiguous().numpy(), MODES[len(picture)])
-    return base64.b64encode(png(image, texts)).decode("ascii")
+    return base64.b64encode(png(to_image(picture), texts)).decode("ascii")

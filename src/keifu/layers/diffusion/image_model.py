@@ -1,0 +1,34 @@
+"""The base class of models that generate images, by which their pipeline is found."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from keifu.layers.diffusion.noise_schedule import Noise
+
+
+class ImageModel(nn.Module):
+    """A model that generates images. `config` holds its sizes, `check_size` refuses others in a `UserError`.
+
+    draws: what the model predicts, which decides its pipeline and what the pipeline asks of it:
+
+    pixels: `model(x, timestep [batch], label [batch] | None)` is the target of `noise` for each row, twice the channels
+        with a learned variance. config: size (height and width, or one number for both; None if unknown), channels,
+        n_classes (0 without classes), null_class (whether the label n_classes means no condition), classes (names).
+    latents: `model(x, timestep, projected)` is the target of `noise`. `project(encode_text(tokens))` is computed once
+        for all steps; `to_latents(pictures, noise)` and `to_pictures(latents)` compute with `coding`, the autoencoder,
+        if there is one. config: size, channels (of latents), factor (pixels of a side for each number of the latents),
+        colours, masked (whether a mask and the masked image are further input channels), context_length.
+    embeddings: `imagine(x, timestep, caption)` is the prior, `restored` undoes its normalisation, `encode_image` embeds
+        pictures, `model(x, timestep, tell(image, caption))` is the decoder, `enlarge` super-resolution. config: size,
+        small_size (before super-resolution), pixels (preprocessing; None without an image encoder), prior_noise,
+        decoder_noise, upsampling_noise (None without), colours, embedding_dim, context_length, imagines (with a prior).
+    tokens: `begin(tokens, real)` is the logits of a picture's first token and the state, `go_on(codes, place, state)`
+        those behind a place, `to_pictures(codes)` the pictures. config: grid, size, colours, context_length.
+    """
+
+    draws: ClassVar[Literal["pixels", "latents", "embeddings", "tokens"]]
+    config: Any
+    noise: Noise
+    check_size: Callable[..., None]
