@@ -81,12 +81,12 @@ _NAMES = {
         logit_scale low_freq_factor minutes mscale mscale_all_dim rate rope_theta timeout vae_minutes
         """,
     SHARE: """
-        anneal caption_dropout discount eta final_ratio gae_lambda guidance_rescale image_dropout label_dropout prefix
-        prior_dropout share shares short text_dropout
+        anneal discount eta final_ratio gae_lambda guidance_rescale prefix share shares short
         """,
     POSITIVE_SHARE: "evaluate_share strength",
     BELOW_ONE: """
-        activation_dropout attention_dropout betas classifier_dropout dropout ema held_out label_smoothing momentum
+        activation_dropout attention_dropout betas caption_dropout classifier_dropout dropout ema held_out image_dropout
+        label_dropout label_smoothing momentum prior_dropout text_dropout
         """,
 }
 RANGES = {name: kind for kind, names in _NAMES.items() for name in names.split()} | {

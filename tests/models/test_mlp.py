@@ -81,7 +81,7 @@ def test_dropout_acts_only_in_training():
     ("options", "sentence"),
     [
         ({"hidden_dims": (4, 0)}, "at least one unit"),
-        ({"dropout": 1.0}, "dropout is a share"),
+        ({"dropout": 1.0}, "dropout must be a number from 0 and below 1"),
         ({"classes": ("a",)}, "2 outputs and 1 names"),
         ({"activation": "rellu"}, "Did you mean 'relu'"),
         ({"output": "sigmoyd"}, "Did you mean 'sigmoid'"),

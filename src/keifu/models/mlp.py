@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from keifu.errors import UserError
 from keifu.layers.activations import Activation, activation
 from keifu.layers.dropout import Dropout
+from keifu.ranges import check
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class Config:
         widths = (self.dim, *self.hidden_dims, self.n_outputs)
         if min(widths) < 1:
             raise UserError(f"Every layer of a network needs at least one unit, and the widths are {widths}.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is a share from 0 up to below 1, and it is {self.dropout}.")
+        check({"dropout": self.dropout})
         if self.classes and len(self.classes) != self.n_outputs:
             raise UserError(f"There are {self.n_outputs} outputs and {len(self.classes)} names for them.")
 

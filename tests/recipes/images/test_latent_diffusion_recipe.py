@@ -140,7 +140,7 @@ def test_in_pixels_with_its_own_clip(drawings, tmp_path) -> None:
         ({"heads": 3}, "16 channels do not part into 3 heads"),
         ({"languages": ("en", "fr")}, "'fr'.*Known: en, ja"),
         ({"clip": "no-such-run"}, "no model 'no-such-run'"),
-        ({"caption_dropout": 1.0}, "a share from 0 up to below 1, and it is 1.0"),
+        ({"caption_dropout": 1.0}, "caption_dropout must be a number from 0 and below 1, and it is 1.0"),
         ({"prompts": ()}, "no prompt for the samples"),
     ],
 )

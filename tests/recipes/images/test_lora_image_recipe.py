@@ -177,8 +177,8 @@ def test_alpha_scales_what_every_adapter_says(drawings, model) -> None:
         ({"words": "word " * 20}, "tokens with those around it, and the model reads 16"),
         ({"dora": True, "style": "diffusers"}, "no word for DoRA's lengths"),
         ({"rank": 0}, "rank is 0, and the least is 1"),
-        ({"limit": 0}, "limit is 0, and the least is 1"),
-        ({"caption_dropout": 1.0}, "a share from 0 up to below 1, and it is 1.0"),
+        ({"limit": 0}, "limit must be a whole number from 1 to"),
+        ({"caption_dropout": 1.0}, "caption_dropout must be a number from 0 and below 1, and it is 1.0"),
     ],
 )
 def test_what_is_refused(changed, told, drawings, model, tmp_path) -> None:

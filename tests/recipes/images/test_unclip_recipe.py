@@ -104,7 +104,7 @@ def test_what_is_refused_before_its_clip_is_trained(changed, told, drawings, tow
 
 
 def test_what_is_refused(drawings, towers, tmp_path) -> None:
-    with pytest.raises(UserError, match="text_dropout is a share"):
+    with pytest.raises(UserError, match="text_dropout must be a number from 0 and below 1"):
         small(drawings, towers, text_dropout=1.0)
     with pytest.raises(UserError, match="must fit into --size 16"):
         small(drawings, towers, crop=17)

@@ -36,6 +36,7 @@ from keifu.files import sha256, write_atomic
 from keifu.generation.text.model import causal
 from keifu.layers.lora import adapters, merge
 from keifu.processes import current
+from keifu.ranges import check
 from keifu.recipes.finetuning import FinetuneOptions, describe_run, finetune_settings
 from keifu.recipes.options import given
 from keifu.training.loop import Summary, train
@@ -198,8 +199,7 @@ def reference_model(model: nn.Module, lora: Lora) -> nn.Module:
 
 def held_out(items: Sequence[T], texts: Sequence[str], share: float) -> tuple[list[T], list[T]]:
     """To learn from, and held out, by a hash of each item's text: those with the same text stay on one side."""
-    if not 0 <= share < 1:
-        raise UserError(f"held_out is a share from 0 up to below 1, and it is {share}.")
+    check({"held_out": share})
     keys = [hashlib.sha256(text.strip().lower().encode()).digest() for text in texts]
     held = {*sorted({*keys})[: round(share * len({*keys}))]}
     sides: tuple[list[T], list[T]] = [], []

@@ -26,6 +26,7 @@ from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import encode_texts, encoder
 from keifu.evaluation.classification.metrics import Confusion, probabilities
 from keifu.models import bert
+from keifu.ranges import check
 from keifu.recipes.classification.common import TableOptions, train_classifier
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import classification
@@ -66,8 +67,7 @@ class Task:
 
 def prepare(recipe: Recipe) -> Task:
     """Reads the table that the recipe names, holds rows out, and readies the model."""
-    if not 0 <= recipe.held_out < 1:
-        raise UserError(f"held_out is a share from 0 up to below 1, and it is {recipe.held_out}.")
+    check(vars(recipe))
     table = read(recipe.data, recipe.text, recipe.label)
     return ready(recipe, *split(table, round(recipe.held_out * len(table))))
 

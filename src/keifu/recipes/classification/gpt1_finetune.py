@@ -27,6 +27,7 @@ from keifu.evaluation.classification.classifiers import ClassifierFamily, text_c
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.generation.text.model import causal
 from keifu.models import task_head
+from keifu.ranges import check
 from keifu.recipes.classification.common import TableOptions, train_classifier
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import LM_WEIGHT, finetuning_loss
@@ -61,11 +62,9 @@ class Recipe(TableOptions):
     """Dropout of the state that is classified."""
 
     def __post_init__(self) -> None:
-        for name in ("held_out", "warmup", "classifier_dropout"):
-            if not 0 <= vars(self)[name] < 1:
-                raise UserError(f"{name} is a share from 0 up to below 1, and it is {vars(self)[name]}.")
-        if self.lm_weight < 0:
-            raise UserError(f"lm_weight must be at least 0, and it is {self.lm_weight}.")
+        check(vars(self))
+        if self.warmup >= 1:
+            raise UserError(f"warmup is a share from 0 up to below 1, and it is {self.warmup}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from keifu.errors import UserError
 from keifu.files import write_atomic
 from keifu.generation.images.pipeline import TextToImagePipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.ranges import check
 from keifu.recipes.language.common import attribution_of
 from keifu.recipes.options import Logging
 from keifu.training.objectives.diffusion import NoisedBatches
@@ -81,6 +82,7 @@ class TextToImageOptions(Logging):
     """Of the weights, the order of the pictures, their noise and the samples."""
 
     def __post_init__(self) -> None:
+        check(vars(self))
         if not self.prompts:
             raise UserError("There is no prompt for the samples: give at least one.")
 
@@ -88,12 +90,6 @@ class TextToImageOptions(Logging):
     def budget(self) -> tuple[int | None, float]:
         """Steps, or else minutes, of the model itself (see `steps_for`)."""
         return self.steps, self.minutes
-
-    def check_below_one(self, *names: str) -> None:
-        """A `UserError` where one of these options is not a share from 0 up to below 1."""
-        for name in names:
-            if not 0 <= vars(self)[name] < 1:
-                raise UserError(f"{name} is a share from 0 up to below 1, and it is {vars(self)[name]}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,9 +59,8 @@ class Recipe(_discrete_vae.DiscreteVAEOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("text_weight", "anneal"):
-            if not 0 <= vars(self)[name] <= 1:
-                raise UserError(f"{name} is a share from 0 to 1, and it is {vars(self)[name]}.")
+        if self.text_weight > 1:
+            raise UserError(f"text_weight is a share from 0 to 1, and it is {self.text_weight}.")
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:

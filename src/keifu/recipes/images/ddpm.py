@@ -28,6 +28,7 @@ from keifu.errors import UserError
 from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images
 from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
+from keifu.ranges import check
 from keifu.recipes.images.common import describe_run, image_settings, steps_for
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
@@ -119,10 +120,9 @@ class Recipe(Logging):
     """Of the weights, the order of the pictures, their noise and the samples."""
 
     def __post_init__(self) -> None:
+        check(vars(self))
         if self.steps and self.minutes:
             raise UserError(f"--steps {self.steps} and --minutes {self.minutes:g} are two budgets: give one of them.")
-        if not 0 <= self.label_dropout < 1:
-            raise UserError(f"label_dropout is a share from 0 up to below 1, and it is {self.label_dropout}.")
 
     def resolved(self) -> "Recipe":
         """With the unset options filled in."""

@@ -71,10 +71,6 @@ class Recipe(_autoencoder.AutoencoderOptions):
     guidance: float = 3.0
     """Scale of the classifier-free guidance of the samples."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_below_one("caption_dropout")
-
     @property
     def budget(self) -> tuple[int | None, float]:
         """Steps, or else minutes, of the U-Net: in pixels it has those of the autoencoder too."""

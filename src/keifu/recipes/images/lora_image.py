@@ -29,6 +29,7 @@ from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.layers.diffusion.noise_schedule import Weighting
 from keifu.layers.lora import LoraSettings, Target, attach
+from keifu.ranges import check
 from keifu.recipes.images.common import describe_run
 from keifu.recipes.images.latent_diffusion import caption_batches
 from keifu.recipes.images.text_encoder import caption_tokens
@@ -94,14 +95,11 @@ class Recipe(Logging):
     """Of the adapters, the order of the pictures, their noise and the samples."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout < 1:
-            raise UserError(f"caption_dropout is a share from 0 up to below 1, and it is {self.caption_dropout}.")
+        check(vars(self))
+        if self.rank < 1:
+            raise UserError(f"rank is {self.rank}, and the least is 1.")
         if self.dora and self.style == "diffusers":
             raise UserError("The older spelling of diffusers has no word for DoRA's lengths: --style peft or kohya.")
-        for name, least in {"rank": 1, "text_rank": 0, "limit": 1}.items():
-            value = vars(self)[name]
-            if value is not None and value < least:
-                raise UserError(f"{name} is {value}, and the least is {least}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -152,7 +152,6 @@ class Recipe(TextToImageOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_below_one("prior_dropout", "text_dropout", "image_dropout")
         if not self.crop <= self.size or not self.small <= self.size:
             raise UserError(f"--small {self.small} and --crop {self.crop} must fit into --size {self.size}.")
 
