@@ -67,7 +67,7 @@ class Task:
 
 def prepare(recipe: Recipe) -> Task:
     """Reads the table that the recipe names, holds rows out, and readies the model."""
-    check(vars(recipe))
+    check({"held_out": recipe.held_out})
     table = read(recipe.data, recipe.text, recipe.label)
     return ready(recipe, *split(table, round(recipe.held_out * len(table))))
 

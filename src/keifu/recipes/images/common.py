@@ -82,7 +82,7 @@ class TextToImageOptions(Logging):
     """Of the weights, the order of the pictures, their noise and the samples."""
 
     def __post_init__(self) -> None:
-        check(vars(self))
+        check({**vars(self), "clip": None})  # a folder here, and a number elsewhere
         if not self.prompts:
             raise UserError("There is no prompt for the samples: give at least one.")
 
