@@ -4,7 +4,8 @@ Axes: batch, length, vocab; wanted = tokens whose logits are asked for.
 """
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -105,23 +106,24 @@ class NativeRunner:
 
     def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
         """Logits in float32 after each wanted token, span by span."""
-        lengths = [len(span.tokens) for span in batch]
-        tokens = _ints(token for span in batch for token in span.tokens)
-        positions = _ints(p for s, n in zip(batch, lengths, strict=True) for p in range(s.start, s.start + n))
-        rows = np.repeat(np.arange(len(batch), dtype=np.int32), lengths)
-        ends = np.cumsum(lengths)
-        wanted = _ints(i for s, end in zip(batch, ends, strict=True) for i in range(end - s.wanted, end))
+        tokens, positions, rows, wanted = [], [], [], []
         tables = np.zeros((len(batch), max(len(span.blocks) for span in batch)), np.int32)
-        for row, span in zip(tables, batch, strict=True):
-            row[: len(span.blocks)] = span.blocks
+        for row, span in enumerate(batch):
+            tokens += span.tokens
+            positions += range(span.start, span.start + len(span.tokens))
+            rows += [row] * len(span.tokens)
+            wanted += range(len(tokens) - span.wanted, len(tokens))
+            tables[row, : len(span.blocks)] = span.blocks
         logits = torch.empty(len(wanted), self.vocab_size)
         for first in range(0, len(tokens), MOST_TOKENS):
             piece = slice(first, first + MOST_TOKENS)
-            asked = slice(*np.searchsorted(wanted, [first, first + MOST_TOKENS]))
-            self._forward(tokens[piece], positions[piece], rows[piece], tables, wanted[asked] - first, logits[asked])
+            asked = slice(bisect_left(wanted, first), bisect_left(wanted, first + MOST_TOKENS))
+            here = [place - first for place in wanted[asked]]
+            self._forward([tokens[piece], positions[piece], rows[piece], here], tables, logits[asked])
         return logits
 
-    def _forward(self, tokens, positions, rows, tables, wanted, logits: Tensor) -> None:
+    def _forward(self, lists: list[list[int]], tables: np.ndarray, logits: Tensor) -> None:
+        tokens, positions, rows, wanted = (np.array(each, np.int32) for each in lists)
         batch = native.Batch(
             len(tokens), _at(tokens), _at(positions), _at(rows), *tables.shape, _at(tables), len(wanted), _at(wanted),
             logits.data_ptr(),
@@ -135,10 +137,6 @@ class NativeRunner:
 def widest(windows: Sequence[int | None]) -> int | None:
     """The widest of the layers' windows; None where a layer has none and sees all tokens."""
     return max(filter(None, windows)) if windows and all(windows) else None
-
-
-def _ints(numbers: Iterable[int]) -> np.ndarray:
-    return np.fromiter(numbers, np.int32)
 
 
 def _at(numbers: np.ndarray) -> int:

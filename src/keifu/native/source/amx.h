@@ -36,16 +36,14 @@ static void configure_dense(int first, int second) {
     configured = wanted;
 }
 
-// Quantised: A4 and B6 take 64 columns, or 32; A5 and B7 16.
-static void configure_quantised(int rows, bool wide) {
-    const int wanted = -2 * rows - wide;
+// Quantised: C0, C1, A4 and A5 have `rows` rows; A and B take `columns` columns.
+static void configure_quantised(int rows, int columns) {
+    const int wanted = -(rows * 128 + columns);
     if (configured == wanted) return;
     TileConfig config;
     for (int c = 0; c < 2; c++) config.set(c, rows, 64);
-    config.set(4, rows, wide ? 64 : 32);
-    config.set(5, rows, 16);
-    config.set(6, wide ? 16 : 8, 64);
-    config.set(7, 4, 64);
+    for (int a = 4; a < 6; a++) config.set(a, rows, columns);
+    for (int b = 6; b < 8; b++) config.set(b, columns / 4, 64);
     _tile_loadconfig(&config);
     configured = wanted;
 }
@@ -123,12 +121,6 @@ INLINE void dense_product(At at, int tiles, int groups, const Dense *x, int64_t 
     }
 }
 
-struct Scales;
-template <int FORMAT>
-INLINE v16 add_sums(v16 total, i16 low, i16 high, const Scales &scales, const CodeGroup *row);
-template <int FORMAT> INLINE Scales read_scales(const uint8_t *tile, int64_t pair, int g);
-INLINE i16 read_multipliers(const uint8_t *tile, int64_t pair, int g);
-
 // Spreads the 4-bit codes of a tile to bytes, with a sign, or times m: [pairs][2 groups][512].
 template <int FORMAT> INLINE void spread_codes(const uint8_t *tile, int64_t pairs, uint8_t *out) {
     constexpr Layout L = LAYOUTS[FORMAT];
@@ -136,75 +128,86 @@ template <int FORMAT> INLINE void spread_codes(const uint8_t *tile, int64_t pair
     for (int64_t pair = 0; pair < pairs; pair++)
         for (int g = 0; g < 2; g++) {
             const uint8_t *codes = tile + pair_offset(L, pair) + L.group(g);
-            const i16 m = FORMAT == KEIFU_INT4_64 ? read_multipliers(tile, pair, g) : i16{};
+            __m512i m{};
+            if constexpr (FORMAT == KEIFU_INT4_64) m = (__m512i)(read_multipliers(tile, pair, g) * 0x10001);
             for (int quad = 0; quad < 4; quad++, out += 64)
                 for (int high = 0; high < 2; high++) {
-                    const i16 four = load_ints(codes + quad * 64) >> 4 * high & 0x0f0f0f0f;
-                    const __m512i w = (__m512i)(FORMAT == KEIFU_INT4_64 ? four * m : four);  // no byte overflows
+                    __m512i w = (__m512i)(load_ints(codes + quad * 64) >> 4 * high & 0x0f0f0f0f);
+                    if constexpr (FORMAT == KEIFU_INT4_64) w = _mm512_mullo_epi16(w, m);  // no byte overflows
                     _mm512_storeu_si512(out + high * 256, L.offset ? _mm512_sub_epi8(w, offset) : w);
                 }
             out += 256;
         }
 }
 
-// Sums are read so many steps after they were stored, as a tile's store takes long to be seen; and the slots fill one
-// page (two for halves): a load with the lowest 12 bits of an unfinished store's address would wait for it.
-constexpr int BEHIND = 3;
-constexpr int SLOTS = 4;
-constexpr int SLOT = TILE * TILE;
+// A unit: columns that have one scale, whose exact sums are one product of tiles.
+template <int FORMAT> constexpr int UNIT = LAYOUTS[FORMAT].wide ? PAIR : LAYOUTS[FORMAT].halves ? GROUP / 2 : GROUP;
+constexpr int UNITS = 4;            // whose sums are made before they are read
+constexpr int SLOT = TILE * TILE;  // sums of a unit
 
-// Exact sums of a group, or of a pair where the format is wide, for up to 16 rows: to [row][16], of the second half
-// SLOTS · SLOT further on.
-template <int FORMAT> INLINE void sum_codes(const int8_t *x, int64_t stride, const uint8_t *codes, int32_t *sums) {
-    _tile_zero(0);
-    if constexpr (LAYOUTS[FORMAT].halves) {
-        _tile_zero(1);
-        _tile_loadd(5, x, stride);
-        _tile_loadd(7, codes, 64);
-        _tile_dpbssd(0, 5, 7);
-        _tile_loadd(5, x + TILE, stride);
-        _tile_loadd(7, codes + 256, 64);
-        _tile_dpbssd(1, 5, 7);
-        _tile_stored(1, sums + SLOTS * SLOT, 64);
-    } else {
-        _tile_loadd(4, x, stride);
-        _tile_loadd(6, codes, 64);
-        if constexpr (FORMAT == KEIFU_INT4_64) _tile_dpbsud(0, 4, 6);
-        else _tile_dpbssd(0, 4, 6);
+// What a call fetches of the tile that comes next: the even, the odd, or all cache lines.
+struct Ahead {
+    const uint8_t *tile;
+    bool even, odd;
+
+    ALWAYS_INLINE void fetch(int64_t at) const {
+        if (even) _mm_prefetch(tile + at, _MM_HINT_T1);
+        if (odd) _mm_prefetch(tile + at + 64, _MM_HINT_T1);
     }
-    _tile_stored(0, sums, 64);
+};
+
+// Adds the sums of a unit, times its scales, to the totals of R rows. Between them lines are fetched: here nothing else
+// waits for memory.
+template <int FORMAT, int R>
+INLINE void add_unit(const uint8_t *tile, int64_t unit, const CodeGroup *about, const int32_t *sums, Ahead ahead, v16 *total) {
+    constexpr Layout L = LAYOUTS[FORMAT];
+    constexpr int BYTES = (4 * L.pair() + L.super) * UNIT<FORMAT> / (4 * PAIR);  // of a unit, with its share of headers
+    constexpr int LINES = (BYTES + 127) / 128;                                   // pairs of them
+    constexpr int EACH = R / 8;
+    const int64_t column = unit * UNIT<FORMAT>;
+    Scales scales = read_scales<FORMAT>(tile, column / PAIR, (int)(column / GROUP % 2));
+    if (L.halves && unit % 2) scales.scale = scales.second;
+    UNROLL for (int r = 0; r < R; r++) {
+        if (r % EACH == 0 && r / EACH < LINES) ahead.fetch(unit * BYTES + r / EACH * 128);
+        total[r] = add_sums<FORMAT>(total[r], load_ints(sums + r * TILE), scales, about + r);
+    }
+    if (LINES > 8) ahead.fetch(unit * BYTES + 8 * 128);
 }
 
-// One tile times `n` of R rows. `ahead`: the tile that is read next, of which this call fetches its part.
+// The sums of a unit; the numbers of the tiles must be written out.
+#define MULTIPLY_UNIT(C, A, B, unit)                              \
+    _tile_loadd(B, codes(unit), 64);                              \
+    _tile_loadd(A, x + (unit) * UNIT<FORMAT>, rows.columns);      \
+    _tile_zero(C);                                                \
+    if constexpr (FORMAT == KEIFU_INT4_64) _tile_dpbsud(C, A, B); \
+    else _tile_dpbssd(C, A, B)
+
+// One tile times `n` of R rows.
 template <int FORMAT, int R>
-INLINE void quantised_tile(const uint8_t *tile, const uint8_t *spread, const uint8_t *ahead, Turn turn, const Rows &rows,
-                           int64_t row, int n, int32_t *sums, float *out) {
+INLINE void quantised_tile(const uint8_t *tile, const uint8_t *spread, Ahead ahead, const Rows &rows, int64_t row, int n,
+                           int32_t *sums, float *out) {
     constexpr Layout L = LAYOUTS[FORMAT];
-    constexpr int STEP = L.wide ? PAIR : GROUP;  // columns
-    const int64_t steps = rows.columns / STEP;
+    const int64_t units = rows.columns / UNIT<FORMAT>;
     const int8_t *x = rows.codes + row * rows.columns;
     const CodeGroup *about = rows.about(row, 0);
-    configure_quantised(n, L.wide);
+    const auto codes = [&](int64_t unit) {
+        const int64_t column = unit * UNIT<FORMAT>;
+        if (spread) return spread + column * TILE;
+        return tile + pair_offset(L, column / PAIR) + L.group((int)(column / GROUP % 2)) + column % GROUP * TILE;
+    };
+    configure_quantised(n, UNIT<FORMAT>);
     v16 total[R] = {};
-    for (int64_t now = 0; now < steps + BEHIND; now++) {
-        if (now < steps) {
-            const int64_t pair = now * STEP / PAIR;
-            const int g = now * STEP / GROUP % 2;
-            const int64_t here = pair_offset(L, pair);
-            if (g == 0 && (pair & turn.mask) == turn.turn)
-                for (int i = 0; i < L.pair(); i += 64) _mm_prefetch(ahead + here + i, _MM_HINT_T1);
-            const uint8_t *codes = spread ? spread + now * STEP * TILE : tile + here + L.group(g);
-            sum_codes<FORMAT>(x + now * STEP, rows.columns, codes, sums + now % SLOTS * SLOT);
+    for (int64_t unit = 0; unit < units; unit += UNITS) {
+        const int64_t end = unit + UNITS < units ? unit + UNITS : units;
+        for (int64_t u = unit; u < end; u += 2) {
+            int32_t *here = sums + (u - unit) * SLOT;
+            MULTIPLY_UNIT(0, 4, 6, u);
+            if (u + 1 < end) { MULTIPLY_UNIT(1, 5, 7, u + 1); }
+            _tile_stored(0, here, 64);
+            if (u + 1 < end) _tile_stored(1, here + SLOT, 64);
         }
-        const int64_t then = now - BEHIND;
-        if (then < 0) continue;
-        const int32_t *here = sums + then % SLOTS * SLOT;
-        const CodeGroup *row_groups = about + then * STEP / GROUP * TILE;
-        const Scales scales = read_scales<FORMAT>(tile, then * STEP / PAIR, then * STEP / GROUP % 2);
-        UNROLL for (int r = 0; r < R; r++) {
-            const i16 high = L.halves ? load_ints(here + SLOTS * SLOT + r * TILE) : i16{};
-            total[r] = add_sums<FORMAT>(total[r], load_ints(here + r * TILE), high, scales, row_groups + r);
-        }
+        for (int64_t u = unit; u < end; u++)
+            add_unit<FORMAT, R>(tile, u, about + u * UNIT<FORMAT> / GROUP * TILE, sums + (u - unit) * SLOT, ahead, total);
     }
     UNROLL for (int r = 0; r < R; r++)
         if (r < n) store(out + r * OUT, total[r]);
@@ -214,17 +217,15 @@ template <int FORMAT>
 void amx_quantised(const uint8_t *const *tiles, int n, const Rows &rows, int64_t row, int n_rows, Scratch &scratch,
                    float *out) {
     constexpr bool SPREAD = LAYOUTS[FORMAT].codes == 256;
-    const int64_t mask = n_rows <= 16 ? 0 : n_rows <= 48 ? 1 : 3;
     for (int s = 0; s < n; s++) {
         if (SPREAD) spread_codes<FORMAT>(tiles[s], rows.columns / PAIR, scratch.codes);
         const uint8_t *spread = SPREAD ? scratch.codes : nullptr;
-        const uint8_t *ahead = tiles[s + 1];  // behind the last one: the first of those that come next
-        for (int b = 0; b < n_rows; b += 16) {
-            const int here = n_rows - b < 16 ? n_rows - b : 16;
-            const Turn turn{mask, b / 16};
+        for (int b = 0; b < n_rows; b += TILE) {
+            const int here = n_rows - b < TILE ? n_rows - b : TILE;
+            const Ahead ahead{tiles[s + 1], b == 0, n_rows <= TILE || b == TILE};  // behind the last one: the next chunk's
             float *y = out + b * OUT + s * TILE;
-            if (here > 8) quantised_tile<FORMAT, 16>(tiles[s], spread, ahead, turn, rows, row + b, here, scratch.sums, y);
-            else quantised_tile<FORMAT, 8>(tiles[s], spread, ahead, turn, rows, row + b, here, scratch.sums, y);
+            if (here > 8) quantised_tile<FORMAT, 16>(tiles[s], spread, ahead, rows, row + b, here, scratch.sums, y);
+            else quantised_tile<FORMAT, 8>(tiles[s], spread, ahead, rows, row + b, here, scratch.sums, y);
         }
     }
 }

@@ -70,14 +70,6 @@ INLINE uint8_t *cached_head(const Forward &f, int layer, int t, int64_t position
     return c.data + layer * c.layer + block * c.block + head * c.head;
 }
 
-// Fetches the keys and values that a task of one token will read (the first of them: what fits the nearer caches).
-INLINE void fetch_heads(const Forward &f, int index, const AttentionTask &task, int head) {
-    const Cache &c = f.model->cache;
-    const int position = f.batch.positions[task.first];
-    for (int from = 0; task.n_tokens == 1 && from <= position && from < 512; from += c.block_size)
-        fetch(cached_head(f, index, task.first, from, head), (int)c.head);
-}
-
 // Writes the key and the value of token `t` into its place in the cache.
 INLINE void store_token(const Forward &f, int index, int t, int head, float *scratch) {
     const KeifuModel &m = *f.model;
@@ -139,8 +131,9 @@ INLINE float soften(float *scores, Dense *weights, int n, int seen_from, int see
     return 1.f / sum(total);
 }
 
-// Attends for one task and one kv head; writes model.attended.
-INLINE void attend(const Forward &f, int index, const AttentionTask &task, int head, Scratch &scratch) {
+// Attends for one task and one kv head; writes model.attended. `fetches`: the next head comes next, and what it reads is
+// fetched meanwhile.
+INLINE void attend(const Forward &f, int index, const AttentionTask &task, int head, bool fetches, Scratch &scratch) {
     const KeifuModel &m = *f.model;
     const Layer &layer = m.layers[index];
     const Cache &c = m.cache;
@@ -153,16 +146,21 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, int h
     const int n = (int)round_up(first_position + task.n_tokens - start, GROUP);
     const int64_t stride = m.max_positions + PAIR;
     const int rows = make_queries(f, layer, task, head, scratch);
+    const int64_t ahead = fetches ? c.head : 0;
 
     const int width = (int)round_up(head_dim, GROUP);
-    for (int i = 0; i < n; i += CHUNK * TILE) {
-        const int tiles = n - i < CHUNK * TILE ? (n - i) / TILE : CHUNK;
+    const int step = rows > TILE ? CHUNK : 1;  // tiles at once: one by one they are read in the order of memory
+    for (int i = 0; i < n; i += step * TILE) {
+        const int tiles = n - i < step * TILE ? (n - i) / TILE : step;
         const uint8_t *keys[CHUNK];
         for (int s = 0; s < tiles; s++) {
             const int position = start + i + s * TILE;
             keys[s] = cached_head(f, index, task.first, position, head) + position % c.block_size / TILE * c.key_tile;
         }
-        const auto at = [&](int s, int g) { return keys[s] + g * 1024; };
+        const auto at = [&](int s, int g) {
+            if (ahead) fetch(keys[s] + g * 1024 + ahead, 1024);
+            return keys[s] + g * 1024;
+        };
         dense_product(at, tiles, width / GROUP, (const Dense *)scratch.queries, width, rows, scratch.scores + i, stride);
     }
 
@@ -176,8 +174,10 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, int h
 
     const auto at = [&](int s, int g) {
         const int position = start + g * GROUP;
-        return cached_head(f, index, task.first, position, head) + c.values + s * c.value_tile +
-               position % c.block_size / GROUP * 1024;
+        const uint8_t *tile = cached_head(f, index, task.first, position, head) + c.values + s * c.value_tile +
+                              position % c.block_size / GROUP * 1024;
+        if (ahead) fetch(tile + ahead, 1024);
+        return tile;
     };
     const int padded = (int)round_up(head_dim, TILE);
     for (int s = 0; s < padded / TILE; s += CHUNK) {

@@ -79,7 +79,7 @@ Scratch make_scratch(const KeifuModel &m, Arena &arena) {
     s.scores = arena.take<float>(scores);
     s.weights = arena.take<float>(scores);
     s.codes = arena.take<uint8_t>(TILE * (widest > m.hidden.columns ? widest : m.hidden.columns));
-    s.sums = arena.take<int32_t>(8 * TILE * TILE);
+    s.sums = arena.take<int32_t>(4 * TILE * TILE);
     s.own = make_rows(arena, 1, widest);
     return s;
 }

@@ -42,7 +42,7 @@ struct Scratch {
     float *scores;    // [MAX_TASK_ROWS, longest sequence + PAIR]
     void *weights;    // the same, dense
     uint8_t *codes;   // a tile whose 4-bit codes are spread to bytes
-    int32_t *sums;    // [2, 4, 16, 16] of AMX
+    int32_t *sums;    // [4, 16, 16] of AMX
     Rows own;         // rows that the thread makes for itself where there are few
 };
 

@@ -14,7 +14,8 @@
 namespace keifu {
 namespace {
 
-constexpr auto SPIN = std::chrono::microseconds(60);  // longer than nearly every wait inside a step
+constexpr auto SPIN = std::chrono::microseconds(60);       // longer than nearly every wait inside a step
+constexpr auto BETWEEN = std::chrono::microseconds(2000);  // longer than what callers do between two steps
 
 void pause_core() {
 #if defined(__x86_64__)
@@ -24,8 +25,8 @@ void pause_core() {
 #endif
 }
 
-template <class Ready> bool spin_until(Ready ready) {
-    const auto end = std::chrono::steady_clock::now() + SPIN;
+template <class Ready> bool spin_until(Ready ready, std::chrono::microseconds most) {
+    const auto end = std::chrono::steady_clock::now() + most;
     do {
         for (int i = 0; i < 32; i++) {
             if (ready()) return true;
@@ -89,7 +90,7 @@ class Pool {
 
     void work(int thread, int seen) {
         for (;;) {
-            spin_until([&] { return generation.load(std::memory_order_acquire) != seen; });
+            spin_until([&] { return generation.load(std::memory_order_acquire) != seen; }, BETWEEN);
             std::shared_ptr<Job> mine;
             {
                 std::unique_lock<std::mutex> lock(mutex);
@@ -149,7 +150,7 @@ void Walk::finish(int count, int n) {
         job.over.notify_all();
     }
     const auto over = [&] { return now.done.load() >= n; };
-    if (over() || spin_until(over)) return;
+    if (over() || spin_until(over, SPIN)) return;
     std::unique_lock<std::mutex> lock(job.mutex);
     job.sleepers.fetch_add(1);
     job.over.wait(lock, over);

@@ -83,7 +83,63 @@ struct Turn {
 };
 
 INLINE void fetch(const uint8_t *p, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+    UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+// Fetches what lies at `place` of a tile of so many bytes; beyond its end, of the next one.
+INLINE void fetch_ahead(const uint8_t *tile, const uint8_t *next, int64_t bytes, int64_t place, int n) {
+    fetch(place < bytes ? tile + place : next + place - bytes, n);
+}
+
+// ---- scales of quantised weights ----
+
+struct Scales {
+    v16 scale{};   // of all columns, or of the first half
+    v16 second{};  // the min, or the other half's scale
+    v16 third{};   // the second group's min, where the format is wide
+};
+
+// The scales of group g of a pair, or of both where the format is wide.
+template <int FORMAT> INLINE Scales read_scales(const uint8_t *tile, int64_t pair, int g) {
+    constexpr Layout L = LAYOUTS[FORMAT];
+    const uint8_t *super = tile + super_offset(L, pair);
+    const uint8_t *header = tile + pair_offset(L, pair);
+    Scales s;
+    if constexpr (FORMAT == KEIFU_INT8_64) {
+        s.scale = load_half(super + pair % SUPER_PAIRS * 32);
+    } else if constexpr (FORMAT == KEIFU_INT4_64) {
+        const v16 dmin = -load_half(super + 32);
+        s.scale = load_half(super) * load_bytes(header);
+        s.second = dmin * load_bytes(header + 32);
+        s.third = dmin * load_bytes(header + 48);
+    } else if constexpr (FORMAT == KEIFU_INT4_MIN) {
+        s.scale = load_half(header + g * 64);
+        s.second = load_half(header + g * 64 + 32);
+    } else if constexpr (FORMAT == KEIFU_INT4_SUPER) {
+        s.scale = load_half(super) * load_bytes(header + g * 32);
+        s.second = -(load_half(super + 32) * load_bytes(header + g * 32 + 16));
+    } else if constexpr (FORMAT == KEIFU_INT6_SUPER) {
+        const v16 d = load_half(super);
+        s.scale = d * load_bytes((const int8_t *)header + g * 32);
+        s.second = d * load_bytes((const int8_t *)header + g * 32 + 16);
+    } else {
+        s.scale = load_half(header + g * 32);
+    }
+    return s;
+}
+
+// What the codes of group g of a pair of KEIFU_INT4_64 are multiplied with.
+INLINE i16 read_multipliers(const uint8_t *tile, int64_t pair, int g) {
+    return (widen(tile + pair_offset(LAYOUTS[KEIFU_INT4_64], pair) + TILE) >> 4 * g & 15) + 1;
+}
+
+// Adds exact sums, times the scales of weights and row, to the total. `row`: of the group, and TILE further of the next.
+template <int FORMAT> INLINE v16 add_sums(v16 total, i16 sums, const Scales &scales, const CodeGroup *row) {
+    constexpr Layout L = LAYOUTS[FORMAT];
+    total = fma(to_float(sums), scales.scale * row->scale, total);
+    if constexpr (L.has_min) total = fma(scales.second, splat(row->moment), total);
+    if constexpr (L.has_min && L.wide) total = fma(scales.third, splat(row[TILE].moment), total);
+    return total;
 }
 
 // ---- keys and values ----
@@ -157,8 +213,6 @@ INLINE int32_t four_bytes(const void *p) {
     return four;
 }
 
-constexpr int AHEAD = 3072;  // bytes, of a stream of quantised weights for one row
-
 template <int S, int B>
 INLINE void bfloat16_block(const uint8_t *const *tiles, const Rows &rows, int64_t row, Turn turn, float *out) {
     const uint16_t *x = rows.dense + row * rows.columns;
@@ -177,57 +231,6 @@ INLINE void bfloat16_block(const uint8_t *const *tiles, const Rows &rows, int64_
 }
 
 // ---- quantised ----
-
-struct Scales {
-    v16 scale{};   // of all columns, or of the first half
-    v16 second{};  // the min, or the other half's scale
-    v16 third{};   // the second group's min, where the format is wide
-};
-
-// The scales of group g of a pair, or of both where the format is wide.
-template <int FORMAT> INLINE Scales read_scales(const uint8_t *tile, int64_t pair, int g) {
-    constexpr Layout L = LAYOUTS[FORMAT];
-    const uint8_t *super = tile + super_offset(L, pair);
-    const uint8_t *header = tile + pair_offset(L, pair);
-    Scales s;
-    if constexpr (FORMAT == KEIFU_INT8_64) {
-        s.scale = load_half(super + pair % SUPER_PAIRS * 32);
-    } else if constexpr (FORMAT == KEIFU_INT4_64) {
-        const v16 dmin = -load_half(super + 32);
-        s.scale = load_half(super) * load_bytes(header);
-        s.second = dmin * load_bytes(header + 32);
-        s.third = dmin * load_bytes(header + 48);
-    } else if constexpr (FORMAT == KEIFU_INT4_MIN) {
-        s.scale = load_half(header + g * 64);
-        s.second = load_half(header + g * 64 + 32);
-    } else if constexpr (FORMAT == KEIFU_INT4_SUPER) {
-        s.scale = load_half(super) * load_bytes(header + g * 32);
-        s.second = -(load_half(super + 32) * load_bytes(header + g * 32 + 16));
-    } else if constexpr (FORMAT == KEIFU_INT6_SUPER) {
-        const v16 d = load_half(super);
-        s.scale = d * load_bytes((const int8_t *)header + g * 32);
-        s.second = d * load_bytes((const int8_t *)header + g * 32 + 16);
-    } else {
-        s.scale = load_half(header + g * 32);
-    }
-    return s;
-}
-
-// What the codes of group g of a pair of KEIFU_INT4_64 are multiplied with.
-INLINE i16 read_multipliers(const uint8_t *tile, int64_t pair, int g) {
-    return (widen(tile + pair_offset(LAYOUTS[KEIFU_INT4_64], pair) + TILE) >> 4 * g & 15) + 1;
-}
-
-// Adds exact sums, times the scales of weights and row, to the total. `row`: of the group, and TILE further of the next.
-template <int FORMAT>
-INLINE v16 add_sums(v16 total, i16 low, i16 high, const Scales &scales, const CodeGroup *row) {
-    constexpr Layout L = LAYOUTS[FORMAT];
-    total = fma(to_float(low), scales.scale * row->scale, total);
-    if constexpr (L.halves) total = fma(to_float(high), scales.second * row->scale, total);
-    if constexpr (L.has_min) total = fma(scales.second, splat(row->moment), total);
-    if constexpr (L.has_min && L.wide) total = fma(scales.third, splat(row[TILE].moment), total);
-    return total;
-}
 
 // dot: each of 16 sums gains the products of four codes of a weight's row with four of x.
 #if defined(__AVX512VNNI__)
@@ -323,10 +326,13 @@ INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64
     constexpr Layout L = LAYOUTS[FORMAT];
     const CodeGroup *about = rows.about(row, 0);
     const int8_t *x = rows.codes + row * rows.columns;
+    const int64_t bytes = tile_bytes(FORMAT, rows.columns);
     v16 total[S][B] = {};
     for (int64_t pair = 0; pair < rows.columns / PAIR; pair++) {
         const int64_t header = pair_offset(L, pair);
-        if (B == 1) fetch(tiles[0] + header + AHEAD, L.pair());
+        if (B == 1)
+            UNROLL for (int s = 0; s < S; s++)
+                fetch_ahead(tiles[s], S < CHUNK ? tiles[s] + bytes : tiles[CHUNK + s], bytes, header + 2048, L.pair());
         if (B > 1 && (pair & turn.mask) == turn.turn)
             UNROLL for (int s = 0; s < S; s++) fetch(tiles[CHUNK + s] + header, L.pair());
         Sums<FORMAT, S, B> sums;
@@ -348,9 +354,11 @@ INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64
                     if (g == 0) continue;
                 }
                 const Scales scales = read_scales<FORMAT>(tiles[s], pair, g);
-                UNROLL for (int b = 0; b < B; b++)
-                    total[s][b] = add_sums<FORMAT>(total[s][b], sums.low[s][b], sums.high[s][b], scales,
-                                                   about + b - (L.wide ? TILE : 0));
+                UNROLL for (int b = 0; b < B; b++) {
+                    const CodeGroup *row = about + b - (L.wide ? TILE : 0);
+                    total[s][b] = add_sums<FORMAT>(total[s][b], sums.low[s][b], scales, row);
+                    if (L.halves) total[s][b] = fma(to_float(sums.high[s][b]), scales.second * row->scale, total[s][b]);
+                }
             }
         }
     }
@@ -362,10 +370,10 @@ void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int 
                 [[maybe_unused]] Scratch &scratch, float *out) {
 #if defined(__AMX_TILE__)
     if constexpr (FORMAT == KEIFU_BF16) {
+        const int64_t bytes = tile_bytes(FORMAT, rows.columns);
         const auto at = [&](int s, int g) {
-            const int64_t here = g * LAYOUTS[KEIFU_BF16].codes;
-            if (n_rows == 1) fetch(tiles[CHUNK + s] + here, LAYOUTS[KEIFU_BF16].codes);
-            return tiles[s] + here;
+            if (n_rows <= 2 * TILE) fetch_ahead(tiles[s], tiles[CHUNK + s], bytes, g * 1024 + 4096, 1024);
+            return tiles[s] + g * 1024;
         };
         return dense_product(at, CHUNK, (int)rows.n_groups(), rows.dense + row * rows.columns, rows.columns, n_rows, out, OUT);
     } else if (n_rows >= AMX_ROWS) {
@@ -374,7 +382,7 @@ void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int 
 #endif
     constexpr int B = FORMAT == KEIFU_BF16 ? BFLOAT16_ROWS : ROWS;
     const int64_t mask = n_rows < 2 * B ? 0 : n_rows < 4 * B ? 1 : 3;
-    constexpr int ALONE = FORMAT == KEIFU_BF16 ? CHUNK : 1;  // for one row: a stream of its own for each
+    constexpr int ALONE = FORMAT == KEIFU_BF16 || SHARED > 1 ? CHUNK : 1;  // streams from memory, for one row
     cut<ALONE, B>(0, n_rows, [&](auto S, auto B, int s, int b) {
         const Turn turn{mask, b / B.value};
         float *y = out + b * OUT + s * TILE;

@@ -76,14 +76,13 @@ class Step {
             walk.deal(f.batch.n_tokens * heads,
                       [&](int i) { store_token(f, index, i / heads, i % heads, scratch.heads); });
         const int n = f.n_tasks * heads;
-        const int each = n < 16 * threads ? 1 : n < 32 * threads ? 2 : 4;  // so many one after the other: each fetches the next
+        const int each = n / threads > 4 ? n / threads / 4 : 1;  // so many one after the other
         walk.deal((n + each - 1) / each, [&](int run) {
             for (int i = run * each; i < n && i < run * each + each; i++) {
                 const AttentionTask &task = f.tasks[i / heads];
-                if (i % each + 1 < each && i + 1 < n) fetch_heads(f, index, f.tasks[(i + 1) / heads], (i + 1) % heads);
                 for (int t = 0; t < task.n_tokens && f.whole_spans; t++)
                     store_token(f, index, task.first + t, i % heads, scratch.heads);
-                attend(f, index, task, i % heads, scratch);
+                attend(f, index, task, i % heads, i % each + 1 < each && task.n_tokens == 1, scratch);
             }
         });
     }
