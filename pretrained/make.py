@@ -128,22 +128,6 @@ MODELS = {
         limits="It writes sentences that look right and say little: 4 million parameters that read 16 million tokens. "
         "It knows few facts, answers no questions, and says what is false as easily as what is true.",
     ),
-    "bert-en": Model(
-        about="a small BERT that fills in masked words of English",
-        task="fill-mask",
-        licence="cc-by-sa-4.0",
-        terms="a part of what it read is CC BY-SA 4.0 (Wikipedia, Wikibooks): name them and their contributors where "
-        "you pass this on, under the same licence",
-        data="english-documents: 9,033 summaries of Wikipedia's articles, those apart on which topics are tested, and "
-        "Wikibooks' recipes (their contributors), and addresses of American presidents",
-        command="keifu train bert --data english-documents --vocab-size 4096 --model.dim 192 --model.hidden-dim 768 "
-        "--model.n-layers 4 --model.n-heads 3 --model.dropout 0 --optimizer muon --learning-rate 2e-3 "
-        "--matrix-rate 0.02 --steps 4000 --warmup 200",
-        evaluation="keifu evaluate bert-en --on english-documents --json",
-        held_out="1,024 rows of the documents that it did not learn from",
-        figures=("masked words right", "perplexity of masked words", "masked words", "sentence pairs right"),
-        limits="It knows the words of encyclopedias, recipes and speeches, in lower case, and few facts.",
-    ),
     "network": Model(
         about="a multi-layer network that reads handwritten digits",
         task="image-classification",
