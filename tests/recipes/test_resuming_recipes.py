@@ -198,3 +198,32 @@ def test_stopped_and_resumed_from_its_folder_alone_it_ends_with_the_same_bits(
     ours, theirs = tensors(parts), tensors(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+
+
+LEARNED = {
+    "bert": f"--data {{stories}} --vocab-size 120 {MODEL} --masking.length 16 {STEPS} --warmup 2 --gaps [MASK]",
+    "gpt": f"--data {{text}} --tokenizer unigram --vocab-size 400 --depth 1 --context-length 16 --batch-size 3 {STEPS}",
+    "transformer": (
+        f"--data {{pairs}} --tokenizer unigram --vocab-size 320 {MODEL} --model.context-length 24 --steps 4 "
+        "--tokens-per-batch 60"
+    ),
+    "classifier": "--data {labels} --model scratch --size.vocab-size 90 --epochs 2 --batch-size 8",
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_learned_tokenizer_goes_on_with_its_run_when_the_cache_is_gone(
+    name: str, files: dict[str, Path], stops: Stops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = shlex.split(LEARNED[name].format(**files))
+    go(name, *words, "--out", str(tmp_path / "whole"))
+    stops.left = 3
+    with pytest.raises(Interrupted):
+        go(name, *words, "--out", str(tmp_path / "parts"))
+    stops.left = None
+    (tmp_path / "parts" / "tokenizer.json").unlink()  # a killed run has not come to write it
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "empty"))
+    go("--resume", str(tmp_path / "parts"))
+    ours, theirs = tensors(tmp_path / "parts"), tensors(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []

@@ -43,6 +43,14 @@ def test_wordpiece_follows_bert(corpus) -> None:
     assert cased.encode("麤") == [cased.token_id("[UNK]")]
 
 
+def test_wordpiece_learns_the_same_tokens_every_time(corpus) -> None:
+    rare = "".join(map(chr, range(0x4E00, 0x5200)))  # 1,024 ideographs of equal counts, more than the alphabet may have
+    texts = [*corpus[:50], rare]
+    first, *others = (train_tokenizer("wordpiece", texts, 1600).fingerprint for _ in range(4))
+    assert set(others) == {first}
+    assert train_tokenizer("wordpiece", iter(texts), 1600).fingerprint == first
+
+
 def test_characters_are_those_of_the_text() -> None:
     characters = train_tokenizer("characters", ["hello\n", "日本😀"], 100)
     assert characters.vocab_size == len(set("hello\n日本😀"))

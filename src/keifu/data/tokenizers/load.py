@@ -1,5 +1,6 @@
-"""Loads a tokenizer from any published format: finds the reader that a path needs."""
+"""Loads a tokenizer from any published format: finds the reader that a path needs; and those that were learned."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from keifu.data.tokenizers.formats import READERS, finish_backend, reader, settings_beside
@@ -8,9 +9,11 @@ from keifu.data.tokenizers.seq2seq import SOURCE, TARGET_TOKENIZER, read_marian,
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import KINDS, train_tokenizer
 from keifu.errors import UserError
-from keifu.files import reading
+from keifu.files import cache, reading
 
 __all__ = ["KINDS", "Tokenizer", "gguf_tokenizer", "load_tokenizer", "to_gguf_fields", "train_tokenizer"]
+
+KEPT = "state/tokenizer"  # in the folder of a run: its tokenizer, for resuming
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -24,6 +27,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = _found(path)
     with reading(path):
         return _load(path)
+
+
+def learned_tokenizer(name: str, learn: Callable[[], Tokenizer], resumed: Path | None = None) -> Tokenizer:
+    """The tokenizer that a resumed run keeps in its folder, else that of this name in the cache; learned if missing.
+
+    Learning it again could number its tokens differently, and the run would not go on with the same bits.
+    """
+    place = cache() / "tokenizers" / name
+    if resumed and (resumed / KEPT).exists():
+        place = resumed / KEPT
+    if not (place / "tokenizer_config.json").exists():  # the last file that is written
+        learn().save(place)
+    return load_tokenizer(place)
 
 
 def _load(path: Path) -> Tokenizer:

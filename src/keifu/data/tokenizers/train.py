@@ -1,6 +1,7 @@
 """Training of tokenizers: byte-level BPE, WordPiece, Unigram, CLIP's BPE and single characters."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ class _WordCounts:
     def __init__(self, texts: Iterable[str]):
         self._texts = texts
         self.count = 0
-        self.characters: set[str] = set()
+        self.characters = Counter[str]()
 
     def __iter__(self) -> Iterator[str]:
         for text in self._texts:
@@ -74,7 +75,7 @@ def train_tokenizer(
     split_digits: bool = False,
     lowercase: bool = False,
 ) -> Tokenizer:
-    """Learns a tokenizer from texts, which are read once.
+    """Learns a tokenizer from texts, which are read once, or for wordpiece twice (an iterator is kept in memory).
 
     kind: "bpe" (byte-level, GPT-2), "wordpiece" (BERT), "unigram" (SentencePiece's, with bytes for what is rare) or
         "characters" (every character of the texts, as in nanoGPT's example; any other character is an error).
@@ -84,15 +85,16 @@ def train_tokenizer(
     split_digits: bpe only: every digit is a word of its own, so that numbers are spelled digit by digit.
     lowercase: wordpiece only: text is put in lower case and loses its accents, as in "uncased" BERT.
 
-    The same texts give the same tokenizer for bpe and characters; for wordpiece and unigram, tokens with equal
-    counts may be chosen or numbered differently the next time (the `tokenizers` library goes through its counts in no
-    fixed order). Texts that are all empty, and a `vocab_size` too small for the kind and the texts, are `UserError`s.
+    The same texts give the same tokenizer, except for unigram, where tokens with equal counts may be chosen or numbered
+    differently the next time (the `tokenizers` library goes through its counts in no fixed order). Texts that are all
+    empty, and a `vocab_size` too small for the kind and the texts, are `UserError`s.
     """
     if kind not in KINDS:
         raise unknown("kind of tokenizer", kind, KINDS)
     for given, owner, what in ((split_digits, "bpe", "split_digits"), (lowercase, "wordpiece", "lowercase")):
         if given and kind != owner:
             raise UserError(f"{what} belongs to the kind {owner}, not to {kind}: leave it out.")
+    texts = list(texts) if kind == "wordpiece" and isinstance(texts, Iterator) else texts
     backend, special = KINDS[kind](
         _WordCounts(texts), _TokenizerSpec(vocab_size, list(special_tokens), split_digits, lowercase)
     )
@@ -131,17 +133,31 @@ def _bpe(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:
 def _wordpiece(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:
     specials = sorted(BERT_ROLES.values(), key=lambda token: token != "[PAD]")  # BERT's padding has the id 0
     backend, _ = wordpiece_backend({}, wanted.lowercase, strip_accents=None)
+    limit = max(1000, wanted.vocab_size // 3)  # rarer characters become [UNK], as in BERT
+    first, later = _alphabet(backend, texts, limit)
     trainer = trainers.WordPieceTrainer(
         vocab_size=wanted.vocab_size,
         min_frequency=2,
         show_progress=False,
-        special_tokens=_with_special_tokens([*specials, *wanted.special_tokens]),
-        limit_alphabet=max(1000, wanted.vocab_size // 3),  # rarer characters become [UNK], as in BERT
+        special_tokens=_with_special_tokens([*specials, *wanted.special_tokens, *later]),  # numbered in this order
+        initial_alphabet=first,
+        limit_alphabet=len(first),
     )
     _learn(backend, texts, trainer)
     learned, roles = wordpiece_backend(backend.get_vocab(), wanted.lowercase, strip_accents=None)
     learned.add_special_tokens(_with_special_tokens(wanted.special_tokens))
     return learned, roles
+
+
+def _alphabet(backend: tokenizers.Tokenizer, texts: _WordCounts, limit: int) -> tuple[list[str], list[str]]:
+    """The most frequent characters, and those of them that continue words, as tokens (`##a`), each in a fixed order.
+
+    The library numbers the latter as it meets them, in no fixed order, and merges pairs of equal counts by number.
+    """
+    _learn(backend, texts, trainers.WordPieceTrainer(vocab_size=1, show_progress=False, special_tokens=[]))
+    found = backend.get_vocab()
+    first = sorted((each for each in found if len(each) == 1), key=lambda each: (-texts.characters[each], each))
+    return first[:limit], [f"##{each}" for each in sorted(first[:limit]) if f"##{each}" in found]
 
 
 def _unigram(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:

@@ -19,11 +19,10 @@ from keifu.data.text.packed import PackedText
 from keifu.data.text.prepared import is_prepared, open_prepared
 from keifu.data.text.prepared import tokenizer_of as load_prepared_tokenizer
 from keifu.data.text.token_shards import Shards, prepare
-from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.load import KEPT, learned_tokenizer, load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import KINDS, train_tokenizer
 from keifu.devices import choose
-from keifu.files import cache
 from keifu.generation.text.generate import generate
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.recipes.options import Logging, given
@@ -86,14 +85,14 @@ class Task:
     shards: Shards
 
 
-def prepare_text(text: Text, **options: Any) -> Task:
+def prepare_text(text: Text, resumed: Path | None = None, **options: Any) -> Task:
     """Fetches, learns the tokenizer (with these options of learning) and tokenises, each once: what was made before is
-    found again."""
-    tokenizer = tokenizer_of(text, **options)
+    found again. `resumed`: the folder of a run that goes on, with the tokenizer that it learned."""
+    tokenizer = tokenizer_of(text, resumed, **options)
     return Task(text, tokenizer, text.shards(text.data, tokenizer))
 
 
-def tokenizer_of(text: Text, **options: Any) -> Tokenizer:
+def tokenizer_of(text: Text, resumed: Path | None = None, **options: Any) -> Tokenizer:
     """The tokenizer that a text names, or the one that it asks to be learned, with these options of learning.
 
     One that belongs to another model keeps its vocabulary alone: a model that begins to learn is no chat model.
@@ -107,33 +106,30 @@ def tokenizer_of(text: Text, **options: Any) -> Tokenizer:
     given = "".join(f"-{option}" for option, value in options.items() if value)
     given += "".join(f"-{option}={value}" for option, value in text.form.settings().items())
     name = f"{text.tokenizer}-{text.vocab_size}{given}-{content_hash(text.data, text.form)[:16]}"
-    directory = cache() / "tokenizers" / name
-    if not (directory / "tokenizer_config.json").exists():  # the last file that is written
+
+    def learn() -> Tokenizer:
         print(f"Learning a {text.tokenizer} tokenizer of {text.vocab_size} tokens from {text.data} ...", flush=True)
-        train_tokenizer(text.tokenizer, _pieces(text), text.vocab_size, **options).save(directory)
-    return load_tokenizer(directory)
+        return train_tokenizer(text.tokenizer, _Pieces(text), text.vocab_size, **options)
+
+    return learned_tokenizer(name, learn, resumed)
 
 
-def _pieces(text: Text) -> Iterator[str]:
+@dataclass(frozen=True)
+class _Pieces:
     """Documents in pieces, so that one long document is counted on all cores."""
-    for document in documents(text.data, text.form):
-        yield from (document[start : start + 100_000] for start in range(0, len(document), 100_000))
+
+    text: Text
+
+    def __iter__(self) -> Iterator[str]:
+        for document in documents(self.text.data, self.text.form):
+            yield from (document[start : start + 100_000] for start in range(0, len(document), 100_000))
 
 
 def pretrain(
-    name: str,
-    task: Task,
-    build: Callable[[Any], DecoderLM],
-    config: Any,
-    settings: Settings,
-    out: Path,
-    resume: bool,
-    prompt: str = "",
-    about: dict[str, Any] | None = None,
-    start_over: bool = False,
-    z_loss: float = 0.0,
+    name: str, task: Task, build: Callable[[Any], DecoderLM], config: Any, settings: Settings, out: Path, resume: bool,
+    prompt: str = "", about: dict[str, Any] | None = None, start_over: bool = False, z_loss: float = 0.0,
     row: int | None = None,
-) -> Summary:
+) -> Summary:  # fmt: skip
     """Trains a causal model on a text into a run folder. The vocabulary is the tokenizer's, whatever config says.
 
     `start_over` removes an earlier run in that folder, which is refused otherwise. row: tokens of a row, where those
@@ -150,6 +146,7 @@ def pretrain(
         options={"model": asdict(config), "text": asdict(task.text)} | ({"z_loss": z_loss} if z_loss else {}),
         about={"title": name, "parameters": sum(p.numel() for p in model.parameters())} | _source(task) | (about or {}),
         bytes_per_unit=task.shards.bytes_per_token,
+        begin=lambda out: task.tokenizer.save(out / KEPT),
     )
 
     def sample(step: int) -> str:

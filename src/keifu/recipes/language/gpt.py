@@ -117,10 +117,10 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Setti
     )
 
 
-def prepare(recipe: Recipe) -> tuple[Task, llama.Config, Settings]:
+def prepare(recipe: Recipe, resumed: Path | None = None) -> tuple[Task, llama.Config, Settings]:
     """The text, the model's config and the settings that the dial gives."""
     vocab_size = recipe.vocab_size or min(32_768, 2048 * recipe.depth)
-    task = prepare_text(Text(recipe.data, recipe.tokenizer, vocab_size, **recipe.reading()))
+    task = prepare_text(Text(recipe.data, recipe.tokenizer, vocab_size, **recipe.reading()), resumed)
     config = model_config(recipe.depth, task.tokenizer.vocab_size, recipe.context_length)
     return task, config, settings(recipe, parameters(config), config.context_length, len(task.shards.tokens))
 
@@ -129,7 +129,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu.load, keifu generate and transformers read afterwards."""
     if recipe.start_from is not None:
         return _go_on(recipe, recipe.start_from, out, resume)
-    task, config, chosen = prepare(recipe)
+    task, config, chosen = prepare(recipe, out if resume else None)
     pretrain("gpt", task, llama.build, config, chosen, out, resume, recipe.prompt)
 
 

@@ -40,4 +40,5 @@ class Recipe:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu.load, keifu generate and transformers read afterwards."""
-    pretrain("llama", prepare_text(recipe.text), llama.build, recipe.model, recipe.training, out, resume, recipe.prompt)
+    task = prepare_text(recipe.text, out if resume else None)
+    pretrain("llama", task, llama.build, recipe.model, recipe.training, out, resume, recipe.prompt)

@@ -50,12 +50,12 @@ from keifu.data.text.span_corruption import (
     ul2,
 )
 from keifu.data.text.token_shards import Shards
-from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.load import learned_tokenizer
 from keifu.data.tokenizers.special_tokens import put_around_text
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.devices import choose
-from keifu.files import cache, write_atomic
+from keifu.files import write_atomic
 from keifu.generation.text.fill import continuation, infill
 from keifu.generation.text.sampling_params import sampling_for
 from keifu.models import palm
@@ -124,12 +124,13 @@ def prepare(mixture: Mixture, vocab_size: int, sentinels: int = SENTINELS) -> Pr
 def tokenizer_of(mixture: Mixture, vocab_size: int, sentinels: int) -> Tokenizer:
     """Byte-level BPE learned from the mixture by its weights, so that no text has a character that it cannot spell."""
     content = hashlib.sha256(content_hash(mixture).encode()).hexdigest()
-    directory = cache() / "tokenizers" / f"mixture-bpe-{vocab_size}-{sentinels}-{content[:16]}"
-    if not (directory / "tokenizer_config.json").exists():  # the last file that is written
+
+    def learn() -> Tokenizer:
         print(f"Learning a tokenizer of {vocab_size} tokens from the mixture {mixture.name} ...", flush=True)
         special = special_tokens(sentinels)
-        train_tokenizer("bpe", texts(mixture, CHARACTERS), vocab_size, special, split_digits=True).save(directory)
-    return load_tokenizer(directory)
+        return train_tokenizer("bpe", texts(mixture, CHARACTERS), vocab_size, special, split_digits=True)
+
+    return learned_tokenizer(f"mixture-bpe-{vocab_size}-{sentinels}-{content[:16]}", learn)
 
 
 def losses_by_mode(tokenizer: Tokenizer) -> Tokenizer:

@@ -16,7 +16,7 @@ from keifu.checkpoints.hub import locate
 from keifu.data.catalogue import catalogue
 from keifu.data.text.dataset_report import coverage
 from keifu.data.text.documents import in_catalogue
-from keifu.data.tokenizers.load import load_tokenizer
+from keifu.data.tokenizers.load import KEPT, learned_tokenizer, load_tokenizer
 from keifu.data.tokenizers.special_tokens import put_around_text
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
@@ -24,7 +24,6 @@ from keifu.data.translation.batches import Batching, EncodedPairs, PairData, Spe
 from keifu.data.translation.pairs import Pair, Pairs, Split, pair_names, read_pairs, split, split_beside
 from keifu.devices import choose
 from keifu.errors import UserError
-from keifu.files import cache
 from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
@@ -103,14 +102,15 @@ def _special(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(end if start is None else start, end, end if pad is None else pad)
 
 
-def prepare_pairs(options: Options) -> Task:
-    """Reads and splits the pairs, and learns the tokenizer from the training part, once; says what was found."""
+def prepare_pairs(options: Options, resumed: Path | None = None) -> Task:
+    """Reads and splits the pairs, and learns the tokenizer from the training part, once; says what was found.
+    `resumed`: the folder of a run that goes on, with the tokenizer that it learned."""
     pairs = _read(options, options.data)
     validation, test = (
         None if each is None else _read(options, each) for each in (options.validation_data, options.test_data)
     )
     parts = split_beside(pairs, validation, test) if validation or test else split(pairs)
-    tokenizer = _tokenizer(options, parts.train)
+    tokenizer = _tokenizer(options, parts.train, resumed)
     _print_sentence(pairs.left_out)
     _print_sentence(parts.sentence())
     for side, name in enumerate(("source", "target")):
@@ -129,7 +129,7 @@ def _print_sentence(sentence: str) -> None:
         print(sentence, flush=True)
 
 
-def _tokenizer(options: Options, train: list[Pair]) -> Tokenizer:
+def _tokenizer(options: Options, train: list[Pair], resumed: Path | None) -> Tokenizer:
     kind = options.tokenizer
     if options.start_from is not None:
         return load_tokenizer(locate(options.start_from))
@@ -137,13 +137,14 @@ def _tokenizer(options: Options, train: list[Pair]) -> Tokenizer:
         return load_tokenizer(catalogue.fetch(kind) if in_catalogue(kind) else Path(kind))
     texts = sorted(side for pair in train for side in pair)  # one tokenizer for both directions
     content = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    directory = cache() / "tokenizers" / f"pairs-{kind}-{options.vocab_size}-{content[:16]}"
-    if not (directory / "tokenizer_config.json").exists():  # the last file that is written
+
+    def learn() -> Tokenizer:
         _print_sentence(f"Learning a {kind} tokenizer of {options.vocab_size} tokens from {options.data} ...")
         learned = train_tokenizer(kind, texts, options.vocab_size, [PAD])
         put_around_text(learned.backend, learned.special, bos=False, eos=True)  # sources end so, as Marian's do
-        Tokenizer(learned.backend, learned.special | {"pad_token": PAD}).save(directory)
-    return load_tokenizer(directory)
+        return Tokenizer(learned.backend, learned.special | {"pad_token": PAD})
+
+    return learned_tokenizer(f"pairs-{kind}-{options.vocab_size}-{content[:16]}", learn, resumed)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
     sentence are the tokenizer's, whatever the config says."""
     if options.steps and options.minutes:
         raise UserError(f"--steps {options.steps} and --minutes {options.minutes:g} are two budgets: give one of them.")
-    task = prepare_pairs(options)
+    task = prepare_pairs(options, out if resume else None)
     start, end, pad = task.special
     ids = {"start_id": start, "end_id": end, "pad_id": pad}
     config = replace(plan.config, vocab_size=task.tokenizer.vocab_size, **ids, **_two_vocabularies(task, plan.config))
@@ -281,6 +282,7 @@ def _run(name: str, options: Options, task: Task, data: PairData, model: nn.Modu
             "data": [_source(options, task, data)],
         },
         bytes_per_unit=sum(len(text.encode()) for text in texts) / tokens,
+        begin=lambda out: task.tokenizer.save(out / KEPT),
     )
 
 
