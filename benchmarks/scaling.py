@@ -67,7 +67,7 @@ def measured(depth: int, options: argparse.Namespace) -> tuple[int, float]:
     wanted = options.tokens if options.ratio is None else options.ratio * size
     steps = max(1, round(wanted / (ROWS * CONTEXT)))
     recipe = gpt.Recipe(depth, context_length=CONTEXT, batch_size=ROWS, steps=steps, seed=options.seed)
-    settings = gpt.settings(recipe, config, len(task.shards.tokens))
+    settings = gpt.settings(recipe, size, CONTEXT, len(task.shards.tokens))
     torch.manual_seed(options.seed)
     model = llama.build(replace(config, vocab_size=task.tokenizer.vocab_size))
     data = PackedText(task.shards, CONTEXT, ROWS, options.seed, options.held_out)
