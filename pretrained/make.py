@@ -6,6 +6,7 @@ Command: python pretrained/make.py NAME [--run FOLDER]
 import argparse
 import hashlib
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -171,7 +172,9 @@ def pack(run: Path, folder: Path, dtype: str) -> None:
     if (run / "recipe.json").is_file():
         record = json.loads((run / "recipe.json").read_text("utf-8"))
         record["recipe"].pop("place", None)  # a folder of the machine that trained it
-        (folder / "recipe.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), "utf-8")
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        text = re.sub(r'(": ")/[^"]*/', r"\1", text)  # of folders the names alone
+        (folder / "recipe.json").write_text(text, "utf-8")
 
 
 def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:

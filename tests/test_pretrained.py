@@ -17,7 +17,7 @@ from keifu.evaluation.registry import EvalRequest
 MOST_BYTES = 64_000_000
 ROOT = Path(__file__).parent.parent / "pretrained" / "src" / "keifu_pretrained"
 NAMES = sorted(folder.parent.name for folder in ROOT.glob("*/card.json"))
-SENTENCES = {"ja-en": ("これはペンです。", "This is a pen."), "en-ja": ("I like cats.", "猫が好きです。")}
+SENTENCES = {"ja-en": ("これはペンです。", "This is a pen."), "en-ja": ("I like cats.", "私は猫が好きです。")}
 
 
 def card(name: str) -> dict:
