@@ -27,14 +27,13 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 
 from keifu import checkpoints
-from keifu.data.classification.tables import LabelledTexts, read, split
+from keifu.data.classification.tables import HELD_OUT, LabelledTexts, read, split
 from keifu.evaluation.classification.embeddings import embed
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.models import bert
 from keifu.recipes.classification import classifier
 from keifu.recipes.classification.classifier import SCRATCH, Recipe
 
-HELD_OUT = 1000
 ALL = 9033  # labels that are left to learn from
 STRENGTHS = {"logisticregression__C": [0.3, 1.0, 3.0, 10.0, 30.0]}
 SHAPE = bert.SIZES["all-minilm-l6-v2"]

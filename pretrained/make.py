@@ -6,7 +6,6 @@ Command: python pretrained/make.py NAME [--run FOLDER]
 import argparse
 import hashlib
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -170,11 +169,14 @@ def pack(run: Path, folder: Path, dtype: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     keifu("convert", str(run), str(folder), "--to", "hf", *(["--dtype", dtype] if dtype in DTYPES else []))
     if (run / "recipe.json").is_file():
-        record = json.loads((run / "recipe.json").read_text("utf-8"))
+        record = json.loads((run / "recipe.json").read_text("utf-8"), object_hook=without_folders)
         record["recipe"].pop("place", None)  # a folder of the machine that trained it
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-        text = re.sub(r'(": ")/[^"]*/', r"\1", text)  # of folders the names alone
-        (folder / "recipe.json").write_text(text, "utf-8")
+        (folder / "recipe.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), "utf-8")
+
+
+def without_folders(values: dict) -> dict:
+    """Of what lies in a folder of the machine that trained it, the name alone."""
+    return {key: Path(value).name if str(value).startswith("/") else value for key, value in values.items()}
 
 
 def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:

@@ -29,11 +29,12 @@ def summaries(file: Path) -> Iterator[str]:
         yield f"{article['title']}\n\n{article['extract']}"
 
 
-def untested_summaries(file: Path, held_out: int = 1000) -> Iterator[str]:
-    """The same without those on which topics are tested: the first so many by the hashes of their texts."""
-    from keifu.data.classification.tables import key
+def untested_summaries(file: Path) -> Iterator[str]:
+    """The same without those on which topics are tested."""
+    from keifu.data.classification.tables import HELD_OUT, LabelledTexts, split
 
-    yield from sorted(summaries(file), key=key)[held_out:]
+    topics = (article["topic"] for article in _json(file).values())
+    yield from split(LabelledTexts(file.name, tuple(summaries(file)), tuple(topics)), HELD_OUT)[0].texts
 
 
 def recipes(file: Path) -> Iterator[str]:

@@ -84,6 +84,7 @@ def _topics() -> Iterator[Row]:
         yield f"wiki-summaries, {title!r}", {"text": f"{title}\n\n{article['extract']}", "label": article["topic"]}
 
 
+HELD_OUT = 1000  # articles on which topics are tested
 CATALOGUED: dict[str, Callable[[], Iterator[Row]]] = {"wiki-summaries": _topics}
 
 

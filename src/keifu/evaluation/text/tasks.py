@@ -20,7 +20,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from keifu.data.catalogue import catalogue
-from keifu.data.classification.tables import LabelledTexts, read, split
+from keifu.data.classification.tables import HELD_OUT, LabelledTexts, read, split
 from keifu.data.records import SUFFIXES as TABLES
 from keifu.data.records import Row, listed, read_records
 from keifu.errors import UserError, unknown
@@ -128,7 +128,6 @@ def _key(seed: int, item: TaskItem) -> bytes:
     return hashlib.blake2b(json.dumps([seed, item.prompt, item.answer]).encode(), digest_size=16).digest()
 
 
-HELD_OUT = 1000  # articles, chosen by a hash of their text as in the benchmark of classifiers
 WORDS = 60  # of an article that a prompt shows
 INSTANCES = 2000  # of each kind of arithmetic (section 3.9.1)
 EXAMPLES = 200  # others, to draw demonstrations from

@@ -142,6 +142,5 @@ def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
     if row > most:
         raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes.")
     task = Task(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
-    size = sum(each.numel() for each in model.parameters())
-    chosen = settings(recipe, size, row, len(task.shards.tokens))
+    chosen = settings(recipe, sum(each.numel() for each in model.parameters()), row, len(task.shards.tokens))
     pretrain("gpt", task, lambda _: model, model.config, chosen, out, resume, recipe.prompt, row=row)
