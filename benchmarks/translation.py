@@ -16,14 +16,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from _attention_maps import draw_maps
 from _rounds import machine
 from safetensors.torch import load_file
 
 import keifu
 from keifu.data.translation.pairs import read_pairs, split
 from keifu.evaluation.registry import EvalRequest
-from keifu.evaluation.text.inspection import record_attention
+from keifu.evaluation.text.inspection import draw_maps, inspect_translation
 from keifu.evaluation.text.translation import Scorer, evaluate, language_of
 from keifu.generation.text.translation import translate
 from keifu.training.run.checkpoint import load_into_model
@@ -96,16 +95,13 @@ def losses(run: Path) -> list[tuple[float, float]]:
 def heads(path: Path, sentence: str, picture: Path) -> None:
     """Draws every head that reads the source while a greedy translation of the sentence is written."""
     model, tokenizer = keifu.load(path)
-    config = model.config
-    source = [*tokenizer.encode(sentence), config.end_id]
-    written = translate(model, tokenizer, [sentence], beam=1)[0]
-    target = [config.start_id, *tokenizer.encode(written)]
-    with torch.no_grad(), record_attention(model) as maps:
-        model(torch.tensor([source]), torch.tensor([target]))
-    cross = {name.replace("decoder.", "layer ").replace(".cross_attention", ""): each[0][0]
-             for name, each in maps.items() if "cross_attention" in name}  # fmt: skip
-    columns, rows = ([tokenizer.decode([t]).replace("\ufffd", "·") or "(end)" for t in ids] for ids in (source, target))
-    rows = [*rows[1:], "(end)"]  # a row is labelled with the token that it predicts
+    seen = inspect_translation(model, [*tokenizer.encode(sentence), model.config.end_id])
+    cross = {name.replace("decoder.", "layer ").replace(".cross_attention", ""): each
+             for name, each in seen.attention.items()}  # fmt: skip
+    rows, columns = (
+        [tokenizer.decode([t]).replace("\ufffd", "·") or "(end)" for t in ids] for ids in (seen.rows, seen.columns)
+    )
+    written = tokenizer.decode(seen.rows)
     picture.write_bytes(draw_maps(cross, rows, columns, f"{sentence} → {written}"))
     print(f"{sentence} → {written}")
 

@@ -1,17 +1,24 @@
 """The demonstration's first part: what the package of trained models shows, and what is said where it is missing."""
 
+import io
 import re
 
 import pytest
 import torch
+from PIL import Image
 
 from keifu.data.catalogue import catalogue
-from keifu.recipes import demo
+from keifu.recipes import landmarks
 
 
 def test_trained_models_are_shown_at_work(capsys: pytest.CaptureFixture) -> None:
-    demo._show_pretrained()
+    pictures = landmarks.show()
     told = capsys.readouterr().out
+    assert len(pictures) == len(landmarks.SHOWN)
+    for picture in pictures.values():
+        width, height = Image.open(io.BytesIO(picture)).size
+        assert width >= 200 and height >= 80
+    assert "a neuron learns AND in 11 corrections" in told
     assert "0 AND 1 = 0, 1 AND 0 = 0, 1 AND 1 = 1" in told
     assert len(re.findall(r"\d \(\d+%\)", told)) == 9 and "█" in told
     assert "猫が好きです。 → I like cats." in told
@@ -20,14 +27,14 @@ def test_trained_models_are_shown_at_work(capsys: pytest.CaptureFixture) -> None
 
 def test_without_the_package_it_goes_on(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "is_cached", lambda name, among: name == "neuron")
-    demo._show_pretrained()
+    assert list(landmarks.show()) == ["1958 a neuron learns AND"]
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("   1958, a neuron: 0 AND 0 = 0")
-    assert told[1:] == ["   Left out: network, ja-en, en-ja, digits (pip install ./pretrained brings them)."]
+    assert told[1].startswith("   0 AND 0 = 0")
+    assert told[2:] == ["   Left out: network, ja-en, en-ja, digits (pip install ./pretrained brings them)."]
 
 
 def test_a_character_is_two_pixels() -> None:
     digit = torch.zeros(1, 28, 28)
     digit[0, 0, 0] = digit[0, 3, 2] = 1  # the first line's upper half, the second's lower half
-    lines = demo._drawn(digit.flatten(1)).split("\n")
+    lines = landmarks._drawn(digit.flatten(1)).split("\n")
     assert lines[:3] == ["▀" + " " * 13, " ▄" + " " * 12, " " * 14]

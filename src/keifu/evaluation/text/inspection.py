@@ -1,11 +1,12 @@
-"""What happens inside a model while it reads: where each head looks, and what each layer would say.
+"""What happens inside a model while it reads: where each head looks, and what each layer would say; and pictures of it.
 
 Axes: heads, length = queries, seen = keys, layer, place = tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from keifu.data.catalogue.catalogue import fetch
 from keifu.errors import UserError
 from keifu.generation.text.model import device_of, evaluation_mode
 from keifu.generation.text.translation import TranslationParams, search, translator
@@ -149,3 +151,48 @@ def inspect_translation(model: nn.Module, source: Sequence[int]) -> Inspection:
     if not found:
         raise UserError(f"A {type(model).__name__} has no attention over its source, so there is nothing to look at.")
     return Inspection(target or [config.end_id], list(source), found, [])
+
+
+def draw_maps(
+    maps: Mapping[str, Tensor], rows: Sequence[str], columns: Sequence[str], title: str = "", width: int = 4
+) -> bytes:
+    """A PNG with a square for each head: `maps` gives [heads, rows, columns] weights for each name, or [rows, columns].
+
+    rows are the query tokens, columns the key tokens; width: squares side by side.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    heads = [
+        (f"{name}, head {n}" if each.dim() == 3 else name, head)
+        for name, each in maps.items()
+        for n, head in enumerate(each if each.dim() == 3 else each[None], 1)
+    ]
+    if not heads:
+        raise UserError("There is no attention to draw: the model computed none.")
+    across = min(width, len(heads))
+    down = -(-len(heads) // across)
+    size = (across * (1.1 + 0.24 * len(columns)), down * (1.1 + 0.24 * len(rows)))
+    with rc_context({"font.family": _fonts(), "font.size": 7}):
+        figure = Figure(figsize=size, dpi=110, layout="constrained")
+        grid = figure.subplots(down, across, squeeze=False)
+        for axes in grid.flat[len(heads) :]:
+            axes.set_axis_off()
+        for axes, (name, head) in zip(grid.flat, heads, strict=False):
+            axes.imshow(head.cpu().numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
+            axes.set_title(name, fontsize=7)
+            axes.set_xticks(range(len(columns)), columns, rotation=90)
+            axes.set_yticks(range(len(rows)), rows)
+        figure.suptitle(title, fontsize=9)
+        file = BytesIO()
+        figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _fonts() -> list[str]:
+    """A letter is drawn by the first of these fonts that has it; the second one has Japanese."""
+    from matplotlib import font_manager
+
+    path = fetch("japanese-font")
+    font_manager.fontManager.addfont(path)
+    return ["DejaVu Sans", font_manager.FontProperties(fname=path).get_name()]

@@ -1,0 +1,114 @@
+"""The demonstration's landmarks: each at work in a small model of the package, in words and as a picture."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from keifu import checkpoints
+from keifu.data.catalogue import catalogue
+from keifu.data.classification.toy import logic, toy_dataset
+from keifu.data.images.grid import grid
+from keifu.evaluation.text.inspection import draw_maps, inspect_translation
+from keifu.generation.images.pixel_diffusion import ImageRequest, label_number, sample_images, to_pixels
+from keifu.generation.text.translation import TranslationParams, translate_texts
+from keifu.recipes.neurons import perceptron
+
+WIDE = 14  # characters of a drawn digit
+BLOCKS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
+SENTENCES = {
+    "ja-en": ["猫が好きです。", "明日は雨が降ると思いますか。"],
+    "en-ja": ["I like cats.", "Do you think it will rain tomorrow?"],
+}
+DIGIT, SEED = "7", 1  # of the picture that forms from noise
+
+
+def show() -> dict[str, bytes]:
+    """Landmarks in order of years, each by a model of the package; what is not installed is named. Returns pictures
+    (PNG), by name."""
+    missing = [name for name in SHOWN if not catalogue.is_cached(name, catalogue.MODELS)]
+    pictures: dict[str, bytes] = {}
+    for name, landmark in SHOWN.items():
+        if name not in missing:
+            pictures |= landmark(name)
+    if missing:
+        print(f"   Left out: {', '.join(missing)} (pip install ./pretrained brings them).")
+    return pictures
+
+
+def _learn(name: str) -> dict[str, bytes]:
+    """A neuron learns AND from nothing, and the one of the package computes it."""
+    recipe = perceptron.Recipe()
+    lesson = perceptron.prepare(recipe)
+    stages = list(perceptron.learn(lesson, recipe))
+    line = perceptron.formula(stages[-1][1], lesson.table.columns)
+    print(f"   1958, a neuron learns AND in {stages[-1][0]} corrections, until it says 1 where {line}:")
+    rows = logic("and")[0]
+    answers: Any = checkpoints.load(name)[0](rows.double())
+    print("   " + ", ".join(f"{int(a)} AND {int(b)} = {int(y)}" for (a, b), y in zip(rows, answers, strict=True)))
+    return {"1958 a neuron learns AND": perceptron.draw(lesson, stages)}
+
+
+def _read_digits(name: str) -> dict[str, bytes]:
+    held = toy_dataset("mnist").held.inputs[:8]
+    print("   1986, a network reads digits that it has not seen before:", flush=True)
+    print(_drawn(held))
+    seen = _seen(name, held)
+    print("".join(f"{each:^{WIDE + 1}}" for each in seen))
+    return {"1986 a network reads digits": grid(_pixels(held), seen, columns=8)}
+
+
+def _seen(name: str, digits: Float[Tensor, "digit pixels"]) -> list[str]:
+    """What the network of that name sees, and how sure it is."""
+    network: Any = checkpoints.load(name)[0]
+    shares, found = network.predict_proba(digits).max(-1)
+    return [f"{digit} ({share:.0%})" for digit, share in zip(found.tolist(), shares.tolist(), strict=True)]
+
+
+def _translate(name: str) -> dict[str, bytes]:
+    """Two sentences; the picture shows what each token of the last one looked at in the last layer."""
+    translator, tokenizer = checkpoints.load(name)
+    found = [each for [each] in translate_texts(translator, tokenizer, SENTENCES[name], TranslationParams())]
+    for each in found:
+        print(f"   2017, a Transformer: {each.source} → {each.text}")
+    sentence, config = found[-1].source, cast(Any, translator).config
+    seen = inspect_translation(translator, [*tokenizer.encode(sentence), config.end_id])
+    rows, columns = ([tokenizer.decode([token]) or "(end)" for token in ids] for ids in (seen.rows, seen.columns))
+    last = {"last layer, mean of its heads": [*seen.attention.values()][-1].mean(0)}
+    return {f"2017 attention of {name}": draw_maps(last, rows, columns, f"{sentence}\n→ {found[-1].text}")}
+
+
+def _draw(name: str) -> dict[str, bytes]:
+    model: Any = checkpoints.load(name)[0]
+    wanted = ImageRequest("dpm++-2m", seed=SEED, label=label_number(model, DIGIT), guidance=2.0).resolved(model)
+    states = list(sample_images(model, wanted, [SEED]))
+    places = [round(place * (len(states) - 1) / 7) for place in range(8)]
+    pictures = to_pixels(torch.cat([states[place].x for place in places])).flatten(1) / 255
+    print(f"   2020, a diffusion model: a {DIGIT} forms from noise, in {len(states)} steps:", flush=True)
+    print(_drawn(pictures))
+    if catalogue.is_cached("network", catalogue.MODELS):
+        print(f"   The network of 1986 sees in the last one: {_seen('network', pictures[-1:])[0]}")
+    return {"2020 a digit forms from noise": grid(_pixels(pictures), [f"step {place + 1}" for place in places], 8)}
+
+
+SHOWN: dict[str, Callable[[str], dict[str, bytes]]] = {
+    "neuron": _learn, "network": _read_digits, "ja-en": _translate, "en-ja": _translate, "digits": _draw,
+}  # fmt: skip
+
+
+def _pixels(digits: Float[Tensor, "digit pixels"]) -> Tensor:
+    """Bytes [digit, 1, 28, 28], white on black."""
+    return (digits.clamp(0, 1) * 255).round().to(torch.uint8).view(len(digits), 1, 2 * WIDE, 2 * WIDE)
+
+
+def _drawn(digits: Float[Tensor, "digit pixels"]) -> str:
+    """The digits side by side in characters, two rows of pixels to a line of text."""
+    halves = digits.view(len(digits), WIDE, 2, WIDE, 2).amax(-1).transpose(0, 1)  # row, digit, its half, column
+    return "\n".join(" ".join(map(_characters, line)) for line in halves.gt(0.4).tolist())
+
+
+def _characters(halves: list[list[bool]]) -> str:
+    """Two rows of pixels as one line of characters."""
+    return "".join(BLOCKS[pair] for pair in zip(*halves, strict=True))
