@@ -6,7 +6,7 @@ stopped is resumed, so that the whole run resumes bit for bit. One report shows 
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from keifu import checkpoints
+from keifu.checkpoints.loading import load_model
 from keifu.data.images.augmentation import Augmentation
 from keifu.data.images.batches import ImageBatches
 from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
@@ -26,6 +27,7 @@ from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.ranges import check
 from keifu.recipes.language.common import attribution_of
 from keifu.recipes.options import Logging
+from keifu.training.loop import Summary, train
 from keifu.training.objectives.diffusion import NoisedBatches
 from keifu.training.protocols import Data, Objective, Run
 from keifu.training.run import checkpoint, metrics
@@ -40,6 +42,8 @@ PROMPTS = (
     "赤いハート", "ネコの顔", "緑の本", "ヒマワリ", "青いリンゴ", "緑のハート",
 )  # fmt: skip
 COLUMNS = 6  # pictures of a row
+AUTOENCODER, DISCRETE, CLIP = "autoencoder", "dvae", "clip"  # folders of parts inside the run's
+PARTS = {AUTOENCODER: "Autoencoder", DISCRETE: "Autoencoder", CLIP: "CLIP"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +121,33 @@ class TextToImageTask:
 
         return sample
 
-    def save(self, directory: Path) -> None:
-        """Writes the model and its tokenizer."""
-        checkpoints.save(self.model, self.painter.tokenizer, directory)
+    def learn(
+        self, recipe: TextToImageOptions, out: Path, resume: bool, request: ImageRequest, *, title: str, paper: str,
+        told: Sequence[str], parts: Mapping[str, nn.Module | None], before: Callable[[], object] = lambda: None,
+        **different: Any,
+    ) -> Summary:  # fmt: skip
+        """Trains the whole model, its other parts being done, whose curves stand in its report too.
+
+        request: how the samples are drawn; title: the model's name; told: the recipe's options that decide the result
+        beside the data and the settings; parts: the networks, whose parameters are counted; before: called before a
+        sample is drawn and the model saved; different: see `image_settings`.
+        """
+        resume, budget = is_resuming(out, resume), recipe.budget
+        trial = image_settings(recipe, 1000, budget, **different)
+        steps = steps_for(budget, out, resume, self.model, self.objective, self.data, trial)
+        show(out)
+        run = describe_run(
+            recipe, out, resume, self.parts.train, ("data", "languages", "truncate", *told),
+            {"model": asdict(self.model.config)}, title=f"{title} learns to draw “{Path(recipe.data).stem}” from text",
+            paper=paper, **parameters_of(parts),
+        )  # fmt: skip
+
+        def save(directory: Path) -> None:
+            before()
+            checkpoints.save(self.model, self.painter.tokenizer, directory)
+
+        settings, sample = image_settings(recipe, steps, budget, **different), self.sampler(recipe, request, before)
+        return train(self.model, self.objective, self.data, settings, run, sample, save)
 
 
 def read_captioned(recipe: TextToImageOptions, channels: Literal[1, 3] | None = None) -> ImageSplit:
@@ -193,20 +221,33 @@ def minutes_of(budget: tuple[int | None, float]) -> float | None:
     return None if steps else minutes
 
 
-def of_a_part(
-    directory: Path, resume: bool, model: nn.Module, parts: ImageSplit, title: str, paper: str,
-    options: Mapping[str, Any],
-) -> Run:  # fmt: skip
-    """The run of a part that learns from pictures alone, whose model has a Config."""
-    own: Any = model.config
-    about = {
-        "title": title,
-        "paper": paper,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "data": [{"source": parts.train.source, "fingerprint": parts.train.fingerprint}],
-    }
-    options = {"model": vars(own), **options}
-    return Run(directory, resume, options=options, about=about, unit="pictures")
+def train_part(
+    recipe: TextToImageOptions, place: Path, resume: bool, model: Any, objective: Objective,
+    data: Callable[[int], Data], parts: ImageSplit, title: str, paper: str, options: Mapping[str, Any],
+    settings: Callable[[int], Mapping[str, Any]], budget: tuple[int | None, float],
+) -> Any:  # fmt: skip
+    """A part that learns from pictures alone, trained into a folder of the run, frozen.
+
+    options: what decides the result beside the model's Config and the settings. data and settings are those of a run
+    of so many steps; a tenth of them lies between two validations, samples and checkpoints.
+    """
+    model.check_size(*parts.train.shape[1:])
+    resume = is_resuming(place, resume)
+
+    def whole(steps: int) -> Settings:
+        often, usual = max(1, steps // 10), {"steps": steps, "warmup": steps // 20, "seed": recipe.seed}
+        every = dict.fromkeys(("evaluate_every", "sample_every", "save_every"), often)
+        return Settings(**usual, **every, precision=recipe.precision, **settings(steps))
+
+    steps = steps_for(budget, place, resume, model, objective, data(1000), whole(1000))
+    source = {"source": parts.train.source, "fingerprint": parts.train.fingerprint}
+    about = {"title": title, "paper": paper, "parameters": sum(p.numel() for p in model.parameters()), "data": [source]}
+    run = Run(place, resume, options={"model": vars(model.config), **options}, about=about, unit="pictures")
+    train(
+        model, objective, data(steps), whole(steps), run, sample=before_and_after(model, parts),
+        save=lambda directory: checkpoints.save(model, None, directory),
+    )  # fmt: skip
+    return load_model(place, torch.float32).requires_grad_(False).eval()
 
 
 def pictures_of(parts: ImageSplit, batch_size: int, seed: int, flip: bool) -> NoisedBatches:
@@ -229,11 +270,10 @@ def before_and_after(model: nn.Module, parts: ImageSplit) -> Callable[[int], byt
     return sample
 
 
-def show(out: Path, parts: Mapping[str, str]) -> None:
-    """Puts the curves of parts that are done, by their folders in the run's, and their last pictures beside the report
-    of the run that follows."""
+def show(out: Path) -> None:
+    """Puts the curves of parts that are done and their last pictures beside the report of the run that follows."""
     charts = []
-    for name, directory in ((name, out / folder) for name, folder in parts.items() if (out / folder).exists()):
+    for name, directory in ((name, out / folder) for folder, name in PARTS.items() if (out / folder).exists()):
         lines = metrics.last_metrics(metrics.read(directory))
         found = {
             label: [[float(line["step"]), float(line[field])] for line in lines if field in line]

@@ -13,15 +13,17 @@ fixed before it starts. What a stopped run lacks, --resume goes on with.
 Expected: see docs/results.md, "Emoji from text: what latents, embeddings and tokens bought".
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from keifu.data.images.batches import ImageBatches
-from keifu.data.images.dataset import ImageSplit
+from keifu.data.images.dataset import ImageDataset, ImageSplit
+from keifu.data.images.io import to_signed
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError
@@ -30,18 +32,42 @@ from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.layers.meta import on_meta
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.recipes.images import common, text_encoder
-from keifu.recipes.images import discrete_vae as _discrete_vae
-from keifu.recipes.images.common import TextToImageTask, is_resuming, read_captioned
-from keifu.training.loop import Summary, train
-from keifu.training.objectives.autoencoders import ImageTokenBatches, TextImageLoss
-from keifu.training.protocols import Data, Run
-from keifu.training.settings import Settings
+from keifu.recipes.images.common import TextToImageTask, read_captioned
+from keifu.training.loop import Summary
+from keifu.training.objectives import autoencoders as losses
+from keifu.training.objectives.autoencoders import ImageTokenBatches, Ramp, TextImageLoss
+from keifu.training.protocols import Data
+
+BATCH = 64  # pictures encoded at a time
+TEMPERATURES = 1.0, 1 / 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(_discrete_vae.DiscreteVAEOptions):
+class Recipe(common.TextToImageOptions):
     """Options of the run."""
 
+    codebook_size: int = 512
+    """Entries of the codebook."""
+    vae_widths: tuple[int, ...] = (64, 128, 256)
+    """Channels of the autoencoder's levels, the finest first; each but the last halves the sides."""
+    code_dim: int = 64
+    """Dimension of a codebook entry."""
+    kl_weight: float = 0.3
+    """β of the autoencoder's bound at its highest (the paper: 6.6)."""
+    anneal: float = 0.5
+    """Share of the autoencoder's steps in which the Gumbel-softmax temperature falls from 1 to 1/16 (the paper: a
+    twentieth of 3 million)."""
+    flip: bool = True
+    """Mirror every second picture for the autoencoder; the decoder sees none mirrored, as captions say left and right.
+    """
+    vae_minutes: float = 22.0
+    """Time limit of the autoencoder's training."""
+    vae_steps: int | None = None
+    """Updates of the autoencoder's weights, in place of its minutes."""
+    vae_batch: int = 16
+    """Pictures in a step of the autoencoder."""
+    vae_rate: float = 4e-3
+    """AdamW's highest rate for the autoencoder."""
     dim: int = 256
     """Width of the decoder."""
     hidden_dim: int = 1024
@@ -62,6 +88,20 @@ class Recipe(_discrete_vae.DiscreteVAEOptions):
         if self.text_weight > 1:
             raise UserError(f"text_weight is a share from 0 to 1, and it is {self.text_weight}.")
 
+    def vae(self, channels: int) -> discrete_vae.Config:
+        """The autoencoder's Config for pictures of so many channels."""
+        return discrete_vae.Config(
+            size=self.size, channels=channels, codebook_size=self.codebook_size, widths=self.vae_widths,
+            n_residual_blocks=1, code_dim=self.code_dim,
+        )  # fmt: skip
+
+    def ramps(self, steps: int) -> dict[str, Ramp]:
+        """What changes from step to step: β rises in a tenth of them."""
+        return {
+            losses.TEMPERATURE: Ramp(*TEMPERATURES, round(self.anneal * steps)),
+            losses.KL_WEIGHT: Ramp(0.0, self.kl_weight, steps // 10),
+        }
+
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     """Trains CLIP and the autoencoder, or finds them again, and builds the decoder. What cannot be is said before
@@ -74,7 +114,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     towers, tokenizer = text_encoder.two_towers_of(recipe, out, resume)
     length = towers.config.context_length
     tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
-    coder = _discrete_vae.discrete_vae_of(recipe, parts, out, resume)
+    coder = discrete_vae_of(recipe, parts, out, resume)
     torch.manual_seed(recipe.seed)
     model = dalle.build(model_config(recipe, tokenizer.vocab_size, length, vae))
     model.vae.load_state_dict(coder.state_dict())
@@ -102,38 +142,47 @@ def _data(
     """Batches of captions and entries, computed here, once."""
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
     codes = [
-        _discrete_vae.encode_dataset(model.vae, part) if len(part) else None for part in (parts.train, parts.validation)
+        encode_dataset(model.vae, part) if len(part) else None for part in (parts.train, parts.validation)
     ]
     assert codes[0] is not None
     return ImageTokenBatches(batches, codes[0], codes[1], lambda ids: real_tokens(ids, tokenizer.eos_id))
 
 
-def settings(recipe: Recipe, steps: int) -> Settings:
-    """The training loop's settings for so many steps of the decoder: the paper's betas, decay and clipping."""
-    return common.image_settings(recipe, steps, recipe.budget, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0)
+def discrete_vae_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> discrete_vae.DiscreteVAE:
+    """The autoencoder, trained into a folder of the run, frozen; its rate falls to an eightieth, as in appendix A.2."""
+    torch.manual_seed(recipe.seed)
+    model = discrete_vae.build(recipe.vae(parts.train.shape[0])).to(choose())
+    data = common.pictures_of(parts, recipe.vae_batch, recipe.seed, recipe.flip)
+    settings = {
+        "batch_size": recipe.vae_batch, "learning_rate": recipe.vae_rate, "final_ratio": 1 / 80, "weight_decay": 1e-4,
+        "betas": (0.9, 0.999), "ema": 0.999,
+    }  # fmt: skip
+    return common.train_part(
+        recipe, out / common.DISCRETE, resume, model, losses.discrete_vae_loss,
+        lambda steps: losses.RampedBatches(data, recipe.ramps(steps)), parts,
+        "A discrete autoencoder learns a codebook for pictures",
+        "Ramesh et al., Zero-Shot Text-to-Image Generation (2021), section 2.1",
+        {"flip": recipe.flip, "kl_weight": recipe.kl_weight, "anneal": recipe.anneal}, lambda steps: settings,
+        (recipe.vae_steps, recipe.vae_minutes),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def encode_dataset(model: discrete_vae.DiscreteVAE, pictures: ImageDataset) -> Int[Tensor, "picture rows columns"]:
+    """The likeliest entries of pictures, computed once."""
+    device, groups = next(model.parameters()).device, range(0, len(pictures), BATCH)
+    return torch.cat([model.encode(to_signed(pictures.take(slice(n, n + BATCH)).to(device))).cpu() for n in groups])
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Trains all parts into `out`, which keifu draw reads afterwards."""
+    """Trains all parts into `out`, which keifu draw reads afterwards; decay and clipping are the paper's."""
     task = prepare(recipe, out, resume)
-    resume, request = is_resuming(out, resume), ImageRequest(seed=recipe.seed, text=recipe.prompts[0])
-    steps = common.steps_for(recipe.budget, out, resume, task.model, task.objective, task.data, settings(recipe, 1000))
-    common.show(out, {"Autoencoder": _discrete_vae.FOLDER, "CLIP": text_encoder.FOLDER})
-    summary = train(
-        task.model, task.objective, task.data, settings(recipe, steps), describe(recipe, task, out, resume),
-        sample=task.sampler(recipe, request), save=task.save,
+    decoder = nn.ModuleList(part for name, part in task.model.named_children() if name != "vae")
+    summary = task.learn(
+        recipe, out, resume, ImageRequest(seed=recipe.seed, text=recipe.prompts[0]), title="DALL-E",
+        paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021)", told=("text_weight",),
+        parts={"autoencoder": task.model.vae, "decoder": decoder}, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0,
     )  # fmt: skip
-    ranked = recipe.clip or out / text_encoder.FOLDER
+    ranked = recipe.clip or out / common.CLIP
     print(f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --best-of 16 --clip {ranked} -o picture.png')
     return summary
-
-
-def describe(recipe: Recipe, task: TextToImageTask, out: Path, resume: bool) -> Run:
-    """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    decoder = nn.ModuleList(part for name, part in task.model.named_children() if name != "vae")
-    return common.describe_run(
-        recipe, out, resume, task.parts.train, ("data", "languages", "truncate", "text_weight"),
-        {"model": asdict(task.model.config)}, title=f"DALL-E learns to draw “{Path(recipe.data).stem}” from text",
-        paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021)",
-        **common.parameters_of({"autoencoder": task.model.vae, "decoder": decoder}),
-    )  # fmt: skip

@@ -13,14 +13,17 @@ Expected: see docs/results.md, "Emoji from text: what latents, embeddings and to
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
 from keifu.data.images.batches import ImageBatches
-from keifu.data.images.dataset import ImageSplit
+from keifu.data.images.dataset import ImageDataset, ImageSplit
+from keifu.data.images.io import to_signed
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
@@ -29,23 +32,42 @@ from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Weigh
 from keifu.layers.meta import on_meta
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
-from keifu.recipes.images import autoencoder as _autoencoder
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import common, text_encoder
-from keifu.recipes.images.common import TextToImageTask, is_resuming, read_captioned
-from keifu.training.loop import Summary, train
-from keifu.training.objectives.diffusion import LatentBatches, NoisedBatches, TextDiffusionLoss
-from keifu.training.protocols import Data, Run
+from keifu.recipes.images.common import TextToImageTask, read_captioned
+from keifu.training.loop import Summary
+from keifu.training.objectives.autoencoders import AutoencoderKLLoss
+from keifu.training.objectives.diffusion import EncodedImages, LatentBatches, NoisedBatches, TextDiffusionLoss
+from keifu.training.protocols import Data
 
+BATCH, MEASURED = 64, 500  # pictures encoded at a time, and those whose latents are measured, at most
 STEPS = 20  # of a sample's pictures, by DPM-Solver++
 LATENTS: dict[str, Any] = {"widths": (64, 128, 192), "attention": (1, 2)}
 PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(_autoencoder.AutoencoderOptions):
+class Recipe(common.TextToImageOptions):
     """Options of the run. Unset ones are those of --space."""
 
+    autoencoder_widths: tuple[int, ...] = (16, 32, 64)
+    """Channels of the autoencoder's levels, the finest first; each but the last halves the sides."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    kl_weight: float = 1e-3
+    """Weight of the KL divergence of the latents from the normal distribution in the autoencoder's loss."""
+    edges: float = 1.0
+    """Weight of the gradient difference (edges) in the autoencoder's loss."""
+    flip: bool = True
+    """Mirror every second picture for the autoencoder; the U-Net sees none mirrored, as captions say left and right."""
+    autoencoder_minutes: float = 22.0
+    """Time limit of the autoencoder's training."""
+    autoencoder_steps: int | None = None
+    """Updates of the autoencoder's weights, in place of its minutes."""
+    autoencoder_batch: int = 16
+    """Pictures in a step of the autoencoder."""
+    autoencoder_rate: float = 1e-3
+    """AdamW's highest rate for the autoencoder."""
     space: Literal["latents", "pixels"] = "latents"
     """Diffusion in the latents of an autoencoder, which is trained first, or in pixels."""
     widths: tuple[int, ...] | None = None
@@ -76,6 +98,14 @@ class Recipe(_autoencoder.AutoencoderOptions):
         """Steps, or else minutes, of the U-Net: in pixels it has those of the autoencoder too."""
         return self.steps, self.minutes + (self.autoencoder_minutes if self.space == "pixels" else 0.0)
 
+    def autoencoder(self, channels: int) -> autoencoder_kl.Config:
+        """The autoencoder's Config for pictures of so many channels."""
+        widths = self.autoencoder_widths
+        return autoencoder_kl.Config(
+            size=self.size, channels=channels, latent_channels=self.latent_channels, widths=widths,
+            n_residual_blocks=1, norm_groups=math.gcd(32, max(1, widths[0] // 2), *widths), scale=1.0,
+        )  # fmt: skip
+
     def resolved(self) -> "Recipe":
         """With the unset options filled in."""
         usual = LATENTS if self.space == "latents" else PIXELS
@@ -95,7 +125,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     towers, tokenizer = text_encoder.two_towers_of(recipe, out, resume)
     length = towers.config.context_length
     tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
-    autoencoder = _autoencoder.autoencoder_of(recipe, parts, out, resume) if latents else None
+    autoencoder = autoencoder_of(recipe, parts, out, resume) if latents else None
     config = model_config(recipe, towers.config.text, autoencoder.config if autoencoder else None, channels)
     torch.manual_seed(recipe.seed)
     text, unet = text_encoder.text_conditioned(towers), conditioned_unet.build(config.unet)
@@ -141,40 +171,69 @@ def caption_batches(
     data = NoisedBatches(batches, seed)
     if model.autoencoder is None:
         return data
-    latents = [_autoencoder.encode_dataset(model.autoencoder, model.config.scale, part) if len(part) else None
+    latents = [encode_dataset(model.autoencoder, model.config.scale, part) if len(part) else None
                for part in (parts.train, parts.validation)]  # fmt: skip
     assert latents[0] is not None
     return LatentBatches(data, latents[0], latents[1])
+
+
+def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> autoencoder_kl.AutoencoderKL:
+    """The autoencoder, trained into a folder of the run, with the scale that gives its latents a variance of 1."""
+    torch.manual_seed(recipe.seed)
+    model = autoencoder_kl.build(recipe.autoencoder(parts.train.shape[0])).to(choose())
+    data = common.pictures_of(parts, recipe.autoencoder_batch, recipe.seed, recipe.flip)
+    loss = AutoencoderKLLoss(recipe.kl_weight, recipe.edges)
+    budget = recipe.autoencoder_steps, recipe.autoencoder_minutes
+    settings = {
+        "minutes": common.minutes_of(budget), "batch_size": recipe.autoencoder_batch,
+        "learning_rate": recipe.autoencoder_rate, "final_ratio": 0.0, "weight_decay": 0.0, "betas": (0.9, 0.99),
+    }  # fmt: skip
+    found = common.train_part(
+        recipe, out / common.AUTOENCODER, resume, model, loss, lambda steps: data, parts,
+        "An autoencoder learns to make pictures small",
+        "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022), section 3.1",
+        {"loss": vars(loss), "flip": recipe.flip}, lambda steps: settings, budget,
+    )  # fmt: skip
+    return set_scale(found, parts.train)
+
+
+def set_scale(found: Any, pictures: ImageDataset) -> autoencoder_kl.AutoencoderKL:
+    """A trained autoencoder, whose `scale` is one over the standard deviation of the latents of these pictures,
+    or of some spread over them (Rombach et al., 2022, appendix G)."""
+    one = replace(found.config, scale=1.0)
+    seen = encode_dataset(found, one.scale, pictures.chosen(range(0, len(pictures), 1 + len(pictures) // MEASURED)))
+    variance = seen.mean.var() + seen.deviation.square().mean()
+    found.config = replace(one, scale=round(float(variance.rsqrt()), 6))
+    return found
+
+
+@torch.no_grad()
+def encode_dataset(model: autoencoder_kl.AutoencoderKL, scale: float, pictures: ImageDataset) -> EncodedImages:
+    """The latents of pictures as diffusion sees them, computed once."""
+    groups = [_moments(model, pictures.take(slice(n, n + BATCH))) for n in range(0, len(pictures), BATCH)]
+    mean, deviation = (scale * torch.cat(part) for part in zip(*groups, strict=True))
+    return EncodedImages(mean, deviation)
+
+
+def _moments(model: autoencoder_kl.AutoencoderKL, pictures: UInt8[Tensor, "batch colours rows columns"]) -> Any:
+    found = model.encode(to_signed(pictures.to(next(model.parameters()).device)))
+    return found.mean.contiguous().cpu(), torch.exp(0.5 * found.log_variance).contiguous().cpu()
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains all parts into `out`, which keifu draw and diffusers' StableDiffusionPipeline read afterwards."""
     recipe = recipe.resolved()
     task = prepare(recipe, out, resume)
-    budget, resume = recipe.budget, is_resuming(out, resume)
-    trial = common.image_settings(recipe, 1000, budget)
-    steps = common.steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
-    chosen = common.image_settings(recipe, steps, budget)
-    common.show(out, {"Autoencoder": _autoencoder.FOLDER, "CLIP": text_encoder.FOLDER})
-    request = ImageRequest("dpm++-2m", STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0])
-    summary = train(
-        task.model, task.objective, task.data, chosen, describe(recipe, task, out, resume),
-        sample=task.sampler(recipe, request), save=task.save,
+    model = task.model
+    summary = task.learn(
+        recipe, out, resume,
+        ImageRequest("dpm++-2m", STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0]),
+        title="Latent diffusion",
+        paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
+        told=("space", "weighting", "caption_dropout"),
+        parts={"autoencoder": model.autoencoder, "text encoder": model.text, "U-Net": model.unet},
     )  # fmt: skip
     print(
         f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --guidance {recipe.guidance:g} -o picture.png'
     )
     return summary
-
-
-def describe(recipe: Recipe, task: TextToImageTask, out: Path, resume: bool) -> Run:
-    """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    parts = {"autoencoder": task.model.autoencoder, "text encoder": task.model.text, "U-Net": task.model.unet}
-    return common.describe_run(
-        recipe, out, resume, task.parts.train,
-        ("data", "languages", "truncate", "space", "weighting", "caption_dropout"),
-        {"model": asdict(task.model.config)},
-        title=f"Latent diffusion learns to draw “{Path(recipe.data).stem}” from text",
-        paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
-        **common.parameters_of(parts),
-    )  # fmt: skip

@@ -15,15 +15,13 @@ from keifu.generation.images.latent_diffusion import text_tokens
 from keifu.models.clip import clip
 from keifu.models.clip import text as clip_text
 from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images.common import TextToImageOptions, is_resuming, minutes_of, steps_for
+from keifu.recipes.images.common import CLIP, TextToImageOptions, is_resuming, minutes_of, steps_for
 from keifu.training.objectives.contrastive import contrastive_loss
-
-FOLDER = "clip"  # inside the run's
 
 
 def two_towers_of(recipe: TextToImageOptions, out: Path, resume: bool) -> tuple[clip.Clip, Tokenizer]:
     """The CLIP and its tokenizer, trained into a folder of the run where none is given."""
-    place = Path(recipe.clip) if recipe.clip else out / FOLDER
+    place = Path(recipe.clip) if recipe.clip else out / CLIP
     if not recipe.clip:
         _train(recipe, place, is_resuming(place, resume))
     model, tokenizer = checkpoints.load(recipe.clip or place, torch.float32)

@@ -13,7 +13,7 @@ Axes: picture, channels, height, width; embedding = numbers of CLIP's vectors.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -39,12 +39,12 @@ from keifu.models.unclip import conditioning, unclip
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
 from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images import common, text_encoder
-from keifu.recipes.images.common import TextToImageOptions, TextToImageTask, is_resuming, read_captioned
-from keifu.training.loop import Summary, train
+from keifu.recipes.images import text_encoder
+from keifu.recipes.images.common import TextToImageOptions, TextToImageTask, read_captioned
+from keifu.training.loop import Summary
 from keifu.training.objectives import unclip as losses
 from keifu.training.objectives.diffusion import NoisedBatches
-from keifu.training.protocols import Data, Run
+from keifu.training.protocols import Data
 
 CHUNK = 64  # pictures that CLIP sees at a time
 
@@ -238,37 +238,16 @@ def complete_config(model: unclip.Unclip) -> unclip.Unclip:
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains all parts into `out`, which keifu draw and diffusers' unCLIP parts read afterwards."""
     task = prepare(recipe, out, resume)
-    budget, resume = recipe.budget, is_resuming(out, resume)
-    trial = common.image_settings(recipe, 1000, budget)
-    steps = common.steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
-    if not recipe.clip:
-        common.show(out, {"CLIP": text_encoder.FOLDER})
     request = ImageRequest(
         "ddim", min(STEPS, recipe.noise_steps), recipe.seed, guidance=recipe.guidance,
         prior_guidance=recipe.guidance, text=recipe.prompts[0],
     )  # fmt: skip
-    complete = partial(complete_config, task.model)
-
-    def save(directory: Path) -> None:
-        complete()
-        task.save(directory)
-
-    summary = train(
-        task.model, task.objective, task.data, common.image_settings(recipe, steps, budget),
-        describe(recipe, task, out, resume), sample=task.sampler(recipe, request, before=complete),
-        save=save,
+    summary = task.learn(
+        recipe, out, resume, request, title="unCLIP",
+        paper="Ramesh et al., Hierarchical Text-Conditional Image Generation with CLIP Latents (2022)",
+        told=("crop", "weighting", "prior_dropout", "text_dropout", "image_dropout"),
+        parts={name: part for name, part in task.model.named_children() if name != "last_upsampler"},
+        before=partial(complete_config, task.model),
     )  # fmt: skip
     print(f'The model is in {out}: keifu draw {out} "{recipe.prompts[0]}" --guidance {recipe.guidance:g}')
     return summary
-
-
-def describe(recipe: Recipe, task: TextToImageTask, out: Path, resume: bool) -> Run:
-    """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    told = ("data", "languages", "truncate", "crop", "weighting", "prior_dropout", "text_dropout", "image_dropout")
-    parts = {name: part for name, part in task.model.named_children() if name != "last_upsampler"}
-    return common.describe_run(
-        recipe, out, resume, task.parts.train, told, {"model": asdict(task.model.config)},
-        title=f"unCLIP learns to draw “{Path(recipe.data).stem}” from text",
-        paper="Ramesh et al., Hierarchical Text-Conditional Image Generation with CLIP Latents (2022)",
-        **common.parameters_of(parts),
-    )  # fmt: skip
