@@ -40,7 +40,7 @@ from keifu.ranges import check
 from keifu.recipes.finetuning import FinetuneOptions, describe_run, finetune_settings
 from keifu.recipes.options import given
 from keifu.training.loop import Summary, train
-from keifu.training.protocols import Objective, Run, Sample, Save
+from keifu.training.protocols import Objective, Sample, Save
 from keifu.training.run import metrics
 from keifu.training.settings import Settings
 
@@ -107,10 +107,12 @@ def epoch_settings(recipe: Any, data: Any, rates: tuple[float, float], **differe
 
 
 def finetune(
-    recipe: AssistantOptions, task: FinetuneTask, objective: Objective, settings: Settings, run: Run,
-    sample: Sample | None = None, save: Save | None = None,
+    recipe: AssistantOptions, task: FinetuneTask, objective: Objective, settings: Settings, out: Path, resume: bool,
+    sample: Sample | None = None, save: Save | None = None, **report: Any,
 ) -> Summary:  # fmt: skip
-    """Trains the task's model into a run folder, which then holds the result: a whole model, or its adapters."""
+    """Trains the task's model into a run folder, which then holds the result: a whole model, or its adapters. report:
+    what the run is described by (see `describe_run`)."""
+    run = describe_run(recipe, out, resume, **report)
 
     def save_task(directory: Path) -> None:
         save_result(task.result, task.tokenizer, directory, recipe.model)
@@ -371,19 +373,15 @@ def learn_from_rollouts(
     watched, (learned, held) = kl_watch(normal, out, resume), task.data.parts
     made = {"source": "sums in the form of reasoning-gym's chain_sum, made here", **asdict(recipe.sums)}
     counts = {"prompts to learn from": len(learned), "prompts held out": len(held)}
-    run = describe_run(
-        recipe,
-        out,
-        resume,
-        title=f"{recipe.model} learns from the reward {Path(recipe.reward).name}",
-        paper=paper,
-        unit="answers",
+    about: dict[str, Any] = {"normal ranges": describe(watched.normal)}
+    summary = finetune(
+        recipe, task, objective, settings, out, resume,
+        title=f"{recipe.model} learns from the reward {Path(recipe.reward).name}", paper=paper, unit="answers",
         options={"reward": recipe.reward, "reward's file": task.rewarding.digest, **options},
-        data=(made if recipe.data == CHAIN_SUM else {}) | counts,
-        watch=watched,
-        **{"normal ranges": describe(watched.normal)},
-    )
-    return finetune(recipe, task, objective, settings, run), watched
+        data=(made if recipe.data == CHAIN_SUM else {}) | counts, watch=watched,
+        **about,
+    )  # fmt: skip
+    return summary, watched
 
 
 def measured(names: Sequence[str]) -> dict[str, RewardOptions]:

@@ -23,10 +23,8 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.recipes.assistant import common
 from keifu.recipes.assistant.common import FinetuneTask, RankedOptions, open_model, sample_answer
-from keifu.recipes.finetuning import describe_run
 from keifu.training.loader import on_device
 from keifu.training.loop import Summary
-from keifu.training.protocols import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,22 +96,13 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
     """Trains the task's model into a run folder."""
     # float32: differences of log-probabilities are small beside what bfloat16 rounds away
     more: dict[str, Any] = {"schedule": "linear", "final_ratio": 0.0, "precision": "float32"}
-    chosen, run = common.epoch_settings(recipe, task.data, (1e-6, 2e-5), **more), describe(recipe, task, out, resume)
-    return common.finetune(recipe, task, dpo(recipe.loss, recipe.beta, recipe.label_smoothing), chosen, run)
-
-
-def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
-    """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    return describe_run(
-        recipe,
-        out,
-        resume,
+    options = {name: vars(recipe)[name] for name in ("loss", "beta", "label_smoothing")}
+    return common.finetune(
+        recipe, task, dpo(**options), common.epoch_settings(recipe, task.data, (1e-6, 2e-5), **more), out, resume,
         title=f"{recipe.model} learns what is preferred in “{Path(recipe.data).stem}”",
-        paper="Rafailov et al., Direct Preference Optimization (2023)",
-        unit="pairs",
-        options={"loss": recipe.loss, "beta": recipe.beta, "label_smoothing": recipe.label_smoothing},
+        paper="Rafailov et al., Direct Preference Optimization (2023)", unit="pairs", options=options,
         data=common.counted("pairs", task.data.parts, task.dropped),
-    )
+    )  # fmt: skip
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

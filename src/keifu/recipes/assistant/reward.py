@@ -27,9 +27,7 @@ from keifu.layers.lora import merge
 from keifu.models import task_head
 from keifu.recipes.assistant import common
 from keifu.recipes.assistant.common import FinetuneTask, Lora, RankedOptions, open_model, sample_answer
-from keifu.recipes.finetuning import describe_run
 from keifu.training.loop import Summary
-from keifu.training.protocols import Run
 from keifu.training.run.report import CURVES
 
 DEMONSTRATIONS = 256  # at most so many are scored for the bias
@@ -104,8 +102,13 @@ def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> lis
 def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summary:
     """Trains the task's model into a run folder."""
     chosen = common.epoch_settings(recipe, task.data, (9e-6, 1e-4), betas=(0.9, 0.95))
-    run = describe(recipe, task, out, resume)
-    return common.finetune(recipe, task, ranking_loss, chosen, run, save=lambda directory: leave(task, directory))
+    return common.finetune(
+        recipe, task, ranking_loss, chosen, out, resume, save=lambda directory: leave(task, directory),
+        title=f"{recipe.model} learns to score answers from “{Path(recipe.data).stem}”",
+        paper="Ouyang et al., InstructGPT (2022), section 3.5", unit="prompts",
+        options={"template": task.tokenizer.chat_template},
+        data=common.counted("prompts", task.data.parts, task.dropped),
+    )  # fmt: skip
 
 
 def leave(task: Task, directory: Path) -> None:
@@ -127,20 +130,6 @@ def calibration_chart(told: Calibration) -> dict[str, Any]:
     ]
     title = f"Calibration: off by {told.error:.3f} on average over {sum(told.count):,} pairs"
     return {"title": title, "y_label": "share that is right", "x_label": "how sure", "curves": curves}
-
-
-def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
-    """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    return describe_run(
-        recipe,
-        out,
-        resume,
-        title=f"{recipe.model} learns to score answers from “{Path(recipe.data).stem}”",
-        paper="Ouyang et al., InstructGPT (2022), section 3.5",
-        unit="prompts",
-        options={"template": task.tokenizer.chat_template},
-        data=common.counted("prompts", task.data.parts, task.dropped),
-    )
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

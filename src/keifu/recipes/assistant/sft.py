@@ -20,10 +20,8 @@ from keifu.errors import UserError
 from keifu.generation.text.chat import Conversation as Talk
 from keifu.recipes.assistant import common
 from keifu.recipes.assistant.common import AssistantOptions, FinetuneTask, held_out, open_model
-from keifu.recipes.finetuning import describe_run
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import causal_language_modeling
-from keifu.training.protocols import Run
 
 SAMPLES = 3
 
@@ -95,8 +93,14 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
     """Trains the task's model into a run folder: a whole model, or adapters beside the name of their base."""
     often = max(1, recipe.total_steps(task.data.steps_per_epoch) // 3)
     more = {"weight_decay": recipe.weight_decay, "sample_every": often}
-    chosen, run = common.epoch_settings(recipe, task.data, (2e-5, 2e-4), **more), describe(recipe, task, out, resume)
-    return common.finetune(recipe, task, causal_language_modeling, chosen, run, sample=lambda step: answers(task))
+    kept = {"learned from": len(task.training.kept), "held out": len(task.held.kept)}
+    gone = {"too long, left out": task.training.dropped, "too long, cut": task.training.shortened}
+    return common.finetune(
+        recipe, task, causal_language_modeling, common.epoch_settings(recipe, task.data, (2e-5, 2e-4), **more), out,
+        resume, lambda step: answers(task), title=f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
+        paper="Ouyang et al., InstructGPT (2022), section 3.5", unit="tokens",
+        options={"template": task.tokenizer.chat_template}, data=kept | gone,
+    )  # fmt: skip
 
 
 def answers(task: Task) -> str:
@@ -108,22 +112,6 @@ def answers(task: Task) -> str:
         said = "".join(talk.reply(asked, max_tokens=80, seed=0))
         told.append(f"{asked}\n> {said}" + ("" if talk.finish_reason == "stop" else " ..."))
     return "\n\n".join(told)
-
-
-def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
-    """The run for the training loop: what decides its result beside the settings, and what its report says."""
-    kept = {"learned from": len(task.training.kept), "held out": len(task.held.kept)}
-    gone = {"too long, left out": task.training.dropped, "too long, cut": task.training.shortened}
-    return describe_run(
-        recipe,
-        out,
-        resume,
-        title=f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
-        paper="Ouyang et al., InstructGPT (2022), section 3.5",
-        unit="tokens",
-        options={"template": task.tokenizer.chat_template},
-        data=kept | gone,
-    )
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
