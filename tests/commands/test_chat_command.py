@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from keifu import checkpoints, cli
+from keifu.commands.chat import Chat
 from keifu.commands.shared import terminal
-from keifu.commands.shared.conversation import Chat
 from keifu.data.chat import conversations
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.tokenizer import Tokenizer

@@ -19,8 +19,7 @@ from torch import Tensor
 from keifu.checkpoints.plan import Source, Stored
 from keifu.checkpoints.registry import describe
 from keifu.data.tokenizers.seq2seq import TwoSidedTokenizer
-from keifu.data.tokenizers.special_tokens import put_around_text
-from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.errors import UserError
 from keifu.files import plain_file
 from keifu.models import seq2seq

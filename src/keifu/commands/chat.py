@@ -1,17 +1,21 @@
 """`keifu chat`: a conversation in the terminal, or one answer to a question."""
 
-from dataclasses import dataclass
+import json
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
 from keifu.commands.shared import flags
-from keifu.commands.shared.conversation import Chat, tell_cut
+from keifu.commands.shared.errors import explain
 from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice
-from keifu.commands.shared.terminal import no_text
+from keifu.commands.shared.terminal import edit_lines, no_text, read_rest
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_text
-from keifu.errors import UserError
+from keifu.errors import UserError, unknown
 from keifu.generation.text.sampling_params import ANSWER_TOKENS
 
 EXAMPLE = 'keifu chat MODEL "What is the capital of France?"'
@@ -69,6 +73,171 @@ def check_chats(name: str, tokenizer: Any) -> None:
             f'{name} is a base model, without a chat template: let it continue a text (keifu generate {name} "..."), '
             f"or teach it to answer (keifu train sft --model {name} --data CHATS.jsonl)."
         )
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from keifu.generation.text.chat import Conversation
+    from keifu.generation.text.sampling_params import SamplingParams
+
+HINT = '/help lists the commands, """ begins a text of several lines, Ctrl-C stops an answer, /bye leaves.'
+NOTES = (
+    'Lines between """ and """ are one message; a backslash at the end of a line continues it too.',
+    "A line that begins with a space is a message, even if a slash comes next.",
+)
+SAME = {"/exit": "/bye", "/quit": "/bye", "/?": "/help"}  # other tools' names
+CUT = {"length": "--max-tokens", "context": "the model's context, which is full"}
+
+
+class Command(NamedTuple):
+    """What may follow it on its line, what it does in a few words, and the function that does it."""
+
+    argument: str
+    about: str
+    act: Callable[[str], None]
+
+
+class Chat:
+    """Reads messages and commands, and prints answers.
+
+    sampling: with a seed. Each further answer has the next seed, so that a question that is asked again can get another
+    answer; the first seed repeats the whole conversation.
+    """
+
+    def __init__(self, conversation: "Conversation", sampling: "SamplingParams"):
+        self.conversation, self.sampling = conversation, sampling
+        self.over = False
+        self.files: set[Path] = set()  # those that hold this conversation
+        self.commands = {
+            "/help": Command("", "list the commands", self._help),
+            "/system": Command("TEXT", "change what the model is told; without a text, show it", self._system),
+            "/save": Command("FILE", "write the conversation; a .jsonl file is data for keifu train sft", self._save),
+            "/load": Command("FILE", "go on with a conversation that was saved", self._load),
+            "/reset": Command("", "forget what was said, but not what the model is told", self._reset),
+            "/bye": Command("", "leave, as /exit and Ctrl-D do", self._leave),
+        }
+
+    def talk(self) -> None:
+        """Goes on until the person leaves: by /bye, by the end of input, or by Ctrl-C twice at the prompt."""
+        edit_lines()
+        print(HINT)
+        stopped = False  # by Ctrl-C, just now
+        while not self.over:
+            try:
+                line = input("> ")
+            except KeyboardInterrupt:
+                print("\n" if stopped else "\n/bye, Ctrl-D or Ctrl-C once more leaves.")
+                self.over, stopped = stopped, True
+            except EOFError:
+                print()
+                self.over = True
+            else:
+                stopped = False
+                self.hear(line)
+
+    def hear(self, line: str) -> None:
+        """Obeys a command, or answers a message, of which this may be the first line alone. Whatever goes wrong is said
+        on stderr, and the conversation goes on."""
+        with self._forgiving():
+            if line.startswith("/"):
+                self._obey(line)
+            elif message := self._whole(line).strip():
+                self._answer(message)
+
+    def _whole(self, line: str) -> str:
+        """The message that begins with this line; empty where Ctrl-C takes it back."""
+        try:
+            return read_rest(line)
+        except KeyboardInterrupt:
+            print()
+            return ""
+
+    @contextmanager
+    def _forgiving(self) -> "Iterator[None]":
+        try:
+            yield
+        except EOFError:  # within a text of several lines
+            print()
+            self.over = True
+        except BrokenPipeError:
+            raise
+        except (UserError, OSError) as error:
+            print(explain(error), file=sys.stderr)
+        except KeyboardInterrupt:
+            print("Stopped.", file=sys.stderr)
+
+    def _obey(self, line: str) -> None:
+        word, _, argument = line.partition(" ")
+        name = SAME.get(word, word)
+        if name not in self.commands:
+            raise unknown("command", word, self.commands)
+        command = self.commands[name]
+        if command.argument == "FILE" and not argument.strip():
+            raise UserError(f"{name} needs the name of a file, such as {name} talk.jsonl.")
+        command.act(argument.strip())
+
+    def _answer(self, message: str) -> None:
+        try:
+            for piece in self.conversation.reply(message, **vars(self.sampling)):
+                print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
+        self.sampling = replace(self.sampling, seed=(self.sampling.seed or 0) + 1)
+        tell_cut(self.conversation.finish_reason)
+
+    def _help(self, _: str) -> None:
+        for name, command in self.commands.items():
+            print(f"{f'{name} {command.argument}':14}{command.about}")
+        print(*NOTES, sep="\n")
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.conversation.instruct(text)
+        print(self.conversation.system or "(The model is told what its chat template says, if anything.)")
+
+    def _save(self, name: str) -> None:
+        """One conversation as a line of JSON; a file that holds something else is not replaced."""
+        from keifu.files import write_atomic
+
+        path = Path(name).expanduser().resolve()
+        messages = self.conversation.messages
+        if not any(message["role"] == "assistant" for message in messages):
+            raise UserError("There is nothing to save yet: ask something first.")
+        if path.exists() and path not in self.files:
+            raise UserError(f"There is already a {name}: choose another name.")
+        record = {"messages": messages}
+        listed = [record] if path.suffix.lower() == ".json" else record
+        write_atomic(path, json.dumps(listed, ensure_ascii=False) + "\n")
+        self.files.add(path)
+        print(f"Wrote {name}: {len(messages)} messages.")
+
+    def _load(self, name: str) -> None:
+        from keifu.data.chat.conversations import objects, validate_messages
+
+        path = Path(name).expanduser().resolve()
+        found = list(objects(path, "conversation"))
+        if len(found) != 1:
+            raise UserError(f"{name} holds {len(found)} conversations: /load reads a file that /save has written.")
+        [(place, record)] = found
+        messages = validate_messages(record.get("messages"), place)
+        self.conversation.restore(messages)
+        self.files.add(path)
+        print(f"Read {name}: {len(messages)} messages. The last answer was:\n{messages[-1]['content']}")
+
+    def _reset(self, _: str) -> None:
+        self.conversation.reset()
+        self.files.clear()
+        print("The conversation is forgotten.")
+
+    def _leave(self, _: str) -> None:
+        self.over = True
+
+
+def tell_cut(reason: str | None) -> None:
+    """Says on stderr what cut an answer, if anything did."""
+    if reason in CUT:
+        print(f"(The answer was cut by {CUT[reason]}.)", file=sys.stderr)
 
 
 parse = flags.parser(Options, run, "keifu chat")

@@ -43,7 +43,7 @@ def application(models: ServedModels, access: Access = Access()) -> FastAPI:  # 
     )
     errors.install(app)
     for part in (chat, completions, responses, embeddings, translations, images, inspection):
-        app.include_router(part.routes(models))
+        part.routes(app, models)
     app.include_router(page.routes())
     _state_routes(app, models)
     app.add_middleware(middleware.BodyLimit, limit=access.body)

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from pydantic import Field
 from starlette.responses import Response
 from torch import Tensor, nn
@@ -42,21 +42,18 @@ class MatchRequest(Body):
     texts: Annotated[list[str], Field(min_length=1, max_length=256)]
 
 
-def routes(models: ServedModels) -> APIRouter:
+def routes(app: FastAPI, models: ServedModels) -> None:
     """The routes, for these models."""
-    router = APIRouter()
 
-    @router.post("/v1/inspect", summary="What happens inside a model while it reads", tags=["insight"])
+    @app.post("/v1/inspect", summary="What happens inside a model while it reads", tags=["insight"])
     async def inspect(body: InspectRequest, request: Request) -> Response:
         work = partial(_inspect, body=body, about=models.find(body.model, "inspection"))
         return await whole(request, models.worker(body.model).call(work))
 
-    @router.post("/v1/match", summary="Pictures against words", tags=["vectors"])
+    @app.post("/v1/match", summary="Pictures against words", tags=["vectors"])
     async def match(body: MatchRequest, request: Request) -> Response:
         models.find(body.model, "match")
         return await whole(request, models.worker(body.model).call(partial(_match, body=body)))
-
-    return router
 
 
 def _inspect(model: nn.Module, tokenizer: Any, body: InspectRequest, about: Description) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
 from starlette.responses import Response
 from torch import nn
@@ -40,9 +40,8 @@ class TokenizeRequest(Body):
         return self
 
 
-def routes(models: ServedModels) -> APIRouter:
+def routes(app: FastAPI, models: ServedModels) -> None:
     """The routes, for these models."""
-    router = APIRouter()
 
     async def translated(body: TranslationRequest) -> dict[str, Any]:
         models.find(body.model, "translation")
@@ -56,11 +55,11 @@ def routes(models: ServedModels) -> APIRouter:
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
         return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
-    @router.post("/v1/translations", summary="Translate texts, sentence by sentence", tags=["text"])
+    @app.post("/v1/translations", summary="Translate texts, sentence by sentence", tags=["text"])
     async def translations(body: TranslationRequest, request: Request) -> Response:
         return await whole(request, translated(body))
 
-    @router.post("/v1/tokenize", summary="A text as tokens", tags=["text"])
+    @app.post("/v1/tokenize", summary="A text as tokens", tags=["text"])
     def tokenize(body: TokenizeRequest) -> Response:
         tokenizer = models.reader(body.model).tokenizer
         if body.messages is None:
@@ -69,8 +68,6 @@ def routes(models: ServedModels) -> APIRouter:
             ids = tokenizer.render_chat([message.plain() for message in body.messages])
         entries = [{"text": token_text(tokenizer, each), "bytes": [*token_bytes(tokenizer, each)]} for each in ids]
         return json_response({"object": "tokens", "model": body.model, "ids": ids, "tokens": entries})
-
-    return router
 
 
 def _translate(

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from keifu import checkpoints
 from keifu.checkpoints.registry import read_config
-from keifu.data.tokenizers.special_tokens import put_around_text
-from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import transformer
 

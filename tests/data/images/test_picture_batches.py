@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keifu.data.images.augmentation import Augmentation, uniform
-from keifu.data.images.batches import ImageBatches
-from keifu.data.images.dataset import ImageDataset
+from keifu.data.images.dataset import ImageBatches, ImageDataset
 from keifu.data.images.io import to_bytes, to_signed
 from keifu.errors import UserError
 from keifu.training.protocols import Data

@@ -184,7 +184,7 @@ def test_an_answer_that_grows_into_its_prompt_is_encoded_apart(words: Tokenizer)
 
 def test_a_tokenizer_that_begins_a_text_does_so_before_a_prompt(words: Tokenizer, tokenizer: Tokenizer) -> None:
     assert first_context(words, ["", "the"]) == []
-    from keifu.data.tokenizers.special_tokens import put_around_text
+    from keifu.data.tokenizers.tokenizer import put_around_text
 
     other = train_tokenizer("bpe", ["the cat"], 260)
     put_around_text(other.backend, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, bos=True, eos=True)

@@ -41,8 +41,7 @@ from keifu.data.text import synthetic_math
 from keifu.data.text.packed import PackedText
 from keifu.data.text.span_corruption import CorruptionTask, Rows
 from keifu.data.text.token_shards import Shards, prepare, prepare_parts
-from keifu.data.tokenizers.special_tokens import nothing_around_text
-from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer, nothing_around_text
 from keifu.data.translation import tatoeba
 from keifu.data.translation.pairs import pair_names, read_pairs, split
 from keifu.errors import UserError, unknown

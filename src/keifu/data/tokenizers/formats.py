@@ -16,8 +16,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from keifu.data.tokenizers import bpe
 from keifu.data.tokenizers.bpe import byte_level_backend
 from keifu.data.tokenizers.sentencepiece import backend_from_pieces, check_character_map, parse
-from keifu.data.tokenizers.special_tokens import put_around_text
-from keifu.data.tokenizers.tokenizer import ROLES, Tokenizer
+from keifu.data.tokenizers.tokenizer import ROLES, Tokenizer, put_around_text
 from keifu.errors import UserError
 from keifu.files import check_pattern, plain_file, read_json, read_json_object, read_text
 from keifu.ranges import LARGEST

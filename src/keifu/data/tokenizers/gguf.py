@@ -25,9 +25,8 @@ from keifu.data.tokenizers.sentencepiece import (
     merges_by_score,
     numbered,
 )
-from keifu.data.tokenizers.special_tokens import put_around_text
 from keifu.data.tokenizers.streaming import byte_value
-from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.errors import UserError
 
 READ_FIELDS = ("tokenizer.", "general.sampling.")

@@ -21,9 +21,8 @@ from keifu.data.tokenizers.sentencepiece import (
     backend_from_pieces,
     no_byte_names,
 )
-from keifu.data.tokenizers.special_tokens import put_around_text
 from keifu.data.tokenizers.streaming import byte_alphabet
-from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.errors import UserError, unknown
 
 END_OF_TEXT = "<|endoftext|>"

@@ -16,8 +16,7 @@ from torch import nn
 from keifu import checkpoints
 from keifu.checkpoints.loading import load_model
 from keifu.data.images.augmentation import Augmentation
-from keifu.data.images.batches import ImageBatches
-from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
+from keifu.data.images.dataset import ImageBatches, ImageDataset, ImageSplit, read_images, split
 from keifu.data.images.grid import grid
 from keifu.data.images.io import to_bytes, to_signed
 from keifu.errors import UserError

@@ -21,8 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from keifu.data.images.batches import ImageBatches
-from keifu.data.images.dataset import ImageDataset, ImageSplit
+from keifu.data.images.dataset import ImageBatches, ImageDataset, ImageSplit
 from keifu.data.images.io import to_signed
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
@@ -141,9 +140,7 @@ def _data(
 ) -> Data:
     """Batches of captions and entries, computed here, once."""
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
-    codes = [
-        encode_dataset(model.vae, part) if len(part) else None for part in (parts.train, parts.validation)
-    ]
+    codes = [encode_dataset(model.vae, part) if len(part) else None for part in (parts.train, parts.validation)]
     assert codes[0] is not None
     return ImageTokenBatches(batches, codes[0], codes[1], lambda ids: real_tokens(ids, tokenizer.eos_id))
 

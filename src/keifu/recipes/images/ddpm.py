@@ -20,8 +20,7 @@ import torch
 
 from keifu import checkpoints
 from keifu.data.images.augmentation import Augmentation
-from keifu.data.images.batches import ImageBatches
-from keifu.data.images.dataset import ImageSplit, read_images, split
+from keifu.data.images.dataset import ImageBatches, ImageSplit, read_images, split
 from keifu.data.images.grid import grid
 from keifu.devices import choose
 from keifu.errors import UserError

@@ -21,8 +21,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from keifu.data.images.batches import ImageBatches
-from keifu.data.images.dataset import ImageDataset, ImageSplit
+from keifu.data.images.dataset import ImageBatches, ImageDataset, ImageSplit
 from keifu.data.images.io import to_signed
 from keifu.devices import choose
 from keifu.errors import UserError

@@ -22,8 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keifu.data.images.batches import ImageBatches
-from keifu.data.images.dataset import ImageDataset, ImageSplit, read_images, split
+from keifu.data.images.dataset import ImageBatches, ImageDataset, ImageSplit, read_images, split
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError

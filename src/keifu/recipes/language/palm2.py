@@ -51,8 +51,7 @@ from keifu.data.text.span_corruption import (
 )
 from keifu.data.text.token_shards import Shards
 from keifu.data.tokenizers.load import learned_tokenizer
-from keifu.data.tokenizers.special_tokens import put_around_text
-from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.devices import choose
 from keifu.files import write_atomic

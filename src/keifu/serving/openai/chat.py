@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from keifu.generation.text.request import Piece
@@ -16,11 +16,10 @@ from keifu.serving.openai.tools import Delta, Reply, render
 from keifu.serving.streaming import STREAM, EventStream, whole
 
 
-def routes(models: ServedModels) -> APIRouter:
+def routes(app: FastAPI, models: ServedModels) -> None:
     """The route, for these models."""
-    router = APIRouter()
 
-    @router.post("/v1/chat/completions", summary="Answer a conversation", tags=["text"], responses=STREAM)
+    @app.post("/v1/chat/completions", summary="Answer a conversation", tags=["text"], responses=STREAM)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         def prompts(tokenizer: Any) -> list[list[int]]:
             return [render(tokenizer, [message.plain() for message in body.messages], tools.functions if tools else ())]
@@ -31,8 +30,6 @@ def routes(models: ServedModels) -> APIRouter:
         if body.stream:
             return EventStream(_events(answer, body), models.limits.timeout)
         return await whole(request, _completion(answer, body))
-
-    return router
 
 
 async def _completion(answer: Answer, body: ChatRequest) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from starlette.responses import Response
 from torch import nn
 
@@ -18,11 +18,10 @@ from keifu.serving.openai.schemas import CompletionRequest
 from keifu.serving.streaming import STREAM, EventStream, whole
 
 
-def routes(models: ServedModels) -> APIRouter:
+def routes(app: FastAPI, models: ServedModels) -> None:
     """The route, for these models."""
-    router = APIRouter()
 
-    @router.post("/v1/completions", summary="Continue texts", tags=["text"], responses=STREAM)
+    @app.post("/v1/completions", summary="Continue texts", tags=["text"], responses=STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         def prompts(tokenizer: Any) -> list[list[int]]:
             return [prompt_tokens(tokenizer, prompt) for prompt in body.prompts()]
@@ -31,8 +30,6 @@ def routes(models: ServedModels) -> APIRouter:
         if body.stream:
             return EventStream(_events(answer, body), models.limits.timeout)
         return await whole(request, _completion(answer, body))
-
-    return router
 
 
 class Choice:

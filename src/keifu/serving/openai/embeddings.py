@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from pydantic import Field
 from starlette.responses import Response
 from torch import Tensor, nn
@@ -39,9 +39,8 @@ class RerankRequest(Body):
     cut: bool = False
 
 
-def routes(models: ServedModels) -> APIRouter:
+def routes(app: FastAPI, models: ServedModels) -> None:
     """The routes, for these models."""
-    router = APIRouter()
 
     async def embedded(name: str, texts: list[str], cut: bool) -> tuple[Tensor, int]:
         found = models.find(name, "embedding")
@@ -67,15 +66,13 @@ def routes(models: ServedModels) -> APIRouter:
         ]
         return {"object": "list", "model": body.model, "results": results, "usage": {"total_tokens": tokens}}
 
-    @router.post("/v1/embeddings", summary="Texts as vectors", tags=["vectors"])
+    @app.post("/v1/embeddings", summary="Texts as vectors", tags=["vectors"])
     async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
         return await whole(request, embed(body))
 
-    @router.post("/v1/rerank", summary="Documents by their nearness to a query", tags=["vectors"])
+    @app.post("/v1/rerank", summary="Documents by their nearness to a query", tags=["vectors"])
     async def rerank(body: RerankRequest, request: Request) -> Response:
         return await whole(request, rank(body))
-
-    return router
 
 
 def _embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], cut: bool, limit: int) -> tuple[Tensor, int]:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from PIL import Image
 from pydantic import Field, ValidationError, field_validator
@@ -77,9 +77,8 @@ class ImageEditRequest(ImageGenerationRequest):
     strength: float | None = None
 
 
-def routes(models: ServedModels) -> APIRouter:
+def routes(app: FastAPI, models: ServedModels) -> None:
     """The routes, for these models."""
-    router = APIRouter()
     fingerprints: dict[str, str] = {}
 
     async def drawn(body: ImageGenerationRequest, files: Files, show: Show = lambda *_: None) -> dict[str, Any]:
@@ -99,17 +98,15 @@ def routes(models: ServedModels) -> APIRouter:
             return EventStream(_events(partial(drawn, body, files), kind), models.limits.timeout, named=True)
         return await whole(request, drawn(body, files))
 
-    @router.post("/v1/images/generations", summary="Draw pictures", tags=["pictures"], responses=STREAM)
+    @app.post("/v1/images/generations", summary="Draw pictures", tags=["pictures"], responses=STREAM)
     async def generations(body: ImageGenerationRequest, request: Request) -> Response:
         return await answer(body, request, {}, "image_generation")
 
     more: Any = {"responses": STREAM, "openapi_extra": _form()}
 
-    @router.post("/v1/images/edits", summary="Draw on a picture", tags=["pictures"], **more)
+    @app.post("/v1/images/edits", summary="Draw on a picture", tags=["pictures"], **more)
     async def edits(request: Request) -> Response:
         return await answer(*await _read_form(request), "image_edit")
-
-    return router
 
 
 async def _read_form(request: Request) -> tuple[ImageEditRequest, Request, Files]:

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from keifu.generation.text.sampling_params import ANSWER_TOKENS
@@ -51,12 +51,11 @@ def _size(messages: Messages) -> int:
     return sum(len(message["content"]) + len(str(message.get("tool_calls", ""))) for message in messages)
 
 
-def routes(models: ServedModels) -> APIRouter:
+def routes(app: FastAPI, models: ServedModels) -> None:
     """The routes, for these models."""
-    router = APIRouter()
     stored = Stored()
 
-    @router.post("/v1/responses", summary="Answer a conversation that is kept", tags=["text"], responses=STREAM)
+    @app.post("/v1/responses", summary="Answer a conversation that is kept", tags=["text"], responses=STREAM)
     async def create(body: ResponseRequest, request: Request) -> Response:
         earlier = stored.find(body.previous_response_id)[1] if body.previous_response_id else []
         messages = [*earlier, *body.messages]
@@ -72,16 +71,14 @@ def routes(models: ServedModels) -> APIRouter:
             return EventStream(turn.events(), models.limits.timeout, named=True)
         return await whole(request, turn.response())
 
-    @router.get("/v1/responses/{name}", summary="A response that was stored", tags=["text"])
+    @app.get("/v1/responses/{name}", summary="A response that was stored", tags=["text"])
     async def retrieve(name: str) -> Response:
         return json_response(stored.find(name)[0])
 
-    @router.delete("/v1/responses/{name}", summary="Forget a response", tags=["text"])
+    @app.delete("/v1/responses/{name}", summary="Forget a response", tags=["text"])
     async def delete(name: str) -> Response:
         stored.remove(name)
         return json_response({"id": name, "object": "response", "deleted": True})
-
-    return router
 
 
 class Turn:
