@@ -1,7 +1,7 @@
 """Load on the service: many clients at a time with prompts and answers of mixed lengths, beside llama.cpp's server.
 
 python benchmarks/serving.py [--model smollm2] [--weights int8] [--clients 64] [--slots 16] [--minutes 10]
-python benchmarks/serving.py --llama-server PATH [--gguf FILE] [--rounds 3] [--seconds 40]
+python benchmarks/serving.py --llama-server PATH [--gguf FILE] [--rounds 3] [--seconds 40] [--arrivals 2 4 8]
 
 The first counts errors, compares every greedy answer with what the same request got alone before, and tells tokens a
 second, the time to first token and the memory; meanwhile some clients leave early, some read slowly, and some open a
@@ -9,6 +9,9 @@ connection and say nothing. Then: a second turn of a long chat, what clients wit
 under load, and SIGKILL and a start. It ends with status 1 and a sentence for each thing that is not as it must be.
 
 The second gives keifu and llama-server the same file, slots and clients, in turn, and prints the ratio of each round.
+With --arrivals, requests come by themselves, so many a second on average (a Poisson process, the same for both),
+whether earlier ones are answered or not; it prints tokens a second until all are answered, and the seconds to the first
+token, to each further one, and to the end of an answer.
 """
 
 import argparse
@@ -48,6 +51,7 @@ class Outcome:
     errors: list[str] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)  # tokens a second of each whole answer, from its first one on
+    whole: list[float] = field(default_factory=list)  # seconds of each whole answer
     texts: list[tuple[int, str, bool]] = field(default_factory=list)  # number, text, and whether it is whole
     memory: list[int] = field(default_factory=list)
     seconds: float = 0.0
@@ -113,6 +117,7 @@ async def answer(url: str, body: dict[str, Any], found: Outcome, number: int = 0
                 await asyncio.sleep(0.2)
     if first:
         found.first.append(first - began)
+    found.whole.append(time.monotonic() - began)
     if count > 20 and not manner:
         found.rates.append((count - 1) / (time.monotonic() - first))
     found.texts.append((number, text, manner != "leaves"))
@@ -166,6 +171,25 @@ class Load:
             pages = Path(f"/proc/{self.process}/statm").read_text().split()[1]
             found.memory.append(int(pages) * os.sysconf("SC_PAGE_SIZE"))
             await asyncio.sleep(self.seconds / 20)
+
+
+async def arrive(url: str, model: str, rate: float, seconds: float, seed: int) -> Outcome:
+    """Requests that come by themselves for so many seconds, `rate` in each on average; what they saw at the end."""
+    found, chance, asked = Outcome(), random.Random(seed), []
+    began, at, number = time.monotonic(), 0.0, 0
+    while (at := at + chance.expovariate(rate)) < seconds:
+        await asyncio.sleep(max(0.0, began + at - time.monotonic()))
+        asked.append(asyncio.create_task(answer(url, request(number, model), found, number)))
+        number += 1
+    ended = await asyncio.gather(*asked, return_exceptions=True)
+    found.errors += [repr(each) for each in ended if isinstance(each, BaseException)]
+    found.seconds = time.monotonic() - began
+    return found
+
+
+def percentiles(values: list[float]) -> str:
+    """The median and the 95th percentile."""
+    return f"{statistics.median(values):.3f} | {statistics.quantiles(values, n=20)[-1]:.3f}"
 
 
 def start(command: list[str], url: str, path: str, seconds: float = 120) -> tuple[subprocess.Popen, float]:
@@ -319,6 +343,8 @@ def compare(options: argparse.Namespace) -> Iterable[str]:
         found = {name: Outcome() for name in urls}
         for url in urls.values():
             asyncio.run(alone(url, model, 2))
+        if options.arrivals:
+            return [error for rate in options.arrivals for error in arrivals(rate, urls, model, options)]
         for _ in range(options.rounds):
             for name, url in urls.items():
                 before = found[name].tokens
@@ -338,6 +364,23 @@ def compare(options: argparse.Namespace) -> Iterable[str]:
             process.kill()
 
 
+def arrivals(rate: float, urls: dict[str, str], model: str, options: argparse.Namespace) -> Iterable[str]:
+    """Prints a row for each server at this rate of requests, from all rounds; what went wrong."""
+    print(f"\n{rate:g} requests a second, {options.rounds} rounds of {options.seconds:g} s\n")
+    print("| | tokens/s | first token, s: median | 95% | further ones: median | 95% | whole answer: median | 95% |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    found: dict[str, list[Outcome]] = {name: [] for name in urls}
+    for seed in range(options.rounds):
+        for name, url in urls.items():
+            found[name].append(asyncio.run(arrive(url, model, rate, options.seconds, seed)))
+    for name, rounds in found.items():
+        each = [[value for one in rounds for value in getattr(one, part)] for part in ("first", "rates", "whole")]
+        speed = sum(one.tokens for one in rounds) / sum(one.seconds for one in rounds)
+        further = percentiles([1 / value for value in each[1]])
+        print(f"| {name} | {speed:.0f} | {percentiles(each[0])} | {further} | {percentiles(each[2])} |", flush=True)
+    return [f"{name}: {error}" for name, rounds in found.items() for one in rounds for error in one.errors[:3]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
@@ -349,6 +392,7 @@ def main() -> None:
     parser.add_argument("--distinct", type=int, default=200, help="requests of the long load, each asked alone before")
     parser.add_argument("--llama-server", help="llama.cpp's server; compares the two")
     parser.add_argument("--gguf", type=Path, help="what both serve; smollm2's file unless given")
+    parser.add_argument("--arrivals", type=float, nargs="+", help="requests a second that come by themselves")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=40.0, help="of each server in each round")
     options = parser.parse_args()
