@@ -69,3 +69,10 @@ def test_what_continues_no_text_is_refused(text: str, tmp_path: Path, capsys: py
     with pytest.raises(SystemExit):
         main(["train", "gpt", "--data", text, "--start-from", str(tmp_path / "bert"), "--out", str(tmp_path / "out")])
     assert "This model writes no text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--vocab-size", "300"], ["--tokenizer", "unigram"]])
+def test_a_tokenizer_beside_a_model_that_has_one_is_refused(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "gpt", "--start-from", "gpt-en", *words])
+    assert f"gpt-en goes on with its own tokenizer: leave {' '.join(words)} out." in capsys.readouterr().err
