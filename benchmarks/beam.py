@@ -1,16 +1,19 @@
-"""Sentences a second of beam search, beside transformers' generate on the same weights.
+"""Sentences a second of beam search, beside transformers' generate and CTranslate2 on the same weights.
 
 python benchmarks/beam.py [--dim 512] [--layers 6] [--vocab 16000] [--beams 4] [--sentences 128] [--dtype float32]
 python benchmarks/beam.py --model runs/transformer --data tatoeba-ja-en     (a trained model, on its test sentences)
 
 The default has random weights that end no text: every sentence gets `--tokens` tokens. A trained model ends its texts;
 then each side has its own length penalty and its own rule of when to stop. transformers gets its sentences in batches
-of `--batch-size`, once in the order given and once sorted by length.
+of `--batch-size`, once in the order given and once sorted by length. CTranslate2 (with random weights, where it is
+installed) computes in float32 like the others, and sorts by itself.
 """
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,9 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as directory:
         folder = options.model or save_random(options, Path(directory))
-        theirs = hf.MarianMTModel.from_pretrained(folder).eval().to(getattr(torch, options.dtype))
+        theirs = hf.MarianMTModel.from_pretrained(folder).eval()
+        faster = None if options.model or options.dtype != "float32" else ctranslate(theirs, Path(directory) / "ct2")
+        theirs = theirs.to(getattr(torch, options.dtype))
         ours: Any = checkpoints.load_model(folder).to(getattr(torch, options.dtype))
     sources = trained_sources(options, folder) if options.model else random_sources(options)
     settings = TranslationParams(options.beams, 1.0, None if options.model else options.tokens, options.batch_size)
@@ -47,13 +52,45 @@ def main() -> None:
         "transformers, sorted": lambda: generate(theirs, sorted(sources, key=len), options),
         "keifu": lambda: search(ours, sources, settings),
     }
-    same = [a == b.tokens for a, b in zip(contenders["transformers"](), contenders["keifu"](), strict=True)]
+    if faster is not None:
+        contenders["CTranslate2"] = lambda: faster(sources, options)
+    own = [each.tokens for each in contenders["keifu"]()]
+    told = ", ".join(f"{sum(map(eq, contenders[name](), own))} of {len(own)} of {name}'s" for name in contenders if name
+                     in ("transformers", "CTranslate2"))  # fmt: skip
     seconds = interleaved(contenders, options.rounds)
     kind = options.model or f"dim {options.dim}, {options.layers} layers, vocabulary {options.vocab}, random weights"
     how = f"{options.dtype}, {options.beams} beams, {len(sources)} sentences, {options.rounds} rounds"
     print(f"{machine()}; {kind}, {how}")
-    print(f"Best texts that are equal: {sum(same)} of {len(same)}.\n")
+    print(f"Best texts that are equal: {told}.\n")
     print(table(seconds, len(sources), "sentences", "transformers", {}))
+
+
+def ctranslate(model: Any, folder: Path) -> Callable[[Sources, argparse.Namespace], Sources] | None:
+    """CTranslate2's search with these weights, by ids; None where it is not installed."""
+    if find_spec("ctranslate2") is None:
+        return None
+    import ctranslate2
+    from ctranslate2.converters.transformers import MarianMTLoader
+
+    loader, names = MarianMTLoader(), ["</s>", "<unk>", *map(str, range(2, model.config.vocab_size - 1))]
+    spec = loader.get_model_spec(model)
+    loader.set_vocabulary(spec, names)
+    spec.config.eos_token, spec.config.unk_token, spec.config.decoder_start_token = names[0], names[1], names[0]
+    spec.validate()
+    spec.optimize()
+    folder.mkdir()
+    spec.save(folder)
+    translator = ctranslate2.Translator(str(folder), compute_type="float32", intra_threads=torch.get_num_threads())
+    numbers = {name: number for number, name in enumerate(names)}
+
+    def run(sources: Sources, options: argparse.Namespace) -> Sources:
+        found = translator.translate_batch(
+            [[names[each] for each in ids] for ids in sources], beam_size=options.beams, length_penalty=1.0,
+            max_decoding_length=options.tokens, max_batch_size=options.batch_size,
+        )  # fmt: skip
+        return [[numbers[name] for name in each.hypotheses[0]] for each in found]
+
+    return run
 
 
 def save_random(options: argparse.Namespace, directory: Path) -> Path:

@@ -1,10 +1,25 @@
-"""The product for a single row against the general one, with its gradients."""
+"""The product for a single row, and oneDNN's, against PyTorch's general one, with their gradients."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from keifu.layers.linear import JoinedLinear, Linear, linear
+from keifu.layers import linear as linears
+from keifu.layers.linear import JoinedLinear, Linear, linear, product
+from keifu.training.hardware.flops import count_flops
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on AMD's processors with AVX-512, whatever this one is."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(linears, "USES_ONEDNN", True)
+
+
+def uses_onednn(y: torch.Tensor) -> bool:
+    return type(y.grad_fn).__name__ == "_OneDnnBackward"
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (1, 1, 5), (3, 5), (2, 3, 5)])
@@ -27,3 +42,50 @@ def test_modules_use_it_and_keep_torchs_names():
     assert set(dict(Linear(5, 3).named_parameters())) == {"weight", "bias"}
     x = torch.randn(1, 5)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("shape", [(2, 96), (7, 96), (3, 5, 96), (2, 3, 4, 96)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_onednn_equals_torch_with_gradients_of_gradients(shape, with_bias):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape, requires_grad=True), nn.Parameter(torch.randn(130, 96) / 10)
+    bias = torch.randn(130, requires_grad=True) if with_bias else None
+    ours, theirs = linear(x, weight, bias), F.linear(x, weight, bias)
+    assert uses_onednn(ours)
+    torch.testing.assert_close(ours, theirs)
+    inputs = [t for t in (x, weight, bias) if t is not None]
+    first = [torch.autograd.grad(y.pow(3).sum(), inputs, create_graph=True) for y in (ours, theirs)]
+    torch.testing.assert_close(*first, rtol=1e-4, atol=1e-4)
+    second = [torch.autograd.grad(each[0].square().sum(), [x, weight]) for each in first]
+    torch.testing.assert_close(*second, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_onednn_gives_a_row_the_same_bits_beside_any_others():
+    torch.manual_seed(0)
+    x, weight = torch.randn(70, 96), torch.randn(130, 96)
+    whole = linear(x, weight)
+    for rows in (2, 3, 5, 8, 31, 64):
+        assert torch.equal(linear(x[:rows], weight), whole[:rows])
+
+
+@pytest.mark.usefixtures("onednn")
+def test_onednn_multiplies_views_and_counts_its_operations():
+    torch.manual_seed(0)
+    a, b = torch.randn(96, 7).T.requires_grad_(), torch.randn(96, 260)[:, ::2]
+    ours = product(a, b)
+    assert uses_onednn(ours)
+    torch.testing.assert_close(ours, a @ b)
+    assert count_flops(lambda: product(a, b).sum().backward()) == 2 * 2 * 7 * 96 * 130
+
+
+@pytest.mark.usefixtures("onednn")
+def test_what_onednn_is_not_given(monkeypatch):
+    x, weight = torch.randn(4, 96, requires_grad=True), torch.randn(130, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    for other in (linear(x.double(), weight.double()), linear(x[:, :8], weight[:, :8]), linear(x[:0], weight)):
+        assert not uses_onednn(other)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not uses_onednn(linear(x, weight))

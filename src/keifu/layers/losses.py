@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from keifu.layers.linear import linear, product
+
 Outputs = Float[Tensor, "batch outputs"]
 
 IGNORED = -100  # the target of a position that does not count
@@ -101,15 +103,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, _LOGITS_AT_A_TIME // weight.shape[0])
         for start in range(0, len(low), rows):
             part = slice(start, start + rows)
-            logits = F.linear(low[part], matrix, added)
+            logits = linear(low[part], matrix, added)
             loss, nats, d_logits = _loss_and_gradient(logits, targets[part], counts[part], *rates, vocabulary)
             total, plain = total + loss, plain + nats
             if not any(ctx.needs_input_grad):
                 continue
-            torch.mm(d_logits, matrix, out=d_hidden[part])
-            product = d_logits.T @ low[part]
+            d_hidden[part] = product(d_logits, matrix)
+            change = product(d_logits.T, low[part])
             d_bias = None if d_bias is None else d_bias.add_(d_logits.sum(0, dtype=torch.float32))
-            d_weight = product.to(weight.dtype) if d_weight is None else d_weight.add_(product)
+            d_weight = change.to(weight.dtype) if d_weight is None else d_weight.add_(change)
         if d_weight is not None:
             ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight, d_bias)
         ctx.mark_non_differentiable(plain)
@@ -187,7 +189,10 @@ LOSSES = {  # of the rows of a network's outputs; divide by the number of rows f
 }
 
 
-_ROWS_OF_LOGITS = 2**25  # 128 MiB of float32
+_LOGITS_IN_CACHE, _ROWS = (
+    2**20,
+    128,
+)  # logits at a time, 4 MiB of float32; but no fewer rows, each of which reads all weights
 
 
 def token_log_probabilities(
@@ -232,17 +237,18 @@ class _TokenLogProbabilities(torch.autograd.Function):
         for part in _parts(len(hidden), len(weight)):
             d_logits = _log_softmax(hidden[part], weight, ctx.temperature, ctx.kind).exp_().neg_()
             d_logits.scatter_add_(-1, tokens[part, None], torch.ones_like(d_logits[:, :1]))
-            d_logits = (d_logits * (upstream[0][part, None] / ctx.temperature)).to(ctx.kind)
-            d_hidden[part] = (d_logits @ weight.to(ctx.kind)).to(hidden.dtype)
+            d_logits = d_logits.mul_(upstream[0][part, None] / ctx.temperature).to(ctx.kind)
+            d_hidden[part] = product(d_logits, weight.to(ctx.kind))
             if d_weight is not None:
-                d_weight += d_logits.T @ hidden[part].to(ctx.kind)
+                d_weight += product(d_logits.T, hidden[part].to(ctx.kind))
         return d_hidden, d_weight, None, None, None
 
 
 def _parts(rows: int, vocab: int) -> list[slice]:
-    size = max(1, _ROWS_OF_LOGITS // vocab)
+    size = max(_ROWS, _LOGITS_IN_CACHE // vocab)
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float, kind: torch.dtype) -> Tensor:
-    return F.log_softmax(F.linear(hidden.to(kind), weight.to(kind)).float() / temperature, -1)
+    logits = linear(hidden.to(kind), weight.to(kind)).float()
+    return F.log_softmax(logits if temperature == 1 else logits / temperature, -1)

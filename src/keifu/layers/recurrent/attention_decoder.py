@@ -11,11 +11,10 @@ width = a source token's state, attention_dim.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from keifu.layers.linear import JoinedLinear, Linear
+from keifu.layers.linear import JoinedLinear, Linear, linear
 from keifu.layers.recurrent.gru import GRU, EncoderOutput, RecurrentTape, product_type
 
 Vector = Float[Tensor, "batch dim"]
@@ -98,7 +97,7 @@ class AdditiveAttention(nn.Module):
 
     def memory(self, reading: EncoderOutput, context_weight: Float[Tensor, "gates width"]) -> EncoderStates:
         """What of a source serves every step. `context_weight` is what the context is multiplied by in a step."""
-        keys, products = self.key(reading.states), F.linear(reading.states, context_weight)
+        keys, products = self.key(reading.states), linear(reading.states, context_weight)
         return EncoderStates(keys, products, reading.states, _hidden(reading.mask, self.v))
 
 
@@ -192,7 +191,7 @@ class AttentiveDecoder(nn.Module):
         return memory, self.first(reading.ends[:, -self.dim :]).tanh()
 
     def forward(self, x: Inputs, memory: EncoderStates, state: Vector) -> DecoderSteps:
-        products = F.linear(x.transpose(0, 1), self.gru.input.weight[:, : self.in_dim], self.gru.input.bias)
+        products = linear(x.transpose(0, 1), self.gru.input.weight[:, : self.in_dim], self.gru.input.bias)
         states, weights = attend(products, memory, self.attention, self.gru.recurrent, state)
         states, weights = states.transpose(0, 1), weights.transpose(0, 1)
         return DecoderSteps(states[:, :-1], states[:, 1:], (weights @ memory.states.to(weights.dtype),), weights)
@@ -211,11 +210,11 @@ class FixedContextDecoder(nn.Module):
 
     def start(self, reading: EncoderOutput) -> tuple[Context, Vector]:
         """The source as the steps have it, and the state before the first."""
-        product = F.linear(reading.ends, self.gru.input.weight[:, self.in_dim :], self.gru.input.bias)
+        product = linear(reading.ends, self.gru.input.weight[:, self.in_dim :], self.gru.input.bias)
         return Context(reading.ends, product), self.first(reading.ends[:, -self.dim :]).tanh()
 
     def forward(self, x: Inputs, memory: Context, state: Vector) -> DecoderSteps:
-        products = F.linear(x.transpose(0, 1), self.gru.input.weight[:, : self.in_dim]) + memory.product
+        products = linear(x.transpose(0, 1), self.gru.input.weight[:, : self.in_dim]) + memory.product
         before, after = _around(self.gru, products, state)
         return DecoderSteps(before, after, (memory.vector[:, None].expand(-1, x.shape[1], -1),))
 

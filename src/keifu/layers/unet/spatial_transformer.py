@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from keifu.errors import UserError
 from keifu.layers.attention.attention import CrossAttention, attend
 from keifu.layers.attention.masks import Mask
-from keifu.layers.linear import JoinedLinear, Linear
+from keifu.layers.linear import JoinedLinear, Linear, linear
 from keifu.layers.transformer.blocks import CrossPreNorm
 from keifu.layers.unet.conv import EVERYWHERE, Norm, Pixels
 
@@ -25,7 +25,7 @@ class PixelLinear(nn.Linear):
     """A `Linear` over the channels of each pixel: a 1×1 convolution whose weight is a plain matrix."""
 
     def forward(self, input: Pixels) -> Pixels:  # noqa: A002 (torch's name)
-        return F.linear(input.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+        return linear(input.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
 
 
 class SpatialTransformer(nn.Module):

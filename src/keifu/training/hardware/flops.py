@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from keifu.layers.linear import product
+
 SECONDS = 0.2
 # Published peaks of dense matrix products with sums in float32, in TFLOP/s: in bfloat16, in float16, in float32 (TF32
 # on tensor cores where there are any): units x clock x operations in a clock, which the tests compute again. Those of
@@ -64,7 +66,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + SECONDS
     while best == float("inf") or time.perf_counter() < end:
-        best = min(best, time_call(lambda: torch.mm(a, b), device))
+        best = min(best, time_call(lambda: product(a, b), device))
     return 2 * size**3 / best
 
 
@@ -94,10 +96,15 @@ def count_flops(work: Callable[[], object]) -> int:
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        torch.ops.mkldnn._linear_pointwise: _linear,
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         work()
     return counter.get_total_flops()
+
+
+def _linear(x: torch.Size, weight: torch.Size, *_, **__) -> int:
+    return 2 * x.numel() * weight[0]
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
