@@ -5,6 +5,7 @@ import io
 import re
 import tokenize
 from collections import Counter, defaultdict
+from functools import cache
 
 import pytest
 from test_architecture import File, imports, source
@@ -37,6 +38,7 @@ GIVEN_UP = {  # names of earlier versions, and what the field calls the same
 }  # fmt: skip
 
 
+@cache
 def code_lines(file: File) -> int:
     """Lines with code on them: neither blank, nor comment, nor docstring."""
     documentation: set[int] = set()

@@ -58,6 +58,7 @@ def of_verbs() -> frozenset[str]:
     return frozenset(found)
 
 
+@cache
 def words(path: Path) -> list[tuple[int, str]]:
     """Every option-like word of a file's texts, docstrings and messages, with its line."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -69,6 +70,12 @@ def words(path: Path) -> list[tuple[int, str]]:
 def any_option() -> frozenset[str]:
     """What any recipe or verb has."""
     return of_verbs().union(*map(of_recipe, recipes()))
+
+
+@cache
+def of_benchmarks() -> frozenset[str]:
+    """The options that the benchmarks speak of."""
+    return frozenset(word for file in ROOT.glob("benchmarks/*.py") for _, word in words(file))
 
 
 def test_a_recipe_names_its_own_options_and_those_of_recipes_that_it_sends_people_to() -> None:
@@ -102,8 +109,7 @@ PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted(ROO
 def test_pages_name_options_that_there_are(page: Path) -> None:
     quoted = re.findall(r"`([^`\n]*)`", re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8")))
     shown = [text for text in quoted if not text.startswith(("python", "pytest", "make", "git", "pip", "docker"))]
-    options = any_option() | OTHERS | TORCHRUN | PEERS
-    known = options | {word for file in ROOT.glob("benchmarks/*.py") for _, word in words(file)}
+    known = any_option() | OTHERS | TORCHRUN | PEERS | of_benchmarks()
     assert [word for text in shown for word in OPTION.findall(text) if word not in known] == []
 
 

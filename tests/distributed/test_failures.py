@@ -17,6 +17,7 @@ import pytest
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
+from keifu import cli
 from keifu.distributed import failures
 from keifu.distributed.checkpoint import States
 from keifu.distributed.group import _of_this_start
@@ -203,6 +204,11 @@ def test_the_first_process_says_what_is_wrong(fault: str, sentence: str, tmp_pat
         (["--mesh.tensr", "2"], "--mesh.tensor"),
     ],
 )
-def test_a_wrong_mesh_is_refused_before_anything_starts(words: list[str], sentence: str, tmp_path: Path) -> None:
-    status, said = finished(tmp_path, *words)
-    assert status == 2 and sentence in said and said.count("\n") == 1
+def test_a_wrong_mesh_is_refused_before_anything_starts(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("KEIFU_DEVICE", "cpu")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", str(RECIPE), "--out", str(tmp_path), *words])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in said and said.count("\n") == 1

@@ -64,7 +64,7 @@ def check(kind: str, weights: str, count: int) -> None:
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
 def test_no_text_depends_on_the_others(kind: str, weights: str) -> None:
-    check(kind, weights, 40)
+    check(kind, weights, 24)
 
 
 @pytest.mark.slow

@@ -207,7 +207,10 @@ LEARNED = {
         f"--data {{pairs}} --tokenizer unigram --vocab-size 320 {MODEL} --model.context-length 24 --steps 4 "
         "--tokens-per-batch 60"
     ),
-    "classifier": "--data {labels} --model scratch --size.vocab-size 90 --epochs 2 --batch-size 8",
+    "classifier": (
+        "--data {labels} --model scratch --size.vocab-size 90 --size.dim 16 --size.hidden-dim 32 --size.n-layers 1 "
+        "--size.n-heads 2 --epochs 2 --batch-size 8"
+    ),
 }
 
 

@@ -95,7 +95,7 @@ def test_every_request_of_a_ragged_batch_gets_what_it_gets_alone(model: nn.Modul
     alone = [generate_batch(model, tokenizer, [p], s)[0] for p, s in zip(prompts, settings, strict=True)]
     assert len({len(c.tokens) for c in alone}) >= 4
     six, mixed = [0, 1, 2, 3, 4, 5], [5, 2, 4, 1, 0, 3]
-    for order, size in ((six, 6), (six, 2), (mixed, 6), (mixed, 2), ([3, 1], 2)):
+    for order, size in ((six, 6), (mixed, 2), ([3, 1], 2)):
         chosen = [prompts[i] for i in order], [settings[i] for i in order]
         for i, batched in zip(order, generate_batch(model, tokenizer, *chosen, batch_size=size), strict=True):
             same(batched, alone[i])
