@@ -2,7 +2,7 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
-PARALLEL := -n auto --dist loadfile # a process for each core
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder # a process for each core; tests/conftest.py orders the files
 
 .PHONY: demo test test-all test-gpu check audit docs clean
 .DEFAULT_GOAL := demo

@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import warnings
+from collections import Counter
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -88,6 +89,29 @@ def _nothing_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
 
 
+LASTED = "keifu/seconds"  # in pytest's cache: how long each file took when it was last run beside others
+SECONDS: Counter[str] = Counter()  # how long each file has taken so far
+
+
+def file_of(test: pytest.Item | pytest.TestReport) -> str:
+    """The file of a test."""
+    return test.nodeid.partition("::")[0]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of several processes, each takes the files that took longest first, so that none is left alone with one in the
+    end; a file that was never run counts by its tests."""
+    if "PYTEST_XDIST_WORKER" in os.environ and config.pluginmanager.has_plugin("cacheprovider"):
+        counts = Counter(map(file_of, items))
+        seconds = {file: count / 10 for file, count in counts.items()} | (config.cache.get(LASTED, {}) or {})
+        items.sort(key=lambda item: seconds[file_of(item)], reverse=True)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Counts the seconds of a file."""
+    SECONDS[file_of(report)] += report.duration
+
+
 SLOW: list[int] = []  # how many slow tests were left out; of several processes, each leaves out the same
 
 
@@ -97,9 +121,12 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A process of pytest-xdist hands its count to the one that sums up."""
-    if "workeroutput" in vars(session.config):
-        vars(session.config)["workeroutput"]["slow"] = sum(SLOW)
+    """A process of pytest-xdist hands its count to the one that sums up, which keeps how long each file took."""
+    config = session.config
+    if "workeroutput" in vars(config):
+        vars(config)["workeroutput"]["slow"] = sum(SLOW)
+    elif config.pluginmanager.has_plugin("dsession") and config.pluginmanager.has_plugin("cacheprovider"):
+        config.cache.set(LASTED, {**(config.cache.get(LASTED, {}) or {}), **SECONDS})
 
 
 @pytest.hookimpl(optionalhook=True)
