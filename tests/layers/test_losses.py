@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from keifu.layers import losses
 
@@ -121,3 +122,44 @@ def test_autocast_keeps_the_probabilities_in_float32():
     exact = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     assert ours.dtype == torch.float32
     assert abs(ours - exact) / exact < 2e-3
+
+
+@pytest.mark.parametrize("some", [{"label_smoothing": 0.1}, {"z_loss": 0.01}])
+@pytest.mark.parametrize("rows", [3, 11])
+def test_the_loss_is_one_operator_for_the_compiler_with_the_same_bits(case, some, rows, monkeypatch):
+    """Whether the gradient is a sum over several parts of the rows or not."""
+    hidden, weight, targets = case
+    monkeypatch.setattr(losses, "_LOGITS_AT_A_TIME", 29 * rows)
+
+    def loss(hidden, weight):
+        return losses.linear_cross_entropy(hidden, weight, targets, **some)
+
+    operators = []
+
+    def backend(graph, inputs):
+        operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    found = [f(hidden, weight) for f in (loss, torch.compile(loss, backend=backend))]
+    assert "keifu.linear_cross_entropy.default" in operators
+    plain, compiled = ((each, *torch.autograd.grad(each * 0.5, (hidden, weight))) for each in found)
+    assert all(torch.equal(one, other) for one, other in zip(plain, compiled, strict=True))
+
+
+def test_the_operator_says_the_shapes_and_types_that_it_gives(case):
+    hidden, weight, targets = (each.detach() for each in case)
+    for kind, wanted in (torch.float32, (1, 1, 1)), (torch.bfloat16, (1, 1, 1)), (torch.bfloat16, (0, 1, 0)):
+        given = hidden.flatten(0, 1), weight, torch.zeros(29), targets.flatten(), targets.flatten() >= 0, 0.1, 0.0
+        torch.library.opcheck(losses._operator, (*given, kind, [bool(each) for each in wanted]))
+
+
+def test_only_gradients_that_are_wanted_are_made(case):
+    hidden, weight, targets = case
+    both = torch.autograd.grad(losses.linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+    for own in (hidden, weight.detach()), (hidden.detach(), weight):
+        products = FlopCounterMode(display=False)
+        with products:
+            loss = losses.linear_cross_entropy(*own, targets)
+        (found,) = torch.autograd.grad(loss, [each for each in own if each.requires_grad])
+        assert torch.equal(found, both[0] if own[0] is hidden else both[1])
+        assert products.get_total_flops() == 2 * (2 * 22 * 7 * 29)  # the logits, and one gradient

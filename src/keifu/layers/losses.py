@@ -3,7 +3,7 @@
 Axes: `...` any leading axes, n = positions, dim, vocab = classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,9 @@ from keifu.layers.linear import linear, product
 Outputs = Float[Tensor, "batch outputs"]
 
 IGNORED = -100  # the target of a position that does not count
-_LOGITS_AT_A_TIME = 2**26  # 256 MiB of float32 probabilities
+_LOGITS_AT_A_TIME = 2**26  # 256 MiB in float32
+_CLASSES_AT_A_TIME = 2**14  # oneDNN multiplies 50,257 columns at once by a fifth slower
+_LOGITS_IN_CACHE = 2**20  # 4 MiB of float32 probabilities
 
 
 class Vocabulary(NamedTuple):
@@ -85,55 +87,106 @@ def smoothed_linear_cross_entropy(
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     counts = targets != IGNORED if shares is None else shares.flatten() * (targets != IGNORED)
     rates = label_smoothing, z_loss
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, targets, counts, rates, kind, vocabulary)
+    inputs = hidden.flatten(0, -2), weight, bias
+    wanted = [each is not None and each.requires_grad and torch.is_grad_enabled() for each in inputs]
+    with torch.no_grad():
+        if torch.compiler.is_compiling() and vocabulary is None:
+            total, plain, *gradients = _operator(*inputs, targets, counts, *rates, kind, wanted)
+        else:
+            total, plain, *gradients = _gradients(*inputs, targets, counts, *rates, kind, wanted, vocabulary)
+    return _WithGradients.apply(total, tuple(gradients), *inputs), plain
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Makes the gradients while the logits of some rows are at hand, so that they are never all kept."""
+def _gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor, label_smoothing: float,
+    z_loss: float, kind: torch.dtype, wanted: Sequence[bool], vocabulary: Vocabulary | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss, the sum of -log p, and the loss's gradients by hidden, weight and bias, each empty where not wanted.
+
+    They are made while the logits of some rows are at hand, so that these are never all kept. The type is that of the
+    products, but the weight's own where a gradient is the sum of several.
+    """
+    low, matrix, added = hidden.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
+    d_hidden, d_weight = torch.empty_like(low) if wanted[0] else low.new_empty(0), low.new_empty(0)
+    total, plain, d_bias = (low.new_zeros(shape, dtype=torch.float32) for shape in ((), (), 0))
+    for part in _slices(len(low), max(1, _LOGITS_AT_A_TIME // len(weight))):
+        logits = linear(low[part], matrix, added)
+        loss, nats = _to_gradient(logits, targets[part], counts[part], label_smoothing, z_loss, vocabulary)
+        total, plain = total + loss, plain + nats
+        if wanted[0]:
+            d_hidden[part] = product(logits, matrix)
+        if wanted[1]:
+            change = torch.empty_like(matrix)
+            for some in _slices(len(matrix), _CLASSES_AT_A_TIME):
+                change[some] = product(logits[:, some].T, low[part])
+            d_weight = d_weight.to(weight.dtype).add_(change) if part.start else change
+        if wanted[2]:
+            sums = logits.sum(0, dtype=torch.float32)
+            d_bias = d_bias.add_(sums) if part.start else sums
+    return total, plain, d_hidden, d_weight, d_bias
+
+
+_operator = torch.library.custom_op(  # torch.compile calls it as it is: its own form would keep all in float32
+    "keifu::linear_cross_entropy", _gradients, mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor counts, float label_smoothing, "
+    "float z_loss, ScalarType kind, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+
+
+@_operator.register_fake
+def _shapes(hidden: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `_gradients` gives, without its numbers."""
+    *_, kind, wanted = given
+    several = wanted[1] and len(hidden) > max(1, _LOGITS_AT_A_TIME // len(weight))
+    total = hidden.new_empty((), dtype=torch.float32)
+    full = hidden.shape, weight.shape, weight.shape[:1]
+    shapes = [shape if each else (0,) for shape, each in zip(full, wanted, strict=True)]
+    types = kind, weight.dtype if several else kind, torch.float32
+    made = [hidden.new_empty(each, dtype=dtype) for each, dtype in zip(shapes, types, strict=True)]
+    return total, torch.empty_like(total), made[0], made[1], made[2]
+
+
+class _WithGradients(torch.autograd.Function):
+    """The loss, of which the gradients are known."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor,
-        rates: tuple[float, float], kind: torch.dtype, vocabulary: Vocabulary | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        low, matrix, added = hidden.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
-        d_hidden, d_weight = torch.empty_like(low), None
-        d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        total, plain = (hidden.new_zeros((), dtype=torch.float32) for _ in range(2))
-        rows = max(1, _LOGITS_AT_A_TIME // weight.shape[0])
-        for start in range(0, len(low), rows):
-            part = slice(start, start + rows)
-            logits = linear(low[part], matrix, added)
-            loss, nats, d_logits = _loss_and_gradient(logits, targets[part], counts[part], *rates, vocabulary)
-            total, plain = total + loss, plain + nats
-            if not any(ctx.needs_input_grad):
-                continue
-            d_hidden[part] = product(d_logits, matrix)
-            change = product(d_logits.T, low[part])
-            d_bias = None if d_bias is None else d_bias.add_(d_logits.sum(0, dtype=torch.float32))
-            d_weight = change.to(weight.dtype) if d_weight is None else d_weight.add_(change)
-        if d_weight is not None:
-            ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight, d_bias)
-        ctx.mark_non_differentiable(plain)
-        return total, plain
+    def forward(ctx: Any, total: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.types = [None if each is None else each.dtype for each in inputs]
+        return total.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight, d_bias = (None if each is None else each * upstream[0] for each in ctx.saved_tensors)
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
+        pairs = zip(ctx.saved_tensors, ctx.types, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(each.to(dtype) * upstream[0] if needed else None for each, dtype, needed in pairs)
+
+
+def _to_gradient(
+    logits: Tensor, targets: Tensor, counts: Tensor, label_smoothing: float, z_loss: float, classes: Vocabulary | None
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of these rows and that of -log p alone; each logit becomes the loss's gradient by it.
+
+    `counts` is how much each row counts: yes and no, or a number. A few rows at a time, whose probabilities the
+    processor's cache holds, but for all that exchange what they have with other processes.
+    """
+    every = not torch.compiler.is_compiling() and counts.dtype == torch.bool and bool(counts.all())
+    found = []
+    for part in _slices(len(logits), max(1, _LOGITS_IN_CACHE // logits.shape[1])) if classes is None else [slice(None)]:
+        rows = logits[part]
+        loss, nats, gradient = _loss_and_gradient(rows, targets[part], label_smoothing, z_loss, classes)
+        rows.copy_(gradient if every else gradient.mul_(counts[part, None]))
+        found.append((loss, nats))
+    loss, nats = (torch.cat(each) * counts[:, None] for each in zip(*found, strict=True))
+    return loss.sum(), nats.sum()
 
 
 def _loss_and_gradient(
-    logits: Tensor, targets: Tensor, counts: Tensor, label_smoothing: float, z_loss: float, classes: Vocabulary | None
+    logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, classes: Vocabulary | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss of these rows, that of -log p alone, and the loss's gradient by the logits, in their type.
-
-    `counts` is how much each row counts: yes and no, or a number.
-    """
-    counts, right = counts[:, None], targets.clamp(min=0)[:, None]
+    """The loss of each row, -log p alone, and the loss's gradient by the logits, all in float32."""
+    right = targets.clamp(min=0)[:, None]
     gradient = torch.softmax(logits, -1, dtype=torch.float32)
-    highest, at = logits.max(-1, keepdim=True)
-    log_z = highest.float() - gradient.gather(-1, at).log()  # the highest probability is never 0
+    log_z = logits.amax(-1, keepdim=True).float() - gradient.amax(-1, keepdim=True).log()  # the highest one is never 0
     total, step = logits.shape[-1], torch.full_like(log_z, label_smoothing - 1)
     if classes is None:
         chosen = logits.gather(-1, right).float()
@@ -154,9 +207,7 @@ def _loss_and_gradient(
         loss = loss + label_smoothing * (log_z - mean - nats)
         gradient -= label_smoothing / total
     gradient.scatter_add_(-1, right, step)
-    if torch.compiler.is_compiling() or counts.dtype != torch.bool or not counts.all():  # a compiled form has no branch
-        gradient *= counts
-    return (loss * counts).sum(), (nats * counts).sum(), gradient.to(logits.dtype)
+    return loss, nats, gradient
 
 
 def categorical_cross_entropy(
@@ -189,18 +240,13 @@ LOSSES = {  # of the rows of a network's outputs; divide by the number of rows f
 }
 
 
-_LOGITS_IN_CACHE, _ROWS = (
-    2**20,
-    128,
-)  # logits at a time, 4 MiB of float32; but no fewer rows, each of which reads all weights
+_ROWS = 128  # no fewer at a time, each of which reads all weights
 
 
 def token_log_probabilities(
-    hidden: Float[Tensor, "n dim"],
-    weight: Float[Tensor, "vocab dim"],
-    tokens: Int[Tensor, " n"],
+    hidden: Float[Tensor, "n dim"], weight: Float[Tensor, "vocab dim"], tokens: Int[Tensor, " n"],
     temperature: float = 1.0,
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:  # fmt: skip
     """ln softmax(hidden @ weight.T / temperature)[token] of each position, and the entropy there, in nats.
 
     The entropy has no gradient. Logits are made twice, some positions at a time: in the backward pass once more. Where
@@ -221,7 +267,7 @@ class _TokenLogProbabilities(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, tokens)
         ctx.temperature, ctx.kind = temperature, kind
         found = [hidden.new_zeros(0, dtype=torch.float32)], [hidden.new_zeros(0, dtype=torch.float32)]
-        for part in _parts(len(hidden), len(weight)):
+        for part in _slices(len(hidden), max(_ROWS, _LOGITS_IN_CACHE // len(weight))):
             logs = _log_softmax(hidden[part], weight, temperature, kind)
             found[0].append(logs.gather(-1, tokens[part, None]).squeeze(-1))
             found[1].append(-(logs.exp() * logs).sum(-1))
@@ -234,7 +280,7 @@ class _TokenLogProbabilities(torch.autograd.Function):
         hidden, weight, tokens = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for part in _parts(len(hidden), len(weight)):
+        for part in _slices(len(hidden), max(_ROWS, _LOGITS_IN_CACHE // len(weight))):
             d_logits = _log_softmax(hidden[part], weight, ctx.temperature, ctx.kind).exp_().neg_()
             d_logits.scatter_add_(-1, tokens[part, None], torch.ones_like(d_logits[:, :1]))
             d_logits = d_logits.mul_(upstream[0][part, None] / ctx.temperature).to(ctx.kind)
@@ -244,9 +290,8 @@ class _TokenLogProbabilities(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
-def _parts(rows: int, vocab: int) -> list[slice]:
-    size = max(_ROWS, _LOGITS_IN_CACHE // vocab)
-    return [slice(start, start + size) for start in range(0, rows, size)]
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float, kind: torch.dtype) -> Tensor:

@@ -21,13 +21,10 @@ Hidden = Float[Tensor, "batch length dim"]
 
 
 def attend(
-    q: Float[Tensor, "batch heads length head_dim"],
-    k: Float[Tensor, "batch kv_heads seen head_dim"],
-    v: Float[Tensor, "batch kv_heads seen head_dim"],
-    visible: Visible = None,
-    dropout: Dropout | None = None,
+    q: Float[Tensor, "batch heads length head_dim"], k: Float[Tensor, "batch kv_heads seen head_dim"],
+    v: Float[Tensor, "batch kv_heads seen head_dim"], visible: Visible = None, dropout: Dropout | None = None,
     scale: float | None = None,
-) -> Hidden:
+) -> Hidden:  # fmt: skip
     """softmax(q kᵀ · scale) v, the heads joined; each head of keys serves heads / kv_heads neighbouring queries.
 
     The scale is 1 / √head_dim where none is given. `dropout` acts on the softmax; torch's fused attention has none
@@ -58,13 +55,17 @@ def _short(q: Tensor, k: Tensor) -> bool:
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: Dropout | None, scale: float | None
 ) -> Hidden:
-    """The same as `attend`, written out, each head with its own keys."""
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    """The same as `attend`, written out, each head with its own keys. Scores are masked and scaled by their product
+    itself, so that between two products there is the softmax alone."""
+    batch, heads, length, head_dim = q.shape
+    hidden = torch.zeros((), dtype=q.dtype, device=q.device)  # what is added to the scores: -inf where nothing is seen
     if visible == "causal":
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if isinstance(visible, Tensor):
-        scores = scores.masked_fill(~visible, -torch.inf)
-    weights = scores.softmax(-1)
+        hidden = torch.full((length, k.shape[2]), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    elif isinstance(visible, Tensor):
+        hidden = hidden.where(visible, -torch.inf).expand(batch, heads, -1, -1).flatten(0, 1)
+    alpha = head_dim**-0.5 if scale is None else scale
+    scores = torch.baddbmm(hidden, q.flatten(0, 1), k.mT.flatten(0, 1), alpha=alpha)
+    weights = scores.softmax(-1).unflatten(0, (batch, heads))
     weights = weights if dropout is None else dropout(weights)
     return (weights @ v).transpose(1, 2).flatten(2)
 
@@ -74,14 +75,10 @@ class Cache(Protocol):
     """Interface of a layer's keys and values of earlier tokens: `attend` adds those of new ones and attends to all."""
 
     def attend(
-        self,
-        q: Float[Tensor, "batch heads length head_dim"],
-        keys: Float[Tensor, "batch kv_heads length head_dim"],
-        values: Float[Tensor, "batch kv_heads length head_dim"],
-        window: int | None,
-        dropout: Dropout | None,
+        self, q: Float[Tensor, "batch heads length head_dim"], keys: Float[Tensor, "batch kv_heads length head_dim"],
+        values: Float[Tensor, "batch kv_heads length head_dim"], window: int | None, dropout: Dropout | None,
         scale: float | None,
-    ) -> Hidden: ...
+    ) -> Hidden: ...  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -95,19 +92,10 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        n_heads: int,
-        n_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        bias: bool = True,
-        out_bias: bool | None = None,
-        window: int | None = None,
-        dropout: float = 0.0,
-        scale: float | None = None,
-        rotary: Rotary | None = None,
-        qk_norm: Callable[[int], nn.Module] | None = None,
-    ):
+        self, dim: int, n_heads: int, n_kv_heads: int | None = None, head_dim: int | None = None, bias: bool = True,
+        out_bias: bool | None = None, window: int | None = None, dropout: float = 0.0, scale: float | None = None,
+        rotary: Rotary | None = None, qk_norm: Callable[[int], nn.Module] | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
         self.head_dim, self.window, self.dropout = head_dim or dim // n_heads, window, Dropout(dropout)
@@ -145,14 +133,9 @@ class CrossAttention(nn.Module):
     """Queries from one sequence, keys and values from another (Vaswani et al., 2017, section 3.2.3)."""
 
     def __init__(
-        self,
-        dim: int,
-        n_heads: int,
-        context_dim: int | None = None,
-        bias: bool = True,
-        dropout: float = 0.0,
+        self, dim: int, n_heads: int, context_dim: int | None = None, bias: bool = True, dropout: float = 0.0,
         out_bias: bool | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if dim % n_heads:
             raise UserError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number.")

@@ -79,13 +79,9 @@ class Band:
 
 
 def band(
-    start: int,
-    length: int,
-    seen: int,
-    window: int,
-    padding: Int[Tensor, " batch"] | None = None,
+    start: int, length: int, seen: int, window: int, padding: Int[Tensor, " batch"] | None = None,
     device: torch.device | None = None,
-) -> Band:
+) -> Band:  # fmt: skip
     """Each token sees itself and the `window` - 1 before it, but no left padding.
 
     `start` tokens came in earlier passes, `length` are in this one; the last `seen` of all are there as keys.

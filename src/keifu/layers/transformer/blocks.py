@@ -37,12 +37,9 @@ class CrossPreNorm(PreNorm):
     """`PreNorm` with a look at a source between its two sublayers (latent diffusion: Rombach et al., 2022, E.2.1)."""
 
     def __init__(
-        self,
-        attention: nn.Module,
-        cross_attention: nn.Module,
-        feedforward: nn.Module,
+        self, attention: nn.Module, cross_attention: nn.Module, feedforward: nn.Module,
         norms: tuple[nn.Module, nn.Module, nn.Module],
-    ):
+    ):  # fmt: skip
         super().__init__(attention, feedforward, (norms[0], norms[2]))
         self.cross_attention: nn.Module = cross_attention
         self.cross_attention_norm = norms[1]
@@ -58,12 +55,9 @@ class SandwichNorm(nn.Module):
     """x + norm(attention(norm(x))), then x + norm(feedforward(norm(x))) (CogView, Ding et al., 2021; Gemma 2 and 3)."""
 
     def __init__(
-        self,
-        attention: nn.Module,
-        feedforward: nn.Module,
-        norms: tuple[nn.Module, nn.Module, nn.Module, nn.Module],
+        self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module, nn.Module, nn.Module],
         dropout: float = 0.0,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.attention, self.feedforward = attention, feedforward
         self.attention_norm, self.post_attention_norm, self.feedforward_norm, self.post_feedforward_norm = norms
@@ -90,13 +84,9 @@ class CrossPostNorm(PostNorm):
     """
 
     def __init__(
-        self,
-        attention: nn.Module,
-        cross_attention: nn.Module,
-        feedforward: nn.Module,
-        norms: tuple[nn.Module, nn.Module, nn.Module],
-        dropout: float = 0.0,
-    ):
+        self, attention: nn.Module, cross_attention: nn.Module, feedforward: nn.Module,
+        norms: tuple[nn.Module, nn.Module, nn.Module], dropout: float = 0.0,
+    ):  # fmt: skip
         super().__init__(attention, feedforward, (norms[0], norms[2]), dropout)
         self.cross_attention, self.cross_attention_norm = cross_attention, norms[1]
         self.cross_attention_dropout = Dropout(dropout)

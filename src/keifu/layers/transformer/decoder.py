@@ -55,15 +55,10 @@ class DecoderLM(nn.Module):
     """Embedding, blocks, norm, head. `head=None` ties the head to the embedding; `config` is what it was built from."""
 
     def __init__(
-        self,
-        embedding: nn.Embedding,
-        blocks: Sequence[nn.Module],
-        norm: nn.Module,
-        positions: LearnedPositions | None = None,
-        head: nn.Linear | None = None,
-        dropout: float = 0.0,
+        self, embedding: nn.Embedding, blocks: Sequence[nn.Module], norm: nn.Module,
+        positions: LearnedPositions | None = None, head: nn.Linear | None = None, dropout: float = 0.0,
         config: Any = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.embedding, self.blocks, self.norm = embedding, nn.ModuleList(blocks), norm
         self.positions, self.head = positions, head
@@ -77,12 +72,9 @@ class DecoderLM(nn.Module):
         return self.logits(self.hidden(tokens, state, padding))
 
     def hidden(
-        self,
-        tokens: Tokens,
-        state: State | None = None,
-        padding: Int[Tensor, " batch"] | None = None,
+        self, tokens: Tokens, state: State | None = None, padding: Int[Tensor, " batch"] | None = None,
         documents: Tokens | None = None,
-    ) -> Hidden:
+    ) -> Hidden:  # fmt: skip
         """The last hidden states, after the last norm; positions count from each row's first real token.
 
         `documents` numbers the document of each token where a row holds several: none sees or counts another's.

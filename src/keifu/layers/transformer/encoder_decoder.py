@@ -30,11 +30,9 @@ class State:
     """
 
     def __init__(
-        self,
-        memory: Sequence[tuple[Tensor, Tensor]],
-        source_mask: Bool[Tensor, "sources source_length"] | None,
+        self, memory: Sequence[tuple[Tensor, Tensor]], source_mask: Bool[Tensor, "sources source_length"] | None,
         targets: KVState | None,
-    ):
+    ):  # fmt: skip
         self.memory, self.mask, self.targets = memory, PaddingMask(source_mask), targets
         self._source_mask = source_mask
         self._owners = torch.arange(len(memory[0][0]), device=memory[0][0].device)  # of each row, its source's place
@@ -75,16 +73,10 @@ class EncoderDecoder(nn.Module):
     logits_bias: Tensor
 
     def __init__(
-        self,
-        embeddings: Sequence[nn.Embedding],
-        encoder: Sequence[nn.Module],
-        decoder: Sequence[nn.Module],
-        positions: SinusoidalPositions,
-        head: nn.Linear | None = None,
-        scale: float = 1.0,
-        dropout: float = 0.0,
+        self, embeddings: Sequence[nn.Embedding], encoder: Sequence[nn.Module], decoder: Sequence[nn.Module],
+        positions: SinusoidalPositions, head: nn.Linear | None = None, scale: float = 1.0, dropout: float = 0.0,
         config: Any = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.embedding = embeddings[0] if len(embeddings) == 1 else None
         self.source_embedding, self.target_embedding = embeddings if len(embeddings) == 2 else (None, None)
