@@ -24,16 +24,16 @@ from keifu.files import write_atomic
 from keifu.generation.images.pipeline import TextToImagePipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.ranges import check
+from keifu.recipes.budget import Budget, is_resuming, minutes_of, steps_for
 from keifu.recipes.language.common import attribution_of
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.diffusion import NoisedBatches
 from keifu.training.protocols import Data, Objective, Run
-from keifu.training.run import checkpoint, metrics
+from keifu.training.run import metrics
 from keifu.training.run.directory import SAMPLES
 from keifu.training.run.report import CURVES
 from keifu.training.settings import Precision, Settings
-from keifu.training.setup import steps_of, steps_within
 
 SHOWN = 12  # pictures of a sample
 PROMPTS = (
@@ -90,7 +90,7 @@ class TextToImageOptions(Logging):
             raise UserError("There is no prompt for the samples: give at least one.")
 
     @property
-    def budget(self) -> tuple[int | None, float]:
+    def budget(self) -> Budget:
         """Steps, or else minutes, of the model itself (see `steps_for`)."""
         return self.steps, self.minutes
 
@@ -156,7 +156,7 @@ def read_captioned(recipe: TextToImageOptions, channels: Literal[1, 3] | None = 
     return parts
 
 
-def image_settings(recipe: Any, steps: int, budget: tuple[int | None, float], **different: Any) -> Settings:
+def image_settings(recipe: Any, steps: int, budget: Budget, **different: Any) -> Settings:
     """AdamW with a warm-up of a twentieth of the steps and a cosine to 0, and as many validations; `different` are the
     fields of `Settings` in which a recipe differs from that. A sample takes as long as several steps: at least 50 lie
     between two."""
@@ -190,40 +190,10 @@ def parameters_of(parts: Mapping[str, nn.Module | None]) -> dict[str, int]:
     return {f"parameters of the {name}": count for name, count in counted.items()}
 
 
-def is_resuming(directory: Path, resume: bool) -> bool:
-    """Whether a part of a resumed run was begun."""
-    return resume and bool(checkpoint.steps(directory))
-
-
-def steps_for(
-    budget: tuple[int | None, float],
-    directory: Path,
-    resume: bool,
-    model: nn.Module,
-    objective: Objective,
-    data: Data,
-    trial: Settings,
-) -> int:
-    """The steps asked for, those that the resumed run began with, or as many as fit the minutes at first sight."""
-    steps, minutes = budget
-    if steps:
-        return steps
-    if resume:
-        return steps_of(directory)
-    print(f"Trying the pace, to fit the training into {minutes:g} minutes ...", flush=True)
-    return steps_within(minutes, model, objective, data, trial, data.batch(0))
-
-
-def minutes_of(budget: tuple[int | None, float]) -> float | None:
-    """The minutes of a budget, for the training loop; None where it is in steps."""
-    steps, minutes = budget
-    return None if steps else minutes
-
-
 def train_part(
     recipe: TextToImageOptions, place: Path, resume: bool, model: Any, objective: Objective,
     data: Callable[[int], Data], parts: ImageSplit, title: str, paper: str, options: Mapping[str, Any],
-    settings: Callable[[int], Mapping[str, Any]], budget: tuple[int | None, float],
+    settings: Callable[[int], Mapping[str, Any]], budget: Budget,
 ) -> Any:  # fmt: skip
     """A part that learns from pictures alone, trained into a folder of the run, frozen.
 

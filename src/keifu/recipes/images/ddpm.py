@@ -28,7 +28,8 @@ from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images
 from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
 from keifu.ranges import check
-from keifu.recipes.images.common import describe_run, image_settings, steps_for
+from keifu.recipes.budget import steps_for
+from keifu.recipes.images.common import describe_run, image_settings
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.diffusion import DequantizedBatches, DiffusionLoss, NoisedBatches

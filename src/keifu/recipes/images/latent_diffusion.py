@@ -31,6 +31,7 @@ from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Weigh
 from keifu.layers.meta import on_meta
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
+from keifu.recipes.budget import minutes_of
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import common, text_encoder
 from keifu.recipes.images.common import TextToImageTask, read_captioned
@@ -184,7 +185,7 @@ def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -
     loss = AutoencoderKLLoss(recipe.kl_weight, recipe.edges)
     budget = recipe.autoencoder_steps, recipe.autoencoder_minutes
     settings = {
-        "minutes": common.minutes_of(budget), "batch_size": recipe.autoencoder_batch,
+        "minutes": minutes_of(budget), "batch_size": recipe.autoencoder_batch,
         "learning_rate": recipe.autoencoder_rate, "final_ratio": 0.0, "weight_decay": 0.0, "betas": (0.9, 0.99),
     }  # fmt: skip
     found = common.train_part(

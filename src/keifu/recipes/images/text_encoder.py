@@ -14,8 +14,9 @@ from keifu.evaluation.images.retrieval import preprocessing, two_towers
 from keifu.generation.images.latent_diffusion import text_tokens
 from keifu.models.clip import clip
 from keifu.models.clip import text as clip_text
+from keifu.recipes.budget import is_resuming, minutes_of, steps_for
 from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images.common import CLIP, TextToImageOptions, is_resuming, minutes_of, steps_for
+from keifu.recipes.images.common import CLIP, TextToImageOptions
 from keifu.training.objectives.contrastive import contrastive_loss
 
 

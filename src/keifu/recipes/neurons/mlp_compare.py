@@ -23,7 +23,7 @@ from keifu.evaluation.plots import decision_boundary
 from keifu.evaluation.plots.decision_boundary import Result, class_shares_on
 from keifu.evaluation.plots.html_page import write_page
 from keifu.files import write_atomic
-from keifu.recipes.images.common import is_resuming
+from keifu.recipes.budget import is_resuming
 from keifu.recipes.neurons import mlp
 from keifu.training.loop import train
 from keifu.training.protocols import Run

@@ -24,13 +24,13 @@ from keifu.data.translation.pairs import Pair, Pairs, Split, pair_names, read_pa
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
+from keifu.recipes.budget import minutes_of, steps_for
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.language_modeling import translation
 from keifu.training.optim.weight_averaging import averaged_weights
 from keifu.training.protocols import Run
 from keifu.training.settings import Settings
-from keifu.training.setup import steps_of, steps_within
 
 LEARNED = "bpe", "unigram"  # kinds of tokenizer that have an end token and lose no character
 PAD = "<pad>"
@@ -179,15 +179,14 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
     chosen = {"micro_batch": options.micro_batch, "seed": options.seed, "keep": max(options.keep, plan.average)}
     chosen |= options.logging()
 
-    def within(minutes: float) -> int:
-        return steps_within(minutes, model, objective, data, replace(plan.settings(1000), **chosen), data.largest())
-
     def save(directory: Path) -> None:
         with averaged_weights(model, directory, plan.average):
             checkpoints.save(model, task.tokenizer, directory)
 
-    steps = _steps(options, within, out, resume)
-    settings = replace(plan.settings(steps), **chosen, minutes=_minutes(options))
+    budget = options.steps, MINUTES if options.minutes is None else options.minutes
+    trial = replace(plan.settings(1000), **chosen)
+    steps = steps_for(budget, out, resume, model, objective, data, trial, data.largest())
+    settings = replace(plan.settings(steps), **chosen, minutes=minutes_of(budget))
     run = _run(name, options, task, data, model, out, resume)
     return train(model, objective, data, settings, run, _sampler(task, model), save, data.largest())
 
@@ -236,22 +235,6 @@ def _fitting(task: Task, rows: list[Pair], context_length: int) -> EncodedPairs:
         limit = f"{context_length} tokens, which is all that the model takes"
         _print_sentence(f"{found.left_out:,} of {len(rows):,} pairs have a side longer than {limit}, and are left out.")
     return found
-
-
-def _steps(options: Options, within: Callable[[float], int], out: Path, resume: bool) -> int:
-    """The steps that were asked for, or as many as fit the minutes by the pace at first; a resumed run keeps them."""
-    if options.steps:
-        return options.steps
-    if resume:
-        return steps_of(out)
-    minutes = _minutes(options) or MINUTES
-    _print_sentence(f"Trying the pace, to fit the training into {minutes:g} minutes ...")
-    return within(minutes)
-
-
-def _minutes(options: Options) -> float | None:
-    """The minutes that a run has; None where it has a number of steps."""
-    return None if options.steps else MINUTES if options.minutes is None else options.minutes
 
 
 def intervals(steps: int, warmup: int) -> dict[str, Any]:
