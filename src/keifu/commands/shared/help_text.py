@@ -7,7 +7,6 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import tyro
@@ -34,7 +33,6 @@ class Argument:
         return f"{', '.join(self.names)} {self.value}".strip() if self.names else self.value
 
 
-@cache
 def arguments_of(kind: type) -> list[Argument]:
     """What the dataclass `kind` gives, positional arguments first, in the order of their groups."""
     with warnings.catch_warnings():
