@@ -36,6 +36,9 @@ from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import ddpm
 from keifu.processes import Processes, current, use
 from keifu.recipes.assistant.common import Lora, to_train
+from keifu.recipes.classification import classifier
+from keifu.recipes.language import bert as bert_recipe
+from keifu.recipes.translation import common as translations
 from keifu.training.loop import train
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
@@ -262,14 +265,25 @@ def peak(folder: Path) -> dict[str, Any]:
     return {"grown": memory.grown, "loss": gradient.sums.means()["loss"], "norm": float(gradient.norm)}
 
 
-def published(model: str, folder: Path, lora: int = 0) -> dict[str, Any]:
-    """Reads a published model, as the recipes of assistants do, and splits it: the largest number of bytes that a
-    process has read and has needed, beside the model's own, and whether each has its part of the weights."""
+def _begin(model: str, recipe: str) -> Any:
+    """A model that a recipe goes on from."""
+    if recipe == "bert":
+        return bert_recipe._begin(bert_recipe.Recipe(start=model), None)[0]
+    if recipe == "classifier":
+        return classifier.start_model(classifier.Recipe(model=model), ("no", "yes"), ())[0]
+    unused: Any = None
+    plan = translations.Plan(transformer.build, transformer.Config(**WORDS), settings=unused, batching=unused)
+    return translations._started(model, plan)
+
+
+def published(model: str, folder: Path, lora: int = 0, recipe: str = "") -> dict[str, Any]:
+    """Reads a published model, as the recipes of assistants do or as another one does, and splits it: the largest
+    number of bytes that a process has read and has needed, beside the model's own, and whether each has its part of
+    the weights."""
     hf_read.open_weights, opened = (lambda path: CountedFile(opened(path))), hf_read.open_weights
     CountedFile.read = 0
     with PeakMemory() as memory:
-        found: Any = load_model(model)
-        found = to_train(found, Lora(lora), 0)
+        found: Any = _begin(model, recipe) if recipe else to_train(load_model(model), Lora(lora), 0)
         Trainer(found, causal_language_modeling, Settings(precision="float32"))
     hf_read.open_weights = opened
     read, group = CountedFile.read, current()

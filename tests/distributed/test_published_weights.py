@@ -7,18 +7,23 @@ import pytest
 import torch
 
 from keifu.checkpoints.hf.write import save
-from keifu.models import gpt2, llama
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.models import bert, gpt2, llama, transformer
 
 WORDS = {**group_toys.WORDS, "vocab_size": 30}
 MODELS = {  # each has joined q, k and v; of LLaMA gate and up are apart in the file, GPT-2's matrices are transposed
     "llama": llama.Config(**WORDS, n_kv_heads=2),
     "tied": llama.Config(**WORDS, n_kv_heads=2, tied=True),
     "gpt2": gpt2.Config(**WORDS),
+    "transformer": transformer.Config(**WORDS),
+    "bert": bert.Config(**WORDS, pooled=True, words=True, next_sentence=True),
+    "classifier": bert.Config(**WORDS, pooled=True, words=False, next_sentence=False, labels=("no", "yes")),
     "large": llama.Config(2000, 64, 512, 1024, 6, 8, n_kv_heads=4),  # 79 MB
 }
 CASES = [(model, mesh, lora) for model in ("llama", "tied", "gpt2") for mesh in ("shard", "tensor") for lora in (0, 2)
          if not lora or mesh == "shard"]  # fmt: skip
 CASES += [("large", "shard", 0), ("large", "tensor", 0), ("large", "shard", 2)]
+RECIPES = "transformer", "bert", "classifier"
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +32,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("published")
     for name, config in MODELS.items():
         torch.manual_seed(0)
-        model = (gpt2 if name == "gpt2" else llama).build(config)
-        save(model.bfloat16() if name == "tied" else model, None, folder / name)
+        kind = {"gpt2": gpt2, "transformer": transformer, "bert": bert, "classifier": bert}.get(name, llama)
+        model = kind.build(config)
+        tokenizer = train_tokenizer("wordpiece", ["a cat sat on a mat"] * 9, 30) if kind is bert else None
+        save(model.bfloat16() if name == "tied" else model, tokenizer, folder / name)
     wanted = [{"name": f"{model}-{mesh}-{lora}", "work": "published", "model": str(folder / model), "lora": lora,
                "mesh": {mesh: 2}} for model, mesh, lora in CASES]  # fmt: skip
+    wanted += [{"name": recipe, "work": "published", "model": str(folder / recipe), "recipe": recipe,
+                "mesh": {"shard": 2}} for recipe in RECIPES]  # fmt: skip
     return group_toys.start(folder, wanted, 2)
 
 
@@ -41,6 +50,12 @@ def test_each_process_reads_its_part(model: str, mesh: str, lora: int, found: di
     case = found[f"{model}-{mesh}-{lora}"]
     assert case["right"]
     assert case["read"] <= (0.5 if mesh == "shard" else 0.54)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_process_reads_its_part_of_what_a_recipe_goes_on_from(recipe: str, found: dict[str, Any]) -> None:
+    assert found[recipe]["right"]
+    assert found[recipe]["read"] <= 0.52
 
 
 @pytest.mark.parametrize(("mesh", "lora"), [("shard", 0), ("tensor", 0), ("shard", 2)])

@@ -108,10 +108,10 @@ def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...])
         raise UserError(f"--size and --tokenizer are for a new model, and {recipe.model} is none: use --model scratch.")
     base, tokenizer = checkpoints.load(recipe.model, torch.float32)
     model = bert.build(replace(encoder(base).config, **heads))
-    own: Any = base.config
-    fresh = set() if own.labels == labels else {"classifier.weight", "classifier.bias"}
-    weights = {name: tensor for name, tensor in base.state_dict().items() if name not in fresh}
-    model.load_state_dict({name: weights[name] for name in model.state_dict() if name in weights}, strict=False)
+    fresh = set() if vars(base.config)["labels"] == labels else {"classifier.weight", "classifier.bias"}
+    names = model.state_dict().keys() - fresh
+    weights = {name: tensor for name, tensor in base.state_dict().items() if name in names}
+    model.load_state_dict(weights, strict=False, assign=True)
     return model.to(choose()), tokenizer
 
 

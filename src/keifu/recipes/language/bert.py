@@ -111,11 +111,11 @@ def _begin(recipe: Recipe, resumed: Path | None) -> tuple[Any, Tokenizer]:
         tokenizer = tokenizer_of(recipe.text, resumed, **({"lowercase": True} if lower else {}))
         sizes = replace(recipe.model, vocab_size=tokenizer.vocab_size, labels=())
         return bert.build(replace(sizes, words=True, next_sentence=pairs, pooled=pairs)).to(choose()), tokenizer
-    loaded, tokenizer = checkpoints.load(recipe.start)
+    loaded, tokenizer = checkpoints.load(recipe.start, torch.float32)
     found = encoder(loaded).config
     config = replace(found, words=True, next_sentence=pairs or found.next_sentence, pooled=pairs or found.pooled)
     model = bert.build(config)
-    model.load_state_dict(loaded.state_dict(), strict=False)  # heads that it lacks begin anew
+    model.load_state_dict(loaded.state_dict(), strict=False, assign=True)  # heads that it lacks begin anew
     return model.to(choose()), tokenizer
 
 

@@ -198,7 +198,7 @@ def _started(name: str, plan: Plan) -> Any:
         raise UserError(f"--start-from {name} is a {type(found).__name__}, which this recipe does not train.")
     own = {field.name: vars(plan.config)[field.name] for field in fields(plan.config) if "dropout" in field.name}
     model = plan.build(replace(found.config, **own))
-    model.load_state_dict(found.state_dict())
+    model.load_state_dict(found.state_dict(), assign=True)  # of a file's tensors, the part that this process will hold
     return model
 
 
