@@ -38,6 +38,7 @@ from keifu.processes import Processes, current, use
 from keifu.recipes.assistant.common import Lora, to_train
 from keifu.recipes.classification import classifier
 from keifu.recipes.language import bert as bert_recipe
+from keifu.recipes.language import gpt as gpt_recipe
 from keifu.recipes.translation import common as translations
 from keifu.training.loop import train
 from keifu.training.objectives.contrastive import contrastive_loss
@@ -269,6 +270,8 @@ def _begin(model: str, recipe: str) -> Any:
     """A model that a recipe goes on from."""
     if recipe == "bert":
         return bert_recipe._begin(bert_recipe.Recipe(start=model), None)[0]
+    if recipe == "gpt":
+        return gpt_recipe.start_model(model)[0]
     if recipe == "classifier":
         return classifier.start_model(classifier.Recipe(model=model), ("no", "yes"), ())[0]
     unused: Any = None

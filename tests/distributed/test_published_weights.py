@@ -16,6 +16,7 @@ MODELS = {  # each has joined q, k and v; of LLaMA gate and up are apart in the 
     "tied": llama.Config(**WORDS, n_kv_heads=2, tied=True),
     "gpt2": gpt2.Config(**WORDS),
     "transformer": transformer.Config(**WORDS),
+    "gpt": llama.Config(**WORDS),
     "bert": bert.Config(**WORDS, pooled=True, words=True, next_sentence=True),
     "classifier": bert.Config(**WORDS, pooled=True, words=False, next_sentence=False, labels=("no", "yes")),
     "large": llama.Config(2000, 64, 512, 1024, 6, 8, n_kv_heads=4),  # 79 MB
@@ -23,19 +24,20 @@ MODELS = {  # each has joined q, k and v; of LLaMA gate and up are apart in the 
 CASES = [(model, mesh, lora) for model in ("llama", "tied", "gpt2") for mesh in ("shard", "tensor") for lora in (0, 2)
          if not lora or mesh == "shard"]  # fmt: skip
 CASES += [("large", "shard", 0), ("large", "tensor", 0), ("large", "shard", 2)]
-RECIPES = "transformer", "bert", "classifier"
+RECIPES = "gpt", "transformer", "bert", "classifier"
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes found."""
     folder = tmp_path_factory.mktemp("published")
+    tokenizer = train_tokenizer("wordpiece", ["a cat sat on a mat"] * 9, 30)
     for name, config in MODELS.items():
         torch.manual_seed(0)
         kind = {"gpt2": gpt2, "transformer": transformer, "bert": bert, "classifier": bert}.get(name, llama)
         model = kind.build(config)
-        tokenizer = train_tokenizer("wordpiece", ["a cat sat on a mat"] * 9, 30) if kind is bert else None
-        save(model.bfloat16() if name == "tied" else model, tokenizer, folder / name)
+        own = tokenizer if kind is bert or name == "gpt" else None
+        save(model.bfloat16() if name == "tied" else model, own, folder / name)
     wanted = [{"name": f"{model}-{mesh}-{lora}", "work": "published", "model": str(folder / model), "lora": lora,
                "mesh": {mesh: 2}} for model, mesh, lora in CASES]  # fmt: skip
     wanted += [{"name": recipe, "work": "published", "model": str(folder / recipe), "recipe": recipe,

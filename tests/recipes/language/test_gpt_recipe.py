@@ -1,6 +1,9 @@
 """`keifu train gpt --start-from`: a model that is there goes on from its weights, with its sizes and its tokenizer."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,19 @@ def test_it_goes_on_where_the_other_ended(text: str, tmp_path: Path) -> None:
     assert losses(then)[0] == pytest.approx(losses(first)[-1], rel=2e-3)  # before the first step; stored in bfloat16
     for name in ("config.json", "tokenizer.json"):
         assert (then / name).read_text() == (first / name).read_text()
+
+
+def test_two_processes_that_share_the_model_go_on_as_one_does(text: str, tmp_path: Path) -> None:
+    words = ["train", "gpt", "--data", text, "--batch-size", "4", "--context-length", "16", "--seed", "3"]
+    words += ["--precision", "float32", "--steps", "3"]
+    main([*words, "--depth", "1", "--vocab-size", "270", "--out", str(tmp_path / "first")])
+    words += ["--start-from", str(tmp_path / "first"), "--out"]
+    main([*words, str(tmp_path / "one")])
+    two = [sys.executable, "-m", "keifu", *words, str(tmp_path / "two"), "--processes", "2", "--mesh.shard", "2"]
+    subprocess.run(two, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    both = [dict(checkpoints.load(tmp_path / each)[0].named_parameters()) for each in ("one", "two")]
+    assert all(torch.allclose(both[0][name], both[1][name], atol=1e-2) for name in both[0])
 
 
 def test_its_rates_are_a_tenth_unless_they_are_given() -> None:

@@ -102,22 +102,12 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Setti
     steps = recipe.steps or max(100, round(min(20 * size, 4 * training_tokens) / (batch_size * row)))
     share = 1.0 if recipe.start_from is None else 0.1
     return Settings(
-        steps=steps,
-        batch_size=batch_size,
-        micro_batch=recipe.micro_batch,
-        optimizer="muon",
-        learning_rate=given(recipe.learning_rate, 3e-3 * share),
-        matrix_rate=given(recipe.matrix_rate, 0.02 * share),
-        warmup=min(100, steps // 10),
-        final_ratio=0.0,
-        weight_decay=0.01,
-        evaluate_every=max(50, steps // 20),
-        sample_every=max(50, steps // 10),
-        save_every=max(100, steps // 10),
-        compile=recipe.compile,
-        seed=recipe.seed,
+        steps=steps, batch_size=batch_size, micro_batch=recipe.micro_batch, optimizer="muon",
+        learning_rate=given(recipe.learning_rate, 3e-3 * share), matrix_rate=given(recipe.matrix_rate, 0.02 * share),
+        warmup=min(100, steps // 10), final_ratio=0.0, weight_decay=0.01, evaluate_every=max(50, steps // 20),
+        sample_every=max(50, steps // 10), save_every=max(100, steps // 10), compile=recipe.compile, seed=recipe.seed,
         **recipe.logging(),
-    )
+    )  # fmt: skip
 
 
 def prepare(recipe: Recipe, resumed: Path | None = None) -> tuple[Task, llama.Config, Settings]:
@@ -136,10 +126,15 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     pretrain("gpt", task, llama.build, config, chosen, out, resume, recipe.prompt)
 
 
+def start_model(name: str) -> tuple[Any, Any]:
+    """A language model to train on, in float32, with adapters worked into it; and its tokenizer."""
+    loaded, tokenizer = checkpoints.load(name, torch.float32)
+    return causal(merge(loaded).requires_grad_(True)), tokenizer
+
+
 def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
     """The same for a model that is there: its weights, sizes and tokenizer, and rows as long as the dial or it has."""
-    loaded, tokenizer = checkpoints.load(name, torch.float32)
-    model: Any = causal(merge(loaded).requires_grad_(True))
+    model, tokenizer = start_model(name)
     most = model.config.context_length
     row = recipe.context_length or min(most, usual_context(recipe.depth))
     if row > most:
