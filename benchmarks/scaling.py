@@ -1,16 +1,20 @@
-"""What scale bought: held-out loss against size for models from one dial, and the power law that fits it.
+"""What scale bought: held-out loss by size and by text, Chinchilla's law fitted to it, and a size left out, predicted.
 
-python benchmarks/scaling.py [--depths 1 2 3 4 5 6] [--tokens 2500000] [--ratio 20] [--picture PNG]
+python benchmarks/scaling.py [--sizes 32x2 48x2 64x3 80x3 96x4] [--left-out 128x4] [--tokens 2.5e5 1e6 4e6]
+    [--points FILE] [--picture PNG]
 
-`keifu train gpt` has one dial, the depth, from which width and heads follow. Here it is turned, and everything else is
-held: the text, a tokenizer of 4,096 tokens, rows of 256 tokens, 16 rows a step, rates, and the number of tokens seen;
-or, with `--ratio`, that number is so many tokens for each parameter, as Hoffmann et al. (2022) advise. The loss is that
-of 100,000 held-out tokens. Fitted are L = a + b N^-c, as there, and L = b N^-c, as in Kaplan et al. (2020), with N all
-parameters but those of the norms. Residuals are measured minus fitted, in nats.
+Models of LLaMA's type, WIDTHxLAYERS, learn English; held are a tokenizer of 1,024 tokens, rows of 128, 4,096 tokens a
+step and the rates of `keifu train gpt`. The loss is that of 100,000 held-out tokens. Fitted is L = E + A N^-a + B D^-b
+(Hoffmann et al., 2022, section 3.3 and appendix D.2: Huber's loss of log L, from many starts), N being all parameters
+but those of the norms and D the tokens seen. The interval of a prediction holds 95% of those of laws that are fitted
+again to the fitted losses with residuals drawn anew, each with a residual of its own. With --points the losses are kept
+in a file, a line each, and those that are there are not measured again.
 """
 
 import argparse
-from dataclasses import dataclass, replace
+import json
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,108 +22,170 @@ import numpy as np
 import torch
 from _rounds import machine
 from _training import learned, validation
+from scipy.optimize import minimize
+from scipy.special import logsumexp
 
 from keifu.data.text.packed import PackedText
 from keifu.models import llama
 from keifu.recipes.language import gpt
-from keifu.recipes.language.common import VALIDATION_TOKENS, Text, prepare_text
+from keifu.recipes.language.common import VALIDATION_TOKENS, Task, Text, prepare_text
 
-CONTEXT, ROWS = 256, 16
+CONTEXT, ROWS, HEAD_DIM = 128, 32, 16
+DELTA, DRAWS = 1e-3, 200  # of Huber's loss; laws that an interval is made of
+STARTS = [(a, b, e, c, c) for a in (0.0, 5.0, 10.0) for b in (0.0, 5.0, 10.0) for e in (-1.0, 0.5) for c in (0.2, 0.7)]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model that was trained: its name, parameters, the tokens it saw, and its loss in nats a token."""
+
+    size: str
+    parameters: int
+    tokens: int
+    loss: float
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Law:
-    """L = a + b N^-c; a is the loss that no size undercuts."""
+    """L = E + A N^-alpha + B D^-beta, with the logarithms of A, B and E."""
 
     a: float
     b: float
-    c: float
+    e: float
+    alpha: float
+    beta: float
 
-    def __call__(self, sizes: np.ndarray) -> np.ndarray:
-        return self.a + self.b * sizes**-self.c
+    def log_loss(self, sizes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        terms = self.a - self.alpha * np.log(sizes), self.b - self.beta * np.log(tokens), np.full(sizes.shape, self.e)
+        return logsumexp(np.stack(terms), axis=0)
 
     def __str__(self) -> str:
-        return f"L = {f'{self.a:.3f} + ' if self.a else ''}{self.b:.4g} N^-{self.c:.3f}"
+        sizes, tokens = f"{np.exp(self.a):.4g} N^-{self.alpha:.3f}", f"{np.exp(self.b):.4g} D^-{self.beta:.3f}"
+        return f"L = {np.exp(self.e):.3f} + {sizes} + {tokens}"
 
 
-def fitted(sizes: np.ndarray, losses: np.ndarray, floor: bool) -> Law:
-    """The law with the least squared residuals: for each exponent the other two are a linear problem.
+def fitted(sizes: np.ndarray, tokens: np.ndarray, logs: np.ndarray, starts: list) -> Law:
+    """The law with the least sum of Huber's losses of the logarithms of losses."""
 
-    floor: with a, which is at least 0; without it a is 0. The exponent is searched in steps of a thousandth.
-    """
-    best, least = Law(0.0, 0.0, 0.0), np.inf
-    for c in np.arange(0.001, 2.0, 0.001):
-        powers = sizes**-c
-        slope = ((powers - powers.mean()) * losses).sum() / ((powers - powers.mean()) ** 2).sum()
-        a = max(0.0, float(losses.mean() - slope * powers.mean())) if floor else 0.0
-        b = float(slope) if a else float((powers * losses).sum() / (powers**2).sum())
-        squares = float(((losses - a - b * powers) ** 2).sum())
-        if squares < least:
-            best, least = Law(a, b, float(c)), squares
-    return best
+    def cost(values: np.ndarray) -> float:
+        error = np.abs(Law(*values).log_loss(sizes, tokens) - logs)
+        return float(np.where(error < DELTA, error**2 / 2, DELTA * (error - DELTA / 2)).sum() / DELTA**2)
+
+    found = [minimize(cost, start, method="L-BFGS-B") for start in starts]
+    return Law(*min(found, key=lambda each: each.fun).x)
 
 
-def measured(depth: int, options: argparse.Namespace) -> tuple[int, float]:
-    """Trains one size, prints its line, and gives its parameters and its loss."""
-    task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
-    config = gpt.model_config(depth, task.tokenizer.vocab_size, CONTEXT)
-    size = gpt.parameters(config)
-    wanted = options.tokens if options.ratio is None else options.ratio * size
-    steps = max(1, round(wanted / (ROWS * CONTEXT)))
-    recipe = gpt.Recipe(depth, context_length=CONTEXT, batch_size=ROWS, steps=steps, seed=options.seed)
-    settings = gpt.settings(recipe, size, CONTEXT, len(task.shards.tokens))
+def predictions(law: Law, sizes: np.ndarray, tokens: np.ndarray, logs: np.ndarray, asked: list[Point]) -> np.ndarray:
+    """Losses of the asked points by laws that the same residuals, in another order, would have given [draw, point]."""
+    chance = np.random.default_rng(0)
+    middle, places = law.log_loss(sizes, tokens), _columns(asked)[:2]
+    spread = (logs - middle) * np.sqrt(len(logs) / max(1, len(logs) - 5))  # the law has five parameters
+    start = [(law.a, law.b, law.e, law.alpha, law.beta)]
+    drawn = []
+    for _ in range(DRAWS):
+        again = fitted(sizes, tokens, middle + chance.choice(spread, len(logs)), start)
+        drawn.append(again.log_loss(*places) + chance.choice(spread, len(asked)))
+    return np.exp(np.array(drawn))
+
+
+def measured(task: Task, size: str, tokens: float, options: argparse.Namespace) -> Point:
+    """Trains one model."""
+    width, layers = map(int, size.split("x"))
+    config = llama.Config(
+        vocab_size=task.tokenizer.vocab_size, context_length=CONTEXT, dim=width, hidden_dim=-(-8 * width // 48) * 16,
+        n_layers=layers, n_heads=width // HEAD_DIM, norm_eps=1e-5, tied=True,
+    )  # fmt: skip
+    steps = max(1, round(tokens / (ROWS * CONTEXT)))
+    recipe = gpt.Recipe(context_length=CONTEXT, batch_size=ROWS, steps=steps, seed=options.seed)
+    settings = gpt.settings(recipe, gpt.parameters(config), CONTEXT, len(task.shards.tokens))
     torch.manual_seed(options.seed)
-    model = llama.build(replace(config, vocab_size=task.tokenizer.vocab_size))
-    data = PackedText(task.shards, CONTEXT, ROWS, options.seed, options.held_out)
+    model = llama.build(config)
+    data = PackedText(task.shards, CONTEXT, ROWS, options.seed, VALIDATION_TOKENS)
     seconds = learned(model, data, settings)
-    loss = validation(model, data)
-    seen = settings.steps * ROWS * CONTEXT
-    bits = task.shards.bits_per_byte(loss)
-    print(f"| {depth} | {size:,} | {seen:,} | {loss:.4f} | {bits:.3f} | {seconds:.0f} |", flush=True)
-    return size, loss
+    return Point(size, gpt.parameters(config), steps * ROWS * CONTEXT, validation(model, data), seconds)
 
 
-def draw(sizes: np.ndarray, losses: np.ndarray, laws: dict[str, Law], path: Path) -> None:
-    """Losses and laws above, residuals below."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), layout="constrained", sharex=True, height_ratios=(3, 1))
-    line = np.geomspace(sizes.min() / 1.3, sizes.max() * 1.3, 200)
-    above.plot(sizes, losses, "o", color="#222222", label="measured")
-    for law, colour in zip(laws.values(), ("tab:blue", "tab:orange"), strict=True):
-        above.plot(line, law(line), color=colour, label=str(law))
-        below.plot(sizes, losses - law(sizes), "o-", color=colour)
-    above.set(xscale="log", yscale="log", ylabel="held-out loss, nats a token")
-    above.yaxis.set_major_formatter("{x:.1f}")
-    above.yaxis.set_minor_formatter("{x:.1f}")
-    below.axhline(0, color="grey", linewidth=0.8)
-    below.set(xlabel="parameters", ylabel="residual")
-    above.legend(fontsize=8)
-    for axes in (above, below):
-        axes.grid(alpha=0.3, which="both")
+def points(options: argparse.Namespace) -> list[Point]:
+    """All of them, each printed as it is measured."""
+    kept = options.points.read_text().splitlines() if options.points and options.points.exists() else []
+    known = {(each.size, each.tokens): each for each in (Point(**json.loads(line)) for line in kept)}
+    task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
+    print(
+        "| size | parameters | tokens seen | loss | bits a byte | seconds |\n|---|---:|---:|---:|---:|---:|", flush=True
+    )
+    found = []
+    for size in [*options.sizes, options.left_out]:
+        for tokens in options.tokens:
+            seen = max(1, round(tokens / (ROWS * CONTEXT))) * ROWS * CONTEXT
+            point = known.get((size, seen)) or measured(task, size, tokens, options)
+            if options.points and (size, seen) not in known:
+                with options.points.open("a") as file:
+                    file.write(json.dumps(vars(point)) + "\n")
+            bits = task.shards.bits_per_byte(point.loss)
+            told = f"{point.loss:.4f} | {bits:.3f} | {point.seconds:.0f}"
+            print(f"| {size} | {point.parameters:,} | {point.tokens:,} | {told} |", flush=True)
+            found.append(point)
+    return found
+
+
+def _columns(found: list[Point]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Parameters, tokens and losses."""
+    rows = [(each.parameters, each.tokens, each.loss) for each in found]
+    sizes, tokens, losses = np.array(rows, dtype=float).T
+    return sizes, tokens, losses
+
+
+def draw(law: Law, used: list[Point], asked: list[Point], ranges: np.ndarray, path: Path) -> None:
+    """Losses over sizes, a line for each number of tokens; those left out as rings, with the interval predicted."""
+    figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
+    line = np.geomspace(min(p.parameters for p in used) / 1.2, max(p.parameters for p in asked) * 1.2, 200)
+    for number, seen in enumerate(sorted({p.tokens for p in used})):
+        colour = f"C{number}"
+        mine = [p for p in used if p.tokens == seen]
+        axes.plot([p.parameters for p in mine], [p.loss for p in mine], "o", color=colour)
+        axes.plot(line, np.exp(law.log_loss(line, np.full(200, float(seen)))), color=colour, label=f"{seen:,} tokens")
+        for point, (low, high) in zip(asked, ranges, strict=True):
+            if point.tokens == seen:
+                axes.plot([point.parameters] * 2, [low, high], color=colour, alpha=0.4, linewidth=5)
+                axes.plot(point.parameters, point.loss, "o", markerfacecolor="white", markeredgecolor=colour, zorder=3)
+    axes.plot(
+        [], [], "o", markerfacecolor="white", markeredgecolor="grey", label="left out of the fit, and its interval"
+    )
+    axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="held-out loss, nats a token", title=str(law))
+    axes.yaxis.set_major_formatter("{x:.1f}")
+    axes.yaxis.set_minor_formatter("{x:.1f}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
-    parser.add_argument("--tokens", type=float, default=2.5e6, help="that every size sees")
-    parser.add_argument("--ratio", type=float, help="tokens for each parameter instead")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["32x2", "48x2", "64x3", "80x3", "96x4"], help="WIDTHxLAYERS")
+    parser.add_argument("--left-out", default="128x4", help="the size that is predicted")
+    parser.add_argument("--tokens", type=float, nargs="+", default=[2.5e5, 1e6, 4e6], help="that every size sees")
     parser.add_argument("--data", default="english")
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--held-out", type=int, default=VALIDATION_TOKENS, help="tokens of the held-out loss")
+    parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--points", type=Path)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     print(machine() + "\n", flush=True)
-    print("| depth | parameters | tokens seen | loss | bits a byte | seconds |\n|---:|---:|---:|---:|---:|---:|")
-    points = [measured(depth, options) for depth in options.depths]
-    sizes, losses = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    laws = {name: fitted(sizes, losses, floor) for name, floor in (("with a floor", True), ("without", False))}
-    for name, law in laws.items():
-        residuals = losses - law(sizes)
-        told = ", ".join(f"{depth}: {each:+.4f}" for depth, each in zip(options.depths, residuals, strict=True))
-        print(f"\n{name}: {law}; residuals by depth {told}; root mean square {np.sqrt((residuals**2).mean()):.4f}")
+    began, found = time.monotonic(), points(options)
+    used = [point for point in found if point.size != options.left_out]
+    asked = [point for point in found if point.size == options.left_out]
+    sizes, tokens, losses = _columns(used)
+    law = fitted(sizes, tokens, np.log(losses), STARTS)
+    residuals = losses - np.exp(law.log_loss(sizes, tokens))
+    print(f"\n{law}; root mean square of the residuals {np.sqrt((residuals**2).mean()):.4f} nats\n")
+    ranges = np.quantile(predictions(law, sizes, tokens, np.log(losses), asked), (0.025, 0.975), axis=0).T
+    print("| left out: tokens seen | predicted (95%) | measured |\n|---:|---:|---:|")
+    for point, middle, (low, high) in zip(asked, np.exp(law.log_loss(*_columns(asked)[:2])), ranges, strict=True):
+        print(f"| {point.tokens:,} | {middle:.3f} ({low:.3f} to {high:.3f}) | {point.loss:.3f} |")
+    print(f"\n{time.monotonic() - began:.0f} s")
     if options.picture:
-        draw(sizes, losses, laws, options.picture)
+        draw(law, used, asked, ranges, options.picture)
 
 
 if __name__ == "__main__":
