@@ -16,9 +16,8 @@ SMALL = 2**13  # numbers of a matrix with which the choice of a product costs mo
 
 def _is_amd_with_avx512() -> bool:
     """Whether MKL, by which PyTorch multiplies float32, uses half of the processor's width, as it does on AMD's."""
-    source = Path("/proc/cpuinfo")
-    maker = source.read_text(encoding="utf-8") if source.exists() else platform.processor()
-    return "AuthenticAMD" in maker and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    is_wide, source = torch.backends.cpu.get_cpu_capability() == "AVX512", Path("/proc/cpuinfo")
+    return is_wide and "AuthenticAMD" in (source.read_text("utf-8") if source.exists() else platform.processor())
 
 
 USES_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and _is_amd_with_avx512()

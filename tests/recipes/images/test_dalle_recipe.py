@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stopping import stopped_and_whole
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
 from keifu.evaluation.images.text_to_image import best, cosines
-from keifu.recipes.images import common
 from keifu.recipes.images import dalle as recipe
-from keifu.training.signals import Interrupted
 
 PROMPTS = ("a small red disc", "a large blue bar")
 TINY = {
@@ -71,25 +70,7 @@ def _pixels(path: Path) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits(wanted, tmp_path, monkeypatch) -> None:
-    whole = common.train
-
-    def limited(place: str | None):
-        def way(model, objective, data, settings, run, *rest, **more):
-            changed = replace(settings, schedule="constant", warmup=0)
-            if run.directory.name == place:
-                whole(model, objective, data, replace(changed, steps=1), run, *rest, **more)
-                raise Interrupted("stopped")
-            return whole(model, objective, data, changed, run, *rest, **more)
-
-        return way
-
-    monkeypatch.setattr(common, "train", limited("parts"))
-    with pytest.raises(Interrupted):
-        recipe.run(wanted, tmp_path / "parts", False)
-    monkeypatch.setattr(common, "train", limited(None))
-    recipe.run(wanted, tmp_path / "parts", True)
-    recipe.run(wanted, tmp_path / "whole", False)
-    ours, theirs = (checkpoints.load_model(tmp_path / name).state_dict() for name in ("parts", "whole"))
+    ours, theirs = stopped_and_whole(recipe, wanted, "parts", 1, tmp_path, monkeypatch)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopping import stopped_and_whole
 
 from keifu import checkpoints
 from keifu.checkpoints.loading import load_model
@@ -13,10 +14,8 @@ from keifu.data.images.dataset import read_images, split
 from keifu.errors import UserError
 from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
-from keifu.recipes.images import common
 from keifu.recipes.images import latent_diffusion as recipe
 from keifu.training.objectives.diffusion import draw_noise
-from keifu.training.signals import Interrupted
 
 PROMPTS = ("a small red disc", "a large blue bar")
 TINY = {
@@ -87,25 +86,7 @@ def test_latents_have_a_variance_of_one(trained, drawings) -> None:
 def test_a_resumed_run_has_the_same_bits(stopped, trained, drawings, towers, tmp_path, monkeypatch) -> None:
     """Stopped inside a part, and gone on with."""
     wanted = recipe.Recipe(str(drawings), clip=str(towers), **TINY)
-    whole = common.train
-
-    def limited(place: str | None):
-        def way(model, objective, data, settings, run, *rest, **more):
-            changed = replace(settings, schedule="constant", warmup=0)
-            if run.directory.name == place:
-                whole(model, objective, data, replace(changed, steps=2), run, *rest, **more)
-                raise Interrupted("stopped")
-            return whole(model, objective, data, changed, run, *rest, **more)
-
-        return way
-
-    monkeypatch.setattr(common, "train", limited(stopped))
-    with pytest.raises(Interrupted):
-        recipe.run(wanted, tmp_path / "parts", False)
-    monkeypatch.setattr(common, "train", limited(None))
-    recipe.run(wanted, tmp_path / "parts", True)
-    recipe.run(wanted, tmp_path / "whole", False)
-    ours, theirs = (checkpoints.load_model(tmp_path / name).state_dict() for name in ("parts", "whole"))
+    ours, theirs = stopped_and_whole(recipe, wanted, stopped, 2, tmp_path, monkeypatch)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import toy_captions
+from stopping import stopped_and_whole
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
 from keifu.models.clip import text as clip_text
-from keifu.recipes.images import clip, common, unclip
+from keifu.recipes.images import clip, unclip
 from keifu.training.objectives.unclip import blur_images, embedding_moments, random_crops, real_tokens
-from keifu.training.signals import Interrupted
 
 pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
 
@@ -63,22 +63,7 @@ def test_it_learns_and_what_is_saved_draws(drawings, towers, tmp_path, capsys, m
 
 def test_a_resumed_run_has_the_same_bits(drawings, towers, tmp_path, monkeypatch) -> None:
     """Stopped in its middle, and gone on with."""
-    wanted, whole = small(drawings, towers), common.train
-
-    def stop(model, objective, data, settings, run, *rest, **more):
-        whole(model, objective, data, replace(settings, schedule="constant", warmup=0, steps=2), run, *rest, **more)
-        raise Interrupted("stopped")
-
-    def on(model, objective, data, settings, run, *rest, **more):
-        return whole(model, objective, data, replace(settings, schedule="constant", warmup=0), run, *rest, **more)
-
-    monkeypatch.setattr(common, "train", stop)
-    with pytest.raises(Interrupted):
-        unclip.run(wanted, tmp_path / "parts", False)
-    monkeypatch.setattr(common, "train", on)
-    unclip.run(wanted, tmp_path / "parts", True)
-    unclip.run(wanted, tmp_path / "whole", False)
-    first, second = (checkpoints.load_model(tmp_path / name).state_dict() for name in ("whole", "parts"))
+    second, first = stopped_and_whole(unclip, small(drawings, towers), "parts", 2, tmp_path, monkeypatch)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

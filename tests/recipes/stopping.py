@@ -1,0 +1,43 @@
+"""A text-to-image run that is stopped in the training of one of its parts and gone on with, beside one that is not."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keifu import checkpoints
+from keifu.recipes.images import common
+from keifu.training.signals import Interrupted
+
+Weights = dict[str, Any]
+
+
+def stopped_and_whole(
+    recipe: Any, wanted: Any, stopped: str, steps: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Weights, Weights]:
+    """The weights of a run that was stopped and resumed, and those of one that was not.
+
+    It stops after so many steps of the training whose folder has the name `stopped`. The rate is constant, since a
+    schedule would follow the fewer steps.
+    """
+    whole = common.train
+
+    def limited(place: str | None) -> Any:
+        def way(model: Any, objective: Any, data: Any, settings: Any, run: Any, *rest: Any, **more: Any) -> Any:
+            changed = replace(settings, schedule="constant", warmup=0)
+            if run.directory.name == place:
+                whole(model, objective, data, replace(changed, steps=steps), run, *rest, **more)
+                raise Interrupted("stopped")
+            return whole(model, objective, data, changed, run, *rest, **more)
+
+        return way
+
+    monkeypatch.setattr(common, "train", limited(stopped))
+    with pytest.raises(Interrupted):
+        recipe.run(wanted, folder / "parts", False)
+    monkeypatch.setattr(common, "train", limited(None))
+    recipe.run(wanted, folder / "parts", True)
+    recipe.run(wanted, folder / "whole", False)
+    ours, theirs = (checkpoints.load_model(folder / name).state_dict() for name in ("parts", "whole"))
+    return ours, theirs
