@@ -1,5 +1,7 @@
 """The product for a single row, and oneDNN's, against PyTorch's general one, with their gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,5 +89,9 @@ def test_what_onednn_is_not_given(monkeypatch):
         assert linear(x, weight).dtype == torch.bfloat16
     for other in (linear(x.double(), weight.double()), linear(x[:, :8], weight[:, :8]), linear(x[:0], weight)):
         assert not uses_onednn(other)
+    of_one = partial(linear, weight=weight)
+    torch.testing.assert_close(torch.func.vmap(of_one)(x.view(2, 2, 96)).flatten(0, 1), of_one(x))
+    torch.testing.assert_close(torch.func.grad(lambda x: of_one(x).sum())(x), weight.sum(0).expand(4, -1))
+    torch.testing.assert_close(torch.jit.trace(lambda x: linear(x, weight), x.detach(), check_trace=False)(x), of_one(x))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not uses_onednn(linear(x, weight))

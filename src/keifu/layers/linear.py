@@ -47,8 +47,8 @@ def product(a: Float[Tensor, "*batch inner"], b: Float[Tensor, "inner columns"])
 
 
 def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Plain float32 on a CPU, outside autocast and compiled code. It must not depend on the number of rows, so that a
-    row has the same bits beside any others."""
+    """Plain float32 on a CPU, outside autocast, compiled or traced code and torch.func's transforms. It must not depend
+    on the number of rows, so that a row has the same bits beside any others."""
     return (
         weight.numel() >= SMALL
         and x.dtype == weight.dtype == torch.float32
@@ -58,6 +58,8 @@ def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in (Tensor, nn.Parameter)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
