@@ -14,12 +14,10 @@ from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import RopeScaling, Rotary
 from keifu.layers.feedforward import GatedFeedForward
-from keifu.layers.initialisation import normal_, scale_residual_
-from keifu.layers.linear import Linear
 from keifu.layers.normalisation import UnitOffsetRMSNorm
 from keifu.layers.transformer.blocks import SandwichNorm
 from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding
-from keifu.models import qwen3
+from keifu.models import llama, qwen3
 from keifu.models.hf import config as hf
 
 
@@ -68,17 +66,10 @@ PAPER_PARAMETERS = {  # table 1, embedding and the rest, without the vision enco
 
 def build(config: Config) -> DecoderLM:
     """A model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the report does not print its own."""
-    model = DecoderLM(
-        ScaledEmbedding(config.vocab_size, config.dim, config.dim**0.5),
-        [_block(config, layer) for layer in range(config.n_layers)],
-        UnitOffsetRMSNorm(config.dim, config.norm_eps),
-        head=None if config.tied else Linear(config.dim, config.vocab_size, bias=False),
-        dropout=config.dropout,
-        config=config,
-    )
-    normal_(model, std=0.02)
-    scale_residual_(model, config.n_layers)
-    return model
+    blocks = [_block(config, layer) for layer in range(config.n_layers)]
+    norm = UnitOffsetRMSNorm(config.dim, config.norm_eps)
+    embedding = ScaledEmbedding(config.vocab_size, config.dim, config.dim**0.5)
+    return llama.initialise(DecoderLM.of(config, blocks, norm, embedding=embedding))
 
 
 def global_layers(config: Config) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import normal_
-from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PostNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models.hf import config as hf
@@ -54,15 +53,7 @@ def build(config: Config) -> DecoderLM:
         )
         for _ in range(config.n_layers)
     ]
-    model = DecoderLM(
-        nn.Embedding(config.vocab_size, config.dim),
-        blocks,
-        nn.Identity(),
-        LearnedPositions(config.context_length, config.dim),
-        head=None if config.tied else Linear(config.dim, config.vocab_size, bias=False),
-        dropout=config.dropout,
-        config=config,
-    )
+    model = DecoderLM.of(config, blocks, nn.Identity(), LearnedPositions(config.context_length, config.dim))
     normal_(model, std=0.02)
     return model
 

@@ -14,7 +14,6 @@ from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
-from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models.hf import config as hf
@@ -59,13 +58,15 @@ def build(config: Config) -> DecoderLM:
         )
         for _ in range(config.n_layers)
     ]
-    embedding = nn.Embedding(config.vocab_size, config.dim)
-    positions = LearnedPositions(config.context_length, config.dim)
-    head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
-    model = DecoderLM(embedding, blocks, norm(), positions=positions, head=head, dropout=config.dropout, config=config)
+    return initialise(DecoderLM.of(config, blocks, norm(), LearnedPositions(config.context_length, config.dim)))
+
+
+def initialise(model: DecoderLM) -> DecoderLM:
+    """The paper's initialisation."""
+    assert model.positions is not None
     normal_(model, std=0.02)
-    nn.init.normal_(positions.weight, std=0.01)
-    scale_residual_(model, config.n_layers)
+    nn.init.normal_(model.positions.weight, std=0.01)
+    scale_residual_(model, len(model.blocks))
     return model
 
 

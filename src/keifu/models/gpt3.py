@@ -20,8 +20,6 @@ from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.feedforward import FeedForward
-from keifu.layers.initialisation import normal_, scale_residual_
-from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import gpt2
@@ -86,19 +84,7 @@ def build(config: Config) -> DecoderLM:
         for layer in range(config.n_layers)
     ]
     positions = LearnedPositions(config.context_length, config.dim)
-    model = DecoderLM(
-        nn.Embedding(config.vocab_size, config.dim),
-        blocks,
-        norm(),
-        positions,
-        head=None if config.tied else Linear(config.dim, config.vocab_size, bias=False),
-        dropout=config.dropout,
-        config=config,
-    )
-    normal_(model, std=0.02)
-    nn.init.normal_(positions.weight, std=0.01)
-    scale_residual_(model, config.n_layers)
-    return model
+    return gpt2.initialise(DecoderLM.of(config, blocks, norm(), positions))
 
 
 def _attention(config: Config, banded: bool) -> Attention:

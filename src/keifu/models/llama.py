@@ -5,14 +5,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import RopeScaling, Rotary
 from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
-from keifu.layers.linear import Linear
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
@@ -114,17 +111,14 @@ PAPER_PARAMETERS = {
 def build(config: Config) -> DecoderLM:
     """A model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the LLaMA papers do not print
     theirs."""
-    return build_of(config, [_block(config, layer) for layer in range(config.n_layers)])
+    blocks = [_block(config, layer) for layer in range(config.n_layers)]
+    return initialise(DecoderLM.of(config, blocks, RMSNorm(config.dim, config.norm_eps)))
 
 
-def build_of(config: Any, blocks: list[PreNorm]) -> DecoderLM:
-    """A model of these blocks, for a Config with LLaMA's fields."""
-    head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
-    embedding = nn.Embedding(config.vocab_size, config.dim)
-    norm = RMSNorm(config.dim, config.norm_eps)
-    model = DecoderLM(embedding, blocks, norm, head=head, dropout=config.dropout, config=config)
+def initialise(model: DecoderLM) -> DecoderLM:
+    """The same initialisation for later models, whose papers do not print theirs either."""
     normal_(model, std=0.02)
-    scale_residual_(model, config.n_layers)
+    scale_residual_(model, len(model.blocks))
     return model
 
 

@@ -16,7 +16,6 @@ from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import RopeScaling, Rotary
 from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.initialisation import fan_in_
-from keifu.layers.linear import Linear
 from keifu.layers.normalisation import ScaledLayerNorm
 from keifu.layers.transformer.blocks import Parallel
 from keifu.layers.transformer.decoder import DecoderLM
@@ -59,14 +58,8 @@ PAPER_PARAMETERS = {"palm-8b": 8.63e9, "palm-62b": 62.50e9, "palm-540b": 540.35e
 def build(config: Config) -> DecoderLM:
     """A model with the paper's initialisation (section 5): kernels N(0, 1 / inputs), embeddings N(0, 1)."""
     scale = config.dim**-0.5 if config.logit_scale is None else config.logit_scale
-    model = DecoderLM(
-        nn.Embedding(config.vocab_size, config.dim),
-        [_block(config) for _ in range(config.n_layers)],
-        ScaledLayerNorm(config.dim, config.norm_eps, scale),
-        head=None if config.tied else Linear(config.dim, config.vocab_size, bias=False),
-        dropout=config.dropout,
-        config=config,
-    )
+    blocks = [_block(config) for _ in range(config.n_layers)]
+    model = DecoderLM.of(config, blocks, ScaledLayerNorm(config.dim, config.norm_eps, scale))
     fan_in_(model)
     return model
 

@@ -58,7 +58,8 @@ PAPER_PARAMETERS = {
 
 def build(config: Config) -> DecoderLM:
     """A model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the report does not print its own."""
-    return llama.build_of(config, [_block(config, layer) for layer in range(config.n_layers)])
+    blocks = [_block(config, layer) for layer in range(config.n_layers)]
+    return llama.initialise(DecoderLM.of(config, blocks, RMSNorm(config.dim, config.norm_eps)))
 
 
 def _block(config: Config, layer: int) -> PreNorm:

@@ -16,7 +16,7 @@ from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import CausalMask, DocumentMask, Mask, positions_in
 from keifu.layers.attention.positions import LearnedPositions, Positions
 from keifu.layers.dropout import Dropout
-from keifu.layers.linear import linear
+from keifu.layers.linear import Linear, linear
 
 Tokens = Int[Tensor, "batch length"]
 Hidden = Float[Tensor, "batch length dim"]
@@ -64,6 +64,16 @@ class DecoderLM(nn.Module):
         self.positions, self.head = positions, head
         self.dropout = Dropout(dropout)
         self.config = config
+
+    @classmethod
+    def of(
+        cls, config: Any, blocks: Sequence[nn.Module], norm: nn.Module, positions: LearnedPositions | None = None,
+        embedding: nn.Embedding | None = None,
+    ) -> "DecoderLM":  # fmt: skip
+        """The model of a Config, which says the vocabulary, the width, the dropout and whether the head is tied."""
+        embedding = embedding or nn.Embedding(config.vocab_size, config.dim)
+        head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
+        return cls(embedding, blocks, norm, positions, head, config.dropout, config)
 
     def forward(
         self, tokens: Tokens, state: State | None = None, padding: Int[Tensor, " batch"] | None = None
