@@ -83,7 +83,7 @@ def test_a_tokenizer_gets_the_marks_once_and_puts_them_around_texts(tmp_path: Pa
     assert ids == [plain.vocab_size + n for n in range(3)] and marked.vocab_size == plain.vocab_size + 3
     text = marked.encode("the cat")
     assert text == plain.encode("the cat") and marked.encode("the cat", special=True) == [ids[0], *text, ids[2]]
-    assert marked.encode_pair("a", "mat")[0] == [ids[0], *plain.encode("a"), ids[1], *plain.encode("mat"), ids[2]]
+    assert marked.backend.encode("a", "mat").ids == [ids[0], *plain.encode("a"), ids[1], *plain.encode("mat"), ids[2]]
     assert set(ids).isdisjoint(marked.encode("_start_ _delimiter_ _classify_"))  # text that spells them stays text
     assert marked.pad_id == ids[0] and marked.eos_id == plain.eos_id
     again, same = add_delimiters(marked)
@@ -93,7 +93,7 @@ def test_a_tokenizer_gets_the_marks_once_and_puts_them_around_texts(tmp_path: Pa
     assert delimiters_of(marked, ids) == Delimiters((ids[0],), (ids[1],), (ids[2],))
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs("the cat", "a mat")["input_ids"] == marked.encode_pair("the cat", "a mat")[0]
+    assert theirs("the cat", "a mat")["input_ids"] == marked.backend.encode("the cat", "a mat").ids
     assert theirs.pad_token_id == ids[0]
 
 

@@ -11,7 +11,6 @@ from keifu.data.text.span_corruption import (
     CausalBatches,
     CausalRows,
     DecoderRows,
-    EncoderDecoderRows,
     InfillingExamples,
     Markers,
     SpanCorruption,
@@ -24,7 +23,7 @@ from keifu.data.text.span_corruption import (
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 
-END, PAD, START = 200, 201, 202
+END, PAD = 200, 201
 MARKERS = Markers(dict(zip(MODES, (101, 102, 103), strict=True)), np.arange(1000, 1100), END, PAD)
 SEED = st.integers(0, 10**6)
 
@@ -117,23 +116,6 @@ def test_a_decoders_rows_hold_a_run_of_the_text_each(context: int) -> None:
             assert any(window[i : i + len(text)] == text for i in range(task.width - len(text) + 1))
             assert context + 1 - last <= 2  # the row is as full as it can be
     assert seen == {101: 10, 102: 10, 103: 20}
-
-
-@pytest.mark.parametrize("context", [16, 37, 128])
-def test_an_encoder_decoders_rows_hold_the_same(context: int) -> None:
-    task, windows, rows = rows_of(EncoderDecoderRows(MARKERS, context, START))
-    assert rows["source"].shape[1] <= context and rows["target"].shape[1] - 1 <= context
-    for n, window in enumerate(windows.tolist()):
-        source, target = (rows[side][n][rows[f"{side}_mask"][n]].tolist() for side in ("source", "target"))
-        assert (rows["source"][n][~rows["source_mask"][n]] == PAD).all()
-        assert (rows["target"][n][~rows["target_mask"][n]] == PAD).all()
-        assert target.pop(0) == START
-        if source[0] == 103:
-            assert source[1:] + target == window
-        else:
-            assert target.pop() == END
-            text = restored(source[1:], target)
-            assert any(window[i : i + len(text)] == text for i in range(task.width - len(text) + 1))
 
 
 def test_what_s_hides_is_drawn_evenly() -> None:

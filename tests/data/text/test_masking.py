@@ -244,18 +244,6 @@ def test_the_tokenizers_own_vocabulary(wordpiece: Tokenizer) -> None:
     assert found.goes_on.tolist() == [piece.startswith("##") for piece in pieces] and found.goes_on.any()
 
 
-def test_two_texts_together_are_those_of_transformers(wordpiece: Tokenizer, tmp_path: Path) -> None:
-    import transformers
-
-    wordpiece.save(tmp_path)
-    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)("the cat", "a dog ran")
-    assert wordpiece.encode_pair("the cat", "a dog ran") == (expected["input_ids"], expected["token_type_ids"])
-    ids, segments = wordpiece.encode_pair("the [SEP]", "dog")
-    assert ids.count(wordpiece.token_id("[SEP]")) == 2 and len(ids) == len(segments)
-    with pytest.raises(UserError, match="surrogate"):
-        wordpiece.encode_pair("a", "\ud800")
-
-
 def test_what_cannot_be_is_refused(tmp_path: Path, shards: SentenceShards, wordpiece: Tokenizer) -> None:
     with pytest.raises(UserError, match="share between 0 and 1"):
         MaskingScheme(share=1.5)

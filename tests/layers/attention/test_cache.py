@@ -93,18 +93,14 @@ def test_a_window_shows_what_its_tokens_see(window: int) -> None:
         assert torch.equal(shown, TOKENS[:, :, max(0, start - window + 1) : end])
 
 
-def test_reserve_and_add_keep_what_is_held_and_make_room() -> None:
+def test_add_keeps_what_is_held_and_makes_room() -> None:
     state = make(capacity=7)
     fill(state, [6])
     with pytest.raises(ValueError, match="room for 7 tokens and was given 9"):
         fill(state, [9])
     holds(state, [TOKENS[row, :, :6] for row in range(ROWS)])  # a pass that fails changes nothing
-    state.reserve(9)
-    assert torch.equal(fill(state, [9]), TOKENS[:, :, :9])
-    state.reserve(3)  # never less
-    assert state.capacity == 9
     state.add(2)
-    holds(state, [*TOKENS[:, :, :9], TOKENS[0, :, :0], TOKENS[0, :, :0]])
+    holds(state, [*TOKENS[:, :, :6], TOKENS[0, :, :0], TOKENS[0, :, :0]])
 
 
 def test_an_interrupted_pass_is_written_over() -> None:

@@ -1,4 +1,4 @@
-"""Span corruption, as in T5 and UL2's mixture of denoisers, and causal rows, for decoders and encoder-decoders.
+"""Span corruption, as in T5 and UL2's mixture of denoisers, and causal rows, for decoders.
 
 Tay et al. (2022), "UL2: Unifying Language Learning Paradigms", table 1. A row begins with a token that names its mode.
 Spans are corrupted as in T5 (Raffel et al., 2020): a sentinel replaces each in the inputs, and the targets are each
@@ -179,13 +179,13 @@ class CausalBatches:
 
 
 class SpanCorruptionBatches:
-    """A mixture of denoisers over windows, in the form of a decoder's or an encoder-decoder's rows.
+    """A mixture of denoisers over windows, in the form of a decoder's rows.
 
     Of a source's rows each denoiser is given its share, exactly (see `keifu.data.batching`). A denoiser whose sentinels
     leave room for fewer tokens than a window has takes a run of it that begins anywhere.
     """
 
-    def __init__(self, denoisers: Sequence[SpanCorruption], form: "DecoderRows | EncoderDecoderRows"):
+    def __init__(self, denoisers: Sequence[SpanCorruption], form: "DecoderRows"):
         self.denoisers, self.form = tuple(denoisers), form
         self.shares = np.array([denoiser.share for denoiser in denoisers])
         if form.places < LEAST:
@@ -289,55 +289,6 @@ class CausalRows(DecoderRows):
         text = np.take_along_axis(np.concatenate([kept, hidden], axis=1), order, axis=1)
         mask = (order >= kept.shape[1]) & (text != self.markers.end)
         return {"tokens": _pad_wider(text, self.places), "mask": _pad_wider(mask, self.places).astype(bool)}
-
-
-class EncoderDecoderRows:
-    """Rows for an encoder-decoder that takes `context_length` tokens on each side.
-
-    A batch is what the objective `translation` takes (`keifu.training.objectives.language_modeling`): "source", the
-    mode and the inputs; "target", the token `start`, the targets and an end; both padded, with masks that are True on
-    real tokens.
-    """
-
-    def __init__(self, markers: Markers, context_length: int, start: int):
-        self.markers, self.places, self.start = markers, context_length, start
-
-    def length(self, denoiser: SpanCorruption) -> int:
-        """The most tokens of text that both sides have room for, but less than a side's."""
-        if denoiser.span is None:
-            return self.places - 1
-
-        def needed(length: int) -> int:
-            hidden, spans = denoiser.counts(length)
-            return 1 + max(spans + max(length - hidden, hidden), length)
-
-        return _longest(self.places, needed)
-
-    def rows(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool) -> Rows:
-        """Rows of equally many inputs and equally many targets."""
-        source = np.concatenate([np.full((len(inputs), 1), mode), inputs], axis=1)
-        target = np.concatenate([np.full((len(targets), 1), self.start), targets], axis=1)
-        sizes = [np.full(len(inputs), side.shape[1]) for side in (source, target)]
-        return self._padded(source, target, sizes[0], sizes[1], ends)
-
-    def cut(self, mode: int, tokens: np.ndarray, cuts: np.ndarray) -> Rows:
-        """Rows whose hidden end begins at `cuts`."""
-        length = tokens.shape[1]
-        moved = (cuts[:, None] + np.arange(length)) % length  # the hidden end comes first
-        begun = np.concatenate([np.full((len(tokens), 1), self.start), np.take_along_axis(tokens, moved, 1)], axis=1)
-        read = np.concatenate([np.full((len(tokens), 1), mode), tokens], axis=1)
-        return self._padded(read, begun, 1 + cuts, 1 + length - cuts, ends=False)
-
-    def _padded(self, source: np.ndarray, target: np.ndarray, read: np.ndarray, begun: np.ndarray, ends: bool) -> Rows:
-        """Both sides, of which each row has so many real tokens, in tables of one size for all rows of a run."""
-        places = np.arange(self.places + 1)
-        sides = {"source": _pad_wider(source, self.places), "target": _pad_wider(target, self.places + 1)}
-        masks = {"source": places[:-1] < read[:, None], "target": places < (begun + ends)[:, None]}
-        if ends:
-            sides["target"][np.arange(len(target)), begun] = self.markers.end
-        for name, side in sides.items():
-            side[~masks[name]] = self.markers.pad
-        return sides | {f"{name}_mask": mask for name, mask in masks.items()}
 
 
 def _pad_wider(tokens: np.ndarray, places: int) -> np.ndarray:

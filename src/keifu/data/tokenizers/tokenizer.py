@@ -193,14 +193,6 @@ class Tokenizer:
         """The size of a separate target vocabulary; None if there is only one vocabulary."""
         return None
 
-    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        """The ids of two texts as the tokenizer puts them together, [CLS] first [SEP] second [SEP], and the segment of
-        each id: 0 for what belongs to the first, 1 for the second. Text that spells a special token stays text.
-        """
-        with self._explaining([first, second]):
-            encoding = self._shield.backend.encode(first, second)
-        return encoding.ids, encoding.type_ids
-
     @contextmanager
     def _explaining(self, texts: Sequence[str]) -> Iterator[None]:
         """Context in which texts are encoded: a failure is a `UserError` that names the character."""

@@ -83,11 +83,6 @@ class KVState:
                 raise ValueError(f"A row holds {held} tokens and cannot go back to {length}.")
         self.lengths = wanted
 
-    def reserve(self, capacity: int) -> None:
-        """Makes room for `capacity` tokens in each row, if there is less; what is held stays."""
-        if capacity > self.capacity:
-            self._resize(len(self.lengths), capacity)
-
     def add(self, rows: int) -> None:
         """So many more rows, empty, behind the others."""
         self._resize(len(self.lengths) + rows, self.capacity)

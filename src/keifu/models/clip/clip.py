@@ -23,22 +23,12 @@ Tokens = Int[Tensor, "texts length"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(clip_text.WithText):
     """The defaults are ViT-B/32 as OpenAI released it. `pixels` is the preprocessing of images."""
 
     text: clip_text.Config = field(default_factory=clip_text.Config)
     image: clip_image.Config | clip_image.ResNetConfig = field(default_factory=clip_image.Config)
     pixels: Pixels = field(default_factory=Pixels)
-
-    @property
-    def vocab_size(self) -> int:
-        """Size of the vocabulary."""
-        return self.text.vocab_size
-
-    @property
-    def context_length(self) -> int:
-        """The longest caption in tokens, its start and end among them."""
-        return self.text.context_length
 
 
 def _vit(dim: int, layers: int, patch: int, text_dim: int, embedding: int, size: int = 224) -> Config:

@@ -45,6 +45,22 @@ class Config:
     projected: bool = True
 
 
+class WithText:
+    """A Config of a model with a text encoder, whose Config is `text`."""
+
+    text: Config
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary."""
+        return self.text.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """The longest text in tokens, its start and end among them; models that draw pad shorter ones to it."""
+        return self.text.context_length
+
+
 SIZES = {  # that of ViT-L/14; 123 M in Stable Diffusion's model card
     "stable-diffusion-text": Config(dim=768, hidden_dim=3072, n_heads=12, embedding_dim=768, projected=False),
 }

@@ -22,7 +22,8 @@ from keifu.layers.unet.spatial_transformer import Memories, PixelLinear, Spatial
 from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
 from keifu.layers.unet.unet import UNet, check_sides
 from keifu.models.diffusion.unet_builder import assemble_unet
-from keifu.models.hf.unet import conditioning_fields, levels_of, read_sides, read_sizes, unet_names, write_sizes
+from keifu.models.hf import config as hf
+from keifu.models.hf.unet import CONDITIONED_FIELDS, PADDING, levels_of, read_sides, unet_names
 
 Sample = Float[Tensor, "batch channels height width"]
 
@@ -217,7 +218,12 @@ UNSUPPORTED: dict[str, Any] = {
 }  # fmt: skip
 DOWN: dict[str, tuple[bool, bool | None]] = {"DownBlock2D": (False, False), "CrossAttnDownBlock2D": (True, False)}
 UP: dict[str, tuple[bool, bool | None]] = {"UpBlock2D": (False, False), "CrossAttnUpBlock2D": (True, False)}
-_MIDDLE = "UNetMidBlock2DCrossAttn"
+FIELDS = CONDITIONED_FIELDS | {
+    "n_layers": hf.Field("transformer_layers_per_block", 1),
+    "linear": hf.Field("use_linear_projection", False),
+    "middle": hf.choice("mid_block_type", {"UNetMidBlock2DCrossAttn": True, None: False}),
+    "pad_around": PADDING,
+}
 
 
 def from_published(json: dict[str, Any]) -> Config:
@@ -226,29 +232,16 @@ def from_published(json: dict[str, Any]) -> Config:
     Its `attention_head_dim` is the number of heads, by a mistake that its makers keep for the sake of old files.
     `upcast_attention` is not kept: products here are summed in float32 in any case.
     """
-    widths = tuple(json.get("block_out_channels", (320, 640, 1280, 1280)))
-    heads, middle = json.get("num_attention_heads") or json.get("attention_head_dim", 8), _middle(json)
+    fields, heads = hf.read_fields(json, FIELDS), json.get("num_attention_heads") or json.get("attention_head_dim", 8)
     down = [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"], DOWN
     up = ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3], UP
-    sides = read_sides(json, widths, down, up)
+    sides = read_sides(json, fields["widths"], down, up)
     return Config(
-        **read_sizes(json),
-        widths=widths,
+        **fields,
         attention=levels_of(attends for attends, _ in sides[0]),
         up_attention=levels_of(attends for attends, _ in sides[1]),
         n_heads=tuple(heads) if isinstance(heads, list | tuple) else heads,
-        n_layers=json.get("transformer_layers_per_block", 1),
-        linear=json.get("use_linear_projection", False),
-        middle=middle,
-        pad_around=conditioning_fields(json, "downsample_padding") == 1,
     )
-
-
-def _middle(json: dict[str, Any]) -> bool:
-    kind = json.get("mid_block_type", _MIDDLE)
-    if kind not in (_MIDDLE, None):
-        raise ValueError(f"its mid_block_type is {kind!r}, and what is implemented is {_MIDDLE!r}.")
-    return kind is not None
 
 
 def to_published(config: Config) -> dict[str, Any]:
@@ -256,12 +249,8 @@ def to_published(config: Config) -> dict[str, Any]:
     levels = range(len(config.widths))
     return {
         "model_type": "UNet2DConditionModel",
-        **write_sizes(config),
+        **hf.write_fields(config, FIELDS),
         "down_block_types": [("DownBlock2D", "CrossAttnDownBlock2D")[level in config.attention] for level in levels],
         "up_block_types": [("UpBlock2D", "CrossAttnUpBlock2D")[n in config.up_attention] for n in reversed(levels)],
-        "mid_block_type": _MIDDLE if config.middle else None,
         "attention_head_dim": [*config.n_heads] if isinstance(config.n_heads, tuple) else config.n_heads,
-        "transformer_layers_per_block": config.n_layers,
-        "use_linear_projection": config.linear,
-        "downsample_padding": int(config.pad_around),
     }

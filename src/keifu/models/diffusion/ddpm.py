@@ -22,7 +22,8 @@ from keifu.layers.unet.conv import SpatialAttention
 from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
 from keifu.layers.unet.unet import UNet, check_sides
 from keifu.models.diffusion.unet_builder import assemble_unet, group_norm
-from keifu.models.hf import unet as hf
+from keifu.models.hf import config as hf
+from keifu.models.hf import unet as published
 from keifu.models.hf.schedulers import read_scheduler, write_scheduler
 
 LARGE = Noise(variance="fixed_large")  # the paper's σ² = β for CIFAR-10
@@ -230,12 +231,24 @@ WEIGHT_NAMES = {
     "label": "class_embedding",
     "label.linear1": "class_embedding.linear_1",
     "label.linear2": "class_embedding.linear_2",
-    **{f"unet.{ours}": theirs for ours, theirs in hf.UNET_NAMES.items()},
+    **{f"unet.{ours}": theirs for ours, theirs in published.UNET_NAMES.items()},
 }
 FILES = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")  # of a pipeline
-OLD_ENDINGS = hf.OLD_ATTENTION
+OLD_ENDINGS = published.OLD_ATTENTION
 MODEL_TYPES = {"UNet2DModel": "DDPMPipeline"}
-_LABELS: dict[Any, str | None] = {"class": None, "number": "timestep", "vector": "identity"}
+_TIMES = hf.choice("time_embedding_type", {"positional": False, "learned": True})
+FIELDS = published.SIZE_FIELDS | {
+    "channels": hf.Field("in_channels", 3),
+    "out_channels": hf.Field("out_channels", 3),
+    "head_dim": hf.Field("attention_head_dim", 8),
+    "middle": hf.choice("mid_block_type", {"UNetMidBlock2D": True, None: False}),
+    "middle_attention": hf.Field("add_attention", True),
+    "middle_scale": hf.Field("mid_block_scale_factor", 1.0, float),
+    "pad_around": published.PADDING,
+    "scale_shift": published.SHIFTS,
+    "activation": hf.choice("act_fn", {name: name for name in ("silu", "swish", "mish", "gelu", "relu")}),
+    "label": hf.choice("class_embed_type", {None: "class", "timestep": "number", "identity": "vector"}),
+}
 
 
 def from_published(json: dict[str, Any]) -> Config:
@@ -243,26 +256,13 @@ def from_published(json: dict[str, Any]) -> Config:
 
     Names that begin with "_" are keifu's own: diffusers ignores them.
     """
-    size, shift, kind = (
-        json.get("sample_size"),
-        hf.conditioning_fields(json, "resnet_time_scale_shift"),
-        hf.conditioning_fields(json, "class_embed_type"),
-    )
-    null_class = json.get("_null_class", False)
-    groups = json.get("norm_num_groups", 32) if shift == "default" else None
+    fields, null_class = hf.read_fields(json, FIELDS), json.get("_null_class", False)
     return Config(
-        size=tuple(size) if isinstance(size, list) else size,
-        **hf.read_fields(json),
-        middle=hf.conditioning_fields(json, "mid_block_type") is not None,
-        middle_groups=json.get("attn_norm_num_groups") or groups,
-        pad_around=hf.conditioning_fields(json, "downsample_padding") == 1,
-        scale_shift=shift == "scale_shift",
-        activation=hf.conditioning_fields(json, "act_fn"),
-        learned_times=json["num_train_timesteps"]
-        if hf.conditioning_fields(json, "time_embedding_type") == "learned"
-        else None,
+        **fields,
+        **published.read_layout(json),
+        middle_groups=json.get("attn_norm_num_groups") or (None if fields["scale_shift"] else fields["norm_groups"]),
+        learned_times=json["num_train_timesteps"] if hf.read_field(json, _TIMES) else None,
         centered=not json.get("center_input_sample", False),
-        label=next(ours for ours, theirs in _LABELS.items() if theirs == kind),
         n_classes=(json.get("num_class_embeds") or 0) - null_class,
         null_class=null_class,
         classes=tuple(json.get("_classes", ())),
@@ -276,19 +276,14 @@ def to_published(config: Config) -> dict[str, Any]:
     own = {"_null_class": config.null_class, "_classes": [*config.classes]}
     return {
         "model_type": "UNet2DModel",
-        "sample_size": config.size,
-        **hf.write_fields(config),
+        "attention_head_dim": None,  # where the Config has none
+        **hf.write_fields(config, FIELDS),
         "out_channels": config.predicted_channels,
-        **hf.write_layout(config.widths, (config.attention, config.residual_down), (up, config.residual_up)),
-        "time_embedding_type": "learned" if config.learned_times else "positional",
+        **published.write_layout(config.widths, (config.attention, config.residual_down), (up, config.residual_up)),
+        "time_embedding_type": _TIMES.write(bool(config.learned_times)),
         "num_train_timesteps": config.learned_times,
-        "mid_block_type": "UNetMidBlock2D" if config.middle else None,
         "attn_norm_num_groups": config.middle_groups,
-        "downsample_padding": int(config.pad_around),
-        "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
-        "act_fn": config.activation if config.activation in hf.IMPLEMENTED["act_fn"] else "silu",
         "center_input_sample": not config.centered,
-        "class_embed_type": _LABELS[config.label],
         "num_class_embeds": config.n_classes + config.null_class or None,
         **{name: value for name, value in own.items() if value},
         "scheduler": write_scheduler(config.noise),

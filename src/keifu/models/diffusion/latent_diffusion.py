@@ -29,7 +29,7 @@ NOISE = Noise(
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(clip_text.WithText):
     """The defaults are Stable Diffusion 1's. `noise` is the noise schedule and prediction target of the training.
 
     autoencoder: None for a U-Net that works in pixels.
@@ -82,16 +82,6 @@ class Config:
     def masked(self) -> bool:
         """Whether it is an inpainting model, whose U-Net takes a mask and the masked image too."""
         return self.unet.channels > self.channels
-
-    @property
-    def vocab_size(self) -> int:
-        """Size of the text encoder's vocabulary."""
-        return self.text.vocab_size
-
-    @property
-    def context_length(self) -> int:
-        """The tokens of every text: shorter ones are padded."""
-        return self.text.context_length
 
 
 _TEXT_2 = clip_text.Config(  # OpenCLIP's ViT-H/14, without its last layer

@@ -36,7 +36,7 @@ Fields = dict[str, str | Field]  # by the name of the Config's field; a bare nam
 def read_fields(json: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
     """The values of a Config's fields. A required one that is absent is a `KeyError` (the loader's names the file), one
     whose value cannot be converted a `UserError`."""
-    return {ours: _read(json, field) for ours, field in _rows(fields)}
+    return {ours: read_field(json, field) for ours, field in _rows(fields)}
 
 
 def _rows(fields: Fields) -> Iterator[tuple[str, Field]]:
@@ -44,7 +44,8 @@ def _rows(fields: Fields) -> Iterator[tuple[str, Field]]:
         yield ours, field if isinstance(field, Field) else Field(field)
 
 
-def _read(json: Mapping[str, Any], field: Field) -> Any:
+def read_field(json: Mapping[str, Any], field: Field) -> Any:
+    """The Config's value of one field."""
     name, default = field.name, field.default
     value = json[name] if default is _REQUIRED else json.get(name, None if callable(default) else default)
     if value is None and callable(default):
@@ -69,6 +70,20 @@ def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
 def activation_field(name: str, default: str) -> Field:
     """The field of an activation, whose names differ."""
     return Field(name, default, activation_name, published_activation)
+
+
+def choice(name: str, known: Mapping[Any, Any]) -> Field:
+    """A field of which some published values are implemented, the first by default: each with the Config's value."""
+
+    def read(value: Any) -> Any:
+        if value not in known:
+            raise UserError(f"its {name} is {value!r}, and what is implemented is {', '.join(map(repr, known))}.")
+        return known[value]
+
+    def write(value: Any) -> Any:
+        return next((theirs for theirs, ours in known.items() if ours == value), next(iter(known)))
+
+    return Field(name, next(iter(known)), read, write)
 
 
 def rate(value: float | None) -> float:

@@ -8,11 +8,25 @@ from typing import Any
 
 from keifu.errors import unknown
 from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.models.hf.config import Field, Fields, choice, read_field, read_fields, write_fields
 
-SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
-TARGETS = {"epsilon": "noise", "sample": "picture", "v_prediction": "velocity"}
-VARIANCES = {name: name for name in ("fixed_small", "fixed_large", "learned_range")}
-VARIANCES |= {"fixed_small_log": "fixed_small"}  # computed through its logarithm
+_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+VARIANCE = choice("variance_type", {
+    **{name: name for name in ("fixed_small", "fixed_large", "learned_range")},
+    "fixed_small_log": "fixed_small", None: "fixed_small",  # the former is computed through its logarithm
+})  # fmt: skip
+FIELDS: Fields = {
+    "schedule": choice("beta_schedule", _SCHEDULES),
+    "steps": Field("num_train_timesteps", 1000),
+    "beta_start": Field("beta_start", 1e-4, float),
+    "beta_end": Field("beta_end", 0.02, float),
+    "betas": Field("trained_betas", (), lambda betas: tuple(betas or ()), lambda betas: [*betas] or None),
+    "zero_terminal_snr": Field("rescale_betas_zero_snr", False, bool),
+    "target": choice("prediction_type", {"epsilon": "noise", "sample": "picture", "v_prediction": "velocity"}),
+    "threshold_max": Field("sample_max_value", 1.0, float),
+    "spacing": Field("timestep_spacing"),
+    "steps_offset": Field("steps_offset", 0),
+}
 UNCLIP = "UnCLIPScheduler"
 SILENT = {UNCLIP: "squaredcos_cap_v2"}  # the default schedule of a class
 # class -> its defaults of clip_sample, timestep_spacing, set_alpha_to_one
@@ -38,29 +52,15 @@ def read_scheduler(json: dict[str, Any]) -> Noise:
     if kind not in CLASSES:
         raise unknown("scheduler", kind, CLASSES)
     clips, spacing, last_alpha_one = CLASSES[kind]
-    clips = json.get("clip_sample", clips)
+    silent = {"beta_schedule": SILENT.get(kind, "linear"), "timestep_spacing": spacing}
+    json = silent | {"set_alpha_to_one": last_alpha_one, "clip_sample": clips} | json
     return Noise(
-        schedule=_named("beta_schedule", json.get("beta_schedule", SILENT.get(kind, "linear")), SCHEDULES),
-        steps=json.get("num_train_timesteps", 1000),
-        beta_start=float(json.get("beta_start", 1e-4)),
-        beta_end=float(json.get("beta_end", 0.02)),
-        betas=tuple(json.get("trained_betas") or ()),
-        zero_terminal_snr=bool(json.get("rescale_betas_zero_snr", False)),
-        target=_named("prediction_type", json.get("prediction_type", "epsilon"), TARGETS),
-        variance=_named("variance_type", json.get("variance_type") or "fixed_small", VARIANCES),
-        clip=float(json.get("clip_sample_range", 1.0)) if clips else None,
+        **read_fields(json, FIELDS),
+        variance=read_field(json, VARIANCE),
+        clip=float(json.get("clip_sample_range", 1.0)) if json["clip_sample"] else None,
         threshold=float(json.get("dynamic_thresholding_ratio", 0.995)) if json.get("thresholding") else None,
-        threshold_max=float(json.get("sample_max_value", 1.0)),
-        spacing=json.get("timestep_spacing", spacing),
-        steps_offset=json.get("steps_offset", 0),
-        last_alpha_one=bool(json.get("set_alpha_to_one", last_alpha_one)),
+        last_alpha_one=bool(json["set_alpha_to_one"]),
     )
-
-
-def _named(field: str, value: str, known: dict[str, Any]) -> Any:
-    if value not in known:
-        raise unknown(field, str(value), known)
-    return known[value]
 
 
 def write_scheduler(noise: Noise) -> dict[str, Any]:
@@ -70,20 +70,11 @@ def write_scheduler(noise: Noise) -> dict[str, Any]:
     kind = "DDPMScheduler" if noise.last_alpha_one else "DDIMScheduler"
     return ours[kind] | {
         "_class_name": kind,
-        "num_train_timesteps": noise.steps,
-        "beta_schedule": next(theirs for theirs, name in SCHEDULES.items() if name == noise.schedule),
-        "beta_start": noise.beta_start,
-        "beta_end": noise.beta_end,
-        "trained_betas": [*noise.betas] or None,
-        "rescale_betas_zero_snr": noise.zero_terminal_snr,
-        "prediction_type": next(theirs for theirs, name in TARGETS.items() if name == noise.target),
+        **write_fields(noise, FIELDS),
         "clip_sample": noise.clip is not None,
         "clip_sample_range": 1.0 if noise.clip is None else noise.clip,
         "thresholding": noise.threshold is not None,
         "dynamic_thresholding_ratio": 0.995 if noise.threshold is None else noise.threshold,
-        "sample_max_value": noise.threshold_max,
-        "timestep_spacing": noise.spacing,
-        "steps_offset": noise.steps_offset,
     }
 
 

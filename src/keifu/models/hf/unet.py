@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keifu.errors import unknown
+from keifu.models.hf.config import Field, Fields, choice, read_field
 
 # theirs -> whether the stage has attention; whether it changes the resolution in a residual block (None: see *_type)
 Blocks = dict[str, tuple[bool, bool | None]]
@@ -17,32 +18,24 @@ DOWN: Blocks = {
 }
 UP: Blocks = {"UpBlock2D": (False, False), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, True)}
 Layout = tuple[Sequence[int], Sequence[int]]
-RESAMPLING = ("conv", "resnet")
-IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # where not every value is; the first is diffusers' default
-    "time_embedding_type": ("positional", "learned"),
-    "mid_block_type": ("UNetMidBlock2D", None),
-    "downsample_padding": (1, 0),
-    "downsample_type": RESAMPLING,
-    "upsample_type": RESAMPLING,
-    "resnet_time_scale_shift": ("default", "scale_shift"),
-    "class_embed_type": (None, "timestep", "identity"),
-    "act_fn": ("silu", "swish", "mish", "gelu", "relu"),
+RESAMPLING = choice("", {"conv": False, "resnet": True})
+PADDING = choice("downsample_padding", {1: True, 0: False})
+SHIFTS = choice("resnet_time_scale_shift", {"default": False, "scale_shift": True})
+SIZE_FIELDS: Fields = {
+    "size": Field("sample_size", None, lambda size: tuple(size) if isinstance(size, list) else size),
+    "n_residual_blocks": Field("layers_per_block", 2),
+    "norm_groups": Field("norm_num_groups", 32),
+    "norm_eps": Field("norm_eps", 1e-5, float),
+    "dropout": Field("dropout", 0.0, float),
+    "time_dim": Field("time_embedding_dim", None),
+    "cosine_first": Field("flip_sin_to_cos", True),
+    "frequency_shift": Field("freq_shift", 0.0, float),
 }
-FIELDS = {  # ours: theirs, and diffusers' default
-    "channels": ("in_channels", 3),
-    "out_channels": ("out_channels", 3),
-    "n_residual_blocks": ("layers_per_block", 2),
-    "head_dim": ("attention_head_dim", 8),
-    "middle_attention": ("add_attention", True),
-    "norm_groups": ("norm_num_groups", 32),
-    "time_dim": ("time_embedding_dim", None),
-    "cosine_first": ("flip_sin_to_cos", True),
-}
-NUMBERS = {
-    "middle_scale": ("mid_block_scale_factor", 1.0),
-    "norm_eps": ("norm_eps", 1e-5),
-    "frequency_shift": ("freq_shift", 0.0),
-    "dropout": ("dropout", 0.0),
+CONDITIONED_FIELDS = SIZE_FIELDS | {  # of every UNet2DConditionModel
+    "channels": Field("in_channels", 4),
+    "predicted_channels": Field("out_channels", 4),
+    "widths": Field("block_out_channels", (320, 640, 1280, 1280), tuple, list),
+    "context_dim": Field("cross_attention_dim", 1280),
 }
 
 RESIDUAL = {
@@ -81,27 +74,6 @@ OLD_ATTENTION = {  # diffusers before 0.15 called the parts of attention so
 }
 
 
-def conditioning_fields(json: dict[str, Any], name: str) -> Any:
-    """The value of a field in `IMPLEMENTED`, or diffusers' default; another value is a ValueError."""
-    known = IMPLEMENTED[name]
-    value = json.get(name, known[0])
-    if value not in known:
-        raise ValueError(f"its {name} is {value!r}, and what is implemented is {', '.join(map(repr, known))}.")
-    return value
-
-
-def read_fields(json: dict[str, Any]) -> dict[str, Any]:
-    """The Config's fields of `FIELDS` and `NUMBERS`, and those of its layout."""
-    plain = {ours: json.get(theirs, silent) for ours, (theirs, silent) in FIELDS.items()}
-    numbers = {ours: float(json.get(theirs, silent)) for ours, (theirs, silent) in NUMBERS.items()}
-    return plain | numbers | read_layout(json)
-
-
-def write_fields(config: Any) -> dict[str, Any]:
-    """The published fields of `FIELDS` and `NUMBERS`."""
-    return {theirs: vars(config)[ours] for ours, (theirs, _) in (FIELDS | NUMBERS).items()}
-
-
 def read_layout(json: dict[str, Any]) -> dict[str, Any]:
     """The Config's fields of widths, attention and changes of resolution."""
     widths = json.get("block_out_channels", (224, 448, 672, 896))
@@ -132,7 +104,7 @@ def read_sides(json: dict[str, Any], widths: Sequence[int], down: Silent, up: Si
 
 
 def _read_side(json: dict[str, Any], side: str, silent: list[str], known: Blocks) -> Read:
-    residual_type = conditioning_fields(json, f"{side}sample_type") == "resnet"
+    residual_type = read_field(json, RESAMPLING._replace(name=f"{side}sample_type"))
     stages = []
     for name in json.get(f"{side}_block_types", silent):
         if (plain := name.removeprefix("UNetRes")) not in known:
@@ -156,47 +128,11 @@ def write_layout(widths: Sequence[int], down: Layout, up: Layout) -> dict[str, A
         "block_out_channels": [*widths],
         "down_block_types": [_name(level, down, DOWN) for level in levels],
         "up_block_types": [_name(level, up, UP) for level in reversed(levels)],
-        "downsample_type": RESAMPLING[bool({*down[0]} & {*down[1]})],
-        "upsample_type": RESAMPLING[bool({*up[0]} & {*up[1]})],
+        "downsample_type": RESAMPLING.write(bool({*down[0]} & {*down[1]})),
+        "upsample_type": RESAMPLING.write(bool({*up[0]} & {*up[1]})),
     }
 
 
 def _name(level: int, way: Layout, known: Blocks) -> str:
     wanted = (True, None) if level in way[0] else (False, level in way[1])
     return next(name for name, means in known.items() if means == wanted)
-
-
-def read_sizes(json: dict[str, Any]) -> dict[str, Any]:
-    """The Config's fields that every UNet2DConditionModel has."""
-    size = json.get("sample_size")
-    return {
-        "size": tuple(size) if isinstance(size, list) else size,
-        "channels": json.get("in_channels", 4),
-        "predicted_channels": json.get("out_channels", 4),
-        "n_residual_blocks": json.get("layers_per_block", 2),
-        "context_dim": json.get("cross_attention_dim", 1280),
-        "norm_groups": json.get("norm_num_groups", 32),
-        "norm_eps": float(json.get("norm_eps", 1e-5)),
-        "dropout": float(json.get("dropout", 0.0)),
-        "time_dim": json.get("time_embedding_dim"),
-        "cosine_first": json.get("flip_sin_to_cos", True),
-        "frequency_shift": float(json.get("freq_shift", 0)),
-    }
-
-
-def write_sizes(config: Any) -> dict[str, Any]:
-    """The published widths and fields of `read_sizes`."""
-    return {
-        "sample_size": config.size,
-        "in_channels": config.channels,
-        "out_channels": config.predicted_channels,
-        "block_out_channels": [*config.widths],
-        "layers_per_block": config.n_residual_blocks,
-        "cross_attention_dim": config.context_dim,
-        "norm_num_groups": config.norm_groups,
-        "norm_eps": config.norm_eps,
-        "dropout": config.dropout,
-        "time_embedding_dim": config.time_dim,
-        "flip_sin_to_cos": config.cosine_first,
-        "freq_shift": config.frequency_shift,
-    }

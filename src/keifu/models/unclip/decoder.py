@@ -20,7 +20,8 @@ from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoid
 from keifu.models.diffusion.conditioned_unet import UNSUPPORTED as OF_CONDITIONED
 from keifu.models.diffusion.conditioned_unet import ConditionedUNet
 from keifu.models.diffusion.unet_builder import assemble_unet
-from keifu.models.hf.unet import levels_of, read_sides, read_sizes, unet_names, write_sizes
+from keifu.models.hf import config as hf
+from keifu.models.hf.unet import CONDITIONED_FIELDS, SHIFTS, levels_of, read_sides, unet_names
 
 Sample = Float[Tensor, "batch channels height width"]
 
@@ -153,7 +154,6 @@ WEIGHT_NAMES = {
     **{f"network.unet.{ours}": theirs for ours, theirs in unet_names(_ATTENTION).items()},
 }
 MODEL_TYPES = {"UNet2DConditionModel/simple": "UNet2DConditionModel"}  # one class of diffusers' for two networks
-_KINDS: dict[Any, str] = {"identity": "vector", "simple_projection": "projected", None: "class"}
 UNSUPPORTED: dict[str, Any] = {
     name: fine
     for name, fine in OF_CONDITIONED.items()
@@ -167,8 +167,13 @@ _UP: dict[str, tuple[bool, bool | None]] = {
     "ResnetUpsampleBlock2D": (False, True),
     "SimpleCrossAttnUpBlock2D": (True, True),
 }
-_MIDDLE = "UNetMidBlock2DSimpleCrossAttn"
-_SHIFTS = ("default", "scale_shift")
+FIELDS = CONDITIONED_FIELDS | {
+    "head_dim": hf.Field("attention_head_dim", 8),
+    "label": hf.choice("class_embed_type", {None: "class", "identity": "vector", "simple_projection": "projected"}),
+    "middle": hf.choice("mid_block_type", {None: False, "UNetMidBlock2DSimpleCrossAttn": True}),
+    "scale_shift": SHIFTS,
+}
+_LABEL_DIMS = {"projected": "projection_class_embeddings_input_dim", "class": "num_class_embeds"}
 
 
 def from_published(json: dict[str, Any]) -> Config:
@@ -176,47 +181,26 @@ def from_published(json: dict[str, Any]) -> Config:
 
     Its `attention_head_dim` means what it says here.
     """
-    widths = tuple(json["block_out_channels"])
-    sides = read_sides(json, widths, ([], _DOWN), ([], _UP))
-    middle, shift = json.get("mid_block_type"), json.get("resnet_time_scale_shift", "default")
-    if middle not in (_MIDDLE, None) or shift not in _SHIFTS:
-        raise ValueError(f"its mid_block_type is {middle!r} and its resnet_time_scale_shift {shift!r}: not known.")
-    label, label_dim = _read_label(json)
+    fields = hf.read_fields(json, FIELDS)
+    sides = read_sides(json, fields["widths"], ([], _DOWN), ([], _UP))
+    label_dim = json.get(_LABEL_DIMS.get(fields["label"], ""))
+    if fields["label"] == "class" and label_dim is None:
+        raise UserError("its class_embed_type is None, and no num_class_embeds says how many rows a table would have.")
     return Config(
-        **read_sizes(json),
-        widths=widths,
+        **fields,
         attention=levels_of(attends for attends, _ in sides[0]),
         up_attention=levels_of(attends for attends, _ in sides[1]),
-        head_dim=json.get("attention_head_dim", 8),
-        label=label,
         label_dim=label_dim,
-        middle=middle is not None,
-        scale_shift=shift == "scale_shift",
     )
-
-
-def _read_label(json: dict[str, Any]) -> tuple[Any, int | None]:
-    kind, classes = json.get("class_embed_type"), json.get("num_class_embeds")
-    if kind not in _KINDS or (kind is None and classes is None):
-        raise ValueError(f"its class_embed_type is {kind!r}, and what is implemented is identity, simple_projection "
-                         "and a table of num_class_embeds.")  # fmt: skip
-    label_dim = {"simple_projection": json.get("projection_class_embeddings_input_dim"), None: classes}
-    return _KINDS[kind], label_dim.get(kind)
 
 
 def to_published(config: Config) -> dict[str, Any]:
     """The config.json that diffusers reads."""
     levels, down, up = range(len(config.widths)), tuple(_DOWN), tuple(_UP)
-    kind = next(theirs for theirs, ours in _KINDS.items() if ours == config.label)
     return {
         "model_type": next(iter(MODEL_TYPES)),
-        **write_sizes(config),
+        **hf.write_fields(config, FIELDS),
         "down_block_types": [down[level in config.attention] for level in levels],
         "up_block_types": [up[level in config.up_attention] for level in reversed(levels)],
-        "mid_block_type": _MIDDLE if config.middle else None,
-        "attention_head_dim": config.head_dim,
-        "class_embed_type": kind,
-        "projection_class_embeddings_input_dim": config.label_dim if kind else None,
-        "num_class_embeds": None if kind else config.label_dim,
-        "resnet_time_scale_shift": _SHIFTS[config.scale_shift],
+        **{name: config.label_dim if label == config.label else None for label, name in _LABEL_DIMS.items()},
     }

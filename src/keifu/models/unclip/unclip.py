@@ -36,7 +36,7 @@ UPSAMPLER = ddpm.SIZES["karlo-upsampler"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(clip_text.WithText):
     """The defaults are Karlo's, the unCLIP whose weights are public.
 
     Attributes:
@@ -96,16 +96,6 @@ class Config:
     def upsampling_noise(self) -> Noise | None:
         """The noise schedule and prediction target of the upsamplers."""
         return None if self.upsampler is None else self.upsampler.noise
-
-    @property
-    def vocab_size(self) -> int:
-        """Size of the vocabulary of captions."""
-        return self.text.vocab_size
-
-    @property
-    def context_length(self) -> int:
-        """The tokens of every caption: shorter ones are padded."""
-        return self.text.context_length
 
     @property
     def embedding_dim(self) -> int:
