@@ -1,17 +1,20 @@
 """Sentences a second of beam search, beside transformers' generate and CTranslate2 on the same weights.
 
 python benchmarks/beam.py [--dim 512] [--layers 6] [--vocab 16000] [--beams 4] [--sentences 128] [--dtype float32]
+    [--weights bf16 int8]
 python benchmarks/beam.py --model runs/transformer --data tatoeba-ja-en     (a trained model, on its test sentences)
 
 The default has random weights that end no text: every sentence gets `--tokens` tokens. A trained model ends its texts;
 then each side has its own length penalty and its own rule of when to stop. transformers gets its sentences in batches
 of `--batch-size`, once in the order given and once sorted by length. CTranslate2 (with random weights, where it is
-installed) computes in float32 like the others, and sorts by itself.
+installed) computes in float32 like the others, and sorts by itself. With `--weights` keifu's decoder is packed for the
+native step, and CTranslate2 has the same number of bits where it offers them here.
 """
 
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from operator import eq
 from pathlib import Path
@@ -35,6 +38,7 @@ def main() -> None:
     for name, value in {**sizes, "batch-size": 64, "rounds": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--weights", nargs="*", default=[], choices=("bf16", "int8", "int4"))
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", default="tatoeba-ja-en")
     options = parser.parse_args()
@@ -42,9 +46,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         folder = options.model or save_random(options, Path(directory))
         theirs = hf.MarianMTModel.from_pretrained(folder).eval()
-        faster = None if options.model or options.dtype != "float32" else ctranslate(theirs, Path(directory) / "ct2")
+        widths = ["float32"] * (options.dtype == "float32") + ["int8"] * ("int8" in options.weights)
+        faster = {} if options.model else ctranslate(theirs, Path(directory) / "ct2", widths)
         theirs = theirs.to(getattr(torch, options.dtype))
         ours: Any = checkpoints.load_model(folder).to(getattr(torch, options.dtype))
+        packed: Any = {width: checkpoints.load_model(folder, weights=width) for width in options.weights}
     sources = trained_sources(options, folder) if options.model else random_sources(options)
     settings = TranslationParams(options.beams, 1.0, None if options.model else options.tokens, options.batch_size)
     contenders = {
@@ -52,11 +58,13 @@ def main() -> None:
         "transformers, sorted": lambda: generate(theirs, sorted(sources, key=len), options),
         "keifu": lambda: search(ours, sources, settings),
     }
-    if faster is not None:
-        contenders["CTranslate2"] = lambda: faster(sources, options)
+    contenders |= {f"keifu, {width}": partial(search, model, sources, settings) for width, model in packed.items()}
+    contenders |= {f"CTranslate2, {width}": partial(run, sources, options) for width, run in faster.items()}
     own = [each.tokens for each in contenders["keifu"]()]
-    told = ", ".join(f"{sum(map(eq, contenders[name](), own))} of {len(own)} of {name}'s" for name in contenders if name
-                     in ("transformers", "CTranslate2"))  # fmt: skip
+    others = [name for name in contenders if name.partition(",")[0] != "keifu" and "sorted" not in name]
+    found = {name: contenders[name]() for name in others}
+    found |= {f"keifu, {width}": [each.tokens for each in contenders[f"keifu, {width}"]()] for width in packed}
+    told = ", ".join(f"{sum(map(eq, texts, own))} of {len(own)} of {name}'s" for name, texts in found.items())
     seconds = interleaved(contenders, options.rounds)
     kind = options.model or f"dim {options.dim}, {options.layers} layers, vocabulary {options.vocab}, random weights"
     how = f"{options.dtype}, {options.beams} beams, {len(sources)} sentences, {options.rounds} rounds"
@@ -65,10 +73,12 @@ def main() -> None:
     print(table(seconds, len(sources), "sentences", "transformers", {}))
 
 
-def ctranslate(model: Any, folder: Path) -> Callable[[Sources, argparse.Namespace], Sources] | None:
-    """CTranslate2's search with these weights, by ids; None where it is not installed."""
+def ctranslate(
+    model: Any, folder: Path, widths: Sequence[str]
+) -> dict[str, Callable[[Sources, argparse.Namespace], Sources]]:
+    """CTranslate2's search with these weights, by ids, for each width; none where it is not installed."""
     if find_spec("ctranslate2") is None:
-        return None
+        return {}
     import ctranslate2
     from ctranslate2.converters.transformers import MarianMTLoader
 
@@ -80,17 +90,18 @@ def ctranslate(model: Any, folder: Path) -> Callable[[Sources, argparse.Namespac
     spec.optimize()
     folder.mkdir()
     spec.save(folder)
-    translator = ctranslate2.Translator(str(folder), compute_type="float32", intra_threads=torch.get_num_threads())
     numbers = {name: number for number, name in enumerate(names)}
 
-    def run(sources: Sources, options: argparse.Namespace) -> Sources:
+    def run(translator: Any, sources: Sources, options: argparse.Namespace) -> Sources:
         found = translator.translate_batch(
             [[names[each] for each in ids] for ids in sources], beam_size=options.beams, length_penalty=1.0,
             max_decoding_length=options.tokens, max_batch_size=options.batch_size,
         )  # fmt: skip
         return [[numbers[name] for name in each.hypotheses[0]] for each in found]
 
-    return run
+    made = {each: ctranslate2.Translator(str(folder), compute_type=each, intra_threads=torch.get_num_threads())
+            for each in widths}  # fmt: skip
+    return {each: partial(run, translator) for each, translator in made.items()}
 
 
 def save_random(options: argparse.Namespace, directory: Path) -> Path:

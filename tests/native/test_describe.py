@@ -7,7 +7,7 @@ from torch import nn
 
 from keifu.layers.lora import LoraSettings, Target, attach, merge
 from keifu.layers.meta import on_meta
-from keifu.models import bert, gpt1, llama
+from keifu.models import bert, llama, seq2seq
 from keifu.native.build import Unavailable
 from keifu.native.describe import describe
 
@@ -42,9 +42,7 @@ def scaled() -> nn.Module:
 
 
 REFUSED = {
-    "blocks.0 is a PostNorm": lambda: gpt1.build(
-        gpt1.Config(vocab_size=9, context_length=8, dim=8, hidden_dim=8, n_layers=1, n_heads=2)
-    ),
+    "the model is a Seq2Seq": lambda: seq2seq.build(seq2seq.Config(vocab_size=9, context_length=8, dim=8)),
     "the model is a": lambda: bert.build(
         bert.Config(vocab_size=9, context_length=8, dim=8, hidden_dim=8, n_layers=1, n_heads=2)
     ),

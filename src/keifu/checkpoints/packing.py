@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from keifu.checkpoints.hf.weight_names import Link
 from keifu.checkpoints.plan import Plan
+from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.native.build import Unavailable
 from keifu.native.describe import ModelPart, describe
 from keifu.native.library import open_library, say_why, switched_off
-from keifu.native.model import NativeLM, pack
+from keifu.native.model import NativeLM, pack, pack_beside
 from keifu.native.pack import OWN, Blocks
+from keifu.native.targets import pack_translator
 
 MAPS = Path("/proc/self/maps")
 ENOUGH = 16 << 20  # bytes that were read before they are given back
@@ -32,9 +34,11 @@ DONTNEED = 4  # Linux's MADV_DONTNEED
 def load_packed(found: Plan, weights: str) -> nn.Module:
     """The planned model with its weights packed as bf16, int8 or int4; where native code cannot have it, one sentence
     says why, and the model is filled as without `weights`. "own" weights are packed where all are blocks of a GGUF file
-    that native code has."""
+    that native code has. A translator stays as it is, with its decoder packed beside it."""
     if weights == OWN and (found.source.blocks is None or switched_off()):
         return found.fill("cpu")
+    if isinstance(found.model, EncoderDecoder):
+        return pack_or_keep(found.fill("cpu"), weights)
     try:
         described, source = describe(found.model), FileWeights(found)
         if weights == OWN and not _has_native_blocks(described, source):
@@ -55,6 +59,9 @@ def _has_native_blocks(model: ModelPart, source: "FileWeights") -> bool:
 def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:
     """The same of a model that is built already."""
     try:
+        if isinstance(model, EncoderDecoder):
+            pack_beside(model, weights, pack_translator)
+            return model
         return pack(model, weights)
     except Unavailable as reason:
         say_why(str(reason))

@@ -18,7 +18,7 @@ EXAMPLE = 'keifu translate MODEL "This is a pen."'
 
 
 @dataclass(frozen=True)
-class Options(flags.OnDevice):
+class Options(flags.Packed):
     """Translate. Every line is a text; its sentences are translated one by one and stand on one line again."""
 
     model: flags.Model
@@ -42,7 +42,7 @@ class Options(flags.OnDevice):
 def run(options: Options) -> None:
     """Prints a line for each line."""
     lines = lines_from(options.text, options.file)
-    model, tokenizer = load_translator(options.model)
+    model, tokenizer = load_translator(options.model, options.weights)
     from keifu.data.progress import counting
     from keifu.generation.text.translation import TranslationParams, join_sentences, translate_texts
 
@@ -70,12 +70,12 @@ def lines_from(text: str | None, file: Path | None) -> list[str]:
     return [decode_utf8(line, str(file or "standard input"), number) for number, line in enumerate(lines, 1)]
 
 
-def load_translator(name: str) -> tuple[Any, Any]:
+def load_translator(name: str, weights: str | None = None) -> tuple[Any, Any]:
     """A model that translates, and its tokenizer; for any other kind a `UserError` that names the verb for it."""
     from keifu.checkpoints import load
     from keifu.generation.text.translation import explain_not_translator, is_translator
 
-    model, tokenizer = load(name)
+    model, tokenizer = load(name, weights=weights)
     if is_translator(model) and tokenizer is not None:
         return model, tokenizer
     raise UserError(f"{name} does not translate: {explain_not_translator(model)}")

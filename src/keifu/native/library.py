@@ -32,9 +32,10 @@ class Layer(Structure):
 
     _fields_ = [
         *((name, Matrix) for name in ("query", "key", "value", "out", "gate", "up", "down")),
+        *((name, Matrix) for name in ("cross_query", "cross_out")),
         *((name, Norm) for name in ("attention_norm", "post_attention_norm", "feedforward_norm")),
-        *((name, Norm) for name in ("post_feedforward_norm", "query_norm", "key_norm")),
-        *((name, c_int32) for name in ("parallel", "activation", "window")),
+        *((name, Norm) for name in ("post_feedforward_norm", "query_norm", "key_norm", "cross_norm")),
+        *((name, c_int32) for name in ("parallel", "norm_after", "activation", "window")),
         ("attention_scale", c_float),
         ("rotary_frequencies", c_void_p),
         ("rotary_pairs", c_int32),
@@ -69,6 +70,9 @@ class Batch(Structure):
         ("n_sequences", c_int32),
         ("table_width", c_int32),
         ("block_tables", c_void_p),
+        ("n_sources", c_int32),
+        ("source_width", c_int32),
+        *((name, c_void_p) for name in ("source_tables", "source_lengths", "sources")),
         ("n_wanted", c_int32),
         ("wanted", c_void_p),
         ("logits", c_void_p),
@@ -94,6 +98,7 @@ _ARGUMENTS = {
     "create": (POINTER(ModelDescription), c_int32, c_int32, c_int32),
     "destroy": (c_void_p,),
     "copy_block": (c_void_p, c_int32, c_int32),
+    "store_source": (c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_void_p),
     "forward": (c_void_p, POINTER(Batch)),
 }
 

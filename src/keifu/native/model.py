@@ -1,13 +1,13 @@
-"""Causal models computed natively: packed once, then run for any number of engines, each with caches of its own.
+"""Models computed natively: packed once, then run for any number of engines, each with caches of its own.
 
 Axes: batch, length, vocab; wanted = tokens whose logits are asked for.
 """
 
 import ctypes
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -125,8 +125,8 @@ class NativeRunner:
     def _forward(self, lists: list[list[int]], tables: np.ndarray, logits: Tensor) -> None:
         tokens, positions, rows, wanted = (np.array(each, np.int32) for each in lists)
         batch = native.Batch(
-            len(tokens), _at(tokens), _at(positions), _at(rows), *tables.shape, _at(tables), len(wanted), _at(wanted),
-            logits.data_ptr(),
+            len(tokens), at(tokens), at(positions), at(rows), *tables.shape, at(tables),
+            n_wanted=len(wanted), wanted=at(wanted), logits=logits.data_ptr(),
         )  # fmt: skip
         self.model.library.call("forward", self._handle, ctypes.byref(batch))
 
@@ -139,8 +139,12 @@ def widest(windows: Sequence[int | None]) -> int | None:
     return max(filter(None, windows)) if windows and all(windows) else None
 
 
-def _at(numbers: np.ndarray) -> int:
+def at(numbers: np.ndarray) -> int:
+    """The address of numbers that lie side by side."""
     return numbers.ctypes.data
+
+
+Packed = TypeVar("Packed", bound=NativeLM)
 
 
 def pack(model: nn.Module, weights: str) -> NativeLM:
@@ -152,30 +156,44 @@ def pack(model: nn.Module, weights: str) -> NativeLM:
     return NativeLM(describe(model), ModuleWeights(model), weights, model.config)
 
 
-_packed: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], NativeLM]] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[nn.Module, tuple[str, list[tuple[int, int]], NativeLM]] = WeakKeyDictionary()
 
 
-def native_form(model: nn.Module) -> NativeLM | None:
+def native_form(model: nn.Module, make: Callable[[nn.Module, str], Packed] = pack) -> Packed | None:
     """What generates in place of a model: itself if its weights are packed; the same weights packed if all of them are
-    bfloat16 in the CPU's memory, anew when they have changed; None where PyTorch is to generate.
+    bfloat16 in the CPU's memory, or if `pack_beside` packed them, anew when they have changed; None where PyTorch is to
+    generate.
 
-    A model of bfloat16 weights that native code does not have, or a machine without it, is told in one sentence.
+    A model of bfloat16 weights that native code does not have, or a machine without it, is told in one sentence. make:
+    what packs it.
     """
     if isinstance(model, NativeLM):
-        return model
+        return cast(Packed, model)
     weights = list(model.parameters())
-    if not weights or any(each.dtype != torch.bfloat16 or each.device.type != "cpu" for each in weights):
+    chosen = _packed[model][0] if model in _packed else None
+    if not weights or (chosen is None and any(each.dtype != torch.bfloat16 for each in weights)):
         return None
-    if switched_off():
+    if switched_off() or any(each.device.type != "cpu" for each in weights):
         return None
-    state = [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in weights]
-    if model not in _packed or _packed[model][0] != state:
+    if chosen is None or _packed[model][1] != _state(model):
         try:
-            _packed[model] = state, pack(model, "bf16")
+            return pack_beside(model, chosen or "bf16", make)
         except Unavailable as reason:
             say_why(str(reason))
             return None
-    return _packed[model][1]
+    return cast(Packed, _packed[model][2])
+
+
+def pack_beside(model: nn.Module, weights: str, make: Callable[[nn.Module, str], Packed]) -> Packed:
+    """The packed form that generates from now on in place of a model that is still needed itself (see `pack`)."""
+    packed = make(model, weights)
+    _packed[model] = weights, _state(model), packed
+    return packed
+
+
+def _state(model: nn.Module) -> list[tuple[int, int]]:
+    """What changes with a model's weights."""
+    return [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in model.parameters()]
 
 
 def _layer(part: LayerPart, whole: ModelPart, packer: Packer) -> native.Layer:
@@ -185,7 +203,7 @@ def _layer(part: LayerPart, whole: ModelPart, packer: Packer) -> native.Layer:
     layer = native.Layer(
         *(packer.matrix(part.matrices.get(name), whole) for name in names),
         *(packer.norm(part.norms.get(name)) for name in norms),
-        part.parallel, part.activation, part.window, part.scale,
+        part.parallel, part.norm_after, part.activation, part.window, part.scale,
     )  # fmt: skip
     if rotary is not None:
         layer.rotary_frequencies = packer.keep(rotary.frequencies)
@@ -199,10 +217,9 @@ def _description(part: ModelPart, layers: Any, packer: Packer) -> native.ModelDe
     if len(heads) != 1:
         raise UserError(f"Its layers have different numbers of heads, {sorted(heads)}: leave out weights.")
     n_heads, n_kv_heads, head_dim = heads.pop()
-    positions = packer.floats(part.positions)
     return native.ModelDescription(
         part.embedding.columns, n_heads, n_kv_heads, head_dim, part.embedding.rows, len(part.layers),
-        packer.matrix(part.embedding, part), part.embedding_scale, None if positions is None else positions.data_ptr(),
+        packer.matrix(part.embedding, part), part.embedding_scale, packer.address(part.positions),
         part.context_length, layers,
         packer.norm(part.norm), packer.matrix(part.head, part), part.logit_scale, 0.0,
     )  # fmt: skip

@@ -84,10 +84,11 @@ class Weights(Protocol):
 
 
 class ModuleWeights:
-    """The parameters of a built model."""
+    """The parameters and buffers of a built model."""
 
     def __init__(self, model: nn.Module):
-        self._parameters: Mapping[str, Tensor] = {name: each.detach() for name, each in model.named_parameters()}
+        own = (*model.named_parameters(), *model.named_buffers())
+        self._parameters: Mapping[str, Tensor] = {name: each.detach() for name, each in own}
 
     def rows(self, name: str, first: int, rows: int) -> Float[Tensor, "rows columns"]:
         """Some rows of a matrix."""
@@ -152,6 +153,10 @@ class Packer:
         """The address of these float32 numbers, which are kept; the same numbers have the same address."""
         return self._kept.setdefault(numbers.numpy().tobytes(), numbers.contiguous()).data_ptr()
 
+    def address(self, numbers: str | Tensor | None) -> int | None:
+        """Where a parameter, or given numbers, stay in float32."""
+        return self.keep(numbers) if isinstance(numbers, Tensor) else _address(self.floats(numbers))
+
     def norm(self, part: NormPart | None) -> native.Norm:
         """A norm, or none."""
         if part is None:
@@ -167,7 +172,9 @@ class Packer:
         if key not in self.matrices:
             at_ends = part.weight in (whole.embedding.weight, whole.head.weight)
             self.matrices[key] = self._pack(part, self.chosen.embedding if at_ends else self.chosen.layers)
-        return self.matrices[key]
+        found, bias = self.matrices[key], self.floats(part.bias)
+        address = None if bias is None else bias.data_ptr() + 4 * part.first
+        return native.Matrix(found.format, found.rows, found.columns, found.data, address)
 
     def _pack(self, part: MatrixPart, wanted: int) -> native.Matrix:
         blocks = self.weights.blocks(part.weight, part.first, 1) if self.chosen.exact else None
@@ -187,9 +194,7 @@ class Packer:
             except UserError as error:
                 raise UserError(f"{part.weight} cannot be packed, of the rows from {rows[1]} on: {error}") from error
             self.weights.release()
-        bias = self.floats(part.bias)
-        bias_address = None if bias is None else bias.data_ptr() + 4 * part.first
-        return native.Matrix(format_, part.rows, part.columns, address, bias_address)
+        return native.Matrix(format_, part.rows, part.columns, address)
 
     def _pack_numbers(self, format_: int, found: Float[Tensor, "rows columns"], to: int) -> None:
         numbers = found.cpu() if found.dtype in SOURCES else found.cpu().float()

@@ -79,7 +79,7 @@ def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
 
 class ServedModels:
     """The models by name. memory: bytes that the weights of all loaded models may take; None for no bound. weights:
-    bf16, int8 or int4 packs those that write text for native code.
+    bf16, int8 or int4 packs those that write text, and the decoders of those that translate, for native code.
 
     A model that alone is larger is a `UserError`.
     """
@@ -93,8 +93,10 @@ class ServedModels:
         weights: str | None = None,
     ):
         found = {name: describe(name) for name in names}
-        self.packed = {name: weights for name in names if "completion" in found[name].uses} if weights else {}
-        plain = {name: replace(found[name], uses=found[name].uses[:-1]) for name in self.packed}  # not to be inspected
+        writers = [name for name in names if weights and "completion" in found[name].uses]
+        translators = [name for name in names if weights and "translation" in found[name].uses]
+        self.packed = dict.fromkeys(writers + translators, weights)
+        plain = {name: replace(found[name], uses=found[name].uses[:-1]) for name in writers}  # not to be inspected
         self.descriptions = found | plain
         self.limits, self.metrics, self.memory = limits, metrics, memory
         self.began = int(time.time())

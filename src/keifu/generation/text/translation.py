@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
-from keifu.data.batching import length_buckets
+from keifu.data.batching import length_buckets, pad
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.beam_search import (
+    BeamModel,
     EncoderDecoderBeamModel,
     Hypothesis,
     Search,
@@ -22,6 +24,8 @@ from keifu.generation.text.beam_search import (
     paper_penalty,
 )
 from keifu.generation.text.model import BidirectionalEncoder, Model, device_of, evaluation_mode
+from keifu.native.model import native_form
+from keifu.native.targets import NativeTargets, pack_translator
 from keifu.ranges import check
 
 OPENING, CLOSING = "「『（〈《【［｛“(", "」』）〉》】］｝”)"
@@ -227,17 +231,24 @@ def search(
     how = Search((config.end_id,), settings.beam, penalty=penalty, never=tuple(sorted(idle)))
     found: dict[int, Hypothesis] = {}
     assert isinstance(model, nn.Module)
-    with evaluation_mode(model):
+    with evaluation_mode(model), torch.inference_mode():
         for places in length_buckets([len(source) for source in sources], PASS_TOKENS, settings.batch_size):
             limits = [_limit(len(sources[place]), config.context_length, settings.max_tokens) for place in places]
-            decoder = EncoderDecoderBeamModel(
-                model, [sources[place] for place in places], max(limits), device_of(model)
-            )
-            best = beam_search(decoder, how, limits)
+            best = beam_search(_targets(model, [sources[place] for place in places], max(limits), how), how, limits)
             found |= {place: texts[0] for place, texts in zip(places, best, strict=True)}
             if progress:
                 progress(len(found))
     return [found[place] for place in range(len(sources))]
+
+
+def _targets(model: Translator, sources: Sequence[Sequence[int]], longest: int, how: Search) -> BeamModel:
+    """Targets of these sources, by the native step where the model has one."""
+    assert isinstance(model, nn.Module)
+    packed = native_form(model, pack_translator)
+    if packed is None:
+        return EncoderDecoderBeamModel(model, sources, longest, device_of(model))
+    lengths = [len(each) for each in sources]
+    return NativeTargets(packed, *pad(sources, model.config.pad_id), lengths, longest, how.beams * len(sources))
 
 
 def _limit(source_tokens: int, room: int, wanted: int | None) -> int:

@@ -96,7 +96,7 @@ class EncoderDecoder(nn.Module):
         """Reads the sources. With `capacity` the state has room for that many tokens of each target, which then come a
         few at a time; without it a whole target is given at once and nothing of it is kept.
         """
-        x = self.source_dropout(self._embedded(self._of(self.source_embedding), source, 0))
+        x = self.source_dropout(self._embedded(self.source_table, source, 0))
         mask = PaddingMask(source_mask)
         for block in self.encoder:
             x = block(x, mask=mask)
@@ -124,6 +124,11 @@ class EncoderDecoder(nn.Module):
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
         """The head alone."""
         return linear(hidden, self.head_weight, self.head_bias)
+
+    @property
+    def source_table(self) -> nn.Embedding:
+        """The embedding of the source."""
+        return self._of(self.source_embedding)
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab dim"]:

@@ -63,11 +63,12 @@ INLINE void make_head(const Layer &layer, const KeifuNorm &norm, int t, const fl
     rotate(layer, t, head);
 }
 
-INLINE uint8_t *cached_head(const Forward &f, int layer, int t, int64_t position, int head) {
-    const Cache &c = f.model->cache;
-    const int64_t row = f.batch.sequences[t];
-    const int64_t block = f.batch.block_tables[row * f.batch.table_width + position / c.block_size];
-    return c.data + layer * c.layer + block * c.block + head * c.head;
+INLINE const int32_t *own_table(const Forward &f, int t) {
+    return f.batch.block_tables + (int64_t)f.batch.sequences[t] * f.batch.table_width;
+}
+
+INLINE uint8_t *cached_head(const Cache &c, const int32_t *table, int layer, int64_t position, int head) {
+    return c.data + layer * c.layer + table[position / c.block_size] * c.block + head * c.head;
 }
 
 // Writes the key and the value of token `t` into its place in the cache.
@@ -77,7 +78,7 @@ INLINE void store_token(const Forward &f, int index, int t, int head, float *scr
     const int head_dim = m.about.head_dim;
     const int position = f.batch.positions[t];
     const int place = position % m.cache.block_size;
-    uint8_t *base = cached_head(f, index, t, position, head);
+    uint8_t *base = cached_head(m.cache, own_table(f, t), index, position, head);
     uint16_t *keys = (uint16_t *)(base + place / TILE * m.cache.key_tile) + place % TILE * 2;
     uint16_t *values = (uint16_t *)(base + m.cache.values) + place / 2 * 32 + place % 2;
     for (int i = 0; i < head_dim; i += 2) __builtin_prefetch(keys + i * 16, 1);
@@ -91,8 +92,9 @@ INLINE void store_token(const Forward &f, int index, int t, int head, float *scr
     for (int i = 0; i < head_dim; i++) values[i / TILE * (m.cache.value_tile / 2) + i % TILE * 2] = rounded[i];
 }
 
-// The queries of a task, normalised, rotated and rounded: [token, head of the group, head_dim padded to GROUP].
-INLINE int make_queries(const Forward &f, const Layer &layer, const AttentionTask &task, int head, Scratch &scratch) {
+// The queries of a task, normalised, rotated and rounded: [token, head of the group, head_dim padded to GROUP]. Those of
+// cross-attention are only rounded.
+INLINE int make_queries(const Forward &f, const Layer &layer, const AttentionTask &task, bool cross, int head, Scratch &scratch) {
     const KeifuModel &m = *f.model;
     const int head_dim = m.about.head_dim;
     const int group = m.about.n_heads / m.about.n_kv_heads;
@@ -101,7 +103,8 @@ INLINE int make_queries(const Forward &f, const Layer &layer, const AttentionTas
     for (int t = task.first; t < task.first + task.n_tokens; t++)
         for (int h = 0; h < group; h++, out += width) {
             const float *query = m.query + t * m.query_width + (head * group + h) * head_dim;
-            make_head(layer, layer.query_norm, t, query, scratch.heads, head_dim);
+            if (cross) normalise({}, query, scratch.heads, head_dim);
+            else make_head(layer, layer.query_norm, t, query, scratch.heads, head_dim);
             for (int i = 0; i < width; i += TILE)
                 store_dense(out + i, i < head_dim ? first(load(scratch.heads + i), head_dim - i) : v16{});
         }
@@ -131,21 +134,24 @@ INLINE float soften(float *scores, Dense *weights, int n, int seen_from, int see
     return 1.f / sum(total);
 }
 
-// Attends for one task and one kv head; writes model.attended. `fetches`: the next head comes next, and what it reads is
-// fetched meanwhile.
-INLINE void attend(const Forward &f, int index, const AttentionTask &task, int head, bool fetches, Scratch &scratch) {
+// Attends for one task and one kv head; writes model.attended. `cross`: to the tokens' source, all of it. `fetches`: the
+// next head comes next, and what it reads is fetched meanwhile.
+INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool cross, int head, bool fetches, Scratch &scratch) {
     const KeifuModel &m = *f.model;
     const Layer &layer = m.layers[index];
     const Cache &c = m.cache;
     const int head_dim = m.about.head_dim;
     const int group = m.about.n_heads / m.about.n_kv_heads;
-    const int first_position = f.batch.positions[task.first];
-    const int window = layer.window ? layer.window : m.max_positions;
+    const int64_t source = cross ? f.batch.sources[f.batch.sequences[task.first]] : 0;
+    const int32_t *table = cross ? f.batch.source_tables + source * f.batch.source_width : own_table(f, task.first);
+    const int first_position = cross ? f.batch.source_lengths[source] - 1 : f.batch.positions[task.first];
+    const int advance = cross ? 0 : 1;  // positions that the next token sees beyond those of this one
+    const int window = layer.window && !cross ? layer.window : m.max_positions;
     const int earliest = first_position - window + 1 > 0 ? first_position - window + 1 : 0;
     const int start = earliest / GROUP * GROUP;
-    const int n = (int)round_up(first_position + task.n_tokens - start, GROUP);
+    const int n = (int)round_up(first_position + 1 + advance * (task.n_tokens - 1) - start, GROUP);
     const int64_t stride = m.max_positions + PAIR;
-    const int rows = make_queries(f, layer, task, head, scratch);
+    const int rows = make_queries(f, layer, task, cross, head, scratch);
     const int64_t ahead = fetches ? c.head : 0;
 
     const int width = (int)round_up(head_dim, GROUP);
@@ -155,7 +161,7 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, int h
         const uint8_t *keys[CHUNK];
         for (int s = 0; s < tiles; s++) {
             const int position = start + i + s * TILE;
-            keys[s] = cached_head(f, index, task.first, position, head) + position % c.block_size / TILE * c.key_tile;
+            keys[s] = cached_head(c, table, index, position, head) + position % c.block_size / TILE * c.key_tile;
         }
         const auto at = [&](int s, int g) {
             if (ahead) fetch(keys[s] + g * 1024 + ahead, 1024);
@@ -167,14 +173,14 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, int h
     Dense *weights = (Dense *)scratch.weights;
     float inverse[MAX_TASK_ROWS];
     for (int r = 0; r < rows; r++) {
-        const int place = first_position + r / group - start;
+        const int place = first_position + advance * (r / group) - start;
         const int from = place - window + 1 > 0 ? place - window + 1 : 0;
         inverse[r] = soften(scratch.scores + r * stride, weights + r * stride, n, from, place, layer.attention_scale);
     }
 
     const auto at = [&](int s, int g) {
         const int position = start + g * GROUP;
-        const uint8_t *tile = cached_head(f, index, task.first, position, head) + c.values + s * c.value_tile +
+        const uint8_t *tile = cached_head(c, table, index, position, head) + c.values + s * c.value_tile +
                               position % c.block_size / GROUP * 1024;
         if (ahead) fetch(tile + ahead, 1024);
         return tile;

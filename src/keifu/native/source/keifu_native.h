@@ -91,7 +91,9 @@ int32_t keifu_unpack(int32_t format, const void *packed, int64_t rows, int64_t c
  *
  * x = embedding[token] · embedding_scale (+ positions[position])
  * a layer, sequential:  x = x + post_attention_norm(out · attention(attention_norm(x)))
+ *                       x = x + cross_out · attention to the source(cross_norm(x)), where there is cross_query
  *                       x = x + post_feedforward_norm(down · f(feedforward_norm(x)))
+ * a layer, norm_after:  the same with the three norms after the sums: x = attention_norm(x + out · attention(x)), ...
  * a layer, parallel:    n = attention_norm(x);  x = x + out · attention(n) + down · f(n)
  * f(n) = activation(gate · n) * (up · n), or activation(up · n) where there is no gate
  * logits = soft cap of (head · norm(x)) · logit_scale
@@ -117,9 +119,11 @@ enum KeifuActivation { KEIFU_SILU = 0, KEIFU_GELU_TANH = 1, KEIFU_GELU_ERF = 2, 
 typedef struct {
     KeifuMatrix query, key, value, out; /* [heads·head_dim, dim], [kv_heads·head_dim, dim] twice, [dim, heads·head_dim] */
     KeifuMatrix gate, up, down;         /* [hidden, dim] twice, [dim, hidden]; gate.data NULL: not gated */
+    KeifuMatrix cross_query, cross_out; /* as query and out, of a decoder that looks at a source; both NULL: it does not */
     KeifuNorm attention_norm, post_attention_norm, feedforward_norm, post_feedforward_norm;
     KeifuNorm query_norm, key_norm;     /* of each head, before the rotation */
-    int32_t parallel;                   /* 0 or 1 */
+    KeifuNorm cross_norm;
+    int32_t parallel, norm_after;       /* 0 or 1 */
     int32_t activation;                 /* KeifuActivation */
     int32_t window;                     /* tokens that a query sees, itself included; 0: all before it */
     float attention_scale;              /* what q·k is multiplied with */
@@ -158,6 +162,11 @@ KeifuModel *keifu_create(const KeifuModelDescription *description, int32_t n_blo
 void keifu_destroy(KeifuModel *model);
 int32_t keifu_copy_block(KeifuModel *model, int32_t from, int32_t to); /* all layers */
 
+/* Writes a source's keys and values for the cross-attention of one layer, [n_positions, kv_heads·head_dim] each in
+ * bfloat16, into the blocks of `table`, in order. */
+int32_t keifu_store_source(KeifuModel *model, int32_t layer, const void *keys, const void *values, int32_t n_positions,
+                           const int32_t *table);
+
 /* ---- the forward pass ----
  *
  * A batch lists the new tokens of some sequences: one for a sequence that decodes, many for a prompt (or a part of it).
@@ -171,6 +180,10 @@ typedef struct {
     const int32_t *sequences;          /* [n_tokens] row of block_tables */
     int32_t n_sequences, table_width;
     const int32_t *block_tables; /* [n_sequences, table_width] */
+    int32_t n_sources, source_width; /* 0 where no layer looks at a source */
+    const int32_t *source_tables;    /* [n_sources, source_width] blocks that keifu_store_source() filled */
+    const int32_t *source_lengths;   /* [n_sources] positions of each, at least 1 */
+    const int32_t *sources;          /* [n_sequences] row of source_tables */
     int32_t n_wanted;
     const int32_t *wanted; /* [n_wanted] indices of tokens whose logits are wanted, in any order */
     float *logits;         /* [n_wanted, vocab_size] */

@@ -117,7 +117,9 @@ int check_layer(const KeifuModelDescription &about, const KeifuLayer &l, int i) 
     if (check_matrix(l.query, "query", i, inner, dim) || check_matrix(l.key, "key", i, kv, dim) ||
         check_matrix(l.value, "value", i, kv, dim) || check_matrix(l.out, "out", i, dim, inner) ||
         check_matrix(l.up, "up", i, l.up.rows, dim) || check_matrix(l.down, "down", i, dim, l.up.rows) ||
-        (l.gate.data && check_matrix(l.gate, "gate", i, l.up.rows, dim)))
+        (l.gate.data && check_matrix(l.gate, "gate", i, l.up.rows, dim)) ||
+        (l.cross_query.data && (check_matrix(l.cross_query, "cross query", i, inner, dim) ||
+                                check_matrix(l.cross_out, "cross out", i, dim, inner))))
         return -1;
     if (check_same_input(l.query, l.key, "query and key", i) || check_same_input(l.query, l.value, "query and value", i) ||
         (l.gate.data && check_same_input(l.gate, l.up, "gate and up", i)))
@@ -196,7 +198,26 @@ void make_buffers(Owned &m, int64_t n) {
 
 // ---- a batch ----
 
-constexpr int MAX_LAYER_PHASES = 11;  // of step.h: with norms after both sublayers, and a prompt
+constexpr int MAX_LAYER_PHASES = 19;  // of step.h: with norms after all sublayers, cross-attention, and a prompt
+
+int check_sources(const KeifuModel &m, const KeifuBatch &b) {
+    bool wanted = false;
+    for (int i = 0; i < m.about.n_layers; i++) wanted = wanted || m.layers[i].cross_query.data;
+    if (wanted && b.n_sources < 1) return fail("This model looks at a source, and the batch has none.");
+    for (int s = 0; s < b.n_sequences && b.n_sources; s++)
+        if (b.sources[s] < 0 || b.sources[s] >= b.n_sources)
+            return fail("Source %d is not one of the batch's %d.", b.sources[s], b.n_sources);
+    for (int s = 0; s < b.n_sources; s++) {
+        const int length = b.source_lengths[s];
+        if (length < 1 || length > m.max_positions || (length - 1) / m.cache.block_size >= b.source_width)
+            return fail("A source of %d positions is beyond the %d of the model, or its block table of %d.", length,
+                        m.max_positions, b.source_width);
+        for (int i = 0; i <= (length - 1) / m.cache.block_size; i++)
+            if (const int block = b.source_tables[(int64_t)s * b.source_width + i]; block < 0 || block >= m.cache.n_blocks)
+                return fail("Block %d is not one of the cache's %d.", block, m.cache.n_blocks);
+    }
+    return 0;
+}
 
 int check_batch(const KeifuModel &m, const KeifuBatch &b) {
     if (b.n_tokens < 1 || b.n_tokens > m.max_tokens)
@@ -218,22 +239,20 @@ int check_batch(const KeifuModel &m, const KeifuBatch &b) {
     for (int i = 0; i < b.n_wanted; i++)
         if (b.wanted[i] < 0 || b.wanted[i] >= b.n_tokens)
             return fail("Logits of token %d are wanted; the batch has %d.", b.wanted[i], b.n_tokens);
-    return 0;
+    return check_sources(m, b);
 }
 
 class ForwardJob : public Job {
   public:
     ForwardJob(KeifuModel *model, const KeifuBatch &batch) : Job(model->about.n_layers * MAX_LAYER_PHASES + 4), use(kernels()) {
-        const int group = model->about.n_heads / model->about.n_kv_heads;
-        const int most = MAX_TASK_ROWS / group;
+        const int most = MAX_TASK_ROWS / (model->about.n_heads / model->about.n_kv_heads);
+        const auto sequence = [&](int t) { return batch.sequences[t]; };
+        own = cut(batch.n_tokens, most, sequence);
+        if (batch.n_sources) cross = cut(batch.n_tokens, most, [&](int t) { return batch.sources[sequence(t)]; });
         bool whole = true;
-        for (int t = 0; t < batch.n_tokens;) {
-            const int first = t;
-            while (t < batch.n_tokens && batch.sequences[t] == batch.sequences[first] && t - first < most) t++;
-            tasks.push_back({first, t - first});
-            whole = whole && (first == 0 || batch.sequences[first] != batch.sequences[first - 1]);
-        }
-        forward = {model, batch, tasks.data(), (int)tasks.size(), whole};
+        for (const AttentionTask &task : own)
+            whole = whole && (task.first == 0 || sequence(task.first) != sequence(task.first - 1));
+        forward = {model, batch, {own.data(), (int)own.size()}, {cross.data(), (int)cross.size()}, whole};
     }
 
     void run(int thread) override {
@@ -242,8 +261,19 @@ class ForwardJob : public Job {
     }
 
   private:
+    // Runs of at most so many tokens that have the same owner.
+    template <class Owner> static std::vector<AttentionTask> cut(int n, int most, Owner owner) {
+        std::vector<AttentionTask> tasks;
+        for (int t = 0; t < n;) {
+            const int first = t;
+            while (t < n && owner(t) == owner(first) && t - first < most) t++;
+            tasks.push_back({first, t - first});
+        }
+        return tasks;
+    }
+
     const Kernels &use;
-    std::vector<AttentionTask> tasks;
+    std::vector<AttentionTask> own, cross;
     Forward forward;
 };
 
@@ -298,6 +328,29 @@ int32_t keifu_copy_block(KeifuModel *model, int32_t from, int32_t to) {
     for (int layer = 0; layer < model->about.n_layers; layer++) {
         uint8_t *base = c.data + layer * c.layer;
         std::memcpy(base + to * c.block, base + from * c.block, (size_t)c.block);
+    }
+    return 0;
+}
+
+int32_t keifu_store_source(KeifuModel *model, int32_t layer, const void *keys, const void *values, int32_t n_positions,
+                           const int32_t *table) {
+    const Cache &c = model->cache;
+    const int head_dim = model->about.head_dim;
+    const int64_t width = (int64_t)model->about.n_kv_heads * head_dim;
+    if (layer < 0 || layer >= model->about.n_layers) return fail("Layer %d is not one of %d.", layer, model->about.n_layers);
+    for (int i = 0; i < n_positions; i += c.block_size)
+        if (const int block = table[i / c.block_size]; block < 0 || block >= c.n_blocks)
+            return fail("Block %d is not one of the cache's %d.", block, c.n_blocks);
+    for (int position = 0; position < n_positions; position++) {
+        const int place = position % c.block_size;
+        for (int64_t i = 0; i < width; i++) {
+            uint8_t *base = c.data + layer * c.layer + table[position / c.block_size] * c.block + i / head_dim * c.head;
+            const int at = (int)(i % head_dim);
+            uint16_t *key = (uint16_t *)(base + place / TILE * c.key_tile) + at / GROUP * GROUP * TILE;
+            uint16_t *value = (uint16_t *)(base + c.values + at / TILE * c.value_tile) + place / GROUP * GROUP * TILE;
+            key[bfloat16_place(at % GROUP, place % TILE)] = ((const uint16_t *)keys)[position * width + i];
+            value[bfloat16_place(place % GROUP, at % TILE)] = ((const uint16_t *)values)[position * width + i];
+        }
     }
     return 0;
 }

@@ -82,15 +82,19 @@ struct KeifuModel {
 
 namespace keifu {
 
-struct AttentionTask {  // tokens of one sequence, side by side
+struct AttentionTask {  // tokens side by side that look at the same blocks: those of one sequence, or of one source
     int first, n_tokens;
+};
+
+struct AttentionTasks {
+    const AttentionTask *tasks;
+    int n;
 };
 
 struct Forward {
     KeifuModel *model;
     KeifuBatch batch;
-    const AttentionTask *tasks;
-    int n_tasks;
+    AttentionTasks own, cross;
     bool whole_spans;  // each sequence's new tokens are one task, which can store their keys and values itself
 };
 

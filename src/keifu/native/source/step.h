@@ -41,9 +41,12 @@ class Step {
             const Layer &layer = m.layers[index];
             attention(index);
             if (layer.parallel) hidden(layer, layer.attention_norm);
-            add_attended(layer);
-            if (!layer.parallel) hidden(layer, layer.feedforward_norm);
+            add_attended(layer.out, layer.post_attention_norm);
+            norm_after(layer, layer.attention_norm);
+            if (layer.cross_query.data) cross_attention(index);
+            if (!layer.parallel) hidden(layer, before(layer, layer.feedforward_norm));
             add_hidden(layer);
+            norm_after(layer, layer.feedforward_norm);
         }
         logits();
     }
@@ -70,32 +73,47 @@ class Step {
         const Target targets[] = {{&layer.query, m.query, m.query_width},
                                   {&layer.key, m.key, m.kv_width},
                                   {&layer.value, m.value, m.kv_width}};
-        multiply(targets, 3, layer.attention_norm);
+        multiply(targets, 3, before(layer, layer.attention_norm));
         const int heads = m.about.n_kv_heads;
         if (!f.whole_spans)
             walk.deal(f.batch.n_tokens * heads,
                       [&](int i) { store_token(f, index, i / heads, i % heads, scratch.heads); });
-        const int n = f.n_tasks * heads;
+        attend_all(index, false);
+    }
+
+    void cross_attention(int index) {
+        const Layer &layer = m.layers[index];
+        const Target target = {&layer.cross_query, m.query, m.query_width};
+        multiply(&target, 1, before(layer, layer.cross_norm));
+        attend_all(index, true);
+        add_attended(layer.cross_out, {});
+        norm_after(layer, layer.cross_norm);
+    }
+
+    void attend_all(int index, bool cross) {
+        const int heads = m.about.n_kv_heads;
+        const AttentionTasks &all = cross ? f.cross : f.own;
+        const int n = all.n * heads;
         const int each = n / threads > 4 ? n / threads / 4 : 1;  // so many one after the other
         walk.deal((n + each - 1) / each, [&](int run) {
             for (int i = run * each; i < n && i < run * each + each; i++) {
-                const AttentionTask &task = f.tasks[i / heads];
-                for (int t = 0; t < task.n_tokens && f.whole_spans; t++)
+                const AttentionTask &task = all.tasks[i / heads];
+                for (int t = 0; t < task.n_tokens && f.whole_spans && !cross; t++)
                     store_token(f, index, task.first + t, i % heads, scratch.heads);
-                attend(f, index, task, i % heads, i % each + 1 < each && task.n_tokens == 1, scratch);
+                attend(f, index, task, cross, i % heads, i % each + 1 < each && task.n_tokens == 1, scratch);
             }
         });
     }
 
-    void add_attended(const Layer &layer) {
+    void add_attended(const KeifuMatrix &out, const KeifuNorm &norm) {
         const int inner = m.about.n_heads * m.about.head_dim;
         const auto mix = [&](const Rows &rows, int r) {
-            encode_row(rows, quantised(layer.out), r, m.attended + r * m.query_width, inner);
+            encode_row(rows, quantised(out), r, m.attended + r * m.query_width, inner);
         };
-        from_rows(m.mixed, f.batch.n_tokens, mix, n_chunks(layer.out), [&](const Rows &rows, int chunk) {
-            add_products(layer.out, layer.post_attention_norm, rows, chunk);
+        from_rows(m.mixed, f.batch.n_tokens, mix, n_chunks(out), [&](const Rows &rows, int chunk) {
+            add_products(out, norm, rows, chunk);
         });
-        add_normed(layer.post_attention_norm);
+        add_normed(norm);
     }
 
     void hidden(const Layer &layer, const KeifuNorm &norm) {
@@ -217,6 +235,15 @@ class Step {
             if (norm.kind) store(m.added + r * m.width + column, y);
             else store(x, load(x) + y);
         });
+    }
+
+    // The norm of a sublayer's input, where it stands there.
+    KeifuNorm before(const Layer &layer, const KeifuNorm &norm) { return layer.norm_after ? KeifuNorm{} : norm; }
+
+    // The stream after a sublayer, where the norm stands there.
+    void norm_after(const Layer &layer, const KeifuNorm &norm) {
+        if (!layer.norm_after) return;
+        walk.deal(f.batch.n_tokens, [&](int r) { normalise(norm, m.x + r * m.width, m.x + r * m.width, m.about.dim); });
     }
 
     void add_normed(const KeifuNorm &norm) {
