@@ -104,6 +104,20 @@ def test_a_line_in_is_a_line_out(model: str, capsys: pytest.CaptureFixture, monk
         assert out(capsys, "translate", model) == written
 
 
+@pytest.mark.usefixtures("opened")
+def test_packed_weights_translate_by_the_native_step(model: str, capsys: pytest.CaptureFixture) -> None:
+    plain, packed = (
+        json.loads(out(capsys, "translate", model, "It is. I am!", "--json", *words))
+        for words in ((), ("--weights", "int8"))
+    )
+    scores = [torch.tensor([part["score"] for part in told["sentences"]]) for told in (plain, packed)]
+    assert not torch.equal(*scores)
+    torch.testing.assert_close(*scores, rtol=0.05, atol=0)
+    assert "There is no format of weights 'int9'. Did you mean" in said(
+        capsys, "translate", model, "a", "--weights", "int9"
+    )
+
+
 def test_json_has_each_sentence(model: str, capsys: pytest.CaptureFixture) -> None:
     told = json.loads(out(capsys, "translate", model, "It is. I am!", "--json", "--max-tokens", "3", "--beam", "2"))
     assert [part["source"] for part in told["sentences"]] == ["It is.", "I am!"]
