@@ -1,11 +1,13 @@
 """What every test stands on: executed shapes, fixed threads and seeds, no hub; knows no test."""
 
+import gc
 import io
 import os
 import sys
 import warnings
 from collections import Counter
 
+gc.disable()  # until all tests are found: looking for garbage is a fifth of what importing them takes
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -105,6 +107,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         counts = Counter(map(file_of, items))
         seconds = {file: count / 10 for file, count in counts.items()} | (config.cache.get(LASTED, {}) or {})
         items.sort(key=lambda item: seconds[file_of(item)], reverse=True)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """From here on garbage is looked for, among what tests make and not among a million objects of modules, and seldom:
+    what is found is little."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    gc.enable()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

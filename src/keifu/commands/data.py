@@ -186,11 +186,13 @@ def _megabytes(size: int) -> str:
 
 def _check(source: str, options: Options) -> None:
     from keifu.data.text.dataset_report import check_dataset
-    from keifu.data.text.documents import TextFormat
+    from keifu.data.text.documents import TextFormat, in_catalogue, paths
     from keifu.data.tokenizers.load import load_tokenizer
 
-    tokenizer = load_tokenizer(options.tokenizer or "gpt2-bpe")
-    report = check_dataset(source, tokenizer, TextFormat(options.text_field, options.encoding))
+    form = TextFormat(options.text_field, options.encoding)
+    if not in_catalogue(source):
+        paths(source, form)  # that there are none is said before a tokenizer is loaded
+    report = check_dataset(source, load_tokenizer(options.tokenizer or "gpt2-bpe"), form)
     print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
     if not report.documents:
         why = f": {'; '.join(report.problems)}" if report.problems else "."

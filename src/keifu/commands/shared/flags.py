@@ -101,13 +101,12 @@ def parse(
     if asks_for_help(arguments):
         print(help_text(kind, program, description))
         raise SystemExit(0)
-    try:
-        with redirect_stderr(io.StringIO()):
-            options, extra = _read(kind, arguments, program, usual)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise _complaint(kind, arguments, program) from None
+    default, found = tyro.MISSING_NONPROP if usual is None else usual, None
+    with _wide() as printed:
+        found = tyro.cli(kind, default=default, prog=program, args=list(arguments), return_unknown_args=True)
+    if found is None:
+        raise _complaint(kind, arguments, program, printed.getvalue())
+    options, extra = found
     if extra:
         raise _unrecognised(kind, extra, program)
     check_ranges(kind, to_json(options))
@@ -144,21 +143,17 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
     return "-h" in options or "--help" in options
 
 
-def _read(kind: type[Options], arguments: Sequence[str], program: str, usual: Options | None = None):
-    default = tyro.MISSING_NONPROP if usual is None else usual
-    return tyro.cli(kind, default=default, prog=program, args=list(arguments), return_unknown_args=True)
-
-
 @contextmanager
 def _wide() -> Iterator[io.StringIO]:
-    """Collects what is printed, on lines that no terminal's width breaks."""
+    """Collects what is printed, on lines that no width breaks, up to an exit that says something is wrong."""
     columns, printed = os.environ.get("COLUMNS"), io.StringIO()
     os.environ["COLUMNS"] = "10000"
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
             yield printed
-    except SystemExit:
-        pass
+    except SystemExit as stop:
+        if not stop.code:
+            raise
     finally:
         del os.environ["COLUMNS"]
         os.environ |= {"COLUMNS": columns} if columns else {}
@@ -184,16 +179,14 @@ def _unrecognised(kind: type, words: Sequence[str], program: str) -> UserError:
     )
 
 
-def _complaint(kind: type, arguments: Sequence[str], program: str) -> UserError:
-    """What tyro prints in a box, as a sentence; an option that does not exist comes first."""
+def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> UserError:
+    """What tyro has printed in a box, as a sentence; an option that does not exist comes first."""
     known = {flag.replace("_", "-") for flag in flags(kind)}
     given = [word.partition("=")[0] for word in arguments if re.match(r"--[a-zA-Z]", word)]
     strange = [word for word in given if word.replace("_", "-") not in known]
     if strange:
         return _unrecognised(kind, strange, program)
-    with _wide() as printed:
-        _read(kind, arguments, program)
-    lines = _content(printed.getvalue())
+    lines = _content(box)
     if match := re.match(
         r"[Ii]nvalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", " ".join(lines).strip()
     ):

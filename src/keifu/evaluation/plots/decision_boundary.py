@@ -149,9 +149,6 @@ def png(figure: "Figure") -> bytes:
     return reduced.getvalue()
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 Curve = list[tuple[int, float]]  # a figure at each of some steps
 DASHES = ("-", "--", ":")
 

@@ -3,10 +3,10 @@
 import base64
 from collections.abc import Mapping
 from html import escape
-from importlib import resources
 from pathlib import Path
 
 from keifu.files import write_atomic
+from keifu.training.run.report import REPORT, page
 
 
 def write_page(
@@ -20,10 +20,7 @@ def write_page(
     body = f"<h1>{escape(title)}</h1>\n" + "".join(f"<p>{escape(line)}</p>\n" for line in text.splitlines())
     body += f"<pre>{escape(table)}</pre>\n" * bool(table) + figures
     body += f'<h2>Figures and settings</h2>\n<table class="pairs">{rows}</table>\n'
-    style = (resources.files("keifu.training.run") / "report.css").read_text(encoding="utf-8")
-    page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
-    page += f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>\n{style}</style></head>\n'
-    write_atomic(directory / "report.html", f"{page}<body>\n{body}</body></html>\n")
+    write_atomic(directory / REPORT, page(title, body))
 
 
 def _figure(name: str, picture: bytes) -> str:

@@ -135,7 +135,7 @@ NARROW = 240  # pixels: a column of pictures is so wide at least, and a smaller 
 def write_report(directory: Path) -> Path:
     """Writes report.html from recipe.json, metrics.jsonl, samples/ and the pictures in a run's folder."""
     title, body = _body(directory)
-    write_atomic(directory / REPORT, _page(title, body))
+    write_atomic(directory / REPORT, page(title, body))
     return directory / REPORT
 
 
@@ -143,7 +143,7 @@ def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -
     """Writes one report.html of several runs, one after the other, under a title and a text of its own."""
     bodies = [_body(run)[1] for run in runs]
     head = f'<h1>{escape(title)}</h1><pre class="soft">{escape(text)}</pre>'
-    write_atomic(directory / REPORT, _page(title, "\n".join([head, *bodies])))
+    write_atomic(directory / REPORT, page(title, "\n".join([head, *bodies])))
     return directory / REPORT
 
 
@@ -166,7 +166,8 @@ def _body(directory: Path) -> tuple[str, str]:
     return recipe["title"], "\n".join(part for part in body if part)
 
 
-def _page(title: str, body: str) -> str:
+def page(title: str, body: str) -> str:
+    """A whole page of that title and content, with its style in it."""
     style = (resources.files("keifu.training.run") / "report.css").read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
