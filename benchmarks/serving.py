@@ -174,9 +174,10 @@ class Load:
 
 
 async def arrive(url: str, model: str, rate: float, seconds: float, seed: int) -> Outcome:
-    """Requests that come by themselves for so many seconds, `rate` in each on average; what they saw at the end."""
+    """Requests that come by themselves for so many seconds, `rate` in each on average, all of them new; what they saw
+    at the end."""
     found, chance, asked = Outcome(), random.Random(seed), []
-    began, at, number = time.monotonic(), 0.0, 0
+    began, at, number = time.monotonic(), 0.0, 10_000 * seed + round(1_000_000 * rate)
     while (at := at + chance.expovariate(rate)) < seconds:
         await asyncio.sleep(max(0.0, began + at - time.monotonic()))
         asked.append(asyncio.create_task(answer(url, request(number, model), found, number)))
@@ -223,7 +224,7 @@ def keifu(options: argparse.Namespace, url: str, model: str) -> list[str]:
 def llama(options: argparse.Namespace, url: str) -> list[str]:
     """The command of llama.cpp's server, with as many slots, and a thread for each client."""
     command = [options.llama_server, "-m", str(options.gguf), "--port", url.rpartition(":")[2], "-np"]
-    command += [str(options.slots), "-c", str(options.slots * 2048), "-t", str(os.cpu_count())]
+    command += [str(options.slots), "-c", str(options.slots * 2048), "-t", str(len(os.sched_getaffinity(0)))]
     return [*command, "--threads-http", str(options.clients + 2 * SILENT)]
 
 
