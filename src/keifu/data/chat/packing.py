@@ -5,7 +5,7 @@ Axes: row (of a batch), position.
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +24,14 @@ class TurnMasks(NamedTuple):
 
     ids: list[int]
     learned: list[bool]
+
+
+def hash_turns(facts: str, conversations: Iterable[TurnMasks]) -> str:
+    """SHA-256 of all ids and masks, and of what else batches depend on."""
+    digest = hashlib.sha256(facts.encode())
+    for each in conversations:
+        digest.update(np.array([len(each.ids), *each.ids, *each.learned], dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
 
 class FittedConversations(NamedTuple):
@@ -107,18 +115,12 @@ class PackedConversations:
         self.batch_size = min(batch_size, len(self.rows))
         self._epochs = Epochs(len(self.rows), self.batch_size, seed)
         self.steps_per_epoch = self._epochs.steps
-        self.fingerprint = self._hash()
+        facts = f"{self.rows} {self.held_rows} {seed} {pad_id}"
+        self.fingerprint = hash_turns(facts, (*self.training, *self.held))
 
     def _rows(self, part: Sequence[TurnMasks], packed: bool) -> list[list[int]]:
         lengths = [len(each.ids) for each in part]
         return pack(lengths, self.context_length) if packed else [[place] for place in range(len(part))]
-
-    def _hash(self) -> str:
-        """Of all ids and masks, and of the packing."""
-        digest = hashlib.sha256(f"{self.rows} {self.held_rows} {self.seed} {self.pad_id}".encode())
-        for each in (*self.training, *self.held):
-            digest.update(np.array([len(each.ids), *each.ids, *each.learned], dtype=np.int64).tobytes())
-        return digest.hexdigest()
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, counted from 0."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from keifu.data.batching import Epochs
 from keifu.data.catalogue import catalogue, readers
 from keifu.data.chat.conversations import Conversation, form_of, objects, prompt_of, validate_messages
-from keifu.data.chat.packing import TurnMasks
+from keifu.data.chat.packing import TurnMasks, hash_turns
 from keifu.errors import UserError, unknown
 from keifu.files import neighbours
 
@@ -171,15 +171,8 @@ class PreferencePairs:
         self.batch_size, self.pad_id, self.seed = min(batch_size, len(training)), pad_id, seed
         self._epochs = Epochs(len(training), self.batch_size, seed)
         self.steps_per_epoch = self._epochs.steps
-        self.fingerprint = self._hash()
-
-    def _hash(self) -> str:
-        """Of all ids and masks."""
-        digest = hashlib.sha256(f"{self.seed} {self.pad_id}".encode())
-        for pair in (pair for part in self.parts for pair in part):
-            for each in pair:
-                digest.update(np.array([len(each.ids), *each.ids, *each.learned], dtype=np.int64).tobytes())
-        return digest.hexdigest()
+        turns = (each for part in self.parts for pair in part for each in pair)
+        self.fingerprint = hash_turns(f"{seed} {pad_id}", turns)
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, counted from 0."""

@@ -219,6 +219,7 @@ def _mean(values: Tensor, digits: int = 2) -> float:
 
 
 ABOUT = "drawing: a model that removes noise, on pictures"
+names = CATALOGUED.keys
 OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric", "guidance", "judge"}
 METRICS = "distances", "reconstruction", "bits", "classes"
 DRAWN, BATCH = 1000, 64
@@ -242,11 +243,6 @@ class Neighbours:
 def takes(model: nn.Module) -> bool:
     """Whether it is a diffusion model without text conditioning."""
     return isinstance(model, ImageModel) and model.draws == "pixels"
-
-
-def names() -> list[str]:
-    """The catalogue's pictures."""
-    return list(CATALOGUED)
 
 
 def accepts(on: str) -> bool:

@@ -50,6 +50,7 @@ def best(found: Float[Tensor, "picture texts"], count: int) -> list[int]:
 
 
 ABOUT = "drawing from text: a model that reads a caption, on pictures with captions"
+takes, names, accepts = is_text_to_image, drawn_pictures.names, drawn_pictures.accepts
 OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric", "language", "guidance", "clip", "lora"}
 METRICS = "clip-score", "distances"
 DRAWN, BATCH = 200, 16
@@ -62,21 +63,6 @@ class GeneratedImages:
     real: ImageDataset
     captions: tuple[str, ...]
     pictures: Bytes
-
-
-def takes(model: nn.Module) -> bool:
-    """Whether it is a text-to-image model that needs a text alone."""
-    return is_text_to_image(model)
-
-
-def names() -> list[str]:
-    """The catalogue's pictures."""
-    return drawn_pictures.names()
-
-
-def accepts(on: str) -> bool:
-    """Whether `on` is one of them, a folder, or .tar shards."""
-    return drawn_pictures.accepts(on)
 
 
 def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResult:

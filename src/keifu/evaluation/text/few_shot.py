@@ -29,21 +29,12 @@ from keifu.generation.text.model import is_writer, text_model
 from keifu.generation.text.sampling_params import SamplingParams
 
 ABOUT = "a language model on a task given by examples in the prompt: accuracy with its 95% interval"
+takes, names = is_writer, TASKS.keys  # language models, on tasks that need no file
 OPTIONS = {"shots", "by_shots", "seed", "metric", "batch_size", "output"}
 SHARE = ("accuracy", "95% from", "95% to")
 ROW = ("shots", "prompt", "right", "given", "correct", "details")
 QUOTES = "\"'“”‘’"
 NUMBER = re.compile(r"(?<=\d),(?=\d{3}\b)")
-
-
-def takes(model: nn.Module) -> bool:
-    """Whether it is a language model."""
-    return is_writer(model)
-
-
-def names() -> list[str]:
-    """The tasks that need no file."""
-    return [*TASKS]
 
 
 def accepts(on: str) -> bool:

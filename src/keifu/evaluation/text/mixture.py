@@ -17,6 +17,7 @@ from keifu.generation.text.model import Model, causal, evaluation_mode
 from keifu.layers.losses import cross_entropy
 
 ABOUT = "a language model on a mixture of texts: bits per byte of each"
+names, accepts = MIXTURES.keys, is_mixture
 OPTIONS = {"batch_size"}
 BATCH_SIZE = 8
 WINDOWS = 64  # of each source
@@ -35,16 +36,6 @@ class MixtureLosses:
 def takes(model: nn.Module) -> bool:
     """Whether it is a language model."""
     return isinstance(model, Model)
-
-
-def names() -> list[str]:
-    """The mixtures that have names."""
-    return list(MIXTURES)
-
-
-def accepts(on: str) -> bool:
-    """Whether `on` is one of them, or a file of that kind."""
-    return is_mixture(on)
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:

@@ -23,13 +23,9 @@ from keifu.generation.text.likelihood import score
 from keifu.generation.text.model import device_of, is_writer, text_model
 
 ABOUT = "a language model on a text: perplexity and bits per byte"
+takes = is_writer
 OPTIONS = {"batch_size", "text_field", "encoding"}
 BATCH_SIZE = 8
-
-
-def takes(model: nn.Module) -> bool:
-    """Whether it is a language model."""
-    return is_writer(model)
 
 
 def names() -> list[str]:

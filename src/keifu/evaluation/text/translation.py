@@ -110,18 +110,9 @@ def _metrics() -> Any:
 
 
 ABOUT = "a translator on pairs of sentences: BLEU and chrF"
+takes, names = is_translator, pair_names
 FILES = {"source_field", "target_field", "encoding"}
 OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length", "output", *FILES}
-
-
-def takes(model: nn.Module) -> bool:
-    """Whether it is a translation model."""
-    return is_translator(model)
-
-
-def names() -> list[str]:
-    """The catalogue's pairs, in both directions."""
-    return list(pair_names())
 
 
 def accepts(on: str) -> bool:

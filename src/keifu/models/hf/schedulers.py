@@ -29,20 +29,14 @@ FIELDS: Fields = {
 }
 UNCLIP = "UnCLIPScheduler"
 SILENT = {UNCLIP: "squaredcos_cap_v2"}  # the default schedule of a class
+SOLVERS = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete",
+           "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete")  # fmt: skip
 # class -> its defaults of clip_sample, timestep_spacing, set_alpha_to_one
 CLASSES = {
-    "DDPMScheduler": (True, "leading", True),
-    "DDIMScheduler": (True, "leading", True),
+    **dict.fromkeys(("DDPMScheduler", "DDIMScheduler"), (True, "leading", True)),
     "PNDMScheduler": (False, "leading", False),
-    "DPMSolverMultistepScheduler": (False, "linspace", True),
-    "DPMSolverSinglestepScheduler": (False, "linspace", True),
-    "UniPCMultistepScheduler": (False, "linspace", True),
-    "DEISMultistepScheduler": (False, "linspace", True),
-    "EulerDiscreteScheduler": (False, "linspace", True),
-    "EulerAncestralDiscreteScheduler": (False, "linspace", True),
-    "HeunDiscreteScheduler": (False, "linspace", True),
-    "LMSDiscreteScheduler": (False, "linspace", True),
     UNCLIP: (True, "linspace", True),
+    **{f"{name}Scheduler": (False, "linspace", True) for name in SOLVERS},
 }
 
 
