@@ -12,12 +12,14 @@ from typing import Any
 class Processes:
     """This process alone. What several do otherwise, `keifu.distributed.group.Group` says.
 
-    number: of this process, from 0. whole: whether each process holds the whole model.
+    number: of this process, from 0. whole: whether each process holds the whole model. pod: what it holds of one that
+    is split, a `keifu.distributed.pod.Pod`.
     """
 
     number = 0
     count = 1
     whole = True
+    pod: Any = None
 
     @property
     def first(self) -> bool:
@@ -56,11 +58,11 @@ class Processes:
 
     def join(self, name: str, tensor: Any) -> Any:
         """The whole of a tensor that belongs to the parameter of that name, from what each process holds of it."""
-        return tensor
+        return tensor if self.pod is None else self.pod.join(name, tensor)
 
     def take(self, name: str, whole: Any) -> Any:
         """What this process holds of such a tensor."""
-        return whole
+        return whole if self.pod is None else self.pod.take(name, whole)
 
     def save(self, *state: Any) -> None:
         """Saves the state of a split model (see `keifu.training.run.checkpoint.save`)."""
@@ -74,7 +76,7 @@ class Processes:
 
     def layout(self, name: str) -> Any:
         """Which part of a parameter each process holds, a `keifu.distributed.layout.Layout`; None: all of it."""
-        return None
+        return None if self.pod is None else self.pod.layouts.get(name)
 
 
 _processes = Processes()

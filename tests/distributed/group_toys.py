@@ -25,9 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from keifu.checkpoints.hf import read as hf_read
 from keifu.checkpoints.hf.write import save
 from keifu.checkpoints.loading import load_model
+from keifu.checkpoints.lora.peft import save_adapter
 from keifu.distributed.group import Group, join
 from keifu.distributed.mesh import Mesh
 from keifu.layers.diffusion.noise_schedule import Noise
+from keifu.layers.lora import adapters
 from keifu.layers.losses import token_log_probabilities
 from keifu.models import gpt2, llama, palm, transformer
 from keifu.models.clip import clip
@@ -93,6 +95,16 @@ def scores(model: Any, batch: Batch) -> LossOutput:
     return LossOutput(-found.sum(), len(targets), {"entropy": entropy.sum(), "logit": logits.detach() * len(targets)})
 
 
+def adapted(name: str, dropout: float) -> nn.Module:
+    """A model of which adapters alone are trained, on every linear layer; they do something from the first step on."""
+    module: Any = {"gpt2": gpt2, "llama": llama, "palm": palm}[name]
+    more = {"llama": {"n_kv_heads": 2}, "palm": {"n_heads": 6, "head_dim": 6}, "gpt2": {}}[name]
+    model = to_train(module.build(module.Config(**WORDS | more)), Lora(3, dropout=dropout), 0)
+    for adapter in adapters(model):
+        nn.init.normal_(adapter.b, std=0.1)
+    return model
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[int, int], Batch]]] = {
     "gpt2": (lambda: gpt2.build(gpt2.Config(**WORDS)), causal_language_modeling, tokens),
     "llama": (lambda: llama.build(llama.Config(**WORDS, n_kv_heads=2)), causal_language_modeling, tokens),
@@ -101,6 +113,8 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[int, int], Batch]
         partial(causal_language_modeling, z_loss=0.1), tokens,
     ),
     "scores": (lambda: llama.build(llama.Config(**WORDS, n_kv_heads=2)), scores, tokens),
+    **{f"{name}-lora": (partial(adapted, name, dropout), causal_language_modeling, tokens)
+       for name, dropout in (("gpt2", 0.0), ("llama", 0.2), ("palm", 0.2))},  # palm's heads by 2 and 3, keys on all
     "translation": (
         lambda: transformer.build(transformer.Config(**WORDS)), partial(translation, label_smoothing=0.1), sentences,
     ),
@@ -143,6 +157,8 @@ def learn(
         often = {"log_every": 1, "evaluate_every": 25, "save_every": 10, "warmup": 5}
         settings = Settings(**{**standard, **often, "steps": end, "schedule": "constant", **changed})
         write = partial(save, model, None, max_shard_bytes=shard_bytes) if shard_bytes else None
+        if kind.endswith("-lora"):
+            write = partial(save_adapter, model, base="toy")
         run = Run(folder, resume=bool(checkpoint.steps(folder)))
         train(model, objective, ToyData(kind, rows), settings, run, save=write)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

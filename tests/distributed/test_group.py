@@ -7,13 +7,17 @@ from typing import Any
 import group_toys
 import pytest
 import torch
-from group_toys import KINDS, learn
+from group_toys import learn
 from safetensors.torch import load_file
 
 from keifu.distributed.mesh import Mesh, Shape
+from keifu.distributed.tensor import tensor_parallel
 from keifu.errors import UserError
+from keifu.models import llama
+from keifu.recipes.assistant.common import Lora, to_train
 
 Found = dict[str, Any]
+ADAPTED = ["gpt2-lora", "llama-lora", "palm-lora"]
 
 
 def close(found: Found, expected: Found, tolerance: float = 1e-6) -> None:
@@ -40,6 +44,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found
     wanted.append({"name": "joined", "kind": "palm", "mesh": {"tensor": 2, "activation_checkpointing": True},
                    "steps": 8, "optimizer": "adafactor"})  # fmt: skip
     wanted += cases([{"tensor": 2}], ["scores", "translation"], steps=6)
+    wanted += cases([{"tensor": 2}], ADAPTED, steps=8, stop=5)
     wanted += [{"name": f"peak{again}", "work": "peak", "mesh": {"shard": 2, "activation_checkpointing": again}}
                for again in (False, True)]  # fmt: skip
     wanted += counted([{}, {"shard": 2}, {"shard": 2, "sync_each": True}])
@@ -144,6 +149,30 @@ def test_each_process_holds_its_own_classes(two: Any, tmp_path: Path) -> None:
     assert two[1]["joined"]["rows"]["embedding.weight"] == 15
 
 
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_adapters_of_split_matrices_learn_what_those_of_whole_ones_learn(kind: str, two: Any, tmp_path: Path) -> None:
+    """With dropout and without, of joined matrices and of a head of keys that both processes have; resumed, and written
+    as one process writes them."""
+    close(two[1][f"{kind}0"], learn(kind, tmp_path, 8, stop=5))
+    found, alone = (load_file(folder / "adapter_model.safetensors") for folder in (two[0] / f"{kind}0", tmp_path))
+    torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "mesh", "kind"), [(3, {"tensor": 3}, "palm-lora"), (4, {"tensor": 4}, "llama-lora"),
+                                                     (4, {"shard": 2, "tensor": 2}, "palm-lora")])  # fmt: skip
+def test_adapters_on_more_processes(world: int, mesh: dict[str, int], kind: str, tmp_path: Path) -> None:
+    """Also heads of keys that some processes share."""
+    found = group_toys.start(tmp_path, [{"name": "found", "kind": kind, "mesh": mesh, "rows": 7}], world)["found"]
+    close(found, learn(kind, tmp_path / "alone", rows=7), 1e-6)
+
+
+def test_what_tensor_parallelism_cannot_split_of_an_adapter_is_refused() -> None:
+    model = to_train(llama.build(llama.Config(**group_toys.WORDS)), Lora(2, dora=True), 0)
+    with pytest.raises(UserError, match="DoRA cannot be split over --mesh.tensor: use --mesh.shard"):
+        tensor_parallel(model, None, 0, 2)
+
+
 @pytest.mark.parametrize("place", [0, 1], ids=["shard", "tensor"])
 def test_one_process_goes_on_with_a_split_model(place: int, two: Any, tmp_path: Path) -> None:
     found = learn("llama", two[0] / f"llama{place}", 16, optimizer="muon", ema=0.9)
@@ -165,7 +194,7 @@ def test_any_mesh_has_the_losses_of_one_process(world: int, tmp_path: Path) -> N
     whole = [mesh for mesh in MESHES[world] if "tensor" not in mesh]
     wanted = cases(MESHES[world], words, rows=7) + cases(whole, ["ddpm", "clip"], rows=7)
     found = group_toys.start(tmp_path, wanted, world)
-    for kind in KINDS:
+    for kind in (*words, "ddpm", "clip"):
         alone = learn(kind, tmp_path / f"alone-{kind}", rows=7)
         for name, other in found.items():
             if name[:-1] == kind:

@@ -45,14 +45,9 @@ class Chunks(Tensor):
         return self.whole
 
     def __create_write_items__(self, name: str, tensor: "Chunks") -> list[WriteItem]:
-        return [
-            WriteItem(
-                MetadataIndex(name, place), WriteItemType.SHARD,
-                tensor_data=TensorWriteData(ChunkStorageMetadata(place, chunk.shape),
-                                            TensorProperties.create_from_tensor(chunk), self.whole),
-            )
-            for place, chunk in self.chunks.items()
-        ]  # fmt: skip
+        properties = TensorProperties.create_from_tensor(next(iter(self.chunks.values())))
+        data = [TensorWriteData(each, properties, self.whole) for each in self.__create_chunk_list__()]
+        return [WriteItem(MetadataIndex(name, x.chunk.offsets), WriteItemType.SHARD, tensor_data=x) for x in data]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(place, chunk.shape) for place, chunk in self.chunks.items()]

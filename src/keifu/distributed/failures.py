@@ -36,13 +36,13 @@ def explained(group: Processes, store: Any, explain: Callable[[Exception], str |
     explain: an exception as a sentence; None where it is no error of the user's.
     """
     signs = Signs(group.number, group.count, store.clone())
-    signs.start()
+    signs.thread.start()
     try:
         yield
     except KeyboardInterrupt:
         raise
     except Exception as error:
-        signs.stop()
+        signs.ended.set()
         if group.first and exchange_failed(error):
             raise Lost(signs.reason()) from error
         if group.first:
@@ -50,7 +50,7 @@ def explained(group: Processes, store: Any, explain: Callable[[Exception], str |
         signs.leave(error, explain)
         raise SystemExit(1) from error
     finally:
-        signs.stop()
+        signs.ended.set()
         if group.first:
             signs.store.set(SHOWN, "")
 
@@ -66,20 +66,13 @@ def exchange_failed(error: BaseException | None) -> bool:
 
 
 class Signs:
-    """The signs of life of the processes, in a thread with its own connection to the store."""
+    """The signs of life of the processes, in a thread with its own connection to the store, until `ended`. The first
+    process's also looks whether another one has failed."""
 
     def __init__(self, number: int, count: int, store: Any):
         self.number, self.count, self.store = number, count, store
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._beat, name="keifu-signs", daemon=True)
-
-    def start(self) -> None:
-        """Begins to give them; the first process also looks whether another one has failed."""
-        self.thread.start()
-
-    def stop(self) -> None:
-        """Gives no more."""
-        self.ended.set()
 
     def leave(self, error: Exception, explain: Callable[[Exception], str | None]) -> None:
         """Leaves the sentence of this process, and waits until the first process has shown it."""

@@ -44,13 +44,11 @@ class Group(Processes):
             raise UserError("--mesh.offload moves weights of GPUs to the host's memory, where they are: leave it out.")
         self.whole = shard == tensor == 1
         self.devices = init_device_mesh(device.type, (pods, shard, tensor), mesh_dim_names=self.shape._fields)
-        numbers = torch.arange(count).view(self.shape)
-        self.data_group = None if tensor == 1 else _own([*numbers.flatten(0, 1).T], number)
-        self.pod_group = None if pods == 1 else _own([*numbers.flatten(1)], number)
+        self.data_group = None if tensor == 1 else self.devices["pods", "shard"]._flatten("data").get_group()
+        self.pod_group = None if pods == 1 else self.devices["shard", "tensor"]._flatten("pod").get_group()
         self.states = checkpoint.States(self.first)
         self.values = 0
         self.modules: dict[int, Any] = {}
-        self.pod: Pod | None = None
 
     @property
     def ranks(self) -> Ranks:
@@ -106,12 +104,6 @@ class Group(Processes):
                     parameter.grad = None
                 part.reshard()
 
-    def join(self, name: str, tensor: Any) -> Any:
-        return tensor if self.pod is None else self.pod.join(name, tensor)
-
-    def take(self, name: str, whole: Any) -> Any:
-        return whole if self.pod is None else self.pod.take(name, whole)
-
     def save(self, *state: Any) -> None:
         assert self.pod
         self.states.save(self.pod, *state)
@@ -122,15 +114,6 @@ class Group(Processes):
     def load(self, path: Any, tensors: Any) -> dict[str, Any]:
         assert self.pod
         return checkpoint.load(self.pod, path, tensors)
-
-    def layout(self, name: str) -> Any:
-        return None if self.pod is None else self.pod.layouts.get(name)
-
-
-def _own(groups: list[torch.Tensor], number: int) -> Any:
-    """Of these groups of processes, which all make together, the one that this process is in."""
-    made = [(distributed.new_group(members.tolist()), members) for members in groups]
-    return next(group for group, members in made if number in members)
 
 
 def _of_this_start(store: Any, number: int, count: int, seconds: float) -> Any:

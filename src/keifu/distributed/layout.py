@@ -10,7 +10,9 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
+
+from keifu.training.ranks import of_all
 
 
 class Piece(NamedTuple):
@@ -51,7 +53,12 @@ class Layout:
     @property
     def is_whole(self) -> bool:
         """Whether every process holds all of it."""
-        return not self.shape or (self.shards == 1 and self.columns is None and len({*map(str, self.rows)}) == 1)
+        return not self.shape or (self.shards == 1 and not self.is_split)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether processes along the axis `tensor` hold different parts."""
+        return self.columns is not None or len({*map(str, self.rows)}) > 1
 
     def pieces(self, shard: int, tensor: int) -> list[Piece]:
         """What the process with these places in the mesh holds."""
@@ -81,10 +88,8 @@ class Layout:
         longest = max(torch.Size(size).numel() for size in sizes)
         padded = local.new_zeros(longest)
         padded[: local.numel()] = local.reshape(-1)
-        found = [torch.empty_like(padded) for _ in places]
-        distributed.all_gather(found, padded, group=group)
         whole = local.new_zeros(self.shape)
-        for place, size, flat in zip(places, sizes, found, strict=True):
+        for place, size, flat in zip(places, sizes, of_all(padded, len(places), group), strict=True):
             part = flat[: torch.Size(size).numel()].view(size)
             for piece in self.pieces(*place):
                 self._part(whole, piece, place[1]).copy_(part[piece.start : piece.stop])

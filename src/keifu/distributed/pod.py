@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +21,7 @@ from keifu.distributed.mesh import Mesh
 from keifu.layers.attention.attention import CrossAttention
 from keifu.layers.linear import JoinedLinear
 from keifu.layers.lora import Adapter
+from keifu.training.ranks import of_all, sum_in_order
 
 
 class Pod:
@@ -60,15 +61,13 @@ class Pod:
         not split, and of heads of keys and values that several processes have."""
         if self.size == 1:
             return
-        from keifu.training.ranks import sum_in_order
-
         sum_in_order([gradient for name, gradient in gradients.items() if name in self.partial],
                      self.size, self.tensor_group)  # fmt: skip
         for name, gradient in gradients.items():
-            pieces = [set(self.layouts[name].pieces(self.place[0], tensor)) for tensor in range(self.size)]
-            if name not in self.partial and len(set.union(*pieces)) < sum(map(len, pieces)) and self._split(name):
-                found = [torch.empty_like(gradient) for _ in range(self.size)]
-                distributed.all_gather(found, gradient.contiguous(), group=self.tensor_group)
+            pieces = [{*self.layouts[name].pieces(self.place[0], tensor)} for tensor in range(self.size)]
+            several = self.layouts[name].is_split and len(set.union(*pieces)) < sum(map(len, pieces))
+            if several and name not in self.partial:
+                found = of_all(gradient, self.size, self.tensor_group)
                 for piece in pieces[self.place[1]]:
                     parts = [part[piece.start : piece.stop] for part, own in zip(found, pieces, strict=True)
                              if piece in own]  # fmt: skip
@@ -82,35 +81,25 @@ class Pod:
         distributed.all_reduce(total, group=self.group)
         return total.sqrt().float()
 
-    def _split(self, name: str) -> bool:
-        """Whether a parameter is split along the axis `tensor`."""
-        layout = self.layouts[name]
-        return layout.columns is not None or len({*map(str, layout.rows)}) > 1
-
     def _counted(self, name: str, gradient: Tensor) -> Iterator[tuple[Tensor, int]]:
         """Parts of a gradient, and how many processes of the pod have the same."""
         layout = self.layouts[name]
         if not layout.shape:
             yield gradient, len(self.places)
             return
-        everywhere = [_lying(piece) for place in self.places for piece in layout.pieces(*place)]
+        everywhere = [piece for place in self.places for piece in layout.pieces(*place)]
         for piece in layout.pieces(*self.place):
-            yield gradient[piece.start : piece.stop], everywhere.count(_lying(piece))
-
-
-def _lying(piece: Any) -> tuple[int, int, int]:
-    return piece.row, piece.stop - piece.start, piece.column
+            yield gradient[piece.start : piece.stop], everywhere.count(piece)
 
 
 def parallelize(module: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:
     """The module, split over the axis `shard` of a device mesh as `mesh` says. Gradients are summed over that axis."""
     blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part
               if not isinstance(block, Adapter)]  # fmt: skip
-    if mesh.activation_checkpointing:
-        for block in blocks:
+    for block in blocks:
+        if mesh.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if mesh.compile_blocks:
-        for block in blocks:
+        if mesh.compile_blocks:
             block.compile()
     if devices["shard"].size() == 1:
         return module
@@ -120,9 +109,7 @@ def parallelize(module: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:
     chosen = {id(part) for part in (*blocks, *apart) if any(p.dim() for p in part.parameters())}
     for part in reversed([*module.modules()]):  # the innermost first
         if id(part) in chosen or part is module:
-            fully_shard(part, mesh=devices["shard"], ignored_params=scalars, offload_policy=offload)
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)
+            made = fully_shard(part, mesh=devices["shard"], ignored_params=scalars, offload_policy=offload)
+            made.set_gradient_divide_factor(1.0)
+            made.set_force_sum_reduction_for_comms(True)
     return module

@@ -6,6 +6,7 @@ and dropout act on each token separately, it has some of the tokens. Axes: batch
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -21,8 +22,11 @@ from keifu.layers import losses
 from keifu.layers.attention.attention import Attention, CrossAttention
 from keifu.layers.dropout import Dropout, dropout_mask
 from keifu.layers.feedforward import GEGLU, FeedForward, GatedFeedForward
-from keifu.layers.linear import JoinedLinear, Linear, linear
-from keifu.layers.lora import adapters
+from keifu.layers.linear import Linear, linear
+from keifu.layers.lora import Adapter, adapters
+from keifu.training.ranks import of_all
+
+KINDS = Attention, FeedForward, GatedFeedForward, GEGLU  # that are split
 
 
 class Tokens:
@@ -55,9 +59,7 @@ class Tokens:
 
     def all(self, x: Tensor, length: int) -> Tensor:
         """The tokens of all processes."""
-        found = [torch.empty_like(x) for _ in range(self.size)]
-        distributed.all_gather(found, x.contiguous(), group=self.group)
-        return torch.cat(found, 1)[:, :length]
+        return torch.cat(of_all(x, self.size, self.group), 1)[:, :length]
 
     def add(self, x: Tensor) -> Tensor:
         """The sum over all processes, of this process's tokens."""
@@ -66,14 +68,14 @@ class Tokens:
         distributed.reduce_scatter(found, parts, group=self.group)
         return found
 
+    def stack(self, x: Tensor) -> Tensor:
+        """The same tensor of every process, one behind the other along a new first axis."""
+        return torch.stack(of_all(x, self.size, self.group))
+
     def enter(self, module: nn.Module, inputs: tuple) -> tuple:
         """A hook before the first block: from here on, each process has its own tokens."""
         self.length = inputs[0].shape[1]
         return (self.part(inputs[0], adds=False), *inputs[1:])
-
-    def leave(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        """A hook behind the last block: from here on, each process has all tokens."""
-        return self.whole(output, adds=False)
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
         size = -(-x.shape[1] // self.size)
@@ -97,37 +99,14 @@ def _same(x: Tensor) -> Tensor:
     return x.view_as(x)
 
 
-class ColumnParallel(JoinedLinear):
-    """Some outputs of a linear layer, for all tokens; the input has this process's tokens."""
-
-    def __init__(self, whole: Linear, rows: list[range], tokens: Tokens):
-        super().__init__(whole.in_features, [*map(len, rows)], whole.bias is not None)
-        self.tokens = tokens
-        self.weight = _taken(whole.weight, lambda weight: torch.cat([weight[part.start : part.stop] for part in rows]))
-        if whole.bias is not None:
-            self.bias = _taken(whole.bias, lambda bias: torch.cat([bias[part.start : part.stop] for part in rows]))
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return super().forward(self.tokens.whole(input, adds=True))
-
-
 class RowParallel(Linear):
     """A linear layer of some inputs, summed over the processes; the output has this process's tokens."""
 
-    def __init__(self, whole: Linear, columns: range, tokens: Tokens):
-        super().__init__(len(columns), whole.out_features, whole.bias is not None)
-        self.tokens = tokens
-        self.weight = _taken(whole.weight, lambda weight: weight[:, columns.start : columns.stop].clone())
-        if whole.bias is not None:
-            self.bias = whole.bias
+    tokens: Tokens
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         y = self.tokens.part(linear(input, self.weight), adds=True)
         return y if self.bias is None else y + self.bias
-
-
-def _taken(parameter: Tensor, take: Any) -> nn.Parameter:
-    return nn.Parameter(take(parameter.detach()), parameter.requires_grad)
 
 
 class SplitDropout(Dropout):
@@ -157,12 +136,6 @@ class Head(Tensor):
         """The numbers of its classes."""
         return self.classes.rows[self.tokens.index][0]
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """The same tensor of every process, one behind the other along a new first axis."""
-        found = [torch.empty_like(rows) for _ in range(self.tokens.size)]
-        distributed.all_gather(found, rows, group=self.tokens.group)
-        return torch.stack(found)
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
@@ -188,7 +161,7 @@ class Head(Tensor):
 
     def loss(self, hidden: Tensor, bias: Tensor | None, rest: list[Any]) -> Any:
         """The loss over all classes."""
-        classes = losses.Vocabulary(self.own.start, self.classes.shape[0], self.gather)
+        classes = losses.Vocabulary(self.own.start, self.classes.shape[0], self.tokens.stack)
         bias = None if bias is None else self.tokens.shared(bias)[self.own.start : self.own.stop]
         own = self.tokens.shared(hidden), self.as_subclass(Tensor), bias
         return losses.smoothed_linear_cross_entropy(*own, *rest, vocabulary=classes)
@@ -224,8 +197,8 @@ def _split_head(model: nn.Module, tokens: Tokens) -> dict[str, Layout]:
     name, user = users[0]
     total, *rest = user.weight.shape
     user.classes = Layout((total, *rest), [[_share(total, index, tokens.size)] for index in range(tokens.size)])
-    user.tokens, take = tokens, partial(user.classes.take, shard=0, tensor=tokens.index)
-    user.weight = _taken(user.weight, lambda weight: take(weight).clone())
+    user.tokens = tokens
+    _take(user, "weight", user.classes, tokens)
     user.__class__ = type(type(user).__name__, (SplitRows, type(user)), {})
     return {f"{name}.weight": user.classes}
 
@@ -233,19 +206,18 @@ def _split_head(model: nn.Module, tokens: Tokens) -> dict[str, Layout]:
 def tensor_parallel(model: nn.Module, group: Any, index: int, size: int) -> tuple[dict[str, Layout], set[str]]:
     """Splits the blocks of a model. Gives the layout of each parameter that is split, and the names of those whose
     gradients have to be summed over the group: of the other parameters in the blocks."""
-    if next(adapters(model), None) is not None:
-        raise UserError("Adapters cannot be split over --mesh.tensor: use --mesh.shard, or leave --lora.rank out.")
-    kinds = (Attention, FeedForward, GatedFeedForward, GEGLU)
+    if any(adapter.low.dora for adapter in adapters(model)):
+        raise UserError("DoRA cannot be split over --mesh.tensor: use --mesh.shard, or leave --lora.dora out.")
     layouts: dict[str, Layout] = {}
     summed: set[str] = set()
     for name, blocks in [*model.named_modules()]:
-        inner = [part for part in blocks if any(isinstance(m, kinds) for m in part.children())] if isinstance(
+        inner = [part for part in blocks if any(isinstance(m, KINDS) for m in part.children())] if isinstance(
             blocks, nn.ModuleList) else []  # fmt: skip
         if not inner or len(inner) != len(list(blocks.children())):
             continue
         tokens = Tokens(group, index, size)
         inner[0].register_forward_pre_hook(tokens.enter)
-        inner[-1].register_forward_hook(tokens.leave)
+        inner[-1].register_forward_hook(lambda _, inputs, output, tokens=tokens: tokens.whole(output, adds=False))
         for place, block in enumerate(inner):
             found = dict(_split_block(block, tokens))
             layouts |= {f"{name}.{place}.{key}": layout for key, layout in found.items()}
@@ -258,12 +230,9 @@ def tensor_parallel(model: nn.Module, group: Any, index: int, size: int) -> tupl
 
 def _split_block(block: nn.Module, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
     for name, part in [*block.named_modules()]:
-        if isinstance(part, Attention):
-            for key, layout in _split_attention(part, tokens):
-                yield f"{name}.{key}", layout
-        elif isinstance(part, FeedForward | GatedFeedForward | GEGLU):
-            for key, layout in _split_feedforward(part, tokens):
-                yield f"{name}.{key}", layout
+        if isinstance(part, KINDS):
+            found = _split_attention(part, tokens) if isinstance(part, Attention) else _split_feedforward(part, tokens)
+            yield from ((f"{name}.{key}", layout) for key, layout in found)
         elif isinstance(part, CrossAttention):
             if part.dropout.p:
                 raise UserError("Dropout inside of a cross-attention cannot be split: leave --mesh.tensor out.")
@@ -283,32 +252,67 @@ def _split_attention(part: Attention, tokens: Tokens) -> Iterator[tuple[str, Lay
     of_q = [_share(inner, index, size) for index in range(size)]
     of_kv = [_share(kv, index * min(kv_heads, size) // size, min(kv_heads, size)) for index in range(size)]
     rows = [[q, _moved(k, inner), _moved(k, inner + kv)] for q, k in zip(of_q, of_kv, strict=True)]
-    yield from _layouts("qkv", part.qkv, rows)
-    yield "out.weight", Layout(tuple(part.out.weight.shape), [[range(part.out.out_features)]] * size, of_q)
-    part.qkv = ColumnParallel(part.qkv, rows[tokens.index], tokens)
-    part.out = RowParallel(part.out, of_q[tokens.index], tokens)
+    yield from _split_pair(part, "qkv", "out", rows, of_q, tokens)
     part.n_heads, part.n_kv_heads = heads // size, max(1, kv_heads // size)
     part.dropout = SplitDropout(part.dropout.p, tokens, 1)
 
 
 def _split_feedforward(part: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
     name = next(each for each in ("up", "gate_up", "up_gate") if each in dict(part.named_children()))
-    first, hidden, size = getattr(part, name), part.down.in_features, tokens.size
+    first, hidden, size = getattr(part, name), part.down.weight.shape[1], tokens.size
     if hidden % size:
         raise UserError(f"hidden_dim ({hidden}) cannot be split over --mesh.tensor {size}: it must divide it.")
     own = [_share(hidden, index, size) for index in range(size)]
-    rows = [[_moved(each, start) for start in range(0, first.out_features, hidden)] for each in own]
-    yield from _layouts(name, first, rows)
-    yield "down.weight", Layout(tuple(part.down.weight.shape), [[range(part.down.out_features)]] * size, own)
-    setattr(part, name, ColumnParallel(first, rows[tokens.index], tokens))
-    part.down = RowParallel(part.down, own[tokens.index], tokens)
+    rows = [[_moved(each, start) for start in range(0, len(first.weight), hidden)] for each in own]
+    yield from _split_pair(part, name, "down", rows, own, tokens)
     if "dropout" in dict(part.named_children()):
         part.dropout = SplitDropout(part.dropout.p, tokens, -1)
 
 
-def _layouts(name: str, layer: Linear, rows: list[list[range]]) -> Iterator[tuple[str, Layout]]:
-    for key, parameter in layer.named_parameters():
-        yield f"{name}.{key}", Layout(tuple(parameter.shape), rows)
+def _split_pair(
+    part: Any, first: str, last: str, rows: list[list[range]], own: list[range], tokens: Tokens
+) -> Iterator[tuple[str, Layout]]:
+    """Splits a layer by the rows of its outputs, and the one that follows by its inputs. Of their adapters B and A are
+    split likewise; of the gradient of the others, and of B of keys that all have, each process computes a part."""
+    outer, inner = getattr(part, first), getattr(part, last)
+    outer.register_forward_pre_hook(lambda _, inputs: (tokens.whole(inputs[0], adds=True), *inputs[1:]))
+    for name, layer in outer.named_modules(prefix=first):
+        if isinstance(layer, Linear):
+            for key, parameter in [*layer.named_parameters()]:
+                yield f"{name}.{key}", _take(layer, key, Layout(tuple(parameter.shape), rows), tokens)
+        elif isinstance(layer, Adapter) and (layout := _split_adapter(layer, rows, tokens)).is_split:
+            yield f"{name}.b", layout
+    for name, layer in inner.named_modules(prefix=last):
+        if isinstance(layer, Linear):
+            layer.__class__, vars(layer)["tokens"] = RowParallel, tokens
+            yield f"{name}.weight", _take(layer, "weight", _of_columns(layer.weight, own), tokens)
+        elif isinstance(layer, Adapter):
+            layer.dropout = SplitDropout(layer.dropout.p, tokens, -1)
+            layer.register_forward_hook(lambda *call: tokens.part(call[-1], adds=True))
+            yield f"{name}.a", _take(layer, "a", _of_columns(layer.a, own), tokens)
+
+
+def _split_adapter(adapter: Adapter, rows: list[list[range]], tokens: Tokens) -> Layout:
+    """Leaves an adapter the outputs that this process has of those that it acts on."""
+    first, end = adapter.target.start, adapter.target.start + adapter.target.rows
+    found = [[range(max(each.start, first) - first, min(each.stop, end) - first) for each in one
+              if each.start < end and first < each.stop] for one in rows]  # fmt: skip
+    before = sum(len(each) for each in rows[tokens.index] if each.stop <= first)
+    layout = _take(adapter, "b", Layout(tuple(adapter.b.shape), found), tokens)
+    adapter.target = replace(adapter.target, start=before, rows=len(adapter.b))
+    return layout
+
+
+def _of_columns(parameter: Tensor, own: list[range]) -> Layout:
+    return Layout(tuple(parameter.shape), [[range(len(parameter))]] * len(own), own)
+
+
+def _take(layer: nn.Module, name: str, layout: Layout, tokens: Tokens) -> Layout:
+    """Leaves a layer this process's part of a parameter."""
+    whole = getattr(layer, name)
+    part = layout.take(whole.detach(), 0, tokens.index).clone()
+    setattr(layer, name, nn.Parameter(part, whole.requires_grad))
+    return layout
 
 
 def _share(total: int, index: int, size: int) -> range:

@@ -76,6 +76,10 @@ class Adapter(nn.Module):
         """Which rows of the layer's matrix it acts on."""
         return slice(self.target.start, self.target.start + self.target.rows)
 
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch rank"]:
+        """A x, with dropout on x."""
+        return F.linear(self.dropout(x.to(self.a.dtype)), self.a)
+
     def change(self) -> Float[Tensor, "out in"]:
         """B A · scale."""
         return self.b @ self.a * self.low.scale
@@ -124,8 +128,7 @@ class AdaptedLinear(nn.Module):
     def _piece(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
         """An adapter's rows of the output, adapted."""
         low, own = adapter.low, y[..., adapter.rows]
-        inner = F.linear(adapter.dropout(x.to(adapter.a.dtype)), adapter.a)
-        change = F.linear(inner, adapter.b * low.scale)
+        change = F.linear(adapter(x), adapter.b * low.scale)
         stretch = adapter.stretch(self.base.weight[adapter.rows].float())
         if stretch is None:
             return own + change.to(y.dtype)

@@ -84,9 +84,7 @@ class Ranks:
         if self.world == 1:
             return tensors
         numbers = torch.stack([tensor.double() for tensor in tensors.values()])
-        found = [torch.empty_like(numbers) for _ in range(self.world)]
-        distributed.all_gather(found, numbers, group=self.group)
-        columns = zip(tensors.items(), torch.stack(found, 1), strict=True)
+        columns = zip(tensors.items(), torch.stack(of_all(numbers, self.world, self.group), 1), strict=True)
         return {name: _add(column.to(tensor.dtype).unbind()) for (name, tensor), column in columns}
 
     def sum_gradients(self, parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -119,9 +117,8 @@ class Ranks:
         """The number of rows of such a tensor on every rank."""
         if self.world == 1:
             return [len(rows)]
-        found = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(self.world)]
-        distributed.all_gather(found, torch.full_like(found[0], len(rows)), group=self.group)
-        return [int(count) for count in found]
+        own = torch.full((1,), len(rows), device=rows.device)
+        return [int(count) for count in of_all(own, self.world, self.group)]
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all ranks, one rank's after the other's."""
@@ -130,8 +127,7 @@ class Ranks:
         counts = self.counts(rows)
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
-        found = [torch.empty_like(padded) for _ in counts]
-        distributed.all_gather(found, padded, group=self.group)
+        found = of_all(padded, self.world, self.group)
         return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
 
     def gather_batch(self, batch: Batch, padding: Mapping[str, int]) -> Batch:
@@ -146,6 +142,13 @@ class Ranks:
             padded = F.pad(tensor, more, value=padding.get(name, 0))
             found[name] = self.gather(padded.byte()).bool() if tensor.dtype == torch.bool else self.gather(padded)
         return found
+
+
+def of_all(tensor: Tensor, world: int, group: Any = None) -> list[Tensor]:
+    """The same tensor of every rank of a group, in their order; all have one shape."""
+    found = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world)]
+    distributed.all_gather(found, tensor.contiguous(), group=group)
+    return found
 
 
 BUCKET = 2**24  # elements that are exchanged at a time
