@@ -16,11 +16,16 @@ def machine() -> str:
     return f"{processor_name()}, {torch.get_num_threads()} threads, {versions}"
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, after one round that is not counted."""
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, warm: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, after one round that is not counted; warm: each works twice in a round,
+    of which the second time counts, since caches and memory went to others while it waited."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, work in contenders.items():
+            if warm:
+                work()
             start = time.perf_counter()
             work()
             if number:

@@ -1,16 +1,21 @@
 """Tokens a second of training GPT-2 124M (batch 4, length 256), beside transformers and nanoGPT.
 
-python benchmarks/train.py [--dtype float32|bfloat16] [--nanogpt FOLDER] [--compile] [--rounds 5]
+python benchmarks/train.py [--dtype float32|bfloat16] [--nanogpt FOLDER] [--compile [--alone]] [--rounds 5]
 
 One contender a line: each makes the same AdamW steps (clipping at 1.0) on the same tokens from the same weights, and
-the losses of all are printed. `--nanogpt` names a clone of nanoGPT; it is run as shipped, and with fused AdamW.
+the losses of all are printed. `--nanogpt` names a clone of nanoGPT; it is run as shipped, and with fused AdamW. Each
+has a process of its own, in which keifu's loop alone tells the C library to keep freed memory, and which waits while
+the others compute. `--alone` times keifu and nanoGPT compiled, and nanoGPT compiled where it keeps freed memory too.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from multiprocessing.connection import Connection
 
 import torch
 import transformers
@@ -18,6 +23,7 @@ from _rounds import interleaved, machine, table
 from _training import CPU, ours, peer
 
 from keifu import checkpoints
+from keifu.memory import keep_freed
 from keifu.models import gpt2
 from keifu.training.hardware.flops import count_flops, matmul_peak
 from keifu.training.objectives.language_modeling import causal_language_modeling
@@ -70,45 +76,65 @@ def nanogpt(folder: str, dtype: torch.dtype, compile: bool, fused: bool, losses:
     return peer(run, loss, tokens, dtype, fused, losses)
 
 
+def work(connection: Connection, keep: bool, make: Callable[..., Callable[[], None]], arguments: tuple) -> None:
+    """A contender's process: makes a step whenever it is asked to, and tells its loss."""
+    losses: list[float] = []
+    with suppress(EOFError), keep_freed(CPU) if keep else nullcontext():
+        step = make(*arguments, losses)
+        while True:
+            connection.recv()
+            step()
+            connection.send(losses[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--nanogpt")
     parser.add_argument("--compile", action="store_true", help="compiled contenders too: minutes to start")
+    parser.add_argument("--alone", action="store_true", help="the compiled ones alone")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
+    dtype, folder = getattr(torch, options.dtype), options.nanogpt
     losses: dict[str, list[float]] = {}
+    contenders: dict[str, Callable[[], None]] = {}
 
-    def contender(
-        name: str, make: Callable[..., Callable[[], None]], *arguments: object
-    ) -> tuple[str, Callable[[], None]]:
+    def contender(name: str, make: Callable[..., Callable[[], None]], *arguments: object, keep: bool = False) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        here, there = spawn.Pipe()
+        spawn.Process(target=work, args=(there, keep or make is keifu, make, arguments), daemon=True).start()
         losses[name] = []
-        return name, make(*arguments, losses[name])
 
-    contenders = [contender("transformers", theirs, dtype), contender("keifu", keifu, dtype, False)]
-    if options.nanogpt:
-        contenders.append(
-            contender("nanoGPT, float32 as shipped", nanogpt, options.nanogpt, torch.float32, False, False)
-        )
-        contenders.append(contender(f"nanoGPT, {options.dtype}", nanogpt, options.nanogpt, dtype, False, True))
+        def step() -> None:
+            here.send(None)
+            losses[name].append(here.recv())
+
+        step()  # what is made and compiled before the first one is ready before the next contender begins
+        contenders[name] = step
+
+    if not options.alone:
+        contender("transformers", theirs, dtype)
+        contender("keifu", keifu, dtype, False)
+    if folder and not options.alone:
+        contender("nanoGPT, float32 as shipped", nanogpt, folder, torch.float32, False, False)
+        contender(f"nanoGPT, {options.dtype}", nanogpt, folder, dtype, False, True)
     if options.compile:
-        contenders.append(contender("keifu compiled", keifu, dtype, True))
-        if options.nanogpt:
-            contenders.append(
-                contender(f"nanoGPT compiled, {options.dtype}", nanogpt, options.nanogpt, dtype, True, True)
-            )
-    seconds = interleaved(dict(contenders), options.rounds)
+        contender("keifu compiled", keifu, dtype, True)
+    if folder and options.compile:
+        contender(f"nanoGPT compiled, {options.dtype}", nanogpt, folder, dtype, True, True)
+    if folder and options.compile and options.alone:
+        contender("nanoGPT compiled, keeping freed memory", nanogpt, folder, dtype, True, True, keep=True)
+    seconds = interleaved(contenders, options.rounds, warm=True)
     model = gpt2.build(gpt2.Config(dropout=0.0))
     flops = count_flops(lambda: causal_language_modeling(model, {"tokens": tokens(0)}).total.backward())
     peak = matmul_peak(CPU, dtype)
     notes = {
-        name: f"{flops / statistics.median(own) / peak:.0%} of the peak, last loss {losses[name][-1]:.3f}"
+        name: f"{flops / statistics.median(own) / peak:.0%} of the peak, loss of step 5 {losses[name][4]:.3f}"
         for name, own in seconds.items()
     }
     print(f"{machine()}; GPT-2 124M, batch {BATCH}, length {LENGTH}, {options.dtype}, {options.rounds} rounds")
     print(f"A step needs {flops / 1e12:.2f} TFLOP; the matmul peak measured here is {peak / 1e9:.0f} GFLOP/s.\n")
-    print(table(seconds, BATCH * LENGTH, "tokens", "transformers", notes))
+    print(table(seconds, BATCH * LENGTH, "tokens", [*contenders][0], notes))
 
 
 if __name__ == "__main__":

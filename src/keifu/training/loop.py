@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 from torch import nn
 
 from keifu.errors import UserError
+from keifu.memory import keep_freed, release
 from keifu.processes import current
 from keifu.threads import follow_load
-from keifu.training.hardware import cost as machine
 from keifu.training.hardware import failures
 from keifu.training.hardware.flops import peak
 from keifu.training.hardware.precision import tensor_float32
@@ -58,12 +58,13 @@ def train(
     """
     follow_load()
     settings = as_chosen(settings)
-    tensor_cores = tensor_float32(next(model.parameters()).device)
+    device = next(model.parameters()).device
     with (
         run_directory.owned(run.directory),
         Display(settings.steps, run.unit) as display,
         StopRequest(display.note) as stop,
-        tensor_cores,
+        tensor_float32(device),
+        keep_freed(device),
     ):
         run_directory.claim_directory(run)
         current().wait()
@@ -181,7 +182,7 @@ class _Loop:
                 if not trainer.halve(batch):
                     raise
             trainer.drop_gradients()
-            machine.release(trainer.device)
+            release(trainer.device)
             now = f"from here {trainer.micro_batch} rows are computed at a time, which changes no loss"
             self.display.note(f"Step {step + 1:,}: {reason}; {now}.")
             stopped = alone and self.stop()

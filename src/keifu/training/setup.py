@@ -19,6 +19,7 @@ from torch import nn
 from keifu import __version__
 from keifu.devices import device_name, same_kind
 from keifu.errors import UserError
+from keifu.memory import keep_freed
 from keifu.processes import current
 from keifu.training.hardware import cost, failures
 from keifu.training.hardware.flops import synchronize
@@ -183,7 +184,8 @@ def steps_within(
     settings, device = as_chosen(settings), next(model.parameters()).device
     trainer = Trainer(model, objective, replace(settings, compile=False))
     batch = on_device(largest, device)
-    with cost.preserve_state(trainer), failures.explain_out_of_memory(ADVICE), tensor_float32(device):
+    hardware = tensor_float32(device), keep_freed(device)
+    with cost.preserve_state(trainer), failures.explain_out_of_memory(ADVICE), hardware[0], hardware[1]:
         trainer.micro_batch = cost.estimate(trainer, batch, settings.micro_batch, ADVICE).micro_batch
         trainer.row_elements = row_elements(batch)
         seconds = _seconds_a_step(trainer, data, SHARE * 60 * minutes)

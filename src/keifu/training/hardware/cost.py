@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from keifu.errors import UserError
-from keifu.memory import available_memory
+from keifu.memory import available_memory, release
 from keifu.training.hardware import flops as peak
 from keifu.training.protocols import Batch, LossOutput
 from keifu.training.ranks import local, rows_of
@@ -28,14 +28,6 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     work()
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def release(device: torch.device) -> None:
-    """Frees memory that an allocator caches, as after a step that did not fit."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
 
 
 SAFETY = 0.8  # the share of the free memory that a run may use
@@ -128,6 +120,7 @@ def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None, advice: st
         fixed, per_row = _linear(trainer, batch, rows)
         parameter_bytes = sum(p.nbytes for p in trainer.optimizers.parameters.values())
         optimizer_bytes, update_seconds = _optimizer(trainer)
+        release(trainer.device)
         available = available_memory(trainer.device)
         base = 2 * parameter_bytes + optimizer_bytes + fixed - sum(p.nbytes for p in trainer.model.parameters())
         fitting = int((SAFETY * available - base) / max(1, per_row))
