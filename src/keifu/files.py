@@ -23,6 +23,8 @@ DEEPEST = 100  # lists and objects inside each other
 LONGEST_PATTERN = 100_000  # characters of a regular expression: some list every word
 MOST_VALUES = 2 * 10**7  # in all of them
 HUB: dict[str, str] = {}  # the hub ids that this process has read, and the revision of each
+LEARNED: dict[str, Any] = {}  # by name, the learned tokenizers that were asked for; the run that begins next keeps them
+KEPT = "state/tokenizer"  # where, in its folder
 _HELD: set[Path] = set()  # directories that this process holds
 
 

@@ -225,6 +225,7 @@ def test_a_learned_tokenizer_goes_on_with_its_run_when_the_cache_is_gone(
         go(name, *words, "--out", str(tmp_path / "parts"))
     stops.left = None
     (tmp_path / "parts" / "tokenizer.json").unlink()  # a killed run has not come to write it
+    assert len([*tmp_path.glob("parts/state/tokenizer/*")]) == (name != "classifier")  # which learns the same again
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "empty"))
     go("--resume", str(tmp_path / "parts"))
     ours, theirs = tensors(tmp_path / "parts"), tensors(tmp_path / "whole")

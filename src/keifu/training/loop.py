@@ -109,8 +109,7 @@ class _Loop:
             where = ", ".join(map(str, lines.damaged))
             display.note(f"{lines.path} is damaged in line {where}, which is left out.")
         self._write_recipe({})
-        if run.begin and not run.resume and current().first:
-            run.begin(run.directory)
+        run_directory.keep_tokenizers(run)
 
     def make_steps(self) -> None:
         """Makes all remaining steps."""

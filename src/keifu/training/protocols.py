@@ -64,13 +64,12 @@ class OnPolicy(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its directory, its description, and how it starts.
+    """A run: its directory, and its description.
 
     `options`: what decides the result beside the settings (the model's config, the data's options); compared when the
     run is resumed. `about`: shown in the report: title, paper, command, data (a list of dicts), and anything else.
     `unit`: the name of the elements that the objective counts. `bytes_per_unit`: turns the loss into bits per byte.
-    `watch`: called with the figures of each line of metrics, gives warnings. `begin`: called with the directory before
-    the first step, to write what resuming needs beside the states.
+    `watch`: called with the figures of each line of metrics, gives warnings.
     """
 
     directory: Path
@@ -81,4 +80,3 @@ class Run:
     unit: str = "tokens"
     bytes_per_unit: float | None = None
     watch: Callable[[Mapping[str, float]], Iterable[str]] | None = None
-    begin: Callable[[Path], None] | None = None

@@ -9,11 +9,9 @@ from keifu.data.tokenizers.seq2seq import SOURCE, TARGET_TOKENIZER, read_marian,
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import KINDS, train_tokenizer
 from keifu.errors import UserError
-from keifu.files import cache, reading
+from keifu.files import KEPT, LEARNED, cache, reading
 
 __all__ = ["KINDS", "Tokenizer", "gguf_tokenizer", "load_tokenizer", "to_gguf_fields", "train_tokenizer"]
-
-KEPT = "state/tokenizer"  # in the folder of a run: its tokenizer, for resuming
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -29,17 +27,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _load(path)
 
 
-def learned_tokenizer(name: str, learn: Callable[[], Tokenizer], resumed: Path | None = None) -> Tokenizer:
-    """The tokenizer that a resumed run keeps in its folder, else that of this name in the cache; learned if missing.
+def learned_tokenizer(name: str, learn: Callable[[], Tokenizer], out: Path | None = None) -> Tokenizer:
+    """The tokenizer of this name that the run in the folder `out` keeps, else that in the cache; learned if missing.
 
-    Learning it again could number its tokens differently, and the run would not go on with the same bits.
+    name: changes with all that it is learned from. Learning it again could number its tokens differently, and a resumed
+    run would not go on with the same bits: the run that is begun next keeps it.
     """
-    place = cache() / "tokenizers" / name
-    if resumed and (resumed / KEPT).exists():
-        place = resumed / KEPT
-    if not (place / "tokenizer_config.json").exists():  # the last file that is written
-        learn().save(place)
-    return load_tokenizer(place)
+    places = [*([out / KEPT / name] if out else []), cache() / "tokenizers" / name]
+    place = next((each for each in places if (each / "tokenizer_config.json").exists()), None)  # its last file
+    if place is None:
+        learn().save(place := places[-1])
+    LEARNED[name] = load_tokenizer(place)
+    return LEARNED[name]
 
 
 def _load(path: Path) -> Tokenizer:

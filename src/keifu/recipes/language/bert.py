@@ -23,7 +23,6 @@ from torch import nn
 from keifu import checkpoints
 from keifu.data.text.masked_lm import MaskedText, MaskingScheme, Vocabulary
 from keifu.data.text.sentence_shards import SentenceShards, prepare_sentences
-from keifu.data.tokenizers.load import KEPT
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import KINDS
 from keifu.devices import choose
@@ -67,7 +66,7 @@ class Recipe:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains into `out`, which keifu.load, keifu embed, keifu train classifier and transformers read afterwards."""
-    model, tokenizer = _begin(recipe, out if resume else None)
+    model, tokenizer = _begin(recipe, out)
     text, masking, training = recipe.text, recipe.masking, recipe.training
     if masking.length > model.config.context_length:
         room = f"the model has {model.config.context_length} positions"
@@ -78,7 +77,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     data = MaskedText(shards, Vocabulary.of(tokenizer), masking, training.batch_size, training.seed)
     about = {"title": "bert", "parameters": sum(p.numel() for p in model.parameters()), "data": [_facts(text, shards)]}
     options = {"model": asdict(model.config), "text": asdict(text), "masking": asdict(masking)}
-    place = Run(out, resume, options=options, about=about, begin=lambda out: tokenizer.save(out / KEPT))
+    place = Run(out, resume, options=options, about=about)
     summary = train(
         model, masked_language_modeling, data, training, place,
         sample=lambda step: fill_samples(model, tokenizer, recipe.gaps),
@@ -99,7 +98,7 @@ def fill_samples(model: nn.Module, tokenizer: Tokenizer, gaps: tuple[str, ...]) 
     return "\n".join(lines)
 
 
-def _begin(recipe: Recipe, resumed: Path | None) -> tuple[Any, Tokenizer]:
+def _begin(recipe: Recipe, out: Path) -> tuple[Any, Tokenizer]:
     """The model to train and its tokenizer: new, or loaded, with the heads that the rows need."""
     pairs = recipe.masking.sentence_pairs
     torch.manual_seed(recipe.training.seed)
@@ -108,7 +107,7 @@ def _begin(recipe: Recipe, resumed: Path | None) -> tuple[Any, Tokenizer]:
             kind = recipe.text.tokenizer
             raise UserError(f"BERT needs [CLS], [SEP] and [MASK], which {kind} does not have: learn wordpiece.")
         lower = recipe.lowercase and recipe.text.tokenizer == "wordpiece"
-        tokenizer = tokenizer_of(recipe.text, resumed, **({"lowercase": True} if lower else {}))
+        tokenizer = tokenizer_of(recipe.text, out, **({"lowercase": True} if lower else {}))
         sizes = replace(recipe.model, vocab_size=tokenizer.vocab_size, labels=())
         return bert.build(replace(sizes, words=True, next_sentence=pairs, pooled=pairs)).to(choose()), tokenizer
     loaded, tokenizer = checkpoints.load(recipe.start, torch.float32)

@@ -19,7 +19,7 @@ from keifu.data.text.packed import PackedText
 from keifu.data.text.prepared import is_prepared, open_prepared
 from keifu.data.text.prepared import tokenizer_of as load_prepared_tokenizer
 from keifu.data.text.token_shards import Shards, prepare
-from keifu.data.tokenizers.load import KEPT, learned_tokenizer, load_tokenizer
+from keifu.data.tokenizers.load import learned_tokenizer, load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import KINDS, train_tokenizer
 from keifu.devices import choose
@@ -85,14 +85,14 @@ class Task:
     shards: Shards
 
 
-def prepare_text(text: Text, resumed: Path | None = None, **options: Any) -> Task:
+def prepare_text(text: Text, out: Path | None = None, **options: Any) -> Task:
     """Fetches, learns the tokenizer (with these options of learning) and tokenises, each once: what was made before is
-    found again. `resumed`: the folder of a run that goes on, with the tokenizer that it learned."""
-    tokenizer = tokenizer_of(text, resumed, **options)
+    found again. `out`: the folder of the run, which keeps the tokenizer that it learned."""
+    tokenizer = tokenizer_of(text, out, **options)
     return Task(text, tokenizer, text.shards(text.data, tokenizer))
 
 
-def tokenizer_of(text: Text, resumed: Path | None = None, **options: Any) -> Tokenizer:
+def tokenizer_of(text: Text, out: Path | None = None, **options: Any) -> Tokenizer:
     """The tokenizer that a text names, or the one that it asks to be learned, with these options of learning.
 
     One that belongs to another model keeps its vocabulary alone: a model that begins to learn is no chat model.
@@ -111,7 +111,7 @@ def tokenizer_of(text: Text, resumed: Path | None = None, **options: Any) -> Tok
         print(f"Learning a {text.tokenizer} tokenizer of {text.vocab_size} tokens from {text.data} ...", flush=True)
         return train_tokenizer(text.tokenizer, _Pieces(text), text.vocab_size, **options)
 
-    return learned_tokenizer(name, learn, resumed)
+    return learned_tokenizer(name, learn, out)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,6 @@ def pretrain(
         options={"model": asdict(config), "text": asdict(task.text)} | ({"z_loss": z_loss} if z_loss else {}),
         about={"title": name, "parameters": sum(p.numel() for p in model.parameters())} | _source(task) | (about or {}),
         bytes_per_unit=task.shards.bytes_per_token,
-        begin=lambda out: task.tokenizer.save(out / KEPT),
     )
 
     def sample(step: int) -> str:

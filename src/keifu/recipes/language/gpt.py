@@ -110,10 +110,10 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Setti
     )  # fmt: skip
 
 
-def prepare(recipe: Recipe, resumed: Path | None = None) -> tuple[Task, llama.Config, Settings]:
+def prepare(recipe: Recipe, out: Path | None = None) -> tuple[Task, llama.Config, Settings]:
     """The text, the model's config and the settings that the dial gives."""
     vocab_size = recipe.vocab_size or min(32_768, 2048 * recipe.depth)
-    task = prepare_text(Text(recipe.data, recipe.tokenizer, vocab_size, **recipe.reading()), resumed)
+    task = prepare_text(Text(recipe.data, recipe.tokenizer, vocab_size, **recipe.reading()), out)
     config = model_config(recipe.depth, task.tokenizer.vocab_size, recipe.context_length)
     return task, config, settings(recipe, parameters(config), config.context_length, len(task.shards.tokens))
 
@@ -122,7 +122,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu.load, keifu generate and transformers read afterwards."""
     if recipe.start_from is not None:
         return _go_on(recipe, recipe.start_from, out, resume)
-    task, config, chosen = prepare(recipe, out if resume else None)
+    task, config, chosen = prepare(recipe, out)
     pretrain("gpt", task, llama.build, config, chosen, out, resume, recipe.prompt)
 
 

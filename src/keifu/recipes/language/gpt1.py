@@ -102,6 +102,6 @@ def choose_settings(recipe: Recipe, training_tokens: int) -> Settings:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains into `out`, which keifu.load, keifu generate and transformers read afterwards."""
-    task = prepare_text(recipe.text, out if resume else None)
+    task = prepare_text(recipe.text, out)
     training = choose_settings(recipe, len(task.shards.tokens))
     return pretrain("gpt1", task, gpt1.build, recipe.model, training, out, resume, recipe.prompt)

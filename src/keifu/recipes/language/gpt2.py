@@ -40,5 +40,5 @@ class Recipe:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu.load, keifu generate and transformers read afterwards."""
-    task = prepare_text(recipe.text, out if resume else None)
+    task = prepare_text(recipe.text, out)
     pretrain("gpt2", task, gpt2.build, recipe.model, recipe.training, out, resume, recipe.prompt)

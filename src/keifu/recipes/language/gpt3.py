@@ -50,5 +50,5 @@ WAYS = {"keifu": own_settings, "paper": paper_settings}
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Trains into `out`, which keifu.load and keifu generate read afterwards."""
     training = WAYS[recipe.recipe_of](recipe)
-    task = prepare_text(recipe.text, out if resume else None)
+    task = prepare_text(recipe.text, out)
     return pretrain("gpt3", task, gpt3.build, recipe.model, training, out, resume, recipe.prompt)

@@ -64,5 +64,5 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     how, usual_z = WAYS[recipe.recipe_of]
     z_loss = usual_z if recipe.z_loss is None else recipe.z_loss
     digits = {"split_digits": True} if recipe.text.tokenizer == "bpe" else {}
-    task = prepare_text(recipe.text, out if resume else None, **digits)
+    task = prepare_text(recipe.text, out, **digits)
     return pretrain("palm", task, palm.build, recipe.model, how(recipe), out, resume, recipe.prompt, z_loss=z_loss)

@@ -110,9 +110,9 @@ class PreparedMixture:
     sources: list[WeightedSource]
 
 
-def prepare(mixture: Mixture, vocab_size: int, sentinels: int = SENTINELS) -> PreparedMixture:
+def prepare(mixture: Mixture, vocab_size: int, sentinels: int = SENTINELS, out: Path | None = None) -> PreparedMixture:
     """Fetches, learns the tokenizer and tokenises, each once: what was made before is found again."""
-    tokenizer = tokenizer_of(mixture, vocab_size, sentinels)
+    tokenizer = tokenizer_of(mixture, vocab_size, sentinels, out)
     pairs = zip(mixture.sources, prepare_mixture(mixture, tokenizer), strict=True)
     total = sum(source.weight for source in mixture.sources)
     return PreparedMixture(
@@ -120,7 +120,7 @@ def prepare(mixture: Mixture, vocab_size: int, sentinels: int = SENTINELS) -> Pr
     )
 
 
-def tokenizer_of(mixture: Mixture, vocab_size: int, sentinels: int) -> Tokenizer:
+def tokenizer_of(mixture: Mixture, vocab_size: int, sentinels: int, out: Path | None) -> Tokenizer:
     """Byte-level BPE learned from the mixture by its weights, so that no text has a character that it cannot spell."""
     content = hashlib.sha256(content_hash(mixture).encode()).hexdigest()
 
@@ -129,7 +129,7 @@ def tokenizer_of(mixture: Mixture, vocab_size: int, sentinels: int) -> Tokenizer
         special = special_tokens(sentinels)
         return train_tokenizer("bpe", texts(mixture, CHARACTERS), vocab_size, special, split_digits=True)
 
-    return learned_tokenizer(f"mixture-bpe-{vocab_size}-{sentinels}-{content[:16]}", learn)
+    return learned_tokenizer(f"mixture-bpe-{vocab_size}-{sentinels}-{content[:16]}", learn, out)
 
 
 def losses_by_mode(tokenizer: Tokenizer) -> Tokenizer:
@@ -164,7 +164,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     mixture = read_mixture(recipe.mixture)
     if recipe.held_out is not None:
         mixture = replace(mixture, held_out=recipe.held_out)
-    return learn(recipe, prepare(mixture, recipe.vocab_size, recipe.sentinels), out, resume)
+    return learn(recipe, prepare(mixture, recipe.vocab_size, recipe.sentinels, out), out, resume)
 
 
 def learn(recipe: Recipe, found: PreparedMixture, out: Path, resume: bool = False) -> Summary:

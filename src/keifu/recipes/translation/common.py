@@ -16,7 +16,7 @@ from keifu.checkpoints.hub import locate
 from keifu.data.catalogue import catalogue
 from keifu.data.text.dataset_report import coverage
 from keifu.data.text.documents import in_catalogue
-from keifu.data.tokenizers.load import KEPT, learned_tokenizer, load_tokenizer
+from keifu.data.tokenizers.load import learned_tokenizer, load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.data.translation.batches import Batching, EncodedPairs, PairData, SpecialIds, encode
@@ -101,15 +101,15 @@ def _special(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(end if start is None else start, end, end if pad is None else pad)
 
 
-def prepare_pairs(options: Options, resumed: Path | None = None) -> Task:
+def prepare_pairs(options: Options, out: Path | None = None) -> Task:
     """Reads and splits the pairs, and learns the tokenizer from the training part, once; says what was found.
-    `resumed`: the folder of a run that goes on, with the tokenizer that it learned."""
+    `out`: the folder of the run, which keeps the tokenizer that it learned."""
     pairs = _read(options, options.data)
     validation, test = (
         None if each is None else _read(options, each) for each in (options.validation_data, options.test_data)
     )
     parts = split_beside(pairs, validation, test) if validation or test else split(pairs)
-    tokenizer = _tokenizer(options, parts.train, resumed)
+    tokenizer = _tokenizer(options, parts.train, out)
     _print_sentence(pairs.left_out)
     _print_sentence(parts.sentence())
     for side, name in enumerate(("source", "target")):
@@ -128,7 +128,7 @@ def _print_sentence(sentence: str) -> None:
         print(sentence, flush=True)
 
 
-def _tokenizer(options: Options, train: list[Pair], resumed: Path | None) -> Tokenizer:
+def _tokenizer(options: Options, train: list[Pair], out: Path | None) -> Tokenizer:
     kind = options.tokenizer
     if options.start_from is not None:
         return load_tokenizer(locate(options.start_from))
@@ -143,7 +143,7 @@ def _tokenizer(options: Options, train: list[Pair], resumed: Path | None) -> Tok
         put_around_text(learned.backend, learned.special, bos=False, eos=True)  # sources end so, as Marian's do
         return Tokenizer(learned.backend, learned.special | {"pad_token": PAD})
 
-    return learned_tokenizer(f"pairs-{kind}-{options.vocab_size}-{content[:16]}", learn, resumed)
+    return learned_tokenizer(f"pairs-{kind}-{options.vocab_size}-{content[:16]}", learn, out)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
     sentence are the tokenizer's, whatever the config says."""
     if options.steps and options.minutes:
         raise UserError(f"--steps {options.steps} and --minutes {options.minutes:g} are two budgets: give one of them.")
-    task = prepare_pairs(options, out if resume else None)
+    task = prepare_pairs(options, out)
     start, end, pad = task.special
     ids = {"start_id": start, "end_id": end, "pad_id": pad}
     config = replace(plan.config, vocab_size=task.tokenizer.vocab_size, **ids, **_two_vocabularies(task, plan.config))
@@ -264,7 +264,6 @@ def _run(name: str, options: Options, task: Task, data: PairData, model: nn.Modu
             "data": [_source(options, task, data)],
         },
         bytes_per_unit=sum(len(text.encode()) for text in texts) / tokens,
-        begin=lambda out: task.tokenizer.save(out / KEPT),
     )
 
 

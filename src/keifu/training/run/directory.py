@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from keifu.errors import UserError
-from keifu.files import HUB, hold, read_json_object, remove_left, sha256, write_atomic
+from keifu.files import HUB, KEPT, LEARNED, hold, read_json_object, remove_left, sha256, write_atomic
 from keifu.processes import current
 from keifu.training.hardware.precision import processor_name
 from keifu.training.protocols import Run
@@ -66,6 +66,14 @@ def claim_directory(run: Run) -> None:
     for name in (checkpoint.FOLDER, SAMPLES):
         shutil.rmtree(run.directory / name, ignore_errors=True)
     (run.directory / metrics.FILE).unlink(missing_ok=True)
+
+
+def keep_tokenizers(run: Run) -> None:
+    """Writes the tokenizers that a new run has learned into its folder, from which it goes on with them."""
+    if not run.resume and current().first:
+        for name, tokenizer in LEARNED.items():
+            tokenizer.save(run.directory / KEPT / name)
+    LEARNED.clear()
 
 
 def write_recipe(run: Run, facts: Mapping[str, Any], steps: int) -> None:
