@@ -1,9 +1,7 @@
 """The size of the tree: lines of code, files in a folder, files too small to be looked up, words that were given up."""
 
 import ast
-import io
 import re
-import tokenize
 from collections import Counter, defaultdict
 from functools import cache
 
@@ -41,16 +39,15 @@ GIVEN_UP = {  # names of earlier versions, and what the field calls the same
 @cache
 def code_lines(file: File) -> int:
     """Lines with code on them: neither blank, nor comment, nor docstring."""
-    documentation: set[int] = set()
+    documentation, strings = set[int](), set[int]()
     for node in ast.walk(file.tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             documentation.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    lines: set[int] = set()
-    for token in tokenize.generate_tokens(io.StringIO(file.text).readline):
-        if token.type not in layout:
-            lines.update(range(token.start[0], token.end[0] + 1))
-    return len(lines - documentation)
+        elif isinstance(node, ast.Constant | ast.JoinedStr):
+            strings.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    numbered = enumerate(map(str.strip, file.text.split("\n")), 1)
+    lines = {number for number, line in numbered if line and not line.startswith("#")}
+    return len((lines | strings) - documentation)
 
 
 def too_much_code(files: list[File], most: int = MOST_LINES) -> list[str]:
