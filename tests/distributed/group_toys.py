@@ -26,6 +26,8 @@ from keifu.checkpoints.hf import read as hf_read
 from keifu.checkpoints.hf.write import save
 from keifu.checkpoints.loading import load_model
 from keifu.checkpoints.lora.peft import save_adapter
+from keifu.data.chat.packing import TurnMasks
+from keifu.data.chat.preferences import Pair
 from keifu.distributed.group import Group, join
 from keifu.distributed.mesh import Mesh
 from keifu.layers.diffusion.noise_schedule import Noise
@@ -37,6 +39,7 @@ from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import ddpm
 from keifu.processes import Processes, current, use
+from keifu.recipes.assistant import dpo
 from keifu.recipes.assistant.common import Lora, to_train
 from keifu.recipes.classification import classifier
 from keifu.recipes.language import bert as bert_recipe
@@ -282,12 +285,18 @@ def peak(folder: Path) -> dict[str, Any]:
     return {"grown": memory.grown, "loss": gradient.sums.means()["loss"], "norm": float(gradient.norm)}
 
 
+ANSWERS = [TurnMasks([*range(1, length)], [False, *[True] * (length - 2)]) for length in (5, 9, 7, 6, 12, 8)]
+PAIRS = [Pair(*ANSWERS[place : place + 2]) for place in range(5)]
+
+
 def _begin(model: str, recipe: str) -> Any:
     """A model that a recipe goes on from."""
     if recipe == "bert":
         return bert_recipe._begin(bert_recipe.Recipe(start=model), None)[0]
     if recipe == "gpt":
         return gpt_recipe.start_model(model)[0]
+    if recipe == "dpo":
+        return to_train(load_model(model), Lora(), 0)
     if recipe == "classifier":
         return classifier.start_model(classifier.Recipe(model=model), ("no", "yes"), ())[0]
     unused: Any = None
@@ -303,11 +312,15 @@ def published(model: str, folder: Path, lora: int = 0, recipe: str = "") -> dict
     CountedFile.read = 0
     with PeakMemory() as memory:
         found: Any = _begin(model, recipe) if recipe else to_train(load_model(model), Lora(lora), 0)
+        first = dpo.with_reference(found, PAIRS, 2, 0) if recipe == "dpo" else torch.zeros(0)
         Trainer(found, causal_language_modeling, Settings(precision="float32"))
     hf_read.open_weights = opened
     read, group = CountedFile.read, current()
     with use(Processes()):
-        whole = dict(load_model(model).named_parameters())
+        alone = load_model(model)
+        whole = dict(alone.named_parameters())
+        expected = dpo.with_reference(alone, PAIRS, 2, 0) if recipe == "dpo" else torch.zeros(0)
+    torch.testing.assert_close(first, expected)
     names = {name: name.replace(".base.", ".") for name, _ in found.named_parameters() if ".adapters." not in name}
     same = [torch.equal(local(p), group.take(name, whole[names[name]].to(p.dtype)))
             for name, p in found.named_parameters() if name in names]  # fmt: skip

@@ -17,6 +17,7 @@ MODELS = {  # each has joined q, k and v; of LLaMA gate and up are apart in the 
     "gpt2": gpt2.Config(**WORDS),
     "transformer": transformer.Config(**WORDS),
     "gpt": llama.Config(**WORDS),
+    "dpo": llama.Config(**WORDS),
     "bert": bert.Config(**WORDS, pooled=True, words=True, next_sentence=True),
     "classifier": bert.Config(**WORDS, pooled=True, words=False, next_sentence=False, labels=("no", "yes")),
     "large": llama.Config(2000, 64, 512, 1024, 6, 8, n_kv_heads=4),  # 79 MB
@@ -24,7 +25,7 @@ MODELS = {  # each has joined q, k and v; of LLaMA gate and up are apart in the 
 CASES = [(model, mesh, lora) for model in ("llama", "tied", "gpt2") for mesh in ("shard", "tensor") for lora in (0, 2)
          if not lora or mesh == "shard"]  # fmt: skip
 CASES += [("large", "shard", 0), ("large", "tensor", 0), ("large", "shard", 2)]
-RECIPES = "gpt", "transformer", "bert", "classifier"
+RECIPES = "gpt", "transformer", "bert", "classifier", "dpo"
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,7 @@ def test_each_process_reads_its_part(model: str, mesh: str, lora: int, found: di
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_each_process_reads_its_part_of_what_a_recipe_goes_on_from(recipe: str, found: dict[str, Any]) -> None:
+    """DPO's log-probabilities of its reference are computed by the split model, and are those of the whole one."""
     assert found[recipe]["right"]
     assert found[recipe]["read"] <= 0.52
 

@@ -80,11 +80,9 @@ class Group(Processes):
         if self.whole and not self.mesh.activation_checkpointing and not self.mesh.compile_blocks:
             return module
         if id(module.model) not in self.modules:
-            layouts, partial = {}, set()
+            layouts, partial, axis = {}, set(), self.devices["tensor"]
             if self.shape.tensor > 1:
-                place = self.devices["tensor"]
-                found = place.get_group(), place.get_local_rank(), place.size()
-                layouts, partial = tensor_parallel(module.model, *found)
+                layouts, partial = tensor_parallel(module.model, axis.get_group(), axis.get_local_rank(), axis.size())
             self.modules[id(module.model)] = parallelize(module, self.mesh, self.devices)
             settle(module)
             if not self.whole:

@@ -59,14 +59,12 @@ class Pod:
     def complete(self, gradients: Mapping[str, Tensor]) -> None:
         """Sums over the axis `tensor` what its processes have computed parts of: gradients of what is in the blocks and
         not split, and of heads of keys and values that several processes have."""
-        if self.size == 1:
-            return
         sum_in_order([gradient for name, gradient in gradients.items() if name in self.partial],
                      self.size, self.tensor_group)  # fmt: skip
         for name, gradient in gradients.items():
-            pieces = [{*self.layouts[name].pieces(self.place[0], tensor)} for tensor in range(self.size)]
-            several = self.layouts[name].is_split and len(set.union(*pieces)) < sum(map(len, pieces))
-            if several and name not in self.partial:
+            layout = self.layouts[name]
+            pieces = [{*layout.pieces(self.place[0], tensor)} for tensor in range(self.size if layout.is_split else 0)]
+            if name not in self.partial and len(set().union(*pieces)) < sum(map(len, pieces)):
                 found = of_all(gradient, self.size, self.tensor_group)
                 for piece in pieces[self.place[1]]:
                     parts = [part[piece.start : piece.stop] for part, own in zip(found, pieces, strict=True)

@@ -117,8 +117,7 @@ class Ranks:
         """The number of rows of such a tensor on every rank."""
         if self.world == 1:
             return [len(rows)]
-        own = torch.full((1,), len(rows), device=rows.device)
-        return [int(count) for count in of_all(own, self.world, self.group)]
+        return [*map(int, of_all(torch.full((1,), len(rows), device=rows.device), self.world, self.group))]
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all ranks, one rank's after the other's."""
@@ -127,8 +126,8 @@ class Ranks:
         counts = self.counts(rows)
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
-        found = of_all(padded, self.world, self.group)
-        return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+        parts = zip(of_all(padded, self.world, self.group), counts, strict=True)
+        return torch.cat([part[:count] for part, count in parts])
 
     def gather_batch(self, batch: Batch, padding: Mapping[str, int]) -> Batch:
         """The rows of all ranks of a batch whose tensors have one axis, or a second one of positions, which differ in

@@ -21,10 +21,13 @@ from keifu.data.chat.preferences import Pair, PreferencePairs, RankedResponses, 
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.layers.lora import unadapted
+from keifu.processes import current
 from keifu.recipes.assistant import common
 from keifu.recipes.assistant.common import FinetuneTask, RankedOptions, open_model, sample_answer
 from keifu.training.loader import on_device
 from keifu.training.loop import Summary
+from keifu.training.trainer import ObjectiveModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +71,8 @@ def prepare(recipe: Recipe) -> Task:
     told = "pairs are", "has "
     learned, tested, dropped = common.ranked_examples(recipe, lambda each: pairs(tokenizer, each), tuple, length, told)
     rows, pad = recipe.batch_size, tokenizer.pad_id or 0
-    references = with_reference(model, learned, rows, pad), with_reference(model, tested, rows, pad)
     model = common.to_train(model, recipe.lora, recipe.seed)
+    references = with_reference(model, learned, rows, pad), with_reference(model, tested, rows, pad)
     return Task(model, tokenizer, PreferencePairs(learned, tested, rows, recipe.seed, pad, references), dropped)
 
 
@@ -80,15 +83,18 @@ def pairs(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Pair]:
 
 
 def with_reference(model: nn.Module, found: Sequence[Pair], batch_size: int, pad_id: int) -> Tensor:
-    """The log-probabilities of both answers of each pair, [pairs, 2]; similar lengths are computed together."""
+    """The log-probabilities of both answers of each pair, [pairs, 2], under a model whose training begins; similar
+    lengths are computed together. Where processes share the model, each reads and holds its part."""
+    module = current().split(ObjectiveModule(model))
     order = sorted(range(len(found)), key=lambda place: max(len(each.ids) for each in found[place]))
     values = torch.zeros(len(found), 2)
-    with counting("Reading the answers", len(found), "pairs") as progress:
+    with counting("Reading the answers", len(found), "pairs") as progress, unadapted(model):
         for at in range(0, len(order), batch_size):
             places = order[at : at + batch_size]
             batch = on_device(stack_rows([found[place] for place in places], pad_id), next(model.parameters()).device)
-            values[places] = reference(model, batch).cpu()
+            values[places] = module(reference, batch).cpu()
             progress(min(at + batch_size, len(order)))
+    current().drop(module)  # FSDP holds the whole of some weights after a forward pass
     return values
 
 
