@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from keifu.errors import UserError
 from keifu.layers.activations import Activation, activation
 from keifu.layers.dropout import Dropout
+from keifu.models.hf import config as hf
 from keifu.ranges import check
 
 
@@ -120,28 +121,20 @@ WEIGHT_NAMES = {"layers.*": "layers.*", "mean": "mean", "scale": "scale"}  # no 
 MODEL_TYPES = {"keifu_mlp": "MLP"}
 
 
+FIELDS: hf.Fields = {name: name for name in ("dim", "n_outputs", "activation", "output", "dropout")} | {
+    "hidden_dims": hf.Field("hidden_dims", read=tuple, write=list),
+    "classes": hf.Field(  # where transformers puts them
+        "id2label", read=lambda labels: tuple(labels[str(index)] for index in range(len(labels))),
+        write=lambda names: {str(index): name for index, name in enumerate(names)},
+    ),
+}  # fmt: skip
+
+
 def from_published(json: dict[str, Any]) -> Config:
     """The Config of a config.json of model_type keifu_mlp."""
-    labels = json["id2label"]
-    return Config(
-        dim=json["dim"],
-        hidden_dims=tuple(json["hidden_dims"]),
-        n_outputs=json["n_outputs"],
-        activation=json["activation"],
-        output=json["output"],
-        dropout=json["dropout"],
-        classes=tuple(labels[str(index)] for index in range(len(labels))),
-    )
+    return Config(**hf.read_fields(json, FIELDS))
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """The config.json that `from_published` reads; the names of the classes stand where transformers puts them."""
-    fields = {name: value for name, value in vars(config).items() if name != "classes"}
-    labels = {"id2label": {str(index): name for index, name in enumerate(config.classes)}}
-    return {
-        "model_type": "keifu_mlp",
-        "architectures": ["MLP"],
-        **fields,
-        "hidden_dims": [*config.hidden_dims],
-        **labels,
-    }
+    """The config.json that `from_published` reads."""
+    return {"model_type": "keifu_mlp", "architectures": ["MLP"], **hf.write_fields(config, FIELDS)}

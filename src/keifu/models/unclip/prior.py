@@ -169,19 +169,6 @@ WEIGHT_NAMES = {
 }
 MODEL_TYPES = {"PriorTransformer": "PriorTransformer"}
 UNSUPPORTED: dict[str, Any] = {"time_embed_act_fn": "silu"}
-
-
-def _switch(name: str, default: str | None, on: str) -> hf.Field:
-    """The field of a switch: null is off, `on` is on, and no other value is implemented."""
-
-    def read(value: str | None) -> bool:
-        if value not in (None, on):
-            raise UserError(f"its {name} is {value!r}, and what is implemented is None and {on!r}.")
-        return value == on
-
-    return hf.Field(name, default, read, lambda value: on if value else None)
-
-
 FIELDS: hf.Fields = {
     "context_length": hf.Field("num_embeddings", 77),
     "embedding_dim": hf.Field("embedding_dim", 768),
@@ -190,9 +177,9 @@ FIELDS: hf.Fields = {
     "n_layers": hf.Field("num_layers", 20),
     "n_heads": hf.Field("num_attention_heads", 32),
     "head_dim": hf.Field("attention_head_dim", 64),
-    "first_norm": _switch("norm_in_type", None, "layer"),
-    "caption_norm": _switch("embedding_proj_norm_type", None, "layer"),
-    "query": _switch("added_emb_type", "prd", "prd"),
+    "first_norm": hf.choice("norm_in_type", {None: False, "layer": True}),
+    "caption_norm": hf.choice("embedding_proj_norm_type", {None: False, "layer": True}),
+    "query": hf.choice("added_emb_type", {"prd": True, None: False}),
     "time_dim": hf.Field("time_embed_dim", None),
     "dropout": hf.Field("dropout", 0.0, float),
 }
