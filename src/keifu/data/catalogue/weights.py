@@ -51,6 +51,10 @@ TRAINED = {  # what it is, the licence, what it was trained on
         "a small language model of LLaMA's type that continues English", "CC BY-SA 4.0 (data)",
         "texts of Wikipedia, Wikibooks, Tatoeba, presidents' addresses and chats (the mixture english)",
     ),
+    "bert-en": (
+        "a small BERT that fills in English words", "CC BY-SA 4.0 (data)",
+        "texts of Wikipedia and Wikibooks and presidents' addresses (the mixture english-documents)",
+    ),
     "network": ("a multi-layer network that reads handwritten digits", *MNIST),
     "neuron": ("a perceptron that computes AND", "Apache-2.0", "a table of four rows"),
 }  # fmt: skip
