@@ -5,8 +5,7 @@ python benchmarks/characters.py input.txt [--target 1.886] [--nanogpt FOLDER] [-
 The text is tiny Shakespeare (1,115,394 characters), its last tenth held out. Every line of the table keeps the changes
 of the lines above it. The time is that of the training steps alone. The target is looked for every 25 steps on 25,600
 held-out characters spread over them all; the loss at the end is that of the whole held-out text, in nats a character.
-`--nanogpt` names a clone of nanoGPT, whose train.py is
-run as its README says for a laptop, with 2,000 steps.
+`--nanogpt` names a clone of nanoGPT, whose train.py is run as its README says for a laptop, with 2,000 steps.
 """
 
 import argparse
@@ -24,6 +23,7 @@ import torch
 from _rounds import machine
 
 from keifu.data.text.packed import PackedText
+from keifu.memory import keep_freed
 from keifu.models import gpt2, llama
 from keifu.recipes.language.characters import WAYS
 from keifu.recipes.language.common import Text, prepare_text
@@ -135,7 +135,8 @@ def main() -> None:
         print(nanogpt(options.nanogpt, options.text), flush=True)
     curves: dict[str, Curve] = {}
     for way in ladder()[-options.only :]:
-        line, curves[way.name] = measure(way, str(options.text), options.target)
+        with keep_freed(CPU):  # as keifu's loop does
+            line, curves[way.name] = measure(way, str(options.text), options.target)
         print(line, flush=True)
     if options.picture:
         draw(curves, options.target, options.picture)
