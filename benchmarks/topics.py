@@ -6,9 +6,9 @@ python benchmarks/topics.py [--only NAME ...] [--labels 100 1000 9033] [--epochs
 are taken in the order of that hash, so that 100 labels are part of the 1,000. The ways: bag of words (TF-IDF of words
 and pairs of words) and logistic regression on the embeddings of MiniLM as it is, whose strength of regularisation is
 chosen by cross-validation on the labels at hand; a BERT of MiniLM's shape that begins with random weights; MiniLM
-fine-tuned; bert-en of keifu's package, fine-tuned with a rate of its own and five times as often, since it is small. The
-BERTs see the first 64 tokens of a summary, the others all of it; they see 9,033 summaries twice, 1,000 five times and
-100 twelve times. Seconds are those of learning and of reading the held-out texts.
+fine-tuned; bert-en of keifu's package, fine-tuned with a rate of its own and five times as often, since it is small.
+The BERTs see the first 64 tokens of a summary, the others all of it; they see 9,033 summaries twice, 1,000 five times
+and 100 twelve times. Seconds are those of learning and of reading the held-out texts.
 """
 
 import argparse
