@@ -62,17 +62,17 @@ def signs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[failures.Signs]]:
     store = distributed.TCPStore("localhost", 0, 1, is_master=True)
     found = [failures.Signs(number, 3, store.clone()) for number in range(3)]
     for each in found:
-        each.start()
+        each.thread.start()
     yield found
     for each in found:
-        each.stop()
+        each.ended.set()
         each.thread.join()
     del store  # it ends its server
 
 
 def test_a_process_that_gives_no_sign_of_life_is_named(signs: list[failures.Signs]) -> None:
     time.sleep(0.2)
-    signs[2].stop()
+    signs[2].ended.set()
     time.sleep(0.1)
     assert signs[0].reason().startswith("Process 2 of 3 (counted from 0) has died or stands still, at step 0")
 
