@@ -193,6 +193,12 @@ def test_bfloat16_weights_are_packed_without_being_asked_and_anew_when_they_chan
     assert torch.equal(again(rows), pack(model, "bf16")(rows))
 
 
+def test_a_model_that_leaves_bfloat16_leaves_native_code() -> None:
+    model = toy("llama").to(torch.bfloat16)
+    assert native_form(model) is not None
+    assert native_form(model.float()) is None and native_form(model.to(torch.bfloat16)) is not None
+
+
 def test_other_weights_stay_in_pytorch() -> None:
     assert native_form(toy("llama")) is None
     assert native_form(toy("llama").to(torch.bfloat16).to("meta")) is None

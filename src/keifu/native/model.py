@@ -156,7 +156,8 @@ def pack(model: nn.Module, weights: str) -> NativeLM:
     return NativeLM(describe(model), ModuleWeights(model), weights, model.config)
 
 
-_packed: WeakKeyDictionary[nn.Module, tuple[str, list[tuple[int, int]], NativeLM]] = WeakKeyDictionary()
+# The form that was asked for, or None where bfloat16 was taken unasked; the weights' state; what was packed.
+_packed: WeakKeyDictionary[nn.Module, tuple[str | None, list[tuple[int, int]], NativeLM]] = WeakKeyDictionary()
 
 
 def native_form(model: nn.Module, make: Callable[[nn.Module, str], Packed] = pack) -> Packed | None:
@@ -170,23 +171,24 @@ def native_form(model: nn.Module, make: Callable[[nn.Module, str], Packed] = pac
     if isinstance(model, NativeLM):
         return cast(Packed, model)
     weights = list(model.parameters())
-    chosen = _packed[model][0] if model in _packed else None
+    chosen, state, packed = _packed.get(model, (None, None, None))
     if not weights or (chosen is None and any(each.dtype != torch.bfloat16 for each in weights)):
         return None
     if switched_off() or any(each.device.type != "cpu" for each in weights):
         return None
-    if chosen is None or _packed[model][1] != _state(model):
+    if state != _state(model):
         try:
-            return pack_beside(model, chosen or "bf16", make)
+            return pack_beside(model, chosen, make)
         except Unavailable as reason:
             say_why(str(reason))
             return None
-    return cast(Packed, _packed[model][2])
+    return cast(Packed, packed)
 
 
-def pack_beside(model: nn.Module, weights: str, make: Callable[[nn.Module, str], Packed]) -> Packed:
-    """The packed form that generates from now on in place of a model that is still needed itself (see `pack`)."""
-    packed = make(model, weights)
+def pack_beside(model: nn.Module, weights: str | None, make: Callable[[nn.Module, str], Packed]) -> Packed:
+    """The packed form that generates from now on in place of a model that is still needed itself (see `pack`); with
+    None for as long as that has bfloat16 weights."""
+    packed = make(model, weights or "bf16")
     _packed[model] = weights, _state(model), packed
     return packed
 

@@ -37,9 +37,9 @@ class Reader(nn.Module):
     @torch.inference_mode()
     def forward(self, source: Source, source_mask: SourceMask | None) -> list[tuple[Tensor, Tensor]]:
         x = self.embedding(source) * self.scale
-        x = x + self.positions(0, source.shape[1], x)
+        x, mask = x + self.positions(0, source.shape[1], x), PaddingMask(source_mask)
         for block in self.encoder:
-            x = block(x, mask=PaddingMask(source_mask))
+            x = block(x, mask=mask)
         return [cast(CrossAttention, each).project(x) for each in self.cross_attention]
 
 
@@ -49,7 +49,8 @@ class NativeTranslator(NativeLM):
     def __init__(self, model: EncoderDecoder, weights: str):
         super().__init__(describe(model), ModuleWeights(model), weights, model.config)
         read = Reader(model)
-        self.read = read if all(each.dtype == torch.float32 for each in read.parameters()) else deepcopy(read).float()
+        plain = all(each.dtype == torch.float32 for each in read.parameters())
+        self.read = read if plain else deepcopy(read).float().eval()
 
 
 def pack_translator(model: nn.Module, weights: str) -> NativeTranslator:
