@@ -49,8 +49,7 @@ class NativeTranslator(NativeLM):
     def __init__(self, model: EncoderDecoder, weights: str):
         super().__init__(describe(model), ModuleWeights(model), weights, model.config)
         read = Reader(model)
-        plain = all(each.dtype == torch.float32 for each in read.parameters())
-        self.read = read if plain else deepcopy(read).float().eval()
+        self.read = read if {p.dtype for p in read.parameters()} == {torch.float32} else deepcopy(read).float().eval()
 
 
 def pack_translator(model: nn.Module, weights: str) -> NativeTranslator:
