@@ -7,16 +7,13 @@ them go on from it. Axes: sources, positions = tokens of a source, rows = target
 import ctypes
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from keifu.layers.attention.attention import CrossAttention
-from keifu.layers.attention.masks import PaddingMask
-from keifu.layers.transformer.encoder_decoder import EncoderDecoder, Source, SourceMask
+from keifu.layers.transformer.encoder_decoder import EncoderDecoder, Source, SourceMask, read_source
 from keifu.native import library as native
 from keifu.native.build import Unavailable
 from keifu.native.describe import describe
@@ -37,10 +34,8 @@ class Reader(nn.Module):
     @torch.inference_mode()
     def forward(self, source: Source, source_mask: SourceMask | None) -> list[tuple[Tensor, Tensor]]:
         x = self.embedding(source) * self.scale
-        x, mask = x + self.positions(0, source.shape[1], x), PaddingMask(source_mask)
-        for block in self.encoder:
-            x = block(x, mask=mask)
-        return [cast(CrossAttention, each).project(x) for each in self.cross_attention]
+        x = x + self.positions(0, source.shape[1], x)
+        return read_source(x, source_mask, self.encoder, self.cross_attention)
 
 
 class NativeTranslator(NativeLM):

@@ -4,7 +4,7 @@ Axes: batch, length = tokens of the target, source_length, dim, vocab; a batch m
 (beams), which are then adjacent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,16 @@ class State:
         self._owners = places.repeat_interleave(len(rows) // max(len(kept), 1))
 
 
+def read_source(
+    x: Hidden, source_mask: SourceMask | None, encoder: Iterable[nn.Module], cross_attention: Iterable[Any]
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of embedded sources, a pair for each block of the decoder."""
+    mask = PaddingMask(source_mask)
+    for block in encoder:
+        x = block(x, mask=mask)
+    return [each.project(x) for each in cross_attention]
+
+
 class EncoderDecoder(nn.Module):
     """Embeddings, positions, encoder, decoder, head.
 
@@ -97,11 +107,8 @@ class EncoderDecoder(nn.Module):
         few at a time; without it a whole target is given at once and nothing of it is kept.
         """
         x = self.source_dropout(self._embedded(self.source_table, source, 0))
-        mask = PaddingMask(source_mask)
-        for block in self.encoder:
-            x = block(x, mask=mask)
         blocks: list[Any] = list(self.decoder)
-        memory = [block.cross_attention.project(x) for block in blocks]
+        memory = read_source(x, source_mask, self.encoder, [block.cross_attention for block in blocks])
         layers = [(block.attention.n_kv_heads, block.attention.head_dim) for block in blocks]
         targets = None if capacity is None else KVState(layers, len(source), capacity, memory[0][0])
         return State(memory, source_mask, targets)
