@@ -13,7 +13,7 @@ from PIL import Image
 from keifu.data.catalogue.catalogue import CATALOGUE
 from keifu.data.images import emoji
 from keifu.data.images.dataset import read_images, split
-from keifu.data.images.sources import CATALOGUED, PHOTOS
+from keifu.data.images.sources import CATALOGUED
 from keifu.errors import UserError
 
 SIGNS = {  # file name: English name, Japanese name, group
@@ -124,7 +124,7 @@ def test_fashion_mnist_keeps_its_own_test_set() -> None:
 
 
 def test_every_photo_has_a_caption_and_its_file() -> None:
-    for name in PHOTOS:
+    for name in CATALOGUE["photos"].captions:
         Image.new("L", (5, 4)).save(made(place("photos") / f"{name}.png"))
     found = read_images("photos", size=4)
     assert len(found) == 24 and found.texts()[4] == "the face of a ginger cat" and len(set(found.texts())) == 24

@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from keifu.data.catalogue import download, readers
-from keifu.data.catalogue.entry import Entry
-from keifu.data.catalogue.images import ENTRIES as PICTURES
+from keifu.data.catalogue.entry import CATALOGUE, MODELS, Entry
 from keifu.data.catalogue.readers import Dialogue
-from keifu.data.catalogue.texts import ENTRIES as TEXTS
-from keifu.data.catalogue.weights import ENTRIES as WEIGHTS
 from keifu.errors import UserError, unknown
 from keifu.files import cache
 
 __all__ = ["CATALOGUE", "MODELS", "Entry", "cache", "conversations", "documents", "fetch", "identity", "pairs", "rows"]
-
-CATALOGUE: dict[str, Entry] = {**WEIGHTS, **TEXTS, **PICTURES}
-MODELS = {name: each for name, each in WEIGHTS.items() if each.kind == "weights"}  # a set of data may have such a name
 
 
 def entry(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Entry:

@@ -1,10 +1,15 @@
-"""The record of one catalogue entry: archive, licence, credit and reader."""
+"""The entries of the catalogue, read from catalogue.toml: archive, licence, credit and reader of each."""
 
-from collections.abc import Callable, Iterator, Mapping
+import sysconfig
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from keifu.data.catalogue import readers
 from keifu.data.catalogue.download import Archive
 
 
@@ -15,7 +20,7 @@ class Entry:
     `reader` turns that path into what `gives` says: documents, pairs or conversations. A mixture has `parts`, the names
     of other entries, in place of an archive; `package` is an installed Python package that holds the member; an entry
     with none of these is on every machine at `place`. For weights, `generation_config` has the recommended settings of
-    text generation, where the file itself has none.
+    text generation, where the file itself has none. Of pictures, `captions` go by the names of their files.
     """
 
     kind: str
@@ -30,3 +35,31 @@ class Entry:
     place: str = ""
     package: str = ""
     generation_config: Mapping[str, Any] = field(default_factory=dict)
+    captions: Mapping[str, str] = field(default_factory=dict)
+
+
+def _read_table() -> dict[str, Entry]:
+    table = tomllib.loads((resources.files("keifu.data.catalogue") / "catalogue.toml").read_text(encoding="utf-8"))
+    archives = {name: _archive(name, **facts) for name, facts in table.pop("archives").items()}
+    return {name: _entry(archives, **facts) for name, facts in table.items()}
+
+
+def _archive(package: str, members: Sequence[Sequence[str]] = (), **facts: Any) -> Archive:
+    return Archive(package, **facts, members=tuple((pattern, target) for pattern, target in members))
+
+
+def _entry(
+    archives: Mapping[str, Archive], archive: str = "", reader: str = "", options: Mapping[str, str] | None = None,
+    parts: Sequence[str] = (), place: str = "", **facts: Any,
+) -> Entry:  # fmt: skip
+    return Entry(
+        **facts,
+        archive=archives[archive] if archive else None,
+        reader=partial(vars(readers)[reader], **(options or {})) if reader else None,
+        parts=tuple(parts),
+        place=sysconfig.get_paths()[place] if place else "",
+    )
+
+
+CATALOGUE = _read_table()
+MODELS = {name: entry for name, entry in CATALOGUE.items() if entry.kind == "weights"}

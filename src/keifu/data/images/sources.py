@@ -32,32 +32,6 @@ from keifu.errors import UserError, unknown
 from keifu.files import hidden, parse_json, plain_file, reading
 
 CLOTHES = "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
-PHOTOS = {
-    "astronaut": "an astronaut in an orange space suit smiles in front of a flag",
-    "brick": "a wall of bricks",
-    "camera": "a man in a coat looks through a camera on a tripod",
-    "cell": "a living cell under a microscope",
-    "chelsea": "the face of a ginger cat",
-    "clock_motion": "a clock, blurred by motion",
-    "coffee": "a cup of coffee on a wooden table",
-    "coins": "old coins in rows on a dark cloth",
-    "color": "a wheel of all colours",
-    "grass": "grass from above",
-    "gravel": "gravel from above",
-    "horse": "the black outline of a horse",
-    "hubble_deep_field": "many distant galaxies in a dark sky",
-    "ihc": "stained tissue under a microscope",
-    "logo": "a logo of a snake beside the letters of a name",
-    "microaneurysms": "small dark spots in the retina of an eye",
-    "moon": "the surface of the moon",
-    "motorcycle_left": "a motorcycle in a garage, from the left camera",
-    "motorcycle_right": "a motorcycle in a garage, from the right camera",
-    "page": "a printed page of a book, unevenly lit",
-    "phantom": "a test picture of ellipses for computed tomography",
-    "retina": "the retina of an eye",
-    "rocket": "a rocket on its launch pad at dusk",
-    "text": "handwritten lines of mathematics",
-}
 
 
 def _digits() -> Iterator[ImageItem]:
@@ -76,7 +50,7 @@ def _clothes() -> Iterator[ImageItem]:
 
 def _photos() -> Iterator[ImageItem]:
     folder = catalogue.fetch("photos")
-    for name, caption in PHOTOS.items():
+    for name, caption in catalogue.CATALOGUE["photos"].captions.items():
         (path,) = folder.glob(f"{name}.*")
         yield ImageItem(path.name, str(path), _reader(path), {"en": caption})
 
