@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from keifu.commands.shared import flags, tables
+from keifu.commands.shared import flags, launch, tables
 from keifu.commands.shared.errors import explain
 from keifu.commands.shared.recipe_files import path_of, recipe_module, recipe_options, recipes
 from keifu.devices import Choice
-from keifu.distributed import launch
 from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
 

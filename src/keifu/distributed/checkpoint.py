@@ -6,8 +6,8 @@ joined parameter are stored as `name#0`, `name#1`, ..., so that any mesh can rea
 
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
@@ -44,6 +44,9 @@ class Chunks(Tensor):
         """That of the whole, which a state's tensors are compared with."""
         return self.whole
 
+    def to(self, *target: Any, **how: Any) -> "Chunks":  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Chunks.of({place: chunk.to(*target, **how) for place, chunk in self.chunks.items()}, self.whole)
+
     def __create_write_items__(self, name: str, tensor: "Chunks") -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(next(iter(self.chunks.values())))
         data = [TensorWriteData(each, properties, self.whole) for each in self.__create_chunk_list__()]
@@ -62,8 +65,8 @@ class States:
     def __init__(self, main: bool):
         self.main = main
         self.group: Any = distributed.new_group(backend="gloo")  # the thread's own, beside those of training
-        self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None
+        self.thread = ThreadPoolExecutor(1)
+        self.written: Future[None] | None = None
 
     def save(
         self, pod: Pod, directory: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int,
@@ -74,40 +77,28 @@ class States:
         if self.main:
             shutil.rmtree(_beside(checkpoint.folder(directory, step)), ignore_errors=True)
         distributed.barrier(self.group)
-        copies = {
-            name: chunks if not isinstance(chunks, Chunks) else _copy(chunks)
-            for name, chunks in chunked(pod, tensors, apart=True).items()
-        }
+        copies = {name: each.to("cpu", copy=True) for name, each in chunked(pod, tensors, apart=True).items()}
         commit = partial(checkpoint.commit, directory, step, keep=keep, reach=reach, due=due)
-        where = checkpoint.folder(directory, step)
-        self.thread = threading.Thread(target=self._write, args=(where, copies, dict(facts), commit))
-        self.thread.start()
+        self.written = self.thread.submit(self._write, checkpoint.folder(directory, step), copies, dict(facts), commit)
 
     def flush(self) -> None:
         """Waits until the last state is on disk; a `UserError` where it is not."""
-        if self.thread:
-            self.thread.join()
-        error, self.thread, self.error = self.error, None, None
+        error, self.written = self.written and self.written.exception(), None
         if isinstance(error, dcp.api.CheckpointException):
             number, (reason, _) = next(iter(error.failures.items()))
             raise UserError(f"Process {number} could not write its part of the state: {reason}.") from error
         if error:
             raise UserError(f"The state could not be written: {error}.") from error
 
-    def _write(
-        self, folder: Path, copies: dict[str, Any], facts: dict[str, Any], commit: Callable[..., None]
-    ) -> None:  # fmt: skip
+    def _write(self, folder: Path, copies: dict[str, Any], facts: dict[str, Any], commit: Callable[..., None]) -> None:
         part = _beside(folder)
-        try:
-            writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-            dcp.save(copies, storage_writer=writer, process_group=self.group)  # pyright: ignore
-            if self.main:
-                shutil.rmtree(folder, ignore_errors=True)
-                part.rename(folder)
-                files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-                commit({"files": files, **facts})
-        except BaseException as error:
-            self.error = error
+        writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+        dcp.save(copies, storage_writer=writer, process_group=self.group)  # pyright: ignore
+        if self.main:
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+            files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+            commit({"files": files, **facts})
 
 
 def load(pod: Pod, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -115,15 +106,7 @@ def load(pod: Pod, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     with tempfile.TemporaryDirectory() as place:
         if path.is_file():  # a state of one process
             Path(place, path.name).symlink_to(path.resolve())
-        reader = HuggingFaceStorageReader(str(place if path.is_file() else path))
-        known: dict[str, Any] = reader.read_metadata().state_dict_metadata
-        wanted: dict[str, Any] = chunked(pod, tensors, apart=path.is_dir())
-        if missing := sorted(wanted.keys() - known.keys()):
-            raise UserError(f"The state does not fit the model: it has no {', '.join(missing)}.")
-        others = {name: torch.empty(md.size, dtype=md.properties.dtype) for name, md in known.items()
-                  if name not in wanted}  # fmt: skip
-        dcp.load(wanted | others, storage_reader=reader, no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
-    return others
+        return checkpoint.read_sharded(Path(place) if path.is_file() else path, chunked(pod, tensors, path.is_dir()))
 
 
 def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, Tensor]:
@@ -140,9 +123,8 @@ def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, T
         for piece in layout.pieces(*pod.place):
             several = apart and len(starts) > 1
             key = f"{name}#{piece.part}" if several else name
-            place = (piece.row - several * starts[piece.part], piece.column, *layout.shape[2:])[: local.dim()]
-            place = (*place[:2], *[0] * (local.dim() - 2))
-            chunks.setdefault(key, {})[place] = local[piece.start : piece.stop]
+            place = piece.row - several * starts[piece.part], piece.column, *[0] * (local.dim() - 2)
+            chunks.setdefault(key, {})[place[: local.dim()]] = local[piece.start : piece.stop]
         for key, parts in chunks.items():
             rows = layout.parts[int(key.rpartition("#")[2])] if key != name else layout.shape[0]
             found[key] = Chunks.of(parts, (rows, *layout.shape[1:]))
@@ -158,7 +140,3 @@ def _inner(name: str) -> str:
 def _beside(folder: Path) -> Path:
     """Where a state is written before it is whole."""
     return folder.with_name(f".{folder.name}.part")
-
-
-def _copy(chunks: Chunks) -> Chunks:
-    return Chunks.of({place: chunk.detach().cpu().clone() for place, chunk in chunks.chunks.items()}, chunks.whole)

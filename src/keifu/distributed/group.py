@@ -22,7 +22,6 @@ from torch.distributed.rendezvous import rendezvous
 from keifu.devices import choose
 from keifu.distributed import checkpoint
 from keifu.distributed.failures import exchange_failed
-from keifu.distributed.launch import is_restart
 from keifu.distributed.mesh import Mesh
 from keifu.distributed.pod import Pod, parallelize
 from keifu.distributed.tensor import tensor_parallel
@@ -35,11 +34,13 @@ KEPT = 100  # values that stay in the store
 
 
 class Group(Processes):
-    """One of `count` processes, with its mesh."""
+    """One of `count` processes, with its mesh; fewer: whether there may be fewer pods than it says."""
 
-    def __init__(self, mesh: Mesh, store: Any, number: int, count: int, device: torch.device):
+    def __init__(
+        self, mesh: Mesh, store: Any, number: int, count: int, device: torch.device, fewer: bool = False
+    ):  # fmt: skip
         self.mesh, self.store, self.number, self.count = mesh, store, number, count
-        self.shape = pods, shard, tensor = mesh.fit(count, fewer=is_restart())
+        self.shape = pods, shard, tensor = mesh.fit(count, fewer)
         if mesh.offload and device.type == "cpu":
             raise UserError("--mesh.offload moves weights of GPUs to the host's memory, where they are: leave it out.")
         self.whole = shard == tensor == 1
@@ -136,8 +137,8 @@ def _of_this_start(store: Any, number: int, count: int, seconds: float) -> Any:
 
 
 @contextmanager
-def join(mesh: Mesh) -> Iterator[Group]:
-    """Makes this process one of those that torchrun has started, in this block. Only the first one prints."""
+def join(mesh: Mesh, fewer: bool = False) -> Iterator[Group]:
+    """Makes this process one of those that torchrun has started, in this block; fewer: of which pods may have died."""
     place = int(os.environ.get("LOCAL_RANK", 0))
     device = choose()
     if device.type == "cuda":
@@ -149,7 +150,7 @@ def join(mesh: Mesh) -> Iterator[Group]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
-        group = Group(mesh, store, number, count, device)
+        group = Group(mesh, store, number, count, device, fewer)
     except RuntimeError as error:
         if not exchange_failed(error):
             raise

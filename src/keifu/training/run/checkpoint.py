@@ -202,15 +202,24 @@ def _read_parts(place: Path, step: int, facts: dict[str, Any]) -> State:
             raise UserError(f"{place / name} is damaged: its hash is not the one stored.")
     if not current().whole:
         return State(step, facts, {}, place)
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
-    reader = HuggingFaceStorageReader(str(place))
-    known: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    tensors: dict[str, Any] = {name: torch.empty(md.size, dtype=md.properties.dtype) for name, md in known.items()}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
+    tensors = read_sharded(place, {})
     parts = sorted((name for name in tensors if "#" in name), key=lambda name: int(name.rpartition("#")[2]))
     joined: dict[str, list[Tensor]] = {}
     for name in parts:
         joined.setdefault(name.rpartition("#")[0], []).append(tensors.pop(name))
     return State(step, facts, tensors | {name: torch.cat(each) for name, each in joined.items()}, place)
+
+
+def read_sharded(place: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fills tensors, or this process's chunks of them, from a folder of a state's safetensors files; gives the state's
+    other tensors, whole. Those that it has not are a `UserError`."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    reader = HuggingFaceStorageReader(str(place))
+    known: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    if missing := sorted(wanted.keys() - known.keys()):
+        raise UserError(f"The state does not fit the model: it has no {', '.join(missing)}.")
+    others = {name: torch.empty(md.size, dtype=md.properties.dtype) for name, md in known.items() if name not in wanted}
+    dcp.load({**wanted, **others}, storage_reader=reader, no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
+    return others

@@ -41,7 +41,7 @@ def together(mesh: Mesh, work: Callable[[], None], explain: Callable[[Exception]
     from keifu.distributed.failures import explained
     from keifu.distributed.group import join
 
-    with join(mesh) as group, explained(group, group.store, explain):
+    with join(mesh, is_restart()) as group, explained(group, group.store, explain):
         work()
 
 
