@@ -11,17 +11,13 @@ from torch import nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.text import likelihood
+from keifu.generation.text import runner
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.likelihood import (
-    CacheSize,
-    Prefix,
     ScoredPair,
     first_context,
-    groups,
     join_tokens,
     likelihoods,
-    plan_passes,
     score,
 )
 from keifu.generation.text.sampling_params import SamplingParams
@@ -54,8 +50,8 @@ def test_likelihoods_are_those_of_one_pair_at_a_time(model: nn.Module, monkeypat
         alone.append(score(model, whole)[0, start - 1 :].tolist())
         with torch.inference_mode():
             greedy.append(torch.equal(model(whole)[0, start - 1 : -1].argmax(-1), whole[0, start:]))
-    for overhead, batch_size in ((0, None), (5, 3), (256, 4), (10**6, 1)):
-        monkeypatch.setattr(likelihood, "OVERHEAD", overhead)
+    for step_tokens, batch_size in ((1, None), (50, 3), (512, 4), (10**6, 1)):
+        monkeypatch.setattr(runner, "STEP_TOKENS", step_tokens)
         found = likelihoods(model, pairs, batch_size)
         assert [each.greedy for each in found] == greedy
         for each, expected in zip(found, alone, strict=True):
@@ -108,41 +104,6 @@ def test_what_is_shared_is_computed_once(tokenizer: Tokenizer, script: Any) -> N
     counted.clear()
     generate_batch(told, tokenizer, asked, replace(GREEDY, max_tokens=1))
     assert sum(counted) == 305 + 39 * (305 - 288)  # blocks of 16 tokens are shared
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_groups_hold_each_prompt_once_and_share_what_they_say(seed: int) -> None:
-    rng = random.Random(seed)
-    roots = [some(rng, rng.randrange(0, 600)) for _ in range(3)]
-    asked = [rng.choice(roots)[: rng.randrange(1, 700)] + some(rng, rng.randrange(1, 40)) for _ in range(30)]
-    asked += [asked[0], asked[1] + [3], [7]]
-    found = groups(asked)
-    assert sorted(place for group in found for place in group.places) == list(range(len(asked)))
-    for places, shared in found:
-        assert len({tuple(asked[place][:shared]) for place in places}) == 1
-        assert shared < min(len(asked[place]) for place in places)
-
-
-def test_groups_are_worth_their_pass() -> None:
-    rng = random.Random(5)
-    one, other = some(rng, 500), some(rng, 500)
-    asked = [*(one + some(rng, 9) for _ in range(4)), [8], *(other + some(rng, 9) for _ in range(6))]
-    assert sorted((shared, len(places)) for places, shared in groups(asked)) == [(0, 1), (500, 4), (500, 6)]
-    [(_, shared)] = groups([one[:9] + [1, *other], one[:9] + [2, *other]])
-    assert shared == 9
-    assert groups([]) == []
-
-
-def test_passes_keep_their_bounds(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Prefix(script([98], context_length=150), [1] * 100, torch.device("cpu"))
-    monkeypatch.setattr(likelihood, "ROOM", 600 * held.token_bytes)
-    rng = random.Random(6)
-    sizes = [CacheSize(rng.randrange(1, 40), rng.randrange(0, 10), rng.randrange(0, 9)) for _ in range(200)]
-    found = list(plan_passes(sizes, held, 5))
-    assert sorted(sum(found, [])) == list(range(200)) and max(map(len, found)) == 5
-    for rows in found:
-        prompt, now = (max(sizes[row][n] for row in rows) for n in (0, 1))
-        assert len(rows) == 1 or (100 + prompt + now <= 150 and len(rows) * (100 + prompt) <= 600)
 
 
 @pytest.fixture(scope="module")

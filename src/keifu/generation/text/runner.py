@@ -60,11 +60,11 @@ def own_form(model: nn.Module) -> OwnRunner | None:
     return model if isinstance(model, OwnRunner) else native_form(model)
 
 
-def runner_of(model: nn.Module, memory: int | None = None) -> Runner:
+def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16) -> Runner:
     """The runner of a model's own form, or else PyTorch's; its blocks may take so many bytes, or a share of the free
-    memory."""
+    memory. block_size: of PyTorch's; an own form has its own."""
     own = own_form(model)
-    make = partial(TorchRunner, causal(model)) if own is None else own.runner
+    make = partial(TorchRunner, causal(model), block_size=block_size) if own is None else own.runner
     probe: Runner = make(1)
     memory = int(POOL * available_memory(device_of(model))) if memory is None else memory
     return make(max(1, memory // (probe.token_bytes * probe.block_size)))
@@ -74,14 +74,18 @@ STEP_TOKENS = 512  # of texts that are read together
 
 
 class Reader:
-    """Reads whole texts by a runner, for their logits; what texts share at their beginning is computed once."""
+    """Reads whole texts by a runner, for their logits; what texts share at their beginning is computed once.
 
-    def __init__(self, runner: Runner):
-        self.runner, self.blocks = runner, BlockManager(runner.n_blocks, runner.block_size)
-        self._batch: list[tuple[Span, list[bytes]]] = []
+    most: of texts that are read together.
+    """
+
+    def __init__(self, runner: Runner, most: int | None = None):
+        self.runner, self.blocks, self.most = runner, BlockManager(runner.n_blocks, runner.block_size), most
+        self._batch: list[tuple[Span, list[bytes]]] = []  # with the hashes of the blocks that a text fills
 
     def read(self, texts: Iterable[tuple[Sequence[int], int]]) -> Iterator[Float[Tensor, "wanted vocab"]]:
-        """The logits after the last `wanted` tokens of each text, in the order of the texts."""
+        """The logits after the last `wanted` tokens of each text, in the order of the texts; those of one longer than
+        `STEP_TOKENS` come in several parts."""
         size = self.runner.block_size
         for number, (tokens, wanted) in enumerate(texts):
             hashes = digests(tokens, size)
@@ -89,31 +93,39 @@ class Reader:
             shared = self.blocks.shared(usable)
             lacking = -(-len(tokens) // size) - len(shared)
             filling = {digest for span, own in self._batch for digest in own[span.start // size :]}
-            full = sum(len(span.tokens) for span, _ in self._batch) >= STEP_TOKENS
+            full = sum(len(span.tokens) for span, _ in self._batch) >= STEP_TOKENS or len(self._batch) == self.most
             if full or filling & set(usable) or lacking + self.blocks.unused(shared) > self.blocks.free:
                 yield from self._run()
                 shared = self.blocks.shared(usable)
                 lacking = -(-len(tokens) // size) - len(shared)
             self.blocks.share(shared)
             blocks = shared + self.blocks.allocate(lacking)
-            start = len(shared) * size
-            self._batch.append((Span(number, tokens[start:], start, blocks, wanted), hashes))
+            for start in range(len(shared) * size, len(tokens), STEP_TOKENS):
+                piece = tokens[start : start + STEP_TOKENS]
+                left = len(tokens) - start - len(piece)
+                span = Span(number, piece, start, blocks, min(len(piece), max(0, wanted - left)))
+                self._batch.append((span, hashes[: (start + len(piece)) // size]))
+                if left:
+                    yield from self._run(going=number)
         yield from self._run()
 
-    def _run(self) -> Iterator[Float[Tensor, "wanted vocab"]]:
-        """Reads the texts that were gathered."""
+    def _run(self, going: int | None = None) -> Iterator[Float[Tensor, "wanted vocab"]]:
+        """Reads the texts that were gathered; `going`: the one that goes on."""
         batch, self._batch = self._batch, []
-        if not batch:
-            return
-        yield from self.runner.run([span for span, _ in batch]).split([span.wanted for span, _ in batch])
-        for span, hashes in batch:
+        spans = sorted((span for span, _ in batch), key=lambda span: len(span.tokens))  # equal lengths attend together
+        logits = self.runner.run(spans).split([span.wanted for span in spans]) if spans else ()
+        found = dict(zip((span.sequence for span in spans), logits, strict=True))
+        yield from (found[span.sequence] for span, _ in batch if span.wanted)
+        for span, hashes in reversed(batch):  # a row that is given up last is moved by no other
             for block, digest in zip(span.blocks, hashes, strict=False):
                 self.blocks.remember(block, digest)
-            self.blocks.release(span.blocks)
-            self.runner.forget(span.sequence)
+            if span.sequence != going:
+                self.blocks.release(span.blocks)
+                self.runner.forget(span.sequence)
 
 
 SMALLEST = 64  # tokens of the smallest row
+SHORT = 32  # tokens of spans that attend together though they begin at different places: longer ones mask too much
 
 
 class TorchRunner:
@@ -195,7 +207,8 @@ class TorchRunner:
                 held[blocks] = x[row, :, filled].unflatten(1, (-1, self.block_size)).transpose(0, 1)
 
     def _groups(self, batch: Sequence[Span]) -> "list[_Group]":
-        """The spans in groups that attend together: those of one token by the size of their rows, the others alone."""
+        """The spans in groups that attend together: those of one token by the size of their rows, the others
+        where they stand side by side and are of one length."""
         found = []
         for size, rows in self._rows.items():
             single = [span for span in batch if len(span.tokens) == 1 and self._size_of[span.sequence] == size]
@@ -204,9 +217,13 @@ class TorchRunner:
                 by_number = {span.sequence: span for span in single}
                 found.append(_Group(rows.state, 0, [by_number[number] for number in rows.owners[: len(single)]]))
         for span in batch:
-            if len(span.tokens) > 1:
+            if (width := len(span.tokens)) > 1:
                 rows = self._rows[self._size_of[span.sequence]]
-                found.append(_Group(rows.state, rows.owners.index(span.sequence), [span]))
+                row, last = rows.owners.index(span.sequence), found[-1] if found else None
+                if last and width <= SHORT and (last.state, last.rows.stop, last.width) == (rows.state, row, width):
+                    found[-1] = _Group(rows.state, last.rows.start, [*last.spans, span])
+                else:
+                    found.append(_Group(rows.state, row, [span]))
         return found
 
 
