@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from _rounds import machine
 
@@ -26,11 +27,11 @@ from keifu.data.text.mixture import MixedText, WeightedSource, read_mixture
 from keifu.data.text.span_corruption import (
     SEQUENTIAL,
     CausalBatches,
-    CausalRows,
     CorruptionTask,
     DecoderRows,
     InfillingExamples,
     Markers,
+    Rows,
     SpanCorruption,
     SpanCorruptionBatches,
 )
@@ -43,6 +44,28 @@ from keifu.training.setup import steps_within
 
 HIDDEN = {"a few words": SpanCorruption("[NLU]", 0.15, 3), "half of it": SpanCorruption("[NLG]", 0.5, 8)}
 MODELS = {"causal": "plain", "ul2": "UL2"}
+
+
+class CausalRows(DecoderRows):
+    """The texts of a decoder's rows as they were, for a model that reads from left to right: "mask" is True on the
+    hidden tokens of `InfillingExamples`, of which it knows only what stands before them."""
+
+    def rows(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool) -> Rows:
+        """The text again: what is kept of each run, and then what was hidden after it."""
+        marks = [np.isin(side, self.markers.sentinels) for side in (inputs, targets)]
+        runs = [2 * np.cumsum(marks[0], axis=1), 2 * np.cumsum(marks[1], axis=1) - 1]
+        kept, hidden = (side[~mark].reshape(len(side), -1) for side, mark in zip((inputs, targets), marks, strict=True))
+        keys = [run[~mark].reshape(len(run), -1) for run, mark in zip(runs, marks, strict=True)]
+        order = np.argsort(np.concatenate(keys, axis=1), axis=1, kind="stable")
+        text = np.take_along_axis(np.concatenate([kept, hidden], axis=1), order, axis=1)
+        mask = (order >= kept.shape[1]) & (text != self.markers.end)
+        return {"tokens": _pad_wider(text, self.places), "mask": _pad_wider(mask, self.places).astype(bool)}
+
+
+def _pad_wider(tokens: np.ndarray, places: int) -> np.ndarray:
+    table = np.zeros((len(tokens), places), np.int64)
+    table[:, : tokens.shape[1]] = tokens[:, :places]
+    return table
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,19 @@ MOST_VALUES = 2 * 10**7  # in all of them
 HUB: dict[str, str] = {}  # the hub ids that this process has read, and the revision of each
 LEARNED: dict[str, Any] = {}  # by name, the learned tokenizers that were asked for; the run that begins next keeps them
 KEPT = "state/tokenizer"  # where, in its folder
+LOCK = ".lock"  # of a directory that a process holds
 _HELD: set[Path] = set()  # directories that this process holds
+
+
+@contextmanager
+def disk_space(what: str) -> Iterator[None]:
+    """A block that writes: a full disk, or a full quota, is a `UserError` that says what has become of its work."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise UserError(f"The {FULL[error.errno]} is full: {what}; free some space.") from error
+        raise
 
 
 @contextmanager
@@ -34,23 +46,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
     On any error the temporary file is removed and `path` keeps its old content. A full disk is a `UserError`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask wants it; some libraries write files of mode 0600
-        yield temporary
-        temporary.chmod(mode)
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    except BaseException as error:
+        with disk_space(f"{path} was not written and its old content is kept"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask wants it; some libraries write files of mode 0600
+            yield temporary
+            temporary.chmod(mode)
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+    except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise UserError(
-                f"The {FULL[error.errno]} is full: {path} was not written and its old content is kept; free some space."
-            ) from error
         raise
 
 
@@ -253,7 +262,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def hold(directory: Path, name: str = ".lock") -> Iterator[bool]:
+def hold(directory: Path) -> Iterator[bool]:
     """Holds a directory for this process alone; gives whether it did not before. Where another process has it, a
     `UserError` says which one. A dead process holds nothing, since the lock (flock) is the system's.
     """
@@ -262,14 +271,14 @@ def hold(directory: Path, name: str = ".lock") -> Iterator[bool]:
         yield False
         return
     place.mkdir(parents=True, exist_ok=True)
-    file = _locked_file(place / name)
+    file = _locked_file(place / LOCK)
     _HELD.add(place)
     try:
         yield True
     finally:
         _HELD.discard(place)
         with suppress(OSError):
-            (place / name).unlink()
+            (place / LOCK).unlink()
             place.rmdir()  # where nothing was written
         file.close()
 

@@ -7,6 +7,7 @@ columns.
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -89,17 +90,9 @@ def listed(record: Mapping[str, Any]) -> str:
     return ", ".join(map(repr, [*record][:10])) or "none"
 
 
-def _csv(path: Path, problem: Problem, encoding: str | None) -> Iterator[Row]:
-    return _table(path, read_cells(path, problem, encoding), problem)
-
-
-def _tsv(path: Path, problem: Problem, encoding: str | None) -> Iterator[Row]:
-    return _table(path, read_cells(path, problem, encoding, delimiter="\t"), problem)
-
-
-def _table(path: Path, rows: Iterator[tuple[str, list[str]]], problem: Problem) -> Iterator[Row]:
+def _table(path: Path, problem: Problem, encoding: str | None, delimiter: str | None = None) -> Iterator[Row]:
     header: list[str] = []
-    for place, cells in rows:
+    for place, cells in read_cells(path, problem, encoding, delimiter):
         if not header:
             header = [cell.strip() for cell in cells]
             if twice := next((name for name in header if header.count(name) > 1), None):
@@ -130,7 +123,7 @@ def _json(path: Path, problem: Problem, encoding: str | None) -> Iterator[tuple[
         place = f"{path}, line {cause.lineno}" if isinstance(cause, json.JSONDecodeError) else str(path)
         raise UserError(_no_json(place, error)) from error
     if not isinstance(found, list):
-        kind = {dict: "object"}.get(type(found), type(found).__name__)
+        kind = "object" if isinstance(found, dict) else type(found).__name__
         raise UserError(f"{path} holds one {kind}, where a list of objects is needed; or write one object a line "
                         "into a .jsonl file.")  # fmt: skip
     yield from ((f"{path}, entry {number}", record) for number, record in enumerate(found, 1))
@@ -169,5 +162,5 @@ def _next_rows(path: Path, batches: Iterator[Any]) -> list[dict[str, Any]]:
 
 
 Reader = Callable[[Path, Problem, str | None], Iterator[tuple[str, Any]]]
-READERS: dict[str, Reader] = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".json": _json}
+READERS: dict[str, Reader] = {".csv": _table, ".tsv": partial(_table, delimiter="\t"), ".jsonl": _jsonl, ".json": _json}
 SUFFIXES = (*READERS, ".parquet")

@@ -8,6 +8,7 @@ import pytest
 
 from keifu.data.text import dataset_report
 from keifu.data.text.dataset_report import SCRIPTS, bytes_to_scripts, check_dataset, script_numbers
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 
 SAMPLES = {
@@ -17,7 +18,7 @@ SAMPLES = {
 }  # fmt: skip
 
 
-class Bytes:
+class Bytes(Tokenizer):
     """A tokenizer whose ids are bytes."""
 
     vocab_size, bos_id, eos_id, fingerprint = 256, None, None, "bytes"

@@ -33,7 +33,7 @@ from keifu.checkpoints.plan import check_tokenizer, name_of
 from keifu.checkpoints.registry import describe_as
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.errors import UserError
-from keifu.files import FULL, write_tensors
+from keifu.files import disk_space, write_tensors
 from keifu.processes import current
 
 STAGE = ".saving-"
@@ -85,23 +85,19 @@ def _save_known(
         return
     stage = directory / f"{STAGE}{os.getpid()}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob(f"{STAGE}*"):  # left by a crash
-            shutil.rmtree(old, ignore_errors=True)
-        stage.mkdir()
-        for place, links_there in weight_places(family, found).items():
-            _write_weights(model, links_there, stage / place, max_shard_bytes)
-        dtype = name_of(next(model.parameters()).dtype)
-        if diffusers_files(family):
-            _write_diffusers(config, dtype, tokenizer, stage)
-        else:
-            _write_texts(config, dtype, tokenizer, stage, family.files[0])
-        _move(stage, directory)
-    except OSError as error:
-        if error.errno in FULL:
-            full = FULL[error.errno]
-            raise UserError(f"The {full} is full: {directory} keeps what it held; free some space.") from error
-        raise
+        with disk_space(f"{directory} keeps what it held"):
+            directory.mkdir(parents=True, exist_ok=True)
+            for old in directory.glob(f"{STAGE}*"):  # left by a crash
+                shutil.rmtree(old, ignore_errors=True)
+            stage.mkdir()
+            for place, links_there in weight_places(family, found).items():
+                _write_weights(model, links_there, stage / place, max_shard_bytes)
+            dtype = name_of(next(model.parameters()).dtype)
+            if diffusers_files(family):
+                _write_diffusers(config, dtype, tokenizer, stage)
+            else:
+                _write_texts(config, dtype, tokenizer, stage, family.files[0])
+            _move(stage, directory)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

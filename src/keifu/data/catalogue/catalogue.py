@@ -6,6 +6,7 @@ Each entry has a name, a source, a licence and the authors to credit. `fetch` do
 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,13 @@ def documents(name: str) -> Iterator[str]:
     A pair is a document of two lines; of a conversation each turn begins a line, after its speaker's name, A or B.
     """
     found = entry(name)
-    for part in found.parts:
-        yield from documents(part)
     if found.parts:
+        yield from chain.from_iterable(map(documents, found.parts))
         return
     as_text = {"documents": str, "pairs": "\n".join, "conversations": readers.as_document}
     if found.gives not in as_text:
         raise _other(name, "text")
-    yield from map(as_text[found.gives], _read(found, name))
+    yield from map(as_text[found.gives], _read(name))
 
 
 def pairs(name: str) -> Iterator[tuple[str, str]]:
@@ -106,18 +106,17 @@ def _row(name: str, among: Mapping[str, Entry]) -> dict[str, str]:
 
 
 def _only(gives: str, name: str) -> Iterator[Any]:
-    found = entry(name)
-    if found.gives != gives:
+    if entry(name).gives != gives:
         raise _other(name, gives)
-    return _read(found, name)
+    return _read(name)
 
 
-def _read(found: Entry, name: str) -> Iterator[Any]:
-    assert found.reader
-    return found.reader(fetch(name))
+def _read(name: str) -> Iterator[Any]:
+    reader = entry(name).reader
+    assert reader
+    return reader(fetch(name))
 
 
 def _other(name: str, wanted: str) -> UserError:
-    kinds = {"text": bool, "pairs": "pairs".__eq__, "conversations": "conversations".__eq__}
-    able = [known for known, each in CATALOGUE.items() if kinds[wanted](each.gives)]
+    able = [known for known, each in CATALOGUE.items() if each.gives and wanted in ("text", each.gives)]
     return UserError(f"The catalogue's {name!r} does not hold {wanted}; these do: {', '.join(able)}.")

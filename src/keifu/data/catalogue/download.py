@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import Any
 
 from keifu import files
 from keifu.data.progress import Advance, counting
@@ -53,16 +53,8 @@ def download(package: str, version: str, file: str, folder: Path, given: Path) -
     return fetched
 
 
-def contents(file: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of each plain file in the package, one after the other; names begin with "./"."""
-    with tarfile.open(fileobj=io.BytesIO(_data(file)), mode="r:*") as archive:
-        for member in archive:
-            if content := archive.extractfile(member) if member.isfile() else None:
-                yield member.name, content
-
-
 def _data(file: Path) -> bytes:
-    """The bytes of data.tar, compressed as they are."""
+    """The bytes of a Debian package's data.tar, compressed as they are; the names in it begin with "./"."""
     with file.open("rb") as archive:
         if archive.read(len(AR_MAGIC)) == AR_MAGIC:
             # 60 bytes before each member: its name in 16, its size in decimal digits from byte 48 on; sizes are even.
@@ -72,15 +64,6 @@ def _data(file: Path) -> bytes:
                     return archive.read(size)
                 archive.seek(size + size % 2, io.SEEK_CUR)
     raise UserError(f"{file.name} is no Debian package: it holds no data.tar.")
-
-
-@runtime_checkable
-class Content(Protocol):
-    """Interface for reading a member of either kind of archive."""
-
-    def read(self, size: int = -1, /) -> bytes:
-        """The next bytes, all the rest unless a size is given."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -115,7 +98,7 @@ def build_once(folder: Path) -> Iterator[Path]:
         for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
             shutil.rmtree(left, ignore_errors=True)
         place = TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
-        with place as temporary, _room_for(folder.name):
+        with place as temporary, files.disk_space(f"nothing of {folder.name} was kept"):
             yield Path(temporary)
 
 
@@ -144,16 +127,6 @@ def prepared(
     folder = Path(cache_dir or files.cache() / kind) / f"{name}-{fingerprint[:16]}"
     facts = {"source": str(source), "fingerprint": fingerprint, "settings": settings}
     return made_once(folder, lambda: whole(folder), lambda new: make(new, facts))
-
-
-@contextmanager
-def _room_for(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno != 28:  # ENOSPC
-            raise
-        raise UserError(f"The disk is full: nothing of {what} was kept; free some space.") from error
 
 
 def fetch(archive: Archive) -> Path:
@@ -286,24 +259,23 @@ def _extract(archive: Archive, file: Path, into: Path) -> None:
         raise UserError(f"{archive.file} has no member {', '.join(sorted(missing))}: nothing was kept.")
 
 
-def _contents(file: Path) -> Iterator[tuple[str, Content]]:
-    """Name and content of each plain file in a wheel, a source archive or a Debian package, one after the other."""
-    if file.suffix == ".deb":
-        yield from contents(file)
-    elif file.suffix == ".whl":
+def _contents(file: Path) -> Iterator[tuple[str, Any]]:
+    """Name and content, an open file, of each plain file in a wheel, a source archive or a Debian package."""
+    if file.suffix == ".whl":
         with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
                 if not member.is_dir():
                     with archive.open(member) as content:
                         yield member.filename, content
     else:
-        with tarfile.open(file, "r|*") as archive:
+        packed = io.BytesIO(_data(file)) if file.suffix == ".deb" else file.open("rb")
+        with packed, tarfile.open(fileobj=packed, mode="r|*") as archive:
             for member in archive:
                 if content := archive.extractfile(member) if member.isfile() else None:
                     yield member.name, content
 
 
-def _write(path: Path, content: Content) -> None:
+def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         shutil.copyfileobj(content, file, 1 << 20)

@@ -9,7 +9,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 
 from keifu.data.catalogue import catalogue
@@ -77,12 +77,7 @@ def _join_names(members: dict[str, bytes], draw, part: str = "") -> Iterator[Ima
         if sign in members:
             where = f"{sign} ({known.names['en']})"
             alike = f"signs {TONES.sub('', sign)}", f"name {TONE_NAMES.sub('', known.names['en'])}"
-            read = _reader(draw, members[sign], where)
-            yield ImageItem(sign, where, read, known.names, known.group, alike, part)
-
-
-def _reader(draw, data: bytes, where: str):
-    return lambda size: draw(data, where, size)
+            yield ImageItem(sign, where, partial(draw, members[sign], where), known.names, known.group, alike, part)
 
 
 def _members(archive: zipfile.ZipFile, folder: str, suffix: str) -> dict[str, bytes]:

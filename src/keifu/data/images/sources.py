@@ -16,6 +16,7 @@ import gzip
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -52,11 +53,7 @@ def _photos() -> Iterator[ImageItem]:
     folder = catalogue.fetch("photos")
     for name, caption in catalogue.CATALOGUE["photos"].captions.items():
         (path,) = folder.glob(f"{name}.*")
-        yield ImageItem(path.name, str(path), _reader(path), {"en": caption})
-
-
-def _reader(path: Path) -> Callable[[int | None], DecodedImage]:
-    return lambda size: read_image(path)
+        yield _item(path, folder, {"en": caption}, None)
 
 
 def _arrays(
@@ -64,13 +61,12 @@ def _arrays(
 ) -> Iterator[ImageItem]:
     names = list(classes)
     for place, label in enumerate(labels):
-        yield ImageItem(
-            f"{source} {place}", f"{source} {place}", _of_array(pictures[place]), label=names[label], part=part
-        )
+        name, pixels = f"{source} {place}", pictures[place]
+        yield ImageItem(name, name, partial(_of_array, pixels), label=names[label], part=part)
 
 
-def _of_array(pixels: np.ndarray) -> Callable[[int | None], DecodedImage]:
-    return lambda size: DecodedImage(Image.fromarray(pixels))
+def _of_array(pixels: np.ndarray, size: int | None) -> DecodedImage:
+    return DecodedImage(Image.fromarray(pixels))
 
 
 def read_idx(path: Path) -> np.ndarray:

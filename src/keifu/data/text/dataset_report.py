@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextChunk, TextFormat, chunks
-from keifu.data.text.token_shards import TextTokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 
@@ -134,15 +133,6 @@ FAULTS_SHOWN = 20  # faults that are listed one by one; the rest are counted
 CHUNK = 1 << 20  # characters that are encoded at a time
 
 
-@runtime_checkable
-class SpellingTokenizer(TextTokenizer, Protocol):
-    """A tokenizer that also gives the bytes of a token."""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; they need not be whole characters."""
-        ...
-
-
 @dataclass
 class Script:
     """How much of a text is in one script: `bytes` of tokens that write it, and how many `tokens` those are."""
@@ -215,7 +205,7 @@ class DatasetReport:
             yield "No faulty bytes, lines or files were found."
 
 
-def check_dataset(source: str | Path, tokenizer: SpellingTokenizer, form: TextFormat = PLAIN) -> DatasetReport:
+def check_dataset(source: str | Path, tokenizer: Tokenizer, form: TextFormat = PLAIN) -> DatasetReport:
     """Reads all of a source (see `keifu.data.text.documents`) and encodes it; a fault is noted and reading goes on."""
     report = DatasetReport(str(source))
     documents, spelling = _Documents(report), _Spelling(tokenizer)
@@ -266,7 +256,7 @@ class _Documents:
 class _Spelling:
     """Counts tokens and their bytes by script."""
 
-    def __init__(self, tokenizer: SpellingTokenizer):
+    def __init__(self, tokenizer: Tokenizer):
         self.spelled = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
         self.widths = np.array([len(each) for each in self.spelled])
         self.bytes, self.tokens = np.zeros(len(SCRIPTS), dtype=np.int64), np.zeros(len(SCRIPTS), dtype=np.int64)

@@ -25,7 +25,7 @@ Axes: row, place = tokens of a row.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -102,19 +102,7 @@ class Mixture:
             )
 
 
-def _sources(**given: tuple[str, float]) -> tuple[Source, ...]:
-    return tuple(Source(name.replace("_", "-"), data, weight) for name, (data, weight) in given.items())
-
-
-MIXTURES = {  # Tatoeba and arithmetic are small: their weights are about their size, so that little comes too often
-    "multilingual": _sources(
-        english=("wiki-summaries", 0.21), speeches=("sotu", 0.08), english_sentences=("tatoeba-en", 0.08),
-        japanese=("tatoeba-ja", 0.16), german=("tatoeba-de", 0.05), french=("tatoeba-fr", 0.05),
-        spanish=("tatoeba-es", 0.05), dutch=("tatoeba-nl", 0.01), japanese_english=("tatoeba-ja-en", 0.08),
-        german_english=("tatoeba-de-en", 0.04), french_english=("tatoeba-fr-en", 0.03),
-        spanish_english=("tatoeba-es-en", 0.03), code=("python-code", 0.08), arithmetic=(ARITHMETIC, 0.05),
-    ),
-}  # fmt: skip
+MIXTURES = {"multilingual": Path(__file__).with_name("multilingual.yaml")}
 
 
 def is_mixture(given: str) -> bool:
@@ -124,15 +112,10 @@ def is_mixture(given: str) -> bool:
 
 def read_mixture(given: str) -> Mixture:
     """The mixture of that name or in that file; what is wrong in it is a `UserError` that names the source."""
-    if given in MIXTURES:
-        return Mixture(given, MIXTURES[given])
-    path = Path(given).expanduser()
+    path = MIXTURES.get(given, Path(given).expanduser())
     if not path.is_file():
         raise unknown("mixture, and no file,", given, MIXTURES)
-    return _mixture(parse_yaml(read_text(path), path), path)
-
-
-def _mixture(content: Any, path: Path) -> Mixture:
+    content = parse_yaml(read_text(path), path)
     if not isinstance(content, dict) or not isinstance(content.get("sources"), dict):
         raise UserError(f"{path} is no mixture: it needs `sources:`, and under it each source's name, data and weight.")
     for key in content:
@@ -140,11 +123,11 @@ def _mixture(content: Any, path: Path) -> Mixture:
             raise unknown(f"field of the mixture {path},", str(key), FIELDS)
     found = [_source(str(name), each, path) for name, each in content["sources"].items()]
     total = sum(source.weight for source in found) if content.get("normalise") else 1.0
-    shares = (Source(s.name, s.data, s.weight / total, s.languages, s.field, s.encoding) for s in found)
+    shares = (replace(source, weight=source.weight / total) for source in found)
     held_out = content.get("held_out", HELD_OUT)
     if not isinstance(held_out, float):
         raise UserError(f"{path}: held_out is {held_out!r}, and it must be a share such as {HELD_OUT}.")
-    return Mixture(str(path), tuple(shares), held_out)
+    return Mixture(given if given in MIXTURES else str(path), tuple(shares), held_out)
 
 
 def _source(name: str, given: Any, path: Path) -> Source:
@@ -240,8 +223,7 @@ def _pairs(source: Source, held_out: float) -> tuple[Parts, str]:
 
     def parts() -> tuple[Iterable[str], Iterable[str]]:
         found = split(pairs, held_out=max(1, round(held_out * len(pairs))))
-        made = (tatoeba.translations(rows, source.languages) for rows in (found.train, found.validation))
-        learned, kept = made
+        learned, kept = (tatoeba.translations(rows, source.languages) for rows in (found.train, found.validation))
         return learned, kept
 
     return parts, f"{pairs.fingerprint} {source.languages} {held_out}"

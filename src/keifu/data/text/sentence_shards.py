@@ -17,7 +17,8 @@ from keifu.data.catalogue.download import prepared
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextFormat, chunks
-from keifu.data.text.token_shards import TextTokenizer, apart
+from keifu.data.text.token_shards import apart
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.files import write_atomic
 
@@ -64,7 +65,7 @@ class SentenceShards:
 
 def prepare_sentences(
     source: str | Path,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     split: Splitter,
     cache_dir: str | Path | None = None,
     held_out: float = 0.05,
@@ -96,7 +97,7 @@ def prepare_sentences(
     )
 
 
-def _encode(source: str | Path, tokenizer: TextTokenizer, split: Splitter, form: TextFormat) -> Sentences:
+def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: TextFormat) -> Sentences:
     """All sentences that have tokens, of all documents that have sentences."""
     tokens, sizes, counts, size, done = [], [], [], 0, 0
     with counting(f"Tokenising {source}, sentence by sentence", None, "characters") as advance:

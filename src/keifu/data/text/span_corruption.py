@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from keifu.data.batching import source_of_row
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
 
 REGULAR, EXTREME, SEQUENTIAL = "[NLU]", "[NLG]", "[S2S]"  # the paper's [R], [X] and [S], as its code spells them
@@ -70,18 +71,6 @@ def ul2(shares: Sequence[float | int] = (0.25, 0.25, 0.5), prefix: float | int =
     return tuple(SpanCorruption(mode, rate, span, share) for mode, rate, span, share in wanted if share > 0)
 
 
-@runtime_checkable
-class Vocabulary(Protocol):
-    """What is needed of a tokenizer."""
-
-    eos_id: int | None
-    pad_id: int | None
-
-    def token_id(self, token: str) -> int:
-        """The id of a token; an unknown one is a `UserError`."""
-        ...
-
-
 def special_tokens(sentinels: int = SENTINELS) -> list[str]:
     """The tokens that a tokenizer must have: the modes, and a sentinel for each span that a row may have."""
     return [*MODES, *(f"<extra_id_{n}>" for n in range(sentinels))]
@@ -97,7 +86,7 @@ class Markers:
     pad: int
 
     @classmethod
-    def of(cls, tokenizer: Vocabulary, sentinels: int = SENTINELS) -> "Markers":
+    def of(cls, tokenizer: Tokenizer, sentinels: int = SENTINELS) -> "Markers":
         """The tokenizer's own; one that lacks an end token, a mode or the sentinels is a `UserError`."""
         if tokenizer.eos_id is None:
             raise UserError("This tokenizer has no end-of-text token, so nothing can mark where a masked span ends.")
@@ -273,28 +262,6 @@ class DecoderRows:
         """Rows whose hidden end begins at `cuts`."""
         rows = self.rows(mode, tokens[:, :0], tokens, ends=False)
         return rows | {"mask": rows["mask"] & (np.arange(self.places) > cuts[:, None])}
-
-
-class CausalRows(DecoderRows):
-    """The texts of a decoder's rows as they were, for a model that reads from left to right: "mask" is True on the
-    hidden tokens of `InfillingExamples`, of which it knows only what stands before them."""
-
-    def rows(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool) -> Rows:
-        """The text again: what is kept of each run, and then what was hidden after it."""
-        marks = [np.isin(side, self.markers.sentinels) for side in (inputs, targets)]
-        runs = [2 * np.cumsum(marks[0], axis=1), 2 * np.cumsum(marks[1], axis=1) - 1]
-        kept, hidden = (side[~mark].reshape(len(side), -1) for side, mark in zip((inputs, targets), marks, strict=True))
-        keys = [run[~mark].reshape(len(run), -1) for run, mark in zip(runs, marks, strict=True)]
-        order = np.argsort(np.concatenate(keys, axis=1), axis=1, kind="stable")
-        text = np.take_along_axis(np.concatenate([kept, hidden], axis=1), order, axis=1)
-        mask = (order >= kept.shape[1]) & (text != self.markers.end)
-        return {"tokens": _pad_wider(text, self.places), "mask": _pad_wider(mask, self.places).astype(bool)}
-
-
-def _pad_wider(tokens: np.ndarray, places: int) -> np.ndarray:
-    table = np.zeros((len(tokens), places), np.int64)
-    table[:, : tokens.shape[1]] = tokens[:, :places]
-    return table
 
 
 def _longest(places: int, needed: Callable[[int], int]) -> int:

@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -20,33 +21,16 @@ from keifu.data.catalogue.download import prepared
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextChunk, TextFormat, chunks, documents
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.files import write_atomic
 
-__all__ = ["Shards", "TextTokenizer", "documents", "prepare", "prepare_parts"]
+__all__ = ["Shards", "documents", "prepare", "prepare_parts"]
 
 FORMAT = 1  # goes up when the same source would give other ids than before
 MANY = 100  # documents, from which on whole ones are held out
 CHUNK = 1 << 22  # characters that are encoded at a time, in parallel
 PARTS = "training", "validation"
-
-
-@runtime_checkable
-class TextTokenizer(Protocol):
-    """What is needed of a tokenizer here."""
-
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with everything that encoding depends on."""
-        ...
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without any that are put around it."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +64,7 @@ class Shards:
 
 def prepare(
     source: str | Path,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     cache_dir: str | Path | None = None,
     held_out: float = 0.05,
     seed: int = 0,
@@ -104,9 +88,11 @@ def prepare(
         "held_out": held_out, "seed": seed, "field": "text", **form.settings(),
     }  # fmt: skip
     if validation is None:
-        return _find_prepared(source, settings, tokenizer, cache_dir, lambda: _split_documents(source, settings, form))
-    settings |= {"validation": apart(source, validation, form), "held_out": 0}
-    return _find_prepared(source, settings, tokenizer, cache_dir, lambda: _side_by_side(source, validation, form))
+        parted = partial(_split_documents, source, settings, form)
+    else:
+        parted = partial(_side_by_side, source, validation, form)
+        settings |= {"validation": apart(source, validation, form), "held_out": 0}
+    return find_made(source, settings, partial(_make, source, parted, tokenizer), cache_dir)
 
 
 def apart(source: str | Path, validation: str | Path, form: TextFormat) -> str:
@@ -121,8 +107,7 @@ def prepare_parts(
     name: str,
     content: str,
     parts: Callable[[], tuple[Iterable[str], Iterable[str]]],
-    tokenizer: TextTokenizer,
-    cache_dir: str | Path | None = None,
+    tokenizer: Tokenizer,
 ) -> Shards:
     """The same for documents of which it is known which are for training and which are held out.
 
@@ -135,21 +120,10 @@ def prepare_parts(
         return iter(whole), len(whole), sum(len(piece.text) for piece in whole)
 
     settings = {"format": FORMAT, "content": content, "tokenizer": tokenizer.fingerprint, "parts": "given"}
-    return _find_prepared(name, settings, tokenizer, cache_dir, parted)
+    return find_made(name, settings, partial(_make, name, parted, tokenizer))
 
 
 Parted = tuple[Iterator[TextChunk], int, int]  # pieces with their parts, the number of documents and of characters
-
-
-def _find_prepared(
-    source: str | Path,
-    settings: dict[str, Any],
-    tokenizer: TextTokenizer,
-    cache_dir: str | Path | None,
-    parted: Callable[[], Parted],
-) -> Shards:
-
-    return find_made(source, settings, lambda new, facts: _make(source, parted(), tokenizer, new, facts), cache_dir)
 
 
 def find_made(
@@ -197,9 +171,11 @@ def _split_documents(source: str | Path, settings: dict[str, Any], form: TextFor
     return parted, count, characters
 
 
-def _make(source: str | Path, found: Parted, tokenizer: TextTokenizer, folder: Path, facts: dict[str, Any]) -> None:
+def _make(
+    source: str | Path, parted: Callable[[], Parted], tokenizer: Tokenizer, folder: Path, facts: dict[str, Any]
+) -> None:
     """Writes the ids of both parts and the index into a new folder."""
-    parted, count, characters = found
+    pieces, count, characters = parted()
     dtype, separator = number_format(tokenizer)
     if separator is None and count > 1:
         print("This tokenizer has no end-of-text token: nothing marks where a document ends.", file=sys.stderr)
@@ -207,17 +183,22 @@ def _make(source: str | Path, found: Parted, tokenizer: TextTokenizer, folder: P
     writers = [Writer(folder / f"{part}.bin", dtype, separator) for part in PARTS]
     with counting(f"Tokenising {source}", characters, "characters") as advance:
         written = 0
-        for chunk in chunks(parted, CHUNK):
+        for chunk in chunks(pieces, CHUNK):
             write(chunk, tokenizer, writers)
             written += sum(len(piece.text) for piece in chunk)
             advance(written)
     totals = {part: writer.close() for part, writer in zip(PARTS, writers, strict=True)}
-    _need_both(totals, source)
+    if not all(part["tokens"] for part in totals.values()):
+        tokens = sum(part["tokens"] for part in totals.values())
+        raise UserError(
+            f"{source} has {tokens} tokens: too short to hold some out for validation. Give more text (a model learns "
+            "little from fewer than about 10,000 tokens), or name another text with --validation-data."
+        )
     index = {**facts, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "separator": separator, **totals}
     write_atomic(folder / "index.json", json.dumps(index, indent=2) + "\n")
 
 
-def number_format(tokenizer: TextTokenizer) -> tuple[str, int | None]:
+def number_format(tokenizer: Tokenizer) -> tuple[str, int | None]:
     """The type of the ids in a file, and the id between documents, if there is one."""
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     return dtype, tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
@@ -265,7 +246,7 @@ def _by_tail(pieces: Iterable[TextChunk], cut: int) -> Iterator[TextChunk]:
             yield TextChunk(piece.text[inside:], piece.ends, part=1)
 
 
-def write(chunk: list[TextChunk], tokenizer: TextTokenizer, writers: list["Writer"]) -> None:
+def write(chunk: list[TextChunk], tokenizer: Tokenizer, writers: list["Writer"]) -> None:
     """Encodes pieces, and appends the ids to the files of their parts."""
     encoded = tokenizer.encode_batch([piece.text for piece in chunk])
     for piece, ids in zip(chunk, encoded, strict=True):
@@ -307,12 +288,3 @@ class Writer:
             file.flush()
             os.fsync(file.fileno())
         return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents}
-
-
-def _need_both(totals: dict[str, dict[str, int]], source: str | Path) -> None:
-    if not all(part["tokens"] for part in totals.values()):
-        tokens = sum(part["tokens"] for part in totals.values())
-        raise UserError(
-            f"{source} has {tokens} tokens: too short to hold some out for validation. Give more text (a model learns "
-            "little from fewer than about 10,000 tokens), or name another text with --validation-data."
-        )
