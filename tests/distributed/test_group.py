@@ -3,12 +3,14 @@ any mesh to rounding; a state of one is resumed by any other."""
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import group_toys
 import pytest
 import torch
 from group_toys import learn
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh
 
 from keifu.distributed.mesh import Mesh, Shape
 from keifu.distributed.tensor import tensor_parallel
@@ -170,7 +172,7 @@ def test_adapters_on_more_processes(world: int, mesh: dict[str, int], kind: str,
 def test_what_tensor_parallelism_cannot_split_of_an_adapter_is_refused() -> None:
     model = to_train(llama.build(llama.Config(**group_toys.WORDS)), Lora(2, dora=True), 0)
     with pytest.raises(UserError, match="DoRA cannot be split over --mesh.tensor: use --mesh.shard"):
-        tensor_parallel(model, None, 0, 2)
+        tensor_parallel(model, Mock(spec=DeviceMesh))
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["shard", "tensor"])

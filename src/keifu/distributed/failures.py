@@ -25,10 +25,6 @@ GRACE = 5.0  # seconds that another process has to say why it failed
 FAILED, SHOWN = "failed", "shown"
 
 
-class Lost(UserError):
-    """Another process failed, or gave no sign of life."""
-
-
 @contextmanager
 def explained(group: Processes, store: Any, explain: Callable[[Exception], str | None]) -> Iterator[None]:
     """A block that all processes run: where one fails, the first one says which and why, and all end.
@@ -44,7 +40,7 @@ def explained(group: Processes, store: Any, explain: Callable[[Exception], str |
     except Exception as error:
         signs.ended.set()
         if group.first and exchange_failed(error):
-            raise Lost(signs.reason()) from error
+            raise UserError(signs.reason()) from error
         if group.first:
             raise
         signs.leave(error, explain)

@@ -81,9 +81,9 @@ class Group(Processes):
         if self.whole and not self.mesh.activation_checkpointing and not self.mesh.compile_blocks:
             return module
         if id(module.model) not in self.modules:
-            layouts, partial, axis = {}, set(), self.devices["tensor"]
+            layouts, partial = {}, set()
             if self.shape.tensor > 1:
-                layouts, partial = tensor_parallel(module.model, axis.get_group(), axis.get_local_rank(), axis.size())
+                layouts, partial = tensor_parallel(module.model, self.devices["tensor"])
             self.modules[id(module.model)] = parallelize(module, self.mesh, self.devices)
             settle(module)
             if not self.whole:

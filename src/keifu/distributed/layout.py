@@ -51,11 +51,6 @@ class Layout:
         return tuple(max(r.stop for r in same) - min(r.start for r in same) for same in zip(*self.rows, strict=True))
 
     @property
-    def is_whole(self) -> bool:
-        """Whether every process holds all of it."""
-        return not self.shape or (self.shards == 1 and not self.is_split)
-
-    @property
     def is_split(self) -> bool:
         """Whether processes along the axis `tensor` hold different parts."""
         return self.columns is not None or len({*map(str, self.rows)}) > 1
@@ -64,6 +59,7 @@ class Layout:
         """What the process with these places in the mesh holds."""
         total = sum(map(len, self.rows[tensor]))
         size = ceil(total / self.shards)  # as FSDP splits
+        shard %= self.shards  # of what is not shared, each process has all
         first, end = min(shard * size, total), min((shard + 1) * size, total)
         column, found, below = self.columns[tensor].start if self.columns else 0, [], 0
         for number, part in enumerate(self.rows[tensor]):
@@ -82,7 +78,7 @@ class Layout:
 
     def join(self, local: Tensor, places: Sequence[tuple[int, int]], group: Any) -> Tensor:
         """The whole tensor on every process of a pod, whose places in the mesh are given, from what each holds."""
-        if self.is_whole:
+        if self.shards == 1 and not self.is_split:
             return local
         sizes = [[sum(p.stop - p.start for p in self.pieces(*place)), *self._width(place[1])] for place in places]
         longest = max(torch.Size(size).numel() for size in sizes)

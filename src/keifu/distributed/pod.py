@@ -4,7 +4,7 @@ FSDP2, activation checkpointing and compilation act on the blocks, which are the
 gathered when it is computed; what is in none of them, while the whole model is.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -73,21 +73,16 @@ class Pod:
 
     def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """The norm of the whole gradient."""
-        parts = [part for name, gradient in gradients.items() for part in self._counted(name, gradient)]
-        norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()  # pyright: ignore
-        total = (norms.square() / torch.tensor([copies for _, copies in parts], device=norms.device)).sum()
+        parts, copies = list[Tensor](), list[int]()  # of how many processes of the pod have the same
+        for name, gradient in gradients.items():
+            everywhere = [piece for place in self.places for piece in self.layouts[name].pieces(*place)]
+            for piece in self.layouts[name].pieces(*self.place):
+                parts.append(torch.atleast_1d(gradient)[piece.start : piece.stop])
+                copies.append(everywhere.count(piece))
+        norms = torch.stack(torch._foreach_norm(parts)).double()  # pyright: ignore
+        total = (norms.square() / torch.tensor(copies, device=norms.device)).sum()
         distributed.all_reduce(total, group=self.group)
         return total.sqrt().float()
-
-    def _counted(self, name: str, gradient: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Parts of a gradient, and how many processes of the pod have the same."""
-        layout = self.layouts[name]
-        if not layout.shape:
-            yield gradient, len(self.places)
-            return
-        everywhere = [piece for place in self.places for piece in layout.pieces(*place)]
-        for piece in layout.pieces(*self.place):
-            yield gradient[piece.start : piece.stop], everywhere.count(piece)
 
 
 def parallelize(module: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:

@@ -5,16 +5,16 @@ Each process has some heads of every attention and some units of every feed-forw
 and dropout act on each token separately, it has some of the tokens. Axes: batch, length = tokens, dim.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from keifu.distributed.layout import Layout
 from keifu.errors import UserError
@@ -24,79 +24,45 @@ from keifu.layers.dropout import Dropout, dropout_mask
 from keifu.layers.feedforward import GEGLU, FeedForward, GatedFeedForward
 from keifu.layers.linear import Linear, linear
 from keifu.layers.lora import Adapter, adapters
-from keifu.training.ranks import of_all
 
 KINDS = Attention, FeedForward, GatedFeedForward, GEGLU  # that are split
 
 
 class Tokens:
-    """The tokens of a list of blocks, split over the processes of a group; `length`: of the rows that are computed."""
+    """The tokens of a list of blocks, split over the processes along an axis of the mesh; `length`: of the rows that
+    are computed."""
 
-    def __init__(self, group: Any, index: int, size: int):
-        self.group, self.index, self.size, self.length = group, index, size, 0
+    def __init__(self, axis: DeviceMesh):
+        self.axis, self.index, self.size, self.length = axis, axis.get_local_rank(), axis.size(), 0
 
     def part(self, x: Tensor, adds: bool) -> Tensor:
-        """This process's tokens of what all have, or where it `adds`, of the sum of what each has."""
-        return _Exchange.apply(x, self.add if adds else self.own, partial(self.all, length=x.shape[1]))
+        """This process's tokens of what all have, or where it `adds`, of the sum of what each has; with padding where
+        the length is no multiple of the processes."""
+        padded = F.pad(x, (0, 0, 0, -x.shape[1] % self.size))
+        return self.move(padded, Partial() if adds else Replicate(), Shard(1))
 
     def whole(self, x: Tensor, adds: bool) -> Tensor:
         """All tokens; adds: whether each process computes another part of the gradient, or all compute the same."""
-        return _Exchange.apply(x, partial(self.all, length=self.length), self.add if adds else self.own)
+        return self.move(x, Shard(1), Replicate(), Partial() if adds else Replicate())[:, : self.length]
 
     def shared(self, x: Tensor) -> Tensor:
         """What every process has whole and uses for its own tokens: the gradient is the sum over all."""
-        return _Exchange.apply(x, _same, self.sum)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum over all processes."""
-        total = x.clone()
-        distributed.all_reduce(total, group=self.group)
-        return total
-
-    def own(self, x: Tensor) -> Tensor:
-        """This process's tokens, with padding where the length is no multiple of the processes."""
-        return self._parts(x)[self.index].contiguous()
-
-    def all(self, x: Tensor, length: int) -> Tensor:
-        """The tokens of all processes."""
-        return torch.cat(of_all(x, self.size, self.group), 1)[:, :length]
-
-    def add(self, x: Tensor) -> Tensor:
-        """The sum over all processes, of this process's tokens."""
-        parts = [part.contiguous() for part in self._parts(x)]
-        found = torch.empty_like(parts[0])
-        distributed.reduce_scatter(found, parts, group=self.group)
-        return found
+        return self.move(x, Replicate(), Replicate(), Partial())
 
     def stack(self, x: Tensor) -> Tensor:
         """The same tensor of every process, one behind the other along a new first axis."""
-        return torch.stack(of_all(x, self.size, self.group))
+        return self.move(x[None], Shard(0), Replicate())
+
+    def move(self, x: Tensor, before: Placement, after: Placement, gradient: Placement | None = None) -> Tensor:
+        """What lies on the processes as `before` says, as `after` says; its gradient comes as `gradient` says, or as
+        `after` where nothing is said."""
+        whole = DTensor.from_local(x, self.axis, [before], run_check=False).redistribute(placements=[after])
+        return whole.to_local(grad_placements=[gradient or after])
 
     def enter(self, module: nn.Module, inputs: tuple) -> tuple:
         """A hook before the first block: from here on, each process has its own tokens."""
         self.length = inputs[0].shape[1]
         return (self.part(inputs[0], adds=False), *inputs[1:])
-
-    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        size = -(-x.shape[1] // self.size)
-        return F.pad(x, (0, 0, 0, size * self.size - x.shape[1])).split(size, 1)
-
-
-class _Exchange(torch.autograd.Function):
-    """What a function of the processes gives, whose gradient comes back by another one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.back = back
-        return there(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        return ctx.back(gradient), None, None
-
-
-def _same(x: Tensor) -> Tensor:
-    return x.view_as(x)
 
 
 class RowParallel(Linear):
@@ -121,7 +87,7 @@ class SplitDropout(Dropout):
         size = shape[axis]
         shape[axis] = tokens.length if self.axis is None else size * tokens.size
         mask = dropout_mask(keys, prod(shape), dropped).view(shape)
-        return tokens.own(mask) if self.axis is None else mask.narrow(axis, tokens.index * size, size)
+        return tokens.part(mask, adds=False) if self.axis is None else mask.narrow(axis, tokens.index * size, size)
 
 
 class Head(Tensor):
@@ -148,16 +114,17 @@ class Head(Tensor):
 
     def whole(self) -> Tensor:
         """The matrix of all processes, of whose gradient each computes all."""
-        index, size, layout = self.tokens.index, self.tokens.size, self.classes
-        join = partial(layout.join, places=[(0, each) for each in range(size)], group=self.tokens.group)
-        return _Exchange.apply(self.as_subclass(Tensor), join, partial(layout.take, shard=0, tensor=index))
+        sizes = [len(rows[0]) for rows in self.classes.rows]
+        padded = F.pad(self.as_subclass(Tensor), (0, 0, 0, max(sizes) - len(self.own)))
+        parts = self.tokens.move(padded, Shard(0), Replicate()).split(max(sizes))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """The rows of tokens, from whichever process has them."""
         places = tokens - self.own.start
         there = (places >= 0) & (places < len(self.own))
         rows = F.embedding(places.where(there, 0), self.as_subclass(Tensor))
-        return _Exchange.apply(rows * there[..., None], self.tokens.sum, _same)
+        return self.tokens.move(rows * there[..., None], Partial(), Replicate())
 
     def loss(self, hidden: Tensor, bias: Tensor | None, rest: list[Any]) -> Any:
         """The loss over all classes."""
@@ -196,33 +163,32 @@ def _split_head(model: nn.Module, tokens: Tokens) -> dict[str, Layout]:
         return {}
     name, user = users[0]
     total, *rest = user.weight.shape
-    user.classes = Layout((total, *rest), [[_share(total, index, tokens.size)] for index in range(tokens.size)])
+    user.classes = Layout((total, *rest), [[each] for each in _shares(total, tokens.size)])
     user.tokens = tokens
     _take(user, "weight", user.classes, tokens)
     user.__class__ = type(type(user).__name__, (SplitRows, type(user)), {})
     return {f"{name}.weight": user.classes}
 
 
-def tensor_parallel(model: nn.Module, group: Any, index: int, size: int) -> tuple[dict[str, Layout], set[str]]:
+def tensor_parallel(model: nn.Module, axis: DeviceMesh) -> tuple[dict[str, Layout], set[str]]:
     """Splits the blocks of a model. Gives the layout of each parameter that is split, and the names of those whose
-    gradients have to be summed over the group: of the other parameters in the blocks."""
+    gradients have to be summed over the axis: of the other parameters in the blocks."""
     if any(adapter.low.dora for adapter in adapters(model)):
         raise UserError("DoRA cannot be split over --mesh.tensor: use --mesh.shard, or leave --lora.dora out.")
     layouts: dict[str, Layout] = {}
     summed: set[str] = set()
     for name, blocks in [*model.named_modules()]:
-        inner = [part for part in blocks if any(isinstance(m, KINDS) for m in part.children())] if isinstance(
-            blocks, nn.ModuleList) else []  # fmt: skip
-        if not inner or len(inner) != len(list(blocks.children())):
+        inner = [*blocks] if isinstance(blocks, nn.ModuleList) else []
+        if not inner or not all(any(isinstance(part, KINDS) for part in block.children()) for block in inner):
             continue
-        tokens = Tokens(group, index, size)
+        tokens = Tokens(axis)
         inner[0].register_forward_pre_hook(tokens.enter)
         inner[-1].register_forward_hook(lambda _, inputs, output, tokens=tokens: tokens.whole(output, adds=False))
         for place, block in enumerate(inner):
             found = dict(_split_block(block, tokens))
             layouts |= {f"{name}.{place}.{key}": layout for key, layout in found.items()}
             summed |= {f"{name}.{place}.{key}" for key, _ in block.named_parameters() if key not in found}
-    layouts |= _split_head(model, Tokens(group, index, size)) if layouts else {}
+    layouts |= _split_head(model, Tokens(axis)) if layouts else {}
     if not layouts:
         raise UserError("This model has no Transformer block to split: leave --mesh.tensor out, or use --mesh.shard.")
     return layouts, summed
@@ -249,10 +215,8 @@ def _split_attention(part: Attention, tokens: Tokens) -> Iterator[tuple[str, Lay
             "divide the first, and divide the second or be a multiple of it."
         )
     inner, kv = heads * part.head_dim, kv_heads * part.head_dim
-    of_q = [_share(inner, index, size) for index in range(size)]
-    of_kv = [_share(kv, index * min(kv_heads, size) // size, min(kv_heads, size)) for index in range(size)]
-    rows = [[q, _moved(k, inner), _moved(k, inner + kv)] for q, k in zip(of_q, of_kv, strict=True)]
-    yield from _split_pair(part, "qkv", "out", rows, of_q, tokens)
+    parts = [_shares(inner, size), *(_shares(kv, size, kv_heads, start) for start in (inner, inner + kv))]
+    yield from _split_pair(part, "qkv", "out", parts, tokens)
     part.n_heads, part.n_kv_heads = heads // size, max(1, kv_heads // size)
     part.dropout = SplitDropout(part.dropout.p, tokens, 1)
 
@@ -262,19 +226,20 @@ def _split_feedforward(part: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]
     first, hidden, size = getattr(part, name), part.down.weight.shape[1], tokens.size
     if hidden % size:
         raise UserError(f"hidden_dim ({hidden}) cannot be split over --mesh.tensor {size}: it must divide it.")
-    own = [_share(hidden, index, size) for index in range(size)]
-    rows = [[_moved(each, start) for start in range(0, len(first.weight), hidden)] for each in own]
-    yield from _split_pair(part, name, "down", rows, own, tokens)
+    parts = [_shares(hidden, size, start=start) for start in range(0, len(first.weight), hidden)]
+    yield from _split_pair(part, name, "down", parts, tokens)
     if "dropout" in dict(part.named_children()):
         part.dropout = SplitDropout(part.dropout.p, tokens, -1)
 
 
 def _split_pair(
-    part: Any, first: str, last: str, rows: list[list[range]], own: list[range], tokens: Tokens
+    part: Any, first: str, last: str, parts: list[list[range]], tokens: Tokens
 ) -> Iterator[tuple[str, Layout]]:
-    """Splits a layer by the rows of its outputs, and the one that follows by its inputs. Of their adapters B and A are
-    split likewise; of the gradient of the others, and of B of keys that all have, each process computes a part."""
+    """Splits a layer by the rows of its outputs, of each of its `parts` so many for each process, and the one that
+    follows by its inputs. Of their adapters B and A are split likewise; of the gradient of the others, and of B of keys
+    that all have, each process computes a part."""
     outer, inner = getattr(part, first), getattr(part, last)
+    rows, own = [*zip(*parts, strict=True)], parts[0]
     outer.register_forward_pre_hook(lambda _, inputs: (tokens.whole(inputs[0], adds=True), *inputs[1:]))
     for name, layer in outer.named_modules(prefix=first):
         if isinstance(layer, Linear):
@@ -292,7 +257,7 @@ def _split_pair(
             yield f"{name}.a", _take(layer, "a", _of_columns(layer.a, own), tokens)
 
 
-def _split_adapter(adapter: Adapter, rows: list[list[range]], tokens: Tokens) -> Layout:
+def _split_adapter(adapter: Adapter, rows: Sequence[Sequence[range]], tokens: Tokens) -> Layout:
     """Leaves an adapter the outputs that this process has of those that it acts on."""
     first, end = adapter.target.start, adapter.target.start + adapter.target.rows
     found = [[range(max(each.start, first) - first, min(each.stop, end) - first) for each in one
@@ -315,9 +280,9 @@ def _take(layer: nn.Module, name: str, layout: Layout, tokens: Tokens) -> Layout
     return layout
 
 
-def _share(total: int, index: int, size: int) -> range:
-    return range(total * index // size, total * (index + 1) // size)
-
-
-def _moved(part: range, start: int) -> range:
-    return range(part.start + start, part.stop + start)
+def _shares(total: int, size: int, units: int | None = None, start: int = 0) -> list[range]:
+    """A range of rows, of `total` from `start` on, for each process; where there are fewer units (heads) than
+    processes, several have the same."""
+    parts = min(size, units or size)
+    places = [index * parts // size for index in range(size)]
+    return [range(start + total * place // parts, start + total * (place + 1) // parts) for place in places]
