@@ -88,3 +88,9 @@ def test_merges_are_learned_from_names() -> None:
     assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
     with pytest.raises(UserError, match="at least 514"):
         learn(names, 500)
+
+
+def test_japanese_is_merged_to_characters_and_no_further() -> None:
+    tokenizer = learn(["waving hand", "手を振る", "手を振る人", "o型"] * 50, 4000)
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode("手を振る人 waving o型")]
+    assert pieces == ["手", "を", "振", "る", "人", "waving", "o", "型"]

@@ -101,6 +101,7 @@ ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": EN
 MERGES = 48_894  # of the file's lines after the first; the released code leaves the others out
 LARGEST = 2**24  # bytes of that file, unpacked; it has 3.2 million
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+CHARACTERS = r"[\p{Han}\p{Hiragana}\p{Katakana}ー]"  # of Chinese and Japanese, which part no words by spaces
 Made = tuple[tokenizers.Tokenizer, dict[str, str]]
 
 
@@ -143,12 +144,16 @@ def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A tokenizer with CLIP's rules and at most `vocab_size` tokens, whose merges are learned from these texts.
 
-    514 tokens are always there: 256 bytes, 256 bytes that end a word, and the two end tokens.
+    514 tokens are always there: 256 bytes, 256 bytes that end a word, and the two end tokens. Chinese and Japanese
+    characters are counted one by one, so that no token holds two of them (as BERT's multilingual vocabulary has it):
+    what names have in common is seen in a few thousand of them.
     """
     fixed = len(vocabulary_of([]))
     if vocab_size < fixed:
         raise UserError(f"vocab_size={vocab_size} is too small: CLIP's rules need at least {fixed} tokens.")
     backend, _ = clip_backend(vocabulary_of([]), [])
+    single = pre_tokenizers.Split(Regex(CHARACTERS), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([single, backend.pre_tokenizer])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size + fixed, min_frequency=2, show_progress=False, end_of_word_suffix=WORD_END,
         initial_alphabet=list(byte_alphabet()),
@@ -156,5 +161,10 @@ def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )  # fmt: skip
     backend.train_from_iterator(texts, trainer)
     merges = json.loads(backend.to_str())["model"]["merges"]
-    pairs = [(left, right) for left, right in merges[: vocab_size - fixed]]
+    found = dict.fromkeys(
+        (left, end)
+        for left, right in merges
+        for end in ([right, right.removesuffix(WORD_END)] if (left + right)[0] > "\x7f" else [right])
+    )  # a character may end a word or not
+    pairs = list(found)[: vocab_size - fixed]
     return Tokenizer(*clip_backend(vocabulary_of(pairs), pairs))
