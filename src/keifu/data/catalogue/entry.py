@@ -38,10 +38,12 @@ class Entry:
     captions: Mapping[str, str] = field(default_factory=dict)
 
 
-def _read_table() -> dict[str, Entry]:
+def _read_table() -> tuple[dict[str, Entry], dict[str, Entry]]:
+    """The models, and the data."""
     table = tomllib.loads((resources.files("keifu.data.catalogue") / "catalogue.toml").read_text(encoding="utf-8"))
     archives = {name: _archive(name, **facts) for name, facts in table.pop("archives").items()}
-    return {name: _entry(archives, **facts) for name, facts in table.items()}
+    models = {name: _entry(archives, kind="weights", **facts) for name, facts in table.pop("models").items()}
+    return models, {name: _entry(archives, **facts) for name, facts in table.items()}
 
 
 def _archive(package: str, members: Sequence[Sequence[str]] = (), **facts: Any) -> Archive:
@@ -61,5 +63,5 @@ def _entry(
     )
 
 
-CATALOGUE = _read_table()
-MODELS = {name: entry for name, entry in CATALOGUE.items() if entry.kind == "weights"}
+MODELS, _DATA = _read_table()
+CATALOGUE = MODELS | _DATA
