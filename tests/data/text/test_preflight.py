@@ -21,7 +21,10 @@ SAMPLES = {
 class Bytes(Tokenizer):
     """A tokenizer whose ids are bytes."""
 
-    vocab_size, bos_id, eos_id, fingerprint = 256, None, None, "bytes"
+    fingerprint = "bytes"
+
+    def __init__(self) -> None:
+        self.vocab_size, self.bos_id, self.eos_id = 256, None, None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
