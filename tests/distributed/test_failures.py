@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,10 +27,13 @@ from keifu.processes import Processes
 RECIPE = Path(__file__).parent / "toy_recipe.py"
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "KEIFU_DEVICE": "cpu"}
+
+
 def command(out: Path, *words: str) -> subprocess.Popen:
-    keep = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "KEIFU_DEVICE": "cpu"}
     line = [sys.executable, "-m", "keifu", "train", str(RECIPE), "--out", str(out), *words]
-    return subprocess.Popen(line, env=keep, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
 def finished(out: Path, *words: str) -> tuple[int, str]:
@@ -177,6 +181,34 @@ def test_a_run_goes_on_with_fewer_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_pod_that_dies_is_left_out(tmp_path: Path) -> None:
+    """Two machines of one pod each, as torchrun sees them; of one, torchrun and what it started are killed. The other
+    one goes on alone, with the losses of two that nothing disturbed."""
+    calm = finished(tmp_path / "calm", "--processes", "2", "--steps", "40")
+    assert calm[0] == 0, calm[1]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    waits = "join_timeout=120,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+    common = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
+              "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]  # fmt: skip
+    own = ["-m", "keifu", "train", str(RECIPE), "--out", str(tmp_path / "run"), "--mesh.pods", "2", "--steps", "40"]
+    pods = [subprocess.Popen([*common, "--rdzv-conf", f"is_host={host},{waits}", *own, "--seconds", "0.3"],
+                             env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+            for host in ("true", "false")]  # fmt: skip
+    while len([*(tmp_path / "run/state").glob("*.json")]) < 2:
+        assert all(pod.poll() is None for pod in pods)
+        time.sleep(0.2)
+    for dead in (pods[1].pid, *children(pods[1])):
+        os.kill(dead, signal.SIGKILL)
+    said = pods[0].communicate(timeout=400)[1]
+    pods[1].communicate()
+    assert pods[0].returncode == 0, said
+    assert "Process 1 of 2 (counted from 0) has died or stands still" in said and "Going on from step" in said
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "calm"), rel=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
@@ -184,11 +216,13 @@ def test_a_run_goes_on_with_fewer_processes(tmp_path: Path) -> None:
         ("hang", "Process 1 of 2 (counted from 0) did not answer within the time limit, at step 8"),
         ("fail", "Process 1 of 2 (counted from 0): There is no file 'part-1.bin'."),
         ("other data", "Process 1 has not what the first one has: data toys → others."),
+        ("other version", "Process 1 has not what the first one has: version.keifu "),
+        ("full disk", "Process 1 could not write its part of the state: [Errno 27] File too large"),
     ],
 )
 def test_the_first_process_says_what_is_wrong(fault: str, sentence: str, tmp_path: Path) -> None:
-    limit = "30" if fault == "hang" else "300"
-    status, said = finished(tmp_path, "--processes", "2", "--fault", fault, "--mesh.time-limit", limit)
+    limit, mesh = "30" if fault == "hang" else "300", ["--mesh.shard", "2"] if fault == "full disk" else []
+    status, said = finished(tmp_path, "--processes", "2", "--fault", fault, "--mesh.time-limit", limit, *mesh)
     assert status != 0 and sentence in said, said
     assert "Traceback" not in said
 

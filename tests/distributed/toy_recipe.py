@@ -1,6 +1,7 @@
 """A recipe of a user's file that trains a toy, slowly enough to be killed in, and fails as the test asks."""
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 from group_toys import KINDS, ToyData
 
 from keifu.processes import current
+from keifu.training import setup
 from keifu.training.loop import train
 from keifu.training.protocols import Batch, Run
 from keifu.training.settings import Settings
@@ -20,8 +22,8 @@ from keifu.training.settings import Settings
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of the run; fault: what happens on process 1 at step 7 of a new run. until: a file that the last step
-    waits for."""
+    """Options of the run; fault: what is wrong with process 1 of a new run, or happens to it at step 7. until: a file
+    that the last step waits for."""
 
     kind: str = "gpt2"
     steps: int = 12
@@ -65,6 +67,11 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     data = FaultyData(recipe.kind, 6, seconds=recipe.seconds, fault="" if resume else recipe.fault, **end)
     if data.apart == "other data":
         object.__setattr__(data, "fingerprint", "others")
+    if data.apart == "other version":
+        setup.__version__ = "0.0.1"
+    if data.apart == "full disk":  # no file may have more than a byte
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
     settings = Settings(
         steps=recipe.steps, batch_size=6, micro_batch=6, precision="float32", log_every=1, save_every=2,
         evaluate_every=0, learning_rate=1e-3,
