@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 from test_architecture import File, imports, source
 
-MOST_LINES = 35_953  # code lines of the whole package: to be lowered with it, never raised without a reason
+MOST_LINES = 35_791  # code lines of the whole package: to be lowered with it, never raised without a reason
 MOST_FILES = 15  # in a folder, beside __init__.py
 SMALL, IMPORTERS = 40, 3  # a file with fewer code lines than this has at least so many importers
 ONE_EACH = ("keifu.commands.", "keifu.recipes.")  # folders where a file is a verb or a run, whatever its size
@@ -16,7 +16,6 @@ SMALL_ON_PURPOSE = {
     "keifu.checkpoints.gguf.numbers": "bit arithmetic, apart from the reading of files",
     "keifu.commands.shared.verbs": "the command line's start must import nothing else",
     "keifu.evaluation.intervals": "statistics, which know no model",
-    "keifu.evaluation.plots.html_page": "HTML, apart from the recipes that fill it",
     "keifu.generation.text.logits_processors": "the field's word for them",
     "keifu.models.sizes": "run as a program, too",
     "keifu.training.objectives.contrastive": "an objective each",

@@ -17,8 +17,8 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,19 @@ def follow_load() -> None:
         _limit(quota())
     if TASKS.exists() and STATISTICS.exists() and not any(name in os.environ for name in (*WAY, *WHERE)):
         threading.Thread(target=_watch, name="keifu-threads", daemon=True).start()
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """A block in which PyTorch computes on so many threads."""
+    import torch
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 @dataclass

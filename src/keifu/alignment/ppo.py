@@ -278,17 +278,13 @@ class PPOBatches(Rollouts):
         figures = dict.fromkeys(("kl", "reward_spread", "explained_variance", "share"), torch.zeros(rows))
         return tokens | figures | ({"pretraining": self.pretraining.batch(0, rows)} if self.pretraining else {})
 
-    @torch.no_grad()
     def _predict_values(self, rollout: dict[str, Tensor]) -> Tensor:
         """The value model's prediction before each token of the answers [row, position]; 0 elsewhere."""
-        values = torch.zeros_like(rollout["old"])
-        device = next(self.value.parameters()).device
-        with evaluation_mode(self.value):
-            for start in range(0, len(values), self.at_a_time):
-                rows = slice(start, start + self.at_a_time)
-                tokens = rollout["tokens"][rows, None, :-1].to(device)
-                values[rows, 1:] = self.value.scores_along(tokens)[:, 0].float().cpu()
-        return values * rollout["mask"]
+
+        def values(part: Batch) -> Tensor:
+            return self.value.scores_along(part["tokens"][:, None, :-1])[:, 0][part["mask"][:, 1:]]
+
+        return self._of_answers(self.value, rollout, values)
 
 
 def _with_share(batch: dict[str, Tensor]) -> dict[str, Tensor]:

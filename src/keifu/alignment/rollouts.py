@@ -9,8 +9,9 @@ padded on the right; n = tokens of all answers, row by row.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -244,17 +245,21 @@ class Rollouts:
         """Zeros in the shapes of `_targets`, for the longest prompt and answer."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def _log_probabilities(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The log-probability of each token of the answers under a model [row, position]; 0 elsewhere."""
+        work = partial(answer_log_probabilities, model, temperature=self.plan.temperature)
+        return self._of_answers(model, batch, lambda part: work(part).logs)
+
+    @torch.no_grad()
+    def _of_answers(self, model: nn.Module, batch: dict[str, Tensor], work: Callable[[Batch], Tensor]) -> Tensor:
+        """What the work gives for each token of the answers [row, position], of some answers at a time; 0 elsewhere."""
         result = torch.zeros_like(batch["old"])
         device = next(model.parameters()).device
         with evaluation_mode(model):
             for start in range(0, len(result), self.at_a_time):
                 rows = slice(start, start + self.at_a_time)
                 part = {name: batch[name][rows].to(device) for name in ("tokens", "mask")}
-                logs = answer_log_probabilities(model, part, self.plan.temperature).logs
-                result[rows][batch["mask"][rows]] = logs.cpu()
+                result[rows][batch["mask"][rows]] = work(part).float().cpu()
         return result
 
 

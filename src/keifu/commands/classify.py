@@ -207,7 +207,7 @@ def _some(labels: Sequence[str]) -> str:
 def _load(name: str) -> "TextClassifier":
     """What chooses; for any other kind of model a `UserError`."""
     from keifu.evaluation.classification.classifiers import text_classifier
-    from keifu.evaluation.images.retrieval import TwoTowers
+    from keifu.generation.text.model import TwoTowers
 
     model, tokenizer = checkpoints.load(name)
     if isinstance(model, TwoTowers):

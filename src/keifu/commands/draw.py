@@ -1,8 +1,7 @@
 """`keifu draw`: images from a diffusion model or DALL-E, by text or label, and an image reproduced from its record."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -14,6 +13,7 @@ from keifu.commands.shared.drawing import check_png, draw_images, load, output_p
 from keifu.commands.shared.drawing import select_loras as chosen_lora
 from keifu.errors import UserError, unknown
 from keifu.files import write_atomic
+from keifu.threads import on_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -227,7 +227,7 @@ def again(
     drawing = _find_model(record.drawing, places, path)
     record = replace(record, drawing=drawing, loras=output_paths(record.loras, loras))
     model = _same_model(named or record.model, record, path)
-    with _threads(record.threads):
+    with on_threads(record.threads):  # how a product is split decides its last digits
         pictures = draw_images(model, record)
     check_png(out)
     out = out or path.with_stem(f"{path.stem}-again")
@@ -278,19 +278,6 @@ def _same_model(name: str, record: "ImageRecord", path: Path) -> "ImagePipeline"
             f"{record.weights[:12]}. Was it trained on, or replaced? Name the right one before --again."
         )
     return model
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """As many threads as once: how a product is split decides its last digits."""
-    import torch
-
-    own = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(own)
 
 
 def _difference(before: Path, after: Path) -> str:

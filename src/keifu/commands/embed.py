@@ -78,7 +78,7 @@ def _check(options: Options) -> None:
 def _embed(model: Any, tokenizer: Any, texts: Sequence[str], options: Options) -> "Tensor":
     from keifu.data.progress import counting
     from keifu.evaluation.classification.embeddings import embed_rows
-    from keifu.evaluation.images.retrieval import TwoTowers
+    from keifu.generation.text.model import TwoTowers
 
     if isinstance(model, TwoTowers):
         return embed_inputs(model, tokenizer, texts, options.cut, options.batch_size)

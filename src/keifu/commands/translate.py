@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import tyro
 
 from keifu.commands.shared import flags
-from keifu.commands.shared.inputs import decode_utf8
+from keifu.commands.shared.inputs import at_terminal, decode_utf8
+from keifu.commands.shared.terminal import no_text
 from keifu.errors import UserError
 
 EXAMPLE = 'keifu translate MODEL "This is a pen."'
@@ -63,8 +64,8 @@ def lines_from(text: str | None, file: Path | None) -> list[str]:
         raise UserError(f"There are two texts, the argument and {file}: give one of them.")
     if text is not None:
         return text.split("\n")
-    if file is None and sys.stdin.isatty():
-        raise UserError(f"There is no text: write it behind the model ({EXAMPLE}), pipe it in, or name its --file.")
+    if file is None and at_terminal():
+        no_text(EXAMPLE)
     data = file.read_bytes() if file else sys.stdin.buffer.read()
     lines = data.removesuffix(b"\n").split(b"\n") if data else []
     return [decode_utf8(line, str(file or "standard input"), number) for number, line in enumerate(lines, 1)]

@@ -1,13 +1,9 @@
-"""Options, optimizer settings and run description that all fine-tuning recipes share."""
+"""Options and optimizer settings that all fine-tuning recipes share."""
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from keifu.recipes.language.common import attribution_of
 from keifu.recipes.options import Logging
-from keifu.training.protocols import Run
 from keifu.training.settings import Settings
 
 
@@ -55,32 +51,3 @@ def finetune_settings(recipe: FinetuneOptions, steps: int, **different: Any) -> 
         "seed": recipe.seed,
     }
     return Settings(**usual | recipe.logging() | different)
-
-
-def describe_run(
-    recipe: FinetuneOptions,
-    out: Path,
-    resume: bool,
-    *,
-    title: str,
-    paper: str,
-    unit: str,
-    options: Mapping[str, Any],
-    data: Mapping[str, Any],
-    watch: Callable[[Mapping[str, float]], Iterable[str]] | None = None,
-    **about: Any,
-) -> Run:
-    """The run for the training loop.
-
-    options: what decides the result beside the settings and `recipe.origin()`, compared on resuming. data: counts of
-    the examples, for the report. about: further lines of the report.
-    """
-    source = {"source": recipe.data, **data} | attribution_of(recipe.data)
-    return Run(
-        directory=out,
-        resume=resume,
-        options={**recipe.origin(), **options},
-        about={"title": title, "paper": paper, **about, "data": [source]},
-        unit=unit,
-        watch=watch,
-    )

@@ -1,6 +1,7 @@
 """`keifu.train`: the training loop for a model of one's own, with any module, loss and data."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.training.loop import Summary
 from keifu.training.loop import train as run_loop
-from keifu.training.protocols import Batch, Data, LossOutput, Objective, Run, Sample, Save
+from keifu.training.protocols import Batch, Data, LossOutput, Objective, Run, Sample
 from keifu.training.settings import Settings
 
 Loss = Callable[[nn.Module, Batch], Tensor | LossOutput]
@@ -56,14 +57,8 @@ def train(
         unit=unit,
     )
     batches = data if isinstance(data, Data) else OwnBatches(data, settings.batch_size, settings.seed)
-    return run_loop(model, _summed(objective), batches, settings, run, sample, _saver(model, tokenizer))
-
-
-def _saver(model: nn.Module, tokenizer: Tokenizer | None) -> Save:
-    def save(folder: Path) -> None:
-        checkpoints.save(model, tokenizer, folder)
-
-    return save
+    save = partial(checkpoints.save, model, tokenizer)
+    return run_loop(model, _summed(objective), batches, settings, run, sample, save)
 
 
 def _summed(objective: Loss) -> Objective:

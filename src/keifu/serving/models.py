@@ -14,10 +14,8 @@ from keifu.checkpoints.hub import locate
 from keifu.checkpoints.loading import load, planned
 from keifu.checkpoints.lora.peft import base_of, is_adapter
 from keifu.errors import UserError, unknown
-from keifu.evaluation.classification.embeddings import Encoder
-from keifu.evaluation.images.retrieval import TwoTowers
 from keifu.generation.images.pipeline import image_pipeline
-from keifu.generation.text.model import Model, OwnRunner, explain_not_causal
+from keifu.generation.text.model import Encoder, Model, OwnRunner, TwoTowers, explain_not_causal
 from keifu.generation.text.translation import is_translator
 from keifu.serving.errors import ApiError
 from keifu.serving.metrics import Metrics

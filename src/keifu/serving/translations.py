@@ -1,17 +1,14 @@
 """POST /v1/translations and /v1/tokenize: what an encoder-decoder makes of texts, and texts as tokens."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
 from starlette.responses import Response
-from torch import nn
 
 from keifu.generation.text.request import prompt_tokens
-from keifu.generation.text.translation import Translation, TranslationParams, join_sentences, translate_texts
+from keifu.generation.text.translation import TranslationParams, join_sentences, translate_texts
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import token_bytes, token_text
 from keifu.serving.openai.schemas import Body, Message, Texts
@@ -46,7 +43,8 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     async def translated(body: TranslationRequest) -> dict[str, Any]:
         models.find(body.model, "translation")
         settings = TranslationParams(body.beam, body.alpha, body.max_tokens)
-        found = await models.worker(body.model).call(partial(_translate, texts=body.texts, settings=settings))
+        worker = models.worker(body.model)
+        found = await worker.call(lambda model, tokenizer: translate_texts(model, tokenizer, body.texts, settings))
         texts = [join_sentences(part.text for part in parts) for parts in found]
         rows = enumerate(zip(texts, ([asdict(part) for part in parts] for parts in found), strict=True))
         data = [{"object": "translation", "index": n, "text": text, "sentences": each} for n, (text, each) in rows]
@@ -68,9 +66,3 @@ def routes(app: FastAPI, models: ServedModels) -> None:
             ids = tokenizer.render_chat([message.plain() for message in body.messages])
         entries = [{"text": token_text(tokenizer, each), "bytes": [*token_bytes(tokenizer, each)]} for each in ids]
         return json_response({"object": "tokens", "model": body.model, "ids": ids, "tokens": entries})
-
-
-def _translate(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], settings: TranslationParams
-) -> list[list[Translation]]:
-    return translate_texts(model, tokenizer, texts, settings)

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -75,24 +76,20 @@ class Worker:
     async def call(self, work: Callable[[nn.Module, Any], Result]) -> Result:
         """What `work` makes of the model and its tokenizer, in the model's thread."""
         self.check_room(1)
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Result] = loop.create_future()
+        future = Future[Result]()
 
         def command() -> None:
-            if future.cancelled():
-                return
-            try:
-                result = work(*self._loaded())
-            except Exception as error:
-                self._tell(loop, future, error)
-            else:
-                self._tell(loop, future, result)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work(*self._loaded()))
+                except Exception as error:
+                    future.set_exception(error)
 
         self.pending += 1
         try:
             self._commands.put(command)
             async with asyncio.timeout(self.limits.timeout):
-                return await future
+                return await asyncio.wrap_future(future)
         finally:
             self.pending -= 1
 
@@ -136,19 +133,6 @@ class Worker:
         """As `end`, and waits for it."""
         self.end()
         await asyncio.to_thread(self._thread.join)
-
-    @staticmethod
-    def _tell(loop: asyncio.AbstractEventLoop, future: asyncio.Future, outcome: Any) -> None:
-        def tell() -> None:
-            if future.done():
-                return
-            if isinstance(outcome, Exception):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
-
-        with suppress(RuntimeError):  # the loop has been closed
-            loop.call_soon_threadsafe(tell)
 
     # What follows runs in the model's thread.
 

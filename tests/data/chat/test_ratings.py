@@ -14,7 +14,7 @@ from keifu.data.chat.preferences import read_preferences
 from keifu.errors import UserError
 from keifu.recipes.assistant.common import SumPrompts
 from keifu.recipes.assistant.common import prompts as prompts_of
-from keifu.recipes.language.common import attribution_of
+from keifu.recipes.common import attribution_of
 
 
 def talk(question: str, said: str, *marks: int) -> dict:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keifu.commands.shared.terminal import no_text
 from keifu.errors import UserError
 
 
@@ -38,7 +39,7 @@ def at_terminal() -> bool:
 def text_from(file: Path | None, example: str) -> str:
     """The text of the file, or of standard input where there is none; at a terminal a `UserError` with an example."""
     if file is None and at_terminal():
-        raise UserError(f"There is no text: write it behind the model ({example}), pipe it in, or name its --file.")
+        no_text(example)
     return _of_file(file) if file else read_pipe()
 
 
@@ -88,8 +89,7 @@ def load_encoder(name: str, dtype: str | None = None) -> tuple[Any, Any]:
     """A model that reads in both directions, or a CLIP, and its tokenizer; for any other kind a `UserError`."""
     from keifu.checkpoints import load
     from keifu.checkpoints.loading import DTYPES
-    from keifu.evaluation.classification.embeddings import Encoder
-    from keifu.evaluation.images.retrieval import TwoTowers
+    from keifu.generation.text.model import Encoder, TwoTowers
 
     model, tokenizer = load(name, DTYPES[dtype] if dtype else None)
     if tokenizer is None or not isinstance(model, Encoder | TwoTowers):

@@ -235,6 +235,10 @@ class ImageDataset:
         taken = self.pixels[self.rows[places]]
         return torch.from_numpy(np.ascontiguousarray(taken.transpose(0, 3, 1, 2)))
 
+    def batches(self, size: int) -> Iterator[UInt8[Tensor, "picture channels height width"]]:
+        """The pixels of all pictures, so many pictures at a time."""
+        return (self.take(slice(first, first + size)) for first in range(0, len(self), size))
+
     def chosen(self, places: Iterable[int] | np.ndarray) -> "ImageDataset":
         """Some of the images, in the given order."""
         chosen = np.array(list(places), np.int64)

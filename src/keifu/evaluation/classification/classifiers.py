@@ -5,7 +5,7 @@ Axes: examples, answers = labels, or an example's own answers.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,28 +18,9 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import encode_texts, in_batches
 from keifu.evaluation.classification.metrics import Confusion, classifier, probabilities
-from keifu.generation.text.model import Model
+from keifu.generation.text.model import Model, TaskHeadModel
 
-
-@runtime_checkable
-class ClassifierFamily(Protocol):
-    """What a fine-tuned decoder offers; its `config` has `form`, `labels`, `context_length` and the special ids."""
-
-    config: Any
-    decoder: Any
-
-    def hidden(self, tokens: Tensor) -> Tensor: ...
-
-    def judge(self, hidden: Tensor, mask: Tensor) -> Tensor: ...
-
-    def classify(self, tokens: Tensor, mask: Tensor) -> Tensor: ...
-
-
-class ClassifierOutput(NamedTuple):
-    """Examples as token ids, and how many were truncated."""
-
-    rows: Sequence[Any]
-    cut: int
+Encoded = tuple[Sequence[Any], int]  # examples as token ids, and how many were truncated
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +35,7 @@ class TextClassifier:
     form: Form
     labels: tuple[str, ...]
     limit: int
-    read: Callable[[FormExamples, bool], ClassifierOutput]
+    read: Callable[[FormExamples, bool], Encoded]
     predict_proba: Callable[[Sequence[Any]], Float[Tensor, "examples answers"]]
 
     def choices(self, row: Example) -> tuple[str, ...]:
@@ -71,9 +52,9 @@ class TextClassifier:
 
 def text_classifier(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> TextClassifier:
     """A model as a classifier; any other is a `UserError` that says how to train one. `name` is for errors."""
-    if isinstance(model, ClassifierFamily) and model.config.form == "score":
+    if isinstance(model, TaskHeadModel) and model.config.form == "score":
         raise UserError(f"{name or 'This model'} gives a score and knows no labels: it says how good an answer is.")
-    if isinstance(model, ClassifierFamily):
+    if isinstance(model, TaskHeadModel):
         return _decoder(model, tokenizer)
     if isinstance(model, Model):
         who, option = (name, f" --model {name}") if name else (f"This {type(model).__name__}", "")
@@ -84,8 +65,8 @@ def text_classifier(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> T
     reader = classifier(model, name)
     limit = reader.config.context_length
 
-    def read(examples: FormExamples, cut: bool) -> ClassifierOutput:
-        return ClassifierOutput(*encode_texts(tokenizer, [row.texts[0] for row in examples.rows], limit, cut))
+    def read(examples: FormExamples, cut: bool) -> Encoded:
+        return encode_texts(tokenizer, [row.texts[0] for row in examples.rows], limit, cut)
 
     def predict_proba(rows: Sequence[Any]) -> Float[Tensor, "examples answers"]:
         return probabilities(model, rows, tokenizer.pad_id or 0)
@@ -97,8 +78,8 @@ def _decoder(model: Any, tokenizer: Tokenizer) -> TextClassifier:
     config, form = model.config, form_of(model.config.form)
     marks = delimiters_of(tokenizer, (config.start_id, config.delimiter_id, config.extract_id))
 
-    def read(examples: FormExamples, cut: bool) -> ClassifierOutput:
-        return ClassifierOutput(*encode_form(tokenizer, examples, marks, config.context_length, cut))
+    def read(examples: FormExamples, cut: bool) -> Encoded:
+        return encode_form(tokenizer, examples, marks, config.context_length, cut)
 
     def predict_proba(rows: Sequence[Any]) -> Float[Tensor, "examples answers"]:
         return class_probabilities(model, rows, tokenizer.pad_id or 0)

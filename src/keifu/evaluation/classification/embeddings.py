@@ -7,7 +7,7 @@ Axes: texts, batch = texts in one pass, length = tokens, dim; queries, among = t
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,25 +17,12 @@ from torch import Tensor, nn
 from keifu.data.batching import Rows, length_buckets, pad
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.model import evaluation_mode
+from keifu.generation.text.model import Encoder, Mask, Tokens, TwoTowers, evaluation_mode
 
 PASS_TOKENS = 4096  # in one pass: enough to fill a matrix product, few enough for a cache
-Tokens = Int[Tensor, "batch length"]
-Mask = Bool[Tensor, "batch length"] | None
 Work = Callable[[Any, Any], Float[Tensor, "batch dim"]]  # of tokens and mask
 Pack = Callable[[Any, int], tuple[Tensor, Tensor | None]]
 Advance = Callable[[int], object]
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """A bidirectional encoder such as BERT; its `config` has `context_length` and `labels`."""
-
-    config: Any
-
-    def encode(self, tokens: Tokens, segments: Tokens | None, mask: Mask) -> Tensor: ...
-
-    def classify(self, tokens: Tokens, segments: Tokens | None, mask: Mask) -> Tensor: ...
 
 
 def encoder(model: nn.Module) -> Encoder:
@@ -128,10 +115,13 @@ def embed(
 def embed_rows(
     model: nn.Module, rows: Rows, pad_id: int, batch_size: int = BATCH, advance: Advance | None = None
 ) -> Float[Tensor, "texts dim"]:
-    """The embeddings of texts given as ids with special tokens; `advance` is called with the number done."""
-    reader = encoder(model)
+    """The embeddings of texts given as ids with special tokens, of an encoder or a CLIP; `advance` is called with the
+    number done."""
+    reader = model if isinstance(model, TwoTowers) else encoder(model)
 
     def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch dim"]:
+        if isinstance(reader, TwoTowers):
+            return F.normalize(reader.encode_text(tokens).float(), dim=-1)
         return F.normalize(mean(reader.encode(tokens, None, mask), mask), dim=-1)
 
     return in_batches(model, work, rows, pad_id, batch_size, advance)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from keifu.data.batching import Rows
 from keifu.errors import UserError
-from keifu.evaluation.classification.embeddings import Encoder, Mask, Tokens, encoder, in_batches
-from keifu.evaluation.plots.decision_boundary import canvas, png
+from keifu.evaluation.classification.embeddings import encoder, in_batches
+from keifu.evaluation.plots.decision_boundary import aligned, canvas, png
+from keifu.evaluation.registry import ResultTable
+from keifu.generation.text.model import Encoder, Mask, Tokens
 
 
 def classifier(model: nn.Module, name: str = "") -> Encoder:
@@ -106,10 +108,12 @@ class Confusion:
     def page(self) -> str:
         """The verdict, and precision, recall and F1 of each label in columns of equal width."""
         columns, rows = self.by_label()
-        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-        lines = ([cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in (columns, *rows))
-        table = ["  ".join([cells[0].strip().ljust(widths[0]), *cells[1:]]) for cells in lines]
-        return "\n".join([self.verdict(), "", *table])
+        return f"{self.verdict()}\n\n{aligned([columns, *rows])}"
+
+    def result(self, what: str) -> ResultTable:
+        """Precision, recall and F1 of each label as a table of an evaluation; what: the name of what was judged."""
+        columns, rows = self.by_label()
+        return ResultTable(tuple(name.replace("texts", what) for name in columns), [tuple(row) for row in rows])
 
     def matrix(self) -> tuple[list[str], list[list[str]]]:
         """The counts as a table: its columns and its rows."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from keifu.data.classification.toy import NAMES, toy_dataset
 from keifu.errors import UserError
 from keifu.evaluation.classification.metrics import Confusion
-from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.evaluation.registry import EvalRequest, EvalResult
 
 ABOUT = "a network of neurons on rows of numbers with classes: accuracy"
 OPTIONS: set[str] = set()
@@ -61,9 +61,7 @@ def evaluate(model: nn.Module, tokenizer: None, request: EvalRequest) -> EvalRes
         )
     confusion = Confusion.of(targets, model.predict_proba(inputs).argmax(-1), data.classes)
     figures = {"accuracy": round(confusion.accuracy, 4), "rows": len(targets)}
-    columns, rows = confusion.by_label()
-    named = tuple(name.replace("texts", "rows") for name in columns)
-    return EvalResult(figures, tables={"by class": ResultTable(named, [tuple(row) for row in rows])})
+    return EvalResult(figures, tables={"by class": confusion.result("rows")})
 
 
 def row_of(model: RowClassifier, picture: Image.Image) -> Float[Tensor, "1 dim"]:

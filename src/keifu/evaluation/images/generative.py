@@ -7,8 +7,7 @@ Axes: picture, channels, height, width; batch, steps = T, `*shape` = of an image
 """
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.images import pixel_diffusion
 from keifu.generation.images.denoiser import Denoiser, Network, label_denoiser
 from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise
-from keifu.generation.images.samplers import ConfiguredSampler, configure_sampler
+from keifu.generation.images.samplers import ConfiguredSampler, configure_sampler, last_x
 from keifu.layers.counter_rng import normal
 from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise, add_noise, at, normal_kl, posterior
@@ -91,48 +90,10 @@ def prior_bits(noise: Noise, pictures: Float[Tensor, "batch *shape"]) -> Float[T
     return apart.flatten(1).mean(1) / math.log(2)
 
 
-def bits_per_dimension(
-    network: Callable[[Tensor | None], Network],
-    noise: Noise,
-    batches: Iterable[tuple[Tensor, Tensor | None]],
-    seed: int = 0,
-    advance: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """The bound's mean over pictures, under ""; the means of its parts, which add up to it; and its standard error.
-
-    `batches` are pictures from -1 to 1 and their labels, `network` the model's for labels. Parts: prior is the end of
-    the noising, steps (the paper's rate, with the prior) the way back to timestep 0, decoder (its distortion) what the
-    grey values then still need.
-    """
-    found, first = [], 0
-    for pictures, labels in batches:
-        seeds = draw_noise(seed, HELD_OUT, len(pictures), first).to(pictures.device)
-        found.append(bound(network(labels), noise, pictures, seeds, advance))
-        first += len(pictures)
-    total = torch.cat([each.total for each in found])
-    parts = {
-        "": total,
-        "prior": torch.cat([each.prior for each in found]),
-        "steps": torch.cat([each.steps[:, 1:].sum(1) for each in found]),
-        "decoder": torch.cat([each.steps[:, 0] for each in found]),
-    }
-    error = {"standard error": float(total.std() / math.sqrt(first))} if first > 1 else {}
-    return {name: float(value.mean()) for name, value in parts.items()} | error
-
-
 LEFT = 0.9, 0.5, 0.1  # ᾱ, the shares of a picture's variance that are left in the noise it is found again in
 STEPS = 50  # of the whole path, from pure noise
 COLUMNS = "picture left in the noise", "timestep", "PSNR of the noisy picture", "PSNR", "SSIM"
 Bytes = UInt8[Tensor, "picture channels height width"]
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """Images with noise of one level added, and their reconstructions, both as bytes."""
-
-    level: Level
-    noisy: Bytes
-    found: Bytes
 
 
 def reconstruct(
@@ -140,45 +101,62 @@ def reconstruct(
 ) -> tuple[dict[str, float | int | str], ResultTable]:
     """Mean PSNR in decibels and SSIM of images noised to each level of `LEFT` and denoised deterministically.
 
-    By DDIM (η = 0), along what is left from there of a path of so many steps. Figures are those of the middle level.
-    SSIM has no number for pictures smaller than its window.
+    By DDIM (η = 0), along what is left from there of a path of so many steps: from the noisiest level at which at least
+    that share of an image's variance is left. Figures are those of the middle level. SSIM has no number for pictures
+    smaller than its window.
     """
-    way, rows = configure_sampler(model.noise, "ddim", steps or min(STEPS, model.noise.steps)), []
+    chosen, rows = configure_sampler(model.noise, "ddim", steps or min(STEPS, model.noise.steps)), []
+    clean = pictures.take(slice(None))
     with counting("Finding pictures again", len(LEFT) * len(pictures), "pictures") as advance:
         for place, left in enumerate(LEFT):
-            parts: list[Reconstruction] = []
+            way = [step for step in chosen.schedule.steps if step.level.alpha**2 >= left] or chosen.schedule.steps[-1:]
+            level, pairs = way[0].level, []
             for first, given, label in _batches(model, pictures, batch_size):
-                parts.append(
-                    reconstruct_again(model, way, given, label, left, draw_noise(seed, HELD_OUT, len(given), first))
-                )
+                seeds = draw_noise(seed, HELD_OUT, len(given), first)
+                pairs.append(_reconstruct(model, chosen, Schedule(tuple(way)), given, label, seeds))
                 advance(place * len(pictures) + first + len(given))
-            rows.append(_row(pictures.take(slice(None)), parts))
+            noisy, found = (torch.cat(each) for each in zip(*pairs, strict=True))
+            alike = _mean(ssim(clean, found), 4) if min(clean.shape[2:]) >= WINDOW else None
+            before, after = _mean(psnr(clean, noisy)), _mean(psnr(clean, found))
+            rows.append((round(level.alpha**2, 3), int(level.timestep), before, after, alike))
     figures = dict(zip(COLUMNS[2:], rows[1][2:], strict=True))
     return {name: value for name, value in figures.items() if value is not None}, ResultTable(COLUMNS, rows)
 
 
 @torch.inference_mode()
-def reconstruct_again(
-    model: ImageModel, way: ConfiguredSampler, pictures: Bytes, label: Tensor | None, left: float, seeds: Tensor
-) -> Reconstruction:
-    """Pictures with noise of these seeds, at the noisiest level of the path where at least the share `left` of their
-    variance is left, and what the path leads to from there."""
-    steps = [step for step in way.schedule.steps if step.level.alpha**2 >= left] or [*way.schedule.steps[-1:]]
-    level, clean = steps[0].level, to_signed(pictures)
+def _reconstruct(
+    model: ImageModel, chosen: ConfiguredSampler, way: Schedule, pictures: Bytes, label: Tensor | None, seeds: Tensor
+) -> tuple[Bytes, Bytes]:
+    """Pictures with noise of these seeds, at the level where a path begins, and what the path leads to from there."""
+    level, clean = way.steps[0].level, to_signed(pictures)
     x = level.alpha * clean + level.sigma * normal(seeds.to(clean.device), clean.shape[1:])
-    walk = way.run(way.denoiser(label_denoiser(model, label)), x, Schedule(tuple(steps)), SeededNoise(seeds.tolist()))
-    return Reconstruction(level, to_bytes(x).cpu(), to_bytes(deque(walk, maxlen=1)[0].x).cpu())
+    walk = chosen.run(chosen.denoiser(label_denoiser(model, label)), x, way, SeededNoise(seeds.tolist()))
+    return to_bytes(x).cpu(), to_bytes(last_x(walk)).cpu()
 
 
 def bits(model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int) -> dict[str, float | int | str]:
-    """The variational bound in bits per number of a picture, its three parts, and the standard error of its mean."""
-    batches = [(to_signed(given), label) for _, given, label in _batches(model, pictures, batch_size)]
-    with counting("Counting bits", model.noise.steps * len(batches), "steps") as advance:
-        reached = iter(range(1, 1 + model.noise.steps * len(batches)))
-        found = bits_per_dimension(
-            lambda label: label_denoiser(model, label), model.noise, batches, seed, lambda: advance(next(reached))
-        )
-    return {f"bits/dim{', ' * bool(part)}{part}": round(value, 4) for part, value in found.items()}
+    """The variational bound in bits per number of a picture, its three parts, and the standard error of its mean.
+
+    prior: the end of the noising. steps (the paper's rate, with the prior): the way back to timestep 0. decoder (its
+    distortion): what the grey values then still need.
+    """
+    found, all_steps = [], model.noise.steps * -(-len(pictures) // batch_size)
+    with counting("Counting bits", all_steps, "steps") as advance:
+        reached = iter(range(1, 1 + all_steps))
+        for first, given, label in _batches(model, pictures, batch_size):
+            seeds = draw_noise(seed, HELD_OUT, len(given), first).to(given.device)
+            network = label_denoiser(model, label)
+            found.append(bound(network, model.noise, to_signed(given), seeds, lambda: advance(next(reached))))
+    total = torch.cat([each.total for each in found])
+    parts = {
+        "": total,
+        "prior": torch.cat([each.prior for each in found]),
+        "steps": torch.cat([each.steps[:, 1:].sum(1) for each in found]),
+        "decoder": torch.cat([each.steps[:, 0] for each in found]),
+    }
+    error = {"standard error": float(total.std() / math.sqrt(len(total)))} if len(total) > 1 else {}
+    means = {name: float(value.mean()) for name, value in parts.items()} | error
+    return {f"bits/dim{', ' * bool(part)}{part}": round(value, 4) for part, value in means.items()}
 
 
 def condition_labels(model: ImageModel, pictures: ImageDataset) -> Tensor | None:
@@ -204,14 +182,6 @@ def _batches(model: ImageModel, pictures: ImageDataset, size: int) -> Iterator[t
     for first in range(0, len(pictures), size):
         part = slice(first, first + size)
         yield first, pictures.take(part).to(device), None if labels is None else labels[part].to(device)
-
-
-def _row(given: Bytes, parts: list[Reconstruction]) -> tuple[float, int, float, float, float | None]:
-    """A level's cells."""
-    level, found = parts[0].level, torch.cat([part.found for part in parts])
-    large = min(given.shape[2:]) >= WINDOW
-    before, after = (_mean(psnr(given, each)) for each in (torch.cat([part.noisy for part in parts]), found))
-    return round(level.alpha**2, 3), int(level.timestep), before, after, _mean(ssim(given, found), 4) if large else None
 
 
 def _mean(values: Tensor, digits: int = 2) -> float:
@@ -294,13 +264,11 @@ def class_agreement(model: nn.Module, drawer: ImageModel, request: EvalRequest) 
     found = judge.predict_proba(drawn.flatten(1) / 255).argmax(-1).tolist()
     seen = torch.tensor([classes.index(judge.classes[each]) for each in found])
     confusion = Confusion.of(torch.arange(count) % len(classes), seen, classes)
-    columns, rows = confusion.by_label()
     how = f"{wanted.sampler} in {wanted.steps} steps, guidance {guidance:g}, seeds {request.seed} and on"
-    table = ResultTable(tuple(name.replace("texts", "pictures") for name in columns), [tuple(row) for row in rows])
     return EvalResult(
         {"asked class seen": round(confusion.accuracy, 4), "pictures": count},
         (f"{count:,} pictures by {how}.",),
-        {"by class": table},
+        {"by class": confusion.result("pictures")},
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,31 +15,17 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from keifu.data.batching import Rows
 from keifu.data.images import sources
 from keifu.data.images.dataset import ImageDataset, read_images, split
 from keifu.data.images.preprocessing import Preprocessing
 from keifu.data.images.sources import in_catalogue
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.classification.embeddings import Advance, Mask, Tokens, encode_texts, in_batches
+from keifu.evaluation.classification.embeddings import Advance, embed_rows, encode_texts
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
-from keifu.generation.text.model import evaluation_mode
+from keifu.generation.text.model import TwoTowers, evaluation_mode
 
 BATCH = 64  # pictures in a pass
-
-
-@runtime_checkable
-class TwoTowers(Protocol):
-    """A model with an image tower and a text tower, such as CLIP. Its `config` has `pixels`, what a picture
-    becomes before its tower sees it, and `context_length`; similarities are multiplied by exp(logit_scale)."""
-
-    config: Any
-    logit_scale: Any
-
-    def encode_image(self, pixels: Tensor) -> Tensor: ...
-
-    def encode_text(self, tokens: Tokens, mask: Mask = None) -> Tensor: ...
 
 
 def two_towers(model: nn.Module) -> TwoTowers:
@@ -66,18 +52,6 @@ def embed_texts(
 def padding(tokenizer: Tokenizer) -> int:
     """What fills a text up after its end: no token sees what comes after it, so any id that is no higher does."""
     return next(each for each in (tokenizer.pad_id, tokenizer.eos_id, 0) if each is not None)
-
-
-def embed_rows(
-    model: nn.Module, rows: Rows, pad_id: int, batch_size: int = 256, advance: Advance | None = None
-) -> Float[Tensor, "texts embedding"]:
-    """The embeddings of texts given as ids with start and end; `advance` is called with the number done."""
-    towers = two_towers(model)
-
-    def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch dim"]:
-        return F.normalize(towers.encode_text(tokens).float(), dim=-1)
-
-    return in_batches(model, work, rows, pad_id, batch_size, advance)
 
 
 def embed_pictures(

@@ -1,1 +1,1 @@
-"""Plots for people: attention maps, decision boundaries, HTML pages."""
+"""Plots for people: decision boundaries."""

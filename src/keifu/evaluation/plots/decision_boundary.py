@@ -149,6 +149,13 @@ def png(figure: "Figure") -> bytes:
     return reduced.getvalue()
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text in columns, the first to the left and the others to the right."""
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([name.ljust(first), *map(str.rjust, cells, others)] for name, *cells in rows)
+    return "\n".join(map("  ".join, lines))
+
+
 Curve = list[tuple[int, float]]  # a figure at each of some steps
 DASHES = ("-", "--", ":")
 
@@ -178,10 +185,7 @@ def table(results: Sequence[Result]) -> str:
     """Held-out accuracy of every pair, one row an activation, one column a loss."""
     activations, losses = names(results)
     found = {(r.activation, r.loss): f"{r.accuracy:.1%}" for r in results}
-    rows = [["held-out accuracy", *losses], *([a, *(found[a, loss] for loss in losses)] for a in activations)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row))
-                     for row in rows)  # fmt: skip
+    return aligned([["held-out accuracy", *losses], *([a, *(found[a, loss] for loss in losses)] for a in activations)])
 
 
 def curves(results: Sequence[Result]) -> bytes:

@@ -17,8 +17,7 @@ from keifu.data.text.sentence_shards import prepare_sentences
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.evaluation.registry import EvalRequest, EvalResult
 from keifu.evaluation.text.perplexity import accepts, names
-from keifu.generation.text.fill import WordFiller
-from keifu.generation.text.model import device_of, evaluation_mode
+from keifu.generation.text.model import Encoder, device_of, evaluation_mode
 from keifu.generation.text.translation import sentences
 from keifu.training.objectives.language_modeling import masked_language_modeling
 
@@ -30,7 +29,7 @@ ROWS = 1024
 
 def takes(model: nn.Module) -> bool:
     """Whether it fills in masked words."""
-    return isinstance(model, WordFiller) and model.config.words
+    return isinstance(model, Encoder) and model.config.words
 
 
 @torch.inference_mode()

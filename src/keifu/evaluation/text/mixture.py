@@ -13,15 +13,14 @@ from keifu.data.text.token_shards import Shards
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
-from keifu.generation.text.model import Model, causal, evaluation_mode
-from keifu.layers.losses import cross_entropy
+from keifu.generation.text.model import Model, causal, device_of, evaluation_mode
+from keifu.training.objectives.language_modeling import span_corruption as span_corruption_loss
 
 ABOUT = "a language model on a mixture of texts: bits per byte of each"
 names, accepts = MIXTURES.keys, is_mixture
 OPTIONS = {"batch_size"}
 BATCH_SIZE = 8
 WINDOWS = 64  # of each source
-CHUNK = 1024  # tokens whose logits exist at the same time
 LONGEST = 1024  # tokens of a window, of models that take more
 
 
@@ -76,6 +75,7 @@ def tasks_for(tokenizer: Tokenizer, context: int) -> dict[str, span_corruption.C
     return {"loss": span_corruption.CausalBatches(context, begin), "infilling": hidden}
 
 
+@torch.inference_mode()
 def losses(
     model: nn.Module,
     shards: Shards,
@@ -86,28 +86,18 @@ def losses(
 ) -> dict[str, MixtureLosses]:
     """The loss of each task on at most so many held-out windows of `context` tokens."""
     windows = held_out(shards, context, rows)
-    device, found = next(model.parameters()).device, {}
+    device, found = device_of(model), {}
     for name, task in tasks.items():
         total, count = 0.0, 0
         for batch in batches(task, windows[:, : task.width], batch_size):
-            tokens = batch["tokens"].to(device)
-            wanted = batch["mask"][:, 1:].to(device) if "mask" in batch else torch.ones_like(tokens[:, 1:]).bool()
-            total += _nats(model, tokens, wanted)
-            count += int(wanted.sum())
+            with evaluation_mode(model):
+                output = span_corruption_loss(model, {name: each.to(device) for name, each in batch.items()})
+            total += float(output.total)
+            count += int(output.weight)
         if not count:
             raise UserError(f"{shards.index['source']} has no held-out token to predict: give more text.")
         found[name] = MixtureLosses(total / count, count)
     return found
-
-
-@torch.inference_mode()
-def _nats(model: nn.Module, tokens: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The sum of -ln P of the wanted ones of all tokens but the first; a row's last token is only predicted, so that
-    rows may have one more than the context."""
-    with evaluation_mode(model):
-        hidden = causal(model).hidden(tokens[:, :-1], None, None)[wanted]
-    parts = zip(hidden.split(CHUNK), tokens[:, 1:][wanted].split(CHUNK), strict=True)
-    return sum(float(cross_entropy(causal(model).logits(states), targets)) for states, targets in parts)
 
 
 def _row(name: str, weight: float, shards: Shards, found: dict[str, MixtureLosses]) -> tuple:

@@ -104,17 +104,15 @@ def guide(conditional: Sample, unconditional: Sample, guidance: float, rescale: 
     return moved * (rescale * ratio + (1 - rescale))
 
 
-def guided_denoiser(
-    conditional: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], noise: Noise, guidance: float, rescale: float = 0.0
-) -> Network:
+def guided_denoiser(both: Network, noise: Noise, guidance: float, rescale: float = 0.0) -> Network:
     """A network with classifier-free guidance.
 
-    `conditional` gives both outputs for x at a timestep, with and without the condition. A predicted variance is that
-    with the condition.
+    `both` is given every row of x twice: its first half is with the condition, the other without. A predicted variance
+    is that with the condition.
     """
 
     def network(x: Tensor, timestep: Tensor) -> Tensor:
-        given, without = conditional(x, timestep)
+        given, without = both(torch.cat([x, x]), torch.cat([timestep, timestep])).chunk(2)
         if noise.variance != "learned_range":
             return guide(given, without, guidance, rescale)
         (given, share), (without, _) = given.chunk(2, 1), without.chunk(2, 1)
@@ -129,13 +127,8 @@ def label_denoiser(
     """The network of a model for these labels; with guidance, both predictions are made in one batch."""
     if label is None or guidance == 1:
         return lambda x, timestep: model(x, timestep, label)
-    both = torch.cat([label, torch.full_like(label, model.config.n_classes)])
-
-    def conditional(x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        given, without = model(torch.cat([x, x]), torch.cat([timestep, timestep]), both).chunk(2)
-        return given, without
-
-    return guided_denoiser(conditional, model.noise, guidance, rescale)
+    labels = torch.cat([label, torch.full_like(label, model.config.n_classes)])
+    return guided_denoiser(lambda x, timestep: model(x, timestep, labels), model.noise, guidance, rescale)
 
 
 def standard_deviation(level: Level, next_level: Level) -> float:

@@ -42,19 +42,14 @@ def text_denoiser(
     input channels of each row, after those of x.
     """
 
-    def seen(x: Tensor) -> Tensor:
-        return x if beside is None else torch.cat([x, beside], 1)
+    alone = guidance == 1 or without is None
+    texts = _project(model, given if without is None or alone else torch.cat([given, without]))
+    more = beside if beside is None or alone else torch.cat([beside, beside])
 
-    if guidance == 1 or without is None:
-        alone = _project(model, given)
-        return lambda x, timestep: model(seen(x), timestep, alone)
-    both = _project(model, torch.cat([given, without]))
+    def network(x: Tensor, timestep: Tensor) -> Tensor:
+        return model(x if more is None else torch.cat([x, more], 1), timestep, texts)
 
-    def conditional(x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        towards, away = model(seen(x).repeat(2, 1, 1, 1), timestep.repeat(2), both).chunk(2)
-        return towards, away
-
-    return guided_denoiser(conditional, model.noise, guidance, rescale)
+    return network if alone else guided_denoiser(network, model.noise, guidance, rescale)
 
 
 def _project(model: Any, tokens: Tokens) -> Any:

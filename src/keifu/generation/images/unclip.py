@@ -135,16 +135,10 @@ class UnclipPipeline(TextToImagePipeline):
         guided, count = wanted.prior_guidance != 1, len(texts)
         caption = self._both(texts, wanted) if guided else self._caption(texts, wanted.truncate)
         noise, chosen = self.model.config.prior_noise, self._prior_sampler(wanted)
-
-        def conditional(x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-            towards, away = self.model.imagine(x.repeat(2, 1), timestep.repeat(2), caption).chunk(2)
-            return towards, away
-
         network: Network = lambda x, timestep: self.model.imagine(x, timestep, caption)  # noqa: E731
         if guided:
-            network = guided_denoiser(
-                conditional, noise, 1.0 if wanted.prior_guidance is None else wanted.prior_guidance
-            )
+            guidance = 1.0 if wanted.prior_guidance is None else wanted.prior_guidance
+            network = guided_denoiser(network, noise, guidance)
         empty = torch.empty(count, self.model.config.embedding_dim, device=caption.embedding.device)
         found = []
         for _ in range(wanted.candidates):
@@ -209,12 +203,8 @@ class UnclipPipeline(TextToImagePipeline):
             alone = self.model.tell(image, self._caption(texts, wanted.truncate))
             return lambda x, timestep: self.model(x, timestep, alone)
         both = self.model.tell(torch.cat([image, self.model.nothing(len(image)).to(image)]), self._both(texts, wanted))
-
-        def conditional(x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-            towards, away = self.model(x.repeat(2, 1, 1, 1), timestep.repeat(2), both).chunk(2)
-            return towards, away
-
-        return guided_denoiser(conditional, self.noise, wanted.guidance, wanted.guidance_rescale)
+        guided = wanted.guidance, wanted.guidance_rescale
+        return guided_denoiser(lambda x, timestep: self.model(x, timestep, both), self.noise, *guided)
 
     @torch.no_grad()
     def upsample(

@@ -10,7 +10,7 @@ finished texts kept of each source, new = texts offered in a step.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from keifu.data.batching import pad
 from keifu.errors import UserError
+from keifu.generation.text.model import Translator
 
 
 @dataclass(frozen=True)
@@ -89,24 +90,6 @@ class BeamState(Protocol):
     """What an encoder-decoder knows of its sources and of the targets so far."""
 
     def select(self, rows: Int[Tensor, " kept"]) -> None: ...
-
-
-@runtime_checkable
-class Translator(Protocol):
-    """What an encoder-decoder offers; its `config` has vocab_size, context_length, start_id, end_id and pad_id."""
-
-    config: Any
-
-    def start(
-        self,
-        source: Int[Tensor, "batch length"],
-        source_mask: Bool[Tensor, "batch length"] | None,
-        capacity: int | None,
-    ) -> Any: ...
-
-    def hidden(self, target: Int[Tensor, "batch length"], state: Any) -> Tensor: ...
-
-    def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]: ...
 
 
 class EncoderDecoderBeamModel:

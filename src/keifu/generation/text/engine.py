@@ -4,10 +4,10 @@ A step reads a chunk of new prompts and writes a token of every running text (co
 2022). A request's tokens and log-probabilities depend on its prompt, settings and seed alone, not on who else is there.
 """
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -22,6 +22,7 @@ from keifu.generation.text.runner import Runner, Span, TorchRunner, runner_of
 from keifu.generation.text.sampler import Sampler
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.generation.text.scheduler import Part, Scheduler, Sequence
+from keifu.threads import on_threads
 
 GREEDY = SamplingParams(temperature=0, seed=0)
 
@@ -46,7 +47,8 @@ class Engine:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.runner = runner_of(model) if runner is None else runner
-        self._threads = nullcontext if isinstance(self.runner, TorchRunner) else _one_thread
+        # PyTorch's other threads would wait in a loop on the cores where native code computes the next step
+        self._threads = nullcontext if isinstance(self.runner, TorchRunner) else partial(on_threads, 1)
         blocks = BlockManager(self.runner.n_blocks, self.runner.block_size)
         self.scheduler = Scheduler(blocks, max_running, step_tokens, self.runner.window)
         self.guesses = min(guesses, self.scheduler.step_tokens // max_running - 1)
@@ -152,17 +154,6 @@ class Engine:
             if piece.finish_reason:
                 self.abort(piece.index)
         return pieces
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """PyTorch on one thread: its others would wait in a loop on the cores where native code computes the next step."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
 
 
 def _span(part: Part) -> Span:

@@ -5,29 +5,17 @@ Axes: place = tokens of the text, vocab.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from keifu.data.text.span_corruption import EXTREME, REGULAR, SEQUENTIAL, Markers
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
 from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.model import evaluation_mode
+from keifu.generation.text.model import Encoder, evaluation_mode
 from keifu.generation.text.sampling_params import SamplingParams
-
-
-@runtime_checkable
-class WordFiller(Protocol):
-    """What a model that fills in words offers; its `config` has `context_length`."""
-
-    config: Any
-
-    def encode(self, tokens: Tensor, segments: Tensor | None, mask: Tensor | None) -> Tensor: ...
-
-    def words(self, hidden: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +34,7 @@ def fill(model: nn.Module, tokenizer: Tokenizer, text: str, count: int = 5) -> l
     The mark is whatever the tokenizer calls its mask token. A text without one, a text that is too long, and a model
     that fills in nothing are `UserError`s.
     """
-    if not isinstance(model, WordFiller):
+    if not isinstance(model, Encoder):
         raise UserError(f"A {type(model).__name__} fills in no words: load a model such as BERT.")
     ids, places = _mark_blanks(tokenizer, text)
     room = model.config.context_length

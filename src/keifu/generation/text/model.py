@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
@@ -21,6 +21,7 @@ PREFILL_TOKENS = 4096  # of all rows together in one pass: enough to fill a matr
 
 Tokens = Int[Tensor, "batch length"]
 Padding = Int[Tensor, " batch"] | None
+Mask = Bool[Tensor, "batch length"] | None
 
 
 @runtime_checkable
@@ -55,37 +56,70 @@ class OwnRunner(Protocol):
 
 
 @runtime_checkable
-class BidirectionalEncoder(Protocol):
-    """Interface of an encoder such as BERT, whose attention is bidirectional: it cannot continue a text."""
+class Encoder(Protocol):
+    """Interface of an encoder such as BERT, whose attention is bidirectional: it cannot continue a text, but fills in
+    words and chooses labels. Its `config` has `context_length`, `labels` and `words`."""
 
-    def encode(self, tokens: Tokens, segments: Tokens | None, mask: Tensor | None) -> Tensor: ...
+    config: Any
 
-    def pool(self, hidden: Tensor) -> Tensor: ...
+    def encode(self, tokens: Tokens, segments: Tokens | None, mask: Mask) -> Tensor: ...
+
+    def classify(self, tokens: Tokens, segments: Tokens | None, mask: Mask) -> Tensor: ...
+
+    def words(self, hidden: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
-class EncoderDecoderModel(Protocol):
-    """Interface of an encoder-decoder, which encodes a source before it writes a target."""
+class TwoTowers(Protocol):
+    """Interface of a model with an image tower and a text tower, such as CLIP. Its `config` has `pixels`, what an image
+    becomes before its tower sees it, and `context_length`; similarities are multiplied by exp(logit_scale)."""
 
-    def start(self, source: Tokens, source_mask: Tensor | None, capacity: int | None) -> Any: ...
+    config: Any
+    logit_scale: Any
+
+    def encode_image(self, pixels: Tensor) -> Tensor: ...
+
+    def encode_text(self, tokens: Tokens, mask: Mask = None) -> Tensor: ...
+
+
+@runtime_checkable
+class Translator(Protocol):
+    """Interface of an encoder-decoder, which encodes a source before it writes a target; its `config` has vocab_size,
+    context_length, start_id, end_id and pad_id."""
+
+    config: Any
+
+    def start(self, source: Tokens, source_mask: Mask, capacity: int | None) -> Any: ...
+
+    def hidden(self, target: Tokens, state: Any) -> Tensor: ...
+
+    def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]: ...
 
 
 @runtime_checkable
 class TaskHeadModel(Protocol):
-    """Interface of a model fine-tuned to choose a label or an answer."""
+    """Interface of a decoder fine-tuned to choose a label or an answer; its `config` has `form`, `labels`,
+    `context_length` and the special ids."""
+
+    config: Any
+    decoder: Any
+
+    def hidden(self, tokens: Tensor) -> Tensor: ...
 
     def judge(self, hidden: Tensor, mask: Tensor) -> Tensor: ...
+
+    def classify(self, tokens: Tensor, mask: Tensor) -> Tensor: ...
 
 
 def explain_not_causal(model: nn.Module) -> str:
     """Why a model cannot generate text, and what it can do instead, as the end of an error message."""
     name = type(model).__name__
-    if isinstance(model, BidirectionalEncoder):
+    if isinstance(model, Encoder):
         return (
             f"a {name} reads both sides of a text and cannot go on with one; it can embed texts (keifu embed), "
             "classify them (keifu classify) or fill in [MASK] (keifu.generation.text.fill.fill); smollm2 can write."
         )
-    if isinstance(model, EncoderDecoderModel):
+    if isinstance(model, Translator):
         return "as an encoder-decoder, it turns one text into another and does not go on with it: use keifu translate."
     if isinstance(model, TaskHeadModel):
         return "it was fine-tuned to choose a label or an answer: use keifu classify."

@@ -19,11 +19,10 @@ from keifu.generation.text.beam_search import (
     EncoderDecoderBeamModel,
     Hypothesis,
     Search,
-    Translator,
     beam_search,
     paper_penalty,
 )
-from keifu.generation.text.model import BidirectionalEncoder, Model, device_of, evaluation_mode
+from keifu.generation.text.model import Encoder, Model, Translator, device_of, evaluation_mode
 from keifu.native.model import native_form
 from keifu.native.targets import NativeTargets, pack_translator
 from keifu.ranges import check
@@ -164,7 +163,7 @@ def explain_not_translator(model: nn.Module) -> str:
     name = type(model).__name__
     if isinstance(model, Translator):
         return f"this {name} has no tokenizer, so it cannot read a text."
-    if isinstance(model, BidirectionalEncoder):
+    if isinstance(model, Encoder):
         return f"a {name} can embed texts (keifu embed) or classify them (keifu classify)."
     if isinstance(model, Model):
         return f"a {name} can continue a text (keifu generate)."

@@ -37,7 +37,8 @@ from keifu.generation.text.model import causal
 from keifu.layers.lora import adapters, merge
 from keifu.processes import current
 from keifu.ranges import check
-from keifu.recipes.finetuning import FinetuneOptions, describe_run, finetune_settings
+from keifu.recipes.common import describe_run
+from keifu.recipes.finetuning import FinetuneOptions, finetune_settings
 from keifu.recipes.options import given
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Objective, Sample, Save
@@ -108,11 +109,15 @@ def epoch_settings(recipe: Any, data: Any, rates: tuple[float, float], **differe
 
 def finetune(
     recipe: AssistantOptions, task: FinetuneTask, objective: Objective, settings: Settings, out: Path, resume: bool,
-    sample: Sample | None = None, save: Save | None = None, **report: Any,
+    sample: Sample | None = None, save: Save | None = None, *, options: Mapping[str, Any], data: Mapping[str, Any],
+    **report: Any,
 ) -> Summary:  # fmt: skip
-    """Trains the task's model into a run folder, which then holds the result: a whole model, or its adapters. report:
-    what the run is described by (see `describe_run`)."""
-    run = describe_run(recipe, out, resume, **report)
+    """Trains the task's model into a run folder, which then holds the result: a whole model, or its adapters.
+
+    options: what decides the result beside the settings and `recipe.origin()`. data: counts of the examples. report:
+    what else the run is described by (see `describe_run`)."""
+    own = {"options": {**recipe.origin(), **options}, "data": {"source": recipe.data, **data}}
+    run = describe_run(out, resume, **own, **report)
 
     def save_task(directory: Path) -> None:
         save_result(task.result, task.tokenizer, directory, recipe.model)

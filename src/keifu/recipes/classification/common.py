@@ -9,7 +9,8 @@ from keifu import checkpoints
 from keifu.data.classification.batches import LabelledBatches
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.files import write_atomic
-from keifu.recipes.finetuning import FinetuneOptions, describe_run, finetune_settings
+from keifu.recipes.common import describe_run
+from keifu.recipes.finetuning import FinetuneOptions, finetune_settings
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Objective
 
@@ -53,7 +54,10 @@ def train_classifier(
     )  # fmt: skip
     counts = {"learned from": len(task.training), "held out": len(task.held), "cut": task.cut}
     deciding = {"model": asdict(task.model.config), "cut": recipe.cut, **options}
-    report = {"title": title, "paper": paper, "unit": unit, "options": deciding, "data": {**counts, **data}}
+    run = describe_run(
+        out, resume, title=title, paper=paper, unit=unit, options={**recipe.origin(), **deciding},
+        data={"source": recipe.data, **counts, **data},
+    )  # fmt: skip
 
     def sample(step: int) -> str:
         found = confusion(task)
@@ -61,7 +65,6 @@ def train_classifier(
         return found.page()
 
     return train(
-        task.model, objective, rows, settings, describe_run(recipe, out, resume, **report),
-        sample=sample if len(task.held) else None,
+        task.model, objective, rows, settings, run, sample=sample if len(task.held) else None,
         save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory), largest=rows.largest(),
     )  # fmt: skip

@@ -23,9 +23,9 @@ from keifu.data.classification.batches import FormBatches, encode_form
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError
-from keifu.evaluation.classification.classifiers import ClassifierFamily, text_classifier
+from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.evaluation.classification.metrics import Confusion
-from keifu.generation.text.model import causal
+from keifu.generation.text.model import TaskHeadModel, causal
 from keifu.models import task_head
 from keifu.ranges import check
 from keifu.recipes.classification.common import TableOptions, train_classifier
@@ -128,9 +128,8 @@ def start_model(recipe: Recipe, labels: tuple[str, ...]) -> tuple[task_head.Mode
     Of a decoder that was fine-tuned before, the head is left behind.
     """
     loaded, tokenizer = checkpoints.load(recipe.model, torch.float32)
-    decoder: Any = deepcopy(
-        loaded.decoder if isinstance(loaded, ClassifierFamily) else causal(loaded)
-    )  # out of the file's map
+    # a copy lies outside of the file's map
+    decoder: Any = deepcopy(loaded.decoder if isinstance(loaded, TaskHeadModel) else causal(loaded))
     marked, ids = input_formats.add_delimiters(tokenizer)
     fresh = [number for number in ids if number >= tokenizer.vocab_size]
     task_head.grow_vocabulary(decoder, marked.vocab_size, fresh)

@@ -11,6 +11,7 @@ Expected: see docs/results.md, "CLIP on emoji and their names".
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,10 +33,9 @@ from keifu.evaluation.images import retrieval
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
-from keifu.recipes.language.common import attribution_of
+from keifu.recipes.common import describe_run
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.contrastive import contrastive_loss
-from keifu.training.protocols import Run
 from keifu.training.settings import Settings
 
 LEARNED = "learned"
@@ -153,7 +153,7 @@ def retrieval_figures(
     task: Task, pictures: ImageDataset, languages: Sequence[str]
 ) -> dict[str, tuple[retrieval.Recall, retrieval.Recall]]:
     """How well captions of these pictures are found by them, and they by captions, by language."""
-    points = retrieval.embed_bytes(task.model, (pictures.take(slice(n, n + 64)) for n in range(0, len(pictures), 64)))
+    points = retrieval.embed_bytes(task.model, pictures.batches(64))
     texts = {
         code: retrieval.embed_texts(task.model, task.tokenizer, pictures.texts(code), cut=True) for code in languages
     }
@@ -175,13 +175,12 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     task = prepare(recipe)
     print(task.parts.train.source, "-", task.parts.sentence(), flush=True)
     options = {name: value for name, value in asdict(recipe).items() if name != "training"}
-    facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint} | attribution_of(recipe.data)
-    about: dict[str, Any] = {"title": "clip", "data": [facts]}
-    about |= {"languages": list(recipe.languages)} if len(recipe.languages) == 2 else {}  # for keifu evaluate
-    about |= {"parameters": sum(p.numel() for p in task.model.parameters())}
+    facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint}
+    pair = len(recipe.languages) == 2  # which keifu evaluate then knows
+    both: dict[str, Any] = {"languages": list(recipe.languages)} if pair else {}
+    run = describe_run(out, resume, title="clip", model=task.model, data=facts, options=options, unit="pairs", **both)
     sample = (lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None
     return train(
         task.model, contrastive_loss(retrieval.preprocessing(task.model).normalised), task.data, recipe.training,
-        Run(out, resume, options=options, about=about, unit="pairs"), sample=sample,
-        save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory),
+        run, sample, partial(checkpoints.save, task.model, task.tokenizer),
     )  # fmt: skip

@@ -7,8 +7,9 @@ stopped is resumed, so that the whole run resumes bit for bit. One report shows 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -24,8 +25,7 @@ from keifu.files import write_atomic
 from keifu.generation.images.pipeline import TextToImagePipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.ranges import check
-from keifu.recipes.budget import Budget, is_resuming, minutes_of, steps_for
-from keifu.recipes.language.common import attribution_of
+from keifu.recipes.common import Budget, describe_run, is_resuming
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.diffusion import NoisedBatches
@@ -91,8 +91,8 @@ class TextToImageOptions(Logging):
 
     @property
     def budget(self) -> Budget:
-        """Steps, or else minutes, of the model itself (see `steps_for`)."""
-        return self.steps, self.minutes
+        """That of the model itself."""
+        return Budget(self.steps, self.minutes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,11 +131,11 @@ class TextToImageTask:
         beside the data and the settings; parts: the networks, whose parameters are counted; before: called before a
         sample is drawn and the model saved; different: see `image_settings`.
         """
-        resume, budget = is_resuming(out, resume), recipe.budget
-        trial = image_settings(recipe, 1000, budget, **different)
-        steps = steps_for(budget, out, resume, self.model, self.objective, self.data, trial)
+        resume, training = is_resuming(out, resume), (self.model, self.objective, self.data)
+        of_steps = partial(image_settings, recipe, budget=recipe.budget, **different)
+        settings = recipe.budget.fit(out, resume, *training, of_steps)
         show(out)
-        run = describe_run(
+        run = describe_pictures(
             recipe, out, resume, self.parts.train, ("data", "languages", "truncate", *told),
             {"model": asdict(self.model.config)}, title=f"{title} learns to draw “{Path(recipe.data).stem}” from text",
             paper=paper, **parameters_of(parts),
@@ -145,8 +145,7 @@ class TextToImageTask:
             before()
             checkpoints.save(self.model, self.painter.tokenizer, directory)
 
-        settings, sample = image_settings(recipe, steps, budget, **different), self.sampler(recipe, request, before)
-        return train(self.model, self.objective, self.data, settings, run, sample, save)
+        return train(*training, settings, run, self.sampler(recipe, request, before), save)
 
 
 def read_captioned(recipe: TextToImageOptions, channels: Literal[1, 3] | None = None) -> ImageSplit:
@@ -156,32 +155,35 @@ def read_captioned(recipe: TextToImageOptions, channels: Literal[1, 3] | None = 
     return parts
 
 
+Made = TypeVar("Made")
+
+
+def of_both(parts: ImageSplit, make: Callable[[ImageDataset], Made]) -> tuple[Made, Made | None]:
+    """What is made of the pictures to learn from, and of those for validation, if there are any."""
+    return make(parts.train), make(parts.validation) if len(parts.validation) else None
+
+
 def image_settings(recipe: Any, steps: int, budget: Budget, **different: Any) -> Settings:
     """AdamW with a warm-up of a twentieth of the steps and a cosine to 0, and as many validations; `different` are the
     fields of `Settings` in which a recipe differs from that. A sample takes as long as several steps: at least 50 lie
     between two."""
     often = max(1, steps // 20)
     usual: dict[str, Any] = {name: vars(recipe)[name] for name in ("batch_size", "learning_rate", "ema", "precision")}
-    usual |= {"steps": steps, "minutes": minutes_of(budget), "warmup": steps // 20, "final_ratio": 0.0}
+    usual |= {"steps": steps, "minutes": budget.limit, "warmup": steps // 20, "final_ratio": 0.0}
     usual |= {"weight_decay": 0.01, "betas": (0.9, 0.99), "evaluate_every": often, "sample_every": max(50, 2 * often)}
     usual |= {"save_every": min(often, 1000), "keep": recipe.keep, "seed": recipe.seed}
     return Settings(**usual | recipe.logging() | different)
 
 
-def describe_run(
+def describe_pictures(
     recipe: Any, out: Path, resume: bool, pictures: ImageDataset, told: Sequence[str], options: Mapping[str, Any],
     **about: Any,
 ) -> Run:  # fmt: skip
     """The run of a recipe. told: its options that decide the result beside the settings; options: what else does, the
     model's Config; about: lines of the report."""
     source = {"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint}
-    return Run(
-        directory=out,
-        resume=resume,
-        options={**options, **{name: vars(recipe)[name] for name in told}},
-        about={**about, "data": [source | attribution_of(recipe.data)]},
-        unit="pictures",
-    )
+    deciding = {**options, **{name: vars(recipe)[name] for name in told}}
+    return describe_run(out, resume, data=source, options=deciding, unit="pictures", **about)
 
 
 def parameters_of(parts: Mapping[str, nn.Module | None]) -> dict[str, int]:
@@ -208,14 +210,14 @@ def train_part(
         every = dict.fromkeys(("evaluate_every", "sample_every", "save_every"), often)
         return Settings(**usual, **every, precision=recipe.precision, **settings(steps))
 
-    steps = steps_for(budget, place, resume, model, objective, data(1000), whole(1000))
+    chosen = budget.fit(place, resume, model, objective, data(1000), whole)
     source = {"source": parts.train.source, "fingerprint": parts.train.fingerprint}
-    about = {"title": title, "paper": paper, "parameters": sum(p.numel() for p in model.parameters()), "data": [source]}
-    run = Run(place, resume, options={"model": vars(model.config), **options}, about=about, unit="pictures")
-    train(
-        model, objective, data(steps), whole(steps), run, sample=before_and_after(model, parts),
-        save=lambda directory: checkpoints.save(model, None, directory),
-    )  # fmt: skip
+    deciding = {"model": vars(model.config), **options}
+    run = describe_run(
+        place, resume, title=title, paper=paper, model=model, data=source, options=deciding, unit="pictures"
+    )
+    sample, save = before_and_after(model, parts), partial(checkpoints.save, model, None)
+    train(model, objective, data(chosen.steps), chosen, run, sample, save)
     return load_model(place, torch.float32).requires_grad_(False).eval()
 
 

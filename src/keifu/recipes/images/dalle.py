@@ -14,6 +14,7 @@ Expected: see docs/results.md, "Emoji from text: what latents, embeddings and to
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from keifu.generation.images.autoregressive import AutoregressivePipeline, real_
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.layers.meta import on_meta
 from keifu.models.dalle import dalle, discrete_vae
+from keifu.recipes.common import Budget
 from keifu.recipes.images import common, text_encoder
 from keifu.recipes.images.common import TextToImageTask, read_captioned
 from keifu.training.loop import Summary
@@ -136,13 +138,12 @@ def model_config(recipe: Recipe, vocab_size: int, context_length: int, vae: disc
 
 
 def _data(
-    recipe: Recipe, parts: ImageSplit, tokens: list[torch.Tensor | None], tokenizer: Tokenizer, model: dalle.Dalle
+    recipe: Recipe, parts: ImageSplit, tokens: text_encoder.Tokens, tokenizer: Tokenizer, model: dalle.Dalle
 ) -> Data:
     """Batches of captions and entries, computed here, once."""
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
-    codes = [encode_dataset(model.vae, part) if len(part) else None for part in (parts.train, parts.validation)]
-    assert codes[0] is not None
-    return ImageTokenBatches(batches, codes[0], codes[1], lambda ids: real_tokens(ids, tokenizer.eos_id))
+    codes = common.of_both(parts, partial(encode_dataset, model.vae))
+    return ImageTokenBatches(batches, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
 
 
 def discrete_vae_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> discrete_vae.DiscreteVAE:
@@ -160,15 +161,15 @@ def discrete_vae_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) 
         "A discrete autoencoder learns a codebook for pictures",
         "Ramesh et al., Zero-Shot Text-to-Image Generation (2021), section 2.1",
         {"flip": recipe.flip, "kl_weight": recipe.kl_weight, "anneal": recipe.anneal}, lambda steps: settings,
-        (recipe.vae_steps, recipe.vae_minutes),
+        Budget(recipe.vae_steps, recipe.vae_minutes),
     )  # fmt: skip
 
 
 @torch.no_grad()
 def encode_dataset(model: discrete_vae.DiscreteVAE, pictures: ImageDataset) -> Int[Tensor, "picture rows columns"]:
     """The likeliest entries of pictures, computed once."""
-    device, groups = next(model.parameters()).device, range(0, len(pictures), BATCH)
-    return torch.cat([model.encode(to_signed(pictures.take(slice(n, n + BATCH)).to(device))).cpu() for n in groups])
+    device = next(model.parameters()).device
+    return torch.cat([model.encode(to_signed(pixels.to(device))).cpu() for pixels in pictures.batches(BATCH)])
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:

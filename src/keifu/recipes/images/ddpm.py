@@ -13,6 +13,7 @@ Expected: see docs/results.md, "Drawing digits" and "Drawing emoji".
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +29,8 @@ from keifu.generation.images.pixel_diffusion import ImageRequest, draw_images
 from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
 from keifu.ranges import check
-from keifu.recipes.budget import steps_for
-from keifu.recipes.images.common import describe_run, image_settings
+from keifu.recipes.common import Budget
+from keifu.recipes.images.common import describe_pictures, image_settings
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.diffusion import DequantizedBatches, DiffusionLoss, NoisedBatches
@@ -121,8 +122,12 @@ class Recipe(Logging):
 
     def __post_init__(self) -> None:
         check(vars(self))
-        if self.steps and self.minutes:
-            raise UserError(f"--steps {self.steps} and --minutes {self.minutes:g} are two budgets: give one of them.")
+        _ = self.budget  # raises its error at once
+
+    @property
+    def budget(self) -> Budget:
+        """The steps or the minutes, once they are resolved."""
+        return Budget.of(self.steps, self.minutes, 0.0)
 
     def resolved(self) -> "Recipe":
         """With the unset options filled in."""
@@ -179,12 +184,11 @@ def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Con
 
 def settings(recipe: Recipe, steps: int) -> Settings:
     """The training loop's settings for so many steps."""
-    budget = recipe.steps, recipe.minutes or 0.0
-    given = {"micro_batch": recipe.micro_batch}
+    given: dict[str, Any] = {"budget": recipe.budget, "micro_batch": recipe.micro_batch}
     if recipe.recipe_of == "keifu":
-        return image_settings(recipe, steps, budget, **given)
+        return image_settings(recipe, steps, **given)
     paper = {"schedule": "constant", "warmup": min(5000, steps // 10), "weight_decay": 0.0, "betas": (0.9, 0.999)}
-    return image_settings(recipe, steps, budget, **given, **paper)
+    return image_settings(recipe, steps, **given, **paper)
 
 
 def sampler(model: ddpm.DDPM, seed: int) -> Callable[[int], bytes]:
@@ -207,11 +211,11 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     recipe = recipe.resolved()
     task = prepare(recipe)
     print(task.parts.train.sentence(), task.parts.sentence(), flush=True)
-    budget, trial = (recipe.steps, recipe.minutes or 0.0), settings(recipe, 1000)
-    steps = steps_for(budget, out, resume, task.model, task.objective, task.data, trial)
+    training = task.model, task.objective, task.data
+    chosen = recipe.budget.fit(out, resume, *training, partial(settings, recipe))
     summary = train(
-        task.model, task.objective, task.data, settings(recipe, steps), describe(recipe, task, out, resume),
-        sample=sampler(task.model, recipe.seed), save=lambda directory: checkpoints.save(task.model, None, directory),
+        *training, chosen, describe(recipe, task, out, resume),
+        sampler(task.model, recipe.seed), partial(checkpoints.save, task.model, None),
     )  # fmt: skip
     print(f"The network is in {out}: keifu draw {out} -o picture.png")
     return summary
@@ -220,10 +224,10 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
 def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
     told = ("data", "recipe_of", "fit", "distinct", "flip", "dequantise", "weighting", "gamma", "label_dropout")
-    return describe_run(
+    return describe_pictures(
         recipe, out, resume, task.parts.train, told, {"model": asdict(task.model.config)},
         title=f"DDPM learns to draw “{Path(recipe.data).stem}”",
         paper="Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)",
-        parameters=sum(parameter.numel() for parameter in task.model.parameters()),
+        model=task.model,
         held_out={"share": recipe.held_out, "distinct": recipe.distinct},
     )  # fmt: skip

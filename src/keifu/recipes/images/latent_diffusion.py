@@ -14,12 +14,11 @@ Expected: see docs/results.md, "Emoji from text: what latents, embeddings and to
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import UInt8
-from torch import Tensor
 
 from keifu.data.images.dataset import ImageBatches, ImageDataset, ImageSplit
 from keifu.data.images.io import to_signed
@@ -31,7 +30,7 @@ from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Weigh
 from keifu.layers.meta import on_meta
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
-from keifu.recipes.budget import minutes_of
+from keifu.recipes.common import Budget
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import common, text_encoder
 from keifu.recipes.images.common import TextToImageTask, read_captioned
@@ -94,9 +93,9 @@ class Recipe(common.TextToImageOptions):
     """Scale of the classifier-free guidance of the samples."""
 
     @property
-    def budget(self) -> tuple[int | None, float]:
-        """Steps, or else minutes, of the U-Net: in pixels it has those of the autoencoder too."""
-        return self.steps, self.minutes + (self.autoencoder_minutes if self.space == "pixels" else 0.0)
+    def budget(self) -> Budget:
+        """That of the U-Net: in pixels it has the autoencoder's minutes too."""
+        return Budget(self.steps, self.minutes + (self.autoencoder_minutes if self.space == "pixels" else 0.0))
 
     def autoencoder(self, channels: int) -> autoencoder_kl.Config:
         """The autoencoder's Config for pictures of so many channels."""
@@ -160,21 +159,14 @@ def model_config(
 
 
 def caption_batches(
-    parts: ImageSplit,
-    tokens: list[torch.Tensor | None],
-    model: latent_diffusion.LatentDiffusion,
-    batch_size: int,
-    seed: int,
+    parts: ImageSplit, tokens: text_encoder.Tokens, model: latent_diffusion.LatentDiffusion, batch_size: int, seed: int
 ) -> Data:
     """Batches with captions (see `caption_tokens`); in latents, of what was encoded here, once."""
     batches: Any = ImageBatches(parts.train, parts.validation, batch_size, seed, None, *tokens)
     data = NoisedBatches(batches, seed)
     if model.autoencoder is None:
         return data
-    latents = [encode_dataset(model.autoencoder, model.config.scale, part) if len(part) else None
-               for part in (parts.train, parts.validation)]  # fmt: skip
-    assert latents[0] is not None
-    return LatentBatches(data, latents[0], latents[1])
+    return LatentBatches(data, *common.of_both(parts, partial(encode_dataset, model.autoencoder, model.config.scale)))
 
 
 def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> autoencoder_kl.AutoencoderKL:
@@ -183,9 +175,9 @@ def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -
     model = autoencoder_kl.build(recipe.autoencoder(parts.train.shape[0])).to(choose())
     data = common.pictures_of(parts, recipe.autoencoder_batch, recipe.seed, recipe.flip)
     loss = AutoencoderKLLoss(recipe.kl_weight, recipe.edges)
-    budget = recipe.autoencoder_steps, recipe.autoencoder_minutes
+    budget = Budget(recipe.autoencoder_steps, recipe.autoencoder_minutes)
     settings = {
-        "minutes": minutes_of(budget), "batch_size": recipe.autoencoder_batch,
+        "minutes": budget.limit, "batch_size": recipe.autoencoder_batch,
         "learning_rate": recipe.autoencoder_rate, "final_ratio": 0.0, "weight_decay": 0.0, "betas": (0.9, 0.99),
     }  # fmt: skip
     found = common.train_part(
@@ -210,14 +202,11 @@ def set_scale(found: Any, pictures: ImageDataset) -> autoencoder_kl.AutoencoderK
 @torch.no_grad()
 def encode_dataset(model: autoencoder_kl.AutoencoderKL, scale: float, pictures: ImageDataset) -> EncodedImages:
     """The latents of pictures as diffusion sees them, computed once."""
-    groups = [_moments(model, pictures.take(slice(n, n + BATCH))) for n in range(0, len(pictures), BATCH)]
-    mean, deviation = (scale * torch.cat(part) for part in zip(*groups, strict=True))
+    device = next(model.parameters()).device
+    found = (model.encode(to_signed(pixels.to(device))) for pixels in pictures.batches(BATCH))
+    pairs = [(each.mean.contiguous().cpu(), torch.exp(0.5 * each.log_variance).contiguous().cpu()) for each in found]
+    mean, deviation = (scale * torch.cat(part) for part in zip(*pairs, strict=True))
     return EncodedImages(mean, deviation)
-
-
-def _moments(model: autoencoder_kl.AutoencoderKL, pictures: UInt8[Tensor, "batch colours rows columns"]) -> Any:
-    found = model.encode(to_signed(pictures.to(next(model.parameters()).device)))
-    return found.mean.contiguous().cpu(), torch.exp(0.5 * found.log_variance).contiguous().cpu()
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:

@@ -30,7 +30,7 @@ from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.layers.diffusion.noise_schedule import Weighting
 from keifu.layers.lora import LoraSettings, Target, attach
 from keifu.ranges import check
-from keifu.recipes.images.common import describe_run
+from keifu.recipes.images.common import describe_pictures
 from keifu.recipes.images.latent_diffusion import caption_batches
 from keifu.recipes.images.text_encoder import caption_tokens
 from keifu.recipes.options import Logging
@@ -231,7 +231,7 @@ def describe(recipe: Recipe, task: Task, out: Path, resume: bool) -> Run:
         "dora", "weighting", "caption_dropout",
     )  # fmt: skip
     pictures = task.parts.train
-    return describe_run(
+    return describe_pictures(
         recipe, out, resume, pictures, told, {"size": pictures.shape[1]},
         title=f"{Path(recipe.model).name} learns from “{Path(recipe.data).stem}” by a LoRA",
         paper="Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021)",

@@ -14,10 +14,11 @@ from keifu.evaluation.images.retrieval import preprocessing, two_towers
 from keifu.generation.images.latent_diffusion import text_tokens
 from keifu.models.clip import clip
 from keifu.models.clip import text as clip_text
-from keifu.recipes.budget import is_resuming, minutes_of, steps_for
+from keifu.recipes.common import Budget, is_resuming
 from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images.common import CLIP, TextToImageOptions
+from keifu.recipes.images.common import CLIP, TextToImageOptions, of_both
 from keifu.training.objectives.contrastive import contrastive_loss
+from keifu.training.settings import Settings
 
 
 def two_towers_of(recipe: TextToImageOptions, out: Path, resume: bool) -> tuple[clip.Clip, Tokenizer]:
@@ -42,11 +43,13 @@ def _train(recipe: TextToImageOptions, place: Path, resume: bool) -> None:
     limit: Any = task.model.config
     text_tokens(task.tokenizer, recipe.prompts, limit.context_length)  # what is too long is said before the training
     objective = contrastive_loss(preprocessing(task.model).normalised)
-    budget = recipe.clip_steps, recipe.clip_minutes
-    steps = steps_for(budget, place, resume, task.model, objective, task.data, chosen)
-    often = max(1, steps // 10)
-    minutes = minutes_of(budget)
-    chosen = replace(chosen, steps=steps, minutes=minutes, warmup=steps // 10, evaluate_every=often, sample_every=often)
+    budget = Budget(recipe.clip_steps, recipe.clip_minutes)
+
+    def settings(steps: int) -> Settings:
+        every = dict.fromkeys(("evaluate_every", "sample_every"), max(1, steps // 10))
+        return replace(chosen, steps=steps, minutes=budget.limit, warmup=steps // 10, **every)
+
+    chosen = budget.fit(place, resume, task.model, objective, task.data, settings)
     clip_recipe.run(replace(made, training=chosen), place, resume)
 
 
@@ -58,14 +61,16 @@ def text_conditioned(model: clip.Clip) -> clip_text.TextTower:
     return tower.requires_grad_(False).eval()
 
 
+Tokens = tuple[torch.Tensor, torch.Tensor | None]  # of captions to learn from, and to validate on
+
+
 def caption_tokens(
     tokenizer: Tokenizer, length: int, parts: ImageSplit, languages: tuple[str, ...], truncate: bool
-) -> list[torch.Tensor | None]:
+) -> Tokens:
     """The captions for training and for validation as ids, padded as they are when a model draws: [language, picture,
     length]; None where there is no picture."""
 
-    def tokens(part: ImageDataset) -> torch.Tensor | None:
-        texts = [part.texts(language) for language in languages]
-        return torch.stack([text_tokens(tokenizer, each, length, truncate) for each in texts]) if len(part) else None
+    def tokens(part: ImageDataset) -> torch.Tensor:
+        return torch.stack([text_tokens(tokenizer, part.texts(each), length, truncate) for each in languages])
 
-    return [tokens(parts.train), tokens(parts.validation)]
+    return of_both(parts, tokens)

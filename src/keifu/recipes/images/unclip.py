@@ -39,7 +39,7 @@ from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import text_encoder
-from keifu.recipes.images.common import TextToImageOptions, TextToImageTask, read_captioned
+from keifu.recipes.images.common import TextToImageOptions, TextToImageTask, of_both, read_captioned
 from keifu.training.loop import Summary
 from keifu.training.objectives import unclip as losses
 from keifu.training.objectives.diffusion import NoisedBatches
@@ -100,8 +100,7 @@ def _groups(widths: tuple[int, ...]) -> int:
 def embed_images(towers: clip.Clip, pictures: ImageDataset) -> Float[Tensor, "picture embedding"]:
     """CLIP's embeddings of pictures, of any length: made once."""
     ready, device = preprocessing(towers), next(towers.parameters()).device
-    firsts = range(0, len(pictures), CHUNK)
-    batches = (pictures.take(slice(first, first + CHUNK)) for first in firsts)
+    batches = pictures.batches(CHUNK)
     return torch.cat([towers.encode_image(ready.normalised(pixels.to(device))).cpu() for pixels in batches])
 
 
@@ -171,8 +170,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
         model.upsampler.check_size(6, recipe.crop, recipe.crop)
     model.check_size(recipe.small, recipe.small)
     model.to(choose())
-    tables = [embed_images(towers, part) if len(part) else None for part in _visible_images(recipe, towers, parts)]
-    assert tables[0] is not None
+    tables = of_both(_visible_images(recipe, towers, parts), partial(embed_images, towers))
     with torch.no_grad():
         for own, found in zip((model.prior.mean, model.prior.std), losses.embedding_moments(tables[0]), strict=True):
             own.copy_(found)
@@ -191,23 +189,21 @@ def _check_sizes(recipe: Recipe) -> None:
     model.check_size(recipe.small, recipe.small)
 
 
-def _visible_images(recipe: Recipe, towers: clip.Clip, parts: ImageSplit) -> tuple[ImageDataset, ImageDataset]:
-    """The pictures of two parts in the size that CLIP sees."""
+def _visible_images(recipe: Recipe, towers: clip.Clip, parts: ImageSplit) -> ImageSplit:
+    """The same pictures in the size that CLIP sees."""
     seen = split(read_images(recipe.data, towers.config.pixels.crop, 3))
     assert (seen.train.names, seen.validation.names) == (parts.train.names, parts.validation.names)
-    return seen.train, seen.validation
+    return seen
 
 
 def _data(
-    recipe: Recipe, parts: ImageSplit, tokenizer: Tokenizer, model: unclip.Unclip, tables: list[Tensor | None]
+    recipe: Recipe, parts: ImageSplit, tokenizer: Tokenizer, model: unclip.Unclip, tables: tuple[Tensor, Tensor | None]
 ) -> Data:
     """Batches with captions and embeddings."""
     length = model.config.context_length
     tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
-    training, held = tables
-    assert training is not None
-    return losses.EmbeddingBatches(NoisedBatches(batches, recipe.seed), _end(tokenizer), training, held)
+    return losses.EmbeddingBatches(NoisedBatches(batches, recipe.seed), _end(tokenizer), *tables)
 
 
 def _end(tokenizer: Tokenizer) -> int:

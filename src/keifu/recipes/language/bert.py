@@ -31,10 +31,10 @@ from keifu.evaluation.classification.embeddings import encoder
 from keifu.generation.text.fill import fill
 from keifu.generation.text.translation import sentences
 from keifu.models import bert
-from keifu.recipes.language.common import Text, attribution_of, tokenizer_of
+from keifu.recipes.common import describe_run
+from keifu.recipes.language.common import Text, tokenizer_of
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.language_modeling import masked_language_modeling
-from keifu.training.protocols import Run
 from keifu.training.settings import Settings
 
 SMALL = bert.Config(context_length=128, dim=256, hidden_dim=1024, n_layers=4, n_heads=4)
@@ -75,9 +75,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         text.data, tokenizer, sentences, held_out=text.held_out, form=text.form, validation=text.validation_data
     )
     data = MaskedText(shards, Vocabulary.of(tokenizer), masking, training.batch_size, training.seed)
-    about = {"title": "bert", "parameters": sum(p.numel() for p in model.parameters()), "data": [_facts(text, shards)]}
     options = {"model": asdict(model.config), "text": asdict(text), "masking": asdict(masking)}
-    place = Run(out, resume, options=options, about=about)
+    place = describe_run(out, resume, title="bert", model=model, data=_facts(text, shards), options=options)
     summary = train(
         model, masked_language_modeling, data, training, place,
         sample=lambda step: fill_samples(model, tokenizer, recipe.gaps),
@@ -120,4 +119,4 @@ def _begin(recipe: Recipe, out: Path) -> tuple[Any, Tokenizer]:
 
 def _facts(text: Text, shards: SentenceShards) -> dict[str, Any]:
     counts = {f"{part} {what}": n for part in ("training", "validation") for what, n in shards.index[part].items()}
-    return {"source": text.data, "fingerprint": shards.fingerprint} | counts | attribution_of(text.data)
+    return {"source": text.data, "fingerprint": shards.fingerprint} | counts

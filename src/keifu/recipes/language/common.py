@@ -13,7 +13,6 @@ import tyro
 
 from keifu import checkpoints
 from keifu.data.catalogue import catalogue
-from keifu.data.chat.conversations import MADE_OF
 from keifu.data.text.documents import TextFormat, content_hash, documents, in_catalogue
 from keifu.data.text.packed import PackedText
 from keifu.data.text.prepared import is_prepared, open_prepared
@@ -25,10 +24,10 @@ from keifu.data.tokenizers.train import KINDS, train_tokenizer
 from keifu.devices import choose
 from keifu.generation.text.generate import generate
 from keifu.layers.transformer.decoder import DecoderLM
+from keifu.recipes.common import describe_run
 from keifu.recipes.options import Logging, given
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.language_modeling import causal_language_modeling
-from keifu.training.protocols import Run
 from keifu.training.settings import Settings
 
 VALIDATION_TOKENS = 100_000
@@ -139,43 +138,29 @@ def pretrain(
     model: Any = build(replace(config, vocab_size=task.tokenizer.vocab_size)).to(choose())
     config = model.config
     data = PackedText(task.shards, row or config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
-    run = Run(
-        directory=out,
-        resume=resume,
-        replace=start_over,
-        options={"model": asdict(config), "text": asdict(task.text)} | ({"z_loss": z_loss} if z_loss else {}),
-        about={"title": name, "parameters": sum(p.numel() for p in model.parameters())} | _source(task) | (about or {}),
-        bytes_per_unit=task.shards.bytes_per_token,
-    )
+    deciding = {"model": asdict(config), "text": asdict(task.text)} | ({"z_loss": z_loss} if z_loss else {})
+    run = describe_run(
+        out, resume, title=name, model=model, data=_source(task), options=deciding, replace=start_over,
+        bytes_per_unit=task.shards.bytes_per_token, **(about or {}),
+    )  # fmt: skip
 
     def sample(step: int) -> str:
         return prompt + generate(model, task.tokenizer, prompt or "\n", raw=True, max_tokens=100, seed=step)
 
-    def save(directory: Path) -> None:
-        checkpoints.save(model, task.tokenizer, directory)
-
+    save = partial(checkpoints.save, model, task.tokenizer)
     objective = partial(causal_language_modeling, z_loss=z_loss) if z_loss else causal_language_modeling
     return train(model, objective, data, settings, run, sample, save, data.largest())
 
 
 def _source(task: Task) -> dict[str, Any]:
     index, data = task.shards.index, task.text.data
-    facts = {
+    return {
         "source": data,
         "fingerprint": task.shards.fingerprint,
         "training tokens": index["training"]["tokens"],
         "validation tokens": index["validation"]["tokens"],
         "bytes per token": round(task.shards.bytes_per_token, 3),
     }
-    return {"data": [facts | attribution_of(data)]}
-
-
-def attribution_of(data: str) -> dict[str, str]:
-    """Licence and attribution of a catalogue entry, also of what is made of one, and how; nothing for other data."""
-    made = MADE_OF.get(data)
-    found = [row for row in catalogue.rows() if row["name"] == (made.entry if made else data)]
-    told = {"how it was made": made.how} if made else {}
-    return told | {key: row[key] for row in found for key in ("licence", "attribution")}
 
 
 @dataclass(frozen=True)

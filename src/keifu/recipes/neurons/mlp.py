@@ -7,9 +7,9 @@ Expected: XOR without a mistake; 95 to 97% of 1,000 held-out digits, by the seed
 """
 
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from keifu.layers.activations import ACTIVATIONS, STEP_HAS_NO_GRADIENT
 from keifu.layers.losses import LOSSES
 from keifu.models import mlp
 from keifu.models.mlp import MLP, Config
+from keifu.recipes.common import describe_run
 from keifu.recipes.options import Logging
+from keifu.threads import on_threads
 from keifu.training.loop import train
 from keifu.training.protocols import Batch, LossOutput, Objective, Run
 from keifu.training.settings import Settings
@@ -115,7 +117,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         if not resume:
             sample(0)
     augment = distort if recipe.augment else None
-    with one_thread():
+    with on_threads(1):  # products this small gain little from a second, and on a busy machine wait long for it
         train(
             model,
             objective(recipe.loss),
@@ -123,44 +125,22 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
             chosen,
             describe(recipe, learned, out, resume),
             sample=sample,
-            save=lambda directory: checkpoints.save(model, None, directory),
+            save=partial(checkpoints.save, model, None),
         )
     print(f"{verdict(learned, model)} The network is in {out}.")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Computes on one thread: products this small gain little from a second, and on a busy machine wait long for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def describe(recipe: Recipe, learned: ToyDataset, out: Path, resume: bool) -> Run:
     """The run for the training loop: what decides its result beside the settings, and what its report says."""
     full = recipe.resolved()
     held = 0 if learned.held is learned.training else len(learned.held)
-    data = {
-        "source": recipe.data,
-        "rows": len(learned.training),
-        "held out": held,
-        "classes": ", ".join(learned.classes),
-    }
-    return Run(
-        directory=out,
-        resume=resume,
+    counts = {"rows": len(learned.training), "held out": held, "classes": ", ".join(learned.classes)}
+    return describe_run(
+        out, resume, title=f"A multi-layer network learns “{Path(recipe.data).stem}”",
+        paper="Rumelhart, Hinton and Williams, Learning representations by back-propagating errors (1986)",
+        command=recipe.command(), data={"source": recipe.data, **counts}, unit="rows",
         options={name: vars(full)[name] for name in ("hidden", "activation", "loss", "dropout", "augment")},
-        about={
-            "title": f"A multi-layer network learns “{Path(recipe.data).stem}”",
-            "paper": "Rumelhart, Hinton and Williams, Learning representations by back-propagating errors (1986)",
-            "command": recipe.command(),
-            "data": [data],
-        },
-        unit="rows",
-    )
+    )  # fmt: skip
 
 
 def settings(recipe: Recipe) -> Settings:

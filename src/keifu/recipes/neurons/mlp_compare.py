@@ -21,13 +21,14 @@ from keifu.data.progress import counting
 from keifu.errors import UserError
 from keifu.evaluation.plots import decision_boundary
 from keifu.evaluation.plots.decision_boundary import Result, class_shares_on
-from keifu.evaluation.plots.html_page import write_page
 from keifu.files import write_atomic
-from keifu.recipes.budget import is_resuming
+from keifu.recipes.common import is_resuming
 from keifu.recipes.neurons import mlp
+from keifu.threads import on_threads
 from keifu.training.loop import train
 from keifu.training.protocols import Run
 from keifu.training.run import metrics
+from keifu.training.run.report import write_page
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     results = []
     with counting("networks", len(pairs), "networks") as advance:
         for number, pair in enumerate(pairs, 1):
-            with redirect_stderr(io.StringIO()), mlp.one_thread():
+            with redirect_stderr(io.StringIO()), on_threads(1):
                 place = out / f"{pair.activation}-{pair.loss}"
                 results.append(learn(pair, subject, place, is_resuming(place, resume)))
             advance(number)

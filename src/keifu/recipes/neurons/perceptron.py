@@ -23,10 +23,10 @@ from keifu.data.classification import toy
 from keifu.data.classification.tables import Table, standardisation
 from keifu.errors import UserError
 from keifu.evaluation.plots import decision_boundary
-from keifu.evaluation.plots.html_page import write_page
 from keifu.files import write_atomic
 from keifu.models import perceptron
 from keifu.models.perceptron import Config, Perceptron, Separation
+from keifu.training.run.report import write_page
 
 Plane = Float[Tensor, "dim1"]  # weights, then bias
 

@@ -24,7 +24,7 @@ from keifu.data.translation.pairs import Pair, Pairs, Split, pair_names, read_pa
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
-from keifu.recipes.budget import minutes_of, steps_for
+from keifu.recipes.common import Budget, describe_run
 from keifu.recipes.options import Logging
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.language_modeling import translation
@@ -165,8 +165,7 @@ class Plan:
 def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> Summary:
     """Trains an encoder-decoder on pairs into a run folder. The vocabulary and the ids that begin, end and pad a
     sentence are the tokenizer's, whatever the config says."""
-    if options.steps and options.minutes:
-        raise UserError(f"--steps {options.steps} and --minutes {options.minutes:g} are two budgets: give one of them.")
+    budget = Budget.of(options.steps, options.minutes, MINUTES)
     task = prepare_pairs(options, out)
     start, end, pad = task.special
     ids = {"start_id": start, "end_id": end, "pad_id": pad}
@@ -176,19 +175,17 @@ def learn(name: str, options: Options, plan: Plan, out: Path, resume: bool) -> S
     model = model.to(choose())
     data = _data(options, task, model.config.context_length, plan.batching)
     objective = partial(translation, label_smoothing=plan.smoothing)
-    chosen = {"micro_batch": options.micro_batch, "seed": options.seed, "keep": max(options.keep, plan.average)}
-    chosen |= options.logging()
+    chosen: dict[str, Any] = {"micro_batch": options.micro_batch, "seed": options.seed, **options.logging()}
+    chosen |= {"minutes": budget.limit, "keep": max(options.keep, plan.average)}
 
     def save(directory: Path) -> None:
         with averaged_weights(model, directory, plan.average):
             checkpoints.save(model, task.tokenizer, directory)
 
-    budget = options.steps, MINUTES if options.minutes is None else options.minutes
-    trial = replace(plan.settings(1000), **chosen)
-    steps = steps_for(budget, out, resume, model, objective, data, trial, data.largest())
-    settings = replace(plan.settings(steps), **chosen, minutes=minutes_of(budget))
+    training = model, objective, data
+    settings = budget.fit(out, resume, *training, lambda n: replace(plan.settings(n), **chosen), data.largest())
     run = _run(name, options, task, data, model, out, resume)
-    return train(model, objective, data, settings, run, _sampler(task, model), save, data.largest())
+    return train(*training, settings, run, _sampler(task, model), save, data.largest())
 
 
 def _started(name: str, plan: Plan) -> Any:
@@ -253,18 +250,11 @@ def _run(name: str, options: Options, task: Task, data: PairData, model: nn.Modu
     told = {name: value for name, value in asdict(options).items() if name not in FREE}
     texts = [target for _, target in task.parts.validation]
     tokens = len(data.held_out.target.ids) + len(data.held_out)
-    return Run(
-        directory=out,
-        resume=resume,
+    return describe_run(
+        out, resume, title=name, model=model, languages=task.pairs.languages, data=_source(options, task, data),
         options={"model": asdict(own), "recipe": told},
-        about={
-            "title": name,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "languages": task.pairs.languages,
-            "data": [_source(options, task, data)],
-        },
         bytes_per_unit=sum(len(text.encode()) for text in texts) / tokens,
-    )
+    )  # fmt: skip
 
 
 def _source(options: Options, task: Task, data: PairData) -> dict[str, Any]:

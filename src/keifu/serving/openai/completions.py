@@ -46,10 +46,6 @@ class Choice:
         if self.top is not None:
             found = dict(likeliest(self.tokenizer, top)) if self.top and value is not None else None
             self.tokens.append((self.length, token, value, found))
-        self.add_text(text)
-
-    def add_text(self, text: str) -> None:
-        """More text, of no token in particular."""
         self.text += text
         self.length += len(text)
 

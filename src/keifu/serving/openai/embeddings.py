@@ -10,9 +10,9 @@ from pydantic import Field
 from starlette.responses import Response
 from torch import Tensor, nn
 
-from keifu.evaluation.classification import embeddings
-from keifu.evaluation.classification.embeddings import encode_texts
+from keifu.evaluation.classification.embeddings import embed_rows, encode_texts
 from keifu.evaluation.images import retrieval
+from keifu.generation.text.model import TwoTowers
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.schemas import Body, Refused, Texts
 from keifu.serving.streaming import whole
@@ -78,11 +78,8 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 def _embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], cut: bool, limit: int) -> tuple[Tensor, int]:
     """The vectors on the CPU, and how many tokens were read."""
     rows = encode_texts(tokenizer, texts, limit, cut).rows
-    if isinstance(model, retrieval.TwoTowers):
-        vectors = retrieval.embed_rows(model, rows, retrieval.padding(tokenizer))
-    else:
-        vectors = embeddings.embed_rows(model, rows, tokenizer.pad_id or 0)
-    return vectors.cpu(), sum(map(len, rows))
+    padding = retrieval.padding(tokenizer) if isinstance(model, TwoTowers) else tokenizer.pad_id or 0
+    return embed_rows(model, rows, padding).cpu(), sum(map(len, rows))
 
 
 def _base64(vectors: Tensor) -> list[str]:

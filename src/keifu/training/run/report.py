@@ -147,6 +147,23 @@ def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -
     return directory / REPORT
 
 
+def write_page(
+    directory: Path, title: str, text: str, facts: Mapping[str, Any], pictures: Mapping[str, bytes], table: str = ""
+) -> None:
+    """Writes report.html of what did not use the training loop, and each picture as PNG beside it under its name."""
+    for name, picture in pictures.items():
+        write_atomic(directory / f"{name}.png", picture)
+    short = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in facts.items()}
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        *(f"<p>{escape(line)}</p>" for line in text.splitlines()),
+        f"<pre>{escape(table)}</pre>" * bool(table),
+        *(_picture(directory / f"{name}.png") for name in pictures),
+        _section("Figures and settings", _pairs(short)),
+    ]
+    write_atomic(directory / REPORT, page(title, "\n".join(body)))
+
+
 def _body(directory: Path) -> tuple[str, str]:
     """A run's title and what its page shows."""
     recipe = read_json_object(directory / RECIPE)
@@ -318,6 +335,6 @@ def _words(value: Any) -> str:
     """A setting as text."""
     if isinstance(value, Mapping):
         return ", ".join(f"{str(name).replace('_', ' ')} {_words(inner)}" for name, inner in value.items())
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(map(_words, value))
     return {None: "unset", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)

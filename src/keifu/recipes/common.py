@@ -1,0 +1,77 @@
+"""What recipes of every kind share: the budget of a run, and what a run says of itself."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from keifu.data.catalogue import catalogue
+from keifu.data.chat.conversations import MADE_OF
+from keifu.errors import UserError
+from keifu.training.protocols import Batch, Data, Objective, Run
+from keifu.training.run import checkpoint
+from keifu.training.settings import Settings
+from keifu.training.setup import steps_of, steps_within
+
+
+def is_resuming(directory: Path, resume: bool) -> bool:
+    """Whether a part of a resumed run was begun."""
+    return resume and bool(checkpoint.steps(directory))
+
+
+class Budget(NamedTuple):
+    """A number of steps, or else minutes from which that number follows by the machine's pace."""
+
+    steps: int | None
+    minutes: float
+
+    @classmethod
+    def of(cls, steps: int | None, minutes: float | None, usual: float) -> "Budget":
+        """That of the options --steps and --minutes, with the usual minutes where neither is given."""
+        if steps and minutes:
+            raise UserError(f"--steps {steps} and --minutes {minutes:g} are two budgets: give one of them.")
+        return cls(steps, usual if minutes is None else minutes)
+
+    @property
+    def limit(self) -> float | None:
+        """The minutes, for the training loop; None where the budget is in steps."""
+        return None if self.steps else self.minutes
+
+    def fit(
+        self, directory: Path, resume: bool, model: nn.Module, objective: Objective, data: Data,
+        settings: Callable[[int], Settings], largest: Batch | None = None,
+    ) -> Settings:  # fmt: skip
+        """The settings for the steps asked for, for those that the resumed run began with, or for as many as fit the
+        minutes by the pace at first. largest: the batch that takes most memory, where batches differ."""
+        if self.steps:
+            return settings(self.steps)
+        if resume:
+            return settings(steps_of(directory))
+        print(f"Trying the pace, to fit the training into {self.minutes:g} minutes ...", flush=True)
+        trial = settings(1000), data.batch(0) if largest is None else largest
+        return settings(steps_within(self.minutes, model, objective, data, *trial))
+
+
+def attribution_of(data: str) -> dict[str, str]:
+    """Licence and attribution of a catalogue entry, also of what is made of one, and how; nothing for other data."""
+    made = MADE_OF.get(data)
+    found = [row for row in catalogue.rows() if row["name"] == (made.entry if made else data)]
+    told = {"how it was made": made.how} if made else {}
+    return told | {key: row[key] for row in found for key in ("licence", "attribution")}
+
+
+def describe_run(
+    directory: Path, resume: bool, *, title: str, data: Mapping[str, Any], options: Mapping[str, Any],
+    model: nn.Module | None = None, unit: str = "tokens", replace: bool = False, bytes_per_unit: float | None = None,
+    watch: Callable[[Mapping[str, float]], Iterable[str]] | None = None, **about: Any,
+) -> Run:  # fmt: skip
+    """The run for the training loop, and what its report says.
+
+    data: facts about what is learned from, its name as "source" among them, beside which its licence comes to stand.
+    options: what decides the result beside the settings, compared on resuming. model: whose parameters are counted.
+    about: further lines of the report. The others are those of `Run`.
+    """
+    counted = {} if model is None else {"parameters": sum(p.numel() for p in model.parameters())}
+    told = {"title": title, **counted, **about, "data": [{**data, **attribution_of(data["source"])}]}
+    return Run(directory, resume, replace, options, told, unit, bytes_per_unit, watch)
