@@ -9,8 +9,8 @@ counted by torch on the meta device, for the steps and sizes of its model card (
 pixels, 934,000 at 512), and taken at the share of the peak that large products have in the plans. MosaicML's repository
 diffusion says what the U-Net of Stable Diffusion 2 took them on 8 A100 (81.33 days), latents computed before.
 
-Here, three models are trained in processes of their own: the median of steps after the first three, and the peak of the
-process's memory less what it had before the model was built.
+Here, three models are trained in processes of their own: the median of five steps after the first two, and the peak of
+the process's memory less what it had before the model was built.
 """
 
 import argparse
@@ -64,7 +64,7 @@ MODELS: dict[str, tuple[Any, Any, int]] = {  # and rows of a step
     "a LLaMA of 52 M": (llama, llama.Config(20_000, 512, 512, 1376, 10, 8), 6),
     "GPT-2 of 124 M": (gpt2, gpt2.Config(dropout=0.0), 3),
 }
-STEPS, WARM = 8, 3
+STEPS, WARM = 5, 2
 
 
 def expected(name: str) -> tuple[plan.Plan, int]:

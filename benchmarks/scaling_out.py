@@ -4,7 +4,8 @@ python benchmarks/scaling_out.py --picture docs/pictures/pathways.png --json doc
 
 A small LLaMA learns in float32 on the example texts, each run from the same seed. Two pods are held, bit for bit,
 against one process of one thread that adds up two micro-batches. Bytes are those that the loopback network carried in a
-run, less those of a run with fewer steps, a step; headers of packets and what belongs to others are among them.
+run, less those of a run with fewer steps, a step; headers of packets and what belongs to others are among them. Beside
+them are those of the formulas (see `formulas`), of all processes together.
 """
 
 import argparse
@@ -57,6 +58,28 @@ def train(name: str, folder: Path, steps: int) -> tuple[list[dict[str, Any]], in
     return [line for line in lines if "loss" in line], sent() - before
 
 
+def formulas(tensors: dict[str, Any]) -> dict[str, float]:
+    """Megabytes that a step exchanges on each mesh of two processes, from the model's tensors.
+
+    Each process sends the other one half of what is gathered, or all of what is summed, for which gloo does as much
+    where each needs a part alone (reduce-scatter). Pods sum the gradients. FSDP gathers the weights of the blocks for
+    each pass and the others once, and sums gradients. Tensor parallelism gathers four times and sums four times the
+    hidden states of a block, in both passes together; they are gathered behind the blocks, and in front of them in the
+    backward pass; the embedding's output is summed, and the gradient of the head's input. In both, Muon gathers the
+    weights, gradients and momenta of its matrices.
+    """
+    sizes = {name: 4 * tensor.numel() / 1e6 for name, tensor in tensors.items()}
+    blocks = {name: size for name, size in sizes.items() if ".layers." in name}
+    total, muon = sum(sizes.values()), 3 * sum(size for name, size in blocks.items() if tensors[name].dim() == 2)
+    hidden = 4 * 16 * 128 * tensors["model.norm.weight"].numel() / 1e6
+    depth = len({name.split(".")[2] for name in blocks})
+    return {
+        "two pods": 2 * total,
+        "sharded over two (FSDP)": total + sum(blocks.values()) + 2 * total + muon,
+        "tensor parallel over two": hidden * (depth * (4 + 4 * 2) + 2 + 2 * 2) + muon,
+    }
+
+
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Two pods' losses over those of one process."""
     import matplotlib.pyplot as plt
@@ -93,10 +116,11 @@ def main() -> None:
         weights = {name: load_file(folder / f"{name}-{options.steps}" / "model.safetensors") for name in (PODS, ALONE)}
         count = sum(tensor.numel() for tensor in weights[PODS].values())
         same = all(tensor.equal(weights[ALONE][name]) for name, tensor in weights[PODS].items())
-        exchanged = 2 * (2 - 1) / 2 * 4 * count / 1e6 * 2
-        print(f"{count:,} parameters; by the formula two pods send 2 (n - 1) / n x 4 bytes a parameter each: "
-              f"{exchanged:.2f} MB a step together.")  # fmt: skip
-        table |= {"parameters": count, "formula_of_two_pods_megabytes": exchanged, "same_bits": same}
+        exchanged = formulas(weights[PODS])
+        for name, megabytes in exchanged.items():
+            print(f"{name}: {megabytes:.2f} MB a step by the formula, {table[name]['megabytes_a_step']:.2f} carried.")
+            table[name]["formula_megabytes"] = megabytes
+        table |= {"parameters": count, "same_bits": same}
         said = "the same bits" if same else "DIFFERENT"
         print(f"Weights of two pods and of one process with two micro-batches: {said}.")
     if options.json:

@@ -60,11 +60,11 @@ def named_peak(name: str, dtype: torch.dtype) -> float | None:
 
 
 @functools.cache
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of a large square matrix product, the best of all repetitions in 0.2 s."""
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> float:
+    """FLOPs per second of a large square matrix product, the best of all repetitions in some seconds."""
     size = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + SECONDS
+    best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         best = min(best, time_call(lambda: product(a, b), device))
     return 2 * size**3 / best

@@ -23,9 +23,9 @@ class DeviceKind:
     """A kind of device: FLOP/s in 16 bits, bytes of memory, bytes/s of memory, within a machine and between machines,
     watts, and devices of a machine that are connected by the fast links.
 
-    products: the share of the FLOP/s that large matrix products reach. elementwise, logits, update: bytes that are
-    moved for each token, layer and unit of width; for each token and word of the vocabulary; for each parameter in a
-    step.
+    products: the share of the FLOP/s that large matrix products reach. attention: how many times as long as theirs the
+    operations of attention take. elementwise, logits, update: bytes that are moved for each token, layer and unit of
+    width; for each token and word of the vocabulary; for each parameter in a step.
     """
 
     flops: float | int
@@ -36,6 +36,7 @@ class DeviceKind:
     watts: float | int
     machine: int = 8
     products: float | int = 0.58
+    attention: float | int = 1
     elementwise: float | int = 150
     logits: float | int = 0
     update: float | int = 0
@@ -63,7 +64,7 @@ DEVICES = {
 }
 HERE = "this-CPU"
 ACTIVATIONS = 34  # bytes a token, layer and unit of width that the backward pass needs (Korthikanti et al., 2022)
-LOGITS = 2**26, 10  # that the loss makes at a time, and the bytes that each takes
+LOGITS = 2**26, 2  # that the loss makes at a time, and the bytes of each, in whose place its gradient comes
 LINKS = 0.7  # the share of a link's bandwidth that exchanges reach
 USED = 0.92  # the share of the memory that a run may use; the rest is the library's and what fragments
 STATE = 16  # bytes a parameter: weights and gradients in 16 bits, and AdamW's two averages and the weights in 32
@@ -84,9 +85,14 @@ class Architecture:
     context: int
 
     @property
+    def attention(self) -> int:
+        """FLOPs of attention a token, forward and backward (PaLM's appendix B)."""
+        return 12 * self.layers * self.width * self.context
+
+    @property
     def flops(self) -> int:
-        """FLOPs a token, forward and backward, with attention (PaLM's appendix B)."""
-        return 6 * self.parameters + 12 * self.layers * self.width * self.context
+        """FLOPs a token, forward and backward, with attention."""
+        return 6 * self.parameters + self.attention
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,8 @@ def parse_devices(text: str) -> tuple[int, DeviceKind]:
 def this_machine() -> DeviceKind:
     """This computer's processor as a device: FLOP/s of products as `keifu train` makes them, and bytes/s, measured.
 
-    The other figures were chosen so that six models fit on an Intel Xeon with AMX. They are larger than a GPU's, since
-    PyTorch's elementwise operations are not joined there, and work in 32 bits.
+    The other figures were chosen so that three models fit on an AMD EPYC (Zen 5) and on an Intel Xeon with AMX. They
+    are larger than a GPU's, since PyTorch's elementwise operations are not joined there, and work in 32 bits.
     """
     import torch
 
@@ -159,10 +165,10 @@ def this_machine() -> DeviceKind:
 
     cpu, numbers = torch.device("cpu"), torch.ones(2**26)
     copy = torch.empty_like(numbers)
-    bandwidth = 2 * numbers.nbytes / min(flops.time_call(lambda: copy.copy_(numbers), cpu) for _ in range(20))
-    peak = flops.matmul_peak(cpu, resolve_dtype("auto", cpu))
+    bandwidth = 2 * numbers.nbytes / min(flops.time_call(lambda: copy.copy_(numbers), cpu) for _ in range(100))
+    peak = flops.matmul_peak(cpu, resolve_dtype("auto", cpu), seconds=2.0)  # so that a burst of other work is outlived
     return DeviceKind(peak, available_memory(cpu), bandwidth, bandwidth, bandwidth, 0, 1,
-                      products=0.78, elementwise=1000, logits=134, update=62)  # fmt: skip
+                      products=0.82, attention=3, elementwise=1000, logits=134, update=62)  # fmt: skip
 
 
 def parse_amount(text: str) -> float:
@@ -206,8 +212,9 @@ def _planned(model: Architecture, layout: Layout, devices: int, kind: DeviceKind
     again = 4 / 3 if layout.checkpointing else 1.0
     width = model.layers * model.dim
     weights = 2 * model.parameters / layout.tensor  # bytes of a device's part before sharding
+    products = model.flops + (kind.attention - 1) * model.attention
     seconds = {
-        "products": again * tokens * model.flops / (kind.flops * kind.products),
+        "products": again * tokens * products / (kind.flops * kind.products),
         "elementwise": again * tokens * (width * kind.elementwise + model.vocab * kind.logits) / kind.bandwidth,
         "update": model.parameters / layout.tensor / layout.shard * kind.update / kind.bandwidth,
     }
