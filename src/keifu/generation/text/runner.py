@@ -5,6 +5,7 @@ has its own in block `blocks[p // block_size]` of the sequence's block table, at
 has which blocks is decided by the scheduler. Axes: wanted = tokens whose logits are asked for, vocab.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -149,6 +150,9 @@ class TorchRunner:
         self._size_of: dict[int, int] = {}  # each sequence's row
 
     def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
+        for size, count in Counter(map(self._new_size, batch)).items():
+            if size:
+                self._room(size, count)
         for span in batch:
             self._seat(span)
         step = _Step(self._groups(batch), self.device)
@@ -165,13 +169,23 @@ class TorchRunner:
             if not self._rows[size].owners:
                 del self._rows[size]
 
+    def _new_size(self, span: Span) -> int:
+        """The tokens of the row that the span's sequence moves to; 0 where it stays in its own."""
+        end = span.start + len(span.tokens)
+        return max(SMALLEST, 1 << (end - 1).bit_length()) if self._size_of.get(span.sequence, 0) < end else 0
+
+    def _room(self, size: int, count: int) -> "_Rows":
+        """The rows of a size, with room for so many more sequences."""
+        rows = self._rows.setdefault(size, _Rows(self.model.new_state(0, size)))
+        rows.reserve(count)
+        return rows
+
     def _seat(self, span: Span) -> None:
         """A row for the span's sequence with room for its new tokens, which holds those before them."""
-        end, number = span.start + len(span.tokens), span.sequence
+        number = span.sequence
         held = self._size_of.get(number, 0)
-        if held < end:
-            size = max(SMALLEST, 1 << (end - 1).bit_length())
-            rows = self._rows.setdefault(size, _Rows(self.model.new_state(0, size)))
+        if size := self._new_size(span):
+            rows = self._room(size, 1)
             row = rows.enter(number)
             if held:
                 old = self._rows[held]
@@ -234,10 +248,13 @@ class _Rows:
         self.state = state
         self.owners: list[int] = []
 
+    def reserve(self, count: int) -> None:
+        """Room for so many more sequences; there are twice as many rows as before at least, where any are lacking."""
+        if (lacking := len(self.owners) + count - len(self.state.lengths)) > 0:
+            self.state.add(max(lacking, len(self.owners)))
+
     def enter(self, sequence: int) -> int:
-        """The place of a row for one more sequence."""
-        if len(self.owners) == len(self.state.lengths):
-            self.state.add(max(1, len(self.owners)))
+        """The place of a row for one more sequence, for which there is room."""
         self.owners.append(sequence)
         return len(self.owners) - 1
 
