@@ -5,7 +5,8 @@ and one in `_MAKERS`, `_FILES` or `_WITHOUT_TEXT` if its files differ from `_pub
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
@@ -203,25 +204,14 @@ def families_of(name: str) -> dict[str, Family]:
     return {family.model_type: family for family in _families(import_module(f"keifu.models.{name}"))}
 
 
-class _Families(Mapping[str, Family]):
-    """Every family by its model_type; to ask which there are imports no model."""
-
-    _files = {kind: name for name, kinds in MODELS.items() for kind in kinds}
+class _Families(UserDict[str, Any]):
+    """Every family by its model_type, which stands for its model's file; to ask which there are imports none."""
 
     def __getitem__(self, kind: str) -> Family:
-        return families_of(self._files[kind])[kind]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __contains__(self, kind: object) -> bool:
-        return kind in self._files
+        return families_of(self.data[kind])[kind]
 
 
-FAMILIES: Mapping[str, Family] = _Families()
+FAMILIES: Mapping[str, Family] = _Families({kind: name for name, kinds in MODELS.items() for kind in kinds})
 
 
 class _Published(dict[str, Any]):

@@ -6,8 +6,9 @@ encoder, and the autoencoder's scale.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ def open_single_file(path: Path) -> Source:
         return file.get_tensor(told[name]).reshape(stored[name].shape)
 
     return Source(
-        path, "CompVis's file", family, config, stored, read, _tokenizer(path, config), tower_names(family, stored),
-        notes=notes,
+        path, "CompVis's file", family, config, stored, read, partial(_read_tokenizer, path, config),
+        tower_names(family, stored), notes=notes,
     )  # fmt: skip
 
 
@@ -173,15 +174,11 @@ def _blocks(names: Iterable[str]) -> int:
 
 def rename_weights(name: str, shapes: Shapes) -> str:
     """diffusers' name of one tensor, after the part of the pipeline that it belongs to."""
-    for start, part, new in (
-        (UNET, "unet", _unet_name),
-        (CODER, "vae", _autoencoder_name),
-        (TEXT, "text_encoder", None),
-    ):
-        if name.startswith(start):
-            rest = name.removeprefix(start)
-            return f"{part}.{new(rest, shapes) if new else rest}"
-    return name
+    if name.startswith(TEXT):
+        return f"text_encoder.{name.removeprefix(TEXT)}"
+    if name.startswith(CODER):
+        return f"vae.{_autoencoder_name(name.removeprefix(CODER), shapes)}"
+    return f"unet.{_unet_name(name.removeprefix(UNET), shapes)}" if name.startswith(UNET) else name
 
 
 def _unet_name(name: str, shapes: Shapes) -> str:
@@ -238,24 +235,20 @@ def _flat(name: str, stored: Stored) -> Stored:
     return stored._replace(shape=stored.shape[:2]) if is_attention and len(stored.shape) == 4 else stored
 
 
-def _tokenizer(path: Path, config: latent_diffusion.Config) -> Callable[[], Any]:
+def _read_tokenizer(path: Path, config: latent_diffusion.Config) -> Any:
     """The tokenizer that lies beside the file, which holds none; else CLIP's own from the catalogue, which every
     Stable Diffusion 1 reads with."""
+    from keifu.data.catalogue.catalogue import fetch
+    from keifu.data.tokenizers.formats import READERS
+    from keifu.data.tokenizers.load import load_tokenizer
 
-    def read() -> Any:
-        from keifu.data.catalogue.catalogue import fetch
-        from keifu.data.tokenizers.formats import READERS
-        from keifu.data.tokenizers.load import load_tokenizer
-
-        for folder in (path.parent / TOKENIZER, path.parent):
-            if any((folder / name).exists() for name in READERS):
-                return load_tokenizer(folder)
-        want = f"{path} holds no tokenizer, and none lies beside it (in {path.parent / TOKENIZER})"
-        if config.vocab_size != clip_text.Config().vocab_size:
-            raise UserError(f"{want}: its {config.vocab_size:,} tokens are not CLIP's. Put the right one there.")
-        try:
-            return load_tokenizer(fetch("clip-bpe"))
-        except (UserError, OSError) as error:
-            raise UserError(f"{want}; CLIP's could not be had either (keifu data get clip-bpe): {error}") from error
-
-    return read
+    for folder in (path.parent / TOKENIZER, path.parent):
+        if any((folder / name).exists() for name in READERS):
+            return load_tokenizer(folder)
+    want = f"{path} holds no tokenizer, and none lies beside it (in {path.parent / TOKENIZER})"
+    if config.vocab_size != clip_text.Config().vocab_size:
+        raise UserError(f"{want}: its {config.vocab_size:,} tokens are not CLIP's. Put the right one there.")
+    try:
+        return load_tokenizer(fetch("clip-bpe"))
+    except (UserError, OSError) as error:
+        raise UserError(f"{want}; CLIP's could not be had either (keifu data get clip-bpe): {error}") from error

@@ -8,8 +8,9 @@ the same header in a tenth of a second and reports the wrong byte count of a tru
 import math
 import mmap
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -244,7 +245,7 @@ def open_gguf(path: Path) -> Source:
     architecture, (family, _) = ARCHITECTURES[name], describe(config)
     stored = {key: tensor for key, tensor in file.stored().items() if key != FREQS}
     return Source(
-        path, "GGUF", family, config, stored, file.read, _tokenizer(file.fields), architecture.names,
+        path, "GGUF", family, config, stored, file.read, partial(_read_tokenizer, file.fields), architecture.names,
         rotary_head_dim(architecture, config), _notes(file), file.blocks,
     )  # fmt: skip
 
@@ -255,11 +256,8 @@ def _notes(file: GGUFFile) -> tuple[str, ...]:
     return (*notes, f"{FREQS} gives the rotary scaling.") if FREQS in file.places else tuple(notes)
 
 
-def _tokenizer(fields: Mapping[str, Any]) -> Callable[[], Any]:
-    def read() -> Any:
-        from keifu.data.tokenizers.gguf import READ_FIELDS, gguf_tokenizer
+def _read_tokenizer(fields: Mapping[str, Any]) -> Any:
+    from keifu.data.tokenizers.gguf import READ_FIELDS, gguf_tokenizer
 
-        with reading("The vocabulary of the GGUF file"):
-            return gguf_tokenizer({key: value for key, value in fields.items() if key.startswith(READ_FIELDS)})
-
-    return read
+    with reading("The vocabulary of the GGUF file"):
+        return gguf_tokenizer({key: value for key, value in fields.items() if key.startswith(READ_FIELDS)})

@@ -3,8 +3,9 @@
 Nothing is ever unpickled: a directory that has only PyTorch's own .bin files is refused with an explanation.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def source_of(
         file, name = owner[told]
         return opened[file].get_slice(name)[index]
 
-    tokenizer = _tokenizer(texts or path, family)
+    tokenizer = partial(_read_tokenizer, texts or path, family)
     return Source(path, layout, family, config, stored, read, tokenizer, family.names, notes=notes, part=part)
 
 
@@ -145,10 +146,7 @@ def stored_of(piece: Any) -> Stored:
     return Stored(tuple(piece.get_shape()), kind, DTYPES.get(kind))
 
 
-def _tokenizer(path: Path, family: Family) -> Callable[[], Any]:
-    def read() -> Any:
-        from keifu.data.tokenizers.load import load_tokenizer
+def _read_tokenizer(path: Path, family: Family) -> Any:
+    from keifu.data.tokenizers.load import load_tokenizer
 
-        return load_tokenizer(path) if family.writes_text else None
-
-    return read
+    return load_tokenizer(path) if family.writes_text else None

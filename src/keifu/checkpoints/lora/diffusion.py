@@ -7,12 +7,13 @@ are, and their published names, is given by the family's table of weight names.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from keifu.checkpoints.lora.peft import attach_tensors, layers, read_tensors, whole_tensors
+from keifu.checkpoints.lora.peft import Place, attach_tensors, layers, read_tensors, whole_tensors
 from keifu.errors import UserError, unknown
 from keifu.files import write_atomic
 from keifu.layers.lora import Adapter, LoraSettings, adapters, merge
@@ -50,32 +51,23 @@ def attach_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Mo
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is no .safetensors file, and keifu reads LoRAs from no other.")
     known = layers(model)
-    spelled = {_weight_name(label): label for label in known}
-    found, names, strange = dict[str, dict[str, Tensor]](), dict[str, dict[str, str]](), list[str]()
-    for name, tensor in read_tensors(path).items():
-        label, part = _label(name, spelled)
-        if label is None or part is None:
-            strange.append(name)
-        else:
-            found.setdefault(label, {})[part] = tensor
-            names.setdefault(label, {})[part] = name
-    wrong = [f"{name} {_unknown_weight(name)}" for name in strange]
-    lows = dict[str, LoraSettings]()
-    for label, parts in found.items():
-        alpha = parts.pop("alpha", None)
-        rank = len(parts["a"]) if "a" in parts and parts["a"].ndim > 1 else 1
-        lows[label] = LoraSettings(rank, scale * (rank if alpha is None else float(alpha)), dora="length" in parts)
-        found[label] = {part: t.flatten(1 if part != "length" and t.ndim > 1 else 0) for part, t in parts.items()}
-    return attach_tensors(model, path, wrong, known, lows, found, names)
+    place = partial(_place, {_weight_name(label): label for label in known})
+    return attach_tensors(model, path, known, read_tensors(path), place, partial(_low, scale), _unknown_weight)
 
 
-def _label(name: str, spelled: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """The published name of the layer that a tensor belongs to, and what of its adapter it is."""
-    end = next((end for end in ENDS if name.endswith(end)), None)
-    if end is None:
-        return None, None
+def _low(scale: float, label: str, parts: dict[str, Tensor]) -> LoraSettings:
+    """The settings of one layer's adapter; its kernels become matrices."""
+    alpha = parts.pop("alpha", None)
+    rank = len(parts["a"]) if "a" in parts and parts["a"].ndim > 1 else 1
+    parts |= {part: t.flatten(1 if part != "length" and t.ndim > 1 else 0) for part, t in parts.items()}
+    return LoraSettings(rank, scale * (rank if alpha is None else float(alpha)), dora="length" in parts)
+
+
+def _place(spelled: Mapping[str, str], name: str) -> Place:
+    """Where a tensor belongs; `spelled` has the layers' published names by the one spelling for all."""
+    end = next((end for end in ENDS if name.endswith(end)), "")
     layer = _weight_name(name.removesuffix(end))
-    return spelled.get(layer) or spelled.get(f"{layer}_0"), ENDS[end]  # to_out, which is to_out.0
+    return spelled.get(layer) or spelled.get(f"{layer}_0", ""), ENDS.get(end, ""), name  # to_out, which is to_out.0
 
 
 def _weight_name(name: str) -> str:

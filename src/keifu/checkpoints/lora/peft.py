@@ -5,7 +5,7 @@ Which layers there are, and their published names, is given by the family's tabl
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,38 +159,34 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     """Attaches the adapters of a folder to a model, in place. Keys or shapes that do not fit are one `UserError`."""
     path = Path(path)
     config, tensors = _check_pair(path), read_tensors(path / WEIGHTS)
-    known, found = linears(model), dict[str, dict[str, Tensor]]()
-    strange = []
-    for name, tensor in tensors.items():
-        label, end = _label(name)
-        if label in known and end in ENDS:
-            found.setdefault(label, {})[ENDS[end]] = tensor
-        else:
-            strange.append(name)
-    wrong = [f"{name} belongs to no layer of this model" for name in strange]
-    lows = {label: _low(config, label, parts) for label, parts in found.items()}
-    return attach_tensors(model, path, wrong, known, lows, found, {})
+    return attach_tensors(model, path, linears(model), tensors, _place, partial(_low, config))
 
 
-Parts = Mapping[str, Mapping[str, Tensor]]  # of each layer by its published name
+Place = tuple[str, str, str]  # of a tensor: its layer's published name, what of the adapter it is, its name in errors
 
 
 def attach_tensors(
-    model: nn.Module,
-    path: Path,
-    wrong: list[str],
-    known: Mapping[str, Target],
-    lows: Mapping[str, LoraSettings],
-    found: Parts,
-    names: Mapping[str, Mapping[str, str]],
-) -> nn.Module:
-    """Attaches adapters of these tensors to a model, in place; what is wrong with a file, and its tensors that are
-    missing or misshapen, are one `UserError`.
+    model: nn.Module, path: Path, known: Mapping[str, Target], tensors: Mapping[str, Tensor],
+    place: Callable[[str], Place], settings: Callable[[str, dict[str, Tensor]], LoraSettings],
+    strange: Callable[[str], str] = lambda name: "belongs to no layer of this model",
+) -> nn.Module:  # fmt: skip
+    """Attaches adapters of these tensors to a model, in place; tensors that belong to none, are missing or misshapen
+    are one `UserError`.
 
-    names: what the file calls each of the tensors, where that is not PEFT's way.
+    settings: of a layer's adapter, from its tensors, which it may change. strange: what is wrong with a tensor whose
+    layer is not `known`.
     """
+    found, names, wrong = dict[str, dict[str, Tensor]](), dict[str, dict[str, str]](), list[str]()
+    for name, tensor in tensors.items():
+        label, part, shown = place(name)
+        if label in known and part:
+            found.setdefault(label, {})[part] = tensor
+            names.setdefault(label, {})[part] = shown
+        else:
+            wrong.append(f"{name} {strange(name)}")
+    lows = {label: settings(label, parts) for label, parts in found.items()}
     for label, parts in found.items():
-        wrong = [*wrong, *_misfits(model, known[label], lows[label], parts, names.get(label, {}))]
+        wrong += _misfits(model, known[label], lows[label], parts, names[label])
     if wrong or not found:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         told = "; ".join(wrong[:10]) + more if wrong else "they are empty"
@@ -229,10 +225,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: read(name) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
-def _label(name: str) -> tuple[str, str]:
-    """The layer's published name, and what of its adapter a tensor is."""
-    found = re.fullmatch(r"(?:base_model\.model\.)?(.+?)\.(lora_\w+(?:\.weight)?)", name)
-    return (found[1], found[2]) if found else (name, "")
+def _place(name: str) -> Place:
+    """Where a tensor of this name belongs, as PEFT writes it."""
+    found = re.fullmatch(r"(?:base_model\.model\.)?((.+?)\.(lora_\w+(?:\.weight)?))", name)
+    return (found[2], ENDS.get(found[3], ""), found[1]) if found else (name, "", name)
 
 
 def _low(config: Mapping[str, Any], label: str, parts: Mapping[str, Tensor]) -> LoraSettings:

@@ -66,15 +66,13 @@ class _Collector:
     """Collects the facts of the images read so far, and which of them are duplicates."""
 
     items: list[ImageItem] = field(default_factory=list)
-    alike: list[tuple[str, ...]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     remarks: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, item: ImageItem, pixels: np.ndarray, remarks: tuple[str, ...]) -> None:
         copies = hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
         # Without its reader, which may hold the whole file.
-        self.items.append(ImageItem(item.name, item.where, _gone, item.captions, item.label, (), item.part))
-        self.alike.append((*item.alike, copies))
+        self.items.append(replace(item, read=_gone, alike=(*item.alike, copies)))
         for remark in remarks:
             self.remarks[remark].append(item.where)
 
@@ -93,7 +91,7 @@ class _Collector:
             "names": [item.name for item in items], "parts": [item.part for item in items], "classes": classes,
             "labels": [classes.index(item.label) if item.label else -1 for item in items],
             "captions": {language: [item.captions[language] for item in items] for language in languages},
-            "groups": groups(self.alike), "notes": self.notes(), "faults": self.faults,
+            "groups": groups([item.alike for item in items]), "notes": self.notes(), "faults": self.faults,
         }  # fmt: skip
 
 

@@ -178,7 +178,8 @@ def texts(mixture: Mixture, characters: int) -> Iterator[str]:
     for source in mixture.sources:
         left = round(characters * source.weight)
         with _named_source(source):
-            for document in _documents(source, mixture.held_out):
+            parts, _ = _parts(source, mixture.held_out)
+            for document in sources.documents(source.data, source.form) if parts is None else parts()[0]:
                 if left <= 0:
                     break
                 yield from (document[start : start + 10_000] for start in range(0, min(len(document), left), 10_000))
@@ -194,11 +195,6 @@ def content_hash(mixture: Mixture) -> str:
             content = sources.content_hash(source.data, source.form) if made is None else content
             parts.append(f"{source.weight} {content}{source.form.settings() or ''}")
     return "\n".join(parts)
-
-
-def _documents(source: Source, held_out: float) -> Iterable[str]:
-    parts, _ = _parts(source, held_out)
-    return sources.documents(source.data, source.form) if parts is None else parts()[0]
 
 
 def _parts(source: Source, held_out: float) -> tuple[Parts | None, str]:
@@ -303,11 +299,7 @@ class MixedText:
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
         taken = interleave(self.weights, self.growth.before(step), self.growth.before(step + 1))
-        windows = np.empty((len(taken.whose), self.task.width), np.int64)
-        for place, packed in enumerate(self._packed):
-            rows = np.flatnonzero(taken.whose == place)
-            if len(rows):
-                windows[rows] = packed.windows(taken.numbers[rows])
+        windows = self._windows(taken.whose, lambda packed, rows: packed.windows(taken.numbers[rows]))
         return _tensors(self.task.rows(windows, taken.numbers, np.random.default_rng([self.seed, step])))
 
     def largest(self) -> Batch:
@@ -330,20 +322,26 @@ class MixedText:
             windows = held_out(source.shards, self.context_length, self.check_rows)[:, : check.task.width]
             made = batches(check.task, windows, max(self.growth.rows))
             factor = check.scale(source.shards) * units / sum(elements(batch) for batch in made)
-            for batch in made:
-                yield batch | _marks(len(next(iter(batch.values()))), place + 1, factor)
+            yield from (_mark(batch, place + 1, factor) for batch in made)
 
     @cached_property
     def _own(self) -> list[Batch]:
         """Held-out windows of all sources by their weights, for the loss of the task itself."""
-        numbers = np.arange(self.validation_rows)
-        whose, windows = source_of_row(self.weights, numbers), np.empty((len(numbers), self.task.width), np.int64)
-        for place, packed in enumerate(self._packed):
-            rows = np.flatnonzero(whose == place)
+
+        def spread(packed: PackedText, rows: np.ndarray) -> np.ndarray:
             kept = packed.held_out
-            windows[rows] = kept[np.arange(len(rows)) * max(1, len(kept) // max(1, len(rows))) % len(kept)]
-        made = batches(self.task, windows, max(self.growth.rows))
-        return [batch | _marks(len(next(iter(batch.values()))), 0, 1.0) for batch in made]
+            return kept[np.arange(len(rows)) * max(1, len(kept) // len(rows)) % len(kept)]
+
+        windows = self._windows(source_of_row(self.weights, np.arange(self.validation_rows)), spread)
+        return [_mark(batch, 0, 1.0) for batch in batches(self.task, windows, max(self.growth.rows))]
+
+    def _windows(self, whose: np.ndarray, take: Callable[[PackedText, np.ndarray], np.ndarray]) -> np.ndarray:
+        """A window for each row, which `take` gives of the row's source."""
+        windows = np.empty((len(whose), self.task.width), np.int64)
+        for place, packed in enumerate(self._packed):
+            if len(rows := np.flatnonzero(whose == place)):
+                windows[rows] = take(packed, rows)
+        return windows
 
 
 def held_out(shards: Shards, context_length: int, rows: int) -> np.ndarray:
@@ -365,8 +363,9 @@ def elements(batch: Batch) -> int:
     return batch["tokens"][:, 1:].numel() if mask is None else int(mask[:, 1:].sum())
 
 
-def _marks(rows: int, figure: int, factor: float) -> Batch:
-    return {"figure": torch.full((rows,), figure), "factor": torch.full((rows,), factor)}
+def _mark(batch: Batch, figure: int, factor: float) -> Batch:
+    rows = len(next(iter(batch.values())))
+    return batch | {"figure": torch.full((rows,), figure), "factor": torch.full((rows,), factor)}
 
 
 def _tensors(rows: Rows) -> Batch:

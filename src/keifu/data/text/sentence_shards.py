@@ -167,7 +167,9 @@ def _write(parts: tuple[Sentences, Sentences], folder: Path, facts: dict[str, An
         facts[part] = {"tokens": len(taken.tokens), "sentences": len(taken.starts) - 1, "documents": documents}
     folder.mkdir()
     for part, taken in zip(PARTS, parts, strict=True):
-        save_file({name: np.ascontiguousarray(array) for name, array in vars(taken).items()}, folder / _file(part))
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in vars(taken).items()}, folder / f"{part}.safetensors"
+        )
     write_atomic(folder / "index.json", json.dumps(facts, indent=2) + "\n")
 
 
@@ -175,10 +177,6 @@ def _open(folder: Path) -> SentenceShards:
     from safetensors.torch import load_file
 
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    loaded = [load_file(folder / _file(part)) for part in PARTS]
+    loaded = [load_file(folder / f"{part}.safetensors") for part in PARTS]
     training, held = (Sentences(**{name: tensor.numpy() for name, tensor in each.items()}) for each in loaded)
     return SentenceShards(training, held, index)
-
-
-def _file(part: str) -> str:
-    return f"{part}.safetensors"

@@ -63,10 +63,6 @@ def _raise_exception(message: str) -> None:
     raise TemplateError(message)
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
@@ -85,7 +81,8 @@ def compile_template(template: str) -> Template:
     environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
     environment.limit()
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    clock = {"strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.globals |= {"raise_exception": _raise_exception} | clock
     if len(template) > LONGEST_SOURCE:
         raise UserError(f"The chat template has {len(template):,} characters, and at most {LONGEST_SOURCE:,} are read.")
     try:

@@ -126,6 +126,7 @@ def _renamed(original: tokenizers.Tokenizer, names: dict[str, str]) -> tokenizer
     return tokenizers.Tokenizer.from_str(json.dumps(description))
 
 
+PARTS = ("backend", "special", "stop_ids", "chat_template", "max_length", "generation_config")
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -313,14 +314,7 @@ class Tokenizer:
     @property
     def _parts(self) -> dict[str, Any]:
         """The arguments of the constructor that make this tokenizer again, in order."""
-        return {
-            "backend": self.backend,
-            "special": self.special,
-            "stop_ids": self.stop_ids,
-            "chat_template": self.chat_template,
-            "max_length": self.max_length,
-            "generation_config": self.generation_config,
-        }
+        return {name: vars(self)[name] for name in PARTS}
 
     @cached_property
     def _hash(self) -> str:

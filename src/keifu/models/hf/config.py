@@ -110,26 +110,16 @@ _ACTIVATIONS = {
     "linear": "identity",
 }
 
+_YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
 # ours -> theirs, for the fields of a scaling beside its kind and factor
 _FIELDS = {
     "original_context_length": "original_max_position_embeddings",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "attention_factor": "attention_factor",
-    "mscale": "mscale",
-    "mscale_all_dim": "mscale_all_dim",
-    "truncate": "truncate",
+    **{name: name for name in ("low_freq_factor", "high_freq_factor", *_YARN)},
 }
-_WRITTEN = {
-    "linear": (),
-    "dynamic": (),
+_WRITTEN = {  # of the kinds that have any
     "llama3": ("original_context_length", "low_freq_factor", "high_freq_factor"),
-    "yarn": (
-        "original_context_length", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
-    ),
-}  # fmt: skip
+    "yarn": ("original_context_length", *_YARN),
+}
 
 
 def activation_name(published: str) -> str:
@@ -176,9 +166,9 @@ def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
     if scaling is None:
         new = {"rope_type": "default"}
     else:
-        fields = {_FIELDS[ours]: value for ours, value in vars(scaling).items() if ours in _WRITTEN[scaling.kind]}
+        written = {ours: vars(scaling)[ours] for ours in _WRITTEN.get(scaling.kind, ())}
         new = {"rope_type": scaling.kind, "factor": scaling.factor}
-        new |= {theirs: value for theirs, value in fields.items() if value is not None}
+        new |= {_FIELDS[ours]: value for ours, value in written.items() if value is not None}
     return {
         "rope_theta": theta,
         "rope_scaling": None if scaling is None else new,
