@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from keifu.checkpoints.hf.write import save
     from keifu.checkpoints.loading import convert, inspect, load, load_model
     from keifu.checkpoints.own_module import load_weights
-    from keifu.checkpoints.report import Report
+    from keifu.checkpoints.plan import Report
 
 __all__ = ["Report", "convert", "inspect", "load", "load_model", "load_weights", "save", "save_gguf"]
 
-_HOMES = {"load_weights": "own_module", "save_gguf": "gguf.write", "Report": "report", "save": "hf.write"}
+_HOMES = {"load_weights": "own_module", "save_gguf": "gguf.write", "Report": "plan", "save": "hf.write"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,8 +13,7 @@ from keifu.checkpoints.hf.read import CONFIGS, INDEX, PICKLED, WEIGHTS, open_dir
 from keifu.checkpoints.hub import locate
 from keifu.checkpoints.lora.peft import base_of, is_adapter, load_adapter
 from keifu.checkpoints.packing import load_packed, pack_or_keep
-from keifu.checkpoints.plan import Plan, Source, check_tokenizer, plan
-from keifu.checkpoints.report import Report, report
+from keifu.checkpoints.plan import Plan, Report, Source, check_tokenizer, plan, report
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.devices import Choice, choose, choosing

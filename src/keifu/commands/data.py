@@ -152,7 +152,7 @@ def _list() -> None:
 
 
 def _cache() -> None:
-    from keifu.data.catalogue.cache import cached
+    from keifu.data.catalogue.catalogue import cached
     from keifu.files import cache
 
     found = cached()
@@ -162,7 +162,7 @@ def _cache() -> None:
 
 
 def _clear(name: str | None, yes: bool) -> None:
-    from keifu.data.catalogue.cache import of_name, remove
+    from keifu.data.catalogue.catalogue import of_name, remove
 
     found = of_name(name)
     total = _megabytes(sum(each.size for each in found))

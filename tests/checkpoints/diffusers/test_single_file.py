@@ -120,4 +120,4 @@ def test_the_tokenizer_beside_it_or_clips_or_a_sentence(made, tmp_path, monkeypa
     whole = single_file.replace(source.config, text=single_file.clip_text.SIZES["stable-diffusion-text"],
                                 unet=latent_diffusion.SIZES["stable-diffusion-1"].unet)  # fmt: skip
     with pytest.raises(UserError, match=r"keifu data get clip-bpe\): There is no network"):
-        single_file._tokenizer(alone, whole)()
+        single_file._read_tokenizer(alone, whole)

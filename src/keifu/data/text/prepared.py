@@ -8,6 +8,7 @@ its shards are joined once into the user's cache.
 import hashlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +84,11 @@ def open_prepared(folder: str | Path, held_out: float) -> token_shards.Shards:
     names = json.dumps([index for _, index in indices], sort_keys=True)
     content = hashlib.sha256(names.encode()).hexdigest()
     settings = {"format": token_shards.FORMAT, "prepared": content, "held_out": held_out}
-
-    def make(target: Path, facts: dict[str, Any]) -> None:
-        _join(indices, target, tokenizer_of(folder).vocab_size, held_out, facts)
-
-    return token_shards.find_made(folder, settings, make)
+    return token_shards.find_made(folder, settings, partial(_join, folder, indices, held_out))
 
 
 def _join(
-    indices: list[tuple[Path, dict[str, Any]]], target: Path, vocab_size: int, held_out: float, facts: dict[str, Any]
+    folder: Path, indices: list[tuple[Path, dict[str, Any]]], held_out: float, target: Path, facts: dict[str, Any]
 ) -> None:
     """Copies the ids of all shards into the files of both parts."""
     first = indices[0][1]
@@ -114,5 +111,6 @@ def _join(
     for part in token_shards.PARTS:
         tokens = (target / f"{part}.bin").stat().st_size // width
         parts[part] = {"tokens": tokens, "bytes": round(text * tokens * width / total), "documents": 0}
-    index = {**facts, "dtype": first["dtype"], "vocab_size": vocab_size, "separator": first["separator"], **parts}
+    size = tokenizer_of(folder).vocab_size
+    index = {**facts, "dtype": first["dtype"], "vocab_size": size, "separator": first["separator"], **parts}
     write_atomic(target / "index.json", json.dumps(index, indent=2) + "\n")

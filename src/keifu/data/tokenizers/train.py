@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
@@ -29,32 +29,21 @@ END_OF_TEXT = "<|endoftext|>"
 Made = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token of each role
 
 
-@dataclass(frozen=True)
-class _TokenizerSpec:
-    """The arguments of `train_tokenizer`."""
+@dataclass
+class _Training:
+    """The arguments of `train_tokenizer`; iterates over the texts that are not empty, and counts them and their
+    characters."""
 
+    texts: Iterable[str]
     vocab_size: int
     special_tokens: list[str]
     split_digits: bool
     lowercase: bool
-
-    def at_least(self, kind: str, needed: int, why: str) -> None:
-        """Refuses a size below what the kind needs for any text."""
-        if self.vocab_size < needed:
-            what = f"vocab_size={self.vocab_size} is too small"
-            raise UserError(f"{what}: {kind} needs at least {needed} tokens ({why}).")
-
-
-class _WordCounts:
-    """Iterates over the texts that are not empty, and counts them and their characters."""
-
-    def __init__(self, texts: Iterable[str]):
-        self._texts = texts
-        self.count = 0
-        self.characters = Counter[str]()
+    count: int = 0
+    characters: Counter[str] = field(default_factory=Counter)
 
     def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
+        for text in self.texts:
             if text:
                 self.count += 1
                 self.characters.update(text)
@@ -64,6 +53,23 @@ class _WordCounts:
         """Refuses, after reading, texts that were all empty."""
         if not self.count:
             raise UserError("There is no text to learn a tokenizer from: every text given is empty.")
+
+    def at_least(self, kind: str, needed: int, why: str) -> None:
+        """Refuses a size below what the kind needs for any text."""
+        if self.vocab_size < needed:
+            what = f"vocab_size={self.vocab_size} is too small"
+            raise UserError(f"{what}: {kind} needs at least {needed} tokens ({why}).")
+
+    def learn(self, backend: tokenizers.Tokenizer, trainer: trainers.Trainer) -> None:
+        """Trains the tokenizer with the texts."""
+        try:
+            backend.train_from_iterator(self, trainer)
+        except (UserError, OSError, UnicodeError):
+            raise  # from the texts, not from the trainer
+        except Exception as error:  # `tokenizers` raises bare Exceptions
+            if self.count:
+                raise UserError(f"No tokenizer could be learned from these texts: {error}.") from error
+        self.check()
 
 
 def train_tokenizer(
@@ -94,27 +100,14 @@ def train_tokenizer(
         if given and kind != owner:
             raise UserError(f"{what} belongs to the kind {owner}, not to {kind}: leave it out.")
     texts = list(texts) if kind == "wordpiece" and isinstance(texts, Iterator) else texts
-    backend, special = KINDS[kind](
-        _WordCounts(texts), _TokenizerSpec(vocab_size, list(special_tokens), split_digits, lowercase)
-    )
+    backend, special = KINDS[kind](_Training(texts, vocab_size, list(special_tokens), split_digits, lowercase))
     needed = backend.get_vocab_size()
     if needed > vocab_size:
         raise UserError(f"vocab_size={vocab_size} is too small: {kind} needs at least {needed} tokens for these texts.")
     return Tokenizer(backend, special)
 
 
-def _learn(backend: tokenizers.Tokenizer, texts: _WordCounts, trainer: trainers.Trainer) -> None:
-    try:
-        backend.train_from_iterator(texts, trainer)
-    except (UserError, OSError, UnicodeError):
-        raise  # from the texts, not from the trainer
-    except Exception as error:  # `tokenizers` raises bare Exceptions
-        if texts.count:
-            raise UserError(f"No tokenizer could be learned from these texts: {error}.") from error
-    texts.check()
-
-
-def _bpe(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:
+def _bpe(wanted: _Training) -> Made:
     specials = [END_OF_TEXT, *wanted.special_tokens]
     wanted.at_least("bpe", 256 + len(specials), f"256 bytes and {len(specials)} special")
     backend = byte_level_backend({}, [], "smollm" if wanted.split_digits else "gpt-2")
@@ -125,15 +118,15 @@ def _bpe(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:
         special_tokens=_with_special_tokens(specials),
         initial_alphabet=list(byte_alphabet()),
     )
-    _learn(backend, texts, trainer)
+    wanted.learn(backend, trainer)
     return backend, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
 
 
-def _wordpiece(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:
+def _wordpiece(wanted: _Training) -> Made:
     specials = sorted(BERT_ROLES.values(), key=lambda token: token != "[PAD]")  # BERT's padding has the id 0
     backend, _ = wordpiece_backend({}, wanted.lowercase, strip_accents=None)
     limit = max(1000, wanted.vocab_size // 3)  # rarer characters become [UNK], as in BERT
-    first, later = _alphabet(backend, texts, limit)
+    first, later = _alphabet(backend, wanted, limit)
     trainer = trainers.WordPieceTrainer(
         vocab_size=wanted.vocab_size,
         min_frequency=2,
@@ -142,24 +135,24 @@ def _wordpiece(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:
         initial_alphabet=first,
         limit_alphabet=len(first),
     )
-    _learn(backend, texts, trainer)
+    wanted.learn(backend, trainer)
     learned, roles = wordpiece_backend(backend.get_vocab(), wanted.lowercase, strip_accents=None)
     learned.add_special_tokens(_with_special_tokens(wanted.special_tokens))
     return learned, roles
 
 
-def _alphabet(backend: tokenizers.Tokenizer, texts: _WordCounts, limit: int) -> tuple[list[str], list[str]]:
+def _alphabet(backend: tokenizers.Tokenizer, wanted: _Training, limit: int) -> tuple[list[str], list[str]]:
     """The most frequent characters, and those of them that continue words, as tokens (`##a`), each in a fixed order.
 
     The library numbers the latter as it meets them, in no fixed order, and merges pairs of equal counts by number.
     """
-    _learn(backend, texts, trainers.WordPieceTrainer(vocab_size=1, show_progress=False, special_tokens=[]))
+    wanted.learn(backend, trainers.WordPieceTrainer(vocab_size=1, show_progress=False, special_tokens=[]))
     found = backend.get_vocab()
-    first = sorted((each for each in found if len(each) == 1), key=lambda each: (-texts.characters[each], each))
+    first = sorted((each for each in found if len(each) == 1), key=lambda each: (-wanted.characters[each], each))
     return first[:limit], [f"##{each}" for each in sorted(first[:limit]) if f"##{each}" in found]
 
 
-def _unigram(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:
+def _unigram(wanted: _Training) -> Made:
     specials = ["<unk>", "<s>", "</s>", *wanted.special_tokens]
     reserved = len(specials) + 256
     wanted.at_least("unigram", reserved + 1, f"{len(specials)} special, 256 bytes and the characters")
@@ -168,10 +161,10 @@ def _unigram(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:
     size = wanted.vocab_size - 256
     trainer = trainers.UnigramTrainer(vocab_size=size, show_progress=False, special_tokens=specials, unk_token="<unk>")
     try:
-        _learn(backend, texts, trainer)
+        wanted.learn(backend, trainer)
     except UserError as error:
         if "not large enough" in str(error):  # the trainer must keep every character
-            wanted.at_least("unigram", reserved + len(texts.characters), "special, bytes and all the characters")
+            wanted.at_least("unigram", reserved + len(wanted.characters), "special, bytes and all the characters")
         raise
     learned = json.loads(backend.to_str())["model"]["vocab"][len(specials) :]
     pieces = [Piece(token, 0.0, UNKNOWN if token == "<unk>" else CONTROL) for token in specials]
@@ -191,11 +184,11 @@ def _prepare_unigram(backend: tokenizers.Tokenizer) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, no_byte_names()])
 
 
-def _characters(texts: _WordCounts, wanted: _TokenizerSpec) -> Made:
-    for _ in texts:
+def _characters(wanted: _Training) -> Made:
+    for _ in wanted:
         continue
-    texts.check()
-    vocabulary = {token: number for number, token in enumerate([*wanted.special_tokens, *sorted(texts.characters)])}
+    wanted.check()
+    vocabulary = {token: number for number, token in enumerate([*wanted.special_tokens, *sorted(wanted.characters)])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))
     backend.pre_tokenizer = pre_tokenizers.FixedLength(1)
     backend.decoder = decoders.Fuse()
@@ -207,7 +200,7 @@ def _with_special_tokens(tokens: Sequence[str]) -> list[AddedToken]:
     return [AddedToken(token, special=True, normalized=False) for token in tokens]
 
 
-KINDS: dict[str, Callable[[_WordCounts, _TokenizerSpec], Made]] = {
+KINDS: dict[str, Callable[[_Training], Made]] = {
     "bpe": _bpe,
     "wordpiece": _wordpiece,
     "unigram": _unigram,

@@ -135,7 +135,7 @@ def to_open_clip(config: clip.Config) -> dict[str, Any]:
         "model_cfg": {
             "embed_dim": text.embedding_dim,
             "quick_gelu": quick,
-            "vision_cfg": {"image_size": image.image_size} | _vision(image),
+            "vision_cfg": {"image_size": image.image_size} | _SEEN[type(image)](image),
             "text_cfg": words | _widths(text) | end,
         },
         "preprocess_cfg": {
@@ -156,8 +156,13 @@ def _widths(config: clip_text.Config | clip_image.Config) -> dict[str, Any]:
     return {"width": config.dim, "layers": config.n_layers, "mlp_ratio": ratio, **norm, **act}
 
 
-def _vision(config: clip_image.Config | clip_image.ResNetConfig) -> dict[str, Any]:
-    if isinstance(config, clip_image.Config):
-        return {"patch_size": config.patch_size, "head_width": config.dim // config.n_heads, **_widths(config)}
+def _seen_by_transformer(config: clip_image.Config) -> dict[str, Any]:
+    return {"patch_size": config.patch_size, "head_width": config.dim // config.n_heads, **_widths(config)}
+
+
+def _seen_by_resnet(config: clip_image.ResNetConfig) -> dict[str, Any]:
     head = config.width * 32 // config.n_heads
     return {"layers": list(config.layers), "width": config.width, "patch_size": None, "head_width": head}
+
+
+_SEEN: dict[type, Any] = {clip_image.Config: _seen_by_transformer, clip_image.ResNetConfig: _seen_by_resnet}
