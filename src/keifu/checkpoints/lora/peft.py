@@ -37,16 +37,12 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin 
 
 def linears(model: nn.Module) -> dict[str, Target]:
     """Every linear layer inside the model's numbered layers, the parts of a joined one apart, by its published name."""
-    every = _label_layers(model, (nn.Linear,))
+    every = layers(model, (nn.Linear,))
     return {label: target for label, target in every.items() if any(p.isdigit() for p in target.module.split("."))}
 
 
-def layers(model: nn.Module) -> dict[str, Target]:
+def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)) -> dict[str, Target]:
     """Every linear layer and convolution of a model, the parts of a joined one apart, by its published name."""
-    return _label_layers(model, (nn.Linear, nn.Conv2d))
-
-
-def _label_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, Target]:
     family, config = describe(model.config)
     modules, found = dict(model.named_modules()), dict[str, Target]()
     for link in links(model, family.table(config)):

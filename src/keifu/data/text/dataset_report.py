@@ -82,21 +82,9 @@ def _is_lost(tokenizer: Tokenizer, character: str) -> bool:
     return unknown is not None and tokenizer.token_id(unknown) in ids
 
 
-_RANGES = (  # first and last code point of the blocks that are common in text, after the Unicode standard, Blocks.txt
-    ("Latin", 0x41, 0x5A), ("Latin", 0x61, 0x7A), ("Latin", 0xAA, 0xAA), ("Latin", 0xBA, 0xBA), ("Latin", 0xC0, 0xD6),
-    ("Latin", 0xD8, 0xF6), ("Latin", 0xF8, 0x2AF), ("Latin", 0x1E00, 0x1EFF), ("Latin", 0xFF21, 0xFF3A),
-    ("Latin", 0xFF41, 0xFF5A), ("Greek", 0x370, 0x3FF), ("Greek", 0x1F00, 0x1FFF), ("Cyrillic", 0x400, 0x52F),
-    ("Hebrew", 0x590, 0x5FF), ("Arabic", 0x600, 0x77F), ("Arabic", 0x8A0, 0x8FF), ("Arabic", 0xFB50, 0xFDFF),
-    ("Arabic", 0xFE70, 0xFEFE), ("Indic", 0x900, 0xDFF), ("Thai", 0xE00, 0xE7F), ("Hangul", 0x1100, 0x11FF),
-    ("Hangul", 0x3130, 0x318F), ("Hangul", 0xAC00, 0xD7AF), ("Hiragana", 0x3041, 0x309F), ("Katakana", 0x30A0, 0x30FF),
-    ("Katakana", 0x31F0, 0x31FF), ("Katakana", 0xFF66, 0xFF9F), ("Han", 0x3005, 0x3007), ("Han", 0x3400, 0x4DBF),
-    ("Han", 0x4E00, 0x9FFF), ("Han", 0xF900, 0xFAFF), ("Han", 0x20000, 0x323AF), ("emoji", 0x200D, 0x200D),
-    ("emoji", 0x2600, 0x27BF), ("emoji", 0x2B00, 0x2BFF), ("emoji", 0xFE0F, 0xFE0F), ("emoji", 0x1F000, 0x1FAFF),
-    ("common", 0x0, 0x40), ("common", 0x5B, 0x60), ("common", 0x7B, 0xA9), ("common", 0xAB, 0xB9),
-    ("common", 0xBB, 0xBF), ("common", 0xD7, 0xD7), ("common", 0xF7, 0xF7), ("common", 0x2000, 0x200C),
-    ("common", 0x200E, 0x25FF), ("common", 0x3000, 0x3004), ("common", 0x3008, 0x303F), ("common", 0xFF00, 0xFF20),
-    ("common", 0xFF3B, 0xFF40), ("common", 0xFF5B, 0xFF65),
-)  # fmt: skip
+_LINES = Path(__file__).with_name("scripts.txt").read_text(encoding="utf-8").splitlines()[1:]
+# A script, and the first and the last code point of a block that it has.
+_RANGES = [(name, int(ends[:5], 16), int(ends[7:], 16)) for ends, name in (line.split("; ") for line in _LINES)]
 SCRIPTS = (*dict.fromkeys(name for name, *_ in _RANGES if name != "common"), "other", "common")
 """The names in the order of their numbers: "other" is any script that is not named, "common" spaces, digits, marks."""
 
@@ -226,10 +214,7 @@ class _Documents:
         self.report = report
         self.seen: set[bytes] = set()
         self.lengths: Counter[int] = Counter()
-        self._begin()
-
-    def _begin(self) -> None:
-        self.hash, self.tokens, self.blank = blake2b(digest_size=16), 0, True
+        self.hash, self.tokens, self.blank = blake2b(digest_size=16), 0, True  # of the document that goes by
 
     def add(self, piece: TextChunk, tokens: int) -> None:
         """Counts a piece, and its document where that ends."""
@@ -241,16 +226,13 @@ class _Documents:
         self.tokens += tokens
         self.blank = self.blank and not piece.text.strip()
         if piece.ends:
-            self._end()
-            self._begin()
-
-    def _end(self) -> None:
-        self.report.documents += 1
-        self.report.empty += self.blank
-        self.lengths[1 << max(self.tokens - 1, 0).bit_length()] += 1  # the next power of two
-        digest = self.hash.digest()
-        self.report.duplicates += digest in self.seen and not self.blank
-        self.seen.add(digest)
+            self.report.documents += 1
+            self.report.empty += self.blank
+            self.lengths[1 << max(self.tokens - 1, 0).bit_length()] += 1  # the next power of two
+            digest = self.hash.digest()
+            self.report.duplicates += digest in self.seen and not self.blank
+            self.seen.add(digest)
+            self.hash, self.tokens, self.blank = blake2b(digest_size=16), 0, True
 
 
 class _Spelling:

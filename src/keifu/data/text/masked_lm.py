@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from random import Random
-from typing import Any
 
 import numpy as np
 import torch
@@ -328,12 +327,6 @@ def _loss_weights(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     tokens = sum(int(batch["mask"].sum()) for batch in batches)
     targets = sum(int((batch["targets"] != NOT_COUNTED).sum()) for batch in batches)
     rows = sum(len(batch["tokens"]) for batch in batches)
-
-    def with_weights(batch: dict[str, Any]) -> dict[str, Tensor]:
-        own = len(batch["tokens"])
-        return batch | {
-            "word_weight": torch.full((own,), tokens / max(targets, 1)),
-            "pair_weight": torch.full((own,), tokens / rows),
-        }
-
-    return [with_weights(batch) for batch in batches]
+    weights = {"word_weight": tokens / max(targets, 1), "pair_weight": tokens / rows}
+    own = [{name: torch.full((len(batch["tokens"]),), weight) for name, weight in weights.items()} for batch in batches]
+    return [batch | more for batch, more in zip(batches, own, strict=True)]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,29 +22,9 @@ from jinja2.parser import Parser
 from keifu.data.tokenizers.template_limits import LARGEST, LONGEST_SOURCE, LimitedEnvironment, LimitError, limited
 from keifu.errors import UserError
 
-# A plain template, for models that are to be taught to chat; the tokenizer needs <|im_start|> and <|im_end|>.
-CHATML = """\
-{%- for message in messages -%}
-<|im_start|>{{ message['role'] }}
-{{ message['content'] }}<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant
-{% endif -%}
-"""
-
-# One for models without tokens of turns: their end-of-text token ends an answer.
-PLAIN = """\
-{%- for message in messages -%}
-{{ message['role'] | capitalize }}:
-{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' }}
-{% endfor -%}
-{%- if add_generation_prompt -%}
-Assistant:
-{% endif -%}
-"""
-
-
+# CHATML is for models that learn to chat; the tokenizer needs <|im_start|> and <|im_end|>. PLAIN is for models
+# without tokens of turns: their end-of-text token ends an answer.
+CHATML, PLAIN = (Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8") for name in ("chatml", "plain"))
 TURN = ("turn_opening", "turn_closing")  # variables that stand around the assistant's words; unset, they are empty
 
 

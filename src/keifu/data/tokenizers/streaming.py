@@ -71,13 +71,6 @@ def _marked_byte_level(word_end: str, token: str, first: bool) -> bytes:
     return _byte_level(token.removesuffix(word_end), first) + b" " * token.endswith(word_end)
 
 
-def _metaspace(space: str, drops_first: bool) -> DecodingRule:
-    def piece(token: str, first: bool) -> bytes:
-        return token.replace(space, "" if first and drops_first else " ").encode()
-
-    return DecodingRule(piece)
-
-
 def _wordpiece(prefix: str, cleanup: bool) -> DecodingRule:
     def piece(token: str, first: bool) -> bytes:
         if not first:
@@ -128,7 +121,8 @@ def decoding_rule(decoder: dict[str, Any] | None, word_end: str = "") -> Decodin
         case {"type": "Fuse"}:
             return DecodingRule(lambda token, first: token.encode())
         case {"type": "Metaspace", "replacement": space}:
-            return _metaspace(space, decoder.get("prepend_scheme", "always") != "never")
+            start = " " if decoder.get("prepend_scheme", "always") == "never" else ""
+            return DecodingRule(lambda token, first: token.replace(space, start if first else " ").encode())
         case {"type": "WordPiece", "prefix": prefix, "cleanup": cleanup}:
             return _wordpiece(prefix, cleanup)
         case {"type": "BPEDecoder", "suffix": suffix}:
