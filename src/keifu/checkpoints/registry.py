@@ -7,7 +7,7 @@ and one in `_MAKERS`, `_FILES` or `_WITHOUT_TEXT` if its files differ from `_pub
 import sys
 from collections import UserDict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from keifu.checkpoints.hf.native_config import check_types, from_json, to_json
+from keifu.checkpoints.hf.native_config import check_types, from_json
 from keifu.checkpoints.hf.weight_names import Table
 from keifu.errors import UserError, unknown
 from keifu.layers.meta import on_meta
@@ -114,12 +114,11 @@ def _published(module: Any) -> list[Family]:
 def _own(module: Any) -> Family:
     """A family in keifu's own terms: every field of the Config under its own name, every weight under its own."""
     kind = MODELS[_name(module)][-1]
-    read, write = partial(from_json, module.Config), partial(_write_own, kind)
-    return Family(module, kind, read, write, names=None, writes_text=False)
 
+    def write(config: Any) -> dict[str, Any]:
+        return {"model_type": kind, "architectures": ["keifu"], **asdict(config)}
 
-def _write_own(kind: str, config: Any) -> dict[str, Any]:
-    return {"model_type": kind, "architectures": ["keifu"], **to_json(config)}
+    return Family(module, kind, partial(from_json, module.Config), write, names=None, writes_text=False)
 
 
 def _name(module: ModuleType) -> str:

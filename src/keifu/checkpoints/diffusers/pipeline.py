@@ -103,9 +103,8 @@ def _network(path: Path, folder: Path, beside: Mapping[str, Any], notes: tuple[s
     if kind not in FAMILIES or not _is_network(kind):
         raise unknown("model of diffusers", kind, [each for each in FAMILIES if _is_network(each) and each != SIMPLE])
     family, config = read_config({**json, **beside, "model_type": kind}, str(folder / CONFIG))
-    return source_of(
-        path, "diffusers", family, config, weight_files(folder, WEIGHTS), notes if _subfolder(family) else ()
-    )
+    notes = notes if "/" in family.files[0] else ()  # of what lies in a folder of a pipeline
+    return source_of(path, "diffusers", family, config, weight_files(folder, WEIGHTS), notes)
 
 
 def _is_network(kind: str) -> bool:
@@ -150,11 +149,6 @@ def tower_names(family: Family, stored: Mapping[str, Any]) -> dict[str, str]:
 def diffusers_files(family: Family) -> bool:
     """Whether this family's files are diffusers'."""
     return PurePosixPath(family.files[1]).name == WEIGHTS
-
-
-def _subfolder(family: Family) -> bool:
-    """Whether this family's files lie in a folder of a pipeline."""
-    return len(PurePosixPath(family.files[0]).parts) > 1
 
 
 def weight_places(family: Family, found: Sequence[Link]) -> dict[str, list[Link]]:

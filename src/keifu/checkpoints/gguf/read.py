@@ -244,16 +244,13 @@ def open_gguf(path: Path) -> Source:
     check_types(config, str(path))
     architecture, (family, _) = ARCHITECTURES[name], describe(config)
     stored = {key: tensor for key, tensor in file.stored().items() if key != FREQS}
+    named = file.fields.get("general.name")
+    notes = (f"The file calls itself {named!r}.",) if named else ()
+    notes += (f"{FREQS} gives the rotary scaling.",) if FREQS in file.places else ()
     return Source(
         path, "GGUF", family, config, stored, file.read, partial(_read_tokenizer, file.fields), architecture.names,
-        rotary_head_dim(architecture, config), _notes(file), file.blocks,
+        rotary_head_dim(architecture, config), notes, file.blocks,
     )  # fmt: skip
-
-
-def _notes(file: GGUFFile) -> tuple[str, ...]:
-    named = file.fields.get("general.name")
-    notes = [f"The file calls itself {named!r}."] if named else []
-    return (*notes, f"{FREQS} gives the rotary scaling.") if FREQS in file.places else tuple(notes)
 
 
 def _read_tokenizer(fields: Mapping[str, Any]) -> Any:

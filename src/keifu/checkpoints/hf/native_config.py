@@ -4,7 +4,7 @@ The model_type is then keifu_ and the name of the model; every field has the Con
 the values of any Config.
 """
 
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -12,11 +12,6 @@ from keifu.errors import UserError
 from keifu.ranges import LARGEST
 
 ZERO_ALLOWED = ("first_window_layer", "start_id", "end_id", "pad_id", "steps_offset", "n_classes")
-
-
-def to_json(config: Any) -> dict[str, Any]:
-    """All fields of a Config."""
-    return asdict(config)
 
 
 def from_json(kind: type, json: dict[str, Any]) -> Any:

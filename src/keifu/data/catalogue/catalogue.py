@@ -154,7 +154,8 @@ def cached() -> list[Cached]:
         names = of_folder.get(folder.name, [])
         if names or folder.name in MADE or FETCHED.fullmatch(folder.name):
             about = "fetched" if names else MADE.get(folder.name, "fetched by another version of keifu")
-            found.append(Cached(tuple(names) or (folder.name,), about, folder, _size(folder)))
+            size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+            found.append(Cached(tuple(names) or (folder.name,), about, folder, size))
     return sorted(found, key=lambda each: -each.size)
 
 
@@ -176,7 +177,3 @@ def remove(entries: list[Cached]) -> None:
     """Removes these folders."""
     for each in entries:
         shutil.rmtree(each.folder)
-
-
-def _size(folder: Path) -> int:
-    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())

@@ -96,9 +96,11 @@ def read(source: str) -> Iterator[Conversation]:
     if source in INSTRUCTIONS:
         yield from INSTRUCTIONS[source]()
     elif in_catalogue(source):
-        yield from map(_ends_with_answer, catalogue.conversations(source))
+        for talk in catalogue.conversations(source):  # a last user message has no answer
+            yield talk[:-1] if talk[-1]["role"] == "user" else talk
     elif Path(source).is_file():
-        yield from _of_file(Path(source))
+        for place, record in objects(Path(source), "conversation"):
+            yield validate_messages(form_of(record, FORMS, place, "a conversation has")(record), place)
     else:
         raise unknown("file or set of conversations", source, [*names(), *neighbours(Path(source), "*.json*")])
 
@@ -106,16 +108,6 @@ def read(source: str) -> Iterator[Conversation]:
 def names() -> list[str]:
     """The catalogue's conversations, and the instructions that are made of its texts."""
     return [*INSTRUCTIONS, *(name for name, entry in catalogue.CATALOGUE.items() if entry.gives == "conversations")]
-
-
-def _ends_with_answer(conversation: Conversation) -> Conversation:
-    """The conversation without a last user message, which has no answer."""
-    return conversation[:-1] if conversation[-1]["role"] == "user" else conversation
-
-
-def _of_file(path: Path) -> Iterator[Conversation]:
-    for place, record in objects(path, "conversation"):
-        yield validate_messages(form_of(record, FORMS, place, "a conversation has")(record), place)
 
 
 def objects(path: Path, what: str) -> Iterator[Row]:

@@ -45,11 +45,9 @@ class LabelledTexts:
 
 def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Every label once, in order; numbers by their value."""
-    return tuple(sorted(set(labels), key=_by_value))
-
-
-def _by_value(label: str) -> tuple[bool, int, str]:
-    return not label.isdecimal(), int(label) if label.isdecimal() else 0, label
+    return tuple(
+        sorted(set(labels), key=lambda text: (not text.isdecimal(), int(text) if text.isdecimal() else 0, text))
+    )
 
 
 def read(source: str | Path, text: str = "text", label: str = "label") -> LabelledTexts:

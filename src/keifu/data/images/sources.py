@@ -37,7 +37,6 @@ from keifu.data.text.text_files import Problem
 from keifu.errors import UserError, unknown
 from keifu.files import hidden, parse_json, plain_file, reading
 
-ENGLISH = "emoji.json"
 TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
 TONE_NAMES = re.compile("( (light|medium-light|medium|medium-dark|dark) skin tone)+$")
 CLOTHES = "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
@@ -96,7 +95,11 @@ class NamedEmoji:
 @cache
 def name_emoji() -> dict[str, NamedEmoji]:
     """Every emoji that has a name and a group, without U+FE0F, in Unicode's order."""
-    tables = {_language(path): json.loads(path.read_text(encoding="utf-8")) for path in _name_files()}
+    folder = catalogue.fetch("emoji-names")
+    files = {"en": folder / "emoji.json"} | {
+        p.stem.removeprefix("emoji_"): p for p in sorted(folder.glob("emoji_*.json"))
+    }
+    tables = {language: json.loads(path.read_text(encoding="utf-8")) for language, path in files.items()}
     english = {_plain(sign): sign for sign in tables["en"]}
     groups = _emoji_groups(catalogue.fetch("emoji-groups"))
     return {
@@ -108,8 +111,7 @@ def name_emoji() -> dict[str, NamedEmoji]:
 
 def _twemoji() -> Iterator[ImageItem]:
     """Twemoji's drawings of 72 x 72 pixels that have a name."""
-    place = catalogue.fetch("twemoji")
-    with zipfile.ZipFile(place) as archive:
+    with zipfile.ZipFile(catalogue.fetch("twemoji")) as archive:
         yield from _join_names(_members(archive, "72x72", ".png"), lambda data, where, size: read_image(data, where))
 
 
@@ -125,8 +127,7 @@ def _openmoji() -> Iterator[ImageItem]:
         side = size or 72
         return read_image(resvg_py.svg_to_bytes(text, width=side, height=side, skip_system_fonts=True), where)
 
-    place = catalogue.fetch("openmoji-svg")
-    with zipfile.ZipFile(place) as archive:
+    with zipfile.ZipFile(catalogue.fetch("openmoji-svg")) as archive:
         yield from _join_names(_members(archive, "svg", ".svg.gz"), drawn, "test")
 
 
@@ -153,15 +154,6 @@ def _members(archive: zipfile.ZipFile, folder: str, suffix: str) -> dict[str, by
             sign = "".join(chr(int(code, 16)) for code in path.name.removesuffix(suffix).split("-"))
             found[_plain(sign)] = archive.read(name)
     return found
-
-
-def _name_files() -> list[Path]:
-    folder = catalogue.fetch("emoji-names")
-    return [folder / ENGLISH, *sorted(folder.glob("emoji_*.json"))]
-
-
-def _language(path: Path) -> str:
-    return "en" if path.name == ENGLISH else path.stem.removeprefix("emoji_")
 
 
 def _words(entry: str | dict[str, str]) -> str:

@@ -118,7 +118,8 @@ def paths(source: str | Path, form: TextFormat = PLAIN) -> list[Path]:
         return sorted(file for file in inside if file.suffix.lower() in kinds) or _nothing(path, inside)
     if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()):
         return found
-    raise unknown("file, folder or catalogue entry", str(source), [*_texts(), *files.neighbours(path)])
+    texts = (name for name, entry in catalogue.CATALOGUE.items() if entry.gives)
+    raise unknown("file, folder or catalogue entry", str(source), [*texts, *files.neighbours(path)])
 
 
 def _all(source: str | Path, form: TextFormat, problem: Problem) -> Iterator[TextChunk]:
@@ -190,7 +191,3 @@ def _nothing(folder: Path, inside: list[Path]) -> list[Path]:
     if not others:
         raise UserError(f"{start}is empty.")
     raise UserError(f"{start}holds {', '.join(others)}: name them with a pattern such as {folder}/**/*{others[0]}.")
-
-
-def _texts() -> list[str]:
-    return [name for name, entry in catalogue.CATALOGUE.items() if entry.gives]

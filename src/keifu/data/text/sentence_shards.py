@@ -5,7 +5,7 @@ Axes: token (all documents one after another), sentence, document.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -102,7 +102,9 @@ def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: Tex
     tokens, sizes, counts, size, done = [], [], [], 0, 0
     with counting(f"Tokenising {source}, sentence by sentence", None, "characters") as advance:
         for pieces in chunks(sources.read_chunks(source, form), CHUNK):
-            texts = [list(_sentences(piece.text, split)) for piece in pieces]
+            texts = [
+                [each for line in piece.text.splitlines() if line.strip() for each in split(line)] for piece in pieces
+            ]
             encoded = iter(tokenizer.encode_batch(list(chain.from_iterable(texts))))
             for piece, lines in zip(pieces, texts, strict=True):
                 ids = [row for row in (next(encoded) for _ in lines) if row]
@@ -117,10 +119,6 @@ def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: Tex
     if len(counts) < MANY:
         counts = [part for count in counts for part in _parts(count)]
     return Sentences(_join(tokens, np.int32), _bounds(_join(sizes, np.int64)), _bounds(np.array(counts)))
-
-
-def _sentences(text: str, split: Splitter) -> Iterator[str]:
-    return chain.from_iterable(split(line) for line in text.splitlines() if line.strip())
 
 
 def _parts(count: int) -> list[int]:

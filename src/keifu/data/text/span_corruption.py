@@ -9,7 +9,6 @@ Axes: row, place = tokens of a row.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -137,18 +136,6 @@ Rows = dict[str, np.ndarray]
 Windows = Int[np.ndarray, "row place"]
 
 
-@runtime_checkable
-class CorruptionTask(Protocol):
-    """Makes training rows from windows of `width` tokens. `name` states all settings that the rows depend on."""
-
-    width: int
-    name: str
-
-    def rows(self, windows: Windows, numbers: np.ndarray, random: np.random.Generator) -> Rows:
-        """The windows as rows; `numbers` counts each among those of its source."""
-        ...
-
-
 class CausalBatches:
     """Every token from those before it: {"tokens": [row, context_length + 1]}.
 
@@ -191,7 +178,7 @@ class SpanCorruptionBatches:
         self.name = f"{type(form).__name__} of {form.places} places: {self.denoisers}"
 
     def rows(self, windows: Windows, numbers: np.ndarray, random: np.random.Generator) -> Rows:
-        """See `CorruptionTask`; rows of one denoiser are computed together."""
+        """Rows of one denoiser are computed together."""
         chosen = source_of_row(self.shares, numbers)
         parts = [(n, np.flatnonzero(chosen == n)) for n in range(len(self.denoisers))]
         made = [(rows, self._corrupted(n, windows[rows], random)) for n, rows in parts if len(rows)]
@@ -227,6 +214,9 @@ class InfillingExamples:
         return rows | {"mask": rows["mask"] & ~np.isin(rows["tokens"], [*markers.sentinels, markers.end])}
 
 
+# Makes training rows from windows of `width` tokens: `rows(windows, numbers, random)` gives the windows as rows, where
+# `numbers` counts each among those of its source. `name` states all settings that the rows depend on.
+CorruptionTask = CausalBatches | SpanCorruptionBatches | InfillingExamples
 LEAST = 16  # places of a row
 
 

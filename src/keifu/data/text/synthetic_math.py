@@ -48,13 +48,9 @@ def documents(count: int, held_out: float, seed: int = 0) -> tuple[list[str], li
     for number in range(count):
         found = problem(number, seed)
         both[crc32(found.question.encode()) < held_out * 2**32][found.question] = found
-    learned, kept = ([*_eights([*part.values()])] for part in both)
+    texts = ([each.text() for each in part.values()] for part in both)
+    learned, kept = (["\n\n".join(part[at : at + PROBLEMS]) for at in range(0, len(part), PROBLEMS)] for part in texts)
     return learned, kept
-
-
-def _eights(found: list[Problem]) -> Iterator[str]:
-    for start in range(0, len(found), PROBLEMS):
-        yield "\n\n".join(each.text() for each in found[start : start + PROBLEMS])
 
 
 def _step(left: int, sign: str, right: int) -> tuple[str, int]:

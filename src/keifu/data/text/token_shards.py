@@ -133,7 +133,10 @@ def find_made(
     cache_dir: str | Path | None = None,
 ) -> Shards:
     """What was made with these settings; where it is not there, `make` writes it into a new folder."""
-    return _open(prepared("tokens", source, settings, cache_dir, _whole, make))
+    folder = prepared("tokens", source, settings, cache_dir, _whole, make)
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    tokens, validation = (np.memmap(folder / f"{part}.bin", dtype=index["dtype"], mode="r") for part in PARTS)
+    return Shards(folder, tokens, validation, index)
 
 
 def _whole(folder: Path) -> bool:
@@ -146,12 +149,6 @@ def _whole(folder: Path) -> bool:
         (folder / f"{part}.bin").is_file() and (folder / f"{part}.bin").stat().st_size == index[part]["tokens"] * width
         for part in PARTS
     )
-
-
-def _open(folder: Path) -> Shards:
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    tokens, validation = (np.memmap(folder / f"{part}.bin", dtype=index["dtype"], mode="r") for part in PARTS)
-    return Shards(folder, tokens, validation, index)
 
 
 def _side_by_side(source: str | Path, validation: str | Path, form: TextFormat) -> Parted:

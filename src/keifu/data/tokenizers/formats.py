@@ -34,7 +34,8 @@ def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> Read:
     model = described.get("model") if isinstance(described, dict) else None
     if not isinstance(model, dict) or "vocab" not in model:
         raise UserError(f"{path} has no model with a vocabulary, so it is not a tokenizer.json.")
-    check_ids(_numbered(model["vocab"]), path)
+    vocabulary = model["vocab"]
+    check_ids(vocabulary if isinstance(vocabulary, dict) else {entry[0]: n for n, entry in enumerate(vocabulary)}, path)
     described |= {"truncation": None, "padding": None}  # of texts, which keifu neither cuts nor fills up
     _check_parts(described, path)
     try:
@@ -53,10 +54,6 @@ def _check_parts(described: Any, path: Path) -> None:
         if isinstance(part, dict) and isinstance(pattern := part.get("Regex"), str):
             check_pattern(pattern, str(path))
         _check_parts({} if isinstance(part, dict) and part.get("type") in MODEL_TYPES else part, path)
-
-
-def _numbered(vocabulary: Mapping[str, int] | list[Any]) -> Mapping[str, int]:
-    return vocabulary if isinstance(vocabulary, Mapping) else {entry[0]: n for n, entry in enumerate(vocabulary)}
 
 
 def check_ids(vocabulary: Mapping[str, Any], path: Path) -> None:
@@ -80,7 +77,8 @@ def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
     if merges_path is None:
         raise UserError(f"{path} is a vocabulary without merges: put merges.txt (or vocab.bpe) beside it.")
     lines = read_text(merges_path).split("\n")
-    merges = [pair for pair in map(_merge, lines[lines[0].startswith("#version") :]) if pair]
+    halves = (line.strip("\r").partition(" ") for line in lines[lines[0].startswith("#version") :])
+    merges = [(left, right) for left, _, right in halves if right]
     unspelled = next((pair for pair in merges if not {*pair, "".join(pair)} <= vocabulary.keys()), None)
     if unspelled:
         raise UserError(f"{merges_path} merges {' and '.join(map(repr, unspelled))}, which {path.name} does not have.")
@@ -112,11 +110,6 @@ def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str
     backend.decoder = decoders.BPEDecoder(suffix=WORD_END)
     backend.add_special_tokens([AddedToken(UNKNOWN, special=True)])
     return backend, {"unk_token": UNKNOWN}
-
-
-def _merge(line: str) -> tuple[str, str] | None:
-    left, _, right = line.strip("\r").partition(" ")
-    return (left, right) if right else None
 
 
 def _wordpiece_vocabulary(path: Path, config: Mapping[str, Any]) -> Read:

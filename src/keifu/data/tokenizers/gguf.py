@@ -161,7 +161,10 @@ def to_gguf_fields(tokenizer: Tokenizer) -> dict[str, Any]:
     for number, added in tokenizer.backend.get_added_tokens_decoder().items():
         if kinds[number] == NORMAL:
             kinds[number] = CONTROL if added.special else USER_DEFINED
-    fields = special | {"tokens": tokens, "token_type": kinds} | _around(tokenizer)
+    around = tokenizer.encode("", special=True)  # what the tokenizer itself puts before a text and after it
+    begins = bool(around) and around[0] == tokenizer.bos_id
+    fields = special | {"tokens": tokens, "token_type": kinds, "add_bos_token": begins}
+    fields["add_eos_token"] = bool(around[begins:]) and around[-1] == tokenizer.eos_id
     ids = {key: tokenizer.special.get(role) for role, key in ROLE_KEYS.items()}
     fields |= {f"{key}_token_id": tokenizer.token_id(token) for key, token in ids.items() if token is not None}
     turns = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
@@ -169,13 +172,6 @@ def to_gguf_fields(tokenizer: Tokenizer) -> dict[str, Any]:
     template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
     named = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
     return named | template | _sampling_fields(tokenizer.generation_config)
-
-
-def _around(tokenizer: Tokenizer) -> dict[str, bool]:
-    """Whether the tokenizer itself puts a BOS before a text and an EOS after it."""
-    ids = tokenizer.encode("", special=True)
-    begins = bool(ids) and ids[0] == tokenizer.bos_id
-    return {"add_bos_token": begins, "add_eos_token": bool(ids[begins:]) and ids[-1] == tokenizer.eos_id}
 
 
 def _byte_level_fields(tokenizer: Tokenizer, described: dict[str, Any]) -> dict[str, Any]:

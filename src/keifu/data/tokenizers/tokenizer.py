@@ -160,7 +160,8 @@ class Tokenizer:
         self.max_length = max_length
         self.generation_config = dict(generation_config or {})
         self.vocab_size = _checked_size(backend.get_vocab(with_added_tokens=True))
-        self.bos_id, self.eos_id, self.pad_id = (self._role(f"{role}_token") for role in ("bos", "eos", "pad"))
+        tokens = (self.special.get(f"{role}_token") for role in ("bos", "eos", "pad"))
+        self.bos_id, self.eos_id, self.pad_id = (None if each is None else self.token_id(each) for each in tokens)
         ends = [] if self.eos_id is None else [self.eos_id]
         self.stop_ids = frozenset([*ends, *stop_ids])
 
@@ -347,10 +348,6 @@ class Tokenizer:
         decoder, merging = self.backend.decoder, self.backend.model
         word_end = merging.end_of_word_suffix if isinstance(merging, tokenizers.models.BPE) else None
         return decoding_rule(None if decoder is None else json.loads(decoder.__getstate__()), word_end or "")
-
-    def _role(self, role: str) -> int | None:
-        token = self.special.get(role)
-        return None if token is None else self.token_id(token)
 
     def _unencodable(self, texts: Sequence[str], error: Exception) -> UserError:
         vocabulary = self.backend.get_vocab()

@@ -86,13 +86,9 @@ def read_pairs(
 def pair_names() -> dict[str, tuple[str, bool]]:
     """Every catalogue name of pairs, in both directions: the entry, and whether it is turned round."""
     forward = [name for name, entry in catalogue.CATALOGUE.items() if entry.gives == "pairs"]
-    return {name: (name, False) for name in forward} | {_swap(name): (name, True) for name in forward}
-
-
-def _swap(name: str) -> str:
-    """tatoeba-en-ja of tatoeba-ja-en."""
-    stem, first, second = name.rsplit("-", 2)
-    return f"{stem}-{second}-{first}"
+    parts = {name: name.rsplit("-", 2) for name in forward}  # tatoeba-ja-en is tatoeba-en-ja turned round
+    turned = {f"{stem}-{second}-{first}": (name, True) for name, (stem, first, second) in parts.items()}
+    return {name: (name, False) for name in forward} | turned
 
 
 def _from_catalogue(source: str) -> Pairs | None:
@@ -286,7 +282,8 @@ def split_beside(pairs: Pairs, validation: Pairs | None, test: Pairs | None, see
     """The same with pairs of one's own for validation, for testing or for both; a part without any is chosen as in
     `split`. A training pair shares no normalised side with one held out. If none is left, it is a `UserError`."""
     chosen = None if validation and test else split(pairs, seed)
-    held = [each.rows if each else part for each, part in zip((validation, test), _held(chosen), strict=True)]
+    parts = (chosen.validation, chosen.test) if chosen else ([], [])
+    held = [each.rows if each else part for each, part in zip((validation, test), parts, strict=True)]
     seen = {normalize(side) for part in held for pair in part for side in pair}
     rows = dict.fromkeys(pairs.rows)
     train = [pair for pair in rows if seen.isdisjoint(map(normalize, pair))]
@@ -294,10 +291,6 @@ def split_beside(pairs: Pairs, validation: Pairs | None, test: Pairs | None, see
         raise UserError(f"Every pair of {pairs.name} shares a sentence with one held out: nothing is left to train on.")
     own = sum(len(part) for each, part in zip((validation, test), held, strict=True) if not each)
     return Split(train, *held, dropped=len(pairs) - len(train) - own)
-
-
-def _held(chosen: Split | None) -> tuple[list[Pair], list[Pair]]:
-    return (chosen.validation, chosen.test) if chosen else ([], [])
 
 
 def _disjoint(order: Iterable[int], sides: list[tuple[str, str]], seen: set[str]) -> Iterator[int]:
