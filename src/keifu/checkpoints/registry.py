@@ -100,7 +100,7 @@ def _published(module: Any) -> list[Family]:
         "module": module,
         "names": module.WEIGHT_NAMES,
         "aliases": offered.get("aliases"),
-        "dialect": Dialect(**{field: offered[each] for each, field in DIALECTS.items() if each in offered}),
+        "dialect": Dialect(**{each.lower(): offered[each] for each in DIALECTS if each in offered}),
         **{name.lower(): offered[name] for name in ("PREFIX", "NOT_WEIGHTS", "UNSUPPORTED") if name in offered},
     }
     files = offered.get("FILES", _FILES.get(name, Family.files))
@@ -135,9 +135,7 @@ _FILES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(_NETWORKS, ("config.json", "diffusion_pytorch_model.safetensors")),
     **dict.fromkeys(_PIPELINES, ("model_index.json", "diffusion_pytorch_model.safetensors")),
 }
-DIALECTS = {  # what a model's file may offer, and the field of `Dialect` that it is
-    "IN_FILE": "in_file", "COPIES": "copies", "OLD_ENDINGS": "old_endings", "WITHOUT_PREFIX": "without_prefix"
-}  # fmt: skip
+DIALECTS = "IN_FILE", "COPIES", "OLD_ENDINGS", "WITHOUT_PREFIX"  # what a model's file may offer: fields of `Dialect`
 
 MODELS = {  # each model's file under keifu.models, and the model_types of its configs, keifu's own last
     "bert": ("bert", "keifu_bert"),

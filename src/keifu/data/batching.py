@@ -60,6 +60,11 @@ def length_buckets(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[l
         yield together
 
 
+def offsets(lengths: np.ndarray) -> np.ndarray:
+    """Where each of several sequences that follow one another begins, and where the last one ends."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
 def check_step(step: int) -> None:
     """A negative step is a `UserError`."""
     if step < 0:

@@ -8,7 +8,8 @@ the special tokens.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 from keifu.checkpoints.hf.native_config import check_types
@@ -33,15 +34,6 @@ UNSUPPORTED: dict[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 FIELDS = ("form", "start_id", "delimiter_id", "extract_id", "classifier_dropout", "bias")
-
-
-@dataclass(frozen=True)
-class _Module:
-    """What a family asks of a model's file."""
-
-    build: Any
-    Config: type = task_head.Config
-    SIZES: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
@@ -92,7 +84,7 @@ def _published(json: Mapping[str, Any]) -> str:
 
 def _family(base: Family, kind: str | None) -> Family:
     """The decoder's family, with a head of that kind; of no kind: keifu's own form, in keifu's own names."""
-    module = _Module(task_head.builder(base.module.build))
+    module = SimpleNamespace(build=task_head.builder(base.module.build), Config=task_head.Config, SIZES={})
     changes: dict[str, Any] = {"module": module, "inside": INSIDE, "tie": _tie, "writes_text": True}
     if kind is None or base.names is None:
         return replace(base, **changes, model_type=OWN, names=None)

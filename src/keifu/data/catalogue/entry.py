@@ -41,13 +41,11 @@ class Entry:
 def _read_table() -> tuple[dict[str, Entry], dict[str, Entry]]:
     """The models, and the data."""
     table = tomllib.loads((resources.files("keifu.data.catalogue") / "catalogue.toml").read_text(encoding="utf-8"))
-    archives = {name: _archive(name, **facts) for name, facts in table.pop("archives").items()}
+    archives = table.pop("archives")
+    for name, facts in archives.items():
+        archives[name] = Archive(name, **facts | {"members": tuple(map(tuple, facts.get("members", ())))})
     models = {name: _entry(archives, kind="weights", **facts) for name, facts in table.pop("models").items()}
     return models, {name: _entry(archives, **facts) for name, facts in table.items()}
-
-
-def _archive(package: str, members: Sequence[Sequence[str]] = (), **facts: Any) -> Archive:
-    return Archive(package, **facts, members=tuple((pattern, target) for pattern, target in members))
 
 
 def _entry(

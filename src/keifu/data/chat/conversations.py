@@ -51,28 +51,24 @@ def arithmetic() -> Iterator[Dialogue]:
 
 
 class SyntheticSource(NamedTuple):
-    """The catalogue entry from which a synthetic set is made ("" where there is none), and how."""
+    """The catalogue entry from which a synthetic set is made ("" where there is none), how, and its conversations."""
 
     entry: str
     how: str
+    make: Callable[[], Iterator[Dialogue]] | None = None
 
 
 PHRASED = "questions are one phrase each, nobody asked them"
 MADE_OF = {
-    "summary-instructions": SyntheticSource("wiki-summaries", PHRASED),
-    "recipe-instructions": SyntheticSource("recipes", PHRASED),
-    "translation-instructions": SyntheticSource("tatoeba-ja-en", PHRASED),
-    "arithmetic-instructions": SyntheticSource("", "sums drawn and worked out here"),
+    "summary-instructions": SyntheticSource("wiki-summaries", PHRASED, lambda: titled("wiki-summaries", "What is {}?")),
+    "recipe-instructions": SyntheticSource("recipes", PHRASED, lambda: titled("recipes", "How do I make {}?")),
+    "translation-instructions": SyntheticSource("tatoeba-ja-en", PHRASED, translations),
+    "arithmetic-instructions": SyntheticSource("", "sums drawn and worked out here", arithmetic),
     "chitchat-preferences": SyntheticSource(
         "chitchat", "whole talks rated by who had them; nobody saw two beside each other"
     ),
 }
-INSTRUCTIONS: dict[str, Callable[[], Iterator[Dialogue]]] = {
-    "summary-instructions": lambda: titled("wiki-summaries", "What is {}?"),
-    "recipe-instructions": lambda: titled("recipes", "How do I make {}?"),
-    "translation-instructions": translations,
-    "arithmetic-instructions": arithmetic,
-}
+INSTRUCTIONS = {name: source.make for name, source in MADE_OF.items() if source.make}
 
 
 Form = TypeVar("Form", bound=Callable[..., Any])

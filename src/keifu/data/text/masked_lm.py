@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keifu.data.batching import Epochs
+from keifu.data.batching import Epochs, offsets
 from keifu.data.text.sentence_shards import Sentences, SentenceShards
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -93,7 +93,7 @@ def _no_longer_than(room: int, sentences: Sentences) -> tuple[list[int], list[in
     """Where sentences start and which are the first of documents, with sentences of more than `room` tokens cut."""
     sizes = np.diff(sentences.starts)
     pieces = -(-sizes // room)
-    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(pieces)])
+    before = offsets(pieces)
     inside = np.arange(before[-1]) - np.repeat(before[:-1], pieces)
     starts = np.repeat(sentences.starts[:-1], pieces) + room * inside
     return [*starts.tolist(), int(sentences.starts[-1])], before[sentences.documents].tolist()

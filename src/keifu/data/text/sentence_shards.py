@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from keifu.data.batching import offsets
 from keifu.data.catalogue.download import prepared
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
@@ -46,7 +47,7 @@ class Sentences:
         spans = zip(self.starts[first], self.starts[last], strict=True)
         kept = [sizes[a:b] for a, b in zip(first, last, strict=True)]
         tokens = [self.tokens[a:b] for a, b in spans]
-        return Sentences(_join(tokens, np.int32), _bounds(_join(kept, np.int64)), _bounds(last - first))
+        return Sentences(_join(tokens, np.int32), offsets(_join(kept, np.int64)), offsets(last - first))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,7 @@ def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: Tex
             advance(done)
     if len(counts) < MANY:
         counts = [part for count in counts for part in _parts(count)]
-    return Sentences(_join(tokens, np.int32), _bounds(_join(sizes, np.int64)), _bounds(np.array(counts)))
+    return Sentences(_join(tokens, np.int32), offsets(_join(sizes, np.int64)), offsets(np.array(counts)))
 
 
 def _parts(count: int) -> list[int]:
@@ -130,10 +131,6 @@ def _parts(count: int) -> list[int]:
 
 def _join(parts: list[np.ndarray], kind: Any) -> np.ndarray:
     return np.concatenate([np.empty(0, kind), *parts])
-
-
-def _bounds(sizes: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
 
 def _held(count: int, share: float, seed: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keifu.data.batching import Epochs
+from keifu.data.batching import Epochs, offsets
 from keifu.errors import UserError
 
 Batch = dict[str, Tensor]
@@ -44,7 +44,7 @@ class EncodedSide:
         """Some of the sentences, in the given order."""
         lengths, starts = self.lengths[rows], self.starts[rows]
         places = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-        return EncodedSide(self.ids[places], _starts(lengths))
+        return EncodedSide(self.ids[places], offsets(lengths))
 
     def padded(self, rows: np.ndarray, special: SpecialIds, begins: bool) -> tuple[Tensor, Tensor]:
         """The sentences of some rows with their end, and with the start where `begins`: ids, mask [row, position]."""
@@ -65,11 +65,7 @@ def encode(encode_batch: Callable[[list[str]], list[list[int]]], sentences: Sequ
         encoded = encode_batch([*sentences[first : first + CHUNK]])
         lengths += map(len, encoded)
         parts.append(np.fromiter(chain.from_iterable(encoded), np.int32))
-    return EncodedSide(np.concatenate(parts), _starts(np.array(lengths, np.int64)))
-
-
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    return EncodedSide(np.concatenate(parts), offsets(np.array(lengths, np.int64)))
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,8 @@ CONDITIONED_FIELDS = SIZE_FIELDS | {  # of every UNet2DConditionModel
     "context_dim": Field("cross_attention_dim", 1280),
 }
 
-RESIDUAL = {
-    "norm1": "norm1",
-    "conv1": "conv1",
-    "time": "time_emb_proj",
-    "norm2": "norm2",
-    "conv2": "conv2",
-    "shortcut": "conv_shortcut",
-}
+RESIDUAL = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
+RESIDUAL |= {"time": "time_emb_proj", "shortcut": "conv_shortcut"}
 ATTENTION = {"norm": "group_norm", "attention.qkv": "to_[q,k,v]", "attention.out": "to_out.0"}
 
 
