@@ -85,16 +85,14 @@ class Signs:
             if self.store.check([FAILED]):
                 return self._sentence()
             time.sleep(BEAT / 5)
-        after = self._counts()
         others = range(1, self.count)
-        gone = [n for n in others if before[n] == after[n]]
+        gone = [n for n, beats in enumerate(self._counts()) if n in others and beats == before[n]]
         steps = [int(self._text(f"step/{n}") or -1) for n in range(self.count)]
         late = gone or [n for n in others if steps[n] < max(steps)] or [*others]
-        names = ", ".join(map(str, late))
         what = "has died or stands still" if gone else "did not answer within the time limit"
         return (
-            f"Process {names} of {self.count} (counted from 0) {what}, at step {max(steps) + 1:,}: start again with "
-            "--resume, or let torchrun do so (--max-restarts)."
+            f"Process {', '.join(map(str, late))} of {self.count} (counted from 0) {what}, at step {max(steps) + 1:,}: "
+            "start again with --resume, or let torchrun do so (--max-restarts)."
         )
 
     def _beat(self) -> None:

@@ -36,9 +36,7 @@ KEPT = 100  # values that stay in the store
 class Group(Processes):
     """One of `count` processes, with its mesh; fewer: whether there may be fewer pods than it says."""
 
-    def __init__(
-        self, mesh: Mesh, store: Any, number: int, count: int, device: torch.device, fewer: bool = False
-    ):  # fmt: skip
+    def __init__(self, mesh: Mesh, store: Any, number: int, count: int, device: torch.device, fewer: bool = False):
         self.mesh, self.store, self.number, self.count = mesh, store, number, count
         self.shape = pods, shard, tensor = mesh.fit(count, fewer)
         if mesh.offload and device.type == "cpu":

@@ -23,8 +23,8 @@ class DeviceKind:
     """A kind of device: FLOP/s in 16 bits, bytes of memory, bytes/s of memory, within a machine and between machines,
     watts, and devices of a machine that are connected by the fast links.
 
-    products: the share of the FLOP/s that large matrix products reach. attention: how many times as long as theirs the
-    operations of attention take. elementwise, logits, update: bytes that are moved for each token, layer and unit of
+    products: the share of the FLOP/s that large matrix products reach. attention: how many times longer than theirs an
+    operation of attention takes. elementwise, logits, update: bytes that are moved for each token, layer and unit of
     width; for each token and word of the vocabulary; for each parameter in a step.
     """
 
@@ -36,7 +36,7 @@ class DeviceKind:
     watts: float | int
     machine: int = 8
     products: float | int = 0.58
-    attention: float | int = 1
+    attention: float | int = 0
     elementwise: float | int = 150
     logits: float | int = 0
     update: float | int = 0
@@ -168,7 +168,7 @@ def this_machine() -> DeviceKind:
     bandwidth = 2 * numbers.nbytes / min(flops.time_call(lambda: copy.copy_(numbers), cpu) for _ in range(100))
     peak = flops.matmul_peak(cpu, resolve_dtype("auto", cpu), seconds=2.0)  # so that a burst of other work is outlived
     return DeviceKind(peak, available_memory(cpu), bandwidth, bandwidth, bandwidth, 0, 1,
-                      products=0.82, attention=3, elementwise=1000, logits=134, update=62)  # fmt: skip
+                      products=0.82, attention=2, elementwise=1000, logits=134, update=62)  # fmt: skip
 
 
 def parse_amount(text: str) -> float:
@@ -212,9 +212,8 @@ def _planned(model: Architecture, layout: Layout, devices: int, kind: DeviceKind
     again = 4 / 3 if layout.checkpointing else 1.0
     width = model.layers * model.dim
     weights = 2 * model.parameters / layout.tensor  # bytes of a device's part before sharding
-    products = model.flops + (kind.attention - 1) * model.attention
     seconds = {
-        "products": again * tokens * products / (kind.flops * kind.products),
+        "products": again * tokens * (model.flops + kind.attention * model.attention) / (kind.flops * kind.products),
         "elementwise": again * tokens * (width * kind.elementwise + model.vocab * kind.logits) / kind.bandwidth,
         "update": model.parameters / layout.tensor / layout.shard * kind.update / kind.bandwidth,
     }
