@@ -54,6 +54,7 @@ class Options(flags.Packed, EvalOptions):
 def run(options: Options) -> None:
     """Evaluates, and prints the figures, remarks and tables."""
     from keifu.checkpoints import load
+    from keifu.checkpoints.hub import locate
     from keifu.checkpoints.lora.diffusion import apply_lora
     from keifu.files import write_atomic
 
@@ -66,7 +67,7 @@ def run(options: Options) -> None:
         apply_lora(model, lora.place, lora.scale)
     towers = load(options.clip) if options.clip else None
     judge = load(options.judge)[0] if options.judge else None
-    asked = EvalRequest(**given, towers=towers, judge=judge, **training_facts(Path(options.model)))
+    asked = EvalRequest(**given, towers=towers, judge=judge, **training_facts(locate(options.model)))
     found = task.evaluate(model, tokenizer, asked)
     if options.output and found.picture and options.output.suffix == ".png":
         write_atomic(options.output, found.picture)

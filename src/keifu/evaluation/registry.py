@@ -68,13 +68,13 @@ class EvalRequest(EvalOptions):
     """What to evaluate, on which data and how, with what the model brings.
 
     towers: a CLIP with its tokenizer. judge: a classifier. languages: what the model was trained to translate from and
-    into, and held_out: the share of the pictures that was kept from training and whether only distinct ones were taken,
-    where its run says so.
+    into, or those of the captions that a CLIP learned from, and held_out: the share of the pictures that was kept from
+    training and whether only distinct ones were taken, where its run says so.
     """
 
     towers: Any = None
     judge: Any = None
-    languages: tuple[str, str] = ("", "")
+    languages: tuple[str, ...] = ("", "")
     held_out: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -156,7 +156,8 @@ def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
     """The test pairs, in the model's direction where that is known, and notes about them."""
     pairs = read_pairs(request.on, request.reverse, (request.source_field, request.target_field), request.encoding)
     notes = [pairs.left_out] if pairs.left_out else []
-    trained, known = request.languages, all(request.languages) and all(pairs.languages)
+    trained = request.languages[0], request.languages[1]
+    known = all(trained) and all(pairs.languages)
     if known and pairs.languages == trained[::-1] and not request.reverse:
         pairs = pairs.reversed()
         notes.append(f"The model translates from {trained[0]} into {trained[1]}: {request.on} is swapped.")

@@ -176,9 +176,10 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     print(task.parts.train.source, "-", task.parts.sentence(), flush=True)
     options = {name: value for name, value in asdict(recipe).items() if name != "training"}
     facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint}
-    pair = len(recipe.languages) == 2  # which keifu evaluate then knows
-    both: dict[str, Any] = {"languages": list(recipe.languages)} if pair else {}
-    run = describe_run(out, resume, title="clip", model=task.model, data=facts, options=options, unit="pairs", **both)
+    run = describe_run(
+        out, resume, title="clip", model=task.model, data=facts, options=options, unit="pairs",
+        languages=list(recipe.languages),
+    )  # fmt: skip
     sample = (lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None
     return train(
         task.model, contrastive_loss(retrieval.preprocessing(task.model).normalised), task.data, recipe.training,
