@@ -137,8 +137,8 @@ MODELS = {
         "pass this on; the names are Unicode's (Unicode-3.0)",
         data="emoji: 3,550 of Twemoji's pictures, with their names in English and Japanese",
         command=f"keifu train clip {CLIP} --steps 1200 && keifu train latent-diffusion --data emoji --clip {{last}} "
-        "--autoencoder-widths 16 32 32 --autoencoder-steps 2500 --autoencoder-batch 16 --widths 64 64 64 --attention 1 2 "
-        "--batch-size 32 --steps 9000",
+        "--autoencoder-widths 16 32 32 --autoencoder-steps 2500 --autoencoder-batch 16 --widths 64 64 64 "
+        "--attention 1 2 --batch-size 32 --steps 9000",
         evaluation="keifu evaluate emoji --on emoji --clip emoji-clip --metric clip-score --guidance 3 --limit 24 "
         "--json",
         held_out="24 names that it learned and 24 that it did not, by the CLIP of this package, which did not teach it",
