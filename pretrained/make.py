@@ -26,12 +26,6 @@ PACKAGE = Path(__file__).parent / "src" / "keifu_pretrained"
 DTYPES = ("bf16", "f32")
 KEIFU = (sys.executable, "-m", "keifu")
 SHAPE = "--model.dim 288 --model.hidden-dim 1152 --model.n-layers 4 --model.n-decoder-layers 3 --model.n-heads 6"
-CLIP = (
-    "--vocab-size 2500 --languages en ja zh --image.patch-size 12 --image.dim 128 --image.hidden-dim 512 "
-    "--image.n-heads 4 --image.n-layers 5 --image.embedding-dim 128 --text.dim 128 --text.hidden-dim 512 "
-    "--text.n-heads 4 --text.n-layers 3 --text.embedding-dim 128 --augmentation.crop 0.4 --augmentation.rotation 15 "
-    "--augmentation.shift 6 --ema 0.99"
-)
 CARD = """---
 license: {licence}
 pipeline_tag: {task}
@@ -136,7 +130,7 @@ MODELS = {
         terms="the pictures are CC BY 4.0: name Twemoji and its contributors (github.com/jdecked/twemoji) where you "
         "pass this on; the names are Unicode's (Unicode-3.0)",
         data="emoji: 3,550 of Twemoji's pictures, with their names in English and Japanese",
-        command=f"keifu train clip {CLIP} --steps 1200 && keifu train latent-diffusion --data emoji --clip {{last}} "
+        command="keifu train clip --languages en ja zh --steps 1200 && keifu train latent-diffusion --clip {last} "
         "--autoencoder-widths 16 32 32 --autoencoder-steps 2500 --autoencoder-batch 16 --widths 64 64 64 "
         "--attention 1 2 --batch-size 32 --steps 9000",
         evaluation="keifu evaluate emoji --on emoji --clip emoji-clip --metric clip-score --guidance 3 --limit 24 "
@@ -158,7 +152,7 @@ MODELS = {
         terms="the pictures are CC BY 4.0: name Twemoji and its contributors (github.com/jdecked/twemoji) where you "
         "pass this on; the names are Unicode's (Unicode-3.0)",
         data="emoji: 3,550 of Twemoji's pictures, with their names in English, Japanese and Chinese",
-        command=f"keifu train clip {CLIP} --steps 2000 --seed 1",
+        command="keifu train clip --languages en ja zh --seed 1",
         evaluation="keifu evaluate emoji-clip --on emoji --json",
         held_out="189 emoji whose names and pictures it did not learn from",
         figures=(

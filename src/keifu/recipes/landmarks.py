@@ -11,8 +11,10 @@ from keifu import checkpoints
 from keifu.data.catalogue import catalogue
 from keifu.data.classification.toy import logic, toy_dataset
 from keifu.data.images.grid import grid
+from keifu.evaluation.images.text_to_image import cosines
 from keifu.evaluation.plots.decision_boundary import canvas, png
 from keifu.evaluation.text.inspection import draw_maps, inspect_translation
+from keifu.generation.images.pipeline import text_to_image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest, label_number, sample_images, to_pixels
 from keifu.generation.text.fill import Guess, fill
 from keifu.generation.text.translation import TranslationParams, translate_texts
@@ -26,6 +28,7 @@ SENTENCES = {
 }
 GAPS = ["The president of the united [MASK].", "Cook for ten [MASK], then add salt."]
 DIGIT, SEED = "7", 1  # of the picture that forms from noise
+PROMPTS = ("red heart", "cat face", "sun", "green apple", "ヒマワリ", "青いハート", "犬の顔", "バナナ")
 
 
 def show() -> dict[str, bytes]:
@@ -115,9 +118,24 @@ def _draw(name: str) -> dict[str, bytes]:
     return {"2020 a digit forms from noise": grid(_pixels(pictures), [f"step {place + 1}" for place in places], 8)}
 
 
+def _draw_emoji(name: str) -> dict[str, bytes]:
+    """Emoji of a few names, and which of them CLIP finds in each."""
+    painter = text_to_image_pipeline(*checkpoints.load(name))
+    wanted = painter.resolved(ImageRequest("dpm++-2m", 20, SEED, guidance=3.0, text=PROMPTS[0]))
+    drawn = painter.draw(wanted, range(SEED, SEED + len(PROMPTS)), texts=PROMPTS)
+    print(f"   2022, latent diffusion draws {', '.join(PROMPTS)}.")
+    told = list(PROMPTS)
+    if catalogue.is_cached("emoji-clip", catalogue.MODELS):
+        found = cosines(*checkpoints.load("emoji-clip"), drawn, PROMPTS).argmax(1).tolist()
+        right = sum(place == number for number, place in enumerate(found))
+        print(f"   2021, CLIP finds the name of {right} of the {len(found)} pictures among these.")
+        told = [f"{asked}\nCLIP: {PROMPTS[place]}" for asked, place in zip(PROMPTS, found, strict=True)]
+    return {"2022 emoji from their names": grid(drawn, told, columns=4)}
+
+
 SHOWN: dict[str, Callable[[str], dict[str, bytes]]] = {
     "neuron": _learn, "network": _read_digits, "ja-en": _translate, "en-ja": _translate, "bert-en": _fill,
-    "digits": _draw,
+    "digits": _draw, "emoji": _draw_emoji,
 }  # fmt: skip
 
 

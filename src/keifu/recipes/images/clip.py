@@ -5,7 +5,7 @@ Paper: "Learning Transferable Visual Models From Natural Language Supervision"; 
 0.999 and 1e-8), 2,000 steps of warm-up, a cosine to 0, mixed precision. Here: small towers for drawings of 72 pixels,
 batches of 256, weight decay, betas, epsilon and the cosine as in the paper, and a learned tokenizer by CLIP's rules.
 Command: keifu train clip --data emoji --languages en ja
-Cost: printed before it starts; the default settings are meant for half an hour on 2 cores with bfloat16.
+Cost: printed before it starts; by default some 20 minutes of one core with bfloat16.
 Expected: see docs/results.md, "CLIP on emoji and their names".
 """
 
@@ -39,10 +39,10 @@ from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.settings import Settings
 
 LEARNED = "learned"
-ACTIVATION, EMBEDDING = "gelu", 192
+ACTIVATION, EMBEDDING = "gelu", 128
 LEARNING = Settings(
-    steps=1000, batch_size=256, learning_rate=1e-3, warmup=100, final_ratio=0.0, weight_decay=0.2,
-    betas=(0.9, 0.98), epsilon=1e-6, evaluate_every=100, sample_every=100, save_every=250,
+    steps=2000, batch_size=256, learning_rate=1e-3, warmup=100, final_ratio=0.0, weight_decay=0.2,
+    betas=(0.9, 0.98), epsilon=1e-6, ema=0.99, evaluate_every=100, sample_every=100, save_every=250,
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ class Recipe:
     """Codes of the captions' languages; each step samples one for a picture. und: captions of one, unnamed language."""
     tokenizer: str = LEARNED
     """learned: CLIP's rules, merges learned from the captions; or a catalogue name (clip-bpe), a file, a folder."""
-    vocab_size: int = 4096
+    vocab_size: int = 2500
     """Tokens of a learned tokenizer, at most."""
     truncate: bool = False
     """Keep the beginning of a caption that is longer than the text tower takes; without it that is an error."""
@@ -65,7 +65,7 @@ class Recipe:
     tower: Literal["vit", "resnet"] = "vit"
     """The architecture of the image tower."""
     image: clip_image.Config = clip_image.Config(
-        image_size=72, patch_size=9, dim=192, hidden_dim=768, n_layers=6, n_heads=3, activation=ACTIVATION,
+        image_size=72, patch_size=12, dim=128, hidden_dim=512, n_layers=5, n_heads=4, activation=ACTIVATION,
         embedding_dim=EMBEDDING,
     )  # fmt: skip
     """The vision transformer."""
@@ -74,12 +74,12 @@ class Recipe:
     )
     """The ResNet, with --tower resnet."""
     text: clip_text.Config = clip_text.Config(
-        vocab_size=4096, context_length=32, dim=192, hidden_dim=768, n_layers=4, n_heads=3, activation=ACTIVATION,
+        vocab_size=2500, context_length=32, dim=128, hidden_dim=512, n_layers=3, n_heads=4, activation=ACTIVATION,
         embedding_dim=EMBEDDING,
     )  # fmt: skip
     """The text tower; its vocabulary and the end of a caption follow from the tokenizer."""
     augmentation: Augmentation = Augmentation(
-        shift=4, crop=0.15, rotation=8.0, brightness=0.1, contrast=0.2, saturation=0.3
+        shift=6, crop=0.4, rotation=15.0, brightness=0.1, contrast=0.2, saturation=0.3
     )
     """Augmentation of the pictures."""
     training: Annotated[Settings, tyro.conf.arg(name="")] = LEARNING
