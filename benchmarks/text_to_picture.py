@@ -33,6 +33,7 @@ from torch import Tensor
 from keifu import checkpoints
 from keifu.data.images.dataset import read_images, split
 from keifu.data.images.grid import grid
+from keifu.data.images.io import to_image
 from keifu.evaluation.images.distances import kernel_distance, manifold
 from keifu.evaluation.images.features import extractor
 from keifu.evaluation.images.retrieval import embed_pictures
@@ -112,7 +113,7 @@ def clip_features(towers: Any) -> Callable[[Tensor], Tensor]:
     """CLIP's points, as long as the kernel distance has them: numbers with a variance of about 1."""
 
     def see(pictures: Tensor) -> Tensor:
-        points = embed_pictures(towers[0], map(image, pictures))
+        points = embed_pictures(towers[0], map(to_image, pictures))
         return points * points.shape[1] ** 0.5
 
     return see
