@@ -100,7 +100,9 @@ def test_what_recipes_and_verbs_share_names_options_that_there_are() -> None:
     assert wrong == []
 
 
-TORCHRUN = {"--nnodes", "--node-rank", "--nproc-per-node", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}
+TORCHRUN = {"--nnodes", "--node-rank", "--nproc-per-node", "--max-restarts"} | {
+    f"--rdzv-{word}" for word in ("backend", "endpoint", "conf")
+}
 PEERS = {"--check-tensors", "--merge", "--debug.deterministic"}  # of llama.cpp and torchtitan
 PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 

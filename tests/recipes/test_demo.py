@@ -31,7 +31,9 @@ def test_without_the_package_it_goes_on(capsys: pytest.CaptureFixture, monkeypat
     assert list(landmarks.show()) == ["1958 a neuron learns AND"]
     told = capsys.readouterr().out.splitlines()
     assert told[1].startswith("   0 AND 0 = 0")
-    assert told[2:] == ["   Left out: network, ja-en, en-ja, bert-en, digits (pip install ./pretrained brings them)."]
+    assert told[2:] == [
+        "   Left out: network, ja-en, en-ja, bert-en, digits, emoji (pip install ./pretrained brings them)."
+    ]
 
 
 def test_a_character_is_two_pixels() -> None:

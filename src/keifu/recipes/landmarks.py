@@ -28,7 +28,11 @@ SENTENCES = {
 }
 GAPS = ["The president of the united [MASK].", "Cook for ten [MASK], then add salt."]
 DIGIT, SEED = "7", 1  # of the picture that forms from noise
-PROMPTS = ("red heart", "cat face", "sun", "green apple", "ヒマワリ", "青いハート", "犬の顔", "バナナ")
+PROMPTS = (
+    "red heart", "cat face", "person in bed", "woman mechanic", "女性消防士", "手を振る 濃い肌色", "青い丸", "ヒマワリ",
+)  # fmt: skip
+    ", "
+)
 
 
 def show() -> dict[str, bytes]:
@@ -129,7 +133,7 @@ def _draw_emoji(name: str) -> dict[str, bytes]:
         found = cosines(*checkpoints.load("emoji-clip"), drawn, PROMPTS).argmax(1).tolist()
         right = sum(place == number for number, place in enumerate(found))
         print(f"   2021, CLIP finds the name of {right} of the {len(found)} pictures among these.")
-        told = [f"{asked}\nCLIP: {PROMPTS[place]}" for asked, place in zip(PROMPTS, found, strict=True)]
+        told = [f"{asked} → {PROMPTS[place]}" for asked, place in zip(PROMPTS, found, strict=True)]
     return {"2022 emoji from their names": grid(drawn, told, columns=4)}
 
 
