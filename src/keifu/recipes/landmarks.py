@@ -31,8 +31,6 @@ DIGIT, SEED = "7", 1  # of the picture that forms from noise
 PROMPTS = (
     "red heart", "cat face", "person in bed", "woman mechanic", "女性消防士", "手を振る 濃い肌色", "青い丸", "ヒマワリ",
 )  # fmt: skip
-    ", "
-)
 
 
 def show() -> dict[str, bytes]:
