@@ -1,6 +1,7 @@
 """Locating a model: from a path, a catalogue name or a hub id to a file or folder on this machine."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 from keifu.errors import UserError, unknown
@@ -42,9 +43,11 @@ def _may_be_model(path: Path) -> bool:
     return path.suffix == ".gguf" or any((path / name).exists() for name in ("config.json", "open_clip_config.json"))
 
 
+@cache
 def download(name: str) -> Path:
     """The folder of a model on the hub, downloaded unless it is in the hub's own cache; "owner/name@revision" pins a
-    commit, tag or branch. The commit is kept in `files.HUB`, for a run to record."""
+    commit, tag or branch. The hub is asked once by a process, and the commit is kept in `files.HUB`, for a run to
+    record."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
