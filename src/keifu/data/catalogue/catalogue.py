@@ -35,6 +35,11 @@ def entry(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Entry:
     return among[name]
 
 
+def names(gives: str = "text") -> list[str]:
+    """Of the entries that give documents, pairs or conversations; text: any of these."""
+    return [name for name, each in CATALOGUE.items() if each.gives and gives in ("text", each.gives)]
+
+
 def fetch(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Path:
     """The file or folder of an entry, downloaded into the cache if it is not there; for a mixture, the cache itself."""
     found = entry(name, among)
@@ -127,8 +132,7 @@ def _read(name: str) -> Iterator[Any]:
 
 
 def _other(name: str, wanted: str) -> UserError:
-    able = [known for known, each in CATALOGUE.items() if each.gives and wanted in ("text", each.gives)]
-    return UserError(f"The catalogue's {name!r} does not hold {wanted}; these do: {', '.join(able)}.")
+    return UserError(f"The catalogue's {name!r} does not hold {wanted}; these do: {', '.join(names(wanted))}.")
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def read(source: str) -> Iterator[Conversation]:
 
 def names() -> list[str]:
     """The catalogue's conversations, and the instructions that are made of its texts."""
-    return [*INSTRUCTIONS, *(name for name, entry in catalogue.CATALOGUE.items() if entry.gives == "conversations")]
+    return [*INSTRUCTIONS, *catalogue.names("conversations")]
 
 
 def objects(path: Path, what: str) -> Iterator[Row]:

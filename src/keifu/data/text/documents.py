@@ -118,8 +118,7 @@ def paths(source: str | Path, form: TextFormat = PLAIN) -> list[Path]:
         return sorted(file for file in inside if file.suffix.lower() in kinds) or _nothing(path, inside)
     if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()):
         return found
-    texts = (name for name, entry in catalogue.CATALOGUE.items() if entry.gives)
-    raise unknown("file, folder or catalogue entry", str(source), [*texts, *files.neighbours(path)])
+    raise unknown("file, folder or catalogue entry", str(source), [*catalogue.names(), *files.neighbours(path)])
 
 
 def _all(source: str | Path, form: TextFormat, problem: Problem) -> Iterator[TextChunk]:

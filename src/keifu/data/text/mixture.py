@@ -227,8 +227,7 @@ def _pairs(source: Source, held_out: float) -> tuple[Parts, str]:
 
 def source_names() -> list[str]:
     """Every name that `data` may have."""
-    texts = [name for name, entry in sources.catalogue.CATALOGUE.items() if entry.gives]
-    return sorted({*chain(texts, tatoeba.names(), [ARITHMETIC])})
+    return sorted({*chain(sources.catalogue.names(), tatoeba.names(), [ARITHMETIC])})
 
 
 @contextmanager

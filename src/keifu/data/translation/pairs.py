@@ -85,7 +85,7 @@ def read_pairs(
 
 def pair_names() -> dict[str, tuple[str, bool]]:
     """Every catalogue name of pairs, in both directions: the entry, and whether it is turned round."""
-    forward = [name for name, entry in catalogue.CATALOGUE.items() if entry.gives == "pairs"]
+    forward = catalogue.names("pairs")
     parts = {name: name.rsplit("-", 2) for name in forward}  # tatoeba-ja-en is tatoeba-en-ja turned round
     turned = {f"{stem}-{second}-{first}": (name, True) for name, (stem, first, second) in parts.items()}
     return {name: (name, False) for name in forward} | turned

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from keifu.data.catalogue.catalogue import CATALOGUE
+from keifu.data.catalogue import catalogue
 from keifu.data.progress import counting
 from keifu.data.text.documents import TextFormat, documents
 from keifu.data.text.token_shards import prepare
@@ -30,7 +30,7 @@ BATCH_SIZE = 8
 
 def names() -> list[str]:
     """The texts of the catalogue."""
-    return [name for name, entry in CATALOGUE.items() if entry.gives]
+    return catalogue.names()
 
 
 def accepts(on: str) -> bool:
