@@ -240,9 +240,8 @@ def pack(run: Path, folder: Path, dtype: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     keifu("convert", str(run), str(folder), "--to", "hf", *(["--dtype", dtype] if dtype in DTYPES else []))
     for file in folder.rglob("tokenizer.json"):
-        file.write_text(
-            json.dumps(json.loads(file.read_text("utf-8")), ensure_ascii=False, separators=(",", ":")), "utf-8"
-        )
+        vocabulary = json.loads(file.read_text("utf-8"))
+        file.write_text(json.dumps(vocabulary, ensure_ascii=False, separators=(",", ":")), "utf-8")
     if (run / "recipe.json").is_file():
         record = json.loads((run / "recipe.json").read_text("utf-8"), object_hook=without_folders)
         record["recipe"].pop("place", None)  # a folder of the machine that trained it
@@ -356,22 +355,17 @@ def neuron_products(folder: Path, data: str, count: int = 1000) -> dict[str, tor
     pairs = list(split(read_pairs(data)).train)
     with torch.no_grad():
         for source, target in pairs[:: len(pairs) // count]:
-            tokens = (
-                [*tokenizer.encode(source), model.config.end_id],
-                [model.config.start_id, *tokenizer.encode(target)],
-            )
-            model(*(torch.tensor([side]) for side in tokens))
+            read = [*tokenizer.encode(source), model.config.end_id]
+            written = [model.config.start_id, *tokenizer.encode(target)]
+            model(torch.tensor([read]), torch.tensor([written]))
     return products
 
 
 def without_neurons(down: torch.Tensor, product: torch.Tensor, left: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which neurons stay [neurons], and the weights [dim, left] from them."""
     ridge = 1e-4 * product.diagonal().mean() * torch.eye(len(product), dtype=product.dtype)
-    inverse, weights, alive = (
-        torch.linalg.inv(product + ridge),
-        down.double(),
-        torch.ones(len(product), dtype=torch.bool),
-    )
+    inverse, weights = torch.linalg.inv(product + ridge), down.double()
+    alive = torch.ones(len(product), dtype=torch.bool)
     for _ in range(len(product) - left):
         loss = weights.square().sum(0) / inverse.diagonal()
         gone = int(loss.where(alive, torch.inf).argmin())

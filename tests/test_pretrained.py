@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import keifu
+from keifu.checkpoints.hub import locate
+from keifu.commands.evaluate import training_facts
 from keifu.data.catalogue import catalogue
 from keifu.errors import UserError
 from keifu.evaluation.classification import neurons
@@ -67,6 +69,12 @@ def test_it_translates_a_simple_sentence(name: str) -> None:
     model, tokenizer = keifu.load(name)
     [[found]] = translate_texts(model, tokenizer, [source], TranslationParams())
     assert found.text == target
+
+
+def test_a_clip_is_asked_the_languages_that_it_learned() -> None:
+    assert training_facts(locate("emoji-clip"))["languages"] == ("en", "ja", "zh")
+    asked = [name for name in card("emoji-clip")["figures"] if "R@1" in name]
+    assert {name.split()[0] for name in asked} <= {"en", "ja", "zh"}
 
 
 @pytest.mark.parametrize("name", ["network", "neuron"])

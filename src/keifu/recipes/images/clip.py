@@ -175,10 +175,9 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     task = prepare(recipe)
     print(task.parts.train.source, "-", task.parts.sentence(), flush=True)
     options = {name: value for name, value in asdict(recipe).items() if name != "training"}
-    facts = {"source": recipe.data, "fingerprint": task.parts.train.fingerprint}
     run = describe_run(
-        out, resume, title="clip", model=task.model, data=facts, options=options, unit="pairs",
-        languages=list(recipe.languages),
+        out, resume, title="clip", model=task.model, options=options, unit="pairs", languages=list(recipe.languages),
+        data={"source": recipe.data, "fingerprint": task.parts.train.fingerprint},
     )  # fmt: skip
     sample = (lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None
     return train(
