@@ -204,6 +204,15 @@ def test_any_mesh_has_the_losses_of_one_process(world: int, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_blocks_that_are_compiled_learn_the_same(kind: str, tmp_path: Path) -> None:
+    meshes = [{}, {"shard": 2}, {"shard": 2, "activation_checkpointing": True}, {"tensor": 2}]
+    wanted = cases([{**mesh, "compile_blocks": True} for mesh in meshes], [kind], steps=8)
+    for found in group_toys.start(tmp_path, wanted, 2).values():
+        close(found, learn(kind, tmp_path / "alone", 8), 2e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "palm", "ddpm"])
 def test_two_pods_have_these_bits_through_a_hundred_steps(kind: str, tmp_path: Path) -> None:
     found = group_toys.start(tmp_path, [{"name": "two", "kind": kind, "steps": 100, "stop": 37}], 2)["two"]

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from keifu.layers.wide import narrow, wide
 
+# The step of the counter, as a signed number. A tensor: a place's index times a plain number is signed arithmetic of C++
+# in what torch.compile writes, where overflowing is undefined (the loop around it ran past its end).
+STEP = torch.tensor(0x9E3779B97F4A7C15 - 2**64, device="cpu")
 BITS = 48  # of a uniform number: enough for any vocabulary, and its product with a total stays below the total
 
 
 def bits(seeds: Int[Tensor, "*shape"], positions: Int[Tensor, "*#shape"]) -> Int[Tensor, "*shape"]:
     """64 random bits for each seed and position: SplitMix64 (Steele, Lea and Flood, 2014), keyed by a hash of the seed,
     and counted by the position."""
-    step = _to_signed(0x9E3779B97F4A7C15)
-    return _mix(_mix(seeds + step) + (positions + 1) * step)
+    return _mix(_mix(seeds + STEP) + (positions + 1) * STEP)
 
 
 def uniform(seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -36,7 +38,7 @@ def bits16(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]
     Four places share one product of 64 bits, which is mixed less than in `bits` and has no bit that is not used:
     in place and without the masks of unsigned shifts, since a training step asks for billions.
     """
-    places = torch.arange((count + 3) // 4, device=seeds.device) * _to_signed(0x9E3779B97F4A7C15)
+    places = torch.arange((count + 3) // 4, device=seeds.device) * STEP
     mixed = seeds[:, None] + places
     mixed ^= mixed >> 32
     mixed *= _to_signed(0xBF58476D1CE4E5B9)
