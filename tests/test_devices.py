@@ -42,7 +42,9 @@ def test_a_name_goes_before_the_command_line_and_that_before_the_environment(sev
 @pytest.mark.parametrize("name", ["cuda:2", "gpu", "cpu:1", "CPU", ""])
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(several: None, name: str, monkeypatch) -> None:
     if name:  # an empty name says nothing
-        with pytest.raises(UserError, match=f"^There is no device '{name}' .* cuda, cuda:0, cuda:1, mps or cpu\\.$"):
+        with pytest.raises(
+            UserError, match=f"^There is no device '{name}' .* one of: cuda, cuda:0, cuda:1, mps, cpu\\.$"
+        ):
             choose(name)
     monkeypatch.setenv(devices.VARIABLE, name or "tpu")
     with pytest.raises(UserError, match=f"^KEIFU_DEVICE: there is no device '{name or 'tpu'}'"):

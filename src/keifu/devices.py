@@ -6,6 +6,7 @@ command line says about how to compute, for the whole process.
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -78,12 +79,8 @@ def choose(name: "str | torch.device | None" = None) -> "torch.device":
     wanted, exist = said or variable, available()
     if wanted and wanted not in exist:
         start = "There" if said else f"{VARIABLE}: there"
-        raise UserError(f"{start} is no device {wanted!r} on this machine; choose {_listed(exist)}.")
+        raise UserError(f"{start} is no device {wanted!r} on this machine; choose one of: {', '.join(exist)}.")
     return torch.device(wanted or exist[0])
-
-
-def _listed(names: list[str]) -> str:
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def device_name(device: "torch.device") -> str:
@@ -101,3 +98,9 @@ def device_name(device: "torch.device") -> str:
 def same_kind(one: str, other: str) -> bool:
     """Whether two names of `device_name` are of devices of one kind, whose results are bitwise the same."""
     return re.sub(KIND, "", one) == re.sub(KIND, "", other)
+
+
+def require_compiler(device: "torch.device") -> None:
+    """A `UserError` where torch.compile would find no C++ compiler for a CPU."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        raise UserError("Compiling needs a C++ compiler, and none was found; install g++ or clang++, or leave it out.")

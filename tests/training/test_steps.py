@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from training_toys import Sequences, objective, run, settings, toy, weights
 
+from keifu.devices import require_compiler
 from keifu.errors import UserError
 from keifu.layers.linear import JoinedLinear
 from keifu.models import llama, palm
@@ -21,7 +22,7 @@ from keifu.training.optim.optimizers import Optimizers, hidden_matrices
 from keifu.training.protocols import LossOutput
 from keifu.training.ranks import Ranks
 from keifu.training.settings import Settings, check_choice
-from keifu.training.trainer import Trainer, compile_objective
+from keifu.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -344,7 +345,7 @@ def test_an_unknown_choice_answers_with_the_nearest(setting: str, value: str, ne
 def test_without_a_compiler_compile_says_so(monkeypatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="needs a C.. compiler"):
-        compile_objective(objective, CPU)
+        require_compiler(CPU)
 
 
 def test_stacked_muon_is_torchs_muon(monkeypatch) -> None:

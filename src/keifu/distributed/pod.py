@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from keifu.devices import require_compiler
 from keifu.distributed.layout import Layout
 from keifu.distributed.mesh import Mesh
 from keifu.layers.attention.attention import CrossAttention
@@ -90,10 +91,13 @@ def parallelize(module: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:
     blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part
               if not isinstance(block, Adapter)]  # fmt: skip
     for block in blocks:
+        if mesh.compile_blocks:
+            require_compiler(next(module.parameters()).device)
+            # inductor cannot order the axes of pictures whose sizes are symbols
+            dynamic = False if any(isinstance(part, nn.Conv2d) for part in block.modules()) else None
+            block.forward = torch.compile(block.forward, dynamic=dynamic)
         if mesh.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        if mesh.compile_blocks:
-            block.compile()
     if devices["shard"].size() == 1:
         return module
     scalars = {parameter for parameter in module.parameters() if not parameter.dim()}  # FSDP shards none of them

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from keifu.layers.wide import narrow, wide
 
-# The step of the counter, as a signed number. A tensor: a place's index times a plain number is signed arithmetic of C++
-# in what torch.compile writes, where overflowing is undefined (the loop around it ran past its end).
+# SplitMix64's constants, as the signed numbers of an int64; products wrap round all the same. The counter's step is
+# a tensor: an index times a plain number would be signed arithmetic of C++ in what torch.compile writes, where
+# overflowing is undefined, and the loop around it ran past its end.
 STEP = torch.tensor(0x9E3779B97F4A7C15 - 2**64, device="cpu")
+FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 BITS = 48  # of a uniform number: enough for any vocabulary, and its product with a total stays below the total
 
 
@@ -28,8 +30,7 @@ def bits(seeds: Int[Tensor, "*shape"], positions: Int[Tensor, "*#shape"]) -> Int
 
 def uniform(seeds: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """A number in [0, 1) for each seed and position, float64 where the device has it."""
-    found = _shift(bits(wide(seeds), wide(positions)), 64 - BITS).double() * 2.0**-BITS
-    return narrow(found, seeds.device)
+    return narrow(_shift(bits(wide(seeds), wide(positions)), 64 - BITS).double() * 2.0**-BITS, seeds.device)
 
 
 def bits16(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]:
@@ -41,9 +42,9 @@ def bits16(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]
     places = torch.arange((count + 3) // 4, device=seeds.device) * STEP
     mixed = seeds[:, None] + places
     mixed ^= mixed >> 32
-    mixed *= _to_signed(0xBF58476D1CE4E5B9)
+    mixed *= FIRST
     mixed ^= mixed >> 29
-    mixed *= _to_signed(0x94D049BB133111EB)
+    mixed *= SECOND
     return mixed.view(torch.int16)[:, :count]
 
 
@@ -78,16 +79,11 @@ def _half(drawn: Int[Tensor, "*shape"], shift: int) -> Float[Tensor, "*shape"]:
 
 
 def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    x = (x ^ _shift(x, 30)) * _to_signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _to_signed(0x94D049BB133111EB)
+    x = (x ^ _shift(x, 30)) * FIRST
+    x = (x ^ _shift(x, 27)) * SECOND
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Int[Tensor, "*shape"], bits: int) -> Int[Tensor, "*shape"]:
     """x >> bits with zeros coming in, as for unsigned numbers; torch's shift repeats the sign."""
     return (x >> bits) & (2 ** (64 - bits) - 1)
-
-
-def _to_signed(constant: int) -> int:
-    """A constant of 64 bits as the signed number that an int64 tensor holds; products wrap round all the same."""
-    return constant - 2**64 if constant >= 2**63 else constant

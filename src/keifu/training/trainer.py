@@ -3,7 +3,6 @@
 It knows neither files nor time (see `loop`). All randomness of a step is a function of the seed, the step and the row.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from keifu.devices import device_name
+from keifu.devices import device_name, require_compiler
 from keifu.errors import UserError
 from keifu.layers.dropout import DropoutKeys
 from keifu.processes import current
@@ -236,11 +235,8 @@ class Trainer:
 
 
 def compile_objective(objective: Objective, device: torch.device) -> Objective:
-    """The objective and the model's forward pass in it through torch.compile; no C++ compiler on a CPU is a
-    `UserError`."""
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-        advice = "install g++ or clang++, or leave it out"
-        raise UserError(f"compile=True needs a C++ compiler, and none was found; {advice}.")
+    """The objective and the model's forward pass in it through torch.compile."""
+    require_compiler(device)
     if isinstance(objective, WholeBatchObjective):
         return replace(objective, rows=torch.compile(objective.rows))
     return torch.compile(objective)
