@@ -1,8 +1,8 @@
 """GRPO on arithmetic: how many more held-out sums a small model gets right than after its fine-tuning.
 
 python benchmarks/chain_sum.py [--sft-steps 2000] [--grpo-steps 300] [--shown 6000] [--hasty 0.6] [--prompts 32]
-    [--group 8] [--rate 1e-4] [--beta 0.0] [--terms 3 4] [--plain] [--digits 1] [--dim 128] [--layers 2] [--seed 0]
-    [--threads 2] [--built-in] [--beside] [--out DIR]
+    [--group 8] [--rate 1e-4] [--beta 0.0] [--terms 3 4] [--plain] [--digits 1] [--dim 128] [--layers 2] [--seeds 0]
+    [--threads 2] [--built-in] [--beside] [--drawn 64] [--picture PNG] [--out DIR]
 
 The problems are reasoning-gym's chain_sum where that is installed (else, and with --built-in, sums of the same form
 made here), each once: 500 are held out and never seen, --shown are fine-tuned on, and of all others only the prompts
@@ -10,8 +10,10 @@ are used, whose last number is checked while GRPO learns. What is shown is of mi
 share of --hasty stops after the first sum, the others go on to the answer ("7 5 14" for 4 + 3 - 2 + 9; with --plain all
 are the answer alone). Fine-tuning imitates both; the reward tells them apart, and right sums from wrong ones. The
 model, a LLaMA of half a million weights, knows nothing before: what it can do after fine-tuning is the level that GRPO
-begins with. Accuracy is that of the likeliest answer, and of one drawn at temperature 1. With --beside it is also
-fine-tuned on the shown ones for as many seconds more as GRPO had: what GRPO's lift has to be compared with.
+begins with. Accuracy is that of the likeliest answer; answers are drawn at temperature 1. With --beside it is also
+fine-tuned on the shown ones for as many seconds more as GRPO had: what GRPO's lift has to be compared with. With
+--hasty 0 there is no habit to lose. --drawn answers a problem give pass@k, the chance that one of k answers is right
+(Chen et al., 2021, section 2.1).
 """
 
 import argparse
@@ -23,9 +25,13 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from math import comb
 from pathlib import Path
+from statistics import mean
 
+import matplotlib.pyplot as plt
 import torch
 from _rounds import machine
 
@@ -41,9 +47,19 @@ from keifu.models import llama
 from keifu.recipes.assistant import grpo, sft
 
 HELD_OUT = 500
+NAMES = {"sft": "fine-tuned", "grpo": "then GRPO", "more": "or fine-tuned for as long"}
 POOL = 20_000  # problems that are drawn; the same one counts once
 LONGEST = 12  # tokens of an answer
 Problem = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model: the share of the likeliest answers that are right, pass@k, and the seconds that it learned."""
+
+    right: float
+    passed: dict[int, float]
+    seconds: float
 
 
 def made(options: argparse.Namespace) -> tuple[list[Problem], str]:
@@ -91,13 +107,47 @@ def begun(folder: Path, texts: Sequence[Problem], options: argparse.Namespace) -
     checkpoints.save(llama.build(config), tokenizer, folder)
 
 
-def accuracy(run: Path, held: Sequence[Problem], temperature: float = 0.0) -> float:
-    """The share of problems whose answer is right, the likeliest one or at a temperature one that was drawn."""
+def accuracy(run: Path, held: Sequence[Problem]) -> float:
+    """The share of problems whose likeliest answer is right."""
     model, tokenizer = checkpoints.load(run)
     prompts = [tokenizer.render_chat([{"role": "user", "content": each["prompt"]}]) for each in held]
-    way = SamplingParams(temperature=temperature, seed=0, max_tokens=LONGEST)
+    way = SamplingParams(temperature=0, max_tokens=LONGEST)
     answers = generate_batch(model, tokenizer, prompts, way, 128)
-    return sum(last_number(e["prompt"], a.text, e) for a, e in zip(answers, held, strict=True)) / len(held)
+    return mean(last_number(e["prompt"], a.text, e) for a, e in zip(answers, held, strict=True))
+
+
+def passed(run: Path, held: Sequence[Problem], drawn: int) -> dict[int, float]:
+    """pass@k for k = 1, 2, 4 ... up to so many answers that are drawn for each problem, estimated without bias."""
+    model, tokenizer = checkpoints.load(run)
+    prompts = [tokenizer.render_chat([{"role": "user", "content": e["prompt"]}]) for e in held for _ in range(drawn)]
+    ways = [SamplingParams(temperature=1.0, seed=number, max_tokens=LONGEST) for number in range(len(prompts))]
+    answers = generate_batch(model, tokenizer, prompts, ways, 256)
+    each = [e for e in held for _ in range(drawn)]
+    right = [last_number(e["prompt"], a.text, e) for a, e in zip(answers, each, strict=True)]
+    counts = torch.tensor(right).view(-1, drawn).sum(1).tolist()
+    return {k: mean(1 - comb(drawn - int(c), k) / comb(drawn, k) for c in counts) for k in powers(drawn)}
+
+
+def powers(most: int) -> list[int]:
+    return [2**n for n in range(most.bit_length()) if 2**n <= most]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Their mean, and of several in brackets the lowest and the highest."""
+    return f"{mean(values):.1%}" + (f" ({min(values):.1%} to {max(values):.1%})" if values[1:] else "")
+
+
+def draw(found: dict[str, list[Row]], picture: Path) -> None:
+    """pass@k over k, a line for each model and seed."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for colour, (name, rows) in zip(("tab:blue", "tab:orange", "tab:green"), found.items(), strict=False):
+        for number, row in enumerate(rows):
+            axes.plot([*row.passed], [*row.passed.values()], marker="o", color=colour, label=None if number else name)
+    axes.set(xscale="log", xlabel="k", ylabel="pass@k on held-out sums", ylim=(0, 1))
+    axes.set_xticks(ticks := [*next(iter(found.values()))[0].passed], list(map(str, ticks)))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=110)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -127,47 +177,64 @@ def rewarded(options: argparse.Namespace, folder: Path) -> float:
     return timed(lambda: grpo.run(recipe, folder / "grpo", False))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = {"sft-steps": 2000, "grpo-steps": 300, "shown": 6000, "prompts": 32, "group": 8, "digits": 1, "dim": 128}
-    for name, value in {**numbers, "layers": 2, "seed": 0, "threads": 2}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--hasty", type=float, default=0.6)
-    parser.add_argument("--beta", type=float, default=0.0)
-    parser.add_argument("--terms", type=int, nargs=2, default=(3, 4))
-    parser.add_argument("--plain", action="store_true")
-    parser.add_argument("--built-in", action="store_true")
-    parser.add_argument("--beside", action="store_true")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    folder = options.out or Path(tempfile.mkdtemp())
+def of_seed(options: argparse.Namespace, folder: Path) -> dict[str, Row]:
+    """Everything with one seed: each model on the held-out problems."""
     folder.mkdir(parents=True, exist_ok=True)
     found, whose = made(options)
-    held, shown, others = (
-        found[:HELD_OUT],
-        found[HELD_OUT : HELD_OUT + options.shown],
-        found[HELD_OUT + options.shown :],
-    )
+    shown, others = found[HELD_OUT : HELD_OUT + options.shown], found[HELD_OUT + options.shown :]
+    held = found[:HELD_OUT]
     for name, some in (
         ("shown", [{"prompt": each["prompt"], "response": text} for each, text in written(shown, options)]),
         ("prompts", others),
     ):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in some))
     begun(folder / "base", found, options)
-    print(f"{machine()}\n{whose}: {len(held)} held out, {len(shown)} shown with answers, {len(others)} prompts alone")
-    rows = [("fine-tuned", tuned(options, folder, folder / "base", "sft", options.sft_steps), folder / "sft")]
-    print(f"fine-tuned: {accuracy(rows[0][2], held):.1%} after {rows[0][1]:.0f} s", flush=True)
-    rows.append(("then GRPO", rewarded(options, folder), folder / "grpo"))
+    print(f"{whose}: {len(held)} held out, {len(shown)} shown with answers, {len(others)} prompts alone", flush=True)
+    seconds = {
+        "sft": tuned(options, folder, folder / "base", "sft", options.sft_steps),
+        "grpo": rewarded(options, folder),
+    }
     if options.beside:
-        more = max(1, round(options.sft_steps * rows[1][1] / rows[0][1]))
-        rows.append(
-            ("or fine-tuned for as long", tuned(options, folder, folder / "sft", "more", more), folder / "more")
-        )
-    print("| | held-out accuracy | of drawn answers | seconds |\n|---|---:|---:|---:|")
-    for name, seconds, run in rows:
-        print(f"| {name} | {accuracy(run, held):.1%} | {accuracy(run, held, 1.0):.1%} | {seconds:.0f} |")
+        more = max(1, round(options.sft_steps * seconds["grpo"] / seconds["sft"]))
+        seconds["more"] = tuned(options, folder, folder / "sft", "more", more)
+    rows = {}
+    for name, each in seconds.items():
+        rows[NAMES[name]] = Row(accuracy(folder / name, held), passed(folder / name, held, options.drawn), each)
+        print(f"{NAMES[name]}: {rows[NAMES[name]]}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = {"sft-steps": 2000, "grpo-steps": 300, "shown": 6000, "prompts": 32, "group": 8, "digits": 1, "dim": 128}
+    for name, value in {**numbers, "layers": 2, "threads": 2, "drawn": 64}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--hasty", type=float, default=0.6)
+    parser.add_argument("--beta", type=float, default=0.0)
+    parser.add_argument("--terms", type=int, nargs=2, default=(3, 4))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--built-in", action="store_true")
+    parser.add_argument("--beside", action="store_true")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = options.out or Path(tempfile.mkdtemp())
+    print(machine(), flush=True)
+    seeds = []
+    for seed in options.seeds:
+        options.seed = seed
+        seeds.append(of_seed(options, folder / f"seed-{seed}"))
+    found = {name: [each[name] for each in seeds] for name in seeds[0]}
+    print(f"| | likeliest answer | {' | '.join(f'pass@{k}' for k in powers(options.drawn))} | seconds |")
+    print("|---|" + "---:|" * (2 + len(powers(options.drawn))))
+    for name, rows in found.items():
+        cells = [[row.right for row in rows], *([row.passed[k] for row in rows] for k in powers(options.drawn))]
+        print(f"| {name} | {' | '.join(map(spread, cells))} | {mean(row.seconds for row in rows):.0f} |")
+    if options.picture:
+        draw(found, options.picture)
 
 
 if __name__ == "__main__":

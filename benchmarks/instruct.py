@@ -2,7 +2,7 @@
 and how both fare while PPO follows the second.
 
 python benchmarks/instruct.py [--depth 3] [--pretraining-steps 1200] [--sft-steps 300] [--ranked 400] [--answers 4]
-    [--noise 0.5] [--reward-steps 150] [--rollouts 60] [--prompts 64] [--dpo-steps 150] [--test 200] [--seed 0]
+    [--noise 0.5] [--reward-steps 150] [--rollouts 60] [--prompts 64] [--dpo-steps 150] [--test 200] [--seeds 0]
     [--threads 2] [--out DIR] [--picture PNG]
 
 A small LLaMA reads Wikipedia summaries, is fine-tuned on "What is X?" with the summary as the answer, and answers
@@ -11,7 +11,9 @@ says, with noise added, ranks them, so the preferences are synthetic. A reward m
 from the reward model, with and without pretraining text beside it (PPO-ptx), and DPO from the same pairs. Then: the
 reward model's accuracy on held-out pairs; gold and learned reward by how far (KL) PPO has gone, which is the
 over-optimisation curve; and of each model on questions that none has seen the gold reward, how often it beats the
-fine-tuned one by gold, with Wilson's 95% interval, and the loss on pretraining text that was held out.
+fine-tuned one by gold, with Wilson's 95% interval, and the loss on pretraining text that was held out. Of several
+seeds, each of which makes everything anew, the means, in brackets the lowest and the highest; answers that won are
+added up.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from _gold import gold
@@ -61,10 +64,19 @@ class Row:
     nats: float
     seconds: float
 
-    def line(self) -> str:
-        low, high = wilson(self.wins, self.decided)
-        won = f"{self.wins / self.decided:.1%} ({low:.1%} to {high:.1%})" if self.decided else ""
-        return f"| {self.name} | {self.gold:.3f} | {won} | {self.nats:.4f} | {self.seconds:.0f} |"
+
+def line(rows: Sequence[Row]) -> str:
+    """A line of the table, of one model's rows by seed."""
+    wins, decided = sum(row.wins for row in rows), sum(row.decided for row in rows)
+    low, high = wilson(wins, decided)
+    won = f"{wins / decided:.1%} ({low:.1%} to {high:.1%})" if decided else ""
+    means = (spread([row.gold for row in rows]), won, spread([row.nats for row in rows]))
+    return f"| {rows[0].name} | {' | '.join(means)} | {statistics.mean(row.seconds for row in rows):.0f} |"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Their mean, and of several in brackets the lowest and the highest."""
+    return f"{statistics.mean(values):.3f}" + (f" ({min(values):.3f} to {max(values):.3f})" if values[1:] else "")
 
 
 def quietly(work: Callable[[], object]) -> float:
@@ -183,49 +195,65 @@ def learned(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     return seconds
 
 
-def draw(curves: dict[str, list[tuple[float, float, float]]], picture: Path) -> None:
-    """Gold and learned reward over KL, a pair of lines for each run."""
-    import matplotlib.pyplot as plt
+Curve = list[tuple[float, float, float]]
 
+
+def draw(curves: dict[str, list[Curve]], picture: Path) -> None:
+    """Gold and learned reward over KL, a pair of lines for each seed."""
     figure, axes = plt.subplots(1, len(curves), figsize=(9, 3.5), sharey=True, squeeze=False)
-    for place, (name, points) in zip(axes[0], curves.items(), strict=True):
-        distances, told, true = zip(*points, strict=True)
-        place.plot(distances, told, marker="o", label="reward model")
-        place.plot(distances, true, marker="o", label="gold")
+    for place, (name, seeds) in zip(axes[0], curves.items(), strict=True):
+        for number, points in enumerate(seeds):
+            distances, told, true = zip(*points, strict=True)
+            for values, title, colour in ((told, "reward model", "tab:blue"), (true, "gold", "tab:orange")):
+                label = None if number else title
+                place.plot(distances, values, marker="o", markersize=3, color=colour, label=label)
         place.set(title=name, xlabel="KL of an answer, nats")
+        place.grid(alpha=0.3)
         place.legend()
     figure.tight_layout()
     figure.savefig(picture, dpi=120)
 
 
+def of_seed(options: argparse.Namespace, folder: Path) -> tuple[list[Row], dict[str, Curve]]:
+    """Everything with one seed: a row for each model, and the curves of PPO."""
+    test = prepared(options, folder)
+    seconds = learned(options, folder)
+    last = [each for each in metrics.read(folder / "reward") if "validation_accuracy" in each][-1]
+    print(f"The reward model is right in {last['validation_accuracy']:.1%} of held-out pairs.", flush=True)
+    beside = answers(folder / "sft", test, options.seed + 2)
+    rows = [measured("fine-tuned", folder / "sft", test, beside, 0, options.seed + 2)]
+    rows += [measured(n, folder / n, test, beside, s, options.seed + 3) for n, s in seconds.items() if n != "reward"]
+    return rows, {name: curve(folder / name) for name in ("PPO", "PPO-ptx")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = {"depth": 3, "pretraining-steps": 1200, "sft-steps": 300, "ranked": 400, "answers": 4}
-    numbers |= {"reward-steps": 150, "rollouts": 60, "prompts": 64, "dpo-steps": 150, "test": 200, "seed": 0}
+    numbers |= {"reward-steps": 150, "rollouts": 60, "prompts": 64, "dpo-steps": 150, "test": 200}
     for name, value in {**numbers, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in {"noise": 0.5, "beta": 0.02, "rate": 3e-5, "text-weight": 1.0}.items():
         parser.add_argument(f"--{name}", type=float, default=value)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = options.out or Path(tempfile.mkdtemp())
-    folder.mkdir(parents=True, exist_ok=True)
     print(machine())
-    test = prepared(options, folder)
-    seconds = learned(options, folder)
-    last = [line for line in metrics.read(folder / "reward") if "validation_accuracy" in line][-1]
-    print(f"The reward model is right in {last['validation_accuracy']:.1%} of held-out pairs.\n")
-    beside = answers(folder / "sft", test, options.seed + 2)
-    rows = [measured("fine-tuned", folder / "sft", test, beside, 0, options.seed + 2)]
-    rows += [measured(n, folder / n, test, beside, s, options.seed + 3) for n, s in seconds.items() if n != "reward"]
-    print("| | gold reward | beats the fine-tuned one by gold | nats a token on held-out text | seconds |")
-    print("|---|---:|---:|---:|---:|", *(row.line() for row in rows), sep="\n")
-    curves = {name: curve(folder / name) for name in ("PPO", "PPO-ptx")}
-    for name, points in curves.items():
-        print(f"\n{name}: KL, learned reward, gold reward, from the start to the end")
-        print("\n".join(f"{kl:8.2f} {told:8.3f} {true:8.3f}" for kl, told, true in points))
+    found = []
+    for seed in options.seeds:
+        options.seed, own = seed, folder / f"seed-{seed}"
+        own.mkdir(parents=True, exist_ok=True)
+        print(f"\nseed {seed}:", flush=True)
+        found.append(of_seed(options, own))
+    print("\n| | gold reward | beats the fine-tuned one by gold | nats a token on held-out text | seconds |")
+    print("|---|---:|---:|---:|---:|", *map(line, zip(*(rows for rows, _ in found), strict=True)), sep="\n")
+    curves = {name: [each[name] for _, each in found] for name in found[0][1]}
+    for name, seeds in curves.items():
+        for seed, points in zip(options.seeds, seeds, strict=True):
+            print(f"\n{name}, seed {seed}: KL, learned reward, gold reward, from the start to the end")
+            print("\n".join(f"{kl:8.2f} {told:8.3f} {true:8.3f}" for kl, told, true in points))
     if options.picture:
         draw(curves, options.picture)
 

@@ -1,12 +1,15 @@
 """What a mixture of objectives bought: UL2's denoisers beside plain left-to-right learning at equal tokens, by source.
 
 python benchmarks/mixture.py [--mixture multilingual] [--minutes 12 | --steps N] [--context 256] [--picture PNG]
+    [--points 10 --curve PNG] [--out FOLDER]
 
 Two models of PaLM's block begin with the same weights and read as many rows of as many tokens from the same sources by
 the same weights. The steps are what --minutes of the plain model's training hold, tried before the start; the other
 takes as many. Then both are measured on the same held-out windows of every source: left to right, in bits a byte, and
 on hidden tokens, in nats a token. The plain model knows only what stands before a hidden token, for it can know no
-more; the other is given both sides of each gap. With --minutes 12 it takes about half an hour, beside fetching and
+more; the other is given both sides of each gap. `--mixture english` is one text of the catalogue alone. With --points
+so many states of each run, evenly spread, are measured on the same windows, and --curve draws them over the tokens
+read; with --out a run that was cut off goes on. With --minutes 12 it takes about half an hour, beside fetching and
 tokenising the texts at the first time. --minutes 3 --dim 128 is a quick look.
 """
 
@@ -23,7 +26,8 @@ import torch
 from _rounds import machine
 
 from keifu import checkpoints
-from keifu.data.text.mixture import MixedText, WeightedSource, read_mixture
+from keifu.data.catalogue import catalogue
+from keifu.data.text.mixture import HELD_OUT, MixedText, Mixture, Source, WeightedSource, read_mixture
 from keifu.data.text.span_corruption import (
     SEQUENTIAL,
     CausalBatches,
@@ -40,6 +44,7 @@ from keifu.models import palm
 from keifu.recipes.language import palm2
 from keifu.recipes.language.palm2 import LEARNING, PreparedMixture, Recipe, learn, prepare
 from keifu.training.objectives.language_modeling import span_corruption
+from keifu.training.run import checkpoint
 from keifu.training.setup import steps_within
 
 HIDDEN = {"a few words": SpanCorruption("[NLU]", 0.15, 3), "half of it": SpanCorruption("[NLG]", 0.5, 8)}
@@ -86,6 +91,8 @@ def recipe_of(options: argparse.Namespace, objective: str, steps: int) -> Recipe
         LEARNING, steps=steps, batch_size=options.batch, warmup=min(LEARNING.warmup, steps // 10), seed=options.seed,
         evaluate_every=max(1, steps // 4), sample_every=0, save_every=0,
     )  # fmt: skip
+    if options.points:
+        training = replace(training, save_every=-(-steps // options.points), keep=options.points + 1)
     return Recipe(options.mixture, objective, vocab_size=options.vocab, model=model, training=training)
 
 
@@ -129,6 +136,49 @@ def measure(models: dict[str, torch.nn.Module], found: PreparedMixture, options:
         assert counts[0] == counts[1], "both models predict the same tokens"
         measured.append(Measured(source, reached))
     return measured
+
+
+def curve(runs: dict[str, Path], found: PreparedMixture, options: argparse.Namespace) -> dict[int, list[Measured]]:
+    """The same at each state that both runs kept, by its step."""
+    points: dict[int, list[Measured]] = {}
+    for step in sorted(set.intersection(*(set(checkpoint.steps(run)) for run in runs.values()))):
+        models = {objective: checkpoints.load(str(run))[0] for objective, run in runs.items()}
+        for objective, model in models.items():
+            saved = checkpoint.read(runs[objective], step).tensors
+            own = {name: tensor for name, tensor in saved.items() if name.startswith("model.")}
+            checkpoint.load_into_model(model, own)
+        points[step] = measure(models, found, options)
+    return points
+
+
+def by_weight(found: Sequence[Measured], name: str, objective: str) -> float:
+    """A loss of all sources together."""
+    return sum(each.source.weight * each.figures[objective][name] for each in found)
+
+
+def points_table(points: dict[int, list[Measured]], positions: int) -> str:
+    """A row a state, as Markdown; positions: tokens read in a step."""
+    pairs = [(name, objective) for name in ("left to right", *HIDDEN) for objective in MODELS]
+    heads = " | ".join(f"{title(name)}: {MODELS[objective]}" for name, objective in pairs)
+    lines = [f"| tokens read, M | {heads} |", "|---:|" + "---:|" * len(pairs)]
+    for step, found in points.items():
+        cells = " | ".join(f"{by_weight(found, *pair):.3f}" for pair in pairs)
+        lines.append(f"| {step * positions / 1e6:.1f} | {cells} |")
+    return "\n".join(lines)
+
+
+def draw_curve(points: dict[int, list[Measured]], positions: int, path: Path) -> None:
+    """A panel for each task: the loss of both models over the tokens read."""
+    figure, panels = plt.subplots(1, 1 + len(HIDDEN), figsize=(11, 3.6), layout="constrained")
+    for axes, name in zip(panels, ("left to right", *HIDDEN), strict=True):
+        for objective, word in MODELS.items():
+            values = [by_weight(found, name, objective) for found in points.values()]
+            axes.plot([step * positions / 1e6 for step in points], values, marker="o", markersize=3, label=word)
+        axes.set_title(title(name), fontsize=10)
+        axes.set(xlabel="tokens read, M", ylabel="nats a hidden token" if name in HIDDEN else "bits a byte")
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
 def title(name: str) -> str:
@@ -178,21 +228,31 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of each source, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--out", type=Path, help="keep the runs in this folder")
+    parser.add_argument("--points", type=int, default=0, help="states of each run that are measured")
+    parser.add_argument("--curve", type=Path, help="draw them")
+    parser.add_argument("--out", type=Path, help="keep the runs in this folder, and go on with those there")
     options = parser.parse_args()
-    found = prepare(read_mixture(options.mixture), options.vocab)
+    given = options.mixture
+    alone = Mixture(given, (Source(given, given, 1.0),), HELD_OUT)
+    found = prepare(alone if given in catalogue.names() else read_mixture(given), options.vocab)
     steps, models = steps_for(options, found), {}
+    positions = options.batch * options.context
     with tempfile.TemporaryDirectory() as directory:
-        for objective in MODELS:
-            out = (options.out or Path(directory)) / objective
-            summary = learn(recipe_of(options, objective, steps), found, out)
+        runs = {objective: (options.out or Path(directory)) / objective for objective in MODELS}
+        for objective, out in runs.items():
+            going = bool(checkpoint.steps(out))
+            summary = learn(recipe_of(options, objective, steps), found, out, going)
             models[objective] = checkpoints.load(str(out))[0]
             print(f"{MODELS[objective]}: {steps:,} steps in {summary.seconds:.0f} s", flush=True)
-    positions = steps * options.batch * options.context
-    print(f"\n{machine()}; {positions / 1e6:.1f} M tokens read by each model, seed {options.seed}")
+        points = curve(runs, found, options) if options.points else {}
+    print(f"\n{machine()}; {steps * positions / 1e6:.1f} M tokens read by each model, seed {options.seed}")
     print("left to right: bits a byte; hidden tokens: nats a token\n")
     measured = measure(models, found, options)
     print(table(measured))
+    if points:
+        print(f"\n{points_table(points, positions)}")
+    if points and options.curve:
+        draw_curve(points, positions, options.curve)
     if options.picture:
         draw(measured, options.picture)
 

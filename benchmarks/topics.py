@@ -1,14 +1,18 @@
 """What bidirectional pretraining bought: the topics of Wikipedia summaries, told by four ways from few labels or many.
 
-python benchmarks/topics.py [--only NAME ...] [--labels 100 1000 9033] [--epochs 2] [--tokens 64] [--picture PNG]
+python benchmarks/topics.py [--only NAME ...] [--labels 100 1000 9033] [--epochs 2] [--tokens 64] [--seeds 0]
+    [--left RUN] [--choose] [--picture PNG]
 
 10,033 summaries with 12 topics, of which 1,000 are held out by a hash of their text and never learned from; the others
 are taken in the order of that hash, so that 100 labels are part of the 1,000. The ways: bag of words (TF-IDF of words
 and pairs of words) and logistic regression on the embeddings of MiniLM as it is, whose strength of regularisation is
 chosen by cross-validation on the labels at hand; a BERT of MiniLM's shape that begins with random weights; MiniLM
-fine-tuned; bert-en of keifu's package, fine-tuned with a rate of its own and five times as often, since it is small.
+fine-tuned; bert-en of keifu's package, fine-tuned with a rate of its own and five times as often, since it is small;
+and with --left RUN a GPT-1 of the same size that has read the same text as often from left to right, fine-tuned
+likewise (--left-rate, --lm-weight).
 The BERTs see the first 64 tokens of a summary, the others all of it; they see 9,033 summaries twice, 1,000 five times
-and 100 twelve times. Seconds are those of learning and of reading the held-out texts.
+and 100 twelve times. --choose judges on 1,000 other summaries, which no count of labels reaches: for choosing a rate.
+Accuracies are means over the seeds. Seconds are those of learning and of reading the held-out texts.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -28,11 +33,12 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 
 from keifu import checkpoints
+from keifu.data.classification.input_formats import Example, FormExamples, form_of
 from keifu.data.classification.tables import HELD_OUT, LabelledTexts, read, split
 from keifu.evaluation.classification.embeddings import embed, encode_texts
 from keifu.evaluation.classification.metrics import Confusion, probabilities
 from keifu.models import bert
-from keifu.recipes.classification import classifier
+from keifu.recipes.classification import classifier, gpt1_finetune
 from keifu.recipes.classification.classifier import SCRATCH, Recipe
 
 ALL = 9033  # labels that are left to learn from
@@ -68,12 +74,16 @@ def frozen(training: LabelledTexts, held: LabelledTexts, options: argparse.Names
     return judged(held.labels, learned.predict(asked).tolist())
 
 
+def passes(training: LabelledTexts, options: argparse.Namespace) -> int:
+    """Fewer labels are seen more often, for otherwise there would be few steps."""
+    return max(1, round(options.epochs * (ALL / len(training)) ** 0.4))
+
+
 def trained(
     training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace, times: int = 1, **choice: Any
 ) -> Confusion:
-    """A run of the recipe; fewer labels are seen more often, for otherwise there would be few steps."""
-    epochs = times * max(1, round(options.epochs * (ALL / len(training)) ** 0.4))
-    recipe = Recipe(cut=options.tokens, epochs=epochs, seed=options.seed, **choice)
+    """A run of the recipe."""
+    recipe = Recipe(cut=options.tokens, epochs=times * passes(training, options), seed=options.seed, **choice)
     task = classifier.ready(recipe, training, replace(held, texts=(), labels=()))
     with tempfile.TemporaryDirectory() as directory:
         classifier.learn(recipe, task, (options.out or Path(directory)) / f"{recipe.model}-{len(training)}")
@@ -94,13 +104,37 @@ def small(training: LabelledTexts, held: LabelledTexts, options: argparse.Namesp
     return trained(training, held, options, options.times, model="bert-en", learning_rate=options.small_rate)
 
 
+def left_to_right(training: LabelledTexts, held: LabelledTexts, options: argparse.Namespace) -> Confusion:
+    """A run of GPT-1's fine-tuning, on as many tokens and as often as `small`."""
+    form = form_of("classification")
+
+    def examples(part: LabelledTexts) -> FormExamples:
+        pairs = zip(part.texts, part.labels, strict=True)
+        return FormExamples(part.source, form, tuple(Example("", (text,), label) for text, label in pairs))
+
+    recipe = gpt1_finetune.Recipe(
+        model=str(options.left), cut=options.tokens, epochs=options.times * passes(training, options),
+        seed=options.seed, lm_weight=options.lm_weight, warmup=0.1, learning_rate=options.left_rate,
+    )  # fmt: skip
+    task = gpt1_finetune.ready(recipe, examples(training), examples(held))
+    with tempfile.TemporaryDirectory() as directory:
+        gpt1_finetune.learn(recipe, replace(task, held=replace(task.held, rows=[], targets=[])), Path(directory))
+    return gpt1_finetune.evaluate_examples(task)
+
+
 WAYS: dict[str, tuple[str, Way]] = {
     "words": ("bag of words", bag_of_words),
     "scratch": ("BERT of MiniLM's shape, from scratch", from_scratch),
     "frozen": ("MiniLM's embeddings, frozen", frozen),
     "tuned": ("MiniLM, fine-tuned", fine_tuned),
     "small": ("bert-en, fine-tuned", small),
+    "left": ("the same text from left to right, fine-tuned", left_to_right),
 }
+
+
+def spread(values: list[float]) -> str:
+    """Their mean, and of several in brackets the lowest and the highest."""
+    return f"{mean(values):.1%}" + (f" ({min(values):.1%} to {max(values):.1%})" if len(values) > 1 else "")
 
 
 def draw(accuracies: dict[str, dict[int, float]], majority: float, path: Path) -> None:
@@ -117,7 +151,7 @@ def draw(accuracies: dict[str, dict[int, float]], majority: float, path: Path) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=WAYS, nargs="+", default=[*WAYS])
+    parser.add_argument("--only", choices=WAYS, nargs="+", help="unset: all, left-to-right where there is --left")
     parser.add_argument("--labels", type=int, nargs="+", default=[100, 1000, ALL])
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--epochs", type=int, default=2)
@@ -125,12 +159,19 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5e-5, help="the highest rate of fine-tuning")
     parser.add_argument("--small-rate", type=float, default=5e-4, help="the same of bert-en")
     parser.add_argument("--times", type=int, default=5, help="how much more often bert-en sees them")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--left", type=Path, help="a run of keifu train gpt1")
+    parser.add_argument("--left-rate", type=float, default=5e-4, help="the highest rate of its fine-tuning")
+    parser.add_argument("--lm-weight", type=float, default=0.5, help="of its auxiliary language modelling loss")
+    parser.add_argument("--choose", action="store_true")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="for frozen embeddings")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--out", type=Path, help="keep the runs in this folder")
     options = parser.parse_args()
+    options.only = options.only or [name for name in WAYS if name != "left" or options.left]
     training, held = split(read("wiki-summaries"), options.held_out)
+    if options.choose:
+        held = training.chosen(range(len(training) - 1000, len(training)))
     majority, share = judged(held.labels, held.labels).majority
     print(f"{machine()}; {len(held)} held-out summaries, always {majority!r}: {share:.1%}\n", flush=True)
     print("| | labels | accuracy | macro F1 | seconds |\n|---|---:|---:|---:|---:|", flush=True)
@@ -138,11 +179,14 @@ def main() -> None:
     for name in options.only:
         title, way = WAYS[name]
         for count in options.labels:
-            start = time.perf_counter()
-            confusion = way(training.chosen(range(min(count, len(training)))), held, options)
-            seconds = time.perf_counter() - start
-            accuracies[name][count] = confusion.accuracy
-            figures = f"{confusion.accuracy:.1%} | {confusion.macro_f1:.3f} | {seconds:.0f}"
+            start, found = time.perf_counter(), list[Confusion]()
+            for seed in options.seeds:
+                options.seed = seed
+                found.append(way(training.chosen(range(min(count, len(training)))), held, options))
+            seconds = (time.perf_counter() - start) / len(found)
+            accuracies[name][count] = mean(each.accuracy for each in found)
+            right, f1 = spread([each.accuracy for each in found]), mean(each.macro_f1 for each in found)
+            figures = f"{right} | {f1:.3f} | {seconds:.0f}"
             print(f"| {title} | {count:,} | {figures} |", flush=True)
     if options.picture:
         draw(accuracies, share, options.picture)
