@@ -43,7 +43,7 @@ def test_a_name_goes_before_the_command_line_and_that_before_the_environment(sev
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(several: None, name: str, monkeypatch) -> None:
     if name:  # an empty name says nothing
         with pytest.raises(
-            UserError, match=f"^There is no device '{name}' .* one of: cuda, cuda:0, cuda:1, mps, cpu\\.$"
+            UserError, match=f"^There is no device '{name}' .* which has cuda, cuda:0, cuda:1, mps, cpu\\.$"
         ):
             choose(name)
     monkeypatch.setenv(devices.VARIABLE, name or "tpu")
@@ -55,7 +55,7 @@ def test_without_a_gpu_the_cpu_is_all_there_is(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert devices.available() == ["cpu"]
-    with pytest.raises(UserError, match="choose cpu\\."):
+    with pytest.raises(UserError, match="which has cpu\\."):
         choose("cuda")
 
 
@@ -70,7 +70,7 @@ def test_an_unknown_device_is_said_before_anything_is_done(words: list[str], cap
     with pytest.raises(SystemExit) as stop:
         cli.main([*words, "--device", "quantum"])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("There is no device 'quantum' on this machine; choose ")
+    assert stop.value.code == 2 and error.startswith("There is no device 'quantum' on this machine, which has ")
 
 
 def test_every_recipe_has_one_precision_and_one_compile() -> None:

@@ -79,7 +79,7 @@ def choose(name: "str | torch.device | None" = None) -> "torch.device":
     wanted, exist = said or variable, available()
     if wanted and wanted not in exist:
         start = "There" if said else f"{VARIABLE}: there"
-        raise UserError(f"{start} is no device {wanted!r} on this machine; choose one of: {', '.join(exist)}.")
+        raise UserError(f"{start} is no device {wanted!r} on this machine, which has {', '.join(exist)}.")
     return torch.device(wanted or exist[0])
 
 

@@ -228,9 +228,9 @@ class Trainer:
             gradients = [p.grad for p in self.optimizers.parameters.values() if p.grad is not None]
             total = torch.nn.utils.get_total_norm(gradients)
         norm = total / weight
-        clip = self.settings.clip
-        share = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
-        torch._foreach_mul_(gradients, share / weight)  # pyright: ignore[reportPrivateImportUsage]
+        share = (self.settings.clip / (norm + 1e-6)).clamp(max=1.0) if self.settings.clip else 1.0
+        where = gradients[0].device  # the host, where weights are offloaded
+        torch._foreach_mul_(gradients, (share / weight).to(where))  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
 
