@@ -23,7 +23,6 @@ import torch
 from _rounds import machine
 from _training import learned
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from keifu.data.text.packed import PackedText
 from keifu.layers.activations import activation
@@ -35,6 +34,7 @@ from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.recipes.language.common import Task, Text, prepare_text
+from keifu.training.hardware.flops import count_flops
 from keifu.training.settings import Settings
 
 DIM, LAYERS, HEADS = 192, 6, 3
@@ -77,9 +77,8 @@ MODELS = {
 
 def flops(model: DecoderLM) -> float:
     """Floating-point operations of a forward pass over the trained length, for each token."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, TRAINED, dtype=torch.int64))
-    return counter.get_total_flops() / TRAINED
+    with torch.no_grad():
+        return count_flops(lambda: model(torch.zeros(1, TRAINED, dtype=torch.int64))) / TRAINED
 
 
 @torch.no_grad()
