@@ -1,0 +1,174 @@
+"""What reading many languages bought: translation by examples after a multilingual mixture and after English alone.
+
+python benchmarks/multilingual.py [--steps 6000] [--items 200] [--shots 0 1 3] [--out FOLDER] [--picture PNG]
+
+Two models of PaLM's block, written left to right, begin with the same seed and read as many tokens: one the mixture
+`multilingual` (14 sources, a fifth of whose tokens are pairs of sentences), one its English sources alone, by the same
+weights among each other; each has a tokenizer of its own text, of the same size. PaLM 2's report (Anil et al., 2023,
+section 1) says of its mixture that it serves many languages "without causing a drop in English language understanding
+performance": so both are also measured on the English sources, in bits a byte. Then each model is shown so many pairs
+of a sentence and its English translation, and one sentence more: the right one of eight English sentences is to have
+the highest likelihood (the others are translations of other sentences, nearest in length; a guess is right in 12.5%;
+Wilson's intervals, 95%). No sentence of it was in any training text. With --out a run that was cut off goes on.
+"""
+
+import argparse
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from _rounds import machine
+from torch import nn
+
+from keifu import checkpoints
+from keifu.data.text.mixture import Mixture, read_mixture
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.translation import tatoeba
+from keifu.evaluation.intervals import wilson
+from keifu.evaluation.text.mixture import losses
+from keifu.generation.text.likelihood import ScoredPair, likelihoods
+from keifu.models import palm
+from keifu.recipes.language.palm2 import LEARNING, PreparedMixture, Recipe, learn, prepare, task_of
+from keifu.training.run import checkpoint
+
+LANGUAGES = ("ja", "de", "fr", "es")
+CHOICES, CONTEXT = 8, 256
+BYTES = 39  # of a sentence at most: a tokenizer of English alone may spell it byte by byte
+Pair = tuple[str, str]
+Share = tuple[float, float, float]
+
+
+def mixtures() -> dict[str, Mixture]:
+    """The whole mixture, and what of it is English, by the same weights among each other."""
+    whole = read_mixture("multilingual")
+    foreign = {name for name, codes in tatoeba.names().items() if codes != ("en",)}
+    english = [source for source in whole.sources if source.data not in foreign]
+    total = sum(source.weight for source in english)
+    parts = tuple(replace(source, weight=source.weight / total) for source in english)
+    return {"multilingual": whole, "English alone": replace(whole, name="multilingual, English alone", sources=parts)}
+
+
+def trained(name: str, found: PreparedMixture, options: argparse.Namespace, out: Path) -> tuple[nn.Module, Tokenizer]:
+    """The model of a mixture; one that stands in the folder goes on."""
+    model = palm.Config(
+        context_length=CONTEXT, dim=options.dim, hidden_dim=4 * options.dim, n_layers=options.layers,
+        n_heads=options.dim // 64, head_dim=64,
+    )  # fmt: skip
+    training = replace(
+        LEARNING, steps=options.steps, batch_size=options.batch, warmup=min(LEARNING.warmup, options.steps // 10),
+        seed=options.seed, evaluate_every=max(1, options.steps // 4), sample_every=0, keep=1,
+        save_every=max(1, options.steps // 10),
+    )  # fmt: skip
+    recipe = Recipe("multilingual", "causal", vocab_size=options.vocab, model=model, training=training)
+    summary = learn(recipe, found, out, bool(checkpoint.steps(out)))
+    print(f"{name}: {options.steps:,} steps in {summary.seconds:.0f} s", flush=True)
+    read, tokenizer = checkpoints.load(str(out))
+    assert tokenizer is not None
+    return read, tokenizer
+
+
+def english(model: nn.Module, found: PreparedMixture, names: Sequence[str], options: argparse.Namespace) -> float:
+    """Bits a byte of what is held out of the English sources, by their weights."""
+    recipe = Recipe("multilingual", "causal", model=replace(palm.Config(), context_length=CONTEXT))
+    checks = task_of(recipe, found.tokenizer)[1]
+    task = checks["bits_per_byte"].task
+    own = [source for source in found.sources if source.name in names]
+    total, sum_of = sum(source.weight for source in own), 0.0
+    for source in own:
+        loss = losses(model, source.shards, {"all": task}, context=CONTEXT, rows=64, batch_size=options.batch)[
+            "all"
+        ].loss
+        sum_of += source.weight / total * source.shards.bits_per_byte(loss)
+    return sum_of
+
+
+def items(code: str, options: argparse.Namespace) -> list[tuple[list[Pair], str, list[str]]]:
+    """Examples, a sentence, and eight English ones of which the first is its translation; of held-out rows alone."""
+    held = [row for row in map(tatoeba.sentences_of, tatoeba.rows(0.02)[1]) if {code, "en"} <= row.keys()]
+    unlike = {
+        row["en"]: (row[code], row["en"]) for row in held if len(row["en"]) <= 40 and len(row[code].encode()) <= BYTES
+    }
+    pairs = sorted({source: (source, target) for source, target in unlike.values()}.values())
+    random.Random(options.seed).shuffle(pairs)
+    most = max(options.shots)
+    asked, shown = pairs[: options.items], pairs[options.items :]
+    made = []
+    for number, (source, target) in enumerate(asked):
+        near = sorted((other for _, other in pairs if other != target), key=lambda each: abs(len(each) - len(target)))
+        examples = [shown[(number * most + place) % len(shown)] for place in range(most)]
+        made.append((examples, source, [target, *near[: CHOICES - 1]]))
+    return made
+
+
+def asked(
+    model: nn.Module, tokenizer: Tokenizer, code: str, shots: int, options: argparse.Namespace
+) -> tuple[int, int]:
+    """How many of how many questions are answered rightly."""
+    foreign = tatoeba.LANGUAGES[code]
+    rows, right = items(code, options), 0
+    scored = []
+    for examples, source, choices in rows:
+        text = "".join(f"{foreign}: {a}\nEnglish: {b}\n" for a, b in examples[:shots])
+        prompt = tuple(tokenizer.encode(f"{text}{foreign}: {source}\nEnglish:"))
+        scored += [ScoredPair(prompt, tuple(tokenizer.encode(f" {choice}\n"))) for choice in choices]
+    found = iter(likelihoods(model, scored, options.batch))
+    for _ in rows:
+        sums = [next(found).total for _ in range(CHOICES)]
+        right += sums[0] > max(sums[1:])
+    return right, len(rows)
+
+
+def draw(found: dict[str, dict[str, dict[int, Share]]], shots: Sequence[int], path: Path) -> None:
+    """A panel for each language: right answers over the number of examples."""
+    figure, panels = plt.subplots(1, len(LANGUAGES), figsize=(11, 3.4), sharey=True, layout="constrained")
+    for axes, code in zip(panels, LANGUAGES, strict=True):
+        for name, languages in found.items():
+            points = [languages[code][count] for count in shots]
+            errors = [[share - low for share, low, _ in points], [high - share for share, _, high in points]]
+            axes.errorbar(range(len(shots)), [p[0] for p in points], yerr=errors, marker="o", capsize=3, label=name)
+        axes.axhline(1 / CHOICES, color="grey", linestyle=":", label="a guess")
+        axes.set_xticks(range(len(shots)), list(map(str, shots)))
+        axes.set(title=f"{tatoeba.LANGUAGES[code]} to English", xlabel="examples", ylim=(0, 1))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("right answers of eight choices")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = {"steps": 6000, "batch": 32, "dim": 192, "layers": 4, "vocab": 8192, "items": 200, "seed": 0}
+    for name, value in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--shots", type=int, nargs="+", default=[0, 1, 3])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    found: dict[str, dict[str, dict[int, Share]]] = {}
+    both = mixtures()
+    names = [source.name for source in both["English alone"].sources]
+    heads = [f"{tatoeba.LANGUAGES[code]}, {count} examples" for code in LANGUAGES for count in options.shots]
+    lines = [f"| | English, bits a byte | {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(heads)]
+    with tempfile.TemporaryDirectory() as directory:
+        for name, mixture in both.items():
+            ready = prepare(mixture, options.vocab)
+            torch.manual_seed(options.seed)
+            model, tokenizer = trained(name, ready, options, (options.out or Path(directory)) / name.split()[0])
+            counts = {code: {n: asked(model, tokenizer, code, n, options) for n in options.shots} for code in LANGUAGES}
+            found[name] = {c: {n: (k / of, *wilson(k, of)) for n, (k, of) in own.items()} for c, own in counts.items()}
+            cells = [f"{s:.1%} ({a:.1%} to {b:.1%})" for own in found[name].values() for s, a, b in own.values()]
+            lines.append(f"| {name} | {english(model, ready, names, options):.3f} | {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    tokens = options.steps * options.batch * CONTEXT
+    print(f"\n{machine()}; {tokens / 1e6:.1f} M tokens read by each, seed {options.seed}\n")
+    print("\n".join(lines))
+    if options.picture:
+        draw(found, options.shots, options.picture)
+
+
+if __name__ == "__main__":
+    main()
