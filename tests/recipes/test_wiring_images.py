@@ -254,6 +254,7 @@ def of_latent_diffusion(toys: Toys) -> tuple[Any, list[Group]]:
         "target": Reach("noise", ("model.config.noise.target", "objective.noise.target")),
         "weighting": Reach("simple", "objective.weighting"),
         "caption_dropout": Reach(0.35, "objective.label_dropout"),
+        "evenly": Reach(True, lambda r: _pictures(r).evenly),
         "autoencoder_steps": Reach(50, "autoencoder:settings.steps"),
         "autoencoder_batch": Reach(7, "autoencoder:settings.batch_size"),
         "autoencoder_rate": Reach(0.0091, "autoencoder:settings.learning_rate"),

@@ -289,11 +289,8 @@ def _difference(before: Path, after: Path) -> str:
     if old.shape != new.shape:
         return f"it has {new.shape} numbers and not {old.shape}."
     apart = np.abs(old - new)
-    return (
-        f"{(apart > 0).sum():,} of {apart.size:,} numbers differ, by {apart.max()} of 255 at most."
-        if apart.any()
-        else ""
-    )
+    said = f"{(apart > 0).sum():,} of {apart.size:,} numbers differ, by {apart.max()} of 255 at most."
+    return said if apart.any() else ""
 
 
 def _apply_changes(record: "ImageRecord") -> str:

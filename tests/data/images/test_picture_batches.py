@@ -1,6 +1,7 @@
 """Batches of pictures: what decides them; and augmentation: what it does to one picture."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,6 +36,16 @@ def test_an_epoch_has_every_picture_once_and_a_batch_depends_on_seed_and_step_al
     again = ImageBatches(toys(10), toys(3), 4, seed=7)
     assert all(torch.equal(again.batch(3)[name], value) for name, value in data.batch(3).items())
     assert not torch.equal(ImageBatches(toys(10), toys(3), 4, seed=8).batch(0)["indices"], data.batch(0)["indices"])
+
+
+def test_an_epoch_has_one_picture_of_every_group_and_in_time_each_of_them() -> None:
+    grouped = replace(toys(10), groups=np.array([5, 5, 5, 5, 5, 5, 2, 9, 9, 7]))
+    data = ImageBatches(grouped, toys(3), 4, evenly=True)
+    assert data.steps_per_epoch == 1 and data.fingerprint != ImageBatches(grouped, toys(3), 4).fingerprint
+    epochs = [data.batch(step)["indices"].numpy() for step in range(60)]
+    assert all(sorted(grouped.groups[each]) == [2, 5, 7, 9] for each in epochs)
+    seen = Counter(np.concatenate(epochs).tolist())
+    assert sorted(seen) == list(range(10)) and seen[6] == seen[9] == 60 and max(seen[n] for n in range(6)) < 25
 
 
 def test_what_is_in_a_batch() -> None:

@@ -373,7 +373,8 @@ class ImageBatches:
     places in the set, "labels" [row] where the set has classes, and "tokens" [row, length] where captions were given as
     tokens, in one of the languages, sampled at each step; "languages" [row] says which.
 
-    An epoch takes every picture once, in an order of its own. What a picture looks like by the augmentation, and the
+    An epoch takes every picture once, in an order of its own; `evenly`, one of each group, so that an emoji in many
+    skin tones is seen no more often than another. Which one, what a picture looks like by the augmentation, and the
     language of its caption, only the seed, the step and its index decide. Held-out pictures come as they are, and their
     languages take turns.
 
@@ -381,29 +382,28 @@ class ImageBatches:
     """
 
     def __init__(
-        self,
-        training: ImageDataset,
-        held: ImageDataset,
-        batch_size: int,
-        seed: int = 0,
-        augmentation: Augmentation | None = None,
-        training_tokens: Tokens | None = None,
-        held_tokens: HeldTokens | None = None,
-    ):
+        self, training: ImageDataset, held: ImageDataset, batch_size: int, seed: int = 0,
+        augmentation: Augmentation | None = None, training_tokens: Tokens | None = None,
+        held_tokens: HeldTokens | None = None, evenly: bool = False,
+    ):  # fmt: skip
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}, but it must be at least 1.")
         if not len(training):
             raise UserError(f"No picture of {training.source} is for training: all of them are held out.")
-        self.training, self.held, self.batch_size, self.seed = training, held, batch_size, seed
+        self.training, self.held, self.batch_size, self.seed, self.evenly = training, held, batch_size, seed, evenly
         self.augmentation = augmentation or Augmentation()
         self.training_tokens, self.held_tokens = training_tokens, held_tokens
-        self._epochs = Epochs(len(training), batch_size, seed)
+        groups = training.groups if evenly else np.arange(len(training))
+        self._members = np.argsort(groups, kind="stable")
+        _, self._first, self._sizes = np.unique(groups[self._members], return_index=True, return_counts=True)
+        self._epochs = Epochs(len(self._first), batch_size, seed)
         self.steps_per_epoch = self._epochs.steps
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of both sets and of all that the batches depend on."""
         facts = [self.training.fingerprint, self.held.fingerprint, self.batch_size, self.seed, self.augmentation]
+        facts += ["evenly"] if self.evenly else []
         digest = hashlib.sha256(repr(facts).encode())
         for tokens in (self.training_tokens, self.held_tokens):
             digest.update(b"|" if tokens is None else tokens.numpy().tobytes())
@@ -411,7 +411,9 @@ class ImageBatches:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step, counted from 0: the same in every process, whatever came before."""
-        indices = self._epochs.batch(step)
+        groups = self._epochs.batch(step)
+        turns = uniform(self.seed + 2, step, groups, 1)[:, 0] * self._sizes[groups]
+        indices = self._members[self._first[groups] + turns.astype(np.int64)]
         batch = _make_batch(self.training, indices)
         batch["pictures"] = self.augmentation(batch["pictures"], self.seed, step, indices)
         if self.training_tokens is not None:

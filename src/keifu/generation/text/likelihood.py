@@ -18,11 +18,7 @@ from torch import Tensor, nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.logits_processors import log_probability
-from keifu.generation.text.model import (
-    causal,
-    evaluation_mode,
-    text_model,
-)  # fmt: skip
+from keifu.generation.text.model import causal, evaluation_mode, text_model
 from keifu.generation.text.request import check_tokens
 from keifu.generation.text.runner import Reader, own_form, runner_of
 

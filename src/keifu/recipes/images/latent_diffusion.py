@@ -49,6 +49,8 @@ PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
 class Recipe(common.TextToImageOptions):
     """Options of the run. Unset ones are those of --space."""
 
+    evenly: bool = False
+    """Show each group of near copies, such as an emoji in all skin tones, as often as any other picture."""
     autoencoder_widths: tuple[int, ...] = (16, 32, 64)
     """Channels of the autoencoder's levels, the finest first; each but the last halves the sides."""
     latent_channels: int = 4
@@ -132,7 +134,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     painter = LatentDiffusionPipeline(model, tokenizer)
     empty = painter.tokens([""])[0]
     objective = TextDiffusionLoss(config.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)
-    data = caption_batches(parts, tokens, model, recipe.batch_size, recipe.seed)
+    data = caption_batches(parts, tokens, model, recipe.batch_size, recipe.seed, recipe.evenly)
     return TextToImageTask(model, painter, parts, data, objective)
 
 
@@ -159,10 +161,11 @@ def model_config(
 
 
 def caption_batches(
-    parts: ImageSplit, tokens: text_encoder.Tokens, model: latent_diffusion.LatentDiffusion, batch_size: int, seed: int
-) -> Data:
+    parts: ImageSplit, tokens: text_encoder.Tokens, model: latent_diffusion.LatentDiffusion, batch_size: int, seed: int,
+    evenly: bool = False,
+) -> Data:  # fmt: skip
     """Batches with captions (see `caption_tokens`); in latents, of what was encoded here, once."""
-    batches: Any = ImageBatches(parts.train, parts.validation, batch_size, seed, None, *tokens)
+    batches: Any = ImageBatches(parts.train, parts.validation, batch_size, seed, None, *tokens, evenly)
     data = NoisedBatches(batches, seed)
     if model.autoencoder is None:
         return data
@@ -219,7 +222,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         ImageRequest("dpm++-2m", STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0]),
         title="Latent diffusion",
         paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
-        told=("space", "weighting", "caption_dropout"),
+        told=("space", "weighting", "caption_dropout", "evenly"),
         parts={"autoencoder": model.autoencoder, "text encoder": model.text, "U-Net": model.unet},
     )  # fmt: skip
     print(
