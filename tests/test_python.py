@@ -130,6 +130,27 @@ def test_an_objective_that_gives_no_mean_is_refused(tmp_path: Path) -> None:
         keifu.train(network(), lambda model, batch: model(batch["x"]), DATA, settings(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("parts", "optimizer"),
+    [
+        ((nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)), "adamw"),  # one row has no variance
+        ((nn.Linear(1, 8, bias=False), nn.Linear(8, 1, bias=False)), "muon"),  # which leaves nothing to AdamW
+    ],
+)
+def test_a_network_of_other_layers_learns(parts, optimizer, tmp_path: Path) -> None:
+    keifu.train(nn.Sequential(*parts), loss, DATA, settings(optimizer=optimizer), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("trained", "told"),
+    [(True, "no weight whose name begins with 'heads'.*Known: 0, 2"), (False, "No weight of the model requires a")],
+)
+def test_weights_that_are_not_there_to_be_trained(trained: bool, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=told):
+        chosen = settings(rate_shares=(("heads", 0.5),))
+        keifu.train(network().requires_grad_(trained), loss, DATA, chosen, tmp_path)
+
+
 class Tied(nn.Module):
     """Two layers that share a matrix, and a config of its own."""
 

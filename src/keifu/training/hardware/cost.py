@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from keifu.errors import UserError
 from keifu.memory import available_memory, release
@@ -155,15 +156,16 @@ def _even(rows: int, fitting: int) -> int:
 
 
 def _linear(trainer: Trainer, batch: Batch, rows: int) -> tuple[int, int]:
-    """The activations' fixed bytes and bytes per row, from passes over one and two rows.
+    """The activations' fixed bytes and bytes per row, from passes over one and two rows, or two and three where there
+    is batch normalization, which one row may have no variance for.
 
     Twice the largest tensor is added for the temporary memory of a backward pass: a gradient and its input.
     """
-    one, two = (
-        kept + 2 * largest for kept, largest in (activations(trainer, first_rows(batch, n)) for n in (1, min(2, rows)))
-    )
-    per_row = two - one if rows > 1 else one
-    return max(0, one - per_row), per_row
+    least = min(rows, 1 + any(isinstance(part, _BatchNorm) for part in trainer.model.modules()))
+    passes = [activations(trainer, first_rows(batch, n)) for n in (least, min(least + 1, rows))]
+    few, more = (kept + 2 * largest for kept, largest in passes)
+    per_row = more - few if rows > least else few // least
+    return max(0, few - least * per_row), per_row
 
 
 def _optimizer(trainer: Trainer) -> tuple[int, float]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adadelta, AdamW, Optimizer
 
+from keifu.errors import UserError, unknown
 from keifu.layers.linear import JoinedLinear
 from keifu.processes import current
 from keifu.training.length import Length
@@ -48,21 +49,21 @@ class Optimizers:
     def __init__(self, model: nn.Module, settings: Settings, length: Length | None = None):
         self.settings, self.length = settings, length or Length(settings.steps)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise UserError("No weight of the model requires a gradient, so there is nothing to train.")
         hidden = hidden_matrices(model) if settings.optimizer == "muon" else set()
         matrices = [(name, p) for name, p in self.parameters.items() if name in hidden]
         others = [(name, p) for name, p in self.parameters.items() if name not in hidden]
         usual = "adamw" if settings.optimizer == "muon" else settings.optimizer
         named = {kind: some for kind, some in ((usual, others), ("muon", matrices)) if some}
-        rows = joined_rows(model)
-        self.all = {kind: KINDS[kind](some, settings, rows) for kind, some in named.items()}
+        self.all = {kind: KINDS[kind](some, settings, joined_rows(model)) for kind, some in named.items()}
         self.average = MovingAverage(self.parameters, settings.ema) if settings.ema else None
 
     def rates(self, step: int) -> dict[str, float]:
         """The learning rates of update number `step` (from 0), by their names in the settings."""
-        s = self.settings
-        share = self.length.rate_share(s, step)
-        rates = {"learning_rate": share * s.learning_rate}
-        return rates | ({"matrix_rate": share * s.matrix_rate} if "muon" in self.all else {})
+        share = self.length.rate_share(self.settings, step)
+        names = ("matrix_rate" if kind == "muon" else "learning_rate" for kind in self.all)
+        return {name: share * vars(self.settings)[name] for name in names}
 
     def step(self, step: int) -> None:
         """Makes update number `step` from the gradients, and frees them."""
@@ -70,10 +71,9 @@ class Optimizers:
 
     def update(self, rates: dict[str, float]) -> None:
         """An update with these rates; with the rate 0 no weight changes."""
-        for kind, rate in zip(self.all, rates.values(), strict=True):
-            for group in self.all[kind].param_groups:
+        for (kind, optimizer), rate in zip(self.all.items(), rates.values(), strict=True):
+            for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("share", 1.0)
-        for kind, optimizer in self.all.items():
             if kind in OF_WHOLE_MATRICES and not current().whole:
                 self._update_whole(kind, optimizer)
             else:
@@ -116,8 +116,8 @@ class Optimizers:
         return (self.average.state() if self.average else {}) | {
             f"{kind}.{name}.{key}": tensor
             for kind, optimizer in self.all.items()
-            for name, parameter in _named(optimizer)
-            for key, tensor in optimizer.state[parameter].items()
+            for name, parameter in self.parameters.items()
+            for key, tensor in optimizer.state.get(parameter, {}).items()
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -167,6 +167,8 @@ def _groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
 
 def _adamw(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> AdamW:
     """Groups by the share of the rate that weights get: of several beginnings of a name, the first one counts."""
+    for start in (start for start, _ in s.rate_shares if not any(name.startswith(start) for name, _ in named)):
+        raise unknown("weight whose name begins with", start, {name.partition(".")[0] for name, _ in named})
     shares = {name: next((share for start, share in s.rate_shares if name.startswith(start)), 1.0) for name, _ in named}
     groups = [
         group | {"share": share}
@@ -196,8 +198,3 @@ KINDS: dict[str, Callable[[Named, Settings, dict[Tensor, Rows]], Optimizer]] = {
 OF_WHOLE_MATRICES = ("muon", "adafactor")  # whose update of a number depends on the others of its matrix
 FUSED = ("cpu", "cuda", "mps")  # devices that AdamW is fused on
 COUNTED_BY_THE_HOST = ("adadelta", "adafactor")
-
-
-def _named(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
-    groups = optimizer.param_groups
-    return [pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)]
