@@ -6,7 +6,10 @@ A new model or objective is a row of `CASES`; those that are in no row are named
 
 import ast
 import sys
+from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,9 +35,12 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
 from keifu.generation.images.pixel_diffusion import (
     ImageRequest,
-    draw_images,  # noqa: E402
+    denoising_strip,
+    draw_images,
+    sample_images,  # noqa: E402
 )
 from keifu.generation.images.samplers import SAMPLERS  # noqa: E402
+from keifu.generation.text.engine import Engine
 from keifu.generation.text.generate import generate_batch  # noqa: E402
 from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
 from keifu.generation.text.translation import (
@@ -395,6 +401,36 @@ def test_pictures_drawn_there_are_those_of_the_cpu(sampler: str) -> None:
     with simulated():
         found = draw_images(model.to(device()), wanted, [1, 2])
     assert found.device == CPU and (found.int() - expected.int()).abs().max() <= 1
+
+
+def results(writer: nn.Module, translator: nn.Module, drawer: nn.Module) -> list[Any]:
+    """What is written by PyTorch and, where there is a native step, by that; what is translated, and a picture."""
+    found: list[Any] = []
+    sampling = SamplingParams(5, frequency_penalty=0.5, seed=1, logit_bias=((3, 1.0),), log_probabilities=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine(deepcopy(writer).to(dtype), None)
+        engine.add(engine.request([1, 2, 3], sampling))
+        while engine.work:
+            found += engine.step()
+        sources, settings = [[3, 4, 5, 6], [7], [8, 9]], TranslationParams(beam=3, max_tokens=4)
+        found += search(deepcopy(translator).to(dtype), sources, settings)
+    strip = denoising_strip(list(sample_images(drawer, ImageRequest("dpm++-2m", 4), [1])))
+    return [*found, strip.pictures.tolist()]
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")])
+def test_torchs_default_type_and_device_change_no_result(default: torch.dtype | torch.device) -> None:
+    """Native code wrote float32 into memory of the default type, over its end."""
+    torch.manual_seed(0)
+    models = WRITERS["llama"](), TRANSLATORS["transformer"](), DRAWERS["ddpm"]()
+    expected = results(*models)
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        with default if isinstance(default, torch.device) else nullcontext():
+            assert results(*models) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_model_is_loaded_straight_to_the_device_that_is_chosen(tmp_path: Path) -> None:

@@ -29,13 +29,13 @@ def pad(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], Bool[Te
 
     The mask is None where all are equally long: attention without one is faster.
     """
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64)
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
+    ids = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64, device="cpu")
     longest = int(lengths.max())
     if longest == int(lengths.min()):
         return ids.view(len(rows), longest), None
-    mask = torch.arange(longest) < lengths[:, None]
-    tokens = torch.full(mask.shape, pad_id)
+    mask = torch.arange(longest, device="cpu") < lengths[:, None]
+    tokens = torch.full(mask.shape, pad_id, device="cpu")
     tokens[mask] = ids
     return tokens, mask
 

@@ -89,6 +89,7 @@ class ModelPart:
 
 NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
 ACTIVATION_KINDS: dict[Activation, int] = {F.silu: 0, ACTIVATIONS["gelu_tanh"]: 1, F.gelu: 2, F.relu: 3}
+LIKE = torch.zeros(1, dtype=torch.float32, device="cpu")  # the type and place of numbers that are computed
 TWO_NORMS = {"attention_norm": "attention_norm", "feedforward_norm": "feedforward_norm"}
 BLOCKS: dict[type, dict[str, str]] = {  # the names that native code has for the norms of a block
     PreNorm: TWO_NORMS,
@@ -134,7 +135,7 @@ def _describe_decoder(model: EncoderDecoder) -> ModelPart:
     return ModelPart(
         table,
         model.scale,
-        model.positions(0, length, torch.zeros(1)),
+        model.positions(0, length, LIKE),
         length,
         tuple(_layer(block, f"decoder.{number}") for number, block in enumerate(model.decoder)),
         NormPart(NO_NORM, 0.0, None),
@@ -223,5 +224,5 @@ def _rotary(module: nn.Module, name: str) -> RotaryPart:
     rotary = _known(module, name, Rotary)
     if rotary.scaling and rotary.scaling.kind == "dynamic":
         raise Unavailable(f"{name} has dynamic scaling, whose angles change with the text's length")
-    frequencies = rotary.frequencies(torch.zeros(1))
+    frequencies = rotary.frequencies(LIKE)
     return RotaryPart(frequencies, rotary.interleaved, rotary.scaling.magnitude() if rotary.scaling else 1.0)

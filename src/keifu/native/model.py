@@ -114,7 +114,7 @@ class NativeRunner:
             rows += [row] * len(span.tokens)
             wanted += range(len(tokens) - span.wanted, len(tokens))
             tables[row, : len(span.blocks)] = span.blocks
-        logits = torch.empty(len(wanted), self.vocab_size)
+        logits = torch.empty(len(wanted), self.vocab_size, dtype=torch.float32, device="cpu")
         for first in range(0, len(tokens), MOST_TOKENS):
             piece = slice(first, first + MOST_TOKENS)
             asked = slice(bisect_left(wanted, first), bisect_left(wanted, first + MOST_TOKENS))

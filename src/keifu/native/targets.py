@@ -79,7 +79,7 @@ class NativeTargets:
             for place, length in enumerate(lengths):
                 keys, values = (each[place].data_ptr() for each in joined)
                 self._call("store_source", layer, keys, values, length, at(self.source_tables[place]))
-        self._logits = torch.empty(rows, model.description.vocab_size)
+        self._logits = torch.empty(rows, model.description.vocab_size, dtype=torch.float32, device="cpu")
 
     def __del__(self) -> None:
         if "_handle" in vars(self):
@@ -87,7 +87,7 @@ class NativeTargets:
 
     def first(self) -> Float[Tensor, "sources vocab"]:
         """Logits of the first token of each source's target."""
-        return self.next(torch.full((len(self.sources),), self.model.config.start_id))
+        return self.next(torch.full((len(self.sources),), self.model.config.start_id, device="cpu"))
 
     def next(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
         """Logits of the token after these, in memory that the next step writes over."""

@@ -109,8 +109,7 @@ class AccessLog:
         try:
             await self.app(scope, receive, watched)
         finally:
-            route = scope.get("route")
-            path = getattr(route, "path", "(none)")
+            path = getattr(scope.get("route"), "path", "(none)")
             seconds = time.monotonic() - began
             self.metrics.answers.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path, str(status)).observe(seconds)

@@ -56,7 +56,7 @@ def _by_package(kind: str) -> Callable[[Stored, Numbers], None]:
 def read_blocks(stored: Stored, kind: str, size: int) -> Numbers:
     """The numbers of blocks of this type, `size` of them in each, as float32."""
     read = READERS.get(kind) or _by_package(kind)
-    numbers = torch.empty(len(stored), size)
+    numbers = torch.empty(len(stored), size, dtype=torch.float32, device="cpu")
     for start in range(0, len(stored), PIECE):
         read(stored[start : start + PIECE], numbers[start : start + PIECE])
     return numbers

@@ -104,10 +104,7 @@ def apart(source: str | Path, validation: str | Path, form: TextFormat) -> str:
 
 
 def prepare_parts(
-    name: str,
-    content: str,
-    parts: Callable[[], tuple[Iterable[str], Iterable[str]]],
-    tokenizer: Tokenizer,
+    name: str, content: str, parts: Callable[[], tuple[Iterable[str], Iterable[str]]], tokenizer: Tokenizer
 ) -> Shards:
     """The same for documents of which it is known which are for training and which are held out.
 

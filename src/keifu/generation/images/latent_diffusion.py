@@ -72,7 +72,7 @@ def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncat
             )
         rows[place] = row if len(row) <= length else [*row[: length - 1], row[-1]]
     padding = next((each for each in (tokenizer.pad_id, tokenizer.eos_id) if each is not None), 0)
-    return torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+    return torch.tensor([row + [padding] * (length - len(row)) for row in rows], device="cpu")
 
 
 class TextToImagePipeline:
@@ -190,7 +190,8 @@ class LatentDiffusionPipeline(TextToImagePipeline):
         Those are the mask, and the latents of the image with grey in the mask's place."""
         config, device = self.model.config, self.device
         assert wanted.size is not None
-        empty = torch.empty((count, config.channels, *(side // config.factor for side in wanted.size)), device=device)
+        sides = (side // config.factor for side in wanted.size)
+        empty = torch.empty((count, config.channels, *sides), dtype=torch.float32, device=device)
         if wanted.init is None:
             return random(empty) * schedule.initial_sigma, None, None
         picture = wanted.init.pixels(wanted.size, config.colours)[None].to(device)

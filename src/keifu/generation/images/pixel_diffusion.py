@@ -45,7 +45,7 @@ class SeededNoise:
 
     def __call__(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         """Noise for each row of x, in its type and on its device."""
-        rows = [torch.randn(x.shape[1:], generator=each, dtype=x.dtype) for each in self.generators]
+        rows = [torch.randn(x.shape[1:], generator=each, dtype=x.dtype, device="cpu") for each in self.generators]
         return torch.stack(rows).to(x.device)
 
 
@@ -238,7 +238,7 @@ def sample_images(model: ImageModel, wanted: ImageRequest, seeds: Sequence[int])
     label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)
     network = label_denoiser(prepack(model), label, wanted.guidance, wanted.guidance_rescale)
     random, schedule = SeededNoise(seeds), wanted.schedule(chosen.schedule)
-    noise = random(torch.empty(shape, device=device))
+    noise = random(torch.empty(shape, dtype=torch.float32, device=device))
     if wanted.init is None:
         yield from run_inpainting(chosen, network, noise * schedule.initial_sigma, schedule, random)
         return
@@ -283,14 +283,15 @@ def noising_strip(
     """A picture at evenly spaced timesteps, from itself to the last, with the same noise growing on it."""
     clean = to_signed(picture)[None].expand(count, -1, -1, -1)
     added = SeededNoise([seed])(clean[:1]).expand_as(clean)
-    timestep = torch.linspace(0, noise.steps - 1, count).round().long()
+    timestep = torch.linspace(0, noise.steps - 1, count, dtype=torch.float32, device="cpu").round().long()
     noisy = torch.cat([clean[:1], add_noise(clean, added, noise.alpha_bar, timestep)[1:]])
     return Strip(to_bytes(noisy), ["picture", *(f"t = {t}" for t in timestep[1:].tolist())], count)
 
 
 def denoising_strip(states: Sequence[SamplerStep], place: int = 0, count: int = 8) -> Strip:
     """One picture's way out of noise, evenly spaced: x above, and below it the picture that the network saw in it."""
-    steps = torch.linspace(0, len(states) - 1, min(count, len(states))).round().long().tolist()
+    places = torch.linspace(0, len(states) - 1, min(count, len(states)), dtype=torch.float32, device="cpu")
+    steps = places.round().long().tolist()
     chosen = [states[step] for step in steps]
     rows: list[Float[Tensor, "picture channels height width"]] = [
         torch.stack([state.x[place] for state in chosen]),

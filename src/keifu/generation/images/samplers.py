@@ -274,9 +274,9 @@ def _unipc_weights(ratios: Sequence[float], h: float, growth: float) -> list[flo
         right.append(phi * factorial / growth)
         factorial *= power + 1
         phi = phi / h - 1 / factorial
-    points = torch.tensor(ratios, dtype=torch.float64)
+    points = torch.tensor(ratios, dtype=torch.float64, device="cpu")
     powers = torch.stack([points**power for power in range(len(ratios))])
-    return torch.linalg.solve(powers, torch.tensor(right, dtype=torch.float64)).tolist()
+    return torch.linalg.solve(powers, torch.tensor(right, dtype=torch.float64, device="cpu")).tolist()
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def decode_tiled(
         weight = blend_weights(piece.shape[2])[:, None] * blend_weights(piece.shape[3])
         if canvas is None or total is None:
             size = [length // cell * made for length in x.shape[2:]]
-            canvas, total = piece.new_zeros(*piece.shape[:2], *size), torch.zeros(size)
+            canvas, total = piece.new_zeros(*piece.shape[:2], *size), weight.new_zeros(size)
         there = (..., *(grow_tile(each, made) for each in place))
         canvas[there] += piece * weight.to(piece)
         total[there] += weight
@@ -61,7 +61,7 @@ def grow_tile(cells: slice, size: int) -> slice:
 
 def blend_weights(length: int) -> Float[Tensor, " length"]:
     """How far each number is from the nearer end: 1, 2, ..., 2, 1."""
-    ramp = torch.arange(1.0, length + 1)
+    ramp = torch.arange(1.0, length + 1, dtype=torch.float32, device="cpu")
     return torch.minimum(ramp, ramp.flip(0))
 
 

@@ -118,8 +118,8 @@ class UnclipPipeline(TextToImagePipeline):
         """The encoded texts."""
         length = self.model.config.context_length
         tokens = self.tokens(texts, truncate)
-        lengths = torch.tensor([len(row) for row in self.tokenizer.encode_batch(texts, special=True)])
-        real = torch.arange(length) < lengths[:, None]
+        lengths = torch.tensor([len(row) for row in self.tokenizer.encode_batch(texts, special=True)], device="cpu")
+        real = torch.arange(length, device="cpu") < lengths[:, None]
         with torch.no_grad():
             return self.model.encode_text(tokens.to(self.device), real.to(self.device))
 
@@ -139,7 +139,7 @@ class UnclipPipeline(TextToImagePipeline):
         if guided:
             guidance = 1.0 if wanted.prior_guidance is None else wanted.prior_guidance
             network = guided_denoiser(network, noise, guidance)
-        empty = torch.empty(count, self.model.config.embedding_dim, device=caption.embedding.device)
+        empty = caption.embedding.new_empty(count, self.model.config.embedding_dim, dtype=torch.float32)
         found = []
         for _ in range(wanted.candidates):
             x = random(empty) * chosen.schedule.initial_sigma
@@ -191,7 +191,7 @@ class UnclipPipeline(TextToImagePipeline):
         texts = texts if wanted.towards is None else [""] * len(seeds)
         chosen, network = wanted.configure_sampler(self.noise), self._decoder(image, texts, wanted)
         shape = len(seeds), self.colours, *self._small(wanted.size or (0, 0))
-        x = random(torch.empty(shape, device=image.device)) * chosen.schedule.initial_sigma
+        x = random(image.new_empty(shape, dtype=torch.float32)) * chosen.schedule.initial_sigma
         yield from chosen.run(chosen.denoiser(network), x, chosen.schedule, random)
 
     def _random(self, wanted: ImageRequest, seeds: Sequence[int]) -> Random:

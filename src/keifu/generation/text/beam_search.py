@@ -37,7 +37,7 @@ class BestTexts:
     """Room for `kept` texts of each source, best first; an empty place has the score -inf."""
 
     def __init__(self, sources: int, kept: int, longest: int, device: torch.device):
-        self.scores = torch.full((sources, kept), -torch.inf, device=device)
+        self.scores = torch.full((sources, kept), -torch.inf, dtype=torch.float32, device=device)
         self._tokens = torch.zeros(sources, kept, longest, dtype=torch.long, device=device)
         self._lengths = torch.zeros(sources, kept, dtype=torch.long, device=device)
 
@@ -195,7 +195,7 @@ class _Beams:
         self.search, self.length = search, 0
         self.sources = torch.arange(len(limits), device=device)  # those that go on, by their place in the batch
         self.limits = torch.tensor(limits, device=device)
-        self.scores = torch.zeros(len(limits), 1, device=device)  # ln P; there is one open text at first, the empty one
+        self.scores = torch.zeros(len(limits), 1, dtype=torch.float32, device=device)  # ln P, first of the empty text
         self.tokens = torch.zeros(len(limits), 1, max(limits), dtype=torch.long, device=device)
         self.best = BestTexts(len(limits), search.kept, max(limits), device)
         self._ends = torch.tensor(search.ends, device=device)
@@ -252,7 +252,7 @@ class _Beams:
         return rows.flatten(), tokens.flatten()
 
     def _penalty(self, length: int) -> Float[Tensor, " one"]:
-        return self.search.penalty(torch.tensor([float(length)], device=self.scores.device))
+        return self.search.penalty(self.scores.new_tensor([float(length)]))
 
 
 def log_total_(logits: Float[Tensor, "rows vocab"], largest: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
@@ -273,9 +273,9 @@ def top_candidates(
         return values, places
     body, rest = logits[:, : chunks * CHUNK].unflatten(1, (chunks, CHUNK)), logits[:, chunks * CHUNK :]
     best = body.amax(-1).topk(count).indices[..., None]
-    within = torch.arange(CHUNK)
+    within = torch.arange(CHUNK, device="cpu")
     places = (best * CHUNK + within).flatten(1)
-    tail = torch.arange(chunks * CHUNK, logits.shape[1]).expand(len(logits), -1)
+    tail = torch.arange(chunks * CHUNK, logits.shape[1], device="cpu").expand(len(logits), -1)
     values = torch.cat([body.take_along_dim(best, 1).flatten(1), rest], 1)
     found, at = values.topk(count)
     return found, torch.cat([places, tail], 1).gather(1, at)

@@ -72,7 +72,7 @@ def _predictions(
     if own_form(model) is not None:
         reader, vocab_size = reader_of(model), text_model(model).config.vocab_size
         for text, skip in zip(tokens.tolist(), [0] * len(tokens) if padding is None else padding.tolist(), strict=True):
-            yield torch.zeros(min(skip, len(text) - 1), vocab_size)
+            yield torch.zeros(min(skip, len(text) - 1), vocab_size, dtype=torch.float32, device=tokens.device)
             yield from reader.read([(text[skip:-1], len(text) - 1 - skip)])
         return
     writer = causal(model)

@@ -150,7 +150,7 @@ def allowed_tokens(
     """The tokens that each request's constraint allows now; None where no request has one."""
     if all(request.constraint is None for request in requests):
         return None
-    free = torch.ones(vocab_size, dtype=torch.bool)
+    free = torch.ones(vocab_size, dtype=torch.bool, device="cpu")
     rows = [free if request.constraint is None else request.constraint.allowed() for request in requests]
     return torch.stack(rows).to(device)
 

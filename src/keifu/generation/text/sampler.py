@@ -56,7 +56,8 @@ class RowSettings:
     def _biases(self, pairs: Sequence[tuple[tuple[int, float], ...]]) -> tuple[Tensor, Tensor] | None:
         """Each row's biased tokens and their biases, filled up to equal length; None where there are none."""
         longest = max(map(len, pairs), default=0)
-        full = torch.tensor([[*row, *[(0, 0.0)] * (longest - len(row))] for row in pairs], dtype=torch.float64)
+        rows = [[*row, *[(0, 0.0)] * (longest - len(row))] for row in pairs]
+        full = torch.tensor(rows, dtype=torch.float64, device="cpu")
         return (full[..., 0].long().to(self.device), full[..., 1].float().to(self.device)) if longest else None
 
     def apply_penalties(self, logits: logits_processors.Logits, history: "History") -> logits_processors.Logits:
@@ -105,10 +106,10 @@ class History:
             for row, text in enumerate(texts):
                 seen[row, torch.tensor(text, device=settings.device)] = True
         if settings.presence is not None or settings.frequency is not None:
-            own = [
-                torch.tensor(text[len(text) - n :], dtype=torch.long) for text, n in zip(texts, written, strict=True)
-            ]
-            counts = torch.stack([each.bincount(minlength=vocab).float() for each in own]).to(settings.device)
+            counts = torch.zeros(len(texts), vocab, dtype=torch.float32, device=settings.device)
+            for row, (text, n) in enumerate(zip(texts, written, strict=True)):
+                own = torch.tensor(text[len(text) - n :], dtype=torch.long, device=settings.device)
+                counts[row] = own.bincount(minlength=vocab)
         return cls(seen, counts)
 
     def add(self, tokens: Int[Tensor, " rows"], rows: Int[Tensor, " rows"] | None = None) -> None:
@@ -134,9 +135,8 @@ class History:
 
     def at(self, rows: Int[Tensor, " kept"]) -> "History":
         """That of some rows."""
-        return History(
-            None if self.seen is None else self.seen[rows], None if self.counts is None else self.counts[rows]
-        )
+        seen, counts = (None if each is None else each[rows] for each in (self.seen, self.counts))
+        return History(seen, counts)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ class Noise:
     def beta(self) -> Float[Tensor, " steps"]:
         """β of each timestep, float32 as published models' code has it: where β is 0.999, that rounding moves 1 - β by
         more than two implementations may differ."""
-        betas = torch.tensor(self.betas, device="cpu") if self.betas else SCHEDULES[self.schedule](self)
+        given = torch.tensor(self.betas, dtype=torch.float32, device="cpu")
+        betas = given if self.betas else SCHEDULES[self.schedule](self)
         return with_zero_terminal_snr(betas.float()) if self.zero_terminal_snr else betas.float()
 
     @cached_property
