@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from keifu.devices import require_compiler
 from keifu.distributed.layout import Layout
 from keifu.distributed.mesh import Mesh
-from keifu.layers.attention.attention import CrossAttention
 from keifu.layers.linear import JoinedLinear
 from keifu.layers.lora import Adapter
+from keifu.layers.unet.spatial_transformer import CROSS
 from keifu.training.ranks import of_all, sum_in_order
 
 
@@ -102,7 +102,7 @@ def parallelize(module: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:
         return module
     scalars = {parameter for parameter in module.parameters() if not parameter.dim()}  # FSDP shards none of them
     offload = CPUOffloadPolicy() if mesh.offload else OffloadPolicy()
-    apart = [part.kv for part in module.modules() if isinstance(part, CrossAttention)]  # called outside of its block
+    apart = [part.kv for part in module.modules() if isinstance(part, CROSS)]
     chosen = {id(part) for part in (*blocks, *apart) if any(p.dim() for p in part.parameters())}
     for part in reversed([*module.modules()]):  # the innermost first
         if id(part) in chosen or part is module:

@@ -65,6 +65,10 @@ class LazyTensor(Tensor):
         index[axis] = slice(first + start, first + stop)
         return LazyTensor.of(self.reader, self.blank.narrow(axis, start, stop - start), tuple(index))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        found = self.detach().clone()
+        return nn.Parameter(found, self.requires_grad) if isinstance(self, nn.Parameter) else found
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs, schema = kwargs or {}, func._schema

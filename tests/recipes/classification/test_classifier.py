@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import keifu
 from keifu import checkpoints
 from keifu.cli import main
 from keifu.data.classification.batches import LabelledBatches
 from keifu.data.tokenizers.train import train_tokenizer
+from keifu.errors import UserError
+from keifu.layers.lazy import settle
 from keifu.models import bert, llama
+from keifu.processes import Processes, use
+from keifu.recipes.assistant import reward
 from keifu.recipes.classification import classifier
 from keifu.recipes.classification.classifier import Recipe
 from keifu.training.run import checkpoint
@@ -100,6 +105,24 @@ def test_the_weights_of_the_encoder_are_taken_and_a_head_for_the_same_labels_too
     again = Recipe(model=str(trained[1]))
     same, other = (classifier.start_model(again, labels, texts)[0] for labels in (("animal", "thing"), ("a", "b")))
     assert torch.equal(same.classifier.weight, learned) and not torch.equal(other.classifier.weight, learned)
+
+
+def test_a_model_that_is_split_is_not_asked_in_the_end(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    class Split(Processes):
+        whole = False
+
+        def split(self, module: nn.Module) -> nn.Module:
+            settle(module)
+            return module
+
+    with use(Split()):
+        train("--data", table(tmp_path, ROWS), "--model", base, *FLAGS[2:], "--out", tmp_path / "run")
+        with pytest.raises(UserError, match="A reward model is trained whole on each process: leave out --mesh.shard"):
+            reward.prepare(reward.Recipe())
+    assert "On held-out" not in capsys.readouterr().out
+    assert (tmp_path / "run/model.safetensors").exists()
 
 
 def test_a_new_model_learns_with_a_tokenizer_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -384,7 +384,7 @@ class ImageBatches:
     def __init__(
         self, training: ImageDataset, held: ImageDataset, batch_size: int, seed: int = 0,
         augmentation: Augmentation | None = None, training_tokens: Tokens | None = None,
-        held_tokens: HeldTokens | None = None, evenly: bool = False,
+        held_tokens: HeldTokens | None = None, *, evenly: bool = False,
     ):  # fmt: skip
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}, but it must be at least 1.")

@@ -79,5 +79,7 @@ class JointAttention(nn.Module):
 
 def memories(network: nn.Module, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
     """Keys and values of a context for every attention of a network that looks at one."""
-    kinds = CrossAttention, JointAttention
-    return {module: module.project(context) for module in network.modules() if isinstance(module, kinds)}
+    return {module: module.project(context) for module in network.modules() if isinstance(module, CROSS)}
+
+
+CROSS = CrossAttention, JointAttention  # whose keys and values are computed outside of their blocks

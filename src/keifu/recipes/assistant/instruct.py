@@ -24,7 +24,7 @@ from keifu.recipes.assistant import sft as first
 from keifu.recipes.assistant.common import make_rewards, prompt_parts, prompts, split_prompts
 from keifu.recipes.options import current, to_json
 from keifu.training.run import checkpoint
-from keifu.training.run.directory import RECIPE, command, record, recorded
+from keifu.training.run.directory import RECIPE, command, read_recipe, record, recorded
 from keifu.training.run.report import write_joined
 from keifu.training.settings import compare, flat
 from keifu.training.signals import Interrupted
@@ -68,8 +68,7 @@ class Phase(NamedTuple):
     @property
     def finished(self) -> bool:
         """Whether it came to its end."""
-        path = self.folder / RECIPE
-        return path.is_file() and bool(read_json_object(path).get("finished"))
+        return bool(read_recipe(self.folder).get("finished"))
 
 
 def phases(recipe: Recipe, out: Path) -> Iterator[Phase]:
@@ -83,11 +82,6 @@ def phases(recipe: Recipe, out: Path) -> Iterator[Phase]:
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Makes all three steps, or those that are left, and one report of them."""
     steps = [*phases(recipe, out)]
-    begun = [phase for phase in steps if checkpoint.steps(phase.folder)]
-    if begun and not resume:
-        raise UserError(f"{out} already holds a run: go on with it by --resume, or choose another folder with --out.")
-    if resume and not begun:
-        raise UserError(f"There is no run in {out} to go on with: start without --resume.")
     done = describe_phase(out) if resume else {}
     for phase in steps:
         check(phase, done)
@@ -116,6 +110,7 @@ def _demonstrations(recipe: first.Recipe) -> None:
 
 
 def _rankings(recipe: second.Recipe) -> None:
+    second.require_whole()
     prompt_parts(recipe.data, recipe.held_out)
     _ = list(conversations.read(recipe.demonstrations)) if recipe.demonstrations else []
 

@@ -140,8 +140,7 @@ def value_model(recipe: Recipe, by: RewardOptions, policy: Any, tokenizer: Token
     if recipe.value == POLICY or chosen.model is None:
         if recipe.value not in (None, POLICY):
             raise UserError(f"--value {recipe.value} is no model: choose a reward model, or policy.")
-        decoder = copy.deepcopy(policy)
-        return with_score_head(decoder, recipe.lora, recipe.seed + 1)
+        return with_score_head(copy.deepcopy(policy), recipe.lora, recipe.seed + 1)
     if chosen.model.tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
         raise UserError(
             f"{recipe.value or recipe.reward} reads other tokens than {recipe.model}, so it cannot become the value "

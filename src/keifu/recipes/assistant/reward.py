@@ -25,6 +25,7 @@ from keifu.errors import UserError
 from keifu.files import write_atomic
 from keifu.layers.lora import merge
 from keifu.models import task_head
+from keifu.processes import current
 from keifu.recipes.assistant import common
 from keifu.recipes.assistant.common import FinetuneTask, Lora, RankedOptions, open_model, sample_answer
 from keifu.training.loop import Summary
@@ -62,6 +63,7 @@ class Task(FinetuneTask):
 
 def prepare(recipe: Recipe) -> Task:
     """Loads the model, gives it a head, and reads the rankings."""
+    require_whole()
     model, tokenizer = open_model(recipe.model, recipe.template)
     length = common.row_length(model, recipe.context_length)
     answers, told = attrgetter("answers"), ("prompts have an answer", "")
@@ -72,6 +74,12 @@ def prepare(recipe: Recipe) -> Task:
     tokenizer = common.padding(tokenizer, shown)
     data = RankedAnswers(learned, tested, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
     return Task(with_score_head(model, recipe.lora, recipe.seed), tokenizer, data, shown[:DEMONSTRATIONS], dropped)
+
+
+def require_whole() -> None:
+    """A `UserError` where the model is split over processes: it is saved with a bias that its own scores give."""
+    if not current().whole:
+        raise UserError("A reward model is trained whole on each process: leave out --mesh.shard and --mesh.tensor.")
 
 
 def with_score_head(decoder: Any, lora: Lora, seed: int) -> task_head.ModelWithHead:
@@ -113,8 +121,7 @@ def learn(recipe: Recipe, task: Task, out: Path, resume: bool = False) -> Summar
 
 def leave(task: Task, directory: Path) -> None:
     """Writes the model, whole and with the bias that makes the demonstrations zero, and how far it can be believed."""
-    model: Any = copy.deepcopy(task.model)  # what is trained stays as it is
-    model = merge(model)
+    model: Any = merge(copy.deepcopy(task.model))  # what is trained stays as it is
     task_head.shift(model, -float(scores_of(model, task.demonstrations, task.tokenizer.pad_id or 0).mean()))
     checkpoints.save(model, task.tokenizer, directory)
     told = calibration(margins(model, task.data.validation()))

@@ -133,9 +133,5 @@ def evaluate_classifier(task: Task) -> Confusion:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu classify and transformers read afterwards, and prints the held-out figures."""
-    task = prepare(recipe)
-    if task.cut:
-        print(f"{task.cut} of {len(task.training) + len(task.held)} texts were cut to their first {recipe.cut} tokens.")
-    learn(recipe, task, out, resume)
-    verdict = f"On held-out texts: {evaluate_classifier(task).verdict()} " if len(task.held) else ""
-    print(f'{verdict}The model is in {out}: keifu classify {out} "A text".')
+    learn(recipe, prepare(recipe), out, resume)
+    print(f'The model is in {out}: keifu classify {out} "A text".')

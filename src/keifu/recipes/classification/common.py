@@ -9,6 +9,7 @@ from keifu import checkpoints
 from keifu.data.classification.batches import LabelledBatches
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.files import write_atomic
+from keifu.processes import current
 from keifu.recipes.common import describe_run
 from keifu.recipes.finetuning import FinetuneOptions, finetune_settings
 from keifu.training.loop import Summary, train
@@ -40,11 +41,14 @@ def train_classifier(
     resume: bool, *, learning_rate: float | None, warmup: Callable[[int], int], title: str, paper: str, unit: str,
     options: Mapping[str, Any], data: Mapping[str, Any],
 ) -> Summary:  # fmt: skip
-    """Trains the task's model into a run folder, with the confusion matrix of the held-out examples as its sample.
+    """Trains the task's model into a run folder, with the confusion matrix of the held-out examples as its sample, and
+    prints the held-out figures, unless the model is split over processes.
 
     The rate falls linearly to 0, with two validations in an epoch. warmup: its steps in a run of so many. options: what
     decides the result beside the model's config and the cut.
     """
+    if task.cut:
+        print(f"{task.cut} of {len(task.training) + len(task.held)} {unit} were cut to {recipe.cut} tokens.")
     rows = LabelledBatches(task.training, task.held, recipe.batch_size, recipe.seed, task.tokenizer.pad_id or 0)
     steps, half = recipe.total_steps(rows.steps_per_epoch), rows.steps_per_epoch // 2
     settings = finetune_settings(
@@ -53,10 +57,9 @@ def train_classifier(
         save_every=max(50, half),
     )  # fmt: skip
     counts = {"learned from": len(task.training), "held out": len(task.held), "cut": task.cut}
-    deciding = {"model": asdict(task.model.config), "cut": recipe.cut, **options}
     run = describe_run(
-        out, resume, title=title, paper=paper, unit=unit, options={**recipe.origin(), **deciding},
-        data={"source": recipe.data, **counts, **data},
+        out, resume, title=title, paper=paper, unit=unit, data={"source": recipe.data, **counts, **data},
+        options={**recipe.origin(), "model": asdict(task.model.config), "cut": recipe.cut, **options},
     )  # fmt: skip
 
     def sample(step: int) -> str:
@@ -64,7 +67,10 @@ def train_classifier(
         write_atomic(out / "confusion.png", found.picture())
         return found.page()
 
-    return train(
+    summary = train(
         task.model, objective, rows, settings, run, sample=sample if len(task.held) else None,
         save=lambda directory: checkpoints.save(task.model, task.tokenizer, directory), largest=rows.largest(),
     )  # fmt: skip
+    if len(task.held) and current().whole:
+        print(f"On held-out {unit}: {confusion(task).verdict()}")
+    return summary

@@ -157,10 +157,5 @@ def evaluate_examples(task: Task) -> Confusion:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Trains into `out`, which keifu classify reads afterwards, and prints the held-out figures."""
-    task = prepare(recipe)
-    if task.cut:
-        count = len(task.training) + len(task.held)
-        print(f"{task.cut} of {count} examples were cut to {recipe.cut} tokens.")
-    learn(recipe, task, out, resume)
-    verdict = f"On held-out examples: {evaluate_examples(task).verdict()} " if len(task.held) else ""
-    print(f"{verdict}The model is in {out}: keifu classify {out} reads such examples.")
+    learn(recipe, prepare(recipe), out, resume)
+    print(f"The model is in {out}: keifu classify {out} reads such examples.")

@@ -165,7 +165,7 @@ def caption_batches(
     evenly: bool = False,
 ) -> Data:  # fmt: skip
     """Batches with captions (see `caption_tokens`); in latents, of what was encoded here, once."""
-    batches: Any = ImageBatches(parts.train, parts.validation, batch_size, seed, None, *tokens, evenly)
+    batches: Any = ImageBatches(parts.train, parts.validation, batch_size, seed, None, *tokens, evenly=evenly)
     data = NoisedBatches(batches, seed)
     if model.autoencoder is None:
         return data

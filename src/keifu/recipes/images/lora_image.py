@@ -29,6 +29,7 @@ from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.layers.diffusion.noise_schedule import Weighting
 from keifu.layers.lora import LoraSettings, Target, attach
+from keifu.processes import current
 from keifu.ranges import check
 from keifu.recipes.images.common import describe_pictures
 from keifu.recipes.images.latent_diffusion import caption_batches
@@ -218,7 +219,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     task = prepare(recipe)
     summary = train(
         task.model, task.objective, task.data, settings(recipe), describe(recipe, task, out, resume),
-        sample=sampler(task, recipe), save=lambda directory: save_lora(task.model, directory / FILE, recipe.style),
+        sampler(task, recipe) if current().whole else None,  # a split model is not sampled from
+        save=lambda directory: save_lora(task.model, directory / FILE, recipe.style),
     )  # fmt: skip
     print(f'The LoRA is in {out}: keifu draw {recipe.model} "{task.prompts[0]}" --lora {out} -o picture.png')
     return summary
