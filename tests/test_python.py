@@ -2,8 +2,11 @@
 
 import doctest
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -54,6 +57,34 @@ def test_every_public_name_has_an_example_or_is_a_record() -> None:
     functions = [keifu.generate, keifu.load, keifu.load_weights, keifu.save, keifu.train]
     assert all(">>>" in (function.__doc__ or "") for function in functions)
     assert (Path(keifu.__file__).parent / "py.typed").exists()
+
+
+WRONG = """
+import keifu
+import keifu.errors
+from keifu.data.tokenizers.train import train_tokenizer
+from keifu.models import gpt2
+model = gpt2.build(gpt2.Config(vocab_size=260, context_length=8, dim=8, hidden_dim=8, n_layers=1, n_heads=1))
+tokenizer = train_tokenizer("bpe", ["ab"], 257)
+for prompt, options in (5, {}), (None, {}), ([5, 6], {}), (b"ab", {}), ([["a"]], {}), ("a", {"stop": [5]}):
+    try:
+        keifu.generate(model, tokenizer, prompt, **options)
+    except keifu.errors.UserError as error:
+        print(error)
+try:
+    keifu.generate(keifu, None, "a")
+except keifu.errors.UserError as error:
+    print(error)
+"""
+
+
+def test_arguments_of_other_types_are_told() -> None:
+    """In a process of its own: here, types are checked before."""
+    keep = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, env=keep, timeout=60)
+    *prompts, stop, model = done.stdout.splitlines() or pytest.fail(done.stderr)
+    assert len(prompts) == 5 and all("must be a text or a list of token ids" in line for line in prompts)
+    assert "must be strings" in stop and "writes no text" in model
 
 
 def test_a_run_of_ones_own_goes_on_bit_for_bit(tmp_path: Path) -> None:

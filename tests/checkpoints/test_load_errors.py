@@ -189,6 +189,11 @@ def test_stored_types_that_are_not_read(folder) -> None:
     refuses(folder, "model.norm.weight as I8")
 
 
+def test_what_is_no_type_of_weights_is_no_fault_of_the_file(sound) -> None:
+    with pytest.raises(UserError, match="^dtype is torch.int8: give a floating-point type of torch"):
+        checkpoints.load_model(sound, torch.int8)
+
+
 def test_tokenizer_that_does_not_fit(folder, tokenizer) -> None:
     tokenizer.save(folder)
     with pytest.raises(UserError, match=f"{tokenizer.vocab_size} tokens and the model embeds 97"):

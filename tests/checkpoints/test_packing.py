@@ -1,6 +1,8 @@
 """Weights packed straight from a file: the same bits as packed from the loaded model; GGUF's blocks without loss."""
 
+import pickle
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import gguf
@@ -201,3 +203,6 @@ def test_packed_weights_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Weights packed as int8 cannot be saved"):
         checkpoints.save_gguf(packed, None, tmp_path / "model.gguf")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    for copied in (deepcopy, pickle.dumps):
+        with pytest.raises(UserError, match="Weights packed as int8 cannot be saved"):
+            copied(packed)

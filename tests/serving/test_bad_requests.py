@@ -30,6 +30,7 @@ FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"top_logprobs": 3}, "top_logprobs needs logprobs to be true", None),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is 21", "top_logprobs"),
     ({"logit_bias": {"x": 1}}, "ids of tokens, and 'x' is none", "logit_bias"),
+    ({"logit_bias": {"9" * 5000: 1}}, "ids of tokens, and '99999999999999999999' is none", "logit_bias"),
     ({"logit_bias": {"9999": 1}}, "logit_bias names the token 9999, but the model knows only 0 to 260", "logit_bias"),
     ({"stop": ["a", ""]}, "strings of at least one character", "stop"),
     ({"seed": -1}, "and it is -1", "seed"),

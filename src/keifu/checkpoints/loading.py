@@ -1,6 +1,7 @@
 """Loading, inspecting and converting models: opens a file or folder in whichever format it has."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,6 +178,9 @@ def planned(name: str | Path, dtype: torch.dtype | None = None) -> Plan:
     """What `load` would fill: a model on the meta device, with its file opened, for whoever looks at it first."""
     path = locate(name)
     with reading(path):
+        if is_adapter(path):
+            base = planned(base_of(path), dtype)
+            return replace(base, notes=[*base.notes, f"The adapters of {path} come beside these tensors."])
         return plan(open_source(path), dtype)
 
 

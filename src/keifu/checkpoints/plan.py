@@ -132,6 +132,8 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     `dtype` None: the type that holds every stored number exactly, but on a CPU float32 for float16, whose products are
     very slow there.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"dtype is {dtype!r}: give a floating-point type of torch, such as torch.bfloat16.")
     if not chosen().allow_nonfinite:
         read, part = (partial(read_finite, each, source.path) for each in (source.read, source.read_part))
         source = replace(source, read=read, part=part)

@@ -69,9 +69,9 @@ class NativeLM(nn.Module):
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         """Refused: packed weights are not those of any published format."""
-        raise UserError(
-            f"Weights packed as {self.weights} cannot be saved: load the model without weights, and save that."
-        )
+        raise UserError(f"Weights packed as {self.weights} cannot be saved: load it without weights, and save that.")
+
+    __reduce_ex__ = state_dict  # what pickle and deepcopy call
 
     def runner(self, n_blocks: int, block_size: int = BLOCK_SIZE) -> "NativeRunner":
         """What computes the steps of an engine, with caches of so many blocks of so many tokens each."""

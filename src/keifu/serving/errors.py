@@ -25,19 +25,14 @@ BODY = {  # what may be wrong with a body before its fields are looked at
 
 
 class ApiError(Exception):
-    """What the client is told. param: the field that is wrong. code: a short name for programs. retry_after: seconds
+    """What the client is told. param: the field that is wrong. code: a short name for programs. retry: seconds
     after which the same request may succeed."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
+        self, status: int, message: str, param: str | None = None, code: str | None = None, retry: int | None = None
     ):
         super().__init__(message)
-        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        self.status, self.param, self.code, self.retry = status, param, code, retry
 
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
@@ -46,7 +41,7 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The whole answer. Text that is no Unicode (half a surrogate pair) is escaped, so that it can be sent."""
-        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers = {} if self.retry is None else {"Retry-After": str(self.retry)}
         content = json.dumps(self.body(), ensure_ascii=True)
         return Response(content, self.status, headers, "application/json")
 

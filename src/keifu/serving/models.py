@@ -10,9 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from keifu.checkpoints.hub import locate
 from keifu.checkpoints.loading import load, planned
-from keifu.checkpoints.lora.peft import base_of, is_adapter
 from keifu.errors import UserError, unknown
 from keifu.generation.images.pipeline import image_pipeline
 from keifu.generation.text.model import Encoder, Model, OwnRunner, TwoTowers, explain_not_causal
@@ -46,8 +44,7 @@ class Description:
 
 def describe(name: str) -> Description:
     """Reads a model's config, tensor names and tokenizer, and none of its weights."""
-    path = locate(name)
-    plan = planned(base_of(path) if is_adapter(path) else name)
+    plan = planned(name)
     tokenizer = plan.source.tokenizer()
     width = plan.dtype.itemsize
     config: Any = plan.source.config

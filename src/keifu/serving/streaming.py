@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -59,13 +60,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            async with asyncio.timeout(self.timeout + 5):
+        with suppress(TimeoutError):
+            async with aclosing(self.events), asyncio.timeout(self.timeout + 5):
                 await while_connected(receive, self._send_events(send))
-        except TimeoutError:
-            pass
-        finally:
-            await self.events.aclose()
 
     async def _send_events(self, send: Send) -> None:
         try:

@@ -101,7 +101,7 @@ class Worker:
         if self.pending + count > room:
             wait = max(1, min(60, round(self._mean_seconds)))
             text = f"{self.pending} requests are being answered or wait for {self.name}: try again."
-            raise ApiError(429, text, code="queue_full", retry_after=wait)
+            raise ApiError(429, text, code="queue_full", retry=wait)
 
     async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[Pieces, None]:
         """The pieces of all requests as they are written, each with the place of its request. Closing the iterator

@@ -104,6 +104,8 @@ def test_tokens_that_the_model_does_not_know_are_refused(model: nn.Module, token
     for token in (261, -1):
         with pytest.raises(UserError, match=f"has the token {token}, but the model knows only 0 to 260"):
             stream(model, tokenizer, [ASK, [5, token, 6]], GREEDY)
+    with pytest.raises(UserError, match="logit_bias names the token 261, but the model knows only 0 to 260"):
+        stream(model, tokenizer, [ASK], replace(GREEDY, logit_bias=((261, 1.0),)))
 
 
 def test_damaged_weights_are_told(model: nn.Module, tokenizer: Tokenizer) -> None:

@@ -36,6 +36,10 @@ def test_bad_settings_are_told_in_a_sentence(options: dict[str, Any], words: str
         sampling_params_from(options)
 
 
+def test_a_bias_may_be_a_dictionary() -> None:
+    assert sampling_params_from({"logit_bias": {5: 1.0}}) == SamplingParams(logit_bias=((5, 1.0),))
+
+
 def test_bounds_are_allowed() -> None:
     edge = {"max_tokens": None, "temperature": 0, "top_k": 0, "top_p": 1, "min_p": 1, "seed": 2**63 - 1}
     assert sampling_params_from({**edge, "stop": "x"}) == replace(SamplingParams(**edge), stop=("x",))

@@ -3,7 +3,7 @@
 A seed belongs to a request: the same prompt, settings and seed give the same text alone or in a batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Unpack, overload
 
@@ -12,7 +12,7 @@ from torch import nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.engine import Engine
-from keifu.generation.text.model import PREFILL_TOKENS, evaluation_mode
+from keifu.generation.text.model import PREFILL_TOKENS, evaluation_mode, text_model
 from keifu.generation.text.request import Piece, prompt_tokens
 from keifu.generation.text.sampling_params import SamplingOptions, SamplingParams, sampling_for
 from keifu.threads import follow_load
@@ -135,8 +135,10 @@ def generate(
     ' town, there'
     """
     follow_load()
+    text_model(model)
     settings = sampling_for(tokenizer, sampling)
-    prompts = [as_prompt(tokenizer, each, raw) for each in ([prompt] if isinstance(prompt, str) else prompt)]
+    several: Iterable[str] = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Iterable) else prompt
+    prompts = [as_prompt(tokenizer, each, raw) for each in several]
     texts = [done.text for done in generate_batch(model, tokenizer, prompts, settings)]
     return texts[0] if isinstance(prompt, str) else texts
 
@@ -144,7 +146,7 @@ def generate(
 def as_prompt(tokenizer: Tokenizer, text: str, raw: bool = False) -> str | list[int]:
     """The prompt made from a text: a message in the chat template where the tokenizer has one; otherwise, or if `raw`,
     the text itself."""
-    if raw or tokenizer.chat_template is None:
+    if raw or tokenizer.chat_template is None or not isinstance(text, str):
         return text
     return tokenizer.render_chat([{"role": "user", "content": text}])
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -161,10 +162,20 @@ def prompt_tokens(tokenizer: Tokenizer | None, prompt: str | Sequence[int]) -> l
     Text cannot spell control tokens; give ids to use them.
     """
     if not isinstance(prompt, str):
-        return list(prompt)
+        try:
+            return list(map(index, prompt))
+        except TypeError as error:
+            raise UserError(f"A prompt is {prompt!r}, which must be a text or a list of token ids.") from error
     assert tokenizer is not None, "a text is read by a tokenizer"
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return tokenizer.encode(prompt, special=True) or begin
+
+
+def check_bias(sampling: SamplingParams, vocab_size: int) -> None:
+    """Refuses a bias for a token that the model has not."""
+    largest = max((token for token, _ in sampling.logit_bias), default=-1)
+    if largest >= vocab_size:
+        raise UserError(f"logit_bias names the token {largest}, but the model knows only 0 to {vocab_size - 1}.")
 
 
 def check_tokens(prompts: Iterable[Sequence[int]], vocab_size: int) -> None:

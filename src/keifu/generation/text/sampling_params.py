@@ -59,7 +59,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check(vars(self))
-        if not all(self.stop):
+        if not all(isinstance(each, str) and each for each in self.stop):
             raise UserError(f"stop is {self.stop!r}, which must be strings of at least one character.")
         if not all(isinstance(token, int) and token >= 0 and math.isfinite(bias) for token, bias in self.logit_bias):
             raise UserError(f"logit_bias is {self.logit_bias!r}, which must be pairs of a token's id and a number.")
@@ -70,7 +70,7 @@ class SamplingParams:
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Some of the fields of `SamplingParams`, by name; `stop` may be one string."""
+    """Some of the fields of `SamplingParams`, by name; `stop` may be one string, `logit_bias` a dictionary."""
 
     max_tokens: int | None
     temperature: float
@@ -84,17 +84,18 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | None
     log_probabilities: bool
     top_log_probabilities: int
-    logit_bias: tuple[tuple[int, float], ...]
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]]
 
 
 def sampling_params_from(options: Mapping[str, Any]) -> SamplingParams:
-    """The settings of these names; `stop` may be one string or several. An unknown name is a `UserError`."""
+    """Settings by name; `stop` may be one string, `logit_bias` a dictionary; an unknown name is a `UserError`."""
     known = [field.name for field in fields(SamplingParams)]
     for name in options:
         if name not in known:
             raise unknown("sampling option", name, known)
-    stop = options.get("stop", ())
-    return SamplingParams(**{**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ())})
+    stop, bias = options.get("stop", ()), options.get("logit_bias") or ()
+    several = {"stop": (stop,) if isinstance(stop, str) else tuple(stop or ())}
+    return SamplingParams(**{**options, **several, "logit_bias": tuple(dict(bias).items())})
 
 
 BASE = SamplingParams(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05)

@@ -11,8 +11,6 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.errors import UserError
-from keifu.generation.text.sampling_params import SamplingParams
 from keifu.serving.errors import ApiError
 
 # Without these a small model could write white space without end.
@@ -69,10 +67,3 @@ def constraints(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int) -> Call
         reason = " ".join(" ".join(reasons).split()).rstrip(".")
         raise ApiError(400, f"The schema cannot be followed: {reason}.", grammar.field, "invalid_schema")
     return lambda: GrammarConstraint(LLMatcher(vocabulary, grammar.source), vocab_size)
-
-
-def check_bias(sampling: SamplingParams, vocab_size: int) -> None:
-    """Refuses a bias for a token that the model has not."""
-    largest = max(token for token, _ in sampling.logit_bias)
-    if largest >= vocab_size:
-        raise UserError(f"logit_bias names the token {largest}, but the model knows only 0 to {vocab_size - 1}.")

@@ -10,11 +10,11 @@ from typing import Any
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.request import Piece, Request, check_tokens
+from keifu.generation.text.request import Piece, Request, check_bias, check_tokens
 from keifu.generation.text.sampling_params import SamplingParams, sampling_for
 from keifu.serving.errors import of_exception
 from keifu.serving.models import Description, ServedModels
-from keifu.serving.openai.constraints import check_bias, constraints, schema_grammar
+from keifu.serving.openai.constraints import constraints, schema_grammar
 from keifu.serving.openai.schemas import Sampling
 from keifu.serving.openai.tools import Reply, ToolUse, tool_format
 
@@ -103,8 +103,7 @@ def _requests(
     tokenizer, config = description.tokenizer, description.config
     ids = prompts(tokenizer)
     check_tokens(ids, config.vocab_size)
-    if sampling.logit_bias:
-        check_bias(sampling, config.vocab_size)
+    check_bias(sampling, config.vocab_size)
     grammar = tools.grammar(tokenizer, schema) if tools else None if schema is None else schema_grammar(schema)
     constraint = (lambda: None) if grammar is None else constraints(grammar, tokenizer, config.vocab_size)
     shown = tool_format(tokenizer).special(tokenizer).values() if tools else ()

@@ -85,7 +85,7 @@ class Sampling(Body):
     @field_validator("logit_bias")
     @classmethod
     def _ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        wrong = [token for token in bias or () if not token.isdecimal()]
+        wrong = [token[:20] for token in bias or () if not (token.isdecimal() and len(token) < 20)]
         if wrong:
             raise ValueError(f"its names must be ids of tokens, and {wrong[0]!r} is none")
         return bias
@@ -95,7 +95,7 @@ class Sampling(Body):
         names = SamplingOptions.__annotations__.keys() & type(self).model_fields.keys() - {"logit_bias"}
         found: Any = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.logit_bias:
-            found["logit_bias"] = tuple((int(token), bias) for token, bias in self.logit_bias.items())
+            found["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         return found
 
     @property
