@@ -195,6 +195,6 @@ def test_a_request_to_continue_a_text_is_answered_with_what_it_does_instead():
 
 
 def test_gguf_is_refused_in_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"llama\.cpp runs no model of .*transformer; it can be written as"):
+    with pytest.raises(ValueError, match=r"keifu writes no GGUF of .*transformer; it can be written as"):
         save_gguf(built(), None, tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())

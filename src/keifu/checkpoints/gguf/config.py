@@ -284,7 +284,7 @@ def architecture_for(config: Any) -> tuple[str, Architecture]:
             return name, architecture
         reasons.append(f"{name} needs " + ", ".join(f"{key}={needed[key]!r}" for key in wrong))
     if not reasons:
-        raise UserError(f"llama.cpp runs no model of {type(config).__module__}; it can be written as a directory (hf).")
+        raise UserError(f"keifu writes no GGUF of {type(config).__module__}; it can be written as a directory (hf).")
     raise UserError(f"llama.cpp runs no such model: {'; '.join(reasons)}. Write it as a directory (hf) instead.")
 
 
