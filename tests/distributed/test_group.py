@@ -37,7 +37,8 @@ def cases(meshes: list[dict[str, Any]], kinds: list[str], **more: Any) -> list[d
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found]]:
     """What two processes found, and the folder of their runs."""
     folder = tmp_path_factory.mktemp("two")
-    wanted = cases([{}], ["gpt2", "clip"], steps=8)
+    wanted = cases([{}], ["gpt2"], steps=8)
+    wanted += cases([{}, {"shard": 2}], ["clip"], steps=8, evaluate_every=3, evaluate_share=1.0)
     wanted += cases([{"activation_checkpointing": True}], ["ddpm"], steps=8)
     wanted += cases([{"shard": 2}, {"tensor": 2}], ["llama"], steps=12, optimizer="muon", ema=0.9,
                     shard_bytes=20_000)  # fmt: skip
@@ -68,8 +69,10 @@ def test_two_pods_have_the_bits_of_one_process_with_two_micro_batches(kind: str,
     assert two[1][f"{kind}0"]["weights"] == alone["weights"]
 
 
-def test_contrastive_losses_are_those_of_the_large_batch(two: Any, tmp_path: Path) -> None:
-    close(two[1]["clip0"], learn("clip", tmp_path, 8))
+@pytest.mark.parametrize("place", [0, 1], ids=["whole", "shard"])
+def test_contrastive_losses_are_those_of_the_large_batch(place: int, two: Any, tmp_path: Path) -> None:
+    """Also in the steps behind a validation, which gathers weights and has no backward pass."""
+    close(two[1][f"clip{place}"], learn("clip", tmp_path, 8, evaluate_every=3, evaluate_share=1.0))
 
 
 def test_two_pods_resume_to_the_bits_of_one_process(two: Any, tmp_path: Path) -> None:

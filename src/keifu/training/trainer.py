@@ -136,8 +136,8 @@ class Trainer:
                 new = Sums.of(outcome) if shared or not self.ranks.rank else Sums.of(outcome).zeros()
                 sums = new if sums is None else sums + new
         self.model.train()
-        sums = self._of_all_ranks(sums) if sums and self.ranks.world > 1 else sums
-        return sums.means() if sums else {}
+        self.drop_gradients()  # there are none, but FSDP would keep weights that it gathered for no backward pass
+        return (self._of_all_ranks(sums) if self.ranks.world > 1 else sums).means() if sums else {}
 
     def explain(self, step: int, batch: Batch) -> str:
         """A sentence that names the layer with the first number that is not finite; computes the step again."""
