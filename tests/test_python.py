@@ -17,6 +17,7 @@ from torch import nn
 import keifu
 from keifu.data.own_batches import OwnBatches
 from keifu.errors import UserError
+from keifu.generation.text import model as interfaces
 from keifu.training.signals import Interrupted
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
@@ -213,3 +214,9 @@ def test_an_own_module_is_saved_and_filled_again(tmp_path: Path) -> None:
 def test_loading_an_own_module_says_how() -> None:
     _, tokenizer = keifu.load("smollm2")
     assert repr(tokenizer).startswith("Tokenizer(BPE, 49,152 tokens, bos '<|im_start|>'")
+
+
+@pytest.mark.parametrize("name", ["Model", "OwnRunner", "Encoder", "TwoTowers", "Translator", "TaskHeadModel"])
+def test_an_interface_asks_for_what_every_python_sees_of_a_module(name: str) -> None:
+    """From Python 3.12 on isinstance sees no parameter and no part of a module, which are no attributes of its own."""
+    assert {*vars(interfaces)[name].__annotations__} == {"config"}

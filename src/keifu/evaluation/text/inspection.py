@@ -17,21 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from keifu.data.catalogue.catalogue import fetch
 from keifu.errors import UserError
-from keifu.generation.text.model import device_of, evaluation_mode
+from keifu.generation.text.model import Model, device_of, evaluation_mode
 from keifu.generation.text.translation import TranslationParams, search, translator
 
 SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 Likely = list[tuple[int, float]]  # tokens with their probabilities, the likeliest first
-
-
-@runtime_checkable
-class Layered(Protocol):
-    """A causal language model whose layers can be read one by one."""
-
-    blocks: nn.ModuleList
-    norm: nn.Module
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
@@ -108,13 +98,13 @@ def inspect_text(model: nn.Module, ids: Sequence[int], top: int = 5) -> Inspecti
     """A text that a causal model or an encoder reads. The lens puts each layer's states through the last norm and the
     head (nostalgebraist, 2020)."""
     states: list[Tensor] = []
-    blocks = model.blocks if isinstance(model, Layered) else ()
+    layered: Any = model
+    blocks = layered.blocks if isinstance(model, Model) and hasattr(model, "blocks") else ()
     hooks = [block.register_forward_hook(lambda *args: states.append(args[2])) for block in blocks]
     try:
         with evaluation_mode(model), record_attention(model) as maps:
             model(torch.tensor([list(ids)], device=device_of(model)))
-            head = model if isinstance(model, Layered) else None
-            lens = [] if head is None else [_likeliest(head.logits(head.norm(x[0])), top) for x in states]
+            lens = [_likeliest(layered.logits(layered.norm(x[0])), top) for x in states]
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -75,7 +75,8 @@ class TwoTowers(Protocol):
     becomes before its tower sees it, and `context_length`; similarities are multiplied by exp(logit_scale)."""
 
     config: Any
-    logit_scale: Any
+    if TYPE_CHECKING:
+        logit_scale: Any  # a parameter, which isinstance sees before Python 3.12 alone
 
     def encode_image(self, pixels: Tensor) -> Tensor: ...
 
@@ -102,7 +103,8 @@ class TaskHeadModel(Protocol):
     `context_length` and the special ids."""
 
     config: Any
-    decoder: Any
+    if TYPE_CHECKING:
+        decoder: Any  # a module, which isinstance sees before Python 3.12 alone
 
     def hidden(self, tokens: Tensor) -> Tensor: ...
 
