@@ -77,7 +77,7 @@ def test_the_recipe_has_everything_resolved(folder: Path) -> None:
     recipe = json.loads((folder / "recipe.json").read_text())
     assert recipe["settings"]["steps"] == 12 and recipe["options"]["model"]["dim"] == 8
     assert recipe["data_fingerprint"] == "counting" and recipe["finished"] is True
-    assert recipe["resolved"]["micro_batch"] == 6 and recipe["versions"]["torch"] == torch.__version__
+    assert recipe["resolved"]["micro_batch"] == 6 and torch.__version__.startswith(recipe["versions"]["torch"])
     assert recipe["hashes"]["model.safetensors"] == sha256(folder / "model.safetensors")
     assert "state/step-00000012.safetensors" in recipe["hashes"]
 
