@@ -3,7 +3,7 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -14,6 +14,12 @@ def machine() -> str:
     """The line that stands above every table."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return f"{processor_name()}, {torch.get_num_threads()} threads, {versions}"
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """Their mean, and of several in brackets the lowest and the highest."""
+    around = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{around}"
 
 
 def interleaved(

@@ -33,7 +33,7 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
-from _rounds import machine
+from _rounds import machine, spread
 
 from keifu import checkpoints
 from keifu.alignment.rewards import last_number
@@ -132,11 +132,6 @@ def powers(most: int) -> list[int]:
     return [2**n for n in range(most.bit_length()) if 2**n <= most]
 
 
-def spread(values: Sequence[float]) -> str:
-    """Their mean, and of several in brackets the lowest and the highest."""
-    return f"{mean(values):.1%}" + (f" ({min(values):.1%} to {max(values):.1%})" if values[1:] else "")
-
-
 def draw(found: dict[str, list[Row]], picture: Path) -> None:
     """pass@k over k, a line for each model and seed."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -232,7 +227,8 @@ def main() -> None:
     print("|---|" + "---:|" * (2 + len(powers(options.drawn))))
     for name, rows in found.items():
         cells = [[row.right for row in rows], *([row.passed[k] for row in rows] for k in powers(options.drawn))]
-        print(f"| {name} | {' | '.join(map(spread, cells))} | {mean(row.seconds for row in rows):.0f} |")
+        told = " | ".join(spread(each, ".1%") for each in cells)
+        print(f"| {name} | {told} | {mean(row.seconds for row in rows):.0f} |")
     if options.picture:
         draw(found, options.picture)
 

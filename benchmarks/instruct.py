@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from _gold import gold
-from _rounds import machine
+from _rounds import machine, spread
 
 from keifu import checkpoints
 from keifu.data.chat import conversations
@@ -72,11 +72,6 @@ def line(rows: Sequence[Row]) -> str:
     won = f"{wins / decided:.1%} ({low:.1%} to {high:.1%})" if decided else ""
     means = (spread([row.gold for row in rows]), won, spread([row.nats for row in rows]))
     return f"| {rows[0].name} | {' | '.join(means)} | {statistics.mean(row.seconds for row in rows):.0f} |"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Their mean, and of several in brackets the lowest and the highest."""
-    return f"{statistics.mean(values):.3f}" + (f" ({min(values):.3f} to {max(values):.3f})" if values[1:] else "")
 
 
 def quietly(work: Callable[[], object]) -> float:

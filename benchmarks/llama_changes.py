@@ -20,7 +20,7 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
-from _rounds import machine
+from _rounds import machine, spread
 from _training import learned
 from torch import Tensor, nn
 
@@ -102,11 +102,6 @@ def run(name: str, seed: int, task: Task, options: argparse.Namespace) -> tuple[
     seconds = learned(model, PackedText(task.shards, TRAINED, options.rows, seed), settings)
     judge = PackedText(task.shards, LONGEST, 1, validation_tokens=options.held_out)
     return by_place(model, torch.cat([batch["tokens"] for batch in judge.validation()])), seconds
-
-
-def spread(values: list[float]) -> str:
-    """Their mean, and in brackets the lowest and the highest."""
-    return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def draw(losses: dict[str, list[Tensor]], path: Path) -> None:

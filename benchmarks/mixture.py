@@ -141,8 +141,8 @@ def measure(models: dict[str, torch.nn.Module], found: PreparedMixture, options:
 def curve(runs: dict[str, Path], found: PreparedMixture, options: argparse.Namespace) -> dict[int, list[Measured]]:
     """The same at each state that both runs kept, by its step."""
     points: dict[int, list[Measured]] = {}
+    models = {objective: checkpoints.load(str(run))[0] for objective, run in runs.items()}
     for step in sorted(set.intersection(*(set(checkpoint.steps(run)) for run in runs.values()))):
-        models = {objective: checkpoints.load(str(run))[0] for objective, run in runs.items()}
         for objective, model in models.items():
             saved = checkpoint.read(runs[objective], step).tensors
             own = {name: tensor for name, tensor in saved.items() if name.startswith("model.")}

@@ -26,13 +26,14 @@ from torch import nn
 
 from keifu import checkpoints
 from keifu.data.text.mixture import Mixture, read_mixture
+from keifu.data.text.span_corruption import CausalBatches
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.translation import tatoeba
 from keifu.evaluation.intervals import wilson
 from keifu.evaluation.text.mixture import losses
 from keifu.generation.text.likelihood import ScoredPair, likelihoods
 from keifu.models import palm
-from keifu.recipes.language.palm2 import LEARNING, PreparedMixture, Recipe, learn, prepare, task_of
+from keifu.recipes.language.palm2 import LEARNING, PreparedMixture, Recipe, learn, prepare
 from keifu.training.run import checkpoint
 
 LANGUAGES = ("ja", "de", "fr", "es")
@@ -73,9 +74,7 @@ def trained(name: str, found: PreparedMixture, options: argparse.Namespace, out:
 
 def english(model: nn.Module, found: PreparedMixture, names: Sequence[str], options: argparse.Namespace) -> float:
     """Bits a byte of what is held out of the English sources, by their weights."""
-    recipe = Recipe("multilingual", "causal", model=replace(palm.Config(), context_length=CONTEXT))
-    checks = task_of(recipe, found.tokenizer)[1]
-    task = checks["bits_per_byte"].task
+    task = CausalBatches(CONTEXT - 1)
     own = [source for source in found.sources if source.name in names]
     total, sum_of = sum(source.weight for source in own), 0.0
     for source in own:

@@ -26,7 +26,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from _rounds import machine
+from _rounds import machine, spread
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
@@ -132,11 +132,6 @@ WAYS: dict[str, tuple[str, Way]] = {
 }
 
 
-def spread(values: list[float]) -> str:
-    """Their mean, and of several in brackets the lowest and the highest."""
-    return f"{mean(values):.1%}" + (f" ({min(values):.1%} to {max(values):.1%})" if len(values) > 1 else "")
-
-
 def draw(accuracies: dict[str, dict[int, float]], majority: float, path: Path) -> None:
     """Held-out accuracy by the number of labels, a line for each way."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -185,7 +180,7 @@ def main() -> None:
                 found.append(way(training.chosen(range(min(count, len(training)))), held, options))
             seconds = (time.perf_counter() - start) / len(found)
             accuracies[name][count] = mean(each.accuracy for each in found)
-            right, f1 = spread([each.accuracy for each in found]), mean(each.macro_f1 for each in found)
+            right, f1 = spread([each.accuracy for each in found], ".1%"), mean(each.macro_f1 for each in found)
             figures = f"{right} | {f1:.3f} | {seconds:.0f}"
             print(f"| {title} | {count:,} | {figures} |", flush=True)
     if options.picture:

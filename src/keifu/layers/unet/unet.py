@@ -104,6 +104,7 @@ class UNet(nn.Module):
         x = states[-1] if self.middle is None else self.middle(states[-1], time, **context)
         for stage in self.up:
             x = stage(x, states, time, **context)
+            # not by del: a checkpoint reads the list that it was given once more
             states = states[: -len(stage.residuals)]  # pyright: ignore[reportArgumentType]
         return self.last(F.silu(self.norm(x)))
 
