@@ -11,7 +11,7 @@ from keifu.errors import UserError, unknown
 from keifu.native.build import Unavailable, build
 
 VARIABLE = "KEIFU_NATIVE"
-INSTRUCTIONS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+INSTRUCTIONS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 BF16, INT8, INT4, INT4_MIN, INT4_SUPER, INT6_SUPER, INT8_64, INT4_64 = range(8)
 
 
@@ -81,9 +81,9 @@ class Batch(Structure):
 
 _RESULTS = {"last_error": c_char_p, "packed_size": c_int64, "cache_bytes": c_int64, "create": c_void_p}
 _ARGUMENTS = {
-    "abi_version": (),
     "last_error": (),
     "best_instructions": (),
+    "has_instructions": (c_int32,),
     "instructions": (),
     "use_instructions": (c_int32,),
     "available_threads": (),
@@ -147,7 +147,7 @@ def open_library() -> Library:
         raise library
     best = library.call("best_instructions")
     which = INSTRUCTIONS.index(wanted) if wanted else best
-    if which > best:
+    if not library.call("has_instructions", which):
         raise Unavailable(f"{VARIABLE} is {wanted}, and the best that this CPU has is {INSTRUCTIONS[best]}")
     library.call("use_instructions", which)
     return library

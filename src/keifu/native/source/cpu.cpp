@@ -15,36 +15,52 @@ namespace {
 
 thread_local char last_error[512] = "";
 
+#if defined(__x86_64__)
+struct Registers {
+    unsigned a, b, c, d;
+};
+
+Registers features(unsigned leaf, unsigned subleaf) {
+    Registers r;
+    asm volatile("cpuid" : "=a"(r.a), "=b"(r.b), "=c"(r.c), "=d"(r.d) : "a"(leaf), "c"(subleaf));
+    return r;
+}
+
 // AMX's registers must be asked for, once a process.
 bool tiles_allowed() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
     constexpr long REQUEST_PERMISSION = 0x1023;
     constexpr long TILE_DATA = 18;
-    unsigned a;
-    unsigned b;
-    unsigned c;
-    unsigned d;
-    asm volatile("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
     const unsigned amx = 1u << 22 | 1u << 24 | 1u << 25;  // amx_bf16, amx_tile, amx_int8
-    return (d & amx) == amx && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    return (features(7, 0).d & amx) == amx && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 #else
     return false;
 #endif
 }
 
-int find_best() {
-#if defined(__x86_64__)
+bool has(int which) {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return KEIFU_PORTABLE;
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl") ||
-        !__builtin_cpu_supports("avx512vnni"))
-        return KEIFU_AVX2;
-    if (tiles_allowed()) return KEIFU_AMX;
-    return __builtin_cpu_supports("avx512bf16") ? KEIFU_AVX512_BF16 : KEIFU_AVX512;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && features(1, 0).c >> 29 & 1;  // F16C
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vnni");
+    switch (which) {
+    case KEIFU_AMX: return avx512 && tiles_allowed();
+    case KEIFU_AVX512_BF16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case KEIFU_AVX512: return avx512;
+    case KEIFU_AVX_VNNI: return avx2 && features(7, 0).a > 0 && features(7, 1).a >> 4 & 1;
+    case KEIFU_AVX2: return avx2;
+    default: return which == KEIFU_PORTABLE;
+    }
+}
 #else
-    return KEIFU_PORTABLE;
+bool has(int which) { return which == KEIFU_PORTABLE; }
 #endif
+
+int find_best() {
+    int which = KEIFU_AMX;
+    while (!has(which)) which--;
+    return which;
 }
 
 const Kernels *table(int which) {
@@ -52,6 +68,7 @@ const Kernels *table(int which) {
     case KEIFU_AMX: return amx_kernels();
     case KEIFU_AVX512_BF16: return avx512_bf16_kernels();
     case KEIFU_AVX512: return avx512_kernels();
+    case KEIFU_AVX_VNNI: return avx_vnni_kernels();
     case KEIFU_AVX2: return avx2_kernels();
     default: return portable_kernels();
     }
@@ -83,14 +100,14 @@ int32_t fail(const char *format, ...) {
 
 using namespace keifu;
 
-int32_t keifu_abi_version(void) { return KEIFU_ABI_VERSION; }
 const char *keifu_last_error(void) { return last_error; }
 int32_t keifu_best_instructions(void) { return best(); }
+int32_t keifu_has_instructions(int32_t which) { return has(which); }
 int32_t keifu_instructions(void) { return in_use(); }
 
 int32_t keifu_use_instructions(int32_t which) {
-    if (which < KEIFU_PORTABLE || which > KEIFU_AMX) return fail("There is no instruction set %d; known are 0 to 4.", which);
-    if (which > best()) return fail("This CPU has instruction set %d at most; %d was asked for.", best(), which);
+    if (which < KEIFU_PORTABLE || which > KEIFU_AMX) return fail("There is no instruction set %d; known are 0 to 5.", which);
+    if (!has(which)) return fail("This CPU lacks instruction set %d; its best is %d.", which, best());
     in_use() = which;
     return 0;
 }

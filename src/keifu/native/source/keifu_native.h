@@ -21,16 +21,16 @@
 extern "C" {
 #endif
 
-#define KEIFU_ABI_VERSION 1
-
-int32_t keifu_abi_version(void);
 const char *keifu_last_error(void); /* of the calling thread; never NULL */
 
 /* ---- the CPU ---- */
 
-enum KeifuInstructions { KEIFU_PORTABLE = 0, KEIFU_AVX2 = 1, KEIFU_AVX512 = 2, KEIFU_AVX512_BF16 = 3, KEIFU_AMX = 4 };
+enum KeifuInstructions {
+    KEIFU_PORTABLE = 0, KEIFU_AVX2 = 1, KEIFU_AVX_VNNI = 2, KEIFU_AVX512 = 3, KEIFU_AVX512_BF16 = 4, KEIFU_AMX = 5
+};
 
 int32_t keifu_best_instructions(void);      /* the best that this CPU (and its kernel) has */
+int32_t keifu_has_instructions(int32_t which); /* 1 or 0 */
 int32_t keifu_instructions(void);           /* those in use; the best at first */
 int32_t keifu_use_instructions(int32_t which); /* fails where the CPU lacks them; packed weights serve all of them */
 

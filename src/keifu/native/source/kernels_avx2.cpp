@@ -1,3 +1,3 @@
-// x86-64 flags: -mavx2 -mfma
+// x86-64 flags: -mavx2 -mfma -mf16c
 #define SET avx2
 #include "kernels.h"

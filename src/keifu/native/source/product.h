@@ -59,22 +59,36 @@ template <int N> struct Constant {
     static constexpr int value = N;
 };
 
+// A product is cut into blocks whose sums fit the registers: so many tiles at once with so many rows; for a row alone,
+// so many tiles.
+struct Blocking {
+    int tiles, rows, alone;
+};
+// While a row alone goes through a tile, what lies so many bytes ahead comes into a cache; 0 where the CPU is faster by
+// itself.
+struct Prefetch {
+    int bits_4, bits_8, cache;
+};
 #if defined(__AVX512F__)
-constexpr int SHARED = 2;  // tiles at once
-constexpr int ROWS = 4;
-constexpr int BFLOAT16_ROWS = 8;
+constexpr Blocking BFLOAT16 = {2, 8, CHUNK};
 #else
-constexpr int SHARED = 1;
-constexpr int ROWS = 2;
-constexpr int BFLOAT16_ROWS = 4;
+constexpr Blocking BFLOAT16 = {1, 4, CHUNK};
+#endif
+#if defined(__AMX_TILE__)
+constexpr Blocking QUANTISED = {2, 4, CHUNK};
+constexpr Prefetch PREFETCH = {2048, 2048, 2};
+#else
+constexpr Blocking QUANTISED = {1, BFLOAT16.rows, 1};
+constexpr Prefetch PREFETCH = {8192, 0, 1};
 #endif
 
-// Cuts CHUNK tiles x rows into blocks whose sums fit the registers, and calls block(S, B, first tile, first row).
-template <int ALONE, int B, class Block> INLINE void cut(int b, int rows, Block block) {
-    constexpr int S = B == 1 ? ALONE : SHARED;
-    for (; b + B <= rows; b += B)
-        for (int s = 0; s < CHUNK; s += S) block(Constant<S>(), Constant<B>(), s, b);
-    if constexpr (B > 1) cut<ALONE, B / 2>(b, rows, block);
+// Cuts CHUNK tiles x rows, and calls block(tiles, rows, first tile, first row).
+template <int TILES, int ALONE, int B, class Block> INLINE void cut(int b, int rows, Block block) {
+    constexpr int S = B == 1 ? ALONE : TILES;
+    const int end = b + (rows - b) / B * B;
+    for (int r = b; r < end; r += B)
+        for (int s = 0; s < CHUNK; s += S) block(Constant<S>(), Constant<B>(), s, r);
+    if constexpr (B > 1) cut<TILES, ALONE, B / 2>(end, rows, block);
 }
 
 // Which part of the tiles that come next a block fetches: every (mask + 1)th step, from `turn` on.
@@ -82,13 +96,15 @@ struct Turn {
     int64_t mask, turn;
 };
 
-INLINE void fetch(const uint8_t *p, int bytes) {
-    UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+// Into the cache of the second level, or of the first.
+template <int LEVEL = 2> INLINE void fetch(const uint8_t *p, int bytes) {
+    UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 4 - LEVEL);
 }
 
 // Fetches what lies at `place` of a tile of so many bytes; beyond its end, of the next one.
+template <int LEVEL = 2>
 INLINE void fetch_ahead(const uint8_t *tile, const uint8_t *next, int64_t bytes, int64_t place, int n) {
-    fetch(place < bytes ? tile + place : next + place - bytes, n);
+    fetch<LEVEL>(place < bytes ? tile + place : next + place - bytes, n);
 }
 
 // ---- scales of quantised weights ----
@@ -149,6 +165,14 @@ template <int FORMAT> INLINE v16 add_sums(v16 total, i16 sums, const Scales &sca
 #include "amx.h"
 namespace KEIFU_NAMESPACE {
 #else
+#if defined(__AVX512F__)
+constexpr int SHARED = 2;  // tiles at once
+constexpr int ROWS = 4;
+#else
+constexpr int SHARED = 1;
+constexpr int ROWS = 2;
+#endif
+
 template <int S, int B, class At>
 INLINE void dense_block(At at, int groups, const float *x, int64_t stride, float *out, int64_t out_stride) {
     v16 total[S][B] = {};
@@ -207,11 +231,8 @@ INLINE v16 dot_pair(v16 total, i16 w, i16 x) {
 #endif
 }
 
-INLINE int32_t four_bytes(const void *p) {
-    int32_t four;
-    memcpy(&four, p, 4);
-    return four;
-}
+typedef int32_t Four __attribute__((aligned(1), may_alias));
+INLINE int32_t four_bytes(const void *p) { return *(const Four *)p; }
 
 template <int S, int B>
 INLINE void bfloat16_block(const uint8_t *const *tiles, const Rows &rows, int64_t row, Turn turn, float *out) {
@@ -233,50 +254,63 @@ INLINE void bfloat16_block(const uint8_t *const *tiles, const Rows &rows, int64_
 // ---- quantised ----
 
 // dot: each of 16 sums gains the products of four codes of a weight's row with four of x.
-#if defined(__AVX512VNNI__)
-constexpr int32_t CODE_BIAS = 128;  // VPDPBUSD wants unsigned weights: they are raised by this, and the sum corrected
-constexpr int HIGH_SHIFT = 4;       // high halves of bytes are used in place, 16 times too large
-INLINE i16 dot_codes(i16 total, i16 w, int32_t x) {
-    return (i16)_mm512_dpbusd_epi32((__m512i)total, (__m512i)(w ^ (int32_t)0x80808080), (__m512i)splat(x));
-}
-INLINE i16 dot_low(i16 total, i16 w, int32_t x) {
-    return (i16)_mm512_dpbusd_epi32((__m512i)total, (__m512i)(w & 0x0f0f0f0f), (__m512i)splat(x));
-}
-INLINE i16 dot_high(i16 total, i16 w, int32_t x) {
-    return (i16)_mm512_dpbusd_epi32((__m512i)total, (__m512i)(w & (int32_t)0xf0f0f0f0), (__m512i)splat(x));
-}
-#elif defined(__AVX2__)
-constexpr int32_t CODE_BIAS = 0;
-constexpr int HIGH_SHIFT = 0;
-INLINE __m256i multiply_bytes(__m256i unsigned_bytes, __m256i signed_bytes) {  // no overflow up to 128 · 127 · 2
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned_bytes, signed_bytes), _mm256_set1_epi16(1));
-}
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
 template <class Half> INLINE i16 by_halves(i16 total, i16 w, Half half) {
     __m256i parts[4];
     memcpy(parts, &w, 64);
     memcpy(parts + 2, &total, 64);
-    for (int i = 0; i < 2; i++) parts[2 + i] = _mm256_add_epi32(parts[2 + i], half(parts[i]));
+    for (int i = 0; i < 2; i++) parts[2 + i] = half(parts[2 + i], parts[i]);
     memcpy(&total, parts + 2, 64);
     return total;
 }
-INLINE i16 dot_codes(i16 total, i16 w, int32_t x) {
-    const __m256i four = _mm256_set1_epi32(x);
-    return by_halves(total, w, [&](__m256i h) { return multiply_bytes(_mm256_abs_epi8(h), _mm256_sign_epi8(four, h)); });
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr int32_t CODE_BIAS = 128;  // VPDPBUSD wants unsigned weights: they are raised by this, and the sum corrected
+constexpr int HIGH_SHIFT = 4;       // high halves of bytes are used in place, 16 times too large
+#if defined(__AVX512VNNI__)
+typedef const int8_t *Quad;  // an instruction reads it from memory; the intrinsic would load it into a register
+INLINE Quad quad_of(const int8_t *x) { return x; }
+INLINE i16 dot_bytes(i16 total, i16 w, Quad x) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(total) : "v"(w), "m"(*(const Four *)x));
+    return total;
 }
-INLINE i16 dot_low(i16 total, i16 w, int32_t x) {
+#else
+typedef int32_t Quad;
+INLINE Quad quad_of(const int8_t *x) { return four_bytes(x); }
+INLINE i16 dot_bytes(i16 total, i16 w, Quad x) {
     const __m256i four = _mm256_set1_epi32(x);
-    return by_halves(total, w & 0x0f0f0f0f, [&](__m256i h) { return multiply_bytes(h, four); });
+    return by_halves(total, w, [&](__m256i t, __m256i h) { return _mm256_dpbusd_avx_epi32(t, h, four); });
 }
-INLINE i16 dot_high(i16 total, i16 w, int32_t x) { return dot_low(total, w >> 4, x); }
+#endif
+INLINE i16 dot_codes(i16 total, i16 w, Quad x) { return dot_bytes(total, w ^ (int32_t)0x80808080, x); }
+INLINE i16 dot_low(i16 total, i16 w, Quad x) { return dot_bytes(total, w & 0x0f0f0f0f, x); }
+INLINE i16 dot_high(i16 total, i16 w, Quad x) { return dot_bytes(total, w & (int32_t)0xf0f0f0f0, x); }
 #else
 constexpr int32_t CODE_BIAS = 0;
 constexpr int HIGH_SHIFT = 0;
-INLINE i16 dot_codes(i16 total, i16 w, int32_t x) {
+typedef int32_t Quad;
+INLINE Quad quad_of(const int8_t *x) { return four_bytes(x); }
+#if defined(__AVX2__)
+INLINE __m256i add_products(__m256i total, __m256i w, __m256i x) {  // unsigned · signed: no overflow up to 128 · 127 · 2
+    return _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+INLINE i16 dot_codes(i16 total, i16 w, Quad x) {
+    const __m256i four = _mm256_set1_epi32(x);
+    return by_halves(total, w, [&](__m256i t, __m256i h) { return add_products(t, _mm256_abs_epi8(h), _mm256_sign_epi8(four, h)); });
+}
+INLINE i16 dot_low(i16 total, i16 w, Quad x) {
+    const __m256i four = _mm256_set1_epi32(x);
+    return by_halves(total, w & 0x0f0f0f0f, [&](__m256i t, __m256i h) { return add_products(t, h, four); });
+}
+#else
+INLINE i16 dot_codes(i16 total, i16 w, Quad x) {
     for (int i = 0; i < 4; i++) total += ((w << (24 - 8 * i)) >> 24) * ((x << (24 - 8 * i)) >> 24);
     return total;
 }
-INLINE i16 dot_low(i16 total, i16 w, int32_t x) { return dot_codes(total, w & 0x0f0f0f0f, x); }
-INLINE i16 dot_high(i16 total, i16 w, int32_t x) { return dot_low(total, w >> 4, x); }
+INLINE i16 dot_low(i16 total, i16 w, Quad x) { return dot_codes(total, w & 0x0f0f0f0f, x); }
+#endif
+INLINE i16 dot_high(i16 total, i16 w, Quad x) { return dot_low(total, w >> 4, x); }
 #endif
 
 // Sums of the codes of a group: `low` and `high` of two halves of the columns, or `low` of all where neither the format
@@ -284,7 +318,7 @@ INLINE i16 dot_high(i16 total, i16 w, int32_t x) { return dot_low(total, w >> 4,
 template <int FORMAT, int S, int B> struct Sums {
     static constexpr Layout L = LAYOUTS[FORMAT];
     static constexpr bool NIBBLES = L.codes == 256;
-    static constexpr bool APART = L.halves || S * B < 8 || !NIBBLES;
+    static constexpr bool APART = L.halves || S * B < 8;
     i16 low[S][B];
     i16 high[S][B];
 
@@ -304,8 +338,8 @@ template <int FORMAT, int S, int B> struct Sums {
                 const i16 w = load_ints(codes[s] + quad * 64);
                 const i16 v = !NIBBLES ? load_ints(codes[s] + (quad + 4) * 64) : APART ? w : w >> 4;
                 UNROLL for (int b = 0; b < B; b++) {
-                    const int32_t first = four_bytes(x + b * stride + quad * 4);
-                    const int32_t second = four_bytes(x + b * stride + quad * 4 + TILE);
+                    const Quad first = quad_of(x + b * stride + quad * 4);
+                    const Quad second = quad_of(x + b * stride + quad * 4 + TILE);
                     low[s][b] = NIBBLES ? dot_low(low[s][b], w, first) : dot_codes(low[s][b], w, first);
                     if (!APART) low[s][b] = NIBBLES ? dot_low(low[s][b], v, second) : dot_codes(low[s][b], v, second);
                     else high[s][b] = NIBBLES ? dot_high(high[s][b], v, second) : dot_codes(high[s][b], v, second);
@@ -324,17 +358,18 @@ template <int FORMAT, int S, int B> struct Sums {
 template <int FORMAT, int S, int B>
 INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64_t row, Turn turn, float *out) {
     constexpr Layout L = LAYOUTS[FORMAT];
+    constexpr int ahead = L.codes == 256 ? PREFETCH.bits_4 : PREFETCH.bits_8;
     const CodeGroup *about = rows.about(row, 0);
     const int8_t *x = rows.codes + row * rows.columns;
     const int64_t bytes = tile_bytes(FORMAT, rows.columns);
     v16 total[S][B] = {};
     for (int64_t pair = 0; pair < rows.columns / PAIR; pair++) {
         const int64_t header = pair_offset(L, pair);
-        if (B == 1)
+        if (B == 1 && ahead)
             UNROLL for (int s = 0; s < S; s++)
-                fetch_ahead(tiles[s], S < CHUNK ? tiles[s] + bytes : tiles[CHUNK + s], bytes, header + 2048, L.pair());
+                fetch_ahead<PREFETCH.cache>(tiles[s], tiles[S + s], bytes, header + ahead, L.pair());
         if (B > 1 && (pair & turn.mask) == turn.turn)
-            UNROLL for (int s = 0; s < S; s++) fetch(tiles[CHUNK + s] + header, L.pair());
+            UNROLL for (int s = 0; s < S; s++) fetch(tiles[CHUNK + s] + header - L.super, L.super + L.pair());
         Sums<FORMAT, S, B> sums;
         i16 before[S][B];
         for (int g = 0; g < 2; g++, about += TILE, x += GROUP) {
@@ -380,10 +415,9 @@ void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int 
         return amx_quantised<FORMAT>(tiles, CHUNK, rows, row, n_rows, scratch, out);
     }
 #endif
-    constexpr int B = FORMAT == KEIFU_BF16 ? BFLOAT16_ROWS : ROWS;
-    const int64_t mask = n_rows < 2 * B ? 0 : n_rows < 4 * B ? 1 : 3;
-    constexpr int ALONE = FORMAT == KEIFU_BF16 || SHARED > 1 ? CHUNK : 1;  // streams from memory, for one row
-    cut<ALONE, B>(0, n_rows, [&](auto S, auto B, int s, int b) {
+    constexpr Blocking K = FORMAT == KEIFU_BF16 ? BFLOAT16 : QUANTISED;
+    const int64_t mask = n_rows < 2 * K.rows ? 0 : n_rows < 4 * K.rows ? 1 : 3;
+    cut<K.tiles, K.alone, K.rows>(0, n_rows, [&](auto S, auto B, int s, int b) {
         const Turn turn{mask, b / B.value};
         float *y = out + b * OUT + s * TILE;
         if constexpr (FORMAT == KEIFU_BF16) bfloat16_block<S.value, B.value>(tiles + s, rows, row + b, turn, y);

@@ -43,11 +43,25 @@ INLINE i16 widen(const uint16_t *p) { return (i16)_mm512_cvtepu16_epi32(_mm256_l
 INLINE void narrow(int8_t *p, i16 x) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)x)); }
 INLINE void narrow(uint16_t *p, i16 x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)x)); }
 #else
+#if defined(__AVX2__)
+INLINE i16 join(__m256i low, __m256i high) {
+    i16 x;
+    _mm256_storeu_si256((__m256i *)&x, low);
+    _mm256_storeu_si256((__m256i *)&x + 1, high);
+    return x;
+}
+INLINE __m128i half_of(const void *p) { return _mm_loadl_epi64((const __m128i *)p); }
+INLINE __m128i load_16(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
+INLINE i16 widen(const uint8_t *p) { return join(_mm256_cvtepu8_epi32(half_of(p)), _mm256_cvtepu8_epi32(half_of(p + 8))); }
+INLINE i16 widen(const int8_t *p) { return join(_mm256_cvtepi8_epi32(half_of(p)), _mm256_cvtepi8_epi32(half_of(p + 8))); }
+INLINE i16 widen(const uint16_t *p) { return join(_mm256_cvtepu16_epi32(load_16(p)), _mm256_cvtepu16_epi32(load_16(p + 8))); }
+#else
 template <class T> INLINE i16 widen(const T *p) {
     i16 x;
     for (int i = 0; i < 16; i++) x[i] = p[i];
     return x;
 }
+#endif
 template <class T> INLINE void narrow(T *p, i16 x) {
     for (int i = 0; i < 16; i++) p[i] = (T)x[i];
 }
@@ -153,6 +167,9 @@ INLINE v16 load_bfloat16(const uint16_t *p) { return as_float(widen(p) << 16); }
 INLINE v16 load_half(const void *p) {  // float16
 #if defined(__AVX512F__)
     return (v16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__F16C__)
+    const uint16_t *halves = (const uint16_t *)p;
+    return (v16)join((__m256i)_mm256_cvtph_ps(load_16(halves)), (__m256i)_mm256_cvtph_ps(load_16(halves + 8)));
 #else
     i16 h = widen((const uint16_t *)p);
     i16 exponent = h & 0x7c00;
