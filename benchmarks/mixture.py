@@ -93,7 +93,7 @@ def recipe_of(options: argparse.Namespace, objective: str, steps: int) -> Recipe
     )  # fmt: skip
     if options.points:
         training = replace(training, save_every=-(-steps // options.points), keep=options.points + 1)
-    return Recipe(options.mixture, objective, vocab_size=options.vocab, model=model, training=training)
+    return Recipe(mixture=options.mixture, objective=objective, vocab_size=options.vocab, model=model, training=training)
 
 
 def steps_for(options: argparse.Namespace, found: PreparedMixture) -> int:
