@@ -19,7 +19,7 @@ class Options(flags.OnDevice):
 
     The prompts are random tokens, and every text is written greedily to its full length; no tokenizer is needed.
     Figures are of all streams together. The bandwidth is that at which decoding reads the weights and the keys and
-    values; the peak is measured with matrices too large for any cache.
+    values; the peak is measured with numbers too many for any cache.
     """
 
     model: flags.Model
