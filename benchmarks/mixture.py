@@ -93,7 +93,8 @@ def recipe_of(options: argparse.Namespace, objective: str, steps: int) -> Recipe
     )  # fmt: skip
     if options.points:
         training = replace(training, save_every=-(-steps // options.points), keep=options.points + 1)
-    return Recipe(mixture=options.mixture, objective=objective, vocab_size=options.vocab, model=model, training=training)
+    named = {"mixture": options.mixture, "objective": objective, "vocab_size": options.vocab}
+    return Recipe(**named, model=model, training=training)
 
 
 def steps_for(options: argparse.Namespace, found: PreparedMixture) -> int:

@@ -64,7 +64,8 @@ def trained(name: str, found: PreparedMixture, options: argparse.Namespace, out:
         seed=options.seed, evaluate_every=max(1, options.steps // 4), sample_every=0, keep=1,
         save_every=max(1, options.steps // 10),
     )  # fmt: skip
-    recipe = Recipe(mixture="multilingual", objective="causal", vocab_size=options.vocab, model=model, training=training)
+    named = {"mixture": "multilingual", "objective": "causal", "vocab_size": options.vocab}
+    recipe = Recipe(**named, model=model, training=training)
     summary = learn(recipe, found, out, bool(checkpoint.steps(out)))
     print(f"{name}: {options.steps:,} steps in {summary.seconds:.0f} s", flush=True)
     read, tokenizer = checkpoints.load(str(out))
