@@ -93,8 +93,9 @@ def recipe_of(options: argparse.Namespace, objective: str, steps: int) -> Recipe
     )  # fmt: skip
     if options.points:
         training = replace(training, save_every=-(-steps // options.points), keep=options.points + 1)
-    named = {"mixture": options.mixture, "objective": objective, "vocab_size": options.vocab}
-    return Recipe(**named, model=model, training=training)
+    return Recipe(
+        mixture=options.mixture, objective=objective, vocab_size=options.vocab, model=model, training=training
+    )  # fmt: skip
 
 
 def steps_for(options: argparse.Namespace, found: PreparedMixture) -> int:

@@ -64,8 +64,9 @@ def trained(name: str, found: PreparedMixture, options: argparse.Namespace, out:
         seed=options.seed, evaluate_every=max(1, options.steps // 4), sample_every=0, keep=1,
         save_every=max(1, options.steps // 10),
     )  # fmt: skip
-    named = {"mixture": "multilingual", "objective": "causal", "vocab_size": options.vocab}
-    recipe = Recipe(**named, model=model, training=training)
+    recipe = Recipe(
+        mixture="multilingual", objective="causal", vocab_size=options.vocab, model=model, training=training
+    )  # fmt: skip
     summary = learn(recipe, found, out, bool(checkpoint.steps(out)))
     print(f"{name}: {options.steps:,} steps in {summary.seconds:.0f} s", flush=True)
     read, tokenizer = checkpoints.load(str(out))
