@@ -254,6 +254,14 @@ INLINE void bfloat16_block(const uint8_t *const *tiles, const Rows &rows, int64_
 // ---- quantised ----
 
 // dot: each of 16 sums gains the products of four codes of a weight's row with four of x.
+#if defined(__AVX512VNNI__)
+typedef const int8_t *Quad;  // an instruction reads it from memory; the intrinsic would load it into a register
+INLINE Quad quad_of(const int8_t *x) { return x; }
+#else
+typedef int32_t Quad;
+INLINE Quad quad_of(const int8_t *x) { return four_bytes(x); }
+#endif
+
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 template <class Half> INLINE i16 by_halves(i16 total, i16 w, Half half) {
     __m256i parts[4];
@@ -269,15 +277,11 @@ template <class Half> INLINE i16 by_halves(i16 total, i16 w, Half half) {
 constexpr int32_t CODE_BIAS = 128;  // VPDPBUSD wants unsigned weights: they are raised by this, and the sum corrected
 constexpr int HIGH_SHIFT = 4;       // high halves of bytes are used in place, 16 times too large
 #if defined(__AVX512VNNI__)
-typedef const int8_t *Quad;  // an instruction reads it from memory; the intrinsic would load it into a register
-INLINE Quad quad_of(const int8_t *x) { return x; }
 INLINE i16 dot_bytes(i16 total, i16 w, Quad x) {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(total) : "v"(w), "m"(*(const Four *)x));
     return total;
 }
 #else
-typedef int32_t Quad;
-INLINE Quad quad_of(const int8_t *x) { return four_bytes(x); }
 INLINE i16 dot_bytes(i16 total, i16 w, Quad x) {
     const __m256i four = _mm256_set1_epi32(x);
     return by_halves(total, w, [&](__m256i t, __m256i h) { return _mm256_dpbusd_avx_epi32(t, h, four); });
@@ -289,8 +293,6 @@ INLINE i16 dot_high(i16 total, i16 w, Quad x) { return dot_bytes(total, w & (int
 #else
 constexpr int32_t CODE_BIAS = 0;
 constexpr int HIGH_SHIFT = 0;
-typedef int32_t Quad;
-INLINE Quad quad_of(const int8_t *x) { return four_bytes(x); }
 #if defined(__AVX2__)
 INLINE __m256i add_products(__m256i total, __m256i w, __m256i x) {  // unsigned · signed: no overflow up to 128 · 127 · 2
     return _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
