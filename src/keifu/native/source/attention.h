@@ -164,7 +164,7 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool 
             keys[s] = cached_head(c, table, index, position, head) + position % c.block_size / TILE * c.key_tile;
         }
         const auto at = [&](int s, int g) {
-            if (ahead) fetch(keys[s] + g * 1024 + ahead, 1024);
+            if (ahead) fetch<PREFETCH.cache>(keys[s] + g * 1024 + ahead, 1024);
             return keys[s] + g * 1024;
         };
         dense_product(at, tiles, width / GROUP, (const Dense *)scratch.queries, width, rows, scratch.scores + i, stride);
@@ -182,7 +182,7 @@ INLINE void attend(const Forward &f, int index, const AttentionTask &task, bool 
         const int position = start + g * GROUP;
         const uint8_t *tile = cached_head(c, table, index, position, head) + c.values + s * c.value_tile +
                               position % c.block_size / GROUP * 1024;
-        if (ahead) fetch(tile + ahead, 1024);
+        if (ahead) fetch<PREFETCH.cache>(tile + ahead, 1024);
         return tile;
     };
     const int padded = (int)round_up(head_dim, TILE);
