@@ -9,8 +9,9 @@ takes as many. Then both are measured on the same held-out windows of every sour
 on hidden tokens, in nats a token. The plain model knows only what stands before a hidden token, for it can know no
 more; the other is given both sides of each gap. `--mixture english` is one text of the catalogue alone. With --points
 so many states of each run, evenly spread, are measured on the same windows, and --curve draws them over the tokens
-read; with --out a run that was cut off goes on. With --minutes 12 it takes about half an hour, beside fetching and
-tokenising the texts at the first time. --minutes 3 --dim 128 is a quick look.
+read; with --out a run that was cut off goes on. What the second model takes from around a gap is seen from its losses
+on the same hidden tokens after the sentinels of another gap, and after another text. With --minutes 12 it takes about
+half an hour, beside fetching and tokenising the texts at the first time. --minutes 3 --dim 128 is a quick look.
 """
 
 import argparse
@@ -120,6 +121,42 @@ def tasks(objective: str, markers: Markers, context: int) -> dict[str, Corruptio
         for name, each in HIDDEN.items()
     }
     return {"left to right": CausalBatches(context, markers.modes[SEQUENTIAL]), **hidden}
+
+
+class OtherInputs:
+    """The examples of hidden tokens with the inputs of the row before, or with their own sentinels in reverse order: a
+    model that looks up what stands around a gap loses by it."""
+
+    def __init__(self, examples: InfillingExamples, which: str):
+        self.examples, self.which = examples, which
+        self.width, self.name = examples.width, f"{which}: {examples.name}"
+
+    def rows(self, windows: np.ndarray, numbers: np.ndarray, random: np.random.Generator) -> Rows:
+        rows = self.examples.rows(windows, numbers, random)
+        tokens = rows["tokens"].copy()
+        end = int(rows["mask"][0].argmax()) - 1  # before the targets' first sentinel
+        if self.which == "another text":
+            tokens[:, 1:end] = np.roll(tokens, 1, axis=0)[:, 1:end]
+        else:
+            inputs = tokens[:, :end]
+            sentinels = np.isin(inputs, self.examples.denoising.form.markers.sentinels)
+            inputs[sentinels] = inputs[sentinels].reshape(len(inputs), -1)[:, ::-1].ravel()
+        return rows | {"tokens": tokens}
+
+
+def controls(model: torch.nn.Module, found: PreparedMixture, options: argparse.Namespace) -> str:
+    """UL2's losses on the hidden tokens, by the weights, after inputs that are not theirs."""
+    lines = ["| UL2 after | " + " | ".join(map(title, HIDDEN)) + " |", "|---|" + "---:|" * len(HIDDEN)]
+    for which in ("its own text", "its sentinels in reverse order", "another text"):
+        own = tasks("ul2", Markers.of(found.tokenizer), options.context)
+        asked = {name: OtherInputs(own[name], which) if which != "its own text" else own[name] for name in HIDDEN}
+        sums = dict.fromkeys(HIDDEN, 0.0)
+        for source in found.sources:
+            each = losses(model, source.shards, asked, options.context, options.windows, options.batch)
+            for name in HIDDEN:
+                sums[name] += source.weight * each[name].loss
+        lines.append(f"| {which} | " + " | ".join(f"{sums[name]:.3f}" for name in HIDDEN) + " |")
+    return "\n".join(lines)
 
 
 def measure(models: dict[str, torch.nn.Module], found: PreparedMixture, options: argparse.Namespace) -> list[Measured]:
@@ -250,7 +287,7 @@ def main() -> None:
     print(f"\n{machine()}; {steps * positions / 1e6:.1f} M tokens read by each model, seed {options.seed}")
     print("left to right: bits a byte; hidden tokens: nats a token\n")
     measured = measure(models, found, options)
-    print(table(measured))
+    print(f"{table(measured)}\n\n{controls(models['ul2'], found, options)}")
     if points:
         print(f"\n{points_table(points, positions)}")
     if points and options.curve:
