@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,24 @@ def test_memory_is_bounded_by_letting_the_model_go_that_was_not_used_longest(fol
         assert sum(sizes[name] for name in served.models.workers) <= memory
     with pytest.raises(UserError, match="takes .* MiB, but --memory allows"):
         ServedModels(names, Limits(), Metrics(), 1000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "body"),
+    [("base", "completions", {"prompt": "abc", "max_tokens": 1}), ("encoder", "embeddings", {"input": "the cat"})],
+)
+def test_a_model_whose_load_failed_is_loaded_by_what_asks_next(
+    folder: Path, tmp_path: Path, kind: str, path: str, body: dict[str, Any]
+) -> None:
+    name = str(shutil.copytree(folder / kind, tmp_path / kind))
+    weights, away = tmp_path / kind / "model.safetensors", tmp_path / "away"
+    with running([name], Limits(), Access()) as served:
+        weights.rename(away)
+        assert served.post(f"/v1/{path}", {"model": name, **body}).status_code >= 400
+        assert not served.openai.models.retrieve(name).loaded
+        away.rename(weights)
+        assert served.post(f"/v1/{path}", {"model": name, **body}).status_code == 200
+        assert served.openai.models.retrieve(name).loaded
 
 
 def test_packed_weights_write_text_and_are_not_looked_into(folder: Path) -> None:

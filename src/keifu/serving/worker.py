@@ -60,13 +60,14 @@ class Job:
 class Worker:
     """Loads a model in a thread of its own and computes there until it is closed.
 
-    load: gives the model and its tokenizer. What it raises is raised by everything that is asked of the worker.
+    load: gives the model and its tokenizer. What it raises is raised by what was asked; what is asked next tries again.
     """
 
     def __init__(self, name: str, load: Callable[[], tuple[nn.Module, Any]], limits: Limits, metrics: Metrics):
         self.name, self.limits, self.metrics = name, limits, metrics
         self.pending = 0  # answers that are being computed or wait, counted in the loop's thread
         self._load, self._commands = load, SimpleQueue[Callable[[], None] | None]()
+        self.model: tuple[nn.Module, Any] | None = None  # and its tokenizer, once it is loaded
         self._engine: Engine | None = None
         self._jobs: dict[int, tuple[Job, int]] = {}
         self._mean_seconds = 1.0
@@ -137,12 +138,6 @@ class Worker:
     # What follows runs in the model's thread.
 
     def _run(self) -> None:
-        began = time.monotonic()
-        try:
-            self._model = self._load()
-            LOG.info("%s was loaded in %.1f s.", self.name, time.monotonic() - began)
-        except Exception as error:
-            self._model = error
         closing = False
         while not closing or self._jobs:
             closing = not self._obey() or closing
@@ -164,9 +159,11 @@ class Worker:
         return False
 
     def _loaded(self) -> tuple[nn.Module, Any]:
-        if isinstance(self._model, Exception):
-            raise self._model
-        return self._model
+        if self.model is None:
+            began = time.monotonic()
+            self.model = self._load()
+            LOG.info("%s was loaded in %.1f s.", self.name, time.monotonic() - began)
+        return self.model
 
     def _add(self, job: Job) -> None:
         try:
