@@ -1,6 +1,8 @@
 """What the service refuses, each in a sentence of OpenAI's shape, and that it goes on afterwards."""
 
+import importlib
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,33 @@ def test_a_client_that_leaves_before_its_answer_makes_room(small: Any) -> None:
         connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
         until(lambda: worker.pending == 1)
     until(lambda: worker.pending == 0 and not worker._jobs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "part", "texts"),
+    [
+        ("translator", "translations", "keifu.generation.text.translation.beam_search", ["abc"] * 300),
+        ("encoder", "embeddings", "keifu.evaluation.classification.embeddings.mean", ["the cat"] * 1200),
+    ],
+)
+def test_what_a_client_has_left_ends_after_a_batch(
+    served: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, path: str, part: str, texts: list[str]
+) -> None:
+    body = {"model": str(folder / kind), "input": texts[0]}
+    assert served.post(f"/v1/{path}", body).status_code == 200
+    module, _, name = part.rpartition(".")
+    whole, batches = getattr(importlib.import_module(module), name), []
+
+    def slow(*given: Any) -> Any:
+        batches.append(given)
+        time.sleep(0.5)
+        return whole(*given)
+
+    monkeypatch.setattr(part, slow)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/{path}", json={**body, "input": texts}, timeout=0.2)
+    assert served.post(f"/v1/{path}", body).status_code == 200
+    assert len(batches) < 5  # the last is the second request's
 
 
 def test_an_answer_that_takes_too_long_is_given_up(folder: Path) -> None:

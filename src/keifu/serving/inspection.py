@@ -56,7 +56,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         return await whole(request, models.worker(body.model).call(partial(_match, body=body)))
 
 
-def _inspect(model: nn.Module, tokenizer: Any, body: InspectRequest, about: Description) -> dict[str, Any]:
+def _inspect(model: nn.Module, tokenizer: Any, _: Any, body: InspectRequest, about: Description) -> dict[str, Any]:
     masks: list[Any] = []
     source, target = tokenizer.sides
     if "translation" in about.uses:
@@ -90,7 +90,7 @@ def _bytes(weights: Tensor) -> str:
     return base64.b64encode((255 * weights).round().byte().numpy().tobytes()).decode("ascii")
 
 
-def _match(model: nn.Module, tokenizer: Any, body: MatchRequest) -> dict[str, Any]:
+def _match(model: nn.Module, tokenizer: Any, _: Any, body: MatchRequest) -> dict[str, Any]:
     """The cosine of each picture and each text, and each text's share among all."""
     try:
         files = [base64.b64decode(each, validate=True) for each in body.images]

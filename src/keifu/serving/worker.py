@@ -26,6 +26,7 @@ from keifu.serving.metrics import Metrics
 LOG = logging.getLogger("keifu.serving")
 Result = TypeVar("Result")
 Pieces = list[tuple[int, Piece]]
+GoOn = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,20 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name=f"keifu {name}", daemon=True)
         self._thread.start()
 
-    async def call(self, work: Callable[[nn.Module, Any], Result]) -> Result:
-        """What `work` makes of the model and its tokenizer, in the model's thread."""
+    async def call(self, work: Callable[[nn.Module, Any, GoOn], Result]) -> Result:
+        """What `work` makes of the model and its tokenizer, in the model's thread. What it is given third it calls
+        between its batches or steps: that ends the work, by an `ApiError`, where nobody waits for it any more."""
         self.check_room(1)
-        future = Future[Result]()
+        future, left = Future[Result](), threading.Event()
+
+        def go_on(*_: object) -> None:
+            if left.is_set():
+                raise ApiError(499, "The client has left.")
 
         def command() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(work(*self._loaded()))
+                    future.set_result(work(*self._loaded(), go_on))
                 except Exception as error:
                     future.set_exception(error)
 
@@ -92,6 +98,7 @@ class Worker:
             async with asyncio.timeout(self.limits.timeout):
                 return await asyncio.wrap_future(future)
         finally:
+            left.set()
             self.pending -= 1
 
     def check_room(self, count: int) -> None:

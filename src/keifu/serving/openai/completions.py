@@ -78,7 +78,7 @@ async def _begin(answer: Answer, body: CompletionRequest) -> list[Choice]:
     return choices
 
 
-def _score(prompt: list[int], top: int, model: nn.Module, _: Any) -> LikeliestTokens:
+def _score(prompt: list[int], top: int, model: nn.Module, *_: Any) -> LikeliestTokens:
     device = next(model.parameters()).device
     return score_likeliest(model, torch.tensor(prompt, device=device), top)
 

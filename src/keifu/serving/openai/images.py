@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
@@ -34,6 +33,7 @@ from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.schemas import Body, Refused
 from keifu.serving.streaming import STREAM, EventStream, whole
+from keifu.serving.worker import GoOn
 
 ROLES = {"image": "init", "mask": "mask"}  # the files of a form, in the library's terms
 Files = Mapping[str, tuple[str, bytes]]  # the name and the bytes of "image" and "mask"
@@ -82,12 +82,8 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     fingerprints: dict[str, str] = {}
 
     async def drawn(body: ImageGenerationRequest, files: Files, show: Show = lambda *_: None) -> dict[str, Any]:
-        left = Event()
-        try:
-            work = partial(_draw_all, body=body, files=files, fingerprints=fingerprints, left=left, show=show)
-            data = await models.worker(body.model).call(work)
-        finally:
-            left.set()
+        work = partial(_draw_all, body=body, files=files, fingerprints=fingerprints, show=show)
+        data = await models.worker(body.model).call(work)
         return {"created": int(time.time()), "data": data}
 
     async def answer(body: ImageGenerationRequest, request: Request, files: Files, kind: str) -> Response:
@@ -155,13 +151,14 @@ async def _events(work: Callable[[Show], Any], kind: str) -> AsyncGenerator[dict
 def _draw_all(
     model: nn.Module,
     tokenizer: Any,
+    go_on: GoOn,
     body: ImageGenerationRequest,
     files: Files,
     fingerprints: dict[str, str],
-    left: Event,
     show: Show,
 ) -> list[dict[str, Any]]:
-    """All pictures of a request. fingerprints: of the models that have drawn; one is computed where there is none."""
+    """All pictures of a request. fingerprints: of the models that have drawn; one is computed where there is none.
+    go_on: see `Worker.call`."""
     pipeline = image_pipeline(model, lambda: tokenizer)
     with TemporaryDirectory() as folder:
         given = {name: _written(Path(folder) / name, *file) for name, file in files.items()}
@@ -176,7 +173,7 @@ def _draw_all(
         record = ImageRecord(place, fingerprints[body.model], wanted, count, 1, 0, device=device)
         names = {ROLES[name]: file[0] for name, file in files.items()}
         shown = body.partial_images or 0 if body.stream else 0
-        return [_draw(pipeline, replace(record, number=n), names, shown, left, show) for n in range(count)]
+        return [_draw(pipeline, replace(record, number=n), names, shown, go_on, show) for n in range(count)]
 
 
 def _written(path: Path, name: str, data: bytes) -> InputImage:
@@ -209,9 +206,9 @@ def _request(pipeline: ImagePipeline, body: ImageGenerationRequest, files: Mappi
 
 
 def _draw(
-    pipeline: ImagePipeline, record: ImageRecord, names: Mapping[str, str], count: int, left: Event, show: Show
+    pipeline: ImagePipeline, record: ImageRecord, names: Mapping[str, str], count: int, go_on: GoOn, show: Show
 ) -> dict[str, Any]:
-    """One picture, alone, so that `keifu draw --again` draws its file bit for bit; given up once the client `left`.
+    """One picture, alone, so that `keifu draw --again` draws its file bit for bit. go_on: see `Worker.call`.
 
     names: those of the files that it is drawn on. count: how many states are shown.
     """
@@ -220,8 +217,7 @@ def _draw(
 
     def watch(state: SamplerStep) -> None:
         nonlocal done, shown
-        if left.is_set():
-            raise ApiError(499, "The client has left.")
+        go_on()
         done += 1
         if done * count // steps > shown:
             x = state.x if pipeline.pixels else state.x[:, :3] / state.x[:, :3].abs().amax()
