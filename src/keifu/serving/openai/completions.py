@@ -44,7 +44,8 @@ class Choice:
     def add(self, text: str, token: int, value: float | None, top: Any) -> None:
         """One more token, and the text that it completes."""
         if self.top is not None:
-            found = dict(likeliest(self.tokenizer, top)) if self.top and value is not None else None
+            own = [(token, value)] if self.top and value is not None else []  # it may be none of the likeliest
+            found = dict(likeliest(self.tokenizer, [*top, *own])) if own else None
             self.tokens.append((self.length, token, value, found))
         self.text += text
         self.length += len(text)
@@ -66,9 +67,7 @@ class Choice:
 async def _begin(answer: Answer, body: CompletionRequest) -> list[Choice]:
     """The choices before the first token: empty, or with `echo` holding the prompts."""
     choices = [Choice(answer, body, place) for place in range(len(answer.requests))]
-    if not body.echo:
-        return choices
-    for first in range(0, len(choices), answer.choices):
+    for first in range(0, len(choices), answer.choices) if body.echo else ():
         prompt = answer.requests[first].prompt
         scores = None
         if body.logprobs is not None:
@@ -88,10 +87,8 @@ def _echo(choice: Choice, prompt: list[int], scores: LikeliestTokens | None) -> 
     stream = choice.tokenizer.stream(skip_special=False)
     for place, token in enumerate(prompt):
         text = stream.push(token)
-        if scores is None or not place:
-            choice.add(text, token, None, ())
-        else:
-            choice.add(text, token, scores.values[place - 1], scores.top[place - 1])
+        known = (scores.values[place - 1], scores.top[place - 1]) if scores and place else (None, ())
+        choice.add(text, token, *known)
 
 
 async def _completion(answer: Answer, body: CompletionRequest) -> dict[str, Any]:
