@@ -38,7 +38,9 @@ FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"seed": -1}, "and it is -1", "seed"),
     ({"store": True}, "store is not supported by this server: leave it out.", "store"),
     ({"service_tier": "flex"}, "service_tier is not supported", "service_tier"),
-    ({"stream_options": {"include_usag": True}}, "Did you mean 'include_usage'?", "stream_options.include_usag"),
+    ({"stream": True, "stream_options": {"include_usag": 1}}, "mean 'include_usage'?", "stream_options.include_usag"),
+    ({"stream_options": {}}, "stream_options is for streams: give stream as true too", "stream_options"),
+    ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options is for streams", "stream_options"),
 ]
 BODIES: list[tuple[bytes, str]] = [
     (b"", "missing"),
@@ -60,7 +62,9 @@ def test_each_wrong_field_is_named(
     assert error["type"] == "invalid_request_error" and (param is None or error["param"] == param)
 
 
-@pytest.mark.parametrize("neutral", [{"store": False}, {"tools": []}, {"user": "me"}, {"stop": None}, {"n": None}])
+@pytest.mark.parametrize(
+    "neutral", [{"store": False}, {"tools": []}, {"user": "me"}, {"stop": None}, {"stream_options": None}]
+)
 def test_what_asks_for_nothing_else_is_let_pass(served: Any, chat: str, neutral: dict[str, Any]) -> None:
     body = {"model": chat, "messages": MESSAGES, "max_tokens": 1, **neutral}
     assert served.post("/v1/chat/completions", body).status_code == 200

@@ -190,6 +190,7 @@ def test_a_stream_shows_the_noise_go_and_ends_with_the_same_picture(served: Any,
         ({"response_format": "url"}, 'response_format is "url"'),
         ({"quality": "hd"}, "quality is not supported"),
         ({"n": 17}, "n is 17"),
+        ({"partial_images": 3}, "partial_images is for streams"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(served: Any, folder: Path, field: dict[str, Any], words: str) -> None:

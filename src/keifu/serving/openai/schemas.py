@@ -15,6 +15,7 @@ from keifu.serving.openai.tools import ToolUse
 
 MAX_CHOICES = 128
 EXACT = ConfigDict(extra="forbid", strict=True)
+OF_STREAMS = ("stream_options", "partial_images")  # fields that nothing but a stream heeds
 Refused = dict[str, tuple[Any, ...]]
 
 
@@ -37,6 +38,8 @@ class Body(BaseModel):
         for name, value in data.items():
             if name in cls.refused and value is not None and value not in cls.refused[name]:
                 raise _about("refused_field", name, f"{name} is not supported by this server: leave it out.")
+            if name in OF_STREAMS and value not in (None, 0, "0") and data.get("stream") in (None, False, "false"):
+                raise _about("refused_field", name, f"{name} is for streams: give stream as true too, or leave it out.")
             known = [field.alias or own for own, field in cls.model_fields.items()]
             if name not in cls.refused and name not in known:
                 raise _about("unknown_field", name, str(unknown("field", name, known)))
