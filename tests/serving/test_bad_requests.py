@@ -24,6 +24,11 @@ FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": [{"role": "wizard", "content": "x"}]}, 'messages.0.role is "wizard"', "messages.0.role"),
     ({"messages": [{"role": "user"}]}, "a message of the role 'user' needs content", "messages.0"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", None),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "image_url is not supported by this server",
+        "messages.0.content.0.image_url",
+    ),
     ({"temperature": "hot"}, 'temperature is "hot": input should be a valid number', "temperature"),
     ({"temperature": -1}, "temperature must be 0 or a number from 1e-06 to 1,000,000", "temperature"),
     ({"max_tokens": 0}, "max_tokens must be a whole number from 1", "max_tokens"),
@@ -34,6 +39,7 @@ FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"logit_bias": {"x": 1}}, "ids of tokens, and 'x' is none", "logit_bias"),
     ({"logit_bias": {"9" * 5000: 1}}, "ids of tokens, and '99999999999999999999' is none", "logit_bias"),
     ({"logit_bias": {"9999": 1}}, "logit_bias names the token 9999, but the model knows only 0 to 260", "logit_bias"),
+    ({"stop": ["a"] * 17}, "list should have at most 16 items", "stop"),
     ({"stop": ["a", ""]}, "strings of at least one character", "stop"),
     ({"seed": -1}, "and it is -1", "seed"),
     ({"store": True}, "store is not supported by this server: leave it out.", "store"),
@@ -63,7 +69,7 @@ def test_each_wrong_field_is_named(
 
 
 @pytest.mark.parametrize(
-    "neutral", [{"store": False}, {"tools": []}, {"user": "me"}, {"stop": None}, {"stream_options": None}]
+    "neutral", [{"store": False}, {"tools": []}, {"user": "me"}, {"stop": None}, {"stream_options": None}, {"n": None}]
 )
 def test_what_asks_for_nothing_else_is_let_pass(served: Any, chat: str, neutral: dict[str, Any]) -> None:
     body = {"model": chat, "messages": MESSAGES, "max_tokens": 1, **neutral}

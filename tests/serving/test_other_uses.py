@@ -57,6 +57,17 @@ def test_what_cannot_be_embedded_is_refused(served: Any, folder: Path, chat: str
         ask(model=chat, input="cat")
 
 
+@pytest.mark.parametrize(
+    ("kind", "path", "field"), [("base", "completions", "prompt"), ("encoder", "embeddings", "input")]
+)
+def test_too_many_texts_at_a_time_are_refused_by_their_number(
+    served: Any, folder: Path, kind: str, path: str, field: str
+) -> None:
+    found = served.post(f"/v1/{path}", {"model": name_of(folder, kind), field: ["a"] * 3000})
+    error = found.json()["error"]
+    assert found.status_code == 400 and error["param"] == field and "not 3000" in error["message"], error
+
+
 def test_documents_are_ranked_by_their_cosine(served: Any, folder: Path) -> None:
     name = name_of(folder, "encoder")
     model, tokenizer = keifu.load(name)

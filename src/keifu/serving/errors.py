@@ -65,9 +65,9 @@ def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """Of the errors that pydantic found the one that lies deepest, which of the kinds that a field may have is of the
-    one that was meant, as a sentence with the field's name and the value seen."""
-    first = max(errors, key=lambda each: (len(each["loc"]), each["type"] == "literal_error"))
+    """Of the errors that pydantic found the one that is of the kind that was meant, among those that a field may have,
+    as a sentence with the field's name and the value seen: a list's wrong length, else what lies deepest."""
+    first = max(errors, key=lambda e: (e["type"].startswith("too_"), len(e["loc"]), e["type"] == "literal_error"))
     place = ".".join(str(part) for part in first["loc"] if not re.fullmatch(UNION, str(part)))
     kind, message = first["type"], str(first["msg"]).removeprefix("Value error, ").rstrip(".")
     if kind == "json_invalid":
@@ -107,6 +107,5 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(ApiError, anything)
-    app.add_exception_handler(UserError, anything)
-    app.add_exception_handler(Exception, anything)
+    for kind in (ApiError, UserError, Exception):
+        app.add_exception_handler(kind, anything)

@@ -112,6 +112,7 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: str
+    refused: ClassVar[Refused] = {"image_url": (), "input_audio": (), "file": ()}
 
 
 def _json_object(text: str) -> str:
@@ -308,7 +309,7 @@ class ItemPart(Body):
 
     type: Literal["input_text", "output_text"]
     text: str
-    refused: ClassVar[Refused] = {"annotations": ([],), "logprobs": ([],)}
+    refused: ClassVar[Refused] = {"annotations": ([],), "logprobs": ([],), "image_url": (), "file_id": (), "detail": ()}
 
 
 class Item(Body):
