@@ -52,6 +52,10 @@ BODIES: list[tuple[bytes, str]] = [
     (b"", "missing"),
     (b'{"model": ', "The body is not JSON at character 10"),
     (b"[1, 2]", "valid dictionary"),
+    (
+        b'{"model": "", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        "is NaN: input should be a fi",
+    ),
     (b'"\xff\xfe"', "The body is not UTF-8 text"),
     (bytes(range(256)) * 10, "UTF-8|JSON"),
     (b"[" * 100_000 + b"]" * 100_000, "nested too deeply|JSON"),

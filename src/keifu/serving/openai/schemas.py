@@ -14,7 +14,6 @@ from keifu.generation.text.sampling_params import SamplingOptions
 from keifu.serving.openai.tools import ToolUse
 
 MAX_CHOICES = 128
-EXACT = ConfigDict(extra="forbid", strict=True)
 OF_STREAMS = ("stream_options", "partial_images")  # fields that nothing but a stream heeds
 Refused = dict[str, tuple[Any, ...]]
 
@@ -27,7 +26,7 @@ class Body(BaseModel):
     """A JSON object of known fields. refused: fields of OpenAI's that this server does not have, each with the values
     (beside null) that change nothing and are let pass."""
 
-    model_config = EXACT
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     refused: ClassVar[Refused] = {}
 
     @model_validator(mode="before")
