@@ -26,7 +26,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         def prompts(tokenizer: Any) -> list[list[int]]:
             return [prompt_tokens(tokenizer, prompt) for prompt in body.prompts()]
 
-        answer = await prepare(models, body, "completion", prompts, "cmpl", None)
+        answer = await prepare(models, body, "completion", prompts, "cmpl")
         if body.stream:
             return EventStream(_events(answer, body), models.limits.timeout)
         return await whole(request, _completion(answer, body))

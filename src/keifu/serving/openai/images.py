@@ -4,6 +4,7 @@ was drawn, at once or as a stream that shows the noise go.
 
 import asyncio
 import base64
+import math
 import re
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -109,15 +110,15 @@ async def _read_form(request: Request) -> tuple[ImageEditRequest, Request, Files
     """The fields and the files of a form."""
     async with request.form(max_files=2) as form:
         given = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
-        files = {n: (v.filename or n, await v.read()) for n, v in given if isinstance(v, UploadFile)}
+        sent = [(n, (v.filename or n, await v.read())) for n, v in given if isinstance(v, UploadFile)]
     try:
         fields = {name: value for name, value in given if isinstance(value, str)}
         body = ImageEditRequest.model_validate_strings(fields, strict=False)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
-    if "image" not in files or files.keys() - {"image", "mask"}:
-        raise ApiError(400, f"The files are {sorted(files)}: send one as image, and one as mask if any.", "image")
-    return body, request, files
+    if (names := sorted(name for name, _ in sent)) not in (["image"], ["image", "mask"]):
+        raise ApiError(400, f"The files are {names}: send one as image, and one as mask if any.", "image")
+    return body, request, dict(sent)
 
 
 def _form() -> dict[str, Any]:
@@ -163,7 +164,9 @@ def _draw_all(
     with TemporaryDirectory() as folder:
         given = {name: _written(Path(folder) / name, *file) for name, file in files.items()}
         try:
-            wanted = pipeline.resolved(_request(pipeline, body, given))
+            asked = _request(pipeline, body, given)
+            _check_sides(model.config.size, asked.sides())
+            wanted = pipeline.resolved(asked)
         except UserError as error:  # the client knows the files by their roles
             raise UserError(str(error).replace(f"{folder}/", "")) from error
         if body.model not in fingerprints:
@@ -174,6 +177,15 @@ def _draw_all(
         names = {ROLES[name]: file[0] for name, file in files.items()}
         shown = body.partial_images or 0 if body.stream else 0
         return [_draw(pipeline, replace(record, number=n), names, shown, go_on, show) for n in range(count)]
+
+
+def _check_sides(trained: Any, sides: tuple[int, int] | None) -> None:
+    """Refuses a picture of more than 16 times the pixels that the model was trained with: memory grows with them, and
+    time with their square. trained: a side, or height and width; None, where the model does not say, counts as 256."""
+    height, width = trained if isinstance(trained, tuple) else (trained or 256,) * 2
+    if sides is not None and math.prod(sides) > 16 * height * width:
+        seen, most = f"{sides[1]}x{sides[0]}", f"{4 * width}x{4 * height}"
+        raise ApiError(400, f"size is {seen}, and this model draws no more than {most} here: ask for less.", "size")
 
 
 def _written(path: Path, name: str, data: bytes) -> InputImage:

@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from keifu.generation.text.sampling_params import ANSWER_TOKENS
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import Answer, finish_reason, prepare
@@ -65,7 +64,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
             return [render(tokenizer, [*told, *messages], tools.functions if tools else ())]
 
         tools = body.tool_use()
-        answer = await prepare(models, body, "chat", prompts, "resp", ANSWER_TOKENS, body.schema, tools)
+        answer = await prepare(models, body, "chat", prompts, "resp", body.schema, tools)
         turn = Turn(answer, body, messages, None if body.store is False else stored)
         if body.stream:
             return EventStream(turn.events(), models.limits.timeout, named=True)
