@@ -265,7 +265,7 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
@@ -380,7 +380,7 @@ class ResponseRequest(Sampling):
 
     input: str | Annotated[list[Item | CallItem | ResultItem], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     metadata: dict[str, str] | None = None
     previous_response_id: str | None = None
     store: bool | None = None
