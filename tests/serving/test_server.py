@@ -83,8 +83,10 @@ def test_keys_come_from_options_a_file_and_the_environment(tmp_path: Path, monke
     assert keys_of(Options(api_key=("first",), api_key_file=file)) == ("first", "second", "third", "fourth", "fifth")
     monkeypatch.delenv("KEIFU_API_KEY")
     file.write_text("\n")
-    with pytest.raises(UserError, match="holds no key"):
-        keys_of(Options(api_key_file=file))
+    for empty in (Options(api_key_file=file), Options(api_key=("",))):
+        with pytest.raises(UserError, match="holds no key"):
+            keys_of(empty)
+    assert keys_of(Options()) == ()
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ def keys_of(options: Options) -> tuple[str, ...]:
     lines = options.api_key_file.read_text(encoding="utf-8").splitlines() if options.api_key_file else []
     keys = [*options.api_key, *lines, *os.environ.get(KEYS, "").split(",")]
     found = tuple(key.strip() for key in keys if key.strip())
-    if options.api_key_file and not found:
-        raise UserError(f"{options.api_key_file} holds no key: put one on each line.")
+    if (options.api_key or options.api_key_file) and not found:
+        raise UserError(f"{options.api_key_file or '--api-key'} holds no key, and everyone could ask: give one.")
     return found
 
 
