@@ -87,6 +87,12 @@ def test_what_is_no_request_is_told_in_a_sentence(served: Any, body: bytes, word
     assert any(word in found.json()["error"]["message"] for word in words.split("|")), found.text
 
 
+def test_a_body_that_is_not_told_to_be_json_is_refused_with_the_header_to_send(served: Any) -> None:
+    for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}):
+        found = httpx.post(f"{served.url}/v1/completions", content=b'{"model": "x", "prompt": "y"}', headers=headers)
+        assert found.status_code == 400 and "Content-Type: application/json" in found.json()["error"]["message"]
+
+
 def test_half_a_surrogate_pair_is_refused_and_can_be_told(served: Any, chat: str) -> None:
     body = b'{"model": "%s", "messages": [{"role": "user", "content": "\\ud800"}]}' % chat.encode()
     found = httpx.post(f"{served.url}/v1/chat/completions", content=body, headers=JSON)

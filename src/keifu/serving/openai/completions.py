@@ -51,7 +51,7 @@ class Choice:
         self.length += len(text)
 
     def take(self, reason: str | None) -> dict[str, Any]:
-        """What came since the last call, as the API has it."""
+        """What came since the last call, as the API has it. reason: why a `Piece` was the last, if one was."""
         logprobs = None
         if self.top is not None:
             logprobs = {
@@ -61,7 +61,7 @@ class Choice:
                 "text_offset": [offset for offset, *_ in self.tokens],
             }
         text, self.text, self.tokens = self.text, "", []
-        return {"index": self.place, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": self.place, "text": text, "logprobs": logprobs, "finish_reason": REASONS.get(reason or "")}
 
 
 async def _begin(answer: Answer, body: CompletionRequest) -> list[Choice]:
@@ -98,7 +98,7 @@ async def _completion(answer: Answer, body: CompletionRequest) -> dict[str, Any]
     async with aclosing(answer.pieces()) as pieces:
         async for place, piece in pieces:
             choices[place].add(piece.text, piece.token, piece.log_probability, piece.top_log_probabilities)
-            reasons[place] = REASONS[piece.finish_reason or "length"]
+            reasons[place] = piece.finish_reason or "length"
     found = [choice.take(reason) for choice, reason in zip(choices, reasons, strict=True)]
     return {**answer.head("text_completion"), "choices": found, "usage": answer.usage}
 
@@ -113,7 +113,6 @@ async def _events(answer: Answer, body: CompletionRequest) -> AsyncGenerator[dic
         async for place, piece in pieces:
             choices[place].add(piece.text, piece.token, piece.log_probability, piece.top_log_probabilities)
             if choices[place].text or piece.finish_reason:
-                reason = REASONS[piece.finish_reason] if piece.finish_reason else None
-                yield {**answer.head("text_completion"), "choices": [choices[place].take(reason)], **usage}
+                yield {**answer.head("text_completion"), "choices": [choices[place].take(piece.finish_reason)], **usage}
     if body.includes_usage:
         yield {**answer.head("text_completion"), "choices": [], "usage": answer.usage}
