@@ -62,8 +62,7 @@ def _inspect(model: nn.Module, tokenizer: Any, _: Any, body: InspectRequest, abo
     if "translation" in about.uses:
         ids = source_ids(translator(model), tokenizer, [body.input], ["The text"])[0]
     elif (mask := tokenizer.special.get("mask_token")) and mask in body.input:
-        guesses = fill(model, tokenizer, body.input, body.top)
-        masks = [[[each.word, each.probability] for each in some] for some in guesses]
+        masks = [[[g.word, g.probability] for g in some] for some in fill(model, tokenizer, body.input, body.top)]
         ids = tokenizer.encode(body.input, special=True, allow_special=True)
     elif "embedding" in about.uses:
         ids = tokenizer.encode(body.input, special=True)

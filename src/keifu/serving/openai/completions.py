@@ -69,9 +69,7 @@ async def _begin(answer: Answer, body: CompletionRequest) -> list[Choice]:
     choices = [Choice(answer, body, place) for place in range(len(answer.requests))]
     for first in range(0, len(choices), answer.choices) if body.echo else ():
         prompt = answer.requests[first].prompt
-        scores = None
-        if body.logprobs is not None:
-            scores = await answer.worker.call(partial(_score, prompt, body.logprobs))
+        scores = None if body.logprobs is None else await answer.worker.call(partial(_score, prompt, body.logprobs))
         for choice in choices[first : first + answer.choices]:
             _echo(choice, prompt, scores)
     return choices
