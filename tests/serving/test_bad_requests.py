@@ -1,6 +1,8 @@
 """What the service refuses, each in a sentence of OpenAI's shape, and that it goes on afterwards."""
 
+import importlib
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,11 @@ FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": [{"role": "wizard", "content": "x"}]}, 'messages.0.role is "wizard"', "messages.0.role"),
     ({"messages": [{"role": "user"}]}, "a message of the role 'user' needs content", "messages.0"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", None),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "image_url is not supported by this server",
+        "messages.0.content.0.image_url",
+    ),
     ({"temperature": "hot"}, 'temperature is "hot": input should be a valid number', "temperature"),
     ({"temperature": -1}, "temperature must be 0 or a number from 1e-06 to 1,000,000", "temperature"),
     ({"max_tokens": 0}, "max_tokens must be a whole number from 1", "max_tokens"),
@@ -32,16 +39,23 @@ FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"logit_bias": {"x": 1}}, "ids of tokens, and 'x' is none", "logit_bias"),
     ({"logit_bias": {"9" * 5000: 1}}, "ids of tokens, and '99999999999999999999' is none", "logit_bias"),
     ({"logit_bias": {"9999": 1}}, "logit_bias names the token 9999, but the model knows only 0 to 260", "logit_bias"),
+    ({"stop": ["a"] * 17}, "list should have at most 16 items", "stop"),
     ({"stop": ["a", ""]}, "strings of at least one character", "stop"),
     ({"seed": -1}, "and it is -1", "seed"),
     ({"store": True}, "store is not supported by this server: leave it out.", "store"),
     ({"service_tier": "flex"}, "service_tier is not supported", "service_tier"),
-    ({"stream_options": {"include_usag": True}}, "Did you mean 'include_usage'?", "stream_options.include_usag"),
+    ({"stream": True, "stream_options": {"include_usag": 1}}, "mean 'include_usage'?", "stream_options.include_usag"),
+    ({"stream_options": {}}, "stream_options is for streams: give stream as true too", "stream_options"),
+    ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options is for streams", "stream_options"),
 ]
 BODIES: list[tuple[bytes, str]] = [
     (b"", "missing"),
     (b'{"model": ', "The body is not JSON at character 10"),
     (b"[1, 2]", "valid dictionary"),
+    (
+        b'{"model": "", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        "is NaN: input should be a fi",
+    ),
     (b'"\xff\xfe"', "The body is not UTF-8 text"),
     (bytes(range(256)) * 10, "UTF-8|JSON"),
     (b"[" * 100_000 + b"]" * 100_000, "nested too deeply|JSON"),
@@ -58,7 +72,9 @@ def test_each_wrong_field_is_named(
     assert error["type"] == "invalid_request_error" and (param is None or error["param"] == param)
 
 
-@pytest.mark.parametrize("neutral", [{"store": False}, {"tools": []}, {"user": "me"}, {"stop": None}, {"n": None}])
+@pytest.mark.parametrize(
+    "neutral", [{"store": False}, {"tools": []}, {"user": "me"}, {"stop": None}, {"stream_options": None}, {"n": None}]
+)
 def test_what_asks_for_nothing_else_is_let_pass(served: Any, chat: str, neutral: dict[str, Any]) -> None:
     body = {"model": chat, "messages": MESSAGES, "max_tokens": 1, **neutral}
     assert served.post("/v1/chat/completions", body).status_code == 200
@@ -69,6 +85,12 @@ def test_what_is_no_request_is_told_in_a_sentence(served: Any, body: bytes, word
     found = httpx.post(f"{served.url}/v1/chat/completions", content=body, headers=JSON)
     assert found.status_code == 400
     assert any(word in found.json()["error"]["message"] for word in words.split("|")), found.text
+
+
+def test_a_body_that_is_not_told_to_be_json_is_refused_with_the_header_to_send(served: Any) -> None:
+    for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}):
+        found = httpx.post(f"{served.url}/v1/completions", content=b'{"model": "x", "prompt": "y"}', headers=headers)
+        assert found.status_code == 400 and "Content-Type: application/json" in found.json()["error"]["message"]
 
 
 def test_half_a_surrogate_pair_is_refused_and_can_be_told(served: Any, chat: str) -> None:
@@ -157,6 +179,33 @@ def test_a_client_that_leaves_before_its_answer_makes_room(small: Any) -> None:
         connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
         until(lambda: worker.pending == 1)
     until(lambda: worker.pending == 0 and not worker._jobs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "part", "texts"),
+    [
+        ("translator", "translations", "keifu.generation.text.translation.beam_search", ["abc"] * 300),
+        ("encoder", "embeddings", "keifu.evaluation.classification.embeddings.mean", ["the cat"] * 1200),
+    ],
+)
+def test_what_a_client_has_left_ends_after_a_batch(
+    served: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, path: str, part: str, texts: list[str]
+) -> None:
+    body = {"model": str(folder / kind), "input": texts[0]}
+    assert served.post(f"/v1/{path}", body).status_code == 200
+    module, _, name = part.rpartition(".")
+    whole, batches = getattr(importlib.import_module(module), name), []
+
+    def slow(*given: Any) -> Any:
+        batches.append(given)
+        time.sleep(0.5)
+        return whole(*given)
+
+    monkeypatch.setattr(part, slow)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/{path}", json={**body, "input": texts}, timeout=0.2)
+    assert served.post(f"/v1/{path}", body).status_code == 200
+    assert len(batches) < 5  # the last is the second request's
 
 
 def test_an_answer_that_takes_too_long_is_given_up(folder: Path) -> None:

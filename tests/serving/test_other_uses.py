@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,17 @@ def test_what_cannot_be_embedded_is_refused(served: Any, folder: Path, chat: str
         ask(model=name_of(folder, "encoder"), input=" ")
     with pytest.raises(openai.BadRequestError, match="for this, ask .*encoder"):
         ask(model=chat, input="cat")
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "field"), [("base", "completions", "prompt"), ("encoder", "embeddings", "input")]
+)
+def test_too_many_texts_at_a_time_are_refused_by_their_number(
+    served: Any, folder: Path, kind: str, path: str, field: str
+) -> None:
+    found = served.post(f"/v1/{path}", {"model": name_of(folder, kind), field: ["a"] * 3000})
+    error = found.json()["error"]
+    assert found.status_code == 400 and error["param"] == field and "not 3000" in error["message"], error
 
 
 def test_documents_are_ranked_by_their_cosine(served: Any, folder: Path) -> None:
@@ -148,6 +160,8 @@ def httpx_edit(served: Any, fields: dict[str, str], image: tuple[str, bytes]) ->
     ("fields", "files", "words"),
     [
         ({}, {}, "send one as image"),
+        ({}, [("image[]", ("x.png", picture("L", 0)))] * 2, "The files are ['image', 'image']: send one as image"),
+        ({}, {"image": ("x.png", picture("L", 0, (33, 32)))}, "size is 33x32, and this model draws no more than 32x32"),
         ({}, {"image": ("x.png", b"no picture")}, "x.png is not a picture"),
         ({}, {"image": ("x.png", picture("RGB", 7, (90, 64))[:60])}, "x.png is damaged or cut off"),
         ({"steps": "many"}, {"image": ("x.png", picture("L", 0))}, 'steps is "many"'),
@@ -188,7 +202,9 @@ def test_a_stream_shows_the_noise_go_and_ends_with_the_same_picture(served: Any,
         ({"size": "8by8"}, 'size is "8by8": it must be WIDTHxHEIGHT'),
         ({"response_format": "url"}, 'response_format is "url"'),
         ({"quality": "hd"}, "quality is not supported"),
+        ({"size": "32x36"}, "size is 32x36, and this model draws no more than 32x32 here"),
         ({"n": 17}, "n is 17"),
+        ({"partial_images": 3}, "partial_images is for streams"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(served: Any, folder: Path, field: dict[str, Any], words: str) -> None:
@@ -213,6 +229,24 @@ def test_memory_is_bounded_by_letting_the_model_go_that_was_not_used_longest(fol
         assert sum(sizes[name] for name in served.models.workers) <= memory
     with pytest.raises(UserError, match="takes .* MiB, but --memory allows"):
         ServedModels(names, Limits(), Metrics(), 1000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "body"),
+    [("base", "completions", {"prompt": "abc", "max_tokens": 1}), ("encoder", "embeddings", {"input": "the cat"})],
+)
+def test_a_model_whose_load_failed_is_loaded_by_what_asks_next(
+    folder: Path, tmp_path: Path, kind: str, path: str, body: dict[str, Any]
+) -> None:
+    name = str(shutil.copytree(folder / kind, tmp_path / kind))
+    weights, away = tmp_path / kind / "model.safetensors", tmp_path / "away"
+    with running([name], Limits(), Access()) as served:
+        weights.rename(away)
+        assert served.post(f"/v1/{path}", {"model": name, **body}).status_code >= 400
+        assert not served.openai.models.retrieve(name).loaded
+        away.rename(weights)
+        assert served.post(f"/v1/{path}", {"model": name, **body}).status_code == 200
+        assert served.openai.models.retrieve(name).loaded
 
 
 def test_packed_weights_write_text_and_are_not_looked_into(folder: Path) -> None:

@@ -83,8 +83,10 @@ def test_keys_come_from_options_a_file_and_the_environment(tmp_path: Path, monke
     assert keys_of(Options(api_key=("first",), api_key_file=file)) == ("first", "second", "third", "fourth", "fifth")
     monkeypatch.delenv("KEIFU_API_KEY")
     file.write_text("\n")
-    with pytest.raises(UserError, match="holds no key"):
-        keys_of(Options(api_key_file=file))
+    for empty in (Options(api_key_file=file), Options(api_key=("",))):
+        with pytest.raises(UserError, match="holds no key"):
+            keys_of(empty)
+    assert keys_of(Options()) == ()
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,9 @@ def test_keys_come_from_options_a_file_and_the_environment(tmp_path: Path, monke
         (["--slots", "0"], "--slots must be a whole number from 1"),
         (["--memory", "lots"], "--memory is 'lots'"),
         (["smolm2"], "Did you mean 'smollm2'?"),
+        (["--weights", "int3"], "There is no format of weights 'int3'. Did you mean 'int8'?"),
+        (["--cors", "example.org"], "--cors is 'example.org', which must be an origin such as https://example.org"),
+        (["--cors", "https://example.org/"], "--cors is 'https://example.org/', which must be an origin"),
     ],
 )
 def test_wrong_options_are_told(words: list[str], told: str, capsys: pytest.CaptureFixture) -> None:

@@ -59,12 +59,16 @@ class Options(flags.Packed):
 
 def run(options: Options) -> None:
     """Serves until it is told to stop."""
+    from keifu.native.pack import formats
     from keifu.serving.app import Access, application
     from keifu.serving.metrics import Metrics
     from keifu.serving.models import ServedModels
     from keifu.serving.server import Address, serve
     from keifu.serving.worker import Limits
 
+    formats(options.weights or "own")  # an unknown one is refused before anything is served
+    if wrong := [each for each in options.cors if not re.fullmatch(r"[\w+.-]+://[^/\s]+|null|\*", each)]:
+        raise UserError(f"--cors is {wrong[0]!r}, which must be an origin such as https://example.org, or *.")
     address = Address(options.host, options.port, options.socket)
     memory = None if options.memory is None else size_of(options.memory, "--memory")
     cache = None if options.cache is None else size_of(options.cache, "--cache")
@@ -91,8 +95,8 @@ def keys_of(options: Options) -> tuple[str, ...]:
     lines = options.api_key_file.read_text(encoding="utf-8").splitlines() if options.api_key_file else []
     keys = [*options.api_key, *lines, *os.environ.get(KEYS, "").split(",")]
     found = tuple(key.strip() for key in keys if key.strip())
-    if options.api_key_file and not found:
-        raise UserError(f"{options.api_key_file} holds no key: put one on each line.")
+    if (options.api_key or options.api_key_file) and not found:
+        raise UserError(f"{options.api_key_file or '--api-key'} holds no key, and everyone could ask: give one.")
     return found
 
 

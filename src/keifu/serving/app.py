@@ -62,7 +62,8 @@ def _state_routes(app: FastAPI, models: ServedModels) -> None:
 
     def entry(name: str) -> dict[str, Any]:
         each = models.descriptions[name]
-        about = {"uses": each.uses, "context_length": each.context_length, "loaded": name in models.workers}
+        loaded = name in models.workers and models.workers[name].model is not None
+        about = {"uses": each.uses, "context_length": each.context_length, "loaded": loaded}
         about |= {"reads_text": each.tokenizer is not None, "labels": vars(each.config).get("classes") or None}
         return {"id": name, "object": "model", "created": models.began, "owned_by": "keifu", **about}
 

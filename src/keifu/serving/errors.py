@@ -65,9 +65,9 @@ def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """Of the errors that pydantic found the one that lies deepest, which of the kinds that a field may have is of the
-    one that was meant, as a sentence with the field's name and the value seen."""
-    first = max(errors, key=lambda each: (len(each["loc"]), each["type"] == "literal_error"))
+    """Of the errors that pydantic found the one that is of the kind that was meant, among those that a field may have,
+    as a sentence with the field's name and the value seen: a list's wrong length, else what lies deepest."""
+    first = max(errors, key=lambda e: (e["type"].startswith("too_"), len(e["loc"]), e["type"] == "literal_error"))
     place = ".".join(str(part) for part in first["loc"] if not re.fullmatch(UNION, str(part)))
     kind, message = first["type"], str(first["msg"]).removeprefix("Value error, ").rstrip(".")
     if kind == "json_invalid":
@@ -79,6 +79,8 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if kind in ("unknown_field", "refused_field"):
         name = first["ctx"]["name"]
         return ApiError(400, str(first["msg"]), f"{place}.{name}" if place else name, kind)
+    if isinstance(first.get("input"), bytes):  # it was not read as JSON
+        return ApiError(400, "The body is not told to be JSON: send the header Content-Type: application/json.")
     seen = json.dumps(first.get("input"), default=str)
     shown = seen if len(seen) <= 60 else f"{seen[:60]}…"
     return ApiError(400, f"{place or 'The body'} is {shown}: {message[:1].lower()}{message[1:]}.", place or None)
@@ -107,6 +109,5 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(ApiError, anything)
-    app.add_exception_handler(UserError, anything)
-    app.add_exception_handler(Exception, anything)
+    for kind in (ApiError, UserError, Exception):
+        app.add_exception_handler(kind, anything)

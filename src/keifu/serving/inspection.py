@@ -56,14 +56,13 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         return await whole(request, models.worker(body.model).call(partial(_match, body=body)))
 
 
-def _inspect(model: nn.Module, tokenizer: Any, body: InspectRequest, about: Description) -> dict[str, Any]:
+def _inspect(model: nn.Module, tokenizer: Any, _: Any, body: InspectRequest, about: Description) -> dict[str, Any]:
     masks: list[Any] = []
     source, target = tokenizer.sides
     if "translation" in about.uses:
         ids = source_ids(translator(model), tokenizer, [body.input], ["The text"])[0]
     elif (mask := tokenizer.special.get("mask_token")) and mask in body.input:
-        guesses = fill(model, tokenizer, body.input, body.top)
-        masks = [[[each.word, each.probability] for each in some] for some in guesses]
+        masks = [[[g.word, g.probability] for g in some] for some in fill(model, tokenizer, body.input, body.top)]
         ids = tokenizer.encode(body.input, special=True, allow_special=True)
     elif "embedding" in about.uses:
         ids = tokenizer.encode(body.input, special=True)
@@ -90,7 +89,7 @@ def _bytes(weights: Tensor) -> str:
     return base64.b64encode((255 * weights).round().byte().numpy().tobytes()).decode("ascii")
 
 
-def _match(model: nn.Module, tokenizer: Any, body: MatchRequest) -> dict[str, Any]:
+def _match(model: nn.Module, tokenizer: Any, _: Any, body: MatchRequest) -> dict[str, Any]:
     """The cosine of each picture and each text, and each text's share among all."""
     try:
         files = [base64.b64decode(each, validate=True) for each in body.images]

@@ -33,10 +33,8 @@ class ApiKeys:
         if scope["type"] != "http" or not scope["path"].startswith(GUARDED) or not self.digests or self._knows(scope):
             await self.app(scope, receive, send)
             return
-        told = ApiError(
-            401, "This server needs a key: send the header Authorization: Bearer KEY.", code="invalid_api_key"
-        )
-        await told.response()(scope, receive, send)
+        text = "This server needs a key: send the header Authorization: Bearer KEY."
+        await ApiError(401, text, code="invalid_api_key").response()(scope, receive, send)
 
     def _knows(self, scope: Scope) -> bool:
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")

@@ -56,12 +56,9 @@ def routes() -> APIRouter:
         return Response(files[name], headers=headers, media_type=f"{TYPES[Path(name).suffix]}; charset=utf-8")
 
     @router.get("/")
-    async def index(request: Request) -> Response:
-        return answer("index.html", request)
-
     @router.get("/docs")
-    async def docs(request: Request) -> Response:
-        return answer("docs.html", request)
+    async def page(request: Request) -> Response:
+        return answer("docs.html" if request.url.path == "/docs" else "index.html", request)
 
     @router.get("/lineage")
     async def landmarks() -> Response:

@@ -70,7 +70,8 @@ class Address:
 def _user_of(port: int) -> str:
     """The process that listens at a port, as the middle of a sentence, where the system tells it."""
     with suppress(OSError, ValueError):
-        rows = [line.split() for name in ("tcp", "tcp6") for line in _lines(Path("/proc/net") / name)]
+        tables = [path.read_text().splitlines()[1:] for path in Path("/proc/net").glob("tcp*")]
+        rows = [line.split() for lines in tables for line in lines]
         inodes = {row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -78,10 +79,6 @@ def _user_of(port: int) -> str:
                     if os.readlink(each)[8:-1] in inodes:
                         return f" by process {process.name} ({(process / 'comm').read_text().strip()})"
     return ""
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines()[1:] if path.exists() else []
 
 
 def server_of(app: FastAPI) -> uvicorn.Server:

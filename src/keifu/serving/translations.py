@@ -44,7 +44,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         models.find(body.model, "translation")
         settings = TranslationParams(body.beam, body.alpha, body.max_tokens)
         worker = models.worker(body.model)
-        found = await worker.call(lambda model, tokenizer: translate_texts(model, tokenizer, body.texts, settings))
+        found = await worker.call(lambda *given: translate_texts(*given[:2], body.texts, settings, progress=given[2]))
         texts = [join_sentences(part.text for part in parts) for parts in found]
         rows = enumerate(zip(texts, ([asdict(part) for part in parts] for parts in found), strict=True))
         data = [{"object": "translation", "index": n, "text": text, "sentences": each} for n, (text, each) in rows]

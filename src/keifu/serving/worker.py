@@ -26,6 +26,7 @@ from keifu.serving.metrics import Metrics
 LOG = logging.getLogger("keifu.serving")
 Result = TypeVar("Result")
 Pieces = list[tuple[int, Piece]]
+GoOn = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -60,28 +61,34 @@ class Job:
 class Worker:
     """Loads a model in a thread of its own and computes there until it is closed.
 
-    load: gives the model and its tokenizer. What it raises is raised by everything that is asked of the worker.
+    load: gives the model and its tokenizer. What it raises is raised by what was asked; what is asked next tries again.
     """
 
     def __init__(self, name: str, load: Callable[[], tuple[nn.Module, Any]], limits: Limits, metrics: Metrics):
         self.name, self.limits, self.metrics = name, limits, metrics
         self.pending = 0  # answers that are being computed or wait, counted in the loop's thread
         self._load, self._commands = load, SimpleQueue[Callable[[], None] | None]()
+        self.model: tuple[nn.Module, Any] | None = None  # and its tokenizer, once it is loaded
         self._engine: Engine | None = None
         self._jobs: dict[int, tuple[Job, int]] = {}
         self._mean_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name=f"keifu {name}", daemon=True)
         self._thread.start()
 
-    async def call(self, work: Callable[[nn.Module, Any], Result]) -> Result:
-        """What `work` makes of the model and its tokenizer, in the model's thread."""
+    async def call(self, work: Callable[[nn.Module, Any, GoOn], Result]) -> Result:
+        """What `work` makes of the model and its tokenizer, in the model's thread. What it is given third it calls
+        between its batches or steps: that ends the work, by an `ApiError`, where nobody waits for it any more."""
         self.check_room(1)
-        future = Future[Result]()
+        future, left = Future[Result](), threading.Event()
+
+        def go_on(*_: object) -> None:
+            if left.is_set():
+                raise ApiError(499, "The client has left.")
 
         def command() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(work(*self._loaded()))
+                    future.set_result(work(*self._loaded(), go_on))
                 except Exception as error:
                     future.set_exception(error)
 
@@ -91,6 +98,7 @@ class Worker:
             async with asyncio.timeout(self.limits.timeout):
                 return await asyncio.wrap_future(future)
         finally:
+            left.set()
             self.pending -= 1
 
     def check_room(self, count: int) -> None:
@@ -137,12 +145,6 @@ class Worker:
     # What follows runs in the model's thread.
 
     def _run(self) -> None:
-        began = time.monotonic()
-        try:
-            self._model = self._load()
-            LOG.info("%s was loaded in %.1f s.", self.name, time.monotonic() - began)
-        except Exception as error:
-            self._model = error
         closing = False
         while not closing or self._jobs:
             closing = not self._obey() or closing
@@ -164,9 +166,11 @@ class Worker:
         return False
 
     def _loaded(self) -> tuple[nn.Module, Any]:
-        if isinstance(self._model, Exception):
-            raise self._model
-        return self._model
+        if self.model is None:
+            began = time.monotonic()
+            self.model = self._load()
+            LOG.info("%s was loaded in %.1f s.", self.name, time.monotonic() - began)
+        return self.model
 
     def _add(self, job: Job) -> None:
         try:

@@ -130,6 +130,15 @@ def test_echoed_prompts_have_the_scores_of_the_library(served: Any, base: str) -
         assert "".join(choice.logprobs.tokens[: len(prompt)]) == tokenizer.decode(prompt, skip_special=False)
 
 
+def test_a_token_that_is_none_of_the_likeliest_stands_beside_them(served: Any, base: str) -> None:
+    ask: dict[str, Any] = {"model": base, "prompt": "xyz", "max_tokens": 8, "echo": True, "logprobs": 2}
+    found = served.openai.completions.create(**ask, temperature=0, logit_bias={97: 1e5}).choices[0].logprobs
+    assert found.top_logprobs[0] is None
+    rows = list(zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True))[1:]
+    assert all(top[token] == value and len(top) <= 3 for token, value, top in rows)
+    assert any(len(top) == 3 for *_, top in rows)
+
+
 def test_several_prompts_are_answered_in_order(served: Any, base: str) -> None:
     model, tokenizer = keifu.load(base)
     prompts = ["one", "two", "three"]

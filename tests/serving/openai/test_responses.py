@@ -62,6 +62,7 @@ def test_its_text_can_follow_a_schema(served: Any, chat: str) -> None:
 @pytest.mark.parametrize(
     ("field", "words"),
     [
+        ({"max_output_tokens": 0}, "max_output_tokens is 0"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"background": True}, "background is not supported"),
         ({"n": 2}, "n is not supported"),

@@ -262,6 +262,20 @@ def test_responses_call_and_go_on(tooled: Any) -> None:
     assert client.responses.create(input=whole, **ask).output_text == second.output_text
 
 
+def test_a_call_that_a_stop_string_tears_is_not_told_as_one(tooled: Any) -> None:
+    ask: Any = {"model": name_of(tooled, "tagged"), "temperature": 1, "tool_choice": "required"}
+    stop: Any = {"stop": ['"city'], "seed": 4, "max_tokens": 300}
+    named: Any = {"type": "function", "function": {"name": "get_weather"}}
+    found = tooled.openai.chat.completions.create(**ask | ASK | stop | {"tool_choice": named}).choices[0]
+    assert found.message.tool_calls[0].function.arguments == "{" and found.finish_reason == "stop"
+    del stop["max_tokens"]
+    flat = {"type": "function", "name": "get_weather"}
+    first = tooled.openai.responses.create(input="x", **ask | {"tools": FLAT, "tool_choice": flat}, extra_body=stop)
+    assert first.output[0].arguments == "{" and first.output[0].status == "incomplete"
+    ask = {"model": ask["model"], "max_output_tokens": 3, "previous_response_id": first.id}
+    assert tooled.openai.responses.create(input="Go on.", **ask).output_text is not None
+
+
 def test_a_stream_of_responses_makes_the_same_calls(tooled: Any) -> None:
     ask: Any = {"model": name_of(tooled, "outside"), "tools": FLAT, "max_output_tokens": 300, "tool_choice": "required"}
     ask |= {"temperature": 1, "extra_body": {"seed": 3}}

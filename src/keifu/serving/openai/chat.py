@@ -8,9 +8,8 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from keifu.generation.text.request import Piece
-from keifu.generation.text.sampling_params import ANSWER_TOKENS
 from keifu.serving.models import ServedModels
-from keifu.serving.openai.generation import Answer, finish_reason, is_end, prepare, token_bytes, token_text
+from keifu.serving.openai.generation import Answer, finish_reason, prepare, token_bytes, token_text
 from keifu.serving.openai.schemas import ChatRequest
 from keifu.serving.openai.tools import Delta, Reply, render
 from keifu.serving.streaming import STREAM, EventStream, whole
@@ -26,7 +25,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
         tools = body.tool_use()
         schema = body.response_format.schema if body.response_format else None
-        answer = await prepare(models, body, "chat", prompts, "chatcmpl", ANSWER_TOKENS, schema, tools)
+        answer = await prepare(models, body, "chat", prompts, "chatcmpl", schema, tools)
         if body.stream:
             return EventStream(_events(answer, body), models.limits.timeout)
         return await whole(request, _completion(answer, body))
@@ -98,7 +97,7 @@ async def _events(answer: Answer, body: ChatRequest) -> AsyncGenerator[dict[str,
 def _tokens(answer: Answer, piece: Piece) -> list[dict[str, Any]]:
     """A piece's token with its probability and the likeliest others, where they were asked for."""
     tokenizer = answer.description.tokenizer
-    if piece.log_probability is None or is_end(tokenizer, piece):
+    if piece.log_probability is None or piece.token in tokenizer.stop_ids:
         return []
 
     def entry(token: int, value: float) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         def prompts(tokenizer: Any) -> list[list[int]]:
             return [prompt_tokens(tokenizer, prompt) for prompt in body.prompts()]
 
-        answer = await prepare(models, body, "completion", prompts, "cmpl", None)
+        answer = await prepare(models, body, "completion", prompts, "cmpl")
         if body.stream:
             return EventStream(_events(answer, body), models.limits.timeout)
         return await whole(request, _completion(answer, body))
@@ -44,13 +44,14 @@ class Choice:
     def add(self, text: str, token: int, value: float | None, top: Any) -> None:
         """One more token, and the text that it completes."""
         if self.top is not None:
-            found = dict(likeliest(self.tokenizer, top)) if self.top and value is not None else None
+            own = [(token, value)] if self.top and value is not None else []  # it may be none of the likeliest
+            found = dict(likeliest(self.tokenizer, [*top, *own])) if own else None
             self.tokens.append((self.length, token, value, found))
         self.text += text
         self.length += len(text)
 
     def take(self, reason: str | None) -> dict[str, Any]:
-        """What came since the last call, as the API has it."""
+        """What came since the last call, as the API has it. reason: why a `Piece` was the last, if one was."""
         logprobs = None
         if self.top is not None:
             logprobs = {
@@ -60,25 +61,21 @@ class Choice:
                 "text_offset": [offset for offset, *_ in self.tokens],
             }
         text, self.text, self.tokens = self.text, "", []
-        return {"index": self.place, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": self.place, "text": text, "logprobs": logprobs, "finish_reason": REASONS.get(reason or "")}
 
 
 async def _begin(answer: Answer, body: CompletionRequest) -> list[Choice]:
     """The choices before the first token: empty, or with `echo` holding the prompts."""
     choices = [Choice(answer, body, place) for place in range(len(answer.requests))]
-    if not body.echo:
-        return choices
-    for first in range(0, len(choices), answer.choices):
+    for first in range(0, len(choices), answer.choices) if body.echo else ():
         prompt = answer.requests[first].prompt
-        scores = None
-        if body.logprobs is not None:
-            scores = await answer.worker.call(partial(_score, prompt, body.logprobs))
+        scores = None if body.logprobs is None else await answer.worker.call(partial(_score, prompt, body.logprobs))
         for choice in choices[first : first + answer.choices]:
             _echo(choice, prompt, scores)
     return choices
 
 
-def _score(prompt: list[int], top: int, model: nn.Module, _: Any) -> LikeliestTokens:
+def _score(prompt: list[int], top: int, model: nn.Module, *_: Any) -> LikeliestTokens:
     device = next(model.parameters()).device
     return score_likeliest(model, torch.tensor(prompt, device=device), top)
 
@@ -88,10 +85,8 @@ def _echo(choice: Choice, prompt: list[int], scores: LikeliestTokens | None) -> 
     stream = choice.tokenizer.stream(skip_special=False)
     for place, token in enumerate(prompt):
         text = stream.push(token)
-        if scores is None or not place:
-            choice.add(text, token, None, ())
-        else:
-            choice.add(text, token, scores.values[place - 1], scores.top[place - 1])
+        known = (scores.values[place - 1], scores.top[place - 1]) if scores and place else (None, ())
+        choice.add(text, token, *known)
 
 
 async def _completion(answer: Answer, body: CompletionRequest) -> dict[str, Any]:
@@ -101,7 +96,7 @@ async def _completion(answer: Answer, body: CompletionRequest) -> dict[str, Any]
     async with aclosing(answer.pieces()) as pieces:
         async for place, piece in pieces:
             choices[place].add(piece.text, piece.token, piece.log_probability, piece.top_log_probabilities)
-            reasons[place] = REASONS[piece.finish_reason or "length"]
+            reasons[place] = piece.finish_reason or "length"
     found = [choice.take(reason) for choice, reason in zip(choices, reasons, strict=True)]
     return {**answer.head("text_completion"), "choices": found, "usage": answer.usage}
 
@@ -116,7 +111,6 @@ async def _events(answer: Answer, body: CompletionRequest) -> AsyncGenerator[dic
         async for place, piece in pieces:
             choices[place].add(piece.text, piece.token, piece.log_probability, piece.top_log_probabilities)
             if choices[place].text or piece.finish_reason:
-                reason = REASONS[piece.finish_reason] if piece.finish_reason else None
-                yield {**answer.head("text_completion"), "choices": [choices[place].take(reason)], **usage}
+                yield {**answer.head("text_completion"), "choices": [choices[place].take(piece.finish_reason)], **usage}
     if body.includes_usage:
         yield {**answer.head("text_completion"), "choices": [], "usage": answer.usage}

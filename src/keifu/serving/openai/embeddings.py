@@ -16,6 +16,7 @@ from keifu.generation.text.model import TwoTowers
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.schemas import Body, Refused, Texts
 from keifu.serving.streaming import whole
+from keifu.serving.worker import GoOn
 
 
 class EmbeddingRequest(Texts):
@@ -44,8 +45,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
     async def embedded(name: str, texts: list[str], cut: bool) -> tuple[Tensor, int]:
         found = models.find(name, "embedding")
-        limit = found.config.context_length
-        work = partial(_embed, texts=texts, cut=cut, limit=limit)
+        work = partial(_embed, texts=texts, cut=cut, limit=found.config.context_length)
         return await models.worker(name).call(work)
 
     async def embed(body: EmbeddingRequest) -> dict[str, Any]:
@@ -75,11 +75,13 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         return await whole(request, rank(body))
 
 
-def _embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], cut: bool, limit: int) -> tuple[Tensor, int]:
-    """The vectors on the CPU, and how many tokens were read."""
+def _embed(
+    model: nn.Module, tokenizer: Any, go_on: GoOn, texts: Sequence[str], cut: bool, limit: int
+) -> tuple[Tensor, int]:
+    """The vectors on the CPU, and how many tokens were read. go_on: see `Worker.call`."""
     rows = encode_texts(tokenizer, texts, limit, cut).rows
     padding = retrieval.padding(tokenizer) if isinstance(model, TwoTowers) else tokenizer.pad_id or 0
-    return embed_rows(model, rows, padding).cpu(), sum(map(len, rows))
+    return embed_rows(model, rows, padding, advance=go_on).cpu(), sum(map(len, rows))
 
 
 def _base64(vectors: Tensor) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.request import Piece, Request, check_bias, check_tokens
-from keifu.generation.text.sampling_params import SamplingParams, sampling_for
+from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingParams, sampling_for
 from keifu.serving.errors import of_exception
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.constraints import constraints, schema_grammar
@@ -80,7 +80,6 @@ async def prepare(
     use: str,
     prompts: Any,
     prefix: str,
-    max_tokens: int | None,
     schema: dict[str, Any] | None = None,
     tools: ToolUse | None = None,
 ) -> Answer:
@@ -89,7 +88,7 @@ async def prepare(
     may call."""
     description = models.find(body.model, use)
     try:
-        sampling = sampling_for(description.tokenizer, body.options(), max_tokens).seeded()
+        sampling = sampling_for(description.tokenizer, body.options(), ANSWER_TOKENS).seeded()
         requests = await asyncio.to_thread(_requests, description, body, sampling, prompts, schema, tools)
         return Answer(models, description, requests, body.n or 1, sampling.seed or 0, prefix, tools)
     except UserError as error:
@@ -116,7 +115,7 @@ def _requests(
 def finish_reason(piece: Piece, reply: Reply) -> str | None:
     """Why the answer ended with this piece, as the API has it; None while it goes on."""
     reason = REASONS[piece.finish_reason] if piece.finish_reason else None
-    return "tool_calls" if reason == "stop" and reply.calls else reason
+    return "tool_calls" if reason == "stop" and reply.calls and not reply.torn else reason
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
@@ -132,8 +131,3 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 def likeliest(tokenizer: Tokenizer, pairs: Sequence[tuple[int, float]]) -> Iterator[tuple[str, float]]:
     """The texts of tokens with their log-probabilities."""
     return ((token_text(tokenizer, token), value) for token, value in pairs)
-
-
-def is_end(tokenizer: Tokenizer, piece: Piece) -> bool:
-    """Whether the piece's token ended the text and is no part of it."""
-    return piece.token in tokenizer.stop_ids

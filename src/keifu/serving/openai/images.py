@@ -4,6 +4,7 @@ was drawn, at once or as a stream that shows the noise go.
 
 import asyncio
 import base64
+import math
 import re
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -11,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
@@ -34,6 +34,7 @@ from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.schemas import Body, Refused
 from keifu.serving.streaming import STREAM, EventStream, whole
+from keifu.serving.worker import GoOn
 
 ROLES = {"image": "init", "mask": "mask"}  # the files of a form, in the library's terms
 Files = Mapping[str, tuple[str, bytes]]  # the name and the bytes of "image" and "mask"
@@ -82,12 +83,8 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     fingerprints: dict[str, str] = {}
 
     async def drawn(body: ImageGenerationRequest, files: Files, show: Show = lambda *_: None) -> dict[str, Any]:
-        left = Event()
-        try:
-            work = partial(_draw_all, body=body, files=files, fingerprints=fingerprints, left=left, show=show)
-            data = await models.worker(body.model).call(work)
-        finally:
-            left.set()
+        work = partial(_draw_all, body=body, files=files, fingerprints=fingerprints, show=show)
+        data = await models.worker(body.model).call(work)
         return {"created": int(time.time()), "data": data}
 
     async def answer(body: ImageGenerationRequest, request: Request, files: Files, kind: str) -> Response:
@@ -113,15 +110,15 @@ async def _read_form(request: Request) -> tuple[ImageEditRequest, Request, Files
     """The fields and the files of a form."""
     async with request.form(max_files=2) as form:
         given = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
-        files = {n: (v.filename or n, await v.read()) for n, v in given if isinstance(v, UploadFile)}
+        sent = [(n, (v.filename or n, await v.read())) for n, v in given if isinstance(v, UploadFile)]
     try:
         fields = {name: value for name, value in given if isinstance(value, str)}
         body = ImageEditRequest.model_validate_strings(fields, strict=False)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
-    if "image" not in files or files.keys() - {"image", "mask"}:
-        raise ApiError(400, f"The files are {sorted(files)}: send one as image, and one as mask if any.", "image")
-    return body, request, files
+    if (names := sorted(name for name, _ in sent)) not in (["image"], ["image", "mask"]):
+        raise ApiError(400, f"The files are {names}: send one as image, and one as mask if any.", "image")
+    return body, request, dict(sent)
 
 
 def _form() -> dict[str, Any]:
@@ -155,18 +152,21 @@ async def _events(work: Callable[[Show], Any], kind: str) -> AsyncGenerator[dict
 def _draw_all(
     model: nn.Module,
     tokenizer: Any,
+    go_on: GoOn,
     body: ImageGenerationRequest,
     files: Files,
     fingerprints: dict[str, str],
-    left: Event,
     show: Show,
 ) -> list[dict[str, Any]]:
-    """All pictures of a request. fingerprints: of the models that have drawn; one is computed where there is none."""
+    """All pictures of a request. fingerprints: of the models that have drawn; one is computed where there is none.
+    go_on: see `Worker.call`."""
     pipeline = image_pipeline(model, lambda: tokenizer)
     with TemporaryDirectory() as folder:
         given = {name: _written(Path(folder) / name, *file) for name, file in files.items()}
         try:
-            wanted = pipeline.resolved(_request(pipeline, body, given))
+            asked = _request(pipeline, body, given)
+            _check_sides(model.config.size, asked.sides())
+            wanted = pipeline.resolved(asked)
         except UserError as error:  # the client knows the files by their roles
             raise UserError(str(error).replace(f"{folder}/", "")) from error
         if body.model not in fingerprints:
@@ -176,7 +176,16 @@ def _draw_all(
         record = ImageRecord(place, fingerprints[body.model], wanted, count, 1, 0, device=device)
         names = {ROLES[name]: file[0] for name, file in files.items()}
         shown = body.partial_images or 0 if body.stream else 0
-        return [_draw(pipeline, replace(record, number=n), names, shown, left, show) for n in range(count)]
+        return [_draw(pipeline, replace(record, number=n), names, shown, go_on, show) for n in range(count)]
+
+
+def _check_sides(trained: Any, sides: tuple[int, int] | None) -> None:
+    """Refuses a picture of more than 16 times the pixels that the model was trained with: memory grows with them, and
+    time with their square. trained: a side, or height and width; None, where the model does not say, counts as 256."""
+    height, width = trained if isinstance(trained, tuple) else (trained or 256,) * 2
+    if sides is not None and math.prod(sides) > 16 * height * width:
+        seen, most = f"{sides[1]}x{sides[0]}", f"{4 * width}x{4 * height}"
+        raise ApiError(400, f"size is {seen}, and this model draws no more than {most} here: ask for less.", "size")
 
 
 def _written(path: Path, name: str, data: bytes) -> InputImage:
@@ -209,9 +218,9 @@ def _request(pipeline: ImagePipeline, body: ImageGenerationRequest, files: Mappi
 
 
 def _draw(
-    pipeline: ImagePipeline, record: ImageRecord, names: Mapping[str, str], count: int, left: Event, show: Show
+    pipeline: ImagePipeline, record: ImageRecord, names: Mapping[str, str], count: int, go_on: GoOn, show: Show
 ) -> dict[str, Any]:
-    """One picture, alone, so that `keifu draw --again` draws its file bit for bit; given up once the client `left`.
+    """One picture, alone, so that `keifu draw --again` draws its file bit for bit. go_on: see `Worker.call`.
 
     names: those of the files that it is drawn on. count: how many states are shown.
     """
@@ -220,8 +229,7 @@ def _draw(
 
     def watch(state: SamplerStep) -> None:
         nonlocal done, shown
-        if left.is_set():
-            raise ApiError(499, "The client has left.")
+        go_on()
         done += 1
         if done * count // steps > shown:
             x = state.x if pipeline.pixels else state.x[:, :3] / state.x[:, :3].abs().amax()

@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from keifu.generation.text.sampling_params import ANSWER_TOKENS
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import Answer, finish_reason, prepare
@@ -65,7 +64,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
             return [render(tokenizer, [*told, *messages], tools.functions if tools else ())]
 
         tools = body.tool_use()
-        answer = await prepare(models, body, "chat", prompts, "resp", ANSWER_TOKENS, body.schema, tools)
+        answer = await prepare(models, body, "chat", prompts, "resp", body.schema, tools)
         turn = Turn(answer, body, messages, None if body.store is False else stored)
         if body.stream:
             return EventStream(turn.events(), models.limits.timeout, named=True)
@@ -118,7 +117,7 @@ class Turn:
         for event in self._go_on(Delta()) if not self.output else ():
             yield event
         cut = self.reason == "length"
-        for event in self._end("incomplete" if cut else "completed"):
+        for event in self._end("incomplete" if cut or self.reply.torn else "completed"):
             yield event
         found = self._finish("incomplete" if cut else "completed")
         yield {"type": f"response.{found['status']}", "response": found}
@@ -169,7 +168,7 @@ class Turn:
         """The finished response, stored where it is to be."""
         found = self._object(status)
         if self.stored is not None:
-            calls = {"tool_calls": self.reply.calls} if self.reply.calls and status == "completed" else {}  # else torn
+            calls = {"tool_calls": self.reply.calls} if self.reply.calls and not self.reply.torn else {}
             answer = {"role": "assistant", "content": self.reply.text, **calls}
             self.stored.add(found, [*self.messages, answer])
         return found

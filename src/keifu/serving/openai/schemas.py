@@ -14,7 +14,7 @@ from keifu.generation.text.sampling_params import SamplingOptions
 from keifu.serving.openai.tools import ToolUse
 
 MAX_CHOICES = 128
-EXACT = ConfigDict(extra="forbid", strict=True)
+OF_STREAMS = ("stream_options", "partial_images")  # fields that nothing but a stream heeds
 Refused = dict[str, tuple[Any, ...]]
 
 
@@ -26,7 +26,7 @@ class Body(BaseModel):
     """A JSON object of known fields. refused: fields of OpenAI's that this server does not have, each with the values
     (beside null) that change nothing and are let pass."""
 
-    model_config = EXACT
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     refused: ClassVar[Refused] = {}
 
     @model_validator(mode="before")
@@ -37,6 +37,8 @@ class Body(BaseModel):
         for name, value in data.items():
             if name in cls.refused and value is not None and value not in cls.refused[name]:
                 raise _about("refused_field", name, f"{name} is not supported by this server: leave it out.")
+            if name in OF_STREAMS and value not in (None, 0, "0") and data.get("stream") in (None, False, "false"):
+                raise _about("refused_field", name, f"{name} is for streams: give stream as true too, or leave it out.")
             known = [field.alias or own for own, field in cls.model_fields.items()]
             if name not in cls.refused and name not in known:
                 raise _about("unknown_field", name, str(unknown("field", name, known)))
@@ -109,6 +111,7 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: str
+    refused: ClassVar[Refused] = {"image_url": (), "input_audio": (), "file": ()}
 
 
 def _json_object(text: str) -> str:
@@ -262,7 +265,7 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
@@ -305,7 +308,7 @@ class ItemPart(Body):
 
     type: Literal["input_text", "output_text"]
     text: str
-    refused: ClassVar[Refused] = {"annotations": ([],), "logprobs": ([],)}
+    refused: ClassVar[Refused] = {"annotations": ([],), "logprobs": ([],), "image_url": (), "file_id": (), "detail": ()}
 
 
 class Item(Body):
@@ -377,7 +380,7 @@ class ResponseRequest(Sampling):
 
     input: str | Annotated[list[Item | CallItem | ResultItem], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     metadata: dict[str, str] | None = None
     previous_response_id: str | None = None
     store: bool | None = None

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from llguidance import LLMatcher
@@ -202,16 +202,19 @@ class Reply:
     _depth: int = 0
     _quoted: bool = False
 
+    @property
+    def torn(self) -> bool:
+        """Whether the arguments of the last call have not come to their end, as where a stop string ends the text."""
+        return self._state == "arguments"
+
     def push(self, text: str, last: bool = False) -> list[Delta]:
         """What more text makes sure."""
         if self.form is None:
             self.text += text
             return [Delta(text)] if text else []
         self._held += text
-        found: list[Delta] = []
-        while (delta := self._next(self.form, last)) is not None:
-            found.append(delta)
-        found = [each for each in found if any((each.content, each.name, each.arguments))]
+        steps = iter(partial(self._next, self.form, last), None)
+        found = [each for each in steps if any((each.content, each.name, each.arguments))]
         self.text += "".join(each.content for each in found)
         return found
 
