@@ -78,15 +78,16 @@ class Model:
     dtype: str = "bf16"
 
 
-def translator(source: str, target: str, minutes: int, neurons: int, longer: str = "") -> Model:
+def translator(source: str, target: str, minutes: int, neurons: int, longer: str, pruned_first: bool = False) -> Model:
     """longer: the options of a second training, which goes on from the first. neurons: those that are left in each
-    feed-forward network of its encoder, which does not miss the others."""
+    feed-forward network of its encoder, which does not miss the others; they go before the second training or after."""
     pair = {"Japanese": "ja", "English": "en"}
     data = f"tatoeba-{pair[source]}-{pair[target]}"
     train = f"keifu train transformer --data {data}"
-    steps = [f"{train} --minutes {minutes} {SHAPE} --keep 8"]
-    steps += [f"{train} --start-from {{last}} {longer} --keep 8"] if longer else []
-    steps += [f"prune {{last}} {data} {neurons} 1152"]
+    first = f"{train} --minutes {minutes} {SHAPE} --keep 8"
+    again = f"{train} --start-from {{last}} {longer} --keep 8"
+    prune = f"prune {{last}} {data} {neurons} 1152"
+    steps = (first, prune, again) if pruned_first else (first, again, prune)
     return Model(
         about=f"a Transformer that translates {source} into {target}",
         task="translation",
@@ -104,7 +105,7 @@ def translator(source: str, target: str, minutes: int, neurons: int, longer: str
 
 
 MODELS = {
-    "ja-en": translator("Japanese", "English", 75, 512),
+    "ja-en": translator("Japanese", "English", 75, 512, "--steps 4000 --seed 1", pruned_first=True),
     "en-ja": translator("English", "Japanese", 58, 544, "--steps 4000 --seed 1"),
     "digits": Model(
         about="a diffusion model that draws handwritten digits",

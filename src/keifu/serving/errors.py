@@ -80,7 +80,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         name = first["ctx"]["name"]
         return ApiError(400, str(first["msg"]), f"{place}.{name}" if place else name, kind)
     if isinstance(first.get("input"), bytes):  # it was not read as JSON
-        return ApiError(400, "The body is not told to be JSON: send the header Content-Type: application/json.")
+        return ApiError(400, "The body is not declared as JSON: send the header Content-Type: application/json.")
     seen = json.dumps(first.get("input"), default=str)
     shown = seen if len(seen) <= 60 else f"{seen[:60]}…"
     return ApiError(400, f"{place or 'The body'} is {shown}: {message[:1].lower()}{message[1:]}.", place or None)

@@ -115,7 +115,7 @@ def _requests(
 def finish_reason(piece: Piece, reply: Reply) -> str | None:
     """Why the answer ended with this piece, as the API has it; None while it goes on."""
     reason = REASONS[piece.finish_reason] if piece.finish_reason else None
-    return "tool_calls" if reason == "stop" and reply.calls and not reply.torn else reason
+    return "tool_calls" if reason == "stop" and reply.calls and not reply.unfinished else reason
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:

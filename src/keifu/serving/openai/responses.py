@@ -117,7 +117,7 @@ class Turn:
         for event in self._go_on(Delta()) if not self.output else ():
             yield event
         cut = self.reason == "length"
-        for event in self._end("incomplete" if cut or self.reply.torn else "completed"):
+        for event in self._end("incomplete" if cut or self.reply.unfinished else "completed"):
             yield event
         found = self._finish("incomplete" if cut else "completed")
         yield {"type": f"response.{found['status']}", "response": found}
@@ -168,7 +168,7 @@ class Turn:
         """The finished response, stored where it is to be."""
         found = self._object(status)
         if self.stored is not None:
-            calls = {"tool_calls": self.reply.calls} if self.reply.calls and not self.reply.torn else {}
+            calls = {"tool_calls": self.reply.calls} if self.reply.calls and not self.reply.unfinished else {}
             answer = {"role": "assistant", "content": self.reply.text, **calls}
             self.stored.add(found, [*self.messages, answer])
         return found

@@ -203,7 +203,7 @@ class Reply:
     _quoted: bool = False
 
     @property
-    def torn(self) -> bool:
+    def unfinished(self) -> bool:
         """Whether the arguments of the last call have not come to their end, as where a stop string ends the text."""
         return self._state == "arguments"
 
