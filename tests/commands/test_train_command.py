@@ -96,6 +96,14 @@ def test_a_folder_that_holds_a_run_is_refused_before_any_work(out: Path, monkeyp
         go("characters", "--data", "no-such-text", "--out", str(out))
 
 
+def test_a_folder_that_holds_a_model_of_no_run_is_refused(out: Path) -> None:
+    (out / "recipe.json").unlink()
+    (out / "state").rename(out.parent / "state")
+    with pytest.raises(UserError, match="run holds a model of no run: name another --out, or write over it"):
+        go(*WORDS, "--steps", "6", "--out", str(out))
+    go(*WORDS, "--steps", "6", "--out", str(out), "--replace")
+
+
 def test_a_part_of_a_run_counts_too(out: Path) -> None:
     with pytest.raises(UserError, match="already holds a run, saved at step 6"):
         go(*WORDS, "--out", str(out.parent))
