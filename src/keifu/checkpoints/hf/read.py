@@ -90,8 +90,7 @@ def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
         if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{path} lacks {len(missing)} of its {len(files)} shards: {', '.join(missing[:10])}.")
         return files
-    pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
-    if pickled:
+    if pickled := sorted(file.name for file in path.iterdir() if file.suffix in PICKLED):
         raise pickled_only(path, pickled)
     raise UserError(f"{path} holds no {weights}{_nearest(weights, path)}.")
 

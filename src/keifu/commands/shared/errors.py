@@ -3,8 +3,10 @@
 import re
 import tempfile
 import traceback
+from pathlib import Path
 
 from keifu.errors import UserError, printable
+from keifu.files import cache
 
 
 def explain(error: Exception) -> str | None:
@@ -44,6 +46,8 @@ def _system(error: OSError) -> str:
         return f"There is no file {str(error.filename)!r}." if error.filename else gone
     reason = error.strerror or str(error) or type(error).__name__
     place = f": {error.filename}" if error.filename else ""
+    if (file := Path(str(error.filename))) in cache().parents or cache() in file.parents:
+        place += "; KEIFU_CACHE names another folder for what keifu keeps"
     return f"{reason}{place}."
 
 

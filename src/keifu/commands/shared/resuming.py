@@ -71,8 +71,7 @@ def stored(name: str, module: ModuleType, out: Path) -> Stored | None:
 
 def name_of(out: Path) -> str:
     """The name of the recipe whose run stands in a folder."""
-    content = run_directory.read_recipe(out)
-    if not content:
+    if not (content := run_directory.read_recipe(out)):
         raise UserError(f"There is no run in {out} to go on with: it has no {run_directory.RECIPE}.")
     if run_directory.RECORD in content:
         return content[run_directory.RECORD]["name"]
@@ -205,10 +204,9 @@ def _lengthened(
         return wanted, found.steps if not lengths else None
     kind, values = type(wanted), to_json(wanted)
     then = by_option(kind, to_json(found.then))
-    begun = facts["described"]["settings"]["steps"]
     for name, path in paths(kind, values).items():
         if name == "steps" and "steps" in lengths:
-            put(values, path, then[name] or begun)  # a number of steps takes the place of minutes
+            put(values, path, then[name] or facts["described"]["settings"]["steps"])  # in place of minutes
         elif name in LENGTHS and not (name in ("steps", "minutes") and {"steps", "minutes"} & lengths.keys()):
             put(values, path, then[name])
     steps = _steps(lengths, facts)
