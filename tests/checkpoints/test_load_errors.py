@@ -105,6 +105,8 @@ def test_nothing_to_load(folder, tmp_path) -> None:
     refuses(folder, "holds no model.safetensors, but it does hold models.safetensors")
     (folder / "config.json").unlink()
     refuses(folder, "holds no config.json")
+    (folder / "recipe.json").write_text("{}")
+    refuses(folder, "holds no config.json, which a run writes when it ends or is stopped")
     (tmp_path / "notes.txt").write_text("hello")
     refuses(tmp_path / "notes.txt", "is no model")
 

@@ -90,10 +90,24 @@ def test_there_must_be_a_run(tmp_path: Path) -> None:
         go("mlp", "--out", str(tmp_path), "--resume", "--replace")
 
 
+@pytest.mark.parametrize("words", [["--resume"], ["--out"], ["--steps", "5"]])
+def test_an_option_alone_is_no_recipe(words: list[str]) -> None:
+    with pytest.raises(UserError, match=f"A recipe comes first, or --resume FOLDER, and {words[0]} is neither"):
+        go(*words)
+
+
 def test_a_folder_that_holds_a_run_is_refused_before_any_work(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(characters, "run", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(UserError, match=r"already holds a run, saved at step 6: .*--resume .*--replace"):
         go("characters", "--data", "no-such-text", "--out", str(out))
+
+
+def test_a_folder_that_holds_a_model_of_no_run_is_refused(out: Path) -> None:
+    (out / "recipe.json").unlink()
+    (out / "state").rename(out.parent / "state")
+    with pytest.raises(UserError, match="run holds a model of no run: name another --out, or write over it"):
+        go(*WORDS, "--steps", "6", "--out", str(out))
+    go(*WORDS, "--steps", "6", "--out", str(out), "--replace")
 
 
 def test_a_part_of_a_run_counts_too(out: Path) -> None:

@@ -34,13 +34,15 @@ def locate(name: str | Path) -> Path:
         raise UserError(f"{text!r} is {CATALOGUE[text].kind} in the catalogue, not a model.")
     if HUB_ID.fullmatch(text) and not path.parent.is_dir() and path.suffix != ".gguf":
         return download(text)
-    beside = [str(path.parent / one.name) for one in path.parent.glob("*") if _may_be_model(one)]
+    beside = [str(path.parent / one.name) for one in path.parent.glob("*") if may_be_model(one)]
     known = beside if path.parent != Path() else [*MODELS, *beside]
     raise unknown("model", text, known) if known else UserError(f"There is no file or folder {text!r}.")
 
 
-def _may_be_model(path: Path) -> bool:
-    return path.suffix == ".gguf" or any((path / name).exists() for name in ("config.json", "open_clip_config.json"))
+def may_be_model(path: Path) -> bool:
+    """Whether a file or folder looks like a model, by names alone."""
+    names = ("config.json", "open_clip_config.json", "model_index.json")
+    return path.suffix == ".gguf" or any((path / name).exists() for name in names)
 
 
 @cache

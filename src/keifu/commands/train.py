@@ -40,19 +40,17 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
         return _list
     if strange := next((ascii(word) for word in arguments if re.search("[\ud800-\udfff]", word)), None):
         raise UserError(f"{strange} is not UTF-8, in which a run's options are kept: give the file another name.")
-    words = _folder_of_resume(arguments)
-    if words[0] == "--out":
+    name, *words = _folder_of_resume(arguments)
+    if name == "--out" and words:
         from keifu.commands.shared import resuming  # it imports torch, which a help text does without
         from keifu.training.run import directory as folder
 
-        out = Path(words[1])
+        out = Path(words[0])
         if not folder.read_recipe(out):
             return lambda: print(resuming.name_of(out))  # an error, when it is time to run
-        return _parse_named(resuming.name_of(out), words)
-    return _parse_named(words[0], words[1:])
-
-
-def _parse_named(name: str, words: Sequence[str]) -> Callable[[], None]:
+        name, words = resuming.name_of(out), ["--out", *words]
+    if name.startswith("-"):
+        raise UserError(f"A recipe comes first, or --resume FOLDER, and {name} is neither: keifu train lists recipes.")
     path_of(name)
     return parse_recipe(name, words, f"keifu train {name}")
 

@@ -1,6 +1,7 @@
 """A run directory belongs to one process: locks, what a dead process left, signals, damaged states, full disks."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -211,6 +212,18 @@ def test_a_disk_that_takes_nothing_stops_no_training(tmp_path: Path, number: int
     assert "The state of step 3 was not saved" in said and "Training goes on" in said
     assert not [name for name in names(tmp_path) if name.endswith(".part")]
     assert checkpoint.latest(tmp_path)[0].step == 12
+
+
+class ClosedPipe(io.StringIO):
+    """A standard stream whose reader has gone, as in `keifu train gpt 2>&1 | head`."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def test_a_closed_pipe_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", ClosedPipe())
+    assert checkpoint.latest(finished(tmp_path))[0].step == 12
 
 
 def test_a_folder_that_is_taken_away_is_written_anew(tmp_path: Path, capsys) -> None:

@@ -31,7 +31,8 @@ def open_directory(path: Path) -> Source:
     """The model in a directory, its weights memory-mapped and not yet read."""
     where = next((path / name for name in CONFIGS if (path / name).exists()), None)
     if where is None:
-        raise UserError(f"{path} is no model: it holds no config.json{_nearest('config.json', path)}.")
+        run = ", which a run writes when it ends or is stopped" if (path / "recipe.json").exists() else ""
+        raise UserError(f"{path} is no model: it holds no config.json{run or _nearest('config.json', path)}.")
     family, config = read_config(_with_preprocessor(where), str(where))
     return source_of(path, "Hugging Face", family, config, weight_files(path, family.files[1]))
 
@@ -86,12 +87,10 @@ def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
                 shown = str(name)[:99]
                 raise UserError(f"{listing} names the shard {shown!r}, and shards are files of the same folder.")
         files = sorted({path / name for name in index.values()})
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
+        if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{path} lacks {len(missing)} of its {len(files)} shards: {', '.join(missing[:10])}.")
         return files
-    pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
-    if pickled:
+    if pickled := sorted(file.name for file in path.iterdir() if file.suffix in PICKLED):
         raise pickled_only(path, pickled)
     raise UserError(f"{path} holds no {weights}{_nearest(weights, path)}.")
 

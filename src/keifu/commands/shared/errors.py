@@ -3,8 +3,10 @@
 import re
 import tempfile
 import traceback
+from pathlib import Path
 
 from keifu.errors import UserError, printable
+from keifu.files import cache
 
 
 def explain(error: Exception) -> str | None:
@@ -39,12 +41,13 @@ def fault(error: Exception) -> str:
 
 def _system(error: OSError) -> str:
     """The operating system's complaint with the file it is about."""
-    if isinstance(error, FileNotFoundError) and not error.filename:
-        return "The current folder is not there any more: it was removed or renamed."
+    if isinstance(error, FileNotFoundError):
+        gone = "The current folder is not there any more: it was removed or renamed."
+        return f"There is no file {str(error.filename)!r}." if error.filename else gone
     reason = error.strerror or str(error) or type(error).__name__
     place = f": {error.filename}" if error.filename else ""
-    if isinstance(error, FileNotFoundError) and error.filename:
-        return f"There is no file {str(error.filename)!r}."
+    if (file := Path(str(error.filename))) in cache().parents or cache() in file.parents:
+        place += "; KEIFU_CACHE names another folder for what keifu keeps"
     return f"{reason}{place}."
 
 
@@ -59,6 +62,4 @@ def _memory(error: Exception) -> str | None:
 
 
 def _readable(amount: str) -> str:
-    if not amount.endswith("bytes"):
-        return amount
-    return f"{int(amount.split()[0]) / 2**20:,.0f} MiB"
+    return f"{int(amount.split()[0]) / 2**20:,.0f} MiB" if amount.endswith("bytes") else amount

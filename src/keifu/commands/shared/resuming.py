@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from keifu.checkpoints.hf.native_config import check_kinds
+from keifu.checkpoints.hub import may_be_model
 from keifu.errors import UserError
 from keifu.recipes.options import by_option, current, from_json, paths, put, to_json
 from keifu.training.run import checkpoint
@@ -70,8 +71,7 @@ def stored(name: str, module: ModuleType, out: Path) -> Stored | None:
 
 def name_of(out: Path) -> str:
     """The name of the recipe whose run stands in a folder."""
-    content = run_directory.read_recipe(out)
-    if not content:
+    if not (content := run_directory.read_recipe(out)):
         raise UserError(f"There is no run in {out} to go on with: it has no {run_directory.RECIPE}.")
     if run_directory.RECORD in content:
         return content[run_directory.RECORD]["name"]
@@ -110,6 +110,8 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
     with run_directory.owned(out):
         if not replace:
             run_directory.check_free(out)
+            if may_be_model(out) and not run_directory.read_recipe(out):
+                raise UserError(f"{out} holds a model of no run: name another --out, or write over it by --replace.")
         with run_directory.replaced(out) if replace else nullcontext():
             _begin(name, module, recipe, out)
 
@@ -147,16 +149,15 @@ def _go_on(found: Stored, module: ModuleType, wanted: Any, out: Path) -> None:
         )
     recipe, steps = _lengthened(found, wanted, lengths, out)
     step, before = run_directory.last_step(out), run_directory.read_recipe(out)
-    begun = step is not None
     place = found.place if found.place and Path(found.place).is_dir() else str(Path.cwd())
     own = {"place": place} | ({} if steps is None else {"steps": steps})
     run_directory.record(out, found.name, to_json(recipe), **own)
-    if not begun:
+    if step is None:
         print(f"No state of the run in {out} was saved: it starts from its first step.", flush=True)
     out = out if Path(place) == Path.cwd() else out.absolute()
     with chdir(place):  # names of files in the options are seen from where the run was begun
         try:
-            module.run(recipe, out, begun)
+            module.run(recipe, out, step is not None)
         except KeyboardInterrupt as stop:
             _stop(out, stop)
         except Exception:
@@ -199,15 +200,13 @@ def _lengthened(
 ) -> tuple[Any, int | None]:
     """The recipe with the length that it was begun with, and the steps that the whole run shall have now, where those
     are others. Before the last part of a run has begun, its length is simply another."""
-    facts = checkpoint.latest_facts(out)
-    if not facts:
+    if not (facts := checkpoint.latest_facts(out)):
         return wanted, found.steps if not lengths else None
     kind, values = type(wanted), to_json(wanted)
     then = by_option(kind, to_json(found.then))
-    begun = facts["described"]["settings"]["steps"]
     for name, path in paths(kind, values).items():
         if name == "steps" and "steps" in lengths:
-            put(values, path, then[name] or begun)  # a number of steps takes the place of minutes
+            put(values, path, then[name] or facts["described"]["settings"]["steps"])  # in place of minutes
         elif name in LENGTHS and not (name in ("steps", "minutes") and {"steps", "minutes"} & lengths.keys()):
             put(values, path, then[name])
     steps = _steps(lengths, facts)

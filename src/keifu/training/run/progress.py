@@ -18,8 +18,8 @@ class Display:
 
     def __init__(self, total: int, unit: str):
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self.total, self.done, self.unit = total, 0, unit
-        self.last_line = 0.0
+        self.console.on_broken_pipe = lambda: None  # rich's own ends the process
+        self.total, self.done, self.unit, self.last_line = total, 0, unit, 0.0
         figures = TextColumn("{task.description}")
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), figures)
         self.live = Progress(*columns, console=self.console, refresh_per_second=4, disable=not self.console.is_terminal)
@@ -53,7 +53,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""
-        with suppress(OSError):  # a terminal that was closed is no reason to lose a run
+        with suppress(OSError):  # a terminal or a pipe that was closed is no reason to lose a run
             self.console.print(text, markup=False)
 
 
