@@ -4,9 +4,10 @@ jaxtyping's hook checks every call, which takes longer than most of the calls. A
 the types, shapes and dtypes of a call before it would get the same answer, so it is not checked again.
 """
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, ForwardRef, get_args
 
 import jaxtyping
@@ -17,17 +18,40 @@ ITEMS = 8  # of a longer list, the first and the last stand for all, as one item
 _check_every_call = jaxtyping.jaxtyped
 
 
+def _of_tensor(value: Tensor) -> Hashable:
+    return type(value), value.shape, value.dtype
+
+
+def _of_tuple(value: tuple) -> Hashable:
+    return type(value), *map(_signature, value)
+
+
+def _of_list(value: list) -> Hashable:
+    return type(value), *map(_signature, value if len(value) <= ITEMS else (value[0], value[-1]))
+
+
+def _of_dict(value: dict) -> Hashable:
+    return type(value), *((_signature(key), _signature(item)) for key, item in list(value.items())[:ITEMS])
+
+
+def _of_text(value: str) -> Hashable:
+    return type(value), value  # a Literal sees the letters
+
+
+READERS: dict[type, Callable[[Any], Hashable]] = {
+    Tensor: _of_tensor, tuple: _of_tuple, list: _of_list, dict: _of_dict, str: _of_text,
+}  # fmt: skip
+
+
+@functools.cache
+def _reader(kind: type) -> Callable[[Any], Hashable]:
+    """What reads a type's values; of most, no annotation sees more than the type."""
+    return next((read for base, read in READERS.items() if issubclass(kind, base)), type)
+
+
 def _signature(value: Any) -> Hashable:
     """What an annotation can see of a value: its type, a tensor's shape and dtype, the same of what it contains."""
-    kind = type(value)
-    if isinstance(value, Tensor):
-        return kind, value.shape, value.dtype
-    if isinstance(value, list | tuple):
-        items = value if len(value) <= ITEMS or isinstance(value, tuple) else (value[0], value[-1])
-        return kind, *map(_signature, items)
-    if isinstance(value, dict):
-        return kind, *((_signature(key), _signature(item)) for key, item in list(value.items())[:ITEMS])
-    return (kind, value) if isinstance(value, str) else kind  # a Literal sees the letters
+    return _reader(type(value))(value)
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
@@ -41,16 +65,19 @@ def check_once(function: Any = None, *, typechecker: Any) -> Any:
     """Stands for `jaxtyping.jaxtyped` in the import hook."""
     if function is None:
         return functools.partial(check_once, typechecker=typechecker)
+    if dataclasses.is_dataclass(function) and inspect.isfunction(function.__init__):
+        if not hasattr(function.__init__, "__wrapped__"):  # it is no base's, whose check is there
+            function.__init__ = check_once(function.__init__, typechecker=typechecker)
+        return function
     if not inspect.isfunction(function):
         return _check_every_call(function, typechecker=typechecker)
     parts = [part for annotation in function.__annotations__.values() for part in _parts(annotation)]
-    if any(isinstance(part, str | ForwardRef) for part in parts):  # a name that may not be there when tests run
-        return _check_every_call(function, typechecker=typechecker)
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):  # as whoever calls it asks
-        return beartype(function)
-    if not any(getattr(part, "__module__", "") == "jaxtyping" for part in parts):
+    named = any(isinstance(part, str | ForwardRef) for part in parts)  # by a name that is looked up at the first call
+    if not named and (inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)):
+        return beartype(function)  # as whoever calls it asks
+    if not named and not any(getattr(part, "__module__", "") == "jaxtyping" for part in parts):
         return _check_types(function)
-    seen: set[Hashable] = set()
+    seen: dict[Hashable, set[Hashable]] = {}  # the results of each kind of arguments
     results: list[Any] = []
 
     @functools.cache  # checks are made when they are needed first: most functions are never called
@@ -63,16 +90,19 @@ def check_once(function: Any = None, *, typechecker: Any) -> Any:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        arguments = _signature(args), _signature(kwargs)
-        if arguments not in seen:
+        arguments: Hashable = _of_tuple(args)
+        if kwargs:
+            arguments = arguments, _of_dict(kwargs)
+        known = seen.get(arguments)
+        if known is None:
             result = check_of(function)(*args, **kwargs)
-            seen.update((arguments, (arguments, _signature(result))))
+            seen.setdefault(arguments, set()).add(_signature(result))
             return result
         result = function(*args, **kwargs)
-        if (both := (arguments, _signature(result))) not in seen:
+        if (found := _signature(result)) not in known:
             results.append(result)
             check_of(take_result)(*args, **kwargs)
-            seen.add(both)
+            known.add(found)
         return result
 
     return call

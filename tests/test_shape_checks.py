@@ -1,5 +1,7 @@
 """The checks of shapes that every test runs under: a wrong call is caught, the first time and after right ones."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from beartype import beartype
@@ -44,3 +46,37 @@ def test_a_function_without_shapes_is_checked_at_every_call() -> None:
     assert checked(2) == 4
     with pytest.raises(BeartypeCallHintParamViolation):
         checked("2")
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(2), "two", None])
+def test_what_is_named_before_it_is_there_is_checked_too(wrong: object) -> None:
+    """The first time and after right calls, once for each kind of arguments."""
+    checked, pair = check_once(joined, typechecker=beartype), Pair(torch.ones(1, 4))
+    for _ in range(2):
+        with pytest.raises(TypeCheckError, match="parameters"):
+            checked(wrong, torch.ones(2, 4))
+        assert checked(pair, torch.ones(2, 4)).shape == (3, 4)
+    with pytest.raises(TypeCheckError, match="parameters"):
+        checked(pair, torch.ones(4))
+
+
+def joined(pair: "Pair", more: Matrix) -> Float[Tensor, "all dim"]:
+    return torch.cat([pair.left, more])
+
+
+@dataclass(frozen=True)
+class Pair:
+    left: Matrix
+    right: "Pair | None" = None
+    names: list[str] = field(default_factory=list)
+
+
+def test_a_dataclass_is_checked_as_it_is_made() -> None:
+    checked = check_once(dataclass(frozen=True)(type("Pair", (Pair,), {})), typechecker=beartype)
+    assert check_once(checked, typechecker=beartype) is checked
+    two = torch.ones(2, 4)
+    for _ in range(2):
+        assert checked(two, Pair(two), names=["a"]).names == ["a"] and checked(two).names == []
+        for wrong in ((two[0],), (two, 3), (two, None, [3])):
+            with pytest.raises(TypeCheckError, match="parameters"):
+                checked(*wrong)
