@@ -131,7 +131,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[int, int], Batch]
 
 @dataclass(frozen=True)
 class ToyData:
-    """Batches of a kind, and one more for validation."""
+    """Batches of a kind, and for validation one more, and one of a single row."""
 
     kind: str
     rows: int
@@ -141,7 +141,7 @@ class ToyData:
         return KINDS[self.kind][2](step, self.rows)
 
     def validation(self) -> Iterable[Batch]:
-        return [self.batch(10**6)]
+        return [self.batch(10**6), KINDS[self.kind][2](10**6 + 1, 1)]
 
 
 def learn(
