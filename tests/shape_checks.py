@@ -4,7 +4,6 @@ jaxtyping's hook checks every call, which takes longer than most of the calls. A
 the types, shapes and dtypes of a call before it would get the same answer, so it is not checked again.
 """
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Iterator
@@ -65,10 +64,6 @@ def check_once(function: Any = None, *, typechecker: Any) -> Any:
     """Stands for `jaxtyping.jaxtyped` in the import hook."""
     if function is None:
         return functools.partial(check_once, typechecker=typechecker)
-    if dataclasses.is_dataclass(function) and inspect.isfunction(function.__init__):
-        if not hasattr(function.__init__, "__wrapped__"):  # it is no base's, whose check is there
-            function.__init__ = check_once(function.__init__, typechecker=typechecker)
-        return function
     if not inspect.isfunction(function):
         return _check_every_call(function, typechecker=typechecker)
     parts = [part for annotation in function.__annotations__.values() for part in _parts(annotation)]

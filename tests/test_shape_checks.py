@@ -1,6 +1,6 @@
 """The checks of shapes that every test runs under: a wrong call is caught, the first time and after right ones."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -67,16 +67,3 @@ def joined(pair: "Pair", more: Matrix) -> Float[Tensor, "all dim"]:
 @dataclass(frozen=True)
 class Pair:
     left: Matrix
-    right: "Pair | None" = None
-    names: list[str] = field(default_factory=list)
-
-
-def test_a_dataclass_is_checked_as_it_is_made() -> None:
-    checked = check_once(dataclass(frozen=True)(type("Pair", (Pair,), {})), typechecker=beartype)
-    assert check_once(checked, typechecker=beartype) is checked
-    two = torch.ones(2, 4)
-    for _ in range(2):
-        assert checked(two, Pair(two), names=["a"]).names == ["a"] and checked(two).names == []
-        for wrong in ((two[0],), (two, 3), (two, None, [3])):
-            with pytest.raises(TypeCheckError, match="parameters"):
-                checked(*wrong)
