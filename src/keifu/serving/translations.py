@@ -43,11 +43,11 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     async def translated(body: TranslationRequest) -> dict[str, Any]:
         models.find(body.model, "translation")
         settings = TranslationParams(body.beam, body.alpha, body.max_tokens)
-        worker = models.worker(body.model)
-        found = await worker.call(lambda *given: translate_texts(*given[:2], body.texts, settings, progress=given[2]))
-        texts = [join_sentences(part.text for part in parts) for parts in found]
-        rows = enumerate(zip(texts, ([asdict(part) for part in parts] for parts in found), strict=True))
-        data = [{"object": "translation", "index": n, "text": text, "sentences": each} for n, (text, each) in rows]
+        found = await models.worker(body.model).call(
+            lambda model, tokenizer, go_on: translate_texts(model, tokenizer, body.texts, settings, progress=go_on)
+        )
+        rows = enumerate((join_sentences(part.text for part in parts), parts) for parts in found)
+        data = [{"object": "translation", "index": n, "text": t, "sentences": [*map(asdict, e)]} for n, (t, e) in rows]
         every = [part for parts in found for part in parts]
         read, written = sum(part.source_tokens for part in every), sum(part.tokens for part in every)
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
