@@ -8,7 +8,8 @@ Each run is NAME=FOLDER. All draw the same captions, half of the count of those 
 with the same seeds; one CLIP looks at all. The table: kernel distances to the pictures in training (in brackets those
 of held-out pictures, which is as near as can be) by the features of keifu evaluate and by CLIP's, CLIP scores with
 the pictures' own captions and with shuffled ones, seconds a picture, drawn in batches after one that warms up, and
-parameters. --picture lays 24 prompts in both languages side by side, each by every run; --plot draws, for runs that
+parameters. --picture lays 24 prompts in both languages side by side, each by every run, and counts how many pictures
+find their prompt among all by the CLIP, of three times that all are drawn; --plot draws, for runs that
 can be guided, fidelity against variety by CLIP's features for each of --guidances; --over-time does CLIP's kernel
 distance and score for the states that the runs kept (`--keep 20` in training; --states of them, the last among them),
 by the minutes of training, the autoencoder's among them and CLIP's not; --variations shows six held-out pictures,
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from _rounds import machine
 from drawing import states
@@ -51,6 +53,8 @@ PROMPTS = (
     "赤いハート", "ネコの顔", "顔のある満月", "緑の本", "ヒマワリ", "パトカー", "いちご", "お化け",
     "青いリンゴ", "赤いネコの顔", "顔のある紫のハート", "帽子をかぶったペンギン",
 )  # fmt: skip
+NAMES, EMOJI = 12, 8  # prompts of a language, and how many are names of emoji
+TIMES = 3  # that all prompts are drawn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GUIDANCES = 1.0, 1.5, 2.0, 3.0, 5.0, 8.0
 BATCH, ACROSS = 16, 4  # pictures drawn together, and prompts of a row side by side
@@ -148,13 +152,24 @@ def row(each: Contestant, on: Ground, towers: Any, eyes: Eyes, options: argparse
     return f"| {each.name} | {each.size} | {distances} | {figures} |"
 
 
-def side_by_side(contestants: Sequence[Contestant], options: argparse.Namespace) -> bytes:
+def recognised(drawn: Tensor, towers: Any) -> str:
+    """How many pictures of the prompts find theirs among all, in either language, each time that all were drawn."""
+    own = np.arange(len(PROMPTS)) % NAMES
+    nearest = cosines(*towers, drawn, PROMPTS * TIMES).argmax(1).reshape(TIMES, -1) % NAMES
+    right, emoji = nearest == own, own < EMOJI
+    counts = [", ".join(map(str, each.sum(1).tolist())) for each in (right, right[:, emoji])]
+    return f"{counts[0]} of {len(own)} prompts, {counts[1]} of the {emoji.sum()} that are emoji"
+
+
+def side_by_side(contestants: Sequence[Contestant], towers: Any, options: argparse.Namespace) -> bytes:
     """All prompts, each by every run, enlarged to the largest size."""
     size = max(each.size for each in contestants)
     pictures = []
     for each in contestants:
-        drawn = each.draw(PROMPTS, options, options.guidance).float()
-        pictures.append(torch.nn.functional.interpolate(drawn, size=(size, size), mode="nearest").to(torch.uint8))
+        drawn = each.draw(PROMPTS * TIMES, options, options.guidance)
+        print(f"{each.name}: the CLIP recognises {recognised(drawn, towers)}", flush=True)
+        first = drawn[: len(PROMPTS)].float()
+        pictures.append(torch.nn.functional.interpolate(first, size=(size, size), mode="nearest").to(torch.uint8))
     captions = [f"{each.name}: {prompt}" for prompt in PROMPTS for each in contestants]
     return grid(torch.stack(pictures, 1).flatten(0, 1), captions, ACROSS * len(contestants))
 
@@ -277,7 +292,7 @@ def main() -> None:
         score, others = (float(part.mean()) for part in clip_scores(cosines(*towers, on.real, on.captions)))
         print(f"| real pictures | {size} | 0 | 0 | {score:.2f} | {others:.2f} | - | - |")
     if options.picture:
-        options.picture.write_bytes(side_by_side(contestants, options))
+        options.picture.write_bytes(side_by_side(contestants, towers, options))
     if options.variations:
         options.variations.write_bytes(variations(contestants, options))
     if options.plot:

@@ -78,16 +78,17 @@ class Model:
     dtype: str = "bf16"
 
 
-def translator(source: str, target: str, minutes: int, neurons: int, longer: str, pruned_first: bool = False) -> Model:
-    """longer: the options of a second training, which goes on from the first. neurons: those that are left in each
-    feed-forward network of its encoder, which does not miss the others; they go before the second training or after."""
+def translator(source: str, target: str, minutes: int, neurons: int, *longer: str, pruned_first: bool = False) -> Model:
+    """longer: the options of further trainings, each of which goes on from the one before. neurons: those that are left
+    in each feed-forward network of its encoder, which does not miss the others; they go after all trainings, or after
+    the first."""
     pair = {"Japanese": "ja", "English": "en"}
     data = f"tatoeba-{pair[source]}-{pair[target]}"
     train = f"keifu train transformer --data {data}"
     first = f"{train} --minutes {minutes} {SHAPE} --keep 8"
-    again = f"{train} --start-from {{last}} {longer} --keep 8"
+    again = [f"{train} --start-from {{last}} {options} --keep 8" for options in longer]
     prune = f"prune {{last}} {data} {neurons} 1152"
-    steps = (first, prune, again) if pruned_first else (first, again, prune)
+    steps = [first, prune, *again] if pruned_first else [first, *again, prune]
     return Model(
         about=f"a Transformer that translates {source} into {target}",
         task="translation",
@@ -105,7 +106,16 @@ def translator(source: str, target: str, minutes: int, neurons: int, longer: str
 
 
 MODELS = {
-    "ja-en": translator("Japanese", "English", 75, 512, "--steps 4000 --seed 1", pruned_first=True),
+    "ja-en": translator(
+        "Japanese",
+        "English",
+        75,
+        512,
+        "--steps 4000 --seed 1",
+        "--learning-rate 0.001 --matrix-rate 0.01 --steps 3200 --seed 2",
+        "--learning-rate 0.0005 --matrix-rate 0.005 --steps 1600 --seed 3",
+        pruned_first=True,
+    ),
     "en-ja": translator("English", "Japanese", 58, 544, "--steps 4000 --seed 1"),
     "digits": Model(
         about="a diffusion model that draws handwritten digits",
