@@ -113,7 +113,6 @@ MODELS = {
         512,
         "--steps 4000 --seed 1",
         "--learning-rate 0.001 --matrix-rate 0.01 --steps 3200 --seed 2",
-        "--learning-rate 0.0005 --matrix-rate 0.005 --steps 1600 --seed 3",
         pruned_first=True,
     ),
     "en-ja": translator("English", "Japanese", 58, 544, "--steps 4000 --seed 1"),
