@@ -21,7 +21,6 @@ from keifu.commands.shared.help_text import help_text
 from keifu.commands.shared.recipe_files import recipe_module, recipe_names, recipe_options
 from keifu.commands.train import with_folder
 from keifu.errors import UserError
-from keifu.files import cache
 
 HELPED = [*cli.VERBS]
 LIGHT = """
@@ -261,11 +260,6 @@ def failing(monkeypatch: pytest.MonkeyPatch):
         (UserError("The file\nis empty."), 1, "The file is empty."),
         (FileNotFoundError(2, "No such file or directory", "a.txt"), 1, "There is no file 'a.txt'."),
         (OSError(28, "No space left on device", "b"), 1, "No space left on device: b."),
-        (
-            PermissionError(13, "Permission denied", str(cache() / "tokenizers")),
-            1,
-            f"Permission denied: {cache()}/tokenizers; KEIFU_CACHE names another folder for what keifu keeps.",
-        ),
         (KeyboardInterrupt(), 130, "Stopped."),
         (KeyboardInterrupt("Stopped at step 7; go on with --resume."), 130, "Stopped at step 7; go on with --resume."),
         (ModuleNotFoundError(name="wandb"), 1, "This needs the Python package 'wandb', which is not installed."),
@@ -275,6 +269,13 @@ def failing(monkeypatch: pytest.MonkeyPatch):
 def test_errors_are_one_sentence(error, status: int, told: str, failing, capsys: pytest.CaptureFixture) -> None:
     failing(error)
     assert said(capsys, "fail") == (status, told)
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_its_variable(failing, monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path))
+    failing(PermissionError(13, "Permission denied", str(tmp_path / "tokenizers")))
+    told = f"Permission denied: {tmp_path}/tokenizers; KEIFU_CACHE names another folder for what keifu keeps."
+    assert said(capsys, "fail") == (1, told)
 
 
 def test_debugging_shows_the_traceback(failing, monkeypatch: pytest.MonkeyPatch) -> None:
