@@ -53,7 +53,7 @@ PROMPTS = (
     "赤いハート", "ネコの顔", "顔のある満月", "緑の本", "ヒマワリ", "パトカー", "いちご", "お化け",
     "青いリンゴ", "赤いネコの顔", "顔のある紫のハート", "帽子をかぶったペンギン",
 )  # fmt: skip
-NAMES, EMOJI = 12, 8  # prompts of a language, and how many are names of emoji
+NAMES, EMOJI = len(PROMPTS) // 2, 8  # prompts of a language, and how many are names of emoji
 TIMES = 3  # that all prompts are drawn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GUIDANCES = 1.0, 1.5, 2.0, 3.0, 5.0, 8.0

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -55,10 +56,8 @@ def routes() -> APIRouter:
             return Response(status_code=304, headers=headers)
         return Response(files[name], headers=headers, media_type=f"{TYPES[Path(name).suffix]}; charset=utf-8")
 
-    @router.get("/")
-    @router.get("/docs")
-    async def page(request: Request) -> Response:
-        return answer("docs.html" if request.url.path == "/docs" else "index.html", request)
+    router.add_api_route("/", partial(answer, "index.html"))
+    router.add_api_route("/docs", partial(answer, "docs.html"))
 
     @router.get("/lineage")
     async def landmarks() -> Response:

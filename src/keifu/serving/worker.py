@@ -26,7 +26,7 @@ from keifu.serving.metrics import Metrics
 LOG = logging.getLogger("keifu.serving")
 Result = TypeVar("Result")
 Pieces = list[tuple[int, Piece]]
-GoOn = Callable[..., None]
+GoOn = Callable[..., None]  # raises where nobody waits any more; any arguments, so that it can stand for a progress
 
 
 @dataclass(frozen=True)
