@@ -151,6 +151,22 @@ def test_names_of_files_are_seen_from_where_the_run_was_begun(tmp_path: Path, mo
     assert checkpoint.steps(tmp_path / "run")[-1] == 8 and Path.cwd() == tmp_path / "elsewhere"
 
 
+def test_data_that_were_moved_are_told_by_their_new_place_and_no_others_are_taken(out: Path) -> None:
+    Path("elsewhere").mkdir()
+    Path("rows.csv").rename("elsewhere/moved.csv")
+    os.chdir("elsewhere")  # the table's fixture goes back
+    with pytest.raises(UserError, match=r"rows\.csv"):
+        go("--resume", str(out), "--steps", "9")
+    go("--resume", str(out), "--steps", "9", "--data", "moved.csv")
+    assert checkpoint.steps(out)[-1] == 9
+    os.chdir("..")
+    go("--resume", str(out), "--steps", "12")  # the new place is the run's from now on
+    Path("other.csv").write_text(TABLE.replace("1,-1,1,1", "1,-1,1,0"))
+    with pytest.raises(UserError, match="The data are not those of the run that is resumed"):
+        go("--resume", str(out), "--steps", "15", "--data", "other.csv")
+    go("--resume", str(out), "--steps", "15")
+
+
 def test_a_run_without_a_loop_is_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go("perceptron", "--data", "or", "--out", str(tmp_path))
     with pytest.raises(UserError, match="already holds a finished run"):

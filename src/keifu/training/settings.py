@@ -181,7 +181,8 @@ def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         )
     before = flat(asdict(Settings())) | then["settings"]  # what a run does not name, older than that setting, was off
     split = [
-        {name: value for name, value in chosen.items() if name not in ADJUSTABLE} | flat(options)
+        {name: value for name, value in chosen.items() if name not in ADJUSTABLE}
+        | {name: value for name, value in flat(options).items() if name.split(".")[-1] != "data"}  # a place, as told
         for chosen, options in ((before, then["options"]), (now["settings"], now["options"]))
     ]
     if changed := compare(*split):

@@ -2,6 +2,7 @@
 
 The name of the recipe and all its options are in recipe.json, so a run is resumed from its folder alone. Options given
 beside --resume are compared with those by name: those that do not change the training may differ, others are refused.
+Data may have another place: whether they are the same, their fingerprint says when they are read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from keifu.training.signals import Interrupted
 
 LENGTHS = ("steps", "minutes", "epochs", "rollouts")  # options that say how long a run is
 SHOWN = ("prompt", "prompts", "gaps", "guidance")  # options of samples alone
-FREE = {name.replace("_", "-") for name in ADJUSTABLE} | {*SHOWN, "average"}
+FREE = {name.replace("_", "-") for name in ADJUSTABLE} | {*SHOWN, "average", "data"}
 OF_A_ROLLOUT = ("ppo", "grpo")  # recipes whose epochs are passes over a rollout, and whose prompts are its size
 
 
@@ -140,7 +141,7 @@ def go_on(found: Stored | None, module: ModuleType, wanted: Any, out: Path) -> N
 
 
 def _go_on(found: Stored, module: ModuleType, wanted: Any, out: Path) -> None:
-    lengths = _check(found, wanted)
+    lengths, wanted = _check(found, wanted), _moved(found, wanted)
     if missing := sorted(by_option(type(wanted), to_json(wanted)).keys() - found.known):
         print(
             f"{out / run_directory.RECIPE} was written by an earlier version and does not say these options, which are "
@@ -167,6 +168,16 @@ def _go_on(found: Stored, module: ModuleType, wanted: Any, out: Path) -> None:
     run_directory.close(out)
 
 
+def _moved(found: Stored, wanted: Any) -> Any:
+    """The recipe, in which files of data that have another place now are named from the root."""
+    kind, values = type(wanted), to_json(wanted)
+    then, now = by_option(kind, to_json(found.then)), by_option(kind, values)
+    for option, path in paths(kind, values).items():
+        if _last(option) == "data" and now[option] and now[option] != then[option]:
+            put(values, path, ",".join(str(Path(f).absolute()) if Path(f).exists() else f for f in now[option].split(",")))
+    return from_json(wanted, values)
+
+
 def _check(found: Stored, wanted: Any) -> dict[str, tuple[Any, Any]]:
     """The options of a run's length that differ, with both values; any other that may not change is a `UserError`."""
     kind = type(wanted)
@@ -191,8 +202,12 @@ def _words(value: Any) -> str:
 
 
 def _may_change(recipe: str, option: str) -> bool:
-    last = option.rpartition(".")[2]
+    last = _last(option)
     return last in FREE - {"steps"} and not (last == "prompts" and recipe in OF_A_ROLLOUT)
+
+
+def _last(option: str) -> str:
+    return option.rpartition(".")[2]
 
 
 def _lengthened(
