@@ -136,6 +136,7 @@ def of_clip(toys: Toys) -> tuple[Any, list[Group]]:
         "vocab_size": Reach(530, "model.config.text.vocab_size"),
         "image": Reach(image, "model.config.image"),
         "text": Reach(replace(base.text, dim=32, n_layers=2), "model.config.text", but=("vocab_size", "end_id")),
+        "hard_negatives": Reach(True, "data.hard_negatives"),
         "augmentation": Reach(Augmentation(True, 1, 0.2, 3.0, 0.3, 0.4, 0.5), "data.augmentation"),
         "training": Reach(OTHER, "settings"),
     }

@@ -66,14 +66,11 @@ def build(config: Config) -> DecoderLM:
 
 def _block(config: Config) -> Parallel:
     sizes = config.n_heads, config.n_kv_heads, config.head_dim
-    rotary = Rotary(_head_dim(config), config.rope_theta, config.rope_scaling, interleaved=True)
+    head_dim = config.head_dim or config.dim // config.n_heads
+    rotary = Rotary(head_dim, config.rope_theta, config.rope_scaling, interleaved=True)
     attention = Attention(config.dim, *sizes, bias=False, dropout=config.dropout, rotary=rotary)
     feedforward = GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation))
     return Parallel(attention, feedforward, nn.LayerNorm(config.dim, config.norm_eps, bias=False), config.dropout)
-
-
-def _head_dim(config: Config) -> int:
-    return config.head_dim or config.dim // config.n_heads
 
 
 WEIGHT_NAMES = {

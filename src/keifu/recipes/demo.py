@@ -43,7 +43,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     dial = gpt.Recipe(depth=4, data=recipe.data, steps=recipe.steps, vocab_size=4096, context_length=256, batch_size=16)
     task, config, settings = gpt.prepare(dial)
     settings = replace(settings, evaluate_every=180, sample_every=120, save_every=0)
-    baseline = _baseline(task)
+    baseline = bigram_loss(task.shards.tokens, task.shards.validation[:VALIDATION_TOKENS], task.tokenizer.vocab_size)
     print(
         f"\n2. A LLaMA-type model of {gpt.parameters(config) / 1e6:.1f} M parameters learns {recipe.data}.", flush=True
     )
@@ -57,11 +57,6 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print(f"   keifu serve {out} smollm2    # both at http://127.0.0.1:8000, for people and for programs")
     print("   keifu train gpt --depth 4 --data FILE-OR-FOLDER-OF-YOUR-OWN")
     print("   keifu lineage    # the landmarks in order of years, what each brought, and how to repeat it")
-
-
-def _baseline(task: Task) -> float:
-    """The bigram loss on as many held-out tokens as the model is judged by."""
-    return bigram_loss(task.shards.tokens, task.shards.validation[:VALIDATION_TOKENS], task.tokenizer.vocab_size)
 
 
 def _train(task: Task, config: llama.Config, settings: Settings, baseline: float, out: Path, resume: bool) -> None:

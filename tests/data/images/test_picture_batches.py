@@ -48,6 +48,18 @@ def test_an_epoch_has_one_picture_of_every_group_and_in_time_each_of_them() -> N
     assert sorted(seen) == list(range(10)) and seen[6] == seen[9] == 60 and max(seen[n] for n in range(6)) < 25
 
 
+def test_hard_negatives_bring_the_pictures_of_a_group_one_after_another() -> None:
+    grouped = replace(toys(10), groups=np.array([5, 2, 5, 9, 5, 2, 2, 9, 5, 7]))
+    data = ImageBatches(grouped, toys(3), 5, seed=3, hard_negatives=True)
+    assert data.fingerprint != ImageBatches(grouped, toys(3), 5, seed=3).fingerprint
+    orders = [
+        np.concatenate([data.batch(2 * epoch + half)["indices"].numpy() for half in (0, 1)]) for epoch in range(40)
+    ]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert all(np.count_nonzero(np.diff(grouped.groups[order])) == 3 for order in orders)  # of four groups
+    assert len({tuple(grouped.groups[order]) for order in orders}) > 10 and len({tuple(o) for o in orders}) > 30
+
+
 def test_what_is_in_a_batch() -> None:
     data = ImageBatches(toys(10), toys(3), 4)
     batch = data.batch(0)

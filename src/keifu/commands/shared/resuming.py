@@ -174,7 +174,8 @@ def _moved(found: Stored, wanted: Any) -> Any:
     then, now = by_option(kind, to_json(found.then)), by_option(kind, values)
     for option, path in paths(kind, values).items():
         if _last(option) == "data" and now[option] and now[option] != then[option]:
-            put(values, path, ",".join(str(Path(f).absolute()) if Path(f).exists() else f for f in now[option].split(",")))
+            places = now[option].split(",")  # --data may name two files
+            put(values, path, ",".join(str(Path(each).absolute()) if Path(each).exists() else each for each in places))
     return from_json(wanted, values)
 
 

@@ -374,7 +374,8 @@ class ImageBatches:
     tokens, in one of the languages, sampled at each step; "languages" [row] says which.
 
     An epoch takes every picture once, in an order of its own; `evenly`, one of each group, so that an emoji in many
-    skin tones is seen no more often than another. Which one, what a picture looks like by the augmentation, and the
+    skin tones is seen no more often than another; with `hard_negatives` those of a group follow one another, for a loss
+    that compares the pictures of a batch. Which one of a group, what a picture looks like by the augmentation, and the
     language of its caption, only the seed, the step and its index decide. Held-out pictures come as they are, and their
     languages take turns.
 
@@ -384,26 +385,28 @@ class ImageBatches:
     def __init__(
         self, training: ImageDataset, held: ImageDataset, batch_size: int, seed: int = 0,
         augmentation: Augmentation | None = None, training_tokens: Tokens | None = None,
-        held_tokens: HeldTokens | None = None, *, evenly: bool = False,
+        held_tokens: HeldTokens | None = None, *, evenly: bool = False, hard_negatives: bool = False,
     ):  # fmt: skip
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}, but it must be at least 1.")
         if not len(training):
             raise UserError(f"No picture of {training.source} is for training: all of them are held out.")
-        self.training, self.held, self.batch_size, self.seed, self.evenly = training, held, batch_size, seed, evenly
+        self.training, self.held, self.batch_size, self.seed = training, held, batch_size, seed
+        self.evenly, self.hard_negatives = evenly, hard_negatives
         self.augmentation = augmentation or Augmentation()
         self.training_tokens, self.held_tokens = training_tokens, held_tokens
         groups = training.groups if evenly else np.arange(len(training))
         self._members = np.argsort(groups, kind="stable")
         _, self._first, self._sizes = np.unique(groups[self._members], return_index=True, return_counts=True)
-        self._epochs = Epochs(len(self._first), batch_size, seed)
+        order = partial(_group_order, training.groups, seed) if hard_negatives else None
+        self._epochs = Epochs(len(self._first), batch_size, seed, order)
         self.steps_per_epoch = self._epochs.steps
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of both sets and of all that the batches depend on."""
         facts = [self.training.fingerprint, self.held.fingerprint, self.batch_size, self.seed, self.augmentation]
-        facts += ["evenly"] if self.evenly else []
+        facts += ["evenly"] * self.evenly + ["hard negatives"] * self.hard_negatives
         digest = hashlib.sha256(repr(facts).encode())
         for tokens in (self.training_tokens, self.held_tokens):
             digest.update(b"|" if tokens is None else tokens.numpy().tobytes())
@@ -430,6 +433,13 @@ class ImageBatches:
             if self.held_tokens is not None:
                 batch |= _caption_tokens(self.held_tokens, indices, indices % len(self.held_tokens))
             yield batch
+
+
+def _group_order(groups: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch in which the pictures of each group follow one another."""
+    random = np.random.default_rng([seed, epoch])
+    places = random.permutation(1 + groups.max())[groups]
+    return np.lexsort((random.random(len(groups)), places))
 
 
 def _make_batch(pictures: ImageDataset, indices: np.ndarray) -> dict[str, Tensor]:

@@ -43,15 +43,12 @@ class KeifuLM(LM):
     """
 
     def __init__(
-        self,
-        model: str | nn.Module,
-        tokenizer: Tokenizer | None = None,
-        batch_size: int | str | None = None,
-        device: str | None = None,
-        max_batch_size: int | None = None,
-    ):
+        self, model: str | nn.Module, tokenizer: Tokenizer | None = None, batch_size: int | str | None = None,
+        device: str | None = None, max_batch_size: int | None = None,
+    ):  # fmt: skip
         super().__init__()
-        loaded, own = _load_named(model) if isinstance(model, str) else (model, tokenizer)
+        # what loads by a name lies above this part, which knows models only as they are given
+        loaded, own = import_module("keifu").load(model) if isinstance(model, str) else (model, tokenizer)
         if (tokenizer := tokenizer or own) is None:
             raise UserError("This model has no tokenizer, so it cannot read a text: give one with it.")
         self.model = loaded if device is None else loaded.to(device)
@@ -143,11 +140,6 @@ class KeifuLM(LM):
         if len(prompt) > room:
             log.warning("A prompt of %d tokens leaves no room for its answer: its beginning is cut.", len(prompt))
         return prompt[-room:] or likelihood.common_beginning(self.tokenizer)
-
-
-def _load_named(name: str) -> tuple[nn.Module, Tokenizer | None]:
-    """What the public interface loads by a name: it lies above this part, which knows models only as they are given."""
-    return import_module("keifu").load(name)
 
 
 def _sampling(given: dict[str, Any], seed: int) -> SamplingParams:

@@ -355,14 +355,10 @@ def configure_sampler(
         raise UserError(f"eta is a share of fresh noise between 0 and 1, not {eta}.")
     run = partial(chosen.run, eta=eta) if chosen.eta else chosen.run
     more = {"karras": True} if karras else {}
-    count = steps or min(chosen.steps or noise.steps, _most_steps(chosen, noise))
+    most = max(1, noise.steps - (chosen.schedule is dpm_solver_schedule))  # that schedule omits the lowest timestep
+    count = steps or min(chosen.steps or noise.steps, most)
     try:
         schedule = chosen.schedule(noise, count, spacing, **more)
     except ValueError as error:
         raise UserError(str(error)) from None
     return ConfiguredSampler(run, schedule, chosen, noise)
-
-
-def _most_steps(chosen: Sampler, noise: Noise) -> int:
-    """The most steps that a sampler can take: one less than the timesteps where its schedule omits the lowest."""
-    return max(1, noise.steps - (chosen.schedule is dpm_solver_schedule))

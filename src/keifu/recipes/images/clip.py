@@ -58,6 +58,8 @@ class Recipe:
     """learned: CLIP's rules, merges learned from the captions; or a catalogue name (clip-bpe), a file, a folder."""
     vocab_size: int = 2500
     """Tokens of a learned tokenizer, at most."""
+    hard_negatives: bool = False
+    """Near copies, such as an emoji in all skin tones, come in one batch, which then asks what tells them apart."""
     truncate: bool = False
     """Keep the beginning of a caption that is longer than the text tower takes; without it that is an error."""
     start: str | None = None
@@ -107,7 +109,10 @@ def prepare(recipe: Recipe) -> Task:
     limit = model.config.context_length
     rows = [tokens(recipe, tokenizer, part, limit) for part in (parts.train, parts.validation)]
     settings = recipe.training
-    data = ImageBatches(parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows)
+    data = ImageBatches(
+        parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows,
+        hard_negatives=recipe.hard_negatives,
+    )  # fmt: skip
     return Task(model, tokenizer, parts, data)
 
 

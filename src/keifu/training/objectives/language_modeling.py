@@ -53,7 +53,8 @@ def translation(model: Any, batch: Batch, label_smoothing: float = 0.0) -> LossO
     """
     inputs, mask = batch["target"][:, :-1], batch["source_mask"]
     targets = batch["target"][:, 1:].masked_fill(~batch["target_mask"][:, 1:], IGNORED)
-    whole = mask.device.type == "cpu" and bool(mask.all())  # a GPU would be waited for
+    # a GPU would be waited for, and a compiler cannot look
+    whole = mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
     hidden = model.hidden(inputs, model.start(batch["source"], None if whole else mask))
     smoothing = label_smoothing if model.training else 0.0
     total, nats = smoothed_linear_cross_entropy(
