@@ -98,15 +98,9 @@ class PackedConversations:
     """
 
     def __init__(
-        self,
-        training: Sequence[TurnMasks],
-        held: Sequence[TurnMasks],
-        context_length: int,
-        batch_size: int,
-        seed: int,
-        pad_id: int,
-        packed: bool = True,
-    ):
+        self, training: Sequence[TurnMasks], held: Sequence[TurnMasks], context_length: int, batch_size: int, seed: int,
+        pad_id: int, packed: bool = True,
+    ):  # fmt: skip
         if not training:
             raise UserError("There is no conversation to train on.")
         self.seed, self.pad_id, self.context_length = seed, pad_id, context_length

@@ -184,14 +184,9 @@ class MaskedText:
     """
 
     def __init__(
-        self,
-        shards: SentenceShards,
-        vocabulary: Vocabulary,
-        masking: MaskingScheme,
-        batch_size: int,
-        seed: int = 0,
+        self, shards: SentenceShards, vocabulary: Vocabulary, masking: MaskingScheme, batch_size: int, seed: int = 0,
         validation_rows: int = 1024,
-    ):
+    ):  # fmt: skip
         if masking.whole_words and not vocabulary.goes_on.any():
             raise UserError("whole_words needs a tokenizer that marks what goes on with a word, as wordpiece does.")
         self.shards, self.vocabulary, self.masking = shards, vocabulary, masking
